@@ -114,9 +114,9 @@ def dual_grid(vertices: torch.Tensor, faces: torch.Tensor, resolution: int) -> D
         error.planes(row[touched], normals[face[touched]], corners[face[touched], 0])
     # Third term of E: border edges, which only open meshes have.
     ends = corners.flatten(0, 1)[_border(faces.cpu())]  # [K, 2 ends, 3]
-    line, voxel = _passed(ends, resolution)
+    edge_index, voxel = _passed(ends, resolution)
     row, exists = existing_rows(voxel)
-    error.lines(row, ends[line[exists]])
+    error.lines(row, ends[edge_index[exists]])
     return DualGrid(coords.int(), error.least().float(), crossed)
 
 
@@ -168,22 +168,24 @@ def _crossings(corners: torch.Tensor, axis: int) -> Iterator[tuple[torch.Tensor,
         # The planes u = integer cut a triangle into segments. The planes v = integer cut a segment at points.
         order = batch[:, :, u].argsort(1)
         low, middle, high = batch.gather(1, order[:, :, None].expand(-1, -1, 3)).unbind(1)
-        face, line = _ranges(low[:, u].floor().long() + 1, high[:, u].floor().long())  # rows: planes u = line
-        plane_position = line.double()
+        face, plane = _ranges(
+            low[:, u].floor().long() + 1, high[:, u].floor().long()
+        )  # rows: planes u = line
+        plane_position = plane.double()
         # Corners are sorted by u. A plane cuts the side low-high, and either low-middle or middle-high.
         in_lower_half = (plane_position <= middle[face, u])[:, None]
-        left = _along(low[face], high[face], u, plane_position)
-        right = _along(
+        left_end = _along(low[face], high[face], u, plane_position)
+        right_end = _along(
             torch.where(in_lower_half, low[face], middle[face]),
             torch.where(in_lower_half, middle[face], high[face]),
             u,
             plane_position,
         )
         # The two ends of a segment are ordered by v.
-        swap = (left[:, v] > right[:, v])[:, None]
-        left, right = torch.where(swap, right, left), torch.where(swap, left, right)
-        row, column = _ranges(left[:, v].floor().long() + 1, right[:, v].floor().long())
-        point = _along(left[row], right[row], v, column.double())
+        swap = (left_end[:, v] > right_end[:, v])[:, None]
+        left_end, right_end = torch.where(swap, right_end, left_end), torch.where(swap, left_end, right_end)
+        row, column = _ranges(left_end[:, v].floor().long() + 1, right_end[:, v].floor().long())
+        point = _along(left_end[row], right_end[row], v, column.double())
         # Two coordinates are replaced by the exact integers, because the interpolation rounds.
         point[:, u], point[:, v] = plane_position[row], column.double()
         yield face[row] + start, point

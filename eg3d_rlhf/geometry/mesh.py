@@ -248,8 +248,8 @@ def parts(faces: np.ndarray, vertices: int) -> tuple[int, np.ndarray]:
     count, label = connected_components(half_edges(faces, vertices), directed=True, connection="weak")
     part = label[faces[:, 0]]
     # A vertex that no face uses is a component of the graph, but no part. The others are numbered again.
-    used = np.bincount(part, minlength=count) > 0
-    return int(used.sum()), (np.cumsum(used, dtype=np.int32) - 1)[part]
+    is_used = np.bincount(part, minlength=count) > 0
+    return int(is_used.sum()), (np.cumsum(is_used, dtype=np.int32) - 1)[part]
 
 
 def face_volumes(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
@@ -266,8 +266,8 @@ def face_volumes(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
     """
     volumes = np.empty(len(faces))
     for start in range(0, len(faces), _CHUNK):
-        (ax, ay, az), *sides = _corners(vertices, faces[start : start + _CHUNK])
-        nx, ny, nz = _cross(*sides)
+        (ax, ay, az), *side_vectors = _corners(vertices, faces[start : start + _CHUNK])
+        nx, ny, nz = _cross(*side_vectors)
         # a . (b - a) x (c - a) = a . b x c, six times the signed volume
         volumes[start : start + _CHUNK] = (ax * nx + ay * ny + az * nz) / 6
     return volumes
@@ -281,7 +281,11 @@ def _corners(vertices: np.ndarray, faces: np.ndarray) -> list[list[np.ndarray]]:
     """
     columns = [np.ascontiguousarray(vertices[:, axis], dtype=np.float64) for axis in range(3)]
     a, b, c = ([column[faces[:, corner]] for column in columns] for corner in range(3))
-    return [a, [q - p for p, q in zip(a, b, strict=True)], [q - p for p, q in zip(a, c, strict=True)]]
+    return [
+        a,
+        [end - start for start, end in zip(a, b, strict=True)],
+        [end - start for start, end in zip(a, c, strict=True)],
+    ]
 
 
 def _cross(u: list[np.ndarray], v: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -300,19 +304,20 @@ def largest_part(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, n
 
     Returns: vertices and faces of the selected part, and the number P of parts of the mesh.
     """
-    count, part = parts(faces, len(vertices))
+    count, part_of_face = parts(faces, len(vertices))
     if count > 1:
-        volume = np.bincount(part, weights=face_volumes(vertices, faces), minlength=count)
-        vertices, faces = compact(vertices, faces[part == volume.argmax()])
+        # signed volume [P] of each part
+        part_volumes = np.bincount(part_of_face, weights=face_volumes(vertices, faces), minlength=count)
+        vertices, faces = compact(vertices, faces[part_of_face == part_volumes.argmax()])
     return vertices, faces, count
 
 
 def compact(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Remove the vertices that no face uses, and adapt the indices in the faces."""
-    used = np.zeros(len(vertices), dtype=bool)
-    used[faces] = True
-    new_index = np.cumsum(used, dtype=np.int64) - 1
-    return vertices[used], new_index[faces].astype(faces.dtype)
+    is_used = np.zeros(len(vertices), dtype=bool)
+    is_used[faces] = True
+    new_index = np.cumsum(is_used, dtype=np.int64) - 1
+    return vertices[is_used], new_index[faces].astype(faces.dtype)
 
 
 def decimate(vertices: np.ndarray, faces: np.ndarray, target: int) -> tuple[np.ndarray, np.ndarray]:
@@ -338,12 +343,12 @@ def decimate(vertices: np.ndarray, faces: np.ndarray, target: int) -> tuple[np.n
     decimated = []
     offset = 0
     excess_faces = 0
-    for start, end in zip([0, *part_ends[:-1]], part_ends, strict=True):
+    for start, part_end in zip([0, *part_ends[:-1]], part_ends, strict=True):
         # the part's vertices, and its faces as indices into them
-        used, corners = np.unique(faces[faces_by_part[start:end]], return_inverse=True)
-        wanted_faces = max(round(target * (end - start) / len(faces)), _LEAST if count > 1 else target)
+        used_vertices, corners = np.unique(faces[faces_by_part[start:part_end]], return_inverse=True)
+        wanted_faces = max(round(target * (part_end - start) / len(faces)), _LEAST if count > 1 else target)
         decimated_part = _decimate_part(
-            vertices[used].astype(np.float32), corners.reshape(-1, 3).astype(np.int32), wanted_faces
+            vertices[used_vertices].astype(np.float32), corners.reshape(-1, 3).astype(np.int32), wanted_faces
         )
         excess_faces += max(0, len(decimated_part[1]) - wanted_faces)
         decimated.append((decimated_part[0], decimated_part[1] + np.int32(offset)))
@@ -356,7 +361,9 @@ def decimate(vertices: np.ndarray, faces: np.ndarray, target: int) -> tuple[np.n
             f"decimate: the mesh has {face_count} faces instead of {target}, so that it stays closed.",
             stacklevel=2,
         )
-    return np.concatenate([v for v, _ in decimated]), np.concatenate([f for _, f in decimated])
+    return np.concatenate([part_vertices for part_vertices, _ in decimated]), np.concatenate(
+        [part_faces for _, part_faces in decimated]
+    )
 
 
 def _decimate_part(
@@ -409,8 +416,8 @@ def vertex_normals(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
     normals = np.zeros((len(vertices), 3))
     for start in range(0, len(faces), _CHUNK):
         face_chunk = faces[start : start + _CHUNK]
-        _, *sides = _corners(vertices, face_chunk)
-        face_normals = np.stack(_cross(*sides), axis=1)  # [f, 3], length = twice the area
+        _, *side_vectors = _corners(vertices, face_chunk)
+        face_normals = np.stack(_cross(*side_vectors), axis=1)  # [f, 3], length = twice the area
         # row pointers of a sparse matrix with three entries per face
         row_starts = np.arange(0, 3 * len(face_chunk) + 1, 3)
         corners = csr_array(

@@ -215,8 +215,8 @@ def bound_bricks(density: SeparableDensity, level: float) -> BrickBounds:
     if coarse.undecided.mean() <= _REFINE_SHARE:
         return coarse
     fine = bounds_of_size(density, level, BRICK // 2)
-    halves = np.zeros([2 * n for n in coarse.undecided.shape], dtype=bool)
-    halves[tuple(slice(n) for n in fine.undecided.shape)] = fine.undecided
+    halves = np.zeros([2 * count for count in coarse.undecided.shape], dtype=bool)
+    halves[tuple(slice(count) for count in fine.undecided.shape)] = fine.undecided
     x, y, z = coarse.undecided.shape
     # A brick remains undecided if it is undecided by its own bounds, and at least one of its eight halved
     # bricks is undecided by the finer bounds. [2 x, 2 y, 2 z] -> [x, 2, y, 2, z, 2]
@@ -234,12 +234,14 @@ def bounds_of_size(density: SeparableDensity, level: float, size: int) -> BrickB
 
     Raises: ValueError if a map contains NaN or infinity.
     """
-    low, high = zip(*(_map_extremes(m, density.shape, size) for m in density.maps), strict=True)
+    low, high = zip(
+        *(_map_extremes(map_values, density.shape, size) for map_values in density.maps), strict=True
+    )
     # A density that is not finite is an error, as it is when the full volume is evaluated.
     for least, greatest in zip(low, high, strict=True):
         check_finite(float(least.min()), float(greatest.max()))
     w = torch.cat([density.w.clamp(min=0), density.w.clamp(max=0)])  # [2 J]
-    x, y, z = (bricks_along(n, size) for n in density.shape)
+    x, y, z = (bricks_along(points, size) for points in density.shape)
     shape = (x, y, z)
     # Hidden units 1..J have the weights max(w, 0), units J + 1..2 J the weights min(w, 0).
     upper = slab_density(
@@ -249,7 +251,7 @@ def bounds_of_size(density: SeparableDensity, level: float, size: int) -> BrickB
         [torch.cat(pair, dim=1) for pair in zip(low, high, strict=True)], w, density.b, shape
     )
     # [J], an upper bound of |h_j| on the grid
-    largest = sum(m.abs().amax(dim=(0, 2, 3)) for m in (*low, *high))
+    largest = sum(map_values.abs().amax(dim=(0, 2, 3)) for map_values in (*low, *high))
     slack = _ROUNDING * (
         float((density.w.abs() * (largest + 1)).sum()) + abs(float(density.b)) + max(abs(level), 1.0)
     )
@@ -316,8 +318,8 @@ class _LayerSampler:
         # smallest and largest density evaluated so far
         self.low = np.inf
         self.high = -np.inf
-        sides = [padded(n) for n in density.shape[1:]]
-        self._layer = np.full((BRICK + 1, *sides), outside, dtype=np.float32)
+        padded_sizes = [padded(points) for points in density.shape[1:]]
+        self._layer = np.full((BRICK + 1, *padded_sizes), outside, dtype=np.float32)
         # last plane of the previous layer, NaN where it was not evaluated
         self._shared = self._layer[0].copy()
 
@@ -364,8 +366,8 @@ class _LayerSampler:
         """
         # `slab_density` recognises the layout of a map by its sizes, so an axis needs at least two points.
         extra_planes = int(x.stop - x.start == 1)
-        part = functools.partial(self._density.part, slice(x.start - extra_planes, x.stop))
-        for y, runs, sampled in zip(rows, columns, self._pool.map(part, rows, columns), strict=True):
+        evaluate_part = functools.partial(self._density.part, slice(x.start - extra_planes, x.stop))
+        for y, runs, sampled in zip(rows, columns, self._pool.map(evaluate_part, rows, columns), strict=True):
             values = sampled.numpy()[extra_planes:]
             self.low = min(self.low, float(values.min()))
             self.high = max(self.high, float(values.max()))
@@ -401,8 +403,12 @@ def _runs(selected_bricks: np.ndarray, points: int) -> list[slice]:
     # pairs: first brick of a run of selected bricks, and first brick after the run
     run_bounds = np.flatnonzero(np.diff(selected_bricks, prepend=False, append=False)).reshape(-1, 2)
     runs = [
-        slice(max(first * BRICK - 1, 0), min(stop * BRICK, points)) for first, stop in run_bounds.tolist()
+        # Brick k has the points k BRICK - 1 to (k + 1) BRICK - 1: points of the volume count from 0, bricks
+        # begin outside.
+        slice(max(first * BRICK - 1, 0), min(stop * BRICK, points))
+        for first, stop in run_bounds.tolist()
     ]
+    # A single point, the last one: its neighbour is added, because an axis needs at least two points.
     if len(runs) == 1 and runs[0].stop - runs[0].start == 1:
         return [slice(points - 2, points)]
     return runs
@@ -417,20 +423,20 @@ _COLOR_CHUNK = 1 << 18  # number of vertices that are coloured between two calls
 SHAPE_SUFFIXES = (*MESH_SUFFIXES, ".mrc")
 
 
-def check_mesh_suffix(path: str | Path, who: str = "save_mesh") -> Path:
+def check_mesh_suffix(path: str | Path, caller: str = "save_mesh") -> Path:
     """Return the path of a mesh file as a Path.
 
     Args:
         path: path of the file.
-        who: name of the caller, with which the error message begins.
+        caller: name of the caller, with which the error message begins.
 
     Raises: ValueError if the suffix is not the suffix of a mesh format.
     """
     path = Path(path)
     if path.suffix.lower() not in MESH_SUFFIXES:
         raise ValueError(
-            f"{who}: the name {path.name!r} does not end in one of {', '.join(MESH_SUFFIXES)}. Choose a name"
-            " with one of these endings."
+            f"{caller}: the name {path.name!r} does not end in one of {', '.join(MESH_SUFFIXES)}. Choose a"
+            " name with one of these endings."
         )
     return path
 
@@ -584,7 +590,7 @@ def export_mesh(
     >>> report.components
     1
     """
-    report_progress = progress or (lambda stage, done, total: None)
+    report_progress = progress or (lambda stage, finished, total: None)
     grid = FieldGrid(field, options.resolution, options.border)
     vertices, faces = extract_field_mesh(
         grid, field.level if options.level is None else options.level, progress
@@ -676,12 +682,12 @@ def vertex_colors(field: Field, vertices: np.ndarray, progress: Progress | None 
     """
     colors = np.empty((len(vertices), 3), dtype=np.uint8)
     for start in range(0, len(vertices), _COLOR_CHUNK):
-        part = torch.from_numpy(vertices[start : start + _COLOR_CHUNK])
-        colors[start : start + len(part)] = (
-            (field.colour(part)[0].cpu() * 255).round().to(torch.uint8).numpy()
+        vertex_chunk = torch.from_numpy(vertices[start : start + _COLOR_CHUNK])
+        colors[start : start + len(vertex_chunk)] = (
+            (field.colour(vertex_chunk)[0].cpu() * 255).round().to(torch.uint8).numpy()
         )
         if progress is not None:
-            progress("colours", start + len(part), len(vertices))
+            progress("colours", start + len(vertex_chunk), len(vertices))
     return colors
 
 

@@ -146,7 +146,7 @@ class _SampledPlanes(torch.autograd.Function):
     def backward(ctx, *grads):
         # The gradient of an unused map is None. Any other gradient has the dtype and the device of the
         # result.
-        any_gradient = next(g for g in grads if g is not None)
+        any_gradient = next(gradient for gradient in grads if gradient is not None)
         # Texels outside the touched rows and columns have the gradient 0.
         plane_gradients = any_gradient.new_zeros(ctx.shape)
         for k, ((width, height), ((rows, row_slice), (columns, column_slice))) in enumerate(
@@ -283,17 +283,23 @@ def sigma_from_planes(
         axes = [axis.to(planes.dtype) * (2 / box_warp) for axis in spec.axes()]
         depth, height, width = spec.shape
         maps = pair_maps(planes, pairs, axes, weights.w0, weights.b0)
-        last = (weights.w_sigma, weights.b_sigma)
+        density_weights = (weights.w_sigma, weights.b_sigma)
         # If every map depends on x, the samples of a batch can be concatenated along x: one call computes
         # all.
-        if all(m.shape[1] == width for m in maps):
-            sigma = slab_density([m.flatten(0, 1) for m in maps], *last, (len(planes) * width, height, depth))
+        if all(map_batch.shape[1] == width for map_batch in maps):
+            sigma = slab_density(
+                [map_batch.flatten(0, 1) for map_batch in maps],
+                *density_weights,
+                (len(planes) * width, height, depth),
+            )
             # [N X, Y, Z] -> [N, X, Y, Z] -> [N, D, H, W]
             return sigma.unflatten(0, (len(planes), width)).permute(0, 3, 2, 1).contiguous()
         # Otherwise a map [N, 1, J, Y, Z] is shared along x, and each sample needs its own call.
         volumes = [
-            slab_density([m[n] for m in maps], *last, (width, height, depth)).permute(2, 1, 0)
-            for n in range(len(planes))
+            slab_density(
+                [map_batch[sample] for map_batch in maps], *density_weights, (width, height, depth)
+            ).permute(2, 1, 0)
+            for sample in range(len(planes))
         ]
         return torch.stack(volumes)  # [N, D, H, W], contiguous
     if impl == "separable":
@@ -354,8 +360,8 @@ def sigma_at(
             return _decode_points(planes, plane_axes, weights, points, box_warp)
         return torch.cat(
             [
-                _decode_points(planes, plane_axes, weights, part, box_warp)
-                for part in points.split(_POINT_CHUNK)
+                _decode_points(planes, plane_axes, weights, point_chunk, box_warp)
+                for point_chunk in points.split(_POINT_CHUNK)
             ],
             dim=1,
         )
@@ -515,12 +521,12 @@ def tri_grid_density(
         return torch.cat(layer_blocks)  # [Z, N, R, Y]
 
     split = a.split(rows, dim=3), b.split(rows, dim=3), blend_x.split(rows)
-    parts = (
+    row_blocks = (
         list(map(evaluate_rows, *split))
         if needs_gradient or planes.is_cuda
         else _in_threads(evaluate_rows, *split)
     )
-    return torch.cat(parts, dim=2).permute(1, 2, 3, 0)  # [Z, N, X, Y] -> [N, X, Y, Z]
+    return torch.cat(row_blocks, dim=2).permute(1, 2, 3, 0)  # [Z, N, X, Y] -> [N, X, Y, Z]
 
 
 def _in_threads(work: Callable[..., torch.Tensor], *items: Sequence[torch.Tensor]) -> list[torch.Tensor]:

@@ -77,27 +77,27 @@ OCCUPANCY = Rules(
 # Conversion into grids, and their bounding boxes.
 
 
-def occupied(density: np.ndarray, level: float, who: str = "solid") -> np.ndarray:
+def occupied(density: np.ndarray, level: float, caller: str = "solid") -> np.ndarray:
     """Convert a density into a grid: True where it is above the level.
 
     Args:
         density: raw density [D, H, W] of one shape.
         level: raw density on the surface.
-        who: name of the caller, with which error messages begin.
+        caller: name of the caller, with which error messages begin.
 
     Raises: ValueError for an array with another number of axes, and for values that are not finite.
     """
     density = np.asarray(density)
     if density.ndim != 3 or 0 in density.shape:
         raise ValueError(
-            f"{who}: the density must be an array [D, H, W] that is not empty, got {list(density.shape)}."
+            f"{caller}: the density must be an array [D, H, W] that is not empty, got {list(density.shape)}."
             " Pass one shape at a time."
         )
     invalid_count = int((~np.isfinite(density)).sum())
     if invalid_count:
         raise ValueError(
-            f"{who}: {invalid_count:,} of {density.size:,} densities are NaN or infinite. Check the weights"
-            " of the generator."
+            f"{caller}: {invalid_count:,} of {density.size:,} densities are NaN or infinite. Check the"
+            " weights of the generator."
         )
     return density > level
 
@@ -151,13 +151,13 @@ def _box(solid: np.ndarray, margin: int) -> tuple[np.ndarray, tuple[slice, ...]]
     return np.pad(solid[bounds], margin), bounds
 
 
-def _back(part: np.ndarray, bounds: tuple[slice, ...], margin: int, shape: tuple[int, ...]) -> np.ndarray:
+def _back(box: np.ndarray, bounds: tuple[slice, ...], margin: int, shape: tuple[int, ...]) -> np.ndarray:
     """Insert a box with its margin into an empty grid: the inverse of `_box`.
 
     The parts of the margin that lie outside the grid are dropped.
 
     Args:
-        part: box with the margin.
+        box: box with the margin.
         bounds: slices of the box without the margin in the grid.
         margin: width of the margin in voxels.
         shape: numbers of voxels of the grid.
@@ -173,7 +173,7 @@ def _back(part: np.ndarray, bounds: tuple[slice, ...], margin: int, shape: tuple
         slice(grid_slice.start - box_slice.start + margin, grid_slice.stop - box_slice.start + margin)
         for box_slice, grid_slice in zip(bounds, in_grid, strict=True)
     ]
-    grid[tuple(in_grid)] = part[tuple(in_box)]
+    grid[tuple(in_grid)] = box[tuple(in_box)]
     return grid
 
 
@@ -313,11 +313,11 @@ def tip(solid: np.ndarray) -> tuple[float, float]:
     corners = points[points[:, 1] == lowest][:, [0, 2]]
     # Each voxel contributes its four corners. A row of `equations` is an outward unit normal (2) and an
     # offset.
-    sides = ConvexHull(
+    hull_sides = ConvexHull(
         np.concatenate([corners + step for step in itertools.product((0, 1), repeat=2)])
     ).equations
     # n . p + offset is the distance from a side, negative inside the hull
-    margin = -float((sides[:, :2] @ centre[[0, 2]] + sides[:, 2]).max())
+    margin = -float((hull_sides[:, :2] @ centre[[0, 2]] + hull_sides[:, 2]).max())
     return math.degrees(math.atan2(margin, centre[1] - lowest)), margin
 
 
@@ -517,7 +517,7 @@ def caps(solid: np.ndarray, radius: float) -> np.ndarray:
     plugs = np.zeros_like(solid)
     for label, bounds in enumerate(ndimage.find_objects(pieces), start=1):
         # The region has one more voxel on each side, because the Euler number depends on the neighbours.
-        region = tuple(slice(max(part.start - 1, 0), part.stop + 1) for part in bounds)
+        region = tuple(slice(max(axis_slice.start - 1, 0), axis_slice.stop + 1) for axis_slice in bounds)
         piece = pieces[region] == label
         body_in_region = body[region]
         if euler(body_in_region | piece) > euler(body_in_region):

@@ -193,23 +193,23 @@ def default_values(kind: str, steps: int | None) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def select_arms(given: Mapping) -> tuple[str, ...]:
+def select_arms(given_flags: Mapping) -> tuple[str, ...]:
     """Return the names of the arms that the flags select; one name if the run is no comparison.
 
     Args:
-        given: values of the flags that were given, by name.
+        given_flags: values of the flags that were given, by name.
 
     Raises: ValueError that names the flag, for an unknown arm or for flags that exclude each other.
     """
-    method = given.get("method")
-    preset = given.get("preset")
-    compared_arms = given.get("compare")
-    kind = prior_kind(given.get("prior"))
-    has_geometry_reward = given.get("geometry_reward", "none") != "none"
+    method = given_flags.get("method")
+    preset = given_flags.get("preset")
+    compared_arms = given_flags.get("compare")
+    kind = prior_kind(given_flags.get("prior"))
+    has_geometry_reward = given_flags.get("geometry_reward", "none") != "none"
     if method is not None and compared_arms not in (None, "none"):
         raise ValueError(f"--method={method} cannot be combined with --compare. Remove one of them.")
     # without any of these flags, the prior's default comparison runs
-    if compared_arms is None and not (given.get("prompts") or method or preset):
+    if compared_arms is None and not (given_flags.get("prompts") or method or preset):
         compared_arms = default_value("compare", kind)
         if compared_arms is not None and has_geometry_reward and "+geometry" not in compared_arms:
             compared_arms += ",sds+geometry"
@@ -218,7 +218,7 @@ def select_arms(given: Mapping) -> tuple[str, ...]:
         name = method or (preset_method(preset) if preset else default_value("method", kind) or "dreamdpo")
         return (Arm(name, geometry=has_geometry_reward).name,)
     try:
-        arms = [Arm.parse(part) for part in compared_arms.split(",")]
+        arms = [Arm.parse(arm_text) for arm_text in compared_arms.split(",")]
     except ValueError as error:
         raise ValueError(f"--compare: {error}") from None
     # The table compares all arms with sds, so sds is always the first arm.
@@ -255,10 +255,10 @@ def read_prompts(texts: tuple[str, ...]) -> tuple[str, ...]:
         if not (len(text) < 255 and path.is_file()):
             prompts.append(text)
             continue
-        lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
-        if not lines:
+        file_prompts = [prompt.strip() for prompt in path.read_text().splitlines() if prompt.strip()]
+        if not file_prompts:
             raise ValueError(f"--prompt: the file {path} has no prompt. Write one prompt per line into it.")
-        prompts += lines
+        prompts += file_prompts
     if any(not text.strip() for text in prompts):
         raise ValueError("--prompt: the text is empty. Pass a text that describes the asset.")
     return tuple(prompts)
@@ -272,17 +272,17 @@ def resolve(flags: Flags) -> DistillRun:
 
     Raises: ValueError that names a flag without an effect, or a value that is not allowed.
     """
-    given = {name: value for name, value in flags.items() if value is not None}
+    given_flags = {name: value for name, value in flags.items() if value is not None}
     # names such as "dreamdpo-random"; `Arm` separates the method from the control
-    arm_names = select_arms(given)
+    arm_names = select_arms(given_flags)
     prompts = read_prompts(flags["prompts"])
-    kind = prior_kind(given.get("prior"))
+    kind = prior_kind(given_flags.get("prior"))
     arms = [Arm.parse(name) for name in arm_names]
     methods = {arm.method for arm in arms}
     has_geometry_arm = any(arm.geometry for arm in arms)
-    reject_unused(given, methods, has_geometry_arm, kind)
+    reject_unused(given_flags, methods, has_geometry_arm, kind)
     # later entries override earlier ones
-    values = {**default_values(kind, given.get("steps")), **given}
+    values = {**default_values(kind, given_flags.get("steps")), **given_flags}
     if not has_geometry_arm:
         values["geometry_reward"] = "none"
     if kind == "files" and not prompts:
@@ -292,9 +292,9 @@ def resolve(flags: Flags) -> DistillRun:
         )
     if kind != "files":
         # chooses the default prompts of the bundled scene, and how many assets of each prompt are optimised
-        prompts, values["assets"] = SCENES[kind].check(prompts, given.get("assets"), len(arm_names) > 1)
+        prompts, values["assets"] = SCENES[kind].check(prompts, given_flags.get("assets"), len(arm_names) > 1)
     # Only flags that were given override a preset. Without a preset, the defaults for the prior apply, too.
-    method_values = values if flags["preset"] is None else given
+    method_values = values if flags["preset"] is None else given_flags
     # names of the settings that the selected methods use; `given` may hold settings of the loop and the scene
     setting_names = {
         *(name for name, users in owners().items() if methods & set(users)),
@@ -334,11 +334,11 @@ def shown_by_help(flags: Flags) -> list[object]:
     ]
 
 
-def reject_unused(given: Mapping, methods: set[str], has_geometry_arm: bool, kind: str) -> None:
+def reject_unused(given_flags: Mapping, methods: set[str], has_geometry_arm: bool, kind: str) -> None:
     """Raise ValueError, naming the flag, if a given flag has no effect in this run.
 
     Args:
-        given: values of the flags that were given, by name.
+        given_flags: values of the flags that were given, by name.
         methods: names of the methods of all arms.
         has_geometry_arm: True if an arm uses the geometry reward.
         kind: kind of the prior, one of KINDS.
@@ -359,9 +359,9 @@ def reject_unused(given: Mapping, methods: set[str], has_geometry_arm: bool, kin
         requirements["reward"] = "a method with a reward"
     if not any(METHODS[name].judged for name in methods):
         requirements["judge"] = "--method=dreamdpo or psd"
-    for name in sorted(requirements.keys() & given.keys()):
+    for name in sorted(requirements.keys() & given_flags.keys()):
         raise ValueError(f"{flag(name)} has an effect only with {requirements[name]}. Remove it.")
-    if given.get("geometry_reward", "none") != "none" and not has_geometry_arm:
+    if given_flags.get("geometry_reward", "none") != "none" and not has_geometry_arm:
         raise ValueError(
             "--geometry-reward has no effect, because no arm of --compare ends in +geometry. Add an arm such"
             " as sds+geometry to --compare."

@@ -231,19 +231,19 @@ def find_licences(root: Path) -> list[Path]:
     ]
 
 
-def entry_lines(title: str, parts: Iterable[str]) -> list[str]:
+def entry_lines(title: str, texts: Iterable[str]) -> list[str]:
     """Format one entry of the screen: a title, and parts separated by commas, wrapped to WIDTH characters.
 
     Args:
         title: word in the first ten columns of the first line.
-        parts: texts of the entry; at most LISTED are shown, then the number of the others. Without parts, the
+        texts: parts of the entry; at most LISTED are shown, then the number of the others. Without parts, the
             entry shows the word none.
 
     Returns: the lines of the entry.
     """
-    parts = list(parts)
+    texts = list(texts)
     # long lists end with the number of parts that are left out
-    shown_parts = parts[:LISTED] + ([f"{len(parts) - LISTED} more"] if len(parts) > LISTED else [])
+    shown_parts = texts[:LISTED] + ([f"{len(texts) - LISTED} more"] if len(texts) > LISTED else [])
     # textwrap returns no line for an empty text, hence "none"
     # 10: width of the column of titles
     lines = textwrap.wrap(

@@ -217,7 +217,7 @@ def new(
 def parse_shares(text: str) -> list[float]:
     """Parse the value of --split, numbers separated by commas. Raises: ValueError for other text."""
     try:
-        return [float(part) for part in text.split(",")]
+        return [float(share) for share in text.split(",")]
     except ValueError:
         raise ValueError(
             f"--split: {text!r} is not a list of numbers. Write one share for each of {', '.join(SPLITS)},"
@@ -370,16 +370,25 @@ def conditioning_names(
         )
     assert prompts is not None
     # Several spaces or tabs in a row become one space, so that a prompt has only one spelling.
-    prompt_texts = [" ".join(line.split()) for line in prompts.read_text(encoding="utf-8").splitlines()]
+    prompt_texts = [
+        " ".join(text_line.split()) for text_line in prompts.read_text(encoding="utf-8").splitlines()
+    ]
     bad_text = next(
-        (line for line in prompt_texts if len(line) > MAX_PROMPT_LENGTH or not line.isprintable()), None
+        (
+            text_line
+            for text_line in prompt_texts
+            if len(text_line) > MAX_PROMPT_LENGTH or not text_line.isprintable()
+        ),
+        None,
     )
     if bad_text is not None:
         raise ValueError(
             f"--prompts: the line {bad_text[:40]!r} is longer than {MAX_PROMPT_LENGTH} characters or contains"
             " characters that cannot be printed. Shorten the line, or remove these characters."
         )
-    unknown_prompt = next((line for line in prompt_texts if line and line not in family.prompts), None)
+    unknown_prompt = next(
+        (text_line for text_line in prompt_texts if text_line and text_line not in family.prompts), None
+    )
     if family.prompts and unknown_prompt is not None:
         raise ValueError(
             f"--prompts: the {family.name} was not trained on the prompt {unknown_prompt[:40]!r}. Use prompts"
@@ -387,7 +396,7 @@ def conditioning_names(
             " prompts."
         )
     # without empty lines and without repetitions
-    return dict.fromkeys(line for line in prompt_texts if line)
+    return dict.fromkeys(text_line for text_line in prompt_texts if text_line)
 
 
 def list_images(folder: Path) -> dict[str, Path]:

@@ -215,13 +215,13 @@ def study(
                 few_steps=few_steps,
             )
             summary = sample_with_bar(sampling)
-            for line in sampling_report(sampling, summary) if ranks.main else ():
-                click.echo(line)
+            for report_line in sampling_report(sampling, summary) if ranks.main else ():
+                click.echo(report_line)
         if not ranks.main:
             return
     # Only flags that were given are passed to the job `study`, so that its defaults apply to the others.
-    given = {name: server[name] for name in launch.given_flags(ctx) & server.keys()}
-    serve(work, Study.of(work, training, again), list(arms), against, n, annotators, given)
+    given_server_flags = {name: server[name] for name in launch.given_flags(ctx) & server.keys()}
+    serve(work, Study.of(work, training, again), list(arms), against, n, annotators, given_server_flags)
 
 
 def arm_name(kind: str, tune: Path) -> str:

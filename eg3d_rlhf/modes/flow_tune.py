@@ -210,10 +210,10 @@ def run(work: Work, tuning: Tuning, flags: Flags, device: str, ranks: "Ranks") -
     imported = imported_of(work, family, flags["labels"], target_device, encoding)
     if ranks.main:
         write_pairs(work, family, imported)
-        for line in label_report(
+        for text in label_report(
             imported.report, {stage: len(pairs) for stage, pairs in imported.pairs.items()}
         ):
-            click.echo(line)
+            click.echo(text)
     if flags["pairs_only"]:
         return
     ranks.barrier()  # the other processes read the pairs that the first process wrote

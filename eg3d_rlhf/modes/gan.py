@@ -191,33 +191,33 @@ def add_bundled_files(flags: Mapping) -> dict:
     Args:
         flags: values of the command line by name; None: the flag was not given. 0 and False are values.
     """
-    given = {name: value for name, value in flags.items() if value is not None}
-    cfg = given.setdefault("cfg", "heads64")
-    given.setdefault("init", "bundled" if cfg == "heads64" else "scratch")
+    given_flags = {name: value for name, value in flags.items() if value is not None}
+    cfg = given_flags.setdefault("cfg", "heads64")
+    given_flags.setdefault("init", "bundled" if cfg == "heads64" else "scratch")
     # The bundled held-out reward suits the bundled reward and rewards that rounds train. With another reward
     # file of the user, no held-out reward is assumed.
-    if (cfg, given.get("reward")) == ("heads64", "sigma"):
+    if (cfg, given_flags.get("reward")) == ("heads64", "sigma"):
         reward = str(bundled.REWARD)
-        if given.get("rounds") or given.setdefault("reward_ckpt", reward) == reward:
-            given.setdefault("heldout_reward", str(bundled.WATCH))
-    return given
+        if given_flags.get("rounds") or given_flags.setdefault("reward_ckpt", reward) == reward:
+            given_flags.setdefault("heldout_reward", str(bundled.WATCH))
+    return given_flags
 
 
-def merge_preset(given: Mapping, network: Mapping) -> dict:
+def merge_preset(given_flags: Mapping, network: Mapping) -> dict:
     """Merge the preset, the settings of the network file, and the given flags, in rising priority.
 
     Args:
-        given: values of the flags that were given.
+        given_flags: values of the flags that were given.
         network: settings that the network file fixes (`read_network_settings`).
 
     Returns: settings by name. A required flag that is missing has the value None. A setting that is absent
         gets the default of its dataclass.
     """
-    cfg = given["cfg"]
-    reward = given.get("reward", "none")
-    task = select_task(given["init"], reward)
+    cfg = given_flags["cfg"]
+    reward = given_flags.get("reward", "none")
+    task = select_task(given_flags["init"], reward)
     # Later dictionaries override earlier dictionaries.
-    values = {"task": task, **PRESETS[cfg, task], **OBSERVED.get(reward, {}), **network, **given}
+    values = {"task": task, **PRESETS[cfg, task], **OBSERVED.get(reward, {}), **network, **given_flags}
     batch = values["batch"]
     if values["ema_kimg"] is None and batch is not None:
         # EG3D: ema_kimg = batch_size * 10 / 32
@@ -227,18 +227,20 @@ def merge_preset(given: Mapping, network: Mapping) -> dict:
     # without --rlr the reward's optimiser uses the learning rate of G
     values["rlr"] = values["rlr"] or values.get("glr", GanConfig.glr)
     # The preset's gate weights the consistency term by the clip of the reward, so it needs both of them.
-    if given.get("lambda_sigma") == 0 or given.get("reward_clip") == "none":
-        values["consistency_gate"] = given.get("consistency_gate", 1.0)
+    if given_flags.get("lambda_sigma") == 0 or given_flags.get("reward_clip") == "none":
+        values["consistency_gate"] = given_flags.get("consistency_gate", 1.0)
     return values
 
 
 def shown_by_help(flags: Mapping) -> list[dict]:
     """Return the values that --help shows as defaults. The only file that is read is the file of --init."""
-    given = add_bundled_files(flags)
+    given_flags = add_bundled_files(flags)
     # Only the configuration heads64 has a default dataset. None is shown as a required flag.
-    missing_data = {"data": None} if given["cfg"] != "heads64" else {}
-    network = {} if given["init"] in ("scratch", "bundled") else read_network_settings(given["init"])
-    return [{**missing_data, **merge_preset(given, network)}]
+    missing_data = {"data": None} if given_flags["cfg"] != "heads64" else {}
+    network = (
+        {} if given_flags["init"] in ("scratch", "bundled") else read_network_settings(given_flags["init"])
+    )
+    return [{**missing_data, **merge_preset(given_flags, network)}]
 
 
 def resolve(flags: Mapping) -> Settings:
@@ -249,15 +251,15 @@ def resolve(flags: Mapping) -> Settings:
 
     Raises: ValueError that names the flag of the first mistake.
     """
-    given = add_bundled_files(flags)
-    cfg = given["cfg"]
-    reward = given.get("reward", "none")
-    if cfg != "heads64" and "data" not in given:
+    given_flags = add_bundled_files(flags)
+    cfg = given_flags["cfg"]
+    reward = given_flags.get("reward", "none")
+    if cfg != "heads64" and "data" not in given_flags:
         raise ValueError(
             f"--data is missing, and --cfg={cfg} has no default dataset. Name a zip file or a folder in"
             " EG3D's format."
         )
-    init = given["init"]
+    init = given_flags["init"]
     if reward != "none":
         from eg3d_rlhf.rewards.observations import OBSERVATIONS
 
@@ -271,8 +273,8 @@ def resolve(flags: Mapping) -> Settings:
                 f"--reward={reward} cannot be combined with --init=scratch, because a reward needs trained"
                 " networks. Name a network file with --init, or use --init=bundled."
             )
-    check_rounds(given, reward)
-    if given.get("early_stop") is not None and given.get("heldout_reward") is None:
+    check_rounds(given_flags, reward)
+    if given_flags.get("early_stop") is not None and given_flags.get("heldout_reward") is None:
         missing_flag = "--reward" if reward == "none" else "--heldout-reward"
         raise ValueError(
             f"--early-stop needs {missing_flag}, whose scores choose the snapshot. Add {missing_flag}, or"
@@ -284,9 +286,9 @@ def resolve(flags: Mapping) -> Settings:
 
         # an error in this block begins with the name --init
         with naming("--init"):
-            init = given["init"] = str(find_network(init))
+            init = given_flags["init"] = str(find_network(init))
     file_settings = {} if init == "scratch" else read_network_settings(None if init == "bundled" else init)
-    values = merge_preset(given, file_settings)
+    values = merge_preset(given_flags, file_settings)
     # EG3D has no defaults for these two flags, because they depend on the dataset.
     for name in ("gamma", "batch"):
         if values[name] is None:
@@ -294,7 +296,7 @@ def resolve(flags: Mapping) -> Settings:
                 f"--{name} is missing, and --cfg={cfg} has no default value for it. Published runs of EG3D"
                 " used --gamma=1 --batch=32."
             )
-    control = given.get("control")
+    control = given_flags.get("control")
     if control is not None and not Path(control).exists():
         raise ValueError(
             f"--control: {control} does not exist. Name the folder of a run with --lambda-r=0, or its"
@@ -303,20 +305,20 @@ def resolve(flags: Mapping) -> Settings:
     return Settings.of(values)
 
 
-def check_rounds(given: Mapping, reward: str) -> None:
+def check_rounds(given_flags: Mapping, reward: str) -> None:
     """Raise ValueError for flags that cannot be combined with --rounds, or that need --rounds.
 
     A round labels samples, trains a reward on all labels, and tunes the generator with this reward.
 
     Args:
-        given: values of the flags that were given.
+        given_flags: values of the flags that were given.
         reward: value of --reward, "none" without a reward.
     """
     # The other settings of rounds have no flag; they are set with --set.
     flags = {"round_pairs": "--round-pairs", "round_labels": "--round-labels"}
-    round_flags = [flags.get(name, f"--set {name}") for name in given if name.startswith("round_")]
+    round_flags = [flags.get(name, f"--set {name}") for name in given_flags if name.startswith("round_")]
     # --rounds=0 has the same meaning as no --rounds
-    if not given.get("rounds"):
+    if not given_flags.get("rounds"):
         if round_flags:
             raise ValueError(
                 f"{round_flags[0]} has an effect only with --rounds. Add --rounds=N, or remove"
@@ -328,18 +330,18 @@ def check_rounds(given: Mapping, reward: str) -> None:
             "--rounds needs --reward, which selects the kind of reward that each round trains. Add"
             " --reward=sigma."
         )
-    if "reward_ckpt" in given:
+    if "reward_ckpt" in given_flags:
         raise ValueError(
-            f"--reward-ckpt={given['reward_ckpt']} cannot be combined with --rounds, because every round"
-            " trains a reward. Remove --reward-ckpt."
+            f"--reward-ckpt={given_flags['reward_ckpt']} cannot be combined with --rounds, because every"
+            " round trains a reward. Remove --reward-ckpt."
         )
     # The simulated annotator needs the ground truth of every sample, which exists only for synthetic heads.
-    if given.get("round_labels", SYNTHETIC) == SYNTHETIC and not given.get(
+    if given_flags.get("round_labels", SYNTHETIC) == SYNTHETIC and not given_flags.get(
         "data", DataConfig.data
     ).startswith("synthetic:"):
         raise ValueError(
-            f"--round-labels={SYNTHETIC} cannot be used with --data={given['data']}: the simulated annotator"
-            " labels synthetic heads only. Add --round-labels=people."
+            f"--round-labels={SYNTHETIC} cannot be used with --data={given_flags['data']}: the simulated"
+            " annotator labels synthetic heads only. Add --round-labels=people."
         )
 
 
@@ -580,7 +582,7 @@ def may_use_previous(flags: Mapping, ranks: "Ranks") -> bool:
     return bool(flags.get("resume_previous") or ranks.restarts)
 
 
-def open_gan(s: Settings, run: "Run") -> "Objects | None":
+def open_gan(settings: Settings, run: "Run") -> "Objects | None":
     """Build or load the networks, the dataset, the rewards and the other objects of a run.
 
     Args:
@@ -595,19 +597,21 @@ def open_gan(s: Settings, run: "Run") -> "Objects | None":
     from eg3d_rlhf.tuning.gan import reward_run as gan
     from eg3d_rlhf.tuning.gan import rounds
 
-    run.inputs = dict(gan.input_files(s))
-    if s.rounds.rounds:
-        rounds.check(s, run.ranks)
+    run.inputs = dict(gan.input_files(settings))
+    if settings.rounds.rounds:
+        rounds.check(settings, run.ranks)
         return None
     if run.resumed is None:
-        return gan.build(s, run)
+        return gan.build(settings, run)
     # Compares the hashes of the input files with the record before any file is loaded. None: all settings may
     # differ, because the checkpoint's settings are used.
     run.resume(free=None)
-    return gan.go_on(s, run, resume_source(run.resumed, run.ranks), may_use_previous(run.flags, run.ranks))
+    return gan.go_on(
+        settings, run, resume_source(run.resumed, run.ranks), may_use_previous(run.flags, run.ranks)
+    )
 
 
-def work(s: Settings, objects: "Objects | None", run: "Run") -> None:
+def work(settings: Settings, objects: "Objects | None", run: "Run") -> None:
     """Train, and compare the generator before and after the training unless --no-summary was given.
 
     For a run of rounds, run all rounds that are not finished.
@@ -622,24 +626,26 @@ def work(s: Settings, objects: "Objects | None", run: "Run") -> None:
     from eg3d_rlhf.tuning.gan import rounds
 
     if objects is None:
-        return rounds.work(s, run, lambda settings, folder: tune_in_rounds(settings, folder, run.flags))
+        return rounds.work(
+            settings, run, lambda round_settings, folder: tune_in_rounds(round_settings, folder, run.flags)
+        )
     if run.ranks.main and run.resumed is None:
         device_text = f"{objects.loop.device}" + (
             f", {run.ranks.world} processes" if run.ranks.world > 1 else ""
         )
-        print(f"Training for {s.loop.kimg:g} thousand images on {device_text}.", flush=True)
+        print(f"Training for {settings.loop.kimg:g} thousand images on {device_text}.", flush=True)
     # `train` returns False if a signal stopped the run. Only rank 0 of a run
     # with a reward holds the untuned generator, `before`.
     if (
         gan.train(objects, run)
         and objects.before is not None
         and objects.reward is not None
-        and not s.run.no_summary
+        and not settings.run.no_summary
     ):
         from eg3d_rlhf.evaluation.summary import Evaluation, finish
         from eg3d_rlhf.generators import of
 
-        settings_and_hashes = {**s.to_dict(), "hashes": run.hashes()}
+        settings_and_hashes = {**settings.to_dict(), "hashes": run.hashes()}
         finish(
             Evaluation(
                 settings_and_hashes, of(objects.before), objects.reward, objects.monitor, objects.early_stop
@@ -650,7 +656,7 @@ def work(s: Settings, objects: "Objects | None", run: "Run") -> None:
     return None
 
 
-def tune_in_rounds(s: Settings, folder: Path, flags: Mapping) -> None:
+def tune_in_rounds(settings: Settings, folder: Path, flags: Mapping) -> None:
     """Begin one training inside a run of rounds, or resume it if its folder has a checkpoint.
 
     Args:
@@ -663,11 +669,11 @@ def tune_in_rounds(s: Settings, folder: Path, flags: Mapping) -> None:
 
     if checkpoint.available(folder):
         resume_flags = Flags(
-            {"resume_previous": flags.get("resume_previous", False), "workers": s.run.workers}
+            {"resume_previous": flags.get("resume_previous", False), "workers": settings.run.workers}
         )
         GAN.go_on(GAN.read(folder, resume_flags), folder, resume_flags)
     else:
-        GAN.begin(s, folder)
+        GAN.begin(settings, folder)
 
 
 def resumable(folder: Path) -> bool:

@@ -108,14 +108,14 @@ def convert(
     from training.synthetic_heads import resolve_dataset
 
     # EG3D's dataset_tool accepts a comma as well as an x.
-    sides = None if resolution is None else re.fullmatch(r"(\d{1,5})[x,](\d{1,5})", resolution)
-    if resolution is not None and sides is None:
+    size_match = None if resolution is None else re.fullmatch(r"(\d{1,5})[x,](\d{1,5})", resolution)
+    if resolution is not None and size_match is None:
         raise ValueError(
             f"--resolution: {resolution!r} is not of the form WxH. Write the width and the height in pixels,"
             " such as 512x512."
         )
     # None stays None: the size of the source images
-    size = sides and (int(sides[1]), int(sides[2]))
+    size = size_match and (int(size_match[1]), int(size_match[2]))
     options = ConvertOptions(
         transform=transform, resolution=size, max_images=max_images, mirror=mirror, labels=labels
     )
@@ -249,8 +249,8 @@ def metrics(network, data, mirror, inception, metrics, n, seed, batch, outdir, d
     data = data or run_options.get("data") or (bundled.DATA if generator.path == bundled.GENERATOR else None)
     if data is None:
         raise ValueError(
-            f"--data is missing, and no {OPTIONS} lies beside {generator.path.name} that would name the"
-            " dataset of its training. Name the dataset with --data."
+            f"--data: the dataset is missing, and no {OPTIONS} lies beside {generator.path.name} that would"
+            " name the dataset of its training. Add --data=PATH."
         )
     data = str(data)
     # By default, the dataset is mirrored if it was mirrored in the training of the generator.

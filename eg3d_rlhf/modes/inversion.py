@@ -123,7 +123,7 @@ def recorded(folder: Path, *_: object) -> InversionRun:
     )
 
 
-def open_setup(s: InversionRun, run: "Run") -> "Setup":
+def open_setup(settings: InversionRun, run: "Run") -> "Setup":
     """Load and check the files that the settings name, and record them as inputs of the run.
 
     Args:
@@ -150,25 +150,27 @@ def open_setup(s: InversionRun, run: "Run") -> "Setup":
     from eg3d_rlhf.rewards.reward import check_reward, load_reward
 
     # Fails at once if the video encoder for the orbit is missing.
-    if s.turns:
+    if settings.turns:
         check_mp4("orbit.mp4")
     # an error in this block begins with the name --network
     with naming("--network"):
-        loaded = load_generator(s.network, run.device)
+        loaded = load_generator(settings.network, run.device)
     generator = loaded.generator
     # an error in this block begins with the name --camera
     with naming("--camera"):
-        camera_label = parse_camera(generator, s.camera)
+        camera_label = parse_camera(generator, settings.camera)
     # an error in this block begins with the name --perceptual
     with naming("--perceptual"):
         features = load_perceptual(
-            None if s.perceptual is None else Path(s.perceptual), generator.img_resolution, run.device
+            None if settings.perceptual is None else Path(settings.perceptual),
+            generator.img_resolution,
+            run.device,
         )
     # If all weights are 0, a reward is loaded only when the user named one; then it is only measured.
-    needs_reward = s.reward_ckpt is not None or max(s.weights) > 0
+    needs_reward = settings.reward_ckpt is not None or max(settings.weights) > 0
     files = {
-        "reward-ckpt": (s.reward_ckpt or bundled.REWARD) if needs_reward else None,
-        "heldout-reward": s.heldout_reward,
+        "reward-ckpt": (settings.reward_ckpt or bundled.REWARD) if needs_reward else None,
+        "heldout-reward": settings.heldout_reward,
     }
     rewards = {}
     for flag, path in files.items():
@@ -186,21 +188,33 @@ def open_setup(s: InversionRun, run: "Run") -> "Setup":
         evaluators = Evaluators(
             reward=reward,
             evaluator=reward_evaluator(heldout_reward),
-            name=f"reward {Path(s.heldout_reward or '').stem}",
+            name=f"reward {Path(settings.heldout_reward or '').stem}",
         )
-    elif judged_by_annotator(loaded, s.data):
+    elif judged_by_annotator(loaded, settings.data):
         evaluators = Evaluators(
             reward=reward, evaluator=annotator_evaluator, name="the simulated annotator without noise"
         )
-    if s.image is not None:
-        targets = [of_file(generator, Path(s.image), None if s.mask is None else Path(s.mask), camera_label)]
+    if settings.image is not None:
+        targets = [
+            of_file(
+                generator,
+                Path(settings.image),
+                None if settings.mask is None else Path(settings.mask),
+                camera_label,
+            )
+        ]
     else:
         # an error in this block begins with the name --latents
         with naming("--latents"):
             # a seed that is listed twice is used once
-            seeds = dict.fromkeys(parse_seeds(s.latents or ""))
-        targets = [of_seed(generator, seed, camera_label, s.psi) for seed in seeds]
-    files |= {"network": loaded.path, "image": s.image, "mask": s.mask, "perceptual": s.perceptual}
+            seeds = dict.fromkeys(parse_seeds(settings.latents or ""))
+        targets = [of_seed(generator, seed, camera_label, settings.psi) for seed in seeds]
+    files |= {
+        "network": loaded.path,
+        "image": settings.image,
+        "mask": settings.mask,
+        "perceptual": settings.perceptual,
+    }
     run.inputs |= {name: path for name, path in files.items() if path is not None}
     return Setup(
         loaded=loaded,
@@ -210,26 +224,26 @@ def open_setup(s: InversionRun, run: "Run") -> "Setup":
         guidance=None if reward is None else Guidance(generator, reward),
         evaluators=evaluators,
         cases=targets,
-        weights=s.weights,
-        config=s.config,
-        from_truth=s.start == "truth",
-        shown=min(s.shown, len(targets)),
+        weights=settings.weights,
+        config=settings.config,
+        from_truth=settings.start == "truth",
+        shown=min(settings.shown, len(targets)),
     )
 
 
-def work(s: InversionRun, setup: "Setup", run: "Run") -> None:
+def work(settings: InversionRun, setup: "Setup", run: "Run") -> None:
     """Run all inversions of a new run, or the inversions that a resumed run lacks, and write the outputs."""
     # imported here, because --help must not load this module
     from eg3d_rlhf.evaluation.inversion.inversion_runs import Inversions
 
     inversions = Inversions(run, setup)
-    weights = ",".join(f"{weight:g}" for weight in s.weights)
+    weights = ",".join(f"{weight:g}" for weight in settings.weights)
     click.echo(
         f"{len(setup.cases)} target(s), weights {weights}, perceptual features {setup.perceptual.name}"
     )
     # Inversions that an earlier call has finished are read from the folder.
     inversions.go()
-    finish(inversions, s.shape_res, s.turns)
+    finish(inversions, settings.shape_res, settings.turns)
 
 
 def finish(inversions: "Inversions", shape_res: int, turns: int) -> None:

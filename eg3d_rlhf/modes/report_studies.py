@@ -334,9 +334,11 @@ def sweep(
         *shlex.split(train_flags),
         *(f"--{name}={value}" for name, value in network_flags.items() if value is not None),
     ]
-    parts = {cell: part_of(cell, outdir / "cells", kimg, train_arguments) for cell in grid(*axis_values)}
+    trainings_by_cell = {
+        cell: part_of(cell, outdir / "cells", kimg, train_arguments) for cell in grid(*axis_values)
+    }
     # state of each cell: finished, begun or new
-    states = {cell.name: part.state() for cell, part in parts.items()}
+    states = {cell.name: training.state() for cell, training in trainings_by_cell.items()}
     # --dry-run ends here; nothing has been written so far
     if dry_run:
         # the hashes show whether two sweeps used the same files
@@ -352,13 +354,13 @@ def sweep(
         print_json({**common_settings, "outdir": str(outdir), "cells": states})
         return
     click.echo(
-        f"{len(parts)} cells of {kimg:g} thousand images, {sum(s != 'finished' for s in states.values())} to"
-        " train.",
+        f"{len(trainings_by_cell)} cells of {kimg:g} thousand images,"
+        f" {sum(state != 'finished' for state in states.values())} to train.",
         err=True,
     )
     try:
         # Finished cells are skipped.
-        make_cells(parts, jobs)
+        make_cells(trainings_by_cell, jobs)
     except KeyboardInterrupt:
         click.echo(
             "Stopped. Interrupted cells keep their checkpoints. Repeat the command to resume.", err=True
@@ -374,7 +376,7 @@ def sweep(
         runs_folder=outdir / "cells",
         **sampling,
     )
-    finding = measure_cells(parts, sources, outdir)
+    finding = measure_cells(trainings_by_cell, sources, outdir)
     rows = {
         row["setting"] + (" (on the front)" if row["on_front"] else ""): {
             **{name: row["measures"][name]["mean"] for name in GOALS},

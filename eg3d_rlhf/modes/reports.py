@@ -96,7 +96,7 @@ def evaluate(outdir, only, dry_run, device, **sources) -> None:
 
     comparison = load_comparison(Sources(device=choose_device(device), **sources))
     # raises ValueError for an unknown name in --only
-    parts = comparison_page.select(comparison, only)
+    report_parts = comparison_page.select(comparison, only)
     # --dry-run ends here; nothing has been written so far
     if dry_run:
         # paths as texts for JSON; None stays None
@@ -111,11 +111,11 @@ def evaluate(outdir, only, dry_run, device, **sources) -> None:
             "images": comparison.images,
             "outdir": str(outdir),
         }
-        print_json({**comparison.resolved(), **settings, "parts": [job.key for job in parts]})
+        print_json({**comparison.resolved(), **settings, "parts": [job.key for job in report_parts]})
         return
     # Missing files are reported before the first part is computed.
     comparison_page.check_files(comparison)
-    findings = pages.run(parts, outdir)
+    findings = pages.run(report_parts, outdir)
     # The summary uses only parts that were computed.
     sentences = comparison_page.summary(comparison, findings)
     _keep_summary(outdir, sentences)
@@ -123,11 +123,11 @@ def evaluate(outdir, only, dry_run, device, **sources) -> None:
         outdir / "index.html",
         comparison_page.TITLE,
         comparison_page.introduction(comparison),
-        parts,
+        report_parts,
         findings,
         sentences,
     )
-    click.echo("\n".join(pages.first_sentences(parts, findings)))
+    click.echo("\n".join(pages.first_sentences(report_parts, findings)))
     click.echo(
         f"\nWritten to {page.parent}: {page.name} (open it in a browser), summary.txt, figures/, data/"
     )
@@ -321,19 +321,19 @@ def attribute(outdir, dry_run, device, regions, landmarks, method, **flags) -> N
         }
         print_json({**comparison.resolved(), **vars(settings), **paths})
         return
-    parts = attribution.jobs(study)
+    report_parts = attribution.jobs(study)
     # The first part renders the regions, so that the user can check them while the attribution is computed.
-    findings = pages.run(parts[:1], outdir)
+    findings = pages.run(report_parts[:1], outdir)
     for name in findings["regions"].images.values():
         click.echo(f"The regions are shown in {outdir / 'data' / name}. The attribution follows.")
-    findings |= pages.run(parts[1:], outdir)
+    findings |= pages.run(report_parts[1:], outdir)
     sentences = attribution_summary(findings)
     _keep_summary(outdir, sentences)
     page = write_page(
         outdir / "index.html",
         attribution.TITLE,
         attribution_introduction(study),
-        parts,
+        report_parts,
         findings,
         sentences,
         viewer(outdir),
@@ -352,7 +352,7 @@ def attribute(outdir, dry_run, device, regions, landmarks, method, **flags) -> N
         f"{'sum':<18} {total:>+14.4f}  largest efficiency gap {data['largest_relative_gap']:.1e} of the"
         " difference\n"
     )
-    click.echo("\n".join(pages.first_sentences(parts, findings)))
+    click.echo("\n".join(pages.first_sentences(report_parts, findings)))
     click.echo(
         f"\nWritten to {page.parent}: {page.name} (open it in a browser), summary.txt, figures/,"
         f" data/{surface_file}"

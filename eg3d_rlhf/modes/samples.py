@@ -558,6 +558,7 @@ def sheet(outdir, network, data, latents, shapes, psi, device, dry_run) -> None:
         sheets["shapes.png"] = shape_sheet(
             generator, seeds[:shapes], psi if psi is not None else 1.0 if has_ground_truth else Sources.psi
         )
+    # written last, so that an error leaves the old files unchanged
     for name, image in sheets.items():
         write_atomic(outdir / name, rendering.png(image))
     click.echo(f"{outdir}: {', '.join(sheets)}")

@@ -78,6 +78,7 @@ def report(outdir: Path | None, db: str | None, interim: bool, images: int) -> N
     # raises an error if there is no design or no database
     design, rows = study_rows(folder)
     # Finished assets have no generator that could render them again.
+    # (0: the report has no images)
     image_count = 0 if design.assets else images
     if image_count:
         click.echo(f"analysing, and rendering up to {2 * image_count} pairs ...", err=True)

@@ -187,10 +187,10 @@ class _Reader:
         fan.
         """
         count = 0
-        for part in mesh:
+        for primitive in mesh:
             # Without indices, the vertices in their order form the triangles.
-            index_count = len((part.indices or part.attributes["POSITION"]).values)
-            count += index_count // 3 if part.mode == 4 else max(index_count - 2, 0)
+            index_count = len((primitive.indices or primitive.attributes["POSITION"]).values)
+            count += index_count // 3 if primitive.mode == 4 else max(index_count - 2, 0)
         return count
 
     # ---- records
@@ -284,7 +284,7 @@ class _Reader:
             if mesh is not None or number in children:
                 converted[number] = Node(children.get(number, [])[::-1], mesh, _place(record))
                 children.setdefault(parent, []).append(number)
-        new_index = {number: i for i, number in enumerate(n for n, _ in order if n in converted)}
+        new_index = {number: i for i, number in enumerate(node for node, _ in order if node in converted)}
         self.out.nodes = [converted[number] for number in new_index]
         for node in self.out.nodes:
             node.children = [new_index[child] for child in node.children]
@@ -297,12 +297,12 @@ class _Reader:
                 "the GLB file has a mesh with morph targets, which are not supported. Export it as a static"
                 " mesh."
             )
-        parts = record.get("primitives", [])
-        if sum(len(mesh) for mesh in self.out.meshes) + len(parts) > MAX_PARTS:
+        primitive_records = record.get("primitives", [])
+        if sum(len(mesh) for mesh in self.out.meshes) + len(primitive_records) > MAX_PARTS:
             raise ValueError(
                 f"the meshes have more than {MAX_PARTS:,} primitives. Join parts of the same material."
             )
-        return [self._primitive(part) for part in parts]
+        return [self._primitive(primitive_record) for primitive_record in primitive_records]
 
     def _primitive(self, record: dict) -> Primitive:
         """Convert the record of a primitive.

@@ -150,7 +150,7 @@ def glb_parts(model: Model) -> list[bytes | memoryview]:
     Returns: parts of the file in order, which `b"".join` joins. The parts avoid a copy of large arrays.
     """
     buffer = _Buffer()
-    meshes = [{"primitives": [_primitive(buffer, part) for part in mesh]} for mesh in model.meshes]
+    meshes = [{"primitives": [_primitive(buffer, primitive) for primitive in mesh]} for mesh in model.meshes]
     images = [{"bufferView": buffer.view(image.data), "mimeType": image.kind} for image in model.pictures]
     nodes = [
         {
@@ -461,21 +461,21 @@ def _jpeg_segments(data: bytes) -> Iterator[tuple[int, bytes]]:
         if marker == 0xD9:
             yield marker, data[at : at + 2]
             return
-        end = at + 2 + struct.unpack_from(">H", data, at + 2)[0]
-        if end < at + 4 or end > len(data):
+        segment_end = at + 2 + struct.unpack_from(">H", data, at + 2)[0]
+        if segment_end < at + 4 or segment_end > len(data):
             raise ValueError("the JPEG file is damaged or incomplete. Export the image again.")
         # start of a scan
         if marker == 0xDA:
             # The pixels end at a marker that is neither a stuffed byte (FF 00) nor a restart marker.
             while True:
-                end = data.find(b"\xff", end)
-                if end < 0 or end + 1 >= len(data):
+                segment_end = data.find(b"\xff", segment_end)
+                if segment_end < 0 or segment_end + 1 >= len(data):
                     raise ValueError("the JPEG file is incomplete. Export the image again.")
-                if data[end + 1] != 0 and not 0xD0 <= data[end + 1] <= 0xD7:
+                if data[segment_end + 1] != 0 and not 0xD0 <= data[segment_end + 1] <= 0xD7:
                     break
-                end += 2
-        yield marker, data[at:end]
-        at = end
+                segment_end += 2
+        yield marker, data[at:segment_end]
+        at = segment_end
 
 
 def _webp(data: bytes) -> tuple[tuple[int, int], list[bytes]]:

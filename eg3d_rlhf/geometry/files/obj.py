@@ -111,13 +111,13 @@ def read_obj(data: bytes | memoryview, path: Path, geometry_only: bool = False) 
             f"the OBJ file names {len(libraries)} material files (mtllib). Join them into one file."
         )
     materials = _materials(as_text(libraries[0].read_bytes()), libraries[0]) if libraries else {}
-    parts = _Lines(as_text(data)).parts()
-    used_names = [name for name in materials if any(name == part[0] for part in parts)]
+    named_parts = _Lines(as_text(data)).parts()
+    used_names = [name for name in materials if any(name == named_part[0] for named_part in named_parts)]
     material_indices = {name: i for i, name in enumerate(used_names)}
     records, images = _records([materials[name] for name in used_names])
     # If the material file is missing, all parts get the same grey material.
     if missing_names:
-        material_indices = dict.fromkeys([part[0] for part in parts], 0)
+        material_indices = dict.fromkeys([named_part[0] for named_part in named_parts], 0)
         records = [
             {
                 "pbrMetallicRoughness": {"metallicFactor": 0, "roughnessFactor": 1, "baseColorFactor": GREY},
@@ -125,7 +125,9 @@ def read_obj(data: bytes | memoryview, path: Path, geometry_only: bool = False) 
             }
         ]
     return scene_of(
-        [triangles(**arrays, material=material_indices.get(name)) for name, arrays in parts], records, images
+        [triangles(**arrays, material=material_indices.get(name)) for name, arrays in named_parts],
+        records,
+        images,
     )
 
 
@@ -146,15 +148,15 @@ class _Lines:
         self.names: list[str] = []  # material of each face
         material = ""
         # A backslash at the end of a line continues the line. Line numbers count from 1.
-        for number, line in enumerate(text.replace("\\\r\n", " ").replace("\\\n", " ").splitlines(), 1):
+        for number, text_line in enumerate(text.replace("\\\r\n", " ").replace("\\\n", " ").splitlines(), 1):
             # text after # is a comment; an empty line has the kind ""
-            kind, *words = (line.split("#", 1)[0] if "#" in line else line).split() or [""]
+            kind, *words = (text_line.split("#", 1)[0] if "#" in text_line else text_line).split() or [""]
             if kind == "f":
                 if len(words) < 3:
                     # Faces with fewer than three corners are dropped.
                     continue
                 # A negative index counts back from the points above its line, so it is resolved here.
-                if "-" in line:
+                if "-" in text_line:
                     words = [self._resolved(word, number) for word in words]
                 self.lines.append(number)
                 self.names.append(material)
@@ -166,25 +168,25 @@ class _Lines:
         if not self.lines:
             raise ValueError("the OBJ file has no triangles. Export a mesh that has faces.")
 
-    def _resolved(self, word: str, line: int) -> str:
+    def _resolved(self, word: str, line_number: int) -> str:
         """Replace the negative indices of a corner by positive indices, which count from 1.
 
         Args:
             word: corner, such as "-1/-1/-1"; -1 is the last point above the line of the face.
-            line: number of the line, for the error message.
+            line_number: number of the line, for the error message.
 
         Raises: ValueError if there are not so many points above the line.
         """
-        parts = word.split("/")
-        for i, (part, kind) in enumerate(zip(parts, self.widths, strict=False)):
-            if part.startswith("-") and part[1:].isdecimal():
-                parts[i] = str(len(self.widths[kind]) + int(part) + 1)
-                if int(parts[i]) < 1:
+        indices = word.split("/")
+        for i, (index_text, kind) in enumerate(zip(indices, self.widths, strict=False)):
+            if index_text.startswith("-") and index_text[1:].isdecimal():
+                indices[i] = str(len(self.widths[kind]) + int(index_text) + 1)
+                if int(indices[i]) < 1:
                     raise ValueError(
-                        f"the index {word[:40]!r} in line {line} counts back beyond the first of the"
+                        f"the index {word[:40]!r} in line {line_number} counts back beyond the first of the"
                         f" {len(self.widths['v'])} vertices above it. Export the mesh again."
                     )
-        return "/".join(parts)
+        return "/".join(indices)
 
     def corners(self) -> np.ndarray:
         """Return the corners of all faces as indices [C, 3] of points, texture coordinates and normals.
@@ -198,8 +200,14 @@ class _Lines:
         # Corners may have different forms: 1, 1/2, 1//3 or 1/2/3. They are padded with 0, which stands for a
         # missing index, to the form 1/2/3.
         if len(slashes) > 1 or "//" in (text := " ".join(words)) or "/ " in text or text.endswith("/"):
-            padded_words = [[*(part or "0" for part in word.split("/")), "0", "0"] for word in words]
-            words = ["/".join(parts[: max(3, len(parts) - 2)]) for parts in padded_words]
+            padded_words = [
+                [*(index_text or "0" for index_text in word.split("/")), "0", "0"] for word in words
+            ]
+            # Two zeros were added to every corner; they are removed again as far as three indices remain.
+            words = [
+                "/".join(indices_as_text[: max(3, len(indices_as_text) - 2)])
+                for indices_as_text in padded_words
+            ]
             slashes = {word.count("/") for word in words}
             text = " ".join(words)
         width = slashes.pop() + 1
@@ -210,6 +218,7 @@ class _Lines:
             or width > 3
             or len(numbers) != width * len(words)
             or (numbers < 0).any()
+            # the first index of a corner must not be 0
             or not numbers[::width].all()
         ):
             # The error names the first malformed corner and its line.
@@ -217,10 +226,12 @@ class _Lines:
             wrong_index = next(
                 (i for i, word in enumerate(self.words["f"]) if not valid_corner.fullmatch(word)), 0
             )
-            line = self.lines[int(np.searchsorted(np.cumsum(self.widths["f"]), wrong_index, side="right"))]
+            line_number = self.lines[
+                int(np.searchsorted(np.cumsum(self.widths["f"]), wrong_index, side="right"))
+            ]
             raise ValueError(
-                f"{self.words['f'][wrong_index][:40]!r} in line {line} is no corner of a face. Write corners"
-                " such as 1 or 1/1/1, which count from 1."
+                f"{self.words['f'][wrong_index][:40]!r} in line {line_number} is no corner of a face. Write"
+                " corners such as 1 or 1/1/1, which count from 1."
             )
         indices = np.full((len(words), 3), -1)
         indices[:, :width] = numbers.reshape(-1, width) - 1
@@ -382,8 +393,8 @@ def _materials(text: str, path: Path) -> dict[str, Material]:
     """
     materials: dict[str, Material] = {}
     current = Material()
-    for line in text.splitlines():
-        words = line.split(maxsplit=1)
+    for text_line in text.splitlines():
+        words = text_line.split(maxsplit=1)
         if len(words) < 2 or words[0].startswith("#"):
             continue
         key = words[0].lower()
@@ -424,7 +435,9 @@ def _check_name(path: Path, name: str) -> None:
         path: OBJ or MTL file that contains the name.
         name: name of the file; options may stand before it.
     """
+    # Options such as "-s 2 2 2" may stand before the name.
     file_name = name.split()[-1]
+    # Paths with backslashes come from Windows.
     if (
         _ADDRESS.match(file_name)
         or file_name.startswith(("/", "\\"))

@@ -116,17 +116,17 @@ def read_header(data: memoryview) -> Header:
     Raises: ValueError for a damaged header, and for sizes that exceed the size of the file.
     """
     head = bytes(data[:MAX_HEADER])
-    end = head.find(b"end_header")
-    stop = head.find(b"\n", end)
-    if not head.startswith(b"ply") or end < 0 or stop < 0:
+    keyword_position = head.find(b"end_header")
+    stop = head.find(b"\n", keyword_position)
+    if not head.startswith(b"ply") or keyword_position < 0 or stop < 0:
         raise ValueError(
             "the file has no complete PLY header: it is damaged or of another format. Export it again."
         )
     order = None
     elements: list[tuple[str, int, dict[str, str], dict[str, str]]] = []
     try:
-        for line in head[:end].decode("ascii", "replace").splitlines():
-            words = line.split()
+        for header_line in head[:keyword_position].decode("ascii", "replace").splitlines():
+            words = header_line.split()
             if words[:1] == ["format"]:
                 order = _ORDERS[words[1]]
             elif words[:1] == ["element"]:

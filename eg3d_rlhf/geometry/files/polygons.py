@@ -143,11 +143,17 @@ def _is_ear(plane: np.ndarray, remaining: list[int], ear: tuple[int, int, int]) 
     a, b, c = plane[list(ear)]
     if _cross(a, b, c) <= 0:
         return False
-    others = plane[remaining]
-    inside = (_cross(a, b, others) >= 0) & (_cross(b, c, others) >= 0) & (_cross(c, a, others) >= 0)
+    other_corners = plane[remaining]
+    inside = (
+        (_cross(a, b, other_corners) >= 0)
+        & (_cross(b, c, other_corners) >= 0)
+        & (_cross(c, a, other_corners) >= 0)
+    )
     # Corners at the same position as a corner of the triangle do not count. They occur where a polygon with a
     # hole is cut open along a line to the hole.
-    at_corner = (others == a).all(axis=1) | (others == b).all(axis=1) | (others == c).all(axis=1)
+    at_corner = (
+        (other_corners == a).all(axis=1) | (other_corners == b).all(axis=1) | (other_corners == c).all(axis=1)
+    )
     return not (inside & ~at_corner).any()
 
 

@@ -97,9 +97,9 @@ def scene_triangles(model: Model) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(vertices), np.concatenate(faces)
 
 
-def _points(part: Primitive) -> np.ndarray:
+def _points(primitive: Primitive) -> np.ndarray:
     """Return the positions [N, 3] of a primitive as float64. Normalised integers are scaled to -1..1."""
-    array = part.attributes["POSITION"]
+    array = primitive.attributes["POSITION"]
     points = array.values.astype(np.float64)
     if not array.normalized:
         return points
@@ -107,18 +107,20 @@ def _points(part: Primitive) -> np.ndarray:
     return np.maximum(points / np.iinfo(array.values.dtype).max, -1.0)
 
 
-def _sides(part: Primitive) -> np.ndarray:
+def _sides(primitive: Primitive) -> np.ndarray:
     """Return the triangles [F, 3] of a primitive as indices of vertices. Strips and fans are converted to
     separate triangles.
     """
-    count = len(part.attributes["POSITION"].values)
-    indices = np.arange(count) if part.indices is None else part.indices.values[:, 0].astype(np.int64)
-    if part.mode == _STRIP:
+    count = len(primitive.attributes["POSITION"].values)
+    indices = (
+        np.arange(count) if primitive.indices is None else primitive.indices.values[:, 0].astype(np.int64)
+    )
+    if primitive.mode == _STRIP:
         triangles = np.stack([indices[:-2], indices[1:-1], indices[2:]], axis=1)
         # Every second triangle of a strip has the opposite orientation in glTF 2.0.
         triangles[1::2] = triangles[1::2, [1, 0, 2]]
         return triangles
-    if part.mode == _FAN:
+    if primitive.mode == _FAN:
         return np.stack([np.full(len(indices) - 2, indices[0]), indices[1:-1], indices[2:]], axis=1)
     # One or two indices at the end that form no triangle are dropped.
     return indices[: len(indices) // 3 * 3].reshape(-1, 3)
