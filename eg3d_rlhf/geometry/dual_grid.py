@@ -84,6 +84,7 @@ def dual_grid(vertices: torch.Tensor, faces: torch.Tensor, resolution: int) -> D
             f"the mesh crosses no line of a grid with {resolution} voxels per axis. Check that the mesh is"
             " not empty, and enlarge it if it is smaller than a voxel."
         )
+    # the codes back to the indices x, y, z
     coords = torch.stack([codes // strides[0], codes // strides[1] % resolution, codes % resolution], 1)
     crossed = torch.zeros(len(codes), 3, dtype=torch.bool)
     error = _Quadratic(coords)
@@ -129,6 +130,7 @@ def _ranges(low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.
 
     Returns: the index of the range and the integer, both [total number of integers], range after range.
     """
+    # an empty range has no integers
     counts = (high - low + 1).clamp_min(0)
     row = torch.repeat_interleave(torch.arange(len(low)), counts)
     # The integer is its position within the range plus the first integer of the range.
@@ -145,6 +147,7 @@ def _along(a: torch.Tensor, b: torch.Tensor, axis: int, value: torch.Tensor) -> 
 
     Returns: points [K, 3].
     """
+    # position on the line: 0 at a, 1 at b
     share = (value - a[:, axis]) / (b[:, axis] - a[:, axis])
     return a + share[:, None] * (b - a)
 
@@ -410,6 +413,7 @@ class _Quadratic:
             ends: two points [K, 2, 3] of each line.
         """
         direction = torch.nn.functional.normalize(ends[:, 1] - ends[:, 0], dim=1, eps=1e-300)
+        # projection perpendicular to the line
         across = LINE * (torch.eye(3, dtype=torch.float64) - direction[:, :, None] * direction[:, None])
         projected = (across @ (ends[:, 0] - self.coords[row])[:, :, None])[:, :, 0]
         self.sums.index_add_(0, row, torch.cat([across[:, UPPER[0], UPPER[1]], projected], 1))
@@ -454,6 +458,7 @@ class _Quadratic:
                 # minimum over the free coordinates, given the fixed ones
                 right_side = b[:, free] - (A[:, free][:, :, fixed] @ point[:, fixed, None])[:, :, 0]
                 point[:, free] = torch.linalg.solve(A[:, free][:, :, free], right_side)
+            # error of the candidate point, up to the same constant
             value = ((A @ point[:, :, None])[:, :, 0] * point).sum(1) - 2 * (b * point).sum(1)
             is_better = ((point >= 0) & (point <= 1)).all(1) & (value < smallest_error)
             smallest_error = value.where(is_better, smallest_error)

@@ -47,9 +47,11 @@ class LevelSet:
             field: field of one shape.
             resolution: number of grid points per edge of the field's cube.
         """
+        # one shape, since the level set has one grid
         assert len(field) == 1
         spec = SlabSpec.of(field.bounds, resolution)
         return cls(
+            # [1, D, H, W] -> [D, H, W]
             cube=field.density_grid(spec)[0],
             spec=spec,
             level=field.level,
@@ -147,6 +149,7 @@ class LevelSet:
         depth = torch.full_like(near, torch.inf)
         maps = self._maps
         # indices of rays that are still being traced
+        # rays that miss the cube keep the depth inf
         rays = (far > near).nonzero()[:, 0]
         t = near[rays]
         t_before = near[rays]

@@ -168,6 +168,7 @@ def to_world(vertices: np.ndarray, coordinates: Sequence[np.ndarray]) -> np.ndar
     """
     world = np.empty(vertices.shape, dtype=np.float32)
     for i, axis in enumerate(coordinates):
+        # index of the grid point before the vertex; clipped, so that start + 1 exists
         start = np.clip(np.floor(vertices[:, i]).astype(np.int64), 0, len(axis) - 2)
         world[:, i] = axis[start] + (vertices[:, i] - start) * (axis[start + 1] - axis[start])
     return world
@@ -196,6 +197,7 @@ def count_edges(faces: np.ndarray) -> EdgeCounts:
     Args:
         faces: triangles [F, 3] as indices of vertices.
     """
+    # number of vertices: the largest index plus 1
     graph = half_edges(faces, int(faces.max(initial=-1)) + 1)
     # Entries of the sparse matrix are summed where a half-edge occurs several times.
     shared = 3 * len(faces) - graph.nnz
@@ -245,6 +247,7 @@ def parts(faces: np.ndarray, vertices: int) -> tuple[int, np.ndarray]:
     """
     from scipy.sparse.csgraph import connected_components
 
+    # weak: the directions of the half-edges do not matter
     count, label = connected_components(half_edges(faces, vertices), directed=True, connection="weak")
     part = label[faces[:, 0]]
     # A vertex that no face uses is a component of the graph, but no part. The others are numbered again.
@@ -267,6 +270,7 @@ def face_volumes(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
     volumes = np.empty(len(faces))
     for start in range(0, len(faces), _CHUNK):
         (ax, ay, az), *side_vectors = _corners(vertices, faces[start : start + _CHUNK])
+        # normal of each face, with twice its area as length
         nx, ny, nz = _cross(*side_vectors)
         # a . (b - a) x (c - a) = a . b x c, six times the signed volume
         volumes[start : start + _CHUNK] = (ax * nx + ay * ny + az * nz) / 6
@@ -280,6 +284,7 @@ def _corners(vertices: np.ndarray, faces: np.ndarray) -> list[list[np.ndarray]]:
     columns.
     """
     columns = [np.ascontiguousarray(vertices[:, axis], dtype=np.float64) for axis in range(3)]
+    # three corners, each as three columns [F]
     a, b, c = ([column[faces[:, corner]] for column in columns] for corner in range(3))
     return [
         a,
@@ -335,6 +340,7 @@ def decimate(vertices: np.ndarray, faces: np.ndarray, target: int) -> tuple[np.n
     Returns: vertices and faces of the decimated mesh.
     """
     assert target >= 4  # a tetrahedron has four faces
+    # the mesh is small enough already
     if len(faces) <= target:
         return vertices, faces
     count, part = parts(faces, len(vertices))
@@ -679,5 +685,6 @@ def extract_mesh_blockwise(
     # The last layer ends with one plane outside the volume, which closes the surface.
     layer[filled_planes + 1] = outside_value(level)
     builder.add(first, layer[: filled_planes + 2], touched_bricks(layer[: filled_planes + 2], level))
+    # After the last block, because all densities must be known.
     check_crossed(*(between() if between else (low, high)), level)
     return builder.finish()

@@ -471,7 +471,9 @@ def save_mesh(
         vertices=vertices, faces=faces, vertex_colors=colors, vertex_normals=normals, process=False
     )
     kind = path.suffix.lower()[1:]
+    # trimesh names this option differently for each format
     options: dict[str, Any] = {"vertex_normal" if kind == "ply" else "include_normals": normals is not None}
+    # text for .obj, bytes for the other formats
     data: Any = mesh.export(file_type=kind, **options)
     write_atomic(path, data.encode() if isinstance(data, str) else data)
     return path
@@ -590,6 +592,7 @@ def export_mesh(
     >>> report.components
     1
     """
+    # a function that does nothing if no progress is shown
     report_progress = progress or (lambda stage, finished, total: None)
     grid = FieldGrid(field, options.resolution, options.border)
     vertices, faces = extract_field_mesh(
@@ -655,8 +658,10 @@ def normals_down_density(mesh: Mesh, field: Field, options: MeshOptions) -> floa
         field: field of which it is the surface.
         options: settings of the export.
     """
+    # distance between grid points in world units
     step = field.bounds.side / (options.resolution - 1)
     centre = np.asarray(field.bounds.centre, dtype=mesh.vertices.dtype)
+    # Two grid steps from the border: vertices of the caps lie at the border.
     is_inside = (
         np.abs(mesh.vertices - centre).max(axis=1) < field.bounds.side * (0.5 - options.border) - 2 * step
     )

@@ -88,6 +88,7 @@ def pair_maps(
 
     Returns: those of the maps [N, X, J, Y, 1], [N, X, J, 1, Z] and [N, 1, J, Y, Z] that occur.
     """
+    # unordered pairs, each once, in the order of the planes
     merged = tuple(dict.fromkeys((min(pair), max(pair)) for pair in pairs))
     features = _SampledPlanes.apply(
         planes, tuple(pairs), merged, tuple(axis.to(planes.dtype) for axis in axes)
@@ -428,6 +429,7 @@ def normalise_slab(sigma: torch.Tensor, value_max: float = 100.0) -> torch.Tenso
     Deviates: the division of the paper (arXiv 2606.27305) gives NaN for a constant slab.
     """
     assert sigma.ndim >= 2 and sigma[:1].numel() > 0
+    # all axes except the batch
     dims = tuple(range(1, sigma.ndim))
     low = sigma.amin(dim=dims, keepdim=True)
     high = sigma.amax(dim=dims, keepdim=True)

@@ -46,6 +46,7 @@ class Rules:
     weights: tuple[float, float, float, float] = (1.0, 1.0, 1.0, 1.0)
 
     def __post_init__(self) -> None:
+        # A sum of weights of 0 would make the mean undefined.
         if len(self.weights) != len(TERMS) or min(self.weights) < 0 or not 0 < sum(self.weights) < math.inf:
             raise ValueError(
                 f"Rules: weights must be {len(TERMS)} numbers >= 0, of which at least one is above 0, got"
@@ -263,6 +264,7 @@ def exposed(labels: np.ndarray, count: int) -> np.ndarray:
 def main_share(solid: np.ndarray) -> float:
     """Return the fraction of the exposed voxel faces that belong to the largest part; 0 for an empty grid."""
     faces = exposed(*ndimage.label(solid))
+    # an empty grid has no parts
     return float(faces.max() / faces.sum()) if len(faces) else 0.0
 
 
@@ -318,6 +320,7 @@ def tip(solid: np.ndarray) -> tuple[float, float]:
     ).equations
     # n . p + offset is the distance from a side, negative inside the hull
     margin = -float((hull_sides[:, :2] @ centre[[0, 2]] + hull_sides[:, 2]).max())
+    # the centre of mass lies above the tilting edge at this angle
     return math.degrees(math.atan2(margin, centre[1] - lowest)), margin
 
 
@@ -397,6 +400,7 @@ def joined(terms: Mapping[str, float], rules: Rules) -> Score:
         rules: weights of the terms.
     """
     weights = dict(zip(TERMS, rules.weights, strict=True))
+    # logarithm of the weighted geometric mean
     mean = sum(weights[name] * math.log(max(terms[name], FLOOR)) for name in TERMS) / sum(rules.weights)
     return Score(**terms, solid=math.exp(mean))
 
@@ -408,6 +412,7 @@ def repaired(solid: np.ndarray, rules: Rules = OBJECTS) -> np.ndarray:
     grid is returned unchanged.
     """
     filled = fill(solid, rules.bridge(solid))
+    # parts of the filled shape
     labels, count = ndimage.label(filled)
     if count <= 1:
         return np.asarray(filled)
@@ -472,6 +477,7 @@ def beside(solid: np.ndarray, references: Sequence[np.ndarray], rules: Rules = O
     filled = fill(solid, rules.bridge(solid))
     return Judged(
         score=score(solid, rules, filled),
+        # The most similar reference counts.
         fidelity=max(overlap(filled, reference) for reference in references),
     )
 

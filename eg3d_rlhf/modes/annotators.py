@@ -96,6 +96,7 @@ def _hand_over(
                 " Add --address=URL."
             )
         if qr is not None:
+            # raises ValueError if the file exists or has another suffix
             check_picture(qr)
     # An error in `make` happens before anything is printed.
     with open_store(db, create) as store:
@@ -127,6 +128,7 @@ def revoke(name: str, db: str) -> None:
     from eg3d_rlhf.people.label.entities import LOCAL
 
     with open_store(db, create=False) as store:
+        # The database keeps the annotator, because judgements refer to it.
         store.revoke_annotator(name)
         # LOCAL is the person who uses the server on its own machine. This annotator needs no token, so it
         # cannot replace an administrator who logs in from elsewhere.

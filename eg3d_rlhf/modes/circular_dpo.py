@@ -267,6 +267,7 @@ def work(settings: CircularRun, problem: "Problem", run: "Run") -> None:
     from eg3d_rlhf.tuning.flow.families.opening import open_problem
     from eg3d_rlhf.tuning.flow.training.circular import ablation
 
+    # `open_problem` is passed on, because each worker process opens the problem itself.
     ablation.work(settings, problem, run, open_problem)
 
 

@@ -284,6 +284,7 @@ def resolve(flags: Flags) -> DistillRun:
     # later entries override earlier ones
     values = {**default_values(kind, given_flags.get("steps")), **given_flags}
     if not has_geometry_arm:
+        # without an arm that uses it, the reward need not be loaded
         values["geometry_reward"] = "none"
     if kind == "files" and not prompts:
         raise ValueError(
@@ -303,6 +304,7 @@ def resolve(flags: Flags) -> DistillRun:
     settings = DistillSettings(
         prompts=prompts,
         arms=arm_names,
+        # `built` takes the fields of its class and ignores other names
         scene=built(SceneConfig, values),
         loop=built(LoopConfig, values),
         preset=flags["preset"],
@@ -360,7 +362,9 @@ def reject_unused(given_flags: Mapping, methods: set[str], has_geometry_arm: boo
     if not any(METHODS[name].judged for name in methods):
         requirements["judge"] = "--method=dreamdpo or psd"
     for name in sorted(requirements.keys() & given_flags.keys()):
-        raise ValueError(f"{flag(name)} has an effect only with {requirements[name]}. Remove it.")
+        raise ValueError(
+            f"{flag(name)} has an effect only with {requirements[name]}. Add that, or remove {flag(name)}."
+        )
     if given_flags.get("geometry_reward", "none") != "none" and not has_geometry_arm:
         raise ValueError(
             "--geometry-reward has no effect, because no arm of --compare ends in +geometry. Add an arm such"

@@ -281,8 +281,7 @@ def serve(
         asset_folders = work.drawn(contests[chosen_contest]), work.drawn(arms[1])
         # the function receives remarks about the assets, which are not printed here
         _, pairs, _ = read_sides(*asset_folders, lambda text: None)
-        # With two or more annotators, two people may answer the same pair, so there are at most twice as many
-        # trials as pairs.
+        # A pair is shown to at most two people, which limits the number of answers.
         most_trials = len(pairs) * min(annotators, 2)
         flags += [
             f"--a={asset_folders[0]}",

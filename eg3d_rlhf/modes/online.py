@@ -210,6 +210,7 @@ def select_arms(flags: Flags, preset: str) -> tuple[str, ...]:
 
 def check(flags: Flags, arms: tuple[str, ...]) -> None:
     """Raise ValueError, naming the flags, if flags were given that have no effect on any of the arms."""
+    # False: the source of pairs has this flag, but it never has an effect in this mode.
     flags.belong(("labelled",), False, "--mode=circular-dpo")
     check_arms_flags(flags, len(arms) > 1)
     flags.belong(EARLY, flags["choose_noises"] != 0, "early stopping, which --choose-noises=0 switches off")

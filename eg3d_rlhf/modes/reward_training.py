@@ -278,6 +278,7 @@ def resolve(flags: Flags) -> RewardRun:
     filters = {
         name: value for name in LabelFilters.__dataclass_fields__ if (value := options.pop(name)) is not None
     }
+    # None: the seed of the split was not given, and its default is 0
     source = open_label_source(labels, unpaired, options["split_seed"] or 0, filters)
     # settings of the run: those of the preset's observation, replaced by flags that were given
     preset_values = find_preset(flags["preset"], observation).observe

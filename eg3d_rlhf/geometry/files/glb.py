@@ -167,6 +167,7 @@ class _Reader:
         scenes = self._records("scenes")
         if not scenes:
             raise ValueError("the GLB file has no scene. Export it with a scene.")
+        # The field `scene` is the index of the scene to show, by default the first.
         scene = self._record("scenes", self.document.get("scene", 0))
         self._nodes(scene.get("nodes", []))
         # The triangles of a mesh count once for each node that refers to the mesh.
@@ -292,6 +293,7 @@ class _Reader:
 
     def _mesh(self, record: dict) -> list[Primitive]:
         """Convert the record of a mesh into its primitives. Raises: ValueError for active morph targets."""
+        # Morph targets whose weights are all 0 do not change the mesh.
         if any(record.get("weights") or []):
             raise ValueError(
                 "the GLB file has a mesh with morph targets, which are not supported. Export it as a static"
@@ -324,6 +326,7 @@ class _Reader:
         }
         if "POSITION" not in attributes:
             raise ValueError("a primitive in the GLB file has no attribute POSITION. Export the file again.")
+        # All attributes must have one row for each vertex.
         count = len(attributes["POSITION"].values)
         for name, array in attributes.items():
             if array.values.shape[1] not in _NAMES[name] or len(array.values) != count:
@@ -345,6 +348,7 @@ class _Reader:
             is_core_gltf = name == "COLOR_0" or (
                 name.startswith("TEXCOORD") and array.normalized and array.values.dtype.kind == "u"
             )
+            # 8 or 16 bits
             if array.values.dtype.itemsize < 4 and not is_core_gltf:
                 self.out.extensions.add("KHR_mesh_quantization")
         indices = None if "indices" not in record else self._array(record["indices"], indices=True)
@@ -374,6 +378,7 @@ class _Reader:
             number: index of the accessor.
             indices: True if the array is used as indices.
         """
+        # Two copies, because indices and attributes are written with different targets and padding.
         if (number, indices) not in self._arrays:
             self._arrays[number, indices] = self._read_array(self._record("accessors", number))
         return self._arrays[number, indices]
@@ -390,6 +395,7 @@ class _Reader:
         dtype = np.dtype(COMPONENTS[record["componentType"]])
         width = WIDTHS[record["type"]]
         count = _count(record, "count")
+        # Subtracted before the array exists; Python integers cannot overflow.
         self.budget -= count * width * dtype.itemsize
         if self.budget < 0:
             raise ValueError(
@@ -403,6 +409,7 @@ class _Reader:
             values = np.zeros((count, width), dtype)
         if "sparse" in record:
             values = self._sparse(record["sparse"], values)
+        # floats are never normalised
         return Array(values, bool(record.get("normalized", False)) and dtype.kind != "f")
 
     def _sparse(self, record: dict, values: np.ndarray) -> np.ndarray:
@@ -480,6 +487,7 @@ class _Reader:
             )
         if not count:
             return np.zeros((0, width), dtype)
+        # This constructor makes a view with a stride, without a copy.
         return np.ndarray((count, width), dtype, data, offset, (stride, dtype.itemsize))
 
     # ---- materials
@@ -507,6 +515,7 @@ class _Reader:
                     out[name][amount] = _number(record[name][amount])
         if "emissiveFactor" in record:
             out["emissiveFactor"] = _share(record["emissiveFactor"], 3)
+        # "OPAQUE" is the default of glTF, so it need not be written.
         if record.get("alphaMode") in ("MASK", "BLEND"):
             out["alphaMode"] = record["alphaMode"]
         if "alphaCutoff" in record and out.get("alphaMode") == "MASK":

@@ -116,6 +116,7 @@ class _Buffer:
             array: array to append.
             indices: True for indices, False for an attribute of vertices.
         """
+        # Arrays are compared by identity: the arrays of a model live as long as this object.
         if id(array) not in self._written:
             values = array.values
             fields = {}
@@ -123,6 +124,7 @@ class _Buffer:
             size = width * values.itemsize
             # glTF requires that the data of each vertex starts at a multiple of 4 bytes, so rows are padded.
             if not indices and size % 4:
+                # zeros after the numbers of each row
                 values = np.concatenate(
                     [
                         np.ascontiguousarray(values).view(np.uint8).reshape(count, size),
@@ -185,6 +187,7 @@ def glb_parts(model: Model) -> list[bytes | memoryview]:
     ).encode()
     # Chunks are padded to multiples of 4 bytes; the JSON chunk is padded with spaces.
     text += b" " * (-len(text) % 4)
+    # number of bytes of the file, which its header states
     total = GLB_HEADER.size + 2 * CHUNK_HEADER.size + len(text) + buffer.length
     return [
         GLB_HEADER.pack(GLB_MAGIC, 2, total),
@@ -281,6 +284,7 @@ def triangles(
                 f" {list(colours.shape)}."
             )
         linear_colours = colours / 255.0
+        # Files store sRGB colours, glTF linear colours. Alpha is linear in both.
         linear_colours[:, :3] = linear(linear_colours[:, :3])
         attributes["COLOR_0"] = Array(np.ascontiguousarray(linear_colours, dtype="<f4"))
     # Indices of 16 bits need half of the memory. 65535 is reserved in glTF, so it must not be an index.
@@ -301,6 +305,7 @@ def scene_of(
         pictures: images. Texture i of the materials uses image i.
     """
     images = list(pictures)
+    # `source` is the index of the image
     textures = [{"source": i} for i in range(len(images))]
     return Model([Node(mesh=0)], [0], [list(primitives)], list(materials), textures, pictures=images)
 
@@ -349,6 +354,7 @@ def stripped(data: bytes | memoryview) -> tuple[Picture, int]:
     """
     kind = kind_of_picture(data)
     readers = {"image/png": _png, "image/jpeg": _jpeg, "image/webp": _webp}
+    # by the first bytes, not by the name of the file
     if kind is None:
         raise ValueError("the image is no PNG, JPEG or WebP file. Convert it to one of these formats.")
     try:
@@ -384,8 +390,10 @@ def small(data: bytes | memoryview) -> bytes:
         raise ValueError(
             f"the image is damaged and cannot be decoded ({type(error).__name__}). Export the image again."
         ) from None
+    # keeps the aspect ratio, and never enlarges
     image.thumbnail((SMALL, SMALL), Image.Resampling.LANCZOS)
     out = io.BytesIO()
+    # Empty texts: no metadata is written.
     image.save(out, "WEBP", quality=90, exif=b"", xmp=b"", icc_profile=b"")
     return out.getvalue()
 

@@ -46,6 +46,7 @@ def companions(data: bytes | memoryview, path: Path) -> list[Path]:
     """
     files: dict[Path, None] = {}
     for library in _libraries(data, path)[0]:
+        # a dictionary as an ordered set
         files[library] = None
         for material in _materials(as_text(library.read_bytes()), library).values():
             if material.texture is not None:
@@ -67,6 +68,7 @@ def as_text(data: bytes | memoryview) -> str:
     """Decode text in UTF-8 or UTF-16, with or without a byte order mark. Invalid bytes become U+FFFD."""
     head = bytes(data[:512])
     encoding = utf16(head)
+    # "utf-8-sig" also removes a byte order mark
     return bytes(data).decode(encoding or "utf-8-sig", "replace")
 
 
@@ -112,6 +114,7 @@ def read_obj(data: bytes | memoryview, path: Path, geometry_only: bool = False) 
         )
     materials = _materials(as_text(libraries[0].read_bytes()), libraries[0]) if libraries else {}
     named_parts = _Lines(as_text(data)).parts()
+    # Materials that no face uses are dropped, with their textures.
     used_names = [name for name in materials if any(name == named_part[0] for named_part in named_parts)]
     material_indices = {name: i for i, name in enumerate(used_names)}
     records, images = _records([materials[name] for name in used_names])
@@ -178,8 +181,10 @@ class _Lines:
         Raises: ValueError if there are not so many points above the line.
         """
         indices = word.split("/")
+        # The keys of `widths`, v, vt and vn, are in the order of a corner's indices.
         for i, (index_text, kind) in enumerate(zip(indices, self.widths, strict=False)):
             if index_text.startswith("-") and index_text[1:].isdecimal():
+                # -1 becomes the number of points so far, the last index that counts from 1.
                 indices[i] = str(len(self.widths[kind]) + int(index_text) + 1)
                 if int(indices[i]) < 1:
                     raise ValueError(
@@ -256,6 +261,7 @@ class _Lines:
                 f"a line that begins with {kind} has fewer than {least} numbers, or words that are no"
                 " numbers. Export the mesh again."
             )
+        # `initial` is the width of a table without lines
         width = min(int(widths.min(initial=most)), most)
         # [N, width]: position of each line's first number, plus the column
         return numbers[(np.cumsum(widths) - widths)[:, None] + np.arange(width)]
@@ -272,6 +278,7 @@ class _Lines:
         uv = self._table("vt", 1, 2)
         normals = self._table("vn", 3, 3)
         corners = self.corners()
+        # An index must be below the number of lines of its kind.
         sizes = np.array([len(points), len(uv), len(normals)])
         is_beyond = corners >= sizes
         if is_beyond[:, 0].any():
@@ -290,6 +297,7 @@ class _Lines:
             points[:, :3], corners[:, 0], np.array(self.widths["f"])
         )
         material_indices = {name: i for i, name in enumerate(dict.fromkeys(self.names))}
+        # [triangles] index of the material of each triangle
         material = np.array([material_indices[name] for name in self.names])[face_indices]
         # One integer key for each combination of point, texture coordinates and normal.
         vertex_key = corners[:, 0]
@@ -298,13 +306,17 @@ class _Lines:
         result = []
         for name, material_index in material_indices.items():
             corner_indices = triangle_corners[material == material_index]
+            # a material whose faces have too few corners to form triangles
             if not len(corner_indices):
                 continue
+            # A distinct key is one vertex. `first_uses` is a corner of each vertex, `faces` the vertex of
+            # each corner.
             _, first_uses, faces = np.unique(
                 vertex_key[corner_indices.reshape(-1)], return_index=True, return_inverse=True
             )
             vertex_corners = corners[corner_indices.reshape(-1)[first_uses]]
             arrays: dict = {"positions": points[vertex_corners[:, 0], :3], "faces": faces.reshape(-1, 3)}
+            # x, y, z, r, g, b
             if points.shape[1] >= 6:
                 # Colours of vertices are a common extension of the format.
                 arrays["colours"] = np.rint(points[vertex_corners[:, 0], 3:].clip(0, 1) * 255)
@@ -345,6 +357,7 @@ def _records(materials: list[Material]) -> tuple[list[dict], list[Picture]]:
     images: list[Picture] = []
     records = []
     for material in materials:
+        # MTL has no metallic materials; roughness 1 gives a matt surface.
         surface: dict = {"metallicFactor": 0, "roughnessFactor": 1}
         if material.texture is None:
             surface["baseColorFactor"] = [*linear(np.array(material.colour)).tolist(), material.opacity]
@@ -355,6 +368,7 @@ def _records(materials: list[Material]) -> tuple[list[dict], list[Picture]]:
             surface["baseColorTexture"] = {"index": image_indices[material.texture]}
         # A texture contains its transparency itself.
         blend = {"alphaMode": "BLEND"} if material.opacity < 1 and material.texture is None else {}
+        # Faces of OBJ files are visible from both sides.
         records.append({"pbrMetallicRoughness": surface, "doubleSided": True, **blend})
     return records, images
 
@@ -391,15 +405,18 @@ def _materials(text: str, path: Path) -> dict[str, Material]:
 
     Raises: ValueError for a malformed line, for too many materials, and for textures that are not allowed.
     """
+    # by name, in the order of the file
     materials: dict[str, Material] = {}
     current = Material()
     for text_line in text.splitlines():
         words = text_line.split(maxsplit=1)
+        # empty lines, lines without a value, and comments
         if len(words) < 2 or words[0].startswith("#"):
             continue
         key = words[0].lower()
         value = words[1].strip()
         if key == "newmtl":
+            # Later lines change this material, until the next newmtl.
             current = materials[" ".join(value.split())] = Material()
             if len(materials) > MAX_MATERIALS:
                 raise ValueError(f"{path.name} has more than {MAX_MATERIALS} materials. Reduce their number.")
@@ -414,9 +431,11 @@ def _materials(text: str, path: Path) -> dict[str, Material]:
                 ) from None
             if key == "d":
                 current.opacity = numbers[0]
+            # Kd with fewer numbers, a spectral or incomplete colour, is ignored
             elif len(numbers) == 3:
                 current.colour = numbers
         elif key.startswith(("map_", "bump", "disp", "decal", "norm", "refl")):
+            # all texture files are checked, though only map_Kd is opened
             _check_name(path, value)
             if key == "map_kd":
                 if value.startswith("-"):

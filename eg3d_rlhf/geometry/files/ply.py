@@ -115,6 +115,7 @@ def read_header(data: memoryview) -> Header:
 
     Raises: ValueError for a damaged header, and for sizes that exceed the size of the file.
     """
+    # A header that is longer is rejected like a damaged one.
     head = bytes(data[:MAX_HEADER])
     keyword_position = head.find(b"end_header")
     stop = head.find(b"\n", keyword_position)
@@ -130,6 +131,7 @@ def read_header(data: memoryview) -> Header:
             if words[:1] == ["format"]:
                 order = _ORDERS[words[1]]
             elif words[:1] == ["element"]:
+                # properties follow in the next lines
                 elements.append((words[1], int(words[2]), {}, {}))
             elif words[:1] == ["property"]:
                 _, _, properties, lists = elements[-1]
@@ -197,6 +199,7 @@ def read_mesh(data: bytes | memoryview) -> Model:
             f"the indices of the faces {range_text}, but must be 0..{len(positions) - 1}, since the mesh has"
             f" {len(positions)} vertices. Export the mesh again."
         )
+    # Faces with more than three corners are cut into triangles.
     corner_of_triangle, face_of_triangle = triangulated(positions, corners, counts)
     triangle = corners[corner_of_triangle]
     colours = _colours(vertices)
@@ -204,6 +207,7 @@ def read_mesh(data: bytes | memoryview) -> Model:
     face_colours = _colours(faces)
     if all(name in vertices for name in ("nx", "ny", "nz")):
         normals = np.stack([_column(vertices, name) for name in ("nx", "ny", "nz")], axis=1)
+    # Colours of vertices take precedence over colours of faces.
     if face_colours is not None and colours is None:
         # Faces of different colours must not share vertices, so each triangle gets three vertices of its own.
         positions = positions[triangle.reshape(-1)]
@@ -230,12 +234,15 @@ def _colours(table: Table) -> np.ndarray | None:
 
     Colours that the file stores as floats are in 0..1.
     """
+    # alpha is optional
     names = [name for name in ("red", "green", "blue", "alpha") if isinstance(table.get(name), np.ndarray)]
     if names[:3] != ["red", "green", "blue"]:
         return None
     columns = np.stack([np.asarray(table[name]) for name in names], axis=1)
     if columns.dtype.kind == "f":
+        # NaN becomes 0
         return np.rint(np.nan_to_num(columns).clip(0, 1) * 255)
+    # 255, 32767, 65535 or the largest number of 32 bits
     largest = np.iinfo(columns.dtype).max
     # Colours of 16 bits are scaled. Colours of 8 bits, and of 32 bits, which hold 0..255, are not scaled.
     return (
@@ -252,6 +259,7 @@ def _tables(data: memoryview, header: Header) -> dict[str, Table]:
     """
     at = header.length
     tables = dict[str, Table]()
+    # text files are split into words at once
     words = None if header.order else bytes(data[at:]).split()
     # index of the next word in a text file, else position of the next byte
     at = at if header.order else 0
@@ -417,6 +425,7 @@ def read_splats(data: memoryview) -> Splats:
         columns(*_SPLAT[:3]),
         _half(columns(*_SPLAT[7:10])),
         np.rint(rotations * 32767).astype("<i2"),
+        # sigmoid of the logit, in 0..255
         np.rint(255 / (1 + np.exp(-logits))).astype("u1"),
         _half(columns(*_SPLAT[3:6])),
         _rest(rows, rest_count),

@@ -40,6 +40,7 @@ def triangulated(
     triangle_faces = np.flatnonzero(counts == 3)
     quad_faces = np.flatnonzero(counts == 4)
     triangles = [start[triangle_faces, None] + np.arange(3), _split_quads(points, corners, start[quad_faces])]
+    # A quad gives two triangles.
     faces = [triangle_faces, np.repeat(quad_faces, 2)]
     for face_index in np.flatnonzero(counts > 4):
         face_triangles = _split_polygon(
@@ -73,6 +74,7 @@ def _split_quads(points: np.ndarray, corners: np.ndarray, start: np.ndarray) -> 
         return np.min([(np.cross(q - p, r - p) * normal).sum(axis=1) for p, q, r in cut], axis=0)
 
     uses_second_diagonal = smaller_area((a, b, d), (b, c, d)) > smaller_area((a, b, c), (a, c, d))
+    # corners of the two triangles for each diagonal
     cuts = np.where(uses_second_diagonal[:, None, None], [[0, 1, 3], [1, 2, 3]], [[0, 1, 2], [0, 2, 3]])
     return (start[:, None, None] + cuts).reshape(-1, 3)
 
@@ -85,6 +87,7 @@ def _split_polygon(points: np.ndarray) -> np.ndarray:
 
     Returns: triangles [N - 2, 3] as indices of the corners.
     """
+    # Centred, so that the cross products do not lose digits far from the origin.
     centred = points - points.mean(axis=0)
     # Newell's normal. The face is projected along the coordinate axis that is nearest to the normal.
     normal = np.cross(centred, np.roll(centred, -1, axis=0)).sum(axis=0)

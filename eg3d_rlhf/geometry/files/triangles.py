@@ -30,6 +30,7 @@ def read_triangles(path: Path) -> tuple[np.ndarray, np.ndarray]:
     Raises: ValueError for a file that is damaged or has no triangles; OSError for a file that cannot be read.
     """
     data = path.read_bytes()
+    # The content decides, because files from untrusted sources may have wrong suffixes.
     if data[:4] == GLB_MAGIC:
         return scene_triangles(glb.read_glb(memoryview(data), geometry_only=True))
     if data[:3] == b"ply":
@@ -49,6 +50,7 @@ def read_triangles(path: Path) -> tuple[np.ndarray, np.ndarray]:
     import trimesh
 
     try:
+        # process=False: vertices are neither merged nor reordered
         loaded = trimesh.load_mesh(path, process=False)
         vertices = np.asarray(loaded.vertices, np.float64)
         faces = np.asarray(loaded.faces, np.int64)
@@ -89,6 +91,7 @@ def scene_triangles(model: Model) -> tuple[np.ndarray, np.ndarray]:
             # A negative determinant: the transformation mirrors the mesh, so the faces are reversed again.
             if np.linalg.det(matrix[:3, :3]) < 0:
                 triangles = triangles[:, ::-1]
+            # row vectors: x' = x M^T + t
             vertices.append(points @ matrix[:3, :3].T + matrix[:3, 3])
             faces.append(triangles + vertex_count)
             vertex_count += len(points)
@@ -101,6 +104,7 @@ def _points(primitive: Primitive) -> np.ndarray:
     """Return the positions [N, 3] of a primitive as float64. Normalised integers are scaled to -1..1."""
     array = primitive.attributes["POSITION"]
     points = array.values.astype(np.float64)
+    # floats, and integers that stand for themselves
     if not array.normalized:
         return points
     # glTF 2.0, section 3.11: for a signed byte max(c / 127, -1), for other types likewise
@@ -120,6 +124,7 @@ def _sides(primitive: Primitive) -> np.ndarray:
         # Every second triangle of a strip has the opposite orientation in glTF 2.0.
         triangles[1::2] = triangles[1::2, [1, 0, 2]]
         return triangles
+    # All triangles of a fan share its first vertex.
     if primitive.mode == _FAN:
         return np.stack([np.full(len(indices) - 2, indices[0]), indices[1:-1], indices[2:]], axis=1)
     # One or two indices at the end that form no triangle are dropped.
@@ -137,6 +142,7 @@ def _matrix(place: dict) -> np.ndarray:
         # glTF stores matrices column by column
         return np.array(place["matrix"], dtype=np.float64).reshape(4, 4).T
     matrix = np.eye(4)
+    # the identity by default
     x, y, z, w = place.get("rotation", (0, 0, 0, 1))
     # rotation matrix of the unit quaternion (x, y, z, w)
     rotation = np.array(
@@ -146,6 +152,7 @@ def _matrix(place: dict) -> np.ndarray:
             [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)],
         ]
     )
+    # scales the columns: the scale is applied before the rotation
     matrix[:3, :3] = rotation * np.array(place.get("scale", (1, 1, 1)), dtype=np.float64)
     matrix[:3, 3] = place.get("translation", (0, 0, 0))
     return matrix
