@@ -484,6 +484,7 @@ def touched_bricks(layer: np.ndarray, level: float) -> np.ndarray:
     band = LEVEL_BAND * max(abs(level), 1.0)
     extremes = []
     for extreme in (np.minimum, np.maximum):
+        # The extremes of a brick are computed along x, then y, then z.
         values = extreme.reduce(layer, axis=0)
         for axis in (0, 1):
             starts = np.arange(0, values.shape[axis] - 1, BRICK)
@@ -492,6 +493,7 @@ def touched_bricks(layer: np.ndarray, level: float) -> np.ndarray:
             inside = extreme.reduceat(np.delete(values, -1, axis), starts, axis=axis)
             values = extreme(inside, values.take(starts + BRICK, axis=axis))
         extremes.append(values)
+    # smallest and largest density of each brick
     return (extremes[0] < level + band) & (extremes[1] > level - band)
 
 

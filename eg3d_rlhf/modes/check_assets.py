@@ -141,7 +141,7 @@ def main(
     rows: list[dict] = [{} for _ in files]
     with tqdm(total=len(files), desc="measured", unit="file", dynamic_ncols=True) as progress_bar:
         for file_index, measures in answers(
-            # "do" selects the work of the process: measure a file, or render it ("picture")
+            # "do" selects the work of the process: measuring a file, or rendering it
             [{**request, "do": "measure", "path": str(path)} for path in files],
             jobs,
         ):

@@ -265,8 +265,8 @@ def main(ctx: click.Context, outdir: Path, name: str | None, db: str | None, dry
         print_json(_dry_run(folder, name, flags, server))
         return
     add_command = f"python tools/study.py --outdir={folder.path} add-annotator NAME"
-    # Annotators on other machines must log in, so at least one must exist. `open_store` must not create the
-    # database here: a new study creates it together with its design. A null context yields None.
+    # Annotators on other machines must log in, so at least one must exist. If there is no database yet, the
+    # null context yields None, and `check_annotators` raises ValueError.
     if server.exposed:
         with (
             open_store(folder.url, create=True) if store_exists(folder.url) else contextlib.nullcontext()

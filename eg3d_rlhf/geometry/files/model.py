@@ -299,10 +299,8 @@ def scene_of(
 ) -> Model:
     """Build a model that consists of one mesh at the origin.
 
-    Args:
-        primitives: parts of the mesh.
-        materials: glTF records of materials, to which the primitives refer by index.
-        pictures: images. Texture i of the materials uses image i.
+    The primitives are the parts of the mesh. They refer to the materials, which are glTF records, by index.
+    Texture i of the materials uses image i.
     """
     images = list(pictures)
     # `source` is the index of the image
