@@ -148,8 +148,7 @@ class LevelSet:
         near, far = (t[0, :, 0] for t in ray_limits_box((origins - centre)[None], directions[None], side))
         depth = torch.full_like(near, torch.inf)
         maps = self._maps
-        # indices of rays that are still being traced
-        # rays that miss the cube keep the depth inf
+        # indices of the rays that are still being traced; rays that miss the cube keep the depth inf
         rays = (far > near).nonzero()[:, 0]
         t = near[rays]
         t_before = near[rays]

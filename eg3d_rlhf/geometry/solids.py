@@ -143,7 +143,7 @@ def _checked(solid: np.ndarray) -> np.ndarray:
     return solid
 
 
-def _box(solid: np.ndarray, margin: int) -> tuple[np.ndarray, tuple[slice, ...]]:
+def _cut_box(solid: np.ndarray, margin: int) -> tuple[np.ndarray, tuple[slice, ...]]:
     """Cut the bounding box of the solid out of a grid, and add a margin of background on each side.
 
     Returns: the box with the margin, and the slices of the box without the margin in the grid.
@@ -152,8 +152,10 @@ def _box(solid: np.ndarray, margin: int) -> tuple[np.ndarray, tuple[slice, ...]]
     return np.pad(solid[bounds], margin), bounds
 
 
-def _back(box: np.ndarray, bounds: tuple[slice, ...], margin: int, shape: tuple[int, ...]) -> np.ndarray:
-    """Insert a box with its margin into an empty grid: the inverse of `_box`.
+def _insert_box(
+    box: np.ndarray, bounds: tuple[slice, ...], margin: int, shape: tuple[int, ...]
+) -> np.ndarray:
+    """Insert a box with its margin into an empty grid: the inverse of `_cut_box`.
 
     The parts of the margin that lie outside the grid are dropped.
 
@@ -208,9 +210,9 @@ def closing(solid: np.ndarray, radius: float) -> np.ndarray:
         return solid
     # The margin leaves space for balls outside the bounding box.
     margin = math.ceil(radius) + 1
-    box, bounds = _box(solid, margin)
+    box, bounds = _cut_box(solid, margin)
     closed = ndimage.distance_transform_edt(grown(box, radius)) > radius  # erosion by the same ball
-    return _back(closed | box, bounds, margin, solid.shape)
+    return _insert_box(closed | box, bounds, margin, solid.shape)
 
 
 def enclosed(solid: np.ndarray) -> np.ndarray:
@@ -368,7 +370,7 @@ def score(solid: np.ndarray, rules: Rules = OBJECTS, filled: np.ndarray | None =
     solid = _checked(solid)
     inner = float(solid.sum() / (fill(solid, rules.bridge(solid)) if filled is None else filled).sum())
     # The bounding box has the same measures as the grid, and takes less time.
-    solid = _box(solid, 0)[0]
+    solid = _cut_box(solid, 0)[0]
     main = main_share(solid)
     angle = tip(solid)[0]
     thin = 1.0

@@ -61,7 +61,7 @@ def join(rewards, out, aggregate, strength, network, batch, device, dry_run) -> 
     """
     # Imported here, so that --help is printed without loading these modules.
     from eg3d_rlhf.generators import load_generator
-    from eg3d_rlhf.rewards.reward import join as joined
+    from eg3d_rlhf.rewards.reward import join as join_rewards
     from eg3d_rlhf.rewards.reward import load_reward
 
     if out.suffix != ".safetensors":
@@ -79,7 +79,7 @@ def join(rewards, out, aggregate, strength, network, batch, device, dry_run) -> 
         generator = load_generator(network, choose_device(device))
     with tqdm(total=SCALES.count, desc="scales", unit="shape", dynamic_ncols=True) as bar:
         # Each member scores the same untuned samples, from which its mean and standard deviation follow.
-        reward = joined(members, generator, aggregate, strength, batch, bar.update)
+        reward = join_rewards(members, generator, aggregate, strength, batch, bar.update)
     # --dry-run ends here; nothing has been written so far
     if dry_run:
         print_json(reward.describe())

@@ -77,8 +77,7 @@ def report(outdir: Path | None, db: str | None, interim: bool, images: int) -> N
     folder = Folder(outdir or study_folder.path, db or (study_folder.db if outdir is None else None))
     # raises an error if there is no design or no database
     design, rows = study_rows(folder)
-    # Finished assets have no generator that could render them again.
-    # (0: the report has no images)
+    # Finished assets have no generator that could render them again, so the report has no images of them.
     image_count = 0 if design.assets else images
     if image_count:
         click.echo(f"analysing, and rendering up to {2 * image_count} pairs ...", err=True)
