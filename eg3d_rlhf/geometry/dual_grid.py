@@ -291,7 +291,7 @@ def _span(corners: torch.Tensor, u: int, v: int, row: torch.Tensor) -> tuple[tor
 def _touches(corners: torch.Tensor, normals: torch.Tensor, voxel: torch.Tensor) -> torch.Tensor:
     """Test whether triangles intersect voxels, by the separating axis theorem.
 
-    The 13 axes are those of Akenine-Moller (2001), "Fast 3D triangle-box overlap testing".
+    The 13 axes are taken from Akenine-Moller (2001), "Fast 3D triangle-box overlap testing".
 
     Args:
         corners: coordinates [K, 3 corners, 3] of the triangles.

@@ -180,6 +180,7 @@ class LevelSet:
         The first map is the density minus the level. The second map is the distance to the nearest grid point
         inside in voxels. It uses the maximum norm, which is a lower bound of the Euclidean distance.
         """
+        # imported here, because few functions need this library
         from scipy.ndimage import distance_transform_cdt
 
         is_inside = (self.cube >= self.level).cpu().numpy()
@@ -197,6 +198,7 @@ class LevelSet:
 
         The shape is [2, D/2, H/2, W/2]: one map for each radius of REACHES, at half the resolution.
         """
+        # imported here, because few functions need this library
         from scipy.ndimage import uniform_filter
 
         # [1, D, H, W] -> [1, D/2, H/2, W/2]: half the resolution suffices for an average

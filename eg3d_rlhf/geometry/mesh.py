@@ -222,12 +222,13 @@ def count_edges(faces: np.ndarray) -> EdgeCounts:
 def half_edges(faces: np.ndarray, vertices: int) -> "csr_array":
     """Return the half-edges of a mesh as a sparse matrix [V, V].
 
-    An entry is the number of faces with the half-edge from the vertex of the row to that of the column.
+    An entry is the number of faces with the half-edge from the row's vertex to the column's vertex.
 
     Args:
         faces: triangles [F, 3] as indices of vertices.
         vertices: number V of vertices.
     """
+    # imported here, because few functions need this library
     from scipy.sparse import coo_array
 
     ends = np.ascontiguousarray(faces[:, [1, 2, 0]]).reshape(-1)
@@ -245,6 +246,7 @@ def parts(faces: np.ndarray, vertices: int) -> tuple[int, np.ndarray]:
 
     Returns: the number P of parts, and the part [F] of each face in 0..P-1.
     """
+    # imported here, because few functions need this library
     from scipy.sparse.csgraph import connected_components
 
     # weak: the directions of the half-edges do not matter
@@ -385,6 +387,7 @@ def _decimate_part(
 
     Returns: vertices and faces. They are unchanged if no attempt was successful.
     """
+    # imported here, because few functions need this library
     import fast_simplification
 
     is_closed = count_edges(faces).watertight
@@ -417,6 +420,7 @@ def vertex_normals(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
 
     Returns: normals [V, 3] float32.
     """
+    # imported here, because few functions need this library
     from scipy.sparse import csr_array
 
     normals = np.zeros((len(vertices), 3))
@@ -587,7 +591,7 @@ class SurfaceBuilder:
         new_keys = keys[new_vertices]
         new_order = np.arange(len(new_vertices), dtype=np.int32)
         # Copies of a vertex, from neighbouring bricks, write to the same entry. The last copy that writes its
-        # number is the one that is stored.
+        # number is the copy that is stored.
         lookup[new_keys] = new_order
         is_kept = lookup[new_keys] == new_order
         lookup[new_keys[is_kept]] = self._count + np.arange(np.count_nonzero(is_kept), dtype=np.int32)

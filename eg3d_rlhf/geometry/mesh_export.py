@@ -50,7 +50,7 @@ from training.storage import write_atomic
 # sigma <= sum_j (max(w_j, 0) softplus(max h_j) + min(w_j, 0) softplus(min h_j)) + b, and the lower bound is
 # the same with max h_j and min h_j exchanged. A brick whose bounds lie on one side of the level contains no
 # surface, and is neither evaluated nor meshed. Both bounds are densities of the same form on the grid of
-# bricks, with 2 J hidden units. The surface equals that of the full volume.
+# bricks, with 2 J hidden units. The surface equals the surface of the full volume.
 
 OUTSIDE = -1000.0  # raw density of a trimmed border, as in EG3D's shape extraction
 # Relative tolerance of the bounds: 64 rounding errors of float32 in the sum of |w| softplus.
@@ -100,7 +100,7 @@ class FieldGrid:
         """Return the density in separable form, or None if the field has no such form.
 
         Args:
-            axes: world coordinates x [X], y [Y], z [Z]; by default, those of all points that are not trimmed.
+            axes: world coordinates x [X], y [Y], z [Z]. By default, all points that are not trimmed are used.
         """
         x, y, z = axes or (axis[self.inside] for axis in self.axes)
         return self.field.separable(x, y, z) if isinstance(self.field, SeparableField) else None
@@ -463,6 +463,7 @@ def save_mesh(
 
     Raises: ValueError for another suffix.
     """
+    # imported here, because few functions need this library
     import trimesh
 
     path = check_mesh_suffix(path)
@@ -501,6 +502,7 @@ def write_mrc(
 
     Returns: the path.
     """
+    # imported here, because few functions need this library
     import mrcfile
 
     path = Path(path)

@@ -86,7 +86,7 @@ def pair_maps(
         w0: weights [J, C] of the first layer.
         b0: biases [J] of the first layer.
 
-    Returns: those of the maps [N, X, J, Y, 1], [N, X, J, 1, Z] and [N, 1, J, Y, Z] that occur.
+    Returns: one to three maps of the shapes [N, X, J, Y, 1], [N, X, J, 1, Z] and [N, 1, J, Y, Z].
     """
     # unordered pairs, each once, in the order of the planes
     merged = tuple(dict.fromkeys((min(pair), max(pair)) for pair in pairs))
@@ -166,7 +166,7 @@ class _SampledPlanes(torch.autograd.Function):
 class SeparableDensity:
     """Raw density of one shape on a grid in separable form: as maps of two coordinates each."""
 
-    # those of [X, J, Y, 1], [X, J, 1, Z] and [1, J, Y, Z] that occur; their broadcast sum is h
+    # one to three maps [X, J, Y, 1], [X, J, 1, Z] and [1, J, Y, Z]; their broadcast sum is h
     maps: list[torch.Tensor]
     w: torch.Tensor  # [J] weights of the density in the decoder's last layer
     b: torch.Tensor  # [] bias of the density in the decoder's last layer

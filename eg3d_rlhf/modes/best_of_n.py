@@ -45,7 +45,7 @@ from eg3d_rlhf.modes.shared_flags import print_json, shared
     "data psi seed batch",
     outdir={"default": "runs/reports/best-of-n"},
     psi={"default": 1.0},
-    data="Dataset that the generator was trained on; by default that of its run.",
+    data="Dataset that the generator was trained on.",
 )
 def main(before, reward_ckpt, heldout_reward, data, outdir, device, dry_run, **sampling) -> None:
     """Measure how far a reward can be trusted before any tuning. The reward chooses the best of n latents,

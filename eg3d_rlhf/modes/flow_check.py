@@ -254,7 +254,7 @@ def entry_lines(title: str, texts: Iterable[str]) -> list[str]:
 
 def _describe_network(network: Network) -> str:
     """Describe a network in one line: number of tensors, number of parameters, dtypes, and whether these
-    numbers equal those of the released network.
+    numbers equal the numbers of the released network.
     """
     tensors = network.tensors
     if not tensors:

@@ -131,7 +131,7 @@ def adapter_settings(flags: Flags, lora: LoraConfig | None) -> dict:
 
     Raises: ValueError if adapter flags were given and all parameters are tuned.
     """
-    # only those of rank, alpha and dropout that were given
+    # rank, alpha and dropout, as far as they were given
     adapters = flags.of(LoraConfig)
     if flags["lora_targets"] is not None:
         adapters["targets"] = tuple(name.strip() for name in flags["lora_targets"].split(","))
@@ -284,7 +284,7 @@ def circular_help_values(settings: CircularSettings) -> list[object]:
     return [
         {
             **adapter_help_values(settings.human.lora),
-            # The names are those of the flags, not of the fields.
+            # The keys are names of flags, not of fields.
             "rounds": settings.rounds,
             "loop_beta": loop.dpo.beta,
             "loop_loser_weight": loop.dpo.loser_weight,

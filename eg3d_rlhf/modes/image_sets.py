@@ -220,7 +220,7 @@ def metrics(network, data, mirror, inception, metrics, n, seed, batch, outdir, d
     \b
     Metrics:
         fid, kid                  compare --n generated images with all images of the dataset
-        fid50k_full, kid50k_full  compare 50,000 generated images; the names are those of EG3D
+        fid50k_full, kid50k_full  compare 50,000 generated images, as EG3D does under these names
         faces                     share of --n generated images, and of the dataset's images, in which the
                                   face detector of scikit-image finds a face
 

@@ -219,7 +219,7 @@ def open_setup(settings: InversionRun, run: "Run") -> "Setup":
     return Setup(
         loaded=loaded,
         perceptual=features,
-        # distribution of w, which keeps the latent near those of samples
+        # distribution of w, which keeps the latent near the latents of samples
         prior=prior_of(generator),
         guidance=None if reward is None else Guidance(generator, reward),
         evaluators=evaluators,

@@ -343,7 +343,7 @@ def _dry_run(
         requested_settings: settings of the flags.
         given_names: names of the flags that were typed.
     """
-    # An existing project is resumed with its stored settings, not with those of the flags.
+    # An existing project is resumed with its stored settings, not with the settings of the flags.
     resumed = False
     if store_exists(db):
         with open_store(db, create=False) as store:

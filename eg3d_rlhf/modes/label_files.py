@@ -83,7 +83,7 @@ def synthetic(
             # refresh=False: the text is shown with the next update of the bar
             bar.set_postfix(utility=f"{result.total:.3f}", refresh=False)
 
-        # All labels come from one pass over the seeds, also those of pairs.
+        # All labels, also labels of pairs, come from one pass over the seeds.
         annotation = annotate(generator.generator, options, on_seed)
     # The hash of the generator is stored, because the same seeds give other shapes with another generator.
     meta = {"generator": generator.hash, **annotation.summary()}

@@ -76,7 +76,7 @@ def default_run(pipeline: str, loss: str) -> OfflineRun:
         pipeline: folder of the generator, or the name of the toy.
         loss: name of the loss on single assets, "nft" or "dgpo".
     """
-    # The toy has settings that were tuned on it; other generators get those of published code.
+    # The toy has settings that were tuned on it; other generators get the settings of published code.
     if pipeline == TOY:
         return OfflineRun(
             singles=TOY_SINGLES[loss],

@@ -183,8 +183,8 @@ arms_flag = option(
     show_default="one arm, the value of --loss",
     help=(
         f"Arms to train and compare, separated by commas: {', '.join(KINDS)}. The ending -randomised or"
-        " -inverted makes a control with randomised or inverted rewards. all selects all arms except those of"
-        " dppo."
+        " -inverted makes a control with randomised or inverted rewards. all selects all arms"
+        " except dppo and its controls."
     ),
 )
 
@@ -266,7 +266,7 @@ def resolve(flags: Flags, preset: str) -> OnlineRun:
 
 def shown_by_help(run: OnlineRun) -> list[object]:
     """Return the objects from which --help reads defaults: the settings of the first arm's loss."""
-    # The DPO arm has other settings than the flags; --help shows those of plain GRPO for it.
+    # The DPO arm has other settings than the flags; --help shows the settings of plain GRPO for it.
     kind, _ = divided(run.arms[0])
     config = run.losses.grpo_plain if kind == "dpo" else run.losses.of(kind)
     return [arms_help_values(run, config.lora), config, run]

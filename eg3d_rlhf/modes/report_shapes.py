@@ -138,7 +138,7 @@ def solid(
     device: str,
 ) -> None:
     """Test whether generated shapes are physically valid solids. The table shows the terms of the `solid`
-    reward before and after tuning, and for comparison those of filtered shapes, convex hulls and balls.
+    reward before and after tuning, and for comparison the terms of filtered shapes, convex hulls and balls.
 
     \b
     Examples:

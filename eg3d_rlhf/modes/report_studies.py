@@ -317,7 +317,7 @@ def sweep(
     from eg3d_rlhf.experiments.table import figure_table
     from eg3d_rlhf.generators import find_network
 
-    # axes of the grid, and the types of their numbers; the other flags are those of the sampling
+    # axes of the grid, and the types of their numbers; the other flags belong to the sampling
     axis_types = {"lambda_r": float, "lambda_sigma": float, "seeds": int}
     axis_values = [
         numbers_of(f"--{name.replace('_', '-')}", grid_and_sampling[name], axis_type)

@@ -270,10 +270,10 @@ def attribute(outdir, dry_run, device, regions, landmarks, method, **flags) -> N
     regions make the reward prefer the tuned shapes.
 
     Without options, the bundled generator is compared with the newest tuned run in runs/. The value of a set
-    of regions is the reward of the original density slab in which these regions are replaced by those of the
-    tuned slab. The command first renders the regions on a mesh. Then it computes Shapley values, Integrated
-    Gradients, occlusion and a noise baseline, and compares them with each other and with the attributions of
-    rewards with random weights. The attributions of single voxels are shown on the surface.
+    of regions is the reward of the original density slab in which these regions are replaced by the regions
+    of the tuned slab. The command first renders the regions on a mesh. Then it computes Shapley values,
+    Integrated Gradients, occlusion and a noise baseline, and compares them with each other and with the
+    attributions of rewards with random weights. The attributions of single voxels are shown on the surface.
 
     \b
     Example:
@@ -288,7 +288,7 @@ def attribute(outdir, dry_run, device, regions, landmarks, method, **flags) -> N
     from eg3d_rlhf.experiments.pages import write_page
 
     names = ("permutations", "steps", "most_steps", "gap_bound", "randomisations", "checked")
-    # settings of the attribution itself; the other flags are those of the comparison
+    # settings of the attribution itself; the other flags belong to the comparison
     # `pop` removes these flags, so that `Sources` gets only its own
     method_settings = {"method": method, "landmarks": landmarks, **{name: flags.pop(name) for name in names}}
     # Raises ValueError for wrong values before the networks are loaded; the result is not used.

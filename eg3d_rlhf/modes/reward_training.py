@@ -280,7 +280,7 @@ def resolve(flags: Flags) -> RewardRun:
     }
     # None: the seed of the split was not given, and its default is 0
     source = open_label_source(labels, unpaired, options["split_seed"] or 0, filters)
-    # settings of the run: those of the preset's observation, replaced by flags that were given
+    # settings of the run: the preset's settings of the observation, replaced by flags that were given
     preset_values = find_preset(flags["preset"], observation).observe
     run_values = {name: value for name, value in preset_values.items() if name in names}
     run_values |= {name: value for name, value in options.items() if name in names and value is not None}

@@ -36,7 +36,7 @@ _what_option = functools.partial(option, group="What")
     help="Reward file that scores the shapes.",
 )
 @_what_option(
-    # The scores of other generators are compared with those of the reference.
+    # The scores of other generators are compared with the scores of the reference.
     "--reference",
     metavar="FILE|RUN",
     type=PATH,

@@ -662,8 +662,8 @@ def _sampler(record: dict) -> dict:
 
 
 def _place(record: dict) -> dict:
-    """Return the transformation of a node: those of the fields matrix, translation, rotation and scale that
-    its record has.
+    """Return the transformation of a node: the fields matrix, translation, rotation and scale of its record,
+    without fields that are missing.
     """
     sizes = {"matrix": 16, "translation": 3, "rotation": 4, "scale": 3}
     return {name: _numbers(record[name], size) for name, size in sizes.items() if name in record}

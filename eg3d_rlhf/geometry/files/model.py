@@ -373,6 +373,7 @@ def small(data: bytes | memoryview) -> bytes:
 
     Raises: ValueError for a file that is no image, or that is damaged.
     """
+    # imported here, because few functions need this library
     from PIL import Image, ImageOps
 
     # Other formats and images with too many pixels are rejected before a decoder reads the file.

@@ -20,7 +20,8 @@ def triangulated(
 
     Args:
         positions: coordinates [V, 3] of the vertices.
-        corners: indices [C] of vertices: all corners of the first face, then those of the second, and so on.
+        corners: indices [C] of vertices: all corners of the first face, then all corners of the second face,
+            and so on.
         counts: number of corners [F] of each face.
 
     Returns: triangles [T, 3] as indices into `corners`, and the index of the face [T] of each triangle, in

@@ -47,6 +47,7 @@ def read_triangles(path: Path) -> tuple[np.ndarray, np.ndarray]:
             f"the content of {path.name} is not {path.suffix[1:].upper()}, although its suffix is"
             f" {path.suffix}. Export the file again."
         )
+    # imported here, because few functions need this library
     import trimesh
 
     try:
