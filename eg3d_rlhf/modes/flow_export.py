@@ -144,7 +144,9 @@ def find_tuned_weights(
             " equals sign and a path."
         )
     if weight_fields and not roots:
-        raise ValueError("--weights needs the folder of the untuned generator. Add --pipeline=ROOT.")
+        raise ValueError(
+            "--weights=STAGE=PATH needs the folder of the untuned generator. Add --pipeline=ROOT."
+        )
     if not stage_folders and not weight_fields:
         raise ValueError(
             "flow export: the tuned weights are missing. Name a WORK folder or runs of train.py, or add"

@@ -256,8 +256,8 @@ def resolve(flags: Mapping) -> Settings:
     reward = given_flags.get("reward", "none")
     if cfg != "heads64" and "data" not in given_flags:
         raise ValueError(
-            f"--data is missing, and --cfg={cfg} has no default dataset. Name a zip file or a folder in"
-            " EG3D's format."
+            f"--data: the dataset is missing, and --cfg={cfg} has no default dataset. Name a zip file or a"
+            " folder in EG3D's format."
         )
     init = given_flags["init"]
     if reward != "none":
@@ -293,8 +293,8 @@ def resolve(flags: Mapping) -> Settings:
     for name in ("gamma", "batch"):
         if values[name] is None:
             raise ValueError(
-                f"--{name} is missing, and --cfg={cfg} has no default value for it. Published runs of EG3D"
-                " used --gamma=1 --batch=32."
+                f"--{name}: the value is missing, and --cfg={cfg} has no default for it. Add it: published"
+                " runs of EG3D used --gamma=1 --batch=32."
             )
     control = given_flags.get("control")
     if control is not None and not Path(control).exists():
