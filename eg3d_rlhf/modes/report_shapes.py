@@ -57,7 +57,7 @@ def network_names(networks: Sequence[Path]) -> list[str]:
 )
 @option(
     "--held-out",
-    "place",
+    "latent_set",
     type=click.Choice(list(PLACES)),
     # settings must not be chosen on the latents of the published tables
     default="evaluation",
@@ -66,7 +66,7 @@ def network_names(networks: Sequence[Path]) -> list[str]:
         " another set, for choosing settings."
     ),
 )
-def heads(networks: tuple[Path, ...], before: Path | None, place: str, n: int, out: Path | None) -> None:
+def heads(networks: tuple[Path, ...], before: Path | None, latent_set: str, n: int, out: Path | None) -> None:
     """Compare the shapes of generators of synthetic heads with the ground-truth heads of their latents. The
     table has one line per generator: the error reduction on heads that were defective before tuning, and the
     damage to intact heads.
@@ -80,14 +80,16 @@ def heads(networks: tuple[Path, ...], before: Path | None, place: str, n: int, o
     from eg3d_rlhf.experiments.table import figure_table
 
     # core/seeds.py reserves these seeds, so that no training uses them
-    seeds = PLACES[place].take(n)
+    seeds = PLACES[latent_set].take(n)
     # Each generator is compared with `before` on the same latents.
     columns, defective = compare(dict(zip(network_names(networks), networks, strict=True)), before, seeds)
     click.echo("\n".join(figure_table("network", columns, TABLE, intervals=("error_reduction",))))
-    click.echo(f"\n{n} latents ({place}, from {seeds[0]}), psi 1; {defective} heads defective before tuning.")
+    click.echo(
+        f"\n{n} latents ({latent_set}, from {seeds[0]}), psi 1; {defective} heads defective before tuning."
+    )
     if out is not None:
         # first and last seed; the seeds are consecutive
-        data = {"held_out": place, "seeds": [seeds[0], seeds[-1]], "networks": columns}
+        data = {"held_out": latent_set, "seeds": [seeds[0], seeds[-1]], "networks": columns}
         write_atomic(out, json.dumps(data, indent=1).encode())
 
 

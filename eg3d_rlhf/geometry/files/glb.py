@@ -620,6 +620,7 @@ def _number(value: object) -> float:
     is_number = type(value) in (int, float)
     if not is_number or not math.isfinite(value) or abs(value) > _REACH:  # type: ignore[arg-type]
         raise ValueError(
+            # shortened, because the value comes from an untrusted file and may be long
             f"the GLB file has {str(value)[:40]} in place of a finite number. Export the file again."
         )
     return value  # type: ignore[return-value]

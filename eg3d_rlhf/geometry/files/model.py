@@ -400,14 +400,14 @@ def small(data: bytes | memoryview) -> bytes:
 def _png(data: bytes) -> tuple[tuple[int, int], list[bytes]]:
     """Return the size (width, height) of a PNG file, and the parts of the file without metadata."""
     pieces = [data[:8]]  # the signature
-    at = 8  # position in the file
+    position = 8  # position in the file
     size = (0, 0)
     while True:
         # A chunk consists of length (4 bytes), name (4), data and checksum (4).
-        length, name = struct.unpack_from(">I4s", data, at)
-        chunk = data[at : at + 12 + length]
+        length, name = struct.unpack_from(">I4s", data, position)
+        chunk = data[position : position + 12 + length]
         # The chunk IHDR must be the first chunk and occur once.
-        if len(chunk) != 12 + length or (name == b"IHDR") != (at == 8):
+        if len(chunk) != 12 + length or (name == b"IHDR") != (position == 8):
             raise ValueError("the PNG file is damaged or incomplete. Export the image again.")
         if name == b"IHDR":
             size = struct.unpack_from(">II", chunk, 8)
@@ -421,7 +421,7 @@ def _png(data: bytes) -> tuple[tuple[int, int], list[bytes]]:
             )
         if name == b"IEND":
             return size, pieces
-        at += 12 + length
+        position += 12 + length
 
 
 def _jpeg(data: bytes) -> tuple[tuple[int, int], list[bytes]]:
@@ -456,20 +456,20 @@ def _jpeg_segments(data: bytes) -> Iterator[tuple[int, bytes]]:
 
     The segment of a scan includes its compressed pixels.
     """
-    at = 2  # position in the file, after the marker of the start
+    position = 2  # position in the file, after the marker of the start
     while True:
         # Any number of fill bytes 0xFF may stand before a marker.
-        while data[at] == 0xFF and data[at + 1] == 0xFF:
-            at += 1
-        if data[at] != 0xFF:
+        while data[position] == 0xFF and data[position + 1] == 0xFF:
+            position += 1
+        if data[position] != 0xFF:
             raise ValueError("the JPEG file is damaged or incomplete. Export the image again.")
-        marker = data[at + 1]
+        marker = data[position + 1]
         # End of the image. Bytes after it are dropped.
         if marker == 0xD9:
-            yield marker, data[at : at + 2]
+            yield marker, data[position : position + 2]
             return
-        segment_end = at + 2 + struct.unpack_from(">H", data, at + 2)[0]
-        if segment_end < at + 4 or segment_end > len(data):
+        segment_end = position + 2 + struct.unpack_from(">H", data, position + 2)[0]
+        if segment_end < position + 4 or segment_end > len(data):
             raise ValueError("the JPEG file is damaged or incomplete. Export the image again.")
         # start of a scan
         if marker == 0xDA:
@@ -481,15 +481,15 @@ def _jpeg_segments(data: bytes) -> Iterator[tuple[int, bytes]]:
                 if data[segment_end + 1] != 0 and not 0xD0 <= data[segment_end + 1] <= 0xD7:
                     break
                 segment_end += 2
-        yield marker, data[at:segment_end]
-        at = segment_end
+        yield marker, data[position:segment_end]
+        position = segment_end
 
 
 def _webp(data: bytes) -> tuple[tuple[int, int], list[bytes]]:
     """Return the size (width, height) of a WebP file, and the parts of the file without metadata."""
     pieces: list[bytes] = []
     # position in the file, after "RIFF", the length and "WEBP"
-    at = 12
+    position = 12
     size = (0, 0)
     # size in the extended header (VP8X), if there is one
     canvas_size = None
@@ -499,9 +499,9 @@ def _webp(data: bytes) -> tuple[tuple[int, int], list[bytes]]:
     if stated_length > len(data):
         raise ValueError("the WebP file is incomplete. Export the image again.")
     image_names = {b"VP8 ", b"VP8L"}
-    while at + 8 <= stated_length:
-        name, length = struct.unpack_from("<4sI", data, at)
-        body = data[at + 8 : at + 8 + length]
+    while position + 8 <= stated_length:
+        name, length = struct.unpack_from("<4sI", data, position)
+        body = data[position + 8 : position + 8 + length]
         if len(body) != length:
             raise ValueError("the WebP file is damaged or incomplete. Export the image again.")
         if name in (b"ANIM", b"ANMF"):
@@ -536,7 +536,7 @@ def _webp(data: bytes) -> tuple[tuple[int, int], list[bytes]]:
         if name in _WEBP_KEPT:
             # Chunks are padded to even lengths.
             pieces.append(struct.pack("<4sI", name, len(body)) + body + bytes(len(body) % 2))
-        at += 8 + length + length % 2
+        position += 8 + length + length % 2
     chunks = b"".join(pieces)
     # The length in the header counts all bytes after it, "WEBP" included.
     return size, [struct.pack("<4sI4s", b"RIFF", 4 + len(chunks), b"WEBP"), chunks]

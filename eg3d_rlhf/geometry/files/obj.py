@@ -188,6 +188,7 @@ class _Lines:
                 indices[i] = str(len(self.widths[kind]) + int(index_text) + 1)
                 if int(indices[i]) < 1:
                     raise ValueError(
+                        # shortened, because a word of an untrusted file may be very long
                         f"the index {word[:40]!r} in line {line_number} counts back beyond the first of the"
                         f" {len(self.widths['v'])} vertices above it. Export the mesh again."
                     )
@@ -463,6 +464,7 @@ def _check_name(path: Path, name: str) -> None:
         or ".." in Path(file_name.replace("\\", "/")).parts
     ):
         raise ValueError(
+            # shortened, because a name in an untrusted file may be very long
             f"{path.name} names the file {name[:80]!r}, but only files in its folder or below it are allowed."
             " Move the file there."
         )

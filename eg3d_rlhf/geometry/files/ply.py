@@ -257,18 +257,18 @@ def _tables(data: memoryview, header: Header) -> dict[str, Table]:
 
     Raises: ValueError for a file that ends too early, or whose text is not numbers.
     """
-    at = header.length
+    position = header.length
     tables = dict[str, Table]()
     # text files are split into words at once
-    words = None if header.order else bytes(data[at:]).split()
+    words = None if header.order else bytes(data[position:]).split()
     # index of the next word in a text file, else position of the next byte
-    at = at if header.order else 0
+    position = position if header.order else 0
     for element in header.elements:
         try:
-            table, at = (
-                _read_text(words, at, element)
+            table, position = (
+                _read_text(words, position, element)
                 if words is not None
-                else _read_binary(data, at, element, header.order)
+                else _read_binary(data, position, element, header.order)
             )
         except (struct.error, IndexError, ValueError, OverflowError):
             raise ValueError(
@@ -280,12 +280,12 @@ def _tables(data: memoryview, header: Header) -> dict[str, Table]:
     return tables
 
 
-def _read_text(words: list[bytes], at: int, element: Element) -> tuple[Table, int]:
+def _read_text(words: list[bytes], position: int, element: Element) -> tuple[Table, int]:
     """Read an element from the words of a text file.
 
     Args:
         words: all words of the file after the header.
-        at: index of the first word of the element.
+        position: index of the first word of the element.
         element: description of the element.
 
     Returns: the table, and the index of the word after the element.
@@ -294,26 +294,26 @@ def _read_text(words: list[bytes], at: int, element: Element) -> tuple[Table, in
     items: dict[str, list] = {name: [] for name in element.lists}
     for _ in range(element.count):
         for name in element.properties:
-            value = float(words[at])
+            value = float(words[position])
             columns[name].append(value)
-            at += 1
+            position += 1
             if name in items:
                 # The value is the length of a list; its items must follow.
-                if not 0 <= value <= len(words) - at:
+                if not 0 <= value <= len(words) - position:
                     raise ValueError(name)
-                items[name] += map(float, words[at : at + int(value)])
-                at += int(value)
-    return _typed(element, columns, items), at
+                items[name] += map(float, words[position : position + int(value)])
+                position += int(value)
+    return _typed(element, columns, items), position
 
 
-def _read_binary(data: memoryview, at: int, element: Element, order: str) -> tuple[Table, int]:
+def _read_binary(data: memoryview, position: int, element: Element, order: str) -> tuple[Table, int]:
     """Read an element from the bytes of a binary file.
 
     If all rows have the same length, they are read at once, otherwise one by one.
 
     Args:
         data: bytes of the file.
-        at: position of the first byte of the element.
+        position: position of the first byte of the element.
         element: description of the element.
         order: byte order of numpy.
 
@@ -321,15 +321,17 @@ def _read_binary(data: memoryview, at: int, element: Element, order: str) -> tup
     """
     types = element.properties
     if not element.lists:
-        rows = np.frombuffer(data, [(name, order + kind) for name, kind in types.items()], element.count, at)
-        return {name: rows[name] for name in types}, at + rows.nbytes
+        rows = np.frombuffer(
+            data, [(name, order + kind) for name, kind in types.items()], element.count, position
+        )
+        return {name: rows[name] for name in types}, position + rows.nbytes
     if element.count and len(element.lists) == 1:
         (name,) = element.lists
         # Assume that all lists are as long as the first list, for example in a mesh of triangles only.
         offset_in_row = sum(
             np.dtype(kind).itemsize for kind in list(types.values())[: list(types).index(name)]
         )
-        length = int(np.frombuffer(data, order + types[name], 1, at + offset_in_row)[0])
+        length = int(np.frombuffer(data, order + types[name], 1, position + offset_in_row)[0])
         # numpy fields of a row: each property, and after the length of the list its items
         fields = [
             field
@@ -340,27 +342,30 @@ def _read_binary(data: memoryview, at: int, element: Element, order: str) -> tup
                 else [(key, order + kind)]
             )
         ]
-        if 0 <= length <= len(data) and at + np.dtype(fields).itemsize * element.count <= len(data):
-            rows = np.frombuffer(data, fields, element.count, at)
+        if 0 <= length <= len(data) and position + np.dtype(fields).itemsize * element.count <= len(data):
+            rows = np.frombuffer(data, fields, element.count, position)
             # The assumption holds if every row states the same length.
             if (rows[name] == length).all():
                 columns: Table = {key: rows[key] for key in types if key != name}
-                return {**columns, name: (rows[name], rows[f"{name} items"].reshape(-1))}, at + rows.nbytes
+                return {
+                    **columns,
+                    name: (rows[name], rows[f"{name} items"].reshape(-1)),
+                }, position + rows.nbytes
     # The lists have different lengths, so the rows are read one by one.
     values: dict[str, list] = {name: [] for name in types}
     items: dict[str, list] = {name: [] for name in element.lists}
     dtypes = {name: np.dtype(order + kind) for name, kind in types.items()}
     for _ in range(element.count):
         for name, kind in dtypes.items():
-            values[name].append(np.frombuffer(data, kind, 1, at)[0])
-            at += kind.itemsize
+            values[name].append(np.frombuffer(data, kind, 1, position)[0])
+            position += kind.itemsize
             if name in items:
-                list_items = np.frombuffer(data, order + element.lists[name], int(values[name][-1]), at)
+                list_items = np.frombuffer(data, order + element.lists[name], int(values[name][-1]), position)
                 items[name].append(list_items)
-                at += list_items.nbytes
+                position += list_items.nbytes
     return (
         _typed(element, values, {name: np.concatenate(rows) if rows else [] for name, rows in items.items()}),
-        at,
+        position,
     )
 
 
