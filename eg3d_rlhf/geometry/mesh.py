@@ -79,6 +79,7 @@ def check_crossed(low: float, high: float, level: float) -> None:
         high: largest density.
         level: raw density on the surface.
     """
+    # Written with `not`, so that NaN is an error, too.
     if not low < level < high:
         remedy = (
             f"Choose a level between these two numbers, such as {(low + high) / 2:.6g}"

@@ -630,6 +630,7 @@ def check_mesh(mesh: Mesh, field: Field, options: MeshOptions, extracted: int, c
         components: number of connected parts before the selection of a part.
     """
     edges = count_edges(mesh.faces)
+    # positive only if the faces are oriented outwards
     volume = float(face_volumes(mesh.vertices, mesh.faces).sum())
     return MeshReport(
         vertices=len(mesh.vertices),
@@ -691,6 +692,7 @@ def vertex_colors(field: Field, vertices: np.ndarray, progress: Progress | None 
     for start in range(0, len(vertices), _COLOR_CHUNK):
         vertex_chunk = torch.from_numpy(vertices[start : start + _COLOR_CHUNK])
         colors[start : start + len(vertex_chunk)] = (
+            # 0..1 -> 0..255
             (field.colour(vertex_chunk)[0].cpu() * 255).round().to(torch.uint8).numpy()
         )
         if progress is not None:
@@ -732,6 +734,7 @@ def save_shape(
     path = Path(path)
     suffix = shape_suffix(path.suffix)
     if suffix == ".mrc":
+        # The density is written on the grid of the options, without extracting a surface.
         grid = FieldGrid(field, options.resolution, options.border)
         return write_mrc(
             path, grid, options.resolution, field.bounds.side / (options.resolution - 1), progress

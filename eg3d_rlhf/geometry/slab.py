@@ -543,6 +543,7 @@ def _in_threads(work: Callable[..., torch.Tensor], *items: Sequence[torch.Tensor
     Returns: the results, in order.
     """
     threads = torch.get_num_threads()
+    # operations within a thread are then serial
     torch.set_num_threads(1)
     try:
         with ThreadPoolExecutor(threads) as pool:

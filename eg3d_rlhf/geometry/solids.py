@@ -95,6 +95,7 @@ def occupied(density: np.ndarray, level: float, caller: str = "solid") -> np.nda
             " Pass one shape at a time."
         )
     invalid_count = int((~np.isfinite(density)).sum())
+    # NaN is above no level, so it would silently count as background.
     if invalid_count:
         raise ValueError(
             f"{caller}: {invalid_count:,} of {density.size:,} densities are NaN or infinite. Check the"
@@ -135,6 +136,7 @@ def _checked(solid: np.ndarray) -> np.ndarray:
             f"solid: the grid must be a bool array [X, Y, Z], got {solid.dtype} {list(solid.shape)}. Pass"
             " density > level."
         )
+    # The time of the score grows with the number of voxels.
     if max(solid.shape) > MOST:
         raise ValueError(
             f"solid: a grid may have at most {MOST} voxels per edge, got {max(solid.shape)}. Reduce the grid"

@@ -51,6 +51,7 @@ def add_annotator(name: str, admin: bool, address: str | None, qr: Path | None, 
         address,
         qr,
         db,
+        # create the database if it does not exist
         True,
         lambda store: store.add_annotator(name, "admin" if admin else "annotator"),
     )

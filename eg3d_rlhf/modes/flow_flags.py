@@ -348,6 +348,7 @@ def check_arms_flags(flags: Flags, several: bool) -> None:
     """
     flags.belong(
         ("jobs",),
+        # several arms, or one arm with several training seeds
         several or len(training_seeds(flags, 1)) > 1,
         "a run of several trainings (--arms, --seeds)",
     )

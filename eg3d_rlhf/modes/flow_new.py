@@ -217,6 +217,7 @@ def new(
 def parse_shares(text: str) -> list[float]:
     """Parse the value of --split, numbers separated by commas. Raises: ValueError for other text."""
     try:
+        # `divide` checks the number of shares and their sum
         return [float(share) for share in text.split(",")]
     except ValueError:
         raise ValueError(

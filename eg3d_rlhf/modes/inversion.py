@@ -83,10 +83,12 @@ class InversionRun:
                 "--start=truth cannot be combined with --image, whose true latent is unknown. Use"
                 " --start=mean."
             )
+        # 0 means no meshes; `MeshOptions` needs at least 16 points
         if 0 < self.shape_res < 16:
             raise ValueError(
                 f"--shape-res={self.shape_res} is too small. Use 16 or more points, or 0 for no meshes."
             )
+        # 0 means no orbit; one view would be no video
         if self.turns == 1:
             raise ValueError("--turns=1 is no orbit. Use 2 or more views, or 0 for no orbit.")
 

@@ -56,6 +56,7 @@ def _shapes(rare: bool = False):
     Args:
         rare: True to make all flags except --shapes settings that only --help-all shows and --set sets.
     """
+    # The defaults equal the defaults of EG3D's scripts.
     return together(
         _shapes_option(
             "--shapes",

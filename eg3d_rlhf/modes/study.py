@@ -342,6 +342,7 @@ def _dry_run(folder: "Folder", name: str, flags: dict, server: launch.ServerFlag
 def shown_by_help(context: click.Context) -> list[object]:
     """Return the values that --help shows as defaults, where they depend on other flags."""
     flags = launch.filled(context.params, StudyDesign, PowerOptions)
+    # Database, name and log follow from --outdir if they were not given.
     folder = Folder(flags["outdir"], flags["db"])
     return [
         {

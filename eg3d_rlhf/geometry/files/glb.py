@@ -457,6 +457,7 @@ class _Reader:
             )
         start = _count(record, "byteOffset", 0)
         length = _count(record, "byteLength")
+        # A GLB file has one buffer, its binary chunk.
         if record.get("buffer") != 0 or start + length > len(self.binary):
             raise ValueError(
                 f"the GLB file refers to the bytes {start}..{start + length} of its binary chunk, which has"
@@ -533,6 +534,7 @@ class _Reader:
         if "texCoord" in info:
             out["texCoord"] = _set(info["texCoord"])
         transform = info.get("extensions", {}).get("KHR_texture_transform")
+        # Offset, scale and rotation of the texture coordinates.
         if transform is not None:
             transform_fields: dict = {
                 name: _numbers(transform[name], 2) for name in ("offset", "scale") if name in transform

@@ -233,6 +233,7 @@ def check_triangles(points: np.ndarray, faces: np.ndarray) -> None:
             f"the mesh has {len(points)} points and {len(faces)} faces, which are no triangles. Export a mesh"
             " that has triangles."
         )
+    # numpy would silently accept negative indices
     if faces.min() < 0 or faces.max() >= len(points):
         raise ValueError(
             f"the indices of the faces are {faces.min()}..{faces.max()}, but the {len(points)} vertices have"

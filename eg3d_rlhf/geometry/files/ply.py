@@ -163,6 +163,7 @@ def read_header(data: memoryview) -> Header:
 def check_mesh(header: Header) -> None:
     """Raise ValueError unless the header describes a mesh with faces, and with at most MAX_FACES faces."""
     counts = {element.name: element.count for element in header.elements}
+    # missing elements, or elements without rows
     if not counts.get("vertex") or not counts.get("face"):
         raise ValueError(
             "the PLY file contains points without faces. Export a mesh with faces, or Gaussian splats."
