@@ -65,7 +65,7 @@ _DENSE_ROWS = 65  # number of y indices in one evaluation of a full layer
 class FieldGrid:
     """Density of a field on a cube of grid points, which is evaluated for ranges of x indices.
 
-    It is the argument `sample` of `extract_mesh_blockwise` and `write_mrc`.
+    An instance can be passed as the argument `sample` of `extract_mesh_blockwise` and `write_mrc`.
 
     Args:
         field: field of one shape.

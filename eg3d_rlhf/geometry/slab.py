@@ -8,8 +8,8 @@ tests, and is also used for planes that are not aligned with the axes and for a 
 a function of their own, `tri_grid_density`.
 
 Shapes: N batch; K planes; C channels; P, Q rows and columns of a plane; J hidden units of the decoder; X, Y,
-    Z grid points along x, y, z; D, H, W grid points along z, y, x; P also points in a list. In the functions
-    of tri-grids: D slices of a stack; R, L numbers of x and z indices in a block.
+Z grid points along x, y, z; D, H, W grid points along z, y, x; P also points in a list. In the functions of
+tri-grids: D slices of a stack; R, L numbers of x and z indices in a block.
 """
 
 import warnings
