@@ -275,8 +275,10 @@ def _span(corners: torch.Tensor, u: int, v: int, row: torch.Tensor) -> tuple[tor
         # A flat side is parallel to the bounds of the strip; `where` avoids the division by 0.
         flat = run == 0
         bounds = [((row + k - a[:, u]) / run.where(~flat, 1.0)) for k in (0, 1)]
+        # Positions on the side, 0 at a and 1 at b, at which it enters and leaves the strip.
         near = torch.minimum(*bounds).where(~flat, 0.0).clamp(0, 1)
         far = torch.maximum(*bounds).where(~flat, 1.0).clamp(0, 1)
+        # True if a part of the side lies in the strip
         inside = ((a[:, u] >= row) & (a[:, u] <= row + 1)) | (
             (torch.maximum(*bounds) >= 0) & (torch.minimum(*bounds) <= 1) & ~flat
         )

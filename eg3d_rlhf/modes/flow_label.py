@@ -170,7 +170,7 @@ def format_duration(seconds: float) -> str:
     Args:
         seconds: duration in seconds.
 
-    >>> duration(5400), duration(300)
+    >>> format_duration(5400), format_duration(300)
     ('1 h 30 min', '5 min')
     """
     minutes = max(1, round(seconds / 60))
