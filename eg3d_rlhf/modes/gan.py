@@ -586,7 +586,7 @@ def open_gan(settings: Settings, run: "Run") -> "Objects | None":
     """Build or load the networks, the dataset, the rewards and the other objects of a run.
 
     Args:
-        s: settings of the run.
+        settings: settings of the run.
         run: the run, whose inputs are set to the files that it reads.
 
     Returns: the objects; None for a run of rounds, whose trainings open their objects one after the other.
@@ -617,7 +617,7 @@ def work(settings: Settings, objects: "Objects | None", run: "Run") -> None:
     For a run of rounds, run all rounds that are not finished.
 
     Args:
-        s: settings of the run.
+        settings: settings of the run.
         objects: objects of the run; None for a run of rounds.
         run: the run.
     """
@@ -660,7 +660,7 @@ def tune_in_rounds(settings: Settings, folder: Path, flags: Mapping) -> None:
     """Begin one training inside a run of rounds, or resume it if its folder has a checkpoint.
 
     Args:
-        s: settings of this training.
+        settings: settings of this training.
         folder: folder of this training.
         flags: values of the command line of the run of rounds.
     """

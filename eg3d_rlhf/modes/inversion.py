@@ -129,7 +129,7 @@ def open_setup(settings: InversionRun, run: "Run") -> "Setup":
     """Load and check the files that the settings name, and record them as inputs of the run.
 
     Args:
-        s: settings of the run.
+        settings: settings of the run.
         run: the run, on whose device the networks are loaded.
 
     Raises: ValueError that names the flag of a file that is missing or does not fit.
