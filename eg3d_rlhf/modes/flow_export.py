@@ -98,7 +98,8 @@ def find_tuned_weights(
     Args:
         sources: WORK folders and run folders of train.py.
         name: name of a training in WORK, such as tune-00; None: the latest training.
-        pipeline_folder: folder of the untuned generator from --pipeline; None: the generator that the sources record.
+        pipeline_folder: folder of the untuned generator from --pipeline; None: the generator that the sources
+            record.
         weights: values "STAGE=PATH" of --weights.
 
     Returns: the folder of the untuned generator, and a mapping from stages to folders or files of weights.
