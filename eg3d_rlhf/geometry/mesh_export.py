@@ -283,7 +283,9 @@ def _map_extremes(values: torch.Tensor, shape: Sequence[int], size: int) -> tupl
     """
     low = values
     high = values
+    # The extremes over a brick are computed axis by axis; axis 1 holds the hidden units.
     for dim, points in ((0, shape[0]), (2, shape[1]), (3, shape[2])):
+        # the map does not depend on this coordinate
         if values.shape[dim] == 1:
             continue
         # A point outside the volume repeats the nearest point inside, which does not change the extremes.

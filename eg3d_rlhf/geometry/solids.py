@@ -257,6 +257,7 @@ def exposed(labels: np.ndarray, count: int) -> np.ndarray:
     for axis in range(3):
         # both directions along the axis: a voxel and its next neighbour, then its previous neighbour
         for voxels, neighbours in ((all_but_last, all_but_first), (all_but_first, all_but_last)):
+            # a slice along this axis; all voxels along the axes before it
             voxel_label = padded[(slice(None),) * axis + (voxels,)]
             neighbour_label = padded[(slice(None),) * axis + (neighbours,)]
             is_exposed = (voxel_label > 0) & (neighbour_label == 0)

@@ -214,6 +214,7 @@ def run(work: Work, tuning: Tuning, flags: Flags, device: str, ranks: "Ranks") -
             imported.report, {stage: len(pairs) for stage, pairs in imported.pairs.items()}
         ):
             click.echo(text)
+    # the pairs were written above
     if flags["pairs_only"]:
         return
     ranks.barrier()  # the other processes read the pairs that the first process wrote

@@ -154,6 +154,7 @@ class JobGroup(click.Group):
 
     def __init__(self, noun: str = "", **kwargs):
         self.noun = noun
+        # wider than the 80 columns of click, so that help texts wrap less often
         settings = {"help_option_names": ["-h", "--help"], "max_content_width": 140}
         super().__init__(
             noun or PROGRAM,

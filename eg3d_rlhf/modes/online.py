@@ -146,6 +146,7 @@ def default_run(pipeline: str, preset: str = "nft") -> OnlineRun:
     """
     if pipeline == TOY:
         return TOY_GRPO if preset == GRPO else TOY_RUN
+    # In --mode=grpo, the name grpo stands for plain GRPO, which trains on every step of the sampler.
     losses = replace(LARGE_LOSSES, grpo=LARGE_LOSSES.grpo_plain) if preset == GRPO else LARGE_LOSSES
     return OnlineRun(losses=losses, dpo=TrainConfig(), evaluation=Evaluation(batch=4))
 

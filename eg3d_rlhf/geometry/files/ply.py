@@ -300,6 +300,7 @@ def _read_text(words: list[bytes], position: int, element: Element) -> tuple[Tab
             position += 1
             if name in items:
                 # The value is the length of a list; its items must follow.
+                # `_tables` turns this error into a message.
                 if not 0 <= value <= len(words) - position:
                     raise ValueError(name)
                 items[name] += map(float, words[position : position + int(value)])
