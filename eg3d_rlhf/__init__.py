@@ -41,7 +41,7 @@ __all__ = [
     "ws_of_seeds",
 ]
 
-# public name: the module below eg3d_rlhf that defines it
+# Keys: public names. Values: the module of eg3d_rlhf that defines the name.
 _MODULES = {
     "Field": "core.field",
     "MeshOptions": "geometry.settings",
@@ -60,12 +60,19 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name at its first use (PEP 562). Raises: AttributeError for other names."""
+    """Import a public name of the package at its first use (PEP 562).
+
+    Raises: AttributeError for a name that is not one of the public names.
+    """
     if name not in _MODULES:
+        # hasattr() and `from eg3d_rlhf import X` rely on this type of exception
         raise AttributeError(f"module 'eg3d_rlhf' has no attribute {name!r}")
     return getattr(importlib.import_module(f"eg3d_rlhf.{_MODULES[name]}"), name)
 
 
 def __dir__() -> list[str]:
-    """List the public names as well, before they are imported, so that completion offers them."""
+    """List the names of this module, including the public names that have not been imported yet.
+
+    Without this function, tab completion would offer only the names that were used already.
+    """
     return sorted({*globals(), *__all__})

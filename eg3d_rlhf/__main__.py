@@ -1,12 +1,13 @@
-"""Run the console script eg3d-rlhf as `python -m eg3d_rlhf`, or from the folder `eg3d_rlhf` as a script.
+"""Run the command eg3d-rlhf with `python -m eg3d_rlhf` or with `python PATH/eg3d_rlhf`.
 
-Both work in a checkout that is not installed.
+Both forms work in a checkout of the repository that is not installed.
 """
 
 import sys
 from pathlib import Path
 
-# Run as a folder, Python puts that folder first on the import path; the packages lie in the folder above it.
+# `python PATH/eg3d_rlhf` puts the folder eg3d_rlhf first on the import path. `import eg3d_rlhf` and
+# `import training` need the folder that contains it, so the entry is replaced by the parent folder.
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 

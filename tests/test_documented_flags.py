@@ -11,7 +11,7 @@ import click
 import pytest
 
 import train
-from eg3d_rlhf.modes import MODES, ModeCommand, mode_of
+from eg3d_rlhf.modes import MODES, ModeCommand, split_mode
 from eg3d_rlhf.modes.jobs import JOBS, command_of
 
 REPO = Path(__file__).resolve().parents[1]
@@ -47,7 +47,7 @@ def parsed(line: str) -> tuple[click.Command, list[str]] | None:
 def unknown(command: click.Command, arguments: list[str]) -> str:
     """What of the arguments is unknown; the empty string where all are known."""
     if isinstance(command, ModeCommand):
-        mode, arguments = mode_of(arguments)
+        mode, arguments = split_mode(arguments)
         if mode not in MODES:
             return ""  # a plugin's, which the page itself brings
         command = MODES[mode].command

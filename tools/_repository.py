@@ -1,6 +1,7 @@
 """Make the packages of this repository importable for the scripts in this folder.
 
-It also imports torch_utils before torch, which sets how OpenMP threads wait.
+Each script imports this module first, since torch_utils must be imported before torch: it sets how OpenMP
+threads wait.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""Attribute the change of the reward to regions of the shape. The same as eg3d-rlhf report attribute."""
+"""Attribute the change of the reward to regions of the shape. Same command: eg3d-rlhf report attribute."""
 
 import _repository  # noqa: F401
 

@@ -1,4 +1,4 @@
-"""Compute FID and KID of a generator, like EG3D's script of this name. The same as eg3d-rlhf data metrics."""
+"""Compute FID and KID of a generator, like EG3D's calc_metrics.py. Same command: eg3d-rlhf data metrics."""
 
 import _repository  # noqa: F401
 

@@ -1,4 +1,4 @@
-"""Convert a set of images, like EG3D's script of this name. The same as eg3d-rlhf data convert."""
+"""Convert a set of images, like EG3D's dataset_tool.py. Same command: eg3d-rlhf data convert."""
 
 import _repository  # noqa: F401
 

@@ -1,4 +1,4 @@
-"""Evaluate the effect of tuning. The same as eg3d-rlhf report evaluate."""
+"""Evaluate the effect of tuning on a generator. Same command: eg3d-rlhf report evaluate."""
 
 import _repository  # noqa: F401
 

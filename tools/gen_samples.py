@@ -1,4 +1,4 @@
-"""Render samples of a generator, like EG3D's script of this name. The same as eg3d-rlhf samples images."""
+"""Render samples of a generator, like EG3D's gen_samples.py. Same command: eg3d-rlhf samples images."""
 
 import _repository  # noqa: F401
 

@@ -1,4 +1,4 @@
-"""Render videos of a generator, like EG3D's script of this name. The same as eg3d-rlhf samples videos."""
+"""Render videos of a generator, like EG3D's gen_videos.py. Same command: eg3d-rlhf samples videos."""
 
 import _repository  # noqa: F401
 

@@ -1,4 +1,5 @@
-"""Label pairs of shapes in the browser: plan or resume a campaign, prepare its shapes, and serve the page.
+"""Label pairs of shapes in the browser. The command plans or resumes a labelling project, prepares its
+shapes, and serves the page. Same command: eg3d-rlhf label.
 
 \b
 Example:

@@ -1,5 +1,5 @@
-"""Compare two generators blind: design a study, serve it in the browser, and report on it when its stopping
-rule is met.
+"""Compare two generators in a blind study: design it, serve it in the browser, and report on it when it is
+over. Same command: eg3d-rlhf study.
 
 \b
 Example:

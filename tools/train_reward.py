@@ -1,4 +1,4 @@
-"""Train a reward on labels. The same as eg3d-rlhf reward train."""
+"""Train a reward on labels of a generator's shapes. Same command: eg3d-rlhf reward train."""
 
 import _repository  # noqa: F401
 

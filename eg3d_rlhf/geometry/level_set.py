@@ -1,9 +1,10 @@
-"""Surface of one shape without a mesh: crossings with lines, and normals, at a fraction of a voxel.
+"""Level set of the density of one shape: intersections with rays, and normals, without a mesh.
 
-A grid finds the voxels where a line crosses the surface. The density itself then places the crossing. Images
-and distances therefore show the shape and not the steps of the grid.
+The density on a grid locates the voxel in which a ray crosses the surface. Evaluations of the density itself
+then refine the intersection to a fraction of a voxel. Images and distances therefore show the shape and not
+the steps of the grid.
 
-Letters: P points or lines, D, H, W grid points, S samples along a line.
+Shapes: P points or rays; D, H, W grid points along z, y, x; C channels; [...] any axes.
 """
 
 import functools
@@ -19,33 +20,38 @@ from eg3d_rlhf.core.field import Field
 from eg3d_rlhf.core.spec import SlabSpec
 from training.rendering.cameras import ray_limits_box
 
-_FAR_BELOW = 1000.0  # outside the cube the density counts as this much below the level
-_HALVINGS = 4  # bisections of a bracket of two voxels, before linear interpolation between its ends
-REACHES = (0.024, 0.06)  # reaches of `crowding` in sides of the cube: for creases, and for hollows
-# Safety margin of a step, in voxels: the surface is at most this much nearer than the interpolated distance
-# to the nearest grid point inside.
+_FAR_BELOW = 1000.0  # outside the cube, the density counts as this much below the level
+_HALVINGS = 4  # number of bisections of an interval of two voxels, before the final linear interpolation
+# Radii of the neighbourhoods of `crowding`, in sides of the cube: small for creases, large for hollows.
+REACHES = (0.024, 0.06)
+# Safety margin of a step in voxels: the surface is at most this much nearer than the interpolated distance to
+# the nearest grid point inside.
 _SLACK = 2.0
 _LEAST_STEP = 1.0  # shortest step of a ray, in voxels
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LevelSet:
-    """The surface density = level of one shape. Inside, the density is above the level."""
+    """Surface of one shape, on which the raw density equals a level. It is above the level inside."""
 
-    cube: Tensor  # [D, H, W] raw density at the points of spec
+    cube: Tensor  # [D, H, W] raw density at the grid points of `spec`
     spec: SlabSpec
-    level: float
+    level: float  # raw density on the surface
     density: Callable[[Tensor], Tensor]  # raw density [P] at world points [P, 3]
 
     @classmethod
     def of(cls, field: Field, resolution: int) -> "LevelSet":
-        """Build the surface of a field of one shape.
+        """Build the level set of a density field.
 
-        Args: resolution: points per edge of the grid, which covers the cube of the field.
+        Args:
+            field: field of one shape.
+            resolution: number of grid points per edge of the field's cube.
         """
+        # one shape, since the level set has one grid
         assert len(field) == 1
         spec = SlabSpec.of(field.bounds, resolution)
         return cls(
+            # [1, D, H, W] -> [D, H, W]
             cube=field.density_grid(spec)[0],
             spec=spec,
             level=field.level,
@@ -53,37 +59,54 @@ class LevelSet:
         )
 
     def inside(self, points: Tensor) -> Tensor:
-        """Return by how much [...] the density at world points [..., 3] exceeds the level; far below 0
-        outside the cube.
+        """Compute the density minus the level, interpolated trilinearly on the grid.
 
-        The density is interpolated trilinearly on the grid.
+        Args:
+            points: world coordinates [..., 3].
+
+        Returns: the difference [...]: positive inside the shape, and -1000 outside the cube.
         """
+        # the first of the two maps is the density minus the level
         values = sample(self._maps[:1], self.spec, points)[0]
         return values.where(self._within(points), -_FAR_BELOW)
 
     def exactly_inside(self, points: Tensor) -> Tensor:
-        """Return the same as `inside`, [P] at points [P, 3], from the density itself."""
+        """Compute the density minus the level from the density itself, without interpolation.
+
+        Args:
+            points: world coordinates [P, 3].
+
+        Returns: the difference [P]: positive inside the shape, and -1000 outside the cube.
+        """
         return torch.where(self._within(points), self.density(points) - self.level, -_FAR_BELOW)
 
     def _within(self, points: Tensor) -> Tensor:
-        """Return True [...] for points [..., 3] in the cube. The factor 1 + 1e-6 admits rounded points on
-        its faces.
-        """
+        """Return True [...] for points [..., 3] inside the cube or on its faces."""
+        # The factor 1 + 1e-6 admits points on the faces that rounding has moved outwards.
         return (points - points.new_tensor(self.spec.centre)).abs().amax(dim=-1) <= self.spec.box_warp / 2 * (
             1 + 1e-6
         )
 
     def place(self, origins: Tensor, directions: Tensor, t: Tensor) -> Tensor:
-        """Refine crossings of lines [P, 3] + t [P, 3] from guesses t [P] that are within one voxel.
+        """Refine intersections of lines with the surface by bisection and linear interpolation.
 
-        Returns: t [P]. A guess without a crossing in its neighbourhood is returned unchanged.
+        Args:
+            origins: points [P, 3] of the lines.
+            directions: unit directions [P, 3] of the lines.
+            t: approximate distances [P] of the intersections from the origins, within one voxel.
+
+        Returns: refined distances [P]. A distance is returned unchanged if the density does not cross the
+            level within one voxel of it.
         """
         reach = self.spec.voxel
         low = t - reach
         high = t + reach
-        at_low, at_high = (self.exactly_inside(origins + end[:, None] * directions) for end in (low, high))
-        # the bracket holds a crossing if its ends lie on different sides of the level
-        crossed = (at_low >= 0) != (at_high >= 0)
+        at_low, at_high = (
+            self.exactly_inside(origins + bound[:, None] * directions) for bound in (low, high)
+        )
+        # The interval contains an intersection if its two ends lie on different sides of the surface.
+        is_bracket = (at_low >= 0) != (at_high >= 0)
+        # Bisection: the half whose ends lie on different sides of the surface replaces the interval.
         for _ in range(_HALVINGS):
             middle = (low + high) / 2
             value = self.exactly_inside(origins + middle[:, None] * directions)
@@ -92,12 +115,14 @@ class LevelSet:
             at_low = torch.where(lower_half_is_uniform, value, at_low)
             high = torch.where(lower_half_is_uniform, high, middle)
             at_high = torch.where(lower_half_is_uniform, at_high, value)
-        return torch.where(crossed, between(low, high, at_low, at_high), t)
+        return torch.where(is_bracket, between(low, high, at_low, at_high), t)
 
     def normals(self, points: Tensor) -> Tensor:
-        """Compute outward unit normals [P, 3] at points [P, 3]: negated central differences of the
-        density over one voxel.
+        """Compute outward unit normals [P, 3] at points [P, 3].
+
+        A normal is the negative gradient of the density, computed by central differences over one voxel.
         """
+        # rows: half a voxel along x, y and z
         offsets = torch.eye(3).to(points) * self.spec.voxel / 2
         differences = [self.density(points + offset) - self.density(points - offset) for offset in offsets]
         # density rises inwards, hence the minus
@@ -105,87 +130,103 @@ class LevelSet:
 
     @torch.no_grad()
     def trace(self, origins: Tensor, directions: Tensor) -> Tensor:
-        """Return the distances [P] at which rays first meet the surface; inf for rays that miss it.
+        """Compute the first intersection of each ray with the surface by sphere tracing on the grid.
 
-        Args: origins: [P, 3]; directions: [P, 3], unit.
         Each step is as long as the distance to the nearest grid point inside allows, but at least one voxel.
+        Intersections are then refined with the density itself.
+
+        Args:
+            origins: origins [P, 3] of the rays.
+            directions: unit directions [P, 3] of the rays.
+
+        Returns: distances [P] from the origins; inf for rays that miss the surface.
         """
         centre = origins.new_tensor(self.spec.centre)
         side = self.spec.box_warp
         voxel = self.spec.voxel
+        # distances [P] at which rays enter and leave the cube; `ray_limits_box` takes a batch axis
         near, far = (t[0, :, 0] for t in ray_limits_box((origins - centre)[None], directions[None], side))
         depth = torch.full_like(near, torch.inf)
         maps = self._maps
-        # indices of rays that are still being traced
+        # indices of the rays that are still being traced; rays that miss the cube keep the depth inf
         rays = (far > near).nonzero()[:, 0]
         t = near[rays]
         t_before = near[rays]
         # value at t_before; -1, because a ray starts outside
         value_before = torch.full_like(near[rays], -1.0)
         while len(rays):
-            inside, free = sample(maps, self.spec, origins[rays] + t[:, None] * directions[rays])  # [P] each
+            # both [rays]: density minus level, and distance to the nearest grid point inside in voxels
+            inside, free_distance = sample(maps, self.spec, origins[rays] + t[:, None] * directions[rays])
             hit = inside >= 0
-            # A hit lies between the last two samples, which are on different sides of the level.
+            # The intersection lies between the last two samples, which are on different sides of the surface.
             depth[rays[hit]] = between(t_before, t, value_before, inside)[hit]
-            step = (free - _SLACK).clamp_min(_LEAST_STEP) * voxel
+            step = (free_distance - _SLACK).clamp_min(_LEAST_STEP) * voxel
             unfinished = ~hit & (t < far[rays])
             t_before = t[unfinished]
             value_before = inside[unfinished]
             rays = rays[unfinished]
             t = (t + step)[unfinished]
-            # The last sample of a ray is the point where it leaves the cube
+            # The last sample of a ray is the point at which it leaves the cube.
             t = torch.minimum(t, far[rays])
         hit = depth.isfinite()
-        # So far the crossing comes from the grid; place it by the density itself.
+        # So far, distances come from the interpolated grid. The density itself refines them.
         depth[hit] = self.place(origins[hit], directions[hit], depth[hit])
         return depth
 
     @functools.cached_property
     def _maps(self) -> Tensor:
-        """Maps for tracing, [2, D, H, W].
+        """Two maps for tracing, [2, D, H, W].
 
-        The first is the density minus the level, the second the distance to the nearest grid point inside, in
-        voxels (maximum norm, so a lower bound of the Euclidean distance).
+        The first map is the density minus the level. The second map is the distance to the nearest grid point
+        inside in voxels. It uses the maximum norm, which is a lower bound of the Euclidean distance.
         """
+        # imported here, because few functions need this library
         from scipy.ndimage import distance_transform_cdt
 
         is_inside = (self.cube >= self.level).cpu().numpy()
-        free = (
-            # an empty grid has no nearest point inside; rays may cross it in one step
+        free_distance = (
+            # An empty grid has no nearest point inside, so rays may cross it in one step.
             distance_transform_cdt(~is_inside, "chessboard")
             if is_inside.any()
             else np.full(is_inside.shape, max(is_inside.shape))
         )
-        return torch.stack([self.cube - self.level, torch.from_numpy(free).to(self.cube)])
+        return torch.stack([self.cube - self.level, torch.from_numpy(free_distance).to(self.cube)])
 
     @functools.cached_property
     def crowding(self) -> Tensor:
-        """Fraction of the space around each point that is inside, for each of REACHES: [2, D/2, H/2,
-        W/2], 0..1.
+        """Fraction of the space around each grid point that is inside the shape, in 0..1.
+
+        The shape is [2, D/2, H/2, W/2]: one map for each radius of REACHES, at half the resolution.
         """
+        # imported here, because few functions need this library
         from scipy.ndimage import uniform_filter
 
         # [1, D, H, W] -> [1, D/2, H/2, W/2]: half the resolution suffices for an average
         occupancy = F.avg_pool3d((self.cube >= self.level).float()[None], 2)[0].cpu().numpy()
         # Box widths in coarse points. A coarse point is two voxels, so a box is twice as wide as its reach.
-        edges = [max(3, round(reach / self.spec.voxel * self.spec.box_warp)) for reach in REACHES]
-        # Two box filters in sequence approximate a round (Gaussian) window.
+        widths = [max(3, round(reach / self.spec.voxel * self.spec.box_warp)) for reach in REACHES]
+        # Two box filters in sequence approximate a round (Gaussian) window. "constant": outside is empty.
         blurred = [
-            uniform_filter(uniform_filter(occupancy, edge, mode="constant"), edge, mode="constant")
-            for edge in edges
+            uniform_filter(uniform_filter(occupancy, width, mode="constant"), width, mode="constant")
+            for width in widths
         ]
         return torch.from_numpy(np.stack(blurred)).to(self.cube)
 
 
 def sample(values: Tensor, spec: SlabSpec, points: Tensor) -> Tensor:
-    """Interpolate cubes [C, D, H, W] trilinearly at world points [..., 3]: [C, ...].
+    """Interpolate maps on a grid trilinearly.
 
-    Outside the cube the value of the nearest face is returned.
+    Args:
+        values: maps [C, D, H, W] on the grid points of `spec`.
+        spec: grid.
+        points: world coordinates [..., 3].
+
+    Returns: values [C, ...]. Outside the cube, the value of the nearest face is returned.
     """
     if points.numel() == 0:
-        # grid_sample rejects an empty grid
+        # F.grid_sample raises an error for an empty grid.
         return points.new_zeros(len(values), *points.shape[:-1])
-    # [..., 3] in (x, y, z), as grid_sample takes it; -1 and 1 are the outermost grid points
+    # [..., 3] in the order x, y, z of grid_sample. -1 and 1 are the outermost grid points (align_corners).
     grid = (points - points.new_tensor(spec.centre)) * (2 / spec.box_warp)
     sampled = F.grid_sample(
         values[None], grid.reshape(1, 1, 1, -1, 3), align_corners=True, padding_mode="border"
@@ -194,7 +235,12 @@ def sample(values: Tensor, spec: SlabSpec, points: Tensor) -> Tensor:
 
 
 def between(t0: Tensor, t1: Tensor, v0: Tensor, v1: Tensor) -> Tensor:
-    """Return the zero of the line through (t0, v0) and (t1, v1), clamped to the interval between t0 and
-    t1.
+    """Compute the zero of the line through (t0, v0) and (t1, v1), clamped to the interval from t0 to t1.
+
+    Args:
+        t0, t1: positions [P].
+        v0, v1: values [P] at the positions. If they are equal, there is no zero; the result is then an
+            end of the interval or a position within it.
     """
+    # `where` replaces a denominator of 0 by 1, so that no NaN occurs
     return t0 + (t1 - t0) * (v0 / (v0 - v1).where(v0 != v1, v0.new_tensor(1.0))).clamp(0, 1)

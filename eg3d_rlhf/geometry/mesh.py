@@ -1,11 +1,10 @@
-"""Isosurface of a density volume as a closed triangle mesh in world coordinates, and checks and corrections
-of meshes.
+"""Extraction of the isosurface of a density as a closed triangle mesh, and checks and corrections of meshes.
 
-The checks count open edges, loose parts and flipped faces. The corrections choose the largest part and reduce
-the number of faces.
+The isosurface is extracted by marching cubes (Lorensen and Cline 1987). The checks count open edges, parts
+and faces with the wrong orientation. The corrections select the largest part and reduce the number of faces.
 
-Letters: D, H, W = grid points along z, y, x; X, Y, Z = along x, y, z; V vertices; F faces; P parts (connected
-by shared vertices); S = cells along a brick's edge; B bricks.
+Shapes: D, H, W grid points along z, y, x; X, Y, Z grid points along x, y, z; V vertices; F faces; P parts
+(sets of faces that are connected by shared vertices); S cells along the edge of a brick; B bricks.
 """
 
 import warnings
@@ -22,19 +21,19 @@ from eg3d_rlhf.core.spec import SlabSpec
 if TYPE_CHECKING:
     from scipy.sparse import csr_array
 
-# Densities are clipped to the level +- this many units of max(|level|, 1). The padding outside the volume has
-# the lower of these values.
+# Densities are clipped to level - d and level + d, where d is this number times max(|level|, 1). The padding
+# outside the volume has the lower of these two values.
 _REACH = 2.0**17
-# Densities closer to the level than this, in the same units, count as just below it, so that no vertex lies
-# on a grid point.
+# Densities whose distance from the level is smaller than this number times max(|level|, 1) are set just below
+# the level, so that no vertex lies on a grid point.
 LEVEL_BAND = 2.0**-22
-# Distance, in grid steps, that vertices keep from the ends of their grid edge. Distinct vertices then stay
-# distinct in float32.
+# Smallest distance of a vertex from the ends of its grid edge, in grid steps. Different vertices then have
+# different coordinates in float32, too.
 _MARGIN = 2e-4
-_CHUNK = 1 << 20  # faces that are processed at once in float64
-_ATTEMPTS = 6  # decimations of a part that are tried until one is closed
-_MORE = 1.25  # ratio of the numbers of faces of successive attempts
-_LEAST = 16  # smallest number of faces of a part
+_CHUNK = 1 << 20  # number of faces that are processed at once in float64; limits the required memory
+_ATTEMPTS = 6  # largest number of attempts to decimate a part so that it stays closed
+_MORE = 1.25  # factor on the number of faces from one attempt to the next
+_LEAST = 16  # smallest number of faces of a decimated part
 
 
 def extract_mesh(
@@ -42,20 +41,21 @@ def extract_mesh(
     axes: SlabSpec | Sequence[torch.Tensor | np.ndarray],
     level: float = LEVEL,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Extract the surface sigma = level by marching cubes.
+    """Extract the surface on which the raw density sigma equals a level, by marching cubes.
 
-    A body that is cut off by the border of the volume is closed there. Outside the volume the density counts
-    as far below the level. The cap therefore lies within 1/100 of a grid step of the border for densities up
-    to 1000 times the level (10,000 at level 10).
+    A body that the border of the volume cuts off is closed there by a cap, because the density outside the
+    volume counts as far below the level. The cap lies within 1/100 of a grid step of the border for densities
+    up to 1000 times the level (10,000 at level 10). Not differentiable.
 
     Args:
-        sigma: raw density [D, H, W]; inside is where it exceeds the level.
-        axes: a SlabSpec of that shape, or increasing world coordinates (x [W], y [H], z [D]).
-        level: raw density at the surface.
-    Returns: vertices [V, 3] float32 in world coordinates (x, y, z), and faces [F, 3] int64 in
-    counter-clockwise order seen from outside.
-    Not differentiable.
-    Raises: ValueError if sigma is not finite, or if the level is not crossed.
+        sigma: raw density [D, H, W]; the inside is where it exceeds the level.
+        axes: SlabSpec of this shape, or increasing world coordinates (x [W], y [H], z [D]).
+        level: raw density on the surface.
+
+    Returns: vertices [V, 3] float32 in world coordinates (x, y, z), and faces [F, 3] int64, whose corners are
+        in counter-clockwise order seen from outside.
+
+    Raises: ValueError if sigma is not finite, or if it does not cross the level.
     """
     volume = sigma.detach().cpu().numpy() if isinstance(sigma, torch.Tensor) else np.asarray(sigma)
     assert volume.ndim == 3 and min(volume.shape) >= 2
@@ -67,23 +67,27 @@ def extract_mesh(
     block = prepare_density(volume.transpose(2, 1, 0), level)  # [W, H, D], so that vertices are (x, y, z)
     check_crossed(float(volume.min()), float(volume.max()), level)
     vertices, faces, _ = marching_cubes([np.pad(block, 1, constant_values=outside_value(level))], level)
-    # - 1: the padding shifted the indices
+    # - 1: the padding has shifted the indices by one
     return to_world(vertices - 1, coordinates), faces
 
 
 def check_crossed(low: float, high: float, level: float) -> None:
-    """Raise ValueError unless densities lie on both sides of the level.
+    """Raise ValueError if all densities lie on one side of the level, so that there is no surface.
 
-    Args: low, high: smallest and largest density.
+    Args:
+        low: smallest density.
+        high: largest density.
+        level: raw density on the surface.
     """
+    # Written with `not`, so that NaN is an error, too.
     if not low < level < high:
         remedy = (
-            f"Choose a level between these, such as {(low + high) / 2:.6g}"
+            f"Choose a level between these two numbers, such as {(low + high) / 2:.6g}"
             if low < high
             else "The density is constant and has no surface at any level. Check the generator"
         )
         raise ValueError(
-            f"extract_mesh: expected sigma on both sides of level {level:g}, got [{low:g}, {high:g}]."
+            f"extract_mesh: the density does not cross the level {level:g}: its range is [{low:g}, {high:g}]."
             f" {remedy}."
         )
 
@@ -92,20 +96,24 @@ def check_finite(low: float, high: float) -> None:
     """Raise ValueError unless the smallest and the largest density are finite numbers."""
     if not (np.isfinite(low) and np.isfinite(high)):
         raise ValueError(
-            "extract_mesh: expected finite sigma, got NaN or infinity. Check the generator's weights."
+            "extract_mesh: the density is not finite: it contains NaN or infinity. Check the weights of the"
+            " generator."
         )
 
 
 def outside_value(level: float) -> float:
-    """Return the density that stands for everything outside the volume: the lowest value after
-    `prepare_density`.
-    """
+    """Return the raw density of points outside the volume, the smallest value after `prepare_density`."""
     return level - _REACH * max(abs(level), 1.0)
 
 
 def prepare_density(volume: np.ndarray, level: float) -> np.ndarray:
-    """Return a float32 copy of raw densities for `marching_cubes`: clipped around the level, and never equal
-    to it.
+    """Return a copy of raw densities for `marching_cubes`, clipped around the level and never equal to it.
+
+    Args:
+        volume: raw densities of any shape.
+        level: raw density on the surface.
+
+    Returns: float32 array of the same shape.
 
     Raises: ValueError for NaN or infinity.
     """
@@ -119,22 +127,26 @@ def prepare_density(volume: np.ndarray, level: float) -> np.ndarray:
 
 
 def marching_cubes(blocks: Iterable[np.ndarray], level: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Extract the surfaces of prepared blocks [X, Y, Z] float32, each by itself.
+    """Extract the surfaces of several blocks, each block by itself.
 
-    Returns:
-        vertices [V, 3] float64, one block after another, in grid steps from the first point of the block;
-            each lies strictly inside a grid edge.
-        faces [F, 3] int64, indices into all vertices.
-        number of vertices of each block [blocks].
+    Args:
+        blocks: densities [X, Y, Z] float32 that `prepare_density` returned.
+        level: raw density on the surface.
+
+    Returns: three arrays.
+        vertices [V, 3] float64, block after block, in grid steps from the first grid point of the block. Each
+            vertex lies strictly inside a grid edge.
+        faces [F, 3] int64, as indices into all vertices.
+        numbers of vertices [blocks] of the blocks.
     """
-    # Imported here, because the rest of the package works without it
+    # Imported here, because the rest of the package works without this library.
     import mcubes
 
     pieces = [mcubes.marching_cubes(np.ascontiguousarray(block), float(level)) for block in blocks]
     counts = np.array([len(vertices) for vertices, _ in pieces], dtype=np.int64)
     vertices = np.concatenate([vertices.reshape(-1, 3) for vertices, _ in pieces])
     faces = np.concatenate([faces.reshape(-1, 3) for _, faces in pieces]).astype(np.int64)
-    # index of a block's first vertex
+    # Indices within a block become indices into all vertices: the index of the block's first vertex is added.
     faces += np.repeat(np.cumsum(counts) - counts, [len(faces) for _, faces in pieces])[:, None]
     # A vertex lies on a grid edge: two of its coordinates are integers, and only the third is clipped.
     start = np.floor(vertices)
@@ -144,12 +156,20 @@ def marching_cubes(blocks: Iterable[np.ndarray], level: float) -> tuple[np.ndarr
 
 
 def to_world(vertices: np.ndarray, coordinates: Sequence[np.ndarray]) -> np.ndarray:
-    """Convert fractional indices [V, 3] to world coordinates [V, 3] float32.
+    """Convert positions in grid steps to world coordinates.
 
-    The conversion is linear between grid points. Beyond the ends it continues with the outermost step.
+    The conversion is linear between grid points. Beyond the first and the last grid point, it continues with
+    the outermost step.
+
+    Args:
+        vertices: positions [V, 3] as fractional indices of grid points.
+        coordinates: world coordinates of the grid points along each of the three axes.
+
+    Returns: world coordinates [V, 3] float32.
     """
     world = np.empty(vertices.shape, dtype=np.float32)
     for i, axis in enumerate(coordinates):
+        # index of the grid point before the vertex; clipped, so that start + 1 exists
         start = np.clip(np.floor(vertices[:, i]).astype(np.int64), 0, len(axis) - 2)
         world[:, i] = axis[start] + (vertices[:, i] - start) * (axis[start + 1] - axis[start])
     return world
@@ -157,12 +177,14 @@ def to_world(vertices: np.ndarray, coordinates: Sequence[np.ndarray]) -> np.ndar
 
 @dataclass(frozen=True)
 class EdgeCounts:
-    """Numbers of half-edges without exactly one partner in the opposite direction. Every face has three
-    half-edges.
+    """Numbers of half-edges that prevent a mesh from being closed.
+
+    Every face has three half-edges, which are directed. In a closed mesh, each half-edge has exactly one
+    partner, the half-edge of the neighbouring face in the opposite direction.
     """
 
-    open: int  # half-edges without a partner: the rim of a hole, or a neighbour of opposite orientation
-    shared: int  # half-edges that occur in several faces: sheets that touch along an edge
+    open: int  # half-edges without a partner: at the rim of a hole, or next to a face of opposite orientation
+    shared: int  # repetitions of half-edges that occur in several faces, where sheets touch along an edge
 
     @property
     def watertight(self) -> bool:
@@ -171,9 +193,12 @@ class EdgeCounts:
 
 
 def count_edges(faces: np.ndarray) -> EdgeCounts:
-    """Count the half-edges of faces [F, 3] that prevent the mesh from being closed and consistently
-    oriented.
+    """Count the half-edges that prevent a mesh from being closed and consistently oriented.
+
+    Args:
+        faces: triangles [F, 3] as indices of vertices.
     """
+    # number of vertices: the largest index plus 1
     graph = half_edges(faces, int(faces.max(initial=-1)) + 1)
     # Entries of the sparse matrix are summed where a half-edge occurs several times.
     shared = 3 * len(faces) - graph.nnz
@@ -187,7 +212,7 @@ def count_edges(faces: np.ndarray) -> EdgeCounts:
         and np.array_equal(graph.indices, reverse.indices)
     ):
         return EdgeCounts(0, 0)
-    # A half-edge as one 64-bit key: start in the upper 32 bits, end in the lower ones.
+    # A half-edge becomes one 64-bit key: its start in the upper 32 bits, its end in the lower 32 bits.
     start, end = (faces[:, columns].astype(np.uint64).reshape(-1) for columns in ([0, 1, 2], [1, 2, 0]))
     forward = (start << np.uint64(32)) | end
     backward = np.sort((end << np.uint64(32)) | start)
@@ -196,10 +221,15 @@ def count_edges(faces: np.ndarray) -> EdgeCounts:
 
 
 def half_edges(faces: np.ndarray, vertices: int) -> "csr_array":
-    """Return the directed edges of faces [F, 3] as a sparse matrix [V, V].
+    """Return the half-edges of a mesh as a sparse matrix [V, V].
 
-    An entry counts the faces that traverse the edge from row to column.
+    An entry is the number of faces with the half-edge from the row's vertex to the column's vertex.
+
+    Args:
+        faces: triangles [F, 3] as indices of vertices.
+        vertices: number V of vertices.
     """
+    # imported here, because few functions need this library
     from scipy.sparse import coo_array
 
     ends = np.ascontiguousarray(faces[:, [1, 2, 0]]).reshape(-1)
@@ -209,222 +239,307 @@ def half_edges(faces: np.ndarray, vertices: int) -> "csr_array":
 
 
 def parts(faces: np.ndarray, vertices: int) -> tuple[int, np.ndarray]:
-    """Return the number P of connected parts, and the part [F] of each face, 0..P-1."""
+    """Find the parts of a mesh: sets of faces that are connected by shared vertices.
+
+    Args:
+        faces: triangles [F, 3] as indices of vertices.
+        vertices: number V of vertices.
+
+    Returns: the number P of parts, and the part [F] of each face in 0..P-1.
+    """
+    # imported here, because few functions need this library
     from scipy.sparse.csgraph import connected_components
 
+    # weak: the directions of the half-edges do not matter
     count, label = connected_components(half_edges(faces, vertices), directed=True, connection="weak")
     part = label[faces[:, 0]]
-    # A vertex that no face uses is a component, but no part
-    used = np.bincount(part, minlength=count) > 0
-    return int(used.sum()), (np.cumsum(used, dtype=np.int32) - 1)[part]
+    # A vertex that no face uses is a component of the graph, but no part. The others are numbered again.
+    is_used = np.bincount(part, minlength=count) > 0
+    return int(is_used.sum()), (np.cumsum(is_used, dtype=np.int32) - 1)[part]
 
 
 def face_volumes(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
-    """Compute the signed volumes [F] of the tetrahedra between each face and the origin.
+    """Compute the signed volumes of the tetrahedra between each face and the origin.
 
-    Their sum is the volume that a closed mesh encloses. It is positive if the faces are in counter-clockwise
-    order seen from outside.
+    Their sum is the volume that a closed mesh encloses. It is positive if the corners of the faces are in
+    counter-clockwise order seen from outside.
+
+    Args:
+        vertices: coordinates [V, 3].
+        faces: triangles [F, 3] as indices of vertices.
+
+    Returns: signed volumes [F].
     """
     volumes = np.empty(len(faces))
     for start in range(0, len(faces), _CHUNK):
-        (ax, ay, az), *sides = _corners(vertices, faces[start : start + _CHUNK])
-        nx, ny, nz = _cross(*sides)
+        (ax, ay, az), *side_vectors = _corners(vertices, faces[start : start + _CHUNK])
+        # normal of each face, with twice its area as length
+        nx, ny, nz = _cross(*side_vectors)
         # a . (b - a) x (c - a) = a . b x c, six times the signed volume
         volumes[start : start + _CHUNK] = (ax * nx + ay * ny + az * nz) / 6
     return volumes
 
 
 def _corners(vertices: np.ndarray, faces: np.ndarray) -> list[list[np.ndarray]]:
-    """Return the corner a of each face and its sides b - a and c - a, each as columns x, y, z [F] in float64.
+    """Return the first corner a of each face, and its sides b - a and c - a.
 
-    numpy is fastest with contiguous columns.
+    Each of the three is a list of columns x, y, z [F] in float64, because numpy is fastest with contiguous
+    columns.
     """
     columns = [np.ascontiguousarray(vertices[:, axis], dtype=np.float64) for axis in range(3)]
+    # three corners, each as three columns [F]
     a, b, c = ([column[faces[:, corner]] for column in columns] for corner in range(3))
-    return [a, [q - p for p, q in zip(a, b, strict=True)], [q - p for p, q in zip(a, c, strict=True)]]
+    return [
+        a,
+        [end - start for start, end in zip(a, b, strict=True)],
+        [end - start for start, end in zip(a, c, strict=True)],
+    ]
 
 
 def _cross(u: list[np.ndarray], v: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Compute the cross product of vectors that are given as columns x, y, z."""
+    """Compute the cross products of vectors u and v, which are lists of columns x, y, z [F]."""
     return u[1] * v[2] - u[2] * v[1], u[2] * v[0] - u[0] * v[2], u[0] * v[1] - u[1] * v[0]
 
 
 def largest_part(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
-    """Select the part that encloses the largest volume.
+    """Select the part of a mesh that encloses the largest volume.
 
-    Hollows inside a body are parts with a negative volume, so they are never selected.
+    The surface of a cavity is a part with a negative volume, so it is never selected.
 
-    Returns: vertices [V', 3], faces [F', 3], and the number P of parts before the selection.
+    Args:
+        vertices: coordinates [V, 3].
+        faces: triangles [F, 3] as indices of vertices.
+
+    Returns: vertices and faces of the selected part, and the number P of parts of the mesh.
     """
-    count, part = parts(faces, len(vertices))
+    count, part_of_face = parts(faces, len(vertices))
     if count > 1:
-        volume = np.bincount(part, weights=face_volumes(vertices, faces), minlength=count)
-        vertices, faces = compact(vertices, faces[part == volume.argmax()])
+        # signed volume [P] of each part
+        part_volumes = np.bincount(part_of_face, weights=face_volumes(vertices, faces), minlength=count)
+        vertices, faces = compact(vertices, faces[part_of_face == part_volumes.argmax()])
     return vertices, faces, count
 
 
 def compact(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Remove the vertices that no face uses."""
-    used = np.zeros(len(vertices), dtype=bool)
-    used[faces] = True
-    number = np.cumsum(used, dtype=np.int64) - 1
-    return vertices[used], number[faces].astype(faces.dtype)
+    """Remove the vertices that no face uses, and adapt the indices in the faces."""
+    is_used = np.zeros(len(vertices), dtype=bool)
+    is_used[faces] = True
+    new_index = np.cumsum(is_used, dtype=np.int64) - 1
+    return vertices[is_used], new_index[faces].astype(faces.dtype)
 
 
 def decimate(vertices: np.ndarray, faces: np.ndarray, target: int) -> tuple[np.ndarray, np.ndarray]:
-    """Reduce a mesh to about `target` faces by quadric edge collapse (Garland and Heckbert 1997;
-    fast-simplification).
+    """Reduce the number of faces of a mesh by quadric edge collapse (Garland and Heckbert 1997).
 
-    Each part is decimated by itself, in proportion to its number of faces, but to at least 16. A closed part
-    stays closed: if sheets would touch after the collapse, it keeps more faces, and a warning is issued. A
-    mesh of at most `target` faces is returned unchanged.
+    The library fast-simplification is used. Each part is decimated by itself, in proportion to its number of
+    faces, but to at least 16 faces. A closed part stays closed: if it would not, it gets more faces, and a
+    warning is issued. A mesh with at most `target` faces is returned unchanged.
+
+    Args:
+        vertices: coordinates [V, 3].
+        faces: triangles [F, 3] as indices of vertices.
+        target: approximate number of faces of the result, at least 4.
+
+    Returns: vertices and faces of the decimated mesh.
     """
     assert target >= 4  # a tetrahedron has four faces
+    # the mesh is small enough already
     if len(faces) <= target:
         return vertices, faces
     count, part = parts(faces, len(vertices))
-    ends = np.cumsum(np.bincount(part, minlength=count))
-    order = np.argsort(part, kind="stable")  # faces sorted by part
+    part_ends = np.cumsum(np.bincount(part, minlength=count))
+    faces_by_part = np.argsort(part, kind="stable")  # faces sorted by part
     decimated = []
     offset = 0
-    extra = 0
-    for start, end in zip([0, *ends[:-1]], ends, strict=True):
+    excess_faces = 0
+    for start, part_end in zip([0, *part_ends[:-1]], part_ends, strict=True):
         # the part's vertices, and its faces as indices into them
-        used, corners = np.unique(faces[order[start:end]], return_inverse=True)
-        wanted = max(round(target * (end - start) / len(faces)), _LEAST if count > 1 else target)
-        piece = _decimate_part(
-            vertices[used].astype(np.float32), corners.reshape(-1, 3).astype(np.int32), wanted
+        used_vertices, corners = np.unique(faces[faces_by_part[start:part_end]], return_inverse=True)
+        wanted_faces = max(round(target * (part_end - start) / len(faces)), _LEAST if count > 1 else target)
+        decimated_part = _decimate_part(
+            vertices[used_vertices].astype(np.float32), corners.reshape(-1, 3).astype(np.int32), wanted_faces
         )
-        extra += max(0, len(piece[1]) - wanted)
-        decimated.append((piece[0], piece[1] + np.int32(offset)))
-        offset += len(piece[0])
+        excess_faces += max(0, len(decimated_part[1]) - wanted_faces)
+        decimated.append((decimated_part[0], decimated_part[1] + np.int32(offset)))
+        offset += len(decimated_part[0])
     face_count = sum(len(piece_faces) for _, piece_faces in decimated)
-    # 5 %: rounding and small parts alone cause no warning
-    if extra > 0.05 * target:
+    # Up to 5 % more faces cause no warning, because of rounding and of the smallest number of faces of a
+    # part.
+    if excess_faces > 0.05 * target:
         warnings.warn(
-            f"decimate: the mesh keeps {face_count} faces. With {target} faces it would not stay closed.",
+            f"decimate: the mesh has {face_count} faces instead of {target}, so that it stays closed.",
             stacklevel=2,
         )
-    return np.concatenate([v for v, _ in decimated]), np.concatenate([f for _, f in decimated])
+    return np.concatenate([part_vertices for part_vertices, _ in decimated]), np.concatenate(
+        [part_faces for _, part_faces in decimated]
+    )
 
 
-def _decimate_part(vertices: np.ndarray, faces: np.ndarray, wanted: float) -> tuple[np.ndarray, np.ndarray]:
-    """Decimate one part to about `wanted` faces, or to more if it would not stay closed otherwise."""
+def _decimate_part(
+    vertices: np.ndarray, faces: np.ndarray, wanted_faces: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Decimate one part of a mesh.
+
+    Args:
+        vertices: coordinates [V, 3] float32.
+        faces: triangles [F, 3] int32.
+        wanted_faces: number of faces. If a closed part would not stay closed, the number is increased step by
+            step.
+
+    Returns: vertices and faces. They are unchanged if no attempt was successful.
+    """
+    # imported here, because few functions need this library
     import fast_simplification
 
-    closed = count_edges(faces).watertight
+    is_closed = count_edges(faces).watertight
     for _ in range(_ATTEMPTS):
-        if wanted >= len(faces):
+        if wanted_faces >= len(faces):
             break
-        new_vertices, new_faces = fast_simplification.simplify(vertices, faces, target_count=int(wanted))
+        new_vertices, new_faces = fast_simplification.simplify(
+            vertices, faces, target_count=int(wanted_faces)
+        )
         new_vertices, new_faces = compact(new_vertices.astype(np.float32), new_faces.astype(np.int32))
-        acceptable = len(new_faces) > 0 and (not closed or count_edges(new_faces).watertight)
-        # Vertices at one position are rejected, because a program that reads the file may merge them.
-        if acceptable and not (closed and len(np.unique(new_vertices, axis=0)) < len(new_vertices)):
+        is_acceptable = len(new_faces) > 0 and (not is_closed or count_edges(new_faces).watertight)
+        # Two vertices at the same position are rejected, because a program that reads the file may merge
+        # them.
+        if is_acceptable and not (is_closed and len(np.unique(new_vertices, axis=0)) < len(new_vertices)):
             return new_vertices, new_faces
-        wanted *= _MORE
+        wanted_faces *= _MORE
     # No attempt kept the part closed: it is returned unchanged.
     return vertices, faces
 
 
 def vertex_normals(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
-    """Compute unit normals [V, 3] float32: the area-weighted mean of the normals of the faces at each vertex.
+    """Compute a unit normal for each vertex: the area-weighted mean of the normals of its faces.
 
-    They point outwards if the faces are in counter-clockwise order seen from outside.
+    The normals point outwards if the corners of the faces are in counter-clockwise order seen from outside. A
+    vertex without faces gets the normal 0.
+
+    Args:
+        vertices: coordinates [V, 3].
+        faces: triangles [F, 3] as indices of vertices.
+
+    Returns: normals [V, 3] float32.
     """
+    # imported here, because few functions need this library
     from scipy.sparse import csr_array
 
     normals = np.zeros((len(vertices), 3))
     for start in range(0, len(faces), _CHUNK):
-        part = faces[start : start + _CHUNK]
-        _, *sides = _corners(vertices, part)
-        normal = np.stack(_cross(*sides), axis=1)  # [f, 3], length = twice the area
+        face_chunk = faces[start : start + _CHUNK]
+        _, *side_vectors = _corners(vertices, face_chunk)
+        face_normals = np.stack(_cross(*side_vectors), axis=1)  # [f, 3], length = twice the area
         # row pointers of a sparse matrix with three entries per face
-        rows = np.arange(0, 3 * len(part) + 1, 3)
+        row_starts = np.arange(0, 3 * len(face_chunk) + 1, 3)
         corners = csr_array(
-            (np.ones(3 * len(part)), part.reshape(-1), rows), shape=(len(part), len(vertices))
+            (np.ones(3 * len(face_chunk)), face_chunk.reshape(-1), row_starts),
+            shape=(len(face_chunk), len(vertices)),
         )
-        normals += corners.T @ normal  # each vertex sums over its faces
+        normals += corners.T @ face_normals  # each vertex sums over its faces
     length = np.sqrt(np.einsum("vi,vi->v", normals, normals))[:, None]
     # A vertex without faces, or with opposite ones, gets the normal 0.
     return np.divide(normals, length, out=np.zeros_like(normals), where=length > 0).astype(np.float32)
 
 
-# Isosurface of a density that is never in memory as a whole. The grid is processed layer by layer. A layer is
-# a few planes along x, cut along y and z into bricks that share their faces. Grid points count from 1; point
-# 0 and those after the last lie outside the volume. Marching cubes runs only on the bricks that the surface
-# passes through, so its work grows with the surface and not with the volume. A vertex is identified by the
-# grid edge on which it lies, so the seams between bricks and between layers are exact. The memory holds one
-# block and the surface so far, at any resolution.
+# Isosurface of a density that is never completely in memory. The grid is processed layer by layer. A layer
+# consists of a few planes along x. It is cut along y and z into bricks, which share the grid points on their
+# common faces. Grid points count from 1: point 0 and the points after the last one lie outside the volume.
+# Marching cubes runs only on the bricks that the surface passes through, so its work grows with the surface
+# and not with the volume. A vertex is identified by the grid edge on which it lies, so bricks and layers
+# join without gaps. The memory holds one block and the surface so far, at any resolution.
 
-BRICK = 8  # cells along a brick's edge
-Progress = Callable[[str, int, int], None]  # (name of the stage, units done, units in all)
-_BLOCK_POINTS = 1 << 23  # grid points of one block: 32 MiB in float32
-_LEAST_PLANES = 16  # planes per block at least, so that the work per block stays small
+BRICK = 8  # number S of cells along the edge of a brick
+# Function that shows progress: (name of the stage, number of finished units, number of all units).
+Progress = Callable[[str, int, int], None]
+_BLOCK_POINTS = 1 << 23  # number of grid points of one block: 32 MiB in float32
+_LEAST_PLANES = 16  # smallest number of planes of a block, so that there are not too many blocks
 
 
 def bricks_along(points: int, size: int = BRICK) -> int:
-    """Return the number of bricks that cover `points` grid points and one step to the outside at each end."""
+    """Return the number of bricks along an axis that cover its grid points, and one step beyond each end.
+
+    Args:
+        points: number of grid points along the axis.
+        size: number of cells along the edge of a brick.
+    """
+    # `points` grid points and one step at each end are points + 1 cells; -(-a // b) is a / b, rounded up
     return -(-(points + 1) // size)
 
 
 def padded(points: int) -> int:
-    """Return the number of grid points of those bricks, points outside the volume included."""
+    """Return the number of grid points of the bricks along an axis, including points outside the volume.
+
+    Args:
+        points: number of grid points of the volume along the axis.
+    """
     return bricks_along(points) * BRICK + 1
 
 
 def touched_bricks(layer: np.ndarray, level: float) -> np.ndarray:
-    """Find bricks with values on both sides of the level, or at the level: bool [along y, along z].
+    """Find the bricks of a layer that the surface may pass through.
 
-    Args: layer: [planes, padded Y, padded Z].
+    These are the bricks with densities on both sides of the level, or within LEVEL_BAND of it.
+
+    Args:
+        layer: raw density [planes, padded Y, padded Z].
+        level: raw density on the surface.
+
+    Returns: bool [bricks along y, bricks along z].
     """
     band = LEVEL_BAND * max(abs(level), 1.0)
     extremes = []
     for extreme in (np.minimum, np.maximum):
+        # The extremes of a brick are computed along x, then y, then z.
         values = extreme.reduce(layer, axis=0)
         for axis in (0, 1):
             starts = np.arange(0, values.shape[axis] - 1, BRICK)
-            # reduceat covers the points of each brick but its last one, which is the first point of the next
+            # `reduceat` covers all points of a brick except its last point, the first point of the next
             # brick.
             inside = extreme.reduceat(np.delete(values, -1, axis), starts, axis=axis)
             values = extreme(inside, values.take(starts + BRICK, axis=axis))
         extremes.append(values)
+    # smallest and largest density of each brick
     return (extremes[0] < level + band) & (extremes[1] > level - band)
 
 
 class SurfaceBuilder:
-    """The mesh so far, and the vertices in the last plane of the previous layer.
+    """Builder of a mesh from consecutive layers of a volume.
+
+    It holds the mesh so far, and the vertices in the last plane of the previous layer, which the next layer
+    shares.
 
     Args:
-        axes: increasing world coordinates x [X], y [Y], z [Z].
-        level: raw density at the surface.
+        axes: increasing world coordinates x [X], y [Y], z [Z] of the grid points.
+        level: raw density on the surface.
     """
 
     def __init__(self, axes: Sequence[np.ndarray], level: float):
         self._axes = axes
         self._level = level
         self._sides = tuple(padded(len(axis)) for axis in axes[1:])  # padded Y, Z
-        # keys of the grid edges that start in one plane: three directions per grid point
+        # number of the grid edges that start in one plane: three directions for each grid point
         self._plane_keys = 3 * self._sides[0] * self._sides[1]
-        # index of the vertex on each grid edge of a layer, -1 if there is none; all -1 between two calls
+        # index of the vertex on each grid edge of a layer, or -1; between two calls, all entries are -1
         self._lookup = np.empty(0, dtype=np.int32)
         # vertices in the plane that the next layer shares: keys of their grid edges, and their indices
         self._border = (np.empty(0, np.int64), np.empty(0, np.int32))
         self._vertices: list[np.ndarray] = []
         self._faces: list[np.ndarray] = []
-        self._count = 0  # vertices so far
+        self._count = 0  # number of vertices so far
 
     def add(self, first: int, layer: np.ndarray, bricks: np.ndarray) -> None:
-        """Mesh some bricks of a layer. Layers come in order; each begins with the last plane of the one
-        before.
+        """Extract the surface in some bricks of a layer, and add it to the mesh.
+
+        Layers must be added in order. Each layer begins with the last plane of the previous layer.
 
         Args:
-            first: grid point along x of the first plane, 0 = outside.
-            layer: raw density [planes, padded Y, padded Z], points outside included. Only selected bricks are
-                read.
-            bricks: bool [bricks along y, bricks along z]: selected bricks. The surface must pass through no
-                other.
-        Raises: ValueError for NaN or infinity.
+            first: index along x of the first plane, where 0 is the plane outside the volume.
+            layer: raw density [planes, padded Y, padded Z], including points outside the volume. Only the
+                selected bricks are read.
+            bricks: bool [bricks along y, bricks along z], True for the selected bricks. The surface must not
+                pass through other bricks.
+
+        Raises: ValueError for NaN or infinity in the selected bricks.
         """
         corners = np.argwhere(bricks) * BRICK
         width = BRICK + 1
@@ -433,17 +548,17 @@ class SurfaceBuilder:
         values = windows[:, corners[:, 0], corners[:, 1]].transpose(1, 0, 2, 3)  # [B, planes, S + 1, S + 1]
         if len(values):
             values = prepare_density(values, self._level)
-            # `bricks` is a superset: bounds or the level band may have selected bricks without a surface.
+            # The selection may contain bricks without a surface, since it comes from bounds or a tolerance.
             crossed = (values.min(axis=(1, 2, 3)) < self._level) & (values.max(axis=(1, 2, 3)) > self._level)
             values = values[crossed]
             corners = corners[crossed]
         if len(values) == 0:
             assert len(self._border[0]) == 0, "layers disagree in their shared plane"
             return
-        # Vertices on the faces between bricks still occur once in each brick.
+        # Vertices on the common face of two bricks occur in both; `_append` merges them.
         vertices, faces, counts = marching_cubes(values, self._level)
         start = np.floor(vertices)
-        # position on the grid edge, non-zero along the edge only
+        # position on the grid edge in 0..1: only the coordinate along the edge is not 0
         along = np.subtract(vertices, start, out=vertices)
         start = start.astype(np.int64)
         start[:, 1:] += np.repeat(corners, counts, axis=0)
@@ -454,10 +569,15 @@ class SurfaceBuilder:
     ) -> None:
         """Assign an index to each new vertex, and store the new vertices and the faces.
 
-        There is one vertex per grid edge. Those in the first plane keep the indices from the previous layer.
+        There is at most one vertex on a grid edge. Vertices in the first plane have the indices that they got
+        in the previous layer.
 
-        Args: start, along: [V, 3]: first point of the vertex's grid edge in the layer, and position on the
-        edge.
+        Args:
+            first: index along x of the first plane.
+            planes: number of planes of the layer.
+            start: first grid point [V, 3] of the grid edge of each vertex, as indices in the layer.
+            along: position [V, 3] of each vertex on its grid edge, in grid steps.
+            faces: triangles [F, 3] as indices into these vertices.
         """
         # key of a grid edge = 3 * (index of its first point) + its direction
         keys = (
@@ -466,39 +586,47 @@ class SurfaceBuilder:
         if len(self._lookup) < planes * self._plane_keys:
             self._lookup = np.full(planes * self._plane_keys, -1, dtype=np.int32)
         lookup = self._lookup
-        # Vertices of the shared plane are already known from the previous layer.
+        # Vertices of the shared plane have indices from the previous layer.
         lookup[self._border[0]] = self._border[1]
-        fresh = np.flatnonzero(lookup[keys] < 0)
-        fresh_keys = keys[fresh]
-        order = np.arange(len(fresh), dtype=np.int32)
-        # Several vertices on one edge write to the same entry, and the last one stays.
-        lookup[fresh_keys] = order
-        is_kept = lookup[fresh_keys] == order
-        lookup[fresh_keys[is_kept]] = self._count + np.arange(np.count_nonzero(is_kept), dtype=np.int32)
-        fresh = fresh[is_kept]
-        numbers = lookup[keys]
-        self._count += len(fresh)
-        last = np.flatnonzero(start[:, 0] == planes - 1)  # vertices in the last plane
-        assert first == 0 or not np.any(start[fresh, 0] + along[fresh, 0] == 0), (
+        new_vertices = np.flatnonzero(lookup[keys] < 0)
+        new_keys = keys[new_vertices]
+        new_order = np.arange(len(new_vertices), dtype=np.int32)
+        # Copies of a vertex, from neighbouring bricks, write to the same entry. The last copy that writes its
+        # number is the copy that is stored.
+        lookup[new_keys] = new_order
+        is_kept = lookup[new_keys] == new_order
+        lookup[new_keys[is_kept]] = self._count + np.arange(np.count_nonzero(is_kept), dtype=np.int32)
+        new_vertices = new_vertices[is_kept]
+        vertex_indices = lookup[keys]
+        self._count += len(new_vertices)
+        last_plane_vertices = np.flatnonzero(start[:, 0] == planes - 1)  # vertices in the last plane
+        assert first == 0 or not np.any(start[new_vertices, 0] + along[new_vertices, 0] == 0), (
             "layers disagree in their shared plane"
         )
-        # Clearing the used entries costs less than filling the whole array.
+        # Only the used entries are reset to -1, which takes less time than filling the array.
         lookup[self._border[0]] = -1
         lookup[keys] = -1
-        self._border = (keys[last] - (planes - 1) * self._plane_keys, numbers[last])
-        positions = start[fresh] + along[fresh]
-        # from padded to volume indices, which begin at 0
+        self._border = (
+            keys[last_plane_vertices] - (planes - 1) * self._plane_keys,
+            vertex_indices[last_plane_vertices],
+        )
+        positions = start[new_vertices] + along[new_vertices]
+        # from indices with padding to indices of the volume, which begin at 0
         positions += (first - 1, -1, -1)
         self._vertices.append(to_world(positions, self._axes))
-        self._faces.append(numbers[faces])
+        self._faces.append(vertex_indices[faces])
 
     def finish(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return vertices [V, 3] float32 in world coordinates and faces [F, 3] int32 of all layers."""
+        """Return the vertices [V, 3] float32 in world coordinates and the faces [F, 3] int32 so far."""
         return np.concatenate(self._vertices), np.concatenate(self._faces)
 
 
 def block_planes(points_per_plane: int) -> int:
-    """Return the number of grid planes of one block."""
+    """Return the number of planes of one block, which limits the required memory.
+
+    Args:
+        points_per_plane: number of grid points of a plane.
+    """
     return max(_LEAST_PLANES, _BLOCK_POINTS // points_per_plane)
 
 
@@ -510,23 +638,27 @@ def extract_mesh_blockwise(
     progress: Progress | None = None,
     between: Callable[[], tuple[float, float]] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Extract the surface sigma = level block by block. The mesh equals that of `extract_mesh`.
+    """Extract the surface on which the raw density equals a level, block by block.
 
-    Marching cubes runs only on the bricks of a block that have values on both sides of the level. The surface
-    is closed at the border of the volume.
+    The mesh equals the mesh of `extract_mesh`, but the density is never completely in memory. Marching cubes
+    runs only on the bricks that have densities on both sides of the level. The surface is closed at the
+    border of the volume.
 
     Args:
-        sample: returns the raw density [x, Y, Z] of the grid points slice.start <= x index < slice.stop;
-            called once per block, in order.
-        axes: increasing world coordinates x [X], y [Y], z [Z].
-        level: raw density at the surface.
-        planes: x indices per block; None: about 32 MiB of them.
-        progress: called with ("density", x indices done, X).
-        between: called after the last block; returns the smallest and the largest density between which the
-            level must lie. None: those that were sampled.
-    Returns: vertices [V, 3] float32 in world coordinates, and faces [F, 3] int32 in counter-clockwise order
-    seen from outside.
-    Raises: ValueError if sigma is not finite or the level is not crossed.
+        sample: function of a slice of x indices that returns the raw density [x, Y, Z] of these grid points.
+            It is called once per block, in order.
+        axes: increasing world coordinates x [X], y [Y], z [Z] of the grid points.
+        level: raw density on the surface.
+        planes: number of x indices per block; None: as many as fit into 32 MiB.
+        progress: function that is called with ("density", number of finished x indices, X).
+        between: function that is called after the last block and returns the smallest and the largest
+            density,
+            between which the level must lie. None: the extremes of the sampled densities are used.
+
+    Returns: vertices [V, 3] float32 in world coordinates, and faces [F, 3] int32, whose corners are in
+        counter-clockwise order seen from outside.
+
+    Raises: ValueError if the density is not finite, or if it does not cross the level.
     """
     coordinates = [np.asarray(axis, dtype=np.float64) for axis in axes]
     assert min(len(axis) for axis in coordinates) >= 2
@@ -534,30 +666,32 @@ def extract_mesh_blockwise(
     builder = SurfaceBuilder(coordinates, float(level))
     low = np.inf
     high = -np.inf
-    # A layer of BRICK cells. The last plane of a layer is the first plane of the next.
+    # A layer has BRICK cells along x. Its last plane is the first plane of the next layer.
     layer = np.full((BRICK + 1, padded(rows), padded(columns)), outside_value(level), dtype=np.float32)
-    # Grid point along x of the layer's first plane, 0 = outside; planes after it
-    first = filled = 0
+    # Index along x of the layer's first plane, where 0 is outside the volume; number of filled planes after
+    # it.
+    first = filled_planes = 0
     step = planes or block_planes(rows * columns)
     for start in range(0, count, step):
         values = np.asarray(sample(slice(start, min(start + step, count))))
-        least = float(values.min())
-        greatest = float(values.max())
-        check_finite(least, greatest)
-        low = min(low, least)
-        high = max(high, greatest)
+        block_low = float(values.min())
+        block_high = float(values.max())
+        check_finite(block_low, block_high)
+        low = min(low, block_low)
+        high = max(high, block_high)
         for plane in values:
-            filled += 1
-            layer[filled, 1 : rows + 1, 1 : columns + 1] = plane
-            if filled == BRICK:
+            filled_planes += 1
+            layer[filled_planes, 1 : rows + 1, 1 : columns + 1] = plane
+            if filled_planes == BRICK:
                 builder.add(first, layer, touched_bricks(layer, level))
                 layer[0] = layer[-1]
-                filled = 0
+                filled_planes = 0
                 first = first + BRICK
         if progress is not None:
             progress("density", start + len(values), count)
     # The last layer ends with one plane outside the volume, which closes the surface.
-    layer[filled + 1] = outside_value(level)
-    builder.add(first, layer[: filled + 2], touched_bricks(layer[: filled + 2], level))
+    layer[filled_planes + 1] = outside_value(level)
+    builder.add(first, layer[: filled_planes + 2], touched_bricks(layer[: filled_planes + 2], level))
+    # After the last block, because all densities must be known.
     check_crossed(*(between() if between else (low, high)), level)
     return builder.finish()

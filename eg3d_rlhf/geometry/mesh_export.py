@@ -1,9 +1,9 @@
-"""Export of the shape of a field: as a mesh (.ply, .obj, .glb), or as a density volume (.mrc).
+"""Export of the shape of a density field: as a mesh (.ply, .obj, .glb), or as a density volume (.mrc).
 
-A mesh is made in steps: isosurface, largest part, decimation, colours, checks.
+A mesh is made in five steps: isosurface, largest part, decimation, colours, checks.
 
-Letters: V vertices, F faces, N grid points per axis, X, Y, Z = along x, y, z, P points, J hidden units, S =
-cells along a brick's edge.
+Shapes: V vertices; F faces; N grid points per axis; X, Y, Z grid points along x, y, z; P points; J hidden
+units of the decoder; S cells along the edge of a brick.
 """
 
 import functools
@@ -44,66 +44,72 @@ from torch_utils.ops.slab_density import slab_density
 from training.storage import write_atomic
 
 # Isosurface of a field on a cube of grid points, without evaluating the density away from the surface. In the
-# separable form h_j = A_j[x, y] + B_j[x, z] + C_j[y, z], the extremes of the maps over the index ranges of a
-# brick bound every h_j in it. softplus increases, so over the brick     sum_j max(w_j, 0) softplus(max h_j) +
-# min(w_j, 0) softplus(min h_j) + b  >=  sigma         >=  the same with max h_j and min h_j exchanged. A
-# brick whose bounds lie on one side of the level contains no surface, and is neither evaluated nor meshed.
-# Both bounds are densities of the same form on the grid of bricks, with 2 J hidden units. The bounds are
-# exact: the surface equals that of the full volume.
+# separable form (eg3d_rlhf/geometry/slab.py), the decoder's pre-activation of hidden unit j is a sum of maps,
+# h_j = A_j[x, y] + B_j[x, z] + C_j[y, z],      sigma = sum_j w_j softplus(h_j) + b. The extremes of the maps
+# over the index ranges of a brick are bounds of h_j in the brick. softplus increases, so that in the brick
+# sigma <= sum_j (max(w_j, 0) softplus(max h_j) + min(w_j, 0) softplus(min h_j)) + b, and the lower bound is
+# the same with max h_j and min h_j exchanged. A brick whose bounds lie on one side of the level contains no
+# surface, and is neither evaluated nor meshed. Both bounds are densities of the same form on the grid of
+# bricks, with 2 J hidden units. The surface equals the surface of the full volume.
 
 OUTSIDE = -1000.0  # raw density of a trimmed border, as in EG3D's shape extraction
-# Relative tolerance between a bound and the density: 64 rounding errors of float32 in sum |w| softplus.
+# Relative tolerance of the bounds: 64 rounding errors of float32 in the sum of |w| softplus.
 _ROUNDING = 2.0**-17
-# Fraction of undecided bricks above which finer bounds save more time than they cost.
+# Fraction of undecided bricks above which bounds of smaller bricks save more time than they take.
 _REFINE_SHARE = 0.15
-# Fraction of a layer's bricks that are undecided above which evaluating the full layer is faster.
+# Fraction of undecided bricks in a layer above which it is faster to evaluate the full layer.
 _DENSE_SHARE = 0.5
-_DENSE_ROWS = 65  # rows of y in one call for a full layer
+_DENSE_ROWS = 65  # number of y indices in one evaluation of a full layer
 
 
 class FieldGrid:
-    """A field on a cube of grid points, evaluated in ranges of x, for `extract_mesh_blockwise` and
-    `write_mrc`.
+    """Density of a field on a cube of grid points, which is evaluated for ranges of x indices.
+
+    An instance can be passed as the argument `sample` of `extract_mesh_blockwise` and `write_mrc`.
 
     Args:
-        field: one shape.
-        resolution: grid points per axis, >= 2, on the corners of the scene cube.
-        border: fraction of the cube's edge that is trimmed at each face, 0 <= border < 0.5; trimmed points
+        field: field of one shape.
+        resolution: number of grid points per axis, at least 2. The outermost points are the corners of the
+            field's cube.
+        border: fraction of the cube's edge that is trimmed at each face, 0 <= border < 0.5. Trimmed points
             have the density `OUTSIDE`.
-    Raises: ValueError if no points remain inside the border.
+
+    Raises: ValueError if less than two points per axis remain inside the border.
     """
 
     def __init__(self, field: Field, resolution: int, border: float = 0.0):
         assert len(field) == 1 and 0 <= border < 0.5
         self.field = field
         self.resolution = resolution
-        # smallest and largest density returned so far, without a trimmed border
+        # smallest and largest density that was evaluated so far, without the trimmed border
         self.low = float("inf")
         self.high = float("-inf")
         self.axes: Sequence[torch.Tensor] = SlabSpec.of(field.bounds, resolution).axes()
-        # Points at each face that have the density `OUTSIDE`
+        # number of grid points at each face that have the density `OUTSIDE`
         self.trim = int(border * resolution)
         # indices along each axis that are not trimmed
         self.inside = slice(self.trim, resolution - self.trim)
         if resolution - 2 * self.trim < 2:
             raise ValueError(
-                f"FieldGrid: expected at least 2 points inside the border, got a border of {border:g} with"
-                f" {resolution} points. Reduce the border or increase the resolution."
+                f"FieldGrid: a border of {border:g} with {resolution} points per axis leaves less than 2"
+                " points inside. Reduce the border or increase the resolution."
             )
 
     @torch.no_grad()
     def separable(self, *axes: torch.Tensor) -> SeparableDensity | None:
-        """Return the density as maps of two coordinates, or None if the field has no such form.
+        """Return the density in separable form, or None if the field has no such form.
 
-        Args: axes: x, y, z; by default the coordinates that are not trimmed.
+        Args:
+            axes: world coordinates x [X], y [Y], z [Z]. By default, all points that are not trimmed are used.
         """
         x, y, z = axes or (axis[self.inside] for axis in self.axes)
         return self.field.separable(x, y, z) if isinstance(self.field, SeparableField) else None
 
     @torch.no_grad()
     def _block(self, x: torch.Tensor, y: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-        """Compute the raw density [X, Y, Z] on the CPU at the product of world coordinates x [X], y [Y],
-        z [Z].
+        """Compute the raw density [X, Y, Z] at all combinations of world coordinates x [X], y [Y] and z [Z].
+
+        The result is on the CPU. `low` and `high` are updated.
         """
         density = self.separable(x, y, z)
         if density is None and isinstance(self.field, ProductField):
@@ -112,14 +118,14 @@ class FieldGrid:
             points = torch.stack(torch.meshgrid(x, y, z, indexing="ij"), dim=-1).reshape(-1, 3)
             block = self.field.density(points)[0].cpu().reshape(len(x), len(y), len(z))
         else:
-            # only the density goes through the CPU's memory, the maps stay on their device
+            # The maps stay on their device; only the density is copied to the CPU.
             block = slab_density(density.maps, density.w, density.b, density.shape).cpu()
         self.low = min(self.low, float(block.min()))
         self.high = max(self.high, float(block.max()))
         return block
 
     def __call__(self, x: slice) -> torch.Tensor:
-        """Return the raw density [x, Y, Z] of the grid points with these x indices."""
+        """Return the raw density [x, Y, Z] of the grid points whose x indices are in a slice."""
         low = self.inside.start
         high = self.inside.stop
         start = max(x.start, low)
@@ -138,19 +144,24 @@ class FieldGrid:
 def extract_field_mesh(
     grid: FieldGrid, level: float, progress: Progress | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Extract the surface sigma = level of a field's grid. The mesh equals that of `extract_mesh_blockwise`.
+    """Extract the surface on which the raw density of a grid equals a level.
 
-    The surface is closed at the border of the volume. A field without separable form goes through
-    `extract_mesh_blockwise`, and so does one on a GPU, which evaluates the full grid faster than many small
-    parts.
+    The mesh equals the mesh of `extract_mesh_blockwise`, and is closed at the border of the volume. For a
+    field in separable form on the CPU, only bricks near the surface are evaluated. Other fields are evaluated
+    by `extract_mesh_blockwise`; a GPU evaluates the full grid faster than many small parts.
 
-    Args: progress: called with ("density", x indices done, X).
-    Returns: vertices [V, 3] float32 in world coordinates, and faces [F, 3] int32 in counter-clockwise order
-    seen from outside.
-    Raises: ValueError if sigma is not finite or the level is not crossed.
+    Args:
+        grid: grid of the field.
+        level: raw density on the surface.
+        progress: function that is called with ("density", number of finished x indices, X).
+
+    Returns: vertices [V, 3] float32 in world coordinates, and faces [F, 3] int32, whose corners are in
+        counter-clockwise order seen from outside.
+
+    Raises: ValueError if the density is not finite, or if it does not cross the level.
     """
     density = grid.separable()
-    # Bounds assume that trimmed points lie below the level.
+    # The bounds assume that trimmed points lie below the level.
     if density is None or density.w.device.type != "cpu" or (grid.trim and level <= OUTSIDE):
         return extract_mesh_blockwise(
             grid, grid.axes, level, progress=progress, between=lambda: (grid.low, grid.high)
@@ -159,21 +170,21 @@ def extract_field_mesh(
     axes = [axis[grid.inside].double().numpy() for axis in grid.axes]
     builder = SurfaceBuilder(axes, float(level))
     threads = torch.get_num_threads()
-    # Bricks are evaluated in threads, each with serial operations. With parallel operations, thousands of
-    # small ones would spend their time waiting at barriers.
+    # Bricks are evaluated in parallel threads, each with serial operations. If instead each of the thousands
+    # of small operations ran in parallel, the threads would mostly wait for each other.
     torch.set_num_threads(1)
     try:
         with ThreadPoolExecutor(threads) as pool:
             sampler = _LayerSampler(density, OUTSIDE if grid.trim else outside_value(level), pool)
-            for number, wanted in enumerate(bounds.undecided):
-                builder.add(number * BRICK, sampler.layer(number, wanted), wanted)
+            for layer_index, selected_bricks in enumerate(bounds.undecided):
+                builder.add(layer_index * BRICK, sampler.layer(layer_index, selected_bricks), selected_bricks)
                 if progress is not None:
-                    progress("density", min((number + 1) * BRICK, len(axes[0])), len(axes[0]))
+                    progress("density", min((layer_index + 1) * BRICK, len(axes[0])), len(axes[0]))
     finally:
         torch.set_num_threads(threads)
     if not ((bounds.any_below or sampler.low < level) and (bounds.any_above or sampler.high > level)):
-        # The surface may consist of caps at the border only. All densities are evaluated to decide whether
-        # the level is crossed, and to name their range in the error.
+        # The surface may consist only of caps at the border. All densities are evaluated, to decide whether
+        # they cross the level, and to name their range in the error message.
         for x in range(grid.resolution):
             grid(slice(x, x + 1))
         check_crossed(grid.low, grid.high, level)
@@ -182,39 +193,55 @@ def extract_field_mesh(
 
 @dataclass(frozen=True)
 class BrickBounds:
-    """Result of the bounds on a grid."""
+    """Classification of the bricks of a grid by the bounds of their density."""
 
-    undecided: np.ndarray  # bool [bricks along x, along y, along z]: may contain a part of the surface
-    any_below: bool  # at least one brick lies certainly below the level
-    any_above: bool  # at least one brick lies certainly above it
+    undecided: (
+        np.ndarray
+    )  # [bricks along x, y, z] bool: True for bricks that may contain a part of the surface
+    any_below: bool  # True if at least one brick lies certainly below the level
+    any_above: bool  # True if at least one brick lies certainly above the level
 
 
 def bound_bricks(density: SeparableDensity, level: float) -> BrickBounds:
-    """Compute the bounds of all bricks. If many remain undecided, also those of bricks of half the size."""
+    """Classify all bricks by the bounds of their density.
+
+    If many bricks are undecided, the bounds of bricks of half the size are computed, too.
+
+    Args:
+        density: density in separable form.
+        level: raw density on the surface.
+    """
     coarse = bounds_of_size(density, level, BRICK)
     if coarse.undecided.mean() <= _REFINE_SHARE:
         return coarse
     fine = bounds_of_size(density, level, BRICK // 2)
-    halves = np.zeros([2 * n for n in coarse.undecided.shape], dtype=bool)
-    halves[tuple(slice(n) for n in fine.undecided.shape)] = fine.undecided
+    halves = np.zeros([2 * count for count in coarse.undecided.shape], dtype=bool)
+    halves[tuple(slice(count) for count in fine.undecided.shape)] = fine.undecided
     x, y, z = coarse.undecided.shape
-    # A brick remains undecided if the coarse bounds leave it so and the fine ones at least one of its eight
-    # parts.
+    # A brick remains undecided if it is undecided by its own bounds, and at least one of its eight halved
+    # bricks is undecided by the finer bounds. [2 x, 2 y, 2 z] -> [x, 2, y, 2, z, 2]
     undecided = coarse.undecided & halves.reshape(x, 2, y, 2, z, 2).any(axis=(1, 3, 5))
     return BrickBounds(undecided, coarse.any_below or fine.any_below, coarse.any_above or fine.any_above)
 
 
 def bounds_of_size(density: SeparableDensity, level: float, size: int) -> BrickBounds:
-    """Compute the bounds of bricks with `size` cells along an edge.
+    """Classify bricks of a given size by the bounds of their density.
+
+    Args:
+        density: density in separable form.
+        level: raw density on the surface.
+        size: number of cells along the edge of a brick.
 
     Raises: ValueError if a map contains NaN or infinity.
     """
-    low, high = zip(*(_map_extremes(m, density.shape, size) for m in density.maps), strict=True)
-    # so that a non-finite density is an error here as it is for the full volume
+    low, high = zip(
+        *(_map_extremes(map_values, density.shape, size) for map_values in density.maps), strict=True
+    )
+    # A density that is not finite is an error, as it is when the full volume is evaluated.
     for least, greatest in zip(low, high, strict=True):
         check_finite(float(least.min()), float(greatest.max()))
     w = torch.cat([density.w.clamp(min=0), density.w.clamp(max=0)])  # [2 J]
-    x, y, z = (bricks_along(n, size) for n in density.shape)
+    x, y, z = (bricks_along(points, size) for points in density.shape)
     shape = (x, y, z)
     # Hidden units 1..J have the weights max(w, 0), units J + 1..2 J the weights min(w, 0).
     upper = slab_density(
@@ -223,11 +250,12 @@ def bounds_of_size(density: SeparableDensity, level: float, size: int) -> BrickB
     lower = slab_density(
         [torch.cat(pair, dim=1) for pair in zip(low, high, strict=True)], w, density.b, shape
     )
-    largest = sum(m.abs().amax(dim=(0, 2, 3)) for m in (*low, *high))  # [J], at least |h_j| everywhere
+    # [J], an upper bound of |h_j| on the grid
+    largest = sum(map_values.abs().amax(dim=(0, 2, 3)) for map_values in (*low, *high))
     slack = _ROUNDING * (
         float((density.w.abs() * (largest + 1)).sum()) + abs(float(density.b)) + max(abs(level), 1.0)
     )
-    # bricks without points outside the volume
+    # True for bricks without points outside the volume
     is_inner = np.ones((), dtype=bool)
     for axis, points in enumerate(density.shape):
         first = np.arange(shape[axis]) * size
@@ -242,33 +270,47 @@ def bounds_of_size(density: SeparableDensity, level: float, size: int) -> BrickB
 
 
 def _map_extremes(values: torch.Tensor, shape: Sequence[int], size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute a map's smallest and largest values over the grid points of each brick, faces included.
+    """Compute the smallest and the largest value of a map over the grid points of each brick.
 
-    Returns: [bricks, J, bricks, 1] and so on, in the layout of the map.
+    The grid points on the faces of a brick are included.
+
+    Args:
+        values: map [X, J, Y, 1], [X, J, 1, Z] or [1, J, Y, Z].
+        shape: numbers X, Y, Z of grid points.
+        size: number of cells along the edge of a brick.
+
+    Returns: smallest and largest values, in the layout of the map, with bricks in place of grid points.
     """
     low = values
     high = values
+    # The extremes over a brick are computed axis by axis; axis 1 holds the hidden units.
     for dim, points in ((0, shape[0]), (2, shape[1]), (3, shape[2])):
+        # the map does not depend on this coordinate
         if values.shape[dim] == 1:
             continue
-        # indices in the volume; a point outside repeats its neighbour, so it does not change the extremes
+        # A point outside the volume repeats the nearest point inside, which does not change the extremes.
         starts = torch.arange(bricks_along(points, size)) * size - 1
-        near = [(starts + step).clamp(0, points - 1) for step in range(size + 1)]
-        least = low.index_select(dim, near[0])
-        greatest = high.index_select(dim, near[0])
-        for index in near[1:]:
-            torch.minimum(least, low.index_select(dim, index), out=least)
-            torch.maximum(greatest, high.index_select(dim, index), out=greatest)
-        low = least
-        high = greatest
+        point_indices = [(starts + step).clamp(0, points - 1) for step in range(size + 1)]
+        range_low = low.index_select(dim, point_indices[0])
+        range_high = high.index_select(dim, point_indices[0])
+        for index in point_indices[1:]:
+            torch.minimum(range_low, low.index_select(dim, index), out=range_low)
+            torch.maximum(range_high, high.index_select(dim, index), out=range_high)
+        low = range_low
+        high = range_high
     return low, high
 
 
 class _LayerSampler:
-    """Density of the undecided bricks, layer by layer.
+    """Evaluation of the density of selected bricks, layer by layer.
 
-    The value of a grid point that two bricks share is the one from its first evaluation. Values from two
-    calls could differ by rounding, which would leave gaps at seams.
+    A grid point that two bricks share has the value of its first evaluation. The values of two evaluations
+    could differ by rounding, which would leave gaps between the bricks.
+
+    Args:
+        density: density in separable form.
+        outside: raw density of points outside the volume.
+        pool: pool of threads that evaluate the density.
     """
 
     def __init__(self, density: SeparableDensity, outside: float, pool: ThreadPoolExecutor):
@@ -278,32 +320,36 @@ class _LayerSampler:
         # smallest and largest density evaluated so far
         self.low = np.inf
         self.high = -np.inf
-        sides = [padded(n) for n in density.shape[1:]]
-        self._layer = np.full((BRICK + 1, *sides), outside, dtype=np.float32)
+        padded_sizes = [padded(points) for points in density.shape[1:]]
+        self._layer = np.full((BRICK + 1, *padded_sizes), outside, dtype=np.float32)
         # last plane of the previous layer, NaN where it was not evaluated
         self._shared = self._layer[0].copy()
 
-    def layer(self, number: int, wanted: np.ndarray) -> np.ndarray:
-        """Return a layer [S + 1, padded Y, padded Z] with the density in the bricks `wanted`.
+    def layer(self, layer_index: int, selected_bricks: np.ndarray) -> np.ndarray:
+        """Evaluate the density of some bricks of a layer.
 
-        Elsewhere it contains old values or NaN.
+        Args:
+            layer_index: index of the layer; layers must be evaluated in order.
+            selected_bricks: bool [bricks along y, bricks along z], True for the bricks to evaluate.
+
+        Returns: raw density [S + 1, padded Y, padded Z]. Other bricks contain old values or NaN.
         """
         points_x, points_y, points_z = self._density.shape
         # x index of the layer's first plane; -1 is outside
-        first = number * BRICK - 1
+        first = layer_index * BRICK - 1
         planes = slice(max(first, 0), min(first + BRICK + 1, points_x))
         inner = (slice(1, points_y + 1), slice(1, points_z + 1))
         self._layer[-1][inner] = np.nan
-        if wanted.mean() > _DENSE_SHARE:
-            # rows overlap by one, so each has at least two points
+        if selected_bricks.mean() > _DENSE_SHARE:
+            # Ranges of rows overlap by one row, so that each range has at least two points.
             rows = [slice(y, min(y + _DENSE_ROWS, points_y)) for y in range(0, points_y - 1, _DENSE_ROWS - 1)]
             columns = [[slice(0, points_z)]] * len(rows)
         else:
-            chosen = np.flatnonzero(wanted.any(axis=1)).tolist()
-            rows = [_points(row, points_y) for row in chosen]
-            columns = [_runs(wanted[row], points_z) for row in chosen]
+            brick_rows = np.flatnonzero(selected_bricks.any(axis=1)).tolist()
+            rows = [_points(row, points_y) for row in brick_rows]
+            columns = [_runs(selected_bricks[row], points_z) for row in brick_rows]
         self._fill(first, planes, rows, columns)
-        # the layer reaches beyond the volume
+        # The last layer reaches beyond the volume.
         if first + BRICK + 1 > points_x:
             self._layer[points_x - first :] = self._outside
         evaluated = ~np.isnan(self._shared)
@@ -312,11 +358,18 @@ class _LayerSampler:
         return self._layer
 
     def _fill(self, first: int, x: slice, rows: list[slice], columns: list[list[slice]]) -> None:
-        """Evaluate ranges of y, each at its ranges of z, and write them into the layer, in order."""
-        # `slab_density` distinguishes the maps by their sizes, so it needs two points along an axis at least.
+        """Evaluate the density at ranges of y and z indices, and write it into the layer.
+
+        Args:
+            first: x index of the first plane of the layer; -1 is outside the volume.
+            x: x indices to evaluate.
+            rows: ranges of y indices.
+            columns: ranges of z indices for each range of y indices.
+        """
+        # `slab_density` recognises the layout of a map by its sizes, so an axis needs at least two points.
         extra_planes = int(x.stop - x.start == 1)
-        part = functools.partial(self._density.part, slice(x.start - extra_planes, x.stop))
-        for y, runs, sampled in zip(rows, columns, self._pool.map(part, rows, columns), strict=True):
+        evaluate_part = functools.partial(self._density.part, slice(x.start - extra_planes, x.stop))
+        for y, runs, sampled in zip(rows, columns, self._pool.map(evaluate_part, rows, columns), strict=True):
             values = sampled.numpy()[extra_planes:]
             self.low = min(self.low, float(values.min()))
             self.high = max(self.high, float(values.max()))
@@ -330,18 +383,34 @@ class _LayerSampler:
 
 
 def _points(brick: int, points: int) -> slice:
-    """Return the indices of the grid points in one brick of a row, at least two."""
+    """Return the indices of the grid points of one brick along an axis, at least two points.
+
+    Args:
+        brick: index of the brick along the axis.
+        points: number of grid points of the volume along the axis.
+    """
     stop = min(brick * BRICK + BRICK, points)
     return slice(max(min(brick * BRICK - 1, stop - 2), 0), stop)
 
 
-def _runs(wanted: np.ndarray, points: int) -> list[slice]:
-    """Return ranges of indices of the grid points in the selected bricks of a row, at least two points in
-    all.
+def _runs(selected_bricks: np.ndarray, points: int) -> list[slice]:
+    """Return ranges of indices of the grid points in the selected bricks of a row.
+
+    All ranges together contain at least two points.
+
+    Args:
+        selected_bricks: bool [bricks along z], True for the selected bricks.
+        points: number of grid points of the volume along z.
     """
-    # pairs: first selected brick of a run, first brick after it
-    change = np.flatnonzero(np.diff(wanted, prepend=False, append=False)).reshape(-1, 2)
-    runs = [slice(max(first * BRICK - 1, 0), min(stop * BRICK, points)) for first, stop in change.tolist()]
+    # pairs: first brick of a run of selected bricks, and first brick after the run
+    run_bounds = np.flatnonzero(np.diff(selected_bricks, prepend=False, append=False)).reshape(-1, 2)
+    runs = [
+        # Brick k has the points k BRICK - 1 to (k + 1) BRICK - 1: points of the volume count from 0, bricks
+        # begin outside.
+        slice(max(first * BRICK - 1, 0), min(stop * BRICK, points))
+        for first, stop in run_bounds.tolist()
+    ]
+    # A single point, the last one: its neighbour is added, because an axis needs at least two points.
     if len(runs) == 1 and runs[0].stop - runs[0].start == 1:
         return [slice(points - 2, points)]
     return runs
@@ -349,18 +418,27 @@ def _runs(wanted: np.ndarray, points: int) -> list[slice]:
 
 MESH_SUFFIXES = (".ply", ".obj", ".glb")
 _PROBES = 20000  # largest number of vertices at which the normals are compared with the density
-_PROBE_STEP = 0.25  # distance of the two probes from the surface, in grid steps
-_COLOR_CHUNK = 1 << 18  # vertices that are coloured between two calls of the progress function
+_PROBE_STEP = (
+    0.25  # distance from the surface, in grid steps, of the two points where the density is compared
+)
+_COLOR_CHUNK = 1 << 18  # number of vertices that are coloured between two calls of the progress function
 SHAPE_SUFFIXES = (*MESH_SUFFIXES, ".mrc")
 
 
-def check_mesh_suffix(path: str | Path, who: str = "save_mesh") -> Path:
-    """Return the path if its suffix is that of a mesh format. Raises: ValueError otherwise."""
+def check_mesh_suffix(path: str | Path, caller: str = "save_mesh") -> Path:
+    """Return the path of a mesh file as a Path.
+
+    Args:
+        path: path of the file.
+        caller: name of the caller, with which the error message begins.
+
+    Raises: ValueError if the suffix is not the suffix of a mesh format.
+    """
     path = Path(path)
     if path.suffix.lower() not in MESH_SUFFIXES:
         raise ValueError(
-            f"{who}: expected a file ending in {', '.join(MESH_SUFFIXES)}, got {path.name!r}. Change the"
-            " suffix."
+            f"{caller}: the name {path.name!r} does not end in one of {', '.join(MESH_SUFFIXES)}. Choose a"
+            " name with one of these endings."
         )
     return path
 
@@ -376,11 +454,18 @@ def save_mesh(
 
     The file is written atomically. Missing folders are created.
 
-    Args: vertices: [V, 3] world coordinates; faces: [F, 3]; colors: [V, 3] uint8; normals: [V, 3], unit,
-    pointing outwards.
+    Args:
+        path: path of the file.
+        vertices: world coordinates [V, 3].
+        faces: triangles [F, 3] as indices of vertices.
+        colors: colours [V, 3] uint8 of the vertices; None: no colours are written.
+        normals: outward unit normals [V, 3]; None: no normals are written.
+
     Returns: the path.
+
     Raises: ValueError for another suffix.
     """
+    # imported here, because few functions need this library
     import trimesh
 
     path = check_mesh_suffix(path)
@@ -389,7 +474,9 @@ def save_mesh(
         vertices=vertices, faces=faces, vertex_colors=colors, vertex_normals=normals, process=False
     )
     kind = path.suffix.lower()[1:]
+    # trimesh names this option differently for each format
     options: dict[str, Any] = {"vertex_normal" if kind == "ply" else "include_normals": normals is not None}
+    # text for .obj, bytes for the other formats
     data: Any = mesh.export(file_type=kind, **options)
     write_atomic(path, data.encode() if isinstance(data, str) else data)
     return path
@@ -402,19 +489,22 @@ def write_mrc(
     step: float,
     progress: Progress | None = None,
 ) -> Path:
-    """Write a density cube as an MRC volume of mode 2 (float32), block by block, with EG3D's order of axes.
+    """Write a density on a cube of grid points as an MRC volume of mode 2 (float32), with EG3D's axes.
 
-    Section i, row j, column k hold the point with x index N - 1 - i, y index j and z index k: EG3D reverses
-    x, and its z varies fastest. The size of a voxel is 1, as in EG3D's files. A label in the header gives the
-    step in world units.
+    Section i, row j and column k hold the point with the x index N - 1 - i, the y index j and the z index k:
+    EG3D reverses x, and its z varies fastest. The size of a voxel is 1, as in EG3D's files. A label in the
+    header states the distance between grid points. The file is written block by block, and atomically.
 
     Args:
-        sample: as for `extract_mesh_blockwise`.
-        resolution: N.
-        step: distance between grid points, world units.
-        progress: called with ("density", done, N).
-    Returns: the path. The file is written atomically.
+        path: path of the file.
+        sample: function of a slice of x indices that returns the raw density [x, N, N] of these grid points.
+        resolution: number N of grid points per axis.
+        step: distance between grid points in world units.
+        progress: function that is called with ("density", number of finished x indices, N).
+
+    Returns: the path.
     """
+    # imported here, because few functions need this library
     import mrcfile
 
     path = Path(path)
@@ -433,7 +523,7 @@ def write_mrc(
             file.voxel_size = 1.0
             file.add_label(f"raw density, step {step:.9g} world units, axes: -x, y, z")
             file.update_header_stats()
-        # Atomic on one file system; the temporary file is in the same folder
+        # Renaming is atomic within one file system; the temporary file lies in the same folder.
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -442,29 +532,29 @@ def write_mrc(
 
 @dataclass(frozen=True)
 class Mesh:
-    """A triangle mesh in world coordinates."""
+    """A triangle mesh in world coordinates, with normals and colours of its vertices."""
 
     vertices: np.ndarray  # [V, 3] float32
-    faces: np.ndarray  # [F, 3] int, counter-clockwise seen from outside
-    normals: np.ndarray  # [V, 3] float32, unit, outwards
+    faces: np.ndarray  # [F, 3] int, corners in counter-clockwise order seen from outside
+    normals: np.ndarray  # [V, 3] float32, outward unit normals
     colors: np.ndarray | None = None  # [V, 3] uint8
 
     def save(self, path: str | Path) -> Path:
-        """Write the mesh as .ply, .obj or .glb; see `save_mesh`."""
+        """Write the mesh as .ply, .obj or .glb, depending on the suffix, and return the path."""
         return save_mesh(path, self.vertices, self.faces, self.colors, self.normals)
 
 
 @dataclass(frozen=True, kw_only=True)
 class MeshReport:
-    """Results of the checks of a mesh as it is written."""
+    """Results of the checks of an exported mesh."""
 
-    vertices: int
-    faces: int
-    faces_extracted: int  # before the selection of a part and the decimation
-    components_extracted: int
-    components: int
-    open_edges: int  # half-edges without a partner, see `EdgeCounts`
-    shared_edges: int
+    vertices: int  # number of vertices
+    faces: int  # number of faces
+    faces_extracted: int  # number of faces before the selection of a part and the decimation
+    components_extracted: int  # number of connected parts before the selection of a part
+    components: int  # number of connected parts
+    open_edges: int  # number of half-edges without a partner, see `EdgeCounts`
+    shared_edges: int  # number of repetitions of half-edges, see `EdgeCounts`
     watertight: bool  # every edge belongs to exactly two faces, which traverse it in opposite directions
     volume: float  # enclosed volume, world units cubed
     outward: bool  # watertight and of positive volume: the normals point outwards
@@ -472,21 +562,32 @@ class MeshReport:
     bounds: list[list[float]]  # smallest and largest x, y, z, world units
 
     def write(self, path: str | Path, **more) -> None:
-        """Write the report as JSON. `more` adds entries."""
+        """Write the report as a JSON file.
+
+        Args:
+            path: path of the file.
+            more: further entries of the file, by name.
+        """
         write_atomic(path, (json.dumps({**asdict(self), **more}, indent=1) + "\n").encode())
 
 
 def export_mesh(
     field: Field, options: MeshOptions, progress: Progress | None = None
 ) -> tuple[Mesh, MeshReport]:
-    """Extract the mesh of one field, and check it.
+    """Extract the mesh of a density field, and check it.
 
-    Memory: the maps of two coordinates (134 MB at 512 points and 64 hidden units, 200 MB for layouts that
-    have all three), a layer of the grid, and about 250 bytes per extracted face. The grid is never in memory
-    as a whole.
+    Required memory: the maps of two coordinates (134 MB for two maps at 512 points and 64 hidden units, 200
+    MB for three maps), one layer of the grid, and about 250 bytes per extracted face. The grid is never
+    completely in memory.
 
-    Args: progress: called with (stage, units done, units in all).
-    Raises: ValueError if the level is not crossed, or for a border that leaves no points.
+    Args:
+        field: field of one shape.
+        options: settings of the export.
+        progress: function that is called with (name of the stage, number of finished units, number of units).
+
+    Returns: the mesh, and the results of its checks.
+
+    Raises: ValueError if the density does not cross the level, or if the border leaves no grid points.
 
     >>> from eg3d_rlhf import load_generator, ws_of_seeds
     >>> generator = load_generator().generator
@@ -495,12 +596,13 @@ def export_mesh(
     >>> report.components
     1
     """
-    report_progress = progress or (lambda stage, done, total: None)
+    # a function that does nothing if no progress is shown
+    report_progress = progress or (lambda stage, finished, total: None)
     grid = FieldGrid(field, options.resolution, options.border)
     vertices, faces = extract_field_mesh(
         grid, field.level if options.level is None else options.level, progress
     )
-    extracted = len(faces)
+    extracted_faces = len(faces)
     report_progress("parts", 0, 1)
     if options.component == "largest":
         vertices, faces, components = largest_part(vertices, faces)
@@ -514,14 +616,23 @@ def export_mesh(
     colors = vertex_colors(field, vertices, progress) if options.colors else None
     report_progress("checks", 0, 1)
     mesh = Mesh(vertices, faces, vertex_normals(vertices, faces), colors)
-    report = check_mesh(mesh, field, options, extracted, components)
+    report = check_mesh(mesh, field, options, extracted_faces, components)
     report_progress("checks", 1, 1)
     return mesh, report
 
 
 def check_mesh(mesh: Mesh, field: Field, options: MeshOptions, extracted: int, components: int) -> MeshReport:
-    """Measure a mesh. `extracted` and `components` count faces and parts before the selection of a part."""
+    """Measure a mesh, and check whether it is closed and oriented outwards.
+
+    Args:
+        mesh: mesh to check.
+        field: field of which it is the surface.
+        options: settings of the export.
+        extracted: number of faces before the selection of a part and the decimation.
+        components: number of connected parts before the selection of a part.
+    """
     edges = count_edges(mesh.faces)
+    # positive only if the faces are oriented outwards
     volume = float(face_volumes(mesh.vertices, mesh.faces).sum())
     return MeshReport(
         vertices=len(mesh.vertices),
@@ -543,62 +654,89 @@ def check_mesh(mesh: Mesh, field: Field, options: MeshOptions, extracted: int, c
 def normals_down_density(mesh: Mesh, field: Field, options: MeshOptions) -> float:
     """Compute the fraction of vertices at which the density decreases along the outward normal.
 
-    At most 20,000 evenly selected vertices are probed: the density outside is compared with the density
-    inside. Vertices on the caps that close the surface at the border of the cube are left out, because the
-    field continues there.
+    At each vertex, the density slightly outside is compared with the density slightly inside. At most 20,000
+    vertices are tested, at equal intervals. Vertices on the caps that close the surface at the border of the
+    cube are left out, because the field continues there. The result is 1 if there are no other vertices.
+
+    Args:
+        mesh: mesh to check.
+        field: field of which it is the surface.
+        options: settings of the export.
     """
+    # distance between grid points in world units
     step = field.bounds.side / (options.resolution - 1)
     centre = np.asarray(field.bounds.centre, dtype=mesh.vertices.dtype)
-    inside = (
+    # Two grid steps from the border: vertices of the caps lie at the border.
+    is_inside = (
         np.abs(mesh.vertices - centre).max(axis=1) < field.bounds.side * (0.5 - options.border) - 2 * step
     )
-    chosen = np.flatnonzero(inside)
-    chosen = chosen[:: max(1, len(chosen) // _PROBES)]
-    if len(chosen) == 0:
+    vertex_indices = np.flatnonzero(is_inside)
+    vertex_indices = vertex_indices[:: max(1, len(vertex_indices) // _PROBES)]
+    if len(vertex_indices) == 0:
         return 1.0  # only caps
-    points = torch.from_numpy(mesh.vertices[chosen])
-    offset = torch.from_numpy(mesh.normals[chosen]) * (_PROBE_STEP * step)
+    points = torch.from_numpy(mesh.vertices[vertex_indices])
+    offset = torch.from_numpy(mesh.normals[vertex_indices]) * (_PROBE_STEP * step)
     return float((field.density(points + offset) < field.density(points - offset)).double().mean())
 
 
 @torch.no_grad()
 def vertex_colors(field: Field, vertices: np.ndarray, progress: Progress | None = None) -> np.ndarray:
-    """Evaluate the colours [V, 3] uint8 of the radiance field at vertices [V, 3]."""
+    """Evaluate the colours of the radiance field at the vertices of a mesh.
+
+    Args:
+        field: field of one shape.
+        vertices: world coordinates [V, 3].
+        progress: function that is called with ("colours", number of finished vertices, V).
+
+    Returns: colours [V, 3] uint8.
+    """
     colors = np.empty((len(vertices), 3), dtype=np.uint8)
     for start in range(0, len(vertices), _COLOR_CHUNK):
-        part = torch.from_numpy(vertices[start : start + _COLOR_CHUNK])
-        colors[start : start + len(part)] = (
-            (field.colour(part)[0].cpu() * 255).round().to(torch.uint8).numpy()
+        vertex_chunk = torch.from_numpy(vertices[start : start + _COLOR_CHUNK])
+        colors[start : start + len(vertex_chunk)] = (
+            # 0..1 -> 0..255
+            (field.colour(vertex_chunk)[0].cpu() * 255).round().to(torch.uint8).numpy()
         )
         if progress is not None:
-            progress("colours", start + len(part), len(vertices))
+            progress("colours", start + len(vertex_chunk), len(vertices))
     return colors
 
 
 def shape_suffix(name: str) -> str:
-    """Return '.ply', '.obj', '.glb' or '.mrc' for the name of a format, given with or without the dot.
+    """Return the suffix of a shape format: '.ply', '.obj', '.glb' or '.mrc'.
+
+    Args:
+        name: name of the format, with or without the dot, in upper or lower case.
 
     Raises: ValueError for another name.
     """
     suffix = "." + name.lower().removeprefix(".")
     if suffix not in SHAPE_SUFFIXES:
-        raise ValueError(
-            f"expected a shape format, one of {', '.join(SHAPE_SUFFIXES)}, got {name!r}. Choose one of them."
-        )
+        raise ValueError(f"{name!r} is not a shape format. Choose one of {', '.join(SHAPE_SUFFIXES)}.")
     return suffix
 
 
 def save_shape(
     path: str | Path, field: Field, options: MeshOptions, progress: Progress | None = None
 ) -> Path:
-    """Write the shape of a field: the density cube (.mrc), or its surface as a mesh (.ply, .obj, .glb).
+    """Write the shape of a density field, in the format that the suffix names.
 
-    An .mrc file uses only the resolution and the border of the options.
+    An .mrc file contains the density on a cube of grid points; other formats contain the surface as a mesh.
+
+    Args:
+        path: path of the file.
+        field: field of one shape.
+        options: settings of the export. For .mrc only the resolution and the border are used.
+        progress: function that is called with (name of the stage, number of finished units, number of units).
+
+    Returns: the path.
+
     Raises: ValueError for another suffix, or for a level that the density does not cross.
     """
     path = Path(path)
     suffix = shape_suffix(path.suffix)
     if suffix == ".mrc":
+        # The density is written on the grid of the options, without extracting a surface.
         grid = FieldGrid(field, options.resolution, options.border)
         return write_mrc(
             path, grid, options.resolution, field.bounds.side / (options.resolution - 1), progress

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class MeshOptions:
-    """Settings of the conversion of a field into a mesh.
+    """Settings of the conversion of a density field into a mesh.
 
     Raises: ValueError for a value outside its range.
 
@@ -24,19 +24,22 @@ class MeshOptions:
     def __post_init__(self) -> None:
         if not 16 <= self.resolution <= 1024:
             raise ValueError(
-                f"MeshOptions: expected a resolution of 16 to 1024, got {self.resolution}. Use 256."
+                f"MeshOptions: the resolution must be 16 to 1024 grid points per axis, got {self.resolution}."
+                " Use 256."
             )
         if self.level is not None and not math.isfinite(self.level):
             raise ValueError(
-                f"MeshOptions: expected a finite level, got {self.level}. Leave it out to use the field's"
-                " level."
+                f"MeshOptions: the level must be a finite number, got {self.level}. Use None for the level of"
+                " the field."
             )
         if self.component not in ("largest", "all"):
             raise ValueError(
-                f"MeshOptions: expected component to be 'largest' or 'all', got {self.component!r}. Use one"
-                " of these."
+                f"MeshOptions: component must be 'largest' (one part) or 'all' (all parts), got"
+                f" {self.component!r}."
             )
+        # a tetrahedron, the smallest closed mesh, has four faces
         if self.faces is not None and self.faces < 4:
             raise ValueError(
-                f"MeshOptions: expected faces >= 4, got {self.faces}. Leave it out to keep all faces."
+                f"MeshOptions: the number of faces must be at least 4, got {self.faces}. Use None for no"
+                " decimation."
             )

@@ -1,15 +1,15 @@
-"""Raw density of feature planes on a grid of world points, and the self-normalised sigma slab that a reward
-reads.
+"""Raw density of feature planes on a grid of world points, and the normalised sigma slab that a reward reads.
 
-A sigma slab is a cropped density grid (arXiv 2606.27305; `core.spec` defines its points).
+A sigma slab is a cropped grid of densities (arXiv 2606.27305); `core.spec` defines its points.
 
-There are two implementations of the density on a grid: `separable` uses 2-D maps and is fast; `pointwise`
-decodes every point by itself. The pointwise one is the reference of the tests, and the only one for planes
-that are not axis-aligned and for a skewed lattice. Tri-grids have their own function, `tri_grid_density`.
+There are two implementations of the density on a grid. The fast implementation, `separable`, uses maps of two
+coordinates. The slow implementation, `pointwise`, decodes every point by itself. It is the reference of the
+tests, and is also used for planes that are not aligned with the axes and for a skewed lattice. Tri-grids have
+a function of their own, `tri_grid_density`.
 
-Letters: N batch, L layers of ws, K planes, C channels, P, Q = rows, columns of a plane, J hidden units, X, Y,
-Z = grid points per axis, D, H, W = grid points along z, y, x, P = points; of a tri-grid D slices, R, L =
-points of x and z in a block.
+Shapes: N batch; K planes; C channels; P, Q rows and columns of a plane; J hidden units of the decoder; X, Y,
+Z grid points along x, y, z; D, H, W grid points along z, y, x; P also points in a list. In the functions of
+tri-grids: D slices of a stack; R, L numbers of x and z indices in a block.
 """
 
 import warnings
@@ -32,29 +32,32 @@ from torch_utils.ops.slab_density import slab_density
 from torch_utils.ops.triplane_decode import DecoderWeights as BothLayers
 from torch_utils.ops.triplane_decode import MergedPlanes, projection_axes, triplane_decode
 
-# A tri-plane field averages bilinear samples of K axis-aligned planes before a linear layer. At grid point
-# (x, y, z) the hidden pre-activation is therefore a sum of maps of two coordinates each,
-#     h[j] = A[j, x, y] + B[j, x, z] + C[j, y, z],      sigma_raw = sum_j w[j] * softplus(h[j]) + b.
-# Each plane is sampled once per pair of coordinates instead of once per point. Planes that read the same
-# unordered pair share one map (released EG3D checkpoints project onto (x, y), (x, z), (z, x): two maps).
+# A tri-plane field (EG3D, arXiv:2112.07945) averages bilinear samples of K axis-aligned planes, and applies a
+# linear layer with J hidden units. At the grid point (x, y, z), the pre-activation h[j] of hidden unit j is
+# therefore a sum of maps of two coordinates each:     h[j] = A[j, x, y] + B[j, x, z] + C[j, y, z],
+# sigma_raw = sum_j w[j] * softplus(h[j]) + b, where w and b are the weights and the bias of the density. Each
+# plane is sampled once per pair of coordinates instead of once per point. Planes that depend on the same two
+# coordinates share one map: released EG3D checkpoints project onto (x, y), (x, z) and (z, x), which gives two
+# maps.
 
 
 def interpolation(coordinates: torch.Tensor, size: int) -> tuple[torch.Tensor, slice]:
-    """Compute the weights of bilinear interpolation along one axis of a plane.
+    """Compute the weights of linear interpolation along one axis of a plane.
 
     Args:
-        coordinates: [points] in plane units: -1 and 1 are the outer edges (align_corners=False), zeros
-            outside.
-        size: number of texels.
-    Returns: the matrix [points, touched texels], with at most two non-zeros per row, and the slice of the
-    texels that its columns refer to.
+        coordinates: [points] in plane units, where -1 and 1 are the outer edges of the plane
+            (align_corners=False). The plane is 0 outside.
+        size: number of texels along the axis.
+
+    Returns: a matrix [points, touched texels] with at most two non-zeros per row, and the slice of the texels
+        to which its columns belong.
     """
-    # texel i has its centre at position i
+    # position in texels: texel i has its centre at position i
     position = ((coordinates + 1) * size - 1) / 2
     low = position.floor()
     fraction = position - low
     index = low.long()
-    # The slice is clipped to the plane. Neighbours outside of it match no column, so they contribute zero.
+    # The slice is clipped to the plane. A neighbour outside it matches no column, so it contributes 0.
     first = min(max(int(index.min()), 0), size - 1)
     last = max(min(int(index.max()) + 1, size - 1), first)
     texels = torch.arange(first, last + 1)
@@ -70,41 +73,47 @@ def pair_maps(
     w0: torch.Tensor,
     b0: torch.Tensor,
 ) -> list[torch.Tensor]:
-    """Compute hidden pre-activations as one map per unordered pair of coordinates. Their broadcast sum is h
-    [N, X, J, Y, Z].
+    """Compute the pre-activations of the hidden layer as maps of two coordinates each.
+
+    There is one map for each unordered pair of coordinates that occurs. The broadcast sum of the maps is h
+    [N, X, J, Y, Z]. Differentiable in planes, w0 and b0.
 
     Args:
-        planes: [N, K, C, P, Q].
-        pairs: from `projection_axes`.
-        axes: x [X], y [Y], z [Z] in plane units (world * 2 / box_warp), on the CPU.
-        w0, b0: [J, C] and [J], the first layer.
-    Returns: the maps [N, X, J, Y, 1], [N, X, J, 1, Z] and [N, 1, J, Y, Z], those that occur.
-    Differentiable in planes, w0 and b0.
+        planes: feature planes [N, K, C, P, Q].
+        pairs: coordinates (0, 1, 2 for x, y, z) along the width and the height of each plane, which
+            `projection_axes` returns.
+        axes: coordinates x [X], y [Y], z [Z] in plane units (world * 2 / box_warp), on the CPU.
+        w0: weights [J, C] of the first layer.
+        b0: biases [J] of the first layer.
+
+    Returns: one to three maps of the shapes [N, X, J, Y, 1], [N, X, J, 1, Z] and [N, 1, J, Y, Z].
     """
+    # unordered pairs, each once, in the order of the planes
     merged = tuple(dict.fromkeys((min(pair), max(pair)) for pair in pairs))
     features = _SampledPlanes.apply(
         planes, tuple(pairs), merged, tuple(axis.to(planes.dtype) for axis in axes)
     )
     maps = []
     for position, (pair, sampled) in enumerate(zip(merged, features, strict=True)):
-        # the coordinate (0, 1, 2 for x, y, z) that the map does not depend on; the three sum to 3
+        # Coordinate on which the map does not depend. The three coordinates 0, 1 and 2 sum to 3.
         absent = 3 - sum(pair)
-        # The division by K is the average over planes. A map with x gets x before J, because slab_density
-        # reads slices of x.
+        # The division by K = len(pairs) is the average over planes. In a map that depends on x, x comes
+        # before J, because slab_density reads slices of x.
         hidden = torch.einsum("jc,ncuv->njuv" if absent == 0 else "jc,ncuv->nujv", w0 / len(pairs), sampled)
-        # the bias is added once, to the first map
+        # The bias is added to one map only, since the maps are summed.
         if position == 0:
             hidden = hidden + (b0[:, None, None] if absent == 0 else b0[:, None])
+        # a new axis of length 1 for the missing coordinate
         maps.append(hidden.unsqueeze({0: 1, 1: 3, 2: 4}[absent]))
     return maps
 
 
 class _SampledPlanes(torch.autograd.Function):
-    """Bilinear samples of planes [N, K, C, P, Q] on the grid. Planes of one pair of coordinates are summed.
+    """Bilinear sampling of planes [N, K, C, P, Q] on a grid, with a custom backward pass.
 
-    Returns [N, C, lower axis, higher axis] for each pair of `merged`. Each is a product with an interpolation
-    matrix from the left and from the right. The backward pass writes the gradients of all planes into one
-    tensor.
+    A plane is multiplied by an interpolation matrix from the left and from the right. Planes of the same pair
+    of coordinates are summed. The result holds one tensor [N, C, lower axis, higher axis] for each pair of
+    `merged`. The backward pass writes the gradients of all planes into one tensor.
     """
 
     @staticmethod
@@ -120,21 +129,26 @@ class _SampledPlanes(torch.autograd.Function):
         for k, ((width, height), ((rows, row_slice), (columns, column_slice))) in enumerate(
             zip(pairs, ctx.sides, strict=True)
         ):
-            # [N, C, touched rows, touched columns]
-            part = planes[:, k, :, row_slice, column_slice]
-            sampled = rows.to(planes.device) @ part @ columns.to(planes.device).T  # [N, C, height, width]
-            # A plane that projects (z, x) is transposed to (x, z), so that it can be added to that of (x, z).
+            # the part of plane k that the grid reads, as [N, C, rows, columns]
+            touched_texels = planes[:, k, :, row_slice, column_slice]
+            sampled = (
+                rows.to(planes.device) @ touched_texels @ columns.to(planes.device).T
+            )  # [N, C, height, width]
+            # A plane of (z, x) is transposed to (x, z), so that it can be added to a plane of (x, z).
             sampled = sampled.transpose(2, 3) if height > width else sampled
-            slot = merged.index((min(width, height), max(width, height)))
-            features[slot] = sampled.contiguous() if features[slot] is None else features[slot].add_(sampled)
+            pair_index = merged.index((min(width, height), max(width, height)))
+            features[pair_index] = (
+                sampled.contiguous() if features[pair_index] is None else features[pair_index].add_(sampled)
+            )
         return tuple(features)
 
     @staticmethod
     @once("density_grid", 'Use impl="pointwise" for a second one.')
     def backward(ctx, *grads):
-        # a map without a gradient is None; any other gives dtype and device
-        any_gradient = next(g for g in grads if g is not None)
-        # texels outside the touched rows and columns keep a gradient of zero
+        # The gradient of an unused map is None. Any other gradient has the dtype and the device of the
+        # result.
+        any_gradient = next(gradient for gradient in grads if gradient is not None)
+        # Texels outside the touched rows and columns have the gradient 0.
         plane_gradients = any_gradient.new_zeros(ctx.shape)
         for k, ((width, height), ((rows, row_slice), (columns, column_slice))) in enumerate(
             zip(ctx.pairs, ctx.sides, strict=True)
@@ -150,59 +164,74 @@ class _SampledPlanes(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class SeparableDensity:
-    """Raw density on a grid in separable form: as maps of two coordinates each."""
+    """Raw density of one shape on a grid in separable form: as maps of two coordinates each."""
 
-    maps: list[torch.Tensor]  # [X, J, Y, 1], [X, J, 1, Z] and [1, J, Y, Z], those that occur
-    w: torch.Tensor  # [J] density row of the decoder's last layer
-    b: torch.Tensor  # [] its bias
+    # one to three maps [X, J, Y, 1], [X, J, 1, Z] and [1, J, Y, Z]; their broadcast sum is h
+    maps: list[torch.Tensor]
+    w: torch.Tensor  # [J] weights of the density in the decoder's last layer
+    b: torch.Tensor  # [] bias of the density in the decoder's last layer
     shape: tuple[int, int, int]  # X, Y, Z
 
     @torch.no_grad()
     def part(self, x: slice, y: slice, z: Sequence[slice]) -> torch.Tensor:
-        """Compute the raw density [x, y, all of z] at ranges of indices.
+        """Compute the raw density at ranges of grid points.
 
-        Args: x, y: ranges of at least two points; z: one or more ranges, of at least two points in all.
+        Args:
+            x: range of at least two x indices.
+            y: range of at least two y indices.
+            z: one or more ranges of z indices, with at least two indices in total.
+
+        Returns: raw density [number of x indices, number of y indices, total number of z indices].
         """
         shape = (x.stop - x.start, y.stop - y.start, sum(run.stop - run.start for run in z))
         maps = []
-        for m in self.maps:
-            m = m[x] if m.shape[0] > 1 else m
-            m = m[:, :, y] if m.shape[2] > 1 else m
-            # Concatenated slices are copied in runs; a list of indices would gather value by value.
-            if m.shape[3] > 1:
-                m = torch.cat([m[..., run] for run in z], dim=3) if len(z) > 1 else m[..., z[0]]
-            maps.append(m)
+        for full_map in self.maps:
+            # an axis of length 1: the map does not depend on this coordinate
+            selected = full_map[x] if full_map.shape[0] > 1 else full_map
+            selected = selected[:, :, y] if selected.shape[2] > 1 else selected
+            # Concatenated slices are copied run by run; a list of indices would copy value by value.
+            if selected.shape[3] > 1 and len(z) > 1:
+                selected = torch.cat([selected[..., run] for run in z], dim=3)
+            elif selected.shape[3] > 1:
+                selected = selected[..., z[0]]
+            maps.append(selected)
         return slab_density(maps, self.w, self.b, shape)
 
 
 @runtime_checkable
 class SeparableField(Field, Protocol):
-    """A field of axis-aligned planes. Its density on a grid is a sum of maps of two coordinates each.
+    """Density field of axis-aligned planes, whose density on a grid has a separable form.
 
-    The mesh extraction uses these maps to skip regions without a surface.
+    The mesh extraction uses this form to skip regions without a surface.
     """
 
     def separable(self, x: torch.Tensor, y: torch.Tensor, z: torch.Tensor) -> SeparableDensity | None:
-        """Return the maps of one shape (N = 1) at the product of world coordinates x [X], y [Y], z [Z].
+        """Return the density of one shape in separable form on a grid of world points.
 
-        Returns None if the planes have no such form.
+        Args:
+            x: world coordinates [X] of the grid points along x.
+            y: world coordinates [Y] of the grid points along y.
+            z: world coordinates [Z] of the grid points along z.
+
+        Returns: None if the planes are not aligned with the axes.
         """
 
 
 _IMPLS = ("auto", "separable", "pointwise")
-_POINT_CHUNK = 1 << 17  # points that are decoded at once if no gradient is needed; bounds memory
+# Number of points that are decoded at once if no gradient is needed; limits the required memory.
+_POINT_CHUNK = 1 << 17
 
 
 class DecoderWeights(NamedTuple):
-    """Effective weights of the density row of the decoder: w_sigma @ softplus(w0 @ features + b0) + b_sigma.
+    """Weights of the decoder's density: sigma_raw = w_sigma @ softplus(w0 @ features + b0) + b_sigma.
 
-    Effective: multiplied by the gains of EG3D's FullyConnectedLayer.
+    The weights are already multiplied by the gains of EG3D's FullyConnectedLayer.
     """
 
-    w0: torch.Tensor  # [J, C]
-    b0: torch.Tensor  # [J]
-    w_sigma: torch.Tensor  # [J]
-    b_sigma: torch.Tensor  # []
+    w0: torch.Tensor  # [J, C] weights of the first layer
+    b0: torch.Tensor  # [J] biases of the first layer
+    w_sigma: torch.Tensor  # [J] weights of the density in the last layer
+    b_sigma: torch.Tensor  # [] bias of the density in the last layer
 
 
 def sigma_from_planes(
@@ -213,20 +242,23 @@ def sigma_from_planes(
     box_warp: float = 1.0,
     impl: str = "auto",
 ) -> torch.Tensor:
-    """Compute the raw density at the points of `spec` from planes that are already computed.
+    """Compute the raw density of feature planes at the points of a slab.
 
-    Features are bilinear samples (zeros outside, align_corners=False) of the K planes at world * 2 /
-    box_warp, averaged over the planes (as in EG3D's ImportanceRenderer and OSGDecoder).
+    Features are bilinear samples (0 outside, align_corners=False) of the K planes at world * 2 / box_warp,
+    averaged over the planes, as in EG3D's ImportanceRenderer and OSGDecoder. Differentiable in planes and
+    weights.
 
     Args:
-        planes: [N, K, C, rows, columns].
-        plane_axes: [K, 3, 3].
-        weights: of the decoder.
-        box_warp: side of the cube that the planes cover, world units.
-        impl: 'auto', 'separable' or 'pointwise'.
+        planes: feature planes [N, K, C, P, Q].
+        plane_axes: [K, 3, 3] basis of each plane in world coordinates, as in EG3D.
+        weights: weights of the decoder.
+        spec: points of the slab.
+        box_warp: side of the cube that the planes cover, in world units.
+        impl: implementation, 'separable' or 'pointwise'. 'auto' selects 'separable' where possible.
+
     Returns: sigma_raw [N, D, H, W].
-    Differentiable in planes and weights.
-    Raises: ValueError for 'separable' with planes that are not axis-aligned or with a skewed lattice.
+
+    Raises: ValueError for 'separable' with planes that are not axis-aligned, or with a skewed lattice.
     """
     assert impl in _IMPLS
     check_shape("sigma_from_planes(plane_axes)", plane_axes, ("K", 3, 3), "Pass G.renderer.plane_axes.")
@@ -243,8 +275,8 @@ def sigma_from_planes(
     straight = spec.lattice == "straight"
     if impl == "separable" and not straight:
         raise ValueError(
-            f"density_grid: expected a straight lattice for impl='separable', got {spec.lattice!r}. Use"
-            " impl='auto'."
+            f"density_grid: impl='separable' needs a straight lattice, and the lattice is {spec.lattice!r}."
+            " Use impl='auto'."
         )
     # None if the planes are not axis-aligned
     pairs = projection_axes(plane_axes) if straight and impl != "pointwise" else None
@@ -252,21 +284,29 @@ def sigma_from_planes(
         axes = [axis.to(planes.dtype) * (2 / box_warp) for axis in spec.axes()]
         depth, height, width = spec.shape
         maps = pair_maps(planes, pairs, axes, weights.w0, weights.b0)
-        last = (weights.w_sigma, weights.b_sigma)
-        # If every map has an x axis, the samples of a batch can be concatenated along x: one call for all.
-        if all(m.shape[1] == width for m in maps):
-            sigma = slab_density([m.flatten(0, 1) for m in maps], *last, (len(planes) * width, height, depth))
+        density_weights = (weights.w_sigma, weights.b_sigma)
+        # If every map depends on x, the samples of a batch can be concatenated along x: one call computes
+        # all.
+        if all(map_batch.shape[1] == width for map_batch in maps):
+            sigma = slab_density(
+                [map_batch.flatten(0, 1) for map_batch in maps],
+                *density_weights,
+                (len(planes) * width, height, depth),
+            )
             # [N X, Y, Z] -> [N, X, Y, Z] -> [N, D, H, W]
             return sigma.unflatten(0, (len(planes), width)).permute(0, 3, 2, 1).contiguous()
         # Otherwise a map [N, 1, J, Y, Z] is shared along x, and each sample needs its own call.
         volumes = [
-            slab_density([m[n] for m in maps], *last, (width, height, depth)).permute(2, 1, 0)
-            for n in range(len(planes))
+            slab_density(
+                [map_batch[sample] for map_batch in maps], *density_weights, (width, height, depth)
+            ).permute(2, 1, 0)
+            for sample in range(len(planes))
         ]
         return torch.stack(volumes)  # [N, D, H, W], contiguous
     if impl == "separable":
         raise ValueError(
-            "density_grid: impl='separable' needs axis-aligned planes, and these are not. Use impl='auto'."
+            "density_grid: impl='separable' needs axis-aligned planes, but these planes are not aligned with"
+            " the axes. Use impl='auto'."
         )
     if impl == "auto" and straight:
         _warn_not_separable()
@@ -279,9 +319,10 @@ def sigma_from_planes(
 
 @cache
 def _warn_not_separable() -> None:
-    """Warn, once per process, that the slow implementation is used."""
+    """Warn that the slow implementation is used. The cache makes the warning appear once per process."""
     warnings.warn(
         "density_grid: the planes are not axis-aligned, so each point is decoded by itself (slower).",
+        # the caller of `density_grid`
         stacklevel=4,
     )
 
@@ -295,49 +336,62 @@ def sigma_at(
     impl: str = "auto",
     merged: MergedPlanes | None = None,
 ) -> torch.Tensor:
-    """Compute the raw density at arbitrary points.
+    """Compute the raw density of feature planes at arbitrary points.
+
+    Axis-aligned planes are computed by the operator `triplane_decode`. Differentiable in planes, weights and
+    points.
 
     Args:
-        planes: [N, K, C, rows, columns].
-        plane_axes: [K, 3, 3].
-        points: [P, 3] world coordinates.
-        impl, merged: see `torch_utils.ops.triplane_decode`, which computes axis-aligned planes.
-    Returns: sigma_raw [N, P].
-    Differentiable in planes, weights and points.
+        planes: feature planes [N, K, C, P, Q].
+        plane_axes: [K, 3, 3] basis of each plane in world coordinates, as in EG3D.
+        weights: weights of the decoder.
+        points: world coordinates [number of points, 3].
+        box_warp: side of the cube that the planes cover, in world units.
+        impl: implementation of the operator; see `torch_utils.ops.triplane_decode`.
+        merged: planes in the layout of the operator, if they are already computed.
+
+    Returns: sigma_raw [N, number of points].
     """
-    ref = implementations.current(impl, "sigma_at") == "ref"
-    pairs = None if ref else projection_axes(plane_axes) if merged is None else merged.pairs
+    use_reference = implementations.current(impl, "sigma_at") == "ref"
+    pairs = None if use_reference else projection_axes(plane_axes) if merged is None else merged.pairs
     if pairs is None:
         inputs = (planes, points, *weights)
-        # Chunks would not save memory here: the graph keeps the activations of all of them.
+        # With gradients, chunks would not save memory, because the graph holds the activations of all chunks.
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
             return _decode_points(planes, plane_axes, weights, points, box_warp)
         return torch.cat(
             [
-                _decode_points(planes, plane_axes, weights, part, box_warp)
-                for part in points.split(_POINT_CHUNK)
+                _decode_points(planes, plane_axes, weights, point_chunk, box_warp)
+                for point_chunk in points.split(_POINT_CHUNK)
             ],
             dim=1,
         )
-    # A decoder with density as its only output: [1, J] and [1].
-    both = BothLayers(weights.w0, weights.b0, weights.w_sigma[None], weights.b_sigma[None])
+    # The operator expects the weights of both layers. The density is the only output here: [1, J] and [1].
+    both_layers = BothLayers(weights.w0, weights.b0, weights.w_sigma[None], weights.b_sigma[None])
     # [P, 3] -> [N, P, 3]
     points = points.expand(len(planes), -1, -1)
     return triplane_decode(
-        planes, pairs if merged is None else plane_axes, points, box_warp, both, impl, merged
+        planes, pairs if merged is None else plane_axes, points, box_warp, both_layers, impl, merged
     )[1].squeeze(2)
 
 
 def plane_features(
     planes: torch.Tensor, plane_axes: torch.Tensor, points: torch.Tensor, box_warp: float
 ) -> torch.Tensor:
-    """Sample features [N, C, P] at points [P, 3]: bilinear samples of every plane, averaged over the
-    planes.
+    """Sample the features of planes at points: bilinear samples of every plane, averaged over the planes.
+
+    Args:
+        planes: feature planes [N, K, C, P, Q].
+        plane_axes: [K, 3, 3] basis of each plane in world coordinates, as in EG3D.
+        points: world coordinates [number of points, 3].
+        box_warp: side of the cube that the planes cover, in world units.
+
+    Returns: features [N, C, number of points].
     """
     inverse = torch.linalg.inv(plane_axes).to(points)
-    # EG3D's project_onto_planes: the first two coordinates in the basis of each plane
+    # As EG3D's project_onto_planes: the first two coordinates of a point in the basis of each plane.
     grid = (points * (2 / box_warp) @ inverse)[..., :2]  # [K, P, 2], (width, height)
-    # grid_sample takes 2-D grids; the points form one row
+    # grid_sample expects a two-dimensional grid, so the points form a grid of one row.
     grid = grid[None, :, None].expand(planes.shape[0], -1, -1, -1, -1)  # [N, K, 1, P, 2]
     sampled = F.grid_sample(
         planes.flatten(0, 1), grid.flatten(0, 1), mode="bilinear", padding_mode="zeros", align_corners=False
@@ -352,47 +406,59 @@ def _decode_points(
     points: torch.Tensor,
     box_warp: float,
 ) -> torch.Tensor:
-    """Decode all points at once, [N, P]. This is the slow reference of all functions in this file."""
+    """Compute the raw density [N, number of points] of all points at once.
+
+    This slow function is the reference for the other implementations in this file.
+    """
     features = plane_features(planes, plane_axes, points, box_warp).transpose(1, 2)  # [N, P, C]
     return F.softplus(F.linear(features, weights.w0, weights.b0)) @ weights.w_sigma + weights.b_sigma
 
 
 def normalise_slab(sigma: torch.Tensor, value_max: float = 100.0) -> torch.Tensor:
-    """Scale each sample by its own range: (sigma - min) / (max - min) * value_max, which spans [0,
-    value_max].
+    """Scale each slab to [0, value_max] by its own range: (sigma - min) / (max - min) * value_max.
 
-    Args: sigma: [N, ...] with at least one further axis; value_max: > 0.
-    Returns: the same shape. A constant sample gives zeros with zero gradient.
-    Differentiable in sigma, also through the minimum and maximum. Tied extremes share the gradient evenly.
-    Deviates: the paper's division has no guard and gives NaN for a constant slab.
+    Differentiable in sigma, also through the minimum and the maximum. If several points have the extreme
+    value, they share its gradient evenly.
+
+    Args:
+        sigma: densities [N, ...] with at least one further axis.
+        value_max: largest value of the result, above 0.
+
+    Returns: tensor of the same shape. A constant slab gives zeros with zero gradient.
+
+    Deviates: the division of the paper (arXiv 2606.27305) gives NaN for a constant slab.
     """
     assert sigma.ndim >= 2 and sigma[:1].numel() > 0
+    # all axes except the batch
     dims = tuple(range(1, sigma.ndim))
     low = sigma.amin(dim=dims, keepdim=True)
     high = sigma.amax(dim=dims, keepdim=True)
     span = high - low
-    # The inner where avoids 0 / 0, whose gradient would be NaN even though the outer where discards the
-    # value.
+    # The inner `where` avoids 0 / 0. Its gradient would be NaN although the outer `where` discards the value.
     constant = span == 0
     scaled = (sigma - low) / torch.where(constant, torch.ones_like(span), span) * value_max
     return torch.where(constant, torch.zeros_like(scaled), scaled)
 
 
-# A tri-grid (PanoHead) reads stack k at (u, v, t), linearly in t between its D slices. The average and the
-# first layer are linear, so at grid point (x, y, z)
+# A tri-grid (PanoHead, arXiv:2303.13071) has a stack of D parallel slices in place of each plane, and
+# interpolates linearly between the slices. The average over stacks and the first layer are linear, so the
+# pre-activation at the grid point (x, y, z) is
 #     h[j] = b0[j] + sum_d (T_z[z, d] A[j, d, x, y] + T_y[y, d] B[j, d, x, z] + T_x[x, d] C[j, d, y, z]),
 #     sigma_raw = sum_j w[j] softplus(h[j]) + b,
-# where A, B, C are the stacks whose slices lie along z, y and x. A row of T has at most two non-zeros. This
-# is no sum of maps of two coordinates, so neither `slab_density` nor the bounds of bricks apply. Every point
-# is evaluated, but by matrix products.
+# where A, B and C are the stacks whose slices lie along z, y and x after the first layer, and T_z, T_y, T_x
+# are the interpolation weights of the slices. A row of T has at most two non-zeros. This is no sum of maps of
+# two coordinates, so neither `slab_density` nor the bounds of bricks apply. Every point is evaluated, but by
+# matrix products.
 
-Order = tuple[int, int, int]  # coordinates (0, 1, 2 for x, y, z) along width, height and slices of a stack
+# Coordinates (0, 1, 2 for x, y, z) along the width, the height and the slices of a stack.
+Order = tuple[int, int, int]
 
-# Number of pre-activations that are computed at once. On the CPU 512 KiB, which the second-level cache of a
-# core holds; on a GPU 64 MiB.
+# Number of pre-activations that are computed at once: 512 KiB on the CPU, which fit into the second-level
+# cache of a core, and 64 MiB on a GPU.
 _CPU_BLOCK = 1 << 17
 _CUDA_BLOCK = 1 << 24
-_RECORDED_BLOCK = 1 << 22  # on the CPU with gradients: larger, because each block is a node of the graph
+# On the CPU with gradients, blocks are larger, because each block is a node of autograd's graph.
+_RECORDED_BLOCK = 1 << 22
 
 
 def tri_grid_density(
@@ -402,20 +468,24 @@ def tri_grid_density(
     axes: Sequence[torch.Tensor],
     extent: float = 1.0,
 ) -> torch.Tensor:
-    """Compute the raw density of a tri-grid at the product of coordinates.
+    """Compute the raw density of a tri-grid on a grid of points.
+
+    Differentiable in planes and weights. If there is more than one block, the pre-activations are computed
+    again in the backward pass, to save memory.
 
     Args:
-        planes: [N, 3, C, D, P, Q].
-        orders: of the stacks; the slices of each lie along another coordinate.
-        weights: of the decoder.
-        axes: x [X], y [Y], z [Z] in plane units (world * 2 / box_warp), on the CPU.
-        extent: see `sample_tri_grid`.
-    Returns: [N, X, Y, Z].
-    Differentiable in planes and weights. If there is more than one block, pre-activations are computed again
-    in the backward pass.
+        planes: stacks [N, 3, C, D, P, Q].
+        orders: coordinates along the axes of each stack. The slices of each stack lie along another
+            coordinate.
+        weights: weights of the decoder.
+        axes: coordinates x [X], y [Y], z [Z] in plane units (world * 2 / box_warp), on the CPU.
+        extent: extent of the slices, in edge lengths of the cube; see `sample_tri_grid`.
+
+    Returns: sigma_raw [N, X, Y, Z].
     """
     # [X, D], [Y, D], [Z, D]: interpolation weights T of the slices
     blend_x, blend_y, blend_z = (_blend(axis, planes.shape[3], extent).to(planes) for axis in axes)
+    # by the coordinate along the slices; the division by the number of stacks is the average over them
     stacks = {
         order[2]: _hidden(planes[:, k], order, weights.w0 / len(orders), axes)
         for k, order in enumerate(orders)
@@ -426,18 +496,21 @@ def tri_grid_density(
     # [Z, N, J, X, D + 1]: the bias b0 becomes one more slice, whose weight in blend_y is 1.
     b = torch.cat([b, weights.b0[:, None, None].expand(*b.shape[:4], 1)], dim=4)
     blend_y = torch.cat([blend_y, torch.ones_like(blend_y[:, :1])], dim=1)
-    recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (planes, *weights))
-    block = _CUDA_BLOCK if planes.is_cuda else _RECORDED_BLOCK if recorded else _CPU_BLOCK
-    # pre-activations of one x and one z: N J Y
-    line = a.shape[0] * a.shape[1] * a.shape[4]
-    # Without gradients on the CPU, each thread takes a share of the rows of x.
-    rows = min(max(1, block // line), a.shape[3] if recorded else -(-a.shape[3] // torch.get_num_threads()))
-    layers = min(max(1, block // (line * rows)), len(b))
-    recompute = recorded and (rows < a.shape[3] or layers < len(b))
+    needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (planes, *weights))
+    block_size = _CUDA_BLOCK if planes.is_cuda else _RECORDED_BLOCK if needs_gradient else _CPU_BLOCK
+    # number of pre-activations of one x and one z index: N J Y
+    line_size = a.shape[0] * a.shape[1] * a.shape[4]
+    # Without gradients, each thread of the CPU computes a share of the x indices; -(-a // b) rounds up.
+    rows = min(
+        max(1, block_size // line_size),
+        a.shape[3] if needs_gradient else -(-a.shape[3] // torch.get_num_threads()),
+    )
+    layers = min(max(1, block_size // (line_size * rows)), len(b))
+    recompute = needs_gradient and (rows < a.shape[3] or layers < len(b))
 
     def evaluate_rows(a_rows: torch.Tensor, b_rows: torch.Tensor, x_rows: torch.Tensor) -> torch.Tensor:
-        """Evaluate a range of x at all z: [Z, N, R, Y]."""
-        # D first, so that a block is one matrix product
+        """Compute the raw density [Z, N, R, Y] of a range of R x indices at all z indices."""
+        # [D, N, J, R, Y]: D comes first, so that a block is one matrix product
         a_rows = a_rows.movedim(2, 0).contiguous()
         layer_blocks = []
         for z_layers, b_layers, c_layers in zip(
@@ -450,18 +523,27 @@ def tri_grid_density(
         return torch.cat(layer_blocks)  # [Z, N, R, Y]
 
     split = a.split(rows, dim=3), b.split(rows, dim=3), blend_x.split(rows)
-    parts = (
-        list(map(evaluate_rows, *split)) if recorded or planes.is_cuda else _in_threads(evaluate_rows, *split)
+    row_blocks = (
+        list(map(evaluate_rows, *split))
+        if needs_gradient or planes.is_cuda
+        else _in_threads(evaluate_rows, *split)
     )
-    return torch.cat(parts, dim=2).permute(1, 2, 3, 0)  # [Z, N, X, Y] -> [N, X, Y, Z]
+    return torch.cat(row_blocks, dim=2).permute(1, 2, 3, 0)  # [Z, N, X, Y] -> [N, X, Y, Z]
 
 
 def _in_threads(work: Callable[..., torch.Tensor], *items: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Apply `work` to items without gradients, in as many threads as torch uses, each with serial operations.
+    """Call a function without gradients in as many threads as torch uses, each with serial operations.
 
-    Parallel operations would wait at a barrier after every small product.
+    If the small matrix products were parallel themselves, their threads would mostly wait for each other.
+
+    Args:
+        work: function to call.
+        items: one sequence for each argument of the function, as for `map`.
+
+    Returns: the results, in order.
     """
     threads = torch.get_num_threads()
+    # operations within a thread are then serial
     torch.set_num_threads(1)
     try:
         with ThreadPoolExecutor(threads) as pool:
@@ -471,7 +553,15 @@ def _in_threads(work: Callable[..., torch.Tensor], *items: Sequence[torch.Tensor
 
 
 def _blend(axis: torch.Tensor, slices: int, extent: float) -> torch.Tensor:
-    """Compute the interpolation weights [points, D] of D slices at coordinates along them."""
+    """Compute the weights of linear interpolation between the slices of a stack.
+
+    Args:
+        axis: coordinates [points] along the slices, in plane units.
+        slices: number D of slices.
+        extent: extent of the slices, in edge lengths of the cube.
+
+    Returns: weights [points, D].
+    """
     matrix, touched = interpolation(axis / extent, slices)
     return torch.zeros(len(axis), slices, dtype=axis.dtype).index_copy(
         1, torch.arange(slices)[touched], matrix.to(axis.dtype)
@@ -481,9 +571,15 @@ def _blend(axis: torch.Tensor, slices: int, extent: float) -> torch.Tensor:
 def _hidden(
     stack: torch.Tensor, order: Order, w0: torch.Tensor, axes: Sequence[torch.Tensor]
 ) -> torch.Tensor:
-    """Apply the first layer w0 [J, C] to a stack [N, C, D, P, Q] at the product of its two coordinates.
+    """Sample a stack on a grid of its two coordinates, and apply the first layer of the decoder.
 
-    Returns: [N, J, D, lower axis, higher axis].
+    Args:
+        stack: [N, C, D, P, Q].
+        order: coordinates along the axes of the stack.
+        w0: weights [J, C] of the first layer.
+        axes: coordinates x [X], y [Y], z [Z] in plane units.
+
+    Returns: [N, J, D, lower axis, higher axis], where x is lower than y, and y lower than z.
     """
     width, height, _ = order
     rows, row_slice = interpolation(axes[height], stack.shape[3])
@@ -494,9 +590,19 @@ def _hidden(
 
 
 def _block(a, b, c, blend_x, blend_y, blend_z, w_sigma, b_sigma) -> torch.Tensor:
-    """Compute the raw density [L, N, R, Y] of L layers of z and R rows of x.
+    """Compute the raw density [L, N, R, Y] of a block of L z indices and R x indices.
 
-    Args: a: [D, N, J, R, Y]; b: [L, N, J, R, D + 1]; c: [L, N, J, D, Y]; blends: [R, D], [Y, D + 1], [L, D].
+    The formula and its symbols stand above `tri_grid_density`.
+
+    Args:
+        a: stack A [D, N, J, R, Y].
+        b: stack B [L, N, J, R, D + 1], whose last slice is the bias.
+        c: stack C [L, N, J, D, Y].
+        blend_x: interpolation weights T_x [R, D].
+        blend_y: interpolation weights T_y [Y, D + 1].
+        blend_z: interpolation weights T_z [L, D].
+        w_sigma: weights [J] of the density.
+        b_sigma: bias [] of the density.
     """
     layers = len(b)
     slices, n, j, r, y = a.shape

@@ -1,16 +1,16 @@
-"""Measures of whether a shape on a grid is a physically valid solid, and a label-free score.
+"""Measures of whether a shape on a grid is a physically valid solid, and a score that needs no labels.
 
-A solid is in one part, has no inner walls and is thick enough.
+A valid solid consists of one part, has no inner walls, is thick enough, and stands.
 
-A grid is bool [X, Y, Z], True where solid; its second axis points up. A density [D, H, W] is such a grid,
-too. Lengths are in voxels inside this module. Measures are relative to the longest edge R of the grid. The
-solid is 6-connected, and so is the background: a slit along a diagonal closes nothing that a slicer would
-accept. Balls are computed with the Euclidean distance transform: dilation by r is distance <= r, erosion by r
-is distance > r.
+A grid is a bool array [X, Y, Z], which is True where there is material. Its second axis points up. A density
+[D, H, W] above a level is such a grid, too. Lengths in this module are in voxels; the measures are relative
+to the longest edge of the grid. Two voxels are connected if they share a face (6-connectivity), both in the
+solid and in the background. Balls are computed with the Euclidean distance transform: a dilation by r selects
+distances <= r, and an erosion by r selects distances > r.
 
-The score alone is useless, because a ball is a perfect solid. It is combined with the fidelity to the shape
-before tuning (`reward`).
-Reduce large grids first (`reduced`): the score takes 0.1 s at 64^3.
+The score alone cannot guide tuning, because a ball has the best score. `reward` therefore combines it with
+the similarity to the shape before tuning. Reduce large grids first (`reduced`): the score takes 0.1 s at 64^3
+voxels.
 """
 
 import itertools
@@ -22,15 +22,15 @@ import numpy as np
 from scipy import ndimage
 from scipy.spatial import ConvexHull
 
-EDGE = 64  # voxels per edge that the score is meant for
-MOST = 256  # largest number of voxels per edge that is accepted
-LEAK = 0.05  # radius that bridges holes, as a fraction of the longest edge
+EDGE = 64  # voxels per edge of the grids for which the constants of the score were chosen
+MOST = 256  # largest allowed number of voxels per edge
+LEAK = 0.05  # radius of the closing that bridges holes, as a fraction of the longest edge
 CRUMB = 0.05  # fraction of the exposed faces below which a part is dropped from the reference shape
 GATE = (0.75, 0.95)  # fidelity up to which the reward is 0, and from which it is the full score
 FLOOR = 0.01  # smallest value of a term in the geometric mean
 TERMS = ("main", "inner", "thin", "stand")
-_AROUND = ndimage.generate_binary_structure(3, 3)  # 26 neighbours
-_FALLS = -90.0  # degrees; stability of an empty grid
+_AROUND = ndimage.generate_binary_structure(3, 3)  # connectivity of a voxel with its 26 neighbours
+_FALLS = -90.0  # stability of an empty grid in degrees
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,44 +46,59 @@ class Rules:
     weights: tuple[float, float, float, float] = (1.0, 1.0, 1.0, 1.0)
 
     def __post_init__(self) -> None:
+        # A sum of weights of 0 would make the mean undefined.
         if len(self.weights) != len(TERMS) or min(self.weights) < 0 or not 0 < sum(self.weights) < math.inf:
             raise ValueError(
-                f"Rules(weights): expected {len(TERMS)} weights >= 0, not all of them 0, got {self.weights}."
-                " Correct the weights."
+                f"Rules: weights must be {len(TERMS)} numbers >= 0, of which at least one is above 0, got"
+                f" {self.weights}."
             )
         invalid = [
             value for value in (self.thin, self.leak) if value is not None and not 0 < value < math.inf
         ]
         if invalid:
-            raise ValueError(f"Rules: expected radii > 0, got {invalid[0]}. Use a positive radius or None.")
+            raise ValueError(
+                f"Rules: thin and leak must be radii > 0 in voxels, got {invalid[0]}. Use a positive radius"
+                " or None."
+            )
 
     def bridge(self, solid: np.ndarray) -> float:
-        """Return the radius that bridges holes of a grid, in voxels."""
+        """Return the radius in voxels of the closing that bridges holes of a grid [X, Y, Z]."""
         return LEAK * max(solid.shape) if self.leak is None else self.leak
 
 
-OBJECTS = Rules()
-HEADS = Rules(weights=(1.0, 1.0, 1.0, 0.0))  # the cube cuts heads off, so they do not stand on anything
-OCCUPANCY = Rules(thin=None, weights=(1.0, 1.0, 0.0, 0.0))  # of grids of 16^3
+OBJECTS = Rules()  # of complete objects
+HEADS = Rules(
+    weights=(1.0, 1.0, 1.0, 0.0)
+)  # of heads: the cube cuts them off at the neck, so they cannot stand
+OCCUPANCY = Rules(
+    thin=None, weights=(1.0, 1.0, 0.0, 0.0)
+)  # of grids of 16^3 voxels, which are too coarse for more
 
 
 # Conversion into grids, and their bounding boxes.
 
 
-def occupied(density: np.ndarray, level: float, who: str = "solid") -> np.ndarray:
-    """Return where a density [D, H, W] is above the level.
+def occupied(density: np.ndarray, level: float, caller: str = "solid") -> np.ndarray:
+    """Convert a density into a grid: True where it is above the level.
 
-    Raises: ValueError for values that are not finite, and for other shapes than one grid.
+    Args:
+        density: raw density [D, H, W] of one shape.
+        level: raw density on the surface.
+        caller: name of the caller, with which error messages begin.
+
+    Raises: ValueError for an array with another number of axes, and for values that are not finite.
     """
     density = np.asarray(density)
     if density.ndim != 3 or 0 in density.shape:
         raise ValueError(
-            f"{who}: expected a grid [X, Y, Z], got {list(density.shape)}. Pass one shape at a time."
+            f"{caller}: the density must be an array [D, H, W] that is not empty, got {list(density.shape)}."
+            " Pass one shape at a time."
         )
-    bad = int((~np.isfinite(density)).sum())
-    if bad:
+    invalid_count = int((~np.isfinite(density)).sum())
+    # NaN is above no level, so it would silently count as background.
+    if invalid_count:
         raise ValueError(
-            f"{who}: expected finite densities, got NaN or infinity in {bad:,} of {density.size:,}. Check the"
+            f"{caller}: {invalid_count:,} of {density.size:,} densities are NaN or infinite. Check the"
             " weights of the generator."
         )
     return density > level
@@ -92,12 +107,18 @@ def occupied(density: np.ndarray, level: float, who: str = "solid") -> np.ndarra
 def reduced(solid: np.ndarray, edge: int = EDGE) -> np.ndarray:
     """Reduce a grid to at most `edge` voxels per axis. Smaller grids are returned unchanged.
 
-    Blocks of k^3 voxels become one voxel, which is solid if more than half of the block is.
+    A block of k x k x k voxels becomes one voxel, which is solid if more than half of the block is solid.
+
+    Args:
+        solid: grid [X, Y, Z].
+        edge: largest number of voxels per axis of the result.
     """
-    k = -(-max(solid.shape) // edge)  # rounded up
+    # -(-a // b) is a / b, rounded up
+    k = -(-max(solid.shape) // edge)
     if k <= 1:
         return solid
-    # The grid is padded with background to a multiple of k.
+    # The grid is padded with background, so that its edges are multiples of k.
+    # -size % k: number of voxels that are missing to a multiple of k
     padded = np.pad(solid, [(0, -size % k) for size in solid.shape])
     x, y, z = (size // k for size in padded.shape)
     # [x k, y k, z k] -> [x, k, y, k, z, k]
@@ -105,86 +126,114 @@ def reduced(solid: np.ndarray, edge: int = EDGE) -> np.ndarray:
 
 
 def _checked(solid: np.ndarray) -> np.ndarray:
-    """Return the grid as an array. Raises: ValueError for other types and shapes, and for a grid that is
-    too large.
+    """Return the grid as an array [X, Y, Z].
+
+    Raises: ValueError for another type or number of axes, and for a grid with more than MOST voxels per edge.
     """
     solid = np.asarray(solid)
     if solid.ndim != 3 or solid.dtype != bool:
-        got = f"{solid.dtype} {list(solid.shape)}"
-        raise ValueError(f"solid: expected a grid of bool [X, Y, Z], got {got}. Pass density > level.")
+        raise ValueError(
+            f"solid: the grid must be a bool array [X, Y, Z], got {solid.dtype} {list(solid.shape)}. Pass"
+            " density > level."
+        )
+    # The time of the score grows with the number of voxels.
     if max(solid.shape) > MOST:
         raise ValueError(
-            f"solid: expected at most {MOST} voxels per edge, got {max(solid.shape)}. Reduce the grid to"
-            f" {EDGE}^3 first (`reduced`)."
+            f"solid: a grid may have at most {MOST} voxels per edge, got {max(solid.shape)}. Reduce the grid"
+            f" to {EDGE}^3 voxels first (`reduced`)."
         )
     return solid
 
 
-def _box(solid: np.ndarray, margin: int) -> tuple[np.ndarray, tuple[slice, ...]]:
-    """Return the bounding box of the solid with a margin of background, and the slices of the box without
-    margin.
+def _cut_box(solid: np.ndarray, margin: int) -> tuple[np.ndarray, tuple[slice, ...]]:
+    """Cut the bounding box of the solid out of a grid, and add a margin of background on each side.
+
+    Returns: the box with the margin, and the slices of the box without the margin in the grid.
     """
     bounds = ndimage.find_objects(solid.astype(np.uint8))[0]
     return np.pad(solid[bounds], margin), bounds
 
 
-def _back(part: np.ndarray, bounds: tuple[slice, ...], margin: int, shape: tuple[int, ...]) -> np.ndarray:
-    """Put a box with its margin back into a grid of the given shape: the inverse of `_box`.
+def _insert_box(
+    box: np.ndarray, bounds: tuple[slice, ...], margin: int, shape: tuple[int, ...]
+) -> np.ndarray:
+    """Insert a box with its margin into an empty grid: the inverse of `_cut_box`.
 
     The parts of the margin that lie outside the grid are dropped.
+
+    Args:
+        box: box with the margin.
+        bounds: slices of the box without the margin in the grid.
+        margin: width of the margin in voxels.
+        shape: numbers of voxels of the grid.
     """
-    out = np.zeros(shape, dtype=bool)
-    # slices in the grid, clipped to it
+    grid = np.zeros(shape, dtype=bool)
+    # slices of the box with the margin in the grid, cut off at the border of the grid
     in_grid = [
-        slice(max(s.start - margin, 0), min(s.stop + margin, size))
-        for s, size in zip(bounds, shape, strict=True)
+        slice(max(box_slice.start - margin, 0), min(box_slice.stop + margin, size))
+        for box_slice, size in zip(bounds, shape, strict=True)
     ]
-    # the same slices in the box
+    # the same voxels, as slices in the box
     in_box = [
-        slice(t.start - s.start + margin, t.stop - s.start + margin)
-        for s, t in zip(bounds, in_grid, strict=True)
+        slice(grid_slice.start - box_slice.start + margin, grid_slice.stop - box_slice.start + margin)
+        for box_slice, grid_slice in zip(bounds, in_grid, strict=True)
     ]
-    out[tuple(in_grid)] = part[tuple(in_box)]
-    return out
+    grid[tuple(in_grid)] = box[tuple(in_box)]
+    return grid
 
 
 def grown(solid: np.ndarray, radius: float) -> np.ndarray:
-    """Dilate by a ball. An empty grid stays empty; its distance transform would be undefined."""
+    """Dilate a grid [X, Y, Z] by a ball with a radius in voxels. An empty grid is returned unchanged."""
+    # The distance to the nearest solid voxel is undefined in an empty grid.
     return ndimage.distance_transform_edt(~solid) <= radius if solid.any() else solid
 
 
 def opening(solid: np.ndarray, radius: float) -> np.ndarray:
-    """Return the union of the balls of this radius that fit into the solid (morphological opening)."""
-    # Padding makes everything outside the grid background.
+    """Compute the morphological opening of a grid: the union of all balls that fit into the solid.
+
+    Args:
+        solid: grid [X, Y, Z].
+        radius: radius of the balls in voxels.
+    """
+    # The padding makes everything outside the grid background. The erosion is dilated by the same ball.
     return grown(ndimage.distance_transform_edt(np.pad(solid, 1))[1:-1, 1:-1, 1:-1] > radius, radius) & solid
 
 
 def closing(solid: np.ndarray, radius: float) -> np.ndarray:
-    """Return all points that no ball of this radius outside the solid can cover (morphological closing).
+    """Compute the morphological closing of a grid: all voxels that no ball outside the solid can cover.
 
-    The balls may lie beyond the edge of the grid.
+    The balls may lie beyond the border of the grid. An empty grid is returned unchanged.
+
+    Args:
+        solid: grid [X, Y, Z].
+        radius: radius of the balls in voxels.
     """
     if not solid.any():
         return solid
     # The margin leaves space for balls outside the bounding box.
     margin = math.ceil(radius) + 1
-    box, bounds = _box(solid, margin)
+    box, bounds = _cut_box(solid, margin)
     closed = ndimage.distance_transform_edt(grown(box, radius)) > radius  # erosion by the same ball
-    return _back(closed | box, bounds, margin, solid.shape)
+    return _insert_box(closed | box, bounds, margin, solid.shape)
 
 
 def enclosed(solid: np.ndarray) -> np.ndarray:
-    """Return the background that is not connected to the border of the grid."""
-    # 0 is solid; the padding joins all background at the border into the label of the corner
+    """Return the cavities of a grid: the background that is not connected to the border."""
+    # Parts of the background have labels from 1 on, the solid has the label 0. The padding connects all
+    # background at the border, so it has the label of the corner.
     labels, _ = ndimage.label(np.pad(~solid, 1, constant_values=True))
     return ((labels > 0) & (labels != labels[0, 0, 0]))[1:-1, 1:-1, 1:-1]
 
 
 def fill(solid: np.ndarray, radius: float) -> np.ndarray:
-    """Fill the hollows of a shape: closed ones, and those whose openings a ball of this radius cannot pass.
+    """Fill the cavities of a shape, and hollows whose openings a ball cannot pass.
 
-    The background of the closing that is not connected to the border is filled. The bridges over the openings
-    are not added, so that piercing a shell does not change its filled volume.
+    The cavities of the closing are filled. The material with which the closing bridges the openings is not
+    added, so that a small hole in a shell does not change its filled volume.
+
+    Args:
+        solid: grid [X, Y, Z].
+        radius: radius of the ball in voxels.
     """
     return solid | enclosed(closing(solid, radius))
 
@@ -193,41 +242,55 @@ def fill(solid: np.ndarray, radius: float) -> np.ndarray:
 
 
 def exposed(labels: np.ndarray, count: int) -> np.ndarray:
-    """Count the voxel faces that border on background or on the edge of the grid, for each part: [count].
+    """Count the exposed voxel faces of each part: faces next to background or at the border of the grid.
 
-    Args: labels: [X, Y, Z], 0 for background and 1..count for parts.
+    Args:
+        labels: [X, Y, Z], 0 for background and 1..count for the parts.
+        count: number of parts.
+
+    Returns: numbers of faces [count].
     """
     padded = np.pad(labels, 1)
     total = np.zeros(count + 1, dtype=np.int64)
+    all_but_last = slice(None, -1)
+    all_but_first = slice(1, None)
     for axis in range(3):
-        for before, after in ((slice(None, -1), slice(1, None)), (slice(1, None), slice(None, -1))):
-            # neighbours along the axis, in both directions
-            voxel, neighbour = (padded[(slice(None),) * axis + (part,)] for part in (before, after))
-            total += np.bincount(voxel[(voxel > 0) & (neighbour == 0)], minlength=count + 1)
+        # both directions along the axis: a voxel and its next neighbour, then its previous neighbour
+        for voxels, neighbours in ((all_but_last, all_but_first), (all_but_first, all_but_last)):
+            # a slice along this axis; all voxels along the axes before it
+            voxel_label = padded[(slice(None),) * axis + (voxels,)]
+            neighbour_label = padded[(slice(None),) * axis + (neighbours,)]
+            is_exposed = (voxel_label > 0) & (neighbour_label == 0)
+            total += np.bincount(voxel_label[is_exposed], minlength=count + 1)
+    # without the background, label 0
     return total[1:]
 
 
 def main_share(solid: np.ndarray) -> float:
-    """Return the largest part's fraction of the exposed faces; 0 for an empty grid."""
+    """Return the fraction of the exposed voxel faces that belong to the largest part; 0 for an empty grid."""
     faces = exposed(*ndimage.label(solid))
+    # an empty grid has no parts
     return float(faces.max() / faces.sum()) if len(faces) else 0.0
 
 
 def main_part(solid: np.ndarray) -> np.ndarray:
-    """Return the part that has the most exposed faces."""
+    """Return the grid with only the part that has the most exposed voxel faces."""
     labels, count = ndimage.label(solid)
+    # `exposed` begins with the label 1
     return labels == 1 + exposed(labels, count).argmax() if count > 1 else solid
 
 
 def euler(solid: np.ndarray) -> int:
-    """Compute the Euler number of the union of closed cubes: vertices - edges + faces - cubes.
+    """Compute the Euler number of the union of the solid voxels, each a closed cube.
 
-    It equals bodies - tunnels + cavities. Bodies that touch at a corner count as one.
+    The number is vertices - edges + faces - cubes. It equals bodies - tunnels + cavities, where bodies that
+    touch at a corner count as one.
     """
     padded = np.pad(solid, 1)
     total = 0
-    # A cell is extended along the axes in `thick` and flat along the others. (True, True, True) are the
-    # cubes, (False, False, False) the vertices. Along a flat axis a cell belongs to both of its neighbours.
+    # A cell is extended along the axes that are True in `thick`, and flat along the other axes: (True, True,
+    # True) are the cubes, (False, False, False) the vertices. A cell that is flat along an axis lies between
+    # two voxels, and belongs to the union if one of them is solid.
     for thick in itertools.product((False, True), repeat=3):
         cells = padded
         for axis in (axis for axis in range(3) if not thick[axis]):
@@ -238,26 +301,31 @@ def euler(solid: np.ndarray) -> int:
 
 
 def tip(solid: np.ndarray) -> tuple[float, float]:
-    """Compute the stability of a shape that stands on its lowest layer.
+    """Compute the stability of a shape that stands on its lowest layer of voxels.
 
-    Returns: the angle in degrees by which it can be tilted before it falls, and the distance in voxels of its
-    projected centre of mass from the edge of the convex hull of the lowest layer's voxels. Both are negative
-    if the centre lies outside of the hull. (-90, -inf) for an empty grid.
+    Args:
+        solid: grid [X, Y, Z], whose second axis points up.
+
+    Returns: the angle in degrees by which the shape can be tilted before it falls, and the distance in voxels
+        between its projected centre of mass and the boundary of its base, the convex hull of the lowest
+        layer. Both numbers are negative if the centre lies outside the base. An empty grid gives (-90, -inf).
     """
     points = np.argwhere(solid)
     if not len(points):
         return _FALLS, -math.inf
     lowest = points[:, 1].min()
-    # voxel (i, j, k) covers [i, i + 1] along the first axis, and so on
+    # + 0.5: voxel (i, j, k) covers the interval [i, i + 1] along the first axis, and likewise for the others
     centre = points.mean(axis=0) + 0.5
     # x and z of the voxels of the lowest layer
     corners = points[points[:, 1] == lowest][:, [0, 2]]
-    # Each voxel contributes four corners. Rows of `equations`: outward unit normal (2) and offset.
-    sides = ConvexHull(
+    # Each voxel contributes its four corners. A row of `equations` is an outward unit normal (2) and an
+    # offset.
+    hull_sides = ConvexHull(
         np.concatenate([corners + step for step in itertools.product((0, 1), repeat=2)])
     ).equations
-    # distance to the nearest side, negative outside
-    margin = -float((sides[:, :2] @ centre[[0, 2]] + sides[:, 2]).max())
+    # n . p + offset is the distance from a side, negative inside the hull
+    margin = -float((hull_sides[:, :2] @ centre[[0, 2]] + hull_sides[:, 2]).max())
+    # the centre of mass lies above the tilting edge at this angle
     return math.degrees(math.atan2(margin, centre[1] - lowest)), margin
 
 
@@ -266,20 +334,21 @@ def tip(solid: np.ndarray) -> tuple[float, float]:
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """Terms of the score in 0..1, and their geometric mean with the weights of the rules.
+    """Terms of the score in 0..1, and their weighted geometric mean.
 
-    In a geometric mean one failed term cannot be compensated by another.
+    The geometric mean is low if one term is low: other terms cannot compensate a failure.
     """
 
-    # exp(-8 fraction outside the largest part): a floater of 3 % of the surface must cost more than rounding
+    # exp(-8 x), where x is the fraction of the exposed faces outside the largest part. The factor 8 makes a
+    # floater of 3 % of the surface cost more than the errors of the grid.
     main: float
-    inner: float  # fraction of the filled shape that is solid
-    thin: float  # exp(-8 fraction that is too thin)
+    inner: float  # fraction of the filled shape's volume that is solid
+    thin: float  # exp(-8 x), where x is the fraction of the volume that is too thin
     stand: float  # clip(1/2 + angle of `tip` / 20 degrees, 0, 1)
-    solid: float  # the weighted geometric mean
+    solid: float  # weighted geometric mean of the four terms
 
     def to_dict(self) -> dict[str, float]:
-        """Return the fields as a dict."""
+        """Return the terms and their mean by name."""
         return asdict(self)
 
 
@@ -287,30 +356,34 @@ NOTHING = Score(main=0.0, inner=0.0, thin=0.0, stand=0.0, solid=0.0)
 
 
 def score(solid: np.ndarray, rules: Rules = OBJECTS, filled: np.ndarray | None = None) -> Score:
-    """Score a shape; all terms are 0 for an empty grid.
+    """Score a shape as a physically valid solid. All terms are 0 for an empty grid.
 
-    Parts and standing are measured on the shape and on its opening, and the worse value counts. A thin
-    connection to a floater and a leg of one voxel carry no load.
+    The terms `main` and `stand` are measured on the shape and on its opening, and the worse value counts: a
+    thin connection to a floater and a leg of one voxel carry no load.
 
-    Args: filled: `fill` of the shape, if it is already computed.
-    Raises: ValueError for other types and shapes, and for a grid that is too large.
+    Args:
+        solid: grid [X, Y, Z].
+        rules: radii and weights.
+        filled: result of `fill` for this shape; None: it is computed here.
+
+    Raises: ValueError for another type or number of axes, and for a grid that is too large.
     """
     if solid.ndim == 3 and solid.dtype == bool and not solid.any():
         return NOTHING
     solid = _checked(solid)
     inner = float(solid.sum() / (fill(solid, rules.bridge(solid)) if filled is None else filled).sum())
-    # A bounding box gives the same measures in less time
-    solid = _box(solid, 0)[0]
+    # The bounding box has the same measures as the grid, and takes less time.
+    solid = _cut_box(solid, 0)[0]
     main = main_share(solid)
     angle = tip(solid)[0]
     thin = 1.0
     if rules.thin is not None:
-        opened = opening(solid, rules.thin)
-        # The opening rounds off edges; growing it by one voxel gives these back.
-        thick = grown(opened, 1) & solid
-        main = min(main, main_share(opened))
-        angle = min(angle, tip(thick)[0])
-        thin = math.exp(-8 * (1 - thick.sum() / solid.sum()))
+        opening_of_solid = opening(solid, rules.thin)
+        # The opening also removes the edges of thick parts. A dilation by one voxel restores them.
+        load_bearing = grown(opening_of_solid, 1) & solid
+        main = min(main, main_share(opening_of_solid))
+        angle = min(angle, tip(load_bearing)[0])
+        thin = math.exp(-8 * (1 - load_bearing.sum() / solid.sum()))
     return joined(
         {
             "main": math.exp(-8 * (1 - main)),
@@ -323,34 +396,46 @@ def score(solid: np.ndarray, rules: Rules = OBJECTS, filled: np.ndarray | None =
 
 
 def joined(terms: Mapping[str, float], rules: Rules) -> Score:
-    """Compute the weighted geometric mean of the terms.
+    """Build a score from its terms, by computing their weighted geometric mean.
 
-    Each counts as at least 0.01, so that one term of 0 does not decide alone.
+    A term below 0.01 counts as 0.01, so that a single term of 0 does not make the mean 0.
+
+    Args:
+        terms: values in 0..1 by the names of TERMS.
+        rules: weights of the terms.
     """
     weights = dict(zip(TERMS, rules.weights, strict=True))
+    # logarithm of the weighted geometric mean
     mean = sum(weights[name] * math.log(max(terms[name], FLOOR)) for name in TERMS) / sum(rules.weights)
     return Score(**terms, solid=math.exp(mean))
 
 
 def repaired(solid: np.ndarray, rules: Rules = OBJECTS) -> np.ndarray:
-    """Return a reference shape without simple defects: filled, and without small parts.
+    """Return a copy of a shape without simple defects, which serves as a reference for the fidelity.
 
-    Parts with less than CRUMB of the exposed faces are dropped. An empty grid is returned unchanged.
+    Its hollows are filled, and parts with less than CRUMB of the exposed voxel faces are removed. An empty
+    grid is returned unchanged.
     """
     filled = fill(solid, rules.bridge(solid))
+    # parts of the filled shape
     labels, count = ndimage.label(filled)
     if count <= 1:
         return np.asarray(filled)
     faces = exposed(labels, count)
-    # [count + 1], by label; the largest part always stays
+    # [count + 1], by label; the background (label 0) stays empty, and the largest part always stays
     is_kept = np.concatenate([[False], (faces >= CRUMB * faces.sum()) | (faces == faces.max())])
     return is_kept[labels]
 
 
 def overlap(filled: np.ndarray, reference: np.ndarray) -> float:
-    """Compute F, the IoU of a filled shape with the reference shape (`repaired`); 0 if both are empty.
+    """Compute the fidelity F: the intersection over union (IoU) of a filled shape and a reference shape.
 
-    The IoU of the unfilled shapes would penalise the removal of defects.
+    Both shapes are filled, because the IoU of the unfilled shapes would penalise the removal of defects. The
+    result is 0 if both shapes are empty.
+
+    Args:
+        filled: result of `fill` for the shape, [X, Y, Z].
+        reference: result of `repaired` for the untuned shape, [X, Y, Z].
     """
     union = int((filled | reference).sum())
     return float((filled & reference).sum() / union) if union else 0.0
@@ -365,71 +450,87 @@ class Judged:
 
     @property
     def reward(self) -> float:
-        """Compute solid * clip((F - 0.75) / 0.2, 0, 1), in 0..1.
+        """Reward in 0..1: solid * clip((F - 0.75) / 0.2, 0, 1).
 
-        With the product solid * F, the convex hull of a shape would score higher than the shape. The clipped
-        weight prevents that.
+        A plain product solid * F would be higher for the convex hull of a shape than for the shape itself.
+        The clipped weight prevents this.
         """
         low, high = GATE
         return self.score.solid * min(max((self.fidelity - low) / (high - low), 0.0), 1.0)
 
     def to_dict(self) -> dict[str, float]:
-        """Return the score's terms, the fidelity and the reward."""
+        """Return the terms of the score, their mean, the fidelity and the reward by name."""
         return {**self.score.to_dict(), "fidelity": self.fidelity, "reward": self.reward}
 
 
 def beside(solid: np.ndarray, references: Sequence[np.ndarray], rules: Rules = OBJECTS) -> Judged:
-    """Score a shape and compute its fidelity to the most similar of the references.
+    """Score a shape, and compute its fidelity to the most similar of several reference shapes.
 
-    Args: references: grids of the same size, see `repaired`.
-    Raises: ValueError for grids that differ in size or are no grids.
+    Args:
+        solid: grid [X, Y, Z] of the shape.
+        references: grids [X, Y, Z] that `repaired` returned for the reference shapes.
+        rules: radii and weights of the score.
+
+    Raises: ValueError for grids of different sizes, and for arrays that are not grids.
     """
     for reference in references:
         if reference.shape != solid.shape:
             raise ValueError(
-                f"solid: expected grids of one size, got {list(solid.shape)} and {list(reference.shape)}."
-                " Sample both on the same grid."
+                f"solid: the grids of the shape and of its reference must have the same size, got"
+                f" {list(solid.shape)} and {list(reference.shape)}. Sample both on the same grid."
             )
     filled = fill(solid, rules.bridge(solid))
     return Judged(
         score=score(solid, rules, filled),
+        # The most similar reference counts.
         fidelity=max(overlap(filled, reference) for reference in references),
     )
 
 
 def reward(solid: np.ndarray, untuned: np.ndarray, rules: Rules = OBJECTS) -> Judged:
-    """Score a shape with its fidelity to the untuned shape of the same seed. Both are reduced to EDGE first.
+    """Score a shape, and compute its fidelity to the untuned shape of the same seed.
 
-    Raises: see `beside`.
+    Both grids are first reduced to at most EDGE voxels per axis.
+
+    Args:
+        solid: grid [X, Y, Z] of the shape.
+        untuned: grid [X, Y, Z] of the shape before tuning.
+        rules: radii and weights of the score.
+
+    Raises: ValueError for grids of different sizes, and for arrays that are not grids.
     """
-    small = reduced(untuned)
-    return beside(reduced(solid), [repaired(small, rules)], rules)
+    reduced_untuned = reduced(untuned)
+    return beside(reduced(solid), [repaired(reduced_untuned, rules)], rules)
 
 
 # Defects that a gradient on the density can correct.
 
 
 def floaters(solid: np.ndarray) -> np.ndarray:
-    """Return all parts but the largest one."""
+    """Return the grid with all parts except the part with the most exposed voxel faces."""
     return solid & ~main_part(solid)
 
 
 def caps(solid: np.ndarray, radius: float) -> np.ndarray:
-    """Return the voxels that would close openings and tunnels of the largest part. Dents and pits are left
-    open.
+    """Return the voxels that would close openings and tunnels of the largest part.
 
-    Only openings that a ball of this radius cannot pass are closed. The result consists of the pieces of the
-    closing whose addition raises the Euler number: a leak becomes a cavity (1 to 2), a tunnel is closed (0 to
-    1). It misses holes of radius h in a wall of thickness w if approximately radius < (h^2 + w^2/4) / w.
+    Only openings that a ball cannot pass are closed; dents and pits are left open. The result consists of
+    those pieces of the closing whose addition raises the Euler number: a leak becomes a cavity (1 to 2), or a
+    tunnel is closed (0 to 1). A hole of radius h in a wall of thickness w is missed approximately if
+    radius < (h^2 + w^2/4) / w.
+
+    Args:
+        solid: grid [X, Y, Z].
+        radius: radius of the ball in voxels.
     """
     body = main_part(solid)
     pieces, count = ndimage.label(closing(body, radius) & ~body, _AROUND)
     plugs = np.zeros_like(solid)
-    for number, bounds in enumerate(ndimage.find_objects(pieces), start=1):
-        # one voxel more on each side, for the Euler number of the piece with its surroundings
-        around = tuple(slice(max(part.start - 1, 0), part.stop + 1) for part in bounds)
-        piece = pieces[around] == number
-        before = body[around]
-        if euler(before | piece) > euler(before):
-            plugs[around] |= piece
+    for label, bounds in enumerate(ndimage.find_objects(pieces), start=1):
+        # The region has one more voxel on each side, because the Euler number depends on the neighbours.
+        region = tuple(slice(max(axis_slice.start - 1, 0), axis_slice.stop + 1) for axis_slice in bounds)
+        piece = pieces[region] == label
+        body_in_region = body[region]
+        if euler(body_in_region | piece) > euler(body_in_region):
+            plugs[region] |= piece
     return plugs

@@ -1,6 +1,7 @@
 """Registry of the trainings that `train.py --mode=NAME` offers, and the command that dispatches to them.
 
-Each mode is one module with its flags, its settings and the objects that a run of it consists of.
+Each module of a mode defines the flags of the training, its settings, and the functions that open its files
+and run it (`eg3d_rlhf.experiments.mode.Mode`).
 """
 
 from typing import Any
@@ -28,57 +29,82 @@ MODES: Registry[Mode] = Registry(
 
 
 class ModeCommand(click.Command):
-    """Command that dispatches to the mode named by --mode and rejects flags of other modes by name."""
+    """Command `train`, which passes its arguments to the command of the mode that --mode names.
+
+    A flag that belongs to another mode is rejected with an error that names this mode.
+    """
 
     def make_context(self, info_name, args, parent=None, **extra) -> click.Context:
-        """Parse the arguments with the command of the mode that they name."""
+        """Parse the arguments with the command of the mode that --mode names.
+
+        The returned context belongs to the command of the mode. A user's error ends the program with exit
+        code 2.
+        """
         with user_errors():
             # Plugins first: they may add modes.
             load_plugins()
-            mode, args = mode_of(list(args))
+            mode, args = split_mode(list(args))
             command = MODES[mode].command
         try:
             return command.make_context(info_name, args, parent, **extra)
         except click.NoSuchOption as error:
             # Look for the flag in the other modes, so that the message can name where it belongs.
-            name = error.option_name.replace("_", "-")
-            others = [other for other in MODES if other != mode and name in flags_of(MODES[other].command)]
-            if not others:
+            # Flags may be typed with underscores, as in EG3D.
+            flag_name = error.option_name.replace("_", "-")
+            other_modes = [
+                other_mode
+                for other_mode in MODES
+                if other_mode != mode and flag_name in option_names(MODES[other_mode].command)
+            ]
+            if not other_modes:
                 raise
             with user_errors():
-                remedy = f"Remove it, or see train.py --mode={others[0]} --help."
+                remedy = f"Remove it, or see train.py --mode={other_modes[0]} --help."
+                # `from None`: the user needs no traceback of click's own error
                 raise ValueError(
-                    f"{name} is a flag of --mode={others[0]}, not of --mode={mode}. {remedy}"
+                    f"{flag_name} is a flag of --mode={other_modes[0]}, not of --mode={mode}. {remedy}"
                 ) from None
 
     def invoke(self, ctx: click.Context):
-        """Run the mode's command, which parsed the arguments."""
+        """Run the command of the mode; its arguments were parsed by `make_context`."""
         # `ctx.command` is the mode's command, not this one: `make_context` returned its context.
         return ctx.command.invoke(ctx)
 
 
-def mode_of(args: list[str]) -> tuple[str, list[str]]:
-    """Split off --mode: return the value of the last one, by default 'gan', and the other arguments."""
+def split_mode(args: list[str]) -> tuple[str, list[str]]:
+    """Separate the flag --mode from the other arguments of a command line.
+
+    Args:
+        args: arguments of `train.py`, in the order in which they were typed.
+
+    Returns: the name of the mode, and the arguments without --mode. The name is 'gan' if --mode is absent;
+        the last --mode counts if there are several.
+    """
     mode = "gan"
-    rest = []
-    i = 0
+    other_args = []
+    position = 0
     # Everything after "--" is positional by convention, so --mode is not looked for there.
-    while i < len(args) and args[i] != "--":
-        if args[i] == "--mode" and i + 1 < len(args):
-            i, mode = i + 1, args[i + 1]
-        elif args[i].startswith("--mode="):
-            mode = args[i].removeprefix("--mode=")
+    while position < len(args) and args[position] != "--":
+        # two spellings: "--mode NAME" (two arguments) and "--mode=NAME" (one)
+        if args[position] == "--mode" and position + 1 < len(args):
+            position, mode = position + 1, args[position + 1]
+        elif args[position].startswith("--mode="):
+            mode = args[position].removeprefix("--mode=")
         else:
-            rest.append(args[i])
-        i += 1
+            other_args.append(args[position])
+        position += 1
     # --mode=circular_dpo is accepted as well as --mode=circular-dpo.
-    return mode.replace("_", "-"), rest + args[i:]
+    return mode.replace("_", "-"), other_args + args[position:]
 
 
-def flags_of(command: Any) -> set[str]:
-    """Return all spellings of a command's settings; rare settings count as flags."""
+def option_names(command: Any) -> set[str]:
+    """Return all spellings of the options of a command, such as {"--seed", "--dry-run", "-n"}.
+
+    Settings that only --help-all shows (`GroupedCommand.rare`) are included.
+    """
     return {
         name
         for option in [*command.params, *command.rare.values()]
+        # secondary_opts: the negative form of a switch, such as --no-mirror
         for name in option.opts + option.secondary_opts
     }

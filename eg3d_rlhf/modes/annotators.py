@@ -1,6 +1,7 @@
-"""Commands that create, list and revoke annotators, for `eg3d-rlhf label` and `eg3d-rlhf study`.
+"""Commands of `eg3d-rlhf label` and `eg3d-rlhf study` that create, list and revoke annotators.
 
-The module imports neither torch nor the label server, so these commands start quickly.
+An annotator logs in to the labelling server with a token, or with a link that contains the token. The module
+imports neither torch nor the server, so these commands start quickly.
 """
 
 import datetime
@@ -18,19 +19,20 @@ from eg3d_rlhf.people.label.db_flag import DATABASE, DB, open_store
 if TYPE_CHECKING:
     from eg3d_rlhf.people.label.store import Store
 
-# The subcommands accept --db after their name or, through the command's context, before it.
-database = option("--db", metavar="URL", help=DATABASE, callback=lambda ctx, _, given: given or ctx.obj or DB)
+# --db may stand after the name of the subcommand, or before it. `label` and `study` store the value of the
+# second form in `ctx.obj`. DB is the default.
+database = option("--db", metavar="URL", help=DATABASE, callback=lambda ctx, _, url: url or ctx.obj or DB)
 address = option(
     "--address",
     metavar="URL",
-    help="Address at which annotators reach the server, such as https://host:8000, for the login link.",
-    show_default="a link without the address",
+    help="Address of the server for annotators, such as https://host:8000; the login link contains it.",
+    show_default="none; the printed link lacks the address",
 )
 qr = option(
     "--qr",
     metavar="FILE",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="New .svg or .png file for the QR code of the login link; needs --address.",
+    help="New .svg or .png file to which the QR code of the login link is written; needs --address.",
 )
 handed_over = together(address, qr)
 
@@ -41,12 +43,15 @@ handed_over = together(address, qr)
 @handed_over
 @database
 def add_annotator(name: str, admin: bool, address: str | None, qr: Path | None, db: str) -> None:
-    """Create an annotator and print the login token. It is shown only once; the database stores its hash."""
+    """Create an annotator and print the login token. The token is printed only once, because the database
+    stores only its hash.
+    """
     _hand_over(
         name,
         address,
         qr,
         db,
+        # create the database if it does not exist
         True,
         lambda store: store.add_annotator(name, "admin" if admin else "annotator"),
     )
@@ -57,8 +62,8 @@ def add_annotator(name: str, admin: bool, address: str | None, qr: Path | None, 
 @handed_over
 @database
 def new_token(name: str, address: str | None, qr: Path | None, db: str) -> None:
-    """Replace an annotator's token, or give a revoked annotator a new one. The old token, its link and all
-    sessions end; the judgements are kept.
+    """Replace the token of an annotator, or give a revoked annotator a new token. The old token, its login
+    link and all open sessions become invalid. The annotator's judgements stay in the database.
     """
     _hand_over(name, address, qr, db, False, lambda store: store.new_token(name))
 
@@ -66,20 +71,35 @@ def new_token(name: str, address: str | None, qr: Path | None, db: str) -> None:
 def _hand_over(
     name: str, address: str | None, qr: Path | None, db: str, create: bool, make: Callable[["Store"], str]
 ) -> None:
-    """Print a new token on stdout, and the login link with explanations on stderr."""
+    """Make a token in the database. Print it on stdout, and the login link with explanations on stderr.
+
+    Args:
+        name: name of the annotator.
+        address: address of the server in the login link; None: the link lacks it.
+        qr: file to which the QR code of the link is written; None: no file.
+        db: URL of the database.
+        create: True to create the database if it does not exist.
+        make: function that makes the token in the open database and returns it.
+
+    Raises: ValueError for a wrong address or file, and errors of `make`.
+    """
+    # imported here, because --help must not load this module
     from eg3d_rlhf.people.label.access import check_address, check_picture, login_link, qr_code, write_qr
 
     # Addresses and files are checked before the database changes: a token is shown only once.
     with naming("--address"):
         server = check_address(address) if address else ""
+    # an error in this block begins with the name --qr
     with naming("--qr"):
         if qr is not None and not server:
             raise ValueError(
-                "the QR code needs the server's address: without it, a phone cannot open the link. Add"
-                " --address=URL."
+                "the QR code needs the address of the server, because a phone cannot open a link without it."
+                " Add --address=URL."
             )
         if qr is not None:
+            # raises ValueError if the file exists or has another suffix
             check_picture(qr)
+    # An error in `make` happens before anything is printed.
     with open_store(db, create) as store:
         token = make(store)
     # stdout holds the token alone, so that a script can read it
@@ -88,28 +108,32 @@ def _hand_over(
     link = login_link(server, token)
     # keeps the order of the two streams where both go to one terminal
     sys.stdout.flush()
-    where = "" if server else ", to be appended to the server's address (or pass --address=URL)"
-    click.echo(f"or this link{where}; anybody who has it can log in:\n{link}", err=True)
+    address_note = "" if server else ", to be appended to the server's address (or pass --address=URL)"
+    click.echo(f"or this link{address_note}; anybody who has it can log in:\n{link}", err=True)
+    # a QR code of text characters makes sense only on a screen
     if server and sys.stdout.isatty() and sys.stderr.isatty():
         qr_code(link, "l").terminal(sys.stderr, compact=True)
     if qr is not None:
         write_qr(qr, link)
-        click.echo(f"{qr}: the link's QR code", err=True)
+        click.echo(f"{qr}: QR code of the login link", err=True)
 
 
 @click.command("revoke", cls=GroupedCommand)
 @click.argument("name")
 @database
 def revoke(name: str, db: str) -> None:
-    """Withdraw an annotator's token, link and sessions; the judgements are kept.
-    `new-token` gives access again.
+    """Make the token, the login link and all sessions of an annotator invalid. The annotator's judgements
+    stay in the database. The command `new-token` gives access again.
     """
+    # Imported here, so that --help is printed without loading this module.
     from eg3d_rlhf.people.label.entities import LOCAL
 
     with open_store(db, create=False) as store:
+        # The database keeps the annotator, because judgements refer to it.
         store.revoke_annotator(name)
-        # LOCAL stands for the person at the server's own machine and needs no token, so it is not counted
-        left = [
+        # LOCAL is the person who uses the server on its own machine. This annotator needs no token, so it
+        # cannot replace an administrator who logs in from elsewhere.
+        remaining_admins = [
             person
             for person in store.annotators()
             if person.role == "admin" and person.revoked is None and person.name != LOCAL
@@ -117,25 +141,28 @@ def revoke(name: str, db: str) -> None:
         # the role is needed after the database is closed
         role = next(person.role for person in store.annotators() if person.name == name)
     click.echo(f"{name}: token revoked")
-    if role == "admin" and not left:
-        click.echo("no administrator is left. Create one: add-annotator NAME --admin", err=True)
+    if role == "admin" and not remaining_admins:
+        click.echo(
+            "no administrator is left. Create an administrator with add-annotator NAME --admin.", err=True
+        )
 
 
 @click.command("annotators", cls=GroupedCommand)
 @option("--json", "as_json", is_flag=True, help="Print the list as JSON.")
 @database
 def annotators(as_json: bool, db: str) -> None:
-    """List the annotators with their roles and revocations."""
+    """List the annotators with their roles, and the dates on which they were created and revoked."""
     with open_store(db, create=False) as store:
         people = store.annotators()
     rows = [
         {
-            "name": a.name,
-            "role": a.role,
-            "created": _date(a.created),
-            "revoked": a.revoked and _date(a.revoked),
+            "name": annotator.name,
+            "role": annotator.role,
+            "created": _date(annotator.created),
+            # None stays None (null in JSON): not revoked
+            "revoked": annotator.revoked and _date(annotator.revoked),
         }
-        for a in people
+        for annotator in people
     ]
     if as_json:
         click.echo(json.dumps(rows, indent=1, ensure_ascii=False))
@@ -149,16 +176,18 @@ def annotators(as_json: bool, db: str) -> None:
 @option("--json", "as_json", is_flag=True, help="Print the status as JSON.")
 @database
 def status(as_json: bool, db: str) -> None:
-    """Show the campaigns with their pairs, judgements and annotators."""
+    """Show all labelling projects (campaigns) of the database, with the numbers of pairs, judgements and
+    annotators.
+    """
     with open_store(db, create=False) as store:
-        known = store.annotators()
-        work = store.tally()
+        known_annotators = store.annotators()
+        all_tallies = store.tally()
         campaigns = store.campaigns()
     # one row per campaign, also the keys of --json
     rows: list[dict] = []
     for campaign in campaigns:
         # a tally counts the judgements of one annotator in one campaign
-        tallies = [tally for tally in work if tally.campaign_id == campaign.id]
+        tallies = [tally for tally in all_tallies if tally.campaign_id == campaign.id]
         rows.append(
             {
                 "name": campaign.settings.name,
@@ -167,32 +196,37 @@ def status(as_json: bool, db: str) -> None:
                 "judgements": sum(tally.judgements for tally in tallies),
                 "annotators": {tally.name: tally.judgements for tally in tallies},
                 "created": _date(campaign.created),
+                # time of the latest judgement; no judgement yet: null
                 "last": _date(max(tally.last for tally in tallies)) if tallies else None,
             }
         )
     if as_json:
-        click.echo(json.dumps({"campaigns": rows, "annotators": len(known)}, indent=1, ensure_ascii=False))
+        click.echo(
+            json.dumps({"campaigns": rows, "annotators": len(known_annotators)}, indent=1, ensure_ascii=False)
+        )
         return
     for row in rows:
-        count = f"{row['pairs']} pairs, {row['judgements']} judgements by {len(row['annotators'])} annotators"
+        counts = (
+            f"{row['pairs']} pairs, {row['judgements']} judgements by {len(row['annotators'])} annotators"
+        )
         click.echo(
-            f"{row['name']}: {row['mode']}, {count}, created {row['created']}, last answer"
+            f"{row['name']}: {row['mode']}, {counts}, created {row['created']}, last answer"
             f" {row['last'] or 'none'}"
         )
-    click.echo(f"{len(rows)} campaigns, {len(known)} annotators")
+    click.echo(f"{len(rows)} campaigns, {len(known_annotators)} annotators")
 
 
 def _date(seconds: float) -> str:
-    """Format a Unix time in UTC."""
+    """Format a Unix time, in seconds since 1970, as a date and a time of day in UTC."""
     return datetime.datetime.fromtimestamp(seconds, datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
 
 
 def known_database(context: click.Context) -> list[object]:
-    """Return the values that --help shows as defaults: that of --db."""
+    """Return the values that --help shows as defaults: the URL of the database, for --db."""
     return [{"db": context.params["db"]}]
 
 
-# jobs.py dispatches to these by name, without importing the labelling command
+# jobs.py finds these commands by name, without importing the command `label`.
 PEOPLE = {command.name: command for command in (add_annotator, new_token, revoke, annotators, status)}
 for command in PEOPLE.values():
     command.resolved = known_database

@@ -1,6 +1,8 @@
 """The job `reward best-of-n`, which measures how far a reward can be trusted before any tuning.
 
-The expected score of the best of n latents is computed under the reward that selects and under an evaluator.
+Best-of-n selection: the reward chooses the sample with the highest score among n samples. The job computes
+the expected score of the chosen sample, both under the reward and under a held-out evaluator, as a function
+of n.
 """
 
 import click
@@ -15,14 +17,19 @@ from eg3d_rlhf.modes.shared_flags import print_json, shared
     before="Untuned generator: a network file or a run folder.",
     n={"default": 4096, "help": "Number of latents that are scored."},
     reward_ckpt={
+        # several rewards are compared on the same latents
         "multiple": True,
+        # click passes a tuple; the empty tuple stands for the bundled reward
         "default": (),
-        "show_default": "the bundled one",
-        "help": ("Reward or ensemble to test, or an untrained kind such as mesh-validity; may be repeated."),
+        "show_default": "the bundled reward",
+        "help": (
+            "Reward to test: a reward file, an ensemble file, or the name of a reward that needs no training,"
+            " such as mesh-validity. May be repeated."
+        ),
     },
     heldout_reward={
         "show_default": "the simulated annotator, for synthetic heads",
-        "help": "Held-out reward that serves as the evaluator.",
+        "help": "Held-out reward file that scores the choices, as the evaluator.",
     },
 )
 @option(
@@ -31,39 +38,45 @@ from eg3d_rlhf.modes.shared_flags import print_json, shared
     metavar="INT",
     type=click.IntRange(min=2),
     default=512,
-    help="Largest n, the number of latents to choose among.",
+    help="Largest tested n, where n is the number of latents from which the best is chosen.",
 )
 @shared(
     "outdir device dry-run",
     "data psi seed batch",
     outdir={"default": "runs/reports/best-of-n"},
     psi={"default": 1.0},
-    data="Dataset that the generator was trained on; by default that of its run.",
+    data="Dataset that the generator was trained on.",
 )
 def main(before, reward_ckpt, heldout_reward, data, outdir, device, dry_run, **sampling) -> None:
     """Measure how far a reward can be trusted before any tuning. The reward chooses the best of n latents,
     and an evaluator scores the choice.
 
-    A curve of the evaluator's score that falls before the largest n shows over-optimisation: the reward's
-    errors dominate the choice. For an ensemble, all members and aggregates are compared. The evaluator
-    is the simulated annotator without noise for synthetic heads, else the reward of --heldout-reward.
+    If the evaluator's score falls before the largest n, the reward is over-optimised: its errors dominate
+    the choice. For an ensemble, all members and all aggregates of their scores are compared. The evaluator
+    is the reward of --heldout-reward. Without it, generators of synthetic heads are evaluated by the
+    simulated annotator without noise.
 
     \b
     Example:
         eg3d-rlhf reward best-of-n --reward-ckpt=assets/reward.safetensors --n=256 --most=32 --outdir=best
     """
+    # Imported here, so that --help is printed without loading this module.
     from eg3d_rlhf.evaluation.best_of_n import arms, trial_of, write
 
+    # Loads all networks, also for --dry-run, so that mistakes in the files are reported.
     trial = trial_of(before, reward_ckpt, heldout_reward, data, device, **sampling)
+    # --dry-run ends here; nothing has been written so far
     if dry_run:
-        # `single`: rewards by themselves; `joined`: aggregates of an ensemble's members
-        single, joined = arms(trial)
-        known = {
+        # rewards that are tested alone, and aggregates of the scores of an ensemble's members
+        single_rewards, aggregates = arms(trial)
+        networks = {
             "networks": trial.networks(),
             "evaluator": "annotator" if trial.evaluator is None else "reward",
-            "arms": [*single, *joined],
+            "arms": [*single_rewards, *aggregates],
         }
-        print_json({**known, "numbers": trial.numbers, **sampling, "device": device, "outdir": str(outdir)})
+        print_json(
+            {**networks, "numbers": trial.numbers, **sampling, "device": device, "outdir": str(outdir)}
+        )
         return
     finding = write(trial, outdir)
     click.echo("\n".join(finding.says))

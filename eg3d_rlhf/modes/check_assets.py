@@ -21,34 +21,40 @@ _measures_option = functools.partial(option, group="Measures")
 @option(
     "--by",
     metavar="REGEX",
-    show_default="first folder below FOLDER",
+    show_default="the name of the first folder below FOLDER",
     help=(
-        "Regular expression that finds a file's generator in its path below FOLDER (its first group, if any)."
+        "Regular expression that finds the name of the generator in the path of a file below FOLDER. If the"
+        " expression has a group, the text of the first group is the name."
     ),
 )
 @_measures_option(
+    # Tolerances of the measures are relative to the bounding box, so that the scale does not matter.
     "--weld",
     metavar="FLOAT",
     type=click.FloatRange(0, MOST_TOLERANCE, min_open=True),
     default=TOLERANCE,
-    help="Merge vertices closer than this share of the longest edge of the bounding box.",
+    help="Merge vertices whose distance is below this share of the bounding box's longest edge.",
 )
 @_measures_option(
-    "--up", type=click.Choice(UPS), default="y", help="Axis that points up: y in glTF, z in most STL files."
+    # STL files do not state which axis points up.
+    "--up",
+    type=click.Choice(UPS),
+    default="y",
+    help="Axis that points up: y in glTF, z in most STL files.",
 )
 @_measures_option(
     "--samples",
     metavar="INT",
     type=click.IntRange(100),
     default=MeasureOptions.samples,
-    help="Number of points on each surface that test for hidden, buried and thin parts.",
+    help="Number of random points on each mesh at which hidden, buried and thin parts are detected.",
 )
 @_measures_option(
     "--thin",
     metavar="FLOAT",
     type=click.FloatRange(0, 1, min_open=True, max_open=True),
     default=MeasureOptions.thin,
-    help="Walls thinner than this share of the longest edge count as thin.",
+    help="Thickness below which a wall counts as thin, as a share of the bounding box's longest edge.",
 )
 @_measures_option(
     "--leak",
@@ -56,34 +62,42 @@ _measures_option = functools.partial(option, group="Measures")
     type=click.FloatRange(0, 0.25),
     default=MeasureOptions.leak,
     help=(
-        "Cavities whose openings a ball of this radius cannot pass count as inner; in shares of the"
-        " longest edge."
+        "Radius of a ball, as a share of the bounding box's longest edge. A cavity counts as enclosed if the"
+        " ball cannot pass through its openings."
     ),
 )
 @_measures_option(
-    "--hull-mass", is_flag=True, help="Test standing with the centre of mass of the convex hull, as DSO does."
+    "--hull-mass",
+    is_flag=True,
+    help=(
+        "Use the centre of mass of the convex hull to test whether a mesh stands, as the paper DSO does,"
+        " instead of the centre of mass of the mesh itself."
+    ),
 )
 @_measures_option(
     "--seed", metavar="INT", type=click.IntRange(0), default=0, help="Random seed of the surface points."
 )
-@count_option("--jobs", default=None, show_default="cores", help="Number of processes.")
+@count_option(
+    "--jobs", default=None, show_default="one per core", help="Number of processes that measure meshes."
+)
 @option(
     "--outdir",
     metavar="FOLDER",
     type=FOLDER,
     default=Path("mesh-validation"),
-    help="Folder to write: index.html, data/*.csv and data/*.json.",
+    help="Folder to write into: the page index.html, and its tables in data/ as CSV and JSON.",
 )
 def main(
     folder: Path, by: str | None, weld: float, up: str, jobs: int | None, outdir: Path, **options
 ) -> None:
-    """Count the meshes (GLB, OBJ, PLY, STL) of each generator in FOLDER that are solids: closed, manifold, in
-    one piece, with walls of printable thickness, able to stand.
+    """Count the meshes (GLB, OBJ, PLY, STL) in FOLDER that are valid solids, for each generator that made
+    them. A valid solid is closed, manifold and in one piece, has walls of printable thickness, and stands.
 
     \b
     Example:
         eg3d-rlhf check-assets assets --outdir=runs/mesh-validation
     """
+    # Imported here, so that --help is printed without loading these modules.
     from eg3d_rlhf.evaluation.mesh_validation import (
         HIDDEN,
         WALL,
@@ -99,35 +113,44 @@ def main(
     from eg3d_rlhf.evaluation.mesh_validation_page import write_census
     from eg3d_rlhf.measures.meshes.space import solid_library
 
-    # fail before any mesh is read if an optional library is missing
+    # Loaded here, so that the job fails before any mesh is read if an optional library is missing.
     solid_library("igl")
     solid_library("manifold3d")
     try:
         re.compile(by or "")
     except re.error as error:
-        raise ValueError(f"--by: {by!r} is not a regular expression: {error}. Correct it.") from None
-    # a folder with other files is never overwritten
+        raise ValueError(
+            f"--by: {by!r} is not a valid regular expression: {error}. Use the syntax of Python's module re."
+        ) from None
+    # index.html marks the folder of an earlier validation. A folder with other files is never overwritten.
     if outdir.exists() and any(outdir.iterdir()) and not (outdir / "index.html").is_file():
         raise ValueError(
-            f"--outdir: {outdir} has other files in it. Name a new folder, or that of an earlier validation."
+            f"--outdir: {outdir} contains files that no mesh validation wrote. Name a new folder, or the"
+            " folder of an earlier validation."
         )
     settings = MeasureOptions(**options)
+    # an error in this block begins with the name FOLDER
     with naming("FOLDER"):
+        # also in subfolders, in a fixed order
         files = found_files(folder)
+    # These settings are sent to the measuring processes with the path of each file.
     request = {"weld": weld, "up": up, "options": asdict(settings)}
     # the affinity mask counts the cores this process may use, also in a container; not all systems have it
     jobs = jobs or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     # answers come in the order in which processes finish, so rows are stored by number
     rows: list[dict] = [{} for _ in files]
-    with tqdm(total=len(files), desc="measured", unit="file", dynamic_ncols=True) as bar:
-        for number, answer in answers(
-            [{**request, "do": "measure", "path": str(path)} for path in files], jobs
+    with tqdm(total=len(files), desc="measured", unit="file", dynamic_ncols=True) as progress_bar:
+        for file_index, measures in answers(
+            # "do" selects the work of the process: measuring a file, or rendering it
+            [{**request, "do": "measure", "path": str(path)} for path in files],
+            jobs,
         ):
-            path = files[number]
+            path = files[file_index]
             name = {"file": path.relative_to(folder).as_posix(), "generator": generator_of(path, folder, by)}
             # a mesh that cannot be read has a reason instead of measures
-            rows[number] = {**name, "reason": answer.pop("reason", ""), **answer}
-            bar.update()
+            rows[file_index] = {**name, "reason": measures.pop("reason", ""), **measures}
+            progress_bar.update()
+    # A row with a reason could not be measured.
     measured = [row for row in rows if not row["reason"]]
     if not measured:
         raise ValueError(
@@ -138,10 +161,14 @@ def main(
     worst = sorted(measured, key=lambda row: (-badness(row), row["file"]))[:WORST]
     render_requests = [{**request, "do": "picture", "path": str(folder / row["file"])} for row in worst]
     renders = {
-        worst[number]["file"]: answer.get("picture", "") for number, answer in answers(render_requests, jobs)
+        # an empty text where the rendering failed
+        worst[row_index]["file"]: answer.get("picture", "")
+        for row_index, answer in answers(render_requests, jobs)
     }
+    # settings and thresholds that the page states beside the results
     header = {"weld": weld, "up": up, **asdict(settings), "hidden": HIDDEN, "wall": WALL}
     table = shares(rows)
+    # the last three arguments are the tables of the page, the rows to show, and their renders
     page = write_census(
         outdir,
         folder,

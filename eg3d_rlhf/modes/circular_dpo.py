@@ -1,6 +1,9 @@
 """`train.py --mode=circular-dpo`: preference training of a multi-stage flow generator (Circular-DPO).
 
-A run trains all stages in the loop, one stage alone (--stage), or the groups of an ablation (--ablate).
+The last stage of the generator is trained with DPO on pairs that people labelled. In the circular loop, every
+earlier stage is trained on pairs of its own samples, which the tuned and the untuned next stage label: the
+loop's pairs. A run trains all stages in the loop, one stage alone (--stage), or all groups of an ablation
+(--ablate), which are the rows of the paper's table 2. docs/understand/circular-dpo.md describes the method.
 """
 
 from dataclasses import asdict, replace
@@ -17,12 +20,12 @@ from eg3d_rlhf.modes.flow_flags import (
     NON_NEGATIVE,
     TOY,
     WHAT,
-    check_tuning,
+    check_adapter_flags,
+    circular_help_values,
     circular_settings,
     loop_flags,
-    of_circular,
-    reader_of,
-    source_of,
+    make_record_reader,
+    make_source,
     training_seeds,
     tuning_flags,
     unset_option,
@@ -46,25 +49,27 @@ if TYPE_CHECKING:
 
 
 def check_evaluation_flags(flags: Flags, problem: "Problem") -> None:
-    """Reject flags of the evaluation and of early stopping that have no effect for a problem.
+    """Reject flags of the evaluation and of early stopping that have no effect for this problem.
 
-    Raises: ValueError naming them.
+    Args:
+        flags: values of the command line.
+        problem: the opened generator, its pairs, and its evaluators.
+
+    Raises: ValueError that names the flags without an effect.
     """
-    noises = (
-        ("choose_noises",) if flags.get("choose_noises") else ()
-    )  # 0 switches the win rate off, so it is always allowed
-    without = "generators that have an evaluator, and pairs of all stages to fit it to"
-    # `chooser` evaluates during training, `final` fills the table; each exists only for some generators
-    flags.belong(noises, problem.chooser is not None, without)
-    flags.belong(("table_noises",), problem.final is not None, without)
-    # a checkpoint can be chosen by held-out pairs or by a win rate
-    chosen = problem.unseen_pairs is not None and problem.choosing or problem.chooser is not None
-    flags.belong(EARLY, bool(chosen), "early stopping, which needs held-out pairs or an evaluator")
+    # --choose-noises=0 switches the win rate off, so it is allowed for every problem.
+    win_rate_flags = ("choose_noises",) if flags.get("choose_noises") else ()
+    requirement = "generators that have an evaluator, and pairs of all stages to fit it to"
+    # `chooser` computes the win rate during training, `final` fills the table. Not every problem has them.
+    flags.belong(win_rate_flags, problem.chooser is not None, requirement)
+    flags.belong(("table_noises",), problem.final is not None, requirement)
+    # A checkpoint is chosen by the loss on held-out pairs, or by a win rate.
+    has_criterion = problem.unseen_pairs is not None and problem.choosing or problem.chooser is not None
+    flags.belong(EARLY, bool(has_criterion), "early stopping, which needs held-out pairs or an evaluator")
 
 
-# Default settings for the bundled toy. They were chosen with ChooserOracle on CHOOSING, training seeds 11 and
-# 12, never
-# with FinalOracle.
+# Default settings for the bundled toy generator. They were chosen by the scores of ChooserOracle on the
+# prompts CHOOSING with the training seeds 11 and 12. FinalOracle, which evaluates the table, was not used.
 
 _HUMAN = TrainConfig(
     dpo=DpoConfig(beta=20.0),
@@ -79,7 +84,7 @@ _HUMAN = TrainConfig(
 )
 TOY_RUN = CircularSettings(
     human=_HUMAN,  # the last stage, which trains on people's pairs
-    # the earlier stages, which train on the loop's pairs
+    # The earlier stages train on the loop's pairs. beta and the SFT weight limit likelihood displacement.
     loop=replace(_HUMAN, dpo=DpoConfig(beta=200.0, sft_weight=1.0), steps=150, batch=32, lr=3e-4),
     sft=supervised(_HUMAN),  # supervised fine-tuning, an arm of the ablation
     loop_pairs=LoopPairsConfig(per_pair=2, batch=64, chunk=256),
@@ -88,10 +93,15 @@ TOY_RUN = CircularSettings(
 
 
 def default_settings(pipeline: str) -> CircularSettings:
-    """Return the default settings of a run: for the toy those tuned on it, for other generators those of
-    public code.
+    """Return the default settings of a run.
+
+    The bundled toy has settings that were tuned on it. Every other generator gets the settings of published
+    code, which are the defaults of the dataclasses, with small batches.
+
+    Args:
+        pipeline: value of --pipeline, the folder of a generator or the name of the toy.
     """
-    # the toy's latents are small, so its settings suit nothing else
+    # The latents of the toy are small, so its batch sizes and learning rates suit no other generator.
     if pipeline == TOY:
         return TOY_RUN
     return CircularSettings(
@@ -105,14 +115,17 @@ artefact_flags = together(
         group=RUN,
         metavar="DIR",
         type=FOLDER,
-        show_default="artefacts in --outdir",
-        help="Cache of finished steps, keyed by a hash of their inputs. Runs can share it.",
+        show_default="the folder artefacts in --outdir",
+        help=(
+            "Folder in which finished steps of the training are stored by a hash of their inputs. Several"
+            " runs can share it."
+        ),
     ),
     rare_option(
         "--no-summary",
         group=RUN,
         is_flag=True,
-        help="Skip the table at the end of a run of the loop or of one stage.",
+        help="Write no table of win rates at the end of a run of the loop or of one stage.",
     ),
 )
 what_flags = together(
@@ -121,15 +134,16 @@ what_flags = together(
         "--stage",
         group=WHAT,
         metavar="NAME",
-        help="Train this stage alone, on people's pairs; without it, all stages in the loop.",
+        show_default="all stages, in the loop",
+        help="Name of the only stage to train; it is trained on people's pairs.",
     ),
     option(
         "--ablate",
         group=WHAT,
         metavar="a..i",
         help=(
-            "Train and compare groups of the paper's table 2: a..i, or comma-separated letters; and controls:"
-            f" {', '.join(ARMS)}."
+            "Train and compare several groups: letters of the groups of the Circular-DPO paper's table 2,"
+            f" such as a..i or a,d, and names of controls: {', '.join(ARMS)}. Separate them by commas."
         ),
     ),
 )
@@ -140,7 +154,8 @@ table_flags = together(
         TABLE,
         "INT",
         NON_NEGATIVE,
-        "Assets per held-out prompt for the win rate in training; 0: no win rate and no early stopping.",
+        "Number of assets per held-out prompt from which the win rate is computed during training. 0 switches"
+        " the win rate and early stopping off.",
         rare=True,
     ),
     options_of(Evaluation),
@@ -149,106 +164,126 @@ table_flags = together(
         TABLE,
         "LIST",
         str,
-        "With --ablate: training seeds of every group, as a list with ranges: 0,1,2.",
-        "--seed and the next two",
+        "Training seeds with which every group of --ablate is trained, separated by commas, such as 0,1,2.",
+        "the value of --seed and the next two integers",
     ),
 )
 
 
 def check(flags: Flags) -> None:
-    """Reject flags that would have no effect. Raises: ValueError naming them."""
+    """Raise ValueError, naming the flags, if flags were given that would have no effect in this run."""
     flags.belong(("seeds", "jobs"), flags["ablate"] is not None, "--ablate")
     flags.belong(("no_summary",), flags["ablate"] is None, "a run without --ablate")
     flags.belong(("table_noises",), not flags["no_summary"], "the table, which --no-summary leaves out")
-    # the flags of the loop are found by their group in --help, so that a new one is covered, too
+    # The flags of the loop are found by their group in --help, so that a new flag is covered, too.
     command: Any = CIRCULAR_DPO.command
-    settings = [*command.params, *command.rare.values()]
-    loop_only = [setting.name for setting in settings if setting.group == LOOP]
-    flags.belong(loop_only, flags["stage"] is None, "the loop, not to --stage")
+    options = [*command.params, *command.rare.values()]
+    loop_flag_names = [option.name for option in options if option.group == LOOP]
+    flags.belong(loop_flag_names, flags["stage"] is None, "the loop, not to --stage")
     if flags["stage"] is not None and flags["ablate"] is not None:
         raise ValueError(
             "--stage cannot be combined with --ablate, which trains all stages. Remove one of them."
         )
+    # False: with --ablate, the number of rounds follows from the groups, so --rounds never has an effect.
     if flags["ablate"] is not None:
         flags.belong(("rounds",), False, "a run without --ablate, whose groups decide the rounds")
-    check_tuning(flags)
+    check_adapter_flags(flags)
 
 
 def resolve(flags: Flags) -> CircularRun:
-    """Build the settings of the run from the flags; those that are None get the problem's defaults.
+    """Build the settings of the run from the flags. A flag that is None gets the default of the problem.
 
-    Raises: ValueError naming what does not fit.
+    Raises: ValueError that names a flag without an effect, or a value that is not allowed.
     """
     check(flags)
-    # an ablation compares groups over three training seeds by default
     defaults = default_settings(flags["pipeline"] or TOY)
     # None: no ablation
     groups = None if flags["ablate"] is None else tuple(letters(flags["ablate"]))
-    # only the flags that were given
-    evaluation = flags.of(Evaluation)
+    # holds only the flags that were given
+    evaluation_values = flags.of(Evaluation)
     run = CircularRun(
         circular=circular_settings(flags, defaults),
-        source=source_of(ProblemSource, flags),
+        source=make_source(ProblemSource, flags),
         stage=flags["stage"],
         groups=groups,
+        # an ablation trains every group with three seeds by default; other runs use --seed alone
         training_seeds=training_seeds(flags, 3) if groups else (),
-        evaluation=Evaluation(**{"batch": (defaults.choosing or Choosing()).batch, **evaluation}),
+        # by default, the table is computed with the batch size of the win rate; --evaluation-batch wins
+        evaluation=Evaluation(**{"batch": (defaults.choosing or Choosing()).batch, **evaluation_values}),
         summary=not flags["no_summary"],
         artefacts=str(flags["artefacts"] or flags["outdir"] / "artefacts"),
     )
     # the arm `regulariser` trains on the regulariser alone, so its weight must not be 0
     if "regulariser" in (groups or ()) and not run.circular.loop.dpo.sft_weight:
         raise ValueError(
-            "--ablate=regulariser trains on the regulariser alone, got --loop-sft-weight=0. Raise it,"
-            " or remove the arm."
+            "--ablate=regulariser cannot be combined with --loop-sft-weight=0: this control trains on the SFT"
+            " term alone. Set --loop-sft-weight to a number above 0, or remove regulariser from --ablate."
         )
     return run
 
 
 def shown_by_help(flags: Flags) -> list[object]:
-    """Return what --help takes defaults from: the settings of the run that the flags describe."""
+    """Return the objects from which --help reads the defaults of the flags: the settings of this run."""
     run = resolve(flags)
-    return [{"artefacts": run.artefacts}, *of_circular(run.circular), run]
+    return [{"artefacts": run.artefacts}, *circular_help_values(run.circular), run]
 
 
 def open_circular(settings: CircularRun, run: "Run") -> "Problem":
-    """Open the problem of a run. Raises: ValueError if it lacks something that the run needs."""
+    """Open the problem of a run: generator, pairs, conditioning and rewards.
+
+    Args:
+        settings: settings of the run.
+        run: the run, whose device the networks are loaded on.
+
+    Raises: ValueError if the problem lacks something that the run needs.
+    """
+    # imported here, because --help must not load these modules
     from eg3d_rlhf.tuning.flow.base.stage import stage_of
     from eg3d_rlhf.tuning.flow.families.opening import open_problem
     from eg3d_rlhf.tuning.flow.training.circular import circular_loop as loop
 
-    # an ablation distributes its trainings with --jobs instead
+    # The trainings of an ablation are distributed by --jobs, not by torchrun.
     refuse_torchrun(settings.groups is not None, "--ablate")
     problem = open_problem(settings.source, run.device)
-    # flags are absent where a run resumes from its record
+    # Flags were checked when the run began. A run that is resumed in a worker process has a plain mapping.
     if isinstance(run.flags, Flags):
         check_evaluation_flags(run.flags, problem)
-    # one stage needs that stage alone; the loop needs all of them and a reward
+    # A run of one stage needs this stage. The loop needs pairs of all stages and a reward of finished assets.
     if settings.stage is not None:
         stage_of(problem.pipeline, settings.stage)  # raises ValueError for an unknown stage
     else:
         loop.check(problem)
     if settings.groups is not None and problem.final is None:
         raise ValueError(
-            "--ablate needs a problem with an evaluator for the table. The toy has one: remove --pipeline."
+            "--ablate needs an evaluator for its table, which this generator does not have. Remove --pipeline"
+            " to use the toy generator, or remove --ablate."
         )
     return problem
 
 
 def work(settings: CircularRun, problem: "Problem", run: "Run") -> None:
-    """Run, or resume, the training."""
+    """Train all networks of a new run, or the networks that a resumed run lacks, and write the table."""
+    # imported here, because --help must not load these modules
     from eg3d_rlhf.tuning.flow.families.opening import open_problem
     from eg3d_rlhf.tuning.flow.training.circular import ablation
 
+    # `open_problem` is passed on, because each worker process opens the problem itself.
     ablation.work(settings, problem, run, open_problem)
 
 
 def title(settings: CircularRun, problem: "Problem") -> str:
-    """Name the run's folder by the generator and by what is trained."""
-    # groups of the table are letters, controls are words
-    named = "".join(name if name in GROUPS else f"-{name}" for name in settings.groups or ())
-    what = f"ablation-{named}" if settings.groups else f"stage-{settings.stage}" if settings.stage else "loop"
-    return f"circular-dpo-{Path(settings.source.pipeline).name}-{what}"
+    """Return the name of the run's folder, such as circular-dpo-toy-ablation-abc-inverted.
+
+    The name contains the name of the generator, and the groups, the stage or the word loop.
+    """
+    if settings.groups:
+        # Groups of the paper's table have one letter; controls are words, so a dash separates them.
+        trained = "ablation-" + "".join(name if name in GROUPS else f"-{name}" for name in settings.groups)
+    elif settings.stage:
+        trained = f"stage-{settings.stage}"
+    else:
+        trained = "loop"
+    return f"circular-dpo-{Path(settings.source.pipeline).name}-{trained}"
 
 
 CIRCULAR_DPO = Mode(
@@ -264,17 +299,19 @@ CIRCULAR_DPO = Mode(
         "run": asdict(settings),
         "problem": dict(problem.identity),
     },
-    recorded=reader_of(CircularRun, "circular-dpo"),
+    recorded=make_record_reader(CircularRun, "circular-dpo"),
     defaults=shown_by_help,
     shown=lambda settings: {
         **asdict(settings),
+        # --dry-run also lists the trainings of an ablation
         **({} if settings.groups is None else {"tasks": settings.plan.tasks()}),
     },
     jobs="--ablate",
     again="The same command, or --resume=RUN,",
-    help="""Preference training of a multi-stage flow generator (Circular-DPO), by default the bundled toy.
-    The last stage trains on people's pairs. Every earlier stage trains on pairs of samples that the tuned and
-    the untuned next stage produce. --resume=RUN, or the same command, resumes a run that was stopped.
+    help="""Train a multi-stage flow generator on preference pairs (Circular-DPO), by default the bundled toy.
+    The last stage is trained on pairs that people labelled. Every earlier stage is trained on pairs of
+    samples that the tuned and the untuned next stage produce. --resume=RUN, or the same command, resumes a
+    run that was stopped.
 
     \b
     Examples:

@@ -1,5 +1,8 @@
-"""`train.py --mode=distill`: text to 3D by score distillation, with one method or all arms of a
-comparison.
+"""`train.py --mode=distill`: generation of 3D assets from texts by score distillation.
+
+Score distillation (SDS, DreamFusion, arXiv:2209.14988) optimises a 3D asset so that a diffusion model of
+images, the prior, finds its renders likely. A run uses one method, or compares several methods, the arms, on
+the same prompts and seeds.
 """
 
 from collections.abc import Mapping
@@ -32,7 +35,8 @@ if TYPE_CHECKING:
     from eg3d_rlhf.experiments.run import Run
     from eg3d_rlhf.tuning.distill.scene import Scene
 
-# Default settings of a run, a column per kind of prior. None: the method's default, or a required flag.
+# Default settings of a run. A tuple holds one value for each kind of prior, in the order of KINDS. None: the
+# default of the method's settings applies, or the flag is required.
 KINDS = ("bundled", "bundled-unet", "heads", "files")
 DEFAULTS: dict[str, tuple] = {
     "compare": (
@@ -42,13 +46,15 @@ DEFAULTS: dict[str, tuple] = {
         None,
     ),
     "method": ("dreamdpo", "dreamdpo", "sds", "dreamdpo"),  # method of a run without a comparison
-    "prompts": ("all 22", "all 22", "head 0 to head 7", None),  # resolved by the scene's `check
+    # texts for --help; the function `check` of the scene chooses the prompts themselves
+    "prompts": ("all 22", "all 22", "head 0 to head 7", None),
+    # Assets per prompt, in each arm. The texts are for --help: `check` of the scene chooses the number.
     "assets": (
-        "5; 1 of a prompt",
-        "5; 1 of a prompt",
-        "2; 1 of a prompt",
+        "5 in a comparison of all prompts, else 1",
+        "5 in a comparison of all prompts, else 1",
+        "2 in a comparison of all prompts, else 1",
         1,
-    ),  # per arm; resolved by the scene's `check`, too
+    ),
     "reward": ("one-face", "one-face", None, None),
     "geometry_reward": ("none", "none", "sigma", "none"),  # for arms with +geometry
     "steps": (100, 100, 40, 10_000),
@@ -56,29 +62,22 @@ DEFAULTS: dict[str, tuple] = {
     "lr": (0.05, 0.05, 0.1, 0.01),
     "lr_end": (0.05, 0.05, 0.05, 1.0),  # learning rate at the end, as a share of lr
     "t_min": ("0.02", "0.02", "0.02", "0,0.98,0.02,8000"),
-    # ramp s0,v0,v1,s1 over 60 % of the steps; the rest of the run adds detail
+    # A ramp s0,v0,v1,s1 over 60 % of the steps: later steps use small times only, which add detail.
     "t_max": ("0,0.98,0.15,60", "0,0.98,0.15,60", "0.5", "0,0.98,0.5,8000"),
     "tick": (20, 20, 20, 50),
     "tau_mode": ("quantile", "quantile", None, None),
-    "tau": (
-        0.5,
-        0.5,
-        None,
-        None,
-    ),  # at half of the steps the loser is not pushed away, which keeps the optimisation stable
-    "guidance_scale": (
-        None,
-        1.5,
-        1.0,
-        None,
-    ),  # the U-Net's unconditional prediction covers the modes of all prompts
+    # DreamDPO's tau: in half of the steps the gap of the rewards is too small to push the loser away, which
+    # keeps the optimisation stable
+    "tau": (0.5, 0.5, None, None),
+    # the U-Net's unconditional prediction covers the modes of all prompts, so little guidance is enough
+    "guidance_scale": (None, 1.5, 1.0, None),
 }
 BY_SCENE = {
     "compare",
     "method",
     "prompts",
     "assets",
-}  # settings that `arms_of` and the scene's `check` resolve
+}  # settings that `select_arms` and the function `check` of the scene resolve
 CONTROLS = ("inverted", "random")  # arms that a comparison adds for its first method with a reward
 
 OF_METHODS = (*(method.settings for method in METHODS.values()), GeometrySettings)
@@ -86,7 +85,10 @@ SETTINGS = (SceneConfig, *OF_METHODS, LoopConfig)
 
 flags = together(
     whole_option(
-        "--show", group="Run", default=4, help="Number of assets in the images, the video and the meshes."
+        "--show",
+        group="Run",
+        default=4,
+        help="Number of assets that the images, the video and the meshes show.",
     ),
     option(
         "--prompt",
@@ -95,15 +97,15 @@ flags = together(
         metavar="TEXT|FILE",
         multiple=True,
         show_default="none",
-        help="Prompt of an asset, or a file with one prompt per line. May be repeated.",
+        help="Text that describes an asset, or a file with one such text per line. May be repeated.",
     ),
     options_of(SceneConfig),
     option(
         "--method",
         group=METHOD,
         type=click.Choice(list(METHODS)),
-        show_default="that of --preset, or the arms of --compare",
-        help="Distillation method.",
+        show_default="the method of --preset, or the arms of --compare",
+        help="Distillation method of a run without a comparison.",
     ),
     option(
         "--compare",
@@ -111,10 +113,10 @@ flags = together(
         metavar="ARM,...",
         show_default="none",
         help=(
-            "Compare arms with sds on the same seeds: methods, +geometry adds the gradient of"
-            " --geometry-reward."
-            " The first method with a reward also runs with the reward inverted and with random numbers"
-            " in its place, as controls. none: a single method."
+            "Compare several arms with sds on the same prompts and seeds. An arm is the name of a method;"
+            " +geometry at its end adds the gradient of --geometry-reward. As controls, the first method with"
+            " a reward also runs with the reward inverted, and with random numbers instead of the reward."
+            " none runs a single method."
         ),
     ),
     option(
@@ -122,18 +124,27 @@ flags = together(
         group=METHOD,
         type=click.Choice(sorted(PRESETS)),
         show_default="none",
-        help="Named settings of a method, among them those of public code. Selects the method, too.",
+        help=(
+            "Name of stored settings of a method, for example the settings of the authors' code. The preset"
+            " also selects the method."
+        ),
     ),
     options_of(*OF_METHODS),
     rare_option(
         "--tau",
         type=float,
-        help="Reward gap above which the loser is pushed away (see tau_mode); inf: never.",
+        help=(
+            "Difference of the two rewards above which DreamDPO pushes the loser away; tau_mode decides its"
+            " unit. inf: the loser is never pushed away."
+        ),
     ),
     rare_option(
         "--weight",
         metavar="RAMP",
-        help="Weight of DreamReward's gradient: a number, or a ramp s0,v0,v1,s1 over the steps.",
+        help=(
+            "Weight of the reward's gradient in DreamReward: a number, or a ramp s0,v0,v1,s1, which changes"
+            " linearly from v0 at step s0 to v1 at step s1."
+        ),
     ),
     options_of(LoopConfig),
 )
@@ -147,72 +158,96 @@ class DistillRun:
     show: int = 4  # number of assets in the images, the video and the meshes
 
 
-def kind_of(prior: str | None) -> str:
-    """Return the kind of a prior, a column of DEFAULTS. All that are not scenes count as files."""
-    # without --prior, the bundled problem
+def prior_kind(prior: str | None) -> str:
+    """Return the kind of a prior, one of KINDS.
+
+    Args:
+        prior: value of --prior; None: the bundled prior. A value that is not the name of a bundled scene is
+            a path and has the kind "files".
+    """
     prior = prior or KINDS[0]
     return prior if prior in SCENES else "files"
 
 
-def default(name: str, kind: str) -> Any:
-    """Look up the default of a setting for a kind of prior; None for a kind outside the table."""
+def default_value(name: str, kind: str) -> Any:
+    """Look up the default of a setting for a kind of prior. Return None for a kind that is not in KINDS.
+
+    A plugin can register further scenes, whose kinds have no column in DEFAULTS.
+    """
     return DEFAULTS[name][KINDS.index(kind)] if kind in KINDS else None
 
 
-def defaults_of(kind: str, steps: int | None) -> dict[str, Any]:
-    """Return the default settings by name. Args: steps: length of the run, if given."""
-    # None in the table leaves the default of the dataclass
-    values = {name: default(name, kind) for name in DEFAULTS.keys() - BY_SCENE}
+def default_values(kind: str, steps: int | None) -> dict[str, Any]:
+    """Return the default settings of a run by name.
+
+    Args:
+        kind: kind of the prior, one of KINDS.
+        steps: number of optimisation steps; None: the default number.
+
+    Returns: the entries of DEFAULTS that are not None, without those that depend on the scene (BY_SCENE).
+    """
+    values = {name: default_value(name, kind) for name in DEFAULTS.keys() - BY_SCENE}
     if kind.startswith("bundled"):
         # the ramp of t_max follows the length of the run: its last number is 60 % of the steps
         values["t_max"] = f"0,0.98,0.15,{0.6 * (steps or values['steps']):g}"
     return {name: value for name, value in values.items() if value is not None}
 
 
-def arms_of(given: Mapping) -> tuple[str, ...]:
-    """Return the names of the arms that the flags select. Raises: ValueError."""
-    method = given.get("method")
-    preset = given.get("preset")
-    listed = given.get("compare")
-    kind = kind_of(given.get("prior"))
-    # a geometry reward adds its gradient to the arm
-    shaped = given.get("geometry_reward", "none") != "none"
-    if method is not None and listed not in (None, "none"):
+def select_arms(given_flags: Mapping) -> tuple[str, ...]:
+    """Return the names of the arms that the flags select; one name if the run is no comparison.
+
+    Args:
+        given_flags: values of the flags that were given, by name.
+
+    Raises: ValueError that names the flag, for an unknown arm or for flags that exclude each other.
+    """
+    method = given_flags.get("method")
+    preset = given_flags.get("preset")
+    compared_arms = given_flags.get("compare")
+    kind = prior_kind(given_flags.get("prior"))
+    has_geometry_reward = given_flags.get("geometry_reward", "none") != "none"
+    if method is not None and compared_arms not in (None, "none"):
         raise ValueError(f"--method={method} cannot be combined with --compare. Remove one of them.")
     # without any of these flags, the prior's default comparison runs
-    if listed is None and not (given.get("prompts") or method or preset):
-        listed = default("compare", kind)
-        if listed is not None and shaped and "+geometry" not in listed:
-            listed += ",sds+geometry"
-    # one method alone: named, or the preset's, or the default
-    if listed in (None, "none"):
-        name = method or (method_of(preset) if preset else default("method", kind) or "dreamdpo")
-        return (Arm(name, geometry=shaped).name,)
+    if compared_arms is None and not (given_flags.get("prompts") or method or preset):
+        compared_arms = default_value("compare", kind)
+        if compared_arms is not None and has_geometry_reward and "+geometry" not in compared_arms:
+            compared_arms += ",sds+geometry"
+    # A single method: from --method, else from the preset, else the default of the prior.
+    if compared_arms in (None, "none"):
+        name = method or (preset_method(preset) if preset else default_value("method", kind) or "dreamdpo")
+        return (Arm(name, geometry=has_geometry_reward).name,)
     try:
-        arms = [Arm.parse(part) for part in listed.split(",")]
+        arms = [Arm.parse(arm_text) for arm_text in compared_arms.split(",")]
     except ValueError as error:
         raise ValueError(f"--compare: {error}") from None
-    # sds is the reference of the table, so it is always the first arm
+    # The table compares all arms with sds, so sds is always the first arm.
     arms = [Arm("sds"), *(arm for arm in arms if arm != Arm("sds"))]
-    # Controls show whether an advantage comes from the reward: its sign inverted, or random numbers.
-    # the first arm that uses the reward as it is, to which the controls belong
-    rewarded = next((arm for arm in arms if METHODS[arm.method].rewarded and arm.twist is None), None)
-    arms += (
-        [Arm(rewarded.method, twist) for twist in CONTROLS if Arm(rewarded.method, twist) not in arms]
-        if rewarded
-        else []
-    )
+    # Controls show whether an advantage comes from the reward: its sign is inverted, or random numbers
+    # replace it. They belong to the first arm that uses a reward unchanged.
+    rewarded_arm = next((arm for arm in arms if METHODS[arm.method].rewarded and arm.twist is None), None)
+    if rewarded_arm is not None:
+        control_arms = [Arm(rewarded_arm.method, twist) for twist in CONTROLS]
+        arms += [arm for arm in control_arms if arm not in arms]
     # drops arms that are listed twice, keeping the order
     return tuple(dict.fromkeys(arm.name for arm in arms))
 
 
-def method_of(preset: str) -> str:
-    """Return the method that a preset belongs to."""
+def preset_method(preset: str) -> str:
+    """Return the name of the method that a preset belongs to."""
+    # Exact type, not isinstance: the settings of best-of-n are a subclass of the settings of sds.
     return next(name for name, method in METHODS.items() if type(PRESETS[preset]) is method.settings)
 
 
 def read_prompts(texts: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the prompts, reading those that name a file. Raises: ValueError for an empty file or prompt."""
+    """Return all prompts of the flags --prompt, in order.
+
+    Args:
+        texts: values of --prompt. A value that is the path of a file stands for the lines of the file,
+            without empty lines; every other value is a prompt.
+
+    Raises: ValueError for a file without a prompt, and for an empty prompt.
+    """
     prompts: list[str] = []
     for text in texts:
         path = Path(text)
@@ -220,127 +255,153 @@ def read_prompts(texts: tuple[str, ...]) -> tuple[str, ...]:
         if not (len(text) < 255 and path.is_file()):
             prompts.append(text)
             continue
-        lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
-        if not lines:
-            raise ValueError(f"--prompt: {path} is an empty file. Write one prompt per line.")
-        prompts += lines
+        file_prompts = [prompt.strip() for prompt in path.read_text().splitlines() if prompt.strip()]
+        if not file_prompts:
+            raise ValueError(f"--prompt: the file {path} has no prompt. Write one prompt per line into it.")
+        prompts += file_prompts
     if any(not text.strip() for text in prompts):
-        raise ValueError("--prompt: got an empty text. Give a text that describes the asset.")
+        raise ValueError("--prompt: the text is empty. Pass a text that describes the asset.")
     return tuple(prompts)
 
 
 def resolve(flags: Flags) -> DistillRun:
-    """Build the settings of the run from the flags (None: not given), the preset and the prior.
+    """Build the settings of the run from the flags, the preset, and the defaults for the prior.
 
-    Raises: ValueError naming a flag that does not fit.
+    Args:
+        flags: values of the command line by name; None: the flag was not given.
+
+    Raises: ValueError that names a flag without an effect, or a value that is not allowed.
     """
-    given = {name: value for name, value in flags.items() if value is not None}
-    names = arms_of(given)
+    given_flags = {name: value for name, value in flags.items() if value is not None}
+    # names such as "dreamdpo-random"; `Arm` separates the method from the control
+    arm_names = select_arms(given_flags)
     prompts = read_prompts(flags["prompts"])
-    kind = kind_of(given.get("prior"))
-    arms = [Arm.parse(name) for name in names]
+    kind = prior_kind(given_flags.get("prior"))
+    arms = [Arm.parse(name) for name in arm_names]
     methods = {arm.method for arm in arms}
-    shaped = any(arm.geometry for arm in arms)
-    reject_unused(given, methods, shaped, kind)
+    has_geometry_arm = any(arm.geometry for arm in arms)
+    reject_unused(given_flags, methods, has_geometry_arm, kind)
     # later entries override earlier ones
-    values = {**defaults_of(kind, given.get("steps")), **given}
-    if not shaped:
+    values = {**default_values(kind, given_flags.get("steps")), **given_flags}
+    if not has_geometry_arm:
+        # without an arm that uses it, the reward need not be loaded
         values["geometry_reward"] = "none"
     if kind == "files" and not prompts:
         raise ValueError(
-            "--prompt: a prior from files needs a prompt. Add one, such as --prompt='a bust of a man'."
+            "--prompt is missing: a prior from files has no built-in prompts. Add a text, such as"
+            " --prompt='a bust of a man'."
         )
     if kind != "files":
-        prompts, values["assets"] = SCENES[kind].check(prompts, given.get("assets"), len(names) > 1)
-    # with a preset, only flags that were given override it; without one, the prior's defaults apply, too
-    of_methods = values if flags["preset"] is None else given
-    # settings that the chosen methods read; others would have no effect
-    known = {
+        # chooses the default prompts of the bundled scene, and how many assets of each prompt are optimised
+        prompts, values["assets"] = SCENES[kind].check(prompts, given_flags.get("assets"), len(arm_names) > 1)
+    # Only flags that were given override a preset. Without a preset, the defaults for the prior apply, too.
+    method_values = values if flags["preset"] is None else given_flags
+    # names of the settings that the selected methods use; `given` may hold settings of the loop and the scene
+    setting_names = {
         *(name for name, users in owners().items() if methods & set(users)),
         *(field.name for field, *_ in knobs_of(GeometrySettings)),
     }
     settings = DistillSettings(
         prompts=prompts,
-        arms=names,
+        arms=arm_names,
+        # `built` takes the fields of its class and ignores other names
         scene=built(SceneConfig, values),
         loop=built(LoopConfig, values),
         preset=flags["preset"],
-        guidance={name: of_methods[name] for name in sorted(known & of_methods.keys())},
+        guidance={name: method_values[name] for name in sorted(setting_names & method_values.keys())},
         seed=flags["seed"],
     )
     return DistillRun(settings=settings, show=flags["show"])
 
 
 def shown_by_help(flags: Flags) -> list[object]:
-    """Return the settings of the run that the flags describe, from which --help takes its defaults."""
-    kind = kind_of(flags["prior"])
+    """Return the objects from which --help reads the defaults of the flags: the settings of this run."""
+    kind = prior_kind(flags["prior"])
     # a prior from files has no default prompt; the placeholder lets the other settings resolve
     prompts = flags["prompts"] or (("...",) if kind == "files" else ())
     run = resolve(Flags({**flags, "prompts": prompts}, flags.written))
     arms = run.settings.arms
-    what = {
-        "prompts": flags["prompts"] or default("prompts", kind),
+    # values that are no fields of the settings
+    selection = {
+        "prompts": flags["prompts"] or default_value("prompts", kind),
         "compare": ",".join(arms) if len(arms) > 1 else "none",
         "method": Arm.parse(arms[0]).method if len(arms) == 1 else None,
     }
     return [
-        what,
-        *shown(run)["methods"].values(),
+        selection,
+        *dry_run_values(run)["methods"].values(),
         run.settings.guidance,
         run.settings.scene,
         run.settings.loop,
     ]
 
 
-def reject_unused(given: Mapping, methods: set[str], shaped: bool, kind: str) -> None:
-    """Raise ValueError for a flag that would have no effect."""
-    # by setting: what it needs to have an effect
-    belongs = {
+def reject_unused(given_flags: Mapping, methods: set[str], has_geometry_arm: bool, kind: str) -> None:
+    """Raise ValueError, naming the flag, if a given flag has no effect in this run.
+
+    Args:
+        given_flags: values of the flags that were given, by name.
+        methods: names of the methods of all arms.
+        has_geometry_arm: True if an arm uses the geometry reward.
+        kind: kind of the prior, one of KINDS.
+    """
+    # setting -> flag without which the setting has no effect
+    requirements = {
         name: f"--method={' or '.join(users)}" for name, users in owners().items() if not methods & set(users)
     }
-    if not shaped:
-        belongs |= {field.name: "a --geometry-reward" for field, *_ in knobs_of(GeometrySettings)}
+    if not has_geometry_arm:
+        requirements |= {field.name: "a --geometry-reward" for field, *_ in knobs_of(GeometrySettings)}
     if kind != "files":
-        belongs |= {
+        requirements |= {
             field.name: "a --prior from files"
             for field, _, knob in knobs_of(SceneConfig)
             if knob.group == REAL
         }
     if not any(METHODS[name].rewarded for name in methods):
-        belongs["reward"] = "a method with a reward"
+        requirements["reward"] = "a method with a reward"
     if not any(METHODS[name].judged for name in methods):
-        belongs["judge"] = "--method=dreamdpo or psd"
-    for name in sorted(belongs.keys() & given.keys()):
-        raise ValueError(f"{flag(name)} has an effect only with {belongs[name]}. Remove it.")
-    if given.get("geometry_reward", "none") != "none" and not shaped:
+        requirements["judge"] = "--method=dreamdpo or psd"
+    for name in sorted(requirements.keys() & given_flags.keys()):
         raise ValueError(
-            "--geometry-reward needs an arm with +geometry in --compare. Add one, such as sds+geometry."
+            f"{flag(name)} has an effect only with {requirements[name]}. Add that, or remove {flag(name)}."
+        )
+    if given_flags.get("geometry_reward", "none") != "none" and not has_geometry_arm:
+        raise ValueError(
+            "--geometry-reward has no effect, because no arm of --compare ends in +geometry. Add an arm such"
+            " as sds+geometry to --compare."
         )
 
 
 def open_run(run_settings: DistillRun, run: "Run") -> "Scene":
-    """Open the scene of a run: prior, renderer and rewards. Raises: ValueError, OSError."""
+    """Load the models of a run, the scene: prior, renderer and rewards, on the device of the run.
+
+    Raises: ValueError or OSError for a file that is missing or cannot be used.
+    """
+    # imported here, because --help must not load these modules
     import torch
 
     from eg3d_rlhf.tuning.distill.scene import open_scene
 
-    # loads the prior and the rewards onto the device
     scene = open_scene(run_settings.settings, torch.device(run.device))
-    # hashed with the run, so that a resume finds changed files
+    # The hashes of these files are stored with the run, so that a resume with changed files is rejected.
     run.inputs = dict(scene.inputs)
     return scene
 
 
 def title(run_settings: DistillRun, scene: "Scene") -> str:
-    """Name the run's folder by the prior and the arms."""
+    """Return the name of the run's folder: distill, the name of the prior, and the arm."""
     settings = run_settings.settings
-    # the names of many arms would be too long for a folder
+    # The names of several arms would be too long for the name of a folder.
     arms = "compare" if len(settings.arms) > 1 else settings.arms[0]
     return f"distill-{Path(settings.scene.prior).stem}-{arms}"
 
 
 def work(run_settings: DistillRun, scene: "Scene", run: "Run") -> None:
-    """Distil all assets in all arms, then write images, video, meshes and the table."""
+    """Optimise all assets in all arms, then write images, a video, meshes and the table of win rates.
+
+    Under torchrun, all processes optimise, and the first process writes the outputs.
+    """
+    # imported here, because --help must not load these modules
     from eg3d_rlhf.tuning.distill import outputs
     from eg3d_rlhf.tuning.distill.distill_run import distil_all, gather_stats
     from training.distributed import leave
@@ -349,9 +410,10 @@ def work(run_settings: DistillRun, scene: "Scene", run: "Run") -> None:
     if run.ranks.main:
         pairs = len(settings.pairs())
         arms = len(settings.arms)
+        # "s" * False is the empty text: the singular
         print(f"{pairs} assets x {arms} arm{'s' * (arms > 1)}, {settings.loop.steps} steps each.", flush=True)
     distil_all(settings, scene, run)
-    leave()  # the other processes need not wait while the first one renders
+    leave()  # closes the process group: the other processes end while the first process renders
     if run.ranks.main:
         gather_stats(settings, run)
         outputs.write(settings, scene, run, run_settings.show)
@@ -359,24 +421,33 @@ def work(run_settings: DistillRun, scene: "Scene", run: "Run") -> None:
 
 
 def recorded(folder: Path, flags: Flags, ranks: object) -> DistillRun:
-    """Read the settings from a run's folder. Raises: FileNotFoundError, ValueError for another folder."""
+    """Read the settings of a run from its folder, for --resume.
+
+    Args:
+        folder: folder of the run.
+        flags: not used.
+        ranks: not used.
+
+    Raises: FileNotFoundError if the folder has no record; ValueError if another mode wrote it.
+    """
+    # imported here, because --help must not load this module
     from eg3d_rlhf.experiments.run import recorded_by
 
     record = recorded_by(folder, "distill")
     return DistillRun(settings=DistillSettings.of(record["settings"]), show=record["show"])
 
 
-def shown(run_settings: DistillRun) -> dict:
-    """Return what --dry-run prints: the settings, with all settings of each arm's method."""
-    s = run_settings.settings
-    methods = {name: flat(settings_of(Arm.parse(name).method, s.guidance, s.preset)) for name in s.arms}
-    # a ramp is printed as the text that the flag takes
-    # by arm
-    ramps = {
-        name: {key: getattr(value, "spec", value) for key, value in values.items()}
-        for name, values in methods.items()
-    }
-    return {**s.to_dict(), "methods": ramps}
+def dry_run_values(run_settings: DistillRun) -> dict:
+    """Return the JSON of --dry-run: the settings of the run, and all settings of each arm's method."""
+    settings = run_settings.settings
+    methods = {}
+    for arm_name in settings.arms:
+        method_settings = settings_of(Arm.parse(arm_name).method, settings.guidance, settings.preset)
+        # A `Ramp` is printed as the text that its flag takes, which is its field `spec`.
+        methods[arm_name] = {
+            name: getattr(value, "spec", value) for name, value in flat(method_settings).items()
+        }
+    return {**settings.to_dict(), "methods": methods}
 
 
 DISTILL = Mode(
@@ -389,13 +460,13 @@ DISTILL = Mode(
     resolve=resolve,
     record=lambda run, scene: {"mode": "distill", "settings": run.settings.to_dict(), "show": run.show},
     recorded=recorded,
-    shown=shown,
+    shown=dry_run_values,
     defaults=shown_by_help,
     on_cpu=lambda run: run.settings.scene.prior in SCENES,  # the bundled problems are small enough for a CPU
     jobs="several parts",
-    help="""Text to 3D by score distillation, with preferences in the gradient. Without flags, it
-    runs the bundled problem with all arms on the same seeds and writes a table of win rates
-    against plain score distillation.
+    help="""Generate 3D assets from texts by score distillation, with preferences in the gradient. Without
+    flags, the run optimises the prompts of the bundled problem with several methods on the same seeds, and
+    writes a table of win rates against plain score distillation (sds).
     --resume=RUN resumes a run that was stopped.
 
     \b

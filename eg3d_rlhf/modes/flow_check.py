@@ -1,8 +1,8 @@
 """The job `flow check`, which reports on one screen whether this package can use a flow generator's folder.
 
-The `FlowFamily` of the folder lists its networks and the tensors that each must hold. The expected names and
-shapes are those of our networks, built from the folder's own settings; they equal the original's
-(tests/compat/test_family_*.py). Only the headers of the weight files are read.
+The `FlowFamily` of the folder lists its networks. The expected names and shapes of their tensors come from
+the networks of this package, built from the settings in the folder; tests/compat/test_family_*.py compare
+them with the networks of the original programs. Only the headers of the weight files are read.
 """
 
 import math
@@ -28,11 +28,11 @@ from eg3d_rlhf.tuning.flow.base.family import (
 )
 from eg3d_rlhf.tuning.flow.families import family_of, released_sizes
 
-# columns of the screen; files listed per row (LISTED) and names listed per fault (FIRST)
-WIDTH = 118
-LISTED = 12
-FIRST = 8
-_LICENCE = ("licen", "notice")  # how names of such files begin
+WIDTH = 118  # characters per line of the screen
+LISTED = 12  # largest number of parts in one entry, such as files
+FIRST = 8  # largest number of tensors that one fault names
+_LICENCE = ("licen", "notice")  # beginnings of the names of licence files, in lower case
+# Protocol that a family implements -> use of the folder that it makes possible
 DONE = {
     EmbedsImages: "embed images",
     EmbedsText: "embed texts",
@@ -46,12 +46,15 @@ DONE = {
 @option(
     "--memory",
     is_flag=True,
-    help="Estimate the memory of sampling and of an update instead; without ROOT, for the published models.",
+    help=(
+        "Do not check the files; estimate the GPU memory of sampling and of one training update. Without"
+        " ROOT, the published models of all families are estimated."
+    ),
 )
 @click.pass_context
 def check(ctx: click.Context, root: Path | None, memory: bool) -> None:
-    """Check whether ROOT is a usable flow generator's folder, and list what can be done with it. The exit
-    code is 0 only if every file fits.
+    """Check whether this package can use the flow generator in the folder ROOT, and list which commands the
+    generator supports. The exit code is 0 if all files fit, and 1 otherwise.
 
     \b
     Example:
@@ -59,33 +62,40 @@ def check(ctx: click.Context, root: Path | None, memory: bool) -> None:
     """
     # the estimate needs settings only, so ROOT may be missing
     if memory:
-        for line in memory_of(root):
+        for line in memory_lines(root):
             click.echo(line)
         return
     if root is None:
-        raise ValueError("flow check needs the folder of a generator, or --memory. Name the folder.")
+        raise ValueError(
+            "flow check: ROOT is missing. Name the folder of a generator, or add --memory to estimate the"
+            " memory of the published models."
+        )
+    # collects the family's notice about its licence, which `screen_lines` shows instead
     remarks: list[str] = []
     family = family_of(root, remarks.append)
     networks = list(family.networks(root)) if isinstance(family, ListsNetworks) else []
-    problems = [problem for network in networks for problem in faults(network)]
+    all_faults = [fault for network in networks for fault in find_faults(network)]
     if not isinstance(family, ListsNetworks):
-        # a plugin that lists no networks: loading raises an error for what does not fit
+        # The family of a plugin need not list its networks. Then loading raises an error for files that do
+        # not fit.
         family.load(root, None)
-    for line in screen(root, family, networks, problems):
+    for line in screen_lines(root, family, networks, all_faults):
         click.echo(line)
-    if problems:
+    if all_faults:
+        # For scripts: the exit code says whether the folder can be used.
         ctx.exit(1)
 
 
-def memory_of(root: Path | None) -> Iterator[str]:
-    """Estimate the memory of adapter training and of sampling, with passes in bfloat16. Yields lines.
+def memory_lines(root: Path | None) -> Iterator[str]:
+    """Estimate the GPU memory of sampling and of adapter training, and yield the lines of a table.
 
-    The estimate takes some seconds to minutes for each stage.
+    Forward passes are computed in bfloat16. The estimate takes some seconds to minutes for each stage.
+
+    Args:
+        root: folder of a generator; None: the published models of all families.
     """
-    from eg3d_rlhf.tuning.flow.workspace.estimate import (
-        estimate,
-        table,
-    )  # imported here because it imports all families
+    # imported here because it imports all families
+    from eg3d_rlhf.tuning.flow.workspace.estimate import estimate, table
 
     if root is not None:
         yield table(estimate(sized_stages(family_of(root), root), precision="bfloat16"))
@@ -95,22 +105,27 @@ def memory_of(root: Path | None) -> Iterator[str]:
         yield f"{table(estimate(stages(), precision='bfloat16', name=name))}\n"
 
 
-def faults(network: Network) -> list[str]:
-    """Return a line for each fault of a network: missing, unexpected and misshapen tensors, the first
-    eight.
+def find_faults(network: Network) -> list[str]:
+    """Compare the tensors of a network with the expected tensors.
+
+    Returns: a list with one text that names the missing, the unexpected and the misshapen tensors, at most
+        FIRST of each kind. The list is empty if all tensors fit, or if the folder may lack this network.
     """
+    # imported here, because --help must not load this module
     from eg3d_rlhf.models.weights import shapes
 
     if not network.tensors:
-        # a network that the folder may lack is no fault; `screen` says what cannot be done without it
+        # An optional network (`without` is set) may be missing. `screen_lines` reports it.
         return (
-            [] if network.without else [f"{network.name} has no tensors in {network.file}. Restore the file."]
+            []
+            if network.without
+            else [f"{network.name} has no tensors in {network.file}. Download this file again."]
         )
-    # shapes as lists, as `shapes` reads them from the file's header
+    # lists, because `shapes` returns the shapes in the file's header as lists
     expected = {name: list(shape) for name, shape in network.expected.items()}
     present = shapes(network.tensors)
     shared = sorted(expected.keys() & present.keys())
-    odd = {
+    faulty_tensors = {
         "missing": sorted(expected.keys() - present.keys()),
         "unexpected": sorted(present.keys() - expected.keys()),
         "misshapen": [
@@ -119,66 +134,79 @@ def faults(network: Network) -> list[str]:
             if present[name] != expected[name]
         ],
     }
-    # only kinds of faults that occur
-    listed = (
+    # only the kinds of faults that occur
+    fault_text = "; ".join(
         f"{kind}: {', '.join(names[:FIRST])}{' ...' if len(names) > FIRST else ''}"
-        for kind, names in odd.items()
+        for kind, names in faulty_tensors.items()
         if names
     )
-    got = "; ".join(listed)
-    return (
-        [f"{network.name} does not hold the tensors of its settings: {got}. Restore {network.file.name}."]
-        if got
-        else []
-    )
+    if not fault_text:
+        return []
+    return [
+        f"{network.name} does not hold the tensors that its settings describe: {fault_text}. Download"
+        f" {network.file.name} again."
+    ]
 
 
-def screen(
+def screen_lines(
     root: Path, family: FlowFamily, networks: Sequence[Network], problems: Sequence[str]
 ) -> Iterator[str]:
-    """Yield the lines of the screen: files, networks, licence, what the folder can be used for, faults."""
+    """Yield the lines of the screen: files, networks, licence, supported commands, and faults.
+
+    Args:
+        root: folder of the generator.
+        family: family of the generator.
+        networks: networks of the folder; empty if the family does not list them.
+        problems: texts of `find_faults` for all networks.
+    """
     # name -> path of the files that the family loads
-    read = dict(family.files(root))
+    read_files = dict(family.files(root))
     # resolved, so that a link and its target count as the same file
-    used = {path.resolve() for path in (*read.values(), *(network.file for network in networks))}
+    used_files = {path.resolve() for path in (*read_files.values(), *(network.file for network in networks))}
     # hidden files and folders, such as a download's cache, are not listed
     hidden = set(root.rglob(".*"))
-    there = [
+    all_files = [
         path for path in sorted(root.rglob("*")) if path.is_file() and not {path, *path.parents} & hidden
     ]
-    yield from rows("family", [f"{family.name} ({family.version or family.layout})"])
-    yield from rows(
-        "read", [f"{_short(path, root)} ({_bytes(path.stat().st_size)})" for path in _existing(read.values())]
+    yield from entry_lines("family", [f"{family.name} ({family.version or family.layout})"])
+    yield from entry_lines(
+        "read",
+        [
+            f"{_relative_path(path, root)} ({_format_size(path.stat().st_size)})"
+            for path in _existing_files(read_files.values())
+        ],
     )
-    yield from rows("not read", [_short(path, root) for path in there if path.resolve() not in used])
+    yield from entry_lines(
+        "not read", [_relative_path(path, root) for path in all_files if path.resolve() not in used_files]
+    )
     for network in networks:
-        yield from rows("network", [_described(network)])
-    yield from rows("licence", [family.notice or "see the publisher's"])
-    yield from rows("", [f"files of it: {_names(licences(root), root) or 'none: fetch them'}"])
-    # a family offers what it implements a Protocol for
-    can = [words for protocol, words in DONE.items() if isinstance(family, protocol)]
+        yield from entry_lines("network", [_describe_network(network)])
+    # A licence may restrict the use of the generator, so it is always shown.
+    yield from entry_lines("licence", [family.notice or "see the publisher's"])
+    yield from entry_lines(
+        "", [f"files of it: {_join_paths(find_licences(root), root) or 'none: fetch them'}"]
+    )
+    # A family supports a command if it implements the Protocol of this command.
+    supported_uses = [use for protocol, use in DONE.items() if isinstance(family, protocol)]
     # optional networks that the folder lacks, with what is impossible without them
-    lost = [
+    missing_networks = [
         f"{network.name} is missing, so there is no {network.without}"
         for network in networks
         if network.without and not network.tensors
     ]
     # the loop needs a reward of finished assets that can be fitted to the pairs
-    loop = (
-        ["no loop: tune stages one by one"]
-        if not isinstance(family, FitsRewards)
-        else []
-        if lost
-        else ["the loop"]
-    )
-    yield from rows("can", [*can, f"tune {', '.join(family.stages)}", *loop])
-    if isinstance(family, Encodes) and not lost:
-        yield from rows("", ["train on pairs of your own assets"])
-    for line in lost:
-        yield from rows("cannot", [line])
+    if not isinstance(family, FitsRewards):
+        loop_support = ["no loop: tune stages one by one"]
+    else:
+        loop_support = [] if missing_networks else ["the loop"]
+    yield from entry_lines("can", [*supported_uses, f"tune {', '.join(family.stages)}", *loop_support])
+    if isinstance(family, Encodes) and not missing_networks:
+        yield from entry_lines("", ["train on pairs of your own assets"])
+    for line in missing_networks:
+        yield from entry_lines("cannot", [line])
     for problem in problems:
-        yield from rows("FAULT", [problem])
-    yield from rows(
+        yield from entry_lines("FAULT", [problem])
+    yield from entry_lines(
         "",
         [
             "everything fits"
@@ -188,64 +216,77 @@ def screen(
     )
 
 
-def licences(root: Path) -> list[Path]:
-    """List the licence files in a folder and beside it."""
+def find_licences(root: Path) -> list[Path]:
+    """List the licence files in a folder and its subfolders, and in the folder that contains it."""
     # files of the folder itself, without hidden folders such as .git
-    below = [
+    inner_paths = [
         path
         for path in sorted(root.rglob("*"))
         if not any(part.startswith(".") for part in path.relative_to(root).parts)
     ]
     return [
         path
-        for path in (*below, *sorted(root.parent.glob("*")))
+        for path in (*inner_paths, *sorted(root.parent.glob("*")))
         if path.name.lower().startswith(_LICENCE) and path.is_file()
     ]
 
 
-def rows(title: str, parts: Iterable[str]) -> list[str]:
-    """Wrap comma-separated parts into lines, of which the first has the title."""
-    parts = list(parts)
+def entry_lines(title: str, texts: Iterable[str]) -> list[str]:
+    """Format one entry of the screen: a title, and parts separated by commas, wrapped to WIDTH characters.
+
+    Args:
+        title: word in the first ten columns of the first line.
+        texts: parts of the entry; at most LISTED are shown, then the number of the others. Without parts, the
+            entry shows the word none.
+
+    Returns: the lines of the entry.
+    """
+    texts = list(texts)
     # long lists end with the number of parts that are left out
-    shown = parts[:LISTED] + ([f"{len(parts) - LISTED} more"] if len(parts) > LISTED else [])
+    shown_parts = texts[:LISTED] + ([f"{len(texts) - LISTED} more"] if len(texts) > LISTED else [])
     # textwrap returns no line for an empty text, hence "none"
-    wrapped = textwrap.wrap(", ".join(shown), WIDTH - 10, break_long_words=False, break_on_hyphens=False) or [
-        "none"
-    ]
-    return [f"{title if not number else '':<10}{line}" for number, line in enumerate(wrapped)]
+    # 10: width of the column of titles
+    lines = textwrap.wrap(
+        ", ".join(shown_parts), WIDTH - 10, break_long_words=False, break_on_hyphens=False
+    ) or ["none"]
+    return [f"{title if not line_index else '':<10}{line}" for line_index, line in enumerate(lines)]
 
 
-def _described(network: Network) -> str:
-    """Describe a network by its number of tensors, its size and its dtypes."""
+def _describe_network(network: Network) -> str:
+    """Describe a network in one line: number of tensors, number of parameters, dtypes, and whether these
+    numbers equal the numbers of the released network.
+    """
     tensors = network.tensors
     if not tensors:
         return f"{network.name}: missing"
-    # numbers in all tensors; from shapes alone, no data is read
+    # number of elements of all tensors; computed from the shapes, so no data is read
     size = sum(math.prod(tensor.shape) for tensor in tensors.values())
     kinds = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values())
-    # a fine-tuned copy has the published sizes, another variant of the model has not
-    same = network.released == (len(tensors), size)
-    sizes = "" if network.released is None else ", as released" if same else ", other sizes than released"
-    return f"{network.name}: {len(tensors)} tensors, {size:,} numbers, {' and '.join(kinds)}{sizes}"
+    # A fine-tuned copy has the sizes of the released network; another variant of the model has other sizes.
+    has_released_size = network.released == (len(tensors), size)
+    comparison = ""
+    if network.released is not None:
+        comparison = ", as released" if has_released_size else ", other sizes than released"
+    return f"{network.name}: {len(tensors)} tensors, {size:,} numbers, {' and '.join(kinds)}{comparison}"
 
 
-def _existing(paths: Iterable[Path]) -> list[Path]:
-    """Drop repeated paths and those that are no files, keeping the order."""
+def _existing_files(paths: Iterable[Path]) -> list[Path]:
+    """Return the paths that are existing files, each path once, in their order."""
     return [path for path in dict.fromkeys(paths) if path.is_file()]
 
 
-def _short(path: Path, root: Path) -> str:
-    """Write a path relative to the folder where it lies below it."""
+def _relative_path(path: Path, root: Path) -> str:
+    """Return a path relative to the folder `root`, or the unchanged path if it lies outside this folder."""
     return str(path.relative_to(root)) if path.is_relative_to(root) else str(path)
 
 
-def _names(paths: Sequence[Path], root: Path) -> str:
-    """Join short paths with spaces, each once."""
-    return " ".join(dict.fromkeys(_short(path, root) for path in paths))
+def _join_paths(paths: Sequence[Path], root: Path) -> str:
+    """Join paths relative to the folder `root` with spaces, each path once."""
+    return " ".join(dict.fromkeys(_relative_path(path, root) for path in paths))
 
 
-def _bytes(size: int) -> str:
-    """Write a file size in decimal units."""
+def _format_size(size: int) -> str:
+    """Format a file size: GB from 1e8 bytes on, MB from 1e4 bytes on, else bytes (1 MB = 1e6 bytes)."""
     return (
         f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB" if size >= 1e4 else f"{size} bytes"
     )

@@ -1,5 +1,6 @@
-"""The job `flow export`, which writes the tuned generator of a WORK folder, or of runs of train.py, in its
-released layout.
+"""The job `flow export`, which writes a tuned flow generator as a folder that its original program can load.
+
+The tuned weights come from a WORK folder, from runs of train.py, or from folders that --weights names.
 """
 
 from collections.abc import Sequence
@@ -16,24 +17,29 @@ from eg3d_rlhf.tuning.flow.workspace.work_folder import FILE, Work
 
 @click.command("export", cls=GroupedCommand, job="flow export")
 @click.argument("sources", metavar="[WORK|RUN...]", nargs=-1, type=FOLDER)
-@option("--outdir", required=True, metavar="DIR", type=FOLDER, help="New or empty folder to write.")
+@option("--outdir", required=True, metavar="DIR", type=FOLDER, help="New or empty folder to write into.")
 @option(
     "--adapter", is_flag=True, help="Write a PEFT adapter folder per tuned stage instead of full networks."
 )
-@name_option("--tune", "name", show_default="the latest", help="Training of WORK to export, such as tune-00.")
+@name_option(
+    "--tune",
+    "name",
+    show_default="the latest training",
+    help="Name of the training in WORK whose weights are exported, such as tune-00.",
+)
 @option(
     "--pipeline",
     "root",
     metavar="ROOT",
     type=FOLDER,
-    show_default="the one that was tuned",
-    help="Folder of the untuned generator.",
+    show_default="the generator that was tuned",
+    help="Folder of the untuned generator, from which all files that were not tuned are taken.",
 )
 @option(
     "--weights",
     metavar="STAGE=PATH",
     multiple=True,
-    help="Folder or file of a stage's tuned weights (needs --pipeline). May be repeated.",
+    help="Name of a stage, and the folder or file of its tuned weights; needs --pipeline. May be repeated.",
 )
 def export_command(
     sources: Sequence[Path],
@@ -43,8 +49,8 @@ def export_command(
     root: Path | None,
     weights: Sequence[str],
 ) -> None:
-    """Write the tuned generator in its released layout, which the original's own program loads. RUN is a run
-    folder of train.py; stages tuned by several runs are exported together.
+    """Write the tuned generator in the layout of the released generator, so that its original program can
+    load it. RUN is a run folder of train.py. Stages that several runs tuned are exported together.
 
     \b
     Examples:
@@ -52,21 +58,22 @@ def export_command(
         eg3d-rlhf flow export WORK --outdir=ADAPTERS --adapter
         eg3d-rlhf flow export runs/00000-a runs/00001-b --outdir=TUNED
     """
+    # Imported here, so that --help is printed without loading these modules.
     from eg3d_rlhf.models.policies import ADAPTER, CONFIG, link
     from eg3d_rlhf.tuning.flow.base.export import export
 
     # stage -> folder of its tuned weights
-    root, tuned = tuned_of(sources, name, root, weights)
-    # never mix an export with other files
+    root, tuned = find_tuned_weights(sources, name, root, weights)
+    # An export is never mixed with other files.
     if outdir.exists() and any(outdir.iterdir()):
-        raise ValueError(f"--outdir: {outdir} has files in it. Name a new folder.")
-    # copy PEFT's two files per stage and print how to load them
+        raise ValueError(f"--outdir: {outdir} is not empty. Name a new or an empty folder.")
+    # An adapter folder of the library PEFT consists of two files per stage: weights and configuration.
     if adapter:
         full_stages = [stage for stage, path in tuned.items() if not (path / ADAPTER).is_file()]
         if full_stages:
             raise ValueError(
-                f"--adapter: every parameter of {', '.join(full_stages)} was tuned, so there is no adapter."
-                " Remove --adapter."
+                f"--adapter: the training changed all parameters of {', '.join(full_stages)}, so there is no"
+                " adapter. Remove --adapter to export the full networks."
             )
         for stage, path in tuned.items():
             # a hard link where the file system allows it: adapters are large
@@ -79,62 +86,88 @@ def export_command(
         return
     family = family_of(root)
     print_json(export(family, root, outdir, tuned))
+    # the family's instructions for loading the exported folder; plugins need not have any
     click.echo(f"{outdir}: {family.loaded_by.format(out=outdir) or 'as any folder of ' + family.name}")
 
 
-def tuned_of(
-    sources: Sequence[Path], name: str | None, given: Path | None, weights: Sequence[str]
+def find_tuned_weights(
+    sources: Sequence[Path], name: str | None, pipeline_folder: Path | None, weights: Sequence[str]
 ) -> tuple[Path, dict[str, Path]]:
-    """Return the folder of the generator that was tuned, and the tuned weights by stage.
+    """Find the generator that was tuned, and the tuned weights of its stages.
 
-    Raises: FileNotFoundError, ValueError.
+    Args:
+        sources: WORK folders and run folders of train.py.
+        name: name of a training in WORK, such as tune-00; None: the latest training.
+        pipeline_folder: folder of the untuned generator from --pipeline; None: the generator that the sources
+            record.
+        weights: values "STAGE=PATH" of --weights.
+
+    Returns: the folder of the untuned generator, and a mapping from stages to folders or files of weights.
+
+    Raises: FileNotFoundError for a source without tuned weights; ValueError for sources of different
+        generators, for a stage that two sources tuned, and if nothing was tuned.
     """
+    # imported here, because --help must not load these modules
     from eg3d_rlhf.experiments.run import recorded
     from eg3d_rlhf.models.policies import META
 
-    # one root for each source; they must agree unless --pipeline decides
-    roots = [] if given is None else [given]
-    tuned = list[tuple[str, Path]]()  # (stage, folder of its weights)
+    # Folder of the generator of each source. They must be equal unless --pipeline names the generator.
+    roots = [] if pipeline_folder is None else [pipeline_folder]
+    stage_folders = list[tuple[str, Path]]()  # (stage, folder of its weights)
     for source in sources:
         if (source / FILE).is_file():
             work = Work.open(source)
+            # raises an error if the files of the generator have changed since `flow new`
             work.check_pipeline()
+            # `training` returns the training that --tune names, or the latest training.
             roots.append(Path(work.pipeline))
-            tuned += work.tuned(work.training(name)).items()
+            stage_folders += work.tuned(work.training(name)).items()
         else:
+            # Empty dictionaries stand for a folder without a record, or a record of another kind of run.
             source_record = (recorded(source).get("run") or {}).get("source") or {}
             # a stage's folder is complete once it has its metadata file
             stages = sorted(path.parent.name for path in source.glob(f"*/{META}"))
             if not source_record or not stages:
                 raise FileNotFoundError(
-                    f"flow export: {source} is neither WORK nor a finished run of train.py: it has no"
-                    " tuned stage."
-                    " Finish the run, or name another folder."
+                    f"flow export: {source} is neither WORK nor a finished run of train.py, because no"
+                    " tuned stage was found in it. Resume the run until it is finished, or name another"
+                    " folder."
                 )
+            # a run of train.py records the generator in its settings
             roots.append(Path(source_record["pipeline"]))
-            tuned += [(stage, source / stage) for stage in stages]
-    # (stage, "=", path); without "=" sign and path are empty
-    parted = [text.partition("=") for text in weights]
-    odd = [name + sign + path for name, sign, path in parted if not (name and path)]
-    if odd or (parted and not roots):
+            stage_folders += [(stage, source / stage) for stage in stages]
+    # (stage, "=", path); sign and path are empty if the value has no "="
+    weight_fields = [text.partition("=") for text in weights]
+    malformed_weights = [name + sign + path for name, sign, path in weight_fields if not (name and path)]
+    if malformed_weights:
         raise ValueError(
-            f"--weights needs STAGE=PATH and --pipeline=ROOT, got {' '.join(odd) or 'no --pipeline'}."
-            " Give both."
+            f"--weights: {malformed_weights[0]} is not of the form STAGE=PATH. Write the name of a stage, an"
+            " equals sign and a path."
         )
-    # nothing to export
-    if not tuned and not parted:
+    if weight_fields and not roots:
         raise ValueError(
-            "flow export needs WORK, runs of train.py or --weights, got none. Name what was tuned."
+            "--weights=STAGE=PATH needs the folder of the untuned generator. Add --pipeline=ROOT."
+        )
+    if not stage_folders and not weight_fields:
+        raise ValueError(
+            "flow export: the tuned weights are missing. Name a WORK folder or runs of train.py, or add"
+            " --weights=STAGE=PATH."
         )
     root = roots[0]
-    # with --pipeline, the user vouches for the generator
-    if given is None and any(place.resolve() != root.resolve() for place in roots):
+    # With --pipeline, the user decides which generator the weights belong to.
+    if pipeline_folder is None and any(other_root.resolve() != root.resolve() for other_root in roots):
         raise ValueError(
-            f"flow export writes one generator, got stages of {root} and {roots[-1]}. Export them one by one."
+            f"flow export: the stages belong to different generators, {root} and {roots[-1]}. Export the"
+            " generators with separate commands."
         )
-    check_stages("export", family_of(root), [stage for stage, _ in tuned])
-    # the dictionary keeps the last weights of a stage, so others of the same stage differ from it
-    twice = [stage for stage, path in tuned if dict(tuned)[stage] != path]
-    if twice:
-        raise ValueError(f"flow export: stage {twice[0]} was tuned in two trainings. Leave one out.")
-    return root, dict(tuned) | {stage: Path(path) for stage, _, path in parted}
+    # raises ValueError for a stage that this generator does not have
+    check_stages("export", family_of(root), [stage for stage, _ in stage_folders])
+    # The dictionary holds the last folder of each stage. A stage with a different folder was tuned twice.
+    repeated_stages = [stage for stage, path in stage_folders if dict(stage_folders)[stage] != path]
+    if repeated_stages:
+        raise ValueError(
+            f"flow export: stage {repeated_stages[0]} was tuned in two of the named trainings. Remove one of"
+            " them from the command."
+        )
+    # --weights replaces weights of the sources.
+    return root, dict(stage_folders) | {stage: Path(path) for stage, _, path in weight_fields}

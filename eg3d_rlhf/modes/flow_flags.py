@@ -1,6 +1,7 @@
-"""Flags that several commands of flow tuning share, and the settings that are built from them.
+"""Flags that several commands for flow generators share, and the settings that are built from them.
 
-Used by circular_dpo.py, online.py, offline.py, flow_tune.py and latent_reward.py.
+The modules circular_dpo.py, online.py, offline.py, flow_tune.py and latent_reward.py use these flags. A flag
+that was not given is None; then the default settings of the generator apply.
 """
 
 from collections.abc import Callable
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 Source = TypeVar("Source", bound=ProblemSource)
 WHAT = "What is trained"
 TRAIN = "Training"
-PROBLEM_DEFAULT = "the problem's own"
+PROBLEM_DEFAULT = "by generator"  # text of --help where the default depends on the generator
 TOY = ProblemSource.pipeline  # the bundled generator, used where no --pipeline is given
 NON_NEGATIVE = click.IntRange(min=0)
 POSITIVE = click.FloatRange(min=0, min_open=True)
@@ -36,7 +37,17 @@ POSITIVE = click.FloatRange(min=0, min_open=True)
 def unset_option(
     name: str, group: str, metavar: str, kind, help: str, shown: str = PROBLEM_DEFAULT, rare: bool = False
 ):
-    """Make an option that is None unless given, so that the generator's default settings apply."""
+    """Make an option whose value is None if it is absent, so that the generator's default settings apply.
+
+    Args:
+        name: flag, such as "--loop-beta".
+        group: title under which --help lists the flag.
+        metavar: placeholder of the value in --help, mostly its unit.
+        kind: click type of the value.
+        help: description in --help.
+        shown: text that --help shows as the default if the default cannot be computed.
+        rare: True for an option that only --help-all shows and --set NAME=VALUE sets.
+    """
     return option(
         name, group=group, rare=rare, metavar=metavar, type=kind, default=None, show_default=shown, help=help
     )
@@ -44,85 +55,114 @@ def unset_option(
 
 tuning_flags = together(
     unset_option(
+        # Training of adapters needs less memory than training of all parameters.
         "--tune",
         TRAIN,
         "lora|full",
         click.Choice(["lora", "full"]),
-        "Tune LoRA adapters, or every parameter.",
+        "Parameters to tune: only LoRA adapters (lora), or all parameters of the networks (full).",
     ),
     unset_option(
         "--lora-targets",
         TRAIN,
         "LIST",
         str,
-        "Layers that get adapters: the last parts of their names, comma-separated.",
-        "the stage's own",
+        "Layers that get LoRA adapters: the last parts of the layers' names, separated by commas.",
+        "the default layers of the stage",
         rare=True,
     ),
 )
 
 
-def source_of(kind: type[Source], flags: Flags) -> Source:
-    """Read the source of a problem from flags. Raises: ValueError for a flag that is missing or has no
-    effect.
+def make_source(kind: type[Source], flags: Flags) -> Source:
+    """Build the settings of a problem's source from the flags.
+
+    Args:
+        kind: class of the settings, ProblemSource or a subclass.
+        flags: values of the command line.
+
+    Raises: ValueError for a flag that is missing or has no effect.
     """
+    # `flags.of` returns the flags that were given, by field.
     source = kind(**flags.of(kind), seed=flags["seed"])
     check_source(source)
     return source
 
 
-def reader_of(kind: type, mode: str) -> Callable[[Path, Flags, Any], Any]:
-    """Make the `recorded` function of a Mode, which reads settings of class `kind` from a run folder."""
+def make_record_reader(kind: type, mode: str) -> Callable[[Path, Flags, Any], Any]:
+    """Make the function `recorded` of a Mode, which reads the settings of a run from its folder.
+
+    Args:
+        kind: class of the settings.
+        mode: name of the mode; the folder of another mode is rejected.
+    """
 
     def recorded(folder: Path, flags: Flags, ranks: Any) -> Any:
+        # imported here, because --help must not load this module
         from eg3d_rlhf.experiments.run import OPTIONS, recorded_by
 
+        # the path stands in the message of an error
         return from_dict(kind, recorded_by(folder, mode)["run"], str(folder / OPTIONS))
 
     return recorded
 
 
-# flags of early stopping, which needs held-out pairs or an evaluator
+# Flags of the evaluation during training and of early stopping, which need held-out pairs or an evaluator.
 EARLY = ("held_out_every", "patience", "max_drop")
 
 
-def check_tuning(flags: Flags) -> None:
-    """Raise ValueError naming the adapter flags that were given with --tune=full."""
+def check_adapter_flags(flags: Flags) -> None:
+    """Raise ValueError, naming the flags, if flags of LoRA adapters were given with --tune=full."""
     flags.belong(
-        # the flags of adapters have no effect when every parameter is tuned
         ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets"),
         flags["tune"] != "full",
         "--tune=lora",
     )
 
 
-def tuned_as(flags: Flags, lora: LoraConfig | None) -> dict:
-    """Build the field `lora` of a training. Args: lora: that of the default settings."""
-    # rank, alpha and dropout, where given
+def adapter_settings(flags: Flags, lora: LoraConfig | None) -> dict:
+    """Build the settings of the LoRA adapters of a training.
+
+    Args:
+        flags: values of the command line.
+        lora: adapters of the default settings; None: the default is to tune all parameters.
+
+    Returns: {"lora": settings}, the field `lora` of a training; the settings are None with --tune=full.
+
+    Raises: ValueError if adapter flags were given and all parameters are tuned.
+    """
+    # rank, alpha and dropout, as far as they were given
     adapters = flags.of(LoraConfig)
     if flags["lora_targets"] is not None:
         adapters["targets"] = tuple(name.strip() for name in flags["lora_targets"].split(","))
-    # without --tune, as in the default settings
-    full = (flags["tune"] or ("full" if lora is None else "lora")) == "full"
-    if full and adapters:
+    # Without --tune, the default settings decide.
+    tunes_all = (flags["tune"] or ("full" if lora is None else "lora")) == "full"
+    if tunes_all and adapters:
         raise ValueError(
-            f"{', '.join(flag('lora_' + name) for name in adapters)}: needs --tune=lora. Add that, or remove"
-            " the flag."
+            f"{', '.join(flag('lora_' + name) for name in adapters)}: has an effect on LoRA adapters only,"
+            " but all parameters are tuned. Add --tune=lora, or remove the flag."
         )
-    return {"lora": None if full else replace(lora or LoraConfig(), **adapters)}
+    return {"lora": None if tunes_all else replace(lora or LoraConfig(), **adapters)}
 
 
-def adapters_shown(lora: LoraConfig | None) -> dict[str, Any]:
-    """Return the values of --tune and its flags that --help shows as defaults."""
+def adapter_help_values(lora: LoraConfig | None) -> dict[str, Any]:
+    """Return the values of --tune and --lora-targets that --help shows as defaults.
+
+    Args:
+        lora: adapters of the resolved settings; None: all parameters are tuned.
+    """
+    # None as targets: each stage has default targets of its own, which --help describes by a text
     targets = {} if lora is None or lora.targets is None else {"lora_targets": ",".join(lora.targets)}
+    # "full" has no adapters, so there are no values of their flags
     return {"tune": "full" if lora is None else "lora", **targets}
 
 
-# The loop: circular_dpo.py, flow_tune.py.
+# Flags of the circular loop (Circular-DPO), for circular_dpo.py and flow_tune.py. "The loop's pairs" are
+# pairs of samples of an earlier stage, labelled by the results of the tuned and the untuned next stage.
 
 LOOP = "The loop"
 WEIGHT = click.FloatRange(min=0)
-AS_STEP = "that of people's pairs where it is given, else the problem's own"
+AS_STEP = "the same as for people's pairs if that flag is given, else by generator"
 loop_flags = together(
     option(
         "--rounds",
@@ -132,17 +172,18 @@ loop_flags = together(
         default=None,
         show_default="1",
         help=(
-            "Rounds of the whole loop. Each starts from the networks of the last round, which become its"
-            " reference."
+            "Number of rounds of the loop over all stages. Each round starts from the networks of the"
+            " previous round, which become the reference of its DPO loss."
         ),
     ),
     unset_option(
+        # Weights of the loss on the loop's pairs. The flags without "loop" apply to people's pairs.
         "--loop-beta",
         LOOP,
         "FLOAT",
         POSITIVE,
-        "DPO beta on the loop's pairs.",
-        "in the problem's own ratio to --beta",
+        "beta of the DPO loss on the loop's pairs.",
+        "--beta times a factor that depends on the generator",
         rare=True,
     ),
     unset_option(
@@ -150,7 +191,7 @@ loop_flags = together(
         LOOP,
         "FLOAT",
         WEIGHT,
-        "Weight of the rejected sample's error on the loop's pairs.",
+        "Weight of the rejected sample's flow-matching error in the DPO loss on the loop's pairs.",
         rare=True,
     ),
     unset_option(
@@ -158,11 +199,19 @@ loop_flags = together(
         LOOP,
         "FLOAT",
         WEIGHT,
-        "Weight of the preferred sample's flow-matching error (SFT term) on the loop's pairs.",
+        "Weight of the preferred sample's flow-matching error (SFT term), which is added to the loss on the"
+        " loop's pairs.",
         rare=True,
     ),
     unset_option(
-        "--loop-lr", LOOP, "FLOAT", POSITIVE, "Learning rate on the loop's pairs.", AS_STEP, rare=True
+        # Length and learning rate of the training on the loop's pairs.
+        "--loop-lr",
+        LOOP,
+        "FLOAT",
+        POSITIVE,
+        "Learning rate of the training on the loop's pairs.",
+        AS_STEP,
+        rare=True,
     ),
     unset_option(
         "--loop-steps", LOOP, "UPDATES", COUNT, "Number of updates on the loop's pairs.", AS_STEP, rare=True
@@ -172,18 +221,24 @@ loop_flags = together(
 
 
 def circular_settings(flags: Flags, defaults: CircularSettings) -> CircularSettings:
-    """Apply the flags to the default settings of the loop."""
+    """Apply the flags to the default settings of the circular loop.
+
+    Args:
+        flags: values of the command line; None: the flag was not given.
+        defaults: default settings for the generator.
+    """
+    # Three trainings: on people's pairs, on the loop's pairs, and supervised fine-tuning for the ablation.
     human, loop, sft = (_training(flags, config) for config in (defaults.human, defaults.loop, defaults.sft))
     human = replace(human, dpo=replace(human.dpo, **flags.of(DpoConfig)))
     # supervised fine-tuning has no preference loss, but the same condition dropout
     sft = replace(sft, dpo=replace(sft.dpo, condition_dropout=human.dpo.condition_dropout))
-    pairs = replace(
+    loop_pairs = replace(
         defaults.loop_pairs, **flags.of(LoopPairsConfig), **flags.some({"evaluation_batch": "batch"})
     )
-    defaults_loop = (
-        defaults.loop.dpo
-    )  # the loss on the loop's pairs: that on people's pairs, with three weights of its own
-    # Multiply before dividing: with the default beta, the quotient is then exactly the default loop beta.
+    # The loss on the loop's pairs has the settings of the loss on people's pairs, except for three weights.
+    defaults_loop = defaults.loop.dpo
+    # Keeps the ratio of the two default betas. The product comes first: with the default --beta, the quotient
+    # is then exactly the default beta of the loop.
     beta = human.dpo.beta * defaults_loop.beta / defaults.human.dpo.beta
     loss_weights: dict[str, Any] = {
         "loser_weight": defaults_loop.loser_weight,
@@ -195,7 +250,8 @@ def circular_settings(flags: Flags, defaults: CircularSettings) -> CircularSetti
     )
     loop = replace(
         loop,
-        # a loss without a reference cannot be used on the loop's pairs, so the default one is kept there
+        # The loop's pairs need a loss with a reference network. If --loss selects a loss without a reference,
+        # it applies to people's pairs only.
         dpo=replace(human.dpo if human.dpo.needs_reference else defaults_loop, **loss_weights),
         **flags.some({"loop_lr": "lr", "loop_steps": "steps"}),
     )
@@ -210,7 +266,7 @@ def circular_settings(flags: Flags, defaults: CircularSettings) -> CircularSetti
         human=human,
         loop=loop,
         sft=sft,
-        loop_pairs=pairs,
+        loop_pairs=loop_pairs,
         weighing=replace(defaults.weighing, **flags.of(Weighing)),
         choosing=choosing,
         rounds=flags["rounds"] or defaults.rounds,
@@ -218,15 +274,17 @@ def circular_settings(flags: Flags, defaults: CircularSettings) -> CircularSetti
     )
 
 
-def of_circular(settings: CircularSettings) -> list[object]:
-    """Return the values of a loop that --help shows; --lr and others are those of training on people's
-    pairs.
+def circular_help_values(settings: CircularSettings) -> list[object]:
+    """Return the objects from which --help reads the defaults of the loop's flags.
+
+    Flags of a training without the prefix --loop-, such as --lr, show the values for people's pairs.
     """
     loop = settings.loop
     choosing = settings.choosing
     return [
         {
-            **adapters_shown(settings.human.lora),
+            **adapter_help_values(settings.human.lora),
+            # The keys are names of flags, not of fields.
             "rounds": settings.rounds,
             "loop_beta": loop.dpo.beta,
             "loop_loser_weight": loop.dpo.loser_weight,
@@ -240,14 +298,21 @@ def of_circular(settings: CircularSettings) -> list[object]:
 
 
 def _training(flags: Flags, config: TrainConfig) -> TrainConfig:
-    """Apply the flags to the settings of a training, except those of its loss."""
-    return replace(config, **flags.of(TrainConfig), **tuned_as(flags, config.lora))
+    """Apply the flags to the settings of one training. The flags of the loss are not applied."""
+    # Flags that were given replace the defaults of the generator.
+    return replace(config, **flags.of(TrainConfig), **adapter_settings(flags, config.lora))
 
 
-# Runs of arms: online.py, offline.py.
+# Runs of arms (online.py, offline.py): several trainings that differ in their loss or in their labels, and a
+# table that compares them.
 
 stage_flag = option(
-    "--stage", group=WHAT, metavar="NAME", default=None, show_default="the last", help="Stage to tune."
+    "--stage",
+    group=WHAT,
+    metavar="NAME",
+    default=None,
+    show_default="the last stage",
+    help="Name of the stage of the generator to tune.",
 )
 arms_table_flags = together(
     unset_option(
@@ -255,29 +320,35 @@ arms_table_flags = together(
         TABLE,
         "LIST",
         str,
-        "Training seeds of every arm, as a list with ranges: 0,1,2.",
-        "--seed; with several arms also the next two",
+        "Training seeds with which every arm is trained, separated by commas, such as 0,1,2.",
+        "the value of --seed; with several arms also the next two integers",
     ),
     unset_option(
         "--choose-noises",
         TABLE,
         "INT",
         NON_NEGATIVE,
-        "Assets per held-out prompt for the win rate in training, which selects the checkpoint; 0 keeps the"
-        " last one.",
+        "Number of assets per held-out prompt from which the win rate is computed during training. The"
+        " checkpoint with the highest win rate is used; with 0, the last checkpoint is used.",
         rare=True,
     ),
-    rare_option("--no-summary", group=RUN, is_flag=True, help="Skip the table at the end of a run."),
+    rare_option(
+        "--no-summary", group=RUN, is_flag=True, help="Write no table of win rates at the end of a run."
+    ),
     options_of(Evaluation),
 )
 
 
-def check_arms(flags: Flags, several: bool) -> None:
-    """Raise ValueError naming the flags that would have no effect. Args: several: whether the run has
-    several arms.
+def check_arms_flags(flags: Flags, several: bool) -> None:
+    """Raise ValueError, naming the flags, if flags were given that have no effect in this run.
+
+    Args:
+        flags: values of the command line.
+        several: True if the run has several arms.
     """
     flags.belong(
         ("jobs",),
+        # several arms, or one arm with several training seeds
         several or len(training_seeds(flags, 1)) > 1,
         "a run of several trainings (--arms, --seeds)",
     )
@@ -286,19 +357,25 @@ def check_arms(flags: Flags, several: bool) -> None:
         not flags["no_summary"],
         "the table, which --no-summary leaves out",
     )
-    check_tuning(flags)
+    check_adapter_flags(flags)
 
 
-def fields_of(flags: Flags, defaults: ArmsRun, arms: tuple[str, ...]) -> dict[str, Any]:
-    """Build those fields of a run that are the same for all kinds of training data."""
+def make_shared_fields(flags: Flags, defaults: ArmsRun, arms: tuple[str, ...]) -> dict[str, Any]:
+    """Build the fields that online and offline runs have in common: stage, arms, seeds and evaluation.
+
+    Args:
+        flags: values of the command line.
+        defaults: default settings for the generator.
+        arms: names of the arms.
+
+    Returns: keyword arguments of an ArmsRun, by field.
+    """
     choosing = defaults.choosing
-    if flags["choose_noises"] is not None:
-        # 0 means: do not choose by a win rate
-        choosing = (
-            replace(choosing or Choosing(), per_condition=flags["choose_noises"])
-            if flags["choose_noises"]
-            else None
-        )
+    if flags["choose_noises"] == 0:
+        # 0: no win rate, so the last checkpoint is used
+        choosing = None
+    elif flags["choose_noises"] is not None:
+        choosing = replace(choosing or Choosing(), per_condition=flags["choose_noises"])
     return {
         "stage": flags["stage"],
         "arms": arms,
@@ -310,10 +387,15 @@ def fields_of(flags: Flags, defaults: ArmsRun, arms: tuple[str, ...]) -> dict[st
     }
 
 
-def arms_shown(run: ArmsRun, lora: LoraConfig | None) -> dict[str, Any]:
-    """Return the values of flags that --help shows and that are no fields of the settings."""
+def arms_help_values(run: ArmsRun, lora: LoraConfig | None) -> dict[str, Any]:
+    """Return the default values in --help of those flags that are not fields of the settings.
+
+    Args:
+        run: resolved settings of the run.
+        lora: adapters of the first arm; None: all parameters are tuned.
+    """
     return {
-        **adapters_shown(lora),
+        **adapter_help_values(lora),
         "arms": ",".join(run.arms),
         "seeds": ",".join(map(str, run.training_seeds)),
         "choose_noises": 0 if run.choosing is None else run.choosing.per_condition,
@@ -321,62 +403,78 @@ def arms_shown(run: ArmsRun, lora: LoraConfig | None) -> dict[str, Any]:
 
 
 def training_seeds(flags: Flags, count: int) -> tuple[int, ...]:
-    """Return the training seeds of --seeds, by default `count` seeds from --seed on.
+    """Return the training seeds of the flag --seeds.
 
-    Args: count: number of seeds where --seeds is not given. Raises: ValueError naming --seeds.
+    Args:
+        flags: values of the command line.
+        count: number of seeds if --seeds was not given. They are the value of --seed and the integers that
+            follow it.
+
+    Raises: ValueError that names --seeds, if its value is not a list of integers >= 0.
     """
     if flags["seeds"] is None:
+        # consecutive seeds, so that --seed alone makes the run reproducible
         return tuple(range(flags["seed"], flags["seed"] + count))
     return seeds_of("--seeds", flags["seeds"])
 
 
-def names_of(flags: Flags) -> tuple[str, ...]:
-    """Return the names in --arms."""
+def parse_arm_names(flags: Flags) -> tuple[str, ...]:
+    """Return the names in the value of --arms, without the spaces around the commas."""
     return tuple(name.strip() for name in flags["arms"].split(","))
 
 
 def record(mode: str, settings: ArmsRun, opened: "Opened") -> dict:
-    """Build the record of a run folder: its settings, problem and labels."""
-    # online runs have no labels
-    problem, labelled = opened
-    labels = {} if labelled is None else {"labels": labelled.identity}
+    """Build the record of a run folder as JSON: the settings, and the hashes of the problem and the labels.
+
+    Args:
+        mode: name of the mode.
+        settings: settings of the run.
+        opened: the problem, and the labelled assets or None.
+    """
+    problem, labelled_assets = opened
+    # Online runs score their own samples, so they have no labels.
+    labels = {} if labelled_assets is None else {"labels": labelled_assets.identity}
     return {"mode": mode, "run": asdict(settings), "problem": dict(problem.identity), **labels}
 
 
-def mode_of_arms(
+def make_arms_mode(
     name: str,
     kind: type[ArmsRun],
     title: Callable[[Any], str],
     open: "Callable[[Any, str], Opened]",
     check: "Callable[[Any, Opened, Run], None]",
-    **more: Any,
+    **mode_arguments: Any,
 ) -> Mode:
-    """Build a mode that trains and compares arms.
+    """Build a mode of train.py that trains several arms and compares them.
 
     Args:
         name: name of the mode.
         kind: class of its settings.
-        title: (settings) -> the part of the folder's name between the mode and the generator.
-        open: (settings, device) -> problem and labels. It must be at a module's top level, because worker
-            processes call it, too.
-        check: raises ValueError if what was opened lacks something that the run needs.
-        more: other arguments of Mode.
+        title: function of the settings that returns the middle part of the run folder's name, between the
+            mode and the generator.
+        open: function of the settings and the device that returns the problem and the labelled assets. It
+            must be at a module's top level, because worker processes call it, too.
+        check: function of the settings, the result of `open` and the run. It raises ValueError if the run
+            needs something that was not opened.
+        mode_arguments: other arguments of Mode.
     """
 
     def opened(settings: ArmsRun, run: "Run") -> "Opened":
-        # several trainings are distributed by --jobs; torchrun would start each of them in every process
+        # Several trainings are distributed by --jobs. torchrun would start every training in every process.
         refuse_torchrun(len(settings.arms) * len(settings.training_seeds) > 1, "--arms, --seeds")
         opened = open(settings, run.device)
         check(settings, opened, run)
         return opened
 
     def work(settings: ArmsRun, opened: "Opened", run: "Run") -> None:
+        # imported here, because --help must not load this module
         from eg3d_rlhf.tuning.flow.training import arm_runs
 
+        # `open` is passed on, because each worker process opens the problem itself.
         arm_runs.work(settings, opened, run, open)
 
     def titled(settings: ArmsRun, opened: "Opened") -> str:
-        # the folder's name, without its path
+        # the last part of the path of the generator's folder
         generator = Path(settings.source.pipeline).name
         return f"{settings.NAME}-{title(settings)}-{generator}-{settings.stage_in(opened[0]).name}"
 
@@ -387,7 +485,8 @@ def mode_of_arms(
         work=work,
         title=titled,
         record=lambda settings, opened: record(name, settings, opened),
-        recorded=reader_of(kind, name),
+        recorded=make_record_reader(kind, name),
+        # --help says that --jobs divides several trainings among processes
         jobs="several trainings",
-        **more,
+        **mode_arguments,
     )

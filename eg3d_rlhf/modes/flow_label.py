@@ -1,4 +1,8 @@
-"""The job `flow label`: people compare the generated assets of a WORK folder in the browser."""
+"""The job `flow label`: people compare the generated assets of a WORK folder in the browser.
+
+The pairs and the answers are stored in WORK/labels.db as a labelling project, which the database calls a
+campaign. `flow tune` reads the answers.
+"""
 
 from functools import partial
 from pathlib import Path
@@ -14,7 +18,7 @@ from eg3d_rlhf.people.label.pairing import PairingOptions
 from eg3d_rlhf.preferences.pair_strategies import STRATEGIES
 from eg3d_rlhf.tuning.flow.workspace.work_folder import REWARD, Work
 
-SECONDS = 8  # time that an answer takes, assumed in the estimate of the total
+SECONDS = 8  # assumed time of one answer, from which the total time is estimated
 
 
 @click.command("label", cls=GroupedCommand)
@@ -24,15 +28,15 @@ SECONDS = 8  # time that an answer takes, assumed in the estimate of the total
     metavar="N",
     type=click.IntRange(1),
     show_default="the number of assets",
-    help="Number of pairs to compare.",
+    help="Number of pairs of assets to compare.",
 )
 @option(
     "--strategy",
     metavar="NAME",
     default="random",
     help=(
-        f"Strategy that chooses the pairs: {', '.join(STRATEGIES)}, or a plugin's. active and close need"
-        f" rewards in WORK/{REWARD}."
+        f"Strategy that chooses the pairs: {', '.join(STRATEGIES)}, or the name of a plugin's strategy."
+        f" active and close need trained rewards in WORK/{REWARD}."
     ),
 )
 @device_flag
@@ -40,8 +44,11 @@ SECONDS = 8  # time that an answer takes, assumed in the estimate of the total
     "--campaign",
     rare=True,
     metavar="NAME",
-    show_default="WORK's",
-    help="Name of another campaign in labels.db.",
+    show_default="the project of WORK",
+    help=(
+        "Name of the labelling project (campaign) in labels.db. A new name starts a further project on the"
+        " same assets."
+    ),
 )
 @launch.server_options("access.jsonl in WORK")
 @click.pass_context
@@ -54,25 +61,28 @@ def label(
     campaign: str | None,
     **server,
 ) -> None:
-    """Compare the generated assets in the browser, two of the same prompt at a time. Prints the address.
+    """Compare the generated assets in the browser: each page shows two assets of the same prompt. The command
+    prints the address of the page.
 
     \b
     Example:
         eg3d-rlhf flow label WORK
         eg3d-rlhf flow label WORK --strategy=active --set campaign=more
     """
+    # Imported here, so that --help is printed without loading this module.
     from eg3d_rlhf.tuning.flow.workspace.answers import check_trained, latent_ensemble
 
+    # Fails at once if the packages of the label server are not installed.
     check_extra(EXTRA)
     work = Work.open(folder)
     flags = launch.ServerFlags.of(server, folder)
-    # lines of the list of generated assets
-    assets = len(work.lines())
+    # one line per generated asset
+    asset_count = len(work.lines())
     # WORK has a default campaign; others are made with --set campaign=NAME
     name = campaign or work.campaign
-    request = request_of(work, name, pairs or assets, strategy)
+    request = make_request(work, name, pairs or asset_count, strategy)
     with open_store(work.database, create=True) as store:
-        # reachable from other machines: annotators need a login
+        # Annotators on other machines must log in, so at least one must exist before the server starts.
         if flags.exposed:
             launch.check_annotators(
                 store, flags.host, f"eg3d-rlhf label add-annotator NAME --db={work.database}"
@@ -87,41 +97,59 @@ def label(
             store.create_campaign(*launch.plan_campaign(store, request, click.echo, scorer))
             stored = store.campaign(name)
             assert stored is not None
-        else:  # an existing campaign resumes, so its pairs and strategy cannot change
-            # raises an error if these differ from the stored campaign
-            asked = {"pairs": pairs, "strategy": strategy}
-            launch.check_resumed(stored, asked, launch.given_flags(ctx), "--set campaign=NAME")
+        else:
+            # An existing campaign resumes, so its pairs and its strategy cannot change. `check_resumed`
+            # raises ValueError if a given flag differs from the stored value.
+            requested = {"pairs": pairs, "strategy": strategy}
+            launch.check_resumed(stored, requested, launch.given_flags(ctx), "--set campaign=NAME")
+        # number of judgements in the database
         answered = sum(1 for _ in store.judgements(name))
         click.echo(
-            f"{stored.pairs} pairs, about {duration(SECONDS * stored.pairs)} at {SECONDS} s per answer;"
-            f" {answered}"
-            " answers so far"
+            f"{stored.pairs} pairs, about {format_duration(SECONDS * stored.pairs)} at {SECONDS} s per"
+            f" answer; {answered} answers so far"
         )
+        # Serves the page until Ctrl-C. The lambda returns the lines that are printed at the start.
         launch.serve_campaign(
             store,
             work.database,
             name,
             flags,
-            lambda address: [f"label at {address}  (Ctrl-C stops)", f"next: {tuning_on(work, name)}"],
+            lambda address: [f"label at {address}  (Ctrl-C stops)", f"next: {tuning_command(work, name)}"],
             "answer",
         )
 
 
-def tuning_on(work: Work, campaign: str) -> str:
-    """Return the command that tunes on a campaign's answers. Those of a further campaign are exported
-    first.
+def tuning_command(work: Work, campaign: str) -> str:
+    """Return the shell command that tunes the generator on the answers of a labelling project.
+
+    `flow tune` reads the answers of WORK's default project by itself. The answers of another project must be
+    exported first, so the result then consists of two commands.
+
+    Args:
+        work: the opened folder WORK.
+        campaign: name of the labelling project.
     """
     tune = f"eg3d-rlhf flow tune {work.folder}"
+    # `flow tune` reads the answers of this project directly from the database.
     if campaign == work.campaign:
         return tune
     file = work.folder / "answers.jsonl"
     return f"eg3d-rlhf label export {file} --kind=asset-pairs --db={work.database} && {tune} --labels={file}"
 
 
-def request_of(work: Work, name: str, pairs: int, strategy: str = "random") -> launch.Request:
-    """Build the request for a campaign on the generated assets of WORK."""
+def make_request(work: Work, name: str, pairs: int, strategy: str = "random") -> launch.Request:
+    """Build the description of a new labelling project on the generated assets of WORK.
+
+    Args:
+        work: the opened folder WORK.
+        name: name of the project.
+        pairs: number of pairs.
+        strategy: name of the strategy that chooses the pairs.
+    """
+    # None for every setting: `filled` replaces it by the default value of the setting
     settings = launch.filled(dict.fromkeys(launch.SETTINGS), CampaignSettings) | launch.ASKED
     pairing = PairingOptions(pairs=pairs, seed=work.seed, strategy=strategy)
+    # an absolute path, because the label server may be started in another folder
     assets = str(work.drawn().resolve())
     return launch.Request(
         name=name,
@@ -131,14 +159,18 @@ def request_of(work: Work, name: str, pairs: int, strategy: str = "random") -> l
         settings=settings,
         assets=assets,
         up=work.up,
+        # samples without a surface are left out instead of rejected
         lenient=True,
     )
 
 
-def duration(seconds: float) -> str:
-    """Write a duration in hours and minutes; at least one minute.
+def format_duration(seconds: float) -> str:
+    """Format a duration in hours and minutes, rounded to minutes. A duration below one minute becomes 1 min.
 
-    >>> duration(5400), duration(300)
+    Args:
+        seconds: duration in seconds.
+
+    >>> format_duration(5400), format_duration(300)
     ('1 h 30 min', '5 min')
     """
     minutes = max(1, round(seconds / 60))

@@ -1,6 +1,7 @@
 """The job `flow new`, which creates a folder WORK for a flow generator and its prompts or images.
 
-The other five commands (sample, label, tune, export, study) work on this folder.
+The other five commands (`flow sample`, `label`, `tune`, `export` and `study`) read and extend this folder.
+The docstring of eg3d_rlhf/tuning/flow/workspace/work_folder.py lists its files.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from eg3d_rlhf.core.cli import GroupedCommand, choose_device, file_hash, option
-from eg3d_rlhf.modes.flow_check import faults, licences, rows
+from eg3d_rlhf.modes.flow_check import entry_lines, find_faults, find_licences
 from eg3d_rlhf.modes.shared_flags import FOLDER, PATH, file_option, rare_option
 from eg3d_rlhf.tuning.flow.base.family import (
     EmbedsImages,
@@ -48,29 +49,36 @@ MAX_PROMPT_LENGTH = 2000  # characters of a prompt that the page shows
 @click.command("new", cls=GroupedCommand, job="flow new")
 @click.argument("folder", metavar="WORK", type=FOLDER)
 @option(
+    # The generator, and the inputs on which it is conditioned.
     "--pipeline",
     metavar="ROOT",
     required=True,
-    help="Folder of a supported generator (docs/reference/families.md), or toy for the bundled one.",
+    help=(
+        "Folder of a supported flow generator (docs/reference/families.md), or the word toy for the bundled"
+        " toy generator."
+    ),
 )
 @file_option(
     "--prompts",
-    help="File of prompts, one per line, for text-conditioned generators; the toy has built-in ones.",
+    show_default="the built-in prompts, for the toy",
+    help="Text file with one prompt per line, for generators that are conditioned on text.",
 )
 @option(
     "--images",
     metavar="DIR",
     type=FOLDER,
-    help="Folder of images with transparent backgrounds, for image-conditioned generators.",
+    help="Folder of images with transparent backgrounds, for generators that are conditioned on images.",
 )
 @option(
     "--conditioning",
     "embeddings",
     metavar="FILE|DIR",
     type=PATH,
-    help="Precomputed embeddings by name, instead of those of the generator's encoder.",
+    show_default="computed with the generator's encoder",
+    help="File or folder of precomputed embeddings of the prompts or images, by name.",
 )
 @option(
+    # Number of samples, and the device that computes the embeddings.
     "--each",
     metavar="N",
     type=click.IntRange(2),
@@ -81,34 +89,47 @@ MAX_PROMPT_LENGTH = 2000  # characters of a prompt that the page shows
     "--device",
     type=click.Choice(["auto", "cpu", "cuda"]),
     default="auto",
-    help="Device that runs the networks; auto is CUDA where available.",
+    help="Device that runs the networks; auto selects CUDA if it is available.",
 )
 @rare_option(
     "--seed",
     metavar="INT",
     type=click.IntRange(0),
     default=0,
-    help="Random seed of the split of the prompts and of the pairs.",
+    help="Random seed with which the prompts are split and the pairs for labelling are chosen.",
 )
 @rare_option(
     "--split",
     metavar="SHARES",
     default=",".join(f"{share:g}" for share in SHARES),
-    help="Shares of the prompts for training, for checkpoint selection and for the test.",
+    help=(
+        "Shares of the prompts that are used for training, for checkpoint selection and for the final test;"
+        " they add up to 1."
+    ),
 )
 @rare_option(
     "--precision",
     type=click.Choice(list(PRECISIONS)),
     default="auto",
-    help="Floating-point precision of sampling and training.",
+    help=(
+        "Floating-point precision of sampling and training; auto selects bfloat16 on CUDA and float32 on a"
+        " CPU."
+    ),
 )
 @rare_option(
     "--batch",
     metavar="N",
     type=click.IntRange(1),
-    help="Assets generated at once, and pairs per forward pass.",
+    show_default="by generator",
+    help="Number of assets that are generated at once, and of pairs in one forward pass of the training.",
 )
-@rare_option("--up", type=click.Choice(["y", "z"]), default=None, help="Axis of the assets that points up.")
+@rare_option(
+    "--up",
+    type=click.Choice(["y", "z"]),
+    default=None,
+    show_default="by generator",
+    help="Coordinate axis that points up in the generated assets.",
+)
 def new(
     folder: Path,
     pipeline: str,
@@ -118,57 +139,68 @@ def new(
     device: str,
     **flags,
 ) -> None:
-    """Create a folder WORK that records a generator, its prompts or images, and all later steps.
+    """Create a folder WORK for tuning a flow generator. It stores the settings, the prompts or images and
+    their embeddings; later commands add generated assets, answers of people and tuned networks.
 
     \b
     Example:
         eg3d-rlhf flow new WORK --pipeline=/data/Hunyuan3D-2.1 --images=IMAGES
     """
+    # Imported here, so that --help is printed without loading these modules.
     from eg3d_rlhf.tuning.flow.base.conditioning import CONDITIONS, read_conditions, write_conditions
     from eg3d_rlhf.tuning.flow.base.problem import chosen_precision
     from training.storage import write_atomic
 
-    # Everything is checked and its cost is shown before the first slow step, the embedding of the inputs.
+    # Everything is checked, and the cost is shown, before the first slow step: the embedding of the inputs.
     check_new(folder)
-    # the remarks of `family_of` are replaced by the lines of `examined`
+    # `say` ignores the notice about the licence, because `check_and_describe` prints it.
     family = family_of(Path(pipeline), say=lambda text: None)
-    where = choose_device(device)
-    for line in examined(family, Path(pipeline)):
+    target_device = choose_device(device)
+    for line in check_and_describe(family, Path(pipeline)):
         click.echo(line)
     # zero_null: the family's unconditional embedding is zero, so a file need not contain it
-    given = None if embeddings is None else read_conditions(embeddings, zero_null=family.zero_null)
-    # auto depends on the device
-    precision = chosen_precision(flags["precision"], where)
-    for line in takes(family, Path(pipeline), where, precision, sorted({1, flags["batch"] or family.batch})):
+    embeddings_by_name = (
+        None if embeddings is None else read_conditions(embeddings, zero_null=family.zero_null)
+    )
+    precision = chosen_precision(flags["precision"], target_device)
+    for line in cost_lines(
+        family, Path(pipeline), target_device, precision, sorted({1, flags["batch"] or family.batch})
+    ):
         click.echo(line)
-    names = conditioning_names(family, prompts, images, given)
-    # prompts are split, not pairs, so that no prompt is in two splits
-    divided = divide(list(names), flags["seed"], shares_of(flags["split"]))
-    counts = ", ".join(f"{len(divided[split])} to {split} on" for split in SPLITS)
-    for line in rows("prompts" if images is None else "images", [f"{len(names)}: {counts}"]):
+    names = conditioning_names(family, prompts, images, embeddings_by_name)
+    # Prompts are split, not pairs, so that no prompt is in two splits.
+    prompts_by_split = divide(list(names), flags["seed"], parse_shares(flags["split"]))
+    # reads, for example, "6 to train on, 2 to choose on, 2 to test on"
+    counts = ", ".join(f"{len(prompts_by_split[split])} to {split} on" for split in SPLITS)
+    for line in entry_lines("prompts" if images is None else "images", [f"{len(names)}: {counts}"]):
         click.echo(line)
     # no --conditioning: the generator's own encoder computes the embeddings
-    if given is None:
+    if embeddings_by_name is None:
         if images is None:
-            assert isinstance(family, EmbedsText)  # conditioning_names` raised an error otherwise
-            given = family.embed_texts(Path(pipeline), list(names), where)
+            # `conditioning_names` has raised ValueError for a family without an encoder
+            assert isinstance(family, EmbedsText)
+            embeddings_by_name = family.embed_texts(Path(pipeline), list(names), target_device)
         else:
             assert isinstance(family, EmbedsImages)
             files = {name: path for name, path in names.items() if path is not None}
-            given = family.embed_images(Path(pipeline), files, where)
+            embeddings_by_name = family.embed_images(Path(pipeline), files, target_device)
     if images is None:
         write_atomic(folder / "inputs" / PROMPTS, "".join(f"{name}\n" for name in names).encode())
     else:
         link_images(folder / "inputs", names)
-    write_conditions(folder / CONDITIONS, given)
+    # Written before work.json, whose presence marks a complete folder.
+    write_conditions(folder / CONDITIONS, embeddings_by_name)
     work = Work(
+        # The path is absolute, so that later commands can run in any folder. A bundled generator has a name
+        # instead.
         folder=folder,
         pipeline=pipeline if family.bundled else str(Path(pipeline).resolve()),
         family=family.name,
         stages=family.stages,
         kind="prompts" if images is None else "pictures",
         up=flags["up"] or family.up,
-        splits=divided,
+        splits=prompts_by_split,
+        # later commands reject a generator whose files have changed
         files=hashes(family.files(Path(pipeline))),
         seed=flags["seed"],
         each=flags["each"],
@@ -178,170 +210,241 @@ def new(
             {} if images is None else {name: path.name for name, path in names.items() if path is not None}
         ),
     ).write()
-    for line in chosen(work, where):
+    for line in choice_lines(work, target_device):
         click.echo(line)
 
 
-def shares_of(text: str) -> list[float]:
-    """Parse the shares of the splits. Raises: ValueError."""
+def parse_shares(text: str) -> list[float]:
+    """Parse the value of --split, numbers separated by commas. Raises: ValueError for other text."""
     try:
-        return [float(part) for part in text.split(",")]
+        # `divide` checks the number of shares and their sum
+        return [float(share) for share in text.split(",")]
     except ValueError:
         raise ValueError(
-            f"--split: expected shares for {', '.join(SPLITS)}, such as 0.6,0.2,0.2, got {text!r}."
-            " Correct it."
+            f"--split: {text!r} is not a list of numbers. Write one share for each of {', '.join(SPLITS)},"
+            " separated by commas, such as 0.6,0.2,0.2."
         ) from None
 
 
-def examined(family: FlowFamily, root: Path) -> Iterator[str]:
-    """Describe the generator's folder and what it lacks. Yields lines.
+def check_and_describe(family: FlowFamily, root: Path) -> Iterator[str]:
+    """Check the generator's folder, and yield lines that describe it, its licence and missing networks.
+
+    Args:
+        family: family of the generator.
+        root: folder of the generator.
 
     Raises: ValueError for a folder that cannot be used.
     """
-    # a plugin may not list its networks; then nothing is checked here
+    # The family of a plugin may not list its networks. Then nothing is checked here.
     networks = list(family.networks(root)) if isinstance(family, ListsNetworks) else []
-    where = f"Fetch the folder again: {family.address}" if family.address else "Restore the folder."
-    # the first fault is enough to stop; `flow check` lists all
-    for problem in (problem for network in networks for problem in faults(network)):
-        raise ValueError(f"--pipeline: {problem} {where}")
-    yield from rows(
+    remedy = (
+        f"The generator is published at {family.address}"
+        if family.address
+        else "Copy the generator's folder again from its source."
+    )
+    # The first fault ends the command; `flow check` lists all faults.
+    for network in networks:
+        for fault in find_faults(network):
+            raise ValueError(f"--pipeline: {fault} {remedy}")
+    yield from entry_lines(
         "generator",
         [f"{family.name} ({family.version or family.layout})", f"stages {', '.join(family.stages)}"],
     )
-    papers = licences(root)
-    yield from rows(
+    licence_files = find_licences(root)
+    yield from entry_lines(
         "licence", [family.notice or ("this package's" if family.bundled else "see the publisher's")]
     )
-    # a downloaded generator has a licence of its own
+    # The bundled generator has the licence of this package; a downloaded generator has its own licence.
     if not family.bundled:
-        listed = ", ".join(path.name for path in papers) or f"none, see {family.address or 'the publisher'}"
-        yield from rows("", [f"files of it: {listed}"])
+        licence_names = (
+            ", ".join(path.name for path in licence_files) or f"none, see {family.address or 'the publisher'}"
+        )
+        yield from entry_lines("", [f"files of it: {licence_names}"])
     for network in networks:
         if network.without and not network.tensors:
-            place = f", which {family.address} has" if family.address else ""
-            yield from rows(
-                "missing", [f"{network.name} in {network.file}{place}: without it no {network.without}"]
+            source = f" (published at {family.address})" if family.address else ""
+            yield from entry_lines(
+                "missing", [f"{network.name} in {network.file}{source}: without it no {network.without}"]
             )
 
 
-def takes(
+def cost_lines(
     family: FlowFamily, root: Path, device: "torch.device", precision: str, batches: Sequence[int]
 ) -> Iterator[str]:
-    """Estimate the memory and time of sampling and of an update on this device. Yields lines.
+    """Estimate the memory and the time of sampling and of one training update, and yield lines of a table.
+
+    No line is yielded for a bundled generator, and for a plugin whose family does not encode assets.
+
+    Args:
+        family: family of the generator.
+        root: folder of the generator.
+        device: device that will run the networks.
+        precision: floating-point precision, "bfloat16" or "float32".
+        batches: batch sizes to estimate.
 
     Raises: ValueError if a stage does not fit into the device's memory in any configuration.
     """
     # The bundled networks are small; a plugin that does not encode meshes cannot be estimated.
     if family.bundled or not isinstance(family, Encodes):
         return
+    # imported here, because --help must not load these modules
     from eg3d_rlhf.tuning.flow.training.memory_estimate import LARGE, free_bytes
-    from eg3d_rlhf.tuning.flow.workspace.estimate import (  # imported here because it imports all families
-        check_fits,
-        estimate,
-        table,
-    )
+
+    # imported here because it imports all families
+    from eg3d_rlhf.tuning.flow.workspace.estimate import check_fits, estimate, table
 
     stages = sized_stages(family, root)
-    # memory is a concern only if the largest stage is large
-    most = max(sum(p.numel() for p in sized.stage.model.parameters()) for sized in stages)
-    if most < LARGE:
-        yield from rows("memory", [f"small networks: at most {most:,} parameters"])
+    # A small generator fits into every memory, so the slow estimate is left out.
+    largest_count = max(
+        sum(parameter.numel() for parameter in sized.stage.model.parameters()) for sized in stages
+    )
+    if largest_count < LARGE:
+        yield from entry_lines("memory", [f"small networks: at most {largest_count:,} parameters"])
         return
+    # The memory is computed with fake tensors, so that nothing large is allocated.
     costs = estimate(stages, precision=precision, batches=batches, device=str(device))
+    # raises ValueError with a remedy
     check_fits(costs, free_bytes(device), "flow new")
+    # the first ten columns hold the title, as in `entry_lines`
     yield from (
-        f"{'' if number else 'takes':<10}{line}" for number, line in enumerate(table(costs).splitlines())
+        f"{'' if line_index else 'takes':<10}{line}"
+        for line_index, line in enumerate(table(costs).splitlines())
     )
 
 
 def conditioning_names(
-    family: FlowFamily, prompts: Path | None, images: Path | None, given: "Conditions | None" = None
+    family: FlowFamily,
+    prompts: Path | None,
+    images: Path | None,
+    embeddings_by_name: "Conditions | None" = None,
 ) -> dict[str, Path | None]:
-    """Return the names of the prompts or images; each image's name maps to its file.
+    """Return the names of the prompts or images on which the generator is conditioned.
 
-    Raises: ValueError, FileNotFoundError for what does not fit the generator.
+    Args:
+        family: family of the generator.
+        prompts: file of --prompts, with one prompt per line, or None.
+        images: folder of --images, or None.
+        embeddings_by_name: embeddings of --conditioning, whose names are used, or None.
+
+    Returns: a mapping whose keys are the names. The value is the file of an image, and None for a prompt and
+        for a precomputed embedding.
+
+    Raises: ValueError if the flags exclude each other or do not suit the generator, and for unsuitable
+        prompts or images; FileNotFoundError for a folder without images.
     """
-    if given is not None:
+    if embeddings_by_name is not None:
         if prompts is not None or images is not None:
             raise ValueError(
-                "--conditioning cannot be combined with --prompts or --images: the embeddings have"
-                " names. Remove"
-                " one of them."
+                "--conditioning cannot be combined with --prompts or --images, because its embeddings have"
+                " names already. Remove one of the flags."
             )
-        return dict.fromkeys(given.names)
-    # the toy: without flags, its built-in prompts
+        # the embeddings replace both prompts and images
+        return dict.fromkeys(embeddings_by_name.names)
+    # The toy has built-in prompts, which are used if no prompts are given.
+    # family.prompts is empty for generators that are not bundled
     if prompts is None and images is None and family.prompts:
         return dict.fromkeys(family.prompts)
-    if (prompts is None) == (images is None):
+    if prompts is None and images is None:
         raise ValueError(
-            "flow new needs either --prompts or --images, got neither or both. Give one of them."
+            "flow new: the inputs of the generator are missing. Add --prompts=FILE for a generator that is"
+            " conditioned on text, or --images=DIR for one that is conditioned on images."
         )
+    if prompts is not None and images is not None:
+        raise ValueError("--prompts cannot be combined with --images. Remove one of them.")
     # a family without an encoder needs precomputed embeddings
     if not isinstance(family, (EmbedsImages, EmbedsText)):
         raise ValueError(
-            f"flow new: {family.name} has no encoder in this package. Give --conditioning=FILE with"
-            " precomputed embeddings."
+            f"flow new: this package has no encoder for {family.name}, so it cannot embed prompts or images."
+            " Replace --prompts or --images by --conditioning=FILE with precomputed embeddings."
         )
     if images is not None:
         if not isinstance(family, EmbedsImages):
             raise ValueError(
-                f"--images: {family.name} is text-conditioned. Give --prompts=FILE, a file of texts."
+                f"--images: {family.name} is conditioned on text. Replace --images by --prompts=FILE, a file"
+                " with one prompt per line."
             )
-        return dict(images_in(images))
+        return dict(list_images(images))
     if not isinstance(family, EmbedsText):
         raise ValueError(
-            f"--prompts: {family.name} is image-conditioned. Give --images=DIR, a folder of images."
+            f"--prompts: {family.name} is conditioned on images. Replace --prompts by --images=DIR, a folder"
+            " of images."
         )
     assert prompts is not None
-    # runs of spaces and tabs become one space, so that a prompt has one spelling
-    lines = [" ".join(line.split()) for line in prompts.read_text(encoding="utf-8").splitlines()]
-    bad = next((line for line in lines if len(line) > MAX_PROMPT_LENGTH or not line.isprintable()), None)
-    if bad is not None:
+    # Several spaces or tabs in a row become one space, so that a prompt has only one spelling.
+    prompt_texts = [
+        " ".join(text_line.split()) for text_line in prompts.read_text(encoding="utf-8").splitlines()
+    ]
+    bad_text = next(
+        (
+            text_line
+            for text_line in prompt_texts
+            if len(text_line) > MAX_PROMPT_LENGTH or not text_line.isprintable()
+        ),
+        None,
+    )
+    if bad_text is not None:
         raise ValueError(
-            f"--prompts: expected printable lines of up to {MAX_PROMPT_LENGTH} characters, got {bad[:40]!r}."
-            " Correct it."
+            f"--prompts: the line {bad_text[:40]!r} is longer than {MAX_PROMPT_LENGTH} characters or contains"
+            " characters that cannot be printed. Shorten the line, or remove these characters."
         )
-    unknown = next((line for line in lines if line and line not in family.prompts), None)
-    if family.prompts and unknown is not None:
-        known = f"prompts that the {family.name} was trained on, such as {family.prompts[0]!r}"
-        remedy = (
-            f"Correct it, or remove --prompts: the {family.name} has {len(family.prompts)} built-in prompts."
+    unknown_prompt = next(
+        (text_line for text_line in prompt_texts if text_line and text_line not in family.prompts), None
+    )
+    if family.prompts and unknown_prompt is not None:
+        raise ValueError(
+            f"--prompts: the {family.name} was not trained on the prompt {unknown_prompt[:40]!r}. Use prompts"
+            f" such as {family.prompts[0]!r}, or remove --prompts to use all {len(family.prompts)} built-in"
+            " prompts."
         )
-        raise ValueError(f"--prompts: expected {known}, got {unknown[:40]!r}. {remedy}")
-    return dict.fromkeys(line for line in lines if line)
+    # without empty lines and without repetitions
+    return dict.fromkeys(text_line for text_line in prompt_texts if text_line)
 
 
-def images_in(folder: Path) -> dict[str, Path]:
-    """List the images of a folder by name (the file name without its suffix).
+def list_images(folder: Path) -> dict[str, Path]:
+    """List the images of a folder: a mapping from the file's name without its suffix to the file.
 
-    Raises: ValueError, FileNotFoundError if there is none, or one image has two names.
+    Raises: FileNotFoundError for a folder without images; ValueError if two images have the same name or the
+        same content.
     """
+    # Sorted, so that the order of the images does not depend on the file system.
     paths = [path for path in sorted(folder.glob("*")) if path.suffix.lower() in IMAGE_SUFFIXES]
     if not paths:
         raise FileNotFoundError(
-            f"--images: expected images ({', '.join(IMAGE_SUFFIXES)}), got none in {folder}. Name another"
-            " folder."
+            f"--images: no image ({', '.join(IMAGE_SUFFIXES)}) was found in {folder}. Name a folder that"
+            " contains such images."
         )
-    # by stem: a.png and a.webp would be one name
+    # a.png and a.webp would have the same name, so both are looked up before the result is built.
     by_name = dict[str, Path]()
     by_content = dict[str, Path]()
     for path in paths:
-        for known, key, property_name in (
+        # An image that occurs twice could be in the training split and in the test split.
+        for earlier_paths, key, property_name in (
             (by_name, path.stem, "name"),
             (by_content, file_hash(path), "content"),
         ):
-            other = known.setdefault(key, path)
-            if other is not path:  # a double could be in the training and in the test split
+            # `setdefault` stores this path, or returns the earlier path with the same key.
+            earlier_path = earlier_paths.setdefault(key, path)
+            if earlier_path is not path:
                 raise ValueError(
-                    f"--images: {other.name} and {path.name} have the same {property_name}. Remove one."
+                    f"--images: {earlier_path.name} and {path.name} have the same {property_name}. Remove one"
+                    " of the two files."
                 )
     return by_name
 
 
 def link_images(folder: Path, names: Mapping[str, Path | None]) -> None:
-    """Link the images into WORK/inputs, with the point maps that lie beside them."""
+    """Create links to the images in the folder WORK/inputs.
+
+    A point map is linked, too, if it lies beside an image and has the same name with the suffix .npy.
+
+    Args:
+        folder: folder WORK/inputs.
+        names: image files by name.
+    """
+    # imported here, because --help must not load this module
     from eg3d_rlhf.models.policies import link
 
+    # Point maps are optional, so only existing files are linked.
     for path in names.values():
         assert path is not None
         for source in (path, path.with_suffix(POINT_MAP_SUFFIX)):
@@ -349,20 +452,26 @@ def link_images(folder: Path, names: Mapping[str, Path | None]) -> None:
                 link(source, folder / source.name)
 
 
-def chosen(work: Work, device: "torch.device") -> Iterator[str]:
-    """Describe what was chosen and give the next command. Yields lines."""
+def choice_lines(work: Work, device: "torch.device") -> Iterator[str]:
+    """Yield lines that show the device, the precision, the number of assets, and the next command.
+
+    Args:
+        work: the new folder WORK.
+        device: device that will generate the assets.
+    """
+    # imported here, because --help must not load this module
     import torch
 
-    # shown, so that a wrong device is noticed before sampling
+    # The device is printed so that a wrong choice is noticed before sampling.
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    yield from rows("device", [f"{name}, {work.precision}", f"{work.batch} assets at once"])
+    yield from entry_lines("device", [f"{name}, {work.precision}", f"{work.batch} assets at once"])
     count = work.each * len(work.names(*SHOWN))
-    yield from rows(
+    yield from entry_lines(
         "to sample",
         [
-            f"{count} assets, {work.each} of each prompt or image; {len(work.names(TEST))} of these are"
-            " kept for"
-            " the test"
+            f"{count} assets, {work.each} of each prompt or image; {len(work.names(TEST))} further prompts or"
+            " images are kept for the test"
         ],
     )
-    yield from rows("next", [f"eg3d-rlhf flow sample {work.folder}"])
+    # The next command can be copied from the screen.
+    yield from entry_lines("next", [f"eg3d-rlhf flow sample {work.folder}"])

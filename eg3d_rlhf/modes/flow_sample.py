@@ -1,4 +1,6 @@
-"""The job `flow sample`: generates assets with WORK's generator, for people to compare."""
+"""The job `flow sample`: generates assets with the untuned generator of a WORK folder, for people to
+compare.
+"""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,33 +21,34 @@ device_flag = option(
     "--device",
     type=click.Choice(["auto", "cpu", "cuda"]),
     default="auto",
-    help="Device that runs the networks; auto is CUDA where available.",
+    help="Device that runs the networks; auto selects CUDA if it is available.",
 )
 timeout_flag = rare_option(
     "--timeout",
     metavar="MINUTES",
     type=click.FloatRange(min=0, min_open=True),
     default=30,
-    help="With torchrun: longest time to wait for another process, in minutes.",
+    help="Longest time for which a process of torchrun waits for another process, in minutes.",
 )
 sampling_flags = together(
     rare_option(
         "--cells",
         metavar="N",
         type=click.IntRange(2),
-        show_default="the family's",
+        show_default="by generator; 128 for Hunyuan3D-2.1",
         help=(
-            "Cells per axis of the grid from which meshes are extracted: 128 for Hunyuan3D-2.1"
-            " (published: 384)."
+            "Number of cells per axis of the grid from which meshes are extracted. The published program of"
+            " Hunyuan3D-2.1 uses 384."
         ),
     ),
     rare_option(
         "--few-steps",
         metavar="N",
         type=click.IntRange(1),
+        show_default="none; the generator's own sampler is used",
         help=(
-            "Sample in N steps without guidance, for networks conditioned on the step size (the structure"
-            " stage of SAM 3D)."
+            "Number of sampling steps without guidance, for networks that are conditioned on the step size,"
+            " such as the structure stage of SAM 3D."
         ),
     ),
     timeout_flag,
@@ -57,31 +60,36 @@ sampling_flags = together(
 @device_flag
 @sampling_flags
 def sample(folder: Path, device: str, cells: int | None, few_steps: int | None, timeout: float) -> None:
-    """Generate assets with the untuned generator, to be compared, and store the latents that they came from.
-    Test prompts are left out: they are kept for `flow study`.
+    """Generate assets with the untuned generator, for people to compare, and store their latents. Assets of
+    the test prompts are not generated here: `flow study` generates them after the training.
 
-    The same command resumes after a stop. With torchrun, the processes share the work.
+    The same command resumes an interrupted run. Under torchrun, the processes share the assets.
 
     \b
     Example:
         eg3d-rlhf flow sample WORK
     """
+    # Imported here, so that --help is printed without loading this module.
     from eg3d_rlhf.tuning.flow.workspace.sampled_assets import drawing_of
 
+    # Raises an error if the folder is no WORK, or if the files of the generator have changed since `flow
+    # new`.
     work = Work.open(folder)
     family = work.check_pipeline()
-    # torchrun's processes are joined here; a signal ends the work with a message
+    # `running` opens the process group of torchrun. If a signal stops the run, it prints how to resume.
     with running(device, timeout, AGAIN) as ranks:
-        # with torchrun every process has its own device
-        where = choose_device(device) if ranks.world == 1 else ranks.device
-        sampling = drawing_of(work, family, BASE, SHOWN, where, ranks, cells=cells, few_steps=few_steps)
-        drawn = sample_with_bar(sampling)
-        # one process prints
+        # Under torchrun, every process has its own device.
+        target_device = choose_device(device) if ranks.world == 1 else ranks.device
+        sampling = drawing_of(
+            work, family, BASE, SHOWN, target_device, ranks, cells=cells, few_steps=few_steps
+        )
+        summary = sample_with_bar(sampling)
+        # Only the first process prints.
         if not ranks.main:
             return
-    for line in lines_of(sampling, drawn):
+    for line in sampling_report(sampling, summary):
         click.echo(line)
-    # a family may add a remark about its samples
+    # A family may add a remark about its samples; the empty text means that there is none.
     if remark := family.remark(sampling.folder, work.lines(), sampling.pipeline):
         click.echo(remark)
     click.echo(f"{len(work.names(TEST))} prompts or images are kept for the test")
@@ -89,7 +97,11 @@ def sample(folder: Path, device: str, cells: int | None, few_steps: int | None, 
 
 
 def sample_with_bar(sampling: "Drawing") -> "Drawn":
-    """Generate the assets with a progress bar."""
+    """Generate all assets of `sampling` on every rank, with a progress bar on the first rank.
+
+    Returns: the number of assets that can be shown, and the reasons for the others.
+    """
+    # imported here, because --help must not load this module
     from training.progress import tqdm
 
     # assets of all ranks
@@ -98,17 +110,23 @@ def sample_with_bar(sampling: "Drawing") -> "Drawn":
         total=total,
         desc=f"sampling {sampling.folder.name}",
         unit="asset",
+        # None: tqdm shows the bar only on a terminal
         disable=None if sampling.ranks.main else True,
     ) as bar:
-        done = sampling.run(bar.update)
-        bar.update(total - bar.n)  # assets that other ranks generated
-    return done
+        summary = sampling.run(bar.update)
+        bar.update(total - bar.n)  # counts the assets that other ranks generated
+    return summary
 
 
-def lines_of(sampling: "Drawing", drawn: "Drawn") -> list[str]:
-    """Report the number of generated assets and of those left out."""
+def sampling_report(sampling: "Drawing", drawn: "Drawn") -> list[str]:
+    """Return lines with the number of generated assets, and the number of samples that cannot be shown.
+
+    Args:
+        sampling: the sampled folder.
+        drawn: the summary that `sample_with_bar` returned.
+    """
     lines = [f"{drawn.count} assets in {sampling.folder}"]
-    # such samples cannot be shown or compared
+    # The line quotes one reason only, because all samples mostly fail for the same reason.
     if drawn.left_out:
         lines.append(
             f"{len(drawn.left_out)} more samples have no surface and are left out: {drawn.left_out[0]}"

@@ -1,14 +1,17 @@
-"""The job `flow study`: blind comparison of the tuned generator with the untuned one and with its control, on
-test prompts that neither training nor checkpoint selection used.
+"""The job `flow study`: blind comparisons of the tuned generator with two other generators.
 
-    drawn/test-base             assets of the untuned generator, for the test prompts
-    drawn/tuned-00, control-00  assets of tune-00, and of the same training on shuffled labels, from the same
-                                noises
-    study-00/pictures.png       the same few test assets of each, rendered with the report
-    study-00/base               the blind study of tuned against base: its design, answers and report;
-                                likewise study-00/control
+The other generators are the untuned generator (base) and the control, which was trained in the same way on
+shuffled labels. The assets belong to the test prompts, which neither the training nor the checkpoint
+selection used. Files in WORK:
 
-Studies are numbered by themselves; study.json records which training a study is about.
+    drawn/test-base         assets of the untuned generator
+    drawn/tuned-00          assets of the generator of training tune-00, sampled from the same noises
+    drawn/control-00        assets of the control of training tune-00, sampled from the same noises
+    study-00/pictures.png   renders of a few test assets of all three generators, written with the report
+    study-00/base           comparison of tuned and untuned generator: design, answers and report
+    study-00/control        comparison of tuned generator and control: design, answers and report
+
+The number of a study is independent of the number of its training: study.json records the training.
 """
 
 import json
@@ -24,9 +27,9 @@ from eg3d_rlhf.modes import study as study_job
 from eg3d_rlhf.modes.flow_sample import (
     AGAIN,
     device_flag,
-    lines_of,
     sample_with_bar,
     sampling_flags,
+    sampling_report,
     work_argument,
 )
 from eg3d_rlhf.modes.shared_flags import count_option, name_option
@@ -39,17 +42,16 @@ from training.storage import write_atomic
 
 FILE = "study.json"
 RENDERS = "pictures.png"
-# number of assets in pictures.png, and the side of each in pixels
-SHOWN = 8
-SIDE = 160
-# what the tuned generator is compared with, in this order
+SHOWN = 8  # largest number of assets of each generator in pictures.png
+SIDE = 160  # width and height of a render in pixels
+# Names of the generators that the tuned generator is compared with, in the order of the comparisons.
 BASE = "base"
 CONTROL = "control"
 
 
 @dataclass(frozen=True)
 class Study:
-    """Folder of a study, such as WORK/study-00."""
+    """Folder of a study, such as WORK/study-00, with the training that the study is about."""
 
     folder: Path
     tune: str  # name of the training's folder
@@ -60,60 +62,93 @@ class Study:
         path = folder / FILE
         if not path.is_file():
             raise FileNotFoundError(
-                f"{folder}: no {FILE} in the folder, so it is no study of `flow study`. Remove the folder, or"
-                " restore the file."
+                f"{folder}: the file {FILE} is missing, so this is no folder of `flow study`. Remove the"
+                " folder, or restore the file from a backup."
             )
+        # the file names the training only; the other data lies in the comparisons
         return cls(folder, json.loads(path.read_text())["tune"])
 
     @classmethod
     def of(cls, work: Work, tune: Path, again: bool) -> "Study":
-        """Return the latest study of a training; a new one if there is none or with `again`."""
-        there = [study for study in map(cls.open, work.numbered("study")) if study.tune == tune.name]
-        if there and not again:
-            return there[-1]
-        made = cls(work.next("study"), tune.name)
-        write_atomic(made.folder / FILE, (json.dumps({"tune": made.tune}) + "\n").encode())
-        return made
+        """Return the latest study of a training. If there is none, or if `again` is True, make a new study.
+
+        Args:
+            work: the opened folder WORK.
+            tune: folder of the training, such as WORK/tune-00.
+            again: True to make a new study although there is one already.
+        """
+        # in the order of their numbers, so the last study is the latest
+        studies_of_training = [
+            study for study in map(cls.open, work.numbered("study")) if study.tune == tune.name
+        ]
+        if studies_of_training and not again:
+            return studies_of_training[-1]
+        new_study = cls(work.next("study"), tune.name)
+        write_atomic(new_study.folder / FILE, (json.dumps({"tune": new_study.tune}) + "\n").encode())
+        return new_study
 
     def contest(self, against: str) -> studies.Folder:
-        """Return the folder of the comparison with `base` or `control`."""
+        """Return the folder of one comparison of this study.
+
+        Args:
+            against: BASE or CONTROL, the generator that the tuned generator is compared with.
+        """
         return studies.Folder(self.folder / against)
 
     def answered(self, against: str) -> tuple[int, int] | None:
-        """Count the trials of one comparison that were answered, and all trials; None before it is designed.
+        """Count the trials of one comparison: (answered trials, all trials). A trial is one shown pair.
 
-        The comparison is over when both are equal.
+        The comparison is over if both numbers are equal. Return None if the comparison has no design yet.
+
+        Args:
+            against: BASE or CONTROL, the generator that the tuned generator is compared with.
         """
+        # imported here, because --help must not load this module
         from eg3d_rlhf.people.study.analysis import sort_rows
 
         if not self.contest(against).design.is_file():
             return None
+        # the stored design, and all answers in the database
         design, rows = studies.study_rows(self.contest(against))
         count = len(sort_rows(design, rows).trials)
-        # stopped early by the design's rule: it counts as complete
+        # A comparison that was stopped by the rule of its design counts as complete.
         return (design.trials if stopped(design, count) else count), design.trials
 
 
 @click.command("study", cls=GroupedCommand)
 @work_argument
 @option(
-    "--report", is_flag=True, help="Report the results, as the design states, instead of serving the study."
+    "--report",
+    is_flag=True,
+    help="Write the report of the results, as the design of the study states, instead of collecting answers.",
 )
 @option(
     "--against",
     type=click.Choice([BASE, CONTROL]),
     show_default="base first, then control",
-    help="Model that the tuned generator is compared with.",
+    help=(
+        "Generator that the tuned generator is compared with: the untuned generator (base), or the control"
+        " that was trained on shuffled labels."
+    ),
 )
-@count_option("--n", show_default="all test assets", help="Number of pairs after which the study ends.")
+@count_option(
+    "--n", show_default="all pairs of test assets", help="Number of pairs after which the study ends."
+)
 @count_option("--annotators", default=1, help="Number of people who answer.")
-@option("--again", is_flag=True, help="Begin a new study of the same training.")
+@option(
+    "--again", is_flag=True, help="Begin a new study of the same training, and keep the results of the old."
+)
 @option(
     "--interim",
     is_flag=True,
-    help="With --report: report before the study is over; the report is marked as interim.",
+    help="Write the report of --report before the study is over; the report is marked as interim.",
 )
-@name_option("--tune", rare=True, show_default="the latest", help="Training to study, such as tune-00.")
+@name_option(
+    "--tune",
+    rare=True,
+    show_default="the latest training",
+    help="Name of the training in WORK that is studied, such as tune-00.",
+)
 @device_flag
 @sampling_flags
 @launch.server_options("access.jsonl in the study's folder")
@@ -134,53 +169,68 @@ def study(
     timeout: float,
     **server,
 ) -> None:
-    """Compare the tuned generator in the browser with the untuned one and with its control, blind, on test
-    prompts.
+    """Compare the tuned generator with the untuned generator, and with its control, in the browser. The study
+    is blind: people do not see which generator made an asset. It uses the test prompts.
 
     \b
     Example:
         eg3d-rlhf flow study WORK
         eg3d-rlhf flow study WORK --report
     """
+    # Imported here, so that --help is printed without loading this module.
     from eg3d_rlhf.tuning.flow.workspace.sampled_assets import drawing_of
 
     check_extra(EXTRA)
     work = Work.open(folder)
-    # the latest one unless --tune names another
+    # raises an error if there is no finished training
     training = work.training(tune)
     if interim and not report:
         raise ValueError("--interim needs --report. Add --report, or remove --interim.")
-    # reports read the stored answers; they need no generator
+    # A report reads the stored answers, so the generator need not be loaded.
     if report:
         write_reports(work, Study.of(work, training, False), against, interim)
         return
     family = work.check_pipeline()
-    # arm -> tuned weights; None: the generator as it is
-    arms = {"test-base": None, numbered("tuned", training): work.tuned(training)}
+    # name of a folder below drawn/ -> tuned weights by stage; None: the untuned generator
+    arms = {"test-base": None, arm_name("tuned", training): work.tuned(training)}
     if against != BASE and (control := work.tuned(training, control=True)):
-        arms[numbered("control", training)] = control
+        arms[arm_name("control", training)] = control
     elif against == CONTROL:
-        raise ValueError(f"--against=control: {training} has no control. Tune again without --no-control.")
-    # assets that exist are not generated again
+        raise ValueError(
+            f"--against=control: {training} has no control. Run `flow tune` again without --no-control."
+        )
+    # Assets that exist already are not generated again.
     with running(device, timeout, AGAIN) as ranks:
         for name, weights in arms.items():
-            where = choose_device(device) if ranks.world == 1 else ranks.device
+            target_device = choose_device(device) if ranks.world == 1 else ranks.device
             sampling = drawing_of(
-                work, family, name, [TEST], where, ranks, tuned=weights, cells=cells, few_steps=few_steps
+                work,
+                family,
+                name,
+                [TEST],
+                target_device,
+                ranks,
+                tuned=weights,
+                cells=cells,
+                few_steps=few_steps,
             )
-            drawn = sample_with_bar(sampling)
-            for line in lines_of(sampling, drawn) if ranks.main else ():
-                click.echo(line)
+            summary = sample_with_bar(sampling)
+            for report_line in sampling_report(sampling, summary) if ranks.main else ():
+                click.echo(report_line)
         if not ranks.main:
             return
-    # only flags that were given are passed on; the others keep `study`'s defaults
-    given = {name: server[name] for name in launch.given_flags(ctx) & server.keys()}
-    serve(work, Study.of(work, training, again), list(arms), against, n, annotators, given)
+    # Only flags that were given are passed to the job `study`, so that its defaults apply to the others.
+    given_server_flags = {name: server[name] for name in launch.given_flags(ctx) & server.keys()}
+    serve(work, Study.of(work, training, again), list(arms), against, n, annotators, given_server_flags)
 
 
-def numbered(what: str, tune: Path) -> str:
-    """Number an arm as its training: `tuned` of tune-03 is tuned-03."""
-    return f"{what}-{tune.name.rpartition('-')[2]}"
+def arm_name(kind: str, tune: Path) -> str:
+    """Return the name of the folder of an arm's assets, with the number of the training.
+
+    >>> arm_name("tuned", Path("WORK/tune-03"))
+    'tuned-03'
+    """
+    return f"{kind}-{tune.name.rpartition('-')[2]}"
 
 
 def serve(
@@ -192,61 +242,90 @@ def serve(
     annotators: int,
     server: Mapping[str, object],
 ) -> None:
-    """Serve the comparison that is named, or else the first that is not over."""
-    # arms: test-base, tuned-NN and, if there is one, control-NN
+    """Serve one comparison in the browser until it is interrupted; design the comparison first if it is new.
+
+    Args:
+        work: the opened folder WORK.
+        study: the study.
+        arms: names of the folders of assets: test-base, tuned-NN and, if there is a control, control-NN.
+        against: BASE or CONTROL; None: the first comparison that is not over.
+        n: number of pairs after which the study ends; None: all pairs.
+        annotators: number of people who answer.
+        server: flags of the server that were given, by name.
+
+    Raises: ValueError if the comparison is over.
+    """
+    # By generator that the tuned one is compared with: its folder. arms[1] is the tuned generator; without a
+    # control, `zip` stops after BASE.
     contests = dict(zip((BASE, CONTROL), (arms[0], *arms[2:]), strict=False))
     states = {name: study.answered(name) for name in contests}
-    # not designed yet, or not all trials answered
-    still = [name for name, state in states.items() if state is None or state[0] < state[1]]
-    if not still or (against is not None and against not in still):
+    # comparisons without a design, or with trials that are not answered
+    open_contests = [name for name, state in states.items() if state is None or state[0] < state[1]]
+    if not open_contests or (against is not None and against not in open_contests):
         raise ValueError(
-            f"{study.folder}: the study is over. See its results with --report, or begin another with"
-            " --again."
+            f"{study.folder}: the study is over. Add --report to see its results, or --again to begin"
+            " another study."
         )
-    chosen = against or still[0]
-    place = study.contest(chosen)
-    # a new comparison is designed from the assets; an existing one resumes from its folder
-    new = states[chosen] is None
-    rare = study_job.main.rare  # of a GroupedCommand
-    flags = [f"--outdir={place.path}"]
+    chosen_contest = against or open_contests[0]
+    contest_folder = study.contest(chosen_contest)
+    # The comparison is served by the job `study`, whose command line is built here. Settings without a flag
+    # are passed as --set=NAME=VALUE.
+    settings_without_flag = study_job.main.rare
+    flags = [f"--outdir={contest_folder.path}"]
     flags += [
-        f"--set={name}={value}" if name in rare else f"--{name}={value}" for name, value in server.items()
+        f"--set={name}={value}" if name in settings_without_flag else f"--{name}={value}"
+        for name, value in server.items()
     ]
-    if new:
-        sides = work.drawn(contests[chosen]), work.drawn(arms[1])
-        _, pairs, _ = read_sides(*sides, lambda text: None)
-        # with two or more annotators, a pair may be judged twice; so there are at most twice as many trials
-        most = len(pairs) * min(annotators, 2)
+    # A new comparison is designed from the assets; an existing one resumes from its folder.
+    if states[chosen_contest] is None:
+        asset_folders = work.drawn(contests[chosen_contest]), work.drawn(arms[1])
+        # the function receives remarks about the assets, which are not printed here
+        _, pairs, _ = read_sides(*asset_folders, lambda text: None)
+        # A pair is shown to at most two people, which limits the number of answers.
+        most_trials = len(pairs) * min(annotators, 2)
         flags += [
-            f"--a={sides[0]}",
-            f"--b={sides[1]}",
-            f"--n={min(n or most, most)}",
+            f"--a={asset_folders[0]}",
+            f"--b={asset_folders[1]}",
+            f"--n={min(n or most_trials, most_trials)}",
             f"--up={work.up}",
             f"--annotators={annotators}",
             f"--seed={work.seed}",
-            f"--set=name={study.folder.name}-{chosen}",
+            f"--set=name={study.folder.name}-{chosen_contest}",
         ]
     click.echo(
         f"{study.folder.name}: {study.tune} against"
-        f" {'the untuned generator' if chosen == BASE else 'its control'}"
+        f" {'the untuned generator' if chosen_contest == BASE else 'its control'}"
     )
+    # standalone_mode=False: click returns to this function instead of ending the program
     study_job.main.main(flags, standalone_mode=False)
 
 
 def write_reports(work: Work, study: Study, against: str | None, interim: bool) -> None:
-    """Report the comparison that is named, or both."""
-    there = [
+    """Write the reports of a study, and renders of some test assets.
+
+    Args:
+        work: the opened folder WORK.
+        study: the study.
+        against: BASE or CONTROL; None: both comparisons, as far as they have a design.
+        interim: True to report a comparison that is not over.
+
+    Raises: ValueError if no comparison has a design.
+    """
+    # A comparison without a design has no answers.
+    designed_contests = [
         name for name in ((against,) if against else (BASE, CONTROL)) if study.answered(name) is not None
     ]
-    if not there:
+    if not designed_contests:
         raise ValueError(
-            f"{study.folder}: there are no answers yet. Collect some with eg3d-rlhf flow study {work.folder}"
+            f"{study.folder}: people have not answered yet. Collect answers with eg3d-rlhf flow study"
+            f" {work.folder}"
         )
-    for name in there:
+    for name in designed_contests:
         click.echo(f"{study.tune} against {name}: {' of '.join(map(str, study.answered(name) or ()))} pairs")
         flags = [
             "report",
             f"--outdir={study.contest(name).path}",
+            # `write_renders` makes one image for both comparisons instead
             "--images=0",
             *(["--interim"] if interim else []),
         ]
@@ -257,17 +336,22 @@ def write_reports(work: Work, study: Study, against: str | None, interim: bool) 
 
 
 def write_renders(work: Work, study: Study) -> Path:
-    """Render assets of evenly spaced test prompts, one column per noise, one row per arm. Returns: the
-    file.
+    """Render assets of evenly spaced test prompts, one column per prompt and one row per generator.
+
+    All assets of a column have the same prompt and the same noise seed.
+
+    Returns: the written PNG file.
     """
+    # imported here, because --help must not load these modules
     from eg3d_rlhf.experiments.media.rendering import png
     from eg3d_rlhf.experiments.media.sheet import Row, sheet
     from eg3d_rlhf.tuning.flow.base.ranking import RANKING
     from eg3d_rlhf.tuning.flow.workspace.sample_strips import image_of
 
+    # tune-00 -> 00, the number of the training in the names of its folders
     number = study.tune.rpartition("-")[2]
     arms = {"before": "test-base", "tuned": f"tuned-{number}", "control": f"control-{number}"}
-    # by arm: (condition, noise seed) -> the file to render
+    # by arm: (prompt, noise seed) -> the file to render. A training without a control has no such folder.
     files = {
         arm: {
             (line["condition"], line["seed"]): work.drawn(name) / line["look_at"] for line in work.lines(name)
@@ -275,16 +359,19 @@ def write_renders(work: Work, study: Study) -> Path:
         for arm, name in arms.items()
         if (work.drawn(name) / RANKING).is_file()
     }
-    first = dict(
-        sorted(files["tuned"], reverse=True)
-    )  # reversed, so that the smallest seed of each prompt is kept
-    chosen = [(name, first[name]) for name in work.names(TEST) if name in first]
-    # every k-th prompt, at most SHOWN in all
-    chosen = chosen[:: max(1, len(chosen) // SHOWN)][:SHOWN]
+    # prompt -> smallest noise seed: in reversed order, the smallest seed of a prompt comes last and
+    # overwrites the others
+    smallest_seeds = dict(sorted(files["tuned"], reverse=True))
+    columns = [(prompt, smallest_seeds[prompt]) for prompt in work.names(TEST) if prompt in smallest_seeds]
+    # every k-th prompt, at most SHOWN prompts
+    columns = columns[:: max(1, len(columns) // SHOWN)][:SHOWN]
     rows = [
-        Row(name=arm, cells=[image_of(arm_files.get(key), work.up, SIDE) for key in chosen])
+        # `get` returns None for an asset that could not be sampled; its cell stays empty
+        Row(name=arm, cells=[image_of(arm_files.get(column), work.up, SIDE) for column in columns])
         for arm, arm_files in files.items()
     ]
-    rows[-1] = replace(rows[-1], captions=[condition[: SIDE // 8] for condition, _ in chosen])
+    # The captions stand below the last row. A letter is about 8 pixels wide.
+    rows[-1] = replace(rows[-1], captions=[prompt[: SIDE // 8] for prompt, _ in columns])
+    # 110: width in pixels of the column of the rows' names
     write_atomic(path := study.folder / RENDERS, png(sheet("", rows, names=110)))
     return path

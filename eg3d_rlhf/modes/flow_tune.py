@@ -1,4 +1,8 @@
-"""The job `flow tune`: tunes a flow generator's stages on people's answers, with a shuffled-label control."""
+"""The job `flow tune`: tunes the stages of a flow generator on people's answers, and trains a control.
+
+The control is trained in the same way on the same pairs with shuffled labels. If a stage is not better than
+its control, the answers carried no learnable signal, and the weights of the stage are not used.
+"""
 
 import functools
 import json
@@ -12,7 +16,13 @@ import click
 from eg3d_rlhf.core.cli import GroupedCommand, choose_device, option, options_of, rarely, together
 from eg3d_rlhf.experiments.mode import Flags, flags_of, running
 from eg3d_rlhf.modes.circular_dpo import default_settings
-from eg3d_rlhf.modes.flow_flags import check_tuning, circular_settings, loop_flags, of_circular, tuning_flags
+from eg3d_rlhf.modes.flow_flags import (
+    check_adapter_flags,
+    circular_help_values,
+    circular_settings,
+    loop_flags,
+    tuning_flags,
+)
 from eg3d_rlhf.modes.flow_sample import AGAIN, device_flag, timeout_flag, work_argument
 from eg3d_rlhf.modes.shared_flags import PATH
 from eg3d_rlhf.tuning.flow.base.family import FlowFamily, Shows, check_stages
@@ -26,9 +36,10 @@ if TYPE_CHECKING:
     from training.distributed import Ranks
 
 LOOP_HELP = (
-    "Tune with the Circular-DPO loop. On the toy, it does as well as plain DPO"
+    "Tune with the Circular-DPO loop instead of plain DPO. On the toy generator, both are equally good"
     " (docs/understand/circular-dpo.md)."
 )
+# Flags that have an effect only with --loop, under the names of their parameters.
 LOOP_ONLY = (
     "rounds",
     "loop_beta",
@@ -39,15 +50,17 @@ LOOP_ONLY = (
     "loop_pairs",
     "roles",
 )
-# Default of --loser-weight. At 1, as in the papers, likelihood displacement occurs (docs/results/flows.md).
+# Default weight of the rejected sample's error in the loss (--loser-weight). With 1, the value of the papers,
+# likelihood displacement occurs: the errors of both samples of a pair rise (docs/results/flows.md).
 LOSER_WEIGHT = 0.5
+# Flags of a training that this command lists as settings of --set.
 RARE = (
     "lora_rank",
     "batch_gpu",
     "loss",
     "beta",
     "rounds",
-)  # flags of a training that this command lists as rare settings
+)
 _what_is_tuned_option = functools.partial(option, group="What is tuned")
 what_flags = together(
     _what_is_tuned_option("--loop", is_flag=True, help=LOOP_HELP),
@@ -56,27 +69,31 @@ what_flags = together(
         "stages",
         metavar="NAME",
         multiple=True,
-        show_default="all",
-        help="Stage to tune. May be repeated.",
+        show_default="all stages that have pairs",
+        help="Name of a stage to tune. May be repeated.",
     ),
     _what_is_tuned_option(
         "--labels",
         metavar="FILE|DIR",
         type=PATH,
-        show_default=False,
-        help="File of labels of WORK's assets, or a folder of other assets with rankings.",
+        show_default="the answers of `flow label`",
+        help="File of labels for the assets of WORK, or a folder of other assets with rankings.",
     ),
-    _what_is_tuned_option("--pairs-only", is_flag=True, help="Write WORK/pairs, for train.py, and stop."),
+    _what_is_tuned_option(
+        "--pairs-only",
+        is_flag=True,
+        help="Write the pairs into WORK/pairs, a folder that train.py reads, and stop.",
+    ),
     _what_is_tuned_option(
         "--no-control",
         is_flag=True,
-        help="Skip the control on shuffled labels. Halves the time.",
+        help="Train no control on shuffled labels. This halves the time.",
     ),
     _what_is_tuned_option(
         "--seed",
         metavar="INT",
         type=click.IntRange(0),
-        show_default="WORK's",
+        show_default="the seed of WORK",
         help="Random seed of the training.",
     ),
     _what_is_tuned_option(
@@ -95,169 +112,215 @@ what_flags = together(
     rarely(RARE, together(tuning_flags, options_of(TrainConfig), loop_flags)),
 )
 @click.pass_context
-def tune_command(context: click.Context, folder: Path, device: str, **given) -> None:
-    """Tune the generator's stages on people's answers, and test each stage against a shuffled-label control.
-    A stage that does not pass the test is not kept. The same command resumes a training that was stopped.
+def tune_command(context: click.Context, folder: Path, device: str, **flag_values) -> None:
+    """Tune the stages of the generator on people's answers, and compare each stage with a control that was
+    trained on shuffled labels. The weights of a stage that is not better than its control are not used. The
+    same command resumes a training that was stopped.
 
     \b
     Example:
         eg3d-rlhf flow tune WORK
     """
-    # `circular_settings` expects the flag, which this command does not have
-    flags = Flags({**given, "choose_noises": None}, flags_of(context).written)
+    # `circular_settings` reads the flag choose_noises, which this command does not have.
+    flags = Flags({**flag_values, "choose_noises": None}, flags_of(context).written)
     flags.belong(LOOP_ONLY, flags["loop"], "--loop")
-    check_tuning(flags)
+    check_adapter_flags(flags)
     if flags["loop"] and flags["stages"]:
         raise ValueError(
             "--stage cannot be combined with --loop, which tunes all stages. Remove one of them."
         )
+    # Mistakes in the flags are reported before any file of the generator is read.
     work = Work.open(folder)
     check_stages("--stage", work.check_pipeline(), flags["stages"])
-    asked = asked_of(flags, work)
-    # settings only; the labels are not read
+    tuning = tuning_settings(flags, work)
     if flags["dry_run"]:
-        click.echo(json.dumps(asdict(asked), indent=2, sort_keys=True))
+        click.echo(json.dumps(asdict(tuning), indent=2, sort_keys=True))
         return
     with running(device, flags["timeout"], AGAIN) as ranks:
-        run(work, asked, flags, device, ranks)
+        run(work, tuning, flags, device, ranks)
 
 
 def shown_by_help(context: click.Context) -> list[object]:
-    """Return what --help takes defaults from. Raises: ValueError without WORK, whose generator decides the
-    defaults.
+    """Return the objects from which --help reads the defaults of the flags.
+
+    Raises: ValueError if WORK is missing, because its generator decides the defaults.
     """
     if context.params["folder"] is None:
-        raise ValueError("WORK: name the folder to see the defaults, which depend on its generator.")
+        raise ValueError("WORK is missing. Name the folder WORK: the defaults depend on its generator.")
     work = Work.open(context.params["folder"])
-    # as in `tune_command`
-    asked = asked_of(Flags({**context.params, "choose_noises": None}), work)
-    return [{"seed": work.seed}, *of_circular(asked.circular)]
+    # choose_noises: as in `tune_command`
+    tuning = tuning_settings(Flags({**context.params, "choose_noises": None}), work)
+    return [{"seed": work.seed}, *circular_help_values(tuning.circular)]
 
 
 tune_command.resolved = shown_by_help
 
 
-def asked_of(flags: Flags, work: Work) -> Tuning:
-    """Apply the flags to the default settings of WORK's generator."""
-    # 0 is a valid seed, so `or` would be wrong
+def tuning_settings(flags: Flags, work: Work) -> Tuning:
+    """Apply the flags to the default settings for the generator of WORK.
+
+    Args:
+        flags: values of the command line. The seed is replaced by the seed of WORK if it is None.
+        work: the opened folder WORK.
+    """
+    # `or` would be wrong: 0 is a valid seed.
     flags["seed"] = work.seed if flags["seed"] is None else flags["seed"]
-    # checkpoints are chosen by held-out pairs here, never by a win rate of generated assets
+    # Checkpoints are chosen by the loss on held-out pairs, never by a win rate of generated assets.
     circular = replace(circular_settings(flags, default_settings(work.pipeline)), choosing=None)
     dpo = circular.human.dpo
+    # Plain DPO gets the smaller weight of the rejected sample. The other losses do not have this weight, and
+    # the loop has settings of its own.
     if dpo.kind == "sigmoid" and flags.get("loser_weight") is None and not flags["loop"]:
         circular = replace(
             circular, human=replace(circular.human, dpo=replace(dpo, loser_weight=LOSER_WEIGHT))
         )
-    if (
-        flags.get("batch_gpu") is None
-    ):  # the largest divisor of the batch that is at most the size that `flow new` chose
-        fits = max(
+    if flags.get("batch_gpu") is None:
+        # Pairs per forward pass: the largest divisor of the batch that is at most the number of assets that
+        # `flow new` found to fit into memory.
+        pairs_per_pass = max(
             size
             for size in range(1, circular.human.batch + 1)
             if circular.human.batch % size == 0 and size <= work.batch
         )
-        circular = replace(circular, human=replace(circular.human, batch_gpu=fits))
+        circular = replace(circular, human=replace(circular.human, batch_gpu=pairs_per_pass))
     return Tuning(
         circular=circular, stages=tuple(flags["stages"]), loop=flags["loop"], control=not flags["no_control"]
     )
 
 
-def run(work: Work, asked: Tuning, flags: Flags, device: str, ranks: "Ranks") -> None:
-    """Run one training, or resume it."""
+def run(work: Work, tuning: Tuning, flags: Flags, device: str, ranks: "Ranks") -> None:
+    """Run one training, or resume it, and print its report.
+
+    Args:
+        work: the opened folder WORK.
+        tuning: settings of the training.
+        flags: values of the command line.
+        device: value of --device.
+        ranks: the processes of torchrun.
+    """
+    # imported here, because --help must not load these modules
     from eg3d_rlhf.experiments.run import Run, recorded
     from eg3d_rlhf.tuning.flow.workspace.answers import imported_of, problem_of, write_pairs
     from eg3d_rlhf.tuning.flow.workspace.tune import REPORT, tune
 
     family = work.check_pipeline()
-    where = choose_device(device) if ranks.world == 1 else ranks.device
+    target_device = choose_device(device) if ranks.world == 1 else ranks.device
     encoding = flags.of(EncodingSource)
-    # WORK's own answers, or those of --labels, as pairs per stage
-    imported = imported_of(work, family, flags["labels"], where, encoding)
+    # pairs of each stage, from the answers in WORK or from the labels of --labels
+    imported = imported_of(work, family, flags["labels"], target_device, encoding)
     if ranks.main:
         write_pairs(work, family, imported)
-        for line in lines_of(imported.report, {stage: len(pairs) for stage, pairs in imported.pairs.items()}):
-            click.echo(line)
+        for text in label_report(
+            imported.report, {stage: len(pairs) for stage, pairs in imported.pairs.items()}
+        ):
+            click.echo(text)
+    # the pairs were written above
     if flags["pairs_only"]:
         return
-    ranks.barrier()  # the other processes read what the first one wrote
-    problem = problem_of(work, family, imported, where, encoding)
-    # through JSON and back, so that tuples become lists and the record compares equal to a stored one
+    ranks.barrier()  # the other processes read the pairs that the first process wrote
+    # Opens the generator, the pairs in WORK, and the embeddings of their prompts.
+    problem = problem_of(work, family, imported, target_device, encoding)
+    # Converted to JSON and back: tuples become lists, so that the record equals a stored record of the same
+    # settings.
     record = json.loads(
-        json.dumps({"mode": "flow tune", "tuning": asdict(asked), "problem": dict(problem.identity)})
+        json.dumps({"mode": "flow tune", "tuning": asdict(tuning), "problem": dict(problem.identity)})
     )
-    # one process chooses the folder, so that all use the same
-    folder = Path(ranks.broadcast(str(folder_of(work, record)) if ranks.main else None))
-    begun = ranks.broadcast(bool(recorded(folder)) if ranks.main else None)
+    # The first process chooses the folder, so that all processes use the same folder.
+    folder = Path(ranks.broadcast(str(choose_folder(work, record)) if ranks.main else None))
+    # A folder with a record was begun by an earlier call.
+    is_resumed = ranks.broadcast(bool(recorded(folder)) if ranks.main else None)
     if ranks.main:
         folder.mkdir(parents=True, exist_ok=True)
-    with Run(folder, record, ranks=ranks, device=str(where)) as held:
-        if not begun:
-            held.begin()
+    # The block holds the lock of the folder, so that two processes cannot train in it at once.
+    with Run(folder, record, ranks=ranks, device=str(target_device)) as run_record:
+        if not is_resumed:
+            run_record.begin()
         tune(
             problem,
-            asked,
+            tuning,
             folder,
             labels=imported.report,
             ranks=ranks,
-            samples=strip_of(work, family, problem, asked),
+            samples=make_strip(work, family, problem, tuning),
         )
-        held.done()
+        run_record.done()
     if ranks.main:
+        # the report as Markdown
         click.echo((folder / f"{REPORT}.md").read_text())
 
 
-def strip_of(work: Work, family: FlowFamily, problem: "Problem", asked: Tuning) -> "Strip | None":
-    """Make the renderer of training samples for the first selection prompts; None if there is nothing to
-    show.
+def make_strip(work: Work, family: FlowFamily, problem: "Problem", tuning: Tuning) -> "Strip | None":
+    """Make the renderer of the images that show samples of the generator during training.
+
+    It renders assets of the first prompts of the selection split.
+
+    Args:
+        work: the opened folder WORK.
+        family: family of the generator.
+        problem: the opened problem.
+        tuning: settings of the training, which limit the number of prompts.
+
+    Returns: None if there is no such prompt, or if the family cannot write assets to look at.
     """
+    # imported here, because --help must not load this module
     from eg3d_rlhf.tuning.flow.workspace.sample_strips import Strip
 
-    # prompts of the selection split: training samples must not come from the test split
-    names = [name for name in work.names(CHOOSE) if name in problem.choosing_conditions][
-        : asked.circular.human.samples
-    ]
-    size = (
-        () if family.cells is None else (family.cells // 2,)
-    )  # half the family's grid: coarse, but fast enough to repeat during training
-    return (
-        Strip(pipeline=problem.pipeline, family=family, conditions=names, size=size)
-        if names and isinstance(family, Shows)
-        else None
-    )
+    # Prompts of the selection split: assets of the test split must not be seen before the study.
+    prompts = [name for name in work.names(CHOOSE) if name in problem.choosing_conditions]
+    prompts = prompts[: tuning.circular.human.samples]
+    if not prompts or not isinstance(family, Shows):
+        return None
+    # Half of the family's grid is coarse, but fast enough to be repeated during training.
+    size = () if family.cells is None else (family.cells // 2,)
+    return Strip(pipeline=problem.pipeline, family=family, conditions=prompts, size=size)
 
 
-def folder_of(work: Work, record: dict) -> Path:
-    """Return the folder of WORK's last training if it has the same settings, so that it resumes; else a new
-    one.
+def choose_folder(work: Work, record: dict) -> Path:
+    """Return the folder of a training: the folder of WORK's latest training if it can be resumed, else a new
+    folder.
 
-    Settings that do not affect the result may differ.
+    The latest training is resumed if its record has the same settings. Settings that do not affect the result
+    of a training may differ.
+
+    Args:
+        work: the opened folder WORK.
+        record: record of the training, as JSON.
     """
+    # imported here, because --help must not load this module
     from eg3d_rlhf.experiments.run import recorded
 
-    # in order of their numbers, so the last one is the newest
-    there = work.numbered("tune")
-    asked = decided(record)
-    if there and asked.items() <= decided(recorded(there[-1])).items():
-        return there[-1]
+    # in the order of their numbers, so the last folder is the newest
+    folders = work.numbered("tune")
+    settings = result_settings(record)
+    # `<=`: the stored record has further entries, such as versions of libraries
+    if folders and settings.items() <= result_settings(recorded(folders[-1])).items():
+        return folders[-1]
     return work.next("tune")
 
 
-def decided(record: Mapping) -> dict:
-    """Drop the entries of a record that do not affect the result of the training."""
+def result_settings(record: Mapping) -> dict:
+    """Return a copy of a record, nested dictionaries included, without settings that do not affect the result
+    of the training.
+    """
+    # imported here, because --help must not load this module
     from eg3d_rlhf.tuning.flow.training.trainer import FREE
 
     return {
-        name: decided(value) if isinstance(value, Mapping) else value
+        name: result_settings(value) if isinstance(value, Mapping) else value
         for name, value in record.items()
         if name not in FREE
     }
 
 
-def lines_of(report: Mapping, pairs: Mapping[str, int]) -> Sequence[str]:
-    """Summarise the labels and the number of pairs that they make."""
-    # keys of the report become words
-    facts = "; ".join(f"{name.replace('_', ' ')}: {value}" for name, value in report.items())
+def label_report(report: Mapping, pairs: Mapping[str, int]) -> Sequence[str]:
+    """Return two lines: a summary of the labels, and the numbers of pairs.
+
+    Args:
+        report: facts about the labels by name, with underscores for spaces.
+        pairs: number of pairs by stage.
+    """
+    label_facts = "; ".join(f"{name.replace('_', ' ')}: {value}" for name, value in report.items())
     return [
-        facts,
+        label_facts,
         "pairs with a majority: " + ", ".join(f"{count} for stage {stage}" for stage, count in pairs.items()),
     ]

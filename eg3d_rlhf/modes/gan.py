@@ -1,8 +1,8 @@
-"""`python train.py`: trains the GAN, alone or fine-tuned with a reward on its density field.
+"""`python train.py`: trains an EG3D generator as a GAN, or fine-tunes it with a reward on its density field.
 
 `HEADS` lists every setting of the run `python train.py --reward=sigma --lambda-r=10`. Other rows of PRESETS
-list what differs from the defaults of the settings (training/config.py, eg3d_rlhf/tuning/gan/settings.py).
-The objects of a run are built in eg3d_rlhf/tuning/gan/reward_run.py.
+list only the settings that differ from the defaults of the dataclasses (training/config.py,
+eg3d_rlhf/tuning/gan/settings.py). The objects of a run are built in eg3d_rlhf/tuning/gan/reward_run.py.
 """
 
 import functools
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from training.distributed import Ranks
 
 EG3D = "Accepted for compatibility with EG3D"
-# dataclasses of the settings, in the order of --help
+# Dataclasses whose fields are the flags, in the order in which --help lists them.
 GROUPS = (RunConfig, DataConfig, NetworkConfig, GanConfig, LoopConfig, RewardSettings, RoundConfig)
 
 # Settings of `python train.py --reward=sigma --lambda-r=10`, except --reward and its bundled reward files.
@@ -98,10 +98,10 @@ HEADS = {
     "ema_rampup": None,  # no ramp
     "amp": "off",  # single precision
     # The reward: its weight, density consistency with the untuned generator, and the trust region. Adam
-    # normalises the scale, so only the ratio of the two weights matters. The reward is clipped: defective
-    # shapes
-    # score below the clip, are pushed up to it and may change; intact ones score above it, get no push, and
-    # are held by the consistency term with full weight.
+    # normalises the scale of the gradient, so only the ratio of the two weights matters. The reward is
+    # clipped from above: a defective shape scores below the clip, so its reward has a gradient and the
+    # consistency term a small weight. An intact shape scores above the clip, so its reward has no gradient,
+    # and the consistency term with its full weight prevents changes.
     "lambda_r": 10.0,  # weight of the reward
     "lambda_sigma": 5.0,  # weight of the density-consistency term
     "lambda_front": 0.0,  # front-growth penalty off
@@ -126,13 +126,12 @@ HEADS = {
     "round_aggregate": None,
     "round_start": "pretrained",
 }
-# None: computed from another setting in `with_preset`, or the flag is required.
+# None: computed from another setting in `merge_preset`, or the flag is required.
 _START = {"ema_kimg": None, "rlr": None, "gen_pose_cond": False}
 _LOADED = {**_START, "blur_fade_kimg": 0.0, "gpc_reg_fade_kimg": 0.0, "kimg": 2500.0, "batch": 32}
 _PAPER = {**_LOADED, "kimg": 20.0, "batch": 16, "tick": 1.0, "snap": 5}
-PRESETS: dict[
-    tuple[str, str], dict
-] = {  # by (--cfg, task): settings that differ from the dataclasses' defaults
+# By (--cfg, task): settings that differ from the defaults of the dataclasses.
+PRESETS: dict[tuple[str, str], dict] = {
     ("ffhq", SCRATCH): {**_START, "gamma": None, "batch": None},
     ("afhq", SCRATCH): {**_START, "gamma": None, "batch": None},
     ("shapenet", SCRATCH): {**_START, "gamma": None, "batch": None},
@@ -161,7 +160,8 @@ PRESETS: dict[
     ("shapenet", REWARDED): {**_PAPER, "gamma": 0.3},
     ("heads64", REWARDED): HEADS,
 }
-OBSERVED: dict[str, dict] = {  # by observation: the published settings of rewards that do not read sigma
+# By name of the observation: the published settings of rewards that do not observe the density field sigma.
+OBSERVED: dict[str, dict] = {
     "depth": {
         "lambda_r": 1.0,
         "lambda_sigma": 0.0,
@@ -170,41 +170,54 @@ OBSERVED: dict[str, dict] = {  # by observation: the published settings of rewar
         "reward_clip": "-10,10",
         "consistency_gate": 1.0,
     },
-    # a valid solid has the highest score already, so there is no clip
+    # A valid solid has the highest possible score already, so the reward needs no clip.
     "solid": {"lambda_sigma": 0.02, "reward_shaping": "none", "reward_clip": "none", "consistency_gate": 1.0},
 }
 
 
-def task_of(init: str, reward: str) -> str:
-    """Classify a run: from scratch, fine-tuning, or tuning with a reward."""
+def select_task(init: str, reward: str) -> str:
+    """Return the task of a run: SCRATCH, TUNING (fine-tuning without a reward) or REWARDED.
+
+    Args:
+        init: value of --init, "scratch" for untrained networks.
+        reward: value of --reward, "none" without a reward.
+    """
     return SCRATCH if init == "scratch" else TUNING if reward == "none" else REWARDED
 
 
-def with_bundled(flags: Mapping) -> dict:
-    """Return the given flags (not None), and the bundled files that are defaults beside them."""
-    # None means that the flag was not given; 0 and False are values
-    given = {k: v for k, v in flags.items() if v is not None}
-    cfg = given.setdefault("cfg", "heads64")
-    given.setdefault("init", "bundled" if cfg == "heads64" else "scratch")
-    # the held-out reward belongs to the bundled one; with a reward of the user's own, none is assumed
-    if (cfg, given.get("reward")) == ("heads64", "sigma"):
-        reward = str(bundled.REWARD)
-        if given.get("rounds") or given.setdefault("reward_ckpt", reward) == reward:
-            given.setdefault("heldout_reward", str(bundled.WATCH))
-    return given
+def add_bundled_files(flags: Mapping) -> dict:
+    """Return the flags that were given, with the bundled files as defaults of --init and the reward files.
 
-
-def with_preset(given: Mapping, network: Mapping) -> dict:
-    """Merge, in rising priority, the preset's row, the settings of the network file, and the given flags.
-
-    A required flag that is missing is None; settings that are absent get their dataclass's default.
+    Args:
+        flags: values of the command line by name; None: the flag was not given. 0 and False are values.
     """
-    cfg = given["cfg"]
-    reward = given.get("reward", "none")
-    # the row of PRESETS depends on the configuration and on the task
-    task = task_of(given["init"], reward)
-    # later dictionaries override earlier ones
-    values = {"task": task, **PRESETS[cfg, task], **OBSERVED.get(reward, {}), **network, **given}
+    given_flags = {name: value for name, value in flags.items() if value is not None}
+    cfg = given_flags.setdefault("cfg", "heads64")
+    given_flags.setdefault("init", "bundled" if cfg == "heads64" else "scratch")
+    # The bundled held-out reward suits the bundled reward and rewards that rounds train. With another reward
+    # file of the user, no held-out reward is assumed.
+    if (cfg, given_flags.get("reward")) == ("heads64", "sigma"):
+        reward = str(bundled.REWARD)
+        if given_flags.get("rounds") or given_flags.setdefault("reward_ckpt", reward) == reward:
+            given_flags.setdefault("heldout_reward", str(bundled.WATCH))
+    return given_flags
+
+
+def merge_preset(given_flags: Mapping, network: Mapping) -> dict:
+    """Merge the preset, the settings of the network file, and the given flags, in rising priority.
+
+    Args:
+        given_flags: values of the flags that were given.
+        network: settings that the network file fixes (`read_network_settings`).
+
+    Returns: settings by name. A required flag that is missing has the value None. A setting that is absent
+        gets the default of its dataclass.
+    """
+    cfg = given_flags["cfg"]
+    reward = given_flags.get("reward", "none")
+    task = select_task(given_flags["init"], reward)
+    # Later dictionaries override earlier dictionaries.
+    values = {"task": task, **PRESETS[cfg, task], **OBSERVED.get(reward, {}), **network, **given_flags}
     batch = values["batch"]
     if values["ema_kimg"] is None and batch is not None:
         # EG3D: ema_kimg = batch_size * 10 / 32
@@ -213,147 +226,175 @@ def with_preset(given: Mapping, network: Mapping) -> dict:
         values["blur_fade_kimg"] = values.get("blur_fade_kimg", GanConfig.blur_fade_kimg) * batch / 32
     # without --rlr the reward's optimiser uses the learning rate of G
     values["rlr"] = values["rlr"] or values.get("glr", GanConfig.glr)
-    if given.get("lambda_sigma") == 0 or given.get("reward_clip") == "none":
-        values["consistency_gate"] = given.get(
-            "consistency_gate", 1.0
-        )  # the preset's gate needs the consistency term and a clip
+    # The preset's gate weights the consistency term by the clip of the reward, so it needs both of them.
+    if given_flags.get("lambda_sigma") == 0 or given_flags.get("reward_clip") == "none":
+        values["consistency_gate"] = given_flags.get("consistency_gate", 1.0)
     return values
 
 
 def shown_by_help(flags: Mapping) -> list[dict]:
-    """Return the values that --help shows as defaults; reads no file except that of --init."""
-    given = with_bundled(flags)
-    # other configurations have no default dataset, which --help shows as required
-    lacking = {"data": None} if given["cfg"] != "heads64" else {}
-    network = {} if given["init"] in ("scratch", "bundled") else network_facts(given["init"])
-    return [{**lacking, **with_preset(given, network)}]
+    """Return the values that --help shows as defaults. The only file that is read is the file of --init."""
+    given_flags = add_bundled_files(flags)
+    # Only the configuration heads64 has a default dataset. None is shown as a required flag.
+    missing_data = {"data": None} if given_flags["cfg"] != "heads64" else {}
+    network = (
+        {} if given_flags["init"] in ("scratch", "bundled") else read_network_settings(given_flags["init"])
+    )
+    return [{**missing_data, **merge_preset(given_flags, network)}]
 
 
 def resolve(flags: Mapping) -> Settings:
-    """Build the settings from flags (None: not given), the preset's row and the file of --init.
+    """Build the settings of the run from the flags, the preset and the file of --init.
 
-    Raises: ValueError, one line per mistake, naming the flag.
+    Args:
+        flags: values of the command line by name; None: the flag was not given.
+
+    Raises: ValueError that names the flag of the first mistake.
     """
-    given = with_bundled(flags)
-    cfg = given["cfg"]
-    reward = given.get("reward", "none")
-    if cfg != "heads64" and "data" not in given:
-        raise ValueError(f"--data: required with --cfg={cfg}. Name a zip file or folder in EG3D's format.")
-    init = given["init"]
-    # a reward needs a generator that produces shapes already
+    given_flags = add_bundled_files(flags)
+    cfg = given_flags["cfg"]
+    reward = given_flags.get("reward", "none")
+    if cfg != "heads64" and "data" not in given_flags:
+        raise ValueError(
+            f"--data: the dataset is missing, and --cfg={cfg} has no default dataset. Name a zip file or a"
+            " folder in EG3D's format."
+        )
+    init = given_flags["init"]
     if reward != "none":
         from eg3d_rlhf.rewards.observations import OBSERVATIONS
 
+        # an error in this block begins with the name --reward
         with naming("--reward"):
-            # a look-up for its error: unknown observations raise
+            # The registry raises ValueError for an unknown name; the value is not needed here.
             OBSERVATIONS[reward]
-        # an untrained generator has no shapes to score
+        # A reward scores shapes, which an untrained generator does not produce.
         if init == "scratch":
             raise ValueError(
-                f"--reward={reward} needs pretrained networks, got --init=scratch. Name a file with"
-                " --init or use"
-                " --init=bundled."
+                f"--reward={reward} cannot be combined with --init=scratch, because a reward needs trained"
+                " networks. Name a network file with --init, or use --init=bundled."
             )
-    check_rounds(given, reward)
-    if given.get("early_stop") is not None and given.get("heldout_reward") is None:
-        lacking = "--reward" if reward == "none" else "--heldout-reward"
+    check_rounds(given_flags, reward)
+    if given_flags.get("early_stop") is not None and given_flags.get("heldout_reward") is None:
+        missing_flag = "--reward" if reward == "none" else "--heldout-reward"
         raise ValueError(
-            f"--early-stop needs {lacking}, whose scores choose the snapshot. Add {lacking}, or remove"
-            " --early-stop."
+            f"--early-stop needs {missing_flag}, whose scores choose the snapshot. Add {missing_flag}, or"
+            " remove --early-stop."
         )
-    if Path(
-        init
-    ).is_dir():  # the newest network at this moment is recorded, so that a resume uses the same one
+    # A run folder stands for its newest network. The file is recorded, so that a resume uses the same file.
+    if Path(init).is_dir():
         from eg3d_rlhf.generators import find_network
 
+        # an error in this block begins with the name --init
         with naming("--init"):
-            init = given["init"] = str(find_network(init))
-    file_settings = {} if init == "scratch" else network_facts(None if init == "bundled" else init)
-    values = with_preset(given, file_settings)
-    # EG3D has no default for these two, because they depend on the dataset
+            init = given_flags["init"] = str(find_network(init))
+    file_settings = {} if init == "scratch" else read_network_settings(None if init == "bundled" else init)
+    values = merge_preset(given_flags, file_settings)
+    # EG3D has no defaults for these two flags, because they depend on the dataset.
     for name in ("gamma", "batch"):
         if values[name] is None:
             raise ValueError(
-                f"--{name}: required with --cfg={cfg}. Published runs used --gamma=1 --batch=32."
+                f"--{name}: the value is missing, and --cfg={cfg} has no default for it. Add it: published"
+                " runs of EG3D used --gamma=1 --batch=32."
             )
-    control = given.get("control")
+    control = given_flags.get("control")
     if control is not None and not Path(control).exists():
         raise ValueError(
-            f"--control: expected a run folder or its summary.json, but {control} does not exist. Check"
-            " the path."
+            f"--control: {control} does not exist. Name the folder of a run with --lambda-r=0, or its"
+            " summary.json."
         )
     return Settings.of(values)
 
 
-def check_rounds(given: Mapping, reward: str) -> None:
-    """Raise ValueError for flags that cannot be combined with --rounds, or that need it."""
+def check_rounds(given_flags: Mapping, reward: str) -> None:
+    """Raise ValueError for flags that cannot be combined with --rounds, or that need --rounds.
+
+    A round labels samples, trains a reward on all labels, and tunes the generator with this reward.
+
+    Args:
+        given_flags: values of the flags that were given.
+        reward: value of --reward, "none" without a reward.
+    """
+    # The other settings of rounds have no flag; they are set with --set.
     flags = {"round_pairs": "--round-pairs", "round_labels": "--round-labels"}
-    round_flags = [flags.get(name, f"--set {name}") for name in given if name.startswith("round_")]
-    # 0 rounds is the same as no --rounds
-    without = not given.get("rounds")
-    if without and round_flags:
-        raise ValueError(f"{round_flags[0]} needs --rounds. Add --rounds, or remove {round_flags[0]}.")
-    if without:
+    round_flags = [flags.get(name, f"--set {name}") for name in given_flags if name.startswith("round_")]
+    # --rounds=0 has the same meaning as no --rounds
+    if not given_flags.get("rounds"):
+        if round_flags:
+            raise ValueError(
+                f"{round_flags[0]} has an effect only with --rounds. Add --rounds=N, or remove"
+                f" {round_flags[0]}."
+            )
         return
     if reward == "none":
         raise ValueError(
-            "--rounds needs --reward, the kind of reward that is trained in each round. Add --reward=sigma."
+            "--rounds needs --reward, which selects the kind of reward that each round trains. Add"
+            " --reward=sigma."
         )
-    if "reward_ckpt" in given:
+    if "reward_ckpt" in given_flags:
         raise ValueError(
-            f"--reward-ckpt={given['reward_ckpt']} cannot be combined with --rounds, which train rewards."
-            " Remove"
-            " --reward-ckpt."
+            f"--reward-ckpt={given_flags['reward_ckpt']} cannot be combined with --rounds, because every"
+            " round trains a reward. Remove --reward-ckpt."
         )
-    # the simulated annotator needs the ground truth, which only synthetic heads have
-    if given.get("round_labels", SYNTHETIC) == SYNTHETIC and not given.get(
+    # The simulated annotator needs the ground truth of every sample, which exists only for synthetic heads.
+    if given_flags.get("round_labels", SYNTHETIC) == SYNTHETIC and not given_flags.get(
         "data", DataConfig.data
     ).startswith("synthetic:"):
         raise ValueError(
-            f"--round-labels={SYNTHETIC} does not suit --data={given['data']}: the simulated annotator labels"
-            " synthetic heads only. Add --round-labels=people."
+            f"--round-labels={SYNTHETIC} cannot be used with --data={given_flags['data']}: the simulated"
+            " annotator labels synthetic heads only. Add --round-labels=people."
         )
 
 
-def network_facts(source: str | None) -> dict:
-    """Read the settings that a network file fixes: rendering resolution, camera conditioning and the size of
-    a minibatch-std group. None: the bundled file.
+def read_network_settings(source: str | None) -> dict:
+    """Read the settings that a network file fixes.
 
-    Raises: ValueError naming --init.
+    They are the neural rendering resolution, camera conditioning, and the group size of D's minibatch
+    standard deviation (StyleGAN2).
+
+    Args:
+        source: network file or run folder; None: the bundled generator.
+
+    Returns: settings by name, for `merge_preset`.
+
+    Raises: ValueError that names --init, for a file that cannot be read.
     """
+    # imported here, because --help must not load these modules
     from eg3d_rlhf.generators import classes_of, find_network, pickles
     from eg3d_rlhf.generators.pickles.rebuild import neural_rendering_resolution
     from training import storage
     from training.networks import EG3D
 
+    # an error in this block begins with the name --init
     with naming("--init"):
         path = find_network(source)
-        # a pickle is parsed without running its code
+        # A pickle of EG3D is parsed; the code in it is not run.
         if path.suffix.lower() == ".pkl":
             snapshot = pickles.read(path)
             plans = pickles.plan(snapshot)
             G = plans["G_ema"].kwargs
             D = plans["D"].kwargs if "D" in plans else None
-            rendered: int | None = neural_rendering_resolution(snapshot.networks["G_ema"])
+            resolution: int | None = neural_rendering_resolution(snapshot.networks["G_ema"])
         else:
-            meta = storage.read_meta(path, "network")
-            classes_of(meta.get("architecture", EG3D))
-            G = meta["G_kwargs"]
-            D = meta["D_kwargs"]
-            rendered = meta.get("neural_rendering_resolution")
-    # a file may hold G alone; then D is new and gets the default group size
+            metadata = storage.read_meta(path, "network")
+            # raises ValueError for an architecture that is not registered
+            classes_of(metadata.get("architecture", EG3D))
+            G = metadata["G_kwargs"]
+            D = metadata["D_kwargs"]
+            resolution = metadata.get("neural_rendering_resolution")
+    # A file may hold G without D. Then D is new and gets the default group size.
     group = (D or {}).get("epilogue_kwargs", {}).get("mbstd_group_size", NetworkConfig.mbstd_group)
-    # EG3D zeroes the camera in the mapping network where conditioning is off
+    # EG3D replaces the camera label in the mapping network by zeros if conditioning is off.
     conditioned = not G.get("rendering_kwargs", {}).get("c_gen_conditioning_zero", False)
     return {
         "gen_pose_cond": conditioned,
         "mbstd_group": group,
-        # a file need not record the rendering resolution
-        **({} if rendered is None else {"nrr_initial": rendered}),
+        # A file may lack the neural rendering resolution; then the preset decides.
+        **({} if resolution is None else {"nrr_initial": resolution}),
     }
 
 
-FRESH = (  # settings that only new networks use; with --init=FILE they are ignored
+# Settings that only new networks use. With --init=FILE they are ignored.
+FRESH = (
     "cbase",  # channel multiplier
     "cmax",  # largest number of feature maps
     "plane_layout",  # axes of the third plane
@@ -370,13 +411,26 @@ FRESH = (  # settings that only new networks use; with --init=FILE they are igno
 
 # The mode: its flags, and the functions that the loop of experiments/mode.py calls.
 
-_IGNORED = (  # flags of EG3D without an effect here: (name, type, help)
-    ("--metrics", str, "Ignored: metrics are not computed during training. Use tools/calc_metrics.py."),
-    ("--nobench", bool, "Ignored: convolution benchmarking is off."),
-    ("--c-noise", float, "Ignored, as in EG3D; see --disc-c-noise."),
-    ("--resume-blur", bool, "Ignored: --resume continues every fade; with --init there is none by default."),
-    ("--sr-first-cutoff", int, "Ignored, as in EG3D."),
-    ("--sr-first-stopband", float, "Ignored, as in EG3D."),
+# Flags of EG3D that have no effect here: (flag, type, help text).
+_IGNORED = (
+    (
+        "--metrics",
+        str,
+        "This flag is ignored: metrics are not computed during training. Use tools/calc_metrics.py.",
+    ),
+    ("--nobench", bool, "This flag is ignored: benchmarking of convolutions is always off."),
+    (
+        "--c-noise",
+        float,
+        "This flag is ignored, as in EG3D. --disc-c-noise sets the noise on D's camera label.",
+    ),
+    (
+        "--resume-blur",
+        bool,
+        "This flag is ignored: --resume continues every fade, and runs with --init start without blur.",
+    ),
+    ("--sr-first-cutoff", int, "This flag is ignored, as in EG3D."),
+    ("--sr-first-stopband", float, "This flag is ignored, as in EG3D."),
 )
 _OF_EG3D = ("gpus", *(name.removeprefix("--").replace("-", "_") for name, _, _ in _IGNORED))
 _run_option = functools.partial(option, group=RUN)
@@ -385,10 +439,12 @@ gan_flags = together(
     _run_option(
         "--resume-previous",
         is_flag=True,
-        help="With --resume: use the previous checkpoint if the newest is damaged.",
+        help="Resume the run of --resume from its previous checkpoint if the newest checkpoint is damaged.",
     ),
     _run_option(
-        "--no-summary", is_flag=True, help="Skip the before/after evaluation at the end of a reward run."
+        "--no-summary",
+        is_flag=True,
+        help="Skip the evaluation at the end of a run with a reward, which compares it with its start.",
     ),
     options_of(*GROUPS),
     option(
@@ -396,49 +452,56 @@ gan_flags = together(
         group=EG3D,
         metavar="INT",
         type=click.IntRange(min=1),
-        help="Number of GPUs; must equal torchrun --nproc-per-node.",
+        help="Number of GPUs. It must equal the number of processes that torchrun starts (--nproc-per-node).",
     ),
-    *(option(name, group=EG3D, type=kind, help=why) for name, kind, why in _IGNORED),
+    *(option(name, group=EG3D, type=kind, help=help_text) for name, kind, help_text in _IGNORED),
 )
 
 
 def check_eg3d(flags: Mapping) -> None:
-    """Warn on stderr of EG3D's flags that have no effect. Raises: ValueError for a wrong --gpus."""
+    """Print a warning on stderr if flags of EG3D were given that have no effect here.
+
+    Raises: ValueError if --gpus differs from the number of processes.
+    """
     gpus = flags.get("gpus")
-    # torchrun sets WORLD_SIZE
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if gpus is not None and gpus != world:
+    # torchrun sets this variable; without torchrun, there is one process
+    process_count = int(os.environ.get("WORLD_SIZE", "1"))
+    if gpus is not None and gpus != process_count:
         remedy = f"Start with torchrun --nproc-per-node={gpus} train.py."
-        raise ValueError(f"--gpus={gpus} differs from the number of processes, {world}. {remedy}")
-    given = [
+        raise ValueError(
+            f"--gpus={gpus} differs from the number of processes, which is {process_count}. {remedy}"
+        )
+    ignored_flags = [
         name
         for name in _OF_EG3D[1:]
-        # --metrics=none asks for what happens anyway
+        # --metrics=none requests what happens anyway, so it causes no warning
         if flags.get(name) is not None and (name, flags[name]) != ("metrics", "none")
     ]
-    if given:
+    if ignored_flags:
         print(
-            f"Warning: {', '.join('--' + name.replace('_', '-') for name in given)} ignored; see train.py"
-            " --help.",
+            f"Warning: {', '.join(map(_flag, ignored_flags))} ignored; see train.py --help.",
             file=sys.stderr,
         )
 
 
 def resolve_flags(flags: Flags) -> Settings:
-    """Build the settings as `resolve` does, with warnings for flags that have no effect."""
+    """Build the settings of a new run as `resolve` does, and print warnings for flags that have no effect.
+
+    Raises: ValueError that names a flag that does not fit.
+    """
     check_eg3d(flags)
-    # this function resolves new runs only, so --resume-previous never applies here
+    # This function is called for new runs only, for which --resume-previous never has an effect.
     flags.belong(("resume_previous",), False, "--resume")
     settings = resolve(flags)
-    # settings that new networks alone use
-    ignored = ["--" + name.replace("_", "-") for name in FRESH if flags[name] is not None]
-    if ignored and settings.net.init != "scratch":
+    # settings that only new networks use
+    ignored_flags = ["--" + name.replace("_", "-") for name in FRESH if flags[name] is not None]
+    if ignored_flags and settings.net.init != "scratch":
         print(
-            f"Warning: {', '.join(ignored)} ignored: --init={settings.net.init} fixes the networks'"
+            f"Warning: {', '.join(ignored_flags)} ignored: --init={settings.net.init} fixes the networks'"
             " architecture.",
             file=sys.stderr,
         )
-    # stopping a control early would make it shorter than the run that it is compared with
+    # A control that stops early would be shorter than the run that it is compared with.
     if settings.reward.keeping.early_stop is not None and settings.reward.terms.lambda_r == 0:
         print(
             "Warning: --early-stop ignored: a run with --lambda-r=0 is a control and has to be complete.",
@@ -448,122 +511,174 @@ def resolve_flags(flags: Flags) -> Settings:
 
 
 def recorded(source: Path, flags: Flags, ranks: "Ranks") -> Settings:
-    """Read the settings of a run's newest checkpoint, or of the named one, with the flags that may change at
-    a resume.
+    """Read the settings of a run for --resume, and apply the flags that may change at a resume.
+
+    Args:
+        source: folder of the run, whose newest checkpoint is read, or a checkpoint file.
+        flags: values of the command line; --kimg, --workers and --device may change the recorded values.
+        ranks: the processes of torchrun.
+
+    Raises: ValueError for a network file, for the folder of another mode, and for --kimg with rounds.
     """
+    # imported here, because --help must not load these modules
     from eg3d_rlhf.experiments import version_0_1
     from eg3d_rlhf.experiments.run import OPTIONS, recorded_by
     from eg3d_rlhf.experiments.run import recorded as options_of_run
     from training import checkpoint
 
     check_eg3d(flags)
-    # a network file has no optimiser states, so it can start a run but not continue one
+    # A network file has no optimiser states, so it can start a run but not resume one.
     if source.suffix.lower() == ".pkl" or source.name.startswith("network-snapshot"):
         remedy = f"Use --init={source} to start from its weights."
         raise ValueError(
-            f"--resume: expected a run folder or a checkpoint, got the network file {source}. {remedy}"
+            f"--resume: {source} is a network file, which has no optimiser states. Name a run folder or a"
+            f" checkpoint. {remedy}"
         )
     changes = {name: flags[name] for name in ("kimg", "workers") if flags.get(name) is not None}
-    # the device has a default, so only one that was written changes the recorded one
+    # --device has a default value, so it changes the recorded device only if the user typed it.
     changes |= {"device": flags["device"]} if "device" in flags.written else {}
-    # a run of rounds has no checkpoint: each of its tunings has one in a folder below
+    # A run of rounds has no checkpoint itself. Each of its trainings has checkpoints in a subfolder.
     if source.is_dir() and (options := options_of_run(source)).get("rounds"):
         if "kimg" in changes:
             raise ValueError(
-                f"--kimg: cannot be combined with --resume of rounds, got {changes['kimg']:g}. Start a"
-                " new run."
+                f"--kimg={changes['kimg']:g} cannot be combined with --resume for a run of rounds, whose"
+                " length is fixed. Remove --kimg, or start a new run."
             )
         return Settings.of({**options, **changes})
     if (source / OPTIONS).is_file() and not checkpoint.available(source):
-        recorded_by(source, "gan")  # raises if the folder belongs to another mode
-    # one process reads; the others receive the options
+        recorded_by(source, "gan")  # raises ValueError if the folder belongs to another mode
+    # The first process reads the checkpoint and sends the settings to the other processes.
     state = ranks.broadcast(
-        checkpoint.read(newest(source, ranks), previous(flags, ranks))[1]["options"] if ranks.main else None
+        checkpoint.read(resume_source(source, ranks), may_use_previous(flags, ranks))[1]["options"]
+        if ranks.main
+        else None
     )
     return Settings.of({**version_0_1.settings(state), **changes})
 
 
-def newest(source: Path, ranks: "Ranks") -> Path:
-    """Return the checkpoint or folder to resume from.
+def resume_source(source: Path, ranks: "Ranks") -> Path:
+    """Return the checkpoint or the run folder from which a run is resumed.
 
-    After a restart by torchrun it is the run's folder, because this launch has trained beyond the named
-    state.
+    After torchrun has restarted the processes, this is the run folder, whose newest checkpoint is used: this
+    launch has trained beyond the checkpoint that the user named.
+
+    Args:
+        source: value of --resume.
+        ranks: the processes of torchrun.
     """
+    # imported here, because --help must not load this module
     from training import checkpoint
 
-    # a checkpoint is a file in the run's folder
+    # A checkpoint is a file in the folder of its run.
     folder = source if source.is_dir() else source.parent
     return folder if ranks.restarts and checkpoint.available(folder) else source
 
 
-def previous(flags: Mapping, ranks: "Ranks") -> bool:
-    """Return True if the previous checkpoint may replace a damaged newest one.
+def may_use_previous(flags: Mapping, ranks: "Ranks") -> bool:
+    """Return True if the previous checkpoint may be used when the newest checkpoint is damaged.
 
-    The user allows it with --resume-previous; after a restart by torchrun it is always allowed.
+    The user allows this with --resume-previous. After a restart by torchrun it is always allowed.
     """
     return bool(flags.get("resume_previous") or ranks.restarts)
 
 
-def open_gan(s: Settings, run: "Run") -> "Objects | None":
-    """Build the objects of the run; None for rounds. Raises: ValueError for settings that do not fit."""
+def open_gan(settings: Settings, run: "Run") -> "Objects | None":
+    """Build or load the networks, the dataset, the rewards and the other objects of a run.
+
+    Args:
+        settings: settings of the run.
+        run: the run, whose inputs are set to the files that it reads.
+
+    Returns: the objects; None for a run of rounds, whose trainings open their objects one after the other.
+
+    Raises: ValueError for settings that do not suit the files.
+    """
+    # imported here, because --help must not load these modules
     from eg3d_rlhf.tuning.gan import reward_run as gan
     from eg3d_rlhf.tuning.gan import rounds
 
-    run.inputs = dict(gan.input_files(s))
-    # rounds open networks and rewards one after the other, round by round
-    if s.rounds.rounds:
-        rounds.check(s, run.ranks)
+    run.inputs = dict(gan.input_files(settings))
+    if settings.rounds.rounds:
+        rounds.check(settings, run.ranks)
         return None
     if run.resumed is None:
-        return gan.build(s, run)
-    run.resume(free=None)  # checks the inputs' hashes before any of them is loaded
-    return gan.go_on(s, run, newest(run.resumed, run.ranks), previous(run.flags, run.ranks))
+        return gan.build(settings, run)
+    # Compares the hashes of the input files with the record before any file is loaded. None: all settings may
+    # differ, because the checkpoint's settings are used.
+    run.resume(free=None)
+    return gan.go_on(
+        settings, run, resume_source(run.resumed, run.ranks), may_use_previous(run.flags, run.ranks)
+    )
 
 
-def work(s: Settings, objects: "Objects | None", run: "Run") -> None:
-    """Train, then evaluate before and after unless --no-summary; or run the rounds."""
+def work(settings: Settings, objects: "Objects | None", run: "Run") -> None:
+    """Train, and compare the generator before and after the training unless --no-summary was given.
+
+    For a run of rounds, run all rounds that are not finished.
+
+    Args:
+        settings: settings of the run.
+        objects: objects of the run; None for a run of rounds.
+        run: the run.
+    """
+    # imported here, because --help must not load these modules
     from eg3d_rlhf.tuning.gan import reward_run as gan
     from eg3d_rlhf.tuning.gan import rounds
 
-    # no objects: a run of rounds, each of which opens its own
     if objects is None:
-        return rounds.work(s, run, lambda settings, folder: tune_in_rounds(settings, folder, run.flags))
+        return rounds.work(
+            settings, run, lambda round_settings, folder: tune_in_rounds(round_settings, folder, run.flags)
+        )
     if run.ranks.main and run.resumed is None:
-        where = f"{objects.loop.device}" + (f", {run.ranks.world} processes" if run.ranks.world > 1 else "")
-        print(f"Training for {s.loop.kimg:g} thousand images on {where}.", flush=True)
-    # `train` returns False where a signal stopped the run; it is then not evaluated
+        device_text = f"{objects.loop.device}" + (
+            f", {run.ranks.world} processes" if run.ranks.world > 1 else ""
+        )
+        print(f"Training for {settings.loop.kimg:g} thousand images on {device_text}.", flush=True)
+    # `train` returns False if a signal stopped the run. Only rank 0 of a run
+    # with a reward holds the untuned generator, `before`.
     if (
         gan.train(objects, run)
         and objects.before is not None
         and objects.reward is not None
-        and not s.run.no_summary
+        and not settings.run.no_summary
     ):
         from eg3d_rlhf.evaluation.summary import Evaluation, finish
         from eg3d_rlhf.generators import of
 
-        known = {**s.to_dict(), "hashes": run.hashes()}
+        settings_and_hashes = {**settings.to_dict(), "hashes": run.hashes()}
         finish(
-            Evaluation(known, of(objects.before), objects.reward, objects.monitor, objects.early_stop),
+            Evaluation(
+                settings_and_hashes, of(objects.before), objects.reward, objects.monitor, objects.early_stop
+            ),
             objects.loop,
             run.began,
         )
     return None
 
 
-def tune_in_rounds(s: Settings, folder: Path, flags: Mapping) -> None:
-    """Begin or resume one tuning inside a run of rounds."""
+def tune_in_rounds(settings: Settings, folder: Path, flags: Mapping) -> None:
+    """Begin one training inside a run of rounds, or resume it if its folder has a checkpoint.
+
+    Args:
+        settings: settings of this training.
+        folder: folder of this training.
+        flags: values of the command line of the run of rounds.
+    """
+    # imported here, because --help must not load this module
     from training import checkpoint
 
-    # the round was interrupted: its newest checkpoint continues
     if checkpoint.available(folder):
-        again = Flags({"resume_previous": flags.get("resume_previous", False), "workers": s.run.workers})
-        GAN.go_on(GAN.read(folder, again), folder, again)
+        resume_flags = Flags(
+            {"resume_previous": flags.get("resume_previous", False), "workers": settings.run.workers}
+        )
+        GAN.go_on(GAN.read(folder, resume_flags), folder, resume_flags)
     else:
-        GAN.begin(s, folder)
+        GAN.begin(settings, folder)
 
 
 def resumable(folder: Path) -> bool:
-    """Return True if a folder has a checkpoint."""
+    """Return True if a run folder has a checkpoint from which the run can be resumed."""
+    # imported here, because --help must not load this module
     from training import checkpoint
 
     return bool(checkpoint.available(folder))
@@ -597,11 +712,15 @@ MODES.add("gan", GAN)
 
 
 def tune(**flags: object) -> Path:
-    """Train or tune a generator as `python train.py` does. Returns the run's folder, which `load_generator`
-    accepts.
+    """Train or tune a generator as `python train.py` does.
 
-    Args: flags: flags of train.py, with underscores; True for a flag without a value.
-    Raises: ValueError, with the message of the command line.
+    Args:
+        flags: flags of train.py by name, with underscores in place of dashes. True stands for a flag without
+            a value.
+
+    Returns: the folder of the run, which `load_generator` accepts.
+
+    Raises: ValueError with the message that the command line would print.
 
     >>> import contextlib, io, tempfile
     >>> from eg3d_rlhf import load_generator
@@ -611,12 +730,10 @@ def tune(**flags: object) -> Path:
     >>> tuned.z_dim
     64
     """
-    # through the command line itself, so that both have the same defaults, checks and messages
-    words = [
-        name if value is True else f"{name}={value}"
-        for name, value in ((_flag(name), value) for name, value in flags.items())
-    ]
+    # The command line itself is used, so that both have the same defaults, checks and messages.
+    arguments = [_flag(name) if value is True else f"{_flag(name)}={value}" for name, value in flags.items()]
     try:
-        return GAN.command.main(words, prog_name="tune", standalone_mode=False)
+        # standalone_mode=False: click returns the result and raises exceptions instead of ending the program
+        return GAN.command.main(arguments, prog_name="tune", standalone_mode=False)
     except click.ClickException as error:
         raise ValueError(error.format_message()) from error

@@ -1,5 +1,7 @@
-"""Jobs on image sets: `data convert` writes the training format, `data metrics` measures the distance between
-a dataset and a generator's images.
+"""Jobs on image sets: `data convert` and `data metrics`.
+
+`data convert` writes images in the format that train.py reads. `data metrics` measures the distance between
+the images of a generator and the images of a dataset (FID, KID).
 """
 
 import functools
@@ -24,7 +26,10 @@ _images_option = functools.partial(option, group="Images")
     "--source",
     metavar="PATH|NAME",
     required=True,
-    help="Images to convert: a folder (searched recursively), a zip file, or synthetic:people<R>@n=...",
+    help=(
+        "Images to convert: a folder (with its subfolders), a zip file, or synthetic:people<R>@n=<N> for N"
+        " synthetic heads of R x R pixels."
+    ),
 )
 @option(
     "--dest",
@@ -34,47 +39,54 @@ _images_option = functools.partial(option, group="Images")
     help="Zip file to write, or a new or empty folder.",
 )
 @_images_option(
+    # Options that change the images. The labels are adapted to a crop and to mirroring.
     "--max-images",
     metavar="INT",
     type=click.IntRange(min=1),
     show_default="all",
-    help="Use only the first images, in the order of their names.",
+    help="Number of images to convert; the first images in the order of their names are used.",
 )
 @_images_option(
-    "--transform", type=click.Choice(TRANSFORMS), show_default="none", help="Crop before resizing; see above."
+    "--transform",
+    type=click.Choice(TRANSFORMS),
+    show_default="none",
+    help="Part of the image that is cropped before resizing, as described above.",
 )
 @_images_option(
     "--resolution",
     metavar="WxH",
-    show_default="that of the source",
-    help="Size of the written images in pixels.",
+    show_default="the size of the source images",
+    help="Width and height of the written images in pixels.",
 )
 @_images_option(
     "--mirror",
     is_flag=True,
-    help="Write after every image its mirrored copy, with the pose mirrored.",
+    help="Write a mirrored copy after every image, with the mirrored camera label.",
 )
 @option(
     "--labels",
     type=click.Choice(["check", "drop"]),
     default="check",
     group="Labels",
-    help="check: require a label for every image if one has a label; drop: write no labels.",
+    help=(
+        "Treatment of the labels. check: if one image has a label, every image must have one; drop: write no"
+        " labels."
+    ),
 )
 @count_option(
     "--jobs",
     "--workers",
     "jobs",
-    show_default="cores",
-    help="Number of processes. Does not change the result.",
+    show_default="one per core",
+    help="Number of processes that convert images. It does not change the result.",
 )
 @option("--overwrite", is_flag=True, help="Replace an existing zip file.")
 @shared("dry-run")
 def convert(
     source, dest, max_images, transform, resolution, mirror, labels, jobs, overwrite, dry_run
 ) -> None:
-    """Convert a folder or zip of images to the dataset format that train.py reads, with camera labels checked
-    and kept.
+    """Convert a folder or a zip file of images to the dataset format that train.py reads. Camera labels are
+    checked and copied.
 
     The result holds square PNGs of one size under running names (00000/img00000000.png, ...), without
     compression, and dataset.json. The source's labels stand in its own dataset.json,
@@ -90,68 +102,91 @@ def convert(
     Example:
         eg3d-rlhf data convert --source=synthetic:people64@n=64 --dest=people.zip --resolution=32x32 --mirror
     """
+    # Imported here, so that --help is printed without loading these modules.
     from training.dataset import ImageFiles
     from training.dataset_convert import convert_dataset
     from training.synthetic_heads import resolve_dataset
 
-    # a comma is accepted as well as an x, as in EG3D's dataset_tool
-    sides = None if resolution is None else re.fullmatch(r"(\d{1,5})[x,](\d{1,5})", resolution)
-    if resolution is not None and sides is None:
-        raise ValueError(f"--resolution: expected WxH, such as 512x512, got {resolution!r}. Correct it.")
-    size = sides and (int(sides[1]), int(sides[2]))
+    # EG3D's dataset_tool accepts a comma as well as an x.
+    size_match = None if resolution is None else re.fullmatch(r"(\d{1,5})[x,](\d{1,5})", resolution)
+    if resolution is not None and size_match is None:
+        raise ValueError(
+            f"--resolution: {resolution!r} is not of the form WxH. Write the width and the height in pixels,"
+            " such as 512x512."
+        )
+    # None stays None: the size of the source images
+    size = size_match and (int(size_match[1]), int(size_match[2]))
     options = ConvertOptions(
         transform=transform, resolution=size, max_images=max_images, mirror=mirror, labels=labels
     )
-    # errors inside are attributed to this flag
+    # `naming` puts the flag in front of the messages of errors in its block.
     with naming("--source"):
+        # synthetic heads are rendered into a folder at their first use
         path = resolve_dataset(source)
         count = len(ImageFiles(path).images)
+    # None: all images
     count = min(count, max_images or count)
     # the affinity mask counts the cores this process may use; not all systems have it
     jobs = jobs or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    # --dry-run ends here; nothing has been written so far
     if dry_run:
         print_json(
             {"source": str(path), "dest": str(dest), "images": count, "workers": jobs, **asdict(options)}
         )
         return
     with tqdm(total=count, desc=f"writing {dest.name}", unit="image") as bar:
-        done = convert_dataset(path, dest, options, jobs, bar.update, overwrite)
-    # one number is a class label, 25 are a camera
-    kind = {0: "without labels", 1: "with class labels"}.get(
-        done.labels, f"with labels of {done.labels} numbers"
+        summary = convert_dataset(path, dest, options, jobs, bar.update, overwrite)
+    # A label of one number is a class; a label of 25 numbers is a camera.
+    label_text = {0: "without labels", 1: "with class labels"}.get(
+        summary.labels, f"with labels of {summary.labels} numbers"
     )
     click.echo(
-        f"{dest}: {done.images} images of {done.shape[1]}x{done.shape[2]},"
-        f" {'RGB' if done.shape[0] == 3 else 'greyscale'}, {kind}"
+        # shape: [channels, height, width]
+        f"{dest}: {summary.images} images of {summary.shape[1]}x{summary.shape[2]},"
+        f" {'RGB' if summary.shape[0] == 3 else 'greyscale'}, {label_text}"
     )
-    # enlarging adds no detail, so it is reported
-    if done.enlarged:
-        click.echo(f"{done.enlarged} images were smaller than {resolution} and have been enlarged.")
-    if done.cropped_labels:
-        click.echo(f"The intrinsics of {done.cropped_labels} camera labels were adapted to the crop.")
+    # Enlarging adds no detail, so the user should know of it.
+    if summary.enlarged:
+        click.echo(f"{summary.enlarged} images were smaller than {resolution} and have been enlarged.")
+    if summary.cropped_labels:
+        click.echo(f"The intrinsics of {summary.cropped_labels} camera labels were adapted to the crop.")
 
 
 @click.command("metrics", cls=GroupedCommand)
 @shared(
     "network data",
-    data={"help": "Dataset to compare with: a folder, a zip file or synthetic:people<R>@n=..."},
+    data={
+        "help": (
+            "Dataset to compare with: a folder, a zip file, or synthetic:people<R>@n=<N> for N synthetic"
+            " heads of R x R pixels."
+        )
+    },
 )
 @option(
     "--mirror",
     rare=True,
     type=bool,
-    help="Also use the mirrored copy of every real image, with mirrored pose; by default as in the run.",
+    show_default="as in the training of the generator",
+    help="Also use a mirrored copy of every image of the dataset, with the mirrored camera label.",
 )
 @option(
+    # The feature network decides what the distances mean, so it is recorded with them.
     "--inception",
     metavar="FILE",
     type=PATH,
-    show_default="the bundled features",
+    show_default="the bundled feature network of synthetic heads",
     group="What",
-    help="TorchScript detector, called as net(uint8 images, return_features=True).",
+    help=(
+        "TorchScript file of the Inception network from which FID and KID are computed; it is called as"
+        " net(uint8 images, return_features=True)."
+    ),
 )
 @option(
-    "--metrics", metavar="LIST", default="fid,kid", group="What", help="Metrics, comma-separated; see above."
+    "--metrics",
+    metavar="LIST",
+    default="fid,kid",
+    group="What",
+    help="Metrics to compute, separated by commas; their names are listed above.",
 )
 @shared(
     "n",
@@ -160,16 +195,16 @@ def convert(
         "type": click.IntRange(min=2),
         "default": None,
         "show_default": "50000",
-        "help": "Number of generated images for fid and kid.",
+        "help": "Number of generated images from which fid and kid are computed.",
     },
-    seed="Random seed of latents, cameras, noise and subsets.",
+    seed="Random seed of the latents, cameras and noise, and of the subsets of images in KID.",
 )
 @shared(
     "outdir",
     "batch",
     outdir={
-        "show_default": "the network's run folder",
-        "help": "Folder in which the lines are appended to metric-<name>.jsonl.",
+        "show_default": "the run folder of the network",
+        "help": "Folder with the files metric-<name>.jsonl, to which the results are appended.",
     },
     batch={"default": 8},
 )
@@ -177,22 +212,23 @@ def convert(
 def metrics(network, data, mirror, inception, metrics, n, seed, batch, outdir, device, dry_run) -> None:
     """Compute distances between a generator's images and a dataset's, and print them as JSON lines.
 
-    With --inception=FILE (a TorchScript detector, as FID pipelines use it) they are FID and KID.
-    Without it the bundled feature network of synthetic heads is used, and the figures are called
-    frechet_offline and kernel_offline: they compare generators of such heads with each other, never with
-    published FIDs. Nothing is downloaded.
+    With --inception=FILE, the distances are FID and KID. FILE is the TorchScript version of the Inception
+    network that published FIDs use. Without this flag, the bundled feature network of synthetic heads is
+    used, and the distances are called frechet_offline and kernel_offline. They can be compared between
+    generators of synthetic heads, but not with published FIDs. Nothing is downloaded.
 
     \b
     Metrics:
-        fid, kid                  on --n generated images against the whole set
-        fid50k_full, kid50k_full  the same on 50,000, under EG3D's names
-        faces                     share of --n images, and of the set's, in which scikit-image's detector
-                                  finds a face
+        fid, kid                  compare --n generated images with all images of the dataset
+        fid50k_full, kid50k_full  compare 50,000 generated images, as EG3D does under these names
+        faces                     share of --n generated images, and of the dataset's images, in which the
+                                  face detector of scikit-image finds a face
 
     \b
     Example:
         python tools/calc_metrics.py --data=synthetic:people64@n=64 --metrics=fid,kid --n=64
     """
+    # Imported here, so that --help is printed without loading these modules.
     from eg3d_rlhf.experiments.run import OPTIONS
     from eg3d_rlhf.generators import load_generator
     from eg3d_rlhf.measures.features import load_features
@@ -203,22 +239,25 @@ def metrics(network, data, mirror, inception, metrics, n, seed, batch, outdir, d
     options = MetricOptions(
         metrics=tuple(name.strip() for name in metrics.split(",")), n=n, seed=seed, batch=batch
     )
+    # Loaded before the dataset, because the network's run names its dataset.
     target = choose_device(device)
+    # an error in this block begins with the name --network
     with naming("--network"):
         generator = load_generator(network, target)
-    trained = training_options(generator.path)
-    # --data, else the dataset of the network's run, else that of the bundled generator
-    data = data or trained.get("data") or (bundled.DATA if generator.path == bundled.GENERATOR else None)
+    run_options = training_options(generator.path)
+    # --data, else the dataset of the network's run, else the dataset of the bundled generator
+    data = data or run_options.get("data") or (bundled.DATA if generator.path == bundled.GENERATOR else None)
     if data is None:
         raise ValueError(
-            f"--data: a dataset is required, because {generator.path.name} has no {OPTIONS} beside it."
-            " Name the dataset."
+            f"--data: the dataset is missing, and no {OPTIONS} lies beside {generator.path.name} that would"
+            " name the dataset of its training. Add --data=PATH."
         )
     data = str(data)
-    # the real set should be the one that the run was trained on
-    mirror = bool(trained.get("mirror", False)) if mirror is None else mirror
-    # only a run folder receives the records by default
+    # By default, the dataset is mirrored if it was mirrored in the training of the generator.
+    mirror = bool(run_options.get("mirror", False)) if mirror is None else mirror
+    # By default, the results are stored only if the network lies in a run folder.
     outdir = outdir or (generator.path.parent if (generator.path.parent / OPTIONS).is_file() else None)
+    # --dry-run ends here; nothing has been written so far
     if dry_run:
         settings = {
             "network": generator.path.name,
@@ -235,18 +274,22 @@ def metrics(network, data, mirror, inception, metrics, n, seed, batch, outdir, d
         }
         click.echo(json.dumps(settings))
         return
+    # an error in this block begins with the name --inception
     with naming("--inception"):
         features = load_features(inception, target)
+    # an error in this block begins with the name --data
     with naming("--data"):
-        # c_dim 25: 16 numbers of cam2world and 9 intrinsics
+        # c_dim: a camera label has 16 numbers of cam2world and 9 intrinsics
         dataset = ImageFolderDataset(resolve_dataset(data), c_dim=25, xflip=mirror)
 
     def bar(total: int, title: str):
-        """Make the progress bar of one metric and return its update function."""
+        """Make the progress bar of one metric over `total` images, and return its update function."""
         return tqdm(total=total, desc=title, unit="image").update
 
+    # one record per metric
     records = evaluate(generator, dataset, features, options, bar)
     for record in records:
         click.echo(json.dumps(record))
     if outdir is not None:
+        # Earlier results of the same network stay in the files.
         append_records(outdir, records)

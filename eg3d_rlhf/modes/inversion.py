@@ -1,6 +1,9 @@
-"""Mode of inversion (`generator invert`): reconstructs a shape from an image, for each weight of a reward.
+"""The job `generator invert`: reconstructs a shape from one image, once for each weight of a reward.
 
-Reads the flags, opens what they name, runs the inversions and writes images and a page.
+Inversion follows EG3D's projectors: it first optimises a latent w so that the generator renders the image,
+and then fine-tunes a copy of the generator at this latent (pivotal tuning, arXiv:2106.05744). A reward on
+geometry is added to the loss of the second stage with a weight. This module reads the flags, opens the files,
+runs the inversions, and writes images and a page.
 """
 
 import functools
@@ -22,21 +25,24 @@ if TYPE_CHECKING:
     from eg3d_rlhf.experiments.run import Run
 
 PRESETS = {"small": {}, "published": PUBLISHED}
-WEIGHTS = "0,0.01,0.03,0.1,0.3,1"  # weights of the reward, one column of the strip each
+WEIGHTS = "0,0.01,0.03,0.1,0.3,1"  # default weights of the reward; each is one column of the image strip
 _target_option = functools.partial(option, group="Target")
 
 
 def parse_weights(text: str) -> list[float]:
-    """Parse the weights of the reward, in rising order.
+    """Parse the value of --weights, and return the weights of the reward in rising order.
 
-    Raises: ValueError unless they are distinct finite numbers >= 0.
+    Raises: ValueError unless they are distinct finite numbers >= 0, and for an empty list.
     """
     weights = sorted(numbers_of("--weights", text))
-    # weights that print alike would share a file name
-    different = len({f"{weight:g}" for weight in weights})
-    if not all(math.isfinite(w) and w >= 0 for w in weights) or different < max(1, len(weights)):
+    # Files are named by the text of a weight, so weights with equal texts would overwrite each other's files.
+    text_count = len({f"{weight:g}" for weight in weights})
+    if not all(math.isfinite(weight) and weight >= 0 for weight in weights) or text_count < max(
+        1, len(weights)
+    ):
         raise ValueError(
-            f"--weights: expected distinct numbers >= 0, such as {WEIGHTS}, got {text!r}. Correct the list."
+            f"--weights: {text!r} is not a list of distinct numbers >= 0. Write the weights separated by"
+            f" commas, such as {WEIGHTS}, each weight once."
         )
     return weights
 
@@ -46,7 +52,7 @@ class InversionRun:
     """Settings of an inversion run: targets, networks, optimisation and outputs. Files are given by path."""
 
     image: str | None = None  # target: an image file, or `latents`
-    mask: str | None = None  # grey image; white pixels count
+    mask: str | None = None  # grey image whose brightness weights the pixels; None: all pixels count
     camera: str | None = None  # in the notation of `parse_camera`; None: frontal
     latents: str | None = None  # seeds of samples that serve as targets
     psi: float = 1.0  # truncation of the samples
@@ -63,48 +69,72 @@ class InversionRun:
     config: InversionConfig
 
     def __post_init__(self) -> None:
-        if (self.image is None) == (self.latents is None):
-            got = "none. Give one." if self.image is None else "both. Remove one."
-            raise ValueError(f"--image, --latents: exactly one of them is needed, got {got}")
+        if self.image is None and self.latents is None:
+            raise ValueError(
+                "generator invert: the target is missing. Add --image=FILE, or --latents=LIST for samples of"
+                " the generator."
+            )
+        if self.image is not None and self.latents is not None:
+            raise ValueError("--image cannot be combined with --latents. Remove one of them.")
         if self.latents is not None and self.mask is not None:
-            raise ValueError("--mask cannot be combined with --latents. Remove --mask.")
+            raise ValueError("--mask cannot be combined with --latents, which have no image. Remove --mask.")
         if self.image is not None and self.start == "truth":
             raise ValueError(
-                "--start=truth needs --latents: the true latent of --image is unknown. Use --start=mean."
+                "--start=truth cannot be combined with --image, whose true latent is unknown. Use"
+                " --start=mean."
             )
-        if 0 < self.shape_res < 16 or self.turns == 1:
-            raise ValueError("--shape-res must be 0 or at least 16, --turns 0 or at least 2. Correct them.")
+        # 0 means no meshes; `MeshOptions` needs at least 16 points
+        if 0 < self.shape_res < 16:
+            raise ValueError(
+                f"--shape-res={self.shape_res} is too small. Use 16 or more points, or 0 for no meshes."
+            )
+        # 0 means no orbit; one view would be no video
+        if self.turns == 1:
+            raise ValueError("--turns=1 is no orbit. Use 2 or more views, or 0 for no orbit.")
 
 
 def resolve(flags: Flags) -> InversionRun:
-    """Build the settings of the run from the flags. Raises: ValueError naming the flag."""
+    """Build the settings of the run from the flags.
+
+    Raises: ValueError that names a flag with a wrong value, or two flags that exclude each other.
+    """
     weights = tuple(parse_weights(flags["weights"]))
-    # a flag that was given overrides the preset
+    # A flag that was given overrides the preset.
     config = InversionConfig(**{**PRESETS[flags["preset"]], **flags.of(InversionConfig)})
+    # The other fields have the names of their flags.
     names = [name for name in InversionRun.__dataclass_fields__ if name not in ("weights", "config")]
-    # paths become text, because the settings are recorded as JSON
-    given: dict[str, Any] = {
+    # Paths become texts, because the settings are recorded as JSON.
+    flag_values: dict[str, Any] = {
         name: str(flags[name]) if isinstance(flags[name], Path) else flags[name] for name in names
     }
-    return InversionRun(**given, weights=weights, config=config)
+    return InversionRun(**flag_values, weights=weights, config=config)
 
 
 def recorded(folder: Path, *_: object) -> InversionRun:
-    """Read the settings of a run folder. Raises: FileNotFoundError, ValueError for another folder."""
+    """Read the settings of a run from its folder, for --resume.
+
+    Raises: FileNotFoundError if the folder has no record; ValueError if another mode wrote it.
+    """
+    # imported here, because --help must not load this module
     from eg3d_rlhf.experiments.run import recorded_by
 
-    # JSON has no tuples and no dataclasses
+    # JSON has no tuples and no dataclasses, so both are restored.
     settings = recorded_by(folder, "inversion")["settings"]
     return InversionRun(
         **{**settings, "weights": tuple(settings["weights"]), "config": InversionConfig(**settings["config"])}
     )
 
 
-def open_setup(s: InversionRun, run: "Run") -> "Setup":
+def open_setup(settings: InversionRun, run: "Run") -> "Setup":
     """Load and check the files that the settings name, and record them as inputs of the run.
 
-    Raises: ValueError naming the flag.
+    Args:
+        settings: settings of the run.
+        run: the run, on whose device the networks are loaded.
+
+    Raises: ValueError that names the flag of a file that is missing or does not fit.
     """
+    # imported here, because --help must not load these modules
     from eg3d_rlhf.evaluation.comparison import judged_by_annotator
     from eg3d_rlhf.evaluation.inversion.inversion_runs import Setup
     from eg3d_rlhf.evaluation.inversion.projector import Guidance, load_perceptual, prior_of
@@ -121,83 +151,112 @@ def open_setup(s: InversionRun, run: "Run") -> "Setup":
     from eg3d_rlhf.generators import load_generator
     from eg3d_rlhf.rewards.reward import check_reward, load_reward
 
-    # fails at once if the encoder for the orbit's video is missing
-    if s.turns:
+    # Fails at once if the video encoder for the orbit is missing.
+    if settings.turns:
         check_mp4("orbit.mp4")
+    # an error in this block begins with the name --network
     with naming("--network"):
-        loaded = load_generator(s.network, run.device)
+        loaded = load_generator(settings.network, run.device)
     generator = loaded.generator
+    # an error in this block begins with the name --camera
     with naming("--camera"):
-        label = parse_camera(generator, s.camera)
+        camera_label = parse_camera(generator, settings.camera)
+    # an error in this block begins with the name --perceptual
     with naming("--perceptual"):
         features = load_perceptual(
-            None if s.perceptual is None else Path(s.perceptual), generator.img_resolution, run.device
+            None if settings.perceptual is None else Path(settings.perceptual),
+            generator.img_resolution,
+            run.device,
         )
-    # weights of 0 alone need no reward
-    guided = s.reward_ckpt is not None or max(s.weights) > 0
+    # If all weights are 0, a reward is loaded only when the user named one; then it is only measured.
+    needs_reward = settings.reward_ckpt is not None or max(settings.weights) > 0
     files = {
-        "reward-ckpt": (s.reward_ckpt or bundled.REWARD) if guided else None,
-        "heldout-reward": s.heldout_reward,
+        "reward-ckpt": (settings.reward_ckpt or bundled.REWARD) if needs_reward else None,
+        "heldout-reward": settings.heldout_reward,
     }
     rewards = {}
     for flag, path in files.items():
         if path is not None:
+            # an error names the flag of the file that caused it
             with naming(f"--{flag}"):
                 rewards[flag] = load_reward(path, run.device)
             check_reward(rewards[flag], generator, f"--{flag}")
     reward = rewards.get("reward-ckpt")
     heldout_reward = rewards.get("heldout-reward")
-    # a held-out reward evaluates if one is given, else the simulated annotator where the latents allow it
+    # The evaluator is the held-out reward if it was given. Otherwise it is the simulated annotator, if the
+    # latents of the generator describe synthetic heads.
     evaluators = Evaluators(reward=reward)
     if heldout_reward is not None:
         evaluators = Evaluators(
             reward=reward,
             evaluator=reward_evaluator(heldout_reward),
-            name=f"reward {Path(s.heldout_reward or '').stem}",
+            name=f"reward {Path(settings.heldout_reward or '').stem}",
         )
-    elif judged_by_annotator(loaded, s.data):
+    elif judged_by_annotator(loaded, settings.data):
         evaluators = Evaluators(
             reward=reward, evaluator=annotator_evaluator, name="the simulated annotator without noise"
         )
-    if s.image is not None:
-        # one target from a file
-        cases = [of_file(generator, Path(s.image), None if s.mask is None else Path(s.mask), label)]
+    if settings.image is not None:
+        targets = [
+            of_file(
+                generator,
+                Path(settings.image),
+                None if settings.mask is None else Path(settings.mask),
+                camera_label,
+            )
+        ]
     else:
+        # an error in this block begins with the name --latents
         with naming("--latents"):
-            seeds = dict.fromkeys(parse_seeds(s.latents or ""))
-        cases = [of_seed(generator, seed, label, s.psi) for seed in seeds]
-    files |= {"network": loaded.path, "image": s.image, "mask": s.mask, "perceptual": s.perceptual}
+            # a seed that is listed twice is used once
+            seeds = dict.fromkeys(parse_seeds(settings.latents or ""))
+        targets = [of_seed(generator, seed, camera_label, settings.psi) for seed in seeds]
+    files |= {
+        "network": loaded.path,
+        "image": settings.image,
+        "mask": settings.mask,
+        "perceptual": settings.perceptual,
+    }
     run.inputs |= {name: path for name, path in files.items() if path is not None}
     return Setup(
         loaded=loaded,
         perceptual=features,
+        # distribution of w, which keeps the latent near the latents of samples
         prior=prior_of(generator),
         guidance=None if reward is None else Guidance(generator, reward),
         evaluators=evaluators,
-        cases=cases,
-        weights=s.weights,
-        config=s.config,
-        from_truth=s.start == "truth",
-        shown=min(s.shown, len(cases)),
+        cases=targets,
+        weights=settings.weights,
+        config=settings.config,
+        from_truth=settings.start == "truth",
+        shown=min(settings.shown, len(targets)),
     )
 
 
-def work(s: InversionRun, setup: "Setup", run: "Run") -> None:
-    """Run, or resume, all inversions and write the outputs."""
+def work(settings: InversionRun, setup: "Setup", run: "Run") -> None:
+    """Run all inversions of a new run, or the inversions that a resumed run lacks, and write the outputs."""
+    # imported here, because --help must not load this module
     from eg3d_rlhf.evaluation.inversion.inversion_runs import Inversions
 
     inversions = Inversions(run, setup)
-    weights = ",".join(f"{weight:g}" for weight in s.weights)
+    weights = ",".join(f"{weight:g}" for weight in settings.weights)
     click.echo(
         f"{len(setup.cases)} target(s), weights {weights}, perceptual features {setup.perceptual.name}"
     )
-    # finished inversions of an interrupted run are kept
+    # Inversions that an earlier call has finished are read from the folder.
     inversions.go()
-    finish(inversions, s.shape_res, s.turns)
+    finish(inversions, settings.shape_res, settings.turns)
 
 
 def finish(inversions: "Inversions", shape_res: int, turns: int) -> None:
-    """Render the shown targets, write inversion.json and the page, and print the conclusions."""
+    """Render the first targets, write inversion.json and the page, and print the conclusions.
+
+    Args:
+        inversions: the finished inversions.
+        shape_res: grid points per axis of the meshes; 0: no meshes.
+        turns: number of views of the orbit; 0: no orbit.
+    """
+    # imported here, because --help must not load these modules
     from eg3d_rlhf.evaluation.inversion import inversion_report as report
     from eg3d_rlhf.evaluation.inversion.inversion_runs import write_json
     from eg3d_rlhf.experiments import pages
@@ -206,89 +265,108 @@ def finish(inversions: "Inversions", shape_res: int, turns: int) -> None:
     folder = inversions.run.folder
     for case in setup.cases[: setup.shown]:
         report.draw(inversions, case, shape_res, turns)
-    # one per target and weight
+    # one record for each target and weight
     records = inversions.records()
     summary = report.summarise(records, setup.weights)
-    facts = {
+    run_facts = {
         "perceptual": setup.perceptual.name,
         "evaluator": setup.evaluators.name,
         "targets": len(setup.cases),
     }
-    write_json(folder / "inversion.json", {**facts, **summary, "records": records})
-    parts = report.jobs(inversions)
-    findings = pages.run(parts, folder, quiet=True)
-    count = "One target" if len(setup.cases) == 1 else f"{len(setup.cases)} targets"
-    says = report.summary_sentences(summary, setup.evaluators.name, setup.perceptual.name)
+    write_json(folder / "inversion.json", {**run_facts, **summary, "records": records})
+    page_parts = report.jobs(inversions)
+    # quiet: the conclusions are printed below instead
+    findings = pages.run(page_parts, folder, quiet=True)
+    target_text = "One target" if len(setup.cases) == 1 else f"{len(setup.cases)} targets"
+    sentences = report.summary_sentences(summary, setup.evaluators.name, setup.perceptual.name)
     introduction = (
-        f"{count} under {setup.loaded.path.name}: {setup.config.w_steps} steps on a latent, then"
+        f"{target_text} under {setup.loaded.path.name}: {setup.config.w_steps} steps on a latent, then"
         f" {setup.config.pivot_steps} on a copy of the generator for every weight of the reward. Weight 0"
         " is the projector without a reward."
     )
-    page = pages.write_page(folder / "index.html", report.TITLE, introduction, parts, findings, says)
-    click.echo("\n".join(says))
+    page = pages.write_page(
+        folder / "index.html", report.TITLE, introduction, page_parts, findings, sentences
+    )
+    click.echo("\n".join(sentences))
     click.echo(f"\nWritten to {folder}: {page.name} (open it in a browser), inversion.json, targets/")
 
 
 _FLAGS = together(
     _target_option(
-        "--image", metavar="FILE", type=FILE, help="Target image; it must have the generator's resolution."
+        "--image",
+        metavar="FILE",
+        type=FILE,
+        help="Target image; its width and height must equal the resolution of the generator.",
     ),
     _target_option(
         "--mask",
         metavar="FILE",
         type=FILE,
         show_default="all pixels",
-        help="Grey image; only white pixels enter the loss.",
+        help=(
+            "Grey image of the same size as --image, whose brightness is the weight of each pixel in the"
+            " loss: white pixels count fully, black pixels do not count."
+        ),
     ),
     _target_option(
         "--camera",
         metavar="YAW,PITCH|25 NUMBERS|JSON",
         show_default="frontal",
         help=(
-            "Camera of the image: yaw and pitch in radians, or 16 numbers of cam2world and 9 of the"
-            " intrinsics."
+            "Camera of the image: yaw and pitch in radians, or a camera label of 25 numbers (16 of cam2world,"
+            " 9 of the intrinsics), also in a JSON file."
         ),
     ),
     _target_option(
         "--latents",
         "latents",
         metavar="LIST",
-        help="Seeds of generated samples that serve as targets, such as 0,2-5.",
+        help="Seeds of samples of the generator whose images are the targets, such as 0,2-5.",
     ),
     rare_option(
-        "--psi", type=click.FloatRange(min=0), default=1.0, help="Truncation psi of the samples of --latents."
+        "--psi",
+        type=click.FloatRange(min=0),
+        default=1.0,
+        help="Truncation psi of the samples that --latents names; 1 means no truncation.",
     ),
     rare_option(
         "--start",
         type=click.Choice(["mean", "truth"]),
         default="mean",
-        help="First latent: the mean w, or the true one (with --latents).",
+        help=(
+            "Latent at which the optimisation starts: the mean of w (mean), or the latent of the sample"
+            " (truth), which needs --latents."
+        ),
     ),
     shared(
         "network reward-ckpt heldout-reward",
         "data",
         network={"group": "What"},
         reward_ckpt={
-            "show_default": "bundled, where a weight is above 0",
-            "help": "Reward that guides the inversion.",
+            "show_default": "the bundled reward, if a weight is above 0",
+            "help": "Reward on the geometry that is added to the loss of the inversion.",
         },
         heldout_reward={
             "show_default": "the simulated annotator, for synthetic heads",
-            "help": "Held-out reward that serves as the evaluator.",
+            "help": "Held-out reward file that evaluates the reconstructed shapes.",
         },
-        data="Dataset that the generator was trained on; by default that of its run.",
+        data="Dataset that the generator was trained on.",
     ),
     rare_option(
         "--perceptual",
         type=FILE,
-        help="Perceptual network: TorchScript (the projectors' VGG16) or our .safetensors.",
+        show_default="the bundled network",
+        help=(
+            "Network of the perceptual loss: the TorchScript file of VGG16 that EG3D's projectors use, or"
+            " a .safetensors file of this project."
+        ),
     ),
     option(
         "--weights",
         group="What",
         metavar="LIST",
         default=WEIGHTS,
-        help="Weights of the reward, comma-separated; each gives one generator.",
+        help="Weights of the reward in the loss, separated by commas. For each, one generator is tuned.",
     ),
     option(
         "--preset",
@@ -297,8 +375,8 @@ _FLAGS = together(
         type=click.Choice(list(PRESETS)),
         default="small",
         help=(
-            "Settings of both stages: small, or published (those of EG3D's projectors). Other flags"
-            " override it."
+            "Default settings of both stages: small, or published, the settings of EG3D's projectors. Other"
+            " flags override them."
         ),
     ),
     options_of(InversionConfig),
@@ -306,7 +384,7 @@ _FLAGS = together(
         "--shown",
         type=click.IntRange(min=0),
         default=1,
-        help="Number of targets for which strip, orbit, meshes and generators are written.",
+        help="Number of targets for which images, an orbit, meshes and generators are written.",
     ),
     rare_option(
         "--shape-res",
@@ -315,15 +393,19 @@ _FLAGS = together(
         help="Grid points per axis of the meshes; 0: no meshes.",
     ),
     rare_option(
-        "--turns", type=click.IntRange(min=0), default=12, help="Number of views of the orbit; 0: no orbit."
+        "--turns",
+        type=click.IntRange(min=0),
+        default=12,
+        help="Number of views of the camera orbit around the shape; 0: no orbit.",
     ),
 )
 HELP = """Reconstruct a shape from one image, with a reward on geometry: first find a latent for the image,
 then fine-tune the generator around it, once for each weight of the reward.
 
-Give an image with its camera, or --latents: samples of the generator, whose ground truth is known, so that
-all errors can be measured. Writes a run folder: for each target a strip, an orbit, a mesh and a generator
-per weight; index.html with curves; inversion.json.
+The target is an image with its camera, or a sample of the generator (--latents). The true shape of a sample
+is known, so that the error of the reconstruction can be measured. The command writes a run folder with
+index.html, inversion.json, and for each target a strip of images, an orbit, and a mesh and a generator for
+each weight.
 
 \b
 Example:

@@ -131,57 +131,85 @@ JOBS: dict[str, tuple[str, str]] = {
 
 
 def command_of(job: str) -> click.Command:
-    """Import and return the click command of a job."""
+    """Import the module of a job and return its click command.
+
+    Args:
+        job: words of the job, a key of JOBS, such as "samples mesh".
+    """
     module, _, name = JOBS[job][0].partition(":")
+    # an entry of JOBS has the form "module:name of the command"
     return getattr(importlib.import_module(module), name)
 
 
 class JobGroup(click.Group):
-    """Group that resolves a job by its first one or two words and lists the jobs that begin with `noun`.
+    """Click group of all jobs, or of the jobs that share their first word.
 
-    A job's module is imported only when the job is named, so the list and completion are fast.
+    The module of a job is imported only when the job runs or shows its help. The list of the jobs and shell
+    completion read the table JOBS alone, so they are fast.
+
+    Args:
+        noun: first word of the listed jobs, such as "report"; the empty text lists all jobs.
+        kwargs: other arguments of click.Group.
     """
 
     def __init__(self, noun: str = "", **kwargs):
         self.noun = noun
+        # wider than the 80 columns of click, so that help texts wrap less often
         settings = {"help_option_names": ["-h", "--help"], "max_content_width": 140}
         super().__init__(
             noun or PROGRAM,
             subcommand_metavar="JOB [FLAGS]",
+            # the group has no flags except --help, so the usage line names none
             options_metavar="",
             context_settings=settings,
             **kwargs,
         )
 
     def jobs(self) -> dict[str, str]:
-        """Return, by the words that follow the noun, the description of each of its jobs."""
-        # with the space, so that `report` does not match a longer noun
-        start = f"{self.noun} " if self.noun else ""
-        # without a noun, `start` is empty and all jobs are listed under their full names
-        return {job.removeprefix(start): line for job, (_, line) in JOBS.items() if job.startswith(start)}
+        """Return the jobs of this group: the words that follow the noun, and the description of each job.
+
+        If `noun` is empty, the result holds all jobs under their full names.
+        """
+        # The prefix ends with a space, so that `report` does not match a longer word.
+        prefix = f"{self.noun} " if self.noun else ""
+        return {
+            job.removeprefix(prefix): description
+            for job, (_, description) in JOBS.items()
+            if job.startswith(prefix)
+        }
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """List the jobs of this noun, in the order of JOBS."""
+        """List the names of the jobs of this group, in the order of JOBS."""
         return list(self.jobs())
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Return the command of a job, or the group of a noun's jobs; None for an unknown name."""
+        """Return the command of a job if `cmd_name` completes the name of a job.
+
+        If `cmd_name` is only the first word of several jobs, return the group of these jobs. Return None for
+        an unknown name.
+        """
         job = f"{self.noun} {cmd_name}".strip()
         if job in JOBS:
             return command_of(job)
-        # not a whole job: the first word of several, such as `report`
+        # No job has this name, but it may be the first word of several jobs, such as `report`.
         group = JobGroup(job, help=f"Jobs of {PROGRAM} {job}.")
         return group if group.jobs() else None
 
     def invoke(self, ctx: click.Context):
-        """Run the job; a missing optional dependency becomes an error that names the extra to install."""
+        """Run the job. Print a user's error in one line on stderr and exit with code 2.
+
+        If an optional package is missing, the message names the extra of this package that installs it.
+        """
         with user_errors():
             return super().invoke(ctx)
 
     def resolve_command(self, ctx: click.Context, args: list[str]):
-        """Resolve the longest words that name a job.
+        """Find the command that the first words of the arguments name.
 
-        `label synthetic` is such a job; other words after `label` are arguments of the labelling command.
+        The longest matching name wins: `label synthetic` is a job, although `label` is a job, too. Other
+        words after `label` are arguments of the command `label`.
+
+        Returns: the name that was found, its command, and the remaining arguments.
         """
         job = " ".join(args[:2])
         if not self.noun and job in JOBS:
@@ -189,64 +217,85 @@ class JobGroup(click.Group):
         if not self.noun and args[0] == "label" and len(args) > 1:
             from eg3d_rlhf.modes.annotators import PEOPLE
 
-            if args[1] in PEOPLE:  # these commands need no import of the labelling command
+            # The commands that manage annotators are resolved here, because importing the command `label`
+            # takes longer.
+            if args[1] in PEOPLE:
                 return job, PEOPLE[args[1]], args[2:]
         # While the shell completes a word (resilient parsing), an unknown word is no error.
         if self.get_command(ctx, args[0]) is None and not ctx.resilient_parsing:
-            # the group at which the word failed
-            where = f"{PROGRAM} {self.noun}".strip()
+            # the command whose list of jobs does not contain the word
+            group_command = f"{PROGRAM} {self.noun}".strip()
             # flags are no part of a job's name
             words = [word for word in args[:2] if not word.startswith("-")]
             self.reject_renamed(args)
-            meant = "".join(
-                f"Did you mean `{job}`? " for job in nearest_jobs(f"{self.noun} {' '.join(words)}")
+            # empty if no job has a similar name
+            suggestion = "".join(
+                f"Did you mean `{similar_job}`? "
+                for similar_job in nearest_jobs(f"{self.noun} {' '.join(words)}")
             )
             click.echo(
-                f"Error: {args[0]} is not a job of {where}. {meant}For a list, run {where} --help.",
+                f"Error: {args[0]} is not a job of {group_command}. {suggestion}For a list, run"
+                f" {group_command} --help.",
                 err=True,
             )
+            # exit code 2: wrong usage, as in click
             sys.exit(2)
         return super().resolve_command(ctx, args)
 
     def reject_renamed(self, args: list[str]) -> None:
-        """Exit with an error that gives the present name if version 0.1 had this job under another name."""
+        """End the program with exit code 2 if the arguments name a job by its name in version 0.1.
+
+        The message gives the present name. If no job had this name, the function returns.
+        """
+        # Names of jobs have at most two words.
         words = f"{self.noun} {' '.join(args[:2])}".split()[:2]
-        if (now := renamed.JOBS.get(" ".join(words))) is not None:
-            click.echo(f"Error: {PROGRAM} {' '.join(words)} has been renamed. Run {now}.", err=True)
+        if (new_job := renamed.JOBS.get(" ".join(words))) is not None:
+            click.echo(f"Error: {PROGRAM} {' '.join(words)} has been renamed. Run {new_job}.", err=True)
             sys.exit(2)
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
-        """Complete the next word of a job from the table alone, and let a command complete its flags."""
-        # next word -> description; a noun is listed once
-        lines: dict[str, str] = {}
-        for job, line in self.jobs().items():
-            word, _, rest = job.partition(" ")
-            # of `report evaluate`, `report all`, ... only the noun `report` is offered at first
+        """Return the completions of the next word of a job's name, and of the flags of this group.
+
+        The words are read from the table JOBS, so no module of a job is imported.
+        """
+        # next word -> description
+        descriptions: dict[str, str] = {}
+        for job, description in self.jobs().items():
+            word, _, second_word = job.partition(" ")
+            # `report evaluate`, `report all` and others share the completion `report`. `setdefault` keeps
+            # the first of them as an example in the description.
             if word.startswith(incomplete):
-                lines.setdefault(word, f"{rest}, ..." if rest else line)
-        items = [CompletionItem(word, help=line) for word, line in lines.items()]
-        # click calls this also for a parent of the command; flags are completed by the last one only
+                descriptions.setdefault(word, f"{second_word}, ..." if second_word else description)
+        items = [CompletionItem(word, help=description) for word, description in descriptions.items()]
+        # click calls this method also for the parent groups of a command. Only the group at the end of the
+        # typed words (`ctx.command`) completes its flags.
         return items + (click.Command.shell_complete(self, ctx, incomplete) if ctx.command is self else [])
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write one line per job, without importing the jobs."""
+        """Write the list of the jobs in --help, one line per job, without importing their modules."""
         with formatter.section("Jobs"):
             formatter.write_dl(list(self.jobs().items()))
 
 
 def nearest_jobs(typed: str) -> list[str]:
-    """Return a list with the job most similar to what was typed, or an empty list.
+    """Find the job, or the first word of jobs, whose name is most similar to the typed words.
+
+    Args:
+        typed: words of the user, separated by spaces; trailing words may be arguments of a job.
+
+    Returns: a list with one name, or an empty list if no name is similar.
 
     >>> nearest_jobs("sample mesh"), nearest_jobs("repotr evaluate"), nearest_jobs("xyz")
     (['samples mesh'], ['report evaluate'], [])
     """
     words = typed.split()
+    # first words of the jobs, without repetitions and in order
     nouns = dict.fromkeys(job.split()[0] for job in JOBS)
-    # Try the most words first: after a job of one word, the rest are its arguments. One word may be a noun.
+    # Try the most words first: the words that follow the name of a job are its arguments.
     for count in range(len(words), 0, -1):
         # .7 is stricter than difflib's default of .6, so that unrelated words get no suggestion
-        if near := difflib.get_close_matches(" ".join(words[:count]), [*JOBS, *nouns], n=1, cutoff=0.7):
-            return near
+        if matches := difflib.get_close_matches(" ".join(words[:count]), [*JOBS, *nouns], n=1, cutoff=0.7):
+            return matches
     return []
 
 

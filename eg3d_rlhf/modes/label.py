@@ -1,5 +1,8 @@
-"""The job `label`: serves the labelling page, and the subcommands that export, import and rank its
-answers.
+"""The job `label`, which serves the labelling page, and its subcommands for the stored answers.
+
+The answers are stored in a database. A labelling project, which the database calls a campaign, is a list of
+planned pairs with the settings of its page. The subcommands export the answers, import answers, and rank
+generators.
 """
 
 import functools
@@ -28,26 +31,32 @@ from eg3d_rlhf.preferences.pair_strategies import STRATEGIES
 if TYPE_CHECKING:
     from eg3d_rlhf.people.label.store import Store
 
-MAKE = "python tools/label.py add-annotator NAME"
+MAKE = "python tools/label.py add-annotator NAME"  # command that adds an annotator, for messages
 
 
-def _archive(what: str, *args, **options) -> Any:
-    """Call a function of people/label/archive.py by name.
+def _archive(function_name: str, *args, **options) -> Any:
+    """Call a function of eg3d_rlhf/people/label/archive.py by its name, and return its result.
 
-    That module needs an optional dependency, so it is imported only when called, and --help works without it.
+    That module needs an optional package. It is imported only here, so that --help works without the package.
+
+    Args:
+        function_name: name of the function.
+        args: positional arguments of the function.
+        options: keyword arguments of the function.
     """
     from eg3d_rlhf.people.label import archive
 
-    return getattr(archive, what)(*args, **options)
+    return getattr(archive, function_name)(*args, **options)
 
 
-# by --kind of an export: the allowed file suffixes, and the function that writes the file
+# By value of --kind of an export: the allowed suffixes of the file, and the function that writes the file.
 KINDS: dict[str, tuple[tuple[str, ...], Callable]] = {
     "labels": ((".jsonl", ".csv"), export_labels),
     "unpaired": ((".jsonl",), export_unpaired),
     "judgements": ((".jsonl",), functools.partial(_archive, "export_judgements")),
     "ranked-seeds": ((".csv",), functools.partial(_archive, "export_ranked_seeds")),
     **{
+        # the three exports of assets share one function
         kind: ((".jsonl",), functools.partial(export_assets, kind=kind))
         for kind in ("asset-pairs", "rankings", "asset-scores")
     },
@@ -56,12 +65,13 @@ _pairs_option = functools.partial(option, group="Pairs")
 
 
 class LabelGroup(GroupedGroup):
-    """Group that completes its subcommands and the jobs that begin with `label`, such as `label elo`."""
+    """Command `label` with its subcommands. Shell completion also offers jobs such as `label elo`."""
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
-        """Complete subcommands, flags and jobs."""
+        """Return completions of subcommands and flags, and of the jobs whose first word is `label`."""
         from eg3d_rlhf.modes.jobs import JobGroup
 
+        # `label elo` is a job of its own and no subcommand of this group.
         return super().shell_complete(ctx, incomplete) + JobGroup("label").shell_complete(ctx, incomplete)
 
 
@@ -75,39 +85,52 @@ class LabelGroup(GroupedGroup):
 @_pairs_option(
     "--assets",
     metavar="PATH",
-    show_default="a generator's shapes",
+    show_default="none; the shapes of --network are labelled",
     help=(
-        "Finished assets to label (GLB, PLY, OBJ, splats, videos): a folder GENERATOR/PROMPT.glb, or a"
-        " .jsonl list."
+        "Finished assets to label (GLB, PLY, OBJ, splats, videos): a folder with files GENERATOR/PROMPT.glb,"
+        " or a .jsonl file that lists the assets."
     ),
 )
 @_pairs_option(
-    "--up", type=click.Choice(["y", "z"]), default="y", help="With --assets: the axis that points up."
+    "--up",
+    type=click.Choice(["y", "z"]),
+    default="y",
+    help="Coordinate axis that points up in the assets of --assets.",
 )
+# Flags of the choice of the pairs: number, strategy, seeds.
 @options_of(PairingOptions)
 @_pairs_option(
     "--reward",
     "rewards",
     metavar="FILE",
     multiple=True,
-    show_default="the bundled two",
-    help="Reward of the ensemble for --strategy=active or close. May be repeated.",
+    show_default="the two bundled rewards",
+    help=(
+        "Reward file of the ensemble whose scores choose the pairs for --strategy=active or close. May be"
+        " repeated."
+    ),
 )
 @_pairs_option(
-    "--after", metavar="NAME", help="Tournament: campaign whose results decide the pairs of this round."
+    "--after",
+    metavar="NAME",
+    help=(
+        "Name of the campaign (labelling project) whose results decide the pairs of this round, in a"
+        " tournament of several rounds."
+    ),
 )
+# Flags of the page, such as the share of pairs that are shown twice.
 @options_of(CampaignSettings)
 @_pairs_option(
     "--show-render/--no-show-render",
     default=False,
     rare=True,
-    help="Let annotators show the RGB render as well.",
+    help="Offer annotators a button that shows the RGB render of a shape as well.",
 )
 @_pairs_option(
     "--both-bad/--no-both-bad",
     default=True,
     rare=True,
-    help="Allow the answer 'both are bad'; off with --single.",
+    help="Offer the answer 'both are bad'; without effect if single shapes are labelled (--single).",
 )
 @_pairs_option(
     "--criteria",
@@ -116,22 +139,22 @@ class LabelGroup(GroupedGroup):
     default="",
     show_default="none",
     help=(
-        f"Criteria to ask about besides which is better, comma-separated: {', '.join(QUESTIONS)}, or"
-        " NAME=TEXT."
+        "Further questions about each pair, besides which shape is better, separated by commas:"
+        f" {', '.join(QUESTIONS)}, or NAME=TEXT for a question of your own."
     ),
 )
 @_pairs_option(
     "--reveal/--no-reveal",
     default=False,
     rare=True,
-    help="Show the generators' names after each answer.",
+    help="Show annotators the names of the generators after each answer.",
 )
 @option("--db", metavar="URL", default=DB, help=DATABASE)
 @option(
     "--campaign",
     metavar="NAME",
     default="labels",
-    help="Name of the campaign. An existing campaign is resumed.",
+    help="Name of the campaign (labelling project) in the database. An existing campaign is resumed.",
 )
 @option("-n", "--dry-run", is_flag=True, help="Print the resolved settings as JSON and stop.")
 @launch.server_options("access.jsonl beside the database")
@@ -147,7 +170,7 @@ def main(
     dry_run: bool,
     **flags,
 ) -> None:
-    """Label pairs of shapes, or shapes one by one, in the browser. Prints the address.
+    """Label pairs of shapes, or single shapes, in the browser. The command prints the address of the page.
 
     \b
     Example:
@@ -156,26 +179,37 @@ def main(
         python tools/label.py add-annotator ann
         python tools/label.py --host=0.0.0.0
     """
-    # subcommands take --db from here if they are not given their own
+    # Subcommands read --db from `ctx.obj` if it does not stand after their own name.
     ctx.obj = db
-    # `label export` and others run by themselves
+    # With a subcommand, this function does nothing else: click calls the subcommand next.
     if ctx.invoked_subcommand is not None:
         launch.refuse_flags_before(ctx, "db")
         return
+    # Fails at once if the packages of the label server are not installed.
     check_extra(EXTRA)
-    request, given = _request(ctx, campaign, network, assets, after, rewards, flags)
-    # compared with the stored campaign at a resume
-    wanted = request.to_json()
+    request, given_names = _request(ctx, campaign, network, assets, after, rewards, flags)
+    # the settings of the flags, which are compared with the stored settings if the campaign is resumed
+    requested_settings = request.to_json()
     server = server_of(flags, db)
+    # --dry-run ends here; nothing has been written so far
     if dry_run:
-        click.echo(json.dumps(_dry_run(db, request, server, wanted, given), indent=1, default=str))
+        click.echo(
+            json.dumps(_dry_run(db, request, server, requested_settings, given_names), indent=1, default=str)
+        )
         return
-    _start(db, request, server, wanted, given)
+    _start(db, request, server, requested_settings, given_names)
 
 
 def server_of(flags: Mapping, db: str) -> launch.ServerFlags:
-    """Build the server's settings; its access log lies beside the database."""
-    # a database server has no folder, so the log goes to runs/labels
+    """Build the settings of the web server.
+
+    Its access log lies beside the file of the database by default.
+
+    Args:
+        flags: values of the command line.
+        db: URL of the database.
+    """
+    # The database of a database server has no folder, so its access log is written to runs/labels.
     path = sqlite_file(db)
     return launch.ServerFlags.of(flags, path.parent if path else Path("runs/labels"))
 
@@ -189,64 +223,93 @@ def _request(
     rewards: tuple,
     flags: dict,
 ) -> tuple[launch.Request, set[str]]:
-    """Build the request for a campaign from the flags. Returns it and the names of the given flags.
+    """Check the flags, and build the description of a labelling project from them.
 
-    Raises: ValueError, FileNotFoundError naming the flag.
+    Args:
+        ctx: context of the command.
+        campaign: name of the project.
+        network: value of --network.
+        assets: value of --assets.
+        after: value of --after.
+        rewards: values of --reward.
+        flags: values of the other flags.
+
+    Returns: the description, and the names of the flags that were typed.
+
+    Raises: ValueError or FileNotFoundError that names the flag.
     """
-    given = launch.given_flags(ctx)
+    given_names = launch.given_flags(ctx)
     if assets is not None:
-        _reject_generator_flags(ctx, given)
-    elif "up" in given:
-        raise ValueError("--up needs --assets: a generator's shapes always stand upright. Remove --up.")
-    # None becomes the default of the setting
+        _reject_generator_flags(ctx, given_names)
+    elif "up" in given_names:
+        raise ValueError(
+            "--up has an effect only with --assets, because the shapes of a generator always stand upright."
+            " Remove --up."
+        )
+    # replaces None by the default of the setting
     flags = launch.filled(flags, PairingOptions, CampaignSettings)
     if after is not None and not STRATEGIES[flags["strategy"]].reads_answers:
-        names = " or ".join(name for name, strategy in STRATEGIES.items() if strategy.reads_answers)
+        strategy_names = " or ".join(name for name, strategy in STRATEGIES.items() if strategy.reads_answers)
         raise ValueError(
-            f"--after needs --strategy={names}, got {flags['strategy']}. Change it, or remove --after."
+            f"--after cannot be combined with --strategy={flags['strategy']}, which does not read earlier"
+            f" answers. Use --strategy={strategy_names}, or remove --after."
         )
+    # `rewards` comes from the flag --reward, the other fields have the names of their flags.
     pairing = PairingOptions(
         rewards=rewards,
         **{name: flags[name] for name in PairingOptions.__dataclass_fields__ if name != "rewards"},
     )
+    # imported here, because --help must not load this module
     from eg3d_rlhf.generators import find_network
 
+    # an error in this block begins with the name --network
     with naming("--network"):
-        source = find_network(network).resolve() if network else None
-        if source is not None and not source.is_file():
-            raise FileNotFoundError(
-                f"expected a network file or a run folder, but {network} does not exist. Check the path."
-            )
+        network_file = find_network(network).resolve() if network else None
+        if network_file is not None and not network_file.is_file():
+            raise FileNotFoundError(f"{network} does not exist. Name a network file or a run folder.")
     # settings that are stored with the campaign
     settings = {name: flags[name] for name in launch.SETTINGS}
-    settings["questions"] = tuple(part.strip() for part in flags["questions"].split(",") if part.strip())
-    # for single shapes there is no second side to swap and no 'both'
+    settings["questions"] = tuple(
+        question.strip() for question in flags["questions"].split(",") if question.strip()
+    )
+    # A single shape has no second side, so sides cannot be swapped, and 'both are bad' is no answer.
     if pairing.single:
         settings |= {
-            name: value for name, value in (("swap_share", 0.0), ("both_bad", False)) if name not in given
+            name: value
+            for name, value in (("swap_share", 0.0), ("both_bad", False))
+            if name not in given_names
         }
     request = launch.Request(
         name=campaign,
-        network=str(source) if source else None,
+        # Paths are absolute: the campaign may be resumed from another folder.
+        network=str(network_file) if network_file else None,
         after=after,
         pairing=pairing,
         settings=settings,
         assets=str(Path(assets).resolve()) if assets else None,
         up=flags["up"],
     )
+    # This question asks how well an asset matches its prompt.
     if "prompt" in settings["questions"] and assets is None:
         raise ValueError(
-            "--criteria: 'prompt' needs --assets, because a generator's shapes have no prompts. Remove it."
+            "--criteria: the question 'prompt' needs --assets, because the shapes of a generator have no"
+            " prompts. Remove prompt from --criteria."
         )
     parse_questions(settings["questions"])  # raises ValueError for an unknown criterion
     request.campaign_settings({})  # checks the shares of repeated and swapped pairs before anything slow
-    return request, given
+    return request, given_names
 
 
-def _reject_generator_flags(ctx: click.Context, given: set[str]) -> None:
-    """Raise ValueError for flags that describe how a generator is sampled: they do not apply to finished
-    assets.
+def _reject_generator_flags(ctx: click.Context, given_names: set[str]) -> None:
+    """Raise ValueError if flags were given that describe how a generator is sampled.
+
+    Such flags have no effect on finished assets.
+
+    Args:
+        ctx: context of the command.
+        given_names: names of the flags that were typed.
     """
+    # names of the flags that decide how shapes are sampled and extracted from a generator
     sampling_flags = {
         "network",
         "show_render",
@@ -257,66 +320,106 @@ def _reject_generator_flags(ctx: click.Context, given: set[str]) -> None:
         "triangles",
         "pool",
     }
-    if wrong := launch.named_flags(ctx, given & sampling_flags):
+    if unsuitable_flags := launch.named_flags(ctx, given_names & sampling_flags):
         raise ValueError(
-            f"{', '.join(wrong)} cannot be combined with --assets, which are finished. Remove the flag."
+            f"{', '.join(unsuitable_flags)} cannot be combined with --assets, because no generator is"
+            " sampled. Remove the flag."
         )
 
 
 def _dry_run(
-    db: str, request: launch.Request, server: launch.ServerFlags, wanted: dict, given: set[str]
+    db: str,
+    request: launch.Request,
+    server: launch.ServerFlags,
+    requested_settings: dict,
+    given_names: set[str],
 ) -> dict:
-    # an existing campaign resumes with its stored settings
+    """Return the JSON of --dry-run: the name and the settings of the project, and whether it is resumed.
+
+    Args:
+        db: URL of the database.
+        request: description of the labelling project.
+        server: settings of the web server.
+        requested_settings: settings of the flags.
+        given_names: names of the flags that were typed.
+    """
+    # An existing project is resumed with its stored settings, not with the settings of the flags.
     resumed = False
     if store_exists(db):
         with open_store(db, create=False) as store:
             stored = store.campaign(request.name)
             if stored is not None:
                 resumed = True
-                wanted = dict(launch.check_resumed(stored, wanted, given))
-    kept = {"db": without_password(db), "access_log": str(server.access_log)}
+                # raises ValueError if a typed flag differs from the stored value
+                requested_settings = dict(launch.check_resumed(stored, requested_settings, given_names))
     return {
         "campaign": request.name,
         "action": "resume" if resumed else "plan",
-        **wanted,
+        **requested_settings,
         **server.to_dict(),
-        **kept,
+        # the URL of a database server may contain a password
+        "db": without_password(db),
+        "access_log": str(server.access_log),
     }
 
 
 def _start(
-    db: str, request: launch.Request, server: launch.ServerFlags, wanted: dict, given: set[str]
+    db: str,
+    request: launch.Request,
+    server: launch.ServerFlags,
+    requested_settings: dict,
+    given_names: set[str],
 ) -> None:
-    """Serve the campaign; plan it first if it is new."""
+    """Serve the labelling page of a project until it is interrupted. Plan the pairs first if it is new.
+
+    Args:
+        db: URL of the database.
+        request: description of the labelling project.
+        server: settings of the web server.
+        requested_settings: settings of the flags.
+        given_names: names of the flags that were typed.
+
+    Raises: ValueError if the project exists and was planned with other settings, or if annotators must log in
+        and there is no annotator.
+    """
     planned = None
-    if not store_exists(db):  # plan first: an error must leave no empty database
+    # Without a database, the pairs are planned before it is created, so that an error leaves no empty file.
+    if not store_exists(db):
         if server.exposed:
+            # None: a database that does not exist has no annotators, so this always raises an error
             launch.check_annotators(None, server.host, MAKE)
-        # slow: it generates the shapes of the pairs
+        # slow, because it generates shapes
         planned = launch.plan_campaign(None, request, click.echo)
     with open_store(db, create=True) as store:
-        # reachable from other machines: annotators need a login
+        # Annotators on other machines must log in, so at least one must exist before the server starts.
         if server.exposed:
             launch.check_annotators(store, server.host, MAKE)
         campaign = store.campaign(request.name)
         if campaign is None:
+            # `planned` is set if the database did not exist a moment ago
             settings, pairs = planned or launch.plan_campaign(store, request, click.echo)
             store.create_campaign(settings, pairs)
             click.echo(f"campaign {request.name!r}: {len(pairs)} pairs planned")
         else:
-            launch.check_resumed(campaign, wanted, given)
+            # raises ValueError if a typed flag differs from the stored value
+            launch.check_resumed(campaign, requested_settings, given_names)
             answered = sum(1 for _ in store.judgements(request.name))
             click.echo(
                 f"campaign {request.name!r}: resumed, {campaign.pairs} pairs, {answered} judgements so far"
             )
-        have = f"{len(launch.with_access(store))} annotators can log in; add-annotator NAME adds one"
-        more = [f"other machines can reach this server with a login token: {have}"] if server.exposed else []
+        login_lines = []
+        if server.exposed:
+            annotator_count = len(launch.with_access(store))
+            login_lines.append(
+                f"other machines can reach this server with a login token: {annotator_count} annotators can"
+                " log in; add-annotator NAME adds one"
+            )
         launch.serve_campaign(
             store,
             db,
             request.name,
             server,
-            lambda address: [f"label at {address}  (Ctrl-C stops)", *more],
+            lambda address: [f"label at {address}  (Ctrl-C stops)", *login_lines],
             "judgement",
         )
 
@@ -328,38 +431,54 @@ def _start(
     type=click.Choice(tuple(KINDS)),
     default="labels",
     help=(
-        "Content of the file. labels: pairs (.jsonl, .csv); unpaired: single shapes (.jsonl); judgements: all"
-        " answers without loss (.jsonl); ranked-seeds: the paper's table (.csv). For assets: pairs of files,"
-        " rankings per prompt, or scores of single assets (.jsonl)."
+        "Content of the file. labels: labelled pairs (.jsonl, .csv); unpaired: labels of single shapes"
+        " (.jsonl); judgements: all answers with all their fields (.jsonl); ranked-seeds: the paper's table"
+        " of ranked seeds (.csv). For assets (.jsonl): asset-pairs, pairs of files; rankings, one ranking per"
+        " prompt; asset-scores, scores of single assets."
     ),
 )
-@option("--campaign", metavar="NAME", default=None, show_default="all", help="Campaign to export.")
+@option(
+    "--campaign",
+    metavar="NAME",
+    default=None,
+    show_default="all",
+    help="Name of the campaign (labelling project) whose answers are exported.",
+)
 @option(
     "--annotator",
     "annotators",
     metavar="NAME",
     multiple=True,
     show_default="all",
-    help="Annotator to export. May be repeated.",
+    help="Name of an annotator whose answers are exported. May be repeated.",
 )
 @option(
     "--least-gold-accuracy",
     metavar="0..1",
     type=click.FloatRange(0, 1),
-    help="Leave out annotators with a lower accuracy on gold pairs.",
+    show_default="no limit",
+    help=(
+        "Smallest accuracy of an annotator on gold pairs, whose correct answer is known. Answers of less"
+        " accurate annotators are left out."
+    ),
 )
-@option("--drop-repeats", is_flag=True, help="Keep only each annotator's first answer to a pair.")
+@option(
+    "--drop-repeats",
+    is_flag=True,
+    help="Export only the first answer of each annotator to a pair that was shown several times.",
+)
 @option(
     "--criterion",
     metavar="NAME",
     show_default="which is better",
-    help="Export the votes on this criterion.",
+    help="Name of the question whose answers are exported.",
 )
 @option(
     "--from-pairs",
     is_flag=True,
     help=(
-        "For unpaired and asset-scores: also label both shapes of a pair answered 'both are bad' as not good."
+        "In labels of single shapes or assets (--kind=unpaired or asset-scores), also label both shapes of a"
+        " pair as not good if its answer is 'both are bad'."
     ),
 )
 @database
@@ -367,31 +486,38 @@ def _start(
 def export(
     ctx: click.Context, out: Path, kind: str, campaign: str | None, db: str, from_pairs: bool, **filters
 ) -> None:
-    """Write the labels or judgements of a database to FILE."""
-    if from_pairs and (kind not in ("unpaired", "asset-scores") or filters["criterion"]):
+    """Write the labels or the judgements of a database to FILE."""
+    if from_pairs and kind not in ("unpaired", "asset-scores"):
         raise ValueError(
-            f"--from-pairs needs --kind=unpaired or asset-scores, without --criterion; got --kind={kind}."
-            " Remove --from-pairs."
+            f"--from-pairs cannot be combined with --kind={kind}. Use --kind=unpaired or"
+            " --kind=asset-scores, or remove --from-pairs."
+        )
+    if from_pairs and filters["criterion"]:
+        raise ValueError(
+            f"--from-pairs cannot be combined with --criterion={filters['criterion']}, because 'both are"
+            " bad' is no answer to that question. Remove one of the flags."
         )
     suffixes, write = KINDS[kind]
     if out.suffix not in suffixes:
         raise ValueError(
-            f"FILE: --kind={kind} needs a name ending in {' or '.join(suffixes)}, got {out.name}. Rename it."
+            f"FILE: the name {out.name} does not end in {' or '.join(suffixes)}, as --kind={kind} requires."
+            " Choose a name with this ending."
         )
-    # judgements are an archive of everything, so filters do not apply
+    # This export is a complete copy of all answers, so filters must not leave out any of them.
     if kind == "judgements":
-        if used := launch.named_flags(ctx, launch.given_flags(ctx) & set(filters)):
+        if used_filters := launch.named_flags(ctx, launch.given_flags(ctx) & set(filters)):
             raise ValueError(
-                f"{', '.join(used)} cannot be combined with --kind=judgements, which exports everything."
+                f"{', '.join(used_filters)} cannot be combined with --kind=judgements, which is unfiltered."
                 " Remove the flag."
             )
         filters = {}
     with open_store(db, create=False) as store:
+        # only two of the functions have the argument from_pairs
         write(store, out, campaign=campaign, **filters, **({"from_pairs": True} if from_pairs else {}))
     with out.open(encoding="utf-8") as file:
-        # the first line of a CSV is its header
-        count = sum(1 for _ in file) - (out.suffix == ".csv")
-    click.echo(f"{out}: {count} line{'s' if count != 1 else ''} written")
+        # The first line of a CSV file is its header. True counts as 1.
+        line_count = sum(1 for _ in file) - (out.suffix == ".csv")
+    click.echo(f"{out}: {line_count} line{'s' if line_count != 1 else ''} written")
 
 
 @click.command("import", cls=GroupedCommand)
@@ -399,31 +525,34 @@ def export(
 @option(
     "--campaign",
     metavar="NAME",
-    show_default="the file's name",
-    help="For ranked seeds: name of the campaign to create.",
+    show_default="the name of the file",
+    help="Name of the campaign (labelling project) that is created for a table of ranked seeds.",
 )
 @option(
     "--annotator",
     metavar="NAME",
     default=None,
     show_default="imported",
-    help="For ranked seeds: name of the annotator.",
+    help="Name of the annotator of a table of ranked seeds.",
 )
 @database
 def import_(source: Path, campaign: str | None, annotator: str | None, db: str) -> None:
-    """Import FILE into a database: exported judgements (.jsonl), or a table of ranked seeds (.csv)."""
+    """Import FILE into a database. FILE holds exported judgements (.jsonl) or a table of ranked seeds
+    (.csv).
+    """
     if source.suffix not in (".jsonl", ".csv"):
         raise ValueError(
-            f"FILE: expected .jsonl (judgements) or .csv (ranked seeds), got {source.name}. Rename it."
+            f"FILE: the name {source.name} ends neither in .jsonl (judgements) nor in .csv (ranked seeds)."
+            " Name a file of one of these two kinds."
         )
     if source.suffix == ".jsonl" and (campaign or annotator):
         raise ValueError(
-            "--campaign and --annotator need ranked seeds (.csv): exported judgements contain both."
-            " Remove the"
-            " flag."
+            "--campaign and --annotator have an effect on ranked seeds (.csv) only. Exported judgements"
+            " (.jsonl) contain both names. Remove the flag."
         )
     with open_store(db, create=True) as store:
         if source.suffix == ".csv":
+            # One annotator, "imported" by default, is recorded for all answers of the table.
             count = _archive("import_ranked_seeds", store, source, campaign, annotator or "imported")
         else:
             count = _archive("import_judgements", store, source)
@@ -431,27 +560,37 @@ def import_(source: Path, campaign: str | None, annotator: str | None, db: str) 
 
 
 @click.command("leaderboard", cls=GroupedCommand, job="label leaderboard")
-@option("--campaign", metavar="NAME", show_default="all that collect preferences", help="Campaign to rank.")
 @option(
-    "--criterion", metavar="NAME", show_default="which is better", help="Criterion whose votes are ranked."
+    "--campaign",
+    metavar="NAME",
+    show_default="all that collect preferences",
+    help="Name of the campaign (labelling project) whose generators are ranked.",
+)
+@option(
+    "--criterion",
+    metavar="NAME",
+    show_default="which is better",
+    help="Name of the question whose answers are used.",
 )
 @option("--json", "as_json", is_flag=True, help="Print the ranking as JSON.")
 @database
 def leaderboard(campaign: str | None, criterion: str | None, as_json: bool, db: str) -> None:
-    """Rank the generators whose shapes were compared, with 95 % intervals."""
+    """Rank the generators whose shapes people compared, and print 95 % intervals of their scores."""
+    # Imported here, so that --help is printed without loading this module.
     from eg3d_rlhf.people.label.quality import as_text, leaderboard_of
 
     with open_store(db, create=False) as store:
-        _check(store, campaign)
-        # read whole, because the database closes with the block
+        _check_campaign(store, campaign)
+        # a list, because the rows cannot be read after the database is closed
         rows = list(store.judgements(campaign))
-    # criteria that were asked besides which is better
-    asked = sorted({name for row in rows for name in row.votes})
-    if criterion is not None and criterion not in asked:
+    # names of all questions with answers, except which shape is better
+    criteria = sorted({name for row in rows for name in row.votes})
+    if criterion is not None and criterion not in criteria:
         raise ValueError(
-            f"--criterion: {criterion} has no votes. Criteria with votes: {', '.join(asked) or 'none'}."
-            " Name another."
+            f"--criterion: the question {criterion} has no answers. Questions with answers:"
+            f" {', '.join(criteria) or 'none'}. Use one of these names, or remove --criterion."
         )
+    # Only answers to planned pairs of two generators count, not repeats, gold pairs or answers of studies.
     board = leaderboard_of(rows, criterion)
     if as_json:
         click.echo(
@@ -463,25 +602,32 @@ def leaderboard(campaign: str | None, criterion: str | None, as_json: bool, db: 
         click.echo(as_text(board))
 
 
-def _check(store: "Store", campaign: str | None) -> None:
-    """Raise ValueError if the campaign does not exist or does not collect preferences."""
-    # without --campaign, all that collect preferences are ranked
+def _check_campaign(store: "Store", campaign: str | None) -> None:
+    """Raise ValueError if the campaign does not exist or does not collect preferences.
+
+    Args:
+        store: the opened database.
+        campaign: name of the campaign; None: all campaigns that collect preferences, so nothing is checked.
+    """
     stored = store.campaign(campaign) if campaign is not None else None
     if campaign is not None and stored is None:
         raise ValueError(
             f"--campaign: {campaign} is not in this database. Use one of the campaigns that `status` lists."
         )
     if stored is not None and stored.settings.mode is not Mode.LABEL:
+        # A study is analysed by its own command, because its design fixes the analysis.
         remedy = (
             "run tools/study.py report for its result"
             if stored.settings.mode is Mode.STUDY
             else "name another campaign"
         )
         raise ValueError(
-            f"--campaign: {campaign} does not collect preferences ({stored.settings.mode}): {remedy}."
+            f"--campaign: {campaign} does not collect preferences, because its mode is"
+            f" {stored.settings.mode}: {remedy}."
         )
 
 
+# `resolved` returns the values that --help shows as defaults (`GroupedCommand`).
 main.resolved = lambda context: [{"access_log": server_of(context.params, context.params["db"]).access_log}]
 for command in (*PEOPLE.values(), export, import_, leaderboard):
     command.resolved = known_database

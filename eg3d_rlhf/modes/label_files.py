@@ -1,5 +1,5 @@
-"""Jobs on label files: `label synthetic` writes labels of the simulated annotator, `label elo` rates
-methods.
+"""Jobs on label files: `label synthetic` writes labels of the simulated annotator, and `label elo` computes
+Elo ratings from pairwise judgements.
 """
 
 import json
@@ -23,27 +23,29 @@ from training.storage import write_atomic
     "network",
     network={"type": click.Path(path_type=Path, exists=True), "help": "Generator to sample and label."},
 )
+# Settings of the simulated annotator, and of the samples that it labels.
 @options_of(AnnotationOptions)
 @option(
     "--randomised",
     is_flag=True,
     group="Judgement",
-    help="Assign the thumbs or scores to the shapes at random, as a control.",
+    help="Assign the thumbs or scores to the shapes in random order, as a control.",
 )
 @shared("device dry-run")
 def synthetic(
     out: Path, network: Path | None, randomised: bool, device: str, dry_run: bool, **settings
 ) -> None:
-    """Label seeds of a generator of synthetic heads, in pairs or one by one, with the simulated annotator.
+    """Label samples of a generator of synthetic heads with the simulated annotator, in pairs or one by one.
 
-    The simulated annotator compares each shape with the ground-truth head of its latent, by geometry alone.
-    Writes labels (JSON lines; for pairs also CSV) and, beside them, a .meta.json with settings and
-    temperature.
+    The simulated annotator compares the geometry of each sample with the ground-truth head of its latent.
+    The labels are written as JSON lines, or as CSV for pairs. A .meta.json beside them holds the settings
+    and the temperature of the annotator's noise.
 
     \b
     Example:
         eg3d-rlhf label synthetic --pairs=100 --resolution=32 --out=runs/example/labels.jsonl
     """
+    # Imported here, so that --help is printed without loading these modules.
     from eg3d_rlhf.generators import load_generator
     from eg3d_rlhf.preferences.annotator import Utility
     from eg3d_rlhf.preferences.synthetic import annotate
@@ -53,12 +55,15 @@ def synthetic(
     options = AnnotationOptions(**{name: value for name, value in settings.items() if value is not None})
     if randomised and options.kind == "pairs":
         raise ValueError(
-            "--randomised needs --kind=thumbs or scores, got pairs. Change the kind, or remove --randomised."
+            "--randomised cannot be combined with --kind=pairs. Use --kind=thumbs or --kind=scores, or remove"
+            " --randomised."
         )
     if options.kind != "pairs" and out.suffix != ".jsonl":
         raise ValueError(
-            f"--out: --kind={options.kind} needs a name ending in .jsonl, got {out.name}. Rename it."
+            f"--out: labels of --kind={options.kind} are written as JSON lines, but the name {out.name} does"
+            " not end in .jsonl. Choose a name that ends in .jsonl."
         )
+    # --dry-run ends here; nothing has been written so far
     if dry_run:
         resolved = {
             "out": str(out),
@@ -68,17 +73,19 @@ def synthetic(
         }
         print_json({**resolved, **asdict(options)})
         return
-    # the bundled one without --network
+    # None: the bundled generator
     generator = load_generator(network, choose_device(device))
     with tqdm(total=len(options.seeds), unit="seed", desc="labelling") as bar:
 
         def on_seed(result: Utility) -> None:
             """Advance the progress bar by one labelled seed."""
             bar.update()
+            # refresh=False: the text is shown with the next update of the bar
             bar.set_postfix(utility=f"{result.total:.3f}", refresh=False)
 
+        # All labels, also labels of pairs, come from one pass over the seeds.
         annotation = annotate(generator.generator, options, on_seed)
-    # labels belong to one generator: seeds of another one give other shapes
+    # The hash of the generator is stored, because the same seeds give other shapes with another generator.
     meta = {"generator": generator.hash, **annotation.summary()}
     if options.kind == "pairs":
         write_labels(out, annotation.preferences(generator.hash))
@@ -86,7 +93,7 @@ def synthetic(
     else:
         labels = annotation.unpaired(generator.hash, randomised)
         write_unpaired(out, labels)
-        # `clean` is the label without the simulated annotator's noise
+        # `clean` is the label without the annotator's noise. `preferred` is None for a scored shape.
         flipped = sum(label.preferred is not None and label.preferred != label.clean for label in labels)
         count = len(labels)
         meta = {**meta, "flipped": flipped, "randomised": randomised}
@@ -97,20 +104,30 @@ def synthetic(
     )
 
 
-def read_held(path: Path | None) -> dict[str, dict[str, float]]:
-    """Read the ratings by criterion from a file that --out wrote. Raises: ValueError for another file."""
+def read_fixed_ratings(path: Path | None) -> dict[str, dict[str, float]]:
+    """Read fixed ratings from a file that `label elo --out` wrote.
+
+    Args:
+        path: the file; None: no rating is fixed, and the result is empty.
+
+    Returns: Elo ratings by criterion and method.
+
+    Raises: ValueError for a file with another content.
+    """
     if path is None:
         return {}
+    # an error in this block begins with the name --held
     with naming("--held"):
         try:
             tables = json.loads(path.read_text())
             return {
-                c: {name: float(row["elo"]) for name, row in table["ratings"].items()}
-                for c, table in tables.items()
+                criterion: {method: float(row["elo"]) for method, row in table["ratings"].items()}
+                for criterion, table in tables.items()
             }
+        # JSON of another structure causes one of these errors
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
-                f"{path} is not a file that --out wrote ({error!r}). Name such a file."
+                f"{path} is not a file of ratings ({error!r}). Name a file that `label elo --out` wrote."
             ) from None
 
 
@@ -120,44 +137,57 @@ def read_held(path: Path | None) -> dict[str, dict[str, float]]:
     "--ties",
     type=click.Choice(DRAWS),
     default="both",
-    help="Treatment of ties: both, a win for both methods as in GPTEval3D, or Davidson's model.",
+    help=(
+        "Treatment of ties: both counts a tie as a win of both methods, as GPTEval3D does; davidson fits the"
+        " model of Davidson (1970), which has a parameter for ties."
+    ),
 )
-@file_option("--held", help="Ratings that stay fixed, a file written with --out; only new methods are rated.")
-@file_option("--out", help="Also write the ratings as JSON.")
+@file_option(
+    "--held",
+    help="File of ratings that --out wrote. These ratings stay fixed, and only new methods are rated.",
+)
+@file_option("--out", help="JSON file to which the ratings are also written.")
 def elo(files, ties, held, out) -> None:
-    """Compute Elo ratings of methods from pairwise judgements of their assets, as in GPTEval3D's tournament.
-    The judgements may come from people or from a vision-language model.
+    """Compute Elo ratings of methods from pairwise judgements of their assets, as GPTEval3D
+    (arXiv:2401.04092) does. The judgements may come from people or from a vision-language model.
 
-    A judgement is a line of JSON: {"a": "sds", "b": "dreamdpo", "winner": "b", "prompt": "a bust",
-    "criterion": "overall"}; winner is a, b or tie; prompt and criterion are optional. Runs of train.py
-    --mode=distill --compare=... write judgements.jsonl.
+    Each line of FILE is one judgement as JSON: {"a": "sds", "b": "dreamdpo", "winner": "b", "prompt":
+    "a bust", "criterion": "overall"}. The winner is a, b or tie. The prompt and the criterion are optional.
+    Runs of train.py --mode=distill --compare=... write such a file, judgements.jsonl.
 
     \b
     Example:
         eg3d-rlhf label elo runs/00000-distill/judgements.jsonl
     """
+    # Imported here, so that --help is printed without loading these modules.
     from eg3d_rlhf.preferences.bradley_terry import elo as ratings
     from eg3d_rlhf.preferences.bradley_terry import markdown, read_judgements
 
-    # each criterion has its own table of ratings
+    # Each criterion has its own table of ratings.
     by_criterion = defaultdict(list)
+    # Judgements of several files are pooled.
     for file in files:
         for judgement in read_judgements(file):
             by_criterion[judgement.criterion].append(judgement)
     # criterion -> method -> fixed rating
-    known = read_held(held)
+    fixed_ratings_by_criterion = read_fixed_ratings(held)
     tables = {}
     for criterion, judgements in sorted(by_criterion.items()):
-        stay = known.get(criterion, {})
-        # nothing to fit: every method of this criterion has a fixed rating
-        if {name for j in judgements for name in (j.a, j.b)} <= stay.keys():
+        fixed_ratings = fixed_ratings_by_criterion.get(criterion, {})
+        # If every method of this criterion has a fixed rating, no rating is left to fit.
+        if {name for judgement in judgements for name in (judgement.a, judgement.b)} <= fixed_ratings.keys():
             click.echo(
                 f"{criterion}: skipped, because --held fixes the ratings of all its methods.", err=True
             )
             continue
-        tables[criterion] = ratings(judgements, draws=ties, held=stay)
+        # The fixed ratings decide the scale of the new ratings.
+        tables[criterion] = ratings(judgements, draws=ties, held=fixed_ratings)
     if out is not None:
         write_atomic(
-            out, (json.dumps({c: table.to_dict() for c, table in tables.items()}, indent=1) + "\n").encode()
+            out,
+            (
+                json.dumps({criterion: table.to_dict() for criterion, table in tables.items()}, indent=1)
+                + "\n"
+            ).encode(),
         )
     click.echo(markdown(tables))

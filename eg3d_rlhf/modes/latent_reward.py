@@ -1,5 +1,6 @@
-"""The job `reward latent`: trains a reward on a stage's latents and compares it with one on finished
-assets.
+"""The job `reward latent`: trains a reward that reads the latents of a stage of a flow generator.
+
+The job compares this reward with a reward of finished assets, which needs every sample to be decoded.
 """
 
 from pathlib import Path
@@ -9,7 +10,7 @@ import click
 
 from eg3d_rlhf.core.cli import GroupedCommand, choose_device, option, options_of, seeds_of, together
 from eg3d_rlhf.experiments.mode import Flags
-from eg3d_rlhf.modes.flow_flags import source_of
+from eg3d_rlhf.modes.flow_flags import make_source
 from eg3d_rlhf.modes.shared_flags import file_option, name_option, shared, whole_option
 from eg3d_rlhf.tuning.flow.base.settings import ProblemSource
 
@@ -20,65 +21,80 @@ if TYPE_CHECKING:
 @click.command("latent", cls=GroupedCommand, job="reward latent")
 @together(options_of(ProblemSource))
 @name_option(
-    "--stage", group="What is trained", show_default="the last", help="Stage whose latents the reward reads."
+    "--stage",
+    group="What is trained",
+    show_default="the last stage",
+    help="Name of the stage whose latents the reward reads.",
 )
 @whole_option(
-    "--seed", group="Run", default=0, help="First of three training seeds, if --seeds is not given."
+    "--seed",
+    group="Run",
+    default=0,
+    help="First of three consecutive training seeds; without effect if --seeds is given.",
 )
 @option(
     "--seeds",
     group="Run",
     metavar="LIST",
-    show_default="--seed and the next two",
-    help="Training seeds, such as 0,1,2. The reward of the first seed is written.",
+    show_default="the value of --seed and the next two integers",
+    help="Training seeds, separated by commas, such as 0,1,2. The reward of the first seed is written.",
 )
 @file_option("--out", group="Run", required=True, help="Reward file to write (.safetensors).")
 @shared("device")
 def latent(stage: str | None, seed: int, seeds: str | None, out: Path, device: str, **source) -> None:
-    """Train a reward that reads the latents of a flow stage, so that --mode=online --reward=FILE needs no
-    decoding.
+    """Train a reward that reads the latents of one stage of a flow generator. With such a reward, train.py
+    --mode=online --reward=FILE need not decode its samples.
 
-    It trains on people's pairs. If a reward of finished assets trained on the same pairs has a learnable
-    signal, its scores are added as training data. Both rewards are compared: accuracy on pairs of held-out
-    prompts over several training seeds, and the number of samples scored per second.
+    The reward is trained on pairs that people labelled. A reward of finished assets is trained on the same
+    pairs. If it is more accurate than chance, its scores become additional training data. The command prints
+    the accuracy of both rewards on pairs of held-out prompts, and the number of samples that each scores per
+    second.
 
     \b
     Example:
         eg3d-rlhf reward latent --pipeline=toy --out=runs/latent.safetensors
     """
+    # Imported here, so that --help is printed without loading these modules.
     from eg3d_rlhf.tuning.flow.base.stage import stage_of
     from eg3d_rlhf.tuning.flow.families.opening import open_problem
     from eg3d_rlhf.tuning.flow.training.latent_accuracy import compared
     from eg3d_rlhf.tuning.flow.training.latent_reward import save
     from training.progress import tqdm
 
-    # three seeds show how much the accuracy varies
-    numbers = range(seed, seed + 3) if seeds is None else seeds_of("--seeds", seeds)
-    # checked before the slow part
+    # Three seeds show how much the accuracy varies between trainings.
+    training_seeds = range(seed, seed + 3) if seeds is None else seeds_of("--seeds", seeds)
+    # Checked before the slow training begins.
     if out.suffix != ".safetensors":
-        raise ValueError(f"--out: expected a name ending in .safetensors, got {out.name}. Rename it.")
-    # the problem itself has seed 0; --seed only varies the training of the reward
-    problem = open_problem(source_of(ProblemSource, Flags({**source, "seed": 0})), choose_device(device))
-    name = stage_of(problem.pipeline, stage or problem.pipeline.stages[-1].name).name
-    reward, beside = compared(problem, name, numbers, tqdm.write)
-    # the file carries its own accuracy
-    reward.record |= {"evaluation": beside.shown()}
-    click.echo("\n".join(markdown(beside)))
+        raise ValueError(
+            f"--out: the name {out.name} does not end in .safetensors. Choose a name with this ending."
+        )
+    # The seed of the problem is always 0. --seed changes only the training of the reward.
+    problem = open_problem(make_source(ProblemSource, Flags({**source, "seed": 0})), choose_device(device))
+    stage_name = stage_of(problem.pipeline, stage or problem.pipeline.stages[-1].name).name
+    # `tqdm.write` prints lines without breaking the progress bar.
+    reward, comparison = compared(problem, stage_name, training_seeds, tqdm.write)
+    # The accuracy is stored in the reward file.
+    reward.record |= {"evaluation": comparison.shown()}
+    click.echo("\n".join(format_comparison(comparison)))
     click.echo(
-        f"\n{save(out, reward)}: stage {name}, training seed {numbers[0]}. {beside.pairs} pairs for"
-        f" {beside.conditions} held-out prompts; {len(numbers)} trainings; brackets: 95 % interval over"
-        " pairs,"
-        " clustered by prompt."
+        f"\n{save(out, reward)}: stage {stage_name}, training seed {training_seeds[0]}. {comparison.pairs}"
+        f" pairs for {comparison.conditions} held-out prompts; {len(training_seeds)} trainings; brackets:"
+        " 95 % interval over pairs, clustered by prompt."
     )
 
 
-def markdown(beside: "Beside") -> list[str]:
-    """Format the comparison of the two rewards as a Markdown table."""
+def format_comparison(comparison: "Beside") -> list[str]:
+    """Format the comparison of the two rewards as the lines of a Markdown table.
+
+    Args:
+        comparison: accuracy and speed of both rewards, and the difference of their accuracies.
+    """
+    # imported here, because --help must not load these modules
     from eg3d_rlhf.experiments.table import markdown_rows
     from eg3d_rlhf.tuning.flow.training.latent_accuracy import DECODED, LATENT
 
     rows = []
-    for kind, measured in beside.kinds.items():
+    for kind, measured in comparison.kinds.items():
         accuracy = "{:.3f} [{:.3f}, {:.3f}]".format(*measured.accuracy)
         rows.append(
             [
@@ -88,13 +104,14 @@ def markdown(beside: "Beside") -> list[str]:
                 f"{measured.samples_per_second:,.0f}",
             ]
         )
-    # the difference is paired: both rewards score the same pairs
-    if beside.difference is not None:
-        ratio = beside.kinds[LATENT].samples_per_second / beside.kinds[DECODED].samples_per_second
+    # Both rewards score the same pairs, so the interval of the difference is a paired one. None: no reward of
+    # finished assets was trained.
+    if comparison.difference is not None:
+        ratio = comparison.kinds[LATENT].samples_per_second / comparison.kinds[DECODED].samples_per_second
         rows.append(
             [
                 "latent minus decoded",
-                "{:+.3f} [{:+.3f}, {:+.3f}]".format(*beside.difference),
+                "{:+.3f} [{:+.3f}, {:+.3f}]".format(*comparison.difference),
                 "",
                 f"x{ratio:.2f}",
             ]

@@ -1,7 +1,8 @@
-"""`train.py --mode=mesh-reward`: trains RewardCS, the mesh reward of DreamCS (reconstructed), on unpaired
-labels.
+"""`train.py --mode=mesh-reward` (also `reward mesh`): trains RewardCS, the mesh reward of the paper DreamCS.
 
-With --seeds it trains all arms and prints their table.
+The training is reconstructed from the paper, because its code was not published. It needs unpaired labels:
+a set of preferred meshes and a set of other meshes. With --seeds, four variants (arms) are trained with each
+seed and compared in a table.
 """
 
 from collections.abc import Mapping
@@ -31,8 +32,8 @@ flags = together(
         metavar="LIST",
         show_default="none: one training",
         help=(
-            "Train every arm (lambda 1, lambda 0, randomised labels, face areas only) with these seeds and"
-            " print a table."
+            "Training seeds, separated by commas. With each seed, four rewards are trained (lambda 1, lambda"
+            " 0, randomised labels, face areas only), and a table that compares them is printed."
         ),
     ),
 )
@@ -40,109 +41,142 @@ flags = together(
 
 @dataclass(frozen=True, kw_only=True)
 class MeshRewardRun:
-    """Settings of one training, or of the table of arms x seeds."""
+    """Settings of one training, or of all trainings behind a table: one for each arm and seed."""
 
     training: MeshRewardTraining
     seeds: tuple[int, ...] | None = None  # training seeds of the table; None: one training
 
 
 def resolve(flags: Flags) -> MeshRewardRun:
-    """Build the settings of the run from the flags. Raises: ValueError naming a flag that does not fit."""
+    """Build the settings of the run from the flags.
+
+    Raises: ValueError that names a flag with a wrong value, or flags that exclude each other.
+    """
     training = MeshRewardTraining(**flags.of(MeshRewardTraining))
+    # A table trains all arms, so a single arm must not be selected.
     if flags["seeds"] is not None and (training.randomised or training.area_only):
         raise ValueError(
-            "--seeds cannot be combined with randomised or area_only: the table includes these arms."
-            " Remove one of them."
+            "--seeds cannot be combined with --randomised or --area-only, because its table includes both"
+            " variants. Remove --seeds, or the other flag."
         )
     seeds = None if flags["seeds"] is None else seeds_of("--seeds", flags["seeds"])
     return MeshRewardRun(training=training, seeds=seeds)
 
 
-def record(run: MeshRewardRun, opened: object) -> Mapping:
-    """Return the settings as a run folder records them."""
+def make_record(run: MeshRewardRun, opened: object) -> Mapping:
+    """Return the settings of a run as the JSON that its folder records. `opened` is not used."""
     return {**run.training.to_dict(), **({} if run.seeds is None else {"table_seeds": list(run.seeds)})}
 
 
 def read_record(folder: Path, flags: Flags, ranks: object) -> MeshRewardRun:
-    """Read the settings that `record` wrote. Raises: FileNotFoundError; ValueError for the folder of another
-    mode.
+    """Read the settings that `make_record` returned from a run folder, for --resume.
+
+    Args:
+        folder: folder of the run.
+        flags: not used.
+        ranks: not used.
+
+    Raises: FileNotFoundError if the folder has no record; ValueError if another mode wrote it.
     """
+    # imported here, because --help must not load this module
     from eg3d_rlhf.experiments.run import recorded, recorded_by
 
-    # an empty record if the folder is no run
+    # an empty record if the folder is no run folder
     values = dict(recorded(folder))
     names = MeshRewardTraining.__dataclass_fields__
     if not set(names) <= values.keys():
-        recorded_by(folder, NAME)  # raises an error that names the folder's mode
+        recorded_by(folder, NAME)  # raises an error that names the mode of the folder
+    # The record also holds entries of the run, such as versions, which are no settings.
     values = {name: value for name, value in values.items() if name in {*names, "table_seeds"}}
     seeds = values.pop("table_seeds", None)
     # a path, or None for generated meshes
     data = values["data"]
     return MeshRewardRun(
-        training=MeshRewardTraining(**{**values, "data": data and Path(data)}), seeds=seeds and tuple(seeds)
+        # JSON stores a path as text
+        training=MeshRewardTraining(**{**values, "data": data and Path(data)}),
+        seeds=seeds and tuple(seeds),
     )
 
 
 def open_training(run_settings: MeshRewardRun, run: "Run") -> "MeshTraining | None":
-    """Open the data and the network of a training; None for the table. Raises: ValueError, OSError."""
+    """Read or generate the labelled meshes of one training, and make its network.
+
+    Args:
+        run_settings: settings of the run.
+        run: the run, whose inputs are set.
+
+    Returns: the training; None for a table, whose trainings are opened one after the other.
+
+    Raises: ValueError or OSError for meshes that cannot be read.
+    """
+    # imported here, because --help must not load these modules
     import torch
 
     from eg3d_rlhf.rewards.meshes.mesh_reward_training import MeshTraining, meshes_of
 
-    torch.set_num_threads(1)  # sums then have a fixed order, so the same machine writes the same bytes
+    # With one thread, sums have a fixed order, so the same command writes the same bytes on the same machine.
+    torch.set_num_threads(1)
     options = run_settings.training
-    # generated meshes follow from the seed and need no file
+    # Generated meshes are computed from the seed, so they have no input file.
     run.inputs = {} if options.data is None else {"data": options.data}
     if run_settings.seeds is not None:
         return None
-    with bar(options) as shapes:
+    with mesh_progress_bar(options) as shapes:
         return MeshTraining(options, meshes_of(options, shapes.update))
 
 
-def bar(options: MeshRewardTraining) -> tqdm:
-    """Make the progress bar over the meshes that are generated or read."""
+def mesh_progress_bar(options: MeshRewardTraining) -> tqdm:
+    """Make the progress bar over the meshes that are generated or read. The total is unknown for files."""
     return tqdm(total=None if options.data else options.shapes, desc="meshes", unit="mesh")
 
 
-def lines(summary: dict[str, dict]) -> list[str]:
-    """Format the table, one line per arm."""
+def format_summary(summary: dict[str, dict]) -> list[str]:
+    """Format the table of all trainings, one line per arm.
+
+    Args:
+        summary: metrics by arm: number of trainings, mean and range of the AUC (area under the ROC curve) on
+            held-out meshes, AUC by kind of defect, and divergence of the score distributions.
+    """
     rows = []
     for arm, row in summary.items():
-        # lowest and highest over the training seeds
+        # lowest and highest AUC over the training seeds
         low, high = row["auc_range"]
+        # AUC for each kind of defect, since an average may hide a kind that is not detected
         kinds = "  ".join(f"{kind} {value:.3f}" for kind, value in row["auc_by_kind"].items())
-        apart = f"divergence {row['divergence']:6.3f}, at a fixed width {row['divergence_fixed']:6.3f}"
+        divergences = f"divergence {row['divergence']:6.3f}, at a fixed width {row['divergence_fixed']:6.3f}"
         rows.append(
-            f"{arm:9s}  n {row['n']}  AUC {row['auc']:.3f} ({low:.3f} to {high:.3f})  {apart}  {kinds}"
+            f"{arm:9s}  n {row['n']}  AUC {row['auc']:.3f} ({low:.3f} to {high:.3f})  {divergences}  {kinds}"
         )
     return rows
 
 
 def work(run_settings: MeshRewardRun, training: "MeshTraining | None", run: "Run") -> None:
-    """Run, or resume, the training or the table, and print the result."""
+    """Run or resume one training, or all trainings of the table, and print the metrics on held-out meshes."""
+    # imported here, because --help must not load these modules
     from eg3d_rlhf.rewards.evaluation import auc_interval, too_few_shapes
     from eg3d_rlhf.rewards.meshes.mesh_reward_training import REWARD, TABLE, run_table, run_training
 
-    # the table
+    # a table: `open_training` returned no single training
     if training is None:
-        with bar(run_settings.training) as shapes:
-            made = run_table(
+        with mesh_progress_bar(run_settings.training) as shapes:
+            table = run_table(
                 run_settings.training, run.folder, run_settings.seeds or (), shapes.update, tqdm.write
             )
-        click.echo("\n".join([*lines(made["summary"]), f"rows in {run.folder / TABLE}"]))
+        click.echo("\n".join([*format_summary(table["summary"]), f"rows in {run.folder / TABLE}"]))
         return
     report = run_training(training, run)
     kinds = "".join(f", {kind} {value:.3f}" for kind, value in report["auc_by_kind"].items())
-    good, others = report["n"]
-    low, high = auc_interval(report["auc"], good, others)
-    figures = (
-        f"held-out AUC {report['auc']:.3f}, 95 % interval {low:.3f} to {high:.3f} ({good} preferred, {others}"
-        f" others{kinds})"
+    preferred_count, other_count = report["n"]
+    # the interval follows from the AUC and the numbers of meshes (Newcombe 2006)
+    low, high = auc_interval(report["auc"], preferred_count, other_count)
+    metrics = (
+        f"held-out AUC {report['auc']:.3f}, 95 % interval {low:.3f} to {high:.3f} ({preferred_count}"
+        f" preferred, {other_count} others{kinds})"
     )
-    click.echo(f"{figures}; divergence {report['divergence']:.3f}")
-    # too few held-out meshes for a useful interval
-    if short := too_few_shapes(good, others):
-        click.echo(short)
+    click.echo(f"{metrics}; divergence {report['divergence']:.3f}")
+    # an empty text unless there are too few held-out meshes for a useful interval
+    if warning := too_few_shapes(preferred_count, other_count):
+        click.echo(warning)
     click.echo(f"saved to {run.folder / REWARD}")
 
 
@@ -151,20 +185,23 @@ MESH_REWARD = Mode(
     settings=MeshRewardRun,
     open=open_training,
     work=work,
+    # the name of the data is part of the folder's name
     title=lambda run, opened: (
         f"{NAME}-{run.training.data.stem if run.training.data else run.training.source}"
     ),
     flags=flags,
     resolve=resolve,
-    record=record,
+    record=make_record,
     recorded=read_record,
-    shown=lambda run: record(run, None),
+    shown=lambda run: make_record(run, None),
+    # the training is deterministic on a CPU with one thread, so a GPU is not used by default
     on_cpu=lambda run: True,
-    help="""Train RewardCS (DreamCS, reconstructed), a mesh reward, on unpaired labels: generated meshes
-    with known defects, or your own meshes.
+    help="""Train RewardCS, the mesh reward of the paper DreamCS, on unpaired labels: on generated meshes with
+    known defects, or on your own meshes.
 
-    Writes reward.safetensors, its description reward.json, and the metrics on held-out meshes, report.json.
-    It runs on one thread, so that the same command writes the same bytes on the same machine.
+    The command writes reward.safetensors, its description reward.json, and the metrics on held-out meshes,
+    report.json. The training runs on one thread, so that the same command writes the same bytes on the same
+    machine.
 
     \b
     Example:

@@ -1,4 +1,6 @@
-"""Jobs on network files: `generator inspect` describes one, `generator convert` writes another format."""
+"""Jobs on network files: `generator inspect` describes the networks in a file, and `generator convert` writes
+them in another format.
+"""
 
 import json
 from pathlib import Path
@@ -15,45 +17,67 @@ if TYPE_CHECKING:
 
 
 def describe_file(source: str | Path | None) -> dict[str, Any]:
-    """Describe the file itself: path, size in bytes, SHA-256; for a pickle also its protocol and globals.
+    """Describe a network file itself: path, size in bytes and SHA-256.
 
-    Raises: FileNotFoundError; ValueError for a pickle that is rejected, naming the globals that it imports.
+    The description of a pickle also holds its protocol and the globals (classes and functions) that it
+    imports.
+
+    Args:
+        source: network file or run folder; None: the bundled generator.
+
+    Raises: FileNotFoundError for a missing file; ValueError for a pickle that imports globals that are not
+        allowed, naming them.
     """
+    # imported here, because --help must not load this module
     from eg3d_rlhf.generators import find_network, pickles
 
     path = find_network(source)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: there is no such network file. Check the path.")
+        raise FileNotFoundError(f"{path}: this network file does not exist. Check the path.")
     facts: dict[str, Any] = {"path": str(path), "bytes": path.stat().st_size, "sha256": file_hash(path)}
     if path.suffix.lower() == ".pkl":
-        # parsed without running any of its code
+        # The pickle is parsed; the code in it is not run.
         snapshot = pickles.read(path)
         facts |= {"protocol": snapshot.protocol, "globals": dict(sorted(snapshot.asked.items()))}
     return facts
 
 
 def describe_networks(source: str | Path | None, seeds: int = 256) -> dict[str, Any]:
-    """Describe the networks in the file, with statistics of w over `seeds` latents. Raises: see
-    `load_networks`.
+    """Load the networks of a file, and describe them.
+
+    The description holds their tensors, the arguments of their constructors, and statistics of w.
+
+    Args:
+        source: network file or run folder; None: the bundled generator.
+        seeds: number of latents over which the statistics are computed.
+
+    Raises: ValueError or OSError of `load_networks` for a file that cannot be loaded.
     """
+    # imported here, because --help must not load this module
     from eg3d_rlhf.generators import find_network, load_networks, of
 
     nets = load_networks(find_network(source))
     G = nets.G_ema
     general = {
         "networks": {
-            n: describe_module(m) for n in ("G", "D", "G_ema") if (m := getattr(nets, n)) is not None
+            # a file may lack some of the three networks
+            name: describe_module(network)
+            for name in ("G", "D", "G_ema")
+            if (network := getattr(nets, name)) is not None
         },
+        # with these arguments, the networks can be built again
         "constructor": {"G": nets.G_kwargs, "D": nets.D_kwargs},
         "training_set": nets.training_set,
         "cur_nimg": nets.cur_nimg,
     }
-    if not hasattr(G, "plane_layout"):  # a family without planes
+    # A generator of another family has no feature planes, and is described by its general sizes only.
+    if not hasattr(G, "plane_layout"):
         return general | {
             "generator": {
                 name: getattr(of(G), name) for name in ("z_dim", "w_dim", "num_ws", "img_resolution", "level")
             }
         }
+    # the layout says onto which coordinates the three planes project
     planes = {"layout": G.plane_layout, "resolution": G.plane_resolution, "channels": G.plane_channels}
     return general | {
         "generator": {
@@ -72,14 +96,16 @@ def describe_networks(source: str | Path | None, seeds: int = 256) -> dict[str, 
             "superresolution": type(G.superresolution).__name__,
             "rendering_kwargs": G.rendering_kwargs,
         },
+        # the statistics show how strong a truncation by psi is
         "psi": psi_statistics(nets, seeds),
     }
 
 
 def describe_module(module: "torch.nn.Module") -> dict[str, Any]:
-    """Describe a module: class, numbers of tensors, parameters, buffer elements and non-finite elements, and
-    the hash of its state.
+    """Describe a module: its class, the number of its tensors, the numbers of elements of its parameters and
+    buffers, the number of elements that are not finite, and the hash of its state.
     """
+    # imported here, because --help must not load these modules
     import torch
 
     from training import networks
@@ -90,27 +116,41 @@ def describe_module(module: "torch.nn.Module") -> dict[str, Any]:
     return {
         "class": type(module).__name__,
         "tensors": len(state),
-        "parameters": sum(p.numel() for p in parameters.values()),
-        "buffers": sum(v.numel() for k, v in state.items() if k not in parameters),
-        "not_finite": sum(int((~torch.isfinite(v)).sum()) for v in state.values()),
+        "parameters": sum(parameter.numel() for parameter in parameters.values()),
+        "buffers": sum(tensor.numel() for name, tensor in state.items() if name not in parameters),
+        "not_finite": sum(int((~torch.isfinite(tensor)).sum()) for tensor in state.values()),
+        # equal hashes mean equal weights, also in files of different formats
         "hash": networks.state_hash(module),
     }
 
 
 def psi_statistics(nets: "networks.Networks", seeds: int) -> dict[str, float]:
-    """Measure how far latents lie from the centre of truncation, w(psi) = w_avg + psi (w - w_avg).
+    """Measure how far latents lie from the centre of the truncation, w(psi) = w_avg + psi (w - w_avg).
 
-    The mapping network is conditioned on the frontal camera.
+    w is the output of the mapping network, which is conditioned on the frontal camera, and w_avg is the mean
+    of w in training (StyleGAN, arXiv:1812.04948, appendix B).
 
-    Returns: w_avg_norm; w_norm_mean, distance_mean, distance_std of |w| and |w - w_avg| over the seeds;
-        centre_error = |mean w - w_avg|, small against distance_mean where w_avg is the mean for this camera;
-        component_std, the standard deviation of a component of w, averaged over components.
+    Args:
+        nets: networks of the file.
+        seeds: number of latents, with the seeds 0 to seeds - 1.
+
+    Returns: a dictionary of numbers.
+        seeds: number of latents.
+        w_avg_norm: Euclidean norm of w_avg.
+        w_norm_mean: mean norm of w.
+        distance_mean: mean distance between w and w_avg.
+        distance_std: standard deviation of this distance.
+        centre_error: distance between the mean of w and w_avg. It is small compared with distance_mean if
+            w_avg is the mean for the frontal camera.
+        component_std: standard deviation of a component of w, averaged over the components.
     """
+    # imported here, because --help must not load this module
     from eg3d_rlhf.generators import ws_of_seeds
 
     G_ema: Any = nets.G_ema
+    # [W], stored in the network
     w_avg = G_ema.backbone.mapping.w_avg
-    # psi is 1: the mapping network repeats w for every layer, so the first is enough
+    # psi is 1 by default. The mapping network repeats w for every layer, so the first layer is enough.
     w = ws_of_seeds(G_ema, range(seeds))[:, 0]  # [N, W]
     distance = (w - w_avg).norm(dim=1)
     return {
@@ -118,24 +158,28 @@ def psi_statistics(nets: "networks.Networks", seeds: int) -> dict[str, float]:
         "w_avg_norm": float(w_avg.norm()),
         "w_norm_mean": float(w.norm(dim=1).mean()),
         "distance_mean": float(distance.mean()),
+        # unbiased=False: divided by N, as numpy does by default
         "distance_std": float(distance.std(unbiased=False)),
         "centre_error": float((w.mean(dim=0) - w_avg).norm()),
         "component_std": float(w.std(dim=0, unbiased=False).mean()),
     }
 
 
-def lines(description: dict[str, Any], indent: int = 0) -> list[str]:
-    """Format a nested description, two spaces of indentation per level."""
-    out = []
-    # an empty dictionary is printed as a value
+def format_description(description: dict[str, Any], indent: int = 0) -> list[str]:
+    """Format a nested description as lines, with two spaces of indentation per level.
+
+    Args:
+        description: values or further dictionaries by name.
+        indent: level of indentation of the first level.
+    """
+    lines = []
     for key, value in description.items():
-        nested = isinstance(value, dict) and value
-        out.append(
-            f"{'  ' * indent}{key}:"
-            + ("" if nested else f" {value:.6g}" if isinstance(value, float) else f" {value}")
-        )
-        out += lines(value, indent + 1) if nested else []
-    return out
+        # An empty dictionary is printed as a value, {}.
+        is_nested = isinstance(value, dict) and value
+        text = "" if is_nested else f" {value:.6g}" if isinstance(value, float) else f" {value}"
+        lines.append(f"{'  ' * indent}{key}:{text}")
+        lines += format_description(value, indent + 1) if is_nested else []
+    return lines
 
 
 @click.command("inspect", cls=GroupedCommand)
@@ -145,24 +189,24 @@ def lines(description: dict[str, Any], indent: int = 0) -> list[str]:
     metavar="LATENTS",
     type=click.IntRange(2, 100_000),
     default=256,
-    help="Number of latents for the statistics of w.",
+    help="Number of latents over which the statistics of w are computed.",
 )
 @option("--json", "as_json", is_flag=True, help="Print the description as JSON.")
 def inspect_network(file: Path | None, n: int, as_json: bool) -> None:
-    """Describe a network file: architecture, sizes, plane layout, truncation statistics, SHA-256, and
-    every global that a pickle imports.
+    """Describe a network file: its architecture, sizes, plane layout, statistics of the truncation and
+    SHA-256. For a pickle, all globals that it imports are listed.
 
-    FILE is a network file of ours, a pickle of EG3D (.pkl; its code is not run) or a run folder; without it,
-    the bundled generator is described.
+    FILE is a network file of this project, a pickle of EG3D (.pkl; its code is not run) or a run folder.
+    Without FILE, the bundled generator is described.
 
     \b
     Example:
         eg3d-rlhf generator inspect assets/generator.safetensors
     """
-    # the file first: a rejected pickle raises an error here
+    # The file is described first: a pickle that is not allowed raises an error before anything is loaded.
     description = describe_file(file)
     description.update(describe_networks(file, n))
-    click.echo(json.dumps(description, indent=1) if as_json else "\n".join(lines(description)))
+    click.echo(json.dumps(description, indent=1) if as_json else "\n".join(format_description(description)))
 
 
 @click.command("convert", cls=GroupedCommand)
@@ -172,51 +216,55 @@ def inspect_network(file: Path | None, n: int, as_json: bool) -> None:
     metavar="FILE",
     type=click.Path(path_type=Path, dir_okay=False),
     required=True,
-    help="File to write, .safetensors or .pt.",
+    help="File to write; its ending, .safetensors or .pt, selects the format.",
 )
-@option("--only-ema", is_flag=True, help="Write only G_ema.")
+@option("--only-ema", is_flag=True, help="Write only G_ema, the moving average of the generator.")
 @option("--overwrite", is_flag=True, help="Replace an existing file.")
 @option(
     "--tri-grid",
     metavar="NUM",
     type=click.FloatRange(min=1, max=100),
     help=(
-        "Convert to PanoHead's tri-grid, with slices along this many sides of the box. From 1.5 on the"
-        " density is"
-        " unchanged; 1 is PanoHead's value."
+        "Convert the feature planes to PanoHead's tri-grid, which has three slices per plane. NUM is the"
+        " extent that the slices cover, in edge lengths of the rendered box. From 1.5 on, the density is"
+        " unchanged; PanoHead uses 1."
     ),
 )
 def convert(file: Path, out: Path, only_ema: bool, overwrite: bool, tri_grid: float | None) -> None:
-    """Convert a network file (a pickle of EG3D, whose code is not run, a file of ours or a run folder) to
-    .safetensors or a plain state dict.
+    """Convert a network file to .safetensors or to a plain state dict. FILE is a pickle of EG3D, whose code
+    is not run, a network file of this project, or a run folder.
 
-    --out=X.safetensors is our format. --out=X.pt is a plain state dict for a checkout of EG3D;
-    docs/reference/checkpoints.md has the lines that load it, and explains when to use --tri-grid: it turns a
-    generator of EG3D into one of PanoHead's kind with the same shapes.
+    --out=X.safetensors writes the format of this project. --out=X.pt writes a plain state dict for the code
+    of EG3D; docs/reference/checkpoints.md shows how to load it. --tri-grid converts a generator of EG3D to
+    the architecture of PanoHead, with the same shapes.
 
     \b
     Example:
         eg3d-rlhf generator convert assets/generator.safetensors --out=runs/example/generator.pt
     """
+    # Imported here, so that --help is printed without loading these modules.
     from eg3d_rlhf.generators import find_network, load_networks
     from eg3d_rlhf.generators.conversion import check_suffix, foreign_sizes, to_tri_grid, write
 
-    # fail before the network is read
+    # Checked before the network is read, which takes time.
     check_suffix(out)
+    # A network file may be the result of a long training.
     if out.exists() and not overwrite:
         raise ValueError(f"--out: {out} exists. Choose another file, or add --overwrite.")
     source = find_network(file)
     click.echo(f"Reading {source}.")
+    # A pickle is parsed and its tensors are copied; its code is not run.
     nets = load_networks(source)
     if tri_grid is not None:
+        # From NUM = 1.5 on, the residual is only a rounding error.
         nets, residual = to_tri_grid(nets, tri_grid)
         click.echo(
-            f"Tri-grid of 3 slices along {tri_grid:g} sides of the box: relative difference to the"
-            " features of the"
-            f" planes: {residual:.2g}."
+            f"Tri-grid of 3 slices along {tri_grid:g} sides of the box: relative difference to the features"
+            f" of the planes: {residual:.2g}."
         )
-    # sizes that differ from those in EG3D's code
+    # settings of this network that are constants in the code of EG3D, with other values
     sizes = foreign_sizes(nets)
+    # The format of this project stores these sizes, a plain state dict does not.
     if out.suffix != ".safetensors" and sizes:
         click.echo(
             "Warning: a checkout of EG3D cannot build this generator, because it hard-codes these sizes:"

@@ -1,5 +1,7 @@
-"""`train.py --mode=offline`: tunes a stage on labels of single assets, or on rankings of them, with stored
-latents.
+"""`train.py --mode=offline`: tunes a stage of a flow generator on labels of stored assets.
+
+The labels are thumbs or scores of single assets, or rankings of the assets of a prompt. The training reads
+the stored latents of the assets, so no samples are generated.
 """
 
 from dataclasses import replace
@@ -13,15 +15,15 @@ from eg3d_rlhf.modes import MODES
 from eg3d_rlhf.modes.flow_flags import (
     TOY,
     WHAT,
-    arms_shown,
+    adapter_settings,
+    arms_help_values,
     arms_table_flags,
-    check_arms,
-    fields_of,
-    mode_of_arms,
-    names_of,
-    source_of,
+    check_arms_flags,
+    make_arms_mode,
+    make_shared_fields,
+    make_source,
+    parse_arm_names,
     stage_flag,
-    tuned_as,
     tuning_flags,
 )
 from eg3d_rlhf.modes.shared_flags import PATH
@@ -46,9 +48,8 @@ if TYPE_CHECKING:
     from eg3d_rlhf.tuning.flow.base.single_labels import Labelled
     from eg3d_rlhf.tuning.flow.training.arm_runs import Opened
 
-# Default settings for the bundled toy. They were chosen with its evaluator on CHOOSING, with simulated people
-# and training seeds that
-# the table does not use.
+# Default settings for the bundled toy generator. They were chosen by the scores of its evaluator on the
+# prompts CHOOSING, with simulated labels and training seeds that the table does not use.
 
 LORA = LoraConfig(rank=16, alpha=32)
 _TOY: dict[str, Any] = {
@@ -61,6 +62,7 @@ _TOY: dict[str, Any] = {
     "max_drop": 1.0,  # of the win rate; 1: never stops early
 }
 TOY_SINGLES = {
+    # batch: number of assets per update with nft, number of groups per update with dgpo
     "nft": SinglesConfig(loss="nft", trust=0.1, steps=100, batch=32, **_TOY),
     "dgpo": SinglesConfig(loss="dgpo", beta=50.0, steps=100, batch=4, **_TOY),
 }
@@ -68,7 +70,13 @@ TOY_DPO = TrainConfig(dpo=DpoConfig(beta=20.0), steps=100, batch=16, **_TOY)
 
 
 def default_run(pipeline: str, loss: str) -> OfflineRun:
-    """Return the default settings of a run, by generator and loss."""
+    """Return the default settings of a run.
+
+    Args:
+        pipeline: folder of the generator, or the name of the toy.
+        loss: name of the loss on single assets, "nft" or "dgpo".
+    """
+    # The toy has settings that were tuned on it; other generators get the settings of published code.
     if pipeline == TOY:
         return OfflineRun(
             singles=TOY_SINGLES[loss],
@@ -86,8 +94,11 @@ what_flags = together(
         group=WHAT,
         metavar="DIR|PATH",
         type=PATH,
-        show_default="those of the toy",
-        help="Labelled assets: a folder that `eg3d-rlhf flow sample` wrote, or its list.",
+        show_default="the labelled assets of the toy",
+        help=(
+            "Folder of the labelled assets, which `eg3d-rlhf flow sample` wrote, or the list of the assets in"
+            " such a folder."
+        ),
     ),
     option(
         "--labels",
@@ -95,7 +106,8 @@ what_flags = together(
         metavar="PATH",
         show_default="the ranks in the list; for the toy thumbs, with dgpo ranks",
         help=(
-            "People's labels of these assets: thumbs, scores, ranks or pairs (docs/guides/single-labels.md)."
+            "File of people's labels of the assets: thumbs, scores, ranks or pairs"
+            " (docs/guides/single-labels.md). For the toy also the name of one of its kinds of labels."
         ),
     ),
     stage_flag,
@@ -106,63 +118,77 @@ arms_flag = option(
     group=TABLE,
     metavar="LIST",
     default=LABELS,
-    help=f"Arms to train and compare, comma-separated: {', '.join(ARMS)}.",
+    help=f"Arms to train and compare, separated by commas: {', '.join(ARMS)}.",
 )
 
 
 def check(flags: Flags) -> None:
-    """Reject flags that would have no effect. Raises: ValueError naming them."""
-    toy = (flags["pipeline"] or TOY) == TOY
-    flags.belong(("assets",), not toy, "--pipeline=DIR")
+    """Raise ValueError if flags were given that have no effect, naming them, or if --assets is missing."""
+    is_toy = (flags["pipeline"] or TOY) == TOY
+    flags.belong(("assets",), not is_toy, "--pipeline=DIR")
     flags.belong(("trust",), flags["loss"] in (None, NFT), "--loss=nft")
     flags.belong(("group", "group_beta"), flags["loss"] == "dgpo", "--loss=dgpo")
-    check_arms(flags, "," in flags["arms"])
-    if not toy and flags["assets"] is None:
+    # a comma: several arms
+    check_arms_flags(flags, "," in flags["arms"])
+    if not is_toy and flags["assets"] is None:
         raise ValueError(
-            "--assets is required with --pipeline=DIR. Name the folder that `flow sample` wrote."
+            "--assets is missing, which --pipeline=DIR needs. Name the folder of assets that `flow sample`"
+            " wrote."
         )
 
 
 def resolve(flags: Flags) -> OfflineRun:
-    """Build the settings of the run from the flags. Raises: ValueError naming a flag that does not fit."""
+    """Build the settings of the run from the flags. A flag that is None gets the default of the generator.
+
+    Raises: ValueError that names a flag without an effect, or a value that is not allowed.
+    """
     check(flags)
     defaults = default_run(flags["pipeline"] or TOY, flags["loss"] or NFT)
-    tuned = tuned_as(flags, defaults.singles.lora)
+    adapters = adapter_settings(flags, defaults.singles.lora)
     return OfflineRun(
-        singles=replace(defaults.singles, **flags.of(SinglesConfig), **tuned),
-        # only the settings that every training of a stage shares; the others are those of the single-asset
-        # losses
-        dpo=replace(defaults.dpo, **flags.of(StageTraining), lora=tuned["lora"]),
-        source=source_of(OfflineSource, flags),
+        singles=replace(defaults.singles, **flags.of(SinglesConfig), **adapters),
+        # The DPO arm gets only the settings that all trainings of a stage share, because the other flags set
+        # the losses on single assets.
+        dpo=replace(defaults.dpo, **flags.of(StageTraining), lora=adapters["lora"]),
+        source=make_source(OfflineSource, flags),
         assets=None if flags["assets"] is None else str(flags["assets"]),
         labels=flags["labels"],
-        **fields_of(flags, defaults, names_of(flags)),
+        # stage, arms, seeds and evaluation
+        **make_shared_fields(flags, defaults, parse_arm_names(flags)),
     )
 
 
 def shown_by_help(run: OfflineRun) -> list[object]:
-    """Return the settings that --help shows as defaults: those of training on single assets."""
-    return [arms_shown(run, run.singles.lora), run.singles, run]
+    """Return the objects from which --help reads defaults: the settings of training on single assets."""
+    return [arms_help_values(run, run.singles.lora), run.singles, run]
 
 
 def open_offline(settings: OfflineRun, device: str) -> "Opened":
-    """Open the problem and the labelled assets of a run; see mode_of_arms."""
+    """Open the problem and the labelled assets of a run, for `make_arms_mode`.
+
+    Args:
+        settings: settings of the run.
+        device: device on which the networks are loaded.
+    """
+    # imported here, because --help must not load these modules
     from eg3d_rlhf.experiments.version_0_1 import conditioning_file
     from eg3d_rlhf.tuning.flow.families.opening import open_problem
 
     source = settings.source
-    # without --pairs and --conditioning, the embeddings are those in the folder of the assets
+    # Without --pairs and --conditioning, the embeddings of the prompts are read from the folder of assets.
     if settings.assets is not None and source.pairs is None and source.conditions is None:
+        # --assets may be the list of the assets, which lies in their folder
         folder = Path(settings.assets)
         source = replace(
             source, conditions=str(conditioning_file(folder if folder.is_dir() else folder.parent))
         )
     problem = open_problem(source, device)
-    return problem, labelled_of(settings, problem)
+    return problem, read_labelled_assets(settings, problem)
 
 
-def labelled_of(settings: OfflineRun, problem: "Problem") -> "Labelled":
-    """Read the assets and their labels, or take those of the toy."""
+def read_labelled_assets(settings: OfflineRun, problem: "Problem") -> "Labelled":
+    """Read the labelled assets of --assets and their labels, or return the labelled assets of the toy."""
+    # imported here, because --help must not load these modules
     from eg3d_rlhf.tuning.flow.base.single_labels import read_labelled
     from training.progress import tqdm
 
@@ -170,47 +196,60 @@ def labelled_of(settings: OfflineRun, problem: "Problem") -> "Labelled":
         assert problem.labelled is not None, "`check` rejects other generators without --assets"
         kind = settings.own_kind if settings.own_kind in OWN_KINDS else OWN_KINDS[0]
         labelled = problem.labelled[kind]
-        # --labels names a kind of the toy's labels, or a file with other labels of the same assets
+        # --labels is the name of a kind of the toy's labels, or a file with other labels of the same assets.
         return labelled if settings.own_kind in OWN_KINDS else labelled.said_by(Path(settings.own_kind))
     family = family_of(Path(settings.source.pipeline))
     with tqdm(desc="assets", unit="asset", disable=None, leave=False) as bar:
         labels = None if settings.labels is None else Path(settings.labels)
+        # Reads the list of the assets and their labels; `candidate` reads the stored latents of a line.
         return read_labelled(Path(settings.assets), labels, problem.pipeline, family.candidate, bar.update)
 
 
 def check_opened(settings: OfflineRun, opened: "Opened", run: "Run") -> None:
-    """Raise ValueError if a problem and its labels lack something that the run needs."""
+    """Raise ValueError if a problem and its labels lack something that the arms of the run need.
+
+    Args:
+        settings: settings of the run.
+        opened: the problem and the labelled assets.
+        run: the run, to whose inputs the file of labels is added.
+    """
+    # imported here, because --help must not load these modules
     from eg3d_rlhf.tuning.flow.training.conditioned_stage import ConditionedStage
     from eg3d_rlhf.tuning.flow.training.offline.train_singles import check_singles
 
     if settings.labels is not None and settings.labels not in OWN_KINDS:
         run.inputs["labels"] = Path(settings.labels)
-    # all seeds have the same data, so the first one is enough for the checks
+    # All training seeds have the same data, so the first seed is enough for the checks.
     bench = settings.bench(opened, settings.training_seeds[0])
     for arm in (LABELS, DPO):
-        # skip the kind of arms (on labels, or DPO on pairs) that the run does not have
+        # There are two kinds of arms: DPO on pairs, whose names begin with "dpo", and losses on labels. Skip
+        # the kind of which the run has no arm.
         if not any(name.startswith(DPO) == (arm == DPO) for name in settings.arms):
             continue
         if arm == LABELS:
             conditioned = ConditionedStage(bench.stage, bench.problem.pipeline)
             check_singles(conditioned, bench.answers(arm), settings.singles.loss)
         elif not bench.answers(arm):
-            raise ValueError("--arms=dpo needs people's pairs. Name them with --pairs, or remove the arm.")
+            raise ValueError(
+                "--arms=dpo needs pairs that people labelled. Name their folder with --pairs, or remove dpo"
+                " from --arms."
+            )
 
 
-OFFLINE = mode_of_arms(
+OFFLINE = make_arms_mode(
     "offline",
     OfflineRun,
+    # middle part of the run folder's name
     lambda settings: settings.singles.loss,
     open_offline,
     check_opened,
     resolve=resolve,
     defaults=lambda flags: shown_by_help(resolve(flags)),
     flags=together(what_flags, train_flags, arms_flag, arms_table_flags),
-    help=f"""Tune one stage of a flow generator on people's labels of single assets: thumbs or scores
-    (--loss={LOSSES[0]}), or rankings that are not split into pairs (--loss={LOSSES[1]}), by default of the
-    bundled toy. Training generates no samples except for win rates. --resume=RUN resumes a run that was
-    stopped.
+    help=f"""Tune one stage of a flow generator on people's labels of single assets, by default the bundled
+    toy. The labels are thumbs or scores (--loss={LOSSES[0]}), or rankings that are not split into pairs
+    (--loss={LOSSES[1]}). The training generates no samples except for win rates. --resume=RUN resumes a run
+    that was stopped.
 
     \b
     Examples:

@@ -1,5 +1,8 @@
-"""`train.py --mode=online`: tunes a stage online with rewards. `--mode=grpo` is the same with GRPO as
-default.
+"""`train.py --mode=online` and `--mode=grpo`: tune a stage of a flow generator online with rewards.
+
+In every update, the generator samples a group of assets for each prompt, the rewards score them, and the
+network is trained towards the assets with higher scores in their group. Both modes have the same losses;
+--mode=grpo has GRPO (Flow-GRPO, arXiv:2505.05470) as its default loss.
 """
 
 from dataclasses import fields, replace
@@ -13,15 +16,15 @@ from eg3d_rlhf.modes.flow_flags import (
     EARLY,
     TOY,
     WHAT,
-    arms_shown,
+    adapter_settings,
+    arms_help_values,
     arms_table_flags,
-    check_arms,
-    fields_of,
-    mode_of_arms,
-    names_of,
-    source_of,
+    check_arms_flags,
+    make_arms_mode,
+    make_shared_fields,
+    make_source,
+    parse_arm_names,
     stage_flag,
-    tuned_as,
     tuning_flags,
 )
 from eg3d_rlhf.tuning.flow.base.settings import TABLE, Choosing, Evaluation
@@ -42,9 +45,9 @@ if TYPE_CHECKING:
     from eg3d_rlhf.experiments.run import Run
     from eg3d_rlhf.tuning.flow.training.arm_runs import Opened
 
-# Default settings for the bundled toy: 1,024 samples per run. Learning rate and length were chosen with its
-# second evaluator
-# on CHOOSING, with training seed 20, which no table uses.
+# Default settings for the bundled toy generator: 16 updates x 8 prompts x 8 samples = 1,024 samples per run.
+# The learning rate and the length were chosen by the scores of its second evaluator on the prompts CHOOSING,
+# with training seed 20, which no table uses.
 
 LORA = LoraConfig(rank=16, alpha=32)
 _TOY = OnlineConfig(
@@ -90,9 +93,8 @@ TOY_RUN = OnlineRun(
     evaluation=Evaluation(per_condition=4),
 )
 
-# --mode=grpo on the toy: 3,200 samples. Chosen with the second evaluator on CHOOSING, with a training seed
-# that its
-# table does not use.
+# Default settings of --mode=grpo for the toy: 50 updates x 8 prompts x 8 samples = 3,200 samples. They were
+# chosen in the same way, with a training seed that the table does not use.
 
 _EVERY_STEP = OnlineConfig(
     loss="grpo",
@@ -136,9 +138,15 @@ GRPO = "grpo"  # name of the preset and of its loss: GRPO on every step of the s
 
 
 def default_run(pipeline: str, preset: str = "nft") -> OnlineRun:
-    """Return the default settings of a run. Args: preset: the loss that applies if none is named."""
+    """Return the default settings of a run.
+
+    Args:
+        pipeline: folder of the generator, or the name of the toy.
+        preset: name of the default loss, "nft" for --mode=online or "grpo" for --mode=grpo.
+    """
     if pipeline == TOY:
         return TOY_GRPO if preset == GRPO else TOY_RUN
+    # In --mode=grpo, the name grpo stands for plain GRPO, which trains on every step of the sampler.
     losses = replace(LARGE_LOSSES, grpo=LARGE_LOSSES.grpo_plain) if preset == GRPO else LARGE_LOSSES
     return OnlineRun(losses=losses, dpo=TrainConfig(), evaluation=Evaluation(batch=4))
 
@@ -152,9 +160,9 @@ what_flags = together(
         metavar="A,B:WEIGHT",
         default=OWN_REWARD,
         help=(
-            "Rewards of finished assets: the problem's built-in one, or plugins. Each of several is"
-            " normalised"
-            " within its group before they are added."
+            "Rewards of finished assets, separated by commas: built-in rewards of the generator, files of"
+            " `reward latent`, or names of plugins. Several rewards are normalised within the group of"
+            " samples of a prompt, multiplied by their weights, and added."
         ),
     ),
     option(
@@ -162,8 +170,9 @@ what_flags = together(
         group=WHAT,
         metavar="LIST",
         help=(
-            "Rewards that must confirm --reward: a sample that only the trained reward scores high pays"
-            " the gap."
+            "Names of held-out rewards for GARDO's gate, separated by commas. With it, the penalty on the"
+            " distance from the untuned network applies only to samples that --reward ranks higher than these"
+            " rewards do."
         ),
     ),
 )
@@ -172,36 +181,48 @@ arms_flag = option(
     "--arms",
     group=TABLE,
     metavar="LIST",
-    show_default="--loss alone",
+    show_default="one arm, the value of --loss",
     help=(
-        f"Arms to train and compare, comma-separated: {', '.join(KINDS)}; each with -randomised or -inverted"
-        " rewards; or all."
+        f"Arms to train and compare, separated by commas: {', '.join(KINDS)}. The ending -randomised or"
+        " -inverted makes a control with randomised or inverted rewards. all selects all arms"
+        " except dppo and its controls."
     ),
 )
 
 
-def arms_of(flags: Flags, preset: str) -> tuple[str, ...]:
-    """Return the names of the arms. Raises: ValueError if --loss is given as well as --arms."""
+def select_arms(flags: Flags, preset: str) -> tuple[str, ...]:
+    """Return the names of the arms that the flags select.
+
+    Args:
+        flags: values of the command line.
+        preset: name of the loss if neither --arms nor --loss was given.
+
+    Raises: ValueError if both --loss and --arms were given.
+    """
     if flags["arms"] is None:
         return (flags["loss"] or preset,)
-    flags.belong(("loss",), False, "a run without --arms, which name losses")
+    # False: with --arms, whose names contain the losses, --loss never has an effect.
+    flags.belong(("loss",), False, "a run without --arms, whose names contain the losses")
     if flags["arms"] == "all":
+        # all losses with their controls, except dppo, which must be named
         return tuple(arm for arm in ARMS if divided(arm)[0] != "dppo")
-    return names_of(flags)
+    return parse_arm_names(flags)
 
 
 def check(flags: Flags, arms: tuple[str, ...]) -> None:
-    """Reject flags that would have no effect. Raises: ValueError naming them."""
+    """Raise ValueError, naming the flags, if flags were given that have no effect on any of the arms."""
+    # False: the source of pairs has this flag, but it never has an effect in this mode.
     flags.belong(("labelled",), False, "--mode=circular-dpo")
-    check_arms(flags, len(arms) > 1)
+    check_arms_flags(flags, len(arms) > 1)
     flags.belong(EARLY, flags["choose_noises"] != 0, "early stopping, which --choose-noises=0 switches off")
-    # the losses of all arms; a flag must have an effect on at least one of them
+    # names of the losses of all arms, without endings such as -randomised
     kinds = {divided(arm)[0] for arm in arms}
     flags.belong(
         ("window", "window_end", "window_moves", "window_updates", "trained_steps", "sde_step", "sde_noise"),
         bool(kinds - {*ON_LATENTS, "dpo"}),
         "losses on the sampler's steps",
     )
+    # Flags of a single loss are rejected if no arm has this loss.
     flags.belong(("curvature", "unweighted"), "nft" in kinds, "--loss=nft")
     flags.belong(("group_beta",), "dgpo" in kinds, "--loss=dgpo")
     flags.belong(
@@ -215,38 +236,52 @@ def check(flags: Flags, arms: tuple[str, ...]) -> None:
 
 
 def resolve(flags: Flags, preset: str) -> OnlineRun:
-    """Build the settings of the run from the flags. Raises: ValueError naming a flag that does not fit."""
-    arms = arms_of(flags, preset)
+    """Build the settings of the run from the flags. A flag that is None gets the default of the generator.
+
+    Args:
+        flags: values of the command line.
+        preset: name of the default loss.
+
+    Raises: ValueError that names a flag without an effect, or a value that is not allowed.
+    """
+    arms = select_arms(flags, preset)
     check(flags, arms)
     defaults = default_run(flags["pipeline"] or TOY, preset)
-    tuned = tuned_as(flags, defaults.losses.nft.lora)
-    # the flags apply to every loss, so that arms differ in nothing but the loss
-    changes = {name: value for name, value in flags.of(OnlineConfig).items() if name != "loss"} | tuned
+    adapters = adapter_settings(flags, defaults.losses.nft.lora)
+    # The flags apply to the settings of every loss, so that the arms differ in nothing but the loss.
+    changes = {name: value for name, value in flags.of(OnlineConfig).items() if name != "loss"} | adapters
     losses = Losses(
-        **{field.name: changed(getattr(defaults.losses, field.name), changes) for field in fields(Losses)}
+        **{field.name: apply_flags(getattr(defaults.losses, field.name), changes) for field in fields(Losses)}
     )
     # --steps does not apply to the DPO arm, whose default length passes over as many samples.
     common = {name: value for name, value in flags.of(StageTraining).items() if name != "steps"}
     return OnlineRun(
         losses=losses,
-        dpo=replace(defaults.dpo, **common, lora=tuned["lora"]),
-        source=source_of(ArmsSource, flags),
+        dpo=replace(defaults.dpo, **common, lora=adapters["lora"]),
+        source=make_source(ArmsSource, flags),
         reward=flags["reward"],
         gate=flags["gate"],
-        **fields_of(flags, defaults, arms),
+        **make_shared_fields(flags, defaults, arms),
     )
 
 
 def shown_by_help(run: OnlineRun) -> list[object]:
-    """Return the settings that --help shows as defaults: those of the first arm's loss."""
+    """Return the objects from which --help reads defaults: the settings of the first arm's loss."""
+    # The DPO arm has other settings than the flags; --help shows the settings of plain GRPO for it.
     kind, _ = divided(run.arms[0])
     config = run.losses.grpo_plain if kind == "dpo" else run.losses.of(kind)
-    return [arms_shown(run, config.lora), config, run]
+    return [arms_help_values(run, config.lora), config, run]
 
 
-def changed(config: OnlineConfig, changes: dict) -> OnlineConfig:
-    """Apply the flags. A window of steps and single random steps exclude each other: the given one is
-    kept.
+def apply_flags(config: OnlineConfig, changes: dict) -> OnlineConfig:
+    """Return settings of a loss with changed fields.
+
+    A loss trains either on a window of consecutive sampler steps (`window`) or on random steps
+    (`trained_steps`). If one of the two fields is changed, the other field becomes None.
+
+    Args:
+        config: settings of the loss.
+        changes: new values by field.
     """
     if "window" in changes:
         config = replace(config, trained_steps=None)
@@ -256,33 +291,51 @@ def changed(config: OnlineConfig, changes: dict) -> OnlineConfig:
 
 
 def open_online(settings: OnlineRun, device: str) -> "Opened":
-    """Open the problem of a run; see mode_of_arms."""
+    """Open the problem of a run, for `make_arms_mode`. There are no labelled assets, hence the None.
+
+    Args:
+        settings: settings of the run.
+        device: device on which the networks are loaded.
+    """
+    # imported here, because --help must not load this module
     from eg3d_rlhf.tuning.flow.families.opening import open_problem
 
     return open_problem(settings.source, device), None
 
 
 def check_opened(settings: OnlineRun, opened: "Opened", run: "Run") -> None:
-    """Raise ValueError if a problem lacks something that the run needs."""
+    """Raise ValueError if a problem lacks something that the arms of the run need.
+
+    Args:
+        settings: settings of the run.
+        opened: the problem, and None instead of labelled assets.
+        run: not used.
+    """
     bench = settings.bench(opened, settings.training_seeds[0])
     for arm in settings.arms:
         bench.config(arm).sampling(bench.stage)  # raises ValueError if the sampler does not suit the stage
     bench.check_gate()
 
 
-def mode_named(name: str, preset: str) -> Mode:
-    """Build the mode under one of its two names. Args: preset: the loss that applies if none is named."""
-    return mode_of_arms(
+def make_online_mode(name: str, preset: str) -> Mode:
+    """Build the mode for one of its two names.
+
+    Args:
+        name: name of the mode, "online" or "grpo".
+        preset: name of the default loss.
+    """
+    return make_arms_mode(
         name,
         OnlineRun,
+        # middle part of the run folder's name; the names of several arms would be too long
         lambda settings: settings.arms[0] if len(settings.arms) == 1 else "arms",
         open_online,
         check_opened,
         flags=together(what_flags, train_flags, arms_flag, arms_table_flags),
         resolve=lambda flags: resolve(flags, preset),
         defaults=lambda flags: shown_by_help(resolve(flags, preset)),
-        help=f"""Tune one stage of a flow generator online with rewards, by default of the bundled toy. Use
-        it where a reward is available and pairs are not. --resume=RUN resumes a run that was stopped.
+        help=f"""Tune one stage of a flow generator online with rewards, by default the bundled toy. This mode
+        needs a reward, but no labelled pairs. --resume=RUN resumes a run that was stopped.
 
     \b
     Examples:
@@ -293,5 +346,5 @@ def mode_named(name: str, preset: str) -> Mode:
     )
 
 
-MODES.add("online", mode_named("online", "nft"))
-MODES.add(GRPO, mode_named(GRPO, GRPO))
+MODES.add("online", make_online_mode("online", "nft"))
+MODES.add(GRPO, make_online_mode(GRPO, GRPO))

@@ -1,4 +1,4 @@
-"""The job `report all`: trains one run and its control where they are missing, and writes four reports."""
+"""The job `report all`: trains a run and its control if they are missing, and writes four reports on them."""
 
 import os
 import time
@@ -15,32 +15,52 @@ if TYPE_CHECKING:
     from eg3d_rlhf.evaluation.trainings import Part
 
 REPORTS = ("evaluate", "attribute", "embed", "sweep")
-RUNS = {"tuned": "10", "control": "0"}  # lambda_r of each run
-# a small sweep, so that the whole job takes minutes
+RUNS = {"tuned": "10", "control": "0"}  # weight lambda_r of the reward in each run
+# Flags of a small sweep, so that all four reports take minutes.
 SWEEP = ("--kimg=0.032", "--lambda-r=0,1,10", "--lambda-sigma=0,10", "--n=32", "--set=images=128")
 
 
 def trainings(out: Path, kimg: float, seed: int) -> "dict[str, Part]":
-    """Plan the run and its control, which differ in lambda_r alone."""
+    """Plan the training of the run and of its control, which differ only in the weight of the reward.
+
+    Args:
+        out: folder of the job; the runs lie in its subfolder runs.
+        kimg: length of both runs in thousands of images.
+        seed: training seed of both runs.
+
+    Returns: the trainings by role, "tuned" and "control".
+    """
+    # imported here, because --help must not load this module
     from eg3d_rlhf.evaluation.trainings import Part
 
-    shared = ("--snap=1", "--no-summary", f"--kimg={kimg:g}", f"--seed={seed}")
+    common_flags = ("--snap=1", "--no-summary", f"--kimg={kimg:g}", f"--seed={seed}")
     return {
-        role: Part.keyed(f"{role}-s{seed}", out / "runs", ["--reward=sigma", f"--lambda-r={weight}", *shared])
+        role: Part.keyed(
+            f"{role}-s{seed}", out / "runs", ["--reward=sigma", f"--lambda-r={weight}", *common_flags]
+        )
         for role, weight in RUNS.items()
     }
 
 
 def report_commands(out: Path, runs: dict[str, Path], seed: int, only: list[str]) -> dict[str, list[str]]:
-    """Return the command lines of the reports by name."""
+    """Return the command lines of the reports by name.
+
+    Args:
+        out: folder of the job; each report has a subfolder.
+        runs: run folders by role.
+        seed: training seed of the runs of the sweep.
+        only: names of the reports to write.
+    """
+    # imported here, because --help must not load this module
     from eg3d_rlhf.evaluation.trainings import DOOR
 
-    # attribution needs no control
-    pair = [f"--after={runs['tuned']}", f"--control={runs['control']}"]
+    # The tuned run is compared with its control where a report has both flags.
+    run_flags = [f"--after={runs['tuned']}", f"--control={runs['control']}"]
     flags = {
-        "evaluate": [f"--run={runs['tuned']}", *pair],
-        "attribute": pair[:1],
-        "embed": pair,
+        "evaluate": [f"--run={runs['tuned']}", *run_flags],
+        # The attribution has no flag --control, so it gets the first flag only.
+        "attribute": run_flags[:1],
+        "embed": run_flags,
         "sweep": [*SWEEP, f"--seeds={seed}"],
     }
     return {
@@ -55,7 +75,7 @@ def report_commands(out: Path, runs: dict[str, Path], seed: int, only: list[str]
     "outdir dry-run",
     outdir={
         "default": "runs/reports",
-        "help": "Folder to write; it contains both runs and a folder for each report.",
+        "help": "Folder to write into; it contains both runs and a folder for each report.",
     },
     dry_run="Print the commands as JSON and stop.",
 )
@@ -64,7 +84,7 @@ def report_commands(out: Path, runs: dict[str, Path], seed: int, only: list[str]
     group="Run",
     metavar="LIST",
     default=",".join(REPORTS),
-    help="Reports to write, comma-separated.",
+    help="Names of the reports to write, separated by commas.",
 )
 @option(
     "--kimg",
@@ -85,39 +105,45 @@ def report_commands(out: Path, runs: dict[str, Path], seed: int, only: list[str]
 def report_all(outdir: Path, only: str, kimg: float, seed: int, dry_run: bool) -> None:
     """Write all four reports on a tuning run with one command (also `make reports`).
 
-    Trains the demo run and its control with lambda_r = 0, with a snapshot at every tick, where they are
-    missing. Then runs `report evaluate`, `attribute`, `embed` and a small `sweep`. Each keeps its results,
-    so a second call, or a call after an interruption, continues from there.
+    The command first trains the demo run and its control with lambda_r = 0, if they are missing. Then it runs
+    `report evaluate`, `report attribute`, `report embed` and a small `report sweep`. Finished trainings and
+    reports are not repeated when the command is called again, for example after an interruption.
 
     \b
     Example:
         eg3d-rlhf report all --dry-run
     """
+    # Imported here, so that --help is printed without loading this module.
     from eg3d_rlhf.evaluation.trainings import call, make_in_terminal
 
-    # raises ValueError for an unknown report
-    chosen = some_of("--only", only, REPORTS)
-    parts = trainings(outdir, kimg, seed)
+    # raises ValueError for an unknown name
+    report_names = some_of("--only", only, REPORTS)
+    trainings_by_role = trainings(outdir, kimg, seed)
+    # --dry-run ends here; nothing has been written so far
     if dry_run:
+        # A finished run is not trained again; for another run the command is printed.
         planned = {
-            f"{role} run": "finished" if part.finished() else part.continued() for role, part in parts.items()
+            f"{role} run": "finished" if training.finished() else training.continued()
+            for role, training in trainings_by_role.items()
         }
-        folders = {role: part.run or part.folder for role, part in parts.items()}
-        print_json({**planned, **report_commands(outdir, folders, seed, chosen)})
+        folders = {role: training.run or training.folder for role, training in trainings_by_role.items()}
+        print_json({**planned, **report_commands(outdir, folders, seed, report_names)})
         return
-    # both runs count as one entry of the summary
+    # The times of both trainings are printed as one number.
     started = time.time()
     times = dict[str, float]()
-    for role, part in parts.items():
-        make_in_terminal(f"{role} run", part)
+    for role, training in trainings_by_role.items():
+        # trains the run unless it is finished
+        make_in_terminal(f"{role} run", training)
     times["runs"] = time.time() - started
-    runs = {role: part.run for role, part in parts.items() if part.run is not None}
-    for name, command in report_commands(outdir, runs, seed, chosen).items():
+    runs = {role: training.run for role, training in trainings_by_role.items() if training.run is not None}
+    for name, command in report_commands(outdir, runs, seed, report_names).items():
+        # each report runs in a process of its own
         times[name] = call(name, command)
     click.echo(
         "\n"
         + ", ".join(f"{name} {spent:.0f} s" for name, spent in times.items())
         + f"; in all {sum(times.values()):.0f} s on {os.cpu_count()} cores"
     )
-    for name in chosen:
+    for name in report_names:
         click.echo(f"{name:<10} {outdir / name / 'index.html'}")

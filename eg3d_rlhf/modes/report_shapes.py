@@ -1,4 +1,4 @@
-"""The jobs `report heads` and `report solid`, which compare the shapes of several networks in a table."""
+"""The jobs `report heads` and `report solid`, which compare the shapes of several generators in a table."""
 
 import json
 from collections.abc import Sequence
@@ -11,29 +11,35 @@ from eg3d_rlhf.evaluation.settings import CHOOSE, PLACES
 from eg3d_rlhf.modes.shared_flags import PATH, name_option, shared
 from training.storage import write_atomic
 
+# Arguments of the option --out of both jobs.
 TO_JSON = {
     "metavar": "FILE",
     "type": click.Path(path_type=Path, dir_okay=False),
     "default": None,
-    "help": "Also write the table to this JSON file.",
+    "help": "JSON file to which the table is also written.",
 }
 
 
-def names_of(networks: Sequence[Path]) -> list[str]:
-    """Name networks by the fewest last parts of their paths that make the names distinct.
+def network_names(networks: Sequence[Path]) -> list[str]:
+    """Return distinct names of networks for the rows of a table.
+
+    A name consists of the last parts of the network's path: as few parts as make all names distinct. The name
+    of a file has no suffix.
+
+    Args:
+        networks: network files and run folders.
 
     Raises: click.UsageError if a network is listed twice.
     """
-    # a file is named without its suffix
-    parts = [
+    path_parts = [
         path.resolve().with_suffix("").parts if path.is_file() else path.resolve().parts for path in networks
     ]
-    # add parent folders until all names differ
-    for count in range(1, max(map(len, parts), default=1) + 1):
-        names = ["/".join(part[-count:]) for part in parts]
+    # Parent folders are added until all names differ.
+    for count in range(1, max(map(len, path_parts), default=1) + 1):
+        names = ["/".join(parts[-count:]) for parts in path_parts]
         if len(set(names)) == len(names):
             return names
-    raise click.UsageError("[FILE|RUN]: a network is listed twice. Name each network once.")
+    raise click.UsageError("[FILE|RUN]: the same network is listed twice. Remove one of the two arguments.")
 
 
 @click.command("heads", cls=GroupedCommand, job="report heads")
@@ -45,38 +51,45 @@ def names_of(networks: Sequence[Path]) -> list[str]:
         "metavar": "LATENTS",
         "type": click.IntRange(min=2),
         "default": 64,
-        "help": "Number of held-out latents.",
+        "help": "Number of held-out latents that are compared with their ground-truth heads.",
     },
     out=TO_JSON,
 )
 @option(
     "--held-out",
-    "place",
+    "latent_set",
     type=click.Choice(list(PLACES)),
+    # settings must not be chosen on the latents of the published tables
     default="evaluation",
     help=(
-        "Held-out latents: evaluation, those of the published tables; validation, those for choosing"
-        " settings."
+        "Set of latents that no training uses: evaluation is the set of the published tables, validation is"
+        " another set, for choosing settings."
     ),
 )
-def heads(networks: tuple[Path, ...], before: Path | None, place: str, n: int, out: Path | None) -> None:
-    """Compare generators of synthetic heads with the ground-truth heads of their latents: one line per
-    network, with the error reduction on defective heads and the harm to intact ones.
+def heads(networks: tuple[Path, ...], before: Path | None, latent_set: str, n: int, out: Path | None) -> None:
+    """Compare the shapes of generators of synthetic heads with the ground-truth heads of their latents. The
+    table has one line per generator: the error reduction on heads that were defective before tuning, and the
+    damage to intact heads.
 
     \b
     Example:
         eg3d-rlhf report heads runs/00000-* --held-out=validation --n=60
     """
+    # Imported here, so that --help is printed without loading these modules.
     from eg3d_rlhf.evaluation.heads import TABLE, compare
     from eg3d_rlhf.experiments.table import figure_table
 
-    # seeds that core/seeds.py reserves, so that no training uses them
-    seeds = PLACES[place].take(n)
-    columns, defective = compare(dict(zip(names_of(networks), networks, strict=True)), before, seeds)
+    # core/seeds.py reserves these seeds, so that no training uses them
+    seeds = PLACES[latent_set].take(n)
+    # Each generator is compared with `before` on the same latents.
+    columns, defective = compare(dict(zip(network_names(networks), networks, strict=True)), before, seeds)
     click.echo("\n".join(figure_table("network", columns, TABLE, intervals=("error_reduction",))))
-    click.echo(f"\n{n} latents ({place}, from {seeds[0]}), psi 1; {defective} heads defective before tuning.")
+    click.echo(
+        f"\n{n} latents ({latent_set}, from {seeds[0]}), psi 1; {defective} heads defective before tuning."
+    )
     if out is not None:
-        data = {"held_out": place, "seeds": [seeds[0], seeds[-1]], "networks": columns}
+        # first and last seed; the seeds are consecutive
+        data = {"held_out": latent_set, "seeds": [seeds[0], seeds[-1]], "networks": columns}
         write_atomic(out, json.dumps(data, indent=1).encode())
 
 
@@ -85,28 +98,33 @@ def heads(networks: tuple[Path, ...], before: Path | None, place: str, n: int, o
 @option(
     "--pipeline",
     metavar="toy|DIR",
-    show_default="none: networks are GANs",
-    help="Untuned flow generator of the listed runs.",
+    show_default="none; the runs tuned GANs",
+    help="Untuned flow generator that the listed runs tuned: its folder, or toy for the bundled generator.",
 )
 @option(
     "--conditioning",
     metavar="FILE|DIR",
     type=click.Path(path_type=Path, exists=True),
-    show_default="those of the runs",
-    help="With --pipeline=DIR: embeddings of the prompts or images to sample.",
+    show_default="the embeddings of the runs",
+    help="Embeddings of the prompts or images that are sampled from the flow generator of --pipeline=DIR.",
 )
-@name_option("--stage", show_default="the first", help="With --pipeline: name of the stage that was tuned.")
+@name_option(
+    "--stage",
+    show_default="the first stage",
+    help="Name of the stage of the flow generator that was tuned; needs --pipeline.",
+)
 @shared(
     "before n psi seed out device",
     before="Generator before tuning: a network file or a run folder.",
     n={
         "metavar": "SHAPES",
+        # best of n is one of the controls: of each CHOOSE untuned shapes, the reward selects one
         "type": click.IntRange(min=CHOOSE),
         "default": 64,
         "help": "Number of shapes, rounded down to a multiple of four.",
     },
-    psi={"default": 1.0, "help": "Truncation psi of the latents."},
-    seed="Random seed of the held-out latents or noises.",
+    psi={"default": 1.0, "help": "Truncation psi of the samples of GANs; 1 means no truncation."},
+    seed="Random seed of the held-out latents of GANs, or of the noises of flow generators.",
     out=TO_JSON,
 )
 def solid(
@@ -121,38 +139,42 @@ def solid(
     out: Path | None,
     device: str,
 ) -> None:
-    """Test whether shapes are physically valid solids: the terms of the `solid` reward before and after
-    tuning, compared with filtered shapes, convex hulls and balls.
+    """Test whether generated shapes are physically valid solids. The table shows the terms of the `solid`
+    reward before and after tuning, and for comparison the terms of filtered shapes, convex hulls and balls.
 
     \b
     Examples:
         eg3d-rlhf report solid runs/00000-* --n=16
         eg3d-rlhf report solid --pipeline=toy --n=16
     """
+    # Imported here, so that --help is printed without loading this module.
     from eg3d_rlhf.evaluation.solids import compare_networks, compare_stages, markdown, source_of
 
     for flag, value in (("--stage", stage), ("--conditioning", conditioning)):
         if value is not None and pipeline is None:
-            raise ValueError(f"{flag}={value} needs --pipeline. Add --pipeline, or remove {flag}.")
-    # a snapshot is named by its run, as all snapshots have similar names
+            raise ValueError(
+                f"{flag}={value} has an effect on flow generators only. Add --pipeline, or remove {flag}."
+            )
+    # The names of snapshots are similar in all runs, so a snapshot is named by the folder of its run.
     folders = [
         path.parent if path.name.startswith("network-snapshot-") else path
         for path in map(Path.resolve, networks)
     ]
-    named = dict(zip(names_of(folders), networks, strict=True))
-    where = choose_device(device)
-    # generators of density fields; else stages of a flow generator
+    networks_by_name = dict(zip(network_names(folders), networks, strict=True))
+    target_device = choose_device(device)
+    # Without --pipeline, the networks are GANs with density fields; with it, stages of a flow generator.
     if pipeline is None:
-        lines, how = compare_networks(named, before, n, psi, seed, where)
+        table_rows, table_facts = compare_networks(networks_by_name, before, n, psi, seed, target_device)
     else:
+        # the embeddings of --conditioning, else those that the runs record
         source = source_of(pipeline, conditioning, folders)
-        lines, how = compare_stages(named, source, stage, n, seed, where)
-    click.echo("\n".join(markdown(lines, how["rules"])))
+        table_rows, table_facts = compare_stages(networks_by_name, source, stage, n, seed, target_device)
+    click.echo("\n".join(markdown(table_rows, table_facts["rules"])))
     click.echo(
-        f"\n{how['what']}. Brackets: 95 % intervals, bootstrap over shapes; for shares Wilson intervals."
-        " Grids of"
-        f" {how['edge']}^3."
+        f"\n{table_facts['what']}. Brackets: 95 % intervals, bootstrap over shapes; for shares Wilson"
+        f" intervals. Grids of {table_facts['edge']}^3."
     )
     if out is not None:
-        data = {"what": how["what"], "weights": how["rules"].weights, "lines": lines}
+        # the file contains the same numbers as the printed table
+        data = {"what": table_facts["what"], "weights": table_facts["rules"].weights, "lines": table_rows}
         write_atomic(out, json.dumps(data, indent=1).encode())

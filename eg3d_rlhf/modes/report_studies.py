@@ -1,6 +1,7 @@
-"""Jobs that train several networks, compare them and write one table.
+"""Jobs that train several networks, compare them, and write one table.
 
-These are `report controlled-study`, `report rewards`, `report seeds` and `report sweep`.
+These jobs are `report controlled-study`, `report rewards`, `report seeds` and `report sweep`. Each training
+is a run of train.py. Finished trainings are not repeated when a command is called again.
 """
 
 import functools
@@ -26,38 +27,48 @@ _grid_option = functools.partial(option, group="Grid")
 @click.command("controlled-study", cls=GroupedCommand, job="report controlled-study")
 @shared(
     "network outdir dry-run",
-    outdir={"default": "runs/controlled-study", "help": "Folder to write."},
+    outdir={
+        "default": "runs/controlled-study",
+        "help": "Folder to write into; it contains all trainings and the table.",
+    },
     dry_run="Print the commands as JSON and stop.",
 )
 @option(
     "--seeds",
     metavar="LIST",
     default="0,1,2",
-    help="Training seeds of every tuning run, as a list with ranges.",
+    help="Training seeds with which every arm is tuned, as a list with ranges, such as 0-2.",
 )
 @count_option(
-    "--rewards", default=2, help="Number of rewards trained on each label set, with seeds 0, 1, ..."
+    "--rewards",
+    default=2,
+    help="Number of rewards that are trained on each label set, with the training seeds 0, 1 and so on.",
 )
-@count_option("--label-sets", default=2, help="Number of label sets; the first is that of --labels.")
+@count_option(
+    "--label-sets",
+    default=2,
+    help="Number of label sets. The first set is the file of --labels; the others are simulated.",
+)
 @option(
     "--only",
     metavar="LIST",
     default=",".join(ARMS),
-    help="Arms to run, comma-separated; the arm `labels` always runs.",
+    help="Names of the arms to run, separated by commas. The arm `labels` always runs.",
 )
 @option(
     "--latents",
     metavar="INT",
     type=click.IntRange(min=2, max=LATENTS.count),
     default=64,
-    help="Number of held-out latents.",
+    help="Number of held-out latents on which the generators are compared.",
 )
 @option(
+    # Labels and rewards on which the arms are tuned.
     "--labels",
     metavar="FILE",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
     default=BUNDLED_LABELS,
-    show_default="the bundled ones",
+    show_default="the bundled labels",
     help="File of the first label set.",
 )
 @option(
@@ -67,7 +78,7 @@ _grid_option = functools.partial(option, group="Grid")
     help='Additional flags for the training of rewards, such as "--epochs=4".',
 )
 @shared("jobs")
-@click.argument("more", metavar="[-- FLAGS]", nargs=-1, type=click.UNPROCESSED)
+@click.argument("train_flags", metavar="[-- FLAGS]", nargs=-1, type=click.UNPROCESSED)
 def controlled_study(
     seeds: str,
     only: str,
@@ -76,35 +87,41 @@ def controlled_study(
     dry_run: bool,
     outdir: Path,
     label_sets: int,
-    more: tuple[str, ...],
-    **given,
+    train_flags: tuple[str, ...],
+    **plan_settings,
 ) -> None:
-    """Test whether labels reduce the error of synthetic heads, and whether anything cheaper does. Every arm
-    runs with several training seeds (also `make controlled-study`).
+    """Test whether tuning on labels reduces the error of synthetic heads, and whether cheaper methods do so,
+    too. Every arm is tuned with several training seeds (also `make controlled-study`).
 
-    Arms: labels; no reward; the best label-free filter; truncation; a reward for smooth surfaces; the reward
-    with permuted weights; randomised labels; inverted labels. All are tuned with the demo's settings. The
-    same command resumes: finished parts are kept, interrupted ones continue. Flags after -- are passed to
-    train.py. Writes controlled-study.json, controlled-study.md and controlled-study.png.
+    The arms are: labels; no reward; the best post-processing filter without labels; truncation; a reward for
+    smooth surfaces; the reward with permuted weights; randomised labels; inverted labels. All arms are tuned
+    with the settings of the demo. The same command resumes after an interruption. Flags after -- are passed
+    to train.py. The results are controlled-study.json, controlled-study.md and controlled-study.png.
 
     \b
     Example:
         eg3d-rlhf report controlled-study --seeds=0,1,2 --rewards=1 --label-sets=1 --dry-run
     """
+    # Imported here, so that --help is printed without loading these modules.
     from eg3d_rlhf.evaluation.controlled_study import Plan, commands
     from eg3d_rlhf.evaluation.controlled_study import work as work_study
     from eg3d_rlhf.experiments.media.rendering import parse_seeds
 
     plan = Plan(
+        # version 0.1 named this folder otherwise; results in the old folder are used again
         out=version_0_1.outdir(outdir),
+        # number of label sets; all sets after the first are drawn by the simulated annotator
         draws=label_sets,
-        # the order of ARMS, whatever the order in --only
+        # in the order of ARMS, whatever the order in --only
         arms=[name for name in ARMS if name in {LABELS, *some_of("--only", only, ARMS)}],
         seeds=list(dict.fromkeys(parse_seeds(seeds))),
+        # split like a command line, so that quoted values may contain spaces
         train=tuple(shlex.split(train)),
-        tune=more,
-        **given,
+        # flags after "--"
+        tune=train_flags,
+        **plan_settings,
     )
+    # --dry-run ends here; nothing has been written so far
     if dry_run:
         print_json(commands(plan))
         return
@@ -112,102 +129,147 @@ def controlled_study(
 
 
 def _print_table(out: Path, paths: list[Path]) -> None:
-    """Print the table, which is the second file, and the names of all files."""
+    """Print the table of a study, and the names of the written files.
+
+    Args:
+        out: folder of the study.
+        paths: written files; the second file is the table as Markdown.
+    """
     click.echo(f"\n{paths[1].read_text()}\nWritten to {out}: {', '.join(path.name for path in paths)}")
 
 
 @click.command("rewards", cls=GroupedCommand, job="report rewards")
 @shared(
     "outdir dry-run",
-    outdir={"default": "runs/rewards", "help": "Folder to write."},
+    outdir={
+        "default": "runs/rewards",
+        "help": "Folder to write into; it contains all trainings and the table.",
+    },
     dry_run="Print the commands as JSON and stop.",
 )
-@option("--only", metavar="LIST", default=",".join(ENTRIES), help="Rewards to train, comma-separated.")
-@option("--seeds", metavar="LIST", default="0", help="Training seeds of the tuning runs.")
+@option(
+    "--only",
+    metavar="LIST",
+    default=",".join(ENTRIES),
+    help="Names of the kinds of rewards to train, separated by commas.",
+)
+@option(
+    "--seeds",
+    metavar="LIST",
+    default="0",
+    help="Training seeds with which the generator is tuned with each reward, as a list with ranges.",
+)
 @option(
     "--full",
     is_flag=True,
-    help="Train and tune with the default sizes and lengths; without it, a shorter version runs.",
+    help="Use the default sizes and lengths of all trainings instead of a shorter version.",
 )
 @shared("jobs")
 def rewards(outdir: Path, only: str, seeds: str, full: bool, jobs: int, dry_run: bool) -> None:
-    """Train every kind of reward on the bundled labels, tune the bundled generator with each, and compare the
-    results (also `make rewards`).
+    """Train every kind of reward on the bundled labels, tune the bundled generator with each reward, and
+    compare the results (also `make rewards`).
 
-    The default is a short version: smaller depth maps, fewer epochs, half the length of tuning. --full uses
-    all defaults. Finished parts are kept, an interrupted training resumes. Writes rewards.json,
-    rewards.md, rewards.png and rewards-latents.png, the same latents after tuning with every reward.
+    By default, a short version runs: smaller depth maps, fewer epochs, and half the length of tuning. --full
+    uses all default values. The same command resumes after an interruption. The results are rewards.json,
+    rewards.md, rewards.png, and rewards-latents.png with samples of the same latents for every reward.
 
     \b
     Example:
         eg3d-rlhf report rewards --only=points --dry-run
     """
+    # Imported here, so that --help is printed without loading these modules.
     from eg3d_rlhf.evaluation import reward_comparison
     from eg3d_rlhf.experiments.media.rendering import parse_seeds
 
-    # raises ValueError for an unknown reward
-    wanted = some_of("--only", only, ENTRIES)
+    # raises ValueError for an unknown name
+    entry_names = some_of("--only", only, ENTRIES)
+    # version 0.1 named this folder otherwise; results in the old folder are used again
     outdir = version_0_1.outdir(outdir)
-    # repeated seeds count once
-    numbers = list(dict.fromkeys(parse_seeds(seeds)))
+    # a seed that is listed twice is used once
+    training_seeds = list(dict.fromkeys(parse_seeds(seeds)))
+    # --dry-run ends here; nothing has been written so far
     if dry_run:
-        plans = reward_comparison.plans_of(outdir, wanted, numbers, full)
-        shown = {name: {key: part.command() for key, part in parts.items()} for name, parts in plans.items()}
-        print_json(shown)
+        trainings_by_entry = reward_comparison.plans_of(outdir, entry_names, training_seeds, full)
+        commands = {
+            name: {key: training.command() for key, training in trainings.items()}
+            for name, trainings in trainings_by_entry.items()
+        }
+        print_json(commands)
         return
-    _print_table(outdir, reward_comparison.work(outdir, wanted, numbers, full, jobs))
+    _print_table(outdir, reward_comparison.work(outdir, entry_names, training_seeds, full, jobs))
 
 
 @click.command(cls=GroupedCommand, job="report seeds")
-@option("--seeds", metavar="LIST", default="0,1,2", help="Training seeds, as a list with ranges.")
+@option(
+    "--seeds",
+    metavar="LIST",
+    default="0,1,2",
+    help="Training seeds with which the demo is repeated, as a list with ranges, such as 0-2.",
+)
 @shared(
     "outdir dry-run",
-    outdir={"default": "runs/seeds", "help": "Folder to write."},
+    outdir={"default": "runs/seeds", "help": "Folder to write into; each seed has a subfolder."},
     dry_run="Print the commands as JSON and stop.",
 )
-@click.argument("more", metavar="[-- FLAGS]", nargs=-1, type=click.UNPROCESSED)
-def seeds(seeds: str, outdir: Path, dry_run: bool, more: tuple[str, ...]) -> None:
-    """Repeat the demo with several training seeds and compare the summaries (also `make seeds`).
+@click.argument("train_flags", metavar="[-- FLAGS]", nargs=-1, type=click.UNPROCESSED)
+def seeds(seeds: str, outdir: Path, dry_run: bool, train_flags: tuple[str, ...]) -> None:
+    """Repeat the demo with several training seeds and compare the summaries of the runs (also `make seeds`).
 
-    Each seed has a folder below --outdir. The same command resumes: finished runs are kept, interrupted ones
-    continue. Flags after -- are passed to train.py.
+    Each seed has a subfolder in --outdir. The same command resumes after an interruption. Flags after -- are
+    passed to train.py.
 
     \b
     Example:
         eg3d-rlhf report seeds --seeds=0,1,2 --dry-run
     """
+    # Imported here, so that --help is printed without loading this module.
     from eg3d_rlhf.evaluation import over_seeds
 
-    parts = over_seeds.trainings(outdir, seeds, more)
+    trainings = over_seeds.trainings(outdir, seeds, train_flags)
+    # --dry-run ends here; nothing has been written so far
     if dry_run:
         print_json(
-            {seed: "finished" if part.finished() else part.continued() for seed, part in parts.items()}
+            {
+                # "finished", or the arguments with which train.py starts or resumes
+                seed: "finished" if training.finished() else training.continued()
+                for seed, training in trainings.items()
+            }
         )
         return
-    figures = over_seeds.work(outdir, parts, [*over_seeds.DEMO, *more])
-    click.echo(f"\n{aligned(over_seeds.table(figures))}\n\nWritten to {outdir / over_seeds.SUMMARY}")
+    # Trains the runs that are not finished, and compares all summaries.
+    metrics = over_seeds.work(outdir, trainings, [*over_seeds.DEMO, *train_flags])
+    click.echo(f"\n{aligned(over_seeds.table(metrics))}\n\nWritten to {outdir / over_seeds.SUMMARY}")
 
 
 @click.command(cls=GroupedCommand, job="report sweep")
 @shared(
     "before reward-ckpt",
-    before="Networks that every cell starts from: a network file or a run folder.",
-    reward_ckpt={"help": "Reward to tune with.", "show_default": "bundled"},
+    before="Generator that every run of the grid starts from: a network file or a run folder.",
+    reward_ckpt={"help": "Reward file to tune with.", "show_default": "the bundled reward"},
 )
 @_grid_option(
-    "--lambda-r", metavar="LIST", default="0,1,10", help="Weights lambda_r of the reward; 0 is the control."
+    # The grid consists of all combinations of lambda_r, lambda_sigma and seed.
+    "--lambda-r",
+    metavar="LIST",
+    default="0,1,10",
+    help="Weights lambda_r of the reward, separated by commas; 0 is the control.",
 )
 @_grid_option(
     "--lambda-sigma",
     metavar="LIST",
     default="0,0.01,10",
-    help="Weights lambda_sigma of the density-consistency term; 0 switches it off.",
+    help=(
+        "Weights lambda_sigma of the density-consistency term, separated by commas; 0 switches the term off."
+    ),
 )
 @_grid_option(
     "--seeds",
     metavar="LIST",
     default="0",
-    help="Training seeds of every cell; with two or more, intervals over runs are reported.",
+    help=(
+        "Training seeds of each pair of weights, separated by commas. With two or more seeds, intervals over"
+        " runs are reported."
+    ),
 )
 @_grid_option(
     "--kimg",
@@ -216,91 +278,113 @@ def seeds(seeds: str, outdir: Path, dry_run: bool, more: tuple[str, ...]) -> Non
     default=0.24,
     help="Length of each run in thousands of images.",
 )
-@option("--train-flags", rare=True, default="", help="Additional flags for train.py, in one quoted string.")
+@option(
+    "--train-flags",
+    rare=True,
+    default="",
+    help="Additional flags that are passed to train.py, in one quoted string.",
+)
 @shared(
     "n jobs outdir device dry-run",
     "data psi seed images batch",
     n={"default": 32},
     jobs={"default": 2, "show_default": True},
     images={"default": 128},
-    data="Dataset to train on and to measure distances to.",
-    outdir={"default": "runs/reports/sweep", "help": "Folder to write; it contains the runs, too."},
-    dry_run="Print the cells and their states as JSON and stop.",
+    data="Dataset to train on, and to which the image distance is measured.",
+    outdir={
+        "default": "runs/reports/sweep",
+        "help": "Folder to write into; its subfolder cells contains the runs.",
+    },
+    dry_run="Print the runs of the grid and their states (finished, begun or new) as JSON and stop.",
 )
-def sweep(before, reward_ckpt, data, kimg, train_flags, jobs, outdir, device, dry_run, **more) -> None:
-    """Train a grid of lambda_r and lambda_sigma, and plot the reward against the distance to the data and
-    against geometry.
+def sweep(
+    before, reward_ckpt, data, kimg, train_flags, jobs, outdir, device, dry_run, **grid_and_sampling
+) -> None:
+    """Train a grid of runs over the weights lambda_r and lambda_sigma. Plot the reward against the distance
+    of the images to the dataset, and against measures of the geometry.
 
-    Every cell of the grid is a run of train.py. The same command resumes: a finished cell is kept, an
-    interrupted one continues from its checkpoint. lambda_sigma = 0 switches the density-consistency term off;
-    lambda_r = 0 is the control. The table marks the settings on the Pareto front.
+    Every cell of the grid is a run of train.py. The same command resumes after an interruption: finished
+    cells are not trained again, and interrupted cells continue from their checkpoints. lambda_sigma = 0
+    switches the density-consistency term off; lambda_r = 0 is the control. The table marks the settings on
+    the Pareto front.
 
     \b
     Example:
         eg3d-rlhf report sweep --lambda-r=10 --lambda-sigma=0,10 --kimg=0.016 --n=16 --images=32 --outdir=out
     """
+    # Imported here, so that --help is printed without loading these modules.
     from eg3d_rlhf.evaluation.sweep import GOALS, grid, make_cells, measure_cells, part_of
     from eg3d_rlhf.experiments.table import figure_table
     from eg3d_rlhf.generators import find_network
 
-    # the axes of the grid
-    kinds = {"lambda_r": float, "lambda_sigma": float, "seeds": int}
-    lists = [numbers_of(f"--{name.replace('_', '-')}", more[name], kind) for name, kind in kinds.items()]
-    sampling = {name: value for name, value in more.items() if name not in kinds}
-    where = choose_device(device)
+    # axes of the grid, and the types of their numbers; the other flags belong to the sampling
+    axis_types = {"lambda_r": float, "lambda_sigma": float, "seeds": int}
+    axis_values = [
+        numbers_of(f"--{name.replace('_', '-')}", grid_and_sampling[name], axis_type)
+        for name, axis_type in axis_types.items()
+    ]
+    sampling = {name: value for name, value in grid_and_sampling.items() if name not in axis_types}
+    target_device = choose_device(device)
+    # a run folder stands for its newest network
     network = find_network(before)
-    given = {"init": before and network, "reward-ckpt": reward_ckpt, "data": data}
+    network_flags = {"init": before and network, "reward-ckpt": reward_ckpt, "data": data}
     # flags of train.py that are the same for all cells
-    words = [
+    train_arguments = [
         f"--device={device}",
         *shlex.split(train_flags),
-        *(f"--{name}={value}" for name, value in given.items() if value is not None),
+        *(f"--{name}={value}" for name, value in network_flags.items() if value is not None),
     ]
-    parts = {cell: part_of(cell, outdir / "cells", kimg, words) for cell in grid(*lists)}
-    # finished, begun or new
-    states = {cell.name: part.state() for cell, part in parts.items()}
+    trainings_by_cell = {
+        cell: part_of(cell, outdir / "cells", kimg, train_arguments) for cell in grid(*axis_values)
+    }
+    # state of each cell: finished, begun or new
+    states = {cell.name: training.state() for cell, training in trainings_by_cell.items()}
+    # --dry-run ends here; nothing has been written so far
     if dry_run:
+        # the hashes show whether two sweeps used the same files
         hashes = {"init": file_hash(network), "reward": file_hash(reward_ckpt or bundled.REWARD)}
-        shared = {
+        common_settings = {
             "kimg": kimg,
-            "train_flags": words,
+            "train_flags": train_arguments,
             "hashes": hashes,
             "jobs": jobs,
-            "device": str(where),
+            "device": str(target_device),
             **sampling,
         }
-        print_json({**shared, "outdir": str(outdir), "cells": states})
+        print_json({**common_settings, "outdir": str(outdir), "cells": states})
         return
     click.echo(
-        f"{len(parts)} cells of {kimg:g} thousand images, {sum(s != 'finished' for s in states.values())} to"
-        " train.",
+        f"{len(trainings_by_cell)} cells of {kimg:g} thousand images,"
+        f" {sum(state != 'finished' for state in states.values())} to train.",
         err=True,
     )
     try:
-        make_cells(parts, jobs)
+        # Finished cells are skipped.
+        make_cells(trainings_by_cell, jobs)
     except KeyboardInterrupt:
         click.echo(
             "Stopped. Interrupted cells keep their checkpoints. Repeat the command to resume.", err=True
         )
         # 130 = 128 + SIGINT, as shells report an interrupted command
         sys.exit(130)
-    # what the finished cells are measured with
+    # generator, reward and latents with which the finished cells are measured
     sources = Sources(
         before=before,
         reward_ckpt=reward_ckpt,
         data=data,
-        device=where,
+        device=target_device,
         runs_folder=outdir / "cells",
         **sampling,
     )
-    finding = measure_cells(parts, sources, outdir)
+    finding = measure_cells(trainings_by_cell, sources, outdir)
     rows = {
         row["setting"] + (" (on the front)" if row["on_front"] else ""): {
             **{name: row["measures"][name]["mean"] for name in GOALS},
-            **{f"{name}_ci95": [row["measures"][name][end] for end in ("lo", "hi")] for name in GOALS},
+            **{f"{name}_ci95": [row["measures"][name][bound] for bound in ("lo", "hi")] for name in GOALS},
         }
         for row in finding.data["rows"]
     }
+    # printed with three digits
     columns = {name: (name, ".3g") for name in GOALS}
     click.echo("\n".join(figure_table("setting", rows, columns, intervals=GOALS)))
     click.echo(

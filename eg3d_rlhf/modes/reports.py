@@ -1,4 +1,7 @@
-"""Jobs that measure what tuning changed: `report evaluate`, `attribute`, `embed`, `images` and `method`."""
+"""Jobs that measure what tuning changed: `report evaluate`, `attribute`, `embed`, `images` and `method`.
+
+They compare a generator before and after tuning on the same held-out latents.
+"""
 
 import functools
 import html
@@ -24,7 +27,7 @@ _rare_how_option = functools.partial(option, group="How", rare=True)
 
 
 def _keep_summary(out: Path, words: list[str]) -> None:
-    """Write the sentences of the summary as a text file."""
+    """Write the sentences of a report's summary to summary.txt, one per line."""
     write_atomic(out / "summary.txt", ("\n".join(words) + "\n").encode())
 
 
@@ -34,27 +37,38 @@ def _keep_summary(out: Path, words: list[str]) -> None:
     "data",
     run="Run folder with snapshots, for plots over training.",
     reward_ckpt="Reward that was used in tuning.",
-    data="Dataset that image distances are measured to.",
+    data="Dataset to which the image distances (FID, KID) are measured.",
 )
 @rare_option(
-    "--inception", type=PATH, help="TorchScript detector, called as net(uint8 images, return_features=True)."
+    "--inception",
+    type=PATH,
+    show_default="the bundled feature network",
+    help=(
+        "TorchScript file of the Inception network from which FID and KID are computed; it is called as"
+        " net(uint8 images, return_features=True)."
+    ),
 )
 @rare_option(
     "--lpips",
     type=PATH,
-    help="TorchScript distance f(a, b) of image batches in [-1, 1]; without it, LPIPS is not measured.",
+    show_default="none; LPIPS is not measured",
+    help="TorchScript file of a perceptual distance (LPIPS) f(a, b) of two image batches in [-1, 1].",
 )
 @rare_option(
     "--identity",
     type=PATH,
-    help="TorchScript embedding of image batches in [-1, 1]; without it, identity is not measured.",
+    show_default="none; identity is not measured",
+    help=(
+        "TorchScript file of a face embedding of image batches in [-1, 1], by which the similarity of the"
+        " identity is measured."
+    ),
 )
 @option(
     "--only",
     group="Run",
     metavar="KEYS",
     show_default="all",
-    help="Parts of the report, comma-separated; --dry-run lists them.",
+    help="Names of the parts of the report to write, separated by commas; --dry-run lists the names.",
 )
 @shared(
     "outdir device dry-run",
@@ -63,65 +77,90 @@ def _keep_summary(out: Path, words: list[str]) -> None:
     dry_run="Print the resolved settings and parts as JSON and stop.",
 )
 def evaluate(outdir, only, dry_run, device, **sources) -> None:
-    """Measure what tuning changed and whether it improved: compare a generator before and after on held-out
-    latents.
+    """Measure what tuning changed and whether it improved the generator, by comparing both generators on the
+    same held-out latents.
 
-    With no options: the bundled generator against the newest tuned run in runs/, and the lambda_r = 0 run of
-    the same settings if there is one. Writes one self-contained page with every figure, its data and a
-    summary in words. A second call computes only missing parts.
+    Without options, the bundled generator is compared with the newest tuned run in runs/, and with its
+    control, the run with lambda_r = 0 and otherwise equal settings, if there is one. The command writes one
+    page with all plots, their data and a summary. When it is called again, only missing parts are computed.
 
     \b
     Example:
         python tools/evaluate.py --only=reward-shift,over-optimisation --n=16
     """
+    # Imported here, so that --help is printed without loading these modules.
     from eg3d_rlhf.evaluation import comparison_page
     from eg3d_rlhf.evaluation.comparison import load_comparison
     from eg3d_rlhf.experiments import pages
     from eg3d_rlhf.experiments.pages import write_page
 
-    c = load_comparison(Sources(device=choose_device(device), **sources))
-    parts = comparison_page.select(c, only)
+    comparison = load_comparison(Sources(device=choose_device(device), **sources))
+    # raises ValueError for an unknown name in --only
+    report_parts = comparison_page.select(comparison, only)
+    # --dry-run ends here; nothing has been written so far
     if dry_run:
-        more = {
-            name: getattr(c, name) and str(getattr(c, name))
+        # paths as texts for JSON; None stays None
+        source_paths = {
+            name: getattr(comparison, name) and str(getattr(comparison, name))
             for name in ("run", "control_run", "inception", "lpips", "identity")
         }
-        more |= {
-            "heldout_reward": c.held_out_hash or None,
-            "mirror": c.mirror,
-            "images": c.images,
+        settings = {
+            **source_paths,
+            "heldout_reward": comparison.held_out_hash or None,
+            "mirror": comparison.mirror,
+            "images": comparison.images,
             "outdir": str(outdir),
         }
-        print_json({**c.resolved(), **more, "parts": [job.key for job in parts]})
+        print_json({**comparison.resolved(), **settings, "parts": [job.key for job in report_parts]})
         return
-    comparison_page.check_files(c)
-    findings = pages.run(parts, outdir)
-    words = comparison_page.summary(c, findings)
-    _keep_summary(outdir, words)
+    # Missing files are reported before the first part is computed.
+    comparison_page.check_files(comparison)
+    findings = pages.run(report_parts, outdir)
+    # The summary uses only parts that were computed.
+    sentences = comparison_page.summary(comparison, findings)
+    _keep_summary(outdir, sentences)
     page = write_page(
-        outdir / "index.html", comparison_page.TITLE, comparison_page.introduction(c), parts, findings, words
+        outdir / "index.html",
+        comparison_page.TITLE,
+        comparison_page.introduction(comparison),
+        report_parts,
+        findings,
+        sentences,
     )
-    click.echo("\n".join(pages.first_sentences(parts, findings)))
+    click.echo("\n".join(pages.first_sentences(report_parts, findings)))
     click.echo(
         f"\nWritten to {page.parent}: {page.name} (open it in a browser), summary.txt, figures/, data/"
     )
 
 
 def attribution_introduction(study: "Study") -> str:
-    """Describe what the attribution compares, for the top of its page."""
-    c = study.c
+    """Return the introduction of the attribution's page: the compared networks and the value function.
+
+    A slab is a cropped grid of densities. A coalition is a set of regions (Shapley values).
+    """
+    comparison = study.c
     return (
-        f"The same held-out latents before ({c.before.path.name}) and after tuning ({c.after.path.name}). A"
-        " coalition's value is the reward of the original slab with the coalition's regions replaced by the"
-        " tuned slab's, each slab on its own normalised scale."
+        f"The same held-out latents before ({comparison.before.path.name}) and after tuning"
+        f" ({comparison.after.path.name}). A coalition's value is the reward of the original slab with the"
+        " coalition's regions replaced by the tuned slab's, each slab on its own normalised scale."
     )
 
 
 def attribution_summary(findings) -> list[str]:
-    """Collect the main sentences of the findings, with the limit of what they show."""
-    says = [findings["shapley"].says[0], *findings["shapley"].says[1:2], findings["redrawn-reward"].says[0]]
+    """Return the sentences of the summary: the main results, and a sentence on what they do not show.
+
+    Args:
+        findings: findings of the attribution by name.
+    """
+    # The finding "shapley" has one or two main sentences at its start: the slice [1:2] is empty if there is
+    # only one.
+    main_sentences = [
+        findings["shapley"].says[0],
+        *findings["shapley"].says[1:2],
+        findings["redrawn-reward"].says[0],
+    ]
     return [
-        *says,
+        *main_sentences,
         (
             "These results hold for this reward and these latents. Whether people see the same differences"
             " was not measured."
@@ -130,13 +169,21 @@ def attribution_summary(findings) -> list[str]:
 
 
 def viewer(out: Path) -> str:
-    """Return the interactive surface as an HTML frame for the page; empty if it was not made."""
+    """Return the interactive view of the surface as an HTML frame for the page.
+
+    The result is empty if the view was not made.
+
+    Args:
+        out: folder of the report.
+    """
+    # imported here, because --help must not load this module
     from eg3d_rlhf.evaluation.attribution.attribution_report import PAGE
 
     path = out / "data" / PAGE
     if not path.is_file() or not path.stat().st_size:
+        # The page then has no section for the surface.
         return ""
-    # escaped, because the whole page becomes an attribute of the frame
+    # Escaped, because the content of the file becomes the attribute srcdoc of the frame.
     frame = html.escape(path.read_text())
     return (
         '<section id="turn"><h2>Turn the surface</h2><iframe title="Attribution on the surface"'
@@ -150,32 +197,37 @@ def viewer(out: Path) -> str:
     "--regions",
     group="Regions",
     metavar="people|boxes|landmarks|head|FILE",
-    show_default="people for heads of people, landmarks with --landmarks, else boxes",
+    show_default="landmarks with --landmarks, else people for synthetic heads, else boxes",
     help=(
-        "people: parts of the ground-truth head; boxes: fixed boxes; landmarks: boxes around landmarks;"
-        " head: all in eight"
-        " parts around landmarks; FILE: a label volume (.npy, with names in the .json beside it)."
+        "Regions of the shape to which the change is attributed. people: parts of the ground-truth synthetic"
+        " head; boxes: fixed boxes; landmarks: boxes around facial landmarks; head: eight parts around"
+        " landmarks that fill the slab; FILE: a label volume (.npy, with names in a .json beside it)."
     ),
 )
+# WFLW is a dataset of human faces with 98 landmarks.
 @rare_option("--landmarks", type=PATH, help="JSON file with 98 WFLW landmarks in the frontal view.")
 @option(
     "--method",
     group="How",
     type=click.Choice(METHODS),
     default="exact",
-    help="Method that computes the Shapley values.",
+    help="Method by which the Shapley values of the regions are computed.",
 )
 @_rare_how_option(
+    # Settings of the attribution methods, whose defaults suit most cases.
     "--permutations",
     default=Settings.permutations,
     type=click.IntRange(min=2),
-    help="Number of random orders of regions for the sampled methods.",
+    help="Number of random orders of the regions for methods that estimate Shapley values from samples.",
 )
 @_rare_how_option(
     "--steps",
     default=Settings.steps,
     type=click.IntRange(min=2),
-    help="Initial number of steps of Integrated Gradients; it is doubled until the gap is small.",
+    help=(
+        "Initial number of steps of Integrated Gradients. It is doubled until the efficiency gap is at most"
+        " gap_bound."
+    ),
 )
 @_rare_how_option(
     "--most-steps",
@@ -187,42 +239,47 @@ def viewer(out: Path) -> str:
     "--gap-bound",
     default=Settings.gap_bound,
     type=click.FloatRange(min=0, min_open=True),
-    help="Largest allowed efficiency gap, as a share of the change.",
+    help=(
+        "Largest allowed efficiency gap, the difference between the sum of the attributions and the change of"
+        " the reward, as a share of the change."
+    ),
 )
 @_rare_how_option(
     "--randomisations",
     default=Settings.randomisations,
     type=click.IntRange(min=2),
-    help="Number of rewards with randomised weights, as controls.",
+    help="Number of rewards with randomised weights that are attributed as controls.",
 )
 @_rare_how_option(
     "--checked",
     default=Settings.checked,
     type=click.IntRange(min=1),
-    help="Number of latents for the rewards with randomised weights.",
+    help="Number of latents for which the rewards with randomised weights are attributed.",
 )
 @shared(
     "n outdir device dry-run",
     "psi seed batch",
+    # an interval needs at least two latents
     n={"default": 6, "type": click.IntRange(min=2)},
     outdir={"default": "runs/reports/attribute"},
-    batch="Density slabs per batch; less needs less memory.",
-    psi={"default": None, "show_default": f"1 for heads of people, else {Sources.psi}"},
+    batch="Number of density slabs per batch; a smaller batch needs less memory.",
+    psi={"default": None, "show_default": f"1 for synthetic heads, else {Sources.psi}"},
 )
 def attribute(outdir, dry_run, device, regions, landmarks, method, **flags) -> None:
-    """Attribute the change of the reward to regions of the face (Shapley values), to see why the reward
-    prefers the tuned shapes.
+    """Attribute the change of the reward to regions of the face with Shapley values. The result shows which
+    regions make the reward prefer the tuned shapes.
 
-    With no options: the bundled generator against the newest tuned run in runs/. The value of a set of
-    regions is the reward of the original slab with those regions replaced by the tuned slab's. Renders the
-    regions on a mesh first, then computes Shapley values, Integrated Gradients, occlusion and a noise
-    baseline, compares them with each other and with rewards of random weights, and shows single voxels on the
-    surface.
+    Without options, the bundled generator is compared with the newest tuned run in runs/. The value of a set
+    of regions is the reward of the original density slab in which these regions are replaced by the regions
+    of the tuned slab. The command first renders the regions on a mesh. Then it computes Shapley values,
+    Integrated Gradients, occlusion and a noise baseline, and compares them with each other and with the
+    attributions of rewards with random weights. The attributions of single voxels are shown on the surface.
 
     \b
     Example:
         python tools/attribute.py --after=runs/00000-heads64-sigma-lambda10 --n=4
     """
+    # Imported here, so that --help is printed without loading these modules.
     from eg3d_rlhf.evaluation.attribution import attribution_report as attribution
     from eg3d_rlhf.evaluation.attribution.attribution_report import PAGE
     from eg3d_rlhf.evaluation.attribution.attribution_study import Study
@@ -231,64 +288,71 @@ def attribute(outdir, dry_run, device, regions, landmarks, method, **flags) -> N
     from eg3d_rlhf.experiments.pages import write_page
 
     names = ("permutations", "steps", "most_steps", "gap_bound", "randomisations", "checked")
-    # settings of the attribution, apart from those of the comparison
-    how = {"method": method, "landmarks": landmarks, **{name: flags.pop(name) for name in names}}
-    # checks the flags before the networks are loaded
-    Settings(**{**how, "regions": LANDMARKS if landmarks else BOXES})
-    # None: chosen below, when the kind of generator is known
+    # settings of the attribution itself; the other flags belong to the comparison
+    # `pop` removes these flags, so that `Sources` gets only its own
+    method_settings = {"method": method, "landmarks": landmarks, **{name: flags.pop(name) for name in names}}
+    # Raises ValueError for wrong values before the networks are loaded; the result is not used.
+    Settings(**{**method_settings, "regions": LANDMARKS if landmarks else BOXES})
+    # None: chosen below, because the default depends on the generator
     psi = flags.pop("psi")
-    c = load_comparison(
+    comparison = load_comparison(
         Sources(device=choose_device(device), **flags, **({} if psi is None else {"psi": psi}))
     )
-    # the ground truth of a latent exists only without truncation
-    if c.of_people and psi is None:
-        c = replace(c, psi=1.0)
+    # A latent has a ground-truth head only without truncation, hence psi = 1 for synthetic heads.
+    if comparison.of_people and psi is None:
+        comparison = replace(comparison, psi=1.0)
     regions = regions or (
-        LANDMARKS if landmarks is not None else PEOPLE if c.of_people and c.psi == 1 else BOXES
+        LANDMARKS
+        if landmarks is not None
+        else PEOPLE
+        if comparison.of_people and comparison.psi == 1
+        else BOXES
     )
-    chosen = Settings(
-        regions=regions if regions in (BOXES, LANDMARKS, HEAD, PEOPLE) else Path(regions), **how
+    settings = Settings(
+        regions=regions if regions in (BOXES, LANDMARKS, HEAD, PEOPLE) else Path(regions), **method_settings
     )
-    study = Study(c, chosen, progress=tqdm.write)
+    study = Study(comparison, settings, progress=tqdm.write)
+    # --dry-run ends here; nothing has been written so far
     if dry_run:
         paths = {
-            "regions": str(chosen.regions),
+            "regions": str(settings.regions),
             "landmarks": landmarks and str(landmarks),
             "outdir": str(outdir),
         }
-        print_json({**c.resolved(), **vars(chosen), **paths})
+        print_json({**comparison.resolved(), **vars(settings), **paths})
         return
-    parts = attribution.jobs(study)
-    # the regions come first, so that the user can check them while the attribution is computed
-    findings = pages.run(parts[:1], outdir)
+    report_parts = attribution.jobs(study)
+    # The first part renders the regions, so that the user can check them while the attribution is computed.
+    findings = pages.run(report_parts[:1], outdir)
     for name in findings["regions"].images.values():
         click.echo(f"The regions are shown in {outdir / 'data' / name}. The attribution follows.")
-    findings |= pages.run(parts[1:], outdir)
-    words = attribution_summary(findings)
-    _keep_summary(outdir, words)
+    findings |= pages.run(report_parts[1:], outdir)
+    sentences = attribution_summary(findings)
+    _keep_summary(outdir, sentences)
     page = write_page(
         outdir / "index.html",
         attribution.TITLE,
         attribution_introduction(study),
-        parts,
+        report_parts,
         findings,
-        words,
+        sentences,
         viewer(outdir),
     )
+    # The table lists the regions with the largest Shapley values first.
     data = findings["shapley"].data
     click.echo(f"\n{'region':<18} {'Shapley value':>14}  95 % interval")
     for name, mean in sorted(
         zip(data["names"], data["means"], strict=True), key=lambda pair: -pair[1]["mean"]
     ):
         click.echo(f"{name:<18} {mean['mean']:>+14.4f}  [{mean['lo']:+.4f}, {mean['hi']:+.4f}]")
-    # efficiency: the Shapley values add up to the change of the reward
+    # By the efficiency axiom, the Shapley values add up to the change of the reward.
     total = data["difference"]["mean"]
     surface_file = f", data/{PAGE}" if "surface" in findings else ""
     click.echo(
         f"{'sum':<18} {total:>+14.4f}  largest efficiency gap {data['largest_relative_gap']:.1e} of the"
         " difference\n"
     )
-    click.echo("\n".join(pages.first_sentences(parts, findings)))
+    click.echo("\n".join(pages.first_sentences(report_parts, findings)))
     click.echo(
         f"\nWritten to {page.parent}: {page.name} (open it in a browser), summary.txt, figures/,"
         f" data/{surface_file}"
@@ -301,36 +365,40 @@ def attribute(outdir, dry_run, device, regions, landmarks, method, **flags) -> N
     "psi seed batch",
     outdir={"default": "runs/reports/embed"},
     after={"show_default": "the newest tuned run in runs/"},
-    reward_ckpt="Reward whose global feature is embedded.",
-    control="Control: the same run with --lambda-r=0, for the test of separability.",
-    n="Number of latents; each is used in both networks.",
+    reward_ckpt="Reward whose global feature vector is embedded.",
+    control="Run with --lambda-r=0 and otherwise equal settings, the control of the test of separability.",
+    n="Number of latents; each latent is sampled with both generators.",
     seed="Random seed of the held-out latents and of UMAP.",
 )
 def embed(outdir, dry_run, device, **sources) -> None:
-    """Plot where the reward places tuned samples: a map of its global feature before and after tuning, which
-    shows the shape of every point.
+    """Plot samples before and after tuning in the feature space of the reward. The interactive map shows the
+    shape of each point.
 
-    With no options: the bundled generator against the newest tuned run in runs/. Writes one self-contained
-    page: UMAP and principal axes, rank correlation of the reward with the main axis, a test of separability,
-    and an interactive map.
+    Without options, the bundled generator is compared with the newest tuned run in runs/. The command writes
+    one page with a UMAP plot, the principal axes, the rank correlation of the reward with each axis, and a
+    test of whether samples before and after tuning can be separated.
 
     \b
     Example:
         eg3d-rlhf report embed --after=runs/00000-heads64-synthetic-people64-batch4-gamma0.3-sigma-lambda10
     """
+    # Imported here, so that --help is printed without loading these modules.
     from eg3d_rlhf.evaluation import embedding
     from eg3d_rlhf.evaluation.comparison import load_comparison
 
-    c = load_comparison(Sources(device=choose_device(device), **sources))
+    comparison = load_comparison(Sources(device=choose_device(device), **sources))
+    # --dry-run ends here; nothing has been written so far
     if dry_run:
-        print_json({**c.resolved(), "umap": embedding.umap_version(), "outdir": str(outdir)})
+        # results of UMAP differ between versions
+        print_json({**comparison.resolved(), "umap": embedding.umap_version(), "outdir": str(outdir)})
         return
-    findings = embedding.write(c, outdir)
+    # Computes the embedding, and writes the page and its data.
+    findings = embedding.write(comparison, outdir)
     # rank correlation of the reward with each axis
     for row in findings[embedding.MAP].data["ranks"]:
         rho = (
+            # a rank correlation is undefined if all scores or all coordinates are equal
             "undefined: constant"
-            # undefined if all scores or all coordinates are equal
             if row["spearman"] is None
             else f"{row['spearman']:+.3f} [{row['lo']:+.3f}, {row['hi']:+.3f}]"
         )
@@ -345,45 +413,47 @@ def embed(outdir, dry_run, device, **sources) -> None:
 @click.command("images", cls=GroupedCommand, job="report images")
 @shared(
     "before run reward-ckpt outdir device dry-run",
-    run={"show_default": "the newest in runs/"},
+    run={"show_default": "the newest run in runs/"},
     outdir={"show_default": "the run folder"},
 )
 @count_option(
     "--pairs",
     help=(
-        "Instead write pairs.png: this many pairs seen from the back, in random order, for people to"
-        " choose (synthetic"
-        " heads only)."
+        "Number of pairs of heads, before and after tuning, that are rendered from the back into pairs.png,"
+        " in random order, for people to choose. Other images are not written. For synthetic heads only."
     ),
 )
 def images(outdir, device, dry_run, pairs, **sources) -> None:
-    """Render the images of a finished reward run again, without the evaluation: comparison.png,
-    turntable.webp and meshes.
+    """Render the images of a finished run with a reward again: comparison.png, turntable.webp and meshes. The
+    evaluation is not repeated.
 
-    Also prints the median change of the surface, which summary.json contains.
+    The command also prints the median change of the surface, as in summary.json.
 
     \b
     Example:
         eg3d-rlhf report images --run=runs/00000-heads64-synthetic-people64-batch4-gamma0.3-sigma-lambda10
     """
+    # Imported here, so that --help is printed without loading these modules.
     from eg3d_rlhf.evaluation.comparison import load_comparison
     from eg3d_rlhf.evaluation.run_images import CHANGED, PAIRS, pairs_sheet, surface_change, write_pictures
     from eg3d_rlhf.experiments.media.rendering import png
 
-    c = load_comparison(Sources(device=choose_device(device), **sources))
-    # by default the images replace those of the run
-    folder = outdir or c.run
+    comparison = load_comparison(Sources(device=choose_device(device), **sources))
+    # By default, the new images replace the images in the run folder.
+    folder = outdir or comparison.run
     assert folder is not None
+    # --dry-run ends here; nothing has been written so far
     if dry_run:
-        print_json({**c.resolved(), "outdir": str(folder)})
+        print_json({**comparison.resolved(), "outdir": str(folder)})
         return
-    # nothing but the sheet of pairs is written
     if pairs is not None:
-        write_atomic(folder / PAIRS, png(pairs_sheet(c, pairs)))
+        # a note below the pairs names the tuned shape of each pair
+        write_atomic(folder / PAIRS, png(pairs_sheet(comparison, pairs)))
         click.echo(f"Written to {folder}: {PAIRS}")
         return
-    written = write_pictures(c, folder)
-    click.echo(json.dumps(surface_change(c, EVALUATION.take(CHANGED))))
+    written = write_pictures(comparison, folder)
+    # computed on the same held-out latents as in summary.json
+    click.echo(json.dumps(surface_change(comparison, EVALUATION.take(CHANGED))))
     click.echo(f"Written to {folder}: {', '.join(written)}")
 
 
@@ -398,15 +468,16 @@ def images(outdir, device, dry_run, pairs, **sources) -> None:
     out={"metavar": "FILE", "type": PATH, "required": True, "help": "Image to write (.png or .svg)."},
 )
 def method(run: Path, out: Path) -> None:
-    """Draw the method as one figure with four boxes, from real data: labels, reward, tuning, report.
-
-    Uses the bundled generator and reward and a finished run of `train.py --reward=sigma`.
+    """Draw the method as one figure with four boxes: labels, reward, tuning and report. The boxes show
+    results of the bundled generator, the bundled reward and a finished run of `train.py --reward=sigma`.
 
     \b
     Example:
         eg3d-rlhf report method --run=runs/00000-heads64-sigma-lambda10 --out=out/method.png
     """
+    # Imported here, so that --help is printed without loading this module.
     from eg3d_rlhf.evaluation.method_figure import draw_method
 
+    # Raises an error if the run lacks a file that the figure needs.
     draw_method(run, out)
     click.echo(f"{out}")

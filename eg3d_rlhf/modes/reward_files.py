@@ -1,4 +1,6 @@
-"""Jobs on reward files: `reward join` builds an ensemble, `reward import` converts the paper's release."""
+"""Jobs on reward files: `reward join` combines rewards into an ensemble, and `reward import` converts the
+reward that the authors of the paper released.
+"""
 
 import statistics
 import tempfile
@@ -15,7 +17,7 @@ from training.progress import tqdm
 _written = file_option(
     "--out",
     required=True,
-    help="Reward file to write (.safetensors). A description is written beside it as .json.",
+    help="Reward file to write (.safetensors). A .json file with its description is written beside it.",
 )
 
 
@@ -25,60 +27,69 @@ _written = file_option(
 @option(
     "--aggregate",
     type=click.Choice(CHOICES),
+    # softmin is a pessimistic aggregate: members with low scores have more weight
     default="softmin",
     help=(
-        "Aggregate of the members' scores. warm averages their weights, for members that share a trained"
-        " start."
+        "Function that combines the scores of the members. warm averages their weights instead, for members"
+        " that were trained from the same trained network."
     ),
 )
 @option(
     "--strength",
     metavar="FLOAT",
     type=click.FloatRange(min=0, min_open=True),
-    show_default="1, 0.5, 0.5",
-    help="Strength of the aggregate: k of lcb, lambda of uwo, beta of softmin.",
+    show_default="1 for lcb, 0.5 for uwo and softmin",
+    help="Parameter of the aggregate: k of lcb, lambda of uwo, or beta of softmin.",
 )
 @shared(
     "network batch device dry-run",
-    network="Untuned generator whose samples set the scale of the members.",
+    network="Untuned generator by whose samples the scores of the members are standardised.",
     batch={"default": 16},
     dry_run="Join the rewards and print the description as JSON, but write nothing.",
 )
 def join(rewards, out, aggregate, strength, network, batch, device, dry_run) -> None:
-    """Join rewards into one ensemble file whose score aggregates theirs, for train.py --reward-ckpt.
+    """Combine several rewards, the members, into one ensemble file for train.py --reward-ckpt. The score of
+    the ensemble is an aggregate of the members' scores.
 
-    Members are put on one scale by their scores of the same untuned samples. They should differ in their
-    labels and in their initialisation; five are usual. The held-out reward must not be among them.
+    The scores of each member are standardised by its scores of the same untuned samples. Members should
+    differ in their labels and in their initialisation; five members are usual. The held-out reward must not
+    be a member.
 
     \b
     Example:
         eg3d-rlhf reward join assets/reward.safetensors assets/reward-heldout.safetensors --out=r.safetensors
     """
+    # Imported here, so that --help is printed without loading these modules.
     from eg3d_rlhf.generators import load_generator
-    from eg3d_rlhf.rewards.reward import join as joined
+    from eg3d_rlhf.rewards.reward import join as join_rewards
     from eg3d_rlhf.rewards.reward import load_reward
 
     if out.suffix != ".safetensors":
-        raise ValueError(f"--out: expected a name ending in .safetensors, got {out.name}. Rename it.")
-    # a reward that is listed twice would count twice in the aggregate
-    twice = next((path for i, path in enumerate(rewards) if path in rewards[:i]), None)
-    if twice is not None:
-        raise ValueError(f"REWARD: {twice} is listed twice. Remove one.")
+        raise ValueError(
+            f"--out: the name {out.name} does not end in .safetensors. Choose a name with this ending."
+        )
+    # A reward that is listed twice would count twice in the aggregate.
+    repeated_path = next((path for i, path in enumerate(rewards) if path in rewards[:i]), None)
+    if repeated_path is not None:
+        raise ValueError(f"REWARD: {repeated_path} is listed twice. Remove one of the two arguments.")
+    # The paths are recorded in the ensemble file.
     members = {str(path): load_reward(path, choose_device(device)) for path in rewards}
+    # an error in this block begins with the name --network
     with naming("--network"):
         generator = load_generator(network, choose_device(device))
     with tqdm(total=SCALES.count, desc="scales", unit="shape", dynamic_ncols=True) as bar:
-        reward = joined(members, generator, aggregate, strength, batch, bar.update)
+        # Each member scores the same untuned samples, from which its mean and standard deviation follow.
+        reward = join_rewards(members, generator, aggregate, strength, batch, bar.update)
+    # --dry-run ends here; nothing has been written so far
     if dry_run:
         print_json(reward.describe())
         return
     path = reward.save(out)
-    # scale and members as the file records them
-    known = reward.provenance
+    # the record in the reward file of how it was made
+    provenance = reward.provenance
     click.echo(
-        f"{path}: {aggregate} of {len(known['joined'])} members; mean {known['score_mean']:.3f}, standard"
-        " deviation"
-        f" {known['score_std']:.3f} over {SCALES.count} untuned samples"
+        f"{path}: {aggregate} of {len(provenance['joined'])} members; mean {provenance['score_mean']:.3f},"
+        f" standard deviation {provenance['score_std']:.3f} over {SCALES.count} untuned samples"
     )
 
 
@@ -90,7 +101,10 @@ def join(rewards, out, aggregate, strength, network, batch, device, dry_run) -> 
     type=click.Choice(["config", "published"]),
     default="config",
     group="Release",
-    help="Grid and value range: config, those of the configuration; published, 256 points and [0, 100].",
+    help=(
+        "Source of the grid and the range of densities that the reward reads: config, the configuration file"
+        " of the release; published, the paper's 256 points per axis and [0, 100]."
+    ),
 )
 @option(
     "--lattice",
@@ -98,8 +112,8 @@ def join(rewards, out, aggregate, strength, network, batch, device, dry_run) -> 
     default="straight",
     group="Release",
     help=(
-        "Lattice that the written reward reads. skewed is that of its training data, but several times"
-        " slower."
+        "Lattice of points at which the written reward reads the density: a straight grid, or the skewed"
+        " lattice of the reward's training data, which is several times slower."
     ),
 )
 @shared("network", network="Generator whose samples are scored on both lattices.")
@@ -108,58 +122,64 @@ def join(rewards, out, aggregate, strength, network, batch, device, dry_run) -> 
     group="Samples",
     metavar="LIST",
     default="0-3",
-    help="Seeds of the latents to score, such as 0,2-5, or none.",
+    help="Seeds of the latents that are scored on both lattices, such as 0,2-5; none scores no samples.",
 )
 @shared(
     "device dry-run",
     dry_run="Read and check the release and print its description as JSON, but write and score nothing.",
 )
 def release(source, out, transform, lattice, network, latents, device, dry_run) -> None:
-    """Convert the paper's released reward to this project's format, once, and show the effect of its skewed
-    training lattice.
+    """Convert the reward that the authors of the paper released to the format of this project. Then print its
+    scores of samples of a generator on a straight grid and on the skewed lattice of its training data.
 
-    SOURCE is the folder with best_model.pt and release_config.yaml (or run_config.yaml), the weights file
-    itself, or the word synthetic:reward for a small untrained one in the same layout. Nothing in the files is
-    executed. The reward is then scored on samples of a generator, on the straight grid and on the lattice of
-    its training data.
+    SOURCE is the folder with best_model.pt and release_config.yaml (or run_config.yaml), the file of weights
+    itself, or the word synthetic:reward for a small untrained reward in the same layout. No code in the files
+    is executed.
 
     \b
     Example:
         eg3d-rlhf reward import synthetic:reward --out=runs/example/imported.safetensors --latents=0-1
     """
+    # Imported here, so that --help is printed without loading these modules.
     from eg3d_rlhf.experiments.media.rendering import parse_seeds
     from eg3d_rlhf.generators import load_generator
     from eg3d_rlhf.rewards.release import compare_lattices, import_release, write_example
     from eg3d_rlhf.rewards.reward import check_reward
 
+    # an error in this block begins with the name --latents
     with naming("--latents"):
-        # none: convert without scoring
         seeds = [] if latents == "none" else parse_seeds(latents)
-    # weights are loaded as tensors only; nothing of the release is executed
+    # The folder receives the example of synthetic:reward. Weights are loaded as tensors; no code is executed.
     with naming("SOURCE"), tempfile.TemporaryDirectory() as folder:
         reward = import_release(
             write_example(folder) if source == "synthetic:reward" else source, transform, lattice
         )
+    # --dry-run ends here; nothing has been written so far
     if dry_run:
         print_json(reward.describe())
         return
+    # an error in this block begins with the name --out
     with naming("--out"):
         path = reward.save(out)
-    parameters = sum(p.numel() for p in reward.parameters())
+    parameters = sum(parameter.numel() for parameter in reward.parameters())
     click.echo(
         f"{path}: {parameters:,} parameters, slab {list(reward.observation.shape[1:])} (z, y, x), {lattice}"
         " lattice"
     )
     if not seeds:
         return
-    where = choose_device(device)
+    target_device = choose_device(device)
+    # an error in this block begins with the name --network
     with naming("--network"):
-        generator = load_generator(network, where).generator
+        generator = load_generator(network, target_device).generator
+        # raises ValueError if the reward cannot read the densities of this generator
         check_reward(reward, generator)
-    compared = compare_lattices(reward.to(where), generator, seeds)
+    # An iterator: each seed is scored when the progress bar asks for it.
+    compared = compare_lattices(reward.to(target_device), generator, seeds)
     scores = list(tqdm(compared, total=len(seeds), desc="scoring on both lattices", unit="seed"))
     click.echo(f"{'seed':>8}  {'straight':>12}  {'skewed':>12}  {'difference':>12}")
-    # a last row with the mean over the seeds
-    means = (statistics.fmean(s[1] for s in scores), statistics.fmean(s[2] for s in scores))
+    # A score is (seed, score on the straight grid, score on the skewed lattice). The last row of the table is
+    # the mean over the seeds.
+    means = (statistics.fmean(score[1] for score in scores), statistics.fmean(score[2] for score in scores))
     for name, straight, skewed in (*scores, ("mean", *means)):
         click.echo(f"{name:>8}  {straight:12.6f}  {skewed:12.6f}  {straight - skewed:+12.6f}")

@@ -1,9 +1,9 @@
-"""Mode `train.py --mode=reward` (also `reward train`): trains a reward on labels of a generator's shapes.
+"""`train.py --mode=reward` (also `reward train`): trains a reward on labels of a generator's shapes.
 
-Rewards of meshes are trained in mesh_reward.py. Without flags: the bundled labels of the bundled generator,
-density slabs at 64 points per axis, the 'heads' network; the epoch is chosen on 15 % of the labels and the
-accuracy is measured on another 15 %. This takes a few minutes on two cores and writes
-runs/NNNNN-reward-labels-heads-s0.
+Without flags, the network 'heads' is trained on the bundled labels of the bundled generator. Its input is the
+density slab, a cropped grid of densities with 64 points per axis. The epoch is chosen on 15 % of the labels,
+and the accuracy is measured on another 15 %. The training takes a few minutes on two cores and writes the
+folder runs/NNNNN-reward-labels-heads-s0. Rewards of meshes are trained in mesh_reward.py.
 """
 
 import functools
@@ -26,11 +26,12 @@ if TYPE_CHECKING:
     from eg3d_rlhf.rewards.training_run import Opened
     from training.distributed import Ranks
 
-HELP = """Train a reward network on labelled pairs of seeds, on labels of single seeds, or on both, with
-the generator that produced the shapes.
+HELP = """Train a reward network on labelled pairs of samples, on labels of single samples, or on both. The
+samples are generated again from their seeds, with the generator that people labelled.
 
-With no options: the bundled generator and labels and a small network; a few minutes on two cores. Writes the
-reward, its accuracy on held-out pairs with a 95 % interval, and its learning curves into a run folder.
+Without options, a small network is trained on the bundled labels of the bundled generator; this takes a few
+minutes on two cores. The run folder contains the reward, its accuracy on held-out pairs with a 95 % interval,
+and its learning curves.
 
 \b
 Example:
@@ -40,20 +41,21 @@ STORE = "Labels of a store"
 _rare_store_option = functools.partial(option, group=STORE, rare=True)
 _data_option = functools.partial(option, group="Data")
 
-flags_of_rewards = together(
+reward_flags = together(
     _data_option(
+        # Labels, and the generator whose samples are generated again.
         "--labels",
         metavar="FILE|URL",
         type=labels_source,
-        help="File of labelled pairs (.jsonl, .csv), or a label database, such as sqlite:///labels.db.",
+        help="File of labelled pairs (.jsonl, .csv), or URL of a label database, as sqlite:///labels.db.",
     ),
     _data_option(
         "--observation",
         metavar="KIND",
         default="sigma",
         help=(
-            "Input of the reward: sigma, the density slab; points, a point cloud on the surface;"
-            " lifted-points or published-points, a point cloud lifted from depth maps."
+            "Input of the reward network. sigma: grid of densities (the slab); points: point cloud on the"
+            " surface; lifted-points, published-points: point cloud that is computed from depth maps."
         ),
     ),
     _data_option(
@@ -62,17 +64,25 @@ flags_of_rewards = together(
         type=click.FloatRange(0, 0.9),
         nargs=6,
         default=None,
-        show_default="that of the observation",
-        help="Shares of the cube that are cropped at each of its six faces.",
+        show_default="by observation",
+        help=(
+            "Shares of the cube's edge that are cropped at its six faces, at the lower and the upper end of"
+            " the x, y and z axis."
+        ),
     ),
     _data_option(
-        "--any-generator", is_flag=True, rare=True, help="Accept labels that name another generator."
+        # Seeds of another generator stand for other shapes, so this is an error by default.
+        "--any-generator",
+        is_flag=True,
+        rare=True,
+        help="Accept labels that were given for samples of another generator.",
     ),
     _data_option(
+        # A reward that is accurate on wrong shapes has not learned from the shapes.
         "--wrong-faces",
         is_flag=True,
         help=(
-            "Control: read other shapes than those that were labelled. The accuracy must then be near 50 %."
+            "As a control, replace each labelled shape by another shape. The accuracy must then be near 50 %."
         ),
     ),
     _data_option(
@@ -83,7 +93,7 @@ flags_of_rewards = together(
         type=PATH,
         multiple=True,
         show_default="none",
-        help="Another generator whose shapes were labelled. May be repeated.",
+        help="Network file of a further generator whose samples were labelled. May be repeated.",
     ),
     _data_option(
         "--fractions",
@@ -92,91 +102,111 @@ flags_of_rewards = together(
         type=click.FloatRange(0, 1),
         nargs=3,
         default=None,
-        help="Shares of the labels for training, validation and test.",
+        help="Shares of the labels that are used for training, validation and test.",
     ),
     name_option(
         "--campaign",
         group=STORE,
         show_default="all that collect preferences",
-        help="Campaign of the database whose labels are used.",
+        help="Name of the campaign (labelling project) in the database whose labels are used.",
     ),
     _rare_store_option(
         "--annotator",
         "annotators",
         metavar="NAME",
         multiple=True,
-        help="Annotator whose labels are used. May be repeated.",
+        help="Name of an annotator whose labels are used. May be repeated.",
         show_default="all",
     ),
     _rare_store_option(
+        # Filters of the answers; they apply to a label database only.
         "--least-gold-accuracy",
         metavar="0..1",
         type=click.FloatRange(0, 1),
-        show_default="any",
-        help="Leave out annotators with a lower accuracy on gold pairs, or without gold pairs.",
+        show_default="no limit",
+        help=(
+            "Smallest accuracy of an annotator on gold pairs, whose correct answer is known. Labels of less"
+            " accurate annotators, and of annotators without gold pairs, are left out."
+        ),
     ),
     _rare_store_option(
-        "--drop-repeats", is_flag=True, help="Keep only each annotator's first answer to a pair."
+        "--drop-repeats",
+        is_flag=True,
+        help="Use only the first answer of each annotator to a pair that was shown several times.",
     ),
     _rare_store_option(
+        # Very fast answers are probably given without looking.
         "--min-milliseconds",
         metavar="MS",
         type=click.IntRange(min=0),
-        help="Leave out answers that were given faster than this.",
+        show_default="no limit",
+        help="Shortest time of an answer in milliseconds; faster answers are left out.",
     ),
     _rare_store_option(
         "--since",
         metavar="TIME",
         show_default="the beginning",
-        help="Use only answers received from this time on: ISO 8601, or seconds since 1970.",
+        help="Earliest time of the used answers, in ISO 8601 format or in seconds since 1970.",
     ),
     _rare_store_option(
+        # A database may hold answers to several questions about each pair.
         "--criterion",
         metavar="NAME",
         show_default="which is better",
-        help="Train on the votes on this criterion.",
+        help="Name of the question whose answers are the labels.",
     ),
     name_option(
+        # The network, and the settings of an ensemble.
         "--preset",
         group="Network",
         help=(
-            "Architecture, with its training defaults: heads, paper, small, small-slice or tiny for sigma;"
-            " pointnet, pointnet2 or curvenet for points; small, coarse or resnet50 for depth, with -3 for"
-            " three views."
+            "Architecture of the network, with default settings of its training. For sigma: heads, paper,"
+            " small, small-slice or tiny; for points: pointnet, pointnet2 or curvenet; for depth: small,"
+            " coarse or resnet50, and with the ending -3 for three views."
         ),
     ),
     options_of(RewardRun),
     rare_option(
+        # None as default: by default only ensembles resample their training pairs.
         "--bootstrap/--no-bootstrap",
         group="Network",
         default=None,
-        help="Resample the training pairs with replacement, with another seed for each member.",
+        help=(
+            "Resample the training pairs with replacement, with a different seed for each member of an"
+            " ensemble."
+        ),
     ),
     option(
         "--shared-start",
         group="Network",
         is_flag=True,
-        help="Train one network first, from which all members continue; implied by --aggregate=warm.",
+        help=(
+            "Train one network first, and start the training of every member of an ensemble from it."
+            " --aggregate=warm implies this."
+        ),
     ),
     rare_option(
+        # None as default: the preset decides.
         "--cosine/--no-cosine",
         group="Training",
         default=None,
-        help="Decay the learning rate to 0 with a cosine schedule.",
+        help="Decrease the learning rate to 0 with a cosine schedule.",
     ),
     rare_option(
+        # None as default: the preset decides.
         "--mirror/--no-mirror",
         group="Training",
         default=None,
-        help="Augment the inputs at random: slabs are flipped left-right.",
+        help="Augment the training inputs by flipping them left-right at random.",
     ),
     option(
+        # Folders. --outdir, which is a flag of all modes, is the parent of numbered folders.
         "--run-dir",
         group="Run",
         metavar="FOLDER",
         type=FOLDER,
-        show_default="a numbered one in --outdir",
-        help="Folder of this run.",
+        show_default="a numbered folder in --outdir",
+        help="Folder of this run, into which all results are written.",
     ),
     option(
         "--cache",
@@ -184,34 +214,46 @@ flags_of_rewards = together(
         metavar="FOLDER",
         type=FOLDER,
         show_default="memory only",
-        help="Folder that caches the generated shapes between runs.",
+        help="Folder in which generated shapes are stored, so that further runs need not generate them.",
     ),
 )
 
 
 def unpaired_settings(unpaired: Path | None, alone: bool, options: dict) -> dict:
-    """Return the defaults that unpaired labels change: their loss terms get a weight; without pairs, the pair
-    terms get weight 0.
+    """Return the default settings that change if there are labels of single shapes (unpaired labels).
 
-    The error counts in units of the score, 25 (reward - score / 5)^2, beside the divergence; beside pairs
-    both count 25 times less.
+    The loss terms of unpaired labels get a weight above 0. If there are no pairs, the loss terms of pairs get
+    the weight 0. Without pairs, the regression term is 25 (reward - score / 5)^2, the squared error in units
+    of the score, beside the divergence with weight 1. With pairs, both weights are 25 times smaller.
+
+    Args:
+        unpaired: file of unpaired labels; None: there are none, and the result is empty.
+        alone: True if there are no labels of pairs.
+        options: settings by name; None: not given.
+
+    Returns: new values of settings that were not given, by name.
     """
     if unpaired is None:
         return {}
-    paired = {name: 0 for name in ("pairs", "scalar", "bradley_terry")} if alone else {}
-    changed = {
-        **paired,
-        **({"regression": 25.0, "divergence": 1.0} if alone else {"regression": 1.0, "divergence": 0.04}),
-    }
-    if not any(options[name] for name in paired) and alone:
-        changed["reference_samples"] = 0
-    # a value that was given as a flag stays
-    return {name: value for name, value in changed.items() if options[name] is None}
+    if alone:
+        pair_weights = {name: 0 for name in ("pairs", "scalar", "bradley_terry")}
+        changes = {**pair_weights, "regression": 25.0, "divergence": 1.0}
+        # Reference samples need a loss term of pairs, so they are off unless a flag switches such a term on.
+        if not any(options[name] for name in pair_weights):
+            changes["reference_samples"] = 0
+    else:
+        changes = {"regression": 1.0, "divergence": 0.04}
+    # A value that was given by a flag is not changed.
+    return {name: value for name, value in changes.items() if options[name] is None}
 
 
 def resolve(flags: Flags) -> RewardRun:
-    """Build the settings of the run from the flags, with the preset's defaults for the others."""
-    apart = (
+    """Build the settings of the run from the flags. A flag that is None gets the default of the preset.
+
+    Raises: ValueError that names a flag with a wrong value.
+    """
+    # flags that are handled by name below, and flags that are no settings of a training
+    other_flags = (
         "labels",
         "observation",
         "preset",
@@ -223,35 +265,41 @@ def resolve(flags: Flags) -> RewardRun:
         "dry_run",
         "timeout",
     )
-    # flags that are no setting of the training are dropped
-    options = {name: value for name, value in flags.items() if name not in apart}
+    options = {name: value for name, value in flags.items() if name not in other_flags}
+    # fields of the run; the other settings belong to its training
     names = set(RewardRun.__dataclass_fields__)
     unpaired = flags["unpaired"]
     observation = flags["observation"]
+    # Defaults that depend on the kind of labels; given flags are not changed.
     options |= unpaired_settings(unpaired, flags["labels"] is None, options)
+    # without any labels, the bundled labels of the bundled generator
     labels = flags["labels"] or unpaired or BUNDLED_LABELS
-    # filters apply to a label database; those that were not given are left out
-    filters = {k: value for k in LabelFilters.__dataclass_fields__ if (value := options.pop(k)) is not None}
-    source = source_named(labels, unpaired, options["split_seed"] or 0, filters)
-    given = {k: v for k, v in options.items() if k in names and v is not None}
-    # flags override what the preset says about the observation
-    given = {
-        **{k: v for k, v in find_preset(flags["preset"], observation).observe.items() if k in names},
-        **given,
+    # Filters of the answers in a label database. `pop` removes them from the settings of the training.
+    filters = {
+        name: value for name in LabelFilters.__dataclass_fields__ if (value := options.pop(name)) is not None
     }
+    # None: the seed of the split was not given, and its default is 0
+    source = open_label_source(labels, unpaired, options["split_seed"] or 0, filters)
+    # settings of the run: the preset's settings of the observation, replaced by flags that were given
+    preset_values = find_preset(flags["preset"], observation).observe
+    run_values = {name: value for name, value in preset_values.items() if name in names}
+    run_values |= {name: value for name, value in options.items() if name in names and value is not None}
     defaults = default_options(flags["preset"], observation)
-    # an ensemble's members must differ in their training data
+    # The members of an ensemble should differ in their training data, hence the bootstrap by default.
     if options["bootstrap"] is None:
-        options["bootstrap"] = given.get("members", 1) > 1
-    # settings of the training; the others belong to the run
-    trained = with_changes(defaults, **{k: v for k, v in options.items() if k not in names})
-    return RewardRun(labels=source, observation=observation, train=trained, **given)
+        options["bootstrap"] = run_values.get("members", 1) > 1
+    # all other settings belong to the training
+    train_options = with_changes(
+        defaults, **{name: value for name, value in options.items() if name not in names}
+    )
+    return RewardRun(labels=source, observation=observation, train=train_options, **run_values)
 
 
 def shown_by_help(flags: Flags) -> list[object]:
-    """Return the settings of the run that the flags describe, from which --help takes its defaults."""
+    """Return the objects from which --help reads the defaults of the flags: the settings of this run."""
     run = resolve(flags)
     names = ("preset", "bootstrap", "cosine", "mirror")
+    # values that are not fields of the run come first
     return [
         {name: getattr(run.train, name) for name in names},
         {"labels": run.labels.settings["labels"], "crop": run.crop, "fractions": run.fractions},
@@ -259,84 +307,120 @@ def shown_by_help(flags: Flags) -> list[object]:
     ]
 
 
-def source_named(
+def open_label_source(
     labels: str | Path, unpaired: Path | None, split_seed: int, filters: dict | None
 ) -> LabelSource:
-    """Open labels by the name of their file or database; labels of single shapes alone are turned into pairs.
+    """Open the labels of a file or a database.
 
-    Raises: ValueError.
+    If there are only labels of single shapes, pairs are made from them, so that the labels can be split into
+    training, validation and test.
+
+    Args:
+        labels: path of the file, or URL of the database.
+        unpaired: file of labels of single shapes; None: there are none.
+        split_seed: random seed of the split.
+        filters: values of LabelFilters by name; None: no filters.
+
+    Raises: ValueError for a file with another content.
     """
     source = label_source(labels, LabelFilters(**(filters or {})))
-    # pairs are given as well, so they decide the split
+    # If labels of pairs exist as well, `labels` names them, and they are not made from single shapes.
     if unpaired is None or Path(labels) != unpaired:
         return source
+    # imported here, because --help must not load this module
     from eg3d_rlhf.preferences.unpaired import source_of_unpaired
 
+    # `split_seed` decides which shapes form a pair.
     return source_of_unpaired(Path(labels), split_seed)
 
 
 def open_run(settings: RewardRun, run: "Run") -> "Opened":
-    """Open labels and generators, as `open_training` does."""
+    """Open the labels and the generators of a run; see `open_training` for the checks."""
+    # imported here, because --help must not load this module
     from eg3d_rlhf.rewards.training_run import open_training
 
     return open_training(settings, run)
 
 
 def work(settings: RewardRun, opened: "Opened", run: "Run") -> None:
-    """Train, evaluate on held-out labels, and write the results."""
+    """Train the reward, evaluate it on held-out labels, and write the results into the run folder."""
+    # imported here, because --help must not load this module
     from eg3d_rlhf.rewards.training_run import train_and_judge
 
     train_and_judge(settings, opened, run)
 
 
-def settings_of(folder: Path, flags: Flags, ranks: "Ranks") -> RewardRun:
-    """Read the settings from a run's folder. Raises: ValueError for another folder."""
+def read_settings(folder: Path, flags: Flags, ranks: "Ranks") -> RewardRun:
+    """Read the settings of a run from its folder, for --resume.
+
+    Args:
+        folder: folder of the run.
+        flags: not used.
+        ranks: the processes of torchrun.
+
+    Raises: ValueError if the folder is not the folder of a reward's training.
+    """
+    # imported here, because --help must not load this module
     from eg3d_rlhf.experiments.run import recorded
 
+    # a resumed run takes all settings from its record
     del flags
-    # one process reads the file
+    # The first process reads the file and sends the content to the other processes.
     values = ranks.broadcast(recorded(folder) if ranks.main else None)
     if not {"train", "labels"} <= (values or {}).keys():
-        raise ValueError(f"--resume: {folder} is not the folder of a reward's training. Name another folder.")
+        raise ValueError(
+            f"--resume: {folder} is not the folder of a reward's training. Name a folder that `reward train`"
+            " wrote."
+        )
     unpaired = None if values["unpaired"] is None else Path(values["unpaired"])
+    # JSON has no tuples, so the names of the annotators were stored as a list.
     filters = values["filters"] and {
         **values["filters"],
         "annotators": tuple(values["filters"]["annotators"]),
     }
     return RewardRun.from_dict(
-        values, source_named(labels_source(values["labels"]), unpaired, values["split_seed"], filters)
+        values, open_label_source(labels_source(values["labels"]), unpaired, values["split_seed"], filters)
     )
 
 
 class RewardMode(Mode[RewardRun]):
-    """Mode whose run folder can be named with `--run-dir`."""
+    """Mode of train.py whose run folder can be named with --run-dir."""
 
     def start(
         self, settings: RewardRun, outdir: Path, flags: Flags | None = None, ranks: "Ranks | None" = None
     ) -> Path:
-        """Start a run as `Mode.start` does. Raises: ValueError if --run-dir already contains a run."""
+        """Start a run as `Mode.start` does, in the folder of --run-dir if this flag was given.
+
+        After torchrun has restarted the processes, the run in this folder is resumed.
+
+        Returns: the folder of the run.
+
+        Raises: ValueError if the folder already contains a run that another launch has begun.
+        """
+        # imported here, because --help must not load these modules
         from eg3d_rlhf.experiments.run import recorded
         from eg3d_rlhf.rewards.training_run import STATE
         from training.distributed import SINGLE, launch_identity
 
+        # None: a numbered folder in --outdir
         folder = (flags or Flags()).get("run_dir")
         ranks = ranks or SINGLE
         if folder is None:
             return super().start(settings, outdir, flags, ranks)
-        # torchrun restarted this launch: the folder was begun by it, so it resumes
-        launched = ranks.restarts and ranks.broadcast(
+        # True if this launch of torchrun has begun the run before a restart. Rank 0 reads the folder for all.
+        is_own_run = ranks.restarts and ranks.broadcast(
             recorded(folder).get("launch") == launch_identity() if ranks.main else None
         )
-        if taken := ranks.broadcast((folder / STATE).exists() if ranks.main else None):
-            if not launched:
-                raise ValueError(
-                    f"--run-dir: {folder} contains a run. Pass --resume={folder}, or another --run-dir."
-                )
-        return (
-            self.go_on(settings, folder, flags, ranks)
-            if taken
-            else self.begin(settings, folder, flags, ranks)
-        )
+        has_state = ranks.broadcast((folder / STATE).exists() if ranks.main else None)
+        if has_state and not is_own_run:
+            raise ValueError(
+                f"--run-dir: {folder} already contains a run. Use --resume={folder} to resume it, or name"
+                " another folder with --run-dir."
+            )
+        if has_state:
+            return self.go_on(settings, folder, flags, ranks)
+        # no run in the folder yet
+        return self.begin(settings, folder, flags, ranks)
 
 
 MODES.add(
@@ -347,16 +431,18 @@ MODES.add(
         settings=RewardRun,
         open=open_run,
         work=work,
-        flags=flags_of_rewards,
+        flags=reward_flags,
         resolve=resolve,
+        # the folder's name states labels, preset and seed
         title=lambda settings, _: (
             f"reward-{source_stem(settings.labels.settings['labels'])}"
             f"-{settings.train.preset}-s{settings.train.seed}"
         ),
         record=record,
-        recorded=settings_of,
+        recorded=read_settings,
         shown=RewardRun.to_dict,
         defaults=shown_by_help,
+        # a resumed run has the settings of its record, so none can differ
         changes=None,
     ),
 )

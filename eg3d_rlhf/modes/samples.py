@@ -1,4 +1,7 @@
-"""Jobs that sample a generator: `samples images`, `videos`, `mesh` and `sheet`."""
+"""Jobs that sample a generator: `samples images`, `samples videos`, `samples mesh` and `samples sheet`.
+
+`samples images` and `samples videos` accept the flags of EG3D's gen_samples.py and gen_videos.py.
+"""
 
 import functools
 import re
@@ -18,7 +21,7 @@ from training.config import NOISE_MODES
 from training.progress import tqdm
 from training.storage import write_atomic
 
-# yaws and pitch of the three views, in radians
+# Angles of the three views of `samples images` in radians, relative to the frontal view.
 YAWS = (0.4, 0.0, -0.4)
 PITCH = -0.2
 SURFACE = MeshOptions()
@@ -35,7 +38,10 @@ _sampling = together(
         "--noise-mode",
         type=click.Choice(NOISE_MODES),
         default="const",
-        help="Noise inputs of the synthesis; random noise depends on the (first) seed.",
+        help=(
+            "Noise inputs of the synthesis network: none, const (the noise stored in the network), or random,"
+            " which depends on the seed (in a video on the first seed)."
+        ),
     ),
 )
 _shapes_option = functools.partial(option, group="Shapes")
@@ -45,14 +51,19 @@ _samples_option = functools.partial(option, group="Samples")
 
 
 def _shapes(rare: bool = False):
-    """Return the flags of exported shapes. Args: rare: whether all but --shapes are rare settings."""
+    """Return a decorator that adds the flags of exported shapes.
+
+    Args:
+        rare: True to make all flags except --shapes settings that only --help-all shows and --set sets.
+    """
+    # The defaults equal the defaults of EG3D's scripts.
     return together(
         _shapes_option(
             "--shapes",
             metavar="BOOL",
             type=bool,
             default=False,
-            help="Also write shapes; for a video, that of the first cell in every frame.",
+            help="Also write shapes: one per seed, or for a video one per frame of the first cell.",
         ),
         _shapes_option(
             "--shape-res",
@@ -60,14 +71,14 @@ def _shapes(rare: bool = False):
             metavar="POINTS",
             type=click.IntRange(16, 1024),
             default=512,
-            help="Grid points per axis for the shapes.",
+            help="Number of grid points per axis at which the density of a shape is evaluated.",
         ),
         _shapes_option(
             "--shape-format",
             rare=rare,
             metavar="NAME",
             default=".mrc",
-            help="File format: .mrc (density), .ply, .obj or .glb (surface).",
+            help="File format of the shapes: .mrc for the density grid, or .ply, .obj, .glb for the surface.",
         ),
     )
 
@@ -75,42 +86,54 @@ def _shapes(rare: bool = False):
 @click.command("images", cls=GroupedCommand)
 @_sampling
 @_samples_option(
+    # Camera and shapes of `samples images`.
     "--fov-deg",
     metavar="DEGREES",
     type=click.FloatRange(0, 180, min_open=True, max_open=True),
     default=FFHQ_FOV,
     group="Samples",
-    help="Field of view along the image's diagonal, in degrees; EG3D's tool uses 18.",
+    help=(
+        "Field of view of the camera, in degrees, as the flag of the same name in EG3D's gen_samples.py"
+        " defines it (along the diagonal of the image)."
+    ),
 )
 @_shapes()
 @rare_option(
-    "--shape-level", type=float, help="Raw density at the surface; by default that of the generator."
+    "--shape-level",
+    type=float,
+    show_default="by generator",
+    help="Raw density (output of the decoder) at which the surface of a shape is extracted.",
 )
 @rare_option(
     "--shape-border",
     type=click.FloatRange(0, 0.5, max_open=True),
-    help="Share of the cube to clear along each face; by default that of the generator, 30/256 for EG3D's.",
+    show_default="by generator; 30/256 for EG3D's",
+    help="Share of the cube's edge along each face in which the density is set to empty space.",
 )
 @shared("device dry-run")
-def images(outdir, network, latents, psi, cutoff, shape_format, device, dry_run, **look) -> None:
-    """Render samples of a generator: three views per seed side by side, and their shapes on request.
+def images(outdir, network, latents, psi, cutoff, shape_format, device, dry_run, **view_options) -> None:
+    """Render samples of a generator. For each seed, three views are written side by side, and with --shapes
+    also the shape.
 
-    Writes seedXXXX.png into the output folder, seen from yaw +0.4, 0 and -0.4 at pitch -0.2; --shapes adds
-    seedXXXX.ply (.obj, .glb, .mrc).
+    The images are named seedXXXX.png. Their views have the yaws +0.4, 0 and -0.4 and the pitch -0.2, in
+    radians. The shapes have the same names with the ending of --shape-format.
 
     \b
     Example:
         python tools/gen_samples.py --seeds=0,2-5 --trunc=0.7 --outdir=out
     """
+    # Imported here, so that --help is printed without loading these modules.
     from eg3d_rlhf.experiments.media import rendering
     from eg3d_rlhf.generators import check_seeds, load_generator
     from eg3d_rlhf.geometry.mesh_export import save_shape, shape_suffix
 
-    # the flag is called --seeds in EG3D's tool, --latents elsewhere; both spellings are accepted
+    # EG3D's tool calls this flag --seeds, other jobs of this project --latents; both spellings are accepted.
     with naming("--seeds"):
         seeds = rendering.parse_seeds(latents)
+    # an error in this block begins with the name --shape-format
     with naming("--shape-format"):
         suffix = shape_suffix(shape_format)
+    # --dry-run ends here; nothing has been written so far
     if dry_run:
         settings = {
             "outdir": str(outdir),
@@ -118,49 +141,64 @@ def images(outdir, network, latents, psi, cutoff, shape_format, device, dry_run,
             "seeds": seeds,
             "trunc": psi,
             "trunc_cutoff": cutoff,
-            **look,
+            **view_options,
             "shape_format": suffix,
             "device": device,
         }
         print_json(settings)
         return
+    # an error in this block begins with the name --network
     with naming("--network"):
         generator = load_generator(network, choose_device(device)).generator
-    # 0 is a valid border, so only None means the default
-    border = generator.bounds.border if look["shape_border"] is None else look["shape_border"]
+    # `or` would be wrong: 0 is a valid border.
+    border = generator.bounds.border if view_options["shape_border"] is None else view_options["shape_border"]
     surface = MeshOptions(
-        resolution=look["shape_res"], level=look["shape_level"], border=border, component="all"
+        resolution=view_options["shape_res"],
+        level=view_options["shape_level"],
+        border=border,
+        component="all",
     )
+    # A network with a fixed set of shapes has one seed for each shape.
     check_seeds(generator, max(seeds), "--seeds")
-    cameras = rendering.cameras_of(generator, look["fov_deg"])
-    # one camera label per view
-    labels = [rendering.camera(cameras, yaw, PITCH) for yaw in YAWS]
+    cameras = rendering.cameras_of(generator, view_options["fov_deg"])
+    # one camera label [1, 25] per view
+    camera_labels = [rendering.camera(cameras, yaw, PITCH) for yaw in YAWS]
     for seed in tqdm(seeds, unit="seed", desc="samples"):
+        # The mapping network gets the frontal camera, as in EG3D's script.
         ws = rendering.conditioned_ws(generator, [seed], cameras, psi, cutoff)
-        renders = rendering.render(generator, ws, labels, seed, look["noise_mode"])
-        write_atomic(outdir / f"seed{seed:04d}.png", rendering.png(rendering.tile(renders, len(labels))))
-        if look["shapes"]:
+        renders = rendering.render(generator, ws, camera_labels, seed, view_options["noise_mode"])
+        write_atomic(
+            outdir / f"seed{seed:04d}.png", rendering.png(rendering.tile(renders, len(camera_labels)))
+        )
+        if view_options["shapes"]:
             with rendering.StageBar(f"seed {seed} ") as bar:
-                field = generator.field(ws, look["noise_mode"])
+                field = generator.field(ws, view_options["noise_mode"])
                 save_shape(outdir / f"seed{seed:04d}{suffix}", field, surface, bar)
-    click.echo(f"{outdir}: {len(seeds)} images{f' and {suffix} shapes' if look['shapes'] else ''}")
+    click.echo(f"{outdir}: {len(seeds)} images{f' and {suffix} shapes' if view_options['shapes'] else ''}")
 
 
 @click.command("videos", cls=GroupedCommand)
 @_sampling
 @_film_option(
+    # What the video shows: samples, grid and keyframes.
     "--interpolate",
     metavar="BOOL",
     type=bool,
     default=True,
-    help="Interpolate between the seeds; with False, one video per seed.",
+    help="Write one video that interpolates between the seeds; False writes one video per seed.",
 )
-@_film_option("--grid", metavar="WxH", default="1x1", help="Cells of the video, horizontally x vertically.")
+@_film_option(
+    "--grid",
+    metavar="WxH",
+    default="1x1",
+    help="Number of samples that the video shows beside each other (W) and below each other (H).",
+)
 @rare_option(
     "--num-keyframes",
     "keyframes",
     type=click.IntRange(min=1),
-    help="Latents that a cell interpolates between; by default seeds / cells.",
+    show_default="number of seeds / number of cells",
+    help="Number of latents between which each cell of the video interpolates.",
 )
 @count_option(
     "--w-frames", "frames", default=120, help="Number of frames between two keyframes.", group="Film"
@@ -168,7 +206,8 @@ def images(outdir, network, latents, psi, cutoff, shape_format, device, dry_run,
 @rare_option(
     "--shuffle-seed",
     type=click.IntRange(0, 2**32 - 1),
-    help="Random seed that shuffles the seeds; by default they keep their order.",
+    show_default="none; the seeds keep their order",
+    help="Random seed by which the order of --seeds is shuffled.",
 )
 @_film_option(
     "--image_mode",
@@ -177,16 +216,20 @@ def images(outdir, network, latents, psi, cutoff, shape_format, device, dry_run,
     metavar="NAME",
     type=click.Choice(MODES),
     default="image",
-    help="Output to show: image, image_depth or image_raw.",
+    help=(
+        "Output of the generator that the video shows: image, image_depth (depth map) or image_raw (before"
+        " super-resolution)."
+    ),
 )
 @_film_option(
+    # Camera, resolution and format of the video.
     "--cfg",
     metavar="NAME",
     type=click.Choice(list(CAMERAS), case_sensitive=False),
     default=None,
     group="Film",
-    show_default="the network's own camera",
-    help="Camera pivot and field of view of FFHQ, AFHQ or Shapenet.",
+    show_default="the camera of the network",
+    help="Name of the dataset whose camera pivot and field of view are used: FFHQ, AFHQ or Shapenet.",
 )
 @rare_option(
     "--sample_mult",
@@ -194,15 +237,22 @@ def images(outdir, network, latents, psi, cutoff, shape_format, device, dry_run,
     "sample_mult",
     type=click.FloatRange(0, min_open=True),
     default=2.0,
-    help="Factor on the number of samples per ray.",
+    help="Factor by which the number of density samples per ray is multiplied.",
 )
 @rare_option(
     "--nrr",
     type=click.IntRange(min=1),
-    help="Neural rendering resolution in pixels; by default that of the network.",
+    show_default="the resolution of the network",
+    help="Neural rendering resolution, the edge of the image before super-resolution in pixels.",
 )
-@rare_option("--fps", type=click.FloatRange(1, 240), default=60.0, help="Frames per second.")
-@rare_option("--bitrate", default="10M", help="Bitrate of the mp4, in ffmpeg's notation.")
+@rare_option(
+    "--fps", type=click.FloatRange(1, 240), default=60.0, help="Number of frames per second of the video."
+)
+@rare_option(
+    "--bitrate",
+    default="10M",
+    help="Bitrate of the mp4 file in ffmpeg's notation, such as 10M for 10 Mbit/s.",
+)
 @_shapes(rare=True)
 @shared("device dry-run")
 def videos(
@@ -223,46 +273,55 @@ def videos(
     dry_run,
     **film,
 ) -> None:
-    """Render videos of a generator: the camera swings around the samples while the latent moves between
-    seeds.
+    """Render videos of a generator: the camera swings around the samples while the latents are interpolated
+    between seeds.
 
-    Writes interpolation.mp4, or with --interpolate=False one SEED.mp4 per seed with a fixed
-    latent. The frames are keyframes x --w-frames; a keyframe is a seed of one cell of the grid.
+    The command writes interpolation.mp4, or with --interpolate=False one file SEED.mp4 per seed with a fixed
+    latent. The number of frames is the number of keyframes times --w-frames. A keyframe is one seed of each
+    cell of the grid.
 
     \b
     Example:
         python tools/gen_videos.py --seeds=0-3 --grid=2x2 --trunc=0.7 --w-frames=60 --outdir=out
     """
+    # Imported here, so that --help is printed without loading these modules.
     from eg3d_rlhf.core.field import RenderOptions
     from eg3d_rlhf.experiments.media import rendering
     from eg3d_rlhf.experiments.media.video import Film, FilmOptions, check_mp4, write_mp4
     from eg3d_rlhf.generators import load_generator
     from eg3d_rlhf.geometry.mesh_export import save_shape, shape_suffix
 
+    # an error in this block begins with the name --seeds
     with naming("--seeds"):
         seeds = rendering.parse_seeds(latents)
+    # an error in this block begins with the name --grid
     with naming("--grid"):
-        # positive numbers, leading zeros allowed
+        # Two positive integers; leading zeros are allowed.
         cells = re.fullmatch(r"0*([1-9]\d*)x0*([1-9]\d*)", grid.lower())
         if cells is None:
             raise ValueError(
-                f"expected WxH, such as 4x3, got {grid!r}. Give the cells horizontally and vertically."
+                f"{grid!r} is not of the form WxH. Write the numbers of columns and rows, such as 4x3."
             )
+        # `film` holds the flags that have the names of fields
         options = FilmOptions(grid=(int(cells[1]), int(cells[2])), **film)
+    # an error in this block begins with the name --shape-format
     with naming("--shape-format"):
         suffix = shape_suffix(shape_format)
     # name of the video -> its seeds
     groups = {"interpolation": seeds} if interpolate else {str(seed): [seed] for seed in seeds}
-    # the latent is fixed, so one keyframe a seed is enough
+    # Without interpolation, the latent is fixed, so one keyframe per seed is enough.
     if not interpolate and options.keyframes is None:
         options = replace(options, keyframes=1)
+    # an error in this block begins with the name --seeds
     with naming("--seeds"):
-        counts = {name: len(options.cells(group)[0]) * options.frames for name, group in groups.items()}
+        # number of frames of each video
+        frame_counts = {name: len(options.cells(group)[0]) * options.frames for name, group in groups.items()}
+    # --dry-run ends here; nothing has been written so far
     if dry_run:
         settings = {
             "outdir": str(outdir),
             "network": str(network or "bundled"),
-            "films": {f"{name}.mp4": n for name, n in counts.items()},
+            "films": {f"{name}.mp4": frame_count for name, frame_count in frame_counts.items()},
             "interpolate": interpolate,
             **asdict(options),
             "cfg": cfg,
@@ -277,16 +336,18 @@ def videos(
         }
         print_json(settings)
         return
-    # fails before the generator is loaded if the video encoder is missing
+    # Fails before the generator is loaded if the video encoder is missing.
     check_mp4(outdir / "interpolation.mp4")
+    # an error in this block begins with the name --network
     with naming("--network"):
         generator = load_generator(network, choose_device(device)).generator
     surface = MeshOptions(resolution=shape_res, border=generator.bounds.border, component="all")
     cameras = rendering.cameras_of(generator, **CAMERAS.get(cfg, {}))
     # None: the network's resolution
-    look = RenderOptions(resolution=nrr, sample_mult=sample_mult)
+    render_options = RenderOptions(resolution=nrr, sample_mult=sample_mult)
     for name, group in groups.items():
-        frames = Film(generator, group, cameras, options, look)
+        # Frames are rendered one by one, when the encoder needs them.
+        frames = Film(generator, group, cameras, options, render_options)
         path = write_mp4(
             outdir / f"{name}.mp4",
             tqdm(frames, total=frames.count, unit="frame", desc=f"{name}.mp4"),
@@ -294,17 +355,23 @@ def videos(
             bitrate,
         )
         click.echo(f"{path}: {frames.count} frames")
-        # shapes are those of the first cell
+        # `ws(index)[0]`: the latent of the first cell in this frame
         for index in tqdm(
-            range(frames.count if shapes else 0), unit="shape", desc=f"{name}_shapes/", disable=not shapes
+            # an empty range: no shapes
+            range(frames.count if shapes else 0),
+            unit="shape",
+            desc=f"{name}_shapes/",
+            disable=not shapes,
         ):
             with rendering.StageBar(f"frame {index} ") as bar:
-                shape = generator.field(frames.ws(index)[0], options.noise_mode)
-                save_shape(outdir / f"{name}_shapes" / f"{index:04d}_shape{suffix}", shape, surface, bar)
+                shape_field = generator.field(frames.ws(index)[0], options.noise_mode)
+                save_shape(
+                    outdir / f"{name}_shapes" / f"{index:04d}_shape{suffix}", shape_field, surface, bar
+                )
 
 
 @click.command("mesh", cls=GroupedCommand)
-@file_option("--out", required=True, help="Mesh file to write (.ply, .obj, .glb).")
+@file_option("--out", required=True, help="Mesh file to write; its ending (.ply, .obj, .glb) is the format.")
 @shared(
     "network seed psi",
     "cutoff",
@@ -312,56 +379,70 @@ def videos(
     psi=_PSI,
 )
 @_surface_option(
+    # Extraction of the surface, and its simplification.
     "--resolution",
     "--shape-res",
     "resolution",
     metavar="POINTS",
     type=click.IntRange(16, 1024),
     default=SURFACE.resolution,
-    help="Grid points per axis on which the surface is extracted.",
+    help="Number of grid points per axis on which the density is evaluated and the surface is extracted.",
 )
-@rare_option("--level", type=float, help="Raw density at the surface; by default that of the generator.")
+@rare_option(
+    "--level",
+    type=float,
+    show_default="by generator",
+    help="Raw density (output of the decoder) at which the surface is extracted.",
+)
 @rare_option(
     "--border",
     type=click.FloatRange(0, 0.5, max_open=True),
     default=SURFACE.border,
-    help="Share of the cube to clear along each face.",
+    help="Share of the cube's edge along each face in which the density is set to empty space.",
 )
 @rare_option(
     "--component",
     type=click.Choice(["largest", "all"]),
     default=SURFACE.component,
-    help="Connected parts to keep: the one with the largest volume, or all.",
+    help="Connected parts of the surface that are written: the part with the largest volume, or all parts.",
 )
 @_surface_option(
     "--faces",
     metavar="INT",
     type=click.IntRange(min=4),
-    help="Decimate the mesh to about this number of faces.",
-    show_default="all",
+    help="Number of faces to which the mesh is simplified, approximately.",
+    show_default="no simplification",
 )
 @rare_option(
-    "--colors", type=bool, default=SURFACE.colors, help="Write vertex colours from the radiance field."
+    "--colors",
+    type=bool,
+    default=SURFACE.colors,
+    help="Write a colour for each vertex, evaluated from the radiance field.",
 )
 @shared("device dry-run")
 def mesh(out, network, seed, psi, cutoff, device, dry_run, **settings) -> None:
     """Convert one sample of a generator to a closed triangle mesh, and validate it.
 
-    Writes FILE (.ply, .obj or .glb) and, beside it, a report FILE.json. The exit code is 1 if the mesh is not
-    watertight.
+    The command writes the mesh FILE, and a report on its validity FILE.json. The exit code is 1 if the mesh
+    is not watertight, and 0 otherwise.
 
     \b
     Example:
         eg3d-rlhf samples mesh --seed=1 --trunc=0.7 --resolution=128 --out=out/head.glb
     """
+    # Imported here, so that --help is printed without loading these modules.
     from eg3d_rlhf.experiments.media import rendering
     from eg3d_rlhf.generators import load_generator, ws_of_seeds
     from eg3d_rlhf.geometry.mesh_export import check_mesh_suffix, export_mesh
 
+    # raises ValueError for a value outside its range
     options = MeshOptions(**settings)
+    # an error in this block begins with the name --out
     with naming("--out"):
         check_mesh_suffix(out, "samples mesh")
+    # settings of the sample, which the report of the mesh records
     latent = {"seed": seed, "trunc": psi, "trunc_cutoff": cutoff, "noise_mode": "const"}
+    # --dry-run ends here; nothing has been written so far
     if dry_run:
         resolved = {
             "out": str(out),
@@ -372,32 +453,36 @@ def mesh(out, network, seed, psi, cutoff, device, dry_run, **settings) -> None:
         }
         print_json(resolved)
         return
+    # an error in this block begins with the name --network
     with naming("--network"):
         loaded = load_generator(network, choose_device(device))
     with rendering.StageBar() as bar:
+        # stage, number of finished units, number of units
         bar("planes", 0, 1)
         field = loaded.generator.field(ws_of_seeds(loaded.generator, [seed], psi, cutoff), "const")
         bar("planes", 1, 1)
-        # the level of this generator, unless one was given
+        # None: the surface level of this generator
         options = options if options.level is not None else replace(options, level=field.level)
         surface, report = export_mesh(field, options, bar)
         bar("writing", 0, 1)
         surface.save(out)
         bar("writing", 1, 1)
-    # head.glb.json, so that meshes of two formats keep their reports
+    # head.glb.json and not head.json: meshes of the same name in two formats have separate reports.
     report.write(out.with_name(out.name + ".json"), network=loaded.hash, **latent, options=asdict(options))
-    parts = f"{report.components} of {report.components_extracted} parts"
-    tight = (
+    component_text = f"{report.components} of {report.components_extracted} parts"
+    # the numbers help to find the defect
+    watertight_text = (
         "watertight"
         if report.watertight
         else f"NOT watertight ({report.open_edges} open, {report.shared_edges} shared half-edges)"
     )
-    normals = "normals outward" if report.outward else "normals NOT outward"
+    normals_text = "normals outward" if report.outward else "normals NOT outward"
     click.echo(
-        f"{out}: {report.vertices} vertices, {report.faces} faces, {parts}, {tight}, {normals}, volume"
+        f"{out}: {report.vertices} vertices, {report.faces} faces, {component_text}, {watertight_text},"
+        f" {normals_text}, volume"
         f" {report.volume:.4g}"
     )
-    # the mesh is written all the same, for inspection
+    # The mesh was written anyway, so that the user can inspect it.
     if not report.watertight:
         sys.exit(1)
 
@@ -411,25 +496,27 @@ def mesh(out, network, seed, psi, cutoff, device, dry_run, **settings) -> None:
         "show_default": True,
         "help": "Dataset whose images are shown beside the samples.",
     },
+    # 32 latents that no training uses
     latents={"default": f"{EVALUATION.first}-{EVALUATION.first + 31}"},
-    psi={"default": None, "show_default": f"{Sources.psi}; shapes of heads of people 1"},
+    psi={"default": None, "show_default": f"{Sources.psi}; for shapes of synthetic heads 1"},
 )
 @_samples_option(
     "--shapes",
     metavar="INT",
     type=click.IntRange(0),
     default=16,
-    help="Number of seeds that are also shown as shapes.",
+    help="Number of latents, from the first, whose shapes are also rendered.",
 )
 @shared("device dry-run")
 def sheet(outdir, network, data, latents, shapes, psi, device, dry_run) -> None:
-    """Render contact sheets of a generator: images.png (samples beside images of the dataset, with the same
-    cameras) and shapes.png (front and back).
+    """Render two overview images of a generator. images.png shows samples beside images of the dataset with
+    the same cameras; shapes.png shows shapes from the front and from the back.
 
     \b
     Example:
         eg3d-rlhf samples sheet --data=synthetic:people64@n=64 --latents=0-7 --shapes=4 --outdir=out
     """
+    # Imported here, so that --help is printed without loading these modules.
     from eg3d_rlhf.evaluation.run_images import image_sheet, shape_sheet
     from eg3d_rlhf.experiments.media import rendering
     from eg3d_rlhf.generators import load_generator
@@ -437,8 +524,10 @@ def sheet(outdir, network, data, latents, shapes, psi, device, dry_run) -> None:
     from training.heads.people import LATENT
     from training.synthetic_heads import resolve_dataset
 
+    # an error in this block begins with the name --latents
     with naming("--latents"):
         seeds = rendering.parse_seeds(latents)
+    # --dry-run ends here; nothing has been written so far
     if dry_run:
         settings = {
             "outdir": str(outdir),
@@ -451,22 +540,26 @@ def sheet(outdir, network, data, latents, shapes, psi, device, dry_run) -> None:
         }
         print_json(settings)
         return
+    # an error in this block begins with the name --network
     with naming("--network"):
         generator = load_generator(network, choose_device(device)).generator
+    # an error in this block begins with the name --data
     with naming("--data"):
+        # cameras of the dataset's images are the cameras of the samples beside them
         dataset = ImageFolderDataset(resolve_dataset(data), use_labels=True, c_dim=25)
         if len(dataset) < len(seeds):
             raise ValueError(
-                f"the dataset has {len(dataset)} images, but {len(seeds)} are needed. Name fewer --latents."
+                f"the dataset has {len(dataset)} images, but {len(seeds)} latents need an image each. Name"
+                " fewer seeds with --latents."
             )
-    named = (
-        data.startswith("synthetic:") and generator.z_dim == LATENT
-    )  # only untruncated latents have a ground-truth head
+    # Latents of synthetic heads have a ground-truth head if they are not truncated, hence psi = 1 for shapes.
+    has_ground_truth = data.startswith("synthetic:") and generator.z_dim == LATENT
     sheets = {"images.png": image_sheet(generator, dataset, seeds, Sources.psi if psi is None else psi)}
     if shapes:
         sheets["shapes.png"] = shape_sheet(
-            generator, seeds[:shapes], psi if psi is not None else 1.0 if named else Sources.psi
+            generator, seeds[:shapes], psi if psi is not None else 1.0 if has_ground_truth else Sources.psi
         )
+    # written last, so that an error leaves the old files unchanged
     for name, image in sheets.items():
         write_atomic(outdir / name, rendering.png(image))
     click.echo(f"{outdir}: {', '.join(sheets)}")

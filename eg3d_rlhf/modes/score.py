@@ -1,4 +1,9 @@
-"""The job `score`, which scores generators of any family with one reward."""
+"""The job `score`, which scores generators of any family with one reward.
+
+A reward is trained on shapes of one generator, the reference. Other generators may place their shapes
+elsewhere in space, or have densities of another scale. The job therefore reports scores with and without
+corrections of both.
+"""
 
 import functools
 from dataclasses import asdict
@@ -20,11 +25,18 @@ _what_option = functools.partial(option, group="What")
     metavar="FILE|RUN",
     type=PATH,
     multiple=True,
-    show_default="the reference",
-    help="Generator to score, of any family. May be repeated.",
+    show_default="the generator of --reference",
+    help="Generator of any family to score: a network file or a run folder. May be repeated.",
 )
-@_what_option("--reward", metavar="FILE", type=PATH, show_default="the bundled one", help="Reward file.")
 @_what_option(
+    "--reward",
+    metavar="FILE",
+    type=PATH,
+    show_default="the bundled reward",
+    help="Reward file that scores the shapes.",
+)
+@_what_option(
+    # The scores of other generators are compared with the scores of the reference.
     "--reference",
     metavar="FILE|RUN",
     type=PATH,
@@ -32,28 +44,33 @@ _what_option = functools.partial(option, group="What")
     help="Generator whose shapes the reward was trained on.",
 )
 @options_of(ScoreOptions)
-@shared("outdir device dry-run", outdir={"default": Path("runs/scores"), "help": "Folder to write."})
+@shared("outdir device dry-run", outdir={"default": Path("runs/scores"), "help": "Folder to write into."})
 def main(networks, reward, reference, outdir: Path, device: str, dry_run: bool, **settings) -> None:
-    """Score generators with a reward that was trained on one of them: raw scores, scores of shapes aligned to
-    the region that the reward reads, and scores with calibrated densities.
+    """Score the shapes of several generators with a reward that was trained on one of them. The table shows
+    raw scores, scores of shapes that were aligned to the region that the reward reads, and scores of shapes
+    with calibrated densities.
 
-    Reports for each generator how many shapes lie outside the reward's training distribution and how stable
-    their ranks are. Writes a page with strips of meshes, and scores.json.
+    For each generator, the report also shows how many shapes lie outside the training distribution of the
+    reward, and how stable the ranks of the shapes are. The command writes a page with images of meshes, and
+    scores.json.
 
     \b
     Example:
         eg3d-rlhf score --n=16 --set=fit=8 --set=known=16 --resolution=32 --outdir=runs/example/scores
     """
+    # Imported here, so that --help is printed without loading this module.
     from eg3d_rlhf.evaluation.foreign_scores import trial_of, write
 
+    # None: the flag was not given, so the default of the setting applies
     options = ScoreOptions(**{name: value for name, value in settings.items() if value is not None})
-    # loads and checks all networks, so that --dry-run finds mistakes
+    # Loads and checks all networks, so that --dry-run also reports mistakes in the files.
     trial = trial_of(networks, reward, reference, device, options)
+    # --dry-run ends here; nothing has been written so far
     if dry_run:
-        shown = {name: str(network.path) for name, network in trial.networks.items()}
+        network_paths = {name: str(network.path) for name, network in trial.networks.items()}
         print_json(
             {
-                "networks": shown,
+                "networks": network_paths,
                 "reference": str(trial.reference.path),
                 "outdir": str(outdir),
                 **asdict(options),
@@ -61,5 +78,5 @@ def main(networks, reward, reference, outdir: Path, device: str, dry_run: bool, 
         )
         return
     for name, finding in write(trial, outdir).items():
-        click.echo("\n".join([f"{name}:", *(f"  {line}" for line in finding.says)]))
+        click.echo("\n".join([f"{name}:", *(f"  {sentence}" for sentence in finding.says)]))
     click.echo(f"\nWritten to {outdir}: index.html (open it in a browser), scores.json, data/")

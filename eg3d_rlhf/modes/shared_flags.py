@@ -1,4 +1,7 @@
-"""Options that several jobs share. Each has one name and one meaning; EG3D's spellings are second names."""
+"""Command-line options that several jobs share, so that each option has one name and one meaning.
+
+Options that EG3D has under another name accept that name as a second spelling (--trunc for --psi).
+"""
 
 import functools
 import json
@@ -15,6 +18,8 @@ PATH = click.Path(path_type=Path)
 FILE = click.Path(path_type=Path, dir_okay=False)
 FOLDER = click.Path(path_type=Path, file_okay=False)
 COUNT = click.IntRange(min=1)
+# Short forms of `option`: one that only --help-all shows and --set NAME=VALUE sets (rare_option), a number
+# >= 1 (count_option), a number >= 0 (whole_option), a path of a file, and a name.
 rare_option = functools.partial(option, rare=True)
 count_option = functools.partial(option, metavar="INT", type=COUNT)
 whole_option = functools.partial(option, metavar="INT", type=click.IntRange(min=0))
@@ -23,27 +28,49 @@ name_option = functools.partial(option, metavar="NAME")
 
 
 def print_json(values: Any) -> None:
-    """Print values as indented JSON, for --dry-run and --json."""
+    """Print values that the json module can convert as indented JSON on stdout, for --dry-run and --json."""
     click.echo(json.dumps(values, indent=1))
 
 
-def _flag(group: str, metavar: str | None, kind: Any, text: str, default: Any = None, **more: Any) -> dict:
-    """Return the keyword arguments of one option."""
-    return {"group": group, "metavar": metavar, "type": kind, "help": text, "default": default, **more}
+def _flag(
+    group: str, metavar: str | None, kind: Any, help_text: str, default: Any = None, **other_arguments: Any
+) -> dict:
+    """Return the keyword arguments of `eg3d_rlhf.core.cli.option` for one option.
+
+    Args:
+        group: title under which --help lists the option.
+        metavar: placeholder of the value in --help; None for a switch or a choice.
+        kind: click type of the value; None for text or a switch.
+        help_text: description in --help; the empty text if each job passes its own to `shared`.
+        default: value if the option is absent.
+        other_arguments: other arguments of click.option.
+    """
+    return {
+        "group": group,
+        "metavar": metavar,
+        "type": kind,
+        "help": help_text,
+        "default": default,
+        **other_arguments,
+    }
 
 
-def _network(text: str, shown: str) -> dict:
-    """Return the option of a generator file; `shown` describes its default."""
-    return _flag("What", "FILE|RUN", PATH, text, show_default=shown)
+def _network(help_text: str, default_text: str) -> dict:
+    """Return the arguments of an option that takes a generator file; `default_text` describes its default."""
+    return _flag("What", "FILE|RUN", PATH, help_text, show_default=default_text)
 
 
-def _reward(text: str) -> dict:
-    """Return the option of a reward file."""
-    return _flag("What", "FILE", PATH, text, show_default="the run's own, else bundled")
+def _reward(help_text: str) -> dict:
+    """Return the arguments of an option that takes a reward file."""
+    return _flag(
+        "What", "FILE", PATH, help_text, show_default="the reward of the run, else the bundled reward"
+    )
 
 
-# By name: the option's arguments. Jobs that leave a help text empty here pass their own to `shared`.
+# Keys: names of the options. Values: arguments of `option`. A job passes its own help text to `shared` where
+# the help text is empty here.
 _FLAGS: dict[str, dict[str, Any]] = {
+    # Generators and rewards to compare, and the run that they come from.
     "before": _network("Generator before tuning: a network file or a run folder.", "the bundled generator"),
     "after": _network("Tuned generator: a network file or a run folder.", "newest snapshot of --run"),
     "run": _flag(
@@ -51,20 +78,30 @@ _FLAGS: dict[str, dict[str, Any]] = {
         "RUN",
         PATH,
         "Folder of the tuning run.",
-        show_default="that of --after, else the newest in runs/",
+        show_default="the run of --after, else the newest run in runs/",
     ),
     "control": _network("Control: the same run with --lambda-r=0.", "the matching run in runs/"),
-    "reward-ckpt": _reward("Reward of the run."),
+    "reward-ckpt": _reward("Reward that the run was tuned with."),
+    # A reward that took part in tuning is no independent evaluator, hence a held-out reward.
     "heldout-reward": _reward("Held-out reward, which was not used in tuning."),
-    "data": _flag("What", "ZIP|DIR|synthetic:people64", None, "", show_default="the run's own"),
+    "data": _flag("What", "ZIP|DIR|synthetic:people64", None, "", show_default="the dataset of the run"),
+    # One generator, for jobs that do not compare two generators.
     "network": _network("Generator: a network file or a run folder.", "the bundled generator"),
+    # Samples of the generator: latents, truncation, and their number.
     "latents": _flag("Samples", "LIST", None, "Seeds of the latents, as a list with ranges: 0,2-5."),
-    "psi": _flag("Samples", "FLOAT", click.FloatRange(0, 2, min_open=True), "Truncation psi.", Sources.psi),
+    "psi": _flag(
+        "Samples",
+        "FLOAT",
+        # psi = 0 would make all samples equal, so it is not allowed
+        click.FloatRange(0, 2, min_open=True),
+        "Truncation psi of the samples; 1 means no truncation.",
+        Sources.psi,
+    ),
     "cutoff": _flag(
         "Samples",
         "INT",
         click.IntRange(min=0),
-        "Number of ws, counted from the first, that are truncated.",
+        "Number of layers of w, counted from the first layer, to which the truncation applies.",
         14,
     ),
     "n": _flag(
@@ -80,14 +117,17 @@ _FLAGS: dict[str, dict[str, Any]] = {
         "Number of images per image distance (FID, KID).",
         Sources.images,
     ),
+    # Output, device and parallel work.
     "out": _flag("Run", "FILE", FILE, "File to write."),
     "outdir": _flag("Run", "FOLDER", FOLDER, "Folder to write into."),
-    "batch": _flag("Run", "INT", COUNT, "Samples per batch; less needs less memory.", Sources.batch),
+    "batch": _flag(
+        "Run", "INT", COUNT, "Number of samples per batch; a smaller batch needs less memory.", Sources.batch
+    ),
     "device": _flag(
         "Run",
         None,
         click.Choice(["auto", "cpu", "cuda"]),
-        "Device to compute on; auto is CUDA where available.",
+        "Device to compute on; auto selects CUDA if it is available.",
         "auto",
     ),
     "jobs": _flag(
@@ -95,12 +135,15 @@ _FLAGS: dict[str, dict[str, Any]] = {
         "INT",
         COUNT,
         "Number of trainings that run in parallel.",
+        # os.cpu_count() is None where the number of cores cannot be determined
         min(2, os.cpu_count() or 1),
-        show_default="2, or the cores",
+        show_default="2, or 1 on a machine with one core",
     ),
+    # is_flag: the option is a switch without a value
     "dry-run": _flag("Run", None, None, "Print the resolved settings as JSON and stop.", False, is_flag=True),
 }
-_SPELLINGS = {  # second spellings, for EG3D's users; the parameter keeps the first name
+# Additional spellings for users of EG3D. The argument of the command's function has the name of the key.
+_SPELLINGS = {
     "before": ("--network",),
     "latents": ("--seeds",),
     "psi": ("--trunc",),
@@ -110,20 +153,21 @@ _SPELLINGS = {  # second spellings, for EG3D's users; the parameter keeps the fi
 
 
 def shared(names: str, rare: str = "", **changes: str | dict):
-    """Return a decorator that adds the options of these names, in this order.
+    """Return a decorator that adds shared options to a command, in the order of their names.
 
     Args:
-        names: names of options, separated by spaces.
-        rare: names of further options, which become rare settings (--set NAME=VALUE).
-        changes: by option, its help text or other arguments of its option for this job.
+        names: names of options (keys of _FLAGS), separated by spaces.
+        rare: names of further options, which only --help-all shows and --set NAME=VALUE sets.
+        changes: changes for this job, by the name of the option with underscores. A text replaces the help
+            text; a dictionary replaces any arguments of `option`.
     """
-    # one decorator per option
-    made = []
+    decorators = []
     for name in (*names.split(), *rare.split()):
         parameter = name.replace("-", "_")
         change = changes.get(parameter, {})
+        # the third element has no dashes: click names the argument of the function by it
         spellings = (f"--{name}", *_SPELLINGS.get(name, ()), parameter)
-        words = {**_FLAGS[name], **({"help": change} if isinstance(change, str) else change)}
-        # a string changes the help text alone; a dictionary changes any argument of the option
-        made.append(option(*spellings, rare=name in rare.split(), **words))
-    return together(*made)
+        arguments = {**_FLAGS[name], **({"help": change} if isinstance(change, str) else change)}
+        # an option of `rare` has no flag of its own; --set NAME=VALUE sets it
+        decorators.append(option(*spellings, rare=name in rare.split(), **arguments))
+    return together(*decorators)

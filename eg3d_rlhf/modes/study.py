@@ -1,4 +1,9 @@
-"""The job `study`: designs and serves a blind study, reports on it, and computes its power."""
+"""The job `study`: designs and serves a blind comparison of two generators, and reports the results.
+
+People see two shapes side by side without knowing which generator made them, and choose the better shape. The
+design fixes the pairs, the number of trials and the analysis before the first answer. The subcommands `power`
+and `simulate` compute how many trials a study needs.
+"""
 
 import contextlib
 import functools
@@ -29,7 +34,10 @@ from eg3d_rlhf.people.study.power import PowerOptions, SimulationOptions, covera
 _study_option = functools.partial(option, group="Study")
 
 database = option(
-    "--db", metavar="URL", show_default="study.db in the folder", help="URL of the database of the answers."
+    "--db",
+    metavar="URL",
+    show_default="study.db in the folder of --outdir",
+    help="URL of the database in which the answers are stored.",
 )
 
 
@@ -39,32 +47,43 @@ database = option(
     metavar="DIR",
     type=FOLDER,
     show_default=str(OUTDIR),
-    help="Folder of the study, in which the report is written.",
+    help="Folder of the study, into which the report is written.",
 )
 @database
 @option(
-    "--interim", is_flag=True, help="Report before the stopping rule is met; the report is marked as interim."
+    "--interim",
+    is_flag=True,
+    help="Write a report before the study is over; the report is marked as interim.",
 )
 @option(
     "--images",
     metavar="INT",
     type=click.IntRange(0, 50),
     default=6,
-    help="Number of best and of worst pairs to show as images; 0 needs no generator.",
+    help=(
+        "Number of best pairs and of worst pairs that the report shows as images. With 0, no generator is"
+        " loaded."
+    ),
 )
 def report(outdir: Path | None, db: str | None, interim: bool, images: int) -> None:
-    """Analyse a finished study as its design states. Writes report.html and report.json."""
+    """Analyse a finished study as its design states, and write report.html and report.json."""
+    # Imported here, so that --help is printed without loading this module.
     from eg3d_rlhf.people.study import study_report as reports
 
-    # --outdir and --db may stand before `report`
-    outer = click.get_current_context().meta.get("folder", Folder(OUTDIR))
-    folder = Folder(outdir or outer.path, db or (outer.db if outdir is None else None))
+    # The command `study` stores its --outdir and --db here, in case they stand before the word `report`.
+    study_folder = click.get_current_context().meta.get("folder", Folder(OUTDIR))
+    # A --db that stands before `report` belongs to the --outdir before `report`. It is ignored if another
+    # folder is named.
+    folder = Folder(outdir or study_folder.path, db or (study_folder.db if outdir is None else None))
+    # raises an error if there is no design or no database
     design, rows = study_rows(folder)
-    # assets have no generator that could render them again
-    pairs = 0 if design.assets else images
-    if pairs:
-        click.echo(f"analysing, and rendering up to {2 * pairs} pairs ...", err=True)
-    content = reports.compute(design, rows, interim, pairs, str(choose_device("auto")))
+    # Finished assets have no generator that could render them again, so the report has no images of them.
+    image_count = 0 if design.assets else images
+    if image_count:
+        click.echo(f"analysing, and rendering up to {2 * image_count} pairs ...", err=True)
+    # --interim allows a report before the stopping rule is met.
+    content = reports.compute(design, rows, interim, image_count, str(choose_device("auto")))
+    # the page, and its numbers as JSON
     for path in reports.write(content, folder.path):
         click.echo(path)
     for sentence in content["conclusions"]:
@@ -73,23 +92,30 @@ def report(outdir: Path | None, db: str | None, interim: bool, images: int) -> N
 
 @click.command("power", cls=GroupedCommand)
 @options_of(PowerOptions)
-@count_option("--annotators", default=1, group="Power", help="Number of annotators.")
+@count_option("--annotators", default=1, group="Power", help="Number of people who answer.")
 @count_option(
     "--annotators-per-pair",
     group="Power",
-    show_default="2 where there are several",
-    help="Number of annotators that answer each pair.",
+    show_default="2 with several annotators, else 1",
+    help="Number of different people who answer each pair.",
 )
-@count_option("--n", help="Also compute the power of this number of independent decided trials.")
+@count_option(
+    "--n",
+    show_default="none",
+    help="Number of independent trials without ties for which the power is also computed.",
+)
 @option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def power(n: int | None, as_json: bool, **options) -> None:
-    """Compute the number of trials that a study needs."""
+    """Compute the number of trials (answered pairs) that a study needs to detect a given win rate."""
     with flagged(options):
+        # errors inside name the flag of the wrong value
         size = sample_size(power_options(launch.filled(options, PowerOptions)))
+    # The power of --n is added to the same JSON.
     record = asdict(size)
     if n is not None:
         record["power_of_n"] = {
             "n": n,
+            # exact: from the binomial distribution, not from an approximation
             "power": float(exact_power(n, size.options.true_rate, size.options.alpha)),
         }
     if as_json:
@@ -108,25 +134,31 @@ def power(n: int | None, as_json: bool, **options) -> None:
 @click.command("simulate", cls=GroupedCommand)
 @options_of(SimulationOptions)
 @rare_option(
+    # Random sides are the reason why a preference for one side does not bias a study.
     "--random-sides/--fixed-sides",
     default=True,
     group="Truth",
-    help="Randomise the sides. With --fixed-sides b is always on the left, which shows the bias.",
+    help=(
+        "Show the shapes of a and b on random sides. With --fixed-sides, b is always on the left, so that a"
+        " preference for one side biases the result."
+    ),
 )
 @rare_option(
     "--bootstrap-studies",
     metavar="INT",
     type=click.IntRange(min=0),
     default=0,
-    help="Number of studies on which the bootstrap intervals are evaluated.",
+    help="Number of simulated studies for which bootstrap intervals are also computed.",
 )
 @option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def simulate(bootstrap_studies: int, as_json: bool, **options) -> None:
-    """Simulate studies with a known truth: how often each interval covers it, and how often each finds a
-    difference.
+    """Simulate studies whose true win rate is known. The table shows for each kind of interval how often it
+    contains the true win rate, and how often it excludes 50 %.
     """
     with flagged(options):
+        # the default of each setting replaces a flag that was not given
         resolved = SimulationOptions(**launch.filled(options, SimulationOptions))
+    # An interval at 95 % should contain the true rate in 95 % of the studies.
     result = coverage(resolved, bootstrap_studies)
     if as_json:
         print_json(result)
@@ -144,104 +176,161 @@ def simulate(bootstrap_studies: int, as_json: bool, **options) -> None:
 
 @click.command("study", cls=GroupedGroup, invoke_without_command=True)
 @_study_option(
+    # The two generators. Their names in reports do not appear on the page.
     "--a",
     metavar="PATH",
     show_default="the bundled generator",
-    help="First generator: a network file, a run folder, or a folder of finished assets, PROMPT.glb.",
+    help=(
+        "First generator: a network file, a run folder, or a folder of finished assets with files PROMPT.glb."
+    ),
 )
 @_study_option(
-    "--b", metavar="PATH", show_default="the bundled generator", help="Second generator or folder of assets."
+    "--b",
+    metavar="PATH",
+    show_default="the bundled generator",
+    help="Second generator: a network file, a run folder, or a folder of finished assets.",
 )
 @_study_option(
-    "--label-a", metavar="NAME", show_default="the file's name", rare=True, help="Name of a in reports."
+    "--label-a",
+    metavar="NAME",
+    show_default="the name of the file",
+    rare=True,
+    help="Name of the first generator in reports.",
 )
 @_study_option(
-    "--label-b", metavar="NAME", show_default="the file's name", rare=True, help="Name of b in reports."
+    "--label-b",
+    metavar="NAME",
+    show_default="the name of the file",
+    rare=True,
+    help="Name of the second generator in reports.",
 )
 @_study_option(
     "--n",
     metavar="INT",
     type=click.IntRange(min=1),
-    show_default="from the power calculation",
-    help="Number of trials after which the study ends.",
+    show_default="computed from the power",
+    help="Number of trials (answered pairs) after which the study ends.",
 )
 @_study_option(
     "--annotators-per-pair",
     metavar="INT",
     type=click.IntRange(min=1),
-    show_default="2 where there are several",
-    help="Number of different annotators that answer each pair.",
+    show_default="2 with several annotators, else 1",
+    help="Number of different people who answer each pair.",
 )
+# Flags of the design, and of the computation of the number of trials.
 @options_of(StudyDesign, PowerOptions)
-@option("--outdir", metavar="DIR", type=FOLDER, default=OUTDIR, help="Folder of the study.")
+@option(
+    "--outdir",
+    metavar="DIR",
+    type=FOLDER,
+    default=OUTDIR,
+    help="Folder of the study, into which its design and answers are written.",
+)
 @rare_option(
-    "--name", metavar="NAME", default=None, show_default="the folder's name", help="Name of the study."
+    "--name",
+    metavar="NAME",
+    default=None,
+    show_default="the name of the folder",
+    help="Name of the study in reports.",
 )
 @database
-@option("-n", "--dry-run", is_flag=True, help="Print the design or the study's state as JSON and stop.")
+@option("-n", "--dry-run", is_flag=True, help="Print the design of the study as JSON and stop.")
 @launch.server_options("access.jsonl in the folder", "Heading of the page that annotators see.")
 @click.pass_context
 def main(ctx: click.Context, outdir: Path, name: str | None, db: str | None, dry_run: bool, **flags) -> None:
-    """Compare two generators blind: design the study, serve it and print the address. `report` analyses it.
+    """Compare two generators in a blind study: design the study, serve it in the browser, and print the
+    address of the page. The subcommand `report` analyses the answers.
 
     \b
     Example:
         python tools/study.py --a=before --b=after --n=300 --annotators=6
     """
     flags = launch.filled(flags, StudyDesign, PowerOptions)
+    # None as db: study.db in the folder
     folder = Folder(outdir, db)
     name = name or outdir.resolve().name
     ctx.obj = folder.url
     ctx.meta["folder"] = folder
-    # a subcommand takes its flags after its name
+    # Subcommands read --outdir and --db from the context. Other flags must stand after their name.
     if ctx.invoked_subcommand is not None:
         launch.refuse_flags_before(ctx, "outdir", "db")
         return
+    # Fails at once if the packages of the label server are not installed.
     check_extra(EXTRA)
     server = launch.ServerFlags.of(flags, outdir)
+    # --dry-run ends here; nothing has been written so far
     if dry_run:
         print_json(_dry_run(folder, name, flags, server))
         return
-    make = f"python tools/study.py --outdir={folder.path} add-annotator NAME"
-    # reachable from other machines: every annotator needs a login
+    add_command = f"python tools/study.py --outdir={folder.path} add-annotator NAME"
+    # Annotators on other machines must log in, so at least one must exist. If there is no database yet, the
+    # null context yields None, and `check_annotators` raises ValueError.
     if server.exposed:
         with (
             open_store(folder.url, create=True) if store_exists(folder.url) else contextlib.nullcontext()
-        ) as known:
-            launch.check_annotators(known, server.host, make)
+        ) as store_or_none:
+            launch.check_annotators(store_or_none, server.host, add_command)
+    # Opens the study in the folder, or designs a new one. A stored design is never changed.
     design = prepare(folder, name, flags, launch.given_flags(ctx), lambda text: click.echo(text, err=True))
     with open_store(folder.url, create=False) as store:
-        have = len(launch.with_access(store))
+        login_count = len(launch.with_access(store))
         launch.serve_campaign(
             store,
             folder.url,
             design.name,
             server,
-            lambda address: _announcement(address, design, make, have),
+            lambda address: _announcement(address, design, add_command, login_count),
             "answer",
         )
 
 
-def _announcement(address: str, design: StudyDesign, make: str, have: int) -> list[str]:
-    """Return the lines that are printed when the server starts."""
-    # negative if more people have access than are planned
-    missing = design.annotators - have
-    need = f"{have} have a login token, {missing} need one ({make})" if missing > 0 else "all have a token"
-    tokens = f"{design.annotators} annotators are planned: {need}; they log in at {address}login"
-    return [f"study at {address}  (Ctrl-C stops)", *([tokens] if design.annotators > 1 else [])]
+def _announcement(address: str, design: StudyDesign, add_command: str, login_count: int) -> list[str]:
+    """Return the lines that are printed when the server has started.
+
+    Args:
+        address: address of the page.
+        design: design of the study.
+        add_command: command that adds an annotator.
+        login_count: number of annotators who have a login token.
+    """
+    lines = [f"study at {address}  (Ctrl-C stops)"]
+    # A single person uses the server's own machine and needs no token.
+    if design.annotators > 1:
+        # negative if more annotators have a token than are planned
+        missing_count = design.annotators - login_count
+        token_text = (
+            f"{login_count} have a login token, {missing_count} need one ({add_command})"
+            if missing_count > 0
+            else "all have a token"
+        )
+        lines.append(
+            f"{design.annotators} annotators are planned: {token_text}; they log in at {address}login"
+        )
+    return lines
 
 
 def _dry_run(folder: "Folder", name: str, flags: dict, server: launch.ServerFlags) -> dict:
-    """Return what --dry-run prints: the design of a new study, or the state of an existing one."""
-    # an existing design is never changed
-    new = not folder.design.exists()
-    made = make_design(name, flags, lambda text: click.echo(f"Warning: {text}", err=True)) if new else None
-    design = made or designs.read_design(folder.design)
-    # without the long lists of latents and trials
-    content = {k: v for k, v in design.to_dict().items() if k not in ("latent_seeds", "plan")}
+    """Return the JSON of --dry-run: the design of a new study, or the stored design of an existing study.
+
+    Args:
+        folder: folder and database of the study.
+        name: name of a new study.
+        flags: values of the command line.
+        server: settings of the web server.
+    """
+    # The design of an existing study is never changed.
+    is_new = not folder.design.exists()
+    if is_new:
+        design = make_design(name, flags, lambda text: click.echo(f"Warning: {text}", err=True))
+    else:
+        design = designs.read_design(folder.design)
+    # The lists of latents and trials are too long to print.
+    content = {key: value for key, value in design.to_dict().items() if key not in ("latent_seeds", "plan")}
     return {
-        "action": "design" if new else "resume",
+        "action": "design" if is_new else "resume",
         "outdir": str(folder.path),
+        # the URL of a database server may contain a password
         "db": without_password(folder.url),
         **server.to_dict(),
         "latents": design.latents,
@@ -251,8 +340,9 @@ def _dry_run(folder: "Folder", name: str, flags: dict, server: launch.ServerFlag
 
 
 def shown_by_help(context: click.Context) -> list[object]:
-    """Return the values that --help shows as defaults."""
+    """Return the values that --help shows as defaults, where they depend on other flags."""
     flags = launch.filled(context.params, StudyDesign, PowerOptions)
+    # Database, name and log follow from --outdir if they were not given.
     folder = Folder(flags["outdir"], flags["db"])
     return [
         {

@@ -140,7 +140,7 @@ def test_networks_stand_side_by_side(tmp_path):
 
 def test_networks_of_the_same_name_get_distinct_names(tmp_path):
     runs = [tmp_path / arm / "00000-x" for arm in ("one", "two")]
-    assert report_shapes.names_of(runs) == ["one/00000-x", "two/00000-x"]
-    assert report_shapes.names_of([*runs[:1], tmp_path / "00001-x"]) == ["00000-x", "00001-x"]
+    assert report_shapes.network_names(runs) == ["one/00000-x", "two/00000-x"]
+    assert report_shapes.network_names([*runs[:1], tmp_path / "00001-x"]) == ["00000-x", "00001-x"]
     with pytest.raises(click.UsageError, match="twice"):
-        report_shapes.names_of([runs[0], runs[0]])
+        report_shapes.network_names([runs[0], runs[0]])

@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 import train
-from eg3d_rlhf.modes.distill import DISTILL, SETTINGS, arms_of
+from eg3d_rlhf.modes.distill import DISTILL, SETTINGS, select_arms
 from tests.rejections import rejected
 from training.config import knobs_of
 
@@ -186,7 +186,7 @@ def test_resume_takes_no_other_flags_and_no_other_run(compared, tmp_path):
 
 def test_arms_of_a_comparison():
     def arms(**given):
-        return arms_of(given)
+        return select_arms(given)
 
     assert arms()[0] == "sds" and arms(method="sds") == ("sds",) and arms(prompts=("x",)) == ("dreamdpo",)
     assert arms(compare="rewardsds") == ("sds", "rewardsds", "rewardsds-inverted", "rewardsds-random")

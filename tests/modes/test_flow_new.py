@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from eg3d_rlhf.modes.flow_new import takes
+from eg3d_rlhf.modes.flow_new import cost_lines
 from eg3d_rlhf.tuning.flow.base.conditioning import read_conditions
 from eg3d_rlhf.tuning.flow.families import family_of, hunyuan3d_files
 from eg3d_rlhf.tuning.flow.training import memory_estimate as fit
@@ -173,12 +173,12 @@ def test_memory_and_time_are_estimated_and_a_device_too_small_is_rejected(tmp_pa
     root = write_hunyuan3d(tmp_path / "ROOT")
     cpu = torch.device("cpu")
     family = family_of(root, say=lambda text: None)
-    small = list(takes(family, root, cpu, "float32", [1]))
+    small = list(cost_lines(family, root, cpu, "float32", [1]))
     assert len(small) == 1 and not any("sample" in line or "lora" in line for line in small)
     monkeypatch.setattr(fit, "LARGE", 1)
     monkeypatch.setattr(estimate, "speed", lambda device, precision: 1e9)
-    lines = list(takes(family, root, cpu, "float32", [1, 2]))
+    lines = list(cost_lines(family, root, cpu, "float32", [1, 2]))
     assert sum("sample" in line for line in lines) == 2 and sum("lora" in line for line in lines) == 4
     monkeypatch.setattr(fit, "free_bytes", lambda device: 1 << 10)
     with raising("GiB", "'shape'"):
-        list(takes(family, root, cpu, "float32", [1]))
+        list(cost_lines(family, root, cpu, "float32", [1]))

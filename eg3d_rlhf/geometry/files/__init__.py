@@ -1,3 +1,5 @@
-"""Readers of mesh files from untrusted sources: GLB, PLY and OBJ as they are shown (`model.Model`), or
-any mesh file as triangles alone (`triangles`).
+"""Readers of mesh files from untrusted sources.
+
+`glb`, `ply` and `obj` read a file with its materials and textures for display (`model.Model`). `triangles`
+reads only the vertices and triangles of a file of any mesh format.
 """

@@ -1,10 +1,10 @@
-"""A mesh as it is shown: all visible parts of a GLB file, and its serialisation as GLB 2.0.
+"""Scene of a mesh file with materials and textures for display, and its serialisation as GLB 2.0.
 
-Every reader produces a `Model`, and the bytes that are sent to a browser are written from the model alone. No
-name, comment, extra or generator of the original file is copied. Arrays keep their types and values, so
-positions, normals and texture coordinates are bitwise unchanged.
+Every reader of this package returns a `Model`, and the bytes that are sent to a browser are written from the
+model alone. Names, comments and metadata of the original file are not copied. Arrays are written with the
+same types and values, so positions, normals and texture coordinates are bitwise unchanged.
 
-Letters: N vertices or indices, W numbers per vertex.
+Shapes: N vertices or indices, F faces, W numbers per vertex.
 """
 
 import io
@@ -19,35 +19,38 @@ GLB_MAGIC = b"glTF"
 # glTF 2.0, section 4.4 (binary container)
 JSON_CHUNK = 0x4E4F534A  # "JSON"
 BIN_CHUNK = 0x004E4942  # "BIN"
-GLB_HEADER = struct.Struct("<4sII")  # magic, version, bytes of the file
-CHUNK_HEADER = struct.Struct("<II")  # bytes of the chunk, its type
-# glTF's component types: number -> numpy dtype
+GLB_HEADER = struct.Struct("<4sII")  # magic, version, number of bytes of the file
+CHUNK_HEADER = struct.Struct("<II")  # number of bytes of the chunk, type of the chunk
+# Component types of glTF: number in the file -> numpy dtype
 COMPONENTS = {5120: "<i1", 5121: "<u1", 5122: "<i2", 5123: "<u2", 5125: "<u4", 5126: "<f4"}
 WIDTHS = {"SCALAR": 1, "VEC2": 2, "VEC3": 3, "VEC4": 4}
-TRIANGLES = 4  # glTF's mode of a primitive with three indices per triangle
+TRIANGLES = 4  # mode of a glTF primitive with three indices per triangle
 _NUMBERS = {np.dtype(name).str: number for number, name in COMPONENTS.items()}
 _TYPES = {width: name for name, width in WIDTHS.items()}
-# glTF's targets of buffer views
+# Targets of buffer views in glTF, which say how the data is used.
 _VERTICES = 34962  # ARRAY_BUFFER
 _INDICES = 34963  # ELEMENT_ARRAY_BUFFER
 
 
 @dataclass(frozen=True, eq=False)
 class Array:
-    """An attribute of vertices, or indices. An object that is used several times is written once."""
+    """Values of an attribute of vertices, or indices.
+
+    An object that several primitives use is written once.
+    """
 
     values: np.ndarray  # [N, W]
-    normalized: bool = False  # integers represent 0..1 or -1..1, see glTF
+    normalized: bool = False  # True: integers represent numbers in 0..1 or -1..1 (glTF 2.0, section 3.11)
 
 
 @dataclass(frozen=True, eq=False)
 class Primitive:
-    """Triangles of one material."""
+    """Triangles with one material, a part of a mesh."""
 
-    attributes: dict[str, Array]  # by glTF's names; POSITION is always present
-    indices: Array | None = None  # [N, 1]
-    mode: int = TRIANGLES
-    material: int | None = None
+    attributes: dict[str, Array]  # by their names in glTF; POSITION is always present
+    indices: Array | None = None  # [N, 1] indices of vertices; None: the vertices in their order
+    mode: int = TRIANGLES  # how the indices form triangles: 4 separate triangles, 5 a strip, 6 a fan
+    material: int | None = None  # index into Model.materials
 
 
 @dataclass(frozen=True)
@@ -60,17 +63,17 @@ class Picture:
 
 @dataclass
 class Node:
-    """A node of the scene graph."""
+    """A node of the scene graph: a mesh with a transformation, and further nodes below it."""
 
-    # indices into Model.nodes
-    children: list[int] = field(default_factory=list)  # index into Model.meshes
-    mesh: int | None = None
-    place: dict = field(default_factory=dict)  # glTF's matrix; or translation, rotation and scale
+    children: list[int] = field(default_factory=list)  # indices into Model.nodes
+    mesh: int | None = None  # index into Model.meshes
+    # transformation, as in glTF: a matrix, or translation, rotation and scale
+    place: dict = field(default_factory=dict)
 
 
 @dataclass
 class Model:
-    """A scene. Materials, textures and samplers are glTF's records, reduced to allowed keys."""
+    """A scene. Materials, textures and samplers are records of glTF with allowed keys only."""
 
     nodes: list[Node] = field(default_factory=list)
     roots: list[int] = field(default_factory=list)  # indices of the nodes without a parent
@@ -83,33 +86,45 @@ class Model:
 
 
 class _Buffer:
-    """The binary chunk while it is assembled: its pieces, and the records that refer to it."""
+    """Binary chunk of a GLB file during its assembly, with the JSON records that refer to it."""
 
     def __init__(self) -> None:
         self.pieces: list[bytes | memoryview] = []
-        self.length = 0  # bytes so far
+        self.length = 0  # number of bytes so far
         self.views: list[dict] = []
         self.accessors: list[dict] = []
-        self._written: dict[int, int] = {}  # id of an array -> accessor
+        self._written: dict[int, int] = {}  # id() of an array that was written -> index of its accessor
 
     def view(self, data: bytes | memoryview, **fields: int) -> int:
-        """Append data and return the index of its buffer view. `fields` are further fields of the view."""
+        """Append data to the chunk, and return the index of its buffer view.
+
+        Args:
+            data: bytes to append.
+            fields: further fields of the record of the buffer view.
+        """
         self.views.append({"buffer": 0, "byteOffset": self.length, "byteLength": len(data), **fields})
-        # every view starts at a multiple of 4 bytes
+        # Every view starts at a multiple of 4 bytes: -length % 4 bytes are missing to such a multiple.
         padding = bytes(-len(data) % 4)
         self.pieces += [data, padding]
         self.length += len(data) + len(padding)
         return len(self.views) - 1
 
     def accessor(self, array: Array, indices: bool = False) -> int:
-        """Append an array, unless it was appended before, and return the index of its accessor."""
+        """Append an array to the chunk unless it is there already, and return the index of its accessor.
+
+        Args:
+            array: array to append.
+            indices: True for indices, False for an attribute of vertices.
+        """
+        # Arrays are compared by identity: the arrays of a model live as long as this object.
         if id(array) not in self._written:
             values = array.values
             fields = {}
             count, width = values.shape
             size = width * values.itemsize
-            # glTF requires that each vertex starts at a multiple of 4 bytes.
+            # glTF requires that the data of each vertex starts at a multiple of 4 bytes, so rows are padded.
             if not indices and size % 4:
+                # zeros after the numbers of each row
                 values = np.concatenate(
                     [
                         np.ascontiguousarray(values).view(np.uint8).reshape(count, size),
@@ -132,17 +147,20 @@ class _Buffer:
 
 
 def glb_parts(model: Model) -> list[bytes | memoryview]:
-    """Serialise a model as GLB, in parts so that large arrays are not copied. `b"".join` gives the file."""
+    """Serialise a model as GLB.
+
+    Returns: parts of the file in order, which `b"".join` joins. The parts avoid a copy of large arrays.
+    """
     buffer = _Buffer()
-    meshes = [{"primitives": [_primitive(buffer, part) for part in mesh]} for mesh in model.meshes]
+    meshes = [{"primitives": [_primitive(buffer, primitive) for primitive in mesh]} for mesh in model.meshes]
     images = [{"bufferView": buffer.view(image.data), "mimeType": image.kind} for image in model.pictures]
     nodes = [
         {
-            **({"children": n.children} if n.children else {}),
-            **({} if n.mesh is None else {"mesh": n.mesh}),
-            **n.place,
+            **({"children": node.children} if node.children else {}),
+            **({} if node.mesh is None else {"mesh": node.mesh}),
+            **node.place,
         }
-        for n in model.nodes
+        for node in model.nodes
     ]
     document = {
         "asset": {"version": "2.0"},
@@ -158,17 +176,18 @@ def glb_parts(model: Model) -> list[bytes | memoryview]:
         "bufferViews": buffer.views,
         "buffers": [{"byteLength": buffer.length}],
         "extensionsUsed": sorted(model.extensions),
-        # viewers without support would show a quantised mesh wrongly; other extensions are optional
+        # A viewer without this extension would show a quantised mesh wrongly. Other extensions are optional.
         "extensionsRequired": sorted(model.extensions & {"KHR_mesh_quantization"}),
     }
     text = json.dumps(
-        # glTF forbids empty arrays. "scene" stays, though its value 0 is false.
-        {k: v for k, v in document.items() if v or k == "scene"},
+        # glTF forbids empty arrays. "scene" is kept, although its value 0 is false in Python.
+        {name: value for name, value in document.items() if value or name == "scene"},
         separators=(",", ":"),
         allow_nan=False,
     ).encode()
-    # Chunks are padded to multiples of 4 bytes, JSON with spaces
+    # Chunks are padded to multiples of 4 bytes; the JSON chunk is padded with spaces.
     text += b" " * (-len(text) % 4)
+    # number of bytes of the file, which its header states
     total = GLB_HEADER.size + 2 * CHUNK_HEADER.size + len(text) + buffer.length
     return [
         GLB_HEADER.pack(GLB_MAGIC, 2, total),
@@ -180,14 +199,14 @@ def glb_parts(model: Model) -> list[bytes | memoryview]:
 
 
 def _primitive(buffer: _Buffer, part: Primitive) -> dict:
-    """Write a primitive's arrays into the buffer and return its glTF record."""
+    """Append the arrays of a primitive to the binary chunk, and return the JSON record of the primitive."""
     record: dict = {"attributes": {}, "mode": part.mode}
     for name, array in part.attributes.items():
-        record["attributes"][name] = number = buffer.accessor(array)
+        record["attributes"][name] = accessor_index = buffer.accessor(array)
         if name == "POSITION":
-            # glTF requires the bounds of positions
-            ends = [array.values.min(axis=0).tolist(), array.values.max(axis=0).tolist()]
-            buffer.accessors[number] |= dict(zip(("min", "max"), ends, strict=True))
+            # glTF requires the bounds of the positions in their accessor.
+            bounds = [array.values.min(axis=0).tolist(), array.values.max(axis=0).tolist()]
+            buffer.accessors[accessor_index] |= dict(zip(("min", "max"), bounds, strict=True))
     if part.indices is not None:
         record["indices"] = buffer.accessor(part.indices, indices=True)
     if part.material is not None:
@@ -196,22 +215,29 @@ def _primitive(buffer: _Buffer, part: Primitive) -> dict:
 
 
 def linear(srgb: np.ndarray) -> np.ndarray:
-    """Convert colours in 0..1 from sRGB to linear (IEC 61966-2-1). glTF stores linear colours."""
+    """Convert colours in 0..1 from sRGB to linear RGB (IEC 61966-2-1), which glTF uses.
+
+    Args:
+        srgb: colours of any shape.
+
+    Returns: float32 array of the same shape.
+    """
     srgb = np.asarray(srgb, dtype=np.float64)
     return np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4).astype("<f4")
 
 
 def check_triangles(points: np.ndarray, faces: np.ndarray) -> None:
-    """Raise ValueError for what is no points [N, 3] with triangles [F, 3] of them."""
+    """Raise ValueError unless two arrays are points [N, 3] and triangles [F, 3] with indices of points."""
     if points.shape[1:] != (3,) or faces.shape[1:] != (3,) or not len(faces) or not len(points):
         raise ValueError(
-            f"expected a mesh of triangles, got {len(points)} points and {len(faces)} faces. Export a"
-            " mesh that has triangles."
+            f"the mesh has {len(points)} points and {len(faces)} faces, which are no triangles. Export a mesh"
+            " that has triangles."
         )
+    # numpy would silently accept negative indices
     if faces.min() < 0 or faces.max() >= len(points):
         raise ValueError(
-            f"expected indices of {len(points)} vertices, 0 to {len(points) - 1}, got"
-            f" {faces.min()}..{faces.max()}. Export the mesh again."
+            f"the indices of the faces are {faces.min()}..{faces.max()}, but the {len(points)} vertices have"
+            f" the indices 0 to {len(points) - 1}. Export the mesh again."
         )
 
 
@@ -224,35 +250,45 @@ def triangles(
     normals: np.ndarray | None = None,
     material: int | None = None,
 ) -> Primitive:
-    """Build a primitive from arrays.
+    """Build a primitive of separate triangles from arrays.
 
     Args:
-        positions: [N, 3].
-        faces: [F, 3].
-        uv: [N, 2] in glTF's convention, v increases downwards.
-        colours: [N, 3 or 4] uint8, sRGB.
-        normals: [N, 3].
-        material: index into Model.materials.
-    Raises: ValueError for arrays of other shapes, positions that are not finite, and indices out of range.
+        positions: coordinates [N, 3] of the vertices.
+        faces: triangles [F, 3] as indices of vertices.
+        uv: texture coordinates [N, 2] as in glTF, where v increases downwards; None: no texture.
+        colours: colours [N, 3 or 4] of the vertices, sRGB and alpha in 0..255; None: no colours.
+        normals: normals [N, 3] of the vertices; None: no normals.
+        material: index into Model.materials; None: the default material of glTF.
+
+    Raises: ValueError for arrays of other shapes, numbers that are not finite, and indices out of range.
     """
     positions = np.asarray(positions, dtype="<f4")
     faces = np.asarray(faces)
     check_triangles(positions, faces)
     if not np.isfinite(positions).all():
-        raise ValueError("expected finite positions, got NaN or infinity")
+        raise ValueError(
+            "the positions of the vertices are not finite: some are NaN or infinity. Export the mesh again."
+        )
     attributes = {"POSITION": Array(positions)}
     for name, values in (("NORMAL", normals), ("TEXCOORD_0", uv)):
         if values is not None:
             if len(values) != len(positions) or not np.isfinite(values).all():
-                raise ValueError(f"expected {name} with finite numbers for each vertex, got another array")
+                raise ValueError(
+                    f"{name} must have finite numbers for each of the {len(positions)} vertices. Export the"
+                    " mesh again."
+                )
             attributes[name] = Array(np.ascontiguousarray(values, dtype="<f4"))
     if colours is not None:
         if len(colours) != len(positions) or colours.ndim != 2 or colours.shape[1] not in (3, 4):
-            raise ValueError("expected one colour per vertex, got another array")
+            raise ValueError(
+                f"colours must have the shape [{len(positions)}, 3 or 4], one colour per vertex, got"
+                f" {list(colours.shape)}."
+            )
         linear_colours = colours / 255.0
+        # Files store sRGB colours, glTF linear colours. Alpha is linear in both.
         linear_colours[:, :3] = linear(linear_colours[:, :3])
         attributes["COLOR_0"] = Array(np.ascontiguousarray(linear_colours, dtype="<f4"))
-    # uint16 indices take half the memory; 65535 is the primitive restart value and never an index
+    # Indices of 16 bits need half of the memory. 65535 is reserved in glTF, so it must not be an index.
     narrow = "<u2" if len(positions) <= 65535 else "<u4"
     return Primitive(
         attributes, Array(np.ascontiguousarray(faces, dtype=narrow).reshape(-1, 1)), material=material
@@ -262,8 +298,13 @@ def triangles(
 def scene_of(
     primitives: Iterable[Primitive], materials: Iterable[dict] = (), pictures: Iterable[Picture] = ()
 ) -> Model:
-    """Build a model of one mesh at the origin. Texture i uses image i."""
+    """Build a model that consists of one mesh at the origin.
+
+    The primitives are the parts of the mesh. They refer to the materials, which are glTF records, by index.
+    Texture i of the materials uses image i.
+    """
     images = list(pictures)
+    # `source` is the index of the image
     textures = [{"source": i} for i in range(len(images))]
     return Model([Node(mesh=0)], [0], [list(primitives)], list(materials), textures, pictures=images)
 
@@ -275,22 +316,26 @@ def scene_of(
 # would unpack to a very large image therefore costs nothing here; it is rejected because of the size in its
 # header.
 
-MAX_SIDE = 16384  # pixels
-MAX_PIXELS = 8192 * 8192
-SMALL = 1024  # longest side of a prompt's image, pixels
+MAX_SIDE = 16384  # largest width and height of an image in pixels
+MAX_PIXELS = 8192 * 8192  # largest number of pixels of an image
+SMALL = 1024  # largest width and height of the shown image of a prompt, in pixels
 PNG = b"\x89PNG\r\n\x1a\n"
 JPEG = b"\xff\xd8\xff"
 _PNG_KEPT = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"}
 _JPEG_SIZES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # start-of-frame markers, which contain the size
-# Besides these: Huffman and quantisation tables, restart interval, Adobe's colour transform (APP14).
+# Other segments that are copied: Huffman tables, quantisation tables, the restart interval, and Adobe's
+# colour transform (APP14).
 _JPEG_KEPT = {*_JPEG_SIZES, 0xC4, 0xDB, 0xDD, 0xEE}
-# a JFIF header (APP0) without resolution and preview
+# JFIF header (APP0) without resolution and preview, which replaces the header of the file
 _JFIF = b"\xff\xe0\x00\x10JFIF\x00\x01\x01\x00\x00\x01\x00\x01\x00\x00"
 _WEBP_KEPT = {b"VP8 ", b"VP8L", b"ALPH", b"VP8X"}
 
 
 def kind_of_picture(data: bytes | memoryview) -> str | None:
-    """Return the media type of a PNG, JPEG or WebP file from its first bytes; None for other files."""
+    """Return the media type of an image file by its first bytes.
+
+    Returns: "image/png", "image/jpeg" or "image/webp"; None for every other file.
+    """
     head = bytes(data[:16])
     if head.startswith(PNG):
         return "image/png"
@@ -300,168 +345,199 @@ def kind_of_picture(data: bytes | memoryview) -> str | None:
 
 
 def stripped(data: bytes | memoryview) -> tuple[Picture, int]:
-    """Remove all metadata from an image file. Return the image and its number of pixels.
+    """Remove all metadata from an image file.
+
+    Returns: the image, and its number of pixels.
 
     Raises: ValueError for other formats, damaged files, and images that are too large.
     """
     kind = kind_of_picture(data)
-    parts = {"image/png": _png, "image/jpeg": _jpeg, "image/webp": _webp}
+    readers = {"image/png": _png, "image/jpeg": _jpeg, "image/webp": _webp}
+    # by the first bytes, not by the name of the file
     if kind is None:
-        raise ValueError("expected PNG, JPEG or WebP, got another format")
+        raise ValueError("the image is no PNG, JPEG or WebP file. Convert it to one of these formats.")
     try:
-        (width, height), pieces = parts[kind](bytes(data))
-    except (struct.error, IndexError):  # the file ends within a field
-        raise ValueError(f"expected a complete {kind} file, got a damaged one") from None
+        (width, height), pieces = readers[kind](bytes(data))
+    # the file ends within a field
+    except (struct.error, IndexError):
+        raise ValueError(f"the {kind} file is damaged or incomplete. Export the image again.") from None
     if not (0 < width <= MAX_SIDE and 0 < height <= MAX_SIDE and width * height <= MAX_PIXELS):
-        raise ValueError(f"expected an image of up to {MAX_PIXELS >> 20} megapixels, got {width} x {height}")
+        raise ValueError(
+            f"the image has {width} x {height} pixels, but at most {MAX_PIXELS >> 20} megapixels and"
+            f" {MAX_SIDE} pixels per side are allowed. Reduce the image."
+        )
     return Picture(b"".join(pieces), kind), width * height
 
 
 def small(data: bytes | memoryview) -> bytes:
-    """Convert an image to WebP with at most SMALL pixels a side, as it is shown beside a pair.
+    """Convert the image of a prompt to WebP with at most SMALL pixels per side, for display beside a pair.
 
-    Raises: ValueError for a file that is no image.
+    Raises: ValueError for a file that is no image, or that is damaged.
     """
+    # imported here, because few functions need this library
     from PIL import Image, ImageOps
 
-    # Rejects other formats and too many pixels before a decoder reads the file
+    # Other formats and images with too many pixels are rejected before a decoder reads the file.
     stripped(data)
     try:
         with Image.open(io.BytesIO(data), formats=["PNG", "JPEG", "WEBP"]) as opened:
-            # JPEG only: decode at reduced resolution, which is faster
+            # A JPEG file is decoded at reduced resolution, which is faster. Other formats are not affected.
             opened.draft("RGB", (2 * SMALL, 2 * SMALL))
-            # The orientation of photographs is in their EXIF data
+            # The EXIF data of a photograph states its orientation.
             image = ImageOps.exif_transpose(opened)
             image = image.convert("RGBA" if image.has_transparency_data else "RGB")
     except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
         raise ValueError(
-            f"expected an image that can be decoded, got a damaged one ({type(error).__name__})"
+            f"the image is damaged and cannot be decoded ({type(error).__name__}). Export the image again."
         ) from None
+    # keeps the aspect ratio, and never enlarges
     image.thumbnail((SMALL, SMALL), Image.Resampling.LANCZOS)
     out = io.BytesIO()
+    # Empty texts: no metadata is written.
     image.save(out, "WEBP", quality=90, exif=b"", xmp=b"", icc_profile=b"")
     return out.getvalue()
 
 
 def _png(data: bytes) -> tuple[tuple[int, int], list[bytes]]:
-    """Return the size (width, height) of a PNG, and its chunks that are kept."""
-    pieces = [data[:8]]
-    at = 8
+    """Return the size (width, height) of a PNG file, and the parts of the file without metadata."""
+    pieces = [data[:8]]  # the signature
+    position = 8  # position in the file
     size = (0, 0)
     while True:
-        # A chunk: length, name, data, checksum; 12 bytes besides the data.
-        length, name = struct.unpack_from(">I4s", data, at)
-        chunk = data[at : at + 12 + length]
-        if len(chunk) != 12 + length or (name == b"IHDR") != (at == 8):  # IHDR must be the first chunk
-            raise ValueError("expected a complete PNG, got a damaged one")
+        # A chunk consists of length (4 bytes), name (4), data and checksum (4).
+        length, name = struct.unpack_from(">I4s", data, position)
+        chunk = data[position : position + 12 + length]
+        # The chunk IHDR must be the first chunk and occur once.
+        if len(chunk) != 12 + length or (name == b"IHDR") != (position == 8):
+            raise ValueError("the PNG file is damaged or incomplete. Export the image again.")
         if name == b"IHDR":
             size = struct.unpack_from(">II", chunk, 8)
         if name in _PNG_KEPT:
             pieces.append(chunk)
-        elif not name[0] & 0x20:  # a critical chunk that we do not know (PNG, section 5.4)
+        # Bit 5 of the first letter is 0 in chunks without which the image cannot be shown (PNG, section 5.4).
+        elif not name[0] & 0x20:
             raise ValueError(
-                "expected a PNG with standard chunks only, got one with an unknown critical chunk"
+                "the PNG file has a critical chunk that is not in the standard. Export the image again with"
+                " standard chunks only."
             )
         if name == b"IEND":
             return size, pieces
-        at += 12 + length
+        position += 12 + length
 
 
 def _jpeg(data: bytes) -> tuple[tuple[int, int], list[bytes]]:
-    """Return the size (width, height) of a JPEG, and its segments that are kept."""
-    pieces = [data[:2], _JFIF]
+    """Return the size (width, height) of a JPEG file, and the parts of the file without metadata."""
+    pieces = [data[:2], _JFIF]  # start of the image, and a header
     size = (0, 0)
-    adobe = False
+    has_adobe_segment = False
     for marker, segment in _jpeg_segments(data):
         if marker in _JPEG_SIZES:
-            # Decoders differ in which of several sizes they use, so the check above could be bypassed.
+            # Decoders differ in which of several sizes they use, so the limit of pixels could be evaded.
             if size != (0, 0):
-                raise ValueError("expected a JPEG of one size, got one that states several")
+                raise ValueError("the JPEG file states several sizes. Export the image again.")
             height, width = struct.unpack_from(">HH", segment, 5)
             size = width, height
-        # Only Adobe's first APP14 segment is kept, cut to its defined length.
-        if marker == 0xEE and (adobe or segment[4:9] != b"Adobe" or len(segment) < 16):
+        # Only the first APP14 segment of Adobe is copied, and only the 12 bytes that are defined.
+        if marker == 0xEE and (has_adobe_segment or segment[4:9] != b"Adobe" or len(segment) < 16):
             continue
         if marker == 0xEE:
-            adobe = True
+            has_adobe_segment = True
             segment = b"\xff\xee\x00\x0e" + segment[4:16]
+        # 0xDA: a scan with its compressed pixels; 0xD9: end of the image
         if marker in _JPEG_KEPT or marker in (0xDA, 0xD9):
             pieces.append(segment)
-    if adobe:
-        # files with Adobe's segment have no JFIF header
+    # A file has either a JFIF header or Adobe's segment, so the header is removed again.
+    if has_adobe_segment:
         del pieces[1]
     return size, pieces
 
 
 def _jpeg_segments(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """Yield markers with their segments. The segment of a scan includes its compressed pixels."""
-    at = 2
+    """Yield (marker, bytes of the segment) for all segments of a JPEG file.
+
+    The segment of a scan includes its compressed pixels.
+    """
+    position = 2  # position in the file, after the marker of the start
     while True:
-        while data[at] == 0xFF and data[at + 1] == 0xFF:  # fill bytes
-            at += 1
-        if data[at] != 0xFF:
-            raise ValueError("expected a complete JPEG, got a damaged one")
-        marker = data[at + 1]
-        # end of image; bytes after it are dropped
+        # Any number of fill bytes 0xFF may stand before a marker.
+        while data[position] == 0xFF and data[position + 1] == 0xFF:
+            position += 1
+        if data[position] != 0xFF:
+            raise ValueError("the JPEG file is damaged or incomplete. Export the image again.")
+        marker = data[position + 1]
+        # End of the image. Bytes after it are dropped.
         if marker == 0xD9:
-            yield marker, data[at : at + 2]
+            yield marker, data[position : position + 2]
             return
-        end = at + 2 + struct.unpack_from(">H", data, at + 2)[0]
-        if end < at + 4 or end > len(data):
-            raise ValueError("expected a complete JPEG, got a damaged one")
-        if marker == 0xDA:  # start of a scan
+        segment_end = position + 2 + struct.unpack_from(">H", data, position + 2)[0]
+        if segment_end < position + 4 or segment_end > len(data):
+            raise ValueError("the JPEG file is damaged or incomplete. Export the image again.")
+        # start of a scan
+        if marker == 0xDA:
             # The pixels end at a marker that is neither a stuffed byte (FF 00) nor a restart marker.
             while True:
-                end = data.find(b"\xff", end)
-                if end < 0 or end + 1 >= len(data):
-                    raise ValueError("expected a complete JPEG, got a truncated one")
-                if data[end + 1] != 0 and not 0xD0 <= data[end + 1] <= 0xD7:
+                segment_end = data.find(b"\xff", segment_end)
+                if segment_end < 0 or segment_end + 1 >= len(data):
+                    raise ValueError("the JPEG file is incomplete. Export the image again.")
+                if data[segment_end + 1] != 0 and not 0xD0 <= data[segment_end + 1] <= 0xD7:
                     break
-                end += 2
-        yield marker, data[at:end]
-        at = end
+                segment_end += 2
+        yield marker, data[position:segment_end]
+        position = segment_end
 
 
 def _webp(data: bytes) -> tuple[tuple[int, int], list[bytes]]:
-    """Return the size (width, height) of a WebP, and its chunks that are kept."""
+    """Return the size (width, height) of a WebP file, and the parts of the file without metadata."""
     pieces: list[bytes] = []
-    # after "RIFF", the size and "WEBP"
-    at = 12
+    # position in the file, after "RIFF", the length and "WEBP"
+    position = 12
     size = (0, 0)
-    # size in the extended header (VP8X)
-    canvas = None
-    seen: set[bytes] = set()
-    stated = struct.unpack_from("<I", data, 4)[0] + 8
-    if stated > len(data):
-        raise ValueError("expected a complete WebP, got a truncated one")
-    while at + 8 <= stated:
-        name, length = struct.unpack_from("<4sI", data, at)
-        body = data[at + 8 : at + 8 + length]
+    # size in the extended header (VP8X), if there is one
+    canvas_size = None
+    earlier_names: set[bytes] = set()
+    # number of bytes of the file according to its header; bytes after it are dropped
+    stated_length = struct.unpack_from("<I", data, 4)[0] + 8
+    if stated_length > len(data):
+        raise ValueError("the WebP file is incomplete. Export the image again.")
+    image_names = {b"VP8 ", b"VP8L"}
+    while position + 8 <= stated_length:
+        name, length = struct.unpack_from("<4sI", data, position)
+        body = data[position + 8 : position + 8 + length]
         if len(body) != length:
-            raise ValueError("expected a complete WebP, got a damaged one")
+            raise ValueError("the WebP file is damaged or incomplete. Export the image again.")
         if name in (b"ANIM", b"ANMF"):
-            raise ValueError("expected a still image, got an animated WebP")
+            raise ValueError("the WebP file is animated. Export a still image.")
         # Decoders differ in which of several images they use.
-        if name in _WEBP_KEPT and name in seen or name in (b"VP8 ", b"VP8L") and seen & {b"VP8 ", b"VP8L"}:
-            raise ValueError("expected one image, got several in one WebP")
-        seen.add(name)
+        if (
+            name in _WEBP_KEPT
+            and name in earlier_names
+            or name in image_names
+            and earlier_names & image_names
+        ):
+            raise ValueError("the WebP file contains several images. Export a single image.")
+        earlier_names.add(name)
         if name == b"VP8X":
-            canvas = size = int.from_bytes(body[4:7], "little") + 1, int.from_bytes(body[7:10], "little") + 1
-            # of the flags, only alpha is kept
+            # 24 bits each for width - 1 and height - 1
+            canvas_size = size = (
+                int.from_bytes(body[4:7], "little") + 1,
+                int.from_bytes(body[7:10], "little") + 1,
+            )
+            # Of the flags in the first byte, only alpha is copied.
             body = bytes([body[0] & 0x10]) + bytes(3) + body[4:10]
         elif name == b"VP8L":
-            # lossless: 14 bits each for width - 1 and height - 1
+            # lossless compression: 14 bits each for width - 1 and height - 1
             bits = struct.unpack_from("<I", body, 1)[0]
             size = (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
         elif name == b"VP8 ":
-            # lossy: 14 bits each; the upper two bits are a scaling hint
+            # lossy compression: 14 bits each for width and height; the upper two bits are a scaling hint
             width, height = struct.unpack_from("<HH", body, 6)
             size = width & 0x3FFF, height & 0x3FFF
-        if name in (b"VP8 ", b"VP8L") and canvas not in (None, size):
-            raise ValueError("expected a WebP of one size, got one that states two")
+        if name in image_names and canvas_size not in (None, size):
+            raise ValueError("the WebP file states two different sizes. Export the image again.")
         if name in _WEBP_KEPT:
-            # chunks are padded to even lengths
+            # Chunks are padded to even lengths.
             pieces.append(struct.pack("<4sI", name, len(body)) + body + bytes(len(body) % 2))
-        at += 8 + length + length % 2
-    joined = b"".join(pieces)
-    return size, [struct.pack("<4sI4s", b"RIFF", 4 + len(joined), b"WEBP"), joined]
+        position += 8 + length + length % 2
+    chunks = b"".join(pieces)
+    # The length in the header counts all bytes after it, "WEBP" included.
+    return size, [struct.pack("<4sI4s", b"RIFF", 4 + len(chunks), b"WEBP"), chunks]

@@ -1,8 +1,10 @@
-"""OBJ files with their materials (MTL) and textures, which must lie in the same folder or below it.
+"""Reader of OBJ files with their materials (MTL files) and textures.
 
-Faces with any number of corners are triangulated. Smoothing groups are ignored, since normals contain the
-same information. The bytes of texture files are embedded unchanged apart from metadata. Without its MTL file
-a mesh is shown in grey.
+Materials and textures must lie in the folder of the OBJ file or below it. Faces with any number of corners
+are triangulated. Smoothing groups are ignored, since normals contain the same information. Textures are
+embedded without metadata, but otherwise unchanged. If an MTL file is missing, the mesh is shown in grey.
+
+Shapes: N lines of one kind, C corners of all faces.
 """
 
 import re
@@ -15,9 +17,10 @@ import numpy as np
 from eg3d_rlhf.geometry.files.model import Model, Picture, linear, scene_of, stripped, triangles
 from eg3d_rlhf.geometry.files.polygons import triangulated
 
-MAX_MTL = 4 << 20  # bytes
-MAX_TEXTURE = 128 << 20  # bytes
-MAX_MATERIALS = 1000
+MAX_MTL = 4 << 20  # largest size of an MTL file in bytes
+MAX_TEXTURE = 128 << 20  # largest size of a texture file in bytes
+MAX_MATERIALS = 1000  # largest number of materials in an MTL file
+# Line that names an MTL file.
 _LIBRARY = re.compile(rb"^[ \t]*mtllib[ \t]+([^\r\n]+)", re.MULTILINE)
 GREY = [0.4, 0.4, 0.4, 1.0]  # linear RGB, and alpha
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*:", re.IGNORECASE)  # a URL, or a path with a drive letter
@@ -25,20 +28,25 @@ _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*:", re.IGNORECASE)  # a URL, or a path 
 
 @dataclass
 class Material:
-    """The supported properties of a material."""
+    """Supported properties of a material in an MTL file."""
 
-    colour: tuple[float, ...] = (1.0, 1.0, 1.0)  # Kd, sRGB
-    opacity: float = 1.0  # d, 0..1
-    texture: Path | None = None  # map_Kd; takes the place of the colour
+    colour: tuple[float, ...] = (1.0, 1.0, 1.0)  # Kd, sRGB in 0..1
+    opacity: float = 1.0  # d, in 0..1
+    texture: Path | None = None  # map_Kd, which is used instead of the colour
 
 
 def companions(data: bytes | memoryview, path: Path) -> list[Path]:
-    """Return the existing files that an OBJ file needs, each once, in order.
+    """Return the existing MTL and texture files that an OBJ file needs, each file once, in order.
 
-    Raises: ValueError for a file that lies elsewhere, or a texture that is missing.
+    Args:
+        data: content of the OBJ file.
+        path: path of the OBJ file.
+
+    Raises: ValueError for a file outside the folder, and for a missing texture.
     """
     files: dict[Path, None] = {}
     for library in _libraries(data, path)[0]:
+        # a dictionary as an ordered set
         files[library] = None
         for material in _materials(as_text(library.read_bytes()), library).values():
             if material.texture is not None:
@@ -47,27 +55,36 @@ def companions(data: bytes | memoryview, path: Path) -> list[Path]:
 
 
 def missing_libraries(data: bytes | memoryview, path: Path) -> list[str]:
-    """Return the names of the material files that an OBJ file needs and that are missing."""
+    """Return the names of the MTL files that an OBJ file needs, but that do not exist.
+
+    Args:
+        data: content of the OBJ file.
+        path: path of the OBJ file.
+    """
     return _libraries(data, path)[1]
 
 
 def as_text(data: bytes | memoryview) -> str:
-    """Decode text in UTF-16, with or without a byte order mark, or in UTF-8."""
+    """Decode text in UTF-8 or UTF-16, with or without a byte order mark. Invalid bytes become U+FFFD."""
     head = bytes(data[:512])
-    name = utf16(head)
-    return bytes(data).decode(name or "utf-8-sig", "replace")
+    encoding = utf16(head)
+    # "utf-8-sig" also removes a byte order mark
+    return bytes(data).decode(encoding or "utf-8-sig", "replace")
 
 
 def utf16(head: bytes) -> str | None:
-    """Return the encoding of text in UTF-16 from its first bytes; None for other text.
+    """Return the name of the UTF-16 encoding of a text; None if the text is not in UTF-16.
 
-    Without a byte order mark it is recognised by the zero bytes of Latin letters.
+    Without a byte order mark, UTF-16 is recognised by the zero bytes of Latin letters.
+
+    Args:
+        head: first bytes of the text.
     """
     if head[:2] in (b"\xff\xfe", b"\xfe\xff"):
         return "utf-16"
     even = head[: len(head) // 2 * 2 : 2]
     odd = head[1::2]
-    # Two zero bytes in sequence do not occur in Latin text
+    # Two zero bytes in a row do not occur in Latin text.
     if len(head) < 8 or b"\0\0" in head:
         return None
     return (
@@ -80,25 +97,30 @@ def utf16(head: bytes) -> str | None:
 
 
 def read_obj(data: bytes | memoryview, path: Path, geometry_only: bool = False) -> Model:
-    """Read a mesh, with one primitive per material.
+    """Read the mesh of an OBJ file, with one primitive for each material.
 
     Args:
-        path: of the file; materials and textures are searched relative to it.
-        geometry_only: open neither materials nor textures. Vertices and faces are the same, in the same
-            order.
-    Raises: ValueError.
+        data: content of the file.
+        path: path of the file; materials and textures are searched relative to its folder.
+        geometry_only: True to open neither materials nor textures. Vertices and faces are the same in both
+            cases, and in the same order.
+
+    Raises: ValueError for a damaged file, and for materials or textures that are missing or not allowed.
     """
-    libraries, missing = ([], []) if geometry_only else _libraries(data, path)
+    libraries, missing_names = ([], []) if geometry_only else _libraries(data, path)
     if len(libraries) > 1:
-        raise ValueError(f"expected one mtllib, got {len(libraries)}; join the material files into one")
+        raise ValueError(
+            f"the OBJ file names {len(libraries)} material files (mtllib). Join them into one file."
+        )
     materials = _materials(as_text(libraries[0].read_bytes()), libraries[0]) if libraries else {}
-    parts = _Lines(as_text(data)).parts()
-    used = [name for name in materials if any(name == part[0] for part in parts)]
-    numbers = {name: i for i, name in enumerate(used)}
-    records, images = _records([materials[name] for name in used])
-    # A material file is missing: all parts get the same grey material.
-    if missing:
-        numbers = dict.fromkeys([part[0] for part in parts], 0)
+    named_parts = _Lines(as_text(data)).parts()
+    # Materials that no face uses are dropped, with their textures.
+    used_names = [name for name in materials if any(name == named_part[0] for named_part in named_parts)]
+    material_indices = {name: i for i, name in enumerate(used_names)}
+    records, images = _records([materials[name] for name in used_names])
+    # If the material file is missing, all parts get the same grey material.
+    if missing_names:
+        material_indices = dict.fromkeys([named_part[0] for named_part in named_parts], 0)
         records = [
             {
                 "pbrMetallicRoughness": {"metallicFactor": 0, "roughnessFactor": 1, "baseColorFactor": GREY},
@@ -106,31 +128,38 @@ def read_obj(data: bytes | memoryview, path: Path, geometry_only: bool = False) 
             }
         ]
     return scene_of(
-        [triangles(**arrays, material=numbers.get(name)) for name, arrays in parts], records, images
+        [triangles(**arrays, material=material_indices.get(name)) for name, arrays in named_parts],
+        records,
+        images,
     )
 
 
 class _Lines:
-    """The parsed lines of an OBJ file: numbers of points, texture coordinates and normals, and corners of
-    faces.
+    """Lines of an OBJ file by kind: v (points), vt (texture coordinates), vn (normals) and f (faces).
+
+    Args:
+        text: content of the file.
+
+    Raises: ValueError if there is no face.
     """
 
     def __init__(self, text: str):
-        # v, vt, vn: words of all lines of this kind, each a number; f: words of all faces, each a corner
+        # Words of all lines of a kind. A word of v, vt and vn is a number; a word of f is a corner, as 1/2/3.
         self.words: dict[str, list[str]] = {"v": [], "vt": [], "vn": [], "f": []}
         self.widths: dict[str, list[int]] = {kind: [] for kind in self.words}  # number of words of each line
         self.lines: list[int] = []  # line number of each face
         self.names: list[str] = []  # material of each face
         material = ""
-        # A backslash at the end of a line continues it.
-        for number, line in enumerate(text.replace("\\\r\n", " ").replace("\\\n", " ").splitlines(), 1):
-            kind, *words = (line.split("#", 1)[0] if "#" in line else line).split() or [""]
+        # A backslash at the end of a line continues the line. Line numbers count from 1.
+        for number, text_line in enumerate(text.replace("\\\r\n", " ").replace("\\\n", " ").splitlines(), 1):
+            # text after # is a comment; an empty line has the kind ""
+            kind, *words = (text_line.split("#", 1)[0] if "#" in text_line else text_line).split() or [""]
             if kind == "f":
                 if len(words) < 3:
-                    # faces with fewer than three corners are dropped
+                    # Faces with fewer than three corners are dropped.
                     continue
-                # A negative index counts back from the points read so far, so it is resolved here.
-                if "-" in line:
+                # A negative index counts back from the points above its line, so it is resolved here.
+                if "-" in text_line:
                     words = [self._resolved(word, number) for word in words]
                 self.lines.append(number)
                 self.names.append(material)
@@ -140,123 +169,181 @@ class _Lines:
                 self.words[kind] += words
                 self.widths[kind].append(len(words))
         if not self.lines:
-            raise ValueError("expected triangles in the OBJ file, got none")
+            raise ValueError("the OBJ file has no triangles. Export a mesh that has faces.")
 
-    def _resolved(self, word: str, line: int) -> str:
-        """Return a corner with its negative indices replaced by positive ones, which count from 1.
+    def _resolved(self, word: str, line_number: int) -> str:
+        """Replace the negative indices of a corner by positive indices, which count from 1.
 
-        A negative index counts back from the last point above the line of the face.
+        Args:
+            word: corner, such as "-1/-1/-1"; -1 is the last point above the line of the face.
+            line_number: number of the line, for the error message.
+
+        Raises: ValueError if there are not so many points above the line.
         """
-        parts = word.split("/")
-        for i, (part, kind) in enumerate(zip(parts, self.widths, strict=False)):
-            if part.startswith("-") and part[1:].isdecimal():
-                parts[i] = str(len(self.widths[kind]) + int(part) + 1)
-                if int(parts[i]) < 1:
+        indices = word.split("/")
+        # The keys of `widths`, v, vt and vn, are in the order of a corner's indices.
+        for i, (index_text, kind) in enumerate(zip(indices, self.widths, strict=False)):
+            if index_text.startswith("-") and index_text[1:].isdecimal():
+                # -1 becomes the number of points so far, the last index that counts from 1.
+                indices[i] = str(len(self.widths[kind]) + int(index_text) + 1)
+                if int(indices[i]) < 1:
                     raise ValueError(
-                        f"expected indices of the {len(self.widths['v'])} vertices above, got {word[:40]!r}"
-                        f" in line {line}"
+                        # shortened, because a word of an untrusted file may be very long
+                        f"the index {word[:40]!r} in line {line_number} counts back beyond the first of the"
+                        f" {len(self.widths['v'])} vertices above it. Export the mesh again."
                     )
-        return "/".join(parts)
+        return "/".join(indices)
 
     def corners(self) -> np.ndarray:
-        """Return indices [C, 3] of v, vt and vn, which count from 0; -1 for none."""
+        """Return the corners of all faces as indices [C, 3] of points, texture coordinates and normals.
+
+        Indices count from 0. A missing index is -1.
+
+        Raises: ValueError for a word that is no corner.
+        """
         words = self.words["f"]
         slashes = {word.count("/") for word in words}
-        # Corners of different forms (1, 1/2, 1//3) are padded with 0 to one form; 0 means none.
+        # Corners may have different forms: 1, 1/2, 1//3 or 1/2/3. They are padded with 0, which stands for a
+        # missing index, to the form 1/2/3.
         if len(slashes) > 1 or "//" in (text := " ".join(words)) or "/ " in text or text.endswith("/"):
-            split = [[*(part or "0" for part in word.split("/")), "0", "0"] for word in words]
-            words = ["/".join(parts[: max(3, len(parts) - 2)]) for parts in split]
+            padded_words = [
+                [*(index_text or "0" for index_text in word.split("/")), "0", "0"] for word in words
+            ]
+            # Two zeros were added to every corner; they are removed again as far as three indices remain.
+            words = [
+                "/".join(indices_as_text[: max(3, len(indices_as_text) - 2)])
+                for indices_as_text in padded_words
+            ]
             slashes = {word.count("/") for word in words}
             text = " ".join(words)
         width = slashes.pop() + 1
-        # all corners at once: parsing them one by one is slow
+        # All corners are parsed at once, because parsing them one by one is slow.
         numbers = _numbers(text.replace("/", " "), np.int64)
         if (
             slashes  # still several forms
             or width > 3
             or len(numbers) != width * len(words)
             or (numbers < 0).any()
+            # the first index of a corner must not be 0
             or not numbers[::width].all()
         ):
-            # An error names the first corner that is malformed, and its line.
-            right = re.compile(r"0*[1-9]\d*(/\d*){0,2}")
-            wrong = next((i for i, word in enumerate(self.words["f"]) if not right.fullmatch(word)), 0)
-            line = self.lines[int(np.searchsorted(np.cumsum(self.widths["f"]), wrong, side="right"))]
+            # The error names the first malformed corner and its line.
+            valid_corner = re.compile(r"0*[1-9]\d*(/\d*){0,2}")
+            wrong_index = next(
+                (i for i, word in enumerate(self.words["f"]) if not valid_corner.fullmatch(word)), 0
+            )
+            line_number = self.lines[
+                int(np.searchsorted(np.cumsum(self.widths["f"]), wrong_index, side="right"))
+            ]
             raise ValueError(
-                f"expected corners such as 1 or 1/1/1 in line {line}, got {self.words['f'][wrong][:40]!r}"
+                f"{self.words['f'][wrong_index][:40]!r} in line {line_number} is no corner of a face. Write"
+                " corners such as 1 or 1/1/1, which count from 1."
             )
         indices = np.full((len(words), 3), -1)
         indices[:, :width] = numbers.reshape(-1, width) - 1
         return indices
 
     def _table(self, kind: str, least: int, most: int) -> np.ndarray:
-        """Return the numbers of one kind of lines, [N, least..most] float64: the columns that all lines have.
+        """Return the numbers of all lines of one kind as a table [N, columns] float64.
 
-        Raises: ValueError for lines with fewer than `least` numbers, or with other words.
+        The table has as many columns as the shortest line has numbers, but at most `most`.
+
+        Args:
+            kind: v, vt or vn.
+            least: smallest allowed number of numbers in a line.
+            most: largest number of columns.
+
+        Raises: ValueError for a line with fewer than `least` numbers, and for words that are no numbers.
         """
         widths = np.array(self.widths[kind], dtype=np.int64)
         numbers = _numbers(" ".join(self.words[kind]), np.float64)
         if len(widths) and (widths.min() < least or len(numbers) != widths.sum()):
-            raise ValueError(f"expected at least {least} numbers after each {kind}, got fewer or other words")
+            raise ValueError(
+                f"a line that begins with {kind} has fewer than {least} numbers, or words that are no"
+                " numbers. Export the mesh again."
+            )
+        # `initial` is the width of a table without lines
         width = min(int(widths.min(initial=most)), most)
         # [N, width]: position of each line's first number, plus the column
         return numbers[(np.cumsum(widths) - widths)[:, None] + np.arange(width)]
 
     def parts(self) -> list[tuple[str, dict]]:
-        """Return the name and the arrays (arguments of `triangles`) of each material's part.
+        """Return the part of the mesh of each material: the material's name, and arguments of `triangles`.
 
-        A vertex is duplicated at seams of texture coordinates or normals.
+        A point with several texture coordinates or normals becomes several vertices.
+
+        Raises: ValueError for indices beyond the number of points.
         """
-        # x, y, z; and r, g, b, a if all lines have them
+        # x, y, z, and the colour r, g, b, a if all lines have it
         points = self._table("v", 3, 7)
         uv = self._table("vt", 1, 2)
         normals = self._table("vn", 3, 3)
         corners = self.corners()
+        # An index must be below the number of lines of its kind.
         sizes = np.array([len(points), len(uv), len(normals)])
-        wrong = corners >= sizes
-        if wrong[:, 0].any():
-            raise ValueError(f"expected indices of the {len(points)} vertices, got {corners[:, 0].max() + 1}")
-        # Texture coordinates and normals are used only if every corner has a valid index.
-        usable = [
+        is_beyond = corners >= sizes
+        if is_beyond[:, 0].any():
+            raise ValueError(
+                f"a face has the index {corners[:, 0].max() + 1}, but there are only {len(points)} vertices."
+                " Export the mesh again."
+            )
+        # Columns of `corners` that are used: texture coordinates (1) and normals (2) only if every corner has
+        # a valid index.
+        usable_columns = [
             i
             for i, values in ((1, uv), (2, normals))
-            if len(values) and not (wrong[:, i] | (corners[:, i] < 0)).any()
+            if len(values) and not (is_beyond[:, i] | (corners[:, i] < 0)).any()
         ]
-        cut, face = triangulated(points[:, :3], corners[:, 0], np.array(self.widths["f"]))
-        names = {name: i for i, name in enumerate(dict.fromkeys(self.names))}
-        material = np.array([names[name] for name in self.names])[face]
-        # One integer key for each combination of position, texture coordinates and normal.
+        triangle_corners, face_indices = triangulated(
+            points[:, :3], corners[:, 0], np.array(self.widths["f"])
+        )
+        material_indices = {name: i for i, name in enumerate(dict.fromkeys(self.names))}
+        # [triangles] index of the material of each triangle
+        material = np.array([material_indices[name] for name in self.names])[face_indices]
+        # One integer key for each combination of point, texture coordinates and normal.
         vertex_key = corners[:, 0]
-        for i in usable:
+        for i in usable_columns:
             vertex_key = vertex_key * sizes[i] + corners[:, i]
         result = []
-        for name, number in names.items():
-            corner_indices = cut[material == number]
+        for name, material_index in material_indices.items():
+            corner_indices = triangle_corners[material == material_index]
+            # a material whose faces have too few corners to form triangles
             if not len(corner_indices):
                 continue
-            _, first_use, faces = np.unique(
+            # A distinct key is one vertex. `first_uses` is a corner of each vertex, `faces` the vertex of
+            # each corner.
+            _, first_uses, faces = np.unique(
                 vertex_key[corner_indices.reshape(-1)], return_index=True, return_inverse=True
             )
-            vertex_corners = corners[corner_indices.reshape(-1)[first_use]]
+            vertex_corners = corners[corner_indices.reshape(-1)[first_uses]]
             arrays: dict = {"positions": points[vertex_corners[:, 0], :3], "faces": faces.reshape(-1, 3)}
+            # x, y, z, r, g, b
             if points.shape[1] >= 6:
-                # vertex colours, a common extension of OBJ
+                # Colours of vertices are a common extension of the format.
                 arrays["colours"] = np.rint(points[vertex_corners[:, 0], 3:].clip(0, 1) * 255)
-            # v increases upwards in OBJ and downwards in glTF.
-            if 1 in usable and uv.shape[1] == 2:
+            # The texture coordinate v increases upwards in OBJ, and downwards in glTF.
+            if 1 in usable_columns and uv.shape[1] == 2:
                 arrays["uv"] = np.stack(
                     [uv[vertex_corners[:, 1], 0], 1 - uv[vertex_corners[:, 1], 1]], axis=1
                 )
-            if 2 in usable:
+            if 2 in usable_columns:
                 arrays["normals"] = normals[vertex_corners[:, 2]]
             result.append((name, arrays))
         return result
 
 
 def _numbers(text: str, kind: type) -> np.ndarray:
-    """Parse numbers separated by spaces. The result is empty if a word is no number."""
+    """Parse numbers that are separated by spaces.
+
+    Args:
+        text: numbers.
+        kind: numpy type of the numbers.
+
+    Returns: array of the numbers. It is shorter than the number of words, or empty, if a word is no number.
+    """
     with warnings.catch_warnings():
-        # np.fromstring stops at a word that is no number: older versions of numpy warn, newer ones raise.
+        # np.fromstring stops at a word that is no number: older versions of numpy warn, newer versions raise
+        # an error. The warning is turned into an error.
         warnings.simplefilter("error", DeprecationWarning)
         try:
             return np.fromstring(text, dtype=kind, sep=" ") if text else np.zeros(0, kind)
@@ -265,31 +352,38 @@ def _numbers(text: str, kind: type) -> np.ndarray:
 
 
 def _records(materials: list[Material]) -> tuple[list[dict], list[Picture]]:
-    """Return glTF's records of materials, and the images of their textures, each once."""
-    places: dict[Path, int] = {}
+    """Return the glTF records of materials, and the images of their textures, each image once."""
+    # file of a texture -> index of its image
+    image_indices: dict[Path, int] = {}
     images: list[Picture] = []
     records = []
     for material in materials:
+        # MTL has no metallic materials; roughness 1 gives a matt surface.
         surface: dict = {"metallicFactor": 0, "roughnessFactor": 1}
         if material.texture is None:
             surface["baseColorFactor"] = [*linear(np.array(material.colour)).tolist(), material.opacity]
         else:
-            if material.texture not in places:
-                places[material.texture] = len(images)
+            if material.texture not in image_indices:
+                image_indices[material.texture] = len(images)
                 images.append(stripped(material.texture.read_bytes())[0])
-            surface["baseColorTexture"] = {"index": places[material.texture]}
-        # a texture contains its own transparency
+            surface["baseColorTexture"] = {"index": image_indices[material.texture]}
+        # A texture contains its transparency itself.
         blend = {"alphaMode": "BLEND"} if material.opacity < 1 and material.texture is None else {}
+        # Faces of OBJ files are visible from both sides.
         records.append({"pbrMetallicRoughness": surface, "doubleSided": True, **blend})
     return records, images
 
 
 def _libraries(data: bytes | memoryview, path: Path) -> tuple[list[Path], list[str]]:
-    """Return the existing material files, and the names of those that are missing.
+    """Return the existing MTL files that an OBJ file names, and the names of the missing files.
 
-    Raises: ValueError for a file outside of the folder.
+    Args:
+        data: content of the OBJ file.
+        path: path of the OBJ file.
+
+    Raises: ValueError for a file outside the folder.
     """
-    # the pattern below works on bytes of UTF-8
+    # The pattern _LIBRARY searches bytes, so UTF-16 is converted to UTF-8 first.
     if utf16(bytes(data[:512])) is not None:
         data = as_text(data).encode()
     names = dict.fromkeys(
@@ -302,19 +396,31 @@ def _libraries(data: bytes | memoryview, path: Path) -> tuple[list[Path], list[s
 
 
 def _materials(text: str, path: Path) -> dict[str, Material]:
-    """Parse a material file. Raises: ValueError."""
+    """Parse the content of an MTL file.
+
+    Args:
+        text: content of the file.
+        path: path of the file.
+
+    Returns: materials by name.
+
+    Raises: ValueError for a malformed line, for too many materials, and for textures that are not allowed.
+    """
+    # by name, in the order of the file
     materials: dict[str, Material] = {}
     current = Material()
-    for line in text.splitlines():
-        words = line.split(maxsplit=1)
+    for text_line in text.splitlines():
+        words = text_line.split(maxsplit=1)
+        # empty lines, lines without a value, and comments
         if len(words) < 2 or words[0].startswith("#"):
             continue
         key = words[0].lower()
         value = words[1].strip()
         if key == "newmtl":
+            # Later lines change this material, until the next newmtl.
             current = materials[" ".join(value.split())] = Material()
             if len(materials) > MAX_MATERIALS:
-                raise ValueError(f"expected up to {MAX_MATERIALS} materials in {path.name}, got more")
+                raise ValueError(f"{path.name} has more than {MAX_MATERIALS} materials. Reduce their number.")
         elif key in ("kd", "d"):
             try:
                 numbers = tuple(
@@ -322,34 +428,58 @@ def _materials(text: str, path: Path) -> dict[str, Material]:
                 )
             except ValueError:
                 raise ValueError(
-                    f"expected numbers after {words[0]} in {path.name}, got {value[:40]!r}"
+                    f"{value[:40]!r} after {words[0]} in {path.name} is not a number. Write numbers in 0..1."
                 ) from None
             if key == "d":
                 current.opacity = numbers[0]
+            # Kd with fewer numbers, a spectral or incomplete colour, is ignored
             elif len(numbers) == 3:
                 current.colour = numbers
         elif key.startswith(("map_", "bump", "disp", "decal", "norm", "refl")):
+            # all texture files are checked, though only map_Kd is opened
             _check_name(path, value)
             if key == "map_kd":
                 if value.startswith("-"):
-                    raise ValueError(f"expected map_Kd in {path.name} without options, got {value[:40]!r}")
+                    raise ValueError(
+                        f"map_Kd in {path.name} has options, which are not supported: {value[:40]!r}. Remove"
+                        " the options."
+                    )
                 current.texture = _companion(path, value, MAX_TEXTURE)
     return materials
 
 
 def _check_name(path: Path, name: str) -> None:
-    """Raise ValueError for the name of a file that is an address, an absolute path, or leads to a parent."""
-    last = name.split()[-1]
-    if _ADDRESS.match(last) or last.startswith(("/", "\\")) or ".." in Path(last.replace("\\", "/")).parts:
+    """Raise ValueError if the name of a file is a URL or an absolute path, or leads to a parent folder.
+
+    Args:
+        path: OBJ or MTL file that contains the name.
+        name: name of the file; options may stand before it.
+    """
+    # Options such as "-s 2 2 2" may stand before the name.
+    file_name = name.split()[-1]
+    # Paths with backslashes come from Windows.
+    if (
+        _ADDRESS.match(file_name)
+        or file_name.startswith(("/", "\\"))
+        or ".." in Path(file_name.replace("\\", "/")).parts
+    ):
         raise ValueError(
-            f"expected only files in the folder of {path.name} or below, got {name[:80]!r} in it"
+            # shortened, because a name in an untrusted file may be very long
+            f"{path.name} names the file {name[:80]!r}, but only files in its folder or below it are allowed."
+            " Move the file there."
         )
 
 
 def _companion(path: Path, name: str, limit: int, optional: bool = False) -> Path | None:
-    """Return the path of a file that `path` names; None if it is optional and missing.
+    """Return the path of a file that an OBJ or MTL file names.
 
-    Raises: ValueError for a file outside of the folder, a missing one, or one larger than `limit` bytes.
+    Args:
+        path: OBJ or MTL file that contains the name.
+        name: name of the file.
+        limit: largest allowed size in bytes.
+        optional: True if the file may be missing; then the result is None.
+
+    Raises: ValueError for a file outside the folder, for a missing file, and for a file that is too large.
     """
     _check_name(path, name)
     file = path.parent / name.replace("\\", "/").strip('"')
@@ -357,13 +487,18 @@ def _companion(path: Path, name: str, limit: int, optional: bool = False) -> Pat
     # A symbolic link may lead out of the folder although its name does not.
     if not file.resolve().is_relative_to(folder):
         raise ValueError(
-            f"expected only files in the folder of {path.name} or below, got {name[:80]!r} in it, a link to"
-            " another place"
+            f"{path.name} names the file {name[:80]!r}, which is a link to a file outside its folder. Replace"
+            " the link by the file."
         )
     if not file.is_file():
         if optional:
             return None
-        raise ValueError(f"expected {name[:80]!r}, which {path.name} names, got no such file")
+        raise ValueError(
+            f"{path.name} names the file {name[:80]!r}, which does not exist. Put it into the folder of"
+            f" {path.name}."
+        )
     if file.stat().st_size > limit:
-        raise ValueError(f"expected {name[:80]!r} of up to {limit >> 20} MB, got a larger one")
+        raise ValueError(
+            f"the file {name[:80]!r} has more than {limit >> 20} MB, which is the limit. Reduce its size."
+        )
     return file.resolve()

@@ -1,11 +1,12 @@
-"""PLY files of meshes and of Gaussian splats.
+"""Reader of PLY files of meshes and of Gaussian splats.
 
-The claims of a header are compared with the size of the file before any data is read. Faces of a mesh may
-have any number of corners.
+The sizes that a header states are compared with the size of the file before any data is read. Faces of a mesh
+may have any number of corners.
 
-Splats are read from the usual file of 3D Gaussian splatting (Kerbl et al. 2023): x, y, z, f_dc_0..2,
-f_rest_*, opacity (a logit), scale_0..2 (logarithms) and rot_0..3 (w, x, y, z). They are sent to the browser
-as GSP1, little-endian:
+Splats are read from the usual file of 3D Gaussian splatting (Kerbl et al. 2023). Its properties are x, y, z;
+f_dc_0..2 and f_rest_* (coefficients of spherical harmonics); opacity (a logit); scale_0..2 (logarithms); and
+rot_0..3 (quaternion w, x, y, z). Splats are sent to the browser in a format of this project, GSP1, in
+little-endian byte order:
 
 | bytes                       | content                                                |
 | --------------------------- | ------------------------------------------------------ |
@@ -31,11 +32,11 @@ from eg3d_rlhf.geometry.files.model import Model, scene_of, triangles
 from eg3d_rlhf.geometry.files.polygons import triangulated
 
 MAGIC = b"GSP1"
-HEADER = struct.Struct("<4sII3f3f")
-MAX_HEADER = 64 << 10  # bytes
-MAX_SPLATS = 4_000_000
-MAX_FACES = 20_000_000
-_MOST = 2**40  # largest count of elements that is accepted at all; keeps the arithmetic of sizes small
+HEADER = struct.Struct("<4sII3f3f")  # header of GSP1, the first three rows of the table
+MAX_HEADER = 64 << 10  # largest number of bytes of the header
+MAX_SPLATS = 4_000_000  # largest number of Gaussians
+MAX_FACES = 20_000_000  # largest number of faces of a mesh
+_MOST = 2**40  # larger numbers of elements are rejected without computing with them
 _TYPES = {
     "char": "i1",
     "int8": "i1",
@@ -54,7 +55,7 @@ _TYPES = {
     "double": "f8",
     "float64": "f8",
 }
-# byte order of numpy; '' is text
+# Format in the header -> byte order of numpy; '' stands for text.
 _ORDERS = {"binary_little_endian": "<", "binary_big_endian": ">", "ascii": ""}
 _SPLAT = (
     "x",
@@ -72,22 +73,23 @@ _SPLAT = (
     "rot_2",
     "rot_3",
 )
-# degree of the spherical harmonics by the number of f_rest_*, three channels
+# Number of properties f_rest_* -> degree d of the spherical harmonics. Each of the three colour channels has
+# (d + 1)^2 coefficients, of which one is f_dc_*.
 _DEGREES = {3 * ((d + 1) ** 2 - 1): d for d in range(4)}
 
 
 @dataclass(frozen=True)
 class Element:
-    """An element of a header, such as vertex or face."""
+    """An element of a PLY header: a table with named columns, such as vertex or face."""
 
-    name: str
+    name: str  # such as "vertex"
     count: int  # number of rows
     properties: dict[str, str]  # numpy type of each property; of a list, the type of its length
     lists: dict[str, str]  # numpy type of the items of each list property
 
     @property
     def row(self) -> int:
-        """Return the bytes of a row, lists as if they were empty."""
+        """Number of bytes of a row, if all its lists are empty."""
         return sum(np.dtype(kind).itemsize for kind in self.properties.values())
 
 
@@ -95,13 +97,13 @@ class Element:
 class Header:
     """The header of a PLY file."""
 
-    order: str  # byte order of numpy; '' is text
-    elements: list[Element]
-    length: int  # bytes of the header
+    order: str  # byte order of numpy; '' stands for text
+    elements: list[Element]  # in the order of the file
+    length: int  # number of bytes of the header
 
     @property
     def splats(self) -> bool:
-        """Return True if the vertices are Gaussian splats."""
+        """True if the vertices are Gaussian splats."""
         return any(
             element.name == "vertex" and {"f_dc_0", "opacity", "scale_0", "rot_0"} <= set(element.properties)
             for element in self.elements
@@ -109,23 +111,27 @@ class Header:
 
 
 def read_header(data: memoryview) -> Header:
-    """Read the header of a PLY file, and check its claims against the size of the file.
+    """Read the header of a PLY file, and compare the sizes that it states with the size of the file.
 
-    Raises: ValueError for a damaged header, or for claims that exceed the size of the file.
+    Raises: ValueError for a damaged header, and for sizes that exceed the size of the file.
     """
+    # A header that is longer is rejected like a damaged one.
     head = bytes(data[:MAX_HEADER])
-    end = head.find(b"end_header")
-    stop = head.find(b"\n", end)
-    if not head.startswith(b"ply") or end < 0 or stop < 0:
-        raise ValueError("expected a PLY file with a complete header, got another or a damaged file")
+    keyword_position = head.find(b"end_header")
+    stop = head.find(b"\n", keyword_position)
+    if not head.startswith(b"ply") or keyword_position < 0 or stop < 0:
+        raise ValueError(
+            "the file has no complete PLY header: it is damaged or of another format. Export it again."
+        )
     order = None
     elements: list[tuple[str, int, dict[str, str], dict[str, str]]] = []
     try:
-        for line in head[:end].decode("ascii", "replace").splitlines():
-            words = line.split()
+        for header_line in head[:keyword_position].decode("ascii", "replace").splitlines():
+            words = header_line.split()
             if words[:1] == ["format"]:
                 order = _ORDERS[words[1]]
             elif words[:1] == ["element"]:
+                # properties follow in the next lines
                 elements.append((words[1], int(words[2]), {}, {}))
             elif words[:1] == ["property"]:
                 _, _, properties, lists = elements[-1]
@@ -134,35 +140,45 @@ def read_header(data: memoryview) -> Header:
                 if words[1] == "list":
                     lists[words[-1]] = _TYPES[words[3]]
     except (KeyError, IndexError, ValueError):
-        raise ValueError("expected a PLY header, got a damaged one") from None
+        raise ValueError("the PLY header is damaged. Export the file again.") from None
     if order is None:
-        raise ValueError("expected a PLY header with a format line, got none")
+        raise ValueError("the PLY header has no line `format`. Export the file again.")
     header = Header(order, [Element(*element) for element in elements], stop + 1)
-    rest = len(data) - header.length
+    # number of bytes that are left for the elements
+    remaining_bytes = len(data) - header.length
     for element in header.elements:
-        # In text a number takes at least two bytes: a digit and a space.
-        rest -= min(element.count, _MOST) * (element.row if order else 2 * len(element.properties))
-        # The last line of text may lack its line break, hence -1.
-        if not 0 <= element.count <= _MOST or rest < (0 if order else -1):
-            claimed = f"{str(element.count)[:20]} of {element.name!r:.40}"
+        # In a text file, a number takes at least two bytes: a digit and a space.
+        remaining_bytes -= min(element.count, _MOST) * (element.row if order else 2 * len(element.properties))
+        # The last line of a text file may have no line break at its end, hence -1.
+        if not 0 <= element.count <= _MOST or remaining_bytes < (0 if order else -1):
+            # shortened, because an untrusted file may contain very long texts
+            stated_size = f"{str(element.count)[:20]} elements {element.name!r:.40}"
             raise ValueError(
-                f"expected a PLY file as large as its header claims, got {claimed} in {len(data):,} bytes"
+                f"the PLY header states {stated_size}, which do not fit into the {len(data):,} bytes of the"
+                " file. Export it again."
             )
     return header
 
 
 def check_mesh(header: Header) -> None:
-    """Raise ValueError unless the file contains a mesh of acceptable size."""
+    """Raise ValueError unless the header describes a mesh with faces, and with at most MAX_FACES faces."""
     counts = {element.name: element.count for element in header.elements}
+    # missing elements, or elements without rows
     if not counts.get("vertex") or not counts.get("face"):
-        raise ValueError("expected a mesh or Gaussian splats, got points without faces")
+        raise ValueError(
+            "the PLY file contains points without faces. Export a mesh with faces, or Gaussian splats."
+        )
     if counts["face"] > MAX_FACES:
-        raise ValueError(f"expected up to {MAX_FACES:,} faces, got {counts['face']:,}")
+        raise ValueError(
+            f"the mesh has {counts['face']:,} faces, but at most {MAX_FACES:,} are allowed. Simplify the"
+            " mesh, or reduce its resolution."
+        )
 
 
 def read_mesh(data: bytes | memoryview) -> Model:
-    """Read a mesh with colours and normals of its vertices, or with colours of its faces. Raises:
-    ValueError.
+    """Read a mesh from a PLY file, with colours and normals of its vertices, or with colours of its faces.
+
+    Raises: ValueError for a damaged file, and for a file without triangles.
     """
     header = read_header(memoryview(data))
     check_mesh(header)
@@ -173,14 +189,18 @@ def read_mesh(data: bytes | memoryview) -> Model:
     index_property = next((name for name in ("vertex_indices", "vertex_index") if name in faces), None)
     if index_property is None:
         raise ValueError(
-            "expected a property vertex_indices of the faces in the PLY file, got"
-            f" {', '.join(faces)[:80] or 'none'}"
+            "the faces in the PLY file have no property vertex_indices, only"
+            f" {', '.join(faces)[:80] or 'no properties'}. Export the mesh again."
         )
     counts, corners = faces[index_property]
     corners = corners.astype(np.int64)
     if not len(corners) or corners.min() < 0 or corners.max() >= len(positions):
-        got = f"{corners.min()}..{corners.max()}" if len(corners) else "none"
-        raise ValueError(f"expected indices of the {len(positions)} vertices, got {got}")
+        range_text = f"are {corners.min()}..{corners.max()}" if len(corners) else "are missing"
+        raise ValueError(
+            f"the indices of the faces {range_text}, but must be 0..{len(positions) - 1}, since the mesh has"
+            f" {len(positions)} vertices. Export the mesh again."
+        )
+    # Faces with more than three corners are cut into triangles.
     corner_of_triangle, face_of_triangle = triangulated(positions, corners, counts)
     triangle = corners[corner_of_triangle]
     colours = _colours(vertices)
@@ -188,39 +208,44 @@ def read_mesh(data: bytes | memoryview) -> Model:
     face_colours = _colours(faces)
     if all(name in vertices for name in ("nx", "ny", "nz")):
         normals = np.stack([_column(vertices, name) for name in ("nx", "ny", "nz")], axis=1)
+    # Colours of vertices take precedence over colours of faces.
     if face_colours is not None and colours is None:
-        # Vertices are not shared between faces of different colours: each triangle gets its own three.
+        # Faces of different colours must not share vertices, so each triangle gets three vertices of its own.
         positions = positions[triangle.reshape(-1)]
         colours = np.repeat(face_colours[face_of_triangle], 3, axis=0)
-        # With its own vertices, each triangle is shaded flat
+        # Normals of shared vertices do not apply any more; without normals, each triangle is shaded flat.
         normals = None
         triangle = np.arange(len(positions)).reshape(-1, 3)
     return scene_of([triangles(positions, triangle, colours=colours, normals=normals)])
 
 
-# property -> values [N]; of a list property, the lengths [N] and all items
+# Name of a property -> its values [N]; for a list property, the lengths [N] of the lists and all their items.
 Table = dict[str, "np.ndarray | tuple[np.ndarray, np.ndarray]"]
 
 
 def _column(table: Table, name: str) -> np.ndarray:
-    """Return a property that is no list. Raises: ValueError if the file has no such property."""
+    """Return the values [N] of a property. Raises: ValueError if it is missing or a list property."""
     if not isinstance(table.get(name), np.ndarray):
-        raise ValueError(f"expected {name} of each vertex in the PLY file, got none")
+        raise ValueError(f"the vertices in the PLY file have no property {name}. Export the mesh again.")
     return np.asarray(table[name])
 
 
 def _colours(table: Table) -> np.ndarray | None:
-    """Return colours [N, 3 or 4] as whole numbers 0..255; None without colours. Floats in the file are
-    0..1.
+    """Return the colours [N, 3 or 4] of a table as integral numbers in 0..255, or None if it has no colours.
+
+    Colours that the file stores as floats are in 0..1.
     """
+    # alpha is optional
     names = [name for name in ("red", "green", "blue", "alpha") if isinstance(table.get(name), np.ndarray)]
     if names[:3] != ["red", "green", "blue"]:
         return None
     columns = np.stack([np.asarray(table[name]) for name in names], axis=1)
     if columns.dtype.kind == "f":
+        # NaN becomes 0
         return np.rint(np.nan_to_num(columns).clip(0, 1) * 255)
+    # 255, 32767, 65535 or the largest number of 32 bits
     largest = np.iinfo(columns.dtype).max
-    # 16-bit colours are scaled; 8-bit ones, and wider types that hold 0..255, are not.
+    # Colours of 16 bits are scaled. Colours of 8 bits, and of 32 bits, which hold 0..255, are not scaled.
     return (
         np.rint(columns.clip(0, largest) / largest * 255)
         if largest in (32767, 65535)
@@ -229,96 +254,125 @@ def _colours(table: Table) -> np.ndarray | None:
 
 
 def _tables(data: memoryview, header: Header) -> dict[str, Table]:
-    """Read all elements of a PLY file.
+    """Read all elements of a PLY file, by name.
 
-    Raises: ValueError for a file that ends early, or whose text is not numbers.
+    Raises: ValueError for a file that ends too early, or whose text is not numbers.
     """
-    at = header.length
+    position = header.length
     tables = dict[str, Table]()
-    words = None if header.order else bytes(data[at:]).split()
-    # a position in the list of words, or in the bytes
-    at = at if header.order else 0
+    # text files are split into words at once
+    words = None if header.order else bytes(data[position:]).split()
+    # index of the next word in a text file, else position of the next byte
+    position = position if header.order else 0
     for element in header.elements:
         try:
-            table, at = (
-                _read_text(words, at, element)
+            table, position = (
+                _read_text(words, position, element)
                 if words is not None
-                else _read_binary(data, at, element, header.order)
+                else _read_binary(data, position, element, header.order)
             )
         except (struct.error, IndexError, ValueError, OverflowError):
             raise ValueError(
-                f"expected {element.count:,} of {element.name!r:.40} in the PLY file, got fewer or damaged"
-                " ones"
+                f"the PLY file is damaged: it must contain {element.count:,} elements {element.name!r:.40}."
+                " Export it again."
             ) from None
+        # If an element occurs twice, its first occurrence counts.
         tables.setdefault(element.name, table)
     return tables
 
 
-def _read_text(words: list[bytes], at: int, element: Element) -> tuple[Table, int]:
-    """Read an element from words of text. Return the table and the position after it."""
+def _read_text(words: list[bytes], position: int, element: Element) -> tuple[Table, int]:
+    """Read an element from the words of a text file.
+
+    Args:
+        words: all words of the file after the header.
+        position: index of the first word of the element.
+        element: description of the element.
+
+    Returns: the table, and the index of the word after the element.
+    """
     columns: dict[str, list] = {name: [] for name in element.properties}
     items: dict[str, list] = {name: [] for name in element.lists}
     for _ in range(element.count):
         for name in element.properties:
-            value = float(words[at])
+            value = float(words[position])
             columns[name].append(value)
-            at += 1
+            position += 1
             if name in items:
-                if not 0 <= value <= len(words) - at:  # the length of a list
+                # The value is the length of a list; its items must follow.
+                # `_tables` turns this error into a message.
+                if not 0 <= value <= len(words) - position:
                     raise ValueError(name)
-                items[name] += map(float, words[at : at + int(value)])
-                at += int(value)
-    return _typed(element, columns, items), at
+                items[name] += map(float, words[position : position + int(value)])
+                position += int(value)
+    return _typed(element, columns, items), position
 
 
-def _read_binary(data: memoryview, at: int, element: Element, order: str) -> tuple[Table, int]:
-    """Read an element from bytes. Return the table and the position after it.
+def _read_binary(data: memoryview, position: int, element: Element, order: str) -> tuple[Table, int]:
+    """Read an element from the bytes of a binary file.
 
-    Rows of equal length are read at once, others one by one.
+    If all rows have the same length, they are read at once, otherwise one by one.
+
+    Args:
+        data: bytes of the file.
+        position: position of the first byte of the element.
+        element: description of the element.
+        order: byte order of numpy.
+
+    Returns: the table, and the position after the element.
     """
-    kinds = element.properties
+    types = element.properties
     if not element.lists:
-        rows = np.frombuffer(data, [(name, order + kind) for name, kind in kinds.items()], element.count, at)
-        return {name: rows[name] for name in kinds}, at + rows.nbytes
+        rows = np.frombuffer(
+            data, [(name, order + kind) for name, kind in types.items()], element.count, position
+        )
+        return {name: rows[name] for name in types}, position + rows.nbytes
     if element.count and len(element.lists) == 1:
         (name,) = element.lists
-        # Read as if all lists were as long as the first one, e.g. a mesh of triangles only.
-        before = sum(np.dtype(kind).itemsize for kind in list(kinds.values())[: list(kinds).index(name)])
-        length = int(np.frombuffer(data, order + kinds[name], 1, at + before)[0])
+        # Assume that all lists are as long as the first list, for example in a mesh of triangles only.
+        offset_in_row = sum(
+            np.dtype(kind).itemsize for kind in list(types.values())[: list(types).index(name)]
+        )
+        length = int(np.frombuffer(data, order + types[name], 1, position + offset_in_row)[0])
+        # numpy fields of a row: each property, and after the length of the list its items
         fields = [
             field
-            for key, kind in kinds.items()
+            for key, kind in types.items()
             for field in (
                 [(key, order + kind), (f"{key} items", order + element.lists[key], (length,))]
                 if key == name
                 else [(key, order + kind)]
             )
         ]
-        if 0 <= length <= len(data) and at + np.dtype(fields).itemsize * element.count <= len(data):
-            rows = np.frombuffer(data, fields, element.count, at)
-            if (rows[name] == length).all():  # the guess holds for every row
-                columns: Table = {key: rows[key] for key in kinds if key != name}
-                return {**columns, name: (rows[name], rows[f"{name} items"].reshape(-1))}, at + rows.nbytes
-    # Lists of different lengths: row by row.
-    values: dict[str, list] = {name: [] for name in kinds}
+        if 0 <= length <= len(data) and position + np.dtype(fields).itemsize * element.count <= len(data):
+            rows = np.frombuffer(data, fields, element.count, position)
+            # The assumption holds if every row states the same length.
+            if (rows[name] == length).all():
+                columns: Table = {key: rows[key] for key in types if key != name}
+                return {
+                    **columns,
+                    name: (rows[name], rows[f"{name} items"].reshape(-1)),
+                }, position + rows.nbytes
+    # The lists have different lengths, so the rows are read one by one.
+    values: dict[str, list] = {name: [] for name in types}
     items: dict[str, list] = {name: [] for name in element.lists}
-    dtypes = {name: np.dtype(order + kind) for name, kind in kinds.items()}
+    dtypes = {name: np.dtype(order + kind) for name, kind in types.items()}
     for _ in range(element.count):
         for name, kind in dtypes.items():
-            values[name].append(np.frombuffer(data, kind, 1, at)[0])
-            at += kind.itemsize
+            values[name].append(np.frombuffer(data, kind, 1, position)[0])
+            position += kind.itemsize
             if name in items:
-                list_items = np.frombuffer(data, order + element.lists[name], int(values[name][-1]), at)
+                list_items = np.frombuffer(data, order + element.lists[name], int(values[name][-1]), position)
                 items[name].append(list_items)
-                at += list_items.nbytes
+                position += list_items.nbytes
     return (
         _typed(element, values, {name: np.concatenate(rows) if rows else [] for name, rows in items.items()}),
-        at,
+        position,
     )
 
 
 def _typed(element: Element, values: dict[str, list], items: dict) -> Table:
-    """Convert columns and items of lists to the types of the header."""
+    """Convert the columns of a table, and the items of its lists, to the types that the header states."""
     columns = {name: np.array(values[name]).astype(kind) for name, kind in element.properties.items()}
     return {
         name: (column, np.asarray(items[name]).astype(element.lists[name])) if name in items else column
@@ -328,93 +382,126 @@ def _typed(element: Element, values: dict[str, list], items: dict) -> Table:
 
 @dataclass(frozen=True)
 class Splats:
-    """Gaussians with the types of GSP1."""
+    """Gaussians in the number types of the format GSP1."""
 
     centres: np.ndarray  # [N, 3] float32
-    scales: np.ndarray  # logarithms; float16 limits their relative error to 0.05 %
-    rotations: np.ndarray  # unit quaternions w, x, y, z times 32767
-    opacities: np.ndarray  # 0..255
-    colours: np.ndarray  # coefficients of degree 0, float16
+    scales: np.ndarray  # [N, 3] float16, logarithms; their relative error is at most 0.05 %
+    rotations: np.ndarray  # [N, 4] int16, unit quaternions w, x, y, z times 32767
+    opacities: np.ndarray  # [N] uint8, opacity times 255
+    colours: np.ndarray  # [N, 3] float16, coefficients of degree 0
     rest: np.ndarray  # [N, 3 ((d+1)^2 - 1)] float16, coefficients of higher degrees
-    degree: int  # of the spherical harmonics, 0..3
+    degree: int  # degree d of the spherical harmonics, 0..3
 
 
 def read_splats(data: memoryview) -> Splats:
-    """Read Gaussians from the usual PLY file. Raises: ValueError."""
+    """Read Gaussians from a PLY file of 3D Gaussian splatting.
+
+    Raises: ValueError for a damaged file, for missing properties, and for numbers that are not finite.
+    """
     header = read_header(data)
-    count = check_splats(header)
-    first = header.elements[0]
+    rest_count = check_splats(header)
+    vertex_element = header.elements[0]
     rows = np.frombuffer(
         data,
-        [(name, header.order + kind) for name, kind in first.properties.items()],
-        first.count,
+        [(name, header.order + kind) for name, kind in vertex_element.properties.items()],
+        vertex_element.count,
         header.length,
     )
 
     def columns(*names: str) -> np.ndarray:
-        """Return properties as columns [N, number of names] float32. Raises: ValueError for NaN or
-        infinity.
+        """Return properties of all Gaussians as columns [N, number of names] float32.
+
+        Raises: ValueError for NaN or infinity.
         """
         stacked = np.stack([rows[name].astype("<f4") for name in names], axis=1)
         if not np.isfinite(stacked).all():
-            raise ValueError(f"expected finite numbers in {names[0]}, got NaN or infinity")
+            raise ValueError(
+                f"the property {names[0]} of the Gaussians contains NaN or infinity. Export the splats again."
+            )
         return stacked
 
     rotations = columns(*_SPLAT[10:])
     lengths = np.linalg.norm(rotations, axis=1, keepdims=True)
-    # A quaternion of length 0 becomes the identity.
+    # A quaternion of length 0 becomes the identity (1, 0, 0, 0); the inner `where` avoids a division by 0.
     rotations = np.where(
         lengths > 0, rotations / np.where(lengths > 0, lengths, 1), np.array([1, 0, 0, 0], np.float32)
     )
-    # Clipping keeps exp() finite; sigmoid(+-80) is 0 or 1 in 8 bits.
+    # Clipping keeps exp() finite. It changes no result, because sigmoid(+-80) is 0 or 1 in 8 bits.
     logits = columns("opacity")[:, 0].clip(-80, 80)
     return Splats(
         columns(*_SPLAT[:3]),
         _half(columns(*_SPLAT[7:10])),
         np.rint(rotations * 32767).astype("<i2"),
+        # sigmoid of the logit, in 0..255
         np.rint(255 / (1 + np.exp(-logits))).astype("u1"),
         _half(columns(*_SPLAT[3:6])),
-        _rest(rows, count),
-        _DEGREES[count],
+        _rest(rows, rest_count),
+        _DEGREES[rest_count],
     )
 
 
 def check_splats(header: Header) -> int:
-    """Return the number of f_rest_* properties. Raises: ValueError for splats that cannot be shown."""
-    first = header.elements[0]
-    if first.name != "vertex" or first.lists or not first.count:
-        raise ValueError("expected splats as the first element of the PLY file, without list properties")
-    if first.count > MAX_SPLATS:
-        raise ValueError(f"expected up to {MAX_SPLATS:,} Gaussians, got {first.count:,}")
-    if not header.order:
-        raise ValueError("expected splats in a binary PLY file, got text; save it as binary_little_endian")
-    missing = [name for name in _SPLAT if name not in first.properties]
-    rest = [name for name in first.properties if name.startswith("f_rest_")]
-    if missing or len(rest) not in _DEGREES or set(rest) != {f"f_rest_{i}" for i in range(len(rest))}:
-        lacking = f", without {', '.join(missing)}" if missing else ""
+    """Check that splats can be shown, and return the number of their properties f_rest_*.
+
+    Raises: ValueError for a text file, for missing properties, and for too many Gaussians.
+    """
+    vertex_element = header.elements[0]
+    if vertex_element.name != "vertex" or vertex_element.lists or not vertex_element.count:
         raise ValueError(
-            f"expected splats with harmonics of degree 0 to 3, got {len(rest)} f_rest_*{lacking}"
+            "the Gaussians must be the first element, `vertex`, of the PLY file, without list properties."
+            " Export the splats again."
         )
-    return len(rest)
+    if vertex_element.count > MAX_SPLATS:
+        raise ValueError(
+            f"the file has {vertex_element.count:,} Gaussians, but at most {MAX_SPLATS:,} are allowed. Reduce"
+            " their number."
+        )
+    if not header.order:
+        raise ValueError("the PLY file of splats is a text file. Save it as binary_little_endian.")
+    missing_names = [name for name in _SPLAT if name not in vertex_element.properties]
+    rest_names = [name for name in vertex_element.properties if name.startswith("f_rest_")]
+    if (
+        missing_names
+        or len(rest_names) not in _DEGREES
+        or set(rest_names) != {f"f_rest_{i}" for i in range(len(rest_names))}
+    ):
+        missing_text = f", and without {', '.join(missing_names)}" if missing_names else ""
+        raise ValueError(
+            f"the splats have {len(rest_names)} f_rest_* properties{missing_text}. Export splats with"
+            f" harmonics of degree 0 to 3, which have {', '.join(map(str, _DEGREES))} such properties."
+        )
+    return len(rest_names)
 
 
 def _rest(rows: np.ndarray, count: int) -> np.ndarray:
-    """Return the coefficients of higher degrees, [N, count] float16, clipped to its range."""
-    out = np.empty((len(rows), count), "<f2")
+    """Return the coefficients of higher degrees [N, count] as float16.
+
+    Args:
+        rows: table of all Gaussians [N].
+        count: number of properties f_rest_*.
+
+    Raises: ValueError for NaN or infinity.
+    """
+    coefficients = np.empty((len(rows), count), "<f2")
     for i in range(count):
-        out[:, i] = rows[f"f_rest_{i}"].clip(-65504, 65504)
-    if not np.isfinite(out).all():
-        raise ValueError("expected finite numbers in f_rest, got NaN or infinity")
-    return out
+        # 65504 is the largest finite number of float16
+        coefficients[:, i] = rows[f"f_rest_{i}"].clip(-65504, 65504)
+    if not np.isfinite(coefficients).all():
+        raise ValueError("the properties f_rest_* contain NaN or infinity. Export the splats again.")
+    return coefficients
 
 
 def _half(values: np.ndarray) -> np.ndarray:
-    """Convert to float16, clipped to its largest finite value."""
+    """Convert numbers to float16. Numbers beyond its range become its largest finite numbers, +-65504."""
     return values.clip(-65504, 65504).astype("<f2")
 
 
 def splat_parts(splats: Splats) -> list[bytes | memoryview]:
-    """Serialise splats as GSP1, in parts so that large arrays are not copied again."""
+    """Serialise splats as GSP1.
+
+    Returns: parts of the file in order, which `b"".join` joins. The parts avoid a further copy of large
+        arrays.
+    """
     lowest = splats.centres.min(axis=0)
     header = HEADER.pack(
         MAGIC,
@@ -432,6 +519,7 @@ def splat_parts(splats: Splats) -> list[bytes | memoryview]:
         splats.colours,
         splats.rest,
     ):
+        # Each array is padded to a multiple of 4 bytes.
         data = np.ascontiguousarray(values).tobytes()
         parts += [data, bytes(-len(data) % 4)]
     return parts

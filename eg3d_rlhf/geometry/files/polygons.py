@@ -1,118 +1,171 @@
-"""Triangulation of polygons, concave ones included.
+"""Triangulation of the polygons of a mesh, also of concave polygons.
 
-Letters: V vertices, F faces, C corners of all faces, T triangles, N corners of one face.
+Shapes: V vertices, F faces, C corners of all faces, T triangles, N corners of one face.
 """
 
 import numpy as np
 
-MAX_CORNERS = 4096  # corners of one face; ear clipping takes time quadratic in them or worse
+# Largest number of corners of one face; the time of ear clipping grows at least with its square.
+MAX_CORNERS = 4096
 
 
 def triangulated(
     positions: np.ndarray, corners: np.ndarray, counts: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Triangulate faces, each given as a run of corners.
+    """Triangulate the faces of a mesh.
 
-    A quad is cut along the diagonal that gives the better worst triangle. A larger face is cut by ear
-    clipping (Meisters 1975) in its mean plane (Newell's method). No corner is added, and the orientation is
-    preserved. Faces with fewer than three corners are dropped.
+    A face with four corners is cut along the diagonal whose smaller triangle has the larger area. A face with
+    more corners is projected onto its mean plane (Newell's method) and cut by ear clipping (Meisters 1975).
+    No corner is added, and the orientation is preserved. Faces with fewer than three corners are dropped.
 
-    Args: positions: [V, 3]; corners: [C], vertices, face after face; counts: [F], corners of each face.
-    Returns: triangles [T, 3] as positions in `corners`, and the face [T] of each triangle, ascending.
-    Raises: ValueError for a face with more than MAX_CORNERS.
+    Args:
+        positions: coordinates [V, 3] of the vertices.
+        corners: indices [C] of vertices: all corners of the first face, then all corners of the second face,
+            and so on.
+        counts: number of corners [F] of each face.
+
+    Returns: triangles [T, 3] as indices into `corners`, and the index of the face [T] of each triangle, in
+        ascending order.
+
+    Raises: ValueError for a face with more than MAX_CORNERS corners.
     """
     counts = np.asarray(counts, dtype=np.int64)
     if counts.max(initial=0) > MAX_CORNERS:
-        raise ValueError(f"expected faces with up to {MAX_CORNERS:,} corners, got one with {counts.max():,}")
+        raise ValueError(
+            f"a face has {counts.max():,} corners, but at most {MAX_CORNERS:,} are allowed. Triangulate the"
+            " mesh before exporting it."
+        )
+    # index of the first corner of each face in `corners`
     start = np.cumsum(counts) - counts
     points = np.asarray(positions, dtype=np.float64)
-    three = np.flatnonzero(counts == 3)
-    four = np.flatnonzero(counts == 4)
-    triangles = [start[three, None] + np.arange(3), _split_quads(points, corners, start[four])]
-    faces = [three, np.repeat(four, 2)]
-    for number in np.flatnonzero(counts > 4):
-        ears = _split_polygon(points[corners[start[number] : start[number] + counts[number]]])
-        triangles.append(start[number] + ears)
-        faces.append(np.full(len(ears), number))
+    triangle_faces = np.flatnonzero(counts == 3)
+    quad_faces = np.flatnonzero(counts == 4)
+    triangles = [start[triangle_faces, None] + np.arange(3), _split_quads(points, corners, start[quad_faces])]
+    # A quad gives two triangles.
+    faces = [triangle_faces, np.repeat(quad_faces, 2)]
+    for face_index in np.flatnonzero(counts > 4):
+        face_triangles = _split_polygon(
+            points[corners[start[face_index] : start[face_index] + counts[face_index]]]
+        )
+        triangles.append(start[face_index] + face_triangles)
+        faces.append(np.full(len(face_triangles), face_index))
     face = np.concatenate(faces)
-    # the three groups back into the order of the faces; stable, so a face's triangles stay in order
+    # Triangles, quads and larger faces are sorted back into the order of the faces. The sort is stable, so
+    # the triangles of a face keep their order.
     order = np.argsort(face, kind="stable")
     return np.concatenate(triangles)[order], face[order]
 
 
 def _split_quads(points: np.ndarray, corners: np.ndarray, start: np.ndarray) -> np.ndarray:
-    """Cut quads into two triangles each, [2 quads, 3]. Args: start: first corner of each quad."""
+    """Cut faces with four corners into two triangles each.
+
+    Args:
+        points: coordinates [V, 3] of the vertices.
+        corners: indices [C] of vertices.
+        start: index [Q] in `corners` of the first corner of each of the Q faces.
+
+    Returns: triangles [2 Q, 3] as indices into `corners`.
+    """
     a, b, c, d = (points[corners[start + i]] for i in range(4))
-    # twice the vector area; it defines the orientation of the quad
+    # Twice the vector area of the quad; its direction is the orientation of the quad.
     normal = np.cross(c - a, d - b)
 
     def smaller_area(*cut: tuple[np.ndarray, np.ndarray, np.ndarray]) -> np.ndarray:
         """Return the smaller of the areas of two triangles, negative if one has the opposite orientation."""
         return np.min([(np.cross(q - p, r - p) * normal).sum(axis=1) for p, q, r in cut], axis=0)
 
-    other_diagonal = smaller_area((a, b, d), (b, c, d)) > smaller_area((a, b, c), (a, c, d))
-    cuts = np.where(other_diagonal[:, None, None], [[0, 1, 3], [1, 2, 3]], [[0, 1, 2], [0, 2, 3]])
+    uses_second_diagonal = smaller_area((a, b, d), (b, c, d)) > smaller_area((a, b, c), (a, c, d))
+    # corners of the two triangles for each diagonal
+    cuts = np.where(uses_second_diagonal[:, None, None], [[0, 1, 3], [1, 2, 3]], [[0, 1, 2], [0, 2, 3]])
     return (start[:, None, None] + cuts).reshape(-1, 3)
 
 
 def _split_polygon(points: np.ndarray) -> np.ndarray:
-    """Triangulate one face with corners [N, 3]: [N - 2, 3]."""
+    """Triangulate one face.
+
+    Args:
+        points: coordinates [N, 3] of its corners, in order.
+
+    Returns: triangles [N - 2, 3] as indices of the corners.
+    """
+    # Centred, so that the cross products do not lose digits far from the origin.
     centred = points - points.mean(axis=0)
-    # Newell's normal; the face is projected along its largest component.
+    # Newell's normal. The face is projected along the coordinate axis that is nearest to the normal.
     normal = np.cross(centred, np.roll(centred, -1, axis=0)).sum(axis=0)
     axis = int(np.abs(normal).argmax())
-    # [N, 2], counter-clockwise
+    # [N, 2]; the sign mirrors the plane if necessary, so that the corners are in counter-clockwise order
     plane = centred[:, [(axis + 1) % 3, (axis + 2) % 3]] * [1 if normal[axis] >= 0 else -1, 1]
-    turns = _cross(np.roll(plane, 1, axis=0), plane, np.roll(plane, -1, axis=0))
-    number = np.arange(1, len(points) - 1)
-    if (turns >= 0).all():  # convex: a fan of triangles
-        return np.stack([np.zeros_like(number), number, number + 1], axis=1)
+    signed_areas = _cross(np.roll(plane, 1, axis=0), plane, np.roll(plane, -1, axis=0))
+    corner_index = np.arange(1, len(points) - 1)
+    # No corner turns right: the face is convex, and a fan of triangles around its first corner is enough.
+    if (signed_areas >= 0).all():
+        return np.stack([np.zeros_like(corner_index), corner_index, corner_index + 1], axis=1)
     return np.array(_ears(plane))
 
 
 def _ears(plane: np.ndarray) -> list[tuple[int, int, int]]:
-    """Clip ears of a polygon [N, 2] until a triangle is left.
+    """Triangulate a polygon by ear clipping: cut off one ear after another until a triangle remains.
 
-    An ear is a convex corner whose triangle contains no other corner. If a polygon intersects itself and has
-    no ear, the corner with the largest signed area is cut off.
+    An ear is a convex corner whose triangle with its two neighbours contains no other corner. If a polygon
+    intersects itself and has no ear, the corner with the largest signed area is cut off.
+
+    Args:
+        plane: coordinates [N, 2] of the corners in counter-clockwise order.
+
+    Returns: N - 2 triangles as indices of the corners.
     """
     remaining = list(range(len(plane)))
     ears = []
-    at = 0
+    search_start = 0
     while len(remaining) > 3:
         # The search starts where the last ear was, which avoids testing the same corners again.
         for step in range(len(remaining)):
-            i = (at + step) % len(remaining)
+            i = (search_start + step) % len(remaining)
+            # for i = 0, the index -1 is the last corner
             ear = remaining[i - 1], remaining[i], remaining[(i + 1) % len(remaining)]
             if _is_ear(plane, remaining, ear):
                 break
         else:
-            # No break: no corner is an ear.
+            # The loop found no ear, so the polygon intersects itself.
             ring = plane[remaining]
             i = int(_cross(np.roll(ring, 1, axis=0), ring, np.roll(ring, -1, axis=0)).argmax())
             ear = remaining[i - 1], remaining[i], remaining[(i + 1) % len(remaining)]
         ears.append(ear)
         del remaining[i]
-        at = i
+        search_start = i
     return [*ears, (remaining[0], remaining[1], remaining[2])]
 
 
 def _is_ear(plane: np.ndarray, remaining: list[int], ear: tuple[int, int, int]) -> bool:
-    """Return True if a corner of the remaining polygon is convex and its triangle contains no other
-    corner.
+    """Return True if a corner of the remaining polygon is an ear.
+
+    Args:
+        plane: coordinates [N, 2] of all corners.
+        remaining: indices of the corners that were not cut off yet.
+        ear: indices of the previous corner, the corner itself, and the next corner.
     """
     a, b, c = plane[list(ear)]
     if _cross(a, b, c) <= 0:
         return False
-    others = plane[remaining]
-    inside = (_cross(a, b, others) >= 0) & (_cross(b, c, others) >= 0) & (_cross(c, a, others) >= 0)
-    # corners at the same position, as at the bridge of a hole, do not count
-    at_corner = (others == a).all(axis=1) | (others == b).all(axis=1) | (others == c).all(axis=1)
+    other_corners = plane[remaining]
+    inside = (
+        (_cross(a, b, other_corners) >= 0)
+        & (_cross(b, c, other_corners) >= 0)
+        & (_cross(c, a, other_corners) >= 0)
+    )
+    # Corners at the same position as a corner of the triangle do not count. They occur where a polygon with a
+    # hole is cut open along a line to the hole.
+    at_corner = (
+        (other_corners == a).all(axis=1) | (other_corners == b).all(axis=1) | (other_corners == c).all(axis=1)
+    )
     return not (inside & ~at_corner).any()
 
 
 def _cross(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
-    """Compute twice the signed areas of triangles with corners [..., 2]."""
+    """Compute twice the signed areas [...] of triangles with corners a, b and c [..., 2].
+
+    An area is positive if the corners are in counter-clockwise order.
+    """
     return (b[..., 0] - a[..., 0]) * (c[..., 1] - a[..., 1]) - (b[..., 1] - a[..., 1]) * (
         c[..., 0] - a[..., 0]
     )

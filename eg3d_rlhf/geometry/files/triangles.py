@@ -1,9 +1,9 @@
-"""Reader of mesh files as vertices and triangles, with all parts joined, for measurements, training and
-encoding.
+"""Reader of the vertices and triangles of mesh files, for measurements, training and encoding.
 
-GLB, PLY and OBJ are read as they are shown. Other formats, such as STL, are read by trimesh.
+All parts of a file are joined to one mesh. GLB, PLY and OBJ files are read by this package, with the
+transformations that viewers apply. Other formats, such as STL, are read by trimesh.
 
-Letters: V vertices, F faces, N indices.
+Shapes: V vertices, F faces, N vertices or indices of one primitive.
 """
 
 from pathlib import Path
@@ -14,109 +14,136 @@ from eg3d_rlhf.geometry.files import glb, obj, ply
 from eg3d_rlhf.geometry.files.model import GLB_MAGIC, Model, Primitive
 
 SUFFIXES = (".glb", ".ply", ".obj", ".stl")  # mesh files that commands search for in folders
-# glTF's modes of primitives
+# Modes of primitives in glTF 2.0: how the indices form triangles.
 _STRIP = 5
 _FAN = 6
 
 
 def read_triangles(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Read the vertices [V, 3] float64 and faces [F, 3] int64 of a mesh file.
+    """Read the vertices and triangles of a mesh file.
 
-    The format is recognised by the content. Textures and materials of GLB and OBJ are not opened, so a mesh
-    with a damaged texture can be read.
+    GLB and PLY are recognised by their first bytes, other formats by their suffix. Textures and materials are
+    not opened, so a mesh with a damaged texture can be read.
 
-    Raises: ValueError, OSError.
+    Returns: vertices [V, 3] float64 and faces [F, 3] int64.
+
+    Raises: ValueError for a file that is damaged or has no triangles; OSError for a file that cannot be read.
     """
     data = path.read_bytes()
+    # The content decides, because files from untrusted sources may have wrong suffixes.
     if data[:4] == GLB_MAGIC:
         return scene_triangles(glb.read_glb(memoryview(data), geometry_only=True))
     if data[:3] == b"ply":
         return scene_triangles(ply.read_mesh(data))
     if path.suffix.lower() == ".obj":
         return scene_triangles(obj.read_obj(data, path, geometry_only=True))
-    # OBJ has no magic bytes, so text in UTF-16 without the suffix .obj gets its own error.
+    # An OBJ file has no magic bytes, so text in UTF-16 without the suffix .obj gets an error of its own.
     if (encoding := obj.utf16(data[:512])) is not None:
-        raise ValueError(f"expected a mesh, got text in {encoding.upper()}; save it as UTF-8")
+        raise ValueError(
+            f"the file {path.name} is text in {encoding.upper()} and not a mesh. Save it as UTF-8."
+        )
     if path.suffix.lower() in (".glb", ".ply"):
-        raise ValueError(f"expected {path.suffix[1:].upper()} by content, got something else")
+        raise ValueError(
+            f"the content of {path.name} is not {path.suffix[1:].upper()}, although its suffix is"
+            f" {path.suffix}. Export the file again."
+        )
+    # imported here, because few functions need this library
     import trimesh
 
     try:
+        # process=False: vertices are neither merged nor reordered
         loaded = trimesh.load_mesh(path, process=False)
         vertices = np.asarray(loaded.vertices, np.float64)
         faces = np.asarray(loaded.faces, np.int64)
-    except Exception as error:  # trimesh's readers raise many types of exceptions
+    # The readers of trimesh raise many types of exceptions for damaged files.
+    except Exception as error:
         raise ValueError(
-            f"expected a mesh that trimesh can read, got another or a damaged file ({type(error).__name__})"
+            f"{path.name} is damaged or not a mesh: trimesh cannot read it ({type(error).__name__}). Export"
+            " the mesh again."
         ) from None
     if not len(faces):
-        raise ValueError("expected triangles, got none")
+        raise ValueError(f"{path.name} has no triangles. Export a mesh that has faces.")
     return vertices, faces
 
 
 def scene_triangles(model: Model) -> tuple[np.ndarray, np.ndarray]:
     """Return the triangles of a model's scene, with the transformations of its nodes applied.
 
-    A mesh that occurs twice in the scene is returned twice. Mirrored meshes keep their outside.
+    A mesh that two nodes refer to is returned twice. If a transformation mirrors a mesh, the orientation of
+    its faces is reversed, so that they still point outwards.
 
     Returns: vertices [V, 3] float64, faces [F, 3] int64.
+
+    Raises: ValueError if the scene has no triangles.
     """
     vertices = []
     faces = []
-    count = 0
-    # Depth-first traversal with a stack; reversed, so that nodes come in the order of the file.
-    waiting = [(number, np.eye(4)) for number in reversed(model.roots)]
-    while waiting:
-        number, above = waiting.pop()
-        node = model.nodes[number]
-        matrix = above @ _matrix(node.place)
-        waiting += [(child, matrix) for child in reversed(node.children)]
-        for part in model.meshes[node.mesh] if node.mesh is not None else ():
-            points = _points(part)
-            sides = _sides(part)
-            # A mirroring transformation reverses the orientation of faces.
+    vertex_count = 0
+    # Depth-first traversal with a stack. Reversed, because the last item of the stack is taken first.
+    pending = [(node_index, np.eye(4)) for node_index in reversed(model.roots)]
+    while pending:
+        node_index, parent_matrix = pending.pop()
+        node = model.nodes[node_index]
+        matrix = parent_matrix @ _matrix(node.place)
+        pending += [(child, matrix) for child in reversed(node.children)]
+        for primitive in model.meshes[node.mesh] if node.mesh is not None else ():
+            points = _points(primitive)
+            triangles = _sides(primitive)
+            # A negative determinant: the transformation mirrors the mesh, so the faces are reversed again.
             if np.linalg.det(matrix[:3, :3]) < 0:
-                sides = sides[:, ::-1]
+                triangles = triangles[:, ::-1]
+            # row vectors: x' = x M^T + t
             vertices.append(points @ matrix[:3, :3].T + matrix[:3, 3])
-            faces.append(sides + count)
-            count += len(points)
+            faces.append(triangles + vertex_count)
+            vertex_count += len(points)
     if not faces:
-        raise ValueError("expected triangles, got none")
+        raise ValueError("the file has no triangles. Export a mesh that has faces.")
     return np.concatenate(vertices), np.concatenate(faces)
 
 
-def _points(part: Primitive) -> np.ndarray:
-    """Return the positions [N, 3] of a primitive in float64. Normalised integers are scaled to -1..1."""
-    array = part.attributes["POSITION"]
+def _points(primitive: Primitive) -> np.ndarray:
+    """Return the positions [N, 3] of a primitive as float64. Normalised integers are scaled to -1..1."""
+    array = primitive.attributes["POSITION"]
     points = array.values.astype(np.float64)
+    # floats, and integers that stand for themselves
     if not array.normalized:
         return points
-    # glTF 2.0, section 3.11: max(c / 127, -1) and so on
+    # glTF 2.0, section 3.11: for a signed byte max(c / 127, -1), for other types likewise
     return np.maximum(points / np.iinfo(array.values.dtype).max, -1.0)
 
 
-def _sides(part: Primitive) -> np.ndarray:
-    """Return the triangles [F, 3] of a primitive, as indices of vertices. Strips and fans are resolved."""
-    count = len(part.attributes["POSITION"].values)
-    n = np.arange(count) if part.indices is None else part.indices.values[:, 0].astype(np.int64)
-    if part.mode == _STRIP:
-        sides = np.stack([n[:-2], n[1:-1], n[2:]], axis=1)
-        # Every second triangle of a strip has the opposite orientation
-        sides[1::2] = sides[1::2, [1, 0, 2]]
-        return sides
-    if part.mode == _FAN:
-        return np.stack([np.full(len(n) - 2, n[0]), n[1:-1], n[2:]], axis=1)
-    return n[: len(n) // 3 * 3].reshape(-1, 3)
+def _sides(primitive: Primitive) -> np.ndarray:
+    """Return the triangles [F, 3] of a primitive as indices of vertices. Strips and fans are converted to
+    separate triangles.
+    """
+    count = len(primitive.attributes["POSITION"].values)
+    indices = (
+        np.arange(count) if primitive.indices is None else primitive.indices.values[:, 0].astype(np.int64)
+    )
+    if primitive.mode == _STRIP:
+        triangles = np.stack([indices[:-2], indices[1:-1], indices[2:]], axis=1)
+        # Every second triangle of a strip has the opposite orientation in glTF 2.0.
+        triangles[1::2] = triangles[1::2, [1, 0, 2]]
+        return triangles
+    # All triangles of a fan share its first vertex.
+    if primitive.mode == _FAN:
+        return np.stack([np.full(len(indices) - 2, indices[0]), indices[1:-1], indices[2:]], axis=1)
+    # One or two indices at the end that form no triangle are dropped.
+    return indices[: len(indices) // 3 * 3].reshape(-1, 3)
 
 
 def _matrix(place: dict) -> np.ndarray:
-    """Return the matrix [4, 4] of a node: its own, or its scale, rotation and translation, applied in
-    this order.
+    """Return the transformation matrix [4, 4] of a node.
+
+    Args:
+        place: fields of the node's record in glTF: either a matrix, or scale, rotation and translation, which
+            are applied in this order. A missing field means no change.
     """
     if "matrix" in place:
         # glTF stores matrices column by column
         return np.array(place["matrix"], dtype=np.float64).reshape(4, 4).T
     matrix = np.eye(4)
+    # the identity by default
     x, y, z, w = place.get("rotation", (0, 0, 0, 1))
     # rotation matrix of the unit quaternion (x, y, z, w)
     rotation = np.array(
@@ -126,6 +153,7 @@ def _matrix(place: dict) -> np.ndarray:
             [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)],
         ]
     )
+    # scales the columns: the scale is applied before the rotation
     matrix[:3, :3] = rotation * np.array(place.get("scale", (1, 1, 1)), dtype=np.float64)
     matrix[:3, 3] = place.get("translation", (0, 0, 0))
     return matrix

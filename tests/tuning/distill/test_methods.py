@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from eg3d_rlhf.core.interfaces import Guidance
-from eg3d_rlhf.modes.distill import method_of
+from eg3d_rlhf.modes.distill import preset_method
 from eg3d_rlhf.tuning.distill.config import METHODS
 from eg3d_rlhf.tuning.distill.guidance.dreamdpo import DreamDpo
 from eg3d_rlhf.tuning.distill.guidance.dreamreward import DreamReward
@@ -55,7 +55,7 @@ def test_one_step(name):
     assert json.dumps(dataclasses.asdict(settings))
 
 
-@pytest.mark.parametrize("name", [name for name in PRESETS if METHODS[method_of(name)].rewarded])
+@pytest.mark.parametrize("name", [name for name in PRESETS if METHODS[preset_method(name)].rewarded])
 def test_a_reward_of_other_views_is_rejected(name):
     made = prior()
     settings = PRESETS[name]
