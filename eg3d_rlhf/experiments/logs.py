@@ -30,6 +30,7 @@ def named(text: str) -> list[str]:
     Raises:
         ValueError: a package is not in NAMES, or is not installed.
     """
+    # "" and a comma at the end give no names
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
         if name not in NAMES:
@@ -60,6 +61,7 @@ def numbers(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
     """
     for name, value in record.items():
         if isinstance(value, Mapping):
+            # "a/b": TensorBoard groups curves by the part of their name before the slash
             yield from numbers(value, f"{prefix}{name}/")
         elif isinstance(value, Sequence) and not isinstance(value, str):
             yield from numbers({str(index): item for index, item in enumerate(value)}, f"{prefix}{name}/")
@@ -170,6 +172,7 @@ class Tracker:
 
     def __init__(self, package: str, folder: Path, settings: Mapping[str, Any]):
         self.name = package
+        # the absolute path, because it identifies the run at the tracker
         self.folder = folder.resolve()
         self.settings = settings
 

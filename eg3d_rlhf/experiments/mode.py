@@ -155,6 +155,7 @@ class Mode(Generic[S]):
             flags: flags of the command line; None: no flags.
             ranks: this process among the processes of the run; None: a single process.
         """
+        # imported here, because these modules import torch, which would slow down --help
         from eg3d_rlhf.experiments.run import begun_by_this_launch, next_free
         from training.distributed import SINGLE
 

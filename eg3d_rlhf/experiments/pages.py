@@ -107,6 +107,7 @@ def columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
     """Format a table as CSV, with a first line of column names. A column that a row lacks is empty there."""
     buffer = io.StringIO()
+    # the default line terminator of the csv module is "\r\n"
     writer = csv.DictWriter(buffer, columns(rows), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
@@ -180,12 +181,14 @@ def run(jobs: Sequence[Job], out: Path, fresh: bool = False, quiet: bool = False
     Returns:
         Findings by the key of their job, in the order of the jobs.
     """
+    # hashed=False: a report has one finding per key, so an outdated finding is replaced by the new one
     store = Store(out / "data" / "store", hashed=False, renew=True)
     findings = {}
     with tqdm(total=len(jobs), unit="part", disable=quiet, dynamic_ncols=True) as bar:
         for job in jobs:
             bar.set_description(job.title)
             inputs = {"version": job.version, "inputs": dict(job.inputs)}
+            # without the record in the store, the finding counts as missing
             if fresh:
                 shutil.rmtree(store.folder(job.key, inputs), ignore_errors=True)
             store.make(job.key, inputs, partial(_compute, job, out))
@@ -204,12 +207,13 @@ def draw(job: Job, out: Path) -> None:
     The files are <out>/figures/<key>-<name>.svg, <key>-<name>-dark.svg and <key>-<name>.png. A finding
     without data, which has the key "absent", gets a figure that states the reason.
     """
-    values = _finding(out, job.key).data
+    data = _finding(out, job.key).data
     for name, plot in job.plots.items():
         stem = out / "figures" / f"{job.key}-{name}"
+        # the page shows the SVG file of the reader's theme, and does not use the PNG file
         for theme, endings in (("light", (".svg", ".png")), ("dark", ("-dark.svg",))):
             with style.theme(theme):
-                plotted_figure = (style.plot_absent if "absent" in values else plot)(values)
+                plotted_figure = (style.plot_absent if "absent" in data else plot)(data)
                 for ending in endings:
                     style.save(plotted_figure, stem.with_name(stem.name + ending))
 
@@ -255,6 +259,7 @@ def fill(name: str, **values: object) -> str:
     """
     import jinja2
 
+    # autoescape: values such as titles and labels must not be interpreted as HTML
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(STATIC), autoescape=True, keep_trailing_newline=True
     )
@@ -315,7 +320,7 @@ def write_page(
         element = element.replace('xlink:href="#', 'href="#')
         return safe(re.sub(r'(href="#|url\(#)', rf"\g<1>{name}-", element))
 
-    text = fill(
+    html = fill(
         "page",
         title=title,
         introduction=introduction,
@@ -331,7 +336,7 @@ def write_page(
         json_uri=lambda job: data_uri(data_file(out, job.key).read_bytes(), "application/json"),
         csv_uri=lambda finding: data_uri(csv_text(finding.rows).encode(), "text/csv"),
     )
-    write_atomic(path, text.encode())
+    write_atomic(path, html.encode())
     return path
 
 
@@ -445,10 +450,10 @@ def points_section(
     ]
     for layout_name, _ in layouts:
         for axis in "xy":
-            values = [point[f"{layout_name}_{axis}"] for point in points]
-            smallest = min(values)
-            span = max(max(values) - smallest, 1e-12)  # not 0, if all points have the same coordinate
-            for page_point, value in zip(page_points, values, strict=True):
+            coordinates = [point[f"{layout_name}_{axis}"] for point in points]
+            smallest = min(coordinates)
+            span = max(max(coordinates) - smallest, 1e-12)  # not 0, if all points have the same coordinate
+            for page_point, value in zip(page_points, coordinates, strict=True):
                 page_point["at"].setdefault(layout_name, []).append(round((value - smallest) / span, 5))
     data = {
         "points": page_points,

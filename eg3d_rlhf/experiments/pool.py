@@ -74,6 +74,7 @@ def run_tasks(
         RuntimeError: a task failed with another error.
     """
     order = _Order(needs)
+    # one handler for all threads, which share its loaded data
     if stop is not None:
         return _on_threads(order, setup(*arguments), workers, on_done, expected, stop)
     # One worker needs no process of its own. In this process, errors keep their traceback and a debugger
@@ -92,6 +93,7 @@ def run_tasks(
     parent_end, worker_end = spawn.Pipe()
     worker_count = spawn.Value("i", 0)  # "i": a C int in shared memory; each worker takes its number from it
     initial_arguments = (setup, tuple(arguments), logs, worker_count, worker_end)
+    # more processes than tasks would have no work
     pool = ProcessPoolExecutor(min(workers, len(needs)), spawn, _begin, initial_arguments)
     try:
         results = _dispatch(order, lambda name: pool.submit(_work, name), workers, logs, on_done, expected)
@@ -230,6 +232,7 @@ def _begin(
     with count.get_lock():
         number = count.value
         count.value += 1
+    # buffering=1 writes each line immediately, so that the log is complete if the process is killed
     sys.stdout = sys.stderr = open(logs / f"worker-{number}.log", "a", buffering=1)
     _worker.update(setup=setup, arguments=arguments)
 

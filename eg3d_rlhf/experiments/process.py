@@ -124,8 +124,9 @@ def serve_requests(
         seconds: largest processor time of one request, in seconds.
         largest_file: largest size of a file that this process writes, in bytes; None: no limit.
     """
-    import resource  # not on Windows
+    import resource  # this module does not exist on Windows
 
+    # (soft limit, hard limit); a process cannot raise its hard limit again
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # no core dumps of a process that runs out of memory
     if largest_file is not None:

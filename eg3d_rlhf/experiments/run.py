@@ -78,6 +78,7 @@ class Run:
         log: str = "",
     ):
         self.folder = folder
+        # copies, because Mode replaces settings and adds inputs after the object was made
         self.settings = dict(settings)
         self.inputs = dict(inputs or {})
         self.ranks = ranks
@@ -245,6 +246,7 @@ class Run:
             "mem_gb": f"{memory:<5.2f}",
             **more,
         }
+        # the same numbers go to the terminal, for people, and to timing.jsonl, for programs
         self._say(" ".join(f"{name} {value}" for name, value in fields.items()))
         self._append(
             TIMING,
@@ -265,8 +267,8 @@ class Run:
 
         Args:
             done: amount of work that is done already, in the unit of `status`.
-            lines: number of lines of stats.jsonl that the resumed state had seen; later lines are deleted.
-                None: a new run, whose stats.jsonl is not changed.
+            lines: number of lines that stats.jsonl had when the resumed state was written; later lines are
+                deleted. None: a new run, whose stats.jsonl is not changed.
         """
         self._start = (done, time.monotonic())
         self._waited = 0.0
@@ -332,6 +334,7 @@ class Run:
         )
         meta, path_text = self.ranks.broadcast([meta, str(path)])
         self.last_checkpoint = Path(path_text)
+        # the tensors are sent one by one, by name, and the other values with the broadcast above
         return self.ranks.broadcast_named(tensors), meta
 
     @contextlib.contextmanager
@@ -439,6 +442,8 @@ def claim(folder: Path, ranks: Ranks = SINGLE) -> Path:
             break
         except FileExistsError:
             numbered_match = _NUMBERED.fullmatch(folder.name)
+            # The existing folder is used if it has no number, or if this launch of torchrun has made it
+            # before.
             if numbered_match is None or launch is not None and _launch_of(folder) == launch:
                 break
             folder = next_free(folder.parent, numbered_match.group(2))

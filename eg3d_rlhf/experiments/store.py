@@ -153,6 +153,7 @@ class Store:
             return self._checked_artefacts[folder]
         if self.ranks.main:
             self.root.mkdir(parents=True, exist_ok=True)
+        # rank 0 reads the files, and all ranks get its result; the other ranks pass a value that is ignored
         done = self.ranks.broadcast(self._finished(folder, inputs) if self.ranks.main else None)
         reused = done is not None
         if self.ranks.main:
@@ -170,6 +171,7 @@ class Store:
                 if self._renew and _stated(folder) not in (None, json_hash(stored(inputs))):
                     shutil.rmtree(folder)
                 folder.mkdir(parents=True, exist_ok=True)
+            # no rank may use the folder before rank 0 has made it
             self.ranks.barrier()
             with run_lock(folder, enabled=self.ranks.main and self._hashed, wait=self._renew):
                 # another process may have made the artefact while this one waited for the lock
@@ -250,6 +252,7 @@ class Store:
         hashes = {name: file_hash(files_by_name[name]) for name in sorted(files_by_name)}
         done = {"files": hashes, "content": json_hash(hashes), "record": record}
         Store.begin(folder, inputs)
+        # written last, because a folder with this file counts as finished
         write_atomic(folder / DONE, _text({**done, "sha256": json_hash(done)}))
         return done
 

@@ -92,7 +92,8 @@ def figure(columns: int = 1, rows: int = 1, size: tuple[float, float] | None = N
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    new_figure = Figure(figsize=size or (min(4.6 * columns, 9.4), 3.2 * rows))  # inches
+    # in inches; a figure is at most 9.4 inches wide
+    new_figure = Figure(figsize=size or (min(4.6 * columns, 9.4), 3.2 * rows))
     FigureCanvasAgg(new_figure)  # sets drawn.canvas, which savefig needs
     return new_figure, new_figure.subplots(rows, columns)
 

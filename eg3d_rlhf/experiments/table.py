@@ -78,6 +78,7 @@ def detectable(conditions: int, noises: int, seeds: int) -> float:
         noises: number of noises per prompt, S.
         seeds: number of training seeds, K.
     """
+    # the quantiles of a two-sided 95 % interval (1.96) and of a power of 80 % (0.84)
     return 0.5 + (NormalDist().inv_cdf(0.975) + NormalDist().inv_cdf(0.8)) / (
         2 * math.sqrt(conditions * noises * seeds)
     )
@@ -128,6 +129,7 @@ class Table:
 
         "conditions" is the JSON key that earlier versions wrote.
         """
+        # all score arrays have the same number of prompts and noises: [K or 1, C, S]
         prompts, noises = next(iter(self.base.values())).shape[1:]
         return {"conditions": prompts, "noises": noises}
 
@@ -249,7 +251,7 @@ def plot_rates(panels: Sequence[tuple[str, Mapping[str, Mapping[str, Any]]]], no
             rate is a result of `rate`.
         note: title of the figure, which states its number of items, seeds and method.
     """
-    row_count = len(panels[0][1])
+    row_count = len(panels[0][1])  # every panel has the same rows, and its height grows with their number
     plotted_figure, axes = style.figure(
         columns=len(panels), size=(9.4 if len(panels) > 1 else 5.6, 1.4 + 0.26 * row_count)
     )
@@ -278,7 +280,7 @@ def plot_rates(panels: Sequence[tuple[str, Mapping[str, Mapping[str, Any]]]], no
             # vertical ticks show the spread over training seeds, which the interval does not
             ticks = [seed["win_rate"] for seed in rated.get("seeds", ())]
             axis.plot(ticks, [row_index] * len(ticks), "|", color=style.colour("before"), markersize=7)
-        axis.axvline(0.5, color=style.colour("noise"), linewidth=1)  # chance
+        axis.axvline(0.5, color=style.colour("noise"), linewidth=1)  # the win rate of equal arms
         axis.set_yticks(range(len(rows)), list(rows), fontsize=7)
         axis.invert_yaxis()  # the first row at the top, as in the table
         axis.set(xlim=(min(plotted_values) - 0.02, max(plotted_values) + 0.02))
@@ -313,6 +315,7 @@ def write(
     write_atomic(paths[1], markdown(stored_data).encode())
     if plot is None:
         return paths[:2]
+    # a PNG has a white background, on which only the light theme is readable
     with style.theme("light"):
         style.save(plot(stored_data), paths[2])
     return paths

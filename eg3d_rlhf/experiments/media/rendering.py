@@ -92,9 +92,9 @@ def conditioned_ws(
     """
     check_seeds(generator, max(seeds, default=0), "--seeds")
     device = device_of(generator)
-    c = camera(cameras, n=len(seeds), device=device)
+    camera_label = camera(cameras, n=len(seeds), device=device)
     return generator.mapping(
-        latents(seeds, generator.z_dim).to(device), c, truncation_psi=psi, truncation_cutoff=cutoff
+        latents(seeds, generator.z_dim).to(device), camera_label, truncation_psi=psi, truncation_cutoff=cutoff
     )
 
 

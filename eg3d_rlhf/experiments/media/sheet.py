@@ -61,7 +61,7 @@ def sheet(title: str, rows: Sequence[Row], *, names: int = 0, note: str = "") ->
         Image, uint8 [height, width, 3].
     """
     cell_width = rows[0].cells[0].shape[1]
-    columns = max(len(row.cells) for row in rows)
+    columns = max(len(row.cells) for row in rows)  # rows may have different numbers of cells
     page_width = names + columns * cell_width + 2 * MARGIN
     note_lines = textwrap.wrap(note, int((page_width - 2 * MARGIN) / _LETTER))
     # all lengths below are in pixels
@@ -147,13 +147,13 @@ def look(shape: LevelSet, camera: Tensor, resolution: int) -> View:
     cam2world, intrinsics = unpack_label(camera.to(shape.cube))  # [1, 4, 4], [1, 3, 3]
     # [P, 3] each; index 0 takes the only camera of the batch
     origins, directions = (rays[0] for rays in RaySampler()(cam2world, intrinsics, resolution))
-    depth = shape.trace(origins, directions)
+    depth = shape.trace(origins, directions)  # [P], inf where a ray misses the surface
     hit = depth.isfinite()
     points = origins[hit] + depth[hit, None] * directions[hit]
     # if no ray hits the surface, points and normals are [0, 3], and the light is [0]
     if len(points) == 0:
         return View(depth.reshape(resolution, resolution), points, points, points[:, 0])
-    normals = shape.normals(points)
+    normals = shape.normals(points)  # [M, 3]
     # The columns of the rotation are the camera's axes of OpenCV (right, down, forward) in the world. With
     # the signs they become right, up, and towards the camera.
     axes = cam2world[0, :3, :3] * cam2world.new_tensor([1, -1, -1])
@@ -192,6 +192,7 @@ def light(shape: LevelSet, points: Tensor, normals: Tensor, axes: Tensor, direct
     openness = (1 - 1.5 * (torch.stack(crowding) - FLAT).clamp_min(0)).clamp(0.15, 1).prod(dim=0)  # [M]
     # cosine between the normal and the direction to the camera, [M]: 1 if facing it, 0 at the silhouette
     facing = -(normals * directions).sum(dim=1)
+    # the factor is 1 where the cosine is at least 0.45, and falls to 0.72 at the silhouette
     rim = 0.72 + 0.28 * (facing.clamp(0, 1) / 0.45).clamp_max(1)
     return ((0.32 + 0.66 * key.clamp_min(0) + 0.22 * fill.clamp_min(0)) * openness * rim).clamp(0, 1)
 
@@ -203,6 +204,7 @@ def paint(view: View, albedo: Tensor | tuple[float, float, float] = CLAY) -> Ten
         view: visible part of a surface.
         albedo: colour of the surface in 0..1: one colour (3), or a colour per point [M, 3].
     """
+    # pixels whose ray misses the surface stay white
     image = torch.ones(*view.depth.shape, 3).to(view.depth)
     image[view.hit] = view.light[:, None] * torch.as_tensor(albedo).to(view.light)
     return image
@@ -238,22 +240,23 @@ def shade(sigma: torch.Tensor, yaw: float = 0.0, resolution: int = 128, level: f
     origins, directions = RaySampler()(pose, intrinsics_matrix(4.2647).reshape(1, 3, 3), resolution)
     # The light moves with the camera, but not with its height. Its axes are the camera's right, the world's
     # up, and the horizontal direction towards the camera, whose position is column 3 of the pose.
-    right = pose[0, :3, 0]
+    right_axis = pose[0, :3, 0]
     back = pose[0, :3, 3] * pose.new_tensor([1, 0, 1])
-    to_world = torch.stack([right, pose.new_tensor([0, 1, 0]), F.normalize(back, dim=0)], dim=1)
+    to_world = torch.stack([right_axis, pose.new_tensor([0, 1, 0]), F.normalize(back, dim=0)], dim=1)
     # distances of the samples along a ray, near to far; they cover a ball of radius 0.6 around the centre
     t = torch.linspace(2.1, 3.3, 160)
     points = origins[:, :, None] + t[None, None, :, None] * directions[:, :, None]  # [1, M, S, 3]
     images = []
+    # `_lookup` interpolates a single cube
     for cube in sigma.cpu():
-        values = _lookup(cube, points[0])  # [M, S]
-        is_inside = values >= level
+        densities = _lookup(cube, points[0])  # [M, S]
+        is_inside = densities >= level
         is_hit = is_inside.any(dim=1)
         # index of the first sample inside the surface; at least 1, because the sample before it is needed
         index = is_inside.float().argmax(dim=1).clamp_min(1)
-        rays = torch.arange(len(values))
-        value_before = values[rays, index - 1]
-        value_inside = values[rays, index]
+        rays = torch.arange(len(densities))
+        value_before = densities[rays, index - 1]
+        value_inside = densities[rays, index]
         # linear interpolation of the position between these two samples at which the density is the level
         fraction = ((level - value_before) / (value_inside - value_before).clamp_min(1e-6)).clamp(0, 1)
         depth = t[index - 1] + fraction * (t[1] - t[0])
@@ -266,6 +269,7 @@ def shade(sigma: torch.Tensor, yaw: float = 0.0, resolution: int = 128, level: f
         ]
         normal = F.normalize(torch.stack(differences, dim=-1), dim=-1)
         light = F.normalize(torch.tensor([0.35, 0.5, 0.8]), dim=0) @ to_world.T
+        # ambient light 0.25, and Lambert's cosine law for the rest
         shading = 0.25 + 0.75 * (normal @ light).clamp_min(0)
         shading = torch.where(is_hit, shading, torch.ones_like(shading))  # white background
         images.append(shading.reshape(1, resolution, resolution))

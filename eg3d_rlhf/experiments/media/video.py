@@ -143,7 +143,7 @@ class Film:
         self.options = options
         self.look = look
         cells = options.cells(seeds)
-        self.first_seed = cells[0][0]
+        self.first_seed = cells[0][0]  # random seed of the rendering of all frames
         self.walks = [
             LatentWalk(conditioned_ws(generator, cell, cameras, options.psi, options.cutoff))
             for cell in cells
@@ -163,6 +163,7 @@ class Film:
         Returns:
             Image of the grid, uint8 [height, width, 3].
         """
+        # all cells of a frame are rendered from the same camera
         label = camera_at(self.cameras, index / self.count)
         options = self.options
         images = []
@@ -172,6 +173,7 @@ class Film:
             images += render(
                 self.generator, ws, [label], self.first_seed, options.noise_mode, options.mode, self.look
             )
+        # `render` returns distances for this mode, which are converted to grey values
         if options.mode == "image_depth":
             images = [shade_depth(depth) for depth in images]
         return tile(images, options.grid[0])
@@ -197,6 +199,7 @@ def write_mp4(path: str | Path, frames: Iterable[np.ndarray], fps: float = 60, b
         OSError: ffmpeg fails.
     """
     path = check_mp4(path)
+    # the package is optional, so it is imported after the check that it is installed
     import imageio_ffmpeg
 
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -124,10 +124,12 @@ def _records(connection: Connection, campaign: Row) -> Iterator[dict]:
     all_annotators = list(connection.execute(ANNOTATOR_COLUMNS.order_by(annotators.c.id)))
     # kind of record -> numeric id of a row -> name by which records refer to the row
     names: dict[str, dict] = {"annotator": {annotator.id: annotator.name for annotator in all_annotators}}
-    for kind, kept in KEPT.items():
+    for kind, description in KEPT.items():
         rows = list(
             connection.execute(
-                select(kept.table).where(kept.table.c.campaign_id == campaign.id).order_by(kept.table.c.id)
+                select(description.table)
+                .where(description.table.c.campaign_id == campaign.id)
+                .order_by(description.table.c.id)
             )
         )
         if kind == "assignment":
@@ -142,7 +144,7 @@ def _records(connection: Connection, campaign: Row) -> Iterator[dict]:
                         "role": annotator.role,
                         "created": annotator.created,
                     }
-        names[kind] = {row.id: row._mapping[kept.name] for row in rows}
+        names[kind] = {row.id: row._mapping[description.name] for row in rows}
         for row in rows:
             # Numeric ids are valid in this database only, so they are left out or replaced by names.
             columns = {
@@ -152,7 +154,7 @@ def _records(connection: Connection, campaign: Row) -> Iterator[dict]:
             }
             links = {
                 column.removesuffix("_id"): names[linked_kind].get(row._mapping[column])
-                for column, linked_kind in kept.links.items()
+                for column, linked_kind in description.links.items()
             }
             yield {"record": kind, "campaign": campaign.name, **columns, **links}
 
@@ -335,19 +337,23 @@ class _Import:
     def _add_row(self, record: dict) -> None:
         kind = record["record"]
         campaign = record["campaign"]
-        kept = KEPT[kind]
+        description = KEPT[kind]
         linked: dict[str, Any] = {}  # column -> id of the row to which it refers
-        for column, linked_kind in kept.links.items():
+        for column, linked_kind in description.links.items():
             name = (
                 record.get(column.removesuffix("_id"))
-                if kept.table.c[column].nullable
+                if description.table.c[column].nullable
                 else record[column.removesuffix("_id")]
             )
             # Only a judgement refers to a record of its own kind. Its key is unique only together with the
             # annotator, who is the same for both.
             row_name = (linked["annotator_id"], name) if linked_kind == kind else name
             linked[column] = None if name is None else self._id(linked_kind, campaign, row_name)
-        name = (linked["annotator_id"], record[kept.name]) if kind == "judgement" else record[kept.name]
+        name = (
+            (linked["annotator_id"], record[description.name])
+            if kind == "judgement"
+            else record[description.name]
+        )
         if (kind, campaign) != self.kind:
             self._write()
             self.kind = kind, campaign
@@ -356,7 +362,7 @@ class _Import:
             return
         # Leases begin at the time of the import. `settle` counts the used slots after all rows were added.
         values = {**record, **linked, "campaign_id": self.campaigns[campaign], "leased": self.now, "taken": 0}
-        self.waiting[name] = _checked(kept.table, values)
+        self.waiting[name] = _checked(description.table, values)
         if kind == "shape" and campaign in self.trainable:
             # Held-out seeds must not train a reward. A blind study trains none, and may contain them.
             refuse_held_out([record["seed"]], f"campaign {campaign}")

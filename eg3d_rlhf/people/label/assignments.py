@@ -235,9 +235,9 @@ class Timetable:
             return 3
         for (kind, share), threshold in zip(self._shares, thresholds, strict=True):
             # trials of this kind below its share so far
-            missing = share * (position + 1) - self._counts[kind]
+            deficit = share * (position + 1) - self._counts[kind]
             repeated = self._counts[1] + self._counts[2]  # every pair is repeated or swapped at most once
-            if missing > threshold and repeated < self._repeatable:
+            if deficit > threshold and repeated < self._repeatable:
                 return kind
         return 0
 
@@ -713,8 +713,9 @@ def read_progress(
         annotator: name of the annotator.
         now: time in seconds since 1970.
         reach: cache of the number of pairs that annotators can answer.
-        has_failed: True for a pair that can never be prepared.
+        has_failed: True for a pair that can never be prepared. By default, no pair has failed.
     """
+    # kind of assignments -> row with the numbers of shown and of answered assignments
     counts = {
         row.kind: row
         for row in connection.execute(COUNTS, {"campaign": plan.campaign.id, "annotator": annotator_id})

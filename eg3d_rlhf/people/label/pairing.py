@@ -255,15 +255,15 @@ def _chosen(
         score = ensemble.score
         scores = replace(ensemble, score=lambda indices: score([seeds[index] for index in indices]))
     check_rewards(options.strategy, 0 if ensemble is None else ensemble.size)
-    chosen = STRATEGIES[options.strategy].plan(
+    strategy_plan = STRATEGIES[options.strategy].plan(
         # Any two seeds may form a pair: there is one generator, and no prompt.
         Items(members=[Item()] * len(seeds), unlimited=True, ensemble=scores),
         [replace(result, winner=position[result.winner], loser=position[result.loser]) for result in results],
         rng,
         options,
     )
-    pairs = [[seeds[a], seeds[b]] for a, b in chosen.pairs]
-    return pairs, report_with_names(chosen.report, lambda a, b: {"seeds": [seeds[a], seeds[b]]})
+    pairs = [[seeds[a], seeds[b]] for a, b in strategy_plan.pairs]
+    return pairs, report_with_names(strategy_plan.report, lambda a, b: {"seeds": [seeds[a], seeds[b]]})
 
 
 def report_with_names(report: Mapping, name: Callable[[int, int], Mapping]) -> dict:
@@ -278,8 +278,11 @@ def report_with_names(report: Mapping, name: Callable[[int, int], Mapping]) -> d
     named = dict(report)
     if "why" in report:
         named["why"] = [
-            {**name(*entry["pair"]), **{key: value for key, value in entry.items() if key != "pair"}}
-            for entry in report["why"]
+            {
+                **name(*pair_report["pair"]),
+                **{key: value for key, value in pair_report.items() if key != "pair"},
+            }
+            for pair_report in report["why"]
         ]
     return named
 

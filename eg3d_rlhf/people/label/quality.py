@@ -467,7 +467,7 @@ def _strengths(
         times.update((comparison.winner, comparison.loser))
     # The strength of a shape with a single opponent is not reliable. Such a shape is included only if its
     # opponent has several opponents.
-    ranked_shapes = {shape for shape, others in opponents.items() if len(others) >= 2}
+    ranked_shapes = {shape for shape, shape_opponents in opponents.items() if len(shape_opponents) >= 2}
     ranked_shapes |= {opponent for shape in ranked_shapes for opponent in opponents[shape]}
     # The shapes with the most comparisons are fitted. The other keys only make the order definite.
     ordered_shapes = sorted(

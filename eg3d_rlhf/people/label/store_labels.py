@@ -97,7 +97,8 @@ class LabelFilters:
     def __post_init__(self):
         if self.least_gold_accuracy is not None and not 0 <= self.least_gold_accuracy <= 1:
             raise ValueError(
-                f"least_gold_accuracy={self.least_gold_accuracy} is not a share. Use a number from 0 to 1."
+                f"least_gold_accuracy={self.least_gold_accuracy} is not in the range 0..1. Use a number from"
+                " 0 to 1."
             )
         if self.min_milliseconds < 0:
             raise ValueError(
@@ -207,8 +208,8 @@ def to_preference(row: JudgementRow) -> Preference:
     Raises:
         ValueError: the shapes are asset files or single shapes, or differ in more than their seeds.
     """
-    left = row.left
-    right = row.right
+    left_shape = row.left
+    right_shape = row.right
     reject_assets(row, "asset-pairs")
     if row.choice.good is not None:
         raise ValueError(
@@ -217,10 +218,10 @@ def to_preference(row: JudgementRow) -> Preference:
         )
     # A preference identifies its shapes by their seeds, so all other parameters of both must be equal.
     if (
-        _parameters(left) != _parameters(right)
-        or left.seed == right.seed
-        or left.degradation
-        or right.degradation
+        _parameters(left_shape) != _parameters(right_shape)
+        or left_shape.seed == right_shape.seed
+        or left_shape.degradation
+        or right_shape.degradation
     ):
         raise ValueError(
             f"judgement {row.id} of campaign {row.campaign}: the shapes of its pair differ in more than"
@@ -228,15 +229,15 @@ def to_preference(row: JudgementRow) -> Preference:
             " --kind=judgements."
         )
     # For a tie, `winner` is the left shape. It has no meaning then, because `tie` is True.
-    winner, loser = (right, left) if row.choice is Choice.RIGHT else (left, right)
+    winner, loser = (right_shape, left_shape) if row.choice is Choice.RIGHT else (left_shape, right_shape)
     side = {Choice.LEFT: "left", Choice.RIGHT: "right"}.get(row.choice)
-    both = "bad" if row.choice is Choice.BAD else None
-    extra = {**_origin(row), "side": side, "left_seed": left.seed, "both": both}
+    both_marker = "bad" if row.choice is Choice.BAD else None
+    extra = {**_origin(row), "side": side, "left_seed": left_shape.seed, "both": both_marker}
     return Preference(
         winner=winner.seed,
         loser=loser.seed,
-        generator=left.generator or None,
-        psi=None if math.isnan(left.psi) else left.psi,
+        generator=left_shape.generator or None,
+        psi=None if math.isnan(left_shape.psi) else left_shape.psi,
         annotator=row.annotator,
         time=row.received_at,
         tie=row.choice.equal,
@@ -609,7 +610,7 @@ def rankings(rows: Sequence[JudgementRow], write_path: WritePath = str) -> list[
         for source in sorted(strengths, key=lambda source: (-strengths[source], source)):
             fields = {
                 "condition": condition,
-                "rank": 1 + sum(other > strengths[source] for other in strengths.values()),
+                "rank": 1 + sum(other_strength > strengths[source] for other_strength in strengths.values()),
                 "generator": assets[source].generator,
                 "strength": strengths[source],
                 "judgements": sum(

@@ -61,7 +61,7 @@ def analyse(
         ValueError: the stopping rule is not met and `interim` is False, or a judgement belongs to another
             study.
     """
-    # Answers that were taken back never count.
+    # answers that were taken back never count
     rows = [row for row in rows if not row.undone]
     _check(design, rows)
     parts = sort_rows(design, rows)
@@ -245,9 +245,12 @@ def _check(design: StudyDesign, rows: Sequence[JudgementRow]) -> None:
             " with --db."
         )
     for row in rows:
-        first, second = (row.left, row.right) if row.first_is_left else (row.right, row.left)
-        is_of_generators = (first.generator, second.generator) == (design.a.generator, design.b.generator)
-        if row.kind == Kind.PAIR and not (is_of_generators and first.seed == second.seed):
+        first_shape, second_shape = (row.left, row.right) if row.first_is_left else (row.right, row.left)
+        is_of_generators = (first_shape.generator, second_shape.generator) == (
+            design.a.generator,
+            design.b.generator,
+        )
+        if row.kind == Kind.PAIR and not (is_of_generators and first_shape.seed == second_shape.seed):
             raise ValueError(
                 f"study {design.name}: the answer {row.id} does not compare the two generators of the study"
                 " at one latent. Pass the database of the study with --db."

@@ -202,7 +202,7 @@ class StudyDesign:
         # With 1, every trial would be a gold check, and no trial would compare the generators.
         if self.gold_every == 1:
             raise ValueError(
-                "gold_every=1 is not allowed. Use 0 for no gold checks, or at least 2, such as 10."
+                "gold_every=1 is not allowed. Use 0 for no gold checks, or a number >= 2, such as 10."
             )
         if not 0 < self.confidence < 1:
             raise ValueError(
@@ -334,7 +334,8 @@ def read_design(path: str | Path, recorded: str | None = None) -> StudyDesign:
         version = content["format"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{path}: the design of the study cannot be read: {error}. Use a copy of the original file."
+            f"{path}: the design of the study cannot be read as JSON: {error}. Use a copy of the original"
+            " file."
         ) from None
     if version != FORMAT:
         raise ValueError(
@@ -417,7 +418,10 @@ def study_pairs(design: StudyDesign) -> list[PlannedPair]:
     )
     blocks = STRATEGIES["blocks"].plan(items, [], rng, StrategyOptions(pairs=len(seeds)))
     shapes = [contender_shape(design, contender, seed) for contender, seed in compared]
-    trials = [PlannedPair(first=shapes[first], second=shapes[second]) for first, second in blocks.pairs]
+    trials = [
+        PlannedPair(first=shapes[first_index], second=shapes[second_index])
+        for first_index, second_index in blocks.pairs
+    ]
     practice_shapes = [contender_shape(design, design.a, seed) for seed in spare_seeds[:TRAINING_PAIRS]]
     practice_pairs = known_answers(practice_shapes, Kind.TRAINING, rng, damages)
     # Gold pairs use other latents than practice pairs.

@@ -191,7 +191,7 @@ def compares_assets(flags: Mapping) -> bool:
     if a_is_folder != b_is_folder:
         folder_flag = "--a" if a_is_folder else "--b"
         raise ValueError(
-            f"--a, --b: {folder_flag} is a folder of asset files, but the other flag names a generator. Pass"
+            f"--a, --b: {folder_flag} is a folder of assets, but the other flag names a generator. Pass"
             " two folders of asset files, or two generators."
         )
     return a_is_folder
@@ -237,7 +237,7 @@ def flagged(flags: Mapping) -> Iterator[None]:
 
 
 def prepare(
-    folder: Folder, name: str, flags: Mapping, given: set[str], report: Callable[[str], None]
+    folder: Folder, name: str, flags: Mapping, written: set[str], report: Callable[[str], None]
 ) -> StudyDesign:
     """Open the study of a folder, or create it if there is none.
 
@@ -248,7 +248,7 @@ def prepare(
         folder: folder of the study.
         name: name of a new study.
         flags: values of all flags, by name.
-        given: names of the flags that the user passed on the command line.
+        written: names of the flags that the user passed on the command line.
         report: function that is called with lines of progress.
 
     Raises:
@@ -267,8 +267,8 @@ def prepare(
                     " Restore the file, or use another --name."
                 )
     if is_new:
-        surface_flags = sorted(given & {"psi", "level", "resolution", "triangles"})
-        if "up" in given and not compares_assets(flags):
+        surface_flags = sorted(written & {"psi", "level", "resolution", "triangles"})
+        if "up" in written and not compares_assets(flags):
             raise ValueError(
                 "--up can be used for folders of asset files only, because the y axis of a generator's"
                 " shapes always points up. Remove --up."
@@ -280,9 +280,9 @@ def prepare(
             )
         designs.write_design(folder.design, make_design(name, flags, report))
     with open_store(folder.url, create=True) as store:
-        design = checked_design(folder, store, name if "name" in given or is_new else None)
+        design = checked_design(folder, store, name if "name" in written or is_new else None)
         # A new design passes this check as well.
-        check_given(design, flags, given)
+        check_given(design, flags, written)
         if design.assets:
             designs.check_files(design)
         # Loading a generator checks that its file contains the weights that the design names.
@@ -330,13 +330,13 @@ def checked_design(folder: Folder, store: "Store", name: str | None = None) -> S
     return design
 
 
-def check_given(design: StudyDesign, flags: Mapping, given: set[str]) -> None:
+def check_given(design: StudyDesign, flags: Mapping, written: set[str]) -> None:
     """Check that the flags that the user passed agree with the design, which cannot be changed.
 
     Args:
         design: design of the study.
         flags: values of all flags, by name.
-        given: names of the flags that the user passed on the command line.
+        written: names of the flags that the user passed on the command line.
 
     Raises:
         ValueError: a flag has another value than the design.
@@ -355,14 +355,14 @@ def check_given(design: StudyDesign, flags: Mapping, given: set[str]) -> None:
     }
     # Flags that were not passed are not compared, because their defaults may have changed since the design
     # was made.
-    for flag in sorted(given & set(design_flags)):
+    for flag in sorted(written & set(design_flags)):
         if flags[flag] != design_flags[flag]:
             raise ValueError(
                 f"--{flag.replace('_', '-')}={flags[flag]}: the study was designed with the value"
                 f" {design_flags[flag]}. Remove the flag, or design a new study in another --outdir."
             )
     for side in ("a", "b"):
-        if side in given:
+        if side in written:
             with naming(f"--{side}"):
                 if not design.assets:
                     # Another path is allowed if the file has the same weights.

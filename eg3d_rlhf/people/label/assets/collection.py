@@ -567,31 +567,34 @@ def plan_assets(
     # All random choices come from this generator, so that equal options give equal plans.
     rng = np.random.default_rng(options.seed)
     items = items_of(collection, ensemble)
-    chosen: list[tuple[int, int]]  # pairs of indices into collection.assets
+    index_pairs: list[tuple[int, int]]  # pairs of indices into collection.assets
     strategy_report: dict = {}
     if options.single:
         # The assets are chosen evenly from all generators and prompts. Each is paired with itself.
         buckets = items.by(lambda item: (item.source, item.prompt))
-        chosen = [(index, index) for index in itertools.islice(balanced(buckets, rng), options.pairs)]
+        index_pairs = [(index, index) for index in itertools.islice(balanced(buckets, rng), options.pairs)]
     else:
         check_rewards(options.strategy, 0 if ensemble is None else ensemble.size)
         planned = STRATEGIES[options.strategy].plan(items, answers, rng, options)
         # The order of an asset in a pair of a strategy has no meaning, so it is chosen at random.
-        chosen = [(a, b) if rng.integers(2) else (b, a) for a, b in planned.pairs]
+        index_pairs = [(a, b) if rng.integers(2) else (b, a) for a, b in planned.pairs]
         strategy_report = report_with_names(
             planned.report, lambda a, b: _facts(collection.assets[a], collection.assets[b])
         )
-    if not chosen:
+    if not index_pairs:
         raise ValueError(
             "no prompt has two different assets that could be compared. Add a file of each generator for"
             " each prompt."
         )
-    if len(chosen) < options.pairs:
+    if len(index_pairs) < options.pairs:
         unit = "assets" if options.single else "pairs"
-        report(f"planned only {len(chosen)} of {options.pairs} {unit}, because there are no more")
-    options = replace(options, pairs=len(chosen))
+        report(f"planned only {len(index_pairs)} of {options.pairs} {unit}, because there are no more")
+    options = replace(options, pairs=len(index_pairs))
     shapes = [asset_shape(asset) for asset in collection.assets]
-    pairs = [PlannedPair(first=shapes[first], second=shapes[second]) for first, second in chosen]
+    pairs = [
+        PlannedPair(first=shapes[first_index], second=shapes[second_index])
+        for first_index, second_index in index_pairs
+    ]
     gold_pairs, practice_pairs = _known_pairs(options, collection, rng, report)
     # the other options do not apply to assets
     asset_options = {
@@ -643,8 +646,8 @@ def answers_of(collection: Collection, results: Sequence[JudgementRow]) -> list[
                     " files."
                 )
             pair_indices.append(index)
-        left, right = pair_indices
-        winner, loser = (right, left) if row.choice is Choice.RIGHT else (left, right)
+        left_index, right_index = pair_indices
+        winner, loser = (right_index, left_index) if row.choice is Choice.RIGHT else (left_index, right_index)
         answers.append(Preference(winner=winner, loser=loser, tie=row.choice.equal))
     return answers
 

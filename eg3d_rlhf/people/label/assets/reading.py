@@ -456,14 +456,15 @@ def examine_video(path: Path) -> tuple[str, str]:
     track = _TRACK.search(description)
     length = _LENGTH.search(description)
     if track is None:
-        raise ValueError("the file contains no video track that can be read")
+        raise ValueError("the file contains no video track that can be read. Convert it to MP4")
     codec = track.group(1)
     pixels = track.group(2)
     width = int(track.group(3))
     height = int(track.group(4))
     if not (0 < width <= MAX_SIDE and 0 < height <= MAX_SIDE):
         raise ValueError(
-            f"the video has {width} x {height} pixels, but at most {MAX_SIDE} x {MAX_SIDE} are allowed"
+            f"the video has {width} x {height} pixels, but at most {MAX_SIDE} x {MAX_SIDE} are allowed."
+            " Reduce its size"
         )
     if length:
         hours, minutes, seconds = (int(group) for group in length.groups())
@@ -494,14 +495,14 @@ def clean_video(path: Path, out: Path) -> None:
         encoding = ("-c:v", "copy", *_H264_BARE)
     elif codec == "vp9" and pixels == "yuv420p":
         encoding = ("-c:v", "copy")
-    code, text = _ffmpeg(
+    code, messages = _ffmpeg(
         [*_INPUT, "-i", f"file:{path}", "-t", str(MAX_SECONDS), *encoding, *_OUTPUT, "-y", f"file:{out}"],
         _ENCODING_SECONDS,
     )
     # x264 writes its name and options into the track. A second run of ffmpeg removes them.
     if not code and encoding is _ENCODED and out.is_file():
         encoded = out.rename(out.with_name("encoded.mp4"))
-        code, text = _ffmpeg(
+        code, messages = _ffmpeg(
             [*_INPUT, "-i", f"file:{encoded}", "-c:v", "copy", *_H264_BARE, *_OUTPUT, "-y", f"file:{out}"],
             _ENCODING_SECONDS,
         )
@@ -509,7 +510,7 @@ def clean_video(path: Path, out: Path) -> None:
     # The option -fs stops at the limit without an error, so a file of this size is incomplete. A file of less
     # than 100 bytes contains no video.
     if code or not out.is_file() or out.stat().st_size < 100 or out.stat().st_size >= MAX_VIDEO:
-        reason = text.strip().splitlines()[-1][:120] if text.strip() else "ffmpeg gave no reason"
+        reason = messages.strip().splitlines()[-1][:120] if messages.strip() else "ffmpeg gave no reason"
         raise ValueError(f"the video cannot be converted: {reason}")
 
 
