@@ -211,6 +211,7 @@ def _renamed(values: Any, names: Mapping[str, str]) -> Any:
     """
     if isinstance(values, Mapping):
         return {names.get(key, key): _renamed(value, names) for key, value in values.items()}
+    # a list is converted item by item; any other value has no keys
     return [_renamed(value, names) for value in values] if isinstance(values, list) else values
 
 
@@ -315,6 +316,7 @@ def _control_renamed(values: Any, key: str = "") -> Any:
         return {name: _control_renamed(value, name) for name, value in values.items()}
     if isinstance(values, list):
         return [_control_renamed(value, key) for value in values]
+    # only values below these keys are names of controls; other texts stay as they are
     if isinstance(values, str) and key == "groups":
         return _GROUPS.get(values, values)
     if isinstance(values, str) and key in ("arms", "use"):

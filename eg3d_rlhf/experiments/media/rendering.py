@@ -128,6 +128,7 @@ def render(
     """
     with torch.random.fork_rng(devices=[ws.device] if ws.device.type == "cuda" else []):
         torch.manual_seed(seed)
+        # the synthesis, which all images share
         field = generator.field(ws, noise_mode)
         # a list of one rendering, or an empty list if there are no cameras
         first_renderings = [field.render(label.to(ws.device), options) for label in labels[:1]]

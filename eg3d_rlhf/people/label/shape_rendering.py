@@ -65,6 +65,7 @@ def surface(generator: Generator, shape: Shape) -> tuple[np.ndarray, np.ndarray]
             # block.
             axes = tuple(axis.double().numpy() for axis in grid.axes)
             # The damage shall be visible, so its position depends on the visible parts of the surface only.
+            # raw density of the entire grid, [X, Y, Z]
             sigma = grid(slice(0, shape.resolution)).numpy()
             sigma = damage(
                 shape.degradation, sigma, axes, shape.level, visible_parts(vertices, faces)[0], shape.seed

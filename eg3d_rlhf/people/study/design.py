@@ -185,6 +185,7 @@ class StudyDesign:
                 f"a and b: both generators have the weights {self.a.generator[:12]}..., so there is nothing"
                 " to compare. Use another network for b."
             )
+        # raises ValueError for a knob that is out of its range
         check_knobs(self)
         if self.trials < 1:
             raise ValueError(f"trials={self.trials} is too small. Use at least one trial.")
@@ -410,7 +411,8 @@ def study_pairs(design: StudyDesign) -> list[PlannedPair]:
     # [seed, 1] is another random stream than the one of design.seeds()
     rng = np.random.default_rng([design.seed, 1])
     contenders = (design.a, design.b)
-    # The strategy "blocks" pairs the two shapes of each latent (a block), and orders the blocks at random.
+    # The strategy "blocks" pairs the two shapes of each latent, which form a block. With ordered=True it
+    # keeps the order of the seeds, which is random already.
     compared = [(contender, seed) for seed in seeds for contender in contenders]
     items = Items(
         members=[Item(prompt=str(seed), source=contender.generator) for contender, seed in compared],

@@ -111,6 +111,7 @@ def make_design(name: str, flags: Mapping, warn: Callable[[str], None]) -> Study
     Raises:
         ValueError: a flag does not fit; the message names it.
     """
+    # imported here, because this module imports torch, which would slow down --help
     from eg3d_rlhf.generators import load_generator
 
     with flagged(flags):

@@ -333,9 +333,12 @@ def simulate(options: SimulationOptions) -> SimulatedTrials:
     rng = np.random.default_rng(options.seed)
     annotator, latent = allocation(o.annotators, o.latents, o.annotators_per_pair)
     shape = (o.studies, len(latent))
+    # the bias in log-odds: 0 if both sides are equally likely
     bias = float(logit(o.left_bias))
     b_left = rng.random(shape) < 0.5 if o.random_sides else np.ones(shape, dtype=bool)
+    # one effect per study and annotator [S, A], looked up for each trial: [S, N]
     annotator_effect = o.annotator_sd * rng.standard_normal((o.studies, o.annotators))[:, annotator]
+    # one effect per study and latent [S, L], looked up for each trial: [S, N]
     latent_effect = o.latent_sd * rng.standard_normal((o.studies, o.latents))[:, latent]
     log_odds = (
         # The sum of both effects has the standard deviation hypot(...), for which the win rate is right.
@@ -344,6 +347,7 @@ def simulate(options: SimulationOptions) -> SimulatedTrials:
         + annotator_effect
         + latent_effect
     )
+    # a trial is won by b with the probability that belongs to the log-odds
     b_wins = rng.random(shape) < expit(log_odds)
     # ties occur independently of the preference
     is_tie = rng.random(shape) < o.tie_share

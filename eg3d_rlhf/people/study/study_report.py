@@ -116,6 +116,7 @@ def shape_images(
     """
     generator = load_contender(side, device).generator
     images = {}
+    # the same number of grid points for every generator, over its own cube
     grid = SlabSpec.of(generator.bounds, design.resolution)
     for seed in seeds:
         with torch.no_grad():
