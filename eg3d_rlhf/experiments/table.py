@@ -66,7 +66,7 @@ def rate(a: np.ndarray, b: np.ndarray, seeds: Sequence[int]) -> dict[str, Any]:
     return {"win_rate": mean, "ci95": [lo, hi], "seeds": by_seed}
 
 
-def detectable(conditions: int, noises: int, seeds: int) -> float:
+def detectable(prompts: int, noises: int, seeds: int) -> float:
     """Compute the smallest true win rate that a table detects with a power of 80 %.
 
     Detected means that the 95 % interval excludes one half. The formula is the one of the normal
@@ -74,13 +74,13 @@ def detectable(conditions: int, noises: int, seeds: int) -> float:
     without ties. If win rates differ between prompts, a larger win rate is needed.
 
     Args:
-        conditions: number of prompts, C.
+        prompts: number of prompts, C.
         noises: number of noises per prompt, S.
         seeds: number of training seeds, K.
     """
     # the quantiles of a two-sided 95 % interval (1.96) and of a power of 80 % (0.84)
     return 0.5 + (NormalDist().inv_cdf(0.975) + NormalDist().inv_cdf(0.8)) / (
-        2 * math.sqrt(conditions * noises * seeds)
+        2 * math.sqrt(prompts * noises * seeds)
     )
 
 
@@ -125,9 +125,9 @@ class Table:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Return {"conditions": number of prompts, "noises": number of noises per prompt}.
+        """Return the number of prompts and the number of noises per prompt, under the keys of the JSON file.
 
-        "conditions" is the JSON key that earlier versions wrote.
+        The key of the number of prompts is the one that earlier versions wrote.
         """
         # all score arrays have the same number of prompts and noises: [K or 1, C, S]
         prompts, noises = next(iter(self.base.values())).shape[1:]
