@@ -1,10 +1,11 @@
 """Logging of a run's measurements to TensorBoard, Weights & Biases and Trackio, in addition to stats.jsonl.
 
     log = Log("tensorboard,wandb", folder, settings)
-    log.line({"step": 10, "loss": 0.6, "time_bins": {"margin": [0.1, None]}})    loss, time_bins/margin/0
+    # adds a point at step 10 to the curves "loss" and "time_bins/margin/0"
+    log.line({"step": 10, "loss": 0.6, "time_bins": {"margin": [0.1, None]}})
     log.image("samples", path, 10)
 
-stats.jsonl is the authoritative record: when a run resumes, TensorBoard's files are rebuilt from it.
+The file stats.jsonl is the authoritative record. When a run resumes, TensorBoard's files are rebuilt from it.
 """
 
 import functools
@@ -18,49 +19,69 @@ from pathlib import Path
 from typing import Any
 
 TENSORBOARD = "tensorboard"
-NAMES = (TENSORBOARD, "wandb", "trackio")  # names of the packages, of the extras, and values of --log
-PROJECT = "eg3d-rlhf"
+# values of --log, which are also the names of the Python packages and of this package's extras
+NAMES = (TENSORBOARD, "wandb", "trackio")
+PROJECT = "eg3d-rlhf"  # name of the project under which the trackers list a run
 
 
 def named(text: str) -> list[str]:
-    """Parse the value of --log into names of packages.
+    """Parse the value of --log into names of packages: "tensorboard, wandb" -> ["tensorboard", "wandb"].
 
-    Raises: ValueError for an unknown package, or for one that is not installed.
+    Raises:
+        ValueError: a package is not in NAMES, or is not installed.
     """
+    # "" and a comma at the end give no names
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
         if name not in NAMES:
             raise ValueError(
-                f"--log: expected {', '.join(NAMES)}, separated by commas, got {name!r}. Correct it."
+                f"--log: {name!r} is not a known tracker. Pass one or more of {', '.join(NAMES)}, separated"
+                " by commas."
             )
-        # looked up, not imported: packages are imported at the first line
+        # The package is only looked up here. It is imported when the first line is logged.
         if importlib.util.find_spec(name) is None:
-            install = f"Install it: pip install 'eg3d-rlhf[{name}]'"
-            raise ValueError(f"--log={name}: expected the package {name}, got no installation. {install}")
+            raise ValueError(
+                f"--log={name}: the package {name} is not installed. Install it with"
+                f" pip install 'eg3d-rlhf[{name}]'."
+            )
     return names
 
 
-def numbers(record: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, float]]:
-    """Yield the numbers of a line by name; nested ones and items of lists are named by their path.
+def numbers(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """Yield (name, number) for every number of a line of stats.jsonl.
+
+    A number inside a mapping or a list is named by its path. Texts and None are left out.
+
+    Args:
+        record: content of the line, in JSON types.
+        prefix: path of `record`, with "/" at the end; "" at the top.
 
     >>> dict(numbers({"loss": 0.5, "bins": {"n": [3, None]}}))
     {'loss': 0.5, 'bins/n/0': 3.0}
     """
     for name, value in record.items():
         if isinstance(value, Mapping):
-            yield from numbers(value, f"{before}{name}/")
+            # "a/b": TensorBoard groups curves by the part of their name before the slash
+            yield from numbers(value, f"{prefix}{name}/")
         elif isinstance(value, Sequence) and not isinstance(value, str):
-            yield from numbers({str(place): item for place, item in enumerate(value)}, f"{before}{name}/")
-        # texts and None are left out: the trackers plot numbers only
+            yield from numbers({str(index): item for index, item in enumerate(value)}, f"{prefix}{name}/")
+        # the trackers plot numbers only; True and False count as 1 and 0
         elif isinstance(value, (int, float)):
-            yield f"{before}{name}", float(value)
+            yield f"{prefix}{name}", float(value)
 
 
 class Log:
-    """Writers of a run's lines and images. No file or connection is opened before the first line.
+    """Trackers that receive the measurements and images of one run.
 
-    Args: names: value of --log, see `named`; folder: of the run; settings: shown with the run.
-    Raises: ValueError as `named` does.
+    No file and no connection is opened before the first line or image is logged.
+
+    Args:
+        names: value of --log, see `named`; "" for no tracker.
+        folder: run folder.
+        settings: settings of the run, which the trackers show beside its curves.
+
+    Raises:
+        ValueError: `names` contains an unknown package, or a package that is not installed.
     """
 
     def __init__(self, names: str, folder: Path, settings: Mapping[str, Any]):
@@ -69,20 +90,28 @@ class Log:
         ]
 
     def line(self, record: Mapping[str, Any]) -> None:
-        """Log a line of stats.jsonl, which must have a step."""
+        """Log the numbers of a line of stats.jsonl.
+
+        Args:
+            record: content of the line; its key "step" is the position on the axis of the plots.
+        """
         # the step is the axis of the plots, not a curve
         values = {name: value for name, value in numbers(record) if name != "step"}
         for writer in self.writers:
             writer.line(values, record["step"])
 
     def image(self, name: str, path: Path, step: int) -> None:
-        """Log an image file."""
+        """Log an image file under a name, at a step of the run."""
         for writer in self.writers:
             writer.image(name, path, step)
 
     def resume(self, lines: Iterable[str]) -> None:
-        """Rebuild TensorBoard's files from these lines of stats.jsonl, after which the run continues."""
-        # the trackers resume on their own servers, by the id of the run
+        """Rebuild TensorBoard's files when a run is resumed.
+
+        Args:
+            lines: lines of stats.jsonl that the run had written before the state from which it resumes.
+        """
+        # Weights & Biases and Trackio continue the run on their servers, where they find it by its id.
         for board in (writer for writer in self.writers if isinstance(writer, Board)):
             for line in lines:
                 record = json.loads(line)
@@ -95,14 +124,14 @@ class Log:
 
 
 class Board:
-    """Writer of TensorBoard's files, in folder/tensorboard."""
+    """Writer of TensorBoard's files in the folder `tensorboard` of a run folder."""
 
     def __init__(self, folder: Path):
         self.folder = folder / TENSORBOARD
 
     @functools.cached_property
     def file(self) -> Any:
-        """Open the files, at the first use."""
+        """Delete earlier files of TensorBoard, and open new ones at the first access."""
         from torch.utils.tensorboard import SummaryWriter  # the import takes two seconds
 
         # earlier files may hold steps after the state from which the run resumes
@@ -110,13 +139,13 @@ class Board:
         return SummaryWriter(str(self.folder))
 
     def line(self, values: Mapping[str, float], step: int) -> None:
-        """Log numbers at a step."""
+        """Log numbers by name, at a step of the run."""
         for name, value in values.items():
             self.file.add_scalar(name, value, step)
         self.file.flush()  # so that TensorBoard shows the line while the run continues
 
     def image(self, name: str, path: Path, step: int) -> None:
-        """Log an image file at a step."""
+        """Log an image file under a name, at a step of the run."""
         import numpy as np
         from PIL import Image
 
@@ -125,42 +154,52 @@ class Board:
 
     def close(self) -> None:
         """Close the files, if any were opened."""
-        # a cached property is in vars() once it was computed; asking for self.file would open it
+        # cached_property stores its value in vars(self), so this test does not open the files
         if "file" in vars(self):
             self.file.close()
 
 
 class Tracker:
-    """Writer of a run of Weights & Biases or of Trackio, whose interfaces are alike.
+    """Writer to Weights & Biases or to Trackio, whose Python interfaces are alike.
 
-    The same folder is the same run, so a resumed run continues its curves.
+    The run at the tracker is identified by the path of the run folder, so a resumed run continues its curves.
+
+    Args:
+        package: "wandb" or "trackio".
+        folder: run folder.
+        settings: settings of the run, which the tracker shows.
     """
 
     def __init__(self, package: str, folder: Path, settings: Mapping[str, Any]):
         self.name = package
+        # the absolute path, because it identifies the run at the tracker
         self.folder = folder.resolve()
         self.settings = settings
 
     @functools.cached_property
     def package(self) -> Any:
-        """Import the package and start or resume the run, at the first use."""
+        """Import the package, and start or resume the run at the first access."""
         package = importlib.import_module(self.name)
         digest = hashlib.sha256(str(self.folder).encode()).hexdigest()[:8]
-        more = {"dir": str(self.folder), "id": digest} if self.name == "wandb" else {}
-        # the last parts of the path for people, the hash so that two folders never share a run
-        run = f"{'-'.join(self.folder.parts[-4:])}-{digest}"
-        package.init(project=PROJECT, name=run, config=dict(self.settings), resume="allow", **more)
+        # wandb finds a run that it shall continue by `id`; trackio has no such argument, and uses `name`
+        wandb_arguments = {"dir": str(self.folder), "id": digest} if self.name == "wandb" else {}
+        # The last four parts of the path are for readers. The hash keeps the runs of two folders apart.
+        run_name = f"{'-'.join(self.folder.parts[-4:])}-{digest}"
+        package.init(
+            project=PROJECT, name=run_name, config=dict(self.settings), resume="allow", **wandb_arguments
+        )
         return package
 
     def line(self, values: Mapping[str, float], step: int) -> None:
-        """Log numbers at a step."""
+        """Log numbers by name, at a step of the run."""
         self.package.log(dict(values), step=step)
 
     def image(self, name: str, path: Path, step: int) -> None:
-        """Log an image file at a step."""
+        """Log an image file under a name, at a step of the run."""
         self.package.log({name: self.package.Image(str(path))}, step=step)
 
     def close(self) -> None:
-        """End the run, if it was started."""
+        """End the run at the tracker if it was started."""
+        # cached_property stores its value in vars(self), so this test does not start the run
         if "package" in vars(self):
             self.package.finish()

@@ -9,13 +9,13 @@
     )
     MODES.add("climb", CLIMB)
 
-    def open_climb(settings: ClimbConfig, run: Run):       checks and opens what the settings name; raises
-                                                           ValueError before there is a folder; adds its
-                                                           files to run.inputs
+    def open_climb(settings: ClimbConfig, run: Run):       checks and opens the files that the settings name,
+                                                           and adds them to run.inputs; it raises ValueError
+                                                           before a run folder is made
     def climb(settings: ClimbConfig, opened, run: Run):    does the remaining work of a new or resumed run
 
-This module handles the folder, its lock and record, --resume, --dry-run, --outdir, --desc, --seed, --device,
---timeout, signals and ranks.
+This module handles the run folder, its lock and its record training_options.json, the flags --resume,
+--dry-run, --outdir, --desc, --seed, --device and --timeout, signals, and the ranks of torchrun.
 """
 
 import contextlib
@@ -48,9 +48,13 @@ FREE = frozenset({"resume", "device", "timeout", "dry_run"})  # flags that are a
 
 
 class Flags(dict[str, Any]):
-    """Values of a command line's flags, by name; None: not given, so that a preset or a problem decides.
+    """Values of a command's flags, by parameter name.
 
-    Args: written: names of the flags that were typed.
+    A value of None means that the flag was not passed. A preset or a default of the mode then decides.
+
+    Args:
+        values: value of each flag, by the name of its parameter.
+        written: names of the flags that the user passed on the command line.
     """
 
     def __init__(self, values: Mapping[str, Any] = {}, written: Iterable[str] = ()):  # noqa: B006 (only read)
@@ -58,11 +62,21 @@ class Flags(dict[str, Any]):
         self.written = frozenset(written)
 
     def some(self, names: Mapping[str, str]) -> dict[str, Any]:
-        """Return the given flags under the names of fields. Args: names: name of the flag -> of the field."""
+        """Return the values of the flags in `names` that are not None, under the names of settings' fields.
+
+        Args:
+            names: maps the name of each flag to the name of the field that it sets.
+        """
         return {field: self[name] for name, field in names.items() if self.get(name) is not None}
 
     def of(self, kind: type) -> dict[str, Any]:
-        """Return the given values of a settings dataclass's knobs, by field."""
+        """Return the values of the flags that set fields of a settings dataclass, by the name of the field.
+
+        Flags whose value is None are left out.
+
+        Args:
+            kind: settings dataclass, whose fields carry a `knob` (see training.config).
+        """
         knobs = {
             field.name: field.metadata["knob"]
             for field in dataclasses.fields(kind)
@@ -70,74 +84,95 @@ class Flags(dict[str, Any]):
         }
         return self.some({knob.name or name: name for name, knob in knobs.items()})
 
-    def belong(self, names: Iterable[str], applies: bool, where: str) -> None:
-        """Raise ValueError if any of `names` was typed but does not apply.
+    def belong(self, names: Iterable[str], applies: bool, condition: str) -> None:
+        """Raise ValueError if the user passed any flag of `names` although it has no effect.
 
-        Args: applies: the flags have an effect here; where: they have one, for the message.
+        Args:
+            names: names of the flags that are checked.
+            applies: True if these flags have an effect in this command.
+            condition: words for the message that name the condition in which they have an effect.
         """
-        extra = [flag(name) for name in names if name in self.written]
-        if extra and not applies:
+        flags_without_effect = [flag(name) for name in names if name in self.written]
+        if flags_without_effect and not applies:
             raise ValueError(
-                f"{', '.join(extra)}: applies to {where} only, and would have no effect here. Remove it."
+                f"{', '.join(flags_without_effect)}: applies to {condition} only, and would have no effect"
+                f" in this command. Remove {', '.join(flags_without_effect)} from the command line."
             )
 
 
 def flag(name: str) -> str:
-    """Return the flag of a parameter's name."""
+    """Return the flag of a parameter: "dry_run" -> "--dry-run"."""
     return "--" + name.replace("_", "-")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mode(Generic[S]):
-    """One mode of train.py. Only name, help, settings, open and work have no default."""
+    """One mode of train.py: its settings, its flags, and the functions that open files and do the work.
+
+    The fields name, help, settings, open and work must be passed; all others have a default.
+    """
 
     name: str  # value of --mode
-    help: str
-    settings: type[S]  # a dataclass of knobs, maybe nested
-    # opens and checks what the settings name, before there is a folder; adds the files to run.inputs
+    help: str  # text at the top of --help
+    settings: type[S]  # dataclass whose fields carry knobs; a field may be such a dataclass again
+    # (settings, run) -> opened files: checks and opens the files that the settings name, before a run folder
+    # is made, and adds them to run.inputs
     open: Callable[[S, "Run"], Any]
-    work: Callable[[S, Any, "Run"], None]  # does the remaining work of a run
-    title: Callable[[S, Any], str] | None = None  # (settings, opened) -> name of the folder; None: the mode's
+    work: Callable[[S, Any, "Run"], None]  # (settings, opened, run): does the remaining work of a run
+    # (settings, opened) -> name of the run folder, without its number; None: `name`
+    title: Callable[[S, Any], str] | None = None
     flags: Decorator | None = None  # decorator that adds the mode's flags; None: one flag for each knob
-    resolve: Callable[[Flags], S] | None = None  # settings of a command line; None: knobs by name
+    # (flags) -> settings of a new run; None: every flag sets the knob of its name
+    resolve: Callable[[Flags], S] | None = None
     # (settings, opened) -> content of training_options.json; None: the mode's name and the settings
     record: Callable[[S, Any], Mapping[str, Any]] | None = None
-    # settings of the run that --resume names; None: inverse of `record`
+    # (value of --resume, flags, ranks) -> settings of that run; None: read them from training_options.json
     recorded: Callable[[Path, Flags, "Ranks"], S] | None = None
     shown: Callable[[S], Mapping[str, Any]] | None = None  # JSON that --dry-run prints; None: the settings
-    # objects from which --help reads the defaults of flags, see core.cli.HelpValues; None: the settings
+    # (flags) -> objects from which --help reads the defaults of flags, see core.cli.HelpValues; None: the
+    # settings
     defaults: Callable[[Flags], Iterable[object]] | None = None
-    on_cpu: Callable[[S], bool] | None = None  # true where --device=auto means the CPU
-    jobs: str = ""  # work that --jobs divides among processes; "": none, and there is no such flag
+    on_cpu: Callable[[S], bool] | None = None  # returns True if --device=auto shall select the CPU
+    jobs: str = ""  # work that --jobs divides among processes; "": the mode has no flag --jobs
     beside_resume: frozenset[str] = frozenset()  # flags of the mode that are allowed with --resume
-    # settings that a resumed run may change; None: all, they come from its state
+    # settings that may differ when a run is resumed; None: no setting is compared, because the state holds
+    # them
     changes: frozenset[str] | None = frozenset()
     again: str = "--resume=RUN"  # flag that resumes a stopped run, for a message
-    # true for a begun folder that holds a state from which to resume
+    # returns True for the folder of an interrupted run that holds a state to resume from
     resumable: Callable[[Path], bool] = lambda folder: True
 
     def start(
         self, settings: S, outdir: Path, flags: Flags | None = None, ranks: "Ranks | None" = None
     ) -> Path:
-        """Start a new run in `outdir`, and return its folder.
+        """Start a new run in a new folder of `outdir`, and return that folder.
 
-        After a restart by torchrun, the run that this launch had begun is resumed instead.
+        If torchrun restarted this process, the run that the same launch had begun is resumed instead.
+
+        Args:
+            settings: settings of the run.
+            outdir: folder in which numbered run folders are made.
+            flags: flags of the command line; None: no flags.
+            ranks: this process among the processes of the run; None: a single process.
         """
+        # imported here, because these modules import torch, which would slow down --help
         from eg3d_rlhf.experiments.run import begun_by_this_launch, next_free
         from training.distributed import SINGLE
 
         flags = flags or Flags()
         ranks = ranks or SINGLE
-        begun = begun_by_this_launch(outdir, ranks)
-        # rank 0 decides for all: ranks that disagreed would wait for each other forever
-        if begun and ranks.broadcast(self.resumable(begun) if ranks.main else None):
-            return self.go_on(settings, begun, flags, ranks)
+        begun_folder = begun_by_this_launch(outdir, ranks)
+        # Rank 0 decides for all ranks. If one rank resumed and another started a new run, they would wait for
+        # each other forever.
+        if begun_folder and ranks.broadcast(self.resumable(begun_folder) if ranks.main else None):
+            return self.go_on(settings, begun_folder, flags, ranks)
 
-        def folder(opened: Any) -> Path:
+        def choose_folder(opened: Any) -> Path:
+            # A begun run without a state keeps its folder; every other run gets the next free number.
             title = self.title(settings, opened) if self.title else self.name
-            return begun or next_free(outdir, "-".join(filter(None, (title, flags.get("desc")))))
+            return begun_folder or next_free(outdir, "-".join(filter(None, (title, flags.get("desc")))))
 
-        return self.begin(settings, folder, flags, ranks)
+        return self.begin(settings, choose_folder, flags, ranks)
 
     def begin(
         self,
@@ -148,10 +183,16 @@ class Mode(Generic[S]):
     ) -> Path:
         """Start a new run in a folder, and return the folder.
 
-        Args: folder: or a function of what was opened. If the numbered folder is taken, the next one is used.
+        Args:
+            settings: settings of the run.
+            folder: path of the folder, or a function that returns the path for the object that `open`
+                returned. If a folder NNNNN-name exists already, the next free number is used.
+            flags: flags of the command line; None: no flags.
+            ranks: this process among the processes of the run; None: a single process.
         """
         from eg3d_rlhf.experiments.run import claim
 
+        # a placeholder path while the folder is not known; it is replaced below
         run = self._run(folder if isinstance(folder, Path) else Path(), settings, flags, ranks)
         opened = self._open(settings, run)
         # only after opening, so that a user's mistake leaves no empty folder
@@ -164,9 +205,16 @@ class Mode(Generic[S]):
     def go_on(
         self, settings: S, source: Path, flags: Flags | None = None, ranks: "Ranks | None" = None
     ) -> Path:
-        """Resume a run, and return its folder. Args: source: the folder, or a state in it.
+        """Resume a run, and return its folder.
 
-        Raises: ValueError where settings, or files that it started from, have changed.
+        Args:
+            settings: settings of the run, see `read`.
+            source: the run folder, or a checkpoint file in it.
+            flags: flags of the command line; None: no flags.
+            ranks: this process among the processes of the run; None: a single process.
+
+        Raises:
+            ValueError: the settings, or files that the run started from, have changed.
         """
         run = self._run(source if source.is_dir() else source.parent, settings, flags, ranks)
         run.resumed = source
@@ -178,7 +226,17 @@ class Mode(Generic[S]):
         return run.folder
 
     def read(self, source: Path, flags: Flags | None = None, ranks: "Ranks | None" = None) -> S:
-        """Read the settings of a run. Raises: FileNotFoundError; ValueError for a folder of another mode."""
+        """Read the settings of a run from its folder.
+
+        Args:
+            source: value of --resume: the run folder, or a checkpoint file in it.
+            flags: flags of the command line; None: no flags.
+            ranks: this process among the processes of the run; None: a single process.
+
+        Raises:
+            FileNotFoundError: there is no run at `source`.
+            ValueError: the run belongs to another mode.
+        """
         from eg3d_rlhf.experiments.run import OPTIONS, recorded_by
         from training.distributed import SINGLE
 
@@ -187,21 +245,21 @@ class Mode(Generic[S]):
         return from_dict(self.settings, recorded_by(source, self.name)["settings"], str(source / OPTIONS))
 
     def _run(self, folder: Path, settings: S, flags: Flags | None, ranks: "Ranks | None") -> "Run":
-        """Make the `Run`, with its device; nothing is written yet."""
+        """Make the `Run` object and choose its device. No file is written."""
         from eg3d_rlhf.experiments.run import Run
         from training.distributed import SINGLE
 
         flags = flags or Flags()
         ranks = ranks or SINGLE
-        name = flags.get("device") or "auto"
-        if name == "auto" and self.on_cpu is not None and self.on_cpu(settings):
-            name = "cpu"
+        device_name = flags.get("device") or "auto"
+        if device_name == "auto" and self.on_cpu is not None and self.on_cpu(settings):
+            device_name = "cpu"
         # under torchrun each rank has its device already
-        device = ranks.device if ranks.world > 1 else choose_device(name)
+        device = ranks.device if ranks.world > 1 else choose_device(device_name)
         return Run(folder, {}, ranks=ranks, device=str(device), jobs=flags.get("jobs") or 1, flags=flags)
 
     def _open(self, settings: S, run: "Run") -> Any:
-        """Open what the settings name, and set the record of the run."""
+        """Open the files that the settings name, and set the settings that the run records."""
         opened = self.open(settings, run)
         run.settings = dict(
             {"mode": self.name, "settings": dataclasses.asdict(settings)}
@@ -218,7 +276,8 @@ class Mode(Generic[S]):
 
     @functools.cached_property
     def command(self) -> GroupedCommand:
-        """Make the click command, with the common flags and those of the mode."""
+        """Make the click command with the common flags and the flags of the mode."""
+        # `self` would be hidden inside the nested function, whose parameters are the flags
         mode = self
 
         @click.command(
@@ -230,41 +289,47 @@ class Mode(Generic[S]):
         @run_flags(self)
         @self.flags or options_of(self.settings)
         @click.pass_context
-        def command(context: click.Context, /, **given: Any) -> Path | None:
-            # a resumed run takes its settings from its record, so other flags would be ignored
+        def command(context: click.Context, /, **parameters: Any) -> Path | None:
+            # A resumed run takes its settings from its record, so any other flag would be ignored.
             flags = flags_of(context)
-            resume = given["resume"]
-            extra = (
+            resume_path = parameters["resume"]
+            conflicting_flags = (
                 sorted(flags.written - FREE - mode.beside_resume - ({"jobs"} if mode.jobs else set()))
-                if resume is not None
+                if resume_path is not None
                 else []
             )
-            if extra:
+            if conflicting_flags:
                 raise ValueError(
-                    f"{', '.join(map(flag, extra))} cannot be combined with --resume, which uses the settings"
-                    f" of the run. Remove {'it' if len(extra) == 1 else 'them'}."
+                    f"{', '.join(map(flag, conflicting_flags))} cannot be combined with --resume, which uses"
+                    f" the settings of the run. Remove {'it' if len(conflicting_flags) == 1 else 'them'}."
                 )
-            settings: Any = None if resume is not None else mode.settings_of(flags)
-            if given["dry_run"]:
-                settings = mode.read(resume, flags) if settings is None else settings
-                shown = dataclasses.asdict(settings) if mode.shown is None else mode.shown(settings)
-                click.echo(json.dumps(shown, indent=2, sort_keys=True))
+            settings: Any = None if resume_path is not None else mode.settings_of(flags)
+            if parameters["dry_run"]:
+                settings = mode.read(resume_path, flags) if settings is None else settings
+                shown_settings = dataclasses.asdict(settings) if mode.shown is None else mode.shown(settings)
+                click.echo(json.dumps(shown_settings, indent=2, sort_keys=True))
                 return None
-            with running(given["device"], given["timeout"], mode.again) as ranks:
+            with running(parameters["device"], parameters["timeout"], mode.again) as ranks:
                 if settings is None:
-                    return mode.go_on(mode.read(resume, flags, ranks), resume, flags, ranks)
-                return mode.start(settings, given["outdir"], flags, ranks)
+                    return mode.go_on(mode.read(resume_path, flags, ranks), resume_path, flags, ranks)
+                return mode.start(settings, parameters["outdir"], flags, ranks)
 
+        # GroupedCommand calls this when it formats --help
         command.resolved = mode.shown_by_help
         return command
 
     def settings_of(self, flags: Flags) -> S:
-        """Return the settings of a new run. Raises: ValueError for flags that do not fit."""
+        """Return the settings of a new run, from the flags of its command line.
+
+        Raises:
+            ValueError: a flag has a value that is not allowed, or flags contradict each other.
+        """
         if self.resolve is not None:
             return self.resolve(flags)
-        of_run = {"outdir", "desc", "resume", "dry_run", "timeout"}
-        given = {n: v for n, v in flags.items() if v is not None and n not in of_run}
-        settings: S = built(self.settings, given)
+        # flags that the run itself uses, and that no settings dataclass has as a field
+        run_only = {"outdir", "desc", "resume", "dry_run", "timeout"}
+        values = {name: value for name, value in flags.items() if value is not None and name not in run_only}
+        settings: S = built(self.settings, values)
         return settings
 
     def shown_by_help(self, context: click.Context) -> Iterable[object]:
@@ -276,28 +341,35 @@ class Mode(Generic[S]):
 
 
 def flags_of(context: click.Context) -> Flags:
-    """Return a command's parameters, with the names of those that stand on the command line."""
-    source = ParameterSource.COMMANDLINE
-    return Flags(context.params, {n for n in context.params if context.get_parameter_source(n) == source})
+    """Return the flags of a click command, and the names of the flags that the user passed."""
+    command_line = ParameterSource.COMMANDLINE
+    written = {name for name in context.params if context.get_parameter_source(name) == command_line}
+    return Flags(context.params, written)
 
 
 @contextlib.contextmanager
 def running(device: str | None, timeout: float, again: str) -> "Iterator[Ranks]":
     """Open the process group of a run, and yield its ranks.
 
-    A run that is stopped by a signal prints how to resume it (`again`), and exits with status 130.
+    If a signal stops the run, the process prints how to resume it, and exits with status 130.
+
+    Args:
+        device: "auto", "cpu" or "cuda"; None: "auto".
+        timeout: longest wait for another process of torchrun, in minutes.
+        again: flag that resumes the run, for the printed line.
     """
     from training.distributed import process_group
 
     group = process_group(choose_device(device or "auto"), timeout)
-    # twice: inside, so that the group sees the exit status on leaving; outside, for a stop before it is open
+    # _ends_with_130 stands twice. The inner one turns a stop into SystemExit before the process group closes,
+    # so that the group's __exit__ receives it. The outer one handles a stop while the group is being opened.
     with _ends_with_130(again), sigterm_interrupts(), group as ranks, _ends_with_130(again):
         yield ranks
 
 
 @contextlib.contextmanager
 def _ends_with_130(again: str) -> Iterator[None]:
-    """Exit with status 130, as shells do for SIGINT, if the run was stopped."""
+    """Exit with status 130 if the run inside the context was stopped. Shells use this status for SIGINT."""
     try:
         yield
     except (StoppedError, KeyboardInterrupt) as stopped:
@@ -306,20 +378,24 @@ def _ends_with_130(again: str) -> Iterator[None]:
 
 
 def refuse_torchrun(several: bool, flags: str) -> None:
-    """Raise ValueError for several trainings under torchrun with several processes.
+    """Raise ValueError if several trainings are requested under torchrun with several processes.
 
-    Args: several: several trainings are requested; flags: that request them, for the message.
+    Args:
+        several: True if the command requests several trainings.
+        flags: names of the flags that request them, for the message.
     """
+    # torchrun sets WORLD_SIZE to the number of processes; without torchrun it is not set
     if several and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(
-            f"{flags}: expected one process for several trainings, got several processes of torchrun. Start"
-            " without torchrun, and use --jobs."
+            f"{flags}: several trainings cannot share the processes of torchrun"
+            f" (WORLD_SIZE={os.environ['WORLD_SIZE']}). Start the command without torchrun, and pass --jobs"
+            " to run several trainings at once."
         )
 
 
 def run_flags(mode: Mode[S]) -> Decorator:
-    """Make the decorator that adds the flags of every mode."""
-    least = click.IntRange(min=0)
+    """Make the decorator that adds the flags which all modes have."""
+    non_negative = click.IntRange(min=0)
     flags = [
         option(
             "--mode",
@@ -327,7 +403,7 @@ def run_flags(mode: Mode[S]) -> Decorator:
             metavar="NAME",
             default=mode.name,
             expose_value=False,
-            help="Kind of training.",
+            help="Name of the kind of training that train.py runs.",
         ),
         option(
             "--outdir",
@@ -335,30 +411,37 @@ def run_flags(mode: Mode[S]) -> Decorator:
             metavar="DIR",
             type=FOLDER,
             default=Path("runs"),
-            help="Folder in which numbered run folders are made.",
+            help="Folder in which a new, numbered run folder is made.",
         ),
-        # EG3D has this flag too; it matters most for its mode, and is listed as rare for the others
+        # EG3D's train.py has --desc, so --help of --mode=gan lists it. The other modes list it in --help-all.
         option(
             "--desc",
             group=RUN,
             rare=mode.name != "gan",
             metavar="TEXT",
-            help="Text added to the name of the run folder.",
+            help="Text that is appended to the name of the run folder.",
         ),
-        option("--seed", group=RUN, metavar="INT", type=least, default=0, help="Random seed."),
+        option(
+            "--seed", group=RUN, metavar="INT", type=non_negative, default=0, help="Random seed of the run."
+        ),
         option(
             "--device",
             group=RUN,
             type=click.Choice(["auto", "cpu", "cuda"]),
             default="auto",
-            help="Device to run on. auto: CUDA if available.",
+            help=(
+                "Device on which the run computes. auto selects CUDA if it is available, and the CPU"
+                " otherwise."
+            ),
         ),
         option(
             "--resume",
             group=RUN,
             metavar="RUN",
             type=click.Path(path_type=Path),
-            help="Resume a run, with the settings that it was started with.",
+            help=(
+                "Run folder, or checkpoint file in it, from which a stopped run is resumed with its settings."
+            ),
         ),
         option(
             "-n", "--dry-run", group=RUN, is_flag=True, help="Print the resolved settings as JSON and stop."
@@ -370,7 +453,7 @@ def run_flags(mode: Mode[S]) -> Decorator:
             metavar="MINUTES",
             type=click.FloatRange(min=0, min_open=True),
             default=30,
-            help="With torchrun: longest wait for another process, in minutes.",
+            help="Longest time that a process of torchrun waits for another process, in minutes.",
         ),
     ]
     if mode.jobs:
@@ -381,7 +464,7 @@ def run_flags(mode: Mode[S]) -> Decorator:
                 metavar="INT",
                 type=click.IntRange(min=1),
                 default=2,
-                help=f"With {mode.jobs}: number of processes, with one thread each.",
+                help=f"Number of processes that share the work of {mode.jobs}; each process has one thread.",
             )
         )
     return together(*flags)

@@ -1,10 +1,12 @@
-"""Reports: findings that are computed once and kept as JSON, and their figures, tables and pages.
+"""Reports: findings that are computed once and stored as JSON, and their figures, tables and HTML pages.
 
-compute -> JSON -> plot: a job's `compute` returns a finding, which is written to <out>/data/<key>.json; plots
-read that file only. Jobs are cached by their inputs, so that a second call, or a call after a crash, resumes.
-Pages need neither network nor libraries, and work from disk with mouse, touch and keyboard. The report has a
-light and a dark theme, and can be printed.
-Letters: V vertices, F faces.
+A report consists of jobs. The function `compute` of a job returns a finding, which is written into
+<out>/data/<key>.json, and the plots read this file only. Findings are cached by their inputs, so a second
+call, or a call after a crash, computes only the missing findings. The HTML pages load nothing from the
+network, and work from disk with mouse, touch and keyboard. The page of a report has a light and a dark theme,
+and can be printed.
+
+Shapes: V vertices, F faces.
 """
 
 import base64
@@ -35,29 +37,27 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """Facts that a figure states, so that a reader can assess and reproduce it."""
+    """Facts that the foot of a figure states, so that a reader can assess and reproduce the figure."""
 
     n: int  # number of items
     unit: str = "latents"  # plural noun for the items
-    seeds: str = ""  # such as '200000..200099'
-    psi: float | None = None  # truncation
-    # role ('before', 'after', 'reward') -> SHA-256, shown to 12 digits
+    seeds: str = ""  # seeds of the items, such as '200000..200099'
+    psi: float | None = None  # truncation psi of the samples; None: not stated
+    # role ('before', 'after', 'reward') -> SHA-256 of the network, of which the first 12 digits are shown
     networks: Mapping[str, str] = field(default_factory=dict)
-    interval: str = ""  # method, such as '95 % percentile bootstrap over latents, 10,000 resamples'
+    # method of the intervals, such as '95 % percentile bootstrap over latents, 10,000 resamples'
+    interval: str = ""
 
     def line(self) -> str:
-        """Format the facts as one line for the foot of a figure."""
-        parts = [
+        """Format the facts as one line for the foot of a figure. Facts that are not set are left out."""
+        statements = [
             f"n = {self.n:,} {self.unit}",
             self.seeds and f"seeds {self.seeds}",
             "" if self.psi is None else f"ψ = {self.psi:g}",
         ]
-        return " · ".join(
-            filter(
-                None,
-                [*parts, *(f"{role} {digest[:12]}" for role, digest in self.networks.items()), self.interval],
-            )
-        )
+        statements += [f"{role} {digest[:12]}" for role, digest in self.networks.items()]
+        statements.append(self.interval)
+        return " · ".join(statement for statement in statements if statement)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,25 +65,28 @@ class Finding:
     """Result of one computation, in JSON types."""
 
     facts: Facts
-    data: dict[str, Any]  # read by the plots
-    rows: Sequence[Mapping[str, Any]] = ()  # table of the figures' numbers, one mapping per line; CSV
-    says: Sequence[str] = ()  # sentences that state what the numbers show, and what they do not
-    images: Mapping[str, str] = field(default_factory=dict)  # caption -> PNG file beside the JSON
+    data: dict[str, Any]  # numbers that the plots read
+    # table of the numbers of the figures, one mapping (column -> value) per row; it is also written as CSV
+    rows: Sequence[Mapping[str, Any]] = ()
+    says: Sequence[str] = ()  # sentences that state what the numbers show, and what they do not show
+    # caption -> name of an image file in the folder of the JSON file
+    images: Mapping[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """Convert to JSON types."""
-        # through JSON, so that a fresh finding equals one that was read from its file
+        """Convert the finding to JSON types."""
+        # Passing through JSON turns tuples into lists. A new finding then equals one that was read from its
+        # file.
         values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
         return values
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One part of a report.
+    """One section of a report.
 
-    `compute(folder)` returns the finding, and may write images into `folder`. `inputs` lists everything that
-    the result depends on besides the code, in JSON types (hashes of files, seeds, options). The finding is
-    computed again when they or `version` change.
+    `compute(folder)` returns the finding, and may write images into `folder`. `inputs` contains all values on
+    which the result depends besides the code, in JSON types (hashes of files, seeds, options). The finding is
+    computed again when `inputs` or `version` changes.
     """
 
     key: str  # file name of the finding, and HTML id of its section
@@ -92,17 +95,19 @@ class Job:
     # name -> function of Finding.data that returns a matplotlib figure
     plots: Mapping[str, style.Plot] = field(default_factory=dict)
     inputs: Mapping[str, Any] = field(default_factory=dict)
-    version: int = 1  # raised when the computation changes
+    version: int = 1  # version of the computation; it is increased when the code of `compute` changes
 
 
 def columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """List the columns of all lines of a table, in order of first appearance."""
+    """Return the names of all columns of a table, in the order in which the rows first use them."""
+    # a dictionary, because it keeps the order of its keys, which a set does not
     return list(dict.fromkeys(name for row in rows for name in row))
 
 
 def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Format a table as CSV."""
+    """Format a table as CSV, with a first line of column names. A column that a row lacks is empty there."""
     buffer = io.StringIO()
+    # the default line terminator of the csv module is "\r\n"
     writer = csv.DictWriter(buffer, columns(rows), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
@@ -110,35 +115,53 @@ def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def identity_of_file(path: str | Path | None) -> str | None:
-    """Hash a file that a job reads with SHA-256; None for no file."""
+    """Return the SHA-256 of a file that a job reads, or None if `path` is None."""
     return None if path is None else file_hash(path)
 
 
 def seed_range(seeds: Sequence[int]) -> str:
-    """Describe seeds: '200000..200099' if they are consecutive, else their number and their range."""
-    first = seeds[0]
-    last = seeds[-1]
-    return (
-        f"{first}..{last}"
-        if list(seeds) == list(range(first, last + 1))
-        else f"{len(seeds)} from {min(seeds)} to {max(seeds)}"
-    )
+    """Describe a list of seeds, which must not be empty.
+
+    Returns '200000..200099' if the seeds are consecutive and ascending, and otherwise a text such as
+    '20 from 3 to 950': their count and their range.
+    """
+    first_seed = seeds[0]
+    last_seed = seeds[-1]
+    if list(seeds) == list(range(first_seed, last_seed + 1)):
+        return f"{first_seed}..{last_seed}"
+    return f"{len(seeds)} from {min(seeds)} to {max(seeds)}"
 
 
 def data_file(out: Path, key: str) -> Path:
-    """Return the JSON file of a finding."""
+    """Return the path of the JSON file of a finding.
+
+    Args:
+        out: folder of the report.
+        key: key of the finding's job.
+    """
     return out / "data" / f"{key}.json"
 
 
 def _finding(out: Path, key: str) -> Finding:
-    """Read a finding from <out>/data; findings of version 0.1 get the names of this version."""
+    """Read a finding from <out>/data, and give keys of version 0.1 their present names."""
     values = version_0_1.finding(key, json.loads(data_file(out, key).read_text()))
-    known = {f.name: values[f.name] for f in dataclasses.fields(Finding)}
-    return Finding(**{**known, "facts": Facts(**known["facts"])})
+    # the file has one more key, the job's title
+    arguments = {field.name: values[field.name] for field in dataclasses.fields(Finding)}
+    return Finding(**{**arguments, "facts": Facts(**arguments["facts"])})
 
 
 def _compute(job: Job, out: Path, _folder: Path) -> tuple[list[Path], dict[str, Any]]:
-    """Compute a finding, and write it into <out>/data, where its images are as well."""
+    """Compute a finding, and write it into <out>/data, the folder that also receives its images.
+
+    Args:
+        job: job that computes the finding.
+        out: folder of the report.
+        _folder: folder of the artefact, which the store passes; it is not used, since findings have their
+            own.
+
+    Returns:
+        Written files, and an empty record (see store.Maker).
+    """
     path = data_file(out, job.key)
     finding = job.compute(path.parent)
     values = {"title": job.title, **finding.to_dict()}
@@ -147,21 +170,29 @@ def _compute(job: Job, out: Path, _folder: Path) -> tuple[list[Path], dict[str, 
 
 
 def run(jobs: Sequence[Job], out: Path, fresh: bool = False, quiet: bool = False) -> dict[str, Finding]:
-    """Compute the missing findings, draw all figures, and write the tables.
+    """Compute the missing findings, plot all figures, and write the tables.
 
-    Args: out: the report's folder, made if missing; fresh: compute everything again; quiet: no progress bar.
-    Returns: findings by key, in order of the jobs.
+    Args:
+        jobs: sections of the report.
+        out: folder of the report, which is made if it does not exist.
+        fresh: True computes all findings again, also the stored ones.
+        quiet: True shows no progress bar.
+
+    Returns:
+        Findings by the key of their job, in the order of the jobs.
     """
+    # hashed=False: a report has one finding per key, so an outdated finding is replaced by the new one
     store = Store(out / "data" / "store", hashed=False, renew=True)
     findings = {}
     with tqdm(total=len(jobs), unit="part", disable=quiet, dynamic_ncols=True) as bar:
         for job in jobs:
             bar.set_description(job.title)
             inputs = {"version": job.version, "inputs": dict(job.inputs)}
+            # without the record in the store, the finding counts as missing
             if fresh:
                 shutil.rmtree(store.folder(job.key, inputs), ignore_errors=True)
             store.make(job.key, inputs, partial(_compute, job, out))
-            # read back from the file, so that figures depend on the JSON alone
+            # the finding is read back from its file, so that figures depend on the JSON alone
             finding = findings[job.key] = _finding(out, job.key)
             if finding.rows:
                 write_atomic(out / "data" / f"{job.key}.csv", csv_text(finding.rows).encode())
@@ -171,53 +202,75 @@ def run(jobs: Sequence[Job], out: Path, fresh: bool = False, quiet: bool = False
 
 
 def draw(job: Job, out: Path) -> None:
-    """Draw the figures of a job from its JSON file: <out>/figures/<key>-<name>.svg, -dark.svg and .png."""
-    values = _finding(out, job.key).data
+    """Plot the figures of a job from the JSON file of its finding.
+
+    The files are <out>/figures/<key>-<name>.svg, <key>-<name>-dark.svg and <key>-<name>.png. A finding
+    without data, which has the key "absent", gets a figure that states the reason.
+    """
+    data = _finding(out, job.key).data
     for name, plot in job.plots.items():
         stem = out / "figures" / f"{job.key}-{name}"
+        # the page shows the SVG file of the reader's theme, and does not use the PNG file
         for theme, endings in (("light", (".svg", ".png")), ("dark", ("-dark.svg",))):
             with style.theme(theme):
-                drawn = (style.plot_absent if "absent" in values else plot)(values)
+                plotted_figure = (style.plot_absent if "absent" in data else plot)(data)
                 for ending in endings:
-                    style.save(drawn, stem.with_name(stem.name + ending))
+                    style.save(plotted_figure, stem.with_name(stem.name + ending))
 
 
 def first_sentences(jobs: Sequence[Job], findings: Mapping[str, Finding]) -> list[str]:
-    """Format lines for a terminal: each job's name and the first sentence of its finding, wrapped."""
-    width = max(len(job.key) for job in jobs) + 2
-    says = [(job.key, textwrap.wrap(next(iter(findings[job.key].says), ""), 110) or [""]) for job in jobs]
-    return [f"{'' if i else key:<{width}}{line}" for key, lines in says for i, line in enumerate(lines)]
+    """Format lines for a terminal: the key of each job, and the first sentence of its finding, wrapped."""
+    key_width = max(len(job.key) for job in jobs) + 2
+    lines = []
+    for job in jobs:
+        first_sentence = next(iter(findings[job.key].says), "")
+        # wrap returns no line for an empty text, but the key of the job shall be printed then, too
+        for index, line in enumerate(textwrap.wrap(first_sentence, 110) or [""]):
+            key = job.key if index == 0 else ""
+            lines.append(f"{key:<{key_width}}{line}")
+    return lines
 
 
-# Self-contained HTML files: a report, coloured meshes that a reader can turn, and a map of samples that shows
-# their shapes.
+# Self-contained HTML files: a report, coloured meshes that a reader can rotate, and a map of samples that
+# shows their images.
 
 
 STATIC = Path(__file__).parent / "static"
 
 
 def data_uri(data: bytes, kind: str) -> str:
-    """Encode bytes as a data: address of the given media type."""
+    """Encode bytes as a data: URI.
+
+    Args:
+        data: content of the file.
+        kind: media type, such as "image/png".
+    """
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 
 def fill(name: str, **values: object) -> str:
-    """Fill the template static/<name>.html with its style sheet, its script and these values.
+    """Fill the template static/<name>.html with its style sheet, its script and values.
 
     Values are escaped, except those that `safe` has marked.
+
+    Args:
+        name: name of the template. The files <name>.css and <name>.js beside it are inserted if they exist.
+        values: further values, by the name that the template uses.
     """
     import jinja2
 
+    # autoescape: values such as titles and labels must not be interpreted as HTML
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(STATIC), autoescape=True, keep_trailing_newline=True
     )
-    files = {key: STATIC / f"{name}.{kind}" for key, kind in (("css", "css"), ("script", "js"))}
-    parts = {key: safe(path.read_text()) for key, path in files.items() if path.is_file()}
-    return environment.get_template(f"{name}.html").render(**parts, **values)
+    # the templates use the names `css` and `script`
+    files = {"css": STATIC / f"{name}.css", "script": STATIC / f"{name}.js"}
+    texts = {key: safe(path.read_text()) for key, path in files.items() if path.is_file()}
+    return environment.get_template(f"{name}.html").render(**texts, **values)
 
 
 def safe(text: str) -> "Markup":
-    """Mark text that must not be escaped: HTML, or this package's CSS or JavaScript."""
+    """Mark a text that the template must not escape, such as HTML or this package's CSS and JavaScript."""
     import markupsafe
 
     return markupsafe.Markup(text)
@@ -232,34 +285,42 @@ def write_page(
     summary: Sequence[str] = (),
     extra: str = "",
 ) -> Path:
-    """Assemble the report's page from the files that `run` wrote beside it.
+    """Write the page of a report from the files that `run` wrote into the same folder.
 
     Args:
-        path: <out>/index.html; introduction: one paragraph of plain text; summary: sentences at the top.
+        path: path of the page, which must be <out>/index.html.
+        title: title of the page.
+        introduction: one paragraph of plain text.
+        jobs: sections in the order of the page; a job without a finding is left out.
+        findings: findings by the key of their job.
+        summary: sentences at the top of the page.
         extra: HTML that is appended after the sections, such as an interactive view.
-    Returns: path.
+
+    Returns:
+        `path`.
     """
     out = path.parent
 
     def cell(value: object) -> str:
-        """Format a value of a table."""
-        text = (
-            f"{value:.4g}"
-            if isinstance(value, float)
-            else value
-            if isinstance(value, str)
-            else json.dumps(value)
-        )
-        return "" if value is None else text
+        """Format a value of a table: a float with four digits, a missing value as an empty text."""
+        if value is None:
+            return ""
+        if isinstance(value, float):
+            return f"{value:.4g}"
+        return value if isinstance(value, str) else json.dumps(value)
 
     def svg(name: str) -> "Markup":
-        """Return a figure as an element of the page."""
-        # matplotlib repeats ids between figures; on one page they must be unique, so the name is prefixed
-        drawn = (out / "figures" / f"{name}.svg").read_text()
-        drawn = re.sub(r'\bid="', f'id="{name}-', drawn[drawn.index("<svg") :])
-        return safe(re.sub(r'(href="#|url\(#)', rf"\g<1>{name}-", drawn.replace('xlink:href="#', 'href="#')))
+        """Return a figure as an <svg> element of the page."""
+        file_text = (out / "figures" / f"{name}.svg").read_text()
+        # the XML declaration and the document type before the element are not allowed inside HTML
+        element = file_text[file_text.index("<svg") :]
+        # matplotlib uses the same ids in every figure. On one page they must be unique, so ids and references
+        # to them get the name of the figure as a prefix.
+        element = re.sub(r'\bid="', f'id="{name}-', element)
+        element = element.replace('xlink:href="#', 'href="#')
+        return safe(re.sub(r'(href="#|url\(#)', rf"\g<1>{name}-", element))
 
-    text = fill(
+    html = fill(
         "page",
         title=title,
         introduction=introduction,
@@ -269,13 +330,13 @@ def write_page(
         columns=columns,
         cell=cell,
         svg=svg,
-        lines=40,  # of a table that the page shows; all lines are in the CSV
-        # the name that the template uses
+        lines=40,  # number of rows of a table that the page shows; the CSV has all rows
+        # function (name of an image file) -> data: URI
         picture=lambda name: data_uri((out / "data" / name).read_bytes(), "image/png"),
         json_uri=lambda job: data_uri(data_file(out, job.key).read_bytes(), "application/json"),
         csv_uri=lambda finding: data_uri(csv_text(finding.rows).encode(), "text/csv"),
     )
-    write_atomic(path, text.encode())
+    write_atomic(path, html.encode())
     return path
 
 
@@ -284,8 +345,8 @@ class Layer:
     """Colouring of a mesh, with its legend."""
 
     name: str
-    colours: np.ndarray  # [V, 3] uint8
-    legend: Sequence[tuple[str, tuple[int, int, int]]]  # (text, colour)
+    colours: np.ndarray  # [V, 3] uint8, red, green and blue of each vertex
+    legend: Sequence[tuple[str, tuple[int, int, int]]]  # (text, colour), with red, green and blue in 0..255
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -294,29 +355,38 @@ class ColouredMesh:
 
     name: str
     vertices: np.ndarray  # [V, 3] world coordinates
-    faces: np.ndarray  # [F, 3]
+    faces: np.ndarray  # [F, 3] indices of vertices
     layers: Sequence[Layer]
 
 
 def mesh_page(meshes: Sequence[ColouredMesh], title: str, reach: float = 0.5) -> str:
     """Make a self-contained HTML page that shows meshes.
 
-    Args: reach: half the side of the scene in world units; positions are stored in steps of 1/32767 of it.
+    Args:
+        meshes: meshes, between which a reader can switch.
+        title: title of the page.
+        reach: half the side length of the scene cube in world units. Coordinates beyond it are clipped, and
+            positions are stored in steps of reach / 32767.
+
+    Returns:
+        HTML text.
     """
 
-    def text(values: np.ndarray, kind: str) -> str:
-        return base64.b64encode(values.astype(kind).tobytes()).decode()
+    def encode(values: np.ndarray, dtype: str) -> str:
+        """Encode an array as base64, for a typed array in JavaScript."""
+        return base64.b64encode(values.astype(dtype).tobytes()).decode()
 
     content = [
         {
             "name": mesh.name,
-            "positions": text(np.round(np.clip(mesh.vertices / reach, -1, 1) * 32767), "<i2"),
-            "faces": text(mesh.faces, "<u4"),
+            # "<": little-endian, as in the typed arrays of all current browsers
+            "positions": encode(np.round(np.clip(mesh.vertices / reach, -1, 1) * 32767), "<i2"),
+            "faces": encode(mesh.faces, "<u4"),
             "layers": [
                 {
                     "name": layer.name,
-                    "colours": text(layer.colours, "u1"),
-                    "legend": [[key, "rgb({}, {}, {})".format(*colour)] for key, colour in layer.legend],
+                    "colours": encode(layer.colours, "u1"),
+                    "legend": [[label, "rgb({}, {}, {})".format(*colour)] for label, colour in layer.legend],
                 }
                 for layer in mesh.layers
             ],
@@ -326,52 +396,68 @@ def mesh_page(meshes: Sequence[ColouredMesh], title: str, reach: float = 0.5) ->
     return fill("mesh", title=title, meshes=_script_json(content))
 
 
-def _script_json(values: object, **how: Any) -> "Markup":
-    """Format JSON for the inside of a script element."""
+def _script_json(values: object, **json_options: Any) -> "Markup":
+    """Format JSON for the inside of an HTML script element.
+
+    Args:
+        values: values in JSON types.
+        json_options: further arguments of json.dumps.
+    """
     # "</script>" inside a text would end the element, so "<" is escaped
-    return safe(json.dumps(values, **how).replace("<", "\\u003c"))
+    return safe(json.dumps(values, **json_options).replace("<", "\\u003c"))
 
 
 def points_section(
     points: Sequence[dict[str, Any]], layouts: Sequence[tuple[str, str]], sprite: dict[str, Any]
 ) -> str:
-    """Make an interactive map of samples as HTML, for `write_page`'s `extra`.
+    """Make an interactive map of samples as HTML, for the argument `extra` of `write_page`.
 
     Args:
-        points: {"role": "before" or "after", "seed", "reward", "<layout>_x", "<layout>_y"}; every seed has
-            both roles.
-        layouts: (name in the points, title); the first one is shown first.
-        sprite: {"uri": data: address of the sheet of images, "columns", "rows", "seeds", "roles"}; images are
-            row by row, with all roles of the first seed, then of the second, ...
+        points: samples, each {"role": "before" or "after" (tuning), "seed", "reward", "<layout>_x",
+            "<layout>_y"}. Every seed has a sample of both roles.
+        layouts: (name in the keys of the points, title) of each arrangement on the plane. The page starts
+            with the first one.
+        sprite: one image that contains the images of all samples in rows and columns: {"uri": its data: URI,
+            "columns", "rows", "seeds", "roles"}. The images stand row by row: all roles of the first seed,
+            then all roles of the second seed, and so on.
+
+    Returns:
+        HTML text.
     """
-    # the colour scale is that of the rewards before tuning
-    low, high = (limit(p["reward"] for p in points if p["role"] == "before") for limit in (min, max))
-    seeds = {seed: i for i, seed in enumerate(sprite["seeds"])}
-    shown: list[dict[str, Any]] = [
+    # Samples before tuning are coloured by their reward, from the lowest to the highest such reward. All
+    # samples after tuning have one colour.
+    rewards_before = [point["reward"] for point in points if point["role"] == "before"]
+    low = min(rewards_before)
+    high = max(rewards_before)
+    reward_range = max(high - low, 1e-12)  # not 0, if all rewards are equal
+    seed_index = {seed: index for index, seed in enumerate(sprite["seeds"])}
+    page_points: list[dict[str, Any]] = [
         {
-            "role": p["role"],
-            "seed": p["seed"],
-            "reward": p["reward"],
+            "role": point["role"],
+            "seed": point["seed"],
+            "reward": point["reward"],
             "colour": (
-                shade_of((p["reward"] - low) / max(high - low, 1e-12))
-                if p["role"] == "before"
+                shade_of((point["reward"] - low) / reward_range)
+                if point["role"] == "before"
                 else style.colour("after")
             ),
-            "picture": seeds[p["seed"]] * len(sprite["roles"]) + sprite["roles"].index(p["role"]),
-            "at": {},
+            # number of the sample's image in the sprite
+            "picture": seed_index[point["seed"]] * len(sprite["roles"])
+            + sprite["roles"].index(point["role"]),
+            "at": {},  # name of a layout -> [x, y] in 0..1, filled below
         }
-        for p in points
+        for point in points
     ]
-    for name, _ in layouts:
+    for layout_name, _ in layouts:
         for axis in "xy":
-            values = [p[f"{name}_{axis}"] for p in points]
-            least = min(values)
-            span = max(max(values) - min(values), 1e-12)  # guard: all points may have one coordinate
-            for entry, value in zip(shown, values, strict=True):
-                entry["at"].setdefault(name, []).append(round((value - least) / span, 5))
+            coordinates = [point[f"{layout_name}_{axis}"] for point in points]
+            smallest = min(coordinates)
+            span = max(max(coordinates) - smallest, 1e-12)  # not 0, if all points have the same coordinate
+            for page_point, value in zip(page_points, coordinates, strict=True):
+                page_point["at"].setdefault(layout_name, []).append(round((value - smallest) / span, 5))
     data = {
-        "points": shown,
-        "layouts": [{"name": n, "title": t} for n, t in layouts],
+        "points": page_points,
+        "layouts": [{"name": layout_name, "title": title} for layout_name, title in layouts],
         "columns": sprite["columns"],
         "rows": sprite["rows"],
     }
@@ -381,13 +467,13 @@ def points_section(
         layouts=layouts,
         low=f"{low:.2f}",
         high=f"{high:.2f}",
-        scale=", ".join(shade_of(i / 8) for i in range(9)),
+        scale=", ".join(shade_of(i / 8) for i in range(9)),  # nine colours of a CSS gradient, the legend
         data=_script_json(data, separators=(",", ":")),
     )
 
 
 def shade_of(share: float) -> str:
-    """Return the colour '#rrggbb' of a value in 0..1 on the reports' scale."""
+    """Return the colour '#rrggbb' of a value in 0..1 on the colour scale of all reports, viridis."""
     import matplotlib
     from matplotlib.colors import to_hex
 

@@ -1,8 +1,9 @@
-"""Execution of named tasks with dependencies on worker processes.
+"""Execution of named tasks on worker processes, in the order of their dependencies.
 
-Large results are passed as files; a task returns simple values. Workers are spawned processes, which share no
-handles, each with one handler for all its tasks. They end when this process ends or dies, so
-that a task must tolerate being stopped at any point.
+A task returns simple values, and writes large results into files. The worker processes are spawned, so they
+inherit no open files and no CUDA state. Each worker makes one handler, a function that runs a task, and uses
+it for all its tasks. Workers end when this process ends or is killed. A task must therefore tolerate being
+stopped at any point.
 
     run_tasks(
         {"base": [], "seed0": ["base"], "seed1": ["base"]},
@@ -31,10 +32,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from multiprocessing.sharedctypes import Synchronized
 
-Handler = Callable[[str], Any]  # task's name -> result
-# (*arguments) -> a worker's handler; pickled by name, so it belongs at a module's top level
+Handler = Callable[[str], Any]  # (name of a task) -> its result
+# (*arguments) -> handler of a worker. It is pickled by name, so it must be defined at the top level of a
+# module.
 Setup = Callable[..., Handler]
-_worker: dict[str, Any] = {}  # state of a worker process: setup and arguments, then also the handler
+# state of a worker process: "setup" and "arguments" from its start, and "handler" from its first task
+_worker: dict[str, Any] = {}
 
 
 def run_tasks(
@@ -47,22 +50,35 @@ def run_tasks(
     expected: tuple[type[Exception], ...] = (ValueError, OSError),
     stop: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
-    """Run every task after the tasks that it needs, in the listed order, and return the results by name.
+    """Run every task after the tasks that it needs, and return the results by the names of the tasks.
+
+    Of the tasks that are ready, the one that is listed first in `needs` is started first.
 
     Args:
-        needs: names of the needed tasks, by task; setup, arguments: setup(*arguments) makes a handler.
-        workers: number of processes; 1 runs the tasks in this process.
-        logs: folder for the output of the workers; on_done: called in this process when a task ends.
-        expected: errors that are not bugs, which are raised again as a ValueError with their message.
-        stop: if given, the tasks run on threads of this process with one handler. This is for tasks that wait
-            for child processes, or that share loaded data. It is called to end the running tasks when one has
-            failed or the work is interrupted.
-    Raises: ValueError with the message of the first failed task, after the others have ended.
+        needs: maps the name of each task to the names of the tasks that must be done before it.
+        setup: function that makes the handler of a worker, called as setup(*arguments).
+        arguments: arguments of `setup`, which must be picklable.
+        workers: number of worker processes; with 1, the tasks run in this process.
+        logs: folder for the files worker-<number>.log, which receive the output of the workers.
+        on_done: function that is called in this process with the name and the result of each finished task.
+        expected: types of errors that a user can cause. They are raised again as a ValueError with their
+            message; any other error is raised as a RuntimeError with the worker's traceback.
+        stop: None, or a function that makes running tasks end. If it is passed, the tasks run on threads of
+            this process, which share one handler, and no process is started. This is for tasks that wait for
+            child processes, or that share loaded data. The function is called when a task has failed or the
+            work is interrupted.
+
+    Raises:
+        ValueError: a task failed with an expected error, or its process ended. It is raised for the first
+            failed task, after the other running tasks have ended.
+        RuntimeError: a task failed with another error.
     """
     order = _Order(needs)
+    # one handler for all threads, which share its loaded data
     if stop is not None:
         return _on_threads(order, setup(*arguments), workers, on_done, expected, stop)
-    # no processes for one worker: errors keep their traceback, and a debugger works
+    # One worker needs no process of its own. In this process, errors keep their traceback and a debugger
+    # works.
     if workers == 1:
         handler = setup(*arguments)
         results = {}
@@ -74,15 +90,17 @@ def run_tasks(
     logs.mkdir(parents=True, exist_ok=True)
     # spawn, not fork: a forked process would inherit CUDA's state and locks of other threads
     spawn = multiprocessing.get_context("spawn")
-    ours, theirs = spawn.Pipe()
-    started = (setup, tuple(arguments), logs, spawn.Value("i", 0), theirs)
-    pool = ProcessPoolExecutor(min(workers, len(needs)), spawn, _begin, started)
+    parent_end, worker_end = spawn.Pipe()
+    worker_count = spawn.Value("i", 0)  # "i": a C int in shared memory; each worker takes its number from it
+    initial_arguments = (setup, tuple(arguments), logs, worker_count, worker_end)
+    # more processes than tasks would have no work
+    pool = ProcessPoolExecutor(min(workers, len(needs)), spawn, _begin, initial_arguments)
     try:
         results = _dispatch(order, lambda name: pool.submit(_work, name), workers, logs, on_done, expected)
         pool.shutdown()
         return results
     finally:
-        ours.close()  # workers wait for this end of the pipe to close, and then stop
+        parent_end.close()  # workers wait for this end of the pipe to close, and then stop
         pool.shutdown(cancel_futures=True)
 
 
@@ -94,10 +112,15 @@ def _on_threads(
     expected: tuple[type[Exception], ...],
     stop: Callable[[], None],
 ) -> dict[str, Any]:
-    """Run the tasks on threads; at a failure, cancel waiting tasks and stop running ones."""
+    """Run the tasks on threads of this process.
+
+    If a task fails, the waiting tasks are cancelled, and `stop` is called to end the running tasks.
+    """
     with ThreadPoolExecutor(workers) as pool:
         try:
             return _dispatch(order, lambda name: pool.submit(handler, name), workers, None, on_done, expected)
+        # KeyboardInterrupt as well: leaving the `with` waits for the running tasks, so they must be ended
+        # first
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             stop()
@@ -105,20 +128,22 @@ def _on_threads(
 
 
 class _Order:
-    """Iterator over the tasks that are ready, in the listed order."""
+    """Iterator over the tasks whose needed tasks are done, in the order in which `needs` lists them."""
 
     def __init__(self, needs: Mapping[str, Sequence[str]]):
-        assert {before for names in needs.values() for before in names} <= set(needs)
+        needed_names = set().union(*needs.values())
+        assert needed_names <= set(needs)
         self._graph = TopologicalSorter(needs)
-        self._places = list(needs)
+        self._listed_names = list(needs)
         self._ready: list[str] = []
         self._graph.prepare()  # raises CycleError for tasks that need each other
-        self.done = self._graph.done
+        self.done = self._graph.done  # method done(name), which makes the tasks that need `name` ready
 
     def __iter__(self) -> Iterator[str]:
-        """Yield ready tasks; stop when none is ready until another task is done."""
+        """Yield the names of ready tasks. Stop if no task is ready; iterate again after a call of `done`."""
         while self._ready or self._graph.is_active():
-            self._ready = sorted([*self._ready, *self._graph.get_ready()], key=self._places.index)
+            # get_ready returns every task once, so tasks that were not yielded yet are kept in the list
+            self._ready = sorted([*self._ready, *self._graph.get_ready()], key=self._listed_names.index)
             if not self._ready:
                 return
             yield self._ready.pop(0)
@@ -132,10 +157,23 @@ def _dispatch(
     on_done: Callable[[str, Any], None],
     expected: tuple[type[Exception], ...],
 ) -> dict[str, Any]:
-    """Submit ready tasks while workers are free, and collect results as they come."""
+    """Submit ready tasks while workers are free, and collect the results as tasks finish.
+
+    Args:
+        order: iterator over the ready tasks.
+        submit: function that starts the task of a name, and returns its future.
+        workers: largest number of tasks that run at the same time.
+        logs: folder of the workers' log files, for messages; None: the tasks run in this process.
+        on_done: function that is called with the name and the result of each finished task.
+        expected: types of errors that are raised again as a ValueError.
+
+    Returns:
+        Result of each task, by its name.
+    """
     results: dict[str, Any] = {}
     running: dict[Future[Any], str] = {}
     while True:
+        # no ready task is taken from `order` while all workers are busy
         for name in order if len(running) < workers else ():
             running[submit(name)] = name
             if len(running) == workers:
@@ -149,13 +187,15 @@ def _dispatch(
                 results[name] = future.result()
             except BrokenProcessPool:
                 raise ValueError(
-                    f"{name}: expected a result, but its process ended (see {logs}). Run the same command"
-                    " again."
+                    f"{name}: the worker process ended before the task returned a result. Its log is in"
+                    f" {logs}. Run the same command again."
                 ) from None
+            # `from None`: the traceback of an expected error does not help a user
             except expected as error:
                 raise ValueError(f"{name}: {str(error).strip()}") from None
             except Exception as error:
-                if logs is None:  # it was raised in this process
+                # on a thread of this process, the error has its traceback already
+                if logs is None:
                     raise
                 # concurrent.futures puts the worker's traceback into the cause
                 traceback = str(error.__cause__).strip('"\n')
@@ -167,25 +207,38 @@ def _dispatch(
 def _begin(
     setup: Setup, arguments: tuple[object, ...], logs: Path, count: "Synchronized[int]", parent: Connection
 ) -> None:
-    """Initialise a worker process: signals, end with the parent, log file, setup."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to all; the parent decides
+    """Initialise a worker process.
+
+    The worker ignores SIGINT, ends when its parent ends, and writes its output into a log file.
+
+    Args:
+        setup: function that makes the handler at the first task.
+        arguments: arguments of `setup`.
+        logs: folder of the log files.
+        count: number of workers that have started, in shared memory.
+        parent: end of a pipe whose other end the parent process holds open.
+    """
+    # Ctrl-C in a terminal sends SIGINT to all its processes. The parent alone decides how the workers end.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def end_with_parent() -> None:
-        parent.poll(None)  # returns when the other end is closed, by the parent or by its death
+        # blocks without a time limit; it returns when the parent closes its end of the pipe or is killed
+        parent.poll(None)
         os.kill(os.getpid(), signal.SIGTERM)  # not SIGKILL: a training writes a checkpoint first
 
-    # a daemon thread, which does not keep the worker alive at its end
+    # a daemon thread does not keep the worker process alive after its work has ended
     threading.Thread(target=end_with_parent, daemon=True).start()
     # workers number themselves, because the executor does not
     with count.get_lock():
         number = count.value
         count.value += 1
+    # buffering=1 writes each line immediately, so that the log is complete if the process is killed
     sys.stdout = sys.stderr = open(logs / f"worker-{number}.log", "a", buffering=1)
     _worker.update(setup=setup, arguments=arguments)
 
 
 def _work(name: str) -> Any:
-    """Run one task in a worker, after making the handler for the first one."""
+    """Run one task in a worker process. The first task of a worker also makes its handler."""
     if "handler" not in _worker:
         _worker["handler"] = _worker["setup"](*_worker["arguments"])
     return _worker["handler"](name)

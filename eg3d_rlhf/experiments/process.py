@@ -1,4 +1,4 @@
-"""Process of a run: the lock of its folder, the signals SIGTERM and SIGINT, limits of helper processes."""
+"""Lock of a run folder, handling of SIGTERM and SIGINT, and resource limits of helper processes."""
 
 import contextlib
 import errno
@@ -16,22 +16,27 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 LOCK = "run.lock"
-_UNSUPPORTED = {errno.ENOLCK, errno.EOPNOTSUPP}
+_UNSUPPORTED = {errno.ENOLCK, errno.EOPNOTSUPP}  # errors of file systems that have no locks
 
 
 class StoppedError(Exception):
-    """Raised when a signal ended the work; the state is on disk."""
+    """Raised when a signal ended the work of a run, after the run has written its checkpoint."""
 
 
 @contextlib.contextmanager
 def run_lock(folder: Path, enabled: bool = True, wait: bool = False) -> Iterator[None]:
     """Hold the lock `folder`/run.lock inside the context.
 
-    The file is removed at the end. If the process dies, the operating system frees the lock.
+    The lock file is deleted at the end. If the process is killed, the operating system frees the lock.
+
     Args:
-        folder: an existing run folder; enabled: False does nothing (for ranks other than the first);
-        wait: wait for the process that holds the lock.
-    Raises: ValueError where another process holds it; OSError where the folder cannot be written.
+        folder: an existing run folder.
+        enabled: False takes no lock. Ranks other than rank 0 pass False.
+        wait: True waits until the process that holds the lock frees it; False raises an error instead.
+
+    Raises:
+        ValueError: another process holds the lock, and `wait` is False.
+        OSError: the folder cannot be written.
     """
     if not enabled:
         yield
@@ -43,18 +48,19 @@ def run_lock(folder: Path, enabled: bool = True, wait: bool = False) -> Iterator
     except Timeout:
         holder = path.read_text(errors="replace").strip() or "another process"
         raise ValueError(
-            f"run folder {folder}: expected no other run in it, got {holder}. Wait for it, stop it, or use"
+            f"run folder {folder} is in use by {holder}. Wait until that process ends, stop it, or choose"
             " another folder."
         ) from None
     except OSError as error:
-        # some network file systems have no locks; the run then continues without one
+        # some network file systems have no locks; the run then continues without a lock
         if error.errno not in _UNSUPPORTED:
             raise
         print(
-            f"Warning: {folder} is on a file system without locks; start one run at a time in it.",
+            f"Warning: the file system of {folder} has no locks. Do not start two runs in this folder at the"
+            " same time.",
             file=sys.stderr,
         )
-    # for the message that another process prints
+    # another process that finds the lock taken prints this text in its error message
     path.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
     try:
         yield
@@ -64,29 +70,29 @@ def run_lock(folder: Path, enabled: bool = True, wait: bool = False) -> Iterator
 
 
 class StopRequest:
-    """Context manager inside which the first SIGTERM or SIGINT only sets `received`.
+    """Context manager inside which SIGTERM and the first SIGINT only set the attribute `received`.
 
-    After the first SIGINT, the next one has its default effect. Outside the main thread, where Python allows
-    no handlers, nothing changes.
+    A second SIGINT ends the process at once. In a thread other than the main thread the context manager has
+    no effect, because Python allows signal handlers in the main thread only.
     """
 
     def __init__(self) -> None:
-        self.received: str | None = None  # name of the signal
-        self._before: dict[int, Any] = {}
+        self.received: str | None = None  # name of the last signal; None: no signal arrived
+        self._previous_handlers: dict[int, Any] = {}  # by signal number
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
-                self._before[number] = signal.signal(number, self._note)
+                self._previous_handlers[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *exc: object) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        """Handle a signal: set its name, and let a second SIGINT interrupt at once."""
-        del frame
+        """Store the name of a received signal, and give the next SIGINT its default effect."""
+        del frame  # Python passes it to every signal handler
         self.received = signal.Signals(number).name
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -94,30 +100,40 @@ class StopRequest:
 
 @contextlib.contextmanager
 def sigterm_interrupts() -> Iterator[None]:
-    """Make SIGTERM raise KeyboardInterrupt inside the context, as SIGINT does. Main thread only."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    """Make SIGTERM raise KeyboardInterrupt inside the context, as SIGINT does.
+
+    Python allows this in the main thread only; elsewhere it raises ValueError.
+    """
+    previous_handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, previous_handler)
 
 
 def serve_requests(
     answer: Callable[[Any], Any], memory: int, seconds: int, largest_file: int | None = None
 ) -> None:
-    """Answer requests, one JSON line each from standard input, with a limit of processor time per request.
+    """Answer requests until standard input ends, with limits of memory and processor time.
 
-    Args: memory: largest address space of this process, in bytes; seconds: of processor time per request;
-        largest_file: largest size of a written file in bytes, None: no limit.
+    A request is one line of JSON on standard input; its answer is one line of JSON on standard output.
+
+    Args:
+        answer: function that returns the answer to a request, both in JSON types.
+        memory: largest address space of this process, in bytes.
+        seconds: largest processor time of one request, in seconds.
+        largest_file: largest size of a file that this process writes, in bytes; None: no limit.
     """
-    import resource  # not on Windows
+    import resource  # this module does not exist on Windows
 
+    # (soft limit, hard limit); a process cannot raise its hard limit again
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # no core dumps of a process that runs out of memory
     if largest_file is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
     for line in sys.stdin:
-        # the limit counts from the start of the process, so it is moved forward for each request
-        used = int(sum(resource.getrusage(resource.RUSAGE_SELF)[:2]))
-        resource.setrlimit(resource.RLIMIT_CPU, (used + seconds, resource.RLIM_INFINITY))
+        # The limit counts from the start of the process, so it is raised by `seconds` for each request. The
+        # first two entries of getrusage are the seconds of processor time in user mode and in the system.
+        used_seconds = int(sum(resource.getrusage(resource.RUSAGE_SELF)[:2]))
+        resource.setrlimit(resource.RLIMIT_CPU, (used_seconds + seconds, resource.RLIM_INFINITY))
         print(json.dumps(answer(json.loads(line))), flush=True)

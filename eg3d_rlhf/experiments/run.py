@@ -1,14 +1,16 @@
-"""One run of a long job of any kind, in its folder:
+"""One run of a long job of any kind, and its folder.
 
-    run.lock                  exists while the run's process lives
-    training_options.json     settings, SHA-256 of the files that the run starts from, versions, and the
-                              launch that began it
+The folder holds these files:
+
+    run.lock                  exists while the process of the run is alive
+    training_options.json     settings, SHA-256 of the files that the run starts from, versions of packages,
+                              and an identity of the launch that began the run
     stats.jsonl               measurements; equal runs give equal bytes
     timing.jsonl              time and memory, which differ between equal runs
     checkpoint-*.safetensors  the last two states from which the run can resume
 
-Only rank 0 writes and prints; every method may be called on all ranks. `experiments.mode.Mode` makes and ends
-runs.
+Only rank 0 writes and prints, but every method may be called on all ranks. `experiments.mode.Mode` makes and
+ends runs.
 
     with Run(claim(next_free(outdir, "toy"), ranks), settings, {"init": path}, ranks=ranks) as run:
         run.begin()  # or run.resume(), and run.read() for the state
@@ -42,20 +44,24 @@ from training.progress import tqdm
 OPTIONS = "training_options.json"
 STATS = "stats.jsonl"
 TIMING = "timing.jsonl"
-_NUMBERED = re.compile(r"(\d{5})-(.*)")
-_OURS = ("versions", "hashes", "processes", "launch")  # fields of the record that are no settings
+_NUMBERED = re.compile(r"(\d{5})-(.*)")  # name of a run folder: number, and the rest of the name
+# keys of training_options.json that are not settings
+_OURS = ("versions", "hashes", "processes", "launch")
 
 
 class Run:
-    """A run in `folder`; a context manager that holds the folder's lock.
+    """Run of a job in a folder. As a context manager, it holds the lock of the folder.
 
     Args:
-        folder: made by `claim`, or any existing one.
-        settings: JSON types; everything that determines the results of the run.
-        inputs: files that the run starts from, by name; ranks: this process and the others of the run.
-        say: prints the status lines; device: to run on; jobs: number of processes; flags: of the command
-            line.
-        log: further logging of the lines, see logs.named.
+        folder: existing folder of the run, such as one that `claim` made.
+        settings: settings that determine the results of the run, in JSON types.
+        inputs: paths of the files that the run starts from, by name.
+        ranks: this process among the processes of the run.
+        say: function that prints a status line; None: `print`.
+        device: name of the device on which the run computes.
+        jobs: number of processes that share the work.
+        flags: values of the flags of the command line, by name.
+        log: value of --log, which names the trackers that receive the measurements (see logs.named).
     """
 
     def __init__(
@@ -72,6 +78,7 @@ class Run:
         log: str = "",
     ):
         self.folder = folder
+        # copies, because Mode replaces settings and adds inputs after the object was made
         self.settings = dict(settings)
         self.inputs = dict(inputs or {})
         self.ranks = ranks
@@ -79,17 +86,19 @@ class Run:
         self.jobs = jobs
         self.flags = flags or {}
         self.resumed: Path | None = None  # folder or state from which the run resumes; None: a new run
-        self.began = time.time()
-        self.last_checkpoint: Path | None = None
+        self.began = time.time()  # seconds since 1970
+        self.last_checkpoint: Path | None = None  # last checkpoint that was written or read
         self.lines = 0  # number of lines of stats.jsonl
         self._say = say or (lambda line: print(line, flush=True))
         self._lock = contextlib.ExitStack()
         self._request = StopRequest()
         self._log = Log(log if ranks.main else "", folder, self.settings)
-        self._start = (0.0, time.monotonic())  # (work done before, time) from which speed is measured
-        self._waited = 0.0  # seconds
+        # (work that was done before, time in seconds) at the moment from which speed is measured
+        self._start = (0.0, time.monotonic())
+        self._waited = 0.0  # seconds of waiting for data
 
     def __enter__(self) -> "Run":
+        # A folder that does not exist cannot be locked. A mistyped --resume gets its own error message later.
         self._lock.enter_context(run_lock(self.folder, enabled=self.ranks.main and self.folder.is_dir()))
         return self
 
@@ -100,72 +109,104 @@ class Run:
     # Beginning and resuming.
 
     def begin(self) -> None:
-        """Record the settings and inputs of a new run.
+        """Record the settings and inputs of a new run in training_options.json.
 
-        Measurements of an earlier attempt, which ended before its first state, are deleted.
+        Measurements of an earlier attempt in this folder are deleted. That attempt ended before it wrote its
+        first state, so it cannot be resumed.
         """
-        # every other rank returns at once: one process alone writes into the folder
+        # only one process writes into the folder
         if self.ranks.main:
             for name in (STATS, TIMING):
                 (self.folder / name).unlink(missing_ok=True)
-            known = {
+            circumstances = {
                 "versions": versions(),
                 "hashes": self.hashes(),
                 "processes": self.ranks.world,
                 "launch": launch_identity(),
             }
-            self.write(OPTIONS, {**self.settings, **known})
+            self.write(OPTIONS, {**self.settings, **circumstances})
 
     def resume(self, free: Collection[str] | None = ()) -> None:
-        """Check that inputs and settings are those with which the run was begun.
+        """Check that the inputs and the settings equal those with which the run was begun.
 
-        Args: free: settings that may have changed, by their last or their dotted name; None: all of them.
-        Raises: ValueError naming what has changed.
+        Args:
+            free: names of settings that may have changed. A nested setting is named by its dotted path
+                ("train.lr") or by the last part of it ("lr"). None: no setting is compared.
+
+        Raises:
+            ValueError: an input file or a setting has changed; the message names it.
         """
-        before = recorded(self.folder) if self.ranks.main else {}
-        for name, expected in before.get("hashes", {}).items():
-            path = Path(self.inputs.get(name, ""))
-            got = file_hash(path) if path.is_file() else "nothing"
-            if name in self.inputs and got != expected:
+        # Rank 0 compares. The other ranks have an empty record, with which nothing differs.
+        record = recorded(self.folder) if self.ranks.main else {}
+        for name, recorded_hash in record.get("hashes", {}).items():
+            if name not in self.inputs:
+                continue
+            path = Path(self.inputs[name])
+            if not path.is_file():
                 raise ValueError(
-                    f"--resume: {name} {path}: expected the bytes that the run was begun with"
-                    f" ({expected[:12]}...), got others ({got[:12]}...). Restore the file, or start a new"
-                    " run."
+                    f"--resume: the input file {name} {path}, with which the run was begun, does not exist."
+                    " Restore the file, or start a new run."
                 )
-        # through JSON, so that tuples and lists compare equal to what was read
-        old = _flat({k: v for k, v in before.items() if k not in _OURS})
-        new = _flat(json.loads(json.dumps(self.settings)))
-        # only current settings: `version_0_1.options` and `from_dict` check removed ones when they read them
-        names = new.keys() if before and free is not None else ()
-        # a setting that a recorded group lacks was added by a newer version, and is not compared
-        groups = {name.rpartition(".")[0] for name in old} - {""}
-        known = {name for name in names if name in old or name.rpartition(".")[0] not in groups}
-        changed = sorted(
-            n for n in known if old.get(n) != new.get(n) and not {n, n.split(".")[-1]} & set(free or ())
+            current_hash = file_hash(path)
+            if current_hash != recorded_hash:
+                raise ValueError(
+                    f"--resume: the input file {name} {path} has changed since the run was begun: its"
+                    f" SHA-256 was {recorded_hash[:12]}... and is {current_hash[:12]}... now. Restore the"
+                    " file, or start a new run."
+                )
+        # The current settings pass through JSON, as the recorded ones did: a tuple equals a list then.
+        recorded_settings = _flat({key: value for key, value in record.items() if key not in _OURS})
+        current_settings = _flat(json.loads(json.dumps(self.settings)))
+        # Only settings that exist now are compared. `version_0_1.options` and `from_dict` check settings that
+        # were removed when they read the record.
+        names = current_settings.keys() if record and free is not None else ()
+        # A group is the dotted path without its last part. If the record has the group but not the setting,
+        # the setting was added by a newer version of this package, and is not compared.
+        recorded_groups = {name.rpartition(".")[0] for name in recorded_settings} - {""}
+        compared_names = {
+            name
+            for name in names
+            if name in recorded_settings or name.rpartition(".")[0] not in recorded_groups
+        }
+        free_names = set(free or ())
+        changed_names = sorted(
+            name
+            for name in compared_names
+            if recorded_settings.get(name) != current_settings.get(name)
+            and not {name, name.split(".")[-1]} & free_names
         )
-        if changed:
+        if changed_names:
             # at most four settings, so that the message stays one readable line
-            got = "; ".join(f"{name} {new.get(name)} instead of {old.get(name)}" for name in changed[:4])
+            changes = "; ".join(
+                f"{name} {current_settings.get(name)} instead of {recorded_settings.get(name)}"
+                for name in changed_names[:4]
+            )
             raise ValueError(
-                f"run {self.folder}: expected the settings that it was begun with, got {got}. Use the earlier"
-                " settings, or start a new run."
+                f"run {self.folder}: settings have changed since the run was begun: {changes}. Use the"
+                " earlier settings, or start a new run."
             )
 
     def hashes(self) -> dict[str, str]:
-        """Hash the inputs with SHA-256, by name."""
+        """Return the SHA-256 of each input file, by the name of the input."""
         return {name: file_hash(path) for name, path in self.inputs.items()}
 
     # Measurements and progress.
 
     def stats(self, record: Mapping[str, Any]) -> None:
-        """Append a line of measurements to stats.jsonl, and log it."""
+        """Append a line of measurements to stats.jsonl, and send it to the trackers of --log."""
         if self.ranks.main:
             self._append(STATS, record)
             self._log.line(record)
             self.lines += 1
 
     def picture(self, name: str, path: Path, step: int) -> None:
-        """Log an image file that was written."""
+        """Send an image file to the trackers of --log.
+
+        Args:
+            name: title of the image in the tracker.
+            path: image file.
+            step: step of the run at which the image was made.
+        """
         self._log.image(name, path, step)
 
     def status(
@@ -176,19 +217,27 @@ class Run:
         unit: str,
         more: Mapping[str, object] | None = None,
     ) -> None:
-        """Print a line with time, speed and time left, and append them to timing.jsonl.
+        """Print a status line with time, speed and remaining time, and append these to timing.jsonl.
 
-        Args: at: position, first in the line; done, total: work in `unit`s; more: last in the line. Pad
-            values that should stand in columns.
+        Args:
+            at: fields that stand first in the line, such as the step. The caller pads values that shall stand
+                in columns.
+            done: amount of work that is done, in units of `unit`.
+            total: amount of all work, in units of `unit`.
+            unit: name of the unit of work, such as "step" or "kimg".
+            more: fields that stand last in the line.
         """
         if not self.ranks.main:
             return
-        seconds = time.monotonic() - self._start[1]
-        # seconds per unit since the start or the resume, not over the whole run
-        rate = seconds / (done - self._start[0]) if done > self._start[0] else 0.0
+        done_before, start_time = self._start
+        seconds = time.monotonic() - start_time
+        # seconds per unit since this process started or resumed the run, not since the run was begun
+        rate = seconds / (done - done_before) if done > done_before else 0.0
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB (Linux) to GiB
-        waited = {"waited": self._waited / seconds} if self._waited else {}
-        more = {**{name: f"{share:.1%}" for name, share in waited.items()}, **(more or {})}
+        # The share of waiting is a number in timing.jsonl, and a percentage in the printed line. A run that
+        # did not count its waiting has no such field.
+        waiting_share = {"waited": self._waited / seconds} if self._waited else {}
+        more = {**{name: f"{share:.1%}" for name, share in waiting_share.items()}, **(more or {})}
         fields = {
             **at,
             "time": f"{tqdm.format_interval(seconds):<9s}",
@@ -197,58 +246,73 @@ class Run:
             "mem_gb": f"{memory:<5.2f}",
             **more,
         }
+        # the same numbers go to the terminal, for people, and to timing.jsonl, for programs
         self._say(" ".join(f"{name} {value}" for name, value in fields.items()))
         self._append(
-            TIMING, {unit: done, "seconds": seconds, f"sec_per_{unit}": rate, "mem_gb": memory, **waited}
+            TIMING,
+            {unit: done, "seconds": seconds, f"sec_per_{unit}": rate, "mem_gb": memory, **waiting_share},
         )
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """Count the time inside as waiting for data; the status shows its share of all time."""
-        since = time.monotonic()
+        """Count the time inside the context as waiting for data, whose share `status` prints."""
+        wait_start = time.monotonic()
         try:
             yield
         finally:
-            self._waited += time.monotonic() - since
+            self._waited += time.monotonic() - wait_start
 
     def go_on(self, done: float, lines: int | None = None) -> None:
-        """Start counting time and work here.
+        """Measure speed from now on, and cut stats.jsonl to the lines that belong to the resumed state.
 
-        Args: done: work so far; lines: number of lines of stats.jsonl to keep, where the run resumes a state.
+        Args:
+            done: amount of work that is done already, in the unit of `status`.
+            lines: number of lines that stats.jsonl had when the resumed state was written; later lines are
+                deleted. None: a new run, whose stats.jsonl is not changed.
         """
         self._start = (done, time.monotonic())
         self._waited = 0.0
         if lines is not None and self.ranks.main:
-            # lines after the state will be written again, with the same bytes
             storage.remove_temporaries(self.folder)
             if (self.folder / STATS).exists():
-                kept = (self.folder / STATS).read_text(errors="replace").splitlines(keepends=True)[:lines]
-                storage.write_atomic(self.folder / STATS, "".join(kept).encode())
-                self._log.resume(kept)
+                # The resumed run repeats the steps after the state, and writes their lines again with the
+                # same bytes. errors="replace": a killed process may have written half of a character.
+                all_lines = (self.folder / STATS).read_text(errors="replace").splitlines(keepends=True)
+                lines_of_state = all_lines[:lines]
+                storage.write_atomic(self.folder / STATS, "".join(lines_of_state).encode())
+                self._log.resume(lines_of_state)
             self.lines = lines
 
     def _append(self, name: str, record: Mapping[str, Any]) -> None:
-        """Append a line of JSON, with sorted keys, so that equal records give equal bytes."""
+        """Append a record to a file as one line of JSON with sorted keys."""
         with open(self.folder / name, "a") as file:
             file.write(json.dumps(record, sort_keys=True) + "\n")
 
     def write(self, name: str, record: Mapping[str, Any]) -> None:
-        """Write a JSON file of the run, such as its result, atomically."""
+        """Write a JSON file into the run folder atomically. Only rank 0 writes."""
         if self.ranks.main:
             storage.write_atomic(
                 self.folder / name, (json.dumps(record, indent=2, sort_keys=True) + "\n").encode()
             )
 
     def done(self) -> None:
-        """Print the total time and the folder."""
+        """Print the time since this `Run` was made, and the run folder."""
         if self.ranks.main:
             print(f"Done in {tqdm.format_interval(time.time() - self.began)}: {self.folder}", flush=True)
 
     # States.
 
     def checkpoint(self, step: int, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any]) -> Path:
-        """Write the state after `step` steps (images or updates); the last two states are kept."""
-        # the path is known on every rank, for messages; rank 0 writes
+        """Write the state of the run into a checkpoint file, and return its path.
+
+        The last two checkpoints of the folder are kept, and older ones are deleted.
+
+        Args:
+            step: number of steps (images or updates) that are done.
+            tensors: tensors of the state, by name.
+            meta: other values of the state, in JSON types.
+        """
+        # rank 0 writes; every rank computes the path, because messages print it
         path = checkpoint.path_of(self.folder, step)
         if self.ranks.main:
             checkpoint.write(self.folder, step, dict(tensors), dict(meta))
@@ -258,68 +322,83 @@ class Run:
     def read(
         self, source: Path | None = None, previous: bool = False
     ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """Read the newest state, or that of a named checkpoint, and return it on every rank.
+        """Read a state of the run, and return its (tensors, meta) on every rank.
 
-        Args: previous: see training.checkpoint.read.
+        Args:
+            source: checkpoint file; None: the newest checkpoint of the run folder.
+            previous: True reads the checkpoint before the newest one, see training.checkpoint.read.
         """
-        # rank 0 reads, the others receive: they may run on other machines
+        # Rank 0 reads and sends the state to the other ranks, which may run on machines without this folder.
         tensors, meta, path = (
             checkpoint.read(source or self.folder, previous) if self.ranks.main else (None, None, None)
         )
-        meta, name = self.ranks.broadcast([meta, str(path)])
-        self.last_checkpoint = Path(name)
+        meta, path_text = self.ranks.broadcast([meta, str(path)])
+        self.last_checkpoint = Path(path_text)
+        # the tensors are sent one by one, by name, and the other values with the broadcast above
         return self.ranks.broadcast_named(tensors), meta
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
-        """Add the last good checkpoint to the error of a folder that cannot be written."""
+        """Add the path of the last good checkpoint to an OSError that is raised inside the context."""
         try:
             yield
         except OSError as error:
-            good = f"Last good checkpoint: {self.last_checkpoint or 'none was written yet'}"
             cause = str(error).rstrip(".")
-            raise OSError(
-                f"run folder {self.folder}: expected to write into it, got: {cause}. {good}; continue with"
-                " --resume."
-            ) from error
+            if self.last_checkpoint is None:
+                remedy = "No checkpoint was written yet: start a new run when the folder can be written."
+            else:
+                remedy = f"Resume the run from its last good checkpoint with --resume={self.last_checkpoint}."
+            raise OSError(f"run folder {self.folder} cannot be written: {cause}. {remedy}") from error
 
     # Signals.
 
     @property
     def stop_requested(self) -> str | None:
-        """Return the name of the signal that asked this process to stop, or None.
+        """Return the name of the signal that asked this process to stop; None if there was no signal.
 
-        Signals may reach only some ranks, so ranks must agree on stopping among themselves.
+        A signal may reach only some of the ranks. The ranks must therefore agree before they stop.
         """
         return self._request.received
 
     def stoppable(self) -> StopRequest:
-        """Return a context manager inside which SIGTERM and SIGINT only set `stop_requested`."""
+        """Return a context manager inside which SIGTERM and the first SIGINT only set `stop_requested`."""
         return self._request
 
 
 def recorded_by(folder: Path, mode: str) -> dict[str, Any]:
-    """Read training_options.json of a run of a mode.
+    """Read training_options.json from a run folder of a mode.
 
-    Raises: FileNotFoundError; ValueError for a run of another mode, naming that mode.
+    Args:
+        folder: run folder.
+        mode: name of the mode that the run must have.
+
+    Raises:
+        FileNotFoundError: the folder has no training_options.json.
+        ValueError: the run belongs to another mode, or the file is damaged.
     """
     record = recorded(folder)
     if not record:
         raise FileNotFoundError(
-            f"--resume: expected a run folder with {OPTIONS}, got {folder}. Check the path."
+            f"--resume: {folder} is not a run folder, because it has no {OPTIONS}. Pass the path of a run"
+            " folder."
         )
-    if (other := record.get("mode", "gan")) != mode:
+    # the record of --mode=gan has no key "mode"
+    recorded_mode = record.get("mode", "gan")
+    if recorded_mode != mode:
         raise ValueError(
-            f"--resume: expected a run of --mode={mode}, got a run of --mode={other} in {folder}. Pass"
-            f" --mode={other}."
+            f"--resume: the run in {folder} belongs to --mode={recorded_mode}, not to --mode={mode}. Pass"
+            f" --mode={recorded_mode}."
         )
     return record
 
 
 def recorded(folder: Path) -> dict[str, Any]:
-    """Read training_options.json of a run folder, with the names of this version; {} where there is none.
+    """Read training_options.json of a run folder, and give settings of version 0.1 their present names.
 
-    Raises: ValueError where it is damaged.
+    Returns an empty dictionary if the folder has no such file.
+
+    Raises:
+        ValueError: the file is not JSON.
     """
     path = folder / OPTIONS
     if not path.is_file():
@@ -327,69 +406,94 @@ def recorded(folder: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text())
     except ValueError as error:
-        raise ValueError(f"{path}: expected JSON, got: {error}. Restore the file.") from error
+        raise ValueError(
+            f"{path} is not a JSON file: {error}. Restore the file from a copy, or start a new run."
+        ) from error
     return version_0_1.options(values) if isinstance(values, dict) else {}
 
 
 def next_free(outdir: Path, name: str) -> Path:
-    """Return outdir/NNNNN-name with the next free number."""
-    taken = [int(m.group(1)) for p in outdir.glob("*") if (m := _NUMBERED.match(p.name))]
-    return outdir / f"{max(taken, default=-1) + 1:05d}-{name}"
+    """Return the path outdir/NNNNN-name, where NNNNN is one more than the largest number in `outdir`."""
+    matches = (_NUMBERED.match(path.name) for path in outdir.glob("*"))
+    taken_numbers = [int(match.group(1)) for match in matches if match]
+    # the first run of a folder has the number 00000
+    return outdir / f"{max(taken_numbers, default=-1) + 1:05d}-{name}"
 
 
 def claim(folder: Path, ranks: Ranks = SINGLE) -> Path:
-    """Make a run folder, and return it.
+    """Make a run folder, and return its path on every rank.
 
-    If another run has taken its number in the meantime, the next free number is used. The folder of an
-    earlier attempt of this launch is used again.
-    Raises: OSError naming the folder that cannot be made.
+    If another run has taken the number in the meantime, the next free number is used. A folder that an
+    earlier attempt of the same launch has made is used again, and so is any existing folder without a number.
+
+    Args:
+        folder: path of the folder that shall be made, see `next_free`.
+        ranks: this process among the processes of the run.
+
+    Raises:
+        OSError: the folder cannot be made.
     """
     launch = launch_identity()
-    # mkdir is atomic: of two processes that choose one number, one gets FileExistsError and tries the next
+    # mkdir is atomic. If two processes choose the same number, one of them gets FileExistsError, and tries
+    # the next number.
     while ranks.main:
         try:
             folder.mkdir(parents=True)
             break
         except FileExistsError:
-            numbered = _NUMBERED.fullmatch(folder.name)
-            if numbered is None or launch is not None and _launch_of(folder) == launch:
+            numbered_match = _NUMBERED.fullmatch(folder.name)
+            # The existing folder is used if it has no number, or if this launch of torchrun has made it
+            # before.
+            if numbered_match is None or launch is not None and _launch_of(folder) == launch:
                 break
-            folder = next_free(folder.parent, numbered.group(2))
+            folder = next_free(folder.parent, numbered_match.group(2))
         except OSError as error:
             reason = error.strerror or error
             raise OSError(
-                f"--outdir: expected to make {folder}, got: {reason}. Choose a folder that can be written."
+                f"--outdir: the folder {folder} cannot be made: {reason}. Pass --outdir=DIR with a folder"
+                " that can be written."
             ) from error
     return Path(ranks.broadcast(str(folder)))
 
 
 def begun_by_this_launch(outdir: Path, ranks: Ranks = SINGLE) -> Path | None:
-    """Return the newest run in `outdir` that this launch has begun, after a restart by torchrun; else None.
+    """Return the newest run in `outdir` that this launch of torchrun began before it restarted its processes.
 
-    The launch is identified by training.distributed.launch_identity.
+    The launch is identified by training.distributed.launch_identity. Returns None if torchrun did not restart
+    the processes, or if there is no such run.
     """
     if not ranks.restarts:
         return None
     launch = launch_identity()
-    begun = ""
+    # rank 0 searches, and sends the path to the other ranks; "" stands for no folder
+    begun_folder = ""
     if ranks.main and launch is not None:
-        numbered = (p for p in sorted(outdir.glob("*"), reverse=True) if _NUMBERED.fullmatch(p.name))
-        begun = next((str(p) for p in numbered if _launch_of(p) == launch), "")
-    begun = ranks.broadcast(begun)
-    return Path(begun) if begun else None
+        newest_first = sorted(outdir.glob("*"), reverse=True)
+        run_folders = (path for path in newest_first if _NUMBERED.fullmatch(path.name))
+        begun_folder = next((str(path) for path in run_folders if _launch_of(path) == launch), "")
+    begun_folder = ranks.broadcast(begun_folder)
+    return Path(begun_folder) if begun_folder else None
 
 
 def _launch_of(folder: Path) -> str | None:
-    """Read the launch that began a run; None for a folder without a readable record."""
+    """Read the identity of the launch that began a run; None if the folder has no readable record."""
     try:
         return recorded(folder).get("launch")
     except (OSError, ValueError):
         return None
 
 
-def _flat(values: Mapping[str, Any], name: str = "") -> dict[str, object]:
-    """Flatten nested settings to dotted names."""
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, object]:
+    """Flatten nested settings: {"train": {"lr": 1}} -> {"train.lr": 1}.
+
+    Args:
+        values: settings, in JSON types.
+        prefix: dotted path of `values`, with a dot at the end; "" at the top.
+    """
     flat: dict[str, object] = {}
     for key, value in values.items():
-        flat |= _flat(value, f"{name}{key}.") if isinstance(value, dict) else {f"{name}{key}": value}
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
     return flat

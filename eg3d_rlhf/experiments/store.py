@@ -1,11 +1,12 @@
 """Content-addressed cache of artefacts: folders that are keyed by a hash of their inputs.
 
     <store>/<kind>-<first digits of the hash of the inputs>/
-        inputs.json    the inputs; other artefacts by the hash of their content
-        done.json      written last: the products with their hashes, and the maker's record
+        inputs.json    the inputs; an input that is itself an artefact stands there as the hash of its content
+        done.json      written last: the hashes of the products, and the record that the maker returned
         ...            the products, and files from which an interrupted maker resumes
 
-A folder without done.json is unfinished: its maker is called again, on the same folder.
+A maker is the function that computes an artefact. A folder without done.json is unfinished: its maker is
+called again, with the same folder.
 
 >>> import tempfile
 >>> store = Store(Path(tempfile.mkdtemp()))
@@ -15,13 +16,13 @@ A folder without done.json is unfinished: its maker is called again, on the same
 ...     return [folder / "network.txt"], {"loss": 0.5}  # the products, and a record in JSON
 >>> made = store.make("training", {"steps": 2, "seed": 0}, maker, "a training with seed 0")
 >>> # in another process, or tomorrow
->>> again = Store(store.root).make("training", {"seed": 0, "steps": 2}, maker)
->>> made.reused, again.reused, again.record["loss"], again.folder == made.folder
+>>> reused = Store(store.root).make("training", {"seed": 0, "steps": 2}, maker)
+>>> made.reused, reused.reused, reused.record["loss"], reused.folder == made.folder
 (False, True, 0.5, True)
 
-An artefact that is made from another one has the other's `content` among its inputs, so that it is made again
-when the other changes. Files are named by `core.cli.file_hash`. A maker without files returns `[], record`.
-To make many artefacts in parallel, see `pool.run_tasks`.
+If artefact B is made from artefact A, the inputs of B contain `A.content`, so that B is made again when A
+changes. An input file is represented by its hash (`core.cli.file_hash`). A maker that writes no files returns
+`[], record`. `pool.run_tasks` makes many artefacts in parallel.
 """
 
 import hashlib
@@ -45,17 +46,21 @@ from training.storage import write_atomic
 INPUTS = "inputs.json"
 DONE = "done.json"
 ARRAYS = "arrays.safetensors"
-FORMAT = 1  # increases when equal inputs lead to other results than before; part of the hash
+# Version of the results; part of every hash. It is increased when a change of the code makes equal inputs
+# lead to other results.
+FORMAT = 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class Artefact:
-    """A finished artefact."""
+    """Artefact that is finished and stored."""
 
     folder: Path
-    content: str  # SHA-256 over the names and bytes of the products: what artefacts made from it depend on
-    record: Mapping[str, Any]  # JSON that its maker returned
-    reused: bool  # read from the store, not made by this call
+    content: (
+        str  # SHA-256 of the names and bytes of the products; an input of artefacts that are made from it
+    )
+    record: Mapping[str, Any]  # values that its maker returned, in JSON types
+    reused: bool  # True if it was read from the store, False if this call made it
 
 
 # (folder) -> (files and folders that it wrote, record in JSON types). The folder may hold files of an
@@ -64,9 +69,10 @@ Maker = Callable[[Path], tuple[Iterable[Path], Mapping[str, Any]]]
 
 
 def json_hash(values: object) -> str:
-    """Hash JSON values with SHA-256. The order of keys does not matter.
+    """Return the SHA-256 of JSON values as hexadecimal digits. The order of keys does not matter.
 
-    Raises: TypeError for values that are not JSON, whose text could change between processes.
+    Raises:
+        TypeError: a value is not a JSON type. Its text could differ between processes.
     """
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
@@ -75,12 +81,15 @@ class Store:
     """Folder of artefacts. All ranks must make the same calls; only rank 0 decides, writes and prints.
 
     Args:
-        tell: called with a line for every artefact that is made or reused.
-        hashed: False names the folder of an artefact by its kind alone, which may be a path. The lock of the
-            surrounding run must then guard it.
-        renew: True for artefacts that may be deleted and made again: a folder of other inputs is emptied, a
+        root: folder of the store, which is made if it does not exist.
+        ranks: this process among the processes of the run.
+        tell: function that is called with a status line for every artefact that is made or reused.
+        hashed: True names the folder of an artefact by its kind and a hash of its inputs. False names it by
+            its kind alone, which may then be a relative path, and takes no lock. The lock of the surrounding
+            run must then protect the folder.
+        renew: True if artefacts may be deleted and made again. A folder with other inputs is emptied, a
             product that has changed is made again, and the store waits for another process that makes the
-            artefact. False: each of these cases is an error.
+            same artefact. False: each of these cases raises ValueError.
     """
 
     def __init__(
@@ -96,57 +105,81 @@ class Store:
         self._tell = tell
         self._hashed = hashed
         self._renew = renew
-        self._seen: dict[Path, Artefact] = {}  # checked in this process
+        self._checked_artefacts: dict[Path, Artefact] = {}  # by folder; checked or made by this process
 
     def folder(self, kind: str, inputs: Mapping[str, Any]) -> Path:
-        """Return the folder of the artefact of these inputs, which may not exist yet."""
-        # `stored` gives old names to renamed keys, so that hashes of version 0.1 stay the same
-        return self.root / (
-            f"{kind}-{json_hash({'format': FORMAT, **stored(inputs)})[:16]}" if self._hashed else kind
-        )
+        """Return the path of the folder of an artefact, which may not exist yet.
+
+        Args:
+            kind: short word at the start of the folder's name.
+            inputs: all values on which the artefact depends, in JSON types.
+        """
+        if not self._hashed:
+            return self.root / kind
+        # `stored` gives old names to renamed values, so that hashes of version 0.1 stay the same
+        digest = json_hash({"format": FORMAT, **stored(inputs)})
+        return self.root / f"{kind}-{digest[:16]}"
 
     def find(self, kind: str, inputs: Mapping[str, Any]) -> Artefact | None:
-        """Return the finished artefact of these inputs, or None. Call it on one rank.
+        """Return an artefact if it is finished, and None otherwise. One rank alone may call this method.
 
-        Raises: ValueError as `make` does.
+        Args:
+            kind: short word at the start of the folder's name.
+            inputs: all values on which the artefact depends, in JSON types.
+
+        Raises:
+            ValueError: the artefact has other inputs or changed products, and `renew` is False.
         """
         folder = self.folder(kind, inputs)
         done = self._finished(folder, inputs)
         return None if done is None else _artefact(folder, done, reused=True)
 
     def make(self, kind: str, inputs: Mapping[str, Any], maker: Maker, title: str = "") -> Artefact:
-        """Return the artefact of these inputs: reuse it, make it, or resume an interrupted call.
+        """Return an artefact. It is read from the store if it is finished, and made otherwise.
 
-        Args: kind: short word for the folder's name; inputs: JSON, everything that the result depends on;
-            title: for the progress line.
-        Raises: ValueError where the folder holds other inputs or changed products; also the errors of
-            `maker`.
+        Args:
+            kind: short word at the start of the folder's name.
+            inputs: all values on which the artefact depends, in JSON types.
+            maker: function that makes the artefact in a folder. After an interruption it is called again, and
+                may resume from its files.
+            title: name of the artefact in the status line; "": the name of its folder.
+
+        Raises:
+            ValueError: the artefact has other inputs or changed products, and `renew` is False.
         """
         folder = self.folder(kind, inputs)
-        # products were hashed once in this process; large ones are not read again
-        if folder in self._seen:
-            return self._seen[folder]
+        # this process has hashed the products already; large files are not read again
+        if folder in self._checked_artefacts:
+            return self._checked_artefacts[folder]
         if self.ranks.main:
             self.root.mkdir(parents=True, exist_ok=True)
+        # rank 0 reads the files, and all ranks get its result; the other ranks pass a value that is ignored
         done = self.ranks.broadcast(self._finished(folder, inputs) if self.ranks.main else None)
         reused = done is not None
         if self.ranks.main:
-            self._tell(
-                f"{title or folder.name}:"
-                f" {'reused from' if reused else 'resuming in' if folder.exists() else 'writing to'} {folder}"
-            )
+            if reused:
+                action = "reused from"
+            elif folder.exists():
+                action = "resuming in"
+            else:
+                action = "writing to"
+            self._tell(f"{title or folder.name}: {action} {folder}")
         if not reused:
             if self.ranks.main:
-                # a folder of other inputs may hold files that the maker would take for its own
+                # A folder with other inputs may hold files from which the maker would wrongly resume. None:
+                # the folder states no inputs, since it is new or its maker wrote no inputs.json yet.
                 if self._renew and _stated(folder) not in (None, json_hash(stored(inputs))):
                     shutil.rmtree(folder)
                 folder.mkdir(parents=True, exist_ok=True)
+            # no rank may use the folder before rank 0 has made it
             self.ranks.barrier()
             with run_lock(folder, enabled=self.ranks.main and self._hashed, wait=self._renew):
-                if self._renew:  # it may have been made while this process waited
+                # another process may have made the artefact while this one waited for the lock
+                if self._renew:
                     done = self.ranks.broadcast(self._finished(folder, inputs) if self.ranks.main else None)
                 if done is None:
-                    # inputs first, so that an interrupted folder states what it belongs to
+                    # The inputs are written first, so that the folder of an interrupted call states its
+                    # inputs.
                     if self.ranks.main:
                         self.begin(folder, inputs)
                     products, record = maker(folder)
@@ -154,15 +187,25 @@ class Store:
                     done = self.ranks.broadcast(
                         self.finish(folder, inputs, products, record) if self.ranks.main else None
                     )
-        self._seen[folder] = _artefact(folder, done, reused)
-        return self._seen[folder]
+        self._checked_artefacts[folder] = _artefact(folder, done, reused)
+        return self._checked_artefacts[folder]
 
     def arrays(
         self, kind: str, inputs: Mapping[str, Any], compute: Callable[[], Mapping[str, np.ndarray]]
     ) -> dict[str, np.ndarray]:
-        """Return arrays by name, which are computed at the first call only; see `make`."""
+        """Return arrays by name. They are computed by the first call, and read from the store by later calls.
+
+        Args:
+            kind: short word at the start of the folder's name.
+            inputs: all values on which the arrays depend, in JSON types.
+            compute: function that returns the arrays by name.
+
+        Raises:
+            ValueError: the artefact has other inputs or changed products, and `renew` is False.
+        """
 
         def maker(folder: Path) -> tuple[list[Path], dict[str, Any]]:
+            # safetensors writes the memory of an array as it is, so the array must be contiguous
             values = {name: np.ascontiguousarray(value) for name, value in compute().items()}
             write_atomic(folder / ARRAYS, safetensors.numpy.save(values))
             return [folder / ARRAYS], {}
@@ -171,48 +214,61 @@ class Store:
         return self.load_arrays(kind, inputs)
 
     def load_arrays(self, kind: str, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        """Read the arrays that `arrays` has computed."""
+        """Read arrays by name that an earlier call of `arrays` has computed and stored."""
         values: dict[str, np.ndarray] = safetensors.numpy.load_file(self.folder(kind, inputs) / ARRAYS)
         return values
 
     def begun(self, kind: str, inputs: Mapping[str, Any]) -> bool:
-        """Return whether the folder holds an artefact of these inputs, finished or not."""
+        """Return True if the folder of the artefact exists and states these inputs, finished or not."""
         return _stated(self.folder(kind, inputs)) == json_hash(stored(inputs))
 
     @staticmethod
     def begin(folder: Path, inputs: Mapping[str, Any]) -> None:
-        """Write inputs.json."""
+        """Write the inputs of an artefact into inputs.json of its folder."""
         write_atomic(folder / INPUTS, _text(stored(inputs), sort_keys=True))
 
     @staticmethod
     def finish(
         folder: Path, inputs: Mapping[str, Any], products: Iterable[Path], record: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """Write inputs.json and done.json. Files that were made without a store can thus be added to it.
+        """Write inputs.json and done.json, which finish an artefact, and return the content of done.json.
 
-        Args: products: files and folders, inside `folder` or elsewhere.
+        A caller can use this function to add files to a store that were made without it.
+
+        Args:
+            folder: folder of the artefact.
+            inputs: all values on which the artefact depends, in JSON types.
+            products: files and folders that belong to the artefact, inside `folder` or elsewhere. All files
+                in these folders are hashed.
+            record: further values that the store keeps, in JSON types.
         """
-        paths = {
-            file
-            for path in products
-            for file in (path.rglob("*") if path.is_dir() else [path])
-            if file.is_file()
-        }
-        # relative to the folder, with "/", so that the content hash does not depend on where the store is
-        names = {Path(os.path.relpath(path, folder)).as_posix(): path for path in paths}
-        files = {name: file_hash(names[name]) for name in sorted(names)}
-        done = {"files": files, "content": json_hash(files), "record": record}
+        product_files: set[Path] = set()
+        for path in products:
+            candidates = path.rglob("*") if path.is_dir() else [path]
+            product_files.update(file for file in candidates if file.is_file())
+        # Names are relative to the folder, with "/", so that the content hash does not depend on the position
+        # of the store or on the operating system.
+        files_by_name = {Path(os.path.relpath(path, folder)).as_posix(): path for path in product_files}
+        hashes = {name: file_hash(files_by_name[name]) for name in sorted(files_by_name)}
+        done = {"files": hashes, "content": json_hash(hashes), "record": record}
         Store.begin(folder, inputs)
+        # written last, because a folder with this file counts as finished
         write_atomic(folder / DONE, _text({**done, "sha256": json_hash(done)}))
         return done
 
     def _finished(self, folder: Path, inputs: Mapping[str, Any]) -> dict[str, Any] | None:
-        """Read and check done.json; None for an unfinished artefact or, with `renew`, a damaged one."""
+        """Read and check done.json.
+
+        Returns None if the artefact is unfinished. With `renew`, a damaged artefact counts as unfinished,
+        too.
+
+        Raises:
+            ValueError: the artefact is damaged, and `renew` is False.
+        """
         if not (folder / DONE).exists():
             return None
         try:
             return _checked(folder, inputs)
-        # a damaged artefact counts as unfinished where it may be made again
         except ValueError:
             if not self._renew:
                 raise
@@ -220,12 +276,15 @@ class Store:
 
 
 def _artefact(folder: Path, done: Mapping[str, Any], reused: bool) -> Artefact:
-    """Make the artefact that done.json describes."""
+    """Make the `Artefact` object from the content of done.json."""
     return Artefact(folder=folder, content=done["content"], record=done["record"], reused=reused)
 
 
 def _stated(folder: Path) -> str | None:
-    """Hash the inputs in a folder's inputs.json; None if there is no file, "" if it is damaged."""
+    """Return the hash of the inputs in inputs.json of a folder.
+
+    Returns None if there is no such file, and "", which equals no hash, if the file is damaged.
+    """
     try:
         return json_hash(json.loads((folder / INPUTS).read_text()))
     except FileNotFoundError:
@@ -235,43 +294,54 @@ def _stated(folder: Path) -> str | None:
 
 
 def _checked(folder: Path, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Read done.json, and check inputs, record and products. Raises: ValueError for any difference."""
+    """Read done.json of a folder, and check the inputs, the record and the products.
+
+    Raises:
+        ValueError: a file is missing or damaged, the inputs differ, or a product has changed.
+    """
     try:
-        stated = json.loads((folder / INPUTS).read_text())
+        recorded_inputs = json.loads((folder / INPUTS).read_text())
         done: dict[str, Any] = json.loads((folder / DONE).read_text())
-        files = dict(done["files"])
-        # artefacts of versions before 0.2 have no hash of their record, which then counts as correct
-        expected = done.pop("sha256", None) or json_hash(done)
+        recorded_hashes = dict(done["files"])
+        # Artefacts of versions before 0.2 have no hash of done.json, which is then accepted unchecked.
+        recorded_hash_of_done = done.pop("sha256", None) or json_hash(done)
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise ValueError(
-            f"artefact {folder}: expected intact files {INPUTS} and {DONE}, got: {error}. Delete the folder:"
-            " the artefact is made again."
+            f"artefact {folder}: {INPUTS} or {DONE} cannot be read: {error}. Delete the folder, and run the"
+            " same command again, which makes the artefact anew."
         ) from None
-    if json_hash(stated) != json_hash(stored(inputs)):
+    if json_hash(recorded_inputs) != json_hash(stored(inputs)):
         raise ValueError(
-            f"artefact {folder}: expected the inputs whose hash is in its name, got others. Delete the"
-            " folder: the artefact is made again."
+            f"artefact {folder}: its {INPUTS} does not state the inputs of this command. Delete the folder,"
+            " and run the same command again, which makes the artefact anew."
         )
-    if json_hash(done) != expected:
+    if json_hash(done) != recorded_hash_of_done:
         raise ValueError(
-            f"artefact {folder}: expected an unchanged {DONE}, got a changed one. Restore it, or delete the"
-            " folder: the artefact is made again."
+            f"artefact {folder}: {DONE} was changed after it was written. Restore the file, or delete the"
+            " folder and run the same command again, which makes the artefact anew."
         )
     # every product is hashed, since a file may have been edited or cut off after it was written
-    for name, expected in files.items():
+    for name, recorded_hash in recorded_hashes.items():
         path = folder / name
-        got = file_hash(path) if path.is_file() else "nothing"
-        if got != expected:
+        if not path.is_file():
             raise ValueError(
-                f"artefact {folder}: expected {name} with the hash {expected[:12]}, got {got[:12]}. Delete"
-                " the folder: the artefact is made again."
+                f"artefact {folder}: its file {name} is missing. Delete the folder, and run the same command"
+                " again, which makes the artefact anew."
+            )
+        current_hash = file_hash(path)
+        if current_hash != recorded_hash:
+            raise ValueError(
+                f"artefact {folder}: its file {name} was changed: the SHA-256 was {recorded_hash[:12]}... and"
+                f" is {current_hash[:12]}... now. Delete the folder, and run the same command again, which"
+                " makes the artefact anew."
             )
     return done
 
 
 def _text(values: Mapping[str, Any], sort_keys: bool = False) -> bytes:
-    """Format JSON for a file.
+    """Format JSON values as the bytes of a file.
 
-    A record keeps the order of its keys, so that results from a reused record equal those from a new one.
+    Without `sort_keys` the order of the keys is kept. A record that is read back then has the same order as
+    the record that the maker returned, and leads to the same results.
     """
     return (json.dumps(values, indent=1, sort_keys=sort_keys) + "\n").encode()

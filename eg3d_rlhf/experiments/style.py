@@ -1,4 +1,7 @@
-"""Common style of all figures: light and dark themes, colours for colour-blind readers, SVG and PNG."""
+"""Common style of all figures: light and dark themes, colours for colour-blind readers, SVG and PNG files.
+
+matplotlib is imported inside the functions, so that commands that plot nothing start faster.
+"""
 
 import contextlib
 import functools
@@ -11,13 +14,14 @@ import numpy as np
 
 from training.storage import write_atomic
 
-if TYPE_CHECKING:  # matplotlib is imported where something is drawn
+if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Plot = Callable[[dict[str, Any]], "Figure"]  # (a finding's data) -> figure
+Plot = Callable[[dict[str, Any]], "Figure"]  # (data of a finding, see pages.Finding) -> figure
 
-ROLES = {  # Okabe and Ito's palette, by the role of what is shown
+# Palette of Okabe and Ito (Color Universal Design, 2008), by the role of the data in a figure.
+ROLES = {
     "before": "#0072B2",
     "after": "#D55E00",
     "control": "#009E73",
@@ -26,30 +30,34 @@ ROLES = {  # Okabe and Ito's palette, by the role of what is shown
     "noise": "#999999",
 }
 CYCLE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442"]
-_THEMES = {"light": ("#1c1f24", "#d9dce1"), "dark": ("#e6e8eb", "#3a3f47")}  # (text, lines of the grid)
+# (colour of text, colour of grid lines) of each theme
+_THEMES = {"light": ("#1c1f24", "#d9dce1"), "dark": ("#e6e8eb", "#3a3f47")}
 
 
 @contextlib.contextmanager
 def theme(name: str = "light") -> Iterator[None]:
-    """Apply the settings of a theme to figures that are drawn inside the context.
+    """Apply the settings of a theme to figures that are made inside the context.
 
-    The background is transparent, so that the background of the page shows.
+    The background is transparent, so that a figure takes the background colour of its page.
+
+    Args:
+        name: "light" or "dark".
     """
     import matplotlib
     from cycler import cycler
 
-    ink, grid = _THEMES[name]
+    text_colour, grid_colour = _THEMES[name]
     settings: dict[Any, Any] = {
         "figure.facecolor": "none",
         "axes.facecolor": "none",
         "savefig.facecolor": "none",
-        "text.color": ink,
-        "axes.labelcolor": ink,
-        "axes.edgecolor": grid,
-        "xtick.color": ink,
-        "ytick.color": ink,
+        "text.color": text_colour,
+        "axes.labelcolor": text_colour,
+        "axes.edgecolor": grid_colour,
+        "xtick.color": text_colour,
+        "ytick.color": text_colour,
         "axes.grid": True,
-        "grid.color": grid,
+        "grid.color": grid_colour,
         "grid.linewidth": 0.6,
         "axes.axisbelow": True,
         "axes.spines.top": False,
@@ -60,8 +68,9 @@ def theme(name: str = "light") -> Iterator[None]:
         "axes.titlelocation": "left",
         "legend.frameon": False,
         "figure.constrained_layout.use": True,
-        "svg.fonttype": "none",  # text stays text, which readers can search and select
-        "svg.hashsalt": "eg3d-rlhf",  # fixed ids: the same figure gives the same bytes
+        # text is stored as text, not as outlines, so readers can search and select it
+        "svg.fonttype": "none",
+        "svg.hashsalt": "eg3d-rlhf",  # a fixed salt gives fixed ids, so equal figures give equal bytes
         "image.cmap": "viridis",
         "font.family": "sans-serif",
     }
@@ -70,92 +79,158 @@ def theme(name: str = "light") -> Iterator[None]:
 
 
 def figure(columns: int = 1, rows: int = 1, size: tuple[float, float] | None = None) -> tuple["Figure", Any]:
-    """Make (figure, axes) as `plt.subplots` does, without a display; several axes come as an array."""
+    """Make a figure and its axes like `plt.subplots`, but without a display.
+
+    Args:
+        columns: number of plots side by side.
+        rows: number of plots one below another.
+        size: (width, height) in inches; None: chosen by the number of plots.
+
+    Returns:
+        The figure, and one Axes object or, for several plots, an array of them.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    drawn = Figure(figsize=size or (min(4.6 * columns, 9.4), 3.2 * rows))  # inches
-    FigureCanvasAgg(drawn)
-    return drawn, drawn.subplots(rows, columns)
+    # in inches; a figure is at most 9.4 inches wide
+    new_figure = Figure(figsize=size or (min(4.6 * columns, 9.4), 3.2 * rows))
+    FigureCanvasAgg(new_figure)  # sets drawn.canvas, which savefig needs
+    return new_figure, new_figure.subplots(rows, columns)
 
 
 def grid(count: int, height: float) -> tuple["Figure", list["Axes"]]:
-    """Make (figure, [axes]) for `count` plots, three in a row. Args: height: of a row, in inches."""
-    rows = -(-count // 3)  # rounded up
-    drawn, axes = figure(columns=min(3, count), rows=rows, size=(9.4, height * rows))
-    flat = list(np.atleast_1d(axes).ravel())
-    # the last row may have empty places
-    for axis in flat[count:]:
+    """Make a figure with `count` plots, three in a row.
+
+    Args:
+        count: number of plots.
+        height: height of a row in inches.
+
+    Returns:
+        The figure, and the list of its `count` Axes.
+    """
+    rows = -(-count // 3)  # count / 3, rounded up
+    grid_figure, axes = figure(columns=min(3, count), rows=rows, size=(9.4, height * rows))
+    # a single plot comes as one Axes object and not as an array
+    all_axes = list(np.atleast_1d(axes).ravel())
+    # the axes at the end of the last row that no plot needs
+    for axis in all_axes[count:]:
         axis.set_axis_off()
-    return drawn, flat[:count]
+    return grid_figure, all_axes[:count]
 
 
 def plot(
     legend: float | str | None = "medium", size: tuple[float, float] | None = None, **labels: Any
 ) -> Callable[[Callable[[Any, dict[str, Any]], object]], Plot]:
-    """Decorate `draw(axes, data)`, so that it becomes a Plot with one pair of axes.
+    """Make a decorator that turns a function `draw(axes, data)` into a Plot with a single pair of axes.
 
-    Args: legend: font size of the legend, None for no legend; size: (width, height) in inches; labels: passed
-        to `axes.set`.
+    Args:
+        legend: font size of the legend; None: no legend.
+        size: (width, height) of the figure in inches; None: the default of `figure`.
+        labels: keyword arguments of `axes.set`, such as title and xlabel.
     """
 
     def decorate(draw: Callable[[Any, dict[str, Any]], object]) -> Plot:
         @functools.wraps(draw)
-        def plotted(data: dict[str, Any]) -> "Figure":
-            drawn, axes = figure(size=size)
+        def plot_data(data: dict[str, Any]) -> "Figure":
+            new_figure, axes = figure(size=size)
             draw(axes, data)
             axes.set(**labels)
             if legend is not None:
                 axes.legend(fontsize=legend)
-            return drawn
+            return new_figure
 
-        return plotted
+        return plot_data
 
     return decorate
 
 
 @plot(None, size=(9.4, 0.8))
 def plot_absent(axes: "Axes", data: dict[str, Any]) -> None:
-    """Print the reason why a finding has no data, in place of its figure."""
+    """Plot a text in place of a figure: the reason why a finding has no data, which stands under "absent"."""
     axes.set_axis_off()
     axes.text(0, 0.5, data["absent"], wrap=True, va="center")
 
 
 def colour(role: str) -> str:
-    """Return the colour of a role; unknown roles are grey."""
+    """Return the colour '#rrggbb' of a role; a role that is not in ROLES is grey."""
     return ROLES.get(role, "#777777")
 
 
 def errors(row: Mapping[str, Any], value: str = "mean", lo: str = "lo", hi: str = "hi") -> list[list[float]]:
-    """Convert a row's interval to the argument of matplotlib's errorbar: [[below], [above]]."""
-    # errorbar rejects negative lengths, which rounding can cause
+    """Convert the interval of a row to the argument `yerr` of matplotlib's errorbar.
+
+    Args:
+        row: line of a table.
+        value: key of the value.
+        lo: key of the lower end of its interval.
+        hi: key of the upper end of its interval.
+
+    Returns:
+        [[length of the bar below the value], [length of the bar above it]], both >= 0.
+    """
+    # errorbar rejects negative lengths, which rounding of the values can cause
     return [[max(0.0, row[value] - row[lo])], [max(0.0, row[hi] - row[value])]]
 
 
 def interval(
-    axis: "Axes", x: float, row: Mapping[str, Any], role: str, value: str = "mean", **look: Any
+    axis: "Axes", x: float, row: Mapping[str, Any], role: str, value: str = "mean", **errorbar_options: Any
 ) -> None:
-    """Plot one point of a row with its interval, in the colour of a role."""
+    """Plot the value of a row with its interval as an error bar.
+
+    Args:
+        axis: axes of the plot.
+        x: horizontal position of the point.
+        row: line of a table, with the keys `value`, "lo" and "hi".
+        role: role that decides the colour, see `colour`.
+        value: key of the value.
+        errorbar_options: further keyword arguments of matplotlib's errorbar.
+    """
     axis.errorbar(
-        [x], [row[value]], yerr=errors(row, value), color=colour(role), **{"fmt": "o", "capsize": 4, **look}
+        [x],
+        [row[value]],
+        yerr=errors(row, value),
+        color=colour(role),
+        **{"fmt": "o", "capsize": 4, **errorbar_options},
     )
 
 
 def band(
-    axes: "Axes", x: Sequence[float], rows: Sequence[Mapping[str, Any]], ink: str, label: str, **look: Any
+    axes: "Axes",
+    x: Sequence[float],
+    rows: Sequence[Mapping[str, Any]],
+    line_colour: str,
+    label: str,
+    **line_options: Any,
 ) -> None:
-    """Plot the means of rows over x, joined by lines, with their intervals as a band."""
-    axes.plot(x, [row["mean"] for row in rows], "o-", color=ink, label=label, **look)
+    """Plot the means of rows over x, joined by lines, with their intervals as a shaded band.
+
+    Args:
+        axes: axes of the plot.
+        x: horizontal position of each row.
+        rows: lines of a table, with the keys "mean", "lo" and "hi".
+        line_colour: colour of the line and the band.
+        label: text in the legend.
+        line_options: further keyword arguments of `axes.plot`.
+    """
+    axes.plot(x, [row["mean"] for row in rows], "o-", color=line_colour, label=label, **line_options)
     axes.fill_between(
-        x, [row["lo"] for row in rows], [row["hi"] for row in rows], alpha=0.2, color=ink, linewidth=0
+        x, [row["lo"] for row in rows], [row["hi"] for row in rows], alpha=0.2, color=line_colour, linewidth=0
     )
 
 
-def save(drawn: "Figure", path: Path) -> None:
-    """Write one figure; .svg without date, .png at 144 dots per inch on white."""
-    # without the date, equal figures give equal files
+def save(plotted_figure: "Figure", path: Path) -> None:
+    """Write a figure into a file atomically.
+
+    Args:
+        plotted_figure: figure.
+        path: file with the suffix .svg (written without a date) or .png (144 dots per inch, white
+            background).
+    """
     buffer = io.BytesIO()
-    kind = path.suffix.lstrip(".")
-    extra = {"metadata": {"Date": None}} if kind == "svg" else {"dpi": 144, "facecolor": "white"}
-    drawn.savefig(buffer, format=kind, **extra)
+    file_format = path.suffix.lstrip(".")
+    # an SVG file without the date has the same bytes whenever an equal figure is written
+    format_options = (
+        {"metadata": {"Date": None}} if file_format == "svg" else {"dpi": 144, "facecolor": "white"}
+    )
+    plotted_figure.savefig(buffer, format=file_format, **format_options)
     write_atomic(path, buffer.getvalue())

@@ -1,8 +1,8 @@
-"""Tables of arms x evaluators x training seeds: win rates with intervals as JSON, and Markdown and figures.
+"""Tables of win rates of arms (compared training methods) with intervals, as JSON, Markdown and figures.
 
-The scores of an arm by an evaluator are [K, C, S]: K training seeds, C prompts, S noises per prompt. Prompts
-and noises are the same for all arms, so that arms are compared asset by asset. Markdown and figures are made
-from the JSON alone.
+The scores that an evaluator gives to an arm have the shape [K, C, S]: K training seeds, C prompts, S noises
+per prompt. Prompts and noises are the same for all arms, so that arms are compared asset by asset. Markdown
+and figures are made from the JSON alone.
 
 >>> # one training seed, two prompts, two noises
 >>> tuned, base = [[[3.0, 1.0], [2.0, 2.0]]], [[[1.0, 1.0], [1.0, 1.0]]]
@@ -43,42 +43,62 @@ INTERVAL = "95 % percentile bootstrap over prompts, each the mean over training 
 
 
 def rate(a: np.ndarray, b: np.ndarray, seeds: Sequence[int]) -> dict[str, Any]:
-    """Compute how often scores a [K, C, S] are above b [K, C, S] on the same noises.
+    """Compute the rate at which scores `a` are higher than scores `b` of the same prompts and noises.
 
-    Returns the win rate, its interval over prompts, and the same for every training seed.
+    Args:
+        a: scores of the first arm, [K, C, S].
+        b: scores of the second arm, [K, C, S].
+        seeds: training seeds, [K].
+
+    Returns:
+        {"win_rate", "ci95": [low, high], "seeds": [{"seed", "win_rate", "ci95"}, ...]}: the win rate over all
+        seeds with its interval over prompts, and the same for every training seed. A tie counts half.
     """
-    won = (np.greater(a, b) + np.greater_equal(a, b).astype(float)) / 2  # 1, or 0.5 at a tie
-    # prompts are the unit of resampling: noises and seeds of one prompt are not independent; [C]
-    mean, lo, hi = bootstrap_mean_interval(won.mean(axis=(0, 2)))
-    each = [bootstrap_mean_interval(of_seed.mean(axis=1)) for of_seed in won]
+    # [K, C, S]: 1 where a is higher, 0.5 at a tie, 0 where b is higher
+    wins = (np.greater(a, b) + np.greater_equal(a, b).astype(float)) / 2
+    # Noises and seeds of one prompt are not independent, so their mean [C] over each prompt is resampled.
+    mean, lo, hi = bootstrap_mean_interval(wins.mean(axis=(0, 2)))
+    intervals = [bootstrap_mean_interval(wins_of_seed.mean(axis=1)) for wins_of_seed in wins]
     by_seed = [
-        {"seed": seed, "win_rate": m.mean, "ci95": [m.lo, m.hi]} for seed, m in zip(seeds, each, strict=True)
+        {"seed": seed, "win_rate": interval.mean, "ci95": [interval.lo, interval.hi]}
+        for seed, interval in zip(seeds, intervals, strict=True)
     ]
     return {"win_rate": mean, "ci95": [lo, hi], "seeds": by_seed}
 
 
-def detectable(conditions: int, noises: int, seeds: int) -> float:
-    """Compute the smallest true win rate whose interval excludes one half in 80 % of tables (the power).
+def detectable(prompts: int, noises: int, seeds: int) -> float:
+    """Compute the smallest true win rate that a table detects with a power of 80 %.
 
-    Formula: 1/2 + (1.96 + 0.84) / (2 sqrt(C S K)), for independent comparisons without ties. If win rates
-    differ between prompts, a larger win rate is needed.
+    Detected means that the 95 % interval excludes one half. The formula is the one of the normal
+    approximation of a binomial proportion, 1/2 + (1.96 + 0.84) / (2 sqrt(C S K)), for independent comparisons
+    without ties. If win rates differ between prompts, a larger win rate is needed.
+
+    Args:
+        prompts: number of prompts, C.
+        noises: number of noises per prompt, S.
+        seeds: number of training seeds, K.
     """
+    # the quantiles of a two-sided 95 % interval (1.96) and of a power of 80 % (0.84)
     return 0.5 + (NormalDist().inv_cdf(0.975) + NormalDist().inv_cdf(0.8)) / (
-        2 * math.sqrt(conditions * noises * seeds)
+        2 * math.sqrt(prompts * noises * seeds)
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """Scores of arms and of the base that they are compared with, by evaluator; a control is an arm too."""
+    """Scores of arms, and of the base model that they are compared with. A control is an arm as well."""
 
     scores: Mapping[str, Mapping[str, np.ndarray]]  # by arm and evaluator, [K, C, S]
     base: Mapping[str, np.ndarray]  # by evaluator, [K, C, S], or [1, C, S] where it has no training seed
     seeds: Sequence[int]  # [K]
 
     def against_base(self, arm: str) -> dict[str, dict[str, Any]]:
-        """Compute the win rate of an arm against the base, by evaluator; see `rate`."""
-        K = len(self.seeds)
+        """Compute the win rate of an arm against the base model.
+
+        Returns:
+            Win rate with its intervals (see `rate`), by the name of the evaluator.
+        """
+        K = len(self.seeds)  # number of training seeds
         rates = {}
         for evaluator, scores in self.scores[arm].items():
             base = self.base[evaluator]
@@ -87,7 +107,16 @@ class Table:
         return rates
 
     def pairwise(self, evaluator: str, arms: Iterable[str] | None = None) -> dict[str, dict[str, Any]]:
-        """Compute, for every two arms x and y, the win rate of x against y under the key "x_vs_y"."""
+        """Compute the win rates of all pairs of arms.
+
+        Args:
+            evaluator: name of the evaluator whose scores are compared.
+            arms: names of the arms; None: all arms.
+
+        Returns:
+            Win rate of arm x against arm y with its intervals (see `rate`), under the key "x_vs_y". Each pair
+            stands once, in the order of the arms.
+        """
         names = self.scores if arms is None else arms
         return {
             f"{x}_vs_{y}": rate(self.scores[x][evaluator], self.scores[y][evaluator], self.seeds)
@@ -96,7 +125,11 @@ class Table:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Return the number of prompts, under its old JSON key, and the number of noises per prompt."""
+        """Return the number of prompts and the number of noises per prompt, under the keys of the JSON file.
+
+        The key of the number of prompts is the one that earlier versions wrote.
+        """
+        # all score arrays have the same number of prompts and noises: [K or 1, C, S]
         prompts, noises = next(iter(self.base.values())).shape[1:]
         return {"conditions": prompts, "noises": noises}
 
@@ -105,95 +138,140 @@ class Table:
 
 
 def with_interval(value: Mapping[str, Any], form: str = ".3f", name: str = "win_rate") -> str:
-    """Format a rate, or another value beside "ci95", with its interval: "0.612 [0.580, 0.640]"."""
+    """Format a value with its 95 % interval: "0.612 [0.580, 0.640]".
+
+    Args:
+        value: mapping with the value and, under "ci95", its interval [low, high].
+        form: format of the numbers.
+        name: key of the value.
+    """
     low, high = value["ci95"]
     return f"{value[name]:{form}} [{low:{form}}, {high:{form}}]"
 
 
 def cell(value: float | Sequence[float | None] | None, form: str, ci95: Sequence[float] | None = None) -> str:
-    """Format a figure: "0.61 [0.58, 0.64]" with its interval, "0.61 (0.58 to 0.64)" for values of several
-    training seeds (mean, least and greatest), and "" where there is none.
+    """Format the cell of a table for one metric.
+
+    Args:
+        value: a number, a list of the numbers of several training seeds, or None. A number in the list may be
+            None as well, and is then left out.
+        form: format of the numbers.
+        ci95: interval (low, high), or None.
+
+    Returns:
+        "0.61 [0.58, 0.64]" for a number with its interval; "0.61 (0.58 to 0.64)" for several numbers, which
+        stands for mean, smallest and largest number; "" if there is no number.
     """
-    known = [item for item in (value if isinstance(value, Sequence) else [value]) if item is not None]
-    if not known:
+    values = value if isinstance(value, Sequence) else [value]
+    numbers = [number for number in values if number is not None]
+    if not numbers:
         return ""
-    least, most = (f"{end:{form}}" for end in (min(known), max(known)))
-    text = f"{np.mean(known):{form}}" + ("" if least == most else f" ({least} to {most})")
+    # compared as texts: a range that rounding hides is not shown
+    smallest = f"{min(numbers):{form}}"
+    largest = f"{max(numbers):{form}}"
+    text = f"{np.mean(numbers):{form}}" + ("" if smallest == largest else f" ({smallest} to {largest})")
     return f"{text} [{ci95[0]:{form}}, {ci95[1]:{form}}]" if ci95 else text
 
 
 def figure_table(
-    first: str,
+    arm_heading: str,
     arms: Mapping[str, Mapping[str, Any]],
     columns: Mapping[str, tuple[str, str]],
     intervals: Collection[str] = (),
 ) -> list[str]:
-    """Format a Markdown table with a line for each arm.
+    """Format a Markdown table with a row for each arm and a column for each metric.
 
-    Args: first: head of the arms' column; arms: figures by name, each a number, a list by training seed, or
-        None; columns: words and format by figure; intervals: figures that are shown with the interval that
-        stands under <figure>_ci95.
+    Args:
+        arm_heading: heading of the column that holds the names of the arms.
+        arms: metrics of each arm, by the name of the arm and the key of the metric. A metric is a number, a
+            list of numbers (one per training seed), or None.
+        columns: (heading, format of the numbers) of each column, by the key of the metric.
+        intervals: keys of the metrics that are shown with their interval, which an arm holds under
+            <key>_ci95.
+
+    Returns:
+        Lines of the table.
     """
-
-    def text(figures: Mapping[str, Any], key: str, form: str) -> str:
-        return cell(figures.get(key), form, figures.get(f"{key}_ci95") if key in intervals else None)
-
-    rows = [
-        [name, *(text(figures, key, form) for key, (_, form) in columns.items())]
-        for name, figures in arms.items()
-    ]
-    return markdown_rows([first, *(words for words, _ in columns.values())], rows)
+    rows = []
+    for name, metrics in arms.items():
+        row = [name]
+        for key, (_, form) in columns.items():
+            ci95 = metrics.get(f"{key}_ci95") if key in intervals else None
+            row.append(cell(metrics.get(key), form, ci95))
+        rows.append(row)
+    return markdown_rows([arm_heading, *(heading for heading, _ in columns.values())], rows)
 
 
 def over_seeds(values: Mapping[str, float]) -> dict[str, Any]:
-    """Compute the mean, the sample standard deviation and Student's 95 % interval of a figure over seeds."""
-    # float64, and no interval for a single seed, whose standard deviation is undefined
-    known = np.array(list(values.values()), dtype=np.float64)
-    interval = t_mean_interval(known) if len(known) > 1 else None
+    """Summarise the values that a metric has for several training seeds.
+
+    Args:
+        values: value of the metric, by training seed.
+
+    Returns:
+        {"by_seed": `values`, "mean", "std": sample standard deviation, "ci95_over_seeds": [low, high] of
+        Student's t interval of the mean}. For a single seed, "std" is 0 and the interval is None.
+    """
+    numbers = np.array(list(values.values()), dtype=np.float64)
+    # the sample standard deviation of a single number is undefined, so it has no interval
+    interval = t_mean_interval(numbers) if len(numbers) > 1 else None
     return {
         "by_seed": dict(values),
-        "mean": float(known.mean()),
-        "std": float(known.std(ddof=1)) if interval else 0.0,
+        "mean": float(numbers.mean()),
+        "std": float(numbers.std(ddof=1)) if interval else 0.0,
         "ci95_over_seeds": [interval.lo, interval.hi] if interval else None,
     }
 
 
 def of_seeds(rated: Mapping[str, Any]) -> list[str]:
-    """Format the win rate of every training seed."""
-    return [f"{of_seed['win_rate']:.3f}" for of_seed in rated["seeds"]]
+    """Format the win rate of every training seed with three decimals.
+
+    Args:
+        rated: result of `rate`.
+    """
+    return [f"{seed_record['win_rate']:.3f}" for seed_record in rated["seeds"]]
 
 
 def markdown_rows(head: Sequence[object], rows: Iterable[Sequence[object]]) -> list[str]:
-    """Format the lines of a Markdown table."""
-    return ["| " + " | ".join(map(str, cells)) + " |" for cells in (head, ["---"] * len(head), *rows)]
+    """Format the lines of a Markdown table.
+
+    Args:
+        head: heading of each column.
+        rows: cells of each row.
+    """
+    separator = ["---"] * len(head)  # the syntax of Markdown requires this line below the headings
+    return ["| " + " | ".join(map(str, cells)) + " |" for cells in (head, separator, *rows)]
 
 
 def plot_rates(panels: Sequence[tuple[str, Mapping[str, Mapping[str, Any]]]], note: str) -> "Figure":
     """Plot win rates with their intervals, and a tick for each training seed.
 
-    Args: panels: (label of the axis, rates by their names); note: title, which states the facts of the
-        figure.
+    Args:
+        panels: one entry per plot: (label of the horizontal axis, win rates by the names of the rows). A win
+            rate is a result of `rate`.
+        note: title of the figure, which states its number of items, seeds and method.
     """
-    drawn, axes = style.figure(
-        columns=len(panels), size=(9.4 if len(panels) > 1 else 5.6, 1.4 + 0.26 * len(panels[0][1]))
+    row_count = len(panels[0][1])  # every panel has the same rows, and its height grows with their number
+    plotted_figure, axes = style.figure(
+        columns=len(panels), size=(9.4 if len(panels) > 1 else 5.6, 1.4 + 0.26 * row_count)
     )
-    # all values of all panels, so that the panels have one range and can be compared
-    rates = [
-        rate
-        for _, rows in panels
-        for rated in rows.values()
-        for rate in (*rated["ci95"], *(s["win_rate"] for s in rated.get("seeds", ())))
-    ]
+    # All panels get the same horizontal range, so that they can be compared. It spans all these numbers.
+    plotted_values = []
+    for _, rows in panels:
+        for rated in rows.values():
+            plotted_values += rated["ci95"]
+            plotted_values += [seed_record["win_rate"] for seed_record in rated.get("seeds", ())]
+    # style.figure returns a single Axes object for one panel
     for axis, (label, rows) in zip(axes if len(panels) > 1 else [axes], panels, strict=True):
-        for place, rated in enumerate(rows.values()):
-            low = rated["win_rate"] - rated["ci95"][0]
-            high = rated["ci95"][1] - rated["win_rate"]
+        for row_index, rated in enumerate(rows.values()):
+            length_below = rated["win_rate"] - rated["ci95"][0]
+            length_above = rated["ci95"][1] - rated["win_rate"]
             # errorbar rejects negative lengths, which rounding can cause
-            around = [[max(0, low)], [max(0, high)]]
+            bar_lengths = [[max(0, length_below)], [max(0, length_above)]]
             axis.errorbar(
                 rated["win_rate"],
-                place,
-                xerr=around,
+                row_index,
+                xerr=bar_lengths,
                 fmt="o",
                 markersize=4,
                 color=style.colour("after"),
@@ -201,14 +279,14 @@ def plot_rates(panels: Sequence[tuple[str, Mapping[str, Mapping[str, Any]]]], no
             )
             # vertical ticks show the spread over training seeds, which the interval does not
             ticks = [seed["win_rate"] for seed in rated.get("seeds", ())]
-            axis.plot(ticks, [place] * len(ticks), "|", color=style.colour("before"), markersize=7)
-        axis.axvline(0.5, color=style.colour("noise"), linewidth=1)  # chance
+            axis.plot(ticks, [row_index] * len(ticks), "|", color=style.colour("before"), markersize=7)
+        axis.axvline(0.5, color=style.colour("noise"), linewidth=1)  # the win rate of equal arms
         axis.set_yticks(range(len(rows)), list(rows), fontsize=7)
         axis.invert_yaxis()  # the first row at the top, as in the table
-        axis.set(xlim=(min(rates) - 0.02, max(rates) + 0.02))
+        axis.set(xlim=(min(plotted_values) - 0.02, max(plotted_values) + 0.02))
         axis.set_xlabel(label, fontsize=8)
-    drawn.suptitle(note, fontsize=8)
-    return drawn
+    plotted_figure.suptitle(note, fontsize=8)
+    return plotted_figure
 
 
 def write(
@@ -218,14 +296,26 @@ def write(
     markdown: Callable[[dict[str, Any]], str],
     plot: style.Plot | None = None,
 ) -> list[Path]:
-    """Write <stem>.json, and from it <stem>.md and, with `plot`, <stem>.png; return their paths."""
+    """Write a table as <stem>.json, <stem>.md and, if `plot` is passed, <stem>.png.
+
+    Args:
+        data: content of the JSON file.
+        folder: folder of the files.
+        stem: name of the files without their suffix.
+        markdown: function that formats the content of the JSON file as Markdown.
+        plot: function that plots the content of the JSON file; None: no figure is written.
+
+    Returns:
+        Paths of the written files.
+    """
     paths = [folder / f"{stem}.{ending}" for ending in ("json", "md", "png")]
     write_atomic(paths[0], (json.dumps(data, indent=1) + "\n").encode())
-    # read back, so that table and figure can be made again from the JSON file alone
-    read = json.loads(paths[0].read_text())
-    write_atomic(paths[1], markdown(read).encode())
+    # The file is read back, so that the JSON file alone is enough to make Markdown and figure again.
+    stored_data = json.loads(paths[0].read_text())
+    write_atomic(paths[1], markdown(stored_data).encode())
     if plot is None:
         return paths[:2]
+    # a PNG has a white background, on which only the light theme is readable
     with style.theme("light"):
-        style.save(plot(read), paths[2])
+        style.save(plot(stored_data), paths[2])
     return paths

@@ -1,16 +1,18 @@
-"""Conversion of what version 0.1 (commit 52ebe99) wrote, where the present code writes it differently.
+"""Conversion of the files and names of version 0.1 (commit 52ebe99) that the present code writes differently.
 
 No other module contains code for an earlier version. Run folders, rewards, label stores and their exports,
-studies, folders WORK, artefact stores and networks of version 0.1 have the present form except for what the
-functions below convert; `tests/compat/test_version_0_1.py` opens one of each. A change of a form that is
-written to disk adds its conversion here. Folders of versions before 0.1 are not supported.
+studies, folders WORK, artefact stores and networks of version 0.1 have the present form, except for the names
+that the functions below convert. `tests/compat/test_version_0_1.py` opens one of each. A change of a file
+format adds its conversion to this module. Files of versions before 0.1 are not supported.
 
-Names that were renamed since, of flags and settings (`eg3d_rlhf.core.renamed`) and of keys of JSON files
-(docs/start/migrating.md), follow two rules:
+Flags and settings (`eg3d_rlhf.core.renamed`) and keys of JSON files (docs/start/migrating.md) were renamed
+since version 0.1. There are two kinds of functions:
 
-    reading     `settings`, `options` and their like give what version 0.1 recorded its present names
-    hashing     `stored`, `words`, `file_names` and `former` give the inputs of an artefact the names that
-                version 0.1 hashed, so that whatever it made is found by its hash and is not made again
+    reading     `settings`, `options` and the other functions that rename keys turn old names into present
+    ones hashing     `stored`, `words`, `file_names` and the functions `former*` turn present names into old
+    ones.
+                Artefacts are found by a hash of their inputs (experiments.store). With the old names, the
+                hash equals the one of version 0.1, so that its artefacts are found and are not made again
 """
 
 import re
@@ -23,7 +25,7 @@ from eg3d_rlhf.core import renamed
 if TYPE_CHECKING:
     import torch
 
-# Settings of training_options.json and of the states of a run: old name -> present name.
+# Settings in training_options.json and in the checkpoints of a run: old name -> present name.
 SETTINGS = {
     "reward_watch": "heldout_reward",  # --mode=gan, inversions
     "reward-watch": "heldout-reward",  # name of that file among the hashes of inversions
@@ -34,93 +36,138 @@ SETTINGS = {
     "shuffled": "randomised",  # --mode=mesh-reward
     "question": "criterion",  # --mode=reward, below "filters"
 }
-HASHED_ROLES = {"tuned": "op"}  # values of `roles`, which decides the preferred sample of a pair of the loop
-CONDITIONING = ("conditioning.safetensors", "conditions.safetensors")  # present and old name
-FOLDERS = {"runs/controlled-study": "runs/proof", "runs/rewards": "runs/zoo"}  # default of --outdir
+# Values of the setting `roles`, which decides the preferred sample of a pair of the loop: present -> old
+# value.
+HASHED_ROLES = {"tuned": "op"}
+CONDITIONING = ("conditioning.safetensors", "conditions.safetensors")  # (present, old) name of the file
+# Default folders of --outdir: present -> old name.
+FOLDERS = {"runs/controlled-study": "runs/proof", "runs/rewards": "runs/zoo"}
+# Script -> job under which `renamed.FLAGS` lists the flags of the script.
 JOBS_OF_SCRIPTS = {"train.py": "train --mode=gan", "tools/train_reward.py": "train --mode=reward"}
-HELDOUT = ("reward-heldout.safetensors", "reward-watch.safetensors")  # bundled: present and old name
+# (present, old) name of the bundled held-out reward
+HELDOUT = ("reward-heldout.safetensors", "reward-watch.safetensors")
 
 
 def drop_comparison_counter(state: "MutableMapping[str, torch.Tensor]", prefix: str) -> None:
-    """Remove the tensor `offset` that checkpoints of runs with --reward-shaping=reference hold.
+    """Remove the tensor `offset` from the state of a run with --reward-shaping=reference, in place.
 
-    It counted comparisons with reference samples, and nothing read it.
+    Version 0.1 counted comparisons with reference samples in this tensor, and no code read it.
+
+    Args:
+        state: state dictionary of a checkpoint.
+        prefix: prefix of the names of the module's tensors in `state`, with a dot at the end.
     """
     state.pop(f"{prefix}offset", None)
 
 
 def settings(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return recorded settings under their present names.
+    """Return recorded settings under their present names, at any depth.
 
-    Args: record: training_options.json or the options in a checkpoint, of version 0.1 or of the present one;
-        nested mappings are converted, too.
+    Args:
+        record: content of training_options.json, or the options in a checkpoint, of version 0.1 or of the
+            present version.
     """
-    made: dict[str, Any] = {}
+    present_heldout, old_heldout = HELDOUT
+    present_roles = {old: present for present, old in HASHED_ROLES.items()}
+    converted: dict[str, Any] = {}
     for name, value in record.items():
         if name == "roles" and isinstance(value, str):
-            value = next((now for now, old in HASHED_ROLES.items() if old == value), value)
+            value = present_roles.get(value, value)
+        # --mode=mesh-reward recorded the number of trainings, and records the list of their seeds now
         if name == "table_seeds" and isinstance(value, int):
-            value = list(range(value))  # of --mode=mesh-reward: a number of trainings
-        if isinstance(value, str) and value.endswith(f"/{HELDOUT[1]}") and not Path(value).exists():
-            beside = Path(value).with_name(HELDOUT[0])  # the bundled file, which was renamed
-            value = str(beside) if beside.exists() else value
-        made[SETTINGS.get(name, name)] = settings(value) if isinstance(value, Mapping) else value
-    return made
+            value = list(range(value))
+        # The bundled file of the held-out reward was renamed. A file of the user with the old name is kept.
+        if isinstance(value, str) and value.endswith(f"/{old_heldout}") and not Path(value).exists():
+            renamed_file = Path(value).with_name(present_heldout)
+            value = str(renamed_file) if renamed_file.exists() else value
+        converted[SETTINGS.get(name, name)] = settings(value) if isinstance(value, Mapping) else value
+    return converted
 
 
 def stored(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the inputs of an artefact with the values that version 0.1 hashed."""
-    made: dict[str, Any] = {}
+    """Return the inputs of an artefact with the values that version 0.1 hashed, at any depth.
+
+    Args:
+        inputs: inputs of an artefact (see experiments.store), with present values.
+    """
+    converted: dict[str, Any] = {}
     for name, value in inputs.items():
         if name == "roles" and isinstance(value, str):
             value = HASHED_ROLES.get(value, value)
-        made[name] = stored(value) if isinstance(value, Mapping) else value
-    return made
+        converted[name] = stored(value) if isinstance(value, Mapping) else value
+    return converted
 
 
 def words(script: str, flags: Sequence[str]) -> list[str]:
-    """Return the flags of one of our scripts as version 0.1 spelled them.
+    """Return the flags of a script of this repository in the spelling of version 0.1.
 
-    Args: script: relative to the repository; the flags of others have the same names.
+    Args:
+        script: path of the script, relative to the repository. Flags of scripts that JOBS_OF_SCRIPTS does not
+            contain were not renamed.
+        flags: words of the command line, such as "--kimg=1" or "--set=consistency_psi=1".
 
     >>> words("train.py", ["--heldout-reward=a.safetensors", "--set=consistency_psi=1"])
     ['--reward-watch=a.safetensors', '--set=anchor_psi=1']
     """
-    names = renamed.FLAGS.get(JOBS_OF_SCRIPTS.get(script, ""), {})
-    old = {now: before for before, now in names.items()}
-    made = []
+    present_heldout, old_heldout = HELDOUT
+    present_names = renamed.FLAGS.get(JOBS_OF_SCRIPTS.get(script, ""), {})
+    old_names = {present: old for old, present in present_names.items()}
+    old_words = []
     for word in flags:
-        setting = word.startswith("--set=")
-        name, equals, value = (word.removeprefix("--set=") if setting else word).partition("=")
-        known = old.get(f"--set {name}" if setting else name)
-        if known is not None:
-            name = known.removeprefix("--set ")
-        if value.endswith(f"/{HELDOUT[0]}"):
-            value = value.removesuffix(HELDOUT[0]) + HELDOUT[1]
-        made.append(f"{'--set=' if setting else ''}{name}{equals}{value}")
-    return made
+        # "--set=NAME=VALUE" sets the setting NAME; the table of renamed flags lists it as "--set NAME"
+        is_setting = word.startswith("--set=")
+        name, equals, value = (
+            word.removeprefix("--set=").partition("=") if is_setting else word.partition("=")
+        )
+        old_name = old_names.get(f"--set {name}" if is_setting else name)
+        if old_name is not None:
+            name = old_name.removeprefix("--set ")
+        if value.endswith(f"/{present_heldout}"):
+            value = value.removesuffix(present_heldout) + old_heldout
+        old_words.append(f"{'--set=' if is_setting else ''}{name}{equals}{value}")
+    return old_words
 
 
 def file_names(script: str, files: Mapping[str, str]) -> dict[str, str]:
-    """Return hashes of the files that a script reads under the names, and flags, of version 0.1."""
-    old = {HELDOUT[0]: HELDOUT[1]}
-    return {old.get(name, words(script, [name])[0]): digest for name, digest in files.items()}
+    """Return the hashes of the files that a script reads, under the names of version 0.1.
+
+    Args:
+        script: path of the script, relative to the repository.
+        files: SHA-256 of each file, by the name of a bundled file or by the flag that names the file.
+    """
+    present_heldout, old_heldout = HELDOUT
+    old_hashes = {}
+    for name, digest in files.items():
+        # `words` converts a list of flags; a name that is no renamed flag stays as it is
+        old_name = old_heldout if name == present_heldout else words(script, [name])[0]
+        old_hashes[old_name] = digest
+    return old_hashes
 
 
 def conditioning_file(folder: Path) -> Path:
-    """Return the file of embeddings in a folder; under its old name where version 0.1 wrote it."""
-    present, old = (folder / name for name in CONDITIONING)
-    return old if old.is_file() and not present.is_file() else present
+    """Return the path of the file of embeddings in a folder.
+
+    The path has the old name if only a file of the old name exists, and the present name otherwise.
+    """
+    present_path, old_path = (folder / name for name in CONDITIONING)
+    return old_path if old_path.is_file() and not present_path.is_file() else present_path
 
 
 def outdir(folder: Path) -> Path:
-    """Return the default folder of a report; under its old name where only that one exists."""
-    old = FOLDERS.get(folder.as_posix())
-    return folder if old is None or folder.exists() or not Path(old).is_dir() else Path(old)
+    """Return the folder of a report that --outdir names.
+
+    If `folder` is a renamed default folder that does not exist, and the folder of the old name exists, the
+    folder of the old name is returned, and `folder` otherwise.
+    """
+    old_name = FOLDERS.get(folder.as_posix())
+    if old_name is None or folder.exists() or not Path(old_name).is_dir():
+        return folder
+    return Path(old_name)
 
 
-# Old and new keys of files that are read again, by file.
+# Keys of JSON files that are read again: old key -> present key.
 
+# Measurements of synthetic heads, in summary.json and in the cache of `report rewards`.
 _HEADS = {
     "repaired": "error_reduction",
     "repaired_ci95": "error_reduction_ci95",
@@ -136,6 +183,7 @@ _HEADS = {
     "distance_broken": "distance_defective",
     "whole_share": "intact_share",
 }
+# Further keys of summary.json.
 _SUMMARY = {
     **_HEADS,
     "repaired_by_filter": "error_reduction_by_post_processing",
@@ -155,28 +203,39 @@ _SUMMARY = {
 
 
 def _renamed(values: Any, names: Mapping[str, str]) -> Any:
-    """Return JSON values with every key in `names` renamed, at any depth."""
+    """Return JSON values in which every key that is in `names` is renamed, at any depth.
+
+    Args:
+        values: mapping, list or other value, in JSON types.
+        names: maps the old name of a key to its new name.
+    """
     if isinstance(values, Mapping):
         return {names.get(key, key): _renamed(value, names) for key, value in values.items()}
+    # a list is converted item by item; any other value has no keys
     return [_renamed(value, names) for value in values] if isinstance(values, list) else values
 
 
 def summary(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Rename the keys of a run's summary.json."""
-    renamed: dict[str, Any] = _renamed({**record, "settings": {}}, _SUMMARY)
-    if "settings" in record:  # of the bundled control
-        return {**renamed, "settings": options(record["settings"])}
-    del renamed["settings"]
-    return renamed
+    """Rename the keys of the summary.json of a run.
+
+    The summary of the bundled control contains its settings, too. They are converted as `options` does.
+    """
+    # the settings have their own table of names, so they are empty in this step
+    converted: dict[str, Any] = _renamed({**record, "settings": {}}, _SUMMARY)
+    if "settings" in record:
+        converted["settings"] = options(record["settings"])
+    else:
+        del converted["settings"]
+    return converted
 
 
 def figures_of_tuning(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Rename the keys of what `report rewards` stores of a tuned network."""
-    renamed: dict[str, Any] = _renamed(record, _HEADS)
-    return renamed
+    """Rename the keys of the metrics that `report rewards` stores for a tuned network."""
+    converted: dict[str, Any] = _renamed(record, _HEADS)
+    return converted
 
 
-# Names that stand in hashed inputs, in seeds of random streams, and in names of folders and files.
+# Names in hashed inputs, in seeds of random streams, and in names of folders and files: present -> old name.
 
 _FORMER = {
     "randomised": "coin",
@@ -188,14 +247,21 @@ _FORMER = {
 
 
 def former(name: str) -> str:
-    """Return the spelling of version 0.1, which hashed inputs keep."""
+    """Return the old name of an arm, a baseline or a metric, which hashed inputs use.
+
+    A name that was not renamed is returned unchanged.
+    """
     return _FORMER.get(name, name)
 
 
 def arm_in_paths(folder: Path, arm: str) -> str:
-    """Return the name of an arm in file names of a controlled study: the former one in a folder of version
-    0.1.
+    """Return the name of an arm in the file names of a controlled study.
+
+    Args:
+        folder: folder of the study. If version 0.1 wrote it, the old name of the arm is returned.
+        arm: present name of the arm.
     """
+    # version 0.1 wrote the labels of the arm's seed 0 under this name
     return former(arm) if (folder / "labels" / f"{former(arm)}0.jsonl").exists() else arm
 
 
@@ -212,63 +278,81 @@ _GAN_STATS = {
 
 
 def gan_stats(line: Mapping[str, Any]) -> dict[str, Any]:
-    """Rename the keys of a line of a GAN run's stats.jsonl."""
+    """Rename the keys of a line of stats.jsonl of a GAN run."""
     return {_GAN_STATS.get(key, key): value for key, value in line.items()}
 
 
 def ledger_step(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Rename the keys of a finished step of preference rounds."""
-    step: dict[str, Any] = _renamed(record, {"watch": "monitored", "second": "heldout"})
-    return step
+    """Rename the keys of the record of a finished step of preference rounds."""
+    converted: dict[str, Any] = _renamed(record, {"watch": "monitored", "second": "heldout"})
+    return converted
 
 
-# Settings of runs: names of fields.
+# Names of fields of settings: old -> present name.
 _SETTINGS = {"judging": "evaluation", "max_away": "max_drift"}
-# Names of groups of an ablation, and of what their stages learn.
+# Names of the groups of an ablation, and of the labels from which their stages learn: old -> present name.
 _GROUPS = {"anchor": "regulariser", "shuffled": "randomised", "turned": "inverted"}
 
 
 def options(values: Mapping[str, Any]) -> dict[str, Any]:
     """Rename the keys of a run's training_options.json, and the names of arms and controls in it."""
-    known = {
+    with_present_keys = {
+        # below "hashes" stand the names of input files, not names of settings
         key: _renamed(value, {"watch": "heldout"} if key == "hashes" else _SETTINGS)
         for key, value in settings(values).items()
     }
-    made: dict[str, Any] = _control_renamed(known)
-    return made
+    converted: dict[str, Any] = _control_renamed(with_present_keys)
+    return converted
 
 
 def _control_renamed(values: Any, key: str = "") -> Any:
-    """Rename the controls in the values of the keys `arms`, `groups` and `use`."""
+    """Rename the controls in the values of the keys `arms`, `groups` and `use`, at any depth.
+
+    Args:
+        values: settings, in JSON types.
+        key: key under which `values` stands; "" at the top.
+    """
     if isinstance(values, Mapping):
         return {name: _control_renamed(value, name) for name, value in values.items()}
     if isinstance(values, list):
         return [_control_renamed(value, key) for value in values]
+    # only values below these keys are names of controls; other texts stay as they are
     if isinstance(values, str) and key == "groups":
         return _GROUPS.get(values, values)
     if isinstance(values, str) and key in ("arms", "use"):
+        # the control is the value itself, or the end of the name of an arm, such as "dpo-shuffled"
         return re.sub(r"\bshuffled$", "randomised", values)
     return values
 
 
 def former_settings(values: Any, key: str = "") -> Any:
-    """Return settings with the names of version 0.1, which hashed inputs and saved weights keep."""
+    """Return settings with the names of version 0.1, which hashed inputs and saved weights use.
+
+    Args:
+        values: settings, in JSON types.
+        key: key under which `values` stands; "" at the top.
+    """
     if isinstance(values, Mapping):
-        names = {new: old for old, new in _SETTINGS.items()}
-        return {names.get(name, name): former_settings(value, name) for name, value in values.items()}
+        old_names = {present: old for old, present in _SETTINGS.items()}
+        return {old_names.get(name, name): former_settings(value, name) for name, value in values.items()}
     if isinstance(values, (list, tuple)):
         return [former_settings(value, key) for value in values]
     return "shuffled" if key == "use" and values == "randomised" else values
 
 
 def former_task(task: str) -> str:
-    """Return the former name of a task "<arm>-<seed>", which its folder and its hashed inputs keep."""
+    """Return the old name of a task "<arm>-<seed>", which its folder and its hashed inputs use."""
     return re.sub(r"\brandomised\b", "shuffled", task)
 
 
 def former_use(use: str) -> str:
-    """Return the former name of what a stage learns of the loop's pairs, which hashed inputs keep."""
-    return next((old for old, new in _GROUPS.items() if new == use), use)
+    """Return the old name of the labels that a stage uses of the loop's pairs, which hashed inputs use.
+
+    Args:
+        use: present name, such as "randomised" or "inverted".
+    """
+    old_names = {present: old for old, present in _GROUPS.items()}
+    return old_names.get(use, use)
 
 
 _LOOP_PAIRS = {
@@ -278,7 +362,7 @@ _LOOP_PAIRS = {
 
 
 def loop_pairs(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Rename the keys of the record of an artefact of loop pairs."""
+    """Rename the keys of the record of an artefact that contains the pairs of the loop."""
     return {_LOOP_PAIRS.get(key, key): value for key, value in record.items()}
 
 
@@ -286,30 +370,36 @@ _FLOW_STATS = {"away": "drift", "left": "drift"}
 
 
 def flow_stats(line: Mapping[str, Any]) -> dict[str, Any]:
-    """Rename the keys of a line of a flow training's stats.jsonl."""
+    """Rename the keys of a line of stats.jsonl of a flow training."""
     return {_FLOW_STATS.get(key, re.sub("^watched/", "heldout/", key)): value for key, value in line.items()}
 
 
 def flow_warnings(values: Mapping[str, str]) -> dict[str, str]:
-    """Rename the warnings in a state of a flow training."""
+    """Rename the warnings in a checkpoint of a flow training.
+
+    Args:
+        values: text of each warning, by its name.
+    """
     return {"divergence" if name == "runaway" else name: text for name, text in values.items()}
 
 
 def flow_progress(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Rename the keys of the progress in a state of a flow training."""
+    """Rename the keys of the progress that a checkpoint of a flow training contains."""
     return {**values, "sums": flow_stats(values["sums"])}
 
 
-# Cached parts of reports.
+# Cached findings of reports: old -> present name.
 
 _CURVES = {"programmatic judge": "oracle"}
 _RANDOMISATIONS = {"by_draw": "by_randomisation", "draws": "randomisations"}
 
 
 def finding(key: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Rename the keys of a cached part of a report.
+    """Rename the keys of a cached finding of a report.
 
-    Args: key: of the part's job.
+    Args:
+        key: key of the finding's job, see pages.Job.
+        values: content of the JSON file of the finding.
     """
     values = {"images" if name == "pictures" else name: value for name, value in values.items()}
     data = dict(values["data"])
@@ -333,23 +423,23 @@ def finding(key: str, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def former_trial(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the inputs of a best-of-n report with the former key of the evaluator."""
-    renamed: dict[str, Any] = _renamed(inputs, {"evaluator": "judge"})
-    return renamed
+    """Return the hashed inputs of a best-of-n report with the old key of the evaluator."""
+    converted: dict[str, Any] = _renamed(inputs, {"evaluator": "judge"})
+    return converted
 
 
 def inversion(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Rename the keys of the measures of a target of an inversion."""
+    """Rename the keys of the metrics that were measured for one target of an inversion."""
     return {"evaluator" if key == "judge" else key: value for key, value in record.items()}
 
 
 def latent_reward(meta: Mapping[str, Any]) -> dict[str, Any]:
-    """Rename the keys of the description of a reward of latents."""
-    renamed: dict[str, Any] = _renamed(meta, {"taught": "record", "told": "evaluation"})
-    return renamed
+    """Rename the keys of the metadata in the file of a reward of latents."""
+    converted: dict[str, Any] = _renamed(meta, {"taught": "record", "told": "evaluation"})
+    return converted
 
 
 def mesh_table(table: Mapping[str, Any]) -> dict[str, Any]:
-    """Rename the control in the table of RewardCS's arms."""
+    """Rename the control in the table of the arms of RewardCS, the reward model of --mode=mesh-reward."""
     rows = {re.sub("^shuffled/", "randomised/", name): row for name, row in table["rows"].items()}
     return {**table, "rows": rows}

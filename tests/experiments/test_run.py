@@ -112,7 +112,7 @@ def test_a_folder_that_cannot_be_written_names_the_last_state(begun):
     folder, settings, inputs = begun
     with (
         Run(folder, settings, inputs) as run,
-        raising(str(folder), os.strerror(errno.ENOSPC), "none", "--resume", kind=OSError),
+        raising(str(folder), os.strerror(errno.ENOSPC), "No checkpoint", kind=OSError),
     ):
         with run.writing():
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -72,7 +72,7 @@ def test_changed_products_and_inputs_are_refused(tmp_path):
     with raising(str(made.folder), "out/a.txt"):
         Store(tmp_path).make("kind", {"x": 1}, Maker())
     product.unlink()
-    with raising(str(made.folder), "out/a.txt", "nothing"):
+    with raising(str(made.folder), "out/a.txt", "missing"):
         Store(tmp_path).make("kind", {"x": 1}, Maker())
     product.write_text("product")
     (made.folder / "inputs.json").write_text(json.dumps({"x": 7}))

@@ -1,6 +1,6 @@
-"""Rendering of one latent from any camera, as uint8 images that depend on seed and camera only.
+"""Rendering of one latent from any camera, as uint8 images that depend on the seed and the camera only.
 
-Letters: L, W = layers and width of ws; H, B = rows and columns of an image.
+Shapes: N latents, L layers of ws, W width of ws, H rows of an image, B columns of an image.
 """
 
 import contextlib
@@ -19,23 +19,30 @@ from eg3d_rlhf.experiments.media.settings import FFHQ_FOV
 from eg3d_rlhf.generators import Generator, check_seeds, device_of, latents
 from training.progress import tqdm
 
-MOST_SEEDS = 100_000
+MOST_SEEDS = 100_000  # largest number of seeds of one command
 _LARGEST = 2**32 - 1  # largest seed of numpy's RandomState
-_SCALED = 10_000  # larger totals are shown with k and M
+_SCALED = 10_000  # smallest total that a progress bar shows with the suffixes k and M
 
 
-def cameras_of(generator: Generator, fov: float = FFHQ_FOV, **place: Any) -> CameraFamily:
-    """Return a generator's cameras with another field of view.
+def cameras_of(generator: Generator, fov: float = FFHQ_FOV, **position: Any) -> CameraFamily:
+    """Return the cameras of a generator with another field of view.
 
-    Args: fov: over the diagonal of the image, in degrees; place: overrides radius or pivot.
-    Raises: ValueError for a field of view outside 0 < fov < 180.
+    Args:
+        generator: generator whose cameras are changed.
+        fov: field of view over the diagonal of the image, in degrees, 0 < fov < 180.
+        position: fields of CameraFamily that are replaced as well: radius, pivot.
+
+    Raises:
+        ValueError: `fov` is out of range.
     """
     if not 0 < fov < 180:
         raise ValueError(
-            f"cameras: expected a field of view of 0 < fov < 180 degrees, got {fov:g}. Correct it."
+            f"the field of view is {fov:g} degrees, but must be above 0 and below 180. Pass another value"
+            " with --fov-deg."
         )
-    # EG3D's FOV_to_intrinsics, with its rounded pi and square root of 2
-    return dataclasses.replace(generator.cameras, focal=1 / (math.tan(fov * 3.14159 / 360) * 1.414), **place)
+    # This is FOV_to_intrinsics of EG3D (camera_utils.py), with its rounded pi and square root of 2.
+    focal = 1 / (math.tan(fov * 3.14159 / 360) * 1.414)
+    return dataclasses.replace(generator.cameras, focal=focal, **position)
 
 
 def camera(
@@ -45,11 +52,20 @@ def camera(
     n: int = 1,
     device: str | torch.device = "cpu",
 ) -> torch.Tensor:
-    """Make camera labels [n, 25] of a family, at angles in radians from the frontal view.
+    """Make `n` equal camera labels [n, 25]: 16 numbers of cam2world, then 9 of the intrinsics.
 
-    Angles are counted as in EG3D's tools: a negative pitch looks from above. Torch's random state is kept.
+    The random state of torch is the same before and after the call.
+
+    Args:
+        cameras: family of cameras, which has the distance, the pivot and the focal length.
+        yaw: horizontal angle from the frontal view, in radians.
+        pitch: vertical angle from the frontal view, in radians. As in EG3D's tools, a camera with a negative
+            pitch looks from above.
+        n: number of labels.
+        device: device of the labels.
     """
-    # `label` may use the random state; fork_rng needs the CUDA devices by name
+    # `label` may draw random numbers. The random state of the CPU is always restored afterwards, but for
+    # CUDA only if the device is named.
     with torch.random.fork_rng(devices=[device] if torch.device(device).type == "cuda" else []):
         return cameras.label(yaw, pitch, n, device)
 
@@ -62,12 +78,23 @@ def conditioned_ws(
     psi: float = 1.0,
     cutoff: int | None = 14,
 ) -> torch.Tensor:
-    """Map seeds to ws [N, L, W], conditioned on the frontal camera of a family, as EG3D's tools do."""
+    """Map seeds to ws [N, L, W], conditioned on the frontal camera of a family, like EG3D's tools.
+
+    Args:
+        generator: generator whose mapping network is used.
+        seeds: seeds of the latents z, [N].
+        cameras: family of cameras whose frontal view is the conditioning input of the mapping network.
+        psi: truncation psi.
+        cutoff: number of layers of ws that are truncated; None: all layers.
+
+    Raises:
+        ValueError: the generator does not accept a seed.
+    """
     check_seeds(generator, max(seeds, default=0), "--seeds")
     device = device_of(generator)
-    c = camera(cameras, n=len(seeds), device=device)
+    camera_label = camera(cameras, n=len(seeds), device=device)
     return generator.mapping(
-        latents(seeds, generator.z_dim).to(device), c, truncation_psi=psi, truncation_cutoff=cutoff
+        latents(seeds, generator.z_dim).to(device), camera_label, truncation_psi=psi, truncation_cutoff=cutoff
     )
 
 
@@ -81,68 +108,93 @@ def render(
     mode: str = "image",
     options: RenderOptions = OWN,
 ) -> list[np.ndarray]:
-    """Render ws [1, L, W] from cameras [1, 25], with one synthesis pass.
+    """Render one latent from several cameras, with one synthesis pass for all of them.
 
-    The ray sampler's jitter and the noise come from torch's global generator. It is seeded before every image
-    and restored afterwards, so that an image does not depend on earlier ones. The first image continues the
-    random numbers of the synthesis, as in EG3D.
+    The jitter of the rays and the noise of the layers come from torch's global random generator. The
+    generator is seeded before every image and restored at the end, so that an image does not depend on
+    earlier images. Only the first image is rendered without a new seed after the synthesis, as in EG3D.
 
-    Args: mode: 'image', 'image_raw' (before super-resolution) or 'image_depth'.
-    Returns: one array per camera, uint8 [H, B, 3], or `distances` for 'image_depth'.
+    Args:
+        generator: generator that synthesises the scene.
+        ws: latent, [1, L, W].
+        labels: camera labels, each [1, 25].
+        seed: seed of the random numbers.
+        noise_mode: noise of the synthesis layers: "const", "random" or "none".
+        mode: "image", "image_raw" (image before super-resolution) or "image_depth".
+        options: options of the volume rendering.
+
+    Returns:
+        One array per camera: uint8 [H, B, 3], or for "image_depth" the distances, see `distances`.
     """
     with torch.random.fork_rng(devices=[ws.device] if ws.device.type == "cuda" else []):
         torch.manual_seed(seed)
+        # the synthesis, which all images share
         field = generator.field(ws, noise_mode)
-        first = [field.render(label.to(ws.device), options) for label in labels[:1]]
-    renderings = first + render_each(field, (label.to(ws.device) for label in labels[1:]), options, seed)
-    # mode -> field of Rendering
-    maps = {"image": "image", "image_raw": "raw"}
-    return [
-        distances(out) if mode == "image_depth" else to_uint8(getattr(out, maps[mode])[0].float().cpu())
-        for out in renderings
-    ]
+        # a list of one rendering, or an empty list if there are no cameras
+        first_renderings = [field.render(label.to(ws.device), options) for label in labels[:1]]
+    later_labels = (label.to(ws.device) for label in labels[1:])
+    renderings = first_renderings + render_each(field, later_labels, options, seed)
+    if mode == "image_depth":
+        return [distances(rendering) for rendering in renderings]
+    field_names = {"image": "image", "image_raw": "raw"}  # mode -> field of Rendering, [1, 3, H, B]
+    return [to_uint8(getattr(rendering, field_names[mode])[0].float().cpu()) for rendering in renderings]
 
 
 def to_uint8(image: torch.Tensor) -> np.ndarray:
-    """Convert [3, H, B] in -1..1 to uint8 [H, B, 3] as EG3D does: x * 127.5 + 128, clamped and truncated."""
+    """Convert an image [3, H, B] in -1..1 to uint8 [H, B, 3].
+
+    The values x become x * 127.5 + 128, clamped to 0..255 and truncated, as in EG3D's tools.
+    """
     return (image.permute(1, 2, 0) * 127.5 + 128).clamp(0, 255).to(torch.uint8).numpy()
 
 
 def png(image: np.ndarray) -> bytes:
-    """Encode an image, uint8 [H, B, 3], as PNG."""
+    """Encode an image, uint8 [H, B, 3], as the bytes of a PNG file."""
     buffer = io.BytesIO()
     PIL.Image.fromarray(image).save(buffer, format="png")
     return buffer.getvalue()
 
 
-def distances(out: Rendering) -> np.ndarray:
-    """Return the distances along the rays, [H, B] float32, infinite where the opacity is below one half.
+def distances(rendering: Rendering) -> np.ndarray:
+    """Return the distances from the camera along the rays, float32 [H, B], in world units.
 
-    Deviates: EG3D shows the mean distance there too, although hardly anything is hit.
+    The distance is infinite where the opacity of the ray is below one half.
+
+    Deviates: EG3D shows the mean distance of such rays as well, although they hit hardly any density.
     """
-    depth = out.depth[0, 0].float()
-    opacity = out.opacity[0, 0]
+    # index 0, 0: the only image of the batch, and the only channel
+    depth = rendering.depth[0, 0].float()
+    opacity = rendering.opacity[0, 0]
     return torch.where(opacity >= 0.5, depth, torch.full_like(depth, torch.inf)).cpu().numpy()
 
 
 def shade_depth(depth: np.ndarray) -> np.ndarray:
     """Convert distances [H, B] to grey values, uint8 [H, B, 3].
 
-    Each image ranges from dark grey (far) to white (near); infinite distances are black.
+    The largest distance of the image becomes dark grey (32), and the smallest becomes white (255). Infinite
+    distances are black. If all distances are infinite, the image is black.
     """
-    seen = np.isfinite(depth)  # an image without any hit is black
-    low, high = (float(depth[seen].min()), float(depth[seen].max())) if seen.any() else (0.0, 0.0)
-    # the guard is for an image whose distances are all equal
-    share = (high - np.where(seen, depth, high)) / max(high - low, 1e-12)  # 0 far, 1 near
-    grey = np.where(seen, np.rint(32 + 223 * share), 0).astype(np.uint8)
-    return np.repeat(grey[..., None], 3, axis=2)
+    is_hit = np.isfinite(depth)
+    low, high = (float(depth[is_hit].min()), float(depth[is_hit].max())) if is_hit.any() else (0.0, 0.0)
+    # infinite distances are replaced before the arithmetic; 1e-12 avoids 0 / 0 if all distances are equal
+    nearness = (high - np.where(is_hit, depth, high)) / max(high - low, 1e-12)  # 0 far, 1 near
+    grey = np.where(is_hit, np.rint(32 + 223 * nearness), 0).astype(np.uint8)
+    return np.repeat(grey[..., None], 3, axis=2)  # [H, B] -> [H, B, 3]
 
 
 def tile(images: Sequence[np.ndarray], columns: int) -> np.ndarray:
-    """Arrange images [H, B, 3] of one size as one [rows * H, columns * B, 3], row by row."""
+    """Arrange images as a grid, row by row.
+
+    Args:
+        images: images [H, B, 3] of one size. Their number must be a multiple of `columns`.
+        columns: number of images side by side.
+
+    Returns:
+        One image, [rows * H, columns * B, 3].
+    """
     stack = np.stack(images)
     height, width = stack.shape[1:3]
-    grid = stack.reshape(-1, columns, height, width, 3)
+    grid = stack.reshape(-1, columns, height, width, 3)  # [rows, columns, H, B, 3]
     # [rows, columns, H, B, 3] -> [rows, H, columns, B, 3]
     return np.ascontiguousarray(grid.transpose(0, 2, 1, 3, 4)).reshape(-1, columns * width, 3)
 
@@ -150,33 +202,50 @@ def tile(images: Sequence[np.ndarray], columns: int) -> np.ndarray:
 def parse_seeds(text: str) -> list[int]:
     """Parse a comma-separated list of numbers and inclusive ranges: '0,2-5' -> [0, 2, 3, 4, 5].
 
-    The order is kept. Raises: ValueError for anything else, an empty list, a descending range, a seed above
-    2^32 - 1, or more than 100,000 seeds.
+    The seeds have the order of the text.
+
+    Raises:
+        ValueError: the text is empty or contains something other than numbers and ranges, a range descends, a
+            seed is above 2^32 - 1, or there are more than 100,000 seeds.
     """
     seeds: list[int] = []
     for part in text.split(","):
-        first, dash, last = (piece.strip() for piece in part.partition("-"))
-        if not first.isdecimal() or (dash and not last.isdecimal()):
+        start_text, dash, end_text = (piece.strip() for piece in part.partition("-"))
+        if not start_text.isdecimal() or (dash and not end_text.isdecimal()):
             raise ValueError(
-                f"seeds: expected numbers and ranges such as 0,2-5, got {text!r}. Correct {part.strip()!r}."
+                f"seeds: {part.strip()!r} in {text!r} is not a number or a range. Write numbers and ranges"
+                " such as 0,2-5."
             )
-        start = int(first)
-        end = int(last or first)
-        if start > end or end > _LARGEST:
+        start = int(start_text)
+        end = int(end_text or start_text)  # a number is a range of one seed
+        if start > end:
             raise ValueError(
-                f"seeds: expected ascending ranges up to {_LARGEST}, got {part.strip()!r}. Correct it."
+                f"seeds: the range {part.strip()!r} descends. Write the smaller seed before the larger one."
             )
-        # checked before the range is expanded, which could need more memory than there is
+        if end > _LARGEST:
+            raise ValueError(
+                f"seeds: {part.strip()!r} contains a seed above {_LARGEST}, the largest seed of numpy. Use"
+                " smaller seeds."
+            )
+        # The number is checked before the range is expanded: a huge range would fill the memory.
         if len(seeds) + end - start >= MOST_SEEDS:
             raise ValueError(
-                f"seeds: expected at most {MOST_SEEDS} seeds, got more in {text!r}. Run the seeds in parts."
+                f"seeds: at most {MOST_SEEDS} seeds are allowed, but {text!r} contains more. Divide the seeds"
+                " among several commands."
             )
         seeds += range(start, end + 1)
     return seeds
 
 
 class StageBar(contextlib.AbstractContextManager["StageBar", None]):
-    """Progress bar for each stage, with the time left; called with (stage, units done, units in total)."""
+    """Progress bars for the stages of a computation, one after another.
+
+    The object is passed as a callback, which the computation calls with (stage, units that are done, units in
+    total).
+
+    Args:
+        prefix: text before the name of the stage.
+    """
 
     def __init__(self, prefix: str = ""):
         self._prefix = prefix
@@ -184,16 +253,22 @@ class StageBar(contextlib.AbstractContextManager["StageBar", None]):
         self._bar: tqdm | None = None
 
     def __call__(self, stage: str, done: int, total: int) -> None:
-        """Move the stage's bar to `done` of `total`; a new stage closes the bar and starts another."""
-        # a bar's total is fixed, so each stage needs another bar
+        """Move the bar of a stage to `done` of `total` units. The first call of a stage starts its bar.
+
+        Args:
+            stage: name of the stage.
+            done: number of units that are done.
+            total: number of all units of the stage.
+        """
+        # the total of a tqdm bar is fixed, so the bar of the previous stage is closed
         if self._bar is None or stage != self._stage:
             self.close()
             self._stage = stage
             self._bar = tqdm(total=total, desc=f"{self._prefix}{stage}", unit_scale=total >= _SCALED)
-        self._bar.update(done - self._bar.n)
+        self._bar.update(done - self._bar.n)  # `update` takes the difference to the present position
 
     def close(self) -> None:
-        """Close the bar, if there is one."""
+        """Close the current bar, if there is one."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None

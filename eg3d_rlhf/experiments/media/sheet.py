@@ -1,7 +1,7 @@
 """Contact sheets of labelled images in rows and columns, and shaded images of shapes.
 
-Letters: H, B = rows and columns of a cell; R pixels per edge, P rays, M of them that hit, N cubes, D, H, W
-grid points, S steps.
+Shapes: H rows and B columns of pixels of a cell; R pixels per edge of an image, P rays of an image, M rays
+that hit a surface; N density cubes, D, H, W grid points of a cube along z, y, x, S samples along a ray.
 """
 
 import textwrap
@@ -19,118 +19,143 @@ from eg3d_rlhf.core.field import LEVEL
 from eg3d_rlhf.geometry.level_set import REACHES, LevelSet, sample
 from training.rendering.cameras import LookAtPoseSampler, RaySampler, intrinsics_matrix, unpack_label
 
-INK = (25, 25, 25)
-QUIET = (110, 110, 110)
-MARGIN = 12  # pixels
-_PARTED = 22  # pixels between rows that a line separates
-_LINE = 19  # pixels, height of a line of small print
-_LETTER = 6.8  # pixels, mean width of a letter of small print
+INK = (25, 25, 25)  # colour of titles and names, red, green and blue in 0..255
+QUIET = (110, 110, 110)  # colour of small text
+MARGIN = 12  # width of the empty border, in pixels
+_PARTED = 22  # distance between rows that a line separates, in pixels
+_LINE = 19  # height of a line of the note, in pixels
+_LETTER = 6.8  # mean width of a letter of the note, in pixels
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """Row of cells with a name at the left."""
+    """Row of cells of a contact sheet, with a name at the left."""
 
-    cells: Sequence[np.ndarray]  # uint8 [H, B, 3] each, of one size
-    name: str = ""
+    cells: Sequence[np.ndarray]  # images of one size, uint8 [H, B, 3] each
+    name: str = ""  # text at the left of the row; "": no text
     more: str = ""  # small text below the name
-    captions: Sequence[str] = ()  # a text below each cell
-    parted: bool = False  # a line separates it from the row above
-    spans: int = 1  # number of rows over which the name is centred
+    captions: Sequence[str] = ()  # a text below each cell; empty: no captions
+    parted: bool = False  # True if a line separates this row from the row above
+    spans: int = 1  # number of rows, from this one on, over which the name is centred
 
 
 def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """Return Pillow's built-in font at a size in pixels, so that no font must be installed."""
+    """Return the built-in font of Pillow, so that no font must be installed.
+
+    Args:
+        size: height of the text in pixels.
+    """
     return ImageFont.load_default(size)
 
 
 def sheet(title: str, rows: Sequence[Row], *, names: int = 0, note: str = "") -> np.ndarray:
-    """Draw rows below a title: uint8 [H, B, 3] on white.
+    """Draw a contact sheet on white: a title, rows of images, and a note.
 
-    Args: names: width of the column of names in pixels, 0: no column; note: small print at the foot.
+    Args:
+        title: text at the top; "": no title.
+        rows: rows of images, all of one size.
+        names: width of the column that holds the names of the rows, in pixels; 0: no such column.
+        note: small text at the foot, which is wrapped; "": no note.
+
+    Returns:
+        Image, uint8 [height, width, 3].
     """
-    width = rows[0].cells[0].shape[1]
-    columns = max(len(row.cells) for row in rows)
-    page_width = names + columns * width + 2 * MARGIN
-    lines = textwrap.wrap(note, int((page_width - 2 * MARGIN) / _LETTER))
-    head = 44 if title else MARGIN
-    foot = MARGIN + (8 + _LINE * len(lines) if lines else 0)
-    page = Image.new("RGB", (page_width, head + sum(map(_height, rows)) + foot), "white")
+    cell_width = rows[0].cells[0].shape[1]
+    columns = max(len(row.cells) for row in rows)  # rows may have different numbers of cells
+    page_width = names + columns * cell_width + 2 * MARGIN
+    note_lines = textwrap.wrap(note, int((page_width - 2 * MARGIN) / _LETTER))
+    # all lengths below are in pixels
+    head_height = 44 if title else MARGIN
+    foot_height = MARGIN + (8 + _LINE * len(note_lines) if note_lines else 0)
+    page_height = head_height + sum(map(_height, rows)) + foot_height
+    page = Image.new("RGB", (page_width, page_height), "white")
     draw = ImageDraw.Draw(page)
     if title:
         draw.text((MARGIN, 10), title, INK, font(24))
-    y = head
+    y = head_height  # upper edge of the current row
     for i, row in enumerate(rows):
-        top = y + (_PARTED if row.parted else 4)
-        below = top + row.cells[0].shape[0]
+        cell_top = y + (_PARTED if row.parted else 4)
+        cell_bottom = cell_top + row.cells[0].shape[0]
         if row.parted:
-            draw.line([(MARGIN, y + _PARTED // 2), (page.width - MARGIN, y + _PARTED // 2)], (215, 215, 215))
+            # a light grey line in the middle of the gap above the row
+            line_y = y + _PARTED // 2
+            draw.line([(MARGIN, line_y), (page.width - MARGIN, line_y)], (215, 215, 215))
         for j, cell in enumerate(row.cells):
-            page.paste(Image.fromarray(cell), (MARGIN + names + j * width, top))
-        # "ma": the given point is the middle of the text's upper edge
-        for j, words in enumerate(row.captions):
-            draw.text(
-                (MARGIN + names + j * width + width // 2, below + 2), words, QUIET, font(13), anchor="ma"
-            )
-        middle = top + sum(map(_height, rows[i : i + row.spans])) // 2
-        draw.text((MARGIN, middle), row.name, INK, font(26), anchor="lm")
-        draw.text((MARGIN, middle + 22), row.more, QUIET, font(15))
+            page.paste(Image.fromarray(cell), (MARGIN + names + j * cell_width, cell_top))
+        for j, caption in enumerate(row.captions):
+            cell_centre = MARGIN + names + j * cell_width + cell_width // 2
+            # "ma": the position is the middle of the upper edge of the text
+            draw.text((cell_centre, cell_bottom + 2), caption, QUIET, font(13), anchor="ma")
+        name_y = cell_top + sum(map(_height, rows[i : i + row.spans])) // 2
+        # "lm": the position is the middle of the left edge of the text
+        draw.text((MARGIN, name_y), row.name, INK, font(26), anchor="lm")
+        draw.text((MARGIN, name_y + 22), row.more, QUIET, font(15))
         y += _height(row)
-    for i, words in enumerate(lines):
-        draw.text((MARGIN, y + 8 + i * _LINE), words, QUIET, font(14))
+    for i, line in enumerate(note_lines):
+        draw.text((MARGIN, y + 8 + i * _LINE), line, QUIET, font(14))
     return np.array(page)
 
 
 def _height(row: Row) -> int:
-    """Compute the height of a row in pixels, with the gap above and the captions below."""
-    height: int = row.cells[0].shape[0]
-    return (_PARTED if row.parted else 4) + height + (20 if row.captions else 0)
+    """Compute the height of a row in pixels, including the gap above it and the captions below it."""
+    cell_height: int = row.cells[0].shape[0]
+    return (_PARTED if row.parted else 4) + cell_height + (20 if row.captions else 0)
 
 
 def to_uint8(image: ArrayLike) -> np.ndarray:
-    """Convert an image [H, B, 3] in 0..1, tensor or array, to uint8."""
-    shown: np.ndarray = np.rint(np.clip(np.asarray(image), 0, 1) * 255).astype(np.uint8)
-    return shown
+    """Convert an image [H, B, 3] in 0..1, a tensor on the CPU or an array, to uint8 0..255, rounded."""
+    image_uint8: np.ndarray = np.rint(np.clip(np.asarray(image), 0, 1) * 255).astype(np.uint8)
+    return image_uint8
 
 
-# Shapes as clay: a level set rendered from a camera, lit so that pits, bumps and holes are visible.
+# Renders of a shape in the colour of clay. The light is chosen so that pits, bumps and holes are visible.
 
 
-CLAY = (0.88, 0.86, 0.83)  # albedo
-SUPERSAMPLE = 2  # rays per pixel along each axis
+CLAY = (0.88, 0.86, 0.83)  # albedo, red, green and blue in 0..1
+SUPERSAMPLE = 2  # number of rays per pixel along each axis of the image
 # directions towards the lights, in the axes of the camera: right, up, towards the camera
 _KEY = (-0.45, 0.55, 0.70)
 _FILL = (0.75, 0.05, 0.45)
-FLAT = 0.15  # crowding above a flat surface, which counts as not occluded
+# Value of LevelSet.crowding above a flat surface. Points with at most this value count as not occluded.
+FLAT = 0.15
 
 
 @dataclass(frozen=True)
 class View:
-    """Visible part of a surface from one camera."""
+    """Part of a surface that is visible from one camera."""
 
-    depth: Tensor  # [R, R] along the unit ray, in world units; inf where the ray misses
-    points: Tensor  # [M, 3] world, in the order of the pixels that hit
-    normals: Tensor  # [M, 3] outward
-    light: Tensor  # [M] of a white surface, 0..1
+    depth: Tensor  # [R, R] distance along the ray in world units; inf where the ray misses the surface
+    points: Tensor  # [M, 3] world coordinates of the hit points, in the row-major order of their pixels
+    normals: Tensor  # [M, 3] unit normals that point outward
+    light: Tensor  # [M] brightness that a white surface would have at the points, 0..1
 
     @property
     def hit(self) -> Tensor:
-        """Return the mask of pixels whose ray hits the surface, [R, R] bool."""
+        """Return the mask of the pixels whose ray hits the surface, bool [R, R]."""
         return self.depth.isfinite()
 
 
 @torch.no_grad()
 def look(shape: LevelSet, camera: Tensor, resolution: int) -> View:
-    """Trace a shape from a camera [1, 25], with one ray per pixel."""
-    cam2world, intrinsics = unpack_label(camera.to(shape.cube))
-    origins, directions = (rays[0] for rays in RaySampler()(cam2world, intrinsics, resolution))  # [P, 3]
-    depth = shape.trace(origins, directions)
+    """Trace the surface of a shape from a camera, with one ray per pixel.
+
+    Args:
+        shape: shape.
+        camera: camera label, [1, 25].
+        resolution: number of pixels per edge of the image, R.
+    """
+    cam2world, intrinsics = unpack_label(camera.to(shape.cube))  # [1, 4, 4], [1, 3, 3]
+    # [P, 3] each; index 0 takes the only camera of the batch
+    origins, directions = (rays[0] for rays in RaySampler()(cam2world, intrinsics, resolution))
+    depth = shape.trace(origins, directions)  # [P], inf where a ray misses the surface
     hit = depth.isfinite()
     points = origins[hit] + depth[hit, None] * directions[hit]
-    if len(points) == 0:  # no ray hits: all fields of points are empty
+    # if no ray hits the surface, points and normals are [0, 3], and the light is [0]
+    if len(points) == 0:
         return View(depth.reshape(resolution, resolution), points, points, points[:, 0])
-    normals = shape.normals(points)
-    # OpenCV's axes (right, down, forwards) to right, up, towards the camera
+    normals = shape.normals(points)  # [M, 3]
+    # The columns of the rotation are the camera's axes of OpenCV (right, down, forward) in the world. With
+    # the signs they become right, up, and towards the camera.
     axes = cam2world[0, :3, :3] * cam2world.new_tensor([1, -1, -1])
     return View(
         depth.reshape(resolution, resolution),
@@ -141,90 +166,131 @@ def look(shape: LevelSet, camera: Tensor, resolution: int) -> View:
 
 
 def light(shape: LevelSet, points: Tensor, normals: Tensor, axes: Tensor, directions: Tensor) -> Tensor:
-    """Compute the light of a white surface, [M].
+    """Compute the brightness of a white surface, [M] in 0..1.
 
-    Sky, key and fill light move with the camera; occluded points and the rim are darker.
+    An ambient light, a key light and a fill light move with the camera. Occluded points and points near the
+    silhouette are darker. The weights were chosen by eye.
+
+    Args:
+        shape: shape.
+        points: points on its surface, [M, 3].
+        normals: outward unit normals, [M, 3].
+        axes: axes of the camera in the world (right, up, towards the camera) as columns, [3, 3].
+        directions: unit directions of the rays, [M, 3].
     """
-    # [M] each: cosines between the normals and the lights
-    key, fill = (normals @ (axes @ F.normalize(normals.new_tensor(way), dim=0)) for way in (_KEY, _FILL))
-    # ambient occlusion: how much matter is around points at several distances above the surface
+    # cosines between the normals and the directions of both lights, [M] each
+    key, fill = (
+        normals @ (axes @ F.normalize(normals.new_tensor(light_direction), dim=0))
+        for light_direction in (_KEY, _FILL)
+    )
+    # Ambient occlusion: the share of matter around points at several distances above the surface. Channel i
+    # of `crowding` belongs to distance i.
     reaches = normals.new_tensor(REACHES) * shape.spec.box_warp
-    crowded = [
+    crowding = [
         sample(shape.crowding, shape.spec, points + reach * normals)[i] for i, reach in enumerate(reaches)
     ]
-    openness = (1 - 1.5 * (torch.stack(crowded) - FLAT).clamp_min(0)).clamp(0.15, 1).prod(dim=0)
-    # cosine to the viewing ray, 0 at the silhouette
+    openness = (1 - 1.5 * (torch.stack(crowding) - FLAT).clamp_min(0)).clamp(0.15, 1).prod(dim=0)  # [M]
+    # cosine between the normal and the direction to the camera, [M]: 1 if facing it, 0 at the silhouette
     facing = -(normals * directions).sum(dim=1)
+    # the factor is 1 where the cosine is at least 0.45, and falls to 0.72 at the silhouette
     rim = 0.72 + 0.28 * (facing.clamp(0, 1) / 0.45).clamp_max(1)
     return ((0.32 + 0.66 * key.clamp_min(0) + 0.22 * fill.clamp_min(0)) * openness * rim).clamp(0, 1)
 
 
 def paint(view: View, albedo: Tensor | tuple[float, float, float] = CLAY) -> Tensor:
-    """Paint a view: [R, R, 3] in 0..1 on white. Args: albedo: one colour, or one per point [M, 3]."""
+    """Render a view as an image on white, [R, R, 3] in 0..1.
+
+    Args:
+        view: visible part of a surface.
+        albedo: colour of the surface in 0..1: one colour (3), or a colour per point [M, 3].
+    """
+    # pixels whose ray misses the surface stay white
     image = torch.ones(*view.depth.shape, 3).to(view.depth)
     image[view.hit] = view.light[:, None] * torch.as_tensor(albedo).to(view.light)
     return image
 
 
 def shrink(image: Tensor, factor: int = SUPERSAMPLE) -> Tensor:
-    """Average an image [R, R, 3] over squares of factor x factor pixels."""
-    # avg_pool2d expects [1, 3, R, R]
+    """Average an image [R, R, 3] over squares of factor x factor pixels: [R / factor, R / factor, 3]."""
+    # avg_pool2d needs the shape [1, 3, R, R]
     return F.avg_pool2d(image.movedim(-1, 0)[None], factor)[0].movedim(0, -1)
 
 
-# Geometry-only images: the isosurface of a density cube, shaded on the CPU.
+# Images of the geometry alone: the isosurface of a density cube, shaded on the CPU.
 
 
 @torch.no_grad()
 def shade(sigma: torch.Tensor, yaw: float = 0.0, resolution: int = 128, level: float = LEVEL) -> torch.Tensor:
-    """Render the first crossings of the level along camera rays, with Lambert shading.
+    """Render the isosurface of density cubes with Lambert shading.
 
-    Lengths are in units of the cube, so that its size and position do not matter.
+    A pixel shows the first point of its ray at which the density reaches the level. Lengths are in units of
+    the side of the cube, so the size and the position of the cube in the world have no influence.
 
     Args:
-        sigma: [N, D, H, W] raw density over the whole cube; yaw: radians from frontal; level: raw density of
-            the surface.
-    Returns: [N, 1, R, R] in [0, 1], white background.
+        sigma: raw density over each cube, [N, D, H, W].
+        yaw: horizontal angle of the camera from the frontal view, in radians.
+        resolution: number of pixels per edge of the images, R.
+        level: raw density at the surface.
+
+    Returns:
+        Grey images on white, [N, 1, R, R] in 0..1.
     """
+    # EG3D's camera of FFHQ: radius 2.7 and focal length 4.2647. It stands 0.1 rad above the horizon.
     pose = LookAtPoseSampler.sample(torch.pi / 2 + yaw, torch.pi / 2 - 0.1, torch.zeros(3), radius=2.7)
     origins, directions = RaySampler()(pose, intrinsics_matrix(4.2647).reshape(1, 3, 3), resolution)
-    right = pose[0, :3, 0]
+    # The light moves with the camera, but not with its height. Its axes are the camera's right, the world's
+    # up, and the horizontal direction towards the camera, whose position is column 3 of the pose.
+    right_axis = pose[0, :3, 0]
     back = pose[0, :3, 3] * pose.new_tensor([1, 0, 1])
-    # the light moves with the camera
-    to_world = torch.stack([right, pose.new_tensor([0, 1, 0]), F.normalize(back, dim=0)], dim=1)
-    t = torch.linspace(2.1, 3.3, 160)  # near to far
+    to_world = torch.stack([right_axis, pose.new_tensor([0, 1, 0]), F.normalize(back, dim=0)], dim=1)
+    # distances of the samples along a ray, near to far; they cover a ball of radius 0.6 around the centre
+    t = torch.linspace(2.1, 3.3, 160)
     points = origins[:, :, None] + t[None, None, :, None] * directions[:, :, None]  # [1, M, S, 3]
     images = []
+    # `_lookup` interpolates a single cube
     for cube in sigma.cpu():
-        values = _lookup(cube, points[0])  # [M, S]
-        above = values >= level
-        hit = above.any(dim=1)
-        # first sample above the level; at least 1, so that there is one before it
-        index = above.float().argmax(dim=1).clamp_min(1)
-        rows = torch.arange(len(values))
-        v0 = values[rows, index - 1]
-        v1 = values[rows, index]
-        # linear interpolation of the crossing between both samples
-        fraction = ((level - v0) / (v1 - v0).clamp_min(1e-6)).clamp(0, 1)
+        densities = _lookup(cube, points[0])  # [M, S]
+        is_inside = densities >= level
+        is_hit = is_inside.any(dim=1)
+        # index of the first sample inside the surface; at least 1, because the sample before it is needed
+        index = is_inside.float().argmax(dim=1).clamp_min(1)
+        rays = torch.arange(len(densities))
+        value_before = densities[rays, index - 1]
+        value_inside = densities[rays, index]
+        # linear interpolation of the position between these two samples at which the density is the level
+        fraction = ((level - value_before) / (value_inside - value_before).clamp_min(1e-6)).clamp(0, 1)
         depth = t[index - 1] + fraction * (t[1] - t[0])
         surface = origins[0] + depth[:, None] * directions[0]
-        around = [
+        # The outward normal is the negative gradient of the density, from central differences along x, y and
+        # z.
+        differences = [
             _lookup(cube, surface - offset) - _lookup(cube, surface + offset)
             for offset in 0.012 * torch.eye(3)
         ]
-        # outward: minus the density's central differences
-        normal = F.normalize(torch.stack(around, dim=-1), dim=-1)
+        normal = F.normalize(torch.stack(differences, dim=-1), dim=-1)
         light = F.normalize(torch.tensor([0.35, 0.5, 0.8]), dim=0) @ to_world.T
+        # ambient light 0.25, and Lambert's cosine law for the rest
         shading = 0.25 + 0.75 * (normal @ light).clamp_min(0)
-        images.append(torch.where(hit, shading, torch.ones_like(shading)).reshape(1, resolution, resolution))
+        shading = torch.where(is_hit, shading, torch.ones_like(shading))  # white background
+        images.append(shading.reshape(1, resolution, resolution))
     return torch.stack(images)
 
 
 def _lookup(cube: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
-    """Interpolate a cube [D, H, W] of side 1 at points [..., 3]; outside, return a value below any level."""
+    """Interpolate a density cube of side 1, centred at the origin, at points.
+
+    Args:
+        cube: raw density, [D, H, W].
+        points: coordinates x, y, z, [..., 3].
+
+    Returns:
+        Densities, [...]; -1000, which is below every level, outside the cube.
+    """
     outside = -1000.0
+    # grid_sample expects coordinates in -1..1
     grid = (points * 2).reshape(1, 1, 1, -1, 3)
-    values = (
-        F.grid_sample((cube - outside)[None, None], grid, align_corners=True, padding_mode="zeros") + outside
+    # Padding with zeros is the only constant padding, so the cube is shifted before and after.
+    shifted_values = F.grid_sample(
+        (cube - outside)[None, None], grid, align_corners=True, padding_mode="zeros"
     )
-    return values.reshape(points.shape[:-1])
+    return (shifted_values + outside).reshape(points.shape[:-1])

@@ -1,6 +1,8 @@
-"""Films of a generator: the camera swings about the object while the latent moves through keyframes.
+"""Films of a generator: the camera moves around the object while the latent moves through keyframes.
 
-Letters: K keyframes, T frames, N grid cells, L, W = layers and width of ws.
+A film shows a grid of cells. Each cell has its own keyframes, between which the latent is interpolated.
+
+Shapes: K keyframes of a cell, T frames of the film, N cells of the grid, L layers of ws, W width of ws.
 """
 
 import importlib.util
@@ -18,83 +20,114 @@ from eg3d_rlhf import generators
 from eg3d_rlhf.core.field import OWN, CameraFamily, RenderOptions
 from eg3d_rlhf.experiments.media.rendering import camera, conditioned_ws, render, shade_depth, tile
 
-# in radians, from EG3D's gen_videos
+# angles of the camera in radians, from EG3D's gen_videos.py
 YAW_RANGE = 0.35
 PITCH_RANGE = 0.25
 PITCH_MEAN = -0.05
-# ffmpeg's options for equal bytes from equal frames
+# options of ffmpeg with which equal frames give equal bytes
 _SAME_BYTES = ["-f", "mp4", "-fflags", "+bitexact", "-flags:v", "+bitexact", "-threads", "1"]
-_WRAPS = 2  # copies of the keyframes before and after, so that the cubic closes smoothly
+# Number of copies of the keyframes before the first and after the last one. They make the cubic spline smooth
+# where the film starts again. EG3D's gen_videos.py uses the same number.
+_WRAPS = 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class FilmOptions:
-    """Contents of a film."""
+    """Options that determine the content of a film."""
 
-    grid: tuple[int, int] = (1, 1)  # cells across and down, each >= 1
-    keyframes: int | None = None  # latents of every cell's path, >= 1; None = seeds / cells
-    frames: int = 120  # frames from one keyframe to the next, >= 1
-    shuffle_seed: int | None = None  # order of the seeds; None = as given
-    mode: str = "image"  # 'image', 'image_depth' or 'image_raw'
-    psi: float = 1.0  # truncation
-    cutoff: int | None = 14  # number of ws layers that are truncated; None = all
-    noise_mode: str = "const"  # of the synthesis
+    grid: tuple[int, int] = (1, 1)  # number of cells side by side and one below another, each >= 1
+    keyframes: int | None = None  # number of keyframes of each cell, >= 1; None: seeds divided by cells
+    frames: int = 120  # number of frames from one keyframe to the next, >= 1
+    shuffle_seed: int | None = None  # random seed for shuffling the list of seeds; None: not shuffled
+    mode: str = "image"  # kind of image: 'image', 'image_depth' or 'image_raw'
+    psi: float = 1.0  # truncation psi
+    cutoff: int | None = 14  # number of layers of ws that are truncated; None: all layers
+    noise_mode: str = "const"  # noise of the synthesis layers: "const", "random" or "none"
 
     def cells(self, seeds: Sequence[int]) -> list[list[int]]:
-        """Divide the seeds among the cells: N lists of K. Too few seeds are repeated.
+        """Divide the seeds among the cells of the grid, in order.
 
-        Raises: ValueError for no seeds, or where the number of keyframes is not given and the seeds do not
-            fill the grid evenly.
+        If there are fewer seeds than cells times keyframes, the list of seeds is repeated.
+
+        Args:
+            seeds: seeds of the keyframes.
+
+        Returns:
+            N lists, each with the K seeds of one cell.
+
+        Raises:
+            ValueError: there are no seeds, or `keyframes` is None and the number of seeds is not a multiple
+                of the number of cells.
         """
         if not seeds:
-            raise ValueError("seeds: expected at least one seed, got none. Name some seeds.")
-        cells = self.grid[0] * self.grid[1]
+            raise ValueError("seeds: the list of seeds is empty. Pass at least one seed with --seeds.")
+        cell_count = self.grid[0] * self.grid[1]
         keyframes = self.keyframes
         if keyframes is None:
-            if len(seeds) % cells:
+            if len(seeds) % cell_count:
                 raise ValueError(
-                    f"seeds: expected a multiple of {cells} seeds for a grid of"
-                    f" {self.grid[0]}x{self.grid[1]}, got {len(seeds)}. Change the seeds or the grid, or give"
-                    " the number of keyframes."
+                    f"seeds: {len(seeds)} seeds cannot be divided evenly among the {cell_count} cells of a"
+                    f" grid of {self.grid[0]}x{self.grid[1]}. Pass a multiple of {cell_count} seeds, another"
+                    " grid, or the number of keyframes."
                 )
-            keyframes = len(seeds) // cells
-        chosen = [seeds[i % len(seeds)] for i in range(cells * keyframes)]
+            keyframes = len(seeds) // cell_count
+        keyframe_seeds = [seeds[i % len(seeds)] for i in range(cell_count * keyframes)]
         if self.shuffle_seed is not None:
-            np.random.RandomState(self.shuffle_seed).shuffle(chosen)
-        return [chosen[i * keyframes : (i + 1) * keyframes] for i in range(cells)]
+            np.random.RandomState(self.shuffle_seed).shuffle(keyframe_seeds)
+        return [keyframe_seeds[i * keyframes : (i + 1) * keyframes] for i in range(cell_count)]
 
 
 class LatentWalk:
-    """Closed cubic spline through keyframes ws [K, L, W] at the times 0, 1, ..., K - 1; time K is time 0."""
+    """Closed cubic spline through the keyframes of a cell.
+
+    Keyframe i is reached at time i, and at time K the path is at keyframe 0 again.
+
+    Args:
+        ws: keyframes, [K, L, W].
+    """
 
     def __init__(self, ws: torch.Tensor):
         count = len(ws)
         times = np.arange(-count * _WRAPS, count * (_WRAPS + 1))
         self._ws = ws
         self._device = ws.device
-        # repeated in time: [(2 * _WRAPS + 1) * K, L, W]
+        # the keyframes are repeated in time: [(2 * _WRAPS + 1) * K, L, W]
         values = np.tile(ws.cpu().double().numpy(), (2 * _WRAPS + 1, 1, 1))
+        # a single keyframe is constant in time and needs no spline
         self._spline = interp1d(times, values, kind="cubic", axis=0) if count > 1 else None
 
     def at(self, time: float) -> torch.Tensor:
-        """Return ws [1, L, W] at a time of 0..K."""
-        if self._spline is None:  # a single keyframe
+        """Return ws [1, L, W] at a time in 0..K."""
+        if self._spline is None:
             return self._ws
         return torch.from_numpy(self._spline(time)).to(self._device, torch.float32)[None]
 
 
 def camera_at(cameras: CameraFamily, share: float) -> torch.Tensor:
-    """Make the camera label [1, 25] after a share 0..1 of a swing: yaw 0.35 sin, pitch -0.05 + 0.25 cos."""
+    """Make the camera label [1, 25] at a moment of the camera's closed path around the object.
+
+    With the angle a = 2 pi share, the yaw is 0.35 sin a and the pitch is -0.05 + 0.25 cos a, in radians.
+
+    Args:
+        cameras: family of cameras.
+        share: position on the path, from 0 (start) to 1 (end, which is the start again).
+    """
     angle = 2 * math.pi * share
     return camera(cameras, YAW_RANGE * math.sin(angle), PITCH_MEAN + PITCH_RANGE * math.cos(angle))
 
 
 class Film:
-    """Frames of one film.
+    """Film of a generator, whose frames are rendered when they are requested.
 
-    Args: seeds: see `FilmOptions.cells`; look: options of the rendering.
-    Deviates: the swing closes (EG3D writes pi as 3.14), and a frame does not depend on the random numbers of
-    others.
+    Args:
+        generator: generator that synthesises the images.
+        seeds: seeds of the keyframes, see `FilmOptions.cells`.
+        cameras: family of cameras.
+        options: options of the content.
+        look: options of the volume rendering.
+
+    Deviates: the last frame leads exactly back to the first one (EG3D's gen_videos.py writes pi as 3.14).
+    A frame does not depend on the random numbers of other frames.
     """
 
     def __init__(
@@ -110,7 +143,7 @@ class Film:
         self.options = options
         self.look = look
         cells = options.cells(seeds)
-        self.first_seed = cells[0][0]
+        self.first_seed = cells[0][0]  # random seed of the rendering of all frames
         self.walks = [
             LatentWalk(conditioned_ws(generator, cell, cameras, options.psi, options.cutoff))
             for cell in cells
@@ -118,20 +151,29 @@ class Film:
         self.count = len(cells[0]) * options.frames  # T
 
     def ws(self, index: int) -> list[torch.Tensor]:
-        """Return the ws [1, L, W] of every cell in frame `index`."""
+        """Return ws of every cell in a frame: N tensors [1, L, W]."""
         return [walk.at(index / self.options.frames) for walk in self.walks]
 
     def frame(self, index: int) -> np.ndarray:
-        """Render frame `index` of 0..T-1: uint8 [rows, columns, 3] in pixels."""
+        """Render a frame.
+
+        Args:
+            index: number of the frame, 0..T-1.
+
+        Returns:
+            Image of the grid, uint8 [height, width, 3].
+        """
+        # all cells of a frame are rendered from the same camera
         label = camera_at(self.cameras, index / self.count)
         options = self.options
-        # one seed for all frames: the jitter of rays does not flicker
-        images = [
-            render(self.generator, ws, [label], self.first_seed, options.noise_mode, options.mode, self.look)[
-                0
-            ]
-            for ws in self.ws(index)
-        ]
+        images = []
+        for ws in self.ws(index):
+            # All frames are rendered with the same seed. With different seeds, the jitter of the rays would
+            # make the film flicker.
+            images += render(
+                self.generator, ws, [label], self.first_seed, options.noise_mode, options.mode, self.look
+            )
+        # `render` returns distances for this mode, which are converted to grey values
         if options.mode == "image_depth":
             images = [shade_depth(depth) for depth in images]
         return tile(images, options.grid[0])
@@ -141,15 +183,23 @@ class Film:
 
 
 def write_mp4(path: str | Path, frames: Iterable[np.ndarray], fps: float = 60, bitrate: str = "10M") -> Path:
-    """Write frames, uint8 [H, B, 3] of one size, as H.264 in an .mp4 file, atomically.
+    """Write frames into an .mp4 file (codec H.264) atomically, and return its path.
 
-    Equal frames give equal bytes. The format needs even sizes, so the last row or column of odd ones is
-    repeated.
+    Equal frames give equal bytes. The codec needs an even height and width, so the last row or column of a
+    frame with an odd size is repeated.
 
-    Raises: ValueError for another suffix, no frames, or where imageio-ffmpeg is missing; OSError where ffmpeg
-        fails.
+    Args:
+        path: file with the suffix .mp4, whose folder is made if it does not exist.
+        frames: images of one size, uint8 [height, width, 3].
+        fps: frames per second.
+        bitrate: bits per second of the codec, in the spelling of ffmpeg.
+
+    Raises:
+        ValueError: the suffix is not .mp4, there are no frames, or imageio-ffmpeg is not installed.
+        OSError: ffmpeg fails.
     """
     path = check_mp4(path)
+    # the package is optional, so it is imported after the check that it is installed
     import imageio_ffmpeg
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -158,7 +208,9 @@ def write_mp4(path: str | Path, frames: Iterable[np.ndarray], fps: float = 60, b
     writer = None
     try:
         for frame in frames:
+            # pads one row at the bottom and one column at the right if the size is odd
             frame = np.pad(frame, ((0, frame.shape[0] % 2), (0, frame.shape[1] % 2), (0, 0)), mode="edge")
+            # ffmpeg is started with the first frame, because it needs the size
             if writer is None:
                 writer = imageio_ffmpeg.write_frames(
                     str(temporary),
@@ -170,22 +222,23 @@ def write_mp4(path: str | Path, frames: Iterable[np.ndarray], fps: float = 60, b
                     ffmpeg_log_level="error",
                     output_params=_SAME_BYTES,
                 )
-                writer.send(None)
+                writer.send(None)  # the writer is a generator, which must be advanced to its first yield
             try:
                 writer.send(np.ascontiguousarray(frame))
             except OSError as error:
-                last = str(error).strip().splitlines()[-1]
+                last_line = str(error).strip().splitlines()[-1]  # ffmpeg states the cause in its last line
                 raise OSError(
-                    f"{path}: expected ffmpeg to accept every frame, got {last!r}. Check the free space of"
-                    " the disk."
+                    f"{path}: ffmpeg stopped while the film was written: {last_line!r}. Check the free space"
+                    " of the disk."
                 ) from error
         if writer is None:
-            raise ValueError("write_mp4: expected at least one frame, got none. Pass some frames.")
+            raise ValueError(f"write_mp4: there are no frames to write into {path}. Pass at least one frame.")
         writer.close()
         if not temporary.exists() or temporary.stat().st_size == 0:
-            raise OSError(f"{path}: expected a film from ffmpeg, got none. Check the disk's free space.")
+            raise OSError(f"{path}: ffmpeg wrote an empty file. Check the free space of the disk.")
         os.replace(temporary, path)
     finally:
+        # after an error, `close` ends the process of ffmpeg; a second call has no effect
         if writer is not None:
             writer.close()
         temporary.unlink(missing_ok=True)
@@ -193,12 +246,19 @@ def write_mp4(path: str | Path, frames: Iterable[np.ndarray], fps: float = 60, b
 
 
 def check_mp4(path: str | Path) -> Path:
-    """Return the path. Raises: ValueError unless it ends in .mp4 and imageio-ffmpeg is installed."""
+    """Check that a film can be written to a path, and return the path.
+
+    Raises:
+        ValueError: the suffix is not .mp4, or the package imageio-ffmpeg is not installed.
+    """
     path = Path(path)
     if path.suffix.lower() != ".mp4":
-        raise ValueError(f"write_mp4: expected a file ending in .mp4, got {path.name!r}. Change the suffix.")
+        raise ValueError(
+            f"write_mp4: the file {path.name!r} does not have the suffix .mp4. Pass a path that ends in .mp4."
+        )
     if importlib.util.find_spec("imageio_ffmpeg") is None:
         raise ValueError(
-            "write_mp4: expected the package imageio-ffmpeg, got none. Run pip install imageio-ffmpeg."
+            "write_mp4: the package imageio-ffmpeg is not installed. Install it with pip install"
+            " imageio-ffmpeg."
         )
     return path

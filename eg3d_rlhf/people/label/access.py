@@ -1,9 +1,11 @@
-"""Links that log an annotator in, and their QR codes. Imports no torch, no server.
+"""Links that log an annotator in, and their QR codes.
 
 A login link contains the annotator's token and is valid as long as the token is. It becomes invalid when the
-annotator gets another token (`new-token`) or is revoked. The token stands in the fragment of the URL, after
-'#'. Browsers send the fragment to no server, so neither server logs nor the Referer header contain it, and a
-program that fetches the link for a preview does not log in.
+annotator gets another token (`new-token`) or the access is revoked. The token stands in the fragment of the
+URL, after '#'. Browsers do not send the fragment to a server. Neither server logs nor the Referer header
+contain it, and a program that fetches the link for a preview does not log in.
+
+This module imports neither torch nor the server, so that commands that only manage annotators are fast.
 """
 
 import os
@@ -11,13 +13,16 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-IMAGE_SUFFIXES = (".svg", ".png")  # the formats in which a QR code can be written
+IMAGE_SUFFIXES = (".svg", ".png")  # suffixes of the formats in which a QR code can be written
 
 
 def check_address(address: str) -> str:
-    """Return the server's address as scheme://host[:port]. Raises: ValueError."""
-    # A trailing path is dropped without an error, because an address that is copied from a browser ends in
-    # one.
+    """Return the address of a server as scheme://host[:port], without a path.
+
+    Raises:
+        ValueError: `address` is not an http or https address of a server.
+    """
+    # A path is removed without an error, because an address that is copied from a browser often has one.
     parts = urlsplit(address)
     if (
         parts.scheme not in ("http", "https")
@@ -27,43 +32,69 @@ def check_address(address: str) -> str:
         or parts.fragment
     ):
         raise ValueError(
-            f"expected the address of the server, got {address!r}. Write it as https://host:8000."
+            f"{address!r} is not the address of a server. Write the address in the form https://host:8000."
         )
     return f"{parts.scheme}://{parts.netloc}"
 
 
 def login_link(address: str, token: str) -> str:
-    """Return the login link; with an empty `address` (unknown) it is a path on the same server."""
+    """Return the login link of a token.
+
+    Args:
+        address: address of the server, see `check_address`; "" if it is not known. The link is then a path on
+            the server.
+        token: token of the annotator.
+    """
     return f"{address}/login#token={token}"
 
 
 def qr_data(link: str) -> str:
-    """Return the link's QR code as a data URL of an SVG image, dark on light."""
+    """Return the QR code of a link as a data: URL of an SVG image, black on white."""
     return qr_code(link).svg_data_uri(scale=4, dark="#000", light="#fff")
 
 
 def qr_code(link: str, error: str = "m") -> Any:
-    """Encode a link; `error` is the level of error correction of the QR standard: l, m, q or h."""
-    # segno belongs to the optional dependencies [label]. Help texts must work without them.
+    """Encode a link as a QR code, and return the segno.QRCode object.
+
+    Args:
+        link: text to encode.
+        error: level of error correction of the QR standard, from low to high: "l", "m", "q" or "h".
+    """
+    # segno belongs to the optional dependencies [label]. The import stands here, so that --help works without
+    # it.
     import segno
 
     return segno.make(link, error=error)
 
 
 def check_picture(path: Path) -> None:
-    """Check the path of a QR code's file. Raises: ValueError for another suffix or an existing file."""
+    """Check that a QR code can be written to a path.
+
+    Raises:
+        ValueError: the suffix is not one of IMAGE_SUFFIXES, the file exists, or its folder does not exist.
+    """
     if path.suffix not in IMAGE_SUFFIXES:
         raise ValueError(
-            f"expected a file name that ends in {' or '.join(IMAGE_SUFFIXES)}, got {path.name}. Rename it."
+            f"the file name {path.name} does not end in {' or '.join(IMAGE_SUFFIXES)}. Choose a name with one"
+            " of these suffixes."
         )
-    # An existing file could be readable for others, and writing to it would keep its permissions.
-    if path.exists() or not path.parent.is_dir():
-        raise ValueError(f"expected a new file in an existing folder, got {path}. Name another file.")
+    # An existing file could be readable for other users, and writing to it would keep its permissions.
+    if path.exists():
+        raise ValueError(f"the file {path} exists. Choose the name of a new file.")
+    if not path.parent.is_dir():
+        raise ValueError(f"the folder of {path} does not exist. Create it, or choose another folder.")
 
 
 def write_qr(path: Path, link: str) -> None:
-    """Write the link's QR code to a new file, readable for its owner only, because it contains the token."""
-    # O_EXCL fails if the file exists. The mode is given at creation, so that the file is never readable for
-    # others, not even between open() and chmod().
+    """Write the QR code of a login link to a new file.
+
+    The code contains the token, so the file is readable for its owner only.
+
+    Raises:
+        FileExistsError: the file exists.
+    """
+    # O_EXCL makes open() fail if the file exists. The mode 0o600 is set at creation, so that the file is not
+    # readable for others even for a moment, as it would be before a later chmod().
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        # segno names its formats like the suffixes, without the dot
         qr_code(link).save(file, kind=path.suffix[1:], scale=8, light="#fff")

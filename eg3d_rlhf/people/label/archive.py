@@ -1,13 +1,15 @@
-"""Exports and imports campaigns without loss as JSON lines, for archives and for moves.
+"""Export and import of labelling campaigns without loss as JSON lines, for archives and for moves to another
+store.
 
-Each line holds one record. Its field `record` names the kind: campaign, shape, pair, annotator, assignment or
-judgement. The records are the rows of the tables, with names and tokens where the tables have numeric ids.
-Judgements come in the order of receipt and include undos. Hashes of tokens, sessions and leases are not
-exported. Importing a file a second time adds only the records that are new.
+Each line contains one record. The field `record` names its kind: campaign, shape, pair, annotator, assignment
+or judgement. The records are the rows of the tables, with names and tokens in place of numeric ids.
+Judgements stand in the order of receipt and include undos. Hashes of tokens, sessions and leases are not
+exported. If a file is imported a second time, only records that the store does not have are added.
 
-The module also exports and imports ranked-seeds tables: CSV files with a row number, the preferred seed and
-the other seed, as published with arXiv 2606.27305. Such a table does not record who answered, when, or on
-which side a shape was. The sides are therefore chosen by a hash, which avoids an artificial side bias.
+The module also exports and imports ranked-seeds tables. These are CSV files with a row number, the preferred
+seed and the rejected seed, as published with arXiv 2606.27305. Such a table does not contain who answered,
+when, or on which side a shape was shown. The sides are therefore chosen by a hash, which avoids an artificial
+side bias.
 """
 
 import hashlib
@@ -50,21 +52,24 @@ from eg3d_rlhf.people.label.store_labels import LabelFilters, store_preferences
 from eg3d_rlhf.preferences.labels import load_labels
 from training.storage import write_atomic
 
-FORMAT = 1  # of the JSON lines; a file with another number is rejected
+FORMAT = 1  # version of the JSON lines; a file of another version is rejected
 
 
 @dataclass(frozen=True)
 class Kept:
-    """Description of how the rows of a table are stored in the file. A link, which is a column that ends in
-    `_id`, becomes a field without `_id`.
-    """
+    """Description of the records of one kind, and of the table that contains their rows."""
 
     table: Table  # table of the database
-    name: str  # column by which other records refer to a row; for judgements, together with the annotator
-    links: Mapping[str, str]  # column -> kind of record that it points to
+    # Column by which other records refer to a row. Records refer to a judgement by this column and the
+    # annotator.
+    name: str
+    # Columns with ids of other rows -> kind of the record that they refer to. The ending `_id` of the column
+    # is removed in the record.
+    links: Mapping[str, str]
 
 
-KEPT = {  # by kind of record; a kind comes after the kinds that it refers to
+# Kind of record -> its description. A kind comes after the kinds to which it refers.
+KEPT = {
     "shape": Kept(shapes, "asset", {}),
     "pair": Kept(pairs, "position", {"first_id": "shape", "second_id": "shape"}),
     "assignment": Kept(assignments, "token", {"annotator_id": "annotator", "pair_id": "pair"}),
@@ -74,85 +79,112 @@ KEPT = {  # by kind of record; a kind comes after the kinds that it refers to
         {"annotator_id": "annotator", "assignment_id": "assignment", "takes_back": "judgement"},
     ),
 }
-# Columns that are not exported: they describe leases, or `_Import.settle` computes them from the records.
+# Columns that are not exported, because they describe leases, or `_Import.settle` computes them from the
+# records.
 STATE = {"takes_back", "answered", "leased", "taken"}
 
 
 def export_judgements(store: Store, path: str | Path, campaign: str | None = None) -> Path:
-    """Write one campaign, or all of them. Returns the path. Raises: ValueError for an unknown campaign."""
-    with store.database.read() as c:
+    """Write campaigns into a file of JSON lines, and return its path.
+
+    Args:
+        store: store that contains the campaigns.
+        path: path of the file.
+        campaign: name of the campaign; None: all campaigns of the store.
+
+    Raises:
+        ValueError: the store has no campaign of this name.
+    """
+    with store.database.read() as connection:
         query = select(campaigns).order_by(campaigns.c.id)
-        rows = list(c.execute(query if campaign is None else query.where(campaigns.c.name == campaign)))
+        rows = list(
+            connection.execute(query if campaign is None else query.where(campaigns.c.name == campaign))
+        )
         if campaign is not None and not rows:
             raise ValueError(
-                f"campaign: expected a campaign of this store, got {campaign!r}. `campaigns` lists them."
+                f"campaign: this store has no campaign {campaign!r}. The command `campaigns` lists all"
+                " names; use one of them."
             )
         lines = [json.dumps({"record": "format", "version": FORMAT})]
         for row in rows:
-            lines += [json.dumps(record) for record in _records(c, row)]
+            lines += [json.dumps(record) for record in _records(connection, row)]
     # The file is complete or absent: write_atomic writes a temporary file and renames it.
     write_atomic(path, ("\n".join(lines) + "\n").encode())
     return Path(path)
 
 
-def _records(c: Connection, campaign: Row) -> Iterator[dict]:
-    """Yield the records of one campaign, each after the records that it refers to."""
+def _records(connection: Connection, campaign: Row) -> Iterator[dict]:
+    """Yield the records of one campaign. Each record comes after the records to which it refers."""
     yield {
         "record": "campaign",
         "name": campaign.name,
         "settings": json.loads(campaign.settings),
         "created": campaign.created,
     }
-    known = list(c.execute(ANNOTATOR_COLUMNS.order_by(annotators.c.id)))
-    # Kind of record -> numeric id -> the name under which the file refers to that row.
-    names: dict[str, dict] = {"annotator": {annotator.id: annotator.name for annotator in known}}
-    for kind, kept in KEPT.items():
+    all_annotators = list(connection.execute(ANNOTATOR_COLUMNS.order_by(annotators.c.id)))
+    # kind of record -> numeric id of a row -> name by which records refer to the row
+    names: dict[str, dict] = {"annotator": {annotator.id: annotator.name for annotator in all_annotators}}
+    for kind, description in KEPT.items():
         rows = list(
-            c.execute(
-                select(kept.table).where(kept.table.c.campaign_id == campaign.id).order_by(kept.table.c.id)
+            connection.execute(
+                select(description.table)
+                .where(description.table.c.campaign_id == campaign.id)
+                .order_by(description.table.c.id)
             )
         )
         if kind == "assignment":
-            # Only annotators with an assignment in this campaign are exported, and they come before the first
-            # assignment, which refers to them.
-            taking_part = {row.annotator_id for row in rows}
-            yield from (
-                {"record": "annotator", "name": a.name, "role": a.role, "created": a.created}
-                for a in known
-                if a.id in taking_part
-            )
-        names[kind] = {row.id: row._mapping[kept.name] for row in rows}
+            # Annotators are exported before the assignments, which refer to them. Annotators without an
+            # assignment in this campaign are not exported.
+            assigned_ids = {row.annotator_id for row in rows}
+            for annotator in all_annotators:
+                if annotator.id in assigned_ids:
+                    yield {
+                        "record": "annotator",
+                        "name": annotator.name,
+                        "role": annotator.role,
+                        "created": annotator.created,
+                    }
+        names[kind] = {row.id: row._mapping[description.name] for row in rows}
         for row in rows:
+            # Numeric ids are valid in this database only, so they are left out or replaced by names.
             columns = {
-                k: v
-                for k, v in row._mapping.items()
-                if k != "id" and not k.endswith("_id") and k not in STATE
-                # Numeric ids are valid in this database only. The links replace those that end in _id.
+                column: value
+                for column, value in row._mapping.items()
+                if column != "id" and not column.endswith("_id") and column not in STATE
             }
-            linked = {
-                column.removesuffix("_id"): names[other].get(row._mapping[column])
-                for column, other in kept.links.items()
+            links = {
+                column.removesuffix("_id"): names[linked_kind].get(row._mapping[column])
+                for column, linked_kind in description.links.items()
             }
-            yield {"record": kind, "campaign": campaign.name, **columns, **linked}
+            yield {"record": kind, "campaign": campaign.name, **columns, **links}
 
 
 def import_judgements(store: Store, path: str | Path) -> int:
-    """Add the campaigns of a file, or the new records of known campaigns, in one transaction.
+    """Add the records of an exported file to a store, in one transaction. Records that it has already are
+    skipped.
 
-    Returns: the number of new judgements, undos included.
+    Args:
+        store: store to which the records are added.
+        path: file that `export_judgements` has written.
+
+    Returns:
+        Number of new judgements, undos included.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is invalid, or contradicts the store; the message names the line.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(
-            f"import_judgements: expected an exported file, got no file at {path}. Check the path."
+            f"import_judgements: there is no file {path}. Pass the path of an exported file."
         )
-    # Both schema locks are held: new campaigns (1) and new annotators (2) are created by other processes,
-    # too.
+    # The import may create campaigns (number 1) and annotators (number 2), and holds both locks.
     locks = (Lock.SCHEMA, 1), (Lock.SCHEMA, 2)
-    # Undecodable bytes are replaced, so that a binary file is rejected below as a record that cannot be read.
-    with path.open(encoding="utf-8", errors="replace") as file, store.database.write(*locks) as c:
-        reading = _Import(c, store.clock())
-        line = 0
+    # errors="replace": a binary file is rejected below as an invalid record, and not as undecodable text.
+    with path.open(encoding="utf-8", errors="replace") as file, store.database.write(*locks) as connection:
+        importer = _Import(connection, store.clock())
+        line = 0  # stays 0 if the file is empty
         try:
             for line, text in enumerate(file, 1):
                 try:
@@ -160,219 +192,248 @@ def import_judgements(store: Store, path: str | Path) -> int:
                     kind = record["record"]
                 except (ValueError, TypeError, KeyError):
                     raise ValueError(
-                        f"{path.name}, line {line}: expected an exported record, got {text[:40]!r}. Export"
-                        " again."
+                        f"{path.name}, line {line}: {text[:40]!r} is not an exported record. Export the"
+                        " campaign again."
                     ) from None
                 if line == 1 and (kind != "format" or record.get("version") != FORMAT):
                     raise ValueError(
-                        f"{path.name}, line 1: expected format {FORMAT}, got {text[:60]!r}. Export with this"
-                        " program."
+                        f"{path.name}, line 1: the file must start with the record of format {FORMAT}, but"
+                        f" starts with {text[:60]!r}. Export the campaign again with this version."
                     )
                 try:
                     if line > 1:
-                        reading.add(record)
+                        importer.add(record)
                 except ValueError as error:
                     raise ValueError(f"{path.name}, line {line}: {error}") from None
             if line == 0:
-                raise ValueError(f"{path.name}: expected an exported file, got an empty one. Export again.")
-            reading.settle()
+                raise ValueError(f"{path.name}: the file is empty. Export the campaign again.")
+            importer.settle()
         except IntegrityError as error:
             reason = str(error.orig).strip().splitlines()[0]
             raise ValueError(
-                f"{path.name}, up to line {line}: the store has other records under the same names"
-                f" ({reason}). Import into another store."
+                f"{path.name}, up to line {line}: the store has other records with the same names"
+                f" ({reason}). Import the file into another store."
             ) from None
-    return reading.new
+    return importer.new
 
 
 class _Import:
-    """Adds records of a file to the tables, many at a time.
+    """Import of the records of one file.
 
-    Rows wait in memory as long as they are of the same kind and campaign. They are written before a record of
-    another kind needs their ids.
+    Rows of the same kind and campaign are collected in memory, and inserted with one statement before a
+    record of another kind needs their ids.
+
+    Args:
+        connection: connection with a write transaction.
+        now: time of the import, seconds since 1970.
     """
 
-    def __init__(self, c: Connection, now: float):
-        self.c = c
+    def __init__(self, connection: Connection, now: float):
+        self.connection = connection
         self.now = now
-        self.new = 0
-        self.campaigns: dict[str, int] = {}
-        self.trainable: set[str] = set()  # campaigns whose preferences may train a reward
-        self.annotators: dict[str, int] = {}  # name in the file -> id in the store
-        self.ids: dict[tuple[str, str], dict] = {}  # (kind, campaign) -> name of a row in the file -> its id
-        self.waiting: dict = {}  # name of a row in the file -> its columns
-        self.kind: tuple[str, str] | None = None  # kind and campaign of the waiting rows
+        self.new = 0  # number of new judgements
+        self.campaigns: dict[str, int] = {}  # name of a campaign -> its id in the store
+        self.trainable: set[str] = set()  # names of the campaigns whose preferences may train a reward
+        self.annotators: dict[str, int] = {}  # name of an annotator -> id in the store
+        # (kind, campaign) -> name of a row in the file -> id of the row in the store
+        self.ids: dict[tuple[str, str], dict] = {}
+        self.waiting: dict = {}  # rows that are not inserted yet: name of the row in the file -> its columns
+        self.kind: tuple[str, str] | None = None  # (kind, campaign) of the waiting rows
 
     def add(self, record: dict) -> None:
-        """Add one record. Raises: ValueError for an unknown kind, a missing field or a wrong value."""
+        """Add one record.
+
+        Raises:
+            ValueError: the kind is unknown, a field is missing, or a value is invalid.
+        """
         kind = record["record"]
-        adds = {
+        add_methods = {
             "campaign": self._add_campaign,
             "annotator": self._add_annotator,
             **dict.fromkeys(KEPT, self._add_row),
         }
-        if kind not in adds:
-            raise ValueError(f"expected a known kind of record, got {kind!r}. Export with this version.")
+        if kind not in add_methods:
+            raise ValueError(
+                f"the kind of record {kind!r} is unknown. Export the campaign again with this version."
+            )
         try:
-            adds[kind](record)
+            add_methods[kind](record)
         except KeyError as error:
             raise ValueError(
-                f"expected a field {error} in the record of kind {kind}, got none. Export again."
+                f"the record of kind {kind} has no field {error}. Export the campaign again."
             ) from None
 
     def settle(self) -> None:
-        """Write the waiting rows, and compute the columns of STATE from all records."""
+        """Insert the waiting rows, and compute the columns of STATE of the imported campaigns."""
         self._write()
-        back = judgements.alias("back")
-        undone = select(back.c.id).where(back.c.takes_back == judgements.c.id).exists()
-        # The judgement that counts is the last choice that no undo takes back.
-        chosen = (judgements.c.assignment_id == assignments.c.id, judgements.c.type == "choice", ~undone)
-        counted = select(func.max(judgements.c.id)).where(*chosen).scalar_subquery()
-        # An assignment that was released before its last undo was given back to its annotator by that undo.
-        taken_back = (judgements.c.assignment_id == assignments.c.id, judgements.c.type == "undo")
-        last_undo = select(func.max(judgements.c.received_at)).where(*taken_back).scalar_subquery()
-        reopened = assignments.c.answered.is_(None) & (
+        undos = judgements.alias("back")
+        is_undone = select(undos.c.id).where(undos.c.takes_back == judgements.c.id).exists()
+        # The judgement of an assignment that counts is its last choice that no undo takes back.
+        valid_choices = (
+            judgements.c.assignment_id == assignments.c.id,
+            judgements.c.type == "choice",
+            ~is_undone,
+        )
+        last_choice = select(func.max(judgements.c.id)).where(*valid_choices).scalar_subquery()
+        # An undo opens its assignment again, also if the assignment was released before.
+        undos_of_assignment = (judgements.c.assignment_id == assignments.c.id, judgements.c.type == "undo")
+        last_undo = select(func.max(judgements.c.received_at)).where(*undos_of_assignment).scalar_subquery()
+        is_reopened = assignments.c.answered.is_(None) & (
             assignments.c.released.is_(None) | (assignments.c.released < last_undo)
         )
-        holding = (
+        uses_slot = (
             assignments.c.pair_id == pairs.c.id,
             assignments.c.kind == Kind.PAIR.value,
             assignments.c.released.is_(None),
         )
-        held = select(func.count()).where(*holding).scalar_subquery()
-        # A place of a pair is taken as long as an assignment of kind 'pair' has not been released.
+        # An assignment of kind 'pair' uses a slot of its pair until it is released.
+        used_slots = select(func.count()).where(*uses_slot).scalar_subquery()
         for campaign_id in self.campaigns.values():
-            of_campaign = update(assignments).where(assignments.c.campaign_id == campaign_id)
-            self.c.execute(of_campaign.values(answered=counted, undone=None))
-            self.c.execute(of_campaign.where(reopened).values(undone=last_undo))
-            self.c.execute(update(pairs).where(pairs.c.campaign_id == campaign_id).values(taken=held))
+            update_assignments = update(assignments).where(assignments.c.campaign_id == campaign_id)
+            self.connection.execute(update_assignments.values(answered=last_choice, undone=None))
+            self.connection.execute(update_assignments.where(is_reopened).values(undone=last_undo))
+            self.connection.execute(
+                update(pairs).where(pairs.c.campaign_id == campaign_id).values(taken=used_slots)
+            )
 
     def _add_campaign(self, record: dict) -> None:
         self._write()
         name = record["name"]
         settings = json.dumps(record["settings"], sort_keys=True)
         try:
-            # Settings that this version cannot read are an error of the file, as are settings of another
-            # name.
             parsed = settings_from_json(settings)
         except (KeyError, TypeError, ValueError):
             parsed = None
         if parsed is None or parsed.name != name:
-            raise ValueError(f"expected the settings of campaign {name!r}, got other values. Export again.")
-        # Settings are compared as JSON with sorted keys: the store writes them in this form, too.
-        known = self.c.execute(select(campaigns).where(campaigns.c.name == name)).first()
-        if known is not None and known.settings != settings:
             raise ValueError(
-                f"expected a new campaign, got {name!r}, which is another campaign in this store. Use another"
-                " store."
+                f"the settings of campaign {name!r} cannot be read. Export the campaign again with this"
+                " version."
+            )
+        # Settings are compared as JSON text with sorted keys, the form in which the store writes them.
+        stored_row = self.connection.execute(select(campaigns).where(campaigns.c.name == name)).first()
+        if stored_row is not None and stored_row.settings != settings:
+            raise ValueError(
+                f"the store has another campaign with the name {name!r}. Import the file into another store."
             )
         values = _checked(campaigns, {**record, "settings": settings})
         self.trainable |= {name} if parsed.mode is not Mode.STUDY else set()
         self.campaigns[name] = (
-            known.id
-            if known
-            else self.c.execute(insert(campaigns).returning(campaigns.c.id), values).scalar_one()
+            stored_row.id
+            if stored_row
+            else self.connection.execute(insert(campaigns).returning(campaigns.c.id), values).scalar_one()
         )
 
     def _add_annotator(self, record: dict) -> None:
-        # Tokens are secrets of the old store. An imported annotator gets a token by `annotators new-token`.
+        # Tokens are not exported. An imported annotator gets a token with the command new-token.
         values = _checked(annotators, {"created": self.now, **record, "token_hash": None, "revoked": None})
         if values["role"] not in ROLES or not (NAME.fullmatch(values["name"]) or values["name"] == LOCAL):
-            got = f"{values['name']!r}, {values['role']!r}"
-            raise ValueError(f"expected a name and a role of {', '.join(ROLES)}, got {got}. Export again.")
-        known = find_or_add(self.c, values["name"], values["role"], values["created"])
-        self.annotators[record["name"]] = known.id
+            raise ValueError(
+                f"the annotator {values['name']!r} with the role {values['role']!r} is invalid: the role"
+                f" must be one of {', '.join(ROLES)}. Export the campaign again."
+            )
+        annotator = find_or_add(self.connection, values["name"], values["role"], values["created"])
+        self.annotators[record["name"]] = annotator.id
 
     def _add_row(self, record: dict) -> None:
         kind = record["record"]
         campaign = record["campaign"]
-        kept = KEPT[kind]
-        linked: dict[str, Any] = {}
-        for column, other in kept.links.items():
+        description = KEPT[kind]
+        linked: dict[str, Any] = {}  # column -> id of the row to which it refers
+        for column, linked_kind in description.links.items():
             name = (
                 record.get(column.removesuffix("_id"))
-                if kept.table.c[column].nullable
+                if description.table.c[column].nullable
                 else record[column.removesuffix("_id")]
             )
-            # A judgement is named by its annotator and its key. An undo links to a judgement of the same
-            # annotator.
-            linked[column] = (
-                None
-                if name is None
-                else self._id(other, campaign, (linked["annotator_id"], name) if other == kind else name)
-            )
-        name = (linked["annotator_id"], record[kept.name]) if kind == "judgement" else record[kept.name]
+            # Only a judgement refers to a record of its own kind. Its key is unique only together with the
+            # annotator, who is the same for both.
+            row_name = (linked["annotator_id"], name) if linked_kind == kind else name
+            linked[column] = None if name is None else self._id(linked_kind, campaign, row_name)
+        name = (
+            (linked["annotator_id"], record[description.name])
+            if kind == "judgement"
+            else record[description.name]
+        )
         if (kind, campaign) != self.kind:
             self._write()
             self.kind = kind, campaign
-        # Records that the store already has are left as they are.
-        if name in self._known(kind, campaign) or name in self.waiting:
+        # A record that the store has already is skipped.
+        if name in self._row_ids(kind, campaign) or name in self.waiting:
             return
-        # Leases begin at the import. `settle` counts the places that are taken when all rows are there.
+        # Leases begin at the time of the import. `settle` counts the used slots after all rows were added.
         values = {**record, **linked, "campaign_id": self.campaigns[campaign], "leased": self.now, "taken": 0}
-        self.waiting[name] = _checked(kept.table, values)
+        self.waiting[name] = _checked(description.table, values)
         if kind == "shape" and campaign in self.trainable:
-            # Held-out seeds must never train a reward. A blind study may contain them.
+            # Held-out seeds must not train a reward. A blind study trains none, and may contain them.
             refuse_held_out([record["seed"]], f"campaign {campaign}")
         self.new += kind == "judgement"
 
     def _id(self, kind: str, campaign: str, name) -> int:
-        """Return the id of a row that the file names. Raises: ValueError if it was not named earlier."""
-        # A record can refer to a waiting one of its own kind: an undo refers to a judgement.
+        """Return the id of the row to which a record refers.
+
+        Raises:
+            ValueError: the file does not contain the row before this record.
+        """
+        # An undo may refer to a judgement that is still waiting.
         if (kind, campaign) == self.kind and name in self.waiting:
             self._write()
-        known = self.annotators if kind == "annotator" else self._known(kind, campaign)
-        if name not in known:
+        ids = self.annotators if kind == "annotator" else self._row_ids(kind, campaign)
+        if name not in ids:
             raise ValueError(
-                f"expected the {kind} to be named earlier in the file, got {name!r}. Export again."
+                f"the {kind} {name!r}, to which this record refers, does not stand before it. Export the"
+                " campaign again."
             )
-        return known[name]
+        return ids[name]
 
-    def _known(self, kind: str, campaign: str) -> dict:
-        """Return name -> id of a campaign's rows of one kind, read from the store at the first use."""
+    def _row_ids(self, kind: str, campaign: str) -> dict:
+        """Return name -> id of a campaign's rows of one kind, which the first call reads from the store."""
         if (kind, campaign) not in self.ids:
             if campaign not in self.campaigns:
                 raise ValueError(
-                    f"expected a campaign named earlier in the file, got {campaign!r}. Export again."
+                    f"the record of the campaign {campaign!r} does not stand before this record. Export the"
+                    " campaign again."
                 )
             columns = KEPT[kind].table.c
-            wanted = (
+            selected_columns = (
                 columns.id,
                 columns[KEPT[kind].name],
                 *([columns.annotator_id] if kind == "judgement" else []),
             )
-            rows = self.c.execute(select(*wanted).where(columns.campaign_id == self.campaigns[campaign]))
+            rows = self.connection.execute(
+                select(*selected_columns).where(columns.campaign_id == self.campaigns[campaign])
+            )
             self.ids[kind, campaign] = {
                 (annotator[0], name) if annotator else name: id for id, name, *annotator in rows
             }
         return self.ids[kind, campaign]
 
     def _write(self) -> None:
-        """Insert the waiting rows in one statement and keep their ids."""
+        """Insert the waiting rows, and store their ids."""
         if self.waiting and self.kind is not None:
-            ids = insert_all(self.c, KEPT[self.kind[0]].table, list(self.waiting.values()))
-            self._known(*self.kind).update(zip(self.waiting, ids, strict=True))
+            ids = insert_all(self.connection, KEPT[self.kind[0]].table, list(self.waiting.values()))
+            self._row_ids(*self.kind).update(zip(self.waiting, ids, strict=True))
             self.waiting = {}
 
 
 def _checked(table: Table, record: dict) -> dict:
-    """Return a record's values for every column of a table except the id.
+    """Return the values of a record for every column of a table except the id. A missing value is None.
 
-    Raises: ValueError for values of a wrong type. SQLite would store them as they are.
+    Raises:
+        ValueError: a value has a wrong type. SQLite itself would accept it.
     """
     values: dict[str, Any] = {}
     for column in table.columns:
         if column.name == "id":
             continue
         value = record.get(column.name)
-        # JSON has one type of number, so a whole number is valid for a column of floats.
-        kinds = (int, float) if column.type.python_type is float else (column.type.python_type,)
-        # bool is a subclass of int in Python, but true is no number in JSON.
-        if not (value is None and column.nullable) and (
-            isinstance(value, bool) or not isinstance(value, kinds)
-        ):
+        # JSON has a single type for numbers, so an integer is valid in a column of floats.
+        python_types = (int, float) if column.type.python_type is float else (column.type.python_type,)
+        is_allowed_null = value is None and column.nullable
+        # `true` of JSON is a bool, which is a subclass of int in Python.
+        if not is_allowed_null and (isinstance(value, bool) or not isinstance(value, python_types)):
             raise ValueError(
-                f"expected {column.name} of type {kinds[-1].__name__}, got {value!r}. Export again."
+                f"the field {column.name} is {value!r}, but must be of type {python_types[-1].__name__}."
+                " Export the campaign again."
             )
         values[column.name] = value
     if values.get("votes") is not None:
@@ -383,12 +444,19 @@ def _checked(table: Table, record: dict) -> dict:
 def import_ranked_seeds(
     store: Store, path: str | Path, campaign: str | None = None, annotator: str = "imported"
 ) -> int:
-    """Create a campaign from a ranked-seeds table, with all pairs answered by `annotator`.
+    """Create a campaign from a ranked-seeds table, in which one annotator has answered all pairs.
 
     Args:
+        store: store in which the campaign is created.
+        path: CSV file of the table.
         campaign: name of the campaign; None: the name of the file without its suffix.
+        annotator: name of the annotator, who is added if necessary.
 
-    Returns: the number of pairs.
+    Returns:
+        Number of pairs.
+
+    Raises:
+        ValueError: the file is not such a table, or the name of the campaign is in use.
     """
     path = Path(path)
     labels = load_labels(path)
@@ -396,15 +464,15 @@ def import_ranked_seeds(
     # Tables with other columns may contain ties, which would be read as preferences here.
     if not header.endswith(",rank1,rank2"):
         raise ValueError(
-            f"{path.name}, line 1: expected the columns row number, rank1, rank2, got {header[:80]!r}."
-            " Correct it."
+            f"{path.name}, line 1: the columns must be the row number, rank1 and rank2, but the line is"
+            f" {header[:80]!r}. Write the line as ,rank1,rank2 if the file has these columns."
         )
     name = campaign or path.stem
     extra = {"origin": "ranked-seeds table", "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-    # A table has no repeats, no swapped sides and no gold checks. Its hash records the origin of the answers.
+    # A table contains no repeats and no gold checks. Its hash is stored as the origin of the answers.
     settings = CampaignSettings(name=name, repeat_share=0, swap_share=0, gold_every=0, extra=extra)
-    # A table names seeds only. Everything else about the shapes is unknown and gets an empty value.
-    unknown: dict[str, Any] = {
+    # A table contains seeds only. The other fields of the shapes are unknown and get an empty value.
+    empty_fields: dict[str, Any] = {
         "generator": "",
         "source": "",
         "psi": math.nan,
@@ -413,75 +481,95 @@ def import_ranked_seeds(
         "triangles": 0,
     }
     planned = [
-        PlannedPair(first=Shape(seed=pref.winner, **unknown), second=Shape(seed=pref.loser, **unknown))
-        for pref in labels
+        PlannedPair(
+            first=Shape(seed=label.winner, **empty_fields), second=Shape(seed=label.loser, **empty_fields)
+        )
+        for label in labels
     ]
-    answering = store.annotator_without_token(annotator)
-    with store.database.write((Lock.SCHEMA, 1)) as c:
+    stored_annotator = store.annotator_without_token(annotator)
+    with store.database.write((Lock.SCHEMA, 1)) as connection:
         now = store.clock()
-        campaign_id, ids = create(c, settings, planned, now)
-        _answer_all(c, {"campaign_id": campaign_id, "annotator_id": answering.id}, ids, now)
+        campaign_id, ids = create(connection, settings, planned, now)
+        _answer_all(connection, {"campaign_id": campaign_id, "annotator_id": stored_annotator.id}, ids, now)
     return len(labels)
 
 
 def export_ranked_seeds(store: Store, path: str | Path, **filters) -> None:
-    """Write the ranked-seeds table of the paper, with rows numbered from 0. Ties are left out, because the
-    format cannot hold them. The filters are those of `LabelFilters`.
+    """Write the labels of a store as a ranked-seeds table, with rows numbered from 0.
+
+    Ties are left out, because the format cannot contain them.
+
+    Args:
+        store: store that contains the labels.
+        path: CSV file.
+        filters: arguments of `LabelFilters`.
+
+    Raises:
+        ValueError: no label except ties passes the filters.
     """
-    decided = [label for label in store_preferences(store, LabelFilters(**filters)) if not label.tie]
-    if not decided:
+    decided_labels = [label for label in store_preferences(store, LabelFilters(**filters)) if not label.tie]
+    if not decided_labels:
         raise ValueError(
-            "export: expected at least one preference that passes the filters, got none. Loosen the filters."
+            "export: no preference passes the filters. Remove some of the filters, or label more pairs."
         )
     lines = [
         ",rank1,rank2",
-        *(f"{number},{label.winner},{label.loser}" for number, label in enumerate(decided)),
+        *(f"{number},{label.winner},{label.loser}" for number, label in enumerate(decided_labels)),
     ]
     write_atomic(path, ("\n".join(lines) + "\n").encode())
 
 
-def _answer_all(c: Connection, ids_of_campaign: dict, ids: list[int], now: float) -> None:
-    """Insert one assignment and one judgement for each pair; the first shape of each pair is preferred."""
-    campaign = ids_of_campaign["campaign_id"]
+def _answer_all(connection: Connection, common_columns: dict, ids: list[int], now: float) -> None:
+    """Insert an answered assignment for each pair, in which the first shape of the pair is preferred.
+
+    Args:
+        connection: connection with a write transaction.
+        common_columns: values of the columns campaign_id and annotator_id.
+        ids: ids of the pairs.
+        now: time of the answers, seconds since 1970.
+    """
+    campaign = common_columns["campaign_id"]
     numbers = range(len(ids))
-    # One hash bit per pair decides the side, so that the same table gives the same sides at every import.
-    first_left = [hashlib.sha256(f"{campaign} {number}".encode()).digest()[0] & 1 for number in numbers]
-    given = insert_all(
-        c,
+    # The lowest bit of a hash decides the side of each pair, so that the sides can be computed again.
+    left_bits = [hashlib.sha256(f"{campaign} {number}".encode()).digest()[0] & 1 for number in numbers]
+    assignment_ids = insert_all(
+        connection,
         assignments,
         [
             {
-                **ids_of_campaign,
+                **common_columns,
                 "token": secrets.token_urlsafe(18),
-                "pair_id": pair,
+                "pair_id": pair_id,
                 "sequence": number + 1,
                 "kind": Kind.PAIR.value,
-                "first_is_left": left,
+                "first_is_left": left_bit,
                 "leased": now,
             }
-            for pair, number, left in zip(ids, numbers, first_left, strict=True)
+            for pair_id, number, left_bit in zip(ids, numbers, left_bits, strict=True)
         ],
     )
-    c.execute(
+    connection.execute(
         insert(judgements),
         [
             {
-                **ids_of_campaign,
+                **common_columns,
                 "key": f"{campaign}-{number}",
                 "type": "choice",
-                "choice": (Choice.LEFT if left else Choice.RIGHT).value,
-                "assignment_id": assigned,
+                "choice": (Choice.LEFT if left_bit else Choice.RIGHT).value,
+                "assignment_id": assignment_id,
                 "milliseconds": 0,
                 "views": "[]",
                 "received_at": now,
                 "page_version": "import",
             }
-            for assigned, number, left in zip(given, numbers, first_left, strict=True)
+            for assignment_id, number, left_bit in zip(assignment_ids, numbers, left_bits, strict=True)
         ],
     )
-    # Each assignment has exactly one judgement here, so the subquery gives one value.
+    # The subquery has one row, because each of these assignments has exactly one judgement.
     judgement = (
         select(judgements.c.id).where(judgements.c.assignment_id == assignments.c.id).scalar_subquery()
     )
-    c.execute(update(assignments).where(assignments.c.campaign_id == campaign).values(answered=judgement))
-    c.execute(update(pairs).where(pairs.c.campaign_id == campaign).values(taken=pairs.c.places))
+    connection.execute(
+        update(assignments).where(assignments.c.campaign_id == campaign).values(answered=judgement)
+    )
+    connection.execute(update(pairs).where(pairs.c.campaign_id == campaign).values(taken=pairs.c.places))

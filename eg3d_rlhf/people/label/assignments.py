@@ -1,16 +1,19 @@
-"""Decides which pair an annotator is shown next, issues it in short transactions, and computes her progress.
+"""Selection of the pair that an annotator is shown next, and computation of the annotator's progress.
 
-The decision is a pure function of a hash of the campaign's seed, the annotator's name and the number of the
-trial. Training pairs come first. They are waited for, unless their shapes can never be prepared. After them
-come the trials: gold checks, repeats and swapped repeats where the annotator's timetable has them, and
-otherwise a new pair from a window of the plan. Choosing within a window keeps the plan's order approximately,
-so that prepared and informative pairs come first and annotators answer the same pairs. The order within the
-window differs from annotator to annotator.
+The selection depends on a hash of the campaign's seed, the annotator's name and the number of the trial, so
+it can be repeated. Practice pairs come first. The annotator waits until their shapes are prepared, unless a
+shape can never be prepared. After them come the trials. A timetable states which trials are gold checks,
+repeats, and repeats on swapped sides. Every other trial shows a new pair from a window: the first WINDOW
+pairs of the plan that are still open for this annotator. So the order of the plan is kept approximately:
+prepared and informative pairs come first, and annotators answer the same pairs. The order within the window
+differs between annotators.
 
-One conditional update takes a place of a pair, and the database rejects more places than a pair has. An
-assignment keeps its place while the annotator's page asks for it (its lease). After LEASE_SECONDS without an
-answer the place is given back. When the annotator returns, she gets the place again if it is still free. An
-answer that arrives after the lease has expired is stored like any other.
+A pair has one slot for each annotator who shall answer it (column `places`; `taken` counts the slots in use).
+One conditional update takes a slot, and the database rejects more slots than a pair has. An assignment has a
+lease, which is renewed while the annotator's page requests assignments. After LEASE_SECONDS without a
+request, the assignment is released: its slot can be taken by other annotators. When the annotator returns,
+the slot is taken again if it is still free. An answer that arrives after the release is stored like any other
+answer.
 """
 
 import hashlib
@@ -27,191 +30,253 @@ from functools import lru_cache
 from sqlalchemy import Connection, Row, and_, bindparam, func, insert, not_, or_, select, update
 
 from eg3d_rlhf.people.label.campaigns import Plan, StoredPair
-from eg3d_rlhf.people.label.database import Database, Lock, pairs
-from eg3d_rlhf.people.label.database import assignments as a
-from eg3d_rlhf.people.label.database import judgements as j
+from eg3d_rlhf.people.label.database import Database, Lock, assignments, judgements, pairs
 from eg3d_rlhf.people.label.entities import AssignedPair, CampaignSettings, Choice, Kind, Progress
 
-WINDOW = 64  # number of open pairs of the plan from which the next one is chosen
-LEASE_SECONDS = 30 * 60  # without a request for so long, the place of an unanswered pair is given back
-RENEW_SECONDS = 60  # younger leases are not renewed, which saves a write transaction
-RELEASE_AT_ONCE = 500  # bounds the length of one write transaction
-KINDS = (Kind.PAIR, Kind.REPEAT, Kind.SWAP, Kind.GOLD)  # a timetable stores the index of a kind
-# A test of a pair: True if its shapes are prepared, or if they can never be.
-Ready = Callable[[StoredPair], bool]
+WINDOW = 64  # number of open pairs from which the next pair is chosen
+LEASE_SECONDS = 30 * 60  # time without a request after which an unanswered assignment is released
+RENEW_SECONDS = 60  # smallest age of a lease that is renewed; renewing younger leases would only cost writes
+RELEASE_AT_ONCE = 500  # largest number of assignments that one write transaction releases
+KINDS = (Kind.PAIR, Kind.REPEAT, Kind.SWAP, Kind.GOLD)  # a timetable stores indices into this tuple
+# Test of a pair. `is_ready` is True if both shapes are prepared; `has_failed` is True if a shape can never be
+# prepared.
+PairTest = Callable[[StoredPair], bool]
 PAIR = Kind.PAIR.value
 TRAINING = Kind.TRAINING.value
 
 # These statements are built once, because building a statement takes longer than running it.
-MINE = and_(a.c.campaign_id == bindparam("campaign"), a.c.annotator_id == bindparam("annotator"))
-OPEN = and_(a.c.answered.is_(None), or_(a.c.released.is_(None), a.c.undone.is_not(None)))
+# Condition: assignments of one annotator in one campaign.
+MINE = and_(
+    assignments.c.campaign_id == bindparam("campaign"), assignments.c.annotator_id == bindparam("annotator")
+)
+# Condition: assignments that wait for an answer, see `_is_open`.
+OPEN = and_(
+    assignments.c.answered.is_(None), or_(assignments.c.released.is_(None), assignments.c.undone.is_not(None))
+)
+# columns that `Issuer` reads of an assignment
 _NAMES = ("id", "token", "pair_id", "sequence", "kind", "first_is_left", "leased", "released")
-HELD = [a.c[name] for name in (*_NAMES, "answered", "undone")]
-WITH_PLACES = and_(
+ASSIGNMENT_COLUMNS = [assignments.c[name] for name in (*_NAMES, "answered", "undone")]
+# Condition: pairs of the plan that have a free slot.
+WITH_FREE_SLOT = and_(
     pairs.c.campaign_id == bindparam("campaign"), pairs.c.kind == PAIR, pairs.c.taken < pairs.c.places
 )
+# Condition: pairs that were assigned to the annotator.
 ASSIGNED_BEFORE = (
-    select(a.c.id)
-    .where(a.c.annotator_id == bindparam("annotator"), a.c.pair_id == pairs.c.id, a.c.kind == PAIR)
+    select(assignments.c.id)
+    .where(
+        assignments.c.annotator_id == bindparam("annotator"),
+        assignments.c.pair_id == pairs.c.id,
+        assignments.c.kind == PAIR,
+    )
     .exists()
 )
-OPEN_ASSIGNMENTS = select(*HELD).where(MINE, OPEN)
-# All assignments of an annotator with the choice that counts, if there is one.
+OPEN_ASSIGNMENTS = select(*ASSIGNMENT_COLUMNS).where(MINE, OPEN)
+# All assignments of an annotator, with the choice that counts, or null if there is none.
 PAST = (
-    select(*HELD, j.c.choice).outerjoin_from(a, j, j.c.id == a.c.answered).where(MINE).order_by(a.c.sequence)
+    select(*ASSIGNMENT_COLUMNS, judgements.c.choice)
+    .outerjoin_from(assignments, judgements, judgements.c.id == assignments.c.answered)
+    .where(MINE)
+    .order_by(assignments.c.sequence)
 )
-# A stamp of the annotator's assignments: it changes when one is added, answered, undone or released.
+# Numbers that change when an assignment of the annotator is added, answered, undone or released.
 STAMP = select(
     func.count(),
-    func.count(a.c.answered),
-    func.count(a.c.released),
-    func.count(a.c.undone),
-    func.max(a.c.answered),
-    func.max(a.c.undone),
+    func.count(assignments.c.answered),
+    func.count(assignments.c.released),
+    func.count(assignments.c.undone),
+    func.max(assignments.c.answered),
+    func.max(assignments.c.undone),
 ).where(MINE)
-# The next open pairs that the annotator does not have yet, in order of the plan.
+# The next pairs of the plan with a free slot that were not assigned to the annotator, in order of the plan.
 PAGE = select(pairs.c.id, pairs.c.position).where(
-    WITH_PLACES, not_(ASSIGNED_BEFORE), pairs.c.position > bindparam("after")
+    WITH_FREE_SLOT, not_(ASSIGNED_BEFORE), pairs.c.position > bindparam("after")
 )
 PAGE = PAGE.order_by(pairs.c.position).limit(2 * WINDOW)
-# Assignments of other annotators whose lease has expired.
+# Unanswered assignments of other annotators whose lease has expired.
 EXPIRED = (
-    select(a.c.id, a.c.pair_id)
+    select(assignments.c.id, assignments.c.pair_id)
     .where(
-        a.c.campaign_id == bindparam("campaign"),
-        a.c.annotator_id != bindparam("annotator"),
-        a.c.kind == PAIR,
-        a.c.answered.is_(None),
-        a.c.released.is_(None),
-        a.c.leased < bindparam("before"),
+        assignments.c.campaign_id == bindparam("campaign"),
+        assignments.c.annotator_id != bindparam("annotator"),
+        assignments.c.kind == PAIR,
+        assignments.c.answered.is_(None),
+        assignments.c.released.is_(None),
+        assignments.c.leased < bindparam("before"),
     )
     .limit(RELEASE_AT_ONCE)
 )
-# Takes a place of a pair, if there is one: the condition and the update are one statement.
+# Takes a slot of a pair if one is free. The condition and the update are one statement, so that two processes
+# cannot take the same slot.
 TAKE = (
     update(pairs)
     .where(pairs.c.id == bindparam("pair"), pairs.c.taken < pairs.c.places)
     .values(taken=pairs.c.taken + 1)
 )
-MAKE = insert(a)
+INSERT = insert(assignments)
 GIVE_BACK = update(pairs).where(pairs.c.id == bindparam("pair")).values(taken=pairs.c.taken - 1)
-RENEW = update(a).where(MINE, OPEN, a.c.leased < bindparam("before")).values(leased=bindparam("now"))
-ANSWERED = select(a.c.kind, func.count(a.c.answered).label("answered"), func.count().label("shown"))
-ANSWERED = ANSWERED.where(MINE, a.c.answered.is_not(None) | OPEN).group_by(a.c.kind)
-FREE = select(func.count()).select_from(pairs).where(WITH_PLACES)
+RENEW = (
+    update(assignments)
+    .where(MINE, OPEN, assignments.c.leased < bindparam("before"))
+    .values(leased=bindparam("now"))
+)
+# Numbers of answered and of shown assignments of the annotator, by kind.
+COUNTS = select(
+    assignments.c.kind, func.count(assignments.c.answered).label("answered"), func.count().label("shown")
+)
+COUNTS = COUNTS.where(MINE, assignments.c.answered.is_not(None) | OPEN).group_by(assignments.c.kind)
+# Number of pairs with a free slot, and number of those that were assigned to the annotator before.
+FREE = select(func.count()).select_from(pairs).where(WITH_FREE_SLOT)
 FREE_ASSIGNED_BEFORE = (
     select(func.count())
-    .select_from(a.join(pairs, pairs.c.id == a.c.pair_id))
-    .where(MINE, a.c.kind == PAIR, WITH_PLACES)
+    .select_from(assignments.join(pairs, pairs.c.id == assignments.c.pair_id))
+    .where(MINE, assignments.c.kind == PAIR, WITH_FREE_SLOT)
 )
-FREE_FOR_ANNOTATOR = select(pairs.c.id).where(WITH_PLACES, not_(ASSIGNED_BEFORE))
+FREE_FOR_ANNOTATOR = select(pairs.c.id).where(WITH_FREE_SLOT, not_(ASSIGNED_BEFORE))
 
 
 class Timetable:
-    """Positions of an annotator's repeats, swaps and gold checks among her trials, counted from 0 without
-    training pairs. They are decided in advance, so that the number of her trials is known, and computed as
-    far as needed.
+    """Kinds of an annotator's trials, by position. Positions are counted from 0, without practice pairs.
 
-    The positions look random. There is a gold check at a random position in every block of `gold_every`
-    trials. A repeat or a swap comes where its share is below a random threshold and a pair from more than
-    `repeat_gap` trials ago has not been repeated. If such a trial cannot be shown (all pairs that could be
-    repeated were skipped, or no gold check is prepared), a new pair takes its position, and no other position
-    changes.
+    The kinds are decided in advance, so that the number of trials can be computed. They look random: every
+    block of `gold_every` trials has one gold check at a random position. A trial is a repeat if the number of
+    repeats so far is below its share of the trials by more than a random threshold, and if a pair from more
+    than `repeat_gap` trials ago has not been repeated. The same holds for swaps.
+
+    If a planned repeat or gold check cannot be shown (all pairs that could be repeated were skipped, or no
+    gold pair is prepared), a new pair is shown in its place, and the kinds of all other positions stay as
+    they are.
+
+    Args:
+        seed: seed of the campaign.
+        annotator: name of the annotator.
+        repeat_share: share of repeats among the trials, 0..0.5.
+        swap_share: share of repeats on swapped sides among the trials, 0..0.5.
+        repeat_gap: number of trials that must lie between a pair and its repeat.
+        gold_every: number of trials in a block, of which one is a gold check; 0: no gold checks.
+        gold_count: largest number of gold checks if every trial could be one (`gold_every` = 1).
     """
 
     def __init__(
-        self, seed: int, annotator: str, repeat: float, swap: float, gap: int, gold_every: int, gold: int
+        self,
+        seed: int,
+        annotator: str,
+        repeat_share: float,
+        swap_share: float,
+        repeat_gap: int,
+        gold_every: int,
+        gold_count: int,
     ):
-        self._shares = ((1, repeat), (2, swap))
-        self._gap = gap
+        self._shares = ((1, repeat_share), (2, swap_share))  # (index into KINDS, share)
+        self._gap = repeat_gap
         self._every = gold_every
-        self._gold = gold
-        # One random stream per kind: the positions of one kind do not depend on those of another.
+        self._gold_count = gold_count
+        # Each kind has its own random stream, so that its positions do not depend on the other kinds.
         self._random = [random.Random(f"{seed}\x1f{annotator}\x1f{kind.value}") for kind in KINDS]
-        # Both arrays grow on demand: kind by position, and positions of the new pairs.
-        self._kinds = array("B")
-        self._new = array("L")
-        self._shown = [0, 0, 0, 0]  # number of trials of each kind so far
-        self._old = 0  # number of new pairs that are old enough to be repeated
-        self._check = 0  # position of this block's gold check
+        # Both arrays are extended when a position beyond their end is needed.
+        self._kinds = array("B")  # index into KINDS, by position
+        self._new_positions = array("L")  # positions of the new pairs, ascending
+        self._counts = [0, 0, 0, 0]  # number of positions of each kind so far, in the order of KINDS
+        self._repeatable = 0  # number of new pairs that lie far enough back to be repeated
+        self._gold_position = 0  # position of the gold check in the current block
         self._lock = threading.Lock()
 
-    def kind(self, place: int) -> Kind:
+    def kind(self, position: int) -> Kind:
         """Return the kind of the trial at a position."""
         with self._lock:
-            while len(self._kinds) <= place:
+            while len(self._kinds) <= position:
                 self._add()
-            return KINDS[self._kinds[place]]
+            return KINDS[self._kinds[position]]
 
-    def end(self, place: int, new: int) -> int:
-        """Return the total number of trials if `new` >= 1 new pairs are shown from a position on."""
+    def end(self, position: int, new: int) -> int:
+        """Return the total number of trials if `new` >= 1 further new pairs are shown.
+
+        Args:
+            position: number of trials that have been shown.
+            new: number of new pairs that are shown from this position on.
+        """
         with self._lock:
-            while len(self._kinds) < place:
+            while len(self._kinds) < position:
                 self._add()
-            # The new pair that comes last: the number of new pairs before `place`, plus `new`, counted from
-            # 0.
-            last = bisect_left(self._new, place) + new - 1
-            while len(self._new) <= last:
+            # index of the last new pair: bisect_left counts the new pairs before `position`
+            last_index = bisect_left(self._new_positions, position) + new - 1
+            while len(self._new_positions) <= last_index:
                 self._add()
-            return self._new[last] + 1
+            return self._new_positions[last_index] + 1
 
     def _add(self) -> None:
         """Append the kind of the next position."""
-        place = len(self._kinds)
-        kind = self._next(len(self._kinds))
+        position = len(self._kinds)
+        kind = self._next(position)
         self._kinds.append(kind)
-        self._shown[kind] += 1
-        if kind == 0:
-            self._new.append(place)
+        self._counts[kind] += 1
+        if kind == 0:  # a new pair
+            self._new_positions.append(position)
 
-    def _next(self, place: int) -> int:
-        """Choose the kind at a position: an index into KINDS."""
-        if self._every and place % self._every == 0:  # a block begins: choose where its gold check comes
-            self._check = place + int(self._random[3].random() * self._every)
-        if self._old < len(self._new) and self._new[self._old] < place - self._gap:
-            self._old += 1
-        # The thresholds are drawn at every position, used or not, so that the stream does not depend on them.
+    def _next(self, position: int) -> int:
+        """Choose the kind of the trial at a position, as an index into KINDS."""
+        # At the start of a block, the position of its gold check is drawn from the stream of gold checks (3).
+        if self._every and position % self._every == 0:
+            self._gold_position = position + int(self._random[3].random() * self._every)
+        # At most one new pair is added per position, so one comparison per position is enough.
+        if (
+            self._repeatable < len(self._new_positions)
+            and self._new_positions[self._repeatable] < position - self._gap
+        ):
+            self._repeatable += 1
+        # The thresholds are drawn at every position, also where they are not used. Otherwise later numbers of
+        # a stream would depend on the other kinds.
         thresholds = [self._random[kind].random() for kind, _ in self._shares]
-        # If every trial could be a gold check, their number is limited to the gold pairs that exist.
-        if self._every and place == self._check and (self._every > 1 or self._shown[3] < self._gold):
+        # If every trial could be a gold check, their number is limited to the number of gold pairs.
+        if (
+            self._every
+            and position == self._gold_position
+            and (self._every > 1 or self._counts[3] < self._gold_count)
+        ):
             return 3
         for (kind, share), threshold in zip(self._shares, thresholds, strict=True):
-            # The deficit of this kind so far exceeds its threshold in [0, 1), and a pair is left to repeat.
-            if (
-                share * (place + 1) - self._shown[kind] > threshold
-                and self._shown[1] + self._shown[2] < self._old
-            ):
+            # trials of this kind below its share so far
+            deficit = share * (position + 1) - self._counts[kind]
+            repeated = self._counts[1] + self._counts[2]  # every pair is repeated or swapped at most once
+            if deficit > threshold and repeated < self._repeatable:
                 return kind
         return 0
 
 
 @lru_cache(maxsize=1000)
 def _timetable(*arguments) -> Timetable:
-    # A timetable grows with its use, so the cache also keeps what was computed.
+    # The cache keeps the positions that were computed, since a timetable is extended in place.
     return Timetable(*arguments)
 
 
-def timetable(settings: CampaignSettings, annotator: str, gold: int) -> Timetable:
-    """Return the timetable of an annotator, by name.
+def timetable(settings: CampaignSettings, annotator: str, gold_count: int) -> Timetable:
+    """Return the timetable of an annotator.
 
     Args:
-        gold: number of gold pairs that can be shown.
+        settings: settings of the campaign.
+        annotator: name of the annotator.
+        gold_count: number of gold pairs that can be shown.
     """
-    every = settings.gold_every if gold else 0
-    # Gold pairs are shown again when all have been shown, unless every trial is one. Their number matters
-    # only then, and leaving it out otherwise keeps the cache small.
-    gold = gold if every == 1 else 0
+    every = settings.gold_every if gold_count else 0
+    # The number of gold pairs has an influence only if every trial is a gold check, because gold pairs are
+    # shown again otherwise. Replacing it by 0 then keeps the cache small.
+    gold_count = gold_count if every == 1 else 0
     return _timetable(
-        settings.seed, annotator, settings.repeat_share, settings.swap_share, settings.repeat_gap, every, gold
+        settings.seed,
+        annotator,
+        settings.repeat_share,
+        settings.swap_share,
+        settings.repeat_gap,
+        every,
+        gold_count,
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """An assignment that the annotator has, or one that is about to be made."""
+    """Assignment that an annotator has, or that is about to be made."""
 
     pair: StoredPair
-    sequence: int  # number among the annotator's assignments, from 1
+    sequence: int  # number of the assignment among the annotator's assignments, from 1
     kind: Kind
     first_is_left: bool
     choice: str | None = None  # choice that counts; None: not answered
@@ -219,213 +284,254 @@ class Trial:
 
 @dataclass
 class Scheduler:
-    """Decides what one annotator is shown next, given what she has been shown."""
+    """Selection of an annotator's next assignment, which depends on the earlier assignments."""
 
     plan: Plan
-    annotator: str  # name
-    history: list[Trial]  # in order of `sequence`
-    last: int  # highest sequence ever used
-    ready: Ready
-    lost: Ready = lambda pair: False  # True for a pair that can never be prepared
+    annotator: str  # name of the annotator
+    history: list[Trial]  # earlier assignments, in order of `sequence`
+    last_sequence: int  # largest sequence number that was ever used; 0: none
+    is_ready: PairTest
+    has_failed: PairTest = lambda pair: False
 
     def __post_init__(self):
         self.settings = self.plan.campaign.settings
 
-    def uniform(self, *what) -> float:
-        """Return a number in [0, 1) that depends only on the campaign's seed, the annotator and `what`."""
-        # A hash instead of a generator with a state: the decision can be repeated in any order and process.
-        # 7 bytes are 56 bits, more than the 53 bits of a float.
-        text = "\x1f".join(str(part) for part in (self.settings.seed, self.annotator, *what))
+    def uniform(self, *key) -> float:
+        """Return a pseudo-random number in [0, 1) that depends on the seed, the annotator and `key` only."""
+        # A random generator has a state. A hash has none, so the number can be computed again in any order
+        # and process. 7 bytes are 56 bits, more than the 53 bits of a float's mantissa.
+        text = "\x1f".join(str(part) for part in (self.settings.seed, self.annotator, *key))
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big") / 2**56
 
     def next(self, window: Sequence[StoredPair]) -> Trial | None:
-        """Return the next assignment, or None if there is nothing to show.
+        """Return the next assignment, or None if the annotator is finished or must wait.
 
         Args:
-            window: open pairs that this annotator does not have yet.
+            window: prepared pairs with a free slot that were not assigned to this annotator.
         """
-        sequence = self.last + 1
-        trials = [s for s in self.history if s.kind is not Kind.TRAINING]
-        # Training pairs come before the first trial only: a campaign does not return to them.
+        sequence = self.last_sequence + 1
+        trials = [trial for trial in self.history if trial.kind is not Kind.TRAINING]
+        # Practice pairs come before the first trial only. Later the annotator does not need them any more.
         if not trials:
-            assigned = {s.pair.id for s in self.history}
-            example = next(
-                (pair for pair in self.plan.training if pair.id not in assigned and not self.lost(pair)), None
+            assigned_ids = {trial.pair.id for trial in self.history}
+            practice_pairs = (
+                pair
+                for pair in self.plan.training
+                if pair.id not in assigned_ids and not self.has_failed(pair)
             )
-            if example is not None:
-                return self._on_sides(example, sequence, Kind.TRAINING) if self.ready(example) else None
+            practice_pair = next(practice_pairs, None)
+            if practice_pair is not None:
+                # the annotator waits for a practice pair that is not prepared yet
+                if not self.is_ready(practice_pair):
+                    return None
+                return self._on_random_sides(practice_pair, sequence, Kind.TRAINING)
         limit = self.settings.trials_per_annotator
-        # Without a new pair there are no repeats or gold checks either: a campaign ends with its pairs.
+        # If no new pair is left, there are no further repeats or gold checks either.
         if not window or (limit is not None and len(trials) >= limit):
             return None
-        kind = timetable(self.settings, self.annotator, gold_checks(self.plan, self.lost)).kind(len(trials))
+        gold_count = count_gold_pairs(self.plan, self.has_failed)
+        kind = timetable(self.settings, self.annotator, gold_count).kind(len(trials))
         trial = None
-        if kind is not Kind.PAIR:
-            trial = self._gold(trials, sequence) if kind is Kind.GOLD else self._again(kind, trials, sequence)
-        # A planned repeat or gold check that cannot be shown becomes a new pair.
-        return trial or self._on_sides(
-            min(window, key=lambda pair: self.uniform("order", pair.position)), sequence, Kind.PAIR
-        )
+        if kind is Kind.GOLD:
+            trial = self._gold(trials, sequence)
+        elif kind is not Kind.PAIR:
+            trial = self._repeat(kind, trials, sequence)
+        if trial is not None:
+            return trial
+        # A new pair, also in place of a repeat or gold check that cannot be shown. The pair with the smallest
+        # hash is chosen, which gives every annotator another order.
+        new_pair = min(window, key=lambda pair: self.uniform("order", pair.position))
+        return self._on_random_sides(new_pair, sequence, Kind.PAIR)
 
-    def _on_sides(self, pair: StoredPair, sequence: int, kind: Kind) -> Trial:
-        """Make a trial whose sides are random."""
+    def _on_random_sides(self, pair: StoredPair, sequence: int, kind: Kind) -> Trial:
+        """Make a trial whose first shape is on the left with probability one half."""
         return Trial(
             pair=pair, sequence=sequence, kind=kind, first_is_left=self.uniform(sequence, "side") < 0.5
         )
 
     def _gold(self, trials: list[Trial], sequence: int) -> Trial | None:
-        """Choose a prepared gold pair, one that the annotator has had least often; None if there is none."""
-        assigned = [s.pair.id for s in trials if s.kind is Kind.GOLD]
-        ready = [
+        """Choose a prepared gold pair that the annotator has been shown least often.
+
+        Returns None if no gold pair is prepared, or if every trial is a gold check and all have been shown.
+        """
+        shown_ids = [trial.pair.id for trial in trials if trial.kind is Kind.GOLD]
+        ready_pairs = [
             pair
             for pair in self.plan.gold
-            if self.ready(pair) and (self.settings.gold_every > 1 or pair.id not in assigned)
+            if self.is_ready(pair) and (self.settings.gold_every > 1 or pair.id not in shown_ids)
         ]
-        if not ready:
+        if not ready_pairs:
             return None
-        # Among equally frequent ones a hash decides, so that annotators get them in different orders.
-        rarest = min(
-            ready, key=lambda pair: (assigned.count(pair.id), self.uniform("which gold", pair.position))
+        # Among pairs that were shown equally often a hash decides, so that the order differs between
+        # annotators.
+        gold_pair = min(
+            ready_pairs,
+            key=lambda pair: (shown_ids.count(pair.id), self.uniform("which gold", pair.position)),
         )
-        return self._on_sides(rarest, sequence, Kind.GOLD)
+        return self._on_random_sides(gold_pair, sequence, Kind.GOLD)
 
-    def _again(self, kind: Kind, trials: list[Trial], sequence: int) -> Trial | None:
-        """Repeat an answer that the annotator gave to a pair more than `repeat_gap` trials ago and that has
-        not been repeated; None if there is none.
+    def _repeat(self, kind: Kind, trials: list[Trial], sequence: int) -> Trial | None:
+        """Choose a pair that the annotator answered more than `repeat_gap` trials ago, and show it again.
+
+        Every pair is repeated at most once. Returns None if no pair can be repeated.
         """
-        repeated = {s.pair.id for s in trials if s.kind in (Kind.REPEAT, Kind.SWAP)}
-        # A skipped pair has no answer that a repeat could be compared with.
-        answered = [
-            s
-            for s in trials
-            if s.kind is Kind.PAIR and s.choice not in (None, Choice.SKIP) and s.pair.id not in repeated
+        repeated_ids = {trial.pair.id for trial in trials if trial.kind in (Kind.REPEAT, Kind.SWAP)}
+        # A skipped pair has no answer with which the answer to a repeat could be compared.
+        answered_trials = [
+            trial
+            for trial in trials
+            if trial.kind is Kind.PAIR
+            and trial.choice not in (None, Choice.SKIP)
+            and trial.pair.id not in repeated_ids
         ]
-        repeatable = [
-            s for s in answered if s.sequence < sequence - self.settings.repeat_gap and self.ready(s.pair)
+        repeatable_trials = [
+            trial
+            for trial in answered_trials
+            if trial.sequence < sequence - self.settings.repeat_gap and self.is_ready(trial.pair)
         ]
-        if not repeatable:
+        if not repeatable_trials:
             return None
-        chosen = repeatable[int(self.uniform(sequence, "which") * len(repeatable))]
+        index = int(self.uniform(sequence, "which") * len(repeatable_trials))
+        earlier_trial = repeatable_trials[index]
         return Trial(
-            # A repeat shows the same sides, a swap the other ones.
-            pair=chosen.pair,
+            pair=earlier_trial.pair,
             sequence=sequence,
             kind=kind,
-            first_is_left=chosen.first_is_left != (kind is Kind.SWAP),
+            # "!=" negates the sides for a swap, and keeps them for a repeat
+            first_is_left=earlier_trial.first_is_left != (kind is Kind.SWAP),
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Past:
-    """State that determines the annotator's next assignments, with a stamp that changes whenever it does."""
+    """State of the database that determines the next assignments of an annotator."""
 
-    stamp: tuple
+    stamp: tuple  # result of STAMP, which changes whenever this state changes
     scheduler: Scheduler
-    open: int  # number of open assignments
-    lost: list[Row]  # released without an answer: their places are free for all annotators
+    open_count: int  # number of open assignments
+    # assignments that were released without an answer; their slots are free for all annotators
+    released_rows: list[Row]
 
 
 @dataclass
 class Issuer:
-    """Issues pairs of one campaign to one annotator."""
+    """Assignment of the pairs of one campaign to one annotator."""
 
     database: Database
     plan: Plan
     annotator_id: int
-    annotator: str  # name
-    clock: Callable[[], float]
-    lost: Ready = lambda pair: False
+    annotator: str  # name of the annotator
+    clock: Callable[[], float]  # returns the time in seconds since 1970
+    has_failed: PairTest = lambda pair: False
 
     def __post_init__(self):
         self.campaign_id = self.plan.campaign.id
-        self.me = {"campaign": self.campaign_id, "annotator": self.annotator_id}
+        # values of the parameters that all statements above have
+        self.parameters = {"campaign": self.campaign_id, "annotator": self.annotator_id}
 
-    def assignments(self, count: int, ready: Ready) -> list[AssignedPair]:
-        """Return up to `count` open assignments, and issue new ones if there are fewer."""
-        with self.database.read() as c:
-            held = list(c.execute(OPEN_ASSIGNMENTS, self.me))
-            stale = any(row.leased < self.clock() - RENEW_SECONDS for row in held)
-            short = len(held) < count
-            window = self.window(c, ready) if short else []
-        # Only when new pairs run out is it worth looking for places that other annotators have abandoned.
-        if short and len(window) < count and self.release_expired():
-            with self.database.read() as c:
-                window = self.window(c, ready)
-        if stale or short:
-            past = self._past(ready)
+    def assignments(self, count: int, is_ready: PairTest) -> list[AssignedPair]:
+        """Return up to `count` open assignments, and make new ones if there are fewer.
+
+        Args:
+            count: number of assignments that the page needs.
+            is_ready: True for a pair whose shapes are both prepared.
+        """
+        with self.database.read() as connection:
+            open_rows = list(connection.execute(OPEN_ASSIGNMENTS, self.parameters))
+            must_renew = any(row.leased < self.clock() - RENEW_SECONDS for row in open_rows)
+            too_few = len(open_rows) < count
+            window = self.window(connection, is_ready) if too_few else []
+        # Expired leases of other annotators are released only when new pairs run out, which saves writes.
+        if too_few and len(window) < count and self.release_expired():
+            with self.database.read() as connection:
+                window = self.window(connection, is_ready)
+        if must_renew or too_few:
+            past = self._past(is_ready)
             # Most requests have nothing to write. They are answered without waiting for the lock.
-            if stale or past.lost or past.scheduler.next(window) is not None:
+            if must_renew or past.released_rows or past.scheduler.next(window) is not None:
                 with self.database.write(
                     (Lock.ANNOTATOR, self.annotator_id), (Lock.CAMPAIGN, self.campaign_id)
-                ) as c:
-                    # Another request of this annotator may have written in the meantime.
-                    self._issue(
-                        c,
-                        count,
-                        window,
-                        (
-                            past
-                            if tuple(c.execute(STAMP, self.me).one()) == past.stamp
-                            else self._past(ready, c)
-                        ),
-                    )
-                    held = list(c.execute(OPEN_ASSIGNMENTS, self.me))
-        # The assignment that was undone last comes first, then the oldest.
-        order = sorted(held, key=lambda row: (-(row.undone or 0), row.sequence))
-        shown = []
-        for row in order[:count]:
+                ) as connection:
+                    # Another request of this annotator may have written before the lock was taken. The state
+                    # is then read again.
+                    if tuple(connection.execute(STAMP, self.parameters).one()) != past.stamp:
+                        past = self._past(is_ready, connection)
+                    self._issue(connection, count, window, past)
+                    open_rows = list(connection.execute(OPEN_ASSIGNMENTS, self.parameters))
+        # The assignment whose answer was undone last comes first. All others follow in order of their number.
+        ordered_rows = sorted(open_rows, key=lambda row: (-(row.undone or 0), row.sequence))
+        assigned_pairs = []
+        for row in ordered_rows[:count]:
             pair = self.plan.pairs[row.pair_id]
-            left, right = (pair.first, pair.second) if row.first_is_left else (pair.second, pair.first)
-            shown.append(
-                AssignedPair(token=row.token, left=left, right=right, training=row.kind == Kind.TRAINING)
+            left_token, right_token = (
+                (pair.first, pair.second) if row.first_is_left else (pair.second, pair.first)
             )
-        return shown
+            assigned_pairs.append(
+                AssignedPair(
+                    token=row.token, left=left_token, right=right_token, training=row.kind == Kind.TRAINING
+                )
+            )
+        return assigned_pairs
 
-    def window(self, c: Connection, ready: Ready) -> list[StoredPair]:
-        """Read the next WINDOW pairs that are open, not yet assigned to this annotator, and ready."""
+    def window(self, connection: Connection, is_ready: PairTest) -> list[StoredPair]:
+        """Read the first WINDOW pairs of the plan that can be assigned to this annotator now.
+
+        These are the pairs that have a free slot, were not assigned to the annotator, and are prepared.
+        """
         window: list[StoredPair] = []
-        position = -1
+        last_position = -1
+        # Pairs are read in pages, which are larger than the window because some pairs are not prepared.
         while len(window) < WINDOW:
-            page = list(c.execute(PAGE, {**self.me, "after": position}))
-            window += [pair for row in page if ready(pair := self.plan.pairs[row.id])]
-            # A short page is the last one. Pages are larger than the window, because some pairs are not
-            # ready.
+            page = list(connection.execute(PAGE, {**self.parameters, "after": last_position}))
+            candidates = [self.plan.pairs[row.id] for row in page]
+            window += [pair for pair in candidates if is_ready(pair)]
+            # a page that is not full is the last one
             if len(page) < 2 * WINDOW:
                 break
-            position = page[-1].position
+            last_position = page[-1].position
         return window[:WINDOW]
 
-    def _issue(self, c: Connection, count: int, window: list[StoredPair], past: "_Past") -> None:
-        """Renew leases, take back released places, and make assignments until `count` are open.
+    def _issue(self, connection: Connection, count: int, window: list[StoredPair], past: "_Past") -> None:
+        """Renew leases, take released slots again, and make assignments until `count` are open.
 
-        The window was read before the lock was held. If other annotators have taken one of its pairs since,
-        it is read again, once. Trying all its pairs one by one would hold the lock for as many statements,
-        and every other annotator would wait.
+        The window was read before the lock was taken. If another annotator has taken the last slot of one of
+        its pairs in the meantime, the window is read again, but only once. Trying its pairs one by one would
+        need a statement for each of them, and every other annotator would wait for the lock.
+
+        Args:
+            connection: connection with an open write transaction.
+            count: number of open assignments that the page needs.
+            window: pairs that can be assigned, see `window`.
+            past: state of the annotator's assignments.
         """
         now = self.clock()
-        if past.open:
-            c.execute(RENEW, {**self.me, "now": now, "before": now - RENEW_SECONDS})
-        # Released places that are still free are taken back, in order of the pairs.
-        regained = [row.id for row in past.lost if take_place(c, row.pair_id)]
-        if regained:
-            c.execute(update(a).where(a.c.id.in_(regained)).values(released=None, leased=now))
-            past = self._past(past.scheduler.ready, c)
+        if past.open_count:
+            connection.execute(RENEW, {**self.parameters, "now": now, "before": now - RENEW_SECONDS})
+        # Slots of released assignments are taken again if they are still free.
+        regained_ids = [row.id for row in past.released_rows if take_slot(connection, row.pair_id)]
+        if regained_ids:
+            connection.execute(
+                update(assignments)
+                .where(assignments.c.id.in_(regained_ids))
+                .values(released=None, leased=now)
+            )
+            past = self._past(past.scheduler.is_ready, connection)
         scheduler = past.scheduler
-        missing = count - past.open
-        reread = False  # True once the window was read under the lock
-        while missing > 0 and (trial := scheduler.next(window)):
+        missing_count = count - past.open_count
+        was_reread = False  # True when the window was read under the lock
+        while missing_count > 0 and (trial := scheduler.next(window)):
             if trial.kind is Kind.PAIR:
-                if not take_place(c, trial.pair.id):
+                if not take_slot(connection, trial.pair.id):
                     window = (
                         [pair for pair in window if pair is not trial.pair]
-                        if reread
-                        else self.window(c, scheduler.ready)
+                        if was_reread
+                        else self.window(connection, scheduler.is_ready)
                     )
-                    reread = True
+                    was_reread = True
                     continue
                 window = [pair for pair in window if pair is not trial.pair]
-            c.execute(
-                MAKE,
+            connection.execute(
+                INSERT,
                 {
                     "token": secrets.token_urlsafe(18),  # 144 random bits: it cannot be guessed
                     "campaign_id": self.campaign_id,
@@ -438,150 +544,201 @@ class Issuer:
                 },
             )
             scheduler.history.append(trial)
-            scheduler.last = trial.sequence
-            missing -= 1
+            scheduler.last_sequence = trial.sequence
+            missing_count -= 1
 
-    def _past(self, ready: Ready, c: Connection | None = None) -> "_Past":
-        """Read the annotator's state, in a transaction of its own unless `c` is given."""
-        if c is None:
-            with self.database.read() as c:
-                return self._past(ready, c)
-        # The stamp is read before the rows: a change between both reads makes it differ later.
-        stamp = tuple(c.execute(STAMP, self.me).one())
-        rows = list(c.execute(PAST, self.me))
+    def _past(self, is_ready: PairTest, connection: Connection | None = None) -> "_Past":
+        """Read the state that determines the next assignments of the annotator.
+
+        Args:
+            is_ready: test that the state's scheduler uses.
+            connection: connection to read from; None: a new one.
+        """
+        if connection is None:
+            with self.database.read() as connection:
+                return self._past(is_ready, connection)
+        # The stamp is read before the rows. If the rows change between both statements, the stamp is
+        # outdated, and a later comparison with a new stamp notices it.
+        stamp = tuple(connection.execute(STAMP, self.parameters).one())
+        rows = list(connection.execute(PAST, self.parameters))
         history = [
             Trial(
-                pair=self.plan.pairs[r.pair_id],
-                sequence=r.sequence,
-                kind=Kind(r.kind),
-                first_is_left=bool(r.first_is_left),
-                choice=r.choice,
+                pair=self.plan.pairs[row.pair_id],
+                sequence=row.sequence,
+                kind=Kind(row.kind),
+                first_is_left=bool(row.first_is_left),
+                choice=row.choice,
             )
-            for r in rows
-            if r.answered is not None or _open(r)
+            for row in rows
+            if row.answered is not None or _is_open(row)
         ]
-        # Sequence numbers are never reused, also not those of released assignments.
-        scheduler = Scheduler(
-            self.plan, self.annotator, history, rows[-1].sequence if rows else 0, ready, self.lost
-        )
-        released = [row for row in rows if row.answered is None and not _open(row)]
-        # Sorted by pair: all writers update rows of `pairs` in the same order, which avoids deadlocks.
+        # Sequence numbers of released assignments are not used again, so the last row decides and not the
+        # history.
+        last_sequence = rows[-1].sequence if rows else 0
+        scheduler = Scheduler(self.plan, self.annotator, history, last_sequence, is_ready, self.has_failed)
+        released_rows = [row for row in rows if row.answered is None and not _is_open(row)]
         return _Past(
             stamp=stamp,
             scheduler=scheduler,
-            open=sum(_open(row) for row in rows),
-            lost=sorted(released, key=lambda r: r.pair_id),
+            open_count=sum(_is_open(row) for row in rows),
+            # All writers update the rows of `pairs` in the same order, which avoids deadlocks.
+            released_rows=sorted(released_rows, key=lambda row: row.pair_id),
         )
 
     def release_expired(self) -> int:
-        """Give back places of annotators who were not seen for LEASE_SECONDS. Returns their number."""
+        """Release the assignments of other annotators whose lease is older than LEASE_SECONDS.
+
+        At most RELEASE_AT_ONCE assignments are released. Returns their number.
+        """
         now = self.clock()
-        expired = {**self.me, "before": now - LEASE_SECONDS}
-        # The look without a lock is cheap, and most of the time nothing has expired.
-        with self.database.read() as c:
-            if c.execute(EXPIRED, expired).first() is None:
+        expired = {**self.parameters, "before": now - LEASE_SECONDS}
+        # Most of the time no lease has expired, and this first query needs no lock.
+        with self.database.read() as connection:
+            if connection.execute(EXPIRED, expired).first() is None:
                 return 0
-        with self.database.write((Lock.CAMPAIGN, self.campaign_id)) as c:
-            # skip_locked: an assignment that is being answered at this moment keeps its place.
-            rows = list(c.execute(EXPIRED.with_for_update(skip_locked=True, key_share=True), expired))
+        with self.database.write((Lock.CAMPAIGN, self.campaign_id)) as connection:
+            # skip_locked: an assignment that is being answered at this moment is not released.
+            rows = list(
+                connection.execute(EXPIRED.with_for_update(skip_locked=True, key_share=True), expired)
+            )
             for row in rows:
-                c.execute(update(a).where(a.c.id == row.id).values(released=now, undone=None))
-                c.execute(GIVE_BACK, {"pair": row.pair_id})
+                connection.execute(
+                    update(assignments).where(assignments.c.id == row.id).values(released=now, undone=None)
+                )
+                connection.execute(GIVE_BACK, {"pair": row.pair_id})
         return len(rows)
 
 
-def _open(row: Row) -> bool:
-    """Return True if an assignment waits for an answer: not released, or undone after its release."""
+def _is_open(row: Row) -> bool:
+    """Return True if an assignment waits for an answer.
+
+    It has no answer that counts, and it was not released, or its answer was undone after the release.
+    """
     return row.answered is None and (row.released is None or row.undone is not None)
 
 
-def take_place(c: Connection, pair_id: int) -> bool:
-    """Take a place of a pair. Returns False if none was free."""
-    return c.execute(TAKE, {"pair": pair_id}).rowcount == 1
+def take_slot(connection: Connection, pair_id: int) -> bool:
+    """Take a slot of a pair for an annotator. Returns False if no slot was free."""
+    return connection.execute(TAKE, {"pair": pair_id}).rowcount == 1
 
 
-def gold_checks(plan: Plan, lost: Ready) -> int:
-    """Count the gold pairs that can be shown, now or after their preparation."""
-    return sum(not lost(pair) for pair in plan.gold)
+def count_gold_pairs(plan: Plan, has_failed: PairTest) -> int:
+    """Return the number of gold pairs that can be shown, now or after their preparation."""
+    return sum(not has_failed(pair) for pair in plan.gold)
 
 
 class Reach:
-    """Cached number of new pairs that an annotator has had and may still get: all with a free place whose
-    shapes can be prepared.
+    """Cache of the number of new pairs that an annotator can answer in total.
 
-    The annotator's answers do not change this number, but other annotators' assignments do. Where few pairs
-    are left, it is counted at every call. Otherwise the last count is used for one second per 1,000 pairs of
-    the plan. The question whether some pairs can never be prepared is treated in the same way.
+    This is the number of new pairs that were assigned to the annotator, plus the number of other pairs with a
+    free slot whose shapes can be prepared. The annotator's own answers do not change the sum, but assignments
+    of other annotators do. If few pairs are left, they are counted at every call. Otherwise the last result
+    is used for one second per 1,000 pairs of the plan. The answer to the question whether some pair can never
+    be prepared is cached for the same time.
     """
 
-    MANY = 500  # with more pairs left than this, a count may be slightly out of date
+    MANY = 500  # number of pairs left above which a slightly outdated result is used
 
     def __init__(self):
-        # (campaign, annotator) -> (time of the count, count)
-        self._known: dict[tuple[int, int], tuple[float, int]] = {}
-        # campaign -> (time of the check, True if some pair can never be prepared)
-        self._gaps: dict[int, tuple[float, bool]] = {}
+        # (campaign id, annotator id) -> (time of the count, result)
+        self._cached_counts: dict[tuple[int, int], tuple[float, int]] = {}
+        # campaign id -> (time of the check, True if some pair can never be prepared)
+        self._cached_failures: dict[int, tuple[float, bool]] = {}
 
-    def count(self, c: Connection, plan: Plan, annotator_id: int, had: int, now: float, lost: Ready) -> int:
-        """Return the number of pairs that the annotator has had (`had`) and may still get."""
+    def count(
+        self,
+        connection: Connection,
+        plan: Plan,
+        annotator_id: int,
+        assigned_count: int,
+        now: float,
+        has_failed: PairTest,
+    ) -> int:
+        """Return the number of new pairs that the annotator can answer in total.
+
+        Args:
+            connection: connection to read from.
+            plan: plan of the campaign.
+            annotator_id: id of the annotator.
+            assigned_count: number of new pairs that were assigned to the annotator.
+            now: time in seconds since 1970.
+            has_failed: True for a pair that can never be prepared.
+        """
         key = (plan.campaign.id, annotator_id)
-        when, reach = self._known.get(key, (-math.inf, 0))
-        # 0 <= now - when also excludes a clock that was set back.
-        if reach - had <= self.MANY or not 0 <= now - when < len(plan.pairs) / 1000:
-            reach = had + self._free(c, plan, {"campaign": key[0], "annotator": key[1]}, now, lost)
-            self._known[key] = now, reach
+        counted_at, reach = self._cached_counts.get(key, (-math.inf, 0))
+        # "0 <=" makes a result invalid that was counted before the clock was set back.
+        is_recent = 0 <= now - counted_at < len(plan.pairs) / 1000
+        if reach - assigned_count <= self.MANY or not is_recent:
+            parameters = {"campaign": plan.campaign.id, "annotator": annotator_id}
+            reach = assigned_count + self._free(connection, plan, parameters, now, has_failed)
+            self._cached_counts[key] = now, reach
         return reach
 
-    def _free(self, c: Connection, plan: Plan, me: dict, now: float, lost: Ready) -> int:
-        """Count the pairs that the annotator may still get."""
-        when, gaps = self._gaps.get(plan.campaign.id, (-math.inf, False))
-        if not 0 <= now - when < len(plan.pairs) / 1000:
-            gaps = any(lost(pair) for pair in plan.pairs.values())
-            self._gaps[plan.campaign.id] = now, gaps
-        if gaps:
-            return sum(not lost(plan.pairs[row.id]) for row in c.execute(FREE_FOR_ANNOTATOR, me))
-        # Two counts in the database are faster than reading all rows, which only `lost` needs.
-        return c.execute(FREE, me).scalar_one() - c.execute(FREE_ASSIGNED_BEFORE, me).scalar_one()
+    def _free(
+        self, connection: Connection, plan: Plan, parameters: dict, now: float, has_failed: PairTest
+    ) -> int:
+        """Count the pairs that were not assigned to the annotator, have a free slot and can be prepared."""
+        checked_at, some_failed = self._cached_failures.get(plan.campaign.id, (-math.inf, False))
+        if not 0 <= now - checked_at < len(plan.pairs) / 1000:
+            some_failed = any(has_failed(pair) for pair in plan.pairs.values())
+            self._cached_failures[plan.campaign.id] = now, some_failed
+        if some_failed:
+            rows = connection.execute(FREE_FOR_ANNOTATOR, parameters)
+            return sum(not has_failed(plan.pairs[row.id]) for row in rows)
+        # If no pair has failed, the rows need not be read: two counts in the database are faster.
+        return (
+            connection.execute(FREE, parameters).scalar_one()
+            - connection.execute(FREE_ASSIGNED_BEFORE, parameters).scalar_one()
+        )
 
 
 def read_progress(
-    c: Connection,
+    connection: Connection,
     plan: Plan,
     annotator_id: int,
     annotator: str,
     now: float,
     reach: Reach,
-    lost: Ready = lambda pair: False,
+    has_failed: PairTest = lambda pair: False,
 ) -> Progress:
-    """Compute the progress of an annotator. The total changes only when other annotators take or release
-    pairs, or when a trial of the timetable cannot be shown.
+    """Compute the progress of an annotator.
+
+    The total number of trials changes only when other annotators take or release pairs, or when a planned
+    repeat or gold check cannot be shown.
 
     Args:
-        annotator: name.
-        now: seconds since 1970.
-        reach: cache of the number of pairs that she can get.
-        lost: True for a pair that can never be prepared.
+        connection: connection to read from.
+        plan: plan of the campaign.
+        annotator_id: id of the annotator.
+        annotator: name of the annotator.
+        now: time in seconds since 1970.
+        reach: cache of the number of pairs that annotators can answer.
+        has_failed: True for a pair that can never be prepared. By default, no pair has failed.
     """
+    # kind of assignments -> row with the numbers of shown and of answered assignments
     counts = {
         row.kind: row
-        for row in c.execute(ANSWERED, {"campaign": plan.campaign.id, "annotator": annotator_id})
+        for row in connection.execute(COUNTS, {"campaign": plan.campaign.id, "annotator": annotator_id})
     }
     settings = plan.campaign.settings
-    training = counts.pop(TRAINING, None)
-    shown = sum(row.shown for row in counts.values())
-    done = sum(row.answered for row in counts.values())
-    assigned = counts[PAIR].shown if PAIR in counts else 0
-    to_show = reach.count(c, plan, annotator_id, assigned, now, lost) - assigned
-    total = (
-        timetable(settings, annotator, gold_checks(plan, lost)).end(shown, to_show) if to_show > 0 else shown
-    )
+    # Practice pairs do not count as trials, so their row is removed from the counts.
+    practice_row = counts.pop(TRAINING, None)
+    practice_shown = practice_row.shown if practice_row else 0
+    practice_answered = practice_row.answered if practice_row else 0
+    shown_count = sum(row.shown for row in counts.values())
+    answered_count = sum(row.answered for row in counts.values())
+    assigned_count = counts[PAIR].shown if PAIR in counts else 0
+    new_count = reach.count(connection, plan, annotator_id, assigned_count, now, has_failed) - assigned_count
+    total = shown_count
+    if new_count > 0:
+        gold_count = count_gold_pairs(plan, has_failed)
+        total = timetable(settings, annotator, gold_count).end(shown_count, new_count)
     if settings.trials_per_annotator is not None:
-        total = max(shown, min(total, settings.trials_per_annotator))
-    # Training pairs that are shown but not answered yet, and those that will be shown before the first trial.
-    begun = training.shown - training.answered if training else 0
-    to_come = (
-        0
-        if shown
-        else max(sum(not lost(pair) for pair in plan.training) - (training.shown if training else 0), 0)
-    )
-    return Progress(done=done, total=total, training_left=begun + to_come)
+        total = max(shown_count, min(total, settings.trials_per_annotator))
+    # practice pairs that are shown but not answered yet
+    practice_left = practice_shown - practice_answered
+    # Further practice pairs are shown only before the first trial.
+    if not shown_count:
+        possible_count = sum(not has_failed(pair) for pair in plan.training)
+        practice_left += max(possible_count - practice_shown, 0)
+    return Progress(done=answered_count, total=total, training_left=practice_left)

@@ -1,4 +1,4 @@
-"""Stores the plan of a campaign and reads it back unchanged."""
+"""Storing and loading of labelling campaigns: their settings, shapes and pairs."""
 
 import json
 import math
@@ -29,20 +29,22 @@ FIELDS = tuple(Shape.__dataclass_fields__)  # columns of the table `shapes` that
 
 @dataclass(frozen=True, kw_only=True)
 class StoredPair:
-    """A pair of a campaign's plan."""
+    """Pair of the plan of a campaign, as it is stored."""
 
     id: int
-    position: int  # in the plan, from 0
+    position: int  # position in the plan, from 0
     first: str  # asset token of the first shape
-    second: str  # asset token of the second shape; equal to `first` where shapes are shown one by one
+    second: str  # asset token of the second shape; equal to `first` if shapes are shown one by one
     kind: Kind  # PAIR, GOLD or TRAINING
-    expected: str | None  # 'first' or 'second'
-    explanation: str  # of training pairs
+    expected: (
+        str | None
+    )  # correct answer of a gold or practice pair: 'first' or 'second'; None for other pairs
+    explanation: str  # explanation of a practice pair; "" for other pairs
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The part of a campaign that never changes, so it is kept in memory."""
+    """Campaign with its shapes and pairs. They never change, so a plan is loaded once and kept in memory."""
 
     campaign: StoredCampaign
     shapes: dict[str, Shape]  # by asset token, in order of the plan
@@ -50,67 +52,82 @@ class Plan:
 
     @cached_property
     def training(self) -> list[StoredPair]:
-        """Training pairs, in order of the plan."""
+        """Return the practice pairs, in order of the plan."""
         return [pair for pair in self.pairs.values() if pair.kind is Kind.TRAINING]
 
     @cached_property
     def _names(self) -> dict[tuple[str, str], str]:
-        """Names of generators that annotators may see, keyed by hash and file. The name is the stem of the
-        file, preceded by its folder where several generators have files of that name.
+        """Return the names of generators that annotators may see, by (hash, path of the file).
+
+        The name is the stem of the file. If several files have this stem, the name of the folder precedes it.
         """
         paths = {
             (shape.generator, shape.source): Path(shape.source)
             for shape in self.shapes.values()
             if not shape.file
         }
-        # How many files share a stem.
-        stems = Counter(path.stem for path in paths.values())
+        files_per_stem = Counter(path.stem for path in paths.values())
         names = {
-            key: path.stem if stems[path.stem] == 1 else f"{path.parent.name}/{path.stem}"
+            key: path.stem if files_per_stem[path.stem] == 1 else f"{path.parent.name}/{path.stem}"
             for key, path in paths.items()
         }
         # The bundled generator has an empty source, whose stem is empty.
         return {key: names[key] or "bundled generator" for key in paths}
 
     def generator_name(self, shape: Shape) -> str:
-        """Return the name that annotators may see; of an asset it is its label."""
+        """Return the name of a shape's generator that annotators may see; for an asset file, its label."""
         return shape.generator if shape.file else self._names[shape.generator, shape.source]
 
     @cached_property
     def gold(self) -> list[StoredPair]:
-        """Gold pairs, in order of the plan."""
+        """Return the gold pairs, in order of the plan."""
         return [pair for pair in self.pairs.values() if pair.kind is Kind.GOLD]
 
 
 def create(
-    c: Connection, settings: CampaignSettings, planned: Sequence[PlannedPair], now: float
+    connection: Connection, settings: CampaignSettings, planned: Sequence[PlannedPair], now: float
 ) -> tuple[int, list[int]]:
-    """Store a campaign. Returns its id and the ids of its pairs. Raises: ValueError for an invalid plan."""
-    # Within the transaction, so that no other process can take the name in between.
-    _check(c, settings, planned)
-    # Sorted keys: an import compares the settings of two stores as text.
+    """Store a new campaign.
+
+    Args:
+        connection: connection with an open transaction.
+        settings: settings of the campaign.
+        planned: pairs in order of the plan.
+        now: time of creation, seconds since 1970.
+
+    Returns:
+        Id of the campaign, and the ids of its pairs in the order of `planned`.
+
+    Raises:
+        ValueError: the name, the settings or the pairs are invalid.
+    """
+    # The check is part of the transaction, so that no other process can use the name in the meantime.
+    _check(connection, settings, planned)
+    # The keys are sorted, because an import compares the settings of two stores as text.
     text = json.dumps(
         {**asdict(settings), "mode": settings.mode.value, "extra": dict(settings.extra)}, sort_keys=True
     )
     record = {"name": settings.name, "settings": text, "created": now}
-    campaign_id = c.execute(insert(campaigns).returning(campaigns.c.id), record).scalar_one()
-    # A shape that occurs in several pairs is stored once. dict.fromkeys keeps the order of the plan.
-    order = list(dict.fromkeys(_identity(shape) for pair in planned for shape in (pair.first, pair.second)))
-    rows = [
+    campaign_id = connection.execute(insert(campaigns).returning(campaigns.c.id), record).scalar_one()
+    # A shape that occurs in several pairs is stored once. dict.fromkeys removes repetitions and keeps the
+    # order of the plan.
+    planned_shapes = [shape for pair in planned for shape in (pair.first, pair.second)]
+    identities = list(dict.fromkeys(_identity(shape) for shape in planned_shapes))
+    shape_rows = [
         {
             "campaign_id": campaign_id,
-            "position": number,
-            "asset": secrets.token_urlsafe(16),
+            "position": position,
+            "asset": secrets.token_urlsafe(16),  # 128 random bits
             **dict(zip(FIELDS, identity, strict=True)),
         }
-        for number, identity in enumerate(order)
+        for position, identity in enumerate(identities)
     ]
     # insert_all returns ids in the order of its rows.
-    ids = dict(zip(order, insert_all(c, shapes, rows), strict=True))
-    plan = [
+    ids = dict(zip(identities, insert_all(connection, shapes, shape_rows), strict=True))
+    pair_rows = [
         {
             "campaign_id": campaign_id,
-            "position": number,
+            "position": position,
             "first_id": ids[_identity(pair.first)],
             "second_id": ids[_identity(pair.second)],
             "kind": pair.kind.value,
@@ -118,54 +135,69 @@ def create(
             "explanation": pair.explanation,
             "places": settings.annotators_per_pair,
         }
-        for number, pair in enumerate(planned)
+        for position, pair in enumerate(planned)
     ]
-    return campaign_id, insert_all(c, pairs, plan)
+    return campaign_id, insert_all(connection, pairs, pair_rows)
 
 
-def _check(c: Connection, settings: CampaignSettings, planned: Sequence[PlannedPair]) -> None:
-    """Raise ValueError for an invalid or used name, an empty plan, wrong pairs, or held-out seeds."""
+def _check(connection: Connection, settings: CampaignSettings, planned: Sequence[PlannedPair]) -> None:
+    """Check a campaign before it is stored.
+
+    Raises:
+        ValueError: the name is invalid or in use, the plan is empty, a pair does not fit the mode of the
+            campaign, or a seed is held out for evaluation.
+    """
     name = settings.name
     parse_questions(settings.questions)
     if not name.strip() or len(name) > 200 or not name.isprintable():
         raise ValueError(
-            f"campaign: expected a printable name of 1 to 200 characters, got {name!r}. Choose another."
+            f"campaign: the name {name!r} is invalid. Choose a name of 1 to 200 printable characters."
         )
-    if c.execute(select(campaigns.c.id).where(campaigns.c.name == name)).first() is not None:
+    if connection.execute(select(campaigns.c.id).where(campaigns.c.name == name)).first() is not None:
         raise ValueError(
-            f"campaign: expected a new name, got {name!r}, which is in use. Choose another name, or continue"
-            " that campaign."
+            f"campaign: the name {name!r} is in use. Choose another name, or continue the campaign of this"
+            " name."
         )
     if not planned:
-        raise ValueError(f"campaign {name}: expected pairs, got none. Plan at least one.")
+        raise ValueError(f"campaign {name}: the plan contains no pairs. Plan at least one pair.")
     for position, pair in enumerate(planned):
         # A plan of single shapes repeats its shape in `second`; a plan of pairs never does.
         if (pair.first == pair.second) != (settings.mode is Mode.SINGLE):
             if settings.mode is Mode.SINGLE:
                 raise ValueError(
-                    f"campaign {name}, pair {position}: expected the same shape twice, since shapes are shown"
-                    " one by one, got two shapes. Correct the plan."
+                    f"campaign {name}, pair {position}: the pair consists of two different shapes, but this"
+                    " campaign shows shapes one by one. Use the same shape as `first` and as `second`."
                 )
             seed = pair.first.seed
             raise ValueError(
-                f"campaign {name}, pair {position}: expected two different shapes, got seed {seed} twice."
-                " Choose other seeds."
+                f"campaign {name}, pair {position}: both shapes of the pair are the shape of seed {seed}."
+                " Choose two different seeds."
             )
-    # Held-out seeds are reserved for evaluation. A study evaluates, so it may use them; other campaigns may
-    # train a reward, so they may not. The seed of an asset file is only a number, not a latent.
+    # Held-out seeds are reserved for evaluation. A study evaluates generators, so it may use them. Answers of
+    # other campaigns may train a reward, so these campaigns may not use them. The seed of an asset file is
+    # the number of the file and no seed of a latent.
     if settings.mode is not Mode.STUDY:
         seeds = (shape.seed for pair in planned for shape in (pair.first, pair.second) if not shape.file)
         refuse_held_out(seeds, f"campaign {name}")
 
 
 def _identity(shape: Shape) -> tuple:
-    """Return the columns of a shape; nan (unknown) becomes null. Equal shapes give equal columns."""
-    # nan is unequal to itself, so without this two shapes with an unknown level would never be equal.
-    return tuple(None if value != value else value for value in (getattr(shape, name) for name in FIELDS))
+    """Return the values of a shape's columns, in the order of FIELDS. Equal shapes give equal values.
+
+    A value nan, which stands for an unknown value, becomes None.
+    """
+    values = (getattr(shape, name) for name in FIELDS)
+    # Only nan is unequal to itself. Because of that, two shapes with nan would never be equal.
+    return tuple(None if value != value else value for value in values)
 
 
 def shape_from_row(row: Row, prefix: str = "") -> Shape:
-    """Build the shape from a row's columns; null becomes nan."""
+    """Make the shape that a row of the database describes. A null becomes nan.
+
+    Args:
+        row: row with the columns FIELDS.
+        prefix: text before the name of each column in this row.
+    """
     columns = row._mapping
     values: dict[str, Any] = {
         name: math.nan if columns[prefix + name] is None else columns[prefix + name] for name in FIELDS
@@ -174,18 +206,24 @@ def shape_from_row(row: Row, prefix: str = "") -> Shape:
 
 
 def settings_from_json(text: str) -> CampaignSettings:
-    """Parse the settings of a row of the table `campaigns`."""
+    """Parse the column `settings` of the table `campaigns`, which is JSON."""
     values = json.loads(text)
-    # Campaigns of older versions have no questions.
-    return CampaignSettings(
-        **{**values, "mode": Mode(values["mode"]), "questions": tuple(values.get("questions", ()))}
-    )
+    # JSON has neither enums nor tuples. Campaigns of older versions have no questions.
+    mode = Mode(values["mode"])
+    questions = tuple(values.get("questions", ()))
+    return CampaignSettings(**{**values, "mode": mode, "questions": questions})
 
 
 def list_campaigns(
-    c: Connection, name: str | None = None, campaign_id: int | None = None
+    connection: Connection, name: str | None = None, campaign_id: int | None = None
 ) -> list[StoredCampaign]:
-    """List campaigns, oldest first: all, or the campaign with the given name or id."""
+    """Return campaigns, oldest first.
+
+    Args:
+        connection: connection.
+        name: name of the only campaign that is returned; None: no restriction.
+        campaign_id: id of the only campaign that is returned; None: no restriction.
+    """
     count = select(func.count()).where(pairs.c.campaign_id == campaigns.c.id).scalar_subquery()
     query = select(campaigns, count.label("pair_count")).order_by(campaigns.c.id)
     query = query.where(campaigns.c.name == name) if name is not None else query
@@ -194,21 +232,24 @@ def list_campaigns(
         StoredCampaign(
             id=row.id, settings=settings_from_json(row.settings), created=row.created, pairs=row.pair_count
         )
-        for row in c.execute(query)
+        for row in connection.execute(query)
     ]
 
 
-def load_plan(c: Connection, campaign_id: int) -> Plan:
-    """Load a campaign with all shapes and pairs. Raises: LookupError for an unknown id."""
-    campaign = list_campaigns(c, campaign_id=campaign_id)
-    if not campaign:
-        raise LookupError(f"store: unknown id of a campaign: {campaign_id}. Reload the page.")
-    rows = c.execute(
+def load_plan(connection: Connection, campaign_id: int) -> Plan:
+    """Load a campaign with all its shapes and pairs.
+
+    Raises:
+        LookupError: there is no campaign with this id.
+    """
+    stored_campaigns = list_campaigns(connection, campaign_id=campaign_id)
+    if not stored_campaigns:
+        raise LookupError(f"store: there is no campaign with the id {campaign_id}. Reload the page.")
+    shape_rows = connection.execute(
         select(shapes).where(shapes.c.campaign_id == campaign_id).order_by(shapes.c.position)
     ).all()
-    # id of a shape -> its token
-    assets = {row.id: row.asset for row in rows}
-    stored = [
+    assets = {row.id: row.asset for row in shape_rows}  # id of a shape -> its asset token
+    stored_pairs = [
         StoredPair(
             id=row.id,
             position=row.position,
@@ -218,10 +259,12 @@ def load_plan(c: Connection, campaign_id: int) -> Plan:
             expected=row.expected,
             explanation=row.explanation,
         )
-        for row in c.execute(
+        for row in connection.execute(
             select(pairs).where(pairs.c.campaign_id == campaign_id).order_by(pairs.c.position)
         )
     ]
     return Plan(
-        campaign[0], {row.asset: shape_from_row(row) for row in rows}, {pair.id: pair for pair in stored}
+        stored_campaigns[0],
+        {row.asset: shape_from_row(row) for row in shape_rows},
+        {pair.id: pair for pair in stored_pairs},
     )

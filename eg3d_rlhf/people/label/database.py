@@ -1,25 +1,27 @@
-"""Opens a database by URL and defines the tables of the labelling store and its two kinds of transaction:
-reading, and writing one at a time.
+"""Database of the labelling application: connection by URL, tables, and the two kinds of transaction.
 
-SQLite runs with a write-ahead log, `synchronous=FULL` (a commit is on the disk), foreign keys, and BEGIN
-IMMEDIATE for writing. Writers of one process queue for a lock, because SQLite itself waits by sleeping.
-Writers of other processes wait for up to BUSY_SECONDS.
-PostgreSQL runs at READ COMMITTED. Writers take advisory locks in the order in which they are named, and hold
-them until the commit.
+A transaction either only reads, or it writes; write transactions follow one after another.
+
+SQLite runs with a write-ahead log, `synchronous=FULL` (a commit is on the disk when it returns), foreign
+keys, and BEGIN IMMEDIATE for writing. Writers of one process wait for a lock of this module, because SQLite
+itself waits by sleeping. Writers of other processes wait for up to BUSY_SECONDS. PostgreSQL runs at the
+isolation level READ COMMITTED. Writers take advisory locks in ascending order, and hold them until the
+commit.
 
 | table       | holds                                                            | changes                  |
 | ----------- | ---------------------------------------------------------------- | ------------------------ |
 | campaigns   | settings, as JSON                                                | never                    |
 | shapes      | one row per shape of a campaign, with its asset token            | never                    |
-| pairs       | the plan; `taken` of its `places` are assigned                | taken                    |
+| pairs       | the plan; `taken` of the `places` (slots) are assigned           | taken                    |
 | annotators  | names, roles, hashes of tokens                                   | revoked                  |
-| sessions    | hashes of login cookies                                          | inserted, deleted         |
+| sessions    | hashes of login cookies                                          | rows added and deleted   |
 | assignments | who sees which pair when, on which sides; which judgement counts | answered, undone, leased |
-| judgements  | received choices and undos; triggers reject any change        | never                    |
+| judgements  | received choices and undos; triggers reject any change           | never                    |
 
-An assignment of kind 'pair' takes a place of its pair while `released` is null. The database itself rejects
-more assignments of a pair than it has places, a second assignment of a pair to one annotator, a second use of
-a key, and a second undo of one judgement.
+A pair has one slot for each annotator who shall answer it (column `places`). An assignment of kind 'pair'
+uses a slot of its pair while its column `released` is null. The database itself rejects more assignments of a
+pair than it has slots, a second assignment of a pair to one annotator, a second use of a key, and a second
+undo of a judgement.
 """
 
 import contextlib
@@ -48,97 +50,109 @@ from sqlalchemy import (
 )
 from sqlalchemy.exc import ArgumentError, DatabaseError
 
-BUSY_SECONDS = 30  # longest wait of an SQLite writer for writers of other processes
-CONNECT_SECONDS = 5  # longest wait for a connection to PostgreSQL
-VERSION = 3  # of the tables; a store of another version is rejected
+BUSY_SECONDS = 30  # longest wait of an SQLite writer for writers of other processes, in seconds
+CONNECT_SECONDS = 5  # longest wait for a connection to PostgreSQL, in seconds
+VERSION = 3  # version of the tables; a store of another version is rejected
 EXAMPLES = "sqlite:///labels.db or postgresql://user@host/database"
 
 
 class Lock(enum.IntEnum):
     """Advisory locks of a writer on PostgreSQL, in the order in which they must be taken."""
 
-    SCHEMA = 1  # tables (number 0), campaigns (1) and annotators (2)
-    ANNOTATOR = 2  # one annotator's answers and undos
-    CAMPAIGN = 3  # giving out pairs
+    SCHEMA = 1  # creation of tables (number 0), campaigns (number 1) and annotators (number 2)
+    ANNOTATOR = 2  # answers and undos of the annotator whose id is the number
+    CAMPAIGN = 3  # assignment of pairs of the campaign whose id is the number
 
 
 class Database:
-    """An engine and its transactions. Thread-safe."""
+    """Connections to a database, and transactions on it. The object is thread-safe."""
 
     def __init__(self, url: str, create: bool):
         """Connect to a database.
 
         Args:
-            url: as `parse_url` reads it.
-            create: make a new SQLite file if there is none.
+            url: URL of the database, see `parse_url`.
+            create: True creates the SQLite file if it does not exist.
 
-        Raises: FileNotFoundError, ValueError for a file of another kind, OSError for a failed connection.
+        Raises:
+            FileNotFoundError: the SQLite file or its folder does not exist.
+            ValueError: the URL is invalid, or the file is not an SQLite database.
+            OSError: the connection fails.
         """
         self.url = parse_url(url)
         self.sqlite = self.url.get_backend_name() == "sqlite"
-        # Meaningless for PostgreSQL, and not used there.
+        # path of the SQLite file; for PostgreSQL it is the name of the database, and is not used
         path = Path(self.url.database or "")
-        # SQLite itself would create an empty file.
+        # Without this check, SQLite would create an empty file.
         if self.sqlite and not create and not path.is_file():
             raise FileNotFoundError(
-                f"store: expected a database at {path}, found nothing there. Check the path, or label some"
-                " pairs first."
+                f"store: there is no database at {path}. Check the path, or label some pairs first, which"
+                " creates the database."
             )
         if self.sqlite and create and not path.parent.is_dir():
             raise FileNotFoundError(
-                f"store: expected a folder {path.parent} for {path.name}, found none. Create it, or name"
-                " another."
+                f"store: the folder {path.parent} of the database {path.name} does not exist. Create the"
+                " folder, or choose another one."
             )
-        # The file is created before SQLite does it, because it must be readable for its owner only. SQLite
-        # gives its -wal and -shm files the same permissions.
+        # The file must be readable for its owner only, so it is created here and not by SQLite. SQLite gives
+        # its -wal and -shm files the same permissions.
         if self.sqlite and create:
-            # An existing file is what a second start finds. Any other error is reported by connecting below.
+            # The file exists already when a store is opened again. Any other error is reported by the
+            # connection below.
             with contextlib.suppress(OSError):
                 os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
         self.engine = _engine(self.url, self.sqlite)
-        # Single statements need no BEGIN and ROLLBACK around them, which would be two more round trips.
+        # On PostgreSQL, single statements need no BEGIN and ROLLBACK, which would be two more round trips.
         self._reader = (
             self.engine if self.sqlite else self.engine.execution_options(isolation_level="AUTOCOMMIT")
         )
-        self._turn = threading.Lock()  # writers of this process take turns
-        # Engines connect lazily. Connecting here reports a wrong address now, with the remedy.
+        self._write_lock = threading.Lock()  # held by the SQLite writer of this process
+        # An engine connects at its first use. This connection reports a wrong address immediately.
         try:
             with self.read():
                 pass
         except DatabaseError as error:
             self.close()
-            # The driver's reason, without SQLAlchemy's statement and link.
+            # error.orig is the error of the driver. SQLAlchemy's own message also contains the statement and
+            # a link.
             reason = str(error.orig).strip().splitlines()[0]
             if self.sqlite and "not a database" in reason:
                 raise ValueError(
-                    f"store {self.name}: expected an SQLite database, got a file of another kind. Name"
-                    " another."
+                    f"store {self.name}: the file is not an SQLite database. Choose the file of a label"
+                    " store, or the name of a new file."
                 ) from None
             raise OSError(
-                f"store {self.name}: expected to connect, got: {reason}. Check the address and your rights."
+                f"store {self.name}: the connection failed: {reason}. Check the address, and whether you may"
+                " access the database."
             ) from None
 
     @property
     def name(self) -> str:
-        """The URL with its password hidden, for messages."""
+        """Return the URL for messages, with its password hidden."""
         return self.url.render_as_string(hide_password=True)
 
     def read(self) -> Connection:
-        """Open a connection for reading, to be used in a `with` statement. On SQLite all its statements see
-        one consistent state; on PostgreSQL each statement sees what is committed then. Nothing is written.
+        """Open a connection for reading, which must be used in a `with` statement.
+
+        On SQLite, all statements of the connection see the same state of the database. On PostgreSQL, each
+        statement sees the state that is committed when it runs.
         """
         return self._reader.connect()
 
     @contextlib.contextmanager
     def write(self, *locks: tuple[Lock, int]) -> Iterator[Connection]:
-        """Run a transaction that is committed, and on the disk, when the block ends without an error.
+        """Open a write transaction inside the context.
+
+        It is committed, and on the disk, when the context ends without an error, and rolled back after an
+        error.
 
         Args:
-            locks: (lock, number) in ascending order, for PostgreSQL; SQLite has one writer anyway.
+            locks: (lock, number) in ascending order. They are used on PostgreSQL only, because SQLite has
+                only one writer at a time.
         """
         if self.sqlite:
             with (
-                self._turn,
+                self._write_lock,
                 self.engine.connect().execution_options(immediate=True) as connection,
                 connection.begin(),
             ):
@@ -154,77 +168,96 @@ class Database:
             yield connection
 
     def close(self) -> None:
+        """Close all connections."""
         self.engine.dispose()
 
 
-def insert_all(c: Connection, table: Table, rows: Sequence[Mapping]) -> list[int]:
-    """Insert rows, many at a time. Returns their ids in the same order."""
-    # PostgreSQL: several writers insert at once, so ids must be returned by the statement.
-    if c.dialect.name != "sqlite":
+def insert_all(connection: Connection, table: Table, rows: Sequence[Mapping]) -> list[int]:
+    """Insert rows into a table in few statements, and return their ids in the order of the rows.
+
+    Args:
+        connection: connection with a write transaction.
+        table: table with a column `id`.
+        rows: values of the other columns.
+    """
+    # On PostgreSQL several writers insert at once, so the statement must return the ids.
+    if connection.dialect.name != "sqlite":
         return list(
-            c.execute(insert(table).returning(table.c.id, sort_by_parameter_order=True), rows).scalars()
+            connection.execute(
+                insert(table).returning(table.c.id, sort_by_parameter_order=True), rows
+            ).scalars()
         )
-    # SQLite has one writer, and the id of a new row is one more than the largest, so the ids need no query.
-    last = c.execute(select(func.max(table.c.id))).scalar() or 0
-    c.execute(insert(table), rows)
-    return list(range(last + 1, last + 1 + len(rows)))
+    # SQLite has one writer, and gives new rows consecutive ids after the largest one, so the ids are known.
+    last_id = connection.execute(select(func.max(table.c.id))).scalar() or 0
+    connection.execute(insert(table), rows)
+    return list(range(last_id + 1, last_id + 1 + len(rows)))
 
 
 def parse_url(url: str) -> URL:
-    """Parse the URL of a store. PostgreSQL gets psycopg 3 as its driver.
+    """Parse the URL of a label store. The driver of PostgreSQL is psycopg 3.
 
-    Raises: ValueError for a URL of another form, another database, or SQLite in memory.
+    Raises:
+        ValueError: the text is not a URL, the database is neither SQLite nor PostgreSQL, or it is an SQLite
+            database in memory.
     """
     try:
         parsed = make_url(url)
     except (ArgumentError, ValueError):
-        raise ValueError(f"store: expected a database URL, got {url!r}. Write it as {EXAMPLES}.") from None
+        raise ValueError(
+            f"store: {url!r} is not the URL of a database. Write a URL such as {EXAMPLES}."
+        ) from None
     backend = parsed.get_backend_name()
-    # A database in memory would be lost at the end, and each connection of the pool would get its own.
+    # Each connection to a database in memory would get its own empty database.
     if backend == "sqlite" and parsed.database in (None, "", ":memory:"):
-        raise ValueError(f"store: expected a file in the URL, got {url!r}. Write it as sqlite:///labels.db.")
+        raise ValueError(
+            f"store: the URL {url!r} names no file. Write the URL of a file, such as sqlite:///labels.db."
+        )
     if backend == "postgresql":
         return parsed.set(drivername="postgresql+psycopg")
     if backend != "sqlite":
-        raise ValueError(f"store: expected SQLite or PostgreSQL, got {backend}. Write the URL as {EXAMPLES}.")
+        raise ValueError(
+            f"store: the database {backend} is not supported. Use SQLite or PostgreSQL: {EXAMPLES}."
+        )
     return parsed.set(drivername="sqlite")
 
 
 def _engine(url: URL, sqlite: bool) -> Engine:
-    """Create the engine: a pool of connections, with the settings of the module's docstring."""
+    """Make the engine, which is a pool of connections, with the settings in the docstring of this module."""
     if not sqlite:
         try:
             return create_engine(
                 url,
                 pool_size=20,
                 max_overflow=40,
-                # A connection that the server has closed in the meantime is replaced instead of failing.
+                # Connections that the server has closed in the meantime are replaced.
                 pool_pre_ping=True,
                 connect_args={"connect_timeout": CONNECT_SECONDS},
             )
         except ImportError:
             raise ValueError(
-                "store: PostgreSQL needs psycopg 3, which is not installed. Run pip install"
+                "store: PostgreSQL needs the package psycopg 3, which is not installed. Run pip install"
                 " 'eg3d-rlhf[postgres]'."
             ) from None
-    # Connections move between threads of the pool. SQLite's own check would reject that.
+    # check_same_thread=False: a connection of the pool is used by different threads, one after another.
     engine = create_engine(
         url, pool_size=20, max_overflow=60, connect_args={"timeout": BUSY_SECONDS, "check_same_thread": False}
     )
     event.listen(engine, "connect", _prepare_connection)
-    # Python's driver would begin transactions late, at the first change.
+    # Python's driver would begin a transaction only at the first change.
     event.listen(engine, "begin", _begin)
     return engine
 
 
 def _prepare_connection(connection: sqlite3.Connection, _record) -> None:
+    """Apply the settings in the docstring of this module to a new connection to SQLite."""
     connection.isolation_level = None  # `_begin` starts transactions, not the driver
-    # recursive_triggers: without it, INSERT OR REPLACE would delete a judgement without firing its trigger.
+    # Without recursive_triggers, INSERT OR REPLACE would delete a judgement without its trigger.
     for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "recursive_triggers=ON"):
         connection.execute(f"PRAGMA {pragma}")
 
 
 def _begin(connection: Connection) -> None:
+    """Begin a transaction on SQLite."""
     # BEGIN IMMEDIATE takes the write lock at once. A plain BEGIN that writes later can fail with SQLITE_BUSY
     # when another writer has committed since.
     connection.exec_driver_sql(
@@ -238,26 +271,35 @@ Id = sa.BigInteger().with_variant(sa.Integer, "sqlite")
 
 
 def _key() -> sa.Column:
+    """Make the column `id`, which is the primary key."""
     return sa.Column("id", Id, primary_key=True)
 
 
 def _to(table: str, name: str | None = None, null: bool = False) -> sa.Column:
-    """Make a foreign key to `table`, by default named like its singular with `_id`."""
+    """Make a column with the id of a row of `table`.
+
+    Args:
+        table: name of the table, a plural in -s.
+        name: name of the column; None: the singular of `table` with the ending `_id`.
+        null: True if the column may be null.
+    """
+    # table[:-1] is the singular
     return sa.Column(name or f"{table[:-1]}_id", Id, sa.ForeignKey(f"{table}.id"), nullable=null)
 
 
-def _column(kind, name: str, null: bool = False, **more) -> sa.Column:
-    return sa.Column(name, kind, nullable=null, **more)
+def _column(sql_type, name: str, null: bool = False, **options) -> sa.Column:
+    """Make a column that may not be null unless `null` is True. `options` are arguments of sa.Column."""
+    return sa.Column(name, sql_type, nullable=null, **options)
 
 
 def _partial(name: str, *columns: str, where: str, unique: bool = False) -> sa.Index:
-    """Make a partial index: it contains only the rows for which `where` holds."""
+    """Make a partial index, which contains only the rows that satisfy the SQL condition `where`."""
     return sa.Index(
         name, *columns, unique=unique, sqlite_where=sa.text(where), postgresql_where=sa.text(where)
     )
 
 
-_text, _real, _int = (functools.partial(_column, kind) for kind in (sa.Text, sa.Double, sa.Integer))
+_text, _real, _int = (functools.partial(_column, sql_type) for sql_type in (sa.Text, sa.Double, sa.Integer))
 
 schema_versions = sa.Table(
     "schema_versions", metadata, _int("version", primary_key=True, autoincrement=False), _real("applied")
@@ -276,7 +318,7 @@ shapes = sa.Table(
     _text("source"),
     _column(sa.BigInteger, "seed"),
     _real("psi", null=True),
-    _real("level", null=True),  # null: not known
+    _real("level", null=True),  # null: unknown, as for imported tables of seeds
     _int("resolution"),
     _int("triangles"),
     _text("degradation", server_default=sa.text("''")),
@@ -330,10 +372,10 @@ assignments = sa.Table(
     _int("sequence"),
     _text("kind"),
     _int("first_is_left"),
-    _real("leased"),  # last time at which the annotator's page asked for it
-    _real("released", null=True),  # when its place of the pair was given back
+    _real("leased"),  # last time at which the annotator's page requested the assignment
+    _real("released", null=True),  # time at which its slot was freed for other annotators; null: not released
     sa.Column("answered", Id),  # id of the judgement that counts; null: not answered
-    _real("undone", null=True),  # when its answer was last taken back, until it is answered again
+    _real("undone", null=True),  # time at which its answer was taken back; null again after the next answer
     sa.UniqueConstraint("campaign_id", "annotator_id", "sequence"),
     _partial(
         "assignments_once", "annotator_id", "pair_id", where="kind IN ('pair', 'training')", unique=True
@@ -349,7 +391,7 @@ judgements = sa.Table(
     _to("annotators"),
     _text("key"),
     _text("type"),  # 'choice' or 'undo'
-    _to("assignments", null=True),  # null: an undo when there was nothing to take back
+    _to("assignments", null=True),  # null: an undo when there was no answer to take back
     _text("choice", null=True),
     _text("reason", null=True),
     _column(sa.BigInteger, "milliseconds", null=True),
@@ -367,7 +409,7 @@ judgements = sa.Table(
     sa.Index("judgements_assignment", "assignment_id"),
 )
 
-APPEND_ONLY = "judgements are append-only: take one back with a further record"
+APPEND_ONLY = "judgements cannot be changed or deleted: add an undo to take a judgement back"
 
 SQLITE_TRIGGERS = (
     *(
@@ -399,45 +441,57 @@ POSTGRES_TRIGGERS = (
 
 
 def prepare_tables(database: Database, create: bool) -> None:
-    """Create the tables of a new database in one transaction; several processes may do so at once."""
+    """Create the tables of an empty database in one transaction. Several processes may call this at once.
+
+    Args:
+        database: database, which may be a label store already.
+        create: True creates the tables if there are none.
+
+    Raises:
+        ValueError: the database has tables of another program or another version, or no tables and `create`
+            is False.
+    """
     with database.read() as connection:
         if _is_store(connection, database, create):
             return
     with database.write((Lock.SCHEMA, 0)) as connection:
-        if _is_store(connection, database, create):  # another process was faster
+        # Another process may have created the tables before this one got the lock.
+        if _is_store(connection, database, create):
             return
-        # checkfirst=False: a table that exists already is an error, not accepted unseen.
+        # checkfirst=False: a table that exists already raises an error, because its columns were not checked.
         metadata.create_all(connection, checkfirst=False)
         for statement in SQLITE_TRIGGERS if database.sqlite else POSTGRES_TRIGGERS:
             connection.exec_driver_sql(statement)
-        # Written last, within the transaction: a store without a version is no store.
+        # The version makes the database a label store.
         connection.execute(schema_versions.insert().values(version=VERSION, applied=time.time()))
 
 
 def _is_store(connection: sa.Connection, database: Database, create: bool) -> bool:
-    """Check a database. Returns True for a store, False for an empty database that may become one.
+    """Return True if a database is a label store, and False if it is not and `create` is True.
 
-    Raises: ValueError for tables of another program, another version, or no store without `create`.
+    Raises:
+        ValueError: the database has tables of another program or another version, or it is not a label store
+            and `create` is False.
     """
     tables = set(sa.inspect(connection).get_table_names())
     if "schema_versions" not in tables:
-        # Tables with our names but without a version belong to another program.
-        foreign = sorted(tables & set(metadata.tables))
-        if foreign:
-            contents = f"tables {', '.join(foreign)} without a schema version"
+        # Tables that have the names of this module, but no version, belong to another program.
+        foreign_tables = sorted(tables & set(metadata.tables))
+        if foreign_tables:
             raise ValueError(
-                f"store {database.name}: expected a labelling store, found {contents}. Name another database."
+                f"store {database.name}: the database has the tables {', '.join(foreign_tables)} of another"
+                " program. Choose another database."
             )
         if not create:
             raise ValueError(
-                f"store {database.name}: expected a labelling store, found a database without one. Check the"
-                " URL."
+                f"store {database.name}: the database contains no label store. Check the URL, or label some"
+                " pairs first, which creates the store."
             )
         return False
     version = max(connection.execute(sa.select(schema_versions.c.version)).scalars(), default=None)
     if version != VERSION:
         raise ValueError(
-            f"store {database.name}: expected schema version {VERSION}, found {version}. Use the version"
-            " of the program that created it."
+            f"store {database.name}: its tables have version {version}, but this program needs version"
+            f" {VERSION}. Use the version of the program that created the store."
         )
     return True

@@ -1,10 +1,13 @@
 """Data classes that the parts of the labelling application exchange, and checks of their values.
 
-A campaign is one set of pairs with its settings. It does not change after it is created. A pair names two
-shapes in a fixed order, first and second. In a campaign that shows shapes one by one, both are the same
-shape. An assignment shows a pair to an annotator and decides which shape is on the left. A judgement answers
-an assignment and is never changed: an undo is a further record. Annotators see shapes, pairs and assignments
-under random tokens only, which reveal nothing about the generators.
+A labelling campaign is one set of pairs of shapes with its settings. It does not change after it is created.
+A pair names two shapes in a fixed order, first and second. In a campaign that shows shapes one by one, both
+are the same shape. An assignment shows a pair to an annotator and decides which shape is on the left. A
+judgement is the answer to an assignment and is never changed: an undo is a further record. Annotators see
+shapes, pairs and assignments under random tokens only, which contain no information about the generators.
+
+A gold pair has an answer that is known in advance, and checks the attention of an annotator. A practice pair
+(`Kind.TRAINING`) is an example whose correct answer is explained afterwards.
 """
 
 import enum
@@ -19,7 +22,7 @@ from training.config import check_knobs, knob
 
 
 class Mode(enum.StrEnum):
-    """Purpose of a campaign."""
+    """Purpose of a labelling campaign."""
 
     LABEL = "label"  # collecting preferences
     STUDY = "study"  # comparing two generators in a blind study
@@ -27,13 +30,13 @@ class Mode(enum.StrEnum):
 
 
 class Kind(enum.StrEnum):
-    """Reason for which a pair is shown."""
+    """Reason for which a pair is shown to an annotator."""
 
-    PAIR = "pair"  # a pair of the plan, shown to collect a preference
-    REPEAT = "repeat"  # the same annotator has answered it before, on the same sides
-    SWAP = "swap"  # the same annotator has answered it before, on swapped sides
-    GOLD = "gold"  # the answer is known: an attention check
-    TRAINING = "training"  # an explained example; never counted
+    PAIR = "pair"  # a pair of the plan, which is shown to collect a preference
+    REPEAT = "repeat"  # a pair that the same annotator has answered, on the same sides as before
+    SWAP = "swap"  # a pair that the same annotator has answered, on swapped sides
+    GOLD = "gold"  # an attention check: a pair whose correct answer is known in advance
+    TRAINING = "training"  # a practice pair: its correct answer is explained, and the answer is never counted
 
 
 class Choice(enum.StrEnum):
@@ -42,7 +45,7 @@ class Choice(enum.StrEnum):
     LEFT = "left"
     RIGHT = "right"
     TIE = "tie"
-    BAD = "bad"  # both are equally bad; only in campaigns with `both_bad`
+    BAD = "bad"  # both shapes are equally bad; only in campaigns with `both_bad`
     UP = "up"  # a single shape is good
     DOWN = "down"  # a single shape is bad
     SCORE_0, SCORE_1, SCORE_2, SCORE_3, SCORE_4, SCORE_5 = "012345"  # ratings of a single shape; 5 is best
@@ -50,44 +53,45 @@ class Choice(enum.StrEnum):
 
     @property
     def equal(self) -> bool:
-        """True if the answer ranks both shapes equally."""
+        """Return True if the answer ranks both shapes equally."""
         return self in (Choice.TIE, Choice.BAD)
 
     @property
     def good(self) -> bool | None:
-        """True or False for a good or bad rating of a single shape; None where pairs are compared."""
+        """Return True if the answer rates a single shape as good, False if as bad, None for other answers."""
         # Only the values of scores are digits. GOOD is the lowest score that counts as a good shape.
         if self.value in "012345":
             return int(self.value) >= GOOD
         return {"up": True, "down": False}.get(self.value)
 
     def meets(self, expected: str | None) -> bool:
-        """Return True if this is the known answer: 'left', 'right', or for a single shape 'up', 'down'."""
-        # A score is compared with a known 'up' or 'down' through `good`.
+        """Return True if the answer agrees with the correct answer.
+
+        Args:
+            expected: correct answer: 'left' or 'right', for a single shape 'up' or 'down', or None if it is
+                not known, with which no answer agrees.
+        """
+        # A score agrees with 'up' if it counts as good, and with 'down' if it does not.
         return self.value == expected or (
             self.good is not None and self.good == {"up": True, "down": False}.get(expected or "")
         )
 
 
-VIEWS = (
-    "front",
-    "left",
-    "right",
-    "back",
-    "above",
-    "below",
-)  # names of the page's view buttons; the settings name the initial view
-SCALES = {  # valid answers besides a skip, by the scale in the campaign's settings
+# names of the view buttons of the page, one of which the settings choose as the initial view
+VIEWS = ("front", "left", "right", "back", "above", "below")
+# valid answers besides a skip, by the scale in the settings of the campaign
+SCALES = {
     "pairs": (Choice.LEFT, Choice.RIGHT, Choice.TIE, Choice.BAD),
     "thumbs": (Choice.UP, Choice.DOWN),
     "scores": tuple(map(Choice, "012345")),
 }
-# The page lists the reasons in this order. "broken" means that a shape did not appear on the screen. A shape
-# with damage is not skipped: annotators compare it like any other.
+# Reasons for a skip, in the order in which the page lists them. "broken" means that a shape did not appear on
+# the screen. A damaged shape is no reason to skip: annotators compare it like any other shape.
 SKIP_REASONS = ("unsure", "identical", "broken", "other")
 
 
-DAMAGES = {  # added deliberately to a generator's shape -> its description for annotators
+# Damage that is added deliberately to a shape of a generator -> its description for annotators.
+DAMAGES = {
     "floaters": "lumps float loose in front of it",
     "holes": "pieces are bitten out of its front",
     "rough": "its surface is all bumps",
@@ -96,58 +100,63 @@ DAMAGES = {  # added deliberately to a generator's shape -> its description for 
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """One isosurface of a generator, with all parameters that are needed to compute it again; or one asset
-    file. Of an asset, `generator` is its label, `source` its path, psi and level are nan, and resolution and
-    triangles are 0.
+    """Isosurface of a generator, with all parameters that are needed to compute it again; or an asset file.
+
+    For an asset file, `generator` is the label of the asset, `source` is the path of the file, psi and level
+    are nan, and resolution and triangles are 0.
     """
 
     generator: str  # SHA-256 in hex of the generator's weights
-    source: str  # network file; '' is the bundled generator. Never sent to a browser
-    seed: int  # z = RandomState(seed).randn(z_dim)
+    source: str  # path of the network file; '' is the bundled generator. It is never sent to a browser
+    seed: int  # seed of the latent: z = RandomState(seed).randn(z_dim)
     psi: float  # truncation psi, usually 0 to 1; 1: no truncation
     level: float  # sigma_raw at the isosurface
     resolution: int  # grid points per axis of the cube
-    triangles: int  # approximate number after decimation
-    # Damage that was added deliberately, a key of DAMAGES or of assets.damage; '' is none. Only gold pairs
-    # and training pairs contain damaged shapes.
+    triangles: int  # approximate number of triangles after decimation
+    # Damage that was added deliberately: a key of DAMAGES or of assets.damage.DAMAGES; '' is no damage. Only
+    # gold pairs and practice pairs contain damaged shapes.
     degradation: str = ""
-    file: str = ""  # SHA-256 in hex of the asset's file; "" for an isosurface
-    condition: str = ""  # name of the prompt or input image; "" is none
+    file: str = ""  # SHA-256 in hex of the asset file; "" for an isosurface
+    condition: str = ""  # name of the prompt or input image; "" if there is none
 
-    # The file of a shape is cached under eg3d_rlhf.people.label.shape_files.shape_key(shape).
+    # eg3d_rlhf.people.label.shape_files.shape_key(shape) names the cached file of a shape.
 
     @classmethod
     def of_asset(cls, **fields) -> "Shape":
-        """Make the shape of an asset file: the parameters of an isosurface get their empty values."""
+        """Make the shape of an asset file. The parameters of an isosurface get their empty values.
+
+        Args:
+            fields: values of the other fields.
+        """
         return cls(psi=math.nan, level=math.nan, resolution=0, triangles=0, **fields)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedPair:
-    """A pair of a campaign before it is stored."""
+    """Pair of a campaign before it is stored."""
 
     first: Shape
     second: Shape
-    # PAIR, GOLD or TRAINING. Repeats and swaps are made from the answers of an annotator.
+    # PAIR, GOLD or TRAINING. A plan contains no repeats or swaps: they depend on the answers of an annotator.
     kind: Kind = Kind.PAIR
-    # 'first', 'second' or None: the known answer of gold and training pairs. For a single shape, 'first'
-    # means 'up' and 'second' means 'down'.
+    # Correct answer of a gold or practice pair: 'first' or 'second'; None for other pairs. For a single
+    # shape, 'first' means 'up' and 'second' means 'down'.
     expected: str | None = None
-    explanation: str = ""  # text of a training pair that is shown after the answer
+    explanation: str = ""  # text of a practice pair that is shown after the answer
 
 
 @dataclass(frozen=True, kw_only=True)
 class CampaignSettings:
-    """Settings of a campaign, which do not change after it is created."""
+    """Settings of a labelling campaign, which do not change after it is created."""
 
     name: str
     mode: Mode = Mode.LABEL
-    scale: str = "pairs"  # one of SCALES
-    seed: int = 0  # decides pairs, order, sides, repeats and gold checks
+    scale: str = "pairs"  # key of SCALES
+    seed: int = 0  # random seed of pairs, order, sides, repeats and gold checks
     annotators_per_pair: int = knob(1, "Number of different annotators who answer each pair.", "Pairs", low=1)
     repeat_share: float = knob(
         0.05,
-        "Share of trials that repeat an earlier pair of the annotator on the same sides.",
+        "Share of the trials that show an earlier pair of the same annotator again, on the same sides.",
         "Pairs",
         metavar="0..0.5",
         low=0,
@@ -156,7 +165,7 @@ class CampaignSettings:
     )
     swap_share: float = knob(
         0.05,
-        "Share of trials that repeat an earlier pair of the annotator on swapped sides.",
+        "Share of the trials that show an earlier pair of the same annotator again, on swapped sides.",
         "Pairs",
         metavar="0..0.5",
         low=0,
@@ -165,7 +174,7 @@ class CampaignSettings:
     )
     repeat_gap: int = knob(
         10,
-        "Least number of trials between a pair and its repeat.",
+        "Smallest number of trials between a pair and its repeat.",
         "Pairs",
         metavar="TRIALS",
         low=1,
@@ -173,103 +182,116 @@ class CampaignSettings:
     )
     gold_every: int = knob(
         25,
-        "One trial of this many is a gold check, whose answer is known. 0: no gold checks.",
+        "Number of trials of which one is a gold check: a pair whose correct answer is known. 0: no gold"
+        " checks.",
         "Pairs",
         metavar="TRIALS",
         low=0,
         rare=True,
     )
     trials_per_annotator: int | None = knob(
-        None, "Number of trials after which an annotator is finished.", "Pairs", low=1, shown="all", rare=True
+        None,
+        "Number of trials after which an annotator is finished.",
+        "Pairs",
+        low=1,
+        shown="all pairs",
+        rare=True,
     )
     view: str = knob("front", "View from which a shape is first shown.", "Pairs", choices=VIEWS, rare=True)
     show_render: bool = False  # annotators may also look at the RGB render
-    both_bad: bool = False  # pairs only: annotators may answer that both shapes are bad
-    questions: tuple[str, ...] = ()  # pairs only: further questions, see `Question`
-    reveal: bool = False  # pairs only: show the names after an answer
+    both_bad: bool = False  # annotators may answer that both shapes are bad; for pairs only
+    questions: tuple[str, ...] = ()  # further questions, see `Question`; for pairs only
+    reveal: bool = False  # the page shows the names of the generators after an answer; for pairs only
     extra: Mapping = field(default_factory=dict)  # further JSON values that are stored with the campaign
 
     def __post_init__(self):
         check_knobs(self)
         if self.scale not in SCALES or (self.mode is Mode.SINGLE) == (self.scale == "pairs"):
             raise ValueError(
-                f"scale: expected 'thumbs' or 'scores' for shapes one by one, and 'pairs' otherwise, got"
-                f" {self.scale!r} for {self.mode}. Use one of the allowed scales."
+                f"scale={self.scale!r} cannot be used in a campaign of mode {self.mode}. Use 'thumbs' or"
+                " 'scores' if shapes are shown one by one, and 'pairs' otherwise."
             )
         if self.mode is Mode.SINGLE and self.swap_share:
             raise ValueError(
-                f"--swap-share: expected 0 for shapes one by one, which have no sides, got {self.swap_share}."
-                " Remove the option."
+                f"--swap-share={self.swap_share} cannot be used in a campaign that shows shapes one by one,"
+                " because a single shape has no sides. Remove the option."
             )
-        asked = [name for name in ("both_bad", "questions", "reveal") if getattr(self, name)]
-        if self.mode is Mode.SINGLE and asked:
+        pair_settings = [name for name in ("both_bad", "questions", "reveal") if getattr(self, name)]
+        if self.mode is Mode.SINGLE and pair_settings:
+            name = pair_settings[0].replace("_", "-")
             raise ValueError(
-                f"--{asked[0].replace('_', '-')} needs pairs, but this campaign shows shapes one by one."
-                " Remove it."
+                f"--{name} needs pairs, but this campaign shows shapes one by one. Remove --{name}."
             )
         if self.mode is Mode.STUDY and self.reveal:
-            raise ValueError("reveal cannot be used in a study, which is blind. Remove it.")
-        # A pair is repeated once, so no more than every second trial can be one.
+            raise ValueError("--reveal cannot be used in a study, because a study is blind. Remove --reveal.")
+        # Each pair is repeated at most once, so at most every second trial can be a repeat.
         if self.repeat_share + self.swap_share > 0.5:
             raise ValueError(
-                f"repeat_share and swap_share must add up to at most 0.5, got {self.repeat_share} and"
-                f" {self.swap_share}. Reduce one of them."
+                f"--repeat-share={self.repeat_share} and --swap-share={self.swap_share} add up to more than"
+                " 0.5. Reduce one of them, because each pair can be repeated only once."
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class AssignedPair:
-    """An assignment as the server sends it to the page. Its tokens are random and reveal nothing."""
+    """Assignment as the server sends it to the page.
 
-    token: str  # of the assignment, random
+    Its tokens are random, so that they contain no information about the shapes.
+    """
+
+    token: str  # token of the assignment
     left: str  # asset token of the shape on the left
-    right: str
-    training: bool  # the only property that the annotator may see
+    right: str  # asset token of the shape on the right
+    training: (
+        bool  # True for a practice pair; the page shows the annotator no other property of the assignment
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """An answer as the page sends it."""
+    """Answer to an assignment as the page sends it."""
 
-    key: str  # chosen by the page, unique per annotator; sending a key twice has no further effect
-    assignment: str  # token
+    # Text that the page chooses, unique per annotator. If an answer is sent twice with the same key, it is
+    # recorded once.
+    key: str
+    assignment: str  # token of the assignment
     choice: Choice
-    reason: str | None = None  # of a skip
-    milliseconds: int = 0  # from the time when both shapes are visible to the choice
-    views: tuple[str, ...] = ()  # views and tools that were used: 'front', 'orbit', 'wireframe', ...
-    answered_at: float | None = None  # the page's clock, seconds since 1970
+    reason: str | None = None  # reason for a skip, one of SKIP_REASONS; None for other choices
+    milliseconds: int = 0  # time from the moment at which both shapes are visible to the choice
+    views: tuple[
+        str, ...
+    ] = ()  # names of views and tools that the annotator used, such as 'front' and 'orbit'
+    answered_at: float | None = None  # time of the choice by the clock of the browser, seconds since 1970
     page_version: str = ""
-    # question -> 'left', 'right' or 'tie', in addition to the choice
+    # votes on the further questions: name of the question -> 'left', 'right' or 'tie'
     votes: Mapping[str, str] = field(default_factory=dict)
     comment: str | None = None  # free text of the annotator
 
 
 @dataclass(frozen=True, kw_only=True)
 class JudgementRow:
-    """A judgement with its campaign, assignment and shapes, as the store returns it for exports, quality
-    reports and training.
-    """
+    """Judgement with its campaign, assignment and shapes, for exports, quality reports and training."""
 
-    id: int  # grows with time of receipt
-    campaign: str
-    mode: str
-    annotator: str
-    assignment: str
-    sequence: int  # number of the assignment among the annotator's, from 1
-    pair: int  # same number: same pair of shapes
+    id: int  # increases with the time of receipt
+    campaign: str  # name of the campaign
+    mode: str  # value of `Mode`
+    annotator: str  # name of the annotator
+    assignment: str  # token of the assignment
+    sequence: int  # number of the assignment among the annotator's assignments, from 1
+    pair: int  # number of the pair of shapes; equal numbers are equal pairs
     kind: Kind
     left: Shape
     right: Shape
     first_is_left: bool
     choice: Choice
     reason: str | None
-    expected: str | None  # 'left' or 'right', 'up' or 'down', where the answer is known
+    expected: str | None  # correct answer: 'left', 'right', 'up' or 'down'; None: not known
     milliseconds: int
     views: tuple[str, ...]
     answered_at: float | None
-    received_at: float  # the server's clock, seconds since 1970
+    received_at: float  # time of receipt by the clock of the server, seconds since 1970
     page_version: str
-    undone: bool  # taken back later: does not count
+    undone: bool  # True if the annotator took the answer back later, so that it does not count
     # question -> 'left', 'right' or 'tie'; empty if the campaign asks no further questions
     votes: Mapping[str, str] = field(default_factory=dict)
     comment: str | None = None
@@ -280,154 +302,189 @@ LOCAL = "local"  # name of the annotator who uses the server's machine
 
 
 class ConflictError(ValueError):
-    """Error of an answer to an assignment that is answered already, or of a key that was used before."""
+    """Error of a request that contradicts the stored state, such as a second answer to one assignment."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StoredCampaign:
-    """A campaign as it is stored; it never changes."""
+    """Labelling campaign as it is stored; it never changes."""
 
     id: int
     settings: CampaignSettings
-    created: float  # seconds since 1970
-    pairs: int  # count, gold and training included
+    created: float  # time of creation, seconds since 1970
+    pairs: int  # number of pairs, gold and practice pairs included
 
 
 @dataclass(frozen=True, kw_only=True)
 class StoredAnnotator:
-    """A person who may answer. An admin may also see results and manage annotators."""
+    """Person who may answer. An admin may also see results and manage annotators."""
 
     id: int
     name: str
     role: str  # one of ROLES
-    created: float
-    revoked: float | None  # time at which the token was withdrawn, seconds since 1970; None: valid
+    created: float  # time of creation, seconds since 1970
+    revoked: float | None  # time at which the access was revoked, seconds since 1970; None: not revoked
 
 
 @dataclass(frozen=True, kw_only=True)
 class Submitted:
-    """Result of submitting an answer; the answer is on the disk when this is returned."""
+    """Result of submitting an answer. The answer is on the disk before the result is returned."""
 
-    judgement: int  # id
-    duplicate: bool  # the key was used before: nothing was written, this is the first result
-    training: bool = False
-    correct: bool | None = None  # of training pairs with a known answer, unless skipped
-    explanation: str = ""  # of training pairs
-    better: str | None = None  # the known answer of training pairs: 'left', 'right', 'up' or 'down'
-    # names of the left and the right generator, if the campaign reveals them
+    judgement: int  # id of the judgement
+    duplicate: (
+        bool  # True if the answer was recorded before: nothing was written, and this is the first result
+    )
+    training: bool = False  # True for a practice pair
+    correct: bool | None = None  # True or False for a practice pair with a correct answer; None otherwise
+    explanation: str = ""  # explanation of a practice pair
+    better: str | None = None  # correct answer of a practice pair: 'left', 'right', 'up' or 'down'
+    # names of the generators of the left and the right shape, if the campaign reveals them
     reveal: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class OwnAnswer:
-    """An answer as its annotator sees it again. Like `AssignedPair` it reveals nothing else."""
+    """Answer as the annotator who gave it can see it again.
 
-    sequence: int  # number of the assignment among the annotator's, from 1
-    assignment: str  # token
-    left: str  # asset tokens
-    right: str
+    It contains no information about the shapes, see `AssignedPair`.
+    """
+
+    sequence: int  # number of the assignment among the annotator's assignments, from 1
+    assignment: str  # token of the assignment
+    left: str  # asset token of the shape on the left
+    right: str  # asset token of the shape on the right
     choice: Choice
     reason: str | None
     votes: Mapping[str, str]
     comment: str | None
-    answered: float  # the server's clock, seconds since 1970
-    changeable: bool  # may be undone and answered again
+    answered: float  # time of receipt by the clock of the server, seconds since 1970
+    changeable: bool  # True if the annotator may undo the answer and answer again
 
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
     """Progress of an annotator in a campaign."""
 
-    done: int  # number of answered trials, without training pairs
-    training_left: int
-    # Estimated number of trials: other annotators may take some of the same pairs in the meantime.
+    done: int  # number of answered trials, without practice pairs
+    training_left: int  # number of practice pairs that are not answered yet
+    # Estimated number of all trials. It is an estimate, because other annotators may be assigned some of the
+    # same pairs in the meantime.
     total: int
 
 
 # ---- further questions of a campaign of pairs
-# A question is written as its name alone if it is one of QUESTIONS, for which the page has texts in all its
-# languages, and as NAME=TEXT otherwise.
+# The settings contain a question as its name alone if it is one of QUESTIONS, for which the page has texts in
+# all its languages, and as NAME=TEXT otherwise.
 
 QUESTIONS = ("geometry", "texture", "prompt")
 VOTES = tuple(choice.value for choice in (Choice.LEFT, Choice.RIGHT, Choice.TIE))
 QUESTION_NAME = re.compile(r"[a-z][a-z0-9_-]{0,31}")
-# Bounds that keep the question list readable on a phone's page; MAX_TEXT counts characters.
+# Limits that keep the list of questions readable on a phone; MAX_TEXT counts characters.
 MAX_QUESTIONS = 6
 MAX_TEXT = 120
 
 
 @dataclass(frozen=True)
 class Question:
-    """A question about a pair, besides which shape is better."""
+    """Question about a pair, in addition to the question which shape is better."""
 
     name: str
     text: str | None  # None: the page has the text in its languages
 
 
-def parse_questions(written: Iterable[str]) -> tuple[Question, ...]:
-    """Parse the questions of a campaign's settings.
+def parse_questions(texts: Iterable[str]) -> tuple[Question, ...]:
+    """Parse the questions in the settings of a campaign.
 
-    Raises: ValueError for unknown names, texts of invalid length, and a name that occurs twice.
+    Args:
+        texts: questions as the settings contain them: a name of QUESTIONS, or NAME=TEXT.
+
+    Raises:
+        ValueError: a name is unknown or occurs twice, a text has an invalid length, or there are more than
+            MAX_QUESTIONS questions.
     """
     questions = []
-    for entry in written:
-        name, equals, text = (part.strip() for part in str(entry).partition("="))
-        # `equals` is empty where there is no "=": then the name must be one that the page has texts for.
+    for question_text in texts:
+        name, equals, text = (part.strip() for part in str(question_text).partition("="))
+        # `equals` is empty if there is no "=". The page must then have texts for the name.
         if not QUESTION_NAME.fullmatch(name) or (not equals and name not in QUESTIONS):
-            known = ", ".join(QUESTIONS)
             raise ValueError(
-                f"--criteria: expected {known} or NAME=TEXT, where NAME consists of a to z, 0 to 9, _ and"
-                f" -, got {entry!r}. Correct it."
+                f"--criteria: {question_text!r} is not a valid question. Use one of {', '.join(QUESTIONS)},"
+                " or NAME=TEXT, where NAME starts with a letter and consists of a to z, 0 to 9, _ and -."
             )
-        # isprintable() rejects line breaks and control characters, which the page cannot show in a button.
+        # isprintable() is False for line breaks and control characters, which a button cannot show.
         if equals and (not 1 <= len(text) <= MAX_TEXT or not text.isprintable()):
-            got = repr(text[:40])
             raise ValueError(
-                f"--criteria: the text of {name} must have 1 to {MAX_TEXT} printable characters, got {got}."
-                " Correct it."
+                f"--criteria: the text of the question {name} is {text[:40]!r}. Use a text of 1 to {MAX_TEXT}"
+                " printable characters."
             )
         questions.append(Question(name, text if equals else None))
     names = [question.name for question in questions]
-    if len(set(names)) < len(names) or len(names) > MAX_QUESTIONS:
+    if len(set(names)) < len(names):
         raise ValueError(
-            f"--criteria: expected at most {MAX_QUESTIONS} different questions, got {', '.join(names)}."
-            " Remove some."
+            f"--criteria: a question occurs more than once in {', '.join(names)}. Remove the repeated"
+            " question."
+        )
+    if len(names) > MAX_QUESTIONS:
+        raise ValueError(
+            f"--criteria: {len(names)} questions were given ({', '.join(names)}), but at most {MAX_QUESTIONS}"
+            " are allowed. Remove some questions."
         )
     return tuple(questions)
 
 
-def check_votes(asked: Iterable[str], votes: Mapping[str, str], choice: Choice) -> None:
-    """Check the votes of an answer. A skipped pair has no votes.
+def check_votes(questions: Iterable[str], votes: Mapping[str, str], choice: Choice) -> None:
+    """Check the votes of an answer. Every question must have a vote, and a skipped pair must have no votes.
 
-    Raises: ValueError unless every question, and no other, has a vote.
+    Args:
+        questions: questions as the settings of the campaign contain them.
+        votes: name of a question -> vote.
+        choice: choice of the answer.
+
+    Raises:
+        ValueError: a vote is missing, unknown or not allowed.
     """
-    names = {question.name for question in parse_questions(asked)} if choice is not Choice.SKIP else set()
+    names = {question.name for question in parse_questions(questions)} if choice is not Choice.SKIP else set()
     if set(votes) != names or not set(votes.values()) <= set(VOTES):
         expected = (
-            f"a vote of {', '.join(VOTES)} on each of {', '.join(sorted(names))}" if names else "no votes"
+            f"one of {', '.join(VOTES)} for each of the questions {', '.join(sorted(names))}"
+            if names
+            else "no votes"
         )
+        # The message quotes at most MAX_QUESTIONS votes, so that its length is bounded.
+        quoted_votes = dict(list(votes.items())[:MAX_QUESTIONS])
         raise ValueError(
-            # The message quotes at most MAX_QUESTIONS votes, so that its length is bounded.
-            f"answer: expected {expected}, got {dict(list(votes.items())[:MAX_QUESTIONS])}. Reload the page."
+            f"answer: the votes must be {expected}, but they are {quoted_votes}. Reload the page."
         )
 
 
 def check_stored(votes: str) -> None:
-    """Check votes in JSON, as an exported file holds them. Raises: ValueError for invalid ones."""
+    """Check the votes in a record of an exported file.
+
+    Args:
+        votes: JSON text.
+
+    Raises:
+        ValueError: the text is not a JSON object from names of questions to votes.
+    """
     try:
         parsed = json.loads(votes)
-        fits = isinstance(parsed, dict) and all(
+        is_valid = isinstance(parsed, dict) and all(
             QUESTION_NAME.fullmatch(name) and vote in VOTES for name, vote in parsed.items()
         )
     except ValueError:
-        fits = False
-    if not fits:
+        is_valid = False
+    if not is_valid:
         raise ValueError(
-            f"expected votes as JSON, from a question to one of {', '.join(VOTES)}, got {votes[:60]!r}."
-            " Export again."
+            f"the votes {votes[:60]!r} are not a JSON object from names of questions to {', '.join(VOTES)}."
+            " Export the campaign again."
         )
 
 
 def answers_to(question: str, rows: Iterable[JudgementRow]) -> list[JudgementRow]:
-    """Return the judgements that have a vote on a question, with that vote in place of their choice."""
+    """Return the judgements that have a vote on a question, with that vote in place of their choice.
+
+    Args:
+        question: name of the question.
+        rows: judgements.
+    """
     return [replace(row, choice=Choice(row.votes[question])) for row in rows if question in row.votes]

@@ -1,4 +1,7 @@
-"""Plans a campaign from flags or continues a stored one, and starts the label server with its flags."""
+"""Planning of a labelling campaign from flags, and start of the label server.
+
+A campaign that is stored already is continued instead of planned.
+"""
 
 import functools
 import socket
@@ -34,7 +37,7 @@ if TYPE_CHECKING:
     from eg3d_rlhf.generators import LoadedGenerator
     from eg3d_rlhf.people.label.store import Store
 
-# Names of the flags that become settings of the campaign and not of its pairs.
+# Names of the flags that become fields of CampaignSettings, and not of PairingOptions.
 SETTINGS = (
     *(field.name for field, _, _ in knobs_of(CampaignSettings)),
     "show_render",
@@ -43,76 +46,93 @@ SETTINGS = (
     "reveal",
 )
 FLAGS = "flags"  # key of a campaign's `extra` under which the flags are stored
-_MESHES = ("glb", "obj", "ply")  # kinds of files that a mesh reward reads
+_MESHES = ("glb", "obj", "ply")  # kinds of files that a mesh reward can read
 _server_option = functools.partial(option, group="Server")
 
 
 def filled(flags: Mapping, *kinds: type) -> dict:
-    """Replace flags that were not given by the defaults of the settings' fields."""
-    defaults = {field.name: field.default for kind in kinds for field, _, _ in knobs_of(kind)}
-    # None means that the flag was not given; no flag has None as a value of its own.
+    """Return the values of flags, with the defaults of settings in place of flags that were not passed.
+
+    Args:
+        flags: value of each flag; None for a flag that was not passed.
+        kinds: settings dataclasses whose knobs have the names of the flags.
+    """
+    defaults: dict = {}
+    for kind in kinds:
+        defaults |= {field.name: field.default for field, _, _ in knobs_of(kind)}
     return {name: defaults.get(name) if value is None else value for name, value in flags.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """A campaign as the flags describe it."""
+    """Labelling campaign as the flags of a command describe it."""
 
-    name: str  # of the campaign
+    name: str  # name of the campaign
     network: str | None  # network file; None: the bundled generator
-    after: str | None  # name of the campaign whose results decide this round of a tournament
+    # name of the earlier campaign whose results decide the pairs of this round of a tournament; None: no
+    # results
+    after: str | None
     pairing: PairingOptions
-    settings: Mapping  # values of SETTINGS
-    assets: str | None = None  # folder or list of finished assets, in place of a generator
-    up: str = "y"  # axis of the assets that points up
-    lenient: bool = False  # leave out assets that cannot be shown, and report them
+    settings: Mapping  # values of the flags in SETTINGS
+    # folder or list of asset files that are compared instead of samples of a generator
+    assets: str | None = None
+    up: str = "y"  # axis of the asset files that points up
+    lenient: bool = False  # True leaves out asset files that cannot be shown, and reports them
 
     def to_json(self) -> dict:
         """Return the flags as JSON values, as a campaign's `extra` stores them."""
-        # JSON has no tuples. A stored list must equal the flags of the next start.
+        # The values must equal those that are read from JSON at the next start, so tuples become lists.
         pairing = {**asdict(self.pairing), "rewards": list(self.pairing.rewards)}
         settings = {**self.settings, "questions": list(self.settings["questions"])}
-        # Left out for generators, whose campaigns have no such flags.
+        # a campaign on a generator has no flags of asset files
         assets = {"assets": self.assets, "up": self.up} if self.assets else {}
         return {"network": self.network, **assets, "after": self.after, **pairing, **settings}
 
     def campaign_settings(self, extra: Mapping) -> CampaignSettings:
-        """Return the settings of the campaign."""
-        # Single shapes have a mode and a scale of their own; pairs use the defaults.
+        """Return the settings of the campaign.
+
+        Args:
+            extra: further JSON values that are stored with the campaign.
+        """
+        # A campaign of pairs uses the default mode and the default scale.
         scale = {"mode": Mode.SINGLE, "scale": self.pairing.single} if self.pairing.single else {}
         settings = {**self.settings, **scale}
         return CampaignSettings(name=self.name, seed=self.pairing.seed, extra=dict(extra), **settings)
 
 
 def check_resumed(
-    campaign: StoredCampaign, wanted: Mapping, given: set[str], another: str = "--campaign=NAME"
+    campaign: StoredCampaign, flags: Mapping, written: set[str], another: str = "--campaign=NAME"
 ) -> dict:
-    """Compare flags with those that a stored campaign was planned from, and return the stored ones.
+    """Check that the flags of a command agree with the flags from which a stored campaign was planned.
 
     Args:
-        campaign: that is continued.
-        wanted: values of the flags now.
-        given: names of the flags that were written on the command line.
-        another: the flag that names another campaign, for the message.
+        campaign: stored campaign that is continued.
+        flags: values of the flags of the command.
+        written: names of the flags that the user passed on the command line. Other flags are not compared.
+        another: flag that names another campaign, for the message.
 
-    Raises: ValueError if a flag was written with another value.
+    Returns:
+        Values of the flags from which the campaign was planned.
+
+    Raises:
+        ValueError: the campaign was not planned from flags, or a flag was passed with another value.
     """
     name = campaign.settings.name
-    # Campaigns of studies and imports contain no flags.
-    stored = campaign.settings.extra.get(FLAGS)
-    if stored is None:
+    # campaigns of studies and of imports have no flags
+    stored_flags = campaign.settings.extra.get(FLAGS)
+    if stored_flags is None:
         raise ValueError(
-            f"--campaign={name}: this campaign was not planned by this command, so it cannot be continued"
-            " here. Choose another name."
+            f"--campaign={name}: this campaign was not planned by this command, so this command cannot"
+            " continue it. Choose another name."
         )
-    # Flags that were not written keep their stored value, whatever their default is now.
-    for flag in sorted(given & set(wanted)):
-        if stored.get(flag) != wanted[flag]:
+    # A flag that was not passed keeps its stored value, even if its default has changed.
+    for flag in sorted(written & set(flags)):
+        if stored_flags.get(flag) != flags[flag]:
             raise ValueError(
-                f"--{flag.replace('_', '-')}: campaign {name!r} was planned with {stored.get(flag)}, got"
-                f" {wanted[flag]}. Remove the flag, or start another campaign with {another}."
+                f"--{flag.replace('_', '-')}={flags[flag]}: the campaign {name!r} was planned with the value"
+                f" {stored_flags.get(flag)}. Remove the flag, or start another campaign with {another}."
             )
-    return stored
+    return stored_flags
 
 
 def plan_campaign(
@@ -124,11 +144,17 @@ def plan_campaign(
     """Plan a new campaign. It is not stored.
 
     Args:
-        store: in which `request.after` is looked up.
-        request: the flags.
-        report: called with lines of progress.
-        scorer: makes the ensemble that scores asset files, for strategies that read scores. None: the mesh
-            rewards that the request names.
+        store: store that contains the campaign `request.after`; None: there is no store yet.
+        request: campaign as the flags describe it.
+        report: function that is called with lines of progress.
+        scorer: function that makes the ensemble which scores asset files, for strategies that use scores.
+            None: the ensemble consists of the mesh rewards that the request names.
+
+    Returns:
+        Settings and pairs of the campaign.
+
+    Raises:
+        ValueError: a flag does not fit; the message names it.
     """
     from eg3d_rlhf.generators import load_generator
 
@@ -138,20 +164,23 @@ def plan_campaign(
         with naming("--after"):
             if store is None:
                 raise ValueError(
-                    f"{request.after!r} is the campaign of an earlier round, but there is no database. Check"
-                    " --db."
+                    f"the campaign {request.after!r} of an earlier round cannot be read, because there is no"
+                    " database. Pass the database that contains it with --db."
                 )
             filters = LabelFilters(campaign=request.after)
     if request.assets is not None:
         with naming("--assets"):
             collection = read_collection(Path(request.assets), report, request.lenient)
         ensemble = None
-        # Rewards are loaded only for strategies that use them.
+        # rewards are loaded only for strategies that use scores
         if strategy.least_rewards:
-            make = scorer or partial(mesh_ensemble, request.pairing.strategy, request.pairing.rewards)
-            ensemble = make(collection)
+            make_ensemble = scorer or partial(
+                mesh_ensemble, request.pairing.strategy, request.pairing.rewards
+            )
+            ensemble = make_ensemble(collection)
         with naming("--after"):
-            # Answers of the earlier round: rows, because asset pairs have no seeds.
+            # Judgements and not preferences are read, because a preference names seeds, which assets do not
+            # have.
             rows = kept_judgements(store, filters, Mode.LABEL) if store and filters else []
             answers = answers_of(collection, rows)
         with naming("--assets"):
@@ -164,39 +193,49 @@ def plan_campaign(
         }
         return request.campaign_settings(extra), assets.pairs
     with naming("--after"):
-        # Read before the generator is loaded: an unknown campaign is reported at once.
+        # The results are read before the generator is loaded, so that an unknown campaign is reported
+        # immediately.
         results = store_preferences(store, filters) if store and filters else []
     with naming("--network"):
         generator = load_generator(request.network)
-    what = "shapes" if request.pairing.single else "pairs"
-    report(f"planning {request.pairing.pairs} {what} ({request.pairing.strategy}) ...")
+    unit = "shapes" if request.pairing.single else "pairs"
+    report(f"planning {request.pairing.pairs} {unit} ({request.pairing.strategy}) ...")
     ensemble = reward_ensemble(request.pairing, generator) if strategy.least_rewards else None
     planned = plan(request.pairing, generator, results, ensemble)
     return request.campaign_settings({FLAGS: request.to_json(), "plan": planned.report}), planned.pairs
 
 
 def with_access(store: "Store") -> list[str]:
-    """Return the names of annotators who may log in."""
-    # LOCAL has no token, so it cannot log in from another machine.
-    return [person.name for person in store.annotators() if person.revoked is None and person.name != LOCAL]
+    """Return the names of the annotators who may log in."""
+    # LOCAL has no token, so this annotator cannot log in from another machine.
+    return [
+        annotator.name
+        for annotator in store.annotators()
+        if annotator.revoked is None and annotator.name != LOCAL
+    ]
 
 
 def check_annotators(store: "Store | None", host: str, command: str) -> None:
-    """Raise ValueError if no annotator could log in to a server that other machines can reach.
+    """Check that an annotator can log in to a server that other machines can reach.
 
     Args:
-        command: that adds an annotator, for the message.
+        store: store of the annotators; None: there is no store yet.
+        host: value of --host.
+        command: command that adds an annotator, for the message.
+
+    Raises:
+        ValueError: there is no annotator who can log in.
     """
     if store is None or not with_access(store):
         raise ValueError(
-            f"--host={host}: annotators must log in with a token, but there is no annotator yet. Add one"
-            f" with: {command}"
+            f"--host={host}: annotators must log in with a token, but there is no annotator yet. Add an"
+            f" annotator with: {command}"
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServerFlags:
-    """Flags of the server: its address, certificate, proxy and files."""
+    """Values of the flags of a label server, which have the names of the fields."""
 
     host: str
     port: int
@@ -208,28 +247,32 @@ class ServerFlags:
     cache: Path
 
     def __post_init__(self):
-        # One without the other cannot be used.
         if (self.certificate is None) != (self.key is None):
+            missing_flag = "--certificate" if self.certificate is None else "--key"
             raise ValueError(
-                "--certificate and --key must be given together: the PEM files of the certificate and of"
-                " its key. Add the other one."
+                f"--certificate and --key must be given together, but {missing_flag} is missing. Add"
+                f" {missing_flag} with its PEM file."
             )
 
     @classmethod
     def of(cls, flags: Mapping, folder: Path) -> "ServerFlags":
-        """Select the flags of the server; the access log lies in `folder` by default."""
-        # The fields have the names of the flags.
-        chosen = {field.name: flags[field.name] for field in fields(cls)}
-        return cls(**{**chosen, "access_log": flags["access_log"] or folder / "access.jsonl"})
+        """Select the flags of the server from all flags of a command.
+
+        Args:
+            flags: values of all flags, by name.
+            folder: folder of the access log if --access-log was not passed.
+        """
+        values = {field.name: flags[field.name] for field in fields(cls)}
+        return cls(**{**values, "access_log": flags["access_log"] or folder / "access.jsonl"})
 
     @property
     def exposed(self) -> bool:
-        """True if other machines reach the server. Then tokens are required."""
-        # Through a proxy, other machines reach a server on loopback.
+        """Return True if other machines can reach the server, so that tokens are required."""
+        # Through a proxy, other machines can reach a server that listens on the loopback address.
         return not is_loopback(self.host) or self.proxy is not None
 
     def to_dict(self) -> dict:
-        """Return the flags for --dry-run."""
+        """Return the flags as --dry-run prints them, in JSON types."""
         address = {
             "host": self.host,
             "port": self.port,
@@ -240,10 +283,10 @@ class ServerFlags:
 
 
 def server_options(access_log: str, title: str = "Heading of the page."):
-    """Return a decorator that adds the server's flags to a command.
+    """Make the decorator that adds the flags of the label server to a command.
 
     Args:
-        access_log: default place of that file, as the help shows it.
+        access_log: default of --access-log, as the help shows it.
         title: help text of --title.
     """
     file = click.Path(path_type=Path, dir_okay=False)
@@ -253,26 +296,32 @@ def server_options(access_log: str, title: str = "Heading of the page."):
             "--host",
             metavar="ADDRESS",
             default="127.0.0.1",
-            help="Address to listen on. With any address but loopback, annotators need a token.",
+            help=(
+                "Address on which the server listens. If other machines can reach it, annotators need a"
+                " token."
+            ),
         ),
         _server_option(
             "--port",
             metavar="INT",
             type=click.IntRange(0, 65535),
             default=8000,
-            help="Port to listen on. 0: any free port.",
+            help="Port on which the server listens. 0: any free port.",
         ),
         _server_option(
             "--certificate",
             metavar="FILE",
             type=pem,
-            help="PEM file of the certificate. With --key, the server uses https.",
+            help="PEM file of the server's certificate. With --key, the server uses https.",
         ),
         _server_option("--key", metavar="FILE", type=pem, help="PEM file of the certificate's private key."),
         _server_option(
             "--proxy",
             metavar="ADDRESS",
-            help="Address of a reverse proxy whose X-Forwarded headers are trusted. Annotators need a token.",
+            help=(
+                "Address of a reverse proxy whose X-Forwarded headers are trusted. Annotators then need a"
+                " token."
+            ),
         ),
         _server_option(
             "--access-log",
@@ -280,14 +329,14 @@ def server_options(access_log: str, title: str = "Heading of the page."):
             type=file,
             show_default=access_log,
             rare=True,
-            help="File for the requests, as JSON lines without tokens.",
+            help="File to which a JSON line without tokens is written for each request.",
         ),
         _server_option(
             "--cache",
             metavar="DIR",
             type=click.Path(path_type=Path, file_okay=False),
             default=DEFAULT_FOLDER,
-            help="Folder of prepared shapes.",
+            help="Folder in which prepared shapes are stored.",
             rare=True,
         ),
         _server_option(
@@ -309,24 +358,28 @@ def serve_campaign(
     announce: Callable[[str], list[str]],
     unit: str,
 ) -> None:
-    """Prepare a campaign's shapes and serve it until it is interrupted.
+    """Serve a campaign until it is interrupted, and prepare its shapes in the meantime.
 
     Args:
-        announce: returns the lines to print for the server's address.
-        unit: name of what is stored, for the last line.
+        store: store that contains the campaign.
+        db: URL of the store.
+        campaign: name of the campaign.
+        server: flags of the server.
+        announce: function (URL of the server) -> lines that are printed when the server listens.
+        unit: noun for an answer in the line that is printed at the end.
     """
     from eg3d_rlhf.people.label.server.app import serve
 
     cache = ShapeCache(server.cache)
     stored = store.campaign(campaign)
     if stored is not None:
-        # Files of assets may have been restored since the last start.
+        # A missing asset file may have been restored since the last start, so it is tried again.
         cache.forget_temporary_failures(shape for _, shape in store.shapes(stored.id) if shape.file)
     options = AppOptions(
         store=store,
         campaign=campaign,
         cache=cache,
-        # The preparation runs in another process, which opens the database by its URL.
+        # The preparation runs in another process, which opens the store by its URL.
         preparation=Preparation(db, campaign, cache),
         exposed=server.exposed,
         title=server.title,
@@ -334,14 +387,18 @@ def serve_campaign(
     )
 
     def listening(address: str) -> None:
-        # An address that means all interfaces is no address that a browser can open.
-        for everywhere in ("//0.0.0.0:", "//[::]:"):
-            address = address.replace(everywhere, f"//{socket.gethostname()}:")
+        """Print the address of the server, and warnings about unsafe settings."""
+        # The addresses 0.0.0.0 and [::] mean all interfaces, and a browser cannot open them.
+        for all_interfaces in ("//0.0.0.0:", "//[::]:"):
+            address = address.replace(all_interfaces, f"//{socket.gethostname()}:")
         for line in announce(address):
             click.echo(line)
-        # Any permission for group or others.
+        # 0o077 are the permissions of the group and of others
         if server.key is not None and server.key.stat().st_mode & 0o077:
-            click.echo(f"--key: other accounts of this machine can read it. Run chmod 600 {server.key}")
+            click.echo(
+                "warning: other accounts of this machine can read the private key. Run chmod 600"
+                f" {server.key}"
+            )
         if server.exposed and server.certificate is None and server.proxy is None:
             click.echo(
                 "warning: tokens are sent without encryption. Outside a trusted network, use --certificate"
@@ -358,118 +415,148 @@ def serve_campaign(
             proxy=server.proxy,
             on_listening=listening,
         )
-    # Every answer was on the disk before it was acknowledged, so nothing is lost.
+    # Every answer was on the disk before the page got its reply, so an interrupt loses no answer.
     except KeyboardInterrupt:
-        click.echo(f"stopped. Every {unit} is stored. The same command continues.")
+        click.echo(f"Stopped. Every {unit} is stored. Run the same command again to continue.")
 
 
 def refuse_flags_before(ctx: click.Context, *allowed: str) -> None:
-    """Check that only allowed parameters stand before the name of a sub-command.
+    """Check that only allowed flags stand before the name of a sub-command.
 
-    Raises: ValueError with the names of the others.
+    Args:
+        ctx: context of the group.
+        allowed: names of the allowed parameters.
+
+    Raises:
+        ValueError: another flag stands before the sub-command; the message names it.
     """
-    if used := named_flags(ctx, given_flags(ctx) - set(allowed)):
+    if rejected_flags := named_flags(ctx, given_flags(ctx) - set(allowed)):
         names = " and ".join(f"--{name}" for name in allowed)
         raise ValueError(
-            f"{', '.join(used)}: only {names} may stand before {ctx.invoked_subcommand}. Write other flags"
-            " after it."
+            f"{', '.join(rejected_flags)}: only {names} may stand before the sub-command"
+            f" {ctx.invoked_subcommand}. Write the other flags after {ctx.invoked_subcommand}."
         )
 
 
 def given_flags(ctx: click.Context) -> set[str]:
-    """Return the names of the parameters that were written on the command line."""
-    # A default value is no statement of the user, also if it equals the written one.
+    """Return the names of the parameters that the user passed on the command line."""
+    # The source of a parameter, and not its value, shows whether it was passed.
     return {name for name in ctx.params if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE}
 
 
 def named_flags(ctx: click.Context, names: set[str]) -> list[str]:
-    """Return the flags of these parameters as a user writes them, rare flags included."""
-    return [
-        p.opts[0]
-        # Rare flags are not parameters of the command itself (see core.cli).
-        for p in (*ctx.command.params, *getattr(ctx.command, "rare", {}).values())
-        if p.name in names
-    ]
+    """Return the flags of parameters as a user writes them, such as "--dry-run".
+
+    Args:
+        ctx: context of the command.
+        names: names of the parameters.
+    """
+    # Flags that only --help-all shows are in the attribute `rare` of the command, see core.cli.
+    parameters = (*ctx.command.params, *getattr(ctx.command, "rare", {}).values())
+    return [parameter.opts[0] for parameter in parameters if parameter.name in names]
 
 
 # ---- a campaign of labels for one round of tuning
 
-LEAST_ANSWERED = 0.9  # share of the pairs that must be answered; skips count as answers
-# Settings of a round of tuning; tools/label.py has the same defaults.
+LEAST_ANSWERED = 0.9  # smallest share of the pairs that must be answered; a skip counts as an answer
+# Settings of a campaign for a round of tuning; tools/label.py has the same defaults.
 ASKED = {"show_render": False, "both_bad": True, "questions": (), "reveal": False}
 
 
 def label_command(url: str, campaign: str) -> str:
-    """Return the command that starts labelling."""
+    """Return the command that starts the label server of a campaign."""
     return f"python tools/label.py --db={url} --campaign={campaign}"
 
 
 def make_round(url: str, name: str, network: Path, pairing: PairingOptions) -> bool:
-    """Plan and store a campaign of shapes of `network`. Returns False if it exists already; it is not
-    changed.
+    """Plan and store a campaign that compares shapes of a network.
+
+    Args:
+        url: URL of the store, which is created if it does not exist.
+        name: name of the campaign.
+        network: network file.
+        pairing: options of the pairs.
+
+    Returns:
+        True if the campaign was made, and False if a campaign of this name exists, which is not changed.
     """
     with open_store(url, create=True) as store:
         if store.campaign(name) is not None:
             return False
-        # All settings at their defaults, then those of a round.
-        defaults = filled(dict.fromkeys(SETTINGS), CampaignSettings) | ASKED
+        # ASKED replaces some of the defaults
+        settings = filled(dict.fromkeys(SETTINGS), CampaignSettings) | ASKED
         request = Request(
-            # An absolute path: labelling may be continued from another working directory.
+            # The path is absolute, because labelling may be continued from another working directory.
             name=name,
             network=str(network.resolve()),
             after=None,
             pairing=pairing,
-            settings=defaults,
+            settings=settings,
         )
         store.create_campaign(*plan_campaign(store, request, print))
         return True
 
 
 def round_labels(url: str, name: str, generator: "LoadedGenerator", pairs: int) -> list[Preference]:
-    """Return the labels of a campaign of `pairs` pairs.
+    """Return the labels of a campaign.
 
-    Raises: ValueError for too few answers, and for labels of another generator.
+    Args:
+        url: URL of the store.
+        name: name of the campaign.
+        generator: generator whose shapes the campaign compares.
+        pairs: number of pairs of the campaign.
+
+    Raises:
+        ValueError: too few pairs are answered, or the labels belong to another generator.
     """
     with open_store(url, create=False) as store:
-        # Different pairs: with several annotators per pair, answers outnumber them.
+        # Pairs and not answers are counted, because several annotators may answer one pair.
         answered = len({row.pair for row in store.judgements(name) if row.kind is Kind.PAIR})
         labels = store_preferences(store, LabelFilters(campaign=name))
-    least = max(1, round(LEAST_ANSWERED * pairs))
-    if answered < least:
-        remedy = f"Continue to label with: {label_command(url, name)}"
+    least_answered = max(1, round(LEAST_ANSWERED * pairs))
+    if answered < least_answered:
         raise ValueError(
-            f"{name}: expected answers to at least {least} of {pairs} pairs, got {answered}. {remedy}"
+            f"campaign {name}: at least {least_answered} of {pairs} pairs must be answered, but {answered}"
+            f" are. Continue to label with: {label_command(url, name)}"
         )
-    # A database from another run would train the reward on other shapes.
-    foreign = {label.generator for label in labels} - {generator.hash}
-    if foreign:
-        actual = str(foreign.pop())[:12]
+    # Labels of another generator, such as those of another run's database, would train the reward on other
+    # shapes.
+    other_generators = {label.generator for label in labels} - {generator.hash}
+    if other_generators:
+        other_hash = str(other_generators.pop())[:12]
         raise ValueError(
-            f"{name}: expected labels of generator {generator.hash[:12]}..., got labels of {actual}..."
-            " Restore the database."
+            f"campaign {name}: its labels belong to generator {other_hash}..., but the run tunes generator"
+            f" {generator.hash[:12]}... Restore the database of this run."
         )
     return labels
 
 
 def mesh_ensemble(strategy: str, rewards: Sequence[str], collection: Collection) -> Ensemble:
-    """Load mesh rewards (`eg3d-rlhf reward mesh`) as an ensemble that scores the assets of a collection by
-    index.
+    """Load mesh rewards (`eg3d-rlhf reward mesh`) as an ensemble that scores asset files.
 
-    Raises: ValueError for too few rewards, for other kinds of rewards, and for assets that are no meshes.
+    Args:
+        strategy: name of the strategy that uses the scores.
+        rewards: reward files.
+        collection: asset files. The ensemble scores them by their index.
+
+    Raises:
+        ValueError: there are too few rewards, a file contains another kind of reward, or an asset is not a
+            mesh.
     """
     if not rewards:
-        least = STRATEGIES[strategy].least_rewards
+        least_rewards = STRATEGIES[strategy].least_rewards
         raise ValueError(
-            f"--strategy={strategy}: expected {least} or more mesh rewards for asset files, got none. Train"
-            " them with `eg3d-rlhf reward mesh` and name each by --reward=FILE. For assets that a flow has"
-            f" sampled, use `eg3d-rlhf flow label WORK --strategy={strategy}`."
+            f"--strategy={strategy} needs at least {least_rewards} mesh rewards for asset files, but"
+            " --reward is missing. Train mesh rewards with `eg3d-rlhf reward mesh`, and pass each of them"
+            " with --reward=FILE. For assets that a flow has sampled, use `eg3d-rlhf flow label WORK"
+            f" --strategy={strategy}`."
         )
     check_rewards(strategy, len(rewards))
-    other = next((asset for asset in collection.assets if asset.kind not in _MESHES), None)
-    if other is not None:
+    other_asset = next((asset for asset in collection.assets if asset.kind not in _MESHES), None)
+    if other_asset is not None:
         raise ValueError(
-            f"--strategy={strategy}: mesh rewards read meshes only, but {other.path.name} is of kind"
-            f" {other.kind}. Use --strategy=random."
+            f"--strategy={strategy}: mesh rewards score meshes only, but {other_asset.path.name} is of kind"
+            f" {other_asset.kind}. Use --strategy=random."
         )
     import torch
 
@@ -481,15 +568,15 @@ def mesh_ensemble(strategy: str, rewards: Sequence[str], collection: Collection)
 
     @torch.no_grad()
     def score(indices: Sequence[int]) -> Scored:
-        """Score assets: scores [M members, N], and embeddings [N, sum of widths]."""
+        """Return the scores [M, N] of N assets by M members, and embeddings [N, sum of widths]."""
         assets = [collection.assets[index] for index in indices]
         meshes = [load_mesh(asset.path) for asset in assets]
-        # A prompt without a text, such as one with an image only, is represented by its name.
+        # A prompt that has an image but no text is represented by its name.
         prompts = [collection.prompts[asset.prompt].text or asset.prompt for asset in assets]
-        # One embedding [N, D] per member; the head maps it to a score [N, 1].
-        embeddings = [m.embed(patches_of(meshes, m.patches), prompts) for m in members]
-        scores = [m.head(e)[:, 0] for m, e in zip(members, embeddings, strict=True)]
+        # Each member makes an embedding [N, D], and its head maps the embedding to a score [N, 1].
+        embeddings = [member.embed(patches_of(meshes, member.patches), prompts) for member in members]
+        scores = [member.head(embedding)[:, 0] for member, embedding in zip(members, embeddings, strict=True)]
         return Scored(torch.stack(scores).double().numpy(), torch.cat(embeddings, dim=1).double().numpy())
 
-    described = [{"file": Path(path).name, "sha256": file_hash(path), "members": 1} for path in rewards]
-    return Ensemble(score, len(members), described)
+    descriptions = [{"file": Path(path).name, "sha256": file_hash(path), "members": 1} for path in rewards]
+    return Ensemble(score, len(members), descriptions)

@@ -1,9 +1,11 @@
-"""Plans the pairs of a campaign on a generator's seeds, with gold and training pairs, whose answer is known.
+"""Planning of the pairs of a labelling campaign whose shapes are samples of a generator.
 
-A strategy of `STRATEGIES` chooses the pairs. Equal options and generators give equal plans.
+A strategy of `STRATEGIES` chooses the pairs. Gold pairs and practice pairs, whose correct answer is known,
+are added. Equal options and generators give equal plans.
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -31,8 +33,8 @@ from training.config import knob
 if TYPE_CHECKING:
     from eg3d_rlhf.generators import LoadedGenerator
 
-# One gold pair for every 25 other pairs, and at least 4 of them: with fewer, a random annotator would often
-# pass.
+# There is one gold pair for every 25 other pairs, and at least 4 gold pairs. With fewer, an annotator who
+# answers at random would often pass all of them.
 _GOLD_EVERY = 25
 _LEAST_GOLD = 4
 SINGLE_EXPLANATION = "This one was broken on purpose: {}. It is not a good shape."
@@ -42,43 +44,64 @@ _rare_title_knob = functools.partial(knob, group=TITLE, rare=True)
 
 @dataclass(frozen=True, kw_only=True)
 class PairingOptions(StrategyOptions):
-    """Settings of a campaign's pairs: which shapes are compared, and which strategy chooses the pairs. Gold
-    and training pairs are added to `pairs`.
+    """Options of the pairs of a campaign: the shapes that are compared, and the strategy that chooses the
+    pairs.
+
+    Gold pairs and practice pairs are added to the number `pairs`.
     """
 
     strategy: str = knob(
         "random",
-        f"Strategy that chooses the pairs: {', '.join(STRATEGIES)}, or one of a plugin.",
+        f"Strategy that chooses the pairs: {', '.join(STRATEGIES)}, or the name of a plugin's strategy.",
         TITLE,
         metavar="NAME",
     )
-    seed: int = knob(0, "Random seed of pairs, order, sides and repeats.", TITLE, low=0, high=MAX_SEED)
-    # The labels that come with the package use seeds 0 to about 3999; these are different shapes.
-    first_seed: int = knob(
-        10_000, "First latent seed; further shapes use the seeds after it.", TITLE, low=0, high=MAX_SEED
+    seed: int = knob(
+        0,
+        "Random seed for choosing pairs, their order, the sides of shapes, and repeats.",
+        TITLE,
+        low=0,
+        high=MAX_SEED,
     )
-    psi: float = _rare_title_knob(1.0, "Truncation psi.", metavar="0..2", low=0, high=2, flags=("--trunc",))
+    # The labels in the package use the seeds 0 to about 3999, so the default gives other shapes.
+    first_seed: int = knob(
+        10_000,
+        "Seed of the first shape's latent. Further shapes use the seeds after it.",
+        TITLE,
+        low=0,
+        high=MAX_SEED,
+    )
+    psi: float = _rare_title_knob(
+        1.0, "Truncation psi of the latents.", metavar="0..2", low=0, high=2, flags=("--trunc",)
+    )
     level: float | None = _rare_title_knob(
-        None, "Raw density sigma_raw at the surface.", shown="stored in the generator"
+        None, "Raw density sigma_raw at the surface of a shape.", shown="stored in the generator"
     )
     resolution: int = _rare_title_knob(
-        128, "Grid points per axis at which the density is sampled.", metavar="POINTS", low=16, high=512
+        128,
+        "Number of grid points per axis at which the density is sampled.",
+        metavar="POINTS",
+        low=16,
+        high=512,
     )
     triangles: int = _rare_title_knob(
         30_000, "Approximate number of triangles per shape.", low=100, high=10**6
     )
     gold: int | None = _rare_title_knob(
         None,
-        "Number of gold pairs, whose answer is known.",
+        "Number of gold pairs, which check the attention of annotators because their correct answer is"
+        " known.",
         low=0,
         high=10**5,
         shown="one for 25 pairs, at least 4",
     )
-    training: int = _rare_title_knob(3, "Number of explained examples at the start.", low=0, high=100)
-    rewards: tuple[str, ...] = ()  # reward files of the ensemble; none: the two bundled rewards
+    training: int = _rare_title_knob(
+        3, "Number of practice pairs at the start, whose correct answer is explained.", low=0, high=100
+    )
+    rewards: tuple[str, ...] = ()  # reward files of the ensemble; empty: the two bundled rewards
     single: str | None = knob(
         None,
-        "Show one shape at a time and ask for thumbs, or for scores from 0 to 5.",
+        "Scale of a campaign that shows one shape at a time: thumbs up or down, or scores from 0 to 5.",
         TITLE,
         choices=("thumbs", "scores"),
         shown="pairs",
@@ -86,22 +109,22 @@ class PairingOptions(StrategyOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        STRATEGIES[self.strategy]  # raises for an unknown name
-        # A strategy chooses pairs, and single shapes have none to choose.
+        STRATEGIES[self.strategy]  # this access raises an error for an unknown name
+        # A strategy chooses pairs, and a campaign of single shapes has no pairs.
         if self.single and self.strategy != "random":
             raise ValueError(
-                f"--single cannot be combined with --strategy={self.strategy}. Remove one of the two, or use"
-                " --strategy=random."
+                f"--single cannot be combined with --strategy={self.strategy}, which chooses pairs. Remove"
+                " one of the two flags, or use --strategy=random."
             )
         if self.level is not None and not np.isfinite(self.level):
             raise ValueError(
-                f"--level: expected a finite number, got {self.level}. Remove it to use the value that is"
-                " stored in the generator."
+                f"--level={self.level} is not a finite number. Pass a finite number, or remove --level to"
+                " use the value that is stored in the generator."
             )
         if self.first_seed + self.seeds > MAX_SEED:
             raise ValueError(
-                f"--first-seed: the campaign needs {self.seeds} seeds up to {MAX_SEED}, got"
-                f" {self.first_seed}. Use a smaller one."
+                f"--first-seed={self.first_seed}: the campaign needs {self.seeds} seeds from this one on,"
+                f" but the largest seed is {MAX_SEED}. Use a smaller --first-seed."
             )
         # Seeds that are reserved for evaluation must not train a reward.
         refuse_held_out(
@@ -111,27 +134,30 @@ class PairingOptions(StrategyOptions):
 
     @property
     def gold_pairs(self) -> int:
-        """Number of gold pairs."""
-        # -(-a // b) rounds up.
-        return max(_LEAST_GOLD, -(-self.pairs // _GOLD_EVERY)) if self.gold is None else self.gold
+        """Return the number of gold pairs."""
+        if self.gold is not None:
+            return self.gold
+        # -(-a // b) is a / b, rounded up
+        return max(_LEAST_GOLD, -(-self.pairs // _GOLD_EVERY))
 
     @property
     def compared(self) -> int:
-        """Number of different shapes that the pairs compare."""
+        """Return the number of different shapes that the pairs compare."""
         return self.pairs if self.single else STRATEGIES[self.strategy].items_for(self)
 
     @property
     def seeds(self) -> int:
-        """Number of seeds that the campaign uses: compared shapes, gold pairs, training pairs."""
+        """Return the number of seeds that the campaign uses, including those of gold and practice pairs."""
         return self.compared + self.gold_pairs + self.training
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The pairs of a campaign in order, and a report of how they were chosen (JSON values)."""
+    """Pairs of a campaign, and a report of their choice."""
 
-    pairs: list[PlannedPair]  # in the order in which they are prepared and shown, approximately
-    report: dict  # options, and the facts of the strategy
+    # in the order of their preparation, which is roughly the order in which they are shown
+    pairs: list[PlannedPair]
+    report: dict  # options, and facts that the strategy reports, in JSON types
 
 
 def plan(
@@ -143,48 +169,58 @@ def plan(
     """Plan the pairs of a campaign.
 
     Args:
-        options: of the campaign.
-        generator: whose shapes are compared.
-        results: preferences of an earlier campaign, for strategies that read answers.
-        ensemble: for strategies that read rewards.
+        options: options of the pairs.
+        generator: generator whose shapes are compared.
+        results: preferences of an earlier campaign, for strategies that use answers. Other strategies ignore
+        them.
+        ensemble: rewards, for strategies that use scores.
+
+    Raises:
+        ValueError: the generator does not accept a seed, or the results belong to another generator.
     """
     from eg3d_rlhf.generators import check_seeds
 
-    # The stored plan contains the number, not "the generator's level".
+    # The level of the generator is inserted, so that the stored plan contains the number.
     options = options if options.level is not None else replace(options, level=generator.generator.level)
     results = results if STRATEGIES[options.strategy].reads_answers else ()
-    # With results, the strategy chooses among the seeds of the earlier campaign, which were checked then.
+    # With results, the strategy chooses among the seeds of the earlier campaign, which was checked when it
+    # was planned.
     if not results:
-        last = options.first_seed + options.seeds - 1
+        last_seed = options.first_seed + options.seeds - 1
         check_seeds(
             generator.generator,
-            last,
-            f"--first-seed={options.first_seed}, {options.seeds} seeds with gold and training",
+            last_seed,
+            f"--first-seed={options.first_seed}, {options.seeds} seeds with gold and practice pairs",
         )
     rng = np.random.default_rng(options.seed)
     make_shape = shape_factory(options, generator)
     report = {**asdict(options), "rewards": list(options.rewards)}
     seeds: Sequence[Sequence[int]]
     if options.single:
-        rng.permutation(2 * options.pairs)  # version 0.1 drew pairs first; its random numbers follow
+        # Version 0.1 drew a permutation for pairs first. It is drawn and ignored, so that the next random
+        # numbers are the same.
+        rng.permutation(2 * options.pairs)
         seeds = [(seed, seed) for seed in (rng.permutation(options.pairs) + options.first_seed).tolist()]
     else:
-        seeds, more = _chosen(options, generator, results, ensemble, rng)
-        report |= more
-    pairs = [PlannedPair(first=make_shape(a), second=make_shape(b)) for a, b in seeds]
-    taken = {seed for pair in seeds for seed in pair}
-    # Gold and training pairs use the next seeds that no pair uses, so that no annotator sees a shape both
-    # damaged and undamaged outside them.
-    unused = (seed for seed in range(options.first_seed + options.compared, MAX_SEED) if seed not in taken)
-    known = [
-        make_shape(seed)
-        for seed, _ in zip(unused, range(options.gold_pairs + options.training), strict=False)
+        seeds, strategy_report = _chosen(options, generator, results, ensemble, rng)
+        report |= strategy_report
+    pairs = [
+        PlannedPair(first=make_shape(first_seed), second=make_shape(second_seed))
+        for first_seed, second_seed in seeds
     ]
-    known_pairs = damaged_singles if options.single else known_answers
-    gold = known_pairs(known[: options.gold_pairs], Kind.GOLD, rng)
-    training = known_pairs(known[options.gold_pairs :], Kind.TRAINING, rng)
-    # Training comes first, because annotators learn the task from it.
-    return Plan(training + interleave(pairs, gold), report)
+    used_seeds = set().union(*seeds)
+    # Gold and practice pairs use the next seeds that no pair uses, so that their undamaged shapes occur
+    # nowhere else.
+    unused_seeds = (
+        seed for seed in range(options.first_seed + options.compared, MAX_SEED) if seed not in used_seeds
+    )
+    known_count = options.gold_pairs + options.training
+    known_shapes = [make_shape(seed) for seed in itertools.islice(unused_seeds, known_count)]
+    make_known_pairs = damaged_singles if options.single else known_answers
+    gold_pairs = make_known_pairs(known_shapes[: options.gold_pairs], Kind.GOLD, rng)
+    practice_pairs = make_known_pairs(known_shapes[options.gold_pairs :], Kind.TRAINING, rng)
+    # Practice pairs come first, because annotators learn the task from them.
+    return Plan(practice_pairs + interleave(pairs, gold_pairs), report)
 
 
 def _chosen(
@@ -194,16 +230,23 @@ def _chosen(
     ensemble: Ensemble | None,
     rng: np.random.Generator,
 ) -> tuple[list[list[int]], dict]:
-    """Choose pairs of seeds. Returns them and the report of the strategy."""
+    """Choose pairs of seeds with the strategy of the options.
+
+    Returns:
+        Pairs of seeds, and the report of the strategy in JSON types.
+
+    Raises:
+        ValueError: the results belong to another generator, or the ensemble has too few rewards.
+    """
     for result in results:
         if result.generator not in (None, generator.hash) or result.psi not in (None, options.psi):
-            got = f"{str(result.generator)[:12]} and psi {result.psi}"
             raise ValueError(
-                f"plan: expected results of this generator and psi, got {got}. Use the same --network and"
-                " --trunc as for those results."
+                f"plan: the results of the earlier campaign belong to generator {str(result.generator)[:12]}"
+                f" and psi {result.psi}, but this campaign uses generator {generator.hash[:12]} and psi"
+                f" {options.psi}. Use the same --network and --trunc as for the earlier campaign."
             )
-    # A later round compares the seeds of the earlier rounds. Strategies work with their positions in this
-    # list.
+    # A later round of a tournament compares the seeds of the earlier rounds. A strategy does not use seeds,
+    # but their positions in this list.
     seeds: Sequence[int] = sorted({seed for result in results for seed in (result.winner, result.loser)})
     seeds = seeds or range(options.first_seed, options.first_seed + options.compared)
     position = {seed: index for index, seed in enumerate(seeds)} if results else {}
@@ -212,34 +255,40 @@ def _chosen(
         score = ensemble.score
         scores = replace(ensemble, score=lambda indices: score([seeds[index] for index in indices]))
     check_rewards(options.strategy, 0 if ensemble is None else ensemble.size)
-    chosen = STRATEGIES[options.strategy].plan(
-        # Seeds have no prompt and no generator that would restrict which pairs are possible.
+    strategy_plan = STRATEGIES[options.strategy].plan(
+        # Any two seeds may form a pair: there is one generator, and no prompt.
         Items(members=[Item()] * len(seeds), unlimited=True, ensemble=scores),
-        [replace(r, winner=position[r.winner], loser=position[r.loser]) for r in results],
+        [replace(result, winner=position[result.winner], loser=position[result.loser]) for result in results],
         rng,
         options,
     )
-    pairs = [[seeds[a], seeds[b]] for a, b in chosen.pairs]
-    return pairs, report_with_names(chosen.report, lambda a, b: {"seeds": [seeds[a], seeds[b]]})
+    pairs = [[seeds[a], seeds[b]] for a, b in strategy_plan.pairs]
+    return pairs, report_with_names(strategy_plan.report, lambda a, b: {"seeds": [seeds[a], seeds[b]]})
 
 
 def report_with_names(report: Mapping, name: Callable[[int, int], Mapping]) -> dict:
-    """Return a strategy's report in which names of the items replace their positions in the entries of "why".
+    """Return the report of a strategy with names of the items in place of their positions.
+
+    Only the list "why" of the report, which explains the choice of each pair, contains positions.
 
     Args:
-        name: returns the names of two items as JSON values.
+        report: report of the strategy.
+        name: function (position, position) -> names of the two items, as JSON values.
     """
     named = dict(report)
     if "why" in report:
         named["why"] = [
-            {**name(*entry["pair"]), **{key: value for key, value in entry.items() if key != "pair"}}
-            for entry in report["why"]
+            {
+                **name(*pair_report["pair"]),
+                **{key: value for key, value in pair_report.items() if key != "pair"},
+            }
+            for pair_report in report["why"]
         ]
     return named
 
 
 def shape_factory(options: PairingOptions, generator: "LoadedGenerator") -> Callable[[int], Shape]:
-    """Return a function from a seed to its shape under these options."""
+    """Return a function (seed) -> `Shape` of the generator with these options."""
     # An empty source means the bundled generator, whose path differs from installation to installation.
     source = "" if generator.path == bundled.GENERATOR else str(generator.path.resolve())
     level = generator.generator.level if options.level is None else options.level
@@ -257,22 +306,29 @@ def shape_factory(options: PairingOptions, generator: "LoadedGenerator") -> Call
 def known_answers(
     shapes: Sequence[Shape], kind: Kind, rng: np.random.Generator, damages: Mapping[str, str] = DAMAGES
 ) -> list[PlannedPair]:
-    """Pair each shape with a copy of itself that was damaged deliberately. The kinds of damage take turns,
-    and the order of the two shapes is random.
+    """Make pairs whose correct answer is known: each shape, and a copy of it that is damaged deliberately.
+
+    The kinds of damage follow one after another, and the order of the two shapes is random.
+
+    Args:
+        shapes: undamaged shapes.
+        kind: kind of the pairs, GOLD or TRAINING.
+        rng: random generator, of which one number per pair is used.
+        damages: kind of damage -> its description for annotators.
     """
     pairs = []
     for number, shape in enumerate(shapes):
-        name, seen = list(damages.items())[number % len(damages)]
-        # Everything but the damage is equal, so only the damage can give the answer.
-        sides = [shape, replace(shape, degradation=name)]
-        swapped = bool(rng.integers(2))
+        name, description = list(damages.items())[number % len(damages)]
+        # The shapes are equal except for the damage, so the damage alone decides which shape is better.
+        two_shapes = [shape, replace(shape, degradation=name)]
+        is_damaged_first = bool(rng.integers(2))
         pairs.append(
             PlannedPair(
-                first=sides[swapped],
-                second=sides[not swapped],
+                first=two_shapes[is_damaged_first],  # False and True are the indices 0 and 1
+                second=two_shapes[not is_damaged_first],
                 kind=kind,
-                expected="second" if swapped else "first",
-                explanation=EXPLANATION.format(seen) if kind is Kind.TRAINING else "",
+                expected="second" if is_damaged_first else "first",
+                explanation=EXPLANATION.format(description) if kind is Kind.TRAINING else "",
             )
         )
     return pairs
@@ -281,9 +337,12 @@ def known_answers(
 def damaged_singles(
     shapes: Sequence[Shape], kind: Kind, rng: np.random.Generator, damages: Mapping[str, str] = DAMAGES
 ) -> list[PlannedPair]:
-    """Return each shape alone, damaged deliberately; see `known_answers`."""
+    """Make pairs for a campaign of single shapes: each contains a deliberately damaged shape twice.
+
+    The correct answer is thumbs down. See `known_answers` for the arguments.
+    """
     pairs = []
-    # known_answers draws a side here, too, so the random numbers are the same as for pairs.
+    # known_answers also draws the order of the two shapes, so the random numbers are the same as for pairs.
     for pair in known_answers(shapes, kind, rng, damages):
         damaged = pair.first if pair.first.degradation else pair.second
         explanation = SINGLE_EXPLANATION.format(damages[damaged.degradation]) if kind is Kind.TRAINING else ""
@@ -292,21 +351,28 @@ def damaged_singles(
 
 
 def interleave(pairs: Sequence[PlannedPair], gold: Sequence[PlannedPair]) -> list[PlannedPair]:
-    """Insert gold pairs at even distances between the others, none before the first."""
-    out = []
+    """Insert gold pairs at even distances between other pairs. The first pair is not a gold pair."""
+    all_pairs = []
     for number, pair in enumerate(pairs, 1):
-        out.append(pair)
-        # Integer division distributes the gold pairs without rounding errors: number * G // N of them stand
-        # before or at the pair of that number.
-        out += gold[(number - 1) * len(gold) // len(pairs) : number * len(gold) // len(pairs)]
-    return out
+        all_pairs.append(pair)
+        # After the first `number` of N pairs, number * G // N of the G gold pairs have been inserted. Integer
+        # division has no rounding errors, so every gold pair is inserted once.
+        start = (number - 1) * len(gold) // len(pairs)
+        stop = number * len(gold) // len(pairs)
+        all_pairs += gold[start:stop]
+    return all_pairs
 
 
 def reward_ensemble(pairing: PairingOptions, generator: "LoadedGenerator") -> Ensemble:
-    """Load the ensemble of the given reward files, each of which holds one reward or several. Without files
-    it consists of the two bundled rewards.
+    """Load an ensemble of rewards that scores the seeds of a generator.
 
-    Raises: ValueError if there are fewer members than the strategy needs.
+    Args:
+        pairing: options; `rewards` names the files, each of which contains one or several rewards. Without
+            files, the ensemble consists of the two bundled rewards.
+        generator: generator whose shapes are scored.
+
+    Raises:
+        ValueError: the strategy needs more rewards, or a reward does not fit the generator.
     """
     import torch
 
@@ -314,32 +380,34 @@ def reward_ensemble(pairing: PairingOptions, generator: "LoadedGenerator") -> En
     from eg3d_rlhf.rewards.reward import Reward, check_reward, load_reward
 
     members: list[Reward] = []
-    described = []
-    # The two bundled rewards were trained independently on the same labels, so their disagreement is
-    # informative.
+    descriptions = []
+    # The two bundled rewards were trained independently on the same labels. A pair on which they disagree is
+    # informative for a strategy.
     for path in map(Path, pairing.rewards or (bundled.REWARD, bundled.WATCH)):
         reward = load_reward(path)
         check_reward(reward, generator.generator, f"--strategy={pairing.strategy}: {path.name}")
-        # An ensemble file counts as several members.
-        parts = reward.members()
-        members += parts
-        described.append({"file": path.name, "sha256": file_hash(path), "members": len(parts)})
-    # Members that share an observation share its computation.
-    sources = {
-        m.observation: observe_seeds(generator.generator, m.observation, psi=pairing.psi) for m in members
+        # A file of an ensemble contains several members.
+        file_members = reward.members()
+        members += file_members
+        descriptions.append({"file": path.name, "sha256": file_hash(path), "members": len(file_members)})
+    # An observation that several members use is computed only once.
+    observers = {
+        member.observation: observe_seeds(generator.generator, member.observation, psi=pairing.psi)
+        for member in members
     }
 
     check_rewards(pairing.strategy, len(members))
 
     @torch.no_grad()
     def score(seeds: Sequence[int]) -> Scored:
-        """Score seeds: scores [M members, N], in units of logits, and embeddings [N, sum of widths]."""
-        observed = {observation: observe(seeds) for observation, observe in sources.items()}
-        embeddings = [m.network.embed(observed[m.observation]) for m in members]
-        # Dividing by its temperature turns each member's score into a calibrated logit.
+        """Return the scores [M, N] of N seeds by M members, in logits, and embeddings [N, sum of widths]."""
+        observed = {observation: observe(seeds) for observation, observe in observers.items()}
+        embeddings = [member.network.embed(observed[member.observation]) for member in members]
+        # Division by the temperature of a member turns its score into a calibrated logit.
         scores = [
-            m.network.score_embedding(e) / m.temperature for m, e in zip(members, embeddings, strict=True)
+            member.network.score_embedding(embedding) / member.temperature
+            for member, embedding in zip(members, embeddings, strict=True)
         ]
         return Scored(torch.stack(scores).double().numpy(), torch.cat(embeddings, dim=1).double().numpy())
 
-    return Ensemble(score, len(members), described)
+    return Ensemble(score, len(members), descriptions)

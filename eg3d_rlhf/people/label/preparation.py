@@ -1,8 +1,8 @@
-"""Prepares the shapes of a campaign in advance, in a separate process with low priority.
+"""Preparation of the shapes of a labelling campaign, in a separate process with low priority.
 
-The process works through the shapes in the order of the plan with one thread. It may be stopped at any moment
-and continues later with the shapes that are missing. A shape that cannot be prepared is recorded and skipped.
-The process ends by itself when the process that started it has ended, regardless of the reason.
+The process prepares the shapes in the order of the plan, with one thread. It may be stopped at any moment.
+Another process then continues with the shapes that are missing. A shape that cannot be prepared is recorded
+and skipped. The process ends when the process that started it has ended for any reason.
 """
 
 import contextlib
@@ -25,40 +25,46 @@ from eg3d_rlhf.people.label.entities import Shape
 from eg3d_rlhf.people.label.shape_files import DEFAULT_FOLDER, ShapeCache, shape_key
 from training.storage import write_atomic
 
-_RECENT = 50  # number of shapes over which the pace is averaged
+_RECENT = 50  # number of recent shapes over which the time per shape is averaged
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShapeProgress:
     """Progress of the preparation of a campaign."""
 
-    campaign: str
-    done: int = 0  # shapes that are prepared
-    total: int = 0  # distinct shapes
-    failed: int = 0  # shapes that cannot be prepared; their pairs are never shown
-    reason: str | None = None  # of one of these failures; may contain names of files
-    seconds_per_shape: float | None = None  # average over the last 50 prepared shapes; None before the first
-    seconds_left: float | None = None  # estimate; None before the first shape
-    finished: bool = False  # no shape is left to prepare
-    error: str | None = None  # why the worker ended; may contain names of files, so only admins see it
+    campaign: str  # name of the campaign
+    done: int = 0  # number of shapes that are prepared
+    total: int = 0  # number of different shapes
+    failed: int = 0  # number of shapes that cannot be prepared; their pairs are never shown
+    reason: str | None = None  # reason of one of these failures; it may contain names of files
+    # mean time over the last 50 prepared shapes; None before the first shape is prepared
+    seconds_per_shape: float | None = None
+    seconds_left: float | None = None  # estimated time; None before the first shape is prepared
+    finished: bool = False  # True if no shape is left to prepare
+    # reason why the worker process ended; it may contain names of files, so it is shown to admins only
+    error: str | None = None
 
     def write(self, path: Path) -> None:
-        """Write the progress as JSON; readers see the old or the new file, never a part."""
+        """Write the progress into a JSON file atomically."""
         write_atomic(path, (json.dumps(asdict(self)) + "\n").encode())
 
     @classmethod
     def read(cls, path: Path) -> "ShapeProgress | None":
-        """Read a progress file; None if it is missing, or written by another version."""
+        """Read a progress file. Returns None if it is missing, damaged, or of another version."""
         try:
             return cls(**json.loads(path.read_text()))
-        # TypeError: fields of another version.
+        # TypeError: the file has fields of another version
         except (OSError, ValueError, TypeError):
             return None
 
 
 def progress_file(cache: ShapeCache, url: str, campaign: str) -> Path:
-    """Return the file of a campaign's progress. Its name depends on the database, because campaigns of
-    several databases may share a cache.
+    """Return the path of the progress file of a campaign.
+
+    Args:
+        cache: cache of prepared shapes, whose folder contains the file.
+        url: URL of the store. The name of the file depends on it, because several stores may share a cache.
+        campaign: name of the campaign.
     """
     name = hashlib.sha256(json.dumps([url, campaign]).encode()).hexdigest()[:16]
     return cache.folder / f"progress-{name}.json"
@@ -74,60 +80,75 @@ def prepare(
     """Prepare the shapes that are missing in the cache, in order.
 
     Args:
-        shapes: of a campaign; equal ones are prepared once.
-        cache: in which results and failures are stored.
-        renderer: a `ShapeRenderer`, or an `AssetPreparer` for assets.
-        renders: also make the RGB renders.
-        report: called with fields of `ShapeProgress` before the first shape and after each.
-    """
-    # A dictionary keeps the order of the plan.
-    distinct = {shape_key(shape): shape for shape in shapes}
-    failed = {key for key, shape in distinct.items() if cache.failure(shape)}
-    prepared = {
-        key for key, shape in distinct.items() if cache.mesh(shape) and (not renders or cache.render(shape))
-    }
-    missing = [key for key in distinct if key not in failed and key not in prepared]
-    seconds: deque[float] = deque(maxlen=_RECENT)
-    reason = next((cache.failure(distinct[key]) for key in failed), None)
+        shapes: shapes of a campaign. Equal shapes are prepared once.
+        cache: cache in which results and failures are stored.
+        renderer: a `ShapeRenderer` for isosurfaces of a generator, or an `AssetPreparer` for asset files.
+        renders: True makes the RGB renders as well.
+        report: function that is called with fields of `ShapeProgress`, before the first shape and after each
+            shape.
 
-    def report_left(left: int) -> None:
-        pace = sum(seconds) / len(seconds) if seconds else None
+    Raises:
+        ValueError: the file of a generator cannot be used.
+    """
+    # A dictionary removes repetitions and keeps the order of the plan.
+    shapes_by_key = {shape_key(shape): shape for shape in shapes}
+    failed_keys = {key for key, shape in shapes_by_key.items() if cache.failure(shape)}
+    prepared_keys = {
+        key
+        for key, shape in shapes_by_key.items()
+        if cache.mesh(shape) and (not renders or cache.render(shape))
+    }
+    missing_keys = [key for key in shapes_by_key if key not in failed_keys and key not in prepared_keys]
+    durations: deque[float] = deque(maxlen=_RECENT)  # seconds per shape
+    reason = next((cache.failure(shapes_by_key[key]) for key in failed_keys), None)
+
+    def report_progress(missing_count: int) -> None:
+        seconds_per_shape = sum(durations) / len(durations) if durations else None
+        if missing_count == 0:
+            seconds_left = 0.0
+        else:
+            # `and` keeps None, which stands for an unknown time
+            seconds_left = seconds_per_shape and seconds_per_shape * missing_count
         report(
             {
-                "done": len(distinct) - len(failed) - left,
-                "total": len(distinct),
-                "failed": len(failed),
+                "done": len(shapes_by_key) - len(failed_keys) - missing_count,
+                "total": len(shapes_by_key),
+                "failed": len(failed_keys),
                 "reason": reason,
-                "seconds_per_shape": pace,
-                # `pace and pace * left` is None as long as no pace is known.
-                "seconds_left": 0.0 if left == 0 else pace and pace * left,
-                "finished": left == 0,
+                "seconds_per_shape": seconds_per_shape,
+                "seconds_left": seconds_left,
+                "finished": missing_count == 0,
             }
         )
 
-    report_left(len(missing))
-    for number, key in enumerate(missing, 1):
+    report_progress(len(missing_keys))
+    for number, key in enumerate(missing_keys, 1):
         start = time.monotonic()
-        # An error of the generator's file ends the preparation: it concerns all shapes, not this one.
-        renderer.generator(distinct[key])
-        failure = _prepare_shape(distinct[key], cache, renderer, renders)
+        shape = shapes_by_key[key]
+        # This loads the generator. An error of its file concerns all shapes, so it ends the preparation.
+        renderer.generator(shape)
+        failure = _prepare_shape(shape, cache, renderer, renders)
         if failure is not None:
             reason = str(failure)
-            cache.put_failure(distinct[key], reason, temporary=isinstance(failure, reading.ChangedError))
-            failed.add(key)
-            print(f"this shape is not shown: {reason}", file=sys.stderr, flush=True)
-        seconds.append(time.monotonic() - start)
-        report_left(len(missing) - number)
+            cache.put_failure(shape, reason, temporary=isinstance(failure, reading.ChangedError))
+            failed_keys.add(key)
+            print(f"A shape cannot be shown: {reason}", file=sys.stderr, flush=True)
+        durations.append(time.monotonic() - start)
+        report_progress(len(missing_keys) - number)
 
 
 def _prepare_shape(shape: Shape, cache: ShapeCache, renderer: Any, renders: bool) -> ValueError | None:
-    """Prepare what is missing of one shape. Returns the error if that is impossible, else None."""
+    """Prepare the files of one shape that are missing.
+
+    Returns:
+        The error if the shape cannot be prepared, and None if it is prepared.
+    """
     try:
         image = renderer.image(shape) if renders and cache.render(shape) is None else None
         mesh = renderer.mesh(shape) if cache.mesh(shape) is None else None
     except ValueError as error:
         return error
-    # The mesh is stored last: a shape counts as prepared when its mesh is there.
+    # The mesh is stored last, because a shape counts as prepared when the file of its mesh exists.
     if image is not None:
         cache.put_render(shape, image)
     if mesh is not None:
@@ -136,24 +157,31 @@ def _prepare_shape(shape: Shape, cache: ShapeCache, renderer: Any, renders: bool
 
 
 class AssetPreparer:
-    """Cleans asset files; it has the interface of `shape_rendering.ShapeRenderer`."""
+    """Preparation of asset files, with the interface of `shape_rendering.ShapeRenderer`."""
 
     def generator(self, shape: Shape) -> object:
-        """Return None: an asset has no generator that must be loaded."""
+        """Return None, because an asset file has no generator that must be loaded."""
 
     def mesh(self, shape: Shape) -> bytes:
-        """Return the cleaned file of an asset, damaged if the shape says so."""
+        """Return the content of an asset file for the page, with the damage of `shape.degradation`."""
         return reading.clean(Path(shape.source), shape.file, shape.degradation, shape.seed)
 
     def image(self, shape: Shape) -> bytes:
-        raise ValueError("an asset has no render. Plan the campaign without renders.")
+        """Raise ValueError, because an asset file has no latent that could be rendered."""
+        raise ValueError("an asset file has no render. Plan the campaign without renders.")
 
 
 def prepare_prompts(prompts: Iterable[Mapping], cache: ShapeCache) -> None:
-    """Make the images of prompts that are missing in the cache. An image that cannot be shown is recorded."""
+    """Prepare the images of prompts that are missing in the cache. If an image cannot be shown, this is
+    recorded.
+
+    Args:
+        prompts: prompts with the path "image" and the SHA-256 "hash" of their image, if they have one.
+        cache: cache in which results and failures are stored.
+    """
     for prompt in prompts:
         key = prompt.get("hash")
-        # Prompts that consist of a text have no image.
+        # A prompt that consists of a text has no "hash".
         if not key or cache.prompt_settled(key):
             continue
         try:
@@ -162,87 +190,102 @@ def prepare_prompts(prompts: Iterable[Mapping], cache: ShapeCache) -> None:
             cache.put_prompt_failure(key, str(error))
 
 
-# the worker imports the package from here, in any working directory
+# folder from which the worker process imports this package in any working directory
 _ROOT = Path(__file__).resolve().parents[3]
-# The environment passes the address of the database, because other users can read the arguments of a process,
-# and the address may contain a password.
+# Environment variable with the URL of the store. The URL may contain a password, and other users of the
+# machine can read the arguments of a process, but not its environment.
 URL_VARIABLE = "EG3D_RLHF_LABEL_URL"
-_WRITE_EVERY = 0.5  # seconds between two writes of the progress
-_CHECK_PARENT_EVERY = 0.5  # seconds between two checks of the parent process
-_PATIENCE = 5.0  # seconds that a worker has for ending before it is killed
-_RESTARTS = 3  # restarts of a worker that ended with an error without preparing a shape
+_WRITE_EVERY = 0.5  # shortest time between two writes of the progress, in seconds
+_CHECK_PARENT_EVERY = 0.5  # time between two checks of the parent process, in seconds
+_STOP_SECONDS = 5.0  # time in which a worker must end after SIGTERM; then it is killed
+_RESTARTS = 3  # number of failures without a newly prepared shape after which a worker is not started again
 
 
 def end_with_parent(parent: int) -> None:
-    """End this process at once when `parent` is no longer its parent. Files are written atomically, so the
-    process may be stopped at any point.
+    """Start a thread that ends this process when its parent process has ended.
+
+    All files are written atomically, so the process may end at any moment.
+
+    Args:
+        parent: id of the parent process.
     """
 
     def end_if_orphaned() -> None:
-        # A process whose parent has ended gets another parent, such as init.
+        # When the parent of a process ends, the process gets another parent, such as init.
         while os.getppid() == parent:
             time.sleep(_CHECK_PARENT_EVERY)
-        os._exit(3)  # sys.exit would end this thread only
+        os._exit(3)  # sys.exit would only end this thread
 
     threading.Thread(target=end_if_orphaned, name="parent check", daemon=True).start()
 
 
 def work_through(url: str, campaign: str, cache: str, nice: int, parent: int) -> None:
-    """Prepare the missing shapes of a campaign, in the process that `Preparation` starts.
+    """Prepare the missing shapes of a campaign. This is the main function of the process that `Preparation`
+    starts.
 
     Args:
-        url: of the database.
-        campaign: name.
+        url: URL of the store.
+        campaign: name of the campaign.
         cache: folder of the prepared shapes.
-        nice: 0..19; with a higher number, other processes get more of the processor.
-        parent: id of the process with which this one ends.
+        nice: decrease of the priority of this process, 0..19.
+        parent: id of the parent process, with which this process ends.
     """
     end_with_parent(parent)
-    # Before PyTorch is imported, which takes seconds of processor time itself.
+    # The priority is lowered before PyTorch is imported, because the import takes seconds of processor time.
     os.nice(nice)
     import torch
 
-    from eg3d_rlhf.people.label.store import Store  # of the optional dependencies [label]
+    from eg3d_rlhf.people.label.store import Store  # needs the optional dependencies [label]
 
+    # One thread leaves the other processors to the requests of annotators and to other users.
     torch.set_num_threads(1)
-    # One thread, so that the machine stays usable for annotators' requests and for its other users.
     shapes = ShapeCache(cache)
     shapes.remove_leftovers()
     file = progress_file(shapes, url, campaign)
     progress = ShapeProgress(campaign=campaign)
-    last = -float("inf")
+    last_write = -float("inf")  # time of the last write of the progress, in seconds of time.monotonic
 
     def write_progress(fields: dict) -> None:
-        nonlocal progress, last
+        nonlocal progress, last_write
         progress = ShapeProgress(campaign=campaign, **fields)
-        if progress.finished or time.monotonic() - last >= _WRITE_EVERY:
+        if progress.finished or time.monotonic() - last_write >= _WRITE_EVERY:
             progress.write(file)
-            last = time.monotonic()
+            last_write = time.monotonic()
 
     try:
         with Store.open(url, create=False) as store:
             stored = store.campaign(campaign)
             if stored is None:
                 raise ValueError(
-                    f"--campaign: expected the name of a campaign in the database, got {campaign!r}. Plan it"
-                    " with tools/label.py."
+                    f"--campaign: the database has no campaign {campaign!r}. Plan the campaign with"
+                    " tools/label.py."
                 )
             planned = [shape for _, shape in store.shapes(stored.id)]
         prepare_prompts(stored.settings.extra.get("conditions", {}).values(), shapes)
         renderer: Any = AssetPreparer()
-        if not planned[0].file:  # a campaign contains assets only, or none
+        # either all shapes of a campaign are asset files, or none
+        if not planned[0].file:
             from eg3d_rlhf.people.label.shape_rendering import ShapeRenderer
 
             renderer = ShapeRenderer()
         prepare(planned, shapes, renderer, stored.settings.show_render, write_progress)
     except Exception as error:
-        # The server reads the error from the file; the traceback goes to the log.
+        # The server reads the error from the progress file. The traceback is written into the log of the
+        # process.
         replace(progress, error=str(error).strip() or type(error).__name__).write(file)
         raise
 
 
 class Preparation:
-    """The worker process of one campaign, as the server uses it. All methods are thread-safe."""
+    """Worker process that prepares the shapes of one campaign, as the server uses it. All methods are
+    thread-safe.
+
+    Args:
+        url: URL of the store.
+        campaign: name of the campaign.
+        cache: cache of prepared shapes, or its folder.
+        nice: decrease of the priority of the worker process, 0..19.
+    """
 
     def __init__(
         self, url: str, campaign: str, cache: ShapeCache | str | Path = DEFAULT_FOLDER, nice: int = 10
@@ -253,37 +296,38 @@ class Preparation:
         self.nice = nice
         self._file = progress_file(self.cache, url, campaign)
         self._process: subprocess.Popen | None = None
-        # Restarts since the last prepared shape, and the number of prepared shapes at the last failure.
-        self._restarts = 0
-        self._done = 0
+        self._restarts = 0  # number of failures since the last prepared shape
+        self._done = 0  # number of prepared shapes at the last failure
         self._lock = threading.RLock()
 
     @property
     def running(self) -> bool:
-        """True while the worker runs."""
+        """Return True while the worker process runs."""
         return self._process is not None and self._process.poll() is None
 
     @property
     def gave_up(self) -> bool:
-        """True if the worker has failed so often that it is not started again."""
+        """Return True if the worker has failed so often that it is not started again."""
         return self._restarts >= _RESTARTS and not self.running
 
     @property
     def log(self) -> Path:
-        """File of the worker's output."""
+        """Return the path of the file that receives the output of the worker process."""
         return self._file.with_suffix(".log")
 
     def start(self) -> None:
-        """Start the worker, unless it runs."""
+        """Start the worker process if it does not run."""
         with self._lock:
             if self.running:
                 return
             self.cache.folder.mkdir(0o700, parents=True, exist_ok=True)
+            # the progress file of an earlier worker is outdated
             with contextlib.suppress(FileNotFoundError):
-                self._file.unlink()  # the progress of an earlier worker is out of date
-            # Libraries read the number of threads when they are imported, so it must be set before the start.
+                self._file.unlink()
+            # Libraries read these variables when they are imported, so they are set before the process
+            # starts.
             threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-            # Also without installation, in a checkout.
+            # With _ROOT the worker can import this package also if it is not installed.
             path = os.pathsep.join(part for part in (str(_ROOT), os.environ.get("PYTHONPATH", "")) if part)
             arguments = {
                 "campaign": self.campaign,
@@ -302,46 +346,50 @@ class Preparation:
                 )
 
     def stop(self) -> None:
-        """Stop the worker and wait for its end."""
+        """Stop the worker process, and wait until it has ended."""
         with self._lock:
             if self._process is None:
                 return
             self._process.terminate()
             try:
-                self._process.wait(_PATIENCE)
+                self._process.wait(_STOP_SECONDS)
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()
             self._process = None
 
     def ensure(self) -> None:
-        """Start the worker again if it ended with an error. After three failures without a prepared shape it
-        is not started any more.
+        """Start the worker again if it has ended with an error.
+
+        After _RESTARTS failures without a newly prepared shape it is not started any more.
         """
         with self._lock:
             if self._process is None or self.running or self._process.returncode == 0:
                 return
             progress = ShapeProgress.read(self._file)
             done = progress.done if progress else 0
-            # Progress since the last failure means that the failure was not caused by the next shape.
+            # If shapes were prepared since the last failure, the count of failures starts again.
             self._restarts = 0 if done > self._done else self._restarts + 1
             self._done = max(done, self._done)
             if self._restarts < _RESTARTS:
                 self.start()
 
     def progress(self) -> dict:
-        """Return the fields of `ShapeProgress`, with `running` and the error of a worker that has ended."""
+        """Return the fields of `ShapeProgress`, and "running": True while the worker process runs.
+
+        If the worker process was killed, "error" states its exit code.
+        """
         progress = ShapeProgress.read(self._file) or ShapeProgress(campaign=self.campaign)
         process = self._process
         error = progress.error
-        # A worker that was killed could not write its error.
+        # A worker that was killed has written no error.
         if (
             error is None
             and not progress.finished
             and process is not None
             and process.poll() not in (None, 0)
         ):
-            error = f"the preparation ended with exit code {process.returncode}. See {self.log}."
+            error = f"The preparation ended with exit code {process.returncode}. Its output is in {self.log}."
         return {**asdict(progress), "error": error, "running": self.running}
 
 

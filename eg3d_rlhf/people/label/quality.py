@@ -1,14 +1,16 @@
-"""Computes quality figures of judgements: each annotator's pace, side bias, consistency and accuracy on gold
-checks, and the agreement between annotators.
+"""Quality metrics of judgements: speed, side bias, consistency and gold accuracy of annotators, and their
+agreement.
 
-All functions are pure functions of the store's rows. The admin page shows the result of `quality_report`.
-Judgements that were taken back and training pairs never count.
+All functions depend only on the judgements that they receive. The admin page shows the result of
+`quality_report`. Judgements that were taken back and answers to practice pairs never count. The agreement of
+annotators is measured by Cohen's kappa and Krippendorff's alpha (preferences.agreement), the strengths of
+shapes by the model of Bradley and Terry (preferences.bradley_terry).
 """
 
 import itertools
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,29 +26,38 @@ from eg3d_rlhf.preferences.leaderboard import Game, Leaderboard, Standing, leade
 
 @dataclass(frozen=True, kw_only=True)
 class QualityLimits:
-    """Thresholds from which on something is flagged or left out."""
+    """Thresholds at which an annotator is flagged, or a value is left out."""
 
-    gold_accuracy: float = 0.8  # share of correct gold checks; flagged below
-    gold_least: int = 4  # least number of gold checks for a flag
-    fast_seconds: float = 1.0  # median time to answer; flagged below
-    least: int = 20  # least number of judgements for a flag of pace, sides, ties and skips
-    side_p: float = 0.001  # p-value of a two-sided exact binomial test of left against right; flagged below
-    one_sided: float = 0.03  # single shapes: flagged if the share of good or of bad ratings is below
-    consistency: float = 0.65  # flagged if the entire confidence interval lies below
-    skip_share: float = 0.3  # share of skips; flagged above
-    tie_share: float = 0.7  # share of ties; flagged above
-    break_seconds: float = 600.0  # a longer gap between two judgements counts as a break, not as work
-    strengths: int = 400  # largest number of items in the Bradley-Terry fit; the most compared are kept
+    gold_accuracy: float = 0.8  # share of correct gold checks below which an annotator is flagged
+    gold_least: int = 4  # smallest number of gold checks for this flag
+    fast_seconds: float = 1.0  # median time to answer, in seconds, below which an annotator is flagged
+    least: int = 20  # smallest number of judgements for the flags of speed, sides, ties and skips
+    # p-value below which an annotator is flagged, of a two-sided exact binomial test of left against right
+    side_p: float = 0.001
+    # single shapes: share of good ratings, or of bad ratings, below which an annotator is flagged
+    one_sided: float = 0.03
+    # share of consistent repeats; an annotator is flagged if the entire confidence interval lies below it
+    consistency: float = 0.65
+    skip_share: float = 0.3  # share of skips above which an annotator is flagged
+    tie_share: float = 0.7  # share of ties above which an annotator is flagged
+    # longest time between two judgements that counts as work, in seconds; a longer time is a break
+    break_seconds: float = 600.0
+    # largest number of items in the Bradley-Terry fit, which are the items with the most comparisons
+    strengths: int = 400
 
 
 def counting(rows: Iterable[JudgementRow]) -> list[JudgementRow]:
-    """Return the rows that count (not taken back, no training pairs) in order of receipt."""
-    return sorted((r for r in rows if not r.undone and r.kind != Kind.TRAINING), key=lambda r: r.id)
+    """Return the judgements that count, in order of receipt: not taken back, and not of a practice pair."""
+    counted = (row for row in rows if not row.undone and row.kind != Kind.TRAINING)
+    return sorted(counted, key=lambda row: row.id)
 
 
 def side_free(row: JudgementRow) -> str:
-    """Return the answer independent of sides: 'first', 'second', 'tie' (also for 'bad') or 'skip'; for a
-    single shape the answer itself.
+    """Return the answer of a judgement in terms of the pair, independent of the sides.
+
+    Returns:
+        'first' or 'second' for the preferred shape of the pair, 'tie' also for "both are bad", or 'skip'. For
+        a single shape, the answer itself.
     """
     if row.choice.equal:
         return Choice.TIE.value
@@ -56,29 +67,37 @@ def side_free(row: JudgementRow) -> str:
 
 
 def quality_report(rows: Iterable[JudgementRow], limits: QualityLimits | None = None) -> dict:
-    """Compute all figures as JSON values; None where there are no data.
+    """Compute all quality metrics of judgements.
 
-    Campaigns in study mode get no strengths, because these would reveal the result before the study is
-    complete. Single shapes have no strengths.
+    Campaigns in study mode get no Bradley-Terry strengths, because these would reveal the result before the
+    study is complete. Single shapes have no strengths either.
+
+    Args:
+        rows: judgements, also those that were taken back.
+        limits: thresholds of the flags; None: the default thresholds.
+
+    Returns:
+        Metrics in JSON types. A metric without data is None.
     """
     limits = limits or QualityLimits()
     rows = list(rows)
     counted = counting(rows)
-    # An answer that was changed may have been given after a look at an earlier answer to the same pair.
+    # assignments whose answer was changed
     changed = {row.assignment for row in rows if row.undone}
     by_annotator: dict[str, list[JudgementRow]] = defaultdict(list)
     for row in counted:
         by_annotator[row.annotator].append(row)
-    # Studies stay blind until their report.
-    labelling = [r for r in counted if r.mode == Mode.LABEL]
-    comparisons, names = _comparisons(labelling)
+    # judgements of studies are left out, because a study stays blind until its report
+    label_rows = [row for row in counted if row.mode == Mode.LABEL]
+    comparisons, name_of_shape = _comparisons(label_rows)
     return {
         "judgements": len(counted),
         "annotators": [
-            annotator_quality(name, theirs, limits, changed) for name, theirs in sorted(by_annotator.items())
+            annotator_quality(name, annotator_rows, limits, changed)
+            for name, annotator_rows in sorted(by_annotator.items())
         ],
         "agreement": agreement(counted),
-        "bradley_terry": _strengths(comparisons, names, limits),
+        "bradley_terry": _strengths(comparisons, name_of_shape, limits),
         "cycles": cycles(comparisons),
         "questions": by_question(counted),
         "leaderboards": leaderboards(counted),
@@ -89,92 +108,114 @@ def quality_report(rows: Iterable[JudgementRow], limits: QualityLimits | None = 
 def annotator_quality(
     name: str, rows: Sequence[JudgementRow], limits: QualityLimits, changed: Collection[str] = ()
 ) -> dict:
-    """Compute the figures of one annotator from her rows that count, with flags in words.
+    """Compute the quality metrics of one annotator, and flags in words.
 
     Args:
-        name: of the annotator.
-        rows: her judgements that count.
+        name: name of the annotator.
+        rows: judgements of the annotator that count.
         limits: thresholds of the flags.
-        changed: assignments whose answer was changed. They are left out of the consistency, because the
-            annotator may have looked at an earlier answer.
+        changed: tokens of assignments whose answer was changed. They are left out of the consistency, because
+            the annotator may have looked at an earlier answer to the same pair.
+
+    Returns:
+        Metrics in JSON types. A metric without data is None.
     """
-    unchanged = [row for row in rows if row.assignment not in changed]
-    choices = Counter(r.choice for r in rows)
-    left = choices[Choice.LEFT]
-    right = choices[Choice.RIGHT]
-    # The page sends 0 milliseconds if it could not measure the time, and imported answers have 0, too.
-    seconds = [r.milliseconds / 1000 for r in rows if r.choice != Choice.SKIP and r.milliseconds > 0]
-    # A skipped check counts neither as correct nor as wrong.
-    gold = [r for r in rows if r.kind == Kind.GOLD and r.expected is not None and r.choice != Choice.SKIP]
-    # Time of work is the sum of the gaps between judgements, without breaks. It gives the pace per hour.
-    gaps = [b - a for a, b in itertools.pairwise(sorted(r.received_at for r in rows))]
-    worked = [gap for gap in gaps if gap <= limits.break_seconds]
-    figures = {
+    unchanged_rows = [row for row in rows if row.assignment not in changed]
+    choices = Counter(row.choice for row in rows)
+    left_count = choices[Choice.LEFT]
+    right_count = choices[Choice.RIGHT]
+    # The time is 0 milliseconds if the page could not measure it, and for imported answers.
+    seconds = [row.milliseconds / 1000 for row in rows if row.choice != Choice.SKIP and row.milliseconds > 0]
+    # A skipped gold check counts neither as correct nor as wrong.
+    gold_rows = [
+        row
+        for row in rows
+        if row.kind == Kind.GOLD and row.expected is not None and row.choice != Choice.SKIP
+    ]
+    # The working time is the sum of the gaps between judgements, without breaks.
+    times = sorted(row.received_at for row in rows)
+    gaps = [later - earlier for earlier, later in itertools.pairwise(times)]
+    work_gaps = [gap for gap in gaps if gap <= limits.break_seconds]
+    metrics = {
         "name": name,
         "judgements": len(rows),
         "ties": choices[Choice.TIE],
         "both_bad": choices[Choice.BAD],
         "skips": choices[Choice.SKIP],
         "last": rows[-1].received_at if rows else None,
-        "skip_reasons": dict(Counter(r.reason or "other" for r in rows if r.choice == Choice.SKIP)),
+        "skip_reasons": dict(Counter(row.reason or "other" for row in rows if row.choice == Choice.SKIP)),
         "median_seconds": statistics.median(seconds) if seconds else None,
-        "per_hour": 3600 * len(worked) / sum(worked) if sum(worked) > 0 else None,
-        # good_share counts ratings of single shapes only; `good` is None for pairs.
+        "per_hour": 3600 * len(work_gaps) / sum(work_gaps) if sum(work_gaps) > 0 else None,
+        # `good` is None for answers to pairs, so only ratings of single shapes are counted.
         **_share(
             "good_share",
-            sum(r.choice.good is True for r in rows),
-            sum(r.choice.good is not None for r in rows),
+            sum(row.choice.good is True for row in rows),
+            sum(row.choice.good is not None for row in rows),
         ),
-        **_share("left_share", left, left + right),
-        "left_right_n": left + right,
-        # Sides are random, so the left one is expected in half of the answers.
-        "left_p": binomial_test(left, left + right),
-        **_consistency("self_consistency", unchanged, Kind.REPEAT),
-        **_consistency("swap_consistency", unchanged, Kind.SWAP),
+        **_share("left_share", left_count, left_count + right_count),
+        "left_right_n": left_count + right_count,
+        # Sides are random, so an unbiased annotator chooses the left side in half of the answers.
+        "left_p": binomial_test(left_count, left_count + right_count),
+        **_consistency("self_consistency", unchanged_rows, Kind.REPEAT),
+        **_consistency("swap_consistency", unchanged_rows, Kind.SWAP),
         **_share(
-            "gold_accuracy", sum(r.choice.meets(r.expected) for r in gold), len(gold), "gold_n", "gold_ci95"
+            "gold_accuracy",
+            sum(row.choice.meets(row.expected) for row in gold_rows),
+            len(gold_rows),
+            "gold_n",
+            "gold_ci95",
         ),
     }
-    return {**figures, "flags": _flags(figures, limits)}
+    return {**metrics, "flags": _flags(metrics, limits)}
 
 
 def agreement(rows: Iterable[JudgementRow]) -> dict:
-    """Compute Cohen's kappa of every two annotators who share pairs, and Krippendorff's alpha of all
-    annotators, over the answers independent of sides: first, second, tie.
+    """Compute the agreement of annotators on the answers first, second and tie, which do not depend on the
+    sides.
 
-    With fewer than LEAST_UNITS common pairs there is no figure, and `needs` is the number that is missing.
+    The agreement is Cohen's kappa of every two annotators who answered common pairs, and Krippendorff's alpha
+    of all annotators.
+
+    Args:
+        rows: judgements.
+
+    Returns:
+        Kappas, alpha and its interval, in JSON types. With fewer than LEAST_UNITS common pairs, kappa or
+        alpha is None, and "alpha_needs" is the number of pairs that are missing for alpha.
     """
-    # Pair -> annotator -> answer. Gold checks are left out: agreement on them is expected and would inflate
-    # kappa.
+    # id of a pair -> name of an annotator -> answer. Gold checks are left out, because their correct answer
+    # is obvious, so that annotators agree on them more than on other pairs.
     answers: dict[int, dict[str, str]] = defaultdict(dict)
     for row in counting(rows):
         if row.kind != Kind.GOLD and row.choice != Choice.SKIP:
-            # setdefault keeps the first answer: repeats of a pair do not count as agreement.
+            # setdefault keeps the first answer of an annotator, so that repeats of a pair are not counted.
             answers[row.pair].setdefault(row.annotator, side_free(row))
     shared: dict[tuple[str, str], list[tuple[str, str]]] = defaultdict(list)
-    for by_name in answers.values():
-        # Sorted, so that a pair of annotators has one key.
-        for a, b in itertools.combinations(sorted(by_name), 2):
-            shared[a, b].append((by_name[a], by_name[b]))
+    for answer_by_name in answers.values():
+        # The names are sorted, so that two annotators have only one key.
+        for first_name, second_name in itertools.combinations(sorted(answer_by_name), 2):
+            two_answers = (answer_by_name[first_name], answer_by_name[second_name])
+            shared[first_name, second_name].append(two_answers)
     kappas = []
-    for (a, b), pairs in sorted(shared.items()):
-        result = cohen_kappa([x for x, _ in pairs], [y for _, y in pairs])
-        same = _share("same", sum(x == y for x, y in pairs), result.n, "n")
+    for (first_name, second_name), answer_pairs in sorted(shared.items()):
+        first_answers, second_answers = zip(*answer_pairs, strict=True)
+        result = cohen_kappa(list(first_answers), list(second_answers))
+        equal_count = sum(first == second for first, second in answer_pairs)
+        same = _share("same", equal_count, result.n, "n")
         kappas.append(
             {
-                "a": a,
-                "b": b,
+                "a": first_name,
+                "b": second_name,
                 "kappa": result.value if result.lo is not None else None,
                 "ci95": result.to_dict()["ci95"],
                 **same,
             }
         )
-    # Units are pairs; annotators need not have answered the same ones.
+    # The units of alpha are the pairs. Each annotator may have answered other pairs.
     alpha = krippendorff_alpha(list(answers.values()))
-    shown = alpha.value if alpha.lo is not None else None
     return {
         "cohen_kappa": kappas,
-        "krippendorff_alpha": shown,
+        "krippendorff_alpha": alpha.value if alpha.lo is not None else None,
         "alpha_ci95": alpha.to_dict()["ci95"],
         "alpha_n": alpha.n,
         "alpha_needs": max(0, LEAST_UNITS - alpha.n),
@@ -183,170 +224,218 @@ def agreement(rows: Iterable[JudgementRow]) -> dict:
 
 
 def leaderboards(rows: Sequence[JudgementRow]) -> list[dict]:
-    """Compute leaderboards of the generators: of the overall answers, and of each further question. There is
-    none for a single generator, and studies never count.
+    """Compute leaderboards of the generators: one of the main question, and one of each further question.
+
+    Judgements of studies are not used. The list is empty if the judgements are about a single generator.
     """
-    if len({shape.generator for row in rows for shape in (row.left, row.right)}) < 2:
-        # With one generator every game would be between the generator and itself.
+    generators = {row.left.generator for row in rows} | {row.right.generator for row in rows}
+    if len(generators) < 2:
         return []
-    # A dictionary keeps the order of the questions and drops repeats.
-    asked = dict.fromkeys(name for row in rows for name in row.votes)
-    boards = {name: leaderboard_of(rows, name) for name in (None, *asked)}
+    # A dictionary removes repetitions and keeps the order of the questions.
+    questions = dict.fromkeys(name for row in rows for name in row.votes)
+    # None is the main question, which shape is better
+    boards = {name: leaderboard_of(rows, name) for name in (None, *questions)}
     return [{"question": name, **board.to_dict()} for name, board in boards.items() if board.games]
 
 
 def by_question(rows: Iterable[JudgementRow]) -> list[dict]:
-    """Compute figures of each further question: counts, agreement of the votes with the overall answer, and
-    Krippendorff's alpha.
+    """Compute metrics of each further question.
+
+    They are the counts of its votes, their agreement with the answer to the main question, and Krippendorff's
+    alpha of the annotators. Gold checks are left out.
     """
     rows = [row for row in rows if row.kind != Kind.GOLD]
     names = dict.fromkeys(name for row in rows for name in row.votes)
     agreements = {name: agreement(answers_to(name, rows)) for name in names}
     return [
-        {**vote_figures(name, rows), **{k: v for k, v in agreements[name].items() if k != "cohen_kappa"}}
+        {
+            **vote_figures(name, rows),
+            **{key: value for key, value in agreements[name].items() if key != "cohen_kappa"},
+        }
         for name in names
     ]
 
 
 def vote_figures(question: str, rows: Iterable[JudgementRow]) -> dict:
-    """Count the votes on a question, and how many of them choose the same side as the overall answer."""
-    voted = [row for row in rows if question in row.votes]
-    counts = Counter(row.votes[question] for row in voted)
-    decided = [
+    """Count the votes on a question, and the votes that agree with the answer to the main question.
+
+    Args:
+        question: name of the question.
+        rows: judgements.
+
+    Returns:
+        {"name", "n": number of votes, "left", "right", "tie", "decided": number of judgements in which
+        neither the vote nor the answer is a tie, "as_overall": number of those in which both choose the same
+        side}
+    """
+    voted_rows = [row for row in rows if question in row.votes]
+    counts = Counter(row.votes[question] for row in voted_rows)
+    decided_rows = [
         row
-        for row in voted
+        for row in voted_rows
         if row.choice in (Choice.LEFT, Choice.RIGHT) and row.votes[question] != Choice.TIE
     ]
     return {
         "name": question,
-        "n": len(voted),
+        "n": len(voted_rows),
         **{vote: counts[vote] for vote in VOTES},
-        "decided": len(decided),
-        "as_overall": sum(row.votes[question] == row.choice for row in decided),
+        "decided": len(decided_rows),
+        "as_overall": sum(row.votes[question] == row.choice for row in decided_rows),
     }
 
 
 def timeline(rows: Sequence[JudgementRow], bins: int = 240) -> list[dict]:
-    """Compute judgements and median seconds over time, in at most `bins` bins of whole minutes."""
+    """Compute the number of judgements and the median time to answer over time.
+
+    Args:
+        rows: judgements.
+        bins: largest number of intervals of time.
+
+    Returns:
+        One record per interval that contains judgements; [] if there are none.
+    """
     if not rows:
         return []
-    start = min(r.received_at for r in rows)
-    end = max(r.received_at for r in rows)
-    # The first width that gives few enough bins, in seconds: 1, 5, 15 minutes, 1, 4 hours, then whole days.
+    start = min(row.received_at for row in rows)
+    end = max(row.received_at for row in rows)
+    # possible lengths of an interval in seconds: 1, 5, 15 minutes, 1, 4 hours, 1 day, 2 days, ...
     widths = itertools.chain((60, 300, 900, 3600, 4 * 3600), itertools.count(86400, 86400))
-    width = next(w for w in widths if (end - start) / w < bins - 1)
-    # Bins begin at multiples of their width since 1970, not at the first judgement.
-    filled: dict[int, list[JudgementRow]] = defaultdict(list)
+    # The shortest one with which there are few enough intervals. "- 1", because the judgements may begin and
+    # end within an interval.
+    width = next(width for width in widths if (end - start) / width < bins - 1)
+    # interval number i begins at i * width seconds since 1970
+    rows_by_bin: dict[int, list[JudgementRow]] = defaultdict(list)
     for row in rows:
-        filled[int(row.received_at // width)].append(row)
+        rows_by_bin[int(row.received_at // width)].append(row)
     return [
         {
             "time": index * width,
             "seconds": width,
-            "judgements": len(inside),
-            "median_seconds": statistics.median(r.milliseconds for r in inside) / 1000,
-            "annotators": dict(sorted(Counter(r.annotator for r in inside).items())),
+            "judgements": len(bin_rows),
+            "median_seconds": statistics.median(row.milliseconds for row in bin_rows) / 1000,
+            "annotators": dict(sorted(Counter(row.annotator for row in bin_rows).items())),
         }
-        for index, inside in sorted(filled.items())
+        for index, bin_rows in sorted(rows_by_bin.items())
     ]
 
 
 def _share(name: str, hits: int, n: int, n_name: str | None = None, interval: str | None = None) -> dict:
-    """Return a share, its count and its Wilson interval. The interval is None below LEAST_UNITS, and the
-    share is None if nothing was counted.
+    """Return the share hits / n with its Wilson interval, under keys that begin with `name`.
+
+    Args:
+        name: key of the share. It is None if n is 0.
+        hits: number of cases that the share counts.
+        n: number of all cases.
+        n_name: key of n; None: n is not returned.
+        interval: key of the interval; None: <name>_ci95. The interval is None if n < LEAST_UNITS.
+
+    Returns:
+        Share, interval, and under <name>_needs the number of cases that are missing for an interval.
     """
     bounds = list(wilson_interval(hits, n)) if n >= LEAST_UNITS else None
-    figures = {
+    values = {
         name: hits / n if n else None,
         interval or f"{name}_ci95": bounds,
         f"{name}_needs": max(0, LEAST_UNITS - n),
     }
-    return {**figures, **({n_name: n} if n_name else {})}
+    return {**values, **({n_name: n} if n_name else {})}
 
 
 def _consistency(name: str, rows: Sequence[JudgementRow], kind: Kind) -> dict:
-    """Compute the share of repeats that were answered like the first time, independent of sides."""
-    first: dict[int, str] = {}
+    """Compute the share of repeats whose answer prefers the same shape as the first answer.
+
+    Args:
+        name: key of the share, see `_share`.
+        rows: judgements of one annotator, in order of receipt.
+        kind: kind of the repeats, REPEAT or SWAP.
+    """
+    first_answers: dict[int, str] = {}  # id of a pair -> first answer, independent of sides
     hits = 0
     n = 0
     for row in rows:
-        # A skipped repeat is no inconsistency: it contains no preference.
+        # A skip contains no preference, so it is neither consistent nor inconsistent.
         if row.choice == Choice.SKIP:
             continue
-        if row.kind == kind and row.pair in first:
+        if row.kind == kind and row.pair in first_answers:
             n += 1
-            # Without sides, a repeat and a swapped repeat are compared in the same way.
-            hits += side_free(row) == first[row.pair]
+            hits += side_free(row) == first_answers[row.pair]
         elif row.kind == Kind.PAIR:
-            first.setdefault(row.pair, side_free(row))
+            first_answers.setdefault(row.pair, side_free(row))
     return _share(name, hits, n, f"{name}_n")
 
 
-def _flags(figures: dict, limits: QualityLimits) -> list[str]:
-    """Describe in words which figures exceed their limits."""
-    n = figures["judgements"]
+def _flags(metrics: dict, limits: QualityLimits) -> list[str]:
+    """Describe in words the metrics of an annotator that exceed their limits."""
+    n = metrics["judgements"]
     flags = []
-    if figures["gold_n"] >= limits.gold_least and figures["gold_accuracy"] < limits.gold_accuracy:
-        flags.append(f"gold checks: {figures['gold_accuracy']:.0%} of {figures['gold_n']} correct")
-    # With few answers these figures vary too much to flag anybody.
+    if metrics["gold_n"] >= limits.gold_least and metrics["gold_accuracy"] < limits.gold_accuracy:
+        flags.append(f"gold checks: {metrics['gold_accuracy']:.0%} of {metrics['gold_n']} correct")
+    # With few answers, these metrics vary too much to flag an annotator.
     if n >= limits.least:
-        if figures["median_seconds"] is not None and figures["median_seconds"] < limits.fast_seconds:
-            flags.append(f"fast: {figures['median_seconds']:.1f} s median time")
-        if figures["left_p"] < limits.side_p:
+        if metrics["median_seconds"] is not None and metrics["median_seconds"] < limits.fast_seconds:
+            flags.append(f"fast: {metrics['median_seconds']:.1f} s median time")
+        if metrics["left_p"] < limits.side_p:
             flags.append(
-                f"side bias: left in {figures['left_share']:.0%} of {figures['left_right_n']} answers"
+                f"side bias: left in {metrics['left_share']:.0%} of {metrics['left_right_n']} answers"
             )
         if (
-            figures["good_share"] is not None
-            and not limits.one_sided <= figures["good_share"] <= 1 - limits.one_sided
+            metrics["good_share"] is not None
+            and not limits.one_sided <= metrics["good_share"] <= 1 - limits.one_sided
         ):
-            flags.append(f"one-sided: good in {figures['good_share']:.0%} of the ratings")
-        if figures["skips"] > limits.skip_share * n:
-            flags.append(f"skips {figures['skips']} of {n}")
-        if figures["ties"] + figures["both_bad"] > limits.tie_share * n:
-            flags.append(f"ties {figures['ties'] + figures['both_bad']} of {n}")
-    # Only the upper bound matters: an annotator is flagged when chance alone is an unlikely explanation.
+            flags.append(f"one-sided: good in {metrics['good_share']:.0%} of the ratings")
+        if metrics["skips"] > limits.skip_share * n:
+            flags.append(f"skips {metrics['skips']} of {n}")
+        if metrics["ties"] + metrics["both_bad"] > limits.tie_share * n:
+            flags.append(f"ties {metrics['ties'] + metrics['both_bad']} of {n}")
+    # An annotator is flagged if even the upper end of the interval is below the limit, because chance is then
+    # an unlikely explanation.
     for name, words in (("self_consistency", "repeats"), ("swap_consistency", "swapped repeats")):
-        bounds = figures[f"{name}_ci95"]
+        bounds = metrics[f"{name}_ci95"]
         if bounds is not None and bounds[1] < limits.consistency:
             flags.append(
-                f"inconsistent: {figures[name]:.0%} of {figures[f'{name}_n']} {words} answered as before"
+                f"inconsistent: {metrics[name]:.0%} of {metrics[f'{name}_n']} {words} answered as before"
             )
     return flags
 
 
 def _comparisons(rows: Sequence[JudgementRow]) -> tuple[list[Comparison], Callable[[Shape], str]]:
-    """Return comparisons of shapes and a function that names a shape: by its seed, and by its generator and
-    psi where these differ.
+    """Return the comparisons of shapes that judgements contain, and a function (shape) -> name.
+
+    The name of a sample is its seed, and also its generator and psi if the shapes differ in them. The name of
+    an asset is its generator and its file name. Skips and gold checks are left out.
     """
-    # One object per shape: the comparisons refer to it, and the fit groups them by it.
-    shapes = {_same(s): s for r in rows for s in (r.left, r.right)}
-    generators = {s.generator for s in shapes.values()}
-    psis = {s.psi for s in shapes.values() if not s.file}
+    # Equal shapes become one object, by which the fit groups the comparisons.
+    shapes: dict[tuple, Shape] = {}
+    for row in rows:
+        shapes[_shape_key(row.left)] = row.left
+        shapes[_shape_key(row.right)] = row.right
+    generators = {shape.generator for shape in shapes.values()}
+    psis = {shape.psi for shape in shapes.values() if not shape.file}
 
     def name(shape: Shape) -> str:
         if shape.file:
             return f"{shape.generator}: {shape.source.rpartition('/')[2]}"
-        # Multiplication by a truth value adds a part only where shapes differ in it.
-        more = [f"generator {shape.generator[:8]}"] * (len(generators) > 1) + [f"psi {shape.psi:g}"] * (
-            len(psis) > 1
-        )
-        return ", ".join([f"seed {shape.seed}", *more])
+        name_parts = [f"seed {shape.seed}"]
+        if len(generators) > 1:
+            name_parts.append(f"generator {shape.generator[:8]}")
+        if len(psis) > 1:
+            name_parts.append(f"psi {shape.psi:g}")
+        return ", ".join(name_parts)
 
     comparisons = []
     for row in rows:
-        left = shapes[_same(row.left)]
-        right = shapes[_same(row.right)]
-        if row.choice == Choice.SKIP or row.kind == Kind.GOLD or left is right:
+        left_shape = shapes[_shape_key(row.left)]
+        right_shape = shapes[_shape_key(row.right)]
+        if row.choice == Choice.SKIP or row.kind == Kind.GOLD or left_shape is right_shape:
             continue
-        winner, loser = (left, right) if row.choice != Choice.RIGHT else (right, left)
+        winner, loser = (left_shape, right_shape) if row.choice != Choice.RIGHT else (right_shape, left_shape)
         comparisons.append(Comparison(winner, loser, row.choice.equal))
     return comparisons, name
 
 
-def _same(shape: Shape) -> tuple:
+def _shape_key(shape: Shape) -> tuple:
     """Return a key that is equal for equal shapes, also for assets, whose psi and level are nan."""
-    # nan is unequal to itself, but its text is equal.
+    # nan is unequal to itself, but its text "nan" is equal.
     return (
         shape.generator,
         shape.source,
@@ -360,22 +449,40 @@ def _same(shape: Shape) -> tuple:
 def _strengths(
     comparisons: list[Comparison], name: Callable[[Shape], str], limits: QualityLimits
 ) -> list[dict]:
-    """Fit Bradley-Terry strengths to the shapes that are compared often enough, best first."""
-    partners: dict[Any, set] = defaultdict(set)  # shape -> shapes that it was compared with
-    times: Counter = Counter()
-    for c in comparisons:
-        partners[c.winner].add(c.loser)
-        partners[c.loser].add(c.winner)
-        times.update((c.winner, c.loser))
-    # An item with one opponent has no reliable strength: it stays only if that opponent has several.
-    ranked = {shape for shape, opponents in partners.items() if len(opponents) >= 2}
-    ranked |= {other for shape in ranked for other in partners[shape]}
-    kept = set(sorted(ranked, key=lambda s: (-times[s], s.generator, s.seed, s.psi))[: limits.strengths])
-    used = [c for c in comparisons if c.winner in kept and c.loser in kept]
-    if not used:
+    """Fit Bradley-Terry strengths of the shapes that are compared with enough other shapes.
+
+    Args:
+        comparisons: comparisons of shapes.
+        name: function (shape) -> name.
+        limits: thresholds, of which `strengths` is used.
+
+    Returns:
+        One record per shape, strongest first; [] if no shape is compared with two others.
+    """
+    opponents: dict[Any, set] = defaultdict(set)  # shape -> shapes with which it was compared
+    times: Counter = Counter()  # shape -> number of its comparisons
+    for comparison in comparisons:
+        opponents[comparison.winner].add(comparison.loser)
+        opponents[comparison.loser].add(comparison.winner)
+        times.update((comparison.winner, comparison.loser))
+    # The strength of a shape with a single opponent is not reliable. Such a shape is included only if its
+    # opponent has several opponents.
+    ranked_shapes = {shape for shape, shape_opponents in opponents.items() if len(shape_opponents) >= 2}
+    ranked_shapes |= {opponent for shape in ranked_shapes for opponent in opponents[shape]}
+    # The shapes with the most comparisons are fitted. The other keys only make the order definite.
+    ordered_shapes = sorted(
+        ranked_shapes, key=lambda shape: (-times[shape], shape.generator, shape.seed, shape.psi)
+    )
+    fitted_shapes = set(ordered_shapes[: limits.strengths])
+    fitted_comparisons = [
+        comparison
+        for comparison in comparisons
+        if comparison.winner in fitted_shapes and comparison.loser in fitted_shapes
+    ]
+    if not fitted_comparisons:
         return []
-    result = bradley_terry(used)
-    # A stable sort: shapes of equal strength stay in the order of the fit.
+    result = bradley_terry(fitted_comparisons)
+    # With a stable sort, shapes of equal strength stay in the order of the fit.
     order = np.argsort(-result.strength, kind="stable")
     return [
         {
@@ -395,48 +502,75 @@ def _strengths(
 
 
 def leaderboard_of(rows: Iterable[JudgementRow], question: str | None = None) -> Leaderboard:
-    """Compute the leaderboard of the overall answers, or of the votes on a question.
+    """Compute the leaderboard of the generators whose shapes were compared.
 
-    Each annotator's first answer to a pair counts. Repeats, gold checks, training pairs, skips and answers
-    that were taken back do not, nor do pairs of one generator. Answers of studies never count, because they
-    would reveal the result. Games are clustered by the prompt of the shapes; without a prompt by their common
-    seed; otherwise by the pair.
+    The first answer of each annotator to a pair counts. Repeats, gold checks, practice pairs, skips, answers
+    that were taken back and pairs of one generator do not count. Answers of studies never count, because they
+    would reveal the result. Comparisons are clustered by the prompt of the shapes; without a prompt by their
+    common seed; and otherwise by the pair.
+
+    Args:
+        rows: judgements.
+        question: name of a further question, whose votes are used; None: the main question, which shape is
+            better.
     """
-    counted = sorted(
-        (r for r in rows if r.kind == Kind.PAIR and r.mode == Mode.LABEL and not r.undone), key=lambda r: r.id
-    )
-    counted = [r for r in counted if r.choice != Choice.SKIP and r.left.generator != r.right.generator]
+    answers = [row for row in rows if row.kind == Kind.PAIR and row.mode == Mode.LABEL and not row.undone]
+    answers.sort(key=lambda row: row.id)  # in order of receipt
+    answers = [
+        row for row in answers if row.choice != Choice.SKIP and row.left.generator != row.right.generator
+    ]
     if question is not None:
-        counted = answers_to(question, counted)
-    names = generator_names(shape for r in counted for shape in (r.left, r.right))
-    # Later entries of a dictionary replace earlier ones. Reversed order keeps the first answer to each pair.
-    games = {(r.annotator, r.campaign, r.pair): _game(r, names) for r in reversed(counted)}
+        answers = answers_to(question, answers)
+    names = generator_names(itertools.chain.from_iterable((row.left, row.right) for row in answers))
+    # Later entries of a dictionary replace earlier ones. In reversed order, the first answer to each pair
+    # remains.
+    games = {(row.annotator, row.campaign, row.pair): _game(row, names) for row in reversed(answers)}
     return leaderboard(list(games.values())[::-1])
 
 
 def _game(row: JudgementRow, names: dict[str, str]) -> Game:
-    """Make a game of two generators; its cluster is the prompt, the seed or the pair."""
-    left = names[row.left.generator]
-    right = names[row.right.generator]
-    winner = {Choice.LEFT: left, Choice.RIGHT: right}.get(row.choice)
-    # Shapes of the same latent resemble each other, so their games are not independent.
-    seed = row.left.seed if row.left.seed == row.right.seed and not row.left.file else None
-    prompt = row.left.condition or (("seed", seed) if seed is not None else ("pair", row.campaign, row.pair))
-    return Game(left, right, winner, row.annotator, prompt, row.choice == Choice.BAD)
+    """Convert a judgement to a comparison of two generators, which belongs to a cluster.
+
+    Args:
+        row: judgement of a pair of shapes of two generators.
+        names: hash of a generator, or label of an asset -> name.
+    """
+    left_name = names[row.left.generator]
+    right_name = names[row.right.generator]
+    winner = {Choice.LEFT: left_name, Choice.RIGHT: right_name}.get(row.choice)  # None for a tie
+    # Comparisons of the same prompt or latent are not independent, so they form a cluster.
+    cluster: Hashable
+    if row.left.condition:
+        cluster = row.left.condition
+    elif row.left.seed == row.right.seed and not row.left.file:
+        cluster = ("seed", row.left.seed)
+    else:
+        cluster = ("pair", row.campaign, row.pair)
+    return Game(left_name, right_name, winner, row.annotator, cluster, row.choice == Choice.BAD)
 
 
 def generator_names(shapes: Iterable[Shape]) -> dict[str, str]:
-    """Name each generator: an asset by its label, a network by its file, with the folder or the beginning of
-    the hash where several files share a name.
+    """Return a name of each generator, by its hash or, for assets, by its label.
+
+    The name of a network is the name of its file. If several networks have the same name, the folder of the
+    file is added, and if that is not enough, the beginning of the hash. The name of the generator of assets
+    is its label.
     """
-    first = {shape.generator: shape for shape in shapes}
-    paths = {key: Path(shape.source or "bundled generator") for key, shape in first.items() if not shape.file}
-    names = {key: paths[key].name if key in paths else key for key in first}
-    # First the folder is added to names that occur twice, then the hash to those that still do.
-    for parts in (2, 3):
-        times = Counter(names.values())
-        for key in [key for key in paths if times[names[key]] > 1]:
-            names[key] = "/".join(paths[key].parts[-2:]) + (f" {key[:8]}" if parts == 3 else "")
+    shape_by_generator = {shape.generator: shape for shape in shapes}
+    paths = {
+        generator: Path(shape.source or "bundled generator")
+        for generator, shape in shape_by_generator.items()
+        if not shape.file
+    }
+    names = {
+        generator: paths[generator].name if generator in paths else generator
+        for generator in shape_by_generator
+    }
+    for adds_hash in (False, True):
+        name_counts = Counter(names.values())
+        for generator in [generator for generator in paths if name_counts[names[generator]] > 1]:
+            folder_and_file = "/".join(paths[generator].parts[-2:])
+            names[generator] = folder_and_file + (f" {generator[:8]}" if adds_hash else "")
     return names
 
 
@@ -444,30 +578,42 @@ def as_text(board: Leaderboard) -> str:
     """Format a leaderboard as a table for a terminal."""
     if not board.groups and not board.few:
         return "There are no comparisons of two generators yet."
-    width = max(len(s.name) for s in (*(s for group in board.groups for s in group), *board.few))
+    # `few` are the generators with too few comparisons for a rank
+    standings = [*itertools.chain.from_iterable(board.groups), *board.few]
+    width = max(len(standing.name) for standing in standings)
     lines = []
     for group in board.groups:
         lines += [
             f"{'':>3} {'generator':<{width}} points   95 %             n  score  won lost tied both bad"
         ]
-        lines += [f"{place:>2}. {_line(standing, width)}" for place, standing in enumerate(group, 1)] + [""]
+        lines += [f"{rank:>2}. {_line(standing, width)}" for rank, standing in enumerate(group, 1)] + [""]
     return "\n".join([*lines, *board.notes()])
 
 
-def _line(s: Standing, width: int) -> str:
-    # A bound that cannot be computed, as after wins only, leaves the interval open on that side.
-    ends = f"{_end(s.lo)} to {_end(s.hi)}"
-    if s.lo is None or s.hi is None:
-        ends = (
-            "any" if s.lo == s.hi else f"at most {_end(s.hi)}" if s.lo is None else f"at least {_end(s.lo)}"
-        )
-    points = "–" if s.points is None else f"{s.points:.0f}"
+def _line(standing: Standing, width: int) -> str:
+    """Format a line of a leaderboard.
+
+    Args:
+        standing: result of one generator.
+        width: width of the column of names, in characters.
+    """
+    # An end of the interval that cannot be computed is None, for example if a generator has won every
+    # comparison.
+    if standing.lo is None and standing.hi is None:
+        interval = "any"
+    elif standing.lo is None:
+        interval = f"at most {_end(standing.hi)}"
+    elif standing.hi is None:
+        interval = f"at least {_end(standing.lo)}"
+    else:
+        interval = f"{_end(standing.lo)} to {_end(standing.hi)}"
+    points = "–" if standing.points is None else f"{standing.points:.0f}"
     return (
-        f"{s.name:<{width}} {points:>6}   {ends:<14} {s.games:>4}  {s.score:>4.0%} {s.wins:>5} {s.losses:>4}"
-        f" {s.ties:>4} {s.both_bad:>8}"
+        f"{standing.name:<{width}} {points:>6}   {interval:<14} {standing.games:>4}  {standing.score:>4.0%}"
+        f" {standing.wins:>5} {standing.losses:>4} {standing.ties:>4} {standing.both_bad:>8}"
     )
 
 
 def _end(value: float | None) -> str:
-    """Format an end of an interval in Elo points."""
+    """Format an end of an interval in Elo points; None becomes an empty text."""
     return "" if value is None else f"{value:.0f}"

@@ -1,10 +1,11 @@
-"""Computes what the browser shows of a shape's record: the mesh, and a render of the same latent.
+"""Computation of the mesh of a shape, and of a render of the same latent.
 
-The module also damages a density deliberately, so strongly that every annotator can see it. The damaged shape
-is one side of a pair whose answer must be known. The damage moves only the surface, and its size is relative
-to the size of the body, so it looks alike for all generators and all scales of their densities.
+The module can also damage the density of a shape deliberately, so strongly that every annotator can see it.
+The damaged shape is part of a gold or practice pair, whose correct answer must be known. The damage changes
+only the surface. Its size is relative to the size of the shape, so it looks alike for all generators and for
+all scales of their densities.
 
-Letters: V vertices, F triangles; X, Y, Z = grid points along x, y, z.
+Shapes: V vertices, F triangles; X, Y, Z grid points along x, y, z; N points.
 """
 
 import functools
@@ -24,40 +25,47 @@ from eg3d_rlhf.people.label.entities import DAMAGES, Shape
 from eg3d_rlhf.people.label.shape_files import compress, encode_mesh
 from torch_utils.ops.implementations import implementation
 
-_SLACK = 1.1  # a mesh may have this many times the requested number of triangles
-_PASSES = 5  # largest number of decimations; each stops where further edges cost too much
-_DUST = 16  # parts with fewer triangles are removed
-# Number of lumps or holes, and the number that is enough if there is not enough space.
-_PLACES = 6
-_FEWEST = 3
-_TRIED = 2000  # number of random places that are tried for lumps
-# Radii of lumps and holes, relative to the size of the body.
+_SLACK = 1.1  # largest accepted ratio of the number of triangles of a mesh to the requested number
+_PASSES = 5  # largest number of decimations of a mesh, since one decimation may stop too early
+_DUST = 16  # smallest number of triangles of a part that is not removed
+_CENTRES = 6  # number of lumps or holes
+_FEWEST = 3  # smallest accepted number of lumps or holes, if there is not enough space for _CENTRES
+_TRIED = 2000  # number of random positions that are tried for lumps
+# radii of lumps and holes, relative to the size of the shape
 _LUMP = 0.075
 _BITE = 0.10
-# Roughness: width of the bumps and standard deviation of the displacement, relative to the size of the body.
+# roughness: width of the bumps, and standard deviation of the displacement, relative to the size of the shape
 _GRAIN = 0.07
 _REACH = 0.03
-_STEEP = 1e3  # slope of the density at the new surface, in multiples of the level per world unit
-_HELD = 2  # number of generators in memory: a study compares two
+_STEEP = 1e3  # slope of the density at a new surface, in multiples of the level per world unit
+_HELD = 2  # number of generators that are kept in memory, because a study compares two
 
 
 def surface(generator: Generator, shape: Shape) -> tuple[np.ndarray, np.ndarray]:
     """Compute the surface of a shape: all its visible parts, decimated.
 
     The density at the border of the generator's cube is cleared, so that the surface is closed. Cavities
-    inside the body and tiny parts are removed. The computation uses plain PyTorch operators, because results
-    should not depend on the compiler of the machine.
+    inside the shape and tiny parts are removed.
 
-    Returns: vertices [V, 3] float32, in world units, and triangles [F, 3].
+    Args:
+        generator: generator of the shape.
+        shape: shape, with its parameters.
+
+    Returns:
+        Vertices [V, 3] float32 in world units, and triangles [F, 3] as indices of vertices.
     """
+    # With "torch", the operators of PyTorch are used and no compiled ones, so that results do not depend on
+    # the compiler of the machine.
     with implementation("torch"):
         field = generator.field(ws_of_seeds(generator, [shape.seed], shape.psi))
         grid = FieldGrid(field, shape.resolution, field.bounds.border)
         vertices, faces = extract_field_mesh(grid, shape.level)
         if shape.degradation:
-            # The damage works on the entire grid [X, Y, Z]; undamaged shapes are extracted block by block.
+            # The damage needs the entire grid [X, Y, Z] at once. Undamaged shapes are extracted block by
+            # block.
             axes = tuple(axis.double().numpy() for axis in grid.axes)
-            # Parts that are removed below must not attract the damage, so only the visible surface is passed.
+            # The damage shall be visible, so its position depends on the visible parts of the surface only.
+            # raw density of the entire grid, [X, Y, Z]
             sigma = grid(slice(0, shape.resolution)).numpy()
             sigma = damage(
                 shape.degradation, sigma, axes, shape.level, visible_parts(vertices, faces)[0], shape.seed
@@ -68,27 +76,39 @@ def surface(generator: Generator, shape: Shape) -> tuple[np.ndarray, np.ndarray]
 
 
 def visible_parts(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Remove cavities (parts that enclose a negative volume) and parts with few triangles. The part with the
-    largest volume always stays.
+    """Remove cavities and tiny parts from a mesh. The part with the largest volume always stays.
+
+    Args:
+        vertices: positions, [V, 3].
+        faces: triangles, [F, 3].
+
+    Returns:
+        Vertices and triangles of the remaining parts.
     """
-    count, part = parts(faces, len(vertices))
-    if count == 1:
+    part_count, part_of_face = parts(faces, len(vertices))  # part_of_face: [F] index of the part of each face
+    if part_count == 1:
         return vertices, faces
-    # Faces are oriented outwards, so the surface of a cavity encloses a negative volume.
-    volume = np.bincount(part, weights=face_volumes(vertices, faces), minlength=count)
-    visible = (volume > 0) & (np.bincount(part, minlength=count) >= _DUST)
-    visible[volume.argmax()] = True
-    return compact(vertices, faces[visible[part]])
+    # The normals of faces point out of the material, so the surface of a cavity encloses a negative volume.
+    volumes = np.bincount(part_of_face, weights=face_volumes(vertices, faces), minlength=part_count)
+    face_counts = np.bincount(part_of_face, minlength=part_count)
+    is_visible = (volumes > 0) & (face_counts >= _DUST)
+    is_visible[volumes.argmax()] = True
+    return compact(vertices, faces[is_visible[part_of_face]])
 
 
 def within_budget(vertices: np.ndarray, faces: np.ndarray, triangles: int) -> tuple[np.ndarray, np.ndarray]:
-    """Decimate a mesh to about `triangles` triangles. The result stays closed if that is possible; a mesh
-    that would stay closed only with more triangles is opened.
+    """Decimate a mesh to about `triangles` triangles, so that it loads fast in the browser.
 
-    The mesh is only looked at: it must load fast and need not be closed.
+    The mesh stays closed if this number can be reached in that way. Otherwise a second method reaches it,
+    with which the mesh may get open edges. They do no harm, because the mesh is only displayed.
+
+    Args:
+        vertices: positions, [V, 3].
+        faces: triangles, [F, 3].
+        triangles: requested number of triangles.
     """
     with warnings.catch_warnings():
-        # the warning that more triangles remain is handled below
+        # `decimate` warns if more triangles remain. This case is handled below.
         warnings.simplefilter("ignore", UserWarning)
         fewer, fewer_faces = decimate(vertices, faces, triangles)
     if len(fewer_faces) <= _SLACK * triangles:
@@ -104,114 +124,141 @@ def within_budget(vertices: np.ndarray, faces: np.ndarray, triangles: int) -> tu
 
 
 class ShapeRenderer:
-    """Computes meshes and renders of shapes. It keeps the generators that were used last in memory."""
+    """Computation of meshes and renders of shapes. The generators that were used last are kept in memory.
+
+    Args:
+        device: device on which the generators compute.
+    """
 
     def __init__(self, device: str = "cpu"):
         self._load = functools.lru_cache(_HELD)(lambda source: load_generator(source or None, device))
 
     def mesh(self, shape: Shape) -> bytes:
-        """Return the mesh of a shape, encoded and compressed."""
+        """Return the mesh of a shape in the format of shape_files.py, compressed with gzip."""
         return compress(encode_mesh(*surface(self.generator(shape).generator, shape)))
 
     def image(self, shape: Shape) -> bytes:
-        """Return the frontal render as PNG. For a damaged shape it shows the undamaged latent, because the
-        generator renders it without the mesh.
+        """Return the frontal render of a shape's latent as the bytes of a PNG file.
+
+        The render of a damaged shape shows no damage, because the generator renders the latent and not the
+        mesh.
         """
         generator = self.generator(shape).generator
         with implementation("torch"):
+            # one camera gives a list of one image
             (pixels,) = render(
                 generator, ws_of_seeds(generator, [shape.seed], shape.psi), [camera(cameras_of(generator))]
             )
         return png(pixels)
 
     def generator(self, shape: Shape) -> LoadedGenerator:
-        """Return the generator of a shape. Raises: ValueError if the file now contains other weights."""
+        """Return the generator of a shape.
+
+        Raises:
+            ValueError: the network file has changed since the campaign was planned.
+        """
         loaded = self._load(shape.source)
         if loaded.hash != shape.generator:
-            expected = shape.generator[:12]
-            actual = loaded.hash[:12]
             raise ValueError(
-                f"{loaded.path.name}: expected the campaign's weights {expected}..., got {actual}... Restore"
-                " the file."
+                f"{loaded.path.name}: the weights have changed since the campaign was planned: the SHA-256"
+                f" was {shape.generator[:12]}... and is {loaded.hash[:12]}... now. Use the original network"
+                " file."
             )
         return loaded
 
 
 @dataclass(frozen=True)
 class Body:
-    """A shape to be damaged: its density on a grid and its surface."""
+    """Shape that shall be damaged: its density on a grid, and its surface."""
 
     sigma: np.ndarray  # raw density [X, Y, Z]
-    axes: tuple[np.ndarray, ...]  # world coordinates x [X], y [Y], z [Z], evenly spaced
-    level: float  # raw density of the surface
-    surface: np.ndarray  # its vertices [V, 3], world coordinates
-    rng: np.random.Generator
+    axes: tuple[np.ndarray, ...]  # world coordinates x [X], y [Y], z [Z] of the grid points, evenly spaced
+    level: float  # raw density at the surface
+    surface: np.ndarray  # vertices of the surface in world coordinates, [V, 3]
+    rng: np.random.Generator  # source of the random positions
 
     @property
     def size(self) -> float:
-        """Mean extent of the surface along the axes, in world units."""
+        """Return the mean extent of the surface along the three axes, in world units."""
         return float(np.ptp(self.surface, axis=0).mean())
 
     def front(self) -> np.ndarray:
-        """Return the third of the vertices nearest to the frontal camera [V', 3], in random order."""
-        # The frontal camera stands on the side of +z.
-        ahead = self.surface[self.surface[:, 2] >= np.quantile(self.surface[:, 2], 2 / 3)]
-        return self.rng.permutation(ahead)
+        """Return the third of the vertices that is nearest to the frontal camera, in random order."""
+        # The frontal camera stands on the side of +z, so these vertices have the largest z.
+        z = self.surface[:, 2]
+        front_vertices = self.surface[z >= np.quantile(z, 2 / 3)]
+        return self.rng.permutation(front_vertices)
 
     def distance(self, centres: np.ndarray) -> np.ndarray:
-        """Compute the distance [X, Y, Z] from every grid point to the nearest of the centres [.., 3]."""
-        # x [X, 1, 1], y [1, Y, 1], z [1, 1, Z]: the sum broadcasts to the grid.
+        """Compute the distance from every grid point to the nearest centre, [X, Y, Z], in world units.
+
+        Args:
+            centres: world coordinates, [N, 3].
+        """
+        # np.ix_ gives x [X, 1, 1], y [1, Y, 1], z [1, 1, Z], whose sum has the shape of the grid.
         x, y, z = np.ix_(*self.axes)
         squares = [(x - a) ** 2 + (y - b) ** 2 + (z - c) ** 2 for a, b, c in centres]
         return np.sqrt(np.minimum.reduce(squares))
 
     def signed(self, distance: np.ndarray) -> np.ndarray:
-        """Return a density that equals the level where `distance` is 0 and increases with it."""
-        # max(.., 1): a level near 0 must not give a flat density.
+        """Return a raw density that increases with `distance`, and equals the level where the distance is 0.
+
+        Args:
+            distance: signed distance to a surface, positive inside, in world units.
+        """
+        # With max(..., 1), the density is not constant if the level is near 0.
         return self.level + _STEEP * max(abs(self.level), 1.0) * distance
 
 
 def floaters(body: Body) -> np.ndarray:
-    """Add round lumps in front of the surface that touch nothing."""
+    """Add round lumps that float in front of the surface without touching it.
+
+    Returns the density [X, Y, Z].
+    """
     radius = _LUMP * body.size
     candidates = body.front()[:_TRIED]  # [N, 3]
-    low, high = (np.array([axis[end] for axis in body.axes]) for end in (0, -1))
+    # corners of the cube with the smallest and the largest coordinates, [3] each
+    low, high = (np.array([axis[index] for axis in body.axes]) for index in (0, -1))
     direction = body.rng.normal(size=candidates.shape)
     direction[:, 2] = abs(direction[:, 2])  # towards the camera
     direction /= np.linalg.norm(direction, axis=1, keepdims=True)
     distance = body.rng.uniform(1.5, 2.5, (len(candidates), 1)) * radius
     centres = candidates + distance * direction
-    # World coordinates to fractional grid indices [N, 3], as map_coordinates expects them.
+    # world coordinates -> fractional indices of the grid [N, 3], which map_coordinates needs
     index = (centres - low) / (high - low) * (np.array(body.sigma.shape) - 1)
-    outside = ndimage.map_coordinates(body.sigma, index.T, order=1, mode="nearest") < body.level
-    # A lump keeps a gap of at least 0.35 radii to the surface, so it is visibly loose.
-    free = outside & (cKDTree(body.surface).query(centres)[0] > 1.35 * radius)
-    margin = radius + 0.12 * (high - low)  # the border of the cube may be cleared
-    free &= np.all((centres > low + margin) & (centres < high - margin), axis=1)
-    lumps = _scattered("floaters", centres[free], 2.5 * radius)
+    is_outside = ndimage.map_coordinates(body.sigma, index.T, order=1, mode="nearest") < body.level
+    # A gap of at least 0.35 radii between lump and surface makes it visible that the lump is loose.
+    is_free = is_outside & (cKDTree(body.surface).query(centres)[0] > 1.35 * radius)
+    margin = radius + 0.12 * (high - low)  # near the border of the cube the density may be cleared
+    is_free &= np.all((centres > low + margin) & (centres < high - margin), axis=1)
+    lumps = _scattered("floaters", centres[is_free], 2.5 * radius)
     # The maximum of two densities is the union of their shapes.
     return np.maximum(body.sigma, body.signed(radius - body.distance(lumps)))
 
 
 def holes(body: Body) -> np.ndarray:
-    """Cut round holes into the side that faces the camera."""
+    """Cut round holes into the side that faces the frontal camera. Returns the density [X, Y, Z]."""
     radius = _BITE * body.size
     centres = _scattered("holes", body.front(), 2 * radius)
-    # The minimum of two densities is the intersection of their shapes, here with the outside of the spheres.
+    # The minimum of two densities is the intersection of their shapes. Here the second one is the outside of
+    # spheres.
     return np.minimum(body.sigma, body.signed(body.distance(centres) - radius))
 
 
 def rough(body: Body) -> np.ndarray:
-    """Make the surface bumpy: every grid point takes the density of a random place nearby."""
-    step = np.array([axis[1] - axis[0] for axis in body.axes])
-    # source [3, X, Y, Z]: for each grid point, the indices where its density is read.
+    """Make the surface bumpy: every grid point gets the density of a random point nearby.
+
+    Returns the density [X, Y, Z].
+    """
+    step = np.array([axis[1] - axis[0] for axis in body.axes])  # distance of grid points in world units, [3]
+    # source [3, X, Y, Z]: for each grid point, the indices of the point whose density it gets
     source = np.indices(body.sigma.shape, dtype=np.float32)
     for axis in range(3):
         noise = body.rng.standard_normal(body.sigma.shape, dtype=np.float32)
-        # Smoothing by half the width of a bump, in grid points of each axis.
+        # The standard deviation of the filter is half the width of a bump, in grid points along each axis.
         noise = ndimage.gaussian_filter(noise, (_GRAIN * body.size / 2 / step).tolist(), mode="wrap")
-        # Division by the actual standard deviation: smoothing has reduced it by a factor that depends on the
-        # grid.
+        # Smoothing reduces the standard deviation by a factor that depends on the grid. Division by
+        # noise.std() removes this factor.
         source[axis] += noise * np.float32(_REACH * body.size / step[axis] / noise.std())
     return ndimage.map_coordinates(body.sigma, source, order=1, mode="nearest")
 
@@ -219,32 +266,47 @@ def rough(body: Body) -> np.ndarray:
 def damage(
     name: str, sigma: np.ndarray, axes: tuple[np.ndarray, ...], level: float, surface: np.ndarray, seed: int
 ):
-    """Compute the density [X, Y, Z] after damage `name`. Equal arguments give equal values.
+    """Damage the density of a shape. Equal arguments give equal results.
 
     Args:
-        name: a key of DAMAGES.
-        sigma: raw density [X, Y, Z].
-        axes: world coordinates x [X], y [Y], z [Z].
-        level: raw density of the surface.
-        surface: its vertices [V, 3].
-        seed: of the shape; another one places the damage elsewhere.
+        name: kind of damage, a key of DAMAGES.
+        sigma: raw density, [X, Y, Z].
+        axes: world coordinates x [X], y [Y], z [Z] of the grid points.
+        level: raw density at the surface.
+        surface: vertices of the surface in world coordinates, [V, 3].
+        seed: seed of the shape, on which the position of the damage depends.
+
+    Returns:
+        Damaged raw density, float32 [X, Y, Z].
+
+    Raises:
+        ValueError: there is not enough space for the damage.
     """
     rng = damage_draws(name, DAMAGES, seed)
-    damaged = {function.__name__: function for function in (floaters, holes, rough)}[name]
-    return damaged(Body(sigma, axes, level, surface, rng)).astype(np.float32)
+    damage_function = {"floaters": floaters, "holes": holes, "rough": rough}[name]
+    return damage_function(Body(sigma, axes, level, surface, rng)).astype(np.float32)
 
 
-def _scattered(name: str, places: np.ndarray, least: float) -> np.ndarray:
-    """Select the first places [.., 3] whose distance to all places before is at least `least`."""
+def _scattered(name: str, candidates: np.ndarray, distance: float) -> np.ndarray:
+    """Select up to _CENTRES positions that are at least `distance` apart, in the order of `candidates`.
+
+    Args:
+        name: kind of damage, for the message.
+        candidates: positions in world coordinates, [N, 3].
+        distance: smallest distance between two selected positions, in world units.
+
+    Raises:
+        ValueError: fewer than _FEWEST positions can be selected.
+    """
     selected: list[np.ndarray] = []
-    for place in places:
-        if all(np.linalg.norm(place - other) >= least for other in selected):
-            selected.append(place)
-            if len(selected) == _PLACES:
+    for candidate in candidates:
+        if all(np.linalg.norm(candidate - position) >= distance for position in selected):
+            selected.append(candidate)
+            if len(selected) == _CENTRES:
                 break
     if len(selected) < _FEWEST:
         raise ValueError(
-            f"damage({name}): expected space for {_FEWEST} places, got {len(selected)}. Choose another seed,"
-            " psi or level."
+            f"damage({name}): the shape has space for {len(selected)} of the {_FEWEST} positions that this"
+            " damage needs. Choose another seed, psi or level."
         )
     return np.array(selected)

@@ -1,5 +1,6 @@
-"""Implements the store of the labelling application: campaigns, annotators, assignments and append-only
-judgements in SQLite or PostgreSQL.
+"""Store of the labelling application in SQLite or PostgreSQL.
+
+It contains labelling campaigns, annotators, assignments, and judgements, which are only ever added.
 """
 
 import hashlib
@@ -33,17 +34,21 @@ from eg3d_rlhf.people.label.entities import (
 )
 from eg3d_rlhf.people.label.judgements import comments, own_answers
 
-# names of annotators: 1 to 80 characters, the first of them a letter, a digit or _
+# name of an annotator: 1 to 80 characters, of which the first is a letter, a digit or _
 NAME = re.compile(r"\w[\w .@+-]{0,79}")
 ANNOTATOR_COLUMNS = select(*(annotators.c[name] for name in StoredAnnotator.__dataclass_fields__))
 
 
 class Store:
-    """Database of a labelling application. It is thread-safe, and several processes may use one database.
-    When a method that writes returns, its changes are on the disk.
+    """Database of a labelling application.
 
-    Imports and exports read and write the tables themselves, through `database`. `clock` returns seconds
-    since 1970.
+    The object is thread-safe, and several processes may use one database. When a method that writes returns,
+    its changes are on the disk. Imports and exports use the tables directly, through the attribute
+    `database`.
+
+    Args:
+        database: database with the tables of a label store.
+        clock: function that returns the time in seconds since 1970.
     """
 
     def __init__(self, database: Database, clock: Callable[[], float] = time.time):
@@ -55,17 +60,29 @@ class Store:
 
     @classmethod
     def open(cls, url: str, create: bool = True, clock: Callable[[], float] = time.time) -> "Store":
-        """Open 'sqlite:///labels.db' or 'postgresql://user@host/database'. `create` makes a new one."""
+        """Open a label store.
+
+        Args:
+            url: 'sqlite:///labels.db' or 'postgresql://user@host/database'.
+            create: True creates the store if there is none.
+            clock: function that returns the time in seconds since 1970.
+
+        Raises:
+            FileNotFoundError: there is no store, and `create` is False.
+            ValueError: the URL is invalid, or the database belongs to another program.
+            OSError: the database cannot be reached.
+        """
         database = Database(url, create)
         try:
             prepare_tables(database, create)
-        # BaseException: the connections are closed after an interrupt, too.
+        # BaseException, so that the connections are closed after KeyboardInterrupt as well
         except BaseException:
             database.close()
             raise
         return cls(database, clock)
 
     def close(self) -> None:
+        """Close the connections to the database."""
         self.database.close()
 
     def __enter__(self) -> "Store":
@@ -77,60 +94,72 @@ class Store:
     # --- campaigns
 
     def create_campaign(self, settings: CampaignSettings, pairs: Sequence[PlannedPair]) -> int:
-        """Store a campaign with its plan. Returns its id. Raises: ValueError for an invalid plan."""
-        with self.database.write((Lock.SCHEMA, 1)) as c:
-            # The second result, the ids of the pairs, is needed by imports only.
-            return campaigns.create(c, settings, pairs, self.clock())[0]
+        """Store a new campaign with its pairs, and return its id.
+
+        Raises:
+            ValueError: the name, the settings or the pairs are invalid.
+        """
+        with self.database.write((Lock.SCHEMA, 1)) as connection:
+            # The second result, which is the ids of the pairs, is used by imports only.
+            return campaigns.create(connection, settings, pairs, self.clock())[0]
 
     def campaign(self, name: str | None = None) -> StoredCampaign | None:
-        """Return the campaign of that name, or the newest of all; None if there is none."""
-        with self.database.read() as c:
-            stored = campaigns.list_campaigns(c, name)
+        """Return the campaign of a name, or the newest campaign if `name` is None.
+
+        Returns None if there is no such campaign.
+        """
+        with self.database.read() as connection:
+            stored = campaigns.list_campaigns(connection, name)
         # Campaigns are listed oldest first.
         return stored[-1] if stored else None
 
     def campaigns(self) -> list[StoredCampaign]:
         """Return all campaigns, oldest first."""
-        with self.database.read() as c:
-            return campaigns.list_campaigns(c)
+        with self.database.read() as connection:
+            return campaigns.list_campaigns(connection)
 
     def shapes(self, campaign_id: int) -> list[tuple[str, Shape]]:
-        """Return (asset token, shape) of a campaign's shapes, in order of the plan."""
+        """Return (asset token, shape) for every shape of a campaign, in order of the plan."""
         return list(self._plan(campaign_id).shapes.items())
 
     def pairs(self, campaign_id: int) -> list[tuple[str, str]]:
-        """Return the asset tokens of a campaign's pairs, in order of the plan."""
+        """Return the asset tokens (first, second) of every pair of a campaign, in order of the plan."""
         return [(pair.first, pair.second) for pair in self._plan(campaign_id).pairs.values()]
 
     def training(self, campaign_id: int) -> list[StoredPair]:
-        """Return the training pairs of a campaign, in order of the plan."""
+        """Return the practice pairs of a campaign, in order of the plan."""
         return self._plan(campaign_id).training
 
-    # --- annotators: tokens and session ids are random and returned only once; the database holds their
-    # SHA-256
+    # --- annotators. Tokens and session ids are random, and are returned only once. The database contains
+    # their SHA-256.
 
     def add_annotator(self, name: str, role: str = "annotator") -> str:
-        """Add an annotator. Returns the token, which cannot be read again.
+        """Add an annotator, and return the login token. The token cannot be read again later.
 
-        Raises: ValueError for an invalid role, and for a name that is invalid or too similar to another.
+        Args:
+            name: name of the annotator, see NAME.
+            role: one of ROLES.
+
+        Raises:
+            ValueError: the role is unknown, or the name is invalid, in use or too similar to another name.
         """
-        # Names stand in tables and logs, so spaces at the ends would be invisible.
+        # Spaces at the ends of a name would be invisible in tables and logs.
         if not NAME.fullmatch(name) or name != name.strip():
             raise ValueError(
-                f"annotator: expected a name of 1 to 80 letters, digits, spaces or . _ @ + -, got {name!r}."
-                " Choose another."
+                f"annotator: the name {name!r} is invalid. Choose a name of 1 to 80 letters, digits, spaces"
+                " or . _ @ + - that starts with a letter, a digit or _ and does not end in a space."
             )
         if role not in ROLES:
             raise ValueError(
-                f"annotator {name}: expected a role of {', '.join(ROLES)}, got {role!r}. Choose one of them."
+                f"annotator {name}: the role {role!r} is unknown. Choose one of {', '.join(ROLES)}."
             )
         token = secrets.token_urlsafe(24)  # 192 random bits
-        with self.database.write((Lock.SCHEMA, 2)) as c:
-            # LOCAL is reserved, also in a database that has no such annotator yet.
-            check_name(name, [LOCAL, *c.execute(select(annotators.c.name)).scalars()])
-            c.execute(
+        with self.database.write((Lock.SCHEMA, 2)) as connection:
+            # The name LOCAL is reserved, also in a database that has no annotator of this name yet.
+            check_name(name, [LOCAL, *connection.execute(select(annotators.c.name)).scalars()])
+            connection.execute(
                 insert(annotators).values(
-                    # Only the hash is stored: a copy of the database gives no access.
+                    # Only the hash of the token is stored, so a copy of the database gives no access.
                     name=name,
                     role=role,
                     token_hash=secret_hash(token),
@@ -140,39 +169,53 @@ class Store:
         return token
 
     def new_token(self, name: str, keep_session: str = "") -> str:
-        """Replace the token of an annotator. Returns the new one, which cannot be read again.
+        """Replace the login token of an annotator, and return the new token. It cannot be read again later.
 
-        The old token and all sessions except `keep_session` become invalid. Judgements and assignments stay.
-        A revoked annotator gets access again.
+        The old token and the annotator's sessions become invalid. Judgements and assignments stay. A revoked
+        annotator gets access again.
+
+        Args:
+            name: name of the annotator.
+            keep_session: id of a session that stays valid; "": no session.
+
+        Raises:
+            ValueError: there is no annotator of this name who can have a token.
         """
         token = secrets.token_urlsafe(24)
-        with self.database.write((Lock.SCHEMA, 2)) as c:
-            annotator = _with_token(c, name)
-            c.execute(
+        with self.database.write((Lock.SCHEMA, 2)) as connection:
+            annotator = _with_token(connection, name)
+            connection.execute(
                 update(annotators)
                 .where(annotators.c.id == annotator.id)
-                # The old hash is overwritten, which makes the old token invalid.
+                # Overwriting the old hash makes the old token invalid.
                 .values(token_hash=secret_hash(token), revoked=None)
             )
-            # An admin who replaces her own token stays logged in: her session is `keep_session`.
-            ended = sessions.c.annotator_id == annotator.id, sessions.c.id_hash != secret_hash(keep_session)
-            # Sessions do not depend on the token that opened them, so they are deleted explicitly.
-            c.execute(delete(sessions).where(*ended))
+            # Sessions do not depend on the token that opened them, so they are deleted explicitly. The
+            # session in which an admin replaces the own token is kept.
+            ended_sessions = (
+                sessions.c.annotator_id == annotator.id,
+                sessions.c.id_hash != secret_hash(keep_session),
+            )
+            connection.execute(delete(sessions).where(*ended_sessions))
         return token
 
     def revoke_annotator(self, name: str, keep_an_admin: bool = False) -> None:
-        """Invalidate the token of an annotator and with it all sessions. Judgements stay.
+        """Revoke the access of an annotator: the token and all sessions become invalid. Judgements stay.
 
         Args:
-            name: of the annotator; if already revoked, nothing happens.
-            keep_an_admin: raise ConflictError if this annotator is the last admin with access.
+            name: name of the annotator. If the access was revoked before, nothing changes.
+            keep_an_admin: True raises an error if this annotator is the last admin with access.
+
+        Raises:
+            ValueError: there is no annotator of this name who can have a token.
+            ConflictError: the annotator is the last admin, and `keep_an_admin` is True.
         """
-        with self.database.write((Lock.SCHEMA, 2)) as c:
-            annotator = _with_token(c, name)
+        with self.database.write((Lock.SCHEMA, 2)) as connection:
+            annotator = _with_token(connection, name)
             if annotator.revoked is not None:
                 return
-            # An imported admin has no token and cannot log in, so it does not count.
-            others = ANNOTATOR_COLUMNS.where(
+            # An imported admin without a token cannot log in, and is not counted.
+            admins = ANNOTATOR_COLUMNS.where(
                 annotators.c.role == "admin",
                 annotators.c.revoked.is_(None),
                 annotators.c.token_hash.is_not(None),
@@ -180,66 +223,77 @@ class Store:
             if (
                 keep_an_admin
                 and annotator.role == "admin"
-                and _first(c, others.where(annotators.c.id != annotator.id)) is None
+                and _first(connection, admins.where(annotators.c.id != annotator.id)) is None
             ):
                 raise ConflictError(
-                    f"annotator {name}: is the last admin with access. Create another admin first."
+                    f"annotator {name} is the last admin with access. Create another admin first."
                 )
-            # Sessions need no deletion: they are valid only while `revoked` is null.
-            c.execute(update(annotators).where(annotators.c.id == annotator.id).values(revoked=self.clock()))
+            # Sessions need not be deleted: they are valid only while `revoked` is null.
+            connection.execute(
+                update(annotators).where(annotators.c.id == annotator.id).values(revoked=self.clock())
+            )
 
     def withdrawn(self, secret: str) -> bool:
-        """Return True if a token, or the id of a session that has not expired, belongs to a revoked
-        annotator.
+        """Return True if a secret belongs to a revoked annotator.
 
-        The page can then say that the access was revoked instead of asking for a login.
+        The page then states that the access was revoked, instead of asking for a login.
+
+        Args:
+            secret: token, or id of a session. The id of an expired session belongs to no annotator.
         """
         digest = secret_hash(secret)
         now = self.clock()
-        with_session = select(sessions.c.annotator_id).where(
+        session_owner = select(sessions.c.annotator_id).where(
             sessions.c.id_hash == digest, sessions.c.expires > now
         )
-        revoked = (
+        revoked_owner = (
             annotators.c.revoked.is_not(None),
-            # The secret is a token, or the id of a session.
-            (annotators.c.token_hash == digest) | annotators.c.id.in_(with_session),
+            (annotators.c.token_hash == digest) | annotators.c.id.in_(session_owner),
         )
-        with self.database.read() as c:
-            return _first(c, ANNOTATOR_COLUMNS.where(*revoked)) is not None
+        with self.database.read() as connection:
+            return _first(connection, ANNOTATOR_COLUMNS.where(*revoked_owner)) is not None
 
     def annotators(self) -> list[StoredAnnotator]:
-        """Return all annotators, oldest first, revoked ones included."""
-        with self.database.read() as c:
+        """Return all annotators, also revoked ones, in the order in which they were added."""
+        with self.database.read() as connection:
             return [
                 StoredAnnotator(**row._mapping)
-                for row in c.execute(ANNOTATOR_COLUMNS.order_by(annotators.c.id))
+                for row in connection.execute(ANNOTATOR_COLUMNS.order_by(annotators.c.id))
             ]
 
     def authenticate(self, token: str) -> StoredAnnotator | None:
-        """Return the annotator of a valid token, or None."""
-        with self.database.read() as c:
-            # Revoking leaves the hash in place, so that `withdrawn` can recognise the token.
+        """Return the annotator of a token, or None if the token is unknown or revoked."""
+        with self.database.read() as connection:
+            # The hash of a revoked token stays in the table, so that `withdrawn` can recognise the token.
             return _first(
-                c,
+                connection,
                 ANNOTATOR_COLUMNS.where(
                     annotators.c.token_hash == secret_hash(token), annotators.c.revoked.is_(None)
                 ),
             )
 
     def annotator_without_token(self, name: str, role: str = "annotator") -> StoredAnnotator:
-        """Return the annotator of that name, added if new, without a token: for imports, and for LOCAL, who
-        uses the server's machine.
+        """Return the annotator of a name, who is added without a token if there is none.
+
+        Imports need such annotators, and so does LOCAL, the person who uses the machine of the server.
+
+        Args:
+            name: name of the annotator.
+            role: role of an annotator who is added.
         """
-        with self.database.write((Lock.SCHEMA, 2)) as c:
-            return find_or_add(c, name, role, self.clock())
+        with self.database.write((Lock.SCHEMA, 2)) as connection:
+            return find_or_add(connection, name, role, self.clock())
 
     def open_session(self, annotator_id: int, seconds: float) -> str:
-        """Start a session that expires after `seconds`. Returns its random id, which is the cookie's value.
+        """Start a login session, and return its id, which is the value of the login cookie.
 
         Expired sessions of all annotators are deleted.
+
+        Args:
+            annotator_id: id of the annotator.
+            seconds: time until the session expires.
         """
-        # 256 random bits
-        session_id = secrets.token_urlsafe(32)
+        session_id = secrets.token_urlsafe(32)  # 256 random bits
         now = self.clock()
         record = {
             "id_hash": secret_hash(session_id),
@@ -247,28 +301,35 @@ class Store:
             "created": now,
             "expires": now + seconds,
         }
-        with self.database.write() as c:
-            # Here and not in a timer: logging in is rare, and the table stays small.
-            c.execute(delete(sessions).where(sessions.c.expires <= now))
-            c.execute(insert(sessions), record)
+        with self.database.write() as connection:
+            # A login is a rare event, so this is often enough to keep the table small, and no timer is
+            # needed.
+            connection.execute(delete(sessions).where(sessions.c.expires <= now))
+            connection.execute(insert(sessions), record)
         return session_id
 
     def session(self, session_id: str) -> StoredAnnotator | None:
-        """Return the annotator of a session; None if it is unknown, expired or revoked."""
-        valid = (
+        """Return the annotator of a session.
+
+        Returns None if the session is unknown or has expired, or if the annotator's access is revoked.
+        """
+        valid_session = (
             sessions.c.id_hash == secret_hash(session_id),
             sessions.c.expires > self.clock(),
             annotators.c.revoked.is_(None),
         )
-        with self.database.read() as c:
+        with self.database.read() as connection:
             return _first(
-                c, ANNOTATOR_COLUMNS.join(sessions, sessions.c.annotator_id == annotators.c.id).where(*valid)
+                connection,
+                ANNOTATOR_COLUMNS.join(sessions, sessions.c.annotator_id == annotators.c.id).where(
+                    *valid_session
+                ),
             )
 
     def close_session(self, session_id: str) -> None:
-        """Delete a session. An unknown one is no error: logging out twice is allowed."""
-        with self.database.write() as c:
-            c.execute(delete(sessions).where(sessions.c.id_hash == secret_hash(session_id)))
+        """Delete a session. An unknown id is no error, so that a person can log out twice."""
+        with self.database.write() as connection:
+            connection.execute(delete(sessions).where(sessions.c.id_hash == secret_hash(session_id)))
 
     # --- assignments and answers
 
@@ -277,180 +338,268 @@ class Store:
         campaign_id: int,
         annotator_id: int,
         count: int = 3,
-        ready: Callable[[str], bool] | None = None,
-        lost: Callable[[str], bool] | None = None,
+        is_ready: Callable[[str], bool] | None = None,
+        has_failed: Callable[[str], bool] | None = None,
     ) -> list[AssignedPair]:
-        """Return up to `count` open assignments: the last undone one first, then the oldest. New assignments
-        are issued until there are that many.
+        """Return up to `count` open assignments of an annotator, and make new ones if there are fewer.
 
-        There are fewer, or none, when the annotator is finished or must wait.
+        The assignment whose answer was undone last comes first, and then the oldest one. There are fewer than
+        `count` assignments, or none, if the annotator is finished or must wait for the preparation of shapes.
 
         Args:
-            ready: `ready(asset)` is True if the shape is prepared; only pairs of two such shapes are issued.
-            lost: `lost(asset)` is True if the shape can never be prepared. The annotator waits for training
-                pairs whose shapes are not ready yet, but not for lost ones.
+            campaign_id: id of the campaign.
+            annotator_id: id of the annotator.
+            count: number of assignments that the page needs.
+            is_ready: function that returns True for the asset token of a prepared shape. Only pairs of two
+                prepared shapes are assigned. None: all shapes are prepared.
+            has_failed: function that returns True for the asset token of a shape that can never be prepared.
+                An annotator waits for practice pairs that are not prepared yet, but not for such ones. None:
+                no shape has failed.
         """
-        # A pair is ready when both of its shapes are.
-        prepared = (lambda pair: ready(pair.first) and ready(pair.second)) if ready else (lambda pair: True)
+
+        def is_pair_ready(pair: StoredPair) -> bool:
+            return is_ready is None or (is_ready(pair.first) and is_ready(pair.second))
+
         issuer = Issuer(
             self.database,
             self._plan(campaign_id),
             annotator_id,
             self._name(annotator_id),
             self.clock,
-            _lost(lost),
+            _pair_failure_test(has_failed),
         )
-        return issuer.assignments(count, prepared)
+        return issuer.assignments(count, is_pair_ready)
 
     def submit(self, campaign_id: int, annotator_id: int, answer: Answer) -> Submitted:
-        """Record an answer. The same answer with the same key has no further effect and gives the first
-        result.
+        """Record an answer. If an answer is submitted twice with one key, it is recorded once.
 
-        Raises: ValueError for an invalid answer; ConflictError if the assignment is answered already.
+        Returns:
+            Result of the submission. The second submission of an answer gets the result of the first one.
+
+        Raises:
+            ValueError: the answer is invalid.
+            ConflictError: the assignment has an answer already, or another answer has used the key.
+            LookupError: the annotator has no such assignment.
         """
-        # Before the transaction: an invalid answer must not take the lock.
+        # The answer is checked before the transaction, so that an invalid answer does not take the lock.
         judgements.check_answer(answer)
         plan = self._plan(campaign_id)
-        # The lock of one annotator: two of her answers cannot be recorded at the same time.
-        with self.database.write((Lock.ANNOTATOR, annotator_id)) as c:
-            return judgements.submit(c, plan, annotator_id, answer, self.clock())
+        # With the annotator's lock, two answers of one annotator are recorded one after the other.
+        with self.database.write((Lock.ANNOTATOR, annotator_id)) as connection:
+            return judgements.submit(connection, plan, annotator_id, answer, self.clock())
 
     def undo(
         self, campaign_id: int, annotator_id: int, key: str, assignment: str | None = None
     ) -> str | None:
-        """Take back the annotator's last answer that counts, or the answer to `assignment`, with a further
-        record. A second call with the same key has no further effect.
+        """Take back an answer of an annotator, by adding a record. The answer itself stays in the store.
 
-        Returns: the token of the assignment that is open again; None if there was nothing to take back.
+        Args:
+            campaign_id: id of the campaign.
+            annotator_id: id of the annotator.
+            key: text that the page chooses for this undo. A second call with the same key has no effect.
+            assignment: token of the assignment whose answer is taken back; None: the annotator's last answer
+                that counts.
+
+        Returns:
+            Token of the assignment that is open again; None if there was no answer to take back.
+
+        Raises:
+            ConflictError: the answer may not be changed any more, or an answer has used the key.
+            LookupError: the annotator has no such assignment.
         """
-        # As in `submit`, before the transaction takes its lock.
+        # The key is checked before the transaction, so that an invalid key does not take the lock.
         judgements.check_text("key", key)
         plan = self._plan(campaign_id)
-        with self.database.write((Lock.ANNOTATOR, annotator_id)) as c:
-            return judgements.undo(c, plan, annotator_id, key, assignment, self.clock())
+        with self.database.write((Lock.ANNOTATOR, annotator_id)) as connection:
+            return judgements.undo(connection, plan, annotator_id, key, assignment, self.clock())
 
     def answers(
         self, campaign_id: int, annotator_id: int, before: int | None = None, count: int = 20
     ) -> list[OwnAnswer]:
-        """Return the annotator's answers that count, without training pairs, newest assignment first.
+        """Return the answers of an annotator that count, newest assignment first, without practice pairs.
 
         Args:
-            before: only answers to assignments with a smaller sequence number; None: from the newest.
-            count: the largest number of answers to return.
+            campaign_id: id of the campaign.
+            annotator_id: id of the annotator.
+            before: sequence number; only answers to assignments with a smaller number are returned. None: no
+                restriction.
+            count: largest number of answers that are returned.
         """
         plan = self._plan(campaign_id)
-        with self.database.read() as c:
-            # The clock decides if a study has ended, after which answers cannot be changed.
-            return own_answers(c, plan, annotator_id, before, count, self.clock())
+        with self.database.read() as connection:
+            # The time decides whether a study has ended. After its end, answers cannot be changed.
+            return own_answers(connection, plan, annotator_id, before, count, self.clock())
 
     def comments(self, campaign_id: int, count: int = 200) -> list[Row]:
-        """Return the newest comments of a campaign, at most `count`."""
-        with self.database.read() as c:
-            return comments(c, campaign_id, count)
+        """Return the newest comments of a campaign, newest first.
+
+        Args:
+            campaign_id: id of the campaign.
+            count: largest number of comments that are returned.
+
+        Returns:
+            Rows with annotator (name), received_at (seconds since 1970), choice and comment.
+        """
+        with self.database.read() as connection:
+            return comments(connection, campaign_id, count)
 
     def progress(
-        self, campaign_id: int, annotator_id: int, lost: Callable[[str], bool] | None = None
+        self, campaign_id: int, annotator_id: int, has_failed: Callable[[str], bool] | None = None
     ) -> Progress:
-        """Return the annotator's progress; `lost` as for `assignments`."""
+        """Return the progress of an annotator in a campaign.
+
+        Args:
+            campaign_id: id of the campaign.
+            annotator_id: id of the annotator.
+            has_failed: function that returns True for the asset token of a shape that can never be prepared.
+                None: no shape has failed.
+        """
         plan = self._plan(campaign_id)
         name = self._name(annotator_id)
-        with self.database.read() as c:
-            return read_progress(c, plan, annotator_id, name, self.clock(), self._reach, _lost(lost))
+        with self.database.read() as connection:
+            return read_progress(
+                connection,
+                plan,
+                annotator_id,
+                name,
+                self.clock(),
+                self._reach,
+                _pair_failure_test(has_failed),
+            )
 
     def tally(self) -> list[Row]:
-        """Count each annotator's judgements in each campaign, training pairs and gold checks included.
+        """Count the judgements of each annotator in each campaign, including practice pairs and gold checks.
 
-        Returns: rows with campaign_id, name, judgements, last (time of the newest, seconds since 1970).
+        Returns:
+            Rows with campaign_id, name (of the annotator), judgements (number of judgements that count) and
+            last (time of receipt of the newest judgement, seconds since 1970).
         """
-        with self.database.read() as c:
-            return judgements.tally(c)
+        with self.database.read() as connection:
+            return judgements.tally(connection)
 
     def judgements(
         self, campaign: str | None = None, annotators: Sequence[str] = (), include_undone: bool = False
     ) -> Iterator[JudgementRow]:
-        """Yield judgements in order of receipt; without arguments those of all campaigns that count."""
+        """Yield judgements in order of receipt.
+
+        Args:
+            campaign: name of the campaign; None: all campaigns.
+            annotators: names of the annotators; empty: all annotators.
+            include_undone: True yields judgements that were taken back as well.
+        """
         return judgements.read_judgements(self.database, campaign, annotators, include_undone)
 
-    # --- caches of what never changes
+    # --- caches of names and plans, which never change
 
     def _name(self, annotator_id: int) -> str:
         if annotator_id not in self._names:
-            # A name is missing only for an annotator who was added since the last look-up.
+            # Only an annotator who was added after the last query is missing.
             self._names.update({annotator.id: annotator.name for annotator in self.annotators()})
         if annotator_id not in self._names:
-            raise LookupError(f"store: unknown id of an annotator: {annotator_id}. Log in again.")
+            raise LookupError(f"store: there is no annotator with the id {annotator_id}. Log in again.")
         return self._names[annotator_id]
 
     def _plan(self, campaign_id: int) -> Plan:
         if campaign_id not in self._plans:
-            with self.database.read() as c:
-                # Two threads may load the same plan; the results are equal, so no lock is needed.
-                self._plans[campaign_id] = campaigns.load_plan(c, campaign_id)
+            with self.database.read() as connection:
+                # If two threads load the same plan at once, their results are equal, so no lock is needed.
+                self._plans[campaign_id] = campaigns.load_plan(connection, campaign_id)
         return self._plans[campaign_id]
 
 
-def _lost(lost: Callable[[str], bool] | None) -> Callable[[StoredPair], bool]:
-    """Turn a test of one shape into a test of a pair: it is lost if one of its shapes is."""
-    return (lambda pair: lost(pair.first) or lost(pair.second)) if lost else (lambda pair: False)
+def _pair_failure_test(has_failed: Callable[[str], bool] | None) -> Callable[[StoredPair], bool]:
+    """Return a test of a pair: True if one of its two shapes has failed.
+
+    Args:
+        has_failed: test of the asset token of a shape; None: no shape has failed.
+    """
+    if has_failed is None:
+        return lambda pair: False
+    return lambda pair: has_failed(pair.first) or has_failed(pair.second)
 
 
 def secret_hash(secret: str) -> str:
-    """Return the SHA-256 hex digest. The secrets have at least 192 random bits, so a slow hash, which
-    protects passwords that people choose, would add nothing.
+    """Return the SHA-256 of a token or session id as hexadecimal digits.
+
+    A slow hash protects passwords that people choose. These secrets have at least 192 random bits, so a fast
+    hash is sufficient.
     """
     # Cookies and headers may contain lone surrogates, which UTF-8 cannot encode.
     return hashlib.sha256(secret.encode("utf-8", "backslashreplace")).hexdigest()
 
 
-def find(c: Connection, name: str) -> StoredAnnotator | None:
-    """Return the annotator of that name, or None."""
-    return _first(c, ANNOTATOR_COLUMNS.where(annotators.c.name == name))
+def find(connection: Connection, name: str) -> StoredAnnotator | None:
+    """Return the annotator of a name, or None if there is none."""
+    return _first(connection, ANNOTATOR_COLUMNS.where(annotators.c.name == name))
 
 
-def _with_token(c: Connection, name: str) -> StoredAnnotator:
-    """Return the annotator of that name. Raises: ValueError for an unknown one, and for LOCAL."""
-    annotator = find(c, name)
+def _with_token(connection: Connection, name: str) -> StoredAnnotator:
+    """Return the annotator of a name who can have a token.
+
+    Raises:
+        ValueError: there is no annotator of this name, or the name is LOCAL.
+    """
+    annotator = find(connection, name)
     if annotator is None or name == LOCAL:
         raise ValueError(
-            f"annotator: expected an annotator with a token, got {name!r}. `annotators` lists them."
+            f"annotator: there is no annotator {name!r} who logs in with a token. The command `annotators`"
+            " lists all names; use one of them."
         )
     return annotator
 
 
-def find_or_add(c: Connection, name: str, role: str, now: float) -> StoredAnnotator:
-    """Return the annotator of that name, added if new. No token leads to it: for local work and imports."""
+def find_or_add(connection: Connection, name: str, role: str, now: float) -> StoredAnnotator:
+    """Return the annotator of a name, who is added without a token if there is none.
+
+    Args:
+        connection: connection with a write transaction that has the lock (Lock.SCHEMA, 2).
+        name: name of the annotator.
+        role: role of an annotator who is added.
+        now: time at which the annotator is added, seconds since 1970.
+    """
     record = {"name": name, "role": role, "created": now}
-    # The lock of the caller prevents that two processes add the same name.
-    return find(c, name) or StoredAnnotator(
-        **c.execute(insert(annotators).returning(*ANNOTATOR_COLUMNS.selected_columns), record).one()._mapping
+    # The lock of the caller prevents two processes from adding the same name.
+    return find(connection, name) or StoredAnnotator(
+        **connection.execute(insert(annotators).returning(*ANNOTATOR_COLUMNS.selected_columns), record)
+        .one()
+        ._mapping
     )
 
 
-def _first(c: Connection, query: Select) -> StoredAnnotator | None:
+def _first(connection: Connection, query: Select) -> StoredAnnotator | None:
     """Return the first row of a query as an annotator, or None."""
-    row = c.execute(query).first()
+    row = connection.execute(query).first()
     return None if row is None else StoredAnnotator(**row._mapping)
 
 
 # ---- names of annotators that people can distinguish
 
 
-def check_name(name: str, known: Iterable[str]) -> None:
-    """Raise ValueError for a name that differs from one of `known` only in capitals, spaces or the form of
-    its characters (Unicode's NFKC). Only new names are checked, so a database with such names remains usable.
+def check_name(name: str, used_names: Iterable[str]) -> None:
+    """Check that a new name can be distinguished from the names in use.
+
+    Names are too similar if they differ only in capitals, spaces or the form of their characters (Unicode's
+    NFKC). Only new names are checked, so a database that contains similar names remains usable.
+
+    Args:
+        name: new name.
+        used_names: names in use.
+
+    Raises:
+        ValueError: the name equals a name in use, or is too similar to it.
     """
-    # Equal names get their own message, which is easier to understand.
-    for other in known:
-        if other == name:
+    for used_name in used_names:
+        # Equal names get their own message, which is easier to understand.
+        if used_name == name:
+            raise ValueError(f"annotator: the name {name!r} is in use. Choose another name.")
+        if _canonical(name) == _canonical(used_name):
             raise ValueError(
-                f"annotator: expected a new name, got {name!r}, which is in use. Choose another."
-            )
-        if _canonical(name) == _canonical(other):
-            raise ValueError(
-                f"annotator: {name!r} is too similar to {other!r}, which is in use. Choose another."
+                f"annotator: the name {name!r} is too similar to {used_name!r}, which is in use. Choose"
+                " another name."
             )
 
 
 def _canonical(name: str) -> str:
+    """Return the form of a name in which names that are too similar are equal."""
     # casefold() can give characters that are not in NFKC form, so the normalisation is applied again.
     return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", " ".join(name.split())).casefold())

@@ -1,7 +1,6 @@
-"""Reads preferences from a store: selects the judgements that count and converts them to the open label
-format.
+"""Preferences from a label store: selection of the judgements that count, and conversion to files of labels.
 
-Importing this module needs no database package; reading a store does.
+Importing this module does not need the database package SQLAlchemy, but reading a store does.
 """
 
 import contextlib
@@ -30,91 +29,108 @@ from training.storage import write_atomic
 
 if TYPE_CHECKING:
     from eg3d_rlhf.people.label.store import Store
+    from eg3d_rlhf.preferences.bradley_terry import Comparison
     from eg3d_rlhf.preferences.unpaired import UnpairedPreference
 
-_STORE = re.compile(r"(sqlite|postgresql|postgres)(\+\w+)?:")
-# Gold and training pairs are not exported: their answers are known and they contain damaged shapes.
+_STORE = re.compile(r"(sqlite|postgresql|postgres)(\+\w+)?:")  # start of the URL of a store
+# Kinds of pairs whose answers become labels. Gold and practice pairs contain damaged shapes, and their
+# answers are known in advance.
 COMPARED = (Kind.PAIR, Kind.REPEAT, Kind.SWAP)
 MODE_NAMES = {
     Mode.LABEL: "a campaign that collects preferences",
     Mode.STUDY: "a study",
     Mode.SINGLE: "a campaign of shapes shown one by one",
 }
-# The password of a URL: what stands between the colon after the user's name and the @.
+# The password in a URL stands between the colon after the user name and the @.
 _PASSWORD = re.compile(r"(//[^:/@]*):[^/]*@")
 
 
 def is_store_url(source: object) -> bool:
-    """Return True if `source` is the URL of a store, and False for the name of a file."""
-    # A `Path` is never a URL, also if its name contains a colon.
+    """Return True if `source` is the URL of a label store, and False if it is the name of a file."""
+    # A `Path` is always a file, even if its name looks like a URL.
     return isinstance(source, str) and _STORE.match(source) is not None
 
 
 def without_password(url: str) -> str:
-    """Return the URL with its password replaced, for messages and files."""
+    """Return a URL with *** in place of its password, for messages and files."""
     return _PASSWORD.sub(r"\1:***@", url)
 
 
 def labels_source(source: str | Path) -> str | Path:
-    """Return a store's URL unchanged, and anything else as a path."""
+    """Return the URL of a store unchanged, and the name of a file as a `Path`."""
     return source if is_store_url(source) else Path(source)
 
 
 def source_stem(source: str | Path) -> str:
-    """Return a short name: that of the file or database, without its suffix."""
-    if is_store_url(source) and not str(source).startswith("sqlite"):
-        return str(source).split("?")[0].rpartition("/")[2]  # PostgreSQL's name of the database has no suffix
-    return Path(str(source).split("?")[0] if is_store_url(source) else source).stem
+    """Return a short name of a source of labels.
+
+    It is the name of the file without its suffix, or the name of the PostgreSQL database.
+    """
+    if not is_store_url(source):
+        return Path(source).stem
+    url = str(source).split("?")[0]  # without parameters
+    # the name of a PostgreSQL database may contain a dot, and has no suffix
+    return Path(url).stem if url.startswith("sqlite") else url.rpartition("/")[2]
 
 
 @dataclass(frozen=True, kw_only=True)
 class LabelFilters:
-    """Selection of the judgements that become labels. Skips, gold checks, training pairs and judgements that
-    were taken back never do.
+    """Selection of the judgements that become labels.
+
+    Skips, gold checks, practice pairs and judgements that were taken back never become labels.
     """
 
-    campaign: str | None = None  # name; None: all campaigns that collect preferences
-    annotators: tuple[str, ...] = ()  # names; empty: all
-    # 0..1; annotators with a lower accuracy, or without an answered gold check, are left out
+    campaign: str | None = None  # name of the campaign; None: all campaigns that collect preferences
+    annotators: tuple[str, ...] = ()  # names of the annotators; empty: all annotators
+    # Smallest share of correct gold checks of an annotator, 0..1. Annotators below it, or without an answered
+    # gold check, are left out. None: no restriction.
     least_gold_accuracy: float | None = None
-    drop_repeats: bool = False  # keep only each annotator's first answer to a pair
-    min_milliseconds: int = 0  # least time to answer; faster answers are left out
-    # Further criterion whose votes are used as answers; judgements without such a vote are left out.
-    # None: the overall question, which shape is better.
+    drop_repeats: bool = False  # True keeps only the first answer of each annotator to a pair
+    min_milliseconds: int = 0  # shortest time to answer; faster answers are left out
+    # Name of a further question, whose votes are used as answers; judgements without such a vote are left
+    # out. None: the answers to the main question, which shape is better.
     criterion: str | None = None
-    # Only judgements received since then: ISO 8601 (local time without a time zone), or seconds since 1970.
+    # Earliest time of receipt: ISO 8601 (local time if there is no time zone), or seconds since 1970. None:
+    # no restriction.
     since: str | float | None = None
 
     def __post_init__(self):
         if self.least_gold_accuracy is not None and not 0 <= self.least_gold_accuracy <= 1:
-            raise ValueError(f"least_gold_accuracy must be 0..1, got {self.least_gold_accuracy}. Correct it.")
+            raise ValueError(
+                f"least_gold_accuracy={self.least_gold_accuracy} is not in the range 0..1. Use a number from"
+                " 0 to 1."
+            )
         if self.min_milliseconds < 0:
-            raise ValueError(f"min_milliseconds must be >= 0, got {self.min_milliseconds}. Correct it.")
-        _ = self.start  # raises now for an invalid `since`, not at the first row
+            raise ValueError(
+                f"min_milliseconds={self.min_milliseconds} is negative. Use a number of milliseconds >= 0."
+            )
+        _ = self.start  # the access raises an error for an invalid `since`
 
     @property
     def start(self) -> float:
-        """The time of `since` in seconds since 1970; minus infinity without it."""
+        """Return the time `since` in seconds since 1970, or minus infinity if `since` is None."""
         if self.since is None:
             return -math.inf
-        # A number is read first: fromisoformat would accept some numbers as dates, such as 20250131.
+        # The text is parsed as a number first, because fromisoformat accepts some numbers as dates, such as
+        # 20250131.
         with contextlib.suppress(ValueError):
             return float(self.since)
         try:
             return datetime.fromisoformat(str(self.since)).timestamp()
         except ValueError:
             raise ValueError(
-                f"since: expected ISO 8601 or seconds since 1970, got {self.since!r}. Write it as 2025-01-31."
+                f"since={self.since!r} is not a time. Write a date such as 2025-01-31, a time in ISO 8601,"
+                " or seconds since 1970."
             ) from None
 
     def keep(self, rows: Iterable[JudgementRow], mode: Mode = Mode.LABEL) -> list[JudgementRow]:
         """Return the judgements that become labels, in their order.
 
         Args:
-            rows: of one or several campaigns.
-            mode: of the campaigns, if none is named.
+            rows: judgements of one or several campaigns.
+            mode: mode of the campaigns whose judgements are used, if `campaign` is None.
         """
-        # A campaign that is named explicitly counts in any mode.
+        # A campaign that `campaign` names is used in any mode.
         rows = [row for row in rows if not row.undone and (row.mode == mode or row.campaign == self.campaign)]
         rows = [
             row
@@ -122,105 +138,116 @@ class LabelFilters:
             if self.campaign in (None, row.campaign)
             and (not self.annotators or row.annotator in self.annotators)
         ]
-        trusted = {row.annotator for row in rows}
-        # The accuracy covers all gold checks of these rows, before the filters by time below.
+        trusted_annotators = {row.annotator for row in rows}
+        # The accuracy is computed from all gold checks of these rows, also those that the filters of time
+        # remove.
         if self.least_gold_accuracy is not None:
-            hits: dict[str, list[bool]] = defaultdict(list)
+            gold_results: dict[str, list[bool]] = defaultdict(list)  # by annotator; True for a correct answer
             for row in rows:
                 if row.kind is Kind.GOLD and row.choice is not Choice.SKIP:
-                    hits[row.annotator].append(row.choice.meets(row.expected))
-            trusted = {
+                    gold_results[row.annotator].append(row.choice.meets(row.expected))
+            trusted_annotators = {
                 name
-                for name, correct in hits.items()
-                if sum(correct) >= self.least_gold_accuracy * len(correct)
+                for name, results in gold_results.items()
+                if sum(results) >= self.least_gold_accuracy * len(results)
             }
-        kinds = COMPARED[:1] if self.drop_repeats else COMPARED  # the first one is PAIR
-        kept = [
+        kinds = (Kind.PAIR,) if self.drop_repeats else COMPARED
+        label_rows = [
             row
             for row in rows
             if row.kind in kinds
             and row.choice is not Choice.SKIP
-            and row.annotator in trusted
+            and row.annotator in trusted_annotators
             and row.milliseconds >= self.min_milliseconds
             and row.received_at >= self.start
         ]
-        return kept if self.criterion is None else answers_to(self.criterion, kept)
+        return label_rows if self.criterion is None else answers_to(self.criterion, label_rows)
 
 
 def label_source(source: str | Path, filters: LabelFilters | None = None) -> LabelSource:
-    """Return labels by the name of their file or the URL of their store.
+    """Return a source of labels, from which they are read when they are needed.
 
-    Raises: ValueError if filters are given for a file.
+    Args:
+        source: name of a label file, or URL of a label store.
+        filters: selection of the judgements of a store; None: the default filters.
+
+    Raises:
+        ValueError: `source` is a file, and a filter differs from its default.
     """
     if is_store_url(source):
         name = without_password(str(source))
-        # The password never gets into the record of a training.
         filters = filters or LabelFilters()
         return LabelSource(
             name,
-            # The store is opened only when the labels are needed.
+            # This function opens the store when the labels are needed.
             functools.partial(read_preferences, str(source), filters),
+            # The record of a training contains the URL without its password.
             {"labels": name, "filters": asdict(filters)},
         )
-    # Names of the filters that differ from their default.
-    used = [
+    # a file has no filters, so the user must not have set any
+    used_filters = [
         name
         for name, value in asdict(filters or LabelFilters()).items()
         if value != getattr(LabelFilters(), name)
     ]
-    if used:
-        flags = ", ".join("--campaign" if name == "campaign" else f"--set {name}" for name in used)
+    if used_filters:
+        flags = ", ".join("--campaign" if name == "campaign" else f"--set {name}" for name in used_filters)
         raise ValueError(
-            f"{flags}: filters need a store in --labels, got the file {Path(source).name}. Write"
-            " --labels=sqlite:///labels.db."
+            f"{flags}: filters can be used with a label store only, but --labels names the file"
+            f" {Path(source).name}. Remove them, or name a store, such as --labels=sqlite:///labels.db."
         )
     return LabelSource.of_file(Path(source))
 
 
 def to_preference(row: JudgementRow) -> Preference:
-    """Convert a judgement of a pair to the open label format. Its origin is stored in `extra`, as texts and
-    numbers only, so that CSV files can hold it.
+    """Convert a judgement of a pair to the open label format.
 
-    Raises: ValueError for files, single shapes, and pairs that two seeds do not identify.
+    The origin of the judgement is stored in the field `extra`. It consists of texts and numbers, so that CSV
+    files can contain it.
+
+    Raises:
+        ValueError: the shapes are asset files or single shapes, or differ in more than their seeds.
     """
-    left = row.left
-    right = row.right
+    left_shape = row.left
+    right_shape = row.right
     reject_assets(row, "asset-pairs")
     if row.choice.good is not None:
         raise ValueError(
-            f"campaign {row.campaign}: it shows shapes one by one, not pairs. Export it with --kind=unpaired."
+            f"campaign {row.campaign} shows shapes one by one and contains no preferences. Export it with"
+            " --kind=unpaired."
         )
-    # A preference names its shapes by seeds only, so both must agree in everything else.
+    # A preference identifies its shapes by their seeds, so all other parameters of both must be equal.
     if (
-        _parameters(left) != _parameters(right)
-        or left.seed == right.seed
-        or left.degradation
-        or right.degradation
+        _parameters(left_shape) != _parameters(right_shape)
+        or left_shape.seed == right_shape.seed
+        or left_shape.degradation
+        or right_shape.degradation
     ):
         raise ValueError(
             f"judgement {row.id} of campaign {row.campaign}: the shapes of its pair differ in more than"
-            " their seeds, which labels cannot express. Export complete judgements with --kind=judgements."
+            " their seeds, and cannot be written as a label. Export complete judgements with"
+            " --kind=judgements."
         )
-    # For a tie the left shape stands in `winner`; `tie` says that it means nothing.
-    winner, loser = (right, left) if row.choice is Choice.RIGHT else (left, right)
+    # For a tie, `winner` is the left shape. It has no meaning then, because `tie` is True.
+    winner, loser = (right_shape, left_shape) if row.choice is Choice.RIGHT else (left_shape, right_shape)
     side = {Choice.LEFT: "left", Choice.RIGHT: "right"}.get(row.choice)
-    both = "bad" if row.choice is Choice.BAD else None
-    extra = {**_origin(row), "side": side, "left_seed": left.seed, "both": both}
+    both_marker = "bad" if row.choice is Choice.BAD else None
+    extra = {**_origin(row), "side": side, "left_seed": left_shape.seed, "both": both_marker}
     return Preference(
         winner=winner.seed,
         loser=loser.seed,
-        generator=left.generator or None,
-        psi=None if math.isnan(left.psi) else left.psi,
+        generator=left_shape.generator or None,
+        psi=None if math.isnan(left_shape.psi) else left_shape.psi,
         annotator=row.annotator,
         time=row.received_at,
         tie=row.choice.equal,
-        extra={k: v for k, v in extra.items() if v is not None},
+        extra={name: value for name, value in extra.items() if value is not None},
     )
 
 
 def _origin(row: JudgementRow) -> dict:
-    """Return campaign, pair, times and rendering parameters of a judgement."""
-    # Both shapes have the same parameters (see to_preference).
+    """Return the campaign, the pair, the times and the parameters of the shapes of a judgement."""
+    # Both shapes of a pair have the same parameters, see to_preference.
     shape = row.left
     return {
         "campaign": row.campaign,
@@ -238,15 +265,26 @@ def _origin(row: JudgementRow) -> dict:
 
 
 def to_unpaired(row: JudgementRow, shape: Shape) -> "UnpairedPreference":
-    """Convert a judgement of a single shape, or "both are bad" for one shape of a pair, which means not good.
-    Its origin is stored in `extra`.
+    """Convert a judgement to the label of a single shape. Its origin is stored in the field `extra`.
+
+    Args:
+        row: judgement of a single shape; or the judgement "both are bad" of a pair, which labels each of its
+            two shapes as not good.
+        shape: shape that is labelled.
+
+    Raises:
+        ValueError: the shape is an asset file.
     """
     from eg3d_rlhf.preferences.unpaired import UnpairedPreference
 
-    # A score replaces the label, because its threshold for "good" is a choice of the training.
     score = float(row.choice.value) if row.choice.value.isdigit() else None
-    # BAD belongs to a pair: both of its shapes are bad.
-    label = False if row.choice is Choice.BAD else row.choice.good if score is None else None
+    if row.choice is Choice.BAD:  # both shapes of a pair
+        label = False
+    elif score is None:  # thumbs up or down
+        label = row.choice.good
+    else:
+        # A score has no label, because the training chooses the lowest score that counts as good.
+        label = None
     reject_assets(row, "asset-scores")
     return UnpairedPreference(
         seed=shape.seed,
@@ -256,64 +294,78 @@ def to_unpaired(row: JudgementRow, shape: Shape) -> "UnpairedPreference":
         psi=None if math.isnan(shape.psi) else shape.psi,
         annotator=row.annotator,
         time=row.received_at,
-        extra={k: v for k, v in _origin(row).items() if v is not None},
+        extra={name: value for name, value in _origin(row).items() if value is not None},
     )
 
 
 def reject_assets(row: JudgementRow, kind: str = "asset-pairs") -> None:
-    """Raise ValueError for a judgement of asset files, which seeds cannot identify."""
+    """Raise ValueError if a judgement is about asset files, which have no seeds that identify them.
+
+    Args:
+        row: judgement.
+        kind: value of --kind with which it can be exported, for the message.
+    """
     if row.left.file or row.right.file:
         raise ValueError(
-            f"campaign {row.campaign}: its shapes are files, not seeds of a generator. Export it with"
-            f" --kind={kind}."
+            f"campaign {row.campaign}: its shapes are asset files and not seeds of a generator. Export it"
+            f" with --kind={kind}."
         )
 
 
 def _parameters(shape: Shape) -> tuple:
-    """Return everything besides the seed that determines a shape; nan becomes None, which equals itself."""
+    """Return the parameters that determine a shape together with its seed. A value nan becomes None."""
     values = (shape.generator, shape.psi, shape.level, shape.resolution, shape.triangles)
-    return tuple(None if isinstance(v, float) and math.isnan(v) else v for v in values)
+    # nan is unequal to itself, so two tuples that contain it could not be compared
+    return tuple(None if isinstance(value, float) and math.isnan(value) else value for value in values)
 
 
 def store_preferences(store: "Store", filters: LabelFilters | None = None) -> list[Preference]:
-    """Return the labels of a store in order of receipt."""
+    """Return the labels of a store that pass the filters, in order of receipt. None: the default filters."""
     return [to_preference(row) for row in kept_judgements(store, filters or LabelFilters(), Mode.LABEL)]
 
 
 def kept_judgements(store: "Store", filters: LabelFilters, mode: Mode) -> list[JudgementRow]:
-    """Return the judgements that become labels, from campaigns of one mode.
+    """Return the judgements of a store that become labels.
 
-    Raises: ValueError for an unknown campaign, question or annotator, and for a campaign of another mode.
+    Args:
+        store: label store.
+        filters: selection of the judgements.
+        mode: mode that the campaigns must have.
+
+    Raises:
+        ValueError: the filters name an unknown campaign, question or annotator, or a campaign of another
+            mode.
     """
     if filters.campaign is not None:
         campaign = store.campaign(filters.campaign)
         if campaign is None:
-            names = ", ".join(c.settings.name for c in store.campaigns()) or "none"
+            names = ", ".join(stored.settings.name for stored in store.campaigns()) or "none"
             raise ValueError(
-                f"campaign: expected a campaign of the store ({names}), got {filters.campaign!r}. Name one of"
-                " them."
+                f"campaign: the store has no campaign {filters.campaign!r}. Choose one of its campaigns:"
+                f" {names}."
             )
         if campaign.settings.mode is not mode:
-            expected, actual = (MODE_NAMES[m] for m in (mode, campaign.settings.mode))
             raise ValueError(
-                f"campaign {filters.campaign}: expected {expected}, got {actual}. Name another campaign."
+                f"campaign {filters.campaign} is {MODE_NAMES[campaign.settings.mode]}, but must be"
+                f" {MODE_NAMES[mode]}. Choose another campaign."
             )
     if filters.criterion is not None:
-        selected = [c for c in store.campaigns() if filters.campaign in (None, c.settings.name)]
-        asked = {question.name for c in selected for question in parse_questions(c.settings.questions)}
-        if filters.criterion not in asked:
-            questions = ", ".join(sorted(asked)) or "none"
+        question_names: set[str] = set()
+        for stored in store.campaigns():
+            if filters.campaign in (None, stored.settings.name):
+                question_names |= {question.name for question in parse_questions(stored.settings.questions)}
+        if filters.criterion not in question_names:
             raise ValueError(
-                f"criterion: expected one that was asked ({questions}), got {filters.criterion!r}. Name one"
-                " of them."
+                f"criterion: the question {filters.criterion!r} was not asked. Choose one of the questions"
+                f" that were asked: {', '.join(sorted(question_names)) or 'none'}."
             )
-    # A misspelled name would otherwise give an empty result without an error.
+    # Without this check, a misspelled name would give an empty result.
     annotators = {annotator.name for annotator in store.annotators()}
-    unknown = sorted(set(filters.annotators) - annotators)
-    if unknown:
-        known = ", ".join(sorted(annotators)) or "none"
+    unknown_names = sorted(set(filters.annotators) - annotators)
+    if unknown_names:
         raise ValueError(
-            f"annotator: expected annotators of the store ({known}), got {', '.join(unknown)}. Name others."
+            f"annotator: the store has no annotator {', '.join(unknown_names)}. Choose among its annotators:"
+            f" {', '.join(sorted(annotators)) or 'none'}."
         )
     return filters.keep(store.judgements(filters.campaign, filters.annotators), mode)
 
@@ -321,7 +373,12 @@ def kept_judgements(store: "Store", filters: LabelFilters, mode: Mode) -> list[J
 def read_preferences(url: str, filters: LabelFilters | None = None) -> list[Preference]:
     """Return the labels of the store at a URL, in order of receipt.
 
-    Raises: ValueError without SQLAlchemy, and if no label passes the filters.
+    Args:
+        url: URL of the store.
+        filters: selection of the judgements; None: the default filters.
+
+    Raises:
+        ValueError: SQLAlchemy is not installed, or no label passes the filters.
     """
     try:
         from eg3d_rlhf.people.label.store import Store
@@ -330,40 +387,48 @@ def read_preferences(url: str, filters: LabelFilters | None = None) -> list[Pref
             f"--labels: reading a store needs SQLAlchemy ({error}). Run pip install 'eg3d-rlhf[label]'."
         ) from None
     with Store.open(url, create=False) as store:
-        # Read completely before the store is closed.
         labels = store_preferences(store, filters)
     if not labels:
         name = without_password(url)
         raise ValueError(
-            f"{name}: expected at least one label that passes the filters, got none. Label some pairs first,"
-            " or loosen the filters."
+            f"{name}: no label passes the filters. Label some pairs first, or remove some of the filters."
         )
     return labels
 
 
 def export_labels(store: "Store", path: str | Path, **filters) -> Path:
-    """Write labels to a .jsonl or .csv file in the open label format, with further fields for the origin of
-    each judgement. Returns the path.
+    """Write the labels of a store in the open label format, and return the path of the file.
+
+    Further fields of the labels describe the origin of each judgement.
+
+    Args:
+        store: label store.
+        path: file with the suffix .jsonl or .csv.
+        filters: arguments of `LabelFilters`.
     """
     return write_labels(path, store_preferences(store, LabelFilters(**filters)))
 
 
 def export_unpaired(store: "Store", path: str | Path, from_pairs: bool = False, **filters) -> Path:
-    """Write labels of single shapes to a .jsonl file, with further fields for the origin of each judgement.
-    Returns the path.
+    """Write the labels of single shapes, and return the path of the file.
+
+    Further fields of the labels describe the origin of each judgement.
 
     Args:
-        from_pairs: use the pairs of which both shapes were called bad.
+        store: label store.
+        path: file with the suffix .jsonl.
+        from_pairs: True uses campaigns of pairs, and in them the answers that both shapes are bad.
+        filters: arguments of `LabelFilters`.
     """
     from eg3d_rlhf.preferences.unpaired import write_unpaired
 
     rows = kept_judgements(store, LabelFilters(**filters), Mode.LABEL if from_pairs else Mode.SINGLE)
-    labelled = [(row, row.left) for row in rows]
     if from_pairs:
-        labelled = [
-            (row, shape) for row in rows if row.choice is Choice.BAD for shape in (row.left, row.right)
-        ]
-    return write_unpaired(path, [to_unpaired(row, shape) for row, shape in labelled])
+        bad_rows = [row for row in rows if row.choice is Choice.BAD]
+        labels = [to_unpaired(row, shape) for row in bad_rows for shape in (row.left, row.right)]
+    else:
+        labels = [to_unpaired(row, row.left) for row in rows]
+    return write_unpaired(path, labels)
 
 
 # ---- judgements of assets in files that trainings read, as JSON lines:
@@ -375,67 +440,82 @@ def export_unpaired(store: "Store", path: str | Path, from_pairs: bool = False, 
 #     asset-scores   {"mesh", "prompt", "score" or "label", ...}
 #                    eg3d-rlhf reward mesh --data
 #
-# Paths are relative to the file for an asset below its folder, and absolute otherwise. Lines about an asset
-# that
-# `eg3d-rlhf flow sample` generated also contain the paths of its latents, which the list of that tool names.
+# The path of an asset below the folder of the file is relative to that folder, and absolute otherwise. Lines
+# about an asset that `eg3d-rlhf flow sample` generated also contain the paths of its latents, from the list
+# of that command.
 
-SAMPLE_LIST = "ranking.jsonl"  # file in which a generator's tool lists its samples
-PATH_FIELDS = ("structure", "latent", "latents", "look_at", "asset")  # fields of its lines that are paths
-WritePath = Callable[[Path | str], str]  # converts a path to the text that is written
+SAMPLE_LIST = "ranking.jsonl"  # file in which `eg3d-rlhf flow sample` lists its samples
+PATH_FIELDS = ("structure", "latent", "latents", "look_at", "asset")  # fields of this list that are paths
+WritePath = Callable[[Path | str], str]  # (path) -> text that is written into a file of labels
 
 
 def export_assets(store: "Store", path: Path, kind: str, from_pairs: bool = False, **filters) -> Path:
-    """Write asset-pairs, rankings or asset-scores of a store. Returns the path.
+    """Write the judgements of asset files as JSON lines, and return the path of the file.
 
     Args:
-        path: of the file; asset paths below its folder are written relative to it.
-        kind: "asset-pairs", "rankings" or "asset-scores".
-        from_pairs: for asset-scores, use the pairs of which both shapes were called bad.
-        filters: as of `LabelFilters`.
+        store: label store.
+        path: file; the paths of assets below its folder are written relative to this folder.
+        kind: format of the lines: "asset-pairs", "rankings" or "asset-scores".
+        from_pairs: for "asset-scores", True uses campaigns of pairs, and in them the answers that both shapes
+            are bad.
+        filters: arguments of `LabelFilters`.
 
-    Raises: ValueError if no judgement of assets passes the filters.
+    Raises:
+        ValueError: no judgement of asset files passes the filters.
     """
     mode = Mode.SINGLE if kind == "asset-scores" and not from_pairs else Mode.LABEL
     rows = kept_judgements(store, LabelFilters(**filters), mode)
     if from_pairs:
-        # Each such pair gives two judgements of single shapes. The shape is stored in `left`.
-        rows = [
-            replace(row, left=shape)
-            for row in rows
-            if row.choice is Choice.BAD
-            for shape in (row.left, row.right)
-        ]
-    # Shapes of generators have no file that a line could name.
+        # Each pair of two bad shapes becomes two judgements of a single shape, which is stored in `left`.
+        bad_rows = [row for row in rows if row.choice is Choice.BAD]
+        rows = [replace(row, left=shape) for row in bad_rows for shape in (row.left, row.right)]
+    # samples of a generator have no file whose path could be written
     rows = [row for row in rows if row.left.file]
     if not rows:
         raise ValueError(
-            f"--kind={kind}: expected judgements of assets that pass the filters, got none. Label some with"
-            " --assets."
+            f"--kind={kind}: no judgement of asset files passes the filters. Remove some of the filters, or"
+            " label asset files with --assets."
         )
-    texts = {c.settings.name: c.settings.extra.get("conditions", {}) for c in store.campaigns()}
+    # name of a campaign -> its prompts
+    prompts = {
+        campaign.settings.name: campaign.settings.extra.get("conditions", {})
+        for campaign in store.campaigns()
+    }
 
-    def write_path(place: Path | str) -> str:
-        place = Path(place).resolve()
+    def write_path(asset_path: Path | str) -> str:
+        asset_path = Path(asset_path).resolve()
         folder = path.parent.resolve()
-        # Relative paths, so that a folder with its assets and labels can be moved.
-        return str(place.relative_to(folder)) if place.is_relative_to(folder) else str(place)
+        # A folder that contains assets and labels can be moved if the paths are relative.
+        return str(asset_path.relative_to(folder)) if asset_path.is_relative_to(folder) else str(asset_path)
 
     lines = (
         rankings(rows, write_path)
         if kind == "rankings"
-        else [KINDS[kind](row, prompt_of(row, texts), write_path) for row in rows]
+        else [KINDS[kind](row, prompt_of(row, prompts), write_path) for row in rows]
     )
     write_atomic(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
     return path
 
 
-def prompt_of(row: JudgementRow, texts: Mapping[str, Mapping]) -> str:
-    """Return the text of the prompt, or its name if it is an image without a text."""
-    return texts.get(row.campaign, {}).get(row.left.condition, {}).get("text") or row.left.condition
+def prompt_of(row: JudgementRow, prompts: Mapping[str, Mapping]) -> str:
+    """Return the text of the prompt of a judgement, or the name of the prompt if it is an image without a
+    text.
+
+    Args:
+        row: judgement of asset files.
+        prompts: name of a campaign -> name of a prompt -> prompt, with its "text".
+    """
+    return prompts.get(row.campaign, {}).get(row.left.condition, {}).get("text") or row.left.condition
 
 
 def to_pair(row: JudgementRow, prompt: str, write_path: WritePath) -> dict:
-    """Convert a judgement of two assets to a line of asset-pairs."""
+    """Convert a judgement of two assets to a line of the format asset-pairs.
+
+    Args:
+        row: judgement.
+        prompt: text of the prompt.
+        write_path: function (path) -> text that is written.
+    """
     winner, loser = (row.right, row.left) if row.choice is Choice.RIGHT else (row.left, row.right)
     fields = {
         "condition": row.left.condition,
@@ -450,7 +530,13 @@ def to_pair(row: JudgementRow, prompt: str, write_path: WritePath) -> dict:
 
 
 def to_score(row: JudgementRow, prompt: str, write_path: WritePath) -> dict:
-    """Convert a judgement of one asset to a line of asset-scores."""
+    """Convert a judgement of one asset, `row.left`, to a line of the format asset-scores.
+
+    Args:
+        row: judgement.
+        prompt: text of the prompt.
+        write_path: function (path) -> text that is written.
+    """
     rating: dict = (
         {"score": float(row.choice.value)}
         if row.choice.value.isdigit()
@@ -470,7 +556,7 @@ KINDS = {"asset-pairs": to_pair, "asset-scores": to_score}
 
 
 def _provenance(row: JudgementRow) -> dict:
-    """Return the origin of a judgement; votes and comment only if there are any."""
+    """Return the fields that describe the origin of a judgement. Empty votes and comments are left out."""
     origin = {
         "annotator": row.annotator,
         "time": row.received_at,
@@ -485,76 +571,99 @@ def _provenance(row: JudgementRow) -> dict:
 
 
 def rankings(rows: Sequence[JudgementRow], write_path: WritePath = str) -> list[dict]:
-    """Return one line per compared asset, best first within its prompt. Ranks follow Bradley-Terry strengths,
-    and equal strengths get equal ranks.
+    """Rank the compared assets of each prompt, and return one line per asset, best first.
 
-    Strengths are comparable only between assets that a chain of comparisons links. If there are several such
-    groups, only the largest is ranked.
+    The rank of an asset follows from its Bradley-Terry strength; equal strengths get equal ranks. Strengths
+    can be compared only between assets that are linked by a chain of comparisons. If there are several such
+    groups of a prompt, only the largest group is ranked.
+
+    Args:
+        rows: judgements of pairs of assets.
+        write_path: function (path) -> text that is written.
+
+    Returns:
+        Lines of the format rankings, in JSON types.
     """
     from eg3d_rlhf.preferences.bradley_terry import Comparison, bradley_terry
     from eg3d_rlhf.preferences.label_scores import linked
 
-    # Prompt -> judgements. Assets of different prompts are never compared.
-    by_condition: dict[str, list[JudgementRow]] = defaultdict(list)
+    # name of a prompt -> judgements; assets of different prompts are never compared
+    rows_by_prompt: dict[str, list[JudgementRow]] = defaultdict(list)
     for row in rows:
-        by_condition[row.left.condition].append(row)
+        rows_by_prompt[row.left.condition].append(row)
     lines = []
     sample_lists = _SampleLists()
-    for condition, compared_rows in by_condition.items():
-        # The path identifies an asset within a campaign.
-        assets = {shape.source: shape for row in compared_rows for shape in (row.left, row.right)}
-        compared = []
-        for row in compared_rows:
+    for condition, prompt_rows in rows_by_prompt.items():
+        # an asset is identified by its path
+        assets = {shape.source: shape for row in prompt_rows for shape in (row.left, row.right)}
+        all_comparisons = []
+        for row in prompt_rows:
             winner, loser = (row.right, row.left) if row.choice is Choice.RIGHT else (row.left, row.right)
             tie = row.choice not in (Choice.LEFT, Choice.RIGHT)
-            compared.append(Comparison(winner.source, loser.source, tie))
-        # The largest group of assets; the first two entries of a comparison are its assets.
-        comparisons = max(linked(compared), key=lambda part: len({end for c in part for end in c[:2]}))
+            all_comparisons.append(Comparison(winner.source, loser.source, tie))
+        # the linked group with the most assets
+        comparisons = max(linked(all_comparisons), key=_asset_count)
         fit = bradley_terry(comparisons)
-        # Rounding makes strengths equal that differ by the tolerance of the solver only.
+        # Strengths that differ only by the tolerance of the solver become equal by rounding.
         strengths = dict(zip(map(str, fit.items), fit.strength.round(9).tolist(), strict=True))
-        # Equal strengths are ordered by path, so that the file is the same at every export.
+        # Assets of equal strength are ordered by their path, so that every export gives the same file.
         for source in sorted(strengths, key=lambda source: (-strengths[source], source)):
             fields = {
                 "condition": condition,
-                "rank": 1 + sum(other > strengths[source] for other in strengths.values()),
+                "rank": 1 + sum(other_strength > strengths[source] for other_strength in strengths.values()),
                 "generator": assets[source].generator,
                 "strength": strengths[source],
-                "judgements": sum(source in (c.winner, c.loser) for c in comparisons),
+                "judgements": sum(
+                    source in (comparison.winner, comparison.loser) for comparison in comparisons
+                ),
             }
-            # A sample of a flow is written as its tool's list has it; any other asset as its path.
+            # A sample of a flow gets the fields of its list, and another asset gets only its path.
             sample = sample_lists.fields_of(assets[source], write_path)
             lines.append({**(sample or {"asset": write_path(source)}), **fields})
     return lines
 
 
+def _asset_count(comparisons: Iterable["Comparison"]) -> int:
+    """Count the different assets in comparisons."""
+    assets: set = set()
+    for comparison in comparisons:
+        assets |= {comparison.winner, comparison.loser}
+    return len(assets)
+
+
 class _SampleLists:
-    """Cache of the lists in which generators' tools describe their samples, by folder."""
+    """Cache of the lists in which `eg3d-rlhf flow sample` describes its samples."""
 
     def __init__(self):
+        # folder -> name of the file that annotators see -> line of the list
         self._lists: dict[Path, dict[str, dict]] = {}
 
     def fields_of(self, shape: Shape, write_path: WritePath) -> dict:
-        """Return the line of an asset with its paths rewritten; empty if the asset is in no list."""
+        """Return the line of an asset in the list of its folder, or {} if it is in no list.
+
+        Args:
+            shape: asset.
+            write_path: function that converts the paths in the line.
+        """
         path = Path(shape.source)
         if path.parent not in self._lists:
             self._lists[path.parent] = {
                 str(line.get("look_at")): line for line in _lines(path.parent / SAMPLE_LIST)
             }
-        # `look_at` is the name of the file that annotators have seen.
+        # annotators have seen the file `look_at` of a sample
         line = self._lists[path.parent].get(path.name, {})
         return {
             name: write_path(path.parent / value) if name in PATH_FIELDS and isinstance(value, str) else value
             for name, value in line.items()
-            # The rank of an earlier export is replaced by the rank of these comparisons.
+            # A rank in the list is of an earlier export. `rankings` adds the new rank.
             if name != "rank"
         }
 
 
 def _lines(path: Path) -> Iterable[dict]:
-    """Read the JSON objects of a file of JSON lines; a missing file has none."""
+    """Read the JSON objects of a file of JSON lines. Returns an empty list if there is no such file."""
     if not path.is_file():
         return []
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    # Lines of other JSON types are ignored: the list comes from another tool.
+    # another program may have written the file, so lines that are not JSON objects are ignored
     return [line for line in lines if isinstance(line, dict)]

@@ -1,11 +1,15 @@
-"""Performs the analysis that the design prescribes: from judgements to win rates, tests, figures of
-annotators and exclusions, as JSON values.
+"""Analysis of a study as its design prescribes it: win rates, tests, metrics of annotators, and exclusions.
 
-Win rates are computed from scores alone, by the same code for one study and for a thousand simulated ones. A
-score is 1 if b was preferred, 0 if a was, 0.5 for a tie that counts half, and NaN for a trial that does not
-count.
+A study compares two generators, a and b. Win rates are computed from scores, by the same code for one study
+and for a thousand simulated studies. The score of a trial is 1 if b was preferred, 0 if a was preferred, 0.5
+for a tie that counts half, and NaN if the trial does not count.
 
-Letters: S studies, N trials, A annotators, L latents, G clusters, R resamples.
+The intervals account for trials that share annotators and latents: the variance is clustered in two ways
+(Cameron,
+Gelbach and Miller, "Robust Inference With Multiway Clustering", 2011), and the bootstrap over both clusters
+is the pigeonhole bootstrap (Owen, "The pigeonhole bootstrap", 2007).
+
+Shapes: S studies, N trials, A annotators, L latents, G clusters, R resamples.
 """
 
 import statistics
@@ -23,67 +27,75 @@ from eg3d_rlhf.people.label.entities import Choice, JudgementRow, Kind, Mode
 from eg3d_rlhf.people.label.quality import agreement, side_free
 from eg3d_rlhf.people.study.design import StudyDesign, stopped
 
-_CELLS = 2_000_000  # largest number of resampled values in memory
-_LEAST = 0.05  # lower bound of the clustered variance, relative to that of independent trials
+_CELLS = 2_000_000  # largest number of resampled values that are in memory at the same time
+_LEAST = 0.05  # lower bound of the clustered variance, relative to the variance of independent trials
 
 
 @dataclass
 class SortedRows:
-    """Rows of a study, sorted by the rules of the design into trials, gold checks and exclusions."""
+    """Judgements of a study, divided by the rules of the design into trials, gold checks and exclusions."""
 
-    trials: list[JudgementRow]  # in order of receipt, at most the planned number
-    late: int  # number of answers to pairs after the planned number or time
+    trials: list[JudgementRow]  # trials in order of receipt, at most the planned number
+    late: int  # number of answers that arrived after the planned number of trials or after the end
     gold: list[JudgementRow]  # answered gold checks, without skips
     annotators: dict[str, str] = field(default_factory=dict)  # annotators who are left out: name -> reason
-    # fast trials of the other annotators, which are left out one by one
+    # trials that were answered too fast, of annotators who are not left out; these trials are left out
     fast: list[JudgementRow] = field(default_factory=list)
 
 
 def analyse(
     design: StudyDesign, rows: Iterable[JudgementRow], interim: bool = False, now: datetime | None = None
 ) -> dict:
-    """Compute all figures of a study.
+    """Compute all results of a study.
 
     Args:
-        design: of the study.
-        rows: its judgements.
-        interim: allow a report before the stopping rule is met.
-        now: time of the report.
+        design: design of the study.
+        rows: judgements of the study.
+        interim: True allows an analysis before the stopping rule is met.
+        now: time of the report; None: the current time.
 
-    Raises: ValueError before the stopping rule is met, and for judgements of another study.
+    Returns:
+        Results in JSON types.
+
+    Raises:
+        ValueError: the stopping rule is not met and `interim` is False, or a judgement belongs to another
+            study.
     """
-    # Answers that were taken back never count.
-    rows = [r for r in rows if not r.undone]
+    # answers that were taken back never count
+    rows = [row for row in rows if not row.undone]
     _check(design, rows)
     parts = sort_rows(design, rows)
     answered = len(parts.trials)
-    complete = stopped(design, answered, now)
-    if not complete and not interim:
-        until = f", or until {design.until}" if design.until else ""
+    is_complete = stopped(design, answered, now)
+    if not is_complete and not interim:
+        until = f", or the time {design.until}" if design.until else ""
         raise ValueError(
-            f"study {design.name}: the design requires {design.trials} answered trials{until}, and there are"
-            f" {answered}. Wait for them, or mark the report with --interim."
+            f"study {design.name}: the design requires {design.trials} answered trials{until}, but"
+            f" {answered} trials are answered. Wait for the other answers, or pass --interim for an interim"
+            " report."
         )
-    fast = {r.id for r in parts.fast}
-    # Trials of the primary result. Skips are among them: they use up a trial and have no score.
-    primary = [r for r in parts.trials if r.annotator not in parts.annotators and r.id not in fast]
+    fast_ids = {row.id for row in parts.fast}
+    # Trials of the primary result. A skip is a trial without a score.
+    primary = [
+        row for row in parts.trials if row.annotator not in parts.annotators and row.id not in fast_ids
+    ]
     # The sensitivity analysis repeats the estimate with the other rule for ties.
-    other = "excluded" if design.ties == "half" else "half"
+    other_ties = "excluded" if design.ties == "half" else "half"
     sides = _sides(primary, design.ties)
-    both = (sides["win_rate_b_left"], sides["win_rate_b_right"])
+    rates_by_side = (sides["win_rate_b_left"], sides["win_rate_b_right"])
     return {
         "design": design.to_dict(),
-        "interim": not complete,
+        "interim": not is_complete,
         "answered": answered,
         "late": parts.late,
         "reported": (now or datetime.now(UTC)).isoformat(timespec="seconds"),
         "result": estimate(primary, design.ties, design.confidence, design.resamples),
         "sensitivity": {
             "without exclusions": estimate(parts.trials, design.ties, design.confidence),
-            f"ties {other}": estimate(primary, other, design.confidence),
+            f"ties {other_ties}": estimate(primary, other_ties, design.confidence),
             "sides weighted equally": {
                 "n": len(primary),
-                "win_rate": None if None in both else sum(both) / 2,
+                "win_rate": None if None in rates_by_side else sum(rates_by_side) / 2,
             },
         },
         "sides": sides,
@@ -95,93 +107,112 @@ def analyse(
 
 
 def sort_rows(design: StudyDesign, rows: Sequence[JudgementRow]) -> SortedRows:
-    """Sort rows into trials, gold checks and exclusions, by the rules of the design."""
-    answers = sorted((r for r in rows if r.kind == Kind.PAIR), key=lambda r: r.id)
+    """Divide judgements into trials, gold checks and exclusions, by the rules of the design."""
+    answers = sorted((row for row in rows if row.kind == Kind.PAIR), key=lambda row: row.id)
     end = datetime.fromisoformat(design.until).timestamp() if design.until else np.inf
-    # Late answers are counted, but they are no trials: the number of trials was fixed in advance.
-    trials = [r for r in answers if r.received_at <= end][: design.trials]
-    gold = [r for r in rows if r.kind == Kind.GOLD and r.choice != Choice.SKIP]
-    parts = SortedRows(trials=trials, late=len(answers) - len(trials), gold=gold)
+    # Answers after the planned number of trials are only counted, because this number was fixed in advance.
+    trials = [row for row in answers if row.received_at <= end][: design.trials]
+    gold_rows = [row for row in rows if row.kind == Kind.GOLD and row.choice != Choice.SKIP]
+    parts = SortedRows(trials=trials, late=len(answers) - len(trials), gold=gold_rows)
     rules = design.exclusions
-    for name in sorted({r.annotator for r in trials}):
-        own_trials = [r for r in trials if r.annotator == name]
-        correct = [r.choice == r.expected for r in gold if r.annotator == name]
-        fast = [r for r in own_trials if is_fast(r, rules.fast_milliseconds)]
-        if len(correct) >= rules.gold_least and sum(correct) < rules.gold_accuracy * len(correct):
+    for name in sorted({row.annotator for row in trials}):
+        annotator_trials = [row for row in trials if row.annotator == name]
+        gold_results = [row.choice == row.expected for row in gold_rows if row.annotator == name]
+        fast_trials = [row for row in annotator_trials if is_fast(row, rules.fast_milliseconds)]
+        correct_count = sum(gold_results)
+        # In an interim report no annotator may have answered the planned share, so the mean share so far is
+        # used.
+        share = min(design.share, len(trials) / design.annotators)
+        if len(gold_results) >= rules.gold_least and correct_count < rules.gold_accuracy * len(gold_results):
             parts.annotators[name] = (
-                f"gold checks: {sum(correct)} of {len(correct)} correct, below {rules.gold_accuracy:.0%}"
+                f"gold checks: {correct_count} of {len(gold_results)} correct, below"
+                f" {rules.gold_accuracy:.0%}"
             )
-        elif len(fast) > rules.fast_share * len(own_trials):
+        elif len(fast_trials) > rules.fast_share * len(annotator_trials):
             parts.annotators[name] = (
-                f"too fast: {len(fast)} of {len(own_trials)} trials took less than {rules.fast_milliseconds}"
-                " ms"
+                f"too fast: {len(fast_trials)} of {len(annotator_trials)} trials took less than"
+                f" {rules.fast_milliseconds} ms"
             )
-        # In an interim report, annotators cannot have answered a complete share yet.
-        elif len(own_trials) < rules.least_share * min(design.share, len(trials) / design.annotators):
-            parts.annotators[name] = f"incomplete: {len(own_trials)} of {design.share} trials"
+        elif len(annotator_trials) < rules.least_share * share:
+            parts.annotators[name] = f"incomplete: {len(annotator_trials)} of {design.share} trials"
         else:
-            parts.fast += fast
+            parts.fast += fast_trials
     return parts
 
 
 def is_fast(row: JudgementRow, milliseconds: int) -> bool:
-    """Return True for a trial that was answered too fast for a look at both shapes. Skips may be fast."""
+    """Return True if a trial was answered in less than `milliseconds`. A skip is never too fast."""
     return row.choice != Choice.SKIP and row.milliseconds < milliseconds
 
 
 def score(row: JudgementRow, ties: str) -> float:
-    """Return 1 if b (the pair's second shape) was preferred and 0 if a was; ties by the rule; NaN if the
-    trial does not count.
+    """Return the score of a trial.
+
+    Args:
+        row: judgement of a pair, whose second shape is of generator b.
+        ties: "half" or "excluded".
+
+    Returns:
+        1 if b was preferred, 0 if a was preferred, 0.5 for a tie that counts half, NaN if the trial does not
+        count.
     """
-    return {"first": 0.0, "second": 1.0, "tie": 0.5 if ties == "half" else np.nan, "skip": np.nan}[
-        side_free(row)
-    ]
+    tie_score = 0.5 if ties == "half" else np.nan
+    return {"first": 0.0, "second": 1.0, "tie": tie_score, "skip": np.nan}[side_free(row)]
 
 
 def _ties(rows: Sequence[JudgementRow]) -> int:
-    """Count the rows that rank both shapes equally."""
+    """Count the judgements that rank both shapes equally."""
     return sum(row.choice.equal for row in rows)
 
 
 def estimate(rows: Sequence[JudgementRow], ties: str, confidence: float = 0.95, resamples: int = 0) -> dict:
-    """Compute the win rate with every interval and test that the design names. They are None if no trial
-    counts.
+    """Compute the win rate of b, with all intervals and tests that the design prescribes.
 
     Args:
         rows: trials.
-        ties: "half" or "excluded".
+        ties: rule for ties, "half" or "excluded".
         confidence: level of the intervals.
-        resamples: of the bootstraps; 0: no bootstraps.
+        resamples: number of resamples of each bootstrap; 0: no bootstraps.
+
+    Returns:
+        Counts, win rate, intervals and tests in JSON types. Win rate, intervals and tests are None if no
+        trial counts.
     """
-    scores = np.array([score(r, ties) for r in rows])  # [N]
-    choices = Counter(r.choice for r in rows)
-    decided = [s for s, r in zip(scores, rows, strict=True) if r.choice in (Choice.LEFT, Choice.RIGHT)]
-    wins = int(sum(decided))
-    figures: dict = {
+    scores = np.array([score(row, ties) for row in rows])  # [N]
+    choices = Counter(row.choice for row in rows)
+    # scores of the trials that are no ties and no skips
+    decided_scores = [
+        trial_score
+        for trial_score, row in zip(scores, rows, strict=True)
+        if row.choice in (Choice.LEFT, Choice.RIGHT)
+    ]
+    b_wins = int(sum(decided_scores))
+    results: dict = {
         "n": int(np.sum(~np.isnan(scores))),
-        "b_wins": wins,
-        "a_wins": len(decided) - wins,
+        "b_wins": b_wins,
+        "a_wins": len(decided_scores) - b_wins,
         "ties": _ties(rows),
         "skips": choices[Choice.SKIP],
-        "annotators": len({r.annotator for r in rows}),
-        "latents": len({r.pair for r in rows}),
+        "annotators": len({row.annotator for row in rows}),
+        "latents": len({row.pair for row in rows}),
         "confidence": confidence,
-        "p_exact": binomial_test(wins, len(decided)) if decided else None,
+        "p_exact": binomial_test(b_wins, len(decided_scores)) if decided_scores else None,
     }
-    if not figures["n"]:
+    if not results["n"]:
         return {
-            **figures,
+            **results,
             **dict.fromkeys(
                 ("win_rate", "interval", "wilson", "p_clustered", "design_effect", "degrees_of_freedom")
             ),
         }
-    # Names and pairs become indices 0 to A - 1 and 0 to L - 1.
+    # Names of annotators become indices 0..A-1, and ids of pairs become 0..L-1, since each has one latent.
     annotator, latent = (
-        np.unique([getattr(r, name) for r in rows], return_inverse=True)[1] for name in ("annotator", "pair")
+        np.unique([getattr(row, name) for row in rows], return_inverse=True)[1]
+        for name in ("annotator", "pair")
     )
-    # One study: the arrays of `win_rate` have length 1.
+    # index 0: the arrays of `win_rate` have one element for each study, and this is one study
     rates = win_rate(scores, annotator, latent, confidence)
-    figures |= {
+    results |= {
         "win_rate": float(rates.rate[0]),
         "interval": [float(end[0]) for end in rates.clustered],
         "wilson": [float(end[0]) for end in rates.wilson],
@@ -194,82 +225,99 @@ def estimate(rows: Sequence[JudgementRow], ties: str, confidence: float = 0.95, 
         bounds_by_kind = {
             kind: cluster_bootstrap(scores, annotator, latent, kind, confidence, resamples) for kind in kinds
         }
-        figures["bootstrap"] = {
+        results["bootstrap"] = {
             kind: None if bounds is None else list(bounds) for kind, bounds in bounds_by_kind.items()
         }
-    return figures
+    return results
 
 
 def _check(design: StudyDesign, rows: Sequence[JudgementRow]) -> None:
-    """Raise ValueError for judgements of another study, and for a design that is newer than an answer."""
-    foreign = {r.campaign for r in rows if r.campaign != design.name or r.mode != Mode.STUDY}
-    if foreign:
-        names = ", ".join(sorted(foreign))
+    """Check that judgements belong to a study, and that its design is older than the first of them.
+
+    Raises:
+        ValueError: a judgement belongs to another study, or is older than the design.
+    """
+    other_campaigns = {row.campaign for row in rows if row.campaign != design.name or row.mode != Mode.STUDY}
+    if other_campaigns:
+        names = ", ".join(sorted(other_campaigns))
         raise ValueError(
-            f"study {design.name}: the database contains answers of {names}. Name the study's database with"
-            " --db."
+            f"study {design.name}: the database contains answers of {names}. Pass the database of the study"
+            " with --db."
         )
-    expected = (design.a.generator, design.b.generator)
     for row in rows:
-        first, second = (row.left, row.right) if row.first_is_left else (row.right, row.left)
-        if row.kind == Kind.PAIR and (first.generator, second.generator, first.seed) != (
-            *expected,
-            second.seed,
-        ):
+        first_shape, second_shape = (row.left, row.right) if row.first_is_left else (row.right, row.left)
+        is_of_generators = (first_shape.generator, second_shape.generator) == (
+            design.a.generator,
+            design.b.generator,
+        )
+        if row.kind == Kind.PAIR and not (is_of_generators and first_shape.seed == second_shape.seed):
             raise ValueError(
-                f"study {design.name}: answer {row.id} is not about its two generators and one latent. Name"
-                " the study's database with --db."
+                f"study {design.name}: the answer {row.id} does not compare the two generators of the study"
+                " at one latent. Pass the database of the study with --db."
             )
-    begun = datetime.fromisoformat(design.created).timestamp()
-    if rows and min(r.received_at for r in rows) < begun:
+    design_time = datetime.fromisoformat(design.created).timestamp()
+    if rows and min(row.received_at for row in rows) < design_time:
         raise ValueError(
-            f"study {design.name}: the design of {design.created} is newer than the first answer, but a"
-            " study must be designed before. Start a new study."
+            f"study {design.name}: an answer was received before the design was made at {design.created},"
+            " but a study must be designed before its first answer. Start a new study."
         )
 
 
 def _sides(rows: Sequence[JudgementRow], ties: str) -> dict:
-    """Compute figures of the sides: how often b was on the left, and how often the left side was chosen."""
-    figures: dict = {"b_left": sum(not r.first_is_left for r in rows), "n": len(rows)}
-    figures["p_random"] = binomial_test(figures["b_left"], figures["n"])
-    for name, b_left in (("win_rate_b_left", True), ("win_rate_b_right", False)):
-        # b is the second shape of a pair, so it is on the left where the first is not.
-        scores = np.array([score(r, ties) for r in rows if r.first_is_left != b_left])
-        figures[name] = float(np.nanmean(scores)) if np.sum(~np.isnan(scores)) else None
-    decided = [r for r in rows if r.choice in (Choice.LEFT, Choice.RIGHT)]
-    left = sum(r.choice == Choice.LEFT for r in decided)
+    """Compute metrics of the sides: in which trials b was on the left, and how often the left side was
+    chosen.
+
+    Args:
+        rows: trials.
+        ties: rule for ties, "half" or "excluded".
+
+    Returns:
+        Metrics in JSON types. A rate without trials is None.
+    """
+    metrics: dict = {"b_left": sum(not row.first_is_left for row in rows), "n": len(rows)}
+    # p-value of the hypothesis that the sides were random
+    metrics["p_random"] = binomial_test(metrics["b_left"], metrics["n"])
+    for name, is_b_left in (("win_rate_b_left", True), ("win_rate_b_right", False)):
+        # b is the second shape of a pair, so b is on the left if the first shape is not.
+        scores = np.array([score(row, ties) for row in rows if row.first_is_left != is_b_left])
+        metrics[name] = float(np.nanmean(scores)) if np.sum(~np.isnan(scores)) else None
+    decided_rows = [row for row in rows if row.choice in (Choice.LEFT, Choice.RIGHT)]
+    left_count = sum(row.choice == Choice.LEFT for row in decided_rows)
     return {
-        **figures,
-        "left_share": left / len(decided) if decided else None,
-        "left_ci": list(wilson_interval(left, len(decided))),
+        **metrics,
+        "left_share": left_count / len(decided_rows) if decided_rows else None,
+        "left_ci": list(wilson_interval(left_count, len(decided_rows))),
     }
 
 
 def _annotators(design: StudyDesign, parts: SortedRows) -> list[dict]:
-    """Compute the figures of each annotator with trials, excluded ones included."""
+    """Compute the metrics of every annotator who has answered trials, also of excluded annotators.
+
+    Returns one record per annotator, in JSON types.
+    """
     table = []
-    for name in sorted({r.annotator for r in parts.trials}):
-        own_trials = [r for r in parts.trials if r.annotator == name]
-        gold = [r.choice == r.expected for r in parts.gold if r.annotator == name]
-        scores = np.array([score(r, design.ties) for r in own_trials])
-        n = int(np.sum(~np.isnan(scores)))
-        sides = _sides(own_trials, design.ties)
-        choices = Counter(r.choice for r in own_trials)
+    for name in sorted({row.annotator for row in parts.trials}):
+        annotator_trials = [row for row in parts.trials if row.annotator == name]
+        gold_results = [row.choice == row.expected for row in parts.gold if row.annotator == name]
+        scores = np.array([score(row, design.ties) for row in annotator_trials])
+        n = int(np.sum(~np.isnan(scores)))  # number of trials that count
+        sides = _sides(annotator_trials, design.ties)
+        choices = Counter(row.choice for row in annotator_trials)
         table.append(
             {
                 "name": name,
-                "trials": len(own_trials),
-                "ties": _ties(own_trials),
+                "trials": len(annotator_trials),
+                "ties": _ties(annotator_trials),
                 "skips": choices[Choice.SKIP],
                 "n": n,
                 "win_rate": float(np.nanmean(scores)) if n else None,
                 "wilson": list(wilson_interval(float(np.nansum(scores)), n)),
                 "left_share": sides["left_share"],
                 "left_ci": sides["left_ci"],
-                "gold_right": sum(gold),
-                "gold_n": len(gold),
-                "median_seconds": statistics.median(r.milliseconds for r in own_trials) / 1000,
-                "fast": sum(is_fast(r, design.exclusions.fast_milliseconds) for r in own_trials),
+                "gold_right": sum(gold_results),
+                "gold_n": len(gold_results),
+                "median_seconds": statistics.median(row.milliseconds for row in annotator_trials) / 1000,
+                "fast": sum(is_fast(row, design.exclusions.fast_milliseconds) for row in annotator_trials),
                 "excluded": parts.annotators.get(name),
             }
         )
@@ -277,16 +325,16 @@ def _annotators(design: StudyDesign, parts: SortedRows) -> list[dict]:
 
 
 def _exclusions(parts: SortedRows) -> list[dict]:
-    """List what was left out, why, and how many trials that are."""
-    trials = Counter(r.annotator for r in parts.trials)
+    """Return a list of exclusions: "what" was left out, the "reason", and the number of "trials"."""
+    trial_counts = Counter(row.annotator for row in parts.trials)
     excluded = [
-        {"what": f"annotator {name}", "reason": reason, "trials": trials[name]}
+        {"what": f"annotator {name}", "reason": reason, "trials": trial_counts[name]}
         for name, reason in sorted(parts.annotators.items())
     ]
-    fast = Counter(r.annotator for r in parts.fast)
+    fast_counts = Counter(row.annotator for row in parts.fast)
     excluded += [
-        {"what": f"single trials of {name}", "reason": "answered too fast", "trials": n}
-        for name, n in sorted(fast.items())
+        {"what": f"single trials of {name}", "reason": "answered too fast", "trials": count}
+        for name, count in sorted(fast_counts.items())
     ]
     if parts.late:
         excluded.append(
@@ -300,7 +348,10 @@ def _exclusions(parts: SortedRows) -> list[dict]:
 
 
 def _pairs(rows: Sequence[JudgementRow], ties: str) -> list[dict]:
-    """Compute the win rate of each latent, from b's best to a's best."""
+    """Compute the win rate of b for each latent.
+
+    Returns records with seed, win_rate and n (number of trials), from the highest to the lowest win rate.
+    """
     scores: dict[int, list[float]] = defaultdict(list)
     for row in rows:
         value = score(row, ties)
@@ -310,74 +361,86 @@ def _pairs(rows: Sequence[JudgementRow], ties: str) -> list[dict]:
         {"seed": seed, "win_rate": sum(values) / len(values), "n": len(values)}
         for seed, values in scores.items()
     ]
-    # Among equal win rates, those with more answers come closer to the ends of the list.
-    return sorted(
-        latents, key=lambda p: (-p["win_rate"], -p["n"] if p["win_rate"] > 0.5 else p["n"], p["seed"])
-    )
+
+    # Of latents with equal win rates, the one with more trials stands closer to the end of the list at which
+    # b or a wins.
+    def sort_key(latent: dict) -> tuple:
+        n = -latent["n"] if latent["win_rate"] > 0.5 else latent["n"]
+        return (-latent["win_rate"], n, latent["seed"])
+
+    return sorted(latents, key=sort_key)
 
 
 @dataclass(frozen=True, kw_only=True)
 class WinRate:
-    """Win rates of S studies with their intervals and tests; all arrays [S]."""
+    """Win rates of S studies, with their intervals and tests. All arrays have the shape [S]."""
 
     n: np.ndarray  # number of trials that count
     rate: np.ndarray  # mean score
     wilson: tuple[np.ndarray, np.ndarray]  # ends of Wilson's interval, as if all trials were independent
-    # ends of the interval to be reported; accounts for annotators and latents
+    # ends of the interval of the primary result, which accounts for trials that share annotators and latents
     clustered: tuple[np.ndarray, np.ndarray]
-    # Two-sided, against 0.5. It is below 1 - confidence exactly if `clustered` excludes 0.5.
+    # Two-sided p-value against 0.5. It is below 1 - confidence exactly if `clustered` excludes 0.5.
     p_clustered: np.ndarray
-    design_effect: np.ndarray  # variance divided by that of independent trials
+    design_effect: np.ndarray  # clustered variance, divided by the variance of independent trials
     degrees: np.ndarray  # degrees of freedom of the t quantile
 
 
 def win_rate(
     scores: np.ndarray, annotator: np.ndarray, latent: np.ndarray, confidence: float = 0.95
 ) -> WinRate:
-    """Estimate the win rate with an interval that accounts for trials that share annotators and latents.
+    """Estimate the win rate, with an interval that accounts for trials that share annotators and latents.
 
-    Two-way clustered variance (Cameron, Gelbach and Miller 2011): V = V_annotators + V_latents - V_trials,
-    each multiplied by G / (G - 1). The interval is Wilson's with effective size rate (1 - rate) / V and the t
-    quantile with min(A, L) - 1 degrees of freedom, because the variance is estimated from that many clusters.
-    With one annotator, V_annotators is left out, and the result is valid for that annotator only.
+    The variance is clustered in two ways (Cameron, Gelbach and Miller 2011):
+
+        V = V_annotators + V_latents - V_trials
+
+    where each term is the variance of the mean from sums of residuals over G clusters, multiplied by G / (G -
+    1). The interval is Wilson's interval with the number of trials replaced by rate (1 - rate) / V, and with
+    the t quantile of min(A, L) - 1 degrees of freedom, because the variance is estimated from so few
+    clusters. With a single annotator, V_annotators is replaced by V_trials, and the result is valid for this
+    annotator only.
 
     Args:
-        scores: [S, N] or [N], see the module's docstring.
-        annotator: [N], index of the annotator of each trial.
-        latent: [N], index of the latent of each trial.
+        scores: scores of the trials, [S, N] or [N], see the docstring of this module.
+        annotator: index of the annotator of each trial, [N].
+        latent: index of the latent of each trial, [N].
         confidence: level of the intervals.
 
-    Raises: ValueError for a study without a trial that counts.
+    Raises:
+        ValueError: in a study no trial counts.
     """
-    # A single study is an array of one study.
+    # a single study [N] becomes [1, N]
     scores = np.atleast_2d(np.asarray(scores, dtype=np.float64))
     counted = ~np.isnan(scores)
     n = counted.sum(axis=1).astype(np.float64)
     if (n == 0).any():
         raise ValueError(
-            "win_rate: expected at least one trial that counts in each study, got none. Collect answers"
-            " first."
+            "win_rate: at least one trial of each study must count, but a study has no such trial. Collect"
+            " answers first."
         )
     rate = np.where(counted, scores, 0).sum(axis=1) / n
-    # A trial that does not count has no residual, so it contributes to no cluster.
+    # The residual of a trial that does not count is 0, so that it does not change the sum of its cluster.
     residual = np.where(counted, scores - rate[:, None], 0)  # [S, N]
     variance = {}
     clusters = {}
     for name, groups in (("annotator", annotator), ("latent", latent), ("trial", None)):
         variance[name], clusters[name] = _cluster_variance(residual, counted, n, groups)
-    independent = variance["trial"]
+    independent = variance["trial"]  # variance as if all trials were independent, [S]
     several_annotators = clusters["annotator"] > 1
     total = (
         np.where(several_annotators, variance["annotator"], independent) + variance["latent"] - independent
     )
-    total = np.maximum(total, _LEAST * independent)  # the difference can be 0 or negative by chance
+    # The difference can be 0 or negative by chance, so the variance has a lower bound.
+    total = np.maximum(total, _LEAST * independent)
     degrees = np.maximum(
         1, np.minimum(np.where(several_annotators, clusters["annotator"], n), clusters["latent"]) - 1
     )
     binomial_variance = rate * (1 - rate)
-    # The number of independent trials with this variance. With rate 0 or 1 all residuals are 0.
+    # Number of independent trials that would have this variance. With a rate of 0 or 1 all residuals, and so
+    # the variance, are 0; n is used then. The inner np.where avoids a division by zero.
     effective = np.where(total > 0, binomial_variance / np.where(total > 0, total, 1), n)
-    # The test uses the variance under the null hypothesis, 0.25 / effective, as Wilson's interval does.
+    # The test uses the variance 0.25 / effective under the null hypothesis of 0.5, like Wilson's interval.
     statistic = np.abs(rate - 0.5) / np.sqrt(0.25 / np.where(effective > 0, effective, n))
     effective = np.where(effective > 0, effective, n)
     return WinRate(
@@ -394,28 +457,29 @@ def win_rate(
 def _cluster_variance(
     residual: np.ndarray, counted: np.ndarray, n: np.ndarray, groups: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Compute the variance of the mean from sums of residuals over clusters.
+    """Compute the variance of the mean score from sums of residuals over clusters.
 
     Args:
-        residual: [S, N]; 0 for trials that do not count.
-        counted: [S, N] bool.
-        n: [S], number of trials that count.
-        groups: [N], index of each trial's cluster; None: each trial is a cluster.
+        residual: score minus mean score of each trial, [S, N]; 0 for trials that do not count.
+        counted: True for trials that count, bool [S, N].
+        n: number of trials that count, [S].
+        groups: index of the cluster of each trial, [N]; None: each trial is a cluster.
 
-    Returns: variance [S] and number of clusters with trials [S].
+    Returns:
+        Variance [S], and number of clusters that contain trials which count [S].
     """
     if groups is None:
         sums = residual
-        present = n
+        cluster_count = n
     else:
-        member = np.zeros((len(groups), int(np.max(groups)) + 1))  # [N, G], one-hot
-        member[np.arange(len(groups)), groups] = 1
-        sums = residual @ member
-        present = ((counted @ member) > 0).sum(axis=1).astype(np.float64)
-    # With one cluster the correction would divide by zero. Its residuals sum to 0, so the variance is 0
-    # anyway.
-    correction = present / np.maximum(present - 1, 1)
-    return (sums**2).sum(axis=1) / n**2 * correction, present
+        membership = np.zeros((len(groups), int(np.max(groups)) + 1))  # [N, G], one-hot
+        membership[np.arange(len(groups)), groups] = 1
+        sums = residual @ membership  # [S, G]
+        cluster_count = ((counted @ membership) > 0).sum(axis=1).astype(np.float64)
+    # The correction G / (G - 1) would divide by zero for one cluster. The residuals of one cluster sum to 0,
+    # so the variance is 0 with any correction.
+    correction = cluster_count / np.maximum(cluster_count - 1, 1)
+    return (sums**2).sum(axis=1) / n**2 * correction, cluster_count
 
 
 def cluster_bootstrap(
@@ -427,40 +491,44 @@ def cluster_bootstrap(
     resamples: int = 4000,
     seed: int = 0,
 ) -> "Interval | None":
-    """Compute a percentile bootstrap of one study's win rate by resampling clusters; None if there is only
-    one cluster.
+    """Compute a percentile bootstrap interval of one study's win rate by resampling clusters.
 
     Args:
-        scores: [N], and `annotator` and `latent` as in `win_rate`.
-        over: 'annotators', 'latents', or 'both'. With 'both' annotators and latents are resampled, and trials
-            are weighted by the product (pigeonhole bootstrap, Owen 2007). It is wider than necessary if
-            trials differ more than clusters do.
+        scores: scores of the trials, [N].
+        annotator: index of the annotator of each trial, [N].
+        latent: index of the latent of each trial, [N].
+        over: clusters that are resampled: 'annotators', 'latents' or 'both'. With 'both', the weight of a
+            trial is the product of the weights of its annotator and its latent (pigeonhole bootstrap, Owen
+            2007). This interval is too wide if the scores vary more between trials than between clusters.
         confidence: level of the interval.
-        resamples: R.
+        resamples: number of resamples, R.
         seed: random seed.
+
+    Returns:
+        Interval, or None if there is only one cluster.
     """
     scores = np.asarray(scores, dtype=np.float64)
-    keep = ~np.isnan(scores)
-    sides = {"annotators": [annotator], "latents": [latent], "both": [annotator, latent]}[over]
-    # Clusters without a trial that counts are no clusters here, so the indices are computed again.
-    groups = [np.unique(side[keep], return_inverse=True)[1] for side in sides]
-    counts = [int(g.max()) + 1 for g in groups]
+    is_counted = ~np.isnan(scores)
+    clusterings = {"annotators": [annotator], "latents": [latent], "both": [annotator, latent]}[over]
+    # The indices are computed again without the trials that do not count, so that every cluster has a trial.
+    groups = [np.unique(indices[is_counted], return_inverse=True)[1] for indices in clusterings]
+    counts = [int(group.max()) + 1 for group in groups]  # number of clusters
     if min(counts) < 2:
         return None
     rng = np.random.default_rng(seed)
     rates = []
-    values = scores[keep]
-    # Chunks bound the memory of the weights [R, N].
+    values = scores[is_counted]
+    # The weights [R, N] are computed in chunks of resamples, so that they do not fill the memory.
     chunk = max(1, _CELLS // len(values))
     for start in range(0, resamples, chunk):
         size = min(chunk, resamples - start)
         weights = np.ones((size, len(values)))  # [R, N]
         for group, count in zip(groups, counts, strict=True):
-            # Resampling `count` clusters with replacement gives each a multinomial weight, which its trials
-            # share.
+            # If `count` clusters are resampled with replacement, the number of times that each is drawn has a
+            # multinomial distribution. This number is the weight of its trials.
             weights *= rng.multinomial(count, np.full(count, 1 / count), size=size)[:, group]
         total = weights.sum(axis=1)
-        # With 'both', all weights of a resample can be 0.
+        # With 'both', all weights of a resample can be 0. Such a resample is left out.
         rates.append((weights @ values)[total > 0] / total[total > 0])
     lo, hi = np.quantile(np.concatenate(rates), [0.5 - confidence / 2, 0.5 + confidence / 2])
     return Interval(float(lo), float(hi))

@@ -1,5 +1,7 @@
-"""Defines the design of a study, a pre-registration: every choice that could influence the result is made and
-written to a file with a hash before the first answer. Also plans the study's campaign.
+"""Design of a blind study, which is its pre-registration, and plan of its labelling campaign.
+
+A study compares the shapes of two generators, a and b. Every choice that could influence the result is made
+before the first answer, and is written into a file with a hash.
 """
 
 import functools
@@ -32,10 +34,12 @@ if TYPE_CHECKING:
     from eg3d_rlhf.generators import LoadedGenerator
 
 UP = "y"  # default axis that points up in asset files
-FORMAT = 1  # of the design's file
-_OUT = "Exclusions"  # title of the group of flags in the help
-TRAINING_PAIRS = len(SHAPE_DAMAGES)  # one for each kind of damage
-GOLD_PAIRS = 24  # more than an annotator is shown in most studies; after that, gold pairs are repeated
+FORMAT = 1  # version of the file of a design
+_OUT = "Exclusions"  # title of a group of flags in the help
+TRAINING_PAIRS = len(SHAPE_DAMAGES)  # number of practice pairs: one for each kind of damage
+# Number of gold pairs. An annotator is shown fewer in most studies; when all have been shown, they are
+# repeated.
+GOLD_PAIRS = 24
 # The pre-registered plan, which is stored in every design and printed in the report. It is part of the hash
 # of a design, so its text must not change: equal settings would give another hash than in version 0.1.
 PLAN = (
@@ -63,11 +67,11 @@ _out_knob = functools.partial(knob, group=_OUT, rare=True)
 
 @dataclass(frozen=True, kw_only=True)
 class Contender:
-    """One of the two generators that are compared."""
+    """One of the two generators that a study compares."""
 
-    label: str  # name in reports; annotators never see it
-    source: str  # network file, run folder or folder of assets; '' is the bundled generator
-    generator: str  # SHA-256 in hex of the weights; for assets, of the hashes of their files
+    label: str  # name in reports, which annotators never see
+    source: str  # path of a network file, a run folder or a folder of assets; '' is the bundled generator
+    generator: str  # SHA-256 in hex of the weights; for assets, SHA-256 of the hashes of their files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,24 +79,28 @@ class ExclusionRules:
     """Rules by which annotators and trials are left out of the primary result."""
 
     gold_accuracy: float = _out_knob(
-        0.75, "Annotators whose accuracy on gold checks is lower are left out.", metavar="0..1", low=0, high=1
+        0.75,
+        "Share of correct gold checks below which an annotator is left out.",
+        metavar="0..1",
+        low=0,
+        high=1,
     )
     gold_least: int = _out_knob(
-        3, "Least number of answered gold checks before --gold-accuracy applies.", low=1
+        3, "Number of answered gold checks from which on --gold-accuracy applies to an annotator.", low=1
     )
     fast_milliseconds: int = _out_knob(
-        600, "Trials answered faster than this are left out, in milliseconds.", low=0
+        600, "Time to answer in milliseconds below which a trial is left out.", low=0
     )
     fast_share: float = _out_knob(
         0.25,
-        "Annotators with a larger share of such fast trials are left out.",
+        "Share of trials faster than --fast-milliseconds above which an annotator is left out.",
         metavar="0..1",
         low=0,
         high=1,
     )
     least_share: float = _out_knob(
         0.5,
-        "Annotators who answered less than this part of their share are left out.",
+        "Part of the planned trials per annotator below which an annotator is left out.",
         metavar="0..1",
         low=0,
         high=1,
@@ -104,20 +112,22 @@ class ExclusionRules:
 
 @dataclass(frozen=True, kw_only=True)
 class StudyDesign:
-    """Everything that is decided before the first answer."""
+    """Choices of a study that are made before the first answer."""
 
-    name: str  # of the study and its campaign
+    name: str  # name of the study and of its campaign
     a: Contender
     b: Contender
     trials: int  # number of answers to pairs after which the study is complete
-    annotators: int = knob(1, "Number of people who answer.", "Study", low=1)
+    annotators: int = knob(1, "Number of annotators who answer.", "Study", low=1)
     annotators_per_pair: int = 1  # number of different annotators who answer each pair
-    seed: int = knob(0, "Random seed of latents, gold checks, order and sides.", "Study", low=0)
-    psi: float = knob(0.7, "Truncation psi.", "Shapes", metavar="0..2", low=0, high=2, rare=True)
-    level: float = knob(10.0, "Raw density sigma_raw at the surface.", "Shapes", rare=True)
+    seed: int = knob(0, "Random seed for choosing latents, gold checks, order and sides.", "Study", low=0)
+    psi: float = knob(
+        0.7, "Truncation psi of the latents.", "Shapes", metavar="0..2", low=0, high=2, rare=True
+    )
+    level: float = knob(10.0, "Raw density sigma_raw at the surface of a shape.", "Shapes", rare=True)
     resolution: int = knob(
         128,
-        "Grid points per axis at which the density is sampled.",
+        "Number of grid points per axis at which the density is sampled.",
         "Shapes",
         metavar="POINTS",
         low=16,
@@ -129,185 +139,216 @@ class StudyDesign:
     )
     gold_every: int = knob(
         10,
-        "One trial of this many is a gold check, whose answer is known. 0: no gold checks.",
+        "Number of trials of which one is a gold check: a pair whose correct answer is known. 0: no gold"
+        " checks.",
         "Study",
         metavar="TRIALS",
         low=0,
     )
     up: str = knob(UP, "Axis that points up in asset files.", "Shapes", choices=("y", "z"))
     view: str = knob("front", "View from which a pair is first shown.", "Shapes", choices=VIEWS, rare=True)
-    ties: str = knob("half", "Score of ties: half a win, or excluded.", "Study", choices=("half", "excluded"))
+    ties: str = knob(
+        "half",
+        "Rule for ties: they count as half a win, or are excluded from the win rate.",
+        "Study",
+        choices=("half", "excluded"),
+    )
     until: str | None = knob(
         None,
-        "Time at which the study ends in any case, in ISO 8601 with an offset from UTC.",
+        "Time at which the study ends even if trials are missing, in ISO 8601 with an offset from UTC.",
         "Study",
         metavar="TIME",
         shown="no end",
         rare=True,
     )
-    confidence: float = 0.95  # of the intervals
-    resamples: int = _out_knob(4000, "Number of bootstrap resamples in the report.", low=100)
-    shapes: int | None = None  # of generators with a finite number of shapes: seeds 0 to shapes - 1
-    # Asset files in place of generators: seed i is {"prompt", "seed", "a": {"file", "hash", "kind"}, "b": the
-    # same}.
+    confidence: float = 0.95  # level of the intervals, between 0 and 1
+    resamples: int = _out_knob(4000, "Number of resamples of each bootstrap in the report.", low=100)
+    # number of shapes, if the generators have a finite number (seeds 0 to shapes - 1); None: a shape for
+    # every seed
+    shapes: int | None = None
+    # Pairs of asset files, in a study that compares asset files instead of generators; () otherwise. Seed i
+    # of the study is the entry {"prompt", "seed", "a": {"file", "hash", "kind"}, "b": {"file", "hash",
+    # "kind"}} at index i.
     assets: tuple[Mapping, ...] = field(default=(), hash=False)
-    prompts: Mapping = field(default_factory=dict, hash=False)  # of assets: {name: {"text", "image", "hash"}}
+    # name of a prompt -> {"text", "image", "hash"}
+    prompts: Mapping = field(default_factory=dict, hash=False)
     exclusions: ExclusionRules = field(default_factory=ExclusionRules)
-    # The calculation that gave `trials`, from eg3d_rlhf.people.study.power.
+    # result of the power calculation (eg3d_rlhf.people.study.power.SampleSize) in JSON types; {}: none
     power: dict = field(default_factory=dict, hash=False)
-    # UTC; answers must be later
+    # time at which the design was made, in UTC; answers must be later
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     plan: tuple[str, ...] = PLAN
 
     def __post_init__(self):
-        # With equal weights every answer would be noise.
         if self.a.generator == self.b.generator:
-            weights = self.a.generator[:12]
             raise ValueError(
-                f"a and b: expected two different generators, got the weights {weights}... twice. Name"
-                " another network for b."
+                f"a and b: both generators have the weights {self.a.generator[:12]}..., so there is nothing"
+                " to compare. Use another network for b."
             )
+        # raises ValueError for a knob that is out of its range
         check_knobs(self)
-        if self.trials < 1 or not 1 <= self.annotators_per_pair <= self.annotators:
-            got = f"{self.trials} and {self.annotators_per_pair}"
+        if self.trials < 1:
+            raise ValueError(f"trials={self.trials} is too small. Use at least one trial.")
+        if not 1 <= self.annotators_per_pair <= self.annotators:
             raise ValueError(
-                f"expected trials >= 1 and annotators_per_pair in 1..{self.annotators} (annotators), got"
-                f" {got}. Correct them."
+                f"annotators_per_pair={self.annotators_per_pair} must be between 1 and the number of"
+                f" annotators, {self.annotators}. Use another number."
             )
         if self.shapes is not None and self.latents > self.shapes:
-            most = self.shapes * self.annotators_per_pair
+            most_trials = self.shapes * self.annotators_per_pair
             raise ValueError(
-                f"n: {self.shapes} pairs of shapes allow at most {most} trials, got {self.trials}. Use"
-                f" --n={most}."
+                f"n: {self.trials} trials were requested, but {self.shapes} pairs of shapes allow at most"
+                f" {most_trials} trials. Use --n={most_trials}."
             )
-        # Every trial would be a gold check, and none would compare the generators.
+        # With 1, every trial would be a gold check, and no trial would compare the generators.
         if self.gold_every == 1:
-            raise ValueError("gold_every must be 0 (none) or >= 2, got 1. Use 10.")
+            raise ValueError(
+                "gold_every=1 is not allowed. Use 0 for no gold checks, or a number >= 2, such as 10."
+            )
         if not 0 < self.confidence < 1:
-            raise ValueError(f"confidence must lie between 0 and 1, got {self.confidence}. Use 0.95.")
+            raise ValueError(
+                f"confidence={self.confidence} must be between 0 and 1. Use a level such as 0.95."
+            )
         try:
             # A time without an offset would depend on the time zone of the server.
-            valid = self.until is None or datetime.fromisoformat(self.until).tzinfo is not None
+            is_valid = self.until is None or datetime.fromisoformat(self.until).tzinfo is not None
         except ValueError:
-            valid = False
-        if not valid:
+            is_valid = False
+        if not is_valid:
             raise ValueError(
-                f"until must be an ISO 8601 time with its offset from UTC, got {self.until!r}. Write"
+                f"until={self.until!r} must be a time in ISO 8601 with its offset from UTC. Write it like"
                 " 2030-01-31T18:00+00:00."
             )
 
     @property
     def latents(self) -> int:
-        """Number of compared latents."""
-        # The last latent may be answered by fewer annotators than the others.
+        """Return the number of latents that are compared."""
+        # rounded up: the last latent may be answered by fewer annotators than the others
         return math.ceil(self.trials / self.annotators_per_pair)
 
     @property
     def share(self) -> int:
-        """Number of trials per annotator if all answer equally many."""
+        """Return the number of trials per annotator if all annotators answer the same number, rounded up."""
         return math.ceil(self.trials / self.annotators)
 
     @property
     def quota(self) -> int:
-        """Number of trials and gold checks after which an annotator is finished: her share, and a tenth more
-        if there are several annotators, because some stop early.
+        """Return the number of trials and gold checks after which an annotator is finished.
+
+        With several annotators it contains a tenth more trials than `share`, because some annotators stop
+        early.
         """
         trials = self.share if self.annotators == 1 else math.ceil(1.1 * self.share)
         total = trials
-        # The first trial of every `gold_every` is a gold check, so `total` contains ceil(total / gold_every)
-        # of them.
+        # At most ceil(total / gold_every) of `total` trials are gold checks. `total` is increased until
+        # enough others are left.
         while self.gold_every and total - math.ceil(total / self.gold_every) < trials:
             total += 1
         return total
 
     def seeds(self) -> tuple[list[int], list[int]]:
-        """Return the seeds of the compared latents, and further ones for gold and training pairs. All are
-        different as long as there are enough shapes.
+        """Choose the seeds of a study at random.
+
+        Returns:
+            Seeds of the compared latents, and 64 seeds for gold and practice pairs. If there are enough
+            shapes, all these seeds are different. Otherwise seeds of the compared latents are used again.
         """
-        spare = 64  # more than the gold and training pairs need
+        spare_count = 64  # more than the gold and practice pairs need
         available = MAX_SEED if self.shapes is None else self.shapes
-        chosen = (
-            np.random.default_rng(self.seed)
-            .choice(available, size=min(available, self.latents + spare), replace=False)
-            .tolist()
-        )
-        further = chosen[self.latents :]
-        # With few shapes the compared ones are used again.
-        return chosen[: self.latents], list(
-            itertools.islice(itertools.cycle(further + chosen[: self.latents]), spare)
-        )
+        rng = np.random.default_rng(self.seed)
+        count = min(available, self.latents + spare_count)
+        all_seeds = rng.choice(available, size=count, replace=False).tolist()
+        compared_seeds = all_seeds[: self.latents]
+        unused_seeds = all_seeds[self.latents :]
+        # `cycle` repeats the seeds if there are too few
+        spare_seeds = itertools.islice(itertools.cycle(unused_seeds + compared_seeds), spare_count)
+        return compared_seeds, list(spare_seeds)
 
     def to_dict(self) -> dict:
-        """Return the design as JSON values, with its hash."""
-        # Through JSON: tuples become lists, as they are when the file is read again.
+        """Return the design in JSON types, with its hash."""
+        # Passing through JSON turns tuples into lists, as in a design that is read from its file.
         content = {"format": FORMAT, **json.loads(json.dumps(asdict(self))), "latent_seeds": self.seeds()[0]}
-        # Fields that are left out at these values, so that older designs without them keep their hash.
-        absent = {"assets": [], "prompts": {}, "up": UP, "view": "front"}
+        # Older designs do not have these fields. They are left out at their defaults, so that the hash of an
+        # older design stays the same.
+        defaults_of_new_fields = {"assets": [], "prompts": {}, "up": UP, "view": "front"}
         content = {
-            name: value for name, value in content.items() if name not in absent or value != absent[name]
+            name: value
+            for name, value in content.items()
+            if name not in defaults_of_new_fields or value != defaults_of_new_fields[name]
         }
         return {**content, "hash": content_hash(content)}
 
     @property
     def hash(self) -> str:
-        """SHA-256 in hex of the design."""
+        """Return the SHA-256 of the design as hexadecimal digits."""
         return self.to_dict()["hash"]
 
 
 def content_hash(content: dict) -> str:
-    """Return the SHA-256 in hex of canonical JSON, without the field `hash`."""
-    hashed = {k: v for k, v in content.items() if k != "hash"}
-    return hashlib.sha256(json.dumps(hashed, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    """Return the SHA-256 of a design in canonical JSON, as hexadecimal digits.
+
+    Args:
+        content: design in JSON types; its field "hash" is not hashed.
+    """
+    hashed_content = {name: value for name, value in content.items() if name != "hash"}
+    canonical_json = json.dumps(hashed_content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical_json.encode()).hexdigest()
 
 
 def write_design(path: str | Path, design: StudyDesign) -> Path:
-    """Write a design to a new file, readable for its owner only, because it contains which side is which.
+    """Write a design to a new file, and return its path.
 
-    Raises: FileExistsError if the file exists.
+    The file is readable for its owner only, because annotators must not see which generators are compared.
+
+    Raises:
+        FileExistsError: the file exists.
     """
     path = Path(path)
-    # A design is written once: overwriting it would be a change after the fact.
+    # A design must not be changed after the first answer, so an existing file is never overwritten.
     if path.exists():
         raise FileExistsError(
-            f"{path}: there is a design already. Continue that study, or name another folder."
+            f"{path}: this folder contains a design already. Continue that study, or choose another folder."
         )
     write_atomic(path, (json.dumps(design.to_dict(), indent=1) + "\n").encode(), private=True)
     return path
 
 
 def read_design(path: str | Path, recorded: str | None = None) -> StudyDesign:
-    """Read a design and check that it was not changed since it was written.
+    """Read a design, and check that it was not changed since it was written.
 
     Args:
-        path: of the file.
+        path: path of the file.
         recorded: hash that the campaign contains; None: only the hash in the file is checked.
 
-    Raises: FileNotFoundError, ValueError.
+    Raises:
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is no design of this version, or was changed.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(
-            f"{path}: expected a study's design, found no file. Name the study's folder, or create the study"
-            " first."
+            f"{path}: there is no design of a study. Pass the folder of the study, or create the study first."
         )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        stamp = content["hash"]
+        stored_hash = content["hash"]
         version = content["format"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{path}: expected a study's design as JSON, but it cannot be read ({error}). Restore the file."
+            f"{path}: the design of the study cannot be read as JSON: {error}. Use a copy of the original"
+            " file."
         ) from None
     if version != FORMAT:
         raise ValueError(
-            f"{path}: expected a design of format {FORMAT}, got {version}. Use the version that created it."
+            f"{path}: the design has format {version}, but this program needs format {FORMAT}. Use the"
+            " version of the program that created the design."
         )
-    if content_hash(content) != stamp or recorded not in (None, stamp):
+    if content_hash(content) != stored_hash or recorded not in (None, stored_hash):
         raise ValueError(
-            f"{path}: expected the design with hash {(recorded or stamp)[:12]}..., but the file was changed"
-            " after the study was designed. Restore it from a copy, or design a new study."
+            f"{path}: the file was changed after the study was designed, because its hash is not"
+            f" {(recorded or stored_hash)[:12]}... Use a copy of the original file, or design a new study."
         )
-    # Fields that older designs do not have get their defaults.
+    # Fields that an older design does not have get their defaults.
     values = {field.name: content[field.name] for field in fields(StudyDesign) if field.name in content}
     values |= {
         "a": Contender(**content["a"]),
@@ -320,7 +361,13 @@ def read_design(path: str | Path, recorded: str | None = None) -> StudyDesign:
 
 
 def stopped(design: StudyDesign, answered: int, now: datetime | None = None) -> bool:
-    """Return True if the stopping rule is met: all trials are answered, or the time is over."""
+    """Return True if the stopping rule of a study is met: all trials are answered, or the end has passed.
+
+    Args:
+        design: design of the study.
+        answered: number of answered trials.
+        now: time; None: the current time.
+    """
     now = now or datetime.now(UTC)
     return answered >= design.trials or (
         design.until is not None and now >= datetime.fromisoformat(design.until)
@@ -328,69 +375,84 @@ def stopped(design: StudyDesign, answered: int, now: datetime | None = None) -> 
 
 
 def contender(label: str, loaded: "LoadedGenerator") -> Contender:
-    """Return the contender of a loaded generator. The bundled one has an empty source, because its path
-    differs from installation to installation.
+    """Make the `Contender` of a loaded generator.
+
+    Args:
+        label: name in reports.
+        loaded: generator.
     """
+    # The path of the bundled generator differs between installations, so its source is empty.
     source = "" if loaded.path == bundled.GENERATOR else str(loaded.path.resolve())
     return Contender(label=label, source=source, generator=loaded.hash)
 
 
 def study_pairs(design: StudyDesign) -> list[PlannedPair]:
-    """Plan the pairs of a study: training pairs, then trials with gold pairs between them, so that gold pairs
-    are prepared in time.
+    """Plan the pairs of a study: practice pairs, and then trials with gold pairs between them.
 
-    In a trial, `first` is a and `second` is b, from the same latent, at the same psi, level, resolution and
-    number of triangles. A gold pair shows one latent of one generator, intact and damaged. Generators and
-    kinds of damage take turns, so only the damage gives the answer.
+    In a trial, the first shape is of generator a and the second shape of generator b, from the same latent,
+    and with the same psi, level, resolution and number of triangles. A gold pair consists of an undamaged and
+    a damaged copy of one shape. The generators and the kinds of damage of the gold pairs alternate, so that
+    only the damage decides which shape is better.
+
+    Args:
+        design: design of the study.
+
+    Returns:
+        Pairs in the order of their preparation.
     """
-    seeds, spare = design.seeds()
+    seeds, spare_seeds = design.seeds()
     damages = DAMAGES if design.assets else SHAPE_DAMAGES
     if design.assets:  # videos cannot be damaged
-        spare = [
-            seed for seed in spare if all(design.assets[seed][side]["kind"] in DAMAGED_KINDS for side in "ab")
+        spare_seeds = [
+            seed
+            for seed in spare_seeds
+            if all(design.assets[seed][side]["kind"] in DAMAGED_KINDS for side in ("a", "b"))
         ]
+    # [seed, 1] is another random stream than the one of design.seeds()
     rng = np.random.default_rng([design.seed, 1])
-    sides = (design.a, design.b)
-    # A block consists of a latent and its shapes of both generators. The order of blocks is random.
-    compared = [(side, seed) for seed in seeds for side in sides]
+    contenders = (design.a, design.b)
+    # The strategy "blocks" pairs the two shapes of each latent, which form a block. With ordered=True it
+    # keeps the order of the seeds, which is random already.
+    compared = [(contender, seed) for seed in seeds for contender in contenders]
     items = Items(
-        members=[Item(prompt=str(seed), source=side.generator) for side, seed in compared], ordered=True
+        members=[Item(prompt=str(seed), source=contender.generator) for contender, seed in compared],
+        ordered=True,
     )
     blocks = STRATEGIES["blocks"].plan(items, [], rng, StrategyOptions(pairs=len(seeds)))
-    shapes = [contender_shape(design, side, seed) for side, seed in compared]
-    trials = [PlannedPair(first=shapes[first], second=shapes[second]) for first, second in blocks.pairs]
-    training = known_answers(
-        [contender_shape(design, design.a, seed) for seed in spare[:TRAINING_PAIRS]],
-        Kind.TRAINING,
-        rng,
-        damages,
-    )
-    # The latents of training pairs come first, so gold pairs use others.
-    checks = spare[TRAINING_PAIRS : TRAINING_PAIRS + GOLD_PAIRS] if design.gold_every else []
-    gold = known_answers(
-        [contender_shape(design, sides[i // len(damages) % 2], seed) for i, seed in enumerate(checks)],
-        Kind.GOLD,
-        rng,
-        damages,
-    )
-    # One gold pair before every `gold_every` trials, as often as annotators are shown one.
-    starts = range(0, len(trials), design.gold_every or len(trials))
-    mixed = [
-        pair
-        for i, start in enumerate(starts)
-        for pair in (*gold[i : i + 1], *trials[start : start + starts.step])
+    shapes = [contender_shape(design, contender, seed) for contender, seed in compared]
+    trials = [
+        PlannedPair(first=shapes[first_index], second=shapes[second_index])
+        for first_index, second_index in blocks.pairs
     ]
-    return [*training, *mixed, *gold[len(starts) :]]
+    practice_shapes = [contender_shape(design, design.a, seed) for seed in spare_seeds[:TRAINING_PAIRS]]
+    practice_pairs = known_answers(practice_shapes, Kind.TRAINING, rng, damages)
+    # Gold pairs use other latents than practice pairs.
+    gold_seeds = spare_seeds[TRAINING_PAIRS : TRAINING_PAIRS + GOLD_PAIRS] if design.gold_every else []
+    # known_answers uses the kinds of damage one after another. After each round of them, the generator
+    # changes.
+    gold_shapes = [
+        contender_shape(design, contenders[index // len(damages) % 2], seed)
+        for index, seed in enumerate(gold_seeds)
+    ]
+    gold_pairs = known_answers(gold_shapes, Kind.GOLD, rng, damages)
+    # A gold pair stands before every `gold_every` trials, so that it is prepared when an annotator needs it.
+    step = design.gold_every or len(trials)
+    block_starts = range(0, len(trials), step)
+    mixed_pairs: list[PlannedPair] = []
+    for index, start in enumerate(block_starts):
+        mixed_pairs += gold_pairs[index : index + 1]  # empty if there are no more gold pairs
+        mixed_pairs += trials[start : start + step]
+    return [*practice_pairs, *mixed_pairs, *gold_pairs[len(block_starts) :]]
 
 
 def campaign_settings(design: StudyDesign) -> CampaignSettings:
-    """Return the settings of a study's campaign. They contain the hash of the design."""
+    """Return the settings of the campaign of a study. They contain the hash of the design."""
     return CampaignSettings(
         name=design.name,
         mode=Mode.STUDY,
         seed=design.seed,
-        # A study has no repeats: each answer of an annotator must be a new trial.
         annotators_per_pair=design.annotators_per_pair,
+        # A study has no repeats, because each answer of an annotator must be a new trial.
         repeat_share=0.0,
         swap_share=0.0,
         gold_every=design.gold_every,
@@ -398,8 +460,8 @@ def campaign_settings(design: StudyDesign) -> CampaignSettings:
         view=design.view,
         show_render=False,
         extra={
-            # With these values the store rejects changes of answers once the study is complete.
             "design_hash": design.hash,
+            # With "trials" and "until", the store rejects changes of answers after the study is complete.
             "trials": design.trials,
             "until": design.until,
             **({"conditions": dict(design.prompts), "up": design.up} if design.assets else {}),
@@ -408,7 +470,13 @@ def campaign_settings(design: StudyDesign) -> CampaignSettings:
 
 
 def contender_shape(design: StudyDesign, side: Contender, seed: int) -> Shape:
-    """Return the shape of a contender: that of a latent's seed, or its asset of that number."""
+    """Return the shape that a generator of a study has for a seed.
+
+    Args:
+        design: design of the study.
+        side: generator, design.a or design.b.
+        seed: seed of the latent; in a study of asset files, the index of the pair of files in design.assets.
+    """
     if design.assets:
         row = design.assets[seed]
         asset = row["a" if side == design.a else "b"]
@@ -430,38 +498,49 @@ def contender_shape(design: StudyDesign, side: Contender, seed: int) -> Shape:
     )
 
 
-# ---- studies of asset files: two folders with assets of the same prompts, in place of two generators
+# ---- studies of asset files, which compare two folders with assets of the same prompts instead of two
+# generators
 
 
 def read_sides(
     a: Path, b: Path, report: Callable[[str], None]
 ) -> tuple[dict[str, Contender], list[dict], dict]:
-    """Read both folders of assets.
+    """Read the two folders of asset files that a study compares.
 
-    Returns: both contenders by side, the pairs of assets that the folders have in common, and their prompts,
-    in the form of a design. Raises: ValueError if there is no common pair.
+    Args:
+        a: folder of the first generator's assets.
+        b: folder of the second generator's assets.
+        report: function that is called with a line for the user if assets are left out.
+
+    Returns:
+        Contenders by side ("a", "b"), and the values of StudyDesign.assets and StudyDesign.prompts.
+
+    Raises:
+        ValueError: the folders have no pair of different assets of the same prompt and seed.
     """
     collections: dict[str, Collection] = {}
     for side, folder in (("a", a), ("b", b)):
         with naming(f"--{side}"):
             collections[side] = read_generator(folder)
+    # side -> (prompt, seed) -> asset
     by_key = {
-        side: {(asset.prompt, asset.seed): asset for asset in c.assets} for side, c in collections.items()
+        side: {(asset.prompt, asset.seed): asset for asset in collection.assets}
+        for side, collection in collections.items()
     }
-    # Equal files cannot be distinguished, so they are no pair.
-    common = sorted(
+    # Annotators cannot distinguish equal files, so these are not compared.
+    common_keys = sorted(
         key for key in by_key["a"] if key in by_key["b"] and by_key["a"][key].hash != by_key["b"][key].hash
     )
-    if not common:
+    if not common_keys:
         raise ValueError(
-            "--a, --b: expected different assets of the same prompts, found none. Name the files of both"
-            " folders after their prompts."
+            "--a, --b: the folders contain no different assets of the same prompt. Give the files of both"
+            " folders the names of their prompts."
         )
-    unused = sum(len(c) for c in by_key.values()) - 2 * len(common)
-    if unused:
+    unused_count = sum(len(assets) for assets in by_key.values()) - 2 * len(common_keys)
+    if unused_count:
         report(
-            f"{unused} assets are left out: the other folder has no asset of their prompt and seed, or the"
-            " same file"
+            f"{unused_count} assets are left out, because the other folder has no asset of their prompt and"
+            " seed, or the same file."
         )
     rows = [
         {
@@ -476,40 +555,42 @@ def read_sides(
                 for side in by_key
             },
         }
-        for prompt, seed in common
+        for prompt, seed in common_keys
     ]
-    # The digest of all files takes the place of the hash of weights.
     contenders = {
         side: Contender(
             label=folder.resolve().name, source=str(folder.resolve()), generator=_digest(rows, side)
         )
         for side, folder in (("a", a), ("b", b))
     }
-    # Prompts of assets that are not compared are left out.
-    used = {prompt for prompt, _ in common}
-    prompts = {
-        name: prompt
-        # a comes second, so its prompts replace those of b with the same name.
-        for c in (collections["b"], collections["a"])
-        for name, prompt in prompts_json(c).items()
-        if name in used
-    }
+    # If a prompt of both folders differs, the one of folder a is used.
+    all_prompts = {**prompts_json(collections["b"]), **prompts_json(collections["a"])}
+    compared_prompts = {prompt for prompt, _ in common_keys}
+    prompts = {name: prompt for name, prompt in all_prompts.items() if name in compared_prompts}
     return contenders, rows, prompts
 
 
 def check_files(design: StudyDesign) -> None:
-    """Raise ValueError for files of a design that have changed since it was made."""
-    files = [(Path(row[side]["file"]), row[side]["hash"]) for row in design.assets for side in ("a", "b")]
-    for (path, expected), examined in zip(files, reading.examine([path for path, _ in files]), strict=True):
-        if examined.hash != expected:
+    """Check that the asset files of a design have not changed since it was made.
+
+    Raises:
+        ValueError: a file has changed, or cannot be shown.
+    """
+    assets = [row[side] for row in design.assets for side in ("a", "b")]
+    paths = [Path(asset["file"]) for asset in assets]
+    for path, asset, examined in zip(paths, assets, reading.examine(paths), strict=True):
+        if examined.hash != asset["hash"]:
             raise ValueError(
                 f"{path.name}: the file has changed since the study was designed. Use the original file."
             )
 
 
 def _digest(rows: list[dict], side: str) -> str:
-    """Return the SHA-256 in hex of a side's files; it takes the place of the hash of a generator's
-    weights.
+    """Return a hash of the asset files of a folder, which is used like the hash of a generator's weights.
+
+    Args:
+        rows: pairs of assets, see StudyDesign.assets.
+        side: "a" or "b".
     """
     return hashlib.sha256(
         json.dumps([[row["prompt"], row["seed"], row[side]["hash"]] for row in rows]).encode()

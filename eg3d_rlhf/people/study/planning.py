@@ -1,5 +1,7 @@
-"""Creates or continues the folder of a blind study: its design, from flags or read again, and its
-campaign.
+"""Creation and continuation of a blind study: its folder, its design, and its labelling campaign.
+
+The design is made from flags when a study is created, and is read from the folder when the study is
+continued.
 """
 
 import contextlib
@@ -23,36 +25,41 @@ if TYPE_CHECKING:
     from eg3d_rlhf.generators import LoadedGenerator
     from eg3d_rlhf.people.label.store import Store
 
-OUTDIR = Path("runs/study")
-EXCLUSION_FLAGS, POWER_FLAGS, DESIGN_FLAGS = (  # names of the flags that belong to each class
+OUTDIR = Path("runs/study")  # default of --outdir
+# names of the flags that set the knobs of each class
+EXCLUSION_FLAGS, POWER_FLAGS, DESIGN_FLAGS = (
     tuple(field.name for field, _, _ in knobs_of(kind))
     for kind in (ExclusionRules, PowerOptions, StudyDesign)
 )
-# These flags become fields of the design without a change.
+# names of the flags whose values become fields of the design unchanged
 DIRECT_FLAGS = tuple(name for name in DESIGN_FLAGS if name not in EXCLUSION_FLAGS)
 
 
 @dataclass(frozen=True)
 class Folder:
-    """Folder of a study, with its design and, by default, its database."""
+    """Folder of a study, which contains its design and, by default, its database."""
 
     path: Path
-    db: str | None = None  # URL of the store; None: an SQLite file in the folder
+    db: str | None = None  # URL of the label store; None: an SQLite file in the folder
 
     @property
     def design(self) -> Path:
-        """Path of the design."""
+        """Return the path of the design."""
         return self.path / "design.json"
 
     @property
     def url(self) -> str:
-        """URL of the store."""
+        """Return the URL of the label store."""
         return self.db or f"sqlite:///{self.path / 'study.db'}"
 
 
 def power_options(flags: Mapping) -> PowerOptions:
-    """Return the options of the power calculation from the flags."""
-    # By default two annotators answer each pair, which shows how far they agree.
+    """Return the options of the power calculation.
+
+    Args:
+        flags: values of all flags, by name.
+    """
+    # By default two annotators answer each pair, so that their agreement can be measured.
     per_pair = flags["annotators_per_pair"] or min(2, flags["annotators"])
     return PowerOptions(
         annotators=flags["annotators"],
@@ -62,28 +69,49 @@ def power_options(flags: Mapping) -> PowerOptions:
 
 
 def planned_trials(flags: Mapping, warn: Callable[[str], None]) -> "tuple[int, SampleSize | None]":
-    """Return the number of trials and the power calculation. The number is --n, or the result of the
-    calculation. `warn` is called with a line if --n is smaller than that.
+    """Return the number of trials, and the result of the power calculation.
+
+    Args:
+        flags: values of all flags, by name.
+        warn: function that is called with a line if --n is smaller than the calculated number of trials, or
+            if no number of trials is enough.
+
+    Returns:
+        The value of --n or, without --n, the calculated number; and the result of the calculation, or None if
+        no number of trials is enough.
+
+    Raises:
+        ValueError: no number of trials is enough, and --n is missing.
     """
     try:
         size = sample_size(power_options(flags))
     except ValueError as error:
-        # Without --n the calculation must succeed.
         if flags["n"] is None:
             raise
-        warn(f"--n={flags['n']}: no number of trials has the required power ({error})")
+        warn(f"--n={flags['n']}: no number of trials has the required power: {error}")
         return flags["n"], None
-    # A smaller study is allowed: the user may not find enough annotators.
+    # A smaller study is allowed, because the user may not find enough annotators.
     if flags["n"] is not None and flags["n"] < size.trials:
         warn(
-            f"--n={flags['n']}: showing a win rate of {flags['true_rate']:g} with power {flags['power']:g}"
-            f" needs {size.trials} trials"
+            f"--n={flags['n']}: a study that shows a win rate of {flags['true_rate']:g} with power"
+            f" {flags['power']:g} needs {size.trials} trials"
         )
     return flags["n"] or size.trials, size
 
 
 def make_design(name: str, flags: Mapping, warn: Callable[[str], None]) -> StudyDesign:
-    """Make the design that the flags describe. Both generators are loaded for their hashes."""
+    """Make the design of a study from flags. Both generators are loaded, because the design contains their
+    hashes.
+
+    Args:
+        name: name of the study.
+        flags: values of all flags, by name.
+        warn: function that is called with lines for the user.
+
+    Raises:
+        ValueError: a flag does not fit; the message names it.
+    """
+    # imported here, because this module imports torch, which would slow down --help
     from eg3d_rlhf.generators import load_generator
 
     with flagged(flags):
@@ -94,13 +122,18 @@ def make_design(name: str, flags: Mapping, warn: Callable[[str], None]) -> Study
     assets: dict[str, Any] = {}
     if compares_assets(flags):
         contenders, rows, prompts = designs.read_sides(Path(flags["a"]), Path(flags["b"]), warn)
-        sides = {side: replace(c, label=flags[f"label_{side}"] or c.label) for side, c in contenders.items()}
+        sides = {
+            side: replace(contender, label=flags[f"label_{side}"] or contender.label)
+            for side, contender in contenders.items()
+        }
         assets = {"assets": tuple(rows), "prompts": prompts}
-        if flags["gold_every"] and not any(
-            all(row[side]["kind"] in DAMAGED_KINDS for side in ("a", "b")) for row in rows
-        ):
-            warn("no gold checks and no training pairs: videos cannot be damaged deliberately")
-            # The design states what will be done: no gold checks.
+        can_be_damaged = any(all(row[side]["kind"] in DAMAGED_KINDS for side in ("a", "b")) for row in rows)
+        if flags["gold_every"] and not can_be_damaged:
+            warn(
+                "There are no gold checks and no practice pairs, because they need damaged shapes, and"
+                " videos cannot be damaged."
+            )
+            # The design must state that there are no gold checks.
             flags = {**flags, "gold_every": 0}
     for side in () if assets else ("a", "b"):
         with naming(f"--{side}"):
@@ -108,21 +141,21 @@ def make_design(name: str, flags: Mapping, warn: Callable[[str], None]) -> Study
             loaded[side] = load_generator(flags[side])
             sides[side] = designs.contender(flags[f"label_{side}"] or label, loaded[side])
     shapes = len(assets["assets"]) if assets else common_shapes(loaded["a"], loaded["b"])
-    # Checked before the design is made, so that the message names the flags.
+    # StudyDesign checks this, too. This message names the flags.
     if sides["a"].generator == sides["b"].generator:
         raise ValueError(
-            "--a, --b: expected two different generators, got the same weights twice. Name another network"
-            " for --b."
+            f"--a, --b: both flags name the same weights {sides['a'].generator[:12]}... Pass another network"
+            " with --b."
         )
-    # Both sides would have the same name in the report.
+    # With equal labels, the report could not distinguish the generators.
     if sides["a"].label == sides["b"].label:
         raise ValueError(
-            f"--label-a, --label-b: expected two different names, got {sides['a'].label!r} twice. Give both"
-            " flags."
+            f"--label-a, --label-b: both generators have the name {sides['a'].label!r}. Pass two different"
+            " names with these flags."
         )
     with flagged(flags):
-        # The confidence is rounded, because 1 - 0.05 is 0.95 only up to rounding errors, and the design is
-        # compared.
+        # In floating point, 1 - alpha may differ from the decimal number. The confidence is rounded, because
+        # designs are compared.
         return StudyDesign(
             name=name,
             a=sides["a"],
@@ -139,107 +172,127 @@ def make_design(name: str, flags: Mapping, warn: Callable[[str], None]) -> Study
 
 
 def _name_of(network: Path) -> str:
-    """Return a network's name: of a file without its suffix; of a run folder complete, because '00000-x.v1.5'
-    has no suffix.
+    """Return a name for a network.
+
+    It is the name of the file without its suffix, or the entire name of the run folder, because a folder such
+    as '00000-x.v1.5' has no suffix.
     """
     return (network.resolve().name if network.is_dir() else network.stem) or str(network)
 
 
 def compares_assets(flags: Mapping) -> bool:
-    """Return True if --a and --b are folders of assets. Raises: ValueError if only one of them is."""
-    folders = [flags[side] is not None and is_asset_folder(Path(flags[side])) for side in ("a", "b")]
-    if folders[0] != folders[1]:
+    """Return True if --a and --b are folders of asset files, and False if both are generators.
+
+    Raises:
+        ValueError: only one of them is a folder of asset files.
+    """
+    a_is_folder, b_is_folder = (
+        flags[side] is not None and is_asset_folder(Path(flags[side])) for side in ("a", "b")
+    )
+    if a_is_folder != b_is_folder:
+        folder_flag = "--a" if a_is_folder else "--b"
         raise ValueError(
-            "--a, --b: expected two generators or two folders of assets, got one of each. Name another"
-            " folder or network."
+            f"--a, --b: {folder_flag} is a folder of assets, but the other flag names a generator. Pass"
+            " two folders of asset files, or two generators."
         )
-    return folders[0]
+    return a_is_folder
 
 
 def common_shapes(a: "LoadedGenerator", b: "LoadedGenerator") -> int | None:
-    """Return the number of shapes of two generators with a finite number of shapes; None for others.
+    """Return the number of shapes that two generators have in common.
 
-    Raises: ValueError if their shapes do not correspond.
+    A generator that is a file of optimised assets has a finite number of shapes. Other generators have a
+    shape for every seed; the result is None then.
+
+    Raises:
+        ValueError: the prompts and seeds of the two files differ.
     """
     from eg3d_rlhf.generators import count_of
 
-    # Generators of files have a finite number of shapes; others one per seed.
-    counts = [count_of(loaded.generator) for loaded in (a, b)]
-    pairs = [loaded.nets.training_set.get("pairs") for loaded in (a, b)]
-    if counts[0] != counts[1] or pairs[0] != pairs[1]:
+    a_count, b_count = (count_of(loaded.generator) for loaded in (a, b))
+    # "pairs" contains the prompts and seeds of the assets of a file
+    a_pairs, b_pairs = (loaded.nets.training_set.get("pairs") for loaded in (a, b))
+    if a_count != b_count or a_pairs != b_pairs:
         raise ValueError(
-            "--a, --b: expected two files of assets of the same prompts and seeds, but they differ. Name"
-            " two arms of one run."
+            "--a, --b: the two files contain assets of different prompts or seeds. Pass the files of two"
+            " arms of one run."
         )
-    return counts[0]
+    return a_count
 
 
 @contextlib.contextmanager
 def flagged(flags: Mapping) -> Iterator[None]:
-    """Turn the name of a setting at the beginning of an error into the name of its flag."""
+    """Replace the name of a setting at the beginning of an error message by the name of its flag.
+
+    Args:
+        flags: values of all flags, by name.
+    """
     try:
         yield
     except ValueError as error:
-        name = re.split(r"\W", str(error), maxsplit=1)[0]
-        raise ValueError(
-            f"--{name.replace('_', '-')}{str(error)[len(name) :]}" if name in flags else str(error)
-        ) from error
+        message = str(error)
+        first_word = re.split(r"\W", message, maxsplit=1)[0]
+        if first_word in flags:
+            message = f"--{first_word.replace('_', '-')}{message[len(first_word) :]}"
+        raise ValueError(message) from error
 
 
 def prepare(
-    folder: Folder, name: str, flags: Mapping, given: set[str], report: Callable[[str], None]
+    folder: Folder, name: str, flags: Mapping, written: set[str], report: Callable[[str], None]
 ) -> StudyDesign:
     """Open the study of a folder, or create it if there is none.
 
-    The design file is written first, then the campaign, which contains the hash of the design. Neither is
-    ever changed.
+    The file of the design is written first, and then the campaign, which contains the hash of the design.
+    Neither is changed later.
 
     Args:
-        folder: of the study.
-        name: of a new study.
-        flags: values of all flags.
-        given: names of the flags that were written on the command line.
-        report: called with lines of progress.
+        folder: folder of the study.
+        name: name of a new study.
+        flags: values of all flags, by name.
+        written: names of the flags that the user passed on the command line.
+        report: function that is called with lines of progress.
 
-    Raises: ValueError for other flags than those of the design, and if the study is complete.
+    Raises:
+        ValueError: a flag contradicts the design, or the study is complete.
     """
     from eg3d_rlhf.people.study import study_report as reports
     from eg3d_rlhf.people.study.analysis import sort_rows
 
-    new = not folder.design.exists()
-    # A campaign without its design file must not get a new design.
-    if new and store_exists(folder.url):
+    is_new = not folder.design.exists()
+    # A campaign whose design is missing must not get another design.
+    if is_new and store_exists(folder.url):
         with open_store(folder.url, create=False) as store:
             if store.campaign(name) is not None:
                 raise ValueError(
-                    f"{folder.design}: the file of study {name!r} is missing, but its campaign exists."
+                    f"{folder.design}: the design of the study {name!r} is missing, but its campaign exists."
                     " Restore the file, or use another --name."
                 )
-    if new:
-        wrong = sorted(given & {"psi", "level", "resolution", "triangles"}) if compares_assets(flags) else []
-        if "up" in given and not compares_assets(flags):
+    if is_new:
+        surface_flags = sorted(written & {"psi", "level", "resolution", "triangles"})
+        if "up" in written and not compares_assets(flags):
             raise ValueError(
-                "--up can be used for folders of assets only; shapes of generators always have y up. Remove"
-                " --up."
+                "--up can be used for folders of asset files only, because the y axis of a generator's"
+                " shapes always points up. Remove --up."
             )
-        if wrong:
+        if surface_flags and compares_assets(flags):
             raise ValueError(
-                f"--{wrong[0]} cannot be used for assets, whose surfaces are fixed. Remove --{wrong[0]}."
+                f"--{surface_flags[0]} cannot be used for asset files, because their surfaces are fixed."
+                f" Remove --{surface_flags[0]}."
             )
         designs.write_design(folder.design, make_design(name, flags, report))
     with open_store(folder.url, create=True) as store:
-        design = checked_design(folder, store, name if "name" in given or new else None)
-        # Also right after the design was made: both paths run the same checks.
-        check_given(design, flags, given)
+        design = checked_design(folder, store, name if "name" in written or is_new else None)
+        # A new design passes this check as well.
+        check_given(design, flags, written)
         if design.assets:
             designs.check_files(design)
-        # Loading both generators checks that their files still contain the weights of the design.
+        # Loading a generator checks that its file contains the weights that the design names.
         for side in () if design.assets else ("a", "b"):
             with naming(f"--{side}"):
                 reports.load_contender(getattr(design, side))
         if store.campaign(design.name) is None:
             store.create_campaign(designs.campaign_settings(design), designs.study_pairs(design))
-        # Counted by the rules of the analysis, not by the number of rows.
+        # The rules of the analysis decide which answers are trials.
         answered = len(sort_rows(design, list(store.judgements(design.name))).trials)
     if designs.stopped(design, answered):
         raise ValueError(
@@ -255,12 +308,22 @@ def prepare(
 
 
 def checked_design(folder: Folder, store: "Store", name: str | None = None) -> StudyDesign:
-    """Read the folder's design and compare it with the hash in the store's campaign. Raises: ValueError."""
+    """Read the design of a folder, and compare it with the hash that the campaign contains.
+
+    Args:
+        folder: folder of the study.
+        store: label store of the study.
+        name: name that the study must have; None: any name.
+
+    Raises:
+        FileNotFoundError: there is no design.
+        ValueError: the design was changed, or has another name.
+    """
     design = designs.read_design(folder.design)
     if name is not None and design.name != name:
         raise ValueError(
-            f"--name: the study in {folder.path} is called {design.name!r}, got {name!r}. Use another"
-            " --outdir for a new study."
+            f"--name={name}: the study in {folder.path} has the name {design.name!r}. Remove --name to"
+            " continue it, or use another --outdir for a new study."
         )
     campaign = store.campaign(design.name)
     if campaign is not None:
@@ -268,13 +331,20 @@ def checked_design(folder: Folder, store: "Store", name: str | None = None) -> S
     return design
 
 
-def check_given(design: StudyDesign, flags: Mapping, given: set[str]) -> None:
-    """Check that flags on the command line agree with the design, which they cannot change. Raises:
-    ValueError.
+def check_given(design: StudyDesign, flags: Mapping, written: set[str]) -> None:
+    """Check that the flags that the user passed agree with the design, which cannot be changed.
+
+    Args:
+        design: design of the study.
+        flags: values of all flags, by name.
+        written: names of the flags that the user passed on the command line.
+
+    Raises:
+        ValueError: a flag has another value than the design.
     """
     from eg3d_rlhf.people.study import study_report as reports
 
-    stored = {
+    design_flags = {
         **{flag: getattr(design, flag) for flag in DIRECT_FLAGS},
         **asdict(design.exclusions),
         "n": design.trials,
@@ -284,34 +354,42 @@ def check_given(design: StudyDesign, flags: Mapping, given: set[str]) -> None:
         **{name: design.power.get("options", {}).get(name) for name in POWER_FLAGS if design.power},
         "alpha": round(1 - design.confidence, 12),
     }
-    # Only flags that were written: defaults may have changed since the design.
-    for flag in sorted(given & set(stored)):
-        if flags[flag] != stored[flag]:
+    # Flags that were not passed are not compared, because their defaults may have changed since the design
+    # was made.
+    for flag in sorted(written & set(design_flags)):
+        if flags[flag] != design_flags[flag]:
             raise ValueError(
-                f"--{flag.replace('_', '-')}: the study was designed with {stored[flag]}, got {flags[flag]}."
-                " Remove the flag, or design a new study in another --outdir."
+                f"--{flag.replace('_', '-')}={flags[flag]}: the study was designed with the value"
+                f" {design_flags[flag]}. Remove the flag, or design a new study in another --outdir."
             )
     for side in ("a", "b"):
-        if side in given:
+        if side in written:
             with naming(f"--{side}"):
                 if not design.assets:
-                    # Another path is allowed if it has the same weights.
+                    # Another path is allowed if the file has the same weights.
                     reports.load_contender(replace(getattr(design, side), source=flags[side]))
                 elif str(Path(flags[side]).resolve()) != getattr(design, side).source:
                     raise ValueError(
-                        f"the study was designed with {getattr(design, side).source}, got {flags[side]}."
-                        " Remove the flag."
+                        f"the study was designed with the folder {getattr(design, side).source}, not with"
+                        f" {flags[side]}. Remove --{side}."
                     )
 
 
 def study_rows(folder: Folder) -> "tuple[StudyDesign, list[JudgementRow]]":
-    """Return the design and the judgements of a folder. Raises: ValueError, FileNotFoundError."""
+    """Return the design of a study, and its answers to trials and gold checks.
+
+    Raises:
+        FileNotFoundError: there is no design, or no label store.
+        ValueError: the design was changed, or the store does not contain the campaign of the study.
+    """
+    # This raises a clear error for a missing or changed design before the store is opened.
     designs.read_design(folder.design)
     with open_store(folder.url, create=False) as store:
         design = checked_design(folder, store)
         if store.campaign(design.name) is None:
             raise ValueError(
-                f"study {design.name}: there is no such campaign in {folder.url}. Name the study's database"
-                " with --db."
+                f"study {design.name}: the database {folder.url} does not contain the campaign of the study."
+                " Pass the database of the study with --db."
             )
-        return design, [r for r in store.judgements(design.name) if r.kind in (Kind.PAIR, Kind.GOLD)]
+        rows = [row for row in store.judgements(design.name) if row.kind in (Kind.PAIR, Kind.GOLD)]
+        return design, rows

@@ -1,10 +1,10 @@
-"""Computes the number of trials that a study needs, and checks the coverage of its intervals.
+"""Number of trials that a study needs, and coverage of its intervals.
 
-The number comes from a formula: the power of the exact binomial test against 0.5, with ties, and with trials
-that share annotators and latents. The coverage comes from simulated studies with known truth: a true
-preference, a side bias, and annotators and latents that differ.
+The number of trials is computed from the power of the exact binomial test against 0.5. It accounts for ties,
+and for trials that share annotators and latents. The coverage of the intervals is computed from simulated
+studies with a known true preference, a side bias, and differences between annotators and between latents.
 
-Letters: S studies, N trials, A annotators, L latents.
+Shapes: S studies, N trials, A annotators, L latents.
 """
 
 import functools
@@ -15,20 +15,22 @@ import numpy as np
 
 from training.config import check_knobs, knob
 
-# Gauss-Hermite quadrature: nodes and weights of integrals over a standard normal distribution.
+# Nodes and weights of Gauss-Hermite quadrature, with which means over a standard normal distribution are
+# computed.
 _NODES, _WEIGHTS = np.polynomial.hermite_e.hermegauss(80)
-_WEIGHTS = _WEIGHTS / _WEIGHTS.sum()  # the sum of probabilities is 1
-_MOST = 100_000  # largest number of decided trials; smaller differences need more than a study can collect
+_WEIGHTS = _WEIGHTS / _WEIGHTS.sum()  # hermegauss gives weights with the sum sqrt(2 pi)
+# Largest number of decided trials. Smaller differences need more trials than a study can collect.
+_MOST = 100_000
 _rare_power_knob = functools.partial(knob, group="Power", rare=True)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PowerOptions:
-    """Effect that the study must be able to show, and expected properties of its trials."""
+    """Effect that a study must be able to show, and expected properties of its trials."""
 
     true_rate: float = knob(
         0.6,
-        "Win rate among decided trials that the study must be able to show.",
+        "True win rate of b among decided trials that the study must be able to distinguish from 0.5.",
         "Power",
         metavar="0..1",
         low=0,
@@ -36,17 +38,23 @@ class PowerOptions:
     )
     alpha: float = _rare_power_knob(
         0.05,
-        "Probability of a false alarm; intervals have the level 1 - alpha.",
+        "Probability of finding a difference between equal generators. Intervals have the level 1 - alpha.",
         metavar="0..1",
         above=0,
         below=1,
     )
     power: float = _rare_power_knob(
-        0.8, "Probability of showing the true win rate.", metavar="0..1", above=0, below=1
+        0.8,
+        "Probability of finding a difference if the win rate is --true-rate.",
+        metavar="0..1",
+        above=0,
+        below=1,
     )
-    tie_share: float = _rare_power_knob(0.1, "Expected share of ties.", metavar="0..1", low=0, below=1)
-    annotators: int = 1
-    annotators_per_pair: int = 1
+    tie_share: float = _rare_power_knob(
+        0.1, "Expected share of ties among the trials.", metavar="0..1", low=0, below=1
+    )
+    annotators: int = 1  # number of annotators
+    annotators_per_pair: int = 1  # number of different annotators who answer each pair
     annotator_icc: float = _rare_power_knob(
         0.01, "Expected correlation of trials of the same annotator.", metavar="0..1", low=0, below=1
     )
@@ -56,19 +64,21 @@ class PowerOptions:
 
     def __post_init__(self):
         check_knobs(self)
-        # At 0 the power is trivial, and at 0.5 there is nothing to show.
+        # At 0 every trial has the same result, and at 0.5 there is no difference to show.
         if self.true_rate in (0, 0.5):
             raise ValueError(
-                f"true_rate must lie in 0..1 and differ from 0.5, got {self.true_rate}. Use the smallest win"
-                " rate that would matter."
+                f"true_rate={self.true_rate} cannot be used, because it must be above 0 and differ from 0.5."
+                " Use the smallest win rate whose difference from 0.5 matters to you."
             )
         if self.power <= self.alpha:
             raise ValueError(
-                f"power must exceed alpha, got {self.power} and {self.alpha}. Common values are 0.8 and 0.05."
+                f"power={self.power} must be larger than alpha={self.alpha}. Common values are 0.8 and 0.05."
             )
         if not 1 <= self.annotators_per_pair <= self.annotators:
-            wrong = f"must lie in 1..annotators = {self.annotators}, got {self.annotators_per_pair}"
-            raise ValueError(f"annotators_per_pair {wrong}. Ask more annotators, or fewer of them per pair.")
+            raise ValueError(
+                f"annotators_per_pair={self.annotators_per_pair} must be between 1 and the number of"
+                f" annotators, {self.annotators}. Ask more annotators, or fewer of them per pair."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,86 +86,115 @@ class SampleSize:
     """Result of the power calculation."""
 
     options: PowerOptions
-    decided: int  # number of decided trials if answers were independent
-    attained: float  # power with that number
+    decided: int  # number of trials without a tie that would be needed if all trials were independent
+    attained: float  # power with `decided` independent trials
     design_effect: float  # number of clustered trials that are equivalent to one independent trial
-    trials: int  # number of trials with ties and clustering, a multiple of annotators_per_pair
-    per_annotator: int  # trials of each annotator, rounded up
+    trials: int  # number of trials that are needed, ties included; a multiple of annotators_per_pair
+    per_annotator: int  # number of trials of each annotator, rounded up
 
 
 def exact_power(n, true_rate: float, alpha: float = 0.05):
-    """Compute the probability [..] that the two-sided exact binomial test of n [..] decided trials rejects
-    0.5 if the win rate is `true_rate`.
+    """Compute the power of the two-sided exact binomial test against a win rate of 0.5.
 
-    Under 0.5 the distribution is symmetric, so the test rejects if k <= c or k >= n - c, with the largest c
-    for which 2 P(K <= c) <= alpha. If even c = 0 is too large, the test never rejects.
+    With a win rate of 0.5 the distribution of the number K of wins is symmetric. So the test rejects 0.5 if K
+    <= c or K >= n - c, where c is the largest number with 2 P(K <= c) <= alpha. If there is no such c >= 0,
+    it never rejects.
+
+    Args:
+        n: number of decided trials, an integer or an array [...].
+        true_rate: true win rate.
+        alpha: level of the test.
+
+    Returns:
+        Probability that the test rejects 0.5, [...].
     """
     from scipy.stats import binom
 
-    c = binom.ppf(alpha / 2, n, 0.5).astype(np.int64)  # smallest c with P(K <= c) >= alpha / 2
-    # ppf gives the first c that reaches alpha / 2, which may exceed it.
+    # ppf returns the smallest c with P(K <= c) >= alpha / 2. If the probability is larger, c must be one
+    # less.
+    c = binom.ppf(alpha / 2, n, 0.5).astype(np.int64)
     c = np.where(binom.cdf(c, n, 0.5) <= alpha / 2, c, c - 1)
     return np.where(c < 0, 0.0, binom.cdf(c, n, true_rate) + binom.sf(n - c - 1, n, true_rate))
 
 
 def decided_trials(true_rate: float, alpha: float = 0.05, power: float = 0.8) -> int:
-    """Return the smallest number of decided trials from which on the power is always sufficient. The power is
-    no monotonic function of n, because the test is discrete.
+    """Return the number of decided trials from which on the power is always sufficient.
 
-    Raises: ValueError if more than _MOST trials would be needed.
+    The power does not increase monotonically with the number of trials n, because the test is discrete. The
+    result is the smallest number for which the power of it and of all larger numbers is at least `power`.
+
+    Args:
+        true_rate: true win rate.
+        alpha: level of the test.
+        power: required power.
+
+    Raises:
+        ValueError: more than _MOST trials would be needed.
     """
     from scipy.special import ndtri
 
-    # Normal approximation of the number, as the first upper bound of the search.
-    roughly = (ndtri(1 - alpha / 2) + ndtri(power)) ** 2 / (4 * (true_rate - 0.5) ** 2)
-    if roughly > _MOST:
+    # The normal approximation of the number is the first upper bound of the search.
+    approximation = (ndtri(1 - alpha / 2) + ndtri(power)) ** 2 / (4 * (true_rate - 0.5) ** 2)
+    if approximation > _MOST:
         raise ValueError(
-            f"decided_trials: a true rate of {true_rate} is too close to 0.5: no study can show it. Use a"
-            " larger difference."
+            f"decided_trials: a true win rate of {true_rate} is so close to 0.5 that more than {_MOST:,}"
+            " trials would be needed. Use a win rate that differs more from 0.5."
         )
-    upper = max(64, int(roughly))
+    upper = max(64, int(approximation))
     while True:
-        short = np.flatnonzero(~(exact_power(np.arange(1, upper + 1), true_rate, alpha) >= power))
-        # The drops of the power are short compared with a doubling of n, so none comes after this.
-        if len(short) == 0 or short[-1] < upper // 2:
-            # Index i means n = i + 1, and the next number is the first from which on the power suffices.
-            return int(short[-1]) + 2 if len(short) else 1
+        powers = exact_power(np.arange(1, upper + 1), true_rate, alpha)  # powers[i] is the power of n = i + 1
+        insufficient = np.flatnonzero(~(powers >= power))
+        # The power drops only over short ranges of n. If it is sufficient in the upper half of the range, it
+        # is sufficient for all larger n.
+        if len(insufficient) == 0 or insufficient[-1] < upper // 2:
+            # The last insufficient n is insufficient[-1] + 1, and the result is the next number.
+            return int(insufficient[-1]) + 2 if len(insufficient) else 1
         upper *= 2
 
 
 def sample_size(options: PowerOptions) -> SampleSize:
-    """Compute the number of trials that the study needs.
+    """Compute the number of trials that a study needs.
 
-    The design effect of crossed clusters is 1 + (m - 1) annotator_icc + (r - 1) latent_icc, with m trials per
-    annotator and r annotators per pair. m grows with the number of trials, so the equation is solved for it:
-    n = decided (1 - annotator_icc + (r - 1) latent_icc) / (1 - decided annotator_icc / annotators), divided
-    by the share of decided trials.
+    The design effect is the factor by which the number of trials increases because they share annotators and
+    latents. For crossed clusters it is
 
-    Raises: ValueError if no number of trials is enough for this number of annotators.
+        1 + (m - 1) annotator_icc + (r - 1) latent_icc,    with m = n / k
+
+    where n is the number of decided trials, k the number of annotators, m the number of trials per annotator,
+    and r the number of annotators per pair. Since m depends on n, the equation n = decided * (design effect)
+    is solved for n:
+
+        n = decided (1 - annotator_icc + (r - 1) latent_icc) / (1 - decided annotator_icc / k)
+
+    The result is divided by the share of trials that are not ties.
+
+    Raises:
+        ValueError: no number of trials is enough for this number of annotators.
     """
     decided = decided_trials(options.true_rate, options.alpha, options.power)
     r = options.annotators_per_pair
     k = options.annotators
-    icc = options.annotator_icc if k > 1 else 0.0  # a study with one annotator is about that annotator only
-    remainder = 1 - decided * icc / k
-    # Near 0 the number of trials goes to infinity.
-    if remainder <= 0.02:
+    # The result of a study with one annotator is valid for this annotator only, so there are no differences
+    # between annotators.
+    icc = options.annotator_icc if k > 1 else 0.0
+    denominator = 1 - decided * icc / k
+    # When the denominator goes to 0, the number of trials goes to infinity.
+    if denominator <= 0.02:
         raise ValueError(
-            f"annotators: a correlation of {icc:g} within annotators needs more than"
-            f" {math.ceil(decided * icc / 0.98)}"
-            f" annotators, got {k}. Ask more people, or use a larger difference."
+            f"annotators={k} is too small: with a correlation of {icc:g} between trials of one annotator,"
+            f" the study needs more than {math.ceil(decided * icc / 0.98)} annotators. Ask more annotators,"
+            " or use a larger difference."
         )
-    # number of decided trials with clustering
-    effective = max(decided, decided * (1 - icc + (r - 1) * options.latent_icc) / remainder)
-    # Ties decide nothing, so more trials are needed.
-    trials = math.ceil(effective / (1 - options.tie_share))
-    # Rounded up to a multiple of r, so that every pair gets r annotators.
+    # n of the formula
+    clustered = max(decided, decided * (1 - icc + (r - 1) * options.latent_icc) / denominator)
+    trials = math.ceil(clustered / (1 - options.tie_share))
+    # -trials % r is the number that is missing to a multiple of r. With it, every pair gets r annotators.
     trials += -trials % r
     return SampleSize(
         options=options,
         decided=decided,
         attained=float(exact_power(decided, options.true_rate, options.alpha)),
-        design_effect=effective / decided,
+        design_effect=clustered / decided,
         trials=trials,
         per_annotator=math.ceil(trials / k),
     )
@@ -163,18 +202,20 @@ def sample_size(options: PowerOptions) -> SampleSize:
 
 @dataclass(frozen=True, kw_only=True)
 class SimulationOptions:
-    """Settings of a kind of study that is simulated many times."""
+    """Settings of a study that is simulated many times."""
 
     studies: int = knob(1000, "Number of simulated studies.", "Studies", low=1)
-    annotators: int = knob(8, "Annotators per study.", "Studies", low=1, rare=True)
-    latents: int = knob(150, "Pairs per study.", "Studies", low=1, rare=True)
-    annotators_per_pair: int = knob(2, "Annotators who answer each pair.", "Studies", low=1, rare=True)
+    annotators: int = knob(8, "Number of annotators in each study.", "Studies", low=1, rare=True)
+    latents: int = knob(150, "Number of pairs in each study.", "Studies", low=1, rare=True)
+    annotators_per_pair: int = knob(
+        2, "Number of annotators who answer each pair.", "Studies", low=1, rare=True
+    )
     preference: float = knob(
         0.7, "True win rate of b among decided trials.", "Truth", metavar="0..1", above=0, below=1, rare=True
     )
     left_bias: float = knob(
         0.6,
-        "Probability of choosing the left of two equal shapes.",
+        "Probability that an annotator chooses the left one of two equal shapes.",
         "Truth",
         metavar="0..1",
         above=0,
@@ -183,123 +224,159 @@ class SimulationOptions:
     )
     annotator_sd: float = knob(
         0.4,
-        "Standard deviation of the annotators' preferences.",
+        "Standard deviation of the preference for b between annotators, in log-odds.",
         "Truth",
         metavar="LOG-ODDS",
         low=0,
         rare=True,
     )
     latent_sd: float = knob(
-        0.6, "Standard deviation of the pairs' preferences.", "Truth", metavar="LOG-ODDS", low=0, rare=True
+        0.6,
+        "Standard deviation of the preference for b between pairs, in log-odds.",
+        "Truth",
+        metavar="LOG-ODDS",
+        low=0,
+        rare=True,
     )
-    tie_share: float = knob(0.1, "Share of ties.", "Truth", metavar="0..1", low=0, below=1, rare=True)
+    tie_share: float = knob(
+        0.1, "Share of ties among the trials.", "Truth", metavar="0..1", low=0, below=1, rare=True
+    )
     ties: str = knob(
-        "half", "Score of ties: half a win, or excluded.", "Studies", choices=("half", "excluded"), rare=True
+        "half",
+        "Rule for ties: they count as half a win, or are excluded from the win rate.",
+        "Studies",
+        choices=("half", "excluded"),
+        rare=True,
     )
-    random_sides: bool = True  # False: b is always on the left, which shows the effect of a side bias
+    # False puts b always on the left, which shows the effect of a side bias
+    random_sides: bool = True
     seed: int = knob(0, "Random seed of the simulation.", "Studies", low=0)
 
     def __post_init__(self):
         check_knobs(self)
         if self.annotators_per_pair > self.annotators:
             raise ValueError(
-                f"annotators_per_pair must lie in 1..annotators = {self.annotators}, got"
-                f" {self.annotators_per_pair}. Use more annotators."
+                f"annotators_per_pair={self.annotators_per_pair} must not be larger than the number of"
+                f" annotators, {self.annotators}. Use more annotators, or fewer of them per pair."
             )
 
     @property
     def truth(self) -> float:
-        """The win rate that a study with random sides estimates, under its rule for ties."""
-        return (
-            self.preference * (1 - self.tie_share) + 0.5 * self.tie_share
-            if self.ties == "half"
-            else self.preference
-        )
+        """Return the true value of the win rate that a study with random sides estimates."""
+        if self.ties == "half":
+            return self.preference * (1 - self.tie_share) + 0.5 * self.tie_share
+        return self.preference
 
 
 @dataclass(frozen=True)
 class SimulatedTrials:
-    """Scores of many studies that share one assignment of annotators to latents."""
+    """Trials of many simulated studies, which all assign annotators to latents in the same way."""
 
-    scores: np.ndarray  # [S, N], as in eg3d_rlhf.people.study.analysis
-    b_left: np.ndarray  # [S, N] bool
-    chose_left: np.ndarray  # [S, N] bool; without meaning for ties
-    annotator: np.ndarray  # [N]  # index
-    latent: np.ndarray  # [N]  # index
+    scores: np.ndarray  # [S, N] scores, see eg3d_rlhf.people.study.analysis
+    b_left: np.ndarray  # [S, N] bool, True if b was on the left
+    chose_left: np.ndarray  # [S, N] bool, True if the left shape was preferred; it has no meaning for ties
+    annotator: np.ndarray  # [N] index of the annotator
+    latent: np.ndarray  # [N] index of the latent
 
 
 def allocation(annotators: int, latents: int, per_pair: int) -> tuple[np.ndarray, np.ndarray]:
-    """Assign annotators to trials: every latent gets `per_pair` different annotators, with equal work for
-    all.
+    """Assign annotators to trials, so that all annotators get the same number of trials, up to one.
 
-    Returns: indices of annotators [N] and latents [N].
+    Args:
+        annotators: number of annotators.
+        latents: number of latents.
+        per_pair: number of different annotators per latent.
+
+    Returns:
+        Index of the annotator [N] and of the latent [N] of each trial, N = latents * per_pair.
     """
     latent = np.repeat(np.arange(latents), per_pair)
-    # Consecutive trials have consecutive annotators, so the annotators of a latent are different.
+    # The trials of a latent are consecutive, and so are the indices of their annotators, which therefore
+    # differ.
     return np.arange(len(latent)) % annotators, latent
 
 
 def centre(preference: float, bias: float, sd: float) -> float:
-    """Return the log-odds of b for an average annotator and pair, without the effect of sides, for which the
-    win rate with random sides is `preference`.
+    """Return the mean log-odds of a preference for b, for which the win rate with random sides is
+    `preference`.
 
-    Solves mean over sides s = +-1 and normal u of sigmoid(centre + s bias + sd u) = preference.
+    The result mu solves
+
+        mean over s and u of sigmoid(mu + s bias + sd u) = preference
+
+    where the side s is +1 or -1 with equal probability, and u has a standard normal distribution.
+
+    Args:
+        preference: win rate of b, 0..1.
+        bias: increase of the log-odds if b is on the left, and decrease if b is on the right.
+        sd: standard deviation of the log-odds between trials.
     """
     from scipy.optimize import brentq
     from scipy.special import expit
 
     def rate(mu: float) -> float:
-        """Compute the win rate for a centre mu by quadrature over u."""
+        """Compute the mean on the left-hand side of the equation by quadrature over u."""
         return float(
             0.5 * (_WEIGHTS * (expit(mu + bias + sd * _NODES) + expit(mu - bias + sd * _NODES))).sum()
         )
 
-    # The rate increases with mu, so the solution is unique; 60 is beyond float64's resolution of
-    # probabilities.
+    # The rate increases with mu, so there is one solution. At log-odds of +-60 the probability is 0 or 1 in
+    # float64.
     return brentq(lambda mu: rate(mu) - preference, -60, 60)
 
 
 def simulate(options: SimulationOptions) -> SimulatedTrials:
-    """Simulate the trials of all studies. The same seed gives the same trials."""
+    """Simulate the trials of all studies. Equal options give equal trials."""
     from scipy.special import expit, logit
 
-    o = options  # the formulas below stay readable
+    o = options  # a short name for the formulas below
     rng = np.random.default_rng(options.seed)
     annotator, latent = allocation(o.annotators, o.latents, o.annotators_per_pair)
     shape = (o.studies, len(latent))
+    # the bias in log-odds: 0 if both sides are equally likely
     bias = float(logit(o.left_bias))
     b_left = rng.random(shape) < 0.5 if o.random_sides else np.ones(shape, dtype=bool)
+    # one effect per study and annotator [S, A], looked up for each trial: [S, N]
     annotator_effect = o.annotator_sd * rng.standard_normal((o.studies, o.annotators))[:, annotator]
+    # one effect per study and latent [S, L], looked up for each trial: [S, N]
     latent_effect = o.latent_sd * rng.standard_normal((o.studies, o.latents))[:, latent]
     log_odds = (
-        # The sum of both effects has this standard deviation, so the mean win rate is `preference`.
+        # The sum of both effects has the standard deviation hypot(...), for which the win rate is right.
         centre(o.preference, bias, math.hypot(o.annotator_sd, o.latent_sd))
         + np.where(b_left, bias, -bias)
         + annotator_effect
         + latent_effect
     )
+    # a trial is won by b with the probability that belongs to the log-odds
     b_wins = rng.random(shape) < expit(log_odds)
-    # Ties are independent of the preference.
-    tied = rng.random(shape) < o.tie_share
-    scores = np.where(tied, 0.5 if o.ties == "half" else np.nan, b_wins)
+    # ties occur independently of the preference
+    is_tie = rng.random(shape) < o.tie_share
+    scores = np.where(is_tie, 0.5 if o.ties == "half" else np.nan, b_wins)
+    # the left shape is chosen if b wins on the left, or a wins while b is on the right
     return SimulatedTrials(scores, b_left, b_wins == b_left, annotator, latent)
 
 
 def coverage(options: SimulationOptions, bootstrap_studies: int = 0, resamples: int = 1000) -> dict:
-    """Compute how often each interval covers the truth, and how often it excludes 0.5. With a preference of
-    0.5 the latter is the rate of false alarms, otherwise the power.
+    """Compute how often each interval contains the true win rate, and how often it excludes 0.5.
+
+    With a preference of 0.5, the share of intervals that exclude 0.5 is the rate of false alarms. With
+    another preference, it is the power.
 
     Args:
-        options: of the simulated studies.
-        bootstrap_studies: number of studies for which bootstraps are computed as well, because they are slow.
-        resamples: of each bootstrap.
+        options: settings of the simulated studies.
+        bootstrap_studies: number of studies for which bootstrap intervals are computed as well, which is
+        slow.
+        resamples: number of resamples of each bootstrap.
+
+    Returns:
+        Results in JSON types.
     """
     from eg3d_rlhf.people.study.analysis import cluster_bootstrap, win_rate
 
     trials = simulate(options)
     rates = win_rate(trials.scores, trials.annotator, trials.latent)
     truth = options.truth
-    figures = {
+    results = {
         "options": asdict(options),
         "truth": truth,
         "trials": trials.scores.shape[1],
@@ -309,22 +386,31 @@ def coverage(options: SimulationOptions, bootstrap_studies: int = 0, resamples: 
         "design_effect": float(np.median(rates.design_effect)),
         "intervals": {name: _covered(getattr(rates, name), truth) for name in ("clustered", "wilson")},
     }
-    few = min(bootstrap_studies, options.studies)
-    for over in ("annotators", "latents", "both") if few else ():
+    bootstrap_count = min(bootstrap_studies, options.studies)
+    for over in ("annotators", "latents", "both") if bootstrap_count else ():
         groups = (trials.annotator, trials.latent, over)
         intervals = [
             cluster_bootstrap(scores, *groups, resamples=resamples, seed=seed)
-            for seed, scores in enumerate(trials.scores[:few])
+            for seed, scores in enumerate(trials.scores[:bootstrap_count])
         ]
-        # With one annotator or latent there is no such bootstrap.
+        # With a single annotator or latent, a bootstrap over it gives None.
         if None not in intervals:
             lo, hi = np.array(intervals).T
-            figures["intervals"][f"bootstrap_{over}"] = _covered((lo, hi), truth)
-    return figures
+            results["intervals"][f"bootstrap_{over}"] = _covered((lo, hi), truth)
+    return results
 
 
 def _covered(bounds: tuple[np.ndarray, np.ndarray], truth: float) -> dict:
-    """Summarise intervals of S studies: coverage, mean width, share that excludes 0.5."""
+    """Summarise the intervals of S studies.
+
+    Args:
+        bounds: lower ends [S] and upper ends [S].
+        truth: true win rate.
+
+    Returns:
+        Number of studies, share of intervals that contain `truth`, mean width, and share of intervals that
+        exclude 0.5.
+    """
     lo, hi = bounds
     return {
         "studies": len(lo),

@@ -1,7 +1,6 @@
-"""Makes a study's report: computes the figures and the sentences that they allow, writes them as JSON, and
-renders the page from the JSON alone.
+"""Report of a study: its results and the conclusions that they allow, as JSON and as an HTML page.
 
-Letters: N latents.
+The page is made from the JSON file alone.
 """
 
 import io
@@ -25,11 +24,13 @@ from eg3d_rlhf.people.study.design import Contender, StudyDesign
 from training.storage import write_atomic
 
 STATIC = Path(__file__).parent / "static"
-BINS = 11  # bins of the latents' win rates; the middle one contains one half
-FEW_ANNOTATORS = 5  # with fewer annotators, a sentence warns that their variance is hardly known
-WIDE = 0.15  # an interval of more than twice this width is called wide
-IMAGE_SIDE = 192  # pixels
-YAW = 0.35  # radians; shows the face and one side
+# number of bins in the histogram of the latents' win rates; it is odd, so that one half is inside a bin
+BINS = 11
+FEW_ANNOTATORS = 5  # number of annotators below which a sentence warns that their variance is hardly known
+WIDE = 0.15  # half of the width above which an interval is called wide
+IMAGE_SIDE = 192  # width and height of an image in pixels
+# horizontal angle of the camera in radians, from which the face and one side of a head are visible
+YAW = 0.35
 
 
 def compute(
@@ -40,51 +41,59 @@ def compute(
     device: str = "cpu",
     now: datetime | None = None,
 ) -> dict:
-    """Compute everything that a report contains, as JSON values.
+    """Compute the content of a report.
 
     Args:
-        design: of the study.
-        rows: its judgements.
-        interim: allow a report before the stopping rule is met.
-        pictures: number of pairs that are shown for either generator; with 0 no generator is loaded.
-        device: on which shapes are computed.
-        now: time of the report.
+        design: design of the study.
+        rows: judgements of the study.
+        interim: True allows a report before the stopping rule is met.
+        pictures: number of latents whose images are shown for each generator that wins; with 0 no generator
+        is loaded.
+        device: device on which shapes are computed.
+        now: time of the report; None: the current time.
+
+    Returns:
+        Content in JSON types.
+
+    Raises:
+        ValueError: the stopping rule is not met and `interim` is False, or a judgement belongs to another
+            study.
     """
     analysis = analyse(design, rows, interim, now)
-    # The pairs with the highest win rates of b, and those with the highest of a.
-    best = analysis["pairs"]
-    worst = analysis["pairs"][::-1]
-    shown = {
-        "best": [p for p in best if p["win_rate"] > 0.5][:pictures],
-        "worst": [p for p in worst if p["win_rate"] < 0.5][:pictures],
-    }
-    if any(shown.values()):
-        # Each latent is rendered once per generator.
-        seeds = sorted({p["seed"] for pairs in shown.values() for p in pairs})
-        images = {side: shape_images(design, getattr(design, side), seeds, device) for side in ("a", "b")}
-        shown = {
-            end: [{**p, **{side: images[side][p["seed"]] for side in images}} for p in pairs]
-            for end, pairs in shown.items()
-        }
+    # analysis["pairs"] is sorted from the highest to the lowest win rate of b
+    best = [latent for latent in analysis["pairs"] if latent["win_rate"] > 0.5][:pictures]
+    worst = [latent for latent in reversed(analysis["pairs"]) if latent["win_rate"] < 0.5][:pictures]
+    if not best and not worst:
+        return {**analysis, "conclusions": conclusions(analysis), "images": None}
+    seeds = sorted({latent["seed"] for latent in best + worst})
+    a_images = shape_images(design, design.a, seeds, device)
+    b_images = shape_images(design, design.b, seeds, device)
+
+    def with_images(latents: list[dict]) -> list[dict]:
+        """Add the images of both generators to the records of latents."""
+        return [
+            {**latent, "a": a_images[latent["seed"]], "b": b_images[latent["seed"]]} for latent in latents
+        ]
+
     return {
         **analysis,
         "conclusions": conclusions(analysis),
-        "images": shown if any(shown.values()) else None,
+        "images": {"best": with_images(best), "worst": with_images(worst)},
     }
 
 
 def load_contender(side: Contender, device: str = "cpu") -> LoadedGenerator:
-    """Load the generator of a contender.
+    """Load one of the two generators of a study.
 
-    Raises: FileNotFoundError; ValueError if the file contains other weights than the design.
+    Raises:
+        FileNotFoundError: the network file does not exist.
+        ValueError: the file does not contain the weights that the design names.
     """
     loaded = load_generator(side.source or None, device)
     if loaded.hash != side.generator:
-        expected = side.generator[:12]
-        actual = loaded.hash[:12]
         raise ValueError(
-            f"{side.label}: expected the design's weights {expected}... in {loaded.path}, got {actual}..."
-            " Restore the file."
+            f"{side.label}: the weights in {loaded.path} have the SHA-256 {loaded.hash[:12]}..., but the"
+            f" study was designed with {side.generator[:12]}... Use the original network file."
         )
     return loaded
 
@@ -92,20 +101,28 @@ def load_contender(side: Contender, device: str = "cpu") -> LoadedGenerator:
 def shape_images(
     design: StudyDesign, side: Contender, seeds: Sequence[int], device: str = "cpu"
 ) -> dict[int, str]:
-    """Render the shapes of latents with shading. Camera, light, level and crop are the same for every
-    generator.
+    """Render the shapes of latents with shading.
 
-    Returns: seed -> PNG as a data URL.
+    Camera, light, level and crop are the same for every generator, so that the images can be compared.
+
+    Args:
+        design: design of the study.
+        side: generator.
+        seeds: seeds of the latents.
+        device: device on which the shapes are computed.
+
+    Returns:
+        Seed of a latent -> PNG image as a data: URL.
     """
     generator = load_contender(side, device).generator
     images = {}
+    # the same number of grid points for every generator, over its own cube
     grid = SlabSpec.of(generator.bounds, design.resolution)
     for seed in seeds:
         with torch.no_grad():
-            # [1, D, H, W]
             sigma = generator.field(ws_of_seeds(generator, [seed], design.psi)).density_grid(grid)
-        grey = shade(sigma, YAW, IMAGE_SIDE, design.level)[0, 0].numpy()  # [H, W] in 0..1
-        # The PNG is embedded in the page, so no file is written.
+        # sigma is [1, D, H, W]; index 0, 0 takes the only image and its only channel: [H, W] in 0..1
+        grey = shade(sigma, YAW, IMAGE_SIDE, design.level)[0, 0].numpy()
         buffer = io.BytesIO()
         PIL.Image.fromarray((grey.clip(0, 1) * 255).round().astype("uint8")).save(
             buffer, format="png", optimize=True
@@ -115,24 +132,35 @@ def shape_images(
 
 
 def page(report: dict) -> str:
-    """Render the report as one HTML file from the result of `compute`. static/report.html is the template."""
-    # autoescape: names of annotators and labels come from users.
+    """Return the page of a report as one HTML text.
+
+    Args:
+        report: result of `compute`. The template is static/report.html.
+    """
+    # With autoescape, names of annotators and labels, which come from users, cannot contain HTML.
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(STATIC), autoescape=True)
     filters: dict[str, Callable[..., str]] = {
         "percent": lambda share: "none" if share is None else percent(share),
         "p_value": p_value,
         "interval": lambda ends: "" if ends is None else f"{percent(ends[0])} to {percent(ends[1])}",
-        # Position of a share 0..1 on the common horizontal axis of the figures, in pixels.
+        # horizontal position of a share 0..1 in the figures, in pixels; the template uses the name `more`
         "x": lambda share, more=0: f"{210 + 390 * share + more:.1f}",
     }
     environment.filters |= filters
-    # The plan has a section of its own, and the seeds are too many for a page.
-    settings = {k: v for k, v in report["design"].items() if k not in ("plan", "latent_seeds", "hash")}
+    # The plan and the hash stand in other sections of the page, and there are too many seeds for a table.
+    settings = {
+        name: value
+        for name, value in report["design"].items()
+        if name not in ("plan", "latent_seeds", "hash")
+    }
     for side in ("a", "b"):
-        # Paths are shortened, because a report may be published.
+        # A report may be published, so the folders of files are left out. The bundled generator has no path.
         settings[side] = {**settings[side], "source": Path(settings[side]["source"]).name or "bundled"}
-    settings = {k: json.dumps(v) if isinstance(v, (dict, list)) else v for k, v in settings.items()}
-    # A win rate of 1 belongs to the last bin.
+    settings = {
+        name: json.dumps(value) if isinstance(value, (dict, list)) else value
+        for name, value in settings.items()
+    }
+    # min: a win rate of 1 belongs to the last bin
     bins = Counter(min(BINS - 1, int(pair["win_rate"] * BINS)) for pair in report["pairs"])
     style = (STATIC / "report.css").read_text()
     return environment.get_template("report.html").render(
@@ -141,19 +169,32 @@ def page(report: dict) -> str:
 
 
 def write(report: dict, folder: Path) -> tuple[Path, Path]:
-    """Write report.json and report.html to a folder, or interim-report.*. Returns both paths."""
+    """Write a report into a folder, as JSON and as an HTML page.
+
+    Args:
+        report: result of `compute`.
+        folder: folder of the files report.json and report.html; the names of an interim report begin with
+            "interim-".
+
+    Returns:
+        Paths of both files.
+    """
     name = "interim-report" if report["interim"] else "report"
-    # allow_nan=False: NaN is no valid JSON, and browsers reject it.
+    # allow_nan=False raises an error for NaN, which is not allowed in JSON and which browsers reject
     text = json.dumps(report, indent=1, allow_nan=False)
     paths = folder / f"{name}.json", folder / f"{name}.html"
     write_atomic(paths[0], (text + "\n").encode())
-    # The page is made from the parsed JSON, which proves that it needs nothing else.
+    # The page is made from the parsed JSON, so that it can be made again from the JSON file alone.
     write_atomic(paths[1], page(json.loads(text)).encode())
     return paths
 
 
 def conclusions(analysis: dict) -> list[str]:
-    """Return sentences about the result, the most important ones first."""
+    """Return sentences about the result of a study, with the most important sentences first.
+
+    Args:
+        analysis: result of eg3d_rlhf.people.study.analysis.analyse.
+    """
     result = analysis["result"]
     design = analysis["design"]
     sentences = []
@@ -173,12 +214,12 @@ def conclusions(analysis: dict) -> list[str]:
 
 
 def percent(value: float) -> str:
-    """Format a share in per cent."""
+    """Format a share as a percentage with one decimal: 0.5 -> "50.0 %"."""
     return f"{100 * value:.1f} %"
 
 
 def p_value(p: float) -> str:
-    """Format a p-value."""
+    """Format a p-value with three decimals; a value below 0.001 as "p < 0.001"."""
     return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
 
 
@@ -188,41 +229,42 @@ def _main(result: dict, design: dict) -> list[str]:
     a = design["a"]["label"]
     b = design["b"]["label"]
     ties = "ties count half" if design["ties"] == "half" else "ties are excluded"
-    first = (
+    win_rate_sentence = (
         f"{b} won over {a} in {percent(result['win_rate'])} of {result['n']} trials ({ties}); the"
         f" {result['confidence']:.0%} interval is {percent(lo)} to {percent(hi)}. It accounts for"
         f" {result['annotators']} annotators and {result['latents']} latents."
     )
-    # The interval excludes one half.
-    if lo > 0.5 or hi < 0.5:
+    if lo > 0.5 or hi < 0.5:  # the interval excludes one half
         better, worse, least = (b, a, lo) if lo > 0.5 else (a, b, 1 - hi)
-        second = (
+        conclusion = (
             f"The shapes of {better} are preferred to those of {worse}, in at least {percent(least)} of such"
             " trials according to this interval."
         )
     else:
-        second = (
+        conclusion = (
             "The interval contains one half: this study does not show that either generator is preferred."
             f" It excludes that {b} is preferred in more than {percent(hi)} or in less than {percent(lo)} of"
             " such trials. It does not show that the two are equal."
         )
     if result["p_exact"] is None:
-        return [first, second, "Every trial was a tie, so no test is possible."]
-    text = (
+        return [win_rate_sentence, conclusion, "Every trial was a tie, so no test is possible."]
+    test_sentence = (
         f"Exact binomial test of the {result['a_wins'] + result['b_wins']} decided trials against one half:"
         f" {p_value(result['p_exact'])}"
     )
     effect = result["design_effect"]
-    # Smaller effects do not change the conclusion, so the sentence stays short.
+    # A smaller design effect hardly changes the result, so it is not explained.
     if effect > 1.2:
-        text += (
+        test_sentence += (
             f". This test treats trials as independent. Here they are worth only {1 / effect:.0%} of as many"
             f" independent trials (design effect {effect:.1f}). The test that accounts for this gives"
             f" {p_value(result['p_clustered'])}."
         )
     else:
-        text += f". The test that accounts for annotators and latents gives {p_value(result['p_clustered'])}."
-    return [first, second, text]
+        test_sentence += (
+            f". The test that accounts for annotators and latents gives {p_value(result['p_clustered'])}."
+        )
+    return [win_rate_sentence, conclusion, test_sentence]
 
 
 def _doubts(analysis: dict) -> list[str]:
@@ -246,22 +288,22 @@ def _doubts(analysis: dict) -> list[str]:
             " impression."
         )
     wide_lo, wide_hi = result["wilson"]
-    # The clustered variance can be smaller than that of independent trials by chance.
+    # By chance, the clustered variance can be smaller than the variance of independent trials.
     if hi - lo < wide_hi - wide_lo:
         sentences.append(
             "The interval is narrower than Wilson's for independent trials, because the annotators agreed"
             f" more than chance makes likely. A cautious reader uses Wilson's interval, {percent(wide_lo)}"
             f" to {percent(wide_hi)}."
         )
-    all_in = analysis["sensitivity"]["without exclusions"]
-    if analysis["exclusions"] and all_in["win_rate"] is not None:
-        lo, hi = all_in["interval"]
+    without_exclusions = analysis["sensitivity"]["without exclusions"]
+    if analysis["exclusions"] and without_exclusions["win_rate"] is not None:
+        low, high = without_exclusions["interval"]
         sentences.append(
-            f"Without exclusions the win rate is {percent(all_in['win_rate'])} ({percent(lo)} to"
-            f" {percent(hi)})."
+            f"Without exclusions the win rate is {percent(without_exclusions['win_rate'])} ({percent(low)} to"
+            f" {percent(high)})."
         )
-        # The signs of both conclusions: 1 for b, -1 for a, 0 for none.
-        if len({(low > 0.5) - (high < 0.5) for low, high in (all_in["interval"], result["interval"])}) > 1:
+        # the conclusion of an interval: 1 if b is preferred, -1 if a is preferred, 0 if neither is shown
+        if (low > 0.5) - (high < 0.5) != (lo > 0.5) - (hi < 0.5):
             sentences.append("This leads to another conclusion: the result depends on the exclusions.")
     if sides["p_random"] < 0.001:
         sentences.append(

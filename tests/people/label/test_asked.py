@@ -327,7 +327,7 @@ def test_flags_of_what_is_asked(tmp_path):
     assert (usual["both_bad"], usual["questions"], usual["reveal"]) == (True, [], False)
     assert resolved(tmp_path, "--single=thumbs")["both_bad"] is False
     assert resolved(tmp_path, "--criteria=geometry, ears=Which?")["questions"] == ["geometry", "ears=Which?"]
-    rejected(dry_run(tmp_path, "--single=thumbs", "--set=both_bad=true"), "--set both_bad=VALUE", "pairs")
+    rejected(dry_run(tmp_path, "--single=thumbs", "--set=both_bad=true"), "--set both_bad", "pairs")
     rejected(dry_run(tmp_path, "--criteria=prompt"), "--criteria", "'prompt'", "--assets")
     result = dry_run(tmp_path, "--criteria=hair")
     rejected(result, "--criteria", "geometry", "texture", "prompt", "NAME=TEXT", "'hair'")
@@ -337,4 +337,4 @@ def test_flags_of_what_is_asked(tmp_path):
         resolved(tmp_path)["action"] == "resume"
         and resolved(tmp_path, "--set=both_bad=false")["action"] == "resume"
     )
-    rejected(dry_run(tmp_path, "--set=both_bad=true"), "--set both_bad=VALUE", "False", "'labels'", "True")
+    rejected(dry_run(tmp_path, "--set=both_bad=true"), "--set both_bad", "False", "'labels'", "True")

@@ -205,11 +205,11 @@ def test_no_descriptors_is_a_pause(tmp_path):
 
 
 def test_one_wording_is_noted_a_few_times(caplog):
-    RATE_FILTER._seen.clear()
+    RATE_FILTER._periods.clear()
     for number in range(50):
         LOGGER.error("test of the log: %s", number)
     assert len(caplog.messages) == 5
-    RATE_FILTER._seen.clear()
+    RATE_FILTER._periods.clear()
 
 
 # ---- the end

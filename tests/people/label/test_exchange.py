@@ -163,7 +163,7 @@ def test_filters(judged, case):
 def test_filters_that_make_no_sense_are_rejected(judged, tmp_path):
     url = f"sqlite:///{tmp_path / 'labels.db'}"
     for chosen, names in [
-        ({"campaign": "x"}, ("campaign", "(heads)", "'x'")),
+        ({"campaign": "x"}, ("campaign", "heads", "'x'")),
         ({"annotators": ("eve",)}, ("annotator", "ann", "bob", "eve")),
         ({"since": "soon"}, ("since", "'soon'")),
         ({"least_gold_accuracy": 2}, ("least_gold_accuracy", "0..1", "2")),

@@ -78,7 +78,7 @@ def test_one_annotator_speaks_for_herself_and_too_few_cannot_be_made_up_for_by_t
         ({"power": 1.0}, ("power", "1.0")),
         ({"power": 0.04}, ("power", "alpha", "0.04", "0.05")),
         ({"tie_share": 1.0}, ("tie_share", "1.0")),
-        ({"annotators_per_pair": 2}, ("annotators_per_pair", "annotators = 1", "2")),
+        ({"annotators_per_pair": 2}, ("annotators_per_pair", "number of annotators, 1", "2")),
     ],
 )
 def test_impossible_wishes_are_rejected(wrong, names):

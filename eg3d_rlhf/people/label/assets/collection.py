@@ -1,12 +1,11 @@
-"""Reads the assets of a folder or of a list, with their generators, prompts and seeds, and plans pairs of
-them.
+"""Collections of asset files with their generators, prompts and seeds, and planning of pairs of them.
 
-The layout is recognised by the files that exist. Names of asset files end in .glb, .ply, .obj, .mp4 or .webm;
-the format is recognised by content:
+A collection is a folder or a list. The layout of a folder is recognised by the files that it contains. Names
+of asset files end in .glb, .ply, .obj, .mp4 or .webm; their format is recognised by their content:
 
-    FOLDER/GENERATOR/PROMPT.glb    one folder per generator, one file per prompt, named like it. The optional
-                                   FOLDER/prompts.jsonl describes the prompts: {"prompt": "chair", "text":
-                                   "a red chair", "image": "inputs/chair.png"}
+    FOLDER/GENERATOR/PROMPT.glb    one folder per generator, and in it one file per prompt with the name of
+                                   the prompt. The optional FOLDER/prompts.jsonl describes the prompts:
+                                   {"prompt": "chair", "text": "a red chair", "image": "inputs/chair.png"}
     FOLDER/ranking.jsonl           as eg3d-rlhf flow sample writes it: one generator, several seeds of each
                                    prompt; or one such folder for each generator,
                                    FOLDER/GENERATOR/ranking.jsonl
@@ -15,7 +14,7 @@ the format is recognised by content:
                                    generator, text, image and seed are optional; a text applies to all lines
                                    of its prompt
 
-All files must lie in the folder, or in the folder of the list or below it.
+All files must lie in the folder, or below the folder that contains the list.
 """
 
 import itertools
@@ -42,40 +41,40 @@ from eg3d_rlhf.preferences.labels import Preference
 from eg3d_rlhf.preferences.pair_strategies import STRATEGIES, Ensemble, Item, Items, check_rewards
 from eg3d_rlhf.preferences.pair_strategies.random_pairs import balanced
 
-# The name of the list is the one of eg3d_rlhf.tuning.flow.base.ranking.
+# name of the list that `eg3d-rlhf flow sample` writes, see tuning.flow.base.ranking
 RANKING = "ranking.jsonl"
-PROMPTS = "prompts.jsonl"
-NOTED = 5  # number of files of which notes are reported
-MAX_ASSETS = 100_000  # per collection
-# Bytes of a line and of a list: bounds of the memory that a hostile list can use.
+PROMPTS = "prompts.jsonl"  # name of the file that describes prompts
+NOTED = 5  # largest number of files whose notes are reported
+MAX_ASSETS = 100_000  # largest number of assets in a collection
+# Largest size in bytes of a line and of a list. They limit the memory that a malicious list can use.
 MAX_LINE = 64 << 10
 MAX_LIST = 256 << 20
-MAX_TEXT = 2000  # characters of a prompt
-_SEEDS = 2**32  # seeds are smaller
+MAX_TEXT = 2000  # largest number of characters of a prompt
+_SEEDS = 2**32  # number that is larger than every seed
 
 
 @dataclass(frozen=True, kw_only=True)
 class Asset:
-    """An asset file with its generator, prompt and seed."""
+    """Asset file with its generator, prompt and seed."""
 
-    path: Path  # resolved, without links
-    generator: str  # name that is shown in reports
-    prompt: str  # name
-    seed: int  # from the list, or the number of the file among the generator's files
-    kind: str = ""  # as in reading.Examined; '' before the file was examined
-    hash: str = ""  # SHA-256 in hex; '' before the file was examined
+    path: Path  # resolved path, without links
+    generator: str  # name of the generator in reports
+    prompt: str  # name of the prompt
+    seed: int  # seed in the list, or the number of the file among the files of the generator
+    kind: str = ""  # kind of the file, see reading.Examined; '' before the file was examined
+    hash: str = ""  # SHA-256 of the file in hex; '' before the file was examined
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """Text and image for which assets were generated."""
+    """Prompt for which assets were generated: a text, an image, or both."""
 
-    text: str | None = None  # None: only a name or an image
-    image: Path | None = None  # resolved
-    hash: str | None = None  # of the image's file
+    text: str | None = None  # text; None: the prompt has only a name or an image
+    image: Path | None = None  # resolved path of the image; None: no image
+    hash: str | None = None  # SHA-256 of the image file in hex; None: no image, or it was not examined yet
 
     def to_json(self) -> dict:
-        """Return the prompt as JSON values, without the empty hash."""
+        """Return the prompt in JSON types. A prompt without a hash has no key "hash"."""
         return {
             "text": self.text,
             "image": str(self.image) if self.image else None,
@@ -85,28 +84,31 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Collection:
-    """Assets with generator, prompt and seed, and the prompts by name."""
+    """Asset files, and the prompts for which they were generated."""
 
     assets: list[Asset]
-    prompts: dict[str, Prompt] = field(default_factory=dict)
+    prompts: dict[str, Prompt] = field(default_factory=dict)  # by name
 
     @property
     def generators(self) -> list[str]:
-        """Sorted names of the generators."""
+        """Return the sorted names of the generators."""
         return sorted({asset.generator for asset in self.assets})
 
 
 def read_collection(
     source: Path, report: Callable[[str], None] = lambda text: None, lenient: bool = False
 ) -> Collection:
-    """Read the assets of a folder or list and examine each of them.
+    """Read a collection of assets, and examine each file.
 
     Args:
-        source: folder or list, see the module's docstring.
-        report: called with lines of progress.
-        lenient: leave out assets that cannot be shown, and report them; otherwise they are an error.
+        source: folder or list, see the docstring of this module.
+        report: function that is called with lines of progress.
+        lenient: True leaves out assets that cannot be shown, and reports them; False raises an error for
+            them.
 
-    Raises: ValueError, FileNotFoundError.
+    Raises:
+        FileNotFoundError: `source` does not exist.
+        ValueError: the layout is not valid, or a file cannot be shown.
     """
     source = source.resolve()
     if source.is_dir():
@@ -115,14 +117,17 @@ def read_collection(
         collection = _from_list(source)
     else:
         raise FileNotFoundError(
-            f"expected a folder of assets or a list, found nothing at {source}. Check the path."
+            f"there is no folder and no list of assets at {source}. Pass the path of a folder or a list."
         )
     return _checked(collection, source, report, lenient)
 
 
 def is_asset_folder(path: Path) -> bool:
-    """Return True for a folder of one generator's assets: PROMPT.glb, or the list of a generator's tool."""
-    # A training's folder contains snapshots of a network; its other files are no assets.
+    """Return True if a path is a folder that contains the assets of one generator.
+
+    Such a folder contains asset files such as PROMPT.glb, or a list that `eg3d-rlhf flow sample` has written.
+    """
+    # A folder with snapshots of a network is the folder of a training. Videos in it are not assets.
     if not path.is_dir() or any(path.glob("network-snapshot-*")):
         return False
     return (path / RANKING).is_file() or any(
@@ -131,9 +136,14 @@ def is_asset_folder(path: Path) -> bool:
 
 
 def read_generator(folder: Path, report: Callable[[str], None] = lambda text: None) -> Collection:
-    """Read and examine the assets of one generator's folder. prompts.jsonl may lie in it or beside it.
+    """Read the assets in the folder of one generator, and examine each file.
 
-    Raises: as `read_collection`.
+    Args:
+        folder: folder of the assets. The file prompts.jsonl may lie in it or beside it.
+        report: function that is called with lines of progress.
+
+    Raises:
+        ValueError: the layout is not valid, or a file cannot be shown.
     """
     folder = folder.resolve()
     # The name of the folder becomes the name of the generator, so it must be printable.
@@ -144,7 +154,7 @@ def read_generator(folder: Path, report: Callable[[str], None] = lambda text: No
         Asset(path=path, generator=folder.name, prompt=_name(path.stem, path.name), seed=0)
         for path in asset_files(folder, folder)
     ]
-    # Two generators that are compared usually share one list of prompts beside their folders.
+    # Two generators that are compared usually share a prompts.jsonl, which lies beside their folders.
     root = folder if (folder / PROMPTS).is_file() else folder.parent
     return _checked(
         Collection(_check_stems(assets), _prompts(root, {asset.prompt for asset in assets})), folder, report
@@ -154,70 +164,84 @@ def read_generator(folder: Path, report: Callable[[str], None] = lambda text: No
 def _checked(
     collection: Collection, source: Path, report: Callable[[str], None], lenient: bool = False
 ) -> Collection:
-    """Check the number of assets and that none occurs twice; then examine the files."""
+    """Check the number of assets, and that no asset occurs twice. Then examine the files."""
     if not collection.assets:
         raise ValueError(
-            f"expected assets in {source.name}, found none. Arrange them as GENERATOR/PROMPT.glb, or write a"
-            " list."
+            f"{source.name} contains no assets. Arrange the files as GENERATOR/PROMPT.glb, or write a list."
         )
     if len(collection.assets) > MAX_ASSETS:
         raise ValueError(
-            f"expected up to {MAX_ASSETS:,} assets, got {len(collection.assets):,}. Split them into several"
-            " campaigns."
+            f"{source.name} contains {len(collection.assets):,} assets, but at most {MAX_ASSETS:,} are"
+            " allowed. Divide them among several campaigns: make a folder or list for each."
         )
-    first: dict[tuple, Asset] = {}
+    asset_by_key: dict[tuple, Asset] = {}
     for asset in collection.assets:
-        # setdefault returns the first asset with this key.
-        other = first.setdefault((asset.generator, asset.prompt, asset.seed), asset)
-        if other is not asset:
-            names = f"{other.path.name} and {asset.path.name}"
+        # setdefault returns the first asset with this key
+        first_asset = asset_by_key.setdefault((asset.generator, asset.prompt, asset.seed), asset)
+        if first_asset is not asset:
             raise ValueError(
-                f"expected one asset of {asset.generator} for {asset.prompt} and seed {asset.seed}, found"
-                f" {names}. Write a list with seeds."
+                f"{first_asset.path.name} and {asset.path.name} are both the asset of generator"
+                f" {asset.generator} for prompt {asset.prompt} and seed {asset.seed}. Write a list that"
+                " gives them different seeds."
             )
     return _examined(collection, report, lenient)
 
 
 def _examined(collection: Collection, report: Callable[[str], None], lenient: bool) -> Collection:
-    """Examine all files in a separate process, and add their kinds and hashes."""
+    """Examine all files in a separate process, and return the collection with their kinds and hashes.
+
+    Args:
+        collection: collection that was not examined yet.
+        report: function that is called with lines of progress.
+        lenient: True leaves out assets that cannot be shown, and reports them; False raises an error for
+            them.
+    """
     images = [prompt.image for prompt in collection.prompts.values() if prompt.image]
-    # Each file once, in a fixed order.
+    # dict.fromkeys removes repetitions and keeps the order
     paths = list(dict.fromkeys([*images, *(asset.path for asset in collection.assets)]))
 
     def count(done: int) -> None:
-        # One line per 100 files keeps the log short.
+        # one line for 100 files, so that the log stays short
         if done % 100 == 0 or done == len(paths):
             report(f"examined {done} of {len(paths)} files")
 
     results = dict(zip(paths, reading.looked_at(paths, count), strict=True))
     examined = {path: result for path, result in results.items() if isinstance(result, reading.Examined)}
-    unfit = [asset for asset in collection.assets if asset.path not in examined]
-    unreadable = len(paths) - len(examined)
-    # A prompt's image that cannot be shown is an error even if assets may be left out. So is a collection of
-    # which nothing would remain.
-    if unreadable and not (lenient and len(unfit) == unreadable < len(collection.assets)):
+    unfit_assets = [asset for asset in collection.assets if asset.path not in examined]
+    unfit_count = len(paths) - len(examined)
+    # The image of a prompt must not be left out, and at least one asset must remain. The first comparison is
+    # False if an image is among the unfit files.
+    may_leave_out = lenient and len(unfit_assets) == unfit_count < len(collection.assets)
+    if unfit_count and not may_leave_out:
         reading.reject({path: reason for path, reason in results.items() if isinstance(reason, str)})
-    if unfit:
+    if unfit_assets:
         report(
-            f"{len(unfit)} of {len(collection.assets)} assets are left out: {unfit[0].path.name}:"
-            f" {results[unfit[0].path]}"
+            f"{len(unfit_assets)} of {len(collection.assets)} assets are left out:"
+            f" {unfit_assets[0].path.name}: {results[unfit_assets[0].path]}"
         )
         collection = Collection(
             [asset for asset in collection.assets if asset.path in examined], collection.prompts
         )
-    noted = [
+    notes = [
         f"{path.name}: {examined[path].note}" for path in paths if path in examined and examined[path].note
     ]
-    for line in [*noted[:NOTED], *([f"and {len(noted) - NOTED} more"] if len(noted) > NOTED else [])]:
-        report(line)
-    # The content of a file decides its kind, not its suffix.
-    wrong = [path.name for path in images if examined[path].kind != "image"]
-    wrong += [asset.path.name for asset in collection.assets if examined[asset.path].kind == "image"]
-    if wrong:
-        raise ValueError(
-            f"{wrong[0]}: expected images as prompts and 3D files or videos as assets, got the opposite."
-            " Correct the list."
-        )
+    for note in notes[:NOTED]:
+        report(note)
+    if len(notes) > NOTED:
+        report(f"{len(notes) - NOTED} more files have such notes")
+    # The kind of a file is recognised by its content, so it may differ from the suffix.
+    for path in images:
+        if examined[path].kind != "image":
+            raise ValueError(
+                f"{path.name} is used as the image of a prompt, but it is no image. Use an image file as the"
+                " image of the prompt."
+            )
+    for asset in collection.assets:
+        if examined[asset.path].kind == "image":
+            raise ValueError(
+                f"{asset.path.name} is used as an asset, but it is an image. Use a 3D file or a video as the"
+                " asset."
+            )
     assets = [
         replace(asset, kind=examined[asset.path].kind, hash=examined[asset.path].hash)
         for asset in collection.assets
@@ -233,37 +257,42 @@ def _examined(collection: Collection, report: Callable[[str], None], lenient: bo
 
 
 def _from_folder(folder: Path) -> Collection:
-    """Read a folder in one of its three layouts."""
+    """Read a folder in one of the layouts in the docstring of this module."""
     if (folder / RANKING).is_file():
         return _from_rankings({folder.name: folder / RANKING}, folder)
-    # Hidden folders, such as .git, are skipped.
+    # hidden folders such as .git are ignored
     folders = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    # As soon as one folder has a list, folders without a list are ignored.
-    ranked = {path.name: path / RANKING for path in folders if (path / RANKING).is_file()}
-    if ranked:
-        return _from_rankings(ranked, folder)
+    # If at least one folder contains a list, folders without a list are ignored.
+    lists = {path.name: path / RANKING for path in folders if (path / RANKING).is_file()}
+    if lists:
+        return _from_rankings(lists, folder)
     assets = []
     for generator in folders:
         _name(generator.name, folder.name)
-        # Without a list, the number of a file replaces its seed.
+        # without a list, the number of a file is used as its seed
         for number, path in enumerate(asset_files(generator, folder)):
             assets.append(
                 Asset(path=path, generator=generator.name, prompt=_name(path.stem, path.name), seed=number)
             )
     if not assets and asset_files(folder, folder):
         raise ValueError(
-            f"{folder.name}: expected one folder per generator, GENERATOR/PROMPT.glb, found files only. Move"
-            " them to such a folder."
+            f"{folder.name} contains asset files, but no folders of generators. Move the files into a folder"
+            " for each generator: GENERATOR/PROMPT.glb."
         )
     return Collection(_check_stems(assets), _prompts(folder, {asset.prompt for asset in assets}))
 
 
 def asset_files(folder: Path, root: Path) -> list[Path]:
-    """List the asset files of a folder, sorted and resolved.
+    """Return the resolved paths of the asset files in a folder, sorted by name.
 
-    Raises: ValueError for a link that leads out of `root`.
+    Args:
+        folder: folder. Files in its subfolders are not listed.
+        root: folder in which all files must lie.
+
+    Raises:
+        ValueError: a link leads out of `root`.
     """
-    # Sorted, because the order decides the seeds of the assets.
+    # The paths are sorted, because their order decides the seeds of the assets.
     paths = sorted(
         path
         for path in folder.iterdir()
@@ -273,40 +302,52 @@ def asset_files(folder: Path, root: Path) -> list[Path]:
 
 
 def _check_stems(assets: list[Asset]) -> list[Asset]:
-    """Return `assets`. Raises: ValueError if two files of a generator have the same name but for the
-    suffix.
+    """Check that each generator has only one file for each prompt, and return `assets`.
+
+    Raises:
+        ValueError: the names of two files of a generator differ only in their suffix.
     """
-    seen: dict[tuple[str, str], Asset] = {}
+    asset_by_key: dict[tuple[str, str], Asset] = {}
     for asset in assets:
-        other = seen.setdefault((asset.generator, asset.prompt), asset)
-        if other is not asset:
-            names = f"{other.path.name} and {asset.path.name}"
+        # setdefault returns the first asset with this key
+        first_asset = asset_by_key.setdefault((asset.generator, asset.prompt), asset)
+        if first_asset is not asset:
             raise ValueError(
-                f"{asset.generator}: expected one file for {asset.prompt}, found {names}. Remove one of"
-                " them, or write a list."
+                f"{asset.generator}: {first_asset.path.name} and {asset.path.name} are both the file of"
+                f" prompt {asset.prompt}. Remove one of them, or write a list."
             )
     return assets
 
 
-def _prompts(folder: Path, known: set[str]) -> dict[str, Prompt]:
-    """Read the prompts with these names from prompts.jsonl; without that file they have only their names."""
-    prompts = {name: Prompt() for name in sorted(known)}
+def _prompts(folder: Path, names: set[str]) -> dict[str, Prompt]:
+    """Read the prompts with the given names from prompts.jsonl.
+
+    Args:
+        folder: folder that may contain the file. Without it, the prompts have neither text nor image.
+        names: names of the prompts.
+    """
+    prompts = {name: Prompt() for name in sorted(names)}
     if (folder / PROMPTS).is_file():
         for record, where in _lines(folder / PROMPTS):
             name = _text(record, "prompt", where)
-            # The file may describe prompts for which there is no asset.
-            if name in known:
+            # The file may also describe prompts for which there is no asset.
+            if name in names:
                 prompts[name] = _prompt(record, folder, where)
-        if known and not any(prompt.text or prompt.image for prompt in prompts.values()):
+        if names and not any(prompt.text or prompt.image for prompt in prompts.values()):
             raise ValueError(
-                f"{PROMPTS}: expected prompts named like the files, such as {min(known)!r}, found none of"
-                " them. Correct the names."
+                f"{PROMPTS} describes none of the prompts of the asset files. Give the prompts in it the"
+                f" names of the files, such as {min(names)!r}."
             )
     return prompts
 
 
 def _from_rankings(lists: dict[str, Path], root: Path) -> Collection:
-    """Read lists that `flow sample` has written, by generator."""
+    """Read lists that `eg3d-rlhf flow sample` has written.
+
+    Args:
+        lists: name of a generator -> path of its list.
+        root: folder of the collection, which may contain prompts.jsonl.
+    """
     assets = []
     prompts = {}
     for generator, path in lists.items():
@@ -315,39 +356,37 @@ def _from_rankings(lists: dict[str, Path], root: Path) -> Collection:
             prompt = _text(record, "condition", where)
             look_at = _text(record, "look_at", where)
             prompts[prompt] = Prompt(text=prompt)
-            # `look_at` is the file that shows the sample; the list also names its latents.
+            # `look_at` is the file that annotators see; the list also contains the paths of latents
             file = inside(path.parent / look_at, path.parent, where)
             assets.append(Asset(path=file, generator=generator, prompt=prompt, seed=_seed(record, where)))
     return Collection(assets, _prompts(root, set(prompts)) if (root / PROMPTS).is_file() else prompts)
 
 
 def _from_list(path: Path) -> Collection:
-    """Read a list of assets, one JSON object per line."""
+    """Read a list of assets, which has one JSON object per line."""
     assets: list[Asset] = []
     prompts: dict[str, Prompt] = {}
-    counts: dict[tuple[str, str], int] = {}
+    counts: dict[tuple[str, str], int] = {}  # (generator, prompt) -> number of assets so far
     for record, where in _lines(path):
         name = _text(record, "prompt", where)
         generator = _text(record, "generator", where) if record.get("generator") is not None else path.stem
-        # Without a seed, the assets of a generator and prompt are numbered.
+        # without seeds, the assets of a generator and prompt are numbered
         number = counts.get((generator, name), 0)
         counts[generator, name] = number + 1
         file = inside(path.parent / _text(record, "asset", where), path.parent, where)
         seed = _seed(record, where) if record.get("seed") is not None else number
         assets.append(Asset(path=file, generator=generator, prompt=name, seed=seed))
         prompt = _prompt(record, path.parent, where)
-        before = prompts.get(name, Prompt())
-        # A text or an image may stand on one line of the prompt only, but two lines must not contradict each
-        # other.
-        if any(
-            new and old and new != old
-            for new, old in ((prompt.text, before.text), (prompt.image, before.image))
-        ):
+        earlier = prompts.get(name, Prompt())
+        # Not every line of a prompt must contain its text and image, but two lines must not contradict.
+        has_other_text = prompt.text and earlier.text and prompt.text != earlier.text
+        has_other_image = prompt.image and earlier.image and prompt.image != earlier.image
+        if has_other_text or has_other_image:
             raise ValueError(
-                f"{where}: prompt {name!r} has another text or image on an earlier line. Give different"
+                f"{where}: the prompt {name!r} has another text or image on an earlier line. Give different"
                 " prompts different names."
             )
-        prompts[name] = Prompt(text=prompt.text or before.text, image=prompt.image or before.image)
+        prompts[name] = Prompt(text=prompt.text or earlier.text, image=prompt.image or earlier.image)
     return Collection(assets, prompts)
 
 
@@ -355,72 +394,107 @@ def _from_list(path: Path) -> Collection:
 
 
 def _lines(path: Path) -> Iterable[tuple[dict, str]]:
-    """Yield each line's JSON object and its place for messages. Raises: ValueError for other lines."""
-    # Before the file is opened.
+    """Yield (JSON object, name of the line for messages) for each line of a list. Empty lines are skipped.
+
+    Raises:
+        ValueError: the list is too large, or a line is not a JSON object.
+    """
     if path.stat().st_size > MAX_LIST:
         raise ValueError(
-            f"{path.name}: expected a list of up to {MAX_LIST >> 20} MB, got {path.stat().st_size >> 20} MB."
-            " Split it."
+            f"{path.name}: the list has {path.stat().st_size >> 20} MB, but at most {MAX_LIST >> 20} MB are"
+            " allowed. Divide it, and make several lists."
         )
     with path.open("rb") as file:
-        # One byte more than the limit is read, so that a longer line is recognised without reading all of it.
+        # readline returns at most MAX_LINE + 1 bytes. So a line that is too long is recognised, but never
+        # completely in memory.
         for number, line in enumerate(iter(lambda: file.readline(MAX_LINE + 1), b""), 1):
             where = f"{path.name}, line {number}"
             if not line.strip():
                 continue
             try:
                 record = json.loads(line) if len(line) <= MAX_LINE else None
-            # Deeply nested brackets exceed Python's recursion limit.
+            # RecursionError: the line contains very deeply nested brackets
             except (ValueError, RecursionError):
                 record = None
             if not isinstance(record, dict):
                 raise ValueError(
-                    f"{where}: expected a JSON object of up to {MAX_LINE >> 10} kB, got {line[:40]!r}."
-                    " Correct it."
+                    f"{where}: the line must be a JSON object of at most {MAX_LINE >> 10} kB, but it begins"
+                    f" with {line[:40]!r}. Write one JSON object per line."
                 )
             yield record, where
 
 
 def _text(record: dict, key: str, where: str) -> str:
-    """Return a field that must be a printable text."""
+    """Return a field of a line, which must be a printable text.
+
+    Args:
+        record: line.
+        key: name of the field.
+        where: name of the line for messages.
+
+    Raises:
+        ValueError: the field is missing or not such a text.
+    """
     return _name(record.get(key), f'{where}: "{key}"')
 
 
 def _name(value: object, where: str) -> str:
-    """Return a value that must be a printable text of bounded length. Raises: ValueError."""
+    """Return a value, which must be a printable text of at most MAX_TEXT characters.
+
+    Args:
+        value: value.
+        where: name of the value for the message.
+
+    Raises:
+        ValueError: the value is not such a text.
+    """
     if not isinstance(value, str) or not value.strip() or len(value) > MAX_TEXT or not value.isprintable():
         raise ValueError(
-            f"{where}: expected a printable text of up to {MAX_TEXT} characters, got {str(value)[:40]!r}."
-            " Correct it."
+            f"{where}: {str(value)[:40]!r} is not allowed. Use a printable text of 1 to {MAX_TEXT}"
+            " characters."
         )
     return value
 
 
 def _seed(record: dict, where: str) -> int:
-    """Return the seed of a line. Raises: ValueError for anything but a whole number from 0 on."""
-    # type() and not isinstance(): true and false are integers for isinstance.
+    """Return the seed of a line, which must be an integer from 0 to 2^32 - 1.
+
+    Raises:
+        ValueError: the field "seed" is missing or not such an integer.
+    """
+    # isinstance(True, int) is True, so the type is compared.
     seed = record.get("seed")
     if type(seed) is not int or not 0 <= seed < _SEEDS:
         raise ValueError(
-            f'{where}: expected "seed" as a whole number from 0 on, got {str(seed)[:40]!r}. Correct it.'
+            f'{where}: the "seed" {str(seed)[:40]!r} is not allowed. Use an integer from 0 to {_SEEDS - 1}.'
         )
     return seed
 
 
 def _prompt(record: dict, root: Path, where: str) -> Prompt:
-    """Return the text and the image of a line; both are optional. Raises: ValueError."""
+    """Return the prompt of a line. Its text and its image are optional.
+
+    Args:
+        record: line.
+        root: folder in which the image must lie, and to which its path is relative.
+        where: name of the line for messages.
+
+    Raises:
+        ValueError: the text is not allowed, or the image is no file in `root`.
+    """
     text = record.get("text")
     if text is not None and (
         not isinstance(text, str)
         or len(text) > MAX_TEXT
-        # A text may contain line breaks and tabs, but no other control characters, and no lone surrogates,
-        # which the page's answers cannot transport.
+        # A text may contain line breaks and tabs. Other control characters (category Cc) cannot be shown, and
+        # lone surrogates (Cs) cannot be encoded as UTF-8.
         or any(
             unicodedata.category(character) in ("Cc", "Cs") for character in text if character not in "\n\r\t"
         )
     ):
         raise ValueError(
-            f'{where}: expected "text" of up to {MAX_TEXT} characters, got {str(text)[:40]!r}. Correct it.'
+            f'{where}: the "text" {str(text)[:40]!r} is not allowed. Use a text of at most {MAX_TEXT}'
+            " characters without control characters."
         )
     image = (
         inside(root / _text(record, "image", where), root, where) if record.get("image") is not None else None
@@ -429,20 +503,29 @@ def _prompt(record: dict, root: Path, where: str) -> Prompt:
 
 
 def inside(path: Path, root: Path, where: str) -> Path:
-    """Resolve a path. Raises: ValueError if it is no file, or does not lie below `root`."""
+    """Return the resolved path of a file that must lie below a folder.
+
+    Args:
+        path: path of the file.
+        root: folder.
+        where: name of the line or file for messages.
+
+    Raises:
+        ValueError: the path is no file, or does not lie below `root`.
+    """
     try:
         resolved = path.resolve()
-        # After resolve(), so that neither .. nor links lead out of the folder.
+        # The resolved path contains neither ".." nor links, with which a path could lead out of the folder.
         if not resolved.is_relative_to(root.resolve()):
             raise ValueError(
-                f"{where}: expected a file within {root.name}, but {path.name} leads out of it. Copy the file"
-                " there."
+                f"{where}: the file {path.name} does not lie in the folder {root.name}. Copy it into this"
+                " folder."
             )
         if not resolved.is_file():
-            raise ValueError(f"{where}: expected a file, but there is none at {path.name}. Correct the name.")
-    except (OSError, RuntimeError) as error:  # the name is too long, or links form a loop
+            raise ValueError(f"{where}: there is no file {path.name}. Use the name of a file that exists.")
+    except (OSError, RuntimeError) as error:  # OSError: the name is too long; RuntimeError: links form a loop
         raise ValueError(
-            f"{where}: expected a file, but {path.name[:60]} cannot be opened: {error}. Correct the name."
+            f"{where}: the file {path.name[:60]} cannot be opened: {error}. Use the name of another file."
         ) from None
     return resolved
 
@@ -451,7 +534,7 @@ def inside(path: Path, root: Path, where: str) -> Path:
 
 
 def asset_shape(asset: Asset) -> Shape:
-    """Return the shape that a campaign stores for an asset."""
+    """Return the `Shape` with which a campaign represents an asset."""
     fields = {
         "generator": asset.generator,
         "source": str(asset.path),
@@ -469,121 +552,137 @@ def plan_assets(
     answers: Sequence[Preference] = (),
     ensemble: Ensemble | None = None,
 ) -> Plan:
-    """Plan the pairs of a campaign of assets, or a campaign of single assets.
+    """Plan the pairs of a campaign that compares assets, or that shows assets one by one.
 
     Args:
-        options: number of pairs, strategy and seed.
-        collection: the assets.
-        report: called with a line if fewer pairs than requested are planned.
-        answers: see `answers_of`, for strategies that read answers.
-        ensemble: scores assets by their index in the collection, for strategies that read scores.
+        options: options of the pairs.
+        collection: assets.
+        report: function that is called with a line if fewer pairs than requested can be planned.
+        answers: preferences of an earlier campaign, see `answers_of`, for strategies that use answers.
+        ensemble: rewards that score assets by their index in the collection, for strategies that use scores.
 
-    Raises: ValueError if no pair can be planned.
+    Raises:
+        ValueError: no pair can be planned.
     """
-    # One generator for the entire plan: equal options give equal plans.
+    # All random choices come from this generator, so that equal options give equal plans.
     rng = np.random.default_rng(options.seed)
     items = items_of(collection, ensemble)
-    chosen: list[tuple[int, int]]
-    more: dict = {}
+    index_pairs: list[tuple[int, int]]  # pairs of indices into collection.assets
+    strategy_report: dict = {}
     if options.single:
-        # Single assets are chosen evenly from all generators and prompts.
+        # The assets are chosen evenly from all generators and prompts. Each is paired with itself.
         buckets = items.by(lambda item: (item.source, item.prompt))
-        chosen = [(index, index) for index in itertools.islice(balanced(buckets, rng), options.pairs)]
+        index_pairs = [(index, index) for index in itertools.islice(balanced(buckets, rng), options.pairs)]
     else:
         check_rewards(options.strategy, 0 if ensemble is None else ensemble.size)
         planned = STRATEGIES[options.strategy].plan(items, answers, rng, options)
-        # Strategies return unordered pairs. A random bit per pair decides which asset comes first.
-        chosen = [(a, b) if rng.integers(2) else (b, a) for a, b in planned.pairs]
-        more = report_with_names(
+        # The order of an asset in a pair of a strategy has no meaning, so it is chosen at random.
+        index_pairs = [(a, b) if rng.integers(2) else (b, a) for a, b in planned.pairs]
+        strategy_report = report_with_names(
             planned.report, lambda a, b: _facts(collection.assets[a], collection.assets[b])
         )
-    if not chosen:
+    if not index_pairs:
         raise ValueError(
-            "expected at least two different assets of one prompt, found none. Give each prompt a file of"
-            " each generator."
+            "no prompt has two different assets that could be compared. Add a file of each generator for"
+            " each prompt."
         )
-    if len(chosen) < options.pairs:
-        report(f"planned {len(chosen)} {'assets' if options.single else 'pairs'}: there are no more")
-    options = replace(options, pairs=len(chosen))
+    if len(index_pairs) < options.pairs:
+        unit = "assets" if options.single else "pairs"
+        report(f"planned only {len(index_pairs)} of {options.pairs} {unit}, because there are no more")
+    options = replace(options, pairs=len(index_pairs))
     shapes = [asset_shape(asset) for asset in collection.assets]
-    pairs = [PlannedPair(first=shapes[a], second=shapes[b]) for a, b in chosen]
-    gold, training = _known_pairs(options, collection, rng, report)
-    used = {
+    pairs = [
+        PlannedPair(first=shapes[first_index], second=shapes[second_index])
+        for first_index, second_index in index_pairs
+    ]
+    gold_pairs, practice_pairs = _known_pairs(options, collection, rng, report)
+    # the other options do not apply to assets
+    asset_options = {
         key: value for key, value in asdict(options).items() if key in ("pairs", "seed", "single", "strategy")
     }
     plan_report = {
-        **used,
-        **more,
+        **asset_options,
+        **strategy_report,
         "generators": collection.generators,
         "assets": len(collection.assets),
-        "gold": len(gold),
-        "training": len(training),
+        "gold": len(gold_pairs),
+        "training": len(practice_pairs),
     }
-    return Plan(training + interleave(pairs, gold), plan_report)
+    return Plan(practice_pairs + interleave(pairs, gold_pairs), plan_report)
 
 
 def items_of(collection: Collection, ensemble: Ensemble | None = None) -> Items:
-    """Describe the assets for a strategy. It compares assets of one prompt: between generators if there are
-    several, else between seeds. Equal files are not compared.
+    """Describe the assets for a strategy that chooses pairs.
+
+    A strategy compares assets of the same prompt: of different generators if there are several generators,
+    and otherwise of different seeds. Equal files, which annotators could not distinguish, are not compared.
     """
-    # Equal hashes mean equal files, which annotators could not distinguish.
-    members = [Item(prompt=a.prompt, source=a.generator, content=a.hash) for a in collection.assets]
+    members = [
+        Item(prompt=asset.prompt, source=asset.generator, content=asset.hash) for asset in collection.assets
+    ]
     return Items(members=members, ensemble=ensemble)
 
 
 def answers_of(collection: Collection, results: Sequence[JudgementRow]) -> list[Preference]:
-    """Convert answers of an earlier campaign to preferences between indices of the collection.
+    """Convert judgements of an earlier campaign to preferences between indices of assets in a collection.
 
-    Raises: ValueError for an answer about an asset that is not in the collection.
+    Raises:
+        ValueError: a judgement is about an asset that is not in the collection.
     """
-    # Assets are identified by content: the files may have been moved since the earlier campaign.
-    indices = {(a.generator, a.prompt, a.hash): index for index, a in enumerate(collection.assets)}
+    # The files may have been moved since the earlier campaign, so an asset is identified by the hash of its
+    # content.
+    indices = {
+        (asset.generator, asset.prompt, asset.hash): index for index, asset in enumerate(collection.assets)
+    }
     answers = []
     for row in results:
-        sides = []
+        pair_indices = []
         for shape in (row.left, row.right):
             index = indices.get((shape.generator, shape.condition, shape.file))
             if index is None:
                 raise ValueError(
-                    f"expected answers about these assets, got one about {shape.condition!r}, seed"
-                    f" {shape.seed}. Name a campaign of the same files."
+                    f"the earlier campaign contains an answer about the asset of prompt {shape.condition!r}"
+                    f" and seed {shape.seed}, which is not in this collection. Use a campaign of the same"
+                    " files."
                 )
-            sides.append(index)
-        left, right = sides
-        winner, loser = (right, left) if row.choice is Choice.RIGHT else (left, right)
+            pair_indices.append(index)
+        left_index, right_index = pair_indices
+        winner, loser = (right_index, left_index) if row.choice is Choice.RIGHT else (left_index, right_index)
         answers.append(Preference(winner=winner, loser=loser, tie=row.choice.equal))
     return answers
 
 
 def _facts(a: Asset, b: Asset) -> dict:
-    """Return the names of a pair's assets for the report."""
+    """Return the names of the two assets of a pair, for the report of a plan."""
     return {"prompt": a.prompt, "generators": [a.generator, b.generator], "seeds": [a.seed, b.seed]}
 
 
 def prompts_json(collection: Collection) -> dict[str, dict]:
-    """Return the prompts as a campaign stores them."""
+    """Return the prompts in JSON types, by name, in the form in which a campaign stores them."""
     return {name: prompt.to_json() for name, prompt in collection.prompts.items()}
 
 
 def _known_pairs(
     options: PairingOptions, collection: Collection, rng: np.random.Generator, report: Callable[[str], None]
 ) -> tuple[list[PlannedPair], list[PlannedPair]]:
-    """Plan the gold and the training pairs. Videos cannot be damaged, so without other assets there are
-    none.
+    """Plan the gold pairs and the practice pairs of a campaign.
+
+    These pairs contain damaged assets, and videos cannot be damaged. If all assets are videos, both lists are
+    empty.
     """
-    damageable = [asset for asset in collection.assets if asset.kind in DAMAGED_KINDS]
-    if not damageable:
-        report("no gold checks and no training pairs: videos cannot be damaged deliberately")
+    damageable_assets = [asset for asset in collection.assets if asset.kind in DAMAGED_KINDS]
+    if not damageable_assets:
+        report(
+            "There are no gold checks and no practice pairs, because they need damaged assets, and videos"
+            " cannot be damaged."
+        )
         return [], []
-    # In a small collection the same asset is used several times.
-    order = itertools.cycle([damageable[i] for i in rng.permutation(len(damageable))])
-    known_pairs = damaged_singles if options.single else known_answers
-    gold = known_pairs(
-        [asset_shape(asset) for asset in itertools.islice(order, options.gold_pairs)], Kind.GOLD, rng, DAMAGES
-    )
-    return gold, known_pairs(
-        [asset_shape(asset) for asset in itertools.islice(order, options.training)],
-        Kind.TRAINING,
-        rng,
-        DAMAGES,
-    )
+    # A random order, which is repeated: in a small collection an asset is used several times.
+    order = rng.permutation(len(damageable_assets))
+    shapes = itertools.cycle([asset_shape(damageable_assets[index]) for index in order])
+    make_pairs = damaged_singles if options.single else known_answers
+    gold_shapes = list(itertools.islice(shapes, options.gold_pairs))
+    gold_pairs = make_pairs(gold_shapes, Kind.GOLD, rng, DAMAGES)
+    practice_shapes = list(itertools.islice(shapes, options.training))
+    practice_pairs = make_pairs(practice_shapes, Kind.TRAINING, rng, DAMAGES)
+    return gold_pairs, practice_pairs

@@ -1,9 +1,10 @@
-"""Converts an asset's file to what the browser gets, in a separate process with limits on memory and time.
+"""Conversion of asset files for the browser, in a separate process with limits of memory and time.
 
-A file is recognised by its content, not by its name. `examine` checks files before a campaign is planned and
-rejects those that cannot be shown. `clean` makes the clean form of a file when the shape is prepared, and
-rejects a file that has changed since it was planned. Both start this module as a process. If a hostile file
-makes a parser crash or use too much memory, only that process ends.
+The format of a file is recognised by its content, not by its name. `examine` checks files before a campaign
+is planned, and rejects files that cannot be shown. `clean` makes the clean form of a file, which contains no
+metadata, when a shape is prepared. It rejects a file that has changed since the campaign was planned. Both
+start this module as a process. If a malicious file makes a parser crash or use too much memory, only this
+process ends.
 
 Example:
     python -m eg3d_rlhf.people.label.assets.reading < requests.jsonl
@@ -31,16 +32,16 @@ from eg3d_rlhf.geometry.files.model import GLB_MAGIC, glb_parts, kind_of_picture
 from eg3d_rlhf.people.label.assets.damage import damage_mesh, damage_splats
 
 SUFFIXES = (".glb", ".ply", ".obj", ".mp4", ".m4v", ".mov", ".webm")
-MAX_BYTES = 512 << 20  # of a file
-# Limit of the process's address space: a constant, and a multiple of the largest file's size.
+MAX_BYTES = 512 << 20  # largest size of a file in bytes
+# Largest address space of the process in bytes: MEMORY, and PER_BYTE for each byte of the largest file.
 MEMORY = 1 << 30
 PER_BYTE = 12
-SECONDS = 600  # limit of processor time for one request
-# level 1: compressed textures do not shrink further, and higher levels take three times as long for a few
-# percent of the geometry
+SECONDS = 600  # largest processor time of one request in seconds
+# Compression level of gzip. Compressed textures do not become smaller with higher levels, and the geometry
+# becomes only a few percent smaller in three times the time.
 _GZIP = 1
-_ROOT = Path(__file__).resolve().parents[4]  # the process imports the package from here
-_REJECTED = "rejected"  # field of an answer with the reason
+_ROOT = Path(__file__).resolve().parents[4]  # folder from which the process imports this package
+_REJECTED = "rejected"  # key of an answer whose value is the reason why a file was rejected
 
 
 class ChangedError(ValueError):
@@ -51,34 +52,45 @@ class ChangedError(ValueError):
 class Examined:
     """Result of examining a file that can be shown."""
 
-    # 'film' is a video. Study designs of version 0.1 contain this name.
-    kind: str  # 'glb', 'ply', 'splats', 'obj', 'film' or 'image'
-    hash: str  # SHA-256 in hex of the file; for an OBJ, also of its materials and textures
-    note: str = ""  # how the page's view differs from the file; '' if it does not
+    # 'glb', 'ply', 'splats', 'obj', 'film' (a video; study designs of version 0.1 contain this name) or
+    # 'image'
+    kind: str
+    hash: str  # SHA-256 in hex of the file; for an OBJ file, also of its materials and textures
+    note: str = ""  # difference between the file and its view on the page; '' if there is none
 
 
 def looked_at(
     paths: Sequence[Path], report: Callable[[int], None] = lambda done: None
 ) -> list[Examined | str]:
-    """Examine files. Returns, for each of them, the result or the reason why it cannot be shown.
+    """Examine files.
 
     Args:
-        paths: of the files.
-        report: called with the number of examined files.
+        paths: paths of the files.
+        report: function that is called with the number of examined files.
+
+    Returns:
+        For each file, the result, or the reason why the file cannot be shown.
     """
     results: list[Examined | str] = []
-    while len(results) < len(paths):  # a file that ended the process is followed by a new process
-        before = len(results)
-        requests = [{"do": "examine", "path": str(path)} for path in paths[before:]]
-        for answer in _run(requests, lambda n: report(before + n)):  # noqa: B023 (called in this iteration)
+    # If a file ends the process, another process is started for the files after it.
+    while len(results) < len(paths):
+        done_count = len(results)
+        requests = [{"do": "examine", "path": str(path)} for path in paths[done_count:]]
+        # _run calls the function in this iteration
+        for answer in _run(requests, lambda n: report(done_count + n)):  # noqa: B023
             results.append(answer[_REJECTED] if _REJECTED in answer else Examined(**answer))
     return results
 
 
 def examine(paths: Sequence[Path], report: Callable[[int], None] = lambda done: None) -> list[Examined]:
-    """Examine files. `report` is called with the number of examined files.
+    """Examine files, all of which must be suitable.
 
-    Raises: ValueError with the names of those that cannot be shown.
+    Args:
+        paths: paths of the files.
+        report: function that is called with the number of examined files.
+
+    Raises:
+        ValueError: files cannot be shown; the message names them.
     """
     results = looked_at(paths, report)
     reject({path: reason for path, reason in zip(paths, results, strict=True) if isinstance(reason, str)})
@@ -86,31 +98,33 @@ def examine(paths: Sequence[Path], report: Callable[[int], None] = lambda done: 
 
 
 def reject(unfit: Mapping[Path, str]) -> None:
-    """Raise ValueError for files that cannot be shown, if there are any.
+    """Raise ValueError if there are files that cannot be shown.
 
     Args:
-        unfit: file -> reason.
+        unfit: path of a file -> reason why it cannot be shown.
     """
-    wrong = [f"{path}: {reason}" for path, reason in unfit.items()]
-    if wrong:
-        more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        raise ValueError(
-            f"{'; '.join(wrong[:5])}{more}. Correct or remove {'it' if len(wrong) == 1 else 'them'}."
-        )
+    reasons = [f"{path}: {reason}" for path, reason in unfit.items()]
+    if reasons:
+        # at most five files, so that the message stays one readable line
+        more = f"; and {len(reasons) - 5} more files" if len(reasons) > 5 else ""
+        files = "this file" if len(reasons) == 1 else "these files"
+        raise ValueError(f"{'; '.join(reasons[:5])}{more}. Convert or remove {files}.")
 
 
 def clean(path: Path, expected: str, degradation: str = "", seed: int = 0) -> bytes:
-    """Return the clean form of an asset or of a prompt's image: GLB or GSP1 with gzip, MP4, or WebP.
+    """Return the clean form of an asset or of the image of a prompt: GLB or GSP1 with gzip, MP4, or WebP.
 
     Args:
-        path: of the file.
-        expected: its hash when the campaign was planned.
-        degradation: damage to be added, see assets.damage; '' for none.
-        seed: of the damage.
+        path: path of the file.
+        expected: hash that the file had when the campaign was planned, see `Examined`.
+        degradation: kind of damage that is added, see assets.damage; '' for no damage.
+        seed: seed of the damage.
 
-    Raises: ChangedError for another hash or a missing file, ValueError if it cannot be shown.
+    Raises:
+        ChangedError: the file is missing, or has changed since the campaign was planned.
+        ValueError: the file cannot be shown.
     """
-    # The process writes its result to a file, because its output is the protocol.
+    # The standard output of the process contains its answers, so the result is written into a file.
     with tempfile.TemporaryDirectory(prefix="eg3d-label-asset-") as folder:
         out = Path(folder) / "out"
         request = {
@@ -128,11 +142,17 @@ def clean(path: Path, expected: str, degradation: str = "", seed: int = 0) -> by
 
 
 def _run(requests: Sequence[dict], report: Callable[[int], None] = lambda done: None) -> Iterable[dict]:
-    """Send requests to one process and return its answers. If the process ends early, there are fewer
-    answers, and the last one says that the limits were exceeded.
+    """Send requests to one new process, and return its answers.
+
+    If the process ends early, there are fewer answers than requests, and the last answer states that the
+    limits were exceeded.
+
+    Args:
+        requests: requests for `_answer`.
+        report: function that is called with the number of answers.
     """
-    largest = max((_size(Path(request["path"])) for request in requests), default=0)
-    # Libraries start one thread per core otherwise, and each thread needs address space.
+    largest_size = max((_size(Path(request["path"])) for request in requests), default=0)
+    # With one thread, numpy needs less address space than with a thread for each processor.
     environment = {
         **os.environ,
         "PYTHONPATH": str(_ROOT),
@@ -142,12 +162,13 @@ def _run(requests: Sequence[dict], report: Callable[[int], None] = lambda done: 
         sys.executable,
         "-m",
         "eg3d_rlhf.people.label.assets.reading",
-        # The limit of the address space is an argument, because the process sets it for itself.
-        str(MEMORY + PER_BYTE * min(largest, MAX_BYTES)),
+        # The process sets this limit of its address space itself.
+        str(MEMORY + PER_BYTE * min(largest_size, MAX_BYTES)),
     ]
     answers: list[dict] = []
     with tempfile.TemporaryFile() as request_file:
-        # A file and not a pipe: a pipe would block when the process ends before it has read everything.
+        # Writing to a pipe would block if the process ended before it has read all requests, so a file is
+        # used.
         request_file.write("".join(json.dumps(request) + "\n" for request in requests).encode())
         request_file.seek(0)
         with subprocess.Popen(
@@ -157,14 +178,14 @@ def _run(requests: Sequence[dict], report: Callable[[int], None] = lambda done: 
             for line in process.stdout:
                 answers.append(json.loads(line))
                 report(len(answers))
-    # The process has ended before its last answer: it was killed, or a parser crashed.
+    # Fewer answers: the process was killed, or a parser crashed.
     if len(answers) < len(requests):
-        answers.append({_REJECTED: ("the file takes more memory or time than allowed. Reduce it")})
+        answers.append({_REJECTED: "the file takes more memory or time than allowed. Reduce its size"})
     return answers
 
 
 def _size(path: Path) -> int:
-    """Return the size of a file, 0 if there is none: opening it will report that."""
+    """Return the size of a file in bytes, or 0 if it cannot be read. Opening it later reports the error."""
     try:
         return path.stat().st_size
     except OSError:
@@ -176,51 +197,71 @@ def _size(path: Path) -> int:
 
 @contextmanager
 def _opened(path: Path):
-    """Open a regular file and yield a memory-mapped view of its bytes. Raises: ChangedError, ValueError."""
-    # O_NOFOLLOW: a link could have replaced the file. O_NONBLOCK: opening a pipe must not wait for a writer.
+    """Open a regular file inside the context, and yield a memory-mapped view of its bytes.
+
+    Raises:
+        ChangedError: the file cannot be opened.
+        ValueError: the path is not a regular file, or the file is empty or too large.
+    """
+    # O_NOFOLLOW rejects a link, which could have replaced the file. O_NONBLOCK: if a pipe has replaced the
+    # file, opening it must not wait for a writer.
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError as error:
         raise ChangedError(f"the file cannot be opened: {error.strerror}. Restore it") from None
     with os.fdopen(handle, "rb") as file:
-        # fstat of the open file, so that it cannot be exchanged between check and use.
+        # fstat checks the file that is open. A check of the path could be of another file.
         status = os.fstat(handle)
         if not stat.S_ISREG(status.st_mode):
-            raise ValueError("expected a regular file, got a folder, pipe or device")
+            raise ValueError("the path is a folder, pipe or device. Use a regular file")
         if not 0 < status.st_size <= MAX_BYTES:
             raise ValueError(
-                f"expected a file of 1 byte to {MAX_BYTES >> 20} MB, got {status.st_size:,} bytes"
+                f"the file has {status.st_size:,} bytes, but must have 1 byte to {MAX_BYTES >> 20} MB"
             )
-        # Not closed here: arrays that refer to it may still be in use. The process ends soon.
+        # The mapping is not closed, because arrays that refer to it may still be in use. The process ends
+        # soon.
         yield memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
 
 def kind_of(head: bytes, name: str) -> str:
-    """Recognise a file by its first bytes. An OBJ file has no mark, so its name decides, too.
+    """Recognise the kind of a file by its first bytes.
 
-    Raises: ValueError for an unknown kind.
+    An OBJ file has no characteristic first bytes, so its name must end in .obj.
+
+    Args:
+        head: first bytes of the file, at most 512.
+        name: name of the file.
+
+    Returns:
+        Kind, see `Examined`; "ply" also for splats.
+
+    Raises:
+        ValueError: the kind is unknown.
     """
     if head[:4] == GLB_MAGIC:
         return "glb"
     if head[:3] == b"ply" and head[3:4] in b"\r\n":
         return "ply"
-    # The first bytes of MP4 files, and of WebM and Matroska files.
+    # MP4 files have 'ftyp' at byte 4. WebM and Matroska files begin with the identifier of EBML.
     if head[4:8] == b"ftyp" or head[:4] == b"\x1a\x45\xdf\xa3":
         return "film"
     if kind_of_picture(head):
         return "image"
+    # the first bytes of gzip and zip files
     if head[:2] == b"\x1f\x8b" or head[:2] == b"PK":
-        raise ValueError("expected an asset, got a compressed file. Unpack it")
+        raise ValueError("the file is compressed with gzip or zip. Unpack it")
+    # A text contains no NUL bytes, except in UTF-16.
     if name.lower().endswith(".obj") and (b"\0" not in head or obj.utf16(head) is not None):
         return "obj"
     if obj.utf16(head) is not None:
-        raise ValueError("expected an asset, got text in UTF-16. Save it as UTF-8")
-    raise ValueError("expected the content of a GLB, PLY, OBJ, MP4 or WebM file, got something else")
+        raise ValueError("the file is a text in UTF-16. Save it as UTF-8")
+    raise ValueError("the format is unknown. Use a GLB, PLY, OBJ, MP4 or WebM file")
 
 
 def _hash(data: memoryview, path: Path, kind: str) -> str:
-    """Return the SHA-256 in hex of a file. For an OBJ it covers the names and contents of its companions,
-    too.
+    """Return the SHA-256 of a file as hexadecimal digits.
+
+    For an OBJ file, the names and contents of its companions (materials and textures) are hashed, too.
     """
     digest = hashlib.sha256(data)
     for companion in obj.companions(data, path) if kind == "obj" else ():
@@ -229,8 +270,13 @@ def _hash(data: memoryview, path: Path, kind: str) -> str:
 
 
 def _examine(path: Path) -> dict:
-    """Return kind, hash and note of a file. Everything but videos is read in the same way as by `_clean`, so
-    a file that is accepted here can be shown later.
+    """Return the fields of `Examined` for a file.
+
+    All files except videos are read completely, by the functions that `_clean` uses. So a file that is
+    accepted here can be shown later.
+
+    Raises:
+        ValueError: the file cannot be shown.
     """
     with _opened(path) as data:
         kind = kind_of(bytes(data[:512]), path.name)
@@ -240,13 +286,13 @@ def _examine(path: Path) -> dict:
         elif kind == "ply":
             header = ply.read_header(data)
             kind = "splats" if header.splats else kind
-            # The result is dropped: only errors matter here.
+            # The result is not used. The function is called for its errors.
             (ply.read_splats if header.splats else ply.read_mesh)(data)
         elif kind == "obj":
             obj.read_obj(data, path)
-            missing = obj.missing_libraries(data, path)
-            if missing:
-                note = f"shown in grey, because {', '.join(missing)[:200]} cannot be read"
+            missing_libraries = obj.missing_libraries(data, path)
+            if missing_libraries:
+                note = f"shown in grey, because {', '.join(missing_libraries)[:200]} cannot be read"
         elif kind == "film":
             examine_video(path)
         elif kind == "image":
@@ -255,7 +301,19 @@ def _examine(path: Path) -> dict:
 
 
 def _clean(path: Path, expected: str, degradation: str, seed: int, out: Path) -> dict:
-    """Write the clean form of a file to `out`. Raises: ChangedError if the file is not the expected one."""
+    """Write the clean form of a file to `out`, and return an empty answer.
+
+    Args:
+        path: path of the file.
+        expected: hash that the file must have.
+        degradation: kind of damage; '' for no damage.
+        seed: seed of the damage.
+        out: path of the clean form.
+
+    Raises:
+        ChangedError: the file has another hash.
+        ValueError: the file cannot be shown or damaged.
+    """
     with _opened(path) as data:
         kind = kind_of(bytes(data[:512]), path.name)
         _check_hash(data, path, kind, expected)
@@ -263,45 +321,44 @@ def _clean(path: Path, expected: str, degradation: str, seed: int, out: Path) ->
             out.write_bytes(small(data))
         elif kind == "film":
             if degradation:
-                raise ValueError("only meshes and splats can be damaged, got a video")
+                raise ValueError("a video cannot be damaged. Use a mesh or splats")
             clean_video(path, out)
         else:
             _pack(data, path, kind, degradation, seed, out)
-    # Checked again, because the file may have changed while it was read: the arrays are views of it, and
-    # ffmpeg has opened it by its name.
+    # The hash is checked again, because the file may have changed while it was read: the arrays are views of
+    # the file, and ffmpeg has opened it by its name.
     with _opened(path) as data:
         _check_hash(data, path, kind, expected)
     return {}
 
 
 def _check_hash(data: memoryview, path: Path, kind: str, expected: str) -> None:
-    """Raise ChangedError if the file is not the one that the campaign was planned with."""
+    """Raise ChangedError if a file does not have the hash `expected`."""
     if _hash(data, path, kind) != expected:
         raise ChangedError("the file has changed since the campaign was planned. Use the original file")
 
 
 def _pack(data: memoryview, path: Path, kind: str, degradation: str, seed: int, out: Path) -> None:
-    """Write a mesh or splats as GLB or GSP1 with gzip, damaged if `degradation` is not empty."""
+    """Write a mesh as GLB or splats as GSP1, compressed with gzip, and damaged unless `degradation` is ''."""
     if kind == "ply" and ply.read_header(data).splats:
         splats = ply.read_splats(data)
         parts = ply.splat_parts(damage_splats(splats, degradation, seed) if degradation else splats)
     else:
-        model = (
-            glb.read_glb(data)
-            if kind == "glb"
-            else ply.read_mesh(data)
-            if kind == "ply"
-            else obj.read_obj(data, path)
-        )
+        if kind == "glb":
+            model = glb.read_glb(data)
+        elif kind == "ply":
+            model = ply.read_mesh(data)
+        else:
+            model = obj.read_obj(data, path)
         parts = glb_parts(damage_mesh(model, degradation, seed) if degradation else model)
-    # Without a name and a time in the header, equal files give equal bytes.
+    # The header of gzip contains no name and no time, so that equal files give equal bytes.
     with out.open("wb") as file, gzip.GzipFile("", "wb", _GZIP, file, mtime=0) as packed:
         for part in parts:
             packed.write(part)
 
 
 def _answer(request: dict) -> dict:
-    """Answer one request; errors of the file become answers."""
+    """Answer one request. An error of the file becomes an answer with the key _REJECTED."""
     path = Path(request["path"])
     try:
         if request["do"] == "examine":
@@ -310,24 +367,24 @@ def _answer(request: dict) -> dict:
     except ChangedError as error:
         return {_REJECTED: str(error), "changed": True}
     except (ValueError, OSError, MemoryError) as error:
-        # Mapping a file reports a lack of memory as an OSError.
+        # mmap raises an OSError with ENOMEM if there is not enough memory
         if isinstance(error, MemoryError) or getattr(error, "errno", 0) == errno.ENOMEM:
-            return {_REJECTED: "the file takes more memory than allowed. Reduce it"}
+            return {_REJECTED: "the file takes more memory than allowed. Reduce its size"}
         return {_REJECTED: str(error) or type(error).__name__}
 
 
 # ---- turntable videos
 
-MAX_VIDEO = 256 << 20  # bytes
-MAX_SECONDS = 120  # length
-MAX_SIDE = 4096  # pixels
-_PATIENCE = 300  # limit of the encoding time in seconds
-# ffmpeg's description of a video track: codec, pixel format, width, height.
+MAX_VIDEO = 256 << 20  # largest size of a video in bytes
+MAX_SECONDS = 120  # largest length of a video in seconds
+MAX_SIDE = 4096  # largest width and height of a video in pixels
+_ENCODING_SECONDS = 300  # largest time for one run of ffmpeg, in seconds
+# ffmpeg's description of a video track, with the groups codec, pixel format, width and height
 _TRACK = re.compile(
     r"Stream #0:\d+.*?: Video: (\w+)[^,]*(?:\([^)]*\))?.*?, (\w+)(?:\([^)]*\))?.*?, (\d+)x(\d+)"
 )
 _LENGTH = re.compile(r"Duration: (\d+):(\d\d):(\d\d)")
-# Hostile input: ffmpeg may read this one file only, in these containers, with a bounded number of pixels.
+# The input may be malicious. ffmpeg may read this file only, in these containers, with at most 2^25 pixels.
 _INPUT = (
     "-nostdin",
     "-hide_banner",
@@ -338,8 +395,8 @@ _INPUT = (
     "-max_pixels",
     "33554432",
 )
-# The output contains one video track and no sound, subtitles, metadata, chapters or time codes. The index
-# comes first, so that the browser can start before it has loaded everything.
+# The output contains one video track and no sound, subtitles, metadata, chapters or time codes. The index is
+# at the start of the file, so that the browser can start to play before it has loaded the entire file.
 _OUTPUT = (
     "-map",
     "0:v:0",
@@ -365,8 +422,9 @@ _OUTPUT = (
     "-f",
     "mp4",
 )
-# removes SEI units (type 6), into which encoders write names, versions and options
+# Filter that removes SEI units (type 6) of H.264, in which encoders store their name, version and options.
 _H264_BARE = ("-bsf:v", "filter_units=remove_types=6")
+# Options for encoding as H.264. The format needs an even width and height, so a row or column is added.
 _ENCODED = (
     "-c:v",
     "libx264",
@@ -382,72 +440,95 @@ _ENCODED = (
 
 
 def examine_video(path: Path) -> tuple[str, str]:
-    """Return codec and pixel format of a video. Raises: ValueError for another file, or one that is too
-    large.
+    """Return the codec and the pixel format of a video.
+
+    Raises:
+        ValueError: the file contains no readable video track, or the video is too large or too long.
     """
     if path.stat().st_size > MAX_VIDEO:
         raise ValueError(
-            f"expected a video of up to {MAX_VIDEO >> 20} MB, got {path.stat().st_size >> 20} MB. Shorten it"
+            f"the video has {path.stat().st_size >> 20} MB, but at most {MAX_VIDEO >> 20} MB are allowed."
+            " Shorten it"
         )
-    text = _ffmpeg([*_INPUT, "-i", f"file:{path}"], 30)[1]
-    track = _TRACK.search(text)
-    length = _LENGTH.search(text)
+    # Without an output file, ffmpeg prints a description of the input and exits with an error, which is
+    # ignored.
+    _exit_code, description = _ffmpeg([*_INPUT, "-i", f"file:{path}"], 30)
+    track = _TRACK.search(description)
+    length = _LENGTH.search(description)
     if track is None:
-        raise ValueError("expected a video, got a file without a readable video track")
+        raise ValueError("the file contains no video track that can be read. Convert it to MP4")
     codec = track.group(1)
     pixels = track.group(2)
     width = int(track.group(3))
     height = int(track.group(4))
     if not (0 < width <= MAX_SIDE and 0 < height <= MAX_SIDE):
-        raise ValueError(f"expected a video of up to {MAX_SIDE} pixels a side, got {width} x {height}")
-    if (
-        length
-        and int(length.group(1)) * 3600 + int(length.group(2)) * 60 + int(length.group(3)) > MAX_SECONDS
-    ):
-        raise ValueError(f"expected a video of up to {MAX_SECONDS} s, got {':'.join(length.groups())}")
+        raise ValueError(
+            f"the video has {width} x {height} pixels, but at most {MAX_SIDE} x {MAX_SIDE} are allowed."
+            " Reduce its size"
+        )
+    if length:
+        hours, minutes, seconds = (int(group) for group in length.groups())
+        if hours * 3600 + minutes * 60 + seconds > MAX_SECONDS:
+            raise ValueError(
+                f"the video lasts {':'.join(length.groups())}, but at most {MAX_SECONDS} s are allowed."
+                " Shorten it"
+            )
     return codec, pixels
 
 
 def clean_video(path: Path, out: Path) -> None:
-    """Write the clean form of a video: an MP4 of one H.264 or VP9 track and nothing else.
+    """Write the clean form of a video: an MP4 file with one H.264 or VP9 track and no other content.
 
-    Tracks that browsers can play are copied without the encoder's user data. Others are encoded again. ffmpeg
-    may open this one file, in the allowed containers, for a limited time.
+    A track that browsers can play is copied, without the user data of its encoder. Another track is encoded
+    again as H.264. ffmpeg may open only this file, in the allowed containers, for a limited time.
 
-    Raises: ValueError if the video cannot be read.
+    Args:
+        path: path of the video.
+        out: path of the MP4 file.
+
+    Raises:
+        ValueError: the video cannot be read or converted.
     """
     codec, pixels = examine_video(path)
-    # By default the track is encoded again.
-    encoding: tuple[str, ...] = _ENCODED
+    encoding: tuple[str, ...] = _ENCODED  # a track is encoded again unless browsers can play it
     if codec == "h264" and pixels in ("yuv420p", "yuvj420p"):
         encoding = ("-c:v", "copy", *_H264_BARE)
     elif codec == "vp9" and pixels == "yuv420p":
         encoding = ("-c:v", "copy")
-    code, text = _ffmpeg(
+    code, messages = _ffmpeg(
         [*_INPUT, "-i", f"file:{path}", "-t", str(MAX_SECONDS), *encoding, *_OUTPUT, "-y", f"file:{out}"],
-        _PATIENCE,
+        _ENCODING_SECONDS,
     )
-    # A second pass removes the name of our encoder, which x264 writes into the track.
+    # x264 writes its name and options into the track. A second run of ffmpeg removes them.
     if not code and encoding is _ENCODED and out.is_file():
         encoded = out.rename(out.with_name("encoded.mp4"))
-        code, text = _ffmpeg(
+        code, messages = _ffmpeg(
             [*_INPUT, "-i", f"file:{encoded}", "-c:v", "copy", *_H264_BARE, *_OUTPUT, "-y", f"file:{out}"],
-            _PATIENCE,
+            _ENCODING_SECONDS,
         )
         encoded.unlink()
-    # -fs stops at the limit without an error, so a file of that size is incomplete.
+    # The option -fs stops at the limit without an error, so a file of this size is incomplete. A file of less
+    # than 100 bytes contains no video.
     if code or not out.is_file() or out.stat().st_size < 100 or out.stat().st_size >= MAX_VIDEO:
-        reason = text.strip().splitlines()[-1][:120] if text.strip() else "ffmpeg gave no reason"
+        reason = messages.strip().splitlines()[-1][:120] if messages.strip() else "ffmpeg gave no reason"
         raise ValueError(f"the video cannot be converted: {reason}")
 
 
 def _ffmpeg(arguments: list[str], seconds: float) -> tuple[int, str]:
-    """Run ffmpeg. Returns its exit code and the end of its messages. Raises: ValueError after `seconds`."""
+    """Run ffmpeg, and return its exit code and the end of its messages.
+
+    Args:
+        arguments: arguments of ffmpeg.
+        seconds: largest time in seconds.
+
+    Raises:
+        ValueError: ffmpeg takes more time.
+    """
     import imageio_ffmpeg
 
     command = [imageio_ffmpeg.get_ffmpeg_exe(), *arguments]
     try:
-        done = subprocess.run(
+        completed = subprocess.run(
             command,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
@@ -458,9 +539,9 @@ def _ffmpeg(arguments: list[str], seconds: float) -> tuple[int, str]:
         raise ValueError(
             f"the video takes more than {seconds:g} s to convert. Shorten it, or reduce its resolution"
         ) from None
-    return done.returncode, done.stderr[-20_000:].decode("utf-8", "replace")
+    return completed.returncode, completed.stderr[-20_000:].decode("utf-8", "replace")
 
 
 if __name__ == "__main__":
-    # The last limit is that of written files.
+    # The arguments are the limits of memory, of processor time, and of the size of written files.
     serve_requests(_answer, int(sys.argv[1]), SECONDS, 2 * MAX_BYTES)

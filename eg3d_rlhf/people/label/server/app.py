@@ -1,5 +1,6 @@
-"""The web application: its pages and routes behind the checks of requests, login and logout, and the process
-that serves it.
+"""Web application of the label server: its pages, login and logout, and the function that serves it.
+
+All requests pass through the checks of request_checks.py first. The routes under /api are in routes.py.
 """
 
 import base64
@@ -30,29 +31,30 @@ from eg3d_rlhf.people.label.server.request_checks import COMMON_POLICY, FORGET, 
 from eg3d_rlhf.people.label.server.routes import Admin, Context, Requester, admin_api, label_api
 from eg3d_rlhf.people.label.server.served_shapes import Addresses, PreparedShapes
 
-# suffixes of files in the static folder that are served
+# suffixes of the files in the folder `static` that are served
 SUFFIXES = {".html", ".js", ".css", ".svg", ".png", ".ico", ".txt", ".webmanifest"}
-LOGIN_COOKIE = "login"  # name of the cookie that belongs to a login form
+LOGIN_COOKIE = "login"  # name of the cookie whose value the CSRF field of a login form must match
 _HERE = Path(__file__).parent
 _STYLE, _SCRIPT, _PAGE = ((_HERE / name).read_text() for name in ("login.css", "login.js", "login.html"))
-# language -> key of a text, or status of an error -> text
+# language -> (key of a text, or HTTP status of an error) -> text
 TEXTS: dict[str, dict[str, str]] = json.loads((_HERE / "login.json").read_text())
 # hashes that allow the inline style and script in the Content-Security-Policy
 STYLE_SOURCE, SCRIPT_SOURCE = (
     f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
     for text in (_STYLE, _SCRIPT)
 )
-# files that the service worker does not store for use without a network
+# files that the service worker of the page does not store for use without a network
 NOT_STORED = ("sw.js", "admin.html", "admin.js", "admin.css")
 
 
 def create_app(options: AppOptions) -> FastAPI:
-    """Make the application for one campaign.
+    """Make the web application for one labelling campaign.
 
-    Raises: ValueError if the files of the page are missing.
+    Raises:
+        ValueError: files of the page are missing.
     """
     campaign = options.store.campaign(options.campaign)
-    # The commands create the campaign before they serve it.
+    # Every command creates the campaign before it serves it.
     assert campaign is not None, options.campaign
     files = read_static(options.static)
     identities = Identities(options, campaign.settings.mode)
@@ -66,7 +68,8 @@ def create_app(options: AppOptions) -> FastAPI:
         files=files,
         shapes=shapes,
         addresses=Addresses(identities.secret, shapes.shapes),
-        # The version changes with every file of the page. Judgements and the service worker contain it.
+        # The version changes when any file of the page changes. It is stored in judgements, and it makes
+        # browsers load the page again.
         page_version=hashlib.sha256(
             "".join(f"{name}{files[name].etag}" for name in sorted(files)).encode()
         ).hexdigest()[:12],
@@ -82,12 +85,13 @@ def create_app(options: AppOptions) -> FastAPI:
                 "page_version": context.page_version,
             },
         )
-        # The application serves until the context ends.
+        # ASGI servers enter this context at the start, and leave it at the end.
         yield
         log.close()
 
     app = FastAPI(
-        # No documentation pages: they would load scripts from elsewhere. Admins read /api/admin/openapi.json.
+        # FastAPI's documentation pages are switched off, because they load scripts from other servers. Admins
+        # can read the description of the API at /api/admin/openapi.json.
         title="Labelling application",
         docs_url=None,
         redoc_url=None,
@@ -95,11 +99,11 @@ def create_app(options: AppOptions) -> FastAPI:
         redirect_slashes=False,
         lifespan=lifespan,
     )
-    # The only middleware: nothing is processed before the checks.
+    # This is the only middleware, so no part of a request is processed before the checks.
     app.add_middleware(RequestChecks, options=options, identities=identities, log=log)
     add_handlers(app)
-    for router in (pages, label_api, admin_api):
-        app.include_router(router(context))
+    for make_router in (pages, label_api, admin_api):
+        app.include_router(make_router(context))
     return app
 
 
@@ -113,38 +117,42 @@ def serve(
     proxy: str | None = None,
     on_listening: Callable[[str], None] = print,
 ) -> None:
-    """Serve until interrupted, and prepare shapes in the meantime.
+    """Serve the web application until it is interrupted, and prepare shapes in the meantime.
 
     Args:
-        options: of the application.
+        options: options of the server.
         host: address to listen on.
-        port: 0 takes a free one.
-        certificate: PEM file; with `key`, the server uses https.
-        key: PEM file of the private key.
-        proxy: addresses of reverse proxies whose X-Forwarded headers are trusted.
-        on_listening: called with the server's address.
+        port: port to listen on; 0: any free port.
+        certificate: PEM file of the certificate; with `key`, the server uses https. None: http.
+        key: PEM file of the private key of the certificate.
+        proxy: addresses of reverse proxies whose X-Forwarded headers are trusted; None: no proxy.
+        on_listening: function that is called with the URL of the server when it listens.
 
-    Raises: ValueError, OSError.
+    Raises:
+        ValueError: a flag or a file is invalid.
+        OSError: the server cannot listen on the address.
     """
-    # A second line of defence: without tokens, other machines must never reach the server.
+    # The commands check this as well. Without tokens, other machines must not be able to reach the server.
     if not options.exposed and not is_loopback(host):
         raise ValueError(
-            f"serve: other machines can reach host {host}. Use AppOptions(exposed=True), which requires"
-            " tokens."
+            f"serve: other machines can reach the host {host}, but tokens are not required. Pass"
+            " AppOptions(exposed=True), which requires tokens."
         )
-    # Before the port is opened: errors of the files must not leave a half-started server.
+    # The application is made before the port is opened, so that errors of its files occur before the server
+    # can be reached.
     app = create_app(options)
     listening = listen(host, port, options.limits)
+    # in a URL, an IPv6 address stands in brackets
     printed_host = f"[{host}]" if ":" in host.strip("[]") and not host.startswith("[") else host
     try:
         server = Server(app, listening, options.limits, certificate, key, proxy)
         if options.preparation is not None:
             options.preparation.start()
-        # getsockname gives the port that was chosen for port 0.
+        # getsockname returns the port that the system has chosen for port 0.
         on_listening(f"{'https' if certificate else 'http'}://{printed_host}:{listening.getsockname()[1]}/")
         gc.collect()
-        # Objects that exist now stay until the end. Frozen, they are skipped by the garbage collector, which
-        # then examines only requests and connections and takes little time.
+        # Objects that exist now are needed until the end. After `freeze`, the garbage collector skips them,
+        # and only examines objects of requests and connections, which takes little time.
         gc.freeze()
         server.run()
     finally:
@@ -155,32 +163,38 @@ def serve(
 
 @dataclass(frozen=True)
 class StaticFile:
-    """A file of the page, in memory."""
+    """File of the page, in memory."""
 
-    data: bytes
-    packed: bytes  # the same, compressed with gzip
+    data: bytes  # content
+    packed: bytes  # content, compressed with gzip
     kind: str  # media type
-    etag: str  # from a hash of the content
+    etag: str  # value of the ETag header, a hash of the content in quotation marks
 
 
 def read_static(folder: Path) -> dict[str, StaticFile]:
-    """Read the files that are served, by name: those of `folder` itself with a suffix of SUFFIXES.
+    """Read the files of the page, by name. Files in subfolders, and files with other suffixes, are not read.
 
-    Raises: ValueError if a page is missing.
+    Args:
+        folder: folder of the files.
+
+    Raises:
+        ValueError: the file of a page is missing.
     """
     contents = {
-        p.name: p.read_bytes() for p in sorted(folder.glob("*")) if p.suffix in SUFFIXES and p.is_file()
+        path.name: path.read_bytes()
+        for path in sorted(folder.glob("*"))
+        if path.suffix in SUFFIXES and path.is_file()
     }
-    missing = sorted({"index.html", "admin.html"} - set(contents))
-    if missing:
+    missing_pages = sorted({"index.html", "admin.html"} - set(contents))
+    if missing_pages:
         raise ValueError(
-            f"{folder}: expected {' and '.join(missing)}, found {len(contents)} other files. Install the"
-            " package again."
+            f"{folder}: the file {' and '.join(missing_pages)} is missing. Install the package eg3d-rlhf"
+            " again."
         )
     files = {}
     for name, data in contents.items():
         kind = mimetypes.guess_type(name)[0] or "application/octet-stream"
-        # Some systems map .js to another type, which browsers reject for modules.
+        # Some systems assign another media type to .js, which browsers reject for modules.
         kind = "text/javascript" if name.endswith(".js") else kind
         files[name] = StaticFile(
             data, gzip.compress(data, mtime=0), kind, f'"{hashlib.sha256(data).hexdigest()[:20]}"'
@@ -206,12 +220,15 @@ def pages(context: Context) -> APIRouter:
 
     @router.get("/sw.js")
     async def service_worker(request: Request) -> Response:
-        """Return the service worker. It is served at the root, because it handles requests of its folder
-        only. A change of any file of the page changes it, so that browsers install it again.
+        """Return the script of the service worker, which stores the page for use without a network.
+
+        It is served at the root, because a service worker handles requests of its own folder only. The script
+        contains the version of the page, so that browsers install it again when any file of the page has
+        changed.
         """
         stored = {name: file.etag for name, file in context.files.items() if name not in NOT_STORED}
         head = f"self.PAGE = {json.dumps({'version': context.page_version, 'files': stored})};\n"
-        # no-cache: the browser must ask for a new service worker every time.
+        # no-cache: the browser must ask the server every time whether the script has changed.
         headers = {"Cache-Control": "private, no-cache"}
         return Response(
             head.encode() + context.files["sw.js"].data, media_type="text/javascript", headers=headers
@@ -219,14 +236,15 @@ def pages(context: Context) -> APIRouter:
 
     @router.get("/static/{name}")
     async def static(name: str, request: Request) -> Response:
-        # A look-up in a dictionary, not in a folder: no name can leave the folder.
+        # The name is looked up in a dictionary, so that no name can lead out of the folder.
         if name not in context.files:
-            raise RequestError(404, "No such file.", "Check the address.")
+            raise RequestError(404, "There is no such file.", "Check the address.")
         return _file(context.files[name], request)
 
     @router.get("/login")
     async def login_form(request: Request) -> Response:
-        # Only the cookie is passed on: without an address and a token, no limit of wrong tokens is used up.
+        # `find` is called with the cookie alone, and without an address or a token, so that it does not count
+        # as an attempt with a wrong token. It raises an error for a revoked annotator, which the page shows.
         try:
             await run_in_threadpool(
                 context.identities.find, Headers({"cookie": request.headers.get("cookie", "")}), ""
@@ -237,18 +255,19 @@ def pages(context: Context) -> APIRouter:
 
     @router.post("/login")
     async def login(request: Request) -> Response:
-        token, link = _form_token(await request.body(), request.cookies.get(LOGIN_COOKIE, ""))
+        token, is_link = _form_token(await request.body(), request.cookies.get(LOGIN_COOKIE, ""))
         address = request.client.host if request.client else ""
         seconds = context.options.limits.session_seconds
         try:
             annotator = await run_in_threadpool(context.identities.by_token, token, address)
-            # A person who types a token wants to change the login; a link may come from anybody.
-            if link:
+            # A person who types a token may replace another login. A link can come from anybody.
+            if is_link:
                 await run_in_threadpool(_check_no_other_login, context, request, annotator)
         except RequestError as rejection:
             note(request, rejection)
             return _login_page(request, rejection)
-        # 303: the browser requests the page with GET, so reloading it does not send the token again.
+        # 303: the browser requests the next page with GET, so that reloading it does not send the token
+        # again.
         response = RedirectResponse("/", 303)
         _set_cookie(
             response,
@@ -257,7 +276,7 @@ def pages(context: Context) -> APIRouter:
             await run_in_threadpool(context.store.open_session, annotator.id, seconds),
             int(seconds),
         )
-        # A form can be used once.
+        # A login form can be used only once.
         response.delete_cookie(LOGIN_COOKIE, path="/login")
         return response
 
@@ -270,7 +289,7 @@ def pages(context: Context) -> APIRouter:
             if requester.by == "token"
             else RedirectResponse("/login", 303)
         )
-        # Also without a session: the browser may have an expired cookie.
+        # The cookie is deleted also if there is no session, because the browser may have an expired cookie.
         response.headers.append("Set-Cookie", FORGET)
         return response
 
@@ -278,7 +297,11 @@ def pages(context: Context) -> APIRouter:
 
 
 def _file(file: StaticFile, request: Request) -> Response:
-    """Return a file, compressed if the browser accepts that, or 304 if its copy is current."""
+    """Return the response with a file of the page.
+
+    The file is compressed if the browser accepts gzip. If the browser's copy is current, the response is the
+    status 304 without content.
+    """
     headers = {"ETag": file.etag, "Cache-Control": "private, no-cache", "Vary": "Accept-Encoding"}
     if request.headers.get("if-none-match") == file.etag:
         return Response(None, 304, headers)
@@ -288,10 +311,13 @@ def _file(file: StaticFile, request: Request) -> Response:
 
 
 def _check_no_other_login(context: Context, request: Request, annotator: StoredAnnotator) -> None:
-    """Check that a link does not replace the session of another annotator. A link can come from anybody, and
-    answers would then be recorded under another name.
+    """Check that a login link does not replace the session of another annotator.
 
-    Raises: RequestError 409.
+    A link can come from anybody. If it changed the login, the following answers would be recorded under
+    another name.
+
+    Raises:
+        RequestError: 409 if another annotator is logged in.
     """
     session = request.cookies.get(COOKIE, "")
     current = context.store.session(session) if session else None
@@ -304,13 +330,21 @@ def _check_no_other_login(context: Context, request: Request, annotator: StoredA
 
 
 def _form_token(body: bytes, cookie: str) -> tuple[str, bool]:
-    """Read a login form whose CSRF field matches the cookie.
+    """Read a login form, and check that its CSRF field matches the cookie.
 
-    Returns: the token, and True if it comes from a link. Raises: RequestError 400, 403.
+    Args:
+        body: body of the request.
+        cookie: value of the cookie LOGIN_COOKIE.
+
+    Returns:
+        The token, and True if it comes from a login link, or False if a person has typed it.
+
+    Raises:
+        RequestError: 400 for an invalid form, 403 if the CSRF field and the cookie do not match.
     """
     try:
         fields = parse_qs(
-            # Forms are percent-encoded, so other bytes are an error.
+            # A form is percent-encoded, so it contains ASCII characters only.
             body.decode("ascii"),
             keep_blank_values=True,
             strict_parsing=True,
@@ -319,19 +353,22 @@ def _form_token(body: bytes, cookie: str) -> tuple[str, bool]:
         )
     except ValueError:
         raise RequestError(400, "The form must contain token and csrf.", "Use the login page.") from None
-    # Adding `link` makes the comparison independent of that optional field.
+    # The field `link` is optional. It is added here, so that forms with and without it pass the comparison.
     if sorted({**fields, "link": []}) != ["csrf", "link", "token"] or any(
         len(values) != 1 for values in fields.values()
     ):
-        raise RequestError(400, "The form must contain token and csrf once.", "Use the login page.")
-    # compare_digest takes the same time for all wrong values.
+        raise RequestError(
+            400, "The form must contain the fields token and csrf exactly once.", "Use the login page."
+        )
+    # compare_digest takes the same time for all wrong values, so that the value cannot be guessed by
+    # measuring time.
     if not cookie or not secrets.compare_digest(
         csrf_token(cookie, "login").encode(), fields["csrf"][0].encode()
     ):
         raise RequestError(
             403,
-            "This form is not from the login page, or its cookie is missing.",
-            "Load /login again, with cookies allowed.",
+            "This form does not come from the login page, or its cookie is missing.",
+            "Allow cookies, and load /login again.",
         )
     return fields["token"][0].strip(), fields.get("link") == ["yes"]
 
@@ -339,17 +376,23 @@ def _form_token(body: bytes, cookie: str) -> tuple[str, bool]:
 def _login_page(
     request: Request, rejection: RequestError | None = None, status: int | None = None
 ) -> Response:
-    """Return the login page with a new cookie and the CSRF value that belongs to it."""
+    """Return the login page with a new cookie, and the CSRF value that belongs to it.
+
+    Args:
+        request: request of the client.
+        rejection: error that the page shows; None: no error.
+        status: HTTP status; None: the status of the error, or 200 if there is none.
+    """
     cookie = secrets.token_urlsafe(24)
     page = login_page(request.headers.get("accept-language", ""), csrf_token(cookie, "login"), rejection)
     response = HTMLResponse(
         page, status or (rejection.status if rejection else 200), rejection.headers if rejection else None
     )
     response.headers["Vary"] = "Accept-Language"
-    # allow these two inline texts and nothing else
+    # the page may use its inline style sheet and its inline script, and no other style or script
     sources = f"style-src {STYLE_SOURCE}; script-src {SCRIPT_SOURCE}"
     response.headers["Content-Security-Policy"] = f"default-src 'none'; {sources}; {COMMON_POLICY}"
-    # With no-referrer, browsers would send the form with 'Origin: null', which the checks reject.
+    # With the policy no-referrer, browsers would send the form with 'Origin: null', which the checks reject.
     response.headers["Referrer-Policy"] = "same-origin"
     _set_cookie(response, request, LOGIN_COOKIE, cookie, 3600, path="/login")
     return response
@@ -358,20 +401,34 @@ def _login_page(
 def _set_cookie(
     response: Response, request: Request, name: str, value: str, seconds: int, path: str = "/"
 ) -> None:
-    """Set a cookie that scripts cannot read and that browsers do not send from other sites."""
+    """Set a cookie that scripts cannot read, and that browsers do not add to requests from other sites.
+
+    Args:
+        response: response to which the cookie is added.
+        request: request of the client; over https, the cookie is sent over https only.
+        name: name of the cookie.
+        value: value of the cookie.
+        seconds: time until the cookie expires.
+        path: path of the pages for which browsers send the cookie.
+    """
     https = request.url.scheme == "https"
     response.set_cookie(
         name, value, max_age=seconds, path=path, secure=https, httponly=True, samesite="strict"
     )
 
 
-# ---- the login page in the reader's language. It is one response without further files, because these need a
-# login. Its script is always the same, so that its hash is.
+# ---- the login page in the language of the reader. It is one response without further files, because loading
+# other files needs a login. Its script contains no variable text, so that its hash is constant.
 
 
 def language_of(accepted: str) -> str:
-    """Return the language of TEXTS with the highest weight in an Accept-Language header (RFC 9110, 12.5.4),
-    or English if the header names none of them.
+    """Return the language of the login page that a browser prefers.
+
+    Args:
+        accepted: value of the Accept-Language header (RFC 9110, section 12.5.4).
+
+    Returns:
+        The language of TEXTS with the highest weight in the header, or "en" if the header names none of them.
     """
     weights: dict[str, float] = {}
     # The length is limited, because anybody can send this header.
@@ -389,13 +446,13 @@ def login_page(accepted: str, csrf: str, rejection: RequestError | None = None) 
     """Return the HTML of the login page.
 
     Args:
-        accepted: the Accept-Language header.
-        csrf: value of the form's hidden field.
-        rejection: error of the attempt before.
+        accepted: value of the Accept-Language header.
+        csrf: value of the hidden field `csrf` of the form.
+        rejection: error of the last login attempt, which the page shows; None: no error.
     """
     language = language_of(accepted)
+    # every text that is inserted into the page is escaped
     texts = {key: html.escape(text) for key, text in TEXTS[language].items()}
-    # Everything that is inserted into the page is escaped.
     message = ""
     if rejection is not None:
         key = "withdrawn" if isinstance(rejection, AccessRevoked) else str(rejection.status)

@@ -1,9 +1,9 @@
-"""Runs the HTTP server: granian in this process, on one listening socket.
+"""HTTP server: granian in this process, on one listening socket.
 
-Each stage of a connection has a time limit, so that slow and silent clients do not occupy connections: the
-TLS handshake (10 s, fixed by granian), a request's headers and the pause before them
-(`Limits.header_seconds`), the body (`Limits.body_seconds`, see request_checks.py), and a client that does not
-read its answer (`Limits.answer_seconds`, on Linux only).
+Each stage of a connection has a time limit, so that slow and silent clients do not occupy connections. The
+stages are the TLS handshake (10 s, fixed by granian), the headers of a request and the pause before them
+(`Limits.header_seconds`), the body (`Limits.body_seconds`, see request_checks.py), and the reception of the
+answer by the client (`Limits.answer_seconds`, on Linux only).
 """
 
 import asyncio
@@ -28,19 +28,29 @@ from starlette.types import ASGIApp
 
 from eg3d_rlhf.people.label.server.options import Limits
 
-BACKLOG = 4096  # connections that wait in the system's queue until they are accepted
-FILES = 65_536  # requested limit of open files
-OTHER_FILES = 256  # open files that are reserved for the database, shapes and logs
-STOP_SECONDS = 3.0  # time for answering requests that arrived before the end
+BACKLOG = 4096  # largest number of connections that wait in the queue of the system until they are accepted
+FILES = 65_536  # number of open files that the process requests as its limit
+OTHER_FILES = 256  # number of open files that are reserved for the database, shapes and logs
+STOP_SECONDS = 3.0  # time in seconds for answering requests that arrived before the server is stopped
 
 
 def listen(host: str, port: int, limits: Limits | None = None) -> socket.socket:
-    """Return a listening socket; port 0 takes a free one. Raises: OSError with the names of the flags."""
+    """Return a listening socket.
+
+    Args:
+        host: address to listen on.
+        port: port to listen on; 0: any free port.
+        limits: limits, of which `answer_seconds` is used; None: the default limits.
+
+    Raises:
+        OSError: the address or the port cannot be used. The message names the flags --host and --port.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     server = socket.socket(family, socket.SOCK_STREAM)
-    # A restarted server can use the port again at once, while connections of the old one are in TIME_WAIT.
+    # SO_REUSEADDR: a restarted server can use the port while connections of the old server are in TIME_WAIT.
     server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    # Accepted connections inherit these two. With Nagle's algorithm an answer over TLS takes 40 ms more.
+    # Accepted connections inherit these two options. TCP_NODELAY switches off Nagle's algorithm, with which
+    # an answer over TLS takes 40 ms longer.
     server.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux: ends clients that do not read their answer
         milliseconds = round(1000 * (limits or Limits()).answer_seconds)
@@ -51,17 +61,17 @@ def listen(host: str, port: int, limits: Limits | None = None) -> socket.socket:
     except OSError as error:
         server.close()
         raise OSError(
-            f"--host={host} --port={port}: cannot listen there: {error.strerror or error}. Use --port=0 for a"
-            " free port."
+            f"--host={host} --port={port}: the server cannot listen on this address:"
+            f" {error.strerror or error}. Use another port, or --port=0 for any free port."
         ) from error
     return server
 
 
 def available_connections(limits: Limits) -> int:
-    """Return the number of connections that fit beside the other open files.
+    """Return the largest number of connections that the limit of open files allows.
 
-    The process's soft limit of open files is raised first. Over TLS, granian does not recover when no
-    descriptor is left, so the limit is as high as the system allows.
+    The soft limit of open files of this process is raised first, as far as the system allows, because granian
+    does not recover when a TLS connection gets no file descriptor.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     files = FILES if hard == resource.RLIM_INFINITY else min(FILES, hard)
@@ -70,29 +80,48 @@ def available_connections(limits: Limits) -> int:
             resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))
             soft = files
     soft = FILES if soft == resource.RLIM_INFINITY else soft
+    # at least half of a very low limit is left for connections
     return min(limits.connections, soft - min(OTHER_FILES, soft // 2))
 
 
 def trusted_proxies(proxy: str) -> list[str] | str:
-    """Return the networks of --proxy, or '*'. Raises: ValueError for anything but addresses."""
+    """Parse the value of --proxy.
+
+    Returns:
+        The networks as texts, or "*" for all addresses.
+
+    Raises:
+        ValueError: a part of the text is neither an address nor a network.
+    """
     if proxy == "*":
         return proxy
     try:
         return [str(ipaddress.ip_network(part.strip(), strict=False)) for part in proxy.split(",")]
     except ValueError:
         raise ValueError(
-            f"--proxy: expected addresses or networks, got {proxy!r}. Write the proxy's address as 192.0.2.1."
+            f"--proxy: {proxy!r} is not a list of addresses or networks. Write the address of the proxy,"
+            " such as 192.0.2.1."
         ) from None
 
 
 def foreign_threads() -> set[int]:
-    """Return the threads that run Python code but were not started by Python."""
+    """Return the ids of threads that run Python code but were not started by Python."""
     return set(sys._current_frames()) - {thread.ident for thread in threading.enumerate()}
 
 
 class Server(embed.Server):
-    """granian in this process, serving `app` on an existing listening socket; other arguments as of
-    `serve`.
+    """Server that runs granian in this process, on an existing listening socket.
+
+    Args:
+        app: ASGI application.
+        listening: listening socket, which the server closes at its end.
+        limits: limits of requests and connections.
+        certificate: PEM file of the certificate; None: the server uses http.
+        key: PEM file of the private key of the certificate.
+        proxy: addresses of reverse proxies whose X-Forwarded headers are trusted; None: no proxy.
+
+    Raises:
+        ValueError: the certificate or the key is invalid, or `proxy` is not a list of addresses.
     """
 
     def __init__(
@@ -106,13 +135,13 @@ class Server(embed.Server):
     ):
         try:
             if certificate is not None:
-                # granian ends the process for a key that it cannot read, so the key is loaded here first.
-                # Without `password`, OpenSSL would ask for one in the terminal.
+                # If granian cannot read the key, it ends the process. Loading the key here first raises an
+                # error instead. Without `password`, OpenSSL would ask for a password in the terminal.
                 ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password="")
             super().__init__(
                 app if proxy is None else wrap_asgi_with_proxy_headers(app, trusted_proxies(proxy)),
                 interface=Interfaces.ASGI,
-                http=HTTPModes.http1,  # `auto` has no time limit for the first byte of a connection
+                http=HTTPModes.http1,  # HTTPModes.auto has no time limit for the first byte of a connection
                 websockets=False,
                 backlog=BACKLOG,
                 backpressure=available_connections(limits),
@@ -121,7 +150,7 @@ class Server(embed.Server):
                     max_buffer_size=2 * limits.headers,
                 ),
                 log_level=LogLevels.critical,  # RequestChecks logs errors of requests
-                # sets the level only: other handlers of the process stay
+                # an incremental configuration does not remove other logging handlers of the process
                 log_dictconfig={"incremental": True, "handlers": {}, "loggers": {}},
                 ssl_cert=certificate,
                 ssl_key=key,
@@ -129,37 +158,47 @@ class Server(embed.Server):
             )
         except ssl.SSLError as error:
             raise ValueError(
-                f"--certificate={certificate} --key={key}: expected a PEM certificate and its key without a"
-                f" password: {error.reason or error}. Use the two files of one certificate."
+                f"--certificate={certificate} --key={key}: these files cannot be used:"
+                f" {error.reason or error}. Pass the PEM files of a certificate and of its private key,"
+                " which must have no password."
             ) from None
         self.listening = listening
         self.running_loop: asyncio.AbstractEventLoop | None = None
         self.stopping = asyncio.Event()
 
     def _init_shared_socket(self) -> None:
-        # granian itself binds with SO_REUSEPORT, with which two servers would share a port without an error.
-        # It closes the descriptor when it ends.
+        # granian's own method binds with SO_REUSEPORT, with which two servers would share a port without an
+        # error. granian closes the descriptor at its end, so it is detached from the Python socket.
         self._shd = SocketHolder(self.listening.detach(), False, self.backlog)  # type: ignore
 
     def run(self) -> None:
-        """Serve until `stop` or a signal. The signal is raised again after the last answer."""
-        number = asyncio.run(self._run())
-        # granian's thread returns from its last call into Python after `serve` has ended. If the interpreter
-        # ended before that, the process would abort. This happened in one of four runs.
-        end = time.monotonic() + 1
-        while foreign_threads() and time.monotonic() < end:
+        """Serve until `stop` is called or SIGINT or SIGTERM arrives.
+
+        After a signal, the requests that have arrived are answered, and then the signal is raised again.
+        """
+        received_signal = asyncio.run(self._run())
+        # A thread of granian returns from its last call into Python after `serve` has ended. If the
+        # interpreter ends before that, the process aborts, which happened in one of four runs. So this waits
+        # for at most one second.
+        deadline = time.monotonic() + 1
+        while foreign_threads() and time.monotonic() < deadline:
             time.sleep(0.01)
-        if number is not None:
-            signal.raise_signal(number)
+        if received_signal is not None:
+            signal.raise_signal(received_signal)
 
     def stop(self) -> None:
-        """Make `run` return. It may be called from any thread, and has no effect after `run` has returned."""
+        """Make `run` return. Any thread may call this method. It has no effect after `run` has returned."""
         assert self.running_loop is not None
-        with contextlib.suppress(RuntimeError):  # the loop is closed
+        # RuntimeError: the event loop is closed, because `run` has returned
+        with contextlib.suppress(RuntimeError):
             self.running_loop.call_soon_threadsafe(self.stopping.set)
 
     async def _run(self) -> signal.Signals | None:
-        """Run granian and wait for its end or a signal. Returns the signal."""
+        """Run granian until it ends, `stop` is called or a signal arrives.
+
+        Returns:
+            The signal that arrived first, or None.
+        """
         self.running_loop = asyncio.get_running_loop()
         received: list[signal.Signals] = []
 
@@ -167,7 +206,7 @@ class Server(embed.Server):
             received.append(number)
             self.stopping.set()
 
-        # Python allows signal handlers in the main thread only; tests serve in others.
+        # Python allows signal handlers in the main thread only. Tests run the server in other threads.
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self.running_loop.add_signal_handler(number, interrupt, number)
@@ -175,11 +214,12 @@ class Server(embed.Server):
         stopped = asyncio.create_task(self.stopping.wait())
         await asyncio.wait([serving, stopped], return_when=asyncio.FIRST_COMPLETED)
         self.signal_handler_interrupt()
-        # Requests are answered. The server does not wait for clients that hold a connection without a
-        # request.
+        # Requests that have arrived are answered. The time limit is for clients that keep a connection open
+        # without a request.
         await asyncio.wait([serving], timeout=STOP_SECONDS)
-        # Without a signal or `stop`, the end is an error: result() raises granian's own one if there is one.
+        # If neither a signal nor `stop` ended the server, its end is an error. result() raises the error of
+        # granian if there is one.
         if not self.stopping.is_set():
             serving.result()
-            raise RuntimeError("granian ended by itself")
+            raise RuntimeError("granian stopped serving without a signal and without an error")
         return received[0] if received else None

@@ -1,5 +1,7 @@
-"""Identifies the client of a request by a bearer token, a session cookie or, on loopback, as the user of the
-server's machine; limits the rates of requests.
+"""Identification of clients, and limits of their rates of requests.
+
+A client is identified by a bearer token or a session cookie. On a server that only its own machine can reach,
+a client without either is the user of this machine.
 """
 
 import contextlib
@@ -21,49 +23,59 @@ from eg3d_rlhf.people.label.entities import LOCAL, Mode, StoredAnnotator
 from eg3d_rlhf.people.label.server.models import AccessRevoked, RequestError, too_many
 from eg3d_rlhf.people.label.server.options import AppOptions
 
-COOKIE = "session"
-_WORDS = 256  # largest number of characters of a token or session id
+COOKIE = "session"  # name of the session cookie
+_MAX_SECRET = 256  # largest number of characters of a token or session id
 KEYS = 10_000  # largest number of buckets; the least recently used one is deleted
 
 
 class Buckets:
-    """Token buckets, one per key: `burst` tokens, refilled at `rate` per second. Thread-safe."""
+    """Token buckets for rate limits, one for each key. The object is thread-safe.
+
+    Args:
+        rate: number of tokens per second that are added to a bucket.
+        burst: number of tokens that a full bucket contains.
+        clock: function that returns the time in seconds.
+    """
 
     def __init__(self, rate: float, burst: float, clock: Callable[[], float] = time.monotonic):
         self.rate = rate
         self.burst = burst
         self.clock = clock
-        # key -> (tokens, time of that level); the last used key is at the end
+        # key -> (number of tokens, time at which this was their number); the last used key is at the end
         self._levels: OrderedDict[str, tuple[float, float]] = OrderedDict()
         self._lock = threading.Lock()
 
     def take(self, key: str, count: float = 1.0) -> float:
-        """Take tokens from a key's bucket, or put them back if `count` < 0.
+        """Take `count` tokens from the bucket of a key, or put tokens back if `count` is negative.
 
-        Returns: 0 if there were enough, else the seconds until there are; then nothing is taken.
+        Returns:
+            0 if the bucket contained enough tokens. Otherwise nothing is taken, and the number of seconds is
+            returned after which the bucket will contain enough tokens.
         """
         with self._lock:
             now = self.clock()
             # A new key has a full bucket.
             level, since = self._levels.pop(key, (self.burst, now))
             level = min(self.burst, level + (now - since) * self.rate)
-            enough = level >= count
-            # Inserted again at the end, which marks the key as recently used.
-            self._levels[key] = (min(self.burst, level - count) if enough else level, now)
+            has_enough = level >= count
+            # `pop` has removed the key. Inserting it at the end marks it as recently used.
+            self._levels[key] = (min(self.burst, level - count) if has_enough else level, now)
             if len(self._levels) > KEYS:
                 self._levels.popitem(last=False)
-            return 0.0 if enough else (count - level) / self.rate
+            return 0.0 if has_enough else (count - level) / self.rate
 
 
 def address_key(address: str) -> str:
-    """Return the key by which addresses are limited: an IPv4 address, or the /64 network of an IPv6 address,
-    which belongs to one subscriber.
+    """Return the key under which requests from an address are counted.
+
+    For an IPv4 address it is the address. For an IPv6 address it is the /64 network, which belongs to one
+    subscriber.
     """
     try:
         ip = ipaddress.ip_address(address)
     except ValueError:
-        return address  # a Unix socket or a test client has no IP address
-    # ::ffff:192.0.2.1 is an IPv4 address on a socket for both versions.
+        return address  # clients of a Unix socket and of tests have no IP address
+    # An IPv4 client of a socket for both versions has an address such as ::ffff:192.0.2.1.
     mapped = getattr(ip, "ipv4_mapped", None)
     if mapped is not None:
         return str(mapped)
@@ -72,17 +84,24 @@ def address_key(address: str) -> str:
 
 @dataclass(frozen=True)
 class Identity:
-    """An annotator and the way she was identified."""
+    """Annotator who has sent a request, and the kind of identification."""
 
     annotator: StoredAnnotator
-    by: str  # 'token', 'session' or 'local'
-    admin: bool
-    csrf: str = ""  # required value of X-CSRF-Token; '' for a token, which browsers do not send by themselves
-    session: str = ""  # session id, for logging out
+    by: str  # kind of identification: 'token', 'session' or 'local'
+    admin: bool  # True if the client may see results and manage annotators
+    # Required value of the header X-CSRF-Token. It is '' for a token, because browsers do not add it by
+    # themselves.
+    csrf: str = ""
+    session: str = ""  # id of the session, which a logout ends; '' if there is none
 
 
 class Identities:
-    """Identification of clients. All methods block while they use the database."""
+    """Identification of clients. All methods block while they use the database.
+
+    Args:
+        options: options of the server.
+        mode: mode of the served campaign.
+    """
 
     def __init__(self, options: AppOptions, mode: Mode):
         self.store = options.store
@@ -93,12 +112,17 @@ class Identities:
         self._local = None if options.exposed else self.store.annotator_without_token(LOCAL, "admin")
 
     def find(self, headers: Headers, address: str) -> Identity | None:
-        """Return the identity of a client, or None. A wrong bearer token is an error even if there is a
-        session.
+        """Return the identity of a client, or None if the client is unknown.
 
-        Raises: RequestError 401, 429.
+        Args:
+            headers: headers of the request.
+            address: IP address of the client.
+
+        Raises:
+            RequestError: 401 for a wrong or revoked token, also if there is a valid session; 429 after too
+                many wrong tokens from the address.
         """
-        # Two Authorization headers are ambiguous, so they count as a wrong token.
+        # Two Authorization headers are ambiguous. They are treated like a wrong token.
         if "authorization" in headers:
             scheme, _, token = headers["authorization"].partition(" ")
             bearer = (
@@ -111,7 +135,7 @@ class Identities:
         annotator = self.store.session(session) if _plausible(session) else None
         if annotator is not None:
             return self._identity(annotator, "session", csrf_token(session, "csrf"), session)
-        # On loopback a request without a session comes from the user of this machine.
+        # `_local` exists only if no other machine can reach the server.
         if self._local is not None:
             return self._identity(self._local, "local", csrf_token(self.secret, "local"))
         if _plausible(session) and self.store.withdrawn(session):
@@ -119,60 +143,77 @@ class Identities:
         return None
 
     def by_token(self, token: str, address: str) -> StoredAnnotator:
-        """Return the annotator of a token. Raises: RequestError 401, 429.
+        """Return the annotator of a token.
 
-        A token has 192 random bits, so guessing needs no limit: a correct token is accepted even after many
-        wrong ones from the same address. After many wrong ones the error is 429 instead of 401, which users
-        of scripts and readers of the access log notice.
+        A token has 192 random bits and cannot be guessed, so a correct token is accepted even after many
+        wrong tokens from the same address. After many wrong tokens the error is 429 instead of 401. Users of
+        scripts and readers of the access log notice that.
+
+        Args:
+            token: token that the client has sent.
+            address: IP address of the client.
+
+        Raises:
+            RequestError: 401 for a wrong or revoked token, 429 after too many wrong tokens from the address.
         """
         annotator = self.store.authenticate(token) if _plausible(token) else None
         if annotator is None:
-            # Only the owner of a token learns that it was revoked.
+            # Only a client that has the token gets the information that it was revoked.
             if _plausible(token) and self.store.withdrawn(token):
                 raise AccessRevoked
             if wait := self.guesses.take(address_key(address)):
                 raise too_many(wait)
-            remedy = "Ask the person who gave it to you for a new token."
             raise RequestError(
-                401, "The token is unknown or was revoked.", remedy, {"WWW-Authenticate": "Bearer"}
+                401,
+                "The token is unknown or was revoked.",
+                "Ask the person who gave you the token for a new one.",
+                {"WWW-Authenticate": "Bearer"},
             )
         return annotator
 
     def _identity(self, annotator: StoredAnnotator, by: str, csrf: str = "", session: str = "") -> Identity:
-        # In a blind study, results are shown only for an admin's token, not to the user of this machine.
+        # In a blind study the user of this machine may take part, and must not see results. An admin logs in
+        # with a token there.
         admin = (by == "local" and not self.blind) or (by != "local" and annotator.role == "admin")
         return Identity(annotator, by, admin, csrf, session)
 
 
 def _plausible(token: str) -> bool:
-    """Return True for a text that can be a token or session id. Others are not looked up in the database."""
-    return 16 <= len(token) <= _WORDS and token.isascii() and token.isprintable()
+    """Return True if a text can be a token or session id. Other texts are not looked up in the database."""
+    return 16 <= len(token) <= _MAX_SECRET and token.isascii() and token.isprintable()
 
 
 def server_secret(path: Path) -> bytes:
-    """Return 32 random bytes that are stored in a file, readable for its owner only. Pages that are open
-    remain valid when the server restarts.
+    """Return 32 random bytes from a file, which is created if it does not exist, readable for its owner only.
+
+    Since the bytes are stored, pages that are open remain valid when the server restarts.
+
+    Raises:
+        ValueError: the file does not contain 32 bytes.
     """
     path.parent.mkdir(0o700, parents=True, exist_ok=True)
-    # O_EXCL: of several servers that start together, one creates the file and all read it.
+    # With O_EXCL only one of several servers that start at the same time creates the file.
     with (
         contextlib.suppress(FileExistsError),
         os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file,
     ):
         file.write(os.urandom(32))
-    # Read again in any case: another server may have created the file.
+    # The file may have been created by another server, so it is read in any case.
     secret = path.read_bytes()
-    # A file that was cut off, or edited.
     if len(secret) != 32:
         raise ValueError(
-            f"{path}: expected 32 bytes, got {len(secret)}. Delete the file; the server creates it again."
+            f"{path}: the file contains {len(secret)} bytes instead of 32. Delete the file, which the server"
+            " then creates again."
         )
     return secret
 
 
 def csrf_token(key: str | bytes, purpose: str) -> str:
-    """Return the HMAC-SHA256 of a purpose. The key must be unknown to other sites: the session's id, or the
-    server's secret.
+    """Return the HMAC-SHA256 of a purpose as hexadecimal digits.
+
+    Args:
+        key: secret that other sites cannot have: the id of a session, or the secret of the server.
+        purpose: name of the use, so that values of different uses differ.
     """
     return hmac.new(
         key.encode() if isinstance(key, str) else key, purpose.encode(), hashlib.sha256

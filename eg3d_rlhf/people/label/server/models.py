@@ -1,4 +1,4 @@
-"""Defines the bodies of the API's requests, responses and errors. An error has a reason and a remedy."""
+"""Bodies of the requests, responses and errors of the API. An error has a reason and a remedy."""
 
 import logging
 import math
@@ -31,26 +31,27 @@ QuestionName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,31}$")]
 
 
 class Sent(BaseModel):
-    """Body of a request: fields of exactly these types, and no others."""
+    """Body of a request. Its fields must have exactly the declared types, and further fields are rejected."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class Judgement(Sent):
-    """An answer to an assignment."""
+    """Answer to an assignment."""
 
-    key: Word  # chosen by the page; sending an answer again with its key changes nothing
-    assignment: Word
-    # the campaign's scale decides which of them are valid
+    key: Word  # text that the page chooses; an answer that is sent again with its key has no further effect
+    assignment: Word  # token of the assignment
+    # the scale of the campaign decides which of these choices are valid
     choice: Literal["left", "right", "tie", "bad", "up", "down", "0", "1", "2", "3", "4", "5", "skip"]
     reason: Literal["broken", "identical", "unsure", "other"] | None = None  # entities.SKIP_REASONS
     milliseconds: Annotated[int, Field(ge=0, le=86_400_000)]  # at most one day
     views: Annotated[list[Annotated[str, Field(pattern=r"^[a-z0-9_-]{1,32}$")]], Field(max_length=64)]
-    answered_at: Annotated[float, Field(ge=0, le=1e11)]  # the page's clock, seconds since 1970
+    # time by the clock of the browser, seconds since 1970
+    answered_at: Annotated[float, Field(ge=0, le=1e11)]
     page_version: Annotated[str, Field(pattern=r"^[A-Za-z0-9._+-]{0,64}$")]
-    # answers to the campaign's further questions
+    # votes on the further questions of the campaign: name of the question -> vote
     votes: Annotated[dict[QuestionName, Literal["left", "right", "tie"]], Field(max_length=8)] = {}
-    # printable: eg3d_rlhf.people.label.judgements checks that
+    # eg3d_rlhf.people.label.judgements also checks that the comment is printable
     comment: Annotated[str, Field(min_length=1, max_length=500)] | None = None
 
     @model_validator(mode="after")
@@ -61,10 +62,10 @@ class Judgement(Sent):
 
 
 class Undo(Sent):
-    """Takes back the last answer, or the answer to `assignment`."""
+    """Request to take back an answer."""
 
-    key: Word
-    assignment: Word | None = None
+    key: Word  # text that the page chooses; an undo that is sent again with its key has no further effect
+    assignment: Word | None = None  # token of the assignment; None: the last answer is taken back
 
 
 class Named(Sent):
@@ -74,13 +75,13 @@ class Named(Sent):
 
 
 class NewAnnotator(Named):
-    """Annotator to be added."""
+    """Annotator who shall be added."""
 
     role: Literal["annotator", "admin"] = "annotator"
 
 
 class AnnotatorLine(BaseModel):
-    """Annotator as admins see her; times are in seconds since 1970."""
+    """Annotator as the admin page shows the person; times are in seconds since 1970."""
 
     name: str
     role: str
@@ -90,26 +91,30 @@ class AnnotatorLine(BaseModel):
 
 @dataclass(eq=False)
 class RateFilter(logging.Filter):
-    """Filter that passes `burst` records with the same text in a period, and later logs how many it has
-    dropped.
+    """Filter that limits how often records with the same text are logged.
+
+    In each period it passes `burst` records of a text. The first record of the next period states how many
+    were dropped.
     """
 
-    burst: int = 5  # records per period
-    period: float = 60.0  # seconds
-    _seen: dict[tuple, list] = field(default_factory=dict)  # text -> [start of the period, count]
+    burst: int = 5  # largest number of records of a text in one period
+    period: float = 60.0  # length of a period in seconds
+    # (level, text) -> [start of the period, number of records in it]
+    _periods: dict[tuple, list] = field(default_factory=dict)
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Return True for a record that is to be logged."""
-        # The text before its arguments are inserted, so that records that differ in them only are counted
-        # together.
-        seen = self._seen.setdefault((record.levelno, str(record.msg)), [time.monotonic(), 0])
-        # A new period begins. The record reports how many were dropped in the last one.
-        if time.monotonic() - seen[0] > self.period:
-            if seen[1] > self.burst:
-                record.msg = f"{record.msg} (and {seen[1] - self.burst} more since the last line like this)"
-            seen[:] = time.monotonic(), 0
-        seen[1] += 1
-        return seen[1] <= self.burst
+        """Return True if a record shall be logged."""
+        # record.msg is the text before its arguments are inserted. Records that differ only in their
+        # arguments are counted together.
+        period = self._periods.setdefault((record.levelno, str(record.msg)), [time.monotonic(), 0])
+        start, count = period
+        # A new period begins. Its first record states how many records were dropped in the previous period.
+        if time.monotonic() - start > self.period:
+            if count > self.burst:
+                record.msg = f"{record.msg} (and {count - self.burst} more since the last line like this)"
+            period[:] = time.monotonic(), 0
+        period[1] += 1
+        return period[1] <= self.burst
 
 
 RATE_FILTER = RateFilter()
@@ -117,24 +122,32 @@ LOGGER.addFilter(RATE_FILTER)
 
 
 class RequestError(Exception):
-    """Error of a request that is answered with a status, a reason and a remedy."""
+    """Error that the server sends as the response to a request.
+
+    Args:
+        status: HTTP status.
+        error: reason, a full sentence.
+        remedy: instruction that says what to do.
+        headers: further headers of the response.
+    """
 
     def __init__(self, status: int, error: str, remedy: str, headers: Mapping[str, str] | None = None):
         super().__init__(error)
         self.status = status
         self.error = error
         self.remedy = remedy
-        # A copy: handlers add headers of their own.
+        # a copy, because handlers add headers
         self.headers = dict(headers or {})
 
     def response(self) -> JSONResponse:
-        """Return the error as JSON."""
+        """Return the response with the reason and the remedy as JSON."""
         return JSONResponse({"error": self.error, "remedy": self.remedy}, self.status, self.headers)
 
 
 class AccessRevoked(RequestError):
-    """Error 401 of an annotator whose access was revoked. Only a client with her token, or with a session
-    that it has opened, learns of it.
+    """Error 401 of an annotator whose access was revoked.
+
+    It is raised only for a client that has the annotator's token, or a session that was opened with it.
     """
 
     def __init__(self):
@@ -147,14 +160,18 @@ class AccessRevoked(RequestError):
 
 
 def note(request: Request, error: RequestError) -> RequestError:
-    """Store the reason for the access log. Returns the error."""
+    """Store the reason of an error for the access log, and return the error."""
     request.scope.setdefault("state", {})["refused"] = error.error
     return error
 
 
 def too_many(seconds: float) -> RequestError:
-    """Return error 429 with the seconds to wait."""
-    # Retry-After has whole seconds.
+    """Return the error 429 of a client that sends too many requests.
+
+    Args:
+        seconds: time after which the client may send the next request.
+    """
+    # the header Retry-After is an integer
     wait = max(1, math.ceil(seconds))
     return RequestError(
         429, "Too many requests.", f"Wait {wait} seconds and try again.", {"Retry-After": str(wait)}
@@ -162,17 +179,18 @@ def too_many(seconds: float) -> RequestError:
 
 
 def no_database(error: Exception) -> RequestError:
-    """Return error 503, and log the reason without the statement and its values, which may contain
-    secrets.
+    """Log an error of the database, and return the error 503 for the client.
+
+    The log contains the reason, but not the SQL statement and its values, which may contain secrets.
     """
-    # `orig` is the driver's error; SQLAlchemy's own text contains statement and values.
+    # `orig` is the error of the driver. The text of SQLAlchemy's error contains the statement and its values.
     reason = str(getattr(error, "orig", None) or error).strip().splitlines() or [type(error).__name__]
     LOGGER.error("database: %s", reason[0])
     return RequestError(503, "The database did not answer.", "Try again in a moment.", {"Retry-After": "2"})
 
 
 def add_handlers(app: FastAPI) -> None:
-    """Convert every error of the application to the response of a `RequestError`."""
+    """Add handlers that convert every error of the application to the response of a `RequestError`."""
 
     @app.exception_handler(RequestError)
     async def request_error(request: Request, error: RequestError) -> JSONResponse:
@@ -180,7 +198,7 @@ def add_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> JSONResponse:
-        # Errors of FastAPI itself, such as an unknown address.
+        # FastAPI itself raises this error, for example for an unknown path.
         remedy = REMEDIES.get(error.status_code, REMEDIES[400])
         return note(
             request, RequestError(error.status_code, str(error.detail), remedy, error.headers)
@@ -188,13 +206,16 @@ def add_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        # Fields and reasons of at most five mistakes. Values are left out: they may be long or hostile.
+        # The message contains field and reason of at most five mistakes. It contains no values, because they
+        # may be long or malicious.
         mistakes = [
             f"{'.'.join(str(part) for part in item['loc'][:4])[:60]}: {item['msg'][:120]}"
             for item in error.errors()[:5]
         ]
         rejection = RequestError(
-            422, f"The request is invalid: {'; '.join(mistakes)}.", "Correct these fields."
+            422,
+            f"The request is invalid: {'; '.join(mistakes)}.",
+            "Send these fields as the description of the API defines them.",
         )
         return note(request, rejection).response()
 

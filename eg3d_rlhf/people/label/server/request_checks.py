@@ -1,26 +1,26 @@
-"""Checks every request before it reaches the application, adds the headers of every response, and writes the
-access log. The checks are in one place, so that no route can omit one.
+"""Checks of every request before it reaches the application, headers of every response, and the access log.
 
-The access log contains one JSON object per line and request. It never contains a token, session id, CSRF
-value, body or query.
+The checks are in one place, so that no route can omit one.
+
+The access log contains one line for each request, which is a JSON object. It never contains a token, session
+id, CSRF value, body or query.
 
 Fields:
     time          ISO 8601, UTC, milliseconds
     event         'request'; 'start' with mode, exposed and page_version when a server starts
     request       8 random hex digits, also sent as the header X-Request-Id
-    address       of the client
+    address       IP address of the client
     method        GET, POST, ...
-    route         template of the route, such as '/api/shapes/{address}'; for an unknown address its path,
-    with
-                  long words replaced by '*'
-    status        of the response; 0 if the client disconnected before it began
-    milliseconds  from the request's headers to the last byte of the response
-    bytes         of the response's body
-    annotator     name, or null for an unknown client
-    by            'token', 'session', 'local' or null: the kind of identification
-    refused       short reason for a rejected request, absent otherwise
+    route         template of the route, such as '/api/shapes/{address}'; for an unknown route the path of
+                  the request, with long words replaced by '*'
+    status        status of the response; 0 if the client disconnected before the response began
+    milliseconds  time from the headers of the request to the last byte of the response
+    bytes         number of bytes in the body of the response
+    annotator     name of the annotator, or null for an unknown client
+    by            kind of identification: 'token', 'session', 'local' or null
+    refused       short reason for a rejected request; absent if the request was not rejected
 
-At 20 MB a file is renamed to FILE.1, up to FILE.5, and a new one is started.
+When the file reaches 20 MB, it is renamed to FILE.1, and a new file is started. FILE.1 to FILE.5 are kept.
 """
 
 import asyncio
@@ -56,19 +56,20 @@ from eg3d_rlhf.people.label.server.options import LOOPBACK, AppOptions, Limits
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 PAGES = ("/", "/login", "/admin")  # pages to which another site may link
 _HOST = re.compile(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+)(?::(\d{1,5}))?")
-_LONG_WORD = re.compile(r"[^/]{16,}")  # a word of an unknown path that might be a token
-_CLOSE = {"Connection": "close"}  # sent when the rest of the body is not read
+_LONG_WORD = re.compile(r"[^/]{16,}")  # part of an unknown path that might be a token
+_CLOSE = {"Connection": "close"}  # header of a response that is sent before the entire body was read
 # Requests that need no token when other machines can reach the server.
 OPEN = {("GET", "/health"), ("GET", "/login"), ("POST", "/login")}
 # Set-Cookie value that deletes the session cookie
 FORGET = f"{COOKIE}=; Max-Age=0; Path=/; HttpOnly; SameSite=Strict"
 COMMON_POLICY = "base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
-# blob: allows what the page itself has loaded: textures of a GLB (connect-src, img-src) and videos
-# (media-src). The worker reads Gaussian splats.
+# "blob:" allows data that the page itself has loaded: textures of a GLB (connect-src, img-src) and videos
+# (media-src). The worker (worker-src) reads Gaussian splats.
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; media-src blob:;"
     f" worker-src 'self'; connect-src 'self' blob:; {COMMON_POLICY}"
 )
+# headers of every response
 FIXED = {
     "Server": "-",  # without a value granian sends its own name
     "X-Content-Type-Options": "nosniff",
@@ -85,16 +86,25 @@ FIXED = {
 
 
 def check_host(headers: Headers, exposed: bool) -> None:
-    """Check that there is exactly one well-formed Host header. On loopback it must name this machine.
-    Otherwise a foreign name that resolves to 127.0.0.1 could be used to read the page (DNS rebinding).
+    """Check that a request has exactly one valid Host header.
 
-    Raises: RequestError 400, 421.
+    On a server that only this machine can reach, the header must name this machine. Otherwise another site
+    could read the page through a name that resolves to 127.0.0.1 (DNS rebinding).
+
+    Args:
+        headers: headers of the request.
+        exposed: True if other machines can reach the server.
+
+    Raises:
+        RequestError: 400 for a missing or invalid header, 421 for the name of another machine.
     """
-    # Two Host headers could be read differently by a proxy and by this server.
+    # Of two Host headers, a proxy could read one and this server the other.
     hosts = headers.getlist("host")
     match = _HOST.fullmatch(hosts[0]) if len(hosts) == 1 else None
     if match is None:
-        raise RequestError(400, "Expected one valid Host header.", "Use the address that the server printed.")
+        raise RequestError(
+            400, "The request must have one valid Host header.", "Use the address that the server printed."
+        )
     if not exposed and match.group(1).strip("[]").lower() not in LOOPBACK:
         raise RequestError(
             421,
@@ -104,7 +114,16 @@ def check_host(headers: Headers, exposed: bool) -> None:
 
 
 def check_fetch(headers: Headers, method: str, path: str) -> None:
-    """Reject what a browser requests for another site, except links to a page. Raises: RequestError 403."""
+    """Reject requests that a browser sends for another site, except links to a page.
+
+    Args:
+        headers: headers of the request.
+        method: HTTP method.
+        path: path of the request.
+
+    Raises:
+        RequestError: 403 for a request of another site.
+    """
     # Scripts and old browsers do not send the header; their requests are checked by token or CSRF value.
     site = headers.get("sec-fetch-site", "same-origin")
     if site in ("same-origin", "none"):
@@ -120,21 +139,29 @@ def check_fetch(headers: Headers, method: str, path: str) -> None:
 
 
 def check_same_origin(headers: Headers, scheme: str) -> None:
-    """Check that an unsafe request, which a browser authorises by a cookie, comes from this server's own
-    pages.
+    """Check that a request comes from a page of this server.
 
-    Raises: RequestError 403.
+    A browser adds the cookie also to a request that another site has caused, so an unsafe request needs this
+    check.
+
+    Args:
+        headers: headers of the request.
+        scheme: "http" or "https".
+
+    Raises:
+        RequestError: 403 for a request of another site, or without the headers that name its origin.
     """
     origins = headers.getlist("origin")
     sites = headers.getlist("sec-fetch-site")
     if not origins and not sites:
         raise RequestError(
             403,
-            "Expected an Origin or Sec-Fetch-Site header.",
-            "Scripts send 'Authorization: Bearer TOKEN' instead.",
+            "The request must have an Origin or Sec-Fetch-Site header.",
+            "From a script, send the header 'Authorization: Bearer TOKEN' instead of a cookie.",
         )
-    expected = [f"{scheme}://{headers.get('host', '')}".lower()]
-    if origins and [o.lower() for o in origins] != expected or sites and sites != ["same-origin"]:
+    own_origin = [f"{scheme}://{headers.get('host', '')}".lower()]
+    # A header that is present must be right; lists, because a header could occur twice.
+    if origins and [origin.lower() for origin in origins] != own_origin or sites and sites != ["same-origin"]:
         raise RequestError(
             403, "Another site has sent this request.", "Send it from the application's own page."
         )
@@ -145,11 +172,16 @@ class Disconnected(Exception):
 
 
 async def read_body(receive: Receive, limits: Limits) -> bytes:
-    """Read the entire body, chunked or not. Raises: RequestError 408, 413; Disconnected."""
+    """Read the entire body of a request.
+
+    Raises:
+        RequestError: 408 if the body takes too long to arrive, 413 if it is too large.
+        Disconnected: the client has disconnected.
+    """
     parts = []
-    size = 0
+    size = 0  # bytes
     try:
-        # granian limits the time of the headers only.
+        # granian limits only the time in which the headers must arrive.
         async with asyncio.timeout(limits.body_seconds):
             while True:
                 message = await receive()
@@ -163,18 +195,24 @@ async def read_body(receive: Receive, limits: Limits) -> bytes:
                 if not message.get("more_body", False):
                     return b"".join(parts)
     except TimeoutError:
-        raise RequestError(408, "The request took too long to arrive.", "Send it again.", _CLOSE) from None
+        raise RequestError(
+            408, "The request took too long to arrive.", "Send the request again.", _CLOSE
+        ) from None
 
 
 def _too_large(limits: Limits) -> RequestError:
+    """Make the error of a body that is larger than the limit."""
     return RequestError(
-        413, f"Expected a body of at most {limits.body} bytes.", "Send a smaller body.", _CLOSE
+        413, f"The body must have at most {limits.body} bytes.", "Send a smaller body.", _CLOSE
     )
 
 
 @dataclass
 class Entry:
-    """Line of the access log for one request, completed while the request is processed."""
+    """Line of the access log for one request, see the docstring of this module.
+
+    Its fields are set while the request is processed.
+    """
 
     address: str
     method: str
@@ -185,19 +223,24 @@ class Entry:
     annotator: str | None = None
     by: str | None = None
     refused: str | None = None
-    began: float = field(default_factory=time.perf_counter)
+    began: float = field(default_factory=time.perf_counter)  # seconds by the clock of time.perf_counter
 
     def fields(self) -> dict:
-        """Return the fields of the line; times are in milliseconds."""
+        """Return the fields of the line, with the time since `began` as `milliseconds`."""
         values = asdict(self) | {"milliseconds": round(1000 * (time.perf_counter() - self.began), 1)}
-        return {k: v for k, v in values.items() if k != "began" and (k != "refused" or v is not None)}
+        # the reason of a rejection is left out if there is none
+        return {
+            name: value
+            for name, value in values.items()
+            if name != "began" and (name != "refused" or value is not None)
+        }
 
 
 class PrivateFileHandler(RotatingFileHandler):
     """Rotating log handler whose files only their owner can read."""
 
     def _open(self):
-        # The mode is given at creation, so that the file is never readable for others.
+        # The mode is set at creation, so that the file is not readable for others even for a moment.
         return open(
             self.baseFilename,
             self.mode,
@@ -207,33 +250,46 @@ class PrivateFileHandler(RotatingFileHandler):
 
 
 class AccessLog:
-    """Access log in a file; without a path, lines are dropped."""
+    """Access log in a file.
+
+    Args:
+        path: path of the file, whose folder is made if it does not exist; None: no lines are written.
+    """
 
     def __init__(self, path: Path | None):
         self._logger = None
         if path is not None:
             path.parent.mkdir(0o700, parents=True, exist_ok=True)
-            # not registered: other logging settings cannot change it
+            # A logger that is not registered with the logging module is not changed by other logging
+            # settings.
             self._logger = logging.Logger(f"access:{path}")
             self._logger.addHandler(
                 PrivateFileHandler(path, maxBytes=20_000_000, backupCount=5, encoding="utf-8", delay=True)
             )
 
     def write(self, event: str, fields: dict) -> None:
-        """Write one line."""
+        """Write one line.
+
+        Args:
+            event: kind of the line, "request" or "start".
+            fields: further fields of the line.
+        """
         if self._logger is None:
             return
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
         self._logger.info("%s", json.dumps({"time": now, "event": event, **fields}))
 
     def close(self) -> None:
+        """Close the file."""
         for handler in self._logger.handlers if self._logger else ():
             handler.close()
 
 
 class RequestChecks:
-    """ASGI middleware that checks host, origin, size, identity, rate, CSRF value and content type, adds
-    headers and writes the access log.
+    """ASGI middleware that checks requests, adds headers to responses, and writes the access log.
+
+    The checks are of the host, the origin, the size, the identity of the client, the rate of its requests,
+    the CSRF value and the content type.
     """
 
     def __init__(self, app: ASGIApp, options: AppOptions, identities: Identities, log: AccessLog):
@@ -246,7 +302,7 @@ class RequestChecks:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":
-            # The application has no websockets. 1008: policy violation.
+            # The application has no websockets. The code 1008 means "policy violation".
             await send({"type": "websocket.close", "code": 1008})
         elif scope["type"] == "http":
             await self._http(scope, receive, send)
@@ -255,53 +311,54 @@ class RequestChecks:
 
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Check one request, pass it to the application, and log it."""
-        # Behind a trusted proxy this is already the client's address.
+        # Behind a trusted proxy, granian's wrapper has replaced the proxy's address by the client's address.
         address = (scope.get("client") or ("", 0))[0]
-        # without 'http.response.pathsend': granian would read an export's file after the application has
-        # removed it
+        # Without extensions there is no 'http.response.pathsend', with which granian would read the file of
+        # an export after the application has deleted it.
         scope["extensions"] = {}
         entry = Entry(address, scope["method"][:16], _LONG_WORD.sub("*", scope["path"])[:200])
-        # From here on every response gets the headers and is recorded.
+        # Every response that is sent through this function gets the headers and is recorded.
         send = _recorded(send, entry, scope["scheme"] == "https")
         try:
             try:
-                # The body was read by the checks, so the application gets it from a list of one element.
-                body = [await self._admit(scope, receive, entry)]
+                # The checks have read the body. `replay` passes it to the application at the first call, and
+                # empties the list, so that later calls wait for the client.
+                unsent_body = [await self._admit(scope, receive, entry)]
 
                 async def replay() -> Message:
-                    return (
-                        {"type": "http.request", "body": body.pop(), "more_body": False}
-                        if body
-                        else await receive()
-                    )
+                    if unsent_body:
+                        return {"type": "http.request", "body": unsent_body.pop(), "more_body": False}
+                    return await receive()
 
                 await self.app(scope, replay, send)
             except RequestError as rejection:
                 entry.refused = rejection.error
                 response: Response = rejection.response()
-                if rejection.status == 401:  # a person without a session is sent to the login page
+                if rejection.status == 401:
                     headers = Headers(scope=scope)
-                    page = (
+                    # A person who opens a page without a session is sent to the login page.
+                    is_page = (
                         scope["method"] == "GET"
                         and scope["path"] in ("/", "/admin")
                         and "authorization" not in headers
                     )
-                    response = RedirectResponse("/login", 303) if page else response
-                    # An invalid session cookie is deleted. That of a revoked annotator stays: the login page
-                    # recognises her by it and says that the access was revoked.
+                    response = RedirectResponse("/login", 303) if is_page else response
+                    # An invalid session cookie is deleted. The cookie of a revoked annotator stays, because
+                    # the login page reads it, and then states that the access was revoked.
                     if f"{COOKIE}=" in headers.get("cookie", "") and not isinstance(rejection, AccessRevoked):
                         response.headers.append("Set-Cookie", FORGET)
                 await response(scope, receive, send)
         except Disconnected:
-            entry.refused = "disconnected"  # the response, if any, cannot be sent
+            entry.refused = "disconnected"  # no response can be sent
         except (exc.DBAPIError, exc.TimeoutError) as error:
             answer = no_database(error)
             entry.refused = answer.error
             await answer.response()(scope, receive, send)
         except Exception:
-            # The number also stands in the response, so that a report can be found in the log.
+            # The response has the same number in its header X-Request-Id, by which the log entry can be
+            # found.
             LOGGER.exception("request %s failed", entry.request)
-            # Once a response has begun, no other status can be sent.
+            # After a response has begun, another status cannot be sent.
             if entry.status == 0:
                 await RequestError(500, "The server has an internal error.", REMEDIES[500]).response()(
                     scope, receive, send
@@ -314,76 +371,98 @@ class RequestChecks:
             self.log.write("request", entry.fields())
 
     async def _admit(self, scope: Scope, receive: Receive, entry: Entry) -> bytes:
-        """Check a request in order of cost and return its body. Raises: RequestError, Disconnected."""
+        """Check a request, and return its body. Checks that cost less come first.
+
+        Raises:
+            RequestError: the request is rejected.
+            Disconnected: the client has disconnected.
+        """
         headers = Headers(scope=scope)
         method = scope["method"]
         path = scope["path"]
         limits = self.options.limits
         if len(scope.get("raw_path") or b"") + len(scope["query_string"]) > limits.url:
             raise RequestError(
-                414, f"Expected an address of at most {limits.url} bytes.", "Use a shorter address."
+                414, f"The address must have at most {limits.url} bytes.", "Use a shorter address."
             )
         if not path.isprintable():
             raise RequestError(
-                400, "The address must consist of printable characters.", "Correct the address."
+                400,
+                "The address contains characters that cannot be printed.",
+                "Use an address of printable characters.",
             )
-        # granian limits the headers only where they arrive in several parts.
+        # granian limits the size of the headers only if they arrive in several parts.
         if sum(len(name) + len(value) for name, value in headers.raw) > limits.headers:
             raise RequestError(
-                431, f"Expected headers of at most {limits.headers} bytes.", "Send smaller headers.", _CLOSE
+                431, f"The headers must have at most {limits.headers} bytes.", "Send smaller headers.", _CLOSE
             )
         check_host(headers, self.options.exposed)
         check_fetch(headers, method, path)
         lengths = headers.getlist("content-length")  # checked before any byte of the body is read
-        # isdigit() alone would accept digits of other scripts.
+        # isdigit() alone is True for digits of other scripts as well.
         if lengths and (len(lengths) > 1 or not (lengths[0].isascii() and lengths[0].isdigit())):
-            raise RequestError(400, "Expected one Content-Length of digits.", "Correct the header.", _CLOSE)
-        # A number of more than 20 digits is cut: it remains larger than the limit.
+            raise RequestError(
+                400,
+                "The Content-Length header is invalid.",
+                "Send one such header, which consists of digits.",
+                _CLOSE,
+            )
+        # int() is slow for very many digits. The first 20 digits are enough to exceed the limit.
         if lengths and int(lengths[0][:20]) > limits.body:
             raise _too_large(limits)
         state = scope.setdefault("state", {})
         identity = state["identity"] = await self._identify(headers, method, path, entry)
         if method not in SAFE_METHODS:
-            # A token in a header is no authority that a browser adds by itself, so it needs no CSRF check.
+            # A browser does not add a token by itself, as it does with a cookie, so a request with a token
+            # needs no check against cross-site request forgery (CSRF).
             if identity is None or identity.by != "token":
                 check_same_origin(headers, scope["scheme"])
             if identity is not None and identity.by != "token" and path != "/login":
                 if not hmac.compare_digest(
                     identity.csrf.encode(), headers.get("x-csrf-token", "").encode("utf-8", "replace")
                 ):
-                    remedy = "Request /api/session and send its 'csrf' as X-CSRF-Token."
-                    raise RequestError(403, "Expected the X-CSRF-Token of this session.", remedy)
+                    raise RequestError(
+                        403,
+                        "The X-CSRF-Token header of this session is missing or wrong.",
+                        "Request /api/session, and send the value of its 'csrf' as X-CSRF-Token.",
+                    )
             _check_type(headers, path)
         body = await read_body(receive, limits)
-        if b"\0" in body:  # JSON and forms in UTF-8 contain no NUL, JSON in UTF-16 does
-            raise RequestError(400, "The body must be in UTF-8 without NUL.", "Send it in UTF-8.")
+        # JSON and forms in UTF-8 contain no NUL, but JSON in UTF-16 does.
+        if b"\0" in body:
+            raise RequestError(400, "The body contains NUL characters.", "Send the body in UTF-8.")
         return body
 
     async def _identify(self, headers: Headers, method: str, path: str, entry: Entry) -> Identity | None:
-        """Return the identity of the client within its rate limit; None only for requests that need none.
+        """Identify the client, and count the request for its rate limit.
 
-        Raises: RequestError 401, 429.
+        Returns:
+            Identity of the client; None only for a request that needs no identity, see OPEN.
+
+        Raises:
+            RequestError: 401 for an unknown client, 429 if the rate limit is exceeded.
         """
-        public = (method, path) in OPEN
+        is_public = (method, path) in OPEN
         address = address_key(entry.address)
         identity = None
         rejection = None
         try:
-            if not public:
-                # Looks into the database, so it runs in a thread.
+            if not is_public:
+                # `find` reads the database, so it runs in a thread and does not block the event loop.
                 identity = await run_in_threadpool(self.identities.find, headers, entry.address)
         except RequestError as error:
             rejection = error
         if identity is not None:
             entry.annotator = identity.annotator.name
             entry.by = identity.by
-        # A wrong token counts for the address as well: the limit is applied before the rejection.
+        # The request counts for the rate limit before a wrong token is rejected, so wrong tokens are limited,
+        # too.
         wait = self.annotators.take(str(identity.annotator.id)) if identity else self.anonymous.take(address)
         if wait:
             raise too_many(wait)
         if rejection is not None:
             raise rejection
-        if identity is None and not public:
+        if identity is None and not is_public:
             raise RequestError(
                 401,
                 "This request needs a token or a session.",
@@ -394,40 +473,50 @@ class RequestChecks:
 
 
 def _check_type(headers: Headers, path: str) -> None:
-    """Check the type of a body: JSON under /api, a form at /login. Raises: RequestError 415."""
-    expected = (
-        "application/json"
-        if path.startswith("/api/")
-        else "application/x-www-form-urlencoded"
-        if path == "/login"
-        else None
-    )
-    kind, _, rest = headers.get("content-type", "").partition(";")
-    # Other parameters than charset end up here, too, and are rejected.
-    charset = rest.strip().lower().removeprefix("charset=").strip('"')
+    """Check the media type of a body: JSON under /api, and a form at /login.
+
+    Raises:
+        RequestError: 415 for another type or encoding.
+    """
+    if path.startswith("/api/"):
+        expected = "application/json"
+    elif path == "/login":
+        expected = "application/x-www-form-urlencoded"
+    else:
+        expected = None
+    kind, _, parameters = headers.get("content-type", "").partition(";")
+    # If there are other parameters, this text is no charset, and the request is rejected.
+    charset = parameters.strip().lower().removeprefix("charset=").strip('"')
     if expected is not None and (kind.strip().lower() != expected or charset not in ("", "utf-8")):
         raise RequestError(
-            415, f"The Content-Type must be {expected}.", "Send the body in that format, in UTF-8."
+            415, f"The Content-Type must be {expected}.", "Send the body in this format and in UTF-8."
         )
     # A compressed body could be small when it arrives and huge afterwards.
     if "content-encoding" in headers:
-        raise RequestError(415, "The body must not have a Content-Encoding.", "Send it uncompressed.")
+        raise RequestError(
+            415, "The body must not have a Content-Encoding.", "Send the body without compression."
+        )
 
 
 def _recorded(send: Send, entry: Entry, https: bool) -> Send:
-    """Wrap `send` to add headers to the response and to record its status and size."""
+    """Return a function that sends a message of a response, adds headers, and records status and size.
+
+    Args:
+        send: function that sends a message (ASGI).
+        entry: line of the access log that receives status and size.
+        https: True if the client is connected by https.
+    """
+    # Strict-Transport-Security: browsers use https for this server during the next year (31,536,000 seconds)
+    fixed_headers = FIXED | ({"Strict-Transport-Security": "max-age=31536000"} if https else {})
 
     async def recorded(message: Message) -> None:
         if message["type"] == "http.response.start":
             entry.status = message["status"]
             headers = MutableHeaders(scope=message)
             headers["X-Request-Id"] = entry.request
-            for name, value in (
-                FIXED | ({"Strict-Transport-Security": "max-age=31536000"} if https else {})
-            ).items():
-                headers.setdefault(name, value)  # a response may have set its own value
+            for name, value in fixed_headers.items():
+                headers.setdefault(name, value)  # a value that a route has set is kept
         elif message["type"] == "http.response.body":
-            # The bytes of the body, without headers.
             entry.bytes += len(message.get("body", b""))
         await send(message)
 

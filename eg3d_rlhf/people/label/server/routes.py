@@ -1,4 +1,4 @@
-"""Defines the routes under /api: those of the label page, and those of the admin page."""
+"""Routes under /api, which the label page and the admin page use."""
 
 import tempfile
 import threading
@@ -34,37 +34,41 @@ from eg3d_rlhf.people.label.store import Store
 from eg3d_rlhf.people.label.store_labels import export_labels, export_unpaired
 
 IMMUTABLE = "private, max-age=31536000, immutable"  # an address always gives the same file
-KEEP = 3.0  # least time in seconds before a quality report is computed again
+KEEP = 3.0  # shortest time in seconds for which a quality report is reused
 
 
 @dataclass(frozen=True, kw_only=True)
 class Context:
-    """Parts of one server, which its routes share."""
+    """Objects of one server that its routes share."""
 
     options: AppOptions
     store: Store
     campaign: StoredCampaign
     identities: Identities
     shapes: PreparedShapes  # state of the preparation
-    addresses: Addresses  # addresses of shapes, different in each assignment
-    files: dict  # name -> app.StaticFile
-    page_version: str  # changes with every file of the page; stored in judgements
+    addresses: Addresses  # addresses of shapes, which differ between assignments
+    files: dict  # files of the page: name -> app.StaticFile
+    page_version: str  # text that changes when any file of the page changes; it is stored in judgements
 
 
-# async, because it does not block: a plain function would run in a thread
+# It does not block, so it is `async`. FastAPI runs other functions in a thread.
 async def identity_of(request: Request) -> Identity:
-    """Return the identity that the checks of requests have determined."""
-    # Set by RequestChecks, which has rejected all requests without an identity.
+    """Return the identity of the client, which the checks of requests have determined."""
+    # RequestChecks has set it, and has rejected all requests without an identity.
     return request.scope["state"]["identity"]
 
 
 async def admin_of(identity: Annotated[Identity, Depends(identity_of)]) -> Identity:
-    """Return the identity of an admin. Raises: RequestError 403."""
+    """Return the identity of a client who is an admin.
+
+    Raises:
+        RequestError: 403 if the client is not an admin.
+    """
     if not identity.admin:
         raise RequestError(
             403,
-            "Only admins may see this.",
-            "Log in with an admin's token: tools/label.py add-annotator NAME --admin.",
+            "Only admins may open this address.",
+            "Log in with the token of an admin, whom tools/label.py add-annotator NAME --admin adds.",
         )
     return identity
 
@@ -73,51 +77,67 @@ Requester = Annotated[Identity, Depends(identity_of)]
 Admin = Annotated[Identity, Depends(admin_of)]
 
 
-def _shown(context: Context, assignment: str, left: str, right: str) -> dict:
-    """Return an assignment as the page gets it: token, addresses of both shapes, prompt."""
-    # Annotators never get the store's tokens, which are the same in all assignments.
-    first, second = (context.addresses.address(assignment, asset) for asset in (left, right))
+def _page_assignment(context: Context, assignment: str, left: str, right: str) -> dict:
+    """Return an assignment as the page receives it: its token, the addresses of both shapes, and the prompt.
+
+    Args:
+        context: objects of the server.
+        assignment: token of the assignment.
+        left: asset token of the shape on the left.
+        right: asset token of the shape on the right.
+    """
+    # Asset tokens are the same in all assignments, so annotators receive addresses instead.
+    left_address = context.addresses.address(assignment, left)
+    right_address = context.addresses.address(assignment, right)
     return {
         "assignment": assignment,
-        "left": first,
-        "right": second,
-        "prompt": context.shapes.prompt(left, first),
+        "left": left_address,
+        "right": right_address,
+        "prompt": context.shapes.prompt(left, left_address),
     }
 
 
 def _asset(context: Context, address: str) -> str:
-    """Return the store's token of the shape at an address. Raises: RequestError 404."""
-    # Unknown and foreign addresses give the same answer, so that addresses cannot be tested.
+    """Return the asset token of the shape at an address.
+
+    Raises:
+        RequestError: 404 if the address is invalid or the shape cannot be prepared.
+    """
+    # The error is the same for all invalid addresses, so that it contains no information about existing
+    # shapes.
     asset = context.addresses.asset(address)
-    if asset is None or not context.shapes.known(asset):
+    if asset is None or not context.shapes.is_available(asset):
         raise RequestError(404, "There is no such shape.", "Request /api/assignments again.")
     return asset
 
 
 def _progress(context: Context, requester: Identity) -> dict:
-    """Return the progress of the client as JSON values."""
-    return asdict(context.store.progress(context.campaign.id, requester.annotator.id, context.shapes.lost))
+    """Return the progress of the client in the campaign, as JSON values."""
+    return asdict(
+        context.store.progress(context.campaign.id, requester.annotator.id, context.shapes.has_failed)
+    )
 
 
 def _check_may_answer(context: Context, requester: Identity) -> None:
-    """Check that the client may answer: in a blind study, admins may not, because they can see results.
+    """Check that the client may answer. Admins may not answer in a blind study, because they can see results.
 
-    Raises: RequestError 403.
+    Raises:
+        RequestError: 403 for an admin in a blind study.
     """
     if context.shapes.blind and requester.admin:
         raise RequestError(
             403,
             "Admins can see results, so they cannot take part in a blind study.",
-            "Use an annotator's token.",
+            "Log in with the token of an annotator.",
         )
 
 
 def _work(router: APIRouter, context: Context) -> None:
-    """Add the routes that give work to the label page."""
+    """Add the routes from which the label page gets its settings, assignments and earlier answers."""
 
     @router.get("/session")
     def session(requester: Requester):
-        """Return the client's name and role, and the settings that the page needs."""
+        """Return the name and the role of the client, and the settings that the page needs."""
         settings = context.campaign.settings
         return JSONResponse(
             {
@@ -141,34 +161,40 @@ def _work(router: APIRouter, context: Context) -> None:
 
     @router.get("/assignments")
     def assignments(requester: Requester, count: Annotated[int, Query(ge=1, le=10)] = 3):
-        """Return the next pairs, open ones first. If there are none and `waiting` is false, the
-        annotator is finished.
+        """Return the next assignments of the annotator, and the progress.
+
+        If there are no assignments, the field `waiting` is true while the annotator must wait for the
+        preparation of shapes, and false when the annotator is finished.
         """
         _check_may_answer(context, requester)
         shapes = context.shapes
-        # Read before the assignments: a shape that becomes ready in between must not look like the end.
-        settled = shapes.settled()
-        pairs = context.store.assignments(
-            context.campaign.id, requester.annotator.id, count, shapes.ready, shapes.lost
+        # This is read before the assignments. If a shape became ready between both reads, the annotator would
+        # otherwise seem to be finished.
+        is_settled = shapes.is_settled()
+        assigned_pairs = context.store.assignments(
+            context.campaign.id, requester.annotator.id, count, shapes.is_ready, shapes.has_failed
         )
         progress = _progress(context, requester)
-        # None is open, but trials are left whose shapes are not prepared yet.
-        waiting = (
-            not pairs
-            and not settled
+        # There is no assignment now, but trials are left whose shapes are not prepared yet.
+        is_waiting = (
+            not assigned_pairs
+            and not is_settled
             and (progress["done"] < progress["total"] or progress["training_left"] > 0)
         )
-        # `training` is the only property of a pair that the page gets.
-        shown = [{**_shown(context, p.token, p.left, p.right), "training": p.training} for p in pairs]
-        # Training pairs with a shape that cannot be prepared are skipped; the page shows their number.
-        training = context.store.training(context.campaign.id)
+        # `training` is the only property of a pair that the page receives.
+        page_assignments = [
+            {**_page_assignment(context, pair.token, pair.left, pair.right), "training": pair.training}
+            for pair in assigned_pairs
+        ]
+        # Practice pairs with a shape that cannot be prepared are not shown. The page states their number.
+        practice_pairs = context.store.training(context.campaign.id)
         return JSONResponse(
             {
-                "assignments": shown,
+                "assignments": page_assignments,
                 "progress": progress,
-                "waiting": waiting,
+                "waiting": is_waiting,
                 "practice_lost": sum(
-                    shapes.lost(pair.first) or shapes.lost(pair.second) for pair in training
+                    shapes.has_failed(pair.first) or shapes.has_failed(pair.second) for pair in practice_pairs
                 ),
                 "preparation": shapes.progress(),
             }
@@ -180,17 +206,18 @@ def _work(router: APIRouter, context: Context) -> None:
         before: Annotated[int | None, Query(ge=0, le=2**31 - 1)] = None,
         count: Annotated[int, Query(ge=1, le=50)] = 20,
     ):
-        """Return the client's own answers without training pairs, newest assignment first. /api/undo with the
-        assignment opens one again.
+        """Return the answers of the client, newest assignment first, without practice pairs.
+
+        A request of /api/undo with the token of an assignment takes its answer back.
         """
         _check_may_answer(context, requester)
-        # One more than requested shows whether there are further answers.
-        rows = context.store.answers(context.campaign.id, requester.annotator.id, before, count + 1)
-        shown = [
-            {**asdict(answer), **_shown(context, answer.assignment, answer.left, answer.right)}
-            for answer in rows[:count]
+        # One answer more than needed is read, to find out whether there are further answers.
+        answers = context.store.answers(context.campaign.id, requester.annotator.id, before, count + 1)
+        page_answers = [
+            {**asdict(answer), **_page_assignment(context, answer.assignment, answer.left, answer.right)}
+            for answer in answers[:count]
         ]
-        return {"answers": shown, "more": len(rows) > count}
+        return {"answers": page_answers, "more": len(answers) > count}
 
 
 def label_api(context: Context) -> APIRouter:
@@ -200,17 +227,19 @@ def label_api(context: Context) -> APIRouter:
 
     @router.get("/shapes/{address}", response_class=Response)
     def shape(address: models.AssetPath, request: Request, requester: Requester) -> Response:
-        """Return the surface of a shape ("SHP1"), or an asset: GLB or Gaussian splats ("GSP1"), all
-        gzip-encoded, or a video, of which parts may be requested.
+        """Return the file of a shape.
+
+        It is a surface in the format "SHP1", a GLB, Gaussian splats in the format "GSP1", or a video. All
+        files except videos are encoded with gzip. A client may request a part of a video.
         """
         shapes = context.shapes
         asset = _asset(context, address)
-        # In a study nothing is served before all shapes are ready.
-        if not shapes.ready(asset):
+        if not shapes.is_ready(asset):
             raise RequestError(
                 503, "Shapes are being prepared.", "Try again in a few seconds.", {"Retry-After": "5"}
             )
-        # The address identifies the content, so it can serve as ETag, and browsers need not ask again.
+        # An address always has the same content. So it can be the ETag, and browsers need not request it
+        # again.
         headers = {"ETag": f'"{address}"', "Cache-Control": IMMUTABLE}
         if request.headers.get("if-none-match") == headers["ETag"]:
             return Response(None, 304, headers)
@@ -220,7 +249,7 @@ def label_api(context: Context) -> APIRouter:
         "/prompts/{address}", response_class=Response, responses={200: {"content": {"image/webp": {}}}}
     )
     def prompt(address: models.AssetPath, requester: Requester) -> Response:
-        """Return the image that an asset was generated from."""
+        """Return the image of the prompt from which an asset was generated."""
         path = context.shapes.prompt_image(_asset(context, address))
         if path is None:
             raise RequestError(404, "There is no such image.", "Request /api/assignments again.")
@@ -234,11 +263,13 @@ def label_api(context: Context) -> APIRouter:
         "/renders/{address}", response_class=Response, responses={200: {"content": {"image/png": {}}}}
     )
     def render(address: models.AssetPath, requester: Requester) -> Response:
-        """Return the render of a shape's latent if the campaign shows renders; never in a study."""
-        # A render could reveal the generator.
-        shown = context.campaign.settings.show_render and not context.shapes.blind
+        """Return the RGB render of a shape's latent, if the campaign shows renders.
+
+        A study never shows renders, because they could reveal the generator.
+        """
+        shows_render = context.campaign.settings.show_render and not context.shapes.blind
         asset = _asset(context, address)
-        path = context.options.cache.render(context.shapes.shapes[asset]) if shown else None
+        path = context.options.cache.render(context.shapes.shapes[asset]) if shows_render else None
         if path is None:
             raise RequestError(404, "There is no such image.", "Use a campaign that shows renders.")
         return FileResponse(
@@ -250,13 +281,13 @@ def label_api(context: Context) -> APIRouter:
 
 
 @contextmanager
-def _store_errors(conflict: str, remedy: str, correct: str) -> Iterator[None]:
-    """Convert errors of the store to responses: 404, 409 or 422.
+def _store_errors(conflict: str, conflict_remedy: str, value_remedy: str) -> Iterator[None]:
+    """Convert errors of the store to the error responses 404, 409 and 422.
 
     Args:
-        conflict: text of a 409.
-        remedy: what to do after a 409.
-        correct: what to do after a 422.
+        conflict: reason in a response 409.
+        conflict_remedy: instruction in a response 409.
+        value_remedy: instruction in a response 422.
     """
     try:
         yield
@@ -265,9 +296,9 @@ def _store_errors(conflict: str, remedy: str, correct: str) -> Iterator[None]:
             404, "This annotator has no such assignment.", "Request /api/assignments again."
         ) from None
     except ConflictError:
-        raise RequestError(409, conflict, remedy) from None
+        raise RequestError(409, conflict, conflict_remedy) from None
     except ValueError as error:
-        raise RequestError(422, str(error), correct) from None
+        raise RequestError(422, str(error), value_remedy) from None
 
 
 def _judgements(router: APIRouter, context: Context) -> None:
@@ -275,18 +306,21 @@ def _judgements(router: APIRouter, context: Context) -> None:
 
     @router.post("/judgements", status_code=201)
     def submit(body: models.Judgement, requester: Requester):
-        """Store an answer. It is on the disk when this responds. Sending it again with the same key
-        changes nothing.
+        """Store an answer. It is on the disk before the response is sent.
+
+        If an answer is sent again with the same key, it is not stored again.
         """
         _check_may_answer(context, requester)
-        # The store's `Answer` has an enumeration and a tuple where JSON has texts and a list.
+        # `Answer` contains an enum and a tuple, where the JSON of the request has a text and a list.
         values = body.model_dump() | {"choice": Choice(body.choice), "views": tuple(body.views)}
         conflict = "This assignment is answered already, or another answer has the same key."
         with _store_errors(
-            conflict, "Undo that answer first, or continue with the next pair.", "Correct the answer."
+            conflict,
+            "Undo that answer first, or continue with the next pair.",
+            "Send an answer that the campaign allows.",
         ):
             submitted = context.store.submit(context.campaign.id, requester.annotator.id, Answer(**values))
-        training = (
+        practice = (
             {"correct": submitted.correct, "better": submitted.better, "explanation": submitted.explanation}
             if submitted.training
             else None
@@ -295,46 +329,47 @@ def _judgements(router: APIRouter, context: Context) -> None:
         reply = {
             "accepted": True,
             "duplicate": submitted.duplicate,
-            "training": training,
+            "training": practice,
             "reveal": names,
             "progress": _progress(context, requester),
         }
-        # 201 Created only for the first of several equal requests.
+        # 201 (Created) is sent only for the first of several equal requests.
         return JSONResponse(reply, 200 if submitted.duplicate else 201)
 
     @router.post("/undo")
     def undo(body: models.Undo, requester: Requester):
-        """Take an answer back with a further record. Its assignment is open again."""
+        """Take an answer back. Its assignment is open again."""
         _check_may_answer(context, requester)
         with _store_errors(
             "This answer cannot be undone, or another answer has the same key.",
             "Request /api/assignments again.",
-            "Correct the key.",
+            "Send a key of 1 to 128 letters, digits, _ and -.",
         ):
             token = context.store.undo(context.campaign.id, requester.annotator.id, body.key, body.assignment)
         return JSONResponse({"assignment": token, "progress": _progress(context, requester)})
 
 
 def admin_api(context: Context) -> APIRouter:
-    """Make the router of the admin page. Every route needs an admin."""
+    """Make the router of the admin page. All its routes may be used by admins only."""
     router = APIRouter(prefix="/api/admin", dependencies=[Depends(admin_of)])
     lock = threading.Lock()
-    until = 0.0
+    valid_until = 0.0  # time until which `report` is reused, in seconds of time.monotonic
     report: dict = {}
 
     @router.get("/quality")
     def quality() -> dict:
-        """Return figures about annotators and answers, and the progress of the preparation."""
-        nonlocal report, until
-        # One thread at a time computes the report, and it is reused for at least ten times as long as that
-        # took. So the reports of many open pages take at most a tenth of one thread.
+        """Return the quality report of the annotators and answers, and the progress of the preparation."""
+        nonlocal report, valid_until
+        # Only one thread at a time computes the report. It is reused for ten times the duration of its
+        # computation, so that many open pages use at most a tenth of one thread.
         with lock:
-            # After waiting for the lock, another thread may have computed the report.
-            if (began := time.monotonic()) >= until:
+            # While this thread waited for the lock, another one may have computed the report.
+            start = time.monotonic()
+            if start >= valid_until:
                 report = quality_report(
                     context.store.judgements(context.campaign.settings.name, include_undone=True)
                 )
-                until = time.monotonic() + max(KEEP, 10 * (time.monotonic() - began))
+                valid_until = time.monotonic() + max(KEEP, 10 * (time.monotonic() - start))
         return {**report, "preparation": {**context.shapes.progress(), "error": context.shapes.trouble()}}
 
     @router.get("/openapi.json", include_in_schema=False)
@@ -344,7 +379,7 @@ def admin_api(context: Context) -> APIRouter:
 
     @router.get("/comments")
     def comments(count: Annotated[int, Query(ge=1, le=1000)] = 200):
-        """Return comments of annotators, newest first, without those on answers that were taken back."""
+        """Return comments of annotators on answers that count, newest first."""
         rows = context.store.comments(context.campaign.id, count)
         return [
             {
@@ -364,9 +399,13 @@ def admin_api(context: Context) -> APIRouter:
         responses={200: {"content": {"text/csv": {}, "application/x-ndjson": {}}}},
     )
     def export(format: Annotated[Literal["csv", "jsonl", "judgements"], Query()] = "jsonl"):
-        """Return labels in the open label format as CSV or JSON lines, or all judgements without loss."""
+        """Return an export of the campaign.
+
+        The format "csv" or "jsonl" contains the labels in the open label format. The format "judgements"
+        contains all judgements without loss.
+        """
         name = {"csv": "labels.csv", "jsonl": "labels.jsonl", "judgements": "judgements.jsonl"}[format]
-        # A file and not memory: an export of a large campaign is streamed.
+        # The export is written into a temporary file and streamed from it, because it may be large.
         folder = tempfile.TemporaryDirectory(prefix="eg3d-label-export-")
         path = Path(folder.name) / name
         try:
@@ -375,25 +414,26 @@ def admin_api(context: Context) -> APIRouter:
                 export_judgements if format == "judgements" else export_unpaired if single else export_labels
             )
             write(context.store, path, campaign=context.campaign.settings.name)
-        # The folder is deleted after any failure, also after a disconnected client.
+        # The folder is deleted after any error, also if the request is cancelled.
         except BaseException as error:
             folder.cleanup()
-            # A study has no labels, and labels of single shapes have no CSV form.
+            # A study has no labels, and labels of single shapes cannot be written as CSV.
             if isinstance(error, ValueError):
                 raise RequestError(409, str(error), "Request format=judgements.") from None
             raise
         kind = "text/csv" if format == "csv" else "application/x-ndjson"
-        # The file is deleted after it was sent.
+        # The background task deletes the file after it was sent.
         return FileResponse(path, media_type=kind, filename=name, background=BackgroundTask(folder.cleanup))
 
     return router
 
 
 def _new_access(request: Request, name: str, token: str) -> dict:
-    """Return a new token with its link. The link has the address at which the admin has reached the
-    server.
+    """Return a new token with its login link and QR code, as JSON values.
+
+    The link contains the address under which the admin has reached the server.
     """
-    # The Host header was checked, so it can be used in a link.
+    # RequestChecks has checked the Host header, so a link may contain it.
     link = login_link(f"{request.url.scheme}://{request.headers['host']}", token)
     return {"name": name, "token": token, "link": link, "qr": qr_data(link)}
 
@@ -403,12 +443,12 @@ def _annotators(router: APIRouter, context: Context) -> None:
 
     @router.get("/annotators", response_model=list[models.AnnotatorLine])
     def annotators():
-        """Return all annotators, revoked ones included."""
+        """Return all annotators, also revoked ones."""
         return context.store.annotators()
 
     @router.post("/annotators", status_code=201)
     def add(body: models.NewAnnotator, request: Request):
-        """Add an annotator. The token is returned only this once."""
+        """Add an annotator, and return the token, which cannot be read again later."""
         try:
             return _new_access(request, body.name, context.store.add_annotator(body.name, body.role))
         except ValueError as error:
@@ -416,8 +456,10 @@ def _annotators(router: APIRouter, context: Context) -> None:
 
     @router.post("/annotators/token")
     def new_token(body: models.Named, request: Request, requester: Requester):
-        """Replace a token, or give a revoked annotator a new one. The old token and all sessions become
-        invalid, except the session of the client. Answers stay.
+        """Replace the token of an annotator, who may have been revoked.
+
+        The old token and the annotator's sessions become invalid, except the session of the client. Answers
+        stay.
         """
         try:
             return _new_access(
@@ -428,14 +470,15 @@ def _annotators(router: APIRouter, context: Context) -> None:
 
     @router.post("/annotators/revoke", response_model=list[models.AnnotatorLine])
     def revoke(body: models.Named, requester: Requester):
-        """Withdraw a token and end the annotator's sessions. Returns all annotators."""
-        # An admin who revoked herself by mistake could not undo that.
+        """Revoke the access of an annotator, and return all annotators."""
+        # Admins who revoked their own access by mistake could not undo it.
         if body.name == requester.annotator.name:
             raise RequestError(
                 409, "You cannot revoke yourself.", "Ask another admin, or run tools/label.py revoke NAME."
             )
         try:
-            # On loopback the user of the machine is admin without a token, so no admin must remain.
+            # If only this machine can reach the server, its user is an admin without a token, so that another
+            # admin is not needed.
             context.store.revoke_annotator(body.name, keep_an_admin=context.options.exposed)
         except ConflictError as error:
             raise RequestError(409, str(error), "Add another admin first.") from None

@@ -1,7 +1,6 @@
-"""Serves the shapes of a campaign: determines which are prepared, gives them addresses, and sends their
-files.
+"""Shapes of a campaign as the server sends them: state of their preparation, addresses, and files.
 
-Large files are streamed and never completely in memory. Of a video, a client may request a part.
+Large files are streamed, so that they are never completely in memory. A client may request a part of a video.
 """
 
 import base64
@@ -20,25 +19,33 @@ from starlette.responses import Response, StreamingResponse
 from eg3d_rlhf.people.label.entities import Mode, Shape, StoredCampaign
 from eg3d_rlhf.people.label.server.options import AppOptions
 
-POLL = 0.5  # seconds between two checks of the cache
-AHEAD = 64  # shapes are prepared in order of the plan, so a check ends after this many missing ones
-LETTERS = 32  # length of an address
-CHUNK = 256 * 1024  # bytes that are read at once
-ONE_PIECE = 1024 * 1024  # files of up to this many bytes are sent in one piece
-# A Range header with one range: first-last, first-, or -length.
+POLL = 0.5  # smallest time between two checks of the cache, in seconds
+# Number of missing shapes after which a check of the cache ends. Shapes are prepared in order of the plan, so
+# the shapes after them are missing as well.
+AHEAD = 64
+LETTERS = 32  # number of characters of an address
+CHUNK = 256 * 1024  # number of bytes that are read at once
+ONE_PIECE = 1024 * 1024  # size in bytes up to which a file is sent in one piece
+# Range header with one range: "bytes=FIRST-LAST", "bytes=FIRST-" or "bytes=-LENGTH".
 _RANGE = re.compile(r"bytes=(\d{1,15})-(\d{1,15})?|bytes=-(\d{1,15})")
 
 
 class Addresses:
-    """Addresses under which annotators see shapes. They differ from assignment to assignment, so that
-    annotators cannot recognise a shape by its address.
+    """Addresses under which the page loads shapes.
 
-        address = base64url(r, asset's number xor K("number", r), K("check", r, number)),
+    The address of a shape is different in each assignment, so that annotators cannot recognise a shape by it.
+
+        address = base64url(r, number xor K("number", r), K("check", r, number))
         r = K("pair", assignment, asset)
 
-    K is HMAC-SHA256 under the server's secret. r has 12 bytes, the number 4, the check 8. An address reveals
-    nothing, cannot be forged, and needs no table. It is the same after a restart, so copies in the browser's
-    cache remain valid.
+    Here `number` is the index of the asset (4 bytes), K is HMAC-SHA256 with the secret of the server, cut to
+    the needed length, r has 12 bytes, and the check has 8 bytes. Without the secret, an address contains no
+    information and cannot be forged. It is computed and needs no table. It is the same after a restart, so
+    that copies in the cache of the browser remain valid.
+
+    Args:
+        secret: secret key of the server.
+        assets: asset tokens of all shapes, in order of the plan.
     """
 
     def __init__(self, secret: bytes, assets: Iterable[str]):
@@ -47,97 +54,120 @@ class Addresses:
         self._numbers = {asset: number for number, asset in enumerate(self._assets)}
 
     def address(self, assignment: str, asset: str) -> str:
-        """Return the address of a shape in an assignment; equal shapes on both sides have equal addresses."""
-        # 4 bytes: up to 4 billion shapes.
+        """Return the address of a shape in an assignment.
+
+        If the same shape stands on both sides, its two addresses are equal.
+
+        Args:
+            assignment: token of the assignment.
+            asset: asset token of the shape.
+        """
+        # 4 bytes are enough for 4 billion shapes
         number = self._numbers[asset].to_bytes(4)
         salt = self._keyed("pair", f"{assignment} {asset}".encode(), 12)
         encrypted = _xor(number, self._keyed("number", salt, 4))
         return base64.urlsafe_b64encode(salt + encrypted + self._keyed("check", salt + number, 8)).decode()
 
     def asset(self, address: str) -> str | None:
-        """Return the store's token of the shape at an address, or None for an invalid address. The token
-        itself, which annotators never see, is a valid address, too.
+        """Return the asset token of the shape at an address, or None if the address is invalid.
+
+        An asset token, which annotators never receive, is a valid address as well.
         """
         if address in self._numbers:
             return address
-        # Longer or shorter texts would make the decoding fail.
+        # b64decode raises an error for texts of some other lengths
         if len(address) != LETTERS:
             return None
-        raw = base64.urlsafe_b64decode(address)
+        raw = base64.urlsafe_b64decode(address)  # 24 bytes
         salt = raw[:12]
         encrypted = raw[12:16]
         check = raw[16:]
         number = _xor(encrypted, self._keyed("number", salt, 4))
-        # Without the server's secret an address is valid with a probability of 2^-64 only.
+        # The check has 64 bits, so an address that was made without the secret is valid with probability
+        # 2^-64.
         if not hmac.compare_digest(check, self._keyed("check", salt + number, 8)):
             return None
         return self._assets[int.from_bytes(number)]
 
     def _keyed(self, purpose: str, data: bytes, length: int) -> bytes:
-        """Return the first bytes of an HMAC-SHA256. `purpose` separates its uses, so that they share no
-        values.
+        """Return the first `length` bytes of the HMAC-SHA256 of `data` with the secret.
+
+        `purpose` is a part of the input, so that values for different purposes are independent.
         """
         return hmac.new(self._secret, f"shape {purpose} ".encode() + data, hashlib.sha256).digest()[:length]
 
 
 def _xor(a: bytes, b: bytes) -> bytes:
+    """Return the bitwise exclusive or of two texts of equal length."""
     return bytes(x ^ y for x, y in zip(a, b, strict=True))
 
 
-async def read(path: Path, first: int, stop: int) -> AsyncIterator[bytes]:
-    """Yield the bytes from `first` to before `stop` of a file in chunks, without blocking the event loop."""
+async def read(path: Path, start: int, stop: int) -> AsyncIterator[bytes]:
+    """Yield the bytes start..stop-1 of a file in chunks, without blocking the event loop."""
     async with await anyio.open_file(path, "rb") as file:
-        await file.seek(first)
-        # An empty read means that the file has become shorter.
-        while first < stop and (data := await file.read(min(CHUNK, stop - first))):
-            first += len(data)
+        await file.seek(start)
+        position = start
+        # `read` returns no bytes if the file has become shorter in the meantime
+        while position < stop and (data := await file.read(min(CHUNK, stop - position))):
+            position += len(data)
             yield data
 
 
 def respond(path: Path, request: Request, headers: dict[str, str]) -> Response:
-    """Respond with the file of a prepared shape. Of a video, the client may request one part (RFC 9110,
-    14.2).
+    """Return the response with the file of a prepared shape. The function may block for a moment.
 
-    May block for a moment.
+    The client may request one part of a video (Range header, RFC 9110, section 14.2).
+
+    Args:
+        path: file of the shape.
+        request: request of the client.
+        headers: headers of the response, among them ETag.
     """
     length = path.stat().st_size
     if path.suffix != ".mp4":
-        # Everything but videos is stored with gzip, and the browser decompresses it.
-        kind = "application/octet-stream"
+        # All files except videos are stored with gzip, and the browser decompresses them.
+        media_type = "application/octet-stream"
         headers = {**headers, "Content-Encoding": "gzip"}
         if length <= ONE_PIECE:
-            return Response(path.read_bytes(), media_type=kind, headers=headers)
-        return StreamingResponse(read(path, 0, length), 200, {**headers, "Content-Length": str(length)}, kind)
+            return Response(path.read_bytes(), media_type=media_type, headers=headers)
+        headers = {**headers, "Content-Length": str(length)}
+        return StreamingResponse(read(path, 0, length), 200, headers, media_type)
     headers = {**headers, "Accept-Ranges": "bytes"}
-    first = 0
+    start = 0
     stop = length
     status = 200
-    requested = _RANGE.fullmatch(request.headers.get("range", "").strip())
-    # With another ETag in If-Range the client has an older file: it gets the new one completely.
-    if requested and request.headers.get("if-range", headers["ETag"]) == headers["ETag"]:
-        begin, end, last = requested.groups()
-        first, stop = (
-            (max(0, length - int(last)), length)
-            if last
-            # The client's `end` is inclusive, `stop` is not.
-            else (int(begin), min(int(end) + 1, length) if end else length)
-        )
-        # RFC 9110: 416 for a range outside the file.
-        if first >= stop:
+    range_match = _RANGE.fullmatch(request.headers.get("range", "").strip())
+    # If the ETag in If-Range is another one, the client has a part of an older file, and gets the new file
+    # completely.
+    if range_match and request.headers.get("if-range", headers["ETag"]) == headers["ETag"]:
+        first_byte, last_byte, suffix_length = range_match.groups()
+        if suffix_length:
+            start = max(0, length - int(suffix_length))
+        else:
+            start = int(first_byte)
+            # the last byte belongs to the range, whereas `stop` is the position after it
+            stop = min(int(last_byte) + 1, length) if last_byte else length
+        # Status 416 for a range outside the file (RFC 9110).
+        if start >= stop:
             return Response(None, 416, {**headers, "Content-Range": f"bytes */{length}"})
         status = 206
-        headers["Content-Range"] = f"bytes {first}-{stop - 1}/{length}"
-    return StreamingResponse(
-        read(path, first, stop), status, {**headers, "Content-Length": str(stop - first)}, "video/mp4"
-    )
+        headers["Content-Range"] = f"bytes {start}-{stop - 1}/{length}"
+    headers = {**headers, "Content-Length": str(stop - start)}
+    return StreamingResponse(read(path, start, stop), status, headers, "video/mp4")
 
 
 class PreparedShapes:
-    """State of the shapes of a campaign, looked up by the store's asset token. Thread-safe; all methods
-    block.
+    """State of the preparation of a campaign's shapes, by asset token.
 
-    In a blind study nothing is served before all shapes are prepared, so that waiting times reveal nothing.
-    The sizes of files are not hidden: a person who measures them may be able to distinguish two generators.
+    The object is thread-safe. All methods may block for a moment.
+
+    In a blind study no shape is served before all shapes are prepared, so that waiting times contain no
+    information about the generators. The sizes of files are not hidden: a person who measures them may be
+    able to distinguish two generators.
+
+    Args:
+        options: options of the server.
+        campaign: served campaign.
     """
 
     def __init__(self, options: AppOptions, campaign: StoredCampaign):
@@ -145,116 +175,134 @@ class PreparedShapes:
         self.worker = options.preparation
         self.blind = campaign.settings.mode is Mode.STUDY
         self.shapes = dict(options.store.shapes(campaign.id))  # by asset token
-        self._missing = dict(self.shapes)  # not prepared yet, in order of the plan
-        self._files: dict[str, Path] = {}
-        self._failed: set[str] = set()  # cannot be prepared
+        self._missing = dict(self.shapes)  # shapes that are not prepared yet, in order of the plan
+        self._files: dict[str, Path] = {}  # files of prepared shapes
+        self._failed: set[str] = set()  # asset tokens of shapes that cannot be prepared
+        # name of a prompt -> its values "text" and "hash"
         self._prompts: Mapping[str, Mapping] = campaign.settings.extra.get("conditions", {})
-        self._checked = -POLL  # time of the last check of the cache
+        self._checked_at = -POLL  # time of the last check of the cache, in seconds of time.monotonic
         self._lock = threading.Lock()
-        # With tens of thousands of shapes the first check takes a second. Doing it now keeps the first
-        # requests from waiting for it.
+        # With tens of thousands of shapes the first check takes a second. It is made now, so that the first
+        # request does not wait for it.
         self._check()
-        self._checked = -POLL  # shapes that are missing now may be there at the first request
+        # Shapes that are missing now may be prepared before the first request, which shall make a new check.
+        self._checked_at = -POLL
 
-    def known(self, asset: str) -> bool:
-        """Return True for a shape of this campaign that is prepared or may still be."""
+    def is_available(self, asset: str) -> bool:
+        """Return True if a shape belongs to this campaign, and is prepared or can still be prepared."""
         self._check()
         return asset in self.shapes and asset not in self._failed
 
-    def ready(self, asset: str) -> bool:
-        """Return True for a shape that can be served."""
+    def is_ready(self, asset: str) -> bool:
+        """Return True if a shape can be served now."""
         self._check()
         return asset in self._files and (not self.blind or not self._missing)
 
-    def lost(self, asset: str) -> bool:
-        """Return True for a shape that can never be served."""
+    def has_failed(self, asset: str) -> bool:
+        """Return True if a shape can never be served."""
         self._check()
-        return asset in self._failed or (
-            # A shape that is missing when the worker has stopped for good is lost as well.
-            asset in self._missing and self.worker is not None and self.worker.gave_up
-        )
+        # After the worker has given up, missing shapes will not be prepared.
+        worker_gave_up = self.worker is not None and self.worker.gave_up
+        return asset in self._failed or (asset in self._missing and worker_gave_up)
 
-    def settled(self) -> bool:
-        """Return True if no shape is missing: all are prepared or have failed."""
+    def is_settled(self) -> bool:
+        """Return True if every shape is prepared or has failed."""
         self._check()
         return not self._missing
 
     def path(self, asset: str) -> Path:
-        """Return the file of a prepared shape."""
+        """Return the path of the file of a prepared shape."""
         return self._files[asset]
 
     def prompt(self, asset: str, address: str) -> dict | None:
-        """Return text and image address of the prompt of a shape; None if it has neither."""
-        stored = self._prompt(asset)
-        shown = {
-            "text": stored.get("text"),
+        """Return the prompt of a shape as the page shows it, or None if it has neither text nor image.
+
+        Args:
+            asset: asset token of the shape.
+            address: address of the shape in the assignment, see `Addresses`.
+
+        Returns:
+            {"text": text or None, "image": path on the server or None}
+        """
+        stored_prompt = self._prompt(asset)
+        page_prompt = {
+            "text": stored_prompt.get("text"),
             "image": f"/api/prompts/{address}" if self.prompt_image(asset) else None,
         }
-        return shown if any(shown.values()) else None
+        return page_prompt if any(page_prompt.values()) else None
 
     def prompt_image(self, asset: str) -> Path | None:
-        """Return the prepared image of a shape's prompt, or None."""
+        """Return the file of the prepared image of a shape's prompt, or None if there is none."""
         key = self._prompt(asset).get("hash")
         return self.cache.prompt(key) if key else None
 
     def _prompt(self, asset: str) -> Mapping:
-        """Return the prompt of a shape as the campaign stores it."""
+        """Return the prompt of a shape as the campaign stores it; {} if there is none."""
         shape = self.shapes.get(asset)
         return self._prompts.get(shape.condition, {}) if shape is not None else {}
 
     def progress(self) -> dict:
-        """Return the progress of the preparation, with an estimate of the remaining seconds."""
+        """Return the progress of the preparation.
+
+        Returns:
+            {"done": number of shapes that are prepared or have failed, "total": number of all shapes,
+            "seconds_left": estimated time, or None if it is not known}
+        """
         self._check()
         done = len(self.shapes) - len(self._missing)
         total = len(self.shapes)
-        pace = (
-            self.worker.progress()["seconds_per_shape"] if self.worker is not None and self._missing else None
-        )
-        return {
-            "done": done,
-            "total": total,
-            "seconds_left": 0.0 if done == total else pace and pace * (total - done),
-        }
+        seconds_per_shape = None
+        if self.worker is not None and self._missing:
+            seconds_per_shape = self.worker.progress()["seconds_per_shape"]
+        if done == total:
+            seconds_left = 0.0
+        else:
+            # `and` keeps None, which stands for an unknown time
+            seconds_left = seconds_per_shape and seconds_per_shape * (total - done)
+        return {"done": done, "total": total, "seconds_left": seconds_left}
 
     def trouble(self) -> str | None:
-        """Return why the preparation has stopped, or why shapes are not shown. The text may contain names of
-        files, so only admins see it.
+        """Return the reason why the preparation has stopped or why shapes are not shown, or None.
+
+        The text may contain names of files, so it is shown to admins only.
         """
         if self.worker is None or not (self._missing or self._failed):
             return None
         progress = self.worker.progress()
-        left_out = (
-            f"{progress['failed']} shapes are not shown: {progress['reason']}"
-            if progress["failed"] and progress["reason"]
-            else None
-        )
-        return progress["error"] if self._missing and progress["error"] else left_out
+        if self._missing and progress["error"]:
+            return progress["error"]
+        if progress["failed"] and progress["reason"]:
+            return f"{progress['failed']} shapes are not shown: {progress['reason']}"
+        return None
 
     def _check(self) -> None:
-        """Look for shapes that were prepared since the last check, at most every POLL seconds."""
+        """Look for shapes that were prepared, or have failed, since the last check.
+
+        Within POLL seconds after a check, nothing is done.
+        """
         with self._lock:
-            if not self._missing or time.monotonic() - self._checked < POLL:
+            if not self._missing or time.monotonic() - self._checked_at < POLL:
                 return
-            # Starts the worker again if it has died.
+            # starts the worker again if its process has died
             if self.worker is not None:
                 self.worker.ensure()
-            absent = 0
-            # A copy of the items, because entries are deleted in the loop.
+            missing_count = 0
+            # a copy of the items, because the loop deletes entries
             for asset, shape in list(self._missing.items()):
                 path = self.cache.mesh(shape)
-                # A shape is served with its prompt, so it waits until the prompt's image is prepared or has
-                # failed.
+                # A shape is shown with its prompt. It is ready when the image of the prompt is prepared or
+                # has failed.
                 if path is not None and self._prompt_settled(shape):
                     self._files[asset] = path
+                    del self._missing[asset]
                 elif path is None and self.cache.failure(shape) is not None:
                     self._failed.add(asset)
-                elif (absent := absent + 1) > AHEAD:
-                    break
+                    del self._missing[asset]
                 else:
-                    continue
-                # Prepared or failed: not looked for again.
-                del self._missing[asset]
-            self._checked = time.monotonic()
+                    missing_count += 1
+                    if missing_count > AHEAD:
+                        break
+            self._checked_at = time.monotonic()
 
     def _prompt_settled(self, shape: Shape) -> bool:
         """Return True if the prompt of a shape has no image, or its image is prepared or has failed."""
