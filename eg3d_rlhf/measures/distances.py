@@ -43,7 +43,8 @@ def _check_moments(mean: np.ndarray, cov: np.ndarray) -> tuple[np.ndarray, np.nd
     assert cov.shape == (mean.size, mean.size)
     if not (np.isfinite(mean).all() and np.isfinite(cov).all()):
         raise ValueError(
-            "frechet_distance: a mean or a covariance contains NaN or infinity. Check the images and features"
+            "frechet_distance: a mean or a covariance is not finite (NaN or infinity). Check the images and"
+            " features"
             " for NaN."
         )
     # Symmetrise: sums of products are symmetric only up to rounding, and the solvers read one triangle.
@@ -87,7 +88,7 @@ def frechet_distance(mean_1: np.ndarray, cov_1: np.ndarray, mean_2: np.ndarray, 
         raise ValueError(
             "frechet_distance: cov_1 is not a covariance, because it has a negative eigenvalue: it differs"
             " from"
-            f" its Cholesky factorisation by {remainder:.3g}. Compute cov_1 with FeatureStatistics.moments()."
+            f" its Cholesky factorisation by {remainder:.3g}. Use the result of FeatureStatistics.moments()."
         )
     # L^T C_2 L has the eigenvalues of C_1 C_2, and is symmetric.
     product = factor.T @ cov_2 @ factor  # [r, r]
@@ -96,7 +97,7 @@ def frechet_distance(mean_1: np.ndarray, cov_1: np.ndarray, mean_2: np.ndarray, 
     if eigenvalues.size and eigenvalues[0] < -_PSD_TOLERANCE * np.abs(eigenvalues).max() - 1e-12:
         raise ValueError(
             "frechet_distance: cov_2 is not a covariance, because L^T cov_2 L has the negative eigenvalue"
-            f" {eigenvalues[0]:.3g}. Compute cov_2 with FeatureStatistics.moments()."
+            f" {eigenvalues[0]:.3g}. Use the result of FeatureStatistics.moments()."
         )
     root_trace = np.sqrt(np.maximum(eigenvalues, 0.0)).sum()
     # Rounding can make the distance of equal sets slightly negative.
