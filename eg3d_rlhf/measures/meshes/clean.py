@@ -70,7 +70,7 @@ def clean_mesh(
         raise ValueError("The mesh has a position that is NaN, infinite or too large. Export the mesh again.")
     if edge < 1e-150:  # squares of such lengths underflow to 0
         raise ValueError(
-            "All points of the mesh have the same position, or almost. Export the mesh in larger units."
+            "The mesh has no size: all its points are at almost the same position. Export it in larger units."
         )
     # Halves are added, since low + high could overflow.
     x = (vertices - (low / 2 + high / 2)) / edge
