@@ -44,8 +44,7 @@ def _check_moments(mean: np.ndarray, cov: np.ndarray) -> tuple[np.ndarray, np.nd
     if not (np.isfinite(mean).all() and np.isfinite(cov).all()):
         raise ValueError(
             "frechet_distance: a mean or a covariance is not finite (NaN or infinity). Check the images and"
-            " features"
-            " for NaN."
+            " features for NaN."
         )
     # Symmetrise: sums of products are symmetric only up to rounding, and the solvers read one triangle.
     return mean, (cov + cov.T) / 2
@@ -87,8 +86,8 @@ def frechet_distance(mean_1: np.ndarray, cov_1: np.ndarray, mean_2: np.ndarray, 
     if remainder > _PSD_TOLERANCE * largest_variance + 1e-12:
         raise ValueError(
             "frechet_distance: cov_1 is not a covariance, because it has a negative eigenvalue: it differs"
-            " from"
-            f" its Cholesky factorisation by {remainder:.3g}. Use the result of FeatureStatistics.moments()."
+            f" from its Cholesky factorisation by {remainder:.3g}. Use the result of"
+            " FeatureStatistics.moments()."
         )
     # L^T C_2 L has the eigenvalues of C_1 C_2, and is symmetric.
     product = factor.T @ cov_2 @ factor  # [r, r]
@@ -133,8 +132,7 @@ class FeatureStatistics:
         if batch.ndim != 2 or batch.shape[1] != self.dim:
             raise ValueError(
                 f"FeatureStatistics: features have the shape {list(batch.shape)}, but must have [N,"
-                f" {self.dim}]."
-                " Compute all batches with the same network."
+                f" {self.dim}]. Compute all batches with the same network."
             )
         if len(batch):
             count = len(batch)

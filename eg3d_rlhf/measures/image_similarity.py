@@ -28,7 +28,7 @@ def _check(measure: str, first_images: Tensor, second_images: Tensor) -> None:
         raise ValueError(
             f"{measure}: both batches must have the same shape [N, C, H, W], but have"
             f" {list(first_images.shape)} and {list(second_images.shape)}. Render both at the same"
-            f" resolution."
+            " resolution."
         )
 
 

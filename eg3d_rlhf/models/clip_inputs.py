@@ -187,8 +187,7 @@ def _load(name: str, folder: Path, flag: str, files: Sequence[str], whose: str):
     if missing_files:
         raise ValueError(
             f"{flag}: {' and '.join(missing_files)} of the tokenizer is missing in {folder}. Copy the files"
-            f" of"
-            f" {whose} tokenizer into this folder."
+            f" of {whose} tokenizer into this folder."
         )
     import transformers
 

@@ -92,8 +92,7 @@ class DinoConfig:
         if self.image_size % self.patch_size or self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 "DinoConfig: image_size must be a multiple of patch_size, and hidden_size must be a multiple"
-                " of"
-                f" num_attention_heads, got image_size={self.image_size}, patch_size={self.patch_size},"
+                f" of num_attention_heads, got image_size={self.image_size}, patch_size={self.patch_size},"
                 f" hidden_size={self.hidden_size}, num_attention_heads={self.num_attention_heads}. Download"
                 " config.json again."
             )
@@ -294,9 +293,7 @@ def _weights(name: str) -> Path:
         raise FileNotFoundError(
             f"{name}: no weights were found on this machine (searched:"
             f" {searched_paths or 'the cache of Hugging Face, which has no such network'}). Download them"
-            f" with"
-            f" hf"
-            f" download {repository} (https://huggingface.co/{repository})."
+            f" with hf download {repository} (https://huggingface.co/{repository})."
         )
     return path
 
@@ -453,7 +450,6 @@ def _dino3(content: Mapping[str, Any]) -> Any:
         # column.
         raise ValueError(
             f"hidden_size {config.hidden_size} cannot be divided into {config.num_attention_heads} heads"
-            f" whose"
-            " number of channels is a multiple of four"
+            " whose number of channels is a multiple of four"
         )
     return config

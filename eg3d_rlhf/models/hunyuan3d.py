@@ -84,8 +84,7 @@ class DenoiserConfig:
         if unsupported:
             raise ValueError(
                 f"config.yaml, model: {', '.join(unsupported)} is not supported, because Hunyuan3D-2.1 does"
-                f" not"
-                " use it. Use the files of Hunyuan3D-2.1."
+                " not use it. Use the files of Hunyuan3D-2.1."
             )
         sizes = (
             self.input_size,
@@ -452,14 +451,13 @@ class AutoencoderConfig:
             raise ValueError(
                 "config.yaml, vae: pc_size and downsample_ratio must be >= 1 and pc_sharpedge_size >= 0, got"
                 f" {self.pc_size}, {self.downsample_ratio} and {self.pc_sharpedge_size}. Download the file"
-                f" again."
+                " again."
             )
         smallest_size = min(self.num_latents, self.embed_dim, self.heads, self.num_decoder_layers)
         if smallest_size < 1 or self.width % self.heads or self.scale_factor <= 0:
             raise ValueError(
                 "config.yaml, vae: sizes must be >= 1, width must be a multiple of heads, and scale_factor"
-                " must"
-                f" be > 0, got {self}. Download the file again."
+                f" must be > 0, got {self}. Download the file again."
             )
 
 

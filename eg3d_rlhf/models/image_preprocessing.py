@@ -46,8 +46,8 @@ def read_cut_out(path: Path, cut: Callable[[Image.Image], Result]) -> Result:
         # object.
         if rgba.getchannel("A").getextrema()[0] == 255:
             raise ValueError(
-                f"the image must have a transparent background, but is opaque (mode {mode}). Remove its"
-                " background first."
+                f"the image must have a transparent background, but is opaque ({mode}). Remove its background"
+                " first."
             )
         return cut(rgba)
     except ValueError as error:
@@ -354,9 +354,7 @@ def squared(image: Image.Image, margin: float) -> Image.Image:
     if half_side < 1:
         raise ValueError(
             f"the object must be larger than two pixels, but has {bottom - top + 1} x {right - left + 1}"
-            f" (rows"
-            f" x"
-            " columns). Choose another image."
+            " (rows x columns). Choose another image."
         )
     x = (left + right) / 2  # centre of the object, which may lie between two pixels
     y = (top + bottom) / 2
