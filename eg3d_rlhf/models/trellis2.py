@@ -513,7 +513,7 @@ def split(x: SparseBatch, there: torch.Tensor) -> SparseBatch:
     voxel, child = there.nonzero().unbind(1)  # [W]: children stay in the order of their voxels
     if not len(voxel):
         raise ValueError(
-            f"decode: none of the {len(x.feats)} voxels has a child, so the decoded object is empty. Use"
+            f"decode: none of the {len(x.feats)} voxels has children, so the decoded object is empty. Use"
             " other latents or other weights."
         )
     # Offsets of the children in their voxels, [W, 3]; the first axis varies fastest.
