@@ -67,8 +67,8 @@ class Recipe:
     def folder(self) -> Path:
         """Return the folder of the library and its log. Its name contains a hash of all inputs of the
         library."""
-        # The paths of the checkout and of torch do not change the library, so they are removed before
-        # hashing.
+        # The paths of the checkout and of torch do not change the
+        # library, so they are removed before hashing.
         source_folder = str(SOURCES)
         torch_folder = str(Path(torch.__file__).parent)
         portable_commands = [

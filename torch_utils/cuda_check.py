@@ -48,8 +48,8 @@ def passes(op: str, device: torch.device) -> bool:
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     key = op, device
-    # During tracing and capture, results of ops cannot be read. Nothing is stored here, so that a later call
-    # can run the check.
+    # During tracing and capture, results of ops cannot be read. Nothing is
+    # stored here, so that a later call can run the check.
     if key not in _results and (
         torch.compiler.is_compiling() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
     ):
@@ -65,8 +65,8 @@ def passes(op: str, device: torch.device) -> bool:
 def _try(op: str, check: Check, device: torch.device) -> bool:
     """Run a check. Returns True if the op passes; otherwise prints a warning and returns False."""
     try:
-        # The modes of the caller must not apply to the check: inference mode and no_grad would switch off
-        # gradients.
+        # The modes of the caller must not apply to the check: inference
+        # mode and no_grad would switch off gradients.
         with (
             _disable_current_modes(),
             torch.inference_mode(False),

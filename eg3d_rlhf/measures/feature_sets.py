@@ -39,8 +39,8 @@ def pairwise_distances(x: ArrayLike) -> np.ndarray:
     """
     x = np.asarray(x, dtype=np.float64)
     assert x.ndim == 2 and len(x) >= 3
-    # Centring does not change distances. It keeps the squares below small, so their difference loses fewer
-    # digits.
+    # Centring does not change distances. It keeps the squares below
+    # small, so their difference loses fewer digits.
     centred = x - x.mean(axis=0)
     squares = (centred**2).sum(axis=1)
     # |a - b|^2 = |a|^2 + |b|^2 - 2 a.b, which rounding can make slightly negative.

@@ -122,13 +122,13 @@ def _with_progress(
     Args:
         batches: batches of images [N, 3, R, R] in [-1, 1].
         advance: function that advances the progress bar by a number of images.
-        faces: list to which the result of `faces_found` is appended for each batch; None skips the detector.
+        faces: list to which the result of `detect_faces` is appended for each batch; None skips the detector.
     """
     for batch in batches:
         # Yield first: the bar advances when the consumer has finished with the batch.
         yield batch
         if faces is not None:
-            faces.append(faces_found(batch))
+            faces.append(detect_faces(batch))
         advance(len(batch))
 
 
@@ -170,8 +170,8 @@ def evaluate(
             real_batches(dataset, options.batch), bar(len(dataset), "features of the real images"), faces[0]
         ),
     )
-    # `fake_batches` is a Python generator: a batch is rendered when `collect` requests it, so that only one
-    # batch is in memory.
+    # `fake_batches` is a Python generator: a batch is rendered when
+    # `collect` requests it, so that only one batch is in memory.
     fakes = fake_batches(generator.generator, cameras, options)
     fake = collect(
         network, _with_progress(fakes, bar(options.images, "features of generated images"), faces[1])
@@ -256,7 +256,7 @@ FACE_PIXELS = 128  # side of the images that the detector reads, in pixels
 SMALLEST_FACE = 40  # side of the smallest face that the detector searches for, in pixels
 
 
-def faces_found(images: torch.Tensor) -> np.ndarray:
+def detect_faces(images: torch.Tensor) -> np.ndarray:
     """Return bool [N]: True for each image in which the detector finds at least one face.
 
     Args:

@@ -34,8 +34,8 @@ from scipy.special import ndtri
 
 from eg3d_rlhf.measures.distances import frechet_distance
 
-# Smallest number of samples of each set per feature for which 95 % of simulated Fréchet intervals included
-# the true distance
+# Smallest number of samples of each set per feature for which 95 % of
+# simulated Fréchet intervals included the true distance
 SAFE_SAMPLES = 6
 METHOD = "bias-corrected bootstrap, width from bootstrap and influence function"
 _BLOCK_CELLS = 4_000_000  # largest number of Gram matrix entries in memory at once, 32 MB
@@ -207,13 +207,13 @@ def _interval(statistic: "_Frechet | _Kernel | _Change", resamples: int, seed: i
     )
     z = float(ndtri(0.975))  # two-sided 95 %
     centre = measured - bias
-    # A change is not a squared distance: its variance does not depend on theta, and its interval is
-    # symmetric.
+    # A change is not a squared distance: its variance does not
+    # depend on theta, and its interval is symmetric.
     if statistic.with_bias is None:
         half_width = z * math.sqrt(linear_variance + constant_variance + bias_variance)
         return DistanceInterval(centre, centre - half_width, centre + half_width, measured, bias)
-    # Two estimates of k in Var(L) = k theta, see "Ends" in the module's docstring. 1e-300 avoids a division
-    # by 0.
+    # Two estimates of k in Var(L) = k theta, see "Ends" in the
+    # module's docstring. 1e-300 avoids a division by 0.
     k_with_bias = (1 + statistic.allowance) * influence_variance / max(statistic.with_bias(), 1e-300)
     # Below one standard deviation the denominator would be mostly noise, so it is bounded from below.
     k_corrected = linear_variance / max(centre, math.sqrt(linear_variance + constant_variance), 1e-300)
@@ -369,8 +369,8 @@ class _Kernel:
             fake_counts: counts [B, N] of the fakes in each resample.
             real_counts: counts [B, M] of the reals in each resample.
         """
-        # Mean kernel within each set. With counts w, (sum w)^2 - sum w^2 pairs are no pair of an item with
-        # itself.
+        # Mean kernel within each set. With counts w, (sum w)^2 - sum
+        # w^2 pairs are no pair of an item with itself.
         within = [
             _weighted_sum(items, items, w, w, self_pairs=False) / (w.sum(axis=1) ** 2 - (w**2).sum(axis=1))
             for items, w in ((self.fake, fake_counts), (self.real, real_counts))

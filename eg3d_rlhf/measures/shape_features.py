@@ -34,8 +34,8 @@ from training.heads import people
 
 
 RESOLUTION = 48  # R
-# Yaws of the views in radians from frontal: the face, the back, and both sides of the back, where scans
-# differ
+# Yaws of the views in radians from frontal: the face, the back,
+# and both sides of the back, where scans differ
 YAWS = (0.0, 2.1, math.pi, -2.1)
 WIDTH = 0.66  # width and height of the box that the maps cover, in world units
 LOWEST = -0.30  # y of the lower side of that box, in world units
@@ -46,7 +46,7 @@ STEPS = 58  # number of samples along a line of sight
 CHANNELS = 4
 
 
-def levelled(values: Tensor) -> Tensor:
+def scale_to_surface(values: Tensor) -> Tensor:
     """Scale the values of each shape so that they change by about 1 per grid point at its surface, and clamp
     them to -1..1.
 
@@ -97,10 +97,10 @@ def normal_maps(values: Tensor, yaws: Sequence[float] = YAWS) -> Tensor:
             f"normal_maps: values have the shape {list(values.shape)}, but must have [N, n, n, n]. Pass grids"
             " with the same number of points along all axes."
         )
-    # [N, 1, z, y, x], the order that grid_sample expects. 1 - values is positive inside. grid_sample pads
-    # with 0; since 1 is subtracted again below, points outside the cube get -1, the value that is farthest
-    # outside.
-    volume = (1 - levelled(values)).permute(0, 3, 2, 1)[:, None]
+    # [N, 1, z, y, x], the order that grid_sample expects. 1 - values is positive
+    # inside. grid_sample pads with 0; since 1 is subtracted again below, points
+    # outside the cube get -1, the value that is farthest outside.
+    volume = (1 - scale_to_surface(values)).permute(0, 3, 2, 1)[:, None]
     pixel_centres = (torch.arange(RESOLUTION, device=values.device) + 0.5) / RESOLUTION * WIDTH
     # Coordinates in the axes of a view: u to its right, v upwards, w towards the viewer, in world units
     u = pixel_centres - WIDTH / 2
@@ -132,8 +132,8 @@ def _maps(values: Tensor, u: Tensor, v: Tensor) -> Tensor:
     """
     inside = values >= 0
     hit = inside.any(dim=2)  # [N, R, R]: the line of sight meets the shape
-    # First sample inside as seen from the viewer. argmax returns the first of equal values, and 0 without
-    # any.
+    # First sample inside as seen from the viewer. argmax returns
+    # the first of equal values, and 0 without any.
     inside_index = inside.to(torch.uint8).argmax(dim=2, keepdim=True)
     outside_index = (inside_index - 1).clamp_min(0)
     inside_value = values.gather(2, inside_index)

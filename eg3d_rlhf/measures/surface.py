@@ -25,8 +25,8 @@ from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.geometry.level_set import LevelSet, between
 from eg3d_rlhf.geometry.mesh import face_volumes
 
-# Smallest ratio of (2 area)^2 to (longest edge)^4 of a face. Below it the normal of the face is rounding
-# noise.
+# Smallest ratio of (2 area)^2 to (longest edge)^4 of a face.
+# Below it the normal of the face is rounding noise.
 _SLIVER = 1e-12
 
 
@@ -63,13 +63,13 @@ def topology(vertices: np.ndarray, faces: np.ndarray) -> Topology:
         faces: vertex indices [F, 3], F >= 1, wound counter-clockwise as seen from outside. No face uses a
             vertex twice.
     """
-    vertices, faces = _checked(vertices, faces)
+    vertices, faces = _check_mesh(vertices, faces)
     partner = _partners(faces)  # [C] half-edge, -1 where open
     paired_corners = np.flatnonzero(partner >= 0)
     # A partner runs in the opposite direction: it starts where the half-edge of the corner ends.
     partner_corners = partner[paired_corners]
-    # Number the points [C]. Corners that an edge joins are one point, also if the mesh has copies of a
-    # vertex.
+    # Number the points [C]. Corners that an edge joins are one
+    # point, also if the mesh has copies of a vertex.
     point, point_count = connected(
         [(paired_corners, _next(partner_corners)), (_next(paired_corners), partner_corners)], len(partner)
     )
@@ -117,7 +117,7 @@ def main_surface(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
 
     Returns: the rows of `faces` that belong to the surface.
     """
-    vertices, faces = _checked(vertices, faces)
+    vertices, faces = _check_mesh(vertices, faces)
     corner_surface, surface_count = _surfaces(_partners(faces))
     face_surface = corner_surface[0::3]  # [F], the surface of each face's first corner
     volume = np.bincount(face_surface, weights=face_volumes(vertices, faces), minlength=surface_count)
@@ -141,7 +141,7 @@ def mean_curvature(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray,
         and the area 0 at vertices on a rim and at vertices that no face uses.
     Deviates: faces without area are ignored. The sign of H comes from the area-weighted vertex normal.
     """
-    vertices, faces = _checked(vertices, faces)
+    vertices, faces = _check_mesh(vertices, faces)
     corners = vertices[faces]  # [F, 3, 3]
     sides = np.roll(corners, -1, axis=1) - corners  # side i runs from corner i to corner i + 1
     squared_lengths = (sides**2).sum(axis=2)  # [F, 3]
@@ -206,7 +206,7 @@ def _add(total: np.ndarray, rows: np.ndarray, values: np.ndarray) -> None:
         total[:, axis] += np.bincount(rows, weights=values[:, axis], minlength=len(total))
 
 
-def _checked(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _check_mesh(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Convert a mesh to float64 and int64, and assert that it is valid.
 
     A valid mesh has a face and finite vertices, and no face uses a vertex twice.

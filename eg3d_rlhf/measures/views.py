@@ -22,8 +22,8 @@ from eg3d_rlhf.generators import of
 from training.rendering.cameras import RaySampler, camera_position, intrinsics_matrix, look_at, pack_label
 
 _NEAR_PLANE = 1e-3  # in world units: points closer to the camera plane than this have no pixel
-# In world units: a point that lies farther than this behind the surface of the other view counts as hidden
-# there
+# In world units: a point that lies farther than this behind the
+# surface of the other view counts as hidden there
 HIDDEN_MARGIN = 0.10
 MIN_PIXELS = 16  # latents with fewer matched pixels in all pairs get the worst value of each measure
 WORST_COLOUR = 2.0  # largest difference of two values in [-1, 1]
@@ -197,8 +197,8 @@ def inner_foreground(foreground: Tensor) -> Tensor:
     """
     # A pixel is inner if its 3 x 3 neighbourhood contains no background.
     inner = F.max_pool2d((~foreground).float()[:, None], 3, stride=1, padding=1)[:, 0] == 0
-    # The padding of the image counts as foreground above, so its first and last rows and columns are set
-    # here.
+    # The padding of the image counts as foreground above, so its
+    # first and last rows and columns are set here.
     inner[:, :1] = False
     inner[:, -1:] = False
     inner[:, :, :1] = False
@@ -335,8 +335,8 @@ def compare_views(views: Views, spec: ViewSpec) -> MultiViewMeasures:
         match = match_views(views, target, source)
         source_colours = sample_map(views.image[:, source], match.grid)
         photometric.append(((source_colours - views.image[:, target]).abs().mean(dim=1), match.visible))
-        # Cap the difference also for points in front, so that a distant floater weighs no more than an
-        # occlusion.
+        # Cap the difference also for points in front, so that a
+        # distant floater weighs no more than an occlusion.
         gap = (match.distance - match.depth).abs().clamp_max(HIDDEN_MARGIN)
         depth.append((gap / match.distance.clamp_min(1e-6), match.visible))
         normal.append(_normal(views, target, source, match))

@@ -47,8 +47,8 @@ class SelfAttention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
-        # One linear layer computes queries, keys and values. Its outputs are ordered [q | k | v], then by
-        # head.
+        # One linear layer computes queries, keys and values. Its
+        # outputs are ordered [q | k | v], then by head.
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(-3)  # [N, T, H, D] each
         return self.proj(attend(q, k, v, keep).flatten(-2))
 

@@ -18,8 +18,8 @@ from eg3d_rlhf.models.weights import State, below, count, require_extra, shape_o
 
 HEAD = 64  # channels of an attention head, in both encoders
 VISION = "blip.visual_encoder."  # prefix of the image encoder's published names
-# Pairs of a regular expression of published names and its replacement in transformers' names, applied in
-# order
+# Pairs of a regular expression of published names and its
+# replacement in transformers' names, applied in order
 VISION_NAMES = (
     (r"^cls_token$", "embeddings.cls_token"),
     (r"^pos_embed$", "embeddings.position_embeddings"),
@@ -71,10 +71,10 @@ class BlipSizes:
         Raises: ValueError if the state dict is that of another network.
         """
         text = "blip.text_encoder."  # prefix of the text encoder's names
-        # The layer that embeds patches is a convolution whose kernel has the size of a patch.
-        # Shape: [width, 3, patch, patch]
+        # The layer that embeds patches is a convolution whose kernel, [width, 3, patch, patch], has the size
+        # of a patch.
         width, _, patch, _ = shape_of(state, f"{VISION}patch_embed.proj.weight", who, 4)
-        # [1, tokens, width]
+        # The embedding of positions has the shape [1, tokens, width].
         _, tokens, _ = shape_of(state, f"{VISION}pos_embed", who, 3)
         vocabulary, text_width = shape_of(state, f"{text}embeddings.word_embeddings.weight", who, 2)
         return cls(

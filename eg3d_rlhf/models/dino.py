@@ -49,18 +49,19 @@ def standardised(images: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return (images.to(like) - mean) / std
 
 
-def _check_layers(act: str, gated: bool, channels: int) -> None:
+def _check_layers(act: str, has_gates: bool, channels: int) -> None:
     """Raise ValueError for a variant of DINO whose layers this module does not support.
 
     Args:
         act: name of the activation function.
-        gated: True if the perceptrons have gates.
+        has_gates: True if the perceptrons have gates.
         channels: number of channels of an image.
     """
-    if act != "gelu" or gated or channels != 3:
+    if act != "gelu" or has_gates or channels != 3:
         raise ValueError(
             "only a DINO with gelu, without gates and with 3 image channels is supported, but its activation"
-            f" is {act!r}, its gates are {gated} and its channels {channels}. Use the weights of a standard"
+            f" is {act!r}, its gates are {has_gates} and its channels {channels}. Use the weights of a"
+            f" standard"
             " DINO."
         )
 
@@ -181,8 +182,8 @@ class Dino(nn.Module):
         settings["mlp_ratio"] += 1e-9
         network = getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(**settings))
         self.config = config
-        # The parts are stored and not the model itself, because the model returns only the output after the
-        # last norm.
+        # The parts are stored and not the model itself, because the
+        # model returns only the output after the last norm.
         self.embeddings = network.embeddings
         self.encoder = network.encoder
         self.layernorm = network.layernorm
@@ -208,8 +209,8 @@ HUB = {
     "dinov2_vitl14": "facebook/dinov2-large",
     "dinov2_vitl14_reg": "facebook/dinov2-with-registers-large",
 }
-# Pairs of a regular expression of torch hub's names and its replacement in transformers' names, applied in
-# order
+# Pairs of a regular expression of torch hub's names and its
+# replacement in transformers' names, applied in order
 HUB_NAMES = (
     (r"^(cls_token|mask_token|register_tokens)$", r"embeddings.\1"),
     (r"^pos_embed$", "embeddings.position_embeddings"),
@@ -268,18 +269,18 @@ def read_dino(name: str, device: str | torch.device = "cpu") -> Dino:
     Returns: the network in float32, in evaluation mode and without gradients of its parameters.
     Raises: FileNotFoundError if no weights were found; ValueError if they do not fit the network.
     """
-    path = _weights(name)
+    path = _find_weights(name)
     state = read(path, name)
     # Checkpoints of torch hub have no config.json beside them. Their settings follow from the shapes.
     if path.suffix == ".pth":
         config = DinoConfig.of_state(state, str(path))
         state = from_hub(state, config)
     else:
-        config = _read_config(name, path, "dinov2", _dino)
+        config = _read_config(name, path, "dinov2", _dino_config)
     return load_dino(config, state, str(path), device)
 
 
-def _weights(name: str) -> Path:
+def _find_weights(name: str) -> Path:
     """Return the path of the weights of a DINO, see `read_dino`.
 
     Raises: FileNotFoundError that lists all paths if none of them is a file.
@@ -373,10 +374,10 @@ def _read_config(
         ) from None
 
 
-def _dino(content: Mapping[str, Any]) -> DinoConfig:
+def _dino_config(content: Mapping[str, Any]) -> DinoConfig:
     """Create the settings of a DINOv2 from the content of its config.json."""
-    # transformers does not write settings that have their default value. Its default number of registers is
-    # 4.
+    # transformers does not write settings that have their default
+    # value. Its default number of registers is 4.
     registers = 4 if content["model_type"] == "dinov2_with_registers" else 0
     return DinoConfig.of({"num_register_tokens": registers, **content})
 
@@ -426,9 +427,9 @@ def read_dino3(name: str, device: str | torch.device = "cpu") -> Dino3:
     Raises: FileNotFoundError if no weights were found; ValueError if they do not fit the network, or if the
         library transformers is missing.
     """
-    path = _weights(name)
+    path = _find_weights(name)
     require_extra(name, "transformers")
-    config = _read_config(name, path, "dinov3", _dino3)
+    config = _read_config(name, path, "dinov3", _dino3_config)
     network = empty(lambda: Dino3(config))
     fill(network, read(path, name), str(path), types=torch.float32, device=device)
     # The rotary frequencies are not part of the weights, and `empty` created them without values.
@@ -436,7 +437,7 @@ def read_dino3(name: str, device: str | torch.device = "cpu") -> Dino3:
     return frozen(network, device)
 
 
-def _dino3(content: Mapping[str, Any]) -> Any:
+def _dino3_config(content: Mapping[str, Any]) -> Any:
     """Create transformers' settings of a DINOv3 from the content of its config.json.
 
     Raises: ValueError for a variant that is not supported.
@@ -446,8 +447,8 @@ def _dino3(content: Mapping[str, Any]) -> Any:
     config = DINOv3ViTConfig.from_dict(dict(content))
     _check_layers(config.hidden_act, config.use_gated_mlp, config.num_channels)
     if config.hidden_size % (4 * config.num_attention_heads):
-        # Rotary embeddings rotate pairs of channels: half of the pairs by the row, the other half by the
-        # column.
+        # Rotary embeddings rotate pairs of channels: half of the
+        # pairs by the row, the other half by the column.
         raise ValueError(
             f"hidden_size {config.hidden_size} cannot be divided into {config.num_attention_heads} heads"
             " whose number of channels is a multiple of four"

@@ -56,8 +56,8 @@ class DenoiserConfig:
     num_moe_layers: int = 6  # number of blocks, counted from the last one, that have a mixture of experts
     num_experts: int = 8  # X
     moe_top_k: int = 2  # k, number of experts per token
-    # The settings below exist in the original's class. Only the values that Hunyuan3D-2.1 uses are
-    # implemented.
+    # The settings below exist in the original's class. Only the
+    # values that Hunyuan3D-2.1 uses are implemented.
     norm_type: str = "layer"
     qk_norm_type: str = "rms"
     use_pos_emb: bool = False
@@ -121,8 +121,8 @@ class TimeEmbedder(nn.Module):
         half_width = self.width // 2
         indices = torch.arange(half_width, dtype=torch.float32, device=t.device)
         rates = torch.exp(-math.log(10000) / half_width * indices)  # from 1 to about 1 / 10000
-        # The angles are float32 even if the network is half precision. Only the sines and cosines are
-        # rounded.
+        # The angles are float32 even if the network is half
+        # precision. Only the sines and cosines are rounded.
         angles = t.float()[:, None] * rates  # [N, W / 2]
         embedding = torch.cat([angles.sin(), angles.cos()], 1).to(next(self.mlp.parameters()).dtype)
         return self.mlp(embedding)[:, None]  # [N, W] -> [N, 1, W]
@@ -257,13 +257,13 @@ class Mixture(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         tokens = x.flatten(0, 1)  # [N S, W]
         weights, expert_indices = self.gate(tokens)  # [N S, k] each
-        # One expert after the other, each on the tokens that chose it. Gradients flow through the experts.
-        # The original blocks them in eval mode; it also has a loss that balances the experts, which is not
-        # needed here.
+        # One expert after the other, each on the tokens that chose it. Gradients flow
+        # through the experts. The original blocks them in eval mode; it also has a loss
+        # that balances the experts, which is not needed here.
         total = torch.zeros_like(tokens)
         for expert_index, expert in enumerate(self.experts):
-            # Indices of the tokens that chose this expert, and its rank 0..k-1 among the choices of each
-            # token
+            # Indices of the tokens that chose this expert, and its rank
+            # 0..k-1 among the choices of each token
             token_index, rank = (expert_indices == expert_index).nonzero(as_tuple=True)
             weighted = expert(tokens[token_index]) * weights[token_index, rank, None]
             total = total.index_add(0, token_index, weighted.to(total.dtype))
@@ -311,8 +311,8 @@ class Block(nn.Module):
         """
         if self.skip:
             assert skipped is not None
-            # The order of the trained weights: the earlier output comes first, and the norm after the linear
-            # layer.
+            # The order of the trained weights: the earlier output comes
+            # first, and the norm after the linear layer.
             x = self.skip_norm(self.skip_linear(torch.cat([skipped, x], -1)))
         h = self.norm1(x)
         x = x + self.attn1(h, h)
@@ -379,8 +379,8 @@ class Denoiser(nn.Module):
         cond = cond.to(dtype)
         skip_outputs: list[torch.Tensor] = []
         for block_index, block in enumerate(self.blocks):
-            # Last in, first out: the first block after the middle takes the output of the last block before
-            # it.
+            # Last in, first out: the first block after the middle takes
+            # the output of the last block before it.
             args = (tokens, cond, skip_outputs.pop() if block_index > middle else None)
             tokens = (
                 checkpoint(block, *args, use_reentrant=False)
@@ -644,8 +644,8 @@ class ShapeDecoder(nn.Module):
         side = len(axis)
         plane_count = len(axis[x])
         value_chunks = []
-        # Grid points are numbered with the last axis fastest. Moving each chunk to the CPU limits the
-        # device's memory.
+        # Grid points are numbered with the last axis fastest. Moving
+        # each chunk to the CPU limits the device's memory.
         for indices in torch.arange(plane_count * side**2, device=axis.device).split(CHUNK):
             coordinates = (axis[x][indices // side**2], axis[indices // side % side], axis[indices % side])
             points = torch.stack(coordinates, 1)[None]  # [1, points of the chunk, 3]

@@ -42,8 +42,8 @@ def read_cut_out(path: Path, cut: Callable[[Image.Image], Result]) -> Result:
         mode = image.mode
         rgba = image.convert("RGBA")
     try:
-        # Alpha is the mask of the object. If its smallest value is 255, the complete image would be the
-        # object.
+        # Alpha is the mask of the object. If its smallest value is
+        # 255, the complete image would be the object.
         if rgba.getchannel("A").getextrema()[0] == 255:
             raise ValueError(
                 f"the image must have a transparent background, but is opaque ({mode}). Remove its background"
@@ -438,8 +438,8 @@ def object_inputs(pixels: np.ndarray, points: torch.Tensor | None, cut: ObjectCu
         "rgb_image_mask": _resize_nearest(in_square(mask), cut.size),
     }
     if normalised_points is not None:
-        # As in the original, the cropped map is padded by NaN (no point), and the complete map by 0 (a
-        # point).
+        # As in the original, the cropped map is padded by NaN (no
+        # point), and the complete map by 0 (a point).
         cropped_points = _padded(_boxed(normalised_points, box), cut, float("nan"))
         if cut.rembg:
             cropped_points = cropped_points.where(cropped_mask > 0, float("nan"))

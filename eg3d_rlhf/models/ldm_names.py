@@ -130,8 +130,8 @@ def to_diffusers_unet(state: Mapping[str, torch.Tensor]) -> State:
     names = unet_names(state)
     renamed_state = {}
     for name, tensor in state.items():
-        # The longest prefix decides: the name of an upsampling, "output_blocks.2.1.conv.", also begins with
-        # "output_blocks.2.1.".
+        # The longest prefix decides: the name of an upsampling,
+        # "output_blocks.2.1.conv.", also begins with "output_blocks.2.1.".
         prefix = max((ldm_prefix for ldm_prefix in names if name.startswith(ldm_prefix)), key=len, default="")
         suffix = name.removeprefix(prefix)
         if "resnets." in names.get(prefix, ""):
@@ -155,8 +155,8 @@ def to_diffusers_vae(state: Mapping[str, torch.Tensor]) -> State:
     up_block_count = count(state, "decoder.up.")
     renamed_state = {}
     for name, tensor in state.items():
-        # Group 1 is the number of the level. Group 2 is the number of a ResNet block, or None for a
-        # resampling.
+        # Group 1 is the number of the level. Group 2 is the number of
+        # a ResNet block, or None for a resampling.
         name = re.sub(
             r"\.down\.(\d+)\.(?:block\.(\d+)\.)?",
             lambda match: f".down_blocks.{match[1]}." + (f"resnets.{match[2]}." if match[2] else ""),
@@ -196,8 +196,8 @@ def to_transformers_clip(state: Mapping[str, torch.Tensor]) -> State:
     for name, tensor in state.items():
         for pattern, replacement in CLIP:
             name = re.sub(pattern, replacement, name)
-        # open_clip stores the projections of queries, keys and values as one matrix [3 C, C] and one bias [3
-        # C].
+        # open_clip stores the projections of queries, keys and values
+        # as one matrix [3 C, C] and one bias [3 C].
         block, in_projection, parameter = name.partition("attn.in_proj_")
         if in_projection:
             for letter, projection in zip("qkv", tensor.chunk(3), strict=True):

@@ -102,8 +102,8 @@ class LoraLinear(nn.Module):
         base = self.base_layer
         scale = self.alpha / self.rank
         if self.active and fits(x, base.weight) and not (self.dropout and self.training):
-            # The fused function has no dropout, and its base layer must be float32 on a CPU with oneDNN
-            # (`fits`).
+            # The fused function has no dropout, and its base layer must
+            # be float32 on a CPU with oneDNN (`fits`).
             return _Adapted.apply(x, base.weight, base.bias, self.lora_A.weight, self.lora_B.weight, scale)
         y = base(x)
         if not self.active:
@@ -168,8 +168,8 @@ def add_lora(model: nn.Module, config: LoraConfig, seed: int) -> list[str]:
         )
     layers = attach(model, names, config.rank, config.alpha, config.dropout)
     generator = torch.Generator().manual_seed(seed)
-    # A shared layer has several names but one adapter. dict.fromkeys keeps the first occurrence of each
-    # layer.
+    # A shared layer has several names but one adapter.
+    # dict.fromkeys keeps the first occurrence of each layer.
     for layer in dict.fromkeys(layers.values()):
         A = layer.lora_A.weight
         bound = 1 / math.sqrt(layer.base_layer.in_features)

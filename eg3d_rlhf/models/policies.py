@@ -337,8 +337,8 @@ def targets_of(model: nn.Module) -> list[str]:
     layers = adapted_layers(model)
     short_names = sorted({name.rpartition(".")[2] for name in layers})
     inner_prefixes = [f"{name}." for name in layers]
-    # Modules that a short name must not match: all but the layers with adapters and the modules inside of
-    # them
+    # Modules that a short name must not match: all but the layers
+    # with adapters and the modules inside of them
     other_modules = [
         name
         for name, _ in model.named_modules(remove_duplicate=False)
@@ -431,8 +431,8 @@ def save_policy(model: nn.Module, folder: str | Path, meta: Mapping) -> Path:
         write_adapter(model, folder)
     else:
         write_merged(model, folder / MODEL)
-    # An earlier policy in this folder may have been of the other kind. `read_weights` rejects a folder with
-    # both.
+    # An earlier policy in this folder may have been of the other
+    # kind. `read_weights` rejects a folder with both.
     for obsolete_file in [MODEL] if has_adapters else [ADAPTER, CONFIG]:
         (folder / obsolete_file).unlink(missing_ok=True)
     # policy.json is written last, so that a folder with this file is complete.

@@ -45,8 +45,8 @@ class LatentConfig:
 
     in_channels: int  # A
     tokens: int  # S
-    # Points per axis of the cubic grid on which the tokens lie. None: there is no grid, and the position
-    # embedding is trained.
+    # Points per axis of the cubic grid on which the tokens lie. None:
+    # there is no grid, and the position embedding is trained.
     resolution: int | None = None
 
     def __post_init__(self):
@@ -382,9 +382,9 @@ class VoxelFlow(LatentFlow):
 
 # The conditioning of SAM 3D consists of the tokens of an image, of the object's mask and of a point map. Each
 # of these inputs exists twice: cropped around the object, and as the full frame. Images and masks are encoded
-# by a DINOv2 each, and point maps by a small transformer over the points of each patch. A gated feed-forward
-# layer then changes the number of channels to W. A trained vector is added that distinguishes the crop from
-# the full frame. All tokens are concatenated.
+# by a DINOv2 each, and point maps by a small transformer over the points of each patch. A feed-forward
+# layer with a gate then changes the number of channels to W. A trained vector is added that distinguishes the
+# crop from the full frame. All tokens are concatenated.
 
 
 # Names of the transforms of coordinates in `remapped`
@@ -510,8 +510,8 @@ class PointPatches(nn.Module):
         tokens = torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens], 1) + self.pos_embed_window
         for block in self.blocks:
             tokens = block(tokens)
-        # The class token (index 0) represents the patch. The embedding of the patch's position is added to
-        # it.
+        # The class token (index 0) represents the patch. The
+        # embedding of the patch's position is added to it.
         return tokens[:, 0].unflatten(0, (-1, patch_count)) + self.pos_embed.flatten(2).transpose(1, 2)
 
 
@@ -538,7 +538,7 @@ def remapped(points: torch.Tensor, how: str) -> torch.Tensor:
 
 
 class GatedFeedForward(nn.Module):
-    """Gated feed-forward layer (SwiGLU, Shazeer 2020): w2(silu(w1 x) * w3 x).
+    """Feed-forward layer with a gate (SwiGLU, Shazeer 2020): w2(silu(w1 x) * w3 x).
 
     Args:
         channels: channels of the input.

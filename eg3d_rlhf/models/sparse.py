@@ -25,8 +25,8 @@ class SparseSample:
         torch.Tensor
     )  # [v, 3] int32, indices of each voxel along the three axes of the grid; no voxel twice
     feats: torch.Tensor  # [v, C] features that the flow model generates
-    # [v, G] features from the previous stage, which are an input of the flow model. None if it has no such
-    # input.
+    # [v, G] features from the previous stage, which are an input of
+    # the flow model. None if it has no such input.
     given: torch.Tensor | None = None
     cells: int | None = None  # number of grid cells per axis, if it differs between the samples of a stage
 
@@ -77,8 +77,8 @@ class SparseBatch:
         check_shape(
             "SparseBatch.feats", self.feats, [len(self.coords), "C"], "Pass one row of features per voxel."
         )
-        # The library spconv computes wrong results, without an error, from coordinates that are not
-        # contiguous.
+        # The library spconv computes wrong results, without an error,
+        # from coordinates that are not contiguous.
         if not self.coords.is_contiguous():
             raise ValueError(
                 f"SparseBatch.coords must be contiguous, but has the strides {self.coords.stride()}. Use"

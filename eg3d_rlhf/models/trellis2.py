@@ -29,10 +29,10 @@ from eg3d_rlhf.models.trellis.sparse_conv import Kernel, coarser, submanifold_co
 
 # Rotary position embedding in three dimensions (Su et al. 2021, RoFormer, section 3.2, here for each axis)
 #
-# The D channels of a head form D / 2 planes. For each of the three axes, n = D // 6 planes are rotated by the
-# angle coordinate * rate_i, with rate_i = f_0 / f_1^(i / n) and settings f_0 and f_1. The remaining planes
-# are not rotated. The inner product of a rotated query and a rotated key depends only on the difference of
-# their coordinates.
+# The D channels of a head form D / 2 planes. For each of the three axes, n = D // 6 planes are
+# rotated by the angle coordinate * rate_i, with rate_i = f_0 / f_1^(i / n) and settings f_0
+# and f_1. The remaining planes are not rotated. The inner product of a rotated query and a
+# rotated key depends only on the difference of their coordinates.
 
 
 def angles_of(
@@ -291,11 +291,11 @@ class VoxelFlow(Flow):
 
 # Autoencoders (Xiang et al. 2025, sparse compression autoencoder)
 #
-# An encoder computes latents on coarse voxels from features on fine voxels. In each step it merges the eight
-# children of a voxel, which are the voxels of twice the resolution inside it. A decoder splits each voxel
-# into those of its eight children that exist. The decoder of the shape predicts which children exist, and the
-# decoder of materials uses this prediction. Child n has the offset (n & 1, n >> 1 & 1, n >> 2 & 1) in its
-# voxel.
+# An encoder computes latents on coarse voxels from features on fine voxels. In each step it
+# merges the eight children of a voxel, which are the voxels of twice the resolution inside it. A
+# decoder splits each voxel into those of its eight children that exist. The decoder of the shape
+# predicts which children exist, and the decoder of materials uses this prediction. Child n has
+# the offset (n & 1, n >> 1 & 1, n >> 2 & 1) in its voxel.
 #
 # A block consists of a submanifold convolution, a norm and a feed-forward layer, with a skip connection
 # around them (as in ConvNeXt). A split divides the channels of a voxel among its children, and repeats the
@@ -552,8 +552,8 @@ class VoxelNetwork(nn.Module):
         self.blocks = nn.ModuleList()
         for i, (width, count) in enumerate(zip(channels, config.num_blocks, strict=True)):
             level = [ConvBlock(width, **args[i]) for _ in range(count)]
-            # The block between levels is the last block of a level. The last level has none, so the slice is
-            # empty.
+            # The block between levels is the last block of a level. The
+            # last level has none, so the slice is empty.
             step_blocks = [step(width, next_width) for next_width in channels[i + 1 : i + 2]]
             self.blocks.append(nn.ModuleList([*level, *step_blocks]))
         if config.use_fp16:

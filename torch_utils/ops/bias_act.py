@@ -19,8 +19,8 @@ class Activation:
 
     func: Callable[[torch.Tensor, float], torch.Tensor]  # func(x, alpha) for x of any shape, not in place
     def_alpha: float = 0.0  # default slope for negative values; only lrelu uses it
-    # Default factor after the activation. A rectifier with the factor sqrt(2) does not change a variance of
-    # 1.
+    # Default factor after the activation. A rectifier with the
+    # factor sqrt(2) does not change a variance of 1.
     def_gain: float = 1.0
     # The same function in place, if it has the property g f(x) = f(g x) for all g > 0; otherwise None
     homogeneous_: Callable[[torch.Tensor, float], torch.Tensor] | None = None
@@ -191,8 +191,8 @@ def _gradients(ctx, grad):
 
 def _elu(z: torch.Tensor, scale: float, alpha: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the value and the derivative of scale * elu(z), where elu(z) = alpha (exp(z) - 1) for z <= 0."""
-    # For z > 0 the exponential is not used. The clamp keeps it finite, since an infinity would make gradients
-    # NaN.
+    # For z > 0 the exponential is not used. The clamp keeps it
+    # finite, since an infinity would make gradients NaN.
     exponential = alpha * z.clamp(max=0).exp()
     value = scale * torch.where(z > 0, z, exponential - alpha)
     return value, scale * torch.where(z > 0, torch.ones_like(z), exponential)

@@ -65,8 +65,8 @@ def conv2d_resample(
     if up == 1 and (kh, kw) == (1, 1):
         x = upfirdn2d(x, f, down=down, padding=pads, flip_filter=flip_filter, impl=impl)
         return _convolve(x, w, (0, 0, 0, 0), 1, groups, flip_weight, impl)
-    # KxK kernel, down: filter at full size, then a convolution with a stride, which computes only the pixels
-    # of the result.
+    # KxK kernel, down: filter at full size, then a convolution with a
+    # stride, which computes only the pixels of the result.
     if up == 1:
         x = upfirdn2d(x, f, padding=pads, flip_filter=flip_filter, impl=impl)
         return _convolve(x, w, (0, 0, 0, 0), down, groups, flip_weight, impl)
@@ -168,8 +168,8 @@ def _transposed(
     w = w.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
     if flip_weight:
         w = w.flip([2, 3])
-    # The result of a transposed convolution is larger than the image by K - 1 pixels before and K - up pixels
-    # after it.
+    # The result of a transposed convolution is larger than the image by
+    # K - 1 pixels before and K - up pixels after it.
     x0 = pads[0] - (kw - 1)
     x1 = pads[1] - (kw - up)
     y0 = pads[2] - (kh - 1)
@@ -259,8 +259,8 @@ def modulated_conv2d(
         x = conv2d_resample(x=x * styles.to(x.dtype)[:, :, None, None], w=weight.to(x.dtype), **resample)
         x = x if coefficients is None else x * coefficients.to(x.dtype)[:, :, None, None]
     elif sample_kernels is not None:
-        # Each sample has its own kernels, so each sample becomes a group of one convolution, [1, N * C, H,
-        # W].
+        # Each sample has its own kernels, so each sample becomes a
+        # group of one convolution, [1, N * C, H, W].
         w = sample_kernels if coefficients is None else sample_kernels * coefficients[:, :, None, None, None]
         y = conv2d_resample(
             x=x.reshape(1, -1, *x.shape[2:]), w=w.flatten(0, 1).to(x.dtype), groups=len(x), **resample

@@ -263,8 +263,8 @@ class _Weight(torch.autograd.Function):
     def backward(ctx, grad_w):
         x, grad = ctx.saved_tensors
         need_x, need_grad = ctx.needs_input_grad
-        # The function is bilinear in x and grad, so each derivative is a convolution of the other one with
-        # grad_w.
+        # The function is bilinear in x and grad, so each derivative is
+        # a convolution of the other one with grad_w.
         return _Convolution.apply(grad, grad_w, True) if need_x else None, (
             _Convolution.apply(x, grad_w, False) if need_grad else None
         )

@@ -49,7 +49,7 @@ def define(
 
 
 def alike(first: torch.Tensor, *others: torch.Tensor) -> bool:
-    """Return True if tensors fulfil the conditions of most compiled ops.
+    """Return True if tensors meet the requirements of most compiled ops.
 
     All tensors must have the same dtype, float32 or float64, and the same device, and the first tensor must
     not be empty. (torch computes the ops on empty tensors.)

@@ -57,8 +57,8 @@ def ray_march_ref(
     depths, order = depths.sort(dim=-1, stable=True)
     weights, mids = interval_weights(densities.gather(-1, order), depths)
     halves = weights / 2
-    # v_k = (w_{k-1} + w_k) / 2, where the padding supplies 0 for the missing intervals of the first and last
-    # sample
+    # v_k = (w_{k-1} + w_k) / 2, where the padding supplies 0 for the
+    # missing intervals of the first and last sample
     sorted_weights = torch.nn.functional.pad(halves, (0, 1)) + torch.nn.functional.pad(halves, (1, 0))
     return (
         # Back to the order of the arguments

@@ -24,8 +24,8 @@ from torch_utils.ops.implementations import alike, choose, define, once
 
 _T = TypeVar("_T")
 
-# Number of elements of a buffer on a CPU, 512 KiB in float32. Two buffers fit into the second-level cache of
-# a core.
+# Number of elements of a buffer on a CPU, 512 KiB in float32. Two
+# buffers fit into the second-level cache of a core.
 _CPU_CHUNK = 1 << 17
 _CUDA_CHUNK = (
     1 << 24
@@ -71,16 +71,16 @@ def slab_density(
             "slab_density: maps must have the shapes [X, J, Y, 1], [X, J, 1, Z] or [1, J, Y, Z] with X, Y, Z"
             f" = {list(shape)} and J = {len(w)}, each at most once, got {[list(m.shape) for m in maps]}."
         )
-    # With a single point along an axis, different maps have the same shape, and the op could not distinguish
-    # them.
+    # With a single point along an axis, different maps have the same
+    # shape, and the op could not distinguish them.
     applies = alike(w, *maps, b) and min(shape) > 1
     implementation_name = choose("slab_density", impl, "slab_density", w.device.type, applies)
     if implementation_name == "ref":
         return slab_density_ref(maps, w, b, shape)
     if implementation_name == "torch":
         return _SlabDensity.apply(shape, chunk, w, b, *maps)
-    # The compiled op takes the maps without their axis of length 1, in a fixed order, and None for a missing
-    # map.
+    # The compiled op takes the maps without their axis of length 1,
+    # in a fixed order, and None for a missing map.
     flat = {name: m.squeeze(axis).contiguous() for (name, axis), m in zip(names, maps, strict=True)}
     return torch.ops.eg3d_rlhf.slab_density(
         flat.get("xy"), flat.get("xz"), flat.get("yz"), w.contiguous(), b, list(shape)
@@ -196,8 +196,8 @@ class _Volume:
         """
         _, count_y, count_z = self.shape
         units = self.factors[0].shape[1]
-        # As many complete slices of constant x as fit into the buffer. A slice that does not fit is divided
-        # along y.
+        # As many complete slices of constant x as fit into the buffer.
+        # A slice that does not fit is divided along y.
         step_x = max(1, self.chunk // (units * count_y * count_z))
         bands = math.ceil(units * count_y * count_z / self.chunk) if step_x == 1 else 1
         step_y = math.ceil(count_y / min(bands, count_y))

@@ -64,8 +64,8 @@ class _SelfAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, qkv, q_gain, k_gain, result_in_tuple):
         ctx.save_for_backward(qkv, q_gain, k_gain)
-        # The tuple hides the result from autograd, which would otherwise treat it as an input with a
-        # gradient.
+        # The tuple hides the result from autograd, which would
+        # otherwise treat it as an input with a gradient.
         if result_in_tuple[0] is not None:
             return result_in_tuple[0].detach()
         out = torch.empty_like(qkv[:, :, 0])  # [N, T, H, D]
@@ -110,15 +110,15 @@ class _SelfAttention(torch.autograd.Function):
                 torch._softmax_backward_data(to_p, p, -1, p.dtype, grad_input=to_p)
                 to_query_tile.copy_(product(to_p, k.t()))
                 to_k += product(query_tile.t(), to_p.t())
-            # The forward pass multiplies the queries by the scale, so their gradient is multiplied by it,
-            # too.
+            # The forward pass multiplies the queries by the scale, so
+            # their gradient is multiplied by it, too.
             to_q *= scale
             for i, (x, gain, (unit, length)) in enumerate(
                 ((to_q, gains[0], of_q), (to_k.t(), gains[1], of_k))
             ):
                 if gain is not None:
-                    # The gradient of x / |x| is the incoming gradient without its component along x, over
-                    # |x|.
+                    # The gradient of x / |x| is the incoming gradient without its
+                    # component along x, over |x|.
                     if (to_gain := to_gains[i]) is not None:
                         to_gain[h] += (x * unit).sum(0)
                     x = x * gain[h]

@@ -181,8 +181,8 @@ def triplane_decode(
         weights.b0.shape == weights.w0.shape[:1] == weights.w1.shape[1:]
         and weights.b1.shape == weights.w1.shape[:1]
     )
-    # The world axes are taken from the argument or from `merged` if possible, because computing them waits
-    # for a GPU.
+    # The world axes are taken from the argument or from `merged` if
+    # possible, because computing them waits for a GPU.
     pairs = plane_axes if not isinstance(plane_axes, torch.Tensor) else None
     if pairs is None and merged is None:
         assert isinstance(plane_axes, torch.Tensor)
@@ -265,8 +265,8 @@ def _decode_torch(
         points: points [N, P, 3], -1..1 on the planes.
         weights: w0, b0, w1 and b1 of the decoder; w0 is divided by the number of planes K.
     """
-    # Chunks limit the memory on a CPU. With gradients they would not, because all chunks are stored for the
-    # backward pass.
+    # Chunks limit the memory on a CPU. With gradients they would not,
+    # because all chunks are stored for the backward pass.
     if points.device.type != "cpu" or (
         torch.is_grad_enabled() and any(t.requires_grad for t in (sums, points, *weights))
     ):

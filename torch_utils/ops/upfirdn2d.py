@@ -181,13 +181,13 @@ def _filter_pass(
         return F.conv2d(
             x, kernel, stride=(down[1], down[0]), padding=(conv_padding[1], conv_padding[0]), groups=channels
         )
-    # A transposed convolution uses the kernel in the opposite direction, so the flip is the opposite of that
-    # above.
+    # A transposed convolution uses the kernel in the opposite
+    # direction, so the flip is the opposite of that above.
     kernel = (f.flip([0, 1]) if flip_filter else f).expand(channels, 1, kh, kw)
     # Pixels of z that are cropped at (x_before, x_after, y_before, y_after)
     crop = (kw - 1 - x0, kw - up[0] - x1, kh - 1 - y0, kh - up[1] - y1)
-    # Pixels (x, y) that conv_transpose2d can crop equally on both sides; the remaining ones are cropped
-    # afterwards
+    # Pixels (x, y) that conv_transpose2d can crop equally on both
+    # sides; the remaining ones are cropped afterwards
     conv_crop = max(min(crop[:2]), 0), max(min(crop[2:]), 0)
     x = F.conv_transpose2d(
         x, kernel, stride=(up[1], up[0]), padding=(conv_crop[1], conv_crop[0]), groups=channels
@@ -223,8 +223,8 @@ def _save(ctx, inputs, output) -> None:
         before = padding[2 * axis]
         size = x.shape[3 - axis]  # axis 0 is x, the last axis of the tensor
         out_size = output.shape[3 - axis]
-        # With this padding the transpose has exactly `size` pixels, for any remainder of the division by
-        # `down`.
+        # With this padding the transpose has exactly `size` pixels,
+        # for any remainder of the division by `down`.
         ctx.padding += [k - 1 - before, (size - 1) * ctx.up[axis] - out_size * ctx.down[axis] + 1 + before]
 
 

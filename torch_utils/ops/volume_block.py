@@ -96,8 +96,8 @@ def transformed_kernel(w: torch.Tensor) -> torch.Tensor:
 
 def transposed_kernel(w: torch.Tensor) -> torch.Tensor:
     """Reorder kernels w [C, O, 3, 3, 3] for `volume_up`, [O/8, C, 27, 8]."""
-    # [C, O, 27] -> [C, O/8, 8, 27] -> [O/8, C, 27, 8]: the values of 8 output channels are adjacent in
-    # memory.
+    # [C, O, 27] -> [C, O/8, 8, 27] -> [O/8, C, 27, 8]: the values
+    # of 8 output channels are adjacent in memory.
     return w.detach().flatten(2).unflatten(1, (-1, _LANES)).permute(1, 0, 3, 2).contiguous()
 
 
@@ -164,8 +164,8 @@ def volume_conv(
         return y, torch.ops.eg3d_rlhf.volume_conv(
             x.contiguous(), scale.contiguous(), shift.contiguous(), u, residual, mix, relu, y
         )
-    # Scale before the convolution pads, because the scaled volume is 0 outside. A single channel broadcasts
-    # to C.
+    # Scale before the convolution pads, because the scaled volume is
+    # 0 outside. A single channel broadcasts to C.
     x = x * scale[:, :, None, None, None] + shift[:, :, None, None, None]
     y = (
         F.conv3d(x, w, padding=1)
@@ -383,7 +383,7 @@ def volume_join(
     """Compute the gradient of the residual r of a block: (g + f0 where h > 0) + f1 inner + f2 r + f3.
 
     Args:
-        g: incoming gradient [N, C, D, H, W]. It is overwritten without `mix`.
+        g: incoming gradient [N, C, D, H, W]. Without `mix`, it is overwritten.
         h: volume whose sign is the mask of the ReLU, [N, C, D, H, W].
         inner: gradient from the convolutions of the block, [N, C, D, H, W].
         r: residual [N, C, D, H, W]; with `mix` [N, 1, D, H, W].

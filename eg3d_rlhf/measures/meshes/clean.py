@@ -60,7 +60,7 @@ def clean_mesh(
     vertices = np.asarray(vertices, dtype=np.float64)
     faces = np.asarray(faces)
     check_triangles(vertices, faces)
-    vertices, faces = _used(vertices, faces.astype(np.int64))
+    vertices, faces = _drop_unused(vertices, faces.astype(np.int64))
     low = vertices.min(axis=0)
     high = vertices.max(axis=0)
     # Coordinates near the largest float overflow; the check below reports that as not finite.
@@ -91,7 +91,7 @@ def clean_mesh(
     unique_faces = proper_faces[np.sort(first_occurrence)]
     if not len(unique_faces):
         raise ValueError("The mesh has no face with an area. Export the mesh again.")
-    points, unique_faces = _used(x[first_vertex], unique_faces)
+    points, unique_faces = _drop_unused(x[first_vertex], unique_faces)
     mesh = CleanMesh(
         vertices=points,
         faces=unique_faces,
@@ -120,7 +120,7 @@ def face_areas(mesh: CleanMesh) -> tuple[np.ndarray, np.ndarray]:
     )
 
 
-def _used(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _drop_unused(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Drop the vertices that no face uses, and renumber the vertices in the faces."""
     is_used = np.zeros(len(vertices), dtype=bool)
     is_used[faces.reshape(-1)] = True

@@ -86,9 +86,9 @@ class Edges:
         """Number [C] of the fan of each corner, and the count of fans."""
         a, b = self.neighbours
         vertex = self.mesh.faces.reshape(-1)
-        # Two half-edges a and b at one edge connect two pairs of corners, one at each end of the edge. If
-        # both run in the same direction, their starts belong together. Otherwise the start of a belongs to
-        # the end of b.
+        # Two half-edges a and b at one edge connect two pairs of corners, one at each
+        # end of the edge. If both run in the same direction, their starts belong
+        # together. Otherwise the start of a belongs to the end of b.
         same_direction = vertex[a] == vertex[b]
         end_of_a = _next_half_edge(a)
         end_of_b = _next_half_edge(b)

@@ -57,9 +57,9 @@ def measure_mesh(mesh: CleanMesh, options: MeasureOptions = DEFAULT) -> dict:
     has_inside = measures["closed"] and measures["oriented"]
     negative = negative_parts(edges) if has_inside else np.zeros(0, dtype=np.int64)
     # A part of negative volume is a cavity if other parts contain it, and an inverted body otherwise.
-    inverted = negative[~contained(edges, space, negative)]
+    inverted = negative[~find_contained(edges, space, negative)]
     solid = space.voxels(VOXELS)
-    hull = hull_of(mesh)
+    hull = convex_hull(mesh)
     mass, centre = mass_centre(mesh, measures, solid, hull if options.hull_mass else None)
     degrees = tip(mesh.vertices, centre)
     measures |= {
@@ -95,7 +95,7 @@ def signed_volume(mesh: CleanMesh) -> float:
     return float(face_volumes(mesh.vertices, mesh.faces).sum())
 
 
-def hull_of(mesh: CleanMesh) -> CleanMesh | None:
+def convex_hull(mesh: CleanMesh) -> CleanMesh | None:
     """Compute the convex hull of a mesh, wound outwards. Returns None if all vertices lie in a plane."""
     try:
         hull = ConvexHull(mesh.vertices)
@@ -146,7 +146,7 @@ def negative_parts(edges: Edges) -> np.ndarray:
     return np.flatnonzero(part_volumes < 0)
 
 
-def contained(edges: Edges, space: Space, numbers: np.ndarray) -> np.ndarray:
+def find_contained(edges: Edges, space: Space, numbers: np.ndarray) -> np.ndarray:
     """Return bool [len(numbers)]: True for each of the given parts that lies inside other parts.
 
     A part lies inside if the winding number of all other parts, at a point beside the largest face of the

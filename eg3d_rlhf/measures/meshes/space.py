@@ -138,17 +138,17 @@ class Space:
         start = vertices[ends[:, 0]]
         edge_vector = vertices[ends[:, 1]] - vertices[ends[:, 0]]
         candidates = np.flatnonzero((edge_vector != 0).any(axis=1))  # edges of length 0 have no direction
-        # Only few edges meet a face between their ends. Searching for the first hit is cheap and searching
-        # for all hits is not, since a ray does not end with its edge. So the cheap search selects edges. It
-        # starts OFFSET / 2 after the edge's start, beyond the faces there, and ends before the faces at the
-        # edge's end.
+        # Only few edges meet a face between their ends. Searching for the first hit is cheap
+        # and searching for all hits is not, since a ray does not end with its edge. So the
+        # cheap search selects edges. It starts OFFSET / 2 after the edge's start, beyond the
+        # faces there, and ends before the faces at the edge's end.
         search_start = start[candidates] + OFFSET / 2 * edge_vector[candidates]
         first_face, _, _ = self.tree.intersect_ray_first(
             vertices, faces, search_start, edge_vector[candidates], 1 - OFFSET
         )
         candidates = candidates[np.asarray(first_face) >= 0]
-        # Each edge has a list of hits (face, t, u, v), where t is the position along the edge, 0..1 between
-        # its ends.
+        # Each edge has a list of hits (face, t, u, v), where t is the
+        # position along the edge, 0..1 between its ends.
         edge_hits = self.tree.intersect_ray(vertices, faces, start[candidates], edge_vector[candidates])
         edge_face_pairs = []
         for edge, hits in zip(candidates, edge_hits, strict=True):
@@ -242,7 +242,9 @@ def hidden_samples(
     return hidden
 
 
-def sides(space: Space, points: np.ndarray, normals: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def classify_sides(
+    space: Space, points: np.ndarray, normals: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Classify points of the surface by the material on their two sides.
 
     Args:
@@ -259,7 +261,7 @@ def sides(space: Space, points: np.ndarray, normals: np.ndarray) -> tuple[np.nda
     return outer & inner, ~outer & ~inner, outer & ~inner
 
 
-def ways(space: Space, points: np.ndarray, towards: np.ndarray) -> np.ndarray:
+def distance_to_surface(space: Space, points: np.ndarray, towards: np.ndarray) -> np.ndarray:
     """Compute the distances [P] from points of the surface to the next surface in given directions.
 
     A distance is infinite if the ray meets no surface.
@@ -290,10 +292,10 @@ def side_measures(
         wall thickness ('thick_...') and of the gap in front of walls ('gap_...'). Quantiles are None if no
         ray hits a face.
     """
-    buried, sheet, inverted = sides(space, points, normals)
+    buried, sheet, inverted = classify_sides(space, points, normals)
     # Buried points have no free side, so neither a thickness nor a gap is defined there.
     has_free_side = ~buried
-    walls = ways(space, points[has_free_side], -normals[has_free_side])
+    walls = distance_to_surface(space, points[has_free_side], -normals[has_free_side])
     return {
         "hidden": float(hidden_samples(space, points, normals, rays, seed).mean()),
         "buried": float(buried.mean()),
@@ -301,7 +303,7 @@ def side_measures(
         "inverted": float(inverted.mean()),
         **_quantiles("thick", walls),
         "thin": float((walls < thin).mean()) if len(walls) else 0.0,
-        **_quantiles("gap", ways(space, points[has_free_side], normals[has_free_side])),
+        **_quantiles("gap", distance_to_surface(space, points[has_free_side], normals[has_free_side])),
     }
 
 

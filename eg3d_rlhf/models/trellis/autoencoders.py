@@ -39,8 +39,8 @@ class StructureVAEConfig:
     in_channels: int | None = None  # channels of the occupancy grid; None for a decoder
     out_channels: int | None = None  # channels of the logits; None for an encoder
     num_res_blocks_middle: int = 2  # number of residual blocks at the lowest resolution
-    # Norm of the residual blocks: "layer" over the channels of a point, "group" over 32 groups of channels
-    # and all points
+    # Norm of the residual blocks: "layer" over the channels of a point,
+    # "group" over 32 groups of channels and all points
     norm_type: str = "layer"
     use_fp16: bool = (
         False  # half precision for new inner layers; weights from files have the dtype of the file
@@ -482,8 +482,8 @@ class Gaussians:
         else:
             # softplus^-1(b) = b + log(1 - exp(-b)), so that a raw scale of 0 gives `bias`
             scales = F.softplus(self.scaling + bias + math.log(-math.expm1(-bias)))
-        # The 3D smoothing filter of Mip-Splatting (Yu et al. 2024): a convolution of two Gaussians adds
-        # variances.
+        # The 3D smoothing filter of Mip-Splatting (Yu et al. 2024): a
+        # convolution of two Gaussians adds variances.
         return (scales.square() + self.settings.filter_3d**2).sqrt()
 
     @property
@@ -523,8 +523,8 @@ class GaussianDecoder(SwinTransformer):
         objects = []
         for sample in self.transform(x).samples():
             attributes = sample.feats.split([count * size for size in LAYOUT.values()], 1)
-            # The values of an attribute of all K Gaussians of a voxel are adjacent: [v, K size] -> [v, K,
-            # size]
+            # The values of an attribute of all K Gaussians of a voxel are
+            # adjacent: [v, K size] -> [v, K, size]
             raw = {
                 name: attribute.unflatten(1, (count, -1)) * settings.lr[name]
                 for name, attribute in zip(LAYOUT, attributes, strict=True)
@@ -556,8 +556,8 @@ def perturbation(settings: GaussianSettings) -> torch.Tensor:
         first point.
     """
     count = settings.num_gaussians
-    # Hammersley set: the first coordinates are spaced evenly, the others are radical inverses in base 2 and
-    # 3.
+    # Hammersley set: the first coordinates are spaced evenly, the
+    # others are radical inverses in base 2 and 3.
     points = torch.tensor([[i / count, _radical_inverse(2, i), _radical_inverse(3, i)] for i in range(count)])
     if settings.perturb_offset and settings.voxel_size <= 1:
         raise ValueError(

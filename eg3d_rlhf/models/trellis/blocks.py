@@ -179,8 +179,8 @@ class LayerNorm32(nn.LayerNorm):
             shift: shift of the normalised tokens, in a shape that broadcasts against x.
             scale: scale of the normalised tokens, in the same shape as `shift`.
         """
-        # If all tokens have the same scale and shift, one fused call computes them as the norm's weight and
-        # bias.
+        # If all tokens have the same scale and shift, one fused call
+        # computes them as the norm's weight and bias.
         if x.dtype == scale.dtype == torch.float32 and scale.numel() == x.shape[-1]:
             return F.layer_norm(x, self.normalized_shape, 1 + scale.flatten(), shift.flatten(), self.eps)
         return self(x) * (1 + scale) + shift
@@ -300,8 +300,8 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: torch.Tensor, layout: Layout) -> torch.Tensor:
         qkv = self.to_qkv(x).unflatten(-1, (3, self.heads, -1))  # [..., 3, H, D]
-        # On a CPU, long dense sequences use the tiled implementation, which stores no copies of queries and
-        # keys.
+        # On a CPU, long dense sequences use the tiled implementation,
+        # which stores no copies of queries and keys.
         if isinstance(layout, DenseLayout) and layout.keep is None and tiled(qkv):
             norms = (self.q_rms_norm, self.k_rms_norm)
             q_gain, k_gain = (norm.gain() if isinstance(norm, HeadRMSNorm) else None for norm in norms)
@@ -483,8 +483,8 @@ class Groups:
     A row may be in several groups; its result is then taken from one of them.
     """
 
-    # A run consists of consecutive groups with the same number of rows: (number of groups, rows of each
-    # group).
+    # A run consists of consecutive groups with the same number of
+    # rows: (number of groups, rows of each group).
     runs: tuple[tuple[int, int], ...]
     order: torch.Tensor | None = None  # [sum of sizes] rows in the new order; None: the order of the batch
     inverse: torch.Tensor | None = (
@@ -620,7 +620,9 @@ def curve_windows(batch: SparseBatch, window: int, shift: int = 0, start: int = 
             for i in range(section_count):
                 # Positions on the curve: the section is low..high, and the group starts at group_start.
                 if section_count == 1:
-                    low, high, group_start = 0, n, 0
+                    low = 0
+                    high = n
+                    group_start = 0
                 else:
                     low, high = (math.floor((i + k) * section_length + start) for k in (0, 1))
                     group_start = math.floor((i + 0.5) * section_length + start - 0.5 * window)
