@@ -52,22 +52,22 @@ class MetricOptions:
         if unknown or not self.metrics or len(set(self.metrics)) < len(self.metrics):
             given_names = ", ".join(self.metrics) or "an empty list"
             raise ValueError(
-                f"--metrics={given_names} is not a list of different metrics. Name one or more of"
+                f"--metrics: {given_names} is not a list of different metrics. Name one or more of"
                 f" {', '.join(METRICS)}, each at most once."
             )
         # Metrics that have a number in their name cannot take another number of fakes.
         fixed_size_metrics = [name for name in self.metrics if METRICS[name][1] is not None]
         if fixed_size_metrics and self.n is not None:
             raise ValueError(
-                f"--n={self.n} cannot be combined with the metric {fixed_size_metrics[0]}, which always uses"
-                f" {FULL:,} images. Remove --n, or name the metrics fid and kid in --metrics."
+                f"--n: {self.n} images cannot be combined with the metric {fixed_size_metrics[0]}, which"
+                f" always uses {FULL:,} images. Remove --n, or name the metrics fid and kid in --metrics."
             )
         if self.n is not None and self.n < 2:
-            raise ValueError(f"--n must be at least 2, got {self.n}. Set --n to a larger number of images.")
+            raise ValueError(f"--n: at least 2 images are needed, got {self.n}. Use a larger number.")
         if self.batch < 1:
-            raise ValueError(f"--batch must be at least 1, got {self.batch}. Set --batch to a larger number.")
+            raise ValueError(f"--batch: at least 1 is needed, got {self.batch}. Use a larger number.")
         if self.seed < 0:
-            raise ValueError(f"--seed must be at least 0, got {self.seed}. Set --seed to a number from 0 on.")
+            raise ValueError(f"--seed: the seed must be at least 0, got {self.seed}. Use a larger number.")
 
     @property
     def images(self) -> int:
