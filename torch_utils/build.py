@@ -1,17 +1,16 @@
-"""Compile the C++ and CUDA sources of the ops once, and load the libraries.
+"""Compile the C++ and CUDA sources of the custom ops, and load the compiled libraries.
 
-    python -m torch_utils.build          compile everything that this machine can compile, into the cache
-    python setup.py build_ops            the same with torch.utils.cpp_extension and ninja; afterwards no
-    compiler is
-                                         needed
+    python -m torch_utils.build     compiles all ops for which this machine has a compiler, into the cache
+    python setup.py build_ops       compiles all ops into the package, so that no compiler is needed later
 
-Ops are compiled on first use into $EG3D_RLHF_CACHE/ops (default ~/.cache/eg3d-rlhf/ops). There is one library
-per op and device, in a folder whose name is a hash of the sources, the flags, the compiler, the processor and
-torch's version. A lock prevents two processes from building the same library at once. If a build fails or is
-impossible, one warning names the log, and the op runs in plain torch.
+Without these commands, an op is compiled at its first use. The cache is the folder $EG3D_RLHF_CACHE/ops
+(default ~/.cache/eg3d-rlhf/ops). It has one folder for each op and kind of device, whose name contains a hash
+of the sources, the compiler's flags and version, the processor and torch's version. A lock prevents two
+processes from building the same library at once. If a library cannot be built, one warning gives the reason,
+and the op is computed by plain torch.
 
-$EG3D_RLHF_OPS=off turns compiled ops off. $CXX and $NVCC select other compilers. $EG3D_RLHF_AHEAD is the
-folder for libraries that setup.py compiles, by default torch_utils/ops/ahead.
+Environment variables: EG3D_RLHF_OPS=off turns compiled ops off. CXX and NVCC select other compilers.
+EG3D_RLHF_AHEAD is the folder of the libraries that setup.py compiles, by default torch_utils/ops/ahead.
 
 The sources torch_utils/ops/<op>.cpp and <op>.cu use torch's stable ABI (torch/csrc/stable). They need neither
 the libraries of the CUDA toolkit nor Python's headers, and a CUDA library can be built on a machine without a
@@ -36,53 +35,59 @@ import torch
 from filelock import FileLock
 
 SOURCES = Path(__file__).parent / "ops"
-SUFFIX = {"cpu": ".cpp", "cuda": ".cu"}  # of the source, by device type
-# By device type: environment variable that selects a compiler,
-# names that are searched on the path, and description.
+SUFFIX = {"cpu": ".cpp", "cuda": ".cu"}  # suffix of the source by device type
+# Compilers by device type: environment variable that selects one, names that are searched on the path, and
+# the description in messages
 COMPILERS = {
     "cpu": ("CXX", ("g++", "c++", "clang++"), "a C++ compiler (Debian: apt install g++)"),
     "cuda": ("NVCC", ("nvcc",), "nvcc (the CUDA toolkit)"),
 }
 STABLE_ABI = "0x020b000000000000"  # oldest torch version that can load a library: 2.11
-CUDA_TARGETS = ("80", "90")  # machine code for Ampere and Hopper; newer GPUs compile the PTX of the last one
-_PROCESS_LOCK = threading.Lock()  # one build at a time among the threads of a process
-_loaded: dict[tuple[str, str], bool] = {}  # (op, device type) -> whether the library is loaded; tried once
-_warned: set[str] = set()  # reasons that were printed
+# GPU architectures (Ampere, Hopper) that get machine code. Newer GPUs compile the PTX code of the last one.
+CUDA_TARGETS = ("80", "90")
+_PROCESS_LOCK = threading.Lock()  # lets only one thread of the process build a library at a time
+_loaded: dict[tuple[str, str], bool] = {}  # by (op, device type): True if loaded, False if that failed
+_warned: set[str] = set()  # reasons of failures that were printed already
 
 
 class BuildError(RuntimeError):
-    """Error of a compilation. The message states the reason and the path of the log."""
+    """Error of a compilation. The message gives the reason and, after a failed command, the path of the
+    log."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Commands that compile one library."""
+    """Commands that compile the library of one op for one kind of device."""
 
-    op: str
+    op: str  # name of the op
     device_type: str  # "cpu" or "cuda"
-    commands: tuple[tuple[str, ...], ...]  # in order; {out} stands for the library, {obj} for an object file
+    # Commands in order, as lists of words. The word {out} stands for the library, {obj} for an object file.
+    commands: tuple[tuple[str, ...], ...]
 
     def folder(self) -> Path:
-        """Return the folder of library and log, named by all that the library depends on."""
-        # The paths of the checkout and of torch are removed: they do not change the library.
-        roots = (str(SOURCES), str(Path(torch.__file__).parent))
+        """Return the folder of the library and its log. Its name contains a hash of all inputs of the
+        library."""
+        # The paths of the checkout and of torch do not change the
+        # library, so they are removed before hashing.
+        source_folder = str(SOURCES)
+        torch_folder = str(Path(torch.__file__).parent)
         portable_commands = [
-            [functools.reduce(lambda word, root: word.replace(root, ""), roots, word) for word in command]
+            [word.replace(source_folder, "").replace(torch_folder, "") for word in command]
             for command in self.commands
         ]
-        depends = (
+        inputs = (
             portable_commands,
             torch.__version__,
             _compiler_version(self.commands[0][0]),
             _processor(),
         )
-        return cache_dir() / f"{self.op}-{self.device_type}-{_digest(self.op, self.device_type, depends)}"
+        return cache_dir() / f"{self.op}-{self.device_type}-{_digest(self.op, self.device_type, inputs)}"
 
 
-def _digest(op: str, device_type: str, depends: tuple) -> str:
-    """Return a hash of an op's sources and of everything else that its library depends on."""
-    digest = hashlib.sha256(repr(depends).encode())
-    # All headers, since an op may include any of them.
+def _digest(op: str, device_type: str, inputs: tuple) -> str:
+    """Compute a hash of an op's sources and of the other inputs of its library, as 16 hexadecimal digits."""
+    digest = hashlib.sha256(repr(inputs).encode())
+    # All headers are hashed, since an op may include any of them.
     for path in [
         SOURCES / (op + SUFFIX[device_type]),
         *sorted(SOURCES.glob("*.h")),
@@ -93,21 +98,25 @@ def _digest(op: str, device_type: str, depends: tuple) -> str:
 
 
 def ahead_folder() -> Path:
-    """Return the folder for libraries that setup.py compiles: beside the sources, or $EG3D_RLHF_AHEAD."""
+    """Return the folder of the libraries that setup.py compiles.
+
+    It is $EG3D_RLHF_AHEAD if that is set, and a folder beside the sources otherwise.
+    """
     return Path(os.environ.get("EG3D_RLHF_AHEAD") or SOURCES / "ahead")
 
 
 def ahead(op: str, device_type: str) -> Path:
-    """Return the path of the library that setup.py compiles of these sources, for this torch and processor.
+    """Return the path at which setup.py stores the library of an op for the present sources, torch and
+    processor.
 
-    No compiler is needed to determine the path.
+    The file may not exist. No compiler is needed to compute the path.
     """
-    depends = (flags(device_type), torch.__version__, _processor())
-    return ahead_folder() / f"{op}_{device_type}_{_digest(op, device_type, depends)}.so"
+    inputs = (flags(device_type), torch.__version__, _processor())
+    return ahead_folder() / f"{op}_{device_type}_{_digest(op, device_type, inputs)}.so"
 
 
 def cache_dir() -> Path:
-    """Return $EG3D_RLHF_CACHE/ops, or ~/.cache/eg3d-rlhf/ops."""
+    """Return the cache folder: $EG3D_RLHF_CACHE/ops, or ~/.cache/eg3d-rlhf/ops if the variable is not set."""
     return Path(os.environ.get("EG3D_RLHF_CACHE") or Path.home() / ".cache" / "eg3d-rlhf") / "ops"
 
 
@@ -117,16 +126,16 @@ def ops(device_type: str) -> list[str]:
 
 
 def switched_off() -> bool:
-    """Return whether $EG3D_RLHF_OPS turns compiled ops off."""
+    """Return True if the environment variable EG3D_RLHF_OPS turns compiled ops off."""
     return os.environ.get("EG3D_RLHF_OPS", "auto").lower() in ("off", "0", "torch", "ref")
 
 
-@torch.compiler.assume_constant_result  # torch.compile calls it while tracing
+@torch.compiler.assume_constant_result  # torch.compile calls this function while it traces
 def available(op: str, device_type: str) -> bool:
-    """Return whether the compiled op is loaded, after building it if necessary.
+    """Return True if the compiled op can be used. The library is built and loaded first if necessary.
 
-    On CUDA it must also pass its check on the current device. Tries at most once per process and never
-    raises.
+    On CUDA, the op must also pass its check on the current device. An op is built at most once per process.
+    The function never raises an error; a failure causes a warning.
     """
     key = (op, device_type)
     is_loaded = _loaded[key] if key in _loaded else _load(*key)
@@ -139,11 +148,11 @@ def available(op: str, device_type: str) -> bool:
 
 
 def _load(op: str, device_type: str) -> bool:
-    """Build and load a library. If that fails, print one warning and return False."""
-    # Held during the build as well: threads of one process wait here, other processes at the file lock.
+    """Build and load a library. Returns True on success; otherwise prints one warning and returns False."""
+    # The lock covers the build, too: other threads wait here, and other processes wait at the file lock.
     with _PROCESS_LOCK:
         key = (op, device_type)
-        # Another thread may have loaded it while this one waited for the lock.
+        # Another thread may have loaded the library while this thread waited for the lock.
         if key in _loaded:
             return _loaded[key]
         _loaded[key] = False
@@ -154,12 +163,12 @@ def _load(op: str, device_type: str) -> bool:
             except (BuildError, OSError) as error:
                 # torch's own exception hides the loader's message.
                 reason = str(error if isinstance(error, BuildError) else error.__cause__ or error)
-                # A missing compiler is the same reason for every op, and is printed once.
+                # A missing compiler is the same reason for every op, so it is printed only once.
                 if reason not in _warned:
                     _warned.add(reason)
                     warnings.warn(
                         f"op {op} ({device_type}): plain torch is used, which is slower. {reason}",
-                        stacklevel=4,
+                        stacklevel=4,  # the line that called the op
                     )
         return _loaded[key]
 
@@ -169,23 +178,23 @@ def compiler(device_type: str) -> str:
 
     Raises: BuildError if there is none.
     """
-    variable, names, what = COMPILERS[device_type]
-    named = os.environ.get(variable)
+    variable, names, description = COMPILERS[device_type]
+    selected_name = os.environ.get(variable)
     # A compiler that the user selected is not replaced by another one.
-    for name in (named,) if named else names:
+    for name in (selected_name,) if selected_name else names:
         if shutil.which(name):
             return name
-    wanted = f"{variable}={named}" if named else what
-    raise BuildError(f"{wanted} was not found. Install it, or select a compiler with ${variable}.")
+    missing_compiler = f"{variable}={selected_name}" if selected_name else description
+    raise BuildError(f"{missing_compiler} was not found. Install it, or select a compiler with ${variable}.")
 
 
 def flags(device_type: str) -> list[str]:
     """Return the compiler flags for a device type, without the paths of sources and headers."""
     common = ["-std=c++20", f"-DTORCH_TARGET_VERSION={STABLE_ABI}"]
     if device_type == "cpu":
-        # Not on macOS, whose clang has no OpenMP.
+        # The clang of macOS has no OpenMP.
         native = [] if platform.system() == "Darwin" else ["-march=native", "-fopenmp"]
-        # The two math flags give up errno and floating-point traps, and no accuracy.
+        # The two math flags switch off errno and floating-point traps. They do not change results.
         return [
             "-O3",
             "-fPIC",
@@ -197,13 +206,16 @@ def flags(device_type: str) -> list[str]:
             *common,
         ]
     targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in CUDA_TARGETS]
-    # PTX as well, which the driver of a newer GPU compiles when the library is loaded.
+    # Also PTX code, which the driver of a newer GPU compiles when the library is loaded.
     targets.append(f"-gencode=arch=compute_{CUDA_TARGETS[-1]},code=compute_{CUDA_TARGETS[-1]}")
     return ["-O3", "-Xcompiler", "-fPIC", "--expt-relaxed-constexpr", "-DUSE_CUDA", *targets, *common]
 
 
 def recipe(op: str, device_type: str) -> Recipe:
-    """Return the commands for one library. Raises: BuildError if this machine has no compiler for it."""
+    """Return the commands that compile the library of an op.
+
+    Raises: BuildError if this machine has no compiler for the device type.
+    """
     include = Path(torch.__file__).parent / "include"
     headers = [f"-I{include}", f"-I{include}/torch/csrc/api/include", f"-I{SOURCES}"]
     source = str(SOURCES / (op + SUFFIX[device_type]))
@@ -218,7 +230,8 @@ def recipe(op: str, device_type: str) -> Recipe:
             ((cxx, *linking, *flags("cpu"), *headers, source, "-o", "{out}", *torch_libraries),),
         )
     nvcc = compiler("cuda")
-    compile_ = (nvcc, *flags("cuda"), *headers, "-c", source, "-o", "{obj}")
+    compile_command = (nvcc, *flags("cuda"), *headers, "-c", source, "-o", "{obj}")
+    # nvcc lies in the folder bin of the toolkit.
     toolkit = Path(shutil.which(nvcc) or nvcc).resolve().parents[1]
     roots = [Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)] + [
         toolkit,
@@ -228,7 +241,7 @@ def recipe(op: str, device_type: str) -> Recipe:
     # these folders has libcudart_static.a.
     folders = [root / sub for root in roots for sub in ("lib64", "lib", "targets/x86_64-linux/lib")]
     libraries = [f"-L{folder}" for folder in folders if folder.is_dir()]
-    link = (
+    link_command = (
         cxx,
         "-shared",
         "{obj}",
@@ -241,19 +254,22 @@ def recipe(op: str, device_type: str) -> Recipe:
         "-lrt",
         "-lpthread",
     )
-    return Recipe(op, device_type, (compile_, link))
+    return Recipe(op, device_type, (compile_command, link_command))
 
 
 def build(op: str, device_type: str) -> Path:
-    """Return the op's library: the one of setup.py, or that of the cache, which is compiled if necessary.
+    """Return the path of the library of an op: the one that setup.py compiled, or the one in the cache.
 
-    Raises: BuildError with the path of the log.
+    The library in the cache is compiled if necessary.
+
+    Raises: BuildError if this is not possible.
     """
-    # First, since it needs no compiler: determining the recipe below asks the compiler for its version.
+    # The library of setup.py is searched first, because this needs no compiler: the hash of the cache
+    # contains the version of the compiler.
     if ahead(op, device_type).exists():
         return ahead(op, device_type)
-    todo = recipe(op, device_type)
-    folder = todo.folder()
+    build_recipe = recipe(op, device_type)
+    folder = build_recipe.folder()
     library = folder / f"{op}.so"
     log = folder / "build.log"
     if library.exists():
@@ -264,28 +280,28 @@ def build(op: str, device_type: str) -> Path:
         with FileLock(folder / "lock"):
             if library.exists():  # another process has built it meanwhile
                 return library
-            # The library gets its final name when it is complete, so
-            # its existence means that it can be loaded.
-            names = {"{out}": "building.so", "{obj}": "building.o"}
+            # The library is built under another name and renamed at the end, so that a library with the final
+            # name is always complete.
+            temporary_names = {"{out}": "building.so", "{obj}": "building.o"}
             with open(log, "w") as output:
-                for words in todo.commands:
-                    command = [names.get(word, word) for word in words]
+                for words in build_recipe.commands:
+                    command = [temporary_names.get(word, word) for word in words]
                     print("$", shlex.join(command), file=output, flush=True)
-                    done = subprocess.run(
-                        # LC_ALL=C: the message about a full disk is compared below, in English.
+                    process = subprocess.run(
                         command,
                         cwd=folder,
                         capture_output=True,
                         text=True,
+                        # English messages: the text about a full disk is compared below.
                         env={**os.environ, "LC_ALL": "C"},
                     )
-                    if done.returncode and os.strerror(errno.ENOSPC) in done.stderr:
-                        # On a full disk the log would be cut off as well, so the error is raised directly.
+                    if process.returncode and os.strerror(errno.ENOSPC) in process.stderr:
+                        # On a full disk the log could not be written either, so the error is raised directly.
                         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                    print(done.stdout + done.stderr, file=output, flush=True)
-                    if done.returncode:
+                    print(process.stdout + process.stderr, file=output, flush=True)
+                    if process.returncode:
                         raise BuildError(f"The build failed. See {log}.")
-            os.replace(folder / "building.so", library)  # atomic: under its name, the library is complete
+            os.replace(folder / "building.so", library)  # atomic
     except OSError as error:
         remedy = "Free space, or set EG3D_RLHF_CACHE to a folder that is writable."
         raise BuildError(f"{cache_dir()}: {error.strerror or error}. {remedy}") from error
@@ -294,7 +310,7 @@ def build(op: str, device_type: str) -> Path:
 
 @functools.cache
 def _compiler_version(compiler: str) -> str:
-    """Return the compiler's description of its version."""
+    """Return the output of `compiler --version`."""
     try:
         return subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=60).stdout
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -303,31 +319,30 @@ def _compiler_version(compiler: str) -> str:
 
 @functools.cache
 def _processor() -> str:
-    """Return the processor's name and features, on which code for the native machine depends."""
+    """Return the name and the features of the processor, on which code with -march=native depends."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor() or platform.machine()
-    # A set: every core has the same lines.
-    return "\n".join(
-        sorted({line for line in lines if line.split("\t")[0].strip() in ("model name", "flags", "Features")})
-    )
+    # A line is "key<tab>: value". The file repeats the same lines for every core, so they are put into a set.
+    keys = ("model name", "flags", "Features")
+    return "\n".join(sorted({line for line in lines if line.split("\t")[0].strip() in keys}))
 
 
 def main() -> int:
-    """Build all ops for this machine's compilers and print the outcome of each.
+    """Build all ops for which this machine has a compiler, and print a line for each op.
 
-    Returns 1 if one that should build did not, else 0.
+    Returns: the exit status, 1 if a build failed or there is no C++ compiler, and 0 otherwise. A missing nvcc
+        is no failure.
     """
     failed = 0
     for device_type, op in [(kind, name) for kind in SUFFIX for name in ops(kind)]:
         try:
             outcome = str(build(op, device_type))
         except BuildError as error:
-            # A machine without nvcc is normal; one without a C++ compiler is not.
-            missing = "was not found" in str(error)
-            failed |= not missing or device_type == "cpu"
-            outcome = f"{'not built' if missing else 'FAILED'}: {error}"
+            is_compiler_missing = "was not found" in str(error)  # the text of `compiler`
+            failed |= not is_compiler_missing or device_type == "cpu"
+            outcome = f"{'not built' if is_compiler_missing else 'FAILED'}: {error}"
         print(f"{op:20s} {device_type:5s} {outcome}", flush=True)
     return int(failed)
 

@@ -1,9 +1,8 @@
-"""Checks of the CUDA ops on the device: an op is used only if it reproduces plain torch on small fixed
-inputs.
+"""Check a CUDA op on the device before its first use, by comparing it with plain torch on small fixed inputs.
 
-The tests run the kernels by emulation. A driver, a device or a compiler can still behave differently. An op
-whose results differ, or which ends in a CUDA error, is turned off on that device with one warning, and plain
-torch is used.
+The tests of this project emulate the CUDA kernels on a CPU. A real driver, device or compiler may still give
+other results. If the results of an op differ from plain torch, or if the op ends with a CUDA error, a warning
+is printed, and plain torch is used on that device.
 """
 
 import threading
@@ -24,74 +23,78 @@ from torch_utils.ops.upfirdn2d import upfirdn2d_ref
 Pair = tuple[torch.Tensor, torch.Tensor]  # results of the op and of plain torch
 Check = Callable[[torch.device], Iterable[Pair]]
 
-# Relative to the largest value: a hundred times the ops'
-# rounding error, far below the effect of a wrong index.
+# Largest difference relative to the largest value. It is a hundred times the rounding error of the ops, and
+# far below the effect of a wrong index.
 TOLERANCE = 1e-3
 _ops = torch.ops.eg3d_rlhf
-_results: dict[tuple[str, torch.device], bool] = {}
+_results: dict[tuple[str, torch.device], bool] = {}  # True if the op passed its check on the device
 _lock = threading.RLock()
 
 
 def passes(op: str, device: torch.device) -> bool:
-    """Return whether a CUDA op may be used on a device. It is tried once per process.
+    """Return True if a CUDA op passes its check on a device. The check runs once per process.
+
+    While torch.compile traces or a CUDA graph is captured, no check can run, and the result is False unless
+    the check ran before. A failing op causes a warning but no error. Random generators and the state of
+    autograd do not change.
 
     Args:
         op: name of the library, a key of `CHECKS`. The library must be loaded.
-        device: with or without an index.
-    Returns: False while torch.compile traces or a CUDA graph is captured, unless the op has been tried
-        before. Never raises for an op that fails. The random generators and the state of autograd are not
-        changed.
+        device: device; without an index, the current device.
+
     Raises: KeyError for an op that has no check.
     """
     device = torch.device(device)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     key = op, device
-    # Neither tracing nor capture allows the check to run and be read back. The result is not stored, so a
-    # later call tries again.
+    # During tracing and capture, results of ops cannot be read. Nothing is
+    # stored here, so that a later call can run the check.
     if key not in _results and (
         torch.compiler.is_compiling() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
     ):
         return False
     if key not in _results:
         with _lock:
-            # Another thread may have tried it while this one waited.
+            # Another thread may have run the check while this thread waited.
             if key not in _results:
                 _results[key] = _try(op, CHECKS[op], device)
     return _results[key]
 
 
 def _try(op: str, check: Check, device: torch.device) -> bool:
-    """Run one check. Returns False, with a warning, for a wrong result or an error."""
+    """Run a check. Returns True if the op passes; otherwise prints a warning and returns False."""
     try:
-        # The caller's modes must not reach the check: inference
-        # mode and no_grad would switch off its gradients.
+        # The modes of the caller must not apply to the check: inference
+        # mode and no_grad would switch off gradients.
         with (
             _disable_current_modes(),
             torch.inference_mode(False),
             torch.enable_grad(),
             torch.autocast(device.type, enabled=False),
         ):
-            worst = max(_difference(actual, expected) for actual, expected in check(device))
+            largest_difference = max(_difference(actual, expected) for actual, expected in check(device))
     # NotImplementedError means that no kernel is registered for the device.
     except (RuntimeError, NotImplementedError) as error:
-        why = (
-            f"it ended with {type(error).__name__}:"
-            f" {str(error).splitlines()[0] if str(error) else 'no message'}"
-        )
+        first_line = str(error).splitlines()[0] if str(error) else "no message"
+        reason = f"it ended with {type(error).__name__}: {first_line}"
     else:
-        if worst <= TOLERANCE:
+        if largest_difference <= TOLERANCE:
             return True
-        why = f"its results differ from plain torch by {worst:.2g} of the largest value"
+        reason = f"its results differ from plain torch by {largest_difference:.2g} of the largest value"
     warnings.warn(
-        f"op {op} on {device}: turned off, plain torch is used, which is slower; {why}. Please report this.",
-        stacklevel=4,
+        f"op {op} on {device}: the compiled op is turned off, because {reason}. Plain torch is used, which"
+        " is slower. Please report this.",
+        stacklevel=4,  # the line that called the op
     )
     return False
 
 
 def _difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """Return the largest difference over the largest expected value; infinite for another shape or NaN."""
+    """Return the largest difference relative to the largest expected value.
+
+    It is infinite if the shapes differ or a value is NaN.
+    """
     if actual.shape != expected.shape:
         return float("inf")
     expected = expected.double()
@@ -100,10 +103,17 @@ def _difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def _numbers(device: torch.device, *shape: int, scale: float = 1.0, seed: int = 0) -> torch.Tensor:
-    """Return fixed float32 values between -scale and scale that look random. No random generator is used."""
-    # sin of a growing phase: deterministic on every machine, and independent of torch's generators.
-    places = torch.arange(torch.Size(shape).numel(), dtype=torch.float64)
-    values = scale * torch.sin(places**1.5 * 12.9898 + 78.233 * (seed + 1))
+    """Return fixed float32 values between -scale and scale that look random.
+
+    Args:
+        device: device of the result.
+        shape: shape of the result.
+        scale: largest magnitude.
+        seed: number that selects the values.
+    """
+    # The sine of a growing phase is the same on every machine, and does not use torch's random generators.
+    indices = torch.arange(torch.Size(shape).numel(), dtype=torch.float64)
+    values = scale * torch.sin(indices**1.5 * 12.9898 + 78.233 * (seed + 1))
     return values.float().reshape(shape).to(device)
 
 
@@ -115,21 +125,22 @@ def _with_gradients(
     learned: Sequence[int],
     device: torch.device,
 ) -> Iterator[Pair]:
-    """Yield outputs and gradients of an op, each with the result of autograd through `reference` in float64.
+    """Yield each output and each gradient of an op together with the value of plain torch in float64.
 
     Args:
-        compiled: function compiled(*inputs) -> outputs.
-        backward: function backward(*cotangents, *inputs) -> gradients of inputs[i] for i in `learned`.
-        reference: function like `compiled`.
+        compiled: function of the inputs that calls the compiled op and returns its outputs.
+        backward: function of the cotangents and the inputs that returns the gradients of the inputs in
+            `learned`. A cotangent is the gradient of a loss with respect to an output.
+        reference: function of the inputs that computes the same outputs in plain torch.
         inputs: float32 tensors.
-        learned: indices of inputs that have gradients.
+        learned: indices of the inputs that have gradients.
         device: device of the cotangents.
     """
     outputs = compiled(*inputs)
-    # float64 on the same device: the reference then has no rounding error that matters.
+    # The reference is computed in float64 on the same device, so its rounding error is negligible.
     doubles = [t.double().requires_grad_(i in learned) for i, t in enumerate(inputs)]
     expected = reference(*doubles)
-    # Arbitrary cotangents instead of ones: a gradient with permuted entries would pass a sum.
+    # With cotangents of 1, an op that permutes the entries of a gradient could pass.
     cotangents = [_numbers(device, *t.shape, seed=50 + i) for i, t in enumerate(outputs)]
     expected_grads = torch.autograd.grad(
         expected, [doubles[i] for i in learned], [c.double() for c in cotangents]
@@ -139,8 +150,8 @@ def _with_gradients(
 
 
 def _slab_density(device: torch.device) -> Iterator[Pair]:
-    """Yield results of slab_density and of its definition."""
-    # Sizes that are no multiples of the kernel's tiles, so that its edges are covered.
+    """Yield pairs of results of slab_density and of its definition."""
+    # The sizes are no multiples of the kernel's tiles, so that incomplete tiles occur.
     shape = (9, 35, 34)
     units = 5  # J
     sizes = (
@@ -165,10 +176,10 @@ def _slab_density(device: torch.device) -> Iterator[Pair]:
 
 
 def _triplane_decode(device: torch.device) -> Iterator[Pair]:
-    """Yield results of triplane_decode and of plain torch."""
-    pairs = ((0, 1), (0, 2), (2, 1))  # three different planes, in EG3D's corrected layout
-    units = 18  # J, no multiple of a warp
-    # With colours, and without, which is another path of the kernel.
+    """Yield pairs of results of triplane_decode and of plain torch."""
+    pairs = ((0, 1), (0, 2), (2, 1))  # axes of three different planes
+    units = 18  # J, no multiple of the 32 threads of a warp
+    # With colours and without colours, which the kernel computes in different branches
     for channels, colours in ((32, 32), (16, 0)):
         sizes = (
             (2, 3, 7, 9, channels),  # planes, neither square nor of a power of two
@@ -198,7 +209,7 @@ def _triplane_decode(device: torch.device) -> Iterator[Pair]:
 
 
 def _ray_march(device: torch.device) -> Iterator[Pair]:
-    """Yield results of ray_march and importance_depths, and of their definitions."""
+    """Yield pairs of results of ray_march and importance_depths, and of their definitions."""
     rays = 9
     samples = 45
     fine = 37
@@ -213,7 +224,7 @@ def _ray_march(device: torch.device) -> Iterator[Pair]:
         device,
     )
     ascending = depths.sort(dim=1).values  # `ray_march` takes any order, `importance_depths` only this one
-    # Within 0.01..0.99, away from the ends of the distribution.
+    # Random numbers in 0.01..0.99, because rounding matters at the ends of the distribution
     u = 0.5 + _numbers(device, rays, fine, scale=0.49, seed=2)
     weights, mids = interval_weights(densities.double(), ascending.double())
     yield (
@@ -223,38 +234,38 @@ def _ray_march(device: torch.device) -> Iterator[Pair]:
 
 
 def _bias_act(device: torch.device) -> Iterator[Pair]:
-    """Yield results of bias_act and its gradients, and of the formulas."""
+    """Yield pairs of results of bias_act and its gradients, and of their formulas."""
     x = _numbers(device, 3, 5, 7, 11, scale=3.0)
     v = _numbers(device, 3, 5, 7, 11, seed=1)
     b = _numbers(device, 5, seed=2)
-    # Both memory layouts, since each has its own indexing.
+    # The kernel computes indices differently for the two memory layouts.
     for layout in (torch.contiguous_format, torch.channels_last):
         x = x.contiguous(memory_format=layout)
         v = v.contiguous(memory_format=layout)
         for act, name in enumerate(activation_funcs):
-            rest = (1, act, 0.3, 1.5, 2.0)  # dim, act, alpha, gain, clamp
-            out = _ops.bias_act(x, b, *rest)
-            yield out, bias_act_ref(x.double(), b.double(), 1, activation_funcs[name], *rest[2:])
-            # The compiled gradients exist for these three only; the others go through torch.
+            settings = (1, act, 0.3, 1.5, 2.0)  # dim, act, alpha, gain, clamp
+            out = _ops.bias_act(x, b, *settings)
+            yield out, bias_act_ref(x.double(), b.double(), 1, activation_funcs[name], *settings[2:])
+            # Only these three activations have compiled gradients. The other gradients are computed by torch.
             if name in ("linear", "relu", "lrelu"):
-                below = {"linear": 1.0, "relu": 0.0, "lrelu": 0.3}[name]
-                # Written out: the slope is read from the sign and the size of the output.
-                slope = 1.5 * torch.where(out > 0, 1.0, below).double() * (out.abs() < 2.0)
+                negative_slope = {"linear": 1.0, "relu": 0.0, "lrelu": 0.3}[name]
+                # gain * slope of the activation, and 0 for clamped outputs
+                slope = 1.5 * torch.where(out > 0, 1.0, negative_slope).double() * (out.abs() < 2.0)
                 yield from zip(
-                    _ops.bias_act_backward(v, out, *rest, True),
+                    _ops.bias_act_backward(v, out, *settings, True),
                     (slope * v, (slope * v).sum((0, 2, 3))),
                     strict=True,
                 )
-                yield _ops.bias_act_slope(v, b, out, *rest), slope * (v + b[:, None, None])
+                yield _ops.bias_act_slope(v, b, out, *settings), slope * (v + b[:, None, None])
 
 
 def _upfirdn2d(device: torch.device) -> Iterator[Pair]:
-    """Yield results of upfirdn2d and of its definition."""
+    """Yield pairs of results of upfirdn2d and of its definition."""
     x = _numbers(device, 2, 3, 37, 41)
-    square = _numbers(device, 4, 3, seed=1)  # 2-D taps, not symmetric
-    line = _numbers(device, 7, seed=2)  # 1-D taps, applied along both axes
+    taps_2d = _numbers(device, 4, 3, seed=1)  # not symmetric
+    taps_1d = _numbers(device, 7, seed=2)  # applied along both axes
     for image in (x, x.contiguous(memory_format=torch.channels_last)):
-        for f in (square, line):
+        for f in (taps_2d, taps_1d):
             for up, down, pad in (
                 (1, 1, (1, 2, 1, 2)),  # filter
                 (2, 1, (2, 5, 2, 1)),  # upsample

@@ -1,16 +1,19 @@
-"""Running moments of named training statistics, which several processes can sum."""
+"""Collect named training statistics (number, mean, standard deviation), which can be summed over
+processes."""
 
 import math
 from collections.abc import Callable
 
 import torch
 
-# Function that sums a tensor over processes, all of which have the same names.
+# Function that sums a tensor over all processes, in place or not, and returns the sum
 Total = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Collector:
-    """Collector of the number, mean and standard deviation of all values under a name since the last `flush`.
+    """Collector of the number, mean and standard deviation of the values that were reported under each name.
+
+    The statistics cover the values since the last `flush`.
 
     >>> stats = Collector()
     >>> stats.report("Loss/G/loss", torch.tensor([1.0, 3.0]))
@@ -19,23 +22,28 @@ class Collector:
     """
 
     def __init__(self):
-        self._moments: dict[str, torch.Tensor] = {}  # name -> [count, sum, sum of squares], float64
+        self._moments: dict[str, torch.Tensor] = {}  # by name: [count, sum, sum of squares], float64
 
     def report(self, name: str, value: torch.Tensor | float) -> None:
-        """Add all elements of `value`."""
-        # float64: the sum of squares of many values would lose its digits in float32.
+        """Add a number, or all elements of a tensor, to the statistics of a name."""
+        # A sum of squares of many values would be too inaccurate in float32.
         x = torch.as_tensor(value, dtype=torch.float64).detach().flatten().cpu()
-        # Sums add up over calls and over processes; means would not.
+        # Sums can be added over calls and over processes, means cannot.
         moments = torch.stack(
             [torch.tensor(float(x.numel()), dtype=torch.float64), x.sum(), x.square().sum()]
         )
         self._moments[name] = self._moments.get(name, torch.zeros(3, dtype=torch.float64)) + moments
 
     def mean(self, name: str, over: Total | None = None) -> float | None:
-        """Return the mean so far, over all processes if `over` is given; None if nothing was reported."""
+        """Return the mean of the values of a name since the last `flush`, or None if nothing was reported.
+
+        Args:
+            name: name of the statistic.
+            over: function that sums over processes; None: this process alone.
+        """
         if name not in self._moments:
             return None
-        moments = self._moments[name].clone()  # `over` works in place
+        moments = self._moments[name].clone()  # a copy, since `over` may work in place
         count, total, _ = (moments if over is None else over(moments)).tolist()
         return total / count
 
@@ -43,10 +51,13 @@ class Collector:
         """Return the statistics by name, in alphabetical order, and empty the collector.
 
         Args:
-            over: function that sums over processes; None: this process alone.
+            over: function that sums over processes, all of which must have reported the same names; None:
+                this process alone.
+
+        Returns: by name, 'num' (number of values), 'mean' and 'std' (standard deviation).
         """
         out = {}
-        # Sorted, so that the rows of all processes mean the same names; summed in one exchange, [names, 3].
+        # Sorted, so that row i of the tensor [names, 3] belongs to the same name in all processes.
         names = sorted(self._moments)
         moments = (
             torch.stack([self._moments[name] for name in names])
@@ -67,9 +78,9 @@ class Collector:
         return out
 
     def state(self) -> dict[str, list[float]]:
-        """Return the unfinished sums, for a checkpoint."""
+        """Return the sums since the last `flush` as JSON values, for a checkpoint."""
         return {name: moments.tolist() for name, moments in self._moments.items()}
 
     def restore(self, state: dict[str, list[float]]) -> None:
-        """Continue from what `state` returned."""
+        """Replace the sums by those that `state` returned."""
         self._moments = {name: torch.tensor(moments, dtype=torch.float64) for name, moments in state.items()}

@@ -1,1 +1,1 @@
-"""Measures of a generator or of an asset. No module of this package reads a reward."""
+"""Measures of the quality of a generator or of a 3D asset. No module of this package reads a reward."""

@@ -1,10 +1,12 @@
 """Compute distances between two sets of image features: Fréchet (FID) and kernel (KID).
 
-The formulas take features of any network; features.py loads the networks. KID as published (Bińkowski,
-Sutherland, Arbel and Gretton 2018) averages over random subsets of 1000 images. That keeps the Gram matrices
-small and gives the spread of the estimate.
-Shape letters: N, M = samples, F = feature dimensions, S = subset size, r = rank of a covariance. All
-arithmetic is done by numpy in float64.
+The formulas take features of any network; features.py loads the networks. FID is the distance of Heusel et
+al. 2017, "GANs trained by a two time-scale update rule", eq. 6. KID as published (Bińkowski, Sutherland,
+Arbel and Gretton 2018, "Demystifying MMD GANs") averages over random subsets of 1000 images. Subsets keep the
+Gram matrices small, and the standard deviation between subsets shows how much the estimate varies.
+Shapes: N and M numbers of samples, F feature dimensions, S subset size, r rank of a covariance. All
+    arithmetic
+is done by numpy in float64.
 """
 
 from collections.abc import Iterable, Iterator
@@ -15,8 +17,8 @@ import torch
 from scipy.linalg import lapack
 from torch import Tensor
 
-# Relative to the largest variance or eigenvalue. A matrix with an eigenvalue that is more negative than this
-# is rejected, because it cannot be a covariance; smaller negative values come from rounding.
+# Tolerance for negative eigenvalues, relative to the largest variance or eigenvalue. A covariance has none,
+# so a matrix with a more negative eigenvalue is rejected. Smaller negative values come from rounding.
 _PSD_TOLERANCE = 1e-6
 SUBSETS = 100  # number of subsets that KID averages over
 SUBSET_SIZE = 1000  # images of each set in a subset, as published
@@ -25,9 +27,8 @@ SUBSET_SIZE = 1000  # images of each set in a subset, as published
 class FeatureNetwork(Protocol):
     """Protocol of a network that turns images into features."""
 
-    name: (
-        str  # identifies the network in records; figures of networks with different names are not comparable
-    )
+    # Identifies the network in records. Distances of networks with different names are not comparable.
+    name: str
     dim: int  # F
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -42,26 +43,33 @@ def _check_moments(mean: np.ndarray, cov: np.ndarray) -> tuple[np.ndarray, np.nd
     assert cov.shape == (mean.size, mean.size)
     if not (np.isfinite(mean).all() and np.isfinite(cov).all()):
         raise ValueError(
-            "frechet_distance: expected finite moments, got NaN or infinity. Check the images for NaN."
+            "frechet_distance: a mean or a covariance is not finite (NaN or infinity). Check the images and"
+            " features for NaN."
         )
     # Symmetrise: sums of products are symmetric only up to rounding, and the solvers read one triangle.
     return mean, (cov + cov.T) / 2
 
 
 def frechet_distance(mean_1: np.ndarray, cov_1: np.ndarray, mean_2: np.ndarray, cov_2: np.ndarray) -> float:
-    """Compute the squared 2-Wasserstein distance of two Gaussians (Fréchet 1957; Dowson and Landau 1982;
-    Heusel et al. 2017, eq. 6).
+    """Compute the squared 2-Wasserstein distance of two Gaussian distributions (Fréchet 1957; Dowson and
+    Landau 1982; Heusel et al. 2017, eq. 6).
 
-    d = |m_1 - m_2|^2 + tr(C_1) + tr(C_2) - 2 tr((C_1 C_2)^1/2). With C_1 = L L^T, the last trace is the sum
-    of the square roots of the eigenvalues of the symmetric matrix L^T C_2 L. Covariances without full rank
-    (fewer samples than features) therefore need no ridge and give no complex part. 2048 features take
-    seconds.
+    d = |m_1 - m_2|^2 + tr(C_1) + tr(C_2) - 2 tr((C_1 C_2)^1/2), where m_i is the mean and C_i the covariance
+    of distribution i. With the Cholesky factorisation C_1 = L L^T, the last trace is the sum of the square
+    roots of the eigenvalues of the symmetric matrix L^T C_2 L. Covariances without full rank (fewer samples
+    than features) therefore need no multiple of the identity added and give no complex result. The
+    computation takes seconds for 2048 features.
 
-    Args: means [F], covariances [F, F].
+    Args:
+        mean_1: mean [F] of the first distribution.
+        cov_1: covariance [F, F] of the first distribution.
+        mean_2: mean [F] of the second distribution.
+        cov_2: covariance [F, F] of the second distribution.
+
     Returns: d >= 0 in squared feature units.
     Raises: ValueError if a moment is not finite or a matrix is not a covariance.
-    Deviates: the common implementation takes sqrtm of the unsymmetric product C_1 C_2. Both are equal in
-        theory; this one is more stable and faster.
+    Deviates: the common implementation of FID takes the matrix square root (sqrtm) of the unsymmetric product
+        C_1 C_2. The two results are equal in theory. The eigenvalues of L^T C_2 L are more stable and faster.
     """
     mean_1, cov_1 = _check_moments(mean_1, cov_1)
     mean_2, cov_2 = _check_moments(mean_2, cov_2)
@@ -71,31 +79,40 @@ def frechet_distance(mean_1: np.ndarray, cov_1: np.ndarray, mean_2: np.ndarray, 
     factor = np.empty((len(cov_1), rank))
     # LAPACK counts pivots from 1. The upper triangle and the columns beyond the rank hold no part of L.
     factor[pivots - 1] = np.tril(packed)[:, :rank]  # [F, r]
-    scale = np.abs(np.diagonal(cov_1)).max(initial=0.0)
+    largest_variance = np.abs(np.diagonal(cov_1)).max(initial=0.0)
     # The factorisation stops at the first negative pivot, so an indefinite matrix leaves a remainder.
-    rest = np.abs(cov_1 - factor @ factor.T).max(initial=0.0)
-    if rest > _PSD_TOLERANCE * scale + 1e-12:
+    remainder = np.abs(cov_1 - factor @ factor.T).max(initial=0.0)
+    # 1e-12 covers rounding if all variances are 0.
+    if remainder > _PSD_TOLERANCE * largest_variance + 1e-12:
         raise ValueError(
-            "frechet_distance: expected a covariance, which has no negative eigenvalue. The first matrix"
-            f" differs from its Cholesky factorisation by {rest:.3g}. Check the moments."
+            "frechet_distance: cov_1 is not a covariance, because it has a negative eigenvalue: it differs"
+            f" from its Cholesky factorisation by {remainder:.3g}. Use the result of"
+            " FeatureStatistics.moments()."
         )
     # L^T C_2 L has the eigenvalues of C_1 C_2, and is symmetric.
     product = factor.T @ cov_2 @ factor  # [r, r]
-    values = np.linalg.eigvalsh((product + product.T) / 2)
-    if values.size and values[0] < -_PSD_TOLERANCE * np.abs(values).max() - 1e-12:
+    eigenvalues = np.linalg.eigvalsh((product + product.T) / 2)
+    # eigvalsh sorts in ascending order, so the first eigenvalue is the smallest. There is none at rank 0.
+    if eigenvalues.size and eigenvalues[0] < -_PSD_TOLERANCE * np.abs(eigenvalues).max() - 1e-12:
         raise ValueError(
-            f"frechet_distance: expected a covariance (no negative eigenvalue), got {values[0]:.3g}. Check"
-            " the second set."
+            "frechet_distance: cov_2 is not a covariance, because L^T cov_2 L has the negative eigenvalue"
+            f" {eigenvalues[0]:.3g}. Use the result of FeatureStatistics.moments()."
         )
-    cross = np.sqrt(np.maximum(values, 0.0)).sum()
+    root_trace = np.sqrt(np.maximum(eigenvalues, 0.0)).sum()
     # Rounding can make the distance of equal sets slightly negative.
-    return max(0.0, float(((mean_1 - mean_2) ** 2).sum() + np.trace(cov_1) + np.trace(cov_2) - 2.0 * cross))
+    return max(
+        0.0, float(((mean_1 - mean_2) ** 2).sum() + np.trace(cov_1) + np.trace(cov_2) - 2.0 * root_trace)
+    )
 
 
 class FeatureStatistics:
     """Running mean and covariance of features that arrive in batches.
 
-    Batches are merged by the formulas of Chan, Golub and LeVeque (1983), which do not cancel for large means.
+    Batches are merged by the formulas of Chan, Golub and LeVeque (1983). These subtract the mean before they
+    square, so large means cause no loss of precision.
+
+    Args:
+        dim: number of features F of each sample.
     """
 
     def __init__(self, dim: int) -> None:
@@ -105,20 +122,23 @@ class FeatureStatistics:
         self._scatter = np.zeros((dim, dim))  # [F, F] sum of (x - mean)(x - mean)^T
 
     def update(self, features: Tensor | np.ndarray) -> "FeatureStatistics":
-        """Add a batch [N, F], and return the statistics. An empty batch changes nothing."""
+        """Add a batch of features [N, F] and return this object. An empty batch (N = 0) changes nothing.
+
+        Raises: ValueError if the shape is not [N, F].
+        """
         batch = np.asarray(
             features.detach().cpu() if isinstance(features, Tensor) else features, dtype=np.float64
         )
         if batch.ndim != 2 or batch.shape[1] != self.dim:
             raise ValueError(
-                f"FeatureStatistics: expected features [N, {self.dim}], got {list(batch.shape)}. Use the"
-                " same network for all batches."
+                f"FeatureStatistics: features have the shape {list(batch.shape)}, but must have [N,"
+                f" {self.dim}]. Compute all batches with the same network."
             )
         if len(batch):
             count = len(batch)
             mean = batch.mean(axis=0)
             total = self.count + count
-            # Between the mean so far and that of the batch
+            # Difference between the mean of the batch and the mean of all earlier batches
             delta = mean - self._mean
             self._scatter = (
                 self._scatter
@@ -130,56 +150,75 @@ class FeatureStatistics:
         return self
 
     def moments(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return mean [F] and unbiased covariance [F, F]. Raises: ValueError with fewer than two samples."""
+        """Return the mean [F] and the unbiased covariance [F, F] of all samples.
+
+        Raises: ValueError if fewer than two samples were added.
+        """
         if self.count < 2:
             raise ValueError(
-                f"FeatureStatistics: expected at least 2 samples, got {self.count}. Add images first."
+                f"FeatureStatistics: a covariance needs at least 2 samples, but {self.count} were added. Add"
+                " features of more images with update()."
             )
+        # A copy, so that callers cannot change the running mean
         return self._mean.copy(), self._scatter / (self.count - 1)
 
-    def distance(self, other: "FeatureStatistics") -> float:
-        """Compute the Fréchet distance to another set."""
-        return frechet_distance(*self.moments(), *other.moments())
+    def distance(self, other_statistics: "FeatureStatistics") -> float:
+        """Compute the Fréchet distance between this set of samples and another one."""
+        return frechet_distance(*self.moments(), *other_statistics.moments())
 
 
 def kernel_distance(features_1: np.ndarray, features_2: np.ndarray) -> float:
-    """Compute the unbiased squared maximum mean discrepancy of two complete sets (Bińkowski et al. 2018).
+    """Compute the unbiased squared maximum mean discrepancy of two sets, without subsets (Bińkowski et al.
+    2018).
 
-    The kernel is k(x, y) = (x.y / F + 1)^3.
-    Args: features_1, features_2: [N, F] and [M, F], with N, M >= 2.
-    Returns: a value that is 0 on average for equal distributions, so it can be negative.
+    The kernel is k(x, y) = (x.y / F + 1)^3, where x.y is the inner product of two feature vectors.
+
+    Args:
+        features_1: features [N, F] of the first set, N >= 2.
+        features_2: features [M, F] of the second set, M >= 2.
+
+    Returns: the distance. Its expected value is 0 for equal distributions, so single values can be negative.
     Raises: ValueError if a set has fewer than 2 items.
     """
-    first = np.asarray(features_1, dtype=np.float64)
-    second = np.asarray(features_2, dtype=np.float64)
-    if min(len(first), len(second)) < 2:
+    first_features = np.asarray(features_1, dtype=np.float64)
+    second_features = np.asarray(features_2, dtype=np.float64)
+    if min(len(first_features), len(second_features)) < 2:
         raise ValueError(
-            f"kernel_distance: expected 2 images or more in each set, got {len(first)} and {len(second)}. Add"
-            " images."
+            f"kernel_distance: each set needs at least 2 images, but the sets have {len(first_features)} and"
+            f" {len(second_features)}. Add images."
         )
 
     def kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         return (a @ b.T / a.shape[1] + 1.0) ** 3
 
     # Without the diagonal: the kernel of an item with itself would bias the estimate upwards.
-    def within(a: np.ndarray) -> float:
+    def mean_within(a: np.ndarray) -> float:
         gram = kernel(a, a)
         return (gram.sum() - np.trace(gram)) / (len(a) * (len(a) - 1))
 
-    return float(within(first) + within(second) - 2.0 * kernel(first, second).mean())
+    return float(
+        mean_within(first_features)
+        + mean_within(second_features)
+        - 2.0 * kernel(first_features, second_features).mean()
+    )
 
 
 @torch.no_grad()
 def collect(network: FeatureNetwork, batches: Iterable[Tensor]) -> tuple[FeatureStatistics, np.ndarray]:
-    """Compute a network's features of batches of images [N, 3, H, W] in [-1, 1].
+    """Compute a network's features of all images of some batches.
 
-    Returns: their statistics, and all features, float32 [total, F].
+    Args:
+        network: feature network.
+        batches: batches of images [N, 3, H, W] in [-1, 1].
+
+    Returns: the mean and covariance of the features, and all features, float32 [total, F], in order. total is
+        the number of images of all batches; it is 0 if there is no batch.
     """
     statistics = FeatureStatistics(network.dim)
     all_features = []
     for images in batches:
         features = network(images)
-        # The statistics are exact in float64; the features are kept in the network's float32 for KID.
+        # FID needs the moments alone, which are summed in float64. KID needs the features, as float32.
         statistics.update(features)
         all_features.append(features.cpu().numpy())
     return statistics, np.concatenate(all_features) if all_features else np.zeros(
@@ -190,11 +229,18 @@ def collect(network: FeatureNetwork, batches: Iterable[Tensor]) -> tuple[Feature
 def draw_subsets(
     n: int, m: int, subsets: int = SUBSETS, size: int = SUBSET_SIZE, seed: int = 0
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield random subsets of two sets of n and m samples, as pairs of index arrays ([S], [S]).
+    """Yield random subsets of two sets, as pairs of index arrays ([S], [S]) with S = min(size, n, m).
 
-    S = min(size, n, m). No index is repeated inside a subset.
+    No index is repeated inside a subset.
+
+    Args:
+        n: number of samples of the first set.
+        m: number of samples of the second set.
+        subsets: number of pairs to yield.
+        size: largest number of samples in a subset.
+        seed: random seed; the same seed gives the same subsets.
     """
-    # A stream of its own, so that the estimate is the same for the same seed.
+    # A separate random stream: numpy's global one would make the result depend on earlier calls.
     random = np.random.RandomState(seed)
     subset_size = min(size, n, m)
     for _ in range(subsets):
@@ -207,14 +253,24 @@ def kernel_inception_distance(
     seed: int = 0,
     draws: Iterable[tuple[np.ndarray, np.ndarray]] | None = None,
 ) -> tuple[float, float]:
-    """Compute the published estimate of KID from features [N, F] and [M, F]. Lower is better.
+    """Compute KID as published, the mean `kernel_distance` of random subsets. Lower is better.
 
-    Args: draws: subsets in place of random ones.
-    Returns: the mean over subsets, and the standard deviation between subsets. The latter is not a standard
-        error, because subsets overlap. Equal arguments give equal values.
+    Equal arguments give equal values.
+
+    Args:
+        features_1: features [N, F] of the first set, N >= 2.
+        features_2: features [M, F] of the second set, M >= 2.
+        seed: random seed of the subsets; ignored if `draws` is given.
+        draws: pairs of index arrays of the subsets; None samples them with `draw_subsets`.
+
+    Returns: the mean over the subsets, and the standard deviation between subsets. The standard deviation is
+        not a standard error, because subsets overlap.
+    Raises: ValueError if a set has fewer than 2 items.
     """
-    chosen = list(
+    subsets = list(
         draw_subsets(len(features_1), len(features_2), SUBSETS, SUBSET_SIZE, seed) if draws is None else draws
     )
-    values = [kernel_distance(features_1[first], features_2[second]) for first, second in chosen]
+    values = [
+        kernel_distance(features_1[indices_1], features_2[indices_2]) for indices_1, indices_2 in subsets
+    ]
     return float(np.mean(values)), float(np.std(values))

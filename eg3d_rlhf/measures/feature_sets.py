@@ -5,11 +5,13 @@
   its items. The radius of a ball is the distance to the item's k-th neighbour in the same set (eq. 1).
   Precision is the share of fakes inside the manifold of the reals. Recall is the share of reals inside the
   manifold of the fakes (eq. 2). Both depend on the sizes of the sets, so compare only values of equal sizes.
-- Separability: nearest neighbours of pooled features, with a permutation test that keeps pairs together.
+- Separability (Schilling 1986): share of nearest neighbours that belong to an item's own set, after both sets
+  are pooled. A permutation test exchanges the two items of a pair and never items of different pairs.
 
-Distances come from one matrix product (scipy's cdist takes eight times as long at 2048 features).
-Letters: N items, fakes or pairs, M reals, F features, K neighbours, B permutations, A points, and in helpers
-B items of the other set.
+Fakes are features of generated images, reals are features of images of a dataset. Distances come from one
+matrix product (scipy's cdist takes eight times as long at 2048 features).
+Shapes: N items, fakes or pairs, M reals, F features, K neighbours, B permutations. In the private functions
+that compare points with a second set, A is the number of points and B is the size of that second set.
 """
 
 from dataclasses import asdict, dataclass
@@ -25,19 +27,20 @@ TEST = "permutation test that swaps the two networks within each latent"
 MANIFOLD_NEIGHBOURS = 3  # k of precision and recall, as in the paper
 NEIGHBOURS = 10  # k of the separability
 PERMUTATIONS = 2000  # of the test of separability
-_BLOCK_CELLS = 4_000_000  # distances that are in memory at once, 32 MB
-_BLOCK_LABELS = 8_000_000  # compared labels that are in memory at once
+_BLOCK_CELLS = 4_000_000  # largest number of distances in memory at once, 32 MB
+_BLOCK_LABELS = 8_000_000  # largest number of compared labels in memory at once
 
 
 def pairwise_distances(x: ArrayLike) -> np.ndarray:
-    """Compute Euclidean distances [N, N] between the rows of x [N, F], divided by sqrt(F).
+    """Compute Euclidean distances [N, N] between the rows of x [N, F], N >= 3, divided by sqrt(F).
 
-    The result is the root mean square difference per feature, so it does not depend on the number of
-    features.
+    A distance is thus the root mean square difference per feature, and values for different F can be
+    compared.
     """
     x = np.asarray(x, dtype=np.float64)
     assert x.ndim == 2 and len(x) >= 3
-    # Centring leaves distances as they are, and keeps the squares below small, so that less is cancelled.
+    # Centring does not change distances. It keeps the squares below
+    # small, so their difference loses fewer digits.
     centred = x - x.mean(axis=0)
     squares = (centred**2).sum(axis=1)
     # |a - b|^2 = |a|^2 + |b|^2 - 2 a.b, which rounding can make slightly negative.
@@ -47,66 +50,88 @@ def pairwise_distances(x: ArrayLike) -> np.ndarray:
 
 
 def mean_pairwise(distances: np.ndarray, confidence: float = 0.95) -> MeanInterval:
-    """Average distances [N, N] over all pairs of different items, with a jackknife interval (Arvesen 1969,
-    for U-statistics).
+    """Average distances [N, N] over all pairs of different items, with a jackknife interval.
+
+    The jackknife for averages over pairs (U-statistics) is that of Arvesen 1969.
+
+    Args:
+        distances: distances [N, N] between N >= 3 items.
+        confidence: level of the interval, 0..1.
     """
     return _interval(*_leave_one_out(distances), confidence)
 
 
-def pairwise_ratio(before: np.ndarray, after: np.ndarray, confidence: float = 0.95) -> MeanInterval:
-    """Divide the mean pairwise distance after a change by the one before, for the same items.
+def pairwise_ratio(
+    distances_before: np.ndarray, distances_after: np.ndarray, confidence: float = 0.95
+) -> MeanInterval:
+    """Compute the ratio of the mean pairwise distances after and before a change of the same items.
 
-    Args: before, after: distances [N, N] between the same items.
-    Returns: the ratio and its interval. The jackknife is applied to the logarithm of the ratio.
-    Raises: ValueError if all items before are equal.
+    Args:
+        distances_before: distances [N, N] between N >= 3 items before the change.
+        distances_after: distances [N, N] between the same items after the change.
+        confidence: level of the interval, 0..1.
+
+    Returns: the ratio and its interval. The jackknife is applied to the logarithm of the ratio. If all items
+        are equal after the change, the interval goes from 0 to the ratio.
+    Raises: ValueError if all items before the change, or all but one of them, are equal.
     """
-    assert before.shape == after.shape
-    first, first_without = _leave_one_out(before)
-    second, second_without = _leave_one_out(after)
-    if min(first, first_without.min()) <= 0:
+    assert distances_before.shape == distances_after.shape
+    mean_before, leave_one_out_before = _leave_one_out(distances_before)
+    mean_after, leave_one_out_after = _leave_one_out(distances_after)
+    if min(mean_before, leave_one_out_before.min()) <= 0:
         raise ValueError(
-            "pairwise_ratio: expected items that differ before the change, got equal ones, so the ratio is"
-            " not defined. Sample other items."
+            "pairwise_ratio: the ratio is not defined, because the items before the change are equal (their"
+            " mean distance is 0). Use items that differ before the change."
         )
-    if min(second, second_without.min()) <= 0:
-        # All items are equal after the change. Its logarithm does not exist, so the interval starts at 0.
-        return MeanInterval(second / first, 0.0, second / first)
-    logarithm = _interval(np.log(second / first), np.log(second_without / first_without), confidence)
+    if min(mean_after, leave_one_out_after.min()) <= 0:
+        # All items are equal after the change. The ratio 0 has no logarithm, so the interval starts at 0.
+        return MeanInterval(mean_after / mean_before, 0.0, mean_after / mean_before)
+    logarithm = _interval(
+        np.log(mean_after / mean_before), np.log(leave_one_out_after / leave_one_out_before), confidence
+    )
+    # Back from the logarithm: mean, lower end and upper end
     return MeanInterval(*(float(np.exp(value)) for value in logarithm))
 
 
 def _leave_one_out(distances: np.ndarray) -> tuple[float, np.ndarray]:
-    """Return the mean over pairs of distances [N, N], and the same mean without each item, [N]."""
+    """Return the mean of distances [N, N] over pairs, and the means [N] of which each leaves out one item."""
     n = len(distances)
     sums = distances.sum(axis=1)
     total = sums.sum()  # counts each pair twice
-    # Without an item, its row and its column leave the total: N - 1 items have (N - 1)(N - 2) ordered pairs.
+    # An item contributes its row and its column to the total. N - 1 items have (N - 1)(N - 2) ordered pairs.
     return float(total / (n * (n - 1))), (total - 2 * sums) / ((n - 1) * (n - 2))
 
 
-def _interval(estimate: float, without: np.ndarray, confidence: float) -> MeanInterval:
-    """Compute the interval of an estimate from the estimates without each item, [N]."""
+def _interval(estimate: float, leave_one_out: np.ndarray, confidence: float) -> MeanInterval:
+    """Compute the jackknife interval of an estimate.
+
+    Args:
+        estimate: estimate from all N items.
+        leave_one_out: estimates [N], of which each leaves out one item.
+        confidence: level of the interval, 0..1.
+    """
     # Jackknife standard error from the N estimates that leave one item out; N - 1 degrees of freedom.
-    n = len(without)
-    error = np.sqrt((n - 1) / n * ((without - without.mean()) ** 2).sum())
-    half = float(stdtrit(n - 1, 0.5 + confidence / 2) * error)
-    return MeanInterval(float(estimate), float(estimate) - half, float(estimate) + half)
+    n = len(leave_one_out)
+    error = np.sqrt((n - 1) / n * ((leave_one_out - leave_one_out.mean()) ** 2).sum())
+    half_width = float(stdtrit(n - 1, 0.5 + confidence / 2) * error)
+    return MeanInterval(float(estimate), float(estimate) - half_width, float(estimate) + half_width)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PrecisionRecall:
-    """Precision and recall, and for each item whether it lies inside the manifold of the other set."""
+    """Precision and recall, and which items lie inside the manifold of the other set."""
 
     precision: float  # 0..1
     recall: float  # 0..1
-    k: int  # neighbours
+    k: int  # number of neighbours that the radii are computed from
     fake_inside: np.ndarray  # [N] bool: fakes inside the manifold of the reals
     real_inside: np.ndarray  # [M] bool: reals inside the manifold of the fakes
 
     def intervals(self, confidence: float = 0.95) -> dict[str, Interval]:
-        """Compute Wilson intervals of 'precision' and 'recall', with both manifolds taken as fixed.
+        """Compute Wilson intervals of 'precision' and 'recall' at a level of confidence (0..1).
 
-        Other items would also change the radii of the balls; the intervals do not include that.
+        The intervals describe the random choice of the items that are tested. They treat both manifolds as
+        fixed, although other items would also give balls of other radii.
         """
         sets = {"precision": self.fake_inside, "recall": self.real_inside}
         return {
@@ -119,17 +144,21 @@ def precision_recall(
 ) -> PrecisionRecall:
     """Compute improved precision and recall of features [N, F] and [M, F] under the Euclidean distance.
 
-    An item is not its own neighbour, and a point at the edge of a ball is inside. Memory is bounded; time
-    grows as (N + M)^2 F.
+    An item is not its own neighbour, and a point at the edge of a ball is inside. Distances are computed in
+    blocks of bounded size; the time grows as (N + M)^2 F.
+
+    Args:
+        features_fake: features [N, F] of generated images.
+        features_real: features [M, F] of real images.
+        k: number of neighbours, 1 <= k < min(N, M).
+
     Raises: ValueError if a feature is not finite.
     """
-    fake, real = (np.asarray(part, dtype=np.float64) for part in (features_fake, features_real))
+    fake, real = (np.asarray(features, dtype=np.float64) for features in (features_fake, features_real))
     assert fake.shape[1] == real.shape[1] and 1 <= k < min(len(fake), len(real))
     if not (np.isfinite(fake).all() and np.isfinite(real).all()):
-        raise ValueError(
-            "precision_recall: expected finite features, got NaN or infinity. Check the images for NaN."
-        )
-    # A common shift leaves distances as they are, and smaller squares lose less by rounding.
+        raise ValueError("precision_recall: a feature is NaN or infinite. Check the images for NaN.")
+    # A common shift does not change distances, and smaller squares lose less by rounding.
     centre = real.mean(axis=0)
     fake = fake - centre
     real = real - centre
@@ -150,7 +179,7 @@ def _squared_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def neighbour_radii(x: np.ndarray, k: int = MANIFOLD_NEIGHBOURS) -> np.ndarray:
-    """Return the squared distance [N] of each item of x [N, F] to its k-th other neighbour."""
+    """Return the squared distance [N] of each item of x [N, F] to its k-th nearest other item."""
     radii = np.empty(len(x))
     step = max(1, _BLOCK_CELLS // len(x))
     for start in range(0, len(x), step):
@@ -162,11 +191,12 @@ def neighbour_radii(x: np.ndarray, k: int = MANIFOLD_NEIGHBOURS) -> np.ndarray:
 
 
 def _inside(points: np.ndarray, manifold: np.ndarray, k: int) -> np.ndarray:
-    """Return for each point [A, F] whether it lies in a ball of the manifold [B, F], as [A] bool."""
+    """Return bool [A]: True for each point [A, F] that lies in a ball of the manifold of items [B, F]."""
     radii = neighbour_radii(manifold, k)
     inside = np.zeros(len(points), dtype=bool)
     step = max(1, _BLOCK_CELLS // len(manifold))
-    # The expanded square |a|^2 + |b|^2 - 2 a.b rounds, so a point at the edge of a ball could fall outside.
+    # The expanded square |a|^2 + |b|^2 - 2 a.b is rounded. Without the slack, a point at the edge of a ball
+    # could be counted as outside.
     slack = 1e-12 * float((manifold**2).sum(axis=1).max(initial=0.0))
     for start in range(0, len(points), step):
         rows = slice(start, start + step)
@@ -176,13 +206,13 @@ def _inside(points: np.ndarray, manifold: np.ndarray, k: int) -> np.ndarray:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Separability:
-    """Share of nearest neighbours from an item's own set, and its p-value."""
+    """Mean share of nearest neighbours that belong to an item's own set, and the p-value of this share."""
 
     share: float  # 0..1; 0.5 is expected if the sets have the same distribution
-    p: float  # (1 + permutations with at least this share) / (1 + permutations)
+    p: float  # p-value: (1 + number of permutations with at least this share) / (1 + B)
     chance: np.ndarray  # [B] shares under permutations
-    k: int  # neighbours of each item
-    n: int  # pairs
+    k: int  # number of neighbours of each item
+    n: int  # number of pairs
 
     def to_dict(self) -> dict:
         """Return the fields as JSON values."""
@@ -190,11 +220,15 @@ class Separability:
 
 
 def neighbours(pooled: np.ndarray, k: int) -> np.ndarray:
-    """Return indices [2N, K] of the nearest other items of each item of pooled [2N, F].
+    """Return the indices [2N, K] of the k nearest neighbours of each item.
 
     Items i and i + N are partners, which share a latent. They never count as neighbours of each other:
-    otherwise the distance would reflect the shared latent, and the share expected by chance would not be one
-    half.
+    otherwise the neighbours would reflect the shared latent, and the share expected by chance would not be
+    one half.
+
+    Args:
+        pooled: features [2N, F], first those of one set, then those of the other set in the same order.
+        k: number of neighbours K of each item.
     """
     n = len(pooled) // 2
     centred = pooled - pooled.mean(axis=0)
@@ -208,34 +242,41 @@ def neighbours(pooled: np.ndarray, k: int) -> np.ndarray:
 
 
 def paired_separability(
-    first: np.ndarray,
-    second: np.ndarray,
+    first_features: np.ndarray,
+    second_features: np.ndarray,
     k: int = NEIGHBOURS,
     permutations: int = PERMUTATIONS,
     seed: int = 0,
 ) -> Separability:
     """Compute the mean share of an item's K nearest neighbours that belong to its own set (Schilling 1986).
 
-    Neighbours are Euclidean, with both sets pooled. If the sets do not differ, the two items of a latent can
-    be exchanged, so the null distribution exchanges items at random within pairs. The p-value is exact at any
-    N (Phipson and Smyth 2010).
-    Args: first, second: features [N, F], where item i of both belongs to the same latent; N > K.
+    Neighbours are searched in both sets together, by Euclidean distance. If the sets do not differ, the two
+    items of a latent can be exchanged. The null distribution therefore exchanges items at random within
+    pairs. The p-value is exact at any N (Phipson and Smyth 2010).
+
+    Args:
+        first_features: features [N, F] of the first set.
+        second_features: features [N, F] of the second set; item i has the latent of item i of the first set.
+        k: number of neighbours, 1 <= k < N.
+        permutations: number of random exchanges B of the test.
+        seed: random seed of the exchanges.
     """
-    a = np.asarray(first, dtype=np.float64)
-    b = np.asarray(second, dtype=np.float64)
+    a = np.asarray(first_features, dtype=np.float64)
+    b = np.asarray(second_features, dtype=np.float64)
     n = len(a)
     assert a.shape == b.shape and 1 <= k < n and np.isfinite([a, b]).all()
-    near = neighbours(np.concatenate([a, b]), k)  # [2N, K]
+    neighbour_indices = neighbours(np.concatenate([a, b]), k)  # [2N, K]
     swaps = np.random.default_rng(seed).integers(0, 2, size=(permutations + 1, n), dtype=np.int8)
     swaps[0] = 0  # row 0 is the observed assignment, the others are permutations
-    # Item i of `first` gets label s_i and its partner gets 1 - s_i.
+    # Item i of the first set gets the label s_i, 0 or 1, and its partner gets 1 - s_i.
     labels = np.concatenate([swaps, 1 - swaps], axis=1)  # [B + 1, 2N]
-    # In blocks of permutations, because all compared labels [B + 1, 2N, K] take too much memory.
-    step = max(1, _BLOCK_LABELS // near.size)
+    # In blocks of permutations, because all compared labels [B + 1, 2N, K] take too much memory. The double
+    # negation rounds the number of blocks up.
+    step = max(1, _BLOCK_LABELS // neighbour_indices.size)
     shares = np.concatenate(
         [
-            (part[:, near] == part[:, :, None]).mean(axis=(1, 2))
-            for part in np.array_split(labels, -(-len(labels) // step))
+            (label_block[:, neighbour_indices] == label_block[:, :, None]).mean(axis=(1, 2))
+            for label_block in np.array_split(labels, -(-len(labels) // step))
         ]
     )
     share = float(shares[0])

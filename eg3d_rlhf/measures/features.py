@@ -1,10 +1,11 @@
 """Feature networks of the image distances: a bundled one that needs no download, and a user's Inception file.
 
-HeadFactorFeatures was trained to regress the factors with which heads of people were rendered (identity,
-hair, colours, camera) and the kind of damage to an image. Its penultimate layer, standardised over undamaged
-heads, is the feature. builders/features.py trains it. Distances under different networks are not comparable;
-`name` identifies the network. Images are float [N, 3, H, W] in [-1, 1], background white (1).
-Shape letters: N images, H x W pixels, F features, T targets, K factors.
+HeadFactorFeatures was trained to regress the factors with which synthetic heads were rendered (identity,
+hair, colours, camera) and the kind of damage to an image. The output of its penultimate layer, standardised
+over undamaged heads, is the feature vector. builders/features.py trains the network. Distances computed with
+different networks are not comparable; the attribute `name` identifies the network. Images are float
+[N, 3, H, W] in [-1, 1], with a white background (1).
+Shapes: N images, H x W pixels, F features, T targets (28 factors and 6 kinds of damage).
 """
 
 import json
@@ -22,7 +23,9 @@ from eg3d_rlhf.measures.image_similarity import scripted
 RESOLUTION = 64  # pixels per edge that the network reads
 DIM = 64  # F
 FORMAT = "eg3d-rlhf head-factor features 2"  # written into the file; a file with another value is rejected
-IDENTITY = 16  # leading components of a head's shape that are regressed; 64 pixels show little of the others
+# Number of leading principal components of a head's shape that are regressed. Images of 64 pixels show little
+# of the other components.
+IDENTITY = 16
 FACTOR_NAMES = (
     *(f"component {i}" for i in range(IDENTITY)),
     "volume",
@@ -44,10 +47,10 @@ DEFAULT_ASSET = ASSETS / "features.safetensors"
 
 
 class HeadFactorNet(nn.Module):
-    """Convolutional regressor of head factors with 0.3 M parameters.
+    """Convolutional network with 0.3 M parameters that regresses the factors of a rendered head.
 
-    It has four strided convolutions, a hidden layer of 64 units, which serves as the feature, and a linear
-    output.
+    The network has four strided convolutions, a hidden layer of 64 units whose output is the feature vector,
+    and a linear output layer.
     """
 
     def __init__(self) -> None:
@@ -66,29 +69,37 @@ class HeadFactorNet(nn.Module):
         self.head = nn.Linear(DIM, len(TARGET_NAMES))
         self.feature_mean: Tensor
         self.feature_std: Tensor
-        # Moments of the raw feature over undamaged heads. As buffers they are part of the file.
+        # Mean and standard deviation [F] of raw features over undamaged heads. builders/features.py sets them
+        # after the training. Buffers are part of the state dict and so of the file.
         self.register_buffer("feature_mean", torch.zeros(DIM))
         self.register_buffer("feature_std", torch.ones(DIM))
 
     def penultimate(self, images: Tensor) -> Tensor:
-        """Return raw features [N, F] of images [N, 3, 64, 64] in [-1, 1]. Differentiable in the images."""
+        """Compute raw features [N, F], before standardisation, of images [N, 3, 64, 64] in [-1, 1].
+
+        Differentiable in the images.
+        """
         return functional.silu(self.hidden(self.trunk(images).flatten(1)))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return standardised targets [N, T] of images [N, 3, 64, 64]. Differentiable in the images."""
+        """Predict standardised factors and kinds of damage [N, T] of images [N, 3, 64, 64] in [-1, 1].
+
+        Differentiable in the images.
+        """
         return self.head(self.penultimate(images))
 
 
 def to_resolution(images: Tensor, resolution: int) -> Tensor:
-    """Resize images [N, 3, H, W] bilinearly with antialiasing.
+    """Resize images [N, 3, H, W] to resolution x resolution pixels, bilinearly with antialiasing.
 
-    Images of the right size are returned unchanged.
+    Images that have this size already are returned unchanged.
 
-    Raises: ValueError for other shapes.
+    Raises: ValueError if the images do not have the shape [N, 3, H, W].
     """
     if images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(
-            f"features: expected images [N, 3, H, W], got {list(images.shape)}. Convert to RGB first."
+            f"features: images have the shape {list(images.shape)}, but must have [N, 3, H, W]. Convert them"
+            " to RGB first."
         )
     if images.shape[-2:] == (resolution, resolution):
         return images
@@ -98,7 +109,13 @@ def to_resolution(images: Tensor, resolution: int) -> Tensor:
 
 
 class HeadFactorFeatures:
-    """Bundled feature network. It follows the protocol FeatureNetwork of distances.py."""
+    """Bundled feature network, which implements the protocol FeatureNetwork of distances.py.
+
+    Args:
+        net: trained network.
+        record: training settings and validation results, as JSON values; 'hash' becomes a part of the name.
+        device: device that computes the features.
+    """
 
     dim = DIM
 
@@ -109,13 +126,20 @@ class HeadFactorFeatures:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        """Return standardised features [N, 64] of images [N, 3, H, W] in [-1, 1], resized to 64 x 64."""
-        # .to(buffer) moves images to the network's device and type.
+        """Compute standardised features [N, 64] of images [N, 3, H, W] in [-1, 1].
+
+        Images are resized to 64 x 64 pixels first. The result is on the network's device.
+        """
+        # .to(tensor) moves images to the device and the type of that tensor, here those of the network.
         images = to_resolution(images.to(self.net.feature_mean), RESOLUTION)
         return (self.net.penultimate(images) - self.net.feature_mean) / self.net.feature_std
 
     def save(self, path: Path) -> None:
-        """Write safetensors at `path`, and the record as JSON beside it and in the file's metadata."""
+        """Write the network as a safetensors file.
+
+        The record is written twice: into the metadata of this file, and as JSON into a file beside it with
+        the suffix .json. Missing parent folders are created.
+        """
         path.parent.mkdir(parents=True, exist_ok=True)
         state = {name: value.detach().cpu().contiguous() for name, value in self.net.state_dict().items()}
         save_file(state, path, metadata={"format": FORMAT, "record": json.dumps(self.record, sort_keys=True)})
@@ -124,14 +148,19 @@ class HeadFactorFeatures:
 
     @classmethod
     def load(cls, path: Path | str | None = None, device: torch.device | str = "cpu") -> "HeadFactorFeatures":
-        """Read a saved network, or the bundled one if `path` is None. Executes no code from the file.
+        """Read a network that `save` wrote. No code from the file is executed.
 
-        Raises: ValueError if the file is missing, damaged, or of another format.
+        Args:
+            path: safetensors file; None reads the bundled network.
+            device: device that will compute the features.
+
+        Raises: ValueError if the file is missing, is damaged, or has another format.
         """
         path = Path(path) if path is not None else DEFAULT_ASSET
         if not path.is_file():
             raise ValueError(
-                f"HeadFactorFeatures: found no file at {path}. Create it with python -m builders.features."
+                f"HeadFactorFeatures: the file {path} does not exist. Create it with python -m"
+                " builders.features."
             )
         try:
             with safe_open(path, framework="pt") as file:
@@ -139,26 +168,32 @@ class HeadFactorFeatures:
                 state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
         except SafetensorError as error:
             raise ValueError(
-                f"HeadFactorFeatures: expected a safetensors file, got {path} ({error}). Copy or download it"
-                " again; it may be incomplete."
+                f"HeadFactorFeatures: {path} is not a readable safetensors file ({error}). Copy or download"
+                " it again; it may be incomplete."
             ) from error
         net = HeadFactorNet()
         if metadata.get("format") != FORMAT or set(state) != set(net.state_dict()):
             raise ValueError(
-                f"HeadFactorFeatures: expected a file of format '{FORMAT}', got another one at {path}."
-                " Create it with python -m builders.features."
+                f"HeadFactorFeatures: {path} does not have the format '{FORMAT}'; its metadata say"
+                f" '{metadata.get('format')}'. Create the file with python -m builders.features."
             )
-        # Strict by default; the check above has already compared the names.
+        # load_state_dict would report other names too, but in a message of many lines.
         net.load_state_dict(state)
         return cls(net, json.loads(metadata["record"]), device)
 
 
 class InceptionFeatures:
-    """Inception network in a TorchScript file of the user, with the interface that common FID pipelines use.
+    """Inception network of a user's TorchScript file, with the interface that common FID pipelines use.
 
-    The file is called as net(images uint8 [N, 3, H, W], return_features=True), returns 2048 features, and
-    resizes images by itself. Nothing is downloaded. torch interprets TorchScript, which cannot contain
-    Python.
+    The network is called as net(images, return_features=True) on uint8 images [N, 3, H, W]. It resizes the
+    images and returns features [N, F], F = 2048 for the published network. Nothing is downloaded. A
+    TorchScript file cannot contain Python code; torch interprets it.
+
+    Args:
+        path: TorchScript file.
+        device: device that computes the features.
+
+    Raises: ValueError if the file is not TorchScript, or if the network has another interface.
     """
 
     def __init__(self, path: Path | str, device: torch.device | str = "cpu") -> None:
@@ -169,21 +204,24 @@ class InceptionFeatures:
             device,
         )
         self.device = torch.device(device)
-        # The file's name is all that identifies a user's network.
+        # The name of the file identifies the network in records. Its contents are not hashed.
         self.name = f"torchscript-{Path(path).stem}"
-        # The number of features is known only to the file, so two blank images are evaluated.
-        shape = list(self(torch.zeros(2, 3, 64, 64)).shape)
-        if len(shape) != 2 or shape[0] != 2:
+        # The file does not declare F. Two blank images are evaluated to measure it.
+        output_shape = list(self(torch.zeros(2, 3, 64, 64)).shape)
+        if len(output_shape) != 2 or output_shape[0] != 2:
             raise ValueError(
-                f"InceptionFeatures: expected features [2, F] for 2 images, got {shape} from {path}. Use"
-                " another network file."
+                f"InceptionFeatures: {path} returned features of the shape {output_shape} for 2 images, but"
+                " must return [2, F]. Use a network that returns one feature vector per image."
             )
-        self.dim = shape[1]
+        self.dim = output_shape[1]
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        """Return features [N, F] of images [N, 3, H, W] in [-1, 1], which are first rounded to 8 bits."""
-        # Real images are stored with 8 bits, so generated ones are rounded alike before they are compared.
+        """Compute features [N, F] of images [N, 3, H, W] in [-1, 1].
+
+        Images are rounded to 8 bits first.
+        """
+        # Real images are stored with 8 bits, so generated images must have the same rounding errors.
         pixels = (images * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8).to(self.device)
         return self.net(pixels, return_features=True).float()
 
@@ -193,8 +231,12 @@ def load_features(
 ) -> HeadFactorFeatures | InceptionFeatures:
     """Load a feature network.
 
-    Args: path: None for the bundled network, a .safetensors file for HeadFactorFeatures, any other file for
-        TorchScript.
+    Args:
+        path: file of the network. A .safetensors file is read by HeadFactorFeatures, a file with any other
+            suffix by InceptionFeatures. None loads the bundled network.
+        device: device that will compute the features.
+
+    Raises: ValueError if the file cannot be used.
     """
     if path is None or Path(path).suffix == ".safetensors":
         return HeadFactorFeatures.load(path, device)

@@ -1,10 +1,11 @@
 """Compute distances between a generator's images and a dataset's images, and the share of images with a face.
 
-The distances are FID and KID with Inception features. With other features the same formulas have other names.
-Fakes are generated as EG3D's metrics generate them: z is normal, cameras are those of randomly chosen images
-of the dataset, the mapping network is conditioned on the rendering camera, there is no truncation, and noise
-is random.
-Shape letters: N images, C channels, R resolution, K camera numbers (25).
+The distances are FID and KID (see distances.py), if the features are those of an Inception network. With the
+bundled features the same formulas are reported under other names, for example frechet_offline.
+Generated images ("fakes") are rendered as by EG3D's metrics (Chan et al. 2022): the latent z is sampled from
+a standard normal distribution, cameras are those of randomly chosen images of the dataset, the mapping
+network is conditioned on the rendering camera, the truncation trick is not used, and noise inputs are random.
+Shapes: N images, R pixels per side, K numbers per camera (25).
 """
 
 import json
@@ -24,8 +25,8 @@ from eg3d_rlhf.measures.features import HeadFactorFeatures, InceptionFeatures, t
 from training.dataset import ImageFolderDataset
 from training.storage import write_atomic
 
-FULL = 50_000  # fakes of the metrics that are named after them
-# name: (formula, number of fakes). None: the number that the user asks for.
+FULL = 50_000  # number of fakes of the metrics fid50k_full and kid50k_full, and the default for fid and kid
+# Name of a metric: (formula, number of fakes). None stands for the number of --n.
 METRICS: dict[str, tuple[str, int | None]] = {
     "fid": ("frechet", None),
     "kid": ("kernel", None),
@@ -39,86 +40,95 @@ Network = HeadFactorFeatures | InceptionFeatures
 
 @dataclass(frozen=True, kw_only=True)
 class MetricOptions:
-    """Settings of a call of `evaluate`: the metrics and the number of images."""
+    """Settings of `evaluate`: the metrics to compute and the number of generated images."""
 
-    metrics: tuple[str, ...] = ("fid", "kid")
-    n: int | None = None  # number of fakes for fid and kid, >= 2; None means 50,000
-    seed: int = 0  # of latents, cameras, noise and subsets, >= 0
-    batch: int = 8  # images that are rendered at once, >= 1
+    metrics: tuple[str, ...] = ("fid", "kid")  # names in METRICS
+    n: int | None = None  # number of fakes for fid, kid and faces, >= 2; None means 50,000
+    seed: int = 0  # random seed of latents, cameras, noise and subsets, >= 0
+    batch: int = 8  # number of images that are rendered at once, >= 1
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.metrics if name not in METRICS]
         if unknown or not self.metrics or len(set(self.metrics)) < len(self.metrics):
-            got = ", ".join(self.metrics) or "none"
+            given_names = ", ".join(self.metrics) or "an empty list"
             raise ValueError(
-                f"--metrics: expected some of {', '.join(METRICS)}, each at most once, got {got}. Correct the"
-                " list."
+                f"--metrics: {given_names} is not a list of different metrics. Name one or more of"
+                f" {', '.join(METRICS)}, each at most once."
             )
         # Metrics that have a number in their name cannot take another number of fakes.
-        fixed = [name for name in self.metrics if METRICS[name][1] is not None]
-        if fixed and self.n is not None:
+        fixed_size_metrics = [name for name in self.metrics if METRICS[name][1] is not None]
+        if fixed_size_metrics and self.n is not None:
             raise ValueError(
-                f"--n: {fixed[0]} always uses {FULL:,} images, got --n={self.n}. Remove --n, or use the"
-                " metrics fid or kid."
+                f"--n: {self.n} images cannot be combined with the metric {fixed_size_metrics[0]}, which"
+                f" always uses {FULL:,} images. Remove --n, or name the metrics fid and kid in --metrics."
             )
-        if self.n is not None and self.n < 2 or self.batch < 1 or self.seed < 0:
-            raise ValueError(
-                f"--n: expected n >= 2, batch >= 1 and seed >= 0, got {self.n}, {self.batch}, {self.seed}."
-                " Increase it."
-            )
+        if self.n is not None and self.n < 2:
+            raise ValueError(f"--n: at least 2 images are needed, got {self.n}. Use a larger number.")
+        if self.batch < 1:
+            raise ValueError(f"--batch: at least 1 is needed, got {self.batch}. Use a larger number.")
+        if self.seed < 0:
+            raise ValueError(f"--seed: the seed must be at least 0, got {self.seed}. Use a larger number.")
 
     @property
     def images(self) -> int:
-        """Number of fakes to generate. All metrics of one call share them."""
+        """Number of fakes to generate. All metrics of one call are computed from the same fakes."""
         return self.n or FULL
 
 
 def real_batches(dataset: ImageFolderDataset, batch: int) -> Iterator[torch.Tensor]:
-    """Yield all images of a dataset as float [N, 3, R, R] in [-1, 1].
+    """Yield all images of a dataset in batches, float [N, 3, R, R] in [-1, 1].
 
-    Greyscale is repeated over 3 channels.
+    N is `batch`, or less in the last batch. Greyscale images are repeated over 3 channels.
     """
     for start in range(0, len(dataset), batch):
+        # An item of the dataset is the pair (image, label).
         pixels = np.stack([dataset[i][0] for i in range(start, min(start + batch, len(dataset)))])
-        # 0..255 to [-1, 1]
+        # The images are uint8, 0..255. expand repeats the channel of greyscale images.
         yield torch.from_numpy(pixels).float().expand(-1, 3, -1, -1) / 127.5 - 1
 
 
 @torch.no_grad()
 def fake_batches(generator: Generator, cameras: np.ndarray, options: MetricOptions) -> Iterator[torch.Tensor]:
-    """Yield options.images fakes, float [N, 3, R, R], rendered from cameras that are sampled from `cameras`
-    [len, K].
+    """Yield generated images in batches, float [N, 3, R, R], `options.images` in total.
 
-    The same seed gives the same images if the batch size is the same. torch's global generator is restored
-    after every batch.
+    The same seed gives the same images if the batch size is the same. torch's global random generator is
+    restored after every batch.
+
+    Args:
+        generator: generator that renders the images.
+        cameras: all cameras of the dataset, [number of images, K]; each fake uses a randomly chosen one.
+        options: number of images, batch size and seed.
     """
     device = device_of(generator)
-    # With replacement, since there can be more fakes than images.
-    chosen = np.random.RandomState(options.seed).randint(len(cameras), size=options.images)
-    first = options.seed * options.images  # each --seed has its own range of latent seeds
+    # With replacement, since there can be more fakes than images in the dataset.
+    camera_indices = np.random.RandomState(options.seed).randint(len(cameras), size=options.images)
+    first_latent_seed = options.seed * options.images  # each --seed has its own range of latent seeds
     for start in range(0, options.images, options.batch):
         stop = min(start + options.batch, options.images)
-        z = latents(range(first + start, first + stop), generator.z_dim).to(device)
-        c = torch.from_numpy(cameras[chosen[start:stop]]).to(device)
+        z = latents(range(first_latent_seed + start, first_latent_seed + stop), generator.z_dim).to(device)
+        c = torch.from_numpy(cameras[camera_indices[start:stop]]).to(device)
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             # The rendering noise reads torch's global generator, so every batch has its own seed.
-            torch.manual_seed(first + start)
+            torch.manual_seed(first_latent_seed + start)
             images = generator.field(generator.mapping(z, c), noise_mode="random").render(c).image
-        yield images.expand(-1, 3, -1, -1)
+        yield images.expand(-1, 3, -1, -1)  # repeats the channel of greyscale images
 
 
 def _with_progress(
     batches: Iterable[torch.Tensor], advance: Callable[[int], object], faces: list[np.ndarray] | None
 ) -> Iterator[torch.Tensor]:
-    """Yield the batches unchanged, and advance a progress bar by the size of each finished one.
+    """Yield the batches unchanged, and advance a progress bar by the size of each finished batch.
 
-    If `faces` is a list, append for each batch which of its images show a face.
+    Args:
+        batches: batches of images [N, 3, R, R] in [-1, 1].
+        advance: function that advances the progress bar by a number of images.
+        faces: list to which the result of `detect_faces` is appended for each batch; None skips the detector.
     """
     for batch in batches:
         # Yield first: the bar advances when the consumer has finished with the batch.
         yield batch
         if faces is not None:
-            faces.append(faces_found(batch))
+            faces.append(detect_faces(batch))
         advance(len(batch))
 
 
@@ -131,18 +141,24 @@ def evaluate(
 ) -> list[dict]:
     """Compute the metrics of a generator against a dataset.
 
-    Args: dataset: images with 25-number camera labels; bar: called with a number of images and a title,
-        returns a function that advances the progress by a number of images.
-    Returns: one record per metric: {'results': {name: value}, 'metric', 'features', 'images', 'reals',
-        'seed', 'snapshot', 'total_time', ...}.
+    Args:
+        generator: generator of a network file.
+        dataset: real images with cameras of 25 numbers as labels.
+        network: feature network.
+        options: metrics, number of fakes, seed and batch size.
+        bar: function that opens a progress bar from a number of images and a title. It returns a function
+            that advances the bar by a number of images.
+
+    Returns: one record of JSON values per metric, in the order of `options.metrics`: {'results': {name:
+        value}, 'metric', 'features', 'images', 'reals', 'seed', 'snapshot', 'total_time', ...}.
     Raises: ValueError if the resolutions of dataset and generator differ, a set has fewer than two images, or
         a feature is not finite.
     """
     resolution = generator.generator.img_resolution
     if dataset.resolution != resolution:
         raise ValueError(
-            f"--data: expected images of {resolution}x{resolution} pixels, as the generator renders, got"
-            f" {dataset.resolution}x{dataset.resolution}. Convert the dataset with tools/dataset_tool.py."
+            f"--data: the images have {dataset.resolution}x{dataset.resolution} pixels, but the generator"
+            f" renders {resolution}x{resolution}. Convert the dataset with tools/dataset_tool.py."
         )
     started = time.time()
     # Fakes have the distribution of the dataset's cameras.
@@ -154,7 +170,8 @@ def evaluate(
             real_batches(dataset, options.batch), bar(len(dataset), "features of the real images"), faces[0]
         ),
     )
-    # A generator: each batch is rendered when `collect` asks for it.
+    # `fake_batches` is a Python generator: a batch is rendered when
+    # `collect` requests it, so that only one batch is in memory.
     fakes = fake_batches(generator.generator, cameras, options)
     fake = collect(
         network, _with_progress(fakes, bar(options.images, "features of generated images"), faces[1])
@@ -202,10 +219,12 @@ def evaluate(
 
 
 def training_options(network: Path) -> dict:
-    """Read 'data' and 'mirror' from the options of the run, ours or EG3D's, whose folder holds a network
-    file.
+    """Read the dataset of the training run in whose folder a network file lies.
 
-    Returns an empty dictionary if the file is in no run folder.
+    The run can be one of this package or of EG3D.
+
+    Returns: 'data', the path of the dataset, and 'mirror', True if the run trained on mirrored images, too.
+        The dictionary is empty if the folder holds no options of a run.
     """
     values = recorded(network.parent)
     eg3d_data = values.get("training_set_kwargs")  # only in options that EG3D's train.py wrote
@@ -215,27 +234,33 @@ def training_options(network: Path) -> dict:
 
 
 def append_records(folder: Path, records: list[dict]) -> None:
-    """Append each record as a line to <folder>/metric-<name>.jsonl, the file names that EG3D uses."""
+    """Append each record as a line of JSON to FOLDER/metric-NAME.jsonl, where NAME is its 'metric'.
+
+    EG3D writes its metrics to files of the same names.
+    """
     for record in records:
         path = folder / f"metric-{record['metric']}.jsonl"
         # Rewrite the file as a whole: an interrupted append could leave half a line.
-        before = path.read_text() if path.is_file() else ""
-        write_atomic(path, (before + json.dumps(record) + "\n").encode())
+        earlier_lines = path.read_text() if path.is_file() else ""
+        write_atomic(path, (earlier_lines + json.dumps(record) + "\n").encode())
 
 
 # Share of images in which an independent detector finds a face: scikit-image's cascade of local binary
 # patterns, which was trained on photographs and is part of that package.
 #
-# The detector is strict. Of frontal images of the family's ground-truth heads, with yaw and pitch sampled as
-# for training, it finds a face in three of four. If the share falls, tuning has damaged faces. Images are
-# float [N, 3, H, W] in [-1, 1].
+# The detector misses many faces: it finds one in three of four images of ground-truth synthetic heads, with
+# yaw and pitch sampled as for training. Only a change of the share is therefore informative: if it falls,
+# tuning has damaged faces.
 
-FACE_PIXELS = 128  # edge of the images that the detector reads
-SMALLEST_FACE = 40  # pixels; smaller detections are not searched
+FACE_PIXELS = 128  # side of the images that the detector reads, in pixels
+SMALLEST_FACE = 40  # side of the smallest face that the detector searches for, in pixels
 
 
-def faces_found(images: torch.Tensor) -> np.ndarray:
-    """Return for each of images [N, 3, H, W] whether the detector finds a face, as [N] bool.
+def detect_faces(images: torch.Tensor) -> np.ndarray:
+    """Return bool [N]: True for each image in which the detector finds at least one face.
+
+    Args:
+        images: images, float [N, 3, H, W] in [-1, 1].
 
     Raises: ValueError if scikit-image is not installed.
     """
@@ -247,7 +272,7 @@ def faces_found(images: torch.Tensor) -> np.ndarray:
             "The face detector needs scikit-image, which is not installed. Install it: pip install"
             " 'eg3d-rlhf[dev]'."
         ) from None
-    # The file is part of scikit-image.
+    # The weights of the cascade are a file of the scikit-image package.
     detector = Cascade(lbp_frontal_face_cascade_filename())
     pixels = (
         (to_resolution(images, FACE_PIXELS) * 127.5 + 127.5)
@@ -259,10 +284,12 @@ def faces_found(images: torch.Tensor) -> np.ndarray:
         .cpu()
         .numpy()
     )
-    size = {"min_size": (SMALLEST_FACE, SMALLEST_FACE), "max_size": (FACE_PIXELS - 1, FACE_PIXELS - 1)}
+    sizes = {"min_size": (SMALLEST_FACE, SMALLEST_FACE), "max_size": (FACE_PIXELS - 1, FACE_PIXELS - 1)}
+    # The detector returns a list of boxes, which is empty if the image shows no face. step_ratio=1 tests
+    # every position of the window.
     return np.array(
         [
-            bool(detector.detect_multi_scale(img=image, scale_factor=1.1, step_ratio=1, **size))
+            bool(detector.detect_multi_scale(img=image, scale_factor=1.1, step_ratio=1, **sizes))
             for image in pixels
         ]
     )

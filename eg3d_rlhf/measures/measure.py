@@ -1,4 +1,4 @@
-"""Define a measure; `evaluation.paired.compare` evaluates tables of them for a report."""
+"""Define the class of a measure. `evaluation.paired.compare` evaluates tables of measures for a report."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,31 +10,40 @@ import torch
 
 @dataclass(frozen=True)
 class Measure:
-    """One figure per item, for example a property of each latent's shape.
+    """Description of a number that is computed for each item, for example for the shape of each latent.
 
     >>> relief = Measure("face relief", None, "higher", "world units")
     >>> relief.values({"face relief": [0.1, 0.2]}), relief.outcome(0.01, 0.03), relief.outcome(-0.01, 0.03)
     (array([0.1, 0.2]), 'better', 'no clear change')
     """
 
-    name: str  # in tables and JSON
-    # Function of what was measured on N items that returns values [N], NaN where an item has none.
-    # None: the entry of the measured values with this name.
+    name: str  # name in tables and JSON
+    # Function that computes the values [N] from the measurements of N items. An item without a value has NaN.
+    # None: the measurements are a dictionary, and its entry with this measure's name holds the values.
     of: Callable[..., Any] | None
     better: str  # "higher", "lower", or "" if neither direction is better
     unit: str
     meaning: str = ""  # explanation that a table prints beside the name
 
-    def values(self, *seen: Any) -> np.ndarray:
-        """Return the values [N] of N items.
+    def values(self, *measurements: Any) -> np.ndarray:
+        """Return the values [N] of this measure for N items.
 
-        Args: seen: what was measured on the items; for a pairwise measure two of them, one per network.
+        Args:
+            measurements: measurements of the items, in the form that the function of this measure takes. A
+                measure of item pairs takes two arguments, the measurements under each of two networks.
         """
-        values = seen[0][self.name] if self.of is None else self.of(*seen)
+        values = measurements[0][self.name] if self.of is None else self.of(*measurements)
         return values.cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)
 
     def outcome(self, lo: float, hi: float) -> str:
-        """Return 'better' or 'worse', or 'no clear change' if the interval lo..hi of a change contains 0."""
+        """Classify a change by its confidence interval.
+
+        Args:
+            lo: lower end of the interval of the change, in the unit of the measure.
+            hi: upper end of the interval.
+
+        Returns: 'no clear change' if the interval contains 0, else 'better' or 'worse'.
+        """
         if lo <= 0 <= hi:
             return "no clear change"
         return "better" if (lo > 0) == (self.better == "higher") else "worse"

@@ -1,10 +1,12 @@
 """Measure how close a shape is to the ground-truth head of its latent, at the back of the head and in front.
 
-Scans of this family are defective at the back of the head. No simulated annotator, reward or early stop reads
-these measures. A shape is a grid of values that are negative inside: signed distances of a head, or level
-minus density.
-Shape letters: n points along x, y, z, the centres of the cube's voxels (`people_mesh.grid_points`); P points
-of a surface; R, C rows and columns of the window around the face, from below and from the left.
+The measures apply to the generator of synthetic heads (`synthetic:people64`), which was trained on scans that
+are defective at the back of the head. The ground-truth head is the undamaged head that a latent describes. No
+simulated annotator, reward or early stop reads these measures. A shape is a grid of values that are negative
+inside: signed distances for a ground-truth head, level minus density for a generator's shape.
+Shapes: N shapes; n grid points along each of x, y and z, at the centres of the cube's voxels
+(`people_mesh.grid_points`); P points of a surface; R rows and C columns of the window around the face, rows
+from the lowest to the highest and columns from left to right.
 """
 
 from dataclasses import dataclass
@@ -18,55 +20,69 @@ from eg3d_rlhf.core.field import Field
 from eg3d_rlhf.measures.measure import Measure
 from training.heads.people_mesh import BACK, BASE, FACE, grid_points
 
-VOXEL = 1 / 64  # world units; the unit of tolerances
+VOXEL = 1 / 64  # side of a voxel of the grid with n = 64, in world units; the unit of tolerances
 DEFECTIVE = 0.12  # an untuned head counts as defective from this back-of-head volume error on
 IN_FRONT = 0.06  # z, world units; damage to scans ends at z = 0.055
-# At a tolerance of one voxel, a head that was blurred by .75 voxel scores nearly as well as a ground-truth
-# head.
+# Tolerance of the fine F-score and of completeness, in world units. At a tolerance of one voxel, a head that
+# was blurred by 0.75 voxel scores nearly as well as a ground-truth head.
 FINE = VOXEL / 4
-FARTHEST = 32.0  # voxels; larger distances count as this one, and so does a missing surface
+FARTHEST = 32.0  # voxels; larger distances count as this distance, and so does a missing surface
 
 
 @dataclass(frozen=True, kw_only=True)
 class VolumeError:
-    """Volume errors at a place, as shares of the ground-truth head's volume at that place."""
+    """Volume errors in a region of the head, as shares of the ground-truth head's volume in that region."""
 
     missing: float  # volume inside the ground-truth head and outside the shape
     extra: float  # volume inside the shape and outside the ground-truth head
 
     @property
     def total(self) -> float:
-        """Sum of both shares."""
+        """Sum of the missing and the extra share."""
         return self.missing + self.extra
 
 
 @torch.no_grad()
 def shape_grids(field: Field, resolution: int = 64) -> np.ndarray:
-    """Compute grids [N, n, n, n] of level minus density, which is negative inside."""
+    """Compute grids [N, n, n, n] of level minus density, which is negative inside.
+
+    Args:
+        field: densities of N shapes.
+        resolution: number n of grid points per axis.
+    """
     points = torch.from_numpy(grid_points(resolution).reshape(-1, 3)).float()
-    # In parts of 131,072 points, since the activations of all n^3 points take too much memory.
-    parts = [field.level - field.density(part).float() for part in points.split(1 << 17)]
-    return torch.cat(parts, dim=1).unflatten(1, (resolution,) * 3).cpu().numpy()
+    # In chunks of 131,072 points, since the activations of all n^3 points take too much memory.
+    chunks = [field.level - field.density(chunk).float() for chunk in points.split(1 << 17)]
+    return torch.cat(chunks, dim=1).unflatten(1, (resolution,) * 3).cpu().numpy()
 
 
 def back_of_head(points: np.ndarray) -> np.ndarray:
-    """Return which points [..., 3] lie at the back of the head, as bool [...]."""
+    """Return bool [...]: True for each of the points [..., 3] that lies at the back of the head.
+
+    Points of the neck and the shoulders are excluded.
+    """
     return (points[..., 2] < BACK) & (points[..., 1] > BASE)
 
 
 def in_front(points: np.ndarray) -> np.ndarray:
-    """Return which points [..., 3] lie at the front of the head, which is intact in every scan."""
+    """Return bool [...]: True for each of the points [..., 3] that lies at the front of the head.
+
+    The front is intact in every scan. Points of the neck and the shoulders are excluded.
+    """
     return (points[..., 2] > IN_FRONT) & (points[..., 1] > BASE)
 
 
-def volume_error(values: np.ndarray, head_values: np.ndarray, place=back_of_head) -> VolumeError:
-    """Compute the volume errors of a shape [n, n, n] against the ground-truth head [n, n, n] at a place.
+def volume_error(values: np.ndarray, head_values: np.ndarray, region=back_of_head) -> VolumeError:
+    """Compute the volume errors of a shape against the ground-truth head in a region of the head.
 
-    Args: place: function of points [..., 3] that selects the place, `back_of_head` or `in_front`.
+    Args:
+        values: grid [n, n, n] of the shape, negative inside.
+        head_values: grid [n, n, n] of the ground-truth head, negative inside.
+        region: function of points [..., 3] that is True in the region, `back_of_head` or `in_front`.
     """
-    here = place(grid_points(len(values)))
-    shape = (values < 0) & here
-    head = (head_values < 0) & here
+    in_region = region(grid_points(len(values)))
+    shape = (values < 0) & in_region
+    head = (head_values < 0) & in_region
     volume = head.sum()
     return VolumeError(
         missing=float((head & ~shape).sum() / volume), extra=float((shape & ~head).sum() / volume)
@@ -74,106 +90,156 @@ def volume_error(values: np.ndarray, head_values: np.ndarray, place=back_of_head
 
 
 def surface_points(values: np.ndarray) -> np.ndarray:
-    """Locate points [P, 3] where values [n, n, n] change sign between neighbours, by linear interpolation."""
+    """Return the points [P, 3] where values [n, n, n] change sign between neighbouring grid points.
+
+    Positions between the grid points are interpolated linearly.
+    """
     points = grid_points(len(values))
     crossings = []
     for axis in range(3):
-        first, second = (np.take(values, range(i, len(values) - 1 + i), axis) for i in (0, 1))
-        crossed = (first < 0) != (second < 0)
-        # The linear interpolant is zero at this share of the way from the first point to the second.
-        share = (first[crossed] / (first[crossed] - second[crossed]))[:, None]
-        start, end = (np.take(points, range(i, len(values) - 1 + i), axis)[crossed] for i in (0, 1))
-        crossings.append(start + share * (end - start))
+        # Values at the first and at the second point of each pair of neighbours along the axis
+        first_values, second_values = (np.take(values, range(i, len(values) - 1 + i), axis) for i in (0, 1))
+        crossed = (first_values < 0) != (second_values < 0)
+        # The linear interpolant is zero at this share of the distance from the first point to the second.
+        share = (first_values[crossed] / (first_values[crossed] - second_values[crossed]))[:, None]
+        first_points, second_points = (
+            np.take(points, range(i, len(values) - 1 + i), axis)[crossed] for i in (0, 1)
+        )
+        crossings.append(first_points + share * (second_points - first_points))
     return np.concatenate(crossings)
 
 
 def surfaces(values: np.ndarray, head_values: np.ndarray) -> dict[str, float]:
-    """Compare the surface of a shape with that of the ground-truth head, at the back and in front.
+    """Compare the surface of a shape with the surface of the ground-truth head, at the back and in front.
 
-    Returns the values that the measures below read; those with the suffix _front belong to the front.
-    fscore: F-score at a tolerance of one voxel. fine: F-score at a quarter voxel. completeness: share of the
-    head's surface that lies within a quarter voxel of the shape's surface. distance: mean distance in voxels
-    to the other surface, averaged over both directions; FARTHEST where there is no surface.
+    Args:
+        values: grid [n, n, n] of the shape, negative inside.
+        head_values: grid [n, n, n] of the ground-truth head, negative inside.
+
+    Returns: the following values by name, for the back of the head, and with the suffix _front for the front.
+        fscore: F-score at a tolerance of one voxel.
+        fine: F-score at a tolerance of a quarter voxel.
+        completeness: share of the head's surface within a quarter voxel of the shape's surface.
+        distance: mean distance in voxels to the other surface, averaged over the two directions (shape to
+            head and head to shape). It is FARTHEST where there is no surface.
     """
     shape = surface_points(values)
     head = surface_points(head_values)
     results: dict[str, float] = {}
-    for suffix, place in (("", back_of_head), ("_front", in_front)):
-        # Distances from the shape's points at a place to the head, and from the head's points to the shape
-        distances = _distances(shape, head, place), _distances(head, shape, place)
+    for suffix, region in (("", back_of_head), ("_front", in_front)):
+        # Distances in world units from the shape's points in the region to the head, and from the head's
+        # points in the region to the shape
+        distances = _distances(shape, head, region), _distances(head, shape, region)
         results |= {
             f"fscore{suffix}": _fscore(distances, VOXEL),
             f"fine{suffix}": _fscore(distances, FINE),
+            # Index 1: from the head to the shape
             f"completeness{suffix}": float((distances[1] <= FINE).mean()),
             f"distance{suffix}": float(
-                np.mean([np.minimum(way / VOXEL, FARTHEST).mean() for way in distances])
+                np.mean([np.minimum(one_way / VOXEL, FARTHEST).mean() for one_way in distances])
             ),
         }
     return results
 
 
 def _fscore(distances: tuple[np.ndarray, np.ndarray], tolerance: float) -> float:
-    """Compute the harmonic mean of precision and recall from the distances in both directions."""
-    first, second = (float((way <= tolerance).mean()) for way in distances)
-    return 2 * first * second / (first + second) if first + second else 0.0
+    """Compute the F-score, the harmonic mean of precision and recall at a tolerance.
 
+    Args:
+        distances: distances from the shape to the head (precision) and from the head to the shape (recall).
+        tolerance: largest distance that counts as a match, in the same unit.
 
-def _distances(points: np.ndarray, other: np.ndarray, place) -> np.ndarray:
-    """Compute distances from the points of a surface that lie at a place to the points of another surface.
-
-    They are infinite if either set is empty.
+    Returns: the F-score, 0..1; 0 if no point matches.
     """
-    here = points[place(points)]
-    # At least one infinite distance, so that means over an empty place are infinite and not NaN.
-    return cKDTree(other).query(here)[0] if len(here) and len(other) else np.full(max(len(here), 1), np.inf)
+    precision, recall = (float((one_way <= tolerance).mean()) for one_way in distances)
+    return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+
+
+def _distances(points: np.ndarray, target_points: np.ndarray, region) -> np.ndarray:
+    """Compute the distances from the points of a surface in a region to the nearest points of another
+    surface.
+
+    Distances are infinite if the region contains no point or the other surface is empty.
+
+    Args:
+        points: points [P, 3] of the surface; only those in the region count.
+        target_points: all points of the other surface.
+        region: function of points [..., 3] that is True in the region.
+    """
+    points_in_region = points[region(points)]
+    if len(points_in_region) and len(target_points):
+        return cKDTree(target_points).query(points_in_region)[0]
+    # At least one infinite distance: a mean over no distances would be NaN.
+    return np.full(max(len(points_in_region), 1), np.inf)
 
 
 def face_depth(values: np.ndarray) -> np.ndarray:
-    """Return the depth [R, C] of the foremost surface in the face window, world units, or NaN."""
+    """Return the z coordinate [R, C] of the foremost surface in the face window, in world units.
+
+    Pixels at which the window shows no surface are NaN.
+
+    Args:
+        values: grid [n, n, n] of a shape, negative inside.
+    """
     n = len(values)
-    steps = grid_points(n)[0, 0, :, 2]
-    columns = np.abs(steps) < FACE[0]
-    rows = (steps > FACE[1]) & (steps < FACE[2])
+    # Coordinates of the grid points along an axis; they are the same for x, y and z.
+    axis_coordinates = grid_points(n)[0, 0, :, 2]
+    columns = np.abs(axis_coordinates) < FACE[0]
+    rows = (axis_coordinates > FACE[1]) & (axis_coordinates < FACE[2])
     # The camera looks along -z: each ray starts at the largest z.
     rays = values[columns][:, rows][:, :, ::-1].transpose(1, 0, 2)  # [R, C, n]
     inside = rays < 0
-    hit = inside.argmax(axis=2)  # index of the first point inside; 0 also if no point is inside
-    after = np.take_along_axis(rays, hit[..., None], 2)[..., 0]
-    before = np.take_along_axis(rays, np.maximum(hit - 1, 0)[..., None], 2)[..., 0]
-    share = before / np.where(before == after, 1, before - after)  # of a step; 1 avoids a division by 0
-    depth = steps[::-1][np.maximum(hit - 1, 0)] - share / n
-    # hit = 0 means that the ray starts inside the shape, or never meets it.
-    return np.where(inside.any(axis=2) & (hit > 0), depth, np.nan)
+    hit_index = inside.argmax(axis=2)  # first point inside; 0 also if no point of the ray is inside
+    value_inside = np.take_along_axis(rays, hit_index[..., None], 2)[..., 0]
+    value_outside = np.take_along_axis(rays, np.maximum(hit_index - 1, 0)[..., None], 2)[..., 0]
+    # Position of the zero between both points, as a share of a step; the 1 avoids a division by 0
+    share = value_outside / np.where(value_outside == value_inside, 1, value_outside - value_inside)
+    # A step is 1 / n world units.
+    depth = axis_coordinates[::-1][np.maximum(hit_index - 1, 0)] - share / n
+    # An index of 0 means that the ray starts inside the shape, or never meets it.
+    return np.where(inside.any(axis=2) & (hit_index > 0), depth, np.nan)
 
 
 def face_relief(values: np.ndarray) -> np.ndarray:
-    """Subtract the overall curvature, a fitted quadratic surface, from `face_depth`; returns [R, C].
+    """Return the relief [R, C] of a face: `face_depth` minus its overall curvature, in world units.
 
-    Faces differ mainly in what is left.
+    The overall curvature is a quadratic surface, fitted by least squares. Faces differ mainly in their
+    relief. Pixels without a surface are NaN.
+
+    Args:
+        values: grid [n, n, n] of a shape, negative inside.
     """
     depth = face_depth(values)
     y, x = np.meshgrid(*(np.linspace(-1, 1, size) for size in depth.shape), indexing="ij")
     terms = np.stack([np.ones_like(x), x, y, x * x, y * y, x * y], axis=-1)  # [R, C, 6]
-    seen = np.isfinite(depth)  # rays without a surface take no part in the fit
-    return depth - terms @ np.linalg.lstsq(terms[seen], depth[seen], rcond=None)[0]
+    has_surface = np.isfinite(depth)  # pixels without a surface take no part in the fit
+    return depth - terms @ np.linalg.lstsq(terms[has_surface], depth[has_surface], rcond=None)[0]
 
 
 def relief_amplitude(values: np.ndarray, head_values: np.ndarray) -> float:
-    """Divide the standard deviation of a face's relief by that of the ground-truth head.
+    """Compute the standard deviation of a face's relief relative to the relief of the ground-truth head.
 
-    The ratio is below 1 where brows, nose and lips are flattened, and 0 if the shape has no face.
+    The ratio is below 1 if brows, nose and lips are flatter than in the ground-truth head, and 0 if the shape
+    shows no surface in the face window.
+
+    Args:
+        values: grid [n, n, n] of the shape, negative inside.
+        head_values: grid [n, n, n] of the ground-truth head, negative inside.
     """
-    shape, head = (
+    # The fit of `face_relief` needs at least one pixel with a surface.
+    shape_relief, head_relief = (
         face_relief(grid) if np.isfinite(face_depth(grid)).any() else np.full((1, 1), np.nan)
         for grid in (values, head_values)
     )
-    return float(np.nanstd(shape) / np.nanstd(head)) if np.isfinite(shape).any() else 0.0
+    return float(np.nanstd(shape_relief) / np.nanstd(head_relief)) if np.isfinite(shape_relief).any() else 0.0
 
 
-def relief_correlation(first: np.ndarray, second: np.ndarray) -> float:
-    """Compute the correlation of two reliefs [R, C] over the pixels where both have a surface."""
-    seen = np.isfinite(first) & np.isfinite(second)
-    return float(np.corrcoef(first[seen], second[seen])[0, 1])
+def relief_correlation(first_relief: np.ndarray, second_relief: np.ndarray) -> float:
+    """Compute Pearson's correlation, -1..1, of two reliefs [R, C] over the pixels where both have a
+    surface."""
+    in_both = np.isfinite(first_relief) & np.isfinite(second_relief)
+    # The correlation is the entry off the diagonal of the 2 x 2 matrix.
+    return float(np.corrcoef(first_relief[in_both], second_relief[in_both])[0, 1])
 
 
 # Tables of measures. Each of these measures ranks ground-truth heads above their blurred copies and above
@@ -181,25 +247,32 @@ def relief_correlation(first: np.ndarray, second: np.ndarray) -> float:
 
 
 def compared(shapes: np.ndarray, wholes: np.ndarray) -> dict[str, np.ndarray]:
-    """Compute the values that the measures below read, [N] each.
+    """Compute the measurements that MEASURES and FRONT_MEASURES read.
 
-    Args: shapes: [N, n, n, n]; wholes: ground-truth heads [N, n, n, n] of the same latents.
+    Args:
+        shapes: grids [N, n, n, n] of shapes, negative inside.
+        wholes: grids [N, n, n, n] of the ground-truth heads of the same latents.
+
+    Returns: arrays [N] by name: 'missing' and 'extra' (shares of volume at the back of the head), the values
+        of `surfaces`, and 'amplitude' (see `relief_amplitude`).
     """
     pairs = list(zip(shapes, wholes, strict=True))
     errors = [volume_error(*pair) for pair in pairs]
-    near = [surfaces(*pair) for pair in pairs]
+    comparisons = [surfaces(*pair) for pair in pairs]
     return {
         "missing": np.array([error.missing for error in errors]),
         "extra": np.array([error.extra for error in errors]),
-        **{name: np.array([values[name] for values in near]) for name in near[0]},
+        # All comparisons have the same names.
+        **{name: np.array([values[name] for values in comparisons]) for name in comparisons[0]},
         "amplitude": np.array([relief_amplitude(*pair) for pair in pairs]),
     }
 
 
-MEASURES = {  # by name in a summary; each reads the result of `compared`
+# measures of the back of the head by their name in a summary; each reads the result of `compared`
+MEASURES = {
     "error": Measure(
         "back-of-head volume error",
-        lambda seen: seen["missing"] + seen["extra"],
+        lambda measurements: measurements["missing"] + measurements["extra"],
         "lower",
         "share",
         "missing and extra volume as a share of the ground-truth head's volume at the back",
@@ -213,10 +286,10 @@ MEASURES = {  # by name in a summary; each reads the result of `compared`
         itemgetter("distance"),
         "lower",
         "voxels",
-        "mean of both directions",
+        "mean of the distances from the shape to the head and from the head to the shape",
     ),
 }
-FRONT_MEASURES = {  # the front is intact in every scan, so tuning should not change these
+FRONT_MEASURES = {  # the front is intact in every scan, so tuning should not change these measures
     "fine_front": Measure("front F-score at a quarter voxel", itemgetter("fine_front"), "higher", ""),
     "completeness_front": Measure(
         "front completeness at a quarter voxel", itemgetter("completeness_front"), "higher", "share"
@@ -226,13 +299,13 @@ FRONT_MEASURES = {  # the front is intact in every scan, so tuning should not ch
         itemgetter("distance_front"),
         "lower",
         "voxels",
-        "mean of both directions",
+        "mean of the distances from the shape to the head and from the head to the shape",
     ),
     "amplitude": Measure(
         "face relief relative to the ground-truth head",
         itemgetter("amplitude"),
         "higher",
         "",
-        "ratio of standard deviations",
+        "ratio of the standard deviations of both reliefs",
     ),
 }

@@ -1,10 +1,14 @@
 """Measure surfaces: curvature and topology of a mesh, and displacement between shapes.
 
-Topology is computed corner by corner. Corners of two faces are the same point only if an edge joins them, so
-surfaces that merely touch at a vertex count as separate. Half-edges that more than two faces share, or that
-have no partner in the opposite direction, count as open.
-Letters: V vertices, F faces, C = 3F corners of faces (corner 3f + i belongs to face f), S surfaces; N shapes,
-P points, and in `displacement` S samples along a line, D, H, W grid points along z, y, x.
+A corner is a vertex of one face, so a mesh of F faces has 3F corners. Topology is computed from corners.
+Corners of two faces are the same point only if an edge joins them, so surfaces that only touch at a vertex
+count as separate. A half-edge is an edge of one face, in the direction of the face's winding. It counts as
+open if more than two faces share its edge, or if no other face runs through the edge in the opposite
+direction.
+Shapes: V vertices, F faces, C = 3F corners or half-edges (corner 3f + i belongs to face f, and half-edge 3f +
+    i
+starts there), S surfaces, P points, D x H x W grid points along z, y and x; in `displacement` S is the number
+of samples along a line.
 """
 
 from collections.abc import Iterable
@@ -21,20 +25,22 @@ from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.geometry.level_set import LevelSet, between
 from eg3d_rlhf.geometry.mesh import face_volumes
 
-_SLIVER = 1e-12  # squared double area over the squared square of the longest edge; below it a normal is noise
+# Smallest ratio of (2 area)^2 to (longest edge)^4 of a face.
+# Below it the normal of the face is rounding noise.
+_SLIVER = 1e-12
 
 
 @dataclass(frozen=True, kw_only=True)
 class Topology:
-    """Counts of connected surfaces, handles and rims over the complete mesh."""
+    """Numbers of connected surfaces, handles and rims of a complete mesh."""
 
-    parts: int  # connected surfaces that enclose material (a positive volume), and open ones
-    cavities: int  # connected closed surfaces of negative volume: hollows inside a body
+    parts: int  # number of connected surfaces that are open or enclose material (a positive volume)
+    cavities: int  # number of connected closed surfaces of negative volume: hollows inside a body
     handles: int  # genus, summed over all surfaces: holes that pass through the body, as in a torus
-    rims: int  # closed loops of open edges: holes in the surface itself
-    euler: int  # vertices - edges + faces, where points that only touch are counted separately
-    open_edges: int  # half-edges without a partner
-    main_share: float  # volume of the largest part over that of all parts, 0..1; 1 if there is no volume
+    rims: int  # number of closed loops of open edges: holes in the surface itself
+    euler: int  # vertices - edges + faces, where surfaces that only touch have separate vertices
+    open_edges: int  # number of half-edges without a partner in the opposite direction
+    main_share: float  # volume of the largest part over the volume of all parts, 0..1; 1 if there is none
 
     @property
     def watertight(self) -> bool:
@@ -48,122 +54,163 @@ class Topology:
 
 
 def topology(vertices: np.ndarray, faces: np.ndarray) -> Topology:
-    """Count parts, cavities, handles and rims of a mesh with vertices [V, 3] and faces [F, 3].
+    """Count parts, cavities, handles and rims of a mesh.
 
-    Faces are wound counter-clockwise as seen from outside. For each connected surface, Euler's formula gives
-    vertices - edges + faces = 2 - 2 genus - rims.
+    For each connected surface, Euler's formula gives vertices - edges + faces = 2 - 2 genus - rims.
+
+    Args:
+        vertices: positions [V, 3], all finite.
+        faces: vertex indices [F, 3], F >= 1, wound counter-clockwise as seen from outside. No face uses a
+            vertex twice.
     """
-    vertices, faces = _checked(vertices, faces)
+    vertices, faces = _check_mesh(vertices, faces)
     partner = _partners(faces)  # [C] half-edge, -1 where open
     paired_corners = np.flatnonzero(partner >= 0)
     # A partner runs in the opposite direction: it starts where the half-edge of the corner ends.
     partner_corners = partner[paired_corners]
-    # Number the points [C]. Corners that an edge joins are one point, also if the mesh has copies of a
-    # vertex.
-    point, points = connected(
+    # Number the points [C]. Corners that an edge joins are one
+    # point, also if the mesh has copies of a vertex.
+    point, point_count = connected(
         [(paired_corners, _next(partner_corners)), (_next(paired_corners), partner_corners)], len(partner)
     )
-    surface, surfaces = _surfaces(partner)
-    first = surface[0::3]  # [F] surface of each face
-    opened = partner < 0
-    paired = partner >= 0
-    point_surface = np.zeros(points, dtype=np.int64)
+    surface, surface_count = _surfaces(partner)
+    face_surface = surface[0::3]  # [F] surface of each face, that of its first corner
+    is_open = partner < 0  # [C]
+    point_surface = np.zeros(point_count, dtype=np.int64)
     point_surface[point] = surface
-    count = np.bincount(point_surface, minlength=surfaces)  # vertices of each surface
-    # A paired half-edge is half of an edge, an open one is an edge of its own.
-    edges = np.bincount(surface, weights=np.where(paired, 0.5, 1.0), minlength=surfaces)
-    euler = np.rint(count - edges + np.bincount(first, minlength=surfaces)).astype(np.int64)  # [S]
-    rims = _rims(point, opened, points, point_surface, surfaces)
+    vertex_counts = np.bincount(point_surface, minlength=surface_count)  # [S]
+    # A paired half-edge is half of an edge, and an open half-edge is a complete edge.
+    edge_counts = np.bincount(surface, weights=np.where(is_open, 1.0, 0.5), minlength=surface_count)
+    face_counts = np.bincount(face_surface, minlength=surface_count)
+    euler = np.rint(vertex_counts - edge_counts + face_counts).astype(np.int64)  # [S]
+    rims = _rims(point, is_open, point_count, point_surface, surface_count)
     genus = (2 - euler - rims) // 2
-    volume = np.bincount(first, weights=face_volumes(vertices, faces), minlength=surfaces)
+    volume = np.bincount(face_surface, weights=face_volumes(vertices, faces), minlength=surface_count)
     # A closed surface with negative volume is wound inwards, so it bounds a hollow.
-    closed = np.bincount(surface, weights=opened, minlength=surfaces) == 0
+    closed = np.bincount(surface, weights=is_open, minlength=surface_count) == 0
     cavity = closed & (volume < 0)
-    bodies = np.abs(volume[~cavity])
-    share = float(bodies.max() / bodies.sum()) if bodies.size and bodies.sum() > 0 else 1.0
+    part_volumes = np.abs(volume[~cavity])
+    share = (
+        float(part_volumes.max() / part_volumes.sum())
+        if part_volumes.size and part_volumes.sum() > 0
+        else 1.0
+    )
     return Topology(
         parts=int((~cavity).sum()),
         cavities=int(cavity.sum()),
         handles=int(genus.sum()),
         rims=int(rims.sum()),
         euler=int(euler.sum()),
-        open_edges=int(opened.sum()),
+        open_edges=int(is_open.sum()),
         main_share=share,
     )
 
 
 def main_surface(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
-    """Return the faces [F', 3] of the connected surface with the largest volume.
+    """Return the faces of the connected surface with the largest volume.
 
-    If no surface encloses a volume, return those of the surface with the most faces.
+    If no surface encloses a positive volume, the surface with the most faces is chosen.
+
+    Args:
+        vertices: positions [V, 3].
+        faces: vertex indices [F, 3] of the complete mesh.
+
+    Returns: the rows of `faces` that belong to the surface.
     """
-    vertices, faces = _checked(vertices, faces)
-    surface, surfaces = _surfaces(_partners(faces))
-    volume = np.bincount(surface[0::3], weights=face_volumes(vertices, faces), minlength=surfaces)
-    size = volume if volume.max() > 0 else np.bincount(surface[0::3], minlength=surfaces)
-    return faces[surface[0::3] == size.argmax()]
+    vertices, faces = _check_mesh(vertices, faces)
+    corner_surface, surface_count = _surfaces(_partners(faces))
+    face_surface = corner_surface[0::3]  # [F], the surface of each face's first corner
+    volume = np.bincount(face_surface, weights=face_volumes(vertices, faces), minlength=surface_count)
+    size = volume if volume.max() > 0 else np.bincount(face_surface, minlength=surface_count)
+    return faces[face_surface == size.argmax()]
 
 
 def mean_curvature(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Compute the mean curvature H [V] in 1/world unit, and the area [V] that belongs to each vertex.
+    """Compute the mean curvature H at each vertex, and the area that belongs to each vertex.
 
-    Meyer et al. 2003, eq. 8: 2 H n = 1/(2A) sum over neighbours of (cot alpha + cot beta)(x_i - x_j). alpha
-    and beta are the angles opposite the edge, and A is the mixed Voronoi area (fig. 4). H > 0 where the
-    surface bends away from its outside; it is 1/r on a sphere. H is NaN and the area 0 at vertices on a rim
-    and at vertices that no face uses. Not differentiable.
-    Deviates: faces without area are left out, and the sign is that of the area-weighted vertex normal.
+    Meyer, Desbrun, Schroeder and Barr 2003, eq. 8: 2 H n = 1/(2A) sum over neighbours j of vertex i of
+    (cot alpha + cot beta)(x_i - x_j). Here n is the normal of vertex i, x are positions, alpha and beta are
+    the angles opposite the edge from i to j, and A is the mixed Voronoi area (fig. 4). H > 0 where the
+    surface is convex; on a sphere of radius r, H is 1/r. Not differentiable.
+
+    Args:
+        vertices: positions [V, 3] in world units.
+        faces: vertex indices [F, 3], wound counter-clockwise as seen from outside.
+
+    Returns: the curvature [V] in 1/world unit, and the area [V] in squared world units. The curvature is NaN
+        and the area 0 at vertices on a rim and at vertices that no face uses.
+    Deviates: faces without area are ignored. The sign of H comes from the area-weighted vertex normal.
     """
-    vertices, faces = _checked(vertices, faces)
+    vertices, faces = _check_mesh(vertices, faces)
     corners = vertices[faces]  # [F, 3, 3]
     sides = np.roll(corners, -1, axis=1) - corners  # side i runs from corner i to corner i + 1
-    squared = (sides**2).sum(axis=2)  # [F, 3]
+    squared_lengths = (sides**2).sum(axis=2)  # [F, 3]
     normal = np.cross(sides[:, 0], sides[:, 1])  # [F, 3], length = twice the area
-    double = np.linalg.norm(normal, axis=1)
+    double_area = np.linalg.norm(normal, axis=1)
     # Cotangents divide by the area, so faces that are nearly degenerate would dominate the sums.
-    used = double**2 > _SLIVER * squared.max(axis=1) ** 2
-    faces_used = faces[used]
-    sides = sides[used]
-    squared = squared[used]
-    normal = normal[used]
-    double = double[used]
-    # Cotangent [F, 3] of the angle at corner i, between sides i - 1 and i: dot product over cross product
-    cot = -(np.roll(sides, 1, axis=1) * sides).sum(axis=2) / double[:, None]
+    has_area = double_area**2 > _SLIVER * squared_lengths.max(axis=1) ** 2
+    faces_used = faces[has_area]
+    sides = sides[has_area]
+    squared_lengths = squared_lengths[has_area]
+    normal = normal[has_area]
+    double_area = double_area[has_area]
+    # Cotangent [F, 3] of the angle at corner i, between sides i - 1 and i: dot product over cross product.
+    # The minus turns side i - 1, which ends at corner i, around.
+    cot = -(np.roll(sides, 1, axis=1) * sides).sum(axis=2) / double_area[:, None]
     obtuse = (cot < 0).any(axis=1)
     laplace = np.zeros_like(vertices)
     area = np.zeros(len(vertices))
     for i in range(3):  # side i lies opposite corner i + 2
-        a = faces_used[:, i]
-        b = faces_used[:, (i + 1) % 3]
-        pull = cot[:, (i + 2) % 3, None] * sides[:, i]
-        _add(laplace, a, -pull)
-        _add(laplace, b, pull)
-        before = (i + 2) % 3  # side i joins corners i and i + 1, side i + 2 joins i + 2 and i
-        voronoi = (squared[:, before] * cot[:, (i + 1) % 3] + squared[:, i] * cot[:, before]) / 8
-        # Where the face is obtuse, the circumcentre lies outside, and the vertex gets half or a quarter of
-        # the area
-        mixed = np.where(obtuse, np.where(cot[:, i] < 0, double / 4, double / 8), voronoi)
-        area += np.bincount(a, weights=mixed, minlength=len(vertices))
+        start = faces_used[:, i]
+        end = faces_used[:, (i + 1) % 3]
+        weighted_side = cot[:, (i + 2) % 3, None] * sides[:, i]  # cot alpha (x_end - x_start)
+        _add(laplace, start, -weighted_side)
+        _add(laplace, end, weighted_side)
+        previous_side = (
+            i + 2
+        ) % 3  # joins corners i + 2 and i, so the two sides at corner i are i and this one
+        voronoi = (
+            squared_lengths[:, previous_side] * cot[:, (i + 1) % 3]
+            + squared_lengths[:, i] * cot[:, previous_side]
+        ) / 8
+        # In an obtuse face the circumcentre lies outside the face. There the vertex at the obtuse angle gets
+        # half of the area, and the other two vertices a quarter each.
+        mixed = np.where(obtuse, np.where(cot[:, i] < 0, double_area / 4, double_area / 8), voronoi)
+        area += np.bincount(start, weights=mixed, minlength=len(vertices))
     direction = np.zeros_like(vertices)
     for i in range(3):
         _add(direction, faces_used[:, i], normal)
     # The formula needs a closed ring of neighbours, which vertices on a rim do not have.
     rim = np.zeros(len(vertices), dtype=bool)
-    opened = np.flatnonzero(_partners(faces) < 0)
-    rim[faces.reshape(-1)[opened]] = rim[faces[:, [1, 2, 0]].reshape(-1)[opened]] = True
-    known = (area > 0) & ~rim
-    length = np.linalg.norm(laplace, axis=1) * np.where((laplace * direction).sum(axis=1) < 0, -1.0, 1.0)
-    return np.where(known, length / (4 * np.where(known, area, 1.0)), np.nan), np.where(known, area, 0.0)
+    open_half_edges = np.flatnonzero(_partners(faces) < 0)
+    # Both ends of an open half-edge lie on a rim.
+    rim[faces.reshape(-1)[open_half_edges]] = True
+    rim[faces[:, [1, 2, 0]].reshape(-1)[open_half_edges]] = True
+    defined = (area > 0) & ~rim
+    # Negative where the surface is concave
+    signed_length = np.linalg.norm(laplace, axis=1) * np.where(
+        (laplace * direction).sum(axis=1) < 0, -1.0, 1.0
+    )
+    # Eq. 8 divides the sum by 2A and by 2. The inner `where` avoids a division by 0.
+    curvature = np.where(defined, signed_length / (4 * np.where(defined, area, 1.0)), np.nan)
+    return curvature, np.where(defined, area, 0.0)
 
 
 def _add(total: np.ndarray, rows: np.ndarray, values: np.ndarray) -> None:
-    """Add values [n, 3] to the given rows of total [V, 3], in place; rows may repeat."""
-    # bincount sums repeated rows, which total[rows] += values would not.
+    """Add values [n, 3] to the rows of `total` [V, 3] with the indices `rows` [n], in place.
+
+    An index may occur several times; its values are summed.
+    """
+    # total[rows] += values would add only one of the values of a repeated index.
     for axis in range(3):
         total[:, axis] += np.bincount(rows, weights=values[:, axis], minlength=len(total))
 
 
-def _checked(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Convert to float64 and int64, and assert that the mesh is finite and no face uses a vertex twice."""
+def _check_mesh(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Convert a mesh to float64 and int64, and assert that it is valid.
+
+    A valid mesh has a face and finite vertices, and no face uses a vertex twice.
+    """
     vertices = np.asarray(vertices, dtype=np.float64)
     faces = np.asarray(faces).astype(np.int64)
     assert len(faces) and np.isfinite(vertices).all() and not (faces == np.roll(faces, 1, axis=1)).any()
@@ -171,178 +218,248 @@ def _checked(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.nd
 
 
 def _partners(faces: np.ndarray) -> np.ndarray:
-    """Return the only opposite half-edge of each half-edge [C], or -1.
+    """Return the partner of each half-edge [C]: the only other half-edge at its edge, in the opposite
+    direction.
 
-    Half-edge 3f + i runs from corner i of face f to that face's next corner.
+    Half-edges without such a partner get -1. Half-edge 3f + i runs from corner i of face f to the next corner
+    of that face.
     """
     start = faces.reshape(-1)
     end = faces[:, [1, 2, 0]].reshape(-1)
     # One integer per undirected edge; the product cannot overflow int64 with fewer than 3e9 vertices.
     key = np.minimum(start, end) * (int(faces.max()) + 1) + np.maximum(start, end)
     order = np.argsort(key, kind="stable")  # half-edges of one edge become neighbours
-    new = np.flatnonzero(np.diff(key[order], prepend=-1))  # first half-edge of each edge
-    at = new[np.diff(np.append(new, len(key))) == 2]
-    a = order[at]
-    b = order[at + 1]
+    edge_starts = np.flatnonzero(np.diff(key[order], prepend=-1))  # position of each edge's first half-edge
+    pair_starts = edge_starts[np.diff(np.append(edge_starts, len(key))) == 2]  # edges of exactly two faces
+    first_half = order[pair_starts]
+    second_half = order[pair_starts + 1]
     # Two faces that run through the edge in the same direction do not bound one body: their edge stays open.
-    opposed = start[a] == end[b]
+    opposed = start[first_half] == end[second_half]
     partner = np.full(len(key), -1)
-    partner[a[opposed]], partner[b[opposed]] = b[opposed], a[opposed]
+    partner[first_half[opposed]] = second_half[opposed]
+    partner[second_half[opposed]] = first_half[opposed]
     return partner
 
 
 def _next(corner: np.ndarray) -> np.ndarray:
-    """Return the next corner in the same face for each corner."""
+    """Return for each of the given corners the next corner of the same face, in the order of the winding."""
+    # Corners of a face are 3f, 3f + 1 and 3f + 2; the one after 3f + 2 is 3f.
     return np.where(corner % 3 == 2, corner - 2, corner + 1)
 
 
 def connected(pairs: list[tuple[np.ndarray, np.ndarray]], count: int) -> tuple[np.ndarray, int]:
-    """Number the groups of 0..count-1 that the pairs link; returns the group [count] and the number of
-    groups.
+    """Number the groups of items that pairs connect (connected components of a graph).
+
+    Args:
+        pairs: pairs of index arrays of equal length; item a[k] is connected with item b[k].
+        count: number of items.
+
+    Returns: the group [count] of each item, and the number of groups.
     """
     rows, columns = (np.concatenate([pair[i] for pair in pairs]) for i in range(2))
     graph = coo_array((np.ones(len(rows), dtype=np.int8), (rows, columns)), shape=(count, count))
-    number, labels = connected_components(graph, directed=False)
-    return labels.astype(np.int64), int(number)
+    group_count, labels = connected_components(graph, directed=False)
+    return labels.astype(np.int64), int(group_count)
 
 
 def _surfaces(partner: np.ndarray) -> tuple[np.ndarray, int]:
-    """Return the connected surface [C] of each corner, and the number of surfaces."""
-    here = np.flatnonzero(partner >= 0)
+    """Return the number [C] of the connected surface of each corner, and the count of surfaces.
+
+    Args:
+        partner: partner of each half-edge, see `_partners`.
+    """
+    # Faces that share an edge are connected, and so are the corners of a face.
+    paired = np.flatnonzero(partner >= 0)
     corner = np.arange(len(partner))
-    return connected([(here, partner[here]), (corner, _next(corner))], len(partner))
+    return connected([(paired, partner[paired]), (corner, _next(corner))], len(partner))
 
 
 def _rims(
-    point: np.ndarray, opened: np.ndarray, points: int, surface: np.ndarray, surfaces: int
+    point: np.ndarray, is_open: np.ndarray, point_count: int, point_surface: np.ndarray, surface_count: int
 ) -> np.ndarray:
     """Count the loops of open half-edges on each surface, [S].
 
-    Each point of a rim has one edge that arrives and one that leaves, so each loop is a connected group.
+    At each point of a rim one open half-edge ends and another one starts, so each loop is a connected group.
+
+    Args:
+        point: point of each corner, [C].
+        is_open: True for each half-edge [C] without a partner.
+        point_count: number of points.
+        point_surface: surface of each point, [point_count].
+        surface_count: number of surfaces S.
     """
-    edge = np.flatnonzero(opened)
-    if len(edge) == 0:
-        return np.zeros(surfaces, dtype=np.int64)
-    label, number = connected([(point[edge], point[_next(edge)])], points)
-    on_rim = np.zeros(points, dtype=bool)
-    on_rim[point[edge]] = True
-    # A loop belongs to the surface of any of its points.
-    loops, first = np.unique(label[on_rim], return_index=True)
-    return np.bincount(surface[np.flatnonzero(on_rim)[first]], minlength=surfaces)
+    open_half_edges = np.flatnonzero(is_open)
+    if len(open_half_edges) == 0:
+        return np.zeros(surface_count, dtype=np.int64)
+    point_loop, loop_count = connected([(point[open_half_edges], point[_next(open_half_edges)])], point_count)
+    on_rim = np.zeros(point_count, dtype=bool)
+    on_rim[point[open_half_edges]] = True
+    # A loop lies on one surface, so its first point gives that surface.
+    _, first_positions = np.unique(point_loop[on_rim], return_index=True)
+    return np.bincount(point_surface[np.flatnonzero(on_rim)[first_positions]], minlength=surface_count)
 
 
-# Displacement of a surface: signed distances along its normals between two shapes of one latent, and their
-# size over many latents.
+# Displacement of a surface: signed distances along its normals between two shapes of the same latent, and
+# statistics of these distances over many latents.
 
 
-VOXELS = 64  # points per edge of the cube whose voxel is the unit of length
-REACH = 4.0  # voxels; the other surface is searched up to this distance
-_CHUNK = 1 << 14  # points that are evaluated at once
-_POINTS = 1500  # points per surface and latent
+VOXELS = 64  # grid points per side of the cube; its voxel is the unit of length
+REACH = 4.0  # in voxels: the other surface is searched up to this distance
+_CHUNK = 1 << 14  # number of points that are evaluated at once
+_POINTS = 1500  # number of points per surface and latent
 
 
 def voxel(spec: SlabSpec) -> float:
-    """Return the edge of a voxel in world units: the cube of the grid with VOXELS points per edge."""
+    """Return the side of a voxel in world units, for a grid with VOXELS points per side of the cube."""
+    # VOXELS points from side to side of the cube have VOXELS - 1 intervals.
     return spec.box_warp / (VOXELS - 1)
 
 
 @torch.no_grad()
 def displacement(before: LevelSet, points: Tensor, normals: Tensor, reach: float = REACH) -> Tensor:
-    """Compute how far the surface has moved to points [P, 3] along their outward normals.
+    """Compute how far a surface has moved to reach points of a new surface, along the new outward normals.
 
-    Returns [P] in voxels of 64^3, positive where the shape has grown. The line p + s n is intersected with
-    the surface `before`, where that shape ends, and the intersection with the smallest |s| <= reach counts;
-    the displacement is -s. Without an intersection it is +reach for a point that was outside before, and
-    -reach for one inside.
+    The line p + s n through a point p of the new surface with normal n is intersected with the old surface.
+    Only intersections where the line leaves the old shape count. The displacement is -s at the intersection
+    with the smallest |s| <= reach. Without an intersection it is +reach for a point outside the old shape and
+    -reach for a point inside it.
+
+    Args:
+        before: old surface.
+        points: points [P, 3] of the new surface, in world units.
+        normals: outward unit normals [P, 3] of the new surface.
+        reach: largest distance that is searched, in voxels of the 64^3 grid.
+
+    Returns: displacements [P] in voxels of the 64^3 grid, positive where the shape has grown.
     """
     unit = voxel(before.spec)
-    half = max(2, round(reach * unit / before.spec.voxel))  # one sample per voxel of the grid
-    s = torch.linspace(-reach * unit, reach * unit, 2 * half + 1).to(points)
-    moved = torch.empty(len(points)).to(points)
-    for part in torch.arange(len(points), device=points.device).split(_CHUNK):
-        p = points[part]
-        n = normals[part]
-        inside = before.inside(p[:, None] + s[:, None] * n[:, None])  # [P, S], >= 0 inside
-        # Only changes from inside to outside along the outward normal are the shape's end.
-        ends = (inside[:, :-1] >= 0) & (inside[:, 1:] < 0)
+    # Samples on each side of the point: one per voxel of the grid of `before`, at least 2
+    half_samples = max(2, round(reach * unit / before.spec.voxel))
+    s = torch.linspace(-reach * unit, reach * unit, 2 * half_samples + 1).to(points)  # [S]
+    displacements = torch.empty(len(points)).to(points)
+    for indices in torch.arange(len(points), device=points.device).split(_CHUNK):
+        p = points[indices]
+        n = normals[indices]
+        excess = before.inside(p[:, None] + s[:, None] * n[:, None])  # [P, S] density - level, >= 0 inside
+        # The shape ends where the line runs from inside to outside.
+        leaves = (excess[:, :-1] >= 0) & (excess[:, 1:] < 0)
         # An infinite distance marks the intervals without a crossing.
-        at = between(s[:-1], s[1:], inside[:, :-1], inside[:, 1:]).where(ends, torch.inf)
-        nearest = at.gather(1, at.abs().argmin(dim=1, keepdim=True))[:, 0]
-        none = nearest.isinf()
-        # The grid is only interpolated; `place` moves the crossing onto the field's own level set.
-        placed = before.place(p, n, nearest.masked_fill(none, 0.0))
-        moved[part] = torch.where(
-            none, torch.where(before.exactly_inside(p) >= 0, -reach, reach), -placed / unit
+        crossings = between(s[:-1], s[1:], excess[:, :-1], excess[:, 1:]).where(leaves, torch.inf)
+        nearest = crossings.gather(1, crossings.abs().argmin(dim=1, keepdim=True))[:, 0]
+        has_no_crossing = nearest.isinf()
+        # The grid is only interpolated; `place` moves the crossing onto the level set of the field itself.
+        placed = before.place(p, n, nearest.masked_fill(has_no_crossing, 0.0))
+        displacements[indices] = torch.where(
+            has_no_crossing, torch.where(before.exactly_inside(p) >= 0, -reach, reach), -placed / unit
         )
-    return moved
+    return displacements
 
 
 def _axis_crossings(sigma: Tensor, axis: int, from_high: bool, spec: SlabSpec, level: float) -> Tensor:
-    """Locate the first crossings of a level in one cube [D, H, W] along an axis (0 = z, 1 = y, 2 = x).
+    """Locate the points where rays parallel to an axis first enter the shape density >= level.
 
-    Returns world points [P, 3] as (x, y, z).
+    Args:
+        sigma: densities [D, H, W] of one shape.
+        axis: axis of the rays: 0 = z, 1 = y, 2 = x.
+        from_high: True for rays that start at the largest coordinate, False for the smallest.
+        spec: grid of the densities.
+        level: density of the surface.
+
+    Returns: world points [P, 3] as (x, y, z). P is the number of rays that meet the shape.
     """
     volume = sigma.movedim(axis, 0)
-    coordinates = [spec.axes()[2 - i].to(sigma) for i in range(3)]  # z, y, x
-    along = coordinates[axis]
-    rest = [c for i, c in enumerate(coordinates) if i != axis]
+    axis_coordinates = [spec.axes()[2 - i].to(sigma) for i in range(3)]  # z, y, x
+    ray_coordinates = axis_coordinates[axis]
+    cross_coordinates = [coordinates for i, coordinates in enumerate(axis_coordinates) if i != axis]
     if from_high:
         volume = volume.flip(0)
-        along = along.flip(0)
+        ray_coordinates = ray_coordinates.flip(0)
     inside = volume >= level
     hit = inside.any(dim=0)
-    index = inside.to(torch.uint8).argmax(dim=0)
-    before = (index - 1).clamp_min(0)
-    value = volume.gather(0, index[None])[0]
-    previous = volume.gather(0, before[None])[0]
-    # Linear interpolation between the last sample outside and the first one inside; 1 if the ray starts
-    # inside.
-    step = torch.where(index > 0, ((level - previous) / (value - previous).clamp_min(1e-9)).clamp(0, 1), 1.0)
-    position = along[before] + step * (along[index] - along[before])
-    first, second = torch.meshgrid(*rest, indexing="ij")
-    columns = [first[hit], second[hit]]
+    # First sample inside; argmax returns the first of equal values, and 0 if there is none.
+    inside_index = inside.to(torch.uint8).argmax(dim=0)
+    outside_index = (inside_index - 1).clamp_min(0)
+    inside_value = volume.gather(0, inside_index[None])[0]
+    outside_value = volume.gather(0, outside_index[None])[0]
+    # Linear interpolation between the last sample outside and the first sample inside. Both have the same
+    # index if the ray starts inside, and the share 1 then gives that sample.
+    share = torch.where(
+        inside_index > 0,
+        ((level - outside_value) / (inside_value - outside_value).clamp_min(1e-9)).clamp(0, 1),
+        1.0,
+    )
+    position = ray_coordinates[outside_index] + share * (
+        ray_coordinates[inside_index] - ray_coordinates[outside_index]
+    )
+    first_grid, second_grid = torch.meshgrid(*cross_coordinates, indexing="ij")
+    columns = [first_grid[hit], second_grid[hit]]
     columns.insert(axis, position[hit])  # z, y, x; reversed below
     return torch.stack(columns[::-1], dim=-1)
 
 
 def surface_points(sigma: Tensor, spec: SlabSpec, back: float = -0.05, level: float = LEVEL) -> Tensor:
-    """Locate the surface of a raw density cube [D, H, W] as seen from the front and both sides.
+    """Locate the surface of a shape as seen from the front and from both sides.
 
-    Returns world points [P, 3]. Points with z < `back` are left out. P varies with the shape, and is 0 for a
-    cube without a surface.
+    Args:
+        sigma: raw densities [D, H, W].
+        spec: grid of the densities.
+        back: smallest z of the returned points, in world units.
+        level: raw density of the surface.
+
+    Returns: world points [P, 3] as (x, y, z). P depends on the shape; it is 0 for a cube without a surface.
     """
-    # Not finite densities count as empty or solid, as their sign says.
+    # Negative infinity and NaN count as empty, positive infinity as solid.
     sigma = sigma.nan_to_num(nan=-1e4, posinf=1e4, neginf=-1e4)
     views = [
-        _axis_crossings(sigma, axis, high, spec, level) for axis, high in ((0, True), (2, True), (2, False))
+        _axis_crossings(sigma, axis, from_high, spec, level)
+        for axis, from_high in ((0, True), (2, True), (2, False))  # from +z, the front, and from +x and -x
     ]
     points = torch.cat(views)
     return points[points[:, 2] >= back]
 
 
 def resample(points: Tensor, count: int, seed: int) -> Tensor:
-    """Choose `count` of the points [P, 3] at random with replacement."""
-    # The generator lives on the CPU, so that every device chooses the same points.
+    """Choose `count` of the points [P, 3] at random with replacement; returns [count, 3].
+
+    The same seed gives the same choice.
+    """
+    # A random generator of the CPU: every device then chooses the same points.
     generator = torch.Generator().manual_seed(seed)
     return points[torch.randint(len(points), (count,), generator=generator).to(points.device)]
 
 
 def in_head(points: Tensor, spec: SlabSpec) -> Tensor:
-    """Return which points [P, 3] lie in the box of the published slab, as [P] bool."""
-    box = SlabSpec(crop=SlabSpec().crop, box_warp=spec.box_warp, centre=spec.centre).axes()
-    low, high = (points.new_tensor([float(axis[i]) for axis in box]) for i in (0, -1))
+    """Return bool [P]: True for each of the world points [P, 3] in the box of the published σ slab.
+
+    The σ slab is the cropped density grid that the reward of the paper reads, see `core.spec`.
+
+    Args:
+        points: points [P, 3].
+        spec: grid whose centre and scale the box takes over.
+    """
+    # The default crop with the scale of this generator. Axes are sorted, so their first and last coordinates
+    # are the sides of the box.
+    box_axes = SlabSpec(crop=SlabSpec().crop, box_warp=spec.box_warp, centre=spec.centre).axes()
+    low, high = (points.new_tensor([float(axis[i]) for axis in box_axes]) for i in (0, -1))
     return ((points >= low) & (points <= high)).all(dim=-1)
 
 
 @torch.no_grad()
 def median_change(before: LevelSet, after: LevelSet) -> float:
-    """Compute the median |displacement| in voxels over points of both surfaces.
+    """Compute the median |displacement| between two shapes, in voxels of the 64^3 grid.
 
-    The points lie on the head and are visible from the front or the sides. Returns NaN if there are none.
+    The median is over points of both surfaces that lie in the box of the published σ slab and are visible
+    from the front or the sides.
+
+    Args:
+        before: surface before a change.
+        after: surface after the change.
+
+    Returns: the median, or NaN if neither surface has such a point.
     """
-    moved = []
-    # Both directions: points of the new surface alone would miss what has disappeared.
-    for surface, other in ((after, before), (before, after)):
+    distances = []
+    # Both directions: points of the new surface alone would miss parts that have disappeared.
+    for surface, other_surface in ((after, before), (before, after)):
         points = surface_points(surface.cube.float(), surface.spec, -surface.spec.box_warp, surface.level)
         points = points[in_head(points, surface.spec)]
         if len(points):
@@ -353,12 +470,22 @@ def median_change(before: LevelSet, after: LevelSet) -> float:
                 points
                 + surface.place(points, normals, torch.zeros(len(points)).to(points))[:, None] * normals
             )
-            moved.append(displacement(other, points, normals).abs())
-    return float(torch.cat(moved).median()) if moved else float("nan")
+            distances.append(displacement(other_surface, points, normals).abs())
+    return float(torch.cat(distances).median()) if distances else float("nan")
 
 
 def change_summary(medians: Iterable[float]) -> dict:
-    """Summarise latents that have a surface by median and quartiles, as JSON values."""
+    """Summarise the values of `median_change` over latents, as JSON values.
+
+    Args:
+        medians: value of each latent in voxels; NaN for a latent without a surface, which is not counted.
+
+    Returns: 'median' and 'quartiles' over the latents, which are None without any value, and 'n', the number
+        of latents that count.
+    """
     values = np.array([value for value in medians if np.isfinite(value)])
-    low, middle, high = np.quantile(values, [0.25, 0.5, 0.75]).tolist() if len(values) else (None, None, None)
-    return {"median": middle, "quartiles": [low, high], "n": len(values)}
+    if len(values):
+        lower_quartile, median, upper_quartile = np.quantile(values, [0.25, 0.5, 0.75]).tolist()
+    else:
+        lower_quartile = median = upper_quartile = None
+    return {"median": median, "quartiles": [lower_quartile, upper_quartile], "n": len(values)}

@@ -1,6 +1,9 @@
 """Shared transformer parts: attention, a two-layer perceptron with GELU, and a block that combines both.
 
-Shape letters: N samples, T query tokens, L key and value tokens, C channels, H heads, D channels of one head.
+The transformer is that of Vaswani et al. 2017, "Attention is all you need". Attribute names are those of the
+checkpoints.
+
+Shapes: N samples, T query tokens, L key and value tokens, C channels, H heads, D channels of one head.
 """
 
 import torch
@@ -15,9 +18,11 @@ def attend(
 
     Args:
         q: queries [N, T, H, D].
-        k, v: keys and values [N, L, H, D].
-        keep: [N, 1, 1, L] bool, True for tokens that may be attended to; None: all of them.
-    Returns: [N, T, H, D].
+        k: keys [N, L, H, D].
+        v: values [N, L, H, D].
+        keep: mask [N, 1, 1, L] bool, True for tokens that may be attended to. None allows all tokens.
+
+    Returns: the attended values [N, T, H, D].
     Differentiable in: q, k, v.
     """
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [N, H, T, D]
@@ -26,8 +31,13 @@ def attend(
 
 
 class SelfAttention(nn.Module):
-    """Self-attention over tokens, [N, T, C] -> [N, T, C]. Parameters have the usual names of vision
-    transformers.
+    """Self-attention over tokens, [N, T, C] -> [N, T, C].
+
+    The parameters have the names that vision transformers in timm use.
+
+    Args:
+        width: number of channels C.
+        heads: number of heads H, a divisor of C.
     """
 
     def __init__(self, width: int, heads: int):
@@ -37,32 +47,43 @@ class SelfAttention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
-        # One linear layer computes all three: its outputs are ordered [q | k | v], then by head.
+        # One linear layer computes queries, keys and values. Its
+        # outputs are ordered [q | k | v], then by head.
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(-3)  # [N, T, H, D] each
         return self.proj(attend(q, k, v, keep).flatten(-2))
 
 
 class Mlp(nn.Module):
-    """Linear layer, GELU, linear layer: [..., C] -> [..., C].
+    """Perceptron of two layers, linear layer, GELU, linear layer: [..., C] -> [..., C].
 
-    Args: names: attribute names of the two linear layers, as the checkpoint spells them.
+    Args:
+        width: number of channels C.
+        hidden: number of channels between the two linear layers.
+        names: attribute names of the two linear layers in the checkpoint.
     """
 
     def __init__(self, width: int, hidden: int, names: tuple[str, str] = ("fc1", "fc2")):
         super().__init__()
         self.names = names
-        # Checkpoints disagree on the names of the two layers, so they are registered under given names.
+        # The names of the two layers differ between checkpoints, so the layers are registered under `names`.
         for name, layer in zip(names, (nn.Linear(width, hidden), nn.Linear(hidden, width)), strict=True):
             self.add_module(name, layer)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # By name, because the names differ between instances.
-        first, last = (self.get_submodule(name) for name in self.names)
-        return last(F.gelu(first(x)))
+        # The layers are looked up by name, because the names differ between instances.
+        input_layer, output_layer = (self.get_submodule(name) for name in self.names)
+        return output_layer(F.gelu(input_layer(x)))
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: x + attn(norm1(x)), then x + mlp(norm2(x))."""
+    """Pre-norm transformer block: x becomes x + attn(norm1(x)), and then x + mlp(norm2(x)).
+
+    Args:
+        width: number of channels C.
+        heads: number of heads H, a divisor of C.
+        hidden: number of channels inside the perceptron.
+        eps: constant of the layer norms.
+    """
 
     def __init__(self, width: int, heads: int, hidden: int, *, eps: float = 1e-5):
         super().__init__()
@@ -73,6 +94,13 @@ class Block(nn.Module):
         self.mlp = Mlp(width, hidden)
 
     def forward(self, x: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
-        """Apply the block to tokens [N, L, C]; keep [N, 1, 1, L] bool is True for tokens that exist."""
+        """Apply the block.
+
+        Args:
+            x: tokens [N, L, C].
+            keep: mask [N, 1, 1, L] bool, True for tokens that may be attended to. None allows all tokens.
+
+        Returns: tokens [N, L, C].
+        """
         x = x + self.attn(self.norm1(x), keep)
         return x + self.mlp(self.norm2(x))

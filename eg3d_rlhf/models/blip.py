@@ -1,11 +1,11 @@
-"""BLIP trunk of ImageReward and Reward3D (arXiv 2201.12086), built from transformers' networks.
+"""BLIP (Li et al. 2022, arXiv 2201.12086), the trunk of the rewards ImageReward and Reward3D.
 
-An image goes through a ViT. A prompt goes through a BERT in which every layer also cross-attends to the image
-features. The text encoder's parameters have the published names (params/Reward3D_*.tsv). Those of the image
-encoder are renamed to transformers' names. transformers is imported only when a trunk is built (extra
-`vision`).
+The networks are those of the library transformers. An image goes through a vision transformer (ViT). A prompt
+goes through a BERT in which every layer also attends to the image features. The parameters of the text
+encoder have the published names. The published parameters of the image encoder are renamed to transformers'
+names. The library is imported only when a trunk is built (extra `vision`).
 
-Shape letters: B images, T tokens of a prompt, D text width.
+Shapes: B images, T tokens of a prompt, D channels of a text token.
 """
 
 from collections.abc import Mapping
@@ -16,9 +16,11 @@ from torch import nn
 
 from eg3d_rlhf.models.weights import State, below, count, require_extra, shape_of, to_transformers
 
-HEAD = 64  # channels of a head, in both encoders
-VISION = "blip.visual_encoder."
-VISION_NAMES = (  # published -> transformers, in turn
+HEAD = 64  # channels of an attention head, in both encoders
+VISION = "blip.visual_encoder."  # prefix of the image encoder's published names
+# Pairs of a regular expression of published names and its
+# replacement in transformers' names, applied in order
+VISION_NAMES = (
     (r"^cls_token$", "embeddings.cls_token"),
     (r"^pos_embed$", "embeddings.position_embeddings"),
     (r"^patch_embed\.proj\.", "embeddings.patch_embeddings.projection."),
@@ -33,47 +35,54 @@ VISION_NAMES = (  # published -> transformers, in turn
 
 
 def from_published(state: Mapping[str, torch.Tensor]) -> State:
-    """Return a published state dict with the entries of its image encoder renamed to transformers' names."""
+    """Rename the entries of a published state dict to the names that `Blip` uses.
+
+    Only entries of the image encoder change their names.
+    """
     vision = to_transformers(below(state, VISION), VISION_NAMES)
-    # The text encoder is transformers' own BERT already, so its names stay.
-    others = {name: tensor for name, tensor in state.items() if not name.startswith(VISION)}
-    return others | {VISION + name: tensor for name, tensor in vision.items()}
+    # The text encoder has transformers' names in the published file already.
+    text = {name: tensor for name, tensor in state.items() if not name.startswith(VISION)}
+    return text | {VISION + name: tensor for name, tensor in vision.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
 class BlipSizes:
-    """Sizes of a trunk. The defaults are those of BLIP-large."""
+    """Sizes of the networks of a trunk. The defaults are those of BLIP-large."""
 
-    image: int = 224  # pixels per side
-    patch: int = 16  # pixels per side
+    image: int = 224  # pixels per side of an image
+    patch: int = 16  # pixels per side of a patch, which becomes one image token
     vision_width: int = 1024  # channels of an image token
-    vision_layers: int = 24
-    text_width: int = 768
-    text_layers: int = 12
-    text_hidden: int = 3072  # channels inside the feed-forward layers
-    vocabulary: int = 30524  # BERT's 30522 words and two special tokens
+    vision_layers: int = 24  # number of blocks of the image encoder
+    text_width: int = 768  # channels of a text token, D
+    text_layers: int = 12  # number of blocks of the text encoder
+    text_hidden: int = 3072  # channels inside the feed-forward layers of the text encoder
+    vocabulary: int = 30524  # number of tokens in the vocabulary: BERT's 30522 words and two special tokens
     positions: int = 512  # largest number of tokens of a prompt
-    projection: int = 256  # of a contrastive head that scoring does not use
+    projection: int = 256  # channels of the contrastive heads, which scoring does not use
 
     @classmethod
     def of(cls, state: Mapping[str, torch.Tensor], who: str) -> "BlipSizes":
-        """Derive the sizes from the shapes in a published state dict.
+        """Derive the sizes from the shapes of the tensors in a published state dict.
 
-        Args: who: name that error messages begin with.
-        Raises: ValueError for the file of another network.
+        Args:
+            state: state dict with published names.
+            who: name that error messages begin with.
+
+        Raises: ValueError if the state dict is that of another network.
         """
-        text = "blip.text_encoder."
-        # A convolution with the patch as kernel: [width, 3, patch, patch]
+        text = "blip.text_encoder."  # prefix of the text encoder's names
+        # The layer that embeds patches is a convolution whose kernel, [width, 3, patch, patch], has the size
+        # of a patch.
         width, _, patch, _ = shape_of(state, f"{VISION}patch_embed.proj.weight", who, 4)
-        # [1, tokens, width]
+        # The embedding of positions has the shape [1, tokens, width].
         _, tokens, _ = shape_of(state, f"{VISION}pos_embed", who, 3)
         vocabulary, text_width = shape_of(state, f"{text}embeddings.word_embeddings.weight", who, 2)
         return cls(
-            # One position is the class token's; the others form a square grid of patches.
+            # One position belongs to the class token. The others form a square grid of patches.
             image=round((tokens - 1) ** 0.5) * patch,
             patch=patch,
             vision_width=width,
-            # One more than the largest number of a block
+            # `count` adds 1 to the largest number of a block, since blocks are counted from 0.
             vision_layers=count(state, f"{VISION}blocks."),
             text_width=text_width,
             text_layers=count(state, f"{text}encoder.layer."),
@@ -85,17 +94,20 @@ class BlipSizes:
 
 
 class Blip(nn.Module):
-    """Image encoder and text encoder. There is no dropout, because rewards only evaluate this network."""
+    """Image encoder and text encoder of BLIP, with random weights.
+
+    The networks are built for evaluation only. Raises ValueError if the library transformers is missing.
+    """
 
     def __init__(self, sizes: BlipSizes):
         super().__init__()
         require_extra("--reward", "transformers")
         from transformers import BlipTextConfig, BlipTextModel, ViTConfig, ViTModel
 
-        # transformers' BlipVisionModel computes the same, but without fused attention.
+        # transformers' BlipVisionModel computes the same values as its ViTModel, but without fused attention.
         vision = ViTConfig(
             hidden_size=sizes.vision_width,
-            # The published file's ViT has this usual ratio; it is not among the sizes.
+            # The usual ratio of a ViT, which the published file also has.
             intermediate_size=4 * sizes.vision_width,
             num_hidden_layers=sizes.vision_layers,
             num_attention_heads=max(sizes.vision_width // HEAD, 1),
@@ -117,35 +129,36 @@ class Blip(nn.Module):
         )
         self.visual_encoder = ViTModel(vision, add_pooling_layer=False)
         self.text_encoder = BlipTextModel(text, add_pooling_layer=False)
-        # Scoring does not use these two heads. They exist so that the files load strictly.
+        # Scoring does not use these two heads. They exist because published files contain their weights, and
+        # weights are loaded strictly.
         self.vision_proj = nn.Linear(sizes.vision_width, sizes.projection)
         self.text_proj = nn.Linear(sizes.text_width, sizes.projection)
 
     @property
     def side(self) -> int:
-        """Number of pixels per side of the images."""
+        """Number of pixels per side of the images that the encoder takes."""
         return self.visual_encoder.config.image_size
 
     def seen(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Encode normalised images [B, 3, side, side] as features [B, patches + 1, width], the class token
-        first.
+        """Encode normalised images [B, 3, side, side] as image tokens [B, 1 + patches, width].
 
-        Differentiable in: pixels.
+        The first token is the class token. Differentiable in: pixels.
         """
         return self.visual_encoder(pixel_values=pixels).last_hidden_state
 
     def forward(self, pixels: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Return the text feature [B, D] of each prompt's class token, which has attended to the prompt's
-        image.
+        """Encode pairs of an image and a prompt.
 
         Args:
             pixels: normalised images [B, 3, side, side].
-            tokens: token ids [B, T].
-            mask: [B, T] bool, True for tokens of the prompt and False for padding.
+            tokens: token ids [B, T] of the prompts.
+            mask: mask [B, T] bool, True for tokens of the prompt and False for padding.
+
+        Returns: one feature vector [B, D] per pair, the encoded class token of the prompt.
         """
         # Every layer of BERT cross-attends to the features of the prompt's image.
-        text = self.text_encoder(
+        outputs = self.text_encoder(
             input_ids=tokens, attention_mask=mask, encoder_hidden_states=self.seen(pixels)
         )
-        # The class token is the first one. [B, T, D] -> [B, D]
-        return text.last_hidden_state[:, 0]
+        # The class token is the first token. [B, T, D] -> [B, D]
+        return outputs.last_hidden_state[:, 0]

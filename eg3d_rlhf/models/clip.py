@@ -1,9 +1,11 @@
 """Image rewards that are the cosine similarity of an image and a prompt: the CLIP score and HPSv2.
 
-The CLIP score is read from a transformers folder, HPSv2 from its published file. HPSv2's network is
-open_clip's ViT-H/14; transformers' CLIPModel runs it, after its entries are renamed.
+CLIP (Radford et al. 2021) embeds images and texts as vectors of the same space. HPSv2 (Wu et al. 2023) is a
+CLIP that was fine-tuned on human preferences. The CLIP score is read from a folder of the library
+transformers, and HPSv2 from its published file. The network of HPSv2 is the ViT-H/14 of the library
+open_clip. Its entries are renamed, so that transformers' CLIPModel can compute it.
 
-Shape letters: B images, h, w rows and columns, D channels of the joint embedding.
+Shapes: B images, h rows and w columns of pixels, D channels of the joint embedding.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,14 +20,17 @@ from eg3d_rlhf.models.clip_inputs import Tokenize, clip_preprocess, clip_tokeniz
 from eg3d_rlhf.models.ldm_names import to_transformers_clip
 from eg3d_rlhf.models.weights import adopt, count, empty, from_folder, frozen, require_extra, shape_of
 
-FLAG = "--reward"
+FLAG = "--reward"  # option that error messages begin with
 
 
 def hpsv2_network(state: Mapping[str, torch.Tensor], who: str) -> Any:
-    """Build transformers' CLIPModel with the sizes of an open_clip state dict, on the meta device.
+    """Build transformers' CLIPModel with the sizes of an open_clip state dict, without values (meta device).
 
-    Args: who: name that error messages begin with.
-    Raises: ValueError for the file of another network.
+    Args:
+        state: state dict with open_clip's names.
+        who: name that error messages begin with.
+
+    Raises: ValueError if the state dict is that of another network.
     """
     require_extra(FLAG, "transformers")
     from transformers import CLIPConfig, CLIPModel
@@ -39,6 +44,7 @@ def hpsv2_network(state: Mapping[str, torch.Tensor], who: str) -> Any:
         "num_hidden_layers": count(state, "visual.transformer.resblocks."),
         # No entry states the number of heads. ViT-H/14 has heads of 80 channels, smaller networks of 64.
         "num_attention_heads": max(width // (80 if width % 80 == 0 else 64), 1),
+        # One position belongs to the class token. The others form a square grid of patches.
         "image_size": round((shape_of(state, "visual.positional_embedding", who, 2)[0] - 1) ** 0.5) * patch,
         "patch_size": patch,
         "hidden_act": "gelu",
@@ -50,7 +56,7 @@ def hpsv2_network(state: Mapping[str, torch.Tensor], who: str) -> Any:
         "num_hidden_layers": count(state, "transformer.resblocks."),
         "num_attention_heads": max(text_width // 64, 1),
         "hidden_act": "gelu",
-        # CLIP's vocabulary ends with the start and the end token
+        # The last two entries of CLIP's vocabulary are the start token and the end token.
         "bos_token_id": vocabulary - 2,
         "eos_token_id": vocabulary - 1,
     }
@@ -65,9 +71,11 @@ class CosineReward:
     """Cosine similarity of image and prompt in the joint embedding space. Differentiable in the images.
 
     Args:
-        network: transformers' CLIPModel.
-        prepare: converts images of values 0..1 and a size in pixels to the network's input.
-        tokenize: converts prompts to token ids.
+        network: CLIPModel of the library transformers.
+        prepare: function that converts images of values 0..1 to the network's input of a given size in
+            pixels.
+        tokenize: function that converts prompts to token ids and masks.
+        device: device that computes the scores.
     """
 
     modality: Modality = "image"
@@ -88,40 +96,47 @@ class CosineReward:
         self._embedded: dict[str, torch.Tensor] = {}  # cache: prompt -> unit embedding [D]
 
     def score(self, pixels: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-        """Compute cosines [B] in -1..1 (not multiplied by 100) of images and prompts.
+        """Compute the cosine similarities [B], -1..1, of images and prompts. They are not multiplied by 100.
 
         Args:
-            pixels: [B, 3, h, w] of values 0..1.
-            prompts: one for each image.
+            pixels: images [B, 3, h, w] of values 0..1.
+            prompts: prompts, one for each image.
         """
         for prompt in prompts:
             if prompt not in self._embedded:
                 with torch.no_grad():
                     # One prompt at a time: the result then does not depend on which prompts share a batch.
+                    # The mask, which `tokenize` returns second, is not needed.
                     tokens = self.tokenize([prompt])[0].to(self.device)
                     self._embedded[prompt] = F.normalize(
                         self.network.get_text_features(input_ids=tokens)[0], dim=-1
                     )
-        texts = torch.stack([self._embedded[prompt] for prompt in prompts])
+        text_embeddings = torch.stack([self._embedded[prompt] for prompt in prompts])
         inputs = self.prepare(pixels.to(self.device).float(), self.network.config.vision_config.image_size)
+        image_embeddings = F.normalize(self.network.get_image_features(pixel_values=inputs), dim=-1)
         # Both embeddings have length 1, so their dot product is the cosine. [B, D] -> [B]
-        return (F.normalize(self.network.get_image_features(pixel_values=inputs), dim=-1) * texts).sum(-1)
+        return (image_embeddings * text_embeddings).sum(-1)
 
 
 def load_hpsv2(
     path: Path, state: Mapping[str, torch.Tensor], device: str | torch.device = "cpu"
 ) -> CosineReward:
-    """Build the HPSv2 reward from HPS_v2*.pt, a dict {"state_dict": open_clip's ViT-H/14}.
+    """Build the HPSv2 reward from the tensors of its published file HPS_v2*.pt.
 
     CLIP's tokenizer must lie in the folder tokenizer/ beside the file.
 
-    Args: state: the tensors of the file.
-    Raises: FileNotFoundError, ValueError.
+    Args:
+        path: published file.
+        state: entry 'state_dict' of the file, the state dict of open_clip's ViT-H/14.
+        device: device that computes the scores.
+
+    Raises: ValueError if the library transformers or the tokenizer is missing, or if the state dict is that
+        of another network.
     """
     who = f"{FLAG}: {path.name}"
     network = hpsv2_network(state, who)
     adopt(network, to_transformers_clip(state), who)
-    # open_clip pads with 0, not with the end token as OpenAI's CLIP does.
+    # open_clip pads short prompts with the token id 0, whereas OpenAI's CLIP pads with the end token.
     tokenize = clip_tokenizer(path.parent / "tokenizer", FLAG, network.config.text_config.vocab_size, pad=0)
     return CosineReward(network, pad_preprocess, tokenize, device)
 
@@ -129,14 +144,20 @@ def load_hpsv2(
 def load_clip_score(folder: Path, device: str | torch.device = "cpu") -> CosineReward:
     """Build the CLIP score from a folder with transformers' CLIPModel and its tokenizer.
 
-    The score is the cosine as the literature reports it; matching images and prompts give 0.22 to 0.29.
+    The score is the cosine, as the literature reports it. Matching images and prompts give 0.22 to 0.29.
 
-    Raises: FileNotFoundError, ValueError.
+    Args:
+        folder: folder with the weights, config.json and the tokenizer's files.
+        device: device that computes the scores.
+
+    Raises: FileNotFoundError if a file of the network is missing; ValueError if a file cannot be used, or if
+        the tokenizer or the library transformers is missing.
     """
     require_extra(FLAG, "transformers")
     from transformers import CLIPModel
 
-    # The preprocessing is OpenAI's; pad=None fills with the end token, as its tokenizer does.
+    # Images are preprocessed as by OpenAI's CLIP. The default pad=None fills short prompts with the end
+    # token, as OpenAI's tokenizer does.
     network = from_folder(CLIPModel, folder, FLAG)
     return CosineReward(
         network, clip_preprocess, clip_tokenizer(folder, FLAG, network.config.text_config.vocab_size), device

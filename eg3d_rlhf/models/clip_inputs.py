@@ -1,8 +1,9 @@
-"""Inputs of published scorers: preprocessed images and tokenized prompts.
+"""Prepare the inputs of published image rewards: preprocessed images and tokenized prompts.
 
 Images are resized and normalised differentiably and without torchvision.
 
-Shape letters: B images, h, w rows and columns of the images, S pixels per side of the scorer's input.
+Shapes: B images or prompts, h rows and w columns of pixels, S pixels per side of the network's input, T
+    tokens.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 
 from eg3d_rlhf.models.weights import one_line, require_extra
 
+# Mean and standard deviation of pixel values 0..1 per channel (R, G, B), from the published code of CLIP
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -20,19 +22,23 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 def clip_preprocess(images: torch.Tensor, size: int = 224) -> torch.Tensor:
     """Preprocess images as CLIP does: resize, crop the centre, normalise.
 
-    The short side is resized to `size` (bicubic, antialiased). The long side is truncated to a whole number
-    of pixels. Equals torchvision's Resize - CenterCrop - Normalize bitwise (reference case `preprocess`).
+    The shorter side is resized to `size` pixels (bicubic, antialiased). The longer side is scaled alike and
+    rounded down. The result equals that of torchvision's transforms Resize, CenterCrop and Normalize bitwise.
 
-    Args: images: [B, 3, h, w] of values 0..1.
-    Returns: [B, 3, S, S], a new tensor.
+    Args:
+        images: images [B, 3, h, w] of values 0..1.
+        size: pixels per side of the result, S.
+
+    Returns: a new tensor [B, 3, S, S].
     Differentiable in: images.
     """
     height, width = images.shape[-2:]
-    short = min(height, width)
+    shorter_side = min(height, width)
     resized = _resize(
-        images, (size, size * width // short) if height <= width else (size * height // short, size)
+        images,
+        (size, size * width // shorter_side) if height <= width else (size * height // shorter_side, size),
     )
-    # round() takes halves to the even number, as torchvision's CenterCrop does.
+    # round() rounds halves to the even number, as torchvision's CenterCrop does.
     top, left = (round((side - size) / 2) for side in resized.shape[-2:])
     return normalise(resized[..., top : top + size, left : left + size])
 
@@ -40,15 +46,18 @@ def clip_preprocess(images: torch.Tensor, size: int = 224) -> torch.Tensor:
 def pad_preprocess(images: torch.Tensor, size: int = 224) -> torch.Tensor:
     """Preprocess images as HPSv2 does (open_clip's ResizeMaxSize): resize, pad with black bars, normalise.
 
-    The long side is resized to `size`; the bars are on both sides of the short axis.
+    The longer side is resized to `size` pixels. Equal black bars on both sides fill the shorter dimension.
 
-    Args: images: [B, 3, h, w] of values 0..1.
-    Returns: [B, 3, S, S], a new tensor.
+    Args:
+        images: images [B, 3, h, w] of values 0..1.
+        size: pixels per side of the result, S.
+
+    Returns: a new tensor [B, 3, S, S].
     Differentiable in: images.
     """
     height, width = images.shape[-2:]
     scale = size / max(height, width)
-    # At least one pixel: a very long image would otherwise round to none.
+    # At least one pixel: the shorter side of a very long image would otherwise be rounded to 0.
     rows = max(round(height * scale), 1)
     columns = max(round(width * scale), 1)
     top = (size - rows) // 2
@@ -60,9 +69,12 @@ def pad_preprocess(images: torch.Tensor, size: int = 224) -> torch.Tensor:
 
 
 def normalise(images: torch.Tensor) -> torch.Tensor:
-    """Return (images - mean) / standard deviation per channel, with CLIP's statistics, as a new tensor."""
+    """Normalise images [B, 3, h, w] of values 0..1 by CLIP's mean and standard deviation of each channel.
+
+    Returns: a new tensor (images - mean) / std of the same shape.
+    """
     # [3, 1, 1], broadcast over rows and columns
-    mean, std = (images.new_tensor(numbers).view(3, 1, 1) for numbers in (CLIP_MEAN, CLIP_STD))
+    mean, std = (images.new_tensor(statistics).view(3, 1, 1) for statistics in (CLIP_MEAN, CLIP_STD))
     return (images - mean) / std
 
 
@@ -76,33 +88,37 @@ def _resize(images: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 # Tokenizers, read from local folders. transformers is imported inside functions because that takes seconds.
 
 
-CLIP_TOKENS = 77  # length of CLIP's text input, with start and end token
-# B prompts -> token ids [B, T] and mask [B, T] bool, True for tokens of the prompt
+CLIP_TOKENS = 77  # length T of CLIP's text input, including the start and the end token
+# Function that converts B prompts to token ids [B, T] and a mask [B, T] bool, True for tokens of the prompt
 Tokenize = Callable[[Sequence[str]], tuple[torch.Tensor, torch.Tensor]]
 
 
 def bert_tokenizer(folder: Path, flag: str, limit: int, vocabulary: int) -> Tokenize:
-    """Load BERT's tokenizer (vocab.txt). It truncates at `limit` tokens; T is the length of the longest
-    prompt.
+    """Load BERT's tokenizer from a folder with the file vocab.txt.
+
+    The tokenizer pads the prompts of a call to the length T of the longest one.
 
     Args:
-        flag: option that error messages name.
-        vocabulary: number of words that the network embeds.
-    Raises: ValueError if transformers or the folder is missing, or if the tokenizer has more words than the
-        network.
+        folder: folder of the tokenizer's files.
+        flag: option that error messages begin with.
+        limit: number of tokens at which prompts are truncated.
+        vocabulary: number of tokens that the network embeds.
+
+    Raises: ValueError if the library transformers or a file is missing, or if the tokenizer has more tokens
+        than the network.
     """
     tokenizer = _load("BertTokenizer", folder, flag, ("vocab.txt",), "bert-base-uncased's")
     # A larger vocabulary would give ids beyond the network's table of embeddings.
     if len(tokenizer) > vocabulary:
         raise ValueError(
-            f"{flag}: expected a vocabulary of at most {vocabulary} words, got {len(tokenizer)}. Use"
-            " bert-base-uncased's."
+            f"{flag}: the tokenizer in {folder} has {len(tokenizer)} tokens, but the network has at most"
+            f" {vocabulary}. Use the tokenizer of bert-base-uncased."
         )
 
     def tokenize(prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
         encoded = tokenizer(
-            # Padded to the longest prompt of this call only
             list(prompts),
+            # Padding to the longest prompt of this call
             padding="longest",
             truncation=True,
             max_length=limit,
@@ -114,43 +130,64 @@ def bert_tokenizer(folder: Path, flag: str, limit: int, vocabulary: int) -> Toke
 
 
 def clip_tokenizer(folder: Path, flag: str, vocabulary: int, pad: int | str | None = None) -> Tokenize:
-    """Load CLIP's tokenizer (vocab.json, merges.txt); T is always 77.
+    """Load CLIP's tokenizer from a folder with the files vocab.json and merges.txt.
+
+    Prompts are truncated or padded to T = 77 tokens.
 
     Args:
-        flag: option that error messages name.
-        vocabulary: number of words that the network embeds.
-        pad: token id that fills up short prompts: 0 as in open_clip; "own": the folder's padding token; None:
-            the end token, as in OpenAI's CLIP.
-    Raises: ValueError if transformers or the folder is missing, or if the end token is not the network's last
-        word.
+        folder: folder of the tokenizer's files.
+        flag: option that error messages begin with.
+        vocabulary: number of tokens that the network embeds.
+        pad: token id that fills short prompts, for example 0 as in open_clip. "own" uses the padding token
+            that the folder states. None uses the end token, as in OpenAI's CLIP.
+
+    Raises: ValueError if the library transformers or a file is missing, or if the end token is not the last
+        token that the network embeds.
     """
     tokenizer = _load("CLIPTokenizer", folder, flag, ("vocab.json", "merges.txt"), "CLIP's")
     # The network reads its output at the end token, which it recognises by this id.
-    end = tokenizer.eos_token_id
-    if end != vocabulary - 1:
+    end_id = tokenizer.eos_token_id
+    if end_id != vocabulary - 1:
         raise ValueError(
-            f"{flag}: expected {vocabulary} words in {folder} with the end token last, but the end token has"
-            f" the id {end}. Use CLIP's tokenizer."
+            f"{flag}: the end token of the tokenizer in {folder} has the id {end_id}, but the network with"
+            f" {vocabulary} tokens expects {vocabulary - 1}. Use the tokenizer of this CLIP."
         )
 
-    fill = end if pad is None else tokenizer.pad_token_id if pad == "own" else pad
+    if pad is None:
+        pad_id = end_id
+    else:
+        pad_id = tokenizer.pad_token_id if pad == "own" else pad
 
     def tokenize(prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        # Padded here and not by the tokenizer, whose padding token is not the one that `pad` asks for.
-        rows = [tokenizer(prompt, truncation=True, max_length=CLIP_TOKENS).input_ids for prompt in prompts]
-        filled = [row + [fill] * (CLIP_TOKENS - len(row)) for row in rows]
-        lengths = torch.tensor([len(row) for row in rows])  # [B], tokens before the padding
-        return torch.tensor(filled), torch.arange(CLIP_TOKENS) < lengths[:, None]
+        # Prompts are padded here, because the tokenizer would always use its own padding token.
+        token_ids = [
+            tokenizer(prompt, truncation=True, max_length=CLIP_TOKENS).input_ids for prompt in prompts
+        ]
+        padded_ids = [ids + [pad_id] * (CLIP_TOKENS - len(ids)) for ids in token_ids]
+        lengths = torch.tensor([len(ids) for ids in token_ids])  # [B] numbers of tokens before the padding
+        return torch.tensor(padded_ids), torch.arange(CLIP_TOKENS) < lengths[:, None]
 
     return tokenize
 
 
 def _load(name: str, folder: Path, flag: str, files: Sequence[str], whose: str):
+    """Load a tokenizer of the library transformers from a local folder.
+
+    Args:
+        name: class of the tokenizer.
+        folder: folder of the tokenizer's files.
+        flag: option that error messages begin with.
+        files: names of the files that must exist.
+        whose: owner of the tokenizer in the genitive, for error messages.
+
+    Raises: ValueError if the library or a file is missing, or if a file is damaged.
+    """
     require_extra(flag, "transformers")
-    missing = [file for file in files if not (folder / file).is_file()]
-    if missing:
+    missing_files = [file for file in files if not (folder / file).is_file()]
+    if missing_files:
         raise ValueError(
-            f"{flag}: expected {' and '.join(missing)} in {folder}, got none. Put {whose} tokenizer there."
+            f"{flag}: {' and '.join(missing_files)} of the tokenizer is missing in {folder}. Copy the files"
+            f" of {whose} tokenizer into this folder."
         )
     import transformers
 

@@ -1,14 +1,17 @@
-"""DINOv2 and DINOv3: transformers' networks, filled from the published files of either in every layout.
+"""Image encoders DINOv2 and DINOv3, read from published files.
 
-transformers builds the layers from a configuration. This module finds the files on this machine, reads them
-strictly and standardises the images. Parameter names are those of transformers. Files of DINOv2 from torch
-hub have other names and are renamed when they are read. Nothing is downloaded. transformers is imported only
-when a network is built (extra `vision`).
+The library transformers builds the layers from a configuration. This module finds the files on this machine,
+loads their weights and standardises the images. Every parameter must occur in the file and no other.
+Parameter names are those of transformers. Files of DINOv2 from torch hub have other names and are renamed
+when they are read. Nothing is downloaded. transformers is imported only when a network is built (extra
+`vision`).
 
-Sources: Oquab et al. 2023 for DINOv2; Darcet et al. 2023 for registers; Simeoni et al. 2025 for DINOv3.
+Sources: Oquab et al. 2023 for DINOv2; Darcet et al. 2023 for registers, which are additional tokens; Simeoni
+    et
+al. 2025 for DINOv3.
 
-Shape letters: N images, S pixels per side, p pixels per side of a patch, G = S / p, L = 1 + registers + G^2
-tokens (class token, registers, patches), E channels of a token.
+Shapes: N images, h rows and w columns of pixels, S pixels per side, p pixels per side of a patch, G = S / p
+patches per side, L = 1 + registers + G^2 tokens (class token, registers, patches), E channels of a token.
 """
 
 import json
@@ -26,114 +29,145 @@ from torch import nn
 from eg3d_rlhf.core.shapes import check_shape
 from eg3d_rlhf.models.weights import State, empty, fill, frozen, read, require_extra, to_transformers
 
-# Statistics of ImageNet's images of values 0..1, per channel (R, G, B).
+# Mean and standard deviation of pixel values 0..1 in ImageNet's images, per channel (R, G, B)
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
-HEAD = 64  # channels of a head in every published DINOv2
+HEAD = 64  # channels of an attention head in every published DINOv2
 
 
 def standardised(images: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Return (images - MEAN) / STD per channel, [N, 3, h, w], in the dtype and on the device of `like`."""
+    """Standardise images by ImageNet's mean and standard deviation of each channel.
+
+    Args:
+        images: images [N, 3, h, w] of values 0..1.
+        like: tensor whose dtype and device the result gets.
+
+    Returns: (images - MEAN) / STD, [N, 3, h, w].
+    """
     # [3, 1, 1], broadcast over rows and columns
-    mean, std = (like.new_tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+    mean, std = (like.new_tensor(statistics).view(3, 1, 1) for statistics in (MEAN, STD))
     return (images.to(like) - mean) / std
 
 
-def _check_layers(act: str, gated: bool, channels: int) -> None:
-    # Other variants would need other layers.
-    if act != "gelu" or gated or channels != 3:
+def _check_layers(act: str, has_gates: bool, channels: int) -> None:
+    """Raise ValueError for a variant of DINO whose layers this module does not support.
+
+    Args:
+        act: name of the activation function.
+        has_gates: True if the perceptrons have gates.
+        channels: number of channels of an image.
+    """
+    if act != "gelu" or has_gates or channels != 3:
         raise ValueError(
-            f"expected layers with gelu, no gates and 3 channels, got {act!r}, {gated} and {channels}. Other"
-            " variants are not supported: name the weights of a standard DINO."
+            "only a DINO with gelu, without gates and with 3 image channels is supported, but its activation"
+            f" is {act!r}, its gates are {has_gates} and its channels {channels}. Use the weights of a"
+            f" standard"
+            " DINO."
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class DinoConfig:
-    """Settings of a DINOv2 as its config.json states them. The defaults are those of the large network."""
+    """Settings of a DINOv2, with the names of its config.json. The defaults are those of the large network.
 
-    hidden_size: int = 1024
-    num_hidden_layers: int = 24
-    num_attention_heads: int = 16
-    mlp_ratio: float = 4
-    image_size: int = 518  # pixels per side at which the position embeddings were learnt
-    patch_size: int = 14  # pixels per side
-    num_register_tokens: int = 0
-    layer_norm_eps: float = 1e-6
-    num_channels: int = 3
-    hidden_act: str = "gelu"
-    qkv_bias: bool = True
-    use_swiglu_ffn: bool = False
+    Raises: ValueError for settings that are not supported or do not fit together.
+    """
+
+    hidden_size: int = 1024  # E
+    num_hidden_layers: int = 24  # number of blocks
+    num_attention_heads: int = 16  # number of heads, a divisor of hidden_size
+    mlp_ratio: float = 4  # channels inside a perceptron, as a multiple of hidden_size
+    image_size: int = 518  # pixels per side of the images for which the position embeddings were trained
+    patch_size: int = 14  # pixels per side of a patch
+    num_register_tokens: int = 0  # number of registers
+    layer_norm_eps: float = 1e-6  # constant of the layer norms
+    num_channels: int = 3  # channels of an image; only 3 is supported
+    hidden_act: str = "gelu"  # activation function; only gelu is supported
+    qkv_bias: bool = True  # True: the layers of queries, keys and values have a bias
+    use_swiglu_ffn: bool = False  # gates in the perceptrons; only False is supported
     shown: int | None = None  # pixels per side of the input images; None: image_size
 
     def __post_init__(self):
         _check_layers(self.hidden_act, self.use_swiglu_ffn, self.num_channels)
-        # Positions form a grid of whole patches.
+        # The position embeddings form a grid of patches, so the image consists of complete patches.
         if self.image_size % self.patch_size or self.hidden_size % self.num_attention_heads:
             raise ValueError(
-                "DinoConfig: expected an image_size that is a multiple of patch_size and a hidden_size that"
-                f" is a multiple of num_attention_heads, got {self}. Correct its config.json."
+                "DinoConfig: image_size must be a multiple of patch_size, and hidden_size must be a multiple"
+                f" of num_attention_heads, got image_size={self.image_size}, patch_size={self.patch_size},"
+                f" hidden_size={self.hidden_size}, num_attention_heads={self.num_attention_heads}. Download"
+                " config.json again."
             )
 
     @classmethod
     def of(cls, content: Mapping[str, Any]) -> "DinoConfig":
-        """Read the content of a config.json. Settings that are no fields of this class are ignored."""
-        # Null values count as absent, so that the class's default applies.
-        known = {field.name for field in fields(cls)}
-        return cls(**{name: value for name, value in content.items() if name in known and value is not None})
+        """Create the settings from the content of a config.json.
+
+        Settings that are not fields of this class are ignored. A null value selects the default of this
+        class.
+        """
+        field_names = {field.name for field in fields(cls)}
+        settings = {
+            name: value for name, value in content.items() if name in field_names and value is not None
+        }
+        return cls(**settings)
 
     @classmethod
     def of_state(cls, state: Mapping[str, torch.Tensor], who: str, shown: int | None = None) -> "DinoConfig":
-        """Derive the sizes from a state dict with torch hub's names.
+        """Derive the settings from the shapes of the tensors in a torch hub state dict.
 
-        Without registers, torch hub interpolates the position embeddings in a way of its own. `from_hub`
-        applies it once, and image_size is then the size of the input images.
+        For a network without registers, torch hub interpolates the position embeddings differently from
+        transformers. `from_hub` therefore interpolates them when the file is read. The field image_size is
+        then the size of the input images.
 
         Args:
+            state: state dict with torch hub's names.
             who: name that error messages begin with.
-            shown: pixels per side of the input images.
-        Raises: ValueError for the state dict of another network.
+            shown: pixels per side of the input images; None: the size for which the network was trained.
+
+        Raises: ValueError if the state dict is that of another network.
         """
         try:
-            size = state["cls_token"].shape[-1]
-            patch = state["patch_embed.proj.weight"].shape[-1]
-            # One position is the class token's; the others form a square grid of patches.
-            grid = math.isqrt(state["pos_embed"].shape[1] - 1)
-            hidden = len(state["blocks.0.mlp.fc1.weight"])
+            width = state["cls_token"].shape[-1]
+            patch_size = state["patch_embed.proj.weight"].shape[-1]
+            # One position belongs to the class token. The others form a square grid of patches.
+            grid_side = math.isqrt(state["pos_embed"].shape[1] - 1)
+            mlp_width = len(state["blocks.0.mlp.fc1.weight"])
         except (KeyError, IndexError) as error:
             raise ValueError(
-                f"{who}: expected a DINOv2 with blocks of two layers, got none of {error}. Name another"
-                " checkpoint."
+                f"{who}: this checkpoint is not a DINOv2 with perceptrons of two layers, because {error} is"
+                " missing. Use a checkpoint of DINOv2 from torch hub."
             ) from None
         registers = state["register_tokens"].shape[1] if "register_tokens" in state else 0
         return cls(
-            hidden_size=size,
+            hidden_size=width,
+            # Names of blocks are blocks.NUMBER.PARAMETER.
             num_hidden_layers=len({name.split(".")[1] for name in state if name.startswith("blocks.")}),
-            # No entry states the number of heads; all published networks have heads of 64 channels
-            num_attention_heads=max(1, size // HEAD),
-            mlp_ratio=hidden / size,
-            # See the docstring: without registers, positions are interpolated to the input images
-            image_size=patch * grid if registers or shown is None else shown,
-            patch_size=patch,
+            # No entry states the number of heads; all published networks have heads of 64 channels.
+            num_attention_heads=max(1, width // HEAD),
+            mlp_ratio=mlp_width / width,
+            # See the docstring: without registers, positions are interpolated to the input images.
+            image_size=patch_size * grid_side if registers or shown is None else shown,
+            patch_size=patch_size,
             num_register_tokens=registers,
             shown=shown,
         )
 
     @property
     def pixels(self) -> int:
-        """S, the number of pixels per side of the input images."""
+        """Number of pixels per side of the input images, S."""
         return self.shown or self.image_size
 
     @property
     def tokens(self) -> int:
-        """L, the number of tokens for images of this size."""
+        """Number of tokens of an input image, L."""
         return 1 + self.num_register_tokens + (self.pixels // self.patch_size) ** 2
 
 
 class Dino(nn.Module):
-    """DINOv2: images [N, 3, S, S] of values 0..1 -> tokens [N, L, E], before or after the last norm.
+    """DINOv2, which encodes images [N, 3, S, S] of values 0..1 as tokens [N, L, E].
 
-    S is the config's `pixels`. Differentiable in the images.
+    S is `config.pixels`. Differentiable in the images. Raises ValueError if the library transformers is
+    missing.
     """
 
     def __init__(self, config: DinoConfig):
@@ -143,34 +177,41 @@ class Dino(nn.Module):
 
         kind = "Dinov2WithRegisters" if config.num_register_tokens else "Dinov2"
         settings = asdict(config)
-        # transformers truncates channels * ratio. A ratio derived from shapes may be below by rounding, which
-        # would lose a channel.
+        # transformers rounds channels * ratio down. A ratio that was derived from shapes may be slightly too
+        # small by rounding, which would cost a channel.
         settings["mlp_ratio"] += 1e-9
         network = getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(**settings))
         self.config = config
-        # The parts are kept and not the model itself, because that returns only the output after the last
-        # norm.
+        # The parts are stored and not the model itself, because the
+        # model returns only the output after the last norm.
         self.embeddings = network.embeddings
         self.encoder = network.encoder
         self.layernorm = network.layernorm
 
     def tokens(self, standard: torch.Tensor) -> torch.Tensor:
-        """Return the tokens before the last norm, for images that `standardised` has prepared."""
+        """Return the tokens [N, L, E] before the last norm, for images [N, 3, S, S] from `standardised`."""
         return self.encoder(self.embeddings(standard)).last_hidden_state
 
     def forward(self, images: torch.Tensor, normed: bool = True) -> torch.Tensor:
+        # normed: True returns the tokens after the last norm, False before it.
         size = self.config.pixels
         check_shape("Dino.images", images, ["N", 3, size, size], "Resize the images to this size.")
         x = self.tokens(standardised(images, self.layernorm.weight))  # [N, L, E]
         return self.layernorm(x) if normed else x
 
 
-HUB = {  # torch hub's name -> that of transformers' weights
-    f"dinov2_vit{letter}14{reg}": f"facebook/dinov2{'-with-registers' if reg else ''}-{size}"
-    for letter, size in (("s", "small"), ("b", "base"), ("l", "large"))
-    for reg in ("", "_reg")
+# Name of a network on torch hub: its name on the Hugging Face hub. Names that end in _reg have registers.
+HUB = {
+    "dinov2_vits14": "facebook/dinov2-small",
+    "dinov2_vits14_reg": "facebook/dinov2-with-registers-small",
+    "dinov2_vitb14": "facebook/dinov2-base",
+    "dinov2_vitb14_reg": "facebook/dinov2-with-registers-base",
+    "dinov2_vitl14": "facebook/dinov2-large",
+    "dinov2_vitl14_reg": "facebook/dinov2-with-registers-large",
 }
-HUB_NAMES = (  # torch hub -> transformers, in turn
+# Pairs of a regular expression of torch hub's names and its
+# replacement in transformers' names, applied in order
+HUB_NAMES = (
     (r"^(cls_token|mask_token|register_tokens)$", r"embeddings.\1"),
     (r"^pos_embed$", "embeddings.position_embeddings"),
     (r"^patch_embed\.proj\.", "embeddings.patch_embeddings.projection."),
@@ -182,64 +223,78 @@ HUB_NAMES = (  # torch hub -> transformers, in turn
 
 
 def from_hub(state: Mapping[str, torch.Tensor], config: DinoConfig) -> State:
-    """Rename a torch hub state dict to transformers' names and interpolate its positions to the config's
-    size.
+    """Convert a torch hub state dict to transformers' names.
+
+    Position embeddings are interpolated to `config.image_size`.
     """
     renamed = to_transformers(state, HUB_NAMES)
     positions = "embeddings.position_embeddings"
-    # A missing entry is reported when the network is filled.
+    # If the entry is missing, `fill` reports this later with all other missing entries.
     if positions in renamed:
         renamed[positions] = _positions(renamed[positions], config.image_size // config.patch_size)
     return renamed
 
 
 def _positions(positions: torch.Tensor, side: int) -> torch.Tensor:
-    """Interpolate position embeddings [1, 1 + G^2, E] -> [1, 1 + side^2, E] as torch hub's DINOv2 does.
+    """Interpolate position embeddings as torch hub's DINOv2 does.
 
-    That is bicubic and not antialiased, by the factor (side + 0.1) / G. The 0.1 shifts where it samples, so
-    it must be kept.
+    The interpolation is bicubic without antialiasing, by the factor (side + 0.1) / G. The 0.1 shifts the
+    sampled positions, so it is needed for the same results.
+
+    Args:
+        positions: embeddings [1, 1 + G^2, E]; the first one belongs to the class token.
+        side: number of patches per side of the result.
+
+    Returns: embeddings [1, 1 + side^2, E].
     """
-    learnt = math.isqrt(positions.shape[1] - 1)
-    if side == learnt:
-        # Published sizes need no interpolation; even the factor 1 would change the numbers.
+    trained_side = math.isqrt(positions.shape[1] - 1)  # G
+    if side == trained_side:
+        # Interpolation by the factor (G + 0.1) / G would change the embeddings.
         return positions
-    # [1, G^2, E] -> [1, E, G, G], without the class token's position
-    grid = positions[:, 1:].float().transpose(1, 2).unflatten(2, (learnt, learnt))
-    grid = F.interpolate(grid, scale_factor=[(side + 0.1) / learnt] * 2, mode="bicubic")
-    # [1, E, side, side] -> [1, side^2, E], with the class token's position in front again
+    # [1, G^2, E] -> [1, E, G, G], without the position of the class token
+    grid = positions[:, 1:].float().transpose(1, 2).unflatten(2, (trained_side, trained_side))
+    grid = F.interpolate(grid, scale_factor=[(side + 0.1) / trained_side] * 2, mode="bicubic")
+    # [1, E, side, side] -> [1, side^2, E], with the position of the class token in front again
     return torch.cat([positions[:, :1].float(), grid.flatten(2).transpose(1, 2)], 1)
 
 
 def read_dino(name: str, device: str | torch.device = "cpu") -> Dino:
-    """Read a DINOv2 by a torch hub name, from a transformers folder, or from a torch hub checkpoint.
+    """Read a DINOv2 from this machine.
 
-    Args: name: such as dinov2_vitl14_reg, a folder, or a .pth file.
-    Returns: the frozen network in float32.
-    Raises: FileNotFoundError that lists the places that were searched; ValueError for weights that do not
-        fit.
+    Args:
+        name: torch hub name such as dinov2_vitl14_reg, which is searched in the caches of torch hub and of
+            Hugging Face; a folder of the library transformers; or a .pth checkpoint of torch hub.
+        device: device of the network.
+
+    Returns: the network in float32, in evaluation mode and without gradients of its parameters.
+    Raises: FileNotFoundError if no weights were found; ValueError if they do not fit the network.
     """
-    path = _weights(name)
+    path = _find_weights(name)
     state = read(path, name)
-    # Only torch hub's files have no config.json beside them: their sizes follow from the shapes.
+    # Checkpoints of torch hub have no config.json beside them. Their settings follow from the shapes.
     if path.suffix == ".pth":
         config = DinoConfig.of_state(state, str(path))
         state = from_hub(state, config)
     else:
-        config = _read_config(name, path, "dinov2", _dino)
+        config = _read_config(name, path, "dinov2", _dino_config)
     return load_dino(config, state, str(path), device)
 
 
-def _weights(name: str) -> Path:
-    places = list(_places(name))
-    path = next((p for p in places if p.is_file()), None)
+def _find_weights(name: str) -> Path:
+    """Return the path of the weights of a DINO, see `read_dino`.
+
+    Raises: FileNotFoundError that lists all paths if none of them is a file.
+    """
+    candidates = list(_weight_paths(name))
+    path = next((candidate for candidate in candidates if candidate.is_file()), None)
     if path is None:
-        looked = ", ".join(map(str, places))
-        # The remedy names the repository from which the file can be downloaded.
-        hub = HUB.get(name, name)
-        fetch = f"hf download {hub} (https://huggingface.co/{hub})"
+        searched_paths = ", ".join(map(str, candidates))
+        # The message names the repository from which the file can be downloaded.
+        repository = HUB.get(name, name)
         raise FileNotFoundError(
-            f"{name}: expected its weights on this machine, got none at {looked or 'no place'}. Fetch them:"
-            f" {fetch}"
+            f"{name}: no weights were found on this machine (searched:"
+            f" {searched_paths or 'the cache of Hugging Face, which has no such network'}). Download them"
+            f" with hf download {repository} (https://huggingface.co/{repository})."
         )
     return path
 
@@ -247,11 +302,23 @@ def _weights(name: str) -> Path:
 def load_dino(
     config: DinoConfig, state: Mapping[str, torch.Tensor], who: str, device: str | torch.device = "cpu"
 ) -> Dino:
-    """Build a DINOv2 from a state dict with transformers' names, strictly. Returns it frozen, in float32."""
+    """Build a DINOv2 from a state dict with transformers' names.
+
+    Args:
+        config: settings of the network.
+        state: state dict.
+        who: name that error messages begin with.
+        device: device of the network.
+
+    Returns: the network in float32, in evaluation mode and without gradients of its parameters.
+    Raises: ValueError if an entry is missing, superfluous or of another shape.
+    """
+    # `empty` builds the layers without values, and `fill` takes the tensors of the state dict.
     return frozen(fill(empty(lambda: Dino(config)), state, who, types=torch.float32, device=device), device)
 
 
-def _places(name: str) -> Iterator[Path]:
+def _weight_paths(name: str) -> Iterator[Path]:
+    """Yield the paths at which the weights of a DINO may lie, see `read_dino`, in the order of the search."""
     path = Path(name)
     if path.suffix == ".pth":
         yield path
@@ -260,63 +327,78 @@ def _places(name: str) -> Iterator[Path]:
     folders = [path] if path.is_dir() else []
     if name in HUB:
         # The same environment variables and defaults as torch.hub and huggingface_hub use.
-        home = Path(
+        torch_home = Path(
             os.environ.get("TORCH_HOME")
             or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torch"
         )
-        yield (
-            home
-            / "hub"
-            / "checkpoints"
-            / f"{name.removesuffix('_reg')}{'_reg4' if name.endswith('_reg') else ''}_pretrain.pth"
-        )
+        # Files of networks with registers end in _reg4_pretrain.pth, since they have four registers.
+        suffix = "_reg4_pretrain.pth" if name.endswith("_reg") else "_pretrain.pth"
+        yield torch_home / "hub" / "checkpoints" / (name.removesuffix("_reg") + suffix)
     cache = Path(
         os.environ.get("HF_HUB_CACHE")
         or Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface") / "hub"
     )
+    # The cache has one folder per network and, below it, one folder per downloaded revision.
     folders += sorted((cache / f"models--{HUB.get(name, name).replace('/', '--')}" / "snapshots").glob("*"))
     yield from (folder / "model.safetensors" for folder in folders)
 
 
-def _read_config(name: str, weights: Path, kind: str, make: Callable[[Mapping[str, Any]], Any]) -> Any:
+def _read_config(
+    name: str, weights: Path, kind: str, config_from_content: Callable[[Mapping[str, Any]], Any]
+) -> Any:
+    """Read the settings of a network from the config.json beside its weights.
+
+    Args:
+        name: name that error messages begin with.
+        weights: file of the weights.
+        kind: 'dinov2' or 'dinov3', the beginning of the setting model_type.
+        config_from_content: function that creates the settings from the content of the file.
+
+    Raises: FileNotFoundError if the file is missing; ValueError if its content is that of another network.
+    """
     path = weights.with_name("config.json")
     if not path.is_file():
         raise FileNotFoundError(
-            f"{name}: expected config.json beside {weights.name}, got none. Restore the folder."
+            f"{name}: config.json is missing in {weights.parent}. Download the folder again."
         )
     try:
         content = json.loads(path.read_text())
         # "dinov2" also matches dinov2_with_registers.
         if not isinstance(content, dict) or not str(content.get("model_type")).startswith(kind):
             raise ValueError(f"its model_type is not {kind}")
-        return make(content)
+        return config_from_content(content)
     except (ValueError, TypeError) as error:
         raise ValueError(
-            f"{path}: this file does not hold the settings of a {kind.replace('dino', 'DINO')}: {error}."
-            " Restore the file."
+            f"{path}: this file does not contain the settings of a supported {kind.replace('dino', 'DINO')}:"
+            f" {error}. Download the file again."
         ) from None
 
 
-def _dino(content: Mapping[str, Any]) -> DinoConfig:
-    # transformers leaves settings at their default out of the file; 4 is its default with registers.
+def _dino_config(content: Mapping[str, Any]) -> DinoConfig:
+    """Create the settings of a DINOv2 from the content of its config.json."""
+    # transformers does not write settings that have their default
+    # value. Its default number of registers is 4.
     registers = 4 if content["model_type"] == "dinov2_with_registers" else 0
     return DinoConfig.of({"num_register_tokens": registers, **content})
 
 
 class Dino3(nn.Module):
-    """DINOv3, which has rotary position embeddings: images -> tokens [N, L, E] BEFORE the last norm.
+    """DINOv3, which encodes images [N, 3, h, w] of values 0..1 as tokens [N, L, E] before the last norm.
 
-    Images are [N, 3, h, w] of values 0..1 whose sides are multiples of the patch size. Differentiable in the
-    images.
+    h and w must be multiples of the patch size. Position embeddings are rotary. Differentiable in the images.
     """
 
     def __init__(self, config: Any):
-        """Build the layers of transformers' DINOv3ViTConfig `config`."""
+        """Build the layers.
+
+        Args:
+            config: settings, a DINOv3ViTConfig of the library transformers.
+        """
         super().__init__()
         from transformers import DINOv3ViTModel
 
         network = DINOv3ViTModel(config)
-        # The layers are called one by one in `forward`, so the parts are kept instead of the model.
+        # `forward` calls the layers one by one, so the parts are stored and not the model.
         self.embeddings = network.embeddings
         self.rope_embeddings = network.rope_embeddings
         self.layer = network.layer
@@ -326,35 +408,49 @@ class Dino3(nn.Module):
         standard = standardised(images, self.norm.weight)
         x = self.embeddings(standard)
         angles = self.rope_embeddings(standard)  # cosines and sines, [G^2, channels of a head] each
-        # Layer by layer: what `hidden_states[-1]` holds, before or after the norm, differs between releases
-        # of transformers (4.56.2 to 5.23.0), without an error.
+        # The model's output `hidden_states[-1]` is taken before the norm in some releases of transformers and
+        # after it in others (4.56.2 to 5.23.0). Calling the layers gives the same result in all of them.
         for layer in self.layer:
             x = layer(x, position_embeddings=angles)
         return x
 
 
 def read_dino3(name: str, device: str | torch.device = "cpu") -> Dino3:
-    """Read a DINOv3 from a transformers folder or, by its name, from the Hugging Face cache.
+    """Read a DINOv3 from this machine.
 
-    Returns: the frozen network in float32.
-    Raises: as `read_dino`.
+    Args:
+        name: folder of the library transformers, or a name on the Hugging Face hub, which is searched in the
+            local cache.
+        device: device of the network.
+
+    Returns: the network in float32, in evaluation mode and without gradients of its parameters.
+    Raises: FileNotFoundError if no weights were found; ValueError if they do not fit the network, or if the
+        library transformers is missing.
     """
-    path = _weights(name)
+    path = _find_weights(name)
     require_extra(name, "transformers")
-    config = _read_config(name, path, "dinov3", _dino3)
+    config = _read_config(name, path, "dinov3", _dino3_config)
     network = empty(lambda: Dino3(config))
     fill(network, read(path, name), str(path), types=torch.float32, device=device)
-    # The rotary frequencies are in no file, and `empty` built them on the meta device, without values.
+    # The rotary frequencies are not part of the weights, and `empty` created them without values.
     network.rope_embeddings = type(network.rope_embeddings)(config)
     return frozen(network, device)
 
 
-def _dino3(content: Mapping[str, Any]) -> Any:
+def _dino3_config(content: Mapping[str, Any]) -> Any:
+    """Create transformers' settings of a DINOv3 from the content of its config.json.
+
+    Raises: ValueError for a variant that is not supported.
+    """
     from transformers import DINOv3ViTConfig
 
     config = DINOv3ViTConfig.from_dict(dict(content))
     _check_layers(config.hidden_act, config.use_gated_mlp, config.num_channels)
     if config.hidden_size % (4 * config.num_attention_heads):
-        # Rotary positions turn pairs of channels, half of them by rows and half by columns.
-        raise ValueError(f"{config.hidden_size} channels cannot be divided into heads of a multiple of four")
+        # Rotary embeddings rotate pairs of channels: half of the
+        # pairs by the row, the other half by the column.
+        raise ValueError(
+            f"hidden_size {config.hidden_size} cannot be divided into {config.num_attention_heads} heads"
+            " whose number of channels is a multiple of four"
+        )
     return config

@@ -1,17 +1,19 @@
-"""Hunyuan3D-2.1's networks: the flow of shapes and the autoencoder of shapes.
+"""Networks of Hunyuan3D-2.1: the flow model that generates the latents of shapes, and the shape autoencoder.
 
-The flow is a transformer over a set of latent vectors. Skips connect its two halves, and its last blocks use
-mixtures of experts. The encoder maps points on a surface to the set of latents. The decoder is a transformer
-over the set, followed by cross-attention from query points to it, which predicts whether a point is inside.
+The flow model is a transformer over a set of latent tokens. Skip connections join its two halves, and its
+last blocks use mixtures of experts. The encoder maps points on a surface to the set of latents. The decoder
+is a transformer over the set, followed by cross-attention from query points to the set. Its output is
+positive for points inside the shape.
 
-Data lie at t = 1. Written from the published architecture (technical report arXiv:2506.15442); names of
-parameters and settings are those of its checkpoints and config.yaml. With random weights the results equal
-those of the original's own classes (tests/compat).
+Time t is 0 at noise and 1 at data. The code follows the published architecture (technical report
+arXiv:2506.15442), and the names of parameters and settings are those of its checkpoints and config.yaml. With
+the same random weights the outputs equal those of the original's classes (tests/compat).
 
-Shape letters: N samples, T latent tokens, S = T + 1 tokens including that of the time, C channels of a
-latent, W width, L conditioning tokens, E channels of a conditioning token, H heads, D width of a head, X
-experts, k experts per token, P points, M points that are kept, R points per axis of a grid, F frequencies of
-a coordinate.
+Shapes: N samples, T latent tokens, S = T + 1 tokens (the token of the time is added), C channels of a latent,
+    W
+width (channels of a token inside the network), L conditioning tokens, E channels of a conditioning token, H
+heads, D channels of a head, X experts, k experts per token, P points, M points that the encoder attends to, f
+features of a point besides its position, R grid points per axis, F frequencies of a coordinate.
 """
 
 import math
@@ -26,34 +28,36 @@ from torch.utils.checkpoint import checkpoint
 from eg3d_rlhf.core.shapes import check_shape
 from eg3d_rlhf.models.attention import Mlp, attend
 
-EPS = 1e-6  # of all layer norms of the flow
-# torch warns in bfloat16 passes with float32 weights. The norms of q and k then run unfused, with the exact
-# result rounded to bfloat16, as intended.
+EPS = 1e-6  # constant of all norms of the flow model
+# torch warns if inputs are bfloat16 and weights float32. The norms of queries and keys then run unfused.
+# Their result is computed in float32 and rounded to bfloat16, as intended.
 warnings.filterwarnings("ignore", "Mismatch dtype between input and weight", UserWarning)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DenoiserConfig:
-    """Settings of the flow's network: `model.params` of config.yaml.
+    """Settings of the flow model: the section `model.params` of config.yaml.
 
-    The defaults are those of the original's HunYuanDiTPlain. That class ignores unknown names, `mlp_ratio`
-    among them.
+    The defaults are those of the original's class HunYuanDiTPlain. That class ignores the setting
+    `mlp_ratio`, which config.yaml contains.
+
+    Raises: ValueError for settings that Hunyuan3D-2.1 does not use, or that do not fit together.
     """
 
-    input_size: int = 1024  # T, latent tokens
+    input_size: int = 1024  # T, number of latent tokens
     in_channels: int = 4  # C, channels of a latent
-    hidden_size: int = 1024  # W
+    hidden_size: int = 1024  # W, even and a multiple of num_heads
     context_dim: int = 1024  # E, channels of a conditioning token
     depth: int = 24  # number of blocks
-    num_heads: int = 16
-    text_len: int = 257  # L, conditioning tokens
-    qk_norm: bool = False  # normalise queries and keys of each head
-    qkv_bias: bool = True  # whether the layers of queries, keys and values have a bias
-    num_moe_layers: int = 6  # number of last blocks that have a mixture of experts
+    num_heads: int = 16  # H
+    text_len: int = 257  # L, number of conditioning tokens
+    qk_norm: bool = False  # True: queries and keys of each head are normalised
+    qkv_bias: bool = True  # True: the layers of queries, keys and values have a bias
+    num_moe_layers: int = 6  # number of blocks, counted from the last one, that have a mixture of experts
     num_experts: int = 8  # X
-    moe_top_k: int = 2  # k, experts per token
-    # The settings below exist in the original's class, but only the values that Hunyuan3D-2.1 uses are
-    # implemented here.
+    moe_top_k: int = 2  # k, number of experts per token
+    # The settings below exist in the original's class. Only the
+    # values that Hunyuan3D-2.1 uses are implemented.
     norm_type: str = "layer"
     qk_norm_type: str = "rms"
     use_pos_emb: bool = False
@@ -62,7 +66,8 @@ class DenoiserConfig:
     guidance_cond_proj_dim: int | None = None
 
     def __post_init__(self):
-        # Any other value would build another network, so it is rejected with an error.
+        # Any other value would build another network, so it is rejected with an error. The default of
+        # use_attention_pooling is not supported either: config.yaml must set it to false.
         supported = {
             "norm_type": "layer",
             "qk_norm_type": "rms",
@@ -78,8 +83,8 @@ class DenoiserConfig:
         ]
         if unsupported:
             raise ValueError(
-                f"config.yaml, model: Hunyuan3D-2.1 does not use {', '.join(unsupported)}, and other variants"
-                " are not supported. Name the files of Hunyuan3D-2.1."
+                f"config.yaml, model: {', '.join(unsupported)} is not supported, because Hunyuan3D-2.1 does"
+                " not use it. Use the files of Hunyuan3D-2.1."
             )
         sizes = (
             self.input_size,
@@ -97,13 +102,14 @@ class DenoiserConfig:
             or not 1 <= self.moe_top_k <= self.num_experts
         ):
             raise ValueError(
-                f"config.yaml, model: expected sizes >= 1 and heads that divide an even width, got {self}."
-                " Restore the file."
+                "config.yaml, model: all sizes must be >= 1, hidden_size must be even and a multiple of"
+                f" num_heads, and moe_top_k must be at most num_experts, got {self}. Download the file again."
             )
 
 
 class TimeEmbedder(nn.Module):
-    """Sinusoidal embedding of t and two linear layers: [N] -> one token [N, 1, W]."""
+    """Embedding of the time as one token: sines and cosines of t, then two linear layers, [N] -> [N, 1,
+    W]."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -111,30 +117,41 @@ class TimeEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
     def forward(self, t: torch.Tensor) -> torch.Tensor:
-        # t itself is embedded, in 0..1, not 1000 t as in TRELLIS and SAM 3D.
-        half = self.width // 2
-        rates = torch.exp(-math.log(10000) / half * torch.arange(half, dtype=torch.float32, device=t.device))
-        # In float32 also when the network runs in half precision; only the result is rounded.
+        # t itself is embedded, 0..1, and not 1000 t as in TRELLIS and SAM 3D.
+        half_width = self.width // 2
+        indices = torch.arange(half_width, dtype=torch.float32, device=t.device)
+        rates = torch.exp(-math.log(10000) / half_width * indices)  # from 1 to about 1 / 10000
+        # The angles are float32 even if the network is half
+        # precision. Only the sines and cosines are rounded.
         angles = t.float()[:, None] * rates  # [N, W / 2]
-        return self.mlp(torch.cat([angles.sin(), angles.cos()], 1).to(next(self.mlp.parameters()).dtype))[
-            :, None
-        ]
+        embedding = torch.cat([angles.sin(), angles.cos()], 1).to(next(self.mlp.parameters()).dtype)
+        return self.mlp(embedding)[:, None]  # [N, W] -> [N, 1, W]
 
 
 def interleaved(heads: int, *projected: torch.Tensor) -> list[torch.Tensor]:
-    """Concatenate projections [N, S, W] and split them among the heads in turn.
+    """Concatenate projections along the channels, and split the result among the heads.
 
-    Of m projections side by side, head h takes the channels h m D to (h + 1) m D. A head's keys may therefore
-    come from the layer called to_v. Released weights were trained this way.
+    Of m concatenated projections, head h takes the channels h m D to (h + 1) m D and divides them again into
+    m tensors. The keys of a head may therefore come from the layer called to_v. Released weights were trained
+    this way.
 
-    Returns: one tensor [N, S, H, D] per projection.
+    Args:
+        heads: number of heads H.
+        projected: outputs [N, S, W] of m linear layers.
+
+    Returns: m tensors [N, S, H, D].
     """
     # [N, S, m W] -> [N, S, H, m D] -> m times [N, S, H, D]
     return list(torch.cat(projected, -1).unflatten(-1, (heads, -1)).chunk(len(projected), -1))
 
 
 class Attention(nn.Module):
-    """Self-attention over the latent tokens, or cross-attention to the conditioning tokens."""
+    """Self-attention over the latent tokens, or cross-attention from them to the conditioning tokens.
+
+    Args:
+        config: settings of the flow model.
+        context: channels E of a conditioning token for cross-attention; None for self-attention.
+    """
 
     def __init__(self, config: DenoiserConfig, context: int | None = None):
         super().__init__()
@@ -144,17 +161,24 @@ class Attention(nn.Module):
         self.cross = context is not None
         self.to_q = nn.Linear(width, width, bias=bias)
         self.to_k, self.to_v = (nn.Linear(context or width, width, bias=bias) for _ in range(2))
-        size = width // self.heads
+        head_width = width // self.heads  # D
         self.q_norm, self.k_norm = (
-            nn.RMSNorm(size, eps=EPS) if config.qk_norm else nn.Identity() for _ in range(2)
+            nn.RMSNorm(head_width, eps=EPS) if config.qk_norm else nn.Identity() for _ in range(2)
         )
-        # The output layer always has a bias, even without qkv_bias.
+        # As in the original, the output layer has a bias even if qkv_bias is False.
         self.out_proj = nn.Linear(width, width)
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """Attend from x [N, S, W] to y, which is x or conditioning tokens [N, L, E]; returns [N, S, W]."""
+        """Apply the attention.
+
+        Args:
+            x: tokens [N, S, W] that give the queries.
+            y: tokens that give the keys and values: x for self-attention, or conditioning tokens [N, L, E].
+
+        Returns: tokens [N, S, W].
+        """
         if self.cross:
-            # Queries alone are split among the heads as usual; keys and values are interleaved in pairs.
+            # A single projection is split among the heads as usual. Keys and values are interleaved.
             (q,) = interleaved(self.heads, self.to_q(x))
             k, v = interleaved(self.heads, self.to_k(y), self.to_v(y))
         else:
@@ -174,11 +198,16 @@ class Projected(nn.Module):
 
 
 class Expert(nn.Module):
-    """Linear layer, GELU, linear layer, with the parameter names that experts have in the checkpoint."""
+    """Perceptron with the parameter names that experts have in the checkpoint: [..., W] -> [..., W].
+
+    Args:
+        width: number of channels W.
+        inner: number of channels between the two linear layers.
+    """
 
     def __init__(self, width: int, inner: int):
         super().__init__()
-        # The identity stands where the original has dropout, so that the last layer is net.2.
+        # The identity replaces the original's dropout, so that the second linear layer has the name net.2.
         self.net = nn.Sequential(Projected(width, inner), nn.Identity(), nn.Linear(inner, width))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -186,7 +215,13 @@ class Expert(nn.Module):
 
 
 class Gate(nn.Module):
-    """Router of a mixture of experts: the experts of each token, and their weights."""
+    """Router of a mixture of experts, which chooses the experts of each token and weights them.
+
+    Args:
+        width: channels W of a token.
+        experts: number of experts X.
+        top_k: number of experts per token, k.
+    """
 
     def __init__(self, width: int, experts: int, top_k: int):
         super().__init__()
@@ -194,46 +229,56 @@ class Gate(nn.Module):
         self.top_k = top_k
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Route tokens [R, W] to experts.
+        """Choose the experts of tokens x [N S, W].
 
-        Returns: weights [R, k], which need not sum to 1, and the numbers [R, k] of the chosen experts.
-        Differentiable in: the weights.
+        Returns: weights [N S, k] of the chosen experts, which need not sum to 1, and the indices [N S, k] of
+            these experts. The weights are differentiable in x.
         """
-        # The softmax is over all experts, and the k largest are not normalised again.
-        weights, numbers = F.linear(x, self.weight).softmax(-1).topk(self.top_k, -1)
-        return weights, numbers
+        # The softmax is over all experts, and the k largest weights are not normalised again.
+        weights, expert_indices = F.linear(x, self.weight).softmax(-1).topk(self.top_k, -1)
+        return weights, expert_indices
 
 
 class Mixture(nn.Module):
-    """Mixture of experts: k of X routed experts for each token, plus one shared expert for all tokens."""
+    """Mixture of experts: each token uses k of X experts, and all tokens use one shared expert.
+
+    [N, S, W] -> [N, S, W].
+    """
 
     def __init__(self, config: DenoiserConfig):
         super().__init__()
         width = config.hidden_size
-        # Fixed at 4: mlp_ratio has no effect in the original.
+        # The factor is always 4, because mlp_ratio has no effect in the original.
         inner = 4 * config.hidden_size
         self.experts = nn.ModuleList(Expert(width, inner) for _ in range(config.num_experts))
         self.gate = Gate(width, config.num_experts, config.moe_top_k)
         self.shared_experts = Expert(width, inner)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        rows = x.flatten(0, 1)  # [R, W]
-        weights, numbers = self.gate(rows)  # [R, k] each
-        # One expert after the other, each on the tokens that chose it. Gradients flow through routed experts,
-        # whereas the original blocks them in eval mode; it also has a balancing term, which is left out here.
-        total = torch.zeros_like(rows)
-        for number, expert in enumerate(self.experts):
-            # row: tokens that chose this expert; place: 0..k-1, whether as their first choice or a later one
-            row, place = (numbers == number).nonzero(as_tuple=True)
-            total = total.index_add(0, row, (expert(rows[row]) * weights[row, place, None]).to(total.dtype))
+        tokens = x.flatten(0, 1)  # [N S, W]
+        weights, expert_indices = self.gate(tokens)  # [N S, k] each
+        # One expert after the other, each on the tokens that chose it. Gradients flow
+        # through the experts. The original blocks them in eval mode; it also has a loss
+        # that balances the experts, which is not needed here.
+        total = torch.zeros_like(tokens)
+        for expert_index, expert in enumerate(self.experts):
+            # Indices of the tokens that chose this expert, and its rank
+            # 0..k-1 among the choices of each token
+            token_index, rank = (expert_indices == expert_index).nonzero(as_tuple=True)
+            weighted = expert(tokens[token_index]) * weights[token_index, rank, None]
+            total = total.index_add(0, token_index, weighted.to(total.dtype))
         return total.view_as(x) + self.shared_experts(x)
 
 
 class Block(nn.Module):
-    """Transformer block: optional skip, self-attention, cross-attention, then a perceptron or a mixture of
-    experts.
+    """Transformer block: self-attention, cross-attention, then a perceptron or a mixture of experts.
 
-    The time is not modulated in: it is one of the tokens.
+    The time does not modulate the block, because it is one of the tokens.
+
+    Args:
+        config: settings of the flow model.
+        skip: True if the block also takes the output of an earlier block.
+        mixture: True for a mixture of experts, False for a perceptron.
     """
 
     def __init__(self, config: DenoiserConfig, skip: bool, mixture: bool):
@@ -260,12 +305,14 @@ class Block(nn.Module):
         Args:
             x: tokens [N, S, W].
             cond: conditioning tokens [N, L, E].
-            skipped: output [N, S, W] of an earlier block, for blocks with a skip.
-        Returns: [N, S, W].
+            skipped: output [N, S, W] of an earlier block; None for a block without a skip connection.
+
+        Returns: tokens [N, S, W].
         """
         if self.skip:
             assert skipped is not None
-            # Order as trained: the earlier output comes first, and the norm after the linear layer.
+            # The order of the trained weights: the earlier output comes
+            # first, and the norm after the linear layer.
             x = self.skip_norm(self.skip_linear(torch.cat([skipped, x], -1)))
         h = self.norm1(x)
         x = x + self.attn1(h, h)
@@ -275,7 +322,10 @@ class Block(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Norm, then a linear layer to the latent's channels. The token of the time is dropped."""
+    """Norm, then a linear layer to the channels of a latent, [N, S, W] -> [N, T, C].
+
+    The token of the time is dropped.
+    """
 
     def __init__(self, width: int, channels: int):
         super().__init__()
@@ -283,27 +333,28 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(width, channels)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # Token 0 is the time's: [N, S, W] -> [N, T, C]
+        # Token 0 belongs to the time.
         return self.linear(self.norm_final(x)[:, 1:])
 
 
 class Denoiser(nn.Module):
-    """Flow network: predict the velocity towards the data.
+    """Flow model, which predicts the velocity from noise (t = 0) to data (t = 1).
 
-        model(x [N, T, C], t [N] in 0..1 with data at 1, {"main": tokens [N, L, E]}) -> [N, T, C]
+    Usage: velocity = model(x, t, {"main": conditioning}), with latents x [N, T, C], times t [N] in 0..1, and
+    conditioning tokens [N, L, E]. The velocity has the shape of x.
 
-    Differentiable in: everything except t and the choice of experts.
+    Differentiable in: x and the conditioning. The choice of experts has no gradient.
     """
 
     def __init__(self, config: DenoiserConfig):
         super().__init__()
         self.config = config
-        self.recompute = False  # recompute blocks in the backward pass, which needs less memory
+        self.recompute = False  # True: the backward pass computes blocks again, which needs less memory
         self.x_embedder = nn.Linear(config.in_channels, config.hidden_size)
         self.t_embedder = TimeEmbedder(config.hidden_size)
         depth = config.depth
         self.blocks = nn.ModuleList(
-            # The second half takes skips; the last num_moe_layers blocks have experts.
+            # Blocks of the second half have skip connections. The last num_moe_layers blocks have experts.
             Block(config, i > depth // 2, depth - i <= config.num_moe_layers)
             for i in range(depth)
         )
@@ -313,7 +364,7 @@ class Denoiser(nn.Module):
         config = self.config
         cond = contexts["main"]
         # The number of tokens is free here: latents are a set, without positions.
-        check_shape("Denoiser.x", x, ["N", "T", config.in_channels], "Give latents of this model's size.")
+        check_shape("Denoiser.x", x, ["N", "T", config.in_channels], "Use latents of this model.")
         check_shape(
             "Denoiser.contexts['main']",
             cond,
@@ -321,131 +372,150 @@ class Denoiser(nn.Module):
             "Use the image encoder that the model was trained with.",
         )
         dtype = self.x_embedder.weight.dtype
-        # Blocks before the middle keep their output, blocks after it take one.
-        half = config.depth // 2
+        # The outputs of blocks before the middle block are inputs of the blocks after it.
+        middle = config.depth // 2
         # The time is the first token: [N, 1 + T, W]
-        h = torch.cat([self.t_embedder(t), self.x_embedder(x.to(dtype))], 1)
+        tokens = torch.cat([self.t_embedder(t), self.x_embedder(x.to(dtype))], 1)
         cond = cond.to(dtype)
-        kept: list[torch.Tensor] = []
-        for number, block in enumerate(self.blocks):
-            # Last in, first out: the first block after the middle takes the output of the last one before it.
-            args = (h, cond, kept.pop() if number > half else None)
-            h = (
+        skip_outputs: list[torch.Tensor] = []
+        for block_index, block in enumerate(self.blocks):
+            # Last in, first out: the first block after the middle takes
+            # the output of the last block before it.
+            args = (tokens, cond, skip_outputs.pop() if block_index > middle else None)
+            tokens = (
                 checkpoint(block, *args, use_reentrant=False)
                 if self.recompute and torch.is_grad_enabled()
                 else block(*args)
             )
-            if number < half:
-                kept.append(h)
-        # Back to the dtype of the latents, in which the sampler integrates.
-        return self.final_layer(h).to(x.dtype)
+            if block_index < middle:
+                skip_outputs.append(tokens)
+        # The sampler integrates in the dtype of the latents.
+        return self.final_layer(tokens).to(x.dtype)
 
 
-BOUND = 1.01  # half the edge length of the cube on which shapes are evaluated
-CHUNK = 8192  # points that are decoded at a time; bounds the memory
-_MLP = ("c_fc", "c_proj")  # the checkpoint's names of the two layers of a perceptron
+BOUND = 1.01  # half the side of the cube in which shapes are evaluated
+CHUNK = 8192  # number of points that are decoded at a time, which limits the memory
+_MLP = ("c_fc", "c_proj")  # names of the two linear layers of a perceptron in the checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)
 class AutoencoderConfig:
-    """Settings of the autoencoder: `vae.params` of config.yaml, with the defaults of the class ShapeVAE."""
+    """Settings of the autoencoder: the section `vae.params` of config.yaml.
 
-    num_latents: int  # T, latent tokens
+    The defaults are those of the original's class ShapeVAE.
+
+    Raises: ValueError for settings that are not supported or do not fit together.
+    """
+
+    num_latents: int  # T, number of latent tokens
     embed_dim: int  # C, channels of a latent
-    width: int  # W of the autoencoder
-    heads: int  # of every attention
-    num_decoder_layers: int  # self-attention blocks of the decoder
+    width: int  # W of the autoencoder, a multiple of `heads`
+    heads: int  # H, number of heads of every attention
+    num_decoder_layers: int  # number of self-attention blocks of the decoder
     num_freqs: int = 8  # F
-    include_pi: bool = True  # multiply the frequencies by pi
-    qkv_bias: bool = True  # whether the layers of queries, keys and values have a bias
-    qk_norm: bool = False  # normalise queries and keys of each head
-    geo_decoder_mlp_expand_ratio: int = 4  # hidden width of the point decoder's perceptron, in widths
-    geo_decoder_downsample_ratio: int = 1
-    geo_decoder_ln_post: bool = True
-    scale_factor: float = 1.0  # the flow's latents are the autoencoder's multiplied by this
-    num_encoder_layers: int = 8  # self-attention blocks of the encoder
-    use_ln_post: bool = True  # whether the encoder ends with a norm
-    pc_size: int = 5120  # points sampled uniformly on a surface
-    pc_sharpedge_size: int = 5120  # points sampled on its sharp edges
-    # Channels of a point besides its position: 3 for the normal; 4 with a flag for sharp edges.
+    include_pi: bool = True  # True: the frequencies are multiplied by pi
+    qkv_bias: bool = True  # True: the layers of queries, keys and values have a bias
+    qk_norm: bool = False  # True: queries and keys of each head are normalised
+    geo_decoder_mlp_expand_ratio: int = (
+        4  # channels inside the point decoder's perceptron, as a multiple of W
+    )
+    geo_decoder_downsample_ratio: int = 1  # only 1 is supported
+    geo_decoder_ln_post: bool = True  # only True is supported
+    scale_factor: float = 1.0  # factor from the autoencoder's latents to the latents of the flow model
+    num_encoder_layers: int = 8  # number of self-attention blocks of the encoder
+    use_ln_post: bool = True  # True: the encoder ends with a norm; only True is supported
+    pc_size: int = 5120  # number of points that are sampled uniformly on a surface
+    pc_sharpedge_size: int = 5120  # number of points that are sampled on its sharp edges
+    # f, features of a point besides its position: 3 for the normal; 4 with a flag for sharp edges
     point_feats: int = 3
-    downsample_ratio: float = 20  # number of points that are kept per latent token
-    label_type: str = "binary"  # concerns training only, as the next two settings do
+    downsample_ratio: float = 20  # number of points per latent token that the encoder attends to
+    label_type: str = "binary"  # used in the original's training only, as the next two settings
     drop_path_rate: float = 0.0
     ckpt_path: str | None = None
 
     def __post_init__(self):
         if self.geo_decoder_downsample_ratio != 1 or not self.geo_decoder_ln_post:
-            # Both would add or remove layers; no release uses them.
+            # Other values of these settings would add or remove layers. No release uses them.
             raise ValueError(
-                "config.yaml, vae: only geo_decoder_downsample_ratio 1 with geo_decoder_ln_post true is"
-                " supported. Name the files of Hunyuan3D-2.1."
+                "config.yaml, vae: only geo_decoder_downsample_ratio 1 and geo_decoder_ln_post true are"
+                f" supported, got {self.geo_decoder_downsample_ratio} and {self.geo_decoder_ln_post}. Use the"
+                " files of Hunyuan3D-2.1."
             )
-        # pc_sharpedge_size may be 0, as in the release.
-        points = min(self.pc_size, self.pc_sharpedge_size + 1, self.downsample_ratio)
-        if self.point_feats not in (3, 4) or not self.use_ln_post or points < 1:
+        if self.point_feats not in (3, 4) or not self.use_ln_post:
             raise ValueError(
-                f"config.yaml, vae: expected point_feats 3 or 4, use_ln_post true and point counts >= 1, got"
-                f" {self}. Other variants are not supported: restore the file."
+                "config.yaml, vae: only point_feats 3 or 4 and use_ln_post true are supported, got"
+                f" {self.point_feats} and {self.use_ln_post}. Use the files of Hunyuan3D-2.1."
             )
-        least = min(self.num_latents, self.embed_dim, self.heads, self.num_decoder_layers)
-        if least < 1 or self.width % self.heads or self.scale_factor <= 0:
+        # pc_sharpedge_size may be 0, as in the release, hence the 1.
+        if min(self.pc_size, self.pc_sharpedge_size + 1, self.downsample_ratio) < 1:
             raise ValueError(
-                f"config.yaml, vae: expected sizes >= 1 and heads that divide the width, got {self}. Restore"
-                " the file."
+                "config.yaml, vae: pc_size and downsample_ratio must be >= 1 and pc_sharpedge_size >= 0, got"
+                f" {self.pc_size}, {self.downsample_ratio} and {self.pc_sharpedge_size}. Download the file"
+                " again."
+            )
+        smallest_size = min(self.num_latents, self.embed_dim, self.heads, self.num_decoder_layers)
+        if smallest_size < 1 or self.width % self.heads or self.scale_factor <= 0:
+            raise ValueError(
+                "config.yaml, vae: sizes must be >= 1, width must be a multiple of heads, and scale_factor"
+                f" must be > 0, got {self}. Download the file again."
             )
 
 
 class Heads(nn.Module):
-    """Attention with optional layer norms of queries and keys, head by head."""
+    """Attention with optional layer norms of the queries and keys of each head.
+
+    Args:
+        size: channels D of a head.
+        norm: True if queries and keys are normalised.
+    """
 
     def __init__(self, size: int, norm: bool):
         super().__init__()
         self.q_norm, self.k_norm = (nn.LayerNorm(size, eps=1e-6) if norm else nn.Identity() for _ in range(2))
 
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """Attend with q, k, v of [N, S, H, D] each and join the heads: [N, S, W]."""
+        """Attend with queries, keys and values [N, S, H, D] each, and concatenate the heads to [N, S, W]."""
         return attend(self.q_norm(q), self.k_norm(k), v).flatten(2)
 
 
 class SelfAttention(nn.Module):
-    """Self-attention whose queries, keys and values come from one linear layer, head by head."""
+    """Self-attention over tokens [N, S, W] with one linear layer for queries, keys and values."""
 
     def __init__(self, config: AutoencoderConfig):
         super().__init__()
         self.heads = config.heads
         width = config.width
-        # [3 W, W]; split per head in `forward`
         self.c_qkv = nn.Linear(width, 3 * width, bias=config.qkv_bias)
         self.c_proj = nn.Linear(width, width)
         self.attention = Heads(width // config.heads, config.qk_norm)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # [N, S, 3 W] -> [N, S, H, 3 D] -> q, k, v: the three are side by side within each head.
-        return self.c_proj(self.attention(*self.c_qkv(x).unflatten(-1, (self.heads, -1)).chunk(3, -1)))
+        # Queries, keys and values are adjacent within each head: [N, S, 3 W] -> [N, S, H, 3 D] -> 3 x [.., D]
+        q, k, v = self.c_qkv(x).unflatten(-1, (self.heads, -1)).chunk(3, -1)
+        return self.c_proj(self.attention(q, k, v))
 
 
 class CrossAttention(nn.Module):
-    """Cross-attention from points to latents."""
+    """Cross-attention from tokens x [N, P, W] to tokens `data` [N, S, W], which returns [N, P, W]."""
 
     def __init__(self, config: AutoencoderConfig):
         super().__init__()
         self.heads = config.heads
         width = config.width
         self.c_q = nn.Linear(width, width, bias=config.qkv_bias)
-        # [2 W, W]; keys and values of a head are adjacent
         self.c_kv = nn.Linear(width, 2 * width, bias=config.qkv_bias)
         self.c_proj = nn.Linear(width, width)
         self.attention = Heads(width // config.heads, config.qk_norm)
 
     def forward(self, x: torch.Tensor, data: torch.Tensor) -> torch.Tensor:
-        # q [N, P, H, D]; kv [N, S, H, 2 D], keys first
-        q, kv = (y.unflatten(-1, (self.heads, -1)) for y in (self.c_q(x), self.c_kv(data)))
-        return self.c_proj(self.attention(q, *kv.chunk(2, -1)))
+        # Keys and values are adjacent within each head, keys first: q [N, P, H, D], kv [N, S, H, 2 D].
+        q, kv = (projected.unflatten(-1, (self.heads, -1)) for projected in (self.c_q(x), self.c_kv(data)))
+        k, v = kv.chunk(2, -1)
+        return self.c_proj(self.attention(q, k, v))
 
 
 class ResidualBlock(nn.Module):
-    """Pre-norm block: self-attention, then a perceptron."""
+    """Pre-norm transformer block over tokens [N, S, W]: self-attention, then a perceptron."""
 
     def __init__(self, config: AutoencoderConfig):
         super().__init__()
@@ -459,7 +529,12 @@ class ResidualBlock(nn.Module):
 
 
 class CrossBlock(nn.Module):
-    """Pre-norm block: cross-attention from points x to latents `data`, then a perceptron."""
+    """Pre-norm transformer block: cross-attention from tokens x to tokens `data`, then a perceptron.
+
+    Args:
+        config: settings of the autoencoder.
+        expand: channels inside the perceptron, as a multiple of W.
+    """
 
     def __init__(self, config: AutoencoderConfig, expand: int):
         super().__init__()
@@ -473,39 +548,58 @@ class CrossBlock(nn.Module):
 
 
 def embedded(points: torch.Tensor, config: AutoencoderConfig) -> torch.Tensor:
-    """Embed positions [..., 3] by themselves and the sines and cosines of 2^j times each coordinate.
+    """Embed positions as Fourier features: the coordinates, and sines and cosines of 2^j times each
+    coordinate.
 
-    Returns: [..., 3 (2 F + 1)]; with include_pi the frequencies are 2^j pi.
+    With the setting include_pi, the factors are 2^j pi. j runs from 0 to F - 1.
+
+    Args:
+        points: positions [..., 3].
+        config: settings of the autoencoder.
+
+    Returns: features [..., 3 (2 F + 1)].
     """
     rates = 2.0 ** torch.arange(config.num_freqs, dtype=torch.float32, device=points.device) * (
         torch.pi if config.include_pi else 1
     )
-    # Coordinate by coordinate: all F angles of x, then of y, then of z.
+    # The order of the trained weights: all F angles of x, then of y, then of z.
     angles = (points[..., None] * rates).flatten(-2)  # [..., 3 F]
     return torch.cat([points, angles.sin(), angles.cos()], -1)
 
 
 class PointDecoder(nn.Module):
-    """Decode points and latents to a scalar per point, positive inside the shape."""
+    """Decoder of query points: it computes a value per point that is positive inside the shape."""
 
     def __init__(self, config: AutoencoderConfig):
         super().__init__()
         self.config = config
         self.query_proj = nn.Linear(3 * (2 * config.num_freqs + 1), config.width)  # input of `embedded`
         self.cross_attn_decoder = CrossBlock(config, config.geo_decoder_mlp_expand_ratio)
-        # torch's default eps of 1e-5 here, unlike 1e-6 in the blocks.
+        # The original uses torch's default constant 1e-5 here, and 1e-6 in the blocks.
         self.ln_post = nn.LayerNorm(config.width)
         self.output_proj = nn.Linear(config.width, 1)
 
     def forward(self, points: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-        """Decode points [N, P, 3] with latents [N, T, W] to values [N, P]."""
-        x = self.cross_attn_decoder(self.query_proj(embedded(points, self.config).to(latents.dtype)), latents)
-        # [N, P, 1] -> [N, P]
-        return self.output_proj(self.ln_post(x))[..., 0]
+        """Compute the values of query points.
+
+        Args:
+            points: query points [N, P, 3].
+            latents: decoded latents [N, T, W], the output of `ShapeDecoder.forward`.
+
+        Returns: values [N, P], positive inside the shape.
+        """
+        queries = self.query_proj(embedded(points, self.config).to(latents.dtype))
+        x = self.cross_attn_decoder(queries, latents)
+        return self.output_proj(self.ln_post(x))[..., 0]  # [N, P, 1] -> [N, P]
 
 
 class Transformer(nn.Module):
-    """A sequence of residual blocks."""
+    """Sequence of residual blocks over tokens [N, S, W].
+
+    Args:
+        config: settings of the autoencoder.
+        layers: number of blocks.
+    """
 
     def __init__(self, config: AutoencoderConfig, layers: int):
         super().__init__()
@@ -518,71 +612,86 @@ class Transformer(nn.Module):
 
 
 class ShapeDecoder(nn.Module):
-    """The half of the autoencoder that decodes latents to shapes."""
+    """Decoder of the autoencoder, from latents to shapes."""
 
     def __init__(self, config: AutoencoderConfig):
         super().__init__()
         self.config = config
-        # Counterpart of the encoder's pre_kl: from latent channels to the width.
+        # Linear layer from C to W channels, the counterpart of pre_kl in the encoder
         self.post_kl = nn.Linear(config.embed_dim, config.width)
         self.transformer = Transformer(config, config.num_decoder_layers)
         self.geo_decoder = PointDecoder(config)
 
     def forward(self, latents: torch.Tensor) -> torch.Tensor:
-        """Transform latents in the flow's scale [N, T, C] to the features [N, T, W] that the point decoder
-        reads.
+        """Compute the features [N, T, W] that `geo_decoder` needs from latents [N, T, C].
+
+        The latents have the scale of the flow model.
         """
         return self.transformer(self.post_kl(latents / self.config.scale_factor))
 
     @torch.no_grad()
     def slab(self, decoded: torch.Tensor, axis: torch.Tensor, x: slice) -> torch.Tensor:
-        """Evaluate one shape on a slice of a regular grid.
+        """Evaluate one shape on consecutive planes of a regular grid.
 
         Args:
-            decoded: what `forward` returned for the shape, [1, T, W].
-            axis: coordinates of the grid along each axis, [R].
-            x: the slice along the first axis.
-        Returns: values at the product of axis[x], axis and axis, [len(axis[x]), R, R], on the CPU.
+            decoded: output of `forward` for the shape, [1, T, W].
+            axis: coordinates [R] of the grid points, equal for all three axes.
+            x: slice of `axis` that selects the planes.
+
+        Returns: float32 values [len(axis[x]), R, R] on the CPU, positive inside the shape. Entry [i, j, k]
+            belongs to the point (axis[x][i], axis[j], axis[k]).
         """
         side = len(axis)
-        planes = len(axis[x])
-        numbers = []
-        # Flat numbers of grid points, the last axis fastest; each chunk is decoded and moved to the CPU.
-        for chunk in torch.arange(planes * side**2, device=axis.device).split(CHUNK):
-            places = (axis[x][chunk // side**2], axis[chunk // side % side], axis[chunk % side])
-            numbers.append(self.geo_decoder(torch.stack(places, 1)[None], decoded)[0].float().cpu())
-        return torch.cat(numbers).view(planes, side, side)
+        plane_count = len(axis[x])
+        value_chunks = []
+        # Grid points are numbered with the last axis fastest. Moving
+        # each chunk to the CPU limits the device's memory.
+        for indices in torch.arange(plane_count * side**2, device=axis.device).split(CHUNK):
+            coordinates = (axis[x][indices // side**2], axis[indices // side % side], axis[indices % side])
+            points = torch.stack(coordinates, 1)[None]  # [1, points of the chunk, 3]
+            value_chunks.append(self.geo_decoder(points, decoded)[0].float().cpu())
+        return torch.cat(value_chunks).view(plane_count, side, side)
 
 
-# The encoder: points on a surface -> latents.
+# The encoder maps points on a surface to latents.
 
 
 class PointEncoder(nn.Module):
-    """Encode query points and data points to features [N, T, W]."""
+    """Encoder of query points that attend to other points of the surface, which returns features [N, T,
+    W]."""
 
     def __init__(self, config: AutoencoderConfig):
         super().__init__()
         self.config = config
-        # Embedded position, normal, and perhaps the flag of a sharp edge.
+        # Inputs: the embedded position and the f features of a point, see `AutoencoderConfig.point_feats`
         self.input_proj = nn.Linear(3 * (2 * config.num_freqs + 1) + config.point_feats, config.width)
         self.cross_attn = CrossBlock(config, 4)
         self.self_attn = Transformer(config, config.num_encoder_layers)
         self.ln_post = nn.LayerNorm(config.width)
 
     def forward(self, queries: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
-        """Encode queries [N, T, 3 + f] that attend to points [N, M, 3 + f].
+        """Encode a surface.
 
-        The channels are the position, the normal and, where the config has it, the flag of a sharp edge.
+        The channels of a point are its position, its normal and, if point_feats is 4, the flag of a sharp
+        edge.
+
+        Args:
+            queries: query points [N, T, 3 + f].
+            points: points [N, M, 3 + f] to which the queries attend.
+
+        Returns: features [N, T, W].
         """
-        # Positions are embedded; normals and the flag enter as they are.
-        features = [torch.cat([embedded(x[..., :3], self.config), x[..., 3:]], -1) for x in (queries, points)]
-        # One input layer serves queries and points alike.
-        projected = [self.input_proj(x.to(self.input_proj.weight)) for x in features]
+        projected = []
+        # Queries and points use the same input layer.
+        for x in (queries, points):
+            # The first three channels are the position, which is embedded. The features are not.
+            features = torch.cat([embedded(x[..., :3], self.config), x[..., 3:]], -1)
+            projected.append(self.input_proj(features.to(self.input_proj.weight)))
         return self.ln_post(self.self_attn(self.cross_attn(*projected)))
 
 
 class ShapeEncoder(nn.Module):
-    """The half of the autoencoder that encodes points on a surface to latents."""
+    """Encoder of the autoencoder, from points on a surface to latents."""
 
     def __init__(self, config: AutoencoderConfig):
         super().__init__()
@@ -591,57 +700,79 @@ class ShapeEncoder(nn.Module):
         self.pre_kl = nn.Linear(config.width, 2 * config.embed_dim)
 
     def forward(self, queries: torch.Tensor, points: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Compute mean and log-variance of the latents, [N, T, C] each, in the autoencoder's scale."""
+        """Compute the mean and the log-variance of the latents, [N, T, C] each, in the autoencoder's scale.
+
+        Args:
+            queries: query points [N, T, 3 + f], see `PointEncoder.forward`.
+            points: points [N, M, 3 + f].
+        """
         # [N, T, 2 C] -> [N, T, C] each
         mean, logvar = self.pre_kl(self.encoder(queries, points)).chunk(2, -1)
+        # The limits of the original; they keep exp(logvar) finite.
         return mean, logvar.clamp(-30, 20)
 
     @torch.no_grad()
     def latents(self, surface: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
-        """Encode a surface to the mean latent [T, C] in the flow's scale.
+        """Encode a surface as the mean [T, C] of its latents, in the scale of the flow model.
 
         Args:
-            surface: points [P, 3 + f], those on sharp edges last.
-            draw: random generator that chooses the points that are kept.
+            surface: points [P, 3 + f]: first pc_size uniform points, then pc_sharpedge_size points on edges.
+            draw: random generator that chooses the points to encode.
         """
-        # The choice is made on the CPU, so that it does not depend on the device.
+        # The points are chosen on the CPU, so that the choice does not depend on the device.
         device = self.pre_kl.weight.device
         queries, points = (x.to(device)[None] for x in chosen(surface.cpu(), self.config, draw))
-        # The mean of the first and only sample, scaled as the flow expects it.
+        # First index: the mean and not the log-variance. Second index: the only surface of the batch.
         return self(queries, points)[0][0] * self.config.scale_factor
 
 
 def chosen(
     surface: torch.Tensor, config: AutoencoderConfig, draw: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Choose query points [T, 3 + f] and data points [M, 3 + f] of a surface.
+    """Choose the query points and the points that they attend to, from the points of a surface.
 
-    Uniform points and points on sharp edges each supply their share.
+    Uniform points and points on sharp edges are chosen separately, in proportion to their numbers.
+
+    Args:
+        surface: points [P, 3 + f]: first pc_size uniform points, then pc_sharpedge_size points on edges.
+        config: settings of the autoencoder.
+        draw: random generator on the CPU.
+
+    Returns: query points [T, 3 + f], and points [M, 3 + f] to which they attend.
     """
-    # points on sharp edges are the last ones
-    parts = surface.split([config.pc_size, config.pc_sharpedge_size])
+    point_sets = surface.split([config.pc_size, config.pc_sharpedge_size])
     queries = []
-    kept = []
-    for part in parts:
-        share = len(part) / len(surface) * config.num_latents  # queries of this part, not yet whole
-        subset = part[torch.randperm(len(part), generator=draw)[: int(share * config.downsample_ratio)]]
-        # The 1e-6 keeps a share that is whole but for rounding from gaining a query.
-        queries.append(subset[farthest(subset[:, :3], math.ceil(share - 1e-6), draw)])
-        kept.append(subset)
-    return torch.cat(queries), torch.cat(kept)
+    attended_points = []
+    for points in point_sets:
+        # Number of query points of this set, before it is rounded up
+        query_count = len(points) / len(surface) * config.num_latents
+        subset_size = int(query_count * config.downsample_ratio)
+        subset = points[torch.randperm(len(points), generator=draw)[:subset_size]]
+        # Without the 1e-6, an integer with a rounding error above it would be rounded up to the next integer.
+        queries.append(subset[farthest(subset[:, :3], math.ceil(query_count - 1e-6), draw)])
+        attended_points.append(subset)
+    return torch.cat(queries), torch.cat(attended_points)
 
 
 def farthest(points: torch.Tensor, count: int, draw: torch.Generator) -> torch.Tensor:
-    """Choose `count` of the points [P, 3] by farthest point sampling; the first one is random.
+    """Choose points by farthest point sampling.
 
-    Returns: their numbers [count], each point the farthest from all those before it.
+    The first point is random. Each further point is the one that is farthest from all points chosen before.
+
+    Args:
+        points: points [P, 3].
+        count: number of points to choose.
+        draw: random generator on the CPU.
+
+    Returns: the indices [count] of the chosen points.
     """
-    numbers = torch.zeros(count, dtype=torch.int64)
+    indices = torch.zeros(count, dtype=torch.int64)
     if count:
-        numbers[0] = torch.randint(len(points), (), generator=draw)
-    # Squared distance of every point to the nearest chosen one, updated after each choice.
-    nearest = torch.full([len(points)], torch.inf)
+        indices[0] = torch.randint(len(points), (), generator=draw)
+    # Squared distance of every point to the nearest chosen point, updated after each choice
+    nearest_squared = torch.full([len(points)], torch.inf)
     for i in range(1, count):
-        nearest = torch.minimum(nearest, (points - points[numbers[i - 1]]).square().sum(1))
-        numbers[i] = nearest.argmax()
-    return numbers
+        squared_distances = (points - points[indices[i - 1]]).square().sum(1)
+        nearest_squared = torch.minimum(nearest_squared, squared_distances)
+        indices[i] = nearest_squared.argmax()
+    return indices

@@ -1,14 +1,16 @@
-"""Image preprocessing of published shape generators: cropping, background and resizing as in training.
+"""Image preprocessing of published shape generators: cropping, background and resizing as in their training.
 
-Resizing reproduces the library that each generator was trained with: OpenCV's methods in plain numpy,
-Pillow's and torch's by these libraries themselves.
+The functions repeat the published preprocessing exactly, including its rounding. Resizing as in OpenCV is
+written in numpy here. Resizing as in Pillow and torch uses these libraries.
 
-    on_white        Hunyuan3D-2.1: centred on a white square; OpenCV
-    on_black        TRELLIS and TRELLIS.2: on a black square around the object; Pillow
-    object_inputs   SAM 3D Objects: cropped around a soft mask and uncropped, with a point map; torch
+    on_white        for Hunyuan3D-2.1: places the object in the centre of a white square; resizes as OpenCV
+    on_black        for TRELLIS and TRELLIS.2: places the object on a black square; resizes with Pillow
+    object_inputs   for SAM 3D Objects: returns the image cropped around a mask and uncropped, and a point
+                    map; resizes with torch
 
-Shape letters: h, w rows and columns of an image, n pixels along an axis before resizing, m pixels after it,
-s pixels per side of a square.
+Shapes: h rows and w columns of an image, C channels, n pixels along an axis before resizing and m pixels
+    after
+it, s pixels per side of a square.
 """
 
 from collections.abc import Callable
@@ -26,20 +28,25 @@ OPAQUE = 204  # alpha above which TRELLIS counts a pixel as part of the object: 
 
 
 def read_cut_out(path: Path, cut: Callable[[Image.Image], Result]) -> Result:
-    """Read an image with a transparent background as RGBA and apply `cut` to it.
+    """Read an image with a transparent background and apply a function to it.
 
     Palette and grey images with transparency are accepted, too.
 
-    Raises: ValueError with the file's name for an image without transparency, or if `cut` raises one.
+    Args:
+        path: image file.
+        cut: function of the image as RGBA; its result is returned.
+
+    Raises: ValueError that begins with the path if the image is opaque, or if `cut` raises ValueError.
     """
     with Image.open(path) as image:
         mode = image.mode
         rgba = image.convert("RGBA")
     try:
-        # An alpha that is 255 everywhere is no mask: the whole frame would be taken for the object.
+        # Alpha is the mask of the object. If its smallest value is
+        # 255, the complete image would be the object.
         if rgba.getchannel("A").getextrema()[0] == 255:
             raise ValueError(
-                f"expected a transparent background, got an opaque image ({mode}). Remove the background"
+                f"the image must have a transparent background, but is opaque ({mode}). Remove its background"
                 " first."
             )
         return cut(rgba)
@@ -51,120 +58,160 @@ def read_cut_out(path: Path, cut: Callable[[Image.Image], Result]) -> Result:
 # along rows, then along columns, rounded as OpenCV's arithmetic rounds.
 
 
-# Per tap: the source pixels [m] that the m target pixels read, and their weights [m].
+# Each target pixel is a sum over a fixed number of taps. Each entry of the list is one tap: the source pixels
+# [m] that the m target pixels read, and their weights [m].
 Taps = list[tuple[np.ndarray, np.ndarray]]
 
 
 def opencv(pixels: np.ndarray, size: tuple[int, int], how: str) -> np.ndarray:
-    """Resize bytes [h, w, ...] to another size (h, w) as OpenCV does, with differences of at most 1 of 255.
+    """Resize an image as OpenCV does. Values differ from OpenCV's by at most 1 of 255.
 
-    Args: how: "area"; "cubic", whose kernel is not widened when an image shrinks, so that it aliases;
-        "nearest".
+    Args:
+        pixels: bytes [h, w, ...].
+        size: rows and columns of the result.
+        how: interpolation, "area", "cubic" or "nearest". The kernel of "cubic" is not widened when an image
+            shrinks, so the result has aliasing.
     """
     height, width = pixels.shape[:2]
     rows, columns = size
-    # OpenCV copies where the size does not change; its formulas would not be exact.
+    # OpenCV copies an image whose size does not change. The formulas below would round.
     if (height, width) == size:
         return pixels.copy()
     if how == "nearest":
-        return pixels[_kept(height, rows)[:, None], _kept(width, columns)]
+        return pixels[_nearest_pixels(height, rows)[:, None], _nearest_pixels(width, columns)]
     if how == "area" and (rows > height or columns > width):
-        # OpenCV's "area" is another formula as soon as one side grows, and then for both axes.
-        return _grown(pixels, _edges(height, rows), _edges(width, columns))
-    taps, kind = (_area, np.float32) if how == "area" else (_cubic, np.float32)
-    values = _weighted(pixels.astype(kind), taps(width, columns), 1)
-    # Rounded once at the end, as in OpenCV; float32 in between.
-    return np.rint(_weighted(values, taps(height, rows), 0)).clip(0, 255).astype(np.uint8)
+        # If at least one side grows, OpenCV uses another formula for "area", along both axes.
+        return _enlarge_by_area(pixels, _area_enlarging(height, rows), _area_enlarging(width, columns))
+    taps = _area_shrinking if how == "area" else _cubic
+    row_sums = _weighted_sum(pixels.astype(np.float32), taps(width, columns), 1)
+    # As in OpenCV, values stay float32 until the end and are rounded once.
+    return np.rint(_weighted_sum(row_sums, taps(height, rows), 0)).clip(0, 255).astype(np.uint8)
 
 
-def _weighted(values: np.ndarray, taps: Taps, axis: int) -> np.ndarray:
-    """Sum source pixels with their weights along one axis."""
-    # the weights' shape, which broadcasts along `axis`
+def _weighted_sum(values: np.ndarray, taps: Taps, axis: int) -> np.ndarray:
+    """Sum source pixels with their weights along one axis.
+
+    Args:
+        values: source pixels with n entries along `axis`.
+        taps: source pixels and weights of the m target pixels.
+        axis: axis to resize.
+
+    Returns: target pixels, with m entries along `axis`.
+    """
+    # Shape in which the weights [m] broadcast along `axis`
     shape = [-1 if i == axis else 1 for i in range(values.ndim)]
     total = np.zeros((), values.dtype)
     for pixel, weight in taps:
-        # Summed tap by tap, in this order, so that rounding is that of the original.
+        # The order of the sum is that of the original, so that the rounding is the same.
         total = total + values.take(pixel, axis) * weight.astype(values.dtype).reshape(shape)
     return total
 
 
 def _step(n: int, m: int) -> float:
-    """Return the number of source pixels per target pixel."""
+    """Return the number of source pixels per target pixel, for n source pixels and m target pixels."""
     return 1 / (m / n)  # OpenCV's order of operations: n / m selects other pixels in rare cases
 
 
-def _kept(n: int, m: int) -> np.ndarray:
+def _nearest_pixels(n: int, m: int) -> np.ndarray:
     """Return the source pixel [m] of each target pixel for nearest-neighbour resizing."""
     return np.floor(np.arange(m) * _step(n, m)).astype(int).clip(max=n - 1)
 
 
-def _area(n: int, m: int) -> Taps:
-    """Weigh each source pixel by the part of it that a target pixel covers; overlaps below 1/1000 are
-    ignored.
+def _area_shrinking(n: int, m: int) -> Taps:
+    """Return the taps of "area" for an axis that shrinks from n to m pixels.
+
+    A source pixel is weighted by the part of it that the target pixel covers. Parts below 1/1000 are ignored,
+    as in OpenCV.
     """
+    # A target pixel covers the interval [low, high) of the source axis.
     low = np.arange(m) * _step(n, m)
     high = np.minimum(low + _step(n, m), n)
     taps = []
     # A target pixel overlaps at most this many source pixels.
     for k in range(int(_step(n, m)) + 2):
         pixel = np.floor(low).astype(int) + k
-        # A target pixel covers the interval [low, high) of the source axis.
         overlap = np.minimum(high, pixel + 1) - np.maximum(low, pixel)
+        # Beyond the border the overlap is 0, so any valid pixel can be read there.
         taps.append((pixel.clip(max=n - 1), np.where(overlap > 1e-3, overlap, 0) / (high - low)))
     return taps
 
 
 def _cubic(n: int, m: int) -> Taps:
-    """Weigh four source pixels by Keys' kernel with a = -0.75; positions beyond the border are clamped."""
-    # Centres of the target pixels in source coordinates.
-    place = (np.arange(m) + 0.5) * _step(n, m) - 0.5
-    left = np.floor(place).astype(int)
+    """Return the taps of "cubic" for an axis of n source pixels and m target pixels.
+
+    Each target pixel is a sum of four source pixels, weighted by the kernel of Keys 1981, "Cubic convolution
+    interpolation", with a = -0.75. Positions beyond the border read the pixel at the border.
+    """
+    # Centres of the target pixels in source coordinates
+    position = (np.arange(m) + 0.5) * _step(n, m) - 0.5
+    left_pixel = np.floor(position).astype(int)
     a = -0.75
 
     def weight(x: np.ndarray) -> np.ndarray:
-        # Keys 1981: one cubic for distances up to 1, another for 1 to 2.
-        near = ((a + 2) * x - (a + 3)) * x * x + 1
-        far = ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
-        return np.where(x <= 1, near, far)
+        # Keys 1981: one cubic polynomial for distances up to 1, another one for distances from 1 to 2.
+        inner = ((a + 2) * x - (a + 3)) * x * x + 1
+        outer = ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
+        return np.where(x <= 1, inner, outer)
 
-    # Four taps; their weights sum to 1.
-    return [((left + k).clip(0, n - 1), weight(np.abs(place - left - k))) for k in (-1, 0, 1, 2)]
+    # Two pixels on each side of the position; their weights sum to 1.
+    return [
+        ((left_pixel + k).clip(0, n - 1), weight(np.abs(position - left_pixel - k))) for k in (-1, 0, 1, 2)
+    ]
 
 
-def _edges(n: int, m: int) -> Taps:
-    """Weigh two source pixels where "area" enlarges a side: linear, but measured from a pixel's edge, not its
-    centre.
+def _area_enlarging(n: int, m: int) -> Taps:
+    """Return the taps of "area" for an axis of an image of which a side grows.
 
-    The weights are integers in units of 1/2048, as in OpenCV's fixed-point arithmetic.
+    As in OpenCV, this is a linear interpolation in which positions are measured from the edge of a pixel and
+    not from its centre. The weights are integers in units of 1/2048, for fixed-point arithmetic.
     """
-    target = np.arange(m)
-    left = np.floor(target * _step(n, m)).astype(int)
-    share = (target + 1) - (left + 1) * (m / n)
-    # At the last pixel there is no right neighbour, so the share is 0.
-    share = np.where((share <= 0) | (left >= n - 1), 0.0, share - np.floor(share)).astype(np.float32)
-    parts = ((left.clip(max=n - 1), 1 - share), ((left + 1).clip(max=n - 1), share))
-    return [(pixel, np.rint(part * np.float32(2048)).astype(np.int64)) for pixel, part in parts]
+    target_pixel = np.arange(m)
+    left_pixel = np.floor(target_pixel * _step(n, m)).astype(int)
+    right_share = (target_pixel + 1) - (left_pixel + 1) * (m / n)
+    # At the last pixel there is no right neighbour, so its share is 0.
+    right_share = np.where(
+        (right_share <= 0) | (left_pixel >= n - 1), 0.0, right_share - np.floor(right_share)
+    ).astype(np.float32)
+    taps = (
+        (left_pixel.clip(max=n - 1), 1 - right_share),
+        ((left_pixel + 1).clip(max=n - 1), right_share),
+    )
+    return [(pixel, np.rint(weight * np.float32(2048)).astype(np.int64)) for pixel, weight in taps]
 
 
-def _grown(pixels: np.ndarray, rows: Taps, columns: Taps) -> np.ndarray:
-    """Enlarge bytes in integer arithmetic, with truncation at the two places where OpenCV truncates."""
-    # Weights are in 1/2048 (11 bits). Shifts by 4, 16 and 2 remove the 22 bits of both axes.
-    wide = _weighted(pixels.astype(np.int64), columns, 1) >> 4
-    shape = (-1, *[1] * (pixels.ndim - 1))
-    (first, share), (second, rest) = rows
-    tall = (wide[first] * share.reshape(shape) >> 16) + (wide[second] * rest.reshape(shape) >> 16)
-    return ((tall + 2) >> 2).clip(0, 255).astype(np.uint8)
+def _enlarge_by_area(pixels: np.ndarray, row_taps: Taps, column_taps: Taps) -> np.ndarray:
+    """Enlarge an image of bytes in integer arithmetic, with the intermediate roundings of OpenCV.
+
+    Args:
+        pixels: bytes [h, w, ...].
+        row_taps: taps along the rows' axis, see `_area_enlarging`.
+        column_taps: taps along the columns' axis.
+    """
+    # Weights are in units of 1/2048 (11 bits). The shifts by 4, 16 and 2 remove the 22 bits of both axes.
+    widened = _weighted_sum(pixels.astype(np.int64), column_taps, 1) >> 4
+    shape = (-1, *[1] * (pixels.ndim - 1))  # shape in which the weights broadcast along the rows' axis
+    (upper_row, upper_weight), (lower_row, lower_weight) = row_taps
+    upper_part = widened[upper_row] * upper_weight.reshape(shape) >> 16
+    lower_part = widened[lower_row] * lower_weight.reshape(shape) >> 16
+    # Adding 2 before the shift by 2 rounds to the nearest integer.
+    return ((upper_part + lower_part + 2) >> 2).clip(0, 255).astype(np.uint8)
 
 
 def short_side(x: torch.Tensor, size: int) -> torch.Tensor:
-    """Resize images [N, C, h, w] to a short side of `size` pixels and crop the centre: [N, C, size, size].
+    """Resize images so that their shorter side has `size` pixels, and crop the centre.
 
-    Bilinear; antialiased when the image shrinks.
+    The interpolation is bilinear, with antialiasing when the image shrinks.
+
+    Args:
+        x: images [N, C, h, w].
+        size: pixels per side of the result.
+
+    Returns: images [N, C, size, size].
     """
     height, width = x.shape[-2:]
-    # The long side is truncated to whole pixels, as torchvision does.
-    long = size * max(height, width) // min(height, width)
-    target = (long, size) if height > width else (size, long)
+    # The longer side is rounded down, as in torchvision.
+    longer_side = size * max(height, width) // min(height, width)
+    target = (longer_side, size) if height > width else (size, longer_side)
     x = F.interpolate(x, size=target, mode="bilinear", antialias=True) if (height, width) != target else x
     top, left = (round((side - size) / 2) for side in target)
     return x[..., top : top + size, left : left + size]
@@ -174,47 +221,61 @@ def short_side(x: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def on_white(image: Image.Image, size: int, border: float) -> tuple[np.ndarray, np.ndarray]:
-    """Centre the object on a white square, as Hunyuan3D-2.1's ImageProcessorV2 does.
+    """Place the object in the centre of a white square, as Hunyuan3D-2.1's ImageProcessorV2 does.
 
     The object is the bounding box of all pixels that are not fully transparent.
 
     Args:
+        image: RGBA image.
         size: pixels per side of the result.
-        border: share of the square's side that stays free.
-    Returns: bytes [size, size, 3] and the mask [size, size].
-    Raises: ValueError for an image that shows no more than one row or column.
+        border: share of the square's side that stays free around the object, 0..1.
+
+    Returns: the image, bytes [size, size, 3], and the mask of the object, bytes [size, size].
+    Raises: ValueError if the object has no more than one row or column.
     """
     square = framed(np.asarray(image), border)
-    # The mask is taken from alpha and resized without interpolation.
+    # The mask is the alpha channel, resized without interpolation.
     return opencv(over_white(square), (size, size), "cubic"), opencv(square[..., 3], (size, size), "nearest")
 
 
 def framed(pixels: np.ndarray, border: float) -> np.ndarray:
-    """Place the object of bytes [h, w, 4] in a square [s, s, 4], where s is the longer side of the image.
+    """Place the object of an image in the centre of a transparent square.
 
-    Its box fills 1 - border of the square. As in the original, the box's last row and column are lost.
+    The longer side of the object fills the share 1 - border of the square. As in the original, the last row
+    and the last column of the object are lost.
+
+    Args:
+        pixels: RGBA bytes [h, w, 4].
+        border: share of the square's side that stays free around the object, 0..1.
+
+    Returns: RGBA bytes [s, s, 4], where s is the longer side of the image.
+    Raises: ValueError if the object has no more than one row or column.
     """
     rows, columns = (np.flatnonzero(pixels[..., 3].any(axis)) for axis in (1, 0))
-    # Last minus first, without + 1: this is what loses a row and a column.
-    height, width = (int(places[-1] - places[0]) if len(places) else 0 for places in (rows, columns))
-    # The square is as large as the image's longer side, not as the object.
+    # Last index minus first index, without + 1: this loses a row and a column, as in the original.
+    height, width = (int(indices[-1] - indices[0]) if len(indices) else 0 for indices in (rows, columns))
+    # The square is as large as the longer side of the image, not of the object.
     side = max(pixels.shape[:2])
     scale = int(side * (1 - border)) / max(height, width, 1)  # magnification of the object
     size = int(height * scale), int(width * scale)
     if min(size) < 1:
-        raise ValueError("expected an object larger than one pixel, got a smaller one. Choose another image.")
-    # All four channels are resized alike, so colours of transparent pixels blend in at the edges.
-    part = opencv(pixels[rows[0] : rows[0] + height, columns[0] : columns[0] + width], size, "area")
+        raise ValueError(
+            f"the object must be larger than one pixel, but has {height} x {width} (rows x columns). Choose"
+            " another image."
+        )
+    # All four channels are resized alike, as in the original. Colours of transparent pixels therefore
+    # influence the pixels at the edge of the object.
+    object_pixels = opencv(pixels[rows[0] : rows[0] + height, columns[0] : columns[0] + width], size, "area")
     square = np.zeros((side, side, 4), np.uint8)
     top, left = ((side - length) // 2 for length in size)
-    square[top : top + size[0], left : left + size[1]] = part
+    square[top : top + size[0], left : left + size[1]] = object_pixels
     return square
 
 
 def over_white(pixels: np.ndarray) -> np.ndarray:
-    """Blend bytes [h, w, 4] over white: [h, w, 3], rounded down to bytes."""
+    """Blend RGBA bytes [h, w, 4] over a white background, and return bytes [h, w, 3], rounded down."""
     alpha = pixels[..., 3:].astype(np.float32) / 255
-    # In this form and in float32: other orders of the operations lose a count of 255.
+    # The order of operations and float32 are those of the original; others change some values by 1 of 255.
     return (pixels[..., :3] * alpha + 255 * (1 - alpha)).clip(0, 255).astype(np.uint8)
 
 
@@ -222,68 +283,94 @@ def over_white(pixels: np.ndarray) -> np.ndarray:
 
 
 def on_black(image: Image.Image, size: int, margin: float = 1.2) -> torch.Tensor:
-    """Place the object on a black square, as TRELLIS's pipeline does.
+    """Place the object in the centre of a black square, as the pipeline of TRELLIS does.
 
-    With (l, t) and (r, b) the first and the last pixel of opacity above 0.8, the square around their middle
-    has sides of 2 int(k / 2) with k = int(margin max(r - l, b - t)). Its corners are rounded to the
-    nearest pixel, halves to the even one. After resizing by Lanczos, colours are multiplied by opacity and
-    truncated to 8 bits.
+    `squared` crops the square. It is resized by Lanczos, and then colours are multiplied by opacity and
+    rounded down to 8 bits.
 
     Args:
+        image: RGBA image.
         size: pixels per side of the result.
-        margin: side of the square in sides of the object.
-    Returns: [3, size, size] of values 0..1, in steps of 1/255.
-    Raises: ValueError for an image without visible pixels, or with an object of a pixel or two.
+        margin: side of the square, as a multiple of the longer side of the object.
+
+    Returns: an image [3, size, size] of values 0..1, in steps of 1/255.
+    Raises: ValueError if no pixel has an opacity above 0.8, or if the object has no more than two pixels.
     """
-    return _unit(over_black(squared(image, margin).resize((size, size), Image.Resampling.LANCZOS)))
+    square = squared(image, margin).resize((size, size), Image.Resampling.LANCZOS)
+    return _to_tensor(over_black(square))
 
 
 def on_black_first(image: Image.Image, sizes: tuple[int, ...], largest: int = 1024) -> list[torch.Tensor]:
-    """Place the object on a black square, as TRELLIS.2's pipeline does, and resize it to several sizes.
+    """Place the object in the centre of a black square, as the pipeline of TRELLIS.2 does, in several sizes.
 
     In contrast to `on_black` there is no margin, the image is blended over black before it is resized, and
-    its longer side is first reduced to `largest` at most.
+    its longer side is first reduced to `largest` pixels if it is longer.
+
+    Args:
+        image: RGBA image.
+        sizes: pixels per side of each result.
+        largest: largest number of pixels of the longer side of the image.
+
+    Returns: one image [3, size, size] of values 0..1 for each of the sizes.
+    Raises: ValueError as `on_black`.
     """
-    # The order matters: blending after resizing differs by up to 20 counts of 255 at edges.
+    # The order matters: blending after resizing would change edges by up to 20 of 255.
     square = Image.fromarray(over_black(squared(at_most(image, largest), 1.0)))
-    return [_unit(np.asarray(square.resize((size, size), Image.Resampling.LANCZOS))) for size in sizes]
+    return [_to_tensor(np.asarray(square.resize((size, size), Image.Resampling.LANCZOS))) for size in sizes]
 
 
 def at_most(image: Image.Image, largest: int) -> Image.Image:
-    """Shrink an image by Lanczos so that its longer side has at most `largest` pixels."""
+    """Shrink an image by Lanczos so that its longer side has at most `largest` pixels.
+
+    An image that is small enough is returned unchanged.
+    """
     factor = min(1, largest / max(image.size))
     size = int(image.width * factor), int(image.height * factor)
     return image if factor == 1 else image.resize(size, Image.Resampling.LANCZOS)
 
 
 def squared(image: Image.Image, margin: float) -> Image.Image:
-    """Crop the square that `on_black` describes from an RGBA image."""
-    box = image.getchannel("A").point(lambda a: 255 if a > OPAQUE else 0).getbbox()
+    """Crop the square around the object from an RGBA image.
+
+    The object is the box of all pixels with an opacity above 0.8. (l, t) is its first and (r, b) its last
+    pixel. The square has the same centre and sides of 2 int(k / 2) pixels, where k = int(margin max(r - l,
+    b - t)). Its corners are rounded to the nearest pixel, and halves to the even one.
+
+    Args:
+        image: RGBA image.
+        margin: side of the square, as a multiple of the longer side of the object.
+
+    Raises: ValueError if no pixel has an opacity above 0.8, or if the object has no more than two pixels.
+    """
+    box = image.getchannel("A").point(lambda alpha: 255 if alpha > OPAQUE else 0).getbbox()
     if box is None:
-        raise ValueError("the image has no pixel of opacity above 0.8. Choose another image.")
+        raise ValueError("the image has no pixel with an opacity above 0.8. Choose another image.")
     left = box[0]
     top = box[1]
-    # Pillow's box ends one pixel after the last one.
+    # Pillow's box ends one pixel after the last pixel.
     right = box[2] - 1
     bottom = box[3] - 1
-    half = int(max(right - left, bottom - top) * margin) // 2
-    if half < 1:
+    half_side = int(max(right - left, bottom - top) * margin) // 2
+    if half_side < 1:
         raise ValueError(
-            "expected an object larger than two pixels, got a smaller one. Choose another image."
+            f"the object must be larger than two pixels, but has {bottom - top + 1} x {right - left + 1}"
+            " (rows x columns). Choose another image."
         )
     x = (left + right) / 2  # centre of the object, which may lie between two pixels
     y = (top + bottom) / 2
-    # Pillow fills what lies outside the image with transparent black.
-    return image.crop((round(x - half), round(y - half), round(x + half), round(y + half)))
+    # Pillow fills parts of the square outside the image with transparent black.
+    return image.crop(
+        (round(x - half_side), round(y - half_side), round(x + half_side), round(y + half_side))
+    )
 
 
 def over_black(image: Image.Image) -> np.ndarray:
-    """Blend an RGBA image over black: bytes [h, w, 3], rounded down to bytes."""
+    """Blend an RGBA image over a black background, and return bytes [h, w, 3], rounded down."""
     pixels = np.asarray(image).astype(np.float32) / 255
     return (pixels[..., :3] * pixels[..., 3:] * 255).astype(np.uint8)
 
 
-def _unit(pixels: np.ndarray) -> torch.Tensor:
+def _to_tensor(pixels: np.ndarray) -> torch.Tensor:
     """Convert bytes [h, w, 3] to a tensor [3, h, w] of values 0..1."""
     return torch.from_numpy(pixels.astype(np.float32) / 255).permute(2, 0, 1).contiguous()
 
@@ -293,152 +380,181 @@ def _unit(pixels: np.ndarray) -> torch.Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectCut:
-    """Settings of a preprocessor of SAM 3D Objects, as its YAML file states them. The defaults are those
-    published.
-    """
+    """Settings of a preprocessor of SAM 3D Objects, from its YAML file. The defaults are the published
+    values."""
 
-    size: int = 518  # pixels per side
-    box_size_factor: float = 1.2  # side of the crop box, in sides of the mask's bounding box
-    padding_factor: float = 0.0  # padding on every side, in sides of the crop
-    rembg: bool = False  # remove what is outside the mask
-    # Normaliser of the point map: ObjectCentricSSI, SSIPointmapNormalizer or ObjectApparentSizeSSI.
+    size: int = 518  # pixels per side of the results
+    box_size_factor: float = 1.2  # side of the crop, as a multiple of the longer side of the mask's box
+    padding_factor: float = 0.0  # padding on every side, as a multiple of the side of the crop
+    rembg: bool = False  # True: the background, all pixels outside the mask, is removed
+    # Method that normalises the point map: ObjectCentricSSI, SSIPointmapNormalizer or ObjectApparentSizeSSI
     normaliser: str = "ObjectCentricSSI"
-    moments_alone: bool = False  # leave points as they are, but return their scale and shift
-    scene_scale: bool = True  # take the scale over all points and not only over the object's
+    moments_alone: bool = False  # True: points are not normalised, but their scale and shift are returned
+    scene_scale: bool = True  # True: the scale is computed from all points, False: from points on the object
 
 
 def object_inputs(pixels: np.ndarray, points: torch.Tensor | None, cut: ObjectCut) -> dict[str, torch.Tensor]:
-    """Compute the inputs of SAM 3D's embedders for one object, [C, s, s] each.
-
-    `image`, `mask` and `pointmap` are cropped around the mask. `rgb_image`, `rgb_image_mask` and
-    `rgb_pointmap` show the full frame, padded to a square.
+    """Compute the inputs of SAM 3D's image encoders for one object.
 
     Args:
-        pixels: bytes [h, w, 4]. Alpha is the mask; the colours still contain the background.
-        points: point map [h', w', 3] of the same image, x left, y up, z forward; NaN where there is no point.
-            None: no point maps.
-    Returns: the inputs by name; with points also pointmap_scale and pointmap_shift, [3] each: the points
-        became (p - shift) / scale.
-    Raises: ValueError for a mask of less than three rows or columns.
+        pixels: bytes [h, w, 4]. Alpha is the mask of the object; the colours still contain the background.
+        points: point map [h', w', 3] of the same image, with x to the left, y up and z forward. It is NaN
+            where there is no point. None returns no point maps.
+        cut: settings of the preprocessor.
+
+    Returns: tensors [C, s, s] by name. `image`, `mask` and `pointmap` are cropped around the mask.
+        `rgb_image`, `rgb_image_mask` and `rgb_pointmap` show the complete image, padded to a square. If there
+        is a point map, pointmap_scale and pointmap_shift, [3] each, are returned, too: a point p has become
+        (p - shift) / scale.
+    Raises: ValueError if the mask has less than three rows or columns.
     """
-    frame = torch.from_numpy(pixels.astype(np.float32) / 255).permute(2, 0, 1)  # [4, h, w]
-    colours = frame[:3]
-    mask = frame[3:]  # soft: alpha is not cut at a half
-    fitted = None
+    rgba = torch.from_numpy(pixels.astype(np.float32) / 255).permute(2, 0, 1)  # [4, h, w]
+    colours = rgba[:3]
+    mask = rgba[3:]  # [1, h, w], alpha with all its values 0..1
+    normalised_points = None
     inputs = {}
     if points is not None:
-        # The point map is brought to the image's size and normalised before any cropping. [3, h, w]
-        places = F.interpolate(points.float().permute(2, 0, 1)[None], mask.shape[1:], mode="nearest")[0]
-        scale, shift = moments(places, mask[0] > 0.5, cut)
-        unit = 1 / scale[:, None, None]
-        # In this order of operations the result is bitwise that of the original.
-        fitted = places if cut.moments_alone else places * unit - shift[:, None, None] * unit
+        # The point map is resized to the size of the image and normalised before it is cropped. [3, h, w]
+        resized_points = F.interpolate(points.float().permute(2, 0, 1)[None], mask.shape[1:], mode="nearest")[
+            0
+        ]
+        scale, shift = moments(resized_points, mask[0] > 0.5, cut)
+        inverse_scale = 1 / scale[:, None, None]
+        # With this order of operations the result is bitwise that of the original.
+        normalised_points = (
+            resized_points
+            if cut.moments_alone
+            else resized_points * inverse_scale - shift[:, None, None] * inverse_scale
+        )
         inputs = {"pointmap_scale": scale, "pointmap_shift": shift}
     box = box_about(mask[0], cut.box_size_factor)  # top, bottom, left, right
     cropped_colours = _padded(_boxed(colours, box), cut, 0.0)
     cropped_mask = _padded(_boxed(mask, box), cut, 0.0)
     image = cropped_colours * cropped_mask if cut.rembg else cropped_colours
-    inputs |= {"image": _shrunk(image, cut.size), "mask": _kept_pixels(cropped_mask, cut.size)}
     inputs |= {
-        "rgb_image": _shrunk(in_square(colours), cut.size),
-        "rgb_image_mask": _kept_pixels(in_square(mask), cut.size),
+        "image": _resize_bilinear(image, cut.size),
+        "mask": _resize_nearest(cropped_mask, cut.size),
+        "rgb_image": _resize_bilinear(in_square(colours), cut.size),
+        "rgb_image_mask": _resize_nearest(in_square(mask), cut.size),
     }
-    if fitted is not None:
-        # The cropped map is padded by NaN (no point), the full frame by 0 (a valid point), as in training.
-        cropped_points = _padded(_boxed(fitted, box), cut, float("nan"))
+    if normalised_points is not None:
+        # As in the original, the cropped map is padded by NaN (no
+        # point), and the complete map by 0 (a point).
+        cropped_points = _padded(_boxed(normalised_points, box), cut, float("nan"))
         if cut.rembg:
             cropped_points = cropped_points.where(cropped_mask > 0, float("nan"))
         inputs |= {
-            "pointmap": _kept_pixels(cropped_points, cut.size),
-            "rgb_pointmap": _kept_pixels(in_square(fitted), cut.size),
+            "pointmap": _resize_nearest(cropped_points, cut.size),
+            "rgb_pointmap": _resize_nearest(in_square(normalised_points), cut.size),
         }
     return inputs
 
 
 def moments(
-    places: torch.Tensor, on_object: torch.Tensor, cut: ObjectCut
+    points: torch.Tensor, on_object: torch.Tensor, cut: ObjectCut
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute the scale and the shift, [3] each, by which a point map [3, h, w] is normalised.
+    """Compute the scale and the shift by which a point map is normalised.
 
     Medians ignore NaN and take the lower of two middle values.
 
-    Args: on_object: [h, w] bool, True for pixels of the object.
+    Args:
+        points: point map [3, h, w].
+        on_object: mask [h, w] bool, True for pixels of the object.
+        cut: settings; `normaliser` and `scene_scale` choose the formula.
+
+    Returns: the scale [3] and the shift [3]. They are 1 and 0 if the object has no point.
     """
-    visible = places[:, on_object]  # [3, points on the object]
+    object_points = points[:, on_object]  # [3, points on the object]
     shift = torch.zeros(3)
     scale = torch.ones(())
-    # Without a point on the object the map stays as it is.
-    if not visible.isfinite().all(0).any():
+    if not object_points.isfinite().all(0).any():
         return scale.expand(3), shift
     if cut.normaliser == "ObjectCentricSSI":
-        shift = visible.nanmedian(1).values
-        among = places.flatten(1) if cut.scene_scale else visible
-        scale = (among - shift[:, None]).abs().amax(0).nanmedian()
+        shift = object_points.nanmedian(1).values
+        scaled_points = points.flatten(1) if cut.scene_scale else object_points
+        scale = (scaled_points - shift[:, None]).abs().amax(0).nanmedian()
     elif cut.normaliser == "ObjectApparentSizeSSI":
-        scale = (places[2] if cut.scene_scale else visible[2]).nanmedian()
+        # Index 2 is the depth z.
+        scale = (points[2] if cut.scene_scale else object_points[2]).nanmedian()
     else:
-        # SSIPointmapNormalizer: only the depth is shifted; the scale is a mean, not a median.
-        shift = torch.stack([scale * 0, scale * 0, places[2].nanmedian()])
-        scale = (places - shift[:, None, None]).abs().nanmean()
+        # SSIPointmapNormalizer shifts only the depth. Its scale is a mean and not a median.
+        shift = torch.stack([scale * 0, scale * 0, points[2].nanmedian()])
+        scale = (points - shift[:, None, None]).abs().nanmean()
     return scale.expand(3), shift
 
 
 def box_about(mask: torch.Tensor, factor: float) -> tuple[int, int, int, int]:
-    """Return top, bottom, left and right of the square around a mask [h, w].
+    """Compute the square around the object of a mask.
 
-    Corners are truncated towards 0, so the square may be one pixel narrower along an axis.
+    Corners are rounded towards 0, as in the original, so one side may be a pixel shorter than the other.
+
+    Args:
+        mask: mask [h, w], positive on the object.
+        factor: side of the square, as a multiple of the longer side of the object's box.
+
+    Returns: the indices top, bottom, left and right of the square, which may lie outside the image.
+    Raises: ValueError if the object has less than three rows or columns.
     """
-    sides = []
+    ranges = []  # first and last row, first and last column of the object
     for axis in (1, 0):
-        places = (mask > 0).any(axis).nonzero()
-        first, last = (int(places[0]), int(places[-1])) if len(places) else (0, 0)
-        sides.append((first, last))
-    if min(last - first for first, last in sides) < 2:
-        raise ValueError(
-            "expected a mask of at least three rows and three columns, got a smaller one. Choose another"
-            " image."
-        )
-    # Last minus first, without + 1, as in the original.
-    half = int(factor * max(last - first for first, last in sides)) // 2
-    (top, bottom), (left, right) = ((int((a + b) / 2 - half), int((a + b) / 2 + half)) for a, b in sides)
+        indices = (mask > 0).any(axis).nonzero()
+        first_index, last_index = (int(indices[0]), int(indices[-1])) if len(indices) else (0, 0)
+        ranges.append((first_index, last_index))
+    lengths = [last_index - first_index for first_index, last_index in ranges]
+    if min(lengths) < 2:
+        raise ValueError("the mask must have at least three rows and three columns. Choose another image.")
+    # Last index minus first index, without + 1, as in the original.
+    half_side = int(factor * max(lengths)) // 2
+    (top, bottom), (left, right) = (
+        (int((low + high) / 2 - half_side), int((low + high) / 2 + half_side)) for low, high in ranges
+    )
     return top, bottom, left, right
 
 
 def _boxed(x: torch.Tensor, box: tuple[int, int, int, int]) -> torch.Tensor:
-    """Crop [C, h, w] to a box. What lies outside the image is 0, which in a point map is a valid point."""
+    """Crop an image or point map [C, h, w] to a box (top, bottom, left, right).
+
+    Pixels outside the image are 0. In a point map this is a valid point, as in the original.
+    """
     top, bottom, left, right = box
     height, width = x.shape[1:]
-    # F.pad's order: left, right, top, bottom. The box moves by what is added on the left and at the top.
+    # F.pad takes left, right, top, bottom. Padding on the left and at the top shifts the indices of the box.
     padding = (max(0, -left), max(0, right - width), max(0, -top), max(0, bottom - height))
     return F.pad(x, padding)[
         :, top + padding[2] : bottom + padding[2], left + padding[0] : right + padding[0]
     ]
 
 
-def in_square(x: torch.Tensor, around: float = 0.0) -> torch.Tensor:
-    """Centre [C, h, w] in a square [C, s, s] with s = max(h, w); `around` fills the rest."""
+def in_square(x: torch.Tensor, padding_value: float = 0.0) -> torch.Tensor:
+    """Pad an image or point map [C, h, w] to a square [C, s, s] with s = max(h, w), and keep it in the
+    centre.
+
+    Args:
+        x: image or point map.
+        padding_value: value of the padding.
+    """
     height, width = x.shape[1:]
-    s = max(height, width)
-    # With an odd remainder, the larger part of the padding is below and on the right.
-    top = (s - height) // 2
-    left = (s - width) // 2
-    return F.pad(x, (left, s - width - left, top, s - height - top), value=around)
+    side = max(height, width)
+    # If the padding is an odd number of pixels, the larger half is below or on the right.
+    top = (side - height) // 2
+    left = (side - width) // 2
+    return F.pad(x, (left, side - width - left, top, side - height - top), value=padding_value)
 
 
-def _padded(x: torch.Tensor, cut: ObjectCut, around: float) -> torch.Tensor:
-    """Pad a crop to a square and then by `padding_factor` on every side."""
-    x = in_square(x, around)
-    return F.pad(x, (int(cut.padding_factor * x.shape[1]),) * 4, value=around)
+def _padded(x: torch.Tensor, cut: ObjectCut, padding_value: float) -> torch.Tensor:
+    """Pad a crop [C, h, w] to a square, and then by `cut.padding_factor` of its side on every side."""
+    x = in_square(x, padding_value)
+    return F.pad(x, (int(cut.padding_factor * x.shape[1]),) * 4, value=padding_value)
 
 
-def _shrunk(x: torch.Tensor, size: int) -> torch.Tensor:
-    """Resize [C, h, w] to a square of `size` pixels, bilinear with antialiasing."""
+def _resize_bilinear(x: torch.Tensor, size: int) -> torch.Tensor:
+    """Resize an image [C, h, w] to size x size pixels, bilinearly with antialiasing."""
     return F.interpolate(x[None], (size, size), mode="bilinear", antialias=True)[0]
 
 
-def _kept_pixels(x: torch.Tensor, size: int) -> torch.Tensor:
-    """Resize [C, h, w] to a square of `size` pixels by nearest neighbour.
+def _resize_nearest(x: torch.Tensor, size: int) -> torch.Tensor:
+    """Resize an image or point map [C, h, w] to size x size pixels by nearest neighbour.
 
-    This never mixes NaN, which marks missing points, into valid ones.
+    An interpolation would mix NaN, which marks missing points, into neighbouring points.
     """
     return F.interpolate(x[None], (size, size), mode="nearest")[0]

@@ -1,9 +1,11 @@
-"""Conversion of latent diffusion's published files to the names of diffusers and transformers.
+"""Convert published files of latent diffusion models to the names of the libraries diffusers and
+transformers.
 
-State dicts are renamed; tensors are shared, except for 1 x 1 convolutions that become linear layers. The
-sizes of a U-Net are derived from the shapes of its tensors.
+Latent diffusion models (LDM, Rombach et al. 2022), such as Stable Diffusion, are published in the layout of
+their own code. The functions rename the entries of a state dict. The tensors share memory with those of the
+file. The sizes of a U-Net are derived from the shapes of its tensors.
 
-Shape letters: C channels.
+Shapes: C channels.
 """
 
 import re
@@ -15,7 +17,7 @@ import torch
 from eg3d_rlhf.models.weights import count, shape_of
 
 State = dict[str, torch.Tensor]
-# All tables: beginning of a name in latent diffusion's files -> beginning in diffusers.
+# In all tables, the key is the beginning of a name in LDM's files, and the value the beginning in diffusers.
 UNET = {
     "time_embed.0.": "time_embedding.linear_1.",
     "time_embed.2.": "time_embedding.linear_2.",
@@ -53,11 +55,11 @@ VAE_ATTENTION = {
     "proj_out.": "to_out.0.",
 }
 
-CLIP = (  # regular expressions, open_clip -> transformers, applied one after the other
+CLIP = (  # regular expressions of open_clip's names and their replacements in transformers, applied in order
     (r"^visual\.(class_embedding)$", r"vision_model.embeddings.\1"),
     (r"^visual\.conv1\.", "vision_model.embeddings.patch_embedding."),
     (r"^visual\.positional_embedding$", "vision_model.embeddings.position_embedding.weight"),
-    (r"^visual\.ln_pre\.", "vision_model.pre_layrnorm."),  # spelled so in transformers
+    (r"^visual\.ln_pre\.", "vision_model.pre_layrnorm."),  # transformers spells the name in this way
     (r"^visual\.ln_post\.", "vision_model.post_layernorm."),
     (r"^visual\.transformer\.resblocks\.", "vision_model.encoder.layers."),
     (r"^visual\.proj$", "visual_projection.weight"),
@@ -74,182 +76,206 @@ CLIP = (  # regular expressions, open_clip -> transformers, applied one after th
 
 
 def unet_names(state: Mapping[str, torch.Tensor]) -> dict[str, str]:
-    """Map the beginnings of a U-Net's names to diffusers' names.
+    """Map the beginnings of the names in LDM's U-Net to the beginnings in diffusers.
 
-    LDM numbers its blocks in flat lists, diffusers in a tree of levels. A level ends with the block that
-    holds only a resampling. An up block carries its upsampling as its last part.
+    LDM numbers its blocks in two lists, input_blocks and output_blocks. diffusers numbers them by level of
+    resolution, and within a level. In input_blocks, a level ends with a block that consists of a downsampling
+    alone. In output_blocks, the last block of a level contains the upsampling as its last part.
     """
     names = dict(UNET)
     level = 0
-    part = 0
+    index_in_level = 0
     # Block 0 is the input convolution, which the table UNET renames.
     for i in range(1, count(state, "input_blocks.")):
         block = f"input_blocks.{i}."
-        # ".op" is a downsampling: it closes the level.
-        if any(n.startswith(f"{block}0.op.") for n in state):
+        # LDM calls the convolution of a downsampling "op". It is the last block of its level.
+        if any(name.startswith(f"{block}0.op.") for name in state):
             names[f"{block}0.op."] = f"down_blocks.{level}.downsamplers.0.conv."
             level = level + 1
-            part = 0
+            index_in_level = 0
             continue
-        names[f"{block}0."], names[f"{block}1."] = (
-            f"down_blocks.{level}.resnets.{part}.",
-            f"down_blocks.{level}.attentions.{part}.",
-        )
-        part += 1
-    level = part = 0
+        # The first part of a block is a ResNet block, the second one, if there is one, an attention block.
+        names[f"{block}0."] = f"down_blocks.{level}.resnets.{index_in_level}."
+        names[f"{block}1."] = f"down_blocks.{level}.attentions.{index_in_level}."
+        index_in_level += 1
+    level = 0
+    index_in_level = 0
     for i in range(count(state, "output_blocks.")):
         block = f"output_blocks.{i}."
-        names[f"{block}0."], names[f"{block}1."] = (
-            f"up_blocks.{level}.resnets.{part}.",
-            f"up_blocks.{level}.attentions.{part}.",
-        )
-        part += 1
-        # The upsampling is part 1 of a block without attention, else part 2.
-        resampled = [
-            n[: -len("conv.weight")]
-            for n in state
-            if re.fullmatch(rf"{re.escape(block)}[12]\.conv\.weight", n)
+        names[f"{block}0."] = f"up_blocks.{level}.resnets.{index_in_level}."
+        names[f"{block}1."] = f"up_blocks.{level}.attentions.{index_in_level}."
+        index_in_level += 1
+        # The upsampling is part 1 of a block without attention, and part 2 of a block with attention. Only
+        # upsamplings have an entry PART.conv.weight.
+        upsamplings = [
+            name.removesuffix("conv.weight")
+            for name in state
+            if re.fullmatch(rf"{re.escape(block)}[12]\.conv\.weight", name)
         ]
-        if resampled:
-            names[f"{resampled[0]}conv."] = f"up_blocks.{level}.upsamplers.0.conv."
+        if upsamplings:
+            names[f"{upsamplings[0]}conv."] = f"up_blocks.{level}.upsamplers.0.conv."
             level = level + 1
-            part = 0
+            index_in_level = 0
     return names
 
 
 def to_diffusers_unet(state: Mapping[str, torch.Tensor]) -> State:
-    """Rename a U-Net's state dict (without the prefix model.diffusion_model.) to diffusers' names.
+    """Rename the state dict of LDM's U-Net to diffusers' names.
 
-    Unknown names stay as they are.
+    Names that no table contains stay as they are.
+
+    Args:
+        state: state dict with LDM's names, without their prefix model.diffusion_model.
     """
     names = unet_names(state)
-    new = {}
+    renamed_state = {}
     for name, tensor in state.items():
-        # The longest match wins: the name of an upsampling, "output_blocks.2.1.conv.", also begins with
-        # "output_blocks.2.1.".
-        start = max((old for old in names if name.startswith(old)), key=len, default="")
-        rest = name.removeprefix(start)
-        if "resnets." in names.get(start, ""):
-            rest = next(
-                (RESNET[old] + rest.removeprefix(old) for old in RESNET if rest.startswith(old)), rest
+        # The longest prefix decides: the name of an upsampling,
+        # "output_blocks.2.1.conv.", also begins with "output_blocks.2.1.".
+        prefix = max((ldm_prefix for ldm_prefix in names if name.startswith(ldm_prefix)), key=len, default="")
+        suffix = name.removeprefix(prefix)
+        if "resnets." in names.get(prefix, ""):
+            # The names inside of ResNet blocks differ, too. Those inside of attention blocks are the same.
+            suffix = next(
+                (RESNET[part] + suffix.removeprefix(part) for part in RESNET if suffix.startswith(part)),
+                suffix,
             )
-        new[names.get(start, "") + rest] = tensor
-    return new
+        renamed_state[names.get(prefix, "") + suffix] = tensor
+    return renamed_state
 
 
 def to_diffusers_vae(state: Mapping[str, torch.Tensor]) -> State:
-    """Rename an autoencoder's state dict (without the prefix first_stage_model.) to diffusers' names.
+    """Rename the state dict of LDM's autoencoder to diffusers' names.
 
-    LDM numbers up blocks from the image inwards, diffusers in the order of computation.
+    Args:
+        state: state dict with LDM's names, without their prefix first_stage_model.
     """
-    # diffusers' up block 0 is LDM's last one.
-    ups = count(state, "decoder.up.")
-    new = {}
+    # LDM numbers the up blocks from the image inwards, diffusers in the order of computation. Block 0 of
+    # diffusers is therefore the last block of LDM.
+    up_block_count = count(state, "decoder.up.")
+    renamed_state = {}
     for name, tensor in state.items():
+        # Group 1 is the number of the level. Group 2 is the number of
+        # a ResNet block, or None for a resampling.
         name = re.sub(
             r"\.down\.(\d+)\.(?:block\.(\d+)\.)?",
-            lambda m: f".down_blocks.{m[1]}." + (f"resnets.{m[2]}." if m[2] else ""),
+            lambda match: f".down_blocks.{match[1]}." + (f"resnets.{match[2]}." if match[2] else ""),
             name,
         )
         name = re.sub(
             r"\.up\.(\d+)\.(?:block\.(\d+)\.)?",
-            lambda m: f".up_blocks.{ups - 1 - int(m[1])}." + (f"resnets.{m[2]}." if m[2] else ""),
+            lambda match: (
+                f".up_blocks.{up_block_count - 1 - int(match[1])}."
+                + (f"resnets.{match[2]}." if match[2] else "")
+            ),
             name,
         )
-        # Only at the start of a part of a name: "q." must not match inside another word.
-        for old, now in VAE.items():
-            name = name.replace(old, now) if f".{old}" in name else name
-        # LDM's attention uses 1 x 1 convolutions [C, C, 1, 1], diffusers linear layers [C, C].
-        before, mark, rest = name.partition("attentions.0.")
-        if mark:
-            rest = next(
-                now + rest.removeprefix(old) for old, now in VAE_ATTENTION.items() if rest.startswith(old)
+        # The dot restricts the match to the beginning of a part of the name, since "norm_out." could also be
+        # the end of a longer part.
+        for ldm_part, diffusers_part in VAE.items():
+            name = name.replace(ldm_part, diffusers_part) if f".{ldm_part}" in name else name
+        head, attention, tail = name.partition("attentions.0.")
+        if attention:
+            tail = next(
+                diffusers_part + tail.removeprefix(ldm_part)
+                for ldm_part, diffusers_part in VAE_ATTENTION.items()
+                if tail.startswith(ldm_part)
             )
+            # LDM's attention uses 1 x 1 convolutions [C, C, 1, 1], diffusers uses linear layers [C, C].
             tensor = tensor[..., 0, 0] if tensor.ndim == 4 else tensor
-        new[before + mark + rest] = tensor
-    return new
+        renamed_state[head + attention + tail] = tensor
+    return renamed_state
 
 
 def to_transformers_clip(state: Mapping[str, torch.Tensor]) -> State:
-    """Rename the state dict of open_clip's network to transformers' CLIPModel. Unknown names stay."""
-    new: State = {}
+    """Rename the state dict of an open_clip network to the names of transformers' CLIPModel.
+
+    Names that the table CLIP does not contain stay as they are.
+    """
+    renamed_state: State = {}
     for name, tensor in state.items():
-        for old, now in CLIP:
-            name = re.sub(old, now, name)
-        # open_clip stacks the projections of queries, keys and values in one matrix [3 C, C].
-        stem, mark, part = name.partition("attn.in_proj_")
-        if mark:
-            new |= {
-                f"{stem}self_attn.{q}_proj.{part}": x for q, x in zip("qkv", tensor.chunk(3), strict=True)
-            }
+        for pattern, replacement in CLIP:
+            name = re.sub(pattern, replacement, name)
+        # open_clip stores the projections of queries, keys and values
+        # as one matrix [3 C, C] and one bias [3 C].
+        block, in_projection, parameter = name.partition("attn.in_proj_")
+        if in_projection:
+            for letter, projection in zip("qkv", tensor.chunk(3), strict=True):
+                renamed_state[f"{block}self_attn.{letter}_proj.{parameter}"] = projection
         else:
-            # open_clip multiplies by its projections from the right, so they are transposed linear layers.
-            new[name] = tensor.T if name.endswith("_projection.weight") else tensor
-    return new
+            # open_clip computes x W with its projections, a linear layer x W^T, so they are transposed.
+            renamed_state[name] = tensor.T if name.endswith("_projection.weight") else tensor
+    return renamed_state
 
 
 def to_transformers_text(state: Mapping[str, torch.Tensor], layers: int) -> State:
-    """Rename open_clip's text half to the first `layers` layers of transformers' CLIPTextModel.
+    """Rename the text encoder of an open_clip network to the names of transformers' CLIPTextModel.
 
-    The text half is transformer.resblocks.*, ln_final, ... Stable Diffusion 2 leaves out the last layer.
+    Args:
+        state: state dict of the complete network or of the text encoder.
+        layers: number of layers of the result: all layers of the file, or all but the last one, as in Stable
+            Diffusion 2.
     """
-    # The first layer beyond those that are kept.
-    last = f"text_model.encoder.layers.{layers}."
+    # Layers are counted from 0, so this is the first layer that is dropped.
+    dropped_layer = f"text_model.encoder.layers.{layers}."
     return {
         name: tensor
         for name, tensor in to_transformers_clip(state).items()
-        if name.startswith("text_model.") and not name.startswith(last)
+        if name.startswith("text_model.") and not name.startswith(dropped_layer)
     }
 
 
 def unet_config(state: Mapping[str, torch.Tensor], who: str, image_size: int) -> dict[str, Any]:
-    """Derive the arguments of diffusers' UNet2DConditionModel from the shapes of a state dict.
+    """Derive the arguments of diffusers' UNet2DConditionModel from the shapes of the tensors of LDM's U-Net.
 
-    The names are LDM's without their prefix. Linear projections around the attention mean the form of Stable
-    Diffusion 2, with heads of 64 channels. Convolutions mean that of 1.x, with 8 heads.
+    In Stable Diffusion 2, the projections before and after the attention are linear layers, and heads have 64
+    channels. In Stable Diffusion 1, these projections are convolutions, and there are 8 heads.
 
     Args:
+        state: state dict with LDM's names, without their prefix.
         who: name that error messages begin with.
         image_size: pixels per side of the latents.
-    Raises: ValueError for the file of another network.
+
+    Raises: ValueError if the state dict is that of another network.
     """
-    first = shape_of(state, "input_blocks.0.0.weight", who, 4)
+    input_convolution_shape = shape_of(state, "input_blocks.0.0.weight", who, 4)  # [out, in, 3, 3]
     names = unet_names(state)
-    channels = {}
-    attention = {}
-    layers = 0
-    # Channels and attention are read per level, from the first block that shows them.
+    channels = {}  # channels of each level
+    attention_blocks = {}  # for each level with attention, the prefix of its last attention block
+    layers_per_level = 0
     for block, target in names.items():
         match = re.match(r"down_blocks\.(\d+)\.(resnets|attentions)\.(\d+)", target)
         if match and match[2] == "resnets":
             channels[int(match[1])] = shape_of(state, f"{block}in_layers.2.weight", who, 4)[0]
-            layers = max(layers, int(match[3]) + 1)
+            layers_per_level = max(layers_per_level, int(match[3]) + 1)
         elif match and f"{block}proj_in.weight" in state:
-            attention[int(match[1])] = block
-    if not channels or 0 not in attention and not attention:
+            attention_blocks[int(match[1])] = block
+    if not channels or not attention_blocks:
         raise ValueError(
-            f"{who}: the file holds no attention blocks of a U-Net. It may belong to another network: name"
-            " the U-Net's file."
+            f"{who}: the file contains no attention blocks of a U-Net, so it may be that of another network."
+            " Use the file of a U-Net."
         )
-    block = next(iter(attention.values()))
-    linear = state[f"{block}proj_in.weight"].ndim == 2  # a matrix, or a 1 x 1 convolution
+    # All attention blocks have the same kind of projection and the same conditioning.
+    block = next(iter(attention_blocks.values()))
+    is_linear = state[f"{block}proj_in.weight"].ndim == 2  # a matrix, and not a 1 x 1 convolution
     widths = [channels[level] for level in sorted(channels)]  # channels per level, finest first
     # MVDream's network also embeds the camera, which diffusers treats as a class embedding.
     camera = state.get("camera_embed.0.weight")
-    down = tuple(
-        "CrossAttnDownBlock2D" if level in attention else "DownBlock2D" for level in range(len(widths))
+    down_blocks = tuple(
+        "CrossAttnDownBlock2D" if level in attention_blocks else "DownBlock2D" for level in range(len(widths))
     )
     return {
         "sample_size": image_size,
-        "in_channels": first[1],
+        "in_channels": input_convolution_shape[1],
         "out_channels": shape_of(state, "out.2.weight", who, 4)[0],
         "block_out_channels": tuple(widths),
-        "layers_per_block": layers,
-        "down_block_types": down,
-        "up_block_types": tuple(kind.replace("Down", "Up") for kind in reversed(down)),
-        "use_linear_projection": linear,
-        # diffusers calls the number of heads attention_head_dim here
-        "attention_head_dim": tuple(max(width // 64, 1) for width in widths) if linear else 8,
+        "layers_per_block": layers_per_level,
+        "down_block_types": down_blocks,
+        # The up blocks mirror the down blocks.
+        "up_block_types": tuple(kind.replace("Down", "Up") for kind in reversed(down_blocks)),
+        "use_linear_projection": is_linear,
+        # In this class of diffusers, attention_head_dim is the number of heads.
+        "attention_head_dim": tuple(max(width // 64, 1) for width in widths) if is_linear else 8,
         "cross_attention_dim": shape_of(state, f"{block}transformer_blocks.0.attn2.to_k.weight", who, 2)[1],
         "class_embed_type": None if camera is None else "projection",
         "projection_class_embeddings_input_dim": None if camera is None else camera.shape[1],

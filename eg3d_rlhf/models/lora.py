@@ -1,12 +1,15 @@
 """Low-rank adapters (LoRA) on named linear layers.
 
-The base weights stay unchanged. The same network with its adapters switched off is the reference model.
+The base is the network before adapters are added. Its weights stay unchanged. The same network with its
+adapters switched off is the reference model.
 
     y = W x + b + (alpha / rank) B A dropout(x)        Hu et al. 2021, LoRA, equation 3
 
-A [rank, in] is random and B [out, rank] zero at the start, so that an untrained adapter changes nothing.
-Parameters have PEFT's names without the name of an adapter: X.base_layer.weight, X.lora_A.weight,
-X.lora_B.weight.
+x is the input and y the output of the layer, W its weight [out, in] and b its bias [out]. The adapter
+consists of A [rank, in], which is random at the start, and B [out, rank], which is zero at the start. An
+untrained adapter therefore changes nothing. Parameters have the names of the library PEFT without the name of
+an
+adapter: X.base_layer.weight, X.lora_A.weight and X.lora_B.weight for a layer X.
 """
 
 import contextlib
@@ -21,15 +24,15 @@ from eg3d_rlhf.models.lora_settings import LoraConfig
 from torch_utils.ops.implementations import once
 from torch_utils.ops.linear import Linear, fits, product
 
-BASE = ".base_layer"
+BASE = ".base_layer"  # what PEFT appends to the name of a layer that has an adapter
 
 
 class _Adapted(torch.autograd.Function):
-    """Compute W x + b + scale B A x with a frozen W and b in one autograd node."""
+    """Autograd function that computes W x + b + scale B A x with a frozen W and b."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, a, b, scale):
-        # Neither y nor W x is kept for the backward pass: only the input and the low-rank product are.
+        # Only the input and the low-rank product are stored for the backward pass, but neither y nor W x.
         low = product(x, a)  # [..., rank]
         ctx.save_for_backward(x, low, weight, a, b)
         ctx.scale = scale
@@ -45,7 +48,7 @@ class _Adapted(torch.autograd.Function):
         # All leading axes are rows: [..., out] -> [rows, out].
         rows = grad.flatten(0, -2)
         to_x = None
-        to_low = ctx.scale * product(rows, b.t())  # [T, rank]
+        to_low = ctx.scale * product(rows, b.t())  # gradient of the low-rank product, [rows, rank]
         if ctx.needs_input_grad[0]:
             # dL/dx = W^T g + A^T (scale B^T g), summed in place
             to_x = product(rows, weight.t()).addmm_(to_low, a).view_as(x)
@@ -57,47 +60,55 @@ class _Adapted(torch.autograd.Function):
 
 
 class LoraLinear(nn.Module):
-    """A frozen linear layer with an adapter, whose B is zero at the start.
+    """Frozen linear layer with an adapter, [..., in] -> [..., out].
 
-    The adapter computes in float32 at least, also where the base is in half precision: small updates would
-    otherwise be lost to rounding.
+    The adapter computes in float32 even if the base layer is in half precision: small updates would otherwise
+    be lost by rounding. Both matrices of a new adapter are zero; `add_lora` gives A its random values.
+
+    Args:
+        base_layer: linear layer.
+        rank: rank of the adapter.
+        alpha: scale of the adapter; its update is multiplied by alpha / rank.
+        dropout: share of the adapter's inputs that is set to zero during training, 0..1.
     """
 
     def __init__(self, base_layer: nn.Linear, rank: int, alpha: float, dropout: float = 0.0):
         super().__init__()
         weight = base_layer.weight
-        # Adapters live on the base's device; half precision is widened to float32.
-        kind = {
+        # The adapter is on the device of the base layer. Half precision is promoted to float32.
+        tensor_options = {
             "bias": False,
             "device": weight.device,
             "dtype": torch.promote_types(weight.dtype, torch.float32),
         }
         self.base_layer = base_layer
-        # skip_init draws nothing from torch's global random state, so adding adapters does not shift later
-        # draws.
-        self.lora_A = nn.utils.skip_init(nn.Linear, base_layer.in_features, rank, **kind)
-        self.lora_B = nn.utils.skip_init(nn.Linear, rank, base_layer.out_features, **kind)
+        # skip_init does not use torch's global random generator. Random numbers after this point are
+        # therefore the same with and without adapters.
+        self.lora_A = nn.utils.skip_init(nn.Linear, base_layer.in_features, rank, **tensor_options)
+        self.lora_B = nn.utils.skip_init(nn.Linear, rank, base_layer.out_features, **tensor_options)
         nn.init.zeros_(self.lora_A.weight)
         nn.init.zeros_(self.lora_B.weight)
-        # Read when files are written: all adapters of a network must agree in these.
+        # A file of adapters states one value of each of these settings for all layers.
         self.rank = rank
         self.alpha = alpha
         self.dropout = dropout
-        self.active = True
+        self.active = True  # False: the adapter is switched off
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Apply the layer, [..., in] -> [..., out]. With the adapter off the result is exactly the base
-        layer's.
+        """Apply the layer, [..., in] -> [..., out].
+
+        With the adapter switched off, the result is bitwise that of the base layer.
         """
         base = self.base_layer
         scale = self.alpha / self.rank
         if self.active and fits(x, base.weight) and not (self.dropout and self.training):
-            # The fused node has no dropout and its base must be float32 on a CPU with oneDNN (`fits`).
+            # The fused function has no dropout, and its base layer must
+            # be float32 on a CPU with oneDNN (`fits`).
             return _Adapted.apply(x, base.weight, base.bias, self.lora_A.weight, self.lora_B.weight, scale)
         y = base(x)
         if not self.active:
             return y
-        # The general path: the adapter's product is computed in its own precision and then rounded to y's.
+        # The product of the adapter is computed in the adapter's precision and then rounded to that of y.
         x = x.to(self.lora_A.weight.dtype)
         if self.dropout:
             x = F.dropout(x, self.dropout, self.training)
@@ -105,56 +116,64 @@ class LoraLinear(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """Return the base's weight, for networks that read its dtype or shape.
+        """Weight of the base layer, for networks that read its dtype or shape.
 
-        A computation that uses it leaves the adapter out.
+        A computation with this weight does not include the adapter.
         """
         return self.base_layer.weight
 
     def update(self) -> torch.Tensor:
-        """Compute the matrix [out, in] that the adapter adds to the weight, in the adapter's dtype."""
+        """Compute the matrix [out, in] that the adapter adds to the weight, in the dtype of the adapter."""
         # [out, rank] x [rank, in] -> [out, in]
         return self.alpha / self.rank * (self.lora_B.weight.detach() @ self.lora_A.weight.detach())
 
     def merged_weight(self) -> torch.Tensor:
-        """Compute the sum of weight and update, [out, in], rounded to the base's dtype."""
+        """Compute the sum of the weight and the update, [out, in], in the dtype of the base layer."""
         update = self.update()
         weight = self.base_layer.weight.detach()
-        # The sum is made in the adapter's precision and rounded once.
+        # The sum is computed in the precision of the adapter and rounded once.
         return (weight.to(update.dtype) + update).to(weight.dtype)
 
 
 def add_lora(model: nn.Module, config: LoraConfig, seed: int) -> list[str]:
-    """Put adapters on the target layers, in place, and freeze everything else. Returns the names of the
-    layers.
+    """Add adapters to the target layers of a network, in place, and freeze all other parameters.
 
-    A is uniform within 1 / sqrt(in) (He et al. 2015, the initialisation of linear layers). It is drawn on the
-    CPU from `seed` in the order of the layers, so that it does not depend on the device.
+    A is uniform in -1 / sqrt(in) .. 1 / sqrt(in), as torch initialises linear layers. It is sampled on the
+    CPU in the order of the layers, so that it does not depend on the device.
 
-    Raises: ValueError for a target that does not exist or is no ordinary linear layer, and for a model that
-        already has adapters.
+    Args:
+        model: network without adapters.
+        config: targets, rank, alpha and dropout.
+        seed: random seed of A.
+
+    Returns: the names of the layers that have adapters now.
+    Raises: ValueError for a target that does not exist or is not an ordinary linear layer, and for a network
+        that already has adapters.
     """
-    # Duplicates are kept: a layer that two parts share can be named by either of its names.
+    # Duplicates are included: a layer that occurs in two places has two names, and a target may match either.
     modules = dict(model.named_modules(remove_duplicate=False))
-    names = [n for n in modules if any(matches(n, t) for t in config.targets)]
-    # Every target must match a layer; otherwise it is likely a misspelling.
-    missing = [t for t in config.targets if not any(matches(n, t) for n in names)]
-    if missing:
-        available = (
-            ", ".join(sorted({n.rpartition(".")[2] for n, m in modules.items() if _is_linear(m)})) or "none"
+    names = [name for name in modules if any(matches(name, target) for target in config.targets)]
+    # Every target must match a layer. A target without a match is probably misspelt.
+    unmatched_targets = [
+        target for target in config.targets if not any(matches(name, target) for name in names)
+    ]
+    if unmatched_targets:
+        linear_names = sorted(
+            {name.rpartition(".")[2] for name, module in modules.items() if _is_linear(module)}
         )
-        who = f"add_lora({type(model).__name__})"
         raise ValueError(
-            f"{who}: no layer is named {', '.join(missing)}. The linear layers of this network are named"
-            f" {available}. Choose targets among these."
+            f"add_lora({type(model).__name__}): no layer is named {', '.join(unmatched_targets)}. The linear"
+            f" layers of this network are named {', '.join(linear_names) or 'none'}. Choose targets among"
+            " these."
         )
     layers = attach(model, names, config.rank, config.alpha, config.dropout)
     generator = torch.Generator().manual_seed(seed)
-    # A shared layer appears under several names but has one adapter, so it is drawn once.
+    # A shared layer has several names but one adapter.
+    # dict.fromkeys keeps the first occurrence of each layer.
     for layer in dict.fromkeys(layers.values()):
         A = layer.lora_A.weight
         bound = 1 / math.sqrt(layer.base_layer.in_features)
-        # Drawn in float32 on the CPU and then copied, so devices and dtypes do not matter.
+        # Sampled in float32 on the CPU and then copied, so that the values do not depend on device and dtype.
         with torch.no_grad():
             A.copy_(torch.empty(A.shape).uniform_(-bound, bound, generator=generator))
     return names
@@ -163,132 +182,154 @@ def add_lora(model: nn.Module, config: LoraConfig, seed: int) -> list[str]:
 def attach(
     model: nn.Module, names: Iterable[str], rank: int, alpha: float, dropout: float = 0.0
 ) -> dict[str, LoraLinear]:
-    """Wrap the named linear layers with zero adapters, in place, and freeze everything else.
+    """Add adapters whose matrices are zero to the named linear layers, in place, and freeze the base.
 
-    Returns: the wrapped layers by name.
-    Raises: ValueError for a network that already has adapters, and for layers that are not linear.
+    Args:
+        model: network without adapters.
+        names: names of the layers in the network.
+        rank: rank of the adapters.
+        alpha: scale of the adapters, see `LoraLinear`.
+        dropout: share of the adapters' inputs that is set to zero during training, 0..1.
+
+    Returns: the layers with adapters, by name.
+    Raises: ValueError for a network that already has adapters, and for layers that are not ordinary linear
+        layers.
     """
     if adapted_layers(model):
         raise ValueError(
-            f"add_lora: cannot add adapters to a network that already has {len(adapted_layers(model))}. Merge"
-            " them first (merged_state)."
+            f"add_lora: the network already has {len(adapted_layers(model))} adapters, and"
+            " add_lora cannot add others. Merge them first, with merged_state."
         )
     modules = dict(model.named_modules(remove_duplicate=False))
     names = list(names)
-    unsuitable = [f"{n} ({type(modules[n]).__name__})" for n in names if not _is_linear(modules[n])]
-    if unsuitable:
+    unsuitable_layers = [
+        f"{name} ({type(modules[name]).__name__})" for name in names if not _is_linear(modules[name])
+    ]
+    if unsuitable_layers:
         raise ValueError(
-            f"add_lora: expected linear layers on ordinary tensors, got {', '.join(unsuitable[:4])}. Choose"
-            " other targets."
+            "add_lora: adapters need ordinary linear layers, but these targets are others:"
+            f" {', '.join(unsuitable_layers[:4])}. Choose other targets."
         )
     model.requires_grad_(False)
-    wrapped: dict[nn.Module, LoraLinear] = {}  # a layer that is used under two names keeps one adapter
+    wrapped: dict[nn.Module, LoraLinear] = {}  # by the base layer: a layer with two names gets one adapter
     for name in names:
         if modules[name] not in wrapped:
-            # The wrapper inherits the mode: a network in training mode gets adapters with dropout.
+            # The new layer has the mode of the base layer: dropout is active only in training mode.
             wrapped[modules[name]] = LoraLinear(modules[name], rank, alpha, dropout).train(
                 modules[name].training
             )
-        owner, _, attribute = name.rpartition(".")
-        setattr(modules[owner], attribute, wrapped[modules[name]])
+        parent, _, attribute = name.rpartition(".")
+        setattr(modules[parent], attribute, wrapped[modules[name]])
     return {name: wrapped[modules[name]] for name in names}
 
 
 def _is_linear(module: nn.Module) -> bool:
-    """Return whether a module computes W x + b of tensors.
+    """Return True if a module is a linear layer that computes W x + b of a tensor.
 
-    Subclasses of nn.Linear with another `forward` may take other inputs and do not count.
+    For a subclass of nn.Linear with another `forward`, which may take other inputs, the result is False.
     """
     return isinstance(module, nn.Linear) and type(module).forward in (nn.Linear.forward, Linear.forward)
 
 
 def matches(name: str, target: str) -> bool:
-    """Return whether a layer's name equals the target or ends in it, compared by whole parts between dots."""
+    """Return True if a layer's name is the target or ends with it.
+
+    Only complete parts between dots are compared: "attn.to_q" matches the target "to_q", but "auto_q" does
+    not.
+    """
     return name == target or name.endswith(f".{target}")
 
 
 def adapted_layers(model: nn.Module) -> dict[str, LoraLinear]:
-    """Return the layers that have adapters, by the names that the layers had before."""
-    return {name: m for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, LoraLinear)}
+    """Return the layers that have adapters, by the names of their base layers in the base network."""
+    return {
+        name: module
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, LoraLinear)
+    }
 
 
 def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Return the parameters of all adapters, each once, in the order of the layers."""
-    return [
-        p
-        # A layer that is used under two names counts once.
-        for layer in dict.fromkeys(adapted_layers(model).values())
-        for p in (layer.lora_A.weight, layer.lora_B.weight)
-    ]
+    """Return the parameters of all adapters in the order of the layers: A and B of each layer, each once."""
+    parameters: list[nn.Parameter] = []
+    # dict.fromkeys keeps one occurrence of a layer that has two names.
+    for layer in dict.fromkeys(adapted_layers(model).values()):
+        parameters += [layer.lora_A.weight, layer.lora_B.weight]
+    return parameters
 
 
 def adapter_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the tensors of all adapters by name, such as blocks.0.attn.to_q.lora_A.weight."""
-    layers = adapted_layers(model).items()
-    return {
-        # Detached: the tensors are written to a file
-        f"{name}.{part}.weight": getattr(layer, part).weight.detach()
-        for name, layer in layers
-        for part in ("lora_A", "lora_B")
-    }
+    """Return the tensors of all adapters by name, such as blocks.0.attn.to_q.lora_A.weight.
+
+    The tensors share memory with the parameters and have no gradient.
+    """
+    state = {}
+    for name, layer in adapted_layers(model).items():
+        state[f"{name}.lora_A.weight"] = layer.lora_A.weight.detach()
+        state[f"{name}.lora_B.weight"] = layer.lora_B.weight.detach()
+    return state
 
 
 @contextlib.contextmanager
 def adapters_off(model: nn.Module) -> Iterator[nn.Module]:
-    """Switch all adapters off inside the block: the network then computes bitwise what its base does.
+    """Switch all adapters off inside a `with` block, in which the network computes bitwise the same as its
+    base.
 
-    Blocks may be nested. No backward pass may run inside one.
+    Blocks may be nested. A backward pass must not run inside the block.
 
     Raises: ValueError for a network without adapters.
     """
     layers = adapted_layers(model).values()
     if not layers:
         raise ValueError(
-            "adapters_off: expected a network with adapters, got one without. Call add_lora first."
+            f"adapters_off: the {type(model).__name__} has no adapters. Add them with add_lora first."
         )
-    # The former states are restored, not simply switched on, so that blocks may be nested.
-    before = [(layer, layer.active) for layer in layers]
+    # In a nested block the adapters are off already and must stay off at its end.
+    earlier_states = [(layer, layer.active) for layer in layers]
     try:
         for layer in layers:
             layer.active = False
         yield model
     finally:
-        for layer, active in before:
+        for layer, active in earlier_states:
             layer.active = active
 
 
 def merged_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return a state dict in which the adapters are merged into the weights.
+    """Return the state dict of the base network with the updates of the adapters added to its weights.
 
-    Names, dtypes and order are those of the base.
+    Names, dtypes and order are those of the base network.
     """
     layers = adapted_layers(model)
     state = {}
     for key, value in model.state_dict().items():
-        # "X.base_layer.weight" is owner "X.base_layer" and leaf "weight"; the owner is stem "X" and part
-        # "base_layer".
-        owner, _, leaf = key.rpartition(".")
-        stem, _, part = owner.rpartition(".")
-        if part == BASE[1:] and stem in layers:
-            state[f"{stem}.{leaf}"] = layers[stem].merged_weight() if leaf == "weight" else value
-        # The adapters' own entries are dropped, all others pass unchanged.
-        elif not (part in ("lora_A", "lora_B") and stem in layers):
+        # Keys of a layer X with an adapter are X.base_layer.weight, X.lora_A.weight and so on. They are
+        # divided into the name of the layer, the part (base_layer, lora_A or lora_B) and the parameter.
+        module_name, _, parameter = key.rpartition(".")
+        layer_name, _, part = module_name.rpartition(".")
+        if part == BASE[1:] and layer_name in layers:  # [1:] drops the dot
+            merged = layers[layer_name].merged_weight() if parameter == "weight" else value
+            state[f"{layer_name}.{parameter}"] = merged
+        # The matrices of the adapters are dropped. All other entries are unchanged.
+        elif not (part in ("lora_A", "lora_B") and layer_name in layers):
             state[key] = value
     return state
 
 
 def merge_rounding(model: nn.Module) -> float:
-    """Compute the share of the update that is lost when weights are rounded to the base's dtype.
+    """Compute the share of the adapters' update that is lost when merged weights are rounded.
 
-    It is the norm of the rounding error over the norm of the update, near 0 for a float32 base. Training that
-    moved float16 weights little may lose much of its effect: keep the adapter then, and do not merge.
+    The share is the norm of the rounding error over the norm of the update, for all layers together. It is
+    near 0 for a float32 base. If small updates are merged into float16 weights, much of the effect of the
+    training may be lost; store the adapter in this case, and do not merge it. The share is 0 without any
+    update.
     """
-    lost = size = 0.0
+    squared_error = 0.0
+    squared_update = 0.0
     for layer in dict.fromkeys(adapted_layers(model).values()):
         # In float64, so that the measurement adds no rounding of its own.
         update = layer.update().double()
         weight = layer.base_layer.weight.detach().double()
-        lost += float((layer.merged_weight().double() - weight - update).square().sum())
-        size += float(update.square().sum())
-    # Without any update nothing is lost.
-    return math.sqrt(lost / size) if size else 0.0
+        squared_error += float((layer.merged_weight().double() - weight - update).square().sum())
+        squared_update += float(update.square().sum())
+    return math.sqrt(squared_error / squared_update) if squared_update else 0.0

@@ -1,6 +1,6 @@
-"""Settings of low-rank adapters. The adapters themselves are in lora.py.
+"""Settings of low-rank adapters (LoRA, Hu et al. 2021). lora.py implements the adapters.
 
-This file imports no torch, so that `--help` is quick.
+This module does not import torch, so that `--help` stays fast.
 """
 
 import functools
@@ -8,32 +8,33 @@ from dataclasses import dataclass
 
 from training.config import check_knobs, knob
 
-# Last parts of the names of the linear layers in both attentions of TRELLIS's flows, in both stages.
+# Default targets: the ends of the names of the linear layers in the self-attention and the cross-attention of
+# both flow models of TRELLIS
 TARGETS = ("to_qkv", "to_q", "to_kv", "to_out")
 _adapter = functools.partial(knob, group="Training")
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig:
-    """Rank, scale and place of the adapters."""
+    """Rank, scale, dropout and target layers of the adapters."""
 
     rank: int = _adapter(16, "Rank of the LoRA adapters.", name="lora_rank", low=1)
     alpha: float = _adapter(
         32.0,
-        "Scale of the adapters: their update is multiplied by alpha / rank.",
+        "Scale of the LoRA adapters: their update is multiplied by alpha / rank.",
         name="lora_alpha",
         above=0,
         rare=True,
     )
     dropout: float = _adapter(
         0.0,
-        "Share of the adapters' inputs that is set to zero during training.",
+        "Share of the LoRA adapters' inputs that is set to zero at random during training.",
         name="lora_dropout",
         low=0,
         below=1,
         rare=True,
     )
-    # Last parts of the names of linear layers. "attn.to_q" matches fewer layers than "to_q".
+    # Ends of the names of the linear layers that get adapters. "attn.to_q" matches fewer layers than "to_q".
     targets: tuple[str, ...] = TARGETS
 
     def __post_init__(self):
@@ -42,6 +43,6 @@ class LoraConfig:
         check_knobs(self)
         if not self.targets or not all(self.targets):
             raise ValueError(
-                f"LoraConfig.targets: expected names of layers, got {list(self.targets)}. Name at least one"
-                " layer."
+                "LoraConfig.targets: at least one layer must be named, and no name may be empty, got"
+                f" {list(self.targets)}. Choose names of linear layers, such as {TARGETS[0]}."
             )

@@ -1,17 +1,19 @@
-"""Files of tuned networks and adapters.
+"""Read and write the files of tuned networks and of adapters.
 
-Reads state dicts of networks and both layouts that PEFT writes. Tuned networks are stored in folders of such
-files and are applied to the base that they were tuned from.
+A policy is a tuned flow model. It is stored in a folder, either as a complete network or as low-rank adapters
+(see lora.py) for the base network that was tuned. Files of three layouts can be read. X stands for the name
+of a layer:
 
     network        X.weight, X.bias
-                   stock networks; adapters merged, or everything trained
+                   complete network: not tuned, tuned in all weights, or with merged adapters
     PEFT, full     base_model.model.X.base_layer.weight, X.lora_A.default.weight
-                   state dict of a wrapped network (DSO's checkpoints)
+                   state dict of a network with adapters of the library PEFT (for example DSO's checkpoints)
     PEFT, adapter  base_model.model.X.lora_A.weight
-                   adapter_model.safetensors beside adapter_config.json
+                   adapters alone: adapter_model.safetensors beside adapter_config.json
 
-The name that PEFT gives an adapter ("default") may be any name, or be missing. The full layout does not hold
-alpha, so the caller has to pass it. A folder of a tuned network also has policy.json.
+PEFT puts the name of the adapter ("default") into the keys. It may be another name, or be missing. The layout
+"PEFT, full" does not contain alpha, so the caller has to pass it. The folder of a policy also has
+policy.json.
 """
 
 import copy
@@ -31,18 +33,19 @@ from eg3d_rlhf.models.lora import BASE, adapted_layers, adapter_state, attach, m
 from eg3d_rlhf.models.weights import check_finite, read, write
 from training.storage import check_fit, write_atomic
 
-PREFIX = "base_model.model."
-ADAPTER = "adapter_model.safetensors"
-CONFIG = "adapter_config.json"
-MODEL = "model.safetensors"
-FILES = (ADAPTER, "adapter_model.bin", MODEL)  # names that are searched for in a folder
-Adapters = dict[str, tuple[torch.Tensor, torch.Tensor]]  # layer -> A [rank, in], B [out, rank]
+PREFIX = "base_model.model."  # what PEFT puts before all names
+ADAPTER = "adapter_model.safetensors"  # PEFT's file of adapters
+CONFIG = "adapter_config.json"  # PEFT's file of settings
+MODEL = "model.safetensors"  # file of a complete network
+FILES = (ADAPTER, "adapter_model.bin", MODEL)  # names of the files of weights that a folder may contain
+Adapters = dict[str, tuple[torch.Tensor, torch.Tensor]]  # by layer: A [rank, in] and B [out, rank]
+# Names of the matrices of an adapter, for example blocks.0.to_q.lora_A.default.weight
 _PART = re.compile(r"(?P<layer>.+)\.lora_(?P<part>[AB])(?:\.(?P<adapter>[^.]+))?\.weight")
-# Entries of PEFT's other kinds of adapters.
+# Names of entries that belong to other kinds of PEFT adapters
 _FOREIGN = re.compile(r"\.(lora_\w+|modules_to_save|original_module|ia3_\w+|vera_\w+)(\.|$)")
 # PEFT's initialisations that do not change the base's weights.
 _BASE_UNCHANGED = (True, False, "gaussian", "orthogonal", "eva")
-_SUPPORTED = {  # PEFT's setting -> values that are supported here, where the file states the setting
+_SUPPORTED = {  # PEFT's settings, and the values that are supported here if the file contains the setting
     "peft_type": ("LORA",),
     "use_dora": (False,),
     "use_rslora": (False,),
@@ -60,137 +63,156 @@ _SUPPORTED = {  # PEFT's setting -> values that are supported here, where the fi
 
 @dataclass(frozen=True, kw_only=True)
 class Weights:
-    """Content of a file of weights, by the names of the network without adapters."""
+    """Content of a file of weights, with the names of the network without adapters."""
 
-    source: str  # file name, for messages
-    tensors: dict[str, torch.Tensor]  # the network's tensors; empty if the file holds only adapters
-    adapters: Adapters
-    alpha: float | None  # scale of the adapters' update, times 1 / rank; None without adapters
-    dropout: float = 0.0  # share in 0..1 that the adapters were trained with
+    source: str  # name of the file, for error messages
+    tensors: dict[str, torch.Tensor]  # tensors of the network; empty if the file contains only adapters
+    adapters: Adapters  # adapters by layer; empty if the file has none
+    alpha: (
+        float | None
+    )  # scale of the adapters, whose update is multiplied by alpha / rank; None without adapters
+    dropout: float = 0.0  # dropout with which the adapters were trained, 0..1
 
 
 def read_weights(path: str | Path, alpha: float | None = None) -> Weights:
-    """Read a file of any layout above, or the folder that holds it.
+    """Read a file of weights in any of the layouts of this module.
 
-    Args: alpha: needed for PEFT's full layout without an adapter_config.json beside it (DSO trained with
-        twice the rank).
-    Raises: FileNotFoundError; ValueError for a file that is damaged, foreign, not finite, or that uses a
-        feature of PEFT that is not supported here.
+    Args:
+        path: file, or a folder that contains exactly one such file.
+        alpha: scale of the adapters. It is needed for adapters without an adapter_config.json beside the file
+            (for DSO's checkpoints, twice the rank).
+
+    Raises: FileNotFoundError if there is no such file; ValueError for a file that is damaged, contains values
+        that are not finite, or uses a feature of PEFT that is not supported.
     """
     file = Path(path)
     if not file.is_file():
         files = [file / name for name in FILES if (file / name).is_file()]
         if not files:
             raise FileNotFoundError(
-                f"{path}: expected weights or a folder with {', '.join(FILES)}, got none. Check the path."
+                f"{path}: no weights were found there. Pass a file of weights or a folder with one of"
+                f" {', '.join(FILES)}."
             )
-        # With several files it is unclear which one is meant, for example adapters and a merged network.
+        # Several files may contain different weights, for example adapters and a merged network.
         if len(files) > 1:
-            names = " and ".join(f.name for f in files)
+            names = " and ".join(weights_file.name for weights_file in files)
             raise ValueError(
-                f"{path}: the folder holds several files of weights: {names}. Name one of the files."
+                f"{path}: the folder contains several files of weights: {names}. Pass the path of one file."
             )
         file = files[0]
-    # Reads without executing anything; pickles are restricted to tensors.
+    # `read` executes no code from the file.
     state = read(file, "weights")
     check_finite(state, file.name)
     tensors, adapters = split_state(state, file.name)
     if not adapters:
         return Weights(source=file.name, tensors=tensors, adapters={}, alpha=None)
     config = _read_config(file.with_name(CONFIG))
-    # The file's alpha has precedence; the argument fills in for a missing file.
-    stated = config.get("lora_alpha", alpha)
-    if stated is None:
+    # The argument is used only if there is no settings file.
+    used_alpha = config.get("lora_alpha", alpha)
+    if used_alpha is None:
         raise ValueError(
             f"{file.name}: the adapters' alpha is unknown, because there is no {CONFIG} beside the file. Pass"
-            " alpha (DSO: 2 x rank)."
+            " alpha (for DSO's checkpoints, twice the rank)."
         )
-    if alpha is not None and alpha != stated:
+    if alpha is not None and alpha != used_alpha:
         raise ValueError(
-            f"{file.name}: expected alpha {stated} as in {CONFIG}, got {alpha}. Leave alpha out."
+            f"{file.name}: alpha is {alpha}, but {CONFIG} states {used_alpha}. Do not pass alpha, so that the"
+            " file is used."
         )
-    # All ranks that appear: rows of A, columns of B, and the file's own statement.
-    ranks = {n for A, B in adapters.values() for n in (A.shape[0], B.shape[-1])} | (
-        {config["r"]} if config else set()
-    )
+    # The rank is the number of rows of A and of columns of B. The settings state it, too.
+    ranks = {config["r"]} if config else set()
+    for A, B in adapters.values():
+        ranks |= {A.shape[0], B.shape[-1]}
     if len(ranks) > 1 or any(A.ndim != 2 or B.ndim != 2 for A, B in adapters.values()):
-        got = f"ranks {sorted(ranks)}"
         raise ValueError(
-            f"{file.name}: expected adapters of linear layers that all have the same rank, got {got}. Merge"
-            " them with PEFT."
+            f"{file.name}: all adapters must be those of linear layers and have the same rank, but the ranks"
+            f" are {sorted(ranks)}. Merge the adapters with PEFT."
         )
     return Weights(
         source=file.name,
         tensors=tensors,
         adapters=adapters,
-        alpha=float(stated),
+        alpha=float(used_alpha),
         dropout=float(config.get("lora_dropout", 0.0)),
     )
 
 
 def split_state(state: Mapping[str, torch.Tensor], who: str) -> tuple[dict[str, torch.Tensor], Adapters]:
-    """Split a state dict of any layout into the network's tensors and its adapters.
+    """Split a state dict of any layout into the tensors of the network and its adapters.
 
-    Args: who: name that error messages begin with.
-    Returns: tensors by the names of the network without adapters, and adapters by layer.
+    Args:
+        state: state dict.
+        who: name that error messages begin with.
+
+    Returns: the tensors with the names of the network without adapters, and the adapters by layer.
+    Raises: ValueError for several adapters, other kinds of adapters, and adapters of which a matrix is
+        missing.
     """
     # torch's distributed wrapper puts "module." before every name.
     wrapper = "module." if all(key.startswith("module.") for key in state) else ""
     names = {key: key.removeprefix(wrapper).removeprefix(PREFIX) for key in state}
     adapter_keys = {key: match for key, name in names.items() if (match := _PART.fullmatch(name))}
-    # None where the file leaves out the adapter's name.
-    called = sorted({match["adapter"] or "" for match in adapter_keys.values()})
-    if len(called) > 1:
+    # The group is None in a file that does not contain the name of the adapter.
+    adapter_names = sorted({match["adapter"] or "" for match in adapter_keys.values()})
+    if len(adapter_names) > 1:
         raise ValueError(
-            f"{who}: expected one adapter, got several: {', '.join(called)}. Save only the one to be used."
+            f"{who}: the file contains several adapters: {', '.join(adapter_names)}. Save only the adapter"
+            " that is to be used."
         )
-    # For example DoRA's magnitudes or other kinds of adapters.
-    foreign = [key for key in state if key not in adapter_keys and _FOREIGN.search(names[key])]
-    if foreign:
+    # For example the magnitudes of DoRA
+    foreign_keys = [key for key in state if key not in adapter_keys and _FOREIGN.search(names[key])]
+    if foreign_keys:
         raise ValueError(
-            f"{who}: expected A and B of linear layers, got {', '.join(foreign[:4])}. Only ordinary LoRA is"
-            " supported: merge the adapter with PEFT."
+            f"{who}: only LoRA adapters with A and B are supported, but the file contains"
+            f" {', '.join(foreign_keys[:4])}. Merge the adapter with PEFT."
         )
-    parts: dict[str, dict[str, torch.Tensor]] = {}
+    matrices: dict[str, dict[str, torch.Tensor]] = {}  # by layer: the matrices "A" and "B"
     for key, match in adapter_keys.items():
-        parts.setdefault(match["layer"], {})[match["part"]] = state[key]
-    single = [layer for layer, both in parts.items() if len(both) < 2]
-    if single:
+        matrices.setdefault(match["layer"], {})[match["part"]] = state[key]
+    incomplete_layers = [layer for layer, layer_matrices in matrices.items() if len(layer_matrices) < 2]
+    if incomplete_layers:
         raise ValueError(
-            f"{who}: expected A and B for every layer, got only one of the two for {', '.join(single[:4])}."
+            f"{who}: an adapter needs A and B, but one is missing for {', '.join(incomplete_layers[:4])}."
             " Copy the file again."
         )
     tensors = {}
     for key, value in state.items():
         if key not in adapter_keys:
-            # A wrapped layer's weight is X.base_layer.weight; without the adapter it is called X.weight.
-            stem, _, leaf = names[key].rpartition(f"{BASE}.")
-            tensors[f"{stem}.{leaf}" if stem in parts else names[key]] = value
-    return tensors, {layer: (both["A"], both["B"]) for layer, both in parts.items()}
+            # X.base_layer.weight, the weight of a layer with an adapter, is X.weight in the base network.
+            layer, _, parameter = names[key].rpartition(f"{BASE}.")
+            tensors[f"{layer}.{parameter}" if layer in matrices else names[key]] = value
+    adapters = {
+        layer: (layer_matrices["A"], layer_matrices["B"]) for layer, layer_matrices in matrices.items()
+    }
+    return tensors, adapters
 
 
 def _read_config(path: Path) -> dict:
+    """Read PEFT's settings of adapters. Returns an empty dictionary if the file does not exist.
+
+    Raises: ValueError if the file is damaged or contains a setting that is not supported.
+    """
     if not path.is_file():
-        # PEFT's full layout may come without this file.
+        # Files of the layout "PEFT, full" may have no settings beside them.
         return {}
     try:
         config = json.loads(path.read_text())
-        # rank and alpha are read; the rest only has to be supported.
-        fits = isinstance(config, dict) and config["r"] >= 1 and config["lora_alpha"] > 0
+        is_valid = isinstance(config, dict) and config["r"] >= 1 and config["lora_alpha"] > 0
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{path.name}: expected PEFT's settings, got: {error!r}. Copy the file again."
+            f"{path.name}: this file does not contain PEFT's settings ({error!r}). Copy the file again."
         ) from None
-    if not fits:
+    if not is_valid:
         raise ValueError(
-            f"{path.name}: expected r >= 1 and lora_alpha > 0, got other values. Copy the file again."
+            f"{path.name}: the settings must be an object with r >= 1 and lora_alpha > 0. Copy the file"
+            " again."
         )
-    # Settings that the file leaves out have PEFT's defaults, all of which are supported.
-    for name, allowed in _SUPPORTED.items():
-        if name in config and config[name] not in allowed:
+    # Settings that the file does not contain have PEFT's defaults, all of which are supported.
+    for name, supported_values in _SUPPORTED.items():
+        if name in config and config[name] not in supported_values:
             raise ValueError(
-                f"{path.name}: expected {name} {allowed[0]!r}, got {config[name]!r}. Merge the adapter with"
-                " PEFT."
+                f"{path.name}: {name} must be {supported_values[0]!r}, got {config[name]!r}, which is not"
+                " supported. Merge the adapter with PEFT."
             )
     return config
 
@@ -198,31 +220,38 @@ def _read_config(path: Path) -> dict:
 def load_weights(model: nn.Module, weights: Weights) -> nn.Module:
     """Load the content of a file into a network without adapters, in place, and return the network.
 
-    Tensors that differ are replaced and keep the network's dtypes. No tensor is overwritten, so that networks
-    which share them are not affected. If the file holds adapters, everything else is frozen.
+    Tensors that differ are replaced by new tensors of the same dtype. No tensor is overwritten, so networks
+    that share tensors with this network are not affected. If the file contains adapters, all other parameters
+    are frozen.
 
-    Raises: ValueError for missing, unexpected or misshapen tensors.
+    Args:
+        model: network without adapters.
+        weights: content of a file, see `read_weights`.
+
+    Raises: ValueError if the network has adapters, or for tensors that are missing, superfluous or of another
+        shape.
     """
     if adapted_layers(model):
         raise ValueError(
-            f"{weights.source}: cannot be loaded into a network that has adapters. Pass the network's base."
+            f"{weights.source}: the weights cannot be loaded into a network that has adapters. Pass a network"
+            " without adapters."
         )
     modules = dict(model.named_modules(remove_duplicate=False))
     for name, (A, B) in weights.adapters.items():
         layer = modules.get(name)
-        got = f"[{len(B)}, {A.shape[1]}]"
-        # B A must have the shape of the layer's weight, [out, in].
-        expected = (
-            f"[{layer.out_features}, {layer.in_features}]"
-            if isinstance(layer, nn.Linear)
-            else "not a linear layer of this network"
-        )
-        if expected != got:
+        if not isinstance(layer, nn.Linear):
             raise ValueError(
-                f"{weights.source}: the adapter of {name} is {got}, but in this network the layer is"
-                f" {expected}. Pass the network that the adapters were trained on."
+                f"{weights.source}: {name} has an adapter, but is not a linear layer of this network. Pass"
+                " the network with which the adapters were trained."
             )
-    # The full layout holds the base's tensors besides the adapters.
+        # B A must have the shape of the layer's weight, [out, in].
+        if (layer.out_features, layer.in_features) != (len(B), A.shape[1]):
+            raise ValueError(
+                f"{weights.source}: the adapter of {name} has the shape [{len(B)}, {A.shape[1]}], but the"
+                f" layer of this network has [{layer.out_features}, {layer.in_features}]. Pass the network"
+                " with which the adapters were trained."
+            )
+    # Files of the layout "PEFT, full" contain the tensors of the base network, too.
     if weights.tensors:
         replace_state(model, weights.tensors, weights.source)
     if weights.adapters:
@@ -237,34 +266,48 @@ def load_weights(model: nn.Module, weights: Weights) -> nn.Module:
 
 
 def replace_state(model: nn.Module, state: Mapping[str, torch.Tensor], who: str) -> None:
-    """Replace a network's tensors by those of a state dict. Tensors that are equal keep their memory.
+    """Replace the tensors of a network by those of a state dict, without overwriting their memory.
 
-    Args: who: name that error messages begin with.
+    Tensors that are equal are not replaced. A policy therefore shares all tensors with its base that the
+    tuning did not change.
+
+    Args:
+        model: network, changed in place.
+        state: state dict.
+        who: name that error messages begin with.
+
+    Raises: ValueError for tensors that are missing, superfluous or of another shape.
     """
-    present = model.state_dict()
-    check_fit(present, state, who)
-    # Each tensor is moved to the device and dtype of the one that it replaces.
-    new = {name: state[name].to(old) for name, old in present.items()}
-    # Equal tensors stay the same memory, so a policy shares what tuning did not change with its base.
-    merged = {k: present[k] if torch.equal(present[k], new[k]) else new[k] for k in present}
-    model.load_state_dict(merged, assign=True)
+    present_state = model.state_dict()
+    check_fit(present_state, state, who)
+    result = {}
+    for name, present_tensor in present_state.items():
+        new_tensor = state[name].to(present_tensor)  # to the device and dtype of the present tensor
+        result[name] = present_tensor if torch.equal(present_tensor, new_tensor) else new_tensor
+    # assign=True: the network refers to these tensors and does not copy them.
+    model.load_state_dict(result, assign=True)
 
 
 def write_adapter(model: nn.Module, folder: str | Path, base: str | None = None) -> Path:
-    """Write a network's adapters in PEFT's layout, each file atomically. Returns the folder.
+    """Write the adapters of a network in PEFT's layout, and return the folder. Each file is written
+    atomically.
 
-    Args: base: PEFT's base_model_name_or_path.
-    Raises: ValueError for a network without adapters, or with adapters of several ranks.
+    Args:
+        model: network with adapters.
+        folder: folder for adapter_model.safetensors and adapter_config.json.
+        base: value of PEFT's setting base_model_name_or_path, the name of the base network.
+
+    Raises: ValueError for a network without adapters, or with adapters of different rank, alpha or dropout.
     """
     folder = Path(folder)
     layers = adapted_layers(model)
-    kinds = {(layer.rank, layer.alpha, layer.dropout) for layer in layers.values()}
-    if len(kinds) != 1:
+    combinations = {(layer.rank, layer.alpha, layer.dropout) for layer in layers.values()}
+    if len(combinations) != 1:
         raise ValueError(
-            f"write_adapter: expected adapters that share one rank, alpha and dropout, got {len(kinds)}"
-            " combinations. Call add_lora once, on all target layers."
+            "write_adapter: all adapters must have the same rank, alpha and dropout, but the network has"
+            f" {len(combinations)} combinations of them. Use add_lora once, for all target layers."
         )
-    rank, alpha, dropout = kinds.pop()
+    rank, alpha, dropout = combinations.pop()
     config = {
         "peft_type": "LORA",
         "task_type": None,
@@ -280,71 +323,79 @@ def write_adapter(model: nn.Module, folder: str | Path, base: str | None = None)
         "init_lora_weights": True,
         "modules_to_save": None,
     }
-    # The weights come first, so that settings never describe missing weights.
+    # The weights are written first, so that the settings never exist without their weights.
     write(folder / ADAPTER, {f"{PREFIX}{name}": value for name, value in adapter_state(model).items()})
     write_atomic(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
     return folder
 
 
 def targets_of(model: nn.Module) -> list[str]:
-    """Return the names by which PEFT finds exactly the layers with adapters.
+    """Return the names of target layers by which PEFT finds exactly the layers with adapters.
 
-    These are last parts of names where they match only these layers, and otherwise full names.
+    These are the last parts of the layers' names, if they match no other layer, and otherwise the full names.
     """
     layers = adapted_layers(model)
-    short = sorted({name.rpartition(".")[2] for name in layers})
-    inner = [f"{name}." for name in layers]
-    # Modules that a short name must not match: all outside of the wrapped layers.
-    others = [
-        n
-        for n, _ in model.named_modules(remove_duplicate=False)
-        if n not in layers and not any(n.startswith(i) for i in inner)
+    short_names = sorted({name.rpartition(".")[2] for name in layers})
+    inner_prefixes = [f"{name}." for name in layers]
+    # Modules that a short name must not match: all but the layers
+    # with adapters and the modules inside of them
+    other_modules = [
+        name
+        for name, _ in model.named_modules(remove_duplicate=False)
+        if name not in layers and not any(name.startswith(prefix) for prefix in inner_prefixes)
     ]
-    return sorted(layers) if any(matches(name, target) for name in others for target in short) else short
+    is_ambiguous = any(matches(name, target) for name in other_modules for target in short_names)
+    return sorted(layers) if is_ambiguous else short_names
 
 
 def write_merged(model: nn.Module, path: str | Path) -> Path:
-    """Write a network as a state dict with merged adapters, in the base's dtypes. Returns the path.
+    """Write the state dict of a network with merged adapters, and return the path.
 
-    `lora.merge_rounding` measures what is lost by rounding.
+    The dtypes are those of the base network. `lora.merge_rounding` measures the rounding error.
     """
     write(Path(path), merged_state(model))
     return Path(path)
 
 
-# Written beside the weights: the kind of policy and JSON values of the caller.
+# File beside the weights, with the kind of policy ("adapters" or "full") and values of the caller
 META = "policy.json"
 
 
 def shared_copy(model: nn.Module) -> nn.Module:
-    """Return a frozen copy of a network whose parameters and buffers share the memory of the original.
+    """Return a copy of a network whose parameters and buffers share the memory of the original.
 
-    It is meant for adapters, which leave the base unchanged. To train all weights, use copy.deepcopy.
+    The parameters of the copy have no gradient. The copy is meant for adapters, which do not change the base.
+    To train all weights, use copy.deepcopy.
     """
-    # deepcopy takes objects from its memo instead of copying them: modules are new, tensors are shared.
+    # deepcopy does not copy an object whose id is in its memo, but takes the value of the memo. Modules are
+    # therefore new, and tensors are shared.
     memo: dict[int, object] = {
-        id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()
+        id(parameter): nn.Parameter(parameter.detach(), requires_grad=False)
+        for parameter in model.parameters()
     }
-    memo |= {id(b): b.detach() for b in model.buffers()}
+    memo |= {id(buffer): buffer.detach() for buffer in model.buffers()}
     return copy.deepcopy(model, memo)
 
 
 def tuned_model(
     base: nn.Module, weights: str | Path, *, alpha: float | None = None, merge: bool = False
 ) -> nn.Module:
-    """Apply a file or folder of weights to a base. Returns the network frozen, in eval mode.
+    """Apply a file or folder of weights to a base network.
 
-    The base is not changed. Tensors that tuning has not changed share the base's memory.
+    The base network is not changed. Tensors that the tuning did not change share its memory.
 
     Args:
-        weights: adapters or a full state dict, in any layout above.
-        alpha: see `read_weights`.
-        merge: merge adapters into the weights, so that others can be added. A later round starts from there.
-    Raises: FileNotFoundError; ValueError for the weights of another network.
+        base: network without adapters.
+        weights: file or folder of adapters or of a complete network, see `read_weights`.
+        alpha: scale of the adapters, see `read_weights`.
+        merge: True merges adapters into the weights, so that further adapters can be added to the result.
+
+    Returns: a new network in evaluation mode, without gradients of its parameters.
+    Raises: FileNotFoundError if there are no weights; ValueError for the weights of another network.
     """
     model = load_weights(shared_copy(base), read_weights(weights, alpha))
     if merge and adapted_layers(model):
-        # A network that has adapters cannot take further ones, so the merged weights go into a fresh copy.
+        # The merged weights are loaded into a new copy of the base, which has no adapters.
         state = merged_state(model)
         model = shared_copy(base)
         replace_state(model, state, str(weights))
@@ -352,53 +403,64 @@ def tuned_model(
 
 
 def save_policy(model: nn.Module, folder: str | Path, meta: Mapping) -> Path:
-    """Write a tuned network to a folder: its adapters if it has any, else the full network. Returns the
-    folder.
+    """Write a tuned network to a folder, and return the folder.
 
-    Equal networks give equal bytes.
+    If the network has adapters, only these are written; otherwise the complete network is written. Equal
+    networks give equal bytes.
 
-    Args: meta: JSON values for policy.json, such as the hash of the base, the step and the settings.
+    Args:
+        model: tuned network.
+        folder: folder of the policy.
+        meta: JSON values for policy.json, such as the hash of the base, the step and the settings.
+
     Raises: ValueError for values that JSON cannot represent, or weights that are not finite.
     """
     folder = Path(folder)
-    adapted = bool(adapted_layers(model))
-    # A run that diverged must not write a policy.
+    has_adapters = bool(adapted_layers(model))
+    # Weights that are not finite come from a run that diverged.
     check_finite(model.state_dict(), "save_policy")
     try:
         text = json.dumps(
-            {"kind": "adapters" if adapted else "full", "meta": dict(meta)}, indent=1, sort_keys=True
+            {"kind": "adapters" if has_adapters else "full", "meta": dict(meta)}, indent=1, sort_keys=True
         )
     except TypeError as error:
         raise ValueError(
-            f"save_policy(meta): expected JSON values, got: {error}. Convert tensors and paths first."
+            f"save_policy: meta must contain only JSON values ({error}). Convert tensors and paths first."
         ) from None
-    if adapted:
+    if has_adapters:
         write_adapter(model, folder)
     else:
         write_merged(model, folder / MODEL)
-    # A folder that held the other kind before must not keep both: readers would not know which one to use.
-    for stale in [MODEL] if adapted else [ADAPTER, CONFIG]:
-        (folder / stale).unlink(missing_ok=True)
-    # Written last: a folder with policy.json is complete.
+    # An earlier policy in this folder may have been of the other
+    # kind. `read_weights` rejects a folder with both.
+    for obsolete_file in [MODEL] if has_adapters else [ADAPTER, CONFIG]:
+        (folder / obsolete_file).unlink(missing_ok=True)
+    # policy.json is written last, so that a folder with this file is complete.
     write_atomic(folder / META, (text + "\n").encode())
     return folder
 
 
 def link(source: Path, target: Path) -> None:
-    """Create a hard link to a file, or a copy where the file system has none. Replaces an existing target."""
+    """Create a hard link to a file at the path `target`. An existing file at this path is replaced.
+
+    If the file system does not support the link, the file is copied.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     target.unlink(missing_ok=True)
     try:
-        # Other disks and some file systems do not support hard links.
         os.link(source.resolve(), target)
     except OSError:
+        # A hard link cannot lead to another disk, and some file systems have none.
         shutil.copyfile(source, target)
 
 
 def link_folder(source: Path, target: Path) -> None:
-    """Link all files of a folder at another place; see `link`. If both are the same folder, nothing
-    happens.
+    """Create links to all files of the folder `source` in the folder `target`, see `link`.
+
+    Subfolders are included. If both are the same folder, nothing is done.
     """
+    if source == target:
+        return
     # Sorted, so that the order of writing does not depend on the file system.
-    for file in sorted(path for path in source.rglob("*") if path.is_file() and source != target):
+    for file in sorted(path for path in source.rglob("*") if path.is_file()):
         link(file, target / file.relative_to(source))

@@ -1,9 +1,9 @@
 """ResNet-50 (He et al. 2016, arXiv 1512.03385), version 1.5, as a frozen backbone.
 
-In version 1.5 the stride is in the 3x3 convolution. The weights come from a local file in torchvision's
-format. torchvision itself is not needed and nothing is downloaded.
+In version 1.5 the 3x3 convolution of a block has the stride, and not the first 1x1 convolution. The weights
+are read from a local file in torchvision's format. torchvision is not needed, and nothing is downloaded.
 
-Shape letters: N samples, C channels, H, W rows and columns.
+Shapes: N samples, C channels, H rows and W columns.
 """
 
 from pathlib import Path
@@ -16,14 +16,19 @@ from eg3d_rlhf.models.weights import fill, read
 from training.networks import state_hash
 
 FEATURES = 2048  # channels of the last stage
-_STAGES = ((3, 64), (4, 128), (6, 256), (3, 512))  # per stage: number of blocks, inner channels
+_STAGES = ((3, 64), (4, 128), (6, 256), (3, 512))  # number of blocks and inner channels of each stage
 _CLASSIFIER = ("fc.weight", "fc.bias")  # entries of the ImageNet classifier, which is not used
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 (with the stride) and 1x1 convolution with batch normalisation, and a shortcut around them.
+    """Residual block of a 1x1, a 3x3 and a 1x1 convolution, each with batch normalisation.
 
     [N, C, H, W] -> [N, 4 * inner, H / stride, W / stride].
+
+    Args:
+        channels: channels C of the input.
+        inner: channels of the first two convolutions.
+        stride: stride of the 3x3 convolution.
     """
 
     def __init__(self, channels: int, inner: int, stride: int):
@@ -48,9 +53,9 @@ class Bottleneck(nn.Module):
 
 
 class ResNet50(nn.Module):
-    """Images [N, 3, H, W] -> features [N, 2048], the mean over positions of the last stage.
+    """ResNet-50 without its classifier: images [N, 3, H, W] -> features [N, 2048].
 
-    Parameter names are torchvision's. There is no classifier.
+    The features are the mean of the last stage over all positions. Parameters have torchvision's names.
     """
 
     def __init__(self) -> None:
@@ -68,7 +73,7 @@ class ResNet50(nn.Module):
             setattr(self, f"layer{number}", stage)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # The stem divides rows and columns by 4.
+        # The first convolution and the pooling halve rows and columns once each.
         x = F.max_pool2d(F.relu(self.bn1(self.conv1(x))), 3, 2, 1)
         for number in range(1, len(_STAGES) + 1):
             x = getattr(self, f"layer{number}")(x)
@@ -77,11 +82,15 @@ class ResNet50(nn.Module):
 
 
 def load_backbone(path: str | Path, sha256: str | None = None) -> ResNet50:
-    """Load a frozen ResNet-50 in eval mode from a .pth or .safetensors state dict. Nothing in it is executed.
+    """Load a ResNet-50 from a .pth or .safetensors state dict. No code from the file is executed.
 
-    Args: sha256: `state_hash` of the backbone that a reward was trained on; None accepts any backbone.
-    Raises: FileNotFoundError; ValueError for the weights of another network, and for a backbone whose hash
-        differs from `sha256`.
+    Args:
+        path: file of the weights.
+        sha256: `state_hash` of the backbone with which a reward was trained; None accepts any backbone.
+
+    Returns: the network in evaluation mode, without gradients of its parameters.
+    Raises: FileNotFoundError if the file is missing; ValueError for the weights of another network, and for a
+        backbone whose hash differs from `sha256`.
     """
     path = Path(path)
     # torchvision's files include the classifier, which this network does not have.
@@ -90,7 +99,7 @@ def load_backbone(path: str | Path, sha256: str | None = None) -> ResNet50:
     # A reward depends on its backbone's features, so another backbone gives other scores without an error.
     if sha256 is not None and (digest := state_hash(network)) != sha256:
         raise ValueError(
-            f"--backbone={path}: the reward was trained on the backbone {sha256[:12]}..., but this file is"
-            f" {digest[:12]}... Its scores would be meaningless. Name the file of the right backbone."
+            f"--backbone={path}: the reward was trained with a backbone of the SHA-256 {sha256[:12]}..., but"
+            f" this file has {digest[:12]}..., so scores would be wrong. Pass the backbone of the training."
         )
     return network.eval().requires_grad_(False)

@@ -1,17 +1,21 @@
-"""SAM 3D's networks: the flow of shape and pose, the flow on the shape's voxels, and their image embedder.
+"""Networks of SAM 3D Objects: the flow model of shape and pose, the flow model on voxels, and the embedder.
 
-The first flow is a mixture of transformers: the tokens of the shape and those of the pose go through one
-transformer with separate layers for each. Its latent is a dictionary of tensors. Each tensor has its own
-input layer, positions and output layer; tensors that share a transformer form one group of tokens.
-Self-attention covers the tokens of all groups, with one exception. The shape attends only to itself, and the
-others read its keys and values without gradient. The shape therefore does not depend on the pose, and errors
-of the pose send no gradient into it (Chen et al. 2025, SAM 3D; Liang et al. 2024, Mixture-of-Transformers).
-The step size d of a shortcut model (Frans et al. 2024) is embedded as the time is and added to it; d = 0 is
-the ordinary flow.
+The first flow model is a mixture of transformers (Chen et al. 2025, SAM 3D; Liang et al. 2024,
+Mixture-of-Transformers). Its latent is a dictionary of tensors, such as the shape and the pose. Each tensor
+has its own input layer, position embedding and output layer. Tensors that share their transformer layers form
+a group of tokens; the layers of different groups are separate. In self-attention, the tokens of the shape
+attend only to each other. The tokens of all other groups attend to the tokens of all groups, but no gradient
+flows from them into the shape. The shape therefore does not depend on the pose.
+A shortcut model (Frans et al. 2024) also has a step size d as input, which is embedded in the same way as the
+time and added to it. d = 0 gives the velocity of an ordinary flow model.
+The embedder computes conditioning tokens from an image, a mask and a point map.
 
-Shape letters as in trellis/blocks.py; T_g tokens of a group g, S tokens of a tensor of the dictionary, A
-channels of such a tensor. In the embedder: N samples, E channels of an encoder, W channels of a conditioning
-token, p pixels per side of a patch, h patches per side, L tokens.
+Shapes: N samples, C channels of a token, H heads, D channels of a head, L conditioning tokens, E channels of
+    a
+conditioning token; T_g tokens of a group g, S tokens and A channels of a tensor of the dictionary. In the
+embedder: E channels of an encoder, W channels of a conditioning token, p pixels per side of a patch, h
+    patches per
+side, s pixels per side of a point map.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,17 +32,21 @@ from eg3d_rlhf.models.dino import Dino, DinoConfig, standardised
 from eg3d_rlhf.models.trellis import blocks
 from eg3d_rlhf.models.trellis.flows import LatentFlow, LatentFlowConfig
 
-SHAPE = "shape"  # the tensor of the dictionary that does not depend on the others; a group by itself
-Tokens = dict[str, torch.Tensor]  # group -> [N, T_g, C], or name in the dictionary -> [N, S, A]
+SHAPE = "shape"  # name of the shape's tensor, which forms a group alone and does not depend on other tensors
+Tokens = dict[str, torch.Tensor]  # tokens [N, T_g, C] by group, or tensors [N, S, A] by name
 
 
 @dataclass(frozen=True, kw_only=True)
 class LatentConfig:
-    """Size of one tensor of the dictionary."""
+    """Size of one tensor of the latent dictionary.
+
+    Raises: ValueError for sizes that do not fit together.
+    """
 
     in_channels: int  # A
     tokens: int  # S
-    # Points per axis of the grid on which the tokens lie. None: there is no grid, and positions are learnt.
+    # Points per axis of the cubic grid on which the tokens lie. None:
+    # there is no grid, and the position embedding is trained.
     resolution: int | None = None
 
     def __post_init__(self):
@@ -47,51 +55,68 @@ class LatentConfig:
             self.resolution is not None and self.resolution**3 != self.tokens
         ):
             raise ValueError(
-                "LatentConfig: expected in_channels and tokens >= 1, and tokens = resolution^3 on a grid, got"
-                f" {self}. Correct the file of the generator."
+                "LatentConfig: in_channels and tokens must be >= 1, and tokens must be resolution^3 on a"
+                f" grid, got {self}. Download the generator's file again."
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class MixtureConfig(blocks.ConditionedConfig):
-    """Settings of the first flow's network, as its file states them."""
+    """Settings of the first flow model, with the names of its file.
 
-    latents: Mapping[str, LatentConfig]  # by name; the order is that of the tokens
-    # Group -> names of its tensors. A tensor that is in no list forms a group by itself.
+    Raises: ValueError for settings that are not supported or do not fit together.
+    """
+
+    latents: Mapping[str, LatentConfig]  # tensors of the latent by name, in the order of their tokens
+    # Names of the tensors of each group. A tensor that occurs in no group forms a group alone.
     latent_share_transformer: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    is_shortcut_model: bool = False  # whether the network reads a step size
-    use_fp16: bool = False  # half precision for new blocks; loaded files keep their own dtype
+    is_shortcut_model: bool = False  # True: the network has a step size as input
+    use_fp16: bool = False  # half precision for new blocks; weights from files have the dtype of the file
     time_scale: float = 1000.0  # factor of times and step sizes before they are embedded
 
     def __post_init__(self):
-        inside = [name for names in self.latent_share_transformer.values() for name in names]
-        if not self.latents or set(inside) - set(self.latents) or len(set(inside)) < len(inside):
-            got = f"{', '.join(self.latents) or 'none'} in {dict(self.latent_share_transformer)}"
+        grouped_names = [name for names in self.latent_share_transformer.values() for name in names]
+        unknown_names = set(grouped_names) - set(self.latents)
+        if not self.latents or unknown_names or len(set(grouped_names)) < len(grouped_names):
             raise ValueError(
-                f"MixtureConfig: expected latents, each in one group at most, got {got}. Correct the file."
+                "MixtureConfig: there must be at least one latent, and each latent may be in at most one"
+                f" group, got the latents {', '.join(self.latents) or '(none)'} and the groups"
+                f" {dict(self.latent_share_transformer)}. Download the generator's file again."
             )
-        # Attention treats the shape apart from all other groups, so it must be one by itself.
-        if self.groups.get(SHAPE) != (SHAPE,) or self.model_channels % self.heads or not self.qk_rms_norm:
-            got = f"{self.groups}, {self.model_channels} / {self.heads}, qk_rms_norm {self.qk_rms_norm}"
+        # Attention treats the shape differently from all other groups.
+        if self.groups.get(SHAPE) != (SHAPE,):
             raise ValueError(
-                f"MixtureConfig: expected a latent {SHAPE!r} in no list, channels that heads divide and"
-                f" qk_rms_norm, got {got}. Correct it."
+                f"MixtureConfig: there must be a latent {SHAPE!r} that forms a group alone, got the groups"
+                f" {self.groups}. Download the generator's file again."
+            )
+        if self.model_channels % self.heads or not self.qk_rms_norm:
+            raise ValueError(
+                "MixtureConfig: model_channels must be a multiple of the number of heads, and qk_rms_norm"
+                f" must be true, got {self.model_channels}, {self.heads} and qk_rms_norm={self.qk_rms_norm}."
+                " Download the generator's file again."
             )
 
     @property
     def groups(self) -> dict[str, tuple[str, ...]]:
-        """Names of the dictionary's tensors by group, in the order of the tokens."""
-        shared = {name: group for group, names in self.latent_share_transformer.items() for name in names}
+        """Names of the tensors of each group, in the order of the tokens."""
+        group_of_name = {}
+        for group, names in self.latent_share_transformer.items():
+            group_of_name |= dict.fromkeys(names, group)
         groups: dict[str, tuple[str, ...]] = {}
         for name in self.latents:
-            # A group stands where its first tensor stands.
-            group = shared.get(name, name)
+            # A group has the position of its first tensor.
+            group = group_of_name.get(name, name)
             groups.setdefault(group, tuple(self.latent_share_transformer.get(group, (name,))))
         return groups
 
 
 class LatentLayers(nn.Module):
-    """Input layer, positions and output layer of one tensor of the dictionary."""
+    """Input layer, position embedding and output layer of one tensor of the latent.
+
+    Args:
+        config: size of the tensor.
+        channels: channels C of a token.
+    """
 
     def __init__(self, config: LatentConfig, channels: int):
         super().__init__()
@@ -100,8 +125,7 @@ class LatentLayers(nn.Module):
         if config.resolution is None:
             self.pos_emb = nn.Parameter(torch.randn(config.tokens, channels) / channels**0.5)  # [S, C]
         else:
-            # Fixed sines and cosines of the grid's points. Checkpoints hold them nevertheless, so they are a
-            # buffer of the state dict.
+            # Fixed sines and cosines of the grid's points. Checkpoints contain them, so they are a buffer.
             points = torch.cartesian_prod(*[torch.arange(config.resolution)] * 3)
             self.register_buffer("pos_emb", blocks.position_embedding(points, channels))
 
@@ -110,19 +134,25 @@ class LatentLayers(nn.Module):
         return self.input_layer(x) + self.pos_emb
 
     def write(self, h: torch.Tensor) -> torch.Tensor:
-        """Project tokens [N, S, C] to the tensor's channels [N, S, A]."""
-        # The last norm has no parameters, and torch's default eps of 1e-5, as in the original.
+        """Project tokens [N, S, C] to the channels of the tensor, [N, S, A]."""
+        # As in the original, the last norm has no parameters and torch's default constant 1e-5.
         return self.out_layer(F.layer_norm(h, h.shape[-1:]).to(self.out_layer.weight.dtype))
 
 
 class MixedAttention(nn.Module):
-    """Self-attention over several groups of tokens, with separate linear layers for each group."""
+    """Self-attention over several groups of tokens, with separate linear layers for each group.
+
+    Args:
+        channels: channels C of a token.
+        heads: number of heads H.
+        groups: names of the groups.
+    """
 
     def __init__(self, channels: int, heads: int, groups: tuple[str, ...]):
         super().__init__()
         self.heads = heads
         self.to_qkv = nn.ModuleDict({g: nn.Linear(channels, 3 * channels) for g in groups})
-        # The normalisation is always there: MixtureConfig requires it.
+        # Not optional, because MixtureConfig requires qk_rms_norm.
         self.q_rms_norm, self.k_rms_norm = (
             nn.ModuleDict({g: blocks.HeadRMSNorm(heads, channels // heads) for g in groups}) for _ in range(2)
         )
@@ -137,22 +167,23 @@ class MixedAttention(nn.Module):
             q[g], k[g], v[g] = self.to_qkv[g](h).unflatten(-1, (3, self.heads, -1)).unbind(-3)
             q[g] = self.q_rms_norm[g](q[g])
             k[g] = self.k_rms_norm[g](k[g])
-        # The shape attends to itself alone.
+        # The tokens of the shape attend only to each other.
         attended = {SHAPE: attend(q[SHAPE], k[SHAPE], v[SHAPE])}
-        others = [g for g in x if g != SHAPE]
-        if others:
-            # All other groups attend to each other and to the shape, without gradient into the shape. The
-            # order of keys is that of the original.
+        other_groups = [g for g in x if g != SHAPE]
+        if other_groups:
+            # All other tokens attend to the tokens of all groups. detach() stops gradients into the shape.
+            # The order of the keys is that of the original, so that the result is bitwise the same.
             keys, values = (
-                torch.cat([*[part[g] for g in others], part[SHAPE].detach()], 1) for part in (k, v)
+                torch.cat([*[tokens[g] for g in other_groups], tokens[SHAPE].detach()], 1)
+                for tokens in (k, v)
             )
-            attended |= {g: attend(q[g], keys, values) for g in others}
+            attended |= {g: attend(q[g], keys, values) for g in other_groups}
         # [N, T_g, H, D] -> [N, T_g, C]
         return {g: self.to_out[g](attended[g].flatten(-2)) for g in x}
 
 
 class MixedBlock(nn.Module):
-    """Like `blocks.ModulatedBlock`, with separate layers for each group.
+    """Transformer block like `blocks.ModulatedBlock`, but with separate layers for each group of tokens.
 
     The modulation by the time is the same for all groups.
     """
@@ -162,34 +193,38 @@ class MixedBlock(nn.Module):
         channels = config.model_channels
         heads = config.heads
         groups = tuple(config.groups)
-        layout = dict(qk_rms_norm=config.qk_rms_norm_cross)
-        # Before cross-attention; the only layer norm with parameters.
+        # The norm before the cross-attention is the only layer norm with parameters.
         self.norm2 = nn.ModuleDict({g: blocks.LayerNorm32(channels, affine=True) for g in groups})
         self.self_attn = MixedAttention(channels, heads, groups)
         self.cross_attn = nn.ModuleDict(
-            {g: blocks.CrossAttention(channels, config.cond_channels, heads, **layout) for g in groups}
+            {
+                g: blocks.CrossAttention(channels, config.cond_channels, heads, config.qk_rms_norm_cross)
+                for g in groups
+            }
         )
         self.mlp = nn.ModuleDict({g: blocks.FeedForward(channels, config.mlp_ratio) for g in groups})
-        # This norm has no parameters, so one object serves both places and all groups.
+        # This norm has no parameters, so one object is used before the self-attention and before the
+        # perceptron, for all groups.
         self.norm = blocks.LayerNorm32(channels)
         if not config.share_mod:
             self.adaLN_modulation = blocks.modulation(channels)
         self.share_mod = config.share_mod
 
     def forward(self, x: Tokens, time: torch.Tensor, cond: torch.Tensor) -> Tokens:
-        """Apply the block to tokens by group.
+        """Apply the block to tokens.
 
         Args:
-            x: group -> [N, T_g, C].
-            time: [N, C], or [N, 6 C] with shared modulation.
+            x: tokens [N, T_g, C] by group.
+            time: embedded times [N, C], or the modulation [N, 6 C] if all blocks share it.
             cond: conditioning tokens [N, L, E].
-        Returns: tokens by group, like x.
+
+        Returns: tokens [N, T_g, C] by group.
         """
         layout = blocks.DenseLayout()
-        # [N, 6 C]: shift, scale and gate of the attention, then of the perceptron.
-        values = time if self.share_mod else self.adaLN_modulation(time)
+        # [N, 6 C]: shift, scale and gate of the attention, then of the perceptron
+        modulation = time if self.share_mod else self.adaLN_modulation(time)
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = (
-            layout.per_token(v) for v in values.chunk(6, -1)
+            layout.per_token(chunk) for chunk in modulation.chunk(6, -1)
         )
         attended = self.self_attn({g: self.norm(h) * (1 + scale) + shift for g, h in x.items()})
         output = Tokens()
@@ -202,13 +237,15 @@ class MixedBlock(nn.Module):
 
 
 class MixtureFlow(nn.Module):
-    """First flow: predict the velocities of shape and pose.
+    """First flow model, which predicts the velocities of the shape and the pose from noise (t = 0) to data (t
+    = 1).
 
-        model(x_t by name [N, S, A], t [N] in 0..1, cond [N, L, E], step [N] in 0..1) -> velocities, like x_t
+    Usage: velocities = model(x_t, t, cond, step), with latents x_t [N, S, A] by name, times t [N] in 0..1,
+    conditioning tokens cond [N, L, E] and, for a shortcut model, step sizes [N] in 0..1. The velocities have
+    the names and shapes of x_t. The shape may be passed alone; its velocity is bitwise the same as with the
+    pose.
 
-    t = 1 is data, as in the original. The shape may be passed alone: its velocity is then bitwise the same.
-
-    Differentiable in: everything except t and step; the shape's velocity only in what belongs to the shape.
+    Differentiable in: x_t and cond. The velocity of the shape has no gradient with respect to other tensors.
     """
 
     def __init__(self, config: MixtureConfig):
@@ -226,7 +263,7 @@ class MixtureFlow(nn.Module):
             {name: LatentLayers(latent, channels) for name, latent in config.latents.items()}
         )
         self.blocks = nn.ModuleList(MixedBlock(config) for _ in range(config.num_blocks))
-        # Only linear layers inside the blocks; embedders and norms stay in float32.
+        # Only linear layers inside the blocks are converted. Embedders and norms stay in float32.
         if config.use_fp16:
             blocks.convert_torso(self.blocks, torch.float16)
 
@@ -239,12 +276,11 @@ class MixtureFlow(nn.Module):
     ) -> Tokens:
         config = self.config
         if set(x_t) not in ({*config.latents}, {SHAPE}):
-            expected, got = (", ".join(sorted(names)) for names in (config.latents, x_t))
             raise ValueError(
-                f"MixtureFlow.x_t: expected {expected}, or only {SHAPE}, got {got}. Pass latents of this"
-                " model."
+                f"MixtureFlow.x_t: the latents must be {', '.join(sorted(config.latents))}, or only {SHAPE},"
+                f" got {', '.join(sorted(x_t)) or '(none)'}. Pass latents of this model."
             )
-        # Only the tensors that were passed; the shape alone leaves out the groups of the pose.
+        # Only the tensors that were passed. If the shape is passed alone, other groups are not computed.
         latents = {name: latent for name, latent in config.latents.items() if name in x_t}
         groups = {group: names for group, names in config.groups.items() if names[0] in x_t}
         for name, latent in latents.items():
@@ -276,56 +312,60 @@ class MixtureFlow(nn.Module):
             h = blocks.run_block(block, h, time, cond, recompute=self.recompute)
         velocities = Tokens()
         for g, names in groups.items():
-            parts = h[g].float().split([latents[name].tokens for name in names], 1)
+            tokens_by_name = h[g].float().split([latents[name].tokens for name in names], 1)
             velocities |= {
-                name: layers[name].write(part).to(x_t[name].dtype)
-                for name, part in zip(names, parts, strict=True)
+                name: layers[name].write(name_tokens).to(x_t[name].dtype)
+                for name, name_tokens in zip(names, tokens_by_name, strict=True)
             }
-        # In the order of the latents, not in that of the groups.
+        # In the order of the latents, and not of the groups
         return {name: velocities[name] for name in latents}
 
 
 def embedded_time(flow: Any, t: torch.Tensor, step: torch.Tensor | None, scale: float) -> torch.Tensor:
-    """Embed times and, for a shortcut model, step sizes (None: 0), [N] each -> [N, C] float32.
+    """Embed times and, for a shortcut model, step sizes, as [N, C] float32.
 
-    Args: scale: factor of times and step sizes before they are embedded.
-    Raises: ValueError for a step size if the model reads none.
+    Args:
+        flow: flow model with t_embedder and, if it is a shortcut model, d_embedder.
+        t: times [N] in 0..1.
+        step: step sizes [N] in 0..1; None means 0 for a shortcut model.
+        scale: factor of times and step sizes before they are embedded.
+
+    Raises: ValueError if a step size is passed to a model that is not a shortcut model.
     """
-    # The embedder multiplies by TIME_SCALE itself.
+    # The embedder itself multiplies by TIME_SCALE.
     factor = scale / blocks.TIME_SCALE
-    shortcut = hasattr(flow, "d_embedder")
-    if step is not None and not shortcut:
+    is_shortcut_model = hasattr(flow, "d_embedder")
+    if step is not None and not is_shortcut_model:
         raise ValueError(
-            f"{type(flow).__name__}: got the step size {step.tolist()}, but this model reads none. Leave it"
-            " out."
+            f"{type(flow).__name__}: a step size ({step.tolist()}) was passed, but this model is no shortcut"
+            " model. Call the model without a step size."
         )
     time = flow.t_embedder(factor * t)
-    if not shortcut:
+    if not is_shortcut_model:
         return time
-    # A step size of 0 is embedded, too: the embedding of 0 is not 0.
+    # The embedding of a step size of 0 is not 0, so it has to be added, too.
     return time + flow.d_embedder(factor * (torch.zeros_like(t) if step is None else step))
 
 
-# The second flow is TRELLIS's flow over latents on voxels; it may also read a step size.
+# The second flow model is the one of TRELLIS over latents on voxels. It may be a shortcut model.
 
 
 @dataclass(frozen=True, kw_only=True)
 class VoxelFlowConfig(LatentFlowConfig):
-    """Settings of the second flow's network, as its file states them."""
+    """Settings of the second flow model, with the names of its file."""
 
-    is_shortcut_model: bool = False  # whether the network reads a step size
+    is_shortcut_model: bool = False  # True: the network has a step size as input
     time_scale: float = 1000.0  # factor of times and step sizes before they are embedded
 
 
 class VoxelFlow(LatentFlow):
-    """Second flow: predict the velocity of latents on voxels.
+    """Second flow model, which predicts the velocity of latents on voxels from noise (t = 0) to data (t = 1).
 
-        model(x_t: SparseBatch, t [N] in 0..1, cond [N, L, E], step [N] in 0..1) -> velocity on the same
-        voxels
+    Usage: velocity = model(x_t, t, cond, step), with a SparseBatch x_t, times t [N] in 0..1, conditioning
+        tokens
+    cond [N, L, E] and, for a shortcut model, step sizes [N] in 0..1. The velocity is on the voxels of x_t.
 
-    t = 1 is data, as in the original.
-
-    Differentiable in: everything except t and step.
+    Differentiable in: the features of x_t and cond.
     """
 
     config: VoxelFlowConfig
@@ -336,39 +376,42 @@ class VoxelFlow(LatentFlow):
             self.d_embedder = blocks.TimeEmbedder(config.model_channels)
 
     def time(self, t: torch.Tensor, step: torch.Tensor | None = None) -> torch.Tensor:
-        """Embed times and step sizes [N] as the blocks read them, [N, C] float32."""
+        """Embed times and step sizes [N] for the blocks, [N, C] float32. A step size of None means 0."""
         return embedded_time(self, t, step, self.config.time_scale)
 
 
-# SAM 3D's conditioning: tokens of an image, of the object's mask and of a point map, each cropped around the
-# object and of the full frame. Images and masks go through a DINOv2 each, points through a small transformer
-# over the points of a patch. Every encoder is followed by a gated feed-forward to the flow's width and a
-# learnt offset that distinguishes the crop from the full frame. All tokens are concatenated.
+# The conditioning of SAM 3D consists of the tokens of an image, of the object's mask and of a point map. Each
+# of these inputs exists twice: cropped around the object, and as the full frame. Images and masks are encoded
+# by a DINOv2 each, and point maps by a small transformer over the points of each patch. A feed-forward
+# layer with a gate then changes the number of channels to W. A trained vector is added that distinguishes the
+# crop from the full frame. All tokens are concatenated.
 
 
-# Transforms of coordinates before the network; see `remapped`.
+# Names of the transforms of coordinates in `remapped`
 REMAPS = ("linear", "sinh", "exp", "exp_disparity", "sinh_exp")
 
 
 class Pictures(nn.Module):
-    """DINOv2 under the parameter names of SAM 3D's files, for images or for masks of one channel.
+    """DINOv2 for images [N, 3, h, w] or masks [N, 1, h, w] of values 0..1, which returns tokens [N, L, E].
 
-    [N, 3 or 1, h, w] of values 0..1 -> tokens [N, L, E].
+    Parameters have the names of SAM 3D's files.
 
     Args:
-        size: pixels per side to which images are resized.
-        before_norm: return the tokens before the last norm, normalised without parameters; otherwise after
-            the last norm, without registers.
-        normalised: standardise images to DINOv2's mean and standard deviation.
+        config: settings of the DINOv2.
+        size: pixels per side to which images are resized, a multiple of the patch size.
+        before_norm: True returns all tokens, with a norm without parameters in place of DINOv2's last norm.
+            False returns the tokens after the last norm, without the registers.
+        normalised: True standardises images by ImageNet's mean and standard deviation.
+
+    Raises: ValueError if `size` is not a multiple of the patch size.
     """
 
     def __init__(self, config: DinoConfig, size: int, before_norm: bool = False, normalised: bool = True):
         super().__init__()
-        # The image must consist of whole patches.
         if size % config.patch_size:
             raise ValueError(
-                f"embedder: expected an image size that is a multiple of {config.patch_size} pixels, got"
-                f" {size}. Correct the file of the generator."
+                f"embedder: the image size must be a multiple of the patch size, {config.patch_size} pixels,"
+                f" got {size}. Download the generator's file again."
             )
         self.size = size
         self.before_norm = before_norm
@@ -376,47 +419,51 @@ class Pictures(nn.Module):
         self.backbone = Dino(config)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # Bilinear without antialiasing, as in the original.
+        # As in the original, the interpolation is bilinear without antialiasing.
         if x.shape[2:] != (self.size, self.size):
             x = F.interpolate(x, (self.size, self.size), mode="bilinear")
         x = x.expand(-1, 3, -1, -1)  # a mask of one channel is treated as a grey image
         x = self.backbone.tokens(standardised(x, self.backbone.layernorm.weight) if self.normalised else x)
-        # A norm without parameters, with torch's default eps of 1e-5.
         if self.before_norm:
+            # As in the original, this norm has torch's default constant 1e-5.
             return F.layer_norm(x, x.shape[-1:])
-        # Class token and patches remain: [N, 1 + h^2, E].
         x = self.backbone.layernorm(x)
+        # Tokens are ordered [class token, registers, patches]. Without the registers: [N, 1 + h^2, E]
         return torch.cat([x[:, :1], x[:, 1 + self.backbone.config.num_register_tokens :]], 1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PointConfig:
-    """Settings of the point map's network, as the file states them."""
+    """Settings of the encoder of point maps, with the names of the file.
 
-    input_size: int = 256  # points per side to which maps are resized
-    patch_size: int = 8  # p, points per side
-    embed_dim: int = 768  # E
-    num_heads: int = 16
-    mlp_ratio: float = 2.0
-    depth: int = 1
-    remap_output: str = "exp"  # how coordinates are transformed first; see `remapped`
+    Raises: ValueError for settings that are not supported or do not fit together.
+    """
+
+    input_size: int = 256  # s, points per side to which maps are resized; a multiple of patch_size
+    patch_size: int = 8  # p, points per side of a patch
+    embed_dim: int = 768  # E, a multiple of num_heads
+    num_heads: int = 16  # number of heads
+    mlp_ratio: float = 2.0  # channels inside the perceptrons, as a multiple of embed_dim
+    depth: int = 1  # number of blocks
+    remap_output: str = "exp"  # transform of the coordinates before the network, one of REMAPS
 
     def __post_init__(self):
-        # Patches must tile the map, and heads must tile the channels.
-        if (
-            self.remap_output not in REMAPS
-            or self.input_size % self.patch_size
-            or self.embed_dim % self.num_heads
-        ):
+        if self.remap_output not in REMAPS:
             raise ValueError(
-                f"PointConfig: expected remap_output among {', '.join(REMAPS)}, an input_size that patch_size"
-                f" divides and an embed_dim that num_heads divides, got {self}. Correct the file."
+                f"PointConfig: remap_output must be one of {', '.join(REMAPS)}, got {self.remap_output!r}."
+                " Download the generator's file again."
+            )
+        if self.input_size % self.patch_size or self.embed_dim % self.num_heads:
+            raise ValueError(
+                "PointConfig: input_size must be a multiple of patch_size, and embed_dim a multiple of"
+                f" num_heads, got {self}. Download the generator's file again."
             )
 
 
 class PointPatches(nn.Module):
-    """Encoder of point maps: [N, 3, h', w'], not finite where there is no point -> tokens [N, h^2, E], one
-    per patch.
+    """Encoder of point maps [N, 3, rows, columns], which returns one token per patch, [N, h^2, E].
+
+    Missing points have coordinates that are not finite.
     """
 
     def __init__(self, config: PointConfig):
@@ -428,9 +475,9 @@ class PointPatches(nn.Module):
         self.point_proj = nn.Linear(3, channels)
         self.invalid_xyz_token = nn.Parameter(torch.zeros(channels))
         self.cls_token = nn.Parameter(torch.zeros(1, 1, channels))
-        # Position of a point within its patch, with one more for the class token.
+        # Embedding of a point's position within its patch; the first entry belongs to the class token.
         self.pos_embed_window = nn.Parameter(torch.zeros(1, 1 + p * p, channels))
-        # Position of the patch in the map.
+        # Embedding of the patch's position in the map
         self.pos_embed = nn.Parameter(torch.zeros(1, channels, side, side))
         hidden = int(config.mlp_ratio * channels)
         self.blocks = nn.ModuleList(
@@ -446,45 +493,58 @@ class PointPatches(nn.Module):
             else points
         )
         valid = points.isfinite().all(1)  # [N, s, s]
-        # Missing points are set to 1 first, so that the transform stays finite. [N, s, s, 3]
-        places = remapped(points.where(valid[:, None], 1.0), self.config.remap_output).movedim(1, -1)
-        # A learnt token stands for every missing point. [N, s, s, E]
-        h = torch.where(
-            valid[..., None], self.point_proj(places.to(self.point_proj.weight.dtype)), self.invalid_xyz_token
+        # Missing points are set to 1, so that the transform stays finite. [N, s, s, 3]
+        coordinates = remapped(points.where(valid[:, None], 1.0), self.config.remap_output).movedim(1, -1)
+        # The token of a missing point is a trained vector. [N, s, s, E]
+        tokens = torch.where(
+            valid[..., None],
+            self.point_proj(coordinates.to(self.point_proj.weight.dtype)),
+            self.invalid_xyz_token,
         )
-        # Group the points by patch: [N, h^2, p^2, E]
-        h = h.unflatten(2, (-1, p)).unflatten(1, (-1, p)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
-        patches = h.shape[1]  # h^2
-        # Each patch is a sequence of its own: [N h^2, 1 + p^2, E] with a class token in front.
-        h = h.flatten(0, 1)
-        h = torch.cat([self.cls_token.expand(len(h), -1, -1), h], 1) + self.pos_embed_window
+        # [N, h, p, h, p, E], with the rows and columns of patches before those of points: [N, h, h, p, p, E]
+        tokens = tokens.unflatten(2, (-1, p)).unflatten(1, (-1, p)).transpose(2, 3)
+        tokens = tokens.flatten(3, 4).flatten(1, 2)  # [N, h^2, p^2, E]
+        patch_count = tokens.shape[1]  # h^2
+        # Each patch is a sequence with a class token in front: [N h^2, 1 + p^2, E]
+        tokens = tokens.flatten(0, 1)
+        tokens = torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens], 1) + self.pos_embed_window
         for block in self.blocks:
-            h = block(h)
-        # Only the class token of each patch is kept; it gets the patch's position.
-        return h[:, 0].unflatten(0, (-1, patches)) + self.pos_embed.flatten(2).transpose(1, 2)
+            tokens = block(tokens)
+        # The class token (index 0) represents the patch. The
+        # embedding of the patch's position is added to it.
+        return tokens[:, 0].unflatten(0, (-1, patch_count)) + self.pos_embed.flatten(2).transpose(1, 2)
 
 
 def remapped(points: torch.Tensor, how: str) -> torch.Tensor:
-    """Transform coordinates [N, 3, ...] so that large values are compressed; "linear" leaves them as they
-    are.
+    """Transform coordinates so that large values become smaller.
+
+    Args:
+        points: coordinates [N, 3, ...].
+        how: name of the transform, one of REMAPS; "linear" returns the coordinates unchanged.
     """
     if how == "linear":
         return points
     if how == "sinh":
         return points.asinh()
-    # The other kinds treat the depth z differently from x and y.
-    flat = points[:, :2]
+    # The other transforms treat the depth z differently from x and y.
+    xy = points[:, :2]
     z = points[:, 2:]
-    kinds = {
-        "exp": (flat / (1 + z), z.log1p()),
-        "exp_disparity": (flat / z, z.log()),
-        "sinh_exp": (flat.asinh(), z.clamp_min(1e-8).log()),
+    transforms = {
+        "exp": (xy / (1 + z), z.log1p()),
+        "exp_disparity": (xy / z, z.log()),
+        "sinh_exp": (xy.asinh(), z.clamp_min(1e-8).log()),
     }
-    return torch.cat(kinds[how], 1)
+    return torch.cat(transforms[how], 1)
 
 
 class GatedFeedForward(nn.Module):
-    """Gated feed-forward layer (SwiGLU, Shazeer 2020): w2(silu(w1 x) * w3 x)."""
+    """Feed-forward layer with a gate (SwiGLU, Shazeer 2020): w2(silu(w1 x) * w3 x).
+
+    Args:
+        channels: channels of the input.
+        hidden: channels between the layers.
+        out_channels: channels of the output.
+    """
 
     def __init__(self, channels: int, hidden: int, out_channels: int):
         super().__init__()
@@ -495,12 +555,16 @@ class GatedFeedForward(nn.Module):
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
 
 
-# Pairs in order: name of an input, and its frame (cropped or full), or None if it has no offset.
+# Inputs of an encoder, in order, as pairs: name of the input, and name of its frame (cropped or full), or
+# None if no frame vector is added
 Inputs = Sequence[tuple[str, str | None]]
 
 
 class Embedder(nn.Module):
-    """Embedder of images, masks and point maps, [N, ., ., .] by name -> conditioning tokens [N, L, W]."""
+    """Embedder of images, masks and point maps, which returns conditioning tokens [N, L, W].
+
+    It is called with the inputs by name, see `names`. Raises ValueError if one of them is missing.
+    """
 
     def __init__(
         self,
@@ -514,17 +578,18 @@ class Embedder(nn.Module):
         """Build the embedder from its encoders.
 
         Args:
-            encoders: each with its channels and its inputs.
-            hidden: hidden channels of their feed-forwards.
-            channels: W.
-            pre_norm: normalise tokens before the feed-forward.
-            random: the offsets of frames were random and not learnt; files hold these in another shape.
+            encoders: triples of an encoder, its number of output channels, and its inputs.
+            hidden: channels inside the feed-forward layer of each encoder.
+            channels: channels W of a conditioning token.
+            pre_norm: True normalises the tokens before the feed-forward layer.
+            random: True if the frame vectors were random and not trained. Files then store them with one more
+                axis.
         """
         super().__init__()
         self.inputs = [inputs for _, _, inputs in encoders]
-        self.frames = list(
-            dict.fromkeys(frame for inputs in self.inputs for _, frame in inputs if frame is not None)
-        )
+        # Names of all frames, each once, in the order of their first occurrence
+        frames = [frame for inputs in self.inputs for _, frame in inputs]
+        self.frames = list(dict.fromkeys(frame for frame in frames if frame is not None))
         self.module_list = nn.ModuleList(encoder for encoder, _, _ in encoders)
         self.projection_nets = nn.ModuleList(
             nn.Sequential(
@@ -532,25 +597,27 @@ class Embedder(nn.Module):
             )
             for (_, size, _), width in zip(encoders, hidden, strict=True)
         )
-        # Files hold one row more than there are frames; the original does not use it.
+        # Files contain one row more than there are frames. The original does not use the last row.
         self.idx_emb = nn.Parameter(torch.zeros(len(self.frames) + 1, *[1] * random, channels))
 
     @property
     def names(self) -> list[str]:
-        """Names of the inputs, in order."""
+        """Names of the inputs, in the order of their tokens."""
         return [name for inputs in self.inputs for name, _ in inputs]
 
     def forward(self, given: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        missing = [name for name in self.names if name not in given]
-        if missing:
+        missing_inputs = [name for name in self.names if name not in given]
+        if missing_inputs:
             raise ValueError(
-                f"conditioning: expected the inputs {', '.join(self.names)}, but {', '.join(missing)} is"
-                " missing. Pass all of them."
+                f"conditioning: the inputs {', '.join(missing_inputs)} are missing. Pass all of"
+                f" {', '.join(self.names)}."
             )
-        parts = []
+        input_tokens = []
         for encoder, project, inputs in zip(self.module_list, self.projection_nets, self.inputs, strict=True):
             for name, frame in inputs:
                 tokens = project(encoder(given[name]))
-                # An encoder may serve several inputs; the frame's offset distinguishes them.
-                parts.append(tokens if frame is None else tokens + self.idx_emb[self.frames.index(frame)])
-        return torch.cat(parts, 1)
+                # One encoder may have several inputs. The vector of the frame distinguishes their tokens.
+                input_tokens.append(
+                    tokens if frame is None else tokens + self.idx_emb[self.frames.index(frame)]
+                )
+        return torch.cat(input_tokens, 1)

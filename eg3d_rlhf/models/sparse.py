@@ -1,11 +1,12 @@
-"""Latents and batches of latents in one interface: single tensors, features on voxels, or named tensors.
+"""Common interface of three kinds of latents: single tensors, features on voxels, and named tensors.
 
 The latent of a sample is a tensor such as [C, R, R, R] or [T, C], a `SparseSample`, or a `NamedSample`. A
-batch is a tensor with N in front, a `SparseBatch`, or a `NamedBatch`. The functions below are all that a flow
-needs of them.
+batch of N samples is a tensor with N as its first axis, a `SparseBatch`, or a `NamedBatch`. The training and
+the sampling of flow models use only the functions of this module, so they work for all kinds.
 
-Shape letters: N samples, V voxels of all samples of a batch, v voxels of one sample, C channels, G channels
-of given features, R grid points per axis, T tokens, D numbers of a sample.
+Shapes: N samples, V voxels of all samples of a batch, v voxels of one sample, C channels, G channels of given
+features (inputs of a stage that it does not generate), R grid points per axis, T tokens, D values of a
+sample.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,29 +21,32 @@ from eg3d_rlhf.core.shapes import check_shape
 class SparseSample:
     """Features of one sample on its voxels."""
 
-    coords: torch.Tensor  # [v, 3] int32, voxel indices along axes 1, 2, 3 of the grid; each once
-    feats: torch.Tensor  # [v, C]
-    # [v, G], features from the previous stage. The flow reads them but does not generate them.
+    coords: (
+        torch.Tensor
+    )  # [v, 3] int32, indices of each voxel along the three axes of the grid; no voxel twice
+    feats: torch.Tensor  # [v, C] features that the flow model generates
+    # [v, G] features from the previous stage, which are an input of
+    # the flow model. None if it has no such input.
     given: torch.Tensor | None = None
-    cells: int | None = None  # grid cells per axis, if the samples of a stage differ in it
+    cells: int | None = None  # number of grid cells per axis, if it differs between the samples of a stage
 
     def __post_init__(self):
-        # Samples are built by plugins and from files, so shapes are checked here, once.
-        check_shape("SparseSample.coords", self.coords, ["v", 3], "Give one row of three indices per voxel.")
+        # Samples come from plugins and from files, so their shapes are checked.
+        check_shape("SparseSample.coords", self.coords, ["v", 3], "Pass one row of three indices per voxel.")
         check_shape(
-            "SparseSample.feats", self.feats, [len(self.coords), "C"], "Give one row of features per voxel."
+            "SparseSample.feats", self.feats, [len(self.coords), "C"], "Pass one row of features per voxel."
         )
         if self.given is not None:
             check_shape(
                 "SparseSample.given",
                 self.given,
                 [len(self.coords), "G"],
-                "Give one row of features per voxel.",
+                "Pass one row of features per voxel.",
             )
 
     @property
     def places(self) -> torch.Tensor:
-        """One number per voxel, [v] int64; sorting by it sorts by the three indices."""
+        """One integer per voxel, [v] int64. Sorting by it sorts the voxels by their three indices."""
         # 21 bits per index fit into 63 bits.
         x, y, z = self.coords.long().unbind(1)
         return (x << 42) + (y << 21) + z
@@ -50,62 +54,64 @@ class SparseSample:
 
 @dataclass(frozen=True)
 class SparseBatch:
-    """Features of several samples on their voxels; rows are grouped by sample, in order."""
+    """Features of several samples on their voxels.
 
-    coords: torch.Tensor  # [V, 4] int32, contiguous: number of the sample, then the three voxel indices
+    The rows of a sample are contiguous, and samples are in ascending order.
+    """
+
+    coords: torch.Tensor  # [V, 4] int32, contiguous: index of the sample, then the three indices of the voxel
     feats: torch.Tensor  # [V, C]
     size: int  # N; every sample has at least one voxel
-    # Results that depend only on the coordinates, by name. Batches on the same voxels share this dictionary.
+    # Results by name that depend only on the coordinates. Batches on the same voxels share this dictionary.
     cache: dict = field(default_factory=dict, compare=False, repr=False)
     given: torch.Tensor | None = None  # [V, G], see SparseSample
-    cells: tuple[int | None, ...] = ()  # one per sample, see SparseSample
+    cells: tuple[int | None, ...] = ()  # number of grid cells per axis of each sample, see SparseSample
 
     def __post_init__(self):
         check_shape(
             "SparseBatch.coords",
             self.coords,
             ["V", 4],
-            "Give one row per voxel: its sample, then three indices.",
+            "Pass one row per voxel: its sample, then three indices.",
         )
         check_shape(
-            "SparseBatch.feats", self.feats, [len(self.coords), "C"], "Give one row of features per voxel."
+            "SparseBatch.feats", self.feats, [len(self.coords), "C"], "Pass one row of features per voxel."
         )
-        # spconv reads strided coordinates wrongly, without an error.
+        # The library spconv computes wrong results, without an error,
+        # from coordinates that are not contiguous.
         if not self.coords.is_contiguous():
             raise ValueError(
-                "SparseBatch.coords: expected contiguous rows, got strides of another layout. Call"
-                " contiguous() on them."
+                f"SparseBatch.coords must be contiguous, but has the strides {self.coords.stride()}. Use"
+                " coords.contiguous()."
             )
 
     @classmethod
     def join(cls, samples: Sequence[SparseSample]) -> "SparseBatch":
         """Build a batch of samples.
 
-        Raises: ValueError if only some of the samples have given features.
+        Raises: ValueError if some of the samples have the field `given` and others do not.
         """
-        # Column 0 becomes the number of the sample: [v, 3] -> [v, 4].
-        coords = [torch.nn.functional.pad(s.coords.int(), (1, 0), value=i) for i, s in enumerate(samples)]
-        # Either all samples have given features or none: a stage reads them or does not.
-        given = [s.given for s in samples if s.given is not None]
-        if given and len(given) < len(samples):
+        # The index of the sample becomes column 0: [v, 3] -> [v, 4]
+        coords = [
+            torch.nn.functional.pad(sample.coords.int(), (1, 0), value=i) for i, sample in enumerate(samples)
+        ]
+        given_features = [sample.given for sample in samples if sample.given is not None]
+        if given_features and len(given_features) < len(samples):
             raise ValueError(
-                f"collate: {len(given)} of {len(samples)} samples have given features, but all or none must."
-                " Add them to the others."
+                f"collate: {len(given_features)} of {len(samples)} samples have the field `given`, but either"
+                " all or no samples must have it. Add the features of the previous stage to all samples."
             )
-        feats = torch.cat([s.feats for s in samples])
-        cells = tuple(s.cells for s in samples)
         return cls(
-            # Rows are then grouped by sample, in order
             torch.cat(coords).contiguous(),
-            feats,
+            torch.cat([sample.feats for sample in samples]),
             len(samples),
-            given=torch.cat(given) if given else None,
-            cells=cells,
+            given=torch.cat(given_features) if given_features else None,
+            cells=tuple(sample.cells for sample in samples),
         )
 
     @property
     def sample(self) -> torch.Tensor:
-        """Number of the sample of each row, [V] int64."""
+        """Index of the sample of each row, [V] int64."""
         return self.coords[:, 0].long()
 
     @property
@@ -120,7 +126,10 @@ class SparseBatch:
         return replace(self, feats=feats)
 
     def to(self, *args, **kwargs) -> "SparseBatch":
-        """Return the batch on another device. A dtype applies only to the features."""
+        """Return the batch on another device or with features of another dtype.
+
+        The arguments are those of torch.Tensor.to. A dtype applies only to `feats`.
+        """
         feats = self.feats.to(*args, **kwargs)
         if feats.device == self.coords.device:
             return self.with_feats(feats)
@@ -129,31 +138,36 @@ class SparseBatch:
         return SparseBatch(self.coords.to(feats.device), feats, self.size, given=given, cells=self.cells)
 
     def samples(self) -> list[SparseSample]:
-        """Split the batch into its samples; their tensors are views."""
-        # One transfer from the device for all lengths.
-        counts = self.lengths.tolist()
-        given = [None] * self.size if self.given is None else self.given.split(counts)
-        parts = zip(
-            self.coords.split(counts),
-            self.feats.split(counts),
-            given,
+        """Split the batch into its samples. The tensors of the samples are views of the batch."""
+        voxel_counts = self.lengths.tolist()
+        fields_of_samples = zip(
+            self.coords.split(voxel_counts),
+            self.feats.split(voxel_counts),
+            [None] * self.size if self.given is None else self.given.split(voxel_counts),
             self.cells or [None] * self.size,
             strict=True,
         )
-        return [SparseSample(coords[:, 1:], feats, more, cells) for coords, feats, more, cells in parts]
+        # [:, 1:] drops the index of the sample.
+        return [
+            SparseSample(coords[:, 1:], feats, given, cells)
+            for coords, feats, given, cells in fields_of_samples
+        ]
 
 
 @dataclass(frozen=True)
 class NamedSample:
-    """Several tensors of one sample by name, sorted by name."""
+    """Several tensors of one sample, by name. They are sorted by name.
+
+    Raises: ValueError if there is no tensor, or a name is empty or contains '/'.
+    """
 
     tensors: Mapping[str, torch.Tensor]
 
     def __post_init__(self):
         if not self.tensors or any(not name or "/" in name for name in self.tensors):
             raise ValueError(
-                f"{type(self).__name__}: expected one or more tensors with names without '/', got the names"
-                f" {list(self.tensors)}. Rename them."
+                f"{type(self).__name__}: there must be at least one tensor, and no name may be empty or"
+                f" contain '/', got the names {list(self.tensors)}. Rename the tensors."
             )
         # Sorted, so that `feats` and noise do not depend on the order in which tensors were passed.
         object.__setattr__(self, "tensors", dict(sorted(self.tensors.items())))
@@ -163,20 +177,24 @@ class NamedSample:
 
     @property
     def feats(self) -> torch.Tensor:
-        """All numbers in one row, [D]."""
+        """Values of all tensors in one row, [D]."""
         return torch.cat([tensor.flatten() for tensor in self.tensors.values()])
 
 
 @dataclass(frozen=True)
 class NamedBatch(NamedSample):
-    """Several samples of named tensors, [N, ...] each."""
+    """Several samples of named tensors, [N, ...] each.
+
+    Raises: ValueError as `NamedSample`, or if N differs between the tensors.
+    """
 
     def __post_init__(self):
         super().__post_init__()
         if len({len(tensor) for tensor in self.tensors.values()}) != 1:
-            got = {name: list(tensor.shape) for name, tensor in self.tensors.items()}
+            shapes = {name: list(tensor.shape) for name, tensor in self.tensors.items()}
             raise ValueError(
-                f"NamedBatch: expected one row per sample in every tensor, got {got}. Collate them again."
+                f"NamedBatch: all tensors must have the same length N of their first axis, got {shapes}. Use"
+                " collate to build a batch."
             )
 
     @property
@@ -186,18 +204,17 @@ class NamedBatch(NamedSample):
 
     @property
     def feats(self) -> torch.Tensor:
-        """All numbers of each sample in one row, [N, D]."""
+        """Values of all tensors of each sample in one row, [N, D]."""
         return torch.cat([tensor.flatten(1) for tensor in self.tensors.values()], 1)
 
     def with_feats(self, feats: torch.Tensor) -> "NamedBatch":
-        """Return a batch of the same shapes with other numbers [N, D]."""
-        # The inverse of `feats`: columns are divided among the tensors in the order of their names.
-        # one [N, numbers of the tensor] per tensor
-        parts = feats.split([tensor[0].numel() for tensor in self.tensors.values()], 1)
+        """Return a batch of the same names and shapes with other values [N, D], in the order of `feats`."""
+        # The columns of each tensor; tensor[0].numel() is the number of values of one sample.
+        columns = feats.split([tensor[0].numel() for tensor in self.tensors.values()], 1)
         return NamedBatch(
             {
-                name: part.view(old.shape)
-                for (name, old), part in zip(self.tensors.items(), parts, strict=True)
+                name: tensor_columns.view(tensor.shape)
+                for (name, tensor), tensor_columns in zip(self.tensors.items(), columns, strict=True)
             }
         )
 
@@ -206,22 +223,23 @@ class NamedBatch(NamedSample):
 
         Raises: ValueError if names or shapes differ.
         """
-        # Sorted by name, as the tensors of this batch are.
-        got = {name: list(tensor.shape) for name, tensor in sorted(tensors.items())}
-        expected = {name: list(tensor.shape) for name, tensor in self.tensors.items()}
-        if got != expected:
+        # Sorted by name, in the order of the tensors of this batch
+        shapes = {name: list(tensor.shape) for name, tensor in sorted(tensors.items())}
+        required_shapes = {name: list(tensor.shape) for name, tensor in self.tensors.items()}
+        if shapes != required_shapes:
             raise ValueError(
-                f"NamedBatch: expected tensors {expected}, got {got}. Return one tensor of the same shape for"
-                " each name."
+                f"NamedBatch: the tensors must have the names and shapes {required_shapes}, got {shapes}."
+                " Pass one tensor of this shape for each name."
             )
         return NamedBatch(tensors)
 
     def to(self, *args, **kwargs) -> "NamedBatch":
-        """Return the batch on another device or in another dtype."""
+        """Return the batch on another device or in another dtype; the arguments are those of
+        torch.Tensor.to."""
         return NamedBatch({name: tensor.to(*args, **kwargs) for name, tensor in self.tensors.items()})
 
     def samples(self) -> list[NamedSample]:
-        """Split the batch into its samples; their tensors are views."""
+        """Split the batch into its samples. The tensors of the samples are views of the batch."""
         return [
             NamedSample({name: tensor[i] for name, tensor in self.tensors.items()}) for i in range(self.size)
         ]
@@ -232,52 +250,57 @@ Batch = torch.Tensor | SparseBatch | NamedBatch
 
 
 def collate(latents: Sequence[Latent]) -> Batch:
-    """Build a batch of latents of one kind.
+    """Build a batch of latents of the same kind.
 
-    Raises: ValueError for no latents, or latents of different kinds.
+    Raises: ValueError if there are no latents, or latents of different kinds.
     """
-    kinds = {type(x) if isinstance(x, (SparseSample, NamedSample)) else torch.Tensor for x in latents}
+    kinds = {
+        type(latent) if isinstance(latent, (SparseSample, NamedSample)) else torch.Tensor
+        for latent in latents
+    }
     if len(kinds) != 1:
-        got = sorted(kind.__name__ for kind in kinds) or "none"
+        kind_names = ", ".join(repr(kind.__name__) for kind in sorted(kinds, key=str)) or "none"
         raise ValueError(
-            f"collate: expected one or more latents of one kind, got {got}. Batch each stage separately."
+            f"collate: a batch needs latents of exactly one kind, got {kind_names}. Pass the latents of one"
+            " stage."
         )
-    # All latents are of one kind here, so either all are named or none is.
-    named = [x for x in latents if isinstance(x, NamedSample)]
-    if named:
-        return NamedBatch({name: torch.stack([x[name] for x in named]) for name in named[0].tensors})
-    sparse = [x for x in latents if isinstance(x, SparseSample)]
-    return (
-        SparseBatch.join(sparse)
-        if sparse
-        else torch.stack([x for x in latents if isinstance(x, torch.Tensor)])
-    )
+    # All latents are of the same kind here, so each of these lists contains all latents or none.
+    named_samples = [latent for latent in latents if isinstance(latent, NamedSample)]
+    if named_samples:
+        return NamedBatch(
+            {
+                name: torch.stack([sample[name] for sample in named_samples])
+                for name in named_samples[0].tensors
+            }
+        )
+    sparse_samples = [latent for latent in latents if isinstance(latent, SparseSample)]
+    if sparse_samples:
+        return SparseBatch.join(sparse_samples)
+    return torch.stack([latent for latent in latents if isinstance(latent, torch.Tensor)])
 
 
 def parts_of(latent: Latent) -> dict[str, torch.Tensor]:
-    """Return the tensors that a latent consists of, by name.
+    """Return the tensors that a latent consists of, by name, for a file.
 
-    A tensor is {"x"}. Features on voxels are {"coords", "feats"} and, where present, "given" and "cells".
-    Named tensors have "/" before their names.
+    The name of a single tensor is "x". A `SparseSample` has "coords" and "feats" and, if they are not None,
+    "given" and "cells". The names of a `NamedSample` get "/" as their first character.
     """
     if isinstance(latent, SparseSample):
-        # A number becomes a tensor, since files hold tensors only.
-        more = {"given": latent.given, "cells": None if latent.cells is None else torch.tensor(latent.cells)}
-        return {
-            "coords": latent.coords,
-            "feats": latent.feats,
-            **{name: x for name, x in more.items() if x is not None},
-        }
-    return (
-        {f"/{name}": x for name, x in latent.tensors.items()}
-        if isinstance(latent, NamedSample)
-        else {"x": latent}
-    )
+        tensors = {"coords": latent.coords, "feats": latent.feats}
+        if latent.given is not None:
+            tensors["given"] = latent.given
+        if latent.cells is not None:
+            # Files contain only tensors, so the number becomes a tensor.
+            tensors["cells"] = torch.tensor(latent.cells)
+        return tensors
+    if isinstance(latent, NamedSample):
+        return {f"/{name}": tensor for name, tensor in latent.tensors.items()}
+    return {"x": latent}
 
 
 def latent_of(parts: Mapping[str, torch.Tensor]) -> Latent:
-    """Build a latent from its tensors; inverse of `parts_of`."""
-    # The names distinguish the three kinds; see `parts_of`.
+    """Build a latent from its tensors by name. This is the inverse of `parts_of`."""
+    # The names differ between the three kinds of latents.
     if "coords" in parts:
         return SparseSample(
             parts["coords"],
@@ -285,48 +308,59 @@ def latent_of(parts: Mapping[str, torch.Tensor]) -> Latent:
             parts.get("given"),
             int(parts["cells"]) if "cells" in parts else None,
         )
-    return (
-        parts["x"] if "x" in parts else NamedSample({name.removeprefix("/"): x for name, x in parts.items()})
-    )
+    if "x" in parts:
+        return parts["x"]
+    return NamedSample({name.removeprefix("/"): tensor for name, tensor in parts.items()})
 
 
 def latents_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, Latent]:
-    """Build latents by name from tensors that are called "name.part", or "name" for the part "x"."""
+    """Build several latents from the tensors of a file.
+
+    Args:
+        tensors: tensors with the keys LATENT.PART, where PART is a name of `parts_of`. The key LATENT alone
+            means the part "x".
+
+    Returns: the latents by name.
+    """
     parts: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
-        # Names of latents have no dot.
+        # Names of latents contain no dot.
         name, _, part = key.partition(".")
         parts.setdefault(name, {})[part or "x"] = tensor
-    return {name: latent_of(of_latent) for name, of_latent in parts.items()}
+    return {name: latent_of(latent_parts) for name, latent_parts in parts.items()}
 
 
 def to_cpu(latent: Latent) -> Latent:
-    """Return a latent on the CPU and without gradient, to be kept."""
+    """Return a latent on the CPU and without its gradient."""
     return latent_of({name: tensor.detach().cpu() for name, tensor in parts_of(latent).items()})
 
 
 def separate(batch: Batch) -> list[Latent]:
-    """Split a batch into its latents; inverse of `collate`."""
+    """Split a batch into its latents. This is the inverse of `collate`."""
     return [*batch] if isinstance(batch, torch.Tensor) else [*batch.samples()]
 
 
 def count(batch: Batch) -> int:
-    """Return the number of samples, N."""
+    """Return the number of samples N of a batch."""
     return len(batch) if isinstance(batch, torch.Tensor) else batch.size
 
 
 def feats_of(batch: Batch | Latent) -> torch.Tensor:
-    """Return the numbers of a batch or a latent: [N, ...], [V, C] on voxels, or [N, D] of named tensors."""
+    """Return the values of a batch or a latent as one tensor.
+
+    The shape is that of the tensor itself for a single tensor, [V, C] for features on voxels, and [N, D] (or
+    [D] for a latent) for named tensors.
+    """
     return batch if isinstance(batch, torch.Tensor) else batch.feats
 
 
 def with_feats(batch: Batch, feats: torch.Tensor) -> Batch:
-    """Return a batch like this one with other numbers, of the form that `feats_of` gives."""
+    """Return a batch of the same kind with other values, in the shape that `feats_of` returns."""
     return feats if isinstance(batch, torch.Tensor) else batch.with_feats(feats)
 
 
 def single(batch: Batch) -> Batch:
-    """Return the batch in float32 (single precision). Differentiable in: batch."""
+    """Return the batch with its values in float32 (single precision). Differentiable in: batch."""
     return with_feats(batch, feats_of(batch).float())
 
 
@@ -336,30 +370,31 @@ def coords_of(latents: Sequence[Latent]) -> list[torch.Tensor | None]:
 
 
 def spread(values: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """Expand one value per sample [N] to a shape that broadcasts against `feats_of(batch)`: [N, 1, ...] or
-    [V, 1].
+    """Expand one value per sample [N] to a shape that broadcasts against `feats_of(batch)`.
+
+    The result has the shape [V, 1] for features on voxels, and [N, 1, ...] otherwise.
     """
     if isinstance(batch, SparseBatch):
         return values[batch.sample].unsqueeze(1)
-    # As many trailing axes of length 1 as the batch has.
+    # One axis of length 1 for each axis of the batch after the first
     return values.view(-1, *[1] * (feats_of(batch).ndim - 1))
 
 
 def mean_per_sample(values: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """Average `values`, which have the form of `feats_of(batch)`, over each sample: [N].
+    """Average values over each sample, [N]. Differentiable in: values.
 
-    Samples count equally, independently of their number of voxels. Named tensors of a sample count equally,
-    too, independently of their size.
+    For named tensors, each tensor is averaged first, so that all tensors of a sample have the same weight.
 
-    Differentiable in: values.
+    Args:
+        values: values in the shape of `feats_of(batch)`.
+        batch: batch that assigns the values to its samples.
     """
     if isinstance(batch, NamedBatch):
-        return torch.stack(
-            [part.flatten(1).mean(1) for part in batch.with_feats(values).tensors.values()]
-        ).mean(0)
+        tensor_means = [tensor.flatten(1).mean(1) for tensor in batch.with_feats(values).tensors.values()]
+        return torch.stack(tensor_means).mean(0)
     if not isinstance(batch, SparseBatch):
         return values.flatten(1).mean(1)
-    rows = values.mean(1)  # [V]
-    # A sample has thousands of rows: sums in float64 keep rounding errors from accumulating.
-    sums = rows.new_zeros(batch.size, dtype=torch.float64).index_add(0, batch.sample, rows.double())
-    return (sums / batch.lengths).to(rows.dtype)
+    row_means = values.mean(1)  # [V]
+    # A sample has thousands of rows, so the sums are float64 to avoid an accumulation of rounding errors.
+    sums = row_means.new_zeros(batch.size, dtype=torch.float64).index_add(0, batch.sample, row_means.double())
+    return (sums / batch.lengths).to(row_means.dtype)

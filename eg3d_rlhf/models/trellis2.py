@@ -1,12 +1,16 @@
-"""TRELLIS.2's networks: flows over a grid and over the voxels of an object, and its autoencoders of voxels.
+"""Networks of TRELLIS.2 (Xiang et al. 2025): flow models over a grid and over voxels, and autoencoders of
+voxels.
 
-Differences from TRELLIS: the flows have no convolutions or patches. Positions are rotary. One modulation by
-the time is shared by all blocks, and each block adds a learnt vector to it. Queries and keys are normalised
-in both attentions. A stage may read given features on its voxels beside the latent ("concat_cond"), which
-only makes the input layer wider.
+Differences from TRELLIS: the flow models have no convolutions or patches. Position embeddings are rotary. All
+blocks share the layers that compute the modulation by the time, and each block adds a trained vector to it.
+Queries and keys are normalised in both attentions. A stage may have features on its voxels as an additional
+input (the setting "concat_cond" of the original); they are concatenated to the latent. Time t is 0 at data
+and 1 at noise.
 
-Shape letters as in trellis/blocks.py; R grid points per axis, T = R^3, K channels of the given features, P =
-D / 2 planes of a head, V voxels, W voxels after a split.
+Shapes: N samples, C channels, H heads, D channels of a head, P = D / 2 planes of a head, L conditioning
+    tokens, E
+channels of a conditioning token, R grid points per axis, T = R^3 tokens, K channels of the additional
+features, V voxels of all samples, W voxels after a split.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -23,26 +27,27 @@ from eg3d_rlhf.models.trellis import blocks
 from eg3d_rlhf.models.trellis.blocks import LayerNorm32, Layout, convert_torso
 from eg3d_rlhf.models.trellis.sparse_conv import Kernel, coarser, submanifold_conv
 
-# Rotary position embedding in three dimensions: attention depends only on differences of coordinates.
+# Rotary position embedding in three dimensions (Su et al. 2021, RoFormer, section 3.2, here for each axis)
 #
-# A head's D channels form D / 2 planes. For each axis, n = D // 6 planes are rotated by coordinate * rate_i
-# with rate_i = f_0 / f_1^(i / n); the remaining planes are not rotated. The product of a rotated query and a
-# rotated key depends only on the difference of their angles, and so on that of their coordinates (Su et al.
-# 2021, RoFormer, section 3.2; here per axis).
+# The D channels of a head form D / 2 planes. For each of the three axes, n = D // 6 planes are
+# rotated by the angle coordinate * rate_i, with rate_i = f_0 / f_1^(i / n) and settings f_0
+# and f_1. The remaining planes are not rotated. The inner product of a rotated query and a
+# rotated key depends only on the difference of their coordinates.
 
 
 def angles_of(
     coords: torch.Tensor, head_channels: int, freq: tuple[float, float] = (1.0, 10000.0)
 ) -> torch.Tensor:
-    """Compute rotation angles from coordinates [V, 3]: [V, P] float32.
+    """Compute the angles by which the planes of a head are rotated, [V, P] float32.
 
-    The planes of axis 1 come first, then those of axis 2 and of axis 3, then zeros.
+    The angles for axis 1 come first, then those for axis 2 and for axis 3, then zeros.
 
     Args:
-        head_channels: D.
-        freq: f_0 and f_1.
+        coords: coordinates [V, 3] of the tokens.
+        head_channels: channels D of a head.
+        freq: constants f_0 and f_1 of the angles.
     """
-    count = head_channels // 6  # planes per axis
+    count = head_channels // 6  # number of planes per axis
     rates = freq[0] / freq[1] ** (torch.arange(count, dtype=torch.float32, device=coords.device) / count)
     angles = (coords.float()[:, :, None] * rates).flatten(1)  # [V, 3 count]
     # An angle of zero leaves the remaining planes unrotated.
@@ -50,11 +55,13 @@ def angles_of(
 
 
 def rotate(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
-    """Rotate the planes of heads [..., V, H, D] by angles [V, P], in float32.
+    """Rotate the planes of heads by angles. The rotation is computed in float32. Differentiable in: x.
 
-    Plane i consists of the channels 2 i and 2 i + 1. Differentiable in: x.
+    Args:
+        x: queries or keys [..., V, H, D]. Plane i consists of the channels 2 i and 2 i + 1.
+        angles: angles [V, P] in radians.
     """
-    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # [..., V, H, P]
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # coordinates in the planes, [..., V, H, P] each
     # One angle for all heads: [V, 1, P].
     cos = angles.cos()[:, None]
     sin = angles.sin()[:, None]
@@ -63,11 +70,9 @@ def rotate(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class RotaryLayout:
-    """Layout whose tokens have positions: self-attention rotates queries and keys, cross-attention does
-    not.
-    """
+    """Layout whose self-attention rotates queries and keys by their positions. Cross-attention does not."""
 
-    inner: Layout
+    inner: Layout  # layout that computes the attention
     angles: torch.Tensor  # [V, P] on voxels; [T, P] on a grid, where all samples have the same tokens
 
     def per_token(self, values: torch.Tensor) -> torch.Tensor:
@@ -80,7 +85,7 @@ class RotaryLayout:
         return self.inner.cross_attention(q, k, v)
 
 
-DTYPES = {  # spellings of `dtype` in the JSON files
+DTYPES = {  # values of the setting `dtype` in the JSON files
     "float32": torch.float32,
     "fp32": torch.float32,
     "f32": torch.float32,
@@ -94,54 +99,56 @@ DTYPES = {  # spellings of `dtype` in the JSON files
 
 @dataclass(frozen=True, kw_only=True)
 class FlowConfig(blocks.ConditionedConfig):
-    """Settings of a flow: `args` of its JSON file."""
+    """Settings of a flow model, the entry `args` of its JSON file.
 
-    # Grid points per axis of the structure. Flows on voxels do not use it; the texture's file may state any
-    # number.
-    resolution: int
-    in_channels: int  # channels of the latent and of the given features
+    Raises: ValueError for settings that are not supported or do not fit together.
+    """
+
+    resolution: int  # R, used only by the structure flow
+    in_channels: int  # channels of the latent plus channels K of the additional features
     out_channels: int  # channels of the latent
-    pe_mode: str = "ape"  # kind of position embedding; only "rope" is supported
-    # f_0 and f_1 of `angles_of`. The structure's flow ignores it and uses these defaults.
+    pe_mode: str = "ape"  # kind of position embedding; only "rope", the rotary one, is supported
+    # f_0 and f_1 of `angles_of`. The structure flow ignores this setting and uses the default.
     rope_freq: tuple[float, float] = (1.0, 10000.0)
-    dtype: str = "float32"  # of new blocks; loaded files keep their own
-    initialization: str = "vanilla"  # of new weights in the original's training; not used here
+    dtype: str = "float32"  # dtype of new blocks; weights from files have the dtype of the file
+    initialization: str = "vanilla"  # initialisation in the original's training; not used here
 
     def __post_init__(self):
         object.__setattr__(self, "rope_freq", tuple(self.rope_freq))
         who = type(self).__name__
         if self.pe_mode != "rope" or self.dtype not in DTYPES:
-            got = f"{self.pe_mode!r} and {self.dtype!r}"
             raise ValueError(
-                f"{who}: expected pe_mode 'rope' and dtype {', '.join(DTYPES)}, got {got}. No released model"
-                " uses other values: name a released model."
+                f"{who}: pe_mode must be 'rope' and dtype one of {', '.join(DTYPES)}, got {self.pe_mode!r}"
+                f" and {self.dtype!r}, which no released model uses. Use a released model."
             )
-        # given < 0 would mean fewer input channels than the latent has.
+        # `given` is negative if the input has fewer channels than the latent.
         if self.model_channels % self.heads or self.given < 0:
-            got = f"{self.model_channels} / {self.heads}, {self.in_channels} and {self.out_channels}"
-            expected = "model_channels to be a multiple of the heads, and in_channels >= out_channels"
-            raise ValueError(f"{who}: expected {expected}, got {got}. Correct the model's JSON file.")
-        # Rotation needs planes of two channels and at least one plane per axis.
-        if self.head_channels % 2 or self.head_channels < 6 or len(self.rope_freq) != 2:
-            got = f"{self.head_channels} channels and {self.rope_freq}"
+            channels = f"{self.model_channels} / {self.heads}, {self.in_channels} and {self.out_channels}"
             raise ValueError(
-                f"{who}: expected heads of an even number of channels, 6 or more, and two rope_freq, got"
-                f" {got}. Correct the model's JSON file."
+                f"{who}: model_channels must be a multiple of the number of heads, and in_channels must be >="
+                f" out_channels, got {channels}. Download the model's JSON file again."
+            )
+        # A rotation needs planes of two channels, and at least one plane for each of three axes.
+        if self.head_channels % 2 or self.head_channels < 6 or len(self.rope_freq) != 2:
+            raise ValueError(
+                f"{who}: heads must have an even number of channels, at least 6, and rope_freq two values,"
+                f" got {self.head_channels} channels and {self.rope_freq}. Download the model's JSON file"
+                " again."
             )
 
     @property
     def head_channels(self) -> int:
-        """D, channels of a head."""
+        """Channels D of a head."""
         return self.model_channels // self.heads
 
     @property
     def given(self) -> int:
-        """K, channels of the given features."""
+        """Channels K of the additional features; 0 if the model has none."""
         return self.in_channels - self.out_channels
 
 
 class Block(blocks.ModulatedBlock):
-    """TRELLIS's block with a learnt vector `modulation` [6 C] that is added to the shared modulation."""
+    """Block of TRELLIS with a trained vector `modulation` [6 C], which is added to the shared modulation."""
 
     def __init__(self, channels: int, *args, **kwargs):
         super().__init__(channels, *args, **kwargs)
@@ -154,7 +161,7 @@ class Block(blocks.ModulatedBlock):
 
 
 class Flow(nn.Module):
-    """Common part of both flows: layers, their names, and the path of tokens through them."""
+    """Base class of both flow models: their layers, and the transformer over tokens."""
 
     def __init__(self, config: FlowConfig):
         super().__init__()
@@ -165,14 +172,15 @@ class Flow(nn.Module):
         if config.share_mod:
             self.adaLN_modulation = blocks.modulation(channels)
         self.input_layer = nn.Linear(config.in_channels, channels)
-        # Only with shared modulation does a block have a vector of its own.
+        # Blocks have their own vectors only if the modulation is shared.
         self.blocks = config.blocks(Block if config.share_mod else blocks.ModulatedBlock)
         self.out_layer = nn.Linear(channels, config.out_channels)
         # Input and output layers stay in float32.
         blocks.convert_torso(self.blocks, DTYPES[config.dtype])
 
     def angles(self, coords: torch.Tensor) -> torch.Tensor:
-        """Compute the angles [V, P] by which tokens at coordinates [V, 3] rotate the planes of a head."""
+        """Compute the angles [V, P] by which the planes of a head are rotated for tokens at coordinates [V,
+        3]."""
         return angles_of(coords, self.config.head_channels, self.config.rope_freq)
 
     def transform(
@@ -187,53 +195,58 @@ class Flow(nn.Module):
 
         Args:
             x: tokens [..., in_channels].
-            t: [N].
-            cond: [N, L, E].
-            coords: [V, 3], or [T, 3] on a grid.
-        Returns: [..., out_channels], in x's dtype.
+            t: times [N] in 0..1.
+            cond: conditioning tokens [N, L, E].
+            coords: coordinates of the tokens, [V, 3] on voxels or [T, 3] on a grid.
+            layout: assignment of the tokens to the samples.
+
+        Returns: tokens [..., out_channels] in the dtype of x.
         """
         config = self.config
         dtype = blocks.torso_dtype(self.blocks)
         time = self.t_embedder(t)
         if config.share_mod:
             time = self.adaLN_modulation(time)
-        # Input and output layers are float32; only the blocks compute in `dtype`.
+        # Input and output layers are float32. Only the blocks compute in `dtype`.
         h = self.input_layer(x.float()).to(dtype)
         time = time.to(dtype)
         cond = cond.to(dtype)
-        # The rotation is part of the layout, so TRELLIS's blocks serve unchanged.
+        # The layout rotates queries and keys, so the blocks of TRELLIS can be used without changes.
         layout = RotaryLayout(layout, self.angles(coords))
         for block in self.blocks:
             h = blocks.run_block(block, h, time, cond, layout, recompute=self.recompute)
+        # As in the original, the last norm has no parameters and torch's default constant 1e-5.
         h = F.layer_norm(h.to(x.dtype), h.shape[-1:])
         return self.out_layer(h.to(self.out_layer.weight.dtype)).to(x.dtype)
 
 
 class StructureFlow(Flow):
-    """First stage: predict the velocity of a dense latent.
+    """Flow model of the first stage, which predicts the velocity of a dense latent.
 
-        model(x_t [N, C, R, R, R], t [N] in 0..1, cond [N, L, E]) -> velocity, like x_t
+    Usage: velocity = model(x_t, t, cond), with latents x_t [N, C, R, R, R], times t [N] in 0..1, and
+        conditioning
+    tokens cond [N, L, E]. The velocity has the shape of x_t.
 
-    Differentiable in: everything except t.
+    Differentiable in: x_t and cond.
     """
 
-    passes_over = True  # unknown settings in the JSON file are ignored, as in the original
+    passes_over = True  # True: settings of the JSON file that are no fields are ignored, as in the original
 
     def __init__(self, config: FlowConfig):
         super().__init__(config)
         if config.given:
-            got = f"{config.in_channels} and {config.out_channels}"
             raise ValueError(
-                f"StructureFlow: expected in_channels equal to out_channels, got {got}. Correct the model's"
-                " JSON file."
+                f"StructureFlow: in_channels must equal out_channels, got {config.in_channels} and"
+                f" {config.out_channels}. Download the model's JSON file again."
             )
 
     def angles(self, coords: torch.Tensor) -> torch.Tensor:
-        """Compute the angles with the default frequencies, because the original ignores rope_freq here."""
+        """Compute the angles [T, P] with the default frequencies, since the original ignores rope_freq
+        here."""
         return angles_of(coords, self.config.head_channels)
 
     def places(self, device: torch.device | str = "cpu") -> torch.Tensor:
-        """Return the coordinates of the tokens, [T, 3]; the last axis varies fastest."""
+        """Return the coordinates of the tokens, [T, 3]. The last coordinate varies fastest."""
         return torch.cartesian_prod(*[torch.arange(self.config.resolution, device=device)] * 3)
 
     def forward(self, x_t: torch.Tensor, t: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
@@ -248,14 +261,14 @@ class StructureFlow(Flow):
 
 
 class VoxelFlow(Flow):
-    """Later stages: predict the velocity of latents on voxels.
+    """Flow model of the later stages, which predicts the velocity of latents on voxels.
 
-        model(x_t: SparseBatch, t [N] in 0..1, cond [N, L, E]) -> velocity on the same voxels
+    Usage: velocity = model(x_t, t, cond), with a SparseBatch x_t, times t [N] in 0..1, and conditioning
+        tokens cond
+    [N, L, E]. The velocity is on the voxels of x_t. Additional features x_t.given [V, K] are concatenated to
+    the latent before the input layer. No noise is added to them, and they are not predicted.
 
-    Given features on the voxels, [V, K], are concatenated to the latent before the input layer. They are
-    neither noised nor predicted.
-
-    Differentiable in: everything except t.
+    Differentiable in: the features of x_t and cond.
     """
 
     def forward(self, x_t: SparseBatch, t: torch.Tensor, cond: torch.Tensor) -> SparseBatch:
@@ -264,63 +277,64 @@ class VoxelFlow(Flow):
             "VoxelFlow", x_t.feats, ["V", config.out_channels], cond, x_t.size, config.cond_channels
         )
         x = x_t.feats
-        # Channels of the given features; 0 if there are none.
-        width = 0 if x_t.given is None else x_t.given.shape[1]
-        if width != config.given:
-            remedy = "Pass the features of the previous stage if, and only if, the model reads them."
+        given_channels = 0 if x_t.given is None else x_t.given.shape[1]
+        if given_channels != config.given:
             raise ValueError(
-                f"VoxelFlow.x_t: expected {config.given} given features beside the latent, got {width}."
-                f" {remedy}"
+                f"VoxelFlow.x_t: this model needs {config.given} channels of features from the previous stage"
+                f" (the field `given`), got {given_channels}. Use collate on samples with these features."
             )
         if x_t.given is not None:
-            # The latent comes first.
+            # The order of the trained weights: the latent comes first.
             x = torch.cat([x, x_t.given.to(x)], 1)
         return x_t.with_feats(self.transform(x, t, cond, x_t.coords[:, 1:], blocks.SparseLayout(x_t)))
 
 
-# Autoencoders: features on fine voxels -> latents on coarse ones and back. An encoder merges eight children
-# into a voxel step by step; a decoder splits a voxel into those of its eight children that exist. The shape's
-# decoder predicts which children exist; the decoder of materials receives the shape's prediction.
+# Autoencoders (Xiang et al. 2025, sparse compression autoencoder)
 #
-# A block consists of a submanifold convolution, a norm and a feed-forward layer beside a skip (as in
-# ConvNeXt). A split moves channels into space, in the branch and in the skip, whose channels are repeated to
-# the new number. A merge moves space into channels, and the skip takes means of them (Xiang et al. 2025,
-# sparse compression autoencoder). Child n lies at (n & 1, n >> 1 & 1, n >> 2 & 1) in its voxel.
+# An encoder computes latents on coarse voxels from features on fine voxels. In each step it
+# merges the eight children of a voxel, which are the voxels of twice the resolution inside it. A
+# decoder splits each voxel into those of its eight children that exist. The decoder of the shape
+# predicts which children exist, and the decoder of materials uses this prediction. Child n has
+# the offset (n & 1, n >> 1 & 1, n >> 2 & 1) in its voxel.
+#
+# A block consists of a submanifold convolution, a norm and a feed-forward layer, with a skip connection
+# around them (as in ConvNeXt). A split divides the channels of a voxel among its children, and repeats the
+# channels of the skip connection to get the new number. A merge concatenates the channels of the children,
+# and averages those of the skip connection.
 
 
-# Published names of the blocks; only these are supported.
+# Names of the blocks in the published files. Other blocks are not supported.
 BLOCK = "SparseConvNeXtBlock3d"
 SPLIT = "SparseResBlockC2S3d"
 MERGE = "SparseResBlockS2C3d"
-# Output channels of the shape: 3 for the vertex in its voxel, 3 for the crossed edges, 1 for how a face is
-# split.
+# Output channels of the shape: 3 for the position of the vertex in its voxel, 3 for the edges that the
+# surface crosses, 1 for the diagonal along which a face is divided into triangles
 SHAPE_CHANNELS = 7
 
 
 @dataclass(frozen=True, kw_only=True)
 class VoxelConfig:
-    """Settings that encoder and decoder have in common in `args` of their JSON files."""
+    """Settings that the JSON files of encoders and decoders contain in `args`."""
 
     model_channels: tuple[int, ...]  # channels of each level, in the order of computation
-    latent_channels: int
-    num_blocks: tuple[int, ...]  # blocks of each level
-    block_type: tuple[str, ...]  # published name of the block, per level
-    block_args: tuple[Mapping, ...] = ()  # arguments of `ConvBlock`, per level
-    resolution: int | None = None  # finest voxels per axis in training; the network does not use it
-    use_fp16: bool = False  # half precision for new blocks; loaded files keep their own dtype
+    latent_channels: int  # channels of a latent
+    num_blocks: tuple[int, ...]  # number of blocks of each level
+    block_type: tuple[str, ...]  # published name of the blocks of each level
+    block_args: tuple[Mapping, ...] = ()  # arguments of `ConvBlock` for each level; empty: the defaults
+    resolution: int | None = None  # finest voxels per axis in the original's training; not used here
+    use_fp16: bool = False  # half precision for new blocks; weights from files have the dtype of the file
 
     def __post_init__(self):
         for name in ("model_channels", "num_blocks", "block_type", "block_args"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
 
     def check(self, between: Sequence[str], step: str, fits: Callable[[int, int], bool]) -> None:
-        """Raise ValueError for inconsistent levels, unsupported blocks, or channels of neighbours that do not
-        fit.
+        """Raise ValueError for levels that do not fit together, or for blocks that are not supported.
 
         Args:
-            between: published names of the steps between levels.
-            step: the only supported one.
-            fits: whether the channels of a level and of the next one fit.
+            between: published names of the blocks between levels.
+            step: name of the block between levels that is supported.
+            fits: function of the channels of a level and of the next level that returns True if they fit.
         """
         who = type(self).__name__
         levels = len(self.model_channels)
@@ -330,36 +344,43 @@ class VoxelConfig:
             or len(self.block_type) != levels
             or len(between) != levels - 1
         ):
-            got = f"{levels}, {len(self.num_blocks)}, {len(self.block_type)} and {len(between)}"
-            expected = "model_channels, num_blocks and block_type for every level and a step between them"
-            raise ValueError(f"{who}: expected {expected}, got {got}. Correct the model's JSON file.")
-        # Other published kinds of blocks have other parameters.
-        foreign = sorted({*self.block_type} - {BLOCK} | {*between} - {step})
-        if foreign:
+            numbers = f"{levels}, {len(self.num_blocks)}, {len(self.block_type)} and {len(between)}"
             raise ValueError(
-                f"{who}: expected the blocks {BLOCK} and {step}, got {', '.join(foreign)}. Other blocks are"
-                " not supported: name a released model."
+                f"{who}: every level must have model_channels, num_blocks and block_type, with a block"
+                f" between two levels, got {numbers} of them. Download the model's JSON file again."
             )
-        if not all(fits(a, b) for a, b in zip(self.model_channels, self.model_channels[1:], strict=False)):
-            got = f"{list(self.model_channels)}"
+        unsupported_blocks = sorted({*self.block_type} - {BLOCK} | {*between} - {step})
+        if unsupported_blocks:
             raise ValueError(
-                f"{who}: the model_channels {got} cannot be divided among eight children. Correct the model's"
-                " JSON file."
+                f"{who}: only the blocks {BLOCK} and {step} are supported, got"
+                f" {', '.join(unsupported_blocks)}. Use a"
+                " released model."
+            )
+        # Pairs of the channels of a level and of the next level
+        neighbours = zip(self.model_channels, self.model_channels[1:], strict=False)
+        if not all(fits(channels, next_channels) for channels, next_channels in neighbours):
+            raise ValueError(
+                f"{who}: the model_channels {list(self.model_channels)} cannot be divided among eight"
+                " children. Download the model's JSON file again."
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class VoxelDecoderConfig(VoxelConfig):
-    """Settings of a decoder. Levels are listed coarsest first."""
+    """Settings of a decoder. Levels are listed from the coarsest to the finest.
 
-    up_block_type: tuple[str, ...]  # between levels
-    out_channels: int = SHAPE_CHANNELS  # the shape's file leaves it out
-    pred_subdiv: bool = True  # whether the decoder predicts which children exist
-    voxel_margin: float = 0.5  # how far a vertex may lie outside its voxel, in voxels
+    Raises: ValueError for settings that are not supported or do not fit together.
+    """
+
+    up_block_type: tuple[str, ...]  # published names of the blocks between levels
+    out_channels: int = SHAPE_CHANNELS  # channels of the output; the shape's file does not state them
+    pred_subdiv: bool = True  # True: the decoder predicts which children exist
+    voxel_margin: float = 0.5  # largest distance of a vertex from its voxel, in voxels
 
     def __post_init__(self):
         super().__post_init__()
         object.__setattr__(self, "up_block_type", tuple(self.up_block_type))
+        # A split gives each child an eighth of the channels; the skip connection repeats them.
         self.check(self.up_block_type, SPLIT, lambda a, b: a % 8 == 0 and b % (a // 8) == 0)
 
     @property
@@ -370,15 +391,20 @@ class VoxelDecoderConfig(VoxelConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class VoxelEncoderConfig(VoxelConfig):
-    """Settings of an encoder. Levels are listed finest first."""
+    """Settings of an encoder. Levels are listed from the finest to the coarsest.
 
-    down_block_type: tuple[str, ...]  # between levels
-    # The shape's file leaves it out: 3 for the vertex in its voxel and 3 for crossed edges, minus 0.5 each.
+    Raises: ValueError for settings that are not supported or do not fit together.
+    """
+
+    down_block_type: tuple[str, ...]  # published names of the blocks between levels
+    # Channels of the input; the shape's file does not state them: 3 for the position of the vertex in its
+    # voxel and 3 for the crossed edges, minus 0.5 each
     in_channels: int = 6
 
     def __post_init__(self):
         super().__post_init__()
         object.__setattr__(self, "down_block_type", tuple(self.down_block_type))
+        # A merge concatenates the channels of eight children; the skip connection averages groups of them.
         self.check(self.down_block_type, MERGE, lambda a, b: b % 8 == 0 and 8 * a % b == 0)
 
     @property
@@ -388,18 +414,18 @@ class VoxelEncoderConfig(VoxelConfig):
 
 
 class Conv(Kernel):
-    """Submanifold convolution with `weight` [B, 3, 3, 3, A] and `bias` [B]."""
+    """Submanifold convolution from A to B channels, with `weight` [B, 3, 3, 3, A] and `bias` [B]."""
 
     def forward(self, x: SparseBatch) -> SparseBatch:
         return submanifold_conv(x, self.weight, self.bias)
 
 
 class ConvBlock(nn.Module):
-    """Residual block: x + mlp(norm(conv(x)))."""
+    """Residual block over voxels: x + mlp(norm(conv(x)))."""
 
     def __init__(self, channels: int, mlp_ratio: float = 4.0, use_checkpoint: bool = False):
         super().__init__()
-        # use_checkpoint is accepted because block_args of released files may name it.
+        # use_checkpoint has no effect. It is accepted because block_args of released files may contain it.
         hidden = int(channels * mlp_ratio)
         self.norm = LayerNorm32(channels, affine=True)
         self.conv = Conv(channels, channels)
@@ -412,7 +438,12 @@ class ConvBlock(nn.Module):
 class SplitBlock(nn.Module):
     """Block that splits voxels into their children.
 
-    y = split(x), h = split(conv1(silu(norm1(x)))), result: repeat(y) + conv2(silu(norm2(h))).
+    With y = split(x) and h = split(conv1(silu(norm1(x)))), the result is repeat(y) + conv2(silu(norm2(h))).
+
+    Args:
+        channels: channels of the input, a multiple of 8.
+        out_channels: channels of the output, a multiple of channels / 8.
+        pred_subdiv: True if the block predicts which children exist.
     """
 
     def __init__(self, channels: int, out_channels: int, pred_subdiv: bool):
@@ -423,19 +454,19 @@ class SplitBlock(nn.Module):
         self.conv2 = Conv(out_channels, out_channels)
         if pred_subdiv:
             self.to_subdiv = nn.Linear(channels, 8)
-        # A child's skip has channels / 8 channels; each is repeated to reach out_channels.
+        # In the skip connection a child has channels / 8 channels, which are repeated to get out_channels.
         self.repeats = out_channels // (channels // 8)
 
     def subdivision(self, x: SparseBatch) -> torch.Tensor:
-        """Compute logits of the children, [V, 8].
+        """Compute the logits of the children, [V, 8].
 
-        Children with a logit above 0 exist. A voxel without such a child vanishes.
+        A child exists if its logit is positive. A voxel may have no child.
         """
         return self.to_subdiv(x.feats.to(self.to_subdiv.weight.dtype))
 
     def forward(self, x: SparseBatch, there: torch.Tensor) -> SparseBatch:
         h = self.conv1(x.with_feats(F.silu(self.norm1(x.feats))))
-        # Both branches are split alike, so their voxels agree.
+        # there: bool [V, 8], True for children that exist. Both branches get the same voxels.
         y = split(x, there)
         h = split(h, there)
         h = self.conv2(y.with_feats(F.silu(self.norm2(h.feats))))
@@ -443,63 +474,76 @@ class SplitBlock(nn.Module):
 
 
 class MergeBlock(nn.Module):
-    """Block that merges children into voxels.
+    """Block that merges the children of voxels.
 
-    y = means of merge(x), h = merge(conv1(silu(norm1(x)))), result: y + conv2(silu(norm2(h))).
+    With y = the means over groups of channels of merge(x), and h = merge(conv1(silu(norm1(x)))), the result
+    is y + conv2(silu(norm2(h))).
+
+    Args:
+        channels: channels of the input.
+        out_channels: channels of the output, a multiple of 8 and a divisor of 8 * channels.
     """
 
     def __init__(self, channels: int, out_channels: int):
         super().__init__()
         self.norm1 = LayerNorm32(channels, affine=True)
         self.norm2 = LayerNorm32(out_channels)
-        self.conv1 = Conv(channels, out_channels // 8)  # eight children of out_channels / 8 make out_channels
+        self.conv1 = Conv(channels, out_channels // 8)  # `merge` concatenates the channels of eight children
         self.conv2 = Conv(out_channels, out_channels)
 
     def forward(self, x: SparseBatch) -> SparseBatch:
         h = merge(self.conv1(x.with_feats(F.silu(self.norm1(x.feats)))))
-        # The skip averages consecutive groups of the merged channels: [V, 8 C] -> [V, C'].
+        # The skip connection averages groups of consecutive channels: [V, 8 channels] -> [V, out_channels].
         y = merge(x).feats.unflatten(1, (h.feats.shape[1], -1)).mean(2)
         return h.with_feats(y + self.conv2(h.with_feats(F.silu(self.norm2(h.feats)))).feats)
 
 
 def split(x: SparseBatch, there: torch.Tensor) -> SparseBatch:
-    """Split voxels with features [V, 8 C] into their children with features [W, C].
+    """Split voxels with features [V, 8 C] into their children with features [W, C]. Differentiable in: feats.
 
-    A voxel's channels are those of child 0, then of child 1, and so on.
+    The first C channels of a voxel belong to child 0, the next C channels to child 1, and so on.
 
-    Args: there: [V, 8] bool, True for children that exist.
-    Differentiable in: feats.
+    Args:
+        x: batch of voxels.
+        there: bool [V, 8], True for children that exist.
+
     Raises: ValueError if no child exists.
     """
     check_shape("split.there", there, [len(x.feats), 8], "Pass the children of these voxels.")
     voxel, child = there.nonzero().unbind(1)  # [W]: children stay in the order of their voxels
     if not len(voxel):
         raise ValueError(
-            f"decode: expected voxels with children, but none of the {len(x.feats)} voxels has any. Use other"
-            " latents or weights."
+            f"decode: none of the {len(x.feats)} voxels has children, so the decoded object is empty. Use"
+            " other latents or other weights."
         )
-    # The first axis varies fastest among the children. [W, 3]
-    bits = torch.stack([child & 1, child >> 1 & 1, child >> 2 & 1], 1)
+    # Offsets of the children in their voxels, [W, 3]; the first axis varies fastest.
+    offsets = torch.stack([child & 1, child >> 1 & 1, child >> 2 & 1], 1)
     coords = x.coords[voxel].clone()
-    coords[:, 1:] = 2 * coords[:, 1:] + bits.int()
+    coords[:, 1:] = 2 * coords[:, 1:] + offsets.int()
     return SparseBatch(coords.contiguous(), x.feats.unflatten(1, (8, -1))[voxel, child], x.size)
 
 
 def merge(x: SparseBatch) -> SparseBatch:
-    """Merge features [W, C] into those of the voxels that contain them, [V, 8 C]; inverse of `split`.
+    """Concatenate the features of the children of each voxel, [W, C] -> [V, 8 C]. This is the inverse of
+    `split`.
 
-    Voxels are sorted. Children that do not exist contribute zeros.
+    The voxels of the result are sorted. The features of children that do not exist are zero.
     """
-    to = coarser(x)
-    bits = x.coords[:, 1:].long() & 1  # [W, 3], position within the coarse voxel
-    merged = x.feats.new_zeros(len(to.coords), 8, x.feats.shape[1])
-    # Child number = x + 2 y + 4 z of the lowest bits, as in `split`.
-    merged = merged.index_put((to.row, bits[:, 0] + 2 * bits[:, 1] + 4 * bits[:, 2]), x.feats)
-    return SparseBatch(to.coords, merged.flatten(1), x.size, to.cache)
+    coarse = coarser(x)
+    offsets = x.coords[:, 1:].long() & 1  # [W, 3] offset of each child in its voxel
+    child = offsets[:, 0] + 2 * offsets[:, 1] + 4 * offsets[:, 2]  # number of the child, as in `split`
+    merged = x.feats.new_zeros(len(coarse.coords), 8, x.feats.shape[1])
+    merged = merged.index_put((coarse.row, child), x.feats)
+    return SparseBatch(coarse.coords, merged.flatten(1), x.size, coarse.cache)
 
 
 class VoxelNetwork(nn.Module):
-    """Common part of encoders and decoders: blocks of all levels with a step between levels."""
+    """Base class of encoders and decoders: the blocks of all levels, with a block between levels.
+
+    Args:
+        config: settings.
+        step: function that builds the block between two levels from their numbers of channels.
+    """
 
     def __init__(self, config: VoxelConfig, step: Callable[[int, int], nn.Module]):
         super().__init__()
@@ -507,36 +551,39 @@ class VoxelNetwork(nn.Module):
         args = config.block_args or ({},) * len(config.model_channels)
         self.blocks = nn.ModuleList()
         for i, (width, count) in enumerate(zip(channels, config.num_blocks, strict=True)):
-            # The step to the next level is the last block of a level; the last level has none.
             level = [ConvBlock(width, **args[i]) for _ in range(count)]
-            self.blocks.append(
-                nn.ModuleList([*level, *(step(width, after) for after in channels[i + 1 : i + 2])])
-            )
+            # The block between levels is the last block of a level. The
+            # last level has none, so the slice is empty.
+            step_blocks = [step(width, next_width) for next_width in channels[i + 1 : i + 2]]
+            self.blocks.append(nn.ModuleList([*level, *step_blocks]))
         if config.use_fp16:
             convert_torso([self.blocks], torch.float16, (nn.Linear, Kernel))
 
     def first(self, x: SparseBatch, layer: nn.Linear) -> SparseBatch:
-        """Apply the first layer in full precision and convert the result to the blocks' dtype."""
-        # Matrices and kernels have the blocks' dtype; norms stay in float32.
-        dtype = next((p.dtype for p in self.blocks.parameters() if p.ndim > 1), torch.float32)
+        """Apply the input layer in float32, and convert the result to the dtype of the blocks."""
+        # Matrices and kernels have the dtype of the blocks. Norms and their vectors stay in float32.
+        matrix_dtypes = (parameter.dtype for parameter in self.blocks.parameters() if parameter.ndim > 1)
+        dtype = next(matrix_dtypes, torch.float32)
         check_shape(
             f"{type(self).__name__}.x",
             x.feats,
             ["V", layer.in_features],
-            "Pass features of this model's size.",
+            "Pass features of this model.",
         )
         return x.with_feats(layer(x.feats.float()).to(dtype))
 
     def last(self, x: SparseBatch, layer: nn.Linear) -> SparseBatch:
-        """Normalise and apply the last layer in full precision."""
+        """Normalise the features and apply the output layer, in float32."""
         return x.with_feats(layer(F.layer_norm(x.feats.float(), x.feats.shape[-1:])))
 
 
 class VoxelDecoder(VoxelNetwork):
-    """Decode latents on voxels to features on the finest voxels."""
+    """Decoder, from latents on coarse voxels to features on the finest voxels."""
 
     def __init__(self, config: VoxelDecoderConfig):
-        super().__init__(config, lambda before, after: SplitBlock(before, after, config.pred_subdiv))
+        super().__init__(
+            config, lambda channels, next_channels: SplitBlock(channels, next_channels, config.pred_subdiv)
+        )
         self.config = config
         self.from_latent = nn.Linear(config.latent_channels, config.model_channels[0])
         self.output_layer = nn.Linear(config.model_channels[-1], config.out_channels)
@@ -547,22 +594,25 @@ class VoxelDecoder(VoxelNetwork):
         """Decode latents [V, C] to features on the finest voxels.
 
         Args:
-            children: logits of the children at every split, for a decoder that does not predict them.
-            levels: stop after this many splits, before the output layer.
-        Returns: features, and the logits of the children [V, 8] at every split.
+            x: batch of latents.
+            children: logits of the children [V, 8] at every split, for a decoder that does not predict them;
+                None otherwise.
+            levels: number of splits after which the decoder stops, without the output layer; None: all.
+
+        Returns: the features, and the logits of the children [V, 8] at every split.
         Raises: ValueError if the decoder does not predict children and the logits are missing.
         """
         config = self.config
         if not config.pred_subdiv and (children is None or len(children) != len(config.up_block_type)):
-            got = "None" if children is None else len(children)
+            given_splits = "None" if children is None else len(children)
             raise ValueError(
-                f"VoxelDecoder: expected the children of {len(config.up_block_type)} splits, got {got}. Pass"
-                " the logits that the shape's decoder returned."
+                f"VoxelDecoder: this decoder needs the logits of {len(config.up_block_type)} splits as"
+                f" children, got {given_splits}. Pass the logits that the decoder of the shape returned."
             )
         h = self.first(x, self.from_latent)
         logits = list[torch.Tensor]()
         for level in self.blocks:
-            # As many logits as splits so far. The blocks of the level reached are not applied.
+            # There is one entry of logits for each split.
             if len(logits) == levels:
                 return h, logits
             for block in level:  # type: ignore[attr-defined]
@@ -575,7 +625,10 @@ class VoxelDecoder(VoxelNetwork):
 
 
 class VoxelEncoder(VoxelNetwork):
-    """Encode features on fine voxels to mean and log-variance of the latent on coarse voxels, [V, C] each."""
+    """Encoder, from features on fine voxels to latents on coarse voxels.
+
+    It returns the mean and the log-variance of the latents, [V, C] each.
+    """
 
     def __init__(self, config: VoxelEncoderConfig):
         super().__init__(config, MergeBlock)
@@ -595,69 +648,75 @@ class VoxelEncoder(VoxelNetwork):
 
 @dataclass(frozen=True, kw_only=True)
 class VoxelAsset:
-    """Decoded object of TRELLIS.2: one vertex per voxel, faces where edges are crossed, one material per
-    voxel.
+    """Decoded object of TRELLIS.2.
+
+    Each voxel has one vertex and one material. The mesh has a face for each edge of a voxel that the surface
+    crosses.
     """
 
-    coords: torch.Tensor  # [W, 3] int32
-    resolution: int  # voxels per axis of the grid
-    vertices: torch.Tensor  # [W, 3], positions in the voxel: 0..1 inside, up to the margin outside
-    # [W, 3] bool: whether the surface crosses the voxel's edge along each axis, at its far corner.
+    coords: torch.Tensor  # [W, 3] int32 indices of the voxels
+    resolution: int  # number of voxels per axis of the grid
+    vertices: torch.Tensor  # [W, 3] positions of the vertices in their voxels, 0..1 inside the voxel
+    # [W, 3] bool: True if the surface crosses the edge of the voxel along this axis that ends at the voxel's
+    # corner with the largest coordinates
     crossed: torch.Tensor
-    split: torch.Tensor  # [W] > 0: weights that decide along which diagonal a face is cut
-    # [W, 6]: base colour, metallic, roughness, alpha of 0..1; not clipped yet.
+    split: torch.Tensor  # [W] weights > 0 that decide along which diagonal a face is divided into triangles
+    # [W, 6] base colour (3), metallic, roughness and opacity, nominally 0..1; not clamped
     materials: torch.Tensor | None = None
 
     @property
     def means(self) -> torch.Tensor:
-        """Vertices in the cube of +-0.5, [W, 3]."""
+        """Positions of the vertices [W, 3] in the cube -0.5..0.5."""
         return (self.coords + self.vertices) / self.resolution - 0.5
 
     @property
     def colours(self) -> torch.Tensor:
-        """Base colours of 0..1, [W, 3]; grey without materials."""
-        return (
-            # Grey, as a renderer needs some colour
-            torch.full_like(self.vertices, 0.5)
-            if self.materials is None
-            else self.materials[:, :3].clamp(0, 1)
-        )
+        """Base colours [W, 3], 0..1. They are grey (0.5) without materials."""
+        if self.materials is None:
+            return torch.full_like(self.vertices, 0.5)
+        return self.materials[:, :3].clamp(0, 1)
 
     @property
     def opacities(self) -> torch.Tensor:
-        """Opacities of 0..1, [W]; 1 without materials."""
+        """Opacities [W], 0..1. They are 1 without materials."""
         return torch.ones_like(self.split) if self.materials is None else self.materials[:, 5].clamp(0, 1)
 
     def to(self, device: str | torch.device) -> "VoxelAsset":
         """Return the asset on another device."""
-        moved: dict[str, Any] = {
-            name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in vars(self).items()
+        field_values: dict[str, Any] = {
+            name: value.to(device) if isinstance(value, torch.Tensor) else value
+            for name, value in vars(self).items()
         }
-        return VoxelAsset(**moved)
+        return VoxelAsset(**field_values)
 
 
 def assets_of(
     shape: SparseBatch, materials: SparseBatch | None, resolution: int, margin: float
 ) -> list[VoxelAsset]:
-    """Build assets from decoded features, shape [W, 7] and materials [W, 6] on the same voxels.
+    """Build one asset per sample from the outputs of the decoders.
 
-    Args: margin: how far a vertex may lie outside its voxel, in voxels.
+    Args:
+        shape: output [W, 7] of the shape's decoder.
+        materials: output [W, 6] of the decoder of materials on the same voxels, or None.
+        resolution: number of voxels per axis of the grid.
+        margin: largest distance of a vertex from its voxel, in voxels.
     """
-    # one entry per sample
-    colours = [None] * shape.size if materials is None else [s.feats for s in materials.samples()]
+    sample_materials = (
+        [None] * shape.size if materials is None else [sample.feats for sample in materials.samples()]
+    )
     assets = []
-    for sample, colour in zip(shape.samples(), colours, strict=True):
-        # The shape's channels: 3 for the vertex, 3 for crossed edges, 1 for the diagonal.
-        place, crossed, cut = sample.feats.split([3, 3, 1], 1)
+    for sample, raw_materials in zip(shape.samples(), sample_materials, strict=True):
+        # Channels of the shape: 3 for the vertex, 3 for the crossed edges, 1 for the diagonal
+        raw_vertices, crossing_logits, raw_split = sample.feats.split([3, 3, 1], 1)
         assets.append(
             VoxelAsset(
                 coords=sample.coords,
                 resolution=resolution,
-                vertices=(1 + 2 * margin) * place.sigmoid() - margin,
-                crossed=crossed > 0,
-                split=F.softplus(cut[:, 0]),
-                # The decoder's range -1..1 becomes 0..1
-                materials=None if colour is None else 0.5 + 0.5 * colour,
+                vertices=(1 + 2 * margin) * raw_vertices.sigmoid() - margin,
+                crossed=crossing_logits > 0,
+                split=F.softplus(raw_split[:, 0]),
+                # The range -1..1 of the decoder becomes 0..1.
+                materials=None if raw_materials is None else 0.5 + 0.5 * raw_materials,
             )
         )
     return assets

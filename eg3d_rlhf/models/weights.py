@@ -1,12 +1,12 @@
-"""Read, check and write weights of networks in files on this machine, without running anything in them.
+"""Read, check and write files of network weights on this machine, without executing code from them.
 
-Every .safetensors, .ckpt, .pt and .pth file that this project did not write is read here. training/storage.py
-reads the files that it did write, and generators/pickles reads EG3D's pickles. Nothing is downloaded. Error
-messages begin with `who`, the flag or file that asked for the weights, and say what was expected, what was
-given and what to do.
+This module reads all .safetensors, .ckpt, .pt and .pth files that this project did not write.
+training/storage.py reads files that this project wrote, and generators/pickles reads EG3D's pickles. Nothing
+is downloaded. In all functions, `who` is the text with which error messages begin: the option or the file
+that the weights belong to.
 
-    state = weights.read(path, "--prior")                        {name: tensor}
-    vae = weights.empty(lambda: VAE(config))                     on the meta device, without memory
+    state = weights.read(path, "--prior")             # dictionary {name: tensor}
+    vae = weights.empty(lambda: VAE(config))          # network on torch's meta device, which stores no values
     weights.fill(vae, weights.below(state, "first_stage_model."), f"--prior: {path.name}")
 """
 
@@ -30,8 +30,8 @@ from torch import nn
 
 from training.storage import check_fit, write_atomic
 
-# Older transformers stored this buffer, which only counts positions. It is the only entry of a file that a
-# network may lack.
+# Older releases of transformers stored this buffer, which contains the numbers 0, 1, 2, ... It may be missing
+# in a file or in a network; all other names must match.
 SKIPPED = "position_ids"
 DAMAGED = (  # exceptions that the libraries raise for damaged or foreign files
     safetensors.SafetensorError,
@@ -53,46 +53,69 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def existing(path: str | Path, who: str) -> Path:
-    """Return the path as a Path. Raises: FileNotFoundError if nothing exists there."""
+    """Return the path as a Path object.
+
+    Raises: FileNotFoundError if there is no file or folder with this path.
+    """
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(
-            f"{who}: expected a local file or folder, got none at {path}. Nothing is downloaded: check the"
-            " path."
+            f"{who}: the file or folder {path} does not exist. Check the path; nothing is downloaded."
         )
     return path
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's text, or the name of its class, cut to 200 characters."""
-    # Libraries put stack dumps and hints into their messages; the first line names the cause.
-    line = next((part.strip() for part in str(error).splitlines() if part.strip()), type(error).__name__)
+    """Return the first line of an error's text that is not blank, cut to 200 characters.
+
+    If the error has no text, return the name of its class.
+    """
+    # Messages of libraries may contain stack traces and hints. Their first line states the cause.
+    line = next((text.strip() for text in str(error).splitlines() if text.strip()), type(error).__name__)
     return line if len(line) <= 200 else line[:200] + "..."
 
 
 def only_file(path: Path, suffixes: tuple[str, ...], flag: str, expected: str) -> Path:
-    """Return the file itself, or the only file in a folder that has one of the suffixes.
+    """Return `path` if it is a file, and otherwise the only file of a folder with one of the suffixes.
 
-    Raises: ValueError for a folder with none or several of them; `flag` and `expected` word the message.
+    Args:
+        path: file or folder.
+        suffixes: suffixes of the files to search for, for example ".safetensors".
+        flag: name of the option that the message begins with.
+        expected: description of what the folder must contain, for the message.
+
+    Raises: ValueError for a folder in which no file or several files have such a suffix.
     """
     if path.is_file():
         return path
-    # With several files it would be a guess which one is meant.
     files = sorted(file for file in path.iterdir() if file.suffix in suffixes)
-    if len(files) != 1:
-        got = ", ".join(file.name for file in files[:4]) or "neither"
-        raise ValueError(f"{flag}: expected {expected}, got {got} in {path}. Name the file.")
+    if not files:
+        raise ValueError(
+            f"{flag}: the folder {path} must contain {expected}, but has no file with the suffix"
+            f" {' or '.join(suffixes)}. Pass the path of the file."
+        )
+    if len(files) > 1:
+        file_names = ", ".join(file.name for file in files[:4])
+        raise ValueError(
+            f"{flag}: the folder {path} must contain {expected}, but has several files: {file_names}. Pass"
+            " the path of one file."
+        )
     return files[0]
 
 
 def content(path: str | Path, who: str) -> Any:
-    """Read everything that a file holds, on the CPU: tensors by name from .safetensors, else what torch.save
-    wrote.
+    """Read the complete content of a file of weights to the CPU.
 
-    Pickles are read with weights_only. A pickle that asks for more than tensors and plain containers is
-    rejected before anything is called. Files in torch's zip format are mapped into memory and not copied.
+    A .safetensors file gives a dictionary of tensors by name. From all other files, the object that
+    torch.save wrote is read with weights_only: a pickle that contains other objects than tensors and plain
+    containers is rejected before any of its code is called. Files in torch's zip format are mapped into
+    memory and not copied.
 
-    Raises: FileNotFoundError; ValueError for a file that asks for more, is damaged or cut short.
+    Args:
+        path: file of weights.
+        who: text that error messages begin with.
+
+    Raises: FileNotFoundError if the file is missing; ValueError if it is damaged or contains other objects.
     """
     path = existing(path, who)
     try:
@@ -101,92 +124,103 @@ def content(path: str | Path, who: str) -> Any:
         # Files in the older format of torch.save are no zip archives and cannot be mapped.
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except DAMAGED as error:
-        # torch reports this for a file that is no pickle at all, rather than for one that would run code.
+        # UnpicklingError has two causes. With this text, the file is no pickle at all. With any other text,
+        # the pickle contains objects that weights_only does not allow.
         operand = re.search(r"Unsupported operand \d+", str(error))
         if isinstance(error, pickle.UnpicklingError) and operand is None:
             raise ValueError(
-                f"{who}: expected {path.name} to hold only weights, got a pickle that asks for more. It was"
-                " not run. Get the file from its publisher, or save its state dict again."
+                f"{who}: {path.name} is a pickle that contains more than weights. Its code was not executed."
+                " Download the file from its publisher, or save only its state dict."
             ) from error
         reason = operand[0] if operand else first_line(error)
         raise ValueError(
-            f"{who}: expected weights in {path.name}, got: {reason}. The file may be truncated or of another"
-            " kind. Copy it again."
+            f"{who}: no weights can be read from {path.name} ({reason}). The file may be incomplete or of"
+            " another kind. Copy it again."
         ) from error
 
 
 def read(path: str | Path, who: str) -> State:
     """Read tensors by name from a .safetensors file or from a state dict that torch.save wrote.
 
-    The state dict may be nested under "state_dict".
+    If the file contains a dictionary with the key "state_dict", that entry is the state dict.
 
-    Raises: as `content`; ValueError for a file that holds anything other than tensors by name.
+    Raises: FileNotFoundError if the file is missing; ValueError if it is damaged, empty, or contains anything
+        other than tensors by name.
     """
-    held = content(path, who)
-    # Training checkpoints often nest the tensors under this key.
-    held = held.get("state_dict", held) if isinstance(held, dict) else held
+    file_content = content(path, who)
+    # Checkpoints of a training often contain the state dict beside other values.
+    state = file_content.get("state_dict", file_content) if isinstance(file_content, dict) else file_content
     if (
-        not isinstance(held, dict)
-        or not held
-        or not all(isinstance(value, torch.Tensor) for value in held.values())
+        not isinstance(state, dict)
+        or not state
+        or not all(isinstance(value, torch.Tensor) for value in state.values())
     ):
-        got = type(held).__name__
         raise ValueError(
-            f"{who}: expected tensors by name in {Path(path).name}, got {got}. Export only the weights, or"
-            " copy the file again."
+            f"{who}: {Path(path).name} must contain only tensors by name, but contains a"
+            f" {type(state).__name__}"
+            " that is empty or has other values. Export only the weights, or copy the file again."
         )
-    return dict(held)
+    return dict(state)
 
 
 def below(state: Mapping[str, torch.Tensor], prefix: str) -> State:
-    """Return the entries whose names begin with a prefix, without the prefix."""
+    """Return the entries of a state dict whose names begin with a prefix. The prefix is removed."""
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
 def to_transformers(state: Mapping[str, torch.Tensor], names: Iterable[tuple[str, str]]) -> State:
-    """Rename the entries of a vision transformer to transformers' names. Unknown names stay.
+    """Rename the entries of a vision transformer to the names of the library transformers.
 
-    A fused `.attn.qkv.` is also split into query, key and value.
+    Names that match no expression stay as they are. An entry of a layer that computes queries, keys and
+    values together (`.attn.qkv.`) is split into three entries.
 
-    Args: names: regular expressions and their replacements, applied one after the other.
+    Args:
+        state: state dict.
+        names: pairs of a regular expression and its replacement, applied in order.
     """
     renamed: State = {}
     for name, tensor in state.items():
-        for old, new in names:
-            name = re.sub(old, new, name)
-        stem, fused, leaf = name.partition(".attn.qkv.")
-        if fused:
+        for pattern, replacement in names:
+            name = re.sub(pattern, replacement, name)
+        block, qkv, parameter = name.partition(".attn.qkv.")
+        if qkv:
             kinds = ("query", "key", "value")
-            # Not strict: a misshapen tensor is reported later, when the network is filled.
-            parts = zip(kinds, tensor.chunk(3), strict=False)
-            renamed |= {f"{stem}.attention.attention.{kind}.{leaf}": part for kind, part in parts}
+            # Not strict: a tensor of another shape is reported later, when the network is filled.
+            for kind, projection in zip(kinds, tensor.chunk(3), strict=False):
+                renamed[f"{block}.attention.attention.{kind}.{parameter}"] = projection
         else:
             renamed[name] = tensor
     return renamed
 
 
 def shapes(state: Mapping[str, torch.Tensor]) -> dict[str, list[int]]:
-    """Return the shapes of tensors by name."""
+    """Return the shapes of the tensors of a state dict, by name."""
     return {name: list(tensor.shape) for name, tensor in state.items()}
 
 
 def shape_of(state: Mapping[str, torch.Tensor], name: str, who: str, axes: int) -> tuple[int, ...]:
-    """Return the shape of an entry that must have `axes` axes.
+    """Return the shape of an entry of a state dict that must have `axes` axes.
 
-    Raises: ValueError if there is no such entry.
+    Raises: ValueError if the entry is missing or has another number of axes.
     """
-    # Called while sizes are derived, before anything is built: the message is the first check of a file.
-    if name not in state or state[name].ndim != axes:
-        got = list(state[name].shape) if name in state else "no such entry"
+    if name not in state:
         raise ValueError(
-            f"{who}: expected {name} with {axes} axes, got {got}. The file may belong to another network:"
-            " name the right one."
+            f"{who}: the entry {name} with {axes} axes is missing. The file may belong to another network:"
+            " use the file of this network."
+        )
+    if state[name].ndim != axes:
+        raise ValueError(
+            f"{who}: {name} must have {axes} axes, but has the shape {list(state[name].shape)}. The file may"
+            " belong to another network: use the file of this network."
         )
     return tuple(state[name].shape)
 
 
 def count(names: Iterable[str], prefix: str) -> int:
-    """Return 1 + the largest N in names of the form prefix.N.rest, or 0 if there is none."""
+    """Count numbered parts: return 1 + the largest N in names that begin with `prefix` and "N.".
+
+    Returns 0 if no name begins with the prefix.
+    """
     return 1 + max(
         (int(name.removeprefix(prefix).split(".")[0]) for name in names if name.startswith(prefix)),
         default=-1,
@@ -194,19 +228,22 @@ def count(names: Iterable[str], prefix: str) -> int:
 
 
 def check_finite(state: Mapping[str, torch.Tensor], who: str) -> None:
-    """Raise ValueError, beginning with `who`, for NaN or infinite values in floating-point tensors."""
-    bad = [
-        n
-        for n, t in state.items()
-        # Tensors on the meta device have no values
-        if t.is_floating_point() and not t.is_meta and not bool(t.isfinite().all())
+    """Raise ValueError if a floating-point tensor has a value that is NaN or infinite."""
+    names = [
+        name
+        for name, tensor in state.items()
+        # Tensors on the meta device have no values.
+        if tensor.is_floating_point() and not tensor.is_meta and not bool(tensor.isfinite().all())
     ]
-    if bad:
-        raise ValueError(f"{who}: NaN or infinite values in {', '.join(bad[:8])}. Use an earlier checkpoint.")
+    if names:
+        raise ValueError(
+            f"{who}: the values of {', '.join(names[:8])} are not finite (NaN or infinity). Use an earlier"
+            " checkpoint."
+        )
 
 
 def empty(make: Callable[[], Result]) -> Result:
-    """Build a network with `make` on the meta device, without memory for its weights."""
+    """Build a network by the function `make` on torch's meta device, without memory for its weights."""
     with torch.device("meta"), warnings.catch_warnings():
         # torch warns about initialisations that have no effect on the meta device.
         warnings.simplefilter("ignore")
@@ -221,66 +258,79 @@ def fill(
     types: Mapping[str, torch.dtype] | torch.dtype | None = None,
     device: str | torch.device = "cpu",
 ) -> Module:
-    """Copy tensors into a module; names must match exactly. Returns the module.
+    """Copy the tensors of a state dict into a network, and return the network.
 
-    A module on the meta device first gets memory on `device`. Its dtypes are `types`, one for all or by name,
-    and otherwise those of the state.
+    A network on the meta device first gets memory on `device`.
 
-    Raises: ValueError for missing, unexpected or misshapen entries, and for values that are not finite.
+    Args:
+        module: network.
+        state: state dict, whose names must match exactly those of the network.
+        who: text that error messages begin with.
+        types: dtype of all tensors or dtypes by name, for a network on the meta device. Tensors without a
+            dtype here have the dtype of the state dict.
+        device: device for a network on the meta device.
+
+    Raises: ValueError for entries that are missing, superfluous or of another shape, and for values that are
+        not finite.
     """
-    present = module.state_dict()
-    check_fit(present, state, who)
+    present_state = module.state_dict()
+    check_fit(present_state, state, who)
     check_finite(state, who)
-    if any(tensor.is_meta for tensor in present.values()):
+    if any(tensor.is_meta for tensor in present_state.values()):
         dtypes = dict.fromkeys(state, types) if isinstance(types, torch.dtype) else dict(types or {})
+        # Dtypes that the caller gives replace those of the state dict.
         dtypes = {name: tensor.dtype for name, tensor in state.items()} | dtypes
         for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-            # Integer buffers keep their dtype; so do buffers that are in no file.
+            # Integer buffers do not change their dtype, and neither do buffers that are not part of the file.
             if name in dtypes and tensor.is_floating_point():
                 tensor.data = tensor.data.to(dtypes[name])
-        # Memory is allocated only now, in the final dtypes: a large network never exists twice.
+        # Memory is allocated after the dtypes are set, so that a large network never exists twice.
         module.to_empty(device=device)
     module.load_state_dict(state)
     return module
 
 
 def adopt(module: Module, state: Mapping[str, torch.Tensor], who: str) -> Module:
-    """Make a module use the given tensors as float32, without a copy where they are float32 already.
+    """Replace the tensors of a network by those of a state dict, in float32, and return the network.
 
-    Names must match exactly, except for position_ids. The module may be on the meta device. Returns the
-    module.
+    Tensors that are float32 already are not copied. Names must match exactly, except for position_ids. The
+    network may be on the meta device.
 
-    Raises: as `fill`.
+    Raises: ValueError for entries that are missing, superfluous or of another shape, and for values that are
+        not finite.
     """
     state = {
-        name: t.float() if t.is_floating_point() else t
-        for name, t in state.items()
+        name: tensor.float() if tensor.is_floating_point() else tensor
+        for name, tensor in state.items()
         if not name.endswith(SKIPPED)
     }
-    check_fit({name: t for name, t in module.state_dict().items() if not name.endswith(SKIPPED)}, state, who)
+    present_state = {
+        name: tensor for name, tensor in module.state_dict().items() if not name.endswith(SKIPPED)
+    }
+    check_fit(present_state, state, who)
     check_finite(state, who)
-    # assign=True makes the tensors the module's own parameters, without a copy.
+    # assign=True: the network refers to the tensors and does not copy them.
     module.load_state_dict(state, strict=False, assign=True)
-    for name, counted in list(module.named_buffers()):
+    for name, position_ids in list(module.named_buffers()):
         if name.endswith(SKIPPED):
-            # Files may lack this buffer, so it may still be on the meta device, without values.
-            parent, _, leaf = name.rpartition(".")
+            # The buffer may not be part of the file, and then has no values on the meta device.
+            parent, _, buffer_name = name.rpartition(".")
             module.get_submodule(parent).register_buffer(
-                leaf, torch.arange(counted.shape[-1])[None], persistent=False
+                buffer_name, torch.arange(position_ids.shape[-1])[None], persistent=False
             )
     return module
 
 
 def frozen(module: Module, device: str | torch.device) -> Module:
-    """Return a module in eval mode, without gradients, on a device."""
+    """Put a network into evaluation mode, on a device and without gradients of its parameters; returns it."""
     return module.eval().requires_grad_(False).to(device)
 
 
 def fingerprint(state: Mapping[str, torch.Tensor]) -> str:
-    """Compute eight hexadecimal digits that identify a network by names, shapes and the first values of each
-    tensor.
+    """Compute eight hexadecimal digits that identify the weights of a network.
 
-    They are the same for float16 and float32 files of one network.
+    They depend on the names, the shapes and the first 16 values of all tensors. The float16 file and the
+    float32 file of a network have the same fingerprint.
     """
     digest = hashlib.sha256()
     # Sorted, since files differ in the order of their entries.
@@ -292,29 +342,35 @@ def fingerprint(state: Mapping[str, torch.Tensor]) -> str:
 
 
 def in_types_of(stored: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> State:
-    """Replace tensors of `stored` by those of `state`, converted to the dtypes of `stored`, on the CPU.
+    """Replace tensors of a stored state dict by new ones, in the dtypes of the stored tensors, on the CPU.
 
-    Other entries of `stored` are passed on.
+    Args:
+        stored: stored state dict; entries that `state` does not contain are returned unchanged.
+        state: new tensors, whose names must occur in `stored`.
     """
-    new = {
-        # clone() separates the tensors from the network that continues to train
+    new_tensors = {
+        # clone(): the result does not share memory with the network, which may continue its training.
         name: tensor.detach().cpu().to(stored[name].dtype).contiguous().clone()
         for name, tensor in state.items()
     }
-    return {**stored, **new}
+    return {**stored, **new_tensors}
 
 
 def write(path: Path, state: Mapping[str, torch.Tensor]) -> None:
-    """Write tensors by name as a .safetensors file, atomically."""
-    # safetensors rejects tensors that share memory, so each is copied.
-    copies = {name: t.detach().cpu().contiguous().clone() for name, t in state.items()}
+    """Write a state dict as a .safetensors file, atomically."""
+    # safetensors rejects tensors that share memory, so each tensor is copied.
+    copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
     write_atomic(path, safetensors.torch.save(copies, metadata={"format": "pt"}))
 
 
 def rewrite(path: Path, held: Any) -> None:
-    """Write what `content` returned to a file of the path's format, atomically.
+    """Write a file of weights, atomically.
 
-    In contrast to `write`, large files are not copied in memory.
+    In contrast to `write`, tensors are not copied in memory, so large files can be written.
+
+    Args:
+        path: file; the suffix .safetensors selects that format, any other suffix the format of torch.save.
+        held: content of the file, as `content` returns it.
     """
     unfinished = path.with_name(f".{path.name}.part")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -323,7 +379,7 @@ def rewrite(path: Path, held: Any) -> None:
             safetensors.torch.save_file(held, unfinished, metadata={"format": "pt"})
         else:
             torch.save(held, unfinished)
-        # The rename is atomic: readers see the old file or the complete new one.
+        # Renaming is atomic: the path leads to the old file or to the complete new file at any time.
         unfinished.replace(path)
     finally:
         with contextlib.suppress(FileNotFoundError):
@@ -332,58 +388,68 @@ def rewrite(path: Path, held: Any) -> None:
 
 @contextlib.contextmanager
 def one_line(who: str, remedy: str) -> Iterator[None]:
-    """Turn errors that libraries raise inside the block into one ValueError of one line, which ends with
-    `remedy`.
+    """Convert errors that libraries raise inside a `with` block into a ValueError with a message of one line.
+
+    Args:
+        who: text that the message begins with.
+        remedy: sentence that the message ends with, which says what the user can do.
     """
     try:
         yield
-    # Other errors are bugs and keep their traceback.
+    # All other errors are faults of this package and keep their traceback.
     except DAMAGED as error:
-        raise ValueError(
-            f"{who}: expected its published layout, got: {first_line(error)} {remedy}"
-        ) from error
+        raise ValueError(f"{who}: the files cannot be read ({first_line(error)}). {remedy}") from error
 
 
 def require_extra(flag: str, *modules: str) -> None:
-    """Import modules of the optional extra `vision`, or of `sd` if diffusers is among them.
+    """Check that optional libraries are installed, by importing them.
 
-    Raises: ValueError if one of them is not installed.
+    Args:
+        flag: option that the error message begins with.
+        modules: names of the libraries, for example "transformers" and "diffusers".
+
+    Raises: ValueError if one of them is not installed. The message names the package's extra that contains
+        it.
     """
-    # diffusers is in another extra than transformers.
+    # diffusers belongs to the extra `sd`, transformers to the extra `vision`.
     extra = "sd" if "diffusers" in modules else "vision"
     for name in modules:
         try:
             __import__(name)
         except ImportError as error:
             raise ValueError(
-                f"{flag}: expected {' and '.join(modules)} for these files, got: {first_line(error)}. Run"
-                f" pip install 'eg3d-rlhf[{extra}]'"
+                f"{flag}: these files need {' and '.join(modules)}, but {name} cannot be imported"
+                f" ({first_line(error)}). Run pip install 'eg3d-rlhf[{extra}]'."
             ) from error
 
 
 @functools.cache
 def tell_once(text: str) -> None:
-    """Print a text once per process."""
+    """Print a text, unless this process has printed the same text before."""
+    # functools.cache calls the function only once per text.
     print(text, flush=True)
 
 
 def from_folder(cls: Any, folder: Path, flag: str) -> Any:
-    """Load a network of diffusers or transformers from a local folder: float32, eval mode, every entry read.
+    """Load a network of the library diffusers or transformers from a local folder.
 
-    The folder must hold config.json and .safetensors files.
+    Args:
+        cls: class of the library.
+        folder: folder with config.json and a .safetensors file of weights.
+        flag: option that error messages begin with.
 
-    Args: cls: class of the library.
-    Raises: FileNotFoundError; ValueError for missing files, pickles, other shapes, and entries that are
-        missing or unknown.
+    Returns: the network in float32, in evaluation mode and without gradients of its parameters.
+    Raises: FileNotFoundError if config.json is missing; ValueError if there is no .safetensors file, if a
+        file is damaged, or if an entry is missing, superfluous or of another shape.
     """
     who = f"{flag}: {folder.parent.name}/{folder.name}"
     existing(folder / "config.json", flag)
-    # Half-precision files have "fp16" in their names, which the libraries call a variant.
+    # Names of half-precision files contain "fp16". The libraries call this the variant of a file.
     variant = None if any(folder.glob("*model.safetensors")) else "fp16"
     if not any(folder.glob("*model.fp16.safetensors" if variant else "*model.safetensors")):
         raise ValueError(
-            f"{who}: expected weights as .safetensors, got none. Pickles are not read. Convert them, or get"
-            " the .safetensors files."
+            f"{who}: the folder has no file model.safetensors, and weights in other formats are not read."
+            " Download the .safetensors files, or convert the weights to this format."
         )
     with one_line(who, "Copy the folder again."):
         options = {
@@ -393,15 +459,15 @@ def from_folder(cls: Any, folder: Path, flag: str) -> Any:
             "variant": variant,
         }
         if cls.__module__.startswith("diffusers."):
-            # diffusers prints a long warning if it has to choose this itself.
+            # diffusers prints a long warning if accelerate is missing and this option is not given.
             options["low_cpu_mem_usage"] = importlib.util.find_spec("accelerate") is not None
         model, loading_info = cls.from_pretrained(str(folder), **options)
-    # The libraries only warn about keys that do not match; here they are errors.
+    # The libraries only print a warning if names do not match. Here this is an error.
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         names = sorted(str(name) for name in loading_info.get(kind, ()) if not str(name).endswith(SKIPPED))
         if names:
-            got = f"{kind.replace('_', ' ')}: {', '.join(names[:3])}"
             raise ValueError(
-                f"{who}: expected exactly the tensors of {cls.__name__}, got {got}. Copy the folder again."
+                f"{who}: the tensors of the file are not those of {cls.__name__} ({kind.replace('_', ' ')}:"
+                f" {', '.join(names[:3])}). Copy the folder again."
             )
     return model.float().eval().requires_grad_(False)

@@ -17,7 +17,7 @@ from eg3d_rlhf.measures.meshes.clean import CleanMesh, clean_mesh, face_areas
 from eg3d_rlhf.measures.meshes.edges import Edges
 from eg3d_rlhf.measures.meshes.mesh_measures import measure_mesh
 from eg3d_rlhf.measures.meshes.settings import MeasureOptions
-from eg3d_rlhf.measures.meshes.space import Space, sample, sides, ways
+from eg3d_rlhf.measures.meshes.space import Space, classify_sides, distance_to_surface, sample
 from tests.compat.absent import some
 from tests.compat.reference import ROOT, array_names
 
@@ -164,8 +164,8 @@ def distances(path, name: str, kind: str) -> np.ndarray:
     mesh = mesh_of(path, name)
     space = Space(mesh)
     points, normals = sample(mesh, SAMPLES, seed=1)
-    seen = ~sides(space, points, normals)[0]
-    found = ways(space, points[seen], normals[seen] if kind == "gap" else -normals[seen])
+    seen = ~classify_sides(space, points, normals)[0]
+    found = distance_to_surface(space, points[seen], normals[seen] if kind == "gap" else -normals[seen])
     return found[np.isfinite(found)]
 
 

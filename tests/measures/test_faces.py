@@ -9,7 +9,7 @@ import torch
 from eg3d_rlhf.core.field import RenderOptions
 from eg3d_rlhf.core.seeds import IMAGES
 from eg3d_rlhf.generators import load_generator, ws_of_seeds
-from eg3d_rlhf.measures.image_metrics import faces_found
+from eg3d_rlhf.measures.image_metrics import detect_faces
 from training.heads.people import named_people, picture
 from training.rendering.cameras import (
     FFHQ_FOCAL,
@@ -37,9 +37,9 @@ def renders(yaw: float, n: int = 6) -> torch.Tensor:
 
 
 def test_ground_truth_heads_have_a_face_only_from_the_front():
-    assert faces_found(renders(0.0)).mean() >= 0.5
-    assert not faces_found(renders(math.pi)).any()
-    assert not faces_found(torch.rand(2, 3, 64, 64) * 2 - 1).any()
+    assert detect_faces(renders(0.0)).mean() >= 0.5
+    assert not detect_faces(renders(math.pi)).any()
+    assert not detect_faces(torch.rand(2, 3, 64, 64) * 2 - 1).any()
 
 
 @pytest.mark.long
@@ -50,7 +50,7 @@ def test_the_bundled_generator_generates_faces():
     for ws in ws_of_seeds(generator, IMAGES.take(24), truncation_psi=0.7).split(4):
         with torch.no_grad():
             detections.append(
-                faces_found(
+                detect_faces(
                     generator.field(ws)
                     .render(camera.expand(len(ws), -1), RenderOptions(resolution=128))
                     .image

@@ -68,7 +68,7 @@ def test_latents_and_steps_that_do_not_fit_are_rejected():
         flow(is_shortcut_model=False)(x, t, cond, torch.full([2], 0.5))
     with raising("[0.0, 0.0]"):
         VoxelFlow(VoxelFlowConfig(**SMALL))(*inputs(), torch.zeros(2))
-    with raising("MixtureConfig", "12 / 2", "qk_rms_norm"):
+    with raising("MixtureConfig", "'shape'", "'all'"):
         flow(latent_share_transformer={"all": tuple(LATENTS)})
 
 

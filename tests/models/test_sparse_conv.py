@@ -98,12 +98,12 @@ def test_opposite_borders_of_the_grid_are_no_neighbours():
 def test_unsupported_inputs_are_rejected():
     weight, bias = kernel()
     twice = SparseBatch(torch.zeros(2, 4, dtype=torch.int32), torch.zeros(2, 3, dtype=torch.float64), 1)
-    with raising("negative"):
+    with raising("twice"):
         submanifold_conv(twice, weight, bias)
     below = SparseBatch(
         torch.tensor([[0, -1, 0, 0]], dtype=torch.int32), torch.zeros(1, 3, dtype=torch.float64), 1
     )
-    with raising("negative"):
+    with raising("-1"):
         submanifold_conv(below, weight, bias)
     with raising("weight", "[B, 3, 3, 3, 3]", "[4, 3, 3, 3, 2]"):
         submanifold_conv(random_batch(), weight[..., :2], bias)

@@ -1,6 +1,6 @@
-"""Bias, activation, gain and clamp in one call.
+"""Compute bias, activation function, gain and clamp of a layer in one call.
 
-Shapes: x is any shape, B = x.shape[dim] is the length of the bias.
+Shapes: x has any shape; B = x.shape[dim] is the length of the bias.
 """
 
 import dataclasses
@@ -15,13 +15,14 @@ from torch_utils.ops.implementations import COMPILED_DTYPES, choose, define, den
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Activation:
-    """Entry of `activation_funcs`."""
+    """Activation function with its default settings, an entry of `activation_funcs`."""
 
-    func: Callable[[torch.Tensor, float], torch.Tensor]  # func(x, alpha), any shape, not in place
-    def_alpha: float = 0.0  # default slope; only lrelu uses it
-    # Default factor after the activation. sqrt(2) keeps unit variance through a rectifier.
+    func: Callable[[torch.Tensor, float], torch.Tensor]  # func(x, alpha) for x of any shape, not in place
+    def_alpha: float = 0.0  # default slope for negative values; only lrelu uses it
+    # Default factor after the activation. A rectifier with the
+    # factor sqrt(2) does not change a variance of 1.
     def_gain: float = 1.0
-    # In-place function with g f(x) = f(g x) for g > 0, if the activation has this property.
+    # The same function in place, if it has the property g f(x) = f(g x) for all g > 0; otherwise None
     homogeneous_: Callable[[torch.Tensor, float], torch.Tensor] | None = None
 
 
@@ -45,7 +46,8 @@ activation_funcs: dict[str, Activation] = {
     "swish": Activation(func=lambda x, alpha: F.silu(x), def_gain=_SQRT2),
 }
 _NAMES = list(activation_funcs)  # the index is the argument `act` of the compiled ops
-_PIECEWISE = ("linear", "relu", "lrelu")  # slope * (x + b); the slope follows from the sign of the result
+# Activations of the form slope * (x + b), where the slope follows from the sign of the result
+_PIECEWISE = ("linear", "relu", "lrelu")
 
 
 def bias_act(
@@ -58,20 +60,20 @@ def bias_act(
     clamp: float | None = None,
     impl: str = "auto",
 ) -> torch.Tensor:
-    """Finish a layer: clip(gain * act(x + b), -clamp, clamp).
+    """Compute clip(gain * act(x + b), -clamp, clamp), the last operations of a layer.
 
     Args:
-        x: any shape.
-        b: [x.shape[dim]], added along `dim`; None adds nothing.
-        dim: axis of `x` along which the bias runs, 0 <= dim < x.ndim; ignored without a bias.
-        act: a key of `activation_funcs`.
-        alpha: slope of lrelu below zero; None = 0.2. Other activations ignore it.
-        gain: factor after the activation; None = that of the activation (sqrt 2 for relu, lrelu, swish, else
-            1).
+        x: tensor of any shape. It is not changed.
+        b: bias [B], added along the axis `dim`; None adds no bias.
+        dim: axis of x that belongs to the bias, 0 <= dim < x.ndim; ignored without a bias.
+        act: name of the activation function, a key of `activation_funcs`.
+        alpha: slope of lrelu for negative values; None: 0.2. Other activations ignore it.
+        gain: factor after the activation; None: sqrt(2) for relu, lrelu and swish, and 1 for others.
         clamp: largest magnitude of the result, >= 0; None does not clamp.
-        impl: see `torch_utils.ops.implementations`. "compiled" needs float32 or float64, gain > 0 and alpha
-            >= 0.
-    Returns: shape of `x`. It is `x` itself if there is nothing to do. `x` is never written to.
+        impl: see `torch_utils.ops.implementations`. "compiled" needs float32 or float64, on CUDA also float16
+            or bfloat16, and gain > 0 and alpha >= 0.
+
+    Returns: a tensor of the shape of x. It is x itself if no operation is needed.
     Differentiable in x and b, to any order if the activation is.
     Raises: ValueError for an unknown `impl`.
     """
@@ -80,7 +82,8 @@ def bias_act(
     spec = activation_funcs[act]
     alpha = spec.def_alpha if alpha is None else float(alpha)
     gain = spec.def_gain if gain is None else float(gain)
-    # A gain of 0 or below, and a negative slope, would hide the sign from which the gradient reads its slope.
+    # The compiled gradient computes the slope from the sign of the result. With gain <= 0 or a negative
+    # slope, the sign of the result is not that of x + b.
     applies = (
         x.dtype in COMPILED_DTYPES[x.device.type == "cuda"]
         and gain > 0
@@ -88,7 +91,7 @@ def bias_act(
         and x.numel() > 0
         and x.ndim > 0
     )
-    # Before the early return, so that an unknown `impl` is an error in every case.
+    # This comes before the early return, so that an unknown `impl` is an error in every case.
     chosen = choose("bias_act", impl, "bias_act", x.device.type, applies)
     if b is None and act == "linear" and gain == 1 and clamp is None:
         return x
@@ -110,8 +113,12 @@ def bias_act_ref(
     gain: float,
     clamp: float | None,
 ) -> torch.Tensor:
-    """Compute the definition, one operation after the other."""
+    """Compute the definition of `bias_act`, one operation after the other.
+
+    The arguments are those of `bias_act`, with the entry `spec` of `activation_funcs` and without defaults.
+    """
     if b is not None:
+        # [1, .., B, .., 1], which broadcasts along all other axes
         x = x + b.to(x.dtype).reshape([-1 if i == dim else 1 for i in range(x.ndim)])
     x = spec.func(x, alpha)
     x = x * gain if gain != 1 else x
@@ -127,17 +134,20 @@ def _bias_act_torch(
     gain: float,
     clamp: float | None,
 ) -> torch.Tensor:
-    """Compute bias_act in plain torch, with as few passes over memory as the activation allows.
+    """Compute `bias_act` in plain torch, with as few passes over memory as the activation allows.
 
-    Rectifiers commute with a positive gain. Bias and gain then take one pass (gain*b + gain*x), and the
-    activation follows in place on that new tensor. The result agrees with the literal formula up to rounding.
+    For a rectifier f and a positive gain, gain f(x + b) = f(gain b + gain x). The argument of f takes one
+    pass, and f is then computed in place. The result agrees with the definition up to rounding.
     """
     if b is not None:
         b = b.to(x.dtype).reshape([-1 if i == dim else 1 for i in range(x.ndim)])  # [1, .., B, .., 1]
     if spec.homogeneous_ is not None and gain > 0 and (b is not None or gain != 1):
-        # A new tensor, on which the activation may work in place; x itself is never written to.
-        fresh = x * gain if b is None else torch.add(b * gain, x, alpha=gain) if gain != 1 else x + b
-        y = spec.homogeneous_(fresh, alpha)
+        # A new tensor, so that the activation can be computed in place without a change of x
+        if b is None:
+            argument = x * gain
+        else:
+            argument = torch.add(b * gain, x, alpha=gain) if gain != 1 else x + b
+        y = spec.homogeneous_(argument, alpha)
     else:
         y = spec.func(x if b is None else x + b, alpha)
         y = y if gain == 1 else y * gain
@@ -145,49 +155,50 @@ def _bias_act_torch(
 
 
 def _save(ctx, inputs, output) -> None:
-    """Save what the backward pass needs: the input for smooth activations, the output for rectifiers."""
+    """Store the tensors for the backward pass: the input of smooth activations, the output of rectifiers."""
     x, b, *ctx.rest = inputs
     ctx.has_bias = b is not None
     dim, act, _, _, clamp = ctx.rest
     if _NAMES[act] not in _PIECEWISE:
         ctx.save_for_backward(x, b)
-    elif act or clamp >= 0:  # linear without clamp is a scaled copy, whose gradient needs nothing
+    elif act or clamp >= 0:  # act 0 is linear: without a clamp, its gradient needs no tensor
         ctx.save_for_backward(output)
 
 
 def _gradients(ctx, grad):
-    """Return the gradients for x and b."""
+    """Return the gradients of x and b, and None for the five other arguments of the op."""
     dim, act, alpha, gain, clamp = ctx.rest
     need_x, need_b = ctx.needs_input_grad[:2]
     if _NAMES[act] not in _PIECEWISE:
-        # Through torch: differentiable again, but with more passes over memory.
+        # Computed by torch, so that the gradient can be differentiated again.
         x, b = ctx.saved_tensors
         value, slope = _SLOPES[_NAMES[act]](
             x if b is None else x + b.reshape([-1 if i == dim else 1 for i in range(x.ndim)])
         )
         grad = grad * gain * slope
         if clamp >= 0:
-            # Clamped results have no gradient. The comparison itself has none, either.
+            # The gradient of clamped results is 0.
             grad = grad * (value * gain).detach().abs().le(clamp)
         return grad, None if b is None else grad.sum([i for i in range(x.ndim) if i != dim]), *[None] * 5
-    # Read once: torch's checkpoint unpacks a saved tensor a single time.
-    saved = ctx.saved_tensors
-    # The kernel reads both tensors by one index, so their layouts must be equal.
-    grad = like_layout(grad, saved[0]) if saved else dense(grad)
-    out = saved[0] if saved else grad.detach()
+    # torch's checkpoint allows only one access to saved_tensors.
+    saved_tensors = ctx.saved_tensors
+    # The kernel uses the same index for both tensors, so their memory layouts must be equal.
+    grad = like_layout(grad, saved_tensors[0]) if saved_tensors else dense(grad)
+    out = saved_tensors[0] if saved_tensors else grad.detach()
     grad_x, grad_b = torch.ops.eg3d_rlhf.bias_act_backward(grad, out, *ctx.rest, ctx.has_bias and need_b)
     return grad_x if need_x else None, grad_b if ctx.has_bias and need_b else None, *[None] * 5
 
 
 def _elu(z: torch.Tensor, scale: float, alpha: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return value and derivative of scale * elu(z)."""
-    # The clamp keeps exp finite in the branch that `where`
-    # discards; an infinity there would make gradients NaN.
-    below = alpha * z.clamp(max=0).exp()
-    return scale * torch.where(z > 0, z, below - alpha), scale * torch.where(z > 0, torch.ones_like(z), below)
+    """Return the value and the derivative of scale * elu(z), where elu(z) = alpha (exp(z) - 1) for z <= 0."""
+    # For z > 0 the exponential is not used. The clamp keeps it
+    # finite, since an infinity would make gradients NaN.
+    exponential = alpha * z.clamp(max=0).exp()
+    value = scale * torch.where(z > 0, z, exponential - alpha)
+    return value, scale * torch.where(z > 0, torch.ones_like(z), exponential)
 
 
-# Functions that return value and derivative at z.
+# Functions of z that return the value and the derivative of an activation
 _SLOPES: dict[str, Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]] = {
     "tanh": lambda z: ((t := z.tanh()), 1 - t.square()),
     "sigmoid": lambda z: ((s := z.sigmoid()), s * (1 - s)),
@@ -199,26 +210,34 @@ _SLOPES: dict[str, Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]] 
 
 
 def _save_backward(ctx, inputs, output) -> None:
-    # `grad` enters linearly, so its own gradient does not need it.
+    """Store the tensors for the backward pass of `bias_act_backward`, which is linear in its first
+    argument."""
     _, out, *ctx.rest, ctx.with_bias = inputs
     ctx.save_for_backward(out)
 
 
 def _gradients_backward(ctx, grad_x, grad_b):
-    """Return the second derivative: the adjoint of `bias_act_backward` is `bias_act_slope`."""
+    """Compute the gradient of `bias_act_backward`, whose adjoint is `bias_act_slope`.
+
+    Only the first of the eight arguments has a gradient.
+    """
     (out,) = ctx.saved_tensors
     grad_b = grad_b.contiguous() if ctx.with_bias else None
     return torch.ops.eg3d_rlhf.bias_act_slope(like_layout(grad_x, out), grad_b, out, *ctx.rest), *[None] * 7
 
 
 def _save_slope(ctx, inputs, output) -> None:
+    """Store the tensors for the backward pass of `bias_act_slope`, which is linear in x and b."""
     _, b, out, *ctx.rest = inputs
     ctx.has_bias = b is not None
     ctx.save_for_backward(out)
 
 
 def _gradients_slope(ctx, grad):
-    """Return the third derivative: the adjoint of `bias_act_slope` is `bias_act_backward`."""
+    """Compute the gradients of `bias_act_slope`, whose adjoint is `bias_act_backward`.
+
+    Only x and b of the eight arguments have gradients.
+    """
     (out,) = ctx.saved_tensors
     grad_x, grad_b = torch.ops.eg3d_rlhf.bias_act_backward(
         like_layout(grad, out), out, *ctx.rest, ctx.has_bias
@@ -226,18 +245,21 @@ def _gradients_slope(ctx, grad):
     return grad_x, grad_b if ctx.has_bias else None, *[None] * 6
 
 
-# The compiled ops. x is dense, contiguous or channels-last, and so is the result. act is the index in
-# activation_funcs (0 linear, 1 relu, 2 lrelu, 3 tanh, 4 sigmoid, 5 elu, 6 selu, 7 softplus, 8 swish). gain >
-# 0. clamp < 0 does not clamp. dim is B's axis, also without a bias. The last two ops exist for acts 0, 1, 2,
-# and each is the adjoint of the other. slope(out) = gain * (act 1: 1 or 0, act 2: 1 or alpha, by the sign of
-# out, where 0 counts as negative), and 0 where |out| >= clamp.
+# The compiled ops
+#
+# x is contiguous or channels-last, and so is the result. act is the index in activation_funcs (0 linear, 1
+# relu, 2 lrelu, 3 tanh, 4 sigmoid, 5 elu, 6 selu, 7 softplus, 8 swish). gain must be > 0. clamp < 0 means no
+# clamp. dim is a valid axis even without a bias. bias_act_backward and bias_act_slope exist only for act 0, 1
+# and 2; each is the adjoint of the other. Both use slope(out), which is gain where out > 0. Where out <= 0 it
+# is gain for act 0, 0 for act 1, and gain * alpha for act 2. It is 0 where |out| >= clamp.
 define(
     "bias_act(Tensor x, Tensor? b, int dim, int act, float alpha, float gain, float clamp) -> Tensor",
     lambda x, *rest: torch.empty_like(x),
     _gradients,
     _save,
 )
-define(  # (slope(out) * grad, its sum over all axes but dim: [B], or [0] without with_bias)
+# returns slope(out) * grad, and its sum over all axes but dim ([B], or an empty tensor if with_bias is False)
+define(
     "bias_act_backward(Tensor grad, Tensor out, int dim, int act, float alpha, float gain, float clamp, bool"
     " with_bias) -> (Tensor, Tensor)",
     lambda grad, out, dim, *rest: (
@@ -247,7 +269,7 @@ define(  # (slope(out) * grad, its sum over all axes but dim: [B], or [0] withou
     _gradients_backward,
     _save_backward,
 )
-define(  # slope(out) * (x + b)
+define(  # returns slope(out) * (x + b)
     "bias_act_slope(Tensor x, Tensor? b, Tensor out, int dim, int act, float alpha, float gain, float clamp)"
     " -> Tensor",
     lambda x, *rest: torch.empty_like(x),

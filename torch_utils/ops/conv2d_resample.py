@@ -1,6 +1,7 @@
-"""2-D convolution with optional up- or downsampling around it, and modulated convolution of StyleGAN2.
+"""2-D convolution with optional upsampling or downsampling, and the modulated convolution of StyleGAN2.
 
-Shapes: N batch, I (or C) input and O output channels, G groups, H x W pixels, K or k kernel size.
+Shapes: N images, I (or C) input and O output channels, G groups, H x W pixels, K (or k) pixels per side of a
+    kernel.
 """
 
 import math
@@ -27,31 +28,33 @@ def conv2d_resample(
     flip_filter: bool = False,
     impl: str = "auto",
 ) -> torch.Tensor:
-    """Upsample by `up`, convolve, and downsample by `down`. All padding is applied once, before these steps.
+    """Upsample images, convolve them, and downsample them. The padding is applied once, before these steps.
 
-    The three steps are linear and commute, so each case runs in its cheapest order. 1x1 kernels convolve the
-    smaller image. KxK kernels use a strided convolution (down) or a strided transposed convolution (up), with
-    the low-pass filter next to it.
+    The steps are linear, so they are reordered to save time: 1x1 kernels convolve the smaller image. KxK
+    kernels use a convolution with a stride (down) or a transposed convolution with a stride (up), with the
+    low-pass filter before or after it.
+
     Args:
-        x: [N, I, H, W].
-        w: [O, I/G, K, K].
-        f: low-pass filter from `upfirdn2d.setup_filter`, used if up > 1 or down > 1. None is the identity.
-        up, down: integer factors >= 1.
-        padding: as in `upfirdn2d`, with respect to the upsampled image. The padding that the filter needs is
-            added.
-        groups: G; divides I and O.
-        flip_weight: True correlates (what torch calls convolution), False convolves.
-        flip_filter: as in `upfirdn2d`.
-        impl: see `torch_utils.ops.implementations`; it also holds for the filter and for 3x3 convolutions
-            inside.
-    Returns: [N, O, H', W'], with H' = H*up/down for "same" padding (K//2).
+        x: images [N, I, H, W].
+        w: kernels [O, I/G, K, K].
+        f: low-pass filter from `upfirdn2d.setup_filter`, used if up > 1 or down > 1. None means no filter.
+        up: integer factor of the upsampling, >= 1.
+        down: integer factor of the downsampling, >= 1.
+        padding: padding of the upsampled image in pixels, see `upfirdn2d`. The padding that the filter needs
+            is added to it.
+        groups: number of groups G, a divisor of I and O.
+        flip_weight: True computes a correlation, which torch calls convolution; False a convolution.
+        flip_filter: the same for the low-pass filter, see `upfirdn2d`.
+        impl: see `torch_utils.ops.implementations`. It also applies to the filter and to 3x3 convolutions.
+
+    Returns: images [N, O, H', W'], with H' = H*up/down for a padding of K//2.
     Differentiable in x and w, to any order.
     Raises: ValueError for an unknown `impl`.
     """
     assert x.ndim == w.ndim == 4 and x.shape[1] == w.shape[1] * groups and up >= 1 and down >= 1
     kh, kw = w.shape[2:]
     pads = _parse_padding(padding)
-    # The filter's own margin is added here, so that the caller's padding concerns the convolution only.
+    # The padding that the filter needs is added, so that the argument `padding` is that of the convolution.
     pads = same_size_padding(f, pads, up=up) if up > 1 else pads
     pads = same_size_padding(f, pads, down=down) if down > 1 else pads
     impl = current(impl, "conv2d_resample")
@@ -62,8 +65,8 @@ def conv2d_resample(
     if up == 1 and (kh, kw) == (1, 1):
         x = upfirdn2d(x, f, down=down, padding=pads, flip_filter=flip_filter, impl=impl)
         return _convolve(x, w, (0, 0, 0, 0), 1, groups, flip_weight, impl)
-    # KxK kernel, down: filter at full size, then a convolution
-    # with stride, which computes only the pixels that stay.
+    # KxK kernel, down: filter at full size, then a convolution with a
+    # stride, which computes only the pixels of the result.
     if up == 1:
         x = upfirdn2d(x, f, padding=pads, flip_filter=flip_filter, impl=impl)
         return _convolve(x, w, (0, 0, 0, 0), down, groups, flip_weight, impl)
@@ -72,19 +75,31 @@ def conv2d_resample(
         x = _convolve(x, w, (0, 0, 0, 0), 1, groups, flip_weight, impl)
         x = upfirdn2d(x, f, up=up, padding=pads, gain=up**2, flip_filter=flip_filter, impl=impl)
     else:
-        x, rest = _transposed(x, w, up, pads, groups, flip_weight, impl)
-        x = upfirdn2d(x, f, padding=rest, gain=up**2, flip_filter=flip_filter, impl=impl)
+        x, remaining_pads = _transposed(x, w, up, pads, groups, flip_weight, impl)
+        x = upfirdn2d(x, f, padding=remaining_pads, gain=up**2, flip_filter=flip_filter, impl=impl)
     return upfirdn2d(x, f, down=down, flip_filter=flip_filter, impl=impl) if down > 1 else x
 
 
 def _convolve(
     x: torch.Tensor, w: torch.Tensor, pads: Pads, stride: int, groups: int, flip_weight: bool, impl: str
 ) -> torch.Tensor:
-    """Convolve with stride and any padding: x [N, I, H, W], w [O, I/G, K, K] -> [N, O, H', W']."""
+    """Convolve images with a stride and any padding, with the fastest available function.
+
+    Args:
+        x: images [N, I, H, W].
+        w: kernels [O, I/G, K, K].
+        pads: padding (x_before, x_after, y_before, y_after) in pixels; negative values crop.
+        stride: stride along both axes.
+        groups: number of groups G.
+        flip_weight: True computes a correlation, False a convolution.
+        impl: see `torch_utils.ops.implementations`.
+
+    Returns: images [N, O, H', W'].
+    """
     if not flip_weight and w.shape[2:] != (1, 1):
         w = w.flip([2, 3])
     x0, x1, y0, y1 = pads
-    # 3x3 without stride: Winograd's algorithm.
+    # 3x3 without a stride: Winograd's algorithm
     if (
         w.shape[2:] == (3, 3)
         and stride == groups == 1
@@ -93,7 +108,7 @@ def _convolve(
         and min(x.shape[2:]) + 2 * x0 >= 3
     ):
         return conv3x3(x, w, x0, impl=impl)
-    # 1x1: a matrix product.
+    # 1x1: a matrix product
     if (
         w.shape[2:] == (1, 1)
         and stride == groups == 1
@@ -102,22 +117,23 @@ def _convolve(
         and x.device.type == "cpu"
     ):
         return _pointwise(x, w)
-    # 3x3 with stride 2: minimal filtering.
+    # 3x3 with stride 2: minimal filtering, see conv3x3.py
     if w.shape[2:] == (3, 3) and (stride, groups, pads) == (2, 1, (0, 0, 0, 0)):
         return conv3x3_down(x, w, impl=impl)
-    # torch pads both sides equally; other paddings, and negative ones, which crop, need a step of their own.
+    # torch's convolution pads both sides equally. Other and negative paddings need a separate step.
     if x0 == x1 and y0 == y1 and x0 >= 0 and y0 >= 0:
         return F.conv2d(x, w, stride=stride, padding=(y0, x0), groups=groups)
     return F.conv2d(F.pad(x, pads), w, stride=stride, groups=groups)
 
 
 def _pointwise(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-    """Compute a 1x1 convolution as a matrix product, and keep the memory layout.
+    """Compute a 1x1 convolution as a matrix product, x [N, I, H, W] and w [O, I, 1, 1] -> [N, O, H, W].
 
-    torch's convolution takes a slow path for it on a CPU, above all in the backward pass.
+    The memory layout of x is kept. torch's 1x1 convolution is slow on a CPU, above all in the backward pass.
     """
     w = w[:, :, 0, 0]  # [O, I]
-    # With few channels, row by row of the image: the gradient of w as one product over all pixels is slow.
+    # With few channels, each row of an image is a separate product, because one product over all pixels is
+    # slow for the gradient of w.
     if is_channels_last(x) and x.shape[1] < 16:
         rows = x.permute(0, 2, 3, 1).flatten(0, 1)  # [N*H, W, I]
         # [N*H, W, I] @ [N*H, I, O] -> [N, H, W, O] -> [N, O, H, W], channels-last in memory
@@ -131,28 +147,40 @@ def _pointwise(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
 def _transposed(
     x: torch.Tensor, w: torch.Tensor, up: int, pads: Pads, groups: int, flip_weight: bool, impl: str
 ) -> tuple[torch.Tensor, Pads]:
-    """Compute zero-insertion and KxK convolution as one transposed convolution, whose borders replace
-    padding.
+    """Compute zero-insertion and a KxK convolution as one transposed convolution.
 
-    Returns: the image, and the remaining padding (before, after along x, then y) for the low-pass filter.
+    The result of a transposed convolution is larger than the image, so a part of the padding is not needed.
+
+    Args:
+        x: images [N, I, H, W].
+        w: kernels [O, I/G, K, K].
+        up: factor of the upsampling.
+        pads: padding (x_before, x_after, y_before, y_after) of the upsampled image.
+        groups: number of groups G.
+        flip_weight: True computes a correlation, False a convolution.
+        impl: see `torch_utils.ops.implementations`.
+
+    Returns: the images, and the remaining padding (x_before, x_after, y_before, y_after), which the low-pass
+        filter has to apply.
     """
     kh, kw = w.shape[2:]
-    # [O, I/G, K, K] -> [I, O/G, K, K], the form of conv_transpose2d.
+    # [O, I/G, K, K] -> [I, O/G, K, K], as conv_transpose2d requires
     w = w.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
     if flip_weight:
         w = w.flip([2, 3])
-    # The full result of a transposed convolution extends beyond
-    # the image by K - 1 pixels before and K - up after it.
+    # The result of a transposed convolution is larger than the image by
+    # K - 1 pixels before and K - up pixels after it.
     x0 = pads[0] - (kw - 1)
     x1 = pads[1] - (kw - up)
     y0 = pads[2] - (kh - 1)
     y1 = pads[3] - (kh - up)
-    inside = max(min(-x0, -x1), 0), max(min(-y0, -y1), 0)  # part that conv_transpose2d can crop itself
-    if (up, groups, inside, w.shape[2:]) == (2, 1, (0, 0), (3, 3)):
+    # Pixels (x, y) that conv_transpose2d can crop equally on both sides
+    cropped = max(min(-x0, -x1), 0), max(min(-y0, -y1), 0)
+    if (up, groups, cropped, w.shape[2:]) == (2, 1, (0, 0), (3, 3)):
         x = conv3x3_up(x, w, impl=impl)
     else:
-        x = F.conv_transpose2d(x, w, stride=up, padding=(inside[1], inside[0]), groups=groups)
-    return x, (x0 + inside[0], x1 + inside[0], y0 + inside[1], y1 + inside[1])
+        x = F.conv_transpose2d(x, w, stride=up, padding=(cropped[1], cropped[0]), groups=groups)
+    return x, (x0 + cropped[0], x1 + cropped[0], y0 + cropped[1], y1 + cropped[1])
 
 
 def modulated_conv2d(
@@ -169,28 +197,34 @@ def modulated_conv2d(
     fused_modconv: bool = True,
     impl: str = "auto",
 ) -> torch.Tensor:
-    """Convolve with input channels that are scaled per sample (Karras et al. 2020, section 2.2).
+    """Compute the modulated convolution of StyleGAN2 (Karras et al. 2020, section 2.2).
 
-    w'[n,o,c] = w[o,c] s[n,c]. Demodulation multiplies the result by d[n,o] = rsqrt(sum_{c,k} w'^2 + 1e-8).
-    Noise is added after demodulation.
+    The input channels of the kernels w are scaled for each sample n by its style s: w'[n,o,c] = w[o,c]
+    s[n,c]. Demodulation multiplies the result by d[n,o] = rsqrt(sum_{c,k} w'^2 + 1e-8). Noise is added after
+    demodulation.
 
     Args:
-        x: [N, C, H, W].
-        weight: [O, C, k, k].
-        styles: s, [N, C].
-        noise: broadcast to the output, or None.
-        up, down, padding, flip_weight: see `conv2d_resample`.
-        resample_filter: low-pass filter of `conv2d_resample`.
-        demodulate: multiply by d.
-        fused_modconv: use one grouped convolution with w' d. Otherwise scale x, convolve once for the batch,
-            and scale the result. On a CPU "auto" and "compiled" ignore this: for a single sample the kernels
-            are scaled, which needs no groups, for a batch never.
-        impl: see `torch_utils.ops.implementations`; it also holds for the convolution and the filter inside.
-    Returns: [N, O, H*up/down, W*up/down]. Differentiable in x, weight, styles, noise.
+        x: images [N, C, H, W].
+        weight: kernels w [O, C, k, k].
+        styles: styles s [N, C].
+        noise: noise that is added to the result, in a shape that broadcasts to it; None adds no noise.
+        up: factor of the upsampling, see `conv2d_resample`.
+        down: factor of the downsampling.
+        padding: padding of the upsampled image in pixels.
+        resample_filter: low-pass filter of the resampling.
+        demodulate: True multiplies the result by d.
+        flip_weight: True computes a correlation, False a convolution.
+        fused_modconv: True computes one convolution in groups with the kernels w' d. False scales x,
+            convolves the batch with w, and scales the result. On a CPU, "auto" and "compiled" ignore this
+            argument: they scale the kernels for a single sample, and x and the result for a batch.
+        impl: see `torch_utils.ops.implementations`. It also applies to the convolution and the filter.
+
+    Returns: images [N, O, H*up/down, W*up/down].
+    Differentiable in x, weight, styles and noise.
     Raises: ValueError for an unknown `impl`.
     """
     impl = current(impl, "modulated_conv2d")
-    # Half precision: keep the sum of squares in its range. Demodulation cancels both factors.
+    # In half precision the sum of squares could overflow. Demodulation cancels both factors.
     if x.dtype == torch.float16 and demodulate:
         largest = weight.norm(float("inf"), dim=[1, 2, 3], keepdim=True)
         weight = weight * (1 / math.sqrt(weight[0].numel()) / largest)
@@ -208,7 +242,7 @@ def modulated_conv2d(
         if impl == "ref"
         else len(x) == 1 or (fused_modconv and (impl == "torch" or x.device.type != "cpu"))
     )
-    # Kernels of each sample, w' [N, O, C, k, k], only where they are needed as such.
+    # Kernels w' of each sample, [N, O, C, k, k]; None if they are not needed
     sample_kernels = (
         weight[None] * styles[:, None, :, None, None] if impl == "ref" or (fused and len(x) > 1) else None
     )
@@ -217,15 +251,16 @@ def modulated_conv2d(
         assert sample_kernels is not None
         coefficients = (sample_kernels.square().sum(dim=[2, 3, 4]) + 1e-8).rsqrt()
     elif demodulate:
-        # The same without [N, O, C, k, k]: sum_{c,k} w'^2 = sum_c s^2 sum_k w^2.
+        # The same value without a tensor [N, O, C, k, k]: sum_{c,k} w'^2 = sum_c s^2 sum_k w^2
         energy = weight.square().sum(dim=[2, 3])  # sum over the kernel, [O, C]
         coefficients = (styles.square() @ energy.t() + 1e-8).rsqrt()
-    # Scaling inputs by s and outputs by d equals a convolution with w' d.
+    # Scaling the input by s and the result by d is equal to a convolution with w' d.
     if not fused:
         x = conv2d_resample(x=x * styles.to(x.dtype)[:, :, None, None], w=weight.to(x.dtype), **resample)
         x = x if coefficients is None else x * coefficients.to(x.dtype)[:, :, None, None]
     elif sample_kernels is not None:
-        # Each sample has its own kernels: the batch becomes the groups of one convolution, [1, N * C, H, W].
+        # Each sample has its own kernels, so each sample becomes a
+        # group of one convolution, [1, N * C, H, W].
         w = sample_kernels if coefficients is None else sample_kernels * coefficients[:, :, None, None, None]
         y = conv2d_resample(
             x=x.reshape(1, -1, *x.shape[2:]), w=w.flatten(0, 1).to(x.dtype), groups=len(x), **resample
@@ -235,5 +270,5 @@ def modulated_conv2d(
         # A single sample: scale the kernels, without groups.
         scale = styles if coefficients is None else coefficients.t() * styles  # [1 or O, C]
         x = conv2d_resample(x=x, w=(weight * scale[:, :, None, None]).to(x.dtype), **resample)
-    # After demodulation, so that the strength of the noise does not depend on the styles.
+    # The noise is added after demodulation, so that its strength does not depend on the styles.
     return x if noise is None else add_to(x, noise.to(x.dtype))

@@ -1,33 +1,33 @@
-"""3x3 convolution by minimal filtering: with a quarter of the definition's products for stride 1, and three
-fifths for stride 2.
+"""3x3 convolution with fewer multiplications than its definition, on a CPU.
 
-Winograd's F(m x m, 3x3) (Lavin & Gray 2016, "Fast Algorithms for Convolutional Neural Networks", section 4):
-a tile of m x m results is
+For stride 1, this is Winograd's minimal filtering algorithm F(m x m, 3x3) (Lavin and Gray 2016, "Fast
+Algorithms for Convolutional Neural Networks", section 4). A tile of m x m results is
 
     Y = A^T [(G g G^T) * (B^T d B)] A
 
-for a kernel g and a patch d of m + 2 by m + 2 pixels. * is the elementwise product, summed over the input
-channels, so the computation consists of (m + 2)^2 matrix products. The gradient of the kernel is G^T [sum
-over tiles (B^T d B) * (A dY A^T)] G. With m = 4 it takes 36 products instead of the definition's 144, with m
-= 2 it takes 16 instead of 36.
+for a kernel g and a patch d of m + 2 by m + 2 pixels. A, B and G are constant matrices of the paper, and * is
+the elementwise product, summed over the input channels. The computation therefore consists of (m + 2)^2
+matrix products. The gradient of the kernel is G^T [sum over tiles (B^T d B) * (A dY A^T)] G. For a tile and a
+pair of channels, m = 4 takes 36 multiplications instead of 144, and m = 2 takes 16 instead of 36.
 
-Largest rounding errors in float32, relative to the largest value, for 32 to 512 channels: 2.6e-6 with m = 4
-and 5e-7 with m = 2, the same for results and gradients. torch's own convolution has 2.6e-6.
+The largest rounding errors in float32, relative to the largest value, for 32 to 512 channels are 2.6e-6 with
+m = 4 and 5e-7 with m = 2, for results and gradients. torch's own convolution has 2.6e-6.
 
-With stride 2, and transposed:
+With stride 2 there are three operations:
 
     down   y[n, o, i, j] = sum_{c, a, b} x[n, c, 2 i + a, 2 j + b] w[o, c, a, b]
     up     its transpose: x[n, c, 2 i + a, 2 j + b] += y[n, o, i, j] w[o, c, a, b]
     weight the gradient with respect to w of the sum of y g
 
-Each is the derivative of the others. The compiled op takes 49 products instead of the definition's 81, for 3
-x 3 small pixels at a time. Along a line, the outer two taps are a filter over every second pixel: three
-results by Cook and Toom's four products. The middle tap is multiplied directly, so there are 4 + 3 products
-instead of 9. Largest rounding errors in float32 for 32 to 512 channels: 3e-7 to 9e-7 of the largest value,
-those of torch 5e-7 to 2.2e-6.
+Each operation is a derivative of the other two. The compiled op takes 49 multiplications instead of 81 for 3
+x 3 pixels of the small image. Along each axis, the two outer taps of the kernel form a filter over every
+second pixel, which gives three results with four multiplications (Toom-Cook algorithm). The middle tap takes
+three multiplications, so there are 7 instead of 9. The largest rounding errors in float32 for 32 to 512
+channels are 3e-7 to 9e-7 of the largest value; torch's are 5e-7 to 2.2e-6.
 
-Shapes: N batch, I input and O output channels (strided: I of the large and O of the small image), H x W
-pixels.
+Shapes: N images, H x W pixels, I input and O output channels (with stride 2: I channels of the large image
+    and O of
+the small image).
 """
 
 import torch
@@ -35,28 +35,32 @@ import torch.nn.functional as F
 
 from torch_utils.ops.implementations import alike, choose, define, is_channels_last
 
-_LANES = 16  # channels that the transformations process at a time
-# Below these, "auto" uses torch's convolution.
-_LEAST_CHANNELS = 32  # the transformations, with work per channel, would cost more than they save
-_LEAST_PIXELS = 32 * 32  # transforming the kernel would not be small compared to the rest
-# Number of 4x4 tiles from which on they are faster than 2x2 tiles, whose kernels need less transformation.
-# Time of F(2x2) / F(4x4), forward and both gradients, one thread of a Zen 4: 0.8 to 1.0 with 16 tiles, 1.2
-# with 32 (64 and 512 channels), 1.1 to 1.5 with 64 (32 to 512 channels).
+_LANES = 16  # number of channels that the transformations process at a time
+# With fewer channels or pixels than these, "auto" uses torch's convolution, because the transformations of
+# images and kernels would take more time than they save.
+_LEAST_CHANNELS = 32
+_LEAST_PIXELS = 32 * 32
+# Smallest number of 4x4 tiles for which they are faster than 2x2 tiles. Measured ratio of the times of F(2x2)
+# and F(4x4), forward pass and both gradients, one thread of a Zen 4 processor: 0.8 to 1.0 with 16 tiles, 1.2
+# with 32 tiles (64 and 512 channels), 1.1 to 1.5 with 64 tiles (32 to 512 channels).
 _LEAST_TILES = 32
-# Number of 2x2 tiles that one 4x4 tile must replace; it is 4 if all are full. The same ratio of times is 0.8
-# with 2.25, 1.0 with 2.8, and 1.2 with 3.1 of them.
+# Smallest average number of 2x2 tiles that a 4x4 tile must replace. It is 4 if no 4x4 tile extends beyond the
+# image. The measured ratio of the times is 0.8 with 2.25, 1.0 with 2.8, and 1.2 with 3.1.
 _LEAST_SAVING = 3
 
 
 def conv3x3(x: torch.Tensor, w: torch.Tensor, padding: int = 1, impl: str = "auto") -> torch.Tensor:
-    """Correlate an image with 3x3 kernels.
+    """Correlate images with 3x3 kernels.
 
     Args:
-        x: [N, I, H, W]; w: [O, I, 3, 3].
-        padding: pixels of zeros on every side, 0 to 2.
-        impl: see `torch_utils.ops.implementations`. "ref" and "torch" are torch's convolution. "compiled"
-            (CPU, float32 or float64, I and O multiples of 16) is Winograd's, and returns channels-last.
-    Returns: [N, O, H + 2 padding - 2, W + 2 padding - 2].
+        x: images [N, I, H, W].
+        w: kernels [O, I, 3, 3].
+        padding: number of zero pixels that are added on every side, 0 to 2.
+        impl: see `torch_utils.ops.implementations`. "ref" and "torch" are torch's convolution. "compiled" is
+            Winograd's algorithm on a CPU, for float32 or float64 and I and O that are multiples of 16. Its
+            result is channels-last.
+
+    Returns: images [N, O, H + 2 padding - 2, W + 2 padding - 2].
     Differentiable in x and w, to any order.
     Raises: ValueError for an unknown `impl`.
     """
@@ -66,10 +70,10 @@ def conv3x3(x: torch.Tensor, w: torch.Tensor, padding: int = 1, impl: str = "aut
         and padding in (0, 1, 2)
         and min(x.shape[2:]) + 2 * padding >= 3
     )
-    # The kernels have no code for remaining channels.
-    lanes = x.shape[1] % _LANES == 0 and w.shape[0] % _LANES == 0
-    applies = lanes and alike(x, w)
-    # Cases in which torch is faster.
+    # The compiled code processes 16 channels at a time, and none separately.
+    has_full_lanes = x.shape[1] % _LANES == 0 and w.shape[0] % _LANES == 0
+    applies = has_full_lanes and alike(x, w)
+    # Cases in which torch is faster
     dropped = (
         min(x.shape[1], w.shape[0]) < _LEAST_CHANNELS
         or x.shape[2] * x.shape[3] < _LEAST_PIXELS
@@ -109,7 +113,7 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _gradients(ctx, grad):
-    """Return the gradients for x and w. Both are convolutions of this kind, with gradients of their own."""
+    """Return the gradients of x and w. They are computed by compiled ops that can be differentiated again."""
     x, w = ctx.saved_tensors
     need_x, need_w = ctx.needs_input_grad[:2]
     grad = grad.contiguous(memory_format=torch.channels_last)
@@ -118,7 +122,7 @@ def _gradients(ctx, grad):
     grad_x = torch.ops.eg3d_rlhf.conv3x3(grad, w, 2 - p, not ctx.transposed, ctx.tile) if need_x else None
     grad_w = None
     if need_w:
-        # Transposed, the kernel leads from `grad` to x, so the two change places.
+        # In the transposed op, grad and x exchange their roles.
         pair = (grad, x, 2 - p) if ctx.transposed else (x, grad, p)
         grad_w = torch.ops.eg3d_rlhf.conv3x3_weight(*pair, ctx.tile)
     return grad_x, grad_w, None, None, None
@@ -130,12 +134,12 @@ def _save_weight(ctx, inputs, output) -> None:
 
 
 def _gradients_weight(ctx, grad_w):
-    """Return the gradients of the kernel's gradient with respect to x and grad."""
+    """Return the gradients of `conv3x3_weight` with respect to x and grad."""
     x, grad = ctx.saved_tensors
     need_x, need_grad = ctx.needs_input_grad[:2]
     grad_w = grad_w.contiguous()
     p = ctx.padding
-    # The gradient of w is bilinear in x and grad; its derivatives are convolutions by grad_w.
+    # conv3x3_weight is bilinear in x and grad, so its derivatives are convolutions with grad_w.
     grad_x = torch.ops.eg3d_rlhf.conv3x3(grad, grad_w, 2 - p, True, ctx.tile) if need_x else None
     return (
         grad_x,
@@ -161,27 +165,37 @@ define(  # d<conv3x3(x, w, padding, False, tile), grad>/dw
 # 3x3 convolution with stride 2, and its transpose, between images of 2 h + 1 by 2 w + 1 and of h by w pixels.
 
 
-_LANES = 16  # channels that the transformations take at a time
-# Pixels of the small image. With 16 x 16 of 512 channels torch is 1.2 times as fast, with 32 x 32 0.8 times.
+# Smallest number of pixels of the small image for which "auto" uses the compiled op. With 512 channels, torch
+# is 1.2 times as fast as the op for 16 x 16 pixels, and 0.8 times as fast for 32 x 32.
 _LEAST_PIXELS_STRIDED = 32 * 32
 
 
 def conv3x3_down(x: torch.Tensor, w: torch.Tensor, impl: str = "auto") -> torch.Tensor:
-    """Convolve with stride 2: x [N, I, H, W], w [O, I, 3, 3] -> [N, O, (H - 1) // 2, (W - 1) // 2].
+    """Correlate images with 3x3 kernels with stride 2. Differentiable in x and w, to any order.
 
-    `impl` as in `conv3x3`. Differentiable to any order.
+    Args:
+        x: images [N, I, H, W].
+        w: kernels [O, I, 3, 3].
+        impl: see `conv3x3`.
+
+    Returns: images [N, O, (H - 1) // 2, (W - 1) // 2].
     """
-    # An even size has a last pixel that no kernel reads; the compiled op is written for odd sizes.
-    odd = x.shape[2] % 2 == x.shape[3] % 2 == 1
-    if _compiled(x, w, (x.shape[2] - 1) // 2 * ((x.shape[3] - 1) // 2), impl, odd):
+    # The compiled op supports only odd sizes, in which every pixel is used.
+    has_odd_size = x.shape[2] % 2 == x.shape[3] % 2 == 1
+    if _compiled(x, w, (x.shape[2] - 1) // 2 * ((x.shape[3] - 1) // 2), impl, has_odd_size):
         return _Convolution.apply(x, w, False)
     return F.conv2d(x, w, stride=2)
 
 
 def conv3x3_up(x: torch.Tensor, w: torch.Tensor, impl: str = "auto") -> torch.Tensor:
-    """Compute the transpose of `conv3x3_down`: x [N, O, h, w], w [O, I, 3, 3] -> [N, I, 2 h + 1, 2 w + 1].
+    """Compute the transpose of `conv3x3_down`. Differentiable in x and w, to any order.
 
-    `impl` as in `conv3x3`. Differentiable to any order.
+    Args:
+        x: images [N, O, height, width].
+        w: kernels [O, I, 3, 3].
+        impl: see `conv3x3`.
+
+    Returns: images [N, I, 2 height + 1, 2 width + 1].
     """
     if _compiled(x, w, x.shape[2] * x.shape[3], impl):
         return _Convolution.apply(x, w, True)
@@ -189,10 +203,23 @@ def conv3x3_up(x: torch.Tensor, w: torch.Tensor, impl: str = "auto") -> torch.Te
 
 
 def _compiled(x: torch.Tensor, w: torch.Tensor, pixels: int, impl: str, fits: bool = True) -> bool:
-    """Return whether the compiled strided op is used."""
-    lanes = w.shape[0] % _LANES == w.shape[1] % _LANES == 0 and w.shape[2:] == (3, 3) and x.ndim == 4
+    """Return True if the compiled op with stride 2 is used.
+
+    Args:
+        x: images.
+        w: kernels [O, I, 3, 3].
+        pixels: number of pixels of the small image.
+        impl: see `conv3x3`.
+        fits: False if the op does not support the size of the image.
+    """
+    has_full_lanes = w.shape[0] % _LANES == w.shape[1] % _LANES == 0 and w.shape[2:] == (3, 3) and x.ndim == 4
     applies = (
-        fits and lanes and alike(x, w) and x.dtype == torch.float32 and x.device.type == "cpu" and pixels > 0
+        fits
+        and has_full_lanes
+        and alike(x, w)
+        and x.dtype == torch.float32
+        and x.device.type == "cpu"
+        and pixels > 0
     )
     # An image that is not channels-last would have to be copied first.
     dropped = pixels < _LEAST_PIXELS_STRIDED or not is_channels_last(x)
@@ -200,7 +227,7 @@ def _compiled(x: torch.Tensor, w: torch.Tensor, pixels: int, impl: str, fits: bo
 
 
 class _Convolution(torch.autograd.Function):
-    """Strided convolution, down, or up if that is True. Each is the gradient of the other."""
+    """Autograd function of the convolution with stride 2, or of its transpose if `up` is True."""
 
     @staticmethod
     def forward(ctx, x, w, up):
@@ -213,7 +240,7 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, w = ctx.saved_tensors
-        # The kernel's gradient correlates the large image with the small one, in either direction.
+        # The gradient of the kernels correlates the large image with the small image.
         large, small = (grad, x) if ctx.up else (x, grad)
         need_x, need_w, _ = ctx.needs_input_grad
         return (
@@ -224,7 +251,7 @@ class _Convolution(torch.autograd.Function):
 
 
 class _Weight(torch.autograd.Function):
-    """Gradient of the strided convolution with respect to its kernel."""
+    """Autograd function of the gradient of the convolution with stride 2 with respect to its kernels."""
 
     @staticmethod
     def forward(ctx, x, grad):
@@ -236,7 +263,8 @@ class _Weight(torch.autograd.Function):
     def backward(ctx, grad_w):
         x, grad = ctx.saved_tensors
         need_x, need_grad = ctx.needs_input_grad
-        # Bilinear in x and grad, so each derivative is a convolution of the other by grad_w.
+        # The function is bilinear in x and grad, so each derivative is
+        # a convolution of the other one with grad_w.
         return _Convolution.apply(grad, grad_w, True) if need_x else None, (
             _Convolution.apply(x, grad_w, False) if need_grad else None
         )

@@ -1,11 +1,13 @@
-"""Choice of the implementation of a custom op, and the memory layouts and dtypes of compiled image ops.
+"""Choose the implementation of a custom op, and the memory layouts and dtypes of compiled image ops.
 
-ref       the definition, written as simply as torch allows. It is the oracle of the tests. EG3D's own
-code on a
-          CPU does the same, so it is also the baseline of the benchmarks
-torch     plain torch, arranged to be fast; works everywhere
-compiled  C++ on a CPU, CUDA on a GPU; built on first use (torch_utils/build.py)
-auto      compiled if it is available and applies to the given tensors, else torch
+Functions of custom ops have an argument `impl`, which is one of these names:
+
+ref       the definition of the op, written as simply as torch allows. The tests compare the other
+          implementations with it. EG3D computes the same operations on a CPU, so it is also the baseline of
+          the benchmarks
+torch     a faster computation in plain torch, which works on every device
+compiled  C++ on a CPU, CUDA on a GPU; it is built at its first use (torch_utils/build.py)
+auto      compiled, if it is available and supports the given tensors; otherwise torch
 """
 
 import contextlib
@@ -20,21 +22,23 @@ FLOATS = (torch.float32, torch.float64)  # dtypes of the compiled ops
 # Dtypes of the compiled image ops: [on a CPU, on CUDA].
 COMPILED_DTYPES = (FLOATS, (*FLOATS, torch.float16, torch.bfloat16))
 IMPLS = ("auto", "compiled", "torch", "ref")
-_auto = "auto"  # meaning of "auto" in the enclosing `implementation` block
-# Ops of several modules share this namespace, hence a fragment.
+_auto = "auto"  # implementation that replaces "auto" in the enclosing `implementation` block
+# A fragment, because several modules define ops in this namespace.
 _LIB = torch.library.Library("eg3d_rlhf", "FRAGMENT")
 
 
 def define(
     schema: str, fake: Callable | None = None, gradients: Callable | None = None, save: Callable | None = None
 ) -> None:
-    """Register a compiled op with torch as torch.ops.eg3d_rlhf.<name>. Its library supplies the kernels.
+    """Register a compiled op with torch as torch.ops.eg3d_rlhf.<name>. The op's library contains the kernels.
 
     Args:
-        schema: "name(Tensor x, ...) -> ...".
-        fake: function that makes empty results from empty inputs, for torch.compile.
-        gradients: gradients(ctx, *grads), for autograd; see torch.library.
-        save: save(ctx, inputs, output), called before it.
+        schema: signature "name(Tensor x, ...) -> ..." in torch's schema language.
+        fake: function of the op's arguments that returns empty results of the right shapes, for
+            torch.compile.
+        gradients: backward pass gradients(ctx, *grads), see torch.library.register_autograd.
+        save: function save(ctx, inputs, output) that stores what `gradients` needs; called in the forward
+            pass.
     """
     _LIB.define(schema)
     name = "eg3d_rlhf::" + schema.partition("(")[0]
@@ -45,24 +49,30 @@ def define(
 
 
 def alike(first: torch.Tensor, *others: torch.Tensor) -> bool:
-    """Return whether tensors are what most compiled ops accept.
+    """Return True if tensors meet the requirements of most compiled ops.
 
-    That is: one dtype, float32 or float64, one device, and the first one not empty.
+    All tensors must have the same dtype, float32 or float64, and the same device, and the first tensor must
+    not be empty. (torch computes the ops on empty tensors.)
     """
-    # Empty tensors go to torch, which handles them in every op.
     same = all(t.dtype == first.dtype and t.device == first.device for t in others)
     return same and first.dtype in FLOATS and first.numel() > 0
 
 
 def current(impl: str = "auto", who: str = "implementation") -> str:
-    """Return `impl`, or for "auto" the name given to the enclosing `implementation` block, if there is one.
+    """Return the implementation that `impl` stands for.
 
-    Raises: ValueError, which names `who`, for an `impl` that is not in `IMPLS`.
+    In an `implementation` block, "auto" stands for the name that was given to the block. Otherwise `impl` is
+    returned unchanged.
+
+    Args:
+        impl: name of an implementation.
+        who: name of the caller, with which the error message begins.
+
+    Raises: ValueError for an `impl` that is not in `IMPLS`.
     """
     if impl not in IMPLS:
-        known = ", ".join(IMPLS)
         raise ValueError(
-            f'{who}: expected impl to be one of {known}, got {impl!r}. Use "auto" unless you compare'
+            f"{who}: impl must be one of {', '.join(IMPLS)}, got {impl!r}. Use 'auto' unless you compare"
             " implementations."
         )
     return _auto if impl == "auto" else impl
@@ -70,27 +80,32 @@ def current(impl: str = "auto", who: str = "implementation") -> str:
 
 @contextlib.contextmanager
 def implementation(impl: str) -> Iterator[None]:
-    """Make "auto" mean `impl` inside the block, for all ops. The benchmarks compare implementations this way.
+    """Use the implementation `impl` for all ops that are called with "auto" inside a `with` block.
 
-    Applies to the whole process. A backward pass uses the implementation of its forward pass.
+    The benchmarks compare implementations in this way. The setting applies to all threads of the process. A
+    backward pass uses the implementation of its forward pass.
     """
     global _auto
-    before = _auto
-    # "auto" restores the ordinary choice inside another block; other names are checked.
+    previous_auto = _auto
+    # "auto" restores the normal choice inside of another block, so `current` must not resolve it.
     _auto = impl if impl == "auto" else current(impl)
     try:
         yield
     finally:
-        _auto = before
+        _auto = previous_auto
 
 
 def once(
-    who: str, remedy: str = 'Use implementation("ref") for a second one.'
+    who: str, remedy: str = 'Use implementation("ref") for a second derivative.'
 ) -> Callable[[Callable], Callable]:
-    """Return a decorator for the backward of an autograd.Function that has no second derivative.
+    """Return a decorator for the `backward` of an autograd.Function that has no second derivative.
 
-    A backward with create_graph=True then raises an error, which ends with `remedy`. torch's
-    once_differentiable silently omits that derivative if the cotangent is a constant.
+    With it, a backward pass with create_graph=True raises RuntimeError. (torch's once_differentiable silently
+    returns no second derivative if the incoming gradient is a constant.)
+
+    Args:
+        who: name of the op, with which the error message begins.
+        remedy: sentence with which the error message ends.
     """
 
     def decorate(backward: Callable) -> Callable:
@@ -98,7 +113,10 @@ def once(
         def checked(ctx, *grads):
             # Gradients are enabled inside a backward only with create_graph=True.
             if torch.is_grad_enabled():
-                raise RuntimeError(f"{who}: expected one derivative, got create_graph=True. {remedy}")
+                raise RuntimeError(
+                    f"{who}: this op has no second derivative, so create_graph=True is not supported."
+                    f" {remedy}"
+                )
             return backward(ctx, *grads)
 
         return checked
@@ -113,17 +131,20 @@ def choose(
 
     Args:
         who: name of the public function, for errors.
-        impl: implementation that the caller asked for.
+        impl: implementation that the caller requested.
         op: name of the compiled library.
-        device_type: "cpu", "cuda", ...
-        applies: whether the compiled op covers these tensors (dtype, sizes, required gradients).
-        dropped: whether the compiled op is slower than plain torch here, so that "auto" does not choose it.
-    Raises: ValueError for an unknown `impl`, and for "compiled" if that does not apply or cannot be built.
+        device_type: kind of device, such as "cpu" or "cuda".
+        applies: True if the compiled op supports these tensors (dtype, sizes, required gradients).
+        dropped: True if the compiled op is slower than plain torch for these tensors, so that "auto" does not
+            choose it.
+
+    Raises: ValueError for an unknown `impl`, and for "compiled" if it does not support these tensors or
+        cannot be built.
     """
     impl = current(impl, who)
     if impl in ("torch", "ref"):
         return impl
-    # Before `available`, which may start a compilation.
+    # This comes before `available`, which may start a compilation.
     if impl == "auto" and (dropped or not applies):
         return "torch"
     if applies and build.available(op, device_type):  # compiles the op on its first use
@@ -132,7 +153,8 @@ def choose(
         return "torch"
     if not applies:
         raise ValueError(
-            f'{who}: impl="compiled" does not cover these tensors (dtype, sizes, gradients). Use impl="auto".'
+            f'{who}: impl="compiled" does not support these tensors (dtype, sizes, gradients).'
+            ' Use impl="auto".'
         )
     raise ValueError(
         f'{who}: impl="compiled" needs a compiled op, and there is none for {device_type}. '
@@ -141,45 +163,48 @@ def choose(
 
 
 def is_channels_last(x: torch.Tensor) -> bool:
-    """Return whether x [N, C, H, W] is stored channels-last and is not contiguous as well."""
+    """Return True if x [N, C, H, W] is stored channels-last.
+
+    A tensor that is contiguous, too (for example with one channel), counts as contiguous.
+    """
     return x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
 
 
 def dense(x: torch.Tensor) -> torch.Tensor:
-    """Return x itself if it is contiguous or channels-last, else a contiguous copy. Differentiable in x."""
+    """Return x if it is contiguous or channels-last, and a contiguous copy otherwise. Differentiable in x."""
     return x if is_channels_last(x) else x.contiguous()
 
 
-def like_layout(x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """Return x in the memory layout of `other`, which has the same shape.
+def like_layout(x: torch.Tensor, template: torch.Tensor) -> torch.Tensor:
+    """Return x in the memory layout of another tensor of the same shape. Differentiable in x.
 
-    Copies only if the layouts differ. Differentiable in x.
+    x is copied only if the layouts differ.
     """
-    return x.contiguous(
-        memory_format=torch.channels_last if is_channels_last(other) else torch.contiguous_format
-    )
+    is_last = is_channels_last(template)
+    return x.contiguous(memory_format=torch.channels_last if is_last else torch.contiguous_format)
 
 
 def convolution_layout(device: torch.device, resolution: int, channels: int) -> torch.memory_format:
     """Return the memory layout in which convolutions, and the ops between them, are fastest.
 
-    On a CPU this is channels-last from 64 pixels on, or from 32 pixels on with up to 64 channels, whose
-    weights are small. There, oneDNN's transposed convolutions are twice as fast, and the compiled ones need
-    no copies. For smaller images the weights are larger than the pixels, and reordering them would cost more.
-    The reference implementation is always contiguous.
+    On a CPU this is channels-last for images of at least 64 pixels per side, or of at least 32 pixels with at
+    most 64 channels. In this layout oneDNN's transposed convolutions are twice as fast, and the compiled
+    convolutions need no copies. For smaller images, reordering the weights would cost more time than is
+    saved.
 
     Args:
-        resolution: pixels per edge.
+        device: device of the images.
+        resolution: pixels per side.
         channels: number of channels.
     """
-    # The reference keeps torch's default, as EG3D does.
+    # The reference implementation uses torch's default layout, as EG3D does.
     fast = device.type == "cpu" and current() != "ref" and resolution >= (32 if channels <= 64 else 64)
     return torch.channels_last if fast else torch.contiguous_format
 
 
 def add_to(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """Return x + y, in the memory of x if no gradient is required. x must be the caller's own tensor.
+    """Return x + y. If no gradient is required, the sum is written into the memory of x.
 
-    Fresh memory pages cost more than the sum.
+    The caller must not use x afterwards. Allocating new memory would take more time than the sum.
     """
     return x + y if current() == "ref" or x.requires_grad or y.requires_grad else x.add_(y)

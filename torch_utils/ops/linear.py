@@ -1,9 +1,9 @@
-"""Products with weight matrices in float32 on a CPU.
+"""Fast linear layers in float32 on a CPU.
 
-torch multiplies float32 matrices by MKL, which does not use AVX-512 on some processors that have it. oneDNN,
-which torch ships as well, uses it.
+torch multiplies float32 matrices with the library MKL, which does not use AVX-512 instructions on some
+processors that have them. The library oneDNN, which is also part of torch, uses them.
 
-Shape letters: A features in, B features out.
+Shapes: A input features, B output features.
 """
 
 import functools
@@ -14,19 +14,24 @@ from torch import nn
 
 from torch_utils.ops.implementations import current
 
-LARGE = 1 << 22  # multiplications from which on the time to look up oneDNN's kernel is negligible
+LARGE = (
+    1 << 22
+)  # smallest number of multiplications for which the time to look up oneDNN's kernel is negligible
 
 
 def linear(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, impl: str = "auto"
 ) -> torch.Tensor:
-    """Compute x W^T + b.
+    """Compute a linear layer, x W^T + b.
 
     Args:
-        x: [..., A]; weight: [B, A]; bias: [B].
-        impl: see `torch_utils.ops.implementations`. "ref" is F.linear, with which the others agree up to
-            rounding.
-    Returns: [..., B].
+        x: inputs [..., A].
+        weight: weight W [B, A].
+        bias: bias b [B], or None.
+        impl: see `torch_utils.ops.implementations`. "ref" is F.linear; the other implementations agree with
+            it up to rounding.
+
+    Returns: outputs [..., B].
     Differentiable in: x, weight, bias.
     """
     if x.numel() * len(weight) < LARGE or not fits(x, weight, impl=impl):
@@ -35,38 +40,45 @@ def linear(
 
 
 class Linear(nn.Linear):
-    """nn.Linear that uses `linear`."""
+    """Linear layer with the parameters of nn.Linear that is computed by the function `linear`."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return linear(x, self.weight, self.bias)
 
 
 def fits(*tensors: torch.Tensor, impl: str = "auto") -> bool:
-    """Return whether products of these tensors use oneDNN: float32 on a CPU that has AVX-512."""
+    """Return True if products of these tensors are computed by oneDNN.
+
+    This is the case for float32 tensors on a CPU with AVX-512, unless `impl` is "ref", autocast is active, or
+    torch.compile traces.
+    """
     supported = all(x.dtype == torch.float32 and x.device.type == "cpu" for x in tensors)
-    # Autocast and torch.compile have to see F.linear itself.
-    other = (
+    # Autocast and torch.compile treat F.linear specially, so they must get that function.
+    needs_torch = (
         torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling() or current(impl, "linear") == "ref"
     )
-    return supported and not other and _wide()
+    return supported and not needs_torch and _has_avx512()
 
 
 @functools.cache
-def _wide() -> bool:
-    """Return whether oneDNN and AVX-512 are available."""
+def _has_avx512() -> bool:
+    """Return True if oneDNN and AVX-512 are available."""
     return torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """Compute `linear` without gradients, for tensors that `fits` has accepted. Strides may be arbitrary."""
+    """Compute `linear` without gradients, for tensors for which `fits` is True.
+
+    The tensors may have arbitrary strides.
+    """
     if x.numel() * len(weight) < LARGE:
         return F.linear(x, weight, bias)
-    # oneDNN's linear layer with the fused activation "none".
+    # oneDNN's linear layer, with "none" as the activation that is fused with it
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 class _Linear(torch.autograd.Function):
-    """`linear` with gradients. It keeps its input only if the weight is trained."""
+    """Autograd function of `linear`. The input is stored only if the weight needs a gradient."""
 
     @staticmethod
     def forward(ctx, x, weight, bias):

@@ -1,17 +1,19 @@
-"""Ray marching on scalars: compositing weights of samples in any order, and depths of the importance pass.
+"""Ray marching: compositing weights of samples in any order, and depths of the samples of the second (fine)
+pass.
 
-Sort the samples by depth. With density s and depth d, neighbouring samples bound intervals (Max 1995, as in
-EG3D):
+Volume rendering follows Max 1995, "Optical models for direct volume rendering", as in EG3D (Chan et al.
+2022). The samples of a ray are sorted by depth. Two neighbouring samples k and k + 1 with densities s and
+depths d bound an interval with the weight w_k:
 
     delta_k = d_{k+1} - d_k
     sigma_k = softplus((s_k + s_{k+1}) / 2 - 1)
     alpha_k = 1 - exp(-sigma_k delta_k)
     w_k     = alpha_k prod_{j<k} (1 - alpha_j + 1e-10)
 
-Colours are composited as sum_k w_k (c_k + c_{k+1}) / 2 = sum_s v_s c_s with the sample weights v_s = (w_{s-1}
-+ w_s) / 2. Colours therefore need not be sorted.
+The colour of the ray is sum_k w_k (c_k + c_{k+1}) / 2 = sum_k v_k c_k, with the colours c_k and the weights
+of samples v_k = (w_{k-1} + w_k) / 2. Colours therefore need not be sorted.
 
-Shapes: B rays, S samples along a ray, F fine samples.
+Shapes: B rays, S samples along a ray, F samples of the fine pass, K bins.
 """
 
 import torch
@@ -24,16 +26,17 @@ _CUDA_SAMPLES = 512  # largest number of samples along a ray in the CUDA kernels
 def ray_march(
     densities: torch.Tensor, depths: torch.Tensor, impl: str = "auto"
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Compute compositing weights of samples in any order.
+    """Compute the compositing weights of samples in any order.
 
     Args:
-        densities: [B, S] raw.
-        depths: [B, S], world units, in any order. Equal depths keep their order.
+        densities: raw densities s [B, S].
+        depths: depths d [B, S] in world units, in any order. Samples of equal depth are not reordered.
         impl: see `implementations`.
-    Returns: sample weights v [B, S] in the order of the arguments, sum_k w_k (d_k + d_{k+1})/2 [B], sum_k w_k
-        [B].
-    Differentiable in densities and depths, to any order. (The compiled op: once, in densities; everything
-    else goes through plain torch.)
+
+    Returns: the weights v of the samples [B, S], in the order of the arguments; the weighted depth, sum_k w_k
+        (d_k + d_{k+1}) / 2, [B]; and the accumulated opacity, sum_k w_k, [B].
+    Differentiable in densities and depths, to any order. (Only the first derivative with respect to densities
+        is compiled; torch computes the others.)
     Raises: ValueError for an unknown `impl`.
     """
     # The compiled op has no gradient for depths.
@@ -46,27 +49,33 @@ def ray_march(
 def ray_march_ref(
     densities: torch.Tensor, depths: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Compute the definition, which is also the torch path: sort, march, scatter back."""
-    # Stable: samples of equal depth keep their order, as in the compiled op.
+    """Compute the definition of `ray_march`: sort the samples, compute weights, and restore the order.
+
+    This is also the implementation in plain torch.
+    """
+    # Stable: samples of equal depth are not reordered, as in the compiled op.
     depths, order = depths.sort(dim=-1, stable=True)
     weights, mids = interval_weights(densities.gather(-1, order), depths)
     halves = weights / 2
-    # v_s = (w_{s-1} + w_s) / 2; the first and the last sample have one interval each.
-    at_sorted = torch.nn.functional.pad(halves, (0, 1)) + torch.nn.functional.pad(halves, (1, 0))
+    # v_k = (w_{k-1} + w_k) / 2, where the padding supplies 0 for the
+    # missing intervals of the first and last sample
+    sorted_weights = torch.nn.functional.pad(halves, (0, 1)) + torch.nn.functional.pad(halves, (1, 0))
     return (
-        torch.zeros_like(at_sorted).scatter(-1, order, at_sorted),  # back to the order of the arguments
+        # Back to the order of the arguments
+        torch.zeros_like(sorted_weights).scatter(-1, order, sorted_weights),
         (weights * mids).sum(dim=-1),
         weights.sum(dim=-1),
     )
 
 
 def interval_weights(densities: torch.Tensor, depths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the weights of the intervals and their mid depths.
+    """Compute the weights of the intervals and the depths of their centres. Differentiable in both arguments.
 
     Args:
-        densities: [..., S] raw.
-        depths: [..., S] ascending.
-    Returns: w [..., S-1], mid depths [..., S-1]. Differentiable in both arguments.
+        densities: raw densities [..., S].
+        depths: depths [..., S] in ascending order.
+
+    Returns: the weights w [..., S-1], and the depths of the centres [..., S-1].
     """
     deltas = depths[..., 1:] - depths[..., :-1]
     densities_mid = (densities[..., :-1] + densities[..., 1:]) / 2  # averaged before the softplus
@@ -81,26 +90,27 @@ def interval_weights(densities: torch.Tensor, depths: torch.Tensor) -> tuple[tor
 def importance_depths(
     densities: torch.Tensor, depths: torch.Tensor, u: torch.Tensor, impl: str = "auto"
 ) -> torch.Tensor:
-    """Return the depths of the fine samples from the coarse pass.
+    """Sample the depths of the fine pass from the densities of the coarse pass.
 
-    Weights of the coarse pass, their smoothing and the inverse-transform sampling are one op. The histogram
-    has the weights without the first and the last one, while its edges begin at the first mid depth. This
-    shifts samples half a bin towards the camera. EG3D does the same; it is kept.
+    The weights of the coarse pass are smoothed and used as a histogram, from which depths are sampled by the
+    inverse transform. As in EG3D, the histogram contains the weights without the first and the last one,
+    although its edges begin at the first centre. This shifts the samples by half a bin towards the camera.
 
     Args:
-        densities: [B, S] raw.
-        depths: [B, S] ascending.
-        u: [B, F] uniform random numbers in [0, 1).
+        densities: raw densities [B, S] of the coarse pass.
+        depths: depths [B, S] of the coarse pass in ascending order.
+        u: uniform random numbers [B, F] in [0, 1).
         impl: see `implementations`.
-    Returns: [B, F] in the order of u, detached.
+
+    Returns: depths [B, F] in the order of u, without gradients.
     Raises: ValueError for an unknown `impl`.
     """
     applies = _applies(densities, depths, u)
     assert u.ndim == 2 and len(u) == len(depths)
-    chosen = choose("importance_depths", impl, "ray_march", densities.device.type, applies)
-    # EG3D's fine depths carry no gradient, either.
+    implementation_name = choose("importance_depths", impl, "ray_march", densities.device.type, applies)
+    # As in EG3D, the depths have no gradient.
     with torch.no_grad():
-        if chosen == "compiled":
+        if implementation_name == "compiled":
             return torch.ops.eg3d_rlhf.importance_depths(
                 densities.detach().contiguous(), depths.detach().contiguous(), u.contiguous()
             )
@@ -109,11 +119,12 @@ def importance_depths(
 
 
 def smooth_weights(weights: torch.Tensor) -> torch.Tensor:
-    """Smooth interval weights [B, S-1] and return all but the first and the last, [B, S-3].
+    """Smooth the weights of intervals [B, S-1], and return all but the first and the last one, [B, S-3].
 
-    The weights are widened (max-pool 2, then average-pool 2) and raised by 0.01. With S = 2 nothing remains.
+    As in EG3D, a max-pooling and an average-pooling with a window of 2 are applied, and 0.01 is added. The
+    result is empty for S = 2 and S = 3.
     """
-    # Padding makes S windows of the S - 1 weights; the average pool makes S - 1 of them again.
+    # The max-pooling with padding has S results for S - 1 weights, and the average-pooling has S - 1 again.
     widened = torch.nn.functional.max_pool1d(weights.unsqueeze(1), 2, 1, padding=1)
     return (torch.nn.functional.avg_pool1d(widened, 2, 1).squeeze(1) + 0.01)[:, 1:-1]
 
@@ -124,14 +135,15 @@ def invert_density(
     """Sample a piecewise-constant density by the inverse transform.
 
     Args:
-        bins: [B, K+2] edges, of which the last is never reached.
-        weights: [B, K].
-        u: [B, F] in [0, 1).
-        eps: added to weights; narrower steps of the distribution count as empty.
-    Returns: [B, F].
+        bins: edges [B, K+2] of the bins; the last edge is not used.
+        weights: weights [B, K] of the bins, which need not sum to 1.
+        u: uniform random numbers [B, F] in [0, 1).
+        eps: constant that is added to the weights. Bins with a probability below eps count as empty.
+
+    Returns: samples [B, F].
     """
     k = weights.shape[1]
-    weights = weights + eps  # no bin is impossible, as in EG3D
+    weights = weights + eps  # as in EG3D, so that every bin has a positive probability
     pdf = weights / weights.sum(dim=-1, keepdim=True)
     cdf = torch.cat([torch.zeros_like(bins[:, :1]), torch.cumsum(pdf, dim=-1)], dim=-1)  # [B, K+1]
     # The bin whose range of the distribution contains u.
@@ -149,18 +161,21 @@ def invert_density(
     return bin_below + (u - cdf_below) / width * (bin_above - bin_below)
 
 
-def _applies(densities: torch.Tensor, depths: torch.Tensor, *others: torch.Tensor) -> bool:
-    """Return whether the compiled op covers these tensors."""
+def _applies(densities: torch.Tensor, depths: torch.Tensor, *other_tensors: torch.Tensor) -> bool:
+    """Return True if the compiled op supports these tensors."""
     assert densities.ndim == 2 and densities.shape == depths.shape and densities.shape[1] >= 2
-    return alike(densities, depths, *others) and (
+    return alike(densities, depths, *other_tensors) and (
         densities.device.type != "cuda" or densities.shape[1] <= _CUDA_SAMPLES
     )
 
 
 def _gradients(ctx, *grads):
-    """Return the gradient for densities. `ray_march` does not call the compiled op if depths need one."""
+    """Return the gradient of the densities, and None for the depths.
+
+    `ray_march` does not use the compiled op if the depths need a gradient.
+    """
     densities, depths = ctx.saved_tensors
-    # Gradients are enabled here only if this gradient is to be differentiated again.
+    # Gradients are enabled here only if this gradient will be differentiated again. torch then computes it.
     if torch.is_grad_enabled():
         return (
             torch.autograd.grad(

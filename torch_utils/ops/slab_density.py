@@ -1,12 +1,15 @@
-"""sigma_raw on a regular grid from maps of two coordinates each: the second step of the separable evaluation.
+"""Compute the raw density of a tri-plane decoder on a regular grid, from maps that depend on two coordinates
+each.
 
     sigma_raw[x, y, z] = sum_j w[j] softplus(A[x, j, y] + B[x, j, z] + C[j, y, z]) + b
 
-A tri-plane feature is a sum of functions of two coordinates, and so is the decoder's first layer before its
-softplus. A map that a plane layout does not have is omitted (released EG3D checkpoints have A and B). Nothing
-of size X*Y*Z*J is ever stored: the backward pass computes the pre-activations again.
+The features of EG3D's tri-planes (Chan et al. 2022) are a sum of functions of two coordinates. The first
+layer of the decoder is linear, so its pre-activations, the arguments of the softplus, are a sum of maps A, B
+and C of two coordinates. w and b are the weights and the bias of the second layer. A map that a layout of
+planes does not have is omitted (released EG3D checkpoints have only A and B). The pre-activations of all
+points are never stored together; the backward pass computes them again.
 
-Letters: J hidden units; X, Y, Z grid points per axis.
+Shapes: J hidden units; X, Y and Z grid points per axis.
 """
 
 import math
@@ -21,10 +24,14 @@ from torch_utils.ops.implementations import alike, choose, define, once
 
 _T = TypeVar("_T")
 
-# Elements of one buffer: 512 KiB in float32. Two of them stay in a core's second-level cache.
+# Number of elements of a buffer on a CPU, 512 KiB in float32. Two
+# buffers fit into the second-level cache of a core.
 _CPU_CHUNK = 1 << 17
-_CUDA_CHUNK = 1 << 24  # 64 MiB: large enough to occupy the device
-_EXP_RANGE = 85.0  # limit of |h| below which exp(h) and all its partial products are normal float32 numbers
+_CUDA_CHUNK = (
+    1 << 24
+)  # number of elements of a buffer on CUDA, 64 MiB, which is enough to use the whole device
+# Upper bound of |h| for a pre-activation h, below which exp(h) and its factors are normal numbers in float32
+_EXP_RANGE = 85.0
 
 
 def slab_density(
@@ -35,41 +42,45 @@ def slab_density(
     impl: str = "auto",
     chunk: int | None = None,
 ) -> torch.Tensor:
-    """Compute the raw density on the whole grid.
+    """Compute the raw density on the complete grid.
 
     Args:
-        maps: one to three of [X, J, Y, 1], [X, J, 1, Z] and [1, J, Y, Z], in any order, each at most once.
-        w: [J]; b: [].
-        shape: (X, Y, Z).
+        maps: one to three maps with the shapes [X, J, Y, 1], [X, J, 1, Z] and [1, J, Y, Z], in any order,
+            each shape at most once.
+        w: weights [J] of the second layer.
+        b: bias of the second layer, a tensor with one element.
+        shape: numbers of grid points (X, Y, Z).
         impl: see `torch_utils.ops.implementations`.
-        chunk: elements of the working buffer of the torch path; None: chosen by device.
+        chunk: number of elements of the buffer of the torch implementation; None: depends on the device.
+
     Returns: sigma_raw [X, Y, Z].
     Differentiable in maps, w and b, once ("ref": to any order).
-    Raises: ValueError for maps that do not fit, or an unknown `impl`.
+    Raises: ValueError for maps of other shapes, or an unknown `impl`.
     """
     x, y, z = shape = tuple(int(n) for n in shape)
-    # Shape of a map -> its name, and its axis of length 1.
+    # By the shape of a map: its name and its axis of length 1
     kinds: dict[tuple[int, ...], tuple[str, int]] = {
         (x, len(w), y, 1): ("xy", 3),
         (x, len(w), 1, z): ("xz", 2),
         (1, len(w), y, z): ("yz", 0),
     }
-    # A map's kind follows from its shape, so that callers need not order them.
+    # The shape of a map shows which of the three it is.
     names = [kinds[tuple(m.shape)] for m in maps if tuple(m.shape) in kinds]
     if not maps or len(names) < len(maps) or (len(set(names)) != len(names) and min(shape) > 1):
         raise ValueError(
-            f"slab_density: expected maps of X, Y, Z = {list(shape)}, J = {len(w)}, got"
-            f" {[list(m.shape) for m in maps]}. Pass each of the three kinds at most once."
+            "slab_density: maps must have the shapes [X, J, Y, 1], [X, J, 1, Z] or [1, J, Y, Z] with X, Y, Z"
+            f" = {list(shape)} and J = {len(w)}, each at most once, got {[list(m.shape) for m in maps]}."
         )
-    # With a single point along an axis, the shapes of different
-    # maps are equal, and the op could not name them.
+    # With a single point along an axis, different maps have the same
+    # shape, and the op could not distinguish them.
     applies = alike(w, *maps, b) and min(shape) > 1
-    chosen = choose("slab_density", impl, "slab_density", w.device.type, applies)
-    if chosen == "ref":
+    implementation_name = choose("slab_density", impl, "slab_density", w.device.type, applies)
+    if implementation_name == "ref":
         return slab_density_ref(maps, w, b, shape)
-    if chosen == "torch":
+    if implementation_name == "torch":
         return _SlabDensity.apply(shape, chunk, w, b, *maps)
-    # The compiled op takes maps without the axis of length 1, in a fixed order, and None for a missing one.
+    # The compiled op takes the maps without their axis of length 1,
+    # in a fixed order, and None for a missing map.
     flat = {name: m.squeeze(axis).contiguous() for (name, axis), m in zip(names, maps, strict=True)}
     return torch.ops.eg3d_rlhf.slab_density(
         flat.get("xy"), flat.get("xz"), flat.get("yz"), w.contiguous(), b, list(shape)
@@ -79,13 +90,14 @@ def slab_density(
 def slab_density_ref(
     maps: Sequence[torch.Tensor], w: torch.Tensor, b: torch.Tensor, shape: Sequence[int]
 ) -> torch.Tensor:
-    """Compute the definition, with every pre-activation at once, [X, J, Y, Z]."""
+    """Compute the definition of `slab_density`, with the pre-activations [X, J, Y, Z] of all points at
+    once."""
     hidden: Any = sum(m.expand(shape[0], len(w), shape[1], shape[2]) for m in maps)
     return torch.einsum("j,xjyz->xyz", w, F.softplus(hidden)) + b
 
 
 def _save(ctx, inputs, output) -> None:
-    """Save the weights, the maps that are present, and which of the three they are."""
+    """Store the weights and the maps for the backward pass, and which of the three maps are present."""
     xy, xz, yz, w, _, _ = inputs
     ctx.save_for_backward(w, *(m for m in (xy, xz, yz) if m is not None))
     ctx.present = [m is not None for m in (xy, xz, yz)]
@@ -93,13 +105,14 @@ def _save(ctx, inputs, output) -> None:
 
 @once("slab_density")
 def _gradients(ctx, grad):
-    """Return the gradients for the maps that are present, w and b."""
-    w, *saved = ctx.saved_tensors
-    rest = iter(saved)
-    maps = [next(rest) if there else None for there in ctx.present]
+    """Return the gradients of the maps that are present (None for the others), of w and of b, and None for
+    shape."""
+    w, *saved_maps = ctx.saved_tensors
+    remaining_maps = iter(saved_maps)
+    maps = [next(remaining_maps) if is_present else None for is_present in ctx.present]
     grad_w, *grad_maps = torch.ops.eg3d_rlhf.slab_density_backward(grad.contiguous(), *maps, w)
     return (
-        *(g if there else None for g, there in zip(grad_maps, ctx.present, strict=True)),
+        *(g if is_present else None for g, is_present in zip(grad_maps, ctx.present, strict=True)),
         grad_w,
         grad.sum(),
         None,
@@ -123,59 +136,68 @@ define(
 
 
 def _cut(tensor: torch.Tensor, x: slice, y: slice) -> torch.Tensor:
-    """Return a block's part of a map [X | 1, J, Y | 1, Z | 1]. An axis of length 1 is broadcast, not cut."""
+    """Return the part of a map [X or 1, J, Y or 1, Z or 1] that belongs to a block of the grid.
+
+    Axes of length 1 are not cut, because they are broadcast.
+    """
     return tensor[x if tensor.shape[0] > 1 else slice(None), :, y if tensor.shape[2] > 1 else slice(None)]
 
 
 class _Volume:
-    """Iteration over the volume in blocks, each in the same reused buffer.
+    """Iteration over the grid in blocks, which all use the same buffer.
 
-    The buffer holds t = exp(h), or h where the exponentials would leave the range of float32. Since exp(A + B
-    + C) = exp(A) exp(B) exp(C), and the three factors are maps, no exponential is computed per point. With t,
-    softplus(h) = log1p(t) and sigmoid(h) = t / (1 + t). float64 always takes the direct form.
+    For each point of a block and each hidden unit, the buffer contains t = exp(h), where h is the
+    pre-activation. Since exp(A + B + C) = exp(A) exp(B) exp(C), exponentials are computed for the maps and
+    not for each point. From t follow softplus(h) = log1p(t) and sigmoid(h) = t / (1 + t). The buffer contains
+    h itself if an exponential would be too large or too small for float32, and for float64.
     """
 
     def __init__(self, maps: Sequence[torch.Tensor], shape: tuple[int, int, int], chunk: int | None):
         self.shape = shape
-        # Upper bound of |h| over all points, per unit [J], then over units.
+        # Upper bound of |h| over all points, for each hidden unit [J]
         largest: Any = sum(m.detach().abs().amax(dim=(0, 2, 3)) for m in maps)
-        reach = largest.max()
-        self.product = maps[0].dtype == torch.float32 and bool(reach < _EXP_RANGE)
+        # True: the buffer contains exp(h), a product; False: it contains h, a sum
+        self.product = maps[0].dtype == torch.float32 and bool(largest.max() < _EXP_RANGE)
         self.factors = [m.detach().exp() if self.product else m.detach() for m in maps]
         self.on_cpu = maps[0].device.type == "cpu"
         self.chunk = chunk or (_CPU_CHUNK if self.on_cpu else _CUDA_CHUNK)
 
     def parts(self, work: Callable[[range], _T]) -> list[_T]:
-        """Return work(range of x) over the whole of X. On a CPU each thread of torch gets one range.
+        """Apply a function to ranges of x that cover all of X, and return its results in order.
 
-        Threads over ranges, each with serial operations, replace threads inside every small operation.
-        Without a barrier per operation, a busy machine does not delay them. torch's number of threads is
-        restored at the end.
+        On a CPU there is one range and one thread for each of torch's threads, and operations inside a range
+        are serial. This is faster than several threads in each small operation, which would have to wait for
+        each other after every operation. torch's number of threads is restored at the end.
         """
         count_x = self.shape[0]
-        before = torch.get_num_threads()
-        threads = min(before, count_x) if self.on_cpu else 1
+        torch_threads = torch.get_num_threads()
+        threads = min(torch_threads, count_x) if self.on_cpu else 1
         if threads == 1:
-            # On a GPU, and with a single thread, there is nothing to divide.
             return [work(range(count_x))]
         cuts = [count_x * i // threads for i in range(threads + 1)]
         torch.set_num_threads(1)
         try:
             with ThreadPoolExecutor(threads) as pool:
-                # no_grad is a setting per thread, so each worker needs its own.
+                # The mode no_grad applies to one thread, so it is set in each of them.
                 return list(pool.map(torch.no_grad()(work), map(range, cuts[:-1], cuts[1:])))
         finally:
-            torch.set_num_threads(before)
+            torch.set_num_threads(torch_threads)
 
     def blocks(self, over: range) -> Iterator[tuple[slice, slice, torch.Tensor]]:
-        """Yield (x, y, t or h [x, J, y, Z]) for every block of the x in `over`, about `chunk` elements each.
+        """Iterate over blocks of about `chunk` elements that cover a range of x.
 
-        A block is several whole x-slices, or a band of y of a single x-slice. The next block overwrites the
-        tensor.
+        A block consists of several complete slices of constant x, or of a part of one slice along y.
+
+        Args:
+            over: range of x.
+
+        Yields: the x and the y of the block as slices, and t or h [x, J, y, Z]. This tensor is overwritten by
+            the next block.
         """
         _, count_y, count_z = self.shape
         units = self.factors[0].shape[1]
-        # As many whole x-slices as fit into the buffer; a slice that does not fit is divided along y.
+        # As many complete slices of constant x as fit into the buffer.
+        # A slice that does not fit is divided along y.
         step_x = max(1, self.chunk // (units * count_y * count_z))
         bands = math.ceil(units * count_y * count_z / self.chunk) if step_x == 1 else 1
         step_y = math.ceil(count_y / min(bands, count_y))
@@ -188,28 +210,30 @@ class _Volume:
                 yield x, y, self._fill(buffer[: math.prod(shape)].view(shape), x, y)
 
     def _fill(self, block: torch.Tensor, x: slice, y: slice) -> torch.Tensor:
-        """Combine the maps of a block: a product of exponentials, or a sum."""
-        # exp(A + B) is a product of the factors, A + B a sum of them.
+        """Write t or h of all points of a block into `block`, and return it."""
+        # t is the product of the exponentials of the maps, h is the sum of the maps.
         combine = torch.mul if self.product else torch.add
-        first, *rest = (_cut(factor, x, y) for factor in self.factors)
-        if not rest:
-            return block.copy_(first.expand(block.shape))
-        combine(first, rest[0], out=block)
-        for factor in rest[1:]:
+        first_factor, *other_factors = (_cut(factor, x, y) for factor in self.factors)
+        if not other_factors:
+            return block.copy_(first_factor.expand(block.shape))
+        combine(first_factor, other_factors[0], out=block)
+        for factor in other_factors[1:]:
             combine(block, factor, out=block)
         return block
 
     def softplus(self, block: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        """Return softplus(h) of a block. `out` may be the block itself."""
+        """Return softplus(h) of a block. `out` is memory that may be used for the result, also the block
+        itself."""
         return torch.log1p(block, out=out) if self.product else F.softplus(block)
 
     def sigmoid_(self, block: torch.Tensor, scratch: torch.Tensor) -> torch.Tensor:
-        """Return sigmoid(h), in place of the block."""
+        """Replace the contents of a block by sigmoid(h), and return it. `scratch` is memory of the same
+        shape."""
         return block.div_(torch.add(block, 1, out=scratch)) if self.product else block.sigmoid_()
 
 
 class _SlabDensity(torch.autograd.Function):
-    """sigma_raw [X, Y, Z] from the maps, in torch. The backward pass computes h again, block by block."""
+    """Autograd function of `slab_density` in torch. The backward pass computes the pre-activations again."""
 
     @staticmethod
     def forward(ctx, shape, chunk, w, b, *maps):
@@ -250,19 +274,28 @@ def _volume_gradients(
     need_w: bool,
     need_maps: Sequence[bool],
 ) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
-    """Compute the gradients for w [J] and the maps from that of sigma [X, Y, Z]; each is None if not needed.
+    """Compute the gradients of w [J] and of the maps. A gradient that is not needed is None.
 
-    d/dw[j] = sum grad * softplus(h[j])
-    d/dmap[j] = w[j] * sum grad * sigmoid(h[j]), over the axes that the map does not have
+    d/dw[j] = sum of grad * softplus(h[j]) over all points
+    d/dmap[j] = w[j] * sum of grad * sigmoid(h[j]) over the axes along which the map has the length 1
+
+    Args:
+        volume: iteration over the grid.
+        grad: gradient with respect to sigma_raw [X, Y, Z].
+        w: weights [J] of the second layer.
+        maps: maps.
+        need_w: True if the gradient of w is needed.
+        need_maps: True for each map whose gradient is needed.
     """
-    # One gradient per map, to which all ranges of x add.
+    # Gradients of the maps, which all threads use
     shared = [torch.zeros_like(m) if need else None for m, need in zip(maps, need_maps, strict=True)]
 
     def work(over: range) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
-        """Add up the gradients of a range of x.
+        """Compute the contributions of a range of x to the gradients of w and of the maps.
 
-        Maps with an x axis are written at disjoint places. Sums over x are kept per range and added up in
-        order, so the result does not depend on which thread finishes first.
+        Threads write to different rows of the maps that depend on x. The contributions to other gradients are
+        added in the order of the ranges afterwards, so the result does not depend on the order in which
+        threads finish.
         """
         part_w = torch.zeros_like(w)
         part_maps = [torch.zeros_like(m) if m is not None and m.shape[0] == 1 else m for m in shared]

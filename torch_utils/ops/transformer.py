@@ -1,11 +1,12 @@
-"""Transformer layers that are computed in tiles, which stay in the cache, and recomputed in the backward
+"""Transformer layers for long sequences on a CPU, which are computed in tiles and recomputed in the backward
 pass.
 
-Self-attention reads one matrix of queries, keys and values. Scores are computed per head for a tile of
-queries, and queries and keys are normalised on the way, so that no copy of them is stored. The feed-forward
-layer (linear, GELU in tanh form, linear) is computed for some rows at a time.
+A tile is a part of the rows of a matrix whose results fit into the processor's cache. Self-attention (Vaswani
+et al. 2017) computes the scores of one head for a tile of queries at a time. Queries and keys are normalised
+for each head, so that no normalised copy of them is stored. The feed-forward layer (linear layer, GELU in its
+tanh approximation, linear layer) is computed for a tile of rows at a time.
 
-Shape letters: N samples, T tokens, H heads, D channels of a head; A features in and out, B hidden features.
+Shapes: N samples, T tokens, H heads, D channels of a head; A input and output features, B hidden features.
 """
 
 import torch
@@ -14,8 +15,8 @@ import torch.nn.functional as F
 from torch_utils.ops.implementations import once
 from torch_utils.ops.linear import fits, product
 
-LARGE = 512  # tokens from which on tiles are faster
-TILE = 1 << 19  # scores of a tile
+LARGE = 512  # smallest number of tokens for which tiles are faster
+TILE = 1 << 19  # approximate number of attention scores of a tile
 
 
 def self_attention(
@@ -26,15 +27,20 @@ def self_attention(
     *,
     impl: str = "auto",
 ) -> torch.Tensor:
-    """Compute softmax(q k^T / sqrt(D)) v of qkv [N, T, 3, H, D]; returns [N, T, H, D].
+    """Compute self-attention, softmax(q k^T / sqrt(D)) v.
 
     Args:
-        qkv: queries, keys and values.
-        q_gain, k_gain: [H, D]. Queries and keys are first replaced by x / |x| * gain; None leaves them.
-        result: the result, if it is known. It is then not computed again; gradients are those of the formula.
-        impl: see `torch_utils.ops.implementations`. "ref" is torch's fused attention, with which the others
-            agree up to rounding.
-    Differentiable in: qkv, q_gain, k_gain (once, if tiles are used).
+        qkv: queries q, keys k and values v, [N, T, 3, H, D].
+        q_gain: gain [H, D] of the queries, which are first replaced by q / |q| * gain; None does not
+            normalise them.
+        k_gain: gain [H, D] of the keys, in the same way.
+        result: result [N, T, H, D], if it was computed before. It is returned without computing it again, and
+            has the gradients of the formula. None computes the result.
+        impl: see `torch_utils.ops.implementations`. "ref" is torch's fused attention; the other
+            implementations agree with it up to rounding.
+
+    Returns: the attended values [N, T, H, D].
+    Differentiable in: qkv, q_gain, k_gain (only once, if tiles are used).
     """
     if tiled(qkv, impl):
         return _SelfAttention.apply(qkv.contiguous(), q_gain, k_gain, (result,))
@@ -47,38 +53,42 @@ def self_attention(
 
 
 def tiled(qkv: torch.Tensor, impl: str = "auto") -> bool:
-    """Return whether attention of this qkv is computed in tiles."""
+    """Return True if `self_attention` computes qkv [N, T, 3, H, D] in tiles."""
     return qkv.shape[1] >= LARGE and fits(qkv, impl=impl)
 
 
 class _SelfAttention(torch.autograd.Function):
-    """Tiled self-attention. It keeps only qkv for the backward pass."""
+    """Autograd function of the tiled self-attention. It stores only qkv and the gains for the backward
+    pass."""
 
     @staticmethod
-    def forward(ctx, qkv, q_gain, k_gain, known):
+    def forward(ctx, qkv, q_gain, k_gain, result_in_tuple):
         ctx.save_for_backward(qkv, q_gain, k_gain)
-        # `known` is a tuple, which hides the tensor from autograd: it is no input.
-        if known[0] is not None:
-            return known[0].detach()
+        # The tuple hides the result from autograd, which would
+        # otherwise treat it as an input with a gradient.
+        if result_in_tuple[0] is not None:
+            return result_in_tuple[0].detach()
         out = torch.empty_like(qkv[:, :, 0])  # [N, T, H, D]
         for n, h in _heads(qkv):
             q, k, v = (_head(qkv[n, :, i, h], gain, h)[0] for i, gain in enumerate((q_gain, k_gain, None)))
-            q = q * q.shape[-1] ** -0.5  # scaled before the product, which is smaller than its result
+            q = (
+                q * q.shape[-1] ** -0.5
+            )  # q has fewer elements than the scores, so it is scaled and not the scores
             v = v.t()  # `product` multiplies by the transpose of its second argument
-            for rows, to in zip(*_tiles(q, out[n, :, h]), strict=True):
-                scores = product(rows, k)  # [tile, T]
-                to.copy_(product(torch.softmax(scores, -1, out=scores), v))
+            for query_tile, out_tile in zip(*_tiles(q, out[n, :, h]), strict=True):
+                scores = product(query_tile, k)  # [tile, T]
+                out_tile.copy_(product(torch.softmax(scores, -1, out=scores), v))
         return out
 
     @staticmethod
     @once("self_attention")
     def backward(ctx, grad):
         qkv, *gains = ctx.saved_tensors
-        # to_x: gradient with respect to x.
+        # Names to_x stand for the gradient with respect to x.
         to_qkv = torch.empty_like(qkv)
         to_gains = [
-            torch.zeros_like(g) if need else None
-            for g, need in zip(gains, ctx.needs_input_grad[1:3], strict=True)
+            torch.zeros_like(gain) if is_needed else None
+            for gain, is_needed in zip(gains, ctx.needs_input_grad[1:3], strict=True)
         ]
         for n, h in _heads(qkv):
             (q, *of_q), (k, *of_k), (v, *_) = (
@@ -87,26 +97,28 @@ class _SelfAttention(torch.autograd.Function):
             scale = q.shape[-1] ** -0.5
             g = grad[n, :, h].contiguous()
             q = q * scale
-            # Gradients of k and v are kept transposed, [D, T]: the products then need no copies.
+            # The gradients of k and v are transposed, [D, T], so that the products below need no copies.
             to_q = torch.empty_like(q)
             to_k = torch.zeros_like(k.t()).contiguous()
             to_v = torch.zeros_like(v.t()).contiguous()
-            for rows, grad_rows, to in zip(*_tiles(q, g, to_q), strict=True):
-                # The attention of the tile is computed again instead of stored: [tile, T].
-                p = product(rows, k)
+            for query_tile, grad_tile, to_query_tile in zip(*_tiles(q, g, to_q), strict=True):
+                # The attention weights p [tile, T] of the tile are computed again.
+                p = product(query_tile, k)
                 torch.softmax(p, -1, out=p)
-                to_v += product(grad_rows.t(), p.t())  # [D, T]
-                to_p = product(grad_rows, v)
+                to_v += product(grad_tile.t(), p.t())  # [D, T]
+                to_p = product(grad_tile, v)
                 torch._softmax_backward_data(to_p, p, -1, p.dtype, grad_input=to_p)
-                to.copy_(product(to_p, k.t()))
-                to_k += product(rows.t(), to_p.t())
-            # Queries were multiplied by the scale before the product, so their gradient is as well.
+                to_query_tile.copy_(product(to_p, k.t()))
+                to_k += product(query_tile.t(), to_p.t())
+            # The forward pass multiplies the queries by the scale, so
+            # their gradient is multiplied by it, too.
             to_q *= scale
             for i, (x, gain, (unit, length)) in enumerate(
                 ((to_q, gains[0], of_q), (to_k.t(), gains[1], of_k))
             ):
                 if gain is not None:
-                    # Gradient of x / |x|: the component along x is removed.
+                    # The gradient of x / |x| is the incoming gradient without its
+                    # component along x, over |x|.
                     if (to_gain := to_gains[i]) is not None:
                         to_gain[h] += (x * unit).sum(0)
                     x = x * gain[h]
@@ -117,30 +129,39 @@ class _SelfAttention(torch.autograd.Function):
 
 
 def _heads(qkv: torch.Tensor) -> list[tuple[int, int]]:
-    """Return all pairs (sample, head)."""
+    """Return the index pairs (sample, head) of all heads of qkv [N, T, 3, H, D]."""
     return [(n, h) for n in range(qkv.shape[0]) for h in range(qkv.shape[3])]
 
 
 def _head(
     x: torch.Tensor, gain: torch.Tensor | None, h: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return x / |x| * gain, x / |x| and |x| for x [T, D]; without gain, x three times."""
+    """Normalise the queries, keys or values x [T, D] of one head.
+
+    Args:
+        x: vectors of the head.
+        gain: gain [H, D] of all heads, or None for vectors that are not normalised.
+        h: index of the head.
+
+    Returns: x / |x| * gain, x / |x| and |x|. Without a gain, x is returned three times.
+    """
     x = x.contiguous()
     if gain is None:
         return x, x, x
-    # The bound is that of F.normalize, which the reference uses.
+    # F.normalize, which the reference implementation uses, has the same lower bound.
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(1e-12)
     unit = x / length
     return unit * gain[h], unit, length
 
 
 def _tiles(*tensors: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
-    """Return tiles of the rows of tensors [T, D], about TILE scores each."""
+    """Split the rows of tensors [T, D] into tiles with about TILE attention scores each."""
+    # Each of the T rows of a tensor has T scores.
     return [x.split(max(TILE // len(x), 16)) for x in tensors]
 
 
-LARGE_HIDDEN = 1 << 20  # hidden values from which on they are computed in parts
-PART = 1 << 20  # hidden values of a part
+LARGE_HIDDEN = 1 << 20  # smallest number of hidden values for which tiles are used
+PART = 1 << 20  # largest number of hidden values of a tile
 
 
 def feed_forward(
@@ -153,14 +174,19 @@ def feed_forward(
     impl: str = "auto",
     skip: bool = False,
 ) -> torch.Tensor:
-    """Compute W_2 gelu(W_1 x + b_1) + b_2.
+    """Compute a feed-forward layer, W_2 gelu(W_1 x + b_1) + b_2.
 
     Args:
-        x: [..., A]; weight_1: [B, A]; weight_2: [A, B].
+        x: inputs [..., A].
+        weight_1: weight W_1 [B, A] of the first linear layer.
+        bias_1: bias b_1 [B].
+        weight_2: weight W_2 [A, B] of the second linear layer.
+        bias_2: bias b_2 [A].
         impl: see `torch_utils.ops.implementations`.
-        skip: return zeros. For callers that do not use the result, but need the gradients.
-    Returns: [..., A].
-    Differentiable in: x, weights and biases (once).
+        skip: True returns zeros if tiles are used, for callers that need only the gradients of the result.
+
+    Returns: outputs [..., A].
+    Differentiable in: x, weights and biases (only once, if tiles are used).
     """
     if x.numel() // x.shape[-1] * len(weight_1) < LARGE_HIDDEN or not fits(x, weight_1, weight_2, impl=impl):
         return F.linear(F.gelu(F.linear(x, weight_1, bias_1), approximate="tanh"), weight_2, bias_2)
@@ -168,51 +194,62 @@ def feed_forward(
 
 
 class _FeedForward(torch.autograd.Function):
-    """Feed-forward layer in parts. It keeps only its input for the backward pass."""
+    """Autograd function of the tiled feed-forward layer. It stores only its arguments for the backward
+    pass."""
 
     @staticmethod
     def forward(ctx, x, weight_1, bias_1, weight_2, bias_2, skip):
         ctx.save_for_backward(x, weight_1, bias_1, weight_2)
         # The backward pass computes hidden values again, so it does not need the result.
         if skip:
-            return x.new_zeros([]).expand_as(x)  # one number in memory
+            return x.new_zeros([]).expand_as(x)  # takes the memory of one number
         out = torch.empty_like(x)
-        for rows, to in zip(*_parts(len(weight_1), x, out), strict=True):
-            hidden = product(rows, weight_1, bias_1)
-            to.copy_(product(F.gelu(hidden, approximate="tanh"), weight_2, bias_2))
+        for x_tile, out_tile in zip(*_parts(len(weight_1), x, out), strict=True):
+            hidden = product(x_tile, weight_1, bias_1)
+            out_tile.copy_(product(F.gelu(hidden, approximate="tanh"), weight_2, bias_2))
         return out
 
     @staticmethod
     @once("feed_forward")
     def backward(ctx, grad):
         x, weight_1, bias_1, weight_2 = ctx.saved_tensors
-        need_x, *needed, _ = ctx.needs_input_grad
+        need_x, *need_parameters, _ = ctx.needs_input_grad
+        # Names to_x stand for the gradient with respect to x.
         to_x = torch.empty_like(x) if need_x else None
-        # weight_2[:, 0] has the shape of the second bias, which is not saved.
+        # weight_2[:, 0] has the shape of the second bias, which is not stored.
         parameters = (weight_1, bias_1, weight_2, weight_2[:, 0])
-        trained = [torch.zeros_like(p) if need else None for p, need in zip(parameters, needed, strict=True)]
-        to_weight_1, to_bias_1, to_weight_2, to_bias_2 = trained
-        for rows, g, to in zip(
-            *_parts(len(weight_1), x, grad.contiguous(), x if to_x is None else to_x), strict=True
-        ):
-            hidden = product(rows, weight_1, bias_1)  # [part, B]
+        to_parameters = [
+            torch.zeros_like(parameter) if is_needed else None
+            for parameter, is_needed in zip(parameters, need_parameters, strict=True)
+        ]
+        to_weight_1, to_bias_1, to_weight_2, to_bias_2 = to_parameters
+        # Without a gradient of x, x itself is split in its place, and the tiles are not used.
+        tiles = _parts(len(weight_1), x, grad.contiguous(), x if to_x is None else to_x)
+        for x_tile, grad_tile, to_x_tile in zip(*tiles, strict=True):
+            hidden = product(x_tile, weight_1, bias_1)  # [tile, B]
             if to_weight_2 is not None:
-                to_weight_2 += product(g.t(), F.gelu(hidden, approximate="tanh").t())
-            to_hidden = product(g, weight_2.t())
+                to_weight_2 += product(grad_tile.t(), F.gelu(hidden, approximate="tanh").t())
+            to_hidden = product(grad_tile, weight_2.t())
             # In place: the gradient of the activation replaces that of its result.
             torch.ops.aten.gelu_backward.grad_input(
                 to_hidden, hidden, approximate="tanh", grad_input=to_hidden
             )
             if to_x is not None:
-                to.copy_(product(to_hidden, weight_1.t()))
+                to_x_tile.copy_(product(to_hidden, weight_1.t()))
             if to_weight_1 is not None:
-                to_weight_1 += product(to_hidden.t(), rows.t())
-            for total, part in ((to_bias_1, to_hidden), (to_bias_2, g)):
-                if total is not None:
-                    total += part.sum(0)
-        return to_x, *trained, None
+                to_weight_1 += product(to_hidden.t(), x_tile.t())
+            if to_bias_1 is not None:
+                to_bias_1 += to_hidden.sum(0)
+            if to_bias_2 is not None:
+                to_bias_2 += grad_tile.sum(0)
+        return to_x, *to_parameters, None
 
 
 def _parts(hidden: int, *tensors: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
-    """Return views of consecutive rows of tensors, each with at most PART hidden values."""
+    """Split the rows of tensors [..., A] into tiles [rows, A] with at most PART hidden values each.
+
+    Args:
+        hidden: number of hidden features B.
+        tensors: tensors of the same shape; the tiles are views.
+    """
     return [x.view(-1, x.shape[-1]).split(max(PART // hidden, 1)) for x in tensors]

@@ -1,16 +1,18 @@
-"""Raw density and colour of scattered points: tri-plane look-up and the two-layer decoder in one op.
+"""Raw density and colour of points by EG3D's tri-planes and decoder (Chan et al. 2022), in one op.
 
     f = 1/K sum_k bilinear(plane_k, (width, height) coordinates of the point on plane k)
         zeros outside, align_corners=False
     h = softplus(w0 f + b0),   out = w1 h + b1,   sigma_raw = out[0],
     features = sigmoid(out[1:]) * 1.002 - 0.001
 
-Planes that read the same pair of coordinates are added up first. This is exact, because the look-up is
-linear. Released EG3D checkpoints project onto (x, y), (x, z), (z, x); the third plane is read as the second
-one, transposed.
+f are the features of a point, w0, b0, w1 and b1 the weights and biases of the two layers of the decoder.
+Planes that depend on the same pair of coordinates are added first. This is exact, because the interpolation
+is linear. Released EG3D checkpoints project onto (x, y), (x, z) and (z, x), so the third plane is transposed
+and added to the second one.
 
-Shapes: N batch, K planes, C plane channels, H x W plane size, P points, J hidden units,
-D colour features (0: only the density is computed).
+Shapes: N samples, K planes (K' after the addition), C channels of a plane, H x W pixels of a plane, P points,
+    J hidden
+units, D colour features (0: only the density is computed).
 """
 
 from typing import Any, NamedTuple
@@ -21,11 +23,12 @@ from torch.nn import functional as F
 from torch_utils.ops import grid_sample_gradfix
 from torch_utils.ops.implementations import alike, choose, define
 
-Pairs = tuple[tuple[int, int], ...]  # per plane (width axis, height axis), 0 = x, 1 = y, 2 = z
+# World axes (width axis, height axis) of each plane, where 0 = x, 1 = y, 2 = z
+Pairs = tuple[tuple[int, int], ...]
 
-# Points of the torch path that are computed together if no gradient is needed: 4 MB with 64 hidden units.
+# Number of points that the torch implementation computes at once without gradients: 4 MB with 64 hidden units
 _POINT_CHUNK = 1 << 14
-# Colours reach slightly beyond 0..1, as in EG3D.
+# As in EG3D, colours may be slightly outside 0..1.
 _SCALE = 1 + 2 * 0.001
 _SHIFT = 0.001
 
@@ -36,15 +39,15 @@ _CUDA_UNITS = 128
 
 
 class MergedPlanes(NamedTuple):
-    """Planes in the form of the fast paths, made by `merge_planes`."""
+    """Result of `merge_planes`: planes of which those with the same pair of coordinates are added."""
 
-    sums: torch.Tensor  # [N, K', H, W, C]; planes with the same pair of coordinates are added up
-    pairs: Pairs  # coordinates of the K' planes
-    planes: int  # K, number of planes before they were added up
+    sums: torch.Tensor  # planes [N, K', H, W, C]
+    pairs: Pairs  # world axes of the K' planes
+    planes: int  # K, number of planes before the addition
 
 
 class DecoderWeights(NamedTuple):
-    """Effective weights of the decoder, with learning-rate gains applied."""
+    """Weights of the decoder, multiplied by the gains of StyleGAN's equalised learning rate."""
 
     w0: torch.Tensor  # [J, C]
     b0: torch.Tensor  # [J]
@@ -52,41 +55,43 @@ class DecoderWeights(NamedTuple):
     b1: torch.Tensor  # [1 + D]
 
     def density_only(self) -> "DecoderWeights":
-        """Return the same decoder without its colours, D = 0."""
+        """Return the weights of the same decoder without its colours, D = 0."""
         return DecoderWeights(self.w0, self.b0, self.w1[:1], self.b1[:1])
 
 
 def projection_axes(plane_axes: torch.Tensor) -> Pairs | None:
-    """Return the world axes that each plane reads along its width and its height.
+    """Return the world axes that belong to the width and the height of each plane.
 
     Args:
-        plane_axes: [K, 3, 3]. Plane k reads the first two components of coords @ inverse(plane_axes[k]) as
-            (width, height).
-    Returns: (width axis, height axis) per plane, 0 = x, 1 = y, 2 = z. None if a plane is not axis-aligned;
-        there is then no separable form.
+        plane_axes: bases of the planes, [K, 3, 3]. The (width, height) coordinates of a point on plane k are
+            the first two components of coordinates @ inverse(plane_axes[k]).
+
+    Returns: (width axis, height axis) of each plane, where 0 = x, 1 = y, 2 = z. None if a plane is not
+        parallel to two world axes.
     """
     pairs = []
-    # float64 on the CPU: the inverse of a permutation should come out exactly.
+    # In float64 the inverse of a permutation matrix is exact.
     for matrix in torch.linalg.inv(plane_axes.detach().double().cpu()):
         columns = matrix[:, :2]  # [3, 2]
         axes = columns.argmax(dim=0)
-        # Axis-aligned: each column is a unit vector, and the two differ.
-        unit = F.one_hot(axes, 3).T.to(columns)
-        if axes[0] == axes[1] or not torch.allclose(columns, unit, rtol=0, atol=1e-6):
+        # The plane is parallel to two world axes if the columns are different unit vectors.
+        unit_vectors = F.one_hot(axes, 3).T.to(columns)
+        if axes[0] == axes[1] or not torch.allclose(columns, unit_vectors, rtol=0, atol=1e-6):
             return None
         pairs.append((int(axes[0]), int(axes[1])))
     return tuple(pairs)
 
 
 def project_onto_planes(planes: torch.Tensor, coordinates: torch.Tensor) -> torch.Tensor:
-    """Return the (width, height) coordinates of points on every plane.
+    """Compute the (width, height) coordinates of points on every plane.
 
     They are the first two components of coordinates @ inverse(plane).
 
     Args:
-        planes: [K, 3, 3].
-        coordinates: [N, P, 3].
-    Returns: [N*K, P, 2], with the plane index running fastest.
+        planes: bases of the planes, [K, 3, 3].
+        coordinates: points [N, P, 3].
+
+    Returns: coordinates [N*K, P, 2]; the index of the plane varies fastest.
     """
     n, p, _ = coordinates.shape
     inverse = torch.linalg.inv(planes.to(coordinates))  # [K, 3, 3]
@@ -97,14 +102,15 @@ def project_onto_planes(planes: torch.Tensor, coordinates: torch.Tensor) -> torc
 def sample_planes_channels_first(
     plane_axes: torch.Tensor, plane_features: torch.Tensor, coordinates: torch.Tensor, box_warp: float
 ) -> torch.Tensor:
-    """Read plane features at points bilinearly, with zeros outside the box, each plane separately.
+    """Interpolate the features of each plane at points bilinearly. Features outside the box are 0.
 
     Args:
-        plane_axes: [K, 3, 3].
-        plane_features: [N, K, C, H, W].
-        coordinates: [N, P, 3], world units.
-        box_warp: side of the box, world units.
-    Returns: [N, K, C, P]. Differentiable in plane_features and coordinates.
+        plane_axes: bases of the planes, [K, 3, 3].
+        plane_features: features of the planes, [N, K, C, H, W].
+        coordinates: points [N, P, 3] in world units.
+        box_warp: side of the box in world units.
+
+    Returns: features [N, K, C, P]. Differentiable in plane_features and coordinates.
     """
     n, k, c, h, w = plane_features.shape
     grid = project_onto_planes(plane_axes, (2 / box_warp) * coordinates).unsqueeze(1)  # [N*K, 1, P, 2]
@@ -119,20 +125,20 @@ def sample_planes_channels_first(
 
 
 def merge_planes(planes: torch.Tensor, pairs: Pairs) -> MergedPlanes:
-    """Add up planes that read the same pair of coordinates, and put channels last.
+    """Add planes that depend on the same pair of coordinates, and put their channels last.
 
-    Several look-ups into the same planes can share the result.
+    The result can be used for several sets of points. Differentiable in planes, to any order.
 
     Args:
-        planes: [N, K, C, H, W].
-        pairs: see `projection_axes`. A plane that reads a pair in the other order is transposed, if H == W.
-    Differentiable in planes, to any order.
+        planes: planes [N, K, C, H, W].
+        pairs: world axes of the planes, see `projection_axes`. If H == W, a plane whose axes have the
+            opposite order of an earlier plane's axes is transposed.
     """
-    square = planes.shape[3] == planes.shape[4]
-    sums: dict[tuple[int, int], torch.Tensor] = {}
-    # One at a time, with channels last, [N, H, W, C].
+    is_square = planes.shape[3] == planes.shape[4]
+    sums: dict[tuple[int, int], torch.Tensor] = {}  # by (width axis, height axis)
+    # One plane [N, H, W, C] after the other
     for (width, height), plane in zip(pairs, planes.permute(0, 3, 4, 1, 2).unbind(3), strict=True):
-        if square and (height, width) in sums:
+        if is_square and (height, width) in sums:
             width, height, plane = height, width, plane.transpose(1, 2)
         sums[width, height] = sums[width, height] + plane if (width, height) in sums else plane
     return MergedPlanes(torch.stack(list(sums.values()), dim=1).contiguous(), tuple(sums), len(pairs))
@@ -147,19 +153,21 @@ def triplane_decode(
     impl: str = "auto",
     merged: MergedPlanes | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute colour features and raw density at points.
+    """Compute the colour features and the raw density at points.
 
     Args:
-        planes: [N, K, C, H, W].
-        plane_axes: [K, 3, 3], or the result of `projection_axes` (which torch.compile needs).
-        points: [N, P, 3], world units.
-        box_warp: side of the cube that the planes span, world units.
+        planes: planes [N, K, C, H, W].
+        plane_axes: bases of the planes [K, 3, 3], or the result of `projection_axes`, which torch.compile
+            needs.
+        points: points [N, P, 3] in world units.
+        box_warp: side of the cube that the planes cover, in world units.
         weights: weights of the decoder, in the dtype of the planes. With D = 0 no colours are computed.
-        impl: see `torch_utils.ops.implementations`. The compiled op takes axis-aligned planes in float32 or
-            float64, and points that need no gradient.
-        merged: result of `merge_planes` for the same planes, if several calls share it.
-    Returns: features [N, P, D] in (-0.001, 1.001), sigma_raw [N, P, 1].
-    Differentiable in planes and weights, twice; in points once (through plain torch).
+        impl: see `torch_utils.ops.implementations`. The compiled op supports planes that are parallel to two
+            world axes, in float32 or float64, and points that need no gradient.
+        merged: result of `merge_planes` for the same planes; None computes it.
+
+    Returns: colour features [N, P, D] in -0.001..1.001, and sigma_raw [N, P, 1].
+    Differentiable in planes and weights, twice; in points once (computed by plain torch).
     Raises: ValueError for an unknown `impl`.
     """
     weights = DecoderWeights(*weights)
@@ -173,25 +181,26 @@ def triplane_decode(
         weights.b0.shape == weights.w0.shape[:1] == weights.w1.shape[1:]
         and weights.b1.shape == weights.w1.shape[:1]
     )
-    # Pairs may come from the caller, from `merged`, or from the
-    # axes, in this order: the last one waits for a GPU.
+    # The world axes are taken from the argument or from `merged` if
+    # possible, because computing them waits for a GPU.
     pairs = plane_axes if not isinstance(plane_axes, torch.Tensor) else None
     if pairs is None and merged is None:
         assert isinstance(plane_axes, torch.Tensor)
         pairs = projection_axes(plane_axes)
     aligned = merged is not None or pairs is not None
-    # The compiled op has no gradient for points.
-    fixed = not (points.requires_grad and torch.is_grad_enabled())
+    # The compiled op has no gradient with respect to points.
+    has_fixed_points = not (points.requires_grad and torch.is_grad_enabled())
     applies = (
         aligned
-        and fixed
+        and has_fixed_points
         and alike(points, planes, *weights)
         and (planes.device.type != "cuda" or _fits_cuda(planes, weights))
     )
-    chosen = choose("triplane_decode", impl, "triplane_decode", planes.device.type, applies)
-    if chosen == "ref" or not aligned:
+    implementation_name = choose("triplane_decode", impl, "triplane_decode", planes.device.type, applies)
+    if implementation_name == "ref" or not aligned:
         if not isinstance(plane_axes, torch.Tensor):
-            # Make a basis whose `projection_axes` are these pairs; 3 - width - height is the remaining axis.
+            # Bases of which `projection_axes` returns these pairs. The axes have the sum 3, so 3 - width -
+            # height is the third axis.
             order = torch.tensor(
                 [(width, height, 3 - width - height) for width, height in plane_axes], device=points.device
             )
@@ -203,8 +212,8 @@ def triplane_decode(
     scaled = (points * (2 / box_warp)).contiguous()  # world units -> [-1, 1] on the planes
     # The division by K turns the sum over planes into the mean, before the first layer, which is linear.
     weights = weights._replace(w0=weights.w0 / merged.planes)
-    # The compiled op requires equal dtypes, see `applies`; here points are converted.
-    if chosen == "torch":
+    if implementation_name == "torch":
+        # In contrast to the compiled op, points may have another dtype than the planes.
         return _decode_torch(merged.sums, merged.pairs, scaled.to(planes), *weights)
     axes = [axis for pair in merged.pairs for axis in pair]
     return torch.ops.eg3d_rlhf.triplane_decode(
@@ -213,21 +222,21 @@ def triplane_decode(
 
 
 def _fits_cuda(planes: torch.Tensor, weights: DecoderWeights) -> bool:
-    """Return whether the CUDA kernels cover these sizes.
+    """Return True if the CUDA kernels support these sizes.
 
-    They add up plane gradients atomically, so they do not apply if torch was asked for deterministic results.
+    The kernels add the gradients of the planes atomically, in an order that varies. The result is therefore
+    False if gradients are enabled and torch must be deterministic.
     """
-    # Without gradients nothing is added up, and results are deterministic anyway.
     if torch.is_grad_enabled() and torch.are_deterministic_algorithms_enabled():
         return False
     units, channels = weights.w0.shape
-    few = (
+    has_few_channels = (
         channels <= _CUDA_CHANNELS
         and len(weights.b1) - 1 <= _CUDA_CHANNELS
         and planes.shape[1] <= _CUDA_PLANES
     )
-    # In bytes: half as many units fit in float64.
-    return few and units * planes.element_size() <= _CUDA_UNITS * 4
+    # The limit is _CUDA_UNITS numbers of 4 bytes, so half as many units are possible in float64.
+    return has_few_channels and units * planes.element_size() <= _CUDA_UNITS * 4
 
 
 def triplane_decode_ref(
@@ -237,7 +246,7 @@ def triplane_decode_ref(
     box_warp: float,
     weights: DecoderWeights,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute the definition, all points at once: read each plane separately and decode the mean."""
+    """Compute the definition of `triplane_decode`: interpolate each plane separately, and decode the mean."""
     w0, b0, w1, b1 = weights
     # [N, K, C, P] -> mean over planes [N, C, P] -> [N, P, C]
     features = sample_planes_channels_first(plane_axes, planes, points, box_warp).mean(dim=1).transpose(1, 2)
@@ -248,40 +257,43 @@ def triplane_decode_ref(
 def _decode_torch(
     sums: torch.Tensor, pairs: Pairs, points: torch.Tensor, *weights: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute `triplane_decode` of merged planes in torch.
+    """Compute `triplane_decode` of merged planes in plain torch.
 
     Args:
-        sums: [N, K', H, W, C].
-        pairs: coordinates of the planes.
-        points: [N, P, 3] in plane units.
-        weights: of the decoder; w0 contains the mean over planes.
+        sums: planes [N, K', H, W, C].
+        pairs: world axes of the planes.
+        points: points [N, P, 3], -1..1 on the planes.
+        weights: w0, b0, w1 and b1 of the decoder; w0 is divided by the number of planes K.
     """
-    # Chunks bound the memory on a CPU. With gradients, all of
-    # them would be kept for the backward pass anyway.
+    # Chunks limit the memory on a CPU. With gradients they would not,
+    # because all chunks are stored for the backward pass.
     if points.device.type != "cpu" or (
         torch.is_grad_enabled() and any(t.requires_grad for t in (sums, points, *weights))
     ):
         return _decode_torch_chunk(sums, pairs, points, *weights)
-    parts = [_decode_torch_chunk(sums, pairs, part, *weights) for part in points.split(_POINT_CHUNK, dim=1)]
-    features, sigma = (torch.cat(each, dim=1) for each in zip(*parts, strict=True))
+    results = [
+        _decode_torch_chunk(sums, pairs, chunk, *weights) for chunk in points.split(_POINT_CHUNK, dim=1)
+    ]
+    features, sigma = (torch.cat(chunks, dim=1) for chunks in zip(*results, strict=True))
     return features, sigma
 
 
 def _decode_torch_chunk(sums, pairs, points, w0, b0, w1, b1) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute `_decode_torch` for all points at once."""
-    # torch's own grid_sample has a gradient for points; ours has a second one for planes instead.
-    twice = not points.requires_grad
+    # torch's grid_sample has a gradient with respect to points. grid_sample_gradfix has a second derivative
+    # with respect to planes.
+    use_gradfix = not points.requires_grad
     sampled: Any = None
     for k, pair in enumerate(pairs):
         plane = sums[:, k].permute(0, 3, 1, 2)  # [N, C, H, W], channels last in memory
         grid = points[:, None, :, list(pair)]  # [N, 1, P, 2]
-        part = (
+        plane_features = (
             grid_sample_gradfix.grid_sample(plane, grid)
-            if twice
+            if use_gradfix
             else F.grid_sample(plane, grid, align_corners=False)
         )
-        # The mean over planes is in w0, so the features are added up.
-        sampled = part if sampled is None else sampled + part
+        # w0 is divided by the number of planes, so the features are added.
+        sampled = plane_features if sampled is None else sampled + plane_features
     out = F.linear(F.softplus(F.linear(sampled.squeeze(2).transpose(1, 2), w0, b0)), w1, b1)
     return torch.sigmoid(out[..., 1:]) * _SCALE - _SHIFT, out[..., :1]
 
@@ -293,12 +305,13 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _gradients(ctx, grad_features, grad_sigma):
-    """Return the gradients for planes and weights."""
+    """Return the gradients of planes and weights, and None for the axes and the points."""
     planes, points, *weights = ctx.saved_tensors
-    # Gradients are enabled here only if this gradient is to be differentiated again; torch then computes it.
+    # Gradients are enabled here only if this gradient will be differentiated again. torch then computes it.
     if torch.is_grad_enabled():
+        # The op stores the pairs as a flat list.
         pairs = tuple(zip(ctx.axes[::2], ctx.axes[1::2], strict=True))
-        # Points are detached: the op has no gradient for them, in this derivative either.
+        # Points are detached, because the op has no gradient with respect to them.
         inputs = [t for t in (planes, *weights) if t.requires_grad]
         outputs = _decode_torch_chunk(planes, pairs, points.detach(), *weights)
         grads_in_order = iter(

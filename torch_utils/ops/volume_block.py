@@ -1,24 +1,22 @@
 """Parts of a residual squeeze-and-excitation block on volumes, and their gradients, on a CPU.
 
-    conv     y = [relu](conv3x3x3(scale * x + shift, zeros outside) [+ residual]), with the sum and the sum of
-    squares of
-             each channel
-    up       y = skip + the transposed convolution (3x3x3, stride 2, padding 1) of x, resampled to the skip's
-    size by its
-             nearest neighbour, int(i * in / out), with the same sums
+    conv     y = conv3x3x3(scale * x + shift, zeros outside), optionally plus a residual and followed by a
+    ReLU up       y = skip + the transposed convolution (3x3x3, stride 2, padding 1) of x, resampled to the
+             size of `skip` by nearest neighbour: voxel i reads voxel int(i * in / out)
     gate     y = h * max(channel gate, sigmoid(w . h + b)) for h >= 0
-    profile  largest response per depth slice of a 1x1x1 convolution after `gate`
+    profile  largest value in each depth slice of a 1x1x1 convolution after `gate`
 
-From the sums, the next group normalisation becomes a scale and a shift per channel, which needs no pass of
-its own over the volume. Its gradient is a linear combination of the incoming gradient, the volume and a
-constant, once the sums of both products are known. These sums come out of the gradient's own convolution, and
-the pass that reads them next applies them with the ReLU's mask (`volume_conv_gradient`).
+`conv` and `up` also return the sum and the sum of squares of each channel. From these sums, the next group
+normalisation is a scale and a shift for each channel, so that it needs no separate pass over the volume. The
+gradient of the normalisation is a linear combination of the incoming gradient, the volume and a constant. Its
+factors follow from sums that the convolution of the gradient computes, and the next function applies them
+(`volume_conv_gradient`).
 
-The convolution is direct along z and x and uses Winograd's F(4, 3) along y (Lavin & Gray 2016), which takes
-half of the definition's products. The largest difference from torch's convolution, relative to the largest
-value, is 1e-6 (8 and 16 channels).
+The convolution is computed directly along z and x, and by Winograd's F(4, 3) along y (Lavin and Gray 2016),
+which takes half of the multiplications. The largest difference from torch's convolution, relative to the
+largest value, is 1e-6 (8 and 16 channels).
 
-Shapes: N batch, C input and O output channels, D, H, W.
+Shapes: N samples, C input and O output channels, D x H x W voxels, R channels of the final convolution.
 """
 
 from collections.abc import Sequence
@@ -28,8 +26,11 @@ import torch.nn.functional as F
 
 from torch_utils.ops.implementations import choose, define
 
-_LANES = 8  # output channels that are computed together
-_LEAST_WIDTH = 4  # W; narrower volumes fill the vectors badly
+_LANES = 8  # number of output channels that are computed together
+_LEAST_WIDTH = (
+    4  # smallest W for which "auto" uses the compiled op; narrower volumes do not fill vector registers
+)
+# The compiled ops write their main result y into memory that the caller supplies (Tensor(a!) y).
 define(
     "volume_conv(Tensor x, Tensor scale, Tensor shift, Tensor u, Tensor? residual, Tensor? mix, bool relu,"
     " Tensor(a!) y) -> Tensor"
@@ -55,7 +56,7 @@ define(
     "volume_conv_weight(Tensor g, Tensor h, Tensor factors, Tensor x, Tensor scale, Tensor shift) -> Tensor"
 )
 define("volume_up_gradient(Tensor grad, Tensor u, Tensor(a!) y) -> ()")
-# F(4, 3): rows that transform the three taps of the kernel along y into six.
+# Matrix G of Winograd's F(4, 3), which transforms the three taps of a kernel along y into six
 _TAPS = (
     (1 / 4, 0, 0),
     (-1 / 6, -1 / 6, -1 / 6),
@@ -67,34 +68,42 @@ _TAPS = (
 
 
 def _compiled(impl: str, *tensors: torch.Tensor | None) -> bool:
-    """Return whether the compiled op is used. It has no autograd, so it needs tensors without gradients."""
-    given = [t for t in tensors if t is not None]
-    supported = all(t.dtype == torch.float32 and t.device.type == "cpu" for t in given)
-    applies = supported and not (torch.is_grad_enabled() and any(t.requires_grad for t in given))
-    return choose("volume_block", impl, "volume_block", given[0].device.type, applies) == "compiled"
+    """Return True if the compiled op is used. It has no autograd formula, so no tensor may need a
+    gradient."""
+    present_tensors = [t for t in tensors if t is not None]
+    supported = all(t.dtype == torch.float32 and t.device.type == "cpu" for t in present_tensors)
+    applies = supported and not (torch.is_grad_enabled() and any(t.requires_grad for t in present_tensors))
+    device_type = present_tensors[0].device.type
+    return choose("volume_block", impl, "volume_block", device_type, applies) == "compiled"
 
 
 def transformed_kernel(w: torch.Tensor) -> torch.Tensor:
-    """Return kernels w [(N,) O, C, 3, 3, 3] in the form of `volume_conv`, [N or 1, O/8, 6, 3, C, 3, 8].
+    """Transform kernels for `volume_conv`.
 
-    The axes after O/8 are: taps along y, z, input, x, output.
+    Args:
+        w: kernels [O, C, 3, 3, 3], or [N, O, C, 3, 3, 3] with kernels for each sample.
+
+    Returns: transformed kernels [N or 1, O/8, 6, 3, C, 3, 8]. The axes after O/8 are the taps along y, the
+        taps along z, the input channels, the taps along x, and 8 output channels.
     """
     w = w[None] if w.ndim == 5 else w  # [N or 1, O, C, 3, 3, 3]
     taps = torch.tensor(_TAPS, dtype=torch.float64)
-    # Transformed in float64 and rounded once.
+    # Computed in float64 and rounded once
     u = torch.einsum("ky,noczyx->nokzcx", taps, w.detach().double().cpu()).float()  # [N, O, 6, 3, C, 3]
     # [N, O/8, 8, 6, 3, C, 3] -> [N, O/8, 6, 3, C, 3, 8]
     return u.unflatten(1, (-1, _LANES)).permute(0, 1, 3, 4, 5, 6, 2).contiguous()
 
 
 def transposed_kernel(w: torch.Tensor) -> torch.Tensor:
-    """Return kernels w [C, O, 3, 3, 3] in the form of `volume_up`, [O/8, C, 27, 8]."""
-    # [C, O, 27] -> [C, O/8, 8, 27] -> [O/8, C, 27, 8]: a vector of 8 outputs lies together in memory.
+    """Reorder kernels w [C, O, 3, 3, 3] for `volume_up`, [O/8, C, 27, 8]."""
+    # [C, O, 27] -> [C, O/8, 8, 27] -> [O/8, C, 27, 8]: the values
+    # of 8 output channels are adjacent in memory.
     return w.detach().flatten(2).unflatten(1, (-1, _LANES)).permute(1, 0, 3, 2).contiguous()
 
 
 def _memory(out: torch.Tensor | None, like: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    """Return `out`, after a check, or new memory."""
+    """Return memory for a result of a shape: `out` if it is given (after a check), and new memory
+    otherwise."""
     if out is None:
         return like.new_empty(shape)
     assert out.shape == torch.Size(shape) and out.is_contiguous() and out.dtype == like.dtype
@@ -102,10 +111,10 @@ def _memory(out: torch.Tensor | None, like: torch.Tensor, shape: tuple[int, ...]
 
 
 def _finished(y: torch.Tensor, out: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return y, in the memory of `out` if given, and the sums [N, C, 2] of y and y^2 per channel."""
+    """Return y, copied to `out` if that is given, and the sums of y and y^2 over each channel, [N, C, 2]."""
     y = y if out is None else out.copy_(y)
     flat = y.flatten(2)  # [N, C, D H W]
-    # float64: the variance is a small difference of large sums.
+    # In float64, because a variance is computed as a small difference of large sums.
     return y, torch.stack([flat.sum(dim=2, dtype=torch.float64), flat.double().square().sum(dim=2)], dim=2)
 
 
@@ -121,19 +130,23 @@ def volume_conv(
     out: torch.Tensor | None = None,
     impl: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute the normalised 3x3x3 convolution.
+    """Compute a 3x3x3 convolution of a volume that is scaled and shifted first.
 
     Args:
-        x: [N, C, D, H, W], or one channel from which all C inputs are made.
-        scale, shift: [N, C].
-        w: [O, C, 3, 3, 3], or [N, O, C, 3, 3, 3] with kernels for each sample.
-        u: `transformed_kernel(w)`, computed if not given.
-        residual: shape of the result; or [N, 1, D, H, W] with mix [O, 2], a factor and an offset per output.
-        relu: apply a ReLU at the end.
-        out: memory for y, contiguous; may be that of the residual.
-        impl: see `torch_utils.ops.implementations`. "auto" takes the compiled op if O is a multiple of 8 and
-            W is at least 4, since narrower volumes fill its vectors badly.
-    Returns: y [N, O, D, H, W] and sums [N, O, 2] float64 of y and y^2.
+        x: volumes [N, C, D, H, W], or [N, 1, D, H, W] for the same volume in all C input channels.
+        scale: factors [N, C] of the input channels.
+        shift: offsets [N, C] of the input channels.
+        w: kernels [O, C, 3, 3, 3], or [N, O, C, 3, 3, 3] with kernels for each sample.
+        u: `transformed_kernel(w)`; None computes it if it is needed.
+        residual: volume that is added to the result, [N, O, D, H, W]; with `mix` [N, 1, D, H, W]; None adds
+            nothing.
+        mix: factor and offset [O, 2] that make each output channel of the residual from its single channel.
+        relu: True applies a ReLU at the end.
+        out: contiguous memory for y, which may be that of the residual; None allocates memory.
+        impl: see `torch_utils.ops.implementations`. "auto" uses the compiled op only if O is a multiple of 8
+            and W is at least 4.
+
+    Returns: y [N, O, D, H, W], and the sums of y and y^2 over each channel, [N, O, 2] float64.
     """
     samples, inputs = scale.shape
     assert (
@@ -146,21 +159,27 @@ def volume_conv(
     if fits and _compiled(impl, x, scale, shift, residual, mix):
         u = transformed_kernel(w) if u is None else u
         residual, mix = (None if t is None else t.contiguous() for t in (residual, mix))
-        # The kernel writes into given memory, so that a caller can reuse one volume for several layers.
+        # The caller may supply memory, so that several layers can use the same memory.
         y = _memory(out, x, (samples, w.shape[-5], *x.shape[2:]))
         return y, torch.ops.eg3d_rlhf.volume_conv(
             x.contiguous(), scale.contiguous(), shift.contiguous(), u, residual, mix, relu, y
         )
-    # Normalise first, then pad: outside, the normalised volume is 0. One channel broadcasts to all C inputs.
+    # Scale before the convolution pads, because the scaled volume is
+    # 0 outside. A single channel broadcasts to C.
     x = x * scale[:, :, None, None, None] + shift[:, :, None, None, None]
     y = (
         F.conv3d(x, w, padding=1)
         if w.ndim == 5
-        # torch has no kernels per sample; the samples are convolved one by one.
-        else torch.cat([F.conv3d(a[None], k, padding=1) for a, k in zip(x, w, strict=True)])
+        # torch's convolution has the same kernels for all samples, so samples are convolved one by one.
+        else torch.cat(
+            [
+                F.conv3d(sample[None], sample_kernels, padding=1)
+                for sample, sample_kernels in zip(x, w, strict=True)
+            ]
+        )
     )
     if mix is not None and residual is not None:
-        # One channel becomes O of them: [N, 1, D, H, W] -> [N, O, D, H, W].
+        # [N, 1, D, H, W] -> [N, O, D, H, W]
         residual = residual * mix[None, :, 0, None, None, None] + mix[None, :, 1, None, None, None]
     y = y if residual is None else y + residual
     return _finished(F.relu(y) if relu else y, out)
@@ -174,15 +193,17 @@ def volume_up(
     out: torch.Tensor | None = None,
     impl: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute skip + the transposed convolution of x, resampled to the size of skip.
+    """Add the transposed convolution of x, resampled to the size of `skip`, to the volumes `skip`.
 
     Args:
-        skip: [N, O, D, H, W].
-        x: [N, C, d, h, w].
-        w: [C, O, 3, 3, 3].
-        u: `transposed_kernel(w)`, computed if not given.
-        out: memory for the result, contiguous; may be that of skip.
-    Returns: y [N, O, D, H, W] and sums [N, O, 2] as in `volume_conv`.
+        skip: volumes [N, O, D, H, W].
+        x: volumes of about half the size, [N, C, depth, height, width].
+        w: kernels [C, O, 3, 3, 3].
+        u: `transposed_kernel(w)`; None computes it if it is needed.
+        out: contiguous memory for the result, which may be that of `skip`; None allocates memory.
+        impl: see `torch_utils.ops.implementations`.
+
+    Returns: y [N, O, D, H, W], and the sums of y and y^2 over each channel, [N, O, 2] float64.
     """
     if skip.shape[1] % _LANES == 0 and _compiled(impl, skip, x):
         y = _memory(out, skip, skip.shape)
@@ -204,21 +225,25 @@ def volume_gate(
     pool: bool = False,
     impl: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Multiply h by the larger of the channel gate and the spatial gate.
+    """Multiply volumes by the larger one of a channel gate and a spatial gate.
 
     Args:
-        h: [N, C, D, H, W] >= 0.
-        channel: [N, C], gate per channel.
-        w: [C]; b: [1]; the spatial gate is sigmoid(w . h + b).
-        out: memory for the result, contiguous; may be that of h.
-        pool: also return the maxima over 2^3 voxels.
+        h: volumes [N, C, D, H, W] >= 0.
+        channel: channel gate [N, C].
+        w: weights [C] of the spatial gate, which is sigmoid(w . h + b) at each voxel.
+        b: bias [1] of the spatial gate.
+        out: contiguous memory for the result, which may be that of h; None allocates memory.
+        pool: True also returns the maxima over blocks of 2^3 voxels.
+        impl: see `torch_utils.ops.implementations`.
+
+    Returns: the result [N, C, D, H, W], and its maxima over blocks, or None if `pool` is False.
     """
     if _compiled(impl, h, channel, w, b):
         y = _memory(out, h, h.shape)
-        small = torch.ops.eg3d_rlhf.volume_gate(
+        pooled = torch.ops.eg3d_rlhf.volume_gate(
             h.contiguous(), channel.contiguous(), w.contiguous(), b, y, pool
         )
-        return y, small if pool else None
+        return y, pooled if pool else None
     # The channel gate [N, C] is broadcast over voxels, the spatial gate [N, D, H, W] over channels.
     y = h * torch.maximum(
         channel[:, :, None, None, None], torch.sigmoid(torch.einsum("ncdhw,c->ndhw", h, w) + b)[:, None]
@@ -236,19 +261,25 @@ def volume_profile(
     final_b: torch.Tensor,
     impl: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the largest response of each depth slice.
+    """Compute the largest response in each depth slice.
 
-    A response is final_w . y + final_b, with y = h after the gate. The maximum is over responses, rows and
-    columns.
+    The responses at a voxel are final_w . y + final_b, where y is the result of `volume_gate`. The maximum is
+    over the R responses, the rows and the columns.
 
     Args:
-        h, channel, w, b: see `volume_gate`.
-        final_w: [R, C]; final_b: [R].
-    Returns: values [N, D], and their places y W + x.
+        h: volumes [N, C, D, H, W] >= 0.
+        channel: channel gate [N, C].
+        w: weights [C] of the spatial gate.
+        b: bias [1] of the spatial gate.
+        final_w: weights [R, C] of the responses.
+        final_b: biases [R] of the responses.
+        impl: see `torch_utils.ops.implementations`.
+
+    Returns: the maxima [N, D], and their positions row * W + column, [N, D].
     """
     if _compiled(impl, h, channel, w, b, final_w, final_b):
-        given = (h, channel, w, b, final_w, final_b)
-        return torch.ops.eg3d_rlhf.volume_profile(*(t.contiguous() for t in given))
+        tensors = (h, channel, w, b, final_w, final_b)
+        return torch.ops.eg3d_rlhf.volume_profile(*(t.contiguous() for t in tensors))
     # [N, R, D, H, W] -> [N, D, H, W] -> [N, D, H W] -> [N, D]
     response = (
         torch.einsum("ncdhw,rc->nrdhw", volume_gate(h, channel, w, b, impl=impl)[0], final_w)
@@ -265,17 +296,21 @@ def volume_conv_gradient(
     other: torch.Tensor,
     mix: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute the gradient of a normalised convolution with respect to its input.
+    """Compute the gradient of `volume_conv` with respect to its scaled and shifted input.
 
-    The gradient of its result h is f0 g + f1 h + f2 where h > 0.
+    The gradient of the result h is f0 g + f1 h + f2 where h > 0, and 0 elsewhere, with the factors f of each
+    channel.
 
     Args:
-        g, h: [N, O, D, H, W].
-        factors: f, [N, O, 3].
-        u: `transformed_kernel(turned(w))`.
-        other: input [N, C, D, H, W]; or, with mix [C, 2], one channel of which each input is a factor and an
-            offset.
-    Returns: y [N, C, D, H, W] and the sums [N, C, 2] float64 of y and y * other.
+        g: gradient [N, O, D, H, W] of the normalised result.
+        h: result of the convolution after its ReLU, [N, O, D, H, W].
+        factors: factors f0, f1 and f2, [N, O, 3].
+        u: `transformed_kernel(turned(w))` for the kernels w of the convolution.
+        other: input of the convolution [N, C, D, H, W]; with `mix` [N, 1, D, H, W].
+        mix: factor and offset [C, 2] that make each input channel from the single channel of `other`.
+
+    Returns: the gradient y [N, C, D, H, W], and the sums of y and y * other over each channel, [N, C, 2]
+        float64.
     """
     # u has the form of `transformed_kernel`, [1, C/8, ...], for C outputs of this convolution.
     y = g.new_empty([len(g), u.shape[1] * _LANES, *g.shape[2:]])
@@ -290,13 +325,17 @@ def volume_conv_weight(
     scale: torch.Tensor,
     shift: torch.Tensor,
 ) -> torch.Tensor:
-    """Compute the gradient of a normalised convolution with respect to its kernels, [O, C, 3, 3, 3].
+    """Compute the gradient of `volume_conv` with respect to its kernels, [O, C, 3, 3, 3].
 
     The result is bitwise identical for any number of threads.
 
     Args:
-        g, h, factors: gradient of its result, see `volume_conv_gradient`.
-        x, scale, shift: its input, see `volume_conv`.
+        g: gradient [N, O, D, H, W] of the normalised result, see `volume_conv_gradient`.
+        h: result of the convolution after its ReLU, [N, O, D, H, W].
+        factors: factors [N, O, 3] of the gradient.
+        x: input of the convolution, see `volume_conv`.
+        scale: factors [N, C] of the input channels.
+        shift: offsets [N, C] of the input channels.
     """
     return torch.ops.eg3d_rlhf.volume_conv_weight(
         g, h, factors.contiguous(), x, scale.contiguous(), shift.contiguous()
@@ -311,15 +350,20 @@ def volume_gate_gradient(
     full: torch.Tensor | None,
     pooled: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute the gradients of `volume_gate` with respect to h, and to channel, w and b.
+    """Compute the gradients of `volume_gate` with respect to h, channel, w and b.
 
-    The gradient of a maximum goes to the first voxel that attains it. Where h is 0 the gradient is not
-    defined: the ReLU before it drops it.
+    The gradient of a maximum belongs to the first voxel with the maximal value. Where h is 0, the gradient
+    with respect to h is not defined; the ReLU that computes h does not use it.
 
     Args:
-        h, channel, w, b: see `volume_gate`.
-        full, pooled: gradients of its two results; None for 0.
-    Returns: [N, C, D, H, W], and [N, 2 C + 1] float64.
+        h: volumes [N, C, D, H, W] >= 0.
+        channel: channel gate [N, C].
+        w: weights [C] of the spatial gate.
+        b: bias [1] of the spatial gate.
+        full: gradient of the result [N, C, D, H, W]; None for 0.
+        pooled: gradient of the maxima over blocks; None for 0.
+
+    Returns: the gradient of h [N, C, D, H, W]; and [N, 2 C + 1] float64, the gradients of channel, w and b.
     """
     full, pooled = (None if t is None else t.contiguous() for t in (full, pooled))
     y = torch.empty_like(h)  # gradient of h; the other gradients are the op's result
@@ -336,24 +380,33 @@ def volume_join(
     factors: torch.Tensor,
     mix: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Compute the gradient of a block's residual r: (g + f0 where h > 0) + f1 inner + f2 r + f3.
+    """Compute the gradient of the residual r of a block: (g + f0 where h > 0) + f1 inner + f2 r + f3.
 
     Args:
-        factors: f, [N, C, 4].
-        mix: [C, 2]; the channels of r are then a factor and an offset of the one channel that is given.
-    Returns: the gradient, in the memory of g; with mix that of the one channel, in new memory.
+        g: incoming gradient [N, C, D, H, W]. Without `mix`, it is overwritten.
+        h: volume whose sign is the mask of the ReLU, [N, C, D, H, W].
+        inner: gradient from the convolutions of the block, [N, C, D, H, W].
+        r: residual [N, C, D, H, W]; with `mix` [N, 1, D, H, W].
+        factors: factors f0 to f3 of each channel, [N, C, 4].
+        mix: factor and offset [C, 2] that make each channel of the residual from the single channel of r.
+
+    Returns: the gradient, in the memory of g; with `mix` the gradient of the single channel, in new memory.
     """
-    # In place where the shapes agree: the incoming gradient is not needed any more.
+    # Without `mix` the shapes are equal, and the incoming gradient is not needed afterwards.
     y = g if mix is None else torch.empty_like(r)
     torch.ops.eg3d_rlhf.volume_join(g, h, inner, r, factors.contiguous(), mix, y)
     return y
 
 
 def volume_up_gradient(grad: torch.Tensor, u: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
-    """Compute the gradient of `volume_up` with respect to x, [N, C, *size], from that of its result [N, O, D,
-    H, W].
+    """Compute the gradient of `volume_up` with respect to x.
 
-    Args: u: `transposed_kernel(w.transpose(0, 1))`.
+    Args:
+        grad: gradient of the result, [N, O, D, H, W].
+        u: `transposed_kernel(w.transpose(0, 1))` for the kernels w.
+        size: depth, height and width of x.
+
+    Returns: the gradient [N, C, *size].
     """
     y = grad.new_empty([len(grad), u.shape[0] * _LANES, *size])  # u is [C/8, O, 27, 8]
     torch.ops.eg3d_rlhf.volume_up_gradient(grad.contiguous(), u, y)
@@ -361,13 +414,14 @@ def volume_up_gradient(grad: torch.Tensor, u: torch.Tensor, size: Sequence[int])
 
 
 def turned(w: torch.Tensor) -> torch.Tensor:
-    """Return the kernels [C, O, 3, 3, 3] of the gradient of a convolution by w [O, C, 3, 3, 3]."""
-    # The adjoint of a convolution exchanges inputs and outputs and reverses the taps.
+    """Return the kernels [C, O, 3, 3, 3] of the gradient of a convolution with the kernels w [O, C, 3, 3,
+    3]."""
+    # The adjoint of a convolution exchanges input and output channels and reverses the taps.
     return w.transpose(0, 1).flip(2, 3, 4)
 
 
 def differentiable() -> bool:
-    """Return whether the gradients are available here. There is no torch path for them."""
+    """Return True if the compiled ops for the gradients can be used. They have no implementation in torch."""
     return all(
         choose("volume_block", "auto", op, "cpu") == "compiled"
         for op in ("volume_block", "volume_block_gradients")

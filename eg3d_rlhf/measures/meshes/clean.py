@@ -1,11 +1,11 @@
-"""Bring a mesh into the form that every measure reads: longest edge 1, corners at one place welded, no face
-twice.
+"""Clean a mesh before it is measured: scale its longest edge to 1, weld corners, remove repeated faces.
 
-GLB, OBJ and STL files give separate corners to the faces on both sides of a seam, so one model in three
-formats would get three results. Slivers without area are kept, because removing them opens the mesh at a
-T-junction. The welding tolerance changes the results of defective assets, so it belongs beside every figure.
+Welding merges corners that have almost the same position. GLB, OBJ and STL files give separate corners to the
+faces on both sides of a seam, so without welding the same model would get other results in each format. Faces
+without area are kept, because the mesh would be open where they were removed. The welding tolerance changes
+the results of defective assets, so reports state it beside every result.
 
-Letters: V vertices, F faces.
+Shapes: V vertices, F faces. The longest edge is that of the bounding box.
 """
 
 from dataclasses import dataclass
@@ -21,108 +21,119 @@ from training.config import check_choice
 class CleanMesh:
     """Cleaned mesh.
 
-    Lengths are shares of the bounding box's longest edge, the box is centred, and y is up.
+    Lengths are shares of the bounding box's longest edge, the box is centred at 0, and y points up.
     """
 
-    vertices: np.ndarray  # [V, 3] float64, each used by a face
-    faces: np.ndarray  # [F, 3] int64
-    edge: float  # the longest edge of the bounding box, in the file's units
-    welded: int  # corners that were merged into another one
-    degenerate: int  # faces that were dropped because they used a corner twice
-    duplicate: int  # faces that were dropped because an earlier face has the same corners
-    raw_open_share: float  # share of edges with only one face, before welding, 0..1
-    tolerance: float  # of welding, as a share of the longest edge
+    vertices: np.ndarray  # positions [V, 3] float64; each vertex is used by a face
+    faces: np.ndarray  # vertex indices [F, 3] int64
+    edge: float  # longest edge of the bounding box, in the file's units
+    welded: int  # number of vertices that were merged into another vertex
+    degenerate: int  # number of faces that were dropped because they used a vertex twice
+    duplicate: int  # number of faces that were dropped because an earlier face has the same vertices
+    raw_open_share: float  # share of edges with only one face before welding, 0..1
+    tolerance: float  # welding tolerance, as a share of the longest edge
 
 
 def clean_mesh(
     vertices: np.ndarray, faces: np.ndarray, tolerance: float = TOLERANCE, up: str = "y"
 ) -> CleanMesh:
-    """Clean a mesh of vertices [V, 3] and triangles [F, 3].
+    """Clean a mesh: scale and centre it, turn it so that y points up, weld vertices, and drop repeated faces.
 
-    Corners are welded if x / tolerance rounds to the same integers, where x is in shares of the longest edge.
-    Two corners on different sides of a rounding step stay separate, however close they are.
+    Vertices are welded if x / tolerance rounds to the same three integers, where x is the scaled position.
+    Two vertices on different sides of a rounding step stay separate, however close they are.
 
-    Args: up: the axis that points up in the file, 'y' (glTF) or 'z' (STL, OBJ of CAD).
+    Args:
+        vertices: positions [V, 3] in the file's units.
+        faces: vertex indices [F, 3].
+        tolerance: welding tolerance as a share of the longest edge, 0 < tolerance <= MOST_TOLERANCE.
+        up: axis that points up in the file, 'y' (glTF) or 'z' (STL, OBJ of CAD).
+
     Raises: ValueError if the mesh is empty, not finite, without area, or refers to vertices that do not
-        exist.
+        exist, or if an argument is outside its range.
     """
     if not 0 < tolerance <= MOST_TOLERANCE:
         raise ValueError(
-            f"--weld: expected 0 < tolerance <= {MOST_TOLERANCE:g} of the longest edge, got {tolerance:g}."
-            " Use a smaller tolerance."
+            f"--weld={tolerance:g} must be greater than 0 and at most {MOST_TOLERANCE:g} (as a share of the"
+            " longest edge)."
         )
     check_choice("--up", up, UPS)
     vertices = np.asarray(vertices, dtype=np.float64)
     faces = np.asarray(faces)
     check_triangles(vertices, faces)
-    vertices, faces = _used(vertices, faces.astype(np.int64))
+    vertices, faces = _drop_unused(vertices, faces.astype(np.int64))
     low = vertices.min(axis=0)
     high = vertices.max(axis=0)
     # Coordinates near the largest float overflow; the check below reports that as not finite.
     with np.errstate(over="ignore", invalid="ignore"):
         edge = float((high - low).max())
     if not np.isfinite(edge):
-        raise ValueError("expected finite positions, got NaN or infinity. Export the mesh again.")
+        raise ValueError("The mesh has a position that is NaN, infinite or too large. Export the mesh again.")
     if edge < 1e-150:  # squares of such lengths underflow to 0
         raise ValueError(
-            "expected a mesh with a size, got one whose points coincide. Export it in larger units."
+            "The mesh has no size: all its points are at almost the same position. Export it in larger units."
         )
     # Halves are added, since low + high could overflow.
     x = (vertices - (low / 2 + high / 2)) / edge
     if up == "z":
         # A rotation about x by -90 degrees, which keeps the winding.
         x = np.stack([x[:, 0], x[:, 2], -x[:, 1]], axis=1)
-    # Corners in the same cell become one, at the position of the first one in the file.
-    cells, first, place = np.unique(
+    # Vertices in the same cell become one vertex, at the position of the first of them in the file.
+    cells, first_vertex, cell_of_vertex = np.unique(
         np.rint(x / tolerance).astype(np.int64), axis=0, return_index=True, return_inverse=True
     )
-    welded = place.reshape(-1)[faces]
-    # A face that uses a welded corner twice has no area.
-    kept = (welded != np.roll(welded, 1, axis=1)).all(axis=1)
-    proper = welded[kept]
-    _, earliest = np.unique(np.sort(proper, axis=1), axis=0, return_index=True)
+    # numpy versions differ in the shape of the inverse, so it is flattened.
+    welded_faces = cell_of_vertex.reshape(-1)[faces]
+    # A face that uses a welded vertex twice has no area.
+    has_three_vertices = (welded_faces != np.roll(welded_faces, 1, axis=1)).all(axis=1)
+    proper_faces = welded_faces[has_three_vertices]
+    _, first_occurrence = np.unique(np.sort(proper_faces, axis=1), axis=0, return_index=True)
     # Sorted, so that the faces keep the order of the file.
-    single = proper[np.sort(earliest)]
-    if not len(single):
-        raise ValueError("expected a mesh with an area, got only faces without area. Export the mesh again.")
-    points, single = _used(x[first], single)
+    unique_faces = proper_faces[np.sort(first_occurrence)]
+    if not len(unique_faces):
+        raise ValueError("The mesh has no face with an area. Export the mesh again.")
+    points, unique_faces = _drop_unused(x[first_vertex], unique_faces)
     mesh = CleanMesh(
         vertices=points,
-        faces=single,
+        faces=unique_faces,
         edge=edge,
         welded=len(x) - len(cells),
-        degenerate=int((~kept).sum()),
-        duplicate=len(proper) - len(single),
+        degenerate=int((~has_three_vertices).sum()),
+        duplicate=len(proper_faces) - len(unique_faces),
         raw_open_share=_open_share(faces, len(x)),
         tolerance=tolerance,
     )
+    # Faces with three different vertices on a line have no area either.
     if not face_areas(mesh)[1].sum() > 0:
-        raise ValueError("expected a mesh with an area, got only faces without area. Export the mesh again.")
+        raise ValueError("The mesh has no face with an area. Export the mesh again.")
     return mesh
 
 
 def face_areas(mesh: CleanMesh) -> tuple[np.ndarray, np.ndarray]:
-    """Compute unit normals [F, 3], zero where a face has no area, and areas [F]."""
+    """Compute the unit normals [F, 3] and the areas [F] of all faces. Faces without area have the normal
+    0."""
     a, b, c = (mesh.vertices[mesh.faces[:, i]] for i in range(3))
     normals = np.cross(b - a, c - a)
-    double = np.linalg.norm(normals, axis=1)
+    double_area = np.linalg.norm(normals, axis=1)
     return (
-        np.divide(normals, double[:, None], out=np.zeros_like(normals), where=double[:, None] > 0),
-        double / 2,
+        np.divide(normals, double_area[:, None], out=np.zeros_like(normals), where=double_area[:, None] > 0),
+        double_area / 2,
     )
 
 
-def _used(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Drop the vertices that no face uses, and renumber the faces."""
-    used = np.zeros(len(vertices), dtype=bool)
-    used[faces.reshape(-1)] = True
-    return vertices[used], (np.cumsum(used) - 1)[faces]
+def _drop_unused(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Drop the vertices that no face uses, and renumber the vertices in the faces."""
+    is_used = np.zeros(len(vertices), dtype=bool)
+    is_used[faces.reshape(-1)] = True
+    # The new number of a vertex is the count of used vertices before it.
+    return vertices[is_used], (np.cumsum(is_used) - 1)[faces]
 
 
-def _open_share(faces: np.ndarray, vertices: int) -> float:
-    """Compute the share of edges that only one face uses."""
-    ends = np.sort(faces[:, [0, 1, 1, 2, 2, 0]].reshape(-1, 2), axis=1)
-    # A face that uses a vertex twice has an edge of length 0, which is not an edge.
-    ends = ends[ends[:, 0] != ends[:, 1]]
-    _, count = np.unique(ends[:, 0] * vertices + ends[:, 1], return_counts=True)
-    return float((count == 1).mean()) if len(count) else 0.0
+def _open_share(faces: np.ndarray, vertex_count: int) -> float:
+    """Compute the share of edges that only one face uses, 0..1; 0 without any edge."""
+    # The two vertices of each of the three edges of each face, smaller index first
+    edge_vertices = np.sort(faces[:, [0, 1, 1, 2, 2, 0]].reshape(-1, 2), axis=1)
+    # A face that uses a vertex twice has an edge of length 0, which does not count.
+    edge_vertices = edge_vertices[edge_vertices[:, 0] != edge_vertices[:, 1]]
+    # One integer per edge, since np.unique is faster on integers than on rows.
+    _, face_counts = np.unique(edge_vertices[:, 0] * vertex_count + edge_vertices[:, 1], return_counts=True)
+    return float((face_counts == 1).mean()) if len(face_counts) else 0.0

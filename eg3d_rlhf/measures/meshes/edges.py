@@ -1,10 +1,14 @@
-"""Analyse the edges of a mesh: closed, manifold, consistently wound; parts, rims, handles.
+"""Analyse the edges of a mesh: find out if it is closed, manifold and consistently wound, and count its
+parts.
 
-Two faces are neighbours if they share an edge, independent of their winding. A corner is a face at a vertex.
-Corners around a vertex that shared edges connect form a fan. A vertex with several fans is pinched.
+Two faces are neighbours if they share an edge, independent of their winding. A part is a connected set of
+faces. A corner is a vertex of one face, and a half-edge is an edge of one face, in the direction of its
+winding. The corners at a vertex that are connected by shared edges form a fan. A vertex with several fans is
+called pinched. A rim is a closed loop of open edges, which are edges with one face.
 
-Letters: V vertices, F faces, E unique edges, C = 3F corners (corner 3f + i belongs to face f; half-edge
-3f + i runs from it to the next one).
+Shapes: V vertices, F faces, E unique edges, C = 3F corners or half-edges. Corner 3f + i is corner i of face
+    f,
+and half-edge 3f + i runs from that corner to the next corner of the face.
 """
 
 import functools
@@ -17,7 +21,7 @@ from eg3d_rlhf.measures.surface import connected, topology
 
 
 class Edges:
-    """Unique edges of a clean mesh and the faces at each of them."""
+    """Unique edges of a clean mesh, and the faces at each edge."""
 
     def __init__(self, mesh: CleanMesh):
         self.mesh = mesh
@@ -26,128 +30,153 @@ class Edges:
         low = np.minimum(start, end)
         high = np.maximum(start, end)
         key = low * len(mesh.vertices) + high  # one integer per undirected edge
-        self.order = np.argsort(key, kind="stable")  # half-edges [C], those of one edge together
-        new = np.flatnonzero(np.diff(key[self.order], prepend=-1))  # where the next edge begins
-        self.faces = np.diff(np.append(new, len(key)))  # [E] number of faces at each edge
-        first = self.order[new]
-        self.ends = np.stack([low[first], high[first]], axis=1)  # [E, 2]
-        # [C] bool, in sorted order: the half-edge runs from the lower vertex number to the higher one
+        self.order = np.argsort(
+            key, kind="stable"
+        )  # half-edges [C], sorted so that those of an edge are together
+        # [E] position in `order` of the first half-edge of each edge
+        self.edge_starts = np.flatnonzero(np.diff(key[self.order], prepend=-1))
+        self.faces = np.diff(np.append(self.edge_starts, len(key)))  # [E] number of faces at each edge
+        first_half_edge = self.order[self.edge_starts]
+        # [E, 2] vertices of each edge, the lower number first
+        self.ends = np.stack([low[first_half_edge], high[first_half_edge]], axis=1)
+        # [C] bool in the order of `order`: the half-edge runs from the lower vertex number to the higher one
         self.upward = (start < end)[self.order]
-        self.new = new
 
     @functools.cached_property
     def lengths(self) -> np.ndarray:
-        """Lengths of the edges, [E]."""
-        a, b = (self.mesh.vertices[self.ends[:, i]] for i in range(2))
-        return np.linalg.norm(b - a, axis=1)
+        """Lengths [E] of the edges."""
+        start, end = (self.mesh.vertices[self.ends[:, i]] for i in range(2))
+        return np.linalg.norm(end - start, axis=1)
 
     @functools.cached_property
     def pairs(self) -> tuple[np.ndarray, np.ndarray]:
-        """The two half-edges of every edge with exactly two faces, [number of such edges] each."""
-        at = self.new[self.faces == 2]
-        return self.order[at], self.order[at + 1]
+        """First and second half-edge of every edge with exactly two faces; two arrays, one entry per edge."""
+        starts = self.edge_starts[self.faces == 2]
+        return self.order[starts], self.order[starts + 1]
 
     @functools.cached_property
     def flipped(self) -> np.ndarray:
-        """For every edge with exactly two faces, True if both run through it in the same direction."""
-        at = self.new[self.faces == 2]
-        return self.upward[at] == self.upward[at + 1]
+        """True for every edge with exactly two faces that run through the edge in the same direction.
+
+        The array has one entry per edge with exactly two faces. Consistently wound faces run through their
+        common edge in opposite directions.
+        """
+        starts = self.edge_starts[self.faces == 2]
+        return self.upward[starts] == self.upward[starts + 1]
 
     @functools.cached_property
     def neighbours(self) -> tuple[np.ndarray, np.ndarray]:
-        """Pairs of half-edges that follow one another at the same edge; they chain all faces at that edge."""
-        follows = np.ones(len(self.order), dtype=bool)
-        follows[self.new] = False  # the first half-edge of an edge follows none
-        at = np.flatnonzero(follows)
-        return self.order[at - 1], self.order[at]
+        """Pairs of half-edges at the same edge, as two arrays.
+
+        At an edge with n faces there are n - 1 pairs, which connect all these faces.
+        """
+        has_predecessor = np.ones(len(self.order), dtype=bool)
+        has_predecessor[self.edge_starts] = False  # the first half-edge of an edge has none
+        positions = np.flatnonzero(has_predecessor)
+        return self.order[positions - 1], self.order[positions]
 
     @functools.cached_property
     def part(self) -> tuple[np.ndarray, int]:
-        """The part [F] of each face, and the number of parts."""
+        """Number [F] of the part of each face, and the count of parts."""
         a, b = self.neighbours
-        return connected([(a // 3, b // 3)], len(self.mesh.faces))
+        return connected([(a // 3, b // 3)], len(self.mesh.faces))  # half-edge 3f + i belongs to face f
 
     @functools.cached_property
     def fan(self) -> tuple[np.ndarray, int]:
-        """The fan [C] of each corner, and the number of fans."""
+        """Number [C] of the fan of each corner, and the count of fans."""
         a, b = self.neighbours
         vertex = self.mesh.faces.reshape(-1)
-        # Two half-edges at one edge join two pairs of corners, one at each end of the edge. If both run the
-        # same way, starts belong together; otherwise the start of one belongs to the end of the other.
-        same = vertex[a] == vertex[b]
-        after_a = _after(a)
-        after_b = _after(b)
-        corners = np.concatenate([a, after_a])
-        partners = np.concatenate([np.where(same, b, after_b), np.where(same, after_b, b)])
+        # Two half-edges a and b at one edge connect two pairs of corners, one at each
+        # end of the edge. If both run in the same direction, their starts belong
+        # together. Otherwise the start of a belongs to the end of b.
+        same_direction = vertex[a] == vertex[b]
+        end_of_a = _next_half_edge(a)
+        end_of_b = _next_half_edge(b)
+        corners = np.concatenate([a, end_of_a])
+        partners = np.concatenate(
+            [np.where(same_direction, b, end_of_b), np.where(same_direction, end_of_b, b)]
+        )
         return connected([(corners, partners)], 3 * len(self.mesh.faces))
 
     def rims(self) -> int:
         """Count loops of open edges. Two loops that touch at a pinched vertex count as two."""
-        half = self.order[self.new[self.faces == 1]]
-        if not len(half):
+        open_half_edges = self.order[self.edge_starts[self.faces == 1]]
+        if not len(open_half_edges):
             return 0
-        # Fans and not vertices are the nodes: at a pinched vertex, each loop passes through its own fan.
-        label, count = self.fan
-        ends = np.stack([label[half], label[_after(half)]])
-        names, ends = np.unique(ends, return_inverse=True)
+        # The nodes of the loops are fans and not vertices: at a pinched vertex, each loop has its own fan.
+        fan, _ = self.fan
+        end_fans = np.stack([fan[open_half_edges], fan[_next_half_edge(open_half_edges)]])
+        # Renumber the fans at rims from 0. numpy versions differ in the shape of the inverse.
+        rim_fans, ends = np.unique(end_fans, return_inverse=True)
         ends = ends.reshape(2, -1)
-        return connected([(ends[0], ends[1])], len(names))[1]
+        return connected([(ends[0], ends[1])], len(rim_fans))[1]
 
 
 def edge_measures(edges: Edges) -> dict:
-    """Compute counts and shares by name; docs/guides/check-assets.md explains them."""
+    """Compute all measures of a mesh that follow from its edges and faces.
+
+    Returns: measures by name, as JSON values; docs/guides/check-assets.md explains them. Lengths, areas and
+        volumes are in units of the longest edge of the bounding box.
+    """
     mesh = edges.mesh
     _, areas = face_areas(mesh)
     area = float(areas.sum())
-    single = edges.faces == 1
-    shared = edges.faces > 2
-    part, parts = edges.part
+    is_open = edges.faces == 1
+    is_nonmanifold = edges.faces > 2
+    part, part_count = edges.part
     # A vertex with k fans is pinched k - 1 times.
     pinched = edges.fan[1] - len(mesh.vertices)
     euler = len(mesh.vertices) - len(edges.ends) + len(mesh.faces)
     rims = edges.rims()
-    part_areas = np.bincount(part, areas, parts)
-    part_volumes = np.bincount(part, face_volumes(mesh.vertices, mesh.faces), parts)
-    summed = float(np.abs(part_volumes).sum())
+    part_areas = np.bincount(part, areas, part_count)
+    part_volumes = np.bincount(part, face_volumes(mesh.vertices, mesh.faces), part_count)
+    total_volume = float(np.abs(part_volumes).sum())
     surfaces = topology(mesh.vertices, mesh.faces)
     return {
         "faces": len(mesh.faces),
         "area": area,
         "volume": float(part_volumes.sum()),
-        "open_edges": int(single.sum()),
-        "open_share": float(single.mean()),
-        # Divided by the root of the area, so that it does not depend on the unit.
-        "open_length": float(edges.lengths[single].sum()) / area**0.5,
-        "nonmanifold_edges": int(shared.sum()),
+        "open_edges": int(is_open.sum()),
+        "open_share": float(is_open.mean()),
+        # Divided by the square root of the area, so that it does not depend on the size of the mesh.
+        "open_length": float(edges.lengths[is_open].sum()) / area**0.5,
+        "nonmanifold_edges": int(is_nonmanifold.sum()),
         "pinched": pinched,
         "flipped_share": float(edges.flipped.mean()) if len(edges.flipped) else 0.0,
-        "closed": not single.any(),
-        "manifold": not shared.any() and pinched == 0,
+        "closed": not is_open.any(),
+        "manifold": not is_nonmanifold.any() and pinched == 0,
         "oriented": not edges.flipped.any(),
         "euler": euler,
         "rims": rims,
         # Euler's formula, summed over parts: euler = 2 parts - 2 genus - rims
-        "genus": (2 * parts - rims - euler) / 2,
-        "parts": parts,
+        "genus": (2 * part_count - rims - euler) / 2,
+        "parts": part_count,
         "bodies": surfaces.parts,
         "cavities": surfaces.cavities,
         "main_area": float(part_areas.max()) / area,
-        "main_volume": float(np.abs(part_volumes).max()) / summed if summed > 0 else 0.0,
+        "main_volume": float(np.abs(part_volumes).max()) / total_volume if total_volume > 0 else 0.0,
     }
 
 
 def bend(edges: Edges) -> float:
-    """Compute the sum over edges of length times |angle between the faces' normals| / 2.
+    """Compute how strongly a surface is bent: the sum over edges of length times angle between normals, / 2.
 
-    For a smooth surface, it is the integral of (|k1| + |k2|) / 2, with the principal curvatures k1 and k2.
+    Only edges with exactly two faces count, and the angle (radians) is between the normals of the two faces.
+    For a smooth surface, the sum approaches the integral of (|k1| + |k2|) / 2, where k1 and k2 are the
+    principal curvatures.
     """
     normals, _ = face_areas(edges.mesh)
-    a, b = (normals[half // 3] for half in edges.pairs)
+    first_normals, second_normals = (normals[half_edges // 3] for half_edges in edges.pairs)
     # The arc tangent is accurate for small angles, where the arc cosine is not.
-    angle = np.arctan2(np.linalg.norm(np.cross(a, b), axis=1), (a * b).sum(axis=1))
-    return float((edges.lengths[edges.faces == 2] * angle).sum()) / 2
+    sines = np.linalg.norm(np.cross(first_normals, second_normals), axis=1)
+    angles = np.arctan2(sines, (first_normals * second_normals).sum(axis=1))
+    return float((edges.lengths[edges.faces == 2] * angles).sum()) / 2
 
 
-def _after(half: np.ndarray) -> np.ndarray:
-    """Return the next half-edge in the same face."""
-    return np.where(half % 3 == 2, half - 2, half + 1)
+def _next_half_edge(half_edges: np.ndarray) -> np.ndarray:
+    """Return for each half-edge the next half-edge of the same face.
+
+    Its number is also that of the corner in which the given half-edge ends.
+    """
+    # Half-edges of a face are 3f, 3f + 1 and 3f + 2; the one after 3f + 2 is 3f.
+    return np.where(half_edges % 3 == 2, half_edges - 2, half_edges + 1)

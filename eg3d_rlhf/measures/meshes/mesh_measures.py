@@ -2,10 +2,11 @@
 
     measure_mesh(clean_mesh(vertices, faces))["closed"]
 
-docs/guides/check-assets.md describes what each measure means and which meshes mislead it. libigl is required,
-and manifold3d for `overlap`. Embree is optional and makes rays faster.
+docs/guides/check-assets.md describes each measure, and the meshes for which it gives a wrong result. libigl
+is required, and manifold3d for `overlap`. Embree is optional and makes rays faster.
 
-Letters: V vertices, F faces, P parts, or points of the foot.
+Shapes: V vertices, F faces, P points. A part is a connected set of faces, see `edges`. Voxels are bool arrays
+[x, y, z] over the unit cube around the origin.
 """
 
 import math
@@ -21,22 +22,23 @@ from eg3d_rlhf.measures.meshes.edges import Edges, bend, edge_measures
 from eg3d_rlhf.measures.meshes.settings import MeasureOptions
 from eg3d_rlhf.measures.meshes.space import OFFSET, Space, sample, side_measures, solid_library
 
-VOXELS = 32  # per edge of the cube, for symmetry, hollows and the mass of open bodies
-MOST_BODIES = 256  # parts whose union is computed; with more of them, `overlap` is None
-FOOT = 0.01  # of the height: vertices up to this height above the lowest one touch the ground
-STANDS = 3.0  # degrees; a body that can be tilted by at least this angle stands
-STEEP = math.cos(math.radians(45))  # overhang: least downward component of the normal
-GROUND = 0.02  # overhang: share of the height that counts as ground
+VOXELS = 32  # voxels per side of the cube, for symmetry, hollows and the mass of open bodies
+MOST_BODIES = 256  # largest number of parts whose union is computed; with more parts, `overlap` is None
+FOOT = 0.01  # share of the height: vertices up to this height above the lowest one touch the ground
+STANDS = 3.0  # degrees; a body that can be tilted by at least this angle is said to stand
+STEEP = math.cos(math.radians(45))  # smallest downward component of the normal of an overhanging face
+GROUND = 0.02  # share of the height: lower faces count as lying on the ground and not as overhangs
 
 
 DEFAULT = MeasureOptions()
 
 
 def measure_mesh(mesh: CleanMesh, options: MeasureOptions = DEFAULT) -> dict:
-    """Compute every measure by name; lengths are in longest edges, and angles in degrees.
+    """Compute all measures of a mesh.
 
-    A measure that is not defined for the mesh is None.
-    Raises: ValueError naming the extra `solid` if a library is missing.
+    Returns: the measures by name, as JSON values. Lengths are shares of the longest edge of the bounding box,
+        and angles are in degrees. A measure that is not defined for the mesh is None.
+    Raises: ValueError if a library of the extra `solid` is not installed.
     """
     edges = Edges(mesh)
     space = Space(mesh)
@@ -48,16 +50,16 @@ def measure_mesh(mesh: CleanMesh, options: MeasureOptions = DEFAULT) -> dict:
         "raw_open_share": mesh.raw_open_share,
         **edge_measures(edges),
     }
+    # All measures of sides are estimated from the same random points.
     points, normals = sample(mesh, options.samples, options.seed)
-    # Estimates from the same random points
     measures |= side_measures(space, points, normals, options.thin, options.rays, options.seed)
     # Only a closed and consistently wound mesh has an inside that the sign of a volume can describe.
-    body = measures["closed"] and measures["oriented"]
-    negative = negative_parts(edges) if body else np.zeros(0, dtype=np.int64)
+    has_inside = measures["closed"] and measures["oriented"]
+    negative = negative_parts(edges) if has_inside else np.zeros(0, dtype=np.int64)
     # A part of negative volume is a cavity if other parts contain it, and an inverted body otherwise.
-    inverted = negative[~contained(edges, space, negative)]
+    inverted = negative[~find_contained(edges, space, negative)]
     solid = space.voxels(VOXELS)
-    hull = hull_of(mesh)
+    hull = convex_hull(mesh)
     mass, centre = mass_centre(mesh, measures, solid, hull if options.hull_mass else None)
     degrees = tip(mesh.vertices, centre)
     measures |= {
@@ -65,7 +67,7 @@ def measure_mesh(mesh: CleanMesh, options: MeasureOptions = DEFAULT) -> dict:
         "overhang": overhang(mesh),
         "tip": degrees,
         "stands": stability(degrees),
-        # What carries the mass, see `mass_centre`
+        # Name of the body whose mass is assumed, see `mass_centre`
         "mass": mass,
         "solidity": None,
         "bend": None,
@@ -73,34 +75,35 @@ def measure_mesh(mesh: CleanMesh, options: MeasureOptions = DEFAULT) -> dict:
     # A flat mesh has no hull, so measures relative to the hull stay None.
     if hull is not None:
         measures |= {
-            # 1 for convex bodies, smaller for others
+            # 1 for convex bodies, smaller for all other bodies
             "solidity": measures["volume"] / signed_volume(hull),
-            # 1 for convex bodies, larger for rough ones
+            # 1 for convex bodies, larger for rough surfaces
             "bend": bend(edges) / bend(Edges(hull)),
         }
     # `fill` also fills hollows whose openings are narrower than a ball of radius `leak`, in voxels here.
     inner = 1 - solid.sum() / fill(solid, options.leak * VOXELS).sum() if solid.any() else None
     return measures | {
         "crossing": float(space.crossing_faces(edges).mean()),
-        "overlap": overlap(edges, np.setdiff1d(negative, inverted)) if body else None,
+        "overlap": overlap(edges, np.setdiff1d(negative, inverted)) if has_inside else None,
         "symmetry": mirror_overlap(solid),
         "inner": None if inner is None else float(inner),
     }
 
 
 def signed_volume(mesh: CleanMesh) -> float:
-    """Return the volume that the mesh encloses; negative if the mesh is inside out."""
+    """Compute the volume that the mesh encloses. It is negative if the faces are wound inwards."""
     return float(face_volumes(mesh.vertices, mesh.faces).sum())
 
 
-def hull_of(mesh: CleanMesh) -> CleanMesh | None:
-    """Return the convex hull, wound outwards, or None for a flat mesh."""
+def convex_hull(mesh: CleanMesh) -> CleanMesh | None:
+    """Compute the convex hull of a mesh, wound outwards. Returns None if all vertices lie in a plane."""
     try:
         hull = ConvexHull(mesh.vertices)
     except (QhullError, ValueError):  # all vertices in one plane, or too few of them
         return None
     faces = hull.simplices.astype(np.int64)
-    # scipy does not orient the triangles of a hull. Its equations hold outward normals.
+    # scipy does not orient the triangles of a hull. The first three columns of its equations are their
+    # outward normals. Reversing the vertices of a face turns the face around.
     a, b, c = (mesh.vertices[faces[:, i]] for i in range(3))
     inwards = (np.cross(b - a, c - a) * hull.equations[:, :3]).sum(axis=1) < 0
     faces[inwards] = faces[inwards][:, ::-1]
@@ -111,12 +114,22 @@ def hull_of(mesh: CleanMesh) -> CleanMesh | None:
 def mass_centre(
     mesh: CleanMesh, measures: dict, solid: np.ndarray, hull: CleanMesh | None
 ) -> tuple[str, np.ndarray]:
-    """Return the name of what carries the mass, and its centre [3].
+    """Compute the centre of mass of a mesh.
 
-    These are the hull if it is given, the volume of a closed mesh, the voxels inside an open mesh, or the
-    area of a sheet.
+    The mass fills the first of these bodies that has a volume: the hull if `hull` is given, the inside of a
+    closed and consistently wound mesh, the inner voxels of an open mesh that is not mainly a sheet. Otherwise
+    the mass is spread over the area of the faces.
+
+    Args:
+        mesh: cleaned mesh.
+        measures: measures 'closed', 'oriented' and 'sheet' of the mesh.
+        solid: voxels inside the mesh.
+        hull: convex hull of the mesh, or None.
+
+    Returns: 'hull', 'volume', 'voxels' or 'area', and the centre [3].
     """
-    # Each case falls through to the next one if its volume is zero.
+    # A centre is None if the volume is zero; the next case then applies. A mesh counts as a sheet if more
+    # than half of its samples have no material on either side.
     if hull is not None and (centre := volume_centre(hull)) is not None:
         return "hull", centre
     if measures["closed"] and measures["oriented"] and (centre := volume_centre(mesh)) is not None:
@@ -128,50 +141,65 @@ def mass_centre(
 
 def negative_parts(edges: Edges) -> np.ndarray:
     """Return the numbers of the parts that enclose a negative volume."""
-    part, parts = edges.part
-    return np.flatnonzero(np.bincount(part, face_volumes(edges.mesh.vertices, edges.mesh.faces), parts) < 0)
+    part, part_count = edges.part
+    part_volumes = np.bincount(part, face_volumes(edges.mesh.vertices, edges.mesh.faces), part_count)
+    return np.flatnonzero(part_volumes < 0)
 
 
-def contained(edges: Edges, space: Space, numbers: np.ndarray) -> np.ndarray:
-    """Return for each of the numbered parts whether other parts contain it, as bool [len(numbers)].
+def find_contained(edges: Edges, space: Space, numbers: np.ndarray) -> np.ndarray:
+    """Return bool [len(numbers)]: True for each of the given parts that lies inside other parts.
 
-    It is contained if the winding number of all other parts, at a point beside its largest face, is not 0.
+    A part lies inside if the winding number of all other parts, at a point beside the largest face of the
+    part, is not 0.
+
+    Args:
+        edges: edges of the mesh.
+        space: the same mesh, for winding numbers.
+        numbers: numbers of the parts to test.
     """
     mesh = edges.mesh
     part, _ = edges.part
     normals, areas = face_areas(mesh)
-    result = np.zeros(len(numbers), dtype=bool)
+    is_contained = np.zeros(len(numbers), dtype=bool)
     for i, number in enumerate(numbers):
         part_faces = np.flatnonzero(part == number)
         face = part_faces[areas[part_faces].argmax()]
         # Beside the face and not on it: on a surface, winding numbers are not defined.
         point = (mesh.vertices[mesh.faces[face]].mean(axis=0) + OFFSET * normals[face])[None]
-        # All other parts; libigl needs contiguous arrays.
-        rest = np.ascontiguousarray(mesh.faces[part != number])
-        result[i] = (
-            bool(len(rest)) and abs(float(space.igl.winding_number(mesh.vertices, rest, point)[0])) > 0.5
+        # libigl needs contiguous arrays.
+        other_faces = np.ascontiguousarray(mesh.faces[part != number])
+        # Winding numbers are close to integers, so 0.5 separates 0 from all others.
+        is_contained[i] = (
+            bool(len(other_faces))
+            and abs(float(space.igl.winding_number(mesh.vertices, other_faces, point)[0])) > 0.5
         )
-    return result
+    return is_contained
 
 
 def overlap(edges: Edges, cavities: np.ndarray) -> float | None:
-    """Compute the overlap of several bodies: 1 - volume of their union / summed volume.
+    """Compute the overlap of the bodies of a mesh, 1 - (volume of their union) / (sum of their volumes).
 
-    The volume of cavities is subtracted from both. Returns None if manifold3d rejects a part as not solid, or
-    if there are more than MOST_BODIES parts.
-    Args: cavities: numbers of the parts that are cavities.
+    The volume of cavities is subtracted from both volumes.
+
+    Args:
+        edges: edges of a closed and consistently wound mesh.
+        cavities: numbers of the parts that are cavities.
+
+    Returns: the overlap, 0..1; 0 for a single part. None if manifold3d rejects a part as not solid, if there
+        are more than MOST_BODIES parts, or if the volumes sum to 0.
+    Raises: ValueError if manifold3d is needed and not installed.
     """
     mesh = edges.mesh
-    part, parts = edges.part
+    part, part_count = edges.part
     # A single part cannot overlap another one, and needs no manifold3d.
-    if parts == 1:
+    if part_count == 1:
         return 0.0
-    if parts > MOST_BODIES:
+    if part_count > MOST_BODIES:
         return None
     manifold3d = solid_library("manifold3d")
     bodies: list = []
     hollows: list = []
-    for number in range(parts):
+    for number in range(part_count):
         vertices, faces = compact(mesh.vertices, mesh.faces[part == number])
         if face_volumes(vertices, faces).sum() < 0:
             # manifold3d accepts only parts that are wound outwards.
@@ -179,96 +207,122 @@ def overlap(edges: Edges, cavities: np.ndarray) -> float | None:
         body = manifold3d.Manifold(manifold3d.Mesh64(np.ascontiguousarray(vertices), faces.astype(np.uint64)))
         if body.status() != manifold3d.Error.NoError:
             return None
-        # A cavity is subtracted and not united.
-        (hollows if number in cavities else bodies).append(body)
-    hollow = sum(cavity.volume() for cavity in hollows)
-    summed = sum(body.volume() for body in bodies) - hollow
-    union = manifold3d.Manifold.batch_boolean(bodies, manifold3d.OpType.Add).volume() - hollow
+        # Cavities are not part of the union; their volume is subtracted below.
+        if number in cavities:
+            hollows.append(body)
+        else:
+            bodies.append(body)
+    hollow_volume = sum(cavity.volume() for cavity in hollows)
+    total_volume = sum(body.volume() for body in bodies) - hollow_volume
+    union_volume = manifold3d.Manifold.batch_boolean(bodies, manifold3d.OpType.Add).volume() - hollow_volume
     # Rounding can make the union slightly larger than the sum.
-    return max(0.0, 1 - union / summed) if summed > 0 else None
+    return max(0.0, 1 - union_volume / total_volume) if total_volume > 0 else None
 
 
 def mirror_overlap(solid: np.ndarray) -> float:
-    """Compute the IoU of voxels [x, y, z] and their mirror image in x; 1 if all are empty."""
+    """Compute the intersection over union, 0..1, of voxels [x, y, z] and their mirror image in x.
+
+    The result is 1 if all voxels are empty.
+    """
     union = (solid | solid[::-1]).sum()
     return float((solid & solid[::-1]).sum() / union) if union else 1.0
 
 
-# Static stability: by how many degrees a body can be tilted before its centre of mass leaves its foot. The
-# foot is the convex hull of the vertices that touch the ground, since MuJoCo collides convex hulls. The
-# mass is that of the body, not that of its hull (which MuJoCo and DSO use). Between 0 and 3 degrees the
-# result depends too much on tolerances to be called either way. A ball gets 7.6 degrees, because vertices
-# up to a small height count as touching.
+# Static stability is measured as the angle in degrees by which a body can be tilted until its centre of mass
+# is no longer above its foot. The foot is the convex hull of the vertices that touch the ground, as in the
+# physics simulator MuJoCo, which computes contacts of convex hulls. By default the mass is that of the body
+# itself; MuJoCo and DSO use its convex hull. Between 0 and 3 degrees the result depends too much on
+# tolerances to say if the body stands. A ball gets 7.6 degrees, because vertices up to a small height count
+# as touching the ground.
 
 
 def tip(vertices: np.ndarray, centre: np.ndarray) -> float:
-    """Compute by how many degrees a body with vertices [V, 3] and centre of mass [3] can be tilted; y is up.
+    """Compute the angle in degrees by which a body can be tilted before it falls.
 
-    The angle is atan2(signed distance of the projected centre to the border of the foot, height of the centre
-    above the ground). It is negative if the body falls without being tilted.
+    The angle is atan2(d, h). d is the distance of the centre of mass to the border of the foot, in the
+    horizontal plane and positive inside the foot. h is the height of the centre above the ground. The angle
+    is negative if the body falls without being tilted.
+
+    Args:
+        vertices: vertices [V, 3]; y points up.
+        centre: centre of mass [3].
     """
     low = float(vertices[:, 1].min())
     high = float(vertices[:, 1].max())
+    # Horizontal coordinates x and z of the vertices that touch the ground
     foot = vertices[vertices[:, 1] <= low + FOOT * (high - low)][:, [0, 2]]
     return math.degrees(math.atan2(inside_distance(foot, centre[[0, 2]]), float(centre[1]) - low))
 
 
 def inside_distance(foot: np.ndarray, point: np.ndarray) -> float:
-    """Compute the distance of a point [2] to the border of the convex hull of points [P, 2].
+    """Compute the signed distance of a point to the border of the convex hull of other points.
 
-    It is positive inside, and negative or 0 outside. A hull that is a line or a point has no inside.
+    The distance is positive inside the hull, and negative or 0 outside. A hull that is a line or a single
+    point has no inside.
+
+    Args:
+        foot: points [P, 2], P >= 1.
+        point: point [2].
     """
     foot = np.unique(foot, axis=0)
     try:
         hull = ConvexHull(foot)
     except (QhullError, ValueError):  # all points on a line, or a single one
-        # The first right singular vector is the direction of the line.
-        along = np.linalg.svd(foot - foot.mean(axis=0), full_matrices=False)[2][0]
-        at = foot @ along
-        return -_to_segment(foot[at.argmin()], foot[at.argmax()], point)
+        # The first right singular vector is the direction of the line; its ends are the extreme points.
+        line_direction = np.linalg.svd(foot - foot.mean(axis=0), full_matrices=False)[2][0]
+        positions = foot @ line_direction
+        return -_to_segment(foot[positions.argmin()], foot[positions.argmax()], point)
     # Signed distances to the lines through the hull's sides, negative inside. Outside, the nearest point may
     # be a corner, so distances to the sides themselves are needed.
-    outside = float((hull.equations[:, :2] @ point + hull.equations[:, 2]).max())
-    if outside <= 0:
-        return -outside
+    line_distance = float((hull.equations[:, :2] @ point + hull.equations[:, 2]).max())
+    if line_distance <= 0:
+        return -line_distance
     return -min(_to_segment(foot[a], foot[b], point) for a, b in hull.simplices)
 
 
 def _to_segment(a: np.ndarray, b: np.ndarray, point: np.ndarray) -> float:
     """Compute the distance of a point [2] to the line segment from a to b."""
-    along = b - a
-    squared = float(along @ along)
-    # Position of the perpendicular's foot along the segment, clamped to its ends; 0 for a segment of length
-    # 0.
-    t = min(max(float((point - a) @ along) / squared, 0.0), 1.0) if squared else 0.0
-    return float(np.linalg.norm(point - a - t * along))
+    segment = b - a
+    squared_length = float(segment @ segment)
+    # Position of the nearest point along the segment, 0 at a and 1 at b; 0 for a segment of length 0
+    t = min(max(float((point - a) @ segment) / squared_length, 0.0), 1.0) if squared_length else 0.0
+    return float(np.linalg.norm(point - a - t * segment))
 
 
 def volume_centre(mesh: CleanMesh) -> np.ndarray | None:
-    """Return the centre of mass [3] of a closed mesh's volume, or None if that is 0."""
+    """Compute the centre of mass [3] of the volume that a closed mesh encloses.
+
+    Returns None if the volume is 0.
+    """
     volumes = face_volumes(mesh.vertices, mesh.faces)
-    total = volumes.sum()
+    total_volume = volumes.sum()
+    if abs(total_volume) < 1e-12:
+        return None
     # The centre of a tetrahedron from the origin to a face is the sum of the face's corners over 4.
-    return None if abs(total) < 1e-12 else volumes @ mesh.vertices[mesh.faces].sum(axis=1) / 4 / total
+    return volumes @ mesh.vertices[mesh.faces].sum(axis=1) / 4 / total_volume
 
 
 def area_centre(mesh: CleanMesh) -> np.ndarray:
-    """Return the centre of mass [3] of a sheet of constant thickness."""
+    """Compute the centre of mass [3] of a mesh whose faces are sheets of constant thickness."""
     _, areas = face_areas(mesh)
     return areas @ mesh.vertices[mesh.faces].mean(axis=1) / areas.sum()
 
 
 def voxel_centre(solid: np.ndarray) -> np.ndarray | None:
-    """Return the centre of mass [3] of voxels [x, y, z] of the unit cube, or None if all are empty."""
-    return (
-        np.argwhere(solid).mean(axis=0) / solid.shape[0] + 0.5 / solid.shape[0] - 0.5 if solid.any() else None
-    )
+    """Compute the centre of mass [3] of voxels [x, y, z] of the unit cube around the origin.
+
+    Returns None if all voxels are empty.
+    """
+    if not solid.any():
+        return None
+    # Index i has its centre at (i + 0.5) / n - 0.5.
+    return np.argwhere(solid).mean(axis=0) / solid.shape[0] + 0.5 / solid.shape[0] - 0.5
 
 
 def overhang(mesh: CleanMesh) -> float:
-    """Compute the share of the area that faces downwards at more than 45 degrees.
+    """Compute the share of the area, 0..1, whose normal is less than 45 degrees from straight down.
 
-    Faces within 2 % of the height above the ground do not count.
+    Faces whose centre lies in the lowest 2 % of the height do not count, because they lie on the ground.
     """
     normals, areas = face_areas(mesh)
     height = mesh.vertices[mesh.faces][:, :, 1].mean(axis=1)
@@ -279,5 +333,10 @@ def overhang(mesh: CleanMesh) -> float:
 
 
 def stability(degrees: float) -> str:
-    """Return 'stands', 'barely' or 'tips' for an angle in degrees."""
-    return "stands" if degrees >= STANDS else "tips" if degrees <= 0 else "barely"
+    """Classify the static stability of a body by the angle of `tip`, in degrees.
+
+    Returns: 'stands' from STANDS on, 'tips' at 0 and below, 'barely' in between.
+    """
+    if degrees >= STANDS:
+        return "stands"
+    return "tips" if degrees <= 0 else "barely"

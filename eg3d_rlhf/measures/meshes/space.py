@@ -1,9 +1,10 @@
-"""Determine on which side of a mesh points lie and what rays hit.
+"""Determine if points lie inside or outside a mesh, and which faces rays hit.
 
-Sides follow from the winding number, computed from solid angles by libigl. Signed crossings of rays would be
-wrong where faces coincide. Rays use Embree if it is installed, and libigl otherwise.
+A point is inside if its winding number exceeds one half. libigl computes the winding number from solid angles
+(Jacobson et al. 2013). Counting the crossings of a ray would be wrong where faces coincide. Rays use Embree
+if it is installed, and libigl otherwise. Lengths are shares of the longest edge of the bounding box.
 
-Letters: P points, R rays, F faces, K directions.
+Shapes: P points, R rays, F faces, K directions.
 """
 
 import functools
@@ -16,15 +17,19 @@ from scipy.spatial.transform import Rotation
 from eg3d_rlhf.measures.meshes.clean import CleanMesh, face_areas
 from eg3d_rlhf.measures.meshes.edges import Edges
 
-OFFSET = 1e-4  # of the longest edge: distance from the surface at which rays start and sides are determined
-_FEW = 2000  # faces up to which exact winding numbers are faster than the hierarchy
-# Fast winding numbers are accurate to .02. Those closer to one half than this are computed exactly.
+OFFSET = 1e-4  # distance from the surface at which rays start and winding numbers are computed
+_FEW = 2000  # largest number of faces for which exact winding numbers are faster than the hierarchy
+# Fast winding numbers are accurate to 0.02. Numbers closer to one half than _CLOSE are computed exactly.
 _CLOSE = 0.05
-_FIRST = 8  # directions that are tried for all samples first; most rays escape in one of them
+# Number of directions that are traced for all samples first. From most samples a ray in one of them escapes.
+_FIRST = 8
 
 
 def solid_library(name: str) -> ModuleType:
-    """Import a library of the extra `solid`. Raises: ValueError naming the extra if it is not installed."""
+    """Import a library of the package's extra `solid`.
+
+    Raises: ValueError if the library is not installed; the message names the extra.
+    """
     try:
         return importlib.import_module(name)
     except ImportError:
@@ -34,7 +39,7 @@ def solid_library(name: str) -> ModuleType:
 
 
 class Space:
-    """Clean mesh with acceleration structures, which answers queries for points and rays."""
+    """Clean mesh with search structures for points and rays, which are built at their first use."""
 
     def __init__(self, mesh: CleanMesh):
         self.igl = solid_library("igl")
@@ -63,16 +68,21 @@ class Space:
         try:
             from embreex import rtcore_scene
             from embreex.mesh_construction import TriangleMesh
-        except ImportError:  # there is no wheel for every platform
+        except ImportError:  # Embree is optional, because it has no package for some platforms
             return None
         scene = rtcore_scene.EmbreeScene()
         TriangleMesh(scene, self._vertices.astype(np.float32), self._faces.astype(np.int32))
         return scene
 
     def first_hits(self, origins: np.ndarray, directions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Intersect rays from origins [R, 3] along unit directions [R, 3] with the mesh.
+        """Find the first face that each ray hits.
 
-        Returns: distances [R] to the first face, infinite without one, and face numbers [R], -1 without one.
+        Args:
+            origins: starting points [R, 3] of the rays.
+            directions: unit directions [R, 3] of the rays.
+
+        Returns: the distances [R] to the first faces, and the indices [R] of these faces. A ray that hits no
+            face has an infinite distance and the index -1.
         """
         if not len(origins):
             return np.zeros(0), np.zeros(0, dtype=np.int64)
@@ -87,78 +97,98 @@ class Space:
         return np.where(face < 0, np.inf, hit["tfar"].astype(np.float64)), face
 
     def winding(self, points: np.ndarray) -> np.ndarray:
-        """Compute winding numbers [P] of points [P, 3] to within .02.
+        """Compute the winding numbers [P] of points [P, 3] with an error of at most 0.02.
 
-        Numbers close to one half are exact, so that the comparison `> 0.5` is exact.
+        Numbers close to one half are exact, so that the comparison `> 0.5` has the exact result.
         """
         points = np.ascontiguousarray(points, dtype=np.float64)
         if len(self._faces) <= _FEW:
             return np.asarray(self.igl.winding_number(self._vertices, self._faces, points)).reshape(-1)
         numbers = np.asarray(self._fast_winding.winding_number(points)).reshape(-1)
-        near = np.abs(numbers - 0.5) < _CLOSE
-        if near.any():
-            numbers[near] = self.igl.winding_number(self._vertices, self._faces, points[near])
+        is_close = np.abs(numbers - 0.5) < _CLOSE
+        if is_close.any():
+            numbers[is_close] = self.igl.winding_number(self._vertices, self._faces, points[is_close])
         return numbers
 
     def voxels(self, resolution: int) -> np.ndarray:
-        """Return which voxels of the unit cube around the origin are inside, as bool [x, y, z]."""
-        axis = (np.arange(resolution) + 0.5) / resolution - 0.5  # centres of voxels
-        return (
-            self.winding(np.stack(np.meshgrid(axis, axis, axis, indexing="ij"), axis=-1).reshape(-1, 3)) > 0.5
-        ).reshape(resolution, resolution, resolution)
+        """Return bool [x, y, z]: True for each voxel whose centre is inside the mesh.
+
+        The voxels divide the unit cube around the origin.
+
+        Args:
+            resolution: number of voxels per side of the cube.
+        """
+        axis = (np.arange(resolution) + 0.5) / resolution - 0.5  # coordinates of the voxels' centres
+        centres = np.stack(np.meshgrid(axis, axis, axis, indexing="ij"), axis=-1).reshape(-1, 3)
+        return (self.winding(centres) > 0.5).reshape(resolution, resolution, resolution)
 
     def crossing_faces(self, edges: Edges) -> np.ndarray:
-        """Return which faces [F] cross another one, as bool; both faces of a crossing count.
+        """Return bool [F]: True for each face that crosses another face. Both faces of a crossing count.
 
-        Two faces cross if an edge of one passes through the other and they share no corner. An edge meets a
-        face at a fraction 0 < t < 1 of its length. Crossings of faces in one plane are not defined.
+        Two faces cross if an edge of one passes through the other and they share no vertex. An edge passes
+        through a face if they meet between the ends of the edge. Crossings of faces in one plane are not
+        found.
+
+        Args:
+            edges: edges of the same mesh.
         """
         vertices = self._vertices
         faces = self._faces
         ends = edges.ends
         start = vertices[ends[:, 0]]
-        along = vertices[ends[:, 1]] - vertices[ends[:, 0]]
-        long = np.flatnonzero((along != 0).any(axis=1))  # edges of length 0 have no direction
-        # Only few edges meet a face between their ends. Searching for the first hit is cheap and searching
-        # for all hits is not, since a ray does not end with its edge. So the cheap search selects edges. It
-        # starts OFFSET / 2 after the edge's start, beyond the faces there, and ends before the faces at the
-        # edge's end.
-        inside = start[long] + OFFSET / 2 * along[long]
-        first, _, _ = self.tree.intersect_ray_first(vertices, faces, inside, along[long], 1 - OFFSET)
-        long = long[np.asarray(first) >= 0]
-        # Per edge a list of hits (face, t, u, v)
-        edge_hits = self.tree.intersect_ray(vertices, faces, start[long], along[long])
-        rows = [
-            (edge, hit[0])
-            for edge, hits in zip(long, edge_hits, strict=True)
-            for hit in hits
-            if OFFSET < hit[1] < 1 - OFFSET
-        ]
-        crossed = np.zeros(len(faces), dtype=bool)
-        if rows:
-            edge, face = np.array(rows).T
-            # The edge's own faces always touch it, at a shared corner, and do not count.
-            no_shared_corner = (faces[face][:, :, None] != ends[edge][:, None, :]).all(axis=(1, 2))
-            passing = np.zeros(len(ends), dtype=bool)
-            passing[edge[no_shared_corner]] = True
-            crossed[face[no_shared_corner]] = True
-            # An edge that passes through a face belongs to faces which cross that face, too.
-            crossed[edges.order[np.repeat(passing, edges.faces)] // 3] = True
-        return crossed
+        edge_vector = vertices[ends[:, 1]] - vertices[ends[:, 0]]
+        candidates = np.flatnonzero((edge_vector != 0).any(axis=1))  # edges of length 0 have no direction
+        # Only few edges meet a face between their ends. Searching for the first hit is cheap
+        # and searching for all hits is not, since a ray does not end with its edge. So the
+        # cheap search selects edges. It starts OFFSET / 2 after the edge's start, beyond the
+        # faces there, and ends before the faces at the edge's end.
+        search_start = start[candidates] + OFFSET / 2 * edge_vector[candidates]
+        first_face, _, _ = self.tree.intersect_ray_first(
+            vertices, faces, search_start, edge_vector[candidates], 1 - OFFSET
+        )
+        candidates = candidates[np.asarray(first_face) >= 0]
+        # Each edge has a list of hits (face, t, u, v), where t is the
+        # position along the edge, 0..1 between its ends.
+        edge_hits = self.tree.intersect_ray(vertices, faces, start[candidates], edge_vector[candidates])
+        edge_face_pairs = []
+        for edge, hits in zip(candidates, edge_hits, strict=True):
+            edge_face_pairs += [(edge, hit[0]) for hit in hits if OFFSET < hit[1] < 1 - OFFSET]
+        is_crossing = np.zeros(len(faces), dtype=bool)
+        if edge_face_pairs:
+            edge, face = np.array(edge_face_pairs).T
+            # The faces at the edge itself always touch it, at a shared vertex, and do not count.
+            no_shared_vertex = (faces[face][:, :, None] != ends[edge][:, None, :]).all(axis=(1, 2))
+            edge_passes = np.zeros(len(ends), dtype=bool)
+            edge_passes[edge[no_shared_vertex]] = True
+            is_crossing[face[no_shared_vertex]] = True
+            # The faces at an edge that passes through another face cross that face, too. `order` lists the
+            # half-edges edge by edge, and half-edge 3f + i belongs to face f.
+            is_crossing[edges.order[np.repeat(edge_passes, edges.faces)] // 3] = True
+        return is_crossing
 
 
 def sample(mesh: CleanMesh, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Sample points [P, 3] on a mesh, and return them with their faces' normals [P, 3].
+    """Sample points on the surface of a mesh.
 
-    The points are stratified by area. The same seed gives the same points.
+    The points are stratified by area: the area is divided into `count` equal intervals, and each interval
+    gets one point. The same seed gives the same points.
+
+    Args:
+        mesh: cleaned mesh.
+        count: number of points P.
+        seed: random seed.
+
+    Returns: the points [P, 3], and the unit normals [P, 3] of their faces.
     """
     rng = np.random.default_rng(seed)
     normals, areas = face_areas(mesh)
-    total = np.cumsum(areas)
-    at = (np.arange(count) + rng.random(count)) / count * total[-1]
-    # The last point may lie beyond the sum by rounding; it belongs to the last face that has an area.
-    face = np.minimum(np.searchsorted(total, at, side="right"), np.flatnonzero(areas)[-1])
-    # The square root makes barycentric coordinates uniform over the triangle.
+    cumulative_areas = np.cumsum(areas)
+    area_positions = (np.arange(count) + rng.random(count)) / count * cumulative_areas[-1]
+    # The last position may exceed the sum by rounding; it belongs to the last face that has an area.
+    face = np.minimum(
+        np.searchsorted(cumulative_areas, area_positions, side="right"), np.flatnonzero(areas)[-1]
+    )
+    # Barycentric coordinates of the points. The square root makes points uniform over the triangle.
     root = np.sqrt(rng.random(count))[:, None]
     v = rng.random(count)[:, None]
     a, b, c = (mesh.vertices[mesh.faces[face, i]] for i in range(3))
@@ -166,7 +196,12 @@ def sample(mesh: CleanMesh, count: int, seed: int) -> tuple[np.ndarray, np.ndarr
 
 
 def directions(count: int, seed: int) -> np.ndarray:
-    """Return unit vectors [K, 3]: a Fibonacci sphere in a random orientation."""
+    """Return K unit vectors [K, 3] that are spread evenly: a Fibonacci sphere in a random orientation.
+
+    Args:
+        count: number of vectors K.
+        seed: random seed of the orientation.
+    """
     height = 1 - (2 * np.arange(count) + 1) / count
     angle = np.pi * (3 - 5**0.5) * np.arange(count)  # multiples of the golden angle
     ring = np.sqrt(1 - height**2)
@@ -178,9 +213,16 @@ def directions(count: int, seed: int) -> np.ndarray:
 def hidden_samples(
     space: Space, points: np.ndarray, normals: np.ndarray, count: int, seed: int
 ) -> np.ndarray:
-    """Return which points [P] are hidden: no ray from them escapes on either side of the surface.
+    """Return bool [P]: True for each point of the surface that is hidden.
 
-    Args: count: number of directions that are tried, K.
+    A point is hidden if all rays from it hit the mesh, on both sides of the surface.
+
+    Args:
+        space: mesh.
+        points: points [P, 3] on its surface.
+        normals: unit normals [P, 3] at the points.
+        count: number of ray directions K from each point.
+        seed: random seed of the directions.
     """
     rays = directions(count, seed)
     # Consecutive directions of the Fibonacci sphere are similar, so they are tried in a random order.
@@ -200,20 +242,34 @@ def hidden_samples(
     return hidden
 
 
-def sides(space: Space, points: np.ndarray, normals: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Classify points [P] of the surface by the material on their two sides; returns three bool arrays [P].
+def classify_sides(
+    space: Space, points: np.ndarray, normals: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Classify points of the surface by the material on their two sides.
 
-    Buried points have material on both sides, points of a sheet on neither, and inverted points only on the
-    side to which the normal points.
+    Args:
+        space: mesh.
+        points: points [P, 3] on its surface.
+        normals: unit normals [P, 3] at the points.
+
+    Returns: three bool arrays [P]. The first is True for buried points, which have material on both sides.
+        The second is True for points of a sheet, which have material on neither side. The third is True for
+        inverted points, which have material only on the side to which the normal points.
     """
+    # True where the side to which the normal points, and the opposite side, are inside the mesh
     outer, inner = (space.winding(points + sign * OFFSET * normals) > 0.5 for sign in (1, -1))
     return outer & inner, ~outer & ~inner, outer & ~inner
 
 
-def ways(space: Space, points: np.ndarray, towards: np.ndarray) -> np.ndarray:
-    """Compute distances [P] from points of the surface along directions [P, 3] to the next surface.
+def distance_to_surface(space: Space, points: np.ndarray, towards: np.ndarray) -> np.ndarray:
+    """Compute the distances [P] from points of the surface to the next surface in given directions.
 
-    Args: towards: the normals, or their opposites. Distances are infinite if there is no further surface.
+    A distance is infinite if the ray meets no surface.
+
+    Args:
+        space: mesh.
+        points: points [P, 3] on its surface.
+        towards: unit directions [P, 3], which are the normals or their opposites.
     """
     # A ray starts OFFSET above the surface, so that it does not hit its own face.
     return space.first_hits(points + OFFSET * towards, towards)[0] + OFFSET
@@ -222,14 +278,24 @@ def ways(space: Space, points: np.ndarray, towards: np.ndarray) -> np.ndarray:
 def side_measures(
     space: Space, points: np.ndarray, normals: np.ndarray, thin: float, rays: int, seed: int
 ) -> dict:
-    """Compute shares of the samples, and quantiles of the wall thickness and of the gaps in front of walls.
+    """Compute the measures that need the two sides of sampled points.
 
-    Quantiles are None if no ray hits anything.
+    Args:
+        space: mesh.
+        points: sampled points [P, 3] on its surface.
+        normals: unit normals [P, 3] at the points.
+        thin: walls that are thinner than this length count as thin.
+        rays: number of ray directions from each point.
+        seed: random seed of the directions.
+
+    Returns: by name, the shares of hidden, buried, sheet, inverted and thin samples, and quantiles of the
+        wall thickness ('thick_...') and of the gap in front of walls ('gap_...'). Quantiles are None if no
+        ray hits a face.
     """
-    buried, sheet, inverted = sides(space, points, normals)
+    buried, sheet, inverted = classify_sides(space, points, normals)
     # Buried points have no free side, so neither a thickness nor a gap is defined there.
-    seen = ~buried
-    walls = ways(space, points[seen], -normals[seen])
+    has_free_side = ~buried
+    walls = distance_to_surface(space, points[has_free_side], -normals[has_free_side])
     return {
         "hidden": float(hidden_samples(space, points, normals, rays, seed).mean()),
         "buried": float(buried.mean()),
@@ -237,12 +303,21 @@ def side_measures(
         "inverted": float(inverted.mean()),
         **_quantiles("thick", walls),
         "thin": float((walls < thin).mean()) if len(walls) else 0.0,
-        **_quantiles("gap", ways(space, points[seen], normals[seen])),
+        **_quantiles("gap", distance_to_surface(space, points[has_free_side], normals[has_free_side])),
     }
 
 
 def _quantiles(name: str, distances: np.ndarray) -> dict:
-    """Return the 1 %, 5 % and 50 % quantiles of the finite distances, or None for each if there are none."""
-    finite = distances[np.isfinite(distances)]
-    values = np.quantile(finite, [0.01, 0.05, 0.5]).tolist() if len(finite) else [None] * 3
+    """Compute the 1 %, 5 % and 50 % quantiles of the finite distances.
+
+    Args:
+        name: first part of the names of the results.
+        distances: distances [P], which may be infinite.
+
+    Returns: '<name>_p01', '<name>_p05' and '<name>_median'. All are None if no distance is finite.
+    """
+    finite_distances = distances[np.isfinite(distances)]
+    values = (
+        np.quantile(finite_distances, [0.01, 0.05, 0.5]).tolist() if len(finite_distances) else [None] * 3
+    )
     return dict(zip((f"{name}_p01", f"{name}_p05", f"{name}_median"), values, strict=True))

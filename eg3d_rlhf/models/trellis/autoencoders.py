@@ -1,10 +1,13 @@
-"""TRELLIS's autoencoders of structures and of objects.
+"""Autoencoders of TRELLIS (Xiang et al. 2024) for the structure and for the appearance of objects.
 
-The first encodes occupancy grids of 64^3 voxels to 16^3 points with 8 channels. The second encodes image
-features on voxels to latents on the same voxels, and decodes latents to a few Gaussians per voxel.
+The structure autoencoder encodes occupancy grids of 64^3 voxels as latents of 16^3 points with 8 channels.
+The object autoencoder encodes image features on voxels as latents on the same voxels, and decodes latents to
+a few Gaussians (Kerbl et al. 2023, 3D Gaussian splatting) per voxel.
 
-Shape letters: N samples, C channels, R voxels per axis, r points per axis of a latent, c channels of a
-latent; V voxels, F features of the image network, K Gaussians per voxel, M Gaussians of an object.
+Shapes: N samples, C channels, R voxels per axis, r points per axis of a latent, c channels of a latent; V
+    voxels of
+all samples, v voxels of one sample, F features of the image network, K Gaussians per voxel, M Gaussians of an
+object.
 """
 
 import math
@@ -25,44 +28,47 @@ from training.config import check_choice
 
 @dataclass(frozen=True, kw_only=True)
 class StructureVAEConfig:
-    """Settings of both halves: `args` of their JSON files. An encoder has in_channels, a decoder
-    out_channels.
+    """Settings of the structure encoder or the structure decoder, the entry `args` of their JSON files.
+
+    Raises: ValueError for settings that are not supported or do not fit together.
     """
 
     latent_channels: int  # c
-    num_res_blocks: int  # residual blocks per level
-    channels: tuple[int, ...]  # channels of each level, in the order of computation
-    in_channels: int | None = None
-    out_channels: int | None = None
-    num_res_blocks_middle: int = 2  # residual blocks at the lowest resolution
-    # "layer" normalises over the channels of a point, "group" over 32 groups of channels and all points.
+    num_res_blocks: int  # number of residual blocks per level
+    channels: tuple[int, ...]  # channels of each level of resolution, in the order of computation
+    in_channels: int | None = None  # channels of the occupancy grid; None for a decoder
+    out_channels: int | None = None  # channels of the logits; None for an encoder
+    num_res_blocks_middle: int = 2  # number of residual blocks at the lowest resolution
+    # Norm of the residual blocks: "layer" over the channels of a point,
+    # "group" over 32 groups of channels and all points
     norm_type: str = "layer"
-    use_fp16: bool = False  # half precision for new inner convolutions; loaded files keep their own dtype
+    use_fp16: bool = (
+        False  # half precision for new inner layers; weights from files have the dtype of the file
+    )
 
     def __post_init__(self):
         # A list from JSON becomes a tuple, so that the frozen object can be hashed.
         object.__setattr__(self, "channels", tuple(self.channels))
         if self.norm_type not in NORMS:
-            got = self.norm_type
             raise ValueError(
-                f"StructureVAEConfig: expected norm_type {' or '.join(NORMS)}, got {got!r}. Correct the JSON"
-                " file."
+                f"StructureVAEConfig: norm_type must be {' or '.join(NORMS)}, got {self.norm_type!r}."
+                " Download the model's JSON file again."
             )
         if self.norm_type == "group" and any(channels % GROUPS for channels in self.channels):
             raise ValueError(
-                f"StructureVAEConfig: expected channels in multiples of {GROUPS} with norm_type 'group', got"
-                f" {list(self.channels)}. Correct the JSON file."
+                f"StructureVAEConfig: with norm_type 'group', all channels must be multiples of {GROUPS}, got"
+                f" {list(self.channels)}. Download the model's JSON file again."
             )
-        # One configuration class serves both halves; exactly one of the two numbers says which half it is.
+        # An encoder has in_channels and a decoder out_channels.
         if not self.channels or (self.in_channels is None) == (self.out_channels is None):
             raise ValueError(
-                "StructureVAEConfig: expected channels, and either in_channels or out_channels. Correct the"
-                " JSON file."
+                "StructureVAEConfig: channels must not be empty, and exactly one of in_channels and"
+                f" out_channels must be given, got {self}. Download the model's JSON file again."
             )
 
 
 class ChannelNorm(nn.LayerNorm):
-    """Layer norm over the channels of a volume, in float32."""
+    """Layer norm over the channels of each point of a volume [N, C, R, R, R], computed in float32."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # [N, C, R, R, R]
         # nn.LayerNorm normalises the last axis.
@@ -70,7 +76,7 @@ class ChannelNorm(nn.LayerNorm):
 
 
 class GroupNorm(nn.GroupNorm):
-    """Group norm over 32 groups of channels with all their points, in float32."""
+    """Group norm over 32 groups of channels of a volume [N, C, R, R, R], computed in float32."""
 
     def __init__(self, channels: int):
         super().__init__(GROUPS, channels)
@@ -79,12 +85,12 @@ class GroupNorm(nn.GroupNorm):
         return super().forward(x.float()).to(x.dtype)
 
 
-GROUPS = 32  # groups of channels of "group" norms
+GROUPS = 32  # number of groups of channels of a group norm
 NORMS: dict[str, Callable[[int], nn.Module]] = {"layer": ChannelNorm, "group": GroupNorm}
 
 
 class ResBlock(nn.Module):
-    """Residual block: x + conv(silu(norm(conv(silu(norm(x))))))."""
+    """Residual block over volumes [N, C, R, R, R]: x + conv2(silu(norm2(conv1(silu(norm1(x))))))."""
 
     def __init__(self, channels: int, norm_type: str):
         super().__init__()
@@ -96,20 +102,22 @@ class ResBlock(nn.Module):
         return x + self.conv2(F.silu(self.norm2(h)))
 
 
-def down(before: int, after: int) -> nn.Module:
-    """Build a layer that halves the points per axis by a convolution of 2^3."""
-    # Wrapped, because the checkpoint calls its parameters conv.weight and conv.bias.
-    return nn.Sequential(OrderedDict(conv=nn.Conv3d(before, after, 2, stride=2)))
+def down(in_channels: int, out_channels: int) -> nn.Module:
+    """Build a layer that halves the number of points per axis by a convolution with stride 2."""
+    # The name conv is needed, because the checkpoint calls the parameters conv.weight and conv.bias.
+    return nn.Sequential(OrderedDict(conv=nn.Conv3d(in_channels, out_channels, 2, stride=2)))
 
 
 class Up(nn.Module):
-    """Layer that doubles the points per axis: 8 channels of a convolution of 3^3 become 2^3 points (pixel
+    """Layer that doubles the number of points per axis.
+
+    A convolution computes 8 channels per channel of the result, which become 2 x 2 x 2 points (pixel
     shuffle).
     """
 
-    def __init__(self, before: int, after: int):
+    def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
-        self.conv = nn.Conv3d(before, 8 * after, 3, padding=1)  # 8 channels per channel of the result
+        self.conv = nn.Conv3d(in_channels, 8 * out_channels, 3, padding=1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.conv(x).unflatten(1, (-1, 2, 2, 2))  # [N, C, 2, 2, 2, R, R, R]
@@ -118,38 +126,44 @@ class Up(nn.Module):
 
 
 def _levels(config: StructureVAEConfig, change: Callable[[int, int], nn.Module]) -> nn.ModuleList:
-    """Build the residual blocks of all levels, with a change of resolution between them."""
+    """Build the residual blocks of all levels, with a change of resolution between levels.
+
+    Args:
+        config: settings of the encoder or decoder.
+        change: function that builds the layer between two levels from their numbers of channels.
+    """
     blocks: list[nn.Module] = []
     for i, channels in enumerate(config.channels):
         blocks += [ResBlock(channels, config.norm_type) for _ in range(config.num_res_blocks)]
-        # No change of resolution after the last level.
+        # There is no change of resolution after the last level.
         if i + 1 < len(config.channels):
             blocks.append(change(channels, config.channels[i + 1]))
     return nn.ModuleList(blocks)
 
 
 class StructureEncoder(nn.Module):
-    """Encode occupancy [N, 1, R, R, R] of 0 and 1 to mean and log-variance of the latent, each [N, c, r, r,
-    r].
+    """Encoder of occupancy grids [N, 1, R, R, R] of 0 and 1.
+
+    It returns the mean and the log-variance of the latents, [N, c, r, r, r] each.
     """
 
     def __init__(self, config: StructureVAEConfig):
         super().__init__()
         self.config = config
-        first = config.channels[0]
-        last = config.channels[-1]
-        self.input_layer = nn.Conv3d(config.in_channels or 1, first, 3, padding=1)
+        fine_channels = config.channels[0]  # of the highest resolution, which comes first in an encoder
+        coarse_channels = config.channels[-1]
+        self.input_layer = nn.Conv3d(config.in_channels or 1, fine_channels, 3, padding=1)
         self.blocks = _levels(config, down)
         self.middle_block = nn.Sequential(
-            *[ResBlock(last, config.norm_type) for _ in range(config.num_res_blocks_middle)]
+            *[ResBlock(coarse_channels, config.norm_type) for _ in range(config.num_res_blocks_middle)]
         )
         self.out_layer = nn.Sequential(
-            NORMS[config.norm_type](last),
+            NORMS[config.norm_type](coarse_channels),
             nn.SiLU(),
-            # Mean and log-variance side by side
-            nn.Conv3d(last, 2 * config.latent_channels, 3, padding=1),
+            # The channels of the mean, then those of the log-variance
+            nn.Conv3d(coarse_channels, 2 * config.latent_channels, 3, padding=1),
         )
-        # Input and output layer stay in float32.
+        # The input layer and the output layer stay in float32.
         if config.use_fp16:
             convert_torso([self.blocks, self.middle_block], torch.float16)
 
@@ -160,7 +174,7 @@ class StructureEncoder(nn.Module):
             ["N", self.config.in_channels or 1, "R", "R", "R"],
             "Pass occupancy grids.",
         )
-        # The first and the last layer stay in float32.
+        # Blocks compute in their own dtype, the output layer in that of x.
         h = self.input_layer(x).to(torso_dtype(self.blocks))
         for block in self.blocks:
             h = block(h)
@@ -169,23 +183,25 @@ class StructureEncoder(nn.Module):
 
 
 class StructureDecoder(nn.Module):
-    """Decode latents [N, c, r, r, r] to logits of occupancy [N, 1, R, R, R].
+    """Decoder of latents [N, c, r, r, r], which returns logits of the occupancy [N, 1, R, R, R].
 
-    A voxel is occupied where its logit is positive.
+    A voxel is occupied if its logit is positive.
     """
 
     def __init__(self, config: StructureVAEConfig):
         super().__init__()
         self.config = config
-        first = config.channels[0]
-        last = config.channels[-1]
-        self.input_layer = nn.Conv3d(config.latent_channels, first, 3, padding=1)
+        coarse_channels = config.channels[0]  # of the lowest resolution, which comes first in a decoder
+        fine_channels = config.channels[-1]
+        self.input_layer = nn.Conv3d(config.latent_channels, coarse_channels, 3, padding=1)
         self.middle_block = nn.Sequential(
-            *[ResBlock(first, config.norm_type) for _ in range(config.num_res_blocks_middle)]
+            *[ResBlock(coarse_channels, config.norm_type) for _ in range(config.num_res_blocks_middle)]
         )
         self.blocks = _levels(config, Up)
         self.out_layer = nn.Sequential(
-            NORMS[config.norm_type](last), nn.SiLU(), nn.Conv3d(last, config.out_channels or 1, 3, padding=1)
+            NORMS[config.norm_type](fine_channels),
+            nn.SiLU(),
+            nn.Conv3d(fine_channels, config.out_channels or 1, 3, padding=1),
         )
         if config.use_fp16:
             convert_torso([self.blocks, self.middle_block], torch.float16)
@@ -197,7 +213,7 @@ class StructureDecoder(nn.Module):
             ["N", self.config.latent_channels, "r", "r", "r"],
             "Pass latents of the first stage.",
         )
-        # Blocks compute in their own dtype, the last layer in the input's.
+        # Blocks compute in their own dtype, the output layer in that of x.
         h = self.middle_block(self.input_layer(x).to(torso_dtype(self.blocks)))
         for block in self.blocks:
             h = block(h)
@@ -205,55 +221,76 @@ class StructureDecoder(nn.Module):
 
 
 def voxels_of(logits: torch.Tensor) -> list[torch.Tensor]:
-    """Return the voxels of each sample, [v, 3] int32, where logits [N, 1, R, R, R] are positive.
+    """Return the indices of the occupied voxels of each sample, [v, 3] int32. Not differentiable.
 
-    Not differentiable.
+    Args:
+        logits: logits of the occupancy [N, 1, R, R, R]; a voxel is occupied if its logit is positive.
     """
     return [(sample[0] > 0).nonzero().int().contiguous() for sample in logits]
 
 
 def grid_of(voxels: list[torch.Tensor], resolution: int) -> torch.Tensor:
-    """Build occupancy [N, 1, R, R, R] of 0 and 1 from the voxels of each sample; inverse of `voxels_of`."""
-    grid = torch.zeros(len(voxels), 1, *[resolution] * 3)
-    for sample, places in zip(grid, voxels, strict=True):
-        # Built on the CPU; the caller moves it.
-        x, y, z = places.cpu().long().unbind(1)
-        sample[0, x, y, z] = 1
-    return grid
+    """Build occupancy grids [N, 1, R, R, R] of 0 and 1 on the CPU from the occupied voxels of each sample.
+
+    Args:
+        voxels: indices [v, 3] of the occupied voxels of each sample.
+        resolution: number of voxels per axis R.
+    """
+    grids = torch.zeros(len(voxels), 1, *[resolution] * 3)
+    for grid, indices in zip(grids, voxels, strict=True):
+        x, y, z = indices.cpu().long().unbind(1)
+        grid[0, x, y, z] = 1
+    return grids
 
 
-# Objects: both halves are transformers with attention in windows. Every other block shifts the windows: by
-# half a window ("swin" and "shift_sequence", the latter along the Z-order curve), or by CURVE_SHIFT voxels
-# per axis, which moves the curve itself ("shift_window").
+# The encoder and the decoder of the object autoencoder are transformers over voxels with attention in
+# windows. In every second block the windows are shifted: by half a window in the mode "swin" (Liu et al.
+# 2021), by half a window along the Z-order curve in the mode "shift_sequence", and by CURVE_SHIFT voxels per
+# axis, which gives another Z-order curve, in the mode "shift_window". In the mode "full" all voxels of a
+# sample attend to each other.
 
 
 ATTENTION = ("swin", "full", "shift_window", "shift_sequence")
-CURVE_SHIFT = 16  # voxels
+CURVE_SHIFT = 16  # shift of the coordinates in voxels
 
 
 @dataclass(frozen=True, kw_only=True)
 class SwinConfig(blocks.TransformerConfig):
-    """Settings that encoder and decoder of objects have in common in `args` of their JSON files."""
+    """Settings that the JSON files of the object encoder and of the object decoder contain in `args`.
+
+    Raises: ValueError for settings that are not supported or do not fit together.
+    """
 
     latent_channels: int  # c
-    # "swin": in cubic windows; "full": among all voxels of a sample; "shift_...": along a curve through them.
-    attn_mode: str = "swin"
-    window_size: int = 8  # voxels per axis, or voxels along the curve
+    attn_mode: str = "swin"  # windows of the attention, one of ATTENTION
+    window_size: int = (
+        8  # size of a window: voxels per axis for "swin", voxels along the curve for "shift_..."
+    )
 
     def __post_init__(self):
         super().__post_init__()
-        if self.attn_mode not in ATTENTION or self.window_size < 2:
-            got = f"{self.attn_mode!r} and {self.window_size}"
-            who = type(self).__name__
+        who = type(self).__name__
+        if self.attn_mode not in ATTENTION:
             raise ValueError(
-                f"{who}: expected attn_mode {', '.join(ATTENTION)} and window_size >= 2, got {got}. Correct"
-                " the JSON file. The Hilbert curve of shift_order is not supported, since no released model"
-                " uses it."
+                f"{who}: attn_mode must be one of {', '.join(ATTENTION)}, got {self.attn_mode!r}, which no"
+                " released model uses. Use a released model."
+            )
+        if self.window_size < 2:
+            raise ValueError(
+                f"{who}: window_size must be >= 2, got {self.window_size}. Download the model's JSON file"
+                " again."
             )
 
 
 class SwinBlock(nn.Module):
-    """Pre-norm transformer block: self-attention in windows and a feed-forward layer."""
+    """Pre-norm transformer block of a self-attention in windows and a feed-forward layer.
+
+    Args:
+        channels: channels C of a token.
+        heads: number of heads.
+        mlp_ratio: channels inside the feed-forward layer, as a multiple of C.
+        qk_rms_norm: True normalises queries and keys.
+    """
 
     def __init__(self, channels: int, heads: int, mlp_ratio: float, qk_rms_norm: bool):
         super().__init__()
@@ -268,7 +305,7 @@ class SwinBlock(nn.Module):
 
 
 class SwinTransformer(nn.Module):
-    """Transformer over voxels: features [V, in] -> [V, out] on the same voxels."""
+    """Transformer over voxels, features [V, in_channels] -> [V, out_channels] on the same voxels."""
 
     def __init__(self, config: SwinConfig, in_channels: int, out_channels: int):
         super().__init__()
@@ -284,8 +321,9 @@ class SwinTransformer(nn.Module):
             blocks.convert_torso(self.blocks, torch.float16)
 
     def transform(self, x: SparseBatch) -> SparseBatch:
-        """Apply input layer, positions, blocks, norm and output layer. Differentiable in: feats and
-        parameters.
+        """Apply the transformer to a batch.
+
+        The position embedding is added after the input layer. Differentiable in: feats and parameters.
         """
         who = type(self).__name__
         config = self.config
@@ -293,26 +331,30 @@ class SwinTransformer(nn.Module):
             f"{who}.feats",
             x.feats,
             ["V", self.input_layer.in_features],
-            "Pass features of the kind that the model was trained on.",
+            "Pass features of the kind that the model was trained with.",
         )
-        # Input layer and positions are computed in float32.
+        # The input layer and the position embedding are computed in float32.
         h = self.input_layer(x.feats.float()) + blocks.position_embedding(
             x.coords[:, 1:], config.model_channels
         )
         h = h.to(blocks.torso_dtype(self.blocks))
-        # Two layouts alternate: without and with shifted windows.
+        # Layout of even blocks, without a shift of the windows, and layout of odd blocks, with a shift
         layouts = [blocks.SparseLayout(x, self._groups(x, odd)) for odd in range(2)]
         for i, block in enumerate(self.blocks):
             h = blocks.run_block(block, h, layouts[i % 2], recompute=self.recompute)
-        # A norm without parameters, with torch's default eps of 1e-5.
+        # As in the original, the last norm has no parameters and torch's default constant 1e-5.
         h = F.layer_norm(h.float(), h.shape[-1:])
         return x.with_feats(self.out_layer(h.to(self.out_layer.weight.dtype)))
 
     def _groups(self, x: SparseBatch, odd: int) -> blocks.Groups:
-        """Return the voxels that attend to each other in even blocks (odd = 0) or odd blocks (odd = 1)."""
+        """Return the groups of voxels that attend to each other.
+
+        Args:
+            x: voxels.
+            odd: 0 for even blocks, whose windows are not shifted; 1 for odd blocks.
+        """
         mode = self.config.attn_mode
         window = self.config.window_size
-        # odd is 0 or 1, so even blocks are not shifted.
         if mode == "full":
             return blocks.samples(x)
         if mode == "swin":
@@ -324,200 +366,217 @@ class SwinTransformer(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class LatentEncoderConfig(SwinConfig):
-    """Settings of the encoder of objects: `args` of its JSON file."""
+    """Settings of the object encoder, the entry `args` of its JSON file."""
 
-    in_channels: int  # F; 1024 for DINOv2
+    in_channels: int  # F; 1024 for the large DINOv2
 
 
 class LatentEncoder(SwinTransformer):
-    """Encode the mean image features of every voxel [V, F] as a normal distribution of latents [V, c]."""
+    """Object encoder, from image features [V, F] to a normal distribution of latents [V, c].
+
+    The features of a voxel are averaged over all images that show it.
+    """
 
     def __init__(self, config: LatentEncoderConfig):
         super().__init__(config, config.in_channels, 2 * config.latent_channels)
 
     def forward(self, x: SparseBatch) -> tuple[SparseBatch, SparseBatch]:
-        """Compute mean and log-variance. Differentiable in: feats and parameters."""
+        """Compute the mean and the log-variance of the latents. Differentiable in: feats and parameters."""
         mean, logvar = self.transform(x).feats.chunk(2, -1)  # [V, c] each
         return x.with_feats(mean), x.with_feats(logvar)
 
 
-# Numbers per Gaussian, in the order of the decoder's output.
+# Attributes of a Gaussian and the number of their values, in the order of the decoder's output
 LAYOUT = {"_xyz": 3, "_features_dc": 3, "_scaling": 3, "_rotation": 4, "_opacity": 1}
-SIZE = sum(LAYOUT.values())
-ACTIVATIONS = ("exp", "softplus")  # of raw scales
+SIZE = sum(LAYOUT.values())  # number of values of a Gaussian
+ACTIVATIONS = ("exp", "softplus")  # functions that make raw scales positive
 
 
 @dataclass(frozen=True, kw_only=True)
 class GaussianSettings:
-    """Settings by which the decoder's output becomes Gaussians: `representation_config` of the JSON file."""
+    """Settings that convert the decoder's output to Gaussians: `representation_config` of the JSON file.
 
-    lr: Mapping[str, float]  # factor of each attribute, by its name in LAYOUT
-    perturb_offset: bool  # spread the Gaussians of a voxel over the voxel
-    voxel_size: float  # largest offset of a Gaussian, in voxels
+    Raises: ValueError for settings that are not supported or outside their range.
+    """
+
+    lr: Mapping[str, float]  # factor of the decoder's output for each attribute, by its name in LAYOUT
+    perturb_offset: bool  # True: fixed offsets spread the Gaussians of a voxel over the voxel
+    voxel_size: float  # side of the cube around a voxel's centre in which its Gaussians lie, in voxels
     num_gaussians: int  # K
     filter_2d: float  # blur in the image plane that the renderer should use, in pixels
-    filter_3d: float  # least standard deviation, in edge lengths of the cube
-    scaling_bias: float  # standard deviation for a raw scale of zero
-    opacity_bias: float  # opacity for a raw opacity of zero, in 0..1
-    scaling_activation: str  # "exp" or "softplus"
+    filter_3d: float  # smallest standard deviation of a Gaussian, in sides of the cube
+    scaling_bias: float  # standard deviation for a raw scale of zero, > 0
+    opacity_bias: float  # opacity for a raw opacity of zero, between 0 and 1
+    scaling_activation: str  # function of the raw scales, "exp" or "softplus"
 
     def __post_init__(self):
         who = "GaussianSettings"
-        advice = "Correct representation_config in the model's JSON file."
-        # Every attribute needs its factor.
+        advice = "Download the model's JSON file again."
         if set(self.lr) != set(LAYOUT):
             raise ValueError(
-                f"{who}: expected lr for {', '.join(LAYOUT)}, got {', '.join(self.lr) or 'none'}. {advice}"
+                f"{who}: representation_config must have an lr for each of {', '.join(LAYOUT)}, got"
+                f" {', '.join(self.lr) or 'none'}. {advice}"
             )
         check_choice(f"{who}.scaling_activation", self.scaling_activation, ACTIVATIONS)
+        # The logarithm of opacity_bias and scaling_bias must be finite.
         if (
-            # The biases enter logarithms, so they must be inside the open range.
             self.num_gaussians < 1
             or not 0 < self.opacity_bias < 1
             or self.scaling_bias <= 0
             or self.voxel_size <= 0
         ):
             raise ValueError(
-                f"{who}: expected num_gaussians >= 1, 0 < opacity_bias < 1, scaling_bias > 0 and voxel_size >"
-                f" 0, got {self}. {advice}"
+                f"{who}: representation_config must have num_gaussians >= 1, 0 < opacity_bias < 1,"
+                f" scaling_bias > 0 and voxel_size > 0, got {self}. {advice}"
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class GaussianDecoderConfig(SwinConfig):
-    """Settings of the Gaussian decoder: `args` of its JSON file."""
+    """Settings of the Gaussian decoder, the entry `args` of its JSON file."""
 
-    representation_config: Mapping
+    representation_config: Mapping  # settings of the Gaussians, with the names of the JSON file
 
     @property
     def gaussians(self) -> GaussianSettings:
-        """Settings of the Gaussians. Raises: ValueError for missing or unknown names."""
+        """Settings of the Gaussians. Raises: ValueError if a setting is missing, unknown or not supported."""
         values = self.representation_config
-        # Two names of the JSON file begin with a digit and cannot be fields.
-        renamed = {"2d_filter_kernel_size": "filter_2d", "3d_filter_kernel_size": "filter_3d"}
+        # Two names of the JSON file begin with a digit, so they cannot be names of fields.
+        field_names = {"2d_filter_kernel_size": "filter_2d", "3d_filter_kernel_size": "filter_3d"}
         try:
-            return GaussianSettings(**{renamed.get(name, name): value for name, value in values.items()})
+            return GaussianSettings(**{field_names.get(name, name): value for name, value in values.items()})
         except TypeError as error:
+            # Python's error for arguments that are missing or unknown names the argument.
             raise ValueError(
-                f"GaussianSettings: representation_config has the names {sorted(values)}: {error}. Correct"
-                " the model's JSON file."
+                f"GaussianSettings: representation_config has the names {sorted(values)}, which are not those"
+                f" of the settings ({error}). Download the model's JSON file again."
             ) from error
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gaussians:
-    """Gaussians of one object. The tensors are raw decoder output; the properties are what a renderer reads.
+    """Gaussians of one object.
 
-    Differentiable in: the tensors.
+    The tensors are raw outputs of the decoder. The properties convert them to the inputs of a renderer, and
+    are differentiable in the tensors.
     """
 
-    xyz: torch.Tensor  # [M, 3] in the cube 0..1
-    features_dc: torch.Tensor  # [M, 1, 3] constant spherical-harmonic coefficients
-    scaling: torch.Tensor  # [M, 3]
-    rotation: torch.Tensor  # [M, 4]
-    opacity: torch.Tensor  # [M, 1]
+    xyz: torch.Tensor  # [M, 3] centres in the cube 0..1
+    features_dc: torch.Tensor  # [M, 1, 3] spherical-harmonic coefficients of degree 0, the colour
+    scaling: torch.Tensor  # [M, 3] raw scales
+    rotation: torch.Tensor  # [M, 4] raw quaternions
+    opacity: torch.Tensor  # [M, 1] raw opacities
     settings: GaussianSettings
 
     @property
     def means(self) -> torch.Tensor:
-        """Centres in the cube -0.5..0.5, [M, 3]."""
+        """Centres [M, 3] in the cube -0.5..0.5."""
         return self.xyz - 0.5
 
     @property
     def scales(self) -> torch.Tensor:
-        """Standard deviations along the axes, [M, 3], in edge lengths of the cube, > 0."""
+        """Standard deviations [M, 3] along the axes of each Gaussian, in sides of the cube, > 0."""
         bias = self.settings.scaling_bias
         if self.settings.scaling_activation == "exp":
             scales = (self.scaling + math.log(bias)).exp()
         else:
             # softplus^-1(b) = b + log(1 - exp(-b)), so that a raw scale of 0 gives `bias`
             scales = F.softplus(self.scaling + bias + math.log(-math.expm1(-bias)))
-        # Variances add: the 3D smoothing filter of Mip-Splatting (Yu et al. 2024).
+        # The 3D smoothing filter of Mip-Splatting (Yu et al. 2024): a
+        # convolution of two Gaussians adds variances.
         return (scales.square() + self.settings.filter_3d**2).sqrt()
 
     @property
     def rotations(self) -> torch.Tensor:
-        """Unit quaternions, [M, 4], real part first; raw zeros mean no rotation."""
+        """Unit quaternions [M, 4], real part first. Raw quaternions of zero mean no rotation."""
         return F.normalize(self.rotation + self.rotation.new_tensor([1, 0, 0, 0]), dim=-1)
 
     @property
     def opacities(self) -> torch.Tensor:
-        """Opacities in 0..1, [M, 1]."""
+        """Opacities [M, 1], 0..1."""
         bias = self.settings.opacity_bias
+        # log(b / (1 - b)) is the inverse of the sigmoid, so that a raw opacity of 0 gives `bias`.
         return torch.sigmoid(self.opacity + math.log(bias / (1 - bias)))
 
 
 class GaussianDecoder(SwinTransformer):
-    """Decode latents [V, c], not normalised, to the Gaussians of every sample.
+    """Gaussian decoder, from latents [V, c] to the Gaussians of every sample.
 
-    Differentiable in: feats and parameters.
+    The latents are not normalised. Differentiable in: feats and parameters.
     """
 
     def __init__(self, config: GaussianDecoderConfig):
         settings = config.gaussians
         super().__init__(config, config.latent_channels, settings.num_gaussians * SIZE)
         self.settings = settings
-        # Persistent, because checkpoints hold it.
+        # Checkpoints contain the offsets, so they are a persistent buffer.
         self.register_buffer("offset_perturbation", perturbation(settings))
 
     def forward(self, x: SparseBatch) -> list[Gaussians]:
-        """Decode the Gaussians: xyz = centre of the voxel + tanh(offset + perturbation) voxel_size / (2
-        resolution).
+        """Decode the Gaussians of every sample.
+
+        The centre of a Gaussian is xyz = centre of the voxel + tanh(offset + perturbation) voxel_size / (2
+        resolution), where the offset is an output of the network.
         """
-        s = self.settings
+        settings = self.settings
         count = self.settings.num_gaussians
         objects = []
         for sample in self.transform(x).samples():
-            parts = sample.feats.split([count * size for size in LAYOUT.values()], 1)
-            # Each attribute of all K Gaussians of a voxel is contiguous: [V, K size] -> [V, K, size].
+            attributes = sample.feats.split([count * size for size in LAYOUT.values()], 1)
+            # The values of an attribute of all K Gaussians of a voxel are
+            # adjacent: [v, K size] -> [v, K, size]
             raw = {
-                name: part.unflatten(1, (count, -1)) * s.lr[name]
-                for name, part in zip(LAYOUT, parts, strict=True)
+                name: attribute.unflatten(1, (count, -1)) * settings.lr[name]
+                for name, attribute in zip(LAYOUT, attributes, strict=True)
             }
-            offset = raw["_xyz"] + self.offset_perturbation if s.perturb_offset else raw["_xyz"]
-            reach = 0.5 * s.voxel_size / self.config.resolution  # largest offset from the voxel's centre
-            centre = (sample.coords + 0.5) / self.config.resolution  # [V, 3]
-            # [V, K, size] -> [M, size] with M = V K
-            flat = {name: part.flatten(0, 1) for name, part in raw.items()}
+            offset = raw["_xyz"] + self.offset_perturbation if settings.perturb_offset else raw["_xyz"]
+            max_offset = 0.5 * settings.voxel_size / self.config.resolution  # from the centre of the voxel
+            centre = (sample.coords + 0.5) / self.config.resolution  # [v, 3]
+            # [v, K, size] -> [M, size] with M = v K
+            flat = {name: attribute.flatten(0, 1) for name, attribute in raw.items()}
             objects.append(
                 Gaussians(
-                    xyz=(centre[:, None] + offset.tanh() * reach).flatten(0, 1),
+                    xyz=(centre[:, None] + offset.tanh() * max_offset).flatten(0, 1),
                     features_dc=flat["_features_dc"][:, None],
                     scaling=flat["_scaling"],
                     rotation=flat["_rotation"],
                     opacity=flat["_opacity"],
-                    settings=s,
+                    settings=settings,
                 )
             )
         return objects
 
 
 def perturbation(settings: GaussianSettings) -> torch.Tensor:
-    """Return offsets [K, 3] that spread the Gaussians of a voxel on a Hammersley set.
+    """Compute fixed offsets [K, 3] that spread the Gaussians of a voxel over the voxel.
 
-    The offsets are atanh((2 point - 1) / voxel_size).
+    The offsets are atanh((2 p - 1) / voxel_size), where p are the points of a Hammersley set in 0..1.
 
-    Raises: ValueError if voxel_size is at most 1, because the set's first point then has no offset.
+    Raises: ValueError if perturb_offset is True and voxel_size at most 1, because atanh is infinite for the
+        first point.
     """
     count = settings.num_gaussians
-    # Hammersley set: an even first coordinate, radical inverses in base 2 and 3 for the others.
+    # Hammersley set: the first coordinates are spaced evenly, the
+    # others are radical inverses in base 2 and 3.
     points = torch.tensor([[i / count, _radical_inverse(2, i), _radical_inverse(3, i)] for i in range(count)])
     if settings.perturb_offset and settings.voxel_size <= 1:
-        got = settings.voxel_size
         raise ValueError(
-            f"GaussianSettings: expected voxel_size > 1 with perturb_offset, got {got}. Correct the JSON"
-            " file."
+            f"GaussianSettings: with perturb_offset, voxel_size must be > 1, got {settings.voxel_size}."
+            " Download the model's JSON file again."
         )
     return ((2 * points - 1) / settings.voxel_size).atanh()
 
 
 def _radical_inverse(base: int, n: int) -> float:
-    """Mirror the digits of n in a base at the point: 6 = 110 in base 2 -> 0.011 = 3/8 (van der Corput)."""
+    """Compute the radical inverse of n (van der Corput): mirror the digits of n in a base at the radix point.
+
+    For example 6, which is 110 in base 2, gives 0.011 in base 2, which is 3/8.
+    """
     value = 0.0
-    place = 1.0
+    digit_value = 1.0
     while n:
-        place /= base
-        # The lowest digit becomes the first one after the point.
-        value += place * (n % base)
+        digit_value /= base
+        # The lowest digit of n becomes the first digit after the point.
+        value += digit_value * (n % base)
         n //= base
     return value

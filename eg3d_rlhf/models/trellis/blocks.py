@@ -1,15 +1,18 @@
-"""Building blocks of TRELLIS's flows and autoencoders; parameters have TRELLIS's names.
+"""Building blocks of the flow models and autoencoders of TRELLIS (Xiang et al. 2024).
 
-Tokens are [N, T, C] on a dense grid and [V, C] on voxels. A `Layout` hides the difference from the blocks.
+Parameters have TRELLIS's names. Tokens are [N, T, C] on a dense grid and [V, C] on voxels. The blocks are the
+same for both: an object with the interface `Layout` assigns tokens to samples.
 
-On voxels, self-attention stays within each sample, or within windows of each sample, and cross-attention goes
-to the sample's conditioning tokens. Groups of tokens differ in length. All groups of one length are processed
-in one call of torch's fused attention, which never stores the matrix of weights. There is therefore no
-padding and no mask, and memory is linear in the number of voxels. The division into groups depends only on
-the coordinates and is kept in the batch's cache.
+On voxels, the tokens of a sample attend only to each other or, in windows, to the tokens of the same window.
+In cross-attention they attend to the conditioning tokens of their sample. Groups of tokens that attend to
+each other differ in length. All groups of the same length are processed in one call of torch's fused
+attention, which never stores the matrix of attention weights. There is therefore no padding and no mask, and
+the memory is proportional to the number of voxels. The division into groups depends only on the coordinates
+and is stored in the batch's cache.
 
-Shape letters: N samples, T tokens or voxels of a dense batch, V voxels of a sparse one, C channels, H heads,
-D channels of a head, L conditioning tokens, E channels of a conditioning token.
+Shapes: N samples, T tokens of a sample on a dense grid, V voxels of all samples, C channels, H heads, D
+    channels of
+a head, L conditioning tokens, E channels of a conditioning token.
 """
 
 import math
@@ -28,40 +31,39 @@ from eg3d_rlhf.models.sparse import SparseBatch
 from torch_utils.ops.linear import Linear
 from torch_utils.ops.transformer import feed_forward, self_attention, tiled
 
-TIME_SCALE = 1000  # the networks read 1000 t
-TIME_FREQUENCIES = 256  # entries of the sinusoidal embedding of a time
-MAX_PERIOD = 10000  # of sinusoidal embeddings (Vaswani et al. 2017, section 3.5)
+TIME_SCALE = 1000  # factor of times before they are embedded
+TIME_FREQUENCIES = 256  # number of entries of the sinusoidal embedding of a time
+MAX_PERIOD = 10000  # largest period of sinusoidal embeddings (Vaswani et al. 2017, section 3.5)
 
 
 @dataclass(frozen=True, kw_only=True)
 class HeadsConfig:
-    """Settings of the blocks that the files of all these transformers have."""
+    """Settings of transformer blocks that the files of all networks contain."""
 
     model_channels: int  # C
-    num_blocks: int
-    num_heads: int | None = None  # None: model_channels / num_head_channels
-    num_head_channels: int = 64
-    mlp_ratio: float = 4  # hidden channels of the feed-forward layer, in model channels
-    use_checkpoint: bool = False  # recompute blocks in the backward pass
-    qk_rms_norm: bool = False  # normalise queries and keys of the self-attention
+    num_blocks: int  # number of blocks
+    num_heads: int | None = None  # H; None: model_channels / num_head_channels
+    num_head_channels: int = 64  # D, used if num_heads is None
+    mlp_ratio: float = 4  # channels inside the feed-forward layer, as a multiple of model_channels
+    use_checkpoint: bool = False  # True: the backward pass computes blocks again, which needs less memory
+    qk_rms_norm: bool = False  # True: queries and keys of the self-attention are normalised
 
     @property
     def heads(self) -> int:
-        """Number of heads of every attention."""
+        """Number of heads H of every attention."""
         return self.num_heads or self.model_channels // self.num_head_channels
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConditionedConfig(HeadsConfig):
-    """Settings that the files of flows have besides: blocks that read conditioning tokens."""
+    """Settings of transformer blocks with cross-attention to conditioning tokens."""
 
     cond_channels: int  # E, channels of a conditioning token
-    share_mod: bool = False  # one modulation for all blocks
-    qk_rms_norm_cross: bool = False
+    share_mod: bool = False  # True: all blocks share the layers that compute the modulation by the time
+    qk_rms_norm_cross: bool = False  # True: queries and keys of the cross-attention are normalised
 
     def blocks(self, kind: "type[ModulatedBlock]") -> nn.ModuleList:
-        """Build the blocks of the transformer."""
-        # All flows have the same blocks; they differ in what is before and after.
+        """Build the blocks of the transformer, as instances of the class `kind`."""
         return nn.ModuleList(
             kind(
                 self.model_channels,
@@ -78,34 +80,44 @@ class ConditionedConfig(HeadsConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class TransformerConfig(HeadsConfig):
-    """Settings that the JSON files of all TRELLIS transformers have in `args`."""
+    """Settings that the JSON files of all transformers of TRELLIS contain in `args`.
 
-    resolution: int  # grid cells per axis
-    pe_mode: str = "ape"  # kind of position embedding; "ape" is absolute
-    use_fp16: bool = False  # half precision for new blocks; loaded files keep their own dtype
+    Raises: ValueError for settings that are not supported or do not fit together.
+    """
+
+    resolution: int  # number of grid cells per axis
+    pe_mode: str = "ape"  # kind of position embedding; only "ape", the absolute one, is supported
+    use_fp16: bool = False  # half precision for new blocks; weights from files have the dtype of the file
 
     def __post_init__(self):
         who = type(self).__name__
-        # Another value would need another position embedding.
         if self.pe_mode != "ape":
             raise ValueError(
-                f"{who}: expected pe_mode 'ape', got {self.pe_mode!r}. Rotary positions are not supported: no"
-                " released model uses them. Name a released model."
+                f"{who}: pe_mode must be 'ape' (absolute positions), got {self.pe_mode!r}, which no released"
+                " model uses. Use a released model."
             )
         if self.model_channels % self.heads:
-            got = f"{self.model_channels} / {self.heads}"
             raise ValueError(
-                f"{who}: expected model_channels to be a multiple of the number of heads, got {got}. Correct"
-                " the model's JSON file."
+                f"{who}: model_channels must be a multiple of the number of heads, got {self.model_channels}"
+                f" and {self.heads}. Download the model's JSON file again."
             )
 
 
 def check_inputs(
     who: str, x_t: torch.Tensor, shape: list[int | str], cond: torch.Tensor, samples: int, channels: int
 ) -> None:
-    """Raise ValueError unless x_t has this shape and the conditioning is [samples, L, channels]."""
-    check_shape(f"{who}.x_t", x_t, shape, "Give latents of this model's size.")
-    remedy = "Use embeddings of the encoder it was trained with."
+    """Raise ValueError if the inputs of a flow model do not have the required shapes.
+
+    Args:
+        who: name of the model, for the message.
+        x_t: latents.
+        shape: required shape of the latents.
+        cond: conditioning tokens.
+        samples: required number of samples N of the conditioning.
+        channels: required channels E of a conditioning token.
+    """
+    check_shape(f"{who}.x_t", x_t, shape, "Pass latents of this model.")
+    remedy = "Use embeddings of the encoder that the model was trained with."
     check_shape(f"{who}.cond", cond, [samples, "L", channels], remedy)
 
 
@@ -116,18 +128,24 @@ class Layout(Protocol):
         """Expand one row per sample [N, C] to a shape that broadcasts against the tokens."""
 
     def self_attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """Attend among the tokens of each sample. Arguments and result are [..., H, D]."""
+        """Compute self-attention within each sample. Arguments and result are [..., H, D]."""
 
     def cross_attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """Attend from tokens [..., H, D] to their sample's conditioning tokens, k and v [N, L, H, D]."""
+        """Compute attention from tokens to the conditioning tokens of their sample.
+
+        Args:
+            q: queries [..., H, D] of the tokens.
+            k: keys [N, L, H, D] of the conditioning tokens.
+            v: values [N, L, H, D] of the conditioning tokens.
+        """
 
 
 class DenseLayout:
-    """Layout of tokens [N, T, C].
+    """Layout of tokens [N, T, C] on a dense grid.
 
     Args:
-        keep: [N, 1, 1, T] bool, True for tokens that exist; None: all of them.
-        passes: state of a block that is run twice; see `Passes`.
+        keep: mask [N, 1, 1, T] bool, True for tokens that may be attended to. None allows all tokens.
+        passes: state of a block that the backward pass computes again, see `Passes`; None for other blocks.
     """
 
     def __init__(self, keep: torch.Tensor | None = None, passes: "Passes | None" = None):
@@ -145,7 +163,7 @@ class DenseLayout:
 
 
 class LayerNorm32(nn.LayerNorm):
-    """Layer norm that computes in float32 and returns the dtype of its input."""
+    """Layer norm over the last axis that computes in float32 and returns the dtype of its input."""
 
     def __init__(self, channels: int, affine: bool = False, eps: float = 1e-6):
         super().__init__(channels, eps=eps, elementwise_affine=affine)
@@ -154,18 +172,29 @@ class LayerNorm32(nn.LayerNorm):
         return super().forward(x.float()).to(x.dtype)
 
     def modulated(self, x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        """Compute norm(x) (1 + scale) + shift for a norm without parameters.
+        """Compute norm(x) (1 + scale) + shift, for a norm without parameters.
 
-        It is one fused call if scale and shift are one row [1, 1, C] for all tokens.
+        Args:
+            x: tokens [..., C].
+            shift: shift of the normalised tokens, in a shape that broadcasts against x.
+            scale: scale of the normalised tokens, in the same shape as `shift`.
         """
-        # One row for all tokens, so scale and shift can stand in for the norm's weight and bias.
+        # If all tokens have the same scale and shift, one fused call
+        # computes them as the norm's weight and bias.
         if x.dtype == scale.dtype == torch.float32 and scale.numel() == x.shape[-1]:
             return F.layer_norm(x, self.normalized_shape, 1 + scale.flatten(), shift.flatten(), self.eps)
         return self(x) * (1 + scale) + shift
 
 
 class HeadRMSNorm(nn.Module):
-    """Normalise each head's vector: x / |x| * gamma * sqrt(D), in float32 (Zhang and Sennrich 2019)."""
+    """Root-mean-square norm of the vector of each head (Zhang and Sennrich 2019), [..., H, D] -> [..., H, D].
+
+    The result is x / |x| * gamma * sqrt(D), where gamma [H, D] is trained. It is computed in float32.
+
+    Args:
+        heads: number of heads H.
+        size: channels D of a head.
+    """
 
     def __init__(self, heads: int, size: int):
         super().__init__()
@@ -176,20 +205,21 @@ class HeadRMSNorm(nn.Module):
         return (F.normalize(x.float(), dim=-1) * self.gamma * self.scale).to(x.dtype)
 
     def gain(self) -> torch.Tensor:
-        """Return the factors [H, D] of the normalised vectors."""
+        """Return the factors [H, D] of the vectors of length 1, gamma * sqrt(D)."""
         return self.gamma * self.scale
 
 
 def time_rates(count: int) -> torch.Tensor:
-    """Return angles per unit of scaled time, MAX_PERIOD^(-i / count), [count] float32.
+    """Return the frequencies of a sinusoidal embedding, MAX_PERIOD^(-i / count) for i = 0 .. count - 1,
+    [count].
 
-    They are computed in float32, because released weights were trained so.
+    They are in radians per unit of scaled time. Released weights were trained with the rounding of float32.
     """
     return torch.exp(-math.log(MAX_PERIOD) * torch.arange(count, dtype=torch.float32) / count)
 
 
 class TimeEmbedder(nn.Module):
-    """Sinusoidal embedding of times in 0..1 and two linear layers, [N] -> [N, C], float32."""
+    """Embedding of times in 0..1: sines and cosines, then two linear layers, [N] -> [N, C] float32."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -198,49 +228,66 @@ class TimeEmbedder(nn.Module):
         )
 
     def forward(self, t: torch.Tensor) -> torch.Tensor:
-        # [N, TIME_FREQUENCIES / 2]; cosines come first in TRELLIS.
+        # [N, TIME_FREQUENCIES / 2]
         angles = (TIME_SCALE * t).float()[:, None] * time_rates(TIME_FREQUENCIES // 2).to(t.device)
+        # The order of the trained weights: cosines first
         return self.mlp(torch.cat([angles.cos(), angles.sin()], -1))
 
 
 def position_embedding(coords: torch.Tensor, channels: int) -> torch.Tensor:
-    """Embed coordinates [V, 3] by sines and cosines, [V, channels] float32.
+    """Embed coordinates [V, 3] as sines and cosines, [V, channels] float32.
 
-    Per axis come all sines, then all cosines; zeros fill up the rest.
+    The order is: all sines of axis 1, all cosines of axis 1, then the same for axes 2 and 3, then zeros.
     """
-    count = channels // 3 // 2  # frequencies per axis; a sine and a cosine for each
+    count = channels // 3 // 2  # number of frequencies per axis; each has a sine and a cosine
     rates = 1 / MAX_PERIOD ** (torch.arange(count, dtype=torch.float32, device=coords.device) / count)
     angles = coords.float()[:, :, None] * rates  # [V, 3, count]
     embedded = torch.cat([angles.sin(), angles.cos()], -1).flatten(1)
-    # channels need not be a multiple of 6
+    # Zeros fill the remaining channels if their number is no multiple of 6.
     return F.pad(embedded, (0, channels - embedded.shape[1]))
 
 
 class FeedForward(nn.Module):
-    """Linear layer, GELU (tanh form), linear layer."""
+    """Feed-forward layer: linear layer, GELU (tanh approximation), linear layer, [..., C] -> [..., C].
+
+    Args:
+        channels: channels C.
+        ratio: channels between the linear layers, as a multiple of C.
+    """
 
     def __init__(self, channels: int, ratio: float):
         super().__init__()
-        # Truncated, as in the original: TRELLIS.2 has 5.3334 x 1536 = 8192.1 channels.
+        # Rounded down, as in the original: TRELLIS.2 has 5.3334 x 1536 = 8192.1 channels.
         hidden = int(channels * ratio)
         self.mlp = nn.Sequential(
             Linear(channels, hidden), nn.GELU(approximate="tanh"), Linear(hidden, channels)
         )
 
     def forward(self, x: torch.Tensor, skip: bool = False) -> torch.Tensor:
-        """Apply the layers to tokens [..., C].
+        """Apply the layers.
 
-        Args: skip: the caller does not read the result, only its gradients, so it need not be computed.
+        Args:
+            x: tokens [..., C].
+            skip: True if only the gradients of the result are needed, so that its values need not be
+                computed.
         """
-        first, _, last = self.mlp
-        # Layers with adapters are no plain matrices; the fused function cannot take them.
-        if not (type(first) is type(last) is Linear):
+        input_layer, _, output_layer = self.mlp
+        # The fused function takes plain weights, so it cannot be used for layers with adapters.
+        if not (type(input_layer) is type(output_layer) is Linear):
             return self.mlp(x)
-        return feed_forward(x, first.weight, first.bias, last.weight, last.bias, skip=skip)
+        return feed_forward(
+            x, input_layer.weight, input_layer.bias, output_layer.weight, output_layer.bias, skip=skip
+        )
 
 
 class SelfAttention(nn.Module):
-    """Self-attention among the tokens of a layout."""
+    """Self-attention within the samples or windows of a layout.
+
+    Args:
+        channels: channels C of a token.
+        heads: number of heads H.
+        qk_rms_norm: True normalises queries and keys.
+    """
 
     def __init__(self, channels: int, heads: int, qk_rms_norm: bool = False):
         super().__init__()
@@ -253,7 +300,8 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: torch.Tensor, layout: Layout) -> torch.Tensor:
         qkv = self.to_qkv(x).unflatten(-1, (3, self.heads, -1))  # [..., 3, H, D]
-        # Long dense sequences on a CPU take the tiled implementation, which keeps no copy of q and k.
+        # On a CPU, long dense sequences use the tiled implementation,
+        # which stores no copies of queries and keys.
         if isinstance(layout, DenseLayout) and layout.keep is None and tiled(qkv):
             norms = (self.q_rms_norm, self.k_rms_norm)
             q_gain, k_gain = (norm.gain() if isinstance(norm, HeadRMSNorm) else None for norm in norms)
@@ -261,7 +309,7 @@ class SelfAttention(nn.Module):
                 qkv, q_gain, k_gain, None if layout.passes is None else layout.passes.attention
             )
             if layout.passes is not None and layout.passes.keep:
-                # The recomputation in the backward pass then finds the result instead of attending again.
+                # When the backward pass computes the block again, it uses this result.
                 layout.passes.attention = out.detach()
         else:
             q, k, v = qkv.unbind(-3)  # [..., H, D]
@@ -270,13 +318,20 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Cross-attention from tokens to the conditioning tokens."""
+    """Cross-attention from tokens to conditioning tokens.
+
+    Args:
+        channels: channels C of a token.
+        cond_channels: channels E of a conditioning token.
+        heads: number of heads H.
+        qk_rms_norm: True normalises queries and keys.
+    """
 
     def __init__(self, channels: int, cond_channels: int, heads: int, qk_rms_norm: bool = False):
         super().__init__()
         self.heads = heads
         self.to_q = Linear(channels, channels)
-        self.to_kv = Linear(cond_channels, 2 * channels)  # keys, then values
+        self.to_kv = Linear(cond_channels, 2 * channels)  # keys and values in this order
         self.q_rms_norm, self.k_rms_norm = (
             HeadRMSNorm(heads, channels // heads) if qk_rms_norm else nn.Identity() for _ in range(2)
         )
@@ -289,10 +344,19 @@ class CrossAttention(nn.Module):
 
 
 class ModulatedBlock(nn.Module):
-    """Transformer block with self-attention, cross-attention and feed-forward layer (DiT, Peebles and Xie
+    """Transformer block of a self-attention, a cross-attention and a feed-forward layer (DiT, Peebles and Xie
     2023).
 
-    The time shifts, scales and gates the first and the last of the three.
+    The time modulates (shifts, scales and gates) the self-attention and the feed-forward layer.
+
+    Args:
+        channels: channels C of a token.
+        cond_channels: channels E of a conditioning token.
+        heads: number of heads H.
+        mlp_ratio: channels inside the feed-forward layer, as a multiple of C.
+        share_mod: True if the flow model computes the modulation for all its blocks.
+        qk_rms_norm: True normalises queries and keys of the self-attention.
+        qk_rms_norm_cross: True normalises queries and keys of the cross-attention.
     """
 
     def __init__(
@@ -307,14 +371,14 @@ class ModulatedBlock(nn.Module):
         qk_rms_norm_cross: bool = False,
     ):
         super().__init__()
-        # norm1 and norm3 are modulated by the time, so they have no parameters of their own.
+        # The modulation by the time replaces the parameters of norm1 and norm3.
         self.norm1 = LayerNorm32(channels)
         self.norm2 = LayerNorm32(channels, affine=True)
         self.norm3 = LayerNorm32(channels)
         self.self_attn = SelfAttention(channels, heads, qk_rms_norm)
         self.cross_attn = CrossAttention(channels, cond_channels, heads, qk_rms_norm_cross)
         self.mlp = FeedForward(channels, mlp_ratio)
-        # With shared modulation the flow itself holds these layers.
+        # With shared modulation, these layers belong to the flow model.
         if not share_mod:
             self.adaLN_modulation = modulation(channels)
         self.share_mod = share_mod
@@ -326,46 +390,60 @@ class ModulatedBlock(nn.Module):
 
         Args:
             x: tokens [..., C].
-            time: [N, C], or [N, 6 C] with shared modulation.
+            time: embedded times [N, C], or the modulation [N, 6 C] if all blocks share it.
             cond: conditioning tokens [N, L, E].
+            layout: assignment of the tokens to the samples.
         """
-        values = time if self.share_mod else self.adaLN_modulation(time)
-        # [N, 6 C] -> six rows per sample, which broadcast against the tokens.
+        modulations = time if self.share_mod else self.adaLN_modulation(time)
+        # [N, 6 C] -> six rows [N, C], which broadcast against the tokens
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = (
-            layout.per_token(v) for v in values.chunk(6, -1)
+            layout.per_token(chunk) for chunk in modulations.chunk(6, -1)
         )
         x = torch.addcmul(x, gate, self.self_attn(self.norm1.modulated(x, shift, scale), layout))
         x = x + self.cross_attn(self.norm2(x), cond, layout)
-        again = isinstance(layout, DenseLayout) and layout.passes is not None and layout.passes.second
-        # In the second pass only gradients are needed. The gate's own gradient reads the result, so it may be
-        # skipped only if the gate needs none.
-        skip = again and not mlp_gate.requires_grad
+        is_recomputation = (
+            isinstance(layout, DenseLayout) and layout.passes is not None and layout.passes.second
+        )
+        # A recomputation needs only the gradients of the feed-forward layer, but not its values, except for
+        # the gradient of the gate.
+        skip = is_recomputation and not mlp_gate.requires_grad
         return torch.addcmul(x, mlp_gate, self.mlp(self.norm3.modulated(x, mlp_shift, mlp_scale), skip))
 
 
 def modulation(channels: int) -> nn.Sequential:
-    """Build the layers that map a time [N, C] to shift, scale and gate of both branches, [N, 6 C]."""
+    """Build the layers that map embedded times [N, C] to a modulation [N, 6 C].
+
+    The modulation consists of shift, scale and gate of the self-attention and of the feed-forward layer.
+    """
     return nn.Sequential(nn.SiLU(), nn.Linear(channels, 6 * channels))
 
 
 class Passes:
-    """State of a block that is run twice: in the forward pass, and again in the backward pass.
+    """State of a block that is computed in the forward pass, and again in the backward pass.
 
-    With `keep` the first run leaves its attention to the second.
+    Args:
+        keep: True stores the result of the self-attention for the second computation.
     """
 
     def __init__(self, keep: bool):
         self.keep = keep
-        self.second = False
-        self.attention: torch.Tensor | None = None  # [N, T, H, D]
+        self.second = False  # True in the second computation
+        self.attention: torch.Tensor | None = (
+            None  # stored result of the self-attention [N, T, H, D], or None
+        )
 
 
 def run_block(block: nn.Module, *args, recompute: bool) -> Any:
-    """Run a block. With `recompute`, its inside is computed again in the backward pass instead of being
-    stored.
+    """Apply a block to its arguments.
+
+    Args:
+        block: block.
+        args: arguments of the block.
+        recompute: True computes the block again in the backward pass, so that its intermediate results need
+            not be stored.
     """
+    # Without gradients no intermediate results are stored anyway.
     if recompute and torch.is_grad_enabled():
-        # Without gradients there is nothing to store, so the block simply runs.
         return checkpoint(block, *args, use_reentrant=False)
     return block(*args)
 
@@ -373,9 +451,12 @@ def run_block(block: nn.Module, *args, recompute: bool) -> Any:
 def convert_torso(
     modules: Iterable[nn.Module], dtype: torch.dtype, kinds: tuple[type, ...] = (nn.Linear, nn.Conv3d)
 ) -> None:
-    """Convert linear layers and convolutions inside these modules to another dtype, in place.
+    """Convert layers inside modules to another dtype, in place.
 
-    Norms keep theirs.
+    Args:
+        modules: modules to search.
+        dtype: new dtype.
+        kinds: classes of the layers to convert; other layers, such as norms, do not change.
     """
     for module in modules:
         for part in module.modules():
@@ -384,9 +465,10 @@ def convert_torso(
 
 
 def torso_dtype(blocks: nn.Module) -> torch.dtype:
-    """Return the dtype in which blocks compute: that of their first linear layer or convolution.
+    """Return the dtype in which blocks compute, which is the dtype of their first linear layer or
+    convolution.
 
-    It is read from the weights, so that no setting can contradict them.
+    The dtype of the weights is used because settings such as use_fp16 apply only to new weights.
     """
     for part in blocks.modules():
         if isinstance(part, (nn.Linear, nn.Conv3d)):
@@ -396,26 +478,31 @@ def torso_dtype(blocks: nn.Module) -> torch.dtype:
 
 @dataclass(frozen=True)
 class Groups:
-    """Rows of a batch, reordered so that the groups that attend to each other are contiguous.
+    """Groups of rows that attend to each other, as a new order of the rows in which each group is contiguous.
 
     A row may be in several groups; its result is then taken from one of them.
     """
 
-    # Pairs (number of groups, rows of each group), one for every stretch of groups of the same length.
+    # A run consists of consecutive groups with the same number of
+    # rows: (number of groups, rows of each group).
     runs: tuple[tuple[int, int], ...]
-    order: torch.Tensor | None = None  # [sum of sizes], rows in the new order; None: unchanged
-    inverse: torch.Tensor | None = None  # [V], position of each row's result in the new order
+    order: torch.Tensor | None = None  # [sum of sizes] rows in the new order; None: the order of the batch
+    inverse: torch.Tensor | None = (
+        None  # [V] position of each row's result in the new order; None with `order`
+    )
 
     @property
     def sizes(self) -> list[int]:
-        """Number of rows of each run."""
+        """Number of rows of each run, in all its groups."""
         return [count * length for count, length in self.runs]
 
 
 class SparseLayout:
-    """Layout of tokens [V, C] of a sparse batch.
+    """Layout of tokens [V, C] on voxels.
 
-    Self-attention stays within `groups` of voxels; by default each sample is one group.
+    Args:
+        batch: voxels.
+        groups: groups of voxels for the self-attention; None: each sample is a group.
     """
 
     def __init__(self, batch: SparseBatch, groups: Groups | None = None):
@@ -427,36 +514,43 @@ class SparseLayout:
         return values[self.batch.sample]
 
     def self_attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """Attend within groups; all tensors are [V, H, D]."""
+        """Compute self-attention within groups. All tensors are [V, H, D]."""
         groups = self.groups
-        # One call per run: groups of one length form a dense batch.
-        parts = zip(*(_runs(x, groups) for x in (q, k, v)), strict=True)
-        out = torch.cat([attend(*part).flatten(0, 1) for part in parts])
-        # Back to the batch's order; a row that is in several groups takes one of its results.
+        # One call per run: groups of the same length form a dense batch.
+        runs = zip(*(_runs(x, groups) for x in (q, k, v)), strict=True)
+        out = torch.cat([attend(*run).flatten(0, 1) for run in runs])
+        # Back to the order of the batch
         return out if groups.inverse is None else out[groups.inverse]
 
     def cross_attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """Attend from q [V, H, D] to k and v [N, L, H, D] of the same sample: [V, H, D]."""
+        """Compute attention from voxels to the conditioning tokens of their sample, [V, H, D].
+
+        Args:
+            q: queries [V, H, D] of the voxels.
+            k: keys [N, L, H, D] of the conditioning tokens.
+            v: values [N, L, H, D] of the conditioning tokens.
+        """
         groups = samples(self.batch)
-        # Consecutive samples with the same number of voxels share a call; k and v are split likewise.
+        # One call for consecutive samples with the same number of voxels
         counts = [count for count, _ in groups.runs]
-        parts = zip(_runs(q, groups), k.split(counts), v.split(counts), strict=True)
-        return torch.cat([attend(*part).flatten(0, 1) for part in parts])
+        runs = zip(_runs(q, groups), k.split(counts), v.split(counts), strict=True)
+        return torch.cat([attend(*run).flatten(0, 1) for run in runs])
 
 
 def _runs(x: torch.Tensor, groups: Groups) -> list[torch.Tensor]:
-    """Reorder rows [V, H, D] and split them into runs, each [groups, rows of a group, H, D]."""
-    ordered = x if groups.order is None else x[groups.order]
+    """Reorder rows [V, H, D] by groups, and split them into runs [groups, rows of a group, H, D]."""
+    ordered_rows = x if groups.order is None else x[groups.order]
     return [
-        part.unflatten(0, run) for part, run in zip(ordered.split(groups.sizes), groups.runs, strict=True)
+        run_rows.unflatten(0, run)
+        for run_rows, run in zip(ordered_rows.split(groups.sizes), groups.runs, strict=True)
     ]
 
 
 def samples(batch: SparseBatch) -> Groups:
-    """Return the groups in which each sample is one group. The rows are in this order already."""
+    """Return groups of which each is one sample. The rows of a batch are in this order already."""
     if "samples" not in batch.cache:
         runs: list[tuple[int, int]] = []
-        # Only neighbours of the same length share a run, so that no reordering is needed.
+        # Only consecutive samples of the same length form a run, so that no reordering is needed.
         for length in batch.lengths.tolist():
             if runs and runs[-1][1] == length:
                 runs[-1] = (runs[-1][0] + 1, length)
@@ -467,9 +561,15 @@ def samples(batch: SparseBatch) -> Groups:
 
 
 def windows(batch: SparseBatch, window: int, shift: int = 0) -> Groups:
-    """Return one group per window that contains voxels.
+    """Return groups of which each consists of the voxels of one cubic window.
 
-    A window holds the voxels of a sample with the same value of (coordinate + shift) // window on every axis.
+    Voxels of a sample belong to the same window if they have the same value of (coordinate + shift) // window
+    on every axis.
+
+    Args:
+        batch: voxels.
+        window: side of a window in voxels.
+        shift: shift of the coordinates in voxels.
     """
     name = f"windows {window} {shift}"
     if name not in batch.cache:
@@ -478,27 +578,30 @@ def windows(batch: SparseBatch, window: int, shift: int = 0) -> Groups:
         side = int(cells.max()) + 1  # windows per axis
         codes = ((batch.sample * side + cells[:, 0]) * side + cells[:, 1]) * side + cells[:, 2]
         _, group, lengths = torch.unique(codes, return_inverse=True, return_counts=True)
-        # Short windows come first, so that windows of equal length are contiguous. The sort is stable, which
-        # keeps the rows of a window as they were.
+        # Sorted by the length of the window and then by the window, so that windows of equal length are
+        # contiguous. The stable sort does not change the order of the rows within a window.
         order = torch.argsort(lengths[group] * len(lengths) + group, stable=True)
         inverse = torch.empty_like(order)
         inverse[order] = torch.arange(len(order), device=order.device)
-        length, count = (x.tolist() for x in torch.unique(lengths, return_counts=True))
-        batch.cache[name] = Groups(tuple(zip(count, length, strict=True)), order, inverse)
+        # Different lengths in ascending order, and the number of windows of each length
+        run_lengths, run_counts = (x.tolist() for x in torch.unique(lengths, return_counts=True))
+        batch.cache[name] = Groups(tuple(zip(run_counts, run_lengths, strict=True)), order, inverse)
     return batch.cache[name]
 
 
 def curve_windows(batch: SparseBatch, window: int, shift: int = 0, start: int = 0) -> Groups:
-    """Return groups that are stretches of the Z-order curve through each sample's voxels.
+    """Return groups of which each is a section of the Z-order curve through the voxels of a sample.
 
-    A sample of n voxels is cut into m = ceil(n / window) parts of equal length along the curve. If there are
-    several, each part attends to the `window` voxels around its middle, beyond its own ends and cyclically
-    around those of the curve. Results are kept only for the part itself.
+    A sample of n voxels is divided into m = ceil(n / window) sections of equal length along the curve. If m >
+    1, the group of a section consists of the `window` voxels around its middle. These include voxels of the
+    neighbouring sections, since a section has at most `window` voxels; the curve is treated as closed. Only
+    the results for the voxels of the section itself are used.
 
     Args:
-        window: number of voxels.
-        shift: added to coordinates, which moves the curve.
-        start: voxels by which the cuts move along the curve.
+        batch: voxels.
+        window: number of voxels of a group.
+        shift: shift of the coordinates in voxels, which gives another curve.
+        start: number of voxels by which the sections are shifted along the curve.
     """
     name = f"curve {window} {shift} {start}"
     if name not in batch.cache:
@@ -506,34 +609,43 @@ def curve_windows(batch: SparseBatch, window: int, shift: int = 0, start: int = 
         runs: list[tuple[int, int]] = []
         order: list[torch.Tensor] = []
         inverse = torch.empty_like(code)
-        first = 0  # row at which the sample begins
-        done = 0  # rows of the new order that are assigned
+        first_row = 0  # first row of the sample
+        assigned_rows = 0  # number of rows of the new order that are assigned already
         for n in batch.lengths.tolist():
-            # This sample's rows in the order of the curve.
-            along = first + torch.argsort(code[first : first + n])
-            count = -(-n // window)  # rounded up
-            # Rows that a part attends to, and rows that it keeps; the latter need not be an integer.
-            size, length = (n, n) if count <= 1 else (window, n / count)
-            for i in range(count):
-                # The part keeps low..high and attends to `size` rows from `left` on, modulo n.
-                low, high = (0, n) if count == 1 else (math.floor((i + k) * length + start) for k in (0, 1))
-                left = 0 if count == 1 else math.floor((i + 0.5) * length + start - 0.5 * window)
-                order.append(along[torch.arange(left, left + size, device=along.device) % n])
-                inverse[order[-1][low - left : high - left]] = torch.arange(
-                    done + low - left, done + high - left, device=along.device
+            # Rows of this sample in the order of the curve
+            curve_rows = first_row + torch.argsort(code[first_row : first_row + n])
+            section_count = -(-n // window)  # n / window, rounded up
+            # Rows of a group, and length of a section, which need not be an integer
+            group_size, section_length = (n, n) if section_count <= 1 else (window, n / section_count)
+            for i in range(section_count):
+                # Positions on the curve: the section is low..high, and the group starts at group_start.
+                if section_count == 1:
+                    low = 0
+                    high = n
+                    group_start = 0
+                else:
+                    low, high = (math.floor((i + k) * section_length + start) for k in (0, 1))
+                    group_start = math.floor((i + 0.5) * section_length + start - 0.5 * window)
+                positions = torch.arange(group_start, group_start + group_size, device=curve_rows.device)
+                order.append(curve_rows[positions % n])  # modulo n, because the curve is treated as closed
+                inverse[order[-1][low - group_start : high - group_start]] = torch.arange(
+                    assigned_rows + low - group_start,
+                    assigned_rows + high - group_start,
+                    device=curve_rows.device,
                 )
-                done += size
-            if count:
-                runs.append((count, size))
-            first += n
+                assigned_rows += group_size
+            if section_count:
+                runs.append((section_count, group_size))
+            first_row += n
         batch.cache[name] = Groups(tuple(runs), torch.cat(order), inverse)
     return batch.cache[name]
 
 
 def z_order(coords: torch.Tensor) -> torch.Tensor:
-    """Return positions on the Z-order curve (Morton 1966), [V, 3] of 0..1023 -> [V] int64.
+    """Return the positions of points on the Z-order curve (Morton 1966), [V, 3] -> [V] int64.
 
-    The bits of x, y and z are interleaved, x's above y's above z's.
+    The bits of the three coordinates, 0..1023, are interleaved, with x in the higher and z in the lower
+    places.
     """
     code = coords.new_zeros(len(coords), dtype=torch.int64)
     # Bit b of x, y, z goes to the bits 3 b + 2, 3 b + 1 and 3 b.

@@ -1,15 +1,17 @@
-"""Sparse grids: convolution, halving and doubling of the resolution, and a residual block made of these.
+"""Operations on sparse voxels: convolution, halving and doubling of the resolution, and a residual block.
 
-The convolution is submanifold, 3 x 3 x 3: it computes outputs only on the voxels of the input, from those
-neighbours that exist.
+The convolution is the submanifold convolution of Graham, Engelcke and van der Maaten 2018, with 3 x 3 x 3
+taps: it computes outputs only on the voxels of the input, from those neighbours that exist.
 
     y[u] = b + sum over taps (i, j, k) of W[:, i, j, k, :] x[u + (i - 1, j - 1, k - 1)]
 
-This equals a dense cross-correlation, evaluated at the voxels (Graham, Engelcke and van der Maaten 2018).
-Weights have spconv's layout.
+x[u] are the features of voxel u (zero if it does not exist), y[u] the output, W the weights, b the bias, and
+i, j and k run from 0 to 2. This equals a dense cross-correlation, evaluated at the voxels. Weights have the
+layout of the library spconv.
 
-Shape letters: N samples, V voxels, W voxels of the coarser grid, A input channels, B output channels, P pairs
-of neighbours at a tap.
+Shapes: N samples, V voxels, W voxels of the grid of half the resolution, A input channels, B output channels,
+    P
+pairs of voxels that a tap connects, C channels.
 """
 
 import functools
@@ -30,13 +32,20 @@ from training.config import check_choice
 
 BACKENDS = ("auto", "torch", "spconv")
 TAPS = 27  # 3 x 3 x 3
-NUMBERS = 1 << 20  # numbers that are gathered at a time for one tap; bounds the working memory
+NUMBERS = 1 << 20  # largest count of values that are gathered at a time for a tap, which limits the memory
 
-Pairs = tuple[torch.Tensor, torch.Tensor]  # output rows and input rows, [P] int64 each
+# Pairs of voxels that a tap connects: output rows and input rows, [P] int64 each
+Pairs = tuple[torch.Tensor, torch.Tensor]
 
 
 class SubmanifoldConv(nn.Module):
-    """Submanifold convolution with its parameters, `conv.weight` [B, 3, 3, 3, A] and `conv.bias` [B]."""
+    """Submanifold convolution with the parameters `conv.weight` [B, 3, 3, 3, A] and `conv.bias` [B].
+
+    Args:
+        channels: input channels A.
+        out_channels: output channels B.
+        backend: implementation, see `submanifold_conv`.
+    """
 
     def __init__(self, channels: int, out_channels: int, backend: str = "auto"):
         super().__init__()
@@ -49,11 +58,11 @@ class SubmanifoldConv(nn.Module):
 
 
 class Kernel(nn.Module):
-    """Weight and bias of a convolution."""
+    """Weight [B, 3, 3, 3, A] and bias [B] of a convolution."""
 
     def __init__(self, channels: int, out_channels: int):
         super().__init__()
-        # The usual initialisation of convolutions: uniform within 1 / sqrt(fan in).
+        # torch's initialisation of convolutions: uniform in -1 / sqrt(n) .. 1 / sqrt(n) for n inputs
         bound = (TAPS * channels) ** -0.5
         self.weight = nn.Parameter(torch.empty(out_channels, 3, 3, 3, channels).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.empty(out_channels).uniform_(-bound, bound))
@@ -66,38 +75,42 @@ def submanifold_conv(
     backend: str = "auto",
     coarse: torch.Tensor | None = None,
 ) -> SparseBatch:
-    """Apply the convolution above on the voxels of x, feats [V, A] -> [V, B].
+    """Apply the convolution of the module's docstring on the voxels of x, features [V, A] -> [V, B].
 
-    Under autocast it computes in autocast's dtype.
+    Under autocast the convolution computes in autocast's dtype.
 
     Args:
-        coarse: [W, A], features on the coarser voxels of x, used in place of those of x. Each voxel of x
-            reads the features of the coarse voxel that contains it.
-        weight: [B, 3, 3, 3, A].
-        bias: [B].
-        backend: "torch"; "spconv", whose backward pass exists only on CUDA; "auto": spconv on CUDA if it is
-            installed, else torch.
-    Differentiable in: feats, weight, bias (once).
-    Raises: ValueError if shapes disagree, if a voxel occurs twice, or if spconv is requested but missing.
+        x: voxels and their features [V, A].
+        weight: weights [B, 3, 3, 3, A].
+        bias: bias [B].
+        backend: "torch" or "spconv", whose backward pass exists only on CUDA. "auto" uses spconv on CUDA if
+            it is installed, and torch otherwise.
+        coarse: features [W, A] on the voxels of half the resolution, which replace those of x: each voxel of
+            x has the features of the coarse voxel that contains it. None uses the features of x.
+
+    Differentiable in: features, weight and bias, once.
+    Raises: ValueError if shapes do not fit, if a voxel occurs twice, or if spconv is requested and not
+        installed.
     """
     feats = x.feats if coarse is None else coarse
     channels = feats.shape[1]
     check_shape(
-        "submanifold_conv.weight", weight, ["B", 3, 3, 3, channels], "Give a kernel for these features."
+        "submanifold_conv.weight", weight, ["B", 3, 3, 3, channels], "Pass a kernel for these features."
     )
     check_backend(backend)
     device = feats.device.type
     # A custom autograd function is not covered by autocast, so tensors are converted here.
     if torch.is_autocast_enabled(device):
-        feats, weight, bias = (v.to(torch.get_autocast_dtype(device)) for v in (feats, weight, bias))
+        autocast_dtype = torch.get_autocast_dtype(device)
+        feats, weight, bias = (tensor.to(autocast_dtype) for tensor in (feats, weight, bias))
     if backend == "spconv" or (backend == "auto" and device == "cuda" and has_spconv()):
-        # spconv has no form that reads coarse rows, so the features are copied to the fine voxels.
+        # spconv cannot read features of coarse voxels, so they are copied to the fine voxels.
         return x.with_feats(_spconv(x, feats if coarse is None else feats[coarser(x).row], weight, bias))
     pairs = neighbours(x)
     if coarse is not None:
         # Reading the coarse rows directly avoids copies of the features on all fine voxels.
-        row = coarser(x).row
-        pairs = [(written, row[read]) for written, read in pairs]
+        coarse_row = coarser(x).row
+        pairs = [(output_rows, coarse_row[input_rows]) for output_rows, input_rows in pairs]
     return x.with_feats(_Convolve.apply(feats, weight.flatten(1, 3), pairs, len(x.coords)) + bias)
 
 
@@ -106,47 +119,53 @@ def check_backend(backend: str) -> None:
     check_choice("sparse convolution", backend, BACKENDS)
     if backend == "spconv" and not has_spconv():
         raise ValueError(
-            "sparse convolution: the package spconv is not installed. Install it for your CUDA version, or"
-            " use the backend 'torch'."
+            "sparse convolution: the backend 'spconv' needs the package spconv, which is not installed."
+            " Install it for your CUDA version, or use the backend 'torch'."
         )
 
 
 def neighbours(x: SparseBatch) -> list[Pairs]:
-    """Find, per tap, the pairs of voxels that the tap connects, in the order of i, j, k.
+    """Find the pairs of voxels that each tap connects, in the order of i, j, k.
 
-    The result is cached for a set of coordinates. The second half of the taps mirrors the first: if u reads w
-    at a tap, then w reads u at the opposite tap.
+    The result is stored in the cache of the batch. The second half of the taps mirrors the first half: if
+    voxel u reads voxel w at a tap, then w reads u at the opposite tap.
+
+    Raises: ValueError if a voxel occurs twice or has a negative index.
     """
     if "neighbours" in x.cache:
         return x.cache["neighbours"]
-    places = x.coords.long()
-    # A margin on either side keeps a neighbour beyond the border from coding as a voxel of the next row.
-    side = int(places[:, 1:].max()) + 3
-    strides = torch.tensor([side**3, side**2, side, 1], device=places.device)
-    codes = (places * strides).sum(1) + strides[1:].sum()  # one integer per voxel
-    # Sorted codes allow a binary search for each neighbour instead of a hash table.
-    known, rows = codes.sort()
-    if bool((known[1:] == known[:-1]).any()) or bool((places < 0).any()):
+    coords = x.coords.long()
+    # Number of indices per axis, with a margin of one voxel on either side: otherwise a neighbour beyond the
+    # border would have the code of a voxel in the next row.
+    side = int(coords[:, 1:].max()) + 3
+    strides = torch.tensor([side**3, side**2, side, 1], device=coords.device)
+    codes = (coords * strides).sum(1) + strides[1:].sum()  # one integer per voxel; the sum adds the margin
+    # Neighbours are found by a binary search in the sorted codes.
+    sorted_codes, rows = codes.sort()
+    if bool((sorted_codes[1:] == sorted_codes[:-1]).any()):
+        raise ValueError("sparse convolution: a voxel occurs twice. Remove the repeated rows of coords.")
+    if bool((coords < 0).any()):
         raise ValueError(
-            "sparse convolution: expected each voxel once and no negative index. Remove repeated rows and"
-            " shift the coordinates."
+            f"sparse convolution: indices of voxels must be >= 0, got {int(coords.min())}. Add a constant to"
+            " coords."
         )
-    before = []
+    pairs_before_centre = []
     for tap in range(TAPS // 2):
-        # Offsets -1, 0, 1 of the tap along the three axes; only the taps before the centre are searched.
+        # Offsets -1, 0 or 1 of the tap along the three axes
         i = tap // 9 - 1
         j = tap // 3 % 3 - 1
         k = tap % 3 - 1
-        neighbour = codes + (i * strides[1] + j * strides[2] + k)
-        # Beyond the last code searchsorted gives one past the end; the comparison below rejects it.
-        at = torch.searchsorted(known, neighbour).clamp(max=len(known) - 1)
-        written = (known[at] == neighbour).nonzero().squeeze(1)
-        before.append((written, rows[at[written]]))
-    itself = torch.arange(len(codes), device=places.device)
+        neighbour_codes = codes + (i * strides[1] + j * strides[2] + k)
+        # For codes above the largest one, searchsorted returns an index past the end. After the clamp, the
+        # comparison below is false for them.
+        positions = torch.searchsorted(sorted_codes, neighbour_codes).clamp(max=len(sorted_codes) - 1)
+        output_rows = (sorted_codes[positions] == neighbour_codes).nonzero().squeeze(1)
+        pairs_before_centre.append((output_rows, rows[positions[output_rows]]))
+    all_rows = torch.arange(len(codes), device=coords.device)
     x.cache["neighbours"] = [
-        *before,
-        (itself, itself),
-        *((read, written) for written, read in reversed(before)),
+        *pairs_before_centre,
+        (all_rows, all_rows),  # at the central tap, each voxel reads itself
+        *((input_rows, output_rows) for output_rows, input_rows in reversed(pairs_before_centre)),
     ]
     return x.cache["neighbours"]
 
@@ -154,52 +173,61 @@ def neighbours(x: SparseBatch) -> list[Pairs]:
 def _taps(
     pairs: list[Pairs], weight: torch.Tensor, rows: int
 ) -> Iterator[tuple[int, torch.Tensor, Pairs, bool]]:
-    """Yield taps that have pairs, with as many pairs at a time as NUMBERS allows.
+    """Iterate over all taps that connect voxels, with as many pairs at a time as NUMBERS allows.
 
-    Yields: the tap, its weights [B, A], pairs, and whether the pairs are more than all `rows` of the input.
+    Args:
+        pairs: pairs of rows of each tap.
+        weight: weights [B, 27, A].
+        rows: number of rows of the input.
+
+    Yields: the index of the tap, its weights [B, A], pairs of rows, and True if the tap has at least as many
+        pairs as the input has rows.
     """
-    most = max(NUMBERS // max(len(weight), weight.shape[2]), 1)  # pairs at a time
-    for tap, (written, read) in enumerate(pairs):
+    chunk_size = max(NUMBERS // max(len(weight), weight.shape[2]), 1)
+    for tap, (output_rows, input_rows) in enumerate(pairs):
         kernel = weight[:, tap].contiguous()
-        # More pairs than rows occur with `coarse`: then each row is multiplied once, before it is gathered.
-        many = len(read) >= rows
-        count = max(len(read), 1) if many else most
-        for pair in zip(written.split(count), read.split(count), strict=True):
-            if len(pair[0]):
-                yield tap, kernel, pair, many
+        # With coarse features there can be more pairs than rows. Each row is then multiplied once and
+        # gathered afterwards, in a single chunk.
+        has_many_pairs = len(input_rows) >= rows
+        count = max(len(input_rows), 1) if has_many_pairs else chunk_size
+        for chunk in zip(output_rows.split(count), input_rows.split(count), strict=True):
+            if len(chunk[0]):
+                yield tap, kernel, chunk, has_many_pairs
 
 
 def _sums(rows: int, channels: int, like: torch.Tensor) -> torch.Tensor:
-    """Return zeros [rows, channels] for accumulation, in float32 at least."""
+    """Return zeros [rows, channels] for sums, on the device of `like`, in its dtype or in float32 if that is
+    wider."""
     return torch.zeros(
         rows, channels, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device
     )
 
 
 class _Convolve(torch.autograd.Function):
-    """Gather, multiply and add features, tap by tap.
+    """Autograd function of the convolution without its bias.
 
-    If a tap connects more pairs than there are input rows, each row is multiplied once and then gathered.
-    Both passes save only their arguments, and a frozen kernel saves no features.
+    For each tap, the features of the input rows are gathered, multiplied by the weights and added to the
+    output rows. Only the arguments are saved for the backward pass. The features are not saved if the weights
+    need no gradient.
     """
 
     @staticmethod
     def forward(
         ctx, feats: torch.Tensor, weight: torch.Tensor, pairs: list[Pairs], voxels: int
     ) -> torch.Tensor:
-        # weight [B, 27, A]. Features are needed in the backward pass only for the weight's gradient.
+        # weight is [B, 27, A]. The backward pass needs the features only for the gradient of the weights.
         ctx.save_for_backward(feats if ctx.needs_input_grad[1] else None, weight)
         ctx.pairs = pairs
         ctx.shape = feats.shape
         ctx.multiply = multiply = product if fits(feats, weight) else F.linear
         out = _sums(voxels, len(weight), feats)
-        for _, kernel, (written, read), many in _taps(pairs, weight, len(feats)):
-            part = (
-                multiply(feats, kernel).index_select(0, read)
-                if many
-                else multiply(feats.index_select(0, read), kernel)
+        for _, kernel, (output_rows, input_rows), has_many_pairs in _taps(pairs, weight, len(feats)):
+            products = (
+                multiply(feats, kernel).index_select(0, input_rows)
+                if has_many_pairs
+                else multiply(feats.index_select(0, input_rows), kernel)
             )
-            out.index_add_(0, written, part.to(out.dtype))
+            out.index_add_(0, output_rows, products.to(out.dtype))
         return out.to(feats.dtype)
 
     @staticmethod
@@ -211,108 +239,132 @@ class _Convolve(torch.autograd.Function):
         to_weight = (
             _sums(len(weight), TAPS * channels, grad).view(weight.shape) if ctx.needs_input_grad[1] else None
         )
-        for tap, kernel, (written, read), many in _taps(ctx.pairs, weight, rows):
-            part = grad.index_select(0, written)  # [P, B]
-            if many:
-                # Gradients of all pairs that read the same row are summed before they are multiplied.
+        for tap, kernel, (output_rows, input_rows), has_many_pairs in _taps(ctx.pairs, weight, rows):
+            row_grads = grad.index_select(0, output_rows)  # [P, B]
+            if has_many_pairs:
+                # Gradients of all pairs with the same input row are summed before they are multiplied.
                 total = _sums(rows, len(weight), grad)
-                part = total.index_add_(0, read, part.to(total.dtype)).to(grad.dtype)
+                row_grads = total.index_add_(0, input_rows, row_grads.to(total.dtype)).to(grad.dtype)
             if to_feats is not None:
-                product_part = ctx.multiply(part, kernel.t()).to(to_feats.dtype)
-                if many:
-                    to_feats = to_feats.add_(product_part)
+                products = ctx.multiply(row_grads, kernel.t()).to(to_feats.dtype)
+                if has_many_pairs:
+                    to_feats = to_feats.add_(products)
                 else:
-                    to_feats = to_feats.index_add_(0, read, product_part)
+                    to_feats = to_feats.index_add_(0, input_rows, products)
             if to_weight is not None:
-                to_weight[:, tap] += ctx.multiply(
-                    part.t(), (feats if many else feats.index_select(0, read)).t()
-                )
-        return (*(None if g is None else g.to(grad.dtype) for g in (to_feats, to_weight)), None, None)
+                input_feats = feats if has_many_pairs else feats.index_select(0, input_rows)
+                to_weight[:, tap] += ctx.multiply(row_grads.t(), input_feats.t())
+        gradients = (None if g is None else g.to(grad.dtype) for g in (to_feats, to_weight))
+        # The pairs and the number of voxels have no gradient.
+        return (*gradients, None, None)
 
 
 @functools.cache
 def has_spconv() -> bool:
-    """Return whether spconv is installed, without importing it."""
+    """Return True if the library spconv is installed. The library is not imported."""
     return importlib.util.find_spec("spconv") is not None
 
 
 def _spconv(x: SparseBatch, feats: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """Compute the convolution with spconv.
+    """Compute the convolution with the library spconv, features [V, A] -> [V, B].
 
-    Its indices must be contiguous int32: it reads others wrongly, without an error.
+    Args:
+        x: voxels; their features are not used.
+        feats: features [V, A].
+        weight: weights [B, 3, 3, 3, A].
+        bias: bias [B].
     """
     import spconv.pytorch as spconv
 
-    shape = [int(s) + 1 for s in x.coords[:, 1:].amax(0)]
-    tensor = spconv.SparseConvTensor(feats.contiguous(), x.coords.int().contiguous(), shape, x.size)
-    # spconv caches its own table of neighbours here; batches on the same voxels share it.
+    grid_shape = [int(largest_index) + 1 for largest_index in x.coords[:, 1:].amax(0)]
+    # spconv computes wrong results, without an error, if the indices are not contiguous int32.
+    tensor = spconv.SparseConvTensor(feats.contiguous(), x.coords.int().contiguous(), grid_shape, x.size)
+    # spconv stores its table of neighbours in this dictionary, which batches on the same voxels share.
     tensor.indice_dict = x.cache.setdefault("spconv", tensor.indice_dict)
     with torch.device("meta"):
-        # On the meta device the layer allocates no weights: the given one is used in its place.
+        # On the meta device the layer allocates no weights. functional_call below replaces them by `weight`.
         layer = spconv.SubMConv3d(weight.shape[-1], weight.shape[0], 3, bias=False, indice_key="3")
     return torch.func.functional_call(layer, {"weight": weight}, (tensor,)).features + bias
 
 
 @dataclass(frozen=True)
 class Coarser:
-    """Halved coordinates of a batch of voxels."""
+    """Voxels of half the resolution that contain the voxels of a batch."""
 
     coords: torch.Tensor  # [W, 4] int32, sorted: by sample, then by the three indices
-    row: torch.Tensor  # [V], row of the coarse voxel that contains each voxel
-    counts: torch.Tensor  # [W], number of voxels in each coarse voxel
+    row: torch.Tensor  # [V] row of the coarse voxel that contains each voxel
+    counts: torch.Tensor  # [W] number of voxels in each coarse voxel
     cache: dict = field(default_factory=dict)  # cache of all batches on the coarse voxels
 
 
 def coarser(x: SparseBatch) -> Coarser:
-    """Halve the coordinates of a batch, each coarse voxel once. The result is cached in the batch."""
+    """Compute the voxels of half the resolution. The result is stored in the cache of the batch."""
     if "coarser" not in x.cache:
-        cells = x.coords.long()
-        cells[:, 1:] //= 2
-        side = int(cells[:, 1:].max()) + 1
-        # One integer per voxel, so that torch.unique compares numbers and not rows. It also sorts them.
-        codes = ((cells[:, 0] * side + cells[:, 1]) * side + cells[:, 2]) * side + cells[:, 3]
-        kept, row, counts = torch.unique(codes, return_inverse=True, return_counts=True)
-        parts = [kept // side**3, kept // side**2 % side, kept // side % side, kept % side]
-        x.cache["coarser"] = Coarser(torch.stack(parts, 1).int().contiguous(), row, counts)
+        coarse_coords = x.coords.long()
+        coarse_coords[:, 1:] //= 2
+        side = int(coarse_coords[:, 1:].max()) + 1
+        # One integer per voxel, since torch.unique is faster on integers than on rows. It also sorts them.
+        sample, i, j, k = coarse_coords.unbind(1)
+        codes = ((sample * side + i) * side + j) * side + k
+        unique_codes, row, counts = torch.unique(codes, return_inverse=True, return_counts=True)
+        # Sample and indices of each coarse voxel from its code
+        columns = [
+            unique_codes // side**3,
+            unique_codes // side**2 % side,
+            unique_codes // side % side,
+            unique_codes % side,
+        ]
+        x.cache["coarser"] = Coarser(torch.stack(columns, 1).int().contiguous(), row, counts)
     return x.cache["coarser"]
 
 
 def downsample(x: SparseBatch) -> SparseBatch:
-    """Halve the resolution: per coarse voxel the sum of its n voxels / (n + 1), [V, C] -> [W, C].
+    """Halve the resolution of a batch, features [V, C] -> [W, C]. Differentiable in: feats.
 
-    Differentiable in: feats.
-
-    Deviates: this is not a mean. TRELLIS averages with the zero that its buffer starts with, and its weights
-        expect that.
+    The features of a coarse voxel are the sum of the features of its n voxels, divided by n + 1. This is not
+    the mean, but released weights of TRELLIS were trained with it: the original averages the n voxels and a
+    zero.
     """
-    to = coarser(x)
-    sums = x.feats.new_zeros(len(to.coords), x.feats.shape[1]).index_add(0, to.row, x.feats)
-    return SparseBatch(to.coords, sums / (to.counts + 1).to(sums.dtype)[:, None], x.size, to.cache)
+    coarse = coarser(x)
+    sums = x.feats.new_zeros(len(coarse.coords), x.feats.shape[1]).index_add(0, coarse.row, x.feats)
+    return SparseBatch(
+        coarse.coords, sums / (coarse.counts + 1).to(sums.dtype)[:, None], x.size, coarse.cache
+    )
 
 
 def upsample(x: SparseBatch, fine: SparseBatch) -> SparseBatch:
-    """Double the resolution: copy features of coarse voxels to the voxels of `fine`, [W, C] -> [V, C].
+    """Double the resolution of a batch: each fine voxel gets the features of its coarse voxel, [W, C] -> [V,
+    C].
 
-    Downsampling `fine` must have given the voxels of x. Differentiable in: x's feats.
+    Differentiable in: the features of x.
 
-    Raises: ValueError if x does not lie on the halved voxels of `fine`.
+    Args:
+        x: batch on the voxels that `downsample(fine)` returns.
+        fine: batch on the voxels of the result.
+
+    Raises: ValueError if the number of voxels of x is not that of `downsample(fine)`.
     """
-    to = coarser(fine)
-    # The same number of rows is the only check that costs nothing; the order is that of `coarser`.
-    if len(to.coords) != len(x.feats):
+    coarse = coarser(fine)
+    # Comparing the numbers of rows is cheap, comparing coordinates would not be.
+    if len(coarse.coords) != len(x.feats):
         raise ValueError(
-            f"upsample: expected {len(to.coords)} coarse voxels, got {len(x.feats)}. Pass the batch that was"
-            " downsampled."
+            f"upsample: the batch must have the {len(coarse.coords)} voxels of downsample(fine), but has"
+            f" {len(x.feats)}. Pass the batch that was downsampled."
         )
-    return fine.with_feats(x.feats[to.row])
+    return fine.with_feats(x.feats[coarse.row])
 
 
 class SparseResBlock(nn.Module):
-    """Residual block of two sparse convolutions; the time scales and shifts the features between them.
+    """Residual block of two sparse convolutions. The time scales and shifts the features between them.
 
     h = conv1(silu(norm1(x)));  y = skip(x) + conv2(silu(norm2(h) (1 + scale) + shift))
 
-    The resolution is halved, doubled or kept before both branches.
+    Args:
+        channels: channels of the input.
+        out_channels: channels of the output.
+        time_channels: channels of the embedded time.
+        resample: "down" halves and "up" doubles the resolution before both branches; "" does not change it.
+        backend: implementation of the convolutions, see `submanifold_conv`.
     """
 
     def __init__(
@@ -325,7 +377,7 @@ class SparseResBlock(nn.Module):
         backend: str = "auto",
     ):
         super().__init__()
-        self.resample = resample  # "down", "up" or "" for neither
+        self.resample = resample
         self.norm1 = LayerNorm32(channels, affine=True)
         self.norm2 = LayerNorm32(out_channels)
         self.conv1 = SubmanifoldConv(channels, out_channels, backend)
@@ -334,8 +386,12 @@ class SparseResBlock(nn.Module):
         self.skip_connection = Linear(channels, out_channels) if channels != out_channels else nn.Identity()
 
     def forward(self, x: SparseBatch, time: torch.Tensor, fine: SparseBatch | None = None) -> SparseBatch:
-        """Apply the block to a batch with times [N, C]; for "up", `fine` is a batch on the voxels to return
-        to.
+        """Apply the block.
+
+        Args:
+            x: batch of features.
+            time: embedded times [N, C].
+            fine: batch on the voxels of the result, if `resample` is "up"; None otherwise.
         """
         if self.resample == "down":
             x = downsample(x)
@@ -343,14 +399,14 @@ class SparseResBlock(nn.Module):
         h = F.silu(self.norm1(x.feats))
         skip = self.skip_connection(x.feats)
         if self.resample == "up":
-            # Operations on single rows run before rows are repeated, on an eighth of the rows at best.
+            # The norm and the skip connection act on single rows. They are computed before the rows are
+            # repeated, because a coarse voxel contains up to eight fine voxels.
             assert fine is not None
             x = upsample(x.with_feats(skip), fine)
-            coarse = h
-            h = self.conv1(x, coarse).feats
+            h = self.conv1(x, coarse=h).feats
             skip = x.feats
         else:
             h = self.conv1(x.with_feats(h)).feats
-        # Each row reads the scale and shift of its sample: [N, C] -> [V, C].
+        # Each voxel has the scale and shift of its sample: [N, C] -> [V, C].
         h = self.norm2(h) * (1 + scale[x.sample]) + shift[x.sample]
         return x.with_feats(self.conv2(x.with_feats(F.silu(h))).feats + skip)
