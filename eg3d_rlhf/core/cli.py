@@ -809,7 +809,8 @@ def choose_device(name: str) -> "torch.device":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError(
-            "--device=cuda: PyTorch finds no CUDA device on this machine. Use --device=cpu or --device=auto."
+            "--device: cuda was requested, but PyTorch finds no CUDA device. Use --device=cpu or"
+            " --device=auto."
         )
     return torch.device(name)
 
