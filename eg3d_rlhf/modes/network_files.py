@@ -28,7 +28,7 @@ def describe_file(source: str | Path | None) -> dict[str, Any]:
     if path.suffix.lower() == ".pkl":
         # parsed without running any of its code
         snapshot = pickles.read(path)
-        facts |= {"protocol": snapshot.protocol, "globals": dict(sorted(snapshot.asked.items()))}
+        facts |= {"protocol": snapshot.protocol, "globals": dict(sorted(snapshot.name_counts.items()))}
     return facts
 
 

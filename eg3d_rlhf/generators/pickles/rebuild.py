@@ -416,7 +416,8 @@ def plane_layout(module: ModuleRecord, kind: Kind) -> str:
         if torch.equal(value, generate_planes(layout)):
             return layout
     raise RejectedError(
-        f"its plane_axes are those of none of the layouts {', '.join(kind.layouts)} of {kind.architecture}"
+        f"its plane_axes belong to no plane layout of the family {kind.architecture}"
+        f" ({', '.join(kind.layouts)})"
     )
 
 
