@@ -126,8 +126,8 @@ def _given(kind: typing.Any, values: Mapping) -> dict[str, typing.Any]:
         # A nested dataclass gets its values from the flat mapping, unless the mapping contains it as an
         # object.
         if dataclasses.is_dataclass(default) and not isinstance(values.get(field.name), type(default)):
-            nested_settings = dataclasses.replace(default, **_given(default, values))  # type: ignore[type-var]
-            arguments[field.name] = nested_settings
+            nested_arguments = _given(default, values)
+            arguments[field.name] = dataclasses.replace(default, **nested_arguments)  # type: ignore[type-var]
         elif field.name in values:
             arguments[field.name] = values[field.name]
     return arguments
