@@ -277,7 +277,7 @@ def check_poses(values: np.ndarray, names: list[str], where: str) -> None:
         first_index = int(is_wrong_order.argmax())
         raise ValueError(
             f"{where}: entry {names[first_index]!r}: expected 0 0 0 1 in the last row of the pose, got"
-            f" {pose[first_index, 3].tolist()}. Store cam2world in row-major order."
+            f" {pose[first_index, 3].tolist()}. Write cam2world in row-major order."
         )
 
 
