@@ -129,8 +129,8 @@ class _Draws:
         self, random_values: torch.Tensor, quantile: Callable[[torch.Tensor], torch.Tensor]
     ) -> torch.Tensor:
         """Return the random values, or the quantile at `percentile` in their place if it is given."""
-        # The caller has drawn the values in either case, so the generator's state does not depend on
-        # `percentile`.
+        # The caller has drawn the values in either case, so the generator's state does not depend
+        # on `percentile`.
         if self.percentile is None:
             return random_values
         return torch.full_like(random_values, float(quantile(self.percentile)))
@@ -157,8 +157,7 @@ class AugmentPipe(torch.nn.Module):
 
     Each transform is applied with the probability p times the value of its option. The buffers are `p` []
     (overall probability, which the training loop sets), `Hz_geom` [12] (low-pass filter for geometric
-    transforms) and
-    `Hz_fbank` [4, 43] (filters of the frequency bands).
+    transforms) and `Hz_fbank` [4, 43] (filters of the frequency bands).
 
     Args: options: fields of `AugmentOptions` as keyword arguments.
     """
@@ -241,8 +240,8 @@ class AugmentPipe(torch.nn.Module):
         like = images.new_empty([images.shape[0]], dtype=torch.float32)
         g = scale2d(1, 1, like)  # product of the inverse transforms so far, [N, 3, 3]
         if o.xflip > 0:
-            # floor(2 u) is 0 or 1 with equal probability, so half of the images with an open gate are
-            # mirrored.
+            # 2 u, rounded down, is 0 or 1 with equal probability. Half of the images with an open gate
+            # are therefore mirrored.
             g = g @ scale2d(1 - 2 * draws.gated((draws.uniform() * 2).floor(), o.xflip * p, 0), 1, like)
         if o.rotate90 > 0:
             g = g @ rotate2d(
@@ -265,8 +264,8 @@ class AugmentPipe(torch.nn.Module):
             s = draws.gated((draws.normal() * o.aniso_std).exp2(), o.aniso * p, 1)
             g = g @ scale2d(1 / s, s, like)
         if o.rotate > 0:
-            # With `debug_percentile` the second rotation is left out, as in EG3D, so that a single angle
-            # remains.
+            # With `debug_percentile` the second rotation is left out, as in EG3D, so that a single
+            # angle remains.
             theta = draws.gated((draws.uniform() * 2 - 1) * (math.pi * o.rotate_max), p_rotate, 0)
             g = g @ rotate2d(theta if draws.percentile is None else torch.zeros_like(theta), like)
         if o.xfrac > 0:
@@ -339,8 +338,8 @@ class AugmentPipe(torch.nn.Module):
             s = draws.gated((draws.normal() * o.contrast_std).exp2(), o.contrast * p, 1)
             c = affine3d(s, 0, like) @ c
         if o.lumaflip > 0:
-            # floor(2 u) is 0 or 1 with equal probability. For 1, the matrix is the Householder reflection
-            # that changes the sign of the grey component.
+            # 2 u, rounded down, is 0 or 1 with equal probability. For 1, the matrix is the Householder
+            # reflection that changes the sign of the grey component.
             c = (
                 eye - 2 * grey_projector * draws.gated((draws.uniform(1, 1) * 2).floor(), o.lumaflip * p, 0)
             ) @ c
@@ -369,8 +368,8 @@ class AugmentPipe(torch.nn.Module):
         """
         o = self.options
         n, channels, height, width = images.shape
-        # Expected fraction of each octave in the power of a natural image. The lowest octave contains the
-        # mean.
+        # Expected fraction of each octave in the power of a natural image. The lowest octave contains
+        # the mean.
         power = torch.tensor([10, 1, 1, 1], device=draws.device) / 13
         # The gains are normalised after each band, as in EG3D.
         gains = torch.ones([draws.n, 4], device=draws.device)
@@ -413,8 +412,8 @@ def _margins(g: torch.Tensor, height: int, width: int, reach: int) -> tuple[int,
     # Positions in the input of the corners of all outputs: x and y, [2, N*4].
     corners = g.new_tensor([[-cx, -cy, 1], [cx, -cy, 1], [cx, cy, 1], [-cx, cy, 1]])
     xy = (g @ corners.T)[:, :2].permute(1, 0, 2).flatten(1)
-    # Largest distances from the centre to the left, right, top and bottom, minus the distance of the image's
-    # edge.
+    # Largest distances from the centre to the left, right, top and bottom, minus the distance of the
+    # image's edge.
     extents = torch.stack([-xy[0].min(), xy[0].max(), -xy[1].min(), xy[1].max()])
     margins = extents + 2 * reach - g.new_tensor([cx, cx, cy, cy])
     limits = g.new_tensor([width - 1, width - 1, height - 1, height - 1])
@@ -479,8 +478,8 @@ def rotate2d(theta: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def affine3d(scale: Entry, shift: Entry, like: torch.Tensor) -> torch.Tensor:
-    """Return matrices [N, 4, 4] that scale all axes by `scale`, then add `shift` to all. See `matrix` for
-    `like`.
+    """Return matrices [N, 4, 4] that scale all axes by `scale`, then add `shift` to all. See `matrix`
+    for `like`.
     """
     return matrix([[scale, 0, 0, shift], [0, scale, 0, shift], [0, 0, scale, shift], [0, 0, 0, 1]], like)
 
@@ -512,11 +511,10 @@ def octave_filter_bank(bands: int = 4) -> np.ndarray:
     """Return zero-phase FIR filters that split a signal into octaves and add up to the identity.
 
     Let H be the frequency response of the sym2 low-pass filter or of its mirrored high-pass filter. The
-    responses
-    |H|^2 / 2 of the two sum to 1, which gives two bands. Each further stage adds a band: all existing filters
-    are stretched by a factor of 2 by inserting zeros, the low-pass filter removes their spectral images, and
-    the high-pass filter becomes the new highest band (Karras et al. 2020, "Training generative adversarial
-    networks with limited data", appendix B).
+    responses |H|^2 / 2 of the two sum to 1, which gives two bands. Each further stage adds a band: all
+    existing filters are stretched by a factor of 2 by inserting zeros, the low-pass filter removes their
+    spectral images, and the high-pass filter becomes the new highest band (Karras et al. 2020, "Training
+    generative adversarial networks with limited data", appendix B).
 
     Args: bands: number of bands.
     Returns: filters [bands, taps], float64, from the lowest to the highest band; taps = 43 for 4 bands.

@@ -83,8 +83,8 @@ def path_of(folder: Path, cur_nimg: int) -> Path:
 
 def available(folder: Path) -> list[Path]:
     """Return the paths of the checkpoints of a run folder, oldest first."""
-    # The pattern excludes temporary and renamed files. With nine digits, the order of names is that of
-    # numbers.
+    # The pattern excludes temporary and renamed files. With nine digits, the order of names is that
+    # of numbers.
     return sorted(path for path in folder.glob("checkpoint-*.safetensors") if _NAME.fullmatch(path.name))
 
 

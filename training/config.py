@@ -30,8 +30,8 @@ REG_TYPES = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Knob:
-    """Description of a field of settings for the command line. It is in the metadata of the field, see
-    `knob`.
+    """Description of a field of settings for the command line. It is in the metadata of the field,
+    see `knob`.
     """
 
     help: str  # help text
@@ -48,8 +48,8 @@ class Knob:
     flag: bool = True  # False: the field has no flag here; presets or the common flags of a mode set it
     # True: a run and its control (the same run with lambda_r = 0) must have the same value.
     control: bool = True
-    # True: the field has no flag, and only --help-all lists it. --set NAME=VALUE or a file of --settings sets
-    # it.
+    # True: the field has no flag, and only --help-all lists it. --set NAME=VALUE or a file of --settings
+    # sets it.
     rare: bool = False
 
 
@@ -123,8 +123,8 @@ def _given(kind: typing.Any, values: Mapping) -> dict[str, typing.Any]:
     arguments: dict[str, typing.Any] = {}
     for field in dataclasses.fields(kind):
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-        # A nested dataclass gets its values from the flat mapping, unless the mapping contains it as an
-        # object.
+        # A nested dataclass gets its values from the flat mapping, unless the mapping contains it as
+        # an object.
         if dataclasses.is_dataclass(default) and not isinstance(values.get(field.name), type(default)):
             nested_arguments = _given(default, values)
             arguments[field.name] = dataclasses.replace(default, **nested_arguments)  # type: ignore[type-var]
@@ -185,8 +185,8 @@ class LoopConfig:
         25000.0, "Length of the training, in thousands of images.", OPT, metavar="KIMG", above=0
     )
     batch: int = knob(4, "Images per iteration.", OPT, low=1, shown="required")
-    # control=False: the following settings do not affect the result, so a run and its control may differ in
-    # them.
+    # control=False: the following settings do not affect the result, so a run and its control may differ
+    # in them.
     batch_gpu: int | None = knob(
         None,
         "Images per forward pass of each process. A smaller number needs less memory.",

@@ -18,8 +18,8 @@ class ConvertOptions:
     resolution: tuple[int, int] | None = None  # (width, height) of the result in pixels; None: no resizing
     max_images: int | None = None  # number of images to use, first in the order of names; None: all images
     mirror: bool = False  # True: write a mirrored copy after each image, with a mirrored camera pose
-    # 'check': write the labels, and reject a set in which only some images have a label. 'drop': write no
-    # labels.
+    # 'check': write the labels, and reject a set in which only some images have a label. 'drop': write
+    # no labels.
     labels: str = "check"
 
     def __post_init__(self) -> None:

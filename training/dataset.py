@@ -34,8 +34,8 @@ from training.rendering.cameras import LABEL_NUMBERS, POSE_NUMBERS, mirror_label
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 LABELS_FILE = "dataset.json"  # name of the file with the labels inside a set
-# Largest number of pixels of an image. A file whose header states more pixels is rejected before it is
-# decoded.
+# Largest number of pixels of an image. A file whose header states more pixels is rejected before it
+# is decoded.
 _PIXEL_LIMIT = 1 << 28
 # Largest allowed entry of |R^T R - I| for the rotation R of a pose. Single-precision poses of fitting
 # programs reach 1e-4.
@@ -43,8 +43,8 @@ ROTATION_TOLERANCE = 1e-2
 
 
 class ImageFiles:
-    """The image files and labels of a folder or zip archive. An entry is a file in it, named by its relative
-    path.
+    """The image files and labels of a folder or zip archive. An entry is a file in it, named by its
+    relative path.
 
     Args: path: folder, which is searched recursively, or .zip file.
     Raises: ValueError if the path does not exist, is a damaged archive, or contains no images.
@@ -76,8 +76,8 @@ class ImageFiles:
             )
 
     def __getstate__(self):
-        # Processes that share a file handle share its position, so each worker process opens the archive
-        # again.
+        # Processes that share a file handle share its position, so each worker process opens the
+        # archive again.
         return {**self.__dict__, "_archive": None}
 
     def close(self) -> None:
@@ -154,8 +154,7 @@ class ImageFiles:
         """Return the label of each image, in the order of `images`, or None for a set without labels.
 
         A label is a list of numbers or an integer, as in dataset.json. A set without labels has a
-        dataset.json with
-        "labels": null.
+        dataset.json with "labels": null.
 
         Raises: ValueError if dataset.json is missing or malformed, or if it has no label for some image.
         """
@@ -268,7 +267,7 @@ def check_poses(values: np.ndarray, names: list[str], where: str) -> None:
         raise ValueError(
             f"{where}: entry {names[first_index]!r}: the pose contains no rotation, because |R^T R - I| ="
             f" {error[first_index]:.3g} and the determinant is {np.linalg.det(rotation[first_index]):.3g}"
-            f" ({int(is_no_rotation.sum())} of {len(names)} labels). Store a rigid cam2world matrix in"
+            f" ({int(is_no_rotation.sum())} of {len(names)} labels). Write a rigid cam2world matrix in"
             f" row-major order."
         )
     # A pose in column-major order has its translation in the last row.
@@ -342,12 +341,12 @@ class ImageFolderDataset(torch.utils.data.Dataset):
                 f" {self._shape[1]}x{self._shape[2]} in entry {self._files.images[0]!r}. Resize the set with"
                 f" tools/dataset_tool.py --resolution={resolution}x{resolution}."
             )
-        # A raw index is the index of a file. An index of the dataset counts the subset, and then its mirrored
-        # copy.
+        # A raw index is the index of a file. An index of the dataset counts the subset, and then its
+        # mirrored copy.
         subset = np.arange(n, dtype=np.int64)
         if max_size is not None and max_size < n:
-            # EG3D's choice of the subset: the first max_size elements of a shuffled list, in the order of
-            # files.
+            # EG3D's choice of the subset: the first max_size elements of a shuffled list, in the order
+            # of files.
             np.random.RandomState(random_seed).shuffle(subset)
             subset = np.sort(subset[:max_size])
         self._raw_index = np.tile(subset, 2) if xflip else subset  # index of the dataset -> raw index
@@ -567,8 +566,8 @@ def ahead(work: Callable, tasks: Iterable, workers: int, death_message: str) -> 
         workers: number of processes. With 0, or on systems without fork, this process computes each result
             when it is requested.
         death_message: message of the error if a worker process is killed.
-    Raises: the errors of `work`; ValueError(death_message) if a worker was killed; OSError if no worker can
-    be
+    Raises: the errors of `work`; ValueError(death_message) if a worker was killed; OSError if no worker
+    can be
         started.
     """
     if workers == 0 or "fork" not in multiprocessing.get_all_start_methods():
@@ -606,8 +605,8 @@ def ahead(work: Callable, tasks: Iterable, workers: int, death_message: str) -> 
 def in_order(work: Callable, tasks: Sequence, workers: int, death_message: str) -> Generator:
     """Yield work(task) for every task of a finite list, in order. See `ahead` for the arguments.
 
-    There are at most as many workers as tasks. A single worker would save no time, so this process does its
-    work.
+    There are at most as many workers as tasks. A single worker would save no time, so this process does
+    its work.
     """
     workers = min(workers, len(tasks))
     return ahead(work, tasks, workers if workers > 1 else 0, death_message)
@@ -625,12 +624,12 @@ KILLED = (
 def default_workers(dataset: ImageFolderDataset, ranks: Ranks) -> int:
     """Return the default number of processes that read images for each training process.
 
-    The number is 0 for a set that is kept in memory. Otherwise it is the number of free cores, but at most
-    three.
+    The number is 0 for a set that is kept in memory. Otherwise it is the number of free cores, but at
+    most three.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    # The cores are divided among the training processes of this machine, and each of these needs one core
-    # itself.
+    # The cores are divided among the training processes of this machine, and each of these needs one
+    # core itself.
     return 0 if dataset.in_memory else max(0, min(MOST_WORKERS, cores // ranks.neighbours - 1))
 
 

@@ -1,11 +1,11 @@
-"""Conversion of an image set to EG3D's dataset format: square PNGs and camera labels in a folder or zip
-archive.
+"""Conversion of an image set to EG3D's dataset format: square PNGs and camera labels in a folder or
+zip archive.
 
 Worker processes decode, crop, resize and encode images. The parent process writes them in order, so the
 result does not depend on the number of workers. The result has a temporary name until it is complete.
 
-Shapes: H and W are the numbers of rows and columns of an image, C is the number of channels, R of pixels per
-edge.
+Shapes: H and W are the numbers of rows and columns of an image, C is the number of channels, R of pixels
+per edge.
 """
 
 import contextlib
@@ -171,8 +171,8 @@ def _output_labels(label, options: ConvertOptions, size: tuple[int, int]) -> lis
         label: label of the source image in its stored form.
         options: transforms.
         size: (width, height) of the source image in pixels.
-    Returns: the label, and the label of the mirrored copy if requested. A label that does not change is the
-    same
+    Returns: the label, and the label of the mirrored copy if requested. A label that does not change is
+    the same
         object as `label`.
     """
     is_padded = options.transform == "center-crop-wide" and options.size[0] != options.size[1]
@@ -190,8 +190,8 @@ def _output_labels(label, options: ConvertOptions, size: tuple[int, int]) -> lis
 def _check_shape(
     shape: tuple[int, int, int], first_shape: tuple[int, int, int], entry: str, where: str
 ) -> None:
-    """Raise ValueError unless an image is square, has a power of two as size, and the shape of the first
-    image.
+    """Raise ValueError unless an image is square, has a power of two as size, and the shape of the
+    first image.
 
     Args:
         shape: (C, H, W) of the converted image.
@@ -235,8 +235,8 @@ def convert_dataset(
         workers: number of processes.
         on_image: function that is called with 1 after each source image, to show progress.
         overwrite: True: replace an existing .zip file. A folder is never replaced.
-    Raises: ValueError for missing, damaged or inconsistent data; OSError if the result cannot be written, for
-    example
+    Raises: ValueError for missing, damaged or inconsistent data; OSError if the result cannot be written,
+    for example
         because the disk is full. In both cases `dest` is not changed.
     """
     files = ImageFiles(Path(source))
@@ -287,18 +287,18 @@ def convert_dataset(
 
 @contextlib.contextmanager
 def writer(dest: Path, source: Path, overwrite: bool) -> Iterator[Callable[[str, bytes], None]]:
-    """Yield a function write(name, data), which adds a file to a temporary folder or zip archive beside
-    `dest`.
+    """Yield a function write(name, data), which adds a file to a temporary folder or zip archive
+    beside `dest`.
 
-    If the block ends without an error, the temporary folder or archive is renamed to `dest`, otherwise it is
-    deleted.
+    If the block ends without an error, the temporary folder or archive is renamed to `dest`, otherwise it
+    is deleted.
 
     Args:
         dest: path of the result, a .zip file or a folder.
         source: path of the source set.
         overwrite: True: replace an existing .zip file.
-    Raises: ValueError if `dest` exists already, would contain or replace the source, or is another kind of
-    archive;
+    Raises: ValueError if `dest` exists already, would contain or replace the source, or is another kind
+    of archive;
         OSError if it cannot be written.
     """
     to_zip = dest.suffix.lower() == ".zip"
@@ -328,8 +328,8 @@ def writer(dest: Path, source: Path, overwrite: bool) -> Iterator[Callable[[str,
         if to_zip:
             with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
                 yield lambda name, data: archive.writestr(zipfile.ZipInfo(name, ZIP_DATE), data)
-            # The bytes must be on the disk before the file is renamed, otherwise a crash could leave an empty
-            # file.
+            # The bytes must be on the disk before the file is renamed, otherwise a crash could leave an
+            # empty file.
             with open(temporary, "rb") as file:
                 os.fsync(file.fileno())
             os.replace(temporary, dest)

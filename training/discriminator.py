@@ -36,13 +36,13 @@ def filtered_resizing(image: torch.Tensor, size: int, filter_mode: str = "antial
 class MinibatchStdLayer(torch.nn.Module):
     """Layer that appends the standard deviation over a group of images as feature maps (Karras et al. 2018).
 
-    With it, D can detect that generated images vary too little. The images i, i + N/G, i + 2N/G, ... form a
-    group.
+    With it, D can detect that generated images vary too little. The images i, i + N/G, i + 2N/G, ... form
+    a group.
 
     Args:
         group_size: number of images in a group G; None: the full batch.
-        num_channels: number of appended feature maps F. The standard deviation is averaged over C/F channels
-            each.
+        num_channels: number of appended feature maps F. The standard deviation is averaged over C/F
+            channels each.
     """
 
     def __init__(self, group_size: int | None, num_channels: int = 1):
@@ -139,8 +139,8 @@ class DiscriminatorBlock(torch.nn.Module):
         memory_format = torch.channels_last if self.channels_last and is_half_precision else fastest_layout
         inputs = inputs.to(dtype=dtype, memory_format=memory_format)
         x = self.fromrgb(inputs) if self.in_channels == 0 else inputs
-        # Each of the two branches is scaled by sqrt(0.5), so that the variance of their sum is that of one
-        # branch.
+        # Each of the two branches is scaled by sqrt(0.5), so that the variance of their sum is that of
+        # one branch.
         skip_features = self.skip(x, gain=math.sqrt(0.5))  # [N, O, R/2, R/2]
         return skip_features + self.conv1(self.conv0(x), gain=math.sqrt(0.5))
 
@@ -283,8 +283,8 @@ class DualDiscriminator(torch.nn.Module):
             c: camera labels [N, K].
             update_emas: argument of EG3D's signature without effect, because D has no moving averages.
             block_kwargs: further arguments of `DiscriminatorBlock.forward`.
-        Deviates: with disc_c_noise > 0 the noise is added to a copy of c. EG3D adds it in place, so that the
-        noise
+        Deviates: with disc_c_noise > 0 the noise is added to a copy of c. EG3D adds it in place, so that
+        the noise
             accumulates over phases.
         """
         del update_emas

@@ -116,8 +116,8 @@ class Ranks:
         # JSON is used instead of dist.all_gather_object, which unpickles data and could execute code in it.
         data = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8, device=self.device)
         with self._exchange("exchange messages"):
-            # all_gather needs tensors of equal size. The lengths are exchanged first, and the messages are
-            # padded.
+            # all_gather needs tensors of equal size. The lengths are exchanged first, and the messages
+            # are padded.
             sizes = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.world)]
             dist.all_gather(sizes, torch.tensor([len(data)], device=self.device))
             largest_size = max(int(size) for size in sizes)
@@ -192,11 +192,11 @@ SINGLE = Ranks()  # for a run of one process
 
 
 def launch_identity() -> str | None:
-    """Return a text that identifies the launch by torchrun. It does not change if torchrun restarts the
-    processes.
+    """Return a text that identifies the launch by torchrun. It does not change if torchrun restarts
+    the processes.
 
-    The text is torchrun's --rdzv-id if it was given, otherwise the names of the machine and of the launching
-    process.
+    The text is torchrun's --rdzv-id if it was given, otherwise the names of the machine and of the
+    launching process.
 
     Returns: None if the process was not started by torchrun.
     """
@@ -218,8 +218,8 @@ def process_group(device: torch.device, minutes: float) -> Iterator[Ranks]:
     Args:
         device: device 'cuda' or 'cpu'.
         minutes: longest time that an exchange may take, minutes. After it, the run ends with an error.
-    Raises: ValueError for incomplete environment variables or too few GPUs; PeerLostError if another process
-    does
+    Raises: ValueError for incomplete environment variables or too few GPUs; PeerLostError if another
+    process does
         not join in time.
     """
     # torchrun, and launchers that are compatible with it, set these variables.

@@ -4,9 +4,9 @@
 All three have a decoder with a selectable last activation, a separate network for the background, a layer
 that converts features to raw colours, a mask, and a camera that is moved depending on the latent. They differ
 in the storage of
-features: tri-grids (PanoHead), two balls of spherical planes (SphereHead), or three planes and a map over
-directions (HyPlaneHead). Modules have the names of the published networks, so that their tensors can be
-loaded.
+features: tri-grids (PanoHead), two balls of spherical planes (SphereHead), or three planes and a map
+over directions (HyPlaneHead). Modules have the names of the published networks, so that their tensors
+can be loaded.
 
 Sizes and switches are options in rendering_kwargs, as in the published networks: triplane_size,
 triplane_depth, decoder_activation, use_torgb_raw, use_background, and HyPlaneHead's flags. Two further
@@ -211,8 +211,8 @@ _BALL_FEATURES = 512, 256
 class FeatureDecoder(OSGDecoder):
     """EG3D's decoder with a selectable last activation of the colours.
 
-    Args: n_features: number of input features C; options: rendering options with decoder_activation, see
-    `OSGDecoder`.
+    Args: n_features: number of input features C; options: rendering options with decoder_activation,
+    see `OSGDecoder`.
     """
 
     def __init__(self, n_features: int, options: dict):
@@ -334,8 +334,8 @@ class FullHeadGenerator(TriPlaneGenerator, ABC):
     ) -> dict[str, torch.Tensor]:
         """Render planes from cameras, see `TriPlaneGenerator.render`.
 
-        The result has a further key 'image_mask' [N, 1, r, r], the opacity of the head, stretched to
-        -0.001..1.001.
+        The result has a further key 'image_mask' [N, 1, r, r], the opacity of the head, stretched
+        to -0.001..1.001.
         """
         features, depth, opacity = self._march(planes, c, resolution, options)
         # The features of the background are not scaled, so the scaling comes first.
@@ -417,8 +417,8 @@ class PanoHeadGenerator(FullHeadGenerator):
 
 
 class SphereHeadGenerator(FullHeadGenerator):
-    """SphereHead's generator with two balls of three spherical planes each, see `sample_balls` (Li et al.
-    2024).
+    """SphereHead's generator with two balls of three spherical planes each, see `sample_balls` (Li et
+    al. 2024).
     """
 
     ConvA: torch.nn.Sequential
@@ -456,8 +456,8 @@ class SphereHeadGenerator(FullHeadGenerator):
 class HyPlaneHeadGenerator(FullHeadGenerator):
     """HyPlaneHead's generator with three planes and a map over directions (Li et al. 2025).
 
-    The backbone outputs one feature map, whose four quadrants are the three planes and the map over
-    directions.
+    The backbone outputs one feature map, whose four quadrants are the three planes and the map
+    over directions.
     """
 
     def __init__(self, **kwargs):

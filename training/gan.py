@@ -134,8 +134,8 @@ class Gan:
         self.workers = workers
         self.device = next(nets.G.parameters()).device
         self.layout = Layout(loop.batch, ranks, loop.batch_gpu)
-        # Forward passes of G change a buffer, w_avg of the mapping network. The loop averages the change over
-        # rounds.
+        # Forward passes of G change a buffer, w_avg of the mapping network. The loop averages the change
+        # over rounds.
         self.moving: torch.nn.Module = nets.G
         self.ada_stats = Collector()
         self.collectors = {"ada_stats": self.ada_stats}
@@ -163,8 +163,8 @@ class Gan:
 
         Args:
             cur_nimg: number of images that the run has used before it is resumed; 0 for a new run.
-            folder: run folder on rank 0, None on other ranks. A new run gets the files reals.png and
-                fakes_init.png.
+            folder: run folder on rank 0, None on other ranks. A new run gets the files reals.png
+                and fakes_init.png.
         """
         # The order of real images depends only on the seed and continues at cur_nimg. A resumed run therefore
         # uses the same images as an uninterrupted run.
@@ -176,15 +176,15 @@ class Gan:
         if folder is None:
             return
         columns, rows = self.config.grid
-        # As in EG3D, the grid has the same latents and labels in the whole run, so that snapshots can be
-        # compared.
+        # As in EG3D, the grid has the same latents and labels in the whole run, so that snapshots can
+        # be compared.
         z = (
             np.random.RandomState(self.loop.seed)
             .randn(columns * rows, self.nets.G_ema.z_dim)
             .astype(np.float32)
         )
-        # The labels are those of the first images. The modulo repeats them if the set is smaller than the
-        # grid.
+        # The labels are those of the first images. The modulo repeats them if the set is smaller than
+        # the grid.
         c = np.stack([self.dataset.get_label(i % len(self.dataset)) for i in range(columns * rows)])
         self._grid = torch.from_numpy(z).to(self.device), torch.from_numpy(c).to(self.device)
         if cur_nimg == 0:
@@ -238,9 +238,9 @@ class Gan:
             torch.manual_seed(seed)
             z = torch.randn([self.loop.batch, self.nets.G.z_dim], device=self.device)
             assert self._fetched is not None
-            # `_fetched` contains only the rows of this rank, so its step is the number of rounds of this
-            # rank. The other tensors contain the full batch, so their step is the number of rounds of all
-            # ranks.
+            # `_fetched` contains only the rows of this rank, so its step is the number of rounds of
+            # this rank. The other tensors contain the full batch, so their step is the number of rounds
+            # of all ranks.
             real, real_c = (x[round_index :: layout.here].contiguous() for x in self._fetched)
             rows = layout.rows(round_index)
             gen_z, gen_c, round_swap_c = (x[rows].contiguous() for x in (z, c, swap_c))
@@ -290,8 +290,8 @@ class Gan:
         G_ema = self.nets.G_ema
         half_life = config.ema_kimg * 1000  # images
         if config.ema_rampup is not None:
-            # A shorter half-life at the start of a run, so that the random initial weights are forgotten
-            # soon.
+            # A shorter half-life at the start of a run, so that the random initial weights are
+            # forgotten soon.
             half_life = min(half_life, cur_nimg * config.ema_rampup)
         # With ema_rampup, the half-life is 0 in the first iteration. Then beta is 0, and G_ema becomes equal
         # to G.

@@ -10,9 +10,9 @@ displacement:
     Dmain  softplus(D(G(z))) + softplus(-D(real))      logistic loss
     Dreg   gamma / 2 * |grad D(real)|^2                R1 penalty (Mescheder et al. 2018)
 
-Shapes: N is the number of images in a batch, Z is z_dim, K is c_dim, C is the number of channels, R and r are
-the numbers of pixels per edge of the final and the raw image, P is the number of points, L is num_ws, W is
-w_dim.
+Shapes: N is the number of images in a batch, Z is z_dim, K is c_dim, C is the number of channels, R and r
+are the numbers of pixels per edge of the final and the raw image, P is the number of points, L is num_ws,
+W is w_dim.
 """
 
 import contextlib
@@ -52,9 +52,9 @@ def r1_penalty(real_logits: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor
             summed over the pixels of all these tensors.
     Returns: penalty [N].
     """
-    # The gradient of the sum over images contains the gradient of each image, because the logit of an image
-    # depends only on this image, apart from D's minibatch statistics. With `create_graph`, the gradient is
-    # differentiable.
+    # The gradient of the sum over images contains the gradient of each image, because the logit of an
+    # image depends only on this image, apart from D's minibatch statistics. With `create_graph`, the
+    # gradient is differentiable.
     gradients = torch.autograd.grad(
         outputs=[real_logits.sum()], inputs=list(inputs), create_graph=True, only_inputs=True
     )
@@ -84,8 +84,8 @@ def density_monotonic(sigma: torch.Tensor, detach_front: bool) -> torch.Tensor:
     """
     front, rear = sigma.chunk(2, dim=1)
     if detach_front:
-        # The loss can then decrease only by higher densities at the rear points, not by lower ones at the
-        # front.
+        # The loss can then decrease only by higher densities at the rear points, not by lower ones at
+        # the front.
         front = front.detach()
     return torch.relu(front - rear).mean(dim=[1, 2])
 
@@ -207,8 +207,8 @@ class GanPhases:
             swap: True for images whose conditioning camera is replaced, [N, 1] or []. None: G is conditioned
                 on zeros instead of cameras.
             update_emas: True: the mapping network updates its running mean of w.
-            other_c: cameras [N, K] that replace swapped ones; None: the camera of the previous image in the
-                batch.
+            other_c: cameras [N, K] that replace swapped ones; None: the camera of the previous image in
+                the batch.
         Returns: style vectors ws [N, L, W].
         """
         other_c = torch.roll(c, 1, 0) if other_c is None else other_c
@@ -270,8 +270,8 @@ class GanPhases:
             c: cameras [N, K].
             blur_sigma: width of the blur of "image", pixels; 0: no blur.
             mixed: True: allow reduced precision.
-        Returns: logits [N, 1], and the tensors that the R1 penalty differentiates by: the images that D
-        received.
+        Returns: logits [N, 1], and the tensors that the R1 penalty differentiates by: the images
+        that D received.
         """
         image = blur(img["image"], blur_sigma)
         raw = img["image_raw"]
@@ -321,8 +321,8 @@ class GanPhases:
         if config.reg_type.startswith("monotonic"):
             l1_distance = box_warp / 256
             front = torch.rand([ws.shape[0], 2000, 3], device=ws.device) * 2 - 1  # [N, P, 3]
-            # Frontal cameras look along -z, so the rear points lie one voxel of a 256^3 grid behind the front
-            # points.
+            # Frontal cameras look along -z, so the rear points lie one voxel of a 256^3 grid behind the
+            # front points.
             rear = front + torch.tensor([0.0, 0.0, -box_warp / 256], device=ws.device)
             loss = density_monotonic(
                 self._sigma_raw(ws, front, rear), detach_front=config.reg_type == "monotonic-detach"
@@ -352,20 +352,20 @@ class GanPhases:
         decoder.
         """
         points = torch.cat([first_points, second_points], dim=1)
-        # The decoder does not use directions. They are drawn, so that the sequence of random numbers is
-        # EG3D's.
+        # The decoder does not use directions. They are drawn, so that the sequence of random numbers
+        # is EG3D's.
         directions = torch.randn_like(points)
         return self.G.sample_mixed(points, directions, ws, update_emas=False, sigma_only=True)["sigma"]
 
     def d_main(self, batch: Batch) -> Iterator[Loss]:
-        """Yield the logistic loss of the discriminator for generated images, and then for real images (phase
-        Dmain).
+        """Yield the logistic loss of the discriminator for generated images, and then for real images
+        (phase Dmain).
 
         The loop runs the backward pass of each loss separately, so that only one graph is in memory.
         """
         sched = schedule(self.config, batch.cur_nimg)
-        # As in EG3D, the running mean of w is updated in this phase, where G runs without a graph, not in
-        # Gmain.
+        # As in EG3D, the running mean of w is updated in this phase, where G runs without a graph, not
+        # in Gmain.
         with torch.no_grad():
             generated_images = self.run_G(batch, sched, update_emas=True)
         logits, _ = self.run_D(generated_images, batch.gen_c, sched.blur_sigma)

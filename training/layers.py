@@ -1,5 +1,5 @@
-"""Elementary layers of StyleGAN2: linear and convolution layers with equalised learning rate, and the mapping
-network.
+"""Elementary layers of StyleGAN2: linear and convolution layers with equalised learning rate, and the
+mapping network.
 
 Equalised learning rate (Karras et al. 2018, section 4.1): weights are stored with unit variance and
 multiplied by their initialisation scale 1/sqrt(fan_in) in every forward pass, where fan_in is the number of
@@ -135,8 +135,8 @@ class Conv2dLayer(torch.nn.Module):
         self.conv_clamp = conv_clamp
         self.padding = kernel_size // 2
         self.weight_gain = 1 / math.sqrt(in_channels * kernel_size**2)  # 1 / sqrt(fan_in)
-        # The gain compensates for the reduction of variance by the activation, for example sqrt(2) for leaky
-        # ReLU.
+        # The gain compensates for the reduction of variance by the activation, for example sqrt(2) for
+        # leaky ReLU.
         self.act_gain = bias_act.activation_funcs[activation].def_gain
         # Checkpoints of EG3D contain this buffer also for layers without up- and downsampling.
         self.register_buffer("resample_filter", upfirdn2d.setup_filter([1, 3, 3, 1]))
@@ -156,8 +156,8 @@ class Conv2dLayer(torch.nn.Module):
         # Scaled in float32 and then converted, because a product in half precision would be rounded twice.
         weight = (self.weight * self.weight_gain).to(x.dtype)
         bias = self.bias.to(x.dtype) if self.bias is not None else None
-        # As in StyleGAN2, upsampling layers compute a convolution with a flipped kernel, other layers a
-        # correlation.
+        # As in StyleGAN2, upsampling layers compute a convolution with a flipped kernel, other
+        # layers a correlation.
         is_correlation = self.up == 1
         x = conv2d_resample.conv2d_resample(
             x=x,
@@ -208,8 +208,7 @@ class MappingNetwork(torch.nn.Module):
     """StyleGAN2 mapping network with an embedding of labels (Karras et al. 2020).
 
     The input of the first of `num_layers` linear layers is the concatenation of norm(z) and norm(embed(c)),
-    where norm is
-    `normalize_2nd_moment` and embed is a linear layer.
+    where norm is `normalize_2nd_moment` and embed is a linear layer.
 
     Args:
         z_dim: number of entries of a latent Z; 0: no latent, as in the discriminator.
@@ -302,8 +301,8 @@ class MappingNetwork(torch.nn.Module):
             self.w_avg.copy_(x.detach().mean(dim=0).lerp(self.w_avg, self.w_avg_beta))
         if self.num_ws is None:
             return x
-        # One copy for each layer of the synthesis network. Style mixing and truncation can change some of
-        # them.
+        # One copy for each layer of the synthesis network. Style mixing and truncation can change some
+        # of them.
         ws = x.unsqueeze(1).repeat([1, self.num_ws, 1])  # [N, L, W]
         # psi = 1 changes nothing but the rounding, so it is skipped.
         if truncation_psi != 1:

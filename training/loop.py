@@ -1,8 +1,7 @@
 """Training loop, which runs phases in order and writes status lines, snapshots and checkpoints.
 
 The loop is the same for every model. The models and the data belong to the object `subject`, which has the
-methods of
-`training.gan.Gan`. A phase is an optimisation step on one network.
+methods of `training.gan.Gan`. A phase is an optimisation step on one network.
 
 All random numbers depend only on the seed, the number of images so far, the name of the phase, and the index
 of the image in the batch. Therefore a resumed run matches an uninterrupted one, an additional phase does not
@@ -74,8 +73,8 @@ class TrainingLoop:
     # Methods of one iteration.
 
     def step(self) -> None:
-        """Run one iteration: every phase whose interval divides the number of iterations, on the fetched
-        batch.
+        """Run one iteration: every phase whose interval divides the number of iterations, on the
+        fetched batch.
         """
         # The order matters, because each phase uses the weights that earlier phases have updated.
         for phase in self.phases:
@@ -168,14 +167,14 @@ class TrainingLoop:
         `stopped` is then the name of the signal.
 
         Raises:
-            ValueError: a loss is not finite, or the data cannot be read. The message names the last
-                checkpoint.
+            ValueError: a loss is not finite, or the data cannot be read. The message names the
+                last checkpoint.
             OSError: the folder cannot be written. The message names the last checkpoint.
         """
         config = self.config
         files = self.files
-        # Ranks may have initialised their modules with different random numbers, so all get the state of rank
-        # 0.
+        # Ranks may have initialised their modules with different random numbers, so all get the state of
+        # rank 0.
         state_tensors = []
         for module in self._modules().values():
             state_tensors += [*module.parameters(), *module.buffers()]
@@ -346,9 +345,9 @@ class TrainingLoop:
         self.batch_idx = meta["batch_idx"]
         self.cur_tick = meta["cur_tick"]
         self.next_tick = meta["next_tick"]
-        # Each rank restores its own sums, so that floating-point additions have the same order as without the
-        # interruption. With another number of ranks, the sums of the old ranks are distributed over the new
-        # ones.
+        # Each rank restores its own sums, so that floating-point additions have the same order as without
+        # the interruption. With another number of ranks, the sums of the old ranks are distributed over
+        # the new ones.
         rank_stats = meta["rank_stats"]
         for name, collector in self.collectors.items():
             # A statistic has three sums, see training_stats.Collector. With more ranks than before, some of

@@ -68,8 +68,8 @@ def build(G_kwargs: dict, D_kwargs: dict, training_set: dict) -> Networks:
     G = TriPlaneGenerator(**G_kwargs)
     D = DualDiscriminator(**D_kwargs)
     G_ema = copy.deepcopy(G).eval().requires_grad_(False)
-    # Parameters are frozen between phases. Each phase of the training loop enables the gradients of its
-    # network.
+    # Parameters are frozen between phases. Each phase of the training loop enables the gradients of
+    # its network.
     G = G.train().requires_grad_(False)
     D = D.train().requires_grad_(False)
     return Networks(G, D, G_ema, G_kwargs, D_kwargs, training_set)

@@ -1,5 +1,5 @@
-"""Phases, which are optimisation steps that a training loop repeats, and updates that are computed in several
-rounds.
+"""Phases, which are optimisation steps that a training loop repeats, and updates that are computed in
+several rounds.
 
 A batch of N samples can be processed in K rounds, one after another on one process or in parallel on several
 processes. The update of the weights is the same as for one pass over the full batch, for two reasons:
@@ -8,8 +8,8 @@ processes. The update of the weights is the same as for one pass over the full b
 statistics groups
    the samples i, i + N/G, i + 2N/G, ... with the group size G. If the number of samples in a round is a
    multiple of G, every group lies within one round.
-2. Random numbers are drawn for the full batch, and each round uses only its rows. The random numbers of a
-sample
+2. Random numbers are drawn for the full batch, and each round uses only its rows. The random numbers of
+a sample
    therefore depend only on its index in the batch.
 
 Shapes: N is the number of samples in a batch, K the number of rounds over all ranks, m the number of samples
@@ -55,8 +55,8 @@ class Phase:
     state: torch.nn.Module | None = (
         None  # module whose state belongs to the phase and is stored in checkpoints
     )
-    # True: the optimiser is not shared with other phases of the network, and has the phase's name in
-    # checkpoints.
+    # True: the optimiser is not shared with other phases of the network, and has the phase's name
+    # in checkpoints.
     own_optimizer: bool = False
 
 
@@ -68,8 +68,8 @@ def cosine(initial_rate: float, progress: float) -> float:
 
     Args:
         initial_rate: learning rate at the start.
-        progress: completed fraction of the schedule. From 1 on, the rate is `LAST_SHARE` times the initial
-            rate.
+        progress: completed fraction of the schedule. From 1 on, the rate is `LAST_SHARE` times the
+            initial rate.
     """
     return initial_rate * (LAST_SHARE + (1 - LAST_SHARE) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
 
@@ -156,8 +156,8 @@ class RowDraws(TorchFunctionMode):
         self.blocks = blocks
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        """Call a function of torch. Random functions draw for the full batch, all others are called
-        unchanged.
+        """Call a function of torch. Random functions draw for the full batch, all others are
+        called unchanged.
         """
         kwargs = dict(kwargs or {})
         if func in (torch.rand, torch.randn):
@@ -218,8 +218,8 @@ class RowDraws(TorchFunctionMode):
     ) -> torch.Tensor:
         """Draw indices for the full batch, and return those of this round. See torch.multinomial."""
         full_size = self._full_size(list(weights.shape))
-        # The weights of samples in other rounds are not available here, so all samples must have equal
-        # weights.
+        # The weights of samples in other rounds are not available here, so all samples must have
+        # equal weights.
         assert full_size is not None and bool((weights == weights[:1]).all()), (
             "inside RowDraws, multinomial needs the same weights for every sample"
         )
@@ -292,8 +292,8 @@ class MovingAverages:
             buffer.copy_(start)
 
     def finish(self) -> None:
-        """Add the mean change to the buffers. With several ranks, `steps` must have been summed over ranks
-        before.
+        """Add the mean change to the buffers. With several ranks, `steps` must have been summed over
+        ranks before.
         """
         for buffer, step in zip(self._buffers, self.steps, strict=True):
             buffer += step
@@ -337,8 +337,8 @@ def sum_over_ranks(
 
     Args:
         ranks: position of this process among the processes of the run.
-        parameters: parameters whose gradients are summed. All ranks must have gradients for the same
-            parameters.
+        parameters: parameters whose gradients are summed. All ranks must have gradients for the
+            same parameters.
         other_tensors: further tensors.
     """
     tensors = [parameter.grad for parameter in parameters if parameter.grad is not None] + other_tensors

@@ -24,10 +24,10 @@ class tqdm(library.tqdm):
             if self.leave or self.leave is None and not self.pos:
                 count = f"{self.n:g}" if self.total in (None, self.n) else f"{self.n:g} of {self.total:g}"
                 elapsed = self.format_interval(self.format_dict["elapsed"])
-                # "it" (iterations) is the library's default unit, which says nothing about the work.
+                # "it" (iterations) is the library's default unit, which carries no information here.
                 unit = "" if self.unit == "it" else f" {self.unit}" if self.n == 1 else f" {self.unit}s"
                 self.fp.write(f"{self.desc or 'done'}: {count}{unit} in {elapsed}\n")
-            # Without `sp`, its function that prints, the library's close() only removes the bar from its
-            # list.
+            # Without `sp`, its function that prints, the library's close() only removes the bar from
+            # its list.
             self.sp = None
         super().close()

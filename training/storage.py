@@ -53,8 +53,8 @@ def write_atomic(path: str | Path, data: bytes, private: bool = False) -> None:
         ) as file:
             file.write(data)
             file.flush()
-            # The bytes must be on the disk before the file is renamed, otherwise a crash could leave an empty
-            # file.
+            # The bytes must be on the disk before the file is renamed, otherwise a crash could leave an
+            # empty file.
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
@@ -64,8 +64,8 @@ def write_atomic(path: str | Path, data: bytes, private: bool = False) -> None:
             f" Free space, or use another folder."
         ) from error
     finally:
-        # After success there is no temporary file. The folder may have been deleted, which is no further
-        # error.
+        # After success there is no temporary file. The folder may have been deleted, which is no
+        # further error.
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
     # Flushing the folder writes the new name of the file to the disk.
@@ -181,8 +181,8 @@ def _opened(path: str | Path, kind: str | None) -> Iterator[tuple[Any, dict]]:
                 f"{path}: expected a {file_kind}, got a safetensors file without this project's header. Name"
                 f" a file that train.py or a tool of this project wrote."
             )
-        # A damaged header can contain any text or value. It is replaced by an empty dict, which is rejected
-        # below.
+        # A damaged header can contain any text or value. It is replaced by an empty dict, which is
+        # rejected below.
         try:
             content = json.loads(header_text)
         except ValueError:
@@ -256,8 +256,8 @@ def load_strict(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor], wh
 
     The load_state_dict of a module may itself supply tensors that are missing in the file.
 
-    Args: module: module that is changed in place; tensors: tensors by name; who: file and network, for the
-    message.
+    Args: module: module that is changed in place; tensors: tensors by name; who: file and network, for
+    the message.
     Raises: ValueError if the tensors do not fit, see `check_fit`.
     """
     state = module.state_dict()

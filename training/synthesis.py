@@ -1,8 +1,8 @@
 """StyleGAN2 synthesis network, which outputs the tri-planes of EG3D.
 
-The network has the "skip" architecture (Karras et al. 2020, "Analyzing and improving the image quality of
-StyleGAN", section 4.1): each block adds the output of its ToRGB layer to the upsampled image of the blocks
-before.
+The network has the "skip" architecture (Karras et al. 2020, "Analyzing and improving the image quality
+of StyleGAN", section 4.1): each block adds the output of its ToRGB layer to the upsampled image of the
+blocks before.
 
 Shapes: N is the number of images in a batch, L is num_ws, W is w_dim, C and O are the numbers of input and
 output channels of a layer, I is the number of image channels, R of pixels per edge.
@@ -60,8 +60,8 @@ class SynthesisLayer(torch.nn.Module):
             torch.randn([out_channels, in_channels, 3, 3]).to(memory_format=memory_format)
         )
         if use_noise:
-            # noise_const is a buffer, so that renders with the mode "const" are reproducible. The strength is
-            # learned.
+            # noise_const is a buffer, so that renders with the mode "const" are reproducible. The strength
+            # is learned.
             self.register_buffer("noise_const", torch.randn([resolution, resolution]))
             self.noise_strength = torch.nn.Parameter(torch.zeros([]))
         self.bias = torch.nn.Parameter(torch.zeros([out_channels]))
@@ -101,8 +101,8 @@ class SynthesisLayer(torch.nn.Module):
             up=self.up,
             padding=1,
             resample_filter=self.resample_filter,
-            # As in StyleGAN2, upsampling layers compute a convolution with a flipped kernel, other layers a
-            # correlation.
+            # As in StyleGAN2, upsampling layers compute a convolution with a flipped kernel, other layers
+            # a correlation.
             flip_weight=(self.up == 1),
             fused_modconv=fused_modconv,
         )

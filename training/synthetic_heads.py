@@ -95,8 +95,8 @@ class HeadsTruth:
     shape: np.ndarray  # coordinates of identity and hair [n, S]
     appearance: np.ndarray  # coordinates of appearance and scan quality [n, A]
     labels: np.ndarray  # camera labels [n, 25]
-    # Distance from the camera along the ray through each pixel's centre [n, R, R], world units; inf:
-    # background.
+    # Distance from the camera along the ray through each pixel's centre [n, R, R], world units;
+    # inf: background.
     depth: np.ndarray
 
 
@@ -156,8 +156,8 @@ def head_parameters(options: PeopleOptions, indices: range) -> tuple[np.ndarray,
 def _render_group(options: PeopleOptions, group: int) -> tuple[list[bytes], np.ndarray]:
     """Render a group of images, in a worker process.
 
-    Args: options: options of the set; group: index of the group of `_GROUP` images. The last group may be
-    smaller.
+    Args: options: options of the set; group: index of the group of `_GROUP` images. The last group may
+    be smaller.
     Returns: PNG bytes of each image, and depth offsets [images, R, R] as float16. An offset is the depth
     minus the
         camera's radius, which float16 stores with a smaller error than the depth.
@@ -189,8 +189,8 @@ def write_heads(
     Args:
         options: options of the set.
         path: path of the archive, which ends in .zip.
-        processes: number of worker processes; None: one for each available core. The files do not depend on
-            it.
+        processes: number of worker processes; None: one for each available core. The files do not depend
+            on it.
         progress: True: show a progress bar.
     """
     core_count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -237,8 +237,8 @@ def resolve_dataset(
     """Return the path of a dataset. A synthetic set is rendered if it is not in the cache.
 
     Args:
-        name: name `synthetic:...` of a synthetic set, or the path of another set, which is returned
-            unchanged.
+        name: name `synthetic:...` of a synthetic set, or the path of another set, which is
+            returned unchanged.
         cache_dir: folder of rendered sets; None: $EG3D_RLHF_CACHE, or ~/.cache/eg3d-rlhf if it is not set.
         processes: number of worker processes, see `write_heads`.
         progress: True: show a progress bar.

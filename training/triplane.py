@@ -104,8 +104,8 @@ class TriPlaneGenerator(torch.nn.Module):
         plane_layout: "eg3d" for released checkpoints, "fixed" for three different planes.
         decoder_hidden_dim: number of hidden units of the decoder; 64 in EG3D.
         neural_rendering_resolution: rendered pixels per edge r.
-        decoder_features: number of decoder features D, of which the first three are RGB; None:
-            plane_channels.
+        decoder_features: number of decoder features D, of which the first three are RGB;
+            None: plane_channels.
         synthesis_kwargs: further arguments of `SynthesisNetwork`.
     """
 
@@ -387,8 +387,8 @@ class TriPlaneGenerator(torch.nn.Module):
             z: latents [N, Z].
             c: camera labels [N, 25].
             truncation_psi, truncation_cutoff, update_emas: see `mapping`.
-            neural_rendering_resolution, cache_backbone, use_cached_backbone, synthesis_kwargs: see
-                `synthesis`.
+            neural_rendering_resolution, cache_backbone, use_cached_backbone, synthesis_kwargs:
+                see `synthesis`.
         Returns: the same dict as `synthesis`.
         """
         ws = self.mapping(

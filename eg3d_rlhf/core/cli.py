@@ -1,5 +1,5 @@
-"""Shared parts of all commands: options in titled groups, one-line errors with exit code 2, checks at
-start-up.
+"""Shared parts of all commands: options in titled groups, one-line errors with exit code 2, checks
+at start-up.
 
 A command is a `GroupedCommand`. Its options come from `option`, or from settings dataclasses (`options_of`).
 A rare setting is a setting without a flag: it is set by --set NAME=VALUE or by the JSON file of --settings,
@@ -296,8 +296,8 @@ class GroupedCommand(click.Command):
         is_completing = ctx.resilient_parsing
         try:
             is_help_requested = not is_completing and self._is_help_requested(ctx, args)
-            # With resilient_parsing click requires no option, and no callback ends the command before the
-            # help.
+            # With resilient_parsing click requires no option, and no callback ends the command before
+            # the help.
             ctx.resilient_parsing |= is_help_requested
             unparsed_args = super().parse_args(ctx, args)
         except click.NoSuchOption as error:
@@ -512,8 +512,8 @@ class GroupedCommand(click.Command):
         """
         for name, setting in self.rare.items():
             for flag in setting.opts:
-                # First flags with a value (--flag=3 -> --set flag=3), then flags without one. The
-                # lookarounds exclude a longer flag that contains this one, such as --flag-size.
+                # First flags with a value (--flag=3 -> --set flag=3), then flags without one. The lookarounds
+                # exclude a longer flag that contains this one, such as --flag-size.
                 text = re.sub(rf"(?<![\w-]){flag}(?==\S)", f"--set {name}", text)
                 text = re.sub(rf"(?<![\w-]){flag}(?![\w-])", f"--set {name}=VALUE", text)
         return text
@@ -549,8 +549,8 @@ EXTRAS = {
 def user_errors(edit_message: Callable[[str], str] = str) -> Iterator[None]:
     """Report ValueError, OSError and a missing optional package in one line on stderr, with exit code 2.
 
-    Other exceptions are bugs and keep their traceback. If the reader of the output has closed the pipe, as
-    `| head` does, the BrokenPipeError is passed on to click, which ends the command silently.
+    Other exceptions are bugs and keep their traceback. If the reader of the output has closed the pipe, as in
+    `command | head`, the BrokenPipeError is passed on to click, which ends the command silently.
 
     Args: edit_message: function that changes the text of a message before it is printed.
     """
@@ -759,8 +759,8 @@ def options_of(*kinds: type) -> Decorator:
             continue
         names = (f"--{_with_dashes(name)}", *knob.flags, name)
         option_type: click.ParamType[Any] | type = click.Path(path_type=Path) if hint is Path else hint
-        # `above` and `below` are exclusive bounds, `low` and `high` are inclusive. A knob has only one of
-        # the two at each end.
+        # `above` and `below` are exclusive bounds, `low` and `high` are inclusive. A knob has only one of the
+        # two at each end.
         low = knob.low if knob.above is None else knob.above
         high = knob.high if knob.below is None else knob.below
         # Choices take precedence over the type of the field.

@@ -144,8 +144,8 @@ class Field(Protocol):
     """A batch of N shapes.
 
     A subclass has to implement only bounds, level, __len__, density and colour. The inherited methods
-    density_grid and render call these five. Each implementation documents whether it is differentiable in
-    the parameters of its shapes.
+    density_grid and render call these five. Each implementation documents whether it is differentiable in the
+    parameters of its shapes.
 
     A ball of radius 0.3:
 
@@ -238,8 +238,8 @@ def march(
 ) -> Rendering:
     """Render any field by ray marching, with even steps through its bounds and without jitter.
 
-    Space outside the bounds is empty, and empty space is black. Differentiable in the parameters of the
-    field.
+    Space outside the bounds is empty, and empty space is black. Differentiable in the parameters of
+    the field.
 
     Args:
         field: N shapes.

@@ -38,9 +38,9 @@ def read_yaml(path: Path, who: str = "", most_bytes: int = 1 << 16, aliases: int
         text = path.read_text(encoding="utf-8")
         depth = 0
         alias_count = 0
-        # Aliases and depth are counted on the parser's events, before any object is built. Nested aliases
-        # could otherwise expand to gigabytes. The parser is lazy, so a rejected file is not parsed to its
-        # end.
+        # Aliases and depth are counted on the parser's events, before any object is built. Nested
+        # aliases could otherwise expand to gigabytes. The parser is lazy, so a rejected file is not
+        # parsed to its end.
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             alias_count += isinstance(event, yaml.AliasEvent)

@@ -65,8 +65,8 @@ def _load(name: str) -> None:
             return
         path = Path(name).resolve()
         spec = importlib.util.spec_from_file_location(path.stem, path)
-        # Python returns None for a kind of file that it cannot import. It does not check that the file
-        # exists.
+        # Python returns None for a kind of file that it cannot import. It does not check that the
+        # file exists.
         if spec is None or spec.loader is None or not path.is_file():
             raise ImportError(f"there is no file {path}")
         module = importlib.util.module_from_spec(spec)

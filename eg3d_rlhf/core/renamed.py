@@ -45,9 +45,9 @@ _ONLINE = {
     "--set draws": "--set noise_samples",
     "--set plain": "--set unweighted",
 }
-# Words of a command -> old names -> new names of its flags and of its settings without a flag ("--set NAME").
-# The tables are separate for each command, because a flag that was renamed in one command may exist in
-# another.
+# Words of a command -> old names -> new names of its flags and of its settings without a flag ("--set
+# NAME"). The tables are separate for each command, because a flag that was renamed in one command may
+# exist in another.
 FLAGS: dict[str, dict[str, str]] = {
     "train --mode=gan": _GAN,
     "train --mode=circular-dpo": {**_FLOW, **_LOOP},

@@ -30,11 +30,11 @@ _LATER = {
 class SlabSpec:
     """A box of grid points inside the scene cube.
 
-    The scene cube has the edge length `box_warp` and the centre `centre`. It contains `resolution` points per
-    axis, and the outermost points lie on its faces: along an axis, point i lies at (i/(resolution - 1) - 1/2)
-    * box_warp from the centre. `int(fraction * resolution)` points are cropped from each face. The default is
-    the slab of arXiv 2606.27305: indices x 64:192, y 64:205, z 102:231 of 256, so (D, H, W) = (129, 141,
-    128).
+    The scene cube has the edge length `box_warp` and the centre `centre`. It contains `resolution` points
+    per axis, and the outermost points lie on its faces: along an axis, point i lies at (i/(resolution - 1)
+    - 1/2) * box_warp from the centre. `int(fraction * resolution)` points are cropped from each face. The
+    default is the slab of arXiv 2606.27305: indices x 64:192, y 64:205, z 102:231 of 256, so (D, H, W) =
+    (129, 141, 128).
 
     `lattice="skewed"` gives the points that the published reward was trained on. The helper function of its
     authors computes indices by division without rounding down. The point with the index (i, j, k) therefore

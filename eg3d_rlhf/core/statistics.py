@@ -1,5 +1,5 @@
-"""Confidence intervals and tests of reported metrics: rates, means, paired differences, fitted lines and rank
-correlations.
+"""Confidence intervals and tests of reported metrics: rates, means, paired differences, fitted lines and
+rank correlations.
 
 All functions compute in float64 with numpy on the CPU. They are deterministic, because the bootstrap takes a
 seed.
@@ -162,8 +162,8 @@ def bootstrap_mean_interval(
 ) -> MeanInterval:
     """Compute the percentile bootstrap interval of the mean (Efron 1979).
 
-    The function draws N of the N values with replacement, `resamples` times, and returns quantiles of the
-    means.
+    The function draws N of the N values with replacement, `resamples` times, and returns quantiles of
+    the means.
 
     The interval is too narrow for small samples. For normal values a 95 % interval contains the mean in about
     89 % of cases at N = 10, 92 % at N = 20, 93.4 % at N = 32 and 95 % at N = 100

@@ -4,8 +4,8 @@ A family is an architecture of generators, for example EG3D. It is defined in on
 plugin (see docs/extending.md), as a network and a class around it that implements `Generator`. A network file
 contains the name of its family, by which `load_generator` finds these classes.
 
-Shapes: N is the number of samples, Z is z_dim, L is the number of style vectors of a sample (num_ws), W is
-w_dim.
+Shapes: N is the number of samples, Z is z_dim, L is the number of style vectors of a sample (num_ws), W
+is w_dim.
 """
 
 import dataclasses

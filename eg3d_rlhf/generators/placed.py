@@ -120,8 +120,8 @@ class PlacedField:
         A point outside the generator's cube gets the smallest density of its shape inside the cube. Slabs are
         scaled by their own range of densities, and these points do not change that range.
         """
-        # The mirror image of a skewed lattice is not a skewed lattice, so its points are evaluated one by
-        # one.
+        # The mirror image of a skewed lattice is not a skewed lattice, so its points are evaluated one
+        # by one.
         if grid.lattice != "straight" and self._place.mirrored:
             return self.density(grid.points().reshape(-1, 3)).unflatten(1, grid.shape)
         # For a mirrored place, the grid is evaluated without mirroring, with the crops at low and high x

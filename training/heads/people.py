@@ -171,8 +171,8 @@ def _split(z: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarra
 
 
 def ramp(low: float, high: float, x: Numbers) -> Numbers:
-    """Return a smooth step function of x, which is 0 at `low` and 1 at `high`, and constant outside of this
-    range.
+    """Return a smooth step function of x, which is 0 at `low` and 1 at `high`, and constant outside of
+    this range.
 
     `low` may be larger than `high`; the step then decreases with x.
     """
@@ -267,14 +267,14 @@ BUST_ROUND = 0.04  # radius of the rounding of its edges
 
 
 def bust_end(points: np.ndarray) -> np.ndarray:
-    """Return the signed distances [...] of points [..., 3] to the cylinder that closes every bust at the
-    bottom.
+    """Return the signed distances [...] of points [..., 3] to the cylinder that closes every bust at
+    the bottom.
 
     The axis of the cylinder is the y axis. Distances are negative inside of it.
     """
     x, y, z = np.moveaxis(points, -1, 0)
-    # Signed distances to the side and to the bottom of a cylinder that is smaller by the radius of the
-    # rounding.
+    # Signed distances to the side and to the bottom of a cylinder that is smaller by the radius of
+    # the rounding.
     side_distance = np.hypot(x, z) - BUST_RADIUS + BUST_ROUND
     bottom_distance = BUST_FLOOR + BUST_ROUND - y
     outside_distance = np.hypot(np.maximum(side_distance, 0), np.maximum(bottom_distance, 0))
@@ -304,8 +304,8 @@ def _mix(base: np.ndarray, colour: np.ndarray | float, weight: np.ndarray) -> np
 
 
 def surface_colour(head: Head, drawn: np.ndarray, normals: np.ndarray) -> np.ndarray:
-    """Return the shaded colours [P, 3] in 0..1 of points on the surface. They do not depend on the viewing
-    direction.
+    """Return the shaded colours [P, 3] in 0..1 of points on the surface. They do not depend on the
+    viewing direction.
 
     Args:
         head: head, for its coordinates of appearance and its amount of long hair.
@@ -325,8 +325,8 @@ def surface_colour(head: Head, drawn: np.ndarray, normals: np.ndarray) -> np.nda
     y = mean_position[:, 1] - EYE[1]
     z = mean_position[:, 2]
     albedo = np.broadcast_to(skin, (len(mean_position), 3))
-    # Later layers cover earlier ones: cheeks, lips, brows, hair, shirt, eyeballs. z restricts a layer to the
-    # face.
+    # Later layers cover earlier ones: cheeks, lips, brows, hair, shirt, eyeballs. z restricts a layer to
+    # the face.
     blush = np.exp(-(((x - 0.068) / 0.035) ** 2 + ((y + 0.055) / 0.03) ** 2)) * (z > 0.03)
     albedo = _mix(albedo, skin * np.array([1.0, 0.72, 0.68]), 0.5 * blush)
     lip_colour = skin * np.array([0.86, 0.50, 0.50]) * (1 - 0.15 * ndtr(appearance[4]))
@@ -340,8 +340,8 @@ def surface_colour(head: Head, drawn: np.ndarray, normals: np.ndarray) -> np.nda
     albedo = _mix(albedo, hair, hair_weight)
     # The shirt begins below the neck, and hair covers it.
     albedo = _mix(albedo, shirt, ramp(-0.305, -0.32, y) * (1 - hair_weight))
-    # Layers of the eyeball by the distance from its centre: white, the dark rim of the iris, the iris, the
-    # pupil.
+    # Layers of the eyeball by the distance from its centre: white, the dark rim of the iris, the iris,
+    # the pupil.
     eye_distance = np.hypot(x - EYE[0], y)
     eyeball = np.full_like(albedo, 0.90)
     eyeball = _mix(eyeball, 0.35 * iris, ramp(0.0145, 0.0130, eye_distance))
@@ -433,8 +433,8 @@ def rasterise(
 
 
 def cross_2d(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Return the third component [N] of the cross products of vectors a [N, 2] and b [N, 2] in the plane z =
-    0.
+    """Return the third component [N] of the cross products of vectors a [N, 2] and b [N, 2] in the plane z
+    = 0.
     """
     return a[:, 0] * b[:, 1] - a[:, 1] * b[:, 0]
 

@@ -18,8 +18,8 @@ from torch.special import ndtr
 
 from training.heads.people import ramp
 
-# Lengths and coordinates are in world units. Most numbers in this module are choices of design without a
-# source.
+# Lengths and coordinates are in world units. Most numbers in this module are choices of design without
+# a source.
 DAMAGED_FROM = 0.43  # quantile of the first coordinate at which the severity is 1/2
 GUARD = -0.01  # z coordinate; nothing is cut off in front of it
 HOLLOW_FRONT = 0.035  # z coordinate at which hollows end
@@ -77,8 +77,8 @@ def damaged(points: torch.Tensor, distance: torch.Tensor, quality: torch.Tensor)
     # Signed distance to the plane, positive in front of it.
     plane_distance = (z - plane_z - tilt_x * x - tilt_y * (y - 0.03) + ripple) / normal_length
     removed_space = torch.maximum(plane_distance, z - GUARD)
-    # The hollow is the space that lies deeper in the head than the shell, near the plane, and not in the
-    # face.
+    # The hollow is the space that lies deeper in the head than the shell, near the plane, and not in
+    # the face.
     hollow = torch.maximum(torch.maximum(distance + SHELL, plane_distance - 0.06), z - HOLLOW_FRONT)
     # The shoulders are not damaged. Their upper end rises towards the sides.
     shoulder_y = BASE + 0.15 * ramp(0.10, 0.20, x.abs())

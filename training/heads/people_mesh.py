@@ -76,8 +76,8 @@ def _grouped(corners: np.ndarray) -> Groups:
     """Divide triangles with corners [T, 3, 3] into groups of neighbours."""
     triangle_centres = corners.mean(axis=1)
     groups = [np.arange(len(corners))]
-    # All groups are halved in each step, along their longest axis. Their sizes therefore differ by at most
-    # one.
+    # All groups are halved in each step, along their longest axis. Their sizes therefore differ by at
+    # most one.
     while len(groups[0]) > GROUP:
         halves = []
         for group in groups:
@@ -140,8 +140,8 @@ def winding_number(corners: np.ndarray, points: np.ndarray) -> np.ndarray:
 
 
 def _blocks(points: np.ndarray) -> list[np.ndarray]:
-    """Divide points [P, 3] into blocks of neighbours. Return the indices of the points of each block, at most
-    BLOCK.
+    """Divide points [P, 3] into blocks of neighbours. Return the indices of the points of each block, at
+    most BLOCK.
     """
     blocks = []
     remaining_blocks = [np.arange(len(points))] if len(points) else []
@@ -216,8 +216,8 @@ def _sample_weights(parts: int) -> np.ndarray:
     rows = []
     for i in range(parts):
         for j in range(parts - i):
-            # An upright small triangle, and the inverted one next to it, which does not exist at the end of a
-            # row.
+            # An upright small triangle, and the inverted one next to it, which does not exist at the end
+            # of a row.
             rows.append((i + 1 / 3, j + 1 / 3))
             if i + j < parts - 1:
                 rows.append((i + 2 / 3, j + 2 / 3))

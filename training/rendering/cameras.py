@@ -68,8 +68,8 @@ def look_at(position: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 
 class LookAtPoseSampler:
-    """Sampler of poses with normally distributed angles, on a sphere about the origin, that look at one
-    point.
+    """Sampler of poses with normally distributed angles, on a sphere about the origin, that look at
+    one point.
 
     The name and the order of arguments are EG3D's. Torch's global generator yields the noise of the yaw [N,
     1], and then the noise of the pitch [N, 1], even if both standard deviations are 0. Callers may rely on
@@ -182,8 +182,8 @@ class RaySampler(torch.nn.Module):
 
         The pixel (row, column) has the image coordinates u = (column + .5) / R and v = (row + .5) / R. Let K
         be the intrinsics, with the focal lengths fx = K00 and fy = K11, the skew sk = K01 and the principal
-        point (cx, cy) = (K02, K12). The point of the pixel in camera coordinates is
-        y = (v - cy) / fy, x = (u - cx + cy sk / fy - sk v / fy) / fx, z = 1.
+        point (cx, cy) = (K02, K12). The point of the pixel in camera coordinates is y = (v - cy) / fy, x = (u
+        - cx + cy sk / fy - sk v / fy) / fx, z = 1.
 
         Args:
             cam2world_matrix: poses [N, 4, 4].

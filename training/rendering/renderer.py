@@ -57,9 +57,8 @@ class MipRayMarcher2(torch.nn.Module):
             depths: depths of the samples [N, M, S, 1] in ascending order, world units.
             rendering_options: options 'clamp_mode' ('softplus' or missing) and 'white_back' (True: add the
                 white background 1 - sum(w) to the colour).
-        Returns: a tuple of
-            colour [N, M, C]: sum(w c) * 2 - 1 if symmetric, else sum(w c).
-            depth [N, M, 1]: sum(w d) / sum(w), clamped to the smallest and largest depth of the *whole
+        Returns: a tuple of colour [N, M, C]: sum(w c) * 2 - 1 if symmetric, else sum(w c). depth [N, M, 1]:
+            sum(w d) / sum(w), clamped to the smallest and largest depth of the *whole
                 batch*. In empty pixels a rendering therefore depends on its batch.
             weights w of the intervals [N, M, S-1, 1].
         """
@@ -92,8 +91,8 @@ class MipRayMarcher2(torch.nn.Module):
         # [N*M, samples of all passes]
         densities = torch.cat([pass_densities for _, pass_densities, _ in passes], dim=2).reshape(n * m, -1)
         depths = torch.cat([pass_depths for _, _, pass_depths in passes], dim=2).reshape(n * m, -1)
-        # Weights of samples, in the order of the input. The weight of an interval is divided between its two
-        # samples.
+        # Weights of samples, in the order of the input. The weight of an interval is divided between its
+        # two samples.
         weights, depth_sum, total = ray_march(densities, depths)
         rgb: Any = 0
         start = 0
@@ -223,9 +222,9 @@ STRATIFIED = "importance_stratified"
 _CPU_SAMPLES = 1 << 16
 
 _AXES = {
-    # For each plane: the world axes along its width and its height, and the third axis. "eg3d" is (x,y),
-    # (x,z), (z,x), as in the released checkpoints; its third plane has the axes of the second in reverse
-    # order.
+    # For each plane: the world axes along its width and its height, and the third axis. "eg3d" is
+    # (x,y), (x,z), (z,x), as in the released checkpoints; its third plane has the axes of the second in
+    # reverse order.
     "eg3d": ("xyz", "xzy", "zxy"),
     "fixed": ("xyz", "xzy", "zyx"),  # (x,y), (x,z), (z,y): three different planes
     "panohead": ("xyz", "xzy", "yzx"),  # (x,y), (x,z), (y,z): PanoHead and the models derived from it
@@ -235,10 +234,10 @@ _AXES = {
 def generate_planes(layout: str = "eg3d") -> torch.Tensor:
     """Return the axes of the three planes of a layout.
 
-    Args: layout: 'eg3d' (released checkpoints of EG3D), 'fixed' (three different planes, EG3D issue #67) or
-        'panohead'.
-    Returns: matrices [3, 3, 3]. The rows of matrix k are the directions of width, height and depth of plane
-    k.
+    Args: layout: 'eg3d' (released checkpoints of EG3D), 'fixed' (three different planes, EG3D issue #67)
+        or 'panohead'.
+    Returns: matrices [3, 3, 3]. The rows of matrix k are the directions of width, height and depth of
+    plane k.
     Raises: ValueError for another layout.
     """
     if layout not in _AXES:
@@ -252,8 +251,8 @@ def generate_planes(layout: str = "eg3d") -> torch.Tensor:
 
 
 class ImportanceRenderer(torch.nn.Module):
-    """Renderer with a coarse stratified pass and a fine importance pass, whose samples are composited
-    together.
+    """Renderer with a coarse stratified pass and a fine importance pass, whose samples are
+    composited together.
 
     Args: plane_layout: layout of the planes, see `generate_planes`.
     """
@@ -282,8 +281,8 @@ class ImportanceRenderer(torch.nn.Module):
             ray_origins: origins of the rays [N, M, 3], world units.
             ray_directions: unit directions of the rays [N, M, 3].
             rendering_options: EG3D's rendering_kwargs.
-        Returns: features [N, M, D] in [-1, 1], of which the first three are RGB; depth [N, M, 1] in world
-        units;
+        Returns: features [N, M, D] in [-1, 1], of which the first three are RGB; depth [N, M, 1] in
+        world units;
             opacity [N, M, 1] in 0..1.
         """
         options = rendering_options
@@ -431,15 +430,14 @@ class ImportanceRenderer(torch.nn.Module):
         Args:
             planes: planes [N, 3, C, H, W].
             decoder: module with a method `weights` like `training.triplane.OSGDecoder`. A module with only a
-                method
-                `decode` is slower.
+                method `decode` is slower.
             sample_coordinates: points [N, P, 3], world units.
             sample_directions: ignored, because colours do not depend on the viewing direction.
             options: rendering options 'box_warp' (edge of the cube in world units) and 'density_noise'
                 (standard deviation of normal noise on the density, 0 by default).
             sigma_only: True: decode only the density.
-            merged: result of `merge` for these planes, which several calls can share; None: compute it if
-                needed.
+            merged: result of `merge` for these planes, which several calls can share; None: compute it
+                if needed.
         Returns: {'rgb': [N, P, D], 'sigma': [N, P, 1]}, where sigma is raw; only 'sigma' if sigma_only.
         """
         del sample_directions
@@ -454,8 +452,8 @@ class ImportanceRenderer(torch.nn.Module):
         self, planes, decoder, points, box_warp, sigma_only: bool, merged: MergedPlanes | None
     ) -> dict[str, torch.Tensor]:
         """Decode points without noise. Other families override this method; see `run_model`."""
-        # Direct computation, for the reference implementation and for decoders that are no two-layer
-        # perceptron.
+        # Direct computation, for the reference implementation and for decoders that are no
+        # two-layer perceptron.
         if implementations.current() == "ref" or not hasattr(decoder, "weights"):
             features = sample_planes_channels_first(self.plane_axes, planes, points, box_warp)
             # [N, 3, C, P] -> [N, C, P] -> [N, P, C]

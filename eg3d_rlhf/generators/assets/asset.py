@@ -1,5 +1,5 @@
-"""Base class of assets, which are `Field`s whose values are parameters, and the generator family of finished
-assets.
+"""Base class of assets, which are `Field`s whose values are parameters, and the generator family of
+finished assets.
 
 Score distillation optimises an asset. Slabs, depth maps, point clouds, meshes and rewards use it like any
 other field.
@@ -25,8 +25,8 @@ from training.storage import load_strict, read_tensors
 
 ARCHITECTURE = "assets"  # name of the family in network files
 RESOLUTION = 64  # default number of pixels per edge of a render
-# Relative tolerance of the bounds. Rays end exactly on the bounds, and rounding may move a sample out of
-# them.
+# Relative tolerance of the bounds. Rays end exactly on the bounds, and rounding may move a sample out
+# of them.
 _EDGE = 1e-4
 KINDS: Registry[type["Asset"]] = Registry(
     "kind of asset",
@@ -193,8 +193,8 @@ def sparsity(raw: torch.Tensor, step: float) -> dict[str, torch.Tensor]:
     optical_depth = torch.nn.functional.softplus(raw - 1) * step
     # 1 - exp(-x); expm1 is accurate for small x.
     opacity = -torch.expm1(-optical_depth)
-    # Binary entropy -(1 - o) log(1 - o) - o log(o), where -log(1 - o) is the optical depth. The clamp avoids
-    # log(0).
+    # Binary entropy -(1 - o) log(1 - o) - o log(o), where -log(1 - o) is the optical depth. The clamp
+    # avoids log(0).
     entropy = (1 - opacity) * optical_depth - opacity * opacity.clamp_min(1e-12).log()
     return {"sparsity": opacity.flatten(1).mean(dim=1), "opacity": entropy.flatten(1).mean(dim=1)}
 
@@ -213,8 +213,8 @@ class AssetGenerator:
     w_dim = 1
     num_ws = 1
     img_resolution = RESOLUTION
-    # At this distance, with the focal length of FFHQ portraits, the image shows the full cube with its
-    # corners.
+    # At this distance, with the focal length of FFHQ portraits, the image shows the full cube with
+    # its corners.
     cameras = CameraFamily(radius=6.0)
 
     def __init__(self, module: AssetNetwork):
@@ -239,8 +239,8 @@ class AssetGenerator:
         """
         del c, truncation_psi, truncation_cutoff
         latents_of_assets = latents(range(self.count), self.z_dim).to(z)  # [A, Z]
-        # Latents of seeds are bitwise reproducible, so they are compared exactly: [N, 1, Z] == [A, Z] -> [N,
-        # A].
+        # Latents of seeds are bitwise reproducible, so they are compared exactly: [N, 1, Z] == [A, Z] ->
+        # [N, A].
         is_latent_of_asset = (z[:, None] == latents_of_assets).all(dim=2)
         unknown_count = int((~is_latent_of_asset.any(dim=1)).sum())
         if unknown_count:

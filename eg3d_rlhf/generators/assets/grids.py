@@ -66,8 +66,8 @@ class Voxels(Asset):
         """Return raw density and colour, see `Asset`. The logits of the colour are interpolated."""
         # Density and colour are interpolated in one call.
         values = torch.cat([self.raw.unsqueeze(1), self.paint], dim=1)  # [A, 4, N, N, N]
-        # grid_sample expects coordinates in -1..1 on a 3D grid of points: [A, 1, 1, P, 3], components x, y,
-        # z.
+        # grid_sample expects coordinates in -1..1 on a 3D grid of points: [A, 1, 1, P, 3], components x,
+        # y, z.
         positions = (points * (2 / self.bounds.side))[:, None, None]
         # [A, 4, 1, 1, P] -> [A, 4, P]
         interpolated = F.grid_sample(
@@ -132,9 +132,9 @@ _PROBES = 16  # grid points per edge at which regularisers evaluate the density
 class TriPlanes(Asset):
     """Assets of tri-planes, each with its own decoder.
 
-    Let f [C] be the mean over the three planes of their features at the point p. The raw density is
-    w1[0] softplus(w0 f + b0) + b1[0] + 1 + 20 (1 - |p| / 0.25). The last term is an initial ball. The colour
-    is computed from w1[1:] and b1[1:] as in `training.triplane.OSGDecoder`. The plane layout is "fixed", with
+    Let f [C] be the mean over the three planes of their features at the point p. The raw density is w1[0]
+    softplus(w0 f + b0) + b1[0] + 1 + 20 (1 - |p| / 0.25). The last term is an initial ball. The colour is
+    computed from w1[1:] and b1[1:] as in `training.triplane.OSGDecoder`. The plane layout is "fixed", with
     three different planes.
 
     Deviates from threestudio, whose assets are hash grids, which need CUDA.

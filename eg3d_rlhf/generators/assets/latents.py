@@ -38,8 +38,8 @@ class Latents(Asset):
 
         Args:
             assets: number of assets A.
-            generator: SHA-256 of the state of the generator that stored latents belong to, or None for new
-                ones.
+            generator: SHA-256 of the state of the generator that stored latents belong to, or None for
+                new ones.
         Raises: ValueError if this is not the bundled generator.
         """
         super().__init__()

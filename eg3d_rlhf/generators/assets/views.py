@@ -135,8 +135,8 @@ def evenly_around(
     return views_at(azimuth, *(torch.full_like(azimuth, value) for value in (elevation, distance, fov)))
 
 
-# Rotation of world coordinates: (x, y, z) of our world becomes (x, -z, y) of the world whose z axis points
-# up.
+# Rotation of world coordinates: (x, y, z) of our world becomes (x, -z, y) of the world whose z axis
+# points up.
 _TO_Z_UP = ((1.0, 0.0, 0.0, 0.0), (0.0, 0.0, -1.0, 0.0), (0.0, 1.0, 0.0, 0.0), (0.0, 0.0, 0.0, 1.0))
 # Rotation by 90 degrees about the z axis, from -y to +x.
 _QUARTER_TURN = ((0.0, -1.0, 0.0, 0.0), (1.0, 0.0, 0.0, 0.0), (0.0, 0.0, 1.0, 0.0), (0.0, 0.0, 0.0, 1.0))
@@ -232,8 +232,8 @@ def four_views(raw: torch.Tensor, colours: torch.Tensor, pitch: float) -> tuple[
         raw: raw density [A, N, N, N], axes z, y, x.
         colours: colours [A, 3, N, N, N] in 0..1, axes z, y, x.
         pitch: distance between the centres of neighbouring voxels, world units.
-    Returns: channels [A, 4, 4, N, N] (axes: asset, view, channel, rows from the top, columns) with RGB and
-    inverse
+    Returns: channels [A, 4, 4, N, N] (axes: asset, view, channel, rows from the top, columns) with RGB
+    and inverse
         depth, multiplied by the opacity; and the opacity [A, 4, 1, N, N].
     """
     n = raw.shape[-1]  # N

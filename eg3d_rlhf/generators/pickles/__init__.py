@@ -3,11 +3,11 @@
 `load` returns networks. `read` returns the contents of a file as records, and the Python names that the file
 refers to.
 
-Loading such a file with `pickle` executes source text that the file contains. Here the file is parsed as a
-stream of opcodes by a small interpreter (pickle_reader.py), which accepts only the names that EG3D's
-snapshots use. Each name becomes a record that cannot execute anything. The torch streams inside the file are
-parsed in the same way (snapshot.py), and networks are built from the constructor arguments in the file
-(rebuild.py).
+Loading such a file with `pickle` executes source text that the file contains. Here the file is parsed
+as a stream of opcodes by a small interpreter (pickle_reader.py), which accepts only the names that
+EG3D's snapshots use. Each name becomes a record that cannot execute anything. The torch streams inside
+the file are parsed in the same way (snapshot.py), and networks are built from the constructor arguments
+in the file (rebuild.py).
 """
 
 from eg3d_rlhf.generators.pickles.rebuild import load, plan, rebuild

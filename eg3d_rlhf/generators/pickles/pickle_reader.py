@@ -351,9 +351,9 @@ class Machine:
             raise RejectedError(f"it has a frame of {size} bytes, but {remaining} remain")
 
 
-# Opcode -> operation on a machine `m`, with the names of pickletools in comments. Python evaluates arguments
-# in the order in which they are written, so the argument that is popped first is the topmost value of the
-# stack.
+# Opcode -> operation on a machine `m`, with the names of pickletools in comments. Python evaluates
+# arguments in the order in which they are written, so the argument that is popped first is the topmost
+# value of the stack.
 OPERATIONS: dict[int, Callable[[Machine], object]] = {
     0x95: Machine.frame,  # FRAME
     0x28: Machine.mark,  # MARK

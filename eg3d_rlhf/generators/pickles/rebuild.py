@@ -30,8 +30,8 @@ from training.rendering.renderer import generate_planes
 from training.superresolution import MODULES
 from training.triplane import TriPlaneGenerator
 
-# Tables of the constructor arguments and rendering options that a pickled network may have, with the accepted
-# values.
+# Tables of the constructor arguments and rendering options that a pickled network may have, with the
+# accepted values.
 
 # (predicate that returns True for accepted values, description of the accepted values for messages)
 Check = tuple[Callable[[Any], bool], str]
@@ -333,8 +333,8 @@ def _arguments(module: ModuleRecord, names: tuple[str, ...], who: str) -> dict:
 
 
 def _with(values: dict, names: Iterable[str], who: str) -> dict:
-    """Return `values` unchanged. Raises: RejectedError, which begins with `who`, if one of `names` is
-    missing.
+    """Return `values` unchanged. Raises: RejectedError, which begins with `who`, if one of `names`
+    is missing.
     """
     missing_names = [name for name in names if name not in values]
     if missing_names:
@@ -359,8 +359,8 @@ def generator_plan(module: ModuleRecord, name: str) -> "Plan":
     """Check a pickled generator and plan its construction, without building it.
 
     Args: module: record of the generator; name: "G" or "G_ema".
-    Raises: RejectedError for another class, unknown names of arguments, values that are not accepted, or
-    unknown
+    Raises: RejectedError for another class, unknown names of arguments, values that are not accepted,
+    or unknown
         plane axes.
     """
     check_class(module.class_name)
@@ -553,8 +553,8 @@ def _check_shapes(network_plan: Plan, who: str) -> None:
     """Build a network on the meta device, where no memory is allocated, and compare names and shapes.
 
     Args: network_plan: plan of the network; who: file and network, for messages.
-    Raises: ValueError if no network can be built from the arguments, or if its tensors have other names or
-    shapes
+    Raises: ValueError if no network can be built from the arguments, or if its tensors have other names
+    or shapes
         than the tensors of the file.
     """
     try:
@@ -583,10 +583,10 @@ def _check_shapes(network_plan: Plan, who: str) -> None:
                 f"{who}: expected tensors of at most 2^40 elements, got {list(record.shape)} for"
                 f" {shorten(name)}. Download the file again from its source."
             )
-    # Empty tensors take the place of the file's tensors. Constant buffers such as filters are on the CPU even
-    # within `torch.device("meta")`, so each empty tensor is created on the device of its counterpart. A
-    # tensor with another name or shape is created on the meta device; `load_strict` lists all of these in one
-    # error.
+    # Empty tensors take the place of the file's tensors. Constant buffers such as filters are on the CPU
+    # even within `torch.device("meta")`, so each empty tensor is created on the device of its counterpart.
+    # A tensor with another name or shape is created on the meta device; `load_strict` lists all of these
+    # in one error.
     state = module.state_dict()
     placeholders = {}
     for name, record in records.items():

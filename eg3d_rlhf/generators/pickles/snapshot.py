@@ -116,11 +116,11 @@ class StorageRules(Rules):
         return name
 
     def persistent(self, pid: Any) -> Any:
-        """Return the record of a storage id ('storage', class, key, location, count, view), where view is
-        None.
+        """Return the record of a storage id ('storage', class, key, location, count, view), where view
+        is None.
 
-        The location is the device of the original tensor. It is ignored, because all tensors are read to the
-        CPU.
+        The location is the device of the original tensor. It is ignored, because all tensors are read to
+        the CPU.
         """
         member_types: tuple[type, ...] = (str, Global, str, str, int, type(None))
         if (
@@ -146,8 +146,8 @@ def read_storage(data: memoryview, budget: Budget, name_counts: Counter) -> Stor
         data: bytes of the stream.
         budget: remaining work of the file.
         name_counts: counter of the names that the file refers to.
-    Raises: RejectedError for another format, a name outside DTYPES, or a number of elements that does not fit
-    the
+    Raises: RejectedError for another format, a name outside DTYPES, or a number of elements that does not
+    fit the
         length of the stream.
     """
     position = 0
@@ -316,8 +316,8 @@ class SnapshotRules(Rules):
     def _tensor(self, args: tuple) -> TensorRecord:
         """Return the record of a tensor from its storage, offset, shape and stride.
 
-        Raises: RejectedError if an element lies outside the storage, or if the tensor has more elements than
-        the
+        Raises: RejectedError if an element lies outside the storage, or if the tensor has more elements
+        than the
             storage. With a stride of 0, a small file could otherwise contain a tensor of many gigabytes.
         """
         # torch writes six arguments, newer versions seven. Only the first four matter here.
