@@ -104,7 +104,7 @@ def read(source: Path, fall_back: bool = False) -> tuple[dict[str, torch.Tensor]
         if not candidates:
             raise FileNotFoundError(
                 f"--resume: the folder {source} contains no checkpoint-*.safetensors. Name the folder of a"
-                f" run that has written a checkpoint."
+                " run that has written a checkpoint."
             )
     else:
         if not source.exists():

@@ -599,7 +599,7 @@ def from_dict(kind: type[Settings], values: Mapping, who: str = "") -> Settings:
     if unknown_names:
         raise ValueError(
             f"{who}: this version of the program has no settings {', '.join(unknown_names)}. Use the version"
-            f" that wrote the file, or start a new run."
+            " that wrote the file, or start a new run."
         )
     arguments = dict(values)
     # In JSON, nested dataclasses have become mappings, and tuples have become lists. Both are converted back.
@@ -612,7 +612,7 @@ def from_dict(kind: type[Settings], values: Mapping, who: str = "") -> Settings:
                 if not isinstance(value, Mapping):
                     raise ValueError(
                         f"{who}.{name}: expected a mapping from names to values, got {value!r}. Use the"
-                        f" version that wrote the file, or start a new run."
+                        " version that wrote the file, or start a new run."
                     )
                 arguments[name] = from_dict(typing.cast(type, option), value, f"{who}.{name}")
             elif typing.get_origin(option) is tuple:

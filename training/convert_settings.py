@@ -45,7 +45,7 @@ class ConvertOptions:
         if self.transform == "center-crop-wide" and self.size[0] < self.size[1]:
             width, height = self.size
             raise ValueError(
-                f"--resolution: --transform=center-crop-wide needs a width of at least the height, got"
+                "--resolution: --transform=center-crop-wide needs a width of at least the height, got"
                 f" {width}x{height}. Write --resolution={height}x{width}, or use --transform=center-crop."
             )
 

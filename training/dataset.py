@@ -94,7 +94,7 @@ class ImageFiles:
             except (zipfile.BadZipFile, OSError) as error:
                 raise ValueError(
                     f"dataset {self.path}: the file cannot be opened as a zip archive ({error}). Copy it"
-                    f" again, or build it again with tools/dataset_tool.py."
+                    " again, or build it again with tools/dataset_tool.py."
                 ) from error
         return self._archive
 
@@ -107,7 +107,7 @@ class ImageFiles:
         except (zipfile.BadZipFile, OSError, EOFError, KeyError) as error:
             raise ValueError(
                 f"dataset {self.path}: the entry {entry!r} is missing or damaged ({error}). Copy the set"
-                f" again, or build it again with tools/dataset_tool.py."
+                " again, or build it again with tools/dataset_tool.py."
             ) from error
 
     def decode(self, entry: str) -> PIL.Image.Image:
@@ -126,12 +126,12 @@ class ImageFiles:
         except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
             raise ValueError(
                 f"{where}: the image cannot be decoded from its {len(data)} bytes ({error}). Replace the"
-                f" file, or remove it from the set."
+                " file, or remove it from the set."
             ) from error
         if image.mode not in ("L", "RGB"):
             raise ValueError(
                 f"{where}: expected an 8-bit RGB or greyscale image, got the mode {decoded.mode}. Convert the"
-                f" image to RGB."
+                " image to RGB."
             )
         return decoded
 
@@ -145,7 +145,7 @@ class ImageFiles:
         if height != width:
             raise ValueError(
                 f"dataset {self.path}: entry {entry!r}: expected a square image, got {width}x{height}."
-                f" Convert the set with tools/dataset_tool.py --transform=center-crop."
+                " Convert the set with tools/dataset_tool.py --transform=center-crop."
             )
         # [H, W] or [H, W, C] -> [C, H, W]
         return np.ascontiguousarray(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1))
@@ -161,7 +161,7 @@ class ImageFiles:
         if LABELS_FILE not in self.entries:
             raise ValueError(
                 f"dataset {self.path}: the file {LABELS_FILE} with the camera labels is missing. Add it at"
-                f" the top level of the set."
+                " the top level of the set."
             )
         where = f"dataset {self.path}: {LABELS_FILE}"
         try:
@@ -194,8 +194,7 @@ def label_array(labels: list, names: list[str], where: str, c_dim: int | None) -
         c_dim: required number of numbers L in a label, or None to accept any.
     Returns: float32 [n, L] for lists of numbers, int64 [n] for class indices.
     Raises: ValueError if the lengths differ from c_dim or from each other, if a value is no finite number, or
-    if a
-        label of 25 numbers contains no rigid pose. The message names the first such image.
+        if a label of 25 numbers contains no rigid pose. The message names the first such image.
     """
     # bool is a subclass of int in Python, but true and false are no class indices.
     if all(isinstance(label, int) and not isinstance(label, bool) for label in labels):
@@ -213,7 +212,7 @@ def label_array(labels: list, names: list[str], where: str, c_dim: int | None) -
         if not isinstance(label, list):
             raise ValueError(
                 f"{where}: entry {name!r}: expected a list of numbers as for other images, got {label!r}."
-                f" Correct the label in the file."
+                " Correct the label in the file."
             )
         _check_length(len(label), name, where, required_length)
     try:
@@ -228,7 +227,7 @@ def label_array(labels: list, names: list[str], where: str, c_dim: int | None) -
         first_name = names[int(is_finite.argmin())]
         raise ValueError(
             f"{where}: entry {first_name!r}: expected finite numbers, got NaN or infinity. Correct the label"
-            f" in the file."
+            " in the file."
         )
     if values.shape[1] == LABEL_NUMBERS:
         check_poses(values, names, where)
@@ -244,7 +243,7 @@ def _check_length(length: int, name: str, where: str, required_length: int | Non
         note = " A camera label has 16 numbers of cam2world and 9 of the intrinsics." if is_camera else ""
         raise ValueError(
             f"{where}: entry {name!r}: expected a label of {required_length} numbers, got {length}.{note}"
-            f" Correct the labels in the file."
+            " Correct the labels in the file."
         )
 
 
@@ -268,7 +267,7 @@ def check_poses(values: np.ndarray, names: list[str], where: str) -> None:
             f"{where}: entry {names[first_index]!r}: the pose contains no rotation, because |R^T R - I| ="
             f" {error[first_index]:.3g} and the determinant is {np.linalg.det(rotation[first_index]):.3g}"
             f" ({int(is_no_rotation.sum())} of {len(names)} labels). Write a rigid cam2world matrix in"
-            f" row-major order."
+            " row-major order."
         )
     # A pose in column-major order has its translation in the last row.
     is_wrong_order = np.abs(pose[:, 3] - [0, 0, 0, 1]).max(axis=1) > ROTATION_TOLERANCE
@@ -293,7 +292,7 @@ class ImageFolderDataset(torch.utils.data.Dataset):
     the decoded images of the set have less than 512 MB, they are kept in memory.
 
     Deviates: with xflip, camera labels of 25 numbers are mirrored with the images. EG3D does not change them,
-    so its --mirror trains on wrong poses. Labels are required and checked unless use_labels is False.
+        so its --mirror trains on wrong poses. Labels are required and checked unless use_labels is False.
 
     Args:
         path: folder or .zip file.
@@ -386,7 +385,7 @@ class ImageFolderDataset(torch.utils.data.Dataset):
             raise ValueError(
                 f"dataset {self._files.path}: entry {entry!r} has the channels and size {list(image.shape)},"
                 f" but the first entry {self._files.images[0]!r} has {list(self._shape)}. Convert the set"
-                f" with tools/dataset_tool.py."
+                " with tools/dataset_tool.py."
             )
         if self._cache is not None and self._is_cached is not None:
             self._cache[raw_index] = image
@@ -566,9 +565,8 @@ def ahead(work: Callable, tasks: Iterable, workers: int, death_message: str) -> 
         workers: number of processes. With 0, or on systems without fork, this process computes each result
             when it is requested.
         death_message: message of the error if a worker process is killed.
-    Raises: the errors of `work`; ValueError(death_message) if a worker was killed; OSError if no worker
-    can be
-        started.
+    Raises: the errors of `work`; ValueError(death_message) if a worker was killed; OSError if no worker can
+        be started.
     """
     if workers == 0 or "fork" not in multiprocessing.get_all_start_methods():
         yield from map(work, tasks)
@@ -584,7 +582,7 @@ def ahead(work: Callable, tasks: Iterable, workers: int, death_message: str) -> 
                 except OSError as error:  # fork failed
                     raise OSError(
                         f"--workers: {workers} processes cannot be started: {error.strerror}. Use a smaller"
-                        f" number."
+                        " number."
                     ) from error
                 # The oldest result is yielded first, also if a later one is ready before.
                 if len(pending) > AHEAD * workers:

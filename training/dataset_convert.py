@@ -125,8 +125,7 @@ def _convert(files: ImageFiles, options: ConvertOptions, entries: list[str]) -> 
     """Convert the images of some entries, in a worker process.
 
     Returns: for each entry, a tuple of the PNGs (the image, and its mirrored copy if requested), the size (W,
-    H) of the
-        source image, and the shape (C, H, W) of the result.
+        H) of the source image, and the shape (C, H, W) of the result.
     Raises: ValueError for a damaged entry.
     """
     results = []
@@ -159,7 +158,7 @@ def read_labels(files: ImageFiles, options: ConvertOptions) -> list | None:
     if options.mirror and values.ndim == 2 and values.shape[1] != LABEL_NUMBERS:
         raise ValueError(
             f"{where}: --mirror needs camera labels of {LABEL_NUMBERS} numbers, got {values.shape[1]}."
-            f" Convert the set without --mirror, or drop the labels with --labels=drop."
+            " Convert the set without --mirror, or drop the labels with --labels=drop."
         )
     return labels
 
@@ -171,9 +170,8 @@ def _output_labels(label, options: ConvertOptions, size: tuple[int, int]) -> lis
         label: label of the source image in its stored form.
         options: transforms.
         size: (width, height) of the source image in pixels.
-    Returns: the label, and the label of the mirrored copy if requested. A label that does not change is
-    the same
-        object as `label`.
+    Returns: the label, and the label of the mirrored copy if requested. A label that does not change is the
+        same object as `label`.
     """
     is_padded = options.transform == "center-crop-wide" and options.size[0] != options.size[1]
     is_cropped = crop_box(options, *size) != (0, 0, *size)
@@ -235,9 +233,8 @@ def convert_dataset(
         workers: number of processes.
         on_image: function that is called with 1 after each source image, to show progress.
         overwrite: True: replace an existing .zip file. A folder is never replaced.
-    Raises: ValueError for missing, damaged or inconsistent data; OSError if the result cannot be written,
-    for example
-        because the disk is full. In both cases `dest` is not changed.
+    Raises: ValueError for missing, damaged or inconsistent data; OSError if the result cannot be written, for
+        example because the disk is full. In both cases `dest` is not changed.
     """
     files = ImageFiles(Path(source))
     dest = Path(dest)
@@ -297,9 +294,8 @@ def writer(dest: Path, source: Path, overwrite: bool) -> Iterator[Callable[[str,
         dest: path of the result, a .zip file or a folder.
         source: path of the source set.
         overwrite: True: replace an existing .zip file.
-    Raises: ValueError if `dest` exists already, would contain or replace the source, or is another kind
-    of archive;
-        OSError if it cannot be written.
+    Raises: ValueError if `dest` exists already, would contain or replace the source, or is another kind of
+        archive; OSError if it cannot be written.
     """
     to_zip = dest.suffix.lower() == ".zip"
     if dest.resolve() == source.resolve():
@@ -348,7 +344,7 @@ def writer(dest: Path, source: Path, overwrite: bool) -> Iterator[Callable[[str,
     except OSError as error:
         raise OSError(
             f"--dest: {dest} cannot be written ({error}). Check the free space and the permissions of this"
-            f" folder."
+            " folder."
         ) from error
     finally:
         # After success there is nothing left to delete.

@@ -283,9 +283,8 @@ class DualDiscriminator(torch.nn.Module):
             c: camera labels [N, K].
             update_emas: argument of EG3D's signature without effect, because D has no moving averages.
             block_kwargs: further arguments of `DiscriminatorBlock.forward`.
-        Deviates: with disc_c_noise > 0 the noise is added to a copy of c. EG3D adds it in place, so that
-        the noise
-            accumulates over phases.
+        Deviates: with disc_c_noise > 0 the noise is added to a copy of c. EG3D adds it in place, so that the
+            noise accumulates over phases.
         """
         del update_emas
         x = None

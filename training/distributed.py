@@ -61,7 +61,7 @@ class Ranks:
             raise PeerLostError(
                 f"rank {self.rank} of {self.world}: not every rank did {purpose} within {self.minutes:g}"
                 f" minutes ({reason}). A process of the run died or does not respond. All files that were"
-                f" written before are intact. Continue with --resume=RUN."
+                " written before are intact. Continue with --resume=RUN."
             ) from error
 
     def sum_(self, tensor: torch.Tensor, purpose: str = "exchange gradients") -> torch.Tensor:
@@ -218,9 +218,8 @@ def process_group(device: torch.device, minutes: float) -> Iterator[Ranks]:
     Args:
         device: device 'cuda' or 'cpu'.
         minutes: longest time that an exchange may take, minutes. After it, the run ends with an error.
-    Raises: ValueError for incomplete environment variables or too few GPUs; PeerLostError if another
-    process does
-        not join in time.
+    Raises: ValueError for incomplete environment variables or too few GPUs; PeerLostError if another process
+        does not join in time.
     """
     # torchrun, and launchers that are compatible with it, set these variables.
     if not {"RANK", "WORLD_SIZE"} <= os.environ.keys():
@@ -233,7 +232,7 @@ def process_group(device: torch.device, minutes: float) -> Iterator[Ranks]:
     except (KeyError, ValueError) as error:
         raise ValueError(
             f"torchrun: the environment variables RANK, WORLD_SIZE and LOCAL_RANK must be integers ({error})."
-            f" Start with torchrun."
+            " Start with torchrun."
         ) from None
     if device.type == "cuda":
         if local_rank >= torch.cuda.device_count():

@@ -211,8 +211,8 @@ _BALL_FEATURES = 512, 256
 class FeatureDecoder(OSGDecoder):
     """EG3D's decoder with a selectable last activation of the colours.
 
-    Args: n_features: number of input features C; options: rendering options with decoder_activation,
-    see `OSGDecoder`.
+    Args: n_features: number of input features C; options: rendering options with decoder_activation, see
+        `OSGDecoder`.
     """
 
     def __init__(self, n_features: int, options: dict):
@@ -432,7 +432,7 @@ class SphereHeadGenerator(FullHeadGenerator):
             raise ValueError(
                 "triplane_depth: a ball has 3 planes, got"
                 f" {kwargs['rendering_kwargs']['triplane_depth']}. Set the rendering option triplane_depth to"
-                f" 3."
+                " 3."
             )
         for name in ("ConvA", "ConvB"):
             layers = Conv2dLayer(wide, narrow, 1, bias=False), Conv2dLayer(narrow, channels, 1, bias=False)

@@ -60,7 +60,7 @@ def check_fit(nets: networks.Networks, config: GanConfig, loop: LoopConfig, worl
         state = "is conditioned on the camera" if is_conditioned else "is not conditioned on the camera"
         raise ValueError(
             f"--gen-pose-cond: this generator {state}, but the setting is {config.gen_pose_cond}. Start the"
-            f" run without this flag."
+            " run without this flag."
         )
     largest_resolution = max(config.nrr_initial, config.nrr_final or 0)
     if module.only_enlarges and largest_resolution > module.input_resolution:

@@ -174,9 +174,9 @@ class Batch:
 class GanPhases:
     """The phases Gmain, Greg, Dmain and Dreg for one generator and one discriminator.
 
-    Deviates from EG3D in three points. Style mixing works in every phase (EG3D's density phase refers to
-    names that do not exist). Real images and labels are never changed in place. Values of `reg_type` that
-    have no effect in EG3D are errors.
+    Deviates: from EG3D in three points. Style mixing works in every phase (EG3D's density phase refers to
+        names that do not exist). Real images and labels are never changed in place. Values of `reg_type` that
+        have no effect in EG3D are errors.
 
     Args:
         G: generator.
@@ -270,8 +270,8 @@ class GanPhases:
             c: cameras [N, K].
             blur_sigma: width of the blur of "image", pixels; 0: no blur.
             mixed: True: allow reduced precision.
-        Returns: logits [N, 1], and the tensors that the R1 penalty differentiates by: the images
-        that D received.
+        Returns: logits [N, 1], and the tensors that the R1 penalty differentiates by: the images that D
+            received.
         """
         image = blur(img["image"], blur_sigma)
         raw = img["image_raw"]

@@ -193,7 +193,7 @@ def block_resolutions(resolution: int) -> list[int]:
     if log2 < 2 or 2**log2 != resolution:
         raise ValueError(
             f"network resolution: expected a power of two >= 4, got {resolution}. Resize the images, or use"
-            f" another preset (--cfg)."
+            " another preset (--cfg)."
         )
     return [2**i for i in range(2, log2 + 1)]
 

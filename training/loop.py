@@ -128,8 +128,7 @@ class TrainingLoop:
             batch: inputs of the round.
             nonfinite_count: counter [1] of losses that are not finite, for runs of several ranks.
         Raises: LossNotFiniteError for such a loss in a run of one rank. With several ranks, the loss is
-        counted, because
-            the other ranks wait for this one.
+            counted, because the other ranks wait for this one.
         """
         # `losses` is a generator, so the graph of a loss is freed before the next loss is computed. The peak
         # memory is therefore that of the largest graph.
@@ -294,7 +293,7 @@ class TrainingLoop:
             name = f"optim_{phase.name}" if phase.own_optimizer else f"optim_{phase.name[0]}"
             assert optimizers.setdefault(name, phase.optimizer) is phase.optimizer, (
                 f"phase {phase.name} has another optimiser than other phases of {name}. Set"
-                f" own_optimizer=True."
+                " own_optimizer=True."
             )
         return optimizers
 

@@ -28,7 +28,7 @@ def classes_of_eg3d(name: str) -> Classes:
     if name != EG3D:
         raise ValueError(
             f"network: expected the architecture {EG3D}, got {name!r}. Read a file of another architecture"
-            f" with eg3d_rlhf.generators.load_networks."
+            " with eg3d_rlhf.generators.load_networks."
         )
     return TriPlaneGenerator, DualDiscriminator
 
@@ -169,7 +169,7 @@ def _make(cls: Any, kwargs: dict, who: str) -> torch.nn.Module:
     except (TypeError, KeyError) as error:
         raise ValueError(
             f"{who}: the file does not contain the constructor arguments of {cls.__name__} ({error}). Use a"
-            f" file that this version of the package wrote."
+            " file that this version of the package wrote."
         ) from None
 
 

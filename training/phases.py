@@ -5,12 +5,10 @@ A batch of N samples can be processed in K rounds, one after another on one proc
 processes. The update of the weights is the same as for one pass over the full batch, for two reasons:
 
 1. Round k contains the rows k, k + K, k + 2K, ... of the batch. The layer of D that computes minibatch
-statistics groups
-   the samples i, i + N/G, i + 2N/G, ... with the group size G. If the number of samples in a round is a
-   multiple of G, every group lies within one round.
-2. Random numbers are drawn for the full batch, and each round uses only its rows. The random numbers of
-a sample
-   therefore depend only on its index in the batch.
+   statistics groups the samples i, i + N/G, i + 2N/G, ... with the group size G. If the number of samples in
+   a round is a multiple of G, every group lies within one round.
+2. Random numbers are drawn for the full batch, and each round uses only its rows. The random numbers of a
+   sample therefore depend only on its index in the batch.
 
 Shapes: N is the number of samples in a batch, K the number of rounds over all ranks, m the number of samples
 in a round.

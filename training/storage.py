@@ -61,7 +61,7 @@ def write_atomic(path: str | Path, data: bytes, private: bool = False) -> None:
         reason = error.strerror or error
         raise OSError(
             f"{path}: the file ({len(data)} bytes) cannot be written: {reason}. The old content is intact."
-            f" Free space, or use another folder."
+            " Free space, or use another folder."
         ) from error
     finally:
         # After success there is no temporary file. The folder may have been deleted, which is no
@@ -152,7 +152,7 @@ def read_tensors(
     if stored_checksum is not None and checksum(tensors, content) != stored_checksum:
         raise ValueError(
             f"{path}: the content of this {kind or 'tensor'} file differs from its checksum, so it has"
-            f" changed since it was written. Restore the file from a copy, or name another file."
+            " changed since it was written. Restore the file from a copy, or name another file."
         )
     return {name: tensor.to(device) for name, tensor in tensors.items()}, content["meta"]
 
@@ -172,14 +172,14 @@ def _opened(path: str | Path, kind: str | None) -> Iterator[tuple[Any, dict]]:
     except safetensors.SafetensorError as error:
         raise ValueError(
             f"{path}: expected a {file_kind}, got a truncated file or another format ({error}). Restore the"
-            f" file from a copy, or name another file."
+            " file from a copy, or name another file."
         ) from None
     with opened as file:
         header_text = (file.metadata() or {}).get(HEADER_KEY)
         if header_text is None:
             raise ValueError(
                 f"{path}: expected a {file_kind}, got a safetensors file without this project's header. Name"
-                f" a file that train.py or a tool of this project wrote."
+                " a file that train.py or a tool of this project wrote."
             )
         # A damaged header can contain any text or value. It is replaced by an empty dict, which is
         # rejected below.
@@ -192,7 +192,7 @@ def _opened(path: str | Path, kind: str | None) -> Iterator[tuple[Any, dict]]:
         if content.get("format", 1) > FORMAT:
             raise ValueError(
                 f"{path}: the file has the format {content['format']}, which a later version of the package"
-                f" wrote. Update the package."
+                " wrote. Update the package."
             )
         if not {"kind", "meta"} <= content.keys():
             raise ValueError(
@@ -247,7 +247,7 @@ def check_fit(
     if problems:
         raise ValueError(
             f"{who}: the tensors of the file do not fit the network ({'; '.join(problems)}). Use a file of"
-            f" the same architecture."
+            " the same architecture."
         )
 
 
@@ -256,8 +256,8 @@ def load_strict(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor], wh
 
     The load_state_dict of a module may itself supply tensors that are missing in the file.
 
-    Args: module: module that is changed in place; tensors: tensors by name; who: file and network, for
-    the message.
+    Args: module: module that is changed in place; tensors: tensors by name; who: file and network, for the
+        message.
     Raises: ValueError if the tensors do not fit, see `check_fit`.
     """
     state = module.state_dict()

@@ -64,7 +64,7 @@ class SuperresolutionHybrid(torch.nn.Module):
             raise ValueError(
                 f"{type(self).__name__}: the module outputs {output_resolution} pixels per edge, but the"
                 f" images have {img_resolution}. Use images of {output_resolution} pixels, or name another"
-                f" module with --sr-module."
+                " module with --sr-module."
             )
         self.sr_antialias = sr_antialias and self.antialias_allowed
         wide, narrow = block_channels or self.default_block_channels
@@ -206,6 +206,6 @@ def module_by_name(name: str) -> type:
     if class_name not in MODULES:
         raise ValueError(
             f"superresolution_module: expected one of {', '.join(MODULES)}, got {name!r}. Use one of these"
-            f" names."
+            " names."
         )
     return MODULES[class_name]

@@ -70,13 +70,13 @@ class PeopleOptions:
         if self.n < 1 or self.seed < 0:
             raise ValueError(
                 f"synthetic people: n must be >= 1 and seed >= 0, got n={self.n} and seed={self.seed}. Change"
-                f" these values in synthetic:people<R>@n=...,seed=...."
+                " these values in synthetic:people<R>@n=...,seed=...."
             )
         if not (0 <= self.yaw <= math.pi and 0 <= self.pitch <= math.pi / 2):
             raise ValueError(
                 "synthetic people: yaw must be in [0, 3.14] and pitch in [0, 1.57] radians, got"
                 f" yaw={self.yaw} and pitch={self.pitch}. Change these values in"
-                f" synthetic:people<R>@yaw=...,pitch=...."
+                " synthetic:people<R>@yaw=...,pitch=...."
             )
 
     def stem(self) -> str:
@@ -136,8 +136,7 @@ def head_parameters(options: PeopleOptions, indices: range) -> tuple[np.ndarray,
 
     Args: options: options of the set; indices: indices of n images.
     Returns: shape [n, S] and appearance [n, A], which together are latents of unit root mean square, and
-    camera labels
-        [n, 25].
+        camera labels [n, 25].
     """
     latents = []
     angles = []
@@ -156,11 +155,10 @@ def head_parameters(options: PeopleOptions, indices: range) -> tuple[np.ndarray,
 def _render_group(options: PeopleOptions, group: int) -> tuple[list[bytes], np.ndarray]:
     """Render a group of images, in a worker process.
 
-    Args: options: options of the set; group: index of the group of `_GROUP` images. The last group may
-    be smaller.
+    Args: options: options of the set; group: index of the group of `_GROUP` images. The last group may be
+        smaller.
     Returns: PNG bytes of each image, and depth offsets [images, R, R] as float16. An offset is the depth
-    minus the
-        camera's radius, which float16 stores with a smaller error than the depth.
+        minus the camera's radius, which float16 stores with a smaller error than the depth.
     """
     shape, appearance, labels = head_parameters(
         options, range(group * _GROUP, min((group + 1) * _GROUP, options.n))
@@ -258,7 +256,7 @@ def resolve_dataset(
         except OSError as error:
             raise OSError(
                 f"{path}: the rendered images cannot be written: {error.strerror or error}. Free space, or"
-                f" set the environment variable EG3D_RLHF_CACHE to another folder."
+                " set the environment variable EG3D_RLHF_CACHE to another folder."
             ) from error
     return path
 
@@ -273,7 +271,7 @@ def load_truth(path: Path) -> HeadsTruth:
     if not source.exists():
         raise ValueError(
             f"load_truth: the file {source} is missing. Only synthetic sets have such a file. Delete the"
-            f" archive to render the set again."
+            " archive to render the set again."
         )
     with np.load(source) as data:
         depth = data["depth_offset"].astype(np.float32) + FFHQ_RADIUS  # see `_render_group`

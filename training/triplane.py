@@ -240,9 +240,8 @@ class TriPlaneGenerator(torch.nn.Module):
             use_cached_backbone: True: use the stored planes if there are any.
             synthesis_kwargs: further arguments of `SynthesisBlock.forward`, such as noise_mode.
         Returns: a dict with 'image' [N, 3, R, R]; 'image_raw' [N, 3, r, r] in (-1, 1); 'image_depth' [N, 1,
-        r, r], the
-            distance from the camera along the ray; 'image_opacity' [N, 1, r, r], the sum of the ray's weights
-            (not in EG3D).
+            r, r], the distance from the camera along the ray; 'image_opacity' [N, 1, r, r], the sum of the
+            ray's weights (not in EG3D).
         """
         del update_emas
         # The training loop passes the resolution of its schedule. Snapshots contain the last one.

@@ -453,7 +453,7 @@ class GroupedCommand(click.Command):
             if nargs > 1 and (not is_list or len(value) != nargs):
                 raise ValueError(
                     f"{name}: expected {nargs} values, got {value}. Separate the values by spaces in --set,"
-                    f" or write a list in the file of --settings."
+                    " or write a list in the file of --settings."
                 )
             try:
                 # str(): values from JSON are already numbers, and click's types convert from text.

@@ -53,12 +53,12 @@ class Bounds:
         if not 0 <= self.border < 0.5:
             raise ValueError(
                 f"Bounds: expected 0 <= border < 0.5, got {self.border}. Pass 0 for shapes that fill the"
-                f" cube."
+                " cube."
             )
         if len(self.centre) != 3 or not all(map(math.isfinite, self.centre)):
             raise ValueError(
                 f"Bounds: expected three finite coordinates of the centre, got {self.centre}. Pass (x, y, z)"
-                f" in world units."
+                " in world units."
             )
 
 
@@ -123,7 +123,7 @@ class RenderOptions:
             if value is not None and value < 1:
                 raise ValueError(
                     f"RenderOptions: expected {name} >= 1, got {value}. Pass None to use the generator's"
-                    f" value."
+                    " value."
                 )
 
 

@@ -168,7 +168,7 @@ class SlabSpec:
         if self.lattice != "straight":
             raise ValueError(
                 f"SlabSpec.axes: a {self.lattice} lattice has no separate axes. Use SlabSpec.points(), or a"
-                f" spec with lattice='straight'."
+                " spec with lattice='straight'."
             )
         last_index = self.resolution - 1
         # Computed in float64 and rounded to float32 once.
@@ -218,20 +218,19 @@ class SlabSpec:
         """Return the spec whose fields `to_dict` returned.
 
         Raises: ValueError if a field is missing, unknown or out of range. No default replaces a missing
-        field:
-            the reward would then score another grid than the one that it was trained on.
+            field: the reward would then score another grid than the one that it was trained on.
         """
         if not isinstance(values, Mapping):
             raise ValueError(
                 f"SlabSpec.from_dict: expected a mapping of fields, got {type(values).__name__}. Pass the"
-                f" values that SlabSpec.to_dict() returned."
+                " values that SlabSpec.to_dict() returned."
             )
         # Older descriptions lack the fields of _LATER, so these may be missing.
         field_names = {field.name for field in fields(cls)}
         if set(values) | _LATER != field_names:
             raise ValueError(
                 f"SlabSpec.from_dict: expected the fields {sorted(field_names)}, got {sorted(values)}. Pass"
-                f" the values that SlabSpec.to_dict() returned."
+                " the values that SlabSpec.to_dict() returned."
             )
         return cls(**values)
 

@@ -330,7 +330,7 @@ def _clustered_sums(
     if cluster_count < 2:
         raise ValueError(
             f"{who}: expected values of at least two clusters, got one cluster. Add another cluster, because"
-            f" the interval is computed from the spread between clusters."
+            " the interval is computed from the spread between clusters."
         )
     residual_sums = np.bincount(cluster_index, sample - sample.mean())
     return float(sample.mean()), residual_sums, cluster_count - 1

@@ -113,7 +113,7 @@ def check_seeds(generator: Generator, largest_seed: int, who: str) -> None:
     if count is not None and largest_seed >= count:
         raise ValueError(
             f"{who}: expected seeds 0 to {count - 1}, one for each shape of this network, got {largest_seed}."
-            f" Use smaller seeds."
+            " Use smaller seeds."
         )
 
 
@@ -255,7 +255,7 @@ def find_network(source: str | Path | None) -> Path:
         if not snapshots:
             raise FileNotFoundError(
                 f"network: the folder {path} contains no network-snapshot-*.safetensors or .pkl. Pass a"
-                f" network file, or the folder of another run."
+                " network file, or the folder of another run."
             )
         return snapshots[-1]
     return path

@@ -110,15 +110,15 @@ def to_tri_grid(nets: networks.Networks, extent: float = EXACT) -> tuple[network
     network_class = FAMILIES["panohead"].module
     # Files without training state contain no G.
     converted_G = (
-        None if nets.G is None else _converted(network_class, kwargs, nets.G, slice_weights, background)
+        None if nets.G is None else _build_converted(network_class, kwargs, nets.G, slice_weights, background)
     )
-    converted_G_ema = _converted(network_class, kwargs, G_ema, slice_weights, background)
+    converted_G_ema = _build_converted(network_class, kwargs, G_ema, slice_weights, background)
     other_fields = nets.D_kwargs, nets.training_set, nets.cur_nimg, "panohead"
     return networks.Networks(converted_G, nets.D, converted_G_ema, kwargs, *other_fields), residual
 
 
 @torch.no_grad()
-def _converted(
+def _build_converted(
     network_class: type[torch.nn.Module], kwargs: dict, G: Any, slice_weights: torch.Tensor, background: float
 ) -> Any:
     """Build a PanoHead network and copy the parameters of an EG3D network into it.
@@ -280,6 +280,6 @@ def write(nets: networks.Networks, out: Path, only_ema: bool = False) -> dict[st
             if not torch.equal(states[name][key], tensor.cpu()):
                 raise OSError(
                     f"{out}: after writing, the file has other values of {name}.{key} than the network. Check"
-                    f" the disk, and write the file again."
+                    " the disk, and write the file again."
                 )
     return {name: len(states[name]) for name in names}

@@ -156,7 +156,7 @@ def scaled(z: torch.Tensor | np.ndarray) -> np.ndarray:
     if z.ndim != 2 or z.shape[1] != LATENT:
         raise ValueError(
             f"synthetic heads: expected latents of shape [N, {LATENT}], got {list(z.shape)}. Use a generator"
-            f" that was trained on synthetic:people64."
+            " that was trained on synthetic:people64."
         )
     z = z.astype(np.float64)
     # The same normalisation as in a mapping network (`normalize_2nd_moment`), with the same epsilon.
@@ -370,8 +370,7 @@ def rasterise(
         focal: focal length divided by the image size.
         size: pixels per edge R.
     Returns: index of the nearest triangle [R, R], -1 for none; perspective-correct weights of its corners [R,
-    R, 3];
-        depth along the camera's axis [R, R], inf for none.
+        R, 3]; depth along the camera's axis [R, R], inf for none.
     """
     # Camera coordinates R^T (x - t) for a pose with rotation R and translation t; points are rows.
     camera_points = (vertices - cam2world[:3, 3]) @ cam2world[:3, :3]
@@ -448,8 +447,7 @@ def picture(head: Head, cam2world: np.ndarray, focal: float, size: int) -> tuple
         focal: focal length divided by the image size.
         size: pixels per edge R.
     Returns: image [R, R, 3] in 0..1, and distance [R, R] from the camera along the ray through each pixel's
-    centre, world
-        units, inf for the background.
+        centre, world units, inf for the background.
     """
     basis = load_basis()
     # Colours are rendered at twice the resolution and averaged, to avoid jagged edges. Depth is not averaged,

@@ -231,7 +231,7 @@ def nearest_places(corners: np.ndarray, points: np.ndarray) -> tuple[np.ndarray,
 
     Args: corners: corners of the triangles [T, 3, 3]; points: points [P, 3].
     Returns: index of the nearest triangle [P], weights [P, 3] of its corners at the nearest point, and
-    distance [P].
+        distance [P].
     """
     # A search tree finds the nearest samples of the surface. Exact distances are computed only to their
     # triangles. Large triangles have more samples.
@@ -299,8 +299,7 @@ def crossings(corners: np.ndarray, steps: np.ndarray) -> tuple[np.ndarray, np.nd
         corners: corners of triangles with outward normals [T, 3, 3].
         steps: evenly spaced coordinates [n] of the grid, the same for each axis.
     Returns: signed counts [n, n, n] of crossings at a smaller z than each point, for a line in the direction
-    of +z; and at
-        a larger z, for a line in the direction of -z.
+        of +z; and at a larger z, for a line in the direction of -z.
     """
     n = len(steps)
     first = steps[0]

@@ -57,10 +57,11 @@ class MipRayMarcher2(torch.nn.Module):
             depths: depths of the samples [N, M, S, 1] in ascending order, world units.
             rendering_options: options 'clamp_mode' ('softplus' or missing) and 'white_back' (True: add the
                 white background 1 - sum(w) to the colour).
-        Returns: a tuple of colour [N, M, C]: sum(w c) * 2 - 1 if symmetric, else sum(w c). depth [N, M, 1]:
-            sum(w d) / sum(w), clamped to the smallest and largest depth of the *whole
-                batch*. In empty pixels a rendering therefore depends on its batch.
-            weights w of the intervals [N, M, S-1, 1].
+        Returns:
+            colour: sum(w c) * 2 - 1 if symmetric, else sum(w c), [N, M, C].
+            depth: sum(w d) / sum(w), clamped to the smallest and largest depth of the *whole batch*, [N, M, 1].
+                In empty pixels a rendering therefore depends on its batch.
+            weights: weights w of the intervals, [N, M, S-1, 1].
         """
         # [N, M, S-1, 1] each
         weights, depths_mid = (
@@ -125,7 +126,7 @@ class MipRayMarcher2(torch.nn.Module):
         """
         if rendering_options.get("clamp_mode", "softplus") != "softplus":
             raise ValueError(
-                f"rendering option clamp_mode: expected 'softplus', the only implemented mode, got"
+                "rendering option clamp_mode: expected 'softplus', the only implemented mode, got"
                 f" {rendering_options['clamp_mode']!r}. Use a network with 'softplus'."
             )
         # If all weights of a ray are 0, the quotient 0 / 0 would make the gradient NaN, although `where`
@@ -236,8 +237,8 @@ def generate_planes(layout: str = "eg3d") -> torch.Tensor:
 
     Args: layout: 'eg3d' (released checkpoints of EG3D), 'fixed' (three different planes, EG3D issue #67)
         or 'panohead'.
-    Returns: matrices [3, 3, 3]. The rows of matrix k are the directions of width, height and depth of
-    plane k.
+    Returns: matrices [3, 3, 3]. The rows of matrix k are the directions of width, height and depth of plane
+        k.
     Raises: ValueError for another layout.
     """
     if layout not in _AXES:
@@ -281,9 +282,8 @@ class ImportanceRenderer(torch.nn.Module):
             ray_origins: origins of the rays [N, M, 3], world units.
             ray_directions: unit directions of the rays [N, M, 3].
             rendering_options: EG3D's rendering_kwargs.
-        Returns: features [N, M, D] in [-1, 1], of which the first three are RGB; depth [N, M, 1] in
-        world units;
-            opacity [N, M, 1] in 0..1.
+        Returns: features [N, M, D] in [-1, 1], of which the first three are RGB; depth [N, M, 1] in world
+            units; opacity [N, M, 1] in 0..1.
         """
         options = rendering_options
         start, end = self._ray_limits(ray_origins, ray_directions, options)

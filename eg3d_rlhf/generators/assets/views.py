@@ -232,9 +232,8 @@ def four_views(raw: torch.Tensor, colours: torch.Tensor, pitch: float) -> tuple[
         raw: raw density [A, N, N, N], axes z, y, x.
         colours: colours [A, 3, N, N, N] in 0..1, axes z, y, x.
         pitch: distance between the centres of neighbouring voxels, world units.
-    Returns: channels [A, 4, 4, N, N] (axes: asset, view, channel, rows from the top, columns) with RGB
-    and inverse
-        depth, multiplied by the opacity; and the opacity [A, 4, 1, N, N].
+    Returns: channels [A, 4, 4, N, N] (axes: asset, view, channel, rows from the top, columns) with RGB and
+        inverse depth, multiplied by the opacity; and the opacity [A, 4, 1, N, N].
     """
     n = raw.shape[-1]  # N
     # Optical depth of each voxel, as in EG3D's ray marcher.

@@ -359,9 +359,8 @@ def generator_plan(module: ModuleRecord, name: str) -> "Plan":
     """Check a pickled generator and plan its construction, without building it.
 
     Args: module: record of the generator; name: "G" or "G_ema".
-    Raises: RejectedError for another class, unknown names of arguments, values that are not accepted,
-    or unknown
-        plane axes.
+    Raises: RejectedError for another class, unknown names of arguments, values that are not accepted, or
+        unknown plane axes.
     """
     check_class(module.class_name)
     records = tensors(module, name)
@@ -553,9 +552,8 @@ def _check_shapes(network_plan: Plan, who: str) -> None:
     """Build a network on the meta device, where no memory is allocated, and compare names and shapes.
 
     Args: network_plan: plan of the network; who: file and network, for messages.
-    Raises: ValueError if no network can be built from the arguments, or if its tensors have other names
-    or shapes
-        than the tensors of the file.
+    Raises: ValueError if no network can be built from the arguments, or if its tensors have other names or
+        shapes than the tensors of the file.
     """
     try:
         with torch.device("meta"):

@@ -134,7 +134,7 @@ class StorageRules(Rules):
         if prefix != "storage" or isinstance(count, bool) or count < 0:
             raise RejectedError(
                 f"it has a storage id that begins with {describe(prefix)} and states {describe(count)}"
-                f" elements"
+                " elements"
             )
         return _StorageId(DTYPES[storage_class.name], key, count)
 
@@ -146,9 +146,8 @@ def read_storage(data: memoryview, budget: Budget, name_counts: Counter) -> Stor
         data: bytes of the stream.
         budget: remaining work of the file.
         name_counts: counter of the names that the file refers to.
-    Raises: RejectedError for another format, a name outside DTYPES, or a number of elements that does not
-    fit the
-        length of the stream.
+    Raises: RejectedError for another format, a name outside DTYPES, or a number of elements that does not fit
+        the length of the stream.
     """
     position = 0
     pickled_values = []
@@ -316,9 +315,8 @@ class SnapshotRules(Rules):
     def _tensor(self, args: tuple) -> TensorRecord:
         """Return the record of a tensor from its storage, offset, shape and stride.
 
-        Raises: RejectedError if an element lies outside the storage, or if the tensor has more elements
-        than the
-            storage. With a stride of 0, a small file could otherwise contain a tensor of many gigabytes.
+        Raises: RejectedError if an element lies outside the storage, or if the tensor has more elements than
+            the storage. With a stride of 0, a small file could otherwise contain a tensor of many gigabytes.
         """
         # torch writes six arguments, newer versions seven. Only the first four matter here.
         if not 6 <= len(args) <= 7:
@@ -485,7 +483,7 @@ def reporting_rejection(who: str, machine: Machine | None = None) -> Iterator[No
         position = f" (byte {machine.position})" if machine is not None else ""
         raise ValueError(
             f"{who}: the file is not accepted as a network pickle of EG3D: {rejection}{position}. No code"
-            f" from the file was run. Download the file again from its source, or choose another file."
+            " from the file was run. Download the file again from its source, or choose another file."
         ) from None
 
 
