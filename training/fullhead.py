@@ -3,15 +3,14 @@
 
 All three have a decoder with a selectable last activation, a separate network for the background, a layer
 that converts features to raw colours, a mask, and a camera that is moved depending on the latent. They differ
-in the storage of
-features: tri-grids (PanoHead), two balls of spherical planes (SphereHead), or three planes and a map
-over directions (HyPlaneHead). Modules have the names of the published networks, so that their tensors
-can be loaded.
+in the storage of features: tri-grids (PanoHead), two balls of spherical planes (SphereHead), or three planes
+and a map over directions (HyPlaneHead). Modules have the names of the published networks, so that their
+tensors can be loaded.
 
 Sizes and switches are options in rendering_kwargs, as in the published networks: triplane_size,
 triplane_depth, decoder_activation, use_torgb_raw, use_background, and HyPlaneHead's flags. Two further
-options exist only in this
-project: triplane_extent (see `sample_tri_grid`) and side_margin (see `HeadRenderer`).
+options exist only in this project: triplane_extent (see `sample_tri_grid`) and side_margin (see
+`HeadRenderer`).
 
 Shapes: N is the number of images in a batch, Z is z_dim, K is the number of stacks or planes, L is num_ws, W
 is w_dim, C is the number of plane channels, F of decoded features, D of slices, r of rendered pixels per

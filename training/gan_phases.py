@@ -2,8 +2,7 @@
 
 Each phase is a generator function that yields unreduced losses. The loss terms themselves are pure functions
 of tensors. G is the generator, D the discriminator, z a latent, sigma the raw density, x a random point and e
-a small
-displacement:
+a small displacement:
 
     Gmain  softplus(-D(G(z)))                          non-saturating logistic loss (Goodfellow et al. 2014)
     Greg   mean |sigma(x) - sigma(x + e)|              density regularisation (Chan et al. 2022, EG3D)

@@ -235,7 +235,7 @@ def check_fit(
         # `load_strict` leaves out tensors of another shape, so torch reports them as missing, too.
         ("missing", sorted(set(missing_names) - set(shape_errors))),
         ("unexpected", sorted(unexpected_names)),
-        ("with another shape", sorted(shape_errors.values())),
+        ("misshapen", sorted(shape_errors.values())),
     )
     problems = []
     for title, texts in lists:

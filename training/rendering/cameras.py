@@ -1,8 +1,7 @@
 """Cameras: poses that look at a point, intrinsics, camera labels, mirrored poses, and the rays of pixels.
 
 World axes: x points right, y points up, z points towards the camera of a frontal portrait. Camera axes are
-those of
-OpenCV: x points right, y down, z forward.
+those of OpenCV: x points right, y down, z forward.
 
 Shapes: N is the number of cameras, R the number of pixels per edge, and M = R * R the number of rays.
 """

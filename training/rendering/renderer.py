@@ -59,8 +59,8 @@ class MipRayMarcher2(torch.nn.Module):
                 white background 1 - sum(w) to the colour).
         Returns:
             colour: sum(w c) * 2 - 1 if symmetric, else sum(w c), [N, M, C].
-            depth: sum(w d) / sum(w), clamped to the smallest and largest depth of the *whole batch*, [N, M, 1].
-                In empty pixels a rendering therefore depends on its batch.
+            depth: sum(w d) / sum(w), clamped to the smallest and largest depth of the *whole batch*,
+                [N, M, 1]. In empty pixels a rendering therefore depends on its batch.
             weights: weights w of the intervals, [N, M, S-1, 1].
         """
         # [N, M, S-1, 1] each
