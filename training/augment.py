@@ -185,33 +185,39 @@ class AugmentPipe(torch.nn.Module):
         Returns: images [N, C, H, W].
         """
         assert images.ndim == 4 and images.shape[1] in (1, 3, 6)
-        o = self.options
+        options = self.options
         # The order of the transforms is EG3D's, because it determines which random numbers each of them gets.
         draws = _Draws(images, debug_percentile)
         if (
-            o.xflip > 0
-            or o.rotate90 > 0
-            or o.xint > 0
-            or o.scale > 0
-            or o.rotate > 0
-            or o.aniso > 0
-            or o.xfrac > 0
+            options.xflip > 0
+            or options.rotate90 > 0
+            or options.xint > 0
+            or options.scale > 0
+            or options.rotate > 0
+            or options.aniso > 0
+            or options.xfrac > 0
         ):
             images = self._warp(images, self._draw_geometry(images, draws))
-        if o.brightness > 0 or o.contrast > 0 or o.lumaflip > 0 or o.hue > 0 or o.saturation > 0:
+        if (
+            options.brightness > 0
+            or options.contrast > 0
+            or options.lumaflip > 0
+            or options.hue > 0
+            or options.saturation > 0
+        ):
             images = _recolour(images, self._draw_colour(images, draws))
-        if o.imgfilter > 0:
+        if options.imgfilter > 0:
             images = self._filter_bands(images, draws)
-        if o.noise > 0:
+        if options.noise > 0:
             # One standard deviation per image, [N, 1, 1, 1].
-            sigma = draws.gated(draws.half_normal(1, 1, 1) * o.noise_std, o.noise * self.p, 0)
+            sigma = draws.gated(draws.half_normal(1, 1, 1) * options.noise_std, options.noise * self.p, 0)
             images = images + torch.randn(images.shape, device=images.device) * sigma
-        if o.cutout > 0:
+        if options.cutout > 0:
             height, width = images.shape[2:]
             # Width and height of the square, [N, 2, 1, 1, 1]. A closed gate gives the size 0.
             size = draws.gated(
-                torch.full([draws.n, 2, 1, 1, 1], float(o.cutout_size), device=draws.device),
-                o.cutout * self.p,
+                torch.full([draws.n, 2, 1, 1, 1], float(options.cutout_size), device=draws.device),
+                options.cutout * self.p,
                 0,
             )
             centre = draws.uniform(2, 1, 1, 1)
@@ -234,42 +240,42 @@ class AugmentPipe(torch.nn.Module):
         Args: images: images [N, C, H, W], for their size; draws: random numbers of the batch.
         Returns: matrices [N, 3, 3].
         """
-        o = self.options
+        options = self.options
         p = self.p
         height, width = images.shape[2:]
         like = images.new_empty([images.shape[0]], dtype=torch.float32)
         g = scale2d(1, 1, like)  # product of the inverse transforms so far, [N, 3, 3]
-        if o.xflip > 0:
+        if options.xflip > 0:
             # 2 u, rounded down, is 0 or 1 with equal probability. Half of the images with an open gate
             # are therefore mirrored.
-            g = g @ scale2d(1 - 2 * draws.gated((draws.uniform() * 2).floor(), o.xflip * p, 0), 1, like)
-        if o.rotate90 > 0:
+            g = g @ scale2d(1 - 2 * draws.gated((draws.uniform() * 2).floor(), options.xflip * p, 0), 1, like)
+        if options.rotate90 > 0:
             g = g @ rotate2d(
-                math.pi / 2 * draws.gated((draws.uniform() * 4).floor(), o.rotate90 * p, 0), like
+                math.pi / 2 * draws.gated((draws.uniform() * 4).floor(), options.rotate90 * p, 0), like
             )
-        if o.xint > 0:
-            t = draws.gated((draws.uniform(2) * 2 - 1) * o.xint_max, o.xint * p, 0)
+        if options.xint > 0:
+            t = draws.gated((draws.uniform(2) * 2 - 1) * options.xint_max, options.xint * p, 0)
             g = g @ translate2d(-(t[:, 0] * width).round(), -(t[:, 1] * height).round(), like)
-        if o.scale > 0:
-            s = draws.gated((draws.normal() * o.scale_std).exp2(), o.scale * p, 1)
+        if options.scale > 0:
+            s = draws.gated((draws.normal() * options.scale_std).exp2(), options.scale * p, 1)
             g = g @ scale2d(1 / s, 1 / s, like)
         # There are two rotations. If each has the probability q, at least one is applied with the probability
         # 1 - (1 - q)^2, which has to be rotate * p.
-        p_rotate = 1 - (1 - o.rotate * p).clamp(0, 1).sqrt()
-        if o.rotate > 0:
+        p_rotate = 1 - (1 - options.rotate * p).clamp(0, 1).sqrt()
+        if options.rotate > 0:
             g = g @ rotate2d(
-                draws.gated((draws.uniform() * 2 - 1) * (math.pi * o.rotate_max), p_rotate, 0), like
+                draws.gated((draws.uniform() * 2 - 1) * (math.pi * options.rotate_max), p_rotate, 0), like
             )
-        if o.aniso > 0:
-            s = draws.gated((draws.normal() * o.aniso_std).exp2(), o.aniso * p, 1)
+        if options.aniso > 0:
+            s = draws.gated((draws.normal() * options.aniso_std).exp2(), options.aniso * p, 1)
             g = g @ scale2d(1 / s, s, like)
-        if o.rotate > 0:
+        if options.rotate > 0:
             # With `debug_percentile` the second rotation is left out, as in EG3D, so that a single
             # angle remains.
-            theta = draws.gated((draws.uniform() * 2 - 1) * (math.pi * o.rotate_max), p_rotate, 0)
+            theta = draws.gated((draws.uniform() * 2 - 1) * (math.pi * options.rotate_max), p_rotate, 0)
             g = g @ rotate2d(theta if draws.percentile is None else torch.zeros_like(theta), like)
-        if o.xfrac > 0:
-            t = draws.gated(draws.normal(2) * o.xfrac_std, o.xfrac * p, 0)
+        if options.xfrac > 0:
+            t = draws.gated(draws.normal(2) * options.xfrac_std, options.xfrac * p, 0)
             g = g @ translate2d(-t[:, 0] * width, -t[:, 1] * height, like)
         return g
 
@@ -324,34 +330,36 @@ class AugmentPipe(torch.nn.Module):
         Args: images: images [N, C, H, W], for their channels; draws: random numbers of the batch.
         Returns: affine maps of RGB colours, [N, 4, 4].
         """
-        o = self.options
+        options = self.options
         p = self.p
         like = images.new_empty([images.shape[0]], dtype=torch.float32)
         grey_axis = like.new_tensor([1, 1, 1, 0]) / _R3  # unit vector in homogeneous coordinates
         eye = torch.eye(4, device=like.device)
         grey_projector = torch.outer(grey_axis, grey_axis)
         c = affine3d(1, 0, like)  # product of the transforms so far, [N, 4, 4]
-        if o.brightness > 0:
-            b = draws.gated(draws.normal() * o.brightness_std, o.brightness * p, 0)
+        if options.brightness > 0:
+            b = draws.gated(draws.normal() * options.brightness_std, options.brightness * p, 0)
             c = affine3d(1, b, like) @ c
-        if o.contrast > 0:
-            s = draws.gated((draws.normal() * o.contrast_std).exp2(), o.contrast * p, 1)
+        if options.contrast > 0:
+            s = draws.gated((draws.normal() * options.contrast_std).exp2(), options.contrast * p, 1)
             c = affine3d(s, 0, like) @ c
-        if o.lumaflip > 0:
+        if options.lumaflip > 0:
             # 2 u, rounded down, is 0 or 1 with equal probability. For 1, the matrix is the Householder
             # reflection that changes the sign of the grey component.
             c = (
-                eye - 2 * grey_projector * draws.gated((draws.uniform(1, 1) * 2).floor(), o.lumaflip * p, 0)
+                eye
+                - 2 * grey_projector * draws.gated((draws.uniform(1, 1) * 2).floor(), options.lumaflip * p, 0)
             ) @ c
-        if o.hue > 0 and images.shape[1] > 1:
+        if options.hue > 0 and images.shape[1] > 1:
             c = (
                 rotate_about_grey(
-                    draws.gated((draws.uniform() * 2 - 1) * (math.pi * o.hue_max), o.hue * p, 0), like
+                    draws.gated((draws.uniform() * 2 - 1) * (math.pi * options.hue_max), options.hue * p, 0),
+                    like,
                 )
                 @ c
             )
-        if o.saturation > 0 and images.shape[1] > 1:
-            s = draws.gated((draws.normal(1, 1) * o.saturation_std).exp2(), o.saturation * p, 1)
+        if options.saturation > 0 and images.shape[1] > 1:
+            s = draws.gated((draws.normal(1, 1) * options.saturation_std).exp2(), options.saturation * p, 1)
             # The grey component is unchanged, and the component orthogonal to it is scaled.
             c = (grey_projector + (eye - grey_projector) * s) @ c
         return c
@@ -366,18 +374,20 @@ class AugmentPipe(torch.nn.Module):
         Returns: images [N, C, H, W].
         Raises: ValueError for images that are smaller than the filter.
         """
-        o = self.options
+        options = self.options
         n, channels, height, width = images.shape
         # Expected fraction of each octave in the power of a natural image. The lowest octave contains
         # the mean.
         power = torch.tensor([10, 1, 1, 1], device=draws.device) / 13
         # The gains are normalised after each band, as in EG3D.
         gains = torch.ones([draws.n, 4], device=draws.device)
-        for band, probability_factor in enumerate(o.imgfilter_bands):
+        for band, probability_factor in enumerate(options.imgfilter_bands):
             band_gains = torch.ones_like(gains)  # [N, 4], 1 except for this band
             # Drawn also for a factor of 0, so that the random numbers of later bands do not depend on it.
             random_gain = draws.gated(
-                (draws.normal() * o.imgfilter_std).exp2(), o.imgfilter * self.p * probability_factor, 1
+                (draws.normal() * options.imgfilter_std).exp2(),
+                options.imgfilter * self.p * probability_factor,
+                1,
             )
             band_gains[:, band] = random_gain if probability_factor > 0 else 1
             gains = gains * band_gains / (power * band_gains.square()).sum(dim=1, keepdim=True).sqrt()

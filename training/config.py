@@ -507,7 +507,7 @@ def networks_for(net: NetworkConfig, resolution: int, gan: GanConfig) -> tuple[d
         gan: settings of adversarial training, some of which the rendering options contain.
     Raises: ValueError if EG3D has no super-resolution module for this resolution, and `net` names none.
     """
-    small = net.cfg == "heads64"
+    is_small = net.cfg == "heads64"
     rendering = {
         **_RENDERING,
         **FAMILIES[net.cfg],
@@ -521,7 +521,7 @@ def networks_for(net: NetworkConfig, resolution: int, gan: GanConfig) -> tuple[d
         "superresolution_noise_mode": net.sr_noise_mode,
         "decoder_lr_mul": net.decoder_lr_mul,
     }
-    sr_module = net.sr_module or ("NoSuperresolution" if small else SR_BY_RESOLUTION.get(resolution))
+    sr_module = net.sr_module or ("NoSuperresolution" if is_small else SR_BY_RESOLUTION.get(resolution))
     if sr_module is None:
         resolutions = ", ".join(map(str, SR_BY_RESOLUTION))
         raise ValueError(
@@ -533,13 +533,13 @@ def networks_for(net: NetworkConfig, resolution: int, gan: GanConfig) -> tuple[d
     rendering["superresolution_module"] = (
         f"training.superresolution.{sr_module.removeprefix('training.superresolution.')}"
     )
-    dim = 128 if small else 512
+    dim = 128 if is_small else 512
     channels = {"channel_base": net.cbase, "channel_max": net.cmax}
     # The small preset renders at the final resolution or at half of it, so a super-resolution module with few
     # feature maps suffices.
-    sr = {"input_resolution": resolution // 2, "block_channels": [32, 16]} if small else dict(channels)
+    sr = {"input_resolution": resolution // 2, "block_channels": [32, 16]} if is_small else dict(channels)
     G: dict[str, typing.Any] = {
-        "z_dim": 64 if small else 512,
+        "z_dim": 64 if is_small else 512,
         "c_dim": 25,
         "w_dim": dim,
         "img_resolution": resolution,
@@ -556,7 +556,7 @@ def networks_for(net: NetworkConfig, resolution: int, gan: GanConfig) -> tuple[d
         "sr_kwargs": {**sr, "fused_modconv_default": "inference_only"},
         **channels,
     }
-    if small:
+    if is_small:
         G.update(plane_resolution=64, plane_channels=16, decoder_hidden_dim=32, use_noise=False)
         # The training images are renders of heads that belong to latents. With StyleGAN's factor of 0.01 on
         # its learning rate, the mapping network would learn this correspondence too slowly.
@@ -571,7 +571,7 @@ def networks_for(net: NetworkConfig, resolution: int, gan: GanConfig) -> tuple[d
         "img_resolution": resolution,
         "img_channels": 3,
         "block_kwargs": {"freeze_layers": net.freezed},
-        "mapping_kwargs": {"num_layers": 2, "lr_multiplier": 1.0} if small else {},
+        "mapping_kwargs": {"num_layers": 2, "lr_multiplier": 1.0} if is_small else {},
         "epilogue_kwargs": {"mbstd_group_size": net.mbstd_group},
         "disc_c_noise": net.disc_c_noise,
         "num_fp16_res": net.d_num_fp16_res,

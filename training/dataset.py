@@ -320,14 +320,14 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         self._labels = None  # float32 [n, L]
         if use_labels:
             where = f"dataset {path}: {LABELS_FILE}"
-            stored = self._files.read_labels()
-            if stored is None and c_dim:
+            stored_labels = self._files.read_labels()
+            if stored_labels is None and c_dim:
                 raise ValueError(
                     f'{where}: expected labels of {c_dim} numbers, got "labels": null. Add the labels of the'
                     " images."
                 )
-            if stored is not None:
-                labels = label_array(stored, self._files.images, where, c_dim)
+            if stored_labels is not None:
+                labels = label_array(stored_labels, self._files.images, where, c_dim)
                 # Class indices become one-hot rows of the identity matrix.
                 self._labels = (
                     np.eye(labels.max() + 1, dtype=np.float32)[labels] if labels.ndim == 1 else labels

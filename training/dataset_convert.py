@@ -249,9 +249,9 @@ def convert_dataset(
     files.close()
     chunks = [entries[i : i + _CHUNK] for i in range(0, len(entries), _CHUNK)]
     death_message = "dataset_tool: a worker process was killed. Free memory, or use --workers=1."
-    converted = in_order(functools.partial(_convert, files, options), chunks, workers, death_message)
-    with writer(dest, Path(source), overwrite) as write, contextlib.closing(converted):
-        for i, (images, size, shape) in enumerate(itertools.chain.from_iterable(converted)):
+    conversion_results = in_order(functools.partial(_convert, files, options), chunks, workers, death_message)
+    with writer(dest, Path(source), overwrite) as write, contextlib.closing(conversion_results):
+        for i, (images, size, shape) in enumerate(itertools.chain.from_iterable(conversion_results)):
             first_shape = first_shape or shape
             _check_shape(shape, first_shape, entries[i], f"dataset {files.path}")
             output_labels = (

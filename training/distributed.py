@@ -94,10 +94,12 @@ class Ranks:
         for tensor in tensors:
             tensors_by_dtype.setdefault(tensor.dtype, []).append(tensor)
         for same_dtype_tensors in tensors_by_dtype.values():
-            flat = torch.cat([tensor.detach().reshape(-1).to(self.device) for tensor in same_dtype_tensors])
+            concatenated = torch.cat(
+                [tensor.detach().reshape(-1).to(self.device) for tensor in same_dtype_tensors]
+            )
             with self._exchange("receive rank 0's state"):
-                dist.broadcast(flat, src=0)
-            received_values = flat.split([tensor.numel() for tensor in same_dtype_tensors])
+                dist.broadcast(concatenated, src=0)
+            received_values = concatenated.split([tensor.numel() for tensor in same_dtype_tensors])
             with torch.no_grad():
                 for tensor, values in zip(same_dtype_tensors, received_values, strict=True):
                     tensor.copy_(values.reshape(tensor.shape))

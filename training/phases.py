@@ -342,7 +342,7 @@ def sum_over_ranks(
     tensors = [parameter.grad for parameter in parameters if parameter.grad is not None] + other_tensors
     if ranks.world > 1:
         # One transfer of a flat tensor, because the latency of hundreds of small transfers would be long.
-        flat = ranks.sum_(torch.cat([tensor.reshape(-1).float() for tensor in tensors]))
-        summed_values = flat.split([tensor.numel() for tensor in tensors])
+        concatenated = ranks.sum_(torch.cat([tensor.reshape(-1).float() for tensor in tensors]))
+        summed_values = concatenated.split([tensor.numel() for tensor in tensors])
         for tensor, values in zip(tensors, summed_values, strict=True):
             tensor.copy_(values.reshape(tensor.shape))

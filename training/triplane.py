@@ -299,9 +299,11 @@ class TriPlaneGenerator(torch.nn.Module):
         origins, directions = self.ray_sampler(cam2world, intrinsics, resolution)
         # Raw densities exceed 50, for which bfloat16 is not precise enough.
         with torch.autocast(planes.device.type, enabled=False):
-            rendered = self.renderer(planes.float(), self.decoder, origins, directions, options)
+            rendered_tensors = self.renderer(planes.float(), self.decoder, origins, directions, options)
         # [N, r * r, D] -> [N, D, r, r]; rays are in row-major order of pixels.
-        return [x.transpose(1, 2).unflatten(2, (resolution, resolution)).contiguous() for x in rendered]
+        return [
+            x.transpose(1, 2).unflatten(2, (resolution, resolution)).contiguous() for x in rendered_tensors
+        ]
 
     def sample(
         self,

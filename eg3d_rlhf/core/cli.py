@@ -602,24 +602,24 @@ def _is_output_closed() -> bool:
     return any(event & select.POLLERR for _, event in poller.poll(0))
 
 
-def some_of(flag: str, text: str, known: Iterable[str]) -> list[str]:
-    """Parse a comma-separated list of names. Return the names in the order of `known`.
+def some_of(flag: str, text: str, allowed_names: Iterable[str]) -> list[str]:
+    """Parse a comma-separated list of names. Return the names in the order of `allowed_names`.
 
     Args:
         flag: name of the flag, for the message.
         text: value of the flag.
-        known: allowed names.
+        allowed_names: allowed names.
     Raises: ValueError for an unknown name and for an empty list.
     """
     # The argument may be an iterator, and it is used twice.
-    known = list(known)
+    allowed_names = list(allowed_names)
     requested = {name.strip() for name in text.split(",") if name.strip()}
-    if not requested or requested - set(known):
+    if not requested or requested - set(allowed_names):
         raise ValueError(
-            f"{flag}: expected one or more of {', '.join(known)}, separated by commas, got {text!r}. Use only"
-            " these names."
+            f"{flag}: expected one or more of {', '.join(allowed_names)}, separated by commas, got {text!r}."
+            f" Use only these names."
         )
-    return [name for name in known if name in requested]
+    return [name for name in allowed_names if name in requested]
 
 
 def numbers_of(flag: str, text: str, kind: type[float] = float) -> list[Any]:
@@ -632,7 +632,7 @@ def numbers_of(flag: str, text: str, kind: type[float] = float) -> list[Any]:
     Raises: ValueError that names the flag if a part is no number of this type.
     """
     try:
-        return [kind(part) for part in text.split(",") if part.strip()]
+        return [kind(number_text) for number_text in text.split(",") if number_text.strip()]
     except ValueError:
         raise ValueError(
             f"{flag}: expected {'integers' if kind is int else 'numbers'} separated by commas, got {text!r}."

@@ -263,14 +263,16 @@ def march(
     # samples of a chunk after its forward pass and computes them again in the backward pass.
     chunks = rays.split(max(1, _SAMPLES_AT_ONCE // (len(field) * samples)), dim=1)
     if len(chunks) > 1 and torch.is_grad_enabled():
-        marched = [checkpoint(_march_rays, field, chunk, samples, use_reentrant=False) for chunk in chunks]
+        chunk_results = [
+            checkpoint(_march_rays, field, chunk, samples, use_reentrant=False) for chunk in chunks
+        ]
     else:
-        marched = [_march_rays(field, chunk, samples) for chunk in chunks]
-    # `marched` holds (colour, depth, opacity) of each chunk. zip(*...) groups the chunks of each of the
+        chunk_results = [_march_rays(field, chunk, samples) for chunk in chunks]
+    # `chunk_results` holds (colour, depth, opacity) of each chunk. zip(*...) groups the chunks of each of the
     # three. [N, M, C] -> [N, C, M] -> [N, C, r, r] for colour (C = 3), depth and opacity (C = 1)
     rgb, depth, opacity = (
         torch.cat(tensors, dim=1).transpose(1, 2).unflatten(2, (r, r))
-        for tensors in zip(*marched, strict=True)
+        for tensors in zip(*chunk_results, strict=True)
     )
     # [N, 1, r, r]. `ray_limits_box` returns near >= far for a ray that misses the cube.
     hit = (far > near).transpose(1, 2).unflatten(2, (r, r))

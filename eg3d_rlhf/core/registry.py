@@ -43,7 +43,7 @@ def load_plugins() -> None:
 
     Raises: ValueError for a plugin of the environment variable that cannot be imported.
     """
-    names = (part.strip() for part in os.environ.get(VARIABLE, "").split(","))
+    names = (plugin_name.strip() for plugin_name in os.environ.get(VARIABLE, "").split(","))
     # filter(None, ...) drops empty names, such as the one of an unset variable.
     for name in filter(None, names):
         if name not in _loaded:

@@ -135,7 +135,7 @@ FILES = {
 }
 
 
-def new_flag(job: str, typed: str, known: Mapping[str, object]) -> str | None:
+def new_flag(job: str, typed: str, flags_of_command: Mapping[str, object]) -> str | None:
     """Return the new name of a flag that a command does not have, or None if the flag was not renamed.
 
     A command has either --out (a file) or --outdir (a folder). If the flag is the other one of the two, the
@@ -144,7 +144,7 @@ def new_flag(job: str, typed: str, known: Mapping[str, object]) -> str | None:
     Args:
         job: words of the command, such as "report all".
         typed: the flag as it was typed, or "--set NAME" for a setting without a flag.
-        known: flags that the command has, as keys.
+        flags_of_command: flags that the command has, as keys.
     """
     names = FLAGS.get(job, {})
     bare_name = typed.removeprefix("--set ").lstrip("-")
@@ -153,7 +153,7 @@ def new_flag(job: str, typed: str, known: Mapping[str, object]) -> str | None:
         if spelling in names:
             return names[spelling]
     counterpart = {"out": "--outdir", "outdir": "--out"}.get(bare_name)
-    return counterpart if counterpart in known else None
+    return counterpart if counterpart in flags_of_command else None
 
 
 def new_value(job: str, flag: str, value: str) -> tuple[str, str] | None:
@@ -165,8 +165,8 @@ def new_value(job: str, flag: str, value: str) -> tuple[str, str] | None:
         value: text of the value; it may be a comma-separated list of names.
     """
     names = VALUES.get((job, flag), {})
-    for part in value.split(","):
-        old_name = part.strip()
+    for element in value.split(","):
+        old_name = element.strip()
         if old_name in names:
             return old_name, names[old_name]
     return None

@@ -116,8 +116,8 @@ def wilson_ends(rate: ArrayLike, n: ArrayLike, quantile: ArrayLike) -> tuple[np.
     rate, n, z = (np.asarray(values, dtype=np.float64) for values in (rate, n, quantile))
     scale = 1 + z * z / n
     centre = (rate + z * z / (2 * n)) / scale
-    half = z * np.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n)) / scale
-    return np.clip(centre - half, 0, 1), np.clip(centre + half, 0, 1)
+    half_width = z * np.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n)) / scale
+    return np.clip(centre - half_width, 0, 1), np.clip(centre + half_width, 0, 1)
 
 
 def binomial_test(successes: int, n: int, rate: float = 0.5) -> float:
@@ -217,12 +217,14 @@ def t_mean_interval(values: ArrayLike, confidence: float = 0.95) -> MeanInterval
             " single value is unknown."
         )
     # Quantile of Student's t with N - 1 degrees of freedom, times the standard error of the mean.
-    half = (
+    half_width = (
         float(stdtrit(sample.size - 1, 0.5 + confidence / 2))
         * float(sample.std(ddof=1))
         / math.sqrt(sample.size)
     )
-    return MeanInterval(float(sample.mean()), float(sample.mean()) - half, float(sample.mean()) + half)
+    return MeanInterval(
+        float(sample.mean()), float(sample.mean()) - half_width, float(sample.mean()) + half_width
+    )
 
 
 def two_way_interval(
@@ -310,8 +312,8 @@ def clustered_mean(values: ArrayLike, clusters: Sequence[Hashable], confidence: 
         / degrees
     )
     # Student's quantile times the cluster-robust standard error.
-    half = float(stdtrit(degrees, 0.5 + confidence / 2)) * math.sqrt(variance)
-    return MeanInterval(mean, mean - half, mean + half)
+    half_width = float(stdtrit(degrees, 0.5 + confidence / 2)) * math.sqrt(variance)
+    return MeanInterval(mean, mean - half_width, mean + half_width)
 
 
 def _clustered_sums(
@@ -416,20 +418,20 @@ class Line(NamedTuple):
     n: int  # number of points
 
 
-def _pair(who: str, x: ArrayLike, y: ArrayLike, least: int) -> tuple[np.ndarray, np.ndarray]:
+def _pair(who: str, x: ArrayLike, y: ArrayLike, smallest_size: int) -> tuple[np.ndarray, np.ndarray]:
     """Return x and y as float64 vectors [N].
 
     Args:
         who: name of the calling function, which begins the message.
         x, y: values of the same items.
-        least: smallest allowed N.
-    Raises: ValueError if the lengths differ or are smaller than `least`, or if a value is not finite.
+        smallest_size: smallest allowed N.
+    Raises: ValueError if the lengths differ or are smaller than `smallest_size`, or if a value is not finite.
     """
     x_vector = np.asarray(x, dtype=np.float64).reshape(-1)
     y_vector = np.asarray(y, dtype=np.float64).reshape(-1)
-    if x_vector.size != y_vector.size or x_vector.size < least:
+    if x_vector.size != y_vector.size or x_vector.size < smallest_size:
         raise ValueError(
-            f"{who}: expected at least {least} pairs of x and y, got {x_vector.size} values of x and"
+            f"{who}: expected at least {smallest_size} pairs of x and y, got {x_vector.size} values of x and"
             f" {y_vector.size} of y. Pass one value of each for every item."
         )
     if not (np.isfinite(x_vector).all() and np.isfinite(y_vector).all()):
@@ -467,8 +469,10 @@ def fit_line(x: ArrayLike, y: ArrayLike, confidence: float = 0.95) -> Line:
     leverage = np.minimum(1 / x_vector.size + centred_x**2 / squares_of_x, 1 - 1e-9)
     # HC3 standard error of the slope.
     error = math.sqrt(float((centred_x**2 * (residual / (1 - leverage)) ** 2).sum())) / squares_of_x
-    half = float(stdtrit(x_vector.size - 2, 0.5 + confidence / 2)) * error
-    return Line(slope=slope, lo=slope - half, hi=slope + half, intercept=intercept, n=x_vector.size)
+    half_width = float(stdtrit(x_vector.size - 2, 0.5 + confidence / 2)) * error
+    return Line(
+        slope=slope, lo=slope - half_width, hi=slope + half_width, intercept=intercept, n=x_vector.size
+    )
 
 
 def slopes(times: ArrayLike, values: ArrayLike) -> np.ndarray:
@@ -523,5 +527,5 @@ def spearman(x: ArrayLike, y: ArrayLike, confidence: float = 0.95) -> MeanInterv
     if abs(rho) > 1 - 1e-12:
         sign = math.copysign(1.0, rho)
         return MeanInterval(sign, sign, sign)
-    half = float(ndtri(0.5 + confidence / 2)) * math.sqrt((1 + rho**2 / 2) / (x_ranks.size - 3))
-    return MeanInterval(rho, math.tanh(math.atanh(rho) - half), math.tanh(math.atanh(rho) + half))
+    half_width = float(ndtri(0.5 + confidence / 2)) * math.sqrt((1 + rho**2 / 2) / (x_ranks.size - 3))
+    return MeanInterval(rho, math.tanh(math.atanh(rho) - half_width), math.tanh(math.atanh(rho) + half_width))

@@ -145,8 +145,12 @@ class PlaneField:
         # The attribute is read at each call, because the schedule of training changes it.
         resolution = options.resolution or self._G.neural_rendering_resolution
         cameras = cameras.to(self.ws.device).expand(len(self), -1)
-        out = self._G.render(self.planes, self.ws, cameras, resolution, kwargs, noise_mode=self._noise_mode)
-        return Rendering(out["image"], out["image_raw"], out["image_depth"], out["image_opacity"])
+        renders = self._G.render(
+            self.planes, self.ws, cameras, resolution, kwargs, noise_mode=self._noise_mode
+        )
+        return Rendering(
+            renders["image"], renders["image_raw"], renders["image_depth"], renders["image_opacity"]
+        )
 
     def separable(self, x: torch.Tensor, y: torch.Tensor, z: torch.Tensor) -> SeparableDensity | None:
         """Return the density on a grid as a sum over planes before the nonlinearity, see `SeparableField`.
@@ -243,9 +247,9 @@ class EG3D:
         """
         options = self.module.rendering_kwargs
         x, y, z = (float(value) for value in options.get("avg_camera_pivot", (0.0, 0.0, 0.0)))
-        start, end = (options.get(name, "auto") for name in ("ray_start", "ray_end"))
+        ray_start, ray_end = (options.get(name, "auto") for name in ("ray_start", "ray_end"))
         # The two options are depths along the ray, or 'auto' for the depths where the ray crosses the bounds.
-        span = None if "auto" in (start, end) else (float(start), float(end))
+        span = None if "auto" in (ray_start, ray_end) else (float(ray_start), float(ray_end))
         return CameraFamily(options.get("avg_camera_radius", CameraFamily.radius), (x, y, z), span=span)
 
     @property

@@ -195,9 +195,9 @@ def closest_on_triangles(corners: np.ndarray, points: np.ndarray) -> np.ndarray:
     )
     # The nearest points of the three edges are the other candidates.
     for i, j in ((0, 1), (1, 2), (2, 0)):
-        side = corners[..., j, :] - corners[..., i, :]
-        along = np.clip(dot(points - corners[..., i, :], side) / np.maximum(dot(side, side), 1e-300), 0, 1)
-        offset = points - corners[..., i, :] - along[..., None] * side
+        edge = corners[..., j, :] - corners[..., i, :]
+        along = np.clip(dot(points - corners[..., i, :], edge) / np.maximum(dot(edge, edge), 1e-300), 0, 1)
+        offset = points - corners[..., i, :] - along[..., None] * edge
         edge_weights = np.zeros_like(projection_weights)
         edge_weights[..., i] = 1 - along
         edge_weights[..., j] = along
@@ -208,20 +208,20 @@ def closest_on_triangles(corners: np.ndarray, points: np.ndarray) -> np.ndarray:
 
 
 @functools.cache
-def _sample_weights(parts: int) -> np.ndarray:
+def _sample_weights(divisions: int) -> np.ndarray:
     """Return barycentric weights [parts^2, 3] of samples of a triangle.
 
     The samples are the centres of parts^2 equal triangles into which the triangle is divided.
     """
     rows = []
-    for i in range(parts):
-        for j in range(parts - i):
+    for i in range(divisions):
+        for j in range(divisions - i):
             # An upright small triangle, and the inverted one next to it, which does not exist at the end
             # of a row.
             rows.append((i + 1 / 3, j + 1 / 3))
-            if i + j < parts - 1:
+            if i + j < divisions - 1:
                 rows.append((i + 2 / 3, j + 2 / 3))
-    first_two_weights = np.array(rows) / parts
+    first_two_weights = np.array(rows) / divisions
     # The three weights sum to 1.
     return np.concatenate([first_two_weights, 1 - first_two_weights.sum(axis=1, keepdims=True)], axis=1)
 
@@ -302,12 +302,12 @@ def crossings(corners: np.ndarray, steps: np.ndarray) -> tuple[np.ndarray, np.nd
         of +z; and at a larger z, for a line in the direction of -z.
     """
     n = len(steps)
-    first = steps[0]
+    first_coordinate = steps[0]
     width = steps[1] - steps[0]
     corners_xy = corners[:, :, :2]
     # Range of the lines (x, y) that can hit each triangle.
-    low = np.clip(np.ceil((corners_xy.min(axis=1) - first) / width).astype(int), 0, n)
-    high = np.clip(np.floor((corners_xy.max(axis=1) - first) / width).astype(int) + 1, 0, n)
+    low = np.clip(np.ceil((corners_xy.min(axis=1) - first_coordinate) / width).astype(int), 0, n)
+    high = np.clip(np.floor((corners_xy.max(axis=1) - first_coordinate) / width).astype(int) + 1, 0, n)
     extent = np.clip(high - low, 0, None)
     count = extent.prod(axis=1)
     # One row for each pair of a triangle and a line in its range. `within` counts the lines of a triangle
@@ -317,7 +317,7 @@ def crossings(corners: np.ndarray, steps: np.ndarray) -> tuple[np.ndarray, np.nd
     i = low[index, 0] + within // extent[index, 1]
     j = low[index, 1] + within % extent[index, 1]
     # The lines are shifted slightly, because a line through a vertex would hit several triangles.
-    point = first + width * np.stack([i, j], axis=1) + 1e-7
+    point = first_coordinate + width * np.stack([i, j], axis=1) + 1e-7
     a, b, c = (corners_xy[index, corner] for corner in range(3))
     area = cross_2d(b - a, c - a)
     # Barycentric weights of the corners, multiplied by the area.
@@ -327,7 +327,7 @@ def crossings(corners: np.ndarray, steps: np.ndarray) -> tuple[np.ndarray, np.nd
     is_hit = (np.abs(area) > 1e-15) & ((weighted_area * np.sign(area)[:, None]) >= 0).all(axis=1)
     weights = weighted_area[is_hit] / area[is_hit, None]
     # z coordinate of the crossing, in steps of the grid.
-    crossing_z = ((weights * corners[index[is_hit], :, 2]).sum(axis=1) - first) / width
+    crossing_z = ((weights * corners[index[is_hit], :, 2]).sum(axis=1) - first_coordinate) / width
     # Index of the first grid point at a larger z. It is n for crossings beyond the last point.
     layer = np.clip(np.ceil(crossing_z).astype(int), 0, n)
     sign = np.sign(area[is_hit]).astype(int)

@@ -411,8 +411,8 @@ class ImportanceRenderer(torch.nn.Module):
         n, m, s, _ = depths.shape
         # The points of all rays on one axis: [N, M, S, 3] -> [N, M * S, 3].
         coordinates = (origins.unsqueeze(-2) + depths * directions.unsqueeze(-2)).reshape(n, m * s, 3)
-        out = self.run_model(planes, decoder, coordinates, None, options, merged=merged)
-        return out["rgb"].reshape(n, m, s, -1), out["sigma"].reshape(n, m, s, 1)
+        decoded = self.run_model(planes, decoder, coordinates, None, options, merged=merged)
+        return decoded["rgb"].reshape(n, m, s, -1), decoded["sigma"].reshape(n, m, s, 1)
 
     def run_model(
         self,
@@ -441,12 +441,16 @@ class ImportanceRenderer(torch.nn.Module):
         Returns: {'rgb': [N, P, D], 'sigma': [N, P, 1]}, where sigma is raw; only 'sigma' if sigma_only.
         """
         del sample_directions
-        out = self._decode_at(planes, decoder, sample_coordinates, options["box_warp"], sigma_only, merged)
+        decoded = self._decode_at(
+            planes, decoder, sample_coordinates, options["box_warp"], sigma_only, merged
+        )
         if sigma_only:
-            out = {"sigma": out["sigma"]}
+            decoded = {"sigma": decoded["sigma"]}
         if options.get("density_noise", 0) > 0:
-            out["sigma"] = out["sigma"] + torch.randn_like(out["sigma"]) * options["density_noise"]
-        return out
+            decoded["sigma"] = (
+                decoded["sigma"] + torch.randn_like(decoded["sigma"]) * options["density_noise"]
+            )
+        return decoded
 
     def _decode_at(
         self, planes, decoder, points, box_warp, sigma_only: bool, merged: MergedPlanes | None

@@ -50,9 +50,9 @@ class Asset(torch.nn.Module, abc.ABC):
     level = LEVEL
     bounds = Bounds(border=0.0)
 
-    def __init_subclass__(cls, **more) -> None:
+    def __init_subclass__(cls, **class_kwargs) -> None:
         """Add the subclass to the registry of kinds."""
-        super().__init_subclass__(**more)
+        super().__init_subclass__(**class_kwargs)
         KINDS.add(cls.kind, cls)
 
     @property

@@ -197,12 +197,12 @@ class TriPlanes(Asset):
         )
         # Each asset has its own decoder, so the layers are batched matrix products. J and 4 are output sizes.
         hidden = F.softplus(torch.baddbmm(self.b0.unsqueeze(2), self.w0, features))  # [A, J, P]
-        out = torch.baddbmm(self.b1.unsqueeze(2), self.w1, hidden)  # [A, 4, P]
+        outputs = torch.baddbmm(self.b1.unsqueeze(2), self.w1, hidden)  # [A, 4, P]
         # Without this ball, the first renders would be empty.
         blob = _BLOB * (1 - points.norm(dim=2) / _REACH)
         # The sigmoid of OSGDecoder is stretched to the range -0.001 to 1.001.
-        colour = (torch.sigmoid(out[:, 1:]) * (1 + 2 * 0.001) - 0.001).clamp(0, 1)
-        return 1 + blob + out[:, 0], colour.transpose(1, 2)
+        colour = (torch.sigmoid(outputs[:, 1:]) * (1 + 2 * 0.001) - 0.001).clamp(0, 1)
+        return 1 + blob + outputs[:, 0], colour.transpose(1, 2)
 
     def regularisers(self) -> dict[str, torch.Tensor]:
         """Return penalties by name, each [A], see `Asset`.

@@ -240,11 +240,15 @@ def four_views(raw: torch.Tensor, colours: torch.Tensor, pitch: float) -> tuple[
     tau = F.softplus(raw - 1) * pitch
     alpha = -torch.expm1(-tau)
     # Edge of the cube between the centres of the outer voxels.
-    side = pitch * (n - 1)
-    coordinates = torch.linspace(-0.5, 0.5, n).to(raw) * side  # increasing coordinates of the voxels of a row
+    cube_edge = pitch * (n - 1)
+    coordinates = (
+        torch.linspace(-0.5, 0.5, n).to(raw) * cube_edge
+    )  # increasing coordinates of the voxels of a row
     # Scaled inverse depth of each voxel for a camera at the high end of the axis, [N].
-    disparity = nearness(DISTANCE * side - coordinates, (DISTANCE - 0.5) * side, (DISTANCE + 0.5) * side)
-    rendered: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    disparity = nearness(
+        DISTANCE * cube_edge - coordinates, (DISTANCE - 0.5) * cube_edge, (DISTANCE + 0.5) * cube_edge
+    )
+    rendered_views: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     # Axis 1 is z and axis 3 is x. The first view of a pair looks from the low end of the axis, the second
     # from the high end.
     for axis, view_names in ((1, ("back", "front")), (3, ("left", "right"))):
@@ -262,7 +266,7 @@ def four_views(raw: torch.Tensor, colours: torch.Tensor, pitch: float) -> tuple[
             rgb = (weights.unsqueeze(1) * colours).sum(dim=axis + 1)  # [A, 3, N, N]
             inverse_depth = (weights * view_disparity.view(shape_along_ray)).sum(dim=axis).unsqueeze(1)
             channels = torch.cat([rgb, inverse_depth], dim=1)  # [A, 4, N, N]
-            rendered[view_name] = channels, weights.sum(dim=axis).unsqueeze(1)
+            rendered_views[view_name] = channels, weights.sum(dim=axis).unsqueeze(1)
     # The image axes of views along z are (y, x), those of views along x are (z, y). In the result, rows have
     # to begin at the top (largest y), and columns have to run to the camera's right.
     orient = {
@@ -271,8 +275,8 @@ def four_views(raw: torch.Tensor, colours: torch.Tensor, pitch: float) -> tuple[
         "back": lambda image: image.flip(2, 3),
         "left": lambda image: image.transpose(2, 3).flip(2),
     }
-    oriented_channels = [orient[view_name](rendered[view_name][0]) for view_name in orient]
-    oriented_opacity = [orient[view_name](rendered[view_name][1]) for view_name in orient]
+    oriented_channels = [orient[view_name](rendered_views[view_name][0]) for view_name in orient]
+    oriented_opacity = [orient[view_name](rendered_views[view_name][1]) for view_name in orient]
     return torch.stack(oriented_channels, dim=1), torch.stack(oriented_opacity, dim=1)
 
 

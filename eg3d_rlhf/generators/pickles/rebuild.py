@@ -52,8 +52,8 @@ def one_of(*values: Any) -> Check:
     Python.
     """
     return (
-        lambda v: any(type(v) is type(allowed) and v == allowed for allowed in values),
-        " or ".join(repr(allowed) for allowed in values),
+        lambda v: any(type(v) is type(allowed_value) and v == allowed_value for allowed_value in values),
+        " or ".join(repr(allowed_value) for allowed_value in values),
     )
 
 
@@ -386,12 +386,12 @@ def generator_plan(module: ModuleRecord, name: str) -> "Plan":
     return Plan(kind.cls, all_kwargs, records, kind.architecture)
 
 
-def _inside(module: ModuleRecord, part: str, name: str) -> Any:
+def _inside(module: ModuleRecord, part_name: str, name: str) -> Any:
     """Return a buffer or submodule of a module, or None if the module has none of this name.
 
-    Args: part: "_buffers" or "_modules"; name: name of the buffer or submodule.
+    Args: part_name: "_buffers" or "_modules"; name: name of the buffer or submodule.
     """
-    children = module.state.get(part)
+    children = module.state.get(part_name)
     return children.get(name) if isinstance(children, dict) else None
 
 
@@ -479,20 +479,28 @@ def load(
 def rebuild(snapshot: Snapshot, freeze_layers: int | None = None) -> networks.Networks:
     """Build the networks of a snapshot, see `load` for arguments, result and errors."""
     plans = plan(snapshot, freeze_layers)
-    built: dict[str, Any] = {name: network_plan.build() for name, network_plan in plans.items()}
+    built_modules: dict[str, Any] = {name: network_plan.build() for name, network_plan in plans.items()}
     with reporting_rejection(snapshot.who):
         # The resolution is an attribute of the generators in EG3D, not part of the state dict.
-        for name in built.keys() - {"D"}:
-            built[name].neural_rendering_resolution = neural_rendering_resolution(snapshot.networks[name])
+        for name in built_modules.keys() - {"D"}:
+            built_modules[name].neural_rendering_resolution = neural_rendering_resolution(
+                snapshot.networks[name]
+            )
         training_set = _training_set(snapshot)
-    for name, module in built.items():
+    for name, module in built_modules.items():
         # G and D are in training mode, and G_ema is in eval mode, as in a training run.
         module.train(name != "G_ema").requires_grad_(False)
     D_kwargs = plans["D"].kwargs if "D" in plans else None
     G_kwargs = plans["G_ema"].kwargs
     name = plans["G_ema"].architecture
     return networks.Networks(
-        built.get("G"), built.get("D"), built["G_ema"], G_kwargs, D_kwargs, training_set, architecture=name
+        built_modules.get("G"),
+        built_modules.get("D"),
+        built_modules["G_ema"],
+        G_kwargs,
+        D_kwargs,
+        training_set,
+        architecture=name,
     )
 
 

@@ -571,19 +571,19 @@ def tensors(module: ModuleRecord, name: str) -> dict[str, TensorRecord]:
         non_persistent = state.get("_non_persistent_buffers_set", set())
         if not isinstance(non_persistent, (set, frozenset)):
             raise RejectedError(f"its {name} has {describe(non_persistent)} as names of buffers")
-        for part in ("_parameters", "_buffers", "_modules"):
-            children = state.get(part, {})
+        for part_name in ("_parameters", "_buffers", "_modules"):
+            children = state.get(part_name, {})
             is_small = isinstance(children, dict) and len(children) <= MAX_NODES
             if not is_small or not all(isinstance(key, str) and len(key) <= MAX_KEY for key in children):
                 raise RejectedError(
-                    f"its {name} has a module whose {part} are no dictionary with names as keys"
+                    f"its {name} has a module whose {part_name} are no dictionary with names as keys"
                 )
             count += len(children)  # tensors are counted, too
             for key, value in children.items():
                 # torch's state_dict leaves out missing tensors and non-persistent buffers, too.
-                if value is None or (part == "_buffers" and key in non_persistent):
+                if value is None or (part_name == "_buffers" and key in non_persistent):
                     continue
-                if part == "_modules":
+                if part_name == "_modules":
                     collect(value, f"{prefix}{key}.", depth + 1)
                 elif not isinstance(value, TensorRecord):
                     raise RejectedError(
