@@ -52,8 +52,7 @@ def restore_optimizer(
     if any(index >= count for index in state):
         raise ValueError(
             f"checkpoint: the optimiser {prefix} has {count} parameters, but the checkpoint has moments of"
-            f" the parameter with index {max(state)}. Resume with"
-            " the flags of the original run."
+            f" the parameter with index {max(state)}. Resume with the flags of the original run."
         )
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 

@@ -56,6 +56,7 @@ def sample_tri_grid(
     """
     # Coordinates along width, height and slices, [N, K, P, 3].
     coordinates = torch.einsum("kij,npj->nkpi", axes.to(points), points * (2 / box_warp))
+    # grid_sample expects -1..1 over the length of a stack, which is `extent` sides of the box.
     grid = coordinates * coordinates.new_tensor([1.0, 1.0, 1.0 / extent])
     return _read(planes, grid.unsqueeze(2).unsqueeze(2))  # [N, K, 1, 1, P, 3]
 

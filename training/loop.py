@@ -112,7 +112,7 @@ class TrainingLoop:
         # With one rank, `_backward` has raised the error already. With several ranks, all of them have to
         # raise it here, because a rank that stopped earlier would leave the others waiting in the sum above.
         if self.ranks.world > 1 and nonfinite_count:
-            raise self._not_finite(phase, "a loss on another rank that is not finite")
+            raise self._not_finite(phase, "NaN or infinity on at least one rank")
         for parameter in phase.module.parameters():
             if parameter.grad is not None:
                 # As in EG3D. A finite loss can have infinite gradients, and a single one would make Adam's

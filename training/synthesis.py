@@ -133,6 +133,7 @@ class ToRGBLayer(torch.nn.Module):
     ):
         super().__init__()
         self.conv_clamp = conv_clamp
+        # With a bias of 1, an untrained style does not scale the features.
         self.affine = FullyConnectedLayer(w_dim, in_channels, bias_init=1)
         memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.weight = torch.nn.Parameter(
@@ -256,6 +257,7 @@ class SynthesisBlock(torch.nn.Module):
             fused_modconv = not self.training
         kwargs: dict[str, Any] = {"fused_modconv": fused_modconv, "noise_mode": noise_mode}
         if self.in_channels == 0:
+            # The learned constant, expanded to the batch: [O, R, R] -> [N, O, R, R].
             x = (
                 self.const.to(dtype=dtype, memory_format=memory_format)
                 .unsqueeze(0)

@@ -44,9 +44,9 @@ class MemoryTrace(TorchDispatchMode):
         # Not through super(): mypy would not recognise the untyped constructor of torch.
         TorchDispatchMode.__init__(self)
         self.now = 0  # bytes of all storages that exist
-        # Largest value of `now` since the last `mark`, bytes
+        # Largest value of `now` since the last call of `mark`, bytes
         self.peak = 0
-        # Multiplications and additions since the last `mark`
+        # Number of multiplications and additions since the last call of `mark`
         self.flops = 0
         # Bytes of each existing storage, by the address of its C++ implementation
         self._sizes: dict[int, int] = {}

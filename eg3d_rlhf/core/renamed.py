@@ -187,5 +187,5 @@ def check_seeds(job: str, text: str) -> None:
         raise ValueError(
             f"--seeds={text}: expected a comma-separated list of training seeds. In version 0.1 the value was"
             f" the number of trainings. For as many trainings write --seeds={seed_list}; for one training"
-            f" with the seed {count} write --seeds={count}, (with a comma at the end)."
+            f" with the seed {count} write --seeds={count}, with the comma at the end."
         )

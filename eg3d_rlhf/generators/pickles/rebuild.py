@@ -621,7 +621,7 @@ def _training_set(snapshot: Snapshot) -> dict:
         # 2^16 bytes are far more than a camera label needs.
         is_vector = isinstance(label_std, TensorRecord) and len(label_std.shape) == 1
         if not is_vector or label_std.nbytes > 1 << 16:
-            raise RejectedError("its dataset_label_std is no short vector")
+            raise RejectedError("its dataset_label_std is not a vector of at most 65536 bytes")
         description["label_std"] = json_values([float(value) for value in label_std.tensor()])
     if snapshot.augment_pipe is not None:
         probability_record = _inside(snapshot.augment_pipe, "_buffers", "p")
