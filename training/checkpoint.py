@@ -119,7 +119,8 @@ def read(source: Path, fall_back: bool = False) -> tuple[dict[str, torch.Tensor]
             return *storage.read_tensors(path, "checkpoint"), path
         except ValueError as error:
             if not fall_back or older_path is None:
-                can_fall_back = older_path is not None and not fall_back
-                hint = f" Add --resume-previous to continue from {older_path.name}." if can_fall_back else ""
+                hint = ""
+                if older_path is not None and not fall_back:
+                    hint = f" Add --resume-previous to continue from {older_path.name}."
                 raise ValueError(f"--resume: {error}{hint}") from None
     raise AssertionError("unreachable")

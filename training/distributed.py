@@ -313,8 +313,8 @@ def _one_report(store: dist.Store, ranks: Ranks) -> Iterator[None]:
         sys.exit(2)
     except BaseException as error:
         # SystemExit has an exit code. KeyboardInterrupt has none and exits with 1.
-        has_exit_code = isinstance(error, SystemExit) and isinstance(error.code, int)
-        atexit.register(_end, error.code if has_exit_code else 1)
+        exit_code = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1
+        atexit.register(_end, exit_code)
         raise
     atexit.register(_end, 0)
 

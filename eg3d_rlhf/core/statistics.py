@@ -95,11 +95,11 @@ def wilson_interval(successes: float, n: int, confidence: float = 0.95) -> Inter
     _check_fraction("wilson_interval", "confidence", confidence)
     if n == 0:
         return Interval(0.0, 1.0)
-    lo, hi = wilson_ends(successes / n, n, float(ndtri(0.5 + confidence / 2)))
+    lower, upper = wilson_ends(successes / n, n, float(ndtri(0.5 + confidence / 2)))
     # Wilson's formula gives exactly 0 for no success and exactly 1 for n successes, but rounding leaves an
     # error of about 1e-17.
-    lo = 0.0 if successes == 0 else float(lo)
-    hi = 1.0 if successes == n else float(hi)
+    lo = 0.0 if successes == 0 else float(lower)
+    hi = 1.0 if successes == n else float(upper)
     return Interval(lo, hi)
 
 

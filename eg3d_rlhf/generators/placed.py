@@ -126,8 +126,8 @@ class PlacedField:
             return self.density(grid.points().reshape(-1, 3)).unflatten(1, grid.shape)
         # For a mirrored place, the grid is evaluated without mirroring, with the crops at low and high x
         # exchanged, and the result is flipped at the end.
-        x_low, x_high, *other_crops = grid.crop
-        crop = (x_high, x_low, *other_crops) if self._place.mirrored else grid.crop
+        x_low, x_high, y_low, y_high, z_low, z_high = grid.crop
+        crop = (x_high, x_low, y_low, y_high, z_low, z_high) if self._place.mirrored else grid.crop
         similarity = self._place.similarity
         centre = similarity.apply(self._flipped(torch.tensor(grid.centre, dtype=torch.float64))).tolist()
         inner_grid = dataclasses.replace(
