@@ -167,7 +167,7 @@ class SlabSpec:
 
         if self.lattice != "straight":
             raise ValueError(
-                f"SlabSpec.axes: a {self.lattice} lattice has no separate axes. Use SlabSpec.points(), or a"
+                f"SlabSpec.axes: a {self.lattice!r} lattice has no separate axes. Use SlabSpec.points(), or a"
                 " spec with lattice='straight'."
             )
         last_index = self.resolution - 1
@@ -220,13 +220,13 @@ class SlabSpec:
         Raises: ValueError if a field is missing, unknown or out of range. No default replaces a missing
             field: the reward would then score another grid than the one that it was trained on.
         """
-        if not isinstance(values, Mapping):
-            raise ValueError(
-                f"SlabSpec.from_dict: expected a mapping of fields, got {type(values).__name__}. Pass the"
-                " values that SlabSpec.to_dict() returned."
-            )
         # Older descriptions lack the fields of _LATER, so these may be missing.
         field_names = {field.name for field in fields(cls)}
+        if not isinstance(values, Mapping):
+            raise ValueError(
+                f"SlabSpec.from_dict: expected a mapping with the fields {sorted(field_names)}, got"
+                f" {type(values).__name__}. Pass the values that SlabSpec.to_dict() returned."
+            )
         if set(values) | _LATER != field_names:
             raise ValueError(
                 f"SlabSpec.from_dict: expected the fields {sorted(field_names)}, got {sorted(values)}. Pass"

@@ -434,8 +434,12 @@ def _pair(who: str, x: ArrayLike, y: ArrayLike, smallest_size: int) -> tuple[np.
             f"{who}: expected at least {smallest_size} pairs of x and y, got {x_vector.size} values of x and"
             f" {y_vector.size} of y. Pass one value of each for every item."
         )
-    if not (np.isfinite(x_vector).all() and np.isfinite(y_vector).all()):
-        raise ValueError(f"{who}: expected finite values, got NaN or infinity. Remove these pairs first.")
+    nonfinite_count = int((~(np.isfinite(x_vector) & np.isfinite(y_vector))).sum())
+    if nonfinite_count:
+        raise ValueError(
+            f"{who}: expected finite values, got NaN or infinity in {nonfinite_count} of {x_vector.size}"
+            " pairs. Remove these pairs first."
+        )
     return x_vector, y_vector
 
 
