@@ -260,8 +260,8 @@ class GroupedCommand(click.Command):
                     metavar="NAME=VALUE",
                     multiple=True,
                     help=(
-                        f"Set one of the {len(self.rare)} settings that have no flag of their own. --help-all"
-                        " lists them. This option may be repeated."
+                        f"Set one of {len(self.rare)} settings without a flag (see --help-all). May be"
+                        f" repeated."
                     ),
                 ),
                 option(
@@ -270,9 +270,8 @@ class GroupedCommand(click.Command):
                     metavar="FILE.json",
                     type=click.Path(path_type=Path, dir_okay=False),
                     help=(
-                        "Read settings from this JSON file, which maps names to values. It may contain values"
-                        " of flags and of the settings that only --help-all lists. A flag on the command line"
-                        " takes precedence over the file. --dry-run prints all settings in the same form."
+                        "Read settings of any kind from this JSON file. Flags take precedence over the file."
+                        " --dry-run prints all settings in the form of this file."
                     ),
                 ),
             ):

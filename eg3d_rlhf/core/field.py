@@ -115,15 +115,15 @@ class RenderOptions:
     def __post_init__(self) -> None:
         if self.sample_mult <= 0:
             raise ValueError(
-                f"RenderOptions: expected sample_mult > 0, got {self.sample_mult}. Pass 1 to keep the"
-                " generator's number of samples."
+                f"RenderOptions: expected sample_mult > 0, got sample_mult={self.sample_mult}. Pass 1 to keep"
+                f" the generator's number of samples."
             )
         for name in ("resolution", "samples"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(
-                    f"RenderOptions: expected {name} >= 1, got {value}. Pass None to use the generator's"
-                    " value."
+                    f"RenderOptions: expected {name} >= 1, got {name}={value}. Pass None to use the"
+                    f" generator's value."
                 )
 
 
