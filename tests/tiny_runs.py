@@ -160,7 +160,7 @@ def train_flags(data: Path, init: Path, outdir: Path, *more: str) -> list[str]:
 
 def forget_plugin(name: str) -> None:
     """Undo the import of a plugin that brought the generator family `name` in a file of that name."""
-    del FAMILIES._things[name], sys.modules[name]
+    del FAMILIES._entries[name], sys.modules[name]
     registry._loaded.clear()
 
 

@@ -6,8 +6,9 @@ appendix B.
 All geometric transforms of a sample are composed into one matrix, and all colour transforms into another. The
 image is therefore resampled and recoloured only once.
 
-Shapes: N batch, C channels, H x W pixels. Pixel positions are relative to the image centre, x right, y down.
-Matrices are homogeneous and act on column vectors from the left; an entry is a number or a tensor [N].
+Shapes: N is the number of images in a batch, C of channels, and an image has H x W pixels. Pixel positions
+are relative to the image centre; x points right and y down. Matrices act on column vectors of homogeneous
+coordinates from the left. An entry of a matrix is a number, or a tensor [N] with one value for each image.
 """
 
 import dataclasses
@@ -20,7 +21,7 @@ import torch.nn.functional as F
 
 from torch_utils.ops import grid_sample_gradfix, upfirdn2d
 
-Entry = float | torch.Tensor
+Entry = float | torch.Tensor  # entry of a matrix: a number, or a tensor [N]
 
 # Least asymmetric Daubechies wavelet with 6 vanishing moments, low-pass decomposition filter (Daubechies
 # 1992, table 6.3).
@@ -40,57 +41,63 @@ SYM6 = (
 )
 _R3 = math.sqrt(3)
 # Scaling filter of the Daubechies wavelet with 2 vanishing moments.
-SYM2 = tuple(a / (4 * math.sqrt(2)) for a in (1 - _R3, 3 - _R3, 3 + _R3, 1 + _R3))
+SYM2 = tuple(coefficient / (4 * math.sqrt(2)) for coefficient in (1 - _R3, 3 - _R3, 3 + _R3, 1 + _R3))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AugmentOptions:
     """Settings of `AugmentPipe`.
 
-    The first group of each block gives factors on the overall probability p. 0 turns a transform off.
+    In each block, the first fields have the names of transforms. Their values are factors on the overall
+    probability p with which the transform is applied; 0 turns the transform off. The other fields, with the
+    endings _max, _std, _bands and _size, set the strength of a transform. An octave is a factor of 2.
     """
 
     # Pixel blitting
     xflip: float = 0  # mirror left to right
-    rotate90: float = 0  # multiples of 90 degrees
-    xint: float = 0  # whole-pixel shift
+    rotate90: float = 0  # rotate by a multiple of 90 degrees
+    xint: float = 0  # shift by whole pixels
     xint_max: float = 0.125  # largest shift, fraction of the image size
     # General geometry
-    scale: float = 0  # isotropic scaling
-    rotate: float = 0  # any angle, in two rotations: before and after the anisotropic scaling
-    aniso: float = 0  # x by s, y by 1/s
-    xfrac: float = 0  # sub-pixel shift
-    scale_std: float = 0.2  # octaves
-    rotate_max: float = 1  # fraction of a half turn
-    aniso_std: float = 0.2  # octaves
-    xfrac_std: float = 0.125  # fraction of the image size
+    scale: float = 0  # scale both axes by the same factor
+    rotate: float = 0  # rotate by any angle, once before and once after the anisotropic scaling
+    aniso: float = 0  # scale x by a factor s and y by 1/s
+    xfrac: float = 0  # shift by fractions of a pixel
+    scale_std: float = 0.2  # standard deviation of the scale factor, octaves
+    rotate_max: float = 1  # largest angle, as a fraction of 180 degrees
+    aniso_std: float = 0.2  # standard deviation of s, octaves
+    xfrac_std: float = 0.125  # standard deviation of the shift, fraction of the image size
     # Colour
-    brightness: float = 0  # added to all channels
-    contrast: float = 0  # factor on all channels
-    lumaflip: float = 0  # mirror the grey axis
-    hue: float = 0  # rotation about the grey axis; RGB only
-    saturation: float = 0  # factor on the distance to the grey axis; RGB only
-    brightness_std: float = 0.2  # of the value range [-1, 1]
-    contrast_std: float = 0.5  # octaves
-    hue_max: float = 1  # fraction of a half turn
-    saturation_std: float = 1  # octaves
+    brightness: float = 0  # add the same value to all channels
+    contrast: float = 0  # multiply all channels by a factor
+    lumaflip: float = 0  # reverse the brightness: mirror colours along the grey axis
+    hue: float = 0  # rotate colours about the grey axis; RGB only
+    saturation: float = 0  # multiply the distance of colours from the grey axis by a factor; RGB only
+    brightness_std: float = 0.2  # standard deviation of the added value; images are in [-1, 1]
+    contrast_std: float = 0.5  # standard deviation of the factor, octaves
+    hue_max: float = 1  # largest angle, as a fraction of 180 degrees
+    saturation_std: float = 1  # standard deviation of the factor, octaves
     # Filtering in four frequency bands
     imgfilter: float = 0  # amplify or weaken frequency bands
-    imgfilter_bands: tuple[float, ...] = (1, 1, 1, 1)  # factor on p per band, lowest first
-    imgfilter_std: float = 1  # octaves
+    imgfilter_bands: tuple[float, ...] = (1, 1, 1, 1)  # further factor on p of each band, lowest band first
+    imgfilter_std: float = 1  # standard deviation of the amplification, octaves
     # Corruption
-    noise: float = 0  # additive Gaussian noise
-    cutout: float = 0  # a grey square
-    noise_std: float = 0.1  # scale of the half-normal standard deviation of the noise, values in [-1, 1]
-    cutout_size: float = 0.5  # side, fraction of the image size
+    noise: float = 0  # add Gaussian noise
+    cutout: float = 0  # replace a square by grey
+    noise_std: float = 0.1  # the noise's standard deviation is this number times |N(0, 1)|
+    cutout_size: float = 0.5  # side of the square, fraction of the image size
 
 
 class _Draws:
     """Random numbers of one batch, from torch's global generator.
 
-    Their order is EG3D's: a value first, then the gate that decides whether the value is used. With
-    `percentile`, the numbers are drawn and discarded, every gate is open, and every value is that percentile
-    of its distribution.
+    The order of the random numbers is EG3D's: for each transform, first its value, then the gate that decides
+    whether the transform is applied.
+
+    Args:
+        images: batch [N, C, H, W], for its size and device.
+        percentile: None for random values. A number in 0..1 replaces every random value by this quantile of
+            its distribution, and opens every gate. The random numbers are drawn nevertheless.
     """
 
     def __init__(self, images: torch.Tensor, percentile: float | None):
@@ -101,46 +108,58 @@ class _Draws:
         )
 
     def uniform(self, *shape: int) -> torch.Tensor:
-        """Draw from U[0, 1), shape [N, *shape]."""
-        return self._or_percentile(torch.rand([self.n, *shape], device=self.device), lambda p: p)
+        """Draw values [N, *shape] from the uniform distribution U[0, 1)."""
+        random_values = torch.rand([self.n, *shape], device=self.device)
+        # The quantile function of U[0, 1) is the identity.
+        return self._or_percentile(random_values, lambda p: p)
 
     def normal(self, *shape: int) -> torch.Tensor:
-        """Draw from N(0, 1), shape [N, *shape]."""
-        return self._or_percentile(
-            # Quantile function of the normal distribution, up to its
-            # factor sqrt(2), which EG3D leaves out as well.
-            torch.randn([self.n, *shape], device=self.device),
-            lambda p: torch.erfinv(p * 2 - 1),
-        )
+        """Draw values [N, *shape] from the normal distribution N(0, 1)."""
+        random_values = torch.randn([self.n, *shape], device=self.device)
+        # Quantile function of the normal distribution without its factor sqrt(2), as in EG3D.
+        return self._or_percentile(random_values, lambda p: torch.erfinv(p * 2 - 1))
 
     def half_normal(self, *shape: int) -> torch.Tensor:
-        """Draw |N(0, 1)|, shape [N, *shape]."""
-        return self._or_percentile(torch.randn([self.n, *shape], device=self.device).abs(), torch.erfinv)
+        """Draw absolute values [N, *shape] of normally distributed numbers."""
+        random_values = torch.randn([self.n, *shape], device=self.device).abs()
+        # Quantile function of the half-normal distribution without its factor sqrt(2), as in EG3D.
+        return self._or_percentile(random_values, torch.erfinv)
 
     def _or_percentile(
-        self, drawn: torch.Tensor, quantile: Callable[[torch.Tensor], torch.Tensor]
+        self, random_values: torch.Tensor, quantile: Callable[[torch.Tensor], torch.Tensor]
     ) -> torch.Tensor:
-        # The random numbers are drawn in either case, so that the
-        # state of the generator afterwards is the same.
-        return drawn if self.percentile is None else torch.full_like(drawn, float(quantile(self.percentile)))
+        """Return the random values, or the quantile at `percentile` in their place if it is given."""
+        # The caller has drawn the values in either case, so the generator's state does not depend
+        # on `percentile`.
+        if self.percentile is None:
+            return random_values
+        return torch.full_like(random_values, float(quantile(self.percentile)))
 
     def gated(self, value: torch.Tensor, probability: torch.Tensor, neutral: float) -> torch.Tensor:
-        """Return `value` [N, ...] for the samples whose gate opens, and `neutral` for the others."""
-        # One gate per sample: [N, 1, ...].
-        gate = torch.rand([self.n] + [1] * (value.ndim - 1), device=self.device) < probability
-        return torch.where(gate, value, torch.full_like(value, neutral)) if self.percentile is None else value
+        """Return `value` for the images whose gate opens, and `neutral` for all other images.
+
+        Args:
+            value: parameter of a transform [N, ...].
+            probability: probability [] with which a gate opens.
+            neutral: parameter for which the transform changes nothing.
+        Returns: parameter [N, ...].
+        """
+        # One gate per image: [N, 1, ...].
+        is_open = torch.rand([self.n] + [1] * (value.ndim - 1), device=self.device) < probability
+        # With a percentile, every gate is open.
+        if self.percentile is not None:
+            return value
+        return torch.where(is_open, value, torch.full_like(value, neutral))
 
 
 class AugmentPipe(torch.nn.Module):
     """Random differentiable transforms of the discriminator's inputs.
 
-    Each is applied with probability p times the value of its option.
+    Each transform is applied with the probability p times the value of its option. The buffers are `p` []
+    (overall probability, which the training loop sets), `Hz_geom` [12] (low-pass filter for geometric
+    transforms) and `Hz_fbank` [4, 43] (filters of the frequency bands).
 
-    Args:
-        options: the fields of `AugmentOptions` as keywords.
-
-    Buffers: `p` (overall probability, set by the training loop), `Hz_geom` [12] (low-pass for geometry),
-    `Hz_fbank` [4, 43] (frequency bands).
+    Args: options: fields of `AugmentOptions` as keyword arguments.
     """
 
     p: torch.Tensor
@@ -150,135 +169,148 @@ class AugmentPipe(torch.nn.Module):
     def __init__(self, **options):
         super().__init__()
         self.options = AugmentOptions(**options)
-        # Buffers, with EG3D's names: checkpoints hold them.
+        # The names of the buffers are EG3D's, because checkpoints contain them.
         self.register_buffer("p", torch.ones([]))
         self.register_buffer("Hz_geom", upfirdn2d.setup_filter(SYM6))
         self.register_buffer("Hz_fbank", torch.as_tensor(octave_filter_bank(), dtype=torch.float32))
 
     def forward(self, images: torch.Tensor, debug_percentile: float | None = None) -> torch.Tensor:
-        """Augment a batch, each sample in its own way.
+        """Augment a batch of images, each with other random transforms. Differentiable in images, also twice.
 
         Args:
-            images: [N, C, H, W], nominally in [-1, 1]. C is 1 (grey), 3 (RGB) or 6 (two RGB images that get
-                the same transform).
-            debug_percentile: a value in 0..1 replaces all random values, except the noise field, and opens
-                all gates.
-        Returns: [N, C, H, W].
-        Differentiable in images, twice and more.
+            images: images [N, C, H, W], usually in [-1, 1]. C is 1 (grey), 3 (RGB) or 6 (two RGB images that
+                get the same transform).
+            debug_percentile: None for random transforms. A number in 0..1 replaces every random value, except
+                the pixels of the noise, by this quantile of its distribution, and applies all transforms.
+        Returns: images [N, C, H, W].
         """
         assert images.ndim == 4 and images.shape[1] in (1, 3, 6)
-        o = self.options
-        # The order of the blocks, and of the draws in each, is EG3D's: it fixes the random sequence.
+        options = self.options
+        # The order of the transforms is EG3D's, because it determines which random numbers each of them gets.
         draws = _Draws(images, debug_percentile)
         if (
-            o.xflip > 0
-            or o.rotate90 > 0
-            or o.xint > 0
-            or o.scale > 0
-            or o.rotate > 0
-            or o.aniso > 0
-            or o.xfrac > 0
+            options.xflip > 0
+            or options.rotate90 > 0
+            or options.xint > 0
+            or options.scale > 0
+            or options.rotate > 0
+            or options.aniso > 0
+            or options.xfrac > 0
         ):
             images = self._warp(images, self._draw_geometry(images, draws))
-        if o.brightness > 0 or o.contrast > 0 or o.lumaflip > 0 or o.hue > 0 or o.saturation > 0:
+        if (
+            options.brightness > 0
+            or options.contrast > 0
+            or options.lumaflip > 0
+            or options.hue > 0
+            or options.saturation > 0
+        ):
             images = _recolour(images, self._draw_colour(images, draws))
-        if o.imgfilter > 0:
+        if options.imgfilter > 0:
             images = self._filter_bands(images, draws)
-        if o.noise > 0:
-            # A standard deviation per sample, [N, 1, 1, 1].
-            sigma = draws.gated(draws.half_normal(1, 1, 1) * o.noise_std, o.noise * self.p, 0)
+        if options.noise > 0:
+            # One standard deviation per image, [N, 1, 1, 1].
+            sigma = draws.gated(draws.half_normal(1, 1, 1) * options.noise_std, options.noise * self.p, 0)
             images = images + torch.randn(images.shape, device=images.device) * sigma
-        if o.cutout > 0:
+        if options.cutout > 0:
             height, width = images.shape[2:]
-            # Width and height of the square; a closed gate gives size 0. [N, 2, 1, 1, 1].
+            # Width and height of the square, [N, 2, 1, 1, 1]. A closed gate gives the size 0.
             size = draws.gated(
-                torch.full([draws.n, 2, 1, 1, 1], float(o.cutout_size), device=draws.device),
-                o.cutout * self.p,
+                torch.full([draws.n, 2, 1, 1, 1], float(options.cutout_size), device=draws.device),
+                options.cutout * self.p,
                 0,
             )
             centre = draws.uniform(2, 1, 1, 1)
             x = (torch.arange(width, device=draws.device) + 0.5) / width  # [W]
             y = ((torch.arange(height, device=draws.device) + 0.5) / height)[:, None]  # [H, 1]
-            # True outside the square, [N, 1, H, W].
-            outside = ((x - centre[:, 0]).abs() >= size[:, 0] / 2) | (
+            # [N, 1, H, W]. The factor 0 inside the square is grey in [-1, 1].
+            is_outside = ((x - centre[:, 0]).abs() >= size[:, 0] / 2) | (
                 (y - centre[:, 1]).abs() >= size[:, 1] / 2
             )
-            images = images * outside.to(images.dtype)
+            images = images * is_outside.to(images.dtype)
         return images
 
     def _draw_geometry(self, images: torch.Tensor, draws: _Draws) -> torch.Tensor:
-        """Return matrices [N, 3, 3] that map output positions to input positions, in pixels from the centre.
+        """Draw the geometric transform of each image.
 
-        This is the inverse of the transform, so a scaling by s enters as 1 / s. Factors multiply from the
-        right in the order in which the transforms are applied to the image.
+        A matrix maps positions in the output to positions in the input, in pixels from the centre. It is the
+        inverse of the transform, so a scaling by s enters as 1 / s. Factors are multiplied from the right, in
+        the order in which the transforms are applied to the image.
+
+        Args: images: images [N, C, H, W], for their size; draws: random numbers of the batch.
+        Returns: matrices [N, 3, 3].
         """
-        o = self.options
+        options = self.options
         p = self.p
         height, width = images.shape[2:]
         like = images.new_empty([images.shape[0]], dtype=torch.float32)
-        g = scale2d(1, 1, like)
-        if o.xflip > 0:
-            # Each value is drawn before its gate, see `_Draws`. Half of the open gates mirror.
-            g = g @ scale2d(1 - 2 * draws.gated((draws.uniform() * 2).floor(), o.xflip * p, 0), 1, like)
-        if o.rotate90 > 0:
+        g = scale2d(1, 1, like)  # product of the inverse transforms so far, [N, 3, 3]
+        if options.xflip > 0:
+            # 2 u, rounded down, is 0 or 1 with equal probability. Half of the images with an open gate
+            # are therefore mirrored.
+            g = g @ scale2d(1 - 2 * draws.gated((draws.uniform() * 2).floor(), options.xflip * p, 0), 1, like)
+        if options.rotate90 > 0:
             g = g @ rotate2d(
-                math.pi / 2 * draws.gated((draws.uniform() * 4).floor(), o.rotate90 * p, 0), like
+                math.pi / 2 * draws.gated((draws.uniform() * 4).floor(), options.rotate90 * p, 0), like
             )
-        if o.xint > 0:
-            t = draws.gated((draws.uniform(2) * 2 - 1) * o.xint_max, o.xint * p, 0)
+        if options.xint > 0:
+            t = draws.gated((draws.uniform(2) * 2 - 1) * options.xint_max, options.xint * p, 0)
             g = g @ translate2d(-(t[:, 0] * width).round(), -(t[:, 1] * height).round(), like)
-        if o.scale > 0:
-            s = draws.gated((draws.normal() * o.scale_std).exp2(), o.scale * p, 1)
+        if options.scale > 0:
+            s = draws.gated((draws.normal() * options.scale_std).exp2(), options.scale * p, 1)
             g = g @ scale2d(1 / s, 1 / s, like)
-        # Two rotations, each with probability q, give at least one
-        # with probability 1 - (1 - q)^2 = rotate * p.
-        p_rotate = 1 - (1 - o.rotate * p).clamp(0, 1).sqrt()
-        if o.rotate > 0:
+        # There are two rotations. If each has the probability q, at least one is applied with the probability
+        # 1 - (1 - q)^2, which has to be rotate * p.
+        p_rotate = 1 - (1 - options.rotate * p).clamp(0, 1).sqrt()
+        if options.rotate > 0:
             g = g @ rotate2d(
-                draws.gated((draws.uniform() * 2 - 1) * (math.pi * o.rotate_max), p_rotate, 0), like
+                draws.gated((draws.uniform() * 2 - 1) * (math.pi * options.rotate_max), p_rotate, 0), like
             )
-        if o.aniso > 0:
-            s = draws.gated((draws.normal() * o.aniso_std).exp2(), o.aniso * p, 1)
+        if options.aniso > 0:
+            s = draws.gated((draws.normal() * options.aniso_std).exp2(), options.aniso * p, 1)
             g = g @ scale2d(1 / s, s, like)
-        if o.rotate > 0:
-            # With `debug_percentile` the second rotation is left out, so that the first one can be seen.
-            theta = draws.gated((draws.uniform() * 2 - 1) * (math.pi * o.rotate_max), p_rotate, 0)
+        if options.rotate > 0:
+            # With `debug_percentile` the second rotation is left out, as in EG3D, so that a single
+            # angle remains.
+            theta = draws.gated((draws.uniform() * 2 - 1) * (math.pi * options.rotate_max), p_rotate, 0)
             g = g @ rotate2d(theta if draws.percentile is None else torch.zeros_like(theta), like)
-        if o.xfrac > 0:
-            t = draws.gated(draws.normal(2) * o.xfrac_std, o.xfrac * p, 0)
+        if options.xfrac > 0:
+            t = draws.gated(draws.normal(2) * options.xfrac_std, options.xfrac * p, 0)
             g = g @ translate2d(-t[:, 0] * width, -t[:, 1] * height, like)
         return g
 
     def _warp(self, images: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
-        """Resample images by the maps g.
+        """Resample images by geometric transforms.
 
-        The borders are mirrored, the image is upsampled twice with `Hz_geom`, sampled bilinearly, and
-        downsampled with the time-reversed filter. The wavelet is orthogonal, so up- and downsampling alone
-        return the input. Sample i of the input lies at 2i of the fine grid, half a fine pixel before the
-        centre of its pair. The maps between the grids contain that half pixel.
+        The images are padded by mirrored borders, upsampled by a factor of 2 with the filter `Hz_geom`,
+        sampled bilinearly, and downsampled with the time-reversed filter. The wavelet is orthogonal, so
+        upsampling and downsampling alone return the input. Pixel i of the input lies at the position 2i of
+        the upsampled grid, half an upsampled pixel before the centre of its pair. The matrices between the
+        grids contain this half pixel.
 
         Args:
-            images: [N, C, H, W].
-            g: [N, 3, 3] from `_draw_geometry`.
-        Returns: [N, C, H, W].
+            images: images [N, C, H, W].
+            g: matrices [N, 3, 3] from `_draw_geometry`.
+        Returns: images [N, C, H, W].
         """
         n, channels, height, width = images.shape
-        # No transform was drawn for the whole batch: often so while p is small.
+        # While p is small, there is often no transform in the whole batch.
         if bool((g == torch.eye(3, device=g.device)).all()):
             return images
-        reach = self.Hz_geom.shape[0] // 4  # pixels that the filter reads beyond an image
+        # Number of pixels beyond an image that the filter needs: half its length on the upsampled grid.
+        reach = self.Hz_geom.shape[0] // 4
         left, right, top, bottom = _margins(g, height, width, reach)
         images = F.pad(images, (left, right, top, bottom), mode="reflect")
         images = upfirdn2d.upsample2d(images, self.Hz_geom, up=2)
-        # Size of the fine output. It is larger than twice the
-        # image, because the downsampling filter needs a margin.
+        # Size of the upsampled output. It is larger than twice the image, because the downsampling filter
+        # needs a margin.
         out_h = 2 * (height + 2 * reach)
         out_w = 2 * (width + 2 * reach)
-        # From affine_grid's [-1, 1] on the fine output to pixels of the image.
+        # From affine_grid's coordinates [-1, 1] on the upsampled output to pixels of the image.
         to_coarse = scale2d(0.5, 0.5, g) @ translate2d(0.5, 0.5, g) @ scale2d(out_w / 2, out_h / 2, g)
-        # The margins may differ, which moves the centre of the padded image.
+        # Different margins on opposite sides move the centre of the padded image.
         recentre = translate2d((left - right) / 2, (top - bottom) / 2, g)
-        # From pixels of the padded image to grid_sample's [-1, 1] on its fine version.
+        # From pixels of the padded image to grid_sample's coordinates [-1, 1] on the upsampled padded image.
         to_fine = (
             scale2d(2 / images.shape[3], 2 / images.shape[2], g)
             @ translate2d(-0.5, -0.5, g)
@@ -287,175 +319,230 @@ class AugmentPipe(torch.nn.Module):
         theta = to_fine @ recentre @ g @ to_coarse
         grid = F.affine_grid(theta[:, :2].to(images.dtype), [n, channels, out_h, out_w], align_corners=False)
         images = grid_sample_gradfix.grid_sample(images, grid)
-        # The negative padding crops the margin again.
+        # The negative padding removes the margin of the output.
         return upfirdn2d.downsample2d(images, self.Hz_geom, down=2, padding=-2 * reach, flip_filter=True)
 
     def _draw_colour(self, images: torch.Tensor, draws: _Draws) -> torch.Tensor:
-        """Return affine maps of RGB, [N, 4, 4]. Later transforms multiply from the left."""
-        o = self.options
+        """Draw the colour transform of each image.
+
+        Matrices of later transforms are multiplied from the left.
+
+        Args: images: images [N, C, H, W], for their channels; draws: random numbers of the batch.
+        Returns: affine maps of RGB colours, [N, 4, 4].
+        """
+        options = self.options
         p = self.p
         like = images.new_empty([images.shape[0]], dtype=torch.float32)
-        v = like.new_tensor([1, 1, 1, 0]) / _R3
+        grey_axis = like.new_tensor([1, 1, 1, 0]) / _R3  # unit vector in homogeneous coordinates
         eye = torch.eye(4, device=like.device)
-        # Projector onto the grey axis (1, 1, 1, 0) / sqrt(3), in homogeneous coordinates.
-        grey = torch.outer(v, v)
-        c = affine3d(1, 0, like)
-        if o.brightness > 0:
-            b = draws.gated(draws.normal() * o.brightness_std, o.brightness * p, 0)
+        grey_projector = torch.outer(grey_axis, grey_axis)
+        c = affine3d(1, 0, like)  # product of the transforms so far, [N, 4, 4]
+        if options.brightness > 0:
+            b = draws.gated(draws.normal() * options.brightness_std, options.brightness * p, 0)
             c = affine3d(1, b, like) @ c
-        if o.contrast > 0:
-            s = draws.gated((draws.normal() * o.contrast_std).exp2(), o.contrast * p, 1)
+        if options.contrast > 0:
+            s = draws.gated((draws.normal() * options.contrast_std).exp2(), options.contrast * p, 1)
             c = affine3d(s, 0, like) @ c
-        if o.lumaflip > 0:
-            # Householder reflection: the grey component changes its sign.
-            c = (eye - 2 * grey * draws.gated((draws.uniform(1, 1) * 2).floor(), o.lumaflip * p, 0)) @ c
-        if o.hue > 0 and images.shape[1] > 1:
+        if options.lumaflip > 0:
+            # 2 u, rounded down, is 0 or 1 with equal probability. For 1, the matrix is the Householder
+            # reflection that changes the sign of the grey component.
+            c = (
+                eye
+                - 2 * grey_projector * draws.gated((draws.uniform(1, 1) * 2).floor(), options.lumaflip * p, 0)
+            ) @ c
+        if options.hue > 0 and images.shape[1] > 1:
             c = (
                 rotate_about_grey(
-                    draws.gated((draws.uniform() * 2 - 1) * (math.pi * o.hue_max), o.hue * p, 0), like
+                    draws.gated((draws.uniform() * 2 - 1) * (math.pi * options.hue_max), options.hue * p, 0),
+                    like,
                 )
                 @ c
             )
-        if o.saturation > 0 and images.shape[1] > 1:
-            s = draws.gated((draws.normal(1, 1) * o.saturation_std).exp2(), o.saturation * p, 1)
-            # The grey component stays, the rest, which is the saturation, is scaled.
-            c = (grey + (eye - grey) * s) @ c
+        if options.saturation > 0 and images.shape[1] > 1:
+            s = draws.gated((draws.normal(1, 1) * options.saturation_std).exp2(), options.saturation * p, 1)
+            # The grey component is unchanged, and the component orthogonal to it is scaled.
+            c = (grey_projector + (eye - grey_projector) * s) @ c
         return c
 
     def _filter_bands(self, images: torch.Tensor, draws: _Draws) -> torch.Tensor:
-        """Amplify or weaken frequency bands, by a separable FIR filter per sample with mirrored borders.
+        """Amplify or weaken random frequency bands of images.
 
-        Each band's amplitude is scaled so that an image with a natural (1/f) spectrum keeps its power.
+        Each image is convolved with a separable FIR filter, with mirrored borders. The amplifications are
+        scaled so that an image with a natural (1/f) spectrum keeps its power.
 
-        Returns: [N, C, H, W].
+        Args: images: images [N, C, H, W]; draws: random numbers of the batch.
+        Returns: images [N, C, H, W].
+        Raises: ValueError for images that are smaller than the filter.
         """
-        o = self.options
+        options = self.options
         n, channels, height, width = images.shape
-        # Expected share of each octave in the power of a natural image. The lowest one contains the mean.
+        # Expected fraction of each octave in the power of a natural image. The lowest octave contains
+        # the mean.
         power = torch.tensor([10, 1, 1, 1], device=draws.device) / 13
-        # Bands are drawn one after the other, and the gains renormalised after each.
+        # The gains are normalised after each band, as in EG3D.
         gains = torch.ones([draws.n, 4], device=draws.device)
-        for band, strength in enumerate(o.imgfilter_bands):
-            t = torch.ones_like(gains)
-            drawn = draws.gated((draws.normal() * o.imgfilter_std).exp2(), o.imgfilter * self.p * strength, 1)
-            t[:, band] = drawn if strength > 0 else 1
-            gains = gains * t / (power * t.square()).sum(dim=1, keepdim=True).sqrt()
-        # One kernel per plane of the batch: [N, 4] @ [4, 43] -> [N * C, 43].
+        for band, probability_factor in enumerate(options.imgfilter_bands):
+            band_gains = torch.ones_like(gains)  # [N, 4], 1 except for this band
+            # Drawn also for a factor of 0, so that the random numbers of later bands do not depend on it.
+            random_gain = draws.gated(
+                (draws.normal() * options.imgfilter_std).exp2(),
+                options.imgfilter * self.p * probability_factor,
+                1,
+            )
+            band_gains[:, band] = random_gain if probability_factor > 0 else 1
+            gains = gains * band_gains / (power * band_gains.square()).sum(dim=1, keepdim=True).sqrt()
+        # One kernel for each channel of each image: [N, 4] @ [4, 43] -> [N, 43] -> [N * C, 43].
         kernel = (gains @ self.Hz_fbank).repeat_interleave(channels, dim=0).to(images.dtype)
         reach = self.Hz_fbank.shape[1] // 2
         if min(height, width) <= reach:
             raise ValueError(
-                f"AugmentPipe: imgfilter needs images above {reach} pixels, got {height} x {width}."
-                " Set imgfilter=0."
+                f"AugmentPipe: the transform imgfilter needs more than {reach} pixels per edge, got images of"
+                f" {height} x {width}. Set imgfilter=0."
             )
         planes = F.pad(images, [reach] * 4, mode="reflect").flatten(0, 1)[None]  # [1, N*C, H+42, W+42]
-        # Grouped convolution: one group per plane. Rows, then columns, since the filter is separable.
+        # Grouped convolution with one group for each channel of each image. The filter is separable, so it is
+        # applied along rows and then along columns.
         planes = F.conv2d(planes, kernel[:, None, None, :], groups=n * channels)
         planes = F.conv2d(planes, kernel[:, None, :, None], groups=n * channels)
         return planes.reshape(n, channels, height, width)
 
 
 def _margins(g: torch.Tensor, height: int, width: int, reach: int) -> tuple[int, int, int, int]:
-    """Return how many pixels (left, right, top, bottom) the batch reads outside the image.
+    """Return the numbers of pixels (left, right, top, bottom) that the transforms need outside the images.
 
-    At most the size less one, which is all that can be mirrored.
+    They are limited to the image size - 1, because reflection padding cannot add more.
+
+    Args:
+        g: matrices [N, 3, 3] from `_draw_geometry`.
+        height, width: size of the images in pixels.
+        reach: number of further pixels that the filter needs.
     """
     cx = (width - 1) / 2
     cy = (height - 1) / 2
-    # Where the corners of the output lie in the input, over all samples.
+    # Positions in the input of the corners of all outputs: x and y, [2, N*4].
     corners = g.new_tensor([[-cx, -cy, 1], [cx, -cy, 1], [cx, cy, 1], [-cx, cy, 1]])
-    xy = (g @ corners.T)[:, :2].permute(1, 0, 2).flatten(1)  # [2, N*4]
-    far = torch.stack([-xy[0].min(), xy[0].max(), -xy[1].min(), xy[1].max()])
-    far = far + 2 * reach - g.new_tensor([cx, cx, cy, cy])
-    limit = g.new_tensor([width - 1, width - 1, height - 1, height - 1])
-    left, right, top, bottom = (int(m) for m in far.clamp(min=0).minimum(limit).ceil().tolist())
+    xy = (g @ corners.T)[:, :2].permute(1, 0, 2).flatten(1)
+    # Largest distances from the centre to the left, right, top and bottom, minus the distance of the
+    # image's edge.
+    extents = torch.stack([-xy[0].min(), xy[0].max(), -xy[1].min(), xy[1].max()])
+    margins = extents + 2 * reach - g.new_tensor([cx, cx, cy, cy])
+    limits = g.new_tensor([width - 1, width - 1, height - 1, height - 1])
+    left, right, top, bottom = (
+        int(margin) for margin in margins.clamp(min=0).minimum(limits).ceil().tolist()
+    )
     return left, right, top, bottom
 
 
 def _recolour(images: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
-    """Apply colour maps to images.
+    """Apply colour transforms to images.
 
     Args:
-        images: [N, C, H, W]. Each triple of channels is RGB.
-        c: [N, 4, 4]. A grey image (C = 1) gets the mean of the maps' rows.
-    Returns: [N, C, H, W].
+        images: images [N, C, H, W], grey (C = 1) or with RGB in each three channels.
+        c: affine maps [N, 4, 4] of RGB colours. A grey image is transformed by the mean of the map's rows.
+    Returns: images [N, C, H, W].
     """
     n, channels, height, width = images.shape
     c = c.to(images.dtype)
     if channels == 1:
         row = c[:, :3].mean(dim=1, keepdim=True)  # [N, 1, 4]
+        # The three colours are equal, so their coefficients are added. Entry 3 is the constant.
         return images * row[:, :, :3].sum(dim=2)[:, :, None, None] + row[:, :, 3:, None]
     rgb = images.reshape(n, channels // 3, 3, height * width)  # [N, C / 3, 3, H * W]
+    # The linear part [N, 1, 3, 3] times the colours, plus the constant part [N, 1, 3, 1].
     return (c[:, None, :3, :3] @ rgb + c[:, None, :3, 3:]).reshape(n, channels, height, width)
 
 
 def matrix(rows: Sequence[Sequence[Entry]], like: torch.Tensor) -> torch.Tensor:
-    """Return matrices [N, R, R] of the given entries, with device and dtype of `like` [N, ...]."""
+    """Return one square matrix for each image.
+
+    Args:
+        rows: rows of entries.
+        like: tensor [N, ...] with the number of images, the device and the dtype of the result.
+    Returns: matrices [N, rows, rows].
+    """
     n = like.shape[0]
-    # A number is the same for all samples, a tensor [N] holds one value for each.
-    entries = [
-        torch.as_tensor(e, dtype=like.dtype, device=like.device).expand(n) for row in rows for e in row
-    ]
+    entries = []
+    for row in rows:
+        # A number is the same for all images, a tensor [N] contains one value for each.
+        entries += [torch.as_tensor(entry, dtype=like.dtype, device=like.device).expand(n) for entry in row]
     return torch.stack(entries, dim=1).reshape(n, len(rows), len(rows[0]))
 
 
 def translate2d(x: Entry, y: Entry, like: torch.Tensor) -> torch.Tensor:
-    """Return matrices [N, 3, 3] that shift by (x, y)."""
+    """Return matrices [N, 3, 3] that shift points by (x, y). See `matrix` for `like`."""
     return matrix([[1, 0, x], [0, 1, y], [0, 0, 1]], like)
 
 
 def scale2d(x: Entry, y: Entry, like: torch.Tensor) -> torch.Tensor:
-    """Return matrices [N, 3, 3] that scale about the origin."""
+    """Return matrices [N, 3, 3] that scale about the origin by factors x and y. See `matrix` for `like`."""
     return matrix([[x, 0, 0], [0, y, 0], [0, 0, 1]], like)
 
 
 def rotate2d(theta: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Return matrices [N, 3, 3] that rotate by theta radians [N], from x towards y."""
+    """Return matrices [N, 3, 3] that rotate by theta [N] radians, from x towards y. See `matrix` for
+    `like`.
+    """
     c = theta.cos()
     s = theta.sin()
     return matrix([[c, -s, 0], [s, c, 0], [0, 0, 1]], like)
 
 
 def affine3d(scale: Entry, shift: Entry, like: torch.Tensor) -> torch.Tensor:
-    """Return matrices [N, 4, 4] that scale about the origin and shift, equally along all axes."""
+    """Return matrices [N, 4, 4] that scale all axes by `scale`, then add `shift` to all. See `matrix`
+    for `like`.
+    """
     return matrix([[scale, 0, 0, shift], [0, scale, 0, shift], [0, 0, scale, shift], [0, 0, 0, 1]], like)
 
 
 def rotate_about_grey(theta: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Return matrices [N, 4, 4] that rotate colours by theta radians [N] about the grey axis.
+    """Return matrices [N, 4, 4] that rotate colours by theta [N] radians about the grey axis.
 
-    With v = (1, 1, 1) / sqrt(3), Rodrigues' formula is v v' + cos(theta) (I - v v') + sin(theta) [v]x.
+    With v = (1, 1, 1)' / sqrt(3), its transpose v', and its cross-product matrix [v]x, Rodrigues' formula is
+    v v' + cos(theta) (I - v v') + sin(theta) [v]x. See `matrix` for `like`.
     """
     c = theta.cos()
     s = theta.sin()
-    same = (1 + 2 * c) / 3
-    plus = (1 - c) / 3 + s / _R3
-    minus = (1 - c) / 3 - s / _R3
+    # Entries of Rodrigues' matrix: those of the diagonal, and those with a positive or a negative sine.
+    diagonal = (1 + 2 * c) / 3
+    plus_sine = (1 - c) / 3 + s / _R3
+    minus_sine = (1 - c) / 3 - s / _R3
     return matrix(
-        [[same, minus, plus, 0], [plus, same, minus, 0], [minus, plus, same, 0], [0, 0, 0, 1]], like
+        [
+            [diagonal, minus_sine, plus_sine, 0],
+            [plus_sine, diagonal, minus_sine, 0],
+            [minus_sine, plus_sine, diagonal, 0],
+            [0, 0, 0, 1],
+        ],
+        like,
     )
 
 
 def octave_filter_bank(bands: int = 4) -> np.ndarray:
     """Return zero-phase FIR filters that split a signal into octaves and add up to the identity.
 
-    One stage of two bands has the power responses |H|^2 / 2 of the sym2 low-pass and of its mirrored
-    high-pass, which sum to 1. Each further stage splits the lowest band again: all filters so far are
-    stretched by two (zero-stuffed), their spectral images are removed by the low-pass, and the high-pass
-    becomes the new top band (Karras et al. 2020, "Training GANs with limited data", appendix B).
+    Let H be the frequency response of the sym2 low-pass filter or of its mirrored high-pass filter. The
+    responses |H|^2 / 2 of the two sum to 1, which gives two bands. Each further stage adds a band: all
+    existing filters are stretched by a factor of 2 by inserting zeros, the low-pass filter removes their
+    spectral images, and the high-pass filter becomes the new highest band (Karras et al. 2020, "Training
+    generative adversarial networks with limited data", appendix B).
 
-    Returns: float64 [bands, taps], from the lowest to the highest band; taps = 43 for 4 bands.
+    Args: bands: number of bands.
+    Returns: filters [bands, taps], float64, from the lowest to the highest band; taps = 43 for 4 bands.
     """
-    low = np.asarray(SYM2)
-    high = low * (-1.0) ** np.arange(len(low))
-    # A filter convolved with its reverse has the response |H|^2 and zero phase.
-    low2, high2 = (np.convolve(h, h[::-1]) / 2 for h in (low, high))
+    low_pass = np.asarray(SYM2)
+    # Alternating signs shift the response by half the sampling frequency.
+    high_pass = low_pass * (-1.0) ** np.arange(len(low_pass))
+    # A filter that is convolved with its reverse has the response |H|^2 and zero phase.
+    low_power = np.convolve(low_pass, low_pass[::-1]) / 2
+    high_power = np.convolve(high_pass, high_pass[::-1]) / 2
+    # The first filter is the identity, the others are 0.
     bank = np.eye(bands, 1)
-    for top in range(1, bands):
+    for new_band in range(1, bands):
         stretched = np.zeros([bands, 2 * bank.shape[1] - 1])
         stretched[:, ::2] = bank
-        bank = np.stack([np.convolve(row, low2) for row in stretched])
-        start = (bank.shape[1] - len(high2)) // 2  # centred
-        bank[top, start : start + len(high2)] += high2
-    # Some taps cancel up to rounding, which depends on the order of numpy's sums. They are set to exactly 0.
+        bank = np.stack([np.convolve(row, low_power) for row in stretched])
+        start = (bank.shape[1] - len(high_power)) // 2  # centres the shorter filter
+        bank[new_band, start : start + len(high_power)] += high_power
+    # Some taps cancel except for rounding, which depends on the order of numpy's sums. They are set to
+    # exactly 0.
     return np.where(np.abs(bank) < 1e-12, 0.0, bank)

@@ -1,6 +1,7 @@
-"""Checkpoints: everything that a run needs to continue exactly, in one file that is written atomically.
+"""Checkpoints, which contain everything that a run needs to continue exactly, in one file.
 
-The last two of a run are kept, so that a damaged file costs at most one interval.
+A checkpoint is written atomically. The last two checkpoints of a run are kept, so that after damage to the
+newest file, only the training since the one before is lost.
 """
 
 import re
@@ -10,99 +11,116 @@ import torch
 
 from training import storage
 
-KEEP = 2  # checkpoints per run folder
+KEEP = 2  # number of checkpoints that are kept in a run folder
 _NAME = re.compile(r"checkpoint-(\d{9})\.safetensors")
 
 
 def optimizer_tensors(prefix: str, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """Return Adam's moments and step counts under the names '<prefix>.<index>.<name>'."""
-    # The index is the parameter's place in the optimiser, as in torch's own state_dict.
-    state = optimizer.state_dict()["state"]
-    return {f"{prefix}.{i}.{k}": torch.as_tensor(v) for i, entry in state.items() for k, v in entry.items()}
+    """Return Adam's moments and step counts under the names '<prefix>.<index>.<name>'.
+
+    The index is the position of the parameter in the optimiser, as in torch's state_dict.
+    """
+    tensors = {}
+    for index, parameter_state in optimizer.state_dict()["state"].items():
+        for name, value in parameter_state.items():
+            tensors[f"{prefix}.{index}.{name}"] = torch.as_tensor(value)
+    return tensors
 
 
 def restore_optimizer(
     prefix: str, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]
 ) -> None:
-    """Restore what `optimizer_tensors` returned.
+    """Restore the moments and step counts that `optimizer_tensors` returned.
 
-    Learning rates and other settings stay those of `optimizer`: they come from the flags, not from the file.
+    The learning rates and other settings of the optimiser are not changed, because they come from the flags.
 
-    Raises: ValueError if the file holds moments of more parameters than the optimiser has.
+    Args:
+        prefix: prefix of the optimiser's tensors.
+        optimizer: optimiser to restore.
+        tensors: all tensors of a checkpoint.
+    Raises: ValueError if the checkpoint contains moments of more parameters than the optimiser has.
     """
     state: dict[int, dict] = {}
     for name, value in tensors.items():
-        # The dot in the prefix keeps "optim_G." apart from "optim_Greward.".
+        # With the dot, the prefix "optim_G" does not match the names of "optim_Greward".
         if name.startswith(f"{prefix}."):
             index, key = name.removeprefix(f"{prefix}.").split(".")
             state.setdefault(int(index), {})[key] = value
-    full = optimizer.state_dict()  # learning rates and groups of this run
-    count = sum(len(group["params"]) for group in full["param_groups"])
-    # Fewer moments are legitimate: Adam has none for parameters that never had a gradient.
-    if any(i >= count for i in state):
+    groups = optimizer.state_dict()["param_groups"]  # learning rates and parameters of this run
+    count = sum(len(group["params"]) for group in groups)
+    # Fewer moments are no error, because Adam has none for parameters that never had a gradient.
+    if any(index >= count for index in state):
         raise ValueError(
-            f"checkpoint: expected moments of {count} parameters ({prefix}), got {max(state)}. Resume with"
-            " the flags of the original run."
+            f"checkpoint: the optimiser {prefix} has {count} parameters, but the checkpoint has moments of"
+            f" the parameter with index {max(state)}. Resume with the flags of the original run."
         )
-    optimizer.load_state_dict({"state": state, "param_groups": full["param_groups"]})
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
 def write(folder: Path, cur_nimg: int, tensors: dict[str, torch.Tensor], meta: dict) -> Path:
-    """Write checkpoint-<nimg>.safetensors and delete all but the newest two."""
+    """Write checkpoint-<number of images>.safetensors, and delete all checkpoints except the newest two.
+
+    Args:
+        folder: run folder.
+        cur_nimg: number of images that the run has used.
+        tensors: tensors by name.
+        meta: description of the checkpoint, JSON values.
+    Returns: the path of the file.
+    """
     path = path_of(folder, cur_nimg)
     storage.write_tensors(path, "checkpoint", tensors, meta)
-    # Only after the new file is complete: a full disk must not cost the old ones.
-    for old in available(folder)[:-KEEP]:
-        old.unlink()
+    # Older checkpoints are deleted only when the new file is complete, because the disk may be full.
+    for old_path in available(folder)[:-KEEP]:
+        old_path.unlink()
     return path
 
 
 def path_of(folder: Path, cur_nimg: int) -> Path:
-    """Return the path of the checkpoint after `cur_nimg` images."""
+    """Return the path of the checkpoint that a run writes after `cur_nimg` images."""
     return folder / f"checkpoint-{cur_nimg:09d}.safetensors"
 
 
 def available(folder: Path) -> list[Path]:
-    """Return the checkpoints of a run folder, oldest first."""
-    # The pattern excludes temporary and renamed files. Nine digits make the order of names that of images.
-    return sorted(p for p in folder.glob("checkpoint-*.safetensors") if _NAME.fullmatch(p.name))
+    """Return the paths of the checkpoints of a run folder, oldest first."""
+    # The pattern excludes temporary and renamed files. With nine digits, the order of names is that
+    # of numbers.
+    return sorted(path for path in folder.glob("checkpoint-*.safetensors") if _NAME.fullmatch(path.name))
 
 
 def read(source: Path, fall_back: bool = False) -> tuple[dict[str, torch.Tensor], dict, Path]:
-    """Read the newest checkpoint of a run folder, or the named file.
+    """Read the newest checkpoint of a run folder, or a checkpoint file.
 
     Args:
-        source: run folder or checkpoint file.
-        fall_back: if the newest is damaged, use the previous checkpoint of the folder.
-    Returns: tensors, description, path.
+        source: path of a run folder or of a checkpoint file.
+        fall_back: True: if the file is damaged, read an older checkpoint of the same folder.
+    Returns: the tensors, the description and the path of the checkpoint.
     Raises:
         FileNotFoundError: there is no checkpoint.
-        ValueError: the file is damaged. The message names it and the flag that accepts the previous one.
+        ValueError: the checkpoint is damaged, and `fall_back` is False or there is no intact older one.
     """
     if source.is_dir():
         candidates = available(source)[::-1]
         if not candidates:
             raise FileNotFoundError(
-                f"--resume: expected a run folder with checkpoint-*.safetensors, got {source}. Check the"
-                " path."
+                f"--resume: the folder {source} contains no checkpoint-*.safetensors. Name the folder of a"
+                " run that has written a checkpoint."
             )
     else:
         if not source.exists():
             raise FileNotFoundError(
-                f"--resume: expected a run folder or checkpoint file, but there is nothing at {source}."
-                " Check the path."
+                f"--resume: the path {source} does not exist. Name a run folder or a checkpoint file."
             )
-        # Older files of the same folder may stand in for the named one, newer ones may not.
-        candidates = [source, *[p for p in available(source.parent)[::-1] if p.name < source.name]]
-    for path, older in zip(candidates, [*candidates[1:], None], strict=True):
+        # Older checkpoints of the same folder may replace the named one, newer checkpoints may not.
+        older_paths = [path for path in available(source.parent)[::-1] if path.name < source.name]
+        candidates = [source, *older_paths]
+    # Pairs of a checkpoint and the next older one, None for the oldest.
+    for path, older_path in zip(candidates, [*candidates[1:], None], strict=True):
         try:
             return *storage.read_tensors(path, "checkpoint"), path
         except ValueError as error:
-            if not fall_back or older is None:
-                hint = (
-                    f" Add --resume-previous to continue from {older.name}."
-                    if older and not fall_back
-                    else ""
-                )
+            if not fall_back or older_path is None:
+                hint = ""
+                if older_path is not None and not fall_back:
+                    hint = f" Add --resume-previous to continue from {older_path.name}."
                 raise ValueError(f"--resume: {error}{hint}") from None
     raise AssertionError("unreachable")

@@ -1,7 +1,7 @@
-"""Settings of GAN training: a dataclass for each part, and the networks' arguments that follow from them.
+"""Settings of GAN training as dataclasses, and the constructor arguments of networks that follow from them.
 
-A setting is defined by `knob`, which holds its flag, range, help text and default in one place. Presets,
-which give values to the settings, are in eg3d_rlhf/modes/gan.py.
+The function `knob` defines a setting with its flag, range, help text and default in one place. Presets, which
+give values to the settings, are in eg3d_rlhf/modes/gan.py.
 """
 
 import dataclasses
@@ -19,61 +19,72 @@ DATA = "Data"
 NET = "Networks"
 GAN = "GAN losses and schedule"
 OPT = "Optimisation"
-NOISE_MODES = ("const", "random", "none")  # of the synthesis network
-REG_TYPES = ("l1", "monotonic-detach", "monotonic-fixed")
+# Modes of the synthesis network's noise inputs: constant, random, or 0.
+NOISE_MODES = ("const", "random", "none")
+REG_TYPES = (
+    "l1",
+    "monotonic-detach",
+    "monotonic-fixed",
+)  # types of the density regulariser, see `GanPhases.g_reg`
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Knob:
-    """Description of a settings field for the command line; see `knob`."""
+    """Description of a field of settings for the command line. It is in the metadata of the field,
+    see `knob`.
+    """
 
-    help: str
+    help: str  # help text
     group: str  # title under which --help lists the flag
-    metavar: str | None = None  # unit
-    choices: tuple[str, ...] | None = None  # allowed values
+    metavar: str | None = None  # name of the value in --help, usually its unit; None: the name of its type
+    choices: tuple[str, ...] | None = None  # allowed values; None: any value of the type
     low: float | None = None  # smallest allowed value
     high: float | None = None  # largest allowed value
     above: float | None = None  # the value must be larger than this
     below: float | None = None  # the value must be smaller than this
-    name: str | None = None  # name of the flag, if it differs from the field's
-    flags: tuple[str, ...] = ()  # further spellings; the first one is always --<name with dashes>
-    shown: str | None = None  # text that --help shows as the default where the value is None
-    flag: bool = True  # False: stored with the others, but set by presets or a mode's common flags
-    control: bool = True  # True: a run and its control, a run with lambda_r = 0, must have the same value
-    rare: bool = False  # True: no flag of its own; set by --set NAME=VALUE, or in a file of --settings
+    name: str | None = None  # name of the flag; None: the name of the field
+    flags: tuple[str, ...] = ()  # further spellings of the flag, besides --<name with dashes>
+    shown: str | None = None  # text that --help shows as the default if the value is None
+    flag: bool = True  # False: the field has no flag here; presets or the common flags of a mode set it
+    # True: a run and its control (the same run with lambda_r = 0) must have the same value.
+    control: bool = True
+    # True: the field has no flag, and only --help-all lists it. --set NAME=VALUE or a file of --settings
+    # sets it.
+    rare: bool = False
 
 
 def knob(default: object, help: str, group: str, **more) -> typing.Any:
-    """Return a dataclass field that is also a flag with the field's name.
+    """Return a dataclass field that is also a flag of the command line.
+
+    The flag has the name of the field, with dashes. `eg3d_rlhf.core.cli.options_of` creates the flags, and
+    `check_knobs` checks ranges and choices.
 
     Args:
-        default: value of the field if it is not given.
-        help: help text.
+        default: default value of the field.
+        help: help text of the flag.
         group: title under which --help lists the flag.
-        more: further fields of `Knob`.
-
-    `eg3d_rlhf.core.cli.options_of` makes the flags; `check_knobs` applies ranges and choices.
+        more: values of other fields of `Knob`.
 
     >>> gamma: float = knob(1.0, "R1 weight.", "GAN losses", low=0)
     """
     return dataclasses.field(default=default, metadata={"knob": Knob(help=help, group=group, **more)})
 
 
-_gan_knob = functools.partial(knob, group=GAN)
+_gan_knob = functools.partial(knob, group=GAN)  # `knob` for the most frequent group
 
 
 def knobs_of(kind: type) -> list[tuple[dataclasses.Field, type, Knob]]:
-    """Return the knobs of a settings dataclass, in order, with those of nested dataclasses in their places.
+    """Return the knobs of a settings dataclass and of its nested dataclasses, in the order of the fields.
 
-    Returns: list of (field, type without None, knob).
+    Returns: list of (field, type of the field without None, knob).
     """
     knobs = []
     hints = typing.get_type_hints(kind)
-    # Types are read through get_type_hints, since fields hold them as text under postponed annotations.
+    # get_type_hints also resolves annotations that are texts, which `field.type` would return unresolved.
     for field in dataclasses.fields(kind):
         hint = hints[field.name]
         if isinstance(hint, types.UnionType):
-            # `int | None` -> int: click needs the type of a value that is given.
+            # `int | None` -> int, because click needs the type of the values that users give.
             hint = next(option for option in typing.get_args(hint) if option is not types.NoneType)
         if dataclasses.is_dataclass(hint):
             knobs += knobs_of(typing.cast(type, hint))
@@ -83,12 +94,12 @@ def knobs_of(kind: type) -> list[tuple[dataclasses.Field, type, Knob]]:
 
 
 def values_of(settings: object) -> dict[str, typing.Any]:
-    """Return the value of every knob of a settings object by name, with those of nested objects, as JSON."""
+    """Return the values of all knobs of a settings object and its nested objects, by name of the field."""
     values: dict[str, typing.Any] = {}
     for field in dataclasses.fields(settings):  # type: ignore[arg-type]
         value = getattr(settings, field.name)
         if dataclasses.is_dataclass(value):
-            # Flat: names of knobs are unique over nested dataclasses, as flags are.
+            # One flat mapping suffices: like flags, fields of nested dataclasses have unique names.
             values |= values_of(value)
         elif "knob" in field.metadata:
             values[field.name] = value
@@ -96,38 +107,46 @@ def values_of(settings: object) -> dict[str, typing.Any]:
 
 
 def built(kind: type, values: Mapping) -> typing.Any:
-    """Return settings from values by name.
+    """Return a settings object with the given values of its fields.
 
-    A field that is not in `values` has its default. Names that are no field are ignored. Nested settings take
-    their values from the same mapping.
+    A field that is missing in `values` has its default. Names that are no fields are ignored.
+
+    Args:
+        kind: settings dataclass.
+        values: values by name of the field. Nested settings take their values from the same mapping.
     """
     return kind(**_given(kind, values))
 
 
 def _given(kind: typing.Any, values: Mapping) -> dict[str, typing.Any]:
-    """Return the constructor arguments of `kind` from flat values."""
-    given: dict[str, typing.Any] = {}
+    """Return the constructor arguments of `kind` for a flat mapping of values, see `built`."""
+    arguments: dict[str, typing.Any] = {}
     for field in dataclasses.fields(kind):
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-        # A nested dataclass is filled from the flat values, unless `values` holds it as an object already.
+        # A nested dataclass gets its values from the flat mapping, unless the mapping contains it as
+        # an object.
         if dataclasses.is_dataclass(default) and not isinstance(values.get(field.name), type(default)):
-            changed = dataclasses.replace(default, **_given(default, values))  # type: ignore[type-var]
-            given[field.name] = changed
+            nested_arguments = _given(default, values)
+            arguments[field.name] = dataclasses.replace(default, **nested_arguments)  # type: ignore[type-var]
         elif field.name in values:
-            given[field.name] = values[field.name]
-    return given
+            arguments[field.name] = values[field.name]
+    return arguments
 
 
-def check_choice(who: str, value: str, known: Collection[str]) -> None:
-    """Raise ValueError, naming `who`, for a value that is not known."""
-    if value not in known:
-        raise ValueError(f"{who}: expected one of {', '.join(known)}, got {value!r}. Choose one of them.")
+def check_choice(who: str, value: str, choices: Collection[str]) -> None:
+    """Raise ValueError for a value that is not one of `choices`. `who` is the start of the message."""
+    if value not in choices:
+        raise ValueError(
+            f"{who}: expected one of {', '.join(choices)}, got {value!r}. Use one of these values."
+        )
 
 
 def check_knobs(settings: typing.Any) -> None:
-    """Check the ranges and choices of a settings object's knobs. Called by its __post_init__.
+    """Check the values of a settings object against the ranges and choices of its knobs.
 
-    Raises: ValueError naming the field.
+    The __post_init__ of a settings dataclass calls this function. None is always allowed.
+
+    Raises: ValueError that names the field or its flag.
     """
     for field in dataclasses.fields(settings):
         k = field.metadata.get("knob")
@@ -135,12 +154,12 @@ def check_knobs(settings: typing.Any) -> None:
         if k is None or value is None:
             continue
         if isinstance(value, float) and not math.isfinite(value):
-            # Infinity would pass some of the limits below, and NaN would pass where there are none.
-            raise ValueError(f"{field.name}: expected a finite number, got {value}. Give one.")
+            # Infinity would pass a lower limit, and both would pass if the field has no limit.
+            raise ValueError(f"{field.name} must be a finite number, got {value}")
         if k.choices is not None:
             flag = f"--set {field.name}" if k.rare else "--" + (k.name or field.name).replace("_", "-")
             check_choice(flag, value, k.choices)
-        limits = (
+        limits = (  # (limit, sign for the message, comparison that a valid value fulfils)
             (k.low, ">=", operator.ge),
             (k.high, "<=", operator.le),
             (k.above, ">", operator.gt),
@@ -152,7 +171,7 @@ def check_knobs(settings: typing.Any) -> None:
 
 
 class Knobs:
-    """Base class of settings that need no check besides those of their knobs."""
+    """Base class of settings whose only checks are the ranges and choices of their knobs."""
 
     def __post_init__(self):
         check_knobs(self)
@@ -160,15 +179,21 @@ class Knobs:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoopConfig:
-    """Settings of the training loop, the same for everything that it trains."""
+    """Settings of the training loop that do not depend on the models that it trains."""
 
     kimg: float = knob(
         25000.0, "Length of the training, in thousands of images.", OPT, metavar="KIMG", above=0
     )
     batch: int = knob(4, "Images per iteration.", OPT, low=1, shown="required")
-    # `control=False`: these may differ between a run and its control, since they do not change the result.
+    # control=False: the following settings do not affect the result, so a run and its control may differ
+    # in them.
     batch_gpu: int | None = knob(
-        None, "Images per forward pass, on each process.", OPT, low=1, shown="batch", control=False
+        None,
+        "Images per forward pass of each process. A smaller number needs less memory.",
+        OPT,
+        low=1,
+        shown="the images of the process in a batch",
+        control=False,
     )
     tick: float = knob(
         4.0,
@@ -180,7 +205,7 @@ class LoopConfig:
     )
     snap: int = knob(
         50,
-        "Interval between snapshots, in ticks (see --tick). 0: one snapshot, at the end.",
+        "Interval between snapshots, in units of --tick. 0 writes a single snapshot, at the end.",
         OPT,
         metavar="TICKS",
         low=0,
@@ -188,7 +213,8 @@ class LoopConfig:
     )
     checkpoint_ticks: int = knob(
         1,
-        "Interval between checkpoints, from which --resume continues, in ticks (see --tick).",
+        "Interval between checkpoints, in units of --tick. --resume continues a run from its last"
+        " checkpoint.",
         OPT,
         metavar="TICKS",
         low=1,
@@ -201,83 +227,107 @@ class LoopConfig:
         check_knobs(self)
         if self.batch_gpu is not None and self.batch % self.batch_gpu:
             raise ValueError(
-                f"--batch-gpu: expected a divisor of --batch={self.batch}, got {self.batch_gpu}. Choose one"
-                " that divides it."
+                f"--batch-gpu: expected a divisor of --batch={self.batch}, got {self.batch_gpu}. Use a number"
+                f" that divides {self.batch}."
             )
 
     def tag(self, cur_nimg: int) -> str:
         """Return the part of a snapshot's file name that states the number of images.
 
-        It is the number of thousands of images, as in EG3D. Where several snapshots fall into one thousand,
-        the remaining images are appended.
+        It is the number of thousands of images, as in EG3D, for example "000012". If snapshots are less than
+        1,000 images apart, the remainder is appended, for example "000012-345".
         """
-        close = 0 < self.tick * self.snap < 1
-        return f"{cur_nimg // 1000:06d}" + (f"-{cur_nimg % 1000:03d}" if close else "")
+        is_below_one_kimg = 0 < self.tick * self.snap < 1
+        return f"{cur_nimg // 1000:06d}" + (f"-{cur_nimg % 1000:03d}" if is_below_one_kimg else "")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GanConfig(Knobs):
-    """Settings of the adversarial training: losses, schedules, optimisers, G_ema, augmentation."""
+    """Settings of adversarial training: losses, schedules, optimisers, G_ema and augmentation."""
 
-    gamma: float = _gan_knob(10.0, "Weight of the R1 penalty.", low=0, shown="required")
+    gamma: float = _gan_knob(10.0, "Weight gamma of the R1 penalty.", low=0, shown="required")
     aug: str = _gan_knob(
         "noaug",
-        "Augmentation of D's inputs: none, adaptive (ADA), or with a fixed probability.",
+        "Augmentation of D's inputs: noaug (none), ada (with an adaptive probability), or fixed (with the"
+        " probability --p).",
         choices=("noaug", "ada", "fixed"),
     )
-    p: float = _gan_knob(0.2, "Augmentation probability, with --aug=fixed.", low=0, high=1)
-    target: float = _gan_knob(0.6, "Mean of sign(D(real)) that ADA aims at, with --aug=ada.", low=0, high=1)
-    style_mixing_prob: float = _gan_knob(0.0, "Probability of style mixing.", low=0, high=1)
-    gen_pose_cond: bool = _gan_knob(True, "Condition G on the camera.")
+    p: float = _gan_knob(
+        0.2, "Probability of each augmentation of D's inputs. It is used with --aug=fixed.", low=0, high=1
+    )
+    target: float = _gan_knob(
+        0.6,
+        "Target of adaptive augmentation: mean sign of D's logits for real images. It is used with"
+        " --aug=ada.",
+        low=0,
+        high=1,
+    )
+    style_mixing_prob: float = _gan_knob(
+        0.0, "Probability with which a batch mixes the styles of two latents.", low=0, high=1
+    )
+    gen_pose_cond: bool = _gan_knob(True, "Condition G's mapping network on the camera.")
     gpc_reg_prob: float = _gan_knob(
-        0.5, "Probability of swapping the camera that G is conditioned on, after its fade.", low=0, high=1
+        0.5,
+        "Final probability of replacing the camera that G is conditioned on by the camera of another sample."
+        " It is 1 at the start of the training.",
+        low=0,
+        high=1,
     )
     gpc_reg_fade_kimg: float = _gan_knob(
         1000.0,
-        "Images, in thousands, over which the camera swapping probability falls from 1 to --gpc-reg-prob.",
+        "Length of the fade of the camera swapping probability from 1 to --gpc-reg-prob, in thousands of"
+        " images.",
         metavar="KIMG",
         low=0,
     )
     blur_fade_kimg: float = _gan_knob(
         200.0,
-        "Images, in thousands, over which the blur of D's inputs fades out. 0: no blur.",
+        "Length of the fade-out of the blur of D's inputs, in thousands of images. 0 turns the blur off.",
         metavar="KIMG",
         low=0,
     )
     nrr_initial: int = _gan_knob(
         64,
-        "Resolution of volume rendering at the start.",
+        "Resolution of volume rendering at the start of the training, in pixels per edge.",
         metavar="PIXELS",
         low=4,
         flags=("--neural-rendering-resolution-initial",),
     )
     nrr_final: int | None = _gan_knob(
         None,
-        "Resolution of volume rendering after its fade.",
+        "Resolution of volume rendering at the end of the training, in pixels per edge. By default the"
+        " resolution does not change.",
         metavar="PIXELS",
         low=4,
         flags=("--neural-rendering-resolution-final",),
     )
     nrr_fade_kimg: float = _gan_knob(
         1000.0,
-        "Images, in thousands, over which the resolution of volume rendering changes.",
+        "Length of the fade from --nrr-initial to --nrr-final, in thousands of images.",
         metavar="KIMG",
         low=0,
         flags=("--neural-rendering-resolution-fade-kimg",),
     )
-    density_reg: float = _gan_knob(0.25, "Weight of the density regularisation. 0: none.", low=0)
+    density_reg: float = _gan_knob(
+        0.25, "Weight of the density regularisation. 0 turns the regularisation off.", low=0
+    )
     density_reg_every: int = _gan_knob(
-        4, "Iterations between two steps of the density regularisation.", metavar="ITERATIONS", low=1
+        4, "Interval between steps of the density regularisation, in iterations.", metavar="ITERATIONS", low=1
     )
     density_reg_p_dist: float = _gan_knob(
         0.004, "Distance by which the density regularisation perturbs points, in world units.", low=0
     )
-    reg_type: str = _gan_knob("l1", "Type of the density regulariser.", choices=REG_TYPES)
-    glr: float = knob(0.0025, "Learning rate of G.", OPT, above=0)
-    dlr: float = knob(0.002, "Learning rate of D.", OPT, above=0)
+    reg_type: str = _gan_knob(
+        "l1",
+        "Type of the density regulariser: l1 penalises differences between neighbouring points."
+        " monotonic-detach and monotonic-fixed also penalise a density that decreases from front to back.",
+        choices=REG_TYPES,
+    )
+    glr: float = knob(0.0025, "Learning rate of the generator G.", OPT, above=0)
+    dlr: float = knob(0.002, "Learning rate of the discriminator D.", OPT, above=0)
     ema_kimg: float = knob(
         10.0,
-        "Half-life of the moving average G_ema, in thousands of images.",
+        "Half-life of G_ema, the moving average of G's weights, in thousands of images.",
         OPT,
         metavar="KIMG",
         low=0,
@@ -286,24 +336,27 @@ class GanConfig(Knobs):
     )
     amp: str = knob(
         "off",
-        "bf16: run the main phases in bfloat16 (autocast). Weights, losses, R1, density and rendering stay in"
-        " float32.",
+        "Mixed precision. bf16 runs the main phases of G and D in bfloat16 (autocast); weights, losses, the"
+        " R1 penalty, density and rendering remain in float32. off runs everything in float32.",
         OPT,
         choices=("off", "bf16"),
     )
-    ema_rampup: float | None = 0.05  # the half-life is at most this share of the images seen; None: no limit
-    ada_kimg: float = 500.0  # thousands of images over which the augmentation probability can grow by 1
+    # Largest half-life of G_ema as a fraction of the images that the run has used; None: no limit.
+    ema_rampup: float | None = 0.05
+    ada_kimg: float = (
+        500.0  # smallest number of images, in thousands, in which ADA's probability can change by 1
+    )
     ada_interval: int = 4  # iterations between two changes of the augmentation probability
     d_reg_interval: int = 16  # iterations between two R1 steps
-    blur_init_sigma: float = 10.0  # pixels, before the fade
+    blur_init_sigma: float = 10.0  # blur of D's inputs at the start, pixels
     dual_discrimination: bool = True  # D receives the raw image as well, and R1 covers it
-    filter_mode: str = "antialiased"  # resizing of the real raw image; or "none"
+    filter_mode: str = "antialiased"  # resizing of real images to the raw resolution: "antialiased" or "none"
     grid: tuple[int, int] = (8, 4)  # columns and rows of image snapshots
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NetworkConfig(Knobs):
-    """Settings of the networks: those of a preset, or those of a file."""
+    """Settings of the networks' architecture and initial weights."""
 
     cfg: str = knob(
         "heads64",
@@ -313,57 +366,86 @@ class NetworkConfig(Knobs):
     )
     init: str = knob(
         "scratch",
-        "Initial networks: the bundled ones, random ones, a network file, or a run folder.",
+        "Initial networks: bundled (the bundled networks), scratch (random weights), the path of a network"
+        " file, or the path of a run folder.",
         NET,
         metavar="bundled|scratch|FILE|RUN",
         control=False,
     )
-    start: str = knob("G", "Weights that G starts from, with --init.", NET, choices=("G", "G_ema"), rare=True)
+    start: str = knob(
+        "G",
+        "Network of --init whose weights become the initial weights of G.",
+        NET,
+        choices=("G", "G_ema"),
+        rare=True,
+    )
     cbase: int = knob(
         32768,
-        "Channel multiplier: a layer at R pixels has CBASE / R feature maps, at most --cmax.",
+        "Channel base of the networks. A layer with R x R pixels has CBASE / R feature maps, but at most"
+        " --cmax.",
         NET,
         low=1,
     )
     cmax: int = knob(512, "Largest number of feature maps of a layer.", NET, low=1)
     map_depth: int = knob(2, "Number of layers of G's mapping network.", NET, low=1)
     mbstd_group: int | None = knob(
-        4, "Group size of the minibatch standard deviation layer of D.", NET, low=1
+        4, "Number of images in a group of D's minibatch standard deviation layer.", NET, low=1
     )
-    freezed: int = knob(0, "Number of first layers of D that stay frozen.", NET, metavar="LAYERS", low=0)
+    freezed: int = knob(
+        0,
+        "Number of layers of D that are not trained, counted from the input (Freeze-D).",
+        NET,
+        metavar="LAYERS",
+        low=0,
+    )
     plane_layout: str = knob(
         "eg3d",
-        "Axes of the third plane: as in EG3D's code, or corrected.",
+        "Layout of the three planes. eg3d is the layout of EG3D's released checkpoints, whose third plane has"
+        " the axes of the second. fixed has three different planes.",
         NET,
         choices=("eg3d", "fixed"),
         rare=True,
     )
     sr_module: str | None = knob(
         None,
-        "Class of the super-resolution module.",
+        "Class of the super-resolution module, a name in training/superresolution.py.",
         NET,
         metavar="CLASS",
         shown="chosen by the images' resolution",
     )
     sr_noise_mode: str = knob(
-        "none", "Noise inputs of the super-resolution module.", NET, choices=("random", "none")
+        "none",
+        "Noise inputs of the super-resolution module: random noise, or none.",
+        NET,
+        choices=("random", "none"),
     )
     sr_num_fp16_res: int = knob(
-        4, "Above 0: run the super-resolution module in half precision (CUDA only).", NET, low=0
+        4,
+        "Any number above 0 runs the super-resolution module in half precision on CUDA. 0 runs it in"
+        " float32.",
+        NET,
+        low=0,
     )
     g_num_fp16_res: int = knob(
-        0, "Number of highest resolutions of G's backbone in half precision (CUDA only).", NET, low=0
+        0,
+        "Number of the highest resolutions of G's backbone that run in half precision on CUDA.",
+        NET,
+        low=0,
     )
     d_num_fp16_res: int = knob(
-        4, "Number of highest resolutions of D in half precision (CUDA only).", NET, low=0
+        4, "Number of the highest resolutions of D that run in half precision on CUDA.", NET, low=0
     )
-    c_scale: float = knob(1.0, "Scale of the camera label that G is conditioned on.", NET)
+    c_scale: float = knob(1.0, "Factor on the camera label that G is conditioned on.", NET)
     disc_c_noise: float = knob(
-        0.0, "Noise on D's camera labels, in standard deviations of the labels.", NET, low=0
+        0.0,
+        "Standard deviation of noise on D's camera labels, in units of the labels' standard deviation.",
+        NET,
+        low=0,
     )
-    decoder_lr_mul: float = knob(1.0, "Learning rate multiplier of the tri-plane decoder.", NET, above=0)
+    decoder_lr_mul: float = knob(1.0, "Factor on the learning rate of the tri-plane decoder.", NET, above=0)
 
 
+# Rendering options (EG3D's rendering_kwargs) of all presets. Lengths are in world units.
 _RENDERING = {
     "disparity_space_sampling": False,
     "clamp_mode": "softplus",
@@ -391,7 +473,7 @@ _SHAPENET = {
     "avg_camera_radius": 1.7,
     "avg_camera_pivot": [0, 0, 0],
 }
-# "auto" lets every ray cover the cube and nothing else. Outside the cube a tri-plane decoder reads zeros.
+# "auto" limits the samples of each ray to the cube. Outside the cube, the planes contain no features.
 _HEADS = {
     "depth_resolution": 20,
     "depth_resolution_importance": 20,
@@ -403,13 +485,13 @@ _HEADS = {
     "avg_camera_radius": 2.7,
     "avg_camera_pivot": [0, 0, 0],
 }
-FAMILIES = {
+FAMILIES = {  # preset --cfg -> its rendering options
     "ffhq": _FACES,
     "afhq": {**_FACES, "avg_camera_pivot": [0, 0, -0.06]},
     "shapenet": _SHAPENET,
     "heads64": _HEADS,
 }
-SR_BY_RESOLUTION = {
+SR_BY_RESOLUTION = {  # resolution of the training images -> super-resolution module of EG3D
     512: "SuperresolutionHybrid8XDC",
     256: "SuperresolutionHybrid4X",
     128: "SuperresolutionHybrid2X",
@@ -421,11 +503,11 @@ def networks_for(net: NetworkConfig, resolution: int, gan: GanConfig) -> tuple[d
 
     Args:
         net: settings of the networks.
-        resolution: pixels of the training images.
-        gan: settings of the adversarial training, on which the renderer depends.
-    Raises: ValueError where no super-resolution module fits.
+        resolution: pixels per edge of the training images.
+        gan: settings of adversarial training, some of which the rendering options contain.
+    Raises: ValueError if EG3D has no super-resolution module for this resolution, and `net` names none.
     """
-    small = net.cfg == "heads64"
+    is_small = net.cfg == "heads64"
     rendering = {
         **_RENDERING,
         **FAMILIES[net.cfg],
@@ -439,23 +521,25 @@ def networks_for(net: NetworkConfig, resolution: int, gan: GanConfig) -> tuple[d
         "superresolution_noise_mode": net.sr_noise_mode,
         "decoder_lr_mul": net.decoder_lr_mul,
     }
-    sr_module = net.sr_module or ("NoSuperresolution" if small else SR_BY_RESOLUTION.get(resolution))
+    sr_module = net.sr_module or ("NoSuperresolution" if is_small else SR_BY_RESOLUTION.get(resolution))
     if sr_module is None:
-        known = f"{', '.join(str(r) for r in SR_BY_RESOLUTION)} pixels for --cfg={net.cfg}"
+        resolutions = ", ".join(map(str, SR_BY_RESOLUTION))
         raise ValueError(
-            f"--data: expected images of {known}, got {resolution}. Resize the images, or choose a"
-            " module with --sr-module."
+            f"--data: expected images of {resolutions} pixels per edge for --cfg={net.cfg}, got {resolution}."
+            " Resize the images with tools/dataset_tool.py, or name a super-resolution module with"
+            " --sr-module."
         )
+    # Network files contain the module with its path, which users need not write.
     rendering["superresolution_module"] = (
         f"training.superresolution.{sr_module.removeprefix('training.superresolution.')}"
     )
-    dim = 128 if small else 512
+    dim = 128 if is_small else 512
     channels = {"channel_base": net.cbase, "channel_max": net.cmax}
-    # The small preset renders at the final resolution or at
-    # half of it, and needs few feature maps to enlarge that.
-    sr = {"input_resolution": resolution // 2, "block_channels": [32, 16]} if small else dict(channels)
+    # The small preset renders at the final resolution or at half of it, so a super-resolution module with few
+    # feature maps suffices.
+    sr = {"input_resolution": resolution // 2, "block_channels": [32, 16]} if is_small else dict(channels)
     G: dict[str, typing.Any] = {
-        "z_dim": 64 if small else 512,
+        "z_dim": 64 if is_small else 512,
         "c_dim": 25,
         "w_dim": dim,
         "img_resolution": resolution,
@@ -465,28 +549,29 @@ def networks_for(net: NetworkConfig, resolution: int, gan: GanConfig) -> tuple[d
         "conv_clamp": None,
         "num_fp16_res": net.g_num_fp16_res,
         "sr_num_fp16_res": net.sr_num_fp16_res,
-        # Training then runs ordinary convolutions instead of grouped ones, which is faster, as in EG3D.
+        # In training, ordinary convolutions are used instead of grouped convolutions, which is faster. EG3D
+        # has the same setting.
         "fused_modconv_default": "inference_only",
         "plane_layout": net.plane_layout,
         "sr_kwargs": {**sr, "fused_modconv_default": "inference_only"},
         **channels,
     }
-    if small:
+    if is_small:
         G.update(plane_resolution=64, plane_channels=16, decoder_hidden_dim=32, use_noise=False)
-        # Each latent defines one ground-truth head. StyleGAN's factor of 0.01 on the mapping network's
-        # learning rate would be too slow to learn that correspondence.
+        # The training images are renders of heads that belong to latents. With StyleGAN's factor of 0.01 on
+        # its learning rate, the mapping network would learn this correspondence too slowly.
         G["mapping_kwargs"]["lr_multiplier"] = 1.0
         if sr_module == "NoSuperresolution":
-            # Without super-resolution the rendered features are the image itself: RGB.
+            # Without super-resolution, the rendered features are the image, so there are three: RGB.
             G["decoder_features"] = 3
-    # A short run leaves no time for a camera embedding that learns at a hundredth of the rate. D would not
-    # use the camera, and G would stay flat.
+    # In a short run, a camera embedding with StyleGAN's factor of 0.01 on the learning rate would learn too
+    # little. D would then ignore the camera, and the shapes of G would remain flat.
     D = {
         "c_dim": 25,
         "img_resolution": resolution,
         "img_channels": 3,
         "block_kwargs": {"freeze_layers": net.freezed},
-        "mapping_kwargs": {"num_layers": 2, "lr_multiplier": 1.0} if small else {},
+        "mapping_kwargs": {"num_layers": 2, "lr_multiplier": 1.0} if is_small else {},
         "epilogue_kwargs": {"mbstd_group_size": net.mbstd_group},
         "disc_c_noise": net.disc_c_noise,
         "num_fp16_res": net.d_num_fp16_res,
@@ -500,31 +585,36 @@ Settings = TypeVar("Settings")
 
 
 def from_dict(kind: type[Settings], values: Mapping, who: str = "") -> Settings:
-    """Return a dataclass from what `dataclasses.asdict` made of one, after it was stored as JSON.
+    """Return a settings object from the JSON form of `dataclasses.asdict`.
 
     Args:
-        kind: class of the settings.
-        values: fields by name.
-        who: name of the settings in messages.
-    Raises: ValueError naming a field that is unknown or of the wrong type.
+        kind: settings dataclass.
+        values: values of the fields by name, as JSON values.
+        who: name of the settings in messages; the name of the class by default.
+    Raises: ValueError for a field that the class does not have, or if nested settings are no mapping.
     """
     who = who or kind.__name__
     hints = typing.get_type_hints(kind)
-    unknown = sorted(set(values) - set(hints))
-    if unknown:
+    unknown_names = sorted(set(values) - set(hints))
+    if unknown_names:
         raise ValueError(
-            f"{who}: this version does not have the settings {', '.join(unknown)}. Start a new run."
+            f"{who}: this version of the program has no settings {', '.join(unknown_names)}. Use the version"
+            " that wrote the file, or start a new run."
         )
-    made = dict(values)
-    # JSON has neither dataclasses nor tuples: they come back as mappings and lists.
+    arguments = dict(values)
+    # In JSON, nested dataclasses have become mappings, and tuples have become lists. Both are converted back.
     for name, value in values.items():
-        for option in (hints[name], *typing.get_args(hints[name])) if value is not None else ():
+        if value is None:
+            continue
+        # The type itself and, for a type such as `A | None`, its members.
+        for option in (hints[name], *typing.get_args(hints[name])):
             if isinstance(option, type) and dataclasses.is_dataclass(option):
                 if not isinstance(value, Mapping):
                     raise ValueError(
-                        f"{who}.{name}: expected settings by name, got {value!r}. Start a new run."
+                        f"{who}.{name}: expected a mapping from names to values, got {value!r}. Use the"
+                        " version that wrote the file, or start a new run."
                     )
-                made[name] = from_dict(typing.cast(type, option), value, f"{who}.{name}")
+                arguments[name] = from_dict(typing.cast(type, option), value, f"{who}.{name}")
             elif typing.get_origin(option) is tuple:
-                made[name] = tuple(value)
-    return kind(**made)
+                arguments[name] = tuple(value)
+    return kind(**arguments)

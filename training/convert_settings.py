@@ -1,6 +1,6 @@
-"""Settings of the conversion of an image set.
+"""Settings of the conversion of an image set (tools/dataset_tool.py).
 
-This module does not import torch, so that the command line starts quickly.
+This module does not import torch, so that the command starts quickly.
 """
 
 from dataclasses import dataclass
@@ -12,39 +12,47 @@ TRANSFORMS = ("center-crop", "center-crop-wide")
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertOptions:
-    """Transforms that are applied to every image and label."""
+    """Transforms that are applied to every image and camera label of a set."""
 
-    transform: str | None = None  # None: keep the whole image; else one of TRANSFORMS
-    resolution: tuple[int, int] | None = None  # (width, height) in pixels; None: keep the size
-    max_images: int | None = None  # use only the first images, in the order of names; None: all
-    mirror: bool = False  # also write each image mirrored, right after the original, with a mirrored pose
-    labels: str = "check"  # 'check': all images have a label or none has; 'drop': write no labels
+    transform: str | None = None  # crop, one of TRANSFORMS; None: images are not cropped
+    resolution: tuple[int, int] | None = None  # (width, height) of the result in pixels; None: no resizing
+    max_images: int | None = None  # number of images to use, first in the order of names; None: all images
+    mirror: bool = False  # True: write a mirrored copy after each image, with a mirrored camera pose
+    # 'check': write the labels, and reject a set in which only some images have a label. 'drop': write
+    # no labels.
+    labels: str = "check"
 
     def __post_init__(self) -> None:
-        # Messages name the flags of tools/dataset_tool.py, the only place where users give these settings.
+        # Messages name the flags of tools/dataset_tool.py, because users set these fields only there.
         if self.transform is not None:
             check_choice("--transform", self.transform, TRANSFORMS)
         check_choice("--labels", self.labels, ("check", "drop"))
-        if (
-            self.resolution is not None
-            and min(self.resolution) < 1
-            or self.max_images is not None
-            and self.max_images < 1
-        ):
+        if self.resolution is not None and min(self.resolution) < 1:
+            width, height = self.resolution
             raise ValueError(
-                f"--resolution, --max-images: expected at least 1, got {self.resolution}, {self.max_images}."
-                " Raise the value."
+                f"--resolution: expected at least 1 pixel along each axis, got {width}x{height}. Write"
+                " --resolution=WxH, for example 512x512."
+            )
+        if self.max_images is not None and self.max_images < 1:
+            raise ValueError(
+                f"--max-images: expected at least 1, got {self.max_images}. Leave the flag out to convert all"
+                " images."
             )
         if self.transform is not None and self.resolution is None:
             raise ValueError(
                 f"--transform={self.transform} needs a target size. Add --resolution=WxH, in pixels."
             )
         if self.transform == "center-crop-wide" and self.size[0] < self.size[1]:
-            got = "x".join(map(str, self.size))
-            raise ValueError(f"--resolution: expected W >= H for center-crop-wide, got {got}. Swap them.")
+            width, height = self.size
+            raise ValueError(
+                "--resolution: --transform=center-crop-wide needs a width of at least the height, got"
+                f" {width}x{height}. Write --resolution={height}x{width}, or use --transform=center-crop."
+            )
 
     @property
     def size(self) -> tuple[int, int]:
-        """Target (width, height) in pixels. Every transform requires it."""
+        """Target (width, height) in pixels. Call it only if `transform` is set, which requires a
+        resolution.
+        """
         assert self.resolution is not None
         return self.resolution

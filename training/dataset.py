@@ -1,10 +1,10 @@
 """Training images with camera labels, in EG3D's dataset format.
 
 This module reads the files, defines the endless order in which images are used, and assembles batches. Worker
-processes may read batches in advance; their number does not change the batches.
+processes may read batches in advance. Their number does not change the batches.
 
-Shape letters: n images (of a set before mirroring, or of a batch), C channels, R resolution, L numbers per
-label.
+Shapes: n is the number of images (of a set before mirroring, or of a batch), C of channels, R of pixels per
+edge, and L of numbers in a label.
 """
 
 import concurrent.futures
@@ -33,264 +33,276 @@ from training.distributed import Ranks
 from training.rendering.cameras import LABEL_NUMBERS, POSE_NUMBERS, mirror_label
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-LABELS_FILE = "dataset.json"
-_PIXEL_LIMIT = 1 << 28  # pixels of one image; a file that declares more is rejected before it is decoded
-# Largest entry of |R^T R - I|. Poses in single precision from fitting pipelines reach 1e-4.
+LABELS_FILE = "dataset.json"  # name of the file with the labels inside a set
+# Largest number of pixels of an image. A file whose header states more pixels is rejected before it
+# is decoded.
+_PIXEL_LIMIT = 1 << 28
+# Largest allowed entry of |R^T R - I| for the rotation R of a pose. Single-precision poses of fitting
+# programs reach 1e-4.
 ROTATION_TOLERANCE = 1e-2
 
 
 class ImageFiles:
-    """The images and labels of a folder or zip, read by entry name.
+    """The image files and labels of a folder or zip archive. An entry is a file in it, named by its
+    relative path.
 
-    Args:
-        path: folder (searched recursively) or .zip file.
-    Raises: ValueError naming the file and the remedy if the path is missing, not a zip, damaged, or without
-        images.
+    Args: path: folder, which is searched recursively, or .zip file.
+    Raises: ValueError if the path does not exist, is a damaged archive, or contains no images.
     """
 
     def __init__(self, path: Path):
         self.path = Path(path)
         self._archive: zipfile.ZipFile | None = None
-        # Stored, not asked for at each read: the folder may disappear meanwhile.
-        self._folder = self.path.is_dir()
-        if self._folder:
-            entries = [p.relative_to(self.path).as_posix() for p in self.path.rglob("*") if p.is_file()]
+        # Determined once. Otherwise, a folder that disappears would later be opened as an archive.
+        self._is_folder = self.path.is_dir()
+        if self._is_folder:
+            entries = [
+                file.relative_to(self.path).as_posix() for file in self.path.rglob("*") if file.is_file()
+            ]
         elif self.path.is_file():
             entries = self._open_archive().namelist()
         else:
             raise ValueError(
-                f"dataset {self.path}: expected a folder or a .zip file, got a path that does not exist."
-                " Check --data."
+                f"dataset {self.path}: the path does not exist. Pass the path of a folder or a .zip file with"
+                " --data."
             )
         self.entries = frozenset(entries)
         self.images = sorted(name for name in entries if name.lower().endswith(IMAGE_SUFFIXES))
         if not self.images:
-            known = ", ".join(IMAGE_SUFFIXES)
+            suffixes = ", ".join(IMAGE_SUFFIXES)
             raise ValueError(
-                f"dataset {self.path}: expected images ({known}), got {len(entries)} other entries. Check"
-                " --data."
+                f"dataset {self.path}: no images ({suffixes}) were found among {len(entries)} files. Check"
+                " the path in --data."
             )
 
     def __getstate__(self):
-        # A worker process opens the file again: processes that share a handle share its position.
+        # Processes that share a file handle share its position, so each worker process opens the
+        # archive again.
         return {**self.__dict__, "_archive": None}
 
     def close(self) -> None:
-        """Close the zip. It is opened again when needed."""
+        """Close the archive. The next read opens it again."""
         if self._archive is not None:
             self._archive.close()
             self._archive = None
 
     def _open_archive(self) -> zipfile.ZipFile:
-        """Return the open zip."""
+        """Return the archive, which is opened if necessary. Raises: ValueError for a damaged file."""
         if self._archive is None:
             try:
                 self._archive = zipfile.ZipFile(self.path)
             except (zipfile.BadZipFile, OSError) as error:
-                got = f"a file that is missing, truncated or of another kind ({error})"
                 raise ValueError(
-                    f"dataset {self.path}: expected a zip archive, got {got}. Copy or build it again."
+                    f"dataset {self.path}: the file cannot be opened as a zip archive ({error}). Copy it"
+                    " again, or build it again with tools/dataset_tool.py."
                 ) from error
         return self._archive
 
     def read(self, entry: str) -> bytes:
-        """Return the content of an entry. Raises: ValueError if it is damaged."""
+        """Return the bytes of an entry. Raises: ValueError if the entry is missing or damaged."""
         try:
-            if self._folder:
+            if self._is_folder:
                 return (self.path / entry).read_bytes()
             return self._open_archive().read(entry)
         except (zipfile.BadZipFile, OSError, EOFError, KeyError) as error:
-            why = f"cannot read entry {entry!r} ({error}), which is missing or damaged"
-            raise ValueError(f"dataset {self.path}: {why}. Copy or build the set again.") from error
+            raise ValueError(
+                f"dataset {self.path}: the entry {entry!r} is missing or damaged ({error}). Copy the set"
+                " again, or build it again with tools/dataset_tool.py."
+            ) from error
 
     def decode(self, entry: str) -> PIL.Image.Image:
-        """Return an entry as a completely decoded image.
+        """Decode an entry. The whole file is read, so that damage is found here.
 
-        Raises: ValueError if the entry is damaged, too large, or not an 8-bit greyscale or RGB image.
+        Raises: ValueError if the entry is damaged, too large, or no 8-bit greyscale or RGB image.
         """
         where = f"dataset {self.path}: entry {entry!r}"
         data = self.read(entry)
         try:
             with PIL.Image.open(io.BytesIO(data)) as image:
-                # The header states the size; pixels are decoded by copy() only.
+                # The size comes from the header. Only copy() decodes the pixels.
                 if image.width * image.height > _PIXEL_LIMIT:
                     raise ValueError(f"{image.width}x{image.height} is too large")
                 decoded = image.copy()
         except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
-            got = f"{len(data)} bytes that cannot be decoded ({error})"
-            raise ValueError(f"{where}: expected an image, got {got}. Replace or remove it.") from error
+            raise ValueError(
+                f"{where}: the image cannot be decoded from its {len(data)} bytes ({error}). Replace the"
+                " file, or remove it from the set."
+            ) from error
         if image.mode not in ("L", "RGB"):
             raise ValueError(
-                f"{where}: expected an 8-bit RGB or greyscale image, got mode {decoded.mode}. Convert it to"
-                " RGB."
+                f"{where}: expected an 8-bit RGB or greyscale image, got the mode {decoded.mode}. Convert the"
+                " image to RGB."
             )
         return decoded
 
     def read_image(self, entry: str) -> np.ndarray:
-        """Return the pixels of an entry, uint8 [C, H, W] with C = 1 or 3.
+        """Return the pixels of an entry, uint8 [C, R, R] with C = 1 or 3.
 
-        Raises: ValueError like `decode`, and if the image is not square.
+        Raises: ValueError for the same reasons as `decode`, and if the image is not square.
         """
         pixels = np.asarray(self.decode(entry))
         height, width = pixels.shape[:2]
         if height != width:
             raise ValueError(
                 f"dataset {self.path}: entry {entry!r}: expected a square image, got {width}x{height}."
-                " Crop it."
+                " Convert the set with tools/dataset_tool.py --transform=center-crop."
             )
         # [H, W] or [H, W, C] -> [C, H, W]
         return np.ascontiguousarray(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1))
 
     def read_labels(self) -> list | None:
-        """Return one label per image, in the order of `images`; None if dataset.json has "labels": null.
+        """Return the label of each image, in the order of `images`, or None for a set without labels.
 
-        Labels are returned as they are stored, as lists of numbers or as integers.
+        A label is a list of numbers or an integer, as in dataset.json. A set without labels has a
+        dataset.json with "labels": null.
 
-        Raises: ValueError if dataset.json is missing, malformed, or lacks an image.
+        Raises: ValueError if dataset.json is missing or malformed, or if it has no label for some image.
         """
         if LABELS_FILE not in self.entries:
             raise ValueError(
-                f"dataset {self.path}: expected {LABELS_FILE} with the camera labels, got none. Add it at the"
-                " top of the set."
+                f"dataset {self.path}: the file {LABELS_FILE} with the camera labels is missing. Add it at"
+                " the top level of the set."
             )
         where = f"dataset {self.path}: {LABELS_FILE}"
         try:
             rows = json.loads(self.read(LABELS_FILE))["labels"]
-            by_name = None if rows is None else {str(name): label for name, label in rows}
+            label_by_name = None if rows is None else {str(name): label for name, label in rows}
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
-                f'{where}: expected {{"labels": [[image name, label], ...]}}, got {error!r}. Rewrite the'
-                " file."
+                f'{where}: expected {{"labels": [[image name, label], ...]}}, got another form ({error!r}).'
+                " Write the file in this form."
             ) from error
-        if by_name is None:
+        if label_by_name is None:
             return None
         # Labels of images that the set does not contain are ignored.
-        missing = [name for name in self.images if by_name.get(name) is None]
-        if missing:
-            wanted = f"a label for each of the {len(self.images)} images"
-            got = f"none for {len(missing)} of them"
+        unlabelled_names = [name for name in self.images if label_by_name.get(name) is None]
+        if unlabelled_names:
             raise ValueError(
-                f"{where}: expected {wanted}, got {got}, the first being {missing[0]!r}. Add them, or remove"
-                " the images."
+                f"{where}: {len(unlabelled_names)} of {len(self.images)} images have no label, for example"
+                f" {unlabelled_names[0]!r}. Add their labels, or remove the images."
             )
-        return [by_name[name] for name in self.images]
+        return [label_by_name[name] for name in self.images]
 
 
 def label_array(labels: list, names: list[str], where: str, c_dim: int | None) -> np.ndarray:
-    """Return labels as an array: float32 [n, L] for lists of numbers, int64 [n] for class indices.
+    """Check labels and convert them to an array.
 
     Args:
-        labels: as stored, one per name.
-        names: entry names, for messages.
-        where: file, for messages.
-        c_dim: required L, or None to accept any.
-    Raises: ValueError if lengths differ from c_dim or from each other, if values are not finite numbers, or
-        if a label of 25 numbers does not contain a pose with a rotation. Each message names the first such
-        entry.
+        labels: label of each image as stored: a list of numbers, or an integer class index.
+        names: entry name of each image, for messages.
+        where: name of the file, for messages.
+        c_dim: required number of numbers L in a label, or None to accept any.
+    Returns: float32 [n, L] for lists of numbers, int64 [n] for class indices.
+    Raises: ValueError if the lengths differ from c_dim or from each other, if a value is no finite number, or
+        if a label of 25 numbers contains no rigid pose. The message names the first such image.
     """
-    # bool is a subclass of int, but true and false are not class indices.
+    # bool is a subclass of int in Python, but true and false are no class indices.
     if all(isinstance(label, int) and not isinstance(label, bool) for label in labels):
         classes = np.array(labels, dtype=np.int64)
         if classes.min() < 0:
             raise ValueError(
                 f"{where}: entry {names[int(classes.argmin())]!r}: expected a class index >= 0, got"
-                f" {classes.min()}. Rewrite its label."
+                f" {classes.min()}. Correct the label in the file."
             )
         _check_length(int(classes.max()) + 1, names[int(classes.argmax())], where, c_dim)
         return classes
-    # Without a required length, that of the first label counts for all.
-    wanted = c_dim or (len(labels[0]) if isinstance(labels[0], list) else None)
+    # If no length is required, all labels need the length of the first one.
+    required_length = c_dim or (len(labels[0]) if isinstance(labels[0], list) else None)
     for name, label in zip(names, labels, strict=True):
         if not isinstance(label, list):
             raise ValueError(
-                f"{where}: entry {name!r}: expected a list of numbers like its neighbours, got {label!r}."
-                " Rewrite its label."
+                f"{where}: entry {name!r}: expected a list of numbers as for other images, got {label!r}."
+                " Correct the label in the file."
             )
-        _check_length(len(label), name, where, wanted)
+        _check_length(len(label), name, where, required_length)
     try:
         values = np.array(labels, dtype=np.float32)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{where}: expected labels to hold numbers only ({error}). Rewrite them.") from error
-    finite = np.isfinite(values).all(axis=1)  # [n]
-    if not finite.all():
-        first = names[int(finite.argmin())]
         raise ValueError(
-            f"{where}: entry {first!r}: expected finite numbers, got NaN or infinity. Rewrite its label."
+            f"{where}: a label contains a value that is no number ({error}). Correct the label in the file."
+        ) from error
+    is_finite = np.isfinite(values).all(axis=1)  # [n]
+    if not is_finite.all():
+        # argmin returns the index of the first False.
+        first_name = names[int(is_finite.argmin())]
+        raise ValueError(
+            f"{where}: entry {first_name!r}: expected finite numbers, got NaN or infinity. Correct the label"
+            " in the file."
         )
     if values.shape[1] == LABEL_NUMBERS:
         check_poses(values, names, where)
     return values
 
 
-def _check_length(length: int, name: str, where: str, wanted: int | None) -> None:
-    """Raise ValueError if a label does not have `wanted` numbers."""
-    if wanted is not None and length != wanted:
-        note = " A camera label is 16 cam2world and 9 intrinsics numbers." if wanted == LABEL_NUMBERS else ""
+def _check_length(length: int, name: str, where: str, required_length: int | None) -> None:
+    """Raise ValueError if the label of the image `name` has another length than required. None accepts
+    any.
+    """
+    if required_length is not None and length != required_length:
+        is_camera = required_length == LABEL_NUMBERS
+        note = " A camera label has 16 numbers of cam2world and 9 of the intrinsics." if is_camera else ""
         raise ValueError(
-            f"{where}: entry {name!r}: expected a label of {wanted} numbers, got {length}.{note} Rewrite the"
-            " labels."
+            f"{where}: entry {name!r}: expected a label of {required_length} numbers, got {length}.{note}"
+            " Correct the labels in the file."
         )
 
 
 def check_poses(values: np.ndarray, names: list[str], where: str) -> None:
-    """Raise ValueError unless the first 16 numbers of all labels are a row-major rigid cam2world matrix.
+    """Raise ValueError unless the first 16 numbers of every label are a rigid pose in row-major order.
 
     Args:
-        values: [n, 25].
-        names: entry names, for messages.
-        where: file, for messages.
+        values: camera labels [n, 25].
+        names: entry name of each image, for messages.
+        where: name of the file, for messages.
     """
-    # Double precision, so that the check itself adds no error.
+    # In double precision, rounding in the check itself is negligible.
     pose = values[:, :POSE_NUMBERS].reshape(-1, 4, 4).astype(np.float64)
     rotation = pose[:, :3, :3]
     error = np.abs(rotation.transpose(0, 2, 1) @ rotation - np.eye(3)).max(axis=(1, 2))
-    # A negative determinant is a reflection, which R^T R does not show.
-    bad = (error > ROTATION_TOLERANCE) | (np.linalg.det(rotation) < 0)
-    if bad.any():
-        i = int(bad.argmax())
-        got = (
-            f"|R^T R - I| = {error[i]:.3g} and determinant {np.linalg.det(rotation[i]):.3g}"
-            f" ({int(bad.sum())} of {len(names)} labels)"
-        )
+    # R^T R = I also holds for a reflection, whose determinant is negative.
+    is_no_rotation = (error > ROTATION_TOLERANCE) | (np.linalg.det(rotation) < 0)
+    if is_no_rotation.any():
+        first_index = int(is_no_rotation.argmax())
         raise ValueError(
-            f"{where}: entry {names[i]!r}: expected a rotation in the pose, got {got}. Store a rigid"
-            " cam2world, row-major."
+            f"{where}: entry {names[first_index]!r}: the pose contains no rotation, because |R^T R - I| ="
+            f" {error[first_index]:.3g} and the determinant is {np.linalg.det(rotation[first_index]):.3g}"
+            f" ({int(is_no_rotation.sum())} of {len(names)} labels). Write a rigid cam2world matrix in"
+            " row-major order."
         )
-    # A column-major pose has its translation in the last row.
-    bad = np.abs(pose[:, 3] - [0, 0, 0, 1]).max(axis=1) > ROTATION_TOLERANCE
-    if bad.any():
-        i = int(bad.argmax())
-        got = pose[i, 3].tolist()
+    # A pose in column-major order has its translation in the last row.
+    is_wrong_order = np.abs(pose[:, 3] - [0, 0, 0, 1]).max(axis=1) > ROTATION_TOLERANCE
+    if is_wrong_order.any():
+        first_index = int(is_wrong_order.argmax())
         raise ValueError(
-            f"{where}: entry {names[i]!r}: expected the pose's last row to be 0 0 0 1, got {got}. Store it"
-            " row-major."
+            f"{where}: entry {names[first_index]!r}: expected 0 0 0 1 in the last row of the pose, got"
+            f" {pose[first_index, 3].tolist()}. Write cam2world in row-major order."
         )
 
 
-CACHE_LIMIT = 512 * 2**20  # bytes of decoded images up to which a set is kept in memory
-_DRAWS = 1 << 12  # random numbers that the sampler draws at once
+CACHE_LIMIT = 512 * 2**20  # a set whose decoded images have fewer bytes than this is kept in memory
+_DRAWS = 1 << 12  # number of random numbers that the sampler draws in one call
 
 
 class ImageFolderDataset(torch.utils.data.Dataset):
-    """Images and labels of a folder or zip: `dataset[i]` -> (uint8 [C, R, R], float32 [L]).
+    """Images and labels of a folder or zip archive. `dataset[i]` is (uint8 [C, R, R], float32 [L]).
 
     Images are ordered by entry name. Labels come from dataset.json, {"labels": [[entry name, label], ...]}.
-    Lists of numbers become float32 rows, integers become one-hot rows, and "labels": null means that there
-    are none. Labels are checked at construction, images when they are first read. Sets of less than 512 MB
-    (decoded) are kept in memory once they are decoded.
+    Lists of numbers become rows, and integers become one-hot rows. With "labels": null, the set has no
+    labels, and L is 0. Labels are checked at construction, images when they are read for the first time. If
+    the decoded images of the set have less than 512 MB, they are kept in memory.
 
-    Deviates: with xflip, camera labels of 25 numbers are mirrored with the images. EG3D leaves them, so its
-    --mirror trains on wrong poses. Labels are required and checked unless use_labels is False.
+    Deviates: with xflip, camera labels of 25 numbers are mirrored with the images. EG3D does not change them,
+        so its --mirror trains on wrong poses. Labels are required and checked unless use_labels is False.
 
     Args:
-        path: folder or .zip.
-        resolution: required image size in pixels; None accepts that of the first image.
-        use_labels: False gives labels of length 0.
-        max_size: largest number of images, a random subset (of random_seed) in file order; None for all.
-        xflip: append a horizontally mirrored copy of every image.
-        random_seed: seed of the subset.
-        c_dim: required label length L, e.g. 25 for cameras; None accepts any.
-    Raises: ValueError naming file, entry and remedy for anything that is missing, damaged or inconsistent.
+        path: folder or .zip file.
+        resolution: required number of pixels per edge R; None accepts the resolution of the first image.
+        use_labels: False: ignore the labels, so L is 0.
+        max_size: number of images in a random subset, which keeps the order of the files; None: all images.
+        xflip: True: append a horizontally mirrored copy of every image.
+        random_seed: seed of the random subset.
+        c_dim: required number of numbers L in a label, for example 25 for cameras; None accepts any.
+    Raises: ValueError, which names the file or the entry, for missing, damaged or inconsistent data.
     """
 
     def __init__(
@@ -308,139 +320,152 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         self._labels = None  # float32 [n, L]
         if use_labels:
             where = f"dataset {path}: {LABELS_FILE}"
-            stored = self._files.read_labels()
-            if stored is None and c_dim:
+            stored_labels = self._files.read_labels()
+            if stored_labels is None and c_dim:
                 raise ValueError(
-                    f'{where}: expected labels of {c_dim} numbers, got "labels": null. Add them, or train'
-                    " without labels."
+                    f'{where}: expected labels of {c_dim} numbers, got "labels": null. Add the labels of the'
+                    " images."
                 )
-            if stored is not None:
-                labels = label_array(stored, self._files.images, where, c_dim)
-                # Class indices become one-hot rows.
+            if stored_labels is not None:
+                labels = label_array(stored_labels, self._files.images, where, c_dim)
+                # Class indices become one-hot rows of the identity matrix.
                 self._labels = (
                     np.eye(labels.max() + 1, dtype=np.float32)[labels] if labels.ndim == 1 else labels
                 )
         n = len(self._files.images)
         self._shape = self._files.read_image(self._files.images[0]).shape  # (C, R, R)
         if resolution is not None and resolution != self._shape[1]:
-            got = f"{self._shape[1]}x{self._shape[2]} in entry {self._files.images[0]!r}"
             raise ValueError(
-                f"dataset {path}: expected images of {resolution}x{resolution}, got {got}. Resize the set."
+                f"dataset {path}: expected images of {resolution}x{resolution} pixels, got"
+                f" {self._shape[1]}x{self._shape[2]} in entry {self._files.images[0]!r}. Resize the set with"
+                f" tools/dataset_tool.py --resolution={resolution}x{resolution}."
             )
-        # Raw indices count the files; indices of the dataset count the subset, and then its mirrored copy.
-        keep = np.arange(n, dtype=np.int64)
+        # A raw index is the index of a file. An index of the dataset counts the subset, and then its
+        # mirrored copy.
+        subset = np.arange(n, dtype=np.int64)
         if max_size is not None and max_size < n:
-            # EG3D's choice of the subset: the first ones of a shuffled list, in file order.
-            np.random.RandomState(random_seed).shuffle(keep)
-            keep = np.sort(keep[:max_size])
-        self._raw_index = np.tile(keep, 2) if xflip else keep
-        self._flipped = np.arange(len(self._raw_index)) >= len(keep)
-        self.in_memory = n * int(np.prod(self._shape)) < CACHE_LIMIT  # whether decoded images are kept
-        self._cache: np.ndarray | None = None  # uint8 [n, C, R, R]
-        self._known: np.ndarray | None = None  # bool [n], whether the image is in the cache
+            # EG3D's choice of the subset: the first max_size elements of a shuffled list, in the order
+            # of files.
+            np.random.RandomState(random_seed).shuffle(subset)
+            subset = np.sort(subset[:max_size])
+        self._raw_index = np.tile(subset, 2) if xflip else subset  # index of the dataset -> raw index
+        self._is_flipped = np.arange(len(self._raw_index)) >= len(subset)
+        self.in_memory = (
+            n * int(np.prod(self._shape)) < CACHE_LIMIT
+        )  # True: decoded images are kept in memory
+        self._cache: np.ndarray | None = None  # decoded images, uint8 [n, C, R, R]
+        self._is_cached: np.ndarray | None = None  # bool [n], True for images that are in the cache
 
     def __getstate__(self):
-        # The cache is large and can be filled again; it is not sent to other processes.
-        return {**self.__dict__, "_cache": None, "_known": None}
+        # The cache is not sent to other processes, because it is large and can be filled again.
+        return {**self.__dict__, "_cache": None, "_is_cached": None}
 
     def __len__(self) -> int:
         return len(self._raw_index)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         image = self._raw_image(int(self._raw_index[index]))
-        # Copies, so that a caller may change them without changing the cache.
-        return (image[:, :, ::-1] if self._flipped[index] else image).copy(), self.get_label(index)
+        # [:, :, ::-1] mirrors the columns. The image is copied, so that a caller cannot change the cache.
+        return (image[:, :, ::-1] if self._is_flipped[index] else image).copy(), self.get_label(index)
 
-    def _raw_image(self, raw: int) -> np.ndarray:
-        """Return the image [C, R, R] of a raw index, from memory if it has been decoded before."""
+    def _raw_image(self, raw_index: int) -> np.ndarray:
+        """Return the image [C, R, R] with a raw index, from memory if it has been decoded before.
+
+        Raises: ValueError if the file is damaged or has another shape than the first image.
+        """
         if self._cache is None and self.in_memory:
-            # np.empty reserves addresses only; memory is used page by page, as images are stored.
+            # np.empty only reserves addresses. The system allocates memory when images are stored.
             self._cache = np.empty((len(self._files.images), *self._shape), np.uint8)
-            self._known = np.zeros(len(self._cache), bool)
-        if self._cache is not None and self._known is not None and self._known[raw]:
-            return self._cache[raw]
-        image = self._files.read_image(self._files.images[raw])
+            self._is_cached = np.zeros(len(self._cache), bool)
+        if self._cache is not None and self._is_cached is not None and self._is_cached[raw_index]:
+            return self._cache[raw_index]
+        entry = self._files.images[raw_index]
+        image = self._files.read_image(entry)
         if image.shape != self._shape:
-            where = f"dataset {self._files.path}: entry {self._files.images[raw]!r}"
-            wanted = f"as in {self._files.images[0]!r}"
             raise ValueError(
-                f"{where}: expected channels and size {list(self._shape)} {wanted}, got {list(image.shape)}."
-                " Convert it."
+                f"dataset {self._files.path}: entry {entry!r} has the channels and size {list(image.shape)},"
+                f" but the first entry {self._files.images[0]!r} has {list(self._shape)}. Convert the set"
+                " with tools/dataset_tool.py."
             )
-        if self._cache is not None and self._known is not None:
-            self._cache[raw] = image
-            self._known[raw] = True
+        if self._cache is not None and self._is_cached is not None:
+            self._cache[raw_index] = image
+            self._is_cached[raw_index] = True
         return image
 
     def get_label(self, index: int) -> np.ndarray:
-        """Return a copy of the label [L] of image `index`, mirrored if the image is."""
+        """Return a copy of the label [L] of an image. The label of a mirrored image is mirrored.
+
+        Args: index: index of the image in the dataset.
+        """
         if self._labels is None:
             return np.zeros(0, np.float32)
         label = self._labels[self._raw_index[index]].copy()
-        if self._flipped[index] and len(label) == LABEL_NUMBERS:
+        if self._is_flipped[index] and len(label) == LABEL_NUMBERS:
             return mirror_label(torch.from_numpy(label[None]))[0].numpy()
         return label
 
     def get_labels(self) -> np.ndarray:
-        """Return the labels of all images [len, L], as `get_label` returns them."""
+        """Return the labels of all images, [number of images, L], as from `get_label`."""
         if self._labels is None:
             return np.zeros((len(self), 0), np.float32)
         labels = self._labels[self._raw_index]
-        if self.label_dim == LABEL_NUMBERS and self._flipped.any():
-            labels[self._flipped] = mirror_label(torch.from_numpy(labels[self._flipped])).numpy()
+        if self.label_dim == LABEL_NUMBERS and self._is_flipped.any():
+            labels[self._is_flipped] = mirror_label(torch.from_numpy(labels[self._is_flipped])).numpy()
         return labels
 
     def without_memory(self) -> "ImageFolderDataset":
-        """Return the same set for use in other processes.
+        """Return a copy of the dataset for use in other processes.
 
-        It has its own file handle, which is opened at the first read, and keeps no images.
+        The copy opens the files itself at its first read, and keeps no images in memory.
         """
-        other = copy.copy(self)
-        # copy.copy uses __getstate__, so neither copy takes the cache or the open file.
-        other._files = copy.copy(self._files)
-        other.in_memory = False
-        return other
+        # copy.copy uses __getstate__, so neither the cache nor the open archive is copied.
+        uncached = copy.copy(self)
+        uncached._files = copy.copy(self._files)
+        uncached.in_memory = False
+        return uncached
 
     def close(self) -> None:
-        """Close the zip, if one is open. Reading opens it again."""
+        """Close the archive if it is open. The next read opens it again."""
         self._files.close()
 
     @property
     def num_channels(self) -> int:
-        """Number of channels C, 1 or 3."""
+        """Number of channels C of an image, 1 or 3."""
         return self._shape[0]
 
     @property
     def resolution(self) -> int:
-        """Resolution R in pixels."""
+        """Number of pixels per edge R of an image."""
         return self._shape[1]
 
     @property
     def label_dim(self) -> int:
-        """Label length L; 0 without labels."""
+        """Number of numbers L in a label; 0 for a set without labels."""
         return 0 if self._labels is None else self._labels.shape[1]
 
 
 class InfiniteSampler(torch.utils.data.Sampler[int]):
-    """Endless sampler with EG3D's windowed shuffle.
+    """Sampler of indices without end, with EG3D's windowed shuffle.
 
-    The sampler walks cyclically over an initial permutation of 0 .. n-1. At position k, with i = k mod n, it
-    yields order[i] if k mod num_replicas == rank. Then it swaps this entry with the one r places earlier
-    (cyclically), r uniform in [0, window). An image therefore returns after at least (1 - window) n other
-    positions. Every rank walks over all positions, and so has the same random numbers.
+    The sampler starts with a random permutation `order` of 0, ..., n-1. At position k = 0, 1, 2, ... it
+    yields order[i] with i = k mod n, if k mod num_replicas == rank. Then it swaps order[i] with the element
+    that is r elements earlier (cyclically), where r is uniform in [0, window_size * n). Therefore an image is
+    not used again for at least (1 - window_size) n positions. Every rank visits all positions, and so draws
+    the same random numbers.
 
-    Deviates: `start_index` (EG3D restarts from position 0) and the check of arguments. The order itself is
-        EG3D's.
+    Deviates: `start_index` (EG3D restarts from position 0), and the check of an empty dataset.
 
     Args:
-        dataset: object with a length above 0.
-        rank, num_replicas: this process and the number of processes; 0 <= rank < num_replicas.
-        shuffle: False: walk over 0 .. n-1 in order.
+        dataset: object whose length is n > 0.
+        rank: index of this process, 0 <= rank < num_replicas.
+        num_replicas: number of processes.
+        shuffle: False: yield the indices in their order.
         seed: seed of the numpy RandomState.
-        window_size: window as a fraction of n, in [0, 1]. A window below 2 places turns reshuffling off.
-        start_index: position at which to begin, counted over all ranks: the number of images that the run has
-            used before it is resumed. The positions before it are replayed without yielding, well under a
-            microsecond each, so the order continues exactly.
+        window_size: size of the window as a fraction of n, in [0, 1]. A window of fewer than 2 elements turns
+            the swaps off.
+        start_index: first position whose index is yielded, counted over all ranks. A resumed run passes the
+            number of images that it has used. The swaps of earlier positions are repeated, which takes less
+            than a microsecond each, so that the order continues exactly.
     Raises: ValueError for an empty dataset.
     """
 
@@ -456,8 +481,7 @@ class InfiniteSampler(torch.utils.data.Sampler[int]):
     ):
         if len(dataset) == 0:
             raise ValueError(
-                "InfiniteSampler: expected at least one image, got an empty dataset. Check the path and"
-                " max_size."
+                "InfiniteSampler: the dataset contains no images. Pass a dataset with at least one image."
             )
         assert 0 <= rank < num_replicas and 0 <= window_size <= 1 and start_index >= 0
         super().__init__()
@@ -470,48 +494,53 @@ class InfiniteSampler(torch.utils.data.Sampler[int]):
         self.window_size = window_size
 
     def __iter__(self) -> Iterator[int]:
-        """Yield this rank's indices without end."""
+        """Yield the indices of this rank without end."""
         n = self.length
         order = np.arange(self.length)
         random = np.random.RandomState(self.seed)
         window = int(np.rint(n * self.window_size)) if self.shuffle else 0
         if self.shuffle:
             random.shuffle(order)
-        shuffled: list[int] = order.tolist()  # a list is faster than an array for single entries
-        back = iter(list[int]())
+        shuffled: list[int] = order.tolist()  # a list is faster than an array for access to single elements
+        steps_back = iter(list[int]())
         for position in itertools.count():
             i = position % n
             if position >= self.start_index and position % self.num_replicas == self.rank:
                 yield shuffled[i]
             if window >= 2:
                 if position % _DRAWS == 0:
-                    # Many numbers at once are the same as one by one, and much faster.
-                    back = iter(random.randint(window, size=_DRAWS).tolist())
-                j = (i - next(back)) % n
-                # After the yield: an image moves only once it has been used.
+                    # One call gives the same numbers as many single calls, and is much faster.
+                    steps_back = iter(random.randint(window, size=_DRAWS).tolist())
+                j = (i - next(steps_back)) % n
+                # The swap follows the yield, so an image is moved only after it has been used.
                 shuffled[i], shuffled[j] = shuffled[j], shuffled[i]
 
 
-# Tasks that worker processes do in advance, with results in the order of the tasks
+# Worker processes that compute results in advance, in the order of the tasks.
 
-AHEAD = 2  # tasks per worker that are running or finished before their results are requested
+AHEAD = 2  # number of tasks per worker that are submitted before their results are requested
 
-_work: Callable | None = None  # in a worker process: its function, sent once instead of with every task
+# Function of a worker process. It is sent to the process once, not with every task.
+_work: Callable | None = None
 
 
 def _start_worker(work: Callable) -> None:
-    """Prepare a worker process."""
+    """Initialise a worker process whose tasks call the function `work`."""
     global _work
     _work = work
-    # The terminal sends Ctrl-C to the whole process group. The parent decides what happens.
+    # The terminal sends Ctrl-C to all processes of the group. Workers ignore it, and the parent reacts.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the parent's handler, which writes a checkpoint
-    torch.set_num_threads(1)  # the processes themselves are the parallelism
+    # The default action replaces the parent's handler, which writes a checkpoint.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    torch.set_num_threads(1)  # the workers run in parallel already
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:
-    """End this worker if the parent process was killed, so that no process remains."""
+    """Wait for the end of the parent process, then end this worker. It runs in a thread of the worker.
+
+    Without it, workers would remain after the parent was killed.
+    """
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()  # returns when the parent has ended, for any reason
@@ -519,24 +548,25 @@ def _end_with_parent() -> None:
 
 
 def _run_task(task: object) -> object:
-    """Run the worker's function on a task."""
+    """Call the worker's function with a task, and return the result."""
     assert _work is not None
     return _work(task)
 
 
-def ahead(work: Callable, tasks: Iterable, workers: int, killed: str) -> Generator:
-    """Yield work(task) of every task in order; AHEAD * workers tasks are done in advance.
+def ahead(work: Callable, tasks: Iterable, workers: int, death_message: str) -> Generator:
+    """Yield work(task) for every task, in order. Worker processes compute results in advance.
 
-    `tasks` may be endless. Workers are forked when the first result is requested. They import nothing, and
-    have one additional thread, which ends them with their parent. Closing the generator ends them.
+    Workers are forked when the first result is requested. AHEAD * workers results are computed in advance.
+    Closing the generator ends the workers.
 
     Args:
-        work: function of a task.
-        tasks: its arguments.
-        workers: number of processes. With 0, or where processes cannot fork, tasks are done in this process,
-            one at a time, when their result is requested.
-        killed: message of the error if a worker is killed.
-    Raises: the errors of `work`; ValueError(killed) if a worker died; OSError if none can be started.
+        work: function of one task.
+        tasks: arguments of `work`, possibly without end.
+        workers: number of processes. With 0, or on systems without fork, this process computes each result
+            when it is requested.
+        death_message: message of the error if a worker process is killed.
+    Raises: the errors of `work`; ValueError(death_message) if a worker was killed; OSError if no worker can
+        be started.
     """
     if workers == 0 or "fork" not in multiprocessing.get_all_start_methods():
         yield from map(work, tasks)
@@ -549,87 +579,104 @@ def ahead(work: Callable, tasks: Iterable, workers: int, killed: str) -> Generat
             for task in tasks:
                 try:
                     pending.append(pool.submit(_run_task, task))
-                except OSError as error:  # from fork
+                except OSError as error:  # fork failed
                     raise OSError(
-                        f"--workers: cannot start {workers} processes: {error.strerror}. Use fewer."
+                        f"--workers: {workers} processes cannot be started: {error.strerror}. Use a smaller"
+                        " number."
                     ) from error
-                # Results are yielded in the order of the tasks, also when later ones are ready before.
+                # The oldest result is yielded first, also if a later one is ready before.
                 if len(pending) > AHEAD * workers:
                     yield pending.popleft().result()
             while pending:
                 yield pending.popleft().result()
         except concurrent.futures.process.BrokenProcessPool as error:
-            raise ValueError(killed) from error
+            raise ValueError(death_message) from error
         finally:
-            started = list(pool._processes.values())  # before shutdown, which drops them
+            # shutdown() removes the processes from the pool, so they are listed before.
+            started_processes = list(pool._processes.values())
             pool.shutdown(wait=True, cancel_futures=True)
-            # If only some workers could be started, shutdown does not reach these.
-            for process in started:
+            # If some workers could not be started, shutdown() does not end the others.
+            for process in started_processes:
                 process.terminate()
 
 
-def in_order(work: Callable, tasks: Sequence, workers: int, killed: str) -> Generator:
-    """Return `ahead` with at most as many workers as tasks. A single worker would be this process itself."""
+def in_order(work: Callable, tasks: Sequence, workers: int, death_message: str) -> Generator:
+    """Yield work(task) for every task of a finite list, in order. See `ahead` for the arguments.
+
+    There are at most as many workers as tasks. A single worker would save no time, so this process does
+    its work.
+    """
     workers = min(workers, len(tasks))
-    return ahead(work, tasks, workers if workers > 1 else 0, killed)
+    return ahead(work, tasks, workers if workers > 1 else 0, death_message)
 
 
-# Batches in the sampler's order
+# Batches in the order of the sampler.
 
-MOST_WORKERS = 3  # EG3D's default
+MOST_WORKERS = 3  # largest default number of workers, which is EG3D's default
 KILLED = (
-    "--workers: a process that reads images was killed. Free memory, or use fewer; --workers=0 reads in"
-    " the main process."
+    "--workers: a process that reads images was killed, probably because the memory was full. Use a smaller"
+    " number; with --workers=0 the main process reads the images."
 )
 
 
 def default_workers(dataset: ImageFolderDataset, ranks: Ranks) -> int:
-    """Return the default number of processes that read images.
+    """Return the default number of processes that read images for each training process.
 
-    It is 0 for a set that is kept in memory, otherwise one per core that training leaves free, at most three.
+    The number is 0 for a set that is kept in memory. Otherwise it is the number of free cores, but at
+    most three.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    # One core of each process's share computes.
+    # The cores are divided among the training processes of this machine, and each of these needs one
+    # core itself.
     return 0 if dataset.in_memory else max(0, min(MOST_WORKERS, cores // ranks.neighbours - 1))
 
 
-Batches = Generator[tuple[np.ndarray, np.ndarray], None, None]
+Batches = Generator[tuple[np.ndarray, np.ndarray], None, None]  # yields (images, labels)
 
 
 def read_batches(dataset: ImageFolderDataset, order: Iterator[int], n: int, workers: int) -> Batches:
-    """Yield batches without end: images [n, C, R, R] uint8 and labels [n, L] float32 of the indices in
-    `order`.
+    """Yield batches without end: images [n, C, R, R] uint8, and labels [n, L] float32.
 
-    Workers decode into shared memory that is allocated once: AHEAD batches for each of them, and the batch
-    that was yielded last. The images of a batch are therefore valid until the next one is requested.
+    Workers decode images into shared memory, which is allocated once and reused. The images of a batch are
+    therefore valid only until the next batch is requested.
 
     Args:
         dataset: images and labels.
-        order: indices, without end.
-        n: images per batch.
-        workers: number of processes; 0 reads in this one.
-    Raises: ValueError like the dataset does, or if a worker was killed.
+        order: indices of images, without end.
+        n: number of images in a batch.
+        workers: number of processes that read in advance; 0: this process reads.
+    Raises: ValueError for damaged data, or if a worker was killed.
     """
+    # A slot is the memory of one batch. One more slot than batches in advance is needed, for the batch that
+    # the caller is using.
     slots = AHEAD * workers + 1
-    # One slot more than tasks in advance: the batch that the caller is using.
     size = (slots, n, dataset.num_channels, dataset.resolution, dataset.resolution)
-    # Anonymous shared memory: forked workers write into the same pages, so no image is sent through a pipe.
+    # Anonymous shared memory (-1: no file). Forked workers write into the same pages, so images are not
+    # copied between processes.
     images = np.frombuffer(mmap.mmap(-1, int(np.prod(size))), np.uint8).reshape(size)
     work = functools.partial(_fill, dataset.without_memory() if workers else dataset, images)
-    # Slots are used in turn. With AHEAD * workers + 1 of them, none is reused before its batch was yielded.
+    # Slots are used cyclically, so a slot is reused only when its batch has been yielded and the caller has
+    # requested another one.
     tasks = ((slot, list(itertools.islice(order, n))) for slot in itertools.cycle(range(slots)))
-    with contextlib.closing(ahead(work, tasks, workers, KILLED)) as filled:
-        for slot, labels in filled:
+    with contextlib.closing(ahead(work, tasks, workers, KILLED)) as filled_slots:
+        for slot, labels in filled_slots:
             yield images[slot], labels
 
 
 def _fill(
     dataset: ImageFolderDataset, images: np.ndarray, task: tuple[int, list[int]]
 ) -> tuple[int, np.ndarray]:
-    """Decode one batch into its slot of `images` [slots, n, C, R, R]; return the slot and labels [n, L]."""
-    slot, rows = task
+    """Decode a batch into its slot of shared memory.
+
+    Args:
+        dataset: images and labels.
+        images: shared memory [slots, n, C, R, R].
+        task: index of the slot, and the n indices of the images.
+    Returns: the index of the slot, and the labels [n, L].
+    """
+    slot, indices = task
     labels = []
-    for place, row in enumerate(rows):
-        images[slot, place], label = dataset[row]
+    for position, index in enumerate(indices):
+        images[slot, position], label = dataset[index]
         labels.append(label)
     return slot, np.stack(labels)

@@ -1,10 +1,11 @@
-"""Conversion of an image set to the form that training reads: square PNGs, checked camera labels, a folder or
-zip.
+"""Conversion of an image set to EG3D's dataset format: square PNGs and camera labels in a folder or
+zip archive.
 
-Worker processes decode, crop, resize and encode images. The parent writes them in order, so the result does
-not depend on the number of workers. The target appears under its own name only when it is complete.
+Worker processes decode, crop, resize and encode images. The parent process writes them in order, so the
+result does not depend on the number of workers. The result has a temporary name until it is complete.
 
-Shape letters: H, W = rows and columns of an image, C channels, R resolution.
+Shapes: H and W are the numbers of rows and columns of an image, C is the number of channels, R of pixels
+per edge.
 """
 
 import contextlib
@@ -27,39 +28,54 @@ from training.convert_settings import ConvertOptions
 from training.dataset import LABELS_FILE, ImageFiles, in_order, label_array
 from training.rendering.cameras import LABEL_NUMBERS, POSE_NUMBERS, mirror_label
 
-ZIP_DATE = (2020, 1, 1, 0, 0, 0)  # constant, so that equal options give equal bytes
-_CHUNK = 8  # images per task of a worker
+ZIP_DATE = (
+    2020,
+    1,
+    1,
+    0,
+    0,
+    0,
+)  # date of all files in an archive; it is constant, so that archives are reproducible
+_CHUNK = 8  # number of images in a task of a worker
 
 
 @dataclass(frozen=True, kw_only=True)
 class Converted:
     """Summary of a conversion."""
 
-    images: int  # images written, mirrored copies included
-    shape: tuple[int, int, int]  # (C, R, R)
-    labels: int  # numbers per label, 0 for none (1 for class indices)
-    enlarged: int  # number of source images smaller than the target
+    images: int  # number of images that were written, including mirrored copies
+    shape: tuple[int, int, int]  # (C, R, R) of an image
+    labels: int  # number of numbers in a label; 0 without labels, 1 for class indices
+    enlarged: int  # number of source images that are smaller than the target
     cropped_labels: int  # number of camera labels whose intrinsics were adapted to a crop
 
 
 def crop_box(options: ConvertOptions, width: int, height: int) -> tuple[int, int, int, int]:
-    """Return the part of an image that is kept, (left, top, right, bottom) in pixels.
+    """Return the rectangle of a source image that is not cropped away.
 
-    It is the largest centred rectangle of the target's aspect ratio.
+    It is the largest centred rectangle with the aspect ratio of the target. Without a transform it is the
+    full image.
+
+    Args: options: transform and resolution; width, height: size of the source image in pixels.
+    Returns: (left, top, right, bottom) in pixels.
     """
     if options.transform is None:
         return 0, 0, width, height
-    w, h = (1, 1) if options.transform == "center-crop" else options.size
-    scale = min(width / w, height / h)  # of the largest rectangle that fits
-    kept_w = max(1, round(w * scale))
-    kept_h = max(1, round(h * scale))
-    left = (width - kept_w) // 2
-    top = (height - kept_h) // 2
-    return left, top, left + kept_w, top + kept_h
+    # Aspect ratio of the rectangle.
+    ratio_width, ratio_height = (1, 1) if options.transform == "center-crop" else options.size
+    scale = min(width / ratio_width, height / ratio_height)
+    crop_width = max(1, round(ratio_width * scale))
+    crop_height = max(1, round(ratio_height * scale))
+    left = (width - crop_width) // 2
+    top = (height - crop_height) // 2
+    return left, top, left + crop_width, top + crop_height
 
 
 def transform_image(image: PIL.Image.Image, options: ConvertOptions) -> PIL.Image.Image:
-    """Crop and resize (Lanczos) an image; center-crop-wide then centres it on a black square of its width."""
+    """Crop an image and resize it with a Lanczos filter.
+
+    With center-crop-wide, the result is then centred on a black square of its width.
+    """
     image = image.crop(crop_box(options, *image.size))
     if options.resolution is not None and image.size != options.resolution:
         image = image.resize(options.resolution, PIL.Image.Resampling.LANCZOS)
@@ -71,84 +87,96 @@ def transform_image(image: PIL.Image.Image, options: ConvertOptions) -> PIL.Imag
 
 
 def transform_camera(label: np.ndarray, options: ConvertOptions, width: int, height: int) -> np.ndarray:
-    """Return a camera label of 25 numbers after the crop and padding of its image. Resizing changes nothing.
+    """Adapt a camera label [25] to the crop and the padding of its image. Resizing does not change the label.
 
-    Intrinsics are in units of the image, x in its width and y in its height (EG3D's convention, on square
-    images). A crop to w x h pixels therefore rescales them: f_x' = f_x W / w, c_x' = (c_x W - left) / w, and
-    likewise in y. The black bars of center-crop-wide rescale y once more.
+    In EG3D's labels, intrinsics are divided by the image size: x by the width and y by the height. A crop of
+    a W x H image to w x h pixels therefore changes the focal length f_x and the principal point c_x to f_x' =
+    f_x W / w and c_x' = (c_x W - left) / w, and the values of y accordingly. The black bars of
+    center-crop-wide scale y again.
 
     Args:
-        label: [25].
+        label: camera label [25].
         options: transform and resolution.
-        width, height: W and H of the source image, pixels.
+        width, height: size W and H of the source image in pixels.
     """
     left, top, right, bottom = crop_box(options, width, height)
-    k = label[POSE_NUMBERS:].reshape(3, 3).copy()
-    # Row 0 of the intrinsics holds f_x, skew and c_x, row 1 holds f_y and c_y.
-    k[0] *= width / (right - left)
-    k[1] *= height / (bottom - top)
-    k[0, 2] -= left / (right - left)
-    k[1, 2] -= top / (bottom - top)
+    intrinsics = label[POSE_NUMBERS:].reshape(3, 3).copy()
+    # Row 0 contains f_x, the skew and c_x; row 1 contains f_y and c_y.
+    intrinsics[0] *= width / (right - left)
+    intrinsics[1] *= height / (bottom - top)
+    intrinsics[0, 2] -= left / (right - left)
+    intrinsics[1, 2] -= top / (bottom - top)
     if options.transform == "center-crop-wide":
+        # The image of w x h pixels becomes a square of w x w pixels with bars of (w - h) // 2 rows.
         w, h = options.size
-        k[1] *= h / w
-        k[1, 2] += ((w - h) // 2) / w
-    return np.concatenate([label[:POSE_NUMBERS], k.reshape(-1)])
+        intrinsics[1] *= h / w
+        intrinsics[1, 2] += ((w - h) // 2) / w
+    return np.concatenate([label[:POSE_NUMBERS], intrinsics.reshape(-1)])
 
 
 def png(image: PIL.Image.Image) -> bytes:
-    """Return an image as the bytes of an PNG without compression, as EG3D writes it."""
+    """Encode an image as a PNG without compression, as EG3D writes it."""
     buffer = io.BytesIO()
     image.save(buffer, format="png", compress_level=0)
     return buffer.getvalue()
 
 
 def _convert(files: ImageFiles, options: ConvertOptions, entries: list[str]) -> list[tuple]:
-    """Convert some entries, in a worker process.
+    """Convert the images of some entries, in a worker process.
 
-    Returns for each entry: PNGs of the image and, if requested, of its mirror; size (W, H) before; shape (C,
-    H, W) after.
+    Returns: for each entry, a tuple of the PNGs (the image, and its mirrored copy if requested), the size (W,
+        H) of the source image, and the shape (C, H, W) of the result.
+    Raises: ValueError for a damaged entry.
     """
-    ready = []
+    results = []
     for entry in entries:
-        source = files.decode(entry)  # a damaged entry is an error here, in the worker
+        source = files.decode(entry)
         image = transform_image(source, options)
         images = [image, image.transpose(PIL.Image.Transpose.FLIP_LEFT_RIGHT)] if options.mirror else [image]
         shape = (len(image.getbands()), image.height, image.width)
-        ready.append(([png(output) for output in images], source.size, shape))
-    return ready
+        results.append(([png(output) for output in images], source.size, shape))
+    return results
 
 
 def read_labels(files: ImageFiles, options: ConvertOptions) -> list | None:
-    """Return one checked label per image that is kept, as stored; None for a set without labels.
+    """Read and check the labels of the images that are converted.
 
-    Raises: ValueError if only some images have a label, or if one is malformed; see `label_array`.
+    Returns: the labels in their stored form, or None if the set has no labels or they are to be dropped.
+    Raises: ValueError if only some images have a label, or if a label is malformed (see `label_array`).
     """
-    stored = None if options.labels == "drop" or LABELS_FILE not in files.entries else files.read_labels()
-    if stored is None:
+    if options.labels == "drop" or LABELS_FILE not in files.entries:
         return None
-    # Only the images that are kept are checked; a slice with None keeps all.
+    labels = files.read_labels()
+    if labels is None:
+        return None
+    # With max_images = None, the slice contains all images.
     names = files.images[: options.max_images]
     where = f"dataset {files.path}: {LABELS_FILE}"
-    stored = stored[: len(names)]
-    values = label_array(stored, names, where, None)
-    # Mirroring a camera is defined; a mirrored label of another kind could be wrong, so it is not made.
+    labels = labels[: len(names)]
+    values = label_array(labels, names, where, None)
+    # It is unknown how mirroring an image changes a label that is no camera label.
     if options.mirror and values.ndim == 2 and values.shape[1] != LABEL_NUMBERS:
         raise ValueError(
-            f"{where}: expected camera labels of {LABEL_NUMBERS} numbers to mirror, got {values.shape[1]}."
-            " Leave out --mirror, or use --labels=drop."
+            f"{where}: --mirror needs camera labels of {LABEL_NUMBERS} numbers, got {values.shape[1]}."
+            " Convert the set without --mirror, or drop the labels with --labels=drop."
         )
-    return stored
+    return labels
 
 
 def _output_labels(label, options: ConvertOptions, size: tuple[int, int]) -> list:
-    """Return the labels of the outputs of one source image. Numbers that do not change stay as stored."""
-    padded = options.transform == "center-crop-wide" and options.size[0] != options.size[1]
-    if (
-        isinstance(label, list)
-        and len(label) == LABEL_NUMBERS
-        and (padded or crop_box(options, *size) != (0, 0, *size))
-    ):
+    """Return the labels of the images that are made from one source image.
+
+    Args:
+        label: label of the source image in its stored form.
+        options: transforms.
+        size: (width, height) of the source image in pixels.
+    Returns: the label, and the label of the mirrored copy if requested. A label that does not change is the
+        same object as `label`.
+    """
+    is_padded = options.transform == "center-crop-wide" and options.size[0] != options.size[1]
+    is_cropped = crop_box(options, *size) != (0, 0, *size)
+    is_camera = isinstance(label, list) and len(label) == LABEL_NUMBERS
+    if is_camera and (is_padded or is_cropped):
         label = transform_camera(np.array(label, dtype=np.float64), options, *size).tolist()
     if not options.mirror:
         return [label]
@@ -157,18 +185,35 @@ def _output_labels(label, options: ConvertOptions, size: tuple[int, int]) -> lis
     return [label, mirror_label(torch.tensor([label], dtype=torch.float64))[0].tolist()]
 
 
-def _check_shape(shape: tuple[int, int, int], first: tuple[int, int, int], entry: str, where: str) -> None:
-    """Raise ValueError unless an image is square, a power of two in size, and like the first one."""
-    _, height, width = shape
-    # width & (width - 1) is 0 for powers of two only, the resolutions of StyleGAN2 networks.
+def _check_shape(
+    shape: tuple[int, int, int], first_shape: tuple[int, int, int], entry: str, where: str
+) -> None:
+    """Raise ValueError unless an image is square, has a power of two as size, and the shape of the
+    first image.
+
+    Args:
+        shape: (C, H, W) of the converted image.
+        first_shape: (C, H, W) of the first converted image.
+        entry: name of the source image, for messages.
+        where: name of the set, for messages.
+    """
+    channels, height, width = shape
+    # width & (width - 1) is 0 only for powers of two, which are the resolutions of StyleGAN2 networks.
     if height != width or width & (width - 1):
-        wanted = "a square image whose side is a power of two"
-        remedy = "Add --transform=center-crop --resolution=WxH."
-        raise ValueError(f"{where}: entry {entry!r}: expected {wanted}, got {width}x{height}. {remedy}")
-    if shape != first:
-        wanted = f"{list(first)} (channels, height, width) as the first image"
-        remedy = "Add --resolution, or convert it to RGB."
-        raise ValueError(f"{where}: entry {entry!r}: expected {wanted}, got {list(shape)}. {remedy}")
+        raise ValueError(
+            f"{where}: entry {entry!r}: expected a square image whose side is a power of two, got"
+            f" {width}x{height}. Add --transform=center-crop --resolution=WxH."
+        )
+    if channels != first_shape[0]:
+        raise ValueError(
+            f"{where}: entry {entry!r}: the image has {channels} channels, but the first image has"
+            f" {first_shape[0]}. Convert all images to RGB."
+        )
+    if shape != first_shape:
+        raise ValueError(
+            f"{where}: entry {entry!r}: the image has {width}x{height} pixels, but the first image has"
+            f" {first_shape[2]}x{first_shape[1]}. Add --resolution=WxH."
+        )
 
 
 def convert_dataset(
@@ -179,17 +224,17 @@ def convert_dataset(
     on_image: Callable[[int], object] = lambda count: None,
     overwrite: bool = False,
 ) -> Converted:
-    """Write the images and labels of `source` to `dest`, with dataset.json.
+    """Convert an image set.
 
     Args:
-        source: folder or zip.
-        dest: a .zip, stored without compression, or a folder.
+        source: folder or zip archive.
+        dest: path of the result, a .zip file (without compression) or a folder.
         options: transforms.
         workers: number of processes.
-        on_image: called with 1 for every source image that was written.
-        overwrite: replace a zip that exists. A folder is never replaced.
-    Raises: ValueError naming file, entry and remedy for anything missing, damaged or inconsistent; OSError
-        for a full disk. In both cases `dest` stays as it was.
+        on_image: function that is called with 1 after each source image, to show progress.
+        overwrite: True: replace an existing .zip file. A folder is never replaced.
+    Raises: ValueError for missing, damaged or inconsistent data; OSError if the result cannot be written, for
+        example because the disk is full. In both cases `dest` is not changed.
     """
     files = ImageFiles(Path(source))
     dest = Path(dest)
@@ -197,86 +242,112 @@ def convert_dataset(
     entries = files.images[: options.max_images]
     target = options.resolution
     rows: list[list] = []
-    first: tuple[int, int, int] | None = None
-    enlarged = 0
-    cropped = 0
-    # The handle must not be shared with the workers, which are forked below.
+    first_shape: tuple[int, int, int] | None = None
+    enlarged_count = 0
+    cropped_count = 0
+    # The workers, which are forked below, must not share the open file.
     files.close()
     chunks = [entries[i : i + _CHUNK] for i in range(0, len(entries), _CHUNK)]
-    killed = "dataset_tool: a worker process was killed. Free memory, or use --workers=1."
-    converted = in_order(functools.partial(_convert, files, options), chunks, workers, killed)
-    with writer(dest, Path(source), overwrite) as write, contextlib.closing(converted):
-        for i, (images, size, shape) in enumerate(itertools.chain.from_iterable(converted)):
-            first = first or shape
-            _check_shape(shape, first, entries[i], f"dataset {files.path}")
-            outputs = [None] * len(images) if labels is None else _output_labels(labels[i], options, size)
-            for image, label in zip(images, outputs, strict=True):
-                # EG3D's names: a thousand images per folder.
-                rows.append([f"{len(rows) // 1000:05d}/img{len(rows):08d}.png", label])
-                write(rows[-1][0], image)
+    death_message = "dataset_tool: a worker process was killed. Free memory, or use --workers=1."
+    conversion_results = in_order(functools.partial(_convert, files, options), chunks, workers, death_message)
+    with writer(dest, Path(source), overwrite) as write, contextlib.closing(conversion_results):
+        for i, (images, size, shape) in enumerate(itertools.chain.from_iterable(conversion_results)):
+            first_shape = first_shape or shape
+            _check_shape(shape, first_shape, entries[i], f"dataset {files.path}")
+            output_labels = (
+                [None] * len(images) if labels is None else _output_labels(labels[i], options, size)
+            )
+            for image, label in zip(images, output_labels, strict=True):
+                # The names are EG3D's, with 1,000 images in a folder.
+                name = f"{len(rows) // 1000:05d}/img{len(rows):08d}.png"
+                rows.append([name, label])
+                write(name, image)
             left, top, right, bottom = crop_box(options, *size)
-            enlarged += target is not None and (right - left < target[0] or bottom - top < target[1])
-            # `_output_labels` returns the stored object itself if the crop changed nothing.
-            cropped += labels is not None and outputs[0] is not labels[i]
+            enlarged_count += target is not None and (right - left < target[0] or bottom - top < target[1])
+            # `_output_labels` returns the same object if the crop did not change the label.
+            cropped_count += labels is not None and output_labels[0] is not labels[i]
             on_image(1)
         write(LABELS_FILE, json.dumps({"labels": None if labels is None else rows}).encode())
-    assert first is not None  # a set without images is an error when it is opened
-    length = 0 if labels is None else len(labels[0]) if isinstance(labels[0], list) else 1
-    return Converted(images=len(rows), shape=first, labels=length, enlarged=enlarged, cropped_labels=cropped)
+    assert first_shape is not None  # `ImageFiles` rejects a set without images
+    if labels is None:
+        label_length = 0
+    else:
+        label_length = len(labels[0]) if isinstance(labels[0], list) else 1
+    return Converted(
+        images=len(rows),
+        shape=first_shape,
+        labels=label_length,
+        enlarged=enlarged_count,
+        cropped_labels=cropped_count,
+    )
 
 
 @contextlib.contextmanager
 def writer(dest: Path, source: Path, overwrite: bool) -> Iterator[Callable[[str, bytes], None]]:
-    """Yield a function write(name, bytes), which writes into a temporary folder or zip beside `dest`.
+    """Yield a function write(name, data), which adds a file to a temporary folder or zip archive
+    beside `dest`.
 
-    If the block ends without an error, the temporary one takes the place of `dest`.
+    If the block ends without an error, the temporary folder or archive is renamed to `dest`, otherwise it
+    is deleted.
 
-    Raises: ValueError if dest is the source, exists, or has another suffix.
+    Args:
+        dest: path of the result, a .zip file or a folder.
+        source: path of the source set.
+        overwrite: True: replace an existing .zip file.
+    Raises: ValueError if `dest` exists already, would contain or replace the source, or is another kind of
+        archive; OSError if it cannot be written.
     """
     to_zip = dest.suffix.lower() == ".zip"
-    # A folder that contains the source would be converted into itself.
-    if dest.resolve() == source.resolve() or (not to_zip and source.resolve().is_relative_to(dest.resolve())):
-        raise ValueError(f"--dest: expected another place than --source, got {dest}. Name a new one.")
+    if dest.resolve() == source.resolve():
+        raise ValueError(f"--dest: {dest} is also the --source. Name another file or folder.")
+    if not to_zip and source.resolve().is_relative_to(dest.resolve()):
+        raise ValueError(f"--dest: the folder {dest} contains the --source. Name another folder.")
     if not to_zip and dest.suffix.lower() in (".tar", ".gz", ".tgz", ".7z", ".rar"):
-        raise ValueError(f"--dest: expected a .zip or a folder, got {dest.name}. Change the name.")
-    if dest.is_dir() and (to_zip or any(dest.iterdir())):
-        wanted = "a zip file" if to_zip else "an empty folder"
         raise ValueError(
-            f"--dest: expected {wanted}, got a folder at {dest}{'' if to_zip else ' with content'}. Name"
-            " another."
+            f"--dest: only .zip files and folders can be written, got {dest.name}. Write"
+            f" --dest={dest.with_suffix('.zip')}."
         )
-    if dest.is_file() and not (to_zip and overwrite):
+    if dest.is_dir() and to_zip:
+        raise ValueError(f"--dest: {dest} is an existing folder, not a zip file. Name another file.")
+    if dest.is_dir() and any(dest.iterdir()):
+        raise ValueError(f"--dest: the folder {dest} is not empty. Name a new or empty folder.")
+    if dest.is_file() and not to_zip:
+        raise ValueError(f"--dest: {dest} is an existing file, not a folder. Name another folder.")
+    if dest.is_file() and not overwrite:
         raise ValueError(
-            f"--dest: expected a new {'zip (or --overwrite)' if to_zip else 'folder'}, got the file {dest}."
-            " Name another."
+            f"--dest: the file {dest} exists already. Add --overwrite to replace it, or name another file."
         )
     dest.parent.mkdir(parents=True, exist_ok=True)
-    # Beside the target, hence on the same disk, where a rename is atomic.
-    part = dest.with_name(f".{dest.name}.{os.getpid()}.tmp")
+    # In the same folder as the result, hence on the same disk, where renaming is atomic.
+    temporary = dest.with_name(f".{dest.name}.{os.getpid()}.tmp")
     try:
         if to_zip:
-            with zipfile.ZipFile(part, "w", zipfile.ZIP_STORED) as archive:
+            with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
                 yield lambda name, data: archive.writestr(zipfile.ZipInfo(name, ZIP_DATE), data)
-            # The bytes must be on the disk before the rename, else a crash could leave an empty file.
-            with open(part, "rb") as file:
+            # The bytes must be on the disk before the file is renamed, otherwise a crash could leave an
+            # empty file.
+            with open(temporary, "rb") as file:
                 os.fsync(file.fileno())
-            os.replace(part, dest)
+            os.replace(temporary, dest)
             return
-        part.mkdir()
+        temporary.mkdir()
 
         def write(name: str, data: bytes) -> None:
-            (part / name).parent.mkdir(exist_ok=True)
-            (part / name).write_bytes(data)
+            """Write one file of the set."""
+            (temporary / name).parent.mkdir(exist_ok=True)
+            (temporary / name).write_bytes(data)
 
         yield write
         if dest.is_dir():
-            dest.rmdir()  # it is empty, as checked above; only POSIX can rename onto an empty folder
-        os.replace(part, dest)
+            dest.rmdir()  # it is empty, as checked above; not every system can rename onto an existing folder
+        os.replace(temporary, dest)
     except OSError as error:
         raise OSError(
-            f"--dest: cannot write {dest} ({error}). Check the free space and the permissions there."
+            f"--dest: {dest} cannot be written ({error}). Check the free space and the permissions of this"
+            " folder."
         ) from error
     finally:
-        if part.is_dir():
-            shutil.rmtree(part, ignore_errors=True)
-        part.unlink(missing_ok=True)
+        # After success there is nothing left to delete.
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        temporary.unlink(missing_ok=True)

@@ -1,10 +1,11 @@
 """StyleGAN2 residual discriminator with EG3D's dual discrimination of the final and the raw image.
 
-Dual discrimination (Chan et al. 2022, section 4.3): D receives the final image and the resized raw rendering
-as six channels. It can then reject images whose two versions do not agree.
+Dual discrimination (Chan et al. 2022, section 4.3): the discriminator D receives the final image and the
+resized raw rendering as six channels. D can then detect images whose two versions do not agree.
 
-Shapes: N batch, C channels, R resolution, K c_dim, G minibatch standard deviation group, F statistics
-channels.
+Shapes: N is the number of images in a batch, I of input channels, C of channels, O of output channels, R of
+pixels per edge, K is c_dim, G is the group size of the minibatch standard deviation, and F the number of its
+feature maps.
 """
 
 import math
@@ -17,10 +18,13 @@ from training.layers import Conv2dLayer, FullyConnectedLayer, MappingNetwork, bl
 
 
 def filtered_resizing(image: torch.Tensor, size: int, filter_mode: str = "antialiased") -> torch.Tensor:
-    """Resize images [N, C, R, R] to [N, C, size, size], as EG3D does with raw images for the discriminator.
+    """Resize images by bilinear interpolation, as EG3D does for the discriminator.
 
     Args:
-        filter_mode: "antialiased" or "none"; both are bilinear.
+        image: images [N, C, R, R].
+        size: pixels per edge of the result.
+        filter_mode: "antialiased", or "none" for interpolation without antialiasing.
+    Returns: images [N, C, size, size].
     """
     assert filter_mode in ("antialiased", "none")
     antialias = filter_mode == "antialiased"
@@ -30,9 +34,15 @@ def filtered_resizing(image: torch.Tensor, size: int, filter_mode: str = "antial
 
 
 class MinibatchStdLayer(torch.nn.Module):
-    """Append the standard deviation over groups of samples as feature maps.
+    """Layer that appends the standard deviation over a group of images as feature maps (Karras et al. 2018).
 
-    Groups are strided: samples i, i + N/G, i + 2N/G, ... form one. This lets D see a lack of variety.
+    With it, D can detect that generated images vary too little. The images i, i + N/G, i + 2N/G, ... form
+    a group.
+
+    Args:
+        group_size: number of images in a group G; None: the full batch.
+        num_channels: number of appended feature maps F. The standard deviation is averaged over C/F
+            channels each.
     """
 
     def __init__(self, group_size: int | None, num_channels: int = 1):
@@ -41,21 +51,36 @@ class MinibatchStdLayer(torch.nn.Module):
         self.num_channels = num_channels
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map x [N, C, H, W] to [N, C + num_channels, H, W]."""
+        """Map features x [N, C, H, W] to [N, C + F, H, W]."""
         n, c, h, w = x.shape
-        # A batch smaller than the group size forms a single group.
+        # A batch with fewer images than the group size forms a single group.
         group = n if self.group_size is None else min(self.group_size, n)
         # [G, N/G, F, C/F, H, W]
         y = x.reshape(group, n // group, self.num_channels, c // self.num_channels, h, w)
         y = (y - y.mean(dim=0)).square().mean(dim=0)  # biased variance over the group, [N/G, F, C/F, H, W]
         y = (y + 1e-8).sqrt().mean(dim=[2, 3, 4])  # [N/G, F]
-        # All samples of a group get the same value at every pixel: [N, F, H, W].
+        # All images of a group get the same value at every pixel: [N, F, H, W].
         y = y.reshape(-1, self.num_channels, 1, 1).repeat(group, 1, h, w)
         return torch.cat([x, y], dim=1)
 
 
 class DiscriminatorBlock(torch.nn.Module):
-    """Residual block that halves the resolution. The first one starts with `fromrgb`."""
+    """Residual block that halves the resolution.
+
+    The first block begins with `fromrgb`, a convolution that converts the image to features.
+
+    Args:
+        in_channels: number of input channels C; 0 for the first block, whose input is the image.
+        tmp_channels: number of channels inside the block.
+        out_channels: number of output channels O.
+        resolution: pixels per edge of the input R.
+        img_channels: number of channels of the image I.
+        first_layer_idx: number of layers in the blocks before this one.
+        conv_clamp: largest absolute value of features after a convolution; None: no limit.
+        use_fp16: True: compute in half precision on CUDA.
+        fp16_channels_last: True: use the memory format channels_last in half precision.
+        freeze_layers: number of first layers of the network that are not trained.
+    """
 
     def __init__(
         self,
@@ -80,8 +105,9 @@ class DiscriminatorBlock(torch.nn.Module):
         self.num_layers = 0
 
         def layer(*args, **kwargs) -> Conv2dLayer:
-            # Layers are counted over the whole network, in the order in which they are built: Freeze-D
-            # freezes the first ones, those nearest to the image.
+            """Build the next layer, which is frozen if it is one of the first layers of the network."""
+            # Layers are counted over all blocks, in the order in which they are built. Freeze-D (Mo et al.
+            # 2020) freezes the layers that are nearest to the image.
             trainable = first_layer_idx + self.num_layers >= freeze_layers
             self.num_layers += 1
             kwargs = {"conv_clamp": conv_clamp, "trainable": trainable, **kwargs}
@@ -91,7 +117,7 @@ class DiscriminatorBlock(torch.nn.Module):
             self.fromrgb = layer(img_channels, tmp_channels, 1, activation="lrelu")
         self.conv0 = layer(tmp_channels, tmp_channels, 3, activation="lrelu")
         self.conv1 = layer(tmp_channels, out_channels, 3, activation="lrelu", down=2)
-        # As in StyleGAN2-ADA, the linear skip is not clamped.
+        # As in StyleGAN2-ADA, the linear skip connection is not clamped.
         self.skip = layer(tmp_channels, out_channels, 1, bias=False, down=2, conv_clamp=None)
 
     def forward(
@@ -100,28 +126,38 @@ class DiscriminatorBlock(torch.nn.Module):
         """Run the block.
 
         Args:
-            x: [N, C, R, R] features, or None in the first block.
-            img: [N, I, R, R], in the first block only.
-        Returns: [N, O, R/2, R/2].
+            x: features [N, C, R, R], or None in the first block.
+            img: image [N, I, R, R] in the first block, else None.
+            force_fp32: True: compute in float32 despite `use_fp16`.
+        Returns: features [N, O, R/2, R/2].
         """
-        source = x if x is not None else img
-        assert source is not None
-        half = self.use_fp16 and not force_fp32 and source.device.type == "cuda"
-        dtype = torch.float16 if half else torch.float32
-        fast = convolution_layout(source.device, self.resolution, self.conv1.weight.shape[0])
-        memory_format = torch.channels_last if self.channels_last and half else fast
-        source = source.to(dtype=dtype, memory_format=memory_format)
-        x = self.fromrgb(source) if self.in_channels == 0 else source
-        # Each branch is scaled by sqrt(0.5), so that their sum keeps the variance.
-        y = self.skip(x, gain=math.sqrt(0.5))  # [N, O, R/2, R/2]
-        return y + self.conv1(self.conv0(x), gain=math.sqrt(0.5))
+        inputs = x if x is not None else img
+        assert inputs is not None
+        is_half_precision = self.use_fp16 and not force_fp32 and inputs.device.type == "cuda"
+        dtype = torch.float16 if is_half_precision else torch.float32
+        fastest_layout = convolution_layout(inputs.device, self.resolution, self.conv1.weight.shape[0])
+        memory_format = torch.channels_last if self.channels_last and is_half_precision else fastest_layout
+        inputs = inputs.to(dtype=dtype, memory_format=memory_format)
+        x = self.fromrgb(inputs) if self.in_channels == 0 else inputs
+        # Each of the two branches is scaled by sqrt(0.5), so that the variance of their sum is that of
+        # one branch.
+        skip_features = self.skip(x, gain=math.sqrt(0.5))  # [N, O, R/2, R/2]
+        return skip_features + self.conv1(self.conv0(x), gain=math.sqrt(0.5))
 
 
 class DiscriminatorEpilogue(torch.nn.Module):
-    """Last part of the discriminator: from 4x4 features to a logit.
+    """Last part of the discriminator, which maps features of 4 x 4 pixels to a logit.
 
-    Minibatch standard deviation, one convolution and two linear layers, then the projection on the embedded
-    label (Miyato and Koyama 2018).
+    It consists of the minibatch standard deviation, one convolution, two linear layers, and the projection on
+    the embedded label (Miyato and Koyama 2018).
+
+    Args:
+        in_channels: number of input channels C.
+        cmap_dim: number of entries of the embedded label; 0: no label.
+        resolution: pixels per edge of the input, 4.
+        mbstd_group_size: group size of the minibatch standard deviation; None: the full batch.
+        mbstd_num_channels: number of its feature maps; 0: no such layer.
+        conv_clamp: largest absolute value of features after the convolution; None: no limit.
     """
 
     def __init__(
@@ -145,8 +181,11 @@ class DiscriminatorEpilogue(torch.nn.Module):
         self.out = FullyConnectedLayer(in_channels, cmap_dim if cmap_dim > 0 else 1)
 
     def forward(self, x: torch.Tensor, cmap: torch.Tensor | None) -> torch.Tensor:
-        """Map x [N, C, 4, 4] and the embedded label cmap [N, cmap_dim] to logits [N, 1]."""
-        # Always in float32, even where the blocks before ran in half precision.
+        """Map features x [N, C, 4, 4] and the embedded labels cmap [N, cmap_dim] to logits [N, 1].
+
+        Without labels, cmap is None.
+        """
+        # Always in float32, also if the blocks before ran in half precision.
         x = x.to(dtype=torch.float32, memory_format=torch.contiguous_format)
         if self.mbstd is not None:
             x = self.mbstd(x)
@@ -159,9 +198,21 @@ class DiscriminatorEpilogue(torch.nn.Module):
 
 
 class DualDiscriminator(torch.nn.Module):
-    """Discriminator of six input channels: the image, and the raw neural rendering resized to the same size.
+    """Discriminator with six input channels: the final image, and the raw rendering resized to the same size.
 
     Chan et al. 2022, section 4.3.
+
+    Args:
+        c_dim: number of entries of a camera label K; 0: no labels.
+        img_resolution: pixels per edge of the final image R.
+        img_channels: number of channels of one of the two images.
+        channel_base, channel_max: a block at r pixels has channel_base / r channels, but at most channel_max.
+        num_fp16_res: number of highest resolutions in half precision on CUDA.
+        conv_clamp: largest absolute value of features after a convolution; None: no limit.
+        cmap_dim: number of entries of the embedded label; None: the number of channels at 4 pixels.
+        disc_c_noise: standard deviation of noise on the labels, in units of the labels' standard deviation.
+        block_kwargs, mapping_kwargs, epilogue_kwargs: further arguments of `DiscriminatorBlock`,
+            `MappingNetwork` and `DiscriminatorEpilogue`.
     """
 
     def __init__(
@@ -184,16 +235,20 @@ class DualDiscriminator(torch.nn.Module):
         self.img_resolution = img_resolution
         self.img_channels = img_channels * 2  # the image, and the resized raw rendering
         self.disc_c_noise = disc_c_noise
-        self.block_resolutions = block_resolutions(img_resolution)[:0:-1]  # img_resolution, ..., 8
-        # Lowest resolution in half precision; never below 8.
+        # From img_resolution down to 8. The slice reverses the list and leaves out its first element, 4.
+        self.block_resolutions = block_resolutions(img_resolution)[:0:-1]
+        # Lowest resolution in half precision, at least 8.
         fp16_from = max(2 ** (int(math.log2(img_resolution)) + 1 - num_fp16_res), 8)
         width = {res: channels_at(res, channel_base, channel_max) for res in [*self.block_resolutions, 4]}
-        # Without labels there is no projection; the logit is then the last layer's only output.
-        cmap_dim = 0 if c_dim == 0 else width[4] if cmap_dim is None else cmap_dim
+        # Without labels there is no projection, and the single output of the last layer is the logit.
+        if c_dim == 0:
+            cmap_dim = 0
+        elif cmap_dim is None:
+            cmap_dim = width[4]
         layer_idx = 0
         for res in self.block_resolutions:
             block = DiscriminatorBlock(
-                # 0 marks the first block, which reads the image by fromrgb.
+                # 0 marks the first block, whose input is the image.
                 width[res] if res < img_resolution else 0,
                 width[res],
                 width[res // 2],
@@ -207,7 +262,7 @@ class DualDiscriminator(torch.nn.Module):
             setattr(self, f"b{res}", block)
             layer_idx += block.num_layers
         if c_dim > 0:
-            # A label-only mapping whose output, one vector per sample, is the projection's label embedding.
+            # A mapping network without a latent. Its output, one vector per image, is the embedded label.
             self.mapping = MappingNetwork(
                 z_dim=0, c_dim=c_dim, w_dim=cmap_dim, num_ws=None, w_avg_beta=None, **(mapping_kwargs or {})
             )
@@ -219,25 +274,30 @@ class DualDiscriminator(torch.nn.Module):
     def forward(
         self, img: dict[str, torch.Tensor], c: torch.Tensor, update_emas: bool = False, **block_kwargs
     ) -> torch.Tensor:
-        """Return the realness logits.
+        """Return logits [N, 1], which are large for images that D classifies as real.
+
+        Differentiable in both images, also twice.
 
         Args:
-            img: {'image': [N, 3, R, R], 'image_raw': [N, 3, r, r]} in [-1, 1].
-            c: [N, K] camera labels.
-            update_emas: part of EG3D's signature; D has no moving averages.
-        Returns: [N, 1]. Differentiable in both images, twice.
-        Deviates: with disc_c_noise > 0 the noise is added to a copy of c. EG3D adds it in place, so that it
-        accumulates over phases.
+            img: 'image' [N, 3, R, R] and 'image_raw' [N, 3, r, r] of any resolution r, both in [-1, 1].
+            c: camera labels [N, K].
+            update_emas: argument of EG3D's signature without effect, because D has no moving averages.
+            block_kwargs: further arguments of `DiscriminatorBlock.forward`.
+        Deviates: with disc_c_noise > 0 the noise is added to a copy of c. EG3D adds it in place, so that the
+            noise accumulates over phases.
         """
         del update_emas
         x = None
         # [N, 6, R, R]
-        source = torch.cat([img["image"], filtered_resizing(img["image_raw"], img["image"].shape[-1])], dim=1)
+        both_images = torch.cat(
+            [img["image"], filtered_resizing(img["image_raw"], img["image"].shape[-1])], dim=1
+        )
         for res in self.block_resolutions:
-            x = getattr(self, f"b{res}")(x, source if x is None else None, **block_kwargs)
+            # Only the first block gets the images.
+            x = getattr(self, f"b{res}")(x, both_images if x is None else None, **block_kwargs)
         cmap = None
         if self.c_dim > 0:
-            # Regularises D's conditioning on the pose (EG3D).
+            # The noise is a regulariser of D's conditioning on the camera (EG3D).
             if self.disc_c_noise > 0:
                 c = c + torch.randn_like(c) * c.std(dim=0) * self.disc_c_noise
             cmap = self.mapping(None, c)

@@ -1,7 +1,8 @@
-"""The processes of one run, as torchrun starts them: sums, agreements and messages between them.
+"""Communication between the processes of one run, which torchrun starts: sums, broadcasts and messages.
 
-A run on W ranks computes what one rank computes with W rounds per batch (docs/guides/many-gpus.md): rank r
-takes rows r, r + W, ... of every batch. A run of one process needs no process group.
+A process is also called a rank. A run on W ranks gives the same result as one rank that computes W rounds for
+each batch (docs/guides/many-gpus.md): rank r processes the rows r, r + W, ... of every batch. A run of one
+process needs no process group.
 """
 
 import atexit
@@ -23,173 +24,206 @@ Item = TypeVar("Item")
 
 
 class PeerLostError(ValueError):
-    """Error: another process of the run died, stopped, or did not answer in time."""
+    """Error of a process of the run after another process died, stopped, or did not respond in time."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Ranks:
-    """This process among those of the run.
+    """The position of this process among the processes of the run, with methods for communication.
 
-    The default is a run of one process, for which every method is trivial.
+    The default is a run of one process, in which no method communicates.
     """
 
-    rank: int = 0
+    rank: int = 0  # index of this process, 0 <= rank < world
     world: int = 1  # number of processes
     local_rank: int = 0  # rank among the processes of this machine
     neighbours: int = 1  # number of processes of the run on this machine, including this one
-    restarts: int = 0  # how often torchrun has restarted the workers
-    device: torch.device = torch.device("cpu")  # where the process computes and the group exchanges tensors
-    minutes: float = 30.0  # longest time that an exchange may take
+    restarts: int = 0  # number of times that torchrun has restarted the processes
+    device: torch.device = torch.device("cpu")  # device of the computation and of exchanged tensors
+    minutes: float = 30.0  # longest time that an exchange may take, minutes
 
     @property
     def main(self) -> bool:
-        """True for the process that writes, prints and evaluates."""
+        """True for rank 0, which writes files, prints and evaluates."""
         return self.rank == 0
 
     @contextlib.contextmanager
-    def _exchange(self, what: str) -> Iterator[None]:
-        """Turn errors of torch.distributed into PeerLostError; `what` is the purpose, for the message."""
+    def _exchange(self, purpose: str) -> Iterator[None]:
+        """Convert errors of torch.distributed in the block to PeerLostError.
+
+        Args: purpose: what every rank has to do, a verb phrase for the message.
+        """
         try:
             yield
         except RuntimeError as error:
-            # Only the first line: gloo and NCCL append stack traces.
+            # Only the first line of the message, because gloo and NCCL append stack traces.
             reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
             raise PeerLostError(
-                f"rank {self.rank} of {self.world}: expected every rank to {what} within {self.minutes:g}"
-                f" minutes, got: {reason}. A process of the run died or does not respond. Everything written"
-                " so far is intact. Continue with --resume=RUN."
+                f"rank {self.rank} of {self.world}: not every rank did {purpose} within {self.minutes:g}"
+                f" minutes ({reason}). A process of the run died or does not respond. All files that were"
+                " written before are intact. Continue with --resume=RUN."
             ) from error
 
-    def sum_(self, tensor: torch.Tensor, what: str = "exchange gradients") -> torch.Tensor:
-        """Replace a tensor by its sum over ranks, in place, and return it."""
+    def sum_(self, tensor: torch.Tensor, purpose: str = "exchange gradients") -> torch.Tensor:
+        """Replace a tensor by its sum over ranks, in place, and return it. `purpose` is for error
+        messages.
+        """
         if self.world > 1:
-            moved = tensor.to(self.device)  # NCCL sums tensors on GPUs only
-            with self._exchange(what):
-                dist.all_reduce(moved)
-                if moved is not tensor:
-                    tensor.copy_(moved)
+            tensor_on_device = tensor.to(self.device)  # NCCL sums only tensors on GPUs
+            with self._exchange(purpose):
+                dist.all_reduce(tensor_on_device)
+                # `to` returns the tensor itself if it is on the device already.
+                if tensor_on_device is not tensor:
+                    tensor.copy_(tensor_on_device)
         return tensor
 
     def any(self, *flags: bool) -> list[bool]:
-        """Return for each flag whether it is true on any rank."""
-        counts = self.sum_(torch.tensor([float(f) for f in flags]), "agree to continue")
+        """Return, for each flag, True if it is true on at least one rank."""
+        counts = self.sum_(torch.tensor([float(flag) for flag in flags]), "agree to continue")
         return [count > 0 for count in counts.tolist()]
 
     def broadcast_(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Overwrite tensors by those of rank 0, in place, in one transfer per dtype."""
+        """Overwrite tensors by the tensors of rank 0, in place.
+
+        Every rank must pass tensors of the same shapes and dtypes in the same order.
+        """
         if self.world == 1:
             return
-        # Only tensors of one dtype can be concatenated.
-        kinds: dict[torch.dtype, list[torch.Tensor]] = {}
+        # One transfer for each dtype, because only tensors of the same dtype can be concatenated.
+        tensors_by_dtype: dict[torch.dtype, list[torch.Tensor]] = {}
         for tensor in tensors:
-            kinds.setdefault(tensor.dtype, []).append(tensor)
-        for group in kinds.values():
-            flat = torch.cat([t.detach().reshape(-1).to(self.device) for t in group])
+            tensors_by_dtype.setdefault(tensor.dtype, []).append(tensor)
+        for same_dtype_tensors in tensors_by_dtype.values():
+            concatenated = torch.cat(
+                [tensor.detach().reshape(-1).to(self.device) for tensor in same_dtype_tensors]
+            )
             with self._exchange("receive rank 0's state"):
-                dist.broadcast(flat, src=0)
+                dist.broadcast(concatenated, src=0)
+            received_values = concatenated.split([tensor.numel() for tensor in same_dtype_tensors])
             with torch.no_grad():
-                for tensor, part in zip(group, flat.split([t.numel() for t in group]), strict=True):
-                    tensor.copy_(part.reshape(tensor.shape))
+                for tensor, values in zip(same_dtype_tensors, received_values, strict=True):
+                    tensor.copy_(values.reshape(tensor.shape))
 
     def broadcast(self, value: Any) -> Any:
-        """Return rank 0's JSON-able value, on every rank."""
+        """Return the value of rank 0 on every rank. It must consist of JSON values."""
         return self.gather(value if self.main else None)[0]
 
     def gather(self, value: object) -> list:
-        """Return every rank's JSON-able value, in order of rank, on every rank."""
+        """Return the list of the values of all ranks, in the order of ranks, on every rank.
+
+        Args: value: JSON value of this rank.
+        """
         if self.world == 1:
             return [value]
-        # JSON instead of dist.all_gather_object, which pickles: no code of another process is executed.
+        # JSON is used instead of dist.all_gather_object, which unpickles data and could execute code in it.
         data = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8, device=self.device)
         with self._exchange("exchange messages"):
-            # all_gather needs equal sizes, so the lengths are exchanged first and the messages padded.
+            # all_gather needs tensors of equal size. The lengths are exchanged first, and the messages
+            # are padded.
             sizes = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.world)]
             dist.all_gather(sizes, torch.tensor([len(data)], device=self.device))
-            length = max(int(s) for s in sizes)
-            padded = torch.zeros(length, dtype=torch.uint8, device=self.device)
-            padded[: len(data)] = data
-            parts = [torch.zeros_like(padded) for _ in range(self.world)]
-            dist.all_gather(parts, padded)
+            largest_size = max(int(size) for size in sizes)
+            padded_data = torch.zeros(largest_size, dtype=torch.uint8, device=self.device)
+            padded_data[: len(data)] = data
+            messages = [torch.zeros_like(padded_data) for _ in range(self.world)]
+            dist.all_gather(messages, padded_data)
         return [
-            json.loads(part[: int(size)].cpu().numpy().tobytes())
-            for part, size in zip(parts, sizes, strict=True)
+            json.loads(message[: int(size)].cpu().numpy().tobytes())
+            for message, size in zip(messages, sizes, strict=True)
         ]
 
     def share(self, items: Sequence[Item]) -> Sequence[Item]:
-        """Return this rank's items of a list that ranks work through together: r, r + W, ..."""
+        """Return the items of a list that rank r has to process: items r, r + W, r + 2W, ..."""
         return items[self.rank :: self.world]
 
     def joined(self, results: Sequence) -> list:
-        """Combine JSON-able results of every rank's `share`, in the order of the whole list, on every rank.
+        """Return the results of all items of a list, in its order, on every rank.
 
-        >>> ranks.joined([make(item) for item in ranks.share(items)])  # one per item
+        >>> ranks.joined([make(item) for item in ranks.share(items)])  # one result for each item
+
+        Args: results: results of this rank's `share` of the list, JSON values.
         """
-        parts = self.gather(list(results))
-        results_in_order = [None] * sum(map(len, parts))
-        for rank, part in enumerate(parts):
-            results_in_order[rank :: self.world] = part
+        results_by_rank = self.gather(list(results))
+        results_in_order = [None] * sum(map(len, results_by_rank))
+        for rank, rank_results in enumerate(results_by_rank):
+            results_in_order[rank :: self.world] = rank_results
         return results_in_order
 
     def broadcast_named(self, tensors: Any) -> dict[str, torch.Tensor]:
-        """Return rank 0's tensors by name, on the CPU of every rank. The other ranks pass None."""
+        """Return rank 0's tensors by name, on the CPU of every rank.
+
+        Args: tensors: tensors by name on rank 0; None on all other ranks.
+        """
         if self.world == 1:
             return tensors
-        described = self.broadcast(
-            [[k, list(t.shape), str(t.dtype).removeprefix("torch.")] for k, t in (tensors or {}).items()]
+        # Name, shape and dtype of each tensor, so that the other ranks can allocate memory for them.
+        descriptions = self.broadcast(
+            [
+                [name, list(tensor.shape), str(tensor.dtype).removeprefix("torch.")]
+                for name, tensor in (tensors or {}).items()
+            ]
         )
         if not self.main:
             tensors = {
-                name: torch.empty(shape, dtype=getattr(torch, dtype)) for name, shape, dtype in described
+                name: torch.empty(shape, dtype=getattr(torch, dtype)) for name, shape, dtype in descriptions
             }
-        # One by one: concatenated, a large checkpoint would need its memory twice.
-        for name, _, _ in described:
+        # One tensor at a time, because concatenating a large checkpoint would need its memory twice.
+        for name, _, _ in descriptions:
             self.broadcast_([tensors[name]])
         return tensors
 
     def barrier(self) -> None:
-        """Wait for every rank."""
+        """Wait until every rank has called this method."""
         self.any(False)
 
     @contextlib.contextmanager
     def first_per_machine(self) -> Iterator[None]:
-        """Let one process of each machine run the block first, for instance to fill a cache."""
+        """Run the block on one process of each machine, and then on the others.
+
+        The first process can fill a cache that the others use.
+        """
+        # Every rank calls the barrier exactly once: local rank 0 after the block, all others before it.
         if self.local_rank:
             self.barrier()
         yield
-        # Every rank passes the barrier exactly once: the first
-        # processes after the block, the others before it.
         if not self.local_rank:
             self.barrier()
 
 
-SINGLE = Ranks()  # a run of one process
+SINGLE = Ranks()  # for a run of one process
 
 
 def launch_identity() -> str | None:
-    """Return a text that all attempts of one torchrun launch share; None without torchrun.
+    """Return a text that identifies the launch by torchrun. It does not change if torchrun restarts
+    the processes.
 
-    It is the --rdzv-id if one was given, otherwise the machine and the process of the launcher.
+    The text is torchrun's --rdzv-id if it was given, otherwise the names of the machine and of the
+    launching process.
+
+    Returns: None if the process was not started by torchrun.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return None
-    named = os.environ["TORCHELASTIC_RUN_ID"]
+    rendezvous_id = os.environ["TORCHELASTIC_RUN_ID"]
     # torchrun sets "none" if no --rdzv-id was given.
-    return named if named != "none" else f"{socket.gethostname()}/{os.getppid()}"
+    return rendezvous_id if rendezvous_id != "none" else f"{socket.gethostname()}/{os.getppid()}"
 
 
 @contextlib.contextmanager
 def process_group(device: torch.device, minutes: float) -> Iterator[Ranks]:
-    """Join the other processes that torchrun started; a process that was started alone is a run of one rank.
+    """Join the group of the processes that torchrun started, and yield the position of this process.
 
-    The backend is NCCL on CUDA, with one GPU per process, otherwise gloo. At the end all processes wait for
-    each other. If processes fail together, one of them reports why, and the others exit silently with code 2.
+    A process that was not started by torchrun is a run of one rank. The backend is NCCL on CUDA, with one GPU
+    per process, otherwise gloo. At the end of the block, all processes wait for each other. If several
+    processes fail, one of them reports the reason, and the others exit silently with code 2.
 
     Args:
-        device: 'cuda' or 'cpu'.
-        minutes: how long one exchange may take before the run ends with an error.
-    Raises: ValueError for incomplete environment variables or too few GPUs; PeerLostError.
+        device: device 'cuda' or 'cpu'.
+        minutes: longest time that an exchange may take, minutes. After it, the run ends with an error.
+    Raises: ValueError for incomplete environment variables or too few GPUs; PeerLostError if another process
+        does not join in time.
     """
-    # Without these variables, neither torchrun nor a launcher like it started this process.
+    # torchrun, and launchers that are compatible with it, set these variables.
     if not {"RANK", "WORLD_SIZE"} <= os.environ.keys():
         yield SINGLE
         return
@@ -199,15 +233,15 @@ def process_group(device: torch.device, minutes: float) -> Iterator[Ranks]:
         neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     except (KeyError, ValueError) as error:
         raise ValueError(
-            f"torchrun: expected RANK, WORLD_SIZE and LOCAL_RANK as integers, got {error}. Start with"
-            " torchrun."
+            f"torchrun: the environment variables RANK, WORLD_SIZE and LOCAL_RANK must be integers ({error})."
+            " Start with torchrun."
         ) from None
     if device.type == "cuda":
         if local_rank >= torch.cuda.device_count():
             count = torch.cuda.device_count()
             raise ValueError(
-                f"torchrun: expected a GPU per process, got {count} GPUs and process {local_rank}. Lower"
-                " --nproc-per-node."
+                f"torchrun: each process needs its own GPU, but this machine has {count} GPUs for the process"
+                f" with LOCAL_RANK={local_rank}. Start torchrun with --nproc-per-node={count}."
             )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
@@ -223,72 +257,74 @@ def process_group(device: torch.device, minutes: float) -> Iterator[Ranks]:
     if world == 1:
         yield ranks
         return
-    limit = datetime.timedelta(minutes=minutes)
+    time_limit = datetime.timedelta(minutes=minutes)
     with ranks._exchange("start"):
-        store, _, _ = next(dist.rendezvous("env://", timeout=limit))
-        # torchrun keeps its store over restarts, with the addresses of processes that no longer exist. A
-        # prefix per restart hides them.
+        # A store holds key-value pairs that all processes can access. "env://" takes its address from
+        # environment variables.
+        store, _, _ = next(dist.rendezvous("env://", timeout=time_limit))
+        # After a restart, torchrun's store still contains the addresses of processes that no longer exist.
+        # With another prefix for each restart, they are not found.
         store = dist.PrefixStore(f"eg3d_rlhf/{restarts}", store)
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
             store=store,
             rank=rank,
             world_size=world,
-            timeout=limit,
+            timeout=time_limit,
         )
     with _one_report(store, ranks):
         yield ranks
         if dist.is_initialized():
-            # A process that left early would break an exchange in which the others still wait.
+            # If a process left earlier, the exchanges of the other processes would fail.
             ranks.barrier()
             leave()
 
 
 def leave() -> None:
-    """End the group. Afterwards, each process continues alone."""
+    """End the process group. Afterwards, the processes can no longer communicate."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 @contextlib.contextmanager
 def _one_report(store: dist.Store, ranks: Ranks) -> Iterator[None]:
-    """Let the first process that fails report its error, and end the others silently.
+    """Report only the error of the first process that fails in the block. The other processes exit silently.
 
-    Rank 0 hosts the store. When it fails, it gives the others two seconds to count themselves there.
+    A counter in the store shows which process is the first. Rank 0 hosts the store, so if it fails, it waits
+    up to two seconds until all others have counted themselves.
     """
     try:
         yield
     except Exception as error:
-        # Errors of users have exit code 2, errors of this program have a traceback and 1.
+        # Users' errors have the exit code 2. Bugs have a traceback and the exit code 1.
         is_user_error = isinstance(error, (ValueError, OSError))
         atexit.register(_end, 2 if is_user_error else 1)
         try:
-            # The store counts atomically: exactly one process gets 1.
-            first = store.add("errors", 1) == 1
+            # `add` is atomic, so exactly one process gets 1.
+            is_first = store.add("errors", 1) == 1
             deadline = time.monotonic() + 2
             while ranks.main and store.add("errors", 0) < ranks.world and time.monotonic() < deadline:
                 time.sleep(0.02)
         except RuntimeError:
-            # The store ended with its host, so the count is not available.
-            first = True
-        if first or not is_user_error:
+            # Rank 0 has ended already, and with it the store. This process reports its error, too.
+            is_first = True
+        if is_first or not is_user_error:
             raise
         sys.exit(2)
     except BaseException as error:
-        # SystemExit keeps its exit code; KeyboardInterrupt exits with 1.
-        atexit.register(
-            _end, error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1
-        )
+        # SystemExit has an exit code. KeyboardInterrupt has none and exits with 1.
+        exit_code = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1
+        atexit.register(_end, exit_code)
         raise
     atexit.register(_end, 0)
 
 
 def _end(code: int) -> None:
-    """Exit without the interpreter's own shutdown.
+    """Exit with a code, without the interpreter's own shutdown.
 
-    Threads of gloo may abort there, after everything is done (about one run in five).
+    In about one run of five, threads of gloo abort during the shutdown, after all work is done.
     """
-    # os._exit does not flush.
+    # os._exit does not write buffered output.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

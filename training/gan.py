@@ -1,10 +1,11 @@
-"""Subject of the training loop for GANs: networks, real images, batches, G_ema, augmentation, snapshots.
+"""The GAN that the training loop trains: networks, real images, batches, G_ema, augmentation and snapshots.
 
 G_ema is the exponential moving average of G's weights. Adaptive augmentation (ADA, Karras et al. 2020,
-"Training generative adversarial networks with limited data") adjusts its probability p from the signs of D on
-real images.
+"Training generative adversarial networks with limited data") adjusts the augmentation probability p by the
+signs of D's logits for real images.
 
-Letters: N batch, Z z_dim, K c_dim, C channels, H x W pixels.
+Shapes: N is the number of images in a batch, Z is z_dim, K is c_dim, C is the number of channels, and an
+image has H x W pixels.
 """
 
 import copy
@@ -27,76 +28,89 @@ from training.phases import Layout, derive_seed
 
 
 def check_fit(nets: networks.Networks, config: GanConfig, loop: LoopConfig, world: int = 1) -> None:
-    """Check the settings that depend on the networks and on the number of processes.
+    """Check the settings that have to fit the networks and the number of processes.
 
-    Raises: ValueError naming the flag.
+    Args:
+        nets: networks that are trained.
+        config: settings of adversarial training.
+        loop: settings of the training loop.
+        world: number of processes.
+    Raises: ValueError, which names the flag, for a setting that does not fit.
     """
     batch = loop.batch
-    part = loop.batch_gpu
-    std = nets.D.b4.mbstd
+    batch_gpu = loop.batch_gpu
+    std_layer = nets.D.b4.mbstd
     module = nets.G.superresolution
-    if batch % (world * (part or 1)):
+    if batch % (world * (batch_gpu or 1)):
         raise ValueError(
-            f"--batch: expected a multiple of {world} processes x --batch-gpu={part or 1}, got {batch}."
-            " Change --batch or --batch-gpu."
+            f"--batch: expected a multiple of {world * (batch_gpu or 1)} ({world} processes x"
+            f" --batch-gpu={batch_gpu or 1}), got {batch}. Use such a multiple, or change --batch-gpu."
         )
-    size = part or batch // world  # images per forward pass
-    group = min(std.group_size or size, size) if std is not None else 1
-    if size % group:
-        flag = "--batch-gpu" if part else "--batch"
+    images_per_pass = batch_gpu or batch // world
+    # A group has at most as many images as a forward pass. Without the layer there are no groups.
+    group = min(std_layer.group_size or images_per_pass, images_per_pass) if std_layer is not None else 1
+    if images_per_pass % group:
+        flag = "--batch-gpu" if batch_gpu else "--batch"
         raise ValueError(
-            f"{flag}: expected a multiple of {group}, the group size of D's minibatch-std layer, got"
-            f" {size}. Change {flag} or --mbstd-group."
+            f"{flag}: a forward pass has {images_per_pass} images, but D's minibatch standard deviation needs"
+            f" a multiple of its group size {group}. Change {flag} or --mbstd-group."
         )
-    conditioned = not nets.G.rendering_kwargs["c_gen_conditioning_zero"]
-    if conditioned != config.gen_pose_cond:
-        kind = "is conditioned on the camera" if conditioned else "ignores the camera"
+    is_conditioned = not nets.G.rendering_kwargs["c_gen_conditioning_zero"]
+    if is_conditioned != config.gen_pose_cond:
+        state = "is conditioned on the camera" if is_conditioned else "is not conditioned on the camera"
         raise ValueError(
-            f"--gen-pose-cond: expected {conditioned}, since this generator {kind}, got"
-            f" {config.gen_pose_cond}. Leave the option out."
+            f"--gen-pose-cond: this generator {state}, but the setting is {config.gen_pose_cond}. Start the"
+            " run without this flag."
         )
-    rendered = max(config.nrr_initial, config.nrr_final or 0)
-    if module.only_enlarges and rendered > module.input_resolution:
-        limit = f"at most {module.input_resolution} pixels for {type(module).__name__}"
+    largest_resolution = max(config.nrr_initial, config.nrr_final or 0)
+    if module.only_enlarges and largest_resolution > module.input_resolution:
         raise ValueError(
-            f"--nrr-initial, --nrr-final: expected {limit}, got {rendered}. Lower both to that resolution."
+            f"--nrr-initial, --nrr-final: the super-resolution module {type(module).__name__} accepts"
+            f" renderings of at most {module.input_resolution} pixels, got {largest_resolution}. Set both"
+            f" flags to at most {module.input_resolution}."
         )
 
 
 def save_grid(
     images: np.ndarray | torch.Tensor, value_range: tuple[float, float], columns: int, path: str | Path
 ) -> None:
-    """Write images as one PNG.
+    """Write images as one PNG file with a grid of images.
 
     Args:
-        images: [N, C, H, W], C = 1 or 3.
-        value_range: values that become black and white.
-        columns: images per row.
+        images: images [N, C, H, W], C = 1 or 3.
+        value_range: value that becomes black, and value that becomes white.
+        columns: number of images in a row of the grid.
+        path: path of the file.
     """
-    x = np.asarray(images.detach().cpu() if isinstance(images, torch.Tensor) else images, dtype=np.float32)
+    if isinstance(images, torch.Tensor):
+        images = images.detach().cpu()
+    x = np.asarray(images, dtype=np.float32)
     low, high = value_range
-    # A constant image has high == low; the smallest divisor keeps the result finite.
+    # The bound avoids a division by 0 for a constant image, where high == low.
     x = np.clip(np.rint((x - low) * (255 / max(high - low, 1e-12))), 0, 255).astype(np.uint8)
     n, c, h, w = x.shape
-    rows = -(-n // columns)  # rounded up
-    canvas = np.full([rows * columns, c, h, w], 255, dtype=np.uint8)  # white where the last row has no image
+    rows = -(-n // columns)  # n / columns, rounded up
+    canvas = np.full(
+        [rows * columns, c, h, w], 255, dtype=np.uint8
+    )  # missing images of the last row are white
     canvas[:n] = x
     # Grid of images [rows, columns, C, H, W] to one image [rows * H, columns * W, C].
     canvas = canvas.reshape(rows, columns, c, h, w).transpose(0, 3, 1, 4, 2).reshape(rows * h, columns * w, c)
+    # PIL expects greyscale images without a channel axis.
     PIL.Image.fromarray(canvas[:, :, 0] if c == 1 else canvas).save(path)
 
 
 class Gan:
-    """A generator, its discriminator and their data, as the subject of `training.loop.TrainingLoop`.
+    """A generator, its discriminator and their data, in the form that `training.loop.TrainingLoop` trains.
 
     Args:
-        nets: G, D and G_ema.
-        dataset: real images.
-        config: settings of the adversarial training.
-        loop: batch size and seed.
-        augment_pipe: ADA module with buffer p, or None.
-        ranks: this process among the processes of the run.
-        workers: number of processes that decode images in advance. 0: decode in this process.
+        nets: networks G, D and G_ema.
+        dataset: real images and camera labels.
+        config: settings of adversarial training.
+        loop: settings of the training loop, of which the batch size and the seed are used.
+        augment_pipe: augmentation of D's inputs with a buffer p, or None.
+        ranks: position of this process among the processes of the run.
+        workers: number of processes that decode images in advance; 0: this process decodes.
     """
 
     def __init__(
@@ -120,37 +134,40 @@ class Gan:
         self.workers = workers
         self.device = next(nets.G.parameters()).device
         self.layout = Layout(loop.batch, ranks, loop.batch_gpu)
-        # The module whose forward passes change its buffers (w_avg of the mapping network).
+        # Forward passes of G change a buffer, w_avg of the mapping network. The loop averages the change
+        # over rounds.
         self.moving: torch.nn.Module = nets.G
         self.ada_stats = Collector()
         self.collectors = {"ada_stats": self.ada_stats}
-        # Images [N, C, H, W] in [-1, 1] and labels [N, K] of the next iteration, this rank's rows.
+        # Images [N, C, H, W] in [-1, 1] and labels [N, K] of the next iteration, only the rows of this rank.
         self._fetched: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def modules(self) -> dict[str, torch.nn.Module]:
-        """Return the modules that a checkpoint holds, by name."""
-        pipe = {} if self.augment_pipe is None else {"augment": self.augment_pipe}
-        return {"G": self.nets.G, "D": self.nets.D, "G_ema": self.nets.G_ema, **pipe}
+        """Return the modules whose states a checkpoint contains, by name."""
+        augment_module = {} if self.augment_pipe is None else {"augment": self.augment_pipe}
+        return {"G": self.nets.G, "D": self.nets.D, "G_ema": self.nets.G_ema, **augment_module}
 
     def meta(self) -> dict:
-        """Return what a checkpoint holds besides modules, as JSON."""
+        """Return the state besides modules that a checkpoint contains, as JSON values."""
         return {"neural_rendering_resolution": self.nets.G.neural_rendering_resolution}
 
     def restore(self, meta: dict) -> None:
-        """Restore what `meta` returned."""
+        """Restore the state that `meta` returned."""
         for G in (self.nets.G, self.nets.G_ema):
             G.neural_rendering_resolution = meta["neural_rendering_resolution"]
 
-    # Data.
+    # Methods on data.
 
     def begin(self, cur_nimg: int, folder: Path | None = None) -> None:
-        """Start the stream of real images after the first `cur_nimg` of them.
+        """Start the stream of real images. The loop calls this once, before the first iteration.
 
         Args:
-            folder: run folder, on the rank that writes. There, a new run gets reals.png and fakes_init.png.
+            cur_nimg: number of images that the run has used before it is resumed; 0 for a new run.
+            folder: run folder on rank 0, None on other ranks. A new run gets the files reals.png
+                and fakes_init.png.
         """
-        # The order of real images depends on the seed alone and is continued at cur_nimg, so a resumed run
-        # sees the images that an uninterrupted one would have seen.
+        # The order of real images depends only on the seed and continues at cur_nimg. A resumed run therefore
+        # uses the same images as an uninterrupted run.
         seed = derive_seed(self.loop.seed, "reals") % 2**32
         order = iter(
             InfiniteSampler(self.dataset, self.ranks.rank, self.ranks.world, seed=seed, start_index=cur_nimg)
@@ -159,13 +176,15 @@ class Gan:
         if folder is None:
             return
         columns, rows = self.config.grid
-        # EG3D fixes the latents and labels of the grid for the whole run, so that snapshots can be compared.
+        # As in EG3D, the grid has the same latents and labels in the whole run, so that snapshots can
+        # be compared.
         z = (
             np.random.RandomState(self.loop.seed)
             .randn(columns * rows, self.nets.G_ema.z_dim)
             .astype(np.float32)
         )
-        # Labels of the first images; they repeat where the set has fewer than the grid.
+        # The labels are those of the first images. The modulo repeats them if the set is smaller than
+        # the grid.
         c = np.stack([self.dataset.get_label(i % len(self.dataset)) for i in range(columns * rows)])
         self._grid = torch.from_numpy(z).to(self.device), torch.from_numpy(c).to(self.device)
         if cur_nimg == 0:
@@ -174,16 +193,16 @@ class Gan:
             self._fakes(folder, "_init")
 
     def fetch(self) -> None:
-        """Take images and labels of this rank's rows of the next batch.
+        """Read the images and labels of the next batch, only the rows of this rank.
 
-        Raises: ValueError, OSError if the data cannot be read.
+        Raises: ValueError or OSError if the data cannot be read.
         """
-        images, labels = map(self._moved, next(self._batches))
+        images, labels = map(self._to_device, next(self._batches))
         self._fetched = images.to(torch.float32).div_(127.5).sub_(1), labels  # [0, 255] -> [-1, 1]
 
-    def _moved(self, x: np.ndarray) -> torch.Tensor:
-        """Move an array to the device. CUDA copies from pinned memory without blocking this process."""
-        tensor = torch.from_numpy(x)
+    def _to_device(self, array: np.ndarray) -> torch.Tensor:
+        """Copy an array to the device. CUDA copies from pinned memory without blocking this process."""
+        tensor = torch.from_numpy(array)
         return (
             tensor.pin_memory().to(self.device, non_blocking=True)
             if self.device.type == "cuda"
@@ -195,47 +214,56 @@ class Gan:
         self._batches.close()
 
     def batch_for(self, phase: str, cur_nimg: int) -> Callable[[int], Batch]:
-        """Return a function that takes a round, seeds torch and returns that round's rows of the batch."""
+        """Return a function that returns the inputs of a phase for one round.
+
+        The function has the index of the round as argument. It also seeds torch, so that random numbers in
+        the losses are reproducible.
+
+        Args: phase: name of the phase; cur_nimg: number of images before this iteration.
+        """
         seed = derive_seed(self.loop.seed, cur_nimg, phase)
         layout = self.layout
-        # Cameras of generated images: those of random training images.
-        picks = np.random.RandomState(seed % 2**32).randint(len(self.dataset), size=self.loop.batch)
+        # Generated images are rendered from the cameras of random training images.
+        indices = np.random.RandomState(seed % 2**32).randint(len(self.dataset), size=self.loop.batch)
         # [N, K]
-        c = torch.from_numpy(np.stack([self.dataset.get_label(int(i)) for i in picks])).to(self.device)
-        # Rolled over the whole batch, before it is divided: a
-        # round's swapped cameras may come from another round.
+        c = torch.from_numpy(np.stack([self.dataset.get_label(int(i)) for i in indices])).to(self.device)
+        # Camera of the previous image of the batch. The roll is over the full batch, so the result does not
+        # depend on the division into rounds.
         swap_c = torch.roll(c, 1, 0)
 
-        def rows(turn: int) -> Batch:
-            """Seed torch and return the rows of this rank's round `turn`."""
-            # Every round samples the latents of the whole batch and keeps its rows. The random numbers that
-            # follow in the losses then continue from the same state in every round.
+        def batch_of_round(round_index: int) -> Batch:
+            """Seed torch, and return the rows of one round of this rank."""
+            # Every round samples the latents of the full batch, and uses only its rows. Therefore the random
+            # numbers in the losses begin at the same state of the generator in every round.
             torch.manual_seed(seed)
             z = torch.randn([self.loop.batch, self.nets.G.z_dim], device=self.device)
             assert self._fetched is not None
-            # `_fetched` holds this rank's rows only, so its rounds are strided by the rank's number of
-            # rounds. The other tensors hold the whole batch and are strided over all ranks.
-            real, real_c = (x[turn :: layout.here].contiguous() for x in self._fetched)
-            gen_z, gen_c, other_c = (x[layout.rows(turn)].contiguous() for x in (z, c, swap_c))
-            return Batch(
-                real, real_c, gen_z, gen_c, cur_nimg, other_c, range(layout.batch)[layout.rows(turn)]
-            )
+            # `_fetched` contains only the rows of this rank, so its step is the number of rounds of
+            # this rank. The other tensors contain the full batch, so their step is the number of rounds
+            # of all ranks.
+            real, real_c = (x[round_index :: layout.here].contiguous() for x in self._fetched)
+            rows = layout.rows(round_index)
+            gen_z, gen_c, round_swap_c = (x[rows].contiguous() for x in (z, c, swap_c))
+            return Batch(real, real_c, gen_z, gen_c, cur_nimg, round_swap_c, range(layout.batch)[rows])
 
-        return rows
+        return batch_of_round
 
-    # After an iteration.
+    # Methods that the loop calls after an iteration.
 
     def observe(self, name: str, values: torch.Tensor) -> None:
-        """Receive a statistic of a phase. ADA uses D's signs on real images."""
+        """Record a statistic of a phase. ADA needs the signs of D's logits for real images.
+
+        Args: name: name of the statistic; values: its values for the images of a round.
+        """
         if name == "Loss/signs/real":
             self.ada_stats.report(name, values)
 
     def after_step(self, cur_nimg: int, batch_idx: int) -> None:
-        """Update G_ema and, at its interval, the augmentation probability.
+        """Update G_ema, and every `ada_interval` iterations the augmentation probability p.
 
         Args:
             cur_nimg: number of images before this iteration.
-            batch_idx: number of iterations, this one included.
+            batch_idx: number of iterations, including this one.
         """
         self._update_ema(cur_nimg)
         config = self.config
@@ -245,36 +273,45 @@ class Gan:
         mean = self.ada_stats.mean("Loss/signs/real", self.ranks.sum_)
         self.ada_stats.flush()
         if mean is not None:
-            # p rises while D is more certain of real images than the target, and falls otherwise. A change
-            # from 0 to 1 takes ada_kimg thousand images.
+            # p increases if the mean sign of D's logits for real images exceeds the target, which indicates
+            # overfitting, and decreases otherwise. A change from 0 to 1 needs ada_kimg thousand images.
             step = math.copysign(1, mean - config.target) if mean != config.target else 0.0
             step *= self.loop.batch * config.ada_interval / (config.ada_kimg * 1000)
             pipe.p.copy_((pipe.p + step).clamp_min(0))
 
     @torch.no_grad()
     def _update_ema(self, cur_nimg: int) -> None:
-        """Move G_ema towards G. Parameters are averaged, buffers are copied."""
+        """Update G_ema: parameters are averaged with those of G, buffers are copied from G.
+
+        Args: cur_nimg: number of images before this iteration.
+        """
         config = self.config
         G = self.nets.G
         G_ema = self.nets.G_ema
         half_life = config.ema_kimg * 1000  # images
         if config.ema_rampup is not None:
-            # At the start of a run the average must not be dominated by the random initial weights.
+            # A shorter half-life at the start of a run, so that the random initial weights are
+            # forgotten soon.
             half_life = min(half_life, cur_nimg * config.ema_rampup)
-        # With ema_rampup the half-life is 0 in the first iteration, so beta is 0 and G_ema becomes G.
+        # With ema_rampup, the half-life is 0 in the first iteration. Then beta is 0, and G_ema becomes equal
+        # to G.
         beta = 0.5 ** (self.loop.batch / max(half_life, 1e-8))
         for average, current in zip(G_ema.parameters(), G.parameters(), strict=True):
             average.copy_(current.lerp(average, beta))
         for average, current in zip(G_ema.buffers(), G.buffers(), strict=True):
             average.copy_(current)
-        # Plain attributes, which neither parameters() nor buffers() includes.
+        # These attributes belong to neither parameters() nor buffers().
         G_ema.neural_rendering_resolution = G.neural_rendering_resolution
         G_ema.rendering_kwargs = copy.copy(G.rendering_kwargs)
 
-    # Files.
+    # Methods that write files.
 
     def report(self, stats: dict) -> dict[str, str]:
-        """Add the augmentation probability to a tick's statistics and return fields for the status line."""
+        """Add the augmentation probability to the statistics of a tick.
+
+        Args: stats: statistics by name; this method adds an entry to them.
+        Returns: further fields of the status line, by name.
+        """
         if self.augment_pipe is None:
             return {}
         p = float(self.augment_pipe.p)
@@ -282,7 +319,7 @@ class Gan:
         return {"augment": f"{p:.3f}"}
 
     def snapshot(self, folder: Path, cur_nimg: int) -> None:
-        """Write images of the fixed latents, and the networks."""
+        """Write a grid of images of the fixed latents, and a network file."""
         tag = self.loop.tag(cur_nimg)
         self._fakes(folder, tag)
         self.nets.cur_nimg = cur_nimg
@@ -290,16 +327,21 @@ class Gan:
 
     @torch.no_grad()
     def _fakes(self, folder: Path, tag: str) -> None:
-        """Write fakes<tag>.png, fakes<tag>_raw.png and fakes<tag>_depth.png (near is bright).
+        """Write fakes<tag>.png, fakes<tag>_raw.png and fakes<tag>_depth.png.
 
-        The noise inputs of G are constant, so that snapshots differ by the weights alone.
+        In the depth image, near is bright. The noise inputs of G are constant, so that snapshots differ only
+        by the weights.
         """
-        # Eight at a time, to bound the memory.
-        parts = [
+        grid_z, grid_c = self._grid
+        # Eight images at a time, to bound the memory.
+        outputs = [
             self.nets.G_ema(z=z, c=c, noise_mode="const")
-            for z, c in zip(*(x.split(8) for x in self._grid), strict=True)
+            for z, c in zip(grid_z.split(8), grid_c.split(8), strict=True)
         ]
-        for name, end in (("image", ""), ("image_raw", "_raw"), ("image_depth", "_depth")):
-            x = torch.cat([part[name].cpu() for part in parts])
-            x, span = (x, (-1, 1)) if end != "_depth" else (-x, (float(-x.max()), float(-x.min())))
-            save_grid(x, span, self.config.grid[0], folder / f"fakes{tag}{end}.png")
+        columns, _ = self.config.grid
+        for name, suffix in (("image", ""), ("image_raw", "_raw")):
+            images = torch.cat([output[name].cpu() for output in outputs])
+            save_grid(images, (-1, 1), columns, folder / f"fakes{tag}{suffix}.png")
+        nearness = -torch.cat([output["image_depth"].cpu() for output in outputs])
+        nearness_range = (float(nearness.min()), float(nearness.max()))
+        save_grid(nearness, nearness_range, columns, folder / f"fakes{tag}_depth.png")

@@ -1,12 +1,12 @@
-"""Elementary layers of the StyleGAN2 family: linear and convolution layers with equalised learning rate, and
-the mapping network.
+"""Elementary layers of StyleGAN2: linear and convolution layers with equalised learning rate, and the
+mapping network.
 
 Equalised learning rate (Karras et al. 2018, section 4.1): weights are stored with unit variance and
-multiplied by their initialisation scale 1/sqrt(fan_in) in every forward pass. Adam's step size then has the
-same relative effect in all layers.
+multiplied by their initialisation scale 1/sqrt(fan_in) in every forward pass, where fan_in is the number of
+inputs of a neuron. Adam's step size then has the same relative effect in all layers.
 
-Shapes: N batch, I input features, O output features, C channels, H x W pixels, k kernel size; Z z_dim, K
-c_dim, W w_dim, L num_ws.
+Shapes: N is the number of samples in a batch, I of input features, O of output features, and C of channels.
+An image has H x W pixels, a kernel k x k entries. Z is z_dim, K is c_dim, W is w_dim, L is num_ws.
 """
 
 import math
@@ -18,12 +18,13 @@ from torch_utils.ops import bias_act, conv2d_resample, upfirdn2d
 
 
 def normalize_2nd_moment(x: torch.Tensor, dim: int = 1, eps: float = 1e-8) -> torch.Tensor:
-    """Scale to unit second moment: x / sqrt(mean(x^2) + eps) along `dim`.
+    """Scale a tensor to unit second moment along an axis: x / sqrt(mean(x^2) + eps). Differentiable in x.
 
     Args:
-        x: any shape.
-        eps: keeps a vector of zeros finite.
-    Returns: shape of `x`. Differentiable in x.
+        x: tensor of any shape.
+        dim: axis of the mean.
+        eps: small number that avoids a division by 0.
+    Returns: tensor of the same shape.
     """
     return x * (x.square().mean(dim=dim, keepdim=True) + eps).rsqrt()
 
@@ -31,8 +32,16 @@ def normalize_2nd_moment(x: torch.Tensor, dim: int = 1, eps: float = 1e-8) -> to
 class FullyConnectedLayer(torch.nn.Module):
     """Linear layer with equalised learning rate (Karras et al. 2018, section 4.1).
 
-    y = act(x (W lr / sqrt(I))^T + b lr), with lr = `lr_multiplier`. The entries of W are drawn from N(0,
-    1/lr^2). The bias starts at `bias_init`, which is *not* divided by lr.
+    The output is y = act(x (W lr / sqrt(I))^T + b lr), with the learning rate multiplier lr. The entries of W
+    are drawn from N(0, 1/lr^2). The initial bias is `bias_init`, which is *not* divided by lr.
+
+    Args:
+        in_features: number of input features I.
+        out_features: number of output features O.
+        bias: False: the layer has no bias.
+        activation: name of the activation in `bias_act.activation_funcs`.
+        lr_multiplier: factor lr on the learning rate of the layer.
+        bias_init: initial value of the bias.
     """
 
     def __init__(
@@ -48,30 +57,32 @@ class FullyConnectedLayer(torch.nn.Module):
         self.in_features = in_features
         self.out_features = out_features
         self.activation = activation
-        # Divided by lr here and multiplied by it in the forward pass: the initial function is the same for
-        # every multiplier, only the speed of learning differs.
+        # The weight is divided by lr here and multiplied by lr in the forward pass. The initial function
+        # therefore does not depend on lr; only the effect of an optimiser step does.
         self.weight = torch.nn.Parameter(torch.randn([out_features, in_features]) / lr_multiplier)
         self.bias = torch.nn.Parameter(torch.full([out_features], float(bias_init))) if bias else None
         self.weight_gain = lr_multiplier / math.sqrt(in_features)
         self.bias_gain = lr_multiplier
 
     def effective_weight(self, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """Return the weight as it multiplies the input, [O, I]."""
+        """Return the scaled weight [O, I] that the input is multiplied by, in a dtype."""
         return self.weight.to(dtype or self.weight.dtype) * self.weight_gain
 
     def effective_bias(self, dtype: torch.dtype | None = None) -> torch.Tensor | None:
-        """Return the bias as it is added, [O], or None if the layer has none."""
+        """Return the scaled bias [O] that is added, in a dtype; None if the layer has no bias."""
         if self.bias is None:
             return None
         bias = self.bias.to(dtype or self.bias.dtype)
-        # A multiplication by 1 would still cost an operation in every forward pass.
+        # The multiplication is skipped for a gain of 1, which saves an operation in every forward pass.
         return bias if self.bias_gain == 1 else bias * self.bias_gain
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map x [N, I] to [N, O]."""
+        """Map features x [N, I] to [N, O]. Without activation, x may have further axes: [..., I] to [...,
+        O].
+        """
         weight = self.effective_weight(x.dtype)
         bias = self.effective_bias(x.dtype)
-        # One fused operation where no activation follows.
+        # Without activation, torch has one fused operation.
         if self.activation == "linear":
             return torch.nn.functional.linear(x, weight, bias)
         return bias_act.bias_act(x.matmul(weight.t()), bias, act=self.activation)
@@ -85,11 +96,22 @@ class FullyConnectedLayer(torch.nn.Module):
 class Conv2dLayer(torch.nn.Module):
     """Convolution with equalised learning rate, FIR resampling, bias and activation.
 
-    The order is: convolution (with up- or downsampling by the [1,3,3,1] filter), bias, activation, gain,
-        clamp.
+    The operations are, in this order: convolution with up- or downsampling by the filter [1, 3, 3, 1], bias,
+    activation, gain, clamp.
+
+    Args:
+        in_channels: number of input channels C.
+        out_channels: number of output channels O.
+        kernel_size: size of the kernel k.
+        bias: False: the layer has no bias.
+        activation: name of the activation in `bias_act.activation_funcs`.
+        up: factor of upsampling.
+        down: factor of downsampling.
+        conv_clamp: largest absolute value of the output for gain 1; None: no limit.
+        trainable: False: weight and bias are buffers instead of parameters.
     """
 
-    # Both are buffers instead of parameters where the layer is frozen.
+    # Parameters, or buffers if the layer is frozen.
     weight: torch.Tensor
     bias: torch.Tensor | None
     resample_filter: torch.Tensor
@@ -113,26 +135,30 @@ class Conv2dLayer(torch.nn.Module):
         self.conv_clamp = conv_clamp
         self.padding = kernel_size // 2
         self.weight_gain = 1 / math.sqrt(in_channels * kernel_size**2)  # 1 / sqrt(fan_in)
-        # sqrt(2) for leaky ReLU, which makes up for the variance that the activation removes.
+        # The gain compensates for the reduction of variance by the activation, for example sqrt(2) for
+        # leaky ReLU.
         self.act_gain = bias_act.activation_funcs[activation].def_gain
-        # A buffer even where neither up- nor downsampling takes place: checkpoints of EG3D hold it.
+        # Checkpoints of EG3D contain this buffer also for layers without up- and downsampling.
         self.register_buffer("resample_filter", upfirdn2d.setup_filter([1, 3, 3, 1]))
         weight = torch.randn([out_channels, in_channels, kernel_size, kernel_size])
         for name, value in (("weight", weight), ("bias", torch.zeros([out_channels]) if bias else None)):
             if trainable:
                 self.register_parameter(name, None if value is None else torch.nn.Parameter(value))
             else:
-                # Freeze-D (Mo et al. 2020): the same names as buffers, so
-                # that the state dict does not change.
+                # Freeze-D (Mo et al. 2020). Buffers have the same names in the state dict as parameters.
                 self.register_buffer(name, value)
 
     def forward(self, x: torch.Tensor, gain: float = 1.0) -> torch.Tensor:
-        """Map x [N, C, H, W] to [N, O, H * up / down, W * up / down]."""
-        # Scaled in float32, then converted: in half precision the product would round twice.
+        """Map features x [N, C, H, W] to [N, O, H * up / down, W * up / down].
+
+        Args: x: features; gain: factor on the output.
+        """
+        # Scaled in float32 and then converted, because a product in half precision would be rounded twice.
         weight = (self.weight * self.weight_gain).to(x.dtype)
         bias = self.bias.to(x.dtype) if self.bias is not None else None
-        # Upsampling layers run a true convolution, the others a correlation, as in StyleGAN2.
-        flip = self.up == 1
+        # As in StyleGAN2, upsampling layers compute a convolution with a flipped kernel, other
+        # layers a correlation.
+        is_correlation = self.up == 1
         x = conv2d_resample.conv2d_resample(
             x=x,
             w=weight,
@@ -140,47 +166,63 @@ class Conv2dLayer(torch.nn.Module):
             up=self.up,
             down=self.down,
             padding=self.padding,
-            flip_weight=flip,
+            flip_weight=is_correlation,
         )
-        # The clamp applies after the gain, so it is scaled with it: the clamped quantity stays the same.
+        # The clamp is applied after the gain, so its limit is multiplied by the gain.
         clamp = self.conv_clamp * gain if self.conv_clamp is not None else None
         return bias_act.bias_act(x, bias, act=self.activation, gain=self.act_gain * gain, clamp=clamp)
 
 
 def channels_at(resolution: int, channel_base: int, channel_max: int) -> int:
-    """Return the number of feature maps at a resolution: min(channel_base // resolution, channel_max)."""
+    """Return the number of feature maps of a layer: min(channel_base // resolution, channel_max).
+
+    Args:
+        resolution: pixels per edge of the layer.
+        channel_base: number of feature maps times pixels per edge.
+        channel_max: largest number of feature maps.
+    """
     return min(channel_base // resolution, channel_max)
 
 
 def block_resolutions(resolution: int) -> list[int]:
-    """Return [4, 8, ..., resolution].
+    """Return the resolutions of the blocks of a network: [4, 8, ..., resolution], in pixels per edge.
 
-    Raises: ValueError unless `resolution` is a power of two of at least 4.
+    Raises: ValueError unless `resolution` is a power of two and at least 4.
     """
     log2 = int(np.log2(resolution)) if resolution >= 4 else 0
     if log2 < 2 or 2**log2 != resolution:
         raise ValueError(
-            f"network resolution: expected a power of two >= 4, got {resolution}. Resize the images, or"
-            " change the preset (--cfg)."
+            f"network resolution: expected a power of two >= 4, got {resolution}. Resize the images, or use"
+            " another preset (--cfg)."
         )
     return [2**i for i in range(2, log2 + 1)]
 
 
-def _given(x: torch.Tensor | None) -> torch.Tensor:
-    """Return an input as float32, and check that it was given."""
+def _as_float32(x: torch.Tensor | None) -> torch.Tensor:
+    """Convert an input of the mapping network to float32, and check that it is not None."""
     assert x is not None, "a mapping network with z_dim > 0 or c_dim > 0 takes that input"
     return x.to(torch.float32)
 
 
 class MappingNetwork(torch.nn.Module):
-    """StyleGAN2 mapping network with label embedding.
+    """StyleGAN2 mapping network with an embedding of labels (Karras et al. 2020).
 
-    x = norm(z) and y = norm(embed(c)) are concatenated, then `num_layers` leaky-ReLU layers follow, with a
-    learning rate multiplier of 0.01. norm is `normalize_2nd_moment`.
+    The input of the first of `num_layers` linear layers is the concatenation of norm(z) and norm(embed(c)),
+    where norm is `normalize_2nd_moment` and embed is a linear layer.
 
-    `z_dim = 0` makes a mapping of labels only, as the discriminator has. `num_ws = None` makes a single
-    vector [N, W], without the L axis and without `w_avg`. `last_activation` is the activation of the last
-    layer, if it differs from the others'.
+    Args:
+        z_dim: number of entries of a latent Z; 0: no latent, as in the discriminator.
+        c_dim: number of entries of a label K; 0: no label.
+        w_dim: number of entries of a style vector W.
+        num_ws: number of copies of the style vector L; None: the result is a single vector [N, W], and the
+            network has no `w_avg`.
+        num_layers: number of layers.
+        embed_features: number of entries of an embedded label; None: w_dim.
+        layer_features: number of features between the layers; None: w_dim.
+        activation: activation of the layers.
+        lr_multiplier: factor on the learning rate of the layers.
+        w_avg_beta: decay of the running mean `w_avg` in one update; None: no running mean.
+        last_activation: activation of the last layer; None: the same as of the other layers.
     """
 
     w_avg: torch.Tensor
@@ -207,20 +249,23 @@ class MappingNetwork(torch.nn.Module):
         self.num_layers = num_layers
         self.w_avg_beta = w_avg_beta
         embed_features = 0 if c_dim == 0 else (embed_features or w_dim)
-        hidden = layer_features or w_dim  # width of all layers but the last
+        hidden = layer_features or w_dim  # number of outputs of all layers except the last one
         if num_ws is not None and w_avg_beta is not None:
             self.register_buffer("w_avg", torch.zeros([w_dim]))
         if c_dim > 0:
-            # One linear layer. Unlike the layers below it learns at the full rate.
+            # Unlike the layers below, the embedding has the full learning rate.
             self.embed = FullyConnectedLayer(c_dim, embed_features)
         sizes = [z_dim + embed_features] + [hidden] * (num_layers - 1) + [w_dim]
         for i, (size_in, size_out) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
-            last = last_activation if i == num_layers - 1 and last_activation is not None else activation
-            # Names fc0, fc1, ... are those of the published checkpoints; a ModuleList would give others.
+            is_last = i == num_layers - 1
+            layer_activation = last_activation if is_last and last_activation is not None else activation
+            # The names fc0, fc1, ... are those of published checkpoints. A ModuleList would give other names.
             setattr(
                 self,
                 f"fc{i}",
-                FullyConnectedLayer(size_in, size_out, activation=last, lr_multiplier=lr_multiplier),
+                FullyConnectedLayer(
+                    size_in, size_out, activation=layer_activation, lr_multiplier=lr_multiplier
+                ),
             )
 
     def forward(
@@ -231,34 +276,35 @@ class MappingNetwork(torch.nn.Module):
         truncation_cutoff: int | None = None,
         update_emas: bool = False,
     ) -> torch.Tensor:
-        """Map latents to ws.
+        """Map latents and labels to style vectors. Differentiable in z and c.
 
         Args:
-            z: [N, Z], standard normal (None where z_dim is 0).
-            c: [N, K] label (None where c_dim is 0).
-            truncation_psi: result is w_avg + psi * (w - w_avg). 1: no truncation.
-            truncation_cutoff: truncate ws[:, :cutoff] only. None: truncate all.
-            update_emas: move w_avg towards the mean of the batch by the share 1 - w_avg_beta. Only the
-                generator pass of the discriminator phase does so.
-        Returns: [N, L, W], or [N, W] where num_ws is None. Differentiable in z and c.
+            z: latents [N, Z], standard normal; None if z_dim is 0.
+            c: labels [N, K]; None if c_dim is 0.
+            truncation_psi: factor psi of the truncation w_avg + psi * (w - w_avg); 1: no truncation.
+            truncation_cutoff: number of layers, from the first one, that are truncated; None: all layers.
+            update_emas: True: move w_avg towards the mean w of the batch by the fraction 1 - w_avg_beta. Only
+                the phase Dmain of GAN training does this.
+        Returns: style vectors [N, L, W], or [N, W] if num_ws is None.
         """
-        parts = []
-        # Both parts are normalised on their own, so that neither outweighs the other by its scale.
+        inputs = []
+        # Latent and label are normalised separately, so that neither dominates because of its scale.
         if self.z_dim > 0:
-            parts.append(normalize_2nd_moment(_given(z)))
+            inputs.append(normalize_2nd_moment(_as_float32(z)))
         if self.c_dim > 0:
-            parts.append(normalize_2nd_moment(self.embed(_given(c))))
-        x = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+            inputs.append(normalize_2nd_moment(self.embed(_as_float32(c))))
+        x = torch.cat(inputs, dim=1) if len(inputs) > 1 else inputs[0]
         for i in range(self.num_layers):
             x = getattr(self, f"fc{i}")(x)
-        # In place: w_avg is a buffer that checkpoints hold and that G_ema copies.
+        # w_avg is a buffer, so it is updated in place.
         if update_emas and self.w_avg_beta is not None and self.num_ws is not None:
             self.w_avg.copy_(x.detach().mean(dim=0).lerp(self.w_avg, self.w_avg_beta))
         if self.num_ws is None:
             return x
-        # One copy per layer of the synthesis network, which style mixing and truncation change separately.
+        # One copy for each layer of the synthesis network. Style mixing and truncation can change some
+        # of them.
         ws = x.unsqueeze(1).repeat([1, self.num_ws, 1])  # [N, L, W]
-        # psi = 1 leaves ws unchanged, and skipping it also keeps the bits.
+        # psi = 1 changes nothing but the rounding, so it is skipped.
         if truncation_psi != 1:
             cutoff = self.num_ws if truncation_cutoff is None else truncation_cutoff
             ws = torch.cat([self.w_avg.lerp(ws[:, :cutoff], truncation_psi), ws[:, cutoff:]], dim=1)

@@ -1,4 +1,4 @@
-"""Network files: networks together with their constructor arguments, built, saved and loaded as one file."""
+"""Network files, which contain the networks G, D and G_ema together with their constructor arguments."""
 
 import copy
 import dataclasses
@@ -13,10 +13,10 @@ from training import storage
 from training.discriminator import DualDiscriminator
 from training.triplane import TriPlaneGenerator
 
-EG3D = "eg3d"  # architecture of files that do not name one
-RENDERED = "neural_rendering_resolution"  # key in the header of networks that have this attribute
+EG3D = "eg3d"  # name of EG3D's architecture, and of the architecture of files that name none
+RENDERED = "neural_rendering_resolution"  # key of the rendering resolution in the header of a file
 
-# Classes of G and D, built from G_kwargs and D_kwargs. None: there is no D.
+# Classes of G and D of an architecture. The class of D is None if the architecture has no discriminator.
 Classes = tuple[type[torch.nn.Module], type[torch.nn.Module] | None]
 
 
@@ -27,27 +27,30 @@ def classes_of_eg3d(name: str) -> Classes:
     """
     if name != EG3D:
         raise ValueError(
-            f"network: expected the architecture {EG3D}, got {name!r}. Read the file with"
-            " eg3d_rlhf.generators.load_networks."
+            f"network: expected the architecture {EG3D}, got {name!r}. Read a file of another architecture"
+            " with eg3d_rlhf.generators.load_networks."
         )
     return TriPlaneGenerator, DualDiscriminator
 
 
 @dataclasses.dataclass
 class Networks:
-    """A generator, its moving average and its discriminator, with their constructor arguments."""
+    """A generator, its moving average and its discriminator, with their constructor arguments.
 
-    G: Any  # modules of any family, with attributes of their own; G and D may be None
-    D: Any
-    G_ema: Any
-    G_kwargs: dict
-    D_kwargs: dict | None
-    training_set: dict  # description of the training images: name, resolution
-    cur_nimg: int = 0  # images seen
-    architecture: str = EG3D
+    The modules have the type Any, because each architecture has its own classes.
+    """
+
+    G: Any  # generator, or None if the file contains only G_ema
+    D: Any  # discriminator, or None if there is none
+    G_ema: Any  # generator with the moving average of G's weights
+    G_kwargs: dict  # constructor arguments of G and G_ema
+    D_kwargs: dict | None  # constructor arguments of D; None without D
+    training_set: dict  # description of the training images, such as name and resolution
+    cur_nimg: int = 0  # number of images that were used for training
+    architecture: str = EG3D  # name of the architecture
 
     def to(self, device) -> "Networks":
-        """Move all modules to a device."""
+        """Move all modules to a device, in place, and return the object."""
         for module in (self.G, self.D, self.G_ema):
             if module is not None:
                 module.to(device)
@@ -55,28 +58,36 @@ class Networks:
 
 
 def build(G_kwargs: dict, D_kwargs: dict, training_set: dict) -> Networks:
-    """Build new networks of EG3D's architecture. G_ema starts as a copy of G."""
+    """Build new networks of EG3D's architecture with random weights. G_ema is a copy of G.
+
+    Args:
+        G_kwargs: constructor arguments of G.
+        D_kwargs: constructor arguments of D.
+        training_set: description of the training images.
+    """
     G = TriPlaneGenerator(**G_kwargs)
     D = DualDiscriminator(**D_kwargs)
-    # A copy, not a second construction: that would draw other random weights.
     G_ema = copy.deepcopy(G).eval().requires_grad_(False)
-    # Frozen between phases; each phase of the loop enables the gradients of its own network.
+    # Parameters are frozen between phases. Each phase of the training loop enables the gradients of
+    # its network.
     G = G.train().requires_grad_(False)
     D = D.train().requires_grad_(False)
     return Networks(G, D, G_ema, G_kwargs, D_kwargs, training_set)
 
 
 def save(path: str | Path, networks: Networks, only_ema: bool = False) -> None:
-    """Write a network file: safetensors with a JSON header. `only_ema` leaves G and D out."""
+    """Write a network file, which is a safetensors file with a JSON header.
+
+    Args: path: path of the file; networks: networks to write; only_ema: True: leave out G and D.
+    """
     modules = (
         {"G_ema": networks.G_ema} if only_ema else {"G": networks.G, "D": networks.D, "G_ema": networks.G_ema}
     )
-    tensors = {
-        f"{name}.{k}": v
-        for name, module in modules.items()
-        if module is not None
-        for k, v in module.state_dict().items()
-    }
+    tensors = {}
+    for module_name, module in modules.items():
+        if module is not None:
+            for tensor_name, tensor in module.state_dict().items():
+                tensors[f"{module_name}.{tensor_name}"] = tensor
     meta: dict[str, Any] = {
         "architecture": networks.architecture,
         "G_kwargs": networks.G_kwargs,
@@ -84,7 +95,7 @@ def save(path: str | Path, networks: Networks, only_ema: bool = False) -> None:
         "training_set": networks.training_set,
         "cur_nimg": networks.cur_nimg,
     }
-    # The rendering resolution changes during training. It is part of the state, but not a tensor.
+    # The rendering resolution changes during training, but is not part of the state dict.
     if hasattr(networks.G_ema, RENDERED):
         meta[RENDERED] = networks.G_ema.neural_rendering_resolution
     storage.write_tensors(path, "network", tensors, meta)
@@ -98,59 +109,77 @@ def load(
 ) -> Networks:
     """Read a network file.
 
+    G_ema is in eval mode, G and D are in training mode, and all parameters are frozen.
+
     Args:
-        path: network file.
+        path: path of the network file.
         device: device of the loaded modules.
-        freeze_layers: make the first layers of D, so many of them, buffers under their own names (Freeze-D,
-            Mo et al. 2020). None leaves D as it was when it was saved.
-        classes: function from the name of an architecture to the classes of G and D.
-    Raises: FileNotFoundError; ValueError if the file is truncated, of another kind, or of another
-        architecture.
+        freeze_layers: number of first layers of D that are never trained (Freeze-D, Mo et al. 2020). Their
+            weights are buffers. None: the number in the file.
+        classes: function that returns the classes of G and D for the name of an architecture.
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged or no network file, or its architecture is unknown.
     """
     tensors, meta = storage.read_tensors(path, "network")
     name = meta.get("architecture", EG3D)
-    make_G, make_D = classes(name)
-    # The arguments in the file are changed as well, so that a snapshot of this run builds the same D again.
-    if freeze_layers is not None and any(k.startswith("D.") for k in tensors):
+    G_class, D_class = classes(name)
+    # The arguments themselves are changed, because snapshots of this run contain them.
+    if freeze_layers is not None and any(key.startswith("D.") for key in tensors):
         meta["D_kwargs"]["block_kwargs"] = {
             **meta["D_kwargs"].get("block_kwargs", {}),
             "freeze_layers": freeze_layers,
         }
     modules: dict[str, Any] = {}
-    for part, make, kwargs in (
-        ("G_ema", make_G, meta["G_kwargs"]),
-        ("G", make_G, meta["G_kwargs"]),
-        ("D", make_D, meta["D_kwargs"]),
+    for module_name, module_class, kwargs in (
+        ("G_ema", G_class, meta["G_kwargs"]),
+        ("G", G_class, meta["G_kwargs"]),
+        ("D", D_class, meta["D_kwargs"]),
     ):
-        part_tensors = {k.removeprefix(f"{part}."): v for k, v in tensors.items() if k.startswith(f"{part}.")}
-        # A file that was saved with only_ema holds neither G nor D. G_ema is required.
-        is_stored = bool(part_tensors) or part == "G_ema"
-        modules[part] = module = _make(make, kwargs, f"{path} ({part})") if is_stored else None
-        if module is not None:
-            storage.load_strict(module, part_tensors, f"{path} ({part})")
-            module.train(part != "G_ema").requires_grad_(False)
-            if part != "D" and RENDERED in meta:
-                module.neural_rendering_resolution = meta[RENDERED]
-    facts: dict[str, Any] = {k: meta[k] for k in ("G_kwargs", "D_kwargs", "training_set", "cur_nimg")}
-    return Networks(**modules, **facts, architecture=name).to(device)
+        prefix = f"{module_name}."
+        module_tensors = {
+            key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)
+        }
+        # A file that was saved with only_ema contains neither G nor D. G_ema is required: without its
+        # tensors, `load_strict` raises an error.
+        if not module_tensors and module_name != "G_ema":
+            modules[module_name] = None
+            continue
+        who = f"{path} ({module_name})"
+        module: Any = _make(module_class, kwargs, who)
+        storage.load_strict(module, module_tensors, who)
+        module.train(module_name != "G_ema").requires_grad_(False)
+        if module_name != "D" and RENDERED in meta:
+            module.neural_rendering_resolution = meta[RENDERED]
+        modules[module_name] = module
+    other_fields: dict[str, Any] = {
+        key: meta[key] for key in ("G_kwargs", "D_kwargs", "training_set", "cur_nimg")
+    }
+    return Networks(**modules, **other_fields, architecture=name).to(device)
 
 
 def _make(cls: Any, kwargs: dict, who: str) -> torch.nn.Module:
-    """Build a network from the arguments in a file. Raises: ValueError for unknown or missing arguments."""
+    """Build a network from the constructor arguments in a file.
+
+    Args: cls: class of the network; kwargs: constructor arguments; who: file and network, for the message.
+    Raises: ValueError for unknown or missing arguments.
+    """
     try:
         return cls(**kwargs)
     except (TypeError, KeyError) as error:
-        wanted = f"the constructor arguments of {cls.__name__}"
         raise ValueError(
-            f"{who}: expected {wanted}, got others ({error}). Use a file that this version"
-            " of the package wrote."
+            f"{who}: the file does not contain the constructor arguments of {cls.__name__} ({error}). Use a"
+            " file that this version of the package wrote."
         ) from None
 
 
 def set_mbstd_group(networks: Networks, group: int | None) -> None:
-    """Set the group size of D's minibatch standard deviation layer, which has no weights; None keeps it."""
+    """Set the group size of D's minibatch standard deviation layer. The layer has no weights.
+
+    Args: networks: networks whose D is changed in place; group: number of images in a group; None: no change.
+    """
     if group is not None and networks.D.b4.mbstd is not None:
-        # Both the module and the arguments: a snapshot of this run has to build the same layer.
+        # The constructor arguments are changed, too, because snapshots of this run contain them.
         networks.D.b4.mbstd.group_size = group
         assert networks.D_kwargs is not None
         networks.D_kwargs["epilogue_kwargs"] = {
@@ -160,12 +189,13 @@ def set_mbstd_group(networks: Networks, group: int | None) -> None:
 
 
 def state_hash(module: torch.nn.Module) -> str:
-    """Return a SHA-256 over names, shapes and bytes of a module's state.
+    """Compute the SHA-256 of a module's state dict, in hex.
 
-    Preference labels store this hash to identify the generator whose samples were labelled.
+    It covers the names, shapes, dtypes and bytes of all tensors. Files of preference labels contain this
+    hash, which identifies the generator whose samples were labelled.
     """
     digest = hashlib.sha256()
-    # Sorted: the order in which modules were registered must not change the identity.
+    # Sorted, because the order in which submodules were registered must not change the hash.
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name}{list(tensor.shape)}{tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())

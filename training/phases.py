@@ -1,16 +1,17 @@
-"""Phases, which are the optimisation steps that a training loop repeats, and updates computed in several
-rounds.
+"""Phases, which are optimisation steps that a training loop repeats, and updates that are computed in
+several rounds.
 
-A batch may be processed in K rounds, one after the other on one process or side by side on several. The
-update is the same as that of one pass over the whole batch. Two rules make it so:
+A batch of N samples can be processed in K rounds, one after another on one process or in parallel on several
+processes. The update of the weights is the same as for one pass over the full batch, for two reasons:
 
-1. Round k holds rows k, k + K, k + 2K, ... of the batch. The layer of D that computes minibatch statistics
-   groups the samples i, i + N/G, ... . With this division its groups lie within rounds, if a round holds a
-   multiple of G samples.
-2. Random numbers are drawn for the whole batch, and each round keeps its rows. What a sample receives depends
-   on its place in the batch and on nothing else.
+1. Round k contains the rows k, k + K, k + 2K, ... of the batch. The layer of D that computes minibatch
+   statistics groups the samples i, i + N/G, i + 2N/G, ... with the group size G. If the number of samples in
+   a round is a multiple of G, every group lies within one round.
+2. Random numbers are drawn for the full batch, and each round uses only its rows. The random numbers of a
+   sample therefore depend only on its index in the batch.
 
-Shapes: N batch, Z z_dim, K number of rounds (over all ranks).
+Shapes: N is the number of samples in a batch, K the number of rounds over all ranks, m the number of samples
+in a round.
 """
 
 import contextlib
@@ -30,40 +31,45 @@ from training.distributed import Ranks
 class Loss:
     """One loss term of a phase.
 
-    The loop takes its mean, multiplies it by the phase's gain and runs backward before it asks for the next
-    term.
+    The loop computes the mean over samples, multiplies it by the gain of the phase, and runs the backward
+    pass before it requests the next term.
     """
 
-    value: torch.Tensor  # [N]
-    stats: dict[str, torch.Tensor]  # name in stats.jsonl -> values to average
+    value: torch.Tensor  # loss of each sample [N]
+    stats: dict[str, torch.Tensor]  # name in stats.jsonl -> values, whose mean is reported
 
 
 @dataclasses.dataclass(kw_only=True)
 class Phase:
-    """One optimisation step on one network, every `interval` iterations, with its loss scaled by `gain`."""
+    """One optimisation step on one network, which is repeated every `interval` iterations."""
 
-    name: str  # in the log; its first letter names the optimiser in checkpoints, see own_optimizer
-    module: torch.nn.Module  # the network whose parameters are updated
-    optimizer: torch.optim.Optimizer
-    losses: Callable[[Any], Iterator[Loss]]  # from a batch, as the loop's subject returns it, to loss terms
-    interval: int = 1  # iterations between two steps
-    gain: float = 1.0  # factor of every term; equal to `interval` for lazy regularisation
-    state: torch.nn.Module | None = None  # the phase's own buffers and weights, stored in checkpoints
-    own_optimizer: bool = False  # the optimiser is not the network's; stored under the whole name
+    # Name in the log. Its first letter is the name of the optimiser in checkpoints, see own_optimizer.
+    name: str
+    module: torch.nn.Module  # network whose parameters are updated
+    optimizer: torch.optim.Optimizer  # optimiser of these parameters
+    losses: Callable[[Any], Iterator[Loss]]  # function that yields the loss terms of a batch
+    interval: int = 1  # number of iterations between two steps
+    gain: float = 1.0  # factor on every loss term; equal to `interval` for lazy regularisation
+    state: torch.nn.Module | None = (
+        None  # module whose state belongs to the phase and is stored in checkpoints
+    )
+    # True: the optimiser is not shared with other phases of the network, and has the phase's name
+    # in checkpoints.
+    own_optimizer: bool = False
 
 
-LAST_SHARE = 0.02  # learning rate at the end of a stage, as a share of the one at its start
+LAST_SHARE = 0.02  # learning rate at the end of a cosine schedule, as a fraction of the initial one
 
 
-def cosine(first: float, progress: float) -> float:
+def cosine(initial_rate: float, progress: float) -> float:
     """Return the learning rate of a cosine schedule.
 
     Args:
-        first: learning rate at the start of the stage.
-        progress: completed share of the stage, 0 to 1. From 1 on, the rate stays at `LAST_SHARE` of the
-            first.
+        initial_rate: learning rate at the start.
+        progress: completed fraction of the schedule. From 1 on, the rate is `LAST_SHARE` times the
+            initial rate.
     """
-    return first * (LAST_SHARE + (1 - LAST_SHARE) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
+    return initial_rate * (LAST_SHARE + (1 - LAST_SHARE) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
 
 
 def lazy_adam(
@@ -72,13 +78,16 @@ def lazy_adam(
     interval: int | None = None,
     betas: tuple[float, float] = (0.0, 0.99),
 ) -> torch.optim.Adam:
-    """Return Adam with the correction for lazy regularisation.
+    """Return an Adam optimiser with the correction for lazy regularisation (Karras et al. 2020, appendix B).
 
-    With the regulariser applied every I iterations and r = I / (I + 1), the learning rate is lr * r and the
-    betas are betas**r (Karras et al. 2020, appendix B).
+    If a regulariser is applied every I iterations, the learning rate is lr * r and the betas are betas**r
+    with r = I / (I + 1).
 
     Args:
-        interval: iterations between regularisations, I; None for no correction.
+        module: network whose parameters are optimised.
+        lr: learning rate without the correction.
+        interval: number of iterations I between steps of the regulariser; None: no correction.
+        betas: Adam's decay rates without the correction.
     """
     r = interval / (interval + 1) if interval else 1.0
     return torch.optim.Adam(
@@ -86,11 +95,11 @@ def lazy_adam(
     )
 
 
-def derive_seed(*parts: object) -> int:
-    """Return a 63-bit seed that depends on any printable values."""
-    # Not Python's hash(), which differs between processes. The
-    # shift leaves 63 bits: torch takes signed seeds.
-    digest = hashlib.sha256("/".join(str(p) for p in parts).encode()).digest()
+def derive_seed(*values: object) -> int:
+    """Return a seed of 63 bits that depends on the texts of the values."""
+    # Python's hash() is not used, because it differs between processes.
+    digest = hashlib.sha256("/".join(str(value) for value in values).encode()).digest()
+    # 64 bits, shifted to 63 bits, because seeds of torch are signed.
     return int.from_bytes(digest[:8], "little") >> 1
 
 
@@ -101,10 +110,10 @@ class LossNotFiniteError(ValueError):
     """
 
 
-# Rounds of a batch
+# Division of a batch into rounds.
 
-# These functions draw in ways that RowDraws cannot divide into rows. Inside it, they would silently give each
-# round other numbers than one pass over the whole batch, so calling one is an error.
+# RowDraws does not support these random functions. Inside of it they would give each round other numbers than
+# one pass over the full batch, so calling one of them is an error.
 _FORBIDDEN_DRAWS = {
     torch.normal,
     torch.bernoulli,
@@ -121,18 +130,20 @@ _FORBIDDEN_DRAWS = {
 
 
 class RowDraws(TorchFunctionMode):
-    """Context inside which random functions return rows of what they would draw for the whole batch.
+    """Context in which random functions draw for the full batch and return only the rows of one round.
 
-    This covers rand, randn, rand_like, randn_like, dropout and multinomial. A tensor whose first axis has
-    length q * m, with m = len(rows), holds q values of each sample in turn (for instance of its rays), or,
-    with `blocks`, q blocks of m samples. Scalars ([]) and tensors whose first axis m does not divide are
-    drawn unchanged, and are therefore the same in all rounds. A first axis that is a multiple of m by chance
-    would be misread: draw per sample, or draw scalars.
+    It supports rand, randn, rand_like, randn_like, dropout and multinomial. The first axis of a tensor has
+    the length q * m with m = len(rows): it contains q values of the first sample (for example of its rays),
+    then q values of the second, and so on. With `blocks`, it contains q blocks of one value for each of the m
+    samples. Scalars ([]), and tensors whose first axis is not divisible by m, are drawn unchanged, and are
+    therefore equal in all rounds. Code inside the context must not draw a tensor whose first axis is
+    divisible by m by chance.
 
     Args:
-        rows: indices of the samples of this round, in the batch.
-        total: number of samples in the batch.
-    >>> torch.manual_seed(0), torch.rand([4, 2])[1::2]  # equals the next line
+        rows: indices in the batch of the samples of this round.
+        total: number of samples in the batch N.
+        blocks: True: the first axis contains blocks, see above.
+    >>> torch.manual_seed(0), torch.rand([4, 2])[1::2]  # the same numbers as in the next line
     >>> with RowDraws(range(1, 4, 2), 4): torch.manual_seed(0), torch.rand([2, 2])
     """
 
@@ -143,17 +154,18 @@ class RowDraws(TorchFunctionMode):
         self.blocks = blocks
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        """Replace random functions by draws for the whole batch; call all others unchanged."""
+        """Call a function of torch. Random functions draw for the full batch, all others are
+        called unchanged.
+        """
         kwargs = dict(kwargs or {})
         if func in (torch.rand, torch.randn):
-            # torch accepts rand(2, 3), rand([2, 3]) and rand(size=[2, 3]).
-            size = (
-                kwargs.pop("size")
-                if "size" in kwargs
-                else args[0]
-                if args and not isinstance(args[0], int)
-                else args
-            )
+            # torch accepts rand(size=[2, 3]), rand([2, 3]) and rand(2, 3).
+            if "size" in kwargs:
+                size = kwargs.pop("size")
+            elif args and not isinstance(args[0], int):
+                size = args[0]
+            else:
+                size = args
             full_size = self._full_size(list(size))
             return func(list(size), **kwargs) if full_size is None else self._keep(func(full_size, **kwargs))
         if func in (torch.rand_like, torch.randn_like):
@@ -167,108 +179,120 @@ class RowDraws(TorchFunctionMode):
             return self._dropout(*args, **kwargs)
         if func is torch.multinomial:
             return self._multinomial(*args, **kwargs)
-        assert func not in _FORBIDDEN_DRAWS, f"{func}: inside RowDraws draw with rand or randn"
+        assert func not in _FORBIDDEN_DRAWS, f"{func} is not supported inside RowDraws. Use rand or randn."
         return func(*args, **kwargs)
 
     def _full_size(self, size: list[int]) -> list[int] | None:
-        """Return the size of the draw for the whole batch; None for a size that m does not divide."""
+        """Return the size of a tensor for the full batch, or None if the first axis is not divisible by m."""
         m = len(self.rows)
-        return [size[0] // m * self.total, *size[1:]] if size and size[0] and size[0] % m == 0 else None
+        # Scalars and empty tensors are drawn unchanged, too.
+        is_divisible = bool(size) and size[0] > 0 and size[0] % m == 0
+        return [size[0] // m * self.total, *size[1:]] if is_divisible else None
 
-    def _keep(self, drawn: torch.Tensor) -> torch.Tensor:
-        """Return this round's rows of a draw for the whole batch."""
-        rows = self.rows.to(drawn.device)
-        q = drawn.shape[0] // self.total
+    def _keep(self, full_values: torch.Tensor) -> torch.Tensor:
+        """Return the rows of this round from values for the full batch."""
+        rows = self.rows.to(full_values.device)
+        q = full_values.shape[0] // self.total
         if self.blocks:
-            return drawn.unflatten(0, (q, self.total))[:, rows].flatten(0, 1)  # [q, N, ...] -> [q * m, ...]
-        return drawn.unflatten(0, (self.total, q))[rows].flatten(0, 1)  # [N, q, ...] -> [m * q, ...]
+            # [q, N, ...] -> [q, m, ...] -> [q * m, ...]
+            return full_values.unflatten(0, (q, self.total))[:, rows].flatten(0, 1)
+        # [N, q, ...] -> [m, q, ...] -> [m * q, ...]
+        return full_values.unflatten(0, (self.total, q))[rows].flatten(0, 1)
 
     def _dropout(
         self, x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
     ) -> torch.Tensor:
-        """Apply dropout whose mask is this round's part of a mask for the whole batch."""
+        """Apply dropout with the rows of this round from a mask for the full batch."""
         full_size = self._full_size(list(x.shape)) if training else None
         if full_size is None:
             return torch.nn.functional.dropout(x, p, training, inplace)
-        # Dropout of ones is the mask, already scaled by 1 / (1 - p); the mask is then divided into rows.
+        # Dropout of ones gives the mask, which is scaled by 1 / (1 - p) already.
         return x * self._keep(
             torch.nn.functional.dropout(torch.ones(full_size, dtype=x.dtype, device=x.device), p)
         )
 
     def _multinomial(
-        self, odds: torch.Tensor, count: int, replacement: bool = False, **kwargs
+        self, weights: torch.Tensor, count: int, replacement: bool = False, **kwargs
     ) -> torch.Tensor:
-        """Draw indices for the whole batch and keep this round's."""
-        full_size = self._full_size(list(odds.shape))
-        # The odds of the samples of other rounds are not available here. Equal odds can be expanded to them.
-        assert full_size is not None and bool((odds == odds[:1]).all()), (
-            "inside RowDraws multinomial needs the same odds for every sample"
+        """Draw indices for the full batch, and return those of this round. See torch.multinomial."""
+        full_size = self._full_size(list(weights.shape))
+        # The weights of samples in other rounds are not available here, so all samples must have
+        # equal weights.
+        assert full_size is not None and bool((weights == weights[:1]).all()), (
+            "inside RowDraws, multinomial needs the same weights for every sample"
         )
-        return self._keep(torch.multinomial(odds[:1].expand(full_size), count, replacement, **kwargs))
+        return self._keep(torch.multinomial(weights[:1].expand(full_size), count, replacement, **kwargs))
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Division of a batch over ranks, and of each rank's part into rounds."""
+    """Division of a batch into ranks and rounds."""
 
-    batch: int  # N, samples per iteration over all ranks
-    ranks: Ranks
-    size: int | None = None  # samples per round; None = all that a rank has
+    batch: int  # number of samples in an iteration over all ranks N
+    ranks: Ranks  # position of this process among the processes of the run
+    size: int | None = None  # number of samples in a round m; None: each rank has one round
 
     def __post_init__(self):
         world = self.ranks.world
         size = self.size or max(self.batch // self.ranks.world, 1)
         if self.batch % (world * size):
             raise ValueError(
-                f"--batch: expected a multiple of {world} processes x {size} images per pass (--batch-gpu),"
-                f" got {self.batch}. Change one."
+                f"--batch: expected a multiple of {world * size} ({world} processes x {size} images in a"
+                f" forward pass), got {self.batch}. Use such a multiple, or change --batch-gpu."
             )
 
     @property
     def here(self) -> int:
-        """Number of rounds that each rank runs."""
+        """Number of rounds of each rank."""
         return self.batch // self.ranks.world // (self.size or self.batch // self.ranks.world)
 
     @property
     def total(self) -> int:
-        """Number of rounds over all ranks, K."""
+        """Number of rounds over all ranks K."""
         return self.here * self.ranks.world
 
-    def rows(self, turn: int) -> slice:
-        """Return the rows of the whole batch that belong to this rank's round `turn`."""
-        # Rank r runs rounds r, r + W, ... of all K: with W ranks or with one, the same K rounds exist.
-        return slice(self.ranks.rank + turn * self.ranks.world, None, self.total)
+    def rows(self, round_index: int) -> slice:
+        """Return the rows of the full batch that belong to a round of this rank."""
+        # Rank r has the rounds r, r + W, ... of all K rounds, so the rounds are the same for any number of
+        # ranks W.
+        return slice(self.ranks.rank + round_index * self.ranks.world, None, self.total)
 
-    def draws(self, turn: int):
-        """Return a context that draws the random numbers of those rows. It does nothing if K = 1."""
+    def draws(self, round_index: int):
+        """Return a context in which random functions draw the numbers of a round's rows. It has no effect if
+        K = 1.
+        """
         if self.total == 1:
             return contextlib.nullcontext()
-        return RowDraws(range(self.batch)[self.rows(turn)], self.batch)
+        return RowDraws(range(self.batch)[self.rows(round_index)], self.batch)
 
 
 class MovingAverages:
-    """Buffers that forward passes update by themselves (w_avg), made independent of the number of rounds.
+    """Correction of the running means (buffers w_avg) that forward passes update, for several rounds.
 
-    All rounds start from the same values. At the end the mean of the rounds' changes is added once. Without
-    this, K rounds would move the average K times, each time further.
+    All rounds start with the same values. At the end, the mean change of the rounds is added once. Without
+    this correction, K rounds would update the running mean K times.
+
+    Args: module: network with the buffers; rounds: number of rounds over all ranks K.
     """
 
     def __init__(self, module: torch.nn.Module, rounds: int):
-        # A single round needs nothing of this: without buffers, every method is a loop over nothing.
-        named = module.named_buffers() if rounds > 1 else ()
-        self._buffers = [b for name, b in named if name.endswith("w_avg")]
-        self._start = [b.clone() for b in self._buffers]
-        self.steps = [torch.zeros_like(b) for b in self._buffers]
+        # A single round needs no correction. The list is then empty, and the methods have no effect.
+        named_buffers = module.named_buffers() if rounds > 1 else ()
+        self._buffers = [buffer for name, buffer in named_buffers if name.endswith("w_avg")]
+        self._start = [buffer.clone() for buffer in self._buffers]  # values at the start of each round
+        self.steps = [torch.zeros_like(buffer) for buffer in self._buffers]  # sums of changes divided by K
         self._rounds = rounds
 
     def end_round(self) -> None:
-        """Record how far the round moved the buffers, and move them back."""
+        """Add the changes of the round to `steps`, and reset the buffers."""
         for buffer, start, step in zip(self._buffers, self._start, self.steps, strict=True):
             step += (buffer - start) / self._rounds
             buffer.copy_(start)
 
     def finish(self) -> None:
-        """Add the mean change to the buffers. With several ranks, `steps` must have been summed before."""
+        """Add the mean change to the buffers. With several ranks, `steps` must have been summed over
+        ranks before.
+        """
         for buffer, step in zip(self._buffers, self.steps, strict=True):
             buffer += step
 
@@ -276,41 +300,49 @@ class MovingAverages:
 class GradientSum:
     """Sum of the gradients of several rounds.
 
-    The gradients of a round are complete before they are added to the sum. Floating-point addition depends on
-    order: with this one, two rounds on one rank are bitwise identical to one round on each of two ranks.
+    torch would add the gradients of each loss term directly to the sum. Here the gradients of a round are
+    completed before they are added. With this order of additions, two rounds on one rank are bitwise
+    identical to one round on each of two ranks.
+
+    Args: parameters: parameters of the network; rounds: number of rounds of this rank.
     """
 
     def __init__(self, parameters: Iterable[torch.nn.Parameter], rounds: int):
-        # With one round, the parameters' own .grad already is the sum.
+        # With one round, the attributes `grad` of the parameters are the sums already.
         self._parameters = list(parameters) if rounds > 1 else []
         self._sums: list[torch.Tensor | None] = [None] * len(self._parameters)
 
     def end_round(self) -> None:
-        """Add the gradients of the round that has run backward, and clear them."""
+        """Add the gradients of a round to the sums, and clear them."""
         for i, parameter in enumerate(self._parameters):
             if parameter.grad is not None:
-                total = self._sums[i]
-                # The first round's tensor becomes the sum, which saves a
-                # copy; later rounds are added in place.
-                self._sums[i] = parameter.grad if total is None else total.add_(parameter.grad)
+                gradient_sum = self._sums[i]
+                # The tensor of the first round becomes the sum, without a copy. Later rounds are added to it
+                # in place.
+                self._sums[i] = parameter.grad if gradient_sum is None else gradient_sum.add_(parameter.grad)
                 parameter.grad = None
 
     def finish(self) -> None:
-        """Store the sums as the parameters' gradients."""
-        for parameter, total in zip(self._parameters, self._sums, strict=True):
-            parameter.grad = total
+        """Store the sums in the attributes `grad` of the parameters."""
+        for parameter, gradient_sum in zip(self._parameters, self._sums, strict=True):
+            parameter.grad = gradient_sum
 
 
 def sum_over_ranks(
-    ranks: Ranks, parameters: Iterable[torch.nn.Parameter], others: list[torch.Tensor]
+    ranks: Ranks, parameters: Iterable[torch.nn.Parameter], other_tensors: list[torch.Tensor]
 ) -> None:
-    """Sum all gradients, and `others`, over ranks, in place and in one transfer.
+    """Sum gradients and other tensors over ranks, in place.
 
-    A parameter that has no gradient on this rank must have none on any rank.
+    Args:
+        ranks: position of this process among the processes of the run.
+        parameters: parameters whose gradients are summed. All ranks must have gradients for the
+            same parameters.
+        other_tensors: further tensors.
     """
-    tensors = [p.grad for p in parameters if p.grad is not None] + others
+    tensors = [parameter.grad for parameter in parameters if parameter.grad is not None] + other_tensors
     if ranks.world > 1:
-        # One flat tensor: a transfer per parameter would cost its latency hundreds of times.
-        flat = ranks.sum_(torch.cat([t.reshape(-1).float() for t in tensors]))
-        for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
-            tensor.copy_(part.reshape(tensor.shape))
+        # One transfer of a flat tensor, because the latency of hundreds of small transfers would be long.
+        concatenated = ranks.sum_(torch.cat([tensor.reshape(-1).float() for tensor in tensors]))
+        summed_values = concatenated.split([tensor.numel() for tensor in tensors])
+        for tensor, values in zip(tensors, summed_values, strict=True):
+            tensor.copy_(values.reshape(tensor.shape))

@@ -1,6 +1,6 @@
-"""Files of tensors with a description: safetensors with JSON in the header.
+"""Files with tensors and a description: safetensors files with JSON in the header.
 
-Files are written atomically. Reading one executes nothing from it.
+Files are written atomically. No code from a file is executed.
 """
 
 from __future__ import annotations
@@ -16,55 +16,59 @@ from typing import TYPE_CHECKING, Any
 import safetensors
 
 if TYPE_CHECKING:
-    import torch  # slow to import; readers of descriptions and writers of other files do without it
+    import torch  # slow to import, and not needed for descriptions and other files
 
 HEADER_KEY = "eg3d_rlhf"  # key of the JSON text in the safetensors header
-CHECKSUM_KEY = "sha256"
+CHECKSUM_KEY = "sha256"  # key of the checksum in this JSON text
 _ROOT = Path(__file__).resolve().parents[1]
-_PLACES = (_ROOT / "assets", _ROOT / "eg3d_rlhf" / "assets")  # in a checkout; in an installed wheel
-# Folder of the bundled files.
-ASSETS = next((place for place in _PLACES if (place / "people-basis.safetensors").is_file()), _PLACES[0])
-# Format of the files that this version writes. From 2 on the header states it; format 1 does not, so that
-# equal contents keep their bytes. Files of a later format are rejected.
+# Possible folders of the bundled files: in a checkout of the repository, and in an installed package.
+_FOLDERS = (_ROOT / "assets", _ROOT / "eg3d_rlhf" / "assets")
+# Folder of the bundled files: the first one that contains them.
+ASSETS = next((folder for folder in _FOLDERS if (folder / "people-basis.safetensors").is_file()), _FOLDERS[0])
+# Format of the files that this version writes. The header contains it only from format 2 on, so that the
+# bytes of files of format 1 do not change. Files of a later format are rejected.
 FORMAT = 1
 
 
 def write_atomic(path: str | Path, data: bytes, private: bool = False) -> None:
-    """Write a file so that readers see either the old content or the new one, never a part.
+    """Write a file so that it contains either the old or the new content at any time, never a part of it.
 
-    The bytes go to a temporary file beside `path`, are flushed to the disk, and the file is renamed.
+    The content is written to a temporary file in the same folder, which is then renamed.
 
     Args:
-        path: target; missing folders are created.
-        data: content.
-        private: make the file, and a folder that is created for it, readable by their owner only.
-    Raises: OSError, with the old content intact.
+        path: path of the file; missing folders are created.
+        data: content of the file.
+        private: True: only the owner can read the file, and a folder that is created for it.
+    Raises: OSError if the file cannot be written. The old content is then intact.
     """
     path = Path(path)
-    # Hidden, and with the process id: two processes that write the same file do not disturb each other.
+    # The name contains the process id, so that two processes can write the same file at the same time.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(0o700 if private else 0o777, parents=True, exist_ok=True)
-        # os.open sets the permissions when the file is created. A later chmod would leave a moment in which
-        # others could read a private file.
+        # os.open sets the permissions when it creates the file. With a later chmod, other users could read a
+        # private file for a moment.
         with os.fdopen(
             os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600 if private else 0o666), "wb"
         ) as file:
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())  # before the rename, else a crash could leave an empty file
+            # The bytes must be on the disk before the file is renamed, otherwise a crash could leave an
+            # empty file.
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
         reason = error.strerror or error
         raise OSError(
-            f"{path}: cannot write {len(data)} bytes: {reason}. The old content is intact. Free space, or"
-            " choose another folder."
+            f"{path}: the file ({len(data)} bytes) cannot be written: {reason}. The old content is intact."
+            " Free space, or use another folder."
         ) from error
     finally:
-        # The folder may be deleted or read-only; then nothing more can be done.
+        # After success there is no temporary file. The folder may have been deleted, which is no
+        # further error.
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-    # The rename itself is on the disk once its folder is flushed.
+    # Flushing the folder writes the new name of the file to the disk.
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)
@@ -73,44 +77,55 @@ def write_atomic(path: str | Path, data: bytes, private: bool = False) -> None:
 
 
 def remove_temporaries(folder: Path) -> None:
-    """Delete the temporary files that a process left in `folder` when it was killed inside `write_atomic`."""
+    """Delete temporary files in a folder, which remain if a process is killed inside `write_atomic`."""
     for path in folder.glob(".*.tmp"):
         path.unlink(missing_ok=True)
 
 
 def write_tensors(path: str | Path, kind: str, tensors: dict[str, torch.Tensor], meta: dict) -> None:
-    """Save tensors and a JSON-able description as one file.
+    """Write tensors and their description to one file.
 
     Args:
-        path: target.
-        kind: 'network', 'checkpoint', 'reward', ...; `read_tensors` checks it.
-        tensors: by name.
-        meta: description.
+        path: path of the file.
+        kind: kind of the file, such as 'network', 'checkpoint' or 'reward', which `read_tensors` checks.
+        tensors: tensors by name.
+        meta: description, JSON values by name.
     """
     from safetensors.torch import save
 
-    # Copies: safetensors does not accept tensors that share storage.
-    copies = {name: t.detach().contiguous().clone() for name, t in tensors.items()}
+    # safetensors does not accept tensors that share a storage, so all are copied.
+    copies = {name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}
     content = {"kind": kind, "meta": meta, **({"format": FORMAT} if FORMAT > 1 else {})}
-    described = json.dumps({**content, CHECKSUM_KEY: checksum(copies, content)}, sort_keys=True)
-    write_atomic(path, save(copies, metadata={HEADER_KEY: described}))
+    header_text = json.dumps({**content, CHECKSUM_KEY: checksum(copies, content)}, sort_keys=True)
+    write_atomic(path, save(copies, metadata={HEADER_KEY: header_text}))
 
 
 def checksum(tensors: dict[str, torch.Tensor], content: object) -> str:
-    """Return a SHA-256 over a JSON-able description and the names, shapes, types and bytes of tensors."""
+    """Compute the SHA-256 of a description and of the names, shapes, dtypes and bytes of tensors, in hex.
+
+    Args: tensors: tensors by name; content: description, JSON values.
+    """
     import torch
 
-    as_read = json.loads(json.dumps(content))  # JSON turns keys into text; a reader has this form
-    digest = hashlib.sha256(json.dumps(as_read, sort_keys=True).encode())
+    # Writing and reading JSON converts keys to texts and tuples to lists. The reader computes the checksum of
+    # this form.
+    json_content = json.loads(json.dumps(content))
+    digest = hashlib.sha256(json.dumps(json_content, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         data = tensor.detach().cpu().contiguous()
         digest.update(f"{name}{list(data.shape)}{data.dtype}".encode())
-        digest.update(data.reshape(-1).view(torch.uint8).numpy().data)  # as bytes: numpy has no bfloat16
+        digest.update(
+            data.reshape(-1).view(torch.uint8).numpy().data
+        )  # viewed as bytes, as numpy has no bfloat16
     return digest.hexdigest()
 
 
 def read_meta(path: str | Path, kind: str | None = None) -> dict:
-    """Return the description in a file written by `write_tensors`, without reading its tensors."""
+    """Return the description in a file of `write_tensors`, without reading its tensors.
+
+    Args: path: path of the file; kind: required kind; None: any kind.
+    Raises: FileNotFoundError, ValueError as for `read_tensors`, except for changed bytes of tensors.
+    """
     with _opened(path, kind) as (_, content):
         return content["meta"]
 
@@ -118,65 +133,77 @@ def read_meta(path: str | Path, kind: str | None = None) -> dict:
 def read_tensors(
     path: str | Path, kind: str | None = None, device: str | torch.device = "cpu"
 ) -> tuple[dict[str, torch.Tensor], dict]:
-    """Return tensors and description of a file written by `write_tensors`.
+    """Return the tensors and the description in a file of `write_tensors`.
 
-    A file without a checksum, like the bundled ones, is not compared with one.
+    The checksum is compared if the file contains one. The bundled files contain none.
 
     Args:
-        path: file.
-        kind: required kind; None accepts any.
+        path: path of the file.
+        kind: required kind; None: any kind.
         device: device of the tensors.
-    Raises: FileNotFoundError; ValueError for a truncated file, one whose bytes changed, one that this project
-        did not write, one of another kind, or one that a later version wrote.
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is truncated, its bytes have changed, it is not of this project or of another
+            kind, or a later version wrote it.
     """
     with _opened(path, kind) as (file, content):
         tensors = {name: file.get_tensor(name) for name in file.keys()}
-    expected = content.pop(CHECKSUM_KEY, None)
-    if expected is not None and checksum(tensors, content) != expected:
-        what = f"a {kind or 'tensor'} file with its checksum"
+    stored_checksum = content.pop(CHECKSUM_KEY, None)
+    if stored_checksum is not None and checksum(tensors, content) != stored_checksum:
         raise ValueError(
-            f"{path}: expected {what}, but its bytes have changed since it was written. Restore the file, or"
-            " name another."
+            f"{path}: the content of this {kind or 'tensor'} file differs from its checksum, so it has"
+            " changed since it was written. Restore the file from a copy, or name another file."
         )
     return {name: tensor.to(device) for name, tensor in tensors.items()}, content["meta"]
 
 
 @contextlib.contextmanager
 def _opened(path: str | Path, kind: str | None) -> Iterator[tuple[Any, dict]]:
-    """Open a file and yield it with its description. Errors of safetensors become ours."""
+    """Open a file and yield it with the content of its header.
+
+    Raises: FileNotFoundError, ValueError as for `read_tensors`.
+    """
     path = Path(path)
-    what = f"{path}: expected a {kind or 'tensor'} file"
+    file_kind = f"{kind or 'tensor'} file"
     if not path.is_file():
-        raise FileNotFoundError(f"{what}, but there is no file. Check the path.")
+        raise FileNotFoundError(f"{path}: there is no such file. Pass the path of a {file_kind}.")
     try:
         opened = safetensors.safe_open(str(path), framework="pt", device="cpu")
     except safetensors.SafetensorError as error:
         raise ValueError(
-            f"{what}, got a truncated or foreign one ({error}). Restore it or name another file."
+            f"{path}: expected a {file_kind}, got a truncated file or another format ({error}). Restore the"
+            " file from a copy, or name another file."
         ) from None
     with opened as file:
-        described = (file.metadata() or {}).get(HEADER_KEY)
-        if described is None:
+        header_text = (file.metadata() or {}).get(HEADER_KEY)
+        if header_text is None:
             raise ValueError(
-                f"{what}, got safetensors without this project's header. Name a file that train.py or a tool"
-                " wrote."
+                f"{path}: expected a {file_kind}, got a safetensors file without this project's header. Name"
+                " a file that train.py or a tool of this project wrote."
             )
-        # A damaged header can hold any text or value. All such cases end in the message below.
+        # A damaged header can contain any text or value. It is replaced by an empty dict, which is
+        # rejected below.
         try:
-            content = json.loads(described)
+            content = json.loads(header_text)
         except ValueError:
             content = None
         if not isinstance(content, dict) or not isinstance(content.get("format", 1), int):
             content = {}
         if content.get("format", 1) > FORMAT:
             raise ValueError(
-                f"{what}, got one of format {content['format']}, which a later version wrote. Use that"
-                " version of the package."
+                f"{path}: the file has the format {content['format']}, which a later version of the package"
+                " wrote. Update the package."
             )
         if not {"kind", "meta"} <= content.keys():
-            raise ValueError(f"{what}, got one whose header is damaged. Restore it or name another file.")
+            raise ValueError(
+                f"{path}: the header of the file is damaged. Restore the file from a copy, or name another"
+                f" {file_kind}."
+            )
         if kind is not None and content["kind"] != kind:
-            raise ValueError(f"{what}, got one of kind {content['kind']!r}. Name a {kind} file.")
+            raise ValueError(
+                f"{path}: expected a {file_kind}, got a file of the kind {content['kind']!r}. Name a"
+                f" {file_kind}."
+            )
         yield file, content
 
 
@@ -186,47 +213,60 @@ def check_fit(
     who: str,
     names: tuple[Sequence[str], Sequence[str]] | None = None,
 ) -> None:
-    """Raise ValueError if tensors do not fit a module, listing missing, unexpected and misshapen names.
+    """Raise ValueError if the tensors of a file do not fit a module.
+
+    The message lists names that are missing or unexpected, and names of tensors with another shape.
 
     Args:
         expected: state dict of the module.
-        tensors: tensors from a file.
+        tensors: tensors of the file by name.
         who: file and network, for the message.
-        names: missing and unexpected names, if the module itself has determined them.
+        names: (missing names, unexpected names) as torch has determined them; None: determine them here.
     """
-    odd = [k for k in expected if k in tensors and tensors[k].shape != expected[k].shape]
-    shapes = {k: f"{k} {list(tensors[k].shape)} instead of {list(expected[k].shape)}" for k in odd}
-    missing, unexpected = names or (expected.keys() - tensors.keys(), tensors.keys() - expected.keys())
-    # Names come from a file. They are made safe for a terminal: shortened, with control characters escaped.
-    problems = [
-        f"{title}: {', '.join(n[:120].encode('unicode_escape').decode() for n in listed[:8])}"
-        f"{' ...' if len(listed) > 8 else ''}"
-        for title, listed in (
-            ("missing", sorted(set(missing) - set(shapes))),
-            ("unexpected", sorted(unexpected)),
-            ("misshapen", sorted(shapes.values())),
-        )
-        if listed
-    ]
+    shape_errors = {}
+    for name in expected:
+        if name in tensors and tensors[name].shape != expected[name].shape:
+            shape_errors[name] = f"{name} {list(tensors[name].shape)} instead of {list(expected[name].shape)}"
+    missing_names, unexpected_names = names or (
+        expected.keys() - tensors.keys(),
+        tensors.keys() - expected.keys(),
+    )
+    lists = (
+        # `load_strict` leaves out tensors of another shape, so torch reports them as missing, too.
+        ("missing", sorted(set(missing_names) - set(shape_errors))),
+        ("unexpected", sorted(unexpected_names)),
+        ("misshapen", sorted(shape_errors.values())),
+    )
+    problems = []
+    for title, texts in lists:
+        if texts:
+            # At most eight names are listed. Names come from a file, so they are shortened, and control
+            # characters, which could change the terminal, are escaped.
+            safe_texts = [text[:120].encode("unicode_escape").decode() for text in texts[:8]]
+            problems.append(f"{title}: {', '.join(safe_texts)}{' ...' if len(texts) > 8 else ''}")
     if problems:
         raise ValueError(
-            f"{who}: expected tensors that fit the network, got {'; '.join(problems)}. Use a file of the same"
-            " architecture."
+            f"{who}: the tensors of the file do not fit the network ({'; '.join(problems)}). Use a file of"
+            " the same architecture."
         )
 
 
 def load_strict(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor], who: str) -> None:
-    """Copy tensors into a module by name. The module's load_state_dict may supply some itself.
+    """Copy tensors into a module by name.
 
-    Raises: ValueError like `check_fit`.
+    The load_state_dict of a module may itself supply tensors that are missing in the file.
+
+    Args: module: module that is changed in place; tensors: tensors by name; who: file and network, for the
+        message.
+    Raises: ValueError if the tensors do not fit, see `check_fit`.
     """
     state = module.state_dict()
-    # load_state_dict would raise a RuntimeError of many lines
-    # for wrong shapes; `check_fit` lists them instead.
-    fitting = {
+    # For another shape, load_state_dict raises an error of many lines. Such tensors are left out, and
+    # `check_fit` lists them.
+    tensors_that_fit = {
         name: tensor
         for name, tensor in tensors.items()
         if name not in state or state[name].shape == tensor.shape
     }
-    missing, unexpected = module.load_state_dict(fitting, strict=False)
-    check_fit(state, tensors, who, (missing, unexpected))
+    missing_names, unexpected_names = module.load_state_dict(tensors_that_fit, strict=False)
+    check_fit(state, tensors, who, (missing_names, unexpected_names))

@@ -1,9 +1,11 @@
-"""StyleGAN2 synthesis network ("skip" architecture), the backbone that outputs the tri-planes.
+"""StyleGAN2 synthesis network, which outputs the tri-planes of EG3D.
 
-Karras et al. 2020, "Analyzing and improving the image quality of StyleGAN", section 4.1: each resolution adds
-its ToRGB output to the upsampled sum of those before it.
+The network has the "skip" architecture (Karras et al. 2020, "Analyzing and improving the image quality
+of StyleGAN", section 4.1): each block adds the output of its ToRGB layer to the upsampled image of the
+blocks before.
 
-Shapes: N batch, L num_ws, W w_dim, C/O in/out channels, R resolution, k kernel size.
+Shapes: N is the number of images in a batch, L is num_ws, W is w_dim, C and O are the numbers of input and
+output channels of a layer, I is the number of image channels, R of pixels per edge.
 """
 
 import math
@@ -18,7 +20,17 @@ from training.layers import FullyConnectedLayer, MappingNetwork, block_resolutio
 
 
 class SynthesisLayer(torch.nn.Module):
-    """Modulated 3x3 convolution, noise, bias and leaky ReLU."""
+    """Layer of StyleGAN2: modulated 3 x 3 convolution, noise, bias and leaky ReLU.
+
+    Args:
+        in_channels, out_channels: numbers of channels C and O.
+        w_dim: number of entries of a style vector W.
+        resolution: pixels per edge of the output R.
+        up: factor of upsampling.
+        use_noise: True: the layer has noise inputs.
+        conv_clamp: largest absolute value of the output for gain 1; None: no limit.
+        channels_last: True: store the weight in the memory format channels_last.
+    """
 
     noise_const: torch.Tensor
     resample_filter: torch.Tensor
@@ -41,15 +53,15 @@ class SynthesisLayer(torch.nn.Module):
         self.conv_clamp = conv_clamp
         self.act_gain = bias_act.activation_funcs["lrelu"].def_gain
         self.register_buffer("resample_filter", upfirdn2d.setup_filter([1, 3, 3, 1]))
-        # The affine layer starts at 1: an untrained style does not scale the features.
+        # With a bias of 1, an untrained style does not scale the features.
         self.affine = FullyConnectedLayer(w_dim, in_channels, bias_init=1)
         memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.weight = torch.nn.Parameter(
             torch.randn([out_channels, in_channels, 3, 3]).to(memory_format=memory_format)
         )
         if use_noise:
-            # The strength starts at 0. noise_const is a buffer, so that
-            # renders with "const" are reproducible.
+            # noise_const is a buffer, so that renders with the mode "const" are reproducible. The strength
+            # is learned.
             self.register_buffer("noise_const", torch.randn([resolution, resolution]))
             self.noise_strength = torch.nn.Parameter(torch.zeros([]))
         self.bias = torch.nn.Parameter(torch.zeros([out_channels]))
@@ -62,11 +74,19 @@ class SynthesisLayer(torch.nn.Module):
         fused_modconv: bool = True,
         gain: float = 1.0,
     ) -> torch.Tensor:
-        """Map x [N, C, R/up, R/up] with w [N, W] to [N, O, R, R]."""
+        """Map features x [N, C, R/up, R/up] with style vectors w [N, W] to features [N, O, R, R].
+
+        Args:
+            x: features.
+            w: style vectors.
+            noise_mode: "random", "const" (the stored noise) or "none".
+            fused_modconv: see `modulated_conv2d`.
+            gain: factor on the output.
+        """
         assert noise_mode in ("random", "const", "none")
-        noise = None  # added after the convolution, before the bias
+        noise = None  # it is added after the convolution and before the bias
         if self.use_noise and noise_mode == "random":
-            # One noise image per sample, shared by all channels: [N, 1, R, R].
+            # One noise image for each sample, which all channels share: [N, 1, R, R].
             noise = (
                 torch.randn([x.shape[0], 1, self.resolution, self.resolution], device=x.device)
                 * self.noise_strength
@@ -81,11 +101,12 @@ class SynthesisLayer(torch.nn.Module):
             up=self.up,
             padding=1,
             resample_filter=self.resample_filter,
-            # Upsampling layers run a true convolution, the others a correlation, as in StyleGAN2.
+            # As in StyleGAN2, upsampling layers compute a convolution with a flipped kernel, other layers
+            # a correlation.
             flip_weight=(self.up == 1),
             fused_modconv=fused_modconv,
         )
-        # The clamp applies after the gain, so it is scaled with it.
+        # The clamp is applied after the gain, so its limit is multiplied by the gain.
         clamp = self.conv_clamp * gain if self.conv_clamp is not None else None
         return bias_act.bias_act(
             x, self.bias.to(x.dtype), act="lrelu", gain=self.act_gain * gain, clamp=clamp
@@ -93,7 +114,14 @@ class SynthesisLayer(torch.nn.Module):
 
 
 class ToRGBLayer(torch.nn.Module):
-    """Modulated 1x1 convolution to image (or plane) channels, linear and without demodulation."""
+    """Modulated 1 x 1 convolution to image (or plane) channels, without activation and demodulation.
+
+    Args:
+        in_channels, out_channels: numbers of channels C and O.
+        w_dim: number of entries of a style vector W.
+        conv_clamp: largest absolute value of the output; None: no limit.
+        channels_last: True: store the weight in the memory format channels_last.
+    """
 
     def __init__(
         self,
@@ -105,6 +133,7 @@ class ToRGBLayer(torch.nn.Module):
     ):
         super().__init__()
         self.conv_clamp = conv_clamp
+        # With a bias of 1, an untrained style does not scale the features.
         self.affine = FullyConnectedLayer(w_dim, in_channels, bias_init=1)
         memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.weight = torch.nn.Parameter(
@@ -114,21 +143,34 @@ class ToRGBLayer(torch.nn.Module):
         self.weight_gain = 1 / math.sqrt(in_channels)
 
     def forward(self, x: torch.Tensor, w: torch.Tensor, fused_modconv: bool = True) -> torch.Tensor:
-        """Map x [N, C, R, R] with w [N, W] to [N, O, R, R]."""
-        # The equalised-rate gain of this layer's weight goes into the styles. Other layers do not need one,
-        # since demodulation normalises their weights anyway.
+        """Map features x [N, C, R, R] with style vectors w [N, W] to an image [N, O, R, R]."""
+        # The gain of the equalised learning rate is multiplied into the styles. `SynthesisLayer` needs no
+        # gain, because demodulation normalises its weights.
         styles = self.affine(w) * self.weight_gain
         x = modulated_conv2d(x, self.weight, styles, demodulate=False, fused_modconv=fused_modconv)
         return bias_act.bias_act(x, self.bias.to(x.dtype), clamp=self.conv_clamp)
 
 
 class SynthesisBlock(torch.nn.Module):
-    """One resolution of the skip generator: [conv0 with upsampling,] conv1, and ToRGB added to the image so
-    far.
+    """Block of the synthesis network for one resolution: conv0 (with upsampling), conv1 and ToRGB.
 
-    `upsample=False` gives the variant in the super-resolution modules that keeps the resolution.
+    The first block of a network has no conv0, but a learned constant as input.
 
-    Deviates: the image is not modified in place, so a caller's tensor stays intact. The values are the same.
+    Deviates: the image of the caller is not changed in place. The values are the same as in EG3D.
+
+    Args:
+        in_channels: number of input channels C; 0 for the first block.
+        out_channels: number of output channels O.
+        w_dim: number of entries of a style vector W.
+        resolution: pixels per edge of the output R.
+        img_channels: number of image channels I.
+        is_last: True for the last block of a network.
+        upsample: False: the block does not change the resolution, as in some super-resolution modules.
+        conv_clamp: largest absolute value of features after a convolution; None: no limit.
+        use_fp16: True: compute in half precision on CUDA.
+        fp16_channels_last: True: use the memory format channels_last in half precision.
+        fused_modconv_default: default of the argument fused_modconv of `forward`.
+        use_noise: True: the layers have noise inputs.
     """
 
     resample_filter: torch.Tensor
@@ -158,28 +200,27 @@ class SynthesisBlock(torch.nn.Module):
         self.use_fp16 = use_fp16
         self.channels_last = use_fp16 and fp16_channels_last
         self.fused_modconv_default = fused_modconv_default
-        # The first block starts from a learned constant instead of
-        # conv0. The network counts these to divide ws.
+        # Numbers of layers, by which the network divides ws among its blocks. The first block has no conv0.
         self.num_conv = 1 if in_channels == 0 else 2
         self.num_torgb = 1
         self.register_buffer("resample_filter", upfirdn2d.setup_filter([1, 3, 3, 1]))
-        layer: dict[str, Any] = {
+        layer_kwargs: dict[str, Any] = {
             "w_dim": w_dim,
             "conv_clamp": conv_clamp,
             "channels_last": self.channels_last,
         }
         if in_channels == 0:
-            # Learned input of the 4x4 block, the same for all samples.
+            # Learned input, the same for all samples.
             self.const = torch.nn.Parameter(torch.randn([out_channels, resolution, resolution]))
         else:
             up = 2 if upsample else 1
             self.conv0 = SynthesisLayer(
-                in_channels, out_channels, resolution=resolution, up=up, use_noise=use_noise, **layer
+                in_channels, out_channels, resolution=resolution, up=up, use_noise=use_noise, **layer_kwargs
             )
         self.conv1 = SynthesisLayer(
-            out_channels, out_channels, resolution=resolution, use_noise=use_noise, **layer
+            out_channels, out_channels, resolution=resolution, use_noise=use_noise, **layer_kwargs
         )
-        self.torgb = ToRGBLayer(out_channels, img_channels, **layer)
+        self.torgb = ToRGBLayer(out_channels, img_channels, **layer_kwargs)
 
     def forward(
         self,
@@ -194,28 +235,29 @@ class SynthesisBlock(torch.nn.Module):
         """Run the block.
 
         Args:
-            x: [N, C, R/2, R/2] features, or None in the first block.
-            img: [N, I, R/2, R/2] sum of the ToRGB outputs so far, or None.
-            ws: [N, num_conv + num_torgb, W].
-            force_fp32: ignore `use_fp16`.
-            fused_modconv: see `modulated_conv2d`; None takes the constructor's default.
-            noise_mode: "random", "const" or "none".
-        Returns: (x, img) at resolution R. With upsample=False, the inputs have resolution R as well.
+            x: features [N, C, R/2, R/2], or [N, C, R, R] with upsample=False; None in the first block.
+            img: image of the blocks before, [N, I, R/2, R/2], or [N, I, R, R] with upsample=False; None if
+                there is none.
+            ws: style vectors [N, num_conv + num_torgb, W], one for each layer.
+            force_fp32: True: compute in float32 despite `use_fp16`.
+            fused_modconv: see `modulated_conv2d`. "inference_only" means True in eval mode only; None: the
+                default of the constructor.
+            noise_mode: "random", "const" or "none", see `SynthesisLayer`.
+        Returns: features [N, O, R, R] and image [N, I, R, R].
         """
         w_iter = iter(ws.unbind(dim=1))  # [N, W] each, in the order conv0, conv1, torgb
-        # Half precision is for CUDA only; on a CPU the block runs in float32.
-        half = self.use_fp16 and not force_fp32 and ws.device.type == "cuda"
-        dtype = torch.float16 if half else torch.float32
-        layout = convolution_layout(ws.device, self.resolution, self.conv1.weight.shape[0])
-        memory_format = torch.channels_last if self.channels_last and half else layout
+        is_half_precision = self.use_fp16 and not force_fp32 and ws.device.type == "cuda"
+        dtype = torch.float16 if is_half_precision else torch.float32
+        fastest_layout = convolution_layout(ws.device, self.resolution, self.conv1.weight.shape[0])
+        memory_format = torch.channels_last if self.channels_last and is_half_precision else fastest_layout
         if fused_modconv is None:
             fused_modconv = self.fused_modconv_default
         if fused_modconv == "inference_only":
-            # Training is faster with ordinary convolutions than with
-            # the grouped ones of the fused form, as in EG3D.
+            # As in EG3D: the fused form has grouped convolutions, with which training is slower.
             fused_modconv = not self.training
         kwargs: dict[str, Any] = {"fused_modconv": fused_modconv, "noise_mode": noise_mode}
         if self.in_channels == 0:
+            # The learned constant, expanded to the batch: [O, R, R] -> [N, O, R, R].
             x = (
                 self.const.to(dtype=dtype, memory_format=memory_format)
                 .unsqueeze(0)
@@ -225,23 +267,32 @@ class SynthesisBlock(torch.nn.Module):
             assert x is not None
             x = self.conv0(x.to(dtype=dtype, memory_format=memory_format), next(w_iter), **kwargs)
         x = self.conv1(x, next(w_iter), **kwargs)
-        # The image stays in float32 even where features are in half precision, as in StyleGAN2-ADA.
+        # As in StyleGAN2-ADA, the image remains in float32 also if features are in half precision.
         if img is not None and self.upsample:
-            img = upfirdn2d.upsample2d(img.to(memory_format=layout), self.resample_filter)
-        y = self.torgb(x, next(w_iter), fused_modconv=bool(fused_modconv)).to(dtype=torch.float32)
-        # On a GPU EG3D keeps images contiguous, also with channels-last features.
-        y = y if ws.device.type == "cpu" else y.contiguous()
+            img = upfirdn2d.upsample2d(img.to(memory_format=fastest_layout), self.resample_filter)
+        block_image = self.torgb(x, next(w_iter), fused_modconv=bool(fused_modconv)).to(dtype=torch.float32)
+        # As in EG3D, images on a GPU are contiguous, also if features have the format channels_last.
+        block_image = block_image if ws.device.type == "cpu" else block_image.contiguous()
         if img is None:
-            return x, y
-        # With upsampling, `img` was made above and may be overwritten. Without, it is the caller's tensor.
-        return x, add_to(img, y) if self.upsample else img + y
+            return x, block_image
+        # After upsampling, `img` is a new tensor, which `add_to` may change in place. Otherwise it is the
+        # caller's tensor.
+        return x, add_to(img, block_image) if self.upsample else img + block_image
 
 
 class SynthesisNetwork(torch.nn.Module):
-    """Blocks b4 ... b{img_resolution}.
+    """Synthesis network with one block for each resolution: b4, b8, ..., b{img_resolution}.
 
-    Each block reads num_conv + num_torgb of the ws, from an offset that advances by num_conv only: the w of a
-    block's ToRGB is also that of the next block's first convolution.
+    Each convolution has its own style vector. The ToRGB layer of a block has the same style vector as the
+    first convolution of the next block.
+
+    Args:
+        w_dim: number of entries of a style vector W.
+        img_resolution: pixels per edge of the output, a power of two.
+        img_channels: number of image (or plane) channels I.
+        channel_base, channel_max: a block at R pixels has channel_base / R channels, but at most channel_max.
+        num_fp16_res: number of highest resolutions in half precision on CUDA.
+        block_kwargs: further arguments of `SynthesisBlock`.
     """
 
     def __init__(
@@ -259,14 +310,14 @@ class SynthesisNetwork(torch.nn.Module):
         self.img_resolution = img_resolution
         self.img_channels = img_channels
         self.block_resolutions = block_resolutions(img_resolution)
-        # Lowest resolution in half precision; never below 8.
+        # Lowest resolution in half precision, at least 8.
         fp16_from = max(2 ** (int(math.log2(img_resolution)) + 1 - num_fp16_res), 8)
         self.num_ws = 0
-        previous = 0  # channels of the block before; 0 marks the first block
+        previous_channels = 0  # output channels of the block before; 0 marks the first block
         for res in self.block_resolutions:
             channels = channels_at(res, channel_base, channel_max)
             block = SynthesisBlock(
-                previous,
+                previous_channels,
                 channels,
                 w_dim=w_dim,
                 resolution=res,
@@ -276,31 +327,46 @@ class SynthesisNetwork(torch.nn.Module):
                 **block_kwargs,
             )
             self.num_ws += block.num_conv
-            # Names b4, b8, ... are those of the published checkpoints.
+            # The names b4, b8, ... are those of published checkpoints.
             setattr(self, f"b{res}", block)
-            previous = channels
-        self.num_ws += 1  # ToRGB of the last block; those of the others share a w with the next block
+            previous_channels = channels
+        self.num_ws += 1  # for ToRGB of the last block, which has no next block to share a style vector with
 
     def forward(self, ws: torch.Tensor, **block_kwargs) -> torch.Tensor:
-        """Map ws [N, num_ws, W] to an image or planes [N, img_channels, R, R]."""
+        """Map style vectors ws [N, L, W] to an image or planes [N, I, R, R].
+
+        Args: block_kwargs: further arguments of `SynthesisBlock.forward`.
+        Raises: ValueError for another shape of ws.
+        """
         if list(ws.shape[1:]) != [self.num_ws, self.w_dim]:
             raise ValueError(
                 f"SynthesisNetwork: expected ws of shape [N, {self.num_ws}, {self.w_dim}], got"
-                f" {list(ws.shape)}. Use ws of this generator's mapping network."
+                f" {list(ws.shape)}. Pass the output of this generator's mapping network."
             )
         ws = ws.to(torch.float32)
-        start = 0  # index of the block's first w
+        first_w = 0  # index of the block's first style vector
         x: Any = None
         img: Any = None
         for res in self.block_resolutions:
             block = getattr(self, f"b{res}")
-            x, img = block(x, img, ws.narrow(1, start, block.num_conv + block.num_torgb), **block_kwargs)
-            start += block.num_conv
+            block_ws = ws.narrow(1, first_w, block.num_conv + block.num_torgb)
+            x, img = block(x, img, block_ws, **block_kwargs)
+            # The style vector of ToRGB is also the first one of the next block.
+            first_w += block.num_conv
         return img
 
 
 class Generator(torch.nn.Module):
-    """Backbone: mapping and synthesis under the names that checkpoints use."""
+    """StyleGAN2 generator, which consists of a mapping network and a synthesis network.
+
+    Args:
+        z_dim: number of entries of a latent.
+        c_dim: number of entries of a label.
+        w_dim: number of entries of a style vector W.
+        img_resolution: pixels per edge of the output.
+        img_channels: number of image (or plane) channels.
+        mapping_kwargs, synthesis_kwargs: further arguments of `MappingNetwork` and `SynthesisNetwork`.
+    """
 
     def __init__(
         self,

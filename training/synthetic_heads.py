@@ -1,15 +1,18 @@
-"""Dataset of rendered heads of people: `synthetic:people64` and variants, rendered once into a zip.
+"""Dataset of renders of synthetic heads: `synthetic:people64` and variants, which are rendered once into a
+zip archive.
 
     synthetic:people<R>[@key=value[,key=value ...]]     keys: n, seed, yaw, pitch
 
-The zip is in EG3D's dataset format. Image i of seed s depends on (s, i) and on the options. It depends
-neither on n, nor on the number of processes, nor on the load of the machine. Cameras follow FFHQ: radius 2.7,
-focal length 4.2647 image sizes (18.83 degrees along the diagonal), pivot at the origin, yaw and pitch
-normally distributed about frontal.
+R is the number of pixels per edge, n the number of images, seed the random seed, and yaw and pitch are
+standard deviations in radians. The archive has EG3D's dataset format. Image i depends only on the seed, on i,
+and on the options other than n. The cameras are similar to FFHQ's: radius 2.7, focal length 4.2647 image
+sizes (18.83 degrees along the diagonal), pivot at the origin, and normally distributed yaw and pitch with a
+frontal mean.
 
-The images show intact heads: from the front a damaged scan looks the same.
+The images show intact heads, because a damaged scan looks the same from the front.
 
-Shape letters: n images, R resolution, S shape and A appearance coordinates of a latent.
+Shapes: n is the number of images, R of pixels per edge, S and A are the numbers of shape and appearance
+coordinates of a latent.
 """
 
 import functools
@@ -39,22 +42,24 @@ from training.rendering.cameras import (
     pack_label,
 )
 
-PREFIX = "synthetic:"
-FORMAT_VERSION = 1  # part of the file name; raise it whenever the same options would give other files
+PREFIX = "synthetic:"  # start of the names of these datasets
+FORMAT_VERSION = 1  # part of the file name's hash; it has to be raised if the same options give other files
 
-_GROUP = 32  # images rendered together
-_MAX_PROCESSES = 16
+_GROUP = 32  # number of images that a worker renders in one task
+_MAX_PROCESSES = 16  # largest number of worker processes
 
 
 @dataclass(frozen=True, kw_only=True)
 class PeopleOptions:
-    """Options that identify a set of rendered people. They are part of its file name."""
+    """Options of a set of synthetic heads, which determine its images and its file name."""
 
-    resolution: int = 64  # pixels, multiple of 8, from 8 to 1024
-    n: int = 4000  # images
-    seed: int = 0  # >= 0
-    yaw: float = 0.5  # standard deviation about frontal, radians
-    pitch: float = 0.22  # standard deviation about level, radians of the sampler's pitch parameter
+    resolution: int = 64  # pixels per edge, a multiple of 8 from 8 to 1024
+    n: int = 4000  # number of images, >= 1
+    seed: int = 0  # random seed, >= 0
+    yaw: float = 0.5  # standard deviation of the yaw, radians, in [0, pi]
+    pitch: float = (
+        0.22  # standard deviation of the pitch parameter of `camera_position`, radians, in [0, pi / 2]
+    )
 
     def __post_init__(self):
         if self.resolution % 8 or not 8 <= self.resolution <= 1024:
@@ -64,19 +69,20 @@ class PeopleOptions:
             )
         if self.n < 1 or self.seed < 0:
             raise ValueError(
-                f"synthetic people: n must be >= 1 and seed >= 0, got n={self.n}, seed={self.seed}. Change"
-                " the values in the dataset's name."
+                f"synthetic people: n must be >= 1 and seed >= 0, got n={self.n} and seed={self.seed}. Change"
+                " these values in synthetic:people<R>@n=...,seed=...."
             )
         if not (0 <= self.yaw <= math.pi and 0 <= self.pitch <= math.pi / 2):
             raise ValueError(
-                f"synthetic people: yaw must lie in [0, 3.14], pitch in [0, 1.57] radians, got {self.yaw} and"
-                f" {self.pitch}. Change the values in the dataset's name."
+                "synthetic people: yaw must be in [0, 3.14] and pitch in [0, 1.57] radians, got"
+                f" yaw={self.yaw} and pitch={self.pitch}. Change these values in"
+                " synthetic:people<R>@yaw=...,pitch=...."
             )
 
     def stem(self) -> str:
-        """Return the file name without its extension.
+        """Return the file name of the set without its suffix.
 
-        The hash in it covers every option and the versions of the format and of the basis.
+        It contains a hash of all options and of the versions of the format and of the head basis.
         """
         identity = json.dumps([FORMAT_VERSION, people.VERSION, asdict(self)], sort_keys=True)
         return f"people{self.resolution}-n{self.n}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
@@ -84,60 +90,62 @@ class PeopleOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class HeadsTruth:
-    """Ground truth of each image of a set."""
+    """Ground truth of the images of a set, float32."""
 
-    shape: np.ndarray  # [n, S] float32, coordinates of identity and hair
-    appearance: np.ndarray  # [n, A] float32, coordinates of appearance and scan quality
-    labels: np.ndarray  # [n, 25] float32 camera labels
-    # [n, R, R] float32 distance along the unit ray through the pixel's centre, inf on the background
+    shape: np.ndarray  # coordinates of identity and hair [n, S]
+    appearance: np.ndarray  # coordinates of appearance and scan quality [n, A]
+    labels: np.ndarray  # camera labels [n, 25]
+    # Distance from the camera along the ray through each pixel's centre [n, R, R], world units;
+    # inf: background.
     depth: np.ndarray
 
 
 def parse_name(name: str) -> PeopleOptions:
-    """Return the options in a dataset name such as `synthetic:people64@n=500,seed=3`.
+    """Parse a dataset name such as `synthetic:people64@n=500,seed=3`.
 
-    Raises: ValueError if the name does not follow the grammar or a value is out of range.
+    Raises: ValueError if the name does not have this form, or if a value is out of range.
     """
     match = re.fullmatch(r"synthetic:people(\d+)(?:@(.+))?", name)
     if match is None:
         raise ValueError(
-            f"dataset name: expected 'synthetic:people<R>[@key=value,...]', got {name!r}. Use"
-            " synthetic:people64."
+            f"dataset name: expected 'synthetic:people<R>[@key=value,...]', got {name!r}. Write, for example,"
+            " synthetic:people64@n=500."
         )
-    kinds = {"n": int, "seed": int, "yaw": float, "pitch": float}
+    value_types = {"n": int, "seed": int, "yaw": float, "pitch": float}
     values = {}
-    # Options may be separated by commas or by further @.
-    for item in re.split("[,@]", match[2]) if match[2] else []:
-        key, _, text = item.partition("=")
-        if key not in kinds:
+    # match[2] is the text after the first @, or None. Options may be separated by commas or by further @.
+    for assignment in re.split("[,@]", match[2]) if match[2] else []:
+        key, _, text = assignment.partition("=")
+        if key not in value_types:
             raise ValueError(
-                f"dataset name: expected one of the keys {', '.join(kinds)} in {name!r}, got {key!r}. Write"
-                " key=value with one of them."
+                f"dataset name: {key!r} in {name!r} is no option. Use key=value with one of the keys"
+                f" {', '.join(value_types)}."
             )
         try:
-            values[key] = kinds[key](text)
+            values[key] = value_types[key](text)
         except ValueError as error:
             raise ValueError(
-                f"dataset name: expected {key}=<{kinds[key].__name__}> in {name!r}, got {text!r}. Correct the"
-                " value."
+                f"dataset name: the value of {key} in {name!r} must be of the type"
+                f" {value_types[key].__name__}, got {text!r}. Write a number after {key}=."
             ) from error
     return PeopleOptions(resolution=int(match[1]), **values)
 
 
 def head_parameters(options: PeopleOptions, indices: range) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return shape [n, S], appearance [n, A] and camera labels [n, 25] of the images `indices`, as float32.
+    """Return the latents and cameras of some images, float32, without rendering them.
 
-    Nothing is rendered. Shape and appearance of an image are the coordinates of a latent of unit root mean
-    square.
+    Args: options: options of the set; indices: indices of n images.
+    Returns: shape [n, S] and appearance [n, A], which together are latents of unit root mean square, and
+        camera labels [n, 25].
     """
     latents = []
     angles = []
     for i in indices:
-        # A generator per image: its values depend on (seed, i) only, so groups can be rendered in any order.
+        # Each image has its own random generator, so that images can be rendered in any order.
         rng = np.random.default_rng([options.seed, i])
         latents.append(people.scaled(rng.standard_normal((1, people.LATENT)))[0].astype(np.float32))
         angles.append(math.pi / 2 + rng.standard_normal(2) * [options.yaw, options.pitch])
-    # float64 until the label is complete, then rounded once.
+    # The poses are computed in float64 and rounded once.
     yaws, pitches = torch.from_numpy(np.array(angles)).split(1, dim=1)  # [n, 1] float64
     poses = look_at(camera_position(yaws, pitches, FFHQ_RADIUS), torch.zeros(3, dtype=torch.float64)).float()
     shape, appearance = np.split(np.stack(latents), [people.SHAPE], axis=1)
@@ -145,86 +153,94 @@ def head_parameters(options: PeopleOptions, indices: range) -> tuple[np.ndarray,
 
 
 def _render_group(options: PeopleOptions, group: int) -> tuple[list[bytes], np.ndarray]:
-    """Return PNG bytes and depth offsets [32, R, R] of one group of images.
+    """Render a group of images, in a worker process.
 
-    An offset is the depth less the camera's radius, which float16 stores with a smaller error than the depth.
+    Args: options: options of the set; group: index of the group of `_GROUP` images. The last group may be
+        smaller.
+    Returns: PNG bytes of each image, and depth offsets [images, R, R] as float16. An offset is the depth
+        minus the camera's radius, which float16 stores with a smaller error than the depth.
     """
     shape, appearance, labels = head_parameters(
         options, range(group * _GROUP, min((group + 1) * _GROUP, options.n))
     )
     heads = people.named_people(np.concatenate([shape, appearance], axis=1))
     poses = labels[:, :16].reshape(-1, 4, 4)
-    rendered = [
+    renders = [
         people.picture(head, pose, FFHQ_FOCAL, options.resolution)
         for head, pose in zip(heads, poses, strict=True)
     ]
-    images, depths = (np.stack(column) for column in zip(*rendered, strict=True))
-    pixels = np.round(images * 255).astype(np.uint8)  # [32, R, R, 3]
-    return [png(PIL.Image.fromarray(p)) for p in pixels], (depths - FFHQ_RADIUS).astype(np.float16)
+    images = np.stack([image for image, _ in renders])  # [images, R, R, 3] in 0..1
+    depths = np.stack([depth for _, depth in renders])  # [images, R, R]
+    pixels = np.round(images * 255).astype(np.uint8)
+    encoded_images = [png(PIL.Image.fromarray(image_pixels)) for image_pixels in pixels]
+    return encoded_images, (depths - FFHQ_RADIUS).astype(np.float16)
 
 
 def write_heads(
     options: PeopleOptions, path: Path, processes: int | None = None, progress: bool = True
 ) -> None:
-    """Render a set into `path` (zip, EG3D's format) and its ground truth into `path` with suffix .npz.
+    """Render a set into a zip archive, and write its ground truth to a file with the suffix .npz.
 
-    Both are written under temporary names and renamed when complete, the zip last. A zip that exists is
-    therefore complete.
+    Both files are written under temporary names, and renamed when they are complete, the archive last. An
+    existing archive is therefore complete.
 
     Args:
-        options: identity of the set.
-        path: target, ends in .zip.
-        processes: number of worker processes; None: one per available core. The bytes do not depend on it.
-        progress: show a progress bar with the remaining time.
+        options: options of the set.
+        path: path of the archive, which ends in .zip.
+        processes: number of worker processes; None: one for each available core. The files do not depend
+            on it.
+        progress: True: show a progress bar.
     """
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    count = math.ceil(options.n / _GROUP)  # the last group may be smaller
-    processes = min(processes or available, _MAX_PROCESSES)
-    killed = "synthetic heads: a worker process was killed. Free memory and start again."
-    groups = in_order(functools.partial(_render_group, options), range(count), processes, killed)
+    core_count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    group_count = math.ceil(options.n / _GROUP)
+    processes = min(processes or core_count, _MAX_PROCESSES)
+    death_message = "synthetic heads: a worker process was killed. Free memory, and start the command again."
+    groups = in_order(functools.partial(_render_group, options), range(group_count), processes, death_message)
     shape, appearance, labels = head_parameters(options, range(options.n))
     names = [f"{i // 1000:05d}/img{i:08d}.png" for i in range(options.n)]
     depth = np.empty((options.n, options.resolution, options.resolution), np.float16)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Hidden, with the process id: two processes that render the same set do not disturb each other.
-    parts = {suffix: path.with_name(f".{path.stem}.{os.getpid()}{suffix}") for suffix in (".zip", ".npz")}
+    # The names contain the process id, so that two processes can render the same set at the same time.
+    temporary_paths = {
+        suffix: path.with_name(f".{path.stem}.{os.getpid()}{suffix}") for suffix in (".zip", ".npz")
+    }
     try:
         with (
-            zipfile.ZipFile(parts[".zip"], "w", zipfile.ZIP_STORED) as archive,
+            zipfile.ZipFile(temporary_paths[".zip"], "w", zipfile.ZIP_STORED) as archive,
             tqdm(total=options.n, desc=f"rendering {path.name}", unit="head", disable=not progress) as bar,
         ):
             for group, (images, offsets) in enumerate(groups):
-                places = slice(group * _GROUP, group * _GROUP + len(images))
-                depth[places] = offsets
-                for name, image in zip(names[places], images, strict=True):
-                    # A constant date: the same options give the same bytes.
+                group_rows = slice(group * _GROUP, group * _GROUP + len(images))
+                depth[group_rows] = offsets
+                for name, image in zip(names[group_rows], images, strict=True):
+                    # With a constant date, the same options give the same bytes.
                     archive.writestr(zipfile.ZipInfo(name, ZIP_DATE), image)
                 bar.update(len(images))
             rows = [[name, label.tolist()] for name, label in zip(names, labels, strict=True)]
             archive.writestr(zipfile.ZipInfo("dataset.json", ZIP_DATE), json.dumps({"labels": rows}))
-        np.savez(parts[".npz"], shape=shape, appearance=appearance, labels=labels, depth_offset=depth)
-        # The order matters: `resolve_dataset` takes an existing zip as complete.
-        os.replace(parts[".npz"], path.with_suffix(".npz"))
-        os.replace(parts[".zip"], path)
+        np.savez(
+            temporary_paths[".npz"], shape=shape, appearance=appearance, labels=labels, depth_offset=depth
+        )
+        # The archive is renamed last, because an existing archive has to be complete, with its ground truth.
+        os.replace(temporary_paths[".npz"], path.with_suffix(".npz"))
+        os.replace(temporary_paths[".zip"], path)
     finally:
-        for part in parts.values():
-            part.unlink(missing_ok=True)
+        for temporary_path in temporary_paths.values():
+            temporary_path.unlink(missing_ok=True)
 
 
 def resolve_dataset(
     name: str | Path, cache_dir: Path | None = None, processes: int | None = None, progress: bool = True
 ) -> Path:
-    """Return the path of a dataset.
-
-    A folder or zip is returned as it is. A `synthetic:` name gives the cached zip, which is rendered first if
-    it does not exist.
+    """Return the path of a dataset. A synthetic set is rendered if it is not in the cache.
 
     Args:
-        name: path or dataset name.
-        cache_dir: folder; None: $EG3D_RLHF_CACHE, or ~/.cache/eg3d-rlhf.
-        processes, progress: see `write_heads`.
-    Raises: ValueError if a synthetic name does not follow the grammar; OSError if the cache cannot be
-        written.
+        name: name `synthetic:...` of a synthetic set, or the path of another set, which is
+            returned unchanged.
+        cache_dir: folder of rendered sets; None: $EG3D_RLHF_CACHE, or ~/.cache/eg3d-rlhf if it is not set.
+        processes: number of worker processes, see `write_heads`.
+        progress: True: show a progress bar.
+    Raises: ValueError for an invalid synthetic name; OSError if the cache cannot be written.
     """
     if not str(name).startswith(PREFIX):
         return Path(name)
@@ -233,28 +249,29 @@ def resolve_dataset(
         Path(cache_dir or os.environ.get("EG3D_RLHF_CACHE") or Path.home() / ".cache" / "eg3d-rlhf")
         / f"{options.stem()}.zip"
     )
-    # A user may have deleted one of the two files; both are then rendered again.
+    # If one of the two files is missing, both are written again.
     if not (path.exists() and path.with_suffix(".npz").exists()):
         try:
             write_heads(options, path, processes, progress)
         except OSError as error:
-            remedy = "Make room, or set EG3D_RLHF_CACHE to another folder."
             raise OSError(
-                f"{path}: expected to write the rendered images, got: {error.strerror or error}. {remedy}"
+                f"{path}: the rendered images cannot be written: {error.strerror or error}. Free space, or"
+                " set the environment variable EG3D_RLHF_CACHE to another folder."
             ) from error
     return path
 
 
 def load_truth(path: Path) -> HeadsTruth:
-    """Read parameters, labels and depth of a set, given the path that `resolve_dataset` returned.
+    """Read the ground truth of a synthetic set.
 
-    Raises: ValueError if there is no .npz beside the zip.
+    Args: path: path of the archive, as `resolve_dataset` returns it.
+    Raises: ValueError if there is no .npz file in the same folder.
     """
     source = Path(path).with_suffix(".npz")
     if not source.exists():
         raise ValueError(
-            f"load_truth: expected {source} beside the dataset, got none. Only synthetic sets have this file."
-            " Delete the zip to render the set again."
+            f"load_truth: the file {source} is missing. Only synthetic sets have such a file. Delete the"
+            " archive to render the set again."
         )
     with np.load(source) as data:
         depth = data["depth_offset"].astype(np.float32) + FFHQ_RADIUS  # see `_render_group`

@@ -1,11 +1,12 @@
 """Tri-plane generator of EG3D (Chan et al. 2022): backbone, renderer, decoder and super-resolution.
 
 The backbone, a StyleGAN2 generator, outputs three feature planes. A point in space is projected onto each of
-them; the decoder turns the mean of the three features into raw density and colour. Rays are rendered from
-these, and the super-resolution module enlarges the result.
+them. The decoder maps the mean of the three features to raw density and colour. The renderer accumulates
+these along rays, and the super-resolution module enlarges the rendered image.
 
-Shapes: N batch, Z z_dim, K c_dim (25), W w_dim, L num_ws, C plane channels, P points, D decoder features, r
-rendered and R final resolution.
+Shapes: N is the number of images in a batch, Z is z_dim, K is c_dim (25), W is w_dim, L is num_ws, C is the
+number of plane channels, P of points, and D of decoder features. A plane has H x W texels; r and R are the
+numbers of rendered and of final pixels per edge.
 """
 
 import typing
@@ -21,11 +22,17 @@ from training.synthesis import Generator
 
 
 class OSGDecoder(torch.nn.Module):
-    """Two-layer perceptron from plane features, averaged over planes, to raw density and colour features."""
+    """Two-layer perceptron that maps plane features to raw density and colour features.
+
+    Args:
+        n_features: number of input features C.
+        options: decoder_lr_mul (factor on the learning rate), decoder_hidden_dim (number of hidden units, 64
+            if missing) and decoder_output_dim (number of colour features D).
+    """
 
     def __init__(self, n_features: int, options: dict):
         super().__init__()
-        lr_mul = options["decoder_lr_mul"]  # below 1: the decoder learns more slowly than the planes
+        lr_mul = options["decoder_lr_mul"]
         self.hidden_dim = options.get("decoder_hidden_dim", 64)
         self.net = torch.nn.Sequential(
             FullyConnectedLayer(n_features, self.hidden_dim, lr_multiplier=lr_mul),
@@ -36,33 +43,40 @@ class OSGDecoder(torch.nn.Module):
     def forward(
         self, sampled_features: torch.Tensor, ray_directions: torch.Tensor | None = None
     ) -> dict[str, torch.Tensor]:
-        """Decode sampled_features [N, 3, P, C] to {'rgb': [N, P, D], 'sigma': [N, P, 1] raw}."""
-        del ray_directions  # part of EG3D's signature; there is no view dependence
+        """Decode plane features.
+
+        Args:
+            sampled_features: features of the three planes at points, [N, 3, P, C].
+            ray_directions: argument of EG3D's signature without effect.
+        Returns: {'rgb': [N, P, D], 'sigma': [N, P, 1]}, where sigma is raw and rgb is in -0.001..1.001.
+        """
+        del ray_directions
         return self.decode(sampled_features.mean(dim=1))
 
     def decode(self, features: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Decode features [N, P, C] that are averaged over planes already; returns the same as `forward`."""
+        """Decode features [N, P, C] that are averaged over planes. The result is the same as of `forward`."""
         x = self.net(features)
-        # The sigmoid is stretched to [-0.001, 1.001], as in MipNeRF, so that 0 and 1 can be reached exactly.
+        # As in MipNeRF, the sigmoid is stretched to [-0.001, 1.001], so that 0 and 1 can be reached exactly.
         return {"rgb": torch.sigmoid(x[..., 1:]) * (1 + 2 * 0.001) - 0.001, "sigma": x[..., :1]}
 
     def weights(self, dtype: torch.dtype | None = None) -> DecoderWeights:
-        """Return the effective weights of both layers. Differentiable.
+        """Return the scaled weights of both layers, for `triplane_decode`. Differentiable in the parameters.
 
+        Args: dtype: dtype of the weights; None: their own.
         Returns: w0 [hidden, C], b0 [hidden], w1 [1 + D, hidden], b1 [1 + D].
         """
-        # net[1] is the softplus. The compiled decoder takes weights, not modules.
-        first: typing.Any = self.net[0]
-        last: typing.Any = self.net[2]
+        # net[1] is the softplus, which has no weights.
+        first_layer: typing.Any = self.net[0]
+        last_layer: typing.Any = self.net[2]
         return DecoderWeights(
-            first.effective_weight(dtype),
-            first.effective_bias(dtype),
-            last.effective_weight(dtype),
-            last.effective_bias(dtype),
+            first_layer.effective_weight(dtype),
+            first_layer.effective_bias(dtype),
+            last_layer.effective_weight(dtype),
+            last_layer.effective_bias(dtype),
         )
 
     def sigma_weights(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return the effective weights that the density depends on. Differentiable.
+        """Return the scaled weights that the density depends on. Differentiable in the parameters.
 
         Returns: w0 [hidden, C], b0 [hidden], w_sigma [hidden], b_sigma [].
         """
@@ -73,13 +87,29 @@ class OSGDecoder(torch.nn.Module):
 class TriPlaneGenerator(torch.nn.Module):
     """EG3D's generator.
 
-    It has EG3D's constructor, and arguments for sizes that are constants there: plane_resolution (256),
-    plane_channels (32), decoder_features (None: the number of plane channels; the first three features are
-    the colour), decoder_hidden_dim (64), and plane_layout ("eg3d" for released checkpoints, "fixed" for three
-    different planes).
+    The constructor has EG3D's arguments, and further arguments for sizes that are constant in EG3D.
+
+    Args:
+        z_dim: number of entries of a latent Z.
+        c_dim: number of entries of a camera label K.
+        w_dim: number of entries of a style vector W.
+        img_resolution: final pixels per edge R.
+        img_channels: number of channels of the final image.
+        sr_num_fp16_res: any number above 0: super-resolution in half precision on CUDA.
+        mapping_kwargs: further arguments of `MappingNetwork`.
+        rendering_kwargs: EG3D's rendering options, see training/config.py.
+        sr_kwargs: further arguments of the super-resolution module.
+        plane_resolution: texels per edge of a plane; 256 in EG3D.
+        plane_channels: number of channels of a plane C; 32 in EG3D.
+        plane_layout: "eg3d" for released checkpoints, "fixed" for three different planes.
+        decoder_hidden_dim: number of hidden units of the decoder; 64 in EG3D.
+        neural_rendering_resolution: rendered pixels per edge r.
+        decoder_features: number of decoder features D, of which the first three are RGB;
+            None: plane_channels.
+        synthesis_kwargs: further arguments of `SynthesisNetwork`.
     """
 
-    # Families of generators that derive from EG3D replace the decoder by their own.
+    # Subclasses for other families of generators have other decoders.
     decoder_class = OSGDecoder
 
     def __init__(
@@ -87,17 +117,17 @@ class TriPlaneGenerator(torch.nn.Module):
         z_dim: int,
         c_dim: int,
         w_dim: int,
-        img_resolution: int,  # R, pixels of the final image
+        img_resolution: int,
         img_channels: int,
-        sr_num_fp16_res: int = 0,  # above 0: super-resolution in half precision
+        sr_num_fp16_res: int = 0,
         mapping_kwargs: dict | None = None,
-        rendering_kwargs: dict | None = None,  # EG3D's rendering options; see training/config.py
+        rendering_kwargs: dict | None = None,
         sr_kwargs: dict | None = None,
         plane_resolution: int = 256,
         plane_channels: int = 32,
         plane_layout: str = "eg3d",
         decoder_hidden_dim: int = 64,
-        neural_rendering_resolution: int = 64,  # r, pixels
+        neural_rendering_resolution: int = 64,
         decoder_features: int | None = None,
         **synthesis_kwargs,
     ):
@@ -110,12 +140,12 @@ class TriPlaneGenerator(torch.nn.Module):
         self.plane_resolution = plane_resolution
         self.plane_channels = plane_channels
         self.plane_layout = plane_layout
-        # A copy: callers change their options after construction.
+        # A copy, because callers may change their options later.
         self.rendering_kwargs = dict(rendering_kwargs or {})
         self.neural_rendering_resolution = neural_rendering_resolution
         self.renderer = ImportanceRenderer(plane_layout)
         self.ray_sampler = RaySampler()
-        # The planes are an image with many channels, for which the backbone is an ordinary StyleGAN2.
+        # For the backbone, an ordinary StyleGAN2 generator, the planes are an image with many channels.
         size, channels = self._backbone_output()
         self.backbone = Generator(
             z_dim,
@@ -126,8 +156,8 @@ class TriPlaneGenerator(torch.nn.Module):
             mapping_kwargs=mapping_kwargs,
             **synthesis_kwargs,
         )
-        # What rays accumulate: the first three features are the raw
-        # image, all of them go to super-resolution.
+        # Number of features that are accumulated along rays. The first three are the raw image, and all of
+        # them are the input of super-resolution.
         features = decoder_features or plane_channels
         sr_class = module_by_name(self.rendering_kwargs["superresolution_module"])
         self.superresolution = sr_class(
@@ -139,13 +169,15 @@ class TriPlaneGenerator(torch.nn.Module):
             **(sr_kwargs or {}),
         )
         options = {
-            "decoder_lr_mul": 1,  # for networks whose rendering_kwargs do not have it
+            "decoder_lr_mul": 1,  # default for networks whose rendering_kwargs do not contain it
             **self.rendering_kwargs,
             "decoder_output_dim": features,
             "decoder_hidden_dim": decoder_hidden_dim,
         }
         self.decoder = self.decoder_class(plane_channels, options)
-        self._last_planes: torch.Tensor | None = None  # see cache_backbone in `synthesis`
+        self._last_planes: torch.Tensor | None = (
+            None  # planes that `synthesis` stored with cache_backbone=True
+        )
 
     def _backbone_output(self) -> tuple[int, int]:
         """Return resolution and number of channels of the backbone's output."""
@@ -153,7 +185,7 @@ class TriPlaneGenerator(torch.nn.Module):
 
     @property
     def num_ws(self) -> int:
-        """Number of ws of the backbone (14 at plane resolution 256)."""
+        """Number of style vectors L of the backbone, which is 14 for planes of 256 texels."""
         return self.backbone.num_ws
 
     def mapping(
@@ -164,20 +196,25 @@ class TriPlaneGenerator(torch.nn.Module):
         truncation_cutoff: int | None = None,
         update_emas: bool = False,
     ) -> torch.Tensor:
-        """Map z [N, Z] and a conditioning camera c [N, K] to ws [N, L, W].
+        """Map latents to style vectors ws [N, L, W].
 
-        c is replaced by zeros if the generator is not conditioned on cameras. Otherwise it is scaled by
-        rendering_kwargs['c_scale'], which is 0 if missing, as in EG3D.
+        Args:
+            z: latents [N, Z].
+            c: camera labels [N, K] that the mapping network is conditioned on. They are multiplied by the
+                rendering option c_scale (0 if missing, as in EG3D). If the generator is not conditioned on
+                cameras, they have no effect.
+            truncation_psi, truncation_cutoff, update_emas: see `MappingNetwork.forward`.
         """
         if self.rendering_kwargs["c_gen_conditioning_zero"]:
-            c = torch.zeros_like(c)  # the mapping network still embeds a label, of zeros
+            # The mapping network always embeds a label.
+            c = torch.zeros_like(c)
         c = c * self.rendering_kwargs.get("c_scale", 0)
         return self.backbone.mapping(
             z, c, truncation_psi=truncation_psi, truncation_cutoff=truncation_cutoff, update_emas=update_emas
         )
 
     def planes(self, ws: torch.Tensor, noise_mode: str = "random", **synthesis_kwargs) -> torch.Tensor:
-        """Generate planes [N, 3, C, H, W] from ws [N, L, W]."""
+        """Generate planes [N, 3, C, H, W] from style vectors ws [N, L, W]."""
         planes = self.backbone.synthesis(ws, noise_mode=noise_mode, **synthesis_kwargs)
         return planes.unflatten(1, (3, self.plane_channels))  # [N, 3C, H, W] -> [N, 3, C, H, W]
 
@@ -191,24 +228,26 @@ class TriPlaneGenerator(torch.nn.Module):
         use_cached_backbone: bool = False,
         **synthesis_kwargs,
     ) -> dict[str, torch.Tensor]:
-        """Render from a camera.
+        """Synthesise planes and render them from cameras.
 
         Args:
-            ws: [N, L, W].
-            c: [N, 25] camera (16 cam2world, 9 intrinsics).
-            neural_rendering_resolution: rendered pixels per edge. A value is kept for later calls; None takes
-                the last one.
-            update_emas: part of EG3D's signature, without effect.
-            cache_backbone: keep the planes for a later call.
-            use_cached_backbone: reuse the planes of the last call that kept them.
-        Returns: 'image' [N, 3, R, R]; 'image_raw' [N, 3, r, r] in (-1, 1); 'image_depth' [N, 1, r, r], the
-            distance along the unit ray; 'image_opacity' [N, 1, r, r], the sum of the weights (not in EG3D).
+            ws: style vectors [N, L, W].
+            c: camera labels [N, 25]: 16 numbers of cam2world, 9 of the intrinsics.
+            neural_rendering_resolution: rendered pixels per edge r, also for later calls; None: the value of
+                the last call.
+            update_emas: argument of EG3D's signature without effect.
+            cache_backbone: True: store the planes for a later call.
+            use_cached_backbone: True: use the stored planes if there are any.
+            synthesis_kwargs: further arguments of `SynthesisBlock.forward`, such as noise_mode.
+        Returns: a dict with 'image' [N, 3, R, R]; 'image_raw' [N, 3, r, r] in (-1, 1); 'image_depth' [N, 1,
+            r, r], the distance from the camera along the ray; 'image_opacity' [N, 1, r, r], the sum of the
+            ray's weights (not in EG3D).
         """
         del update_emas
-        # The training loop sets the resolution through this argument; snapshots then store the last one.
+        # The training loop passes the resolution of its schedule. Snapshots contain the last one.
         if neural_rendering_resolution is not None:
             self.neural_rendering_resolution = neural_rendering_resolution
-        # With use_cached_backbone but nothing cached, as in the first call, the planes are computed.
+        # In the first call with use_cached_backbone there are no stored planes, so they are computed.
         planes = self._last_planes if use_cached_backbone else None
         planes = self.planes(ws, **synthesis_kwargs) if planes is None else planes
         if cache_backbone:
@@ -227,20 +266,21 @@ class TriPlaneGenerator(torch.nn.Module):
         noise_mode: str = "random",
         **sr_kwargs,
     ) -> dict[str, torch.Tensor]:
-        """Render given planes. This changes no state of the network.
+        """Render planes from cameras, without any change of the network's state.
 
         Args:
-            planes: [N, 3, C, H, W], made from ws.
-            ws: [N, L, W], for super-resolution.
-            c: [N, 25] camera.
-            resolution: rendered pixels per edge.
-            options: like rendering_kwargs.
-            noise_mode: for further synthesis networks, which other families have. Super-resolution takes its
-                mode from the options.
-        Returns: the same as `synthesis`.
+            planes: planes [N, 3, C, H, W] that were generated from ws.
+            ws: style vectors [N, L, W], for super-resolution.
+            c: camera labels [N, 25].
+            resolution: rendered pixels per edge r.
+            options: rendering options, like rendering_kwargs.
+            noise_mode: noise of further synthesis networks, which other families have. The noise mode of
+                super-resolution is an option.
+            sr_kwargs: further arguments of the super-resolution module.
+        Returns: the same dict as `synthesis`.
         """
         feature_image, depth_image, opacity = self._march(planes, c, resolution, options)
-        rgb = feature_image[:, :3]  # [N, D, r, r] -> [N, 3, r, r]
+        rgb = feature_image[:, :3]  # [N, D, r, r] -> [N, 3, r, r]; the first three features are RGB
         image = self.superresolution(
             rgb, feature_image, ws, noise_mode=options["superresolution_noise_mode"], **sr_kwargs
         )
@@ -249,16 +289,21 @@ class TriPlaneGenerator(torch.nn.Module):
     def _march(
         self, planes: torch.Tensor, c: torch.Tensor, resolution: int, options: dict
     ) -> list[torch.Tensor]:
-        """Render features [N, D, r, r], depth and opacity [N, 1, r, r] from cameras c [N, 25]."""
+        """Render planes from cameras c [N, 25].
+
+        Returns: features [N, D, r, r], depth [N, 1, r, r] and opacity [N, 1, r, r].
+        """
         # The label is row-major: 16 numbers of the pose, then 9 of the intrinsics.
         cam2world = c[:, :16].reshape(-1, 4, 4)
         intrinsics = c[:, 16:25].reshape(-1, 3, 3)
         origins, directions = self.ray_sampler(cam2world, intrinsics, resolution)
-        # Densities reach 50 and more, for which bfloat16 is too coarse.
+        # Raw densities exceed 50, for which bfloat16 is not precise enough.
         with torch.autocast(planes.device.type, enabled=False):
-            rendered = self.renderer(planes.float(), self.decoder, origins, directions, options)
+            rendered_tensors = self.renderer(planes.float(), self.decoder, origins, directions, options)
         # [N, r * r, D] -> [N, D, r, r]; rays are in row-major order of pixels.
-        return [x.transpose(1, 2).unflatten(2, (resolution, resolution)).contiguous() for x in rendered]
+        return [
+            x.transpose(1, 2).unflatten(2, (resolution, resolution)).contiguous() for x in rendered_tensors
+        ]
 
     def sample(
         self,
@@ -271,9 +316,12 @@ class TriPlaneGenerator(torch.nn.Module):
         update_emas=False,
         **synthesis_kwargs,
     ) -> dict[str, torch.Tensor]:
-        """Return colour and raw density at points [N, P, 3] for latents z [N, Z] and conditioning c [N, K].
+        """Return colour and raw density at points, for latents.
 
-        Args: as `mapping` and `sample_mixed`.
+        Args:
+            coordinates, directions, synthesis_kwargs: see `sample_mixed`.
+            z, c, truncation_psi, truncation_cutoff, update_emas: see `mapping`.
+        Returns: the same dict as `sample_mixed`.
         """
         ws = self.mapping(
             z, c, truncation_psi=truncation_psi, truncation_cutoff=truncation_cutoff, update_emas=update_emas
@@ -291,19 +339,20 @@ class TriPlaneGenerator(torch.nn.Module):
         sigma_only: bool = False,
         **synthesis_kwargs,
     ) -> dict[str, torch.Tensor]:
-        """Return colour and raw density at points.
+        """Return colour and raw density at points, for style vectors.
 
         Args:
-            coordinates: [N, P, 3], world units.
-            directions: not used: there is no view dependence.
-            ws: [N, L, W].
-            sigma_only: leave 'rgb' out, which saves time.
-        Returns: {'rgb': [N, P, D], 'sigma': [N, P, 1]}.
-
-        The truncation arguments have no effect, as in EG3D: ws are truncated by `mapping`.
+            coordinates: points [N, P, 3], world units.
+            directions: ignored, because colours do not depend on the viewing direction.
+            ws: style vectors [N, L, W].
+            truncation_psi, truncation_cutoff, update_emas: arguments of EG3D's signature without effect.
+                `mapping` truncates ws.
+            sigma_only: True: leave out 'rgb', which saves time.
+            synthesis_kwargs: further arguments of `SynthesisBlock.forward`, such as noise_mode.
+        Returns: {'rgb': [N, P, D], 'sigma': [N, P, 1]}, where sigma is raw.
         """
         del truncation_psi, truncation_cutoff, update_emas
-        # Synthesised anew on each call; the cache of `synthesis` is not used.
+        # The planes are generated in each call; planes that `synthesis` stored are not used.
         planes = self.planes(ws, **synthesis_kwargs)
         options = self.rendering_kwargs
         return self.renderer.run_model(
@@ -311,7 +360,12 @@ class TriPlaneGenerator(torch.nn.Module):
         )
 
     def moved_camera(self, z: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
-        """Return the cameras [N, 25] from which `forward` renders latents z [N, Z]: here c itself."""
+        """Return the cameras [N, 25] from which `forward` renders.
+
+        They are the cameras c themselves. Subclasses may move them depending on the latents.
+
+        Args: z: latents [N, Z]; c: camera labels [N, 25].
+        """
         return c
 
     def forward(
@@ -326,9 +380,17 @@ class TriPlaneGenerator(torch.nn.Module):
         use_cached_backbone=False,
         **synthesis_kwargs,
     ) -> dict[str, torch.Tensor]:
-        """Map z [N, Z], conditioned on camera c [N, 25], to ws and render them from the same camera.
+        """Map latents to images. The cameras c are the conditioning and also the cameras of the render.
 
-        Other families may move that camera (`moved_camera`). Arguments and result are those of `synthesis`.
+        Subclasses may move the cameras of the render (`moved_camera`).
+
+        Args:
+            z: latents [N, Z].
+            c: camera labels [N, 25].
+            truncation_psi, truncation_cutoff, update_emas: see `mapping`.
+            neural_rendering_resolution, cache_backbone, use_cached_backbone, synthesis_kwargs:
+                see `synthesis`.
+        Returns: the same dict as `synthesis`.
         """
         ws = self.mapping(
             z, c, truncation_psi=truncation_psi, truncation_cutoff=truncation_cutoff, update_emas=update_emas

@@ -1,7 +1,10 @@
-"""Shared parts of all commands: options in titled groups, one-line errors with exit code 2, checks at
-start-up.
+"""Shared parts of all commands: options in titled groups, one-line errors with exit code 2, checks
+at start-up.
 
 A command is a `GroupedCommand`. Its options come from `option`, or from settings dataclasses (`options_of`).
+A rare setting is a setting without a flag: it is set by --set NAME=VALUE or by the JSON file of --settings,
+and only --help-all lists it.
+
 Errors that a user can correct are ValueError or OSError everywhere in the package; `user_errors` turns them
 into one line on stderr. `--help` shows the defaults that the command will use (`HelpValues`).
 """
@@ -31,22 +34,28 @@ if TYPE_CHECKING:
     import torch  # importing torch takes 1.5 s, and commands without tensors do not need it
 
 DISTRIBUTION = "eg3d-rlhf"
-RARE = "Rare settings"  # title of the group that lists them in --help
+RARE = "Rare settings"  # title of the group of --set and --settings in --help, and of the list in --help-all
 Command = TypeVar("Command", bound="Callable[..., Any] | click.Command")
 
 
 class Decorator(Protocol):
-    """A decorator of a command, or of the function that becomes one. It keeps the type of its argument."""
+    """A decorator of a click command, or of the function that becomes a command.
+
+    It returns an object of the type of its argument.
+    """
 
     def __call__(self, command: Command, /) -> Command: ...
 
 
 class HelpValues:
-    """Values of parameters and knobs that a command resolves to. `--help` shows them as defaults.
+    """Values that a command will use for its options. `--help` shows them as defaults.
+
+    A knob (`training.config.Knob`) describes the option of one field of a settings dataclass.
 
     Args:
-        resolved: settings dataclasses, and mappings from names of parameters or fields to values. The first
-            value counts if several are given. None: the command cannot resolve its values.
+        resolved: settings dataclasses, and mappings from names of parameters or fields to values. If several
+            of them contain the same name, the first one counts. None if the values could not be determined,
+            for example because a file does not exist.
     """
 
     def __init__(self, resolved: Iterable[object] | None) -> None:
@@ -71,7 +80,8 @@ class HelpValues:
                 self._by_knob.setdefault(id(field.metadata["knob"]), value)
 
     def of(self, option: "GroupedOption") -> tuple[bool, Any]:
-        """Return True and the value of an option if it is resolved, else False and None."""
+        """Return (True, value) for an option whose value is resolved, else (False, None)."""
+        # The name of the parameter may differ from the name of the field; mappings may use either.
         for name in (option.name, option.field and option.field.name):
             if name in self._by_name:
                 return True, self._by_name[name]
@@ -79,12 +89,15 @@ class HelpValues:
         return key in self._by_knob, self._by_knob.get(key)  # type: ignore[arg-type]
 
 
-VALUES = f"{__name__}.values"  # key of the HelpValues in a context's `meta` while help is written
-ALL = f"{__name__}.all"  # key that says whether rare settings are listed, likewise
+VALUES = f"{__name__}.values"  # key of the HelpValues in click's Context.meta while the help is written
+ALL = f"{__name__}.all"  # key in click's Context.meta of a bool: True if --help-all was given
 
 
 def as_shown(value: object) -> str:
-    """Format a value as `--help` shows a default. Paths of bundled files are relative to the repository.
+    """Format a default value for `--help`.
+
+    Numbers get their shortest exact form, sequences are joined by commas, and paths of bundled files are
+    relative to the repository. Empty text becomes '""'.
 
     >>> as_shown(5.0), as_shown(1.2e-3), as_shown((0.7, 0.3))
     ('5', '0.0012', '0.7, 0.3')
@@ -99,9 +112,12 @@ def as_shown(value: object) -> str:
 
 
 class GroupedOption(click.Option):
-    """An option with the title under which `--help` lists it, and the field of settings that it sets.
+    """A click option that belongs to a titled group of `--help` and may set a field of a settings dataclass.
 
-    Args: field: a dataclass field with a knob in its metadata, or None for other options.
+    Args:
+        group: title of the group under which `--help` lists the option.
+        field: dataclass field that the option sets, with a `Knob` in its metadata. None for an option that
+            sets no field.
     """
 
     def __init__(
@@ -116,7 +132,8 @@ class GroupedOption(click.Option):
         super().__init__(*args, **kwargs)
 
     def type_cast_value(self, ctx: click.Context, value: Any) -> Any:
-        """Convert as click does, after rejecting a value that version 0.1 named otherwise."""
+        """Convert a value as click does. A value that was renamed since version 0.1 is an error."""
+        # Other click commands have no attribute `job`, and no renamed values.
         job = getattr(ctx.command, "job", "")
         if isinstance(value, (str, tuple, list)) and not ctx.resilient_parsing:
             with user_errors():
@@ -124,32 +141,36 @@ class GroupedOption(click.Option):
         return super().type_cast_value(ctx, value)
 
     def get_help_extra(self, ctx: click.Context) -> Any:
-        """Return click's notes on the option. The default is the value that this command resolves to."""
+        """Return click's notes on the option, with the value that this command will use as the default."""
         extra = super().get_help_extra(ctx)
         # None if the command has no function `resolved`.
-        values: HelpValues | None = ctx.meta.get(VALUES)
-        is_resolved, value = values.of(self) if values is not None else (False, None)
-        # a text that click shows in place of a default
-        unset = self.show_default if isinstance(self.show_default, str) else None
-        # An option of a settings field: the field knows the default, click does not.
+        help_values: HelpValues | None = ctx.meta.get(VALUES)
+        is_resolved, value = help_values.of(self) if help_values is not None else (False, None)
+        # click accepts a text for `show_default`, which it shows in place of a default.
+        text_if_unset = self.show_default if isinstance(self.show_default, str) else None
+        # The default of an option of a settings field stands in the field; click's own default is None.
         if self.field is not None:
             value = value if is_resolved else self.field.default
-            unset = self.field.metadata["knob"].shown
-        elif not is_resolved and unset is None or self.is_flag and not self.secondary_opts:
-            # Click shows its own default correctly in these cases
+            text_if_unset = self.field.metadata["knob"].shown
+        elif not is_resolved and text_if_unset is None or self.is_flag and not self.secondary_opts:
+            # Click's own default is correct for an option whose value is not resolved. It shows no default
+            # for a flag without an opposite such as --no-NAME, which is correct, too.
             return extra
         extra.pop("default", None)
-        # Where the value is unset, the text says what happens then, for example "by resolution".
-        text = unset if value is None or value == "" and unset is not None else as_shown(value)
+        # For an unset value the help shows a text such as "by resolution", which describes the behaviour.
+        is_unset = value is None or value == "" and text_if_unset is not None
+        default_text = text_if_unset if is_unset else as_shown(value)
         # A default that depends on values that could not be resolved is not shown at all.
-        if text is not None and not (values is not None and values.unknown):
-            extra["default"] = text
+        if default_text is not None and not (help_values is not None and help_values.unknown):
+            extra["default"] = default_text
         return extra
 
 
 def _with_dashes(name: str) -> str:
-    """Replace underscores: 'gen_pose_cond' -> 'gen-pose-cond'. click compares names and choices in this
-    form.
+    """Replace underscores by dashes, as in 'gen_pose_cond' -> 'gen-pose-cond'.
+
+    click passes the names of options and choices through this function before it compares them, so users may
+    write either form.
     """
     return name.replace("_", "-")
 
@@ -165,41 +186,51 @@ def version() -> str:
         return str(tomllib.loads((ASSETS.parent / "pyproject.toml").read_text())["project"]["version"])
 
 
-def _print_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
+def _print_version(ctx: click.Context, _: click.Parameter, is_requested: bool) -> None:
     """Print the version and end the command (click's callback of --version)."""
     # Shell completion and `prepare_help` parse with resilient_parsing: no callback may end the command then.
-    if wanted and not ctx.resilient_parsing:
+    if is_requested and not ctx.resilient_parsing:
         click.echo(f"{DISTRIBUTION} {version()}")
         ctx.exit()
 
 
 def check_value(job: str, flag: str, value: str | Sequence[Any]) -> None:
-    """Raise ValueError for a value that version 0.1 named otherwise, or meant otherwise.
+    """Raise ValueError for a value whose name or meaning changed since version 0.1.
 
-    Args: job: words of the command; value: of one flag, or those of one that was given several times.
+    Args:
+        job: words of the command, such as "report all".
+        flag: name of the flag, for the message.
+        value: value of the flag, or all its values if it may be given several times.
     """
     for text in (value,) if isinstance(value, str) else value:
+        # Only texts were renamed.
         if not isinstance(text, str):
             continue
         if (names := renamed.new_value(job, flag, text)) is not None:
-            raise ValueError(f"{flag}={text}: {names[0]} is named {names[1]} now. Use {names[1]}.")
+            old_name, new_name = names
+            raise ValueError(
+                f"{flag}={text}: the value {old_name} was renamed to {new_name}. Write {new_name} instead."
+            )
         if flag == "--seeds":
             renamed.check_seeds(job, text)
 
 
 class GroupedCommand(click.Command):
-    """A command that lists its options in groups and reports users' errors in one line with exit code 2.
+    """A click command that lists its options in groups and reports users' errors in one line.
 
-    Users' errors are ValueError and OSError. Option names may be written with underscores, as EG3D's are.
+    ValueError and OSError are users' errors. They end the command with exit code 2. Names of options may be
+    written with underscores, as in EG3D.
 
-    Rare settings (`Knob.rare`) have no flag. They are set by --set NAME=VALUE or by the JSON file of
-    --settings, and reach the function like the values of flags. The file may also set every other flag.
-    `--help-all` lists the rare settings.
+    Rare settings (options with `Knob.rare`) have no flag. They are set by --set NAME=VALUE or by the JSON
+    file of --settings. The function of the command receives their values in the same way as values of flags.
+    The file may also contain values of flags. `--help-all` lists the rare settings.
 
-    `resolved` returns what the parameters beside --help resolve to (see `HelpValues`), so that the defaults
-    in the help are the values that this command uses.
+    The attribute `resolved` is a function of the context, or None. It returns the values that the command
+    will use with the parameters that were given beside --help (see `HelpValues`). The help shows these values
+    as defaults.
 
-    Args: job: words of the command in `core.renamed`, where a flag of it had another name in version 0.1.
+    Args: job: words of the command, such as "report all". They are the key of the command in the tables of
+        `core.renamed`. Empty for a command without renamed flags.
     """
 
     resolved: Callable[[click.Context], Iterable[object]] | None = None
@@ -216,7 +247,7 @@ class GroupedCommand(click.Command):
         super().__init__(*args, **kwargs)
         self.rare: dict[str, Any] = {
             option.name: option
-            # decorators add attributes from the bottom up; reversed, the order is that of the source
+            # Decorators run from the bottom up, so the attribute lists the options in reverse order.
             for option in reversed(getattr(self.callback, "rare", ()))
         }
         # Only a command that has rare settings gets these two options.
@@ -228,7 +259,10 @@ class GroupedCommand(click.Command):
                     group=RARE,
                     metavar="NAME=VALUE",
                     multiple=True,
-                    help=f"Set one of {len(self.rare)} rare settings (see --help-all). May be repeated.",
+                    help=(
+                        f"Set one of {len(self.rare)} settings without a flag (see --help-all). May be"
+                        f" repeated."
+                    ),
                 ),
                 option(
                     "--settings",
@@ -236,8 +270,8 @@ class GroupedCommand(click.Command):
                     metavar="FILE.json",
                     type=click.Path(path_type=Path, dir_okay=False),
                     help=(
-                        "Read settings by name from this file, rare ones included. Flags take precedence"
-                        " over the file. --dry-run prints all settings in this form."
+                        "Read settings of any kind from this JSON file. Flags take precedence over the file."
+                        " --dry-run prints all settings in the form of this file."
                     ),
                 ),
             ):
@@ -247,37 +281,39 @@ class GroupedCommand(click.Command):
             is_flag=True,
             expose_value=False,
             hidden=not self.rare,
-            help="Show the help with the rare settings and exit.",
+            help="Show the help together with the settings that have no flag, and exit.",
         )(self)
         version_flag(self)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Parse arguments, and make parameters of the rare settings.
+        """Parse the arguments, and add the values of the rare settings to the parameters.
 
-        If help is requested, it is written after the other arguments have been parsed, since they affect the
-        defaults that it shows.
+        A requested help text is written after the other arguments have been parsed, because they affect the
+        defaults in it.
         """
-        completing = ctx.resilient_parsing
+        # True if the shell asks for completions.
+        is_completing = ctx.resilient_parsing
         try:
-            wanted = not completing and self._wants_help(ctx, args)
-            # With resilient_parsing click requires no option, and no callback ends the command before the
-            # help.
-            ctx.resilient_parsing |= wanted
-            rest = super().parse_args(ctx, args)
+            is_help_requested = not is_completing and self._is_help_requested(ctx, args)
+            # With resilient_parsing click requires no option, and no callback ends the command before
+            # the help.
+            ctx.resilient_parsing |= is_help_requested
+            unparsed_args = super().parse_args(ctx, args)
         except click.NoSuchOption as error:
+            # Each of the two ends the command with a more helpful message if it finds one.
             self._reject_renamed(error.option_name)
-            self._name_rare(error)
+            self._reject_rare(error)
             raise
-        if self.rare and not completing:
+        if self.rare and not is_completing:
             with user_errors():
-                self._take_rare(ctx)
-        if wanted:
+                self._add_rare_values(ctx)
+        if is_help_requested:
             ctx.resilient_parsing = False
             click.echo(self.get_help(ctx), color=ctx.color)
             ctx.exit()
-        return rest
+        return unparsed_args
 
-    def _wants_help(self, ctx: click.Context, args: list[str]) -> bool:
+    def _is_help_requested(self, ctx: click.Context, args: list[str]) -> bool:
         """Return True if the arguments contain --help or --help-all."""
         # The parser alone does not convert values or run callbacks.
         parsed, _, _ = self.make_parser(ctx).parse_args(args=list(args))
@@ -286,45 +322,58 @@ class GroupedCommand(click.Command):
         return ctx.meta[ALL] or help_option is not None and bool(parsed.get(help_option.name))
 
     def _reject_renamed(self, typed: str) -> None:
-        """Exit with the present name of a flag or of a rare setting, "--set name", that version 0.1 had."""
-        known = {name: parameter for parameter in self.params for name in parameter.opts}
-        if (now := renamed.new_flag(self.job, typed, known)) is not None:
-            with user_errors():
-                raise ValueError(f"{typed}: is named {now} here. Use {now}.")
+        """Print the new name of an option that was renamed since version 0.1, and exit with code 2.
 
-    def _name_rare(self, error: click.NoSuchOption) -> None:
-        """Raise ValueError if a rejected flag is the name of a rare setting, or close to one."""
-        # As the user typed it, with dashes.
-        typed = _with_dashes(error.option_name)
-        names = {
-            flag: name for name, setting in self.rare.items() for flag in map(_with_dashes, setting.opts)
-        }
-        # The cutoff accepts typing errors. A flag of another mode is no typing error; `ModeCommand` reports
-        # it.
+        Returns normally for any other option.
+
+        Args: typed: the flag as it was typed, or "--set NAME" for a rare setting.
+        """
+        own_flags = {name: parameter for parameter in self.params for name in parameter.opts}
+        if (new_flag := renamed.new_flag(self.job, typed, own_flags)) is not None:
+            with user_errors():
+                raise ValueError(
+                    f"{typed} is no option of this command; its name is {new_flag}. Write {new_flag} instead."
+                )
+
+    def _reject_rare(self, error: click.NoSuchOption) -> None:
+        """Print how to set a rare setting whose name was typed as a flag, and exit with code 2.
+
+        A name with a typing error is recognised, too. Returns normally for any other flag.
+        """
+        typed_flag = _with_dashes(error.option_name)
+        # spelling as a flag -> name of the rare setting
+        rare_names: dict[str, str] = {}
+        for name, setting in self.rare.items():
+            for flag in setting.opts:
+                rare_names[_with_dashes(flag)] = name
+        # `possibilities` are click's similar flags: one of them may be the better match. The cutoff 0.8
+        # accepts typing errors only. A flag of another mode is no typing error; `ModeCommand` reports it.
         close_matches = difflib.get_close_matches(
-            typed, [*names, *(error.possibilities or ())], n=1, cutoff=0.8
+            typed_flag, [*rare_names, *(error.possibilities or ())], n=1, cutoff=0.8
         )
-        name = names.get(close_matches[0]) if close_matches else None
-        if name is None:
+        closest_name = rare_names.get(close_matches[0]) if close_matches else None
+        if closest_name is None:
             return
         with user_errors():
             raise ValueError(
-                f"{error.option_name} is a rare setting, which has no flag. Write --set {name}=VALUE instead."
+                f"{error.option_name}: the setting {closest_name} has no flag of its own. Write --set"
+                f" {closest_name}=VALUE instead."
             ) from None
 
     def prepare_help(self, ctx: click.Context) -> str | None:
-        """Resolve the parameters beside --help for `GroupedOption`. Return the reason if that is not
-        possible.
+        """Determine the values that `GroupedOption` shows as defaults, and store them in the context.
+
+        Returns: the reason if the values could not be determined, else None.
         """
         ctx.meta.pop(VALUES, None)
         if self.resolved is None:
             return None
-        # The documentation creates a context without parsing arguments; the defaults of the options serve
-        # then.
+        # Our documentation is generated from a context without parsed arguments. It uses the parameters of a
+        # command line without any option.
         if not ctx.params:
             ctx.params = dict(self.make_context(ctx.info_name, [], resilient_parsing=True).params)
             if self.rare:
-                self._take_rare(ctx)
+                self._add_rare_values(ctx)
         try:
             ctx.meta[VALUES] = HelpValues(self.resolved(ctx))
         # The help is shown even if, for example, a file that another flag names does not exist.
@@ -333,19 +382,19 @@ class GroupedCommand(click.Command):
             return self._as_typed(str(error).strip())
         return None
 
-    def _take_rare(self, ctx: click.Context) -> None:
+    def _add_rare_values(self, ctx: click.Context) -> None:
         """Add the values of --settings and --set to the parameters.
 
         Raises: ValueError for an unknown name or a wrong value.
         """
-        # The function of the command does not get these two parameters themselves.
-        written = ctx.params.pop("set_")
+        # The function of the command does not accept these two parameters themselves.
+        assignments = ctx.params.pop("set_")  # texts NAME=VALUE
         file = ctx.params.pop("settings")
-        # Everything that --settings may name: all parameters of the command and the rare settings.
+        # All names that --settings may contain: the parameters of the command and the rare settings.
         options: dict[str, Any] = {
             parameter.name: parameter for parameter in self.params if parameter.name in ctx.params
         } | self.rare
-        # Every rare setting is a parameter, also where it is not given.
+        # The function of the command expects every rare setting, also those that were not given.
         ctx.params |= {name: () if option.multiple else option.default for name, option in self.rare.items()}
         values: dict[str, Any] = {}
         if file is not None:
@@ -353,35 +402,43 @@ class GroupedCommand(click.Command):
                 values = json.loads(file.read_text())
             except (OSError, ValueError) as error:
                 raise ValueError(
-                    f"--settings: expected JSON in {file}, got: {error}. Correct the file."
+                    f"--settings: {file} cannot be read as JSON: {error}. Name a JSON file, for example the"
+                    " output of --dry-run."
                 ) from None
             # The file may hold a list or a number, which is valid JSON.
             if not isinstance(values, dict):
                 raise ValueError(
-                    f"--settings: expected a JSON object of settings by name in {file}, got"
-                    f" {type(values).__name__}. Correct the file."
+                    f"--settings: expected a JSON object that maps names to values in {file}, got a"
+                    f" {type(values).__name__}. Name a file in the form that --dry-run prints."
                 )
-            # Flags on the command line take precedence. null in the file means "not set", as --dry-run prints
-            # it.
-            line = {name for name in values if ctx.get_parameter_source(name) == ParameterSource.COMMANDLINE}
-            values = {name: value for name, value in values.items() if value is not None and name not in line}
+            # Flags on the command line take precedence.
+            names_on_command_line = {
+                name for name in values if ctx.get_parameter_source(name) == ParameterSource.COMMANDLINE
+            }
+            # --dry-run prints null for a setting that is not set, so null is skipped.
+            values = {
+                name: value
+                for name, value in values.items()
+                if value is not None and name not in names_on_command_line
+            }
         # --set comes after the file and replaces its values.
-        for text in written:
-            name, equals, value = text.partition("=")
-            if not equals:
+        for text in assignments:
+            name, equals_sign, value = text.partition("=")
+            if not equals_sign:
                 raise ValueError(f"--set: expected NAME=VALUE, got {text!r}. Write --set {name}=VALUE.")
+            # Users may write the name in the form of a flag.
             name = name.lstrip("-").replace("-", "_")
             # A setting that may be repeated collects its values.
-            several = name in options and getattr(options[name], "multiple", False)
-            values[name] = [*values.get(name, ()), value] if several else value
+            is_repeatable = name in options and getattr(options[name], "multiple", False)
+            values[name] = [*values.get(name, ()), value] if is_repeatable else value
         for name, value in values.items():
             if name not in options:
                 self._reject_renamed(f"--set {name}")
                 close_matches = difflib.get_close_matches(name, options, n=1)
-                meant = f"Did you mean {close_matches[0]}? " if close_matches else ""
+                suggestion = f"Did you mean {close_matches[0]}? " if close_matches else ""
                 raise ValueError(
-                    f"--set, --settings: {name!r} is no setting of this command. {meant}--dry-run prints all"
-                    " of them; use one of their names."
+                    f"--set, --settings: {name!r} is no setting of this command. {suggestion}Use one of the"
+                    " names that --dry-run prints."
                 )
             if isinstance(value, str):
                 check_value(
@@ -389,27 +446,33 @@ class GroupedCommand(click.Command):
                 )
             # Options such as --crop take several values.
             nargs = getattr(options[name], "nargs", 1)
-            # on the command line: --set NAME="a b"
+            # --set gives them as one text: --set NAME="a b"
             value = value.split() if nargs > 1 and isinstance(value, str) else value
-            several = isinstance(value, list)
-            if nargs > 1 and (not several or len(value) != nargs):
-                raise ValueError(f"{name}: expected {nargs} values, got {value}. Separate them by spaces.")
+            is_list = isinstance(value, list)
+            if nargs > 1 and (not is_list or len(value) != nargs):
+                raise ValueError(
+                    f"{name}: expected {nargs} values, got {value}. Separate the values by spaces in --set,"
+                    " or write a list in the file of --settings."
+                )
             try:
                 # str(): values from JSON are already numbers, and click's types convert from text.
                 # Each value is converted and checked as if it had come from a flag.
-                parts = [
-                    options[name].type.convert(str(part), options[name], ctx)
-                    for part in (value if several else [value])
+                converted_values = [
+                    options[name].type.convert(str(single_value), options[name], ctx)
+                    for single_value in (value if is_list else [value])
                 ]
             except click.BadParameter as error:
-                raise ValueError(f"{name}: {error.message.rstrip('.')}. Correct the value.") from None
-            ctx.params[name] = tuple(parts) if several or options[name].multiple else parts[0]
-            # `ModeCommand` and others distinguish given values from defaults by their source.
+                raise ValueError(
+                    f"{name}: {error.message.rstrip('.')}. --help-all lists the allowed values."
+                ) from None
+            has_several = is_list or options[name].multiple
+            ctx.params[name] = tuple(converted_values) if has_several else converted_values[0]
+            # `ModeCommand` and other callers distinguish given values from defaults by their source.
             ctx.set_parameter_source(name, ParameterSource.COMMANDLINE)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List the options by group, and the rare settings if --help-all was given."""
-        unresolved = self.prepare_help(ctx)
+        reason = self.prepare_help(ctx)
         groups: dict[str, list[tuple[str, str]]] = {}
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)
@@ -421,35 +484,35 @@ class GroupedCommand(click.Command):
         for title, records in groups.items():
             with formatter.section(title):
                 formatter.write_dl(records)
-        if unresolved is not None:
+        if reason is not None:
             formatter.write_paragraph()
             formatter.write_text(
-                f"Some defaults are not shown, because they could not be determined: {unresolved}"
+                f"Some defaults are not shown, because they could not be determined: {reason}"
             )
 
     def rare_records(self, ctx: click.Context) -> list[tuple[str, str]]:
-        """Return "NAME=VALUE" and the help text of each rare setting."""
+        """Return ("NAME=VALUE", help text) for each rare setting, in the order of their declaration."""
         records = []
-        # In the order of declaration.
         for name, setting in self.rare.items():
-            value = "BOOL" if setting.is_flag else setting.make_metavar(ctx)
-            records.append((f"{name}={value}", setting.get_help_record(ctx)[1]))
+            metavar = "BOOL" if setting.is_flag else setting.make_metavar(ctx)
+            # A help record is (names of the option, help text); the names would show a flag.
+            records.append((f"{name}={metavar}", setting.get_help_record(ctx)[1]))
         return records
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command. A user's error is printed in one line and ends it with exit code 2."""
+        """Run the command. Print a user's error in one line and exit with code 2."""
         with user_errors(self._as_typed):
             return super().invoke(ctx)
 
     def _as_typed(self, text: str) -> str:
-        """Replace flags of rare settings in a message by --set NAME, since these have no flag.
+        """Replace flags of rare settings in a message by --set NAME.
 
-        Messages everywhere in the package name a setting by its flag.
+        Messages in the whole package name each setting by its flag, but rare settings have none.
         """
         for name, setting in self.rare.items():
             for flag in setting.opts:
-                # first with a value (--flag=3 -> --set flag=3), then without; a longer flag with the same
-                # start stays
+                # First flags with a value (--flag=3 -> --set flag=3), then flags without one. The lookarounds
+                # exclude a longer flag that contains this one, such as --flag-size.
                 text = re.sub(rf"(?<![\w-]){flag}(?==\S)", f"--set {name}", text)
                 text = re.sub(rf"(?<![\w-]){flag}(?![\w-])", f"--set {name}=VALUE", text)
         return text
@@ -482,20 +545,20 @@ EXTRAS = {
 
 
 @contextlib.contextmanager
-def user_errors(words: Callable[[str], str] = str) -> Iterator[None]:
+def user_errors(edit_message: Callable[[str], str] = str) -> Iterator[None]:
     """Report ValueError, OSError and a missing optional package in one line on stderr, with exit code 2.
 
-    Other exceptions are bugs and keep their traceback. If the reader of the output has closed the pipe, as `|
-    head` does, the BrokenPipeError is passed on to click, which ends the command silently.
+    Other exceptions are bugs and keep their traceback. If the reader of the output has closed the pipe, as in
+    `command | head`, the BrokenPipeError is passed on to click, which ends the command silently.
 
-    Args: words: changes the text of a message before it is printed.
+    Args: edit_message: function that changes the text of a message before it is printed.
     """
     try:
         yield
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package not in EXTRAS:
-            # a package that belongs to no extra: our bug
+            # All optional packages are in EXTRAS. An import that fails otherwise is a bug of ours.
             raise
         extra = EXTRAS[package]
         click.echo(
@@ -505,16 +568,18 @@ def user_errors(words: Callable[[str], str] = str) -> Iterator[None]:
         )
         sys.exit(2)
     except (ValueError, OSError) as error:
-        if isinstance(error, BrokenPipeError) and _nobody_reads():
+        if isinstance(error, BrokenPipeError) and _is_output_closed():
             raise
-        click.echo(f"Error: {words(str(error).strip())}", err=True)
+        click.echo(f"Error: {edit_message(str(error).strip())}", err=True)
         sys.exit(2)
 
 
 def check_extra(extra: str) -> None:
-    """Raise ModuleNotFoundError (see `user_errors`) if a package of an extra is not installed.
+    """Raise ModuleNotFoundError if a package of an extra is not installed; `user_errors` reports it.
 
-    Called before long computations, so that they do not fail at their end.
+    A command calls this function before a long computation, which would otherwise fail at its end.
+
+    Args: extra: name of an optional dependency group of pyproject.toml, such as "label".
     """
     for package, package_extra in EXTRAS.items():
         # find_spec does not import the package
@@ -522,60 +587,78 @@ def check_extra(extra: str) -> None:
             raise ModuleNotFoundError(name=package)
 
 
-def _nobody_reads() -> bool:
+def _is_output_closed() -> bool:
     """Return True if the reader of our output has closed its pipe.
 
     A BrokenPipeError can otherwise come from a pipe to a child process, which is an error to report.
     """
     poller = select.poll()
     for stream in (sys.stdout, sys.stderr):
-        # In tests the output is no file and has no descriptor
+        # In tests the output is an object in memory without a file descriptor.
         with contextlib.suppress(OSError, ValueError):
             poller.register(stream, select.POLLOUT)
     # POLLERR on the writing end of a pipe means that no reader is left. The timeout 0 returns at once.
     return any(event & select.POLLERR for _, event in poller.poll(0))
 
 
-def some_of(flag: str, text: str, known: Iterable[str]) -> list[str]:
-    """Parse a comma-separated list of names. Return them in the order of `known`.
+def some_of(flag: str, text: str, allowed_names: Iterable[str]) -> list[str]:
+    """Parse a comma-separated list of names. Return the names in the order of `allowed_names`.
 
+    Args:
+        flag: name of the flag, for the message.
+        text: value of the flag.
+        allowed_names: allowed names.
     Raises: ValueError for an unknown name and for an empty list.
     """
-    # May be an iterator; it is used twice.
-    known = list(known)
+    # The argument may be an iterator, and it is used twice.
+    allowed_names = list(allowed_names)
     requested = {name.strip() for name in text.split(",") if name.strip()}
-    if not requested or requested - set(known):
+    if not requested or requested - set(allowed_names):
         raise ValueError(
-            f"{flag}: expected one or more of {', '.join(known)}, separated by commas, got {text!r}."
-            " Correct the list."
+            f"{flag}: expected one or more of {', '.join(allowed_names)}, separated by commas, got {text!r}."
+            f" Use only these names."
         )
-    return [name for name in known if name in requested]
+    return [name for name in allowed_names if name in requested]
 
 
 def numbers_of(flag: str, text: str, kind: type[float] = float) -> list[Any]:
-    """Parse the comma-separated numbers of a flag. Raises: ValueError that names the flag."""
+    """Parse comma-separated numbers. Empty text gives an empty list.
+
+    Args:
+        flag: name of the flag, for the message.
+        text: value of the flag.
+        kind: type of the numbers, float or int.
+    Raises: ValueError that names the flag if a part is no number of this type.
+    """
     try:
-        return [kind(part) for part in text.split(",") if part.strip()]
+        return [kind(number_text) for number_text in text.split(",") if number_text.strip()]
     except ValueError:
         raise ValueError(
-            f"{flag}: expected numbers separated by commas, such as 0,1,10, got {text!r}. Correct the list."
+            f"{flag}: expected {'integers' if kind is int else 'numbers'} separated by commas, got {text!r}."
+            " Write them in the form 0,1,10."
         ) from None
 
 
 def seeds_of(flag: str, text: str) -> tuple[int, ...]:
-    """Return the training seeds of a comma-separated list, each once.
+    """Parse a comma-separated list of training seeds. A repeated seed is returned only once.
 
-    Raises: ValueError naming the flag, for an empty list and for a negative seed.
+    Args:
+        flag: name of the flag, for the message.
+        text: value of the flag.
+    Raises: ValueError that names the flag, for an empty list and for a negative seed.
     """
     seeds = tuple(dict.fromkeys(numbers_of(flag, text, int)))
     if not seeds or min(seeds) < 0:
-        raise ValueError(f"{flag}: expected training seeds >= 0 with commas, such as 0,1,2, got {text!r}.")
+        raise ValueError(
+            f"{flag}: expected at least one training seed, none of them negative, got {text!r}. Write the"
+            " seeds in the form 0,1,2."
+        )
     return seeds
 
 
 @contextlib.contextmanager
 def naming(flag: str) -> Iterator[None]:
-    """Put a flag in front of the message of a user's error that occurs in the block."""
+    """Prefix the message of a ValueError or OSError that occurs in the block with a flag."""
     try:
         yield
     except (ValueError, OSError) as error:
@@ -583,18 +666,22 @@ def naming(flag: str) -> Iterator[None]:
 
 
 def option(*names: str, group: str = "General", rare: bool = False, **kwargs: Any) -> Decorator:
-    """Return `click.option` in a group, with its default shown. A rare one has no flag, see
-    `GroupedCommand`.
+    """Return a decorator that adds an option to a command. Other arguments are those of `click.option`.
+
+    Args:
+        names: spellings of the option and name of the parameter, as for `click.option`.
+        group: title of the group under which `--help` lists the option.
+        rare: True for a setting without a flag, which only --help-all lists (see `GroupedCommand`).
     """
     kwargs.setdefault("show_default", True)
     if not rare:
         return click.option(*names, cls=GroupedOption, group=group, **kwargs)
 
     def decorate(command: Command, /) -> Command:
-        # Functions and commands accept attributes, but their types declare none
-        made: Any = command
-        # None as default: `_take_rare` then knows whether the setting was given.
-        made.rare = [
+        # Functions and commands accept new attributes, but their types declare none.
+        untyped_command: Any = command
+        # The default None marks a setting that was not given.
+        untyped_command.rare = [
             *getattr(command, "rare", ()),
             GroupedOption(names, group=group, **{"default": None, **kwargs}),
         ]
@@ -617,7 +704,7 @@ def version_flag(command: Command, /) -> Command:
 
 
 def together(*decorators: Decorator) -> Decorator:
-    """Combine decorators into one. Their flags are listed in the given order."""
+    """Combine decorators into one. `--help` lists their options in the order of the arguments."""
 
     def decorate(command: Command, /) -> Command:
         # decorators apply from the inside out
@@ -629,18 +716,23 @@ def together(*decorators: Decorator) -> Decorator:
 
 
 def rarely(names: Sequence[str], decorator: Decorator) -> Decorator:
-    """Return a decorator whose flags in `names` become rare settings of the command (see
-    `GroupedCommand`).
+    """Return a decorator that acts as `decorator`, but turns some of its options into rare settings.
+
+    Rare settings have no flag, see `GroupedCommand`.
+
+    Args:
+        names: names of the parameters that become rare settings.
+        decorator: decorator that adds options.
     """
 
     def decorate(command: Command, /) -> Command:
         command = decorator(command)
-        made: Any = command
+        untyped_command: Any = command
         # click collects the options of a function in this attribute until the command is created.
-        params = made.__click_params__
-        made.__click_params__ = [parameter for parameter in params if parameter.name not in names]
-        made.rare = [
-            *getattr(made, "rare", ()),
+        params = untyped_command.__click_params__
+        untyped_command.__click_params__ = [parameter for parameter in params if parameter.name not in names]
+        untyped_command.rare = [
+            *getattr(untyped_command, "rare", ()),
             *(parameter for parameter in params if parameter.name in names),
         ]
         return command
@@ -651,44 +743,51 @@ def rarely(names: Sequence[str], decorator: Decorator) -> Decorator:
 def options_of(*kinds: type) -> Decorator:
     """Return a decorator that adds one option for every knob of settings dataclasses.
 
-    A knob that several dataclasses share gives one option. The default of each option is None, so that a
-    preset can decide where the option is not given. Rare knobs become rare settings of `GroupedCommand`.
+    A knob (`training.config.Knob`) in the metadata of a field describes its option. A knob that several
+    dataclasses share gives one option. The default of each option is None, so that a preset can decide where
+    the option is not given. Knobs with `rare` become rare settings of `GroupedCommand`.
+
+    Args: kinds: settings dataclasses.
     """
-    made: dict[str, Any] = {}
-    for field, hint, knob in (triple for kind in kinds for triple in knobs_of(kind) if triple[2].flag):
+    decorators: dict[str, Any] = {}
+    knobs = [row for kind in kinds for row in knobs_of(kind)]
+    for field, hint, knob in knobs:
         name = knob.name or field.name
-        if name in made:
+        # `flag` is False for a field that presets or the common flags of a mode set.
+        if not knob.flag or name in decorators:
             continue
         names = (f"--{_with_dashes(name)}", *knob.flags, name)
-        kind: click.ParamType[Any] | type = click.Path(path_type=Path) if hint is Path else hint
-        # `above` and `below` are exclusive bounds, `low` and `high` inclusive ones
-        # The tighter notation of the two wins; a knob has only one of them.
+        option_type: click.ParamType[Any] | type = click.Path(path_type=Path) if hint is Path else hint
+        # `above` and `below` are exclusive bounds, `low` and `high` are inclusive. A knob has only one of the
+        # two at each end.
         low = knob.low if knob.above is None else knob.above
         high = knob.high if knob.below is None else knob.below
         # Choices take precedence over the type of the field.
         if knob.choices is not None:
-            kind = click.Choice(knob.choices)
+            option_type = click.Choice(knob.choices)
         elif hint in (int, float) and (low, high) != (None, None):
-            limited: Any = click.IntRange if hint is int else click.FloatRange
-            kind = limited(low, high, min_open=knob.above is not None, max_open=knob.below is not None)
+            range_type: Any = click.IntRange if hint is int else click.FloatRange
+            option_type = range_type(
+                low, high, min_open=knob.above is not None, max_open=knob.below is not None
+            )
         metavar = knob.metavar or (None if knob.choices else {int: "INT", float: "FLOAT"}.get(hint))
-        made[name] = option(
+        decorators[name] = option(
             *names,
             group=knob.group,
             rare=knob.rare,
             metavar=metavar,
-            type=kind,
+            type=option_type,
             default=None,
             # `GroupedOption` shows the value that the command resolves to; click would show None.
             show_default=False,
             help=knob.help,
             field=field,
         )
-    return together(*made.values())
+    return together(*decorators.values())
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Format rows of cells as lines with aligned columns."""
+    """Format rows of cells as text with aligned columns, one line per row."""
     # Widest cell of each column.
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
@@ -698,8 +797,9 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
 
 
 def choose_device(name: str) -> "torch.device":
-    """Return the device for 'auto', 'cpu' or 'cuda'. 'auto' is CUDA if it is available.
+    """Return the torch device of --device. 'auto' selects CUDA if it is available, else the CPU.
 
+    Args: name: 'auto', 'cpu' or 'cuda'.
     Raises: ValueError if CUDA is requested but not available.
     """
     import torch
@@ -707,13 +807,18 @@ def choose_device(name: str) -> "torch.device":
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device: this machine has no CUDA device. Use --device=cpu or --device=auto.")
+        raise ValueError(
+            "--device: cuda was requested, but PyTorch finds no CUDA device. Use --device=cpu or"
+            " --device=auto."
+        )
     return torch.device(name)
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of Python and of the libraries that affect results, with the machine and
-    threads.
+    """Return the properties of the environment that affect the last digits of results.
+
+    These are the versions of Python, torch, numpy and scipy, the processor architecture and the number of
+    torch's threads.
     """
     import numpy
     import scipy

@@ -7,8 +7,9 @@ and reports use this interface alone. They never call the network that produced 
 World axes: x points right, y points up, z points towards the camera of a frontal portrait. Density is raw:
 the decoder's output before the ray marcher applies softplus(sigma_raw - 1).
 
-Letters: N shapes, P points, D, H, W = grid points along z, y, x, R = pixels per edge of the final image, r =
-rendered pixels per edge before super-resolution, M = r * r rays, S samples along a ray.
+Shapes: N is the number of shapes, P of points, D, H and W of grid points along z, y and x. R is the number of
+pixels per edge of the final image, r the number of rendered pixels per edge before super-resolution. A render
+has M = r * r rays with S samples on each.
 """
 
 import contextlib
@@ -33,33 +34,45 @@ EMPTY = LEVEL - 1000.0
 
 @dataclass(frozen=True)
 class Bounds:
-    """The cube that contains the shapes of a field. The density outside it has no meaning.
+    """Axis-aligned cube that contains the shapes of a field. The density outside this cube has no meaning.
 
-    Raises: ValueError for a value outside its range.
+    Raises: ValueError if a value is outside the range that the comment on its field states.
     """
 
-    side: float = 1.0  # world units, > 0
-    centre: tuple[float, float, float] = (0.0, 0.0, 0.0)  # world units
-    # Fraction of the cube, at each face, that belongs to no shape. EG3D's shape extraction clears it.
+    side: float = 1.0  # edge length, world units, > 0
+    centre: tuple[float, float, float] = (0.0, 0.0, 0.0)  # x, y, z in world units
+    # Thickness of the empty layer at each face, as a fraction of the edge, in [0, 0.5). EG3D's shape
+    # extraction clears 30 of 256 grid points at each face.
     border: float = 30 / 256
 
     def __post_init__(self) -> None:
-        sized = math.isfinite(self.side) and self.side > 0 and 0 <= self.border < 0.5
-        if not sized or len(self.centre) != 3 or not all(map(math.isfinite, self.centre)):
+        if not (math.isfinite(self.side) and self.side > 0):
             raise ValueError(
-                "Bounds: expected side > 0, three finite coordinates of the centre and 0 <= border < 0.5,"
-                f" got {self}. Correct these values."
+                f"Bounds: expected a finite side > 0, got {self.side}. Pass the edge of the cube."
+            )
+        if not 0 <= self.border < 0.5:
+            raise ValueError(
+                f"Bounds: expected 0 <= border < 0.5, got {self.border}. Pass 0 for shapes that fill the"
+                " cube."
+            )
+        if len(self.centre) != 3 or not all(map(math.isfinite, self.centre)):
+            raise ValueError(
+                f"Bounds: expected three finite coordinates of the centre, got {self.centre}. Pass (x, y, z)"
+                " in world units."
             )
 
 
 @dataclass(frozen=True)
 class CameraFamily:
-    """Cameras of a generator: they stand on a sphere about the world's origin and look at one point."""
+    """Cameras of a generator, which stand on a sphere about the world's origin and look at one common
+    point.
+    """
 
     radius: float = camera_model.FFHQ_RADIUS  # distance from the origin, world units
     pivot: tuple[float, float, float] = (0.0, 0.0, 0.0)  # the point that all cameras look at, world units
     focal: float = camera_model.FFHQ_FOCAL  # focal length divided by the image size (pixels)
-    # Nearest and farthest depth that rays sample, world units. None: where rays enter and leave bounds.
+    # (nearest, farthest) depth of the samples on a ray, world units. None: the depths at which the ray enters
+    # and leaves the bounds of the field.
     span: tuple[float, float] | None = None
 
     def label(
@@ -67,13 +80,17 @@ class CameraFamily:
     ) -> torch.Tensor:
         """Return camera labels [n, 25]: 16 numbers of cam2world, then 9 of the intrinsics.
 
-        Args: yaw, pitch: radians, 0 for a frontal view.
-        The function consumes torch's global random numbers, as EG3D's pose sampler does.
+        The method advances torch's global random generator, because EG3D's pose sampler does.
+
+        Args:
+            yaw, pitch: angles of the camera in radians; 0 and 0 give a frontal view.
+            n: number of equal labels.
+            device: device of the result.
         """
         pivot = torch.tensor(self.pivot, dtype=torch.float32, device=device)
         # In EG3D's convention a frontal camera has both angles at pi / 2.
         half_pi = math.pi / 2
-        # [1, 4, 4]; without standard deviations the pose is exact, but random numbers are consumed.
+        # [1, 4, 4]. The sampler's standard deviations are 0 by default, so the angles are exact.
         pose = camera_model.LookAtPoseSampler.sample(
             half_pi + yaw, half_pi + pitch, pivot, radius=self.radius, device=device
         )
@@ -84,42 +101,53 @@ class CameraFamily:
 
 @dataclass(frozen=True, kw_only=True)
 class RenderOptions:
-    """Settings of a render. None keeps the value that the generator was trained with.
+    """Settings of a render. A setting that is None has the value that the generator was trained with.
+
+    EG3D renders in two passes: even samples along a ray, then importance samples.
 
     Raises: ValueError for values that are not positive.
     """
 
-    resolution: int | None = None  # rendered pixels per edge, before super-resolution
-    samples: int | None = None  # samples per ray in each pass
-    sample_mult: float = 1.0  # factor on the samples per ray in each pass
+    resolution: int | None = None  # rendered pixels per edge before super-resolution, >= 1
+    samples: int | None = None  # samples per ray in each of the two passes, >= 1
+    sample_mult: float = 1.0  # factor on the samples per ray in each pass, > 0
 
     def __post_init__(self) -> None:
-        if self.sample_mult <= 0 or any(
-            value is not None and value < 1 for value in (self.resolution, self.samples)
-        ):
+        if self.sample_mult <= 0:
             raise ValueError(
-                f"RenderOptions: expected positive values, got {self}. Set each to a positive number or None."
+                f"RenderOptions: expected sample_mult > 0, got sample_mult={self.sample_mult}. Pass 1 to keep"
+                f" the generator's number of samples."
             )
+        for name in ("resolution", "samples"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(
+                    f"RenderOptions: expected {name} >= 1, got {name}={value}. Pass None to use the"
+                    f" generator's value."
+                )
 
 
-OWN = RenderOptions()
+OWN = RenderOptions()  # every setting as the generator was trained
 
 
 class Rendering(NamedTuple):
-    """Renders of N shapes. The unit ray of a depth has length 1 in world units."""
+    """Renders of N shapes."""
 
     image: torch.Tensor  # [N, 3, R, R] in (-1, 1), after super-resolution if the generator has one
     raw: torch.Tensor  # [N, 3, r, r] in (-1, 1), before super-resolution
-    depth: torch.Tensor  # [N, 1, r, r] distance along the unit ray, world units
-    opacity: torch.Tensor  # [N, 1, r, r] sum of the ray's weights, 0..1
+    depth: torch.Tensor  # [N, 1, r, r] distance from the camera along the ray, world units
+    opacity: torch.Tensor  # [N, 1, r, r] sum of the ray marcher's weights on the ray, 0..1
 
 
 @runtime_checkable
 class Field(Protocol):
-    """A batch of N shapes. Differentiable in the parameters of the shapes where the implementation says so.
+    """A batch of N shapes.
 
-    A subclass has to implement only bounds, level, __len__, density and colour. The methods density_grid and
-    render have an implementation here that uses these.
+    A subclass has to implement only bounds, level, __len__, density and colour. The inherited methods
+    density_grid and render call these five. Each implementation documents whether it is differentiable in the
+    parameters of its shapes.
+
+    A ball of radius 0.3:
 
     >>> class Balls(Field):
     ...     bounds, level = Bounds(), LEVEL
@@ -132,7 +160,7 @@ class Field(Protocol):
     ...
     ...     def colour(self, points):
     ...         return torch.full((1, len(points), 3), 0.5)
-    >>> bool((Balls().density(torch.zeros(1, 3)) > LEVEL).all())  # the middle is solid
+    >>> bool((Balls().density(torch.zeros(1, 3)) > LEVEL).all())  # the centre lies inside the surface
     True
     """
 
@@ -148,33 +176,48 @@ class Field(Protocol):
         """Return N, the number of shapes."""
 
     def density(self, points: torch.Tensor) -> torch.Tensor:
-        """Return the raw density [N, P] at world points: [P, 3] (the same for all shapes) or [N, P, 3]."""
+        """Return the raw density [N, P] at points in world units.
+
+        Args: points: [P, 3] if all shapes share the points, else [N, P, 3].
+        """
 
     def density_grid(self, grid: "SlabSpec") -> torch.Tensor:
-        """Return the raw density [N, D, H, W] at the points of a grid. z, y and x increase with the index."""
+        """Return the raw density [N, D, H, W] at the points of a grid.
+
+        The coordinates z, y and x increase along D, H and W.
+        """
         # [D, H, W, 3] -> [D H W, 3] -> [N, D H W] -> [N, D, H, W]
         raw: torch.Tensor = self.density(grid.points().reshape(-1, 3)).unflatten(1, grid.shape)
         return raw
 
     def colour(self, points: torch.Tensor) -> torch.Tensor:
-        """Return the colour [N, P, 3] in 0..1 at world points: [P, 3] (shared by all shapes) or [N, P, 3]."""
+        """Return the colour [N, P, 3] in 0..1 at points in world units.
+
+        Args: points: [P, 3] if all shapes share the points, else [N, P, 3].
+        """
 
     def render(self, cameras: torch.Tensor, options: RenderOptions = OWN) -> Rendering:
-        """Render the shapes from cameras [N or 1, 25].
+        """Render the shapes by ray marching.
 
         An implementation may jitter the samples along rays with torch's global random generator.
+
+        Args:
+            cameras: camera labels, [N, 25], or [1, 25] for one camera that all shapes share.
+            options: settings of the render.
         """
         return march(self, cameras, options)
 
 
 @runtime_checkable
 class ProductField(Field, Protocol):
-    """A field that evaluates its density faster on a product of coordinates than at the same points one by
+    """A field that evaluates its density faster on a grid of x, y and z than at the same points one by
     one.
     """
 
     def density_product(self, x: torch.Tensor, y: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-        """Return the raw density [N, X, Y, Z] at the product of world coordinates x [X], y [Y], z [Z]."""
+        """Return the raw density [N, X, Y, Z] at all combinations of world coordinates x [X], y [Y], z
+        [Z].
+        """
 
 
 @runtime_checkable
@@ -185,24 +228,30 @@ class DecodedField(Protocol):
         """Return raw density [N, P] and colour [N, P, 3] in 0..1 at points [N, P, 3] inside the bounds."""
 
 
-_SAMPLES_AT_ONCE = 1 << 20  # samples of all shapes in one call of the decoder; limits the memory of `march`
+_SAMPLES_AT_ONCE = (
+    1 << 20
+)  # largest number of samples in one call of the decoder; bounds the memory of `march`
 
 
 def march(
     field: Field, cameras: torch.Tensor, options: RenderOptions = OWN, resolution: int = 64, samples: int = 64
 ) -> Rendering:
-    """Render any field by ray marching: evaluate density and colour at even steps through its bounds.
+    """Render any field by ray marching, with even steps through its bounds and without jitter.
 
-    Space outside the bounds is empty, and empty space is black.
+    Space outside the bounds is empty, and empty space is black. Differentiable in the parameters of
+    the field.
 
     Args:
-        cameras: [N or 1, 25].
-        resolution, samples: pixels per edge and samples per ray, used where `options` leaves them at None.
-    There is no jitter. Differentiable in the parameters of the field.
+        field: N shapes.
+        cameras: camera labels, [N, 25], or [1, 25] for one camera that all shapes share.
+        options: settings of the render.
+        resolution: pixels per edge if `options.resolution` is None.
+        samples: samples per ray if `options.samples` is None; `options.sample_mult` multiplies them.
     """
     cam2world, intrinsics = camera_model.unpack_label(cameras.expand(len(field), -1))
-    # A field has no super-resolution: R = r.
+    # A field has no super-resolution, so the final image has the rendered resolution: R = r.
     r = options.resolution or resolution
+    # The marcher integrates over the intervals between samples, so it needs at least two samples.
     samples = max(2, round((options.samples or samples) * options.sample_mult))
     origins, directions = camera_model.RaySampler()(cam2world, intrinsics, r)  # [N, M, 3]
     # [N, M, 1] each. `ray_limits_box` takes a cube about the origin, so the rays are shifted first.
@@ -210,41 +259,48 @@ def march(
         origins - origins.new_tensor(field.bounds.centre), directions, field.bounds.side
     )
     rays = torch.cat([origins, directions, near, far], dim=-1)  # [N, M, 8]
-    # Parts of the rays bound the memory of one pass. The gradient checkpoint frees the samples of a part
-    # after its forward pass and computes them again in the backward pass.
-    parts = rays.split(max(1, _SAMPLES_AT_ONCE // (len(field) * samples)), dim=1)
-    if len(parts) > 1 and torch.is_grad_enabled():
-        marched = [checkpoint(_march_rays, field, part, samples, use_reentrant=False) for part in parts]
+    # The rays are split into chunks, which bounds the memory of one pass. The gradient checkpoint frees the
+    # samples of a chunk after its forward pass and computes them again in the backward pass.
+    chunks = rays.split(max(1, _SAMPLES_AT_ONCE // (len(field) * samples)), dim=1)
+    if len(chunks) > 1 and torch.is_grad_enabled():
+        chunk_results = [
+            checkpoint(_march_rays, field, chunk, samples, use_reentrant=False) for chunk in chunks
+        ]
     else:
-        marched = [_march_rays(field, part, samples) for part in parts]
-    # [N, M, C] -> [N, C, M] -> [N, C, r, r] for colour (C = 3), depth and opacity (C = 1)
+        chunk_results = [_march_rays(field, chunk, samples) for chunk in chunks]
+    # `chunk_results` holds (colour, depth, opacity) of each chunk. zip(*...) groups the chunks of each of the
+    # three. [N, M, C] -> [N, C, M] -> [N, C, r, r] for colour (C = 3), depth and opacity (C = 1)
     rgb, depth, opacity = (
-        torch.cat(part, dim=1).transpose(1, 2).unflatten(2, (r, r)) for part in zip(*marched, strict=True)
+        torch.cat(tensors, dim=1).transpose(1, 2).unflatten(2, (r, r))
+        for tensors in zip(*chunk_results, strict=True)
     )
     # [N, 1, r, r]. `ray_limits_box` returns near >= far for a ray that misses the cube.
     hit = (far > near).transpose(1, 2).unflatten(2, (r, r))
     # A ray that misses gets the farthest depth, the same value that MipRayMarcher2 gives an empty ray.
     depth = torch.where(hit, depth, far.amax())
     # The marcher returns colour in 0..1; images of EG3D are in -1..1.
-    return Rendering(rgb * 2 - 1, rgb * 2 - 1, depth, opacity)
+    image = rgb * 2 - 1
+    return Rendering(image, image, depth, opacity)
 
 
 def _march_rays(
     field: Field, rays: torch.Tensor, samples: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return colour [N, M, 3] in 0..1, depth [N, M, 1] and opacity [N, M, 1] of rays.
+    """March along rays. Return their colour [N, M, 3] in 0..1, depth [N, M, 1] and opacity [N, M, 1].
 
-    Args: rays: [N, M, 8]: origin (3), direction (3), near and far limit.
+    Args:
+        field: N shapes.
+        rays: [N, M, 8]: origin (3), direction (3), near limit and far limit, in world units.
+        samples: number of samples on each ray.
     """
-    # [N, M, 3] twice, then [N, M, 1] twice
-    origins = rays[..., :3]
-    directions = rays[..., 3:6]
-    near = rays[..., 6:7]
-    far = rays[..., 7:]
+    origins = rays[..., :3]  # [N, M, 3]
+    directions = rays[..., 3:6]  # [N, M, 3]
+    near = rays[..., 6:7]  # [N, M, 1]
+    far = rays[..., 7:]  # [N, M, 1]
     depths = (near + torch.linspace(0, 1, samples).to(rays) * (far - near)).unsqueeze(-1)  # [N, M, S, 1]
-    # Sample positions along each ray, all rays of a shape in one list.
+    # Positions of all samples of a shape, on one axis, as `Field.density` expects them.
     points = (origins.unsqueeze(2) + depths * directions.unsqueeze(2)).flatten(1, 2)  # [N, M S, 3]
-    # One pass where the field can decode both together.
+    # A field that can decode density and colour together saves one pass of its decoder.
     raw, colour = (
         field.decode(points)
         if isinstance(field, DecodedField)
@@ -252,7 +308,8 @@ def _march_rays(
     )
     # [N, M, S]. The samples of a ray that misses the bounds count as empty space.
     raw = torch.where(far > near, raw.unflatten(1, depths.shape[1:3]), EMPTY)
-    # No mirror plane: the density of the field is used as it is.
+    # `symmetric` would mirror the density at the plane x = 0; a field is used as it is. The empty dict holds
+    # rendering options, of which this call needs none.
     marcher = MipRayMarcher2(symmetric=False)
     rgb, depth, weights = marcher(colour.unflatten(1, depths.shape[1:3]), raw.unsqueeze(-1), depths, {})
     return rgb, depth, weights.sum(dim=2)
@@ -260,9 +317,12 @@ def _march_rays(
 
 @contextlib.contextmanager
 def fixed_draws(seed: int = 0) -> Iterator[None]:
-    """Make torch draw the same random numbers in the block each time. Torch's own random state is restored.
+    """Make torch draw the same random numbers in the block each time.
 
-    Covers the CPU and, if CUDA is in use, all of its devices.
+    This covers the generators of the CPU and, if CUDA is initialised, of all CUDA devices. Their states are
+    restored after the block.
+
+    Args: seed: seed of torch's global generators in the block.
     """
     # Forking the state of CUDA devices would initialise CUDA in a process that does not use it.
     with torch.random.fork_rng(
@@ -276,9 +336,16 @@ def fixed_draws(seed: int = 0) -> Iterator[None]:
 def render_each(
     field: Field, cameras: Iterable[torch.Tensor], options: RenderOptions = OWN, seed: int = 0
 ) -> list[Rendering]:
-    """Render a field from several cameras, each under the same random numbers.
+    """Render a field from several cameras, and use the same random numbers for each of them.
 
-    Args: cameras: each [N or 1, 25]. Torch's own random state is restored.
+    The state of torch's random generator is restored. Not differentiable.
+
+    Args:
+        field: N shapes.
+        cameras: camera labels, each [N, 25] or [1, 25].
+        options: settings of the renders.
+        seed: seed of the random numbers.
+    Returns: one rendering for each camera.
     """
     renderings = []
     # One camera at a time, so that each render consumes the same random numbers.

@@ -1,11 +1,14 @@
 """Interfaces between the parts of score distillation, and checks of tensors that priors and rewards exchange.
 
-Letters: A assets, V views of one asset, B = A * V images (views of an asset adjacent), C, H, W of the prior's
-latents, h, w pixels, K noises, P patches, F faces of a patch.
+Shapes: A is the number of assets, V of views of one asset, and B = A * V of images, where the views of an
+asset are adjacent. C, H and W are the axes of the prior's latents, h and w are pixels of images. K is the
+number of noises, P of patches and F of faces of a patch.
 
-Time t is an integer in 0..999; a = sqrt(alphas_cumprod[t]), s = sqrt(1 - alphas_cumprod[t]); x_t = a x + s e.
-Guidance scale g: e(null) + g (e(text) - e(null)), so 1 is the conditional prediction alone (Ho and Salimans
-2022, in the convention of diffusers).
+Notation of DDPM (Ho, Jain and Abbeel 2020, equation 4): the time t is an integer in 0..999, x is a clean
+latent, e is Gaussian noise, and the noisy latent is x_t = a x + s e with a = sqrt(alphas_cumprod[t]) and
+s = sqrt(1 - alphas_cumprod[t]). Classifier-free guidance with scale g predicts the noise e(null) + g (e(text)
+- e(null)), so g = 1 is the conditional prediction alone (Ho and Salimans 2022, in the convention
+of diffusers).
 """
 
 from dataclasses import dataclass, field
@@ -21,8 +24,10 @@ class DiffusionPrior(Protocol):
     """A frozen diffusion model of images."""
 
     alphas_cumprod: torch.Tensor  # [1000], decreasing; cumulative products of 1 - beta_t (DDPM)
-    latent_shape: tuple[int, int, int]  # (C, H, W)
-    views: int  # 1, or the number of views that its attention joins; B is then a multiple of it
+    latent_shape: tuple[int, int, int]  # (C, H, W) of a latent
+    # Number of views of an asset that the model denoises jointly; 1 for a single-view model. B is a multiple
+    # of this number.
+    views: int
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         """Encode images [B, 3, h, w] in 0..1 into latents [B, C, H, W]. Differentiable."""
@@ -31,17 +36,24 @@ class DiffusionPrior(Protocol):
         """Decode latents into images [B, 3, h, w] in 0..1. Differentiable."""
 
     def embed(self, prompts: list[str], directions: list[str] | None = None) -> torch.Tensor:
-        """Embed B prompts as conditioning tokens [B, tokens, dim]. An empty prompt gives the null
-        conditioning.
+        """Embed B prompts as conditioning tokens [B, tokens, dim].
+
+        Args:
+            prompts: one text for each image. An empty prompt gives the null conditioning.
+            directions: one phrase for each image that names the visible side of the asset, such as "front
+                view"; None for prompts without it.
         """
 
     def predict_noise(
         self, x_t: torch.Tensor, t: torch.Tensor, cond: torch.Tensor, cameras: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Predict the noise [B, C, H, W] in x_t at times t [B].
+        """Predict the noise [B, C, H, W] in noisy latents. Differentiable in x_t and cond.
 
-        Args: cond: conditioning tokens [B, tokens, dim]; cameras: [B, 16], or None.
-        Differentiable in x_t and cond.
+        Args:
+            x_t: noisy latents [B, C, H, W].
+            t: times [B], integers in 0..999.
+            cond: conditioning tokens [B, tokens, dim].
+            cameras: camera poses [B, 16], flattened 4 x 4 matrices, or None for a prior without cameras.
         """
 
 
@@ -50,15 +62,18 @@ class RewardModel(Protocol):
     """A reward that scores images, with the signature of imscore."""
 
     modality: Modality
-    views: int  # number of images that are scored together, those of an asset adjacent; 1: each alone
-    differentiable: bool
+    views: int  # number of images of an asset that are scored together; 1: each image has its own score
+    differentiable: bool  # True: scores are differentiable in the pixels
     # view_prompts: bool, optional. True: the prompt of an image names the side of the asset that the image
     # shows (see `reward_prompts` of tuning/distill). A reward without the attribute gets prompts without it.
 
     def score(self, pixels: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         """Score images [B, 3, h, w] in 0..1.
 
-        Returns: [B]. With several views each of an asset's images has the asset's score.
+        Args:
+            pixels: images [B, 3, h, w] in 0..1; the `views` images of an asset are adjacent.
+            prompts: one text for each image.
+        Returns: scores [B]. If `views` > 1, all images of an asset have the score of the asset.
         """
 
 
@@ -69,52 +84,67 @@ class PairwiseJudge(Protocol):
     def judge(
         self, prompts: list[str], pairs: list[tuple[torch.Tensor, torch.Tensor]], shuffle_order: bool = True
     ) -> list[int]:
-        """Return 0 or 1 for the better one of each pair of images [V, 3, h, w]; -1 if there is no answer."""
+        """Return the index of the better asset of each pair, 0 or 1, or -1 if the model gave no answer.
+
+        Args:
+            prompts: one text for each pair.
+            pairs: two tensors of images [V, 3, h, w] in 0..1 for each pair, the views of either asset.
+            shuffle_order: True: show the two assets in random order, so that a preference of the model for
+                the first or second position cancels out.
+        """
 
 
 class Mesh(NamedTuple):
-    """A triangle mesh. Faces point outward: the signed volume is positive."""
+    """A triangle mesh whose face normals point outward, so that its signed volume is positive."""
 
     vertices: torch.Tensor  # [N, 3] world units
-    faces: torch.Tensor  # [M, 3] int64
+    faces: torch.Tensor  # [M, 3] int64, indices of vertices
 
 
 class Patches(NamedTuple):
-    """Meshes as patches of faces with features.
+    """Meshes, divided into patches of faces with features.
 
-    The 10 features of a face are its area (1), normal (3), sorted angles (3) and sorted dot products of its
-    normal with the vertex normals (3).
+    The 10 features of a face are its area (1), its normal (3), its three angles in sorted order (3), and the
+    dot products of its normal with its three vertex normals in sorted order (3).
     """
 
     features: torch.Tensor  # [A, P, F, 10], described above
     centres: torch.Tensor  # [A, P, F, 3] face centres
-    mask: torch.Tensor  # [A, P] bool; False: padding, there is no such patch
+    mask: torch.Tensor  # [A, P] bool; False marks padding of an asset with fewer patches
 
 
 @runtime_checkable
 class MeshReward(Protocol):
-    """A reward that scores meshes. Differentiable in features and centres."""
+    """A reward that scores meshes. Its scores are differentiable in the features and centres of the
+    patches.
+    """
 
     def score(self, patches: Patches, prompts: list[str]) -> torch.Tensor:
-        """Return a score for each asset [A]."""
+        """Return the scores [A] of A meshes. `prompts` holds one text for each mesh."""
 
 
 @dataclass
 class GuidanceOutput:
-    """Result of one step of a guidance."""
+    """Result of one step of a guidance (distillation method). All tensors are detached.
 
-    grad: torch.Tensor  # [B, C, H, W] with respect to the prior's latents, unreduced; no graph
-    terms: dict[str, torch.Tensor] = field(default_factory=dict)  # named values [B] or [A] for the log
-    scores: torch.Tensor | None = None  # [K, A] rewards of the noises
-    winner: torch.Tensor | None = None  # [A] index of the preferred noise; -1: no answer
-    one_sided: torch.Tensor | None = None  # [A] bool: the preference gap was too small to push away
-    # [B, 3, h, w]: a second gradient, with respect to the rendered images
+    The fields from `scores` to `one_sided` are None for methods that do not compare several noises
+    by a reward.
+    """
+
+    grad: torch.Tensor  # gradient with respect to the prior's latents, [B, C, H, W], unreduced
+    terms: dict[str, torch.Tensor] = field(default_factory=dict)  # name -> values [B] or [A] for the log
+    scores: torch.Tensor | None = None  # [K, A] rewards of the predictions from K noises
+    winner: torch.Tensor | None = None  # [A] index of the preferred noise; -1: there was no answer
+    # [A] bool. True: the gradient does not push away from the rejected noise, because the preference gap was
+    # too small or there was no answer.
+    one_sided: torch.Tensor | None = None
+    # Second gradient, with respect to the rendered images, [B, 3, h, w]; None for methods without it.
     image_grad: torch.Tensor | None = None
 
 
 @runtime_checkable
 class Guidance(Protocol):
-    """A distillation method: it computes the gradient on the latents x [B, C, H, W] of the rendered views."""
+    """A distillation method, which computes a gradient on the latents [B, C, H, W] of the rendered views."""
 
     def __call__(
         self,
@@ -128,44 +158,53 @@ class Guidance(Protocol):
         """Compute the gradient of one step. `gradients.distillation_loss` turns it into a loss.
 
         Args:
-            x: latents, which need no graph.
-            t: [B].
-            prompts: one per image.
-            cameras: [B, 16].
-            step: counts from 0.
-            images: the images that x encodes, for terms on pixels.
+            x: latents of the rendered views, [B, C, H, W]. They need no graph.
+            t: times [B], integers in 0..999.
+            prompts: one text for each image.
+            cameras: camera poses [B, 16], flattened 4 x 4 matrices, or None for a prior without cameras.
+            step: index of the optimisation step, counted from 0.
+            images: rendered images [B, 3, h, w] that x encodes, for methods with a term on pixels.
         """
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """Return the state that a resumed run needs; empty for most methods."""
+        """Return the state that a resumed run needs. Most methods have no state and return an empty dict."""
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Restore what `state_dict` returned."""
+        """Restore the state that `state_dict` returned."""
 
 
-# Checks of arguments and results: complete sets of views, images within 0..1, no NaN. Errors name the flag.
+# Checks of arguments and results of priors and rewards. Their errors name the flag that selected the model.
 
 SLACK = 1e-3  # images may exceed 0..1 by this much, because of rounding in a renderer
 
 
 def check_views(pictures: int, views: int, who: str = "--prior") -> None:
-    """Raise ValueError unless the number of images is a multiple of `views`, the views of one asset."""
+    """Raise ValueError unless the images form complete sets of `views` views.
+
+    Args:
+        pictures: number of images.
+        views: number of views of one asset.
+        who: start of the message, such as the flag of the model.
+    """
     if pictures < 1 or pictures % views:
         raise ValueError(
-            f"{who}: expected a multiple of {views} views, got {pictures}. Set views={views} or a"
-            " multiple of it."
+            f"{who}: expected a multiple of {views} images (the views of one asset), got {pictures}. Set"
+            f" views={views} or a multiple of it."
         )
 
 
 def check_pictures(images: torch.Tensor, who: str) -> None:
-    """Raise ValueError unless images are [B, 3, h, w], finite and within 0..1."""
+    """Raise ValueError unless images have the shape [B, 3, h, w] and finite values within 0..1.
+
+    Args: images: images of any shape; who: start of the message, such as the flag of the model.
+    """
     if images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(
-            f"{who}: expected images [B, 3, h, w], got {list(images.shape)}. Pass the three colour channels"
-            " only."
+            f"{who}: expected images of shape [B, 3, h, w], got {list(images.shape)}. Pass a batch of images"
+            " with three colour channels."
         )
-    # One pass over the tensor; detached, because checks must not enter the graph.
-    low, high = (float(x) for x in images.detach().aminmax())
+    # `aminmax` needs one pass over the tensor. Detached, because checks must not enter the graph.
+    low, high = (float(extreme) for extreme in images.detach().aminmax())
     # A comparison with NaN is False, so NaN is rejected too
     if not (low >= -SLACK and high <= 1 + SLACK):
         raise ValueError(
@@ -175,17 +214,28 @@ def check_pictures(images: torch.Tensor, who: str) -> None:
 
 
 def check_finite(tensor: torch.Tensor, who: str, remedy: str) -> None:
-    """Raise ValueError if a tensor contains NaN or infinity. `remedy` ends the message."""
-    # The number of bad values goes into the message.
-    bad = int((~torch.isfinite(tensor.detach())).sum())
-    if bad:
+    """Raise ValueError if a tensor contains NaN or infinity.
+
+    Args:
+        tensor: tensor of any shape.
+        who: start of the message, such as the flag of the model.
+        remedy: sentence that ends the message and says what the user can do.
+    """
+    nonfinite_count = int((~torch.isfinite(tensor.detach())).sum())
+    if nonfinite_count:
         raise ValueError(
-            f"{who}: expected finite numbers, got NaN or infinity in {bad} of {tensor.numel()}. {remedy}"
+            f"{who}: expected finite numbers, got NaN or infinity in {nonfinite_count} of {tensor.numel()}"
+            f" values. {remedy}"
         )
 
 
 class CheckedPrior:
-    """A prior with checks of its arguments and results. Each method raises ValueError if a check fails."""
+    """A prior with checks of its arguments and results. Each method raises ValueError if a check fails.
+
+    Args:
+        prior: diffusion prior that does the work.
+        remedy: sentence that ends the message about NaN or infinity.
+    """
 
     def __init__(
         self,
@@ -200,7 +250,7 @@ class CheckedPrior:
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         """Encode images in 0..1 into latents [B, C, H, W]."""
-        # Before the prior runs: its own errors would not name the flag.
+        # Checked here, because the prior's own errors would not name the flag.
         check_views(len(images), self.views)
         check_pictures(images, "--prior: encode")
         return self._finite(self.prior.encode(images), "encode")
@@ -210,29 +260,34 @@ class CheckedPrior:
         return self._finite(self.prior.decode(latents), "decode")
 
     def embed(self, prompts: list[str], directions: list[str] | None = None) -> torch.Tensor:
-        """Embed prompts as conditioning tokens [B, tokens, dim]."""
+        """Embed B prompts as conditioning tokens [B, tokens, dim]. See `DiffusionPrior.embed`."""
         return self._finite(self.prior.embed(prompts, directions), "embed")
 
     def predict_noise(
         self, x_t: torch.Tensor, t: torch.Tensor, cond: torch.Tensor, cameras: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Predict the noise [B, C, H, W]."""
+        """Predict the noise [B, C, H, W] in noisy latents. See `DiffusionPrior.predict_noise`."""
         check_views(len(x_t), self.views)
-        # A prior would broadcast or fail far from the cause.
-        sizes = {
+        # With unequal numbers a prior would broadcast without an error, or fail far from the cause.
+        counts = {
             "times": len(t),
             "prompts": len(cond),
             "cameras": len(x_t) if cameras is None else len(cameras),
         }
-        if set(sizes.values()) != {len(x_t)} or tuple(x_t.shape[1:]) != tuple(self.latent_shape):
-            got = ", ".join(f"{n} {name}" for name, n in sizes.items())
+        if tuple(x_t.shape[1:]) != tuple(self.latent_shape):
             raise ValueError(
-                f"--prior: expected one of each per latent {list(self.latent_shape)}, got {got} for latents"
-                f" {list(x_t.shape)}. Pass equal numbers."
+                f"--prior: expected latents of shape [B, {', '.join(map(str, self.latent_shape))}], got"
+                f" {list(x_t.shape)}. Encode images with this prior."
+            )
+        if set(counts.values()) != {len(x_t)}:
+            given_counts = ", ".join(f"{count} {name}" for name, count in counts.items())
+            raise ValueError(
+                f"--prior: expected one time, prompt and camera for each of {len(x_t)} latents, got"
+                f" {given_counts}. Pass as many of each as latents."
             )
         return self._finite(self.prior.predict_noise(x_t, t, cond, cameras), "predict_noise")
 
-    def _finite(self, tensor: torch.Tensor, what: str) -> torch.Tensor:
-        """Return a result of the prior; raise ValueError if it is not finite. `what` names the method."""
-        check_finite(tensor, f"--prior: {what}", self.remedy)
+    def _finite(self, tensor: torch.Tensor, method: str) -> torch.Tensor:
+        """Return a result of the prior, or raise ValueError, which names the method, if it is not finite."""
+        check_finite(tensor, f"--prior: {method}", self.remedy)
         return tensor

@@ -1,13 +1,13 @@
 """Estimate the memory and the floating-point operations of networks, without a GPU and without their weights.
 
 Inside a `MemoryTrace` float tensors are fake: they have a shape and a dtype, but no values. Integer tensors
-are computed. They are needed because a network on sparse grids finds neighbouring rows by integer
+are computed. Their values are needed because a network on sparse grids finds neighbouring rows by integer
 coordinates, and because a mixture of experts assigns tokens to experts by integers. Integers that depend on
 fake values are replaced by evenly spread ones.
 
-The estimate counts all tensors that are alive at the same time, with the sizes that PyTorch allocates on a
-CPU. It leaves out the CUDA context (about half a GiB), the workspaces of convolutions and fragmentation.
-Attention is counted as fused, without a matrix of tokens x tokens.
+The estimate adds the sizes, as PyTorch allocates them on a CPU, of all tensors that exist at the same time.
+It does not include the CUDA context (about 0.5 GiB), the workspaces of convolutions, and fragmentation.
+Attention is counted as a fused operator, which stores no matrix of tokens x tokens.
 """
 
 import weakref
@@ -21,33 +21,34 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-GIB = 2**30
+GIB = 2**30  # bytes
 Module = TypeVar("Module", bound=torch.nn.Module)
 aten = torch.ops.aten
 ATTENTION = aten._scaled_dot_product_flash_attention_for_cpu
 ATTENTION_BACK = aten._scaled_dot_product_flash_attention_for_cpu_backward
-# operators that accept boolean masks as indices
+# Operators that accept boolean masks as indices.
 INDEXED = (aten.index, aten.index_put, aten.index_put_, aten._unsafe_index)
 
 
 class MemoryTrace(TorchDispatchMode):
-    """A context in which new float tensors are fake.
+    """A context in which new float tensors are fake, for the measurement of memory and operations.
 
-    It counts the bytes of all living tensors, and the multiplications and additions that were executed.
+    It counts the bytes of all tensors that exist, and the multiplications and additions of the operators that
+    were called.
 
     >>> with MemoryTrace() as trace: model = Denoiser(config); model(x, t, cond).sum().backward()
     >>> trace.peak, trace.flops
     """
 
     def __init__(self) -> None:
-        # Through super(), mypy does not see that it is torch's, untyped
+        # Not through super(): mypy would not recognise the untyped constructor of torch.
         TorchDispatchMode.__init__(self)
-        self.now = 0  # bytes of all living storages
-        # Largest value of `now` since the last `mark`, bytes
+        self.now = 0  # bytes of all storages that exist
+        # Largest value of `now` since the last call of `mark`, bytes
         self.peak = 0
-        # Multiplications and additions since the last `mark`
+        # Number of multiplications and additions since the last call of `mark`
         self.flops = 0
-        # Bytes of each living storage, by the address of its implementation
+        # Bytes of each existing storage, by the address of its C++ implementation
         self._sizes: dict[int, int] = {}
         # Computed integer tensors are inputs of operators next to fake ones, so both have to be allowed.
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
@@ -67,25 +68,28 @@ class MemoryTrace(TorchDispatchMode):
         self.flops = 0
 
     def fill(self, module: Module) -> Module:
-        """Replace the tensors of a module on the meta device by fake ones on the CPU, in place. Return the
-        module.
+        """Replace the tensors of a module by fake tensors on the CPU, in place. Return the module.
+
+        Args: module: module whose tensors are on the meta device.
         """
         with self:
             return module.to_empty(device="cpu")
 
     def peak_of(self, run: Callable[[], object]) -> int:
-        """Return the largest number of bytes that `run` allocates at once, its result included.
+        """Return the largest number of bytes that are allocated at the same time while `run` is executed.
 
-        Tensors that existed before the call are not counted.
+        The result of `run` is included. Tensors that existed before the call are not.
+
+        Args: run: function without arguments; its tensors are fake.
         """
         with self:
             self.mark()
-            before = self.now
-            # The result is kept until the call is over, so that it counts, and is then freed for the next
-            # measurement.
+            bytes_before = self.now
+            # The variable keeps the result alive until `run` has returned, so that it is counted. Deleting it
+            # frees its memory for the next measurement.
             result = run()
             del result
-        return self.peak - before
+        return self.peak - bytes_before
 
     def __torch_dispatch__(
         self,
@@ -95,24 +99,24 @@ class MemoryTrace(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        # All tensors among the arguments.
+        # tree_leaves also finds tensors inside lists and dicts.
         input_tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-        # A tensor that is created on the meta device occupies no memory. It is returned without being
-        # counted.
+        # The operator creates a tensor on the meta device, which occupies no memory and is not counted.
         if not input_tensors and torch.device(kwargs.get("device") or "cpu").type == "meta":
             return self._execute(func, args, kwargs)
-        # All inputs are computed (integers): execute the operator on their values.
+        # All input tensors have values (integers): execute the operator on them.
         if input_tensors and not any(
             isinstance(x, FakeTensor) or x.device.type == "meta" for x in input_tensors
         ):
             result = self._execute(func, args, kwargs)
         elif func is aten._local_scalar_dense.default:
-            # `.item()` of a fake tensor. There is no value, and 1 keeps loops and divisions valid.
+            # This operator is `.item()`, and a fake tensor has no value to return. With 1, loops over ranges
+            # and divisions remain valid.
             return 1
         else:
             if func.overloadpacket in INDEXED:
-                # The number of rows that a fake is_mask selects is unknown, and FakeTensorMode would raise an
-                # error.
+                # FakeTensorMode raises an error for a boolean mask, because it cannot determine the number of
+                # selected rows.
                 args = (args[0], self._indices_from_masks(args[1]), *args[2:])
             # The fake mode computes shapes and dtypes only.
             result = func(*args, **kwargs)
@@ -125,13 +129,19 @@ class MemoryTrace(TorchDispatchMode):
             if integer_tensors and not input_tensors:
                 result = self._execute(func, args, kwargs)
             elif integer_tensors:
-                # Integers that depend on fake values. Of topk they are indices along its dimension (the third
-                # argument, -1 by default); for every other operator 0 is valid wherever an index is needed.
-                upper_bound = (
-                    args[0].shape[args[2] if len(args) > 2 else -1] if func.overloadpacket is aten.topk else 1
-                )
+                # The integers depend on fake values. Those of topk are indices along its dimension, which is
+                # its third argument, -1 by default. For every other operator, 0 is a valid index.
+                upper_bound = 1
+                if func.overloadpacket is aten.topk:
+                    dimension = args[2] if len(args) > 2 else -1
+                    upper_bound = args[0].shape[dimension]
+                # Compared by identity: `in` would compare elements of tensors.
                 result = tree_map(
-                    lambda x: self._spread(x, upper_bound) if any(x is y for y in integer_tensors) else x,
+                    lambda leaf: (
+                        self._spread(leaf, upper_bound)
+                        if any(leaf is tensor for tensor in integer_tensors)
+                        else leaf
+                    ),
                     result,
                 )
         self.flops += flops_of(func.overloadpacket, args, kwargs, result)
@@ -148,22 +158,24 @@ class MemoryTrace(TorchDispatchMode):
             return func(*args, **kwargs)
 
     def _indices_from_masks(self, indices: Any) -> list[Any]:
-        """Replace boolean masks among indices by the indices of the rows that they select."""
-        chosen: list[Any] = []
+        """Replace each boolean mask in a list of indices by the integer indices of its True elements."""
+        integer_indices: list[Any] = []
         for index in indices:
-            is_mask = isinstance(index, torch.Tensor) and index.dtype == torch.bool
-            chosen += (
-                self._execute(lambda i: [*i.nonzero(as_tuple=True)], (index,), {}) if is_mask else [index]
-            )
-        return chosen
+            if isinstance(index, torch.Tensor) and index.dtype == torch.bool:
+                # A mask of several dimensions gives one index tensor for each dimension.
+                integer_indices += self._execute(lambda mask: [*mask.nonzero(as_tuple=True)], (index,), {})
+            else:
+                integer_indices.append(index)
+        return integer_indices
 
     @staticmethod
     def _spread(x: torch.Tensor, upper_bound: int) -> torch.Tensor:
-        """Return valid integers in place of those that depend on fake values.
+        """Return a tensor of valid integers that replaces integers which depend on fake values.
 
-        They are 0, 1, ..., upper_bound - 1, repeated in this order.
-
-        Booleans become True.
+        Args:
+            x: integer or boolean tensor, of which only the shape and the dtype are used.
+            upper_bound: number of valid values, >= 1.
+        Returns: the values 0, 1, ..., upper_bound - 1, repeated in this order; True for a boolean tensor.
         """
         with unset_fake_temporarily():
             return (
@@ -173,7 +185,7 @@ class MemoryTrace(TorchDispatchMode):
             )
 
     def _count(self, x: torch.Tensor) -> None:
-        """Add a tensor's storage to the count, and subtract it when the storage is freed."""
+        """Add the size of a tensor's storage to the count until the storage is freed."""
         storage = x.untyped_storage()
         # Views share a storage, which is counted once.
         key = storage._cdata
@@ -184,42 +196,51 @@ class MemoryTrace(TorchDispatchMode):
             weakref.finalize(storage, self._drop, key)
 
     def _drop(self, key: int) -> None:
-        """Subtract a storage that was freed."""
+        """Subtract the size of a storage that was freed."""
         self.now -= self._sizes.pop(key, 0)
 
 
 def flops_of(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> int:
     """Count the multiplications and additions of one operator call, as torch.utils.flop_counter does.
 
-    Adds the fused attention of the CPU, which torch's table leaves out.
+    The fused attention operators of the CPU, which torch's table does not contain, are counted, too.
+    Operators outside the table, such as additions, count as 0.
+
+    Args:
+        op: overload packet of the operator, for example torch.ops.aten.mm.
+        args, kwargs: arguments of the call.
+        result: result of the call.
     """
     if op is ATTENTION:
+        # The first three arguments are query, key and value.
         return int(sdpa_flop_count(*(x.shape for x in args[:3])))
     if op is ATTENTION_BACK:
+        # The first four arguments are the output's gradient, query, key and value.
         return int(sdpa_backward_flop_count(*(x.shape for x in args[:4])))
-    # 0: operators outside torch's table, such as additions
     return int(flop_registry[op](*args, **kwargs, out_val=result)) if op in flop_registry else 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Costs:
-    """Memory of a job: the weights of each network, and the peak of each stage."""
+    """Memory of a job: the weights of each network, and the peak of each stage of the computation."""
 
     weights: dict[str, tuple[int, int]]  # name -> (number of parameters, bytes)
     stages: dict[str, int]  # name -> peak in bytes, in addition to all weights
 
     @property
     def total(self) -> int:
-        """Return the bytes of all weights and of the most expensive stage."""
+        """Return the bytes of all weights plus the peak of the most expensive stage."""
         return sum(size for _, size in self.weights.values()) + max(self.stages.values(), default=0)
 
     def __add__(self, other: "Costs") -> "Costs":
-        """Join two tables. The weights of both are in memory together; the stages run one after another."""
+        """Combine the memory of two jobs.
+
+        The weights of both are in memory at the same time. Their stages run one after another.
+        """
         return Costs(weights=self.weights | other.weights, stages=self.stages | other.stages)
 
     def __str__(self) -> str:
-        """Format both tables for the terminal, in GiB."""
-        # The first line of each block is its heading.
+        """Format the weights and the stages as two tables for the terminal, in GiB."""
         rows = [f"{'weights':44}{'parameters':>12}{'GiB':>9}"]
         rows += [
             f"  {name:42}{n / 1e6:>10.1f} M{size / GIB:>9.2f}" for name, (n, size) in self.weights.items()
@@ -230,7 +251,7 @@ class Costs:
 
 
 def weight_row(module: torch.nn.Module, dtype: torch.dtype = torch.float32) -> tuple[int, int]:
-    """Return (number of parameters, bytes) of a module whose parameters are stored as `dtype`."""
-    # Shared parameters count once: parameters() yields each one once.
-    numbers = sum(p.numel() for p in module.parameters())
-    return numbers, numbers * dtype.itemsize
+    """Return (number of parameters, bytes) of a module if its parameters are stored as `dtype`."""
+    # parameters() yields a parameter that several layers share only once.
+    parameter_count = sum(parameter.numel() for parameter in module.parameters())
+    return parameter_count, parameter_count * dtype.itemsize

@@ -1,60 +1,66 @@
-"""Reader of small YAML files that other programs wrote. It builds dicts, lists and scalars, and no other
-objects.
+"""Reader of small YAML files that other programs wrote.
+
+It builds only dicts, lists and scalars, so that a file cannot create other objects.
 """
 
 from pathlib import Path
 from typing import Any
 
-DEEPEST = 64  # nested levels; files that we read have fewer
+DEEPEST = 64  # largest number of nested levels; the files that we read have fewer
 
 
 def read_yaml(path: Path, who: str = "", most_bytes: int = 1 << 16, aliases: int = 16) -> dict[Any, Any]:
-    """Read the mapping that a file contains.
+    """Read a YAML file whose top level is a mapping.
 
     Args:
+        path: path of the file.
         who: start of error messages; the path by default.
-        most_bytes: largest size of the file.
-        aliases: largest number of repetitions (*name) in it.
-    Raises: FileNotFoundError; ValueError for a file that is too large, is not YAML, uses tags or too many
-    aliases, is nested too deeply, or contains no mapping.
+        most_bytes: largest allowed size of the file, in bytes.
+        aliases: largest allowed number of aliases (*name), which repeat a part of the file.
+    Raises:
+        FileNotFoundError: there is no file at the path.
+        ValueError: the file is too large, is not YAML, uses tags or too many aliases, is nested too deeply,
+            or contains no mapping at its top level.
     """
-    # Imported here, because most commands do not need it
+    # Imported here, because most commands do not need it.
     import yaml
 
     who = who or str(path)
-    many = f"more than {aliases} " if aliases else ""
     if not path.is_file():
-        raise FileNotFoundError(f"{who}: expected a file at {path}, got none. Check the path.")
+        raise FileNotFoundError(f"{who}: there is no file {path}. Pass the path of an existing YAML file.")
     # Checked before the file is read into memory.
     if path.stat().st_size > most_bytes:
         raise ValueError(
-            f"{who}: expected at most {most_bytes >> 10} KiB, got {path.stat().st_size >> 10} KiB. Check that"
-            " the path names the right file."
+            f"{who}: {path} has {path.stat().st_size >> 10} KiB, but this YAML file may have at most"
+            f" {most_bytes >> 10} KiB. Check that the path names the right file."
         )
     try:
         text = path.read_text(encoding="utf-8")
-        depth = used = 0
-        # Aliases and depth are counted on events, before any object is built: nested aliases could
-        # otherwise expand to gigabytes. The parser is lazy, so a rejected file is not read to its end.
+        depth = 0
+        alias_count = 0
+        # Aliases and depth are counted on the parser's events, before any object is built. Nested
+        # aliases could otherwise expand to gigabytes. The parser is lazy, so a rejected file is not
+        # parsed to its end.
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            used += isinstance(event, yaml.AliasEvent)
-            if used > aliases or depth > DEEPEST:
-                raise ValueError(
-                    f"it uses {many}aliases (*name)"
-                    if used > aliases
-                    else f"it nests deeper than {DEEPEST} levels"
-                )
-        # SafeLoader builds no objects of other types; tags are errors.
+            alias_count += isinstance(event, yaml.AliasEvent)
+            # Both errors are caught below, where the path is added.
+            if alias_count > aliases:
+                raise ValueError(f"it uses more than {aliases} aliases (*name)")
+            if depth > DEEPEST:
+                raise ValueError(f"it nests deeper than {DEEPEST} levels")
+        # SafeLoader rejects tags, which could name other types.
         root = yaml.load(text, Loader=yaml.SafeLoader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        expected = "YAML" if aliases else "plain YAML without tags and aliases"
-        # The parser's message in one line, of bounded length.
+        allowed_form = "YAML" if aliases else "plain YAML without tags and aliases"
+        # The parser's message has several lines and may quote the file at length.
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{who}: expected {expected}, got: {reason}. Correct or restore the file.") from None
+        raise ValueError(
+            f"{who}: {path} is not {allowed_form}: {reason}. Correct the file, or download it again."
+        ) from None
     if not isinstance(root, dict):
         raise ValueError(
-            f"{who}: expected a mapping at the top level, got {type(root).__name__}. Check that the path"
-            " names the right file."
+            f"{who}: expected a mapping at the top level of {path}, got {type(root).__name__}. Check that the"
+            " path names the right file."
         )
     return root

@@ -1,22 +1,23 @@
-"""Registries: mappings from a name to an object. Plugins can add entries.
+"""Registries: mappings from a name to an object, to which plugins can add entries.
 
-Each of our entries is a row of a table, name -> module, and the module is imported when its name is first
-looked up.
+The entries of this package are rows of a table, name -> module. The module is imported when its name is
+looked up for the first time.
 
     FAMILIES: Registry[Family] = Registry("generator family", {"eg3d": "eg3d_rlhf.generators.eg3d", ...})
 
-    FAMILIES.add("eg3d", Family(...))        in the module that the table names, or in a plugin
-    FAMILIES["eg3d"]                         imports the module, if it was not imported yet
+    FAMILIES.add("eg3d", Family(...))        # in the module that the table names, or in a plugin
+    FAMILIES["eg3d"]                         # imports the module, if it was not imported yet
 
 To add an entry inside the package, write one file that calls `add`, and put its name into the table. The
 module that holds the table imports none of its entries. This avoids circular imports and keeps `--help` fast.
 
-The same file can stand outside the package, as a plugin. Name it in the environment,
+The same file can be a plugin outside the package. Either name it in an environment variable, as a module or
+as the path of a .py file, with commas between several plugins:
 
     EG3D_RLHF_PLUGINS=my_package.panohead,./frontal_depth.py
 
-or install it as an entry point of the group `eg3d_rlhf.plugins`. Plugins run with the rights of the user, so
-name only code that you trust.
+or install it as an entry point of the group `eg3d_rlhf.plugins`. Plugins run with the permissions of the
+user, so name only code that you trust.
 """
 
 import importlib
@@ -28,29 +29,32 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Generic, TypeVar
 
-VARIABLE = "EG3D_RLHF_PLUGINS"
-GROUP = "eg3d_rlhf.plugins"
+VARIABLE = "EG3D_RLHF_PLUGINS"  # environment variable that names plugins
+GROUP = "eg3d_rlhf.plugins"  # group of entry points that installed packages use
 Thing = TypeVar("Thing")
-_loaded: set[str] = set()  # names of plugins whose import has begun
+# Names of plugins whose import has begun, and GROUP once the entry points were imported.
+_loaded: set[str] = set()
 
 
 def load_plugins() -> None:
-    """Import every plugin that the environment or an entry point names, once per process.
+    """Import every plugin that the environment variable or an entry point names.
 
-    Raises: ValueError for a plugin that cannot be imported.
+    A plugin is imported only once per process.
+
+    Raises: ValueError for a plugin of the environment variable that cannot be imported.
     """
-    names = (part.strip() for part in os.environ.get(VARIABLE, "").split(","))
+    names = (plugin_name.strip() for plugin_name in os.environ.get(VARIABLE, "").split(","))
+    # filter(None, ...) drops empty names, such as the one of an unset variable.
     for name in filter(None, names):
         if name not in _loaded:
-            # Marked before the import: a plugin may look up a registry while it is imported, which calls this
-            # function.
+            # Added before the import: a plugin may look up a registry while it is imported, and that calls
+            # this function again.
             _loaded.add(name)
             _load(name)
     if GROUP not in _loaded:
         _loaded.add(GROUP)
-        # Installed packages that declare plugins.
-        for entry in importlib.metadata.entry_points(group=GROUP):
-            entry.load()
+        for entry_point in importlib.metadata.entry_points(group=GROUP):
+            entry_point.load()
 
 
 def _load(name: str) -> None:
@@ -61,67 +65,72 @@ def _load(name: str) -> None:
             return
         path = Path(name).resolve()
         spec = importlib.util.spec_from_file_location(path.stem, path)
-        # No loader for this kind of file, or no file.
+        # Python returns None for a kind of file that it cannot import. It does not check that the
+        # file exists.
         if spec is None or spec.loader is None or not path.is_file():
-            raise ImportError(f"nothing at {path}")
+            raise ImportError(f"there is no file {path}")
         module = importlib.util.module_from_spec(spec)
-        # The file may import itself by its stem. A module of that name that is already imported is not
-        # replaced.
+        # Other modules may import the file by its stem. An imported module of the same name is not replaced.
         sys.modules.setdefault(path.stem, module)
         spec.loader.exec_module(module)
     except ImportError as error:
-        # A later call tries again, for example after the user corrected the path.
+        # Removed, so that a later call can try the import again.
         _loaded.discard(name)
         raise ValueError(
-            f"{VARIABLE}: expected a module or a .py file that can be imported, got {name}: {error}."
-            " Correct the name, or install what the plugin imports."
+            f"{VARIABLE}: the plugin {name} cannot be imported: {error}. Name an importable module or a .py"
+            " file, and install the packages that it imports."
         ) from error
 
 
 class Registry(Mapping[str, Thing], Generic[Thing]):
-    """A mapping that imports the module of an entry when the entry is first looked up.
+    """A mapping that imports the module of an entry when the entry is looked up for the first time.
 
-    Plugins are loaded when a name is neither in our table nor added yet.
+    Plugins are loaded when a name is neither in the table nor was added before.
 
-    Args: what: the kind of entries, for messages; ours: name -> module that adds it.
+    Args:
+        entry_kind: kind of the entries in the singular, for messages.
+        module_table: names of this package's entries -> dotted name of the module that adds the entry.
     """
 
-    def __init__(self, what: str, ours: Mapping[str, str]):
-        self._what = what
-        self._ours = dict(ours)
-        self._things = dict[str, Thing]()
+    def __init__(self, entry_kind: str, module_table: Mapping[str, str]):
+        self._entry_kind = entry_kind
+        self._module_table = dict(module_table)
+        self._entries = dict[str, Thing]()
 
     def add(self, name: str, thing: Thing) -> Thing:
-        """Add an entry and return it. An entry of the same name is replaced."""
-        self._things[name] = thing
+        """Add an entry and return it. An existing entry with the same name is replaced."""
+        self._entries[name] = thing
         return thing
 
     def __getitem__(self, name: object) -> Thing:
-        """Return an entry. Raises: ValueError that lists the known names."""
-        if name not in self._things and name in self._ours:
-            # The import runs the module's call of `add`, which fills `_things`.
-            importlib.import_module(self._ours[name])
-        if name not in self._things:
+        """Return an entry.
+
+        Raises: ValueError, which lists the existing names, for an unknown name.
+        """
+        if name not in self._entries and name in self._module_table:
+            # The import runs the module's call of `add`, which fills `_entries`.
+            importlib.import_module(self._module_table[name])
+        if name not in self._entries:
             load_plugins()
-        # Still unknown: plugins are imported now, and only now.
-        if name not in self._things:
+        # A plugin may have added the name, so it is looked up again.
+        if name not in self._entries:
             raise ValueError(
-                f"{self._what}: expected one of {', '.join(self)}, got {name!r}. Use one of these names, or"
-                f" set {VARIABLE} to the plugin that adds it."
+                f"{self._entry_kind}: expected one of {', '.join(self)}, got {name!r}. Use one of these"
+                f" names, or set the environment variable {VARIABLE} to the plugin that adds {name!r}."
             )
-        return self._things[name]
+        return self._entries[name]
 
     def __iter__(self) -> Iterator[str]:
-        """Iterate over names: ours in the order of the table, then those that were added.
+        """Iterate over the names in the order of the table, followed by the names of other added entries.
 
-        Names of plugins are included only after plugins have been loaded.
+        Names of plugins are included only after the plugins have been loaded.
         """
-        # Each name once, though an imported entry is in both.
-        return iter(dict.fromkeys([*self._ours, *self._things]))
+        # dict.fromkeys removes duplicates: an imported entry of the table is in both.
+        return iter(dict.fromkeys([*self._module_table, *self._entries]))
 
     def __len__(self) -> int:
-        return len(set(self._ours) | set(self._things))
+        return len(set(self._module_table) | set(self._entries))
 
     def __contains__(self, name: object) -> bool:
-        """Return True if a name is in the table or was added. Imports nothing."""
-        return name in self._things or name in self._ours
+        """Return True if a name is in the table or was added. Nothing is imported."""
+        return name in self._entries or name in self._module_table

@@ -1,17 +1,17 @@
-"""Names that version 0.1 had for jobs, flags, values, make targets and files, and the present ones.
+"""Tables of the old names (version 0.1) and new names of jobs, flags, values, make targets and files.
 
-This is the only table of old names. A command line that uses one of them is rejected with the new name and
-exit code 2; there are no aliases. docs/start/migrating.md shows the same tables, and
-tests/core/test_renamed.py holds the page, the commands and the Makefile against this module. To be removed
-at 1.0.
+This is the only module that contains old names. A command line with an old name ends with an error that names
+the new one, and exit code 2; there are no aliases. docs/start/migrating.md shows the same tables, and
+tests/core/test_renamed.py compares the page, the commands and the Makefile with this module. The module will
+be removed in version 1.0.
 
 What version 0.1 wrote to disk is read by `eg3d_rlhf.experiments.version_0_1`.
 """
 
 from collections.abc import Mapping
 
-BUILDERS = ("build", "shapes", "features", "toy-flow", "view-prior")
-# Jobs of eg3d-rlhf, with the command to run instead.
+BUILDERS = ("build", "shapes", "features", "toy-flow", "view-prior")  # former jobs `assets NAME`
+# Old name of a job of eg3d-rlhf -> the command to run instead.
 JOBS = {
     "report proof": "eg3d-rlhf report controlled-study",
     "report zoo": "eg3d-rlhf report rewards",
@@ -19,7 +19,7 @@ JOBS = {
     "flow draw": "eg3d-rlhf flow sample",
     **{f"assets {name}": f"python -m builders.{name.replace('-', '_')}" for name in BUILDERS},
 }
-# Targets of the Makefile, and the variables that hold further arguments of theirs.
+# Old name -> new name of a make target, and of the make variable with further arguments of the target.
 TARGETS = {"proof": "controlled-study", "zoo": "rewards"}
 VARIABLES = {"PROOF_ARGS": "CONTROLLED_STUDY_ARGS", "ZOO_ARGS": "REWARDS_ARGS"}
 
@@ -45,7 +45,9 @@ _ONLINE = {
     "--set draws": "--set noise_samples",
     "--set plain": "--set unweighted",
 }
-# Flags and rare settings of a command: a flag may keep its name elsewhere.
+# Words of a command -> old names -> new names of its flags and of its settings without a flag ("--set
+# NAME"). The tables are separate for each command, because a flag that was renamed in one command may
+# exist in another.
 FLAGS: dict[str, dict[str, str]] = {
     "train --mode=gan": _GAN,
     "train --mode=circular-dpo": {**_FLOW, **_LOOP},
@@ -81,7 +83,7 @@ FLAGS: dict[str, dict[str, str]] = {
     "train --mode=inversion": {**_HELDOUT, "--seeds": "--latents"},
     "python -m benchmarks": _OUTDIR,
 }
-# Commands of a mode that are jobs, too.
+# Jobs that are another way to start a mode of training. They have the flags of that mode.
 MODES_OF_JOBS = {
     "reward train": "train --mode=reward",
     "reward mesh": "train --mode=mesh-reward",
@@ -89,7 +91,8 @@ MODES_OF_JOBS = {
 }
 _LOSSES = ("nft", "grpo", "grpo-plain", "grpo-guard", "dppo", "dgpo", "dpo")
 _ARMS = {f"{loss}-shuffled": f"{loss}-randomised" for loss in _LOSSES}
-# Values of a flag or a rare setting of a command, also within a list.
+# (words of a command, flag or "--set NAME") -> old values -> new values. They also apply to the elements of a
+# comma-separated list.
 VALUES: dict[tuple[str, str], dict[str, str]] = {
     ("report heads", "--held-out"): {"judge": "evaluation"},
     ("reward best-of-n", "--reward-ckpt"): {"soundness": "mesh-validity"},
@@ -112,7 +115,7 @@ VALUES: dict[tuple[str, str], dict[str, str]] = {
         "filter": "post-processing",
     },
 }
-# Commands whose --seeds was a number of trainings, counted from --seed, and is a list of training seeds now.
+# Commands whose --seeds was the number of trainings in version 0.1. It is a list of training seeds now.
 COUNTED = (
     "train --mode=circular-dpo",
     "train --mode=online",
@@ -121,7 +124,7 @@ COUNTED = (
     "train --mode=mesh-reward",
     "reward latent",
 )
-# Files and folders that commands write, or that the package brings.
+# Old path -> new path of files that commands write, and of bundled files.
 FILES = {
     "WORK/conditions.safetensors": "WORK/conditioning.safetensors",
     "reward-watch.safetensors, .json (bundled)": "reward-heldout.safetensors, .json (bundled)",
@@ -132,35 +135,57 @@ FILES = {
 }
 
 
-def new_flag(job: str, typed: str, known: Mapping[str, object]) -> str | None:
-    """Return the present name of a flag that a command does not have, or None for one that never was.
+def new_flag(job: str, typed: str, flags_of_command: Mapping[str, object]) -> str | None:
+    """Return the new name of a flag that a command does not have, or None if the flag was not renamed.
 
-    Args: typed: the flag, or "--set name" of a rare setting, as it was typed; known: the flags that the
-        command has. Of --out and --outdir, a command has one: the first is a file, the second a folder.
+    A command has either --out (a file) or --outdir (a folder). If the flag is the other one of the two, the
+    function returns the one that the command has.
+
+    Args:
+        job: words of the command, such as "report all".
+        typed: the flag as it was typed, or "--set NAME" for a setting without a flag.
+        flags_of_command: flags that the command has, as keys.
     """
     names = FLAGS.get(job, {})
-    name = typed.removeprefix("--set ").lstrip("-")
-    for spelling in (f"--{name.replace('_', '-')}", f"--set {name.replace('-', '_')}"):
+    bare_name = typed.removeprefix("--set ").lstrip("-")
+    # The user may have typed a flag for a setting without a flag, or the reverse: both forms are looked up.
+    for spelling in (f"--{bare_name.replace('_', '-')}", f"--set {bare_name.replace('-', '_')}"):
         if spelling in names:
             return names[spelling]
-    other = {"out": "--outdir", "outdir": "--out"}.get(name)
-    return other if other in known else None
+    counterpart = {"out": "--outdir", "outdir": "--out"}.get(bare_name)
+    return counterpart if counterpart in flags_of_command else None
 
 
 def new_value(job: str, flag: str, value: str) -> tuple[str, str] | None:
-    """Return the first old name in a value, or in a list with commas, and the present one; None for none."""
+    """Return (old name, new name) for the first renamed name in a value, or None if it contains none.
+
+    Args:
+        job: words of the command, such as "report all".
+        flag: flag, or "--set NAME" for a setting without a flag.
+        value: text of the value; it may be a comma-separated list of names.
+    """
     names = VALUES.get((job, flag), {})
-    return next(((part, names[part]) for part in map(str.strip, value.split(",")) if part in names), None)
+    for element in value.split(","):
+        old_name = element.strip()
+        if old_name in names:
+            return old_name, names[old_name]
+    return None
 
 
 def check_seeds(job: str, text: str) -> None:
-    """Raise ValueError for a single number above 0, which meant a number of trainings in version 0.1."""
+    """Raise ValueError for --seeds with a single number above 0, whose meaning changed since version 0.1.
+
+    In version 0.1 the number was the number of trainings. It would now be a single training seed.
+
+    Args: job: words of the command; text: value of --seeds.
+    """
     if job in COUNTED and text.strip().isdecimal() and int(text) > 0:
         count = int(text)
-        end = "," if count == 1 else ",..." if count > 3 else ""
-        listed = ",".join(map(str, range(min(count, 3)))) + end
+        # The message shows at most three seeds. A comma after a single seed marks a list.
+        list_ending = "," if count == 1 else ",..." if count > 3 else ""
+        seed_list = ",".join(map(str, range(min(count, 3)))) + list_ending
         raise ValueError(
-            f"--seeds={text}: expected a list of training seeds with commas. In version 0.1 this was the"
-            f" number of trainings: write --seeds={listed} for {count} of them, or --seeds={count}, for the"
-            f" single training seed {count}."
+            f"--seeds={text}: expected a comma-separated list of training seeds. In version 0.1 the value was"
+            f" the number of trainings. For as many trainings write --seeds={seed_list}; for one training"
+            f" with the seed {count} write --seeds={count}, with the comma at the end."
         )

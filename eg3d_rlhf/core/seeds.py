@@ -1,45 +1,48 @@
-"""Ranges of seeds: held-out seeds, and the parts of the project that use each range.
+"""Ranges of latent seeds that are reserved for one purpose, above all for evaluation (held-out seeds).
 
-All ranges are written down here and nowhere else. A seed gives a latent, z = RandomState(seed).randn(z_dim).
-Rewards are trained on labels of some seeds. Every evaluation of a reward, or of a generator that was tuned
-with it, uses other seeds. Labels may use every seed that is not held out: the bundled labels use about
-0..3999, and new campaigns begin at 10,000. A report shifts each of its ranges by STRIDE per unit of --seed,
-beyond all other ranges.
+No other module defines such a range. A seed defines a latent: z = RandomState(seed).randn(z_dim). Rewards are
+trained on labels of some seeds. Every evaluation of a reward, or of a generator that was tuned with it, uses
+other seeds. Labels may use every seed that is not held out: the bundled labels use seeds from about 0 to
+3999, and new labelling projects begin at 10,000. A report with --seed=S shifts each of its ranges by S *
+STRIDE, beyond all other ranges.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-# First seed of a reward's high-quality reference samples. Not held out: seeds with labels are skipped.
+# First seed of a reward's reference samples (high-quality samples at low truncation). They are not held out;
+# seeds that have labels are skipped.
 ANCHORS = 100_000
-# First seed of the ground-truth heads that the shape features are trained on. Not held out; no other use.
+# First seed of the ground-truth heads that the shape features are trained on. They are not held out, but
+# nothing else uses them.
 TRUE_HEADS = 400_000
 STRIDE = 1_000_000  # larger than every seed below, so that shifted ranges do not overlap
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """A range of seeds that no training may use."""
+    """A range of latent seeds that no training of a reward or generator may use."""
 
-    name: str
-    first: int
-    count: int
-    drawn_by: str  # the parts of the project that use it
-    moved: bool = False  # True: --seed of a report shifts the range
+    name: str  # name of the range in messages
+    first: int  # smallest seed
+    count: int  # number of seeds
+    drawn_by: str  # commands, phases or reports that use the range
+    moved: bool = False  # True: a report shifts the range by STRIDE per unit of its --seed
 
     @property
     def all(self) -> range:
-        """Return all seeds of the range, not shifted."""
+        """Return all seeds of the range without any shift."""
         return range(self.first, self.first + self.count)
 
     def take(self, n: int, move: int = 0) -> range:
-        """Return the first n seeds, shifted by `move` strides.
+        """Return the first n seeds of the range, shifted by move * STRIDE.
 
-        Raises: ValueError if the range has fewer.
+        Raises: ValueError if the range has fewer than n seeds.
         """
         if n > self.count:
             raise ValueError(
-                f"{self.name} seeds: expected at most {self.count:,}, got {n:,}. Use a smaller number."
+                f"held-out range {self.name}: it has {self.count:,} seeds, but {n:,} were requested. Request"
+                f" at most {self.count:,}."
             )
         start = self.first + STRIDE * move
         return range(start, start + n)
@@ -111,16 +114,19 @@ HELD_OUT = (
 
 
 def refuse_held_out(seeds: Iterable[int], who: str) -> None:
-    """Raise ValueError that names the first of `seeds` that is held out."""
+    """Raise ValueError, which names the first held-out seed, if any seed is held out.
+
+    Args: seeds: latent seeds; who: start of the message, such as a flag.
+    """
     for seed in seeds:
         # The ranges do not overlap, so the first match is the only one.
-        for held in HELD_OUT:
-            # The shift that a seed of a report's --seed would have; ranges that do not move have no shift.
-            move = seed // STRIDE if held.moved else 0
-            if seed - STRIDE * move in held.all:
-                reserved = held.take(held.count, move)
-                name = held.name + (f" of --seed={move}" if move else "")
+        for held_range in HELD_OUT:
+            # A report with --seed=S uses this range shifted by S * STRIDE: the shift of this seed.
+            move = seed // STRIDE if held_range.moved else 0
+            if seed - STRIDE * move in held_range.all:
+                reserved_seeds = held_range.take(held_range.count, move)
+                range_name = held_range.name + (f" of --seed={move}" if move else "")
                 raise ValueError(
-                    f"{who}: expected seeds that are not held out, got {seed} ({name}, {reserved[0]} to"
-                    f" {reserved[-1]}). Choose other seeds."
+                    f"{who}: seed {seed} is held out for evaluation (range {range_name},"
+                    f" {reserved_seeds[0]} to {reserved_seeds[-1]}). Choose seeds outside this range."
                 )

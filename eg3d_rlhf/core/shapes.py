@@ -1,14 +1,14 @@
-"""Letters for the axes of tensors, and the check of tensor shapes at the public functions of the package.
+"""Check of tensor shapes at the public functions of the package, and the letters that stand for axes.
 
-Letters used in shape comments and in `check_shape` patterns:
+Shape comments and the patterns of `check_shape` use these letters:
 
     N  samples in a batch          P  pairs of samples (winner first)    C  channels
     D  depth slices, z axis (+z towards the camera)                      H  rows, y axis (+y up)
     W  columns, x axis (+x right)  M  entries of a feature vector        L  layers of the style vector
     F  views per sample            R  rays                               S  samples along a ray
 
-Volumes are [N, C, D, H, W] = [N, C, z, y, x] everywhere inside the package; flips live in file readers and
-writers.
+Volumes are [N, C, D, H, W] = [N, C, z, y, x] everywhere inside the package. Only file readers and writers
+flip or permute axes.
 """
 
 from collections.abc import Sequence
@@ -20,26 +20,26 @@ def check_shape(who: str, tensor: torch.Tensor, pattern: Sequence[int | str], wh
     """Raise ValueError unless `tensor` has the shape `pattern`.
 
     Args:
-        who: name of the caller and argument, e.g. "RewardModel.score(slab)".
-        pattern: one entry per axis. An int is the exact size. A letter of the legend allows any size >= 1,
-            but the same size wherever the letter occurs again.
-        what_to_do: the remedy, one sentence, which ends the message.
-    Raises: ValueError for an object that is no tensor, another number of axes, or another size.
+        who: name of the calling function and its argument, for example "RewardModel.score(slab)".
+        tensor: the tensor to check.
+        pattern: one element for each axis. An int is the exact size. A letter of the list above allows any
+            size >= 1, but equal letters need equal sizes.
+        what_to_do: sentence that ends the message and says what the user can do.
+    Raises: ValueError if the object is no tensor, has another number of axes, or has another size on an axis.
     """
     # For the message, e.g. [N, 1, 128, 141, 129].
-    expected = "[" + ", ".join(str(p) for p in pattern) + "]"
+    expected_shape = "[" + ", ".join(str(axis) for axis in pattern) + "]"
     if not isinstance(tensor, torch.Tensor):
-        raise ValueError(f"{who}: expected a tensor {expected}, got {type(tensor).__name__}. {what_to_do}")
-    got = list(tensor.shape)
-    # letter -> size at its first occurrence
-    size_of_letter: dict[str, int] = {}
-    fits = len(got) == len(pattern)
-    # strict=False: a different number of axes is already recorded in `fits`.
-    for size, allowed in zip(got, pattern, strict=False):
-        fits = (
-            fits
-            and size >= 1
-            and size == (allowed if isinstance(allowed, int) else size_of_letter.setdefault(allowed, size))
+        raise ValueError(
+            f"{who}: expected a tensor of shape {expected_shape}, got {type(tensor).__name__}. {what_to_do}"
         )
+    given_shape = list(tensor.shape)
+    size_of_letter: dict[str, int] = {}
+    fits = len(given_shape) == len(pattern)
+    # strict=False: a different number of axes is already recorded in `fits`.
+    for size, axis in zip(given_shape, pattern, strict=False):
+        # setdefault stores the size at the first occurrence of a letter, and returns it at later ones.
+        required_size = axis if isinstance(axis, int) else size_of_letter.setdefault(axis, size)
+        fits = fits and size >= 1 and size == required_size
     if not fits:
-        raise ValueError(f"{who}: expected {expected}, got {got}. {what_to_do}")
+        raise ValueError(f"{who}: expected shape {expected_shape}, got {given_shape}. {what_to_do}")

@@ -1,10 +1,10 @@
-"""Grid of points at which a reward reads a density: resolution, crop and value range.
+"""Specification of the density grid that a reward scores: resolution, crop and value range.
 
-The cropped density grid is the paper's sigma slab. Its specification is stored in the reward's checkpoint and
-nowhere else.
+The cropped density grid is the sigma slab of the paper (arXiv 2606.27305). Its specification is stored only
+in the reward's checkpoint.
 
-Letters: D, H, W = grid points along z, y, x. World axes: x points right, y points up (forehead), z points
-towards the camera (front of the face).
+Shapes: D, H and W are the numbers of grid points along z, y and x. World axes: x points right, y points up
+(forehead), z points towards the camera (front of the face).
 """
 
 import hashlib
@@ -20,38 +20,43 @@ if TYPE_CHECKING:  # these modules import torch, which `--help` does not need
     from eg3d_rlhf.core.field import Bounds
 
 LATTICES = ("straight", "skewed")
-_LATER = {"lattice", "centre"}  # fields that descriptions of the first version lack; see `to_dict`
+_LATER = {
+    "lattice",
+    "centre",
+}  # fields that were added later, so that older descriptions lack them; see `to_dict`
 
 
 @dataclass(frozen=True, kw_only=True)
 class SlabSpec:
     """A box of grid points inside the scene cube.
 
-    The cube has side `box_warp` and centre `centre`. It carries `resolution` corner-aligned points per axis:
-    point i lies at (i/(resolution - 1) - 1/2) * box_warp from the centre. `int(fraction * resolution)` points
-    are trimmed from each face. The default is the slab of arXiv 2606.27305: x 64:192, y 64:205, z 102:231 of
-    256, so (D, H, W) = (129, 141, 128).
+    The scene cube has the edge length `box_warp` and the centre `centre`. It contains `resolution` points
+    per axis, and the outermost points lie on its faces: along an axis, point i lies at (i/(resolution - 1)
+    - 1/2) * box_warp from the centre. `int(fraction * resolution)` points are cropped from each face. The
+    default is the slab of arXiv 2606.27305: indices x 64:192, y 64:205, z 102:231 of 256, so (D, H, W) =
+    (129, 141, 128).
 
     `lattice="skewed"` gives the points that the published reward was trained on. The helper function of its
-    authors divides indices without rounding down. Index (i, j, k) therefore lies at (i + j/N + k/N^2, j +
-    k/N, k), with N = resolution. The displacement is less than one voxel everywhere, and less than 0.9 in the
-    published slab. A skewed lattice is not a product of axes, so it is decoded point by point.
+    authors computes indices by division without rounding down. The point with the index (i, j, k) therefore
+    lies at the index coordinates (i + j/N + k/N^2, j + k/N, k), with N = resolution. The displacement is less
+    than one voxel everywhere, and less than 0.9 voxels in the published slab. A skewed lattice is not a
+    product of axes, so a field has to evaluate it point by point.
 
-    Raises: ValueError for a value outside its range, or for a crop that leaves fewer than 2 points on an
-    axis.
+    Raises: ValueError if a value is outside the range that the comment on its field states, or if the crop
+        leaves fewer than 2 points on an axis.
     Deviates: the default lattice is straight; the authors' is skewed.
     """
 
     resolution: int = 256  # grid points per axis of the uncropped cube, >= 2
-    # fraction trimmed at each face: x_lo, x_hi, y_lo, y_hi, z_lo, z_hi, each in [0, 1)
+    # Fraction of the cube that is cropped at each face: x_lo, x_hi, y_lo, y_hi, z_lo, z_hi, each in [0, 1).
     crop: tuple[float, float, float, float, float, float] = (0.25, 0.25, 0.25, 0.20, 0.40, 0.10)
-    box_warp: float = 1.0  # side of the scene cube, world units, > 0
-    value_max: float = 100.0  # densities are scaled to 0..value_max, see `geometry.slab`; > 0
-    lattice: str = "straight"  # 'straight'; or 'skewed', as in the published reward's training data
+    box_warp: float = 1.0  # edge length of the scene cube, world units, > 0
+    value_max: float = 100.0  # upper end of the scaled densities 0..value_max, see `geometry.slab`; > 0
+    lattice: str = "straight"  # 'straight', or 'skewed' as in the published reward's training data
     centre: tuple[float, float, float] = (0.0, 0.0, 0.0)  # centre of the scene cube, world units
 
     def __post_init__(self) -> None:
-        # In Python a bool is an int.
+        # bool is a subclass of int in Python, so it is excluded explicitly.
         if isinstance(self.resolution, bool) or not isinstance(self.resolution, int) or self.resolution < 2:
             raise ValueError(
                 f"SlabSpec: expected an integer resolution >= 2, got {self.resolution!r}. Use 256 for the"
@@ -60,21 +65,22 @@ class SlabSpec:
         try:
             crop = tuple(float(fraction) for fraction in self.crop)
         except (TypeError, ValueError):
-            # Rejected below, with the same message as a wrong length
+            # Rejected below, with the same message as a wrong number of values.
             crop = ()
         if len(crop) != 6 or not all(0.0 <= fraction < 1.0 for fraction in crop):
             raise ValueError(
                 "SlabSpec: expected crop = (x_lo, x_hi, y_lo, y_hi, z_lo, z_hi), six fractions in [0, 1),"
-                f" got {self.crop!r}. Give the fraction to trim from each face."
+                f" got {self.crop!r}. Pass the fraction of the cube to crop at each face."
             )
-        # A list from JSON becomes a tuple, which is hashable
+        # A list from JSON becomes a tuple, which is hashable. The dataclass is frozen, so the field is set
+        # through `object`.
         object.__setattr__(self, "crop", crop)
         centre = tuple(float(value) for value in self.centre)
         if len(centre) != 3 or not all(math.isfinite(value) for value in centre):
             raise ValueError(
-                f"SlabSpec: expected centre = (x, y, z), finite, got {self.centre!r}. Use (0, 0, 0)."
+                f"SlabSpec: expected centre = (x, y, z) with finite coordinates, got {self.centre!r}. Use"
+                " (0, 0, 0) for a cube about the origin."
             )
-        # the dataclass is frozen; this is the usual way to normalise a field
         object.__setattr__(self, "centre", centre)
         for name in ("box_warp", "value_max"):
             value = getattr(self, name)
@@ -85,31 +91,38 @@ class SlabSpec:
                 or value <= 0
             ):
                 raise ValueError(
-                    f"SlabSpec: expected {name} > 0, got {value!r}. Use a positive, finite number."
+                    f"SlabSpec: expected a finite number {name} > 0, got {value!r}. Use"
+                    f" {getattr(type(self), name)}, the default."
                 )
             object.__setattr__(self, name, float(value))
         if self.lattice not in LATTICES:
             raise ValueError(
                 f"SlabSpec: expected lattice to be one of {', '.join(LATTICES)}, got {self.lattice!r}. Use"
-                " 'straight'."
+                " 'straight', or 'skewed' for the published reward."
             )
         for axis, (start, stop) in zip("xyz", self.index_ranges, strict=True):
             if stop - start < 2:
                 raise ValueError(
-                    f"SlabSpec: expected at least 2 points along {axis}, got indices {start}:{stop}. Reduce"
-                    f" the crop of {axis}."
+                    f"SlabSpec: the crop leaves the indices {start}:{stop} along {axis}, but at least 2"
+                    f" points are needed. Reduce the crop of {axis}, or increase the resolution."
                 )
 
     @classmethod
     def cube(cls, resolution: int, box_warp: float = 1.0) -> "SlabSpec":
-        """Return a grid of the uncropped scene cube, as meshes and the density-consistency term use it."""
+        """Return a grid of the uncropped scene cube. Meshes and the density-consistency term use such grids.
+
+        Args: resolution: points per axis, >= 2; box_warp: edge length of the cube, world units.
+        """
         return cls(resolution=resolution, crop=(0.0,) * 6, box_warp=box_warp)
 
     @classmethod
-    def of(cls, bounds: "Bounds", resolution: int, **place: Any) -> "SlabSpec":
+    def of(cls, bounds: "Bounds", resolution: int, **other_fields: Any) -> "SlabSpec":
         """Return a grid in the bounds of a field or generator.
 
-        Args: place: other fields of the spec, such as `crop`; without them the grid covers the bounds.
+        Args:
+            bounds: cube that becomes the scene cube of the grid.
+            resolution: points per axis of the uncropped cube, >= 2.
+            other_fields: values of other fields of the spec, such as `crop`. By default nothing is cropped.
         """
         return cls(
             **{
@@ -117,23 +130,25 @@ class SlabSpec:
                 "crop": (0.0,) * 6,
                 "box_warp": bounds.side,
                 "centre": bounds.centre,
-                **place,
+                **other_fields,
             }
         )
 
     @property
     def index_ranges(self) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
-        """(start, stop) indices into the uncropped cube for x, y and z; stop is exclusive."""
+        """Ranges (start, stop) of indices into the uncropped cube for x, y and z. `stop` is exclusive."""
         # int() rounds down, as the paper's slab does: int(0.20 * 256) = 51 and int(0.10 * 256) = 25.
-        trimmed = [int(fraction * self.resolution) for fraction in self.crop]
-        x, y, z = (
-            (low, self.resolution - high) for low, high in zip(trimmed[::2], trimmed[1::2], strict=True)
+        x_low, x_high, y_low, y_high, z_low, z_high = (
+            int(fraction * self.resolution) for fraction in self.crop
         )
+        x = (x_low, self.resolution - x_high)
+        y = (y_low, self.resolution - y_high)
+        z = (z_low, self.resolution - z_high)
         return x, y, z
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(D, H, W): points along z, y, x."""
+        """Numbers of points (D, H, W) along z, y and x."""
         x, y, z = (stop - start for start, stop in self.index_ranges)
         return z, y, x
 
@@ -143,51 +158,56 @@ class SlabSpec:
         return self.box_warp / (self.resolution - 1)
 
     def axes(self) -> "tuple[torch.Tensor, torch.Tensor, torch.Tensor]":
-        """Return world coordinates of a straight lattice's points: x [W], y [H], z [D], float32, increasing.
+        """Return the world coordinates of a straight lattice along each axis.
 
+        Returns: x [W], y [H] and z [D], float32, in increasing order.
         Raises: ValueError for a skewed lattice, where a coordinate depends on more than one index.
         """
         import torch
 
         if self.lattice != "straight":
             raise ValueError(
-                f"SlabSpec.axes: expected a straight lattice, got {self.lattice!r}. Use points(), or"
-                " lattice='straight'."
+                f"SlabSpec.axes: a {self.lattice!r} lattice has no separate axes. Use SlabSpec.points(), or a"
+                " spec with lattice='straight'."
             )
-        last = self.resolution - 1
+        last_index = self.resolution - 1
         # Computed in float64 and rounded to float32 once.
         x, y, z = (
-            ((torch.arange(start, stop, dtype=torch.float64) / last - 0.5) * self.box_warp + middle).float()
-            for (start, stop), middle in zip(self.index_ranges, self.centre, strict=True)
+            (
+                (torch.arange(start, stop, dtype=torch.float64) / last_index - 0.5) * self.box_warp
+                + centre_coordinate
+            ).float()
+            for (start, stop), centre_coordinate in zip(self.index_ranges, self.centre, strict=True)
         )
         return x, y, z
 
     def points(self) -> "torch.Tensor":
-        """Return world coordinates [D, H, W, 3] float32 of every point, components x, y, z, for either
-        lattice.
+        """Return the world coordinates (x, y, z) of every point, [D, H, W, 3] float32, for either lattice.
 
-        Skewed points are rounded as the authors' helper function rounds them: index * voxel - box_warp/2 in
-        float32.
+        Points of the skewed lattice are computed as in the authors' helper function, so that rounding agrees:
+        index * voxel - box_warp/2 in float32.
         """
         import torch
 
         if self.lattice == "straight":
             x, y, z = self.axes()
-            # meshgrid returns z, y, x; the last axis has to be x, y, z
+            # meshgrid returns the coordinates z, y, x; [::-1] reverses them to x, y, z for the last axis.
             return torch.stack(torch.meshgrid(z, y, x, indexing="ij")[::-1], dim=-1)
         n = self.resolution
+        # Indices along x, y and z: [W], [H], [D].
         i, j, k = (torch.arange(start, stop, dtype=torch.float64) for start, stop in self.index_ranges)
         k, j, i = torch.meshgrid(k, j, i, indexing="ij")  # [D, H, W] each
-        # the displacement of the class docstring, [D, H, W, 3]
+        # Index coordinates of the skewed lattice, as in the class docstring: [D, H, W, 3].
         index = torch.stack([i + j / n + k / n**2, j + k / n, k], dim=-1).float()
         return index * self.voxel - self.box_warp / 2 + torch.tensor(self.centre)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values, one per field. `lattice` and `centre` are left out if they have their
-        defaults.
+        """Return the fields as JSON values.
+
+        `lattice` and `centre` are omitted if they have their default values.
         """
         values = {**asdict(self), "crop": list(self.crop), "centre": list(self.centre)}
-        # Descriptions and digests of specs that predate the two fields must not change.
+        # The two fields were added later. The digest of a spec without them must not change.
         for name in _LATER:
             if getattr(self, name) == getattr(type(self), name):
                 del values[name]
@@ -195,25 +215,29 @@ class SlabSpec:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "SlabSpec":
-        """Read what `to_dict` wrote.
+        """Return the spec whose fields `to_dict` returned.
 
-        Raises: ValueError if a field is missing, unknown or out of range. A grid that differs slightly from
-        the one that the reward was trained on would otherwise be scored without an error.
+        Raises: ValueError if a field is missing, unknown or out of range. No default replaces a missing
+            field: the reward would then score another grid than the one that it was trained on.
         """
-        # Descriptions of the first version lack the fields of _LATER, so these may be missing.
-        names = {field.name for field in fields(cls)}
-        if not isinstance(values, Mapping) or set(values) | _LATER != names:
-            got = sorted(values) if isinstance(values, Mapping) else type(values).__name__
+        # Older descriptions lack the fields of _LATER, so these may be missing.
+        field_names = {field.name for field in fields(cls)}
+        if not isinstance(values, Mapping):
             raise ValueError(
-                f"SlabSpec.from_dict: expected the fields {sorted(names)}, got {got}. Pass the values that"
-                " SlabSpec.to_dict() returned."
+                f"SlabSpec.from_dict: expected a mapping with the fields {sorted(field_names)}, got"
+                f" {type(values).__name__}. Pass the values that SlabSpec.to_dict() returned."
+            )
+        if set(values) | _LATER != field_names:
+            raise ValueError(
+                f"SlabSpec.from_dict: expected the fields {sorted(field_names)}, got {sorted(values)}. Pass"
+                " the values that SlabSpec.to_dict() returned."
             )
         return cls(**values)
 
     def digest(self) -> str:
-        """Return the SHA-256, in hex, of the canonical JSON. Equal specs give equal digests on every
-        machine.
+        """Return the SHA-256 of the spec's canonical JSON (sorted keys, no spaces) in hex.
+
+        Equal specs have equal digests on every machine.
         """
-        # Canonical: sorted keys, no spaces.
         text = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()

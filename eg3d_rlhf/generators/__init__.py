@@ -1,10 +1,11 @@
 """Interface of generators for the rest of the package, and the registry of their families.
 
-A family is one file of this folder or of a plugin (see docs/extending.md): a network, and a class around it
-that implements `Generator`. A network file contains the name of its family, and `load_generator` finds the
-reader by this name.
+A family is an architecture of generators, for example EG3D. It is defined in one file of this folder or of a
+plugin (see docs/extending.md), as a network and a class around it that implements `Generator`. A network file
+contains the name of its family, by which `load_generator` finds these classes.
 
-Letters: N samples, Z z_dim, L layers of ws, W w_dim.
+Shapes: N is the number of samples, Z is z_dim, L is the number of style vectors of a sample (num_ws), W
+is w_dim.
 """
 
 import dataclasses
@@ -24,7 +25,7 @@ from training import networks
 
 @runtime_checkable
 class Generator(Protocol):
-    """A network that maps latents to fields."""
+    """Interface to a network that maps latents to 3D shapes (`Field`)."""
 
     @property
     def architecture(self) -> str:
@@ -35,21 +36,24 @@ class Generator(Protocol):
         """Return the network itself, with its parameters, buffers and training mode."""
 
     @property
-    def z_dim(self) -> int: ...
+    def z_dim(self) -> int:
+        """Return the number of entries of a latent z."""
 
     @property
-    def w_dim(self) -> int: ...
+    def w_dim(self) -> int:
+        """Return the number of entries of a style vector w."""
 
     @property
-    def num_ws(self) -> int: ...
+    def num_ws(self) -> int:
+        """Return the number of style vectors of a sample, one for each layer."""
 
     @property
     def img_resolution(self) -> int:
-        """Return the pixels per edge of the final image."""
+        """Return the number of pixels per edge of the final image."""
 
     @property
     def bounds(self) -> Bounds:
-        """Return the cube that contains the shapes of its fields."""
+        """Return the cube that contains all shapes of the generator."""
 
     @property
     def level(self) -> float:
@@ -57,7 +61,7 @@ class Generator(Protocol):
 
     @property
     def cameras(self) -> CameraFamily:
-        """Return the family of cameras that it was trained with."""
+        """Return the cameras that the generator was trained with."""
 
     @property
     def conditioned(self) -> bool:
@@ -70,41 +74,58 @@ class Generator(Protocol):
         truncation_psi: float = 1.0,
         truncation_cutoff: int | None = None,
     ) -> torch.Tensor:
-        """Map z [N, Z] and conditioning cameras c [N, 25] to ws [N, L, W]."""
+        """Map latents to style vectors ws [N, L, W].
+
+        Args:
+            z: latents [N, Z].
+            c: camera labels [N, 25] that the mapping network is conditioned on.
+            truncation_psi: factor in 0..1 on the distance of w to the mean w; 1 changes nothing.
+            truncation_cutoff: number of layers, from the first one, that are truncated; None: all layers.
+        """
 
     def field(self, ws: torch.Tensor, noise_mode: str = "const") -> Field:
-        """Synthesise the shapes of ws [N, L, W] immediately. Noise modes: see
-        `training.config.NOISE_MODES`.
+        """Synthesise N shapes. The synthesis network runs once, in this call.
+
+        Args:
+            ws: style vectors [N, L, W].
+            noise_mode: noise of the synthesis network, one of `training.config.NOISE_MODES`.
         """
 
 
 def count_of(generator: Generator) -> int | None:
-    """Return the number of shapes of a generator with countably many (attribute `count`), else None.
+    """Return the number of shapes of a generator with a finite number of shapes, else None.
 
-    Seeds 0 to `count` - 1 are then the only valid ones.
+    Such a generator has an attribute `count`, and only the seeds 0 to count - 1 are valid.
     """
     # Most families have a continuous latent space and no such attribute.
     return getattr(generator, "count", None)
 
 
-def check_seeds(generator: Generator, last: int, who: str) -> None:
-    """Raise ValueError if seeds up to `last` exceed the number of a generator's shapes."""
+def check_seeds(generator: Generator, largest_seed: int, who: str) -> None:
+    """Raise ValueError if a generator with a finite number of shapes has no shape for a seed.
+
+    Args:
+        generator: the generator; with a continuous latent space every seed is valid.
+        largest_seed: largest of the seeds to check.
+        who: start of the message, such as a flag.
+    """
     count = count_of(generator)
-    if count is not None and last >= count:
+    if count is not None and largest_seed >= count:
         raise ValueError(
-            f"{who}: expected seeds 0 to {count - 1}, one for each shape of this network, got {last}. Use"
-            " smaller seeds."
+            f"{who}: expected seeds 0 to {count - 1}, one for each shape of this network, got {largest_seed}."
+            " Use smaller seeds."
         )
 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """A kind of network, and the functions to use it."""
+    """An architecture of generators: its classes and its name in network files."""
 
-    name: str  # the name in network files
-    module: type[torch.nn.Module]  # built from the arguments that a network file contains
-    discriminator: type[torch.nn.Module] | None  # None: the family cannot be trained in this project
-    wrap: Callable[[Any], Generator]  # makes a `Generator` from a network
+    name: str  # name of the family in network files
+    module: type[torch.nn.Module]  # class of G; a network file contains its constructor arguments
+    # Class of D. None: the family cannot be trained in this project.
+    discriminator: type[torch.nn.Module] | None
+    wrap: Callable[[Any], Generator]  # returns a `Generator` around a network of the class `module`
 
 
 FAMILIES: Registry[Family] = Registry(
@@ -117,63 +138,72 @@ FAMILIES: Registry[Family] = Registry(
         "assets": "eg3d_rlhf.generators.assets.asset",
     },
 )
-# File in a run folder: the snapshot that early stopping selected (eg3d_rlhf.tuning.gan.early_stop).
+# File in a run folder with the snapshot that early stopping selected (eg3d_rlhf.tuning.gan.early_stop).
 KEPT = "network-kept.safetensors"
 
 
 def register(family: Family) -> Family:
-    """Add a family to the registry, under its name."""
+    """Add a family to the registry `FAMILIES` and return it."""
     return FAMILIES.add(family.name, family)
 
 
 def classes_of(architecture: str) -> networks.Classes:
-    """Return the classes of G and D of a family. Raises: ValueError that lists the known names."""
+    """Return the classes of G and D of a family. The class of D is None if the family has no discriminator.
+
+    Args: architecture: name of the family.
+    Raises: ValueError, which lists the existing families, for an unknown name.
+    """
     family = FAMILIES[architecture]
     return family.module, family.discriminator
 
 
 def of(network: Any) -> Generator:
-    """Wrap a network as a `Generator`, by the family of its type. A Generator is returned unchanged.
+    """Return a `Generator` around a network, by the class of the network.
 
-    Raises: TypeError for a network of no known family.
+    An object that is no torch module is a `Generator` already, and is returned unchanged.
+
+    Raises: TypeError if the network belongs to no registered family.
     """
-    # Already a `Generator`.
     if not isinstance(network, torch.nn.Module):
         return network
-    kinds = {family.module: family for family in FAMILIES.values()}
-    # Subclasses first, because a family may extend another one
-    for kind in type(network).__mro__:
-        if kind in kinds:
-            return kinds[kind].wrap(network)
+    family_by_class = {family.module: family for family in FAMILIES.values()}
+    # In the method resolution order a class precedes its base classes. This matters, because the network of a
+    # family may extend the network of another family.
+    for network_class in type(network).__mro__:
+        if network_class in family_by_class:
+            return family_by_class[network_class].wrap(network)
     raise TypeError(
-        f"generator: expected a network of a known family ({', '.join(FAMILIES)}), got"
-        f" {type(network).__name__}"
+        f"generator: expected a network of a registered family ({', '.join(FAMILIES)}), got"
+        f" {type(network).__name__}. Register a family for this class, see docs/extending.md."
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class LoadedGenerator:
-    """A frozen generator, with the hash that identifies it."""
+    """A frozen generator that was read from a file, with the hash that identifies it."""
 
-    generator: Generator  # G_ema, the moving average of the weights, in eval mode
-    hash: str  # SHA-256 of its state dict
-    path: Path
-    nets: networks.Networks  # includes G and D if the file contains them
+    generator: Generator  # wrapper of G_ema (moving average of G's weights) in eval mode
+    hash: str  # SHA-256 of the state dict of G_ema
+    path: Path  # the network file
+    nets: networks.Networks  # all networks of the file: G_ema, and G and D if the file contains them
 
     @property
     def G(self) -> torch.nn.Module:
-        """Return the network itself."""
+        """Return the network G_ema itself, without its wrapper."""
         return self.generator.module
 
 
 def load_generator(source: str | Path | None = None, device: str | torch.device = "cpu") -> LoadedGenerator:
-    """Load a network.
+    """Load a frozen generator.
 
     Args:
-        source: a network file (ours, or an EG3D pickle, which is parsed without running code in it); a run
-            folder (its selected snapshot if there is one, else its newest); or None for the bundled
-            generator.
-    Raises: FileNotFoundError, ValueError.
+        source: path of a network file or a run folder, or None for the bundled generator. The network file is
+            a .safetensors file of this project, or a .pkl file of EG3D, whose code is not executed. In a run
+            folder, the snapshot that early stopping selected is loaded if there is one, else the newest.
+        device: device of the networks.
+    Raises:
+        FileNotFoundError: there is no such file, or the folder contains no snapshot.
+        ValueError: the file is no network file, or its family is unknown.
 
     >>> load_generator().generator.z_dim
     64
@@ -186,7 +216,13 @@ def load_generator(source: str | Path | None = None, device: str | torch.device 
 def load_networks(
     path: str | Path, device: str | torch.device = "cpu", freeze_layers: int | None = None
 ) -> networks.Networks:
-    """Load all networks of a file: ours with `training.networks.load`, EG3D's .pkl with `pickles.load`."""
+    """Load all networks of a file: a .safetensors file of this project, or a .pkl file of EG3D.
+
+    Args:
+        path: path of the network file.
+        device: device of the networks.
+        freeze_layers: number of first layers of D that stay frozen; None: the value in the file.
+    """
     # No code of the pickle is executed, see `pickles`.
     if Path(path).suffix.lower() == ".pkl":
         return pickles.load(path, device, freeze_layers)
@@ -194,11 +230,16 @@ def load_networks(
 
 
 def find_network(source: str | Path | None) -> Path:
-    """Return the path of the network file for `source`; see `load_generator`."""
+    """Return the path of a network file.
+
+    Args: source: path of a network file or a run folder, or None for the bundled generator, see
+        `load_generator`. A path that is no folder is returned unchanged.
+    Raises: FileNotFoundError if the bundled generator is missing, or a folder contains no snapshot.
+    """
     if source is None:
         if not bundled.GENERATOR.exists():
             raise FileNotFoundError(
-                f"bundled generator: expected {bundled.GENERATOR}, got no such file. Restore assets/ from the"
+                f"bundled generator: the file {bundled.GENERATOR} is missing. Restore assets/ from the"
                 " repository."
             )
         return bundled.GENERATOR
@@ -207,26 +248,28 @@ def find_network(source: str | Path | None) -> Path:
         # The snapshot that early stopping selected is better than the newest one.
         if (path / KEPT).is_file():
             return path / KEPT
-        # names contain the number of images with leading zeros, so the last one is the newest
+        # Names contain the number of images with leading zeros, so the last name is the newest snapshot.
         snapshots = sorted(path.glob("network-snapshot-*.safetensors")) or sorted(
             path.glob("network-snapshot-*.pkl")
         )
         if not snapshots:
-            expected = "a network-snapshot-*.safetensors or .pkl"
             raise FileNotFoundError(
-                f"network: expected {expected} in {path}, got none. Pass a network file or another run."
+                f"network: the folder {path} contains no network-snapshot-*.safetensors or .pkl. Pass a"
+                " network file, or the folder of another run."
             )
         return snapshots[-1]
     return path
 
 
 def latents(seeds: Sequence[int], z_dim: int) -> torch.Tensor:
-    """Return z [N, Z] of integer seeds: RandomState(seed).randn(z_dim), as EG3D's scripts do. Labels
-    refer to them.
+    """Return the latents z [N, Z] of integer seeds, float32.
+
+    The latent of a seed is RandomState(seed).randn(z_dim), as in EG3D's scripts. It must never change,
+    because stored labels refer to seeds.
     """
     return torch.from_numpy(
-        # float64 random numbers, rounded to float32 as in EG3D's gen_samples.py.
-        np.stack([np.random.RandomState(int(s)).randn(z_dim) for s in seeds]).astype(np.float32)
+        # The random numbers are float64, and are rounded to float32 as in EG3D's gen_samples.py.
+        np.stack([np.random.RandomState(int(seed)).randn(z_dim) for seed in seeds]).astype(np.float32)
     )
 
 
@@ -238,9 +281,13 @@ def device_of(generator: Generator) -> torch.device:
 def camera(
     generator: Any, yaw: float = 0.0, pitch: float = 0.0, n: int = 1, focal: float | None = None
 ) -> torch.Tensor:
-    """Return camera labels [N, 25] of the generator's camera family.
+    """Return N equal camera labels [N, 25] of a generator's camera family.
 
-    Args: yaw, pitch: radians from frontal; focal: focal length over image size, by default the family's.
+    Args:
+        generator: a generator, or its network.
+        yaw, pitch: angles in radians; 0 and 0 give a frontal view.
+        n: number N of labels.
+        focal: focal length divided by the image size; None: the focal length of the camera family.
     """
     generator = of(generator)
     cameras = generator.cameras if focal is None else dataclasses.replace(generator.cameras, focal=focal)
@@ -251,13 +298,20 @@ def camera(
 def ws_of_seeds(
     generator: Any, seeds: Sequence[int], truncation_psi: float = 1.0, truncation_cutoff: int | None = 14
 ) -> torch.Tensor:
-    """Map seeds to ws [N, L, W], conditioned on the frontal camera. Not differentiable.
+    """Map seeds to style vectors ws [N, L, W], conditioned on the frontal camera. Not differentiable.
+
+    Args:
+        generator: a generator, or its network.
+        seeds: N latent seeds.
+        truncation_psi: factor in 0..1 on the distance of w to the mean w; 1 changes nothing.
+        truncation_cutoff: number of layers, from the first one, that are truncated; None: all layers.
+    Raises: ValueError if the generator has a finite number of shapes and a seed exceeds it.
 
     >>> ws_of_seeds(load_generator().generator, [1, 2], truncation_psi=0.7).shape[0]
     2
     """
     generator = of(generator)
-    # Before synthesis, so that the error names the seeds.
+    # Checked first, because a later error would not name the seeds. 0 is valid for every generator.
     check_seeds(generator, max(seeds, default=0), "seeds")
     z = latents(seeds, generator.z_dim).to(device_of(generator))
     return generator.mapping(

@@ -1,9 +1,9 @@
 """Conversion of networks to other file formats, and of EG3D networks to PanoHead networks.
 
-The converted network has the same shapes as the original, so it is a network of another family with a known
-ground truth.
+A converted network generates the same shapes as the original. Tests use it as a PanoHead network whose
+correct output is known.
 
-Letters: C plane channels, D slices, F decoded features.
+Shapes: C is the number of plane channels, D of slices, F of decoded features.
 """
 
 import inspect
@@ -20,11 +20,11 @@ from training import networks, storage
 from training.superresolution import SuperresolutionHybrid, module_by_name
 from training.triplane import TriPlaneGenerator
 
-SLICES = 3
-# Extent of the three slices in sides of the box from which reads inside the box do not fade: the centres of
-# the slices then lie on the faces and in the middle of the box.
+SLICES = 3  # number of slices that replace each plane
+# Smallest extent of the three slices, in sides of the box, for which features do not fade towards the faces
+# of the box. The centres of the slices then lie on two faces and in the middle of the box.
 EXACT = 1.5
-# constructor arguments that EG3D's own networks lack
+# Constructor arguments of our networks that EG3D's networks do not have.
 OURS = (
     "plane_resolution",
     "plane_channels",
@@ -33,53 +33,60 @@ OURS = (
     "decoder_features",
     "neural_rendering_resolution",
 )
-SUFFIXES = (".safetensors", ".pt", ".pth")
+SUFFIXES = (".safetensors", ".pt", ".pth")  # of network files that `write` can write
 _LATTICE = 257  # positions along the slices at which the weights of the slices are fitted
 
 
-def slice_shares(extent: float, slices: int = SLICES) -> tuple[torch.Tensor, float]:
-    """Fit weights s [D] of slices, so that their blend reproduces a plane in the least-squares sense over the
-    box.
+def fit_slice_weights(extent: float, slices: int = SLICES) -> tuple[torch.Tensor, float]:
+    """Fit weights of slices, so that the interpolated slices reproduce a plane.
 
-    A read at t blends slices with hat functions T(t) [D], so sum_d T_d(t) s_d should be 1.
+    At the position t across the slices, a tri-grid interpolates linearly: slice d has the weight T_d(t), a
+    hat function. Every slice d is the plane times s_d, so the sum over d of T_d(t) s_d should be 1 for all t
+    in the box. The function solves this in the least-squares sense.
 
-    Returns: s, and the largest |sum - 1| over the box.
+    Args:
+        extent: extent of the slices, in sides of the box.
+        slices: number of slices D.
+    Returns: weights s [D], and the largest |sum_d T_d(t) s_d - 1| over the box.
     """
-    # Samples of the hat functions at positions over the box, in units of the extent.
-    matrix, touched = interpolation(torch.linspace(-1, 1, _LATTICE, dtype=torch.float64) / extent, slices)
+    # Values of the hat functions at positions over the box, in units of the extent. `interpolation` returns
+    # the columns only for slices that the positions reach.
+    matrix, reached_slices = interpolation(
+        torch.linspace(-1, 1, _LATTICE, dtype=torch.float64) / extent, slices
+    )
     hats = torch.zeros(_LATTICE, slices, dtype=torch.float64)
-    # hat functions of all slices; those that the box does not reach stay 0
-    hats[:, touched] = matrix.double()
+    hats[:, reached_slices] = matrix.double()
     ones = torch.ones(_LATTICE, 1, dtype=torch.float64)
-    # Overdetermined: 257 positions, 3 slices.
-    shares = torch.linalg.lstsq(hats, ones).solution
-    return shares[:, 0], float((hats @ shares - ones).abs().max())
+    # 257 equations for the weights of 3 slices: [257, D] x = [257, 1].
+    slice_weights = torch.linalg.lstsq(hats, ones).solution  # [D, 1]
+    return slice_weights[:, 0], float((hats @ slice_weights - ones).abs().max())
 
 
 def to_tri_grid(nets: networks.Networks, extent: float = EXACT) -> tuple[networks.Networks, float]:
     """Convert EG3D networks to PanoHead networks with the same output.
 
-    Each plane becomes three slices. The white (or black) background becomes the constant of a background
-    network. The style layer of raw colours becomes the identity. The camera's offset becomes 0. D is the same
-    object.
+    Each plane becomes three slices. PanoHead's background network becomes constant, with the white or black
+    background of the EG3D network. PanoHead's layer for raw colours becomes the identity, and its camera
+    offset becomes 0. The discriminator D is the same object as in `nets`.
 
     Args:
-        extent: sides of the box that the slices cover. From `EXACT` on, density, colours and images equal
-            those of `nets` up to rounding. At 1, as in published networks, features fade towards the faces of
-            the box.
-    Returns: the networks, and the largest relative error of the features over the box.
+        nets: EG3D networks.
+        extent: extent of the slices, in sides of the box. If it is at least `EXACT`, the density, colours and
+            images equal those of `nets` except for rounding. With 1, as in published networks, features fade
+            towards the faces of the box.
+    Returns: the converted networks, and the largest relative error of the features over the box.
     Raises: ValueError for networks of another family.
     """
     if nets.architecture != networks.EG3D:
         raise ValueError(
-            f"tri-grid: expected a generator of the family {networks.EG3D}, got one of {nets.architecture}."
-            " Choose an EG3D network."
+            f"tri-grid: expected a network of the family {networks.EG3D}, got the family {nets.architecture}."
+            " Pass an EG3D network."
         )
-    shares, residual = slice_shares(extent)
+    slice_weights, residual = fit_slice_weights(extent)
     original_rendering = nets.G_kwargs["rendering_kwargs"]
     G_ema: Any = nets.G_ema
     size = G_ema.plane_resolution
-    # Options of PanoHead; the others keep the values of the file.
+    # PanoHead's additional options. All other options keep their values.
     rendering = {
         **original_rendering,
         "triplane_size": size,
@@ -92,71 +99,86 @@ def to_tri_grid(nets: networks.Networks, extent: float = EXACT) -> tuple[network
         "use_background": True,
     }
     kwargs = {
-        **{k: v for k, v in nets.G_kwargs.items() if k != "plane_resolution"},
+        # PanoHead's network takes its plane resolution from the option triplane_size.
+        **{name: value for name, value in nets.G_kwargs.items() if name != "plane_resolution"},
         "rendering_kwargs": rendering,
     }
     # Explicit, because the default layouts of the families differ.
     kwargs["plane_layout"] = G_ema.plane_layout
-    # A feature of empty space is -1 in -1..1, so white is -1 + 2.
+    # An empty pixel has the colour -1 before the background is added, and white is 1, so white needs 2.
     background = 2.0 if original_rendering.get("white_back", False) else 0.0
     network_class = FAMILIES["panohead"].module
-    # G is needed only to continue training.
-    G = None if nets.G is None else _converted(network_class, kwargs, nets.G, shares, background)
-    converted = _converted(network_class, kwargs, G_ema, shares, background)
+    # Files without training state contain no G.
+    converted_G = (
+        None if nets.G is None else _build_converted(network_class, kwargs, nets.G, slice_weights, background)
+    )
+    converted_G_ema = _build_converted(network_class, kwargs, G_ema, slice_weights, background)
     other_fields = nets.D_kwargs, nets.training_set, nets.cur_nimg, "panohead"
-    return networks.Networks(G, nets.D, converted, kwargs, *other_fields), residual
+    return networks.Networks(converted_G, nets.D, converted_G_ema, kwargs, *other_fields), residual
 
 
 @torch.no_grad()
-def _converted(
-    network_class: type[torch.nn.Module], kwargs: dict, G: Any, shares: torch.Tensor, background: float
+def _build_converted(
+    network_class: type[torch.nn.Module], kwargs: dict, G: Any, slice_weights: torch.Tensor, background: float
 ) -> Any:
-    """Build a PanoHead network and copy the parameters of an EG3D network into it."""
+    """Build a PanoHead network and copy the parameters of an EG3D network into it.
+
+    Args:
+        network_class: class of the PanoHead network.
+        kwargs: its constructor arguments.
+        G: EG3D network.
+        slice_weights: weight of each slice, [D].
+        background: constant output of the background network.
+    """
     with torch.random.fork_rng(devices=[]):
-        # Fixed values for the features of the background, which tuning may use later
+        # The background network has features without effect on the output, which later tuning may change. The
+        # seed makes their random initial values reproducible.
         torch.manual_seed(0)
         network: Any = network_class(**kwargs)
-    # References: copying into them changes the network.
+    # The state dict holds references, so copying into its tensors changes the network.
     state = network.state_dict()
     for name, value in G.state_dict().items():
         if name.startswith("backbone.synthesis.") and name.endswith((".torgb.weight", ".torgb.bias")):
-            # [3 C, ...] -> [3 C, D, ...]: every channel once per slice, times the slice's weight
-            sliced = value.unflatten(0, (-1, 1)) * shares.to(value).view(-1, *[1] * (value.ndim - 1))
-            value = sliced.flatten(0, 1)
+            # Each output channel of the plane is repeated for D slices and multiplied by the slice's weight:
+            # [3 C, ...] -> [3 C, 1, ...] * [D, 1, ...] -> [3 C, D, ...] -> [3 C D, ...]
+            weights_along_slices = slice_weights.to(value).view(-1, *[1] * (value.ndim - 1))
+            value = (value.unflatten(0, (-1, 1)) * weights_along_slices).flatten(0, 1)
         state[name].copy_(value)
-    # these are references to the parameters: the background network's output becomes 0
+    # The output layers of the background network become 0, apart from the affine layers of their styles.
     for name, value in state.items():
         if name.startswith("bcg_synthesis.") and ".torgb." in name and ".affine." not in name:
             value.zero_()
-    features = network.torgb.weight.shape[1]
-    # The style becomes its bias, 1, and the convolution the identity. sqrt(F) cancels its weight gain.
+    feature_count = network.torgb.weight.shape[1]  # F
+    # With a weight of 0, the style of the colour layer is its bias, which is 1.
     network.torgb.affine.weight.zero_()
-    network.torgb.weight.copy_(torch.eye(3, features)[..., None, None] * math.sqrt(features))
-    last = getattr(network.bcg_synthesis, f"b{network.bcg_synthesis.img_resolution}")
-    last.torgb.bias.fill_(background)  # the constant background
-    final = getattr(network.t_mapping, f"fc{network.t_mapping.num_layers - 1}")
-    # the offset of the camera becomes 0
-    final.weight.zero_()
-    # An attribute, not part of the state dict.
+    # [3, F, 1, 1]: a 1 x 1 convolution that returns the first three features. The layer multiplies its
+    # weights by 1 / sqrt(F), which sqrt(F) cancels.
+    network.torgb.weight.copy_(torch.eye(3, feature_count)[..., None, None] * math.sqrt(feature_count))
+    last_block = getattr(network.bcg_synthesis, f"b{network.bcg_synthesis.img_resolution}")
+    last_block.torgb.bias.fill_(background)
+    # The network t_mapping computes the offset of the camera, which becomes 0.
+    last_layer = getattr(network.t_mapping, f"fc{network.t_mapping.num_layers - 1}")
+    last_layer.weight.zero_()
+    # The attribute is not part of the state dict.
     network.neural_rendering_resolution = G.neural_rendering_resolution
     return network.train(G.training).requires_grad_(False)
 
 
 def foreign_sizes(nets: networks.Networks) -> list[str]:
-    """List settings of a generator that EG3D's code has hard-wired to other values, as 'name = value'.
+    """List settings of a generator that EG3D's code does not support, as texts 'name = value'.
 
-    An empty list means that EG3D's own code can build the network.
+    EG3D's code has fixed values for them. An empty list means that EG3D's code can build the network.
     """
-    # Sizes that EG3D's code does not take as arguments.
-    defaults = {k: p.default for k, p in inspect.signature(TriPlaneGenerator).parameters.items()}
-    sizes = ("plane_resolution", "plane_channels", "decoder_hidden_dim", "decoder_features")
+    # The defaults of our constructor are the fixed values in EG3D's code.
+    parameters = inspect.signature(TriPlaneGenerator).parameters
     unsupported = [] if nets.architecture == networks.EG3D else [f"architecture = {nets.architecture}"]
-    unsupported += [
-        f"{k} = {nets.G_kwargs[k]}" for k in sizes if nets.G_kwargs.get(k, defaults[k]) != defaults[k]
-    ]
-    sr = nets.G_kwargs.get("sr_kwargs") or {}
+    for name in ("plane_resolution", "plane_channels", "decoder_hidden_dim", "decoder_features"):
+        default = parameters[name].default
+        if nets.G_kwargs.get(name, default) != default:
+            unsupported.append(f"{name} = {nets.G_kwargs[name]}")
+    sr_kwargs = nets.G_kwargs.get("sr_kwargs") or {}
     module = module_by_name(nets.G_kwargs["rendering_kwargs"]["superresolution_module"])
-    # EG3D's code has no other super-resolution modules.
+    # EG3D's code has only subclasses of this module.
     if not issubclass(module, SuperresolutionHybrid):
         unsupported.append(f"superresolution_module = {module.__name__}")
     else:
@@ -164,83 +186,100 @@ def foreign_sizes(nets: networks.Networks) -> list[str]:
             "input_resolution": module.default_input_resolution,
             "block_channels": list(module.default_block_channels),
         }
-        unsupported += [
-            f"sr_kwargs.{k} = {sr[k]}" for k, v in built_in.items() if k in sr and sr[k] not in (None, v)
-        ]
-    # EG3D's super-resolution modules have 512 built in.
+        for name, built_in_value in built_in.items():
+            # None selects the built-in value.
+            if name in sr_kwargs and sr_kwargs[name] not in (None, built_in_value):
+                unsupported.append(f"sr_kwargs.{name} = {sr_kwargs[name]}")
+    # EG3D's super-resolution modules have the fixed w_dim 512.
     if nets.G_kwargs["w_dim"] != 512:
         unsupported.append(f"w_dim = {nets.G_kwargs['w_dim']}")
     return unsupported
 
 
 def stock_content(nets: networks.Networks, only_ema: bool = False) -> dict:
-    """Return networks as plain containers and tensors, for a .pt file.
+    """Return networks as dicts, lists, numbers, texts and tensors, for a .pt file that EG3D's code can use.
 
-    Keys: 'G', 'D', 'G_ema' (state dicts), 'G_kwargs', 'D_kwargs' (EG3D's constructor arguments), 'plane_axes'
-    [3, 3, 3], 'neural_rendering_resolution', 'training_set' (JSON values).
+    Args:
+        nets: networks whose settings EG3D's code supports, see `foreign_sizes`.
+        only_ema: True: leave out G and D.
+    Returns: a dict with the keys 'G', 'D', 'G_ema' (state dicts), 'G_kwargs', 'D_kwargs' (EG3D's constructor
+        arguments), 'plane_axes' [3, 3, 3], 'neural_rendering_resolution' and 'training_set' (JSON values).
     """
-    sr = {
-        k: v
-        for k, v in (nets.G_kwargs.get("sr_kwargs") or {}).items()
-        if k not in ("input_resolution", "block_channels")
+    # Arguments that EG3D's super-resolution modules do not accept are removed.
+    sr_kwargs = {
+        name: value
+        for name, value in (nets.G_kwargs.get("sr_kwargs") or {}).items()
+        if name not in ("input_resolution", "block_channels")
     }
     G_ema: Any = nets.G_ema
     content: dict = {
-        "G_kwargs": {**{k: v for k, v in nets.G_kwargs.items() if k not in OURS}, "sr_kwargs": sr},
+        "G_kwargs": {
+            **{name: value for name, value in nets.G_kwargs.items() if name not in OURS},
+            "sr_kwargs": sr_kwargs,
+        },
         "D_kwargs": nets.D_kwargs,
         "plane_axes": G_ema.renderer.plane_axes.detach().cpu().clone(),
         "training_set": nets.training_set,
         "neural_rendering_resolution": G_ema.neural_rendering_resolution,
     }
-    std = nets.training_set.get("label_std")
+    label_std = nets.training_set.get("label_std")
     for name in ("G_ema",) if only_ema else ("G", "D", "G_ema"):
         module = getattr(nets, name)
         if module is None:
             continue
-        # Copies on the CPU, so that the file loads on any machine.
-        state = {k: v.detach().cpu().clone() for k, v in module.state_dict().items()}
-        # EG3D's training adds this buffer to G
-        if name != "D" and std is not None:
-            state["dataset_label_std"] = torch.tensor(std, dtype=torch.float32)
+        # On the CPU, so that the file can be loaded on any machine. Cloned, because a tensor that is a view
+        # would be stored with its full storage.
+        state = {key: tensor.detach().cpu().clone() for key, tensor in module.state_dict().items()}
+        # EG3D's training adds this buffer to G and G_ema.
+        if name != "D" and label_std is not None:
+            state["dataset_label_std"] = torch.tensor(label_std, dtype=torch.float32)
         content[name] = state
     return content
 
 
 def check_suffix(out: Path) -> None:
-    """Raise ValueError if the suffix is not that of a network file."""
+    """Raise ValueError unless a path has one of the suffixes in `SUFFIXES`."""
     if out.suffix not in SUFFIXES:
         raise ValueError(
-            f"--out: expected a file ending in {' or '.join(SUFFIXES)}, got {out.name}. Change the suffix."
+            f"--out: expected a file name that ends in {' or '.join(SUFFIXES)}, got {out.name}. Write"
+            f" --out={out.with_suffix(SUFFIXES[0])}."
         )
 
 
 def write(nets: networks.Networks, out: Path, only_ema: bool = False) -> dict[str, int]:
-    """Write networks in the format of the file's suffix: our .safetensors, or .pt (`stock_content`).
+    """Write networks to a file. Its suffix selects the format.
 
-    The file is read again, and all tensors are compared.
+    A .safetensors file has the format of this project, a .pt or .pth file the content of `stock_content`. The
+    file is read again, and all tensors are compared.
 
-    Returns: network -> number of tensors.
-    Raises: ValueError for another suffix; OSError if the file differs.
+    Args:
+        nets: networks to write.
+        out: path of the file.
+        only_ema: True: write only G_ema.
+    Returns: name of each network in the file -> number of its tensors.
+    Raises: ValueError for another suffix; OSError if the file does not contain the tensors that were written.
     """
     check_suffix(out)
-    names = [n for n in (("G_ema",) if only_ema else ("G", "D", "G_ema")) if getattr(nets, n) is not None]
+    requested_names = ("G_ema",) if only_ema else ("G", "D", "G_ema")
+    names = [name for name in requested_names if getattr(nets, name) is not None]
     if out.suffix == ".safetensors":
         networks.save(out, nets, only_ema)
         reloaded = load_networks(out)
-        states = {n: getattr(reloaded, n).state_dict() for n in names}
+        states = {name: getattr(reloaded, name).state_dict() for name in names}
     else:
-        # Through memory, because the file has to be written atomically.
+        # `write_atomic` takes bytes, so the file is first written to memory.
         buffer = io.BytesIO()
         torch.save(stock_content(nets, only_ema), buffer)
         storage.write_atomic(out, buffer.getvalue())
-        # Executes no code.
+        # weights_only: no code from the file is executed.
         reloaded = torch.load(out, weights_only=True)
-        states = {n: reloaded[n] for n in names}
+        states = {name: reloaded[name] for name in names}
     for name in names:
         for key, tensor in getattr(nets, name).state_dict().items():
-            # Bitwise; every tensor is compared.
+            # torch.equal demands equal values without any tolerance.
             if not torch.equal(states[name][key], tensor.cpu()):
                 raise OSError(
-                    f"{out}: expected {name}.{key} as it was written, got other values. Check the disk."
+                    f"{out}: after writing, the file has other values of {name}.{key} than the network. Check"
+                    " the disk, and write the file again."
                 )
-    return {n: len(states[n]) for n in names}
+    return {name: len(states[name]) for name in names}

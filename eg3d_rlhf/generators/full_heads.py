@@ -1,7 +1,8 @@
 """Families of full-head generators: PanoHead (An et al. 2023), SphereHead (Li et al. 2024), HyPlaneHead (Li
 et al. 2025).
 
-Letters: N samples, P points, F features, X, Y, Z = grid points along x, y, z.
+Shapes: N is the number of samples, P of points, F of features, and X, Y and Z are numbers of grid points
+along x, y and z.
 """
 
 import dataclasses
@@ -19,32 +20,37 @@ from torch_utils.ops import implementations
 from training.discriminator import DualDiscriminator
 from training.fullhead import HyPlaneHeadGenerator, PanoHeadGenerator, SphereHeadGenerator
 
-_POINT_CHUNK = 1 << 16  # points decoded at once if no gradient is recorded
+_POINT_CHUNK = 1 << 16  # number of points that are decoded in one call if no gradient is recorded
 
 
 class HeadField(PlaneField):
-    """Fields of ws [N, L, W] of a full-head network. Differentiable like `PlaneField`."""
+    """N shapes of a full-head network, as a `Field`. Differentiable in ws and the network's weights."""
 
     def __init__(self, G: Any, ws: torch.Tensor, noise_mode: str = "const"):
         super().__init__(G, ws, noise_mode)
-        # These decoders have no fast path, and expect float32.
+        # The decoders of these networks expect float32.
         self.planes = self._wide(self.planes)
 
     def density(self, points: torch.Tensor) -> torch.Tensor:
-        """Return the raw density, see `Field`."""
+        """Return the raw density [N, P], see `Field`."""
         points = points.to(self.planes).expand(len(self), -1, -1)  # [N, P, 3]
         # The graph is recorded if any of the inputs needs a gradient.
-        recorded = any(
+        is_graph_recorded = torch.is_grad_enabled() and any(
             tensor.requires_grad for tensor in (self.planes, points, *self._G.decoder.parameters())
         )
-        # With a graph, chunks would save no memory.
-        parts = (points,) if torch.is_grad_enabled() and recorded else points.split(_POINT_CHUNK, dim=1)
-        return torch.cat([self._decoded(part, sigma_only=True)["sigma"].squeeze(2) for part in parts], dim=1)
+        # A graph keeps the intermediate results of all chunks, so chunks would save no memory.
+        chunks = (points,) if is_graph_recorded else points.split(_POINT_CHUNK, dim=1)
+        return torch.cat(
+            [self._decoded(chunk, sigma_only=True)["sigma"].squeeze(2) for chunk in chunks], dim=1
+        )
 
     def density_grid(self, grid: SlabSpec, impl: str = "auto") -> torch.Tensor:
-        """Return the raw density at grid points, see `Field`. Each point is decoded by itself.
+        """Return the raw density [N, D, H, W] at grid points, see `Field`.
 
-        Raises: ValueError for an impl other than 'auto' or 'pointwise'.
+        Each point is decoded by itself.
+
+        Args: grid: specification of the grid; impl: 'auto' or 'pointwise', which have the same effect.
+        Raises: ValueError for another impl.
         """
         if impl not in ("auto", "pointwise"):
             raise ValueError(
@@ -54,11 +60,10 @@ class HeadField(PlaneField):
         return self.density(grid.points().reshape(-1, 3)).unflatten(1, grid.shape)
 
     def separable(self, x: torch.Tensor, y: torch.Tensor, z: torch.Tensor) -> None:
-        """Return None: the density has no separable form (see `SeparableField`)."""
+        """Return None, because the density has no separable form (see `SeparableField`)."""
 
     def decode(self, points: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return density and colour in one pass, see `PlaneField`."""
-        # Density and features come from the same pass.
+        """Return raw density [N, P] and colour [N, P, 3] from one decoder pass, see `PlaneField.decode`."""
         decoded = self._decoded(points.to(self.planes))
         return decoded["sigma"].squeeze(2), self._to_colours(decoded["rgb"]).clamp(0, 1)
 
@@ -67,54 +72,67 @@ class HeadField(PlaneField):
         return self._to_colours(self._decoded(points)["rgb"])
 
     def _to_colours(self, features: torch.Tensor) -> torch.Tensor:
-        """Convert decoded features [N, P, F] to colours [N, P, 3] as in the raw image, before
-        super-resolution.
+        """Convert decoded features [N, P, F] to the colours [N, P, 3] of the raw image, in about 0..1.
+
+        The raw image is the rendered image before super-resolution.
         """
         features = self._G.scaled(features).transpose(1, 2).unsqueeze(3)  # [N, F, P, 1]
-        # to_rgb is a style-modulated convolution; points take the place of pixels. -1..1 -> 0..1.
+        # to_rgb is a convolution of images, so the points are passed as an image of P x 1 pixels. Its output
+        # is in -1..1.
         return (self._G.to_rgb(features, self.ws).squeeze(3).transpose(1, 2) + 1) / 2
 
 
 class FullHead(EG3D):
-    """A `Generator` around a full-head network."""
+    """Base class of the `Generator`s around full-head networks."""
 
     field_class = HeadField
 
     @property
     def cameras(self) -> CameraFamily:
-        """Return the training cameras. They look at the origin, the centre of these heads.
+        """Return the training cameras, which look at the origin, the centre of these heads.
 
-        The avg_camera_pivot of EG3D, which the networks' options still contain, does not apply.
+        The networks' options still contain EG3D's avg_camera_pivot, which does not apply to these cameras.
         """
         return dataclasses.replace(super().cameras, pivot=(0.0, 0.0, 0.0))
 
 
 class TriGridField(HeadField):
-    """Fields of a tri-grid. On a straight grid the density is computed from slices, not point by point."""
+    """N shapes of a network with tri-grids, as a `Field`.
+
+    A tri-grid consists of three stacks of slices, where EG3D has three planes. On a straight lattice the
+    density is interpolated slice by slice, which is faster than point by point.
+    """
 
     def density_grid(self, grid: SlabSpec, impl: str = "auto") -> torch.Tensor:
-        """Return the raw density at grid points, see `Field`.
+        """Return the raw density [N, D, H, W] at grid points, see `Field`.
 
         Args:
-            impl: 'separable' (from slices), 'pointwise', or 'auto' ('separable' if the lattice is straight).
-        Raises: ValueError for another impl, and for 'separable' with a skewed lattice or with stacks along
-        fewer than three axes.
+            grid: specification of the grid.
+            impl: 'separable' (slice by slice), 'pointwise' (each point is decoded by itself), or 'auto'
+                ('separable' if possible).
+        Raises: ValueError for another impl, and for 'separable' with a skewed lattice or if the slices of the
+            three stacks do not lie along three different axes.
         """
-        has_slices = grid.lattice == "straight" and self._orders is not None
-        if impl == "separable" and not has_slices:
+        is_separable = grid.lattice == "straight" and self._orders is not None
+        if impl == "separable" and grid.lattice != "straight":
             raise ValueError(
-                "density_grid: impl='separable' needs a straight lattice and stacks along x, y and z, got"
-                f" lattice {grid.lattice!r}. Use impl='auto'."
+                f"density_grid: impl='separable' needs a straight lattice, got {grid.lattice!r}. Use"
+                " impl='auto'."
             )
-        if impl == "separable" or (impl == "auto" and has_slices and implementations.current() != "ref"):
+        if impl == "separable" and not is_separable:
+            raise ValueError(
+                "density_grid: impl='separable' needs stacks of slices along x, y and z, but two stacks of"
+                " this network lie along the same axis. Use impl='auto'."
+            )
+        if impl == "separable" or (impl == "auto" and is_separable and implementations.current() != "ref"):
             # [N, X, Y, Z] -> [N, D, H, W]
             return self.density_product(*grid.axes()).permute(0, 3, 2, 1).contiguous()
         return super().density_grid(grid, impl)
 
     def density_product(self, x: torch.Tensor, y: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-        """Return the raw density on a product of coordinates, see `ProductField`."""
+        """Return the raw density [N, X, Y, Z] on a grid of coordinates, see `ProductField`."""
         if self._orders is None:
-            # [X, Y, Z, 3]; indexing "ij" keeps x first.
+            # [X, Y, Z, 3]; with indexing="ij" the first axis is x.
             points = torch.stack(torch.meshgrid(x, y, z, indexing="ij"), dim=-1)
             return self.density(points.reshape(-1, 3)).unflatten(1, points.shape[:3])
         # Interpolation weights are computed on the CPU, see `tri_grid_density`.
@@ -125,34 +143,38 @@ class TriGridField(HeadField):
 
     @functools.cached_property
     def _orders(self) -> list[Order] | None:
-        """Return the coordinates along width, height and slices of each stack; None unless slices lie
-        along x, y and z.
+        """Return, for each stack, the world axes (0, 1, 2) along its width, height and slices.
+
+        Returns: None if the slices of the three stacks do not lie along three different axes.
         """
-        # The bases are permutation matrices: the row's largest entry is the coordinate.
-        orders = [tuple(int(i) for i in rows.argmax(dim=1)) for rows in self._axes]
-        return orders if {order[2] for order in orders} == {0, 1, 2} else None  # type: ignore[return-value]
+        # The basis of a stack is a permutation matrix. The largest entry of a row is at the world axis.
+        orders = [tuple(int(axis) for axis in basis.argmax(dim=1)) for basis in self._axes]
+        slice_axes = {order[2] for order in orders}
+        return orders if slice_axes == {0, 1, 2} else None  # type: ignore[return-value]
 
 
 class PanoHead(FullHead):
-    """A `Generator` around PanoHead's network: tri-grids."""
+    """A `Generator` around a network of PanoHead, which has tri-grids in place of planes."""
 
     architecture = "panohead"
     field_class = TriGridField
 
 
 class SphereHead(FullHead):
-    """A `Generator` around SphereHead's network: two balls of spherical planes.
+    """A `Generator` around a network of SphereHead, which has two balls of planes in spherical coordinates.
 
-    The angles and the radius of a grid point depend on all three coordinates, so grids have no shared parts.
+    The spherical coordinates of a point depend on all of x, y and z. The points of a grid therefore share no
+    intermediate results, and each is decoded by itself.
     """
 
     architecture = "spherehead"
 
 
 class HyPlaneHead(FullHead):
-    """A `Generator` around HyPlaneHead's network: three planes, and a sphere over directions.
+    """A `Generator` around a network of HyPlaneHead, which has three planes and a map over directions.
 
-    The sphere's contribution to every hidden unit depends on all three coordinates.
+    The features of the map depend on all of x, y and z. The points of a grid therefore share no intermediate
+    results, and each is decoded by itself.
     """
 
     architecture = "hyplanehead"

@@ -1,8 +1,9 @@
 """A generator in other world coordinates: translated, scaled, mirrored, with its density on another scale.
 
-It lets a reward score shapes of another generator than the one that it was trained with.
+With it, a reward can score shapes of another generator than the one that it was trained with. "Our world" has
+the coordinates of the reward, and "their world" the coordinates of the inner generator.
 
-Letters: N samples, P points, D, H, W = grid points along z, y, x.
+Shapes: N is the number of samples, P of points, and D, H and W are numbers of grid points along z, y and x.
 """
 
 import dataclasses
@@ -18,61 +19,69 @@ from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.generators import Generator, ws_of_seeds
 from training.rendering.cameras import mirror_label
 
-_FAR_BELOW = 1000.0  # the density outside the generator's cube is this much below the level
+_FAR_BELOW = 1000.0  # difference of the level and the density outside the generator's cube
 
 
 @dataclasses.dataclass(frozen=True)
 class Similarity:
-    """A similarity transformation: the point q of our world is the point p = scale * q + shift of the
-    generator's.
+    """A similarity transformation from a point q of our world to the point p = scale * q + shift of
+    theirs.
     """
 
-    scale: float = 1.0
-    shift: tuple[float, float, float] = (0.0, 0.0, 0.0)  # in the generator's units
+    scale: float = 1.0  # units of their world per unit of our world
+    shift: tuple[float, float, float] = (0.0, 0.0, 0.0)  # units of their world
 
     def apply(self, points: torch.Tensor) -> torch.Tensor:
-        """Map points [..., 3] of our world to the generator's world. Differentiable in the points."""
+        """Map points [..., 3] of our world to their world. Differentiable in the points."""
         return points * self.scale + points.new_tensor(self.shift)
 
     @classmethod
     def of_boxes(cls, theirs: Bounds, ours: Bounds) -> "Similarity":
-        """Return the transformation that maps our cube onto theirs."""
-        # q is in our cube exactly if p is in theirs.
+        """Return the transformation that maps the cube `ours` of our world onto the cube `theirs`."""
         scale = theirs.side / ours.side
-        centres = zip(theirs.centre, ours.centre, strict=True)
-        return cls(scale, tuple(a - scale * b for a, b in centres))  # type: ignore[arg-type]
+        # The centre of our cube has to become the centre of theirs.
+        shift = tuple(
+            their_coordinate - scale * our_coordinate
+            for their_coordinate, our_coordinate in zip(theirs.centre, ours.centre, strict=True)
+        )
+        return cls(scale, shift)  # type: ignore[arg-type]
 
 
 def scaled_density(sigma: torch.Tensor, factor: float) -> torch.Tensor:
-    """Return the raw density whose activation softplus(sigma - 1) is `factor` times the given one's.
+    """Multiply the density by a factor. Argument and result are raw densities of any shape.
 
-    The optical depth is then unchanged if lengths are divided by `factor`.
-
+    The density of EG3D's ray marcher is softplus(sigma - 1). The result r fulfils softplus(r - 1) = factor *
+    softplus(sigma - 1). If lengths are divided by `factor` at the same time, the optical depth is unchanged.
     Differentiable in sigma.
-    Deviates: far below zero, where the activation is exp(sigma - 1), log(factor) is added instead.
+
+    Args: sigma: raw density; factor: positive number.
+    Deviates: for sigma - 1 < -15, where softplus(x) is approximately exp(x), log(factor) is added to sigma.
     """
-    # The argument of EG3D's softplus.
     x = sigma - 1
-    # The clamp keeps the branch that `where` discards finite, also in the backward pass.
+    # The clamp keeps the values that `where` discards finite. Otherwise their gradient would be NaN.
     activated = F.softplus(x.clamp_min(-15)) * factor
-    # inverse softplus: log(exp(a) - 1) = a + log(1 - exp(-a))
+    # Inverse of softplus: log(exp(a) - 1) = a + log(1 - exp(-a)).
     return 1 + torch.where(x < -15, x + np.log(factor), activated + torch.log(-torch.expm1(-activated)))
 
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Position, orientation and density scale in which a generator is presented."""
+    """Position, size, orientation and density scale of a generator's shapes in our world."""
 
-    similarity: Similarity = Similarity()
-    bounds: Bounds = Bounds()  # in our world
-    mirrored: bool = False  # left and right are exchanged about the centre of the bounds
+    similarity: Similarity = Similarity()  # transformation from our world to theirs
+    bounds: Bounds = Bounds()  # cube of the shapes, in our world
+    mirrored: bool = False  # True: x is mirrored about the centre of the bounds
     cameras: CameraFamily | None = None  # in our world; None: the generator's cameras, unchanged
-    # increasing function from their raw density to ours
+    # Increasing function from raw densities of the generator to raw densities in our world. The default
+    # returns them unchanged.
     density: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.clone
 
 
 class PlacedField:
-    """A field of the generator in our world."""
+    """A field of another generator in our world.
+
+    Args: inner: field in the generator's world; place: its position, size, orientation and density scale.
+    """
 
     def __init__(self, inner: Field, place: Place):
         self._inner = inner
@@ -84,83 +93,91 @@ class PlacedField:
         return len(self._inner)
 
     def _flipped(self, points: torch.Tensor) -> torch.Tensor:
-        """Mirror points [..., 3] of our world, if the place is mirrored."""
+        """Mirror points [..., 3] of our world if the place is mirrored, else return them unchanged."""
         if not self._place.mirrored:
             return points
-        # reflection in the plane through the centre of the bounds
+        # Only x changes: reflection in the plane through the centre of the bounds.
         return torch.cat([2 * self.bounds.centre[0] - points[..., :1], points[..., 1:]], dim=-1)
 
     def _within(self, points: torch.Tensor) -> torch.Tensor:
-        """Return True for points [..., 3] of the generator's world that lie in its cube. 1e-5 admits
-        rounded points.
-        """
+        """Return a bool [...] for points [..., 3] of their world: True for points in the generator's cube."""
         inner_bounds = self._inner.bounds
-        return (points - points.new_tensor(inner_bounds.centre)).abs().amax(
-            dim=-1
-        ) <= inner_bounds.side / 2 * (1 + 1e-5)
+        offsets = points - points.new_tensor(inner_bounds.centre)
+        # The tolerance 1e-5 includes points that rounding has moved out of the cube.
+        return offsets.abs().amax(dim=-1) <= inner_bounds.side / 2 * (1 + 1e-5)
 
     def density(self, points: torch.Tensor) -> torch.Tensor:
-        """Return the raw density, see `Field`. Outside the generator's cube it is far below the level."""
-        moved = self._place.similarity.apply(self._flipped(points))
-        sigma = self._place.density(self._inner.density(moved))
-        return torch.where(self._within(moved).to(sigma.device), sigma, self.level - _FAR_BELOW)
+        """Return the raw density [N, P], see `Field`. Outside the generator's cube it is far below the
+        level.
+        """
+        inner_points = self._place.similarity.apply(self._flipped(points))
+        sigma = self._place.density(self._inner.density(inner_points))
+        return torch.where(self._within(inner_points).to(sigma.device), sigma, self.level - _FAR_BELOW)
 
     def density_grid(self, grid: SlabSpec) -> torch.Tensor:
-        """Return the raw density at grid points, see `Field`.
+        """Return the raw density [N, D, H, W] at grid points, see `Field`.
 
-        Outside the generator's cube it is the smallest density of that shape inside, so that the range of a
-        self-normalised slab does not change.
+        A point outside the generator's cube gets the smallest density of its shape inside the cube. Slabs are
+        scaled by their own range of densities, and these points do not change that range.
         """
-        # A mirrored skewed lattice is no lattice of this kind, so its points are evaluated one by one.
+        # The mirror image of a skewed lattice is not a skewed lattice, so its points are evaluated one
+        # by one.
         if grid.lattice != "straight" and self._place.mirrored:
             return self.density(grid.points().reshape(-1, 3)).unflatten(1, grid.shape)
-        left, right, bottom, top, back, front = grid.crop
-        # A mirrored grid is evaluated unmirrored, with left and right cropped the other way round, and then
-        # flipped.
-        crop = (right, left, bottom, top, back, front) if self._place.mirrored else grid.crop
+        # For a mirrored place, the grid is evaluated without mirroring, with the crops at low and high x
+        # exchanged, and the result is flipped at the end.
+        x_low, x_high, y_low, y_high, z_low, z_high = grid.crop
+        crop = (x_high, x_low, y_low, y_high, z_low, z_high) if self._place.mirrored else grid.crop
         similarity = self._place.similarity
         centre = similarity.apply(self._flipped(torch.tensor(grid.centre, dtype=torch.float64))).tolist()
         inner_grid = dataclasses.replace(
             grid, crop=crop, centre=tuple(centre), box_warp=grid.box_warp * similarity.scale
         )
-        # The inner generator may have a fast path for grids, so the grid itself is transformed.
+        # The grid is transformed, not its points, because the inner generator may evaluate grids faster.
         sigma = self._inner.density_grid(inner_grid)
-        within = self._within(inner_grid.points()).to(sigma.device)  # [D, H, W]
-        # Otherwise there is nothing to replace, or no density to replace it by.
-        if within.any() and not within.all():
-            least = sigma.where(within, torch.inf).amin(dim=(1, 2, 3), keepdim=True)
-            sigma = torch.where(within, sigma, least)
+        is_inside = self._within(inner_grid.points()).to(sigma.device)  # [D, H, W]
+        # If all points are inside, none is replaced. If none is inside, there is no smallest density.
+        if is_inside.any() and not is_inside.all():
+            smallest = sigma.where(is_inside, torch.inf).amin(dim=(1, 2, 3), keepdim=True)  # [N, 1, 1, 1]
+            sigma = torch.where(is_inside, sigma, smallest)
         sigma = self._place.density(sigma)
         return sigma.flip(-1) if self._place.mirrored else sigma
 
     def colour(self, points: torch.Tensor) -> torch.Tensor:
-        """Return the colour, see `Field`."""
+        """Return the colour [N, P, 3] in 0..1, see `Field`."""
         return self._inner.colour(self._place.similarity.apply(self._flipped(points)))
 
     def render(self, cameras: torch.Tensor, options: RenderOptions = OWN) -> Rendering:
-        """Render, see `Field`. The scale of the density has no effect: the image is the generator's own."""
-        # The caller's labels must not change.
-        moved = cameras.clone()
-        middle = self.bounds.centre[0]
-        # mirror_label mirrors about x = 0, and entry 3 of a label is the camera's x.
+        """Render the shapes from cameras of our world, see `Field`.
+
+        The inner generator renders with its own density, so the density scale of the place has no effect.
+        """
+        # A copy, because the caller's labels must not change.
+        inner_cameras = cameras.clone()
+        centre_x = self.bounds.centre[0]
+        # mirror_label mirrors about x = 0. Entry 3 of a label is the x coordinate of the camera's position,
+        # so the camera is shifted before and after.
         if self._place.mirrored:
-            moved[:, 3] -= middle
-            moved = mirror_label(moved)
-            moved[:, 3] += middle
-        # camera position: column 3 of the row-major cam2world
-        moved[:, [3, 7, 11]] = self._place.similarity.apply(moved[:, [3, 7, 11]])
-        renderings = self._inner.render(moved, options)
+            inner_cameras[:, 3] -= centre_x
+            inner_cameras = mirror_label(inner_cameras)
+            inner_cameras[:, 3] += centre_x
+        # The camera's position is column 3 of the row-major 4 x 4 pose: entries 3, 7 and 11.
+        inner_cameras[:, [3, 7, 11]] = self._place.similarity.apply(inner_cameras[:, [3, 7, 11]])
+        renderings = self._inner.render(inner_cameras, options)
         # The generator renders the unmirrored shape from the mirrored camera, so the image has to be flipped.
         image, raw, depth, opacity = (
-            (part.flip(-1) for part in renderings) if self._place.mirrored else renderings
+            (tensor.flip(-1) for tensor in renderings) if self._place.mirrored else renderings
         )
-        return Rendering(image, raw, depth / self._place.similarity.scale, opacity)  # depths are lengths
+        # The depth is a length in their world.
+        return Rendering(image, raw, depth / self._place.similarity.scale, opacity)
 
 
 class Placed:
-    """A `Generator` around another one, with the same latents and its shapes in another place.
+    """A `Generator` with the latents and shapes of another generator, which are moved into our world.
 
-    Its mapping is conditioned on the inner generator's cameras, see `ws_of`.
+    Its mapping network expects conditioning cameras of the inner generator, see `ws_of`.
+
+    Args: inner: the other generator; place: position, size, orientation and density scale of the shapes.
     """
 
     def __init__(self, inner: Generator, place: Place):
@@ -171,14 +188,24 @@ class Placed:
         self.level = float(place.density(torch.tensor(inner.level)))
 
     def __getattr__(self, name: str) -> Any:
-        """Return attributes of the inner generator that this class does not define."""
+        """Return an attribute of the inner generator. Python calls this for attributes not defined here."""
         return getattr(self.inner, name)
 
     def field(self, ws: torch.Tensor, noise_mode: str = "const") -> PlacedField:
-        """Synthesise fields, see `Generator`."""
+        """Synthesise shapes, see `Generator`."""
         return PlacedField(self.inner.field(ws, noise_mode), self.place)
 
 
 def ws_of(generator: Generator, seeds: Sequence[int], psi: float, cutoff: int | None) -> torch.Tensor:
-    """Map seeds to ws. A placed generator is conditioned on the frontal camera of its inner generator."""
+    """Map N seeds to style vectors ws [N, L, W].
+
+    The mapping network of a `Placed` generator is conditioned on the frontal camera of its inner generator,
+    as without the placement.
+
+    Args:
+        generator: a generator, `Placed` or not.
+        seeds: N latent seeds.
+        psi: truncation factor in 0..1.
+        cutoff: number of layers that are truncated; None: all layers.
+    """
     return ws_of_seeds(generator.inner if isinstance(generator, Placed) else generator, seeds, psi, cutoff)

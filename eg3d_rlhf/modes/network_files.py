@@ -38,7 +38,7 @@ def describe_file(source: str | Path | None) -> dict[str, Any]:
     if path.suffix.lower() == ".pkl":
         # The pickle is parsed; the code in it is not run.
         snapshot = pickles.read(path)
-        facts |= {"protocol": snapshot.protocol, "globals": dict(sorted(snapshot.asked.items()))}
+        facts |= {"protocol": snapshot.protocol, "globals": dict(sorted(snapshot.name_counts.items()))}
     return facts
 
 

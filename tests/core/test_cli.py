@@ -191,7 +191,7 @@ BAD_FILES = {  # what is changed of the tiny set-up -> what the line names
     "minibatch-std groups": (
         lambda **_: {"flags": ["--batch=6"]},
         "--batch: ",
-        "minibatch-std",
+        "minibatch standard deviation",
         "4",
         "6",
         "--mbstd-group",
@@ -199,7 +199,7 @@ BAD_FILES = {  # what is changed of the tiny set-up -> what the line names
     "groups of a part": (
         lambda **_: {"flags": ["--batch=12", "--batch-gpu=6"]},
         "--batch-gpu: ",
-        "minibatch-std",
+        "minibatch standard deviation",
         "4",
         "6",
         "--mbstd-group",
@@ -207,7 +207,7 @@ BAD_FILES = {  # what is changed of the tiny set-up -> what the line names
     "conditioning": (
         lambda **_: {"flags": ["--gen-pose-cond=False"]},
         "--gen-pose-cond: ",
-        "True",
+        "False",
         "False",
     ),
     "missing reward": (

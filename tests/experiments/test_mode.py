@@ -27,8 +27,8 @@ def count(tmp_path, monkeypatch):
     code = "\n".join(line[4:] for line in text.splitlines() if line.startswith("    ") or not line)
     (tmp_path / "count_mode.py").write_text(code)
     monkeypatch.setenv(registry.VARIABLE, str(tmp_path / "count_mode.py"))
-    monkeypatch.setitem(MODES._things, "count", None)  # so that it is forgotten in the end
-    del MODES._things["count"]
+    monkeypatch.setitem(MODES._entries, "count", None)  # so that it is forgotten in the end
+    del MODES._entries["count"]
     monkeypatch.setattr(registry, "_loaded", set())
     yield lambda *flags: CliRunner().invoke(train.main, ["--mode=count", *map(str, flags)])
     sys.modules.pop("count_mode", None)
@@ -107,7 +107,7 @@ def test_a_signal_ends_it_with_what_goes_on(how, count, tmp_path, monkeypatch):
             raise StoppedError("SIGTERM after step 1")
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setitem(MODES._things, "count", dataclasses.replace(MODES["count"], work=stopped))
+    monkeypatch.setitem(MODES._entries, "count", dataclasses.replace(MODES["count"], work=stopped))
     result = count(f"--outdir={tmp_path / 'runs'}")
     assert result.exit_code == 130 and "--resume=RUN" in result.stderr
     assert not (tmp_path / "runs" / "00000-count" / "run.lock").exists()
@@ -119,6 +119,6 @@ def test_a_mistake_leaves_no_folder(count, tmp_path, monkeypatch):
     def mistaken(settings, run):
         raise ValueError("--steps must be even, got 3")
 
-    monkeypatch.setitem(MODES._things, "count", dataclasses.replace(MODES["count"], open=mistaken))
+    monkeypatch.setitem(MODES._entries, "count", dataclasses.replace(MODES["count"], open=mistaken))
     rejected(count("--steps=3", f"--outdir={tmp_path / 'runs'}"), "--steps", "got 3")
     assert not (tmp_path / "runs").exists()

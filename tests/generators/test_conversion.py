@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from eg3d_rlhf.core import bundled
 from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.generators import camera, load_generator, of, ws_of_seeds
-from eg3d_rlhf.generators.conversion import EXACT, slice_shares, to_tri_grid
+from eg3d_rlhf.generators.conversion import EXACT, fit_slice_weights, to_tri_grid
 from eg3d_rlhf.modes import network_files
 from tests import tiny_runs
 from tests.generators.pickles.writer import head_generator
@@ -46,13 +46,13 @@ def fields(files):
 
 
 def test_the_blend_of_slices():
-    shares, residual = slice_shares(EXACT)
+    shares, residual = fit_slice_weights(EXACT)
     torch.testing.assert_close(shares, torch.ones(3, dtype=torch.float64))
     assert residual < 1e-12
     # PanoHead's own slices: no blend is even up to the faces, where half is lost
-    shares, residual = slice_shares(1.0)
+    shares, residual = fit_slice_weights(1.0)
     assert shares[0] == pytest.approx(float(shares[2])) and 0.2 < residual < 0.5
-    assert slice_shares(1.4)[1] < residual
+    assert fit_slice_weights(1.4)[1] < residual
 
 
 def test_density_and_colour_are_the_same(files, fields):

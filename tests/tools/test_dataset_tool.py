@@ -236,7 +236,7 @@ def test_targets_that_exist_are_safe(tmp_path):
         (full, "empty"),
         (src, "--source"),
         (tmp_path / "x.tar", ".zip"),
-        (tmp_path, "than"),
+        (tmp_path, "contains"),
     ):
         result = run(src, target)
         assert result.exit_code == 2 and message in result.stderr, result.stderr

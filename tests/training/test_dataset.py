@@ -108,7 +108,7 @@ def test_class_labels_become_one_hot_and_null_means_none(tmp_path):
 
 
 LABEL_ERRORS = {  # labels, what the message names
-    "missing file": ("none", "dataset.json", "none"),
+    "missing file": ("none", "dataset.json", "camera labels"),
     "missing image": ([[n, camera(0)] for n in NAMES[:-2]], "2 of", f"'{NAMES[4]}'"),
     "length": (rows(at3=[1.0] * 24), f"'{NAMES[3]}'", "24"),
     "not a list": (rows(at3="x"), f"'{NAMES[3]}'", "'x'"),
@@ -161,4 +161,4 @@ def test_file_errors(tmp_path):
     damaged[start + 60 : start + 70] = bytes(10)
     path.write_bytes(damaged)
     read(path, f"'{NAMES[3]}'")
-    read(write_zip(tmp_path / "empty.zip", {"readme.txt": b""}), "1 other")
+    read(write_zip(tmp_path / "empty.zip", {"readme.txt": b""}), "1 files")

@@ -80,7 +80,7 @@ def test_resolve_writes_once_and_round_trips(tmp_path):
         # the mannequins of earlier versions
         ("synthetic:heads64", ("synthetic:heads64", "synthetic:people64")),
         ("synthetic:people64@size=3", ("seed", "yaw", "pitch", "'size'")),
-        ("synthetic:people64@n=x", ("n=<int>", "'x'")),
+        ("synthetic:people64@n=x", ("type int", "'x'")),
         ("synthetic:people60", ("resolution", "8 to 1024", "60")),
         ("synthetic:people64@n=0", ("n=0", "seed")),
         ("synthetic:people64@yaw=9", ("yaw", "3.14", "9")),

@@ -1,1 +1,1 @@
-"""Procedural heads of people: parametric meshes with texture, and their renderer."""
+"""Synthetic heads: parametric meshes with colours, their renderer, and simulated scan damage."""

@@ -1,12 +1,12 @@
-"""Signed distances to a head's mesh: the nearest triangle by a search tree, the sign by the winding number.
+"""Signed distances to the mesh of a synthetic head.
 
-Besides numpy this needs scipy only. The winding number (Jacobson et al. 2013) is the sum of the signed solid
-angles of all triangles, divided by 4 pi. It is 1 inside and 0 outside, and lies between them near openings,
-such as lids and the mouth. Distant groups of triangles are approximated by one dipole (Barill et al. 2018,
-order 1).
+A search tree finds the nearest triangle, which gives the distance. The winding number gives the sign. It is
+the sum of the signed solid angles of all triangles, divided by 4 pi (Jacobson et al. 2013). It is 1 inside
+and 0 outside of the mesh, and has values between near openings, such as those at the lids and the mouth.
+Distant groups of triangles are approximated by a dipole (Barill et al. 2018, order 1).
 
-Shape letters: V vertices, T triangles, P points, G groups of triangles, B points of a block, n voxels per
-edge.
+Shapes: V is the number of vertices, T of triangles, P of points, G of groups of triangles, B of points in a
+block, and n of voxels per edge.
 """
 
 import contextlib
@@ -25,127 +25,154 @@ from torch_utils.build import cache_dir
 from training.heads.people import ASSET, Head, bust_end, cross_2d, load_basis, named_people
 from training.storage import write_atomic
 
-NEIGHBOURS = 10  # surface samples whose triangles are candidates for the nearest one
+NEIGHBOURS = 10  # number of nearest surface samples whose triangles are candidates for the nearest triangle
 SAMPLE = 0.012  # approximate largest distance between neighbouring samples of a triangle, world units
-CLEAR = 6.0  # beyond this many SAMPLE, only the triangle of the nearest sample is a candidate
+# Distance in units of SAMPLE. For points that are farther from the surface, only the triangle of the nearest
+# sample is a candidate.
+CLEAR = 6.0
 GROUP = 24  # approximate largest number of triangles in a group
-FAR = 2.0  # a group is approximated by a dipole beyond this many of its radii
-BLOCK = 192  # largest number of points that share their list of near groups
+FAR = 2.0  # distance in radii of a group, from which on the group is approximated by a dipole
+BLOCK = 192  # largest number of points in a block, for which the same groups are approximated
 
 
 def solid_angles(corners: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """Return signed solid angles [P, T] of triangles [T, 3, 3] seen from points [P, 3].
+    """Compute the signed solid angles [P, T] of triangles, seen from points (Van Oosterom and Strackee 1983).
 
-    Formula of Van Oosterom and Strackee (1983).
+    Args: corners: corners of the triangles [T, 3, 3]; points: points [P, 3].
     """
-    # Vectors from the points to the corners: three arrays [P, T] each, one per axis.
-    a, b, c = ([corners[None, :, i, d] - points[:, None, d] for d in range(3)] for i in range(3))
-    la, lb, lc = (np.sqrt(_dot(v, v)) for v in (a, b, c))
-    crossed = [b[1] * c[2] - b[2] * c[1], b[2] * c[0] - b[0] * c[2], b[0] * c[1] - b[1] * c[0]]
-    return 2 * np.arctan2(
-        _dot(a, crossed), la * lb * lc + _dot(a, b) * lc + _dot(b, c) * la + _dot(c, a) * lb
+    # Vectors from the points to the three corners a, b and c. Each is a list of three arrays [P, T], one for
+    # each axis.
+    a, b, c = (
+        [corners[None, :, corner, axis] - points[:, None, axis] for axis in range(3)] for corner in range(3)
     )
+    length_a, length_b, length_c = (np.sqrt(_dot(vector, vector)) for vector in (a, b, c))
+    cross_bc = [b[1] * c[2] - b[2] * c[1], b[2] * c[0] - b[0] * c[2], b[0] * c[1] - b[1] * c[0]]
+    denominator = (
+        length_a * length_b * length_c + _dot(a, b) * length_c + _dot(b, c) * length_a + _dot(c, a) * length_b
+    )
+    return 2 * np.arctan2(_dot(a, cross_bc), denominator)
 
 
 def _dot(u: Sequence[np.ndarray], v: Sequence[np.ndarray]) -> np.ndarray:
-    """Return scalar products of vectors given as three arrays of components.
+    """Return the scalar products of vectors. A vector is a sequence of three arrays, one for each component.
 
-    This is several times as fast as a sum over a last axis of length 3.
+    This form is several times as fast as a sum over a last axis of length 3.
     """
     return u[0] * v[0] + u[1] * v[1] + u[2] * v[2]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Groups:
-    """Triangles in groups of neighbours, for the approximation by dipoles."""
+    """Triangles, divided into groups of neighbours that dipoles can approximate."""
 
-    order: np.ndarray  # [T] indices of triangles, group by group
-    start: np.ndarray  # [G + 1] start of each group in `order`, and its end
-    centre: np.ndarray  # [G, 3] mean position, weighted by area
-    radius: np.ndarray  # [G] distance of the farthest corner from the centre
-    dipole: np.ndarray  # [G, 3] sum of area times normal
+    order: np.ndarray  # indices of all triangles [T], group after group
+    start: np.ndarray  # index in `order` of the first triangle of each group, and finally T; [G + 1]
+    centre: np.ndarray  # mean position of each group, weighted by area [G, 3]
+    radius: np.ndarray  # distance of the farthest corner from the centre [G]
+    dipole: np.ndarray  # sum of area times unit normal over the triangles of each group [G, 3]
 
 
 def _grouped(corners: np.ndarray) -> Groups:
-    """Divide triangles [T, 3, 3] into groups of neighbours."""
-    middle = corners.mean(axis=1)
+    """Divide triangles with corners [T, 3, 3] into groups of neighbours."""
+    triangle_centres = corners.mean(axis=1)
     groups = [np.arange(len(corners))]
-    # All groups are halved together, each along its longest side, so their sizes differ by one at most.
+    # All groups are halved in each step, along their longest axis. Their sizes therefore differ by at
+    # most one.
     while len(groups[0]) > GROUP:
         halves = []
         for group in groups:
-            axis = np.ptp(middle[group], axis=0).argmax()
-            rank = group[np.argsort(middle[group, axis], kind="stable")]
-            halves += [rank[: len(rank) // 2], rank[len(rank) // 2 :]]
+            axis = np.ptp(triangle_centres[group], axis=0).argmax()
+            sorted_group = group[np.argsort(triangle_centres[group, axis], kind="stable")]
+            half_size = len(sorted_group) // 2
+            halves += [sorted_group[:half_size], sorted_group[half_size:]]
         groups = halves
     start = np.cumsum([0] + [len(group) for group in groups])
     order = np.concatenate(groups)
-    area = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0]) / 2  # [T, 3]
-    weight = np.linalg.norm(area, axis=1, keepdims=True) + 1e-12  # avoids 0 / 0 for degenerate triangles
-    sums = lambda values: np.add.reduceat(values[order], start[:-1])  # noqa: E731
-    centre = sums(weight * middle) / sums(weight)
-    owner = np.repeat(np.arange(len(groups)), np.diff(start))
-    reach = np.linalg.norm(corners[order] - centre[owner, None], axis=2).max(axis=1)
+    # Area times unit normal of each triangle, [T, 3].
+    area_vectors = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0]) / 2
+    # The small number avoids 0 / 0 for groups of degenerate triangles.
+    weight = np.linalg.norm(area_vectors, axis=1, keepdims=True) + 1e-12
+
+    def sum_groups(values: np.ndarray) -> np.ndarray:
+        """Sum values of triangles over each group."""
+        return np.add.reduceat(values[order], start[:-1])
+
+    centre = sum_groups(weight * triangle_centres) / sum_groups(weight)
+    group_of_triangle = np.repeat(np.arange(len(groups)), np.diff(start))  # in the order of `order`
+    corner_distances = np.linalg.norm(corners[order] - centre[group_of_triangle, None], axis=2).max(axis=1)
     return Groups(
         order=order,
         start=start,
         centre=centre,
-        radius=np.maximum.reduceat(reach, start[:-1]),
-        dipole=sums(area),
+        radius=np.maximum.reduceat(corner_distances, start[:-1]),
+        dipole=sum_groups(area_vectors),
     )
 
 
 def winding_number(corners: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """Return winding numbers [P] of points [P, 3] for triangles [T, 3, 3] with outward normals."""
+    """Compute the winding numbers [P] of points: 1 inside of a closed mesh, 0 outside.
+
+    Args: corners: corners of triangles with outward normals [T, 3, 3]; points: points [P, 3].
+    """
     corners = corners.astype(np.float64)
     points = points.astype(np.float64)
     groups = _grouped(corners)
     result = np.zeros(len(points))
-    # Points of a block are close together, and share the decision which groups are far.
+    # The points of a block are near each other, so the same groups are far from all of them.
     for block in _blocks(points):
-        at = points[block]
-        middle = (at.min(axis=0) + at.max(axis=0)) / 2
-        spread = np.linalg.norm(at - middle, axis=1).max()
-        # Far from every point of the block, hence the spread.
-        far = np.linalg.norm(groups.centre - middle, axis=1) > FAR * groups.radius + spread
-        way = groups.centre[far] - at[:, None]  # [B, G, 3]
-        # Solid angle of a dipole: way . dipole / |way|^3.
-        total = np.einsum("bgd,gd,bg->b", way, groups.dipole[far], (way * way).sum(axis=2) ** -1.5)
-        near = [groups.order[groups.start[i] : groups.start[i + 1]] for i in np.flatnonzero(~far)]
-        if near:
-            total += solid_angles(corners[np.concatenate(near)], at).sum(axis=1)
-        result[block] = total / (4 * np.pi)
+        block_points = points[block]
+        block_centre = (block_points.min(axis=0) + block_points.max(axis=0)) / 2
+        block_radius = np.linalg.norm(block_points - block_centre, axis=1).max()
+        # With the radius of the block, a group is far from every point of it.
+        is_far = np.linalg.norm(groups.centre - block_centre, axis=1) > FAR * groups.radius + block_radius
+        offsets = groups.centre[is_far] - block_points[:, None]  # [B, G, 3]
+        # The solid angle of a dipole is offset . dipole / |offset|^3.
+        angles = np.einsum(
+            "bgd,gd,bg->b", offsets, groups.dipole[is_far], (offsets * offsets).sum(axis=2) ** -1.5
+        )
+        near_triangles = [
+            groups.order[groups.start[i] : groups.start[i + 1]] for i in np.flatnonzero(~is_far)
+        ]
+        if near_triangles:
+            angles += solid_angles(corners[np.concatenate(near_triangles)], block_points).sum(axis=1)
+        result[block] = angles / (4 * np.pi)
     return result
 
 
 def _blocks(points: np.ndarray) -> list[np.ndarray]:
-    """Return lists of indices of neighbouring points, at most BLOCK in each."""
+    """Divide points [P, 3] into blocks of neighbours. Return the indices of the points of each block, at
+    most BLOCK.
+    """
     blocks = []
-    todo = [np.arange(len(points))] if len(points) else []
-    while todo:
-        block = todo.pop()
+    remaining_blocks = [np.arange(len(points))] if len(points) else []
+    while remaining_blocks:
+        block = remaining_blocks.pop()
         if len(block) <= BLOCK:
             blocks.append(block)
             continue
         axis = np.ptp(points[block], axis=0).argmax()
-        half = len(block) // 2
-        # A partition, not a sort: only the halves matter.
-        rank = block[np.argpartition(points[block, axis], half)]
-        todo += [rank[:half], rank[half:]]
+        half_size = len(block) // 2
+        # A partition is faster than sorting, and the order within the halves does not matter.
+        partitioned_block = block[np.argpartition(points[block, axis], half_size)]
+        remaining_blocks += [partitioned_block[:half_size], partitioned_block[half_size:]]
     return blocks
 
 
 def closest_on_triangles(corners: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """Return the places of triangles that are nearest to points, as weights [..., 3] of the corners.
+    """Find the point of each triangle that is nearest to a given point.
 
-    Args:
-        corners: [..., 3, 3]; points: [..., 3]. They may broadcast.
+    Args: (the leading axes are broadcast against each other)
+        corners: corners of the triangles [..., 3, 3].
+        points: points [..., 3].
+    Returns: barycentric weights [..., 3] of the corners at the nearest point.
     """
 
     def dot(u, v):
+        """Return the scalar products [...] of vectors [..., 3]."""
         return _dot(np.moveaxis(u, -1, 0), np.moveaxis(v, -1, 0))
 
-    # First the projection onto the triangle's plane: p = a + second u + third v, from the normal equations.
+    # Projection onto the plane of the triangle: the point a + weight_u u + weight_v v with the edges u and v.
+    # The weights solve the normal equations.
     a = corners[..., 0, :]
     u = corners[..., 1, :] - corners[..., 0, :]
     v = corners[..., 2, :] - corners[..., 0, :]
@@ -153,190 +180,228 @@ def closest_on_triangles(corners: np.ndarray, points: np.ndarray) -> np.ndarray:
     uu = dot(u, u)
     uv = dot(u, v)
     vv = dot(v, v)
-    flat = np.maximum(uu * vv - uv * uv, 1e-300)  # squared area; the bound covers degenerate triangles
-    second = (vv * dot(u, d) - uv * dot(v, d)) / flat
-    third = (uu * dot(v, d) - uv * dot(u, d)) / flat
-    inside = np.stack([1 - second - third, second, third], axis=-1)
-    best = inside
-    least = np.where(
-        (inside >= 0).all(axis=-1), dot(d - (second[..., None] * u + third[..., None] * v), d), np.inf
+    # Determinant of the equations, four times the squared area. The bound avoids a division by 0 for
+    # degenerate triangles.
+    determinant = np.maximum(uu * vv - uv * uv, 1e-300)
+    weight_u = (vv * dot(u, d) - uv * dot(v, d)) / determinant
+    weight_v = (uu * dot(v, d) - uv * dot(u, d)) / determinant
+    projection_weights = np.stack([1 - weight_u - weight_v, weight_u, weight_v], axis=-1)
+    best_weights = projection_weights
+    # Squared distances. The projection is a candidate only if it lies inside the triangle.
+    smallest_distance = np.where(
+        (projection_weights >= 0).all(axis=-1),
+        dot(d - (weight_u[..., None] * u + weight_v[..., None] * v), d),
+        np.inf,
     )
-    # Outside the triangle the nearest place is on an edge; all three are compared.
+    # The nearest points of the three edges are the other candidates.
     for i, j in ((0, 1), (1, 2), (2, 0)):
-        side = corners[..., j, :] - corners[..., i, :]
-        along = np.clip(dot(points - corners[..., i, :], side) / np.maximum(dot(side, side), 1e-300), 0, 1)
-        offset = points - corners[..., i, :] - along[..., None] * side
-        on_edge = np.zeros_like(inside)
-        on_edge[..., i], on_edge[..., j] = 1 - along, along
-        nearer = dot(offset, offset) < least
-        best = np.where(nearer[..., None], on_edge, best)
-        least = np.where(nearer, dot(offset, offset), least)
-    return best
+        edge = corners[..., j, :] - corners[..., i, :]
+        along = np.clip(dot(points - corners[..., i, :], edge) / np.maximum(dot(edge, edge), 1e-300), 0, 1)
+        offset = points - corners[..., i, :] - along[..., None] * edge
+        edge_weights = np.zeros_like(projection_weights)
+        edge_weights[..., i] = 1 - along
+        edge_weights[..., j] = along
+        is_nearer = dot(offset, offset) < smallest_distance
+        best_weights = np.where(is_nearer[..., None], edge_weights, best_weights)
+        smallest_distance = np.where(is_nearer, dot(offset, offset), smallest_distance)
+    return best_weights
 
 
 @functools.cache
-def _sample_weights(parts: int) -> np.ndarray:
-    """Return weights [S, 3] of the centres of the parts^2 equal pieces of a triangle."""
+def _sample_weights(divisions: int) -> np.ndarray:
+    """Return barycentric weights [parts^2, 3] of samples of a triangle.
+
+    The samples are the centres of parts^2 equal triangles into which the triangle is divided.
+    """
     rows = []
-    for i in range(parts):
-        for j in range(parts - i):
-            # An upright piece, and the inverted one beside it, which the last of a row does not have.
+    for i in range(divisions):
+        for j in range(divisions - i):
+            # An upright small triangle, and the inverted one next to it, which does not exist at the end
+            # of a row.
             rows.append((i + 1 / 3, j + 1 / 3))
-            if i + j < parts - 1:
+            if i + j < divisions - 1:
                 rows.append((i + 2 / 3, j + 2 / 3))
-    s = np.array(rows) / parts
-    return np.concatenate([s, 1 - s.sum(axis=1, keepdims=True)], axis=1)
+    first_two_weights = np.array(rows) / divisions
+    # The three weights sum to 1.
+    return np.concatenate([first_two_weights, 1 - first_two_weights.sum(axis=1, keepdims=True)], axis=1)
 
 
 def nearest_places(corners: np.ndarray, points: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Find the nearest place of a mesh for each point.
+    """Find the nearest point of a mesh for each of P points.
 
-    Args:
-        corners: [T, 3, 3]; points: [P, 3].
-    Returns: nearest triangle [P], weights [P, 3] of its corners at the nearest place, and distance [P] >= 0.
+    Args: corners: corners of the triangles [T, 3, 3]; points: points [P, 3].
+    Returns: index of the nearest triangle [P], weights [P, 3] of its corners at the nearest point, and
+        distance [P].
     """
-    # The tree finds surface samples that are near; exact distances are computed to their triangles only.
-    # Large triangles get more samples.
-    longest = np.linalg.norm(corners - np.roll(corners, 1, axis=1), axis=2).max(axis=1)
-    parts = np.clip(np.ceil(longest / SAMPLE), 1, 6).astype(int)
+    # A search tree finds the nearest samples of the surface. Exact distances are computed only to their
+    # triangles. Large triangles have more samples.
+    longest_edge = np.linalg.norm(corners - np.roll(corners, 1, axis=1), axis=2).max(axis=1)
+    parts = np.clip(np.ceil(longest_edge / SAMPLE), 1, 6).astype(int)
     samples = []
     owners = []
     for count in np.unique(parts):
-        chosen = np.flatnonzero(parts == count)
-        places = np.einsum("sc,tcd->tsd", _sample_weights(int(count)), corners[chosen])
-        samples.append(places.reshape(-1, 3))
-        owners.append(np.repeat(chosen, places.shape[1]))
+        triangles_with_count = np.flatnonzero(parts == count)
+        positions = np.einsum("sc,tcd->tsd", _sample_weights(int(count)), corners[triangles_with_count])
+        samples.append(positions.reshape(-1, 3))
+        owners.append(np.repeat(triangles_with_count, positions.shape[1]))
     tree = cKDTree(np.concatenate(samples))
-    owner = np.concatenate(owners)
+    owner = np.concatenate(owners)  # index of the triangle of each sample
     triangle = np.empty(len(points), int)
     weights = np.empty((len(points), 3))
     distance = np.empty(len(points))
     sample_distance, sample = tree.query(points, eps=0.01)
-    # Far from the surface all candidates are about equally near, so one is enough.
-    far = sample_distance > CLEAR * SAMPLE
-    for rows, count in ((np.flatnonzero(far), 1), (np.flatnonzero(~far), NEIGHBOURS)):
-        # Pieces bound the memory.
-        for piece in np.array_split(rows, len(rows) // 20_000 + 1):
-            chosen = sample[piece, None] if count == 1 else tree.query(points[piece], count)[1]
-            candidates = owner[chosen]  # [p, count]
-            at = np.repeat(points[piece], count, axis=0)
-            flat = candidates.ravel()
-            shares = closest_on_triangles(corners[flat], at)
-            lengths = np.linalg.norm(np.einsum("pc,pcd->pd", shares, corners[flat]) - at, axis=1).reshape(
-                candidates.shape
-            )
-            best = lengths.argmin(axis=1)
-            row = np.arange(len(piece))
-            triangle[piece] = candidates[row, best]
-            distance[piece] = lengths[row, best]
-            weights[piece] = shares.reshape(*candidates.shape, 3)[row, best]
+    # Far from the surface, the triangle of the nearest sample is a sufficient approximation.
+    is_far = sample_distance > CLEAR * SAMPLE
+    for rows, count in ((np.flatnonzero(is_far), 1), (np.flatnonzero(~is_far), NEIGHBOURS)):
+        # Chunks bound the memory.
+        for chunk in np.array_split(rows, len(rows) // 20_000 + 1):
+            nearest_samples = sample[chunk, None] if count == 1 else tree.query(points[chunk], count)[1]
+            candidates = owner[nearest_samples]  # [chunk, count]
+            # One row for each pair of a point and a candidate.
+            repeated_points = np.repeat(points[chunk], count, axis=0)
+            candidate_corners = corners[candidates.ravel()]
+            candidate_weights = closest_on_triangles(candidate_corners, repeated_points)
+            nearest_points = np.einsum("pc,pcd->pd", candidate_weights, candidate_corners)
+            lengths = np.linalg.norm(nearest_points - repeated_points, axis=1).reshape(candidates.shape)
+            best_candidate = lengths.argmin(axis=1)
+            row = np.arange(len(chunk))
+            triangle[chunk] = candidates[row, best_candidate]
+            distance[chunk] = lengths[row, best_candidate]
+            weights[chunk] = candidate_weights.reshape(*candidates.shape, 3)[row, best_candidate]
     return triangle, weights, distance
 
 
 def grid_points(resolution: int) -> np.ndarray:
-    """Return the centres [n, n, n, 3] of the voxels of the cube of side 1, axes x, y, z."""
-    steps = (np.arange(resolution) + 0.5) / resolution - 0.5
-    return np.stack(np.meshgrid(steps, steps, steps, indexing="ij"), axis=-1)
+    """Return the centres [n, n, n, 3] of the voxels of the cube of side 1 about the origin, axes x, y, z.
+
+    Args: resolution: number of voxels per edge n.
+    """
+    coordinates = (np.arange(resolution) + 0.5) / resolution - 0.5
+    return np.stack(np.meshgrid(coordinates, coordinates, coordinates, indexing="ij"), axis=-1)
 
 
-BACK = -0.02  # world z; the back of a head, whose volume errors are reported, is where z is smaller
-BASE = -0.30  # world y; neck and shoulders below are not counted
-FACE = (0.08, -0.13, 0.07)  # half width, lowest and highest y of the window over brows, nose and mouth
-GRID_VERSION = 2  # part of the cache key; raise it when the values of `head_grid` change
-BAND = 1.8  # voxels on each side of the surface in which distances are exact
+# Regions of a head in which errors are reported, in world units.
+BACK = -0.02  # the back of the head consists of points with a smaller z
+BASE = -0.30  # the neck and the shoulders, which have a smaller y, are excluded
+FACE = (0.08, -0.13, 0.07)  # half of the width, lowest y and highest y of the region of brows, nose and mouth
+
+GRID_VERSION = 2  # part of the cache key; it has to be raised if `head_grid` returns other values
+BAND = 1.8  # largest distance from the surface, in voxels, at which the distances of `head_grid` are exact
 
 
 def crossings(corners: np.ndarray, steps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Count how often lines along z enter and leave a mesh, behind each grid point and in front of it.
+    """Count the crossings of a mesh by the lines along z through the points of a grid.
 
-    For a closed mesh both counts are the winding number.
+    A crossing into the mesh counts 1, a crossing out of it -1. For a closed mesh, both results are the
+    winding number.
 
     Args:
-        corners: [T, 3, 3], normals outwards.
-        steps: [n] evenly spaced coordinates, the same along each axis.
-    Returns: signed counts [n, n, n] at smaller z, and at larger z, than each point.
+        corners: corners of triangles with outward normals [T, 3, 3].
+        steps: evenly spaced coordinates [n] of the grid, the same for each axis.
+    Returns: signed counts [n, n, n] of crossings at a smaller z than each point, for a line in the direction
+        of +z; and at a larger z, for a line in the direction of -z.
     """
     n = len(steps)
-    first = steps[0]
+    first_coordinate = steps[0]
     width = steps[1] - steps[0]
-    flat = corners[:, :, :2]
-    # The range of grid lines (x, y) that can hit each triangle.
-    low = np.clip(np.ceil((flat.min(axis=1) - first) / width).astype(int), 0, n)
-    high = np.clip(np.floor((flat.max(axis=1) - first) / width).astype(int) + 1, 0, n)
+    corners_xy = corners[:, :, :2]
+    # Range of the lines (x, y) that can hit each triangle.
+    low = np.clip(np.ceil((corners_xy.min(axis=1) - first_coordinate) / width).astype(int), 0, n)
+    high = np.clip(np.floor((corners_xy.max(axis=1) - first_coordinate) / width).astype(int) + 1, 0, n)
     extent = np.clip(high - low, 0, None)
     count = extent.prod(axis=1)
-    # One row per pair of triangle and line.
+    # One row for each pair of a triangle and a line in its range. `within` counts the lines of a triangle
+    # from 0.
     index = np.repeat(np.arange(len(corners)), count)
     within = np.arange(len(index)) - np.repeat(np.cumsum(count) - count, count)
     i = low[index, 0] + within // extent[index, 1]
     j = low[index, 1] + within % extent[index, 1]
-    # Shifted a little, because a line through a vertex would hit several triangles at once.
-    point = first + width * np.stack([i, j], axis=1) + 1e-7
-    a, b, c = (flat[index, corner] for corner in range(3))
+    # The lines are shifted slightly, because a line through a vertex would hit several triangles.
+    point = first_coordinate + width * np.stack([i, j], axis=1) + 1e-7
+    a, b, c = (corners_xy[index, corner] for corner in range(3))
     area = cross_2d(b - a, c - a)
-    share = np.stack(
+    # Barycentric weights of the corners, multiplied by the area.
+    weighted_area = np.stack(
         [cross_2d(c - b, point - b), cross_2d(a - c, point - c), cross_2d(b - a, point - a)], axis=1
     )
-    hit = (np.abs(area) > 1e-15) & ((share * np.sign(area)[:, None]) >= 0).all(axis=1)
-    weights = share[hit] / area[hit, None]
-    place = ((weights * corners[index[hit], :, 2]).sum(axis=1) - first) / width  # z of the hit, in grid steps
-    layer = np.clip(np.ceil(place).astype(int), 0, n)  # the first point in front of it
-    sign = np.sign(area[hit]).astype(int)
+    is_hit = (np.abs(area) > 1e-15) & ((weighted_area * np.sign(area)[:, None]) >= 0).all(axis=1)
+    weights = weighted_area[is_hit] / area[is_hit, None]
+    # z coordinate of the crossing, in steps of the grid.
+    crossing_z = ((weights * corners[index[is_hit], :, 2]).sum(axis=1) - first_coordinate) / width
+    # Index of the first grid point at a larger z. It is n for crossings beyond the last point.
+    layer = np.clip(np.ceil(crossing_z).astype(int), 0, n)
+    sign = np.sign(area[is_hit]).astype(int)
     counts = np.zeros((n, n, n + 1), int)
-    # A triangle whose normal points to the back (area < 0) is entered when z grows. np.add.at counts repeated
-    # places, which plain indexing would not.
-    np.add.at(counts, (i[hit], j[hit], layer), -sign)
+    # A line in the direction of +z enters the mesh at a triangle whose normal points to -z (area < 0).
+    # np.add.at adds several crossings with the same index, which indexing with += would not.
+    np.add.at(counts, (i[is_hit], j[is_hit], layer), -sign)
     at_smaller_z = counts.cumsum(axis=2)
-    return at_smaller_z[:, :, :n], (at_smaller_z - at_smaller_z[:, :, -1:])[:, :, :n]
+    at_larger_z = at_smaller_z - at_smaller_z[:, :, -1:]
+    # The last layer belongs to no grid point.
+    return at_smaller_z[:, :, :n], at_larger_z[:, :, :n]
 
 
 def head_grid(head: Head, resolution: int) -> np.ndarray:
-    """Return the signed distance of an intact head, closed at the bottom, at the centres of the cube's
-    voxels.
+    """Compute the signed distance of an intact head at the centres of the voxels of the cube.
 
-    Distances are exact within BAND voxels of the surface. Beyond, they are right to a voxel, and to four
-    voxels about the end of the bust. The sign comes from counting crossings along z. Where the counts from
-    both sides disagree, as at open lids, it comes from the winding number.
+    The head is closed at the bottom by the cylinder of `bust_end`. Distances are exact within BAND voxels of
+    the surface. Farther away their error is at most one voxel, and at most four voxels near the end of the
+    bust. The sign is determined by counting crossings along z. If the counts from both sides differ, as at
+    open lids, the winding number is computed.
 
-    Returns: [n, n, n], negative inside, world units.
+    Args: head: intact head; resolution: number of voxels per edge n.
+    Returns: signed distances [n, n, n] in world units, negative inside, axes x, y, z.
     """
     corners = head.vertices[load_basis().triangles].astype(np.float64)
     points = grid_points(resolution)
-    below_crossings, above_crossings = crossings(corners, points[:, 0, 0, 0])
-    inside = below_crossings > 0
-    # Winding numbers cost much more than crossings, so they are computed for ambiguous voxels only.
-    ambiguous = (below_crossings != above_crossings) | (below_crossings < 0) | (below_crossings > 1)
-    inside[ambiguous] = winding_number(corners, points[ambiguous]) > 0.5
-    end = bust_end(points)
-    solid = inside & (end < 0)
-    # The distance transform counts whole voxels; the surface lies half a voxel before the first one outside.
-    distance = np.where(solid, -1, 1) * (edt(solid) + edt(~solid) - 0.5) / resolution
-    near = np.abs(distance) < BAND / resolution
-    _, _, exact = nearest_places(corners, points[near])
-    distance[near] = np.maximum(np.where(inside[near], -exact, exact), end[near])
+    # points[:, 0, 0, 0] are the coordinates along x, which are the same along y and z.
+    crossings_at_smaller_z, crossings_at_larger_z = crossings(corners, points[:, 0, 0, 0])
+    is_inside = crossings_at_smaller_z > 0
+    # Winding numbers are much more expensive than crossings, so they are computed only for ambiguous voxels.
+    is_ambiguous = (
+        (crossings_at_smaller_z != crossings_at_larger_z)
+        | (crossings_at_smaller_z < 0)
+        | (crossings_at_smaller_z > 1)
+    )
+    is_inside[is_ambiguous] = winding_number(corners, points[is_ambiguous]) > 0.5
+    bust_distance = bust_end(points)
+    is_solid = is_inside & (bust_distance < 0)
+    # The distance transform returns the distance in voxels to the nearest voxel on the other side. The
+    # surface lies half a voxel before it.
+    distance = np.where(is_solid, -1, 1) * (edt(is_solid) + edt(~is_solid) - 0.5) / resolution
+    is_near = np.abs(distance) < BAND / resolution
+    _, _, exact_distance = nearest_places(corners, points[is_near])
+    # The maximum of two signed distances is the intersection of the head and the cylinder.
+    distance[is_near] = np.maximum(
+        np.where(is_inside[is_near], -exact_distance, exact_distance), bust_distance[is_near]
+    )
     return distance
 
 
 def whole_grids(z: torch.Tensor, resolution: int = 64) -> np.ndarray:
-    """Return `head_grid` of the ground-truth heads of latents [N, 64], as float32 [N, n, n, n].
+    """Return the signed distances of the ground-truth heads of latents, see `head_grid`.
 
-    Each grid is kept in the user's cache.
+    The grids are stored in the user's cache.
+
+    Args: z: latents [N, 64]; resolution: number of voxels per edge n.
+    Returns: grids [N, n, n, n], float32, rounded to half precision.
     """
     return np.stack([_whole_grid(row, resolution) for row in z.detach().cpu().float().numpy()])
 
 
 def _whole_grid(z: np.ndarray, resolution: int) -> np.ndarray:
-    """Return the grid of one latent [64], from the cache if it is there."""
-    # Named by everything that the grid depends on.
+    """Return the grid [n, n, n] of one latent [64], from the cache if it is stored there."""
+    # The file name is a hash of everything that the grid depends on.
     key = z.tobytes() + f"{resolution} {GRID_VERSION}".encode() + _basis_hash()
     name = hashlib.sha256(key).hexdigest()[:20]
     path = cache_dir().parent / "heads" / f"{name}.npy"
     try:
         return np.load(path).astype(np.float32)
     except (OSError, ValueError):
-        # Rounded to half precision before use, so that the first call returns the same as later ones.
+        # The grid is stored in half precision. It is rounded here, so that the first call returns the same
+        # values as later ones.
         grid = head_grid(named_people(z[None])[0], resolution).astype(np.float16)
-    # On a full or read-only disk the grid is not kept, and is computed again next time.
+    # If the disk is full or read-only, the grid is not stored, and a later call computes it again.
     with contextlib.suppress(OSError):
         buffer = io.BytesIO()
         np.save(buffer, grid)
@@ -346,5 +411,5 @@ def _whole_grid(z: np.ndarray, resolution: int) -> np.ndarray:
 
 @functools.cache
 def _basis_hash() -> bytes:
-    """Return the hash of the basis file. Another basis would give other heads for the same latents."""
+    """Return the SHA-256 of the basis file, on which the head of a latent depends."""
     return hashlib.sha256(ASSET.read_bytes()).digest()

@@ -1,11 +1,12 @@
-"""Volume rendering of tri-planes with two passes along every ray.
+"""Volume rendering of tri-planes with two passes along every ray, as in EG3D (Chan et al. 2022).
 
-The coarse pass samples depths at stratified random positions. The fine pass samples them by importance, from
-the weights of the coarse pass. The samples of both are composited by the midpoint rule of emission and
-absorption (Max 1995), as in EG3D.
+The coarse pass samples depths at stratified random positions. The fine pass samples depths by importance,
+with the weights of the coarse pass. The samples of both passes are composited by the midpoint rule of
+emission and absorption (Max 1995).
 
-Shapes: N batch, M rays, S samples along a ray (of the coarse pass where there are two), F fine samples, C
-plane or colour channels, D decoder features, P points, H x W plane size, B = N*M.
+Shapes: N is the number of images in a batch, M of rays of an image, and B = N * M. A ray has S samples, which
+are those of the coarse pass if there are two passes, and F fine samples. C is the number of channels of
+planes or colours, D of decoder features, and P of points. A plane has H x W texels.
 """
 
 from collections.abc import Sequence
@@ -27,17 +28,18 @@ from training.rendering.cameras import ray_limits_box
 
 
 class MipRayMarcher2(torch.nn.Module):
-    """Compositing of samples that are sorted by depth.
+    """Module that composites the samples of a ray.
 
-    With midpoint colour c_i, raw density s_i and depth d_i of neighbouring samples, and interval length
-    delta_i:
+    Interval i lies between two neighbouring samples. Its colour c_i, raw density s_i and depth d_i are the
+    means of the two samples, and delta_i is its length:
 
         sigma_i = softplus(s_i - 1)
         alpha_i = 1 - exp(-sigma_i delta_i)
         w_i = alpha_i prod_{j<i} (1 - alpha_j + 1e-10)
 
-    There is no interval from the last sample to infinity. With `symmetric`, colours are mapped from 0..1 to
-    -1..1 at the end, as in EG3D.
+    There is no interval from the last sample to infinity.
+
+    Args: symmetric: True: map the composited colours from 0..1 to -1..1, as in EG3D.
     """
 
     def __init__(self, symmetric: bool = True):
@@ -47,21 +49,23 @@ class MipRayMarcher2(torch.nn.Module):
     def forward(
         self, colors: torch.Tensor, densities: torch.Tensor, depths: torch.Tensor, rendering_options: dict
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Composite colour and depth along rays.
+        """Composite colour and depth along rays whose samples are sorted by depth.
 
         Args:
-            colors: [N, M, S, C].
-            densities: [N, M, S, 1], raw.
-            depths: [N, M, S, 1], ascending.
-            rendering_options: 'clamp_mode' must be 'softplus'. 'white_back' adds 1 - sum(w) to the colour.
+            colors: colours of the samples [N, M, S, C].
+            densities: raw densities of the samples [N, M, S, 1].
+            depths: depths of the samples [N, M, S, 1] in ascending order, world units.
+            rendering_options: options 'clamp_mode' ('softplus' or missing) and 'white_back' (True: add the
+                white background 1 - sum(w) to the colour).
         Returns:
-            colour [N, M, C]: sum(w c) * 2 - 1, or sum(w c) if not symmetric.
-            depth [N, M, 1]: sum(w d) / sum(w), clamped to the smallest and largest depth of the *whole
-                batch*. In empty pixels a rendering therefore depends on its batch.
-            weights [N, M, S-1, 1].
+            colour: sum(w c) * 2 - 1 if symmetric, else sum(w c), [N, M, C].
+            depth: sum(w d) / sum(w), clamped to the smallest and largest depth of the *whole batch*,
+                [N, M, 1]. In empty pixels a rendering therefore depends on its batch.
+            weights: weights w of the intervals, [N, M, S-1, 1].
         """
+        # [N, M, S-1, 1] each
         weights, depths_mid = (
-            x.unsqueeze(-1) for x in interval_weights(densities.squeeze(-1), depths.squeeze(-1))
+            values.unsqueeze(-1) for values in interval_weights(densities.squeeze(-1), depths.squeeze(-1))
         )
         colors_mid = (colors[:, :, :-1] + colors[:, :, 1:]) / 2  # [N, M, S-1, C]
         rgb = (weights * colors_mid).sum(dim=-2)
@@ -74,22 +78,22 @@ class MipRayMarcher2(torch.nn.Module):
     def accumulate(
         self, passes: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Composite the union of passes whose samples are in any order.
+        """Composite the samples of several passes, which may be in any order.
 
-        The result is that of sorting all samples. Colours are neither sorted nor concatenated, which would
-        copy the largest tensors.
+        The result equals that of sorting all samples by depth. The colours, which are the largest tensors,
+        are neither sorted nor concatenated, so they are not copied.
 
         Args:
-            passes: (colors [N, M, S, C], densities [N, M, S, 1] raw, depths [N, M, S, 1]) of each pass; S may
-                differ between passes.
-        Returns: sum(w c) [N, M, C], sum(w d) [N, M, 1], sum(w) [N, M, 1].
+            passes: (colours [N, M, S, C], raw densities [N, M, S, 1], depths [N, M, S, 1]) of each pass. S
+                may differ between passes.
+        Returns: sum(w c) [N, M, C], sum(w d) [N, M, 1] and sum(w) [N, M, 1].
         """
         n, m = passes[0][0].shape[:2]
-        # [N*M, S of all passes together]
-        densities, depths = (
-            torch.cat([part[i] for part in passes], dim=2).reshape(n * m, -1) for i in (1, 2)
-        )
-        # Sample weights v in the order of the input, half of each of the two intervals that meet at a sample.
+        # [N*M, samples of all passes]
+        densities = torch.cat([pass_densities for _, pass_densities, _ in passes], dim=2).reshape(n * m, -1)
+        depths = torch.cat([pass_depths for _, _, pass_depths in passes], dim=2).reshape(n * m, -1)
+        # Weights of samples, in the order of the input. The weight of an interval is divided between its
+        # two samples.
         weights, depth_sum, total = ray_march(densities, depths)
         rgb: Any = 0
         start = 0
@@ -110,31 +114,36 @@ class MipRayMarcher2(torch.nn.Module):
         depth_range: tuple[torch.Tensor, torch.Tensor],
         rendering_options: dict,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return colour [N, M, C] and depth [N, M, 1] as `forward` does, from the sums of `accumulate`.
+        """Compute colour [N, M, C] and depth [N, M, 1] from the sums of `accumulate`. See `forward`.
 
         Args:
-            rgb, depth_sum, total: sum(w c), sum(w d) and sum(w).
-            depth_range: smallest and largest depth [] of all samples of the batch.
+            rgb: sum(w c) [N, M, C].
+            depth_sum: sum(w d) [N, M, 1].
+            total: sum(w) [N, M, 1].
+            depth_range: smallest and largest depth of all samples of the batch, two tensors [].
+            rendering_options: see `forward`.
+        Raises: ValueError for another clamp_mode than 'softplus'.
         """
         if rendering_options.get("clamp_mode", "softplus") != "softplus":
             raise ValueError(
-                f"rendering option clamp_mode: expected 'softplus', got {rendering_options['clamp_mode']!r}."
-                " No other mode is implemented. Use a network with 'softplus'."
+                "rendering option clamp_mode: expected 'softplus', the only implemented mode, got"
+                f" {rendering_options['clamp_mode']!r}. Use a network with 'softplus'."
             )
-        # Where all weights are 0, the quotient 0 / 0 would make the gradient NaN even though `where` discards
-        # it. Therefore the divisor is replaced as well.
-        seen = total > 0
-        depth = torch.where(seen, depth_sum / torch.where(seen, total, 1), float("inf"))
+        # If all weights of a ray are 0, the quotient 0 / 0 would make the gradient NaN, although `where`
+        # discards the quotient. Therefore the divisor is replaced, too.
+        has_weight = total > 0
+        depth = torch.where(has_weight, depth_sum / torch.where(has_weight, total, 1), float("inf"))
         if rendering_options.get("white_back", False):
-            rgb = rgb + 1 - total  # the rest of the light comes from a white background
-        return rgb * 2 - 1 if self.symmetric else rgb, torch.clamp(depth, *depth_range)
+            rgb = rgb + 1 - total  # the remaining light comes from a white background
+        rgb = rgb * 2 - 1 if self.symmetric else rgb
+        return rgb, torch.clamp(depth, *depth_range)
 
 
 class _WeightedSum(torch.autograd.Function):
-    """sum_s v_s c_s of weights v [B, S] and colours c [B, S, C].
+    """Weighted sum of colours: sum_s v_s c_s for weights v [B, S] and colours c [B, S, C].
 
-    The forward pass is torch's matrix product. The gradient for c would be a product with an inner size of 1;
-    here it is an elementwise multiplication, which is faster.
+    The forward pass is torch's batched matrix product. Its gradient for c would be a matrix product with an
+    inner size of 1. Here it is an elementwise multiplication, which is faster.
     """
 
     @staticmethod
@@ -151,7 +160,8 @@ class _WeightedSum(torch.autograd.Function):
             else None
         )
         # [B, S, 1] * [B, 1, C] -> [B, S, C]
-        return grad_weights, weights.unsqueeze(2) * grad.unsqueeze(1) if ctx.needs_input_grad[1] else None
+        grad_colors = weights.unsqueeze(2) * grad.unsqueeze(1) if ctx.needs_input_grad[1] else None
+        return grad_weights, grad_colors
 
 
 def sample_stratified(
@@ -161,17 +171,17 @@ def sample_stratified(
     count: int,
     disparity: bool = False,
 ) -> torch.Tensor:
-    """Return jittered depths, one in each of S strata.
+    """Sample one random depth in each of S strata of a ray.
 
-    depth = linspace(start, end, S) + U[0, 1) (end - start) / (S - 1). The last sample can exceed ray_end, as
-    in EG3D.
+    The depths are linspace(start, end, S) + U[0, 1) (end - start) / (S - 1). The last depth can exceed the
+    end of the ray, as in EG3D. The function draws from torch's global generator once.
 
     Args:
-        origins: [N, M, 3], for shape and device.
-        ray_start, ray_end: world units, numbers or [N, M, 1].
-        count: S.
-        disparity: space the strata evenly in 1/depth instead.
-    Returns: depths [N, M, S, 1], ascending. Uses torch's global generator once.
+        origins: origins of the rays [N, M, 3], for their number and device.
+        ray_start, ray_end: smallest and largest depth in world units, numbers or tensors [N, M, 1].
+        count: number of strata S, >= 2.
+        disparity: True: the strata have equal size in 1/depth instead of depth.
+    Returns: depths [N, M, S, 1] in ascending order.
     """
     n, m, _ = origins.shape
     steps = torch.linspace(0, 1, count, device=origins.device)
@@ -179,7 +189,7 @@ def sample_stratified(
         t = steps.reshape(1, 1, count, 1).repeat(n, m, 1, 1)
         t = t + torch.rand_like(t) * (1 / (count - 1))
         return 1 / (1 / ray_start * (1 - t) + 1 / ray_end * t)
-    # Limits per ray, from "auto": [N, M, 1] -> [N, M, S, 1].
+    # Each ray has its own limits, from the option "auto": [N, M, 1] -> [N, M, S, 1].
     if isinstance(ray_start, torch.Tensor):
         span = ray_end - ray_start  # [N, M, 1]
         depths = (ray_start[:, :, None] + steps.reshape(1, 1, count, 1) * span[:, :, None]).contiguous()
@@ -193,27 +203,29 @@ def sample_stratified(
 
 
 def uniform_draws(rays: torch.Tensor, count: int, stratified: bool = False) -> torch.Tensor:
-    """Return the random numbers of the importance pass, [B, F] in [0, 1), from torch's global generator.
+    """Draw the random numbers of the importance pass, from torch's global generator.
 
     Args:
-        rays: [B, ...], for the number of rays and the device.
-        count: F.
-        stratified: draw one number in each of F equal parts. This halves the speckle of small sample counts.
-            Published networks were trained without it.
+        rays: any tensor [B, ...], for the number of rays and the device.
+        count: number of fine samples F.
+        stratified: True: draw one number in each of F equal parts of [0, 1). This halves the noise of renders
+            with few samples. Published networks were trained without it.
+    Returns: numbers [B, F] in [0, 1).
     """
     draws = torch.rand(len(rays), count, device=rays.device)
     return (draws + torch.arange(count, device=rays.device)) / count if stratified else draws
 
 
-STRATIFIED = "importance_stratified"  # rendering option, False where it is missing: see `uniform_draws`
-# Samples of one pass that are decoded together on a CPU if
-# no gradient is needed. With 32 colours they take 8 MB.
+# Rendering option for the argument `stratified` of `uniform_draws`. A network without this option has False.
+STRATIFIED = "importance_stratified"
+# Number of samples of a pass that are decoded in one call on a CPU if no gradient is needed. With 32 colour
+# channels they take 8 MB.
 _CPU_SAMPLES = 1 << 16
 
 _AXES = {
-    # The rows of a plane's basis: row 0 gives the plane's width coordinate,
-    # row 1 its height coordinate. "eg3d" is (x,y), (x,z), (z,x), as in the
-    # released checkpoints: the third plane repeats the second, transposed.
+    # For each plane: the world axes along its width and its height, and the third axis. "eg3d" is
+    # (x,y), (x,z), (z,x), as in the released checkpoints; its third plane has the axes of the second in
+    # reverse order.
     "eg3d": ("xyz", "xzy", "zxy"),
     "fixed": ("xyz", "xzy", "zyx"),  # (x,y), (x,z), (z,y): three different planes
     "panohead": ("xyz", "xzy", "yzx"),  # (x,y), (x,z), (y,z): PanoHead and the models derived from it
@@ -221,31 +233,38 @@ _AXES = {
 
 
 def generate_planes(layout: str = "eg3d") -> torch.Tensor:
-    """Return the axes of the three planes.
+    """Return the axes of the three planes of a layout.
 
-    Args:
-        layout: 'eg3d' (released checkpoints), 'fixed' (EG3D issue #67) or 'panohead'.
-    Returns: [3, 3, 3]; the rows of matrix k are the basis of plane k.
+    Args: layout: 'eg3d' (released checkpoints of EG3D), 'fixed' (three different planes, EG3D issue #67)
+        or 'panohead'.
+    Returns: matrices [3, 3, 3]. The rows of matrix k are the directions of width, height and depth of plane
+        k.
     Raises: ValueError for another layout.
     """
     if layout not in _AXES:
         raise ValueError(
-            f"plane_layout: expected one of {', '.join(_AXES)}, got {layout!r}. Choose one of them."
+            f"plane_layout: expected one of {', '.join(_AXES)}, got {layout!r}. Use 'eg3d' for released"
+            " checkpoints of EG3D."
         )
     eye = torch.eye(3)
-    return torch.stack([eye[["xyz".index(a) for a in axes]] for axes in _AXES[layout]])
+    # Rows of the identity matrix in the order of the axes, for each plane.
+    return torch.stack([eye[["xyz".index(axis) for axis in axes]] for axes in _AXES[layout]])
 
 
 class ImportanceRenderer(torch.nn.Module):
-    """Renderer of a stratified pass, an importance pass, and a march over their union."""
+    """Renderer with a coarse stratified pass and a fine importance pass, whose samples are
+    composited together.
+
+    Args: plane_layout: layout of the planes, see `generate_planes`.
+    """
 
     def __init__(self, plane_layout: str = "eg3d"):
         super().__init__()
         self.ray_marcher = MipRayMarcher2()
-        # An ordinary attribute, not a buffer: EG3D's state dict does not contain it.
+        # An ordinary attribute, not a buffer, because EG3D's state dict does not contain it.
         self.plane_axes = generate_planes(plane_layout)
-        # Axes for which `merge` last looked for axis-aligned projections, their version, and the result.
-        self._known_axes: tuple[torch.Tensor | None, int, Pairs | None] = (None, 0, None)
+        # Cache of `merge`: the axes, torch's version counter of this tensor, and the result for these axes.
+        self._cached_pairs: tuple[torch.Tensor | None, int, Pairs | None] = (None, 0, None)
 
     def forward(
         self,
@@ -258,18 +277,20 @@ class ImportanceRenderer(torch.nn.Module):
         """Render features, depth and opacity along rays.
 
         Args:
-            planes: [N, 3, C, H, W].
-            decoder: see `run_model`.
-            ray_origins, ray_directions: [N, M, 3].
+            planes: planes [N, 3, C, H, W].
+            decoder: decoder of plane features, see `run_model`.
+            ray_origins: origins of the rays [N, M, 3], world units.
+            ray_directions: unit directions of the rays [N, M, 3].
             rendering_options: EG3D's rendering_kwargs.
-        Returns: features [N, M, D] (RGB first, in [-1, 1]), depth [N, M, 1], opacity [N, M, 1].
+        Returns: features [N, M, D] in [-1, 1], of which the first three are RGB; depth [N, M, 1] in world
+            units; opacity [N, M, 1] in 0..1.
         """
         options = rendering_options
         start, end = self._ray_limits(ray_origins, ray_directions, options)
         disparity = options.get("disparity_space_sampling", False)
         # [N, M, S, 1]
         depths = sample_stratified(ray_origins, start, end, options["depth_resolution"], disparity)
-        # Another family's ray marcher may need sorted samples, so it gets the reference path.
+        # The ray marcher of another family may need sorted samples.
         is_sorted = implementations.current() == "ref" or type(self.ray_marcher) is not MipRayMarcher2
         render = self._render_sorted if is_sorted else self._render_unsorted
         return render(planes, decoder, ray_origins, ray_directions, depths, options)
@@ -277,18 +298,23 @@ class ImportanceRenderer(torch.nn.Module):
     def _render_sorted(
         self, planes, decoder, origins, directions, depths, options
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Render by sorting colours and densities of both passes by depth. This is the reference path."""
+        """Render with the samples of both passes sorted by depth, as in EG3D. This is the reference path.
+
+        Args and Returns: as in `forward`; depths: depths of the coarse pass [N, M, S, 1].
+        """
         colors, densities = self._query(planes, decoder, origins, directions, depths, options)
         fine_count = options.get("depth_resolution_importance", 0)
         if fine_count > 0:
-            flat = depths.flatten(0, 1).squeeze(2)  # [N*M, S]
-            draws = uniform_draws(flat, fine_count, options.get(STRATIFIED, False))
-            fine = importance_depths(densities.reshape(flat.shape), flat, draws, impl="ref").reshape(
-                *depths.shape[:2], fine_count, 1
+            depths_of_rays = depths.flatten(0, 1).squeeze(2)  # [N*M, S]
+            draws = uniform_draws(depths_of_rays, fine_count, options.get(STRATIFIED, False))
+            fine_depths = importance_depths(
+                densities.reshape(depths_of_rays.shape), depths_of_rays, draws, impl="ref"
+            ).reshape(*depths.shape[:2], fine_count, 1)
+            fine_colors, fine_densities = self._query(
+                planes, decoder, origins, directions, fine_depths, options
             )
-            fine_colors, fine_densities = self._query(planes, decoder, origins, directions, fine, options)
-            # Depths of the two passes interleave: [N, M, S + F, 1].
-            depths, order = torch.cat([depths, fine], dim=-2).sort(dim=-2)
+            # Samples of both passes in the order of their depths: [N, M, S + F, 1].
+            depths, order = torch.cat([depths, fine_depths], dim=-2).sort(dim=-2)
             colors = torch.cat([colors, fine_colors], dim=-2)
             colors = colors.gather(-2, order.expand(-1, -1, -1, colors.shape[-1]))
             densities = torch.cat([densities, fine_densities], dim=-2).gather(-2, order)
@@ -298,75 +324,95 @@ class ImportanceRenderer(torch.nn.Module):
     def _render_unsorted(
         self, planes, decoder, origins, directions, depths, options
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Render the same result faster: only densities and depths are sorted, colours stay in place."""
+        """Render the same result as `_render_sorted` faster.
+
+        Only densities and depths are sorted. Colours, which are larger, are not moved in memory.
+        """
         n, m, s, _ = depths.shape
         merged = self.merge(planes)
         fine_count = options.get("depth_resolution_importance", 0)
-        noisy = options.get("density_noise", 0) > 0
-        even = options.get(STRATIFIED, False)
+        has_density_noise = options.get("density_noise", 0) > 0
+        stratified = options.get(STRATIFIED, False)
         # The random numbers of all rays are drawn at once, before the rays are divided into chunks, so the
-        # result does not depend on the chunk size. With density noise they have to follow the noise of the
-        # coarse pass, and there is then only one chunk.
-        u = (
-            None
-            if noisy or fine_count == 0
-            else uniform_draws(depths.flatten(0, 1), fine_count, even).reshape(n, m, fine_count)
-        )
-        # Rays of each sample that are rendered together. On a CPU they are so few that their colours stay in
-        # the same, cached memory. With a graph to record, chunks would save nothing.
-        count = m
-        recorded = torch.is_grad_enabled() and any(
+        # result does not depend on the chunk size. With density noise, the noise of the coarse pass has to be
+        # drawn first, as in the reference path. There is only one chunk then, and its numbers are drawn in
+        # the loop below.
+        all_draws = None
+        if not has_density_noise and fine_count > 0:
+            all_draws = uniform_draws(depths.flatten(0, 1), fine_count, stratified).reshape(n, m, fine_count)
+        # Number of rays of each image that are rendered together. On a CPU, chunks are so small that their
+        # colours remain in the processor's cache. If a graph is recorded, chunks would save no memory.
+        rays_at_once = m
+        is_graph_recorded = torch.is_grad_enabled() and any(
             x.requires_grad for x in (planes, origins, directions, *decoder.parameters())
         )
-        if depths.device.type == "cpu" and not noisy and not recorded:
-            count = max(1, min(m, _CPU_SAMPLES // (n * s)))
-        sums = []
-        ranges = []
-        for start in range(0, m, count):
-            rays = slice(start, start + count)
-            where = (origins[:, rays], directions[:, rays])
-            coarse = depths[:, rays]
-            passes = [(*self._query(planes, decoder, *where, coarse, options, merged), coarse)]
+        if depths.device.type == "cpu" and not has_density_noise and not is_graph_recorded:
+            rays_at_once = max(1, min(m, _CPU_SAMPLES // (n * s)))
+        sums_of_chunks = []
+        smallest_depths = []
+        largest_depths = []
+        for start in range(0, m, rays_at_once):
+            rays = slice(start, start + rays_at_once)
+            chunk_rays = (origins[:, rays], directions[:, rays])
+            coarse_depths = depths[:, rays]
+            colors, densities = self._query(planes, decoder, *chunk_rays, coarse_depths, options, merged)
+            passes = [(colors, densities, coarse_depths)]
             if fine_count > 0:
-                flat = coarse.flatten(0, 1).squeeze(2)  # [N*rays, S]
-                densities = passes[0][1].flatten(0, 1).squeeze(2)
-                # u is None with density noise: the draws then come after that of the coarse pass.
-                draws = uniform_draws(flat, fine_count, even) if u is None else u[:, rays].flatten(0, 1)
-                fine = importance_depths(densities, flat, draws).reshape(n, -1, fine_count, 1)
-                passes.append((*self._query(planes, decoder, *where, fine, options, merged), fine))
-            sums.append(self.ray_marcher.accumulate(passes))
-            ranges.append([(d.amin(), d.amax()) for _, _, d in passes])
-        # Extremes over all chunks: the depth is clamped to the range of the whole batch.
-        low, high = (torch.stack([extremes[i] for part in ranges for extremes in part]) for i in (0, 1))
-        rgb, depth_sum, total = (torch.cat(parts, dim=1) for parts in zip(*sums, strict=True))
-        rgb, depth = self.ray_marcher.finish(rgb, depth_sum, total, (low.amin(), high.amax()), options)
+                depths_of_rays = coarse_depths.flatten(0, 1).squeeze(2)  # [N*rays, S]
+                densities_of_rays = densities.flatten(0, 1).squeeze(2)  # [N*rays, S]
+                if all_draws is None:
+                    draws = uniform_draws(depths_of_rays, fine_count, stratified)
+                else:
+                    draws = all_draws[:, rays].flatten(0, 1)
+                fine_depths = importance_depths(densities_of_rays, depths_of_rays, draws)
+                fine_depths = fine_depths.reshape(n, -1, fine_count, 1)
+                fine_colors, fine_densities = self._query(
+                    planes, decoder, *chunk_rays, fine_depths, options, merged
+                )
+                passes.append((fine_colors, fine_densities, fine_depths))
+            sums_of_chunks.append(self.ray_marcher.accumulate(passes))
+            for _, _, pass_depths in passes:
+                smallest_depths.append(pass_depths.amin())
+                largest_depths.append(pass_depths.amax())
+        # Depths are clamped to the range of the whole batch, see `MipRayMarcher2.forward`.
+        depth_range = (torch.stack(smallest_depths).amin(), torch.stack(largest_depths).amax())
+        # One sum per chunk [N, rays, ...] -> all rays [N, M, ...], for each of the three sums.
+        rgb, depth_sum, total = (torch.cat(sums, dim=1) for sums in zip(*sums_of_chunks, strict=True))
+        rgb, depth = self.ray_marcher.finish(rgb, depth_sum, total, depth_range, options)
         return rgb, depth, total
 
     @staticmethod
     def _ray_limits(origins: torch.Tensor, directions: torch.Tensor, options: dict) -> tuple:
-        """Return the depths at which rays start and end: numbers, or tensors [N, M, 1] if they are "auto"."""
+        """Return the smallest and largest depth of samples on rays.
+
+        They are the numbers of the options ray_start and ray_end. If both options are "auto", they are
+        tensors [N, M, 1] with the depths at which each ray enters and leaves the box.
+        """
         if options["ray_start"] != "auto" or options["ray_end"] != "auto":
             return options["ray_start"], options["ray_end"]
         near, far = ray_limits_box(origins, directions, options["box_warp"])
-        valid = far > near
-        if valid.any():
-            # Rays that miss the box need some range as well. As in EG3D, it is that of the *starts* of the
-            # rays that hit the box. If no ray hits it, all keep -1 and -2.
-            near, far = (
-                torch.where(valid, near, near[valid].min()),
-                torch.where(valid, far, near[valid].max()),
-            )
+        is_hit = far > near
+        if is_hit.any():
+            # Rays that miss the box need a range, too. As in EG3D, both ends of it come from the *near*
+            # depths of the rays that hit the box. If no ray hits it, all rays keep the values -1 and -2.
+            smallest_near = near[is_hit].min()
+            largest_near = near[is_hit].max()
+            near = torch.where(is_hit, near, smallest_near)
+            far = torch.where(is_hit, far, largest_near)
         return near, far
 
     def _query(
         self, planes, decoder, origins, directions, depths, options, merged=None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return colours [N, M, S, D] and raw densities [N, M, S, 1] at depths [N, M, S, 1] along rays."""
+        """Decode the samples at depths [N, M, S, 1] along rays.
+
+        Returns: colours [N, M, S, D] and raw densities [N, M, S, 1].
+        """
         n, m, s, _ = depths.shape
-        # Points of all rays as one list: [N, M, S, 3] -> [N, M * S, 3].
+        # The points of all rays on one axis: [N, M, S, 3] -> [N, M * S, 3].
         coordinates = (origins.unsqueeze(-2) + depths * directions.unsqueeze(-2)).reshape(n, m * s, 3)
-        out = self.run_model(planes, decoder, coordinates, None, options, merged=merged)
-        return out["rgb"].reshape(n, m, s, -1), out["sigma"].reshape(n, m, s, 1)
+        decoded = self.run_model(planes, decoder, coordinates, None, options, merged=merged)
+        return decoded["rgb"].reshape(n, m, s, -1), decoded["sigma"].reshape(n, m, s, 1)
 
     def run_model(
         self,
@@ -379,33 +425,39 @@ class ImportanceRenderer(torch.nn.Module):
         sigma_only: bool = False,
         merged: MergedPlanes | None = None,
     ) -> dict[str, torch.Tensor]:
-        """Decode points.
+        """Decode colour and density at points.
 
         Args:
-            planes: [N, 3, C, H, W].
-            decoder: module with `weights` like `training.triplane.OSGDecoder`, or, more slowly, any module
-                with `decode`.
-            sample_coordinates: [N, P, 3], world units.
-            sample_directions: not used: there is no view dependence.
-            options: 'box_warp', and 'density_noise', the standard deviation of normal noise on the density.
-            sigma_only: leave the colours out.
-            merged: result of `merge` for these planes, if several calls share it.
-        Returns: {'rgb': [N, P, D], 'sigma': [N, P, 1] raw}, or 'sigma' alone.
+            planes: planes [N, 3, C, H, W].
+            decoder: module with a method `weights` like `training.triplane.OSGDecoder`. A module with only a
+                method `decode` is slower.
+            sample_coordinates: points [N, P, 3], world units.
+            sample_directions: ignored, because colours do not depend on the viewing direction.
+            options: rendering options 'box_warp' (edge of the cube in world units) and 'density_noise'
+                (standard deviation of normal noise on the density, 0 by default).
+            sigma_only: True: decode only the density.
+            merged: result of `merge` for these planes, which several calls can share; None: compute it
+                if needed.
+        Returns: {'rgb': [N, P, D], 'sigma': [N, P, 1]}, where sigma is raw; only 'sigma' if sigma_only.
         """
         del sample_directions
-        out = self._decode_at(planes, decoder, sample_coordinates, options["box_warp"], sigma_only, merged)
+        decoded = self._decode_at(
+            planes, decoder, sample_coordinates, options["box_warp"], sigma_only, merged
+        )
         if sigma_only:
-            out = {"sigma": out["sigma"]}
+            decoded = {"sigma": decoded["sigma"]}
         if options.get("density_noise", 0) > 0:
-            out["sigma"] = out["sigma"] + torch.randn_like(out["sigma"]) * options["density_noise"]
-        return out
+            decoded["sigma"] = (
+                decoded["sigma"] + torch.randn_like(decoded["sigma"]) * options["density_noise"]
+            )
+        return decoded
 
     def _decode_at(
         self, planes, decoder, points, box_warp, sigma_only: bool, merged: MergedPlanes | None
     ) -> dict[str, torch.Tensor]:
         """Decode points without noise. Other families override this method; see `run_model`."""
-        # The definition, for the reference implementation and for
-        # decoders that are not a two-layer perceptron.
+        # Direct computation, for the reference implementation and for decoders that are no
+        # two-layer perceptron.
         if implementations.current() == "ref" or not hasattr(decoder, "weights"):
             features = sample_planes_channels_first(self.plane_axes, planes, points, box_warp)
             # [N, 3, C, P] -> [N, C, P] -> [N, P, C]
@@ -419,10 +471,14 @@ class ImportanceRenderer(torch.nn.Module):
         return {"rgb": rgb, "sigma": sigma}
 
     def merge(self, planes: torch.Tensor) -> MergedPlanes | None:
-        """Return planes [N, 3, C, H, W] in the form of fast look-ups; None if they are not axis-aligned."""
-        known, version, pairs = self._known_axes
-        # Found once per tensor of axes: on a GPU the search waits for the device.
-        if known is not self.plane_axes or version != self.plane_axes._version:
+        """Convert planes [N, 3, C, H, W] to the memory layout of `triplane_decode`.
+
+        Returns: None if the planes are not axis-aligned.
+        """
+        cached_axes, cached_version, pairs = self._cached_pairs
+        # The pairs are computed again only if the tensor of axes was replaced or changed in place
+        # (`_version`), because on a GPU the computation waits for the device.
+        if cached_axes is not self.plane_axes or cached_version != self.plane_axes._version:
             pairs = projection_axes(self.plane_axes)
-            self._known_axes = (self.plane_axes, self.plane_axes._version, pairs)
+            self._cached_pairs = (self.plane_axes, self.plane_axes._version, pairs)
         return None if pairs is None else merge_planes(planes, pairs)

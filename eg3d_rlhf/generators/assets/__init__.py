@@ -1,1 +1,1 @@
-"""Assets under optimisation, their renderings, and the cameras."""
+"""Assets that score distillation optimises, their renders, and the cameras around them."""

@@ -1,9 +1,11 @@
-"""Assets under optimisation: a `Field` whose values are parameters. Finished assets form a generator family.
+"""Base class of assets, which are `Field`s whose values are parameters, and the generator family of
+finished assets.
 
-Slabs, depth maps, point clouds, meshes and rewards use an asset like any other field.
+Score distillation optimises an asset. Slabs, depth maps, point clouds, meshes and rewards use it like any
+other field.
 
-Letters: A assets, P points, D, H, W = grid points along z, y, x, M rays, S samples along a ray, r pixels per
-edge; of the generator N samples, Z z_dim.
+Shapes: A is the number of assets, P of points, and D, H and W are numbers of grid points along z, y and x.
+For the generator of finished assets, N is the number of samples and Z is z_dim.
 """
 
 import abc
@@ -21,9 +23,11 @@ from eg3d_rlhf.generators import Family, Generator, latents, register
 from training import networks
 from training.storage import load_strict, read_tensors
 
-ARCHITECTURE = "assets"  # the name of the family in network files
-RESOLUTION = 64  # pixels per edge of a render without a given resolution
-_EDGE = 1e-4  # tolerance of the bounds, as a fraction of half a side: rays end exactly on the bounds
+ARCHITECTURE = "assets"  # name of the family in network files
+RESOLUTION = 64  # default number of pixels per edge of a render
+# Relative tolerance of the bounds. Rays end exactly on the bounds, and rounding may move a sample out
+# of them.
+_EDGE = 1e-4
 KINDS: Registry[type["Asset"]] = Registry(
     "kind of asset",
     {
@@ -35,95 +39,105 @@ KINDS: Registry[type["Asset"]] = Registry(
 
 
 class Asset(torch.nn.Module, abc.ABC):
-    """A assets in one module, each with its own parameters: the first axis of every parameter is A.
+    """Base class of several assets of one kind in one module.
 
-    The assets fill the unit cube about the origin. Renders have no jitter, are black where space is empty,
-    and are differentiable in the parameters.
+    Each asset has its own parameters: the first axis of every parameter is A. The bounds of the assets are
+    the unit cube about the origin. Renders have no jitter, are black where space is empty, and are
+    differentiable in the parameters.
     """
 
-    kind: ClassVar[str]  # name in files and flags
+    kind: ClassVar[str]  # name of the kind in files and flags
     level = LEVEL
     bounds = Bounds(border=0.0)
 
-    def __init_subclass__(cls, **more) -> None:
+    def __init_subclass__(cls, **class_kwargs) -> None:
         """Add the subclass to the registry of kinds."""
-        super().__init_subclass__(**more)
+        super().__init_subclass__(**class_kwargs)
         KINDS.add(cls.kind, cls)
 
     @property
     @abc.abstractmethod
     def settings(self) -> dict:
-        """Return the constructor's arguments except `assets`, as JSON values."""
+        """Return the constructor's arguments other than `assets`, as JSON values by name."""
 
     @property
     @abc.abstractmethod
     def samples(self) -> int:
-        """Return the samples along a ray of a render that does not specify them."""
+        """Return the default number of samples along a ray of a render."""
 
     @abc.abstractmethod
     def decode(self, points: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return raw density [A, P] and colour [A, P, 3] in 0..1 at world points [A, P, 3] inside the
-        bounds.
+        """Return the raw density [A, P] and the colour [A, P, 3] in 0..1 at points inside the bounds.
+
+        Args: points: world points [A, P, 3].
         """
 
     @abc.abstractmethod
     def regularisers(self) -> dict[str, torch.Tensor]:
-        """Return named penalties [A], smaller for simpler assets. A loss adds them with weights."""
+        """Return penalties by name, each [A]. They are smaller for simpler assets.
+
+        The loss of the optimisation adds them with weights.
+        """
 
     @abc.abstractmethod
     def groups(self) -> dict[str, list[torch.nn.Parameter]]:
-        """Return the parameters by the learning rate that they need: 'grid', and 'decoder' if there is
-        one.
+        """Return the parameters in groups with different learning rates.
+
+        The group 'grid' contains the values of the grid or the latents. The group 'decoder' exists only for
+        assets with a decoder.
         """
 
     def __len__(self) -> int:
         return len(next(self.parameters()))
 
     def density(self, points: torch.Tensor) -> torch.Tensor:
-        """Return the raw density, see `Field`. Differentiable in the parameters and the points."""
+        """Return the raw density [A, P], see `Field`. Differentiable in the parameters and the points."""
         points = self._per_asset(points)
         # The cube is centred at the origin, see `bounds`.
-        inside = (points.abs() <= self.bounds.side / 2 * (1 + _EDGE)).all(dim=-1)
-        # Points outside are decoded as well, and their result is discarded.
-        return torch.where(inside, self.decode(points)[0], EMPTY)
+        is_inside = (points.abs() <= self.bounds.side / 2 * (1 + _EDGE)).all(dim=-1)
+        # Points outside are decoded, too, and their density is discarded.
+        raw, _ = self.decode(points)
+        return torch.where(is_inside, raw, EMPTY)
 
     def density_grid(self, grid: SlabSpec) -> torch.Tensor:
-        """Return the raw density at grid points, see `Field`."""
+        """Return the raw density [A, D, H, W] at grid points, see `Field`."""
         return self.density(grid.points().reshape(-1, 3)).unflatten(1, grid.shape)
 
     def colour(self, points: torch.Tensor) -> torch.Tensor:
-        """Return the colour, see `Field`."""
+        """Return the colour [A, P, 3] in 0..1, see `Field`."""
         return self.decode(self._per_asset(points))[1]
 
     def _per_asset(self, points: torch.Tensor) -> torch.Tensor:
-        """Expand points [P, 3] or [A, P, 3] to [A, P, 3], on the device of the parameters."""
+        """Expand points [P, 3] or [A, P, 3] to [A, P, 3], and move them to the device of the parameters."""
         return points.to(next(self.parameters())).expand(len(self), -1, -1)
 
     def render(self, cameras: torch.Tensor, options: RenderOptions = OWN) -> Rendering:
-        """Render, see `Field`."""
+        """Render the assets from cameras, see `Field`."""
         return march(self, cameras.to(next(self.parameters())), options, RESOLUTION, self.samples)
 
     def pick(self, indices: list[int]) -> Self:
-        """Return a copy of some of the assets; the mesh export needs a single one."""
-        # All attributes and buffers, with the parameters replaced below.
-        chosen = copy.deepcopy(self)
+        """Return a copy that contains only the assets with the given indices, in their order."""
+        # The copy has all attributes and buffers. Its parameters are replaced below.
+        selected_assets = copy.deepcopy(self)
         for name, parameter in self.named_parameters():
-            selected = torch.nn.Parameter(
+            selected_values = torch.nn.Parameter(
                 parameter.detach()[indices].clone(), requires_grad=parameter.requires_grad
             )
-            setattr(chosen, name, selected)
-        return chosen
+            setattr(selected_assets, name, selected_values)
+        return selected_assets
 
     def save(self, path: str | Path, pairs: Sequence[tuple[str, int]] = ()) -> None:
         """Write a network file, which other commands accept as a generator.
 
-        Args: pairs: prompt and seed of each asset.
+        Args:
+            path: path of the file.
+            pairs: (prompt, seed) of each asset, for information; empty: none are written.
         """
-        # the same parameter names as in `AssetNetwork`
+        # With the key "asset", the parameters have the names that they have in `AssetNetwork`.
         network = torch.nn.ModuleDict({"asset": self})
         arguments = {"field": self.kind, "assets": len(self), "settings": self.settings}
         training_set = {"name": "distilled", **({"pairs": [list(pair) for pair in pairs]} if pairs else {})}
-        # No G and D: finished assets are not trained further.
+        # The file contains no G and no D, because finished assets are not trained further.
         networks.save(
             path,
             networks.Networks(None, None, network, arguments, None, training_set, architecture=ARCHITECTURE),
@@ -131,9 +145,13 @@ class Asset(torch.nn.Module, abc.ABC):
 
 
 class AssetNetwork(torch.nn.Module):
-    """The network in a file of assets: an asset of a kind, with its number of assets and its settings.
+    """The network in a file of finished assets.
 
-    Raises: ValueError.
+    Args:
+        field: kind of the assets, a name in KINDS.
+        assets: number of assets.
+        settings: other arguments of the constructor of this kind.
+    Raises: ValueError for an unknown kind.
     """
 
     def __init__(self, field: str, assets: int, settings: dict):
@@ -142,14 +160,17 @@ class AssetNetwork(torch.nn.Module):
 
 
 def load_assets(path: str | Path) -> Asset:
-    """Read assets that `Asset.save` wrote. Raises: ValueError for another kind of file or of field."""
+    """Read assets that `Asset.save` wrote.
+
+    Raises: ValueError for a file of another family, an unknown kind of assets, or missing tensors.
+    """
     tensors, meta = read_tensors(path, "network")
-    # Files of EG3D networks have no such entry.
     if meta.get("architecture") != ARCHITECTURE:
-        got = meta.get("architecture", networks.EG3D)
+        # Files of EG3D networks have no entry `architecture`.
+        family_of_file = meta.get("architecture", networks.EG3D)
         raise ValueError(
-            f"load_assets({Path(path).name}): expected finished assets, got a generator of the family {got}."
-            " Pass a file of assets."
+            f"load_assets({Path(path).name}): expected finished assets, got a generator of the family"
+            f" {family_of_file}. Pass a file that Asset.save wrote."
         )
     network = AssetNetwork(**meta["G_kwargs"])
     load_strict(
@@ -161,35 +182,39 @@ def load_assets(path: str | Path) -> Asset:
 
 
 def sparsity(raw: torch.Tensor, step: float) -> dict[str, torch.Tensor]:
-    """Compute penalties [A] on the opacity o = 1 - exp(-softplus(raw - 1) step) of grid points.
+    """Compute two penalties on the opacity o = 1 - exp(-softplus(raw - 1) step) of grid points.
 
-    Args: raw: density [A, ...] at points that are `step` world units apart.
-    Returns: 'sparsity', the mean of o; 'opacity', its mean binary entropy in nats, which is 0 if every point
-    is either full or empty.
+    Args:
+        raw: raw density [A, ...] at the points of a grid.
+        step: distance of neighbouring points, world units.
+    Returns: 'sparsity' [A], the mean of o; 'opacity' [A], the mean binary entropy of o in nats, which is 0 if
+        every point is either opaque or empty.
     """
     optical_depth = torch.nn.functional.softplus(raw - 1) * step
-    # 1 - exp(-x), accurate for small x
+    # 1 - exp(-x); expm1 is accurate for small x.
     opacity = -torch.expm1(-optical_depth)
-    # -log(1 - o) is the optical depth; the clamp avoids log(0)
+    # Binary entropy -(1 - o) log(1 - o) - o log(o), where -log(1 - o) is the optical depth. The clamp
+    # avoids log(0).
     entropy = (1 - opacity) * optical_depth - opacity * opacity.clamp_min(1e-12).log()
     return {"sparsity": opacity.flatten(1).mean(dim=1), "opacity": entropy.flatten(1).mean(dim=1)}
 
 
-# Finished assets as a generator family: the file that a run writes for an arm. Seeds 0, 1, 2, ... are its
-# assets in order. Labelling, the blind study, meshes, images and rewards then use it like any generator. It
-# cannot be tuned, since it has no latent space between its shapes.
+# Finished assets as a generator family. A distillation run writes such a file. The seeds 0, 1, 2, ... are its
+# assets in order. Labelling, the blind study, meshes, images and rewards use it like any other generator. It
+# cannot be tuned, because it has no continuous latent space.
 
 
 class AssetGenerator:
-    """A `Generator` around A assets. It has as many shapes as assets (attribute `count`)."""
+    """A `Generator` whose shapes are A finished assets. Its attribute `count` is their number."""
 
     architecture = ARCHITECTURE
     conditioned = False
-    z_dim = 8  # latents of seeds only identify the asset
+    z_dim = 8  # a latent only identifies an asset, so its size is arbitrary
     w_dim = 1
     num_ws = 1
     img_resolution = RESOLUTION
-    # far enough to show the full cube, corners included, with the focal length of portraits
+    # At this distance, with the focal length of FFHQ portraits, the image shows the full cube with
+    # its corners.
     cameras = CameraFamily(radius=6.0)
 
     def __init__(self, module: AssetNetwork):
@@ -205,42 +230,45 @@ class AssetGenerator:
         truncation_psi: float = 1.0,
         truncation_cutoff: int | None = None,
     ) -> torch.Tensor:
-        """Return ws [N, 1, 1], the indices of the assets whose seeds have the latents z [N, Z].
+        """Return ws [N, 1, 1], the index of the asset for each latent.
 
-        Camera and truncation have no effect.
+        The camera and the truncation have no effect.
 
-        Raises: ValueError for a latent of no asset.
+        Args: z: latents [N, Z] of the seeds 0 to count - 1.
+        Raises: ValueError for any other latent.
         """
         del c, truncation_psi, truncation_cutoff
         latents_of_assets = latents(range(self.count), self.z_dim).to(z)  # [A, Z]
-        # Exact comparison: latents of seeds are reproducible bitwise.
-        same = (z[:, None] == latents_of_assets).all(dim=2)  # [N, A]
-        if not bool(same.any(dim=1).all()):
+        # Latents of seeds are bitwise reproducible, so they are compared exactly: [N, 1, Z] == [A, Z] ->
+        # [N, A].
+        is_latent_of_asset = (z[:, None] == latents_of_assets).all(dim=2)
+        unknown_count = int((~is_latent_of_asset.any(dim=1)).sum())
+        if unknown_count:
             raise ValueError(
-                f"assets: expected latents of seeds 0 to {self.count - 1}, the shapes of this file, got"
-                " others. Use these seeds."
+                f"assets: {unknown_count} of {len(z)} latents belong to no asset of this file. Use the seeds"
+                f" 0 to {self.count - 1}."
             )
-        return same.float().argmax(dim=1).view(-1, 1, 1).to(z)
+        # argmax returns the index of the single True of each row.
+        return is_latent_of_asset.float().argmax(dim=1).view(-1, 1, 1).to(z)
 
     def field(self, ws: torch.Tensor, noise_mode: str = "const") -> Asset:
         """Return the assets with the indices ws [N, 1, 1].
 
-        Raises: ValueError for values that are no index. Assets cannot be interpolated.
+        Raises: ValueError for values that are no index of an asset, such as interpolated ones.
         """
         del noise_mode
         indices = ws.flatten().tolist()
         if ws.shape[1:] != (1, 1) or not all(index in range(self.count) for index in indices):
-            got = f"{list(ws.shape)} with {indices[:4]}"
-            expected = f"ws [N, 1, 1] of indices below {self.count}"
             raise ValueError(
-                f"assets: expected {expected}, got {got}. Assets cannot be interpolated; pass latents of"
-                " seeds."
+                f"assets: expected ws [N, 1, 1] with indices from 0 to {self.count - 1}, got"
+                f" {list(ws.shape)} with {indices[:4]}. Assets cannot be interpolated; pass ws as `mapping`"
+                " returns them."
             )
         return self.module.asset.pick([int(index) for index in indices])
 
 
 def wrap(module: AssetNetwork) -> Generator:
-    """Wrap a network as a generator, for the registry."""
+    """Return a `Generator` around a network of finished assets."""
     return AssetGenerator(module)
 
 

@@ -1,7 +1,7 @@
-"""Assets on grids of parameters: voxels (the test problem), and tri-planes with a decoder per asset.
+"""Assets on grids of parameters: voxels (for the test problem), and tri-planes with a decoder per asset.
 
-Letters: A assets, N voxels per edge, P points, X, Y, Z = grid points along x, y, z; C plane channels, J
-hidden units, R texels per edge.
+Shapes: A is the number of assets, N of voxels per edge, P of points, C of plane channels, J of hidden units,
+and R of texels per edge. X, Y and Z are numbers of grid points along x, y and z.
 """
 
 import torch
@@ -13,17 +13,23 @@ from eg3d_rlhf.generators.assets.asset import Asset, sparsity
 from torch_utils.ops.triplane_decode import sample_planes_channels_first
 from training.rendering.renderer import generate_planes
 
-# Raw density per unit of the parameter. Optimiser steps of 0.05 then fill or empty a voxel in a few dozen
-# steps.
+# Raw density per unit of the parameter. With this factor, an optimiser with steps of 0.05 fills or empties a
+# voxel in a few dozen steps.
 GAIN = 10.0
 
 
 class Voxels(Asset):
-    """Voxels: raw density = LEVEL + GAIN shape, colour = sigmoid(paint), interpolated trilinearly.
+    """Assets of voxels, interpolated trilinearly.
 
-    Points are corner-aligned: voxel i of an axis is at (i/(N - 1) - 1/2) of the side. The initial state is a
-    grey fog of `start`. At -1.1 a ray through the cube loses a tenth of its light, so gradients reach every
-    voxel.
+    The parameters are `shape` and `paint`. The raw density is LEVEL + GAIN * shape, and the colour is
+    sigmoid(paint). Along an axis, the centre of voxel i is at (i/(N - 1) - 1/2) of the side, so the outermost
+    centres lie on the faces of the cube. The initial state is a grey fog of the same density everywhere.
+
+    Args:
+        assets: number of assets A.
+        resolution: voxels per edge N.
+        start: initial value of `shape`. With -1.1, the fog absorbs a tenth of the light of a ray through the
+            cube, so gradients reach every voxel.
     """
 
     kind = "voxels"
@@ -31,102 +37,114 @@ class Voxels(Asset):
     def __init__(self, assets: int, resolution: int = 16, start: float = -1.1):
         super().__init__()
         self.resolution = resolution
-        # axes z, y, x
-        cube = (resolution,) * 3
-        self.shape = torch.nn.Parameter(torch.full((assets, *cube), start))  # [A, N, N, N], z, y, x
-        self.paint = torch.nn.Parameter(torch.zeros(assets, 3, *cube))  # [A, 3, N, N, N], logits; 0 is grey
+        grid_shape = (resolution,) * 3  # axes z, y, x
+        self.shape = torch.nn.Parameter(torch.full((assets, *grid_shape), start))  # [A, N, N, N]
+        # Logits of the colour, [A, 3, N, N, N]; 0 is grey.
+        self.paint = torch.nn.Parameter(torch.zeros(assets, 3, *grid_shape))
 
     @property
     def settings(self) -> dict:
-        """Return the constructor's arguments, see `Asset`."""
+        """Return the constructor's arguments, see `Asset`. The initial value `start` is not needed again."""
         return {"resolution": self.resolution}
 
     @property
     def samples(self) -> int:
-        """Return the samples along a ray: two per voxel along an axis."""
+        """Return the default number of samples along a ray: two per voxel along an axis."""
         return 2 * self.resolution
 
     @property
     def pitch(self) -> float:
-        """Return the distance between neighbouring voxels, world units."""
+        """Return the distance between the centres of neighbouring voxels, world units."""
         return self.bounds.side / (self.resolution - 1)
 
     @property
     def raw(self) -> torch.Tensor:
-        """Return the raw density [A, N, N, N] of the voxels, axes z, y, x."""
+        """Return the raw density of the voxels, [A, N, N, N] with the axes z, y, x."""
         return LEVEL + GAIN * self.shape
 
     def decode(self, points: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return density and colour, see `Asset`. The colour is interpolated before its sigmoid."""
+        """Return raw density and colour, see `Asset`. The logits of the colour are interpolated."""
         # Density and colour are interpolated in one call.
         values = torch.cat([self.raw.unsqueeze(1), self.paint], dim=1)  # [A, 4, N, N, N]
-        places = (points * (2 / self.bounds.side))[:, None, None]  # [A, 1, 1, P, 3], components x, y, z
-        # [A, 4, P]
-        sampled = F.grid_sample(values, places, mode="bilinear", padding_mode="border", align_corners=True)[
-            :, :, 0, 0
-        ]
-        return sampled[:, 0], torch.sigmoid(sampled[:, 1:]).transpose(1, 2)
+        # grid_sample expects coordinates in -1..1 on a 3D grid of points: [A, 1, 1, P, 3], components x,
+        # y, z.
+        positions = (points * (2 / self.bounds.side))[:, None, None]
+        # [A, 4, 1, 1, P] -> [A, 4, P]
+        interpolated = F.grid_sample(
+            values, positions, mode="bilinear", padding_mode="border", align_corners=True
+        )[:, :, 0, 0]
+        return interpolated[:, 0], torch.sigmoid(interpolated[:, 1:]).transpose(1, 2)
 
     def density_product(self, x: torch.Tensor, y: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-        """Return the raw density on a product of coordinates, see `ProductField`: interpolated axis by
-        axis.
-        """
-        # One axis at a time, which takes fewer operations than interpolating every point by itself.
-        partial = torch.einsum("azyx,ix->azyi", self.raw, self._hats(x))  # [A, Z, Y, i]
-        partial = torch.einsum("azyi,jy->azij", partial, self._hats(y))  # [A, Z, i, j]
-        return torch.einsum("azij,kz->aijk", partial, self._hats(z))  # [A, i, j, k]
+        """Return the raw density [A, X, Y, Z] on a grid of coordinates, see `ProductField`."""
+        # The density is interpolated along one axis at a time, which takes fewer operations than
+        # interpolating every point by itself. i, j and k count the coordinates in x, y and z.
+        along_x = torch.einsum("azyx,ix->azyi", self.raw, self._hats(x))  # [A, N, N, X]
+        along_xy = torch.einsum("azyi,jy->azij", along_x, self._hats(y))  # [A, N, X, Y]
+        return torch.einsum("azij,kz->aijk", along_xy, self._hats(z))  # [A, X, Y, Z]
 
     def density_grid(self, grid: SlabSpec) -> torch.Tensor:
-        """Return the raw density at grid points, see `Field`."""
-        # The product form repeats the value of the border outside the cube, so it serves only for grids
-        # inside.
+        """Return the raw density [A, D, H, W] at grid points, see `Field`."""
+        # `density_product` does not set the density outside the cube to EMPTY, so it is used only for grids
+        # inside the cube.
         if grid.lattice != "straight" or grid.box_warp > self.bounds.side or any(grid.centre):
             return super().density_grid(grid)
         return self.density_product(*grid.axes()).permute(0, 3, 2, 1).contiguous()
 
     def _hats(self, coordinates: torch.Tensor) -> torch.Tensor:
-        """Compute the interpolation weights [P, N] of the voxels along an axis at world coordinates [P].
+        """Compute the weights of linear interpolation between the voxels of an axis.
 
-        Beyond the border they give the border's value.
+        A coordinate outside the cube gets the weights of the nearest face.
+
+        Args: coordinates: world coordinates [P].
+        Returns: weights [P, N].
         """
-        # Position in voxels, 0..N - 1, of corner-aligned points.
-        last = self.resolution - 1
-        place = (coordinates.to(self.shape) / self.bounds.side + 0.5) * last
-        return (
-            1 - (place.clamp(0, last)[:, None] - torch.arange(self.resolution).to(self.shape)).abs()
-        ).clamp_min(0)
+        last_index = self.resolution - 1
+        index_positions = (coordinates.to(self.shape) / self.bounds.side + 0.5) * last_index  # 0..N - 1
+        # Hat function: 1 at the voxel's own position, 0 from the neighbouring voxels on.
+        distances = index_positions.clamp(0, last_index)[:, None] - torch.arange(self.resolution).to(
+            self.shape
+        )
+        return (1 - distances.abs()).clamp_min(0)
 
     def regularisers(self) -> dict[str, torch.Tensor]:
-        """Return the penalties [A].
+        """Return penalties by name, each [A], see `Asset`.
 
-        'sparsity' and 'opacity', see `sparsity`; 'roughness', the mean squared difference of `shape` between
-        neighbours.
+        'sparsity' and 'opacity' are described at the function `sparsity`. 'roughness' is the mean squared
+        difference of `shape` between neighbouring voxels.
         """
-        # Differences along z, y and x.
-        steps = [self.shape.diff(dim=dim).square().flatten(1).mean(dim=1) for dim in (1, 2, 3)]
-        return {**sparsity(self.raw, self.pitch), "roughness": torch.stack(steps).mean(dim=0)}
+        # One value [A] for each of the axes z, y and x.
+        differences = [self.shape.diff(dim=dim).square().flatten(1).mean(dim=1) for dim in (1, 2, 3)]
+        return {**sparsity(self.raw, self.pitch), "roughness": torch.stack(differences).mean(dim=0)}
 
     def groups(self) -> dict[str, list[torch.nn.Parameter]]:
-        """Return the parameters by learning rate, see `Asset`."""
+        """Return the parameters in groups with different learning rates, see `Asset`."""
         return {"grid": [self.shape, self.paint]}
 
 
-# Raw density added at the centre, decreasing to 0 at _REACH. It corresponds to the density bias
-# 10 (1 - |p| / 0.5) of text-to-3D in a cube of side 2.
+# Raw density that is added at the centre. It decreases linearly to 0 at the radius _REACH. It corresponds to
+# the density bias 10 (1 - |p| / 0.5) of text-to-3D methods in a cube of side 2.
 _BLOB = 20.0
 _REACH = 0.25  # world units
 _PROBES = 16  # grid points per edge at which regularisers evaluate the density
 
 
 class TriPlanes(Asset):
-    """Tri-planes with a decoder per asset.
+    """Assets of tri-planes, each with its own decoder.
 
-    raw = w1[0] softplus(w0 f + b0) + b1[0] + 1 + 20 (1 - |p| / 0.25); colours from w1[1:] as in
-    `training.triplane.OSGDecoder`. f [C] is the mean over three planes of their features at p (the layout
-    with three different planes).
+    Let f [C] be the mean over the three planes of their features at the point p. The raw density is w1[0]
+    softplus(w0 f + b0) + b1[0] + 1 + 20 (1 - |p| / 0.25). The last term is an initial ball. The colour is
+    computed from w1[1:] and b1[1:] as in `training.triplane.OSGDecoder`. The plane layout is "fixed", with
+    three different planes.
 
-    Deviates from the usual field of text-to-3D: planes and a decoder for each asset, where threestudio has a
-    hash grid, which needs CUDA.
+    Deviates from threestudio, whose assets are hash grids, which need CUDA.
+
+    Args:
+        assets: number of assets A.
+        resolution: texels per edge of a plane R.
+        channels: channels of a plane C.
+        hidden: hidden units of the decoder J.
+        seed: seed of the initial values.
     """
 
     kind = "planes"
@@ -138,16 +156,18 @@ class TriPlanes(Asset):
         self.channels = channels
         self.hidden = hidden
         self.seed = seed
-        # A generator of its own: assets do not depend on other random numbers.
+        # A separate generator, so that the initial values depend on the seed alone.
         rng = torch.Generator().manual_seed(seed)
 
         def normal(*shape: int, scale: float) -> torch.nn.Parameter:
-            """Return a normally distributed parameter [A, ...]."""
+            """Return a parameter [A, *shape] with normally distributed values of standard deviation
+            `scale`.
+            """
             return torch.nn.Parameter(torch.randn(assets, *shape, generator=rng) * scale)
 
-        # Small planes: the initial density is the blob below.
+        # The planes are small, so that the initial density is the ball, see `decode`.
         self.planes = normal(3, channels, resolution, resolution, scale=0.1)
-        # Scaled by 1 / sqrt(fan-in).
+        # Weights of a layer are scaled by 1 / sqrt(number of inputs).
         self.w0 = normal(hidden, channels, scale=channels**-0.5)
         self.b0 = torch.nn.Parameter(torch.zeros(assets, hidden))
         self.w1 = normal(4, hidden, scale=hidden**-0.5)
@@ -156,7 +176,7 @@ class TriPlanes(Asset):
 
     @property
     def settings(self) -> dict:
-        """Return the constructor's arguments, see `Asset`."""
+        """Return the constructor's arguments other than `assets`, see `Asset`."""
         return {
             "resolution": self.resolution,
             "channels": self.channels,
@@ -166,38 +186,38 @@ class TriPlanes(Asset):
 
     @property
     def samples(self) -> int:
-        """Return the samples along a ray: as many as texels along a plane."""
+        """Return the default number of samples along a ray: one per texel along a plane."""
         return self.resolution
 
     def decode(self, points: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return density and colour, see `Asset`."""
-        # [A, C, P]
+        """Return raw density and colour, see `Asset`."""
+        # Mean over three planes: [A, 3, C, P] -> [A, C, P].
         features = sample_planes_channels_first(self.plane_axes, self.planes, points, self.bounds.side).mean(
             dim=1
         )
-        # One decoder per asset, so batched matrix products take the place of linear layers.
+        # Each asset has its own decoder, so the layers are batched matrix products. J and 4 are output sizes.
         hidden = F.softplus(torch.baddbmm(self.b0.unsqueeze(2), self.w0, features))  # [A, J, P]
-        out = torch.baddbmm(self.b1.unsqueeze(2), self.w1, hidden)  # [A, 4, P]
-        # The bias keeps the first renders from being empty.
+        outputs = torch.baddbmm(self.b1.unsqueeze(2), self.w1, hidden)  # [A, 4, P]
+        # Without this ball, the first renders would be empty.
         blob = _BLOB * (1 - points.norm(dim=2) / _REACH)
-        # OSGDecoder's sigmoid reaches from -0.001 to 1.001
-        return 1 + blob + out[:, 0], (torch.sigmoid(out[:, 1:]) * (1 + 2 * 0.001) - 0.001).clamp(
-            0, 1
-        ).transpose(1, 2)
+        # The sigmoid of OSGDecoder is stretched to the range -0.001 to 1.001.
+        colour = (torch.sigmoid(outputs[:, 1:]) * (1 + 2 * 0.001) - 0.001).clamp(0, 1)
+        return 1 + blob + outputs[:, 0], colour.transpose(1, 2)
 
     def regularisers(self) -> dict[str, torch.Tensor]:
-        """Return the penalties [A].
+        """Return penalties by name, each [A], see `Asset`.
 
-        'sparsity' and 'opacity' on a coarse grid, see `sparsity`; 'roughness', the mean squared difference
-        between neighbouring texels.
+        'sparsity' and 'opacity' are computed on a coarse grid, see the function `sparsity`. 'roughness' is
+        the mean squared difference between neighbouring texels of the planes.
         """
         probes = SlabSpec.of(self.bounds, _PROBES)
-        steps = [self.planes.diff(dim=dim).square().flatten(1).mean(dim=1) for dim in (3, 4)]
+        # One value [A] for each of the two axes of the planes [A, 3, C, R, R].
+        differences = [self.planes.diff(dim=dim).square().flatten(1).mean(dim=1) for dim in (3, 4)]
         return {
             **sparsity(self.density_grid(probes), probes.voxel),
-            "roughness": torch.stack(steps).mean(dim=0),
+            "roughness": torch.stack(differences).mean(dim=0),
         }
 
     def groups(self) -> dict[str, list[torch.nn.Parameter]]:
-        """Return the parameters by learning rate, see `Asset`."""
+        """Return the parameters in groups with different learning rates, see `Asset`."""
         return {"grid": [self.planes], "decoder": [self.w0, self.b0, self.w1, self.b1]}

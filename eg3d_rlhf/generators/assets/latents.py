@@ -1,8 +1,8 @@
-"""Assets as latents of the bundled generator: score distillation moves its shapes in its latent space.
+"""Assets that are latents of the bundled generator. Score distillation optimises the latents.
 
-A reward that was trained on shapes of this generator is then evaluated only on such shapes.
+A reward that was trained on shapes of this generator is then evaluated only on shapes of this generator.
 
-Letters: A assets, L layers of ws, W w_dim, P points.
+Shapes: A is the number of assets, L of style vectors of a shape, P of points, and W is w_dim.
 """
 
 import functools
@@ -21,56 +21,61 @@ _PROBES = 16  # grid points per edge at which regularisers evaluate the density
 
 @functools.cache
 def _bundled() -> LoadedGenerator:
-    """Load the bundled generator once per process."""
+    """Load the bundled generator. The result is cached for the process."""
     return load_generator()
 
 
 class Latents(Asset):
-    """Fields of ws [A, L, W], a latent for each layer. The initial value is the generator's mean latent."""
+    """Assets whose parameters are style vectors ws [A, L, W] of the bundled generator, one for each layer.
+
+    The initial value is the generator's mean latent.
+    """
 
     kind = "latents"
 
     def __init__(self, assets: int, generator: str | None = None):
-        """Create latents.
+        """Create A assets with the generator's mean latent.
 
-        Args: generator: SHA-256 of the generator's state; None: the bundled generator's.
-        Raises: ValueError for another generator.
+        Args:
+            assets: number of assets A.
+            generator: SHA-256 of the state of the generator that stored latents belong to, or None for
+                new ones.
+        Raises: ValueError if this is not the bundled generator.
         """
         super().__init__()
-        # Latents are meaningless for another network.
+        # Latents of one network have no meaning for another network.
         if generator not in (None, _bundled().hash):
-            bundled = _bundled().hash[:12]
             raise ValueError(
-                f"Latents: expected latents of the bundled generator {bundled}, got those of {generator:.12}."
-                " Restore the generator that they were made with to assets/."
+                f"Latents: the latents belong to the generator {generator:.12}, but the bundled generator is"
+                f" {_bundled().hash[:12]}. Restore the generator with the hash {generator:.12} to assets/."
             )
-        # psi = 0 gives the mean latent for every seed
+        # With a truncation psi of 0, every seed is mapped to the mean latent.
         mean = ws_of_seeds(_bundled().generator, [0], truncation_psi=0.0)
-        # [A, L, W], every layer by itself (the W+ space)
+        # [A, L, W]. Each layer has its own latent (the space W+).
         self.ws = torch.nn.Parameter(mean.repeat(assets, 1, 1))
 
     @classmethod
     def of_seeds(cls, seeds: Sequence[int]) -> "Latents":
-        """Create latents of the generator's shapes of seeds."""
+        """Create one asset for each seed, with the latent of the bundled generator's shape of that seed."""
         asset = cls(len(seeds))
         with torch.no_grad():
-            # In place, so that the parameter stays the same object.
+            # In place, so that the parameter remains the same object.
             asset.ws.copy_(ws_of_seeds(_bundled().generator, seeds))
         return asset
 
     @property
     def settings(self) -> dict:
-        """Return the constructor's arguments, see `Asset`."""
+        """Return the constructor's arguments other than `assets`, see `Asset`."""
         return {"generator": _bundled().hash}
 
     @property
     def samples(self) -> int:
-        """Return the samples along a ray; planes have 64 texels."""
+        """Return the default number of samples along a ray."""
         return 48
 
     @property
     def generator(self) -> Generator:
-        """Return the generator of these latents."""
+        """Return the bundled generator, to which the latents belong."""
         return _bundled().generator
 
     @property
@@ -79,18 +84,18 @@ class Latents(Asset):
         return cast(PlaneField, self.generator.field(self.ws))
 
     def decode(self, points: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return density and colour, see `Asset`."""
+        """Return raw density and colour, see `Asset`."""
         return self.field.decode(points)
 
     def density_grid(self, grid: SlabSpec) -> torch.Tensor:
-        """Return the raw density at grid points, see `Field`."""
+        """Return the raw density [A, D, H, W] at grid points, see `Field`."""
         return self.field.density_grid(grid)
 
     def regularisers(self) -> dict[str, torch.Tensor]:
-        """Return the penalties [A].
+        """Return penalties by name, each [A], see `Asset`.
 
-        'sparsity' and 'opacity' on a coarse grid, see `sparsity`; 'roughness', the mean squared difference
-        between latents of successive layers.
+        'sparsity' and 'opacity' are computed on a coarse grid, see the function `sparsity`. 'roughness' is
+        the mean squared difference between the latents of successive layers.
         """
         probes = SlabSpec.of(self.bounds, _PROBES)
         return {
@@ -99,5 +104,5 @@ class Latents(Asset):
         }
 
     def groups(self) -> dict[str, list[torch.nn.Parameter]]:
-        """Return the parameters by learning rate, see `Asset`."""
+        """Return the parameters in groups with different learning rates, see `Asset`."""
         return {"grid": [self.ws]}

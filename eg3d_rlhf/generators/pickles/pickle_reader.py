@@ -1,8 +1,8 @@
-"""Interpreter of pickle opcodes, protocols 2 to 5. It produces plain data and inert records.
+"""Interpreter of pickle opcodes, protocols 2 to 5, which produces only plain data and records.
 
-It imports nothing and calls nothing that a file names. `Rules` define the meaning of names, calls and states;
-anything that they do not accept ends the reading. The work is limited by a `Budget` of opcodes and of decoded
-bytes, which the stream and the tensor streams inside it share.
+The interpreter neither imports nor calls anything that a file names. A subclass of `Rules` defines the
+meaning of names, calls and states. Anything that it does not accept is an error. A `Budget` limits the number
+of opcodes and of decoded bytes for a file, including the tensor streams inside it.
 """
 
 import dataclasses
@@ -12,45 +12,47 @@ from collections.abc import Callable
 from typing import Any
 
 MAX_OPCODES = 1_000_000  # a published snapshot has about 40,000
-MAX_INTEGER_BYTES = 16  # torch's magic number has 10
-MAX_NAME = 200  # characters of a module or class name
-# Longer texts are not decoded: only source code and bytes of protocol 2 are that long.
+MAX_INTEGER_BYTES = 16  # largest size of an integer; torch's magic number has 10 bytes
+MAX_NAME = 200  # largest number of characters of a module or class name
+# Texts with more bytes than this are not decoded. Only source code and bytes of protocol 2 are that long.
 LONG_TEXT = 1 << 16
-MAX_TEXT = 1 << 27  # bytes; of one long text (such as a tensor of protocol 2), and of all short ones together
+# Largest number of bytes of one long text (such as a tensor of protocol 2), and of all short texts together.
+MAX_TEXT = 1 << 27
 
 
 class RejectedError(ValueError):
-    """The reason why a stream is rejected, as the middle of a sentence: 'the global os.system', 'the end
-    of the file'.
+    """A stream is rejected. The text is the reason, a clause about the file that begins with 'it' or 'its'.
+
+    Example: 'it refers to os.system, which no network needs'. `reporting_rejection` completes the sentence.
     """
 
 
 @dataclasses.dataclass
 class Budget:
-    """The work that is still allowed for one file."""
+    """Amount of work that is still allowed for one file."""
 
-    # Bytes that texts may be decoded into; initially the size of the file. A text that is referred to several
-    # times counts each time.
+    # Number of bytes that may still be decoded from long texts; initially the size of the file. A text that
+    # several opcodes use counts each time.
     decoded: int
-    opcodes: int = MAX_OPCODES  # opcodes, or other work of the same order
-    texts: int = MAX_TEXT  # bytes of short texts
+    opcodes: int = MAX_OPCODES  # number of opcodes, or of other operations of similar cost
+    texts: int = MAX_TEXT  # number of bytes of short texts
 
     def spend(self, *, opcodes: int = 0, decoded: int = 0, texts: int = 0) -> None:
-        """Subtract from the budget. Raises: RejectedError if it is exhausted."""
+        """Subtract work from the budget. Raises: RejectedError if the budget is exhausted."""
         self.opcodes = self.opcodes - opcodes
         self.decoded = self.decoded - decoded
         self.texts = self.texts - texts
         if self.opcodes < 0:
-            raise RejectedError(f"more than {MAX_OPCODES} opcodes")
+            raise RejectedError(f"it needs more than {MAX_OPCODES} opcodes")
         if self.decoded < 0:
-            raise RejectedError("more decoded bytes than the file holds")
+            raise RejectedError("its texts would decode to more bytes than the file has")
         if self.texts < 0:
-            raise RejectedError(f"more than {MAX_TEXT} bytes of text")
+            raise RejectedError(f"its short texts have more than {MAX_TEXT} bytes")
 
 
 @dataclasses.dataclass(frozen=True)
 class Global:
-    """A name that the stream refers to. It is never looked up."""
+    """A Python name that the stream refers to. The name is compared with tables, but never imported."""
 
     module: str
     name: str
@@ -63,20 +65,20 @@ class Global:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LongText:
-    """A text of more than LONG_TEXT bytes, as undecoded UTF-8."""
+    """A text of more than LONG_TEXT bytes, which is kept as undecoded UTF-8."""
 
     utf8: memoryview
 
 
 def describe(value: Any) -> str:
-    """Describe a value in a few printable characters on one line, even if it is very large or nested."""
+    """Describe a value for a message in a few printable characters, even if it is very large or nested."""
     if isinstance(value, Global):
         return shorten(value.path)
     if isinstance(value, str):
         return repr(shorten(value))
     if value is None or isinstance(value, (bool, int, float)):
         return repr(value)
-    # Only the number of members; they may be nested without end.
+    # Members are not described, because they may be nested without end.
     if isinstance(value, (list, tuple, dict, set, frozenset, memoryview)):
         return f"{type(value).__name__} of {len(value)}"
     return type(value).__name__
@@ -92,80 +94,96 @@ def shorten(text: str, limit: int = 80) -> str:
 def is_key(value: Any) -> bool:
     """Return True for a value that may be a key of a dictionary or a member of a set.
 
-    Its hash must be cheap and must not be chosen by an attacker. Tuples are excluded, because hashing nested
-    ones can take exponential time, and so are large integers, which can be made to collide.
+    These are None, texts and integers below 2^60. Tuples are excluded, because hashing nested tuples can take
+    exponential time. Larger integers are excluded, because an attacker can choose them with equal hashes,
+    which makes a dictionary slow.
     """
     return value is None or isinstance(value, str) or (isinstance(value, int) and abs(value) < 1 << 60)
 
 
 def decode(utf8: bytes) -> str:
-    """Decode UTF-8. Lone surrogates, which pickle can write, are rejected. Raises: RejectedError."""
+    """Decode UTF-8.
+
+    Raises: RejectedError for invalid UTF-8. This includes lone surrogates, which pickle can write.
+    """
     try:
         return utf8.decode("utf-8")
     except UnicodeDecodeError:
-        raise RejectedError("a text that is not UTF-8") from None
+        raise RejectedError("it contains a text that is not UTF-8") from None
 
 
 def members(items: list) -> list:
-    """Return items that may be members of a set. Raises: RejectedError for others."""
+    """Return the items of a set unchanged. Raises: RejectedError for an item that is no key (`is_key`)."""
     for item in items:
         if not is_key(item):
-            raise RejectedError(f"a set member that is {describe(item)}")
+            raise RejectedError(f"it has a set with the member {describe(item)}")
     return items
 
 
 def fill(target: dict, *, items: list) -> dict:
-    """Add alternating keys and values to `target` and return it. Raises: RejectedError."""
+    """Add items, which are alternating keys and values, to the dictionary `target`. Return the dictionary.
+
+    A later value of the same key replaces an earlier one, as in pickle.
+
+    Raises: RejectedError for an odd number of items, or a value that cannot be a key (`is_key`).
+    """
     if len(items) % 2:
-        raise RejectedError("a key without its value")
-    # Later keys replace earlier ones, as in pickle.
+        raise RejectedError("it has a dictionary key without a value")
     for key, value in zip(items[::2], items[1::2], strict=True):
         if not is_key(key):
-            raise RejectedError(f"a dictionary key that is {describe(key)}")
+            raise RejectedError(f"it has a dictionary with the key {describe(key)}")
         target[key] = value
     return target
 
 
 class Rules:
-    """The meaning of a stream's records. Each method raises RejectedError for anything that it does not
-    accept.
+    """Rules that define which names, calls, objects and states of a stream are accepted.
 
-    This base class accepts nothing.
+    Each method returns a record, or raises RejectedError for an argument that it does not accept. This base
+    class accepts nothing.
 
-    Args: budget: shared by all streams of a file; asked: counts the names that the streams refer to.
+    Args:
+        budget: remaining work, shared by all streams of a file.
+        name_counts: counter of the names that the streams refer to, shared by all streams of a file.
     """
 
-    inside = ""  # addition to messages that says where
+    location = ""  # end of messages that names the kind of the stream, such as " in a tensor stream"
 
-    def __init__(self, budget: Budget, asked: Counter):
+    def __init__(self, budget: Budget, name_counts: Counter):
         self.budget = budget
-        self.asked = asked
+        self.name_counts = name_counts
 
     def find(self, name: Global) -> Global:
-        """Return the name if it is accepted."""
-        raise RejectedError(f"the global {describe(name)}{self.inside}")
+        """Return a name that the stream refers to if it is accepted."""
+        raise RejectedError(f"it refers to {describe(name)}{self.location}")
 
     def reduce(self, function: Any, args: tuple) -> Any:
-        """Return the record of a function call."""
-        raise RejectedError(f"a call of {describe(function)}{self.inside}")
+        """Return the record that stands for the result of a function call."""
+        raise RejectedError(f"it calls {describe(function)}{self.location}")
 
     def new(self, cls: Any, args: tuple) -> Any:
-        """Return the record of an object without state."""
-        raise RejectedError(f"an object of {describe(cls)}{self.inside}")
+        """Return the record that stands for a new object of the class `cls`, without its state."""
+        raise RejectedError(f"it creates an object of {describe(cls)}{self.location}")
 
     def build(self, record: Any, state: Any) -> None:
-        """Set the state of a record."""
-        raise RejectedError(f"a state for {describe(record)}{self.inside}")
+        """Set the state of a record that `new` or `reduce` returned."""
+        raise RejectedError(f"it sets the state of {describe(record)}{self.location}")
 
     def persistent(self, pid: Any) -> Any:
-        """Return the record of an object that is stored outside of the stream."""
-        raise RejectedError(f"a persistent id ({describe(pid)})")
+        """Return the record of an object that is stored outside of the stream, by its persistent id."""
+        raise RejectedError(f"it has a persistent id ({describe(pid)})")
 
 
 class Machine:
-    """One run of the interpreter over one stream.
+    """Interpreter of one pickle stream.
 
-    Args: data: the bytes; start: position of the stream's first byte; rules: see `Rules`.
+    A pickle is a program for a stack machine. Its opcodes push values onto a stack, combine the topmost
+    values, and store values in a memo for later use.
+
+    Args:
+        data: bytes that contain the stream.
+        start: index of the stream's first byte.
+        rules: rules that define which names, calls and states are accepted.
     """
 
     def __init__(self, data: memoryview, start: int, rules: Rules):
@@ -173,168 +191,174 @@ class Machine:
         self.position = start
         self.rules = rules
         self.stack: list = []
-        self.below: list[list] = []  # stacks below the open marks
-        self.memo: dict[int, Any] = {}
+        self.below: list[list] = []  # for each open mark, the values below it
+        self.memo: dict[int, Any] = {}  # index -> stored value
         self.protocol = 0
 
     def run(self) -> Any:
-        """Return the value of the stream. `position` is then the byte after it. Raises: RejectedError."""
-        # PROTO, the first opcode from protocol 2 on
+        """Execute the stream and return its value. `position` is then the index of the byte after the stream.
+
+        Raises: RejectedError for a damaged stream, or for anything that the rules do not accept.
+        """
+        # 0x80 is PROTO, the first opcode of every pickle from protocol 2 on.
         if self.u1() != 0x80:
-            raise RejectedError("a stream that does not begin like a pickle of protocol 2 or later")
+            raise RejectedError("it does not begin like a pickle of protocol 2 or later")
         self.protocol = self.u1()
         if not 2 <= self.protocol <= 5:
-            raise RejectedError(f"pickle protocol {self.protocol}")
+            raise RejectedError(f"it has the pickle protocol {self.protocol}, which is not one of 2 to 5")
         while True:
             self.rules.budget.spend(opcodes=1)
             code = self.u1()
             if code == 0x2E:  # STOP
                 if len(self.stack) != 1 or self.below:
-                    raise RejectedError("a stream that ends with values to spare")
+                    raise RejectedError("it ends with more than one value")
                 return self.pop()
-            # The table is the complete list of accepted opcodes.
+            # An opcode outside the table is rejected.
             operation = OPERATIONS.get(code)
             if operation is None:
-                raise RejectedError(f"opcode 0x{code:02x}, which network pickles do not use")
+                raise RejectedError(f"it uses the opcode 0x{code:02x}, which network pickles do not use")
             operation(self)
 
-    # Reading.
+    # Methods that read bytes of the stream.
 
     def take(self, size: int) -> memoryview:
-        """Return the next bytes without copying. Raises: RejectedError if the file is shorter than the
-        stream claims.
+        """Return the next `size` bytes without copying them.
+
+        Raises: RejectedError if fewer bytes remain.
         """
         remaining = len(self.data) - self.position
         if size > remaining:
-            raise RejectedError(
-                "the end of the file" if size <= 8 else f"a claim of {size} bytes where {remaining} are left"
-            )
+            raise RejectedError(f"it ends too early: {size} bytes are needed, but {remaining} remain")
         self.position += size
         return self.data[self.position - size : self.position]
 
     def u1(self) -> int:
-        """Read one byte."""
+        """Read one unsigned byte."""
         return self.take(1)[0]
 
     def number(self, form: str) -> Any:
-        """Read one number in a format of `struct`."""
+        """Read one number. `form` is its format in the notation of the module `struct`."""
         return struct.unpack(form, self.take(struct.calcsize(form)))[0]
 
     def line(self) -> str:
-        """Read text up to a newline, at most MAX_NAME characters."""
-        # At most the accepted length is read, even if no newline follows.
+        """Read text up to a newline, which is not part of the result.
+
+        Raises: RejectedError if there is no newline within MAX_NAME bytes.
+        """
+        # The search is limited, so that a file without newline is not searched to its end.
         window = bytes(self.data[self.position : self.position + MAX_NAME + 1])
         length = window.find(b"\n")
         if length < 0:
-            raise RejectedError(f"a name of more than {MAX_NAME} characters or the end of the file")
+            raise RejectedError(f"it has a name of more than {MAX_NAME} characters, or ends within a name")
         self.position += length + 1
         return decode(window[:length])
 
     def text(self, size: int) -> "str | LongText":
-        """Read a text of `size` bytes."""
+        """Read a text of `size` bytes of UTF-8. A text of more than LONG_TEXT bytes is not decoded."""
         if size > MAX_TEXT:
-            raise RejectedError(f"a text of {size} bytes")
+            raise RejectedError(f"it has a text of {size} bytes")
         view = self.take(size)
-        # Source code of megabytes stays undecoded.
         if size > LONG_TEXT:
             return LongText(view)
         self.rules.budget.spend(texts=size)
         return decode(bytes(view))
 
     def integer(self, size: int) -> int:
-        """Read an integer in little-endian two's complement."""
+        """Read a signed integer of `size` bytes, in little-endian two's complement."""
         if not 0 <= size <= MAX_INTEGER_BYTES:
-            raise RejectedError(f"an integer of {size} bytes")
+            raise RejectedError(f"it has an integer of {size} bytes")
         return int.from_bytes(self.take(size), "little", signed=True)
 
-    # Stack.
+    # Methods on the stack.
 
     def push(self, value: Any) -> None:
         """Push a value onto the stack."""
         self.stack.append(value)
 
     def top(self, kind: type | tuple = object) -> Any:
-        """Return the topmost value. Raises: RejectedError unless it has the type `kind`."""
+        """Return the topmost value of the stack. Raises: RejectedError unless it has the type `kind`."""
         if not self.stack:
-            raise RejectedError("an opcode without its operands")
+            raise RejectedError("it has an opcode without the values that the opcode needs")
         if not isinstance(self.stack[-1], kind):
-            raise RejectedError(f"an opcode for another operand than {describe(self.stack[-1])}")
+            raise RejectedError(f"it has an opcode that cannot be applied to {describe(self.stack[-1])}")
         return self.stack[-1]
 
     def pop(self, kind: type | tuple = object) -> Any:
-        """Remove the topmost value and return it."""
+        """Remove the topmost value of the stack and return it. `kind` is its type, see `top`."""
         value = self.top(kind)
         del self.stack[-1]
         return value
 
     def pop_to_mark(self) -> list:
-        """Remove and return everything above the last mark."""
+        """Close the last mark. Remove and return all values above it."""
         if not self.below:
-            raise RejectedError("an opcode without its mark")
+            raise RejectedError("it has an opcode without the mark that the opcode needs")
         items = self.stack
         self.stack = self.below.pop()
         return items
 
     def mark(self) -> None:
-        """Open a mark."""
-        # Values below the mark are out of reach until it is closed, as in pickle.
+        """Open a mark. The values below it cannot be accessed until the mark is closed, as in pickle."""
         self.below.append(self.stack)
         self.stack = []
 
-    # Containers.
+    # Methods that create or extend containers.
 
     def tuple_of(self, count: int) -> None:
         """Replace the topmost `count` values by a tuple."""
         if len(self.stack) < count:
-            raise RejectedError("an opcode without its operands")
-        # In place of the values, as in pickle.
+            raise RejectedError("it has an opcode without the values that the opcode needs")
         self.stack[-count:] = [tuple(self.stack[-count:])]
 
     def extend(self, items: list, kind: type) -> None:
-        """Add items to the list or set on top of the stack."""
-        # The type check keeps the stream from extending an arbitrary record.
+        """Add items to the list or set on top of the stack. `kind` is list or set."""
+        # The check of the type prevents that the stream extends a record.
         target = self.top(kind)
         target.extend(items) if kind is list else target.update(members(items))
 
-    # Memo.
+    # Methods on the memo.
 
     def put(self, index: int) -> None:
-        """Store the topmost value under an index of the memo."""
+        """Store the topmost value in the memo. The value remains on the stack."""
         self.memo[index] = self.top()
 
     def get(self, index: int) -> None:
-        """Push a value of the memo."""
+        """Push a value from the memo."""
         if index not in self.memo:
-            raise RejectedError(f"memo entry {index} before it is stored")
+            raise RejectedError(f"it uses the memo entry {index} before it is stored")
         self.push(self.memo[index])
 
-    # Names, calls and states: the rules decide.
+    # Other operations. The rules decide whether a name is accepted.
 
     def find(self, module: str, name: str) -> None:
-        """Push a name if the rules accept it."""
-        # STACK_GLOBAL takes the names from the stack, where texts may be long.
+        """Push a Python name if the rules accept it, and count it in `name_counts`."""
+        # The opcode STACK_GLOBAL takes both texts from the stack, where they may be long.
         if max(len(module), len(name)) > MAX_NAME:
-            raise RejectedError(f"a name of more than {MAX_NAME} characters")
+            raise RejectedError(f"it has a name of more than {MAX_NAME} characters")
         requested = Global(module, name)
-        # Counted before the rules decide, so that a rejected name is listed too.
-        self.rules.asked[requested.path] += 1
+        # Counted before the rules decide, so that a rejected name is counted, too.
+        self.rules.name_counts[requested.path] += 1
         self.push(self.rules.find(requested))
 
     def frame(self) -> None:
-        """Check the length of a frame (FRAME). The stream is already in memory, so frames need no
-        buffering.
+        """Read and check the length of a frame.
+
+        A frame is a block that pickle reads at once. Here the file is in memory, so frames have no effect.
         """
-        if (size := self.number("<Q")) > (remaining := len(self.data) - self.position):
-            raise RejectedError(f"a frame of {size} bytes where {remaining} are left")
+        size = self.number("<Q")
+        remaining = len(self.data) - self.position
+        if size > remaining:
+            raise RejectedError(f"it has a frame of {size} bytes, but {remaining} remain")
 
 
-# Opcode -> operation; names as in pickletools. Arguments are evaluated in the order in which they are
-# written, so the topmost value of the stack comes first.
+# Opcode -> operation on a machine `m`, with the names of pickletools in comments. Python evaluates
+# arguments in the order in which they are written, so the argument that is popped first is the topmost
+# value of the stack.
 OPERATIONS: dict[int, Callable[[Machine], object]] = {
     0x95: Machine.frame,  # FRAME
     0x28: Machine.mark,  # MARK
     0x32: lambda m: m.push(m.top()),  # DUP
-    # POP; it also closes an empty mark
+    # POP, which closes the last mark if there is no value above it
     0x30: lambda m: m.stack.pop() if m.stack else m.pop_to_mark(),
     0x31: lambda m: m.pop_to_mark(),  # POP_MARK
     0x4E: lambda m: m.push(None),  # NONE
@@ -364,7 +388,8 @@ OPERATIONS: dict[int, Callable[[Machine], object]] = {
     0x65: lambda m: m.extend(m.pop_to_mark(), list),  # APPENDS
     0x7D: lambda m: m.push({}),  # EMPTY_DICT
     0x64: lambda m: m.push(fill({}, items=m.pop_to_mark())),  # DICT
-    0x73: lambda m: fill(items=[m.pop(), m.pop()][::-1], target=m.top(dict)),  # SETITEM
+    # SETITEM; the value is popped before the key, so the pair is reversed
+    0x73: lambda m: fill(items=[m.pop(), m.pop()][::-1], target=m.top(dict)),
     0x75: lambda m: fill(items=m.pop_to_mark(), target=m.top(dict)),  # SETITEMS
     0x8F: lambda m: m.push(set()),  # EMPTY_SET
     0x90: lambda m: m.extend(m.pop_to_mark(), set),  # ADDITEMS

@@ -1,11 +1,12 @@
-"""A snapshot of EG3D as records: its contents, the names that it refers to, and the tensors of its modules.
+"""Reader of EG3D's snapshots as records: modules, tensors, and the Python names that a file refers to.
 
-A snapshot contains the source text of its modules and a call that runs it. Here the call becomes a
-`ModuleRecord`, and the source remains text.
+A snapshot is a pickle that contains the source text of its modules, and calls that execute this text. Here
+each call becomes a `ModuleRecord`, and the text is not executed.
 
-Tensors are in legacy torch streams. The stream of a storage has five small pickles (magic number, protocol
-1001, system, persistent id of the storage, list of keys), then the number of elements (int64) and their
-bytes, little-endian. Claims about shape and stride are checked before memory is allocated.
+Tensors are stored in legacy torch streams. The stream of a storage consists of five small pickles (magic
+number, protocol number 1001, properties of the system, persistent id of the storage, list of keys), the
+number of elements (int64) and the bytes of the elements, all little-endian. The shape and the stride of a
+tensor are checked before memory is allocated.
 """
 
 import contextlib
@@ -34,11 +35,11 @@ from eg3d_rlhf.generators.pickles.pickle_reader import (
     shorten,
 )
 
-# The names that EG3D's snapshots use, and the inert records that they stand for.
+# Records and rules of the tensor streams.
 
 MAGIC = 0x1950A86A20F9469CFC6C  # torch.serialization.MAGIC_NUMBER
 VERSION = 1001  # torch.serialization.PROTOCOL_VERSION
-MAX_DIMENSIONS = 8
+MAX_DIMENSIONS = 8  # largest number of axes of a tensor
 DTYPES = {
     "FloatStorage": torch.float32,
     "DoubleStorage": torch.float64,
@@ -55,20 +56,20 @@ DTYPES = {
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class StorageRecord:
-    """The bytes of a storage, as a view into the file."""
+    """A storage of tensors in the file."""
 
-    dtype: torch.dtype
-    data: memoryview
+    dtype: torch.dtype  # type of the elements
+    data: memoryview  # bytes of the elements, a view into the file
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TensorRecord:
-    """A view of a storage, checked to lie inside it."""
+    """A tensor of a file. All its elements are known to lie inside its storage."""
 
-    storage: StorageRecord
-    offset: int  # elements
+    storage: StorageRecord  # storage that contains the elements
+    offset: int  # index of the first element in the storage
     shape: tuple[int, ...]
-    stride: tuple[int, ...]  # elements
+    stride: tuple[int, ...]  # distance of neighbours along each axis, in elements
 
     @property
     def nbytes(self) -> int:
@@ -76,100 +77,113 @@ class TensorRecord:
         return math.prod(self.shape) * self.storage.dtype.itemsize
 
     def tensor(self) -> torch.Tensor:
-        """Return a contiguous copy."""
+        """Return the tensor as a contiguous copy on the CPU."""
         dtype = self.storage.dtype
         if not self.nbytes:
-            # numpy rejects a view of an empty buffer
+            # numpy rejects a view of an empty buffer.
             return torch.empty(self.shape, dtype=dtype)
         size = dtype.itemsize
-        # Integers of the same size, since numpy has no bfloat16.
-        # The view is inside the buffer, which `_tensor` has checked.
+        # The bytes are copied as integers of the same size, because numpy has no bfloat16. `_tensor` has
+        # checked that the view lies inside the buffer.
         view = np.ndarray(
             self.shape,
             dtype=f"<i{size}",
             buffer=self.storage.data,
             offset=self.offset * size,
-            strides=[s * size for s in self.stride],
+            strides=[step * size for step in self.stride],
         )
         return torch.from_numpy(view.copy(order="C")).view(dtype)
 
 
 @dataclasses.dataclass(frozen=True)
 class _StorageId:
-    """A persistent id of a storage."""
+    """The persistent id of a storage."""
 
-    dtype: torch.dtype
-    key: str
-    count: int
+    dtype: torch.dtype  # type of the elements
+    key: str  # name of the storage in its stream
+    count: int  # number of elements
 
 
 class StorageRules(Rules):
-    """Rules of tensor streams: storage classes and persistent ids of storages are accepted, nothing else."""
+    """Rules of tensor streams, which accept only storage classes and persistent ids of storages."""
 
-    inside = " in a tensor stream"
+    location = " in a tensor stream"
 
     def find(self, name: Global) -> Global:
-        """Accept torch.FloatStorage and similar names."""
+        """Return the name of a storage class such as torch.FloatStorage. Reject all other names."""
         if name.module not in ("torch", "torch.cuda") or name.name not in DTYPES:
             super().find(name)
         return name
 
     def persistent(self, pid: Any) -> Any:
-        """Accept ('storage', class, key, location, count, view) with view None.
+        """Return the record of a storage id ('storage', class, key, location, count, view), where view
+        is None.
 
-        The location is the device of the original tensor. It is ignored: all tensors are read to the CPU.
+        The location is the device of the original tensor. It is ignored, because all tensors are read to
+        the CPU.
         """
-        # Types of the six members.
-        kinds: tuple[type, ...] = (str, Global, str, str, int, type(None))
+        member_types: tuple[type, ...] = (str, Global, str, str, int, type(None))
         if (
             not isinstance(pid, tuple)
             or len(pid) != 6
-            or not all(isinstance(v, k) for v, k in zip(pid, kinds, strict=True))
+            or not all(isinstance(member, kind) for member, kind in zip(pid, member_types, strict=True))
         ):
-            raise RejectedError(f"a storage id that is {describe(pid)}")
-        if pid[0] != "storage" or isinstance(pid[4], bool) or pid[4] < 0:  # a bool is an int in Python
+            raise RejectedError(f"it has the storage id {describe(pid)}")
+        prefix, storage_class, key, _, count, _ = pid
+        # bool is a subclass of int in Python, so it is excluded explicitly.
+        if prefix != "storage" or isinstance(count, bool) or count < 0:
             raise RejectedError(
-                f"a storage id that begins with {describe(pid[0])} and claims {describe(pid[4])} elements"
+                f"it has a storage id that begins with {describe(prefix)} and states {describe(count)}"
+                " elements"
             )
-        return _StorageId(DTYPES[pid[1].name], pid[2], pid[4])
+        return _StorageId(DTYPES[storage_class.name], key, count)
 
 
-def read_storage(data: memoryview, budget: Budget, asked: Counter) -> StorageRecord:
-    """Parse one legacy stream.
+def read_storage(data: memoryview, budget: Budget, name_counts: Counter) -> StorageRecord:
+    """Parse the legacy torch stream of one storage.
 
-    Raises: RejectedError for another format, a name outside DTYPES, or a size that differs from the stream's.
+    Args:
+        data: bytes of the stream.
+        budget: remaining work of the file.
+        name_counts: counter of the names that the file refers to.
+    Raises: RejectedError for another format, a name outside DTYPES, or a number of elements that does not fit
+        the length of the stream.
     """
     position = 0
     pickled_values = []
     for _ in range(5):
-        # Five pickles follow one another without separators.
-        machine = Machine(data, position, StorageRules(budget, asked))
+        # The five pickles follow one another without separators.
+        machine = Machine(data, position, StorageRules(budget, name_counts))
         pickled_values.append(machine.run())
         position = machine.position
     magic, version, system, storage, keys = pickled_values
     if magic != MAGIC or version != VERSION:
-        raise RejectedError("a tensor stream of another format")
+        raise RejectedError(
+            "it has a tensor stream with another magic number or protocol number than torch's"
+        )
     if not isinstance(system, dict) or system.get("little_endian") is not True:
-        raise RejectedError("a tensor stream of a big-endian machine")
+        raise RejectedError("it has a tensor stream from a big-endian machine")
     if (
         not isinstance(storage, _StorageId)
         or not isinstance(keys, list)
         or len(keys) != 1
         or keys[0] != storage.key
     ):
-        raise RejectedError("a tensor stream that does not hold exactly one storage")
+        raise RejectedError("it has a tensor stream that does not contain exactly one storage")
     if len(data) - position < 8:
-        raise RejectedError("the end of a tensor stream")
-    # The number of elements is stored twice, in the persistent id and here.
+        raise RejectedError("it has a tensor stream without a number of elements")
+    # The number of elements (8 bytes) is stored a second time, after the persistent id.
     (count,) = struct.unpack("<q", data[position : position + 8])
-    body = data[position + 8 :]
-    if count != storage.count or count * storage.dtype.itemsize != len(body):
-        claim = f"{storage.count} and {count} elements of {storage.dtype.itemsize} bytes"
-        raise RejectedError(f"a tensor stream that claims {claim} and holds {len(body)} bytes")
-    return StorageRecord(storage.dtype, body)
+    element_bytes = data[position + 8 :]
+    if count != storage.count or count * storage.dtype.itemsize != len(element_bytes):
+        stated_size = f"{storage.count} and {count} elements of {storage.dtype.itemsize} bytes"
+        raise RejectedError(
+            f"it has a tensor stream that states {stated_size}, but contains {len(element_bytes)} bytes"
+        )
+    return StorageRecord(storage.dtype, element_bytes)
 
 
-# Modules whose class is not persistent: they are pickled as plain objects.
+# Classes of modules without the decorator of torch_utils.persistence. They are pickled as ordinary objects.
 PLAIN_MODULES = {
     "training.triplane.OSGDecoder",
     "training.volumetric_rendering.renderer.ImportanceRenderer",
@@ -178,8 +192,9 @@ PLAIN_MODULES = {
     "torch.nn.modules.activation.Softplus",
     "torch.nn.modules.container.Sequential",
 }
+# Classes whose objects are read as dictionaries.
 DICTIONARIES = {"collections.OrderedDict", "dnnlib.util.EasyDict"}
-SCALARS = {  # numpy's code -> struct's
+SCALARS = {  # numpy's code of a scalar type -> the code of the module struct
     "f8": "d",
     "f4": "f",
     "f2": "e",
@@ -197,36 +212,37 @@ SCALARS = {  # numpy's code -> struct's
 
 @dataclasses.dataclass(eq=False)
 class ModuleRecord:
-    """A module: the name of its class, and its attributes, uninterpreted."""
+    """A module in the file."""
 
-    class_name: str
-    state: Any  # a dict; None until the stream sets it
+    class_name: str  # name of its class, without the Python module
+    state: Any  # its attributes by name, a dict; None until the stream sets it
 
 
 @dataclasses.dataclass(eq=False)
 class DtypeRecord:
     """A numpy scalar type."""
 
-    code: str  # a key of SCALARS
-    order: str = "<"
+    code: str  # numpy's code of the type, a key of SCALARS
+    order: str = "<"  # byte order, "<" little-endian or ">" big-endian
 
 
 class SnapshotRules(Rules):
-    """Rules of a snapshot's outer stream. `asked` also counts the names in tensor streams."""
+    """Rules of a snapshot's outer stream. The tensor streams inside it have `StorageRules`."""
 
-    def __init__(self, budget: Budget, asked: Counter):
-        super().__init__(budget, asked)
+    def __init__(self, budget: Budget, name_counts: Counter):
+        super().__init__(budget, name_counts)
+        # Path of a function -> method that returns the record of a call of this function.
         self.calls: dict[str, Callable[[tuple], Any]] = {
             "torch_utils.persistence._reconstruct_persistent_obj": self._module,
             "torch._utils._rebuild_tensor_v2": self._tensor,
             "torch._utils._rebuild_parameter": self._parameter,
             "torch.storage._load_from_bytes": lambda args: read_storage(
-                _only(args, memoryview, "storage"), self.budget, self.asked
+                _only(args, memoryview, "storage"), self.budget, self.name_counts
             ),
             "numpy.dtype": self._dtype,
             "numpy.core.multiarray.scalar": self._scalar,
             "numpy._core.multiarray.scalar": self._scalar,
-            # protocol 2 writes bytes and sets as calls of these functions
+            # Protocol 2 writes bytes and sets as calls of these functions.
             "_codecs.encode": self._bytes,
             "__builtin__.bytes": self._empty_bytes,
             "__builtin__.set": self._set,
@@ -234,16 +250,16 @@ class SnapshotRules(Rules):
         }
 
     def find(self, name: Global) -> Global:
-        """Accept the names of the calls, modules and dictionaries above."""
+        """Return a name if it is in `calls`, PLAIN_MODULES or DICTIONARIES. Reject all other names."""
         if name.path not in self.calls and name.path not in PLAIN_MODULES and name.path not in DICTIONARIES:
-            raise RejectedError(f"the global {describe(name)}, which no network needs")
+            raise RejectedError(f"it refers to {describe(name)}, which no network needs")
         return name
 
     def reduce(self, function: Any, args: tuple) -> Any:
-        """Return the record of a call."""
-        # A call of a record instead of a name is rejected by the base class.
+        """Return the record of a call of one of the functions in `calls`, or an empty dictionary."""
+        # The path is empty for a call of something that is no name. The base class rejects it below.
         path = function.path if isinstance(function, Global) else ""
-        # Dictionaries are created by a call without arguments, or as new objects.
+        # Pickle creates dictionaries either by a call without arguments or as new objects.
         if path in DICTIONARIES:
             return self.new(function, args)
         if path not in self.calls:
@@ -254,15 +270,15 @@ class SnapshotRules(Rules):
         """Return the record of a module without state, or an empty dictionary."""
         path = cls.path if isinstance(cls, Global) else ""
         if args != ():
-            raise RejectedError(f"arguments for a new {describe(cls)}")
+            raise RejectedError(f"it passes arguments to a new {describe(cls)}")
         if path in DICTIONARIES:
             return {}
         if path not in PLAIN_MODULES:
-            raise RejectedError(f"a new object of {describe(cls)}")
+            raise RejectedError(f"it creates an object of {describe(cls)}")
         return ModuleRecord(cls.name, None)
 
     def build(self, record: Any, state: Any) -> None:
-        """Set the state of a module (once), or of a scalar type."""
+        """Set the state of a module, which must have none yet, or the byte order of a scalar type."""
         if isinstance(record, ModuleRecord) and record.state is None and self._is_state(state):
             record.state = state
         elif (
@@ -271,165 +287,178 @@ class SnapshotRules(Rules):
             and len(state) >= 2
             and state[1] in ("<", "|", ">")
         ):
-            # "|" means that the order does not apply (single bytes)
+            # "|" means that the type has a single byte, so that the order does not matter.
             record.order = ">" if state[1] == ">" else "<"
         else:
-            raise RejectedError(f"a state of {describe(state)} for {describe(record)}")
+            raise RejectedError(f"it sets the state of {describe(record)} to {describe(state)}")
 
     def _is_state(self, value: Any) -> bool:
-        """Return True for a dictionary with names as keys."""
-        # Checking a large dictionary again and again would take time without any opcode.
+        """Return True for a dictionary whose keys are all texts."""
+        # The check of a large dictionary takes time, and a stream can request it many times.
         self.budget.spend(opcodes=len(value) if isinstance(value, dict) else 0)
-        return isinstance(value, dict) and all(isinstance(k, str) for k in value)
+        return isinstance(value, dict) and all(isinstance(key, str) for key in value)
 
-    # Calls: each method maps arguments to a record.
+    # Methods for the table `calls`. Each converts the arguments of a call to a record.
 
     def _module(self, args: tuple) -> ModuleRecord:
-        """Return the record of a persistent module from its description."""
-        # The description written by torch_utils.persistence.
+        """Return the record of a module from the dictionary that torch_utils.persistence wrote."""
         meta = _only(args, dict, "module")
         if (
             meta.get("type") != "class"
             or not isinstance(meta.get("class_name"), str)
             or not self._is_state(meta.get("state"))
         ):
-            # meta["module_src"], the source text that EG3D would execute, is ignored.
-            raise RejectedError("a module description without type, class_name or state")
+            raise RejectedError("it has a module description without a valid type, class_name or state")
+        # meta["module_src"], the source text that EG3D would execute, is ignored.
         return ModuleRecord(meta["class_name"], meta["state"])
 
     def _tensor(self, args: tuple) -> TensorRecord:
-        """Return the view of a storage that a stream claims.
+        """Return the record of a tensor from its storage, offset, shape and stride.
 
-        Rejected unless all indices lie in the storage and the tensor has no more elements than the storage.
-        With a stride of 0, one number could become gigabytes.
+        Raises: RejectedError if an element lies outside the storage, or if the tensor has more elements than
+            the storage. With a stride of 0, a small file could otherwise contain a tensor of many gigabytes.
         """
+        # torch writes six arguments, newer versions seven. Only the first four matter here.
         if not 6 <= len(args) <= 7:
-            raise RejectedError(f"a tensor of {len(args)} arguments")
+            raise RejectedError(f"it has a tensor with {len(args)} arguments")
         storage, offset, shape, stride = args[:4]
         if not isinstance(storage, StorageRecord):
-            raise RejectedError(f"a tensor on {describe(storage)}")
+            raise RejectedError(f"it has a tensor whose storage is {describe(storage)}")
         if (
             not isinstance(shape, tuple)
             or not isinstance(stride, tuple)
             or not len(shape) == len(stride) <= MAX_DIMENSIONS
         ):
-            raise RejectedError(f"a tensor of shape {describe(shape)} and stride {describe(stride)}")
-        if not all(type(v) is int and 0 <= v < 1 << 62 for v in (offset, *shape, *stride)):
-            # type(): a bool is an int in Python
-            raise RejectedError("a tensor whose offset, shape or stride is not made of whole numbers >= 0")
-        # Python integers cannot overflow.
-        count = math.prod(shape)
-        elements = len(storage.data) // storage.dtype.itemsize
-        # index of the last element; strides are not negative
-        last = offset + sum((n - 1) * s for n, s in zip(shape, stride, strict=True)) if count else offset
-        # an empty tensor may start at the end of an empty storage
-        if count > elements or last >= max(elements, 1):
             raise RejectedError(
-                f"a tensor of {count} elements, the last at {last}, in a storage of {elements}"
+                f"it has a tensor with the shape {describe(shape)} and the stride {describe(stride)}"
+            )
+        # type() is compared, because bool is a subclass of int. The products below cannot overflow, because
+        # Python's integers have no fixed size.
+        if not all(type(number) is int and 0 <= number < 1 << 62 for number in (offset, *shape, *stride)):
+            raise RejectedError("it has a tensor whose offset, shape or stride contains no integers >= 0")
+        element_count = math.prod(shape)
+        storage_count = len(storage.data) // storage.dtype.itemsize
+        # Strides are not negative, so the last element has the largest index.
+        last_index = offset
+        if element_count:
+            last_index += sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
+        # max: an empty tensor has the last index 0 in an empty storage.
+        if element_count > storage_count or last_index >= max(storage_count, 1):
+            raise RejectedError(
+                f"it has a tensor of {element_count} elements with the last index {last_index} in a storage"
+                f" of {storage_count}"
             )
         return TensorRecord(storage, offset, shape, stride)
 
     def _parameter(self, args: tuple) -> TensorRecord:
         """Return the tensor of a parameter."""
         if len(args) != 3 or not isinstance(args[0], TensorRecord):
-            raise RejectedError("a parameter without its tensor")
+            raise RejectedError("it has a parameter without a tensor")
         return args[0]
 
     def _dtype(self, args: tuple) -> DtypeRecord:
-        """Return a scalar type."""
+        """Return the record of a numpy scalar type from its code."""
         if not args or not isinstance(args[0], str) or args[0] not in SCALARS:
-            raise RejectedError(f"a scalar type that is {describe(args[0] if args else None)}")
+            raise RejectedError(f"it has the scalar type {describe(args[0] if args else None)}")
         return DtypeRecord(args[0])
 
     def _scalar(self, args: tuple) -> float | int | bool:
         """Return a number from a scalar type and its bytes."""
         if len(args) != 2 or not isinstance(args[0], DtypeRecord) or not isinstance(args[1], memoryview):
-            raise RejectedError("a scalar without its type and bytes")
-        # Byte order and type in struct's notation.
+            raise RejectedError("it has a number without its type and bytes")
+        # Byte order and type in the notation of the module struct.
         form = args[0].order + SCALARS[args[0].code]
         if len(args[1]) != struct.calcsize(form):
-            raise RejectedError(f"a scalar of {len(args[1])} bytes")
+            raise RejectedError(f"it has a number of {len(args[1])} bytes instead of {struct.calcsize(form)}")
         return struct.unpack(form, args[1])[0]
 
     def _bytes(self, args: tuple) -> memoryview:
-        """Return bytes that protocol 2 has written as latin-1 text."""
+        """Return bytes that protocol 2 has written as latin-1 text, one character for each byte."""
         if len(args) != 2 or not isinstance(args[0], (str, LongText)) or args[1] not in ("latin1", "latin-1"):
-            raise RejectedError("bytes in another encoding than latin1")
-        # latin-1: each character is one byte.
+            raise RejectedError("it has bytes in another encoding than latin1")
         text = args[0]
         self.budget.spend(decoded=len(text.utf8) if isinstance(text, LongText) else len(text))
         text = decode(bytes(text.utf8)) if isinstance(text, LongText) else text
         try:
             return memoryview(text.encode("latin-1"))
         except UnicodeEncodeError:
-            raise RejectedError("bytes with values above 255") from None
+            raise RejectedError("it has bytes with values above 255") from None
 
     def _empty_bytes(self, args: tuple) -> memoryview:
         """Return empty bytes, which protocol 2 writes as a call without arguments."""
         if args != ():
-            raise RejectedError("arguments for empty bytes")
+            raise RejectedError("it passes arguments to a call that creates empty bytes")
         return memoryview(b"")
 
     def _set(self, args: tuple) -> set:
-        """Return a set, which protocol 2 writes as a call with a list."""
+        """Return a set, which protocol 2 writes as a call with the list of its members."""
         items = _only(args, list, "set")
-        # Each copy of the same list costs work.
+        # A stream can convert the same list many times, so its length counts each time.
         self.budget.spend(opcodes=len(items))
         return set(members(items))
 
 
-def _only(args: tuple, kind: type, what: str) -> Any:
-    """Return the only argument of a call. Raises: RejectedError for other arguments."""
-    if len(args) != 1 or not isinstance(args[0], kind):
-        raise RejectedError(
-            f"a {what} of {describe(args[0]) if len(args) == 1 else f'{len(args)} arguments'}"
-        )
+def _only(args: tuple, kind: type, object_name: str) -> Any:
+    """Return the single argument of a call that creates an object.
+
+    Args: args: arguments of the call; kind: required type; object_name: name of the object in messages.
+    Raises: RejectedError for another number of arguments or another type.
+    """
+    if len(args) != 1:
+        raise RejectedError(f"it creates a {object_name} from {len(args)} arguments instead of one")
+    if not isinstance(args[0], kind):
+        raise RejectedError(f"it creates a {object_name} from {describe(args[0])}")
     return args[0]
 
 
-MAX_DEPTH = 24  # levels of nested modules, or of nested lists
-MAX_NODES = 20_000  # modules and tensors of one network, or values of one option
-MAX_KEY = 200  # characters of a name
-MAX_OPTION = 4096  # characters of a text among options
+MAX_DEPTH = 24  # largest number of levels of nested modules, or of nested lists
+MAX_NODES = 20_000  # largest number of modules and tensors of a network, or of values in a set of options
+MAX_KEY = 200  # largest number of characters of a name
+MAX_OPTION = 4096  # largest number of characters of a text among options
 NETWORKS = ("G", "D", "G_ema")
 
 
 @dataclasses.dataclass(frozen=True)
 class Snapshot:
-    """The contents of a file."""
+    """The contents of a network pickle of EG3D as records."""
 
     who: str  # name of the file in messages
-    size: int  # bytes
-    protocol: int
-    networks: dict[str, ModuleRecord]  # those of G, D and G_ema that the file contains
-    augment_pipe: ModuleRecord | None  # ADA's augmentation, if the file contains it
-    training_set: dict[str, Any]  # training_set_kwargs
-    asked: dict[str, int]  # name that the file refers to -> number of times
+    size: int  # size of the file in bytes
+    protocol: int  # version of the pickle format
+    networks: dict[str, ModuleRecord]  # "G", "D" or "G_ema" -> network, for the networks in the file
+    augment_pipe: ModuleRecord | None  # ADA's augmentation, or None if the file does not contain it
+    training_set: dict[str, Any]  # options of the dataset (training_set_kwargs)
+    name_counts: dict[str, int]  # Python name that the file refers to -> number of times
 
 
 def read(path: str | Path) -> Snapshot:
-    """Read a snapshot without running code in it.
+    """Read a network pickle of EG3D as records, without running code from it.
 
-    The file is mapped into memory, and tensors remain in it.
+    The file is mapped into memory, and tensors are not copied.
 
-    Raises: FileNotFoundError; ValueError, in one line, for any file that is no such snapshot.
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is no network pickle of EG3D. The message is one line.
     """
     return parse(_mapped(path), str(path))
 
 
 def parse(data: memoryview, who: str) -> Snapshot:
-    """Parse the bytes of a snapshot, see `read`. `who` is the name of the file in messages."""
-    asked: Counter = Counter()
-    # text is at most as long as the file
-    machine = Machine(data, 0, SnapshotRules(Budget(decoded=len(data)), asked))
+    """Parse the bytes of a network pickle, see `read`.
+
+    Args: data: bytes of the file; who: name of the file in messages.
+    """
+    name_counts: Counter = Counter()
+    # A file cannot contain more bytes of text than it has itself.
+    machine = Machine(data, 0, SnapshotRules(Budget(decoded=len(data)), name_counts))
     with reporting_rejection(who, machine):
         root = machine.run()
-        # a pickled generator without the other networks
+        # The file may be a pickled generator, not a dictionary of networks.
         if isinstance(root, ModuleRecord):
             root = {"G_ema": root}
         if not isinstance(root, dict):
-            raise RejectedError(f"{describe(root)} instead of a dictionary")
-        # Other entries of the file are ignored.
+            raise RejectedError(f"it contains {describe(root)} instead of a dictionary of networks")
+        # Other keys of the dictionary are ignored.
         modules = {
             name: _module(root[name], name)
             for name in (*NETWORKS, "augment_pipe")
@@ -438,58 +467,64 @@ def parse(data: memoryview, who: str) -> Snapshot:
         augment = modules.pop("augment_pipe", None)
         training_set = json_values(root.get("training_set_kwargs") or {})
         if not isinstance(training_set, dict):
-            raise RejectedError("training_set_kwargs that are not a dictionary")
-        return Snapshot(who, len(data), machine.protocol, modules, augment, training_set, dict(asked))
+            raise RejectedError("its training_set_kwargs are not a dictionary")
+        return Snapshot(who, len(data), machine.protocol, modules, augment, training_set, dict(name_counts))
 
 
 @contextlib.contextmanager
 def reporting_rejection(who: str, machine: Machine | None = None) -> Iterator[None]:
-    """Convert a RejectedError into a message for the user: the file, the reason and its position."""
+    """Convert a RejectedError in the block into a ValueError with the file, the reason and its position.
+
+    Args: who: name of the file; machine: interpreter that knows the position, or None.
+    """
     try:
         yield
     except RejectedError as rejection:
-        where = f" (byte {machine.position})" if machine is not None else ""
+        position = f" (byte {machine.position})" if machine is not None else ""
         raise ValueError(
-            f"{who}: expected a network pickle of EG3D, got {rejection}{where}. "
-            "No code in it was run. Download the file again from its source, or choose another file."
+            f"{who}: the file is not accepted as a network pickle of EG3D: {rejection}{position}. No code"
+            " from the file was run. Download the file again from its source, or choose another file."
         ) from None
 
 
 def _mapped(path: str | Path) -> memoryview:
-    """Map a file into memory, read-only."""
+    """Map a file into memory, read-only, and return its bytes."""
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: expected a network pickle, got no such file. Check the path.")
+        raise FileNotFoundError(f"{path}: there is no such file. Pass the path of a network pickle.")
     with open(path, "rb") as file:
-        # mmap rejects empty files with an error of its own
+        # Checked here, because mmap's own error for empty files does not name the file.
         if path.stat().st_size == 0:
-            raise ValueError(
-                f"{path}: expected a network pickle, got an empty file. Download it again from its source."
-            )
+            raise ValueError(f"{path}: the file is empty. Download the network pickle again from its source.")
         return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
 
 def _module(value: Any, name: str) -> ModuleRecord:
-    """Return a module record with its state. Raises: RejectedError for other values."""
+    """Return `value` unchanged. Raises: RejectedError unless it is a module record with a state.
+
+    Args: value: any value of the stream; name: name of the module in messages.
+    """
     if not isinstance(value, ModuleRecord) or value.state is None:
-        raise RejectedError(f"{describe(value)} as {name}")
+        raise RejectedError(f"its {name} is {describe(value)} instead of a module with a state")
     return value
 
 
 def json_values(value: Any) -> Any:
-    """Convert options to JSON values. Tuples and sets become lists.
+    """Convert options to JSON values. Tuples, sets and small tensors become lists.
 
-    Raises: RejectedError for records among them, for more than MAX_NODES values or MAX_DEPTH levels.
+    Raises: RejectedError for other records, NaN, infinity, long texts, and for more than MAX_NODES values or
+        MAX_DEPTH levels.
     """
     count = 0
 
     def convert(value: Any, depth: int) -> Any:
-        """Convert one value. Values are counted over the entire tree."""
+        """Convert one value at a depth of nesting. All values of the tree are counted together."""
         nonlocal count
         count += 1
-        # shared containers could expand exponentially, and nested ones exceed Python's recursion limit
+        # A list that contains the same list twice, and so on, expands exponentially. Deep nesting would
+        # exceed Python's recursion limit.
         if count > MAX_NODES or depth > MAX_DEPTH:
-            raise RejectedError(f"options of more than {MAX_NODES} values or {MAX_DEPTH} levels")
+            raise RejectedError(f"its options have more than {MAX_NODES} values or {MAX_DEPTH} levels")
         if (
             value is None
             or isinstance(value, (bool, int))
@@ -499,54 +534,61 @@ def json_values(value: Any) -> Any:
         if isinstance(value, float) and math.isfinite(value):  # JSON has no infinity and no NaN
             return value
         if isinstance(value, (list, tuple)):
-            return [convert(v, depth + 1) for v in value]
+            return [convert(member, depth + 1) for member in value]
         if isinstance(value, (set, frozenset)):
-            return sorted((convert(v, depth + 1) for v in value), key=str)
-        if isinstance(value, dict) and all(isinstance(k, str) for k in value):
-            return {k: convert(v, depth + 1) for k, v in value.items()}
-        # small tensors, such as avg_camera_pivot
+            # Sorted, because the order of a set differs between processes.
+            return sorted((convert(member, depth + 1) for member in value), key=str)
+        if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+            return {key: convert(member, depth + 1) for key, member in value.items()}
+        # Options such as avg_camera_pivot may be small tensors.
         if isinstance(value, TensorRecord) and 0 < value.nbytes <= 1 << 12:
             return convert(value.tensor().tolist(), depth + 1)
-        raise RejectedError(
-            f"an option that is {'a long text' if isinstance(value, (str, LongText)) else describe(value)}"
-        )
+        description = "a long text" if isinstance(value, (str, LongText)) else describe(value)
+        raise RejectedError(f"one of its options is {description}")
 
     return convert(value, 0)
 
 
 def tensors(module: ModuleRecord, name: str) -> dict[str, TensorRecord]:
-    """Return state-dict name -> tensor, of a module and its submodules, in the order of torch's state_dict.
+    """Return the state dict of a module and its submodules: name -> tensor, in the order of torch.
 
-    Raises: RejectedError for values that are no modules, and for more than MAX_NODES of them, as when a
-    module contains itself.
+    Args: module: record of the network; name: name of the network in messages.
+    Raises: RejectedError for submodules or tensors of another type, and for more than MAX_NODES modules and
+        tensors, for example if a module contains itself.
     """
     records: dict[str, TensorRecord] = {}
     count = 0
 
     def collect(record: Any, prefix: str, depth: int) -> None:
-        """Add the tensors of a module whose names start with `prefix`."""
+        """Add the tensors of a module, whose names in the state dict begin with `prefix`."""
         nonlocal count
         count += 1
         if count > MAX_NODES or depth > MAX_DEPTH:
-            raise RejectedError(f"more than {MAX_NODES} modules or {MAX_DEPTH} levels of them in {name}")
+            raise RejectedError(
+                f"its {name} has more than {MAX_NODES} modules or {MAX_DEPTH} levels of modules"
+            )
         state = _module(record, shorten(prefix.removesuffix(".")) or name).state
         non_persistent = state.get("_non_persistent_buffers_set", set())
         if not isinstance(non_persistent, (set, frozenset)):
-            raise RejectedError(f"{describe(non_persistent)} as names of buffers")
-        for part in ("_parameters", "_buffers", "_modules"):
-            children = state.get(part, {})
+            raise RejectedError(f"its {name} has {describe(non_persistent)} as names of buffers")
+        for part_name in ("_parameters", "_buffers", "_modules"):
+            children = state.get(part_name, {})
             is_small = isinstance(children, dict) and len(children) <= MAX_NODES
-            if not is_small or not all(isinstance(k, str) and len(k) <= MAX_KEY for k in children):
-                raise RejectedError(f"{part} that are not a dictionary of names")
-            count += len(children)  # tensors count as well
+            if not is_small or not all(isinstance(key, str) and len(key) <= MAX_KEY for key in children):
+                raise RejectedError(
+                    f"its {name} has a module whose {part_name} are no dictionary with names as keys"
+                )
+            count += len(children)  # tensors are counted, too
             for key, value in children.items():
-                # absent from a state dict
-                if value is None or (part == "_buffers" and key in non_persistent):
+                # torch's state_dict leaves out missing tensors and non-persistent buffers, too.
+                if value is None or (part_name == "_buffers" and key in non_persistent):
                     continue
-                if part == "_modules":
+                if part_name == "_modules":
                     collect(value, f"{prefix}{key}.", depth + 1)
                 elif not isinstance(value, TensorRecord):
-                    raise RejectedError(f"{describe(value)} as the tensor {shorten(prefix + key)}")
+                    raise RejectedError(
+                        f"its tensor {shorten(prefix + key)} is {describe(value)} instead of a tensor"
+                    )
                 else:
                     records[prefix + key] = value
 

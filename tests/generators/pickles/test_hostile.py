@@ -47,8 +47,8 @@ def problem(text: str, who: str) -> str | None:
     """Return what is wrong with an error message, or an empty text."""
     if "\n" in text or not text.isprintable():
         return "not one printable line"
-    if not text.startswith(who) or "expected" not in text or "got" not in text:
-        return "not in the form of our messages"
+    if not text.startswith(f"{who}:") and not text.startswith(f"{who} ") or not text.endswith("."):
+        return "not a sentence about the file"
     return "too long" if len(text) > 1000 else None
 
 

@@ -174,7 +174,8 @@ def test_protocols_and_numpy_names(protocol, numpy, marker, tmp_path):
     )
     assert not marker.exists()
     assert (
-        pickles.read(path).protocol == protocol and f"{numpy}.multiarray.scalar" in pickles.read(path).asked
+        pickles.read(path).protocol == protocol
+        and f"{numpy}.multiarray.scalar" in pickles.read(path).name_counts
     )
 
 

@@ -73,11 +73,11 @@ def test_product_fields_are_evaluated_on_a_product_grid():
         density_grid = colour = render = never
 
         def density_product(self, x, y, z):
-            self.asked = True
+            self.name_counts = True
             return self.density(torch.cartesian_prod(x, y, z)).view(1, len(x), len(y), len(z))
 
     field = Product(ball(0.3, centre=(0.0, 0.05, -0.02)))
-    assert torch.equal(densities(field, grid), field.density(grid.vertices)) and field.asked
+    assert torch.equal(densities(field, grid), field.density(grid.vertices)) and field.name_counts
     free = Lattice.of(grid.vertices, grid.tetrahedra, grid.step)
     assert torch.equal(densities(Cloud(ball(0.3)), free), ball(0.3)(grid.vertices)[None])
 

@@ -93,7 +93,7 @@ def test_its_files_lead_from_sampled_assets_to_a_tuned_folder(root, tmp_path):
 
 def test_the_worked_example_runs_as_documented(root, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delitem(FAMILIES._things, "points")
+    monkeypatch.delitem(FAMILIES._entries, "points")
     shutil.rmtree("PAIRS")
     write_conditions(Path("CONDITIONING"), conditions())
     name, _, path = section_of("extending.md", "A new flow family")[0].removeprefix("export ").partition("=")
