@@ -451,14 +451,15 @@ def _step(
     terms = {}
     figures = {}
     paired = _batch(batch.items, batch.of_items, data, options, rngs[0], device) if batch.items else None
-    observed = [] if paired is None else [paired[0]]
+    observations = [] if paired is None else [paired[0]]
     if batch.shapes:
-        observed.append(_shapes(batch.shapes, batch.of_shapes, data, options, rngs[1], device))
+        observations.append(_shapes(batch.shapes, batch.of_shapes, data, options, rngs[1], device))
     rows = 0 if paired is None else len(paired[0])
     # One forward pass for pairs and unpaired labels: batch normalisation, if any, sees both.
     with batch.draws(rows):
         out = state.model(
-            observed[0] if len(observed) == 1 else torch.cat(observed), reconstruct=weights.reconstruction > 0
+            observations[0] if len(observations) == 1 else torch.cat(observations),
+            reconstruct=weights.reconstruction > 0,
         )
     if paired is not None:
         count = len(batch.of_items.rows)
@@ -489,7 +490,7 @@ def _step(
             figures["correct"] = correct
             if out.reconstruction is not None:
                 terms["reconstruction"] = (
-                    weights.reconstruction * reconstruction_loss(out.reconstruction, observed[0]).mean()
+                    weights.reconstruction * reconstruction_loss(out.reconstruction, observations[0]).mean()
                 )
     return _update(state, batch, terms, figures)
 
@@ -561,13 +562,13 @@ def _shapes(
     device,
 ):
     """Return observations [U, ...] of this rank's unpaired labels."""
-    observed = data.store.take([labels[i].seed for i in share.rows], device)
+    observations = data.store.take([labels[i].seed for i in share.rows], device)
     # Random numbers are drawn for all labels, and then selected, so that they equal those of a single
     # rank.
     return (
-        data.observation.augment(observed, draws.random(len(labels))[share.rows])
+        data.observation.augment(observations, draws.random(len(labels))[share.rows])
         if options.mirror
-        else observed
+        else observations
     )
 
 
@@ -587,18 +588,18 @@ def _batch(
     """
     items, total = [items[i] for i in share.rows], len(items)
     count = len(items)
-    observed = data.store.take([i.winner for i in items] + [i.loser for i in items], device)
+    observations = data.store.take([i.winner for i in items] + [i.loser for i in items], device)
     row = torch.arange(count)
     better = [row]
     worse = [row + count]
     if data.anchors and data.anchor_store is not None:
         # One random reference sample per item of the complete step, then this rank's
         drawn = [data.anchors[i] for i in share.of_blocks(rng.integers(len(data.anchors), size=total))]
-        observed = torch.cat([observed, data.anchor_store.take(drawn, device)])
+        observations = torch.cat([observations, data.anchor_store.take(drawn, device)])
         better += [row + 2 * count, row + 2 * count]
         worse += [row, row + count]
     if options.mirror:
-        observed = data.observation.augment(
-            observed, share.of_blocks(rng.random(len(observed) // count * total))
+        observations = data.observation.augment(
+            observations, share.of_blocks(rng.random(len(observations) // count * total))
         )
-    return observed, torch.cat(better).to(device), torch.cat(worse).to(device)
+    return observations, torch.cat(better).to(device), torch.cat(worse).to(device)

@@ -109,7 +109,7 @@ class RewardNetwork(nn.Module, ABC):
         self.scalar_rwd_head_pairs = MLP(2 * embedding, heads, 2)
 
     @abstractmethod
-    def features(self, observed: torch.Tensor) -> torch.Tensor:
+    def features(self, observations: torch.Tensor) -> torch.Tensor:
         """Return the global feature vector before the trunk: [N, ...] -> [N, feature_size]."""
 
     @abstractmethod
@@ -122,16 +122,16 @@ class RewardNetwork(nn.Module, ABC):
     def calibrate(self, take: Callable[[], torch.Tensor]) -> None:
         """Set statistics of the training data; `take` returns all observations, [N, ...]."""
 
-    def embed(self, observed: torch.Tensor) -> torch.Tensor:
+    def embed(self, observations: torch.Tensor) -> torch.Tensor:
         """Return the trunk's output, which all heads read: [N, ...] -> [N, M]."""
-        return self.MLP(self.features(observed))
+        return self.MLP(self.features(observations))
 
-    def score(self, observed: torch.Tensor) -> torch.Tensor:
+    def score(self, observations: torch.Tensor) -> torch.Tensor:
         """Return the reward: [N, ...] -> [N], higher is better.
 
         Differentiable in the input and the parameters.
         """
-        return self.score_embedding(self.embed(observed))
+        return self.score_embedding(self.embed(observations))
 
     def score_embedding(self, embedding: torch.Tensor) -> torch.Tensor:
         """Return the reward of embeddings [N, M] -> [N]."""
@@ -155,7 +155,7 @@ class RewardNetwork(nn.Module, ABC):
         backward = self.pair_logits(second, first)
         return 0.5 * ((forward[:, 0] - forward[:, 1]) - (backward[:, 0] - backward[:, 1]))
 
-    def reconstruct(self, observed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def reconstruct(self, observations: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return `features`, and the input as a decoder reconstructs it.
 
         Raises: ValueError if the network has no decoder.
@@ -165,14 +165,14 @@ class RewardNetwork(nn.Module, ABC):
             " input. Use --set reconstruction=0."
         )
 
-    def forward(self, observed: torch.Tensor, reconstruct: bool = False) -> RewardOutput:
+    def forward(self, observations: torch.Tensor, reconstruct: bool = False) -> RewardOutput:
         """Compute all values that the training losses read: [N, ...] -> RewardOutput.
 
         Raises: ValueError if `reconstruct` is true and the network cannot reconstruct.
         """
         # A decoder shares the encoder's pass, so both come from one call.
         features, reconstruction = (
-            self.reconstruct(observed) if reconstruct else (self.features(observed), None)
+            self.reconstruct(observations) if reconstruct else (self.features(observations), None)
         )
         embedding = self.MLP(features)
         return RewardOutput(

@@ -55,13 +55,13 @@ class Observation(abc.ABC):
         The keyword arguments are the settings that flags such as `--resolution` and `--crop` can change.
         """
 
-    def augment(self, observed: torch.Tensor, draws: np.ndarray) -> torch.Tensor:
+    def augment(self, observations: torch.Tensor, draws: np.ndarray) -> torch.Tensor:
         """Augment training inputs [N, ...] at random.
 
         Args: draws: one random number in [0, 1) per sample, [N]. By default inputs are not changed.
         """
         del draws
-        return observed
+        return observations
 
     def misfits(self, generator: "Generator") -> list[str]:
         """List what the observation needs and this generator lacks, such as 'box_warp 1.0, got 2.0'."""
@@ -192,11 +192,11 @@ class SigmaSlab(Observation):
         # [N, D, H, W] -> [N, 1, D, H, W]
         return normalise_slab(field.density_grid(self.spec), self.spec.value_max).unsqueeze(1)
 
-    def augment(self, observed: torch.Tensor, draws: np.ndarray) -> torch.Tensor:
+    def augment(self, observations: torch.Tensor, draws: np.ndarray) -> torch.Tensor:
         """Mirror slabs along x with probability one half."""
         # The last axis is x, which separates left and right.
-        mirrored = torch.from_numpy(draws < 0.5).to(observed.device)
-        return torch.where(mirrored[:, None, None, None, None], observed.flip(-1), observed)
+        mirrored = torch.from_numpy(draws < 0.5).to(observations.device)
+        return torch.where(mirrored[:, None, None, None, None], observations.flip(-1), observations)
 
     def misfits(self, generator: "Generator") -> list[str]:
         """List differences between this slab's cube and the generator's."""

@@ -90,15 +90,15 @@ class PointNetwork(RewardNetwork):
                 " the observation that is stored with the reward."
             )
 
-    def _read(self, observed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _read(self, observations: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the cloud and its positions [N, 3, P]. Raises: ValueError for other shapes."""
-        if observed.ndim != 3:
+        if observations.ndim != 3:
             raise ValueError(
-                f"reward: expected clouds [N, {self.arch.inputs}, P], got {list(observed.shape)}. Pass the"
-                " result of the reward's observation."
+                f"reward: expected clouds [N, {self.arch.inputs}, P], got {list(observations.shape)}. Pass"
+                " the result of the reward's observation."
             )
-        self.check(observed.shape[1:])
-        return observed, observed[:, :3]
+        self.check(observations.shape[1:])
+        return observations, observations[:, :3]
 
 
 def leaky(x: torch.Tensor) -> torch.Tensor:

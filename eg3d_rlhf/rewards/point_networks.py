@@ -308,9 +308,9 @@ class CurveNet(PointNetwork):
         self.arch: CurveNetArch = arch
         self.CurveNetModule = CurveNetModule(arch)
 
-    def features(self, observed: torch.Tensor) -> torch.Tensor:
+    def features(self, observations: torch.Tensor) -> torch.Tensor:
         """Return features of clouds [N, C, P], see `RewardNetwork`."""
-        return self.CurveNetModule(*self._read(observed))
+        return self.CurveNetModule(*self._read(observations))
 
 
 # PointNet++ (Qi et al. 2017, arXiv 1706.02413) as in the published point reward: two set abstractions and a
@@ -417,9 +417,9 @@ class PointNet2(PointNetwork):
         self.arch: PointNet2Arch = arch
         self.PointNet2Module = PointNet2Module(arch)
 
-    def features(self, observed: torch.Tensor) -> torch.Tensor:
+    def features(self, observations: torch.Tensor) -> torch.Tensor:
         """Return features of clouds [N, C, P], see `RewardNetwork`."""
-        return self.PointNet2Module(*self._read(observed))
+        return self.PointNet2Module(*self._read(observations))
 
 
 # PointNet (Qi et al. 2017, arXiv 1612.00593) as in the published point reward: without transform networks,
@@ -458,9 +458,9 @@ class PointNet(PointNetwork):
         self.conv3 = nn.Conv1d(b, c, 1)
         self.bn1, self.bn2, self.bn3 = (norm(arch.norm, width) for width in arch.widths)
 
-    def features(self, observed: torch.Tensor) -> torch.Tensor:
+    def features(self, observations: torch.Tensor) -> torch.Tensor:
         """Return features of clouds [N, C, P], see `RewardNetwork`."""
-        x, _ = self._read(observed)
+        x, _ = self._read(observations)
         for layer, normalise in ((self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)):
             x = F.softplus(normalise(layer(x)))
         largest = x.max(dim=2).values

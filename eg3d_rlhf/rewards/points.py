@@ -160,14 +160,14 @@ def in_box(points: torch.Tensor, side: float, centre: tuple[float, float, float]
 _OPAQUE = 0.5  # least opacity of a pixel whose depth counts as that of a surface
 
 
-def mirror(observed: torch.Tensor, draws: np.ndarray) -> torch.Tensor:
+def mirror(observations: torch.Tensor, draws: np.ndarray) -> torch.Tensor:
     """Mirror clouds [N, 3 or 6, P] left to right with probability one half: x of positions and normals is
     negated.
     """
-    signs = torch.ones_like(observed[:, :, :1])
+    signs = torch.ones_like(observations[:, :, :1])
     # Channels 0 and 3 are the x components of position and normal.
     signs[torch.from_numpy(draws < 0.5), ::3] = -1.0
-    return observed * signs
+    return observations * signs
 
 
 def _check_cloud(owner: str, points: int, seed: int) -> None:
@@ -233,9 +233,9 @@ class LevelSetPoints(Observation):
         cloud = torch.cat([in_box(points, self.spec.box_warp, self.spec.centre), normals], dim=2)
         return (cloud * has_surface[..., None]).transpose(1, 2)
 
-    def augment(self, observed: torch.Tensor, draws: np.ndarray) -> torch.Tensor:
+    def augment(self, observations: torch.Tensor, draws: np.ndarray) -> torch.Tensor:
         """Mirror clouds with probability one half."""
-        return mirror(observed, draws)
+        return mirror(observations, draws)
 
     def misfits(self, generator: "Generator") -> list[str]:
         """List differences between this observation's cube and the generator's."""
@@ -319,9 +319,9 @@ class LiftedPoints(Observation):
         chosen, has_pixels = choose_places(usable, self.points, self.seed)
         return (points.gather(1, chosen[..., None].expand(-1, -1, 3)) * has_pixels[..., None]).transpose(1, 2)
 
-    def augment(self, observed: torch.Tensor, draws: np.ndarray) -> torch.Tensor:
+    def augment(self, observations: torch.Tensor, draws: np.ndarray) -> torch.Tensor:
         """Mirror clouds with probability one half."""
-        return mirror(observed, draws)
+        return mirror(observations, draws)
 
     def misfits(self, generator: "Generator") -> list[str]:
         """List differences between this observation's camera and box and the generator's."""
@@ -368,10 +368,10 @@ class PublishedPoints(LiftedPoints):
         points = self._seen(field)[0]
         return self_scaled(points[:, evenly(points.shape[1], self.points)]).transpose(1, 2)
 
-    def augment(self, observed: torch.Tensor, draws: np.ndarray) -> torch.Tensor:
+    def augment(self, observations: torch.Tensor, draws: np.ndarray) -> torch.Tensor:
         """Scale each axis by 0.95 ... 1.05, and move each coordinate by at most 0.001, at random."""
         scaled = []
-        for cloud, number in zip(observed, draws, strict=True):
+        for cloud, number in zip(observations, draws, strict=True):
             # Each sample's number in [0, 1) becomes the seed of its own stream.
             random = np.random.default_rng(int(number * 2**53))
             scale = random.uniform(0.95, 1.05, (3, 1))

@@ -69,9 +69,9 @@ class Reward(nn.Module):
         """
         return self.network.score(self.observation.observe(field))
 
-    def score_observed(self, observed: torch.Tensor) -> torch.Tensor:
+    def score_observed(self, observations: torch.Tensor) -> torch.Tensor:
         """Return the reward of observations, [N, ...] -> [N]. Differentiable in the observations."""
-        return self.network.score(observed)
+        return self.network.score(observations)
 
     @property
     def temperature(self) -> float:

@@ -138,7 +138,7 @@ class RewardModel(RewardNetwork):
         # [N, p^3, D/p, H/p, W/p]
         patches = self._patches(slab)
         final, bottleneck = (
-            fused.maps(self, patches) if fused.applies(self, slab) else self.Conv3DModule(patches)
+            fused.maps(self, patches) if fused.is_supported(self, slab) else self.Conv3DModule(patches)
         )
         response = final[:, arch.recon_channels :]  # the channels before it are reconstructions
         if arch.pooling == "slice_max":
@@ -158,40 +158,40 @@ class RewardModel(RewardNetwork):
             )
         return to_patches(slab * arch.input_scale if arch.input_scale != 1 else slab, arch.patch)
 
-    def features(self, observed: torch.Tensor) -> torch.Tensor:
+    def features(self, observations: torch.Tensor) -> torch.Tensor:
         """Return the global feature vector before the trunk: slabs [N, 1, D, H, W] in [0, 100] -> [N, M]."""
         check_shape(
             "RewardModel(slab)",
-            observed,
+            observations,
             ("N", 1, "D", "H", "W"),
             "Pass the result of the reward's observation.",
         )
         if self.arch.extractor == "strided":
-            return self.extractor(observed)
+            return self.extractor(observations)
         # Without gradients of the weights, the fused pass can pool without storing the final maps.
-        if fused.applies(self, observed) and not fused.learns(self):
-            return fused.features(self, self._patches(observed))
-        return self._pooled(observed)[1]
+        if fused.is_supported(self, observations) and not fused.needs_weight_gradients(self):
+            return fused.features(self, self._patches(observations))
+        return self._pooled(observations)[1]
 
-    def reconstruct(self, observed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def reconstruct(self, observations: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return features and the reconstruction [N, 1, D, H, W] of slabs, see `RewardNetwork`."""
         if self.arch.extractor == "strided":
-            return super().reconstruct(observed)
+            return super().reconstruct(observations)
         check_shape(
             "RewardModel(slab)",
-            observed,
+            observations,
             ("N", 1, "D", "H", "W"),
             "Pass the result of the reward's observation.",
         )
-        final, features = self._pooled(observed)
+        final, features = self._pooled(observations)
         # Maximum over channels, then a scalar affine, as published.
         out = final[:, : self.arch.recon_channels].max(dim=1, keepdim=True).values
         affine = self.Conv3DModule.conv3d_for_recon
-        out = fused.pointwise(affine, out) if fused.applies(self, observed) else affine(out)
+        out = fused.pointwise(affine, out) if fused.is_supported(self, observations) else affine(out)
         if self.arch.patch > 1:
             out = F.interpolate(out, scale_factor=self.arch.patch, mode="nearest")
         # Cut off what `to_patches` padded.
-        d, h, w = observed.shape[2:]
+        d, h, w = observations.shape[2:]
         return features, out[:, :, :d, :h, :w]
 
 

@@ -95,13 +95,13 @@ class AsSeen(RewardNetwork):
         # One constant buffer, since a state dict must not be empty.
         self.register_buffer("scale", torch.ones(1))
 
-    def features(self, observed: torch.Tensor) -> torch.Tensor:
+    def features(self, observations: torch.Tensor) -> torch.Tensor:
         """Return the observation [N, 1]."""
-        return observed * self.scale
+        return observations * self.scale
 
-    def embed(self, observed: torch.Tensor) -> torch.Tensor:
+    def embed(self, observations: torch.Tensor) -> torch.Tensor:
         """Return the observation [N, 1]."""
-        return self.features(observed)
+        return self.features(observations)
 
     def score_embedding(self, embedding: torch.Tensor) -> torch.Tensor:
         """Return scores [N] of embeddings [N, 1]."""

@@ -32,10 +32,10 @@ from eg3d_rlhf.rewards.evaluation import (
     Network,
     collect_curves,
     evaluate,
+    evaluate_feature,
     evaluate_unpaired,
     fit_temperature,
     margins,
-    ordered_by,
     plot_curves,
     score_seeds,
     too_few,
@@ -227,8 +227,12 @@ def train_and_judge(settings: RewardRun, opened: Opened, run: Run) -> None:
     # One network needs no aggregate, and its file then has the form of a single network.
     model: Network = states[0].model
     if len(states) > 1:
-        observed = untuned(generator.generator, opened.observation, psi, settings.cutoff, settings.slab_batch)
-        model = combine([state.model for state in states], settings.aggregate, settings.strength, observed)
+        observations = untuned(
+            generator.generator, opened.observation, psi, settings.cutoff, settings.slab_batch
+        )
+        model = combine(
+            [state.model for state in states], settings.aggregate, settings.strength, observations
+        )
     report = assess(settings, model, states, data, splits) | {"too_few": warning}
     # A simple baseline: how many test pairs does the volume alone order correctly?
     if (
@@ -236,7 +240,7 @@ def train_and_judge(settings: RewardRun, opened: Opened, run: Run) -> None:
         and not shapes
         and any(label.clean is not None for label in splits.test)
     ):
-        report["test_by_volume"] = ordered_by(volumes(settings, opened, splits.test), splits.test)
+        report["test_by_volume"] = evaluate_feature(volumes(settings, opened, splits.test), splits.test)
     # If --labels and --unpaired name the same file, it counts once.
     label_sets = (labels if settings.labels.file != settings.unpaired else [], unpaired)
     report["labels_file"], report["labels_sha256"] = (
