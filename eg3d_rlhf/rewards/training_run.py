@@ -393,7 +393,14 @@ def summary_lines(report: dict, path: Path) -> Iterator[str]:
 
 
 def _bar(total: int, title: str, unit: str, ranks: Ranks) -> Callable[[int], None]:
-    """Show a progress bar on stderr of rank 0, and return a function that advances it by a number of units."""
+    """Show a progress bar on stderr of rank 0, and return a function that advances it by a number of units.
+
+    Args:
+        total: number of units of the complete bar.
+        title: text before the bar.
+        unit: name of a unit.
+        ranks: processes of the run.
+    """
     bar = tqdm(total=total, desc=title, unit=unit, disable=not ranks.main)
     # `and None` discards the result of `update`.
     return lambda count: bar.update(count) and None
