@@ -246,7 +246,7 @@ def heads(m: Maker) -> dict:
     features = m.normal(12, 36).requires_grad_()
     reward = network.head(features)
     reward.sum().backward()
-    m.add({"features": features, "feature128": network.mlp.wide(features)}, "scorer/")
+    m.add({"features": features, "feature128": network.mlp.hidden(features)}, "scorer/")
     m.add({"reward": reward[:, None], "raw": reward[:, None] * STD + MEAN}, "scorer/")
     m.add({"dreward_dfeatures": features.grad}, "scorer/")
     m.add({"features": features, "out": network.mlp(features)}, "mlp/")

@@ -113,7 +113,7 @@ def reward_costs(path: str | Path, images: int, noises: int = 1) -> Costs:
 
 
 def _clip_costs(clip: Any, images: int, noises: int) -> Costs:
-    """Estimate the memory of a CLIP model, of which only the image encoder depends on the number of images."""
+    """Estimate the memory of a CLIP model, whose image encoder alone depends on the number of images."""
 
     def encode_images(x: torch.Tensor) -> torch.Tensor:
         """Return the embeddings of images x."""

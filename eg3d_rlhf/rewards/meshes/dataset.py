@@ -31,7 +31,7 @@ from eg3d_rlhf.preferences.labels import jsonl_records
 from eg3d_rlhf.preferences.unpaired import SCALE, UnpairedPreference, split_unpaired
 from eg3d_rlhf.rewards.box_prompts import PROMPTS
 from eg3d_rlhf.rewards.boxes import FLOOR, build, nose_voxels, side_axes
-from eg3d_rlhf.rewards.meshes.patches import PatchOptions, patches_of, stacked
+from eg3d_rlhf.rewards.meshes.patches import PatchOptions, concatenate, patches_of
 from eg3d_rlhf.rewards.meshes.surfaces import Lattice, closed_level, cube, net_mesh, signed_volume
 from training.phases import derive_seed
 
@@ -262,7 +262,9 @@ def generate_meshes(
         kinds.append(kind)
         if on_shape is not None:
             on_shape(1)
-    return MeshSet(patches=stacked(patches), labels=tuple(labels), prompts=tuple(prompts), kinds=tuple(kinds))
+    return MeshSet(
+        patches=concatenate(patches), labels=tuple(labels), prompts=tuple(prompts), kinds=tuple(kinds)
+    )
 
 
 def read(path: Path, options: PatchOptions, on_shape: OnShape = None) -> MeshSet:
@@ -291,7 +293,7 @@ def read(path: Path, options: PatchOptions, on_shape: OnShape = None) -> MeshSet
             f"--data: {path.name}: expected at least one mesh, got an empty file. Add meshes to the file."
         )
     return MeshSet(
-        patches=stacked(patches), labels=tuple(labels), prompts=tuple(prompts), kinds=("",) * len(labels)
+        patches=concatenate(patches), labels=tuple(labels), prompts=tuple(prompts), kinds=("",) * len(labels)
     )
 
 
