@@ -405,7 +405,7 @@ def load_mesh(path: Path) -> Mesh:
 
 
 def randomised_labels(labels: Sequence[UnpairedPreference], seed: int) -> list[UnpairedPreference]:
-    """Permute scores and labels at random over the meshes. The result is a control without learnable signal."""
+    """Permute scores and labels at random over the meshes. The result is a control without signal."""
     # A separate stream of random numbers (3), so that the order of batches is not changed.
     order = np.random.default_rng([seed, 3]).permutation(len(labels))
     return [
