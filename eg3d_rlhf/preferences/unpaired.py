@@ -102,7 +102,7 @@ class UnpairedPreference:
         return float(bool(self.label)) if self.score is None else self.score / SCALE
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the label as JSON values, with 1 and 0 for truth values. Fields that are None are left out."""
+        """Return the label as JSON values, with 1 and 0 for truth values, without fields that are None."""
         record = {}
         for name in FIELDS:
             value = getattr(self, name)
