@@ -153,7 +153,7 @@ def _newton(
         x[n] = math.log(2 * tie.sum() / max(1, (~tie).sum()))
 
     def logits_and_total(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the logits [3, M] of win, loss and tie, and the logarithm of the sum of their exponentials [M]."""
+        """Return logits [3, M] of win, loss and tie, and the logarithm [M] of their summed exponentials."""
         difference = x[i] - x[j]
         tie_logit = np.full_like(difference, x[n] if has_ties else -np.inf)
         logits = np.stack([difference / 2, -difference / 2, tie_logit])

@@ -13,8 +13,8 @@ from eg3d_rlhf.rewards.meshes.patchifiers import (
     maps,
     nearest_on,
     neighbours,
-    placed,
     regions,
+    to_frame,
 )
 from eg3d_rlhf.rewards.meshes.settings import PLACES, PatchOptions
 from eg3d_rlhf.rewards.meshes.surfaces import (
@@ -283,5 +283,5 @@ def test_gradients_of_features_equal_differences(place):
     )
     faces = torch.tensor([[0, 2, 1], [0, 1, 3], [1, 2, 3], [0, 3, 2]])
     assert torch.autograd.gradcheck(
-        lambda v: face_features(placed(Mesh(v, faces), place), faces)[0], (vertices,)
+        lambda v: face_features(to_frame(Mesh(v, faces), place), faces)[0], (vertices,)
     )
