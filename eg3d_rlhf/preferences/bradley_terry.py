@@ -87,8 +87,8 @@ def bradley_terry(
     free = np.array([k for k in range(n) if k not in fixed], dtype=int)
     if not len(free):
         raise ValueError(
-            f"bradley_terry: the strengths of all {n} items are given, so there is nothing to estimate. Give"
-            " the strengths of fewer items."
+            f"bradley_terry(held): the strengths of all {n} items are given, so there is nothing to"
+            " estimate. Give the strengths of fewer items."
         )
     # Fixed strengths need no comparisons to be bounded, so edges in a ring connect their items.
     ring = np.array(list(fixed), dtype=int)
@@ -391,7 +391,7 @@ def elo(
     held = dict(held or {})
     assert draws in DRAWS and all(judgement.winner in ("a", "b", "tie") for judgement in judgements)
     if not judgements:
-        raise ValueError("elo: there are no judgements. Compare some pairs first.")
+        raise ValueError("elo: there are no judgements. Add results of comparisons.")
 
     def fit(sample: Sequence[Judgement]) -> tuple[Strengths, dict[str, float]]:
         """Return the strengths and the ratings of a sample of comparisons."""
@@ -490,7 +490,7 @@ def read_judgements(path: str | Path) -> list[Judgement]:
             )
         judgements.append(judgement)
     if not judgements:
-        raise ValueError(f"{path.name}: the file contains no judgement. Compare some pairs first.")
+        raise ValueError(f"{path.name}: the file contains no judgement. Add results of comparisons.")
     return judgements
 
 

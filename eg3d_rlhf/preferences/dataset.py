@@ -88,7 +88,7 @@ def split_by_seed(
     if empty_splits:
         raise ValueError(
             f"split_by_seed: {len(usable_labels)} usable labels are too few, because the split"
-            f" {' and the split '.join(empty_splits)} got no label. Label more pairs with new seeds."
+            f" {' and the split '.join(empty_splits)} got no label. Add labels of pairs with new seeds."
         )
     used_count = len(train) + len(val) + len(test)
     return Splits(

@@ -338,7 +338,9 @@ def read_said(path: Path, known: Known) -> list[LabelLine]:
         except ValueError as error:
             raise ValueError(f"{path.name}, line {number}: {error}") from None
     if not label_lines:
-        raise ValueError(f"{path.name}, line 1: the file contains no label. Label some assets first.")
+        raise ValueError(
+            f"{path.name}, line 1: the file is empty and contains no label. Add labels of some assets."
+        )
     return label_lines
 
 
@@ -508,7 +510,7 @@ def _describe_no_signal(lines: Sequence[LabelLine], prompt_of: Mapping[str, str]
             f"all {len(lines)} labels state that the asset is {'good' if lines[0].value else 'bad'}, so that"
             " they do not distinguish assets. Label further assets, or use scores."
         )
-    equal_labels = "only ties" if kind in ("rank", "pair") else f"equal values of {kind}"
+    equal_labels = "only ties" if kind in ("rank", "pair") else f"equal {kind}s"
     return (
         f"the labels of each prompt are {equal_labels}, so that they do not distinguish assets. Label further"
         " assets, or use a finer scale."

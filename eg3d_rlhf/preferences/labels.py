@@ -76,7 +76,7 @@ class Preference:
             )
         if self.clean is not None and self.clean not in (self.winner, self.loser):
             raise ValueError(
-                f"expected clean to be the winner {self.winner} or the loser {self.loser}, got"
+                f"expected clean to be {self.winner} or {self.loser}, got"
                 f" {self.clean!r}. Write the seed of the better shape, or remove the field clean."
             )
         check_psi(self.psi)
@@ -165,7 +165,9 @@ def read_records(
         except ValueError as error:
             raise ValueError(f"{path.name}, line {line}: {error}") from error
     if not labels:
-        raise ValueError(f"{path.name}, line 1: the file contains no label. Label some {things} first.")
+        raise ValueError(
+            f"{path.name}, line 1: the file is empty and contains no label. Label some {things} first."
+        )
     return labels
 
 

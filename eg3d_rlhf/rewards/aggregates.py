@@ -149,5 +149,5 @@ def check_joining(kind: str | None, strength: float | None) -> None:
     elif strength is not None:
         raise ValueError(
             f"--strength={strength} applies only to --aggregate=lcb, uwo or softmin, and"
-            f" {f'--aggregate={kind}' if kind else 'no --aggregate'} was given. Remove --strength."
+            f" {f'--aggregate={kind}' if kind else 'none'} was given. Remove --strength."
         )

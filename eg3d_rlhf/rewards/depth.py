@@ -248,8 +248,8 @@ class PublishedDepth(RewardNetwork):
         super().__init__(views * FEATURES, trunk=(512, 512), embedding=512, heads=(256, 128))
         if not backbone:
             raise ValueError(
-                "--backbone is missing: a reward with a ResNet-50 needs the file of its weights in"
-                " torchvision's format. Pass --backbone=FILE."
+                "--backbone: a reward with a ResNet-50 needs the file of its weights in torchvision's"
+                " format, but none was given. Pass --backbone=FILE."
             )
         # The environment variable has priority, since the file may have another path on another machine.
         self.external = load_backbone(os.environ.get(BACKBONE) or backbone, backbone_sha256)

@@ -425,7 +425,8 @@ def _check_unpaired(data: TrainData, options: TrainOptions) -> None:
     if has_unpaired_loss and kinds != {True, False}:
         raise ValueError(
             "--regression and --divergence need labels of preferred shapes and of shapes that are not"
-            f" preferred, but all {len(data.unpaired)} training labels are of one kind. Label more shapes."
+            f" preferred, but all {len(data.unpaired)} training labels are of one kind, and none are of the"
+            " other kind. Add labels of the other kind to --unpaired."
         )
 
 

@@ -111,7 +111,7 @@ class Observation(abc.ABC):
         except TypeError as error:
             raise ValueError(
                 f"observation {cls.kind}: the reward's file has unknown or missing fields: {error}. If a"
-                " later version of the package wrote the file, open it with that version."
+                " later version of the package wrote the file, use that version to open it."
             ) from error
 
 

@@ -30,7 +30,7 @@ class Architecture:
         except TypeError as error:
             raise ValueError(
                 f"{cls.__name__}: the reward's file has unknown or missing fields: {error}. If a later"
-                " version of the package wrote the file, open it with that version."
+                " version of the package wrote the file, use that version to open it."
             ) from error
 
 

@@ -323,8 +323,8 @@ def resolve(root: Mapping, value: Any, source: str) -> Any:
         if isinstance(value, str) and len(value) > 4096:
             break
     raise ValueError(
-        f"{source}: references refer to themselves, or more than {_MAX_STEPS} of them follow each other."
-        " Replace them by their values."
+        f"{source}: references refer to themselves (a circle), or more than {_MAX_STEPS} of them follow each"
+        " other. Replace them by their values."
     )
 
 

@@ -460,7 +460,7 @@ def _common_value(rewards: Mapping[str, Reward], name: str):
         }
         list_of_values = ", ".join(f"{value} in {reward}" for reward, value in shortened_values.items())
         raise ValueError(
-            f"rewards: their provenances state different values of {name}: {list_of_values}. Join rewards"
+            f"rewards: their provenances state different values of {name}: {list_of_values}. Use rewards"
             f" with the same {name}."
         )
     return next(iter(stated_values.values()), None)

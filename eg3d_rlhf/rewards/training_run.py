@@ -142,8 +142,8 @@ def open_generators(
         return generators
     if settings.any_generator:
         raise ValueError(
-            "--set any_generator=true cannot be combined with --set more_networks, because it applies to one"
-            " generator. Remove one of both settings."
+            "--set any_generator=true cannot be combined with --set more_networks, because it applies to a"
+            " single --network. Remove one of both settings."
         )
     hashes = [generator.hash for generator in generators]
     # Number of labels by the hash of their generator; the key None counts labels that do not name it.

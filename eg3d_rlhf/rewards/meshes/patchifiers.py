@@ -195,7 +195,7 @@ class Plan(NamedTuple):
     mask: torch.Tensor  # bool [P], False for patches that do not exist and whose faces have no meaning
 
     def mixed(self, vertices: torch.Tensor) -> torch.Tensor:
-        """Compute the new vertices [N', 3] from the vertices [N, 3] of the mesh. Differentiable in vertices."""
+        """Compute the new vertices [N', 3] from the vertices [N, 3]. Differentiable in vertices."""
         if self.source is None or self.weight is None:
             return vertices
         return (vertices[self.source] * self.weight.to(vertices.dtype)[..., None]).sum(dim=1)
