@@ -457,9 +457,9 @@ def _interval(value: float, resampled_values: Sequence[float]) -> dict[str, floa
     With few resamples these ends are more stable than quantiles. With fewer than two resamples the interval
     has no width.
     """
-    standard_deviation = float(np.std(resampled_values, ddof=1)) if len(resampled_values) > 1 else 0.0
+    std = float(np.std(resampled_values, ddof=1)) if len(resampled_values) > 1 else 0.0
     # 1.96 is the quantile of the normal distribution for 95 %.
-    half_width = 1.96 * standard_deviation
+    half_width = 1.96 * std
     return {"lo": value - half_width, "hi": value + half_width}
 
 

@@ -166,7 +166,7 @@ def read_records(
             raise ValueError(f"{path.name}, line {line}: {error}") from error
     if not labels:
         raise ValueError(
-            f"{path.name}, line 1: the file is empty and contains no label. Label some {things} first."
+            f"{path.name}, line 1: the file is empty and contains no label. Add labels of {things}."
         )
     return labels
 

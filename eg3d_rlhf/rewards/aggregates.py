@@ -46,8 +46,8 @@ def lower_bound(scores: "torch.Tensor", k: float) -> "torch.Tensor":
     # [N], over members
     variance = scores.var(dim=0, correction=0)
     # clamp_min keeps the root's gradient finite, and the mask makes value and gradient 0 where members agree.
-    standard_deviation = variance.clamp_min(_EPS**2).sqrt() * (variance > _EPS**2)
-    return scores.mean(dim=0) - k * standard_deviation
+    std = variance.clamp_min(_EPS**2).sqrt() * (variance > _EPS**2)
+    return scores.mean(dim=0) - k * std
 
 
 def variance_penalty(scores: "torch.Tensor", weight: float) -> "torch.Tensor":

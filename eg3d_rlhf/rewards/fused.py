@@ -663,7 +663,8 @@ class _Pass:
 
         Args:
             block: the block.
-            h_gradient: gradient of h through the gated product, without the part through the channel gate.
+            h_gradient: gradient of h through the product with the gates, without the part through the channel
+                gate.
             gate_sums: gradients [N, 2 C + 1] per sample: C for the channel gate, C for the weights of the
                 voxel gate, and one for its bias. The last C + 1 may be missing without gradients of weights.
             weight_gradients: receives the gradients of the weights; None if they are not needed.
@@ -732,7 +733,8 @@ def _gate_gradients(
         block: the block.
         gated_gradient: gradient of the volume after the gates, or None if it is 0.
         pooled_gradient: gradient of this volume after max-pooling, or None if it was not pooled.
-    Returns: the gradient of h through the gated product, and the gradient sums [N, 2 C + 1] of the gates.
+    Returns: the gradient of h through the product with the gates, and the gradient sums [N, 2 C + 1] of the
+        gates.
     """
     return ops.volume_gate_gradient(block.h, block.gate, *block.spatial(), gated_gradient, pooled_gradient)
 

@@ -707,7 +707,7 @@ def _pair_batch(
     better = [row]
     worse = [row + count]
     if data.anchors and data.anchor_store is not None:
-        # One random reference sample is drawn per pair of the complete step, and this rank's are selected.
+        # One random reference sample is chosen per pair of the complete step, and this rank's are selected.
         reference_indices = share.select_from_blocks(rng.integers(len(data.anchors), size=total))
         reference_seeds = [data.anchors[i] for i in reference_indices]
         observations = torch.cat([observations, data.anchor_store.take(reference_seeds, device)])

@@ -53,8 +53,8 @@ def disagreement(scores: np.ndarray, pairs: np.ndarray) -> np.ndarray:
         pairs: numbers of the items of each pair, [C, 2].
     """
     # Standard deviation over the K rewards of the probability that the first item is better
-    standard_deviation: np.ndarray = expit(scores[:, pairs[:, 0]] - scores[:, pairs[:, 1]]).std(axis=0)
-    return standard_deviation
+    std: np.ndarray = expit(scores[:, pairs[:, 0]] - scores[:, pairs[:, 1]]).std(axis=0)
+    return std
 
 
 def closeness(scores: np.ndarray, pairs: np.ndarray) -> np.ndarray:
@@ -79,13 +79,13 @@ def pair_features(embeddings: np.ndarray, pairs: np.ndarray) -> np.ndarray:
         embeddings: embeddings [N, M] of items.
         pairs: numbers of the items of each pair, [C, 2].
     """
-    standard_deviation = embeddings.std(axis=0)
+    std = embeddings.std(axis=0)
     # Entries that are constant over all items carry no information and become 0.
     standardised_embeddings = np.divide(
         embeddings - embeddings.mean(axis=0),
-        standard_deviation,
+        std,
         out=np.zeros_like(embeddings),
-        where=standard_deviation > 0,
+        where=std > 0,
     )
     a = standardised_embeddings[pairs[:, 0]]
     b = standardised_embeddings[pairs[:, 1]]
