@@ -187,7 +187,7 @@ def _direction(
     # makes the matrix regular, and does not change the result for a contrast.
     constant = np.trace(information, axis1=1, axis2=2)[:, None, None] / len(contrast) ** 2
     right_side = np.broadcast_to(contrast, strength.shape)[..., None]
-    # I^-1 contrast, [R, G]
+    # The inverse of the information times the contrast, [R, G]
     solution = np.linalg.solve(information + constant + 1e-14 * np.eye(len(contrast)), right_side)[..., 0]
     # The inverse of the efficient information is contrast . I^-1 contrast.
     variance = (solution @ contrast)[:, None]

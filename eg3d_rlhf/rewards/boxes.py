@@ -192,8 +192,7 @@ def build(
                     _logit(colour) - _logit(COLOURS[prompt.body])
                 )
         if prompt.kind == "janus":
-            # A nose is also geometry: its density follows the share of the face. [A, 1] over the nose's
-            # voxels
+            # A nose is also geometry: its density follows the share of the face. [A, 1]
             voxels.shape[:, nose_voxels(n, side)] = (empty + share * (solid - empty))[:, None]
     return voxels
 
