@@ -1,5 +1,6 @@
 """Preference labels: formats, splits, losses, and simulated annotators."""
 
-# scores of single shapes: preferred from GOOD on, not preferred up to BAD, no label in between
+# Thresholds for scores (0 to 5) of single shapes: a shape is preferred from GOOD upwards, and not preferred
+# up to BAD. A score between both thresholds gives no label.
 GOOD = 4.0
 BAD = 3.5

@@ -1,8 +1,12 @@
-"""Agreement of annotators beyond chance: Cohen's kappa for two, Krippendorff's alpha for any number with
-missing answers.
+"""Agreement of annotators beyond chance: Cohen's kappa for two annotators, Krippendorff's alpha for any
+number.
 
-Letters: U units (pairs of shapes), K categories of answers, T kinds of units (units with equal answers), B
-random samples.
+Cohen (1960), "A coefficient of agreement for nominal scales". Krippendorff (2011), "Computing Krippendorff's
+alpha-reliability"; with alpha, annotators may leave units unanswered.
+
+Shapes: U units (pairs of shapes that were labelled), K categories of answers, T kinds of units (units with
+    the
+same answers are of one kind), B random samples.
 """
 
 import itertools
@@ -12,59 +16,70 @@ from typing import Any
 
 import numpy as np
 
-# With fewer units that two annotators answered there is no interval: none that we tried has its coverage
-# (docs/results/intervals.md).
+# Least number of units with answers of two annotators for which an interval is computed. With fewer units, no
+# interval that we tried has the stated coverage (docs/results/intervals.md).
 LEAST_UNITS = 10
-_DRAWS = 2000  # samples of the posterior
-# Prior numbers of agreeing and differing units. Of those tried, these gave a coverage nearest to 95 %.
+_DRAWS = 2000  # number of random samples of the posterior
+# Prior numbers of agreeing and of differing units. Of the values that we tried, these gave intervals whose
+# coverage is closest to 95 %.
 _AGREEING = 0.7
 _DIFFERING = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
 class Agreement:
-    """A coefficient of agreement: 1 is perfect agreement, 0 the agreement by chance; below 0, annotators
-    disagree systematically. None if it is undefined.
+    """A coefficient of agreement with its interval.
+
+    A value of 1 is perfect agreement, and 0 is the agreement by chance. Below 0, annotators disagree
+    systematically.
     """
 
-    value: float | None  # the coefficient
-    lo: float | None  # None also below LEAST_UNITS
-    hi: float | None
-    n: int  # units with answers of at least two annotators
+    value: float | None  # coefficient; None if it is undefined
+    lo: float | None  # lower end of the interval; None if undefined or for fewer than LEAST_UNITS units
+    hi: float | None  # upper end of the interval; None in the same cases as `lo`
+    n: int  # number of units with answers of at least two annotators
 
     def to_dict(self) -> dict[str, Any]:
-        """Return JSON values."""
+        """Return the coefficient and its interval as JSON values."""
         return {"value": self.value, "ci95": None if self.lo is None else [self.lo, self.hi], "n": self.n}
 
 
 def cohen_kappa(
     first: Sequence[Hashable], second: Sequence[Hashable], confidence: float = 0.95, seed: int = 0
 ) -> Agreement:
-    """Compute Cohen's kappa of two annotators' answers to the same units, in the same order.
+    """Compute Cohen's kappa of two annotators.
 
-    Cohen (1960): kappa = (p_o - p_e) / (1 - p_e).
+    kappa = (p_o - p_e) / (1 - p_e) (Cohen 1960), where p_o is the share of units with equal answers, and p_e
+    this share if the answers of both annotators were independent. The value is None if all answers of both
+    annotators are the same, because p_e is then 1.
 
-    The interval has equal tails of the posterior under a Dirichlet prior of 0.7 agreeing and 0.5 differing
-    units, spread evenly over the cells of the table. The data have the weight of n - 1 units. The upper end
-    is 1 if all answers agree. There is no interval below LEAST_UNITS. Large-sample variances (Fleiss, Cohen
-    and Everitt 1969) and bootstraps have zero width if all answers agree.
+    The interval contains the middle of the posterior distribution of kappa, with equal tails. The prior is a
+    Dirichlet distribution with 0.7 agreeing and 0.5 differing units, distributed evenly over the cells of the
+    table of answers, and the data have the weight of n - 1 units. The upper end is 1 if all answers agree.
+    Intervals from large-sample variances (Fleiss, Cohen and Everitt 1969) and from bootstraps would have zero
+    width in this case. There is no interval for fewer than LEAST_UNITS units.
 
-    Undefined (None) if both annotators gave a single, equal answer throughout: chance then always agrees.
+    Args:
+        first: answers of the first annotator.
+        second: answers of the second annotator to the same units, in the same order.
+        confidence: level of the interval, in 0..1.
+        seed: seed of the random samples of the posterior.
     """
     n = len(first)
     index = {answer: i for i, answer in enumerate(dict.fromkeys([*first, *second]))}
     k = len(index)
     if k < 2:
         return Agreement(value=None, lo=None, hi=None, n=n)
-    table = np.zeros((k, k))  # [K, K], rows: first annotator
-    for a, b in zip(first, second, strict=True):
-        table[index[a], index[b]] += 1
+    table = np.zeros((k, k))  # [K, K], numbers of units by the answers of the first and second annotator
+    for first_answer, second_answer in zip(first, second, strict=True):
+        table[index[first_answer], index[second_answer]] += 1
     value = float(_kappa(table))
     if n < LEAST_UNITS:
         return Agreement(value=value, lo=None, hi=None, n=n)
-    # Diagonal cells share the agreeing units, the K^2 - K others the differing ones.
+    # The K diagonal cells share the agreeing units of the prior, and the K^2 - K other cells the differing
+    # ones.
     prior = np.where(np.eye(k) > 0, _AGREEING / k, _DIFFERING / (k * k - k))
-    # Gamma variables divided by their sum have a Dirichlet distribution; `_kappa` divides.
+    # Gamma variables divided by their sum have a Dirichlet distribution, and `_kappa` divides by the sum.
     posterior = _kappa(
         np.random.default_rng(seed).standard_gamma(table * (n - 1) / n + prior, size=(_DRAWS, k, k))
     )
@@ -72,34 +87,39 @@ def cohen_kappa(
 
 
 def _kappa(table: np.ndarray) -> np.ndarray:
-    """Compute kappa [...] of tables [..., K, K] of weights."""
-    # Weights may be counts or gamma variables, so they are normalised here.
+    """Compute kappa [...] of tables [..., K, K] of the answers of two annotators."""
+    # Tables may contain numbers of units or gamma variables, so they are normalised to a sum of 1.
     p = table / table.sum((-1, -2), keepdims=True)
-    expected = (p.sum(-1) * p.sum(-2)).sum(-1)
-    kappa: np.ndarray = (np.trace(p, axis1=-2, axis2=-1) - expected) / (1 - expected)
+    # Agreement by chance: sum over categories of the product of both annotators' shares
+    chance = (p.sum(-1) * p.sum(-2)).sum(-1)
+    kappa: np.ndarray = (np.trace(p, axis1=-2, axis2=-1) - chance) / (1 - chance)
     return kappa
 
 
 def krippendorff_alpha(
     units: Sequence[Mapping[Any, Hashable]], confidence: float = 0.95, seed: int = 0
 ) -> Agreement:
-    """Compute Krippendorff's alpha for nominal answers; annotators may have left units out.
+    """Compute Krippendorff's alpha for nominal answers of any number of annotators.
 
-    Krippendorff (2011): alpha = 1 - D_o / D_e over the values of units with at least two.
+    alpha = 1 - D_o / D_e (Krippendorff 2011), where D_o is the observed disagreement within units, and D_e
+    the disagreement of answers that are drawn at random from all units. Units with fewer than two answers are
+    left out. The value is None if fewer than two units remain, or if all answers are the same.
 
-    The interval is that of `cohen_kappa`, for the proportions of the kinds of units. The differing units of
-    the prior have one dissenting answer each. Units are resampled and annotators are not, so the interval
-    applies to these annotators only.
+    The interval is computed as in `cohen_kappa`, but the posterior is over the proportions of the kinds of
+    units. In each differing unit of the prior, one annotator differs from all others. The interval describes
+    the uncertainty over units and not over annotators, so it applies to these annotators only.
 
-    Args: units: for each unit the answers by annotator; units with fewer than two answers are left out.
-    Undefined (None) if fewer than two units remain or all answers are equal.
-    Deviates: Krippendorff resamples the errors.
+    Deviates: Krippendorff computes the interval by resampling errors.
+
+    Args:
+        units: answers to each unit, by annotator.
+        confidence: level of the interval, in 0..1.
+        seed: seed of the random samples of the posterior.
     """
-    # A unit with one answer has no disagreement, and Krippendorff's alpha excludes it.
     answers_of_units = [list(unit.values()) for unit in units if len(unit) >= 2]
-    index = {
-        answer: i for i, answer in enumerate(dict.fromkeys(itertools.chain.from_iterable(answers_of_units)))
-    }
+    # Index of each category of answers, in the order of the first occurrence
+    categories = dict.fromkeys(itertools.chain.from_iterable(answers_of_units))
+    index = {answer: i for i, answer in enumerate(categories)}
     n = len(answers_of_units)
     k = len(index)
     if n < 2 or k < 2:
@@ -108,28 +128,29 @@ def krippendorff_alpha(
     for row, answers in enumerate(answers_of_units):
         for answer in answers:
             counts[row, index[answer]] += 1
-    observed, chance, values = (float(part) for part in _disagreements(np.ones(n), counts))
-    # D_e without replacement has the factor V / (V - 1), V values in all
-    value = 1 - observed / chance * (values - 1) / values
+    observed, chance, answer_count = (float(result) for result in _disagreements(np.ones(n), counts))
+    # Krippendorff draws without replacement, which multiplies D_e by V / (V - 1) for V answers.
+    value = 1 - observed / chance * (answer_count - 1) / answer_count
     if n < LEAST_UNITS:
         return Agreement(value=value, lo=None, hi=None, n=n)
-    # Units with equal answers have the same contribution, so the posterior is over kinds of units.
-    kinds, units_of = np.unique(counts, axis=0, return_counts=True)  # [T, K], [T]
-    # prior units in agreement: of the mean number of answers, at least 2
-    agreeing = np.eye(k) * max(2, round(values / n))
-    # the same with one answer a replaced by b
-    dissenting = [agreeing[a] - np.eye(k)[a] + np.eye(k)[b] for a, b in itertools.permutations(range(k), 2)]
-    # Concentrations of the Dirichlet posterior: data, agreeing and dissenting prior units.
-    weights = np.r_[
-        units_of * (n - 1) / n,
-        np.full(k, _AGREEING / k),
-        np.full(len(dissenting), _DIFFERING / len(dissenting)),
+    # Units with the same answers contribute the same, so the posterior is over kinds of units.
+    kinds, unit_counts = np.unique(counts, axis=0, return_counts=True)  # [T, K], [T]
+    # Agreeing units of the prior, one per category, with the mean number of answers, but at least 2
+    agreeing_units = np.eye(k) * max(2, round(answer_count / n))
+    # Differing units of the prior: one answer a of an agreeing unit is replaced by an answer b.
+    differing_units = [
+        agreeing_units[a] - np.eye(k)[a] + np.eye(k)[b] for a, b in itertools.permutations(range(k), 2)
     ]
-    posterior = np.random.default_rng(seed).standard_gamma(
-        weights, size=(_DRAWS, len(weights))
-    )  # [B, T + prior]
+    # Concentrations of the Dirichlet posterior for the data and both kinds of prior units
+    concentrations = np.r_[
+        unit_counts * (n - 1) / n,
+        np.full(k, _AGREEING / k),
+        np.full(len(differing_units), _DIFFERING / len(differing_units)),
+    ]
+    # [B, T + number of prior units]; `_disagreements` does not depend on the sum of the weights.
+    posterior = np.random.default_rng(seed).standard_gamma(concentrations, size=(_DRAWS, len(concentrations)))
     posterior_observed, posterior_chance, _ = _disagreements(
-        posterior, np.concatenate([kinds, agreeing, dissenting])
+        posterior, np.concatenate([kinds, agreeing_units, differing_units])
     )
     return _with_interval(
         value, 1 - posterior_observed / posterior_chance, n, confidence, perfect=observed == 0
@@ -137,21 +158,37 @@ def krippendorff_alpha(
 
 
 def _disagreements(weights: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Compute Krippendorff's disagreements from units [U, K] (counts) with weights [..., U].
+    """Compute the observed disagreement and the disagreement by chance of weighted units.
 
-    Returns: D_o [...], D_e as if values were drawn with replacement [...], and the number of values [...].
+    Args:
+        weights: weights [..., U] of the units.
+        counts: numbers [U, K] of answers of each category in each unit.
+    Returns: D_o [...], D_e [...] for answers that are drawn with replacement, and the weighted number of
+        answers [...].
     """
     answers_per_unit = counts.sum(axis=1)  # [U]
-    # Weighted number of answers.
-    values = weights @ answers_per_unit
-    # Pairs of different answers within a unit, divided by its number of answers - 1 (Krippendorff 2011).
-    observed = weights @ ((answers_per_unit**2 - (counts**2).sum(axis=1)) / (answers_per_unit - 1)) / values
-    return observed, 1 - (((weights @ counts) / values[..., None]) ** 2).sum(axis=-1), values
+    answer_count = weights @ answers_per_unit  # [...]
+    # Ordered pairs of different answers in a unit, divided by its number of answers - 1 (Krippendorff 2011)
+    unit_disagreement = (answers_per_unit**2 - (counts**2).sum(axis=1)) / (answers_per_unit - 1)
+    observed = weights @ unit_disagreement / answer_count
+    # Probability that two answers that are drawn at random differ
+    chance = 1 - (((weights @ counts) / answer_count[..., None]) ** 2).sum(axis=-1)
+    return observed, chance, answer_count
 
 
 def _with_interval(
     value: float, posterior: np.ndarray, n: int, confidence: float, perfect: bool
 ) -> Agreement:
-    """Add the interval: quantiles of the posterior, extended to the value if they do not contain it."""
+    """Add the interval to the value of a coefficient.
+
+    Its ends are quantiles of the posterior, extended so that the interval contains the value.
+
+    Args:
+        value: the coefficient.
+        posterior: random samples [B] of the posterior.
+        n: number of units.
+        confidence: level of the interval, in 0..1.
+        perfect: True if all answers agree; the upper end is then 1.
+    """
     lo, hi = (float(end) for end in np.quantile(posterior, [0.5 - confidence / 2, 0.5 + confidence / 2]))
     return Agreement(value=value, lo=min(lo, value), hi=1.0 if perfect else max(hi, value), n=n)

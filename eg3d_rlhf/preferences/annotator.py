@@ -1,17 +1,16 @@
-"""A simulated annotator of synthetic heads. It prefers the scan that is closer to the ground-truth head of
-its latent.
+"""Simulated annotator of synthetic heads. It prefers the shape that is closer to the ground-truth head.
 
-A shape is a grid of values, negative inside: signed distances of a head, or level minus density. The ground
-truth is a grid of distances. Only the sign changes of the values count, and the values within two voxels of
-these; the steepness does not.
+The ground truth of a sample is the head that belongs to its latent. A shape is a grid of values that are
+negative inside: signed distances, or level minus density. The ground truth is a grid of signed distances.
+Only the position of the surface has an influence, and not the slope of the values.
 
-utility = sum_d WEIGHTS[d] * exp(-defect_d / SCALES[d]) is in (0, 1], equals 1 for the ground truth itself,
-and decreases strictly with every defect.
+The utility of a shape is u = sum over defects d of WEIGHTS[d] * exp(-defect_d / SCALES[d]). It is in (0, 1],
+equals 1 for the ground truth itself, and decreases strictly with every defect.
 
-Labels follow Bradley and Terry (1952) with lapses:
-P(a preferred over b) = LAPSES + (1 - 2 LAPSES) / (1 + exp(-(u_a - u_b) / T)).
+Labels follow Bradley and Terry (1952), with a share of lapses (accidental answers):
+P(a is preferred to b) = LAPSES + (1 - 2 LAPSES) / (1 + exp(-(u_a - u_b) / T)), with the temperature T.
 
-Letters: n points along x, y, z, the centres of the cube's voxels (`people_mesh.grid_points`); S samples, P
+Shapes: n points along x, y, z, the centres of the cube's voxels (`people_mesh.grid_points`); S samples, P
 pairs.
 """
 
@@ -28,67 +27,74 @@ from scipy.special import expit
 
 from training.heads.people_mesh import BACK, BASE, FACE, grid_points
 
-NEAR = 1.75  # voxels; relief is compared where the shape's surface is this close to the ground truth's
-REACH = 2.0  # voxels; offsets are clipped to this: a surface further away counts as missing or extra
-DETAIL = 0.016  # world units; standard deviation of the Gaussian that separates relief from shape
+NEAR = 1.75  # greatest distance of both surfaces at which their relief is compared, voxels
+REACH = 2.0  # greatest distance to a surface that is measured, voxels; larger distances are clipped
+DETAIL = 0.016  # standard deviation of the Gaussian filter that separates relief from shape, world units
 
 DEFECTS = ("missing", "extra", "floaters", "roughness", "face")
-# They sum to 1.
+# Weights of the defects in the utility; they sum to 1.
 WEIGHTS = {"missing": 0.52, "extra": 0.24, "floaters": 0.08, "roughness": 0.06, "face": 0.10}
-# defect at which the part of the utility has lost 63 % (1 - 1/e)
+# Size of each defect at which its part of the utility has decreased by 63 % (1 - 1/e)
 SCALES = {"missing": 0.6, "extra": 0.4, "floaters": 0.1, "roughness": 0.5, "face": 0.5}
 
-ANNOTATOR = "people"  # the annotator's name in labels
-LAPSES = 0.02  # fraction of answers that are accidental, independent of the shapes
+ANNOTATOR = "people"  # name of the simulated annotator in labels
+LAPSES = 0.02  # share of labels that accidental answers flip, independent of the shapes
 
 
 @dataclass(frozen=True, kw_only=True)
 class Utility:
-    """Noise-free evaluation of a shape."""
+    """Evaluation of a shape without noise."""
 
-    total: float  # in (0, 1]; 1 for the ground truth
-    parts: dict[str, float]  # by defect, unweighted, each in (0, 1]; 1 without the defect
-    defects: dict[str, float]  # see `defects`; 0 is ideal
+    total: float  # utility, in (0, 1]; 1 for the ground truth
+    parts: dict[str, float]  # exp(-defect / scale) by defect, in (0, 1]; 1 without the defect
+    defects: dict[str, float]  # size of each defect, see `defects`; 0 is ideal
 
     @property
     def volume_error(self) -> float:
-        """Return the missing and extra volume, relative to the volume of the back of the head."""
+        """Volume of all missing and extra parts, relative to the volume of the back of the head."""
         return self.defects["missing"] + self.defects["extra"] + self.defects["floaters"]
 
 
 @functools.lru_cache(maxsize=4)
 def _regions(n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return masks [n, n, n] of the head above its base, of its back, and of the face."""
+    """Return masks [n, n, n] of three regions of the cube: above the neck, back of the head, and face."""
     x, y, z = np.moveaxis(grid_points(n), -1, 0)
-    # Above the base of the neck; the rest of the cube does not count.
+    # Everything below the base of the neck is ignored.
     head = y > BASE
     face = (np.abs(x) < FACE[0]) & (y > FACE[1]) & (y < FACE[2]) & (z > 0)
     return head, head & (z < BACK), face
 
 
 def _offsets(values: np.ndarray) -> np.ndarray:
-    """Compute the signed distance [n, n, n] to the surface in voxels, to first order, clipped to REACH."""
-    slopes = np.zeros_like(values)
+    """Compute the signed distance [n, n, n] to the surface, in voxels and clipped to -REACH..REACH.
+
+    The distance is approximated to first order by value / |gradient|.
+    """
+    squared_slope = np.zeros_like(values)
     for axis in range(3):
-        # central differences, one-sided at the faces of the cube
+        # Differences are central, and one-sided at the faces of the cube.
         slope = np.gradient(values, axis=axis)
-        slopes += slope * slope
-    # value / |gradient|; 1e-12 avoids 0 / 0 where the grid is constant
-    offsets: np.ndarray = np.clip(values / np.sqrt(slopes + 1e-12), -REACH, REACH)
+        squared_slope += slope * slope
+    # 1e-12 avoids 0 / 0 where the values are constant.
+    offsets: np.ndarray = np.clip(values / np.sqrt(squared_slope + 1e-12), -REACH, REACH)
     return offsets
 
 
-def _detail(offsets: np.ndarray) -> np.ndarray:
-    """Return the relief [n, n, n]: offsets minus their smooth part."""
-    detail: np.ndarray = offsets - ndimage.gaussian_filter(offsets, DETAIL * len(offsets), truncate=2)
-    return detail
+def _relief(offsets: np.ndarray) -> np.ndarray:
+    """Compute the relief [n, n, n] of a surface: distances [n, n, n] to it minus their smooth part."""
+    # The filter's width is in voxels; the cube has an edge of 1 world unit.
+    relief: np.ndarray = offsets - ndimage.gaussian_filter(offsets, DETAIL * len(offsets), truncate=2)
+    return relief
 
 
 def _at_surface(inside: np.ndarray) -> np.ndarray:
-    """Return a mask [n, n, n] of the voxels that have a neighbour on the other side of the surface."""
+    """Return a mask [n, n, n] of the voxels that have a neighbour on the other side of the surface.
+
+    Args: inside: mask [n, n, n] of the voxels inside the surface.
+    """
     at_surface = np.zeros_like(inside)
     for axis in range(3):
-        # Views with the axis in front; writing to one writes to the array.
+        # Views with this axis first. Writing to `result_view` writes to `at_surface`.
         result_view = np.moveaxis(at_surface, axis, 0)
         inside_view = np.moveaxis(inside, axis, 0)
         changes = inside_view[1:] != inside_view[:-1]
@@ -98,64 +104,62 @@ def _at_surface(inside: np.ndarray) -> np.ndarray:
 
 
 def largest_part(inside: np.ndarray) -> np.ndarray:
-    """Return the largest part of a mask [n, n, n]; parts are connected through faces of voxels."""
+    """Return a mask [n, n, n] of the largest connected part of a mask; voxels are connected through faces."""
     labels, count = ndimage.label(inside)
-    # label 0 is the background
+    # Label 0 is the background, so the sizes of parts begin at index 1.
     return inside if count < 2 else labels == 1 + np.bincount(labels.ravel())[1:].argmax()
 
 
 def defects(values: np.ndarray, ground_truth: np.ndarray) -> dict[str, float]:
-    """Measure the DEFECTS of a shape [n, n, n] against the ground-truth head [n, n, n].
+    """Measure the defects of a shape against its ground-truth head.
 
-    0 is ideal, larger is worse. The results are finite for any values.
-
-    missing: volume of the head that the shape's largest part lacks, relative to the volume of the back of the
-    head. extra: volume that the largest part has too much, likewise. floaters: all other parts, likewise.
-    roughness: |log| of the ratio of the fine relief of both surfaces where they are close together; a surface
-    that is smoother than the ground truth is penalised, too. face: mean distance of the face's surface to the
-    shape's, in voxels.
+    Args:
+        values: grid [n, n, n] of the shape, negative inside; it may contain NaN and infinity.
+        ground_truth: grid [n, n, n] of signed distances to the ground-truth head.
+    Returns: size of each of DEFECTS; 0 is ideal, and larger is worse.
+        "missing" is the volume of the ground truth that the largest part of the shape does not contain,
+        "extra" the volume of the largest part outside the ground truth, and "floaters" the volume of all
+        other parts outside the ground truth. All three are relative to the volume of the back of the head.
+        "roughness" is |log(relief of the shape / relief of the ground truth)| where both surfaces are close
+        together, so that a surface that is too smooth is a defect, too.
+        "face" is the mean distance between both surfaces in the region of the face, in voxels.
     """
     assert values.shape == ground_truth.shape and values.ndim == 3
-    # NaN counts as outside
+    # NaN counts as outside.
     values = np.nan_to_num(np.asarray(values, np.float32), nan=1e4, posinf=1e4, neginf=-1e4)
     head, back, face = _regions(len(values))
     inside = values < 0
     ground_truth_inside = ground_truth < 0
-    # A grid that is solid throughout has no surface. It counts as empty.
+    # A grid that is negative everywhere has no surface. It counts as empty.
     if inside.all():
         inside = ~inside
-    # Everything that is not connected to it is a floater.
-    part = largest_part(inside)
-    body = largest_part(ground_truth_inside)
-    # 1: a ground truth without a back would divide by 0.
-    volume = max(int((body & back).sum()), 1)
-    shares = {
-        name: float((mask & head).sum() / volume)
-        for name, mask in (
-            ("missing", body & ~part),
-            ("extra", part & ~body),
-            ("floaters", inside & ~part & ~ground_truth_inside),
-        )
+    shape_part = largest_part(inside)
+    truth_part = largest_part(ground_truth_inside)
+    # The lower limit 1 avoids a division by 0 for a ground truth without a back of the head.
+    back_volume = max(int((truth_part & back).sum()), 1)
+    defect_masks = {
+        "missing": truth_part & ~shape_part,
+        "extra": shape_part & ~truth_part,
+        "floaters": inside & ~shape_part & ~ground_truth_inside,
     }
+    shares = {name: float((mask & head).sum() / back_volume) for name, mask in defect_masks.items()}
     shape_offsets = _offsets(values)
     truth_offsets = _offsets(np.asarray(ground_truth, np.float32))
     # Relief and face are compared on the surface of the ground truth.
     surface = _at_surface(ground_truth_inside) & head
     both_surfaces = surface & (np.abs(shape_offsets) < NEAR)
-    # Root mean square of the relief, for the shape and for the ground truth, where both surfaces are close.
-    rough = (
-        [
-            float(np.sqrt(np.square(_detail(offsets)[both_surfaces]).mean()))
-            for offsets in (shape_offsets, truth_offsets)
-        ]
-        if both_surfaces.any()
-        else [0.0, 1.0]
-    )
+    # Root mean square of the relief where both surfaces are close together. Without any such voxel, the
+    # values 0 and 1 give a large roughness.
+    shape_relief = 0.0
+    truth_relief = 1.0
+    if both_surfaces.any():
+        shape_relief = float(np.sqrt(np.square(_relief(shape_offsets)[both_surfaces]).mean()))
+        truth_relief = float(np.sqrt(np.square(_relief(truth_offsets)[both_surfaces]).mean()))
     face_surface = surface & face
     return {
         **shares,
-        # 1e-3: two flat surfaces have equal roughness
-        "roughness": abs(float(np.log((rough[0] + 1e-3) / (rough[1] + 1e-3)))),
+        # 1e-3 avoids the logarithm of 0, and gives two plane surfaces a roughness of 0.
+        "roughness": abs(float(np.log((shape_relief + 1e-3) / (truth_relief + 1e-3)))),
         "face": float(np.abs(shape_offsets - truth_offsets)[face_surface].mean())
         if face_surface.any()
         else 0.0,
@@ -163,9 +167,9 @@ def defects(values: np.ndarray, ground_truth: np.ndarray) -> dict[str, float]:
 
 
 def utility(values: np.ndarray, ground_truth: np.ndarray) -> Utility:
-    """Evaluate a shape [n, n, n] against the ground-truth head [n, n, n] of its latent.
+    """Evaluate a shape against its ground-truth head; the arguments are described in `defects`.
 
-    The constants are meant for 64 points along an axis.
+    The constants of this module are chosen for grids with 64 points along each axis.
     """
     measured = defects(values, ground_truth)
     parts = {name: float(np.exp(-measured[name] / SCALES[name])) for name in DEFECTS}
@@ -173,17 +177,17 @@ def utility(values: np.ndarray, ground_truth: np.ndarray) -> Utility:
 
 
 class PairLabel(NamedTuple):
-    """One noisy label. `winner` and `loser` are indices of utilities."""
+    """One noisy label."""
 
-    winner: int
-    loser: int
-    clean: bool  # True if the noise-free order agrees (a tie agrees)
+    winner: int  # index of the preferred shape
+    loser: int  # index of the other shape
+    clean: bool  # True if the label agrees with the order of the utilities; equal utilities agree
 
 
-def _gaps(
+def _utility_differences(
     utilities: ArrayLike, pairs: Sequence[tuple[int, int]] | np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return pairs as int64 [P, 2] and their differences of utility u_a - u_b as float64 [P]."""
+    """Return the pairs as int64 [P, 2], and their differences of utility u_a - u_b as float64 [P]."""
     # An empty list of pairs needs the reshape to have two columns.
     index = np.asarray(pairs, dtype=np.int64).reshape(-1, 2)
     values = np.asarray(utilities, dtype=np.float64)
@@ -197,59 +201,70 @@ def label_pairs(
     temperature: float,
     rng: np.random.Generator,
 ) -> list[PairLabel]:
-    """Sample one noisy label per pair.
+    """Sample one noisy label per pair, see the formula of the module.
 
     Args:
-        utilities: [S].
-        pairs: [P, 2], indices of utilities.
-        temperature: >= 0, in units of utility; 0 gives labels without noise and lapses.
-        rng: advanced by exactly P uniform numbers.
+        utilities: utilities [S].
+        pairs: pairs [P, 2] of indices of utilities.
+        temperature: temperature of the noise, >= 0, in units of utility; 0 gives labels without noise and
+            without lapses.
+        rng: random numbers; exactly P uniform numbers are drawn.
     Returns: P labels in the order of `pairs`.
     """
     assert temperature >= 0
-    index, gap = _gaps(utilities, pairs)
-    # Also without noise, so that the random stream does not depend on the temperature.
-    draw = rng.random(len(index))
-    noisy = temperature > 0
-    # P(a preferred) [P]. A tie without noise is decided at random.
-    chance = (
-        LAPSES + (1 - 2 * LAPSES) * expit(gap / temperature) if noisy else np.where(gap == 0, 0.5, gap > 0)
-    )
-    a_wins = draw < chance
-    return [
-        PairLabel(int(a if won else b), int(b if won else a), bool((delta >= 0) if won else (delta <= 0)))
-        for (a, b), won, delta in zip(index, a_wins, gap, strict=True)
-    ]
+    index, difference = _utility_differences(utilities, pairs)
+    # Numbers are also drawn without noise, so that the state of `rng` does not depend on the temperature.
+    draws = rng.random(len(index))
+    # [P]: probability that a is preferred
+    if temperature > 0:
+        probability = LAPSES + (1 - 2 * LAPSES) * expit(difference / temperature)
+    else:
+        # Without noise, a pair with equal utilities is decided at random.
+        probability = np.where(difference == 0, 0.5, difference > 0)
+    labels = []
+    for (a, b), a_wins, pair_difference in zip(index, draws < probability, difference, strict=True):
+        if a_wins:
+            labels.append(PairLabel(int(a), int(b), bool(pair_difference >= 0)))
+        else:
+            labels.append(PairLabel(int(b), int(a), bool(pair_difference <= 0)))
+    return labels
 
 
 def solve_temperature(
     utilities: ArrayLike, pairs: Sequence[tuple[int, int]] | np.ndarray, flip_rate: float = 0.12
 ) -> float:
-    """Find the temperature at which the expected fraction of labels against the noise-free order is
-    `flip_rate`.
+    """Find the temperature at which an expected share `flip_rate` of the labels contradicts the utilities.
 
-    The expectation is over these pairs and includes lapses. E[flips] = mean over pairs of 1 / (1 + exp(|u_a -
-    u_b| / T)) increases from 0 to 1/2 with T, so the root is unique. Ties are left out.
+    The share is the expectation over these pairs, and includes lapses. Without lapses it is the mean over
+    pairs of 1 / (1 + exp(|u_a - u_b| / T)), which increases with T from 0 to 1/2, so there is exactly one
+    solution. Pairs with equal utilities are left out.
 
-    Args: flip_rate: 0, or from LAPSES to below 0.5.
-    Returns: T >= 0, in units of utility.
-    Raises: ValueError if all pairs tie.
+    Args:
+        utilities: utilities [S].
+        pairs: pairs [P, 2] of indices of utilities.
+        flip_rate: expected share of contradicting labels; 0, or from LAPSES to below 0.5.
+    Returns: temperature T >= 0, in units of utility.
+    Raises: ValueError if the utilities of all pairs are equal.
     """
     assert 0.0 <= flip_rate < 0.5
-    _, gap = _gaps(utilities, pairs)
-    # Ties have no noise-free order that noise could contradict.
-    gap = np.abs(gap[gap != 0])
+    _, difference = _utility_differences(utilities, pairs)
+    # No label can contradict equal utilities.
+    gap = np.abs(difference[difference != 0])
     if gap.size == 0:
         raise ValueError(
-            "solve_temperature: expected at least one pair whose utilities differ, got only ties. Sample"
-            " pairs of other seeds."
+            "solve_temperature: the utilities of both shapes are equal in every pair. Choose other seeds, or"
+            " check that the generator gives different shapes."
         )
     if flip_rate == 0.0:
         return 0.0
-    # Lapses flip a fraction LAPSES of the labels at any temperature; the noise has to give the rest.
-    wanted = max((flip_rate - LAPSES) / (1 - 2 * LAPSES), 1e-4)
+    # Lapses flip a share LAPSES of the labels at any temperature, and the noise must flip the remaining
+    # share.
+    noise_flip_rate = max((flip_rate - LAPSES) / (1 - 2 * LAPSES), 1e-4)
     scale = float(np.median(gap))
-    # The root is searched in log T, relative to the median gap, which is valid at any scale of utilities.
-    return scale * float(
-        np.exp(brentq(lambda log_t: expit(-gap / (scale * np.exp(log_t))).mean() - wanted, -60.0, 60.0))
-    )
+
+    def excess(log_t: float) -> float:
+        """Return the share of flipped labels at T = scale * exp(log_t), minus the required share."""
+        return expit(-gap / (scale * np.exp(log_t))).mean() - noise_flip_rate
+
+    # The search is over log T relative to the median difference, so it works at any scale of utilities.
+    return scale * float(np.exp(brentq(excess, -60.0, 60.0)))

@@ -1,9 +1,10 @@
-"""Bradley-Terry strengths of paired comparisons: maximum-likelihood fit with ties, cycles, and Elo ratings.
+"""Bradley-Terry strengths of items from paired comparisons, intransitive triples, and Elo ratings.
 
-A cycle contradicts any order of the items. Elo ratings of a tournament are the same strengths on another
-scale.
+In the model of Bradley and Terry (1952) with the ties of Davidson (1970), an item with the strength t_i beats
+an item with the strength t_j with probability sigmoid(t_i - t_j), if there is no tie. Elo ratings of a
+tournament are the same strengths on a different scale.
 
-Letters: N items, M comparisons.
+Shapes: N items, M comparisons.
 """
 
 import json
@@ -23,89 +24,99 @@ from eg3d_rlhf.preferences.labels import jsonl_records
 from eg3d_rlhf.preferences.settings import DRAWS
 
 _STEPS = 200  # largest number of Newton steps
-_TOLERANCE = 1e-10  # of a step, in units of strength
-PRIOR_SD = 2.0  # standard deviation of the prior on strengths that the comparisons do not bound
+_TOLERANCE = 1e-10  # size of a Newton step below which the fit ends, in units of strength
+PRIOR_SD = 2.0  # standard deviation of the normal prior, if the comparisons do not bound all strengths
 
 
 class Comparison(NamedTuple):
-    """One result: `winner` beat `loser`, or the two tied."""
+    """Result of one comparison of two items."""
 
     winner: Hashable
     loser: Hashable
-    tie: bool = False
+    tie: bool = False  # True if neither item was preferred
 
 
 @dataclass(frozen=True, kw_only=True)
 class Strengths:
-    """Log-strengths with mean 0 (or relative to held ones): P(i over j | no tie) = sigmoid(strength[i] -
-    strength[j]).
+    """Estimated strengths of items, on the scale of logits.
+
+    Their mean is 0, unless strengths of some items were given.
     """
 
     items: tuple[Hashable, ...]
-    strength: np.ndarray  # [N]
-    lo: np.ndarray  # [N] ends of the intervals
-    hi: np.ndarray  # [N]
-    covariance: np.ndarray  # [N, N] of the strengths
-    tie_weight: float  # Davidson's nu >= 0: 0 without ties; a tie of equals has probability nu / (2 + nu)
-    regularised: bool  # the comparisons do not bound every strength, so a normal prior of PRIOR_SD was used
+    strength: np.ndarray  # strength of each item, [N]
+    lo: np.ndarray  # lower ends of the intervals, [N]
+    hi: np.ndarray  # upper ends of the intervals, [N]
+    covariance: np.ndarray  # covariance of the estimated strengths, [N, N]
+    # Davidson's nu >= 0, which is 0 without ties. Two equally strong items tie with probability nu / (2 +
+    # nu).
+    tie_weight: float
+    regularised: bool  # True if the comparisons do not bound all strengths, so that a prior was used
 
 
 def bradley_terry(
     comparisons: Iterable[Comparison], held: Mapping[Hashable, float] | None = None, confidence: float = 0.95
 ) -> Strengths:
-    """Fit strengths by maximum likelihood, with ties after Davidson (1970).
+    """Estimate strengths by maximum likelihood.
 
-    P(i beats j) = s_i / (s_i + s_j + nu sqrt(s_i s_j)), P(tie) = nu sqrt(s_i s_j) / (same), s =
-    exp(strength).
+    With s = exp(strength), P(i beats j) = s_i / (s_i + s_j + nu sqrt(s_i s_j)) and P(tie) = nu sqrt(s_i s_j)
+    / (s_i + s_j + nu sqrt(s_i s_j)) (Davidson 1970).
 
-    The maximum exists if every item is reachable from every other through 'was not beaten by' (Ford 1957; a
-    tie counts in both directions). Otherwise a prior N(0, PRIOR_SD^2) on each strength keeps them finite, and
-    `regularised` is True. Intervals are from the observed information (with that of the prior, where it is
-    used).
+    The likelihood has a maximum if every item is connected with every other item by a chain of items, each of
+    which beat or tied the next one (Ford 1957). Otherwise a prior N(0, PRIOR_SD^2) of each strength makes
+    them finite, and `regularised` is True. Intervals come from the observed information, including the
+    prior's.
 
-    Args: held: known strengths, which remain fixed; the others are estimated relative to them.
-    Raises: ValueError if all strengths are held.
+    Args:
+        comparisons: results of comparisons, at least one.
+        held: strengths of items that are not estimated; the strengths of all other items are estimated
+            relative to them.
+        confidence: level of the intervals, in 0..1.
+    Raises: ValueError if the strengths of all items are given.
     """
     comparisons = list(comparisons)
-    assert comparisons and all(c.winner != c.loser for c in comparisons)
-    # In order of appearance, which fixes the order of the results.
-    items = tuple(dict.fromkeys(item for c in comparisons for item in (c.winner, c.loser)))
-    index = {item: i for i, item in enumerate(items)}
-    i = np.array([index[c.winner] for c in comparisons])
-    j = np.array([index[c.loser] for c in comparisons])
-    tie = np.array([c.tie for c in comparisons])
+    assert comparisons and all(comparison.winner != comparison.loser for comparison in comparisons)
+    # Items are in the order of their first occurrence.
+    items = tuple(dict.fromkeys(item for comparison in comparisons for item in comparison[:2]))
+    index = {item: k for k, item in enumerate(items)}
+    i = np.array([index[comparison.winner] for comparison in comparisons])
+    j = np.array([index[comparison.loser] for comparison in comparisons])
+    tie = np.array([comparison.tie for comparison in comparisons])
     n = len(items)
     fixed = {index[item]: float(value) for item, value in (held or {}).items() if item in index}
     free = np.array([k for k in range(n) if k not in fixed], dtype=int)
     if not len(free):
         raise ValueError(
-            "bradley_terry: expected at least one item of unknown strength, but all are held. Hold fewer."
+            f"bradley_terry(held): the strengths of all {n} items are given, so there is nothing to"
+            " estimate. Give the strengths of fewer items."
         )
-    # Fixed strengths are bounded without comparisons: connect them in a ring.
+    # Fixed strengths need no comparisons to be bounded, so edges in a ring connect their items.
     ring = np.array(list(fixed), dtype=int)
-    # Edges from winner to loser, and in both directions for ties.
-    ends = np.r_[i, j[tie], ring], np.r_[j, i[tie], np.roll(ring, 1)]
-    edges = coo_matrix((np.ones(len(ends[0])), ends), shape=(n, n))
-    # Ford's condition: the graph is strongly connected
+    # Edges from winner to loser, and in both directions for ties
+    edge_starts = np.r_[i, j[tie], ring]
+    edge_ends = np.r_[j, i[tie], np.roll(ring, 1)]
+    edges = coo_matrix((np.ones(len(edge_starts)), (edge_starts, edge_ends)), shape=(n, n))
+    # Ford's condition: the graph is strongly connected, so it has one strong component.
     regularised = connected_components(edges, directed=True, connection="strong")[0] > 1
     ridge = 1 / PRIOR_SD**2 if regularised else 0.0
-    # Unknown strengths start at the mean of the fixed ones, or at 0.
+    # The search starts at the mean of the fixed strengths, or at 0 if there are none.
     start = np.array([fixed.get(k, sum(fixed.values()) / max(1, len(fixed))) for k in range(n)])
     theta, eta, information = _newton(start, free, i, j, tie, ridge)
     covariance = np.zeros((n, n))
-    # without the tie parameter, which comes last
+    # The parameter of ties comes last in the information, and is left out here.
     covariance[np.ix_(free, free)] = np.linalg.inv(information)[: len(free), : len(free)]
     if not fixed:
-        # without held strengths only differences are known; they are reported about their mean
-        centre = np.eye(n) - 1 / n
-        covariance = centre @ covariance @ centre
+        # Without fixed strengths only differences of strengths are determined, so the covariance is that of
+        # strengths relative to their mean.
+        centring = np.eye(n) - 1 / n
+        covariance = centring @ covariance @ centring
     # Normal quantile times the standard error; rounding may make a variance negative.
-    half = float(ndtri(0.5 + confidence / 2)) * np.sqrt(np.diag(covariance).clip(min=0))
+    half_width = float(ndtri(0.5 + confidence / 2)) * np.sqrt(np.diag(covariance).clip(min=0))
     return Strengths(
         items=items,
         strength=theta,
-        lo=theta - half,
-        hi=theta + half,
+        lo=theta - half_width,
+        hi=theta + half_width,
         covariance=covariance,
         tie_weight=math.exp(eta) if tie.any() else 0.0,
         regularised=regularised,
@@ -115,66 +126,78 @@ def bradley_terry(
 def _newton(
     start: np.ndarray, free: np.ndarray, i: np.ndarray, j: np.ndarray, tie: np.ndarray, ridge: float
 ) -> tuple[np.ndarray, float, np.ndarray]:
-    """Maximise the likelihood over (theta [N], eta = log nu) with damped Newton steps. Only `free` entries of
-    theta move.
+    """Maximise the likelihood over the strengths theta [N] and eta = log nu with damped Newton steps.
 
-    Without a prior and without held strengths, the data do not determine the direction in which all strengths
-    move together. 1 / N is added to the information along it. The prior pulls towards the mean of the start.
+    Only the entries `free` of theta, and eta if there are ties, are estimated. Without a prior and without
+    fixed strengths, the likelihood does not change if all strengths increase by the same number. Therefore 1
+    / N is added to the information in this direction. The prior is centred on the mean of `start`.
 
-    Returns: theta [N], eta, and the information of the moving parameters at the maximum.
+    Args:
+        start: strengths [N] at the start.
+        free: indices of the strengths that are estimated.
+        i: index of the winner of each comparison, [M].
+        j: index of the loser of each comparison, [M].
+        tie: bool [M], True for ties.
+        ridge: inverse variance of the prior of each strength; 0 for no prior.
+    Returns: theta [N], eta, and the information of the estimated parameters at the maximum.
     """
     n = len(start)
-    ties = bool(tie.any())
-    decided = ~tie
-    # With held strengths the prior is centred on their mean, otherwise on 0.
+    has_ties = bool(tie.any())
+    # With fixed strengths the prior is centred on their mean, otherwise on 0.
     centre = float(start.mean()) if len(free) < n else 0.0
+    # All parameters: theta, followed by eta
     x = np.r_[start, 0.0]
-    # Without ties eta has no estimate and stays fixed.
-    if ties:
-        # the estimate for equal strengths
-        x[n] = math.log(2 * tie.sum() / max(1, decided.sum()))
+    # Without ties eta cannot be estimated, and is not used.
+    if has_ties:
+        # The estimate of eta for equal strengths
+        x[n] = math.log(2 * tie.sum() / max(1, (~tie).sum()))
 
-    def parts(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return logits [3, M] of win, loss and tie, and the logarithm of their summed exponentials [M]."""
-        d = x[i] - x[j]
-        logits = np.stack([d / 2, -d / 2, np.full_like(d, x[n] if ties else -np.inf)])  # win, loss, tie
-        top = logits.max(axis=0)
-        # shifted by the largest logit, against overflow
-        return logits, top + np.log(np.exp(logits - top).sum(axis=0))
+    def logits_and_total(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return logits [3, M] of win, loss and tie, and the logarithm [M] of their summed exponentials."""
+        difference = x[i] - x[j]
+        tie_logit = np.full_like(difference, x[n] if has_ties else -np.inf)
+        logits = np.stack([difference / 2, -difference / 2, tie_logit])
+        # Subtracting the largest logit avoids overflow.
+        largest_logit = logits.max(axis=0)
+        return logits, largest_logit + np.log(np.exp(logits - largest_logit).sum(axis=0))
 
     def objective(x: np.ndarray) -> float:
-        """Return the log-likelihood, with the prior."""
-        logits, total = parts(x)
-        prior = ridge * ((x[:n] - centre) ** 2).sum() + _ETA_PRIOR * ties * x[n] ** 2
+        """Return the log-likelihood, including the prior."""
+        logits, total = logits_and_total(x)
+        prior = ridge * ((x[:n] - centre) ** 2).sum() + _ETA_PRIOR * has_ties * x[n] ** 2
         return float((np.where(tie, logits[2], logits[0]) - total).sum() - 0.5 * prior)
 
     value = objective(x)
-    moving = np.r_[free, [n] * ties].astype(int)
-    together = np.zeros((n + 1, n + 1))
-    # Only then does the likelihood have a flat direction.
+    # Indices in x of the estimated parameters; `[n] * has_ties` is empty without ties.
+    estimated = np.r_[free, [n] * has_ties].astype(int)
+    # Information in the direction in which all strengths increase equally
+    common_information = np.zeros((n + 1, n + 1))
     if not ridge and len(free) == n:
-        together[:n, :n] = 1 / n
-    together = together[np.ix_(moving, moving)]
+        common_information[:n, :n] = 1 / n
+    common_information = common_information[np.ix_(estimated, estimated)]
     for _ in range(_STEPS):
-        gradient, hessian = _derivatives(x, n, i, j, tie, ridge, centre, *parts(x))
+        gradient, hessian = _derivatives(x, n, i, j, tie, ridge, centre, *logits_and_total(x))
         step = np.zeros_like(x)
-        # The Hessian is that of the negative log-likelihood, so this is an ascent step.
-        step[moving] = np.linalg.solve(hessian[np.ix_(moving, moving)] + together, gradient[moving])
+        # The Hessian is that of the negative log-likelihood, so this step increases the likelihood.
+        step[estimated] = np.linalg.solve(
+            hessian[np.ix_(estimated, estimated)] + common_information, gradient[estimated]
+        )
         scale = 1.0
-        # The likelihood is concave; halving the step guarantees that it increases.
+        # The likelihood is concave, so it increases after enough halvings of the step.
         while scale > 1e-8 and objective(x + scale * step) < value:
             scale /= 2
         x = x + scale * step
         if len(free) == n:
-            x[:n] -= x[:n].mean()  # keeps the mean at 0
+            x[:n] -= x[:n].mean()  # the mean of the strengths is 0
         value = objective(x)
         if np.abs(scale * step).max() < _TOLERANCE:
             break
-    _, hessian = _derivatives(x, n, i, j, tie, ridge, centre, *parts(x))
-    return x[:n], float(x[n]), hessian[np.ix_(moving, moving)] + together
+    _, hessian = _derivatives(x, n, i, j, tie, ridge, centre, *logits_and_total(x))
+    return x[:n], float(x[n]), hessian[np.ix_(estimated, estimated)] + common_information
 
 
-# Keeps eta finite if every comparison is a tie. Otherwise it has no effect.
+# Inverse variance of a prior of eta. It makes eta finite if every comparison is a tie, and is negligible
+# otherwise.
 _ETA_PRIOR = 1e-9
 
 
@@ -189,26 +212,37 @@ def _derivatives(
     logits: np.ndarray,
     total: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Compute the gradient [N + 1] and the negative Hessian [N + 1, N + 1] of the log-likelihood with its
-    prior.
+    """Compute the derivatives of the log-likelihood, including the prior, in (theta, eta).
+
+    Args:
+        x: parameters [N + 1], theta followed by eta.
+        n: number of items, N.
+        i: index of the winner of each comparison, [M].
+        j: index of the loser of each comparison, [M].
+        tie: bool [M], True for ties.
+        ridge: inverse variance of the prior of each strength.
+        centre: mean of the prior.
+        logits: logits [3, M] of win, loss and tie.
+        total: logarithm [M] of the sum of their exponentials.
+    Returns: gradient [N + 1] and negative Hessian [N + 1, N + 1].
     """
-    win, loss, draw = np.exp(logits - total)  # [M] each
-    # derivative with respect to theta_i - theta_j
-    by_difference = np.where(tie, 0.0, 0.5) - 0.5 * (win - loss)
-    by_eta = tie - draw
+    win, loss, draw = np.exp(logits - total)  # probabilities, [M] each
+    # Derivatives of each comparison's log-likelihood in theta_i - theta_j and in eta
+    difference_derivative = np.where(tie, 0.0, 0.5) - 0.5 * (win - loss)
+    eta_derivative = tie - draw
     gradient = np.zeros(n + 1)
-    # Unlike gradient[i] += ..., this adds repeated indices.
-    np.add.at(gradient, i, by_difference)
-    np.add.at(gradient, j, -by_difference)
+    # Unlike gradient[i] += ..., np.add.at adds all values of repeated indices.
+    np.add.at(gradient, i, difference_derivative)
+    np.add.at(gradient, j, -difference_derivative)
     gradient[:n] -= ridge * (x[:n] - centre)
-    gradient[n] = by_eta.sum() - _ETA_PRIOR * x[n]
+    gradient[n] = eta_derivative.sum() - _ETA_PRIOR * x[n]
     difference_curvature = 0.25 * ((win + loss) - (win - loss) ** 2)
     mixed_curvature = -0.5 * (win - loss) * draw
     size = n + 1
-    # Each comparison adds to the four entries of its two items.
+    # Each comparison contributes to the four entries of its two items.
     rows = np.r_[i, j, i, j]
     columns = np.r_[i, j, j, i]
-    # coo_matrix sums repeated entries
+    # coo_matrix sums the values of repeated entries.
     hessian = coo_matrix(
         (
             np.r_[difference_curvature, difference_curvature, -difference_curvature, -difference_curvature],
@@ -216,104 +250,112 @@ def _derivatives(
         ),
         shape=(size, size),
     ).toarray()
-    cross = np.zeros(n)
-    np.add.at(cross, i, mixed_curvature)
-    np.add.at(cross, j, -mixed_curvature)
-    hessian[:n, n] = hessian[n, :n] = cross
+    # Mixed derivatives in theta and eta
+    mixed_column = np.zeros(n)
+    np.add.at(mixed_column, i, mixed_curvature)
+    np.add.at(mixed_column, j, -mixed_curvature)
+    hessian[:n, n] = hessian[n, :n] = mixed_column
     hessian[n, n] = (draw * (1 - draw)).sum() + _ETA_PRIOR
-    # The prior's part of the diagonal.
+    # The prior contributes to the diagonal only.
     hessian[np.arange(n), np.arange(n)] += ridge
     return gradient, hessian
 
 
 def cycles(comparisons: Iterable[Comparison]) -> dict[str, Any]:
-    """Count intransitive triples in the majority results of pairs, as JSON values. Pairs without a majority
-    are left out.
+    """Count intransitive triples of items: a beats b, b beats c, and c beats a.
 
-    Returns: triples: triples of items whose three pairs all have a majority; cyclic: those that form a cycle;
-    share: their fraction (one in four for random preferences); largest_knot: the size of the largest set in
-    which each item beats each other through some chain.
+    An item beats another item if it won the majority of their comparisons. Pairs without a majority are left
+    out.
+
+    Returns: JSON values: "triples", the number of triples of items whose three pairs all have a majority;
+        "cyclic", the number of intransitive triples; "share", their share in all triples, or None without any
+        triple; "share_by_chance", this share for random results; and "largest_knot", the size of the largest
+        set of items each of which beats every other one through a chain of items, or 0 without such a set.
     """
     margins: dict[tuple[int, int], int] = {}
-    order: dict[Hashable, int] = {}
-    for c in comparisons:
-        a = order.setdefault(c.winner, len(order))
-        b = order.setdefault(c.loser, len(order))
-        # The margin of a pair is counted for its item that appeared first.
-        key, sign = ((a, b), 1) if a < b else ((b, a), -1)
-        margins[key] = margins.get(key, 0) + (0 if c.tie else sign)
+    index: dict[Hashable, int] = {}
+    for comparison in comparisons:
+        # setdefault returns the index of an item that has one, and adds the next index otherwise.
+        winner = index.setdefault(comparison.winner, len(index))
+        loser = index.setdefault(comparison.loser, len(index))
+        # The margin of a pair is the number of wins minus losses of its item with the smaller index.
+        pair, sign = ((winner, loser), 1) if winner < loser else ((loser, winner), -1)
+        margins[pair] = margins.get(pair, 0) + (0 if comparison.tie else sign)
     edges = [(a, b) if margin > 0 else (b, a) for (a, b), margin in margins.items() if margin]
     if not edges:
         return {"triples": 0, "cyclic": 0, "share": None, "share_by_chance": 0.25, "largest_knot": 0}
     winners, losers = np.array(edges).T
+    # [N, N], 1 where the item of the row beats the item of the column
     beats = csr_matrix(
-        (np.ones(len(edges), dtype=np.int64), (winners, losers)), shape=(len(order), len(order))
+        (np.ones(len(edges), dtype=np.int64), (winners, losers)), shape=(len(index), len(index))
     )
-    # Undirected: pairs with a majority.
-    either = beats + beats.T
-    cyclic = int((beats @ beats).multiply(beats.T).sum()) // 3  # closed walks of length 3
-    # each triangle has six closed walks in the undirected graph
-    triples = int((either @ either).multiply(either).sum()) // 6
-    # Strongly connected sets: each item reaches each other through a chain of majorities.
+    # [N, N], symmetric: 1 for pairs with a majority
+    has_majority = beats + beats.T
+    # Every cycle of three items is counted at each of its three items.
+    cyclic = int((beats @ beats).multiply(beats.T).sum()) // 3
+    # Every triple is counted at each of its three items, in two directions.
+    triples = int((has_majority @ has_majority).multiply(has_majority).sum()) // 6
+    # Sizes of the strongly connected components
     sizes = np.bincount(connected_components(beats, directed=True, connection="strong")[1])
     share = cyclic / triples if triples else None
-    knot = int(sizes.max()) if sizes.max() > 1 else 0
+    # A component of one item contains no cycle.
+    largest_knot = int(sizes.max()) if sizes.max() > 1 else 0
     return {
         "triples": triples,
         "cyclic": cyclic,
         "share": share,
         "share_by_chance": 0.25,
-        "largest_knot": knot,
+        "largest_knot": largest_knot,
     }
 
 
-# A tournament of methods, as GPTEval3D (arXiv 2401.04092) rates text-to-3D. P(i over j) = 1 / (1 + 10^((e_j -
-# e_i) / 400)), so a rating is a Bradley-Terry strength times 400 / ln 10. GPTEval3D counts a draw as a win of
-# both, and maximises the likelihood with 10,000 steps of Adam from 0. Here the maximum itself is computed. If
-# there is none (a method never lost to the others), a prior keeps ratings finite.
+# Tournament of methods, rated as GPTEval3D (arXiv 2401.04092) rates text-to-3D methods. With the Elo ratings
+# e, method i beats method j with probability 1 / (1 + 10^((e_j - e_i) / 400)), so a rating is a Bradley-Terry
+# strength times 400 / ln 10. GPTEval3D counts a tie as a win of both methods, and maximises the likelihood
+# with 10,000 steps of Adam from 0. Here the maximum itself is computed. If there is no maximum (a method
+# never lost to the others), a prior makes the ratings finite.
 
 
-SCALE = 400 / math.log(10)  # Elo points of one unit of strength
+SCALE = 400 / math.log(10)  # Elo points per unit of strength
 MEAN = 1000.0  # mean of all ratings
 
 
 class Judgement(NamedTuple):
-    """The result of a comparison of two methods' assets for one prompt."""
+    """Result of a comparison of the assets of two methods for one prompt."""
 
-    a: str
-    b: str
+    a: str  # name of the first method
+    b: str  # name of the second method
     winner: str  # 'a', 'b' or 'tie'
-    prompt: str = ""
-    criterion: str = "overall"
+    prompt: str = ""  # prompt of both assets; '' if it is not stated
+    criterion: str = "overall"  # criterion of the comparison
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rating:
-    """The rating of one method."""
+    """Rating of one method."""
 
-    elo: float
-    lo: float  # ends of the 95 % interval over resampled prompts
-    hi: float
-    judgements: int  # number of comparisons
+    elo: float  # Elo rating
+    lo: float  # lower end of the 95 % interval over resampled prompts
+    hi: float  # upper end of this interval
+    judgements: int  # number of comparisons of the method
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tournament:
-    """Ratings by method, best first."""
+    """Ratings of all methods of a tournament."""
 
-    ratings: dict[str, Rating]
-    draws: str  # see `elo`
-    tie_weight: float  # Davidson's nu; 0 if draws count as wins of both
-    regularised: (
-        bool  # the likelihood has no maximum (a method never lost to the others), so a prior was used
-    )
-    prompts: int  # number of prompts that were resampled; 0: single comparisons were
+    ratings: dict[str, Rating]  # ratings by name of the method, best first
+    draws: str  # treatment of ties, see `elo`
+    tie_weight: float  # Davidson's nu; 0 if ties count as wins of both methods
+    # True if the likelihood has no maximum (a method never lost to the others), so that a prior was used
+    regularised: bool
+    prompts: int  # number of prompts that were resampled; 0 if single comparisons were resampled
 
     def to_dict(self) -> dict[str, Any]:
-        """Return JSON values."""
+        """Return the ratings as JSON values."""
         rows = {
-            name: {"elo": r.elo, "ci95": [r.lo, r.hi], "judgements": r.judgements}
-            for name, r in self.ratings.items()
+            name: {"elo": rating.elo, "ci95": [rating.lo, rating.hi], "judgements": rating.judgements}
+            for name, rating in self.ratings.items()
         }
         return {
             "ratings": rows,
@@ -331,54 +373,61 @@ def elo(
     held: Mapping[str, float] | None = None,
     resamples: int = 200,
 ) -> Tournament:
-    """Rate all methods, with 95 % intervals from resampled prompts (resampled comparisons, if prompts are
-    unknown).
+    """Compute Elo ratings of all methods, with 95 % intervals.
+
+    Intervals come from resampled prompts, because comparisons with the same prompt are not independent. If a
+    comparison does not state its prompt, comparisons are resampled instead.
 
     Args:
-        draws: 'both': a draw is a win of each, as in GPTEval3D; 'davidson': a draw is a result of its own,
-            more likely between equals.
-        held: known ratings, which remain fixed. Without them the mean of all ratings is MEAN, since only
-            differences are known.
-    Raises: ValueError without comparisons, and as `bradley_terry`.
+        judgements: results of comparisons.
+        draws: treatment of ties: "both" counts a tie as a win of both methods, as in GPTEval3D; "davidson"
+            counts it as a separate result, which is more likely between equal methods.
+        held: ratings of methods that are not estimated. Without them the mean of all ratings is MEAN.
+        resamples: number of resamples for the intervals.
+    Raises: ValueError without comparisons, or if the ratings of all methods are given.
     """
-    # Read several times below; the argument may be an iterator.
+    # The argument may be an iterator, and is read several times below.
     judgements = list(judgements)
     held = dict(held or {})
-    assert draws in DRAWS and all(j.winner in ("a", "b", "tie") for j in judgements)
+    assert draws in DRAWS and all(judgement.winner in ("a", "b", "tie") for judgement in judgements)
     if not judgements:
-        raise ValueError("elo: expected judgements, got none. Compare some pairs first.")
+        raise ValueError("elo: there are no judgements. Add results of comparisons.")
 
-    def fit(chosen: Sequence[Judgement]) -> tuple[Strengths, dict[str, float]]:
+    def fit(sample: Sequence[Judgement]) -> tuple[Strengths, dict[str, float]]:
         """Return the strengths and the ratings of a sample of comparisons."""
-        comparisons = [c for j in chosen for c in _comparisons(j, draws)]
+        comparisons = []
+        for judgement in sample:
+            comparisons += _comparisons(judgement, draws)
         strengths = bradley_terry(comparisons, held={name: value / SCALE for name, value in held.items()})
-        # Held ratings define the scale; otherwise the mean is set.
+        # Given ratings determine the zero of the scale. Otherwise the mean of the strengths is 0.
         shift = 0.0 if held else MEAN
         return strengths, {
-            str(item): SCALE * float(s) + shift
-            for item, s in zip(strengths.items, strengths.strength, strict=True)
+            str(item): SCALE * float(strength) + shift
+            for item, strength in zip(strengths.items, strengths.strength, strict=True)
         }
 
-    prompts_known = all(j.prompt for j in judgements)
-    clusters: dict[object, list[Judgement]] = defaultdict(list)
-    for number, j in enumerate(judgements):
-        # Without prompts, each comparison is a cluster of its own.
-        clusters[j.prompt if prompts_known else number].append(j)
+    has_prompts = all(judgement.prompt for judgement in judgements)
+    groups_by_key: dict[object, list[Judgement]] = defaultdict(list)
+    for number, judgement in enumerate(judgements):
+        # Without prompts, each comparison is a separate group.
+        groups_by_key[judgement.prompt if has_prompts else number].append(judgement)
     strengths, ratings = fit(judgements)
-    groups = list(clusters.values())
-    # A fixed seed: equal comparisons give equal intervals.
+    groups = list(groups_by_key.values())
+    # The seed is fixed, so that equal comparisons give equal intervals.
     rng = np.random.default_rng(0)
-    resampled: dict[str, list[float]] = defaultdict(list)
-    # Resampled prompts, because comparisons of one prompt are not independent.
+    resampled_ratings: dict[str, list[float]] = defaultdict(list)
     for _ in range(resamples):
-        resample = [j for k in rng.integers(len(groups), size=len(groups)) for j in groups[k]]
-        # A resample in which all methods are held has nothing to estimate.
-        if {name for j in resample for name in (j.a, j.b)} - held.keys():
+        resample = []
+        for k in rng.integers(len(groups), size=len(groups)):
+            resample += groups[k]
+        names = {name for judgement in resample for name in (judgement.a, judgement.b)}
+        # If the ratings of all methods in a resample are given, there is nothing to estimate.
+        if names - held.keys():
             for name, value in fit(resample)[1].items():
-                resampled[name].append(value)
-    counts = {name: sum(name in (j.a, j.b) for j in judgements) for name in ratings}
+                resampled_ratings[name].append(value)
+    counts = {name: sum(name in (judgement.a, judgement.b) for judgement in judgements) for name in ratings}
     rows = {
-        name: Rating(elo=value, **_ends(value, resampled[name]), judgements=counts[name])
+        name: Rating(elo=value, **_interval(value, resampled_ratings[name]), judgements=counts[name])
         for name, value in ratings.items()
     }
     return Tournament(
@@ -386,43 +435,46 @@ def elo(
         draws=draws,
         tie_weight=strengths.tie_weight,
         regularised=strengths.regularised,
-        prompts=len(groups) if prompts_known else 0,
+        prompts=len(groups) if has_prompts else 0,
     )
 
 
-def _comparisons(j: Judgement, draws: str) -> list[Comparison]:
-    """Return a result as comparisons for `bradley_terry`; a draw that counts for both gives two."""
-    if j.winner == "tie":
-        return (
-            [Comparison(j.a, j.b), Comparison(j.b, j.a)]
-            if draws == "both"
-            else [Comparison(j.a, j.b, tie=True)]
-        )
-    return [Comparison(j.a, j.b) if j.winner == "a" else Comparison(j.b, j.a)]
+def _comparisons(judgement: Judgement, draws: str) -> list[Comparison]:
+    """Convert a result to comparisons for `bradley_terry`.
 
-
-def _ends(value: float, resampled: Sequence[float]) -> dict[str, float]:
-    """Return the ends of a normal interval, from the standard deviation over resamples.
-
-    With few resamples this is more stable than their quantiles.
+    With `draws` = "both", a tie gives two comparisons, one with each winner.
     """
-    half = 1.96 * float(np.std(resampled, ddof=1)) if len(resampled) > 1 else 0.0
-    return {"lo": value - half, "hi": value + half}
+    a = judgement.a
+    b = judgement.b
+    if judgement.winner == "tie":
+        return [Comparison(a, b), Comparison(b, a)] if draws == "both" else [Comparison(a, b, tie=True)]
+    return [Comparison(a, b) if judgement.winner == "a" else Comparison(b, a)]
+
+
+def _interval(value: float, resampled_values: Sequence[float]) -> dict[str, float]:
+    """Return the ends "lo" and "hi" of a normal 95 % interval, from the standard deviation over resamples.
+
+    With few resamples these ends are more stable than quantiles. With fewer than two resamples the interval
+    has no width.
+    """
+    std = float(np.std(resampled_values, ddof=1)) if len(resampled_values) > 1 else 0.0
+    # 1.96 is the quantile of the normal distribution for 95 %.
+    half_width = 1.96 * std
+    return {"lo": value - half_width, "hi": value + half_width}
 
 
 def read_judgements(path: str | Path) -> list[Judgement]:
-    """Read comparisons from a JSON-lines file with the fields a, b, winner and, if known, prompt and
-    criterion.
+    """Read comparisons from a file with one JSON object per line.
 
-    Other fields are ignored.
+    The fields are those of `Judgement`: a, b, winner and, optionally, prompt and criterion. All other fields
+    are ignored.
 
-    Raises: OSError; ValueError with file, line and remedy for the first line that does not fit, and for a
-    file without comparisons.
+    Raises: OSError if the file cannot be read; ValueError, which names file and line, for a line that is not
+        valid, and for a file without comparisons.
     """
     path = Path(path)
     judgements = []
     for number, record in jsonl_records(path, '{"a": ..., "b": ..., "winner": "a", "b" or "tie"}'):
-        # Unknown fields are dropped.
         values = {name: record[name] for name in Judgement._fields if name in record}
         judgement = Judgement(**values) if {"a", "b", "winner"} <= values.keys() else None
         if (
@@ -431,19 +483,22 @@ def read_judgements(path: str | Path) -> list[Judgement]:
             or judgement.a == judgement.b
             or judgement.winner not in ("a", "b", "tie")
         ):
-            got = json.dumps(record)[:60]
             raise ValueError(
-                f"{path.name}, line {number}: expected two methods and as winner a, b or tie, got {got}."
-                " Correct the line."
+                f"{path.name}, line {number}: expected the names of two different methods in a and b, and a,"
+                f" b or tie in winner, got {json.dumps(record)[:60]}. Write, for example,"
+                ' {"a": "ours", "b": "baseline", "winner": "a"}.'
             )
         judgements.append(judgement)
     if not judgements:
-        raise ValueError(f"{path.name}: expected judgements, got none. Compare some pairs first.")
+        raise ValueError(f"{path.name}: the file contains no judgement. Add results of comparisons.")
     return judgements
 
 
 def markdown(tables: Mapping[str, Tournament]) -> str:
-    """Format tables by criterion as Markdown."""
+    """Format the ratings of each criterion as a table in Markdown.
+
+    Args: tables: ratings by criterion.
+    """
     lines: list[str] = []
     for criterion, tournament in tables.items():
         ties = (
@@ -451,9 +506,10 @@ def markdown(tables: Mapping[str, Tournament]) -> str:
             if tournament.draws == "both"
             else f"Davidson's ties, nu {tournament.tie_weight:.2f}"
         )
-        over = f"{tournament.prompts} prompts" if tournament.prompts else "single comparisons"
-        lines += [f"## {criterion} ({ties}; intervals over {over})", ""]
+        resampled_units = f"{tournament.prompts} prompts" if tournament.prompts else "single comparisons"
+        lines += [f"## {criterion} ({ties}; intervals over {resampled_units})", ""]
         if tournament.regularised:
+            # 347 Elo points are PRIOR_SD * SCALE.
             lines += [
                 (
                     "The ratings have no maximum-likelihood estimate, because a method never lost to the"
@@ -463,8 +519,8 @@ def markdown(tables: Mapping[str, Tournament]) -> str:
             ]
         lines += ["| method | Elo | 95 % | comparisons |", "| --- | --- | --- | --- |"]
         lines += [
-            f"| {name} | {r.elo:.1f} | {r.lo:.1f} to {r.hi:.1f} | {r.judgements} |"
-            for name, r in tournament.ratings.items()
+            f"| {name} | {rating.elo:.1f} | {rating.lo:.1f} to {rating.hi:.1f} | {rating.judgements} |"
+            for name, rating in tournament.ratings.items()
         ]
         lines.append("")
     return "\n".join(lines)

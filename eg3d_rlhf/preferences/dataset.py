@@ -1,7 +1,7 @@
-"""Division of labels into training, validation and test pairs that share no seed, and seeds of reference
+"""Split labelled pairs into training, validation and test pairs that share no seed; seeds of reference
 samples.
 
-For latents of seeds see eg3d_rlhf.generators.latents.
+A reference sample is a sample at a low truncation psi, which should score above every labelled shape.
 """
 
 import itertools
@@ -18,23 +18,24 @@ from eg3d_rlhf.preferences.labels import Preference
 if TYPE_CHECKING:
     from eg3d_rlhf.preferences.unpaired import UnpairedPreference
 
-# Truncation of the high-quality samples x_HQ of arXiv 2606.27305: close to the mean shape.
+# Truncation psi of reference samples, the high-quality samples x_HQ of arXiv 2606.27305. It gives shapes
+# close to the mean shape.
 ANCHOR_PSI = 0.25
 SPLITS = ("train", "val", "test")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Splits:
-    """Labels by split, with no seed in two splits, and the numbers of unused labels."""
+    """Labelled pairs by split, and numbers of unused labels. No seed is in two splits."""
 
-    train: tuple[Preference, ...]  # to fit the reward
-    val: tuple[Preference, ...]  # to choose the epoch and stop early
-    test: tuple[Preference, ...]  # to report accuracy
-    dropped: int  # labels whose seeds are in different splits
-    ties: int  # labels without a preference, which accuracy cannot count
+    train: tuple[Preference, ...]  # pairs to train the reward
+    val: tuple[Preference, ...]  # pairs to choose the epoch and to stop early
+    test: tuple[Preference, ...]  # pairs to measure the accuracy
+    dropped: int  # number of labels that are not used because their seeds are in different splits
+    ties: int  # number of labels without a preference, which are not used
 
     def counts(self) -> dict[str, int]:
-        """Return the numbers of labels by split and of unused ones, for logs."""
+        """Return the number of labels of each split, and the numbers of unused labels."""
         return {
             **{name: len(getattr(self, name)) for name in SPLITS},
             "dropped": self.dropped,
@@ -45,104 +46,128 @@ class Splits:
 def split_by_seed(
     labels: Sequence[Preference], fractions: Sequence[float] = (0.70, 0.15, 0.15), seed: int = 0
 ) -> Splits:
-    """Divide labels into train, val and test so that no seed is in two splits.
+    """Split labelled pairs into train, val and test so that no seed is in two splits.
 
-    Seeds that a label connects stay together, even if their shapes come from different generators, so that no
-    latent is in two splits. The connected components of the graph of seeds are assigned one by one, largest
-    first, each to the split that is furthest below its fraction of the labels of the same generator. A
-    component with more labels than the training fraction is cut: its seeds, in breadth-first order from a
-    random one, are assigned in runs of the splits' sizes. Labels across a cut are dropped and counted.
+    Labels connect seeds to a graph. Seeds of one connected component stay together, even if their shapes come
+    from different generators, so that no latent is in two splits. The components are assigned one by one, the
+    largest first, each to the split that lacks most labels of the same generator. A component with more
+    labels than the largest split is divided: its seeds, in breadth-first order from a random seed, are
+    assigned to the splits in runs that are proportional to `fractions`. Labels between two runs are not used.
 
     Args:
-        fractions: three fractions that sum to 1.
-        seed: of all random choices; equal arguments give equal splits.
-    Raises: ValueError for fractions that do not sum to 1, and if a split with a fraction above 0 remains
-    empty.
+        labels: labelled pairs; ties are not used.
+        fractions: shares of train, val and test, which sum to 1.
+        seed: random seed; equal arguments give equal splits.
+    Raises: ValueError for shares that do not sum to 1, and if a split with a share above 0 gets no label.
     """
     if len(fractions) != 3 or min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6:
         raise ValueError(
-            f"split_by_seed(fractions): expected three fractions that sum to 1, got {tuple(fractions)}. Use"
-            " 0.7 0.15 0.15."
+            "split_by_seed(fractions): expected three shares of at least 0 that sum to 1, got"
+            f" {tuple(fractions)}. Use, for example, 0.7 0.15 0.15."
         )
-    # The order of random numbers below is part of a split's definition.
+    # The order in which random numbers are drawn must not change, or equal seeds would give other splits.
     rng = np.random.default_rng(seed)
-    # A tie has no winner to learn, and accuracy cannot count it.
-    usable = [label for label in labels if not label.tie]
-    split_of_seed = _assign(usable, fractions, rng)
+    # A tie has no winner, which training and accuracy need.
+    usable_labels = [label for label in labels if not label.tie]
+    split_of_seed = _assign(usable_labels, fractions, rng)
+    # A label is used only if both of its seeds are in the same split.
     train, val, test = (
-        tuple(label for label in usable if split_of_seed[label.winner] == split_of_seed[label.loser] == split)
+        tuple(
+            label
+            for label in usable_labels
+            if split_of_seed[label.winner] == split_of_seed[label.loser] == split
+        )
         for split in range(3)
     )
-    # A split with a fraction of 0 may be empty.
-    empty = [
+    # A split with a share of 0 may be empty.
+    empty_splits = [
         name
-        for name, part, share in zip(SPLITS, (train, val, test), fractions, strict=True)
-        if share > 0 and not part
+        for name, split_labels, share in zip(SPLITS, (train, val, test), fractions, strict=True)
+        if share > 0 and not split_labels
     ]
-    if empty:
+    if empty_splits:
         raise ValueError(
-            f"split_by_seed: expected labels in every split, got none in {', '.join(empty)} from"
-            f" {len(usable)} usable labels. Label more pairs with new seeds."
+            f"split_by_seed: {len(usable_labels)} usable labels are too few, because the split"
+            f" {' and the split '.join(empty_splits)} got no label. Add labels of pairs with new seeds."
         )
     used_count = len(train) + len(val) + len(test)
     return Splits(
-        train=train, val=val, test=test, dropped=len(usable) - used_count, ties=len(labels) - len(usable)
+        train=train,
+        val=val,
+        test=test,
+        dropped=len(usable_labels) - used_count,
+        ties=len(labels) - len(usable_labels),
     )
 
 
 def _assign(
     labels: Sequence[Preference], fractions: Sequence[float], rng: np.random.Generator
 ) -> dict[int, int]:
-    """Assign each seed to a split, 0..2."""
+    """Assign each seed to a split; see `split_by_seed`.
+
+    Returns: index of the split in SPLITS by seed.
+    """
     neighbours: dict[int, list[int]] = defaultdict(list)
     for label in labels:
-        # The graph is undirected; repeated labels give repeated edges, which count as labels.
+        # The graph is undirected. Repeated labels give repeated edges, so edges count labels.
         neighbours[label.winner].append(label.loser)
         neighbours[label.loser].append(label.winner)
     components = _components(neighbours, rng)
-    # Every label is counted at both of its seeds, hence the division by 2.
-    weights = [sum(len(neighbours[s]) for s in seeds) / 2 for seeds in components]
-    generator_of = {seed: label.generator for label in labels for seed in (label.winner, label.loser)}
+    # Number of labels of each component. Every label is counted at both of its seeds, hence the division by
+    # 2.
+    label_counts = [sum(len(neighbours[seed]) for seed in component) / 2 for component in components]
+    generator_of_seed = {seed: label.generator for label in labels for seed in (label.winner, label.loser)}
     counts = Counter(label.generator for label in labels)
-    remaining = {generator: [share * count for share in fractions] for generator, count in counts.items()}
+    # Number of labels that each split still lacks, by generator, so that each generator occurs in every split
+    missing_counts = {
+        generator: [share * count for share in fractions] for generator, count in counts.items()
+    }
     split_of_seed: dict[int, int] = {}
-    # sorted() is stable: components of equal size keep their random order.
-    # Large components first, since small ones can still even out the fractions afterwards.
-    for k in sorted(range(len(components)), key=lambda k: -weights[k]):
-        # Too large for any split: cut. A component of two seeds is one pair, which cannot be cut.
-        if weights[k] > max(fractions) * len(labels) and len(components[k]) > 2:
-            # Positions at which the next split begins, rounded to integers.
-            edges = np.floor(np.cumsum(fractions) * len(components[k]) + 0.5)
-            for position, seed in enumerate(components[k]):
-                split_of_seed[seed] = int(np.searchsorted(edges, position, side="right"))
+    # Large components come first, since small ones can still balance the splits afterwards. sorted() is
+    # stable: components of equal size keep their random order.
+    for k in sorted(range(len(components)), key=lambda k: -label_counts[k]):
+        component = components[k]
+        # A component that is too large for any split is divided. A component of two seeds is one pair, which
+        # cannot be divided.
+        if label_counts[k] > max(fractions) * len(labels) and len(component) > 2:
+            # Positions at which the next split begins, rounded to integers
+            boundaries = np.floor(np.cumsum(fractions) * len(component) + 0.5)
+            for position, seed in enumerate(component):
+                split_of_seed[seed] = int(np.searchsorted(boundaries, position, side="right"))
             continue
-        # Fractions are kept per generator, so that each generator occurs in every split.
-        remaining_labels = remaining[generator_of[components[k][0]]]
-        target = max(range(3), key=lambda s: remaining_labels[s])
-        remaining_labels[target] -= weights[k]
-        # All seeds of the component go to one split.
-        split_of_seed.update(dict.fromkeys(components[k], target))
+        generator_missing = missing_counts[generator_of_seed[component[0]]]
+        target_split = max(range(3), key=lambda split: generator_missing[split])
+        generator_missing[target_split] -= label_counts[k]
+        split_of_seed.update(dict.fromkeys(component, target_split))
     return split_of_seed
 
 
 def _components(neighbours: dict[int, list[int]], rng: np.random.Generator) -> list[list[int]]:
-    """Return connected components in random order, each breadth first from its first random seed."""
-    # sorted, so that the result does not depend on the order of the labels
-    order = sorted(neighbours)
-    seen: set[int] = set()
+    """Return the connected components of a graph of seeds, in random order.
+
+    The seeds of a component are in breadth-first order from a random seed.
+
+    Args:
+        neighbours: seeds with which each seed shares a label.
+        rng: random numbers.
+    """
+    # Sorted, so that the result does not depend on the order of the labels.
+    seeds = sorted(neighbours)
+    visited_seeds: set[int] = set()
     components = []
-    for k in rng.permutation(len(order)):
-        if order[k] in seen:
+    for k in rng.permutation(len(seeds)):
+        if seeds[k] in visited_seeds:
             continue
-        queue = deque([order[k]])
+        queue = deque([seeds[k]])
         component = []
-        seen.add(order[k])
+        visited_seeds.add(seeds[k])
         while queue:
-            component.append(queue.popleft())
-            for other in neighbours[component[-1]]:
-                if other not in seen:
-                    seen.add(other)
-                    queue.append(other)
+            seed = queue.popleft()
+            component.append(seed)
+            for neighbour in neighbours[seed]:
+                if neighbour not in visited_seeds:
+                    visited_seeds.add(neighbour)
+                    queue.append(neighbour)
         components.append(component)
     return components
 
@@ -152,28 +177,43 @@ def anchor_seeds(
     fractions: Sequence[float] = (0.70, 0.15, 0.15),
     exclude: Iterable[int] = (),
 ) -> dict[str, tuple[int, ...]]:
-    """Return the seeds of reference samples by split: `count` consecutive ones from 100,000 on.
+    """Return the seeds of reference samples by split.
 
-    Seeds in `exclude` (those with labels) are skipped.
+    They are consecutive seeds from 100,000 on, without the seeds in `exclude`.
+
+    Args:
+        count: number of seeds of all splits together.
+        fractions: shares of train, val and test, which sum to 1.
+        exclude: seeds that are not used, for example seeds of labelled shapes.
     """
     # A set, because `exclude` may be an iterator.
     excluded = set(exclude)
     seeds = list(itertools.islice((seed for seed in itertools.count(ANCHORS) if seed not in excluded), count))
-    # Boundaries of the splits, rounded.
-    edges = [0, *(int(round(edge * count)) for edge in np.cumsum(fractions))]
-    return {name: tuple(seeds[a:b]) for name, a, b in zip(SPLITS, edges[:-1], edges[1:], strict=True)}
+    # Index of the first seed of each split, rounded, and the total number
+    boundaries = [0, *(int(round(share * count)) for share in np.cumsum(fractions))]
+    return {
+        name: tuple(seeds[start:stop])
+        for name, start, stop in zip(SPLITS, boundaries[:-1], boundaries[1:], strict=True)
+    }
 
 
 def on_wrong_faces(labels: Sequence[Preference], seed: int = 0) -> list[Preference]:
-    """Replace each seed in labels by another labelled seed, the same one throughout.
+    """Replace every seed in labels by a different labelled seed, chosen at random.
 
-    This is a control in which every label is about other shapes than its seeds name. Published depth and
-    point rewards were accidentally trained in this way (see docs/understand/rewards.md).
+    The result is a control without a learnable signal, because every label is applied to shapes that were not
+    compared. Published depth and point rewards were trained in this way by accident (see
+    docs/understand/rewards.md).
+
+    Args:
+        labels: labelled pairs.
+        seed: seed of the random replacement.
     """
-    labelled = np.array(sorted({shape for label in labels for shape in (label.winner, label.loser)}))
-    shuffled = np.random.default_rng([seed, len(labelled)]).permutation(labelled)
-    # A rotation is a single cycle, so no seed keeps its own labels.
-    replacement = {int(a): int(b) for a, b in zip(shuffled, np.roll(shuffled, 1), strict=True)}
+    labelled_seeds = np.array(sorted({shape for label in labels for shape in (label.winner, label.loser)}))
+    shuffled_seeds = np.random.default_rng([seed, len(labelled_seeds)]).permutation(labelled_seeds)
+    # Each seed is replaced by its predecessor in the shuffled order, so no seed is replaced by itself.
+    replacement = {
+        int(old): int(new) for old, new in zip(shuffled_seeds, np.roll(shuffled_seeds, 1), strict=True)
+    }
     return [
         replace(
             label,
@@ -186,38 +226,46 @@ def on_wrong_faces(labels: Sequence[Preference], seed: int = 0) -> list[Preferen
 
 
 def common_value(labels: "Iterable[Preference | UnpairedPreference]", name: str) -> Any:
-    """Return the value of field `name` ('generator' or 'psi') that all labels share, or None if none states
-    it.
+    """Return the value of a field that all labels share.
 
-    Raises: ValueError if they differ.
+    Labels that do not state the field are ignored. Return None if no label states it.
+
+    Args:
+        labels: labels of pairs or of single shapes.
+        name: name of the field, "generator" or "psi".
+    Raises: ValueError if labels state different values.
     """
-    # Labels that do not state the field are compatible with any value.
     counts = Counter(value for label in labels if (value := getattr(label, name)) is not None)
     if len(counts) > 1:
-        listed = ", ".join(f"{value} ({n} labels)" for value, n in counts.most_common(4))
+        list_of_values = ", ".join(f"{value} ({count} labels)" for value, count in counts.most_common(4))
         raise ValueError(
-            f"labels: expected the same {name} in all labels, got {listed}. Put labels of each {name} into"
-            " a file of their own."
+            f"labels: expected the same {name} in all labels, got {list_of_values}. Put the labels of each"
+            f" {name} into a separate file."
         )
     return next(iter(counts), None)
 
 
 def numbered(splits: Splits) -> tuple[Splits, list[tuple[str, int]]]:
-    """Replace the seeds in labels of several generators by numbers, one for every (generator, seed).
+    """Replace the seeds in labels of several generators by numbers of shapes.
 
-    Returns: the labels, and the (generator, seed) of each number.
+    Every pair (hash of the generator, seed) gets one number, because a seed alone does not identify a shape.
+
+    Returns: the splits with numbers in place of seeds, and the (generator, seed) of each number.
     """
-    # (generator, seed) -> number, in order of appearance
+    # (generator, seed) -> number, in the order of the first occurrence
     numbers: dict[tuple[str, int], int] = {}
 
     def with_numbers(label: Preference) -> Preference:
         """Replace the seeds of one label."""
+        # setdefault returns the number of a shape that has one, and adds the next number otherwise.
         winner, loser = (
             numbers.setdefault((str(label.generator), seed), len(numbers))
             for seed in (label.winner, label.loser)
         )
-        clean = None if label.clean is None else winner if label.clean == label.winner else loser
+        clean = None
+        if label.clean is not None:
+            clean = winner if label.clean == label.winner else loser
         return replace(label, winner=winner, loser=loser, clean=clean)
 
-    train, val, test = (tuple(map(with_numbers, part)) for part in (splits.train, splits.val, splits.test))
+    train, val, test = (tuple(map(with_numbers, split)) for split in (splits.train, splits.val, splits.test))
     return replace(splits, train=train, val=val, test=test), list(numbers)

@@ -1,24 +1,28 @@
-"""Goodness r in 0..1 of assets, from labels of any kind: one JSON object per line, of one kind in a file.
+"""Compute the goodness r (0..1) of assets from labels of any kind.
+
+A file of labels contains one JSON object per line. All lines of a file are of one kind:
 
 | line                                               | applies to         | written by                       |
 | -------------------------------------------------- | ------------------ | -------------------------------- |
-| {"asset", "condition", "thumb": true}              | an asset           | you; as `label`: `asset-scores`  |
+| {"asset", "condition", "thumb": true}              | an asset           | the user; `asset-scores`         |
 | {"asset", "condition", "score": 4, "rater": "ann"} | an asset           | `asset-scores`                   |
 | {"asset", "condition", "p": 0.8, "rater": "m-1"}   | an asset's P(good) | an ensemble of rewards           |
-| {"asset", "condition", "rank": 1}                  | an asset; 1: best  | `rankings`, `ranking.jsonl`      |
-| {"preferred": "a.ply", "rejected": "b.ply"}        | a pair             | `asset-pairs`; "tie" for neither |
+| {"asset", "condition", "rank": 1}                  | an asset; 1 = best | `rankings`, `ranking.jsonl`      |
+| {"preferred": "a.ply", "rejected": "b.ply"}        | a pair             | `asset-pairs`                    |
 
-An asset has the name in the list of assets, or the path of one of its files, relative to the labels.
-`condition`, the prompt of the asset, may be left out. `mesh` may stand for `asset`, and `annotator` for
-`rater`. Other fields are ignored. Ranks order all assets of a prompt. `asset-scores`, `rankings` and
-`asset-pairs` are exports of the labelling tool (its `--kind`). `"tie": true` means that neither asset is
-preferred.
+An asset is named by its name in the list of assets, or by the path of one of its files, relative to the file
+of labels. `condition`, the prompt of the asset, may be left out. `mesh` is accepted for `asset`, `annotator`
+for `rater`, and `label` for `thumb`. All other fields are ignored. Ranks order all assets of a prompt.
+`asset-scores`, `rankings` and `asset-pairs` are exports of the labelling tool (its `--kind`). With `"tie":
+true` neither asset of a pair is preferred.
 
-Advantages A = 2 r - 1 sum to 0 over the assets of each prompt. A flow that is trained with r moves towards
-all assets of a finite set if A > 0 throughout, and away from all if A < 0, so the mean is removed. An asset
-that is alone in its prompt has nothing to be compared with: r = 1/2, which has no training signal. If the
-centred A of a prompt exceed the range ±1, all of them are divided by the largest. Clipping them would change
-the sum.
+The advantages A = 2 r - 1 of the assets of each prompt sum to 0. Without this, a flow that is trained with r
+would move towards all assets if all A were positive, and away from all assets if all A were negative. An
+asset that is the only one of its prompt cannot be compared: it gets r = 1/2, which has no training signal. If
+an advantage of a prompt exceeds the range -1..1, all of them are divided by the largest absolute value.
+Clipping them would change the sum.
+
+Shapes: K assets of a prompt.
 """
 
 import math
@@ -37,42 +41,48 @@ from scipy.stats import rankdata
 from eg3d_rlhf.preferences.bradley_terry import Comparison, bradley_terry
 from eg3d_rlhf.preferences.labels import jsonl_records
 
-PRIOR = 2.0  # pseudo-votes that each asset starts with, divided into good and bad as the prompt's votes are
-Goodness = Mapping[str, float]  # r by asset, of the assets that have labels
+# Number of pseudo-votes that are added to the votes on each asset. They are divided into good and bad in the
+# same ratio as all votes of the prompt.
+PRIOR = 2.0
+Goodness = Mapping[str, float]  # r by name of the asset, for the assets that have labels
 Key = TypeVar("Key", bound=Hashable)
 Value = TypeVar("Value")
 
 
 def _grouped(pairs: Iterable[tuple[Key, Value]]) -> dict[Key, list[Value]]:
-    """Collect the values of each key, in order of appearance."""
+    """Collect the values of each key. Keys and values are in the order of their first occurrence."""
     groups: dict[Key, list[Value]] = defaultdict(list)
     for key, value in pairs:
         groups[key].append(value)
     return groups
 
 
-# Labels of one prompt -> r of its assets.
+# Functions that convert the labels of one prompt to the goodness r of its assets
 
 
 def of_ranks(ranks: Mapping[str, float]) -> dict[str, float]:
-    """Compute (beaten + ties / 2) / (K - 1) from ranks, 1 the best. The mean is 1/2; two assets get 1 and 0.
+    """Compute r from ranks, of which 1 is the best.
+
+    r = (number of worse assets + number of tied assets / 2) / (K - 1). The mean over the assets is 1/2. A
+    single asset gets 1/2.
 
     >>> of_ranks({"a": 1, "b": 2, "c": 2})
     {'a': 1.0, 'b': 0.25, 'c': 0.25}
     """
-    # 1..K; ties get the mean of their places
-    places = rankdata(list(ranks.values()))
+    # Ranks 1..K without gaps; tied assets get the mean of their ranks.
+    mean_ranks = rankdata(list(ranks.values()))
     K = len(ranks)
     return {
-        name: float((K - place) / (K - 1)) if K > 1 else 0.5
-        for name, place in zip(ranks, places, strict=True)
+        name: float((K - rank) / (K - 1)) if K > 1 else 0.5
+        for name, rank in zip(ranks, mean_ranks, strict=True)
     }
 
 
 def of_votes(votes: Iterable[tuple[str, bool]]) -> dict[str, float]:
-    """Compute p = (good + 2 s) / (n + 2) of each asset, with s the fraction of good votes in the prompt.
+    """Compute r from votes (asset, True if the asset is good).
 
-    A = 2 p - 1, centred.
+    The advantage of an asset is 2 p - 1, centred over the prompt, with p = (good + 2 s) / (n + 2). An asset
+    has n votes, of which `good` are good, and s is the share of good votes of the prompt.
 
     >>> {name: round(r, 3) for name, r in of_votes([("a", True), ("b", False)]).items()}
     {'a': 0.667, 'b': 0.333}
@@ -87,78 +97,98 @@ def of_votes(votes: Iterable[tuple[str, bool]]) -> dict[str, float]:
     )
 
 
-def goodness_from_probabilities(given: Iterable[tuple[str, float]]) -> dict[str, float]:
-    """Compute the mean of the P(good) of each asset. A = 2 p - 1, centred.
+def goodness_from_probabilities(probabilities: Iterable[tuple[str, float]]) -> dict[str, float]:
+    """Compute r from probabilities (asset, probability that it is good).
 
-    The mean of probabilities and not the probability of a mean: members of an ensemble that disagree give
-    about 1/2.
+    The advantage of an asset is 2 p - 1, centred over the prompt, where p is the mean of its probabilities.
+    If the members of an ensemble disagree about an asset, p is about 1/2.
     """
-    return centred({name: 2 * float(np.mean(values)) - 1 for name, values in _grouped(given).items()})
+    return centred({name: 2 * float(np.mean(values)) - 1 for name, values in _grouped(probabilities).items()})
 
 
 def of_pairs(comparisons: Sequence[Comparison]) -> dict[str, float]:
-    """Compute r from results of pairs.
+    """Compute r from comparisons of pairs of assets.
 
-    Two assets that met only each other: (wins + ties / 2 + 1) / (n + 2). Others: the mean, over an asset's
-    opponents, of P(it beats the opponent). P comes from Bradley-Terry strengths of all assets that a chain of
-    comparisons connects. A fraction of wins would depend on the opponents that an asset happened to meet. A =
-    2 r - 1, centred.
+    The advantage of an asset is 2 p - 1, centred over the prompt. For two assets that were only compared with
+    each other, p = (wins + ties / 2 + 1) / (n + 2) for n comparisons. For all other assets, p is the mean,
+    over the opponents of the asset, of the probability that it beats the opponent. This probability comes
+    from the Bradley-Terry strengths of all assets that are connected by comparisons. A share of wins would
+    instead depend on the opponents with which an asset was compared.
 
     >>> {name: round(r, 3) for name, r in of_pairs([Comparison("a", "b")]).items()}
     {'a': 0.667, 'b': 0.333}
     """
-    goodness: dict[str, float] = {}
+    probabilities: dict[str, float] = {}
     for group in linked(comparisons):
-        names = list(dict.fromkeys(str(name) for c in group for name in (c.winner, c.loser)))
-        # A direct comparison of two, with a uniform prior on the probability to win.
+        # Names in the order of their first occurrence
+        names: list[str] = []
+        for comparison in group:
+            for name in (str(comparison.winner), str(comparison.loser)):
+                if name not in names:
+                    names.append(name)
         if len(names) == 2:
-            wins = sum(0.5 if c.tie else float(c.winner == names[0]) for c in group)
-            # Laplace's rule of succession; Bradley-Terry strengths would be infinite after one win
-            first = (wins + 1) / (len(group) + 2)
-            values = {names[0]: first, names[1]: 1 - first}
+            wins = sum(
+                0.5 if comparison.tie else float(comparison.winner == names[0]) for comparison in group
+            )
+            # Laplace's rule of succession (a uniform prior). Bradley-Terry strengths would be infinite after
+            # one win.
+            first_probability = (wins + 1) / (len(group) + 2)
+            probabilities |= {names[0]: first_probability, names[1]: 1 - first_probability}
         else:
             fit = bradley_terry(group)
             strength = dict(zip(fit.items, fit.strength.tolist(), strict=True))
+            # A set counts each opponent once, even after several comparisons.
             opponents: dict[Hashable, set[Hashable]] = defaultdict(set)
-            for c in group:
-                # Each opponent counts once, however often the two met.
-                opponents[c.winner].add(c.loser)
-                opponents[c.loser].add(c.winner)
-            values = {
-                name: float(np.mean([expit(strength[name] - strength[other]) for other in opponents[name]]))
-                for name in names
-            }
-        goodness |= values
-    return centred({name: 2 * r - 1 for name, r in goodness.items()})
+            for comparison in group:
+                opponents[comparison.winner].add(comparison.loser)
+                opponents[comparison.loser].add(comparison.winner)
+            for name in names:
+                wins_over_opponents = [
+                    expit(strength[name] - strength[opponent]) for opponent in opponents[name]
+                ]
+                probabilities[name] = float(np.mean(wins_over_opponents))
+    return centred({name: 2 * p - 1 for name, p in probabilities.items()})
 
 
 def linked(comparisons: Sequence[Comparison]) -> list[list[Comparison]]:
-    """Split comparisons into sets without a common item: connected components of the graph of items."""
-    items = {
-        item: i
-        for i, item in enumerate(dict.fromkeys(item for c in comparisons for item in (c.winner, c.loser)))
-    }
-    # Edges of the graph of items; the direction does not matter.
-    ends = [items[c.winner] for c in comparisons], [items[c.loser] for c in comparisons]
-    _, group = connected_components(
-        coo_matrix((np.ones(len(comparisons)), ends), shape=(len(items), len(items))), directed=False
+    """Split comparisons into groups that have no item in common.
+
+    The groups are the connected components of the graph whose vertices are items and whose edges are
+    comparisons. They are in the order of their first comparison.
+    """
+    items = dict.fromkeys(item for comparison in comparisons for item in comparison[:2])
+    index = {item: i for i, item in enumerate(items)}
+    # Edges of the graph; their direction does not matter.
+    winners = [index[comparison.winner] for comparison in comparisons]
+    losers = [index[comparison.loser] for comparison in comparisons]
+    edges = coo_matrix((np.ones(len(comparisons)), (winners, losers)), shape=(len(index), len(index)))
+    _, component = connected_components(edges, directed=False)
+    return list(
+        _grouped(
+            (int(component[index[comparison.winner]]), comparison) for comparison in comparisons
+        ).values()
     )
-    return list(_grouped((int(group[items[c.winner]]), c) for c in comparisons).values())
 
 
 def goodness_from_scores(scores: Iterable[tuple[str, float]]) -> dict[str, float]:
-    """Compute A as half the mean of an asset's standardised scores (`standardised_by_rater`), centred."""
+    """Compute r from standardised scores (asset, score), see `standardised_by_rater`.
+
+    The advantage of an asset is half the mean of its standardised scores, centred over the prompt.
+    """
     return centred({name: float(np.mean(values)) / 2 for name, values in _grouped(scores).items()})
 
 
 def standardised_by_rater(scores: Iterable[tuple[str, float]]) -> list[float]:
-    """Standardise scores by rater: (score - mean) / standard deviation over all scores of the rater.
+    """Standardise scores: (score - mean) / standard deviation, over all scores of the same rater.
 
-    Args: scores: (rater, score).
-    A rater whose scores are all equal gives 0.
+    The standardised scores of a rater whose scores are all equal are 0.
+
+    Args: scores: scores as (rater, score), of all prompts.
+    Returns: standardised scores, in the same order.
     """
+    # The argument may be an iterator, and is read twice below.
     score_list = list(scores)
-    # Mean and standard deviation of each rater over all prompts.
+    # Mean and standard deviation of the scores of each rater
     moments = {
         rater: (float(np.mean(values)), float(np.std(values)))
         for rater, values in _grouped(score_list).items()
@@ -170,9 +200,11 @@ def standardised_by_rater(scores: Iterable[tuple[str, float]]) -> list[float]:
 
 
 def centred(advantages: Mapping[str, float]) -> dict[str, float]:
-    """Convert advantages to r = (1 + A) / 2, after subtracting the mean of A.
+    """Subtract the mean from the advantages A of a prompt, and convert them to r = (1 + A) / 2.
 
-    If a centred A exceeds ±1, all are divided by the largest.
+    If an advantage then exceeds the range -1..1, all are divided by the largest absolute value.
+
+    Args: advantages: advantages by asset.
     """
     values = np.array(list(advantages.values()), dtype=float)
     # The sum of A over a prompt becomes 0.
@@ -181,49 +213,51 @@ def centred(advantages: Mapping[str, float]) -> dict[str, float]:
     return {name: float(0.5 + value / 2) for name, value in zip(advantages, values, strict=True)}
 
 
-# Advantages for losses over whole groups, and controls.
+# Advantages for losses over all assets of a prompt, and controls
 
 
 def normal_scores(r: Sequence[float] | np.ndarray) -> np.ndarray:
-    """Compute advantages [K] from ranks by r: the normal quantile at (place - 1/2) / K.
+    """Compute advantages [K] from the order of the goodness r [K].
 
-    They have mean 0 and standard deviation 1; all are 0 if all assets are tied.
+    The asset of rank i (1 is the worst) gets the normal quantile at (i - 1/2) / K. The advantages are then
+    standardised to mean 0 and standard deviation 1. All are 0 if all assets are tied.
 
     >>> normal_scores([0.2, 0.9])
     array([-1.,  1.])
     """
-    places = rankdata(r)
-    if np.ptp(places) == 0:
-        return np.zeros(len(places))
-    # Ranks mapped to normal quantiles, and then standardised exactly.
-    scores: np.ndarray = ndtri((places - 0.5) / len(places))
+    ranks = rankdata(r)
+    # Standardisation would divide by 0 if all ranks are equal.
+    if np.ptp(ranks) == 0:
+        return np.zeros(len(ranks))
+    scores: np.ndarray = ndtri((ranks - 0.5) / len(ranks))
     scores = scores - scores.mean()
     scores = scores / scores.std()
     return scores
 
 
 def as_used(goodness: Goodness, prompt_of: Mapping[str, str], use: str, seed: int) -> dict[str, float]:
-    """Return r for a training ("labels") or for one of its controls.
+    """Return the goodness that a training or one of its controls uses.
 
-    "randomised" gives each asset the r of another asset of its prompt. "inverted" gives 1 - r.
-
-    Args: prompt_of: the prompt of every asset.
+    Args:
+        goodness: goodness r by asset.
+        prompt_of: prompt of every asset.
+        use: "labels" for the goodness itself; or one of two controls: "randomised" permutes r at random over
+            the assets of each prompt, and "inverted" gives 1 - r.
+        seed: seed of the random permutation.
     """
-    # A control: the signal with the wrong sign.
     if use == "inverted":
         return {name: 1 - r for name, r in goodness.items()}
     if use != "randomised":
         return dict(goodness)
-    # a stream of its own; 3 distinguishes it from other uses of the seed
+    # A separate stream of random numbers: the number 3 distinguishes it from other uses of the seed.
     rng = np.random.default_rng([seed, 3])
-    shuffled = dict[str, float]()
-    # Only within a prompt, so that the distribution of r per prompt stays the same.
+    permuted_goodness = dict[str, float]()
+    # The permutation is within a prompt, so that each prompt has the same values of r as before.
     for names in _by_prompt(goodness, prompt_of).values():
-        shuffled |= {
-            name: goodness[other] for name, other in zip(names, rng.permutation(names).tolist(), strict=True)
-        }
-    # In the original order of assets.
-    return {name: shuffled[name] for name in goodness}
+        for name, source_name in zip(names, rng.permutation(names).tolist(), strict=True):
+            permuted_goodness[name] = goodness[source_name]
+    # In the order of the assets in `goodness`
+    return {name: permuted_goodness[name] for name in goodness}
 
 
 def _by_prompt(names: Iterable[str], prompt_of: Mapping[str, str]) -> dict[str, list[str]]:
@@ -236,83 +270,91 @@ def _by_prompt(names: Iterable[str], prompt_of: Mapping[str, str]) -> dict[str, 
 
 @dataclass(frozen=True, kw_only=True)
 class Known:
-    """The assets that labels may refer to."""
+    """The list of assets to which labels may refer."""
 
-    conditions: Mapping[str, str]  # the prompt of every asset, by the asset's name
-    files: Mapping[Path, str] = field(default_factory=dict)  # resolved path -> name of the asset
+    conditions: Mapping[str, str]  # prompt of every asset, by the name of the asset
+    files: Mapping[Path, str] = field(default_factory=dict)  # name of the asset by resolved path of its files
 
-    def find(self, named: str, folder: Path) -> str:
-        """Return the name of an asset, given by its name or by a path relative to a folder. Raises:
-        ValueError if unknown.
+    def find(self, name_or_path: str, folder: Path) -> str:
+        """Return the name of the asset that a label names.
+
+        Args:
+            name_or_path: name of the asset, or path of one of its files.
+            folder: folder to which the path is relative.
+        Raises: ValueError if the list of assets does not contain the asset.
         """
-        if named in self.conditions:
-            return named
-        # The name may be a path, relative to the folder of the labels.
-        name = self.files.get((folder / named).resolve())
+        if name_or_path in self.conditions:
+            return name_or_path
+        name = self.files.get((folder / name_or_path).resolve())
         if name is None:
             examples = ", ".join(list(self.conditions)[:3])
             raise ValueError(
-                f"expected one of {len(self.conditions)} assets ({examples}, ...), got {named!r}. Use a name"
-                " from the list of assets."
+                f"{name_or_path!r} is not one of the {len(self.conditions)} assets ({examples}, ...). Use a"
+                " name or a file from the list of assets."
             )
         return name
 
 
 @dataclass(frozen=True, kw_only=True)
 class LabelLine:
-    """A parsed line of labels."""
+    """Parsed line of a file of labels."""
 
-    number: int  # line number
-    kind: str  # thumb, score, p, rank or pair
-    asset: str  # of a pair the better one
-    value: float = 0.0
-    rater: str = ""
-    other: str = ""  # of a pair the other one
-    tie: bool = False  # of a pair: neither is preferred
+    number: int  # number of the line, from 1
+    kind: str  # kind of the label: thumb, score, p, rank or pair
+    asset: str  # name of the asset; for a pair, of the preferred asset
+    value: float = 0.0  # value of the label; 0 for a pair
+    rater: str = ""  # name of the rater; '' if the line does not state it
+    other: str = ""  # for a pair: name of the rejected asset
+    tie: bool = False  # for a pair: True if neither asset is preferred
 
 
-ALONE = ("thumb", "label", "score", "p", "rank")  # kinds of labels of a single asset
+ALONE = ("thumb", "label", "score", "p", "rank")  # names of the fields with labels of a single asset
 EXAMPLE = '{"asset": NAME, "condition": NAME, "thumb": true}'
 
 
 def read_said(path: Path, known: Known) -> list[LabelLine]:
-    """Read the lines of a file of labels, all of one kind; see the module for the kinds.
+    """Read the lines of a file of labels. The docstring of the module describes the kinds of labels.
 
-    Raises: FileNotFoundError; ValueError with the file, the line and a remedy for lines that do not fit,
-    unknown assets, assets of another prompt, several kinds in one file, and an empty file.
+    Args:
+        path: the .jsonl file.
+        known: assets to which labels may refer.
+    Raises: FileNotFoundError if the file does not exist; ValueError, which names file and line, for a line
+        that is not valid, for an unknown asset or a wrong prompt, for several kinds of labels in one file,
+        and for a file without labels.
     """
     if not path.is_file():
-        raise FileNotFoundError(
-            f"--labels: expected a .jsonl file of labels, got no file at {path}. Check the path."
-        )
-    lines: list[LabelLine] = []
+        raise FileNotFoundError(f"--labels={path}: this file does not exist. Pass the path of a .jsonl file.")
+    label_lines: list[LabelLine] = []
     for number, record in jsonl_records(path, EXAMPLE):
         try:
-            # Kinds are not mixed, because their scales differ.
-            lines.append(_parse(number, record, known, path.parent))
-            # The first line decides the kind of the file.
-            if lines[-1].kind != lines[0].kind:
+            label_line = _parse(number, record, known, path.parent)
+            label_lines.append(label_line)
+            # Kinds cannot be mixed, because their scales differ. The first line decides the kind of the file.
+            if label_line.kind != label_lines[0].kind:
                 raise ValueError(
-                    f"expected {lines[0].kind}s as in line {lines[0].number}, got a {lines[-1].kind}. Put"
-                    " each kind into a file of its own."
+                    f"this is a label of the kind {label_line.kind}, but line {label_lines[0].number} is of"
+                    f" the kind {label_lines[0].kind}. Put the labels of each kind into a separate file."
                 )
         except ValueError as error:
             raise ValueError(f"{path.name}, line {number}: {error}") from None
-    if not lines:
+    if not label_lines:
         raise ValueError(
-            f"{path.name}, line 1: expected at least one label, got an empty file. Label some assets first."
+            f"{path.name}, line 1: the file is empty and contains no label. Add labels of some assets."
         )
-    return lines
+    return label_lines
 
 
 def read_goodness(path: Path, known: Known) -> dict[str, float]:
-    """Read r by asset from a file of labels.
+    """Read a file of labels, and compute the goodness r of each labelled asset.
 
-    Raises: see `read_said`; also ValueError for labels that do not distinguish any assets of a prompt.
+    Args:
+        path: the .jsonl file.
+        known: assets to which labels may refer.
+    Raises: as `read_said`; also ValueError if the labels do not distinguish any assets of a prompt.
     """
     lines = read_said(path, known)
     goodness = _goodness_from_lines(lines, known.conditions, path.name)
-    # r = 1/2 everywhere: no asset is better than another of its prompt.
+    # If all r are 1/2, no asset is better than another asset of its prompt.
     if all(abs(r - 0.5) < 1e-9 for r in goodness.values()):
         raise ValueError(
             f"{path.name}, lines {lines[0].number} to {lines[-1].number}:"
@@ -322,82 +364,105 @@ def read_goodness(path: Path, known: Known) -> dict[str, float]:
 
 
 def _parse(number: int, record: Mapping[str, Any], known: Known, folder: Path) -> LabelLine:
-    """Parse a line. Raises: ValueError without file and line."""
+    """Parse the record of a line.
 
-    def asset(*keys: str) -> str:
-        """Return the name of the asset in the first of `keys` that the line has."""
-        # Alternative names of the field, in order of preference.
-        named = next((record[key] for key in keys if record.get(key)), None)
-        if not isinstance(named, str):
-            raise ValueError(f"expected {keys[0]}, got none. Write {EXAMPLE}.")
-        name = known.find(named, folder)
-        condition = record.get("condition")
-        # A wrong prompt is an error in the file or in the list, which must not pass silently.
-        if condition is not None and condition != known.conditions[name]:
-            got = f"got {condition!r}. Correct the line or the list"
+    Args:
+        number: number of the line, from 1.
+        record: JSON object of the line.
+        known: assets to which labels may refer.
+        folder: folder to which paths of assets are relative.
+    Raises: ValueError for a record that is not valid; the caller adds file and line to the message.
+    """
+
+    def find_asset(*fields: str) -> str:
+        """Return the name of the asset in the first of `fields` that the record has."""
+        name_or_path = next((record[name] for name in fields if record.get(name)), None)
+        if not isinstance(name_or_path, str):
             raise ValueError(
-                f"expected condition {known.conditions[name]!r} of asset {named!r}, as in the list of assets,"
-                f" {got}."
+                f"the field {fields[0]} with the name of an asset is missing. Write, for example, {EXAMPLE}."
+            )
+        name = known.find(name_or_path, folder)
+        condition = record.get("condition")
+        if condition is not None and condition != known.conditions[name]:
+            raise ValueError(
+                f"expected condition {known.conditions[name]!r} of the asset {name_or_path!r}, as in the"
+                f" list of assets, got {condition!r}. Correct the condition of this line or of the list of"
+                " assets."
             )
         return name
 
     if "preferred" in record or "rejected" in record:
-        better = asset("preferred")
-        worse = asset("rejected")
-        # An exported tie still has preferred and rejected, in any order.
+        preferred_asset = find_asset("preferred")
+        rejected_asset = find_asset("rejected")
+        # An exported tie has both fields, too, in any order.
         tie = record.get("tie", False)
-        if (
-            better == worse
-            or known.conditions[better] != known.conditions[worse]
-            or not isinstance(tie, bool)
-        ):
+        if preferred_asset == rejected_asset:
             raise ValueError(
-                f"expected two assets of one condition, and tie true or false, got {record!r:.120}. Correct"
-                " the line."
+                f"preferred and rejected are the same asset, {preferred_asset!r}. Remove this line, or"
+                " correct one of both."
             )
-        return LabelLine(number=number, kind="pair", asset=better, other=worse, tie=tie)
-    # Exactly one kind of label per line.
-    kinds = [key for key in ALONE if record.get(key) is not None]
-    if len(kinds) != 1:
+        if known.conditions[preferred_asset] != known.conditions[rejected_asset]:
+            raise ValueError(
+                f"the assets {preferred_asset!r} and {rejected_asset!r} have different prompts (condition),"
+                " so they cannot be compared. Remove this line."
+            )
+        if not isinstance(tie, bool):
+            raise ValueError(
+                f"expected tie to be true or false, got {tie!r}. Write true or false, or remove the field"
+                " tie."
+            )
+        return LabelLine(number=number, kind="pair", asset=preferred_asset, other=rejected_asset, tie=tie)
+    label_fields = [name for name in ALONE if record.get(name) is not None]
+    if not label_fields:
         raise ValueError(
-            f"expected one of {', '.join(ALONE)}, got {' and '.join(kinds) or 'none'}. Write {EXAMPLE}."
+            f"the line has none of the fields {', '.join(ALONE)}. Write, for example, {EXAMPLE}."
         )
-    # `label` is the name of a thumb in the export of the labelling tool.
-    kind = "thumb" if kinds == ["label"] else kinds[0]
-    value = record[kinds[0]]
-    if (
-        kind == "thumb"
-        and value not in (True, False)
-        or not isinstance(value, (int, float))
-        or not math.isfinite(value)
-    ):
-        expected = "true or false" if kind == "thumb" else "a number"
-        raise ValueError(f"expected {kinds[0]} to be {expected}, got {value!r}. Correct the line.")
-    # A probability; other values are scores.
+    if len(label_fields) > 1:
+        raise ValueError(
+            f"the line has several labels: {' and '.join(label_fields)}. Keep one of these fields, and remove"
+            " all others."
+        )
+    label_field = label_fields[0]
+    # The export of the labelling tool names a thumb `label`.
+    kind = "thumb" if label_field == "label" else label_field
+    value = record[label_field]
+    # In Python, 1 == True and 0 == False, so 1 and 0 are accepted for a thumb, too.
+    if kind == "thumb" and value not in (True, False):
+        raise ValueError(f"expected {label_field} to be true or false, got {value!r}. Write true or false.")
+    if not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"expected {label_field} to be a number, got {value!r}. Write a number.")
     if kind == "p" and not 0 <= value <= 1:
         raise ValueError(
-            f"expected p from 0 to 1, got {value!r}. For ratings on another scale use the field score."
+            f"expected the probability p from 0 to 1, got {value!r}. For ratings on a different scale use the"
+            " field score."
         )
-    # Empty for a single, anonymous rater.
+    # Labels without the name of a rater count as labels of one rater, ''.
     rater = str(record.get("rater") or record.get("annotator") or "")
-    return LabelLine(
-        number=number, kind=kind, asset=asset("asset", "mesh", "look_at"), value=float(value), rater=rater
-    )
+    asset = find_asset("asset", "mesh", "look_at")
+    return LabelLine(number=number, kind=kind, asset=asset, value=float(value), rater=rater)
 
 
 def _goodness_from_lines(
     lines: Sequence[LabelLine], prompt_of: Mapping[str, str], file: str
 ) -> dict[str, float]:
-    """Compute r of all assets from parsed lines of one kind."""
+    """Compute the goodness r of all assets from parsed lines of one kind.
+
+    Args:
+        lines: lines of a file of labels.
+        prompt_of: prompt of every asset.
+        file: name of the file, for messages.
+    """
     kind = lines[0].kind
+    # Scores are standardised over all prompts of a rater. Everything else is computed per prompt.
     values = (
         standardised_by_rater((line.rater, line.value) for line in lines)
         if kind == "score"
         else [line.value for line in lines]
     )
-    labelled = zip(lines, values, strict=True)
-    # Scores are standardised over all prompts of a rater, everything else is computed per prompt.
-    groups = _grouped((prompt_of[line.asset], (line, value)) for line, value in labelled)
+    groups = _grouped(
+        (prompt_of[line.asset], (line, value)) for line, value in zip(lines, values, strict=True)
+    )
+    # Functions that compute r of the assets of a prompt from their lines and values
     converters: dict[str, Callable[[list[tuple[LabelLine, float]]], dict[str, float]]] = {
         "thumb": lambda group: of_votes([(line.asset, bool(value)) for line, value in group]),
         "score": lambda group: goodness_from_scores([(line.asset, value) for line, value in group]),
@@ -405,47 +470,60 @@ def _goodness_from_lines(
         "pair": lambda group: of_pairs([Comparison(line.asset, line.other, line.tie) for line, _ in group]),
         "rank": lambda group: of_ranks(_unique_ranks(group, file)),
     }
-    return {name: r for group in groups.values() for name, r in converters[kind](group).items()}
+    goodness: dict[str, float] = {}
+    for group in groups.values():
+        goodness |= converters[kind](group)
+    return goodness
 
 
 def _unique_ranks(group: Sequence[tuple[LabelLine, float]], file: str) -> dict[str, float]:
-    """Return the rank of each asset of a prompt. Raises: ValueError for an asset with two ranks."""
+    """Return the rank of each asset of a prompt.
+
+    Args:
+        group: lines of the prompt with their ranks.
+        file: name of the file, for messages.
+    Raises: ValueError for an asset with two ranks.
+    """
     ranks: dict[str, float] = {}
     for line, value in group:
         if line.asset in ranks:
             raise ValueError(
-                f"{file}, line {line.number}: expected one rank per asset, got another rank of"
-                f" {line.asset!r}. Keep one."
+                f"{file}, line {line.number}: this is a second rank of the asset {line.asset!r}. Remove one"
+                " of both lines."
             )
         ranks[line.asset] = value
     return ranks
 
 
 def _describe_no_signal(lines: Sequence[LabelLine], prompt_of: Mapping[str, str]) -> str:
-    """Describe why labels have no signal, and what to do."""
+    """Return a message that states why labels do not distinguish assets, and what to do."""
     kind = lines[0].kind
-    labelled = {name for line in lines for name in (line.asset, line.other) if name}
-    if len(labelled) == len({prompt_of[name] for name in labelled}):
+    # Only pairs have a second asset; for all other kinds its name is ''.
+    labelled_assets = {name for line in lines for name in (line.asset, line.other) if name}
+    if len(labelled_assets) == len({prompt_of[name] for name in labelled_assets}):
         return (
-            "expected labels of at least two assets of one prompt (field condition), got one asset of each."
-            " Label several assets of a prompt."
+            "each prompt (condition) has labels of one asset only, so that no assets can be compared. Label"
+            " several assets of a prompt."
         )
     if kind == "thumb" and len({line.value for line in lines}) == 1:
         return (
-            f"expected good and bad assets, got {len(lines)} that are all"
-            f" {'good' if lines[0].value else 'bad'}. Label other assets, or use scores."
+            f"all {len(lines)} labels state that the asset is {'good' if lines[0].value else 'bad'}, so that"
+            " they do not distinguish assets. Label further assets, or use scores."
         )
-    kind_of_ties = "only ties" if kind in ("rank", "pair") else f"equal {kind}s"
+    equal_labels = "only ties" if kind in ("rank", "pair") else f"equal {kind}s"
     return (
-        f"expected labels that distinguish assets of a prompt, got {kind_of_ties}. Label more assets, or use"
-        " a finer scale."
+        f"the labels of each prompt are {equal_labels}, so that they do not distinguish assets. Label further"
+        " assets, or use a finer scale."
     )
 
 
 def contrast(goodness: Goodness, prompts: Collection[str], prompt_of: Mapping[str, str]) -> dict[str, float]:
-    """Select the assets of some prompts that are not alone in their prompt: those with a training signal.
+    """Select the assets that have a training signal: assets whose prompt has at least two labelled assets.
 
-    Args: prompt_of: the prompt of every asset.
+    Args:
+        goodness: goodness r by asset.
+        prompts: prompts whose assets are selected.
+        prompt_of: prompt of every asset.
     """
     groups = _by_prompt(goodness, prompt_of)
     return {

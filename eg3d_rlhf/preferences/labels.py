@@ -1,18 +1,20 @@
-"""The open label format of pairs: which of two latent seeds has the better geometry. One record per line, as
-JSON lines or as CSV with a header.
+"""The open format of labels of pairs. A label states which of two seeds of a generator has the better
+geometry.
+
+A file contains one record per line, as JSON lines, or as CSV with a header.
 
 | field     | meaning                                                                                     |
 | --------- | ------------------------------------------------------------------------------------------- |
 | winner    | seed of the preferred shape, z = RandomState(seed).randn(z_dim); required                   |
 | loser     | seed of the other shape; required                                                           |
 | generator | SHA-256, in hex, of the weights of the generator of the shapes                              |
-| psi       | truncation that the shapes were generated with                                              |
+| psi       | truncation with which the shapes were generated                                             |
 | annotator | name of the person or program that gave the label                                           |
 | time      | ISO 8601 text, or seconds since 1970                                                        |
-| tie       | true: no preference; winner and loser are then simply the two seeds                         |
-| clean     | seed that a noise-free annotator prefers, if it is known (or true: winner, false: loser)    |
+| tie       | true if neither shape is preferred; the order of winner and loser then has no meaning       |
+| clean     | seed that an annotator without noise prefers (or true for winner, false for loser)          |
 
-Other fields are kept in `extra` and written again. Readers stream; writers replace a file atomically.
+All other fields are stored in `extra` and written again. Files are read line by line and written atomically.
 """
 
 import contextlib
@@ -36,14 +38,17 @@ if TYPE_CHECKING:
 FIELDS = ("winner", "loser", "generator", "psi", "annotator", "time", "tie", "clean")
 MAX_SEED = 2**32 - 1  # the largest seed of numpy's RandomState
 Label = TypeVar("Label")
-Reader = Callable[[Path], Iterator[tuple[int, dict[str, Any]]]]  # yields the numbers and records of lines
-# accepted texts of truth values in CSV
+# Function that reads a file and yields the number and the record of each line
+Reader = Callable[[Path], Iterator[tuple[int, dict[str, Any]]]]
+# Truth values in CSV files, by their text in lower case
 _TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False, "": False}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Preference:
-    """A label of one pair. Fields as in the table above. Raises: ValueError.
+    """A label of one pair. The fields are described in the table of the module.
+
+    Raises: ValueError for a value that is not allowed.
 
     >>> Preference(winner=3, loser=8).to_dict()
     {'winner': 3, 'loser': 8}
@@ -51,60 +56,64 @@ class Preference:
 
     winner: int
     loser: int
-    # None in the following fields: unknown.
+    # A field that is None was not stated.
     generator: str | None = None
     psi: float | None = None
     annotator: str | None = None
     time: str | float | None = None
     tie: bool = False
     clean: int | None = None
-    # Not hashed: dicts have no hash.
+    # Further fields of the record. They are not hashed, since a dict has no hash.
     extra: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         for name in ("winner", "loser"):
             check_seed(name, getattr(self, name))
         if self.winner == self.loser:
-            raise ValueError(f"expected two different seeds, got {self.winner} twice. Remove the line.")
-        # None: no annotator without noise is known.
+            raise ValueError(
+                f"winner and loser are the same seed, {self.winner}. Remove this label, or correct one of its"
+                " seeds."
+            )
         if self.clean is not None and self.clean not in (self.winner, self.loser):
             raise ValueError(
-                f"expected clean to be {self.winner} or {self.loser}, got {self.clean!r}. Write the seed of"
-                " the better shape."
+                f"expected clean to be {self.winner} or {self.loser}, got"
+                f" {self.clean!r}. Write the seed of the better shape, or remove the field clean."
             )
         check_psi(self.psi)
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> "Preference":
-        """Return a label from what `to_dict` returned. Unknown names become `extra`."""
+        """Create a label from the values that `to_dict` returned. Unknown names become `extra`."""
         return cls(
-            **{k: v for k, v in record.items() if k in FIELDS},
-            extra={k: v for k, v in record.items() if k not in FIELDS},
+            **{name: value for name, value in record.items() if name in FIELDS},
+            extra={name: value for name, value in record.items() if name not in FIELDS},
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return JSON values; fields without a value are left out."""
-        fields = {name: getattr(self, name) for name in FIELDS}
-        return {
-            **{k: v for k, v in fields.items() if v is not None and not (k == "tie" and not v)},
-            **self.extra,
-        }
+        """Return the label as JSON values. Fields that were not stated, and a false tie, are left out."""
+        record = {}
+        for name in FIELDS:
+            value = getattr(self, name)
+            if value is not None and not (name == "tie" and not value):
+                record[name] = value
+        return {**record, **self.extra}
 
 
 @dataclass(frozen=True)
 class LabelSource:
-    """The labels of a training: a file, or a source that grows while the training runs, so that the run
-    stores a copy of the labels that it used.
+    """Source of the labels of a training: a file, or a store of labels that can grow.
+
+    A training on a store writes a copy of the labels that it used to its run folder.
     """
 
-    name: str  # for messages; contains no secrets
-    read: Callable[[], list[Preference]]  # returns the present labels; raises OSError, ValueError
-    settings: Mapping[str, Any]  # 'labels' and 'filters' of a run's settings, as JSON values
-    file: Path | None = None  # None: the labels may grow
+    name: str  # name for messages, without secrets
+    read: Callable[[], list[Preference]]  # function that returns all labels; raises OSError, ValueError
+    settings: Mapping[str, Any]  # entries 'labels' and 'filters' of the settings of a run, JSON values
+    file: Path | None = None  # the file; None for a store
 
     @classmethod
     def of_file(cls, path: Path) -> "LabelSource":
-        """Return all labels of a .jsonl or .csv file as a source; see `load_labels`."""
+        """Create the source of all labels of a .jsonl or .csv file."""
         return cls(
             path.name, functools.partial(load_labels, path), {"labels": str(path), "filters": None}, path
         )
@@ -113,9 +122,10 @@ class LabelSource:
 def load_labels(path: str | Path) -> list[Preference]:
     """Read all labels of a .jsonl or .csv file.
 
-    Tables of ranked seeds with the header (index, rank1, rank2) are recognised by it.
+    A .csv file may also be a table of ranked seeds, with the header (index, rank1, rank2).
 
-    Raises: as `read_records`.
+    Raises: FileNotFoundError if the file does not exist; ValueError, which names the line, for a record that
+        is not valid, and for a file without labels.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -131,16 +141,22 @@ def read_records(
 ) -> list[Label]:
     """Read all labels of a file.
 
-    Args: readers: of its records, by the name's ending; things: what is labelled.
-    Raises: FileNotFoundError; ValueError with file, line and remedy for the first record that does not fit,
-        and when there are none.
+    Args:
+        path: file of labels.
+        readers: functions that read the records, by the ending of the file name.
+        parse: function that converts a record to a label.
+        things: plural name of the labelled things, for messages.
+    Raises: FileNotFoundError if the file does not exist; ValueError, which names the line, for the first
+        record that is not valid, and for a file without labels.
     """
     if path.suffix not in readers:
-        raise ValueError(f"labels: expected a .jsonl or .csv file, got {path.name}. Rename or convert it.")
+        raise ValueError(
+            f"labels: expected a file with the ending {' or '.join(readers)}, got {path.name}. Convert it to"
+            f" {next(iter(readers))}."
+        )
     if not path.is_file():
         raise FileNotFoundError(
-            f"labels: expected a label file, got none at {path}. Check the path, or label some"
-            f" {things} first."
+            f"labels: the file {path} does not exist. Correct the path, or label some {things} first."
         )
     labels = []
     for line, record in readers[path.suffix](path):
@@ -150,13 +166,13 @@ def read_records(
             raise ValueError(f"{path.name}, line {line}: {error}") from error
     if not labels:
         raise ValueError(
-            f"{path.name}, line 1: expected at least one label, got an empty file. Label some {things} first."
+            f"{path.name}, line 1: the file is empty and contains no label. Add labels of {things}."
         )
     return labels
 
 
 def write_labels(path: str | Path, labels: Iterable[Preference]) -> Path:
-    """Write labels as .jsonl or .csv, depending on the suffix, atomically. Returns the path.
+    """Write labels to a .jsonl or .csv file, depending on its ending, atomically. Return the path.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -166,17 +182,18 @@ def write_labels(path: str | Path, labels: Iterable[Preference]) -> Path:
     path = Path(path)
     if path.suffix not in (".jsonl", ".csv"):
         raise ValueError(
-            f"write_labels: expected a name ending in .jsonl or .csv, got {path.name}. Change the suffix."
+            f"write_labels: expected a file name with the ending .jsonl or .csv, got {path.name}. Use, for"
+            f" example, {path.stem}.jsonl."
         )
-    # All records at once: the columns of a CSV depend on all of them.
+    # All records are needed first, since they determine the columns of a CSV file.
     records = [label.to_dict() for label in labels]
     if path.suffix == ".jsonl":
         text = "".join(json.dumps(record) + "\n" for record in records)
     else:
-        # Columns for all extra fields; a record without one leaves its cell empty.
-        extra = sorted({key for record in records for key in record} - set(FIELDS))
+        # One column for each further field of any record; in other records its cell is empty.
+        extra_names = sorted({name for record in records for name in record} - set(FIELDS))
         buffer = io.StringIO()
-        writer = csv.DictWriter(buffer, [*FIELDS, *extra], lineterminator="\n")
+        writer = csv.DictWriter(buffer, [*FIELDS, *extra_names], lineterminator="\n")
         writer.writeheader()
         writer.writerows(records)
         text = buffer.getvalue()
@@ -185,159 +202,200 @@ def write_labels(path: str | Path, labels: Iterable[Preference]) -> Path:
 
 
 def labels_hash(labels: Iterable["Preference | UnpairedPreference"]) -> str:
-    """Compute the SHA-256, in hex, of the labels' canonical JSON lines, in order.
+    """Compute the SHA-256, in hex, of a list of labels, which depends on their order.
 
-    It is the same for the .jsonl and the .csv file of one list of labels without extra fields.
+    The hash is that of one JSON line with sorted keys per label. It is the same whether labels without extra
+    fields are stored in a .jsonl or a .csv file.
     """
-    digest = hashlib.sha256()
+    sha256 = hashlib.sha256()
     for label in labels:
-        # One canonical line at a time; the labels need not fit into memory twice.
-        digest.update((json.dumps(label.to_dict(), sort_keys=True) + "\n").encode())
-    return digest.hexdigest()
+        sha256.update((json.dumps(label.to_dict(), sort_keys=True) + "\n").encode())
+    return sha256.hexdigest()
 
 
 def jsonl_records(
     path: Path, example: str = "{'winner': ..., 'loser': ...}"
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield number and object of each line. Raises: ValueError with file and line for other content."""
+    """Yield the number and the JSON object of each line of a file. Empty lines are skipped.
+
+    Args:
+        path: the .jsonl file.
+        example: example of a line, for messages.
+    Raises: ValueError, which names file and line, for a line that is not a JSON object.
+    """
     with path.open(encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, 1):
-            # Empty lines, such as the last one, are skipped.
             if not line.strip():
                 continue
             try:
                 record = json.loads(line)
             except ValueError as error:
                 raise ValueError(
-                    f"{path.name}, line {number}: expected one JSON object, got: {error}. Correct the line."
+                    f"{path.name}, line {number}: the line is not valid JSON ({error}). Write one JSON object"
+                    f" per line, for example {example}."
                 ) from error
             if not isinstance(record, dict):
                 kind = type(record).__name__
                 raise ValueError(
-                    f"{path.name}, line {number}: expected a JSON object, got {kind}. Write {example}."
+                    f"{path.name}, line {number}: expected a JSON object, got a value of type {kind}. Write,"
+                    f" for example, {example}."
                 )
             yield number, record
 
 
 def _csv_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield the line number and the non-empty cells of each row. Raises: ValueError with file and line."""
+    """Yield the line number and the non-empty cells, by name, of each row of a CSV file with a header.
+
+    Raises: ValueError, which names file and line, for a header or a row that is not valid.
+    """
     with path.open(encoding="utf-8", errors="replace", newline="") as file:
         rows = csv.reader(file)
         header = [name.strip() for name in next(rows, [])]
-        # A table of ranked seeds: rank 1 is the winner.
-        ranked = header[1:] == ["rank1", "rank2"]
-        names = ["index", "winner", "loser"] if ranked else header
+        # In a table of ranked seeds, rank 1 is the winner. The name of its first column may differ.
+        is_ranked_table = header[1:] == ["rank1", "rank2"]
+        names = ["index", "winner", "loser"] if is_ranked_table else header
         if not {"winner", "loser"} <= set(names):
             raise ValueError(
-                f"{path.name}, line 1: expected a header with winner and loser (or: index, rank1, rank2), got"
-                f" {header}. Add the header."
+                f"{path.name}, line 1: expected a header with the columns winner and loser (or: index, rank1,"
+                f" rank2), got {header}. Add the header."
             )
         for row in rows:
+            # Empty lines are skipped.
             if not any(cell.strip() for cell in row):
-                # an empty line, such as at the end of the file
                 continue
             if len(row) != len(names):
                 raise ValueError(
-                    f"{path.name}, line {rows.line_num}: expected {len(names)} cells, got {len(row)}. Correct"
-                    " the line."
+                    f"{path.name}, line {rows.line_num}: expected {len(names)} cells as in the header, got"
+                    f" {len(row)}. Add or remove cells."
                 )
             record = dict(zip(names, (cell.strip() for cell in row), strict=True))
-            if ranked:
+            if is_ranked_table:
                 record.pop("index")
-            # line_num counts lines of the file, which can be more than rows
-            yield rows.line_num, {k: v for k, v in record.items() if v != ""}
+            # A row may have several lines; line_num is the number of its last line.
+            yield rows.line_num, {name: cell for name, cell in record.items() if cell != ""}
 
 
 def _parse(record: Mapping[str, Any]) -> Preference:
-    """Parse a record from JSON or from text cells. Raises: ValueError without file and line."""
-    missing = [name for name in ("winner", "loser") if record.get(name) is None]
-    if missing:
-        single = " Pass labels of single shapes with --unpaired." if "seed" in record else ""
+    """Create a label from a record of a JSON line or of a CSV row.
+
+    Raises: ValueError for a record that is not valid; the caller adds file and line to the message.
+    """
+    missing_names = [name for name in ("winner", "loser") if record.get(name) is None]
+    if missing_names and "seed" in record:
         raise ValueError(
-            f"expected winner and loser, got no {' and no '.join(missing)}. Add the missing seed.{single}"
+            f"this is a label of a single shape, without {' and '.join(missing_names)}. Pass a file of such"
+            " labels with --unpaired."
+        )
+    if missing_names:
+        raise ValueError(
+            f"the field {' and the field '.join(missing_names)} is missing. Add the seed of the shape."
         )
     winner = parse_seed(record["winner"], "winner")
     loser = parse_seed(record["loser"], "loser")
     tie = record.get("tie", False)
     clean = record.get("clean")
-    # JSON has true and false, CSV has text.
-    tied = tie if isinstance(tie, bool) else _TRUTH.get(str(tie).lower())
-    if tied is None:
-        raise ValueError(f"expected tie to be true or false, got {tie!r}. Correct it or leave it out.")
-    # True and false are allowed for `clean`, too: they stand for winner and loser.
+    # Values of JSON are bool, and values of CSV are text.
+    is_tie = tie if isinstance(tie, bool) else _TRUTH.get(str(tie).lower())
+    if is_tie is None:
+        raise ValueError(
+            f"expected tie to be true or false, got {tie!r}. Write true or false, or remove the field tie."
+        )
+    # `clean` may also be true, which stands for the winner, or false for the loser.
     if str(clean).lower() in ("true", "false"):
         clean = winner if str(clean).lower() == "true" else loser
     return Preference(
         winner=winner,
         loser=loser,
-        tie=tied,
+        tie=is_tie,
         clean=None if clean is None else parse_seed(clean, "clean"),
         **common_fields(record, FIELDS),
     )
 
 
 def common_fields(record: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
-    """Parse the fields that labels of pairs and of single shapes share; what is not in `names` is `extra`."""
+    """Parse the fields that labels of pairs and labels of single shapes have in common.
+
+    Args:
+        record: record of a JSON line or of a CSV row.
+        names: names of all fields of the label; all others become `extra`.
+    Returns: values by name of the field.
+    Raises: ValueError for a value that is not valid; the caller adds file and line to the message.
+    """
     return {
-        **{k: None if record.get(k) is None else str(record[k]) for k in ("generator", "annotator")},
+        **{
+            name: None if record.get(name) is None else str(record[name])
+            for name in ("generator", "annotator")
+        },
         "psi": parse_number(record, "psi"),
         "time": parse_time(record.get("time")),
-        "extra": {k: v for k, v in record.items() if k not in names},
+        "extra": {name: value for name, value in record.items() if name not in names},
     }
 
 
 def check_seed(name: str, seed: object) -> None:
-    """Raise ValueError, without file and line, unless `seed` is an integer seed."""
+    """Raise ValueError if the field `name` is not an integer seed in its range."""
+    # bool is a subclass of int.
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= MAX_SEED:
         raise ValueError(
-            f"expected {name} to be a seed from 0 to {MAX_SEED}, got {seed!r}. Write the latent's integer"
-            " seed."
+            f"expected {name} to be an integer seed from 0 to {MAX_SEED}, got {seed!r}. Write the seed with"
+            " which the shape was generated."
         )
 
 
 def check_psi(psi: float | None) -> None:
-    """Raise ValueError, without file and line, for a truncation outside 0..2. None is accepted."""
+    """Raise ValueError if a truncation psi is outside 0..2. None is accepted."""
     if psi is not None and not (math.isfinite(psi) and 0 <= psi <= 2):
         raise ValueError(
-            f"expected psi from 0 to 2, got {psi}. Write the truncation that the shapes were generated with."
+            f"expected psi from 0 to 2, got {psi}. Write the truncation with which the shapes were generated."
         )
 
 
 def parse_number(record: Mapping[str, Any], name: str) -> float | None:
-    """Return a number from JSON or text, None if it is missing. Raises: ValueError without file and line."""
+    """Return the field `name` as a number, or None if it is missing.
+
+    Raises: ValueError for a value that is no number; the caller adds file and line to the message.
+    """
     value = record.get(name)
     try:
         return None if value is None else float(value)
     except (TypeError, ValueError):
         raise ValueError(
-            f"expected {name} to be a number, got {value!r}. Correct it or leave it out."
+            f"expected {name} to be a number, got {value!r}. Write a number, or remove the field {name}."
         ) from None
 
 
 def parse_seed(value: Any, name: str) -> int:
-    """Return a seed from JSON or text. Raises: ValueError without file and line."""
+    """Return the value of the field `name` as an integer seed.
+
+    Raises: ValueError for a value that is no integer; the caller adds file and line to the message.
+    """
     try:
-        # int() would accept True and round 1.5
+        # int() would accept True, and would round 1.5 down.
         if isinstance(value, bool) or (isinstance(value, float) and not value.is_integer()):
             raise ValueError
         return int(value)
     except (TypeError, ValueError):
         raise ValueError(
-            f"expected {name} to be an integer seed, got {value!r}. Write the latent's integer seed."
+            f"expected {name} to be an integer seed, got {value!r}. Write the seed with which the shape was"
+            " generated."
         ) from None
 
 
 def parse_time(value: Any) -> str | float | None:
-    """Return a time from JSON or text. Raises: ValueError without file and line."""
+    """Return a time as seconds since 1970 or as ISO 8601 text, or None for None.
+
+    Raises: ValueError for any other value; the caller adds file and line to the message.
+    """
     if value is None:
         return None
-    # First as seconds since 1970, then as ISO 8601.
+    # A number, also as text, is a time in seconds.
     with contextlib.suppress(TypeError, ValueError):
         return float(value)
     try:
         datetime.fromisoformat(str(value))
     except ValueError:
         raise ValueError(
-            f"expected time in ISO 8601 or seconds since 1970, got {value!r}. Correct it or leave it out."
+            f"expected time as ISO 8601 text or as seconds since 1970, got {value!r}. Write, for example,"
+            " 2026-01-31T12:00:00, or remove the field time."
         ) from None
     return str(value)

@@ -1,10 +1,10 @@
-"""Leaderboard of generators: Bradley-Terry strengths with intervals that allow for shared annotators and
-prompts.
+"""Leaderboard of generators from comparisons of their shapes.
 
-Generators with enough comparisons ("games") get points.
+Points are Bradley-Terry strengths, whose intervals take into account that comparisons with the same annotator
+or the same prompt are not independent. A comparison is called a *game*. Only generators with enough games get
+points.
 
-Letters: N items, M games, R repetitions, C cells (pairs of generators that met), G generators, F free
-directions.
+Shapes: M games, R repetitions, C cells (pairs of generators with games), G generators, F free directions.
 """
 
 from collections import Counter
@@ -19,85 +19,98 @@ from scipy.stats import t as student
 from eg3d_rlhf.preferences.bradley_terry import MEAN, SCALE, Comparison
 from eg3d_rlhf.preferences.label_scores import linked
 
-# Intervals that allow for comparisons with common annotators and prompts, and that have their coverage for
-# few of them. A score is 1 if the first of a cell's two generators was preferred, 0 if the second was, 0.5
-# for a tie. The same code serves one leaderboard (R = 1) and thousands of simulated ones.
+# Intervals for games with common annotators and prompts, which have the stated coverage also for few
+# annotators and prompts. The score of a game is 1 if the first of the two generators of its cell was
+# preferred, 0 if the second one was, and 0.5 for a tie. The same code computes one leaderboard (R = 1) and
+# thousands of simulated leaderboards.
 
 
-# Number of annotators below which they are not resampled; the intervals then apply to these annotators only.
+# With fewer annotators, differences between annotators are not estimated, and the intervals apply to these
+# annotators only.
 FEW = 4
-REACH = 8.0  # the search for an end stops here; further out, the data do not bound the strength on that side
-# Smallest (V_annotators - V_both) / V_both; tuned by simulation (docs/results/intervals.md).
+# Greatest absolute strength at which an end of an interval is searched. If the end is not found, the interval
+# is unbounded on this side.
+REACH = 8.0
+# Least value of (V_annotators - V_both) / V_both, chosen by simulation (docs/results/intervals.md)
 _TOGETHER = -0.5
-# Smallest variance relative to the model's for untied games. Where one generator nearly always wins, the
-# variance from residuals is too small.
+# Least variance, relative to the variance of the model for untied games. If one generator wins almost all
+# games, the variance of the residuals is too small.
 _LEAST = 0.45
-_FIT_STEPS = 60  # of Newton's method
-_HALVINGS = 40  # of the search for an end
-_PRECISION = 1e-4  # of an end, in units of strength
+_FIT_STEPS = 60  # largest number of steps of Newton's method
+_HALVINGS = 40  # largest number of steps of the bisection for an end of an interval
+_PRECISION = 1e-4  # precision of an end of an interval, in units of strength
 
 
 @dataclass(frozen=True, kw_only=True)
 class Design:
-    """Structure of the games: the generators, annotator and prompt of each."""
+    """Structure of the games: generators, annotator and prompt of each game."""
 
-    cells: np.ndarray  # [C, 2] indices of generators, from 0; the games connect all generators
-    cell: np.ndarray  # [M] index of each game's cell, from 0
-    annotator: np.ndarray  # [M] index of each game's annotator, from 0
-    prompt: np.ndarray  # [M] index of each game's prompt, from 0
+    cells: np.ndarray  # indices of the two generators of each cell, [C, 2]; games connect all generators
+    cell: np.ndarray  # index of the cell of each game, [M]
+    annotator: np.ndarray  # index of the annotator of each game, [M]
+    prompt: np.ndarray  # index of the prompt of each game, [M]
 
     @property
     def generators(self) -> int:
-        """Return the number of generators G."""
+        """Number of generators, G."""
         return int(self.cells.max()) + 1
 
     @property
     def signs(self) -> np.ndarray:
-        """Return [C, G]: 1 for a cell's first generator, -1 for its second."""
+        """Matrix [C, G] with 1 for the first generator of a cell and -1 for its second generator.
+
+        Its product with the strengths gives the difference of strengths of each cell.
+        """
         signs = np.zeros((len(self.cells), self.generators))
         rows = np.arange(len(self.cells))
-        # A game between generators i and j depends on s_i - s_j only.
-        signs[rows, self.cells[:, 0]], signs[rows, self.cells[:, 1]] = 1, -1
+        signs[rows, self.cells[:, 0]] = 1
+        signs[rows, self.cells[:, 1]] = -1
         return signs
 
     @property
     def games(self) -> np.ndarray:
-        """Return the number of games of each cell [C]."""
+        """Number of games of each cell, [C]."""
         return np.bincount(self.cell, minlength=len(self.cells)).astype(np.float64)
 
 
 def fit(
     score: np.ndarray, games: np.ndarray, signs: np.ndarray, held: tuple[np.ndarray, np.ndarray] | None = None
 ) -> np.ndarray:
-    """Maximise the logistic quasi-likelihood of scores. Returns the strengths [R, G], with mean 0.
+    """Maximise the logistic quasi-likelihood of scores over strengths with mean 0.
 
     Args:
-        score: [R, C], sum of the scores of each cell.
-        games: [C]; signs: [C, G].
-        held: (c [G], value [R]) adds the constraint c . strength = value.
+        score: sums [R, C] of the scores of each cell.
+        games: numbers [C] of games of each cell.
+        signs: matrix [C, G] of `Design.signs`.
+        held: coefficients c [G] and values [R] of an additional constraint c . strength = value; None for no
+            constraint.
+    Returns: strengths [R, G].
     """
+    # Columns: the constraint that the mean is 0, and the additional constraint.
     constraints = np.ones((signs.shape[1], 1)) if held is None else np.c_[np.ones(signs.shape[1]), held[0]]
-    # The null space of the constraints, from the singular value decomposition.
-    free = np.linalg.svd(constraints)[0][:, constraints.shape[1] :]  # [G, F] directions that may move
-    # A start that fulfils the constraints.
-    start = (
-        np.zeros((len(score), signs.shape[1]))
-        if held is None
-        else held[1][:, None] * held[0] / (held[0] @ held[0])
-    )
+    # Basis [G, F] of the directions that change no constraint: the left singular vectors after the first
+    # ones.
+    free = np.linalg.svd(constraints)[0][:, constraints.shape[1] :]
+    # Strengths that fulfil the constraints
+    if held is None:
+        start = np.zeros((len(score), signs.shape[1]))
+    else:
+        coefficient, value = held
+        start = value[:, None] * coefficient / (coefficient @ coefficient)
     free_signs = signs @ free
     coefficients = np.zeros((len(score), free.shape[1]))
     for _ in range(_FIT_STEPS if free.shape[1] else 0):
         p = expit((start + coefficients @ free.T) @ signs.T)
-        # Newton's method. 1e-12: a cell that one generator wins with certainty has no curvature.
+        # A step of Newton's method. If one generator wins a cell with certainty, the cell has no curvature,
+        # and 1e-12 makes the matrix regular.
         hessian = np.einsum("rc,ca,cb->rab", games * p * (1 - p), free_signs, free_signs) + 1e-12 * np.eye(
             free.shape[1]
         )
         step = np.linalg.solve(hessian, ((score - games * p) @ free_signs)[..., None])[..., 0]
-        # at most 2 units of strength per step
+        # A step is limited to 2 units of strength.
         step *= np.minimum(1, 2 / np.abs(step).max(axis=1, keepdims=True).clip(1e-12))
         coefficients = coefficients + step
-        # Far below the precision of an interval's end.
+        # This is far below the precision of the ends of intervals.
         if np.abs(step).max() < 1e-7:
             break
     strength: np.ndarray = start + coefficients @ free.T
@@ -107,64 +120,81 @@ def fit(
 def strengths(
     scores: np.ndarray, design: Design, confidence: float = 0.95
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Estimate strengths [R, G], with mean 0, and the ends of their intervals [R, G].
+    """Estimate the strengths of generators, with intervals.
 
-    An end is infinite if the data do not bound the strength on that side.
-
-    P(score) = sigmoid(s_i - s_j): ties count half, so with two generators the difference of strengths is the
-    log-odds of the fraction of wins. G - 1 additional drawn games, spread evenly over the cells, keep the
+    The expected score of a game is sigmoid(s_i - s_j), where s_i, s_j are the strengths of the first and the
+    second generator. Ties count half. G - 1 additional ties, distributed evenly over the cells, make the
     estimate finite (with two generators this is Firth's estimate).
 
-    Ends: where the squared efficient score of the given games exceeds its variance times the squared quantile
-    of Student's t. With two generators and independent games this is Wilson's interval. The variance
-    (Cameron, Gelbach and Miller 2011) is V = V_prompts + V_annotators - V_both, where the sum of the last two
-    is at least -0.5 V_both; degrees of freedom after Satterthwaite. With fewer than FEW annotators V =
-    V_prompts. V is never below 0.45 times that of untied independent games.
+    An end of an interval is the strength at which the squared efficient score of the games exceeds its
+    variance V times the squared quantile of Student's t distribution. With two generators and independent
+    games this is Wilson's interval. The variance is V = V_prompts + V_annotators - V_both (Cameron, Gelbach
+    and Miller 2011), where each term is the variance for games that are grouped by prompt, by annotator, and
+    by both. The difference V_annotators - V_both is at least -0.5 V_both. With fewer than FEW annotators V =
+    V_prompts. V is at least 0.45 times the variance of untied independent games. Degrees of freedom are those
+    of Satterthwaite.
 
-    Args: scores: [R, M]; design: with at least two prompts.
+    Args:
+        scores: scores [R, M] of the games.
+        design: structure of the games, with at least two prompts.
+        confidence: level of the intervals, in 0..1.
+    Returns: strengths with mean 0, and lower and upper ends of their intervals, [R, G] each. An end is
+        infinite if the games do not bound the strength on this side.
     """
     cell_of_game = np.zeros((len(design.cell), len(design.cells)))  # [M, C]
     cell_of_game[np.arange(len(design.cell)), design.cell] = 1
-    score = scores @ cell_of_game  # [R, C]
-    # Each game counts equally, independent of its annotator.
+    cell_score = scores @ cell_of_game  # [R, C], sums of the scores of all games of a cell
     games = design.games
     signs = design.signs
-    # One additional draw less than generators, as fractions of games per cell.
-    drawn = np.full(len(games), (design.generators - 1) / len(games))
-    estimate = fit(score + drawn / 2, games + drawn, signs)
+    # Number of additional ties of each cell, a fraction of a game
+    added_ties = np.full(len(games), (design.generators - 1) / len(games))
+    estimate = fit(cell_score + added_ties / 2, games + added_ties, signs)
     p = expit(estimate @ signs.T)
-    # [R, M]. The second term is the drawn games' part of the estimate; with it the residuals sum to 0.
-    residual = scores - (p - drawn / games * (0.5 - p))[:, design.cell]
+    # [R, M]. The second term in the bracket is the influence of the additional ties. With it the residuals
+    # sum to 0.
+    residual = scores - (p - added_ties / games * (0.5 - p))[:, design.cell]
     least_variance = _LEAST * (scores != 0.5).mean(axis=1)  # [R]; ties carry no variance
     ends = np.empty((2, *estimate.shape))
     for k in range(design.generators):
-        # the strength of generator k relative to the mean
+        # The product of this contrast and the strengths is the strength of generator k relative to the mean.
         contrast = np.eye(design.generators)[k] - 1 / design.generators
-        allowed = _allowed(residual, least_variance, estimate, design, contrast, confidence)
-        for side, out in zip((-1, 1), ends, strict=True):
-            out[:, k] = _end(estimate[:, k], side, contrast, allowed, (score, games, signs, drawn))
+        limit = _largest_accepted(residual, least_variance, estimate, design, contrast, confidence)
+        data = (cell_score, games, signs, added_ties)
+        # Lower end (-1) and upper end (1)
+        for side, side_ends in zip((-1, 1), ends, strict=True):
+            side_ends[:, k] = _find_end(estimate[:, k], side, contrast, limit, data)
     return estimate, ends[0], ends[1]
 
 
 def _direction(
     strength: np.ndarray, games: np.ndarray, signs: np.ndarray, contrast: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Compute the efficient score of a contrast of strengths, with the other strengths unknown.
+    """Compute the direction of the efficient score of a contrast of strengths.
 
-    Returns: its weights on the scores [R, G], and its information [R].
+    The efficient score is the derivative of the log-likelihood in the contrast, if all other combinations of
+    strengths are unknown.
+
+    Args:
+        strength: strengths [R, G] at which the direction is computed.
+        games: numbers [C] of games of each cell.
+        signs: matrix [C, G] of `Design.signs`.
+        contrast: coefficients [G] of the contrast, which sum to 0.
+    Returns: weights [R, G] of the derivatives in the strengths, and the efficient information [R].
     """
     p = expit(strength @ signs.T)
     information = np.einsum("rc,ca,cb->rab", games * p * (1 - p), signs, signs)
-    # the direction in which all strengths move has no information; this makes the matrix regular
-    size = np.trace(information, axis1=1, axis2=2)[:, None, None] / len(contrast) ** 2
+    # The games give no information on the mean of all strengths. A constant that is added to all entries
+    # makes the matrix regular, and does not change the result for a contrast.
+    constant = np.trace(information, axis1=1, axis2=2)[:, None, None] / len(contrast) ** 2
     right_side = np.broadcast_to(contrast, strength.shape)[..., None]
-    solved = np.linalg.solve(information + size + 1e-14 * np.eye(len(contrast)), right_side)[..., 0]
-    # Inverse of the efficient information: contrast . I^-1 contrast
-    variance = (solved @ contrast)[:, None]
-    return solved / variance, 1 / variance[:, 0]
+    # The inverse of the information times the contrast, [R, G]
+    solution = np.linalg.solve(information + constant + 1e-14 * np.eye(len(contrast)), right_side)[..., 0]
+    # The inverse of the efficient information is contrast . I^-1 contrast.
+    variance = (solution @ contrast)[:, None]
+    return solution / variance, 1 / variance[:, 0]
 
 
-def _allowed(
+def _largest_accepted(
     residual: np.ndarray,
     least_variance: np.ndarray,
     strength: np.ndarray,
@@ -172,88 +202,116 @@ def _allowed(
     contrast: np.ndarray,
     confidence: float,
 ) -> np.ndarray:
-    """Compute the largest accepted squared score relative to its information [R]: squared quantile times
-    design effect.
+    """Compute the largest value [R] of (squared efficient score / information) inside the interval.
+
+    It is the squared quantile of Student's t distribution times the ratio of the variance V of the score (see
+    `strengths`) to its information.
+
+    Args:
+        residual: residuals [R, M] of the games.
+        least_variance: least variance [R] relative to the information.
+        strength: estimated strengths [R, G].
+        design: structure of the games.
+        contrast: coefficients [G] of the contrast.
+        confidence: level of the interval, in 0..1.
     """
     weights, information = _direction(strength, design.games, design.signs, contrast)
     contributions = residual * (weights @ design.signs.T)[:, design.cell]  # [R, M]
     independent_variance = (contributions**2).sum(axis=1)
-    # numbers of clusters
-    annotators, prompts = (len(np.unique(group)) for group in (design.annotator, design.prompt))
-    # Games of one prompt are not independent, so prompts are always clusters.
-    total = _clustered(contributions, design.prompt)
-    degrees = np.full(len(contributions), prompts - 1.0)
-    if annotators >= FEW:
-        prompt_variance = total  # the variance over prompts
-        annotator_variance = _clustered(contributions, design.annotator)
-        # one key for each combination of prompt and annotator
-        both_variance = _clustered(
-            contributions,
-            design.prompt.astype(np.int64) * (int(design.annotator.max()) + 1) + design.annotator,
-        )
+    annotator_count = len(np.unique(design.annotator))
+    prompt_count = len(np.unique(design.prompt))
+    # Games with the same prompt are not independent, so games are always grouped by prompt.
+    prompt_variance = _grouped_variance(contributions, design.prompt)
+    variance = prompt_variance
+    degrees = np.full(len(contributions), prompt_count - 1.0)
+    if annotator_count >= FEW:
+        annotator_variance = _grouped_variance(contributions, design.annotator)
+        # One number for each combination of prompt and annotator
+        combination = design.prompt.astype(np.int64) * (int(design.annotator.max()) + 1) + design.annotator
+        both_variance = _grouped_variance(contributions, combination)
         annotator_part = np.maximum(annotator_variance - both_variance, _TOGETHER * both_variance)
-        total = prompt_variance + annotator_part
+        variance = prompt_variance + annotator_part
         # Satterthwaite's approximation of the degrees of freedom of a sum of two variances
-        spread = annotator_variance**2 * (annotator_part > 0) / (annotators - 1) + prompt_variance**2 / (
-            prompts - 1
+        denominator = annotator_variance**2 * (annotator_part > 0) / (
+            annotator_count - 1
+        ) + prompt_variance**2 / (prompt_count - 1)
+        degrees = np.clip(
+            variance**2 / denominator.clip(1e-300),
+            min(annotator_count, prompt_count) - 1,
+            prompt_count - 1,
         )
-        degrees = np.clip(total**2 / spread.clip(1e-300), min(annotators, prompts) - 1, prompts - 1)
-    # Without any variation (all games won) the data have no variance, and the model's is used.
-    varied = independent_variance > 1e-9 * information
-    total = np.where(varied, np.maximum(total, least_variance * information), information)
-    allowed: np.ndarray = student.ppf(0.5 + confidence / 2, degrees) ** 2 * total / information
-    return allowed
+    # If one generator won all games, the residuals have no variance, and the variance of the model is used.
+    has_variance = independent_variance > 1e-9 * information
+    variance = np.where(has_variance, np.maximum(variance, least_variance * information), information)
+    limit: np.ndarray = student.ppf(0.5 + confidence / 2, degrees) ** 2 * variance / information
+    return limit
 
 
-def _clustered(contributions: np.ndarray, group: np.ndarray) -> np.ndarray:
-    """Compute the variance [R] of a sum of M contributions from their sums over groups."""
-    # Stable, for a fixed order of summation.
+def _grouped_variance(contributions: np.ndarray, group: np.ndarray) -> np.ndarray:
+    """Estimate the variance [R] of the sum of M contributions if contributions of different groups are
+    independent.
+
+    Args:
+        contributions: contributions [R, M].
+        group: index of the group of each contribution, [M].
+    """
+    # Sorted by group, because np.add.reduceat sums runs. A stable sort gives a fixed order of summation.
     order = np.argsort(group, kind="stable")
     starts = np.flatnonzero(np.diff(group[order], prepend=-1))
-    # add.reduceat sums runs, so contributions are sorted by group.
     squares: np.ndarray = (np.add.reduceat(contributions[:, order], starts, axis=1) ** 2).sum(axis=1)
-    # correction for few groups, C / (C - 1)
+    # The factor n / (n - 1) corrects the bias for a small number n of groups.
     return squares * len(starts) / max(1, len(starts) - 1)
 
 
-def _end(
-    inside: np.ndarray, side: int, contrast: np.ndarray, allowed: np.ndarray, data: tuple[np.ndarray, ...]
+def _find_end(
+    estimate: np.ndarray, side: int, contrast: np.ndarray, limit: np.ndarray, data: tuple[np.ndarray, ...]
 ) -> np.ndarray:
-    """Find where the test statistic exceeds the accepted value [R], between the estimate and REACH on one
-    side.
+    """Find the end of an interval on one side by bisection between the estimate and `side` * REACH.
 
-    The result is infinite where it never does.
+    Args:
+        estimate: estimated contrast [R].
+        side: -1 for the lower end, 1 for the upper end.
+        contrast: coefficients [G] of the contrast.
+        limit: largest accepted value [R], see `_largest_accepted`.
+        data: sums of scores [R, C], numbers of games [C], matrix of signs [C, G], and numbers of additional
+            ties [C].
+    Returns: end [R] of the interval, or infinity where it lies beyond REACH.
     """
-    score, games, signs, drawn = data
+    cell_score, games, signs, added_ties = data
 
-    def accepted(value: np.ndarray) -> np.ndarray:
-        """Test a value of the contrast [R] with the other strengths at their best."""
-        constrained = fit(score + drawn / 2, games + drawn, signs, (contrast, value))
+    def is_inside(value: np.ndarray) -> np.ndarray:
+        """Return True [R] for values [R] of the contrast inside the interval.
+
+        All other combinations of strengths have their most likely values.
+        """
+        constrained = fit(cell_score + added_ties / 2, games + added_ties, signs, (contrast, value))
         weights, information = _direction(constrained, games, signs, contrast)
-        efficient_score = (((score - games * expit(constrained @ signs.T)) @ signs) * weights).sum(axis=1)
-        is_accepted: np.ndarray = efficient_score**2 <= allowed * information
-        return is_accepted
+        derivative = (cell_score - games * expit(constrained @ signs.T)) @ signs
+        efficient_score = (derivative * weights).sum(axis=1)
+        result: np.ndarray = efficient_score**2 <= limit * information
+        return result
 
-    # The bracket: `inside` is accepted, `outside` may not be.
-    outside = np.full(len(inside), side * REACH)
-    endless = accepted(outside)
-    for _ in range(_HALVINGS):  # bisection
-        middle = (inside + outside) / 2
-        middle_accepted = accepted(middle)
-        inside = np.where(middle_accepted, middle, inside)
-        outside = np.where(middle_accepted, outside, middle)
-        if np.abs(inside - outside).max() < _PRECISION:
+    inner_value = estimate
+    outer_value = np.full(len(estimate), side * REACH)
+    is_unbounded = is_inside(outer_value)
+    for _ in range(_HALVINGS):
+        middle = (inner_value + outer_value) / 2
+        middle_inside = is_inside(middle)
+        inner_value = np.where(middle_inside, middle, inner_value)
+        outer_value = np.where(middle_inside, outer_value, middle)
+        if np.abs(inner_value - outer_value).max() < _PRECISION:
             break
-    return np.where(endless, side * np.inf, inside)
+    return np.where(is_unbounded, side * np.inf, inner_value)
 
 
-# A leaderboard of generators: points with intervals. Generators with too few games get no points, and only
-# generators that met, directly or through others, are compared. Points are 1000 + 400 / ln 10 times the
-# strength, as in Elo: 100 points more mean 64 % of the games won, 200 points 76 %.
+# Leaderboard of generators: points with intervals. Generators with too few games get no points. Only
+# generators that are connected by games, directly or through other generators, are compared. As in Elo
+# ratings, points are 1000 + 400 / ln 10 times the strength: with 100 points more a generator wins 64 % of the
+# games, and with 200 points more 76 %.
 
 
-# Numbers of games and prompts that a generator needs for points. With fewer, no interval that we tried has
-# its coverage (docs/results/intervals.md).
+# Least numbers of games and prompts of a generator with points. With fewer games or prompts, no interval that
+# we tried has the stated coverage (docs/results/intervals.md).
 LEAST_GAMES = 20
 LEAST_PROMPTS = 10
 
@@ -261,36 +319,36 @@ LEAST_PROMPTS = 10
 class Game(NamedTuple):
     """One comparison of shapes of two generators."""
 
-    first: str
-    second: str
-    winner: str | None  # one of the two names; None: a tie
-    annotator: str
-    prompt: Hashable  # what both shapes were generated from; games of the same prompt are not independent
-    bad: bool = False  # of a tie: both shapes are bad
+    first: str  # name of the first generator
+    second: str  # name of the second generator
+    winner: str | None  # name of the generator whose shape was preferred; None for a tie
+    annotator: str  # name of the annotator
+    prompt: Hashable  # prompt or latent of both shapes; games with the same prompt are not independent
+    bad: bool = False  # for a tie: True if both shapes are bad
 
 
 @dataclass(frozen=True, kw_only=True)
 class Standing:
-    """The results of one generator."""
+    """Results of one generator."""
 
-    name: str
-    games: int
-    wins: int
-    losses: int
-    ties: int  # including those with both bad
-    both_bad: int
-    prompts: int
-    points: float | None  # None: too few games or prompts
-    lo: float | None  # None: unbounded, or no points
-    hi: float | None  # likewise
+    name: str  # name of the generator
+    games: int  # number of games
+    wins: int  # number of games in which its shape was preferred
+    losses: int  # number of games in which the other shape was preferred
+    ties: int  # number of ties, including those in which both shapes are bad
+    both_bad: int  # number of ties in which both shapes are bad
+    prompts: int  # number of different prompts
+    points: float | None  # points; None for too few games or prompts
+    lo: float | None  # lower end of the interval; None if it is unbounded or there are no points
+    hi: float | None  # upper end of the interval; None in the same cases
 
     @property
     def score(self) -> float:
-        """Return the fraction of games won, ties counted half."""
+        """Share of games that the generator won, where ties count half."""
         return (self.wins + self.ties / 2) / self.games
 
     def to_dict(self) -> dict[str, Any]:
-        """Return JSON values."""
+        """Return the results as JSON values."""
         return {
             "name": self.name,
             "points": self.points,
@@ -308,19 +366,19 @@ class Standing:
 
 @dataclass(frozen=True, kw_only=True)
 class Leaderboard:
-    """Groups of generators that met each other, directly or through others, best first.
+    """Results of all generators, in groups of generators that are connected by games.
 
     Points of different groups cannot be compared.
     """
 
-    groups: tuple[tuple[Standing, ...], ...]
-    few: tuple[Standing, ...]  # generators with too few games; their games count for no one's points
-    games: int
-    annotators: int
-    prompts: int
+    groups: tuple[tuple[Standing, ...], ...]  # generators with points, best first in each group
+    few: tuple[Standing, ...]  # generators with too few games, whose games count for no points
+    games: int  # number of all games
+    annotators: int  # number of all annotators
+    prompts: int  # number of all prompts
 
     def notes(self) -> list[str]:
-        """Return what a reader has to know, in sentences."""
+        """Return sentences that explain the results, for readers of a report."""
         sentences = []
         if self.groups:
             average_over = "each group" if len(self.groups) > 1 else "all generators"
@@ -329,8 +387,8 @@ class Leaderboard:
             )
         if len(self.groups) > 1:
             sentences.append(
-                f"{len(self.groups)} groups of generators never met: points of different groups cannot be"
-                " compared."
+                f"There are {len(self.groups)} groups of generators without comparisons between them, so"
+                " points of different groups cannot be compared."
             )
         if self.groups and self.annotators < FEW:
             annotators = "this annotator" if self.annotators == 1 else f"these {self.annotators} annotators"
@@ -338,21 +396,24 @@ class Leaderboard:
                 f"The intervals apply to {annotators} only. Add {FEW - self.annotators} or more annotators"
                 " for intervals that include the differences between annotators."
             )
-        for s in (s for group in self.groups for s in group if not s.ties and not (s.wins and s.losses)):
-            lower = bool(s.losses)
-            sentences.append(
-                f"{s.name} has {'lost' if lower else 'won'} every game. The games do not bound how much"
-                f" {'lower' if lower else 'higher'} its strength is, so the mean and the others' points are"
-                " unbounded, too."
-            )
-        sentences += [f"{s.name}: {needs(s.games, s.prompts)}." for s in self.few]
+        for group in self.groups:
+            for standing in group:
+                if standing.ties or (standing.wins and standing.losses):
+                    continue
+                has_lost = bool(standing.losses)
+                sentences.append(
+                    f"{standing.name} has {'lost' if has_lost else 'won'} every game. The games do not bound"
+                    f" how much {'lower' if has_lost else 'higher'} its strength is, so the mean and the"
+                    " points of all other generators are unbounded, too."
+                )
+        sentences += [f"{standing.name}: {needs(standing.games, standing.prompts)}." for standing in self.few]
         return sentences
 
     def to_dict(self) -> dict[str, Any]:
-        """Return JSON values."""
+        """Return the results as JSON values."""
         return {
-            "groups": [[s.to_dict() for s in group] for group in self.groups],
-            "few": [s.to_dict() for s in self.few],
+            "groups": [[standing.to_dict() for standing in group] for group in self.groups],
+            "few": [standing.to_dict() for standing in self.few],
             "notes": self.notes(),
             "n": self.games,
             "annotators": self.annotators,
@@ -363,47 +424,58 @@ class Leaderboard:
 
 
 def needs(games: int, prompts: int) -> str:
-    """Describe what is missing before a generator gets points."""
-    missing = [
+    """Describe how many games and prompts a generator still needs for points.
+
+    Args:
+        games: number of its games.
+        prompts: number of different prompts of its games.
+    """
+    # Missing number, name of the unit, and ending of its plural
+    requirements = [
         (LEAST_GAMES - games, "more comparison", "s"),
         (LEAST_PROMPTS - prompts, "more prompt", "s or pairs"),
     ]
-    words = [
+    phrases = [
         f"{missing_count} {unit}{plural if missing_count > 1 else ''}"
-        for missing_count, unit, plural in missing
+        for missing_count, unit, plural in requirements
         if missing_count > 0
     ]
-    if not words:
+    if not phrases:
         return f"{games} comparisons, but its opponents have too few"
-    return f"{games} comparisons over {prompts} prompts; needs {' and '.join(words)}"
+    return f"{games} comparisons over {prompts} prompts; needs {' and '.join(phrases)}"
 
 
 def leaderboard(games: Iterable[Game]) -> Leaderboard:
-    """Compute points of every generator with at least LEAST_GAMES games over LEAST_PROMPTS prompts.
+    """Compute the leaderboard of all generators in games.
 
-    Only games against generators that fulfil this, too, are counted.
+    A generator gets points if it has at least LEAST_GAMES games with LEAST_PROMPTS different prompts against
+    other generators with points.
     """
     games = list(games)
     assert all(game.first != game.second and game.winner in (game.first, game.second, None) for game in games)
-    # Games among generators that have enough of them.
+    # Games between generators that have enough games
     ranked_games = games
-    # Removing a generator removes games of its opponents, which may then have too few as well.
+    # Removing a generator removes games of its opponents, which may then have too few games as well.
     while True:
-        names = sorted(name for name in _names(ranked_games) if _enough(ranked_games, name))
-        remaining_games = [g for g in ranked_games if g.first in names and g.second in names]
+        names = sorted(name for name in _names(ranked_games) if _has_enough_games(ranked_games, name))
+        remaining_games = [game for game in ranked_games if game.first in names and game.second in names]
         if len(remaining_games) == len(ranked_games):
             break
         ranked_games = remaining_games
-    connected = linked([Comparison(g.first, g.second) for g in ranked_games]) if ranked_games else []
-    names_of_groups = [{name for c in part for name in c[:2]} for part in connected]
-    groups = [_standings([g for g in ranked_games if g.first in names]) for names in names_of_groups]
+    connected_comparisons = []
+    if ranked_games:
+        connected_comparisons = linked([Comparison(game.first, game.second) for game in ranked_games])
+    groups = []
+    for comparisons in connected_comparisons:
+        group_names = {name for comparison in comparisons for name in comparison[:2]}
+        groups.append(_standings([game for game in ranked_games if game.first in group_names]))
     few = [_standing(games, name, None) for name in sorted(_names(games) - _names(ranked_games))]
     return Leaderboard(
         groups=tuple(sorted(groups, key=lambda group: (-len(group), group[0].name))),
         few=tuple(few),
         games=len(games),
-        annotators=len({g.annotator for g in games}),
-        prompts=len({g.prompt for g in games}),
+        annotators=len({game.annotator for game in games}),
+        prompts=len({game.prompt for game in games}),
     )
 
 
@@ -412,54 +484,66 @@ def _names(games: Iterable[Game]) -> set[str]:
     return {name for game in games for name in (game.first, game.second)}
 
 
-def _enough(games: Sequence[Game], name: str) -> bool:
-    """Return True if a generator has enough games over enough prompts."""
-    own_games = [g for g in games if name in (g.first, g.second)]
-    return len(own_games) >= LEAST_GAMES and len({g.prompt for g in own_games}) >= LEAST_PROMPTS
+def _has_enough_games(games: Sequence[Game], name: str) -> bool:
+    """Return True if a generator has enough games with enough different prompts."""
+    own_games = [game for game in games if name in (game.first, game.second)]
+    return len(own_games) >= LEAST_GAMES and len({game.prompt for game in own_games}) >= LEAST_PROMPTS
 
 
 def _standings(games: Sequence[Game]) -> tuple[Standing, ...]:
-    """Return the standings of one group, best first."""
-    names = {name: i for i, name in enumerate(sorted(_names(games)))}
+    """Compute the results of a group of generators that are connected by games, best first."""
+    index = {name: i for i, name in enumerate(sorted(_names(games)))}
+    # A cell is an unordered pair of names, and its first generator is the one with the smaller name. The
+    # first two fields of a game are the names.
     cells: dict[tuple[str, str], int] = {}
-    # A cell is an unordered pair of names; the smaller name is its first generator.
-    cell = [cells.setdefault((min(g[:2]), max(g[:2])), len(cells)) for g in games]
+    cell_of_game = [cells.setdefault((min(game[:2]), max(game[:2])), len(cells)) for game in games]
     design = Design(
-        cells=np.array([[names[a], names[b]] for a, b in cells]),
-        cell=np.array(cell),
-        annotator=_numbers(g.annotator for g in games),
-        prompt=_numbers(g.prompt for g in games),
+        cells=np.array([[index[first], index[second]] for first, second in cells]),
+        cell=np.array(cell_of_game),
+        annotator=_enumerate_values(game.annotator for game in games),
+        prompt=_enumerate_values(game.prompt for game in games),
     )
-    # The score of a game is that of its cell's first generator, the smaller name.
-    scores = np.array([0.5 if g.winner is None else float(g.winner == min(g[:2])) for g in games])
-    points, lo, hi = (MEAN + SCALE * part[0] for part in strengths(scores[None], design))
-    rows = [_standing(games, name, (points[i], lo[i], hi[i])) for name, i in names.items()]
+    # Scores of the first generator of the cell
+    scores = np.array([0.5 if game.winner is None else float(game.winner == min(game[:2])) for game in games])
+    # One leaderboard is one repetition, R = 1.
+    points, lo, hi = (MEAN + SCALE * result[0] for result in strengths(scores[None], design))
+    rows = [_standing(games, name, (points[i], lo[i], hi[i])) for name, i in index.items()]
     return tuple(sorted(rows, key=lambda row: -(row.points or 0)))
 
 
-def _numbers(values: Iterable[Hashable]) -> np.ndarray:
-    """Number values from 0, in order of appearance."""
+def _enumerate_values(values: Iterable[Hashable]) -> np.ndarray:
+    """Return a number for each value: 0, 1, ... in the order of the first occurrences."""
     number_of_value: dict[Hashable, int] = {}
     return np.array([number_of_value.setdefault(value, len(number_of_value)) for value in values])
 
 
-def _standing(games: Sequence[Game], name: str, ends: tuple[float, float, float] | None) -> Standing:
-    """Return the results of one generator; `ends` is (points, lo, hi) or None."""
-    own_games = [g for g in games if name in (g.first, g.second)]
-    points, lo, hi = (
-        # infinite ends are None in JSON
-        (float(x) if np.isfinite(x) else None for x in ends) if ends is not None else (None, None, None)
-    )
-    # From the point of view of this generator.
-    results = Counter("tie" if g.winner is None else "win" if g.winner == name else "loss" for g in own_games)
+def _standing(games: Sequence[Game], name: str, interval: tuple[float, float, float] | None) -> Standing:
+    """Collect the results of one generator.
+
+    Args:
+        games: all games.
+        name: name of the generator.
+        interval: points, lower end and upper end; None for a generator without points.
+    """
+    own_games = [game for game in games if name in (game.first, game.second)]
+    points = lo = hi = None
+    if interval is not None:
+        # JSON has no infinity, so an infinite end is None.
+        points, lo, hi = (float(value) if np.isfinite(value) else None for value in interval)
+    results: Counter[str] = Counter()
+    for game in own_games:
+        if game.winner is None:
+            results["tie"] += 1
+        else:
+            results["win" if game.winner == name else "loss"] += 1
     return Standing(
         name=name,
         games=len(own_games),
         wins=results["win"],
         losses=results["loss"],
         ties=results["tie"],
-        both_bad=sum(g.bad for g in own_games),
-        prompts=len({g.prompt for g in own_games}),
+        both_bad=sum(game.bad for game in own_games),
+        prompts=len({game.prompt for game in own_games}),
         points=points,
         lo=lo,
         hi=hi,

@@ -1,14 +1,16 @@
-"""Preference losses: of a margin per pair, the terms of the reward network, and their weighted sum. Pure
-functions, unreduced.
+"""Preference losses of reward networks and of flows.
 
-The margin is a difference of rewards or of flow-matching errors:
-    reward model    delta = r_preferred - r_rejected
-                    Bradley and Terry (1952)
-    flow            delta = (e_ref - e)_preferred - (e_ref - e)_rejected, e the flow-matching errors
-                    Circular-DPO, equation 6
-Terms of the reward network: arXiv 2606.27305 (2026), reward training.
+`preference_loss` is a function of the margin delta of each pair:
 
-Letters: N samples, P pairs given as (better, worse), D, H, W = z, y, x.
+    reward network  delta = r_preferred - r_rejected (Bradley and Terry 1952)
+    flow            delta = (e_ref - e)_preferred - (e_ref - e)_rejected, where e and e_ref are the
+    flow-matching
+                    errors of the flow and of the reference flow (Circular-DPO, equation 6)
+
+The terms of the reward network are those of arXiv 2606.27305, reward training. `PreferenceLoss` is their
+weighted sum. All other functions are pure and return one value per pair or per sample.
+
+Shapes: N samples, P pairs, D, H, W = grid points along z, y, x.
 """
 
 import math
@@ -21,31 +23,30 @@ import torch.nn.functional as F
 
 from eg3d_rlhf.preferences.settings import LossWeights
 
-# Divergence of two sets of embeddings. Letters: m, n members of the two sets, N samples, M entries of an
-# embedding.
+# Divergence of two sets of embeddings. Shapes: m and n embeddings in the two sets, M entries of an embedding.
 
 
-ESTIMATORS = ("V", "U")
+ESTIMATORS = ("V", "U")  # values of `estimator` of `cs_divergence`
 
 
 def cs_divergence(
     x: torch.Tensor, y: torch.Tensor, bandwidth: torch.Tensor | float, estimator: str = "V"
 ) -> torch.Tensor:
-    """Compute the Cauchy-Schwarz divergence of two sets of embeddings.
+    """Compute the Cauchy-Schwarz divergence [] of two sets of embeddings (Jenssen et al. 2006).
 
-    log mean k(x, x') + log mean k(y, y') - 2 log mean k(x, y), k(a, b) = exp(-|a - b|^2 / (2 bandwidth^2)).
-
-    It measures the distance between the sets and not which one is better: it is symmetric.
+    The divergence is log mean k(x, x') + log mean k(y, y') - 2 log mean k(x, y), with the kernel
+    k(a, b) = exp(-|a - b|^2 / (2 bandwidth^2)). It is symmetric: it measures the distance between the sets,
+    and not which set is better. Differentiable in x, y and bandwidth. Identical sets have gradient 0.
 
     Args:
-        x, y: [m, M], [n, M].
-        bandwidth: > 0, in units of the embeddings.
-        estimator: 'V' takes every pair, including a member with itself. It is at least 0, and too large in
-            many dimensions: by about log((1/m + (1 - 1/m) A) / A) for each set, with A = mean k of different
-            members. 'U' leaves those pairs out of the first two means. It has less bias and may be negative;
-            use it to measure, not to train.
-    Returns: [].
-    Differentiable in x, y and bandwidth. Identical sets have gradient 0.
+        x: embeddings [m, M] of the first set.
+        y: embeddings [n, M] of the second set.
+        bandwidth: bandwidth of the kernel, > 0, in units of the embeddings.
+        estimator: "V" averages over all pairs, including an embedding with itself. The result is at least 0,
+            and too large in many dimensions: by about log((1/m + (1 - 1/m) A) / A) for each set, where A is
+            the mean of k over pairs of different embeddings of the set. "U" leaves out the pairs of an
+            embedding with itself. It has a smaller bias and may be negative. It is meant for measurements,
+            and not for training.
     """
     assert (
         estimator in ESTIMATORS
@@ -54,26 +55,26 @@ def cs_divergence(
     )
 
     def log_mean(a: torch.Tensor, b: torch.Tensor, within: bool = False) -> torch.Tensor:
-        """Return log mean k(a, b). `within`: both are the same set."""
+        """Return log mean k(a, b); `within` is True if a and b are the same set."""
         # [m, n]. The expanded form |a|^2 - 2 a b + |b|^2 would lose precision for close points.
-        squares = (a[:, None] - b[None]).square().sum(2)
-        exponents = -squares / (2 * bandwidth**2)
-        count = squares.numel()
+        squared_distances = (a[:, None] - b[None]).square().sum(2)
+        exponents = -squared_distances / (2 * bandwidth**2)
+        count = squared_distances.numel()
         if within and estimator == "U":
-            # Members paired with themselves have k = 1, which biases the mean upwards.
+            # The kernel of an embedding with itself is 1, which makes the mean too large.
             exponents = exponents[~torch.eye(len(a), dtype=torch.bool, device=a.device)]
             count = count - len(a)
         return torch.logsumexp(exponents.flatten(), 0) - math.log(count)
 
-    # Both orders, so that exchanging the sets gives a bitwise identical result.
+    # The sum over both orders is bitwise identical if the sets are exchanged.
     between = log_mean(x, y) + log_mean(y, x)
     return log_mean(x, x, within=True) + log_mean(y, y, within=True) - between
 
 
 def median_distance(points: torch.Tensor) -> torch.Tensor:
-    """Compute the median distance [] between different members of [N, M], without gradient.
+    """Compute the median distance [] between different points of [N, M], without gradient.
 
-    For an even number of distances it is the mean of the two middle ones.
+    For an even number of distances the median is the mean of the two middle distances.
     """
     return F.pdist(points.detach()).quantile(0.5)
 
@@ -81,15 +82,15 @@ def median_distance(points: torch.Tensor) -> torch.Tensor:
 def preference_loss(
     delta: torch.Tensor, beta: float = 1.0, weight: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Compute -log sigmoid(beta weight delta) of each pair's margin, unreduced.
+    """Compute the loss -log sigmoid(beta weight delta) [P] of the margins of pairs.
 
-    Rafailov et al. (2023), equation 7; Circular-DPO, equation 7.
+    This is equation 7 of DPO (Rafailov et al. 2023, arXiv 2305.18290) and of Circular-DPO. Differentiable in
+    delta and weight.
 
     Args:
-        delta: [P], positive if the preferred sample is ahead.
-        beta: > 0, per unit of delta.
-        weight: [P], scales the margin of a pair.
-    Returns: [P]. Differentiable in delta and weight.
+        delta: margins [P], positive if the preferred sample is better.
+        beta: factor of the margins, > 0.
+        weight: factors [P] of the margins; None for 1.
 
     >>> preference_loss(torch.tensor([0.0, 2.0])).round(decimals=3)
     tensor([0.6930, 0.1270])
@@ -104,8 +105,9 @@ def preference_loss(
 def pair_loss_both_orders(better_first: torch.Tensor, worse_first: torch.Tensor) -> torch.Tensor:
     """Compute the cross-entropy [P] of the pair head, averaged over both presentation orders.
 
-    Args: better_first, worse_first: logits [P, 2] of (better, worse), target 0, and of (worse, better),
-    target 1.
+    Args:
+        better_first: logits [P, 2] of the pair head for (better, worse), whose target is class 0.
+        worse_first: logits [P, 2] of the pair head for (worse, better), whose target is class 1.
     """
     return 0.5 * (_cross_entropy(better_first, 0) + _cross_entropy(worse_first, 1))
 
@@ -113,93 +115,110 @@ def pair_loss_both_orders(better_first: torch.Tensor, worse_first: torch.Tensor)
 def pair_loss_drawn_order(
     better_first: torch.Tensor, worse_first: torch.Tensor, generator: torch.Generator
 ) -> torch.Tensor:
-    """Compute the cross-entropy [P] of one presentation order per pair, chosen at random with equal
-    probability.
+    """Compute the cross-entropy [P] of the pair head for one presentation order of each pair, chosen at
+    random.
 
-    Arguments as in `pair_loss_both_orders`.
+    Args:
+        better_first: logits [P, 2] of the pair head for (better, worse), whose target is class 0.
+        worse_first: logits [P, 2] of the pair head for (worse, better), whose target is class 1.
+        generator: random numbers, on the CPU.
     """
-    both = torch.stack([_cross_entropy(better_first, 0), _cross_entropy(worse_first, 1)], dim=1)  # [P, 2]
-    # [P, 1], sampled on the CPU so that all devices use the same orders
-    order = torch.multinomial(torch.full((both.shape[0], 2), 0.5), 1, generator=generator)
-    return both.gather(1, order.to(both.device)).squeeze(1)
+    # [P, 2]: losses of both presentation orders
+    losses = torch.stack([_cross_entropy(better_first, 0), _cross_entropy(worse_first, 1)], dim=1)
+    # [P, 1]; the orders are sampled on the CPU, so that they are the same on all devices.
+    order = torch.multinomial(torch.full((losses.shape[0], 2), 0.5), 1, generator=generator)
+    return losses.gather(1, order.to(losses.device)).squeeze(1)
 
 
 def _cross_entropy(logits: torch.Tensor, target: int) -> torch.Tensor:
-    """Compute -log softmax of the target class: [P, 2] -> [P]."""
+    """Compute the cross-entropy, -log softmax of the target class: [P, 2] -> [P]."""
     return -F.log_softmax(logits, dim=1)[:, target]  # [P]
 
 
 def margin_loss(better: torch.Tensor, worse: torch.Tensor) -> torch.Tensor:
-    """Compute -log sigmoid(better - worse), [P] -> [P], of rewards or of *log* strengths.
+    """Compute the loss -log sigmoid(better - worse) [P] of pairs.
 
-    For strengths l this is -log(l_better / (l_better + l_worse)).
-    Deviates: computed from the difference of the logarithms, without overflow of exp.
+    If the arguments are logarithms of strengths s, the loss is -log(s_better / (s_better + s_worse)).
+
+    Deviates: the published formula uses strengths, whose exponential can overflow. This function uses the
+        difference of their logarithms.
+
+    Args:
+        better: rewards [P] or logarithms of strengths [P] of the preferred samples.
+        worse: rewards [P] or logarithms of strengths [P] of the rejected samples.
     """
     return preference_loss(better - worse)
 
 
 def reconstruction_loss(reconstruction: torch.Tensor, slab: torch.Tensor) -> torch.Tensor:
-    """Compute the L1 error between a slab and its reconstruction, after rescaling to the range of the slab.
+    """Compute the L1 error [N] of reconstructed slabs, which are first rescaled to the range of the slabs.
 
-    r' = (r - min r) / (max r - min r) * (max o - min o) + min o per sample, then the mean of |r' - o| over
-    voxels.
+    With the reconstruction r and the slab o of a sample, the error is the mean of |r' - o| over the voxels,
+    where r' = (r - min r) / (max r - min r) * (max o - min o) + min o.
 
-    Args: reconstruction, slab: [N, 1, D, H, W].
-    Returns: [N].
-    Differentiable in both. Minimum and maximum are in the graph, so an affine change of r has no gradient.
-    Deviates: a constant reconstruction gives r' = min o, where the formula has 0/0.
+    Differentiable in both arguments. Minimum and maximum are differentiated, too, so that an affine change of
+    r changes neither the error nor the gradient.
+
+    Deviates: for a constant reconstruction, where the formula has 0/0, r' is min o.
+
+    Args:
+        reconstruction: reconstructed slabs [N, 1, D, H, W].
+        slab: slabs [N, 1, D, H, W].
     """
     # [N, D H W]
     r = reconstruction.flatten(1)
     o = slab.flatten(1)
-    # Range of the reconstruction and of the slab, per sample.
-    r_low = r.amin(1, keepdim=True)
-    o_low = o.amin(1, keepdim=True)
-    # A constant reconstruction has no range; the smallest normal number avoids 0 / 0.
-    span = (r.amax(1, keepdim=True) - r_low).clamp_min(torch.finfo(r.dtype).tiny)
-    return ((r - r_low) / span * (o.amax(1, keepdim=True) - o_low) + o_low - o).abs().mean(1)
+    r_min = r.amin(1, keepdim=True)
+    o_min = o.amin(1, keepdim=True)
+    # The smallest normal number avoids 0 / 0 for a constant reconstruction.
+    r_range = (r.amax(1, keepdim=True) - r_min).clamp_min(torch.finfo(r.dtype).tiny)
+    return ((r - r_min) / r_range * (o.amax(1, keepdim=True) - o_min) + o_min - o).abs().mean(1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class UnpairedOutput:
-    """Inputs of the unpaired terms. Letters: U labels of this process, B labels of all processes in a
-    step.
+    """Inputs of the loss terms on labels of single shapes.
+
+    Shapes: U labels of this process and B labels of all processes in a training step, M entries of an
+        embedding.
     """
 
-    scalar: torch.Tensor  # [U] rewards
-    target: torch.Tensor  # [U] desired rewards
-    # [B, M], unit length; differentiable only in the rows of this process
+    scalar: torch.Tensor  # rewards [U]
+    target: torch.Tensor  # rewards [U] that the labels require, 0..1
+    # Embeddings [B, M] of length 1, differentiable only in the rows of this process
     embedding: torch.Tensor
-    preferred: torch.Tensor  # [B] bool
+    preferred: torch.Tensor  # bool [B], True for preferred shapes
     bandwidth: float  # bandwidth of the divergence's kernel, > 0
 
 
 class PairedOutput(Protocol):
-    """Interface of a reward network's output over N samples; `RewardOutput` implements it."""
+    """Interface to the output of a reward network for N samples. `RewardOutput` implements it."""
 
     @property
     def embedding(self) -> torch.Tensor:
-        """Return the output of the trunk [N, M]."""
+        """Embeddings [N, M], the output of the trunk."""
 
     @property
     def scalar(self) -> torch.Tensor:
-        """Return the rewards [N]."""
+        """Rewards [N]."""
 
     @property
     def log_strength(self) -> torch.Tensor:
-        """Return the logarithms of the Bradley-Terry strengths [N]."""
+        """Logarithms of the Bradley-Terry strengths [N]."""
 
     @property
     def reconstruction(self) -> torch.Tensor | None:
-        """Return the reconstructed input of the network; None if it was not requested."""
+        """Reconstructed input of the network [N, ...], or None if it was not requested."""
 
 
 class PreferenceLoss:
-    """The paper's weighted sum, from a reward network's output and pairs of indices, and the terms of
-    unpaired labels.
+    """Weighted loss terms of a reward network, for labels of pairs and for labels of single shapes.
 
-    A call returns a dict of weighted scalar terms, which the training loop sums. Pairs are averaged over the
-    batch, and so are samples. A term of weight 0 is neither computed nor returned.
+    The terms of pairs are those of arXiv 2606.27305. Both methods return a dict of weighted terms [], which
+    the training loop sums. Each term except the strength and the divergence is a mean over pairs or samples.
+    A term of weight 0 is neither computed nor returned.
+
+    Args: weights: weights of the terms.
     """
 
     def __init__(self, weights: LossWeights):
@@ -216,36 +235,38 @@ class PreferenceLoss:
         epoch: int,
         generator: torch.Generator,
     ) -> dict[str, torch.Tensor]:
-        """Compute the terms of paired labels.
+        """Compute the weighted loss terms of labelled pairs, by name.
 
         Args:
-            output: over N samples.
-            better, worse: [P] int64, indices of samples.
-            pair_logits: the model's pair head.
-            observed: the input of the network.
-            epoch: 0-based.
-            generator: of random presentation orders.
+            output: output of the network for N samples.
+            better: index of the preferred sample of each pair, int64 [P].
+            worse: index of the rejected sample of each pair, int64 [P].
+            pair_logits: pair head of the network, a function of two batches of embeddings.
+            observed: input of the network [N, ...], which is compared with its reconstruction.
+            epoch: index of the epoch, from 0.
+            generator: random numbers of the presentation orders.
         """
         w = self.weights
         terms: dict[str, torch.Tensor] = {}
         if w.pairs:
-            first = output.embedding[better]
-            second = output.embedding[worse]
-            logits = pair_logits(first, second), pair_logits(second, first)
-            one_order = epoch >= w.drawn_from_epoch
-            per_pair = (
-                pair_loss_drawn_order(*logits, generator) if one_order else pair_loss_both_orders(*logits)
-            )
-            terms["pairs"] = w.pairs * per_pair.mean()
-        # No presentation order: the scalar reward does not depend on it.
+            better_embedding = output.embedding[better]
+            worse_embedding = output.embedding[worse]
+            better_first = pair_logits(better_embedding, worse_embedding)
+            worse_first = pair_logits(worse_embedding, better_embedding)
+            if epoch >= w.drawn_from_epoch:
+                pair_losses = pair_loss_drawn_order(better_first, worse_first, generator)
+            else:
+                pair_losses = pair_loss_both_orders(better_first, worse_first)
+            terms["pairs"] = w.pairs * pair_losses.mean()
+        # The rewards and strengths below do not depend on a presentation order.
         if w.scalar:
             terms["scalar"] = w.scalar * margin_loss(output.scalar[better], output.scalar[worse]).mean()
         if w.bradley_terry:
             terms["bradley_terry"] = (
                 w.bradley_terry * margin_loss(output.log_strength[better], output.log_strength[worse]).mean()
             )
-        # L2 norm of all strengths of the batch, detached as in the paper's code: it is logged and has no
-        # gradient.
+        # L2 norm of all strengths of the batch. As in the paper's code it is detached: it is logged, and has
+        # no gradient.
         if w.strength:
             terms["strength"] = w.strength * output.log_strength.detach().exp().norm()
         # The network returns a reconstruction only if it was requested.
@@ -256,21 +277,25 @@ class PreferenceLoss:
         return terms
 
     def unpaired(self, shapes: UnpairedOutput) -> dict[str, torch.Tensor]:
-        """Compute `regression` = w mean (reward - target)^2 and `divergence` = -w D.
+        """Compute the weighted loss terms of labels of single shapes, by name.
 
-        The divergence is no mean over samples, so it needs the samples of all processes.
+        They are "regression" = w mean (reward - target)^2 and "divergence" = -w D, where D is the
+        Cauchy-Schwarz divergence between the embeddings of preferred shapes and of all other shapes. D is no
+        mean over samples, so its inputs contain the shapes of all processes.
+
+        Args: shapes: inputs of the terms.
         """
         w = self.weights
         terms: dict[str, torch.Tensor] = {}
         if w.regression:
             terms["regression"] = w.regression * (shapes.scalar - shapes.target).square().mean()
-        # With its minus sign below, training increases the divergence between the sets.
         if w.divergence:
             preferred_set = shapes.embedding[shapes.preferred]
             other_set = shapes.embedding[~shapes.preferred]
-            # The largest possible value. Unit vectors have a squared distance of at most 4, so each of the
-            # three log mean k is at least -2 / bandwidth^2.
+            # The largest possible value of D. Embeddings of length 1 have a squared distance of at most 4, so
+            # log mean k is between -2 / bandwidth^2 and 0, and D contains -2 log mean k(x, y).
             bound = 4 / shapes.bandwidth**2
+            # Because of the minus sign, training increases the divergence.
             terms["divergence"] = -w.divergence * cs_divergence(
                 preferred_set, other_set, shapes.bandwidth
             ).clamp(max=bound)

@@ -1,45 +1,82 @@
-"""Settings of preference losses and of the simulated annotator. This module imports no torch."""
+"""Settings of preference losses and of the simulated annotator.
+
+This module does not import torch, so that `--help` is quick.
+"""
 
 from dataclasses import dataclass
 
 from eg3d_rlhf.core.seeds import refuse_held_out
 from training.config import check_knobs, knob
 
-TERMS = "Loss weights"  # title of these flags in --help
+TERMS = "Loss weights"  # title of the group of flags in --help
 
 
 @dataclass(frozen=True, kw_only=True)
 class LossWeights:
-    """Weights of the terms of the reward's loss. The defaults are the paper's. 0 leaves a term out.
+    """Weights of the terms of a reward network's loss; a weight of 0 leaves a term out.
 
-    Raises: ValueError for weights out of range.
+    The defaults are those of the paper (arXiv 2606.27305).
+
+    Raises: ValueError for a weight out of range, and for a divergence without a term that orders shapes.
     """
 
-    # Weights of the paper (arXiv 2606.27305); the first five terms need labels of pairs.
-    pairs: float = knob(1.0, "Weight of the cross-entropy of the pair head.", TERMS, low=0, rare=True)
-    scalar: float = knob(1e-3, "Weight of the margin loss of the scalar reward.", TERMS, low=0, rare=True)
+    # The first five terms need labels of pairs.
+    pairs: float = knob(
+        1.0,
+        "Loss weight of the pair head: cross-entropy of its prediction which of two shapes is better.",
+        TERMS,
+        low=0,
+        rare=True,
+    )
+    scalar: float = knob(
+        1e-3,
+        "Loss weight of the reward: -log sigmoid of the difference of the rewards of both shapes of a pair.",
+        TERMS,
+        low=0,
+        rare=True,
+    )
     bradley_terry: float = knob(
-        1e-3, "Weight of the Bradley-Terry loss of the strengths.", TERMS, low=0, rare=True
+        1e-3,
+        "Loss weight of the Bradley-Terry head: -log of the probability that its strengths give to the"
+        " label.",
+        TERMS,
+        low=0,
+        rare=True,
     )
     strength: float = knob(
-        1e-8, "Weight of the norm of the strengths, which has no gradient.", TERMS, low=0, flag=False
+        1e-8,
+        "Loss weight of the norm of the Bradley-Terry strengths. This term is only logged and has no"
+        " gradient.",
+        TERMS,
+        low=0,
+        flag=False,
     )
     reconstruction: float = knob(
-        1e-2, "Weight of the L1 error of the reconstructed input.", TERMS, low=0, rare=True
+        1e-2,
+        "Loss weight of the L1 error with which the U-Net reconstructs its input.",
+        TERMS,
+        low=0,
+        rare=True,
     )
-    # Terms of unpaired labels, which the paper does not have.
+    # Terms on labels of single shapes, which the paper does not have
     regression: float = knob(
-        0.0, "Weight of the squared error of the reward on unpaired labels.", TERMS, low=0
+        0.0,
+        "Loss weight of the squared error of the reward on labels of single shapes (--unpaired). 0 leaves"
+        " this term out.",
+        TERMS,
+        low=0,
     )
     divergence: float = knob(
         0.0,
-        "Weight of the Cauchy-Schwarz divergence between embeddings of preferred and other unpaired shapes.",
+        "Loss weight of the Cauchy-Schwarz divergence between the embeddings of preferred and of all other"
+        " single shapes (--unpaired), which is maximised. 0 leaves this term out.",
         TERMS,
         low=0,
     )
     drawn_from_epoch: int = knob(
         3,
-        "Epoch (0-based) from which one random presentation order is used per pair.",
+        "Index of the epoch (from 0) from which on the pair head sees each pair in one random order per step,"
+        " instead of both orders.",
         TERMS,
         low=0,
         flag=False,
@@ -47,73 +84,85 @@ class LossWeights:
 
     def __post_init__(self) -> None:
         check_knobs(self)
-        # The divergence alone has no direction: it may push preferred shapes to either side.
+        # The divergence is symmetric, so without another term the reward could prefer either set.
         if self.divergence and not (self.regression or self.on_pairs):
             raise ValueError(
-                "--divergence: expected --regression or a loss on pairs above 0 together with it, got"
-                f" {self.divergence:g} alone. Add one: the divergence separates two sets, but does not say"
-                " which is better."
+                f"--divergence={self.divergence:g} separates preferred shapes from all other shapes, but does"
+                " not determine which of them get the higher reward. Set --regression or a loss weight on"
+                " pairs above 0 as well."
             )
 
     @property
     def on_pairs(self) -> bool:
-        """True if the loss uses pairs, so that pairs are not for tests alone."""
+        """True if any term that trains the network on labels of pairs has a weight above 0."""
         return max(self.pairs, self.scalar, self.bradley_terry) > 0
 
 
-KINDS = ("pairs", "thumbs", "scores")
-RESOLUTION = 64  # points along an edge of the grid on which shapes are compared
+KINDS = ("pairs", "thumbs", "scores")  # kinds of simulated labels
+RESOLUTION = 64  # number of points per axis of the grid on which shapes are evaluated
 
 
 @dataclass(frozen=True, kw_only=True)
 class AnnotationOptions:
-    """Settings of simulated labels: the samples and the noise of the annotator."""
+    """Settings of simulated labels: the labelled samples, and the noise of the simulated annotator.
 
-    pairs: int = knob(2000, "Number of pairs.", "Samples", low=1)  # P
+    Raises: ValueError for a value out of range, and for seeds that are held out for evaluation.
+    """
+
+    pairs: int = knob(2000, "Number of pairs to label.", "Samples", low=1)
     block: int = knob(
         8,
-        "Seeds of a block. All pairs of a block are labelled; with 2, each seed is used once.",
+        "Number of seeds in a block. All pairs of seeds within a block are labelled. With 2, each seed is"
+        " used in one pair.",
         "Samples",
         low=2,
     )
-    # Not among the held-out seeds of `core.seeds`.
     first_seed: int = knob(
-        0, "First seed. The number of seeds follows from the pairs and the blocks.", "Samples", low=0
+        0,
+        "First of the consecutive seeds that are labelled. Their number follows from --pairs and --block.",
+        "Samples",
+        low=0,
     )
     resolution: int = knob(
         RESOLUTION,
-        "Points along an edge of the grid on which shapes are evaluated.",
+        "Number of points per axis of the grid on which shapes are evaluated.",
         "Judgement",
         metavar="VOXELS",
         low=16,
         high=256,
     )
     kind: str = knob(
-        "pairs", "Label pairs, or single shapes with thumbs or scores.", "Judgement", choices=KINDS
+        "pairs",
+        "Kind of labels: pairs states which of two shapes is better; thumbs and scores are labels of single"
+        " shapes, good or bad, or a score from 0 to 5.",
+        "Judgement",
+        choices=KINDS,
     )
-    # Determines the temperature of the label noise, see `annotator.solve_temperature`.
+    # The flip rate determines the temperature of the noise, see `annotator.solve_temperature`.
     flip_rate: float = knob(
         0.12,
-        "Expected fraction of labels that contradict the noise-free order.",
+        "Expected share of labels that are wrong, that is, that prefer the shape with the larger defects.",
         "Judgement",
         metavar="0..0.5",
         low=0,
         below=0.5,
     )
-    seed: int = knob(0, "Random seed of the pairing and of the noise.", "Judgement", low=0)
-    batch: int = knob(16, "Latents that are synthesised at once.", "General", low=1)
+    seed: int = knob(0, "Random seed of the pairing and of the noise of the labels.", "Judgement", low=0)
+    batch: int = knob(16, "Number of samples that are generated at once.", "General", low=1)
 
     def __post_init__(self) -> None:
         check_knobs(self)
-        # Labels on held-out seeds would leak into evaluations of rewards.
+        # Held-out seeds are reserved for the evaluation of rewards.
         refuse_held_out(self.seeds, "--first-seed")
 
     @property
     def seeds(self) -> range:
-        """Return the seeds that are labelled: complete blocks."""
-        # rounded up; a block of B seeds has B (B - 1) / 2 pairs
-        blocks = -(-self.pairs // (self.block * (self.block - 1) // 2))
-        return range(self.first_seed, self.first_seed + blocks * self.block)
+        """Seeds that are labelled. They form complete blocks, of which the last may be used in part."""
+        # A block of B seeds has B (B - 1) / 2 pairs; -(-a // b) is a / b rounded up.
+        pairs_per_block = self.block * (self.block - 1) // 2
+        block_count = -(-self.pairs // pairs_per_block)
+        return range(self.first_seed, self.first_seed + block_count * self.block)
 
 
-DRAWS = ("both", "davidson")  # how a tie counts: as a win of both, or as Davidson's tie
+# Treatments of ties in ratings: as a win of both, or as a separate result (Davidson 1970)
+DRAWS = ("both", "davidson")

@@ -1,6 +1,6 @@
-"""Simulated preference labels: a simulated annotator evaluates seeds of a head generator.
+"""Simulated preference labels: a simulated annotator evaluates samples of a generator of synthetic heads.
 
-Letters: S seeds, P pairs, N latents, Z = 64 coordinates; n points along x, y, z.
+Shapes: S seeds, N shapes of a batch, n grid points along x, y, z.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -33,72 +33,76 @@ from eg3d_rlhf.preferences.unpaired import SCALE, UnpairedPreference
 from training.heads import people_mesh
 from training.heads.people import LATENT
 
-PSI = 1.0  # truncation; a truncated latent has no ground-truth head
-SHARE = 0.47  # fraction of shapes with each thumb, up and down; those in between get none
+PSI = 1.0  # truncation of labelled samples; a truncated latent has no ground-truth head
+# Share of the shapes that are labelled as preferred, and equal share of the shapes that are labelled as not
+# preferred. All other shapes get no thumb.
+SHARE = 0.47
 
 
 @dataclass(frozen=True, kw_only=True)
 class Annotation:
-    """Labels, with everything that is needed to repeat or check them."""
+    """Simulated labels, with everything that is needed to repeat or to check them."""
 
-    options: AnnotationOptions
-    labels: list[PairLabel]  # winner and loser are seeds
-    judged: dict[int, Utility]  # seed -> evaluation
-    temperature: float  # of the label noise, in units of utility
+    options: AnnotationOptions  # settings of the labels
+    labels: list[PairLabel]  # labels of pairs, whose winner and loser are seeds
+    judged: dict[int, Utility]  # noise-free evaluation of each seed
+    temperature: float  # temperature of the label noise, in units of utility
 
     @property
     def utilities(self) -> np.ndarray:
-        """Return the utilities [S] in the order of the seeds."""
+        """Utilities [S] of all seeds, in the order of `judged`."""
         return np.array([evaluation.total for evaluation in self.judged.values()])
 
     def preferences(self, generator: str) -> list[Preference]:
-        """Return the labels in the open format. They contain no time, so equal options give equal bytes.
+        """Return the labels of pairs in the open format.
 
-        `gap` in a label's extra is the difference of the volume errors of both shapes.
+        They contain no time, so equal options give equal bytes. The field "gap" in the extra fields of a
+        label is the difference of the volume errors of both shapes.
 
-        Args: generator: the hash of the network that generated the shapes.
+        Args: generator: hash of the network that generated the shapes.
         """
-        # Fields that all labels share.
+        # Fields that are the same in all labels
         common: dict[str, Any] = {"generator": generator, "psi": PSI, "annotator": ANNOTATOR}
-        return [
-            Preference(
-                winner=label.winner,
-                loser=label.loser,
-                clean=label.winner if label.clean else label.loser,
-                **common,
-                extra={
-                    "gap": round(
-                        abs(self.judged[label.winner].volume_error - self.judged[label.loser].volume_error), 3
-                    )
-                },
+        preferences = []
+        for label in self.labels:
+            gap = abs(self.judged[label.winner].volume_error - self.judged[label.loser].volume_error)
+            preferences.append(
+                Preference(
+                    winner=label.winner,
+                    loser=label.loser,
+                    clean=label.winner if label.clean else label.loser,
+                    **common,
+                    extra={"gap": round(gap, 3)},
+                )
             )
-            for label in self.labels
-        ]
+        return preferences
 
     def unpaired(self, generator: str, shuffled: bool = False) -> list[UnpairedPreference]:
-        """Return labels of single shapes, from the rank of the noisy utility: utility + temperature * Gumbel
-        noise.
+        """Return labels of single shapes, from the ranks of their noisy utilities.
 
-        The difference of two Gumbel variables is logistic, so the noise is that of the pairs. The upper and
-        the lower 47 % of the shapes are preferred and not preferred. Scores are linear in the rank within
-        these, and in between.
+        The noisy utility is utility + temperature * Gumbel noise. The difference of two Gumbel variables is
+        logistic, so this is the same noise as in labels of pairs. The upper 47 % of the shapes are preferred,
+        and the lower 47 % are not. Scores are a piecewise linear function of the rank, with the thresholds at
+        these two ranks.
 
-        Args: shuffled: assign labels to shapes at random. This control has no learnable signal.
+        Args:
+            generator: hash of the network that generated the shapes.
+            shuffled: True to assign the labels to shapes at random; this control has no learnable signal.
         """
-        # a stream of its own, so that pairs do not change
+        # A separate stream of random numbers (3), so that labels of pairs do not change.
         rng = np.random.default_rng([self.options.seed, 3])
-        # One shape per seed.
         count = len(self.judged)
         utilities = self.utilities
-        # Rank of each shape in 0..1, with noise and without.
-        quantile = [
-            # argsort of argsort is the rank.
-            (np.argsort(np.argsort(values)) + 0.5) / count  # [S] each
-            for values in (utilities + self.temperature * rng.gumbel(size=count), utilities)
-        ]
-        noisy_scores, clean_scores = (
-            np.interp(q, [0, SHARE, 1 - SHARE, 1], [0, BAD, GOOD, SCALE]) for q in quantile
-        )
+        noisy_utilities = utilities + self.temperature * rng.gumbel(size=count)
+
+        def rank_scores(values: np.ndarray) -> np.ndarray:
+            """Return scores [S] in 0..SCALE from the ranks of values [S]."""
+            # argsort of argsort gives ranks from 0. Adding 0.5 and dividing gives quantiles in 0..1.
+            quantile = (np.argsort(np.argsort(values)) + 0.5) / count
+            return np.interp(quantile, [0, SHARE, 1 - SHARE, 1], [0, BAD, GOOD, SCALE])
+
+        noisy_scores = rank_scores(noisy_utilities)
+        clean_scores = rank_scores(utilities)
         noisy_scores = rng.permutation(noisy_scores) if shuffled else noisy_scores
         common: dict[str, Any] = {
             "generator": generator,
@@ -111,19 +115,18 @@ class Annotation:
             )
             for seed, score, clean_score in zip(self.judged, noisy_scores, clean_scores, strict=True)
         ]
-        # The same quantiles give scores or thumbs.
         if self.options.kind == "scores":
             return labels
+        # Thumbs: `preferred` replaces the score. Shapes between the thresholds get no label.
         return [
-            # A thumb replaces the score; shapes without a preference are dropped.
             replace(label, score=None, label=label.preferred)
             for label in labels
             if label.preferred is not None
         ]
 
     def summary(self) -> dict[str, Any]:
-        """Return settings and outcome as JSON values."""
-        # Minimum, quartiles and maximum.
+        """Return the settings and statistics of the labels as JSON values."""
+        # Minimum, quartiles and maximum of the utilities
         quantiles = np.quantile(self.utilities, [0, 0.25, 0.5, 0.75, 1])
         return {
             **asdict(self.options),
@@ -148,21 +151,27 @@ class Annotation:
 
 
 def names_people(generator: Generator) -> bool:
-    """Return True if a generator's latents can have ground-truth heads: 64 coordinates, in the cube of
-    side 1.
+    """Return True if the samples of a generator can have ground-truth heads.
+
+    This requires latents with as many numbers as the synthetic head model has, and the unit cube as bounds.
     """
     return generator.z_dim == LATENT and generator.bounds == Bounds()
 
 
 def shape_values(field: Field, resolution: int) -> np.ndarray:
-    """Return shapes of a field in the annotator's form: level minus density [N, n, n, n], axes x, y, z,
-    at centres of voxels.
+    """Return the shapes of a field as grids for the simulated annotator: level minus density [N, n, n, n].
+
+    The axes are x, y, z, and the points are the centres of voxels. Values are negative inside a shape.
+
+    Args:
+        field: field of N shapes.
+        resolution: number of voxels per axis, n.
     """
-    # from the centre of the first voxel to that of the last
+    # The outermost points of a SlabSpec lie on the faces of its cube. The outermost centres of voxels are one
+    # voxel closer together than the faces of the field's cube.
     side = field.bounds.side * (resolution - 1) / resolution
-    # The grid of SlabSpec has its outermost points on the faces, so the cube is smaller by one voxel.
     density = field.density_grid(SlabSpec.of(field.bounds, resolution, box_warp=side))
-    # [N, z, y, x] -> [N, x, y, z]; negative inside
+    # [N, z, y, x] -> [N, x, y, z]
     return (field.level - density).permute(0, 3, 2, 1).cpu().numpy()
 
 
@@ -175,23 +184,27 @@ def judge_seeds(
     psi: float = PSI,
     batch: int = 16,
 ) -> Iterator[Utility]:
-    """Evaluate seeds of a generator, one after another, each against the ground-truth head of its latent.
+    """Evaluate samples of a generator against their ground-truth heads. Yield the evaluations in order.
 
-    Args: psi: truncation. Below 1 the shape is still compared with the head of the untruncated latent.
-    Raises: ValueError for a generator whose latents have no ground-truth heads.
+    Args:
+        generator: generator that was trained on synthetic heads.
+        seeds: seeds of the samples.
+        resolution: number of voxels per axis of the grid on which shapes are evaluated.
+        psi: truncation of the samples; the ground truth always belongs to the untruncated latent.
+        batch: number of samples that are generated at once.
+    Raises: ValueError for a generator whose samples have no ground-truth heads.
     """
-    # A ground truth exists only for latents of the synthetic head model.
     if not names_people(generator):
         raise ValueError(
-            f"--network: expected a generator trained on synthetic heads, with latents of {LATENT} numbers in"
-            f" the unit cube, got {generator.z_dim} numbers in {generator.bounds}. Use a generator that was"
-            " trained on synthetic:people64, or collect labels from people."
+            f"--network: simulated labels need a generator of synthetic heads with latents of {LATENT}"
+            f" numbers and the unit cube as bounds, but this generator has latents of {generator.z_dim}"
+            f" numbers and {generator.bounds}. Pass a generator that was trained on synthetic:people64, or"
+            " collect labels from people."
         )
     for start in range(0, len(seeds), batch):
-        # Batches bound the memory of synthesis.
-        part = seeds[start : start + batch]
-        ground_truths = people_mesh.whole_grids(latents(part, generator.z_dim), resolution)
-        shapes = shape_values(generator.field(ws_of_seeds(generator, part, psi)), resolution)
+        batch_seeds = seeds[start : start + batch]
+        ground_truths = people_mesh.whole_grids(latents(batch_seeds, generator.z_dim), resolution)
+        shapes = shape_values(generator.field(ws_of_seeds(generator, batch_seeds, psi)), resolution)
         yield from map(utility, shapes, ground_truths)
 
 
@@ -203,19 +216,21 @@ def annotate(
     pairs: Sequence[tuple[int, int]] | None = None,
     temperature: float | None = None,
 ) -> Annotation:
-    """Evaluate the options' seeds, pair them block by block, and sample one noisy label per pair.
+    """Evaluate samples of a generator, form pairs, and sample one noisy label per pair.
 
-    Deterministic in the options and the generator.
+    Equal options and generators give equal labels.
 
     Args:
-        on_seed: called with each evaluation, for a progress bar.
-        pairs: seeds that are already paired, instead of the options' own.
-        temperature: of the noise, for example that of earlier labels. None: the temperature that flips the
-            options' fraction of these pairs.
-    Raises: ValueError if every pair ties (for example for a generator without any surface), and as
-    `judge_seeds`.
+        generator: generator that was trained on synthetic heads.
+        options: settings of the labels.
+        on_seed: function that is called with each evaluation.
+        pairs: pairs of seeds to label; None for the seeds and blocks of the options.
+        temperature: temperature of the label noise, for example that of earlier labels; None for the
+            temperature at which the expected share of wrong labels is `options.flip_rate`.
+    Raises: ValueError if the utilities in every pair are equal, for example for a generator without any
+        surface, and for a generator whose samples have no ground-truth heads.
     """
-    # Without repetitions, in order of first appearance.
+    # Without repetitions, in the order of the first occurrences
     seeds = list(options.seeds if pairs is None else dict.fromkeys(seed for pair in pairs for seed in pair))
     judged: dict[int, Utility] = {}
     for seed, evaluation in zip(
@@ -224,16 +239,16 @@ def annotate(
         judged[seed] = evaluation
         if on_seed is not None:
             on_seed(evaluation)
-    # Also used for the noise below, so the order of calls matters
+    # The same random numbers serve the pairing and the noise, so the order of the calls below must not
+    # change.
     rng = np.random.default_rng(options.seed)
     utilities = [evaluation.total for evaluation in judged.values()]
     index_of_seed = {seed: number for number, seed in enumerate(seeds)}
     index_pairs = (
         blocks_of_pairs(options.pairs, options.block, rng)
         if pairs is None
-        else [(index_of_seed[a], index_of_seed[b]) for a, b in pairs]
+        else [(index_of_seed[first], index_of_seed[second]) for first, second in pairs]
     )
-    # The noise is calibrated on these pairs, so the flip rate is reached in expectation.
     if temperature is None:
         temperature = solve_temperature(utilities, index_pairs, options.flip_rate)
     labels = [

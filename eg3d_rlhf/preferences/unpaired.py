@@ -1,18 +1,19 @@
-"""Labels of single shapes (thumbs or scores), one JSON object per line. The counterpart of pairs is
-`eg3d_rlhf.preferences.labels`.
+"""Labels of single shapes: preferred or not preferred (thumbs), or scores. One JSON object per line.
 
-| field     | meaning                                                                                       |
-| --------- | --------------------------------------------------------------------------------------------- |
-| seed      | seed of the shape, z = RandomState(seed).randn(z_dim); required                               |
-| label     | 1 or true: preferred, 0 or false: not preferred; this or score is required                    |
-| score     | from 0 to 5; from 4.0 on the shape is preferred, up to 3.5 it is not, in between it is unused |
-| generator | SHA-256, in hex, of the weights of the generator of the shape                                 |
-| psi       | truncation that the shape was generated with                                                  |
-| annotator | name of the person or program that gave the label                                             |
-| time      | ISO 8601 text, or seconds since 1970                                                          |
-| clean     | 1 or 0: the label of a noise-free annotator, if it is known                                   |
+Labels of pairs are in `eg3d_rlhf.preferences.labels`.
 
-Other fields are kept in `extra` and written again.
+| field     | meaning                                                                                        |
+| --------- | ---------------------------------------------------------------------------------------------- |
+| seed      | seed of the shape, z = RandomState(seed).randn(z_dim); required                                |
+| label     | 1 or true if the shape is preferred, 0 or false if it is not; this or score is required        |
+| score     | 0 to 5; a shape is preferred from 4.0 upwards, not preferred up to 3.5, and not used otherwise |
+| generator | SHA-256, in hex, of the weights of the generator of the shape                                  |
+| psi       | truncation with which the shape was generated                                                  |
+| annotator | name of the person or program that gave the label                                              |
+| time      | ISO 8601 text, or seconds since 1970                                                           |
+| clean     | 1 or 0, the label that an annotator without noise gives                                        |
+
+All other fields are stored in `extra` and written again.
 """
 
 import functools
@@ -44,34 +45,41 @@ from training.storage import write_atomic
 
 FIELDS = ("seed", "label", "score", "generator", "psi", "annotator", "time", "clean")
 SCALE = 5.0  # the best score
-# Fraction of the shapes with both roles in pairs that gets no label, around the median strength.
+# Share of the shapes that both won and lost in pairs which get no label: those around the median strength
 MIDDLE = 0.2
 
 
 @dataclass(frozen=True, kw_only=True)
 class UnpairedPreference:
-    """A label of one shape. Fields as in the table above. Raises: ValueError."""
+    """A label of one shape. The fields are described in the table of the module.
 
-    seed: int  # of the shape
-    # Exactly one of label and score is set.
+    Raises: ValueError for a value that is not allowed.
+    """
+
+    seed: int
+    # Exactly one of label and score is stated.
     label: bool | None = None
     score: float | None = None
+    # A field that is None was not stated.
     generator: str | None = None
-    # None in the following fields: unknown.
     psi: float | None = None
     annotator: str | None = None
     time: str | float | None = None
     clean: bool | None = None
-    # Not hashed: dicts have no hash.
+    # Further fields of the record. They are not hashed, since a dict has no hash.
     extra: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         check_seed("seed", self.seed)
-        if (self.label is None) == (self.score is None):
-            got = "neither" if self.label is None else "both"
+        if self.label is None and self.score is None:
             raise ValueError(
-                f"expected a label (1 or 0) or a score (0 to {SCALE:g}), got {got}. Write exactly one of"
-                " them."
+                f"the fields label and score are missing. Write a label of 1 or 0, or a score from 0 to"
+                f" {SCALE:g}."
+            )
+        if self.label is not None and self.score is not None:
+            raise ValueError(
+                f"expected a label or a score, got both (label {self.label}, score {self.score:g}). Remove"
+                " one of both fields."
             )
         if self.score is not None and not 0 <= self.score <= SCALE:
             raise ValueError(
@@ -81,34 +89,39 @@ class UnpairedPreference:
 
     @property
     def preferred(self) -> bool | None:
-        """Return True if the shape is preferred, False if not; None between the two thresholds of a score."""
-        # A thumb is always decided; a score between the thresholds is not.
+        """True if the shape is preferred, False if it is not, None for a score between both thresholds."""
         if self.score is None:
             return self.label
-        return True if self.score >= GOOD else False if self.score <= BAD else None
+        if self.score >= GOOD:
+            return True
+        return False if self.score <= BAD else None
 
     @property
     def target(self) -> float:
-        """Return the desired reward, 0..1."""
+        """Reward in 0..1 that corresponds to the label: 0 or 1, or the score divided by the best score."""
         return float(bool(self.label)) if self.score is None else self.score / SCALE
 
     def to_dict(self) -> dict[str, Any]:
-        """Return JSON values; fields without a value are left out."""
-        # In the order of the table.
-        fields = {name: getattr(self, name) for name in FIELDS}
-        return {
-            **{k: int(v) if isinstance(v, bool) else v for k, v in fields.items() if v is not None},
-            **self.extra,
-        }
+        """Return the label as JSON values, with 1 and 0 for truth values, without fields that are None."""
+        record = {}
+        for name in FIELDS:
+            value = getattr(self, name)
+            if value is not None:
+                record[name] = int(value) if isinstance(value, bool) else value
+        return {**record, **self.extra}
 
 
 def load_unpaired(path: str | Path) -> list[UnpairedPreference]:
-    """Load all labels of a .jsonl file. Pairs are converted by `from_pairs`.
+    """Read all labels of single shapes from a .jsonl file.
 
-    Raises: FileNotFoundError, ValueError.
+    If the file is a .csv file, or if its first record is a label of a pair, labels of pairs are read and
+    converted by `from_pairs`.
+
+    Raises: FileNotFoundError if the file does not exist; ValueError, which names the line, for a record that
+        is not valid, and for a file without labels.
     """
     path = Path(path)
-    # The first record decides whether a .jsonl file contains pairs.
+    # Only labels of pairs have a winner. An empty file has no first record.
     if path.suffix == ".csv" or (
         path.is_file() and "winner" in next((record for _, record in jsonl_records(path, "")), {})
     ):
@@ -118,69 +131,91 @@ def load_unpaired(path: str | Path) -> list[UnpairedPreference]:
 
 
 def write_unpaired(path: str | Path, labels: Iterable[UnpairedPreference]) -> Path:
-    """Write a .jsonl file, atomically. Returns the path."""
+    """Write labels to a .jsonl file, atomically. Return the path.
+
+    Raises: ValueError for a file name with any other ending.
+    """
     path = Path(path)
     if path.suffix != ".jsonl":
         raise ValueError(
-            f"write_unpaired: expected a name ending in .jsonl, got {path.name}. Change the suffix."
+            f"write_unpaired: expected a file name with the ending .jsonl, got {path.name}. Use, for example,"
+            f" {path.stem}.jsonl."
         )
     write_atomic(path, "".join(json.dumps(label.to_dict()) + "\n" for label in labels).encode())
     return path
 
 
 def _parse(record: Mapping[str, Any]) -> UnpairedPreference:
-    """Parse a record. Raises: ValueError without file and line."""
+    """Create a label from a record.
+
+    Raises: ValueError for a record that is not valid; the caller adds file and line to the message.
+    """
     if record.get("seed") is None:
-        raise ValueError("expected the field seed, got none. Add it.")
+        raise ValueError("the field seed is missing. Add the seed with which the shape was generated.")
     return UnpairedPreference(
         seed=parse_seed(record["seed"], "seed"),
-        label=_truth(record, "label"),
+        label=_parse_truth(record, "label"),
         score=parse_number(record, "score"),
-        clean=_truth(record, "clean"),
+        clean=_parse_truth(record, "clean"),
         **common_fields(record, FIELDS),
     )
 
 
-def _truth(record: Mapping[str, Any], name: str) -> bool | None:
-    """Return a field that is 1 or 0, or None if it is missing. Raises: ValueError."""
+def _parse_truth(record: Mapping[str, Any], name: str) -> bool | None:
+    """Return the field `name` as a truth value, or None if it is missing.
+
+    Raises: ValueError for a value that is neither 1, 0, true nor false.
+    """
     value = record.get(name)
-    # True == 1 in Python, so true and false are accepted
+    # In Python, True == 1 and False == 0, so true and false are accepted, too.
     if value not in (None, 0, 1):
         raise ValueError(
-            f"expected {name} to be 1 or 0, got {value!r}. Correct it; for ratings on a scale use the field"
+            f"expected {name} to be 1 or 0, got {value!r}. Write 1 or 0; for ratings on a scale use the field"
             " score."
         )
     return None if value is None else bool(value)
 
 
 def from_pairs(labels: Sequence[Preference]) -> list[UnpairedPreference]:
-    """Convert labels of pairs to labels of shapes: a winner is preferred, a loser is not.
+    """Convert labels of pairs to labels of single shapes.
 
-    Shapes with both roles are ordered by their Bradley-Terry strength: the lower two fifths are not
-    preferred, the upper two fifths are, and the middle fifth gets no label. There is one label per shape,
-    sorted by seed. Shapes of several generators are distinguished.
+    A shape that won all of its comparisons is preferred, and a shape that lost all of them is not. Shapes
+    that both won and lost are ordered by their Bradley-Terry strength: the upper two fifths are preferred,
+    the lower two fifths are not, and the middle fifth gets no label. Ties count for the strength only.
+
+    Returns: at most one label per shape, sorted by generator and seed.
     """
-    roles: dict[tuple[str, int], set[bool]] = defaultdict(set)
+    # A shape is identified by (hash of the generator, seed). Its results are True for a win and False for a
+    # loss.
+    results: dict[tuple[str, int], set[bool]] = defaultdict(set)
     first_label: dict[tuple[str, int], Preference] = {}
     for label in labels:
-        for seed, won in ((label.winner, True), (label.loser, False)):
-            first_label.setdefault(key := (label.generator or "", seed), label)
-            # True: it won; False: it lost. A shape with both has both in the set.
-            roles[key] |= set() if label.tie else {won}  # a tie gives no role
-    both = [key for key, won in roles.items() if len(won) == 2]
-    # One role: the label follows from it.
-    preferred = {key: next(iter(won)) for key, won in roles.items() if len(won) == 1}
-    # Both roles: the label follows from the strength.
-    if both:
-        # (generator, seed) identifies a shape
-        compared = [
-            Comparison((p.generator or "", p.winner), (p.generator or "", p.loser), p.tie) for p in labels
+        for seed, has_won in ((label.winner, True), (label.loser, False)):
+            shape = (label.generator or "", seed)
+            first_label.setdefault(shape, label)
+            # The entry exists also for a shape that has only ties.
+            results[shape] |= set() if label.tie else {has_won}
+    mixed_shapes = [shape for shape, shape_results in results.items() if len(shape_results) == 2]
+    # Shapes with results of one kind only
+    preferred = {
+        shape: next(iter(shape_results))
+        for shape, shape_results in results.items()
+        if len(shape_results) == 1
+    }
+    if mixed_shapes:
+        comparisons = [
+            Comparison((label.generator or "", label.winner), (label.generator or "", label.loser), label.tie)
+            for label in labels
         ]
-        fitted = bradley_terry(compared)
-        strength = dict(zip(fitted.items, fitted.strength, strict=True))
-        # The quantiles bound the middle fifth among shapes with both roles.
-        low, high = np.quantile([strength[key] for key in both], [0.5 - MIDDLE / 2, 0.5 + MIDDLE / 2])
-        preferred |= {key: strength[key] > high for key in both if not low <= strength[key] <= high}
+        fit = bradley_terry(comparisons)
+        strength = dict(zip(fit.items, fit.strength, strict=True))
+        # Quantiles that bound the middle fifth of these shapes
+        low, high = np.quantile(
+            [strength[shape] for shape in mixed_shapes], [0.5 - MIDDLE / 2, 0.5 + MIDDLE / 2]
+        )
+        for shape in mixed_shapes:
+            if not low <= strength[shape] <= high:
+                preferred[shape] = strength[shape] > high
     return [
         UnpairedPreference(
             seed=seed,
@@ -194,41 +229,59 @@ def from_pairs(labels: Sequence[Preference]) -> list[UnpairedPreference]:
 
 
 def to_pairs(labels: Sequence[UnpairedPreference], seed: int = 0) -> list[Preference]:
-    """Form disjoint pairs of a preferred and another shape, at random by `seed`.
+    """Form random pairs of a preferred shape and another shape, with each shape in at most one pair.
 
-    Accuracy on pairs needs them if there are no labels of pairs.
+    They serve to measure the accuracy if there are no labels of pairs. Shapes with contradictory labels are
+    left out.
 
-    Raises: ValueError if all shapes, or all labels of each shape, are of one kind.
+    Args:
+        labels: labels of single shapes.
+        seed: seed of the random pairing.
+    Raises: ValueError if no shape is preferred, or if all shapes are.
     """
-    # A stream of its own; the second number distinguishes it from other uses of the seed.
+    # A separate stream of random numbers: the number 1 distinguishes it from other uses of the seed.
     rng = np.random.default_rng([seed, 1])
-    good, bad = ({label.seed: label for label in labels if label.preferred is kind} for kind in (True, False))
-    if not set(good) - set(bad) or not set(bad) - set(good):
+    good_labels = {label.seed: label for label in labels if label.preferred is True}
+    bad_labels = {label.seed: label for label in labels if label.preferred is False}
+    good_seeds = set(good_labels) - set(bad_labels)
+    bad_seeds = set(bad_labels) - set(good_labels)
+    if not good_seeds or not bad_seeds:
         raise ValueError(
-            f"unpaired labels: expected preferred and other shapes, got {len(good)} preferred and {len(bad)}"
-            " others. Label more shapes."
+            "unpaired labels: expected labels of preferred shapes and of shapes that are not preferred, got"
+            f" {len(good_labels)} preferred shapes and {len(bad_labels)} other shapes. Label more shapes."
         )
-    # Shapes with labels of both kinds are excluded.
-    winners, losers = (
-        rng.permutation(sorted(set(a) - set(b))).tolist() for a, b in ((good, bad), (bad, good))
-    )
+    winners = rng.permutation(sorted(good_seeds)).tolist()
+    losers = rng.permutation(sorted(bad_seeds)).tolist()
+    # zip is not strict: surplus shapes of either kind remain without a pair.
     return [
         Preference(
-            winner=a, loser=b, generator=good[a].generator, psi=good[a].psi, clean=_better(good[a], bad[b])
+            winner=winner,
+            loser=loser,
+            generator=good_labels[winner].generator,
+            psi=good_labels[winner].psi,
+            clean=_clean_winner(good_labels[winner], bad_labels[loser]),
         )
-        for a, b in zip(winners, losers, strict=False)
+        for winner, loser in zip(winners, losers, strict=False)
     ]
 
 
 def source_of_unpaired(path: Path, seed: int = 0) -> LabelSource:
-    """Return the labels of a file as pairs (`to_pairs`), for a training without labels of pairs."""
+    """Create a source of pairs from labels of single shapes, for a training without labels of pairs.
+
+    Args:
+        path: file of labels of single shapes.
+        seed: seed of the random pairing, see `to_pairs`.
+    """
     return LabelSource(
         path.name, lambda: to_pairs(load_unpaired(path), seed), {"labels": str(path), "filters": None}, path
     )
 
 
-def _better(first: UnpairedPreference, second: UnpairedPreference) -> int | None:
-    """Return the seed that a noise-free annotator prefers; None if it is unknown."""
+def _clean_winner(first: UnpairedPreference, second: UnpairedPreference) -> int | None:
+    """Return the seed of the shape that an annotator without noise prefers.
+
+    Return None if a label does not state this, or if both shapes are equally good.
+    """
     if first.clean is None or second.clean is None or first.clean == second.clean:
         return None
     return first.seed if first.clean else second.seed
@@ -237,49 +290,74 @@ def _better(first: UnpairedPreference, second: UnpairedPreference) -> int | None
 def split_unpaired(
     labels: Sequence[UnpairedPreference], pairs: Splits, fractions: Sequence[float], seed: int = 0
 ) -> dict[str, tuple[UnpairedPreference, ...]]:
-    """Divide usable labels into 'train', 'val' and 'test'.
+    """Split labels of single shapes into train, val and test. No shape is in two splits.
 
-    Labels of a shape that occurs in pairs go to the split of the pairs. The others are divided by
-    `fractions`. No shape is in two splits. Each kind of label is divided by itself, so that every split gets
-    its fraction of both.
+    Labels of a shape that also occurs in pairs are put into the split of these pairs. All other shapes are
+    split at random by `fractions`, separately for preferred and for other shapes, so that all splits have the
+    same share of preferred shapes. Labels with a score between the thresholds are left out.
+
+    Args:
+        labels: labels of single shapes.
+        pairs: splits of labelled pairs.
+        fractions: shares of train, val and test, which sum to 1.
+        seed: random seed.
+    Returns: labels by the name of the split.
     """
-    split_of_seed = {
-        s: name for name in SPLITS for pair in getattr(pairs, name) for s in (pair.winner, pair.loser)
-    }
-    # A stream of its own, see `to_pairs`.
+    split_of_seed: dict[int, str] = {}
+    for name in SPLITS:
+        for pair in getattr(pairs, name):
+            split_of_seed[pair.winner] = name
+            split_of_seed[pair.loser] = name
+    # A separate stream of random numbers: the number 2 distinguishes it from other uses of the seed.
     rng = np.random.default_rng([seed, 2])
-    usable = [label for label in labels if label.preferred is not None]
-    # Each kind by itself, so that all splits have the same fraction of preferred shapes.
-    for kind in (True, False):
-        free = sorted({label.seed for label in usable if label.preferred is kind} - set(split_of_seed))
-        # + 0.5: rounded to the nearest integer
-        edges = np.floor(np.cumsum(fractions) * len(free) + 0.5)
-        for position, shape_seed in enumerate(rng.permutation(free).tolist()):
-            # min: a guard against rounding of the last boundary
-            split_of_seed[shape_seed] = SPLITS[min(int(np.searchsorted(edges, position, side="right")), 2)]
-    return {name: tuple(label for label in usable if split_of_seed[label.seed] == name) for name in SPLITS}
+    usable_labels = [label for label in labels if label.preferred is not None]
+    for is_preferred in (True, False):
+        kind_seeds = {label.seed for label in usable_labels if label.preferred is is_preferred}
+        unassigned_seeds = sorted(kind_seeds - set(split_of_seed))
+        # Positions at which the next split begins; adding 0.5 rounds to the nearest integer.
+        boundaries = np.floor(np.cumsum(fractions) * len(unassigned_seeds) + 0.5)
+        for position, shape_seed in enumerate(rng.permutation(unassigned_seeds).tolist()):
+            # `min` is needed if the sum of the shares is rounded to less than 1.
+            split_index = min(int(np.searchsorted(boundaries, position, side="right")), 2)
+            split_of_seed[shape_seed] = SPLITS[split_index]
+    return {
+        name: tuple(label for label in usable_labels if split_of_seed[label.seed] == name) for name in SPLITS
+    }
 
 
 def batches_of(
     labels: Sequence[UnpairedPreference], size: int, rng: np.random.Generator
 ) -> Iterator[list[UnpairedPreference]]:
-    """Yield batches of `size` labels without end, the preferred half first.
+    """Yield batches without end, each with `size` / 2 preferred shapes, followed by as many other shapes.
 
-    Each kind is shuffled again when all of its labels have been used.
+    Labels of each kind are shuffled again when all of them have been used.
+
+    Args:
+        labels: labels of single shapes, of both kinds.
+        size: number of labels of a batch, even.
+        rng: random numbers of the order.
     """
-    kinds = [[label for label in labels if label.preferred is kind] for kind in (True, False)]
+    labels_by_kind = [[label for label in labels if label.preferred is kind] for kind in (True, False)]
 
-    def endless(shapes: list[UnpairedPreference]) -> Iterator[UnpairedPreference]:
-        """Yield labels of one kind without end, in a new order each time."""
+    def endless_labels(kind_labels: list[UnpairedPreference]) -> Iterator[UnpairedPreference]:
+        """Yield labels of one kind without end, in a new random order each time."""
         while True:
-            yield from (shapes[i] for i in rng.permutation(len(shapes)))
+            yield from (kind_labels[i] for i in rng.permutation(len(kind_labels)))
 
-    streams = [endless(shapes) for shapes in kinds]
+    streams = [endless_labels(kind_labels) for kind_labels in labels_by_kind]
     while True:
         yield [next(stream) for stream in streams for _ in range(size // 2)]
 
 
 def redrawn(labels: Sequence[UnpairedPreference], rng: np.random.Generator) -> list[UnpairedPreference]:
-    """Sample as many labels of each kind, with replacement."""
-    kinds = [[label for label in labels if label.preferred is kind] for kind in (True, False)]
-    return [shapes[i] for shapes in kinds for i in rng.integers(max(len(shapes), 1), size=len(shapes))]
+    """Sample labels with replacement, separately for preferred and for other shapes.
+
+    The result has as many labels of each kind as `labels`; labels between the thresholds are left out.
+    """
+    resampled_labels = []
+    for is_preferred in (True, False):
+        kind_labels = [label for label in labels if label.preferred is is_preferred]
+        # rng.integers needs an upper bound of at least 1, even if the size is 0.
+        indices = rng.integers(max(len(kind_labels), 1), size=len(kind_labels))
+        resampled_labels += [kind_labels[i] for i in indices]
+    return resampled_labels

@@ -1,8 +1,8 @@
 """Aggregate the scores of ensemble members that were trained separately into one reward.
 
-This module does not import torch, because `--help` lists the aggregates.
+This module does not import torch, because `--help` lists the aggregates and must be quick.
 
-Letters: N samples, E members.
+Shapes: N samples, E members of the ensemble.
 """
 
 import math
@@ -13,60 +13,67 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-# Standard deviations below this count as agreement. The gradient of the square root is infinite at 0.
+# Members agree on a sample if the standard deviation of their scores is below this value. The limit is needed
+# because the gradient of the square root is infinite at 0.
 _EPS = 1e-6
 
 
 def mean(scores: "torch.Tensor", _strength: float) -> "torch.Tensor":
-    """Average over members (Lakshminarayanan et al. 2017, arXiv 1612.01474).
+    """Average scores [E, N] over members: [N] (Lakshminarayanan et al. 2017, arXiv 1612.01474).
 
-    The variance is lower than that of one member. The mean is not pessimistic.
+    The mean has a lower variance than the score of one member. It is not pessimistic: disagreement between
+    members does not lower it.
     """
     return scores.mean(dim=0)
 
 
-def least(scores: "torch.Tensor", _strength: float) -> "torch.Tensor":
-    """Take the lowest member's score ("worst case", Coste et al. 2023, arXiv 2310.02743).
+def lowest(scores: "torch.Tensor", _strength: float) -> "torch.Tensor":
+    """Take the lowest of the members' scores [E, N] for each sample: [N].
 
-    Only the lowest member gets a gradient.
+    This is worst-case optimisation, WCO, of Coste et al. 2023 (arXiv 2310.02743). Only the member with the
+    lowest score gets a gradient.
     """
     # amin splits the gradient evenly among equal members.
     return scores.amin(dim=0)
 
 
 def lower_bound(scores: "torch.Tensor", k: float) -> "torch.Tensor":
-    """Compute mean - k sd, with sd the standard deviation of the population.
+    """Compute mean - k sd of scores [E, N] over members: [N].
 
-    A member with a score above mean + sd / k is pushed down. Where members agree, sd gives no gradient.
+    sd is the standard deviation of the E scores, with divisor E. Increasing the result decreases the scores
+    of members that lie above mean + sd / k. If members agree on a sample, sd contributes no gradient.
     """
     # [N], over members
     variance = scores.var(dim=0, correction=0)
     # clamp_min keeps the root's gradient finite, and the mask makes value and gradient 0 where members agree.
-    spread = variance.clamp_min(_EPS**2).sqrt() * (variance > _EPS**2)
-    return scores.mean(dim=0) - k * spread
+    std = variance.clamp_min(_EPS**2).sqrt() * (variance > _EPS**2)
+    return scores.mean(dim=0) - k * std
 
 
 def variance_penalty(scores: "torch.Tensor", weight: float) -> "torch.Tensor":
-    """Compute mean - lambda var, with var the variance of the population (UWO of Coste et al. 2023).
+    """Compute mean - lambda var of scores [E, N] over members: [N].
 
-    A member with a score above mean + 1 / (2 lambda) is pushed down.
+    This is uncertainty-weighted optimisation, UWO, of Coste et al. 2023 (arXiv 2310.02743). var is the
+    variance of the E scores, with divisor E. Increasing the result decreases the scores of members that lie
+    above mean + 1 / (2 lambda).
     """
     return scores.mean(dim=0) - weight * scores.var(dim=0, correction=0)
 
 
 def soft_minimum(scores: "torch.Tensor", beta: float) -> "torch.Tensor":
-    """Compute -beta log mean exp(-r / beta) (arXiv 2606.09073).
+    """Compute -beta log mean exp(-r / beta) of the members' scores r [E, N]: [N] (arXiv 2606.09073).
 
-    The value lies between the minimum, for beta to 0, and the mean. The weight of every member is in [0, 1].
+    The result approaches the minimum as beta approaches 0, and the mean as beta grows. The gradient weights
+    of the members are in [0, 1] and sum to 1.
     """
     # Subtracting the lowest score first avoids overflow, and makes the result exact where members agree.
-    low = scores.detach().amin(dim=0)
-    return low - beta * ((low - scores) / beta).exp().mean(dim=0).log()
+    lowest_score = scores.detach().amin(dim=0)
+    return lowest_score - beta * ((lowest_score - scores) / beta).exp().mean(dim=0).log()
 
 
 @dataclass(frozen=True)
 class _Kind:
-    """Function of an aggregate, with the default and the name of its strength."""
+    """Function of one kind of aggregate, with the default and the name of its strength."""
 
     join: "Callable[[torch.Tensor, float], torch.Tensor]"  # scores [E, N], strength -> [N]
     strength: float = 0.0  # default value
@@ -75,12 +82,13 @@ class _Kind:
 
 KINDS = {
     "mean": _Kind(mean),
-    "min": _Kind(least),
+    "min": _Kind(lowest),
     "lcb": _Kind(lower_bound, 1.0, "k"),
     "uwo": _Kind(variance_penalty, 0.5, "lambda"),
     "softmin": _Kind(soft_minimum, 0.5, "beta"),
 }
-# Average of the weights, which gives a single network and not an ensemble (arXiv 2401.12187)
+# Kind that averages the weights of the networks and gives a single network, not an ensemble (WARM, arXiv
+# 2401.12187)
 AVERAGE = "warm"
 CHOICES = (*KINDS, AVERAGE)
 
@@ -102,38 +110,44 @@ class Aggregate:
                 f"--aggregate: expected one of {', '.join(CHOICES)}, got {self.kind!r}. Choose one of them."
             )
         # An unknown kind has been rejected above.
-        known = KINDS[self.kind]
-        if self.strength is not None and not known.strength_name:
+        kind = KINDS[self.kind]
+        if self.strength is not None and not kind.strength_name:
             raise ValueError(
-                f"--strength: --aggregate={self.kind} has no strength, got {self.strength}. Remove"
-                " --strength."
+                f"--strength={self.strength} has no effect, because --aggregate={self.kind} has no strength."
+                " Remove --strength."
             )
         if self.strength is not None and not (math.isfinite(self.strength) and self.strength > 0):
             raise ValueError(
-                f"--strength: expected {known.strength_name} above 0, got {self.strength}. The default is"
-                f" {known.strength}."
+                f"--strength: expected a value of {kind.strength_name} above 0, got {self.strength}. Without"
+                f" --strength, {kind.strength} is used."
             )
-        # The default is filled in, so that a file of the ensemble states the value that was used.
-        if self.strength is None and known.strength_name:
-            object.__setattr__(self, "strength", known.strength)
+        # The default is filled in, so that a file of the ensemble states the value that was used. A frozen
+        # dataclass allows an assignment only through object.__setattr__.
+        if self.strength is None and kind.strength_name:
+            object.__setattr__(self, "strength", kind.strength)
 
     def __call__(self, scores: "torch.Tensor") -> "torch.Tensor":
         """Aggregate scores [E, N] -> [N]. Differentiable.
 
         The scores must be standardised, so that no member dominates only by its scale. A constant that is
-        added to all scores is added to the result, the order of members does not matter, and mean >= softmin
-        >= min.
+        added to all scores is added to the result. The order of members does not matter. The aggregates of
+        the same scores satisfy mean >= softmin >= min.
         """
         # Kinds without a strength ignore the second argument.
         return KINDS[self.kind].join(scores, self.strength or 0.0)
 
 
 def check_joining(kind: str | None, strength: float | None) -> None:
-    """Raise ValueError if `combine` would reject this kind or this strength."""
+    """Raise ValueError if `ensembles.combine` would reject this kind or this strength.
+
+    Args:
+        kind: one of `CHOICES`, or None for the mean of raw scores.
+        strength: strength of the aggregate, or None for the kind's default.
+    """
     if kind not in (None, AVERAGE):
         Aggregate(kind, strength)
     elif strength is not None:
         raise ValueError(
-            f"--strength: applies only to --aggregate=lcb, uwo or softmin, got --aggregate={kind or 'none'}."
-            " Remove --strength."
+            f"--strength={strength} applies only to --aggregate=lcb, uwo or softmin, and"
+            f" {f'--aggregate={kind}' if kind else 'none'} was given. Remove --strength."
         )

@@ -1,36 +1,47 @@
-"""Prompts of the CPU test problem (boxes.py). No torch is imported, so that `--help` is quick."""
+"""Prompts of the CPU test problem for text-to-3D (boxes.py).
+
+This module does not import torch, so that `--help` is quick.
+"""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Side:
-    """Features on one side of a box: a coloured nose with eyes, an emblem of a colour, or nothing."""
+    """Features on one side of a box: a coloured nose with eyes, or a coloured emblem, or no feature."""
 
-    nose: str | None = None  # colour
-    emblem: tuple[str, str] | None = None  # name, colour
+    nose: str | None = None  # colour of the nose; None for a side without nose and eyes
+    emblem: tuple[str, str] | None = None  # name and colour of the emblem
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt and its two modes. The first mode is the face or the preferred emblem."""
+    """A prompt and the two modes that each of the four sides can have.
+
+    The first mode is the face or the preferred emblem.
+    """
 
     text: str
     kind: str  # "janus" (a head) or "mode" (a box with emblems)
-    body: str  # colour
-    sides: tuple[Side, Side]  # the two modes of every side
+    body: str  # colour of the box itself
+    sides: tuple[Side, Side]  # features in the first and in the second mode, the same for all four sides
 
 
 def _janus(body: str, nose: str) -> Prompt:
-    """Create a prompt of a head with a nose."""
-    # The second mode of a head's side is an empty side.
+    """Create a prompt that describes a head with a nose; `body` and `nose` are names of colours."""
+    # In the second mode, a side of a head is empty.
     return Prompt(f"a {body} head with a {nose} nose", "janus", body, (Side(nose=nose), Side()))
 
 
-def _mode(body: str, first: tuple[str, str], second: tuple[str, str]) -> Prompt:
-    """Create a prompt of a box that prefers one emblem over another."""
-    text = f"a {body} box, each side with a {first[1]} {first[0]} rather than a {second[1]} {second[0]}"
-    return Prompt(text, "mode", body, (Side(emblem=first), Side(emblem=second)))
+def _mode(body: str, preferred: tuple[str, str], rejected: tuple[str, str]) -> Prompt:
+    """Create a prompt that describes a box and prefers one emblem (name, colour) over another emblem."""
+    preferred_name, preferred_colour = preferred
+    rejected_name, rejected_colour = rejected
+    text = (
+        f"a {body} box, each side with a {preferred_colour} {preferred_name} rather than a {rejected_colour}"
+        f" {rejected_name}"
+    )
+    return Prompt(text, "mode", body, (Side(emblem=preferred), Side(emblem=rejected)))
 
 
 _HUES = ("red", "green", "blue", "yellow")
@@ -52,33 +63,38 @@ PROMPTS: tuple[Prompt, ...] = (
         ]
     ),
     *(
-        _mode("grey", ("disc", a), ("disc", b))
-        for a, b in [("red", "blue"), ("green", "red"), ("blue", "green")]
+        _mode("grey", ("disc", preferred), ("disc", rejected))
+        for preferred, rejected in [("red", "blue"), ("green", "red"), ("blue", "green")]
     ),
     *(_mode("grey", ("upright bar", hue), ("level bar", hue)) for hue in _HUES),
     *(_mode("grey", ("left half", hue), ("right half", hue)) for hue in _HUES),
 )
-SEEDS = 5  # per prompt: 22 x 5 = 110 pairs of prompt and seed, as many as GPTEval3D has prompts
+SEEDS = 5  # number of seeds per prompt; 22 x 5 = 110 samples, as many as GPTEval3D has prompts
 _BY_TEXT = {prompt.text: prompt for prompt in PROMPTS}
 
 
 def prompt_of(text: str) -> Prompt:
-    """Return the prompt with this text. Raises: ValueError if the test problem has no such prompt."""
+    """Return the prompt with this text.
+
+    Raises: ValueError if the test problem has no prompt with this text.
+    """
     if text not in _BY_TEXT:
         example = PROMPTS[0].text
         raise ValueError(
-            f"--prompt: expected one of the {len(PROMPTS)} prompts of the test problem, got {text!r}. Use"
-            f" one of them, for example {example!r}."
+            f"--prompt={text!r} is not one of the {len(PROMPTS)} prompts of the bundled test problem. Use one"
+            f" of its prompts, for example {example!r}."
         )
     return _BY_TEXT[text]
 
 
 def pairs(seeds: int = SEEDS) -> list[tuple[str, int]]:
-    """Return (prompt, seed) of the default problem.
+    """Return the samples of the default problem as pairs (text of the prompt, seed).
 
-    Kinds alternate, so that the first n pairs contain both.
+    Heads and boxes alternate, so that any two successive pairs contain both kinds of prompts.
     """
     half = len(PROMPTS) // 2
-    # Even places take from the first half (heads), odd ones from the second half (boxes).
+    # PROMPTS lists the heads first and the boxes second. Even indices take from the heads, and odd indices
+    # from the boxes.
     order = [PROMPTS[i // 2 + half * (i % 2)] for i in range(len(PROMPTS))]
+    # All prompts come with the first seed before the second seed begins.
     return [(prompt.text, seed) for seed in range(seeds) for prompt in order]

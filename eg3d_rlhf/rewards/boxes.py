@@ -1,17 +1,19 @@
-"""CPU test problem for score distillation: box heads of 16^3 voxels, seen one side at a time.
+"""CPU test problem for score distillation: box heads of 16^3 voxels, rendered one side at a time.
 
-A box has four sides with a recess each. A side is *empty*, or a *face*: two painted eyes and a nose. The nose
-stands in the recess and does not protrude from it, so a side's features never change what another side's
-camera sees. There are two kinds of prompts:
+A box has four sides, and each side has a recess. A side is *empty*, or it is a *face* with two painted eyes
+and a nose. The nose stands in the recess and does not protrude from it, so that the features of one side are
+never visible to the camera of another side. There are two kinds of prompts:
 
-- **mini-Janus**: the prior's modes are face and empty. Each side starts near the face with probability p, and
-  the prior preserves the mode that is nearest, so the number of noses is binomial. With p = .45, the
-  probability of two or more noses on four sides is .609, close to DreamFusion's published .61. The problem
-  tests whether a method removes surplus faces. It does not test whether score distillation creates them.
-- **mode**: the modes are two emblems that are mirror images, transposes or colour permutations of each other;
-  the first one is preferred. Sides start grey.
+- **mini-Janus**: the two modes of the prior are a face and an empty side. Each side starts near the face with
+  probability p, and the prior moves it to the nearest mode, so the number of noses is binomial. With p =
+  0.45, the probability of two or more noses on four sides is 0.609, close to the Janus ratio of 0.61 that is
+  published for DreamFusion (Poole et al. 2022, arXiv 2209.14988). The problem tests whether a method removes
+  surplus faces. It does not test whether score distillation creates them.
+- **mode**: the two modes are two emblems that are mirror images, transposes or colour permutations of each
+  other. The first emblem is preferred. Sides start half way between both emblems.
 
-Letters: A assets, V = 4 views, B = A V, K modes, N voxels per edge, R = 16 pixels, P points.
+Shapes: A assets, V = 4 views (one per side), B = number of prompts in a batch, K = 2 x number of prompts
+modes, N voxels per edge, R = 16 pixels per edge, P points.
 """
 
 import functools
@@ -28,19 +30,23 @@ from eg3d_rlhf.rewards.box_prompts import PROMPTS, Prompt, Side, prompt_of
 
 RESOLUTION = 16  # N and R
 SIDES = 4
-FACE_PROBABILITY = 0.45  # gives DreamFusion's Janus ratio; .40 gives .525, the ratio of MVDream
-# Values of `Voxels.shape` of a finished object, inside and outside
+# Probability that a side of a head starts near the face. It gives DreamFusion's Janus ratio of 0.61; 0.40
+# would give 0.525, the ratio of MVDream.
+FACE_PROBABILITY = 0.45
+# Density parameters (`Voxels.shape`) inside and outside of a finished object
 SOLID = 3.0
 EMPTY = -2.0
-# The same at the start, where densities are softer, so that they can still change
+# Density parameters inside and outside at the start. They are closer to 0, so that densities can still
+# change.
 _STARTED_SOLID = 1.5
 _STARTED_EMPTY = -1.2
-# Range of a side's initial share of the face, if the side starts near the face and if it does not
+# Range of a side's initial share of the face: for sides that start near the face, and for all other sides
 _NEAR = (0.7, 0.95)
 _FAR = (0.05, 0.3)
 _START_NOISE = 0.1  # standard deviation of the noise on all parameters at the start
 
-# Positions are in voxels 0..15, both ends included, in a side's own axes: across, up, towards the camera
+# Positions in voxels 0..15, first and last voxel included, in a side's own axes: across, up, towards the
+# camera
 _BODY = (1, 14)
 _RECESS = (4, 11)
 FLOOR = 11
@@ -57,9 +63,10 @@ COLOURS = {
 }
 _DARK = (0.1, 0.1, 0.1)
 
-# Function of (across, up) that returns where the base of the recess is painted
+# Function that returns a mask of the painted part of a recess's base, from the coordinates across and up
 Inside = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-# Emblems cover at most 6 x 6 voxels, because the voxels beside these belong to the next side, too.
+# u is the coordinate across and v the coordinate up; 7.5 is the centre of 0..15. Emblems cover at most 6 x 6
+# voxels, because the voxels beside these belong to the next side, too.
 _EMBLEMS: dict[str, Inside] = {
     "disc": lambda u, v: (u - 7.5) ** 2 + (v - 7.5) ** 2 < 8,
     "upright bar": lambda u, v: ((u - 7.5).abs() < 1.1) & ((v - 7.5).abs() < 2.6),
@@ -71,23 +78,32 @@ _EMBLEMS: dict[str, Inside] = {
 
 @functools.cache
 def _coordinates(n: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return x, y, z [N, N, N] of the voxels in 0..15; array axes are z, y, x."""
+    """Return the coordinates x, y, z of the voxels, [N, N, N] each, in 0..15.
+
+    The axes of the arrays are z, y, x.
+    """
     axis = torch.linspace(0, 15, n)
     z, y, x = torch.meshgrid(axis, axis, axis, indexing="ij")
     return x, y, z
 
 
 def side_axes(n: int, side: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return coordinates [N, N, N] of voxels in the axes of side 0..3 (front, +x, back, -x), in 0..15.
+    """Return the voxels' coordinates across, up and towards the camera of a side, [N, N, N] each, in 0..15.
 
-    They are (across, up, towards the camera); across increases to the camera's right.
+    The coordinate across increases to the camera's right.
+
+    Args:
+        n: voxels per edge, N.
+        side: index of the side: 0 front, 1 right (+x), 2 back, 3 left (-x).
     """
     x, y, z = _coordinates(n)
+    # One row per side. A coordinate is reversed (15 - x) where it points away from that side's camera or to
+    # the camera's left.
     return ((x, y, z), (15 - z, y, x), (15 - x, y, 15 - z), (z, y, 15 - x))[side]
 
 
 def _within(axes: Sequence[torch.Tensor], ranges: Sequence[tuple[int, int]]) -> torch.Tensor:
-    """Return a mask of where each coordinate lies in its range, both ends included."""
+    """Return a mask of the voxels whose coordinate on every axis lies in the axis's range, ends included."""
     inside = torch.ones_like(axes[0], dtype=torch.bool)
     # Half a voxel of margin, since coordinates of other resolutions are not integers.
     for axis, (low, high) in zip(axes, ranges, strict=True):
@@ -96,44 +112,50 @@ def _within(axes: Sequence[torch.Tensor], ranges: Sequence[tuple[int, int]]) -> 
 
 
 def nose_voxels(n: int, side: int) -> torch.Tensor:
-    """Return a mask [N, N, N] of a side's nose."""
+    """Return a mask [N, N, N] of the voxels of a side's nose."""
     return _within(side_axes(n, side), _NOSE)
 
 
-def _painted(n: int, side: int, shown: Side) -> list[tuple[torch.Tensor, tuple[float, float, float]]]:
-    """Return masks [N, N, N] and colours of a side's features; eyes and emblems lie on the base of the
-    recess.
+def _painted_masks(
+    n: int, side: int, features: Side
+) -> list[tuple[torch.Tensor, tuple[float, float, float]]]:
+    """Return a mask [N, N, N] and an RGB colour for every feature of a side.
+
+    Eyes and emblems lie on the base of the recess. The list is empty for an empty side.
     """
     across, up, towards = side_axes(n, side)
     base = (towards - FLOOR).abs() < 0.5
-    marks = []
-    if shown.nose is not None:
-        marks += [(base & _within((across, up), eye), _DARK) for eye in _EYES]
-        marks.append((nose_voxels(n, side), COLOURS[shown.nose]))
-    if shown.emblem is not None:
-        name, colour = shown.emblem
-        marks.append((base & _EMBLEMS[name](across, up), COLOURS[colour]))
-    return marks
+    masks = []
+    if features.nose is not None:
+        masks += [(base & _within((across, up), eye), _DARK) for eye in _EYES]
+        masks.append((nose_voxels(n, side), COLOURS[features.nose]))
+    if features.emblem is not None:
+        name, colour = features.emblem
+        masks.append((base & _EMBLEMS[name](across, up), COLOURS[colour]))
+    return masks
 
 
 def emblem_points(prompt: Prompt, side: int, n: int = RESOLUTION) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the points on a side's base where a prompt's two emblems differ.
+    """Return the points on a side's base at which the prompt's two emblems have different colours.
 
-    Returns: world points [P, 3], and the colours [2, P, 3] of both emblems there.
+    Returns: positions [P, 3] in world units, and colours [2, P, 3] of the preferred and the other emblem at
+        these positions.
     """
     body = torch.tensor(COLOURS[prompt.body])
-    painted = torch.stack([body.expand(n, n, n, 3).clone() for _ in prompt.sides])
-    for mode, shown in enumerate(prompt.sides):
-        for mask, colour in _painted(n, side, shown):
-            painted[mode][mask] = torch.tensor(colour)
-    differ = (painted[0] != painted[1]).any(dim=-1)
+    # [2, N, N, N, 3]: the box in each of both modes, painted on this side only
+    colours = torch.stack([body.expand(n, n, n, 3).clone() for _ in prompt.sides])
+    for mode, features in enumerate(prompt.sides):
+        for mask, colour in _painted_masks(n, side, features):
+            colours[mode][mask] = torch.tensor(colour)
+    differs = (colours[0] != colours[1]).any(dim=-1)
+    # Voxel coordinates 0..15 become world coordinates -0.5..0.5.
     points = torch.stack(_coordinates(n), dim=-1) / 15 - 0.5  # [N, N, N, 3]
-    return points[differ], painted[:, differ]
+    return points[differs], colours[:, differs]
 
 
 def _logit(colour: Sequence[float]) -> torch.Tensor:
-    """Return the parameters [3, 1] of a colour in 0..1."""
-    # Voxels store colours before a sigmoid.
+    """Return the parameters [3, 1] of `Voxels.paint` that give an RGB colour in 0..1."""
+    # Voxels apply a sigmoid to the stored colours, and the logit is its inverse.
     return torch.logit(torch.tensor(colour))[:, None]  # [3, 1]
 
 
@@ -141,96 +163,117 @@ def _logit(colour: Sequence[float]) -> torch.Tensor:
 def build(
     prompt: Prompt, shares: torch.Tensor, n: int = RESOLUTION, solid: float = SOLID, empty: float = EMPTY
 ) -> Voxels:
-    """Build objects [A] of a prompt.
+    """Build A objects of one prompt, whose sides are blends of the prompt's two modes.
 
-    Each side is a blend of its second mode (share 0) and its first mode (1).
-
-    Args: shares: [A, 4] in 0..1; solid, empty: `Voxels.shape` inside and outside of the object.
+    Args:
+        prompt: prompt of all objects.
+        shares: shares [A, 4] of the first mode for each side, in 0..1; a share of 0 is the second mode.
+        n: voxels per edge.
+        solid: density parameter (`Voxels.shape`) inside the object.
+        empty: density parameter (`Voxels.shape`) outside the object.
     """
     voxels = Voxels(len(shares), n).requires_grad_(False)
     # A cube, from which the four recesses are removed below
     body = _within(_coordinates(n), [_BODY] * 3)
     for side in range(SIDES):
         across, up, towards = side_axes(n, side)
+        # Only the coordinates across and up are bounded: the recess is open towards the camera.
         body &= ~(_within((across, up), (_RECESS, _RECESS)) & (towards > FLOOR + 0.5))
     voxels.shape.copy_(torch.where(body, solid, empty).expand_as(voxels.shape))
     voxels.paint.copy_(_logit(COLOURS[prompt.body]).view(3, 1, 1, 1).expand_as(voxels.paint))
     # Blends are linear in the parameters, so a share of 0.5 is half way before the sigmoid.
     for side in range(SIDES):
-        share = shares[:, side].to(voxels.shape)
+        share = shares[:, side].to(voxels.shape)  # [A]; voxels.shape is a tensor and gives dtype and device
         for mode, weight in ((1, 1 - share), (0, share)):
-            for mask, colour in _painted(n, side, prompt.sides[mode]):
+            for mask, colour in _painted_masks(n, side, prompt.sides[mode]):
                 # Colours are blended as logits, in the parameters' own space.
                 colours = voxels.paint[:, :, mask]  # [A, 3, voxels]
                 voxels.paint[:, :, mask] = colours + weight[:, None, None] * (
                     _logit(colour) - _logit(COLOURS[prompt.body])
                 )
         if prompt.kind == "janus":
+            # A nose is also geometry: its density follows the share of the face. [A, 1]
             voxels.shape[:, nose_voxels(n, side)] = (empty + share * (solid - empty))[:, None]
     return voxels
 
 
 @functools.cache
 def modes() -> torch.Tensor:
-    """Return the latents [K, 4, R, R] of all modes in -1..1: RGB and inverse depth of a side.
+    """Return the latents [K, 4, R, R] of all modes: RGB and inverse depth of one side, in -1..1.
 
-    They are two modes per prompt, in the order of `PROMPTS`.
+    There are two successive rows per prompt (first mode, second mode), in the order of `PROMPTS`. The result
+    is cached and must not be changed.
     """
     latents = []
     for prompt in PROMPTS:
         # One object with all sides in the first mode and one with all sides in the second mode
-        objects = build(prompt, torch.eye(2)[:, :1].expand(2, SIDES))
-        latents.append(four_views(objects.raw, torch.sigmoid(objects.paint), objects.pitch)[0][:, 0])
+        first_mode_shares = torch.eye(2)[:, :1].expand(2, SIDES)  # rows of ones and of zeros
+        objects = build(prompt, first_mode_shares)
+        images, *_ = four_views(objects.raw, torch.sigmoid(objects.paint), objects.pitch)
+        # All four sides are equal, so the front view is enough.
+        latents.append(images[:, 0])
     return torch.cat(latents) * 2 - 1
 
 
 def modes_of(texts: Sequence[str]) -> torch.Tensor:
-    """Return images [B, 2, 4, R, R] in 0..1 of the two modes of each of B prompts."""
-    # `modes` has two rows per prompt.
-    rows = torch.tensor([PROMPTS.index(prompt_of(text)) for text in texts], dtype=torch.long)
-    return (modes().unflatten(0, (-1, 2))[rows] + 1) / 2
+    """Return images [B, 2, 4, R, R] in 0..1 (RGB and inverse depth) of the two modes of each of B prompts."""
+    prompt_indices = torch.tensor([PROMPTS.index(prompt_of(text)) for text in texts], dtype=torch.long)
+    # `modes` has two rows per prompt: [K, ...] -> [K / 2, 2, ...]. Values -1..1 become 0..1.
+    return (modes().unflatten(0, (-1, 2))[prompt_indices] + 1) / 2
 
 
 @torch.no_grad()
 def start(texts: Sequence[str], generators: Sequence[torch.Generator], p: float = FACE_PROBABILITY) -> Voxels:
-    """Create the initial voxels [A] of A prompts, each with its own random generator.
+    """Create the initial voxels of A assets, each with its own prompt and its own random generator.
 
-    Bodies are complete. Each side of a head starts near the face with probability p; emblems start half way
-    between both modes.
-    Raises: ValueError for an unknown prompt.
+    The boxes themselves are complete. Each side of a head starts near the face with probability p. Sides with
+    emblems start half way between both modes.
+
+    Args:
+        texts: texts of the A prompts.
+        generators: A generators of random numbers.
+        p: probability that a side of a head starts near the face.
+    Raises: ValueError for a text that is not a prompt of the test problem.
     """
     started = Voxels(len(texts), RESOLUTION)
     for i, (text, rng) in enumerate(zip(texts, generators, strict=True)):
         prompt = prompt_of(text)
-        u = torch.rand(SIDES, generator=rng)
-        v = torch.rand(SIDES, generator=rng)
-        # u selects the range of a side's share, and v the place in the range.
-        low, width = (torch.where(u < p, near, far) for near, far in zip(_NEAR, _FAR, strict=True))
-        share = torch.lerp(low, width, v) if prompt.kind == "janus" else torch.full((SIDES,), 0.5)
+        range_choice = torch.rand(SIDES, generator=rng)
+        range_position = torch.rand(SIDES, generator=rng)
+        # [4] each: least and greatest share of each side
+        low, high = (torch.where(range_choice < p, near, far) for near, far in zip(_NEAR, _FAR, strict=True))
+        share = torch.lerp(low, high, range_position) if prompt.kind == "janus" else torch.full((SIDES,), 0.5)
+        # `build` takes shares [A, 4], and here A is 1.
         initial = build(prompt, share[None], RESOLUTION, _STARTED_SOLID, _STARTED_EMPTY)
-        for into, parameter in zip(started.parameters(), initial.parameters(), strict=True):
-            into[i] = parameter[0] + _START_NOISE * torch.randn(parameter.shape[1:], generator=rng)
+        for batch_parameter, parameter in zip(started.parameters(), initial.parameters(), strict=True):
+            noise = torch.randn(parameter.shape[1:], generator=rng)
+            batch_parameter[i] = parameter[0] + _START_NOISE * noise
     return started
 
 
-# Detector of the test problem, which counts how many sides of a box head have a nose. It reads surfaces,
-# which no reward reads. The share of heads with two or more noses (the Janus ratio) alone would count a head
-# without any nose as a success, so reports must state the shares of none, one, and more. R rays.
+# Detector of the test problem. It counts how many sides of a box head have a nose. It reads surfaces, which
+# no reward reads. The share of heads with two or more noses (the Janus ratio) alone would count a head
+# without any nose as a success. Reports must therefore state three shares: heads with no nose, with one nose,
+# and with more noses. In the shapes below, R is the number of rays per edge.
 
-_WINDOW = 0.25  # half-width of the searched part of a side, in edges of the cube: the recess
-_STEP = 0.06  # least height above the base, in edges of the cube: half the height of a nose
-_AREA = (0.06, 0.6)  # share of the window that a bump may cover to count as a nose
-_BASE_QUANTILE = 0.3  # of heights in the window: the base, if a nose covers less than two thirds of it
-RAYS = 32  # per side and edge
+_WINDOW = 0.25  # half of the edge of the searched square on a side (the recess), in edges of the cube
+_STEP = (
+    0.06  # least height of a nose above the base, in edges of the cube: half the height of a complete nose
+)
+_AREA = (0.06, 0.6)  # least and greatest share of the window that a nose covers
+# Quantile of the heights in the window that is taken as the height of the base. It is right as long as a nose
+# covers less than two thirds of the window.
+_BASE_QUANTILE = 0.3
+RAYS = 32  # number of rays per side along each edge
 
 
 @torch.no_grad()
 def _heights(field: Field) -> torch.Tensor:
-    """Compute heights [A, 4, R, R] of the outermost surface towards front, +x, back and -x.
+    """Compute the heights [A, 4, R, R] of the outermost surface on the sides front, +x, back and -x.
 
-    Heights are measured from the cube's centre in edges of the cube, where the density crosses the level
-    along each axis; -1 where there is no surface. Rows are increasing y, and columns run to the camera's
-    right.
+    A height is the distance of the outermost grid point with a density of at least `field.level` from the
+    cube's centre along the side's axis, in edges of the cube. It is -1 for a ray that meets no such point.
+    The rows of an image are in the order of increasing y, and its columns run to the camera's right.
     """
     grid = SlabSpec.of(field.bounds, RAYS)
     solid = field.density_grid(grid) >= field.level  # [A, z, y, x]
@@ -238,18 +281,17 @@ def _heights(field: Field) -> torch.Tensor:
     along_z = solid.permute(0, 2, 3, 1)
     along_x = solid.permute(0, 2, 1, 3)
     sides = [along_z, along_x.flip(2), along_z.flip(2, 3), along_x.flip(3)]
-    height = torch.linspace(-0.5, 0.5, RAYS)
-    return torch.stack(
-        [
-            torch.where(side, height.to(field.density(torch.zeros(1, 3)).device), -1).amax(dim=3)
-            for side in sides
-        ],
-        dim=1,
-    )
+    point_heights = torch.linspace(-0.5, 0.5, RAYS)
+    # A field does not state its device, so one density is computed to learn it.
+    side_heights = [
+        torch.where(side, point_heights.to(field.density(torch.zeros(1, 3)).device), -1).amax(dim=3)
+        for side in sides
+    ]
+    return torch.stack(side_heights, dim=1)
 
 
 def noses(field: Field) -> torch.Tensor:
-    """Count the sides with a nose, [A] in 0..4.
+    """Count the sides that have a nose: int64 [A], in 0..4.
 
     A side has a nose if its recess contains at least one connected bump of suitable height and area.
     """
@@ -258,15 +300,17 @@ def noses(field: Field) -> torch.Tensor:
     heights = _heights(field)
     # Only the recess can hold a nose.
     window = torch.linspace(-0.5, 0.5, RAYS).abs() <= _WINDOW
-    inner = heights[:, :, window][:, :, :, window]  # [A, 4, w, w]
-    base = inner.flatten(2).quantile(_BASE_QUANTILE, dim=2)[:, :, None, None]
+    recess_heights = heights[:, :, window][
+        :, :, :, window
+    ]  # [A, 4, w, w], w = number of True entries of `window`
+    base = recess_heights.flatten(2).quantile(_BASE_QUANTILE, dim=2)[:, :, None, None]
     # Connected bumps are searched on the CPU by scipy.
-    raised = (inner > base + _STEP).cpu().numpy()
-    low, high = (share * inner[0, 0].numel() for share in _AREA)  # pixels
-    # [A, 4]
-    hits = np.zeros(heights.shape[:2], dtype=bool)
-    for index in np.ndindex(hits.shape):
-        labels, _ = ndimage.label(raised[index])
+    raised = (recess_heights > base + _STEP).cpu().numpy()
+    least_area, greatest_area = (share * recess_heights[0, 0].numel() for share in _AREA)  # pixels
+    # [A, 4]: True for each side with a nose
+    has_nose = np.zeros(heights.shape[:2], dtype=bool)
+    for asset_and_side in np.ndindex(has_nose.shape):
+        labels, _ = ndimage.label(raised[asset_and_side])
         areas = np.bincount(labels.ravel())[1:]  # label 0 is the background
-        hits[index] = ((areas >= low) & (areas <= high)).any()
-    return torch.from_numpy(hits.sum(axis=1))
+        has_nose[asset_and_side] = ((areas >= least_area) & (areas <= greatest_area)).any()
+    return torch.from_numpy(has_nose.sum(axis=1))

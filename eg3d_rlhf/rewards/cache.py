@@ -1,7 +1,9 @@
 """Cache of observations by seed for reward training.
 
+An observation is the input that a reward network reads from a shape, for example a cropped density grid.
 Observations are computed once from a generator, stored as float16, and read as float32 batches.
-Shape letters: N seeds; [N, ...] is the shape of the observation.
+
+Shapes: N seeds; [N, ...] is a batch of observations, whose other axes depend on the kind of observation.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -26,9 +28,16 @@ Source = Callable[[Sequence[int]], torch.Tensor]  # seeds -> observations [N, ..
 def observe_seeds(
     generator: Any, observation: Observation, *, psi: float = 1.0, cutoff: int | None = 14
 ) -> Source:
-    """Create a source that observes a generator's shapes from the front.
+    """Create a function that computes the observations [N, ...] of a generator's samples from their seeds.
 
-    It uses the operators `Observation.ops`, truncation `psi`, and constant noise.
+    The generator is conditioned on the frontal camera, its noise inputs are constant, and the operators are
+    those of `observation.ops`.
+
+    Args:
+        generator: generator of the samples.
+        observation: kind of observation to compute.
+        psi: truncation.
+        cutoff: number of layers that are truncated; None for all layers.
     """
     generator = of(generator)
 
@@ -43,19 +52,34 @@ def observe_seeds(
 def untuned(
     generator: Any, observation: Observation, psi: float, cutoff: int | None, batch: int = 16
 ) -> Iterator[torch.Tensor]:
-    """Yield batches [N, ...] of observations of the untuned samples on which members of an ensemble are
-    standardised.
+    """Yield batches [N, ...] of observations of samples on which the members of an ensemble are standardised.
+
+    The samples are those of the generator before tuning, from the seeds `SCALES`.
+
+    Args:
+        generator: generator of the samples.
+        observation: kind of observation to compute.
+        psi: truncation.
+        cutoff: number of layers that are truncated; None for all layers.
+        batch: number of samples per batch.
     """
     # SCALES are held-out seeds that serve only this purpose.
     observe = observe_seeds(generator, observation, psi=psi, cutoff=cutoff)
-    return (observe(SCALES.all[first : first + batch]) for first in range(0, SCALES.count, batch))
+    return (observe(SCALES.all[start : start + batch]) for start in range(0, SCALES.count, batch))
 
 
 def cache_file(root: Path, generator: str, observation: Observation, psi: float, cutoff: int | None) -> Path:
-    """Return the path of a cache in a store.
+    """Return the path of the cache file of these settings in the store at `root`.
 
     The name of the folder changes with every setting that changes observations. The folder is never marked as
-    finished, because other labels add further seeds.
+    finished, because later runs with other labels add observations of further seeds.
+
+    Args:
+        root: folder of the store.
+        generator: hash of the generator's weights.
+        observation: kind of observation.
+        psi: truncation.
+        cutoff: number of layers that are truncated; None for all layers.
     """
     inputs = {
         "generator": generator,
@@ -71,31 +95,32 @@ def cache_file(root: Path, generator: str, observation: Observation, psi: float,
 class ObservationCache:
     """Observations of a set of seeds in memory, optionally stored in a file between runs.
 
-    Values are rounded to float16, with an error of at most 0.05 %. Scores change by less than the noise of
-    training. Published rewards were trained on float16 volumes as well.
+    Values are rounded to float16, with a relative error of at most 0.05 %. The rounding changes scores by
+    less than repeated training does. Published rewards were trained on float16 volumes as well.
 
     Args:
         source: computes the observations of seeds that are not in the cache.
-        cache: file to read at the start and to write by `save`; None keeps observations in memory only.
+        cache: file that is read here and written by `save`; None keeps observations in memory only.
+    Raises: ValueError if the file exists and is not a file of observations.
     """
 
     def __init__(self, source: Source, cache: Path | None = None):
         self._source = source
         self._cache = cache
-        self._kept: dict[int, torch.Tensor] = {}  # seed -> float16 [...]
+        self._cached: dict[int, torch.Tensor] = {}  # seed -> observation of this seed, float16
         if cache is not None and cache.is_file():
             try:
                 stored = safetensors.torch.load_file(cache)
                 # Rows of one tensor share its memory, so nothing is copied.
-                self._kept = dict(zip(stored["seeds"].tolist(), stored["observed"], strict=True))
+                self._cached = dict(zip(stored["seeds"].tolist(), stored["observed"], strict=True))
             except (safetensors.SafetensorError, KeyError) as error:
                 raise ValueError(
-                    f"ObservationCache({cache.name}): expected a file of observations, got: {error}. Delete"
-                    " the file; it will be computed again."
+                    f"{cache}: this file of observations cannot be read ({error}). Delete the file; the"
+                    " observations will then be computed again."
                 ) from error
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return len(self._cached)
 
     def fill(
         self,
@@ -104,54 +129,68 @@ class ObservationCache:
         on_drawn: Callable[[int], None] | None = None,
         ranks: Ranks = SINGLE,
     ) -> int:
-        """Observe the missing seeds, `batch` at a time.
+        """Compute the observations of all seeds that are not yet in the cache.
 
-        Ranks take batches in turn, and every rank gets all results.
+        The batches are distributed over the ranks, and every rank gets all results.
 
-        Seeds are observed in ascending order, never in the order of the labels. The jitter of a ray depends
-        on its shape's place in the batch. If winners had even places and losers odd ones, a network would
-        learn that instead of shapes.
+        Seeds are observed in ascending order, never in the order of the labels. The random offsets of a ray's
+        samples depend on the index of its shape in the batch. If winners had even indices and losers had odd
+        indices, a network would learn this difference instead of differences of shape.
 
-        Args: on_drawn: called with the number of seeds after each batch of this rank.
-        Returns: the number of seeds that were missing.
+        Args:
+            seeds: seeds whose observations are needed; repetitions are allowed.
+            batch: number of seeds that are observed at once.
+            on_drawn: function that is called with the number of seeds after each batch of this rank.
+            ranks: processes that share the work.
+        Returns: number of seeds that were missing in the cache.
         """
-        # Ranks on different machines may have different cache files. They must agree on what is missing, or
-        # the exchange below would deadlock, so all of them start empty.
-        if ranks.world > 1 and len({tuple(held) for held in ranks.gather(list(self._kept))}) > 1:
-            self._kept = {}
-        # A set first: labels name most seeds several times.
-        missing = sorted({seed for seed in seeds if seed not in self._kept})
-        observed: dict[int, torch.Tensor] = {}
-        for part in [missing[start : start + batch] for start in range(0, len(missing), batch)][
-            ranks.rank :: ranks.world
-        ]:
-            observed.update(zip(part, self._source(part).to("cpu", torch.float16), strict=True))
+        # Ranks on different machines may have different cache files. If they did not agree on the missing
+        # seeds, the exchange below would deadlock. In this case every rank discards its observations.
+        if ranks.world > 1:
+            cached_seeds_by_rank = ranks.gather(list(self._cached))
+            if len({tuple(cached_seeds) for cached_seeds in cached_seeds_by_rank}) > 1:
+                self._cached = {}
+        # A set removes repetitions, since labels name most seeds several times.
+        missing_seeds = sorted({seed for seed in seeds if seed not in self._cached})
+        observations: dict[int, torch.Tensor] = {}
+        batches = [missing_seeds[start : start + batch] for start in range(0, len(missing_seeds), batch)]
+        for batch_seeds in batches[ranks.rank :: ranks.world]:
+            rows = self._source(batch_seeds).to("cpu", torch.float16)
+            observations.update(zip(batch_seeds, rows, strict=True))
             if on_drawn:
-                on_drawn(len(part))
-        # Each seed was observed by one rank, so a sum over ranks, in which the other ranks add zeros, gives
-        # its value to all. A rank without a batch observes one seed only to get the shape.
-        if ranks.world > 1 and missing:
-            shape = next(iter(observed.values())).shape if observed else self._source(missing[:1]).shape[1:]
+                on_drawn(len(batch_seeds))
+        # Each seed was observed by one rank. In a sum over ranks the other ranks add zeros, so that every
+        # rank gets the observation. A rank without a batch observes one seed only to get the shape.
+        if ranks.world > 1 and missing_seeds:
+            shape = (
+                next(iter(observations.values())).shape
+                if observations
+                else self._source(missing_seeds[:1]).shape[1:]
+            )
             # Zeros leave the sum of float16 values exact.
-            nothing = torch.zeros(shape, dtype=torch.float16)
-            # In parts of 64, so that the exchange needs little additional memory.
-            for start in range(0, len(missing), 64):
-                part = missing[start : start + 64]
-                rows = torch.stack([observed.get(seed, nothing) for seed in part])
+            zeros = torch.zeros(shape, dtype=torch.float16)
+            # 64 seeds at a time, so that the exchange needs little additional memory.
+            for start in range(0, len(missing_seeds), 64):
+                exchanged_seeds = missing_seeds[start : start + 64]
+                rows = torch.stack([observations.get(seed, zeros) for seed in exchanged_seeds])
                 ranks.sum_(rows, "exchange observations")
-                observed.update(zip(part, rows, strict=True))
-        self._kept.update((seed, observed[seed]) for seed in missing)
-        return len(missing)
+                observations.update(zip(exchanged_seeds, rows, strict=True))
+        # In ascending order on every rank, whichever rank observed a seed.
+        self._cached.update((seed, observations[seed]) for seed in missing_seeds)
+        return len(missing_seeds)
 
     def take(self, seeds: Sequence[int], device: str | torch.device = "cpu") -> torch.Tensor:
-        """Return observations of seeds that `fill` has computed, as float32 [N, ...]."""
-        return torch.stack([self._kept[seed] for seed in seeds]).to(device, torch.float32)
+        """Return the observations of seeds as float32 [N, ...]. `fill` must have computed them before."""
+        return torch.stack([self._cached[seed] for seed in seeds]).to(device, torch.float32)
 
     def save(self) -> None:
-        """Write the cache file atomically, if there is one."""
-        if self._cache is not None and self._kept:
+        """Write the cache file atomically.
+
+        Nothing is written if the cache is empty or has no file.
+        """
+        if self._cache is not None and self._cached:
             stored = {
-                "seeds": torch.tensor(list(self._kept), dtype=torch.int64),
-                "observed": torch.stack(list(self._kept.values())),
+                "seeds": torch.tensor(list(self._cached), dtype=torch.int64),
+                "observed": torch.stack(list(self._cached.values())),
             }
             write_atomic(self._cache, safetensors.torch.save(stored))

@@ -1,8 +1,9 @@
-"""Depth maps of a field from one camera or three, and the reward networks that read them (arXiv 2606.27305).
+"""Depth maps of a field from one camera or from three cameras, and the reward networks that read them.
 
-The networks are the published one, with a frozen ResNet-50, and a small one that is trained from scratch.
-Letters: N samples, V views, C channels (1, or 2 with the mask), R pixels per edge. A depth is a distance
-along the pixel's unit ray.
+There are two networks: the published one with a frozen ResNet-50 (arXiv 2606.27305),
+and a small one that is trained from scratch. A depth is a distance along the pixel's unit ray.
+
+Shapes: N samples, V views, C channels (1, or 2 with the mask), R pixels per edge.
 """
 
 import os
@@ -27,292 +28,354 @@ from training.networks import state_hash
 if TYPE_CHECKING:
     from eg3d_rlhf.generators import Generator
 
-VIEWS = {1: (0.0,), 3: (1.0, 0.0, -1.0)}  # radians from frontal, in the order of the published code
+# Yaws of the cameras by number of views, in radians from frontal, in the order of the published code
+VIEWS = {1: (0.0,), 3: (1.0, 0.0, -1.0)}
 PUBLISHED_RESOLUTION = 128  # pixels per edge of a published map
 PUBLISHED_FOCAL = 4.2633910179138184  # from a field of view of 18.837 degrees; FFHQ's labels have 4.2647
-_MATCHES = 1e-6  # world units; cameras that differ by less are equal
+_TOLERANCE = 1e-6  # world units; cameras whose values differ by less count as equal
 
 
 def nearness(depth: torch.Tensor, near: float, far: float) -> torch.Tensor:
-    """Compute 1 - (depth - near) / (far - near): 1 at `near`, 0 at `far`, not clamped. Differentiable."""
+    """Compute the nearness 1 - (depth - near) / (far - near), elementwise. Differentiable.
+
+    The nearness is 1 at the depth `near` and 0 at the depth `far`. It is not clamped to 0..1.
+    """
     return 1 - (depth - near) / (far - near)
 
 
 @observations.register
 @dataclass(frozen=True, kw_only=True)
 class Depth(observations.Observation):
-    """Maps [N, V, C, R, R] of the nearness of the surface: 1 at the near end of the rays and 0 at the far
-    end.
+    """Maps [N, V, C, R, R] of the nearness of the surface: 1 at the near end of the rays, 0 at the far end.
 
-    `masked` (our addition) multiplies nearness by the ray's opacity and adds opacity as a second channel.
-    Background is then 0 in both channels, independent of the rest of the batch, and silhouettes have a
-    gradient. Without it, the map is the published one: the depth of the ray marcher alone.
+    If `masked` is True (our addition), nearness is multiplied by the ray's opacity, and opacity is a second
+    channel. The background is then 0 in both channels, independently of the other samples of the batch, and
+    silhouettes have a gradient. If `masked` is False, the map is the published one: the nearness of the ray
+    marcher's depth alone.
+
+    Raises: ValueError unless 0 < near < far and there are at least one pixel and one view.
     """
 
     kind: ClassVar[str] = "depth"
     ops: ClassVar[str] = "auto"
-    yaws: tuple[float, ...] = VIEWS[1]  # of the cameras, radians from frontal
+    yaws: tuple[float, ...] = VIEWS[1]  # yaws of the cameras, radians from frontal
     resolution: int = 64  # R
-    samples: int | None = 32  # per ray and pass; None uses the generator's number
-    masked: bool = True
-    radius: float = CameraFamily.radius  # of the cameras, world units
+    samples: int | None = 32  # samples per ray and pass; None uses the generator's number
+    masked: bool = True  # multiply by opacity and add it as a channel; see above
+    radius: float = CameraFamily.radius  # distance of the cameras from the world's origin, world units
     pivot: tuple[float, float, float] = (0.0, 0.0, 0.2)  # point that the cameras look at, world units
-    focal: float = CameraFamily.focal  # in units of the image size
-    near: float = 2.25  # world units along the ray, where nearness is 1
-    far: float = 3.3  # world units along the ray, where nearness is 0
+    focal: float = CameraFamily.focal  # focal length in units of the image size
+    near: float = 2.25  # depth at which nearness is 1, world units
+    far: float = 3.3  # depth at which nearness is 0, world units
 
     def __post_init__(self) -> None:
         if not 0 < self.near < self.far or self.resolution < 1 or not self.yaws:
             raise ValueError(
-                f"depth: expected 0 < near < far, at least one pixel and one view, got {self}. Correct the"
-                " reward's file."
+                f"depth: expected 0 < near < far, resolution >= 1 and at least one yaw, got {self}. Correct"
+                " these values in the observation of the reward's file."
             )
 
     @classmethod
     def of(  # type: ignore[override]
         cls, generator: "Generator", *, resolution: int | None = None, views: int = 1, published: bool = False
     ) -> Self:
-        """Create an observation from the generator's cameras.
+        """Create the observation that uses a generator's own cameras.
 
-        Depths lie between the ends of its rays or, if these are not known, between front and back of its
-        cube.
+        Nearness is 1 at the near end of the generator's rays and 0 at their far end. If the generator does
+        not state these ends, the front and the back of its cube are used.
 
-        Args: resolution: pixels per edge, by default 64, or 128 for published maps; views: 1 or 3; published:
-            use the published field of view, the generator's number of samples, and no mask.
-        Raises: ValueError for another number of views, or if the generator's cameras are inside the shape's
+        Args:
+            generator: generator whose shapes are observed.
+            resolution: pixels per edge; None uses 64, or 128 for published maps.
+            views: number of views, 1 or 3.
+            published: True for the published field of view, the generator's number of samples per ray, and no
+                mask.
+        Raises: ValueError for any other number of views, or if the generator's cameras are inside the shape's
             cube.
         """
         if views not in VIEWS:
             raise ValueError(
-                f"depth: expected {' or '.join(map(str, VIEWS))} views, got {views}. Choose one of these"
-                " numbers."
+                f"--views: expected {' or '.join(map(str, VIEWS))} for depth maps, got {views}. Pass one of"
+                " these numbers."
             )
         # The reward reads shapes from the generator's own camera family.
         cameras = generator.cameras
-        half = generator.bounds.side / 2
+        half_edge = generator.bounds.side / 2
         # Half the cube's diagonal: inside this sphere, a camera may stand inside the cube.
-        if cameras.radius <= half * 3**0.5:
+        if cameras.radius <= half_edge * 3**0.5:
             raise ValueError(
-                "--observation=depth: expected cameras outside the shape's cube with an edge of"
-                f" {2 * half:g}, got cameras {cameras.radius:g} from its centre. This generator has no"
-                " depth maps. Use another observation."
+                "--observation=depth cannot be used with this generator: its cameras are"
+                f" {cameras.radius:g} from the origin, and may be inside the shape's cube, whose edge is"
+                f" {2 * half_edge:g}. Use another --observation."
             )
-        near, far = reach(generator)
-        kind = (
+        near, far = depth_range(generator)
+        render_settings = (
             {"samples": None, "masked": False, "focal": PUBLISHED_FOCAL}
             if published
             else {"focal": cameras.focal}
         )
-        # The user's resolution goes first.
-        size = resolution or (PUBLISHED_RESOLUTION if published else cls.resolution)
+        # A resolution that the user gave has priority.
+        pixels_per_edge = resolution or (PUBLISHED_RESOLUTION if published else cls.resolution)
         return cls(
             yaws=VIEWS[views],
-            resolution=size,
+            resolution=pixels_per_edge,
             radius=cameras.radius,
             pivot=cameras.pivot,
             near=near,
             far=far,
-            **kind,
+            **render_settings,
         )
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of one sample's observation, [V, C, R, R]."""
+        """Shape [V, C, R, R] of the observation of one sample."""
+        # A mask (True counts as 1) adds a channel.
         return (len(self.yaws), 1 + self.masked, self.resolution, self.resolution)
 
     def cameras(self, device: torch.device | str = "cpu") -> torch.Tensor:
-        """Return the camera labels [V, 25]."""
+        """Return the camera labels [V, 25] of the views: 16 values of cam2world and 9 of the intrinsics."""
         family = CameraFamily(self.radius, self.pivot, self.focal)
-        # The pose sampler uses random numbers, though they do not change these poses; keep the global state.
+        # The pose sampler draws random numbers, although they do not change these poses. `fixed_draws`
+        # restores torch's global random state.
         with fixed_draws():
             return torch.cat([family.label(yaw, device=device) for yaw in self.yaws])
 
     def observe(self, field: Field) -> torch.Tensor:
-        """Render the maps; see `Observation`.
+        """Render the maps [N, V, C, R, R] of a field of N shapes. Differentiable in the field.
 
-        All views use the same planes of the field, and the rays of each view get the same jitter.
+        The rays of all views get the same random offsets of their samples.
         """
         options = RenderOptions(resolution=self.resolution, samples=self.samples)
         maps = []
         for camera in self.cameras().split(1):
             # Restart the random numbers for each view.
             with fixed_draws():
-                seen = field.render(camera, options)
-            near = nearness(seen.depth, self.near, self.far)
+                rendering = field.render(camera, options)
+            nearness_map = nearness(rendering.depth, self.near, self.far)
             # [N, C, R, R]
-            maps.append(torch.cat([near * seen.opacity, seen.opacity], dim=1) if self.masked else near)
+            maps.append(
+                torch.cat([nearness_map * rendering.opacity, rendering.opacity], dim=1)
+                if self.masked
+                else nearness_map
+            )
         return torch.stack(maps, dim=1)
 
-    def augment(self, observed: torch.Tensor, draws: np.ndarray) -> torch.Tensor:
-        """Exchange left and right with probability one half: maps are mirrored, and views change places."""
-        mirrored = torch.from_numpy(draws < 0.5).to(observed.device)
-        return torch.where(mirrored[:, None, None, None, None], mirror(observed), observed)
+    def augment(self, observations: torch.Tensor, draws: np.ndarray) -> torch.Tensor:
+        """Mirror each sample left to right if its random number is below one half.
+
+        The maps are mirrored and the order of the views is reversed.
+
+        Args:
+            observations: maps [N, V, C, R, R].
+            draws: random numbers [N], uniform in 0..1.
+        """
+        is_mirrored = torch.from_numpy(draws < 0.5).to(observations.device)
+        return torch.where(is_mirrored[:, None, None, None, None], mirror(observations), observations)
 
     def misfits(self, generator: "Generator") -> list[str]:
-        """List differences between these cameras and the generator's: position, and range of the rays."""
+        """List the differences between the cameras of this observation and the cameras of a generator.
+
+        The position of the cameras and the range of depths are compared. The list is empty if both agree.
+        """
         family = generator.cameras
-        pairs: list[tuple[str, Any, Any]] = [
+        # name, value of this observation, value of the generator
+        compared: list[tuple[str, Any, Any]] = [
             ("camera radius", self.radius, family.radius),
             ("camera pivot", self.pivot, family.pivot),
+            ("rays between", (self.near, self.far), depth_range(generator)),
         ]
-        pairs.append(("rays between", (self.near, self.far), reach(generator)))
         return [
-            f"{name} {value}, got {expected}"
-            for name, value, expected in pairs
-            if not np.allclose(value, expected, rtol=0, atol=_MATCHES)
+            f"{name} {value}, got {generator_value}"
+            for name, value, generator_value in compared
+            if not np.allclose(value, generator_value, rtol=0, atol=_TOLERANCE)
         ]
 
 
-def reach(generator: "Generator") -> tuple[float, float]:
-    """Return the least and the greatest depth: the ends of the generator's rays.
+def depth_range(generator: "Generator") -> tuple[float, float]:
+    """Return the least and the greatest depth on the generator's rays, in world units.
 
-    If these are not known, use the front and the back of its cube, as seen from the front.
+    If the generator does not state the ends of its rays, return the depths of the front and the back of its
+    cube for a frontal camera.
     """
     radius = generator.cameras.radius
-    half = generator.bounds.side / 2
-    return generator.cameras.span or (radius - half, radius + half)
+    half_edge = generator.bounds.side / 2
+    return generator.cameras.span or (radius - half_edge, radius + half_edge)
 
 
-def mirror(observed: torch.Tensor) -> torch.Tensor:
+def mirror(observations: torch.Tensor) -> torch.Tensor:
     """Mirror maps [N, V, C, R, R] left to right.
 
-    Views are reversed, too, since yaws are symmetric about the front.
+    The order of the views is reversed, too: yaws are symmetric about the front, so the mirror image of the
+    view at yaw a is the view of the mirrored shape at -a.
     """
-    return observed.flip(1, 4)
+    # Axis 1 holds the views and axis 4 the columns of pixels.
+    return observations.flip(1, 4)
 
 
 # Environment variable with the path of the backbone's file, which replaces the path in a reward's file
 BACKBONE = "EG3D_RLHF_BACKBONE"
 INPUT = 224  # pixels per edge of the input of ResNet-50
 WIDTHS = (16, 32, 64, 96)  # channels of the small network's stages
-GROUPS = 8  # of its group normalisation
-EACH = 128  # features per view
-_EXTERNAL = "external."  # prefix of the backbone's entries in a state dict, which files do not contain
-# Least standard deviation of a pixel, as a share of the mean one. Without it, pixels that are always empty
-# would be amplified.
+GROUPS = 8  # number of groups in the small network's group normalisation
+FEATURES_PER_VIEW = 128  # of the small network
+_EXTERNAL = (
+    "external."  # prefix of the backbone's entries in a state dict; files do not contain these entries
+)
+# Least standard deviation of a pixel, as a share of the mean standard deviation of all pixels. Without this
+# limit, pixels that are empty in almost all samples would be amplified.
 _LEAST_SCALE = 0.3
 
 
 class PublishedDepth(RewardNetwork):
     """Published depth reward: a frozen ResNet-50 reads nearness at 224 pixels, repeated to three channels.
 
-    It gives 2048 features per view, which are concatenated. With one view, 2,198,660 parameters are trained.
-    The backbone stays in eval mode: its batch statistics are those of ImageNet, in training as in use. State
-    dicts do not contain the backbone, as published ones do not; the description states its path and SHA-256.
-    Deviates: the published code resizes depth before it is converted to nearness, and this class afterwards.
-        Both
-    agree up to rounding, since resizing is linear.
+    The backbone gives 2048 features per view, which are concatenated. With one view, 2,198,660 parameters are
+    trained. The backbone always stays in eval mode, so that its batch normalisation uses the statistics of
+    ImageNet. As in the published files, state dicts do not contain the backbone. The description of the
+    network states the backbone's path and SHA-256 instead.
 
-    Args: views: 1 or 3; backbone: file of its weights; backbone_sha256: their hash, or None to accept any
-        weights.
+    Deviates: the published code resizes depth maps and then converts them to nearness. This class resizes
+        nearness. Both orders agree up to rounding, since resizing is linear.
+
+    Args:
+        views: number of views, 1 or 3.
+        backbone: path of the file with ResNet-50's weights.
+        backbone_sha256: SHA-256 hash of the weights; None accepts any weights.
+    Raises: ValueError if `backbone` is empty or the weights have a different hash.
     """
 
     def __init__(self, *, views: int, backbone: str = "", backbone_sha256: str | None = None):
         super().__init__(views * FEATURES, trunk=(512, 512), embedding=512, heads=(256, 128))
         if not backbone:
             raise ValueError(
-                "--backbone: expected a file of ResNet-50's weights (torchvision's format), got none. Pass"
-                " --backbone=FILE."
+                "--backbone: a reward with a ResNet-50 needs the file of its weights in torchvision's"
+                " format, but none was given. Pass --backbone=FILE."
             )
-        # The environment wins, since files move between machines.
+        # The environment variable has priority, since the file may have another path on another machine.
         self.external = load_backbone(os.environ.get(BACKBONE) or backbone, backbone_sha256)
         # A new reward records the hash, so that later loads can check the file.
-        digest = backbone_sha256 or state_hash(self.external)
-        self._description: dict[str, Any] = {"views": views, "backbone": backbone, "backbone_sha256": digest}
+        sha256 = backbone_sha256 or state_hash(self.external)
+        self._description: dict[str, Any] = {"views": views, "backbone": backbone, "backbone_sha256": sha256}
         # Saving and loading skip the backbone, so files stay small and have the published names.
-        self.register_state_dict_post_hook(_without_backbone)
-        self.register_load_state_dict_post_hook(_not_missing)
+        self.register_state_dict_post_hook(_remove_backbone)
+        self.register_load_state_dict_post_hook(_ignore_missing_backbone)
 
     def train(self, mode: bool = True) -> "PublishedDepth":
-        """Set the mode of trunk and heads; the backbone stays in eval mode."""
+        """Set the mode of the trained layers; the backbone stays in eval mode."""
         super().train(mode)
         self.external.eval()
         return self
 
-    def features(self, observed: torch.Tensor) -> torch.Tensor:
-        """Compute features [N, V * 2048] of nearness [N, V, 1, R, R]; see `RewardNetwork`.
+    def features(self, observations: torch.Tensor) -> torch.Tensor:
+        """Compute features [N, V * 2048] from maps of nearness [N, V, 1, R, R]. Differentiable in the maps.
 
-        Differentiable in nearness.
+        Raises: ValueError for maps of any other shape.
         """
         check_shape(
             "PublishedDepth(maps)",
-            observed,
+            observations,
             ("N", "V", 1, "R", "R"),
             "Pass the result of the reward's observation.",
         )
         # [N * V, 1, 224, 224]: views become samples of the backbone
         maps = F.interpolate(
-            observed.flatten(0, 1), size=(INPUT, INPUT), mode="bilinear", align_corners=False
+            observations.flatten(0, 1), size=(INPUT, INPUT), mode="bilinear", align_corners=False
         )
-        return self.external(maps.expand(-1, 3, -1, -1)).unflatten(0, observed.shape[:2]).flatten(1)
+        features = self.external(maps.expand(-1, 3, -1, -1))  # [N * V, 2048], from three equal channels
+        return features.unflatten(0, observations.shape[:2]).flatten(1)
 
     def describe(self) -> dict[str, Any]:
-        """Return the arguments of `build`."""
+        """Return the description from which `build` creates this network."""
         return {"extractor": "resnet50", **self._description}
 
     def check(self, shape: Sequence[int]) -> None:
-        """Raise ValueError unless the maps have this network's number of views and no mask."""
+        """Raise ValueError unless maps of this shape [V, C, R, R] have the network's views and no mask."""
         _check("resnet50", (self._description["views"], 1), shape)
 
 
-def _without_backbone(module: nn.Module, state: dict[str, Any], prefix: str, _local: object) -> None:
-    """Remove the backbone's entries from a state dict, in place."""
+def _remove_backbone(module: nn.Module, state: dict[str, Any], prefix: str, _local: object) -> None:
+    """Remove the backbone's entries from a state dict, in place.
+
+    This is a hook that torch calls at the end of `state_dict`.
+    """
     # The names are collected first, since a dict must not change during iteration.
-    for name in [name for name in state if name.startswith(f"{prefix}{_EXTERNAL}")]:
+    backbone_names = [name for name in state if name.startswith(f"{prefix}{_EXTERNAL}")]
+    for name in backbone_names:
         del state[name]
 
 
-def _not_missing(_module: nn.Module, keys: Any) -> None:
-    """Do not report the backbone's entries as missing when a state dict is loaded."""
-    # torch reads this very list after the hook, so it is changed in place.
+def _ignore_missing_backbone(_module: nn.Module, keys: Any) -> None:
+    """Remove the backbone's entries from the list of missing keys when a state dict is loaded.
+
+    This is a hook that torch calls at the end of `load_state_dict`.
+    """
+    # torch reads the same list object after the hook, so the list is changed in place.
     keys.missing_keys[:] = [name for name in keys.missing_keys if _EXTERNAL not in name]
 
 
 class Stage(nn.Module):
     """Residual block of stride 2, [N, C, H, W] -> [N, C', H/2, W/2].
 
-    It has two 3x3 convolutions with group normalisation, the first of stride 2, and a 1x1 shortcut.
+    The block has two 3x3 convolutions with group normalisation, the first of stride 2, and a 1x1 convolution
+    of stride 2 as shortcut.
+
+    Args:
+        channels: number of input channels, C.
+        out_channels: number of output channels, C'.
     """
 
-    def __init__(self, channels: int, out: int):
+    def __init__(self, channels: int, out_channels: int):
         super().__init__()
-        self.first = nn.Conv2d(channels, out, 3, 2, 1, bias=False)
-        self.norm1 = nn.GroupNorm(GROUPS, out)
-        self.second = nn.Conv2d(out, out, 3, 1, 1, bias=False)
-        self.norm2 = nn.GroupNorm(GROUPS, out)
-        self.shortcut = nn.Conv2d(channels, out, 1, 2)
+        # Arguments of Conv2d after the channels: kernel size, stride, padding
+        self.first = nn.Conv2d(channels, out_channels, 3, 2, 1, bias=False)
+        self.norm1 = nn.GroupNorm(GROUPS, out_channels)
+        self.second = nn.Conv2d(out_channels, out_channels, 3, 1, 1, bias=False)
+        self.norm2 = nn.GroupNorm(GROUPS, out_channels)
+        self.shortcut = nn.Conv2d(channels, out_channels, 1, 2)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return [N, C', H/2, W/2]."""
-        y = self.norm2(self.second(F.silu(self.norm1(self.first(x)))))
-        return F.silu(y + self.shortcut(x))
+        """Compute the output [N, C', H/2, W/2] from features [N, C, H, W]."""
+        residual = self.norm2(self.second(F.silu(self.norm1(self.first(x)))))
+        return F.silu(residual + self.shortcut(x))
 
 
 class SmallDepth(RewardNetwork):
     """Small depth network: four stages of stride 2 on standardised maps, with 128 features per view.
 
-    Each pixel is standardised over the training shapes. Positions are kept up to the linear layer: heads of
-    one generator differ little, and pooling would discard where they differ. In eval mode the features of the
-    maps and of their mirror image are averaged, so a score does not change if a shape is mirrored.
+    Each pixel is standardised over the training shapes. There is no pooling before the linear layer, because
+    the heads of one generator differ little, and pooling would discard where they differ. In eval mode the
+    features of the maps and of their mirror images are averaged, so that a score does not change if a shape
+    is mirrored.
+
+    Args:
+        views: number of views, 1 or 3.
+        resolution: pixels per edge of the maps, R.
+        dropout: probability of dropout before the linear layer.
     """
 
     mean: torch.Tensor
     scale: torch.Tensor
 
     def __init__(self, *, views: int, resolution: int = 64, dropout: float = 0.5):
-        super().__init__(views * EACH, trunk=(64, 64), embedding=64, heads=(32, 16))
+        super().__init__(views * FEATURES_PER_VIEW, trunk=(64, 64), embedding=64, heads=(32, 16))
         self._description: dict[str, Any] = {"views": views, "resolution": resolution, "dropout": dropout}
-        channels = (2, *WIDTHS)
-        self.stages = nn.Sequential(*(Stage(a, b) for a, b in zip(channels, WIDTHS, strict=False)))
+        # Input channels of each stage; the maps have two channels. The last width is no input, so that zip
+        # must not be strict.
+        in_channels = (2, *WIDTHS)
+        self.stages = nn.Sequential(
+            *(Stage(inputs, outputs) for inputs, outputs in zip(in_channels, WIDTHS, strict=False))
+        )
         self.dropout = nn.Dropout(dropout)
-        side = -(-resolution // 2 ** len(WIDTHS))  # each stage rounds up, as its padding does
-        self.each = nn.Linear(WIDTHS[-1] * side**2, EACH)
+        # Pixels per edge after the last stage: every stage halves the edge and rounds up, and -(-a // b) is
+        # the quotient a / b rounded up.
+        side = -(-resolution // 2 ** len(WIDTHS))
+        self.each = nn.Linear(WIDTHS[-1] * side**2, FEATURES_PER_VIEW)
         self.register_buffer("mean", torch.zeros(self._shape))
         self.register_buffer("scale", torch.ones(self._shape))
 
     @property
     def _shape(self) -> tuple[int, ...]:
-        """Shape of one sample's maps, [V, 2, R, R]."""
+        """Shape [V, 2, R, R] of the maps of one sample."""
         return (
             self._description["views"],
             2,
@@ -321,73 +384,87 @@ class SmallDepth(RewardNetwork):
         )
 
     def calibrate(self, take: Callable[[], torch.Tensor]) -> None:
-        """Set mean and standard deviation of each pixel, over maps and their mirror images."""
+        """Set mean and standard deviation of each pixel, over the training maps and their mirror images.
+
+        Args: take: function that returns the maps of all training shapes, [N, V, 2, R, R].
+        """
         maps = take()
-        # Makes the statistics symmetric.
+        # With the mirror images the statistics are symmetric.
         maps = torch.cat([maps, mirror(maps)])
         scale = maps.std(dim=0)
         self.mean.copy_(maps.mean(dim=0))
-        # In place, because both are buffers that the state dict holds.
+        # Both are buffers of the state dict, so they are changed in place. 1e-6 avoids a division by 0 if all
+        # maps are equal.
         self.scale.copy_(scale.clamp_min(_LEAST_SCALE * float(scale.mean()) + 1e-6))
 
-    def features(self, observed: torch.Tensor) -> torch.Tensor:
-        """Compute features [N, V * 128] of maps [N, V, 2, R, R]; see `RewardNetwork`.
+    def features(self, observations: torch.Tensor) -> torch.Tensor:
+        """Compute features [N, V * 128] of maps [N, V, 2, R, R]. Differentiable in the maps.
 
-        Differentiable in the maps.
+        In eval mode the features are the mean over the maps and their mirror images.
+
+        Raises: ValueError for maps of any other shape.
         """
         check_shape(
-            "SmallDepth(maps)", observed, ("N", *self._shape), "Pass the result of the reward's observation."
+            "SmallDepth(maps)",
+            observations,
+            ("N", *self._shape),
+            "Pass the result of the reward's observation.",
         )
         # Training mirrors samples at random instead, see `Depth.augment`.
         if self.training:
-            return self._features(observed)
+            return self._features(observations)
         # The mean over both orientations is invariant to mirroring.
-        return 0.5 * (self._features(observed) + self._features(mirror(observed)))
+        return 0.5 * (self._features(observations) + self._features(mirror(observations)))
 
-    def _features(self, observed: torch.Tensor) -> torch.Tensor:
+    def _features(self, observations: torch.Tensor) -> torch.Tensor:
         """Compute features [N, V * 128] of maps in one orientation."""
-        x = ((observed - self.mean) / self.scale).flatten(0, 1)  # [N * V, 2, R, R]
-        each = self.each(self.dropout(self.stages(x).flatten(1)))  # [N * V, 128]
-        return each.unflatten(0, observed.shape[:2]).flatten(1)
+        x = ((observations - self.mean) / self.scale).flatten(0, 1)  # [N * V, 2, R, R]
+        view_features = self.each(self.dropout(self.stages(x).flatten(1)))  # [N * V, 128]
+        return view_features.unflatten(0, observations.shape[:2]).flatten(1)
 
     def describe(self) -> dict[str, Any]:
-        """Return the arguments of `build`."""
+        """Return the description from which `build` creates this network."""
         return {"extractor": "small", **self._description}
 
     def check(self, shape: Sequence[int]) -> None:
-        """Raise ValueError unless the maps have the size of this network."""
+        """Raise ValueError unless `shape` is the shape [V, 2, R, R] of the maps that this network reads."""
         _check("small", self._shape, shape)
 
 
 def _check(name: str, expected: Sequence[int], shape: Sequence[int]) -> None:
-    """Raise ValueError if the shape of observations does not begin as expected."""
+    """Raise ValueError if the shape [V, C, R, R] of one sample's maps does not begin with `expected`."""
     if tuple(shape[: len(expected)]) != tuple(expected):
         raise ValueError(
-            f"depth reward ({name}): expected maps of {list(expected)}, got {list(shape)}. Use maps with the"
-            " reward's number of views and resolution."
+            f"depth reward ({name}): expected maps whose shape [views, channels, height, width] begins with"
+            f" {list(expected)}, got {list(shape)}. Use maps with the reward's number of views, channels and"
+            " resolution."
         )
 
 
 def build(description: Mapping[str, Any]) -> RewardNetwork:
-    """Create the network of a description. Raises: ValueError if it has fields of another network."""
+    """Create an untrained network from its description.
+
+    Raises: ValueError for an unknown extractor, or for a field that the network does not have.
+    """
     # A copy, since the entry is removed below.
     values = dict(description)
     name = values.pop("extractor", None)
-    known: dict[str, type[RewardNetwork]] = {"small": SmallDepth, "resnet50": PublishedDepth}
-    if name not in known:
+    network_classes: dict[str, type[RewardNetwork]] = {"small": SmallDepth, "resnet50": PublishedDepth}
+    if name not in network_classes:
         raise ValueError(
-            f"depth reward: expected an extractor {' or '.join(known)}, got {name!r}. Check the file; a later"
-            " version may have written it."
+            f"depth reward: expected the extractor {' or '.join(network_classes)}, got {name!r}. If a later"
+            " version of the package wrote the file, open it with that version."
         )
     try:
-        return known[name](**values)
+        return network_classes[name](**values)
     except TypeError as error:
         raise ValueError(
-            f"depth reward ({name}): the description has settings that this network does not have: {error}."
-            " Remove them."
+            f"depth reward ({name}): the description has a wrong setting: {error}. Correct the network's"
+            " settings in the reward's file."
         ) from error
 
 
+# Settings of the training, see `rewards.settings`
 _SMALL = {"epochs": 12, "patience": 12, "batch": 8, "lr": 1e-3, "weight_decay": 0.3, "decoupled": True}
 _PUBLISHED = {
     "epochs": 10,
@@ -402,11 +479,11 @@ _PUBLISHED = {
 PRESETS = {
     **{
         name: Preset(
-            network={"extractor": "small", "views": views, "resolution": size},
+            network={"extractor": "small", "views": views, "resolution": resolution},
             train=_SMALL,
-            observe={"resolution": size, "views": views},
+            observe={"resolution": resolution, "views": views},
         )
-        for name, views, size in (
+        for name, views, resolution in (
             ("small", 1, 64),
             ("small-3", 3, 64),
             ("coarse", 1, 32),

@@ -1,12 +1,14 @@
 """Combine several reward networks into one: aggregate the scores of members, or average their weights.
 
-A generator that is tuned on one reward exploits that reward's errors. Members with other initialisations and
-other samples of the labels make other errors, and an aggregate that is pessimistic where members disagree
-leaves fewer errors to exploit. Members that share labels or their initialisation share errors, too: ensembles
-reduce over-optimisation and do not remove it (Eisenstein et al. 2023, arXiv 2312.09244).
+A generator that is tuned on one reward exploits that reward's errors. Members that differ in their
+initialisation and in their resampled labels make different errors. An aggregate that is pessimistic where
+members disagree therefore leaves fewer errors to exploit. Members that share labels or an initialisation also
+share errors: ensembles reduce over-optimisation, but they do not remove it (Eisenstein et al. 2023, arXiv
+2312.09244).
 
-Letters: N samples, E members, P pairs, M entries of an embedding; [N, ...] is the shape of the networks'
-observation.
+Shapes: N samples, E members, P pairs, M entries of an embedding; [N, ...] is a batch of observations, which
+    are
+the inputs of the networks.
 """
 
 import copy
@@ -26,14 +28,16 @@ MEAN = Aggregate()
 
 @dataclass(frozen=True)
 class Standard:
-    """Mean and standard deviation of each member's scores of the same samples, [E] each.
+    """Mean and standard deviation of each member's scores of the same samples.
 
-    They bring members to one scale.
-    Raises: ValueError if their numbers differ, or a standard deviation is not above 0.
+    They bring the scores of all members to one scale.
+
+    Raises: ValueError if the numbers of means and standard deviations differ, a value is not finite, or a
+        standard deviation is not above 0.
     """
 
-    offsets: tuple[float, ...]  # means
-    scales: tuple[float, ...]  # standard deviations, > 0
+    offsets: tuple[float, ...]  # mean score of each member, length E
+    scales: tuple[float, ...]  # standard deviation of the scores of each member, length E, > 0
 
     def __post_init__(self) -> None:
         if (
@@ -42,18 +46,23 @@ class Standard:
             or min(self.scales) <= 0
         ):
             raise ValueError(
-                f"ensemble: expected an offset and a scale above 0 per member, got {list(self.offsets)} and"
-                f" {list(self.scales)}. A member that gives all samples the same score is not informative."
-                " Remove it."
+                "ensemble: expected a finite mean and a standard deviation above 0 of each member's scores,"
+                f" got the means {list(self.offsets)} and the standard deviations {list(self.scales)}. Remove"
+                " members that give all samples the same score."
             )
 
     @classmethod
     @torch.no_grad()
-    def of(cls, members: Sequence[RewardNetwork], observed: Iterable[torch.Tensor]) -> "Standard":
-        """Compute the statistics of each member's scores of batches [N, ...] of untuned samples."""
+    def of(cls, members: Sequence[RewardNetwork], observations: Iterable[torch.Tensor]) -> "Standard":
+        """Compute the statistics of each member's scores.
+
+        Args:
+            members: networks of the ensemble.
+            observations: batches [N, ...] of observations of untuned samples.
+        """
         # Batch by batch, because observations of all samples may not fit into memory.
-        batches = [torch.stack([member.score(part) for member in members]) for part in observed]
-        # Float64, since small standard deviations are differences of similar numbers.
+        batches = [torch.stack([member.score(batch) for member in members]) for batch in observations]
+        # Float64, since small standard deviations are computed from differences of similar numbers.
         scores = torch.cat(batches, dim=1).double()  # [E, N]
         return cls(tuple(scores.mean(dim=1).tolist()), tuple(scores.std(dim=1, correction=0).tolist()))
 
@@ -61,14 +70,18 @@ class Standard:
 class RewardEnsemble(nn.Module):
     """Ensemble of networks that were trained separately.
 
-    It is used like a RewardNetwork, and not trained itself.
+    The ensemble has the interface of a RewardNetwork, except that it is not trained itself.
 
-    With a `standard`, r = mean(scales) * aggregate((r_e - offset_e) / scale_e) + mean(offsets). Members then
-    have equal influence, and the result keeps the members' unit, so that weights and clips that suit one
-    reward also suit the ensemble. Without a `standard`, raw scores are aggregated. The cost is that of all
-    members.
+    With a `standard`, the score is r = mean(scales) * aggregate((r_e - offset_e) / scale_e) + mean(offsets),
+    where r_e is the score of member e. Members then have equal influence, and r has the unit of the members'
+    scores, so that reward weights and clipping limits that suit one reward also suit the ensemble. Without a
+    `standard`, raw scores are aggregated. Time and memory are the sum over all members.
 
-    Raises: ValueError if the standard has another number of members.
+    Args:
+        members: trained networks, E in number.
+        aggregate: function that joins the members' scores.
+        standard: statistics of the members' scores; None aggregates raw scores.
+    Raises: ValueError if the number of members in `standard` is not E.
     """
 
     def __init__(
@@ -84,8 +97,8 @@ class RewardEnsemble(nn.Module):
         self.standard = standard
         if standard is not None and len(standard.scales) != len(members):
             raise ValueError(
-                f"ensemble: expected {len(members)} offsets and scales, got {len(standard.scales)}. Copy the"
-                " file of the reward again."
+                f"ensemble: expected offsets and scales of {len(members)} members, got"
+                f" {len(standard.scales)}. The reward's file is damaged: copy it again."
             )
 
     @classmethod
@@ -93,53 +106,57 @@ class RewardEnsemble(nn.Module):
         cls,
         networks: Sequence[RewardNetwork],
         aggregate: Aggregate = MEAN,
-        observed: Iterable[torch.Tensor] | None = None,
+        observations: Iterable[torch.Tensor] | None = None,
     ) -> "RewardEnsemble":
-        """Join copies of trained networks.
+        """Create an ensemble of copies of trained networks, in eval mode and without gradients of weights.
 
-        Args: observed: batches [N, ...] of untuned samples for standardisation; None keeps raw scores.
+        Args:
+            networks: trained networks, which are copied.
+            aggregate: function that joins the members' scores.
+            observations: batches [N, ...] of observations of untuned samples, on which the scores are
+                standardised; None aggregates raw scores.
         """
         # Copies, since the ensemble's parameters are frozen below.
         members = [copy.deepcopy(network) for network in networks]
-        standard = None if observed is None else Standard.of(members, observed)
+        standard = None if observations is None else Standard.of(members, observations)
         return cls(members, aggregate, standard).eval().requires_grad_(False)
 
     def describe(self) -> dict[str, Any]:
         """Return the description from which `build_network` creates the ensemble."""
-        each = [member.describe() for member in self.members]
-        # Members of one architecture are described once, with their number.
-        same = all(member == each[0] for member in each)
-        described: dict[str, Any] = {**each[0], "members": len(each)} if same else {"members": each}
+        descriptions = [member.describe() for member in self.members]
+        description: dict[str, Any]
+        if all(member_description == descriptions[0] for member_description in descriptions):
+            # Members of one architecture are described once, with their number.
+            description = {**descriptions[0], "members": len(descriptions)}
+        else:
+            description = {"members": descriptions}
         if self.aggregate == MEAN and self.standard is None:
-            # Files of such ensembles have had this form from the first version on.
-            return described
-        return {
-            **described,
-            "ensemble": {
-                **asdict(self.aggregate),
-                **({} if self.standard is None else asdict(self.standard)),
-            },
-        }
+            # The first version of the package wrote this form, without an entry "ensemble".
+            return description
+        settings = asdict(self.aggregate)
+        if self.standard is not None:
+            settings.update(asdict(self.standard))
+        return {**description, "ensemble": settings}
 
     def check(self, shape: Sequence[int]) -> None:
-        """Raise ValueError unless every member can read observations of this shape."""
+        """Raise ValueError unless every member can read observations of this shape (without batch axis)."""
         for member in self.members:
             member.check(shape)
 
-    def features(self, observed: torch.Tensor) -> torch.Tensor:
-        """Concatenate the feature vectors of all members."""
-        return torch.cat([member.features(observed) for member in self.members], dim=1)
+    def features(self, observations: torch.Tensor) -> torch.Tensor:
+        """Concatenate the feature vectors of all members along axis 1."""
+        return torch.cat([member.features(observations) for member in self.members], dim=1)
 
-    def embed(self, observed: torch.Tensor) -> torch.Tensor:
+    def embed(self, observations: torch.Tensor) -> torch.Tensor:
         """Concatenate the embeddings of all members: [N, ...] -> [N, E * M]."""
-        return torch.cat([member.embed(observed) for member in self.members], dim=1)
+        return torch.cat([member.embed(observations) for member in self.members], dim=1)
 
-    def _parts(self, embedding: torch.Tensor) -> Sequence[torch.Tensor]:
-        """Split embeddings [N, E * M] into those of the members."""
+    def _split_embedding(self, embedding: torch.Tensor) -> Sequence[torch.Tensor]:
+        """Split embeddings [N, E * M] into the embeddings of the members, [N, M] each."""
         return embedding.split([member.MLP.output_layer.out_features for member in self.members], dim=1)
 
     def joined(self, scores: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Aggregate the members' scores, [N] each, into [N]."""
+        """Aggregate the scores of the members, [N] each, into the reward [N]."""
         stacked = torch.stack(list(scores))  # [E, N]
         if self.standard is None:
             return self.aggregate(stacked)
@@ -147,53 +164,68 @@ class RewardEnsemble(nn.Module):
         offsets, scales = (
             stacked.new_tensor(values)[:, None] for values in (self.standard.offsets, self.standard.scales)
         )
-        # Back to the unit of the members, see the class.
+        # The last two factors restore the unit of the members' scores, see the formula of the class.
         return self.aggregate((stacked - offsets) / scales) * scales.mean() + offsets.mean()
 
-    def score(self, observed: torch.Tensor) -> torch.Tensor:
+    def score(self, observations: torch.Tensor) -> torch.Tensor:
         """Return the reward [N] of observations [N, ...]. Differentiable in the observations."""
-        return self.joined([member.score(observed) for member in self.members])
+        return self.joined([member.score(observations) for member in self.members])
 
     def score_embedding(self, embedding: torch.Tensor) -> torch.Tensor:
         """Return the reward [N] of embeddings [N, E * M]."""
-        parts = zip(self.members, self._parts(embedding), strict=True)
-        return self.joined([member.score_embedding(part) for member, part in parts])
+        embeddings = zip(self.members, self._split_embedding(embedding), strict=True)
+        return self.joined(
+            [member.score_embedding(member_embedding) for member, member_embedding in embeddings]
+        )
 
     def pair_margin(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-        """Compute the logit that `first` is better, from embeddings [P, E * M] each -> [P].
+        """Compute the logit [P] that the first sample of each pair is better than the second one.
 
-        It is the aggregate of the members' logits, which do not depend on the order of the pair. Logits are
-        log odds and need no standardisation. Swapping the pair negates the mean. The other aggregates are
-        pessimistic about the first sample, so swapping changes more than the sign.
+        The result is the aggregate of the members' logits. Logits are log odds and need no standardisation.
+        With the aggregate `mean`, swapping both samples only negates the result. The other aggregates are
+        pessimistic about the first sample, so swapping also changes the absolute value.
+
+        Args:
+            first: embeddings [P, E * M] of the first samples.
+            second: embeddings [P, E * M] of the second samples.
         """
-        parts = zip(self.members, self._parts(first), self._parts(second), strict=True)
-        return self.aggregate(torch.stack([member.pair_margin(a, b) for member, a, b in parts]))
+        embeddings = zip(
+            self.members, self._split_embedding(first), self._split_embedding(second), strict=True
+        )
+        return self.aggregate(
+            torch.stack(
+                [
+                    member.pair_margin(first_embedding, second_embedding)
+                    for member, first_embedding, second_embedding in embeddings
+                ]
+            )
+        )
 
 
 def average_weights(networks: Sequence[RewardNetwork]) -> RewardNetwork:
-    """Average the weights of networks into one, at the cost of one network (WARM: Ramé et al. 2024, arXiv
-    2401.12187).
+    """Create one network whose weights are the mean of the weights of several networks.
 
-    Averaging requires linear connectivity: weights between those of two members must be good weights, too.
-    Networks that were trained further from the same trained network usually have it. Networks with different
-    initialisations do not, and their average is useless.
+    This is WARM (Ramé et al. 2024, arXiv 2401.12187). Its cost is that of a single network. Averaging
+    requires linear mode connectivity: the weights on the line between two members must give good networks,
+    too. This usually holds for networks that were fine-tuned from the same trained network. It does not hold
+    for networks with different initialisations, and their average is useless.
 
-    Raises: ValueError if architectures differ.
+    Raises: ValueError if the networks have different architectures.
     """
-    first, *others = (network.describe() for network in networks)
-    # Names and shapes can agree between architectures that compute different functions.
-    if any(other != first for other in others):
+    first_description, *other_descriptions = (network.describe() for network in networks)
+    # Descriptions are compared because different architectures can have the same names and shapes of weights.
+    if any(description != first_description for description in other_descriptions):
         raise ValueError(
-            f"--aggregate={AVERAGE}: expected members of one architecture, got several. Use"
+            f"--aggregate={AVERAGE} averages weights, but the members have different architectures. Use"
             " --aggregate=mean, min or softmin."
         )
-    # The first network keeps its weights.
+    # A copy, so that the first network keeps its own weights.
     average = copy.deepcopy(networks[0])
     states = [network.state_dict() for network in networks]
     with torch.no_grad():
         for name, value in average.state_dict().items():
-            # state_dict returns the tensors themselves, so copying into them changes the network. Integer
-            # entries are not averaged.
+            # state_dict returns the network's own tensors, so that copying into them changes the network.
+            # Integer entries, for example counters, are not averaged.
             if value.is_floating_point():
                 # Float64 for the sum; copy_ rounds to the parameter's type.
                 value.copy_(torch.stack([state[name].double() for state in states]).mean(dim=0))
@@ -204,13 +236,19 @@ def combine(
     networks: Sequence[RewardNetwork],
     kind: str | None,
     strength: float | None,
-    observed: Iterable[torch.Tensor],
+    observations: Iterable[torch.Tensor],
 ) -> RewardNetwork | RewardEnsemble:
     """Combine trained networks into one reward.
 
-    Args: kind: one of CHOICES, or None for the mean of raw scores; observed: batches [N, ...] of untuned
-        samples, which are read only if members are standardised.
-    Raises: ValueError, see `Aggregate`, `Standard` and `average_weights`.
+    Args:
+        networks: trained networks.
+        kind: one of `aggregates.CHOICES`, or None for the mean of raw scores.
+        strength: strength of the aggregate, or None for the kind's default.
+        observations: batches [N, ...] of observations of untuned samples; they are read only if the scores
+            are standardised, that is for all kinds except None and "warm".
+    Returns: one network if `kind` is "warm", otherwise an ensemble.
+    Raises: ValueError for a wrong kind or strength, for a member with constant scores, or for "warm" with
+        different architectures.
     """
     check_joining(kind, strength)
     if kind == AVERAGE:
@@ -218,35 +256,45 @@ def combine(
     return (
         RewardEnsemble.of(networks)
         if kind is None
-        else RewardEnsemble.of(networks, Aggregate(kind, strength), observed)
+        else RewardEnsemble.of(networks, Aggregate(kind, strength), observations)
     )
 
 
 def build_network(kind: str, description: Mapping[str, Any]) -> RewardNetwork | RewardEnsemble:
     """Create an untrained network or ensemble from its description.
 
-    Raises: ValueError if the description has fields that the network does not have.
+    Args:
+        kind: kind of the observation that the network reads, for example "sigma".
+        description: result of `describe` of a network or an ensemble.
+    Raises: ValueError if the description has fields that the network does not have, or lacks fields of the
+        ensemble.
     """
     build = builder_of(kind)
     values = dict(description)
-    # A number of equal members, or a list of descriptions.
+    # A number of members with one architecture, or a list of the members' descriptions.
     members = values.pop("members", 1)
-    joined = values.pop("ensemble", None)
-    # Files of single networks mention neither.
-    if joined is None and members == 1:
+    ensemble_settings = values.pop("ensemble", None)
+    # The description of a single network has neither entry.
+    if ensemble_settings is None and members == 1:
         return build(values)
     networks = (
         [build(member) for member in members]
         if isinstance(members, list)
         else [build(values) for _ in range(members)]
     )
-    if joined is None:
+    if ensemble_settings is None:
         return RewardEnsemble(networks)
     try:
-        standard = Standard(tuple(joined["offsets"]), tuple(joined["scales"])) if "scales" in joined else None
-        return RewardEnsemble(networks, Aggregate(joined["kind"], joined["strength"]), standard)
+        standard = (
+            Standard(tuple(ensemble_settings["offsets"]), tuple(ensemble_settings["scales"]))
+            if "scales" in ensemble_settings
+            else None
+        )
+        return RewardEnsemble(
+            networks, Aggregate(ensemble_settings["kind"], ensemble_settings["strength"]), standard
+        )
     except (KeyError, TypeError) as error:
         raise ValueError(
-            f"ensemble: expected kind, strength, offsets and scales, but {error} is missing. Copy the file"
-            " of the reward again."
+            f"ensemble: expected kind, strength, offsets and scales, but {error} is missing or has a wrong"
+            " type. The reward's file is damaged: copy it again."
         ) from error

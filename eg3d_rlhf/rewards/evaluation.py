@@ -1,8 +1,10 @@
 """Evaluate how well a reward orders held-out pairs: accuracy with an interval, calibration, and learning
 curves.
 
-Accuracy is also computed against the noise-free order, where labels contain it.
-Shape letters: P pairs, N points, M entries of an embedding.
+Simulated labels contain errors on purpose. If labels state the order without these errors (the noise-free
+order), accuracy is also computed against it.
+
+Shapes: P pairs, N points, M entries of an embedding.
 """
 
 import json
@@ -26,66 +28,89 @@ from eg3d_rlhf.rewards.ensembles import RewardEnsemble
 from eg3d_rlhf.rewards.networks import RewardNetwork
 from training.distributed import SINGLE, Ranks
 
-# Numbers of labels that suffice for training and for statements about the result
-LEAST_TRAIN = 200  # pairs; with fewer, a network that reads a slab mostly memorises them
-# Pairs; with this many, the exact test distinguishes a true accuracy of 0.7 from chance with a power of 80 %
+# Least numbers of labels for training and for statements about the result
+LEAST_TRAIN = 200  # pairs; a network that reads a density grid mostly memorises fewer pairs
+# Pairs. With 54 pairs, the exact binomial test distinguishes a true accuracy of 0.7 from chance with a power
+# of 80 %.
 LEAST_TEST = 54
-LEAST_KIND = 27  # held-out single shapes, preferred ones and others each
-# Difference of two volume errors, as a share of the volume of the back of the head. Every reward should order
-# pairs correctly that differ by at least this much.
+LEAST_KIND = 27  # held-out labels of single shapes, for preferred shapes and for all other shapes
+# Difference of the volume errors of two shapes, as a share of the volume of the back of the head. Every
+# reward should order pairs correctly that differ by at least this much.
 APART = 0.05
 
 
 def too_few(counts: Mapping[str, int], fractions: Sequence[float]) -> str:
-    """Return a line to print if there are too few pairs to train or to evaluate the result, else ''.
+    """Return a warning if there are too few pairs for the training or the evaluation; otherwise return ''.
 
-    Args: counts: number of pairs by split; fractions: shares of the splits train, val and test, 0..1.
+    Args:
+        counts: number of pairs of each of the splits train, val and test.
+        fractions: shares of the splits train, val and test, in 0..1.
     """
     # In the order of `fractions`
-    train, val, test = (counts[name] for name in ("train", "val", "test"))
-    if train >= LEAST_TRAIN and val >= LEAST_TEST and test >= LEAST_TEST:
+    train_count, val_count, test_count = (counts[name] for name in ("train", "val", "test"))
+    if train_count >= LEAST_TRAIN and val_count >= LEAST_TEST and test_count >= LEAST_TEST:
         return ""
-    # The total for which every split with a share gets its least number
-    shares = zip((LEAST_TRAIN, LEAST_TEST, LEAST_TEST), fractions, strict=True)
-    needed = max(math.ceil(least / share) for least, share in shares if share)
+    # Least total number of labels for which every split with a share above 0 gets its least number
+    least_counts = zip((LEAST_TRAIN, LEAST_TEST, LEAST_TEST), fractions, strict=True)
+    needed_count = max(math.ceil(least_count / share) for least_count, share in least_counts if share)
     return (
-        f"too few labels: {train} pairs for training, {val} for the choice of the epoch and {test} for the"
-        f" test. About {needed} labels are needed ({LEAST_TRAIN} for training, {LEAST_TEST} and"
-        f" {LEAST_TEST} held out). The figures below are not reliable."
+        f"too few labels: {train_count} pairs for training, {val_count} for the choice of the epoch and"
+        f" {test_count} for the test. About {needed_count} labels are needed ({LEAST_TRAIN} for training,"
+        f" {LEAST_TEST} for the choice of the epoch, {LEAST_TEST} for the test). The results below are not"
+        " reliable."
     )
 
 
-def too_few_shapes(good: int, others: int) -> str:
-    """Return a line to print if there are too few held-out labels of single shapes, else ''."""
-    if min(good, others) >= LEAST_KIND:
+def too_few_shapes(preferred_count: int, other_count: int) -> str:
+    """Return a warning if there are too few held-out labels of single shapes; otherwise return ''.
+
+    Args:
+        preferred_count: number of held-out shapes that are labelled as preferred.
+        other_count: number of held-out shapes with any other label.
+    """
+    if min(preferred_count, other_count) >= LEAST_KIND:
         return ""
     return (
-        f"too few labels: {good} preferred and {others} other shapes are held out; {LEAST_KIND} of each"
-        " kind are needed."
+        f"too few labels: {preferred_count} preferred shapes and {other_count} other shapes are held out,"
+        f" but {LEAST_KIND} of each kind are needed. Label more shapes."
     )
 
 
-def auc_interval(value: float, good: int, others: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Compute the interval of an AUC from `good` preferred and `others` other shapes.
+def auc_interval(
+    value: float, preferred_count: int, other_count: int, confidence: float = 0.95
+) -> tuple[float, float]:
+    """Compute the confidence interval of an AUC (area under the ROC curve).
 
-    Newcombe (2006), method 5: its ends solve |AUC - value| = z sqrt(V), with V the variance of Hanley and
-    McNeil (1982) at that AUC for equal numbers of both kinds: V = AUC (1 - AUC) (1 + N ((1 - AUC) / (2 - AUC)
-    + AUC / (1 + AUC))) / (good others), N = (good + others) / 2 - 1. The interval lies inside 0..1, and it
-    also exists for values of 0 and 1.
+    This is method 5 of Newcombe (2006). The ends of the interval are the solutions A of |A - value| =
+    z sqrt(V(A)), where z is the quantile of the normal distribution. V is the variance of Hanley and McNeil
+    (1982), in which both counts inside the bracket are replaced by their mean:
+
+        V(A) = A (1 - A) (1 + n ((1 - A) / (2 - A) + A / (1 + A))) / (preferred_count * other_count),
+        n = (preferred_count + other_count) / 2 - 1.
+
+    The interval lies inside 0..1, and it also exists for values of 0 and 1.
+
+    Args:
+        value: measured AUC, in 0..1.
+        preferred_count: number of preferred shapes.
+        other_count: number of all other shapes.
+        confidence: level of the interval, in 0..1.
+    Returns: lower and upper end of the interval.
     """
     z = float(ndtri(0.5 + confidence / 2))
-    n = (good + others) / 2 - 1
+    n = (preferred_count + other_count) / 2 - 1
 
-    # Negative inside the interval, positive outside, so that each end is a root.
-    def beyond(at: float) -> float:
-        variance = at * (1 - at) * (1 + n * ((1 - at) / (2 - at) + at / (1 + at))) / (good * others)
-        return (at - value) ** 2 - z * z * variance
+    # Squared distance from the measured AUC minus z^2 V. It is negative inside the interval and positive
+    # outside, so that each end is a root.
+    def excess(a: float) -> float:
+        variance = a * (1 - a) * (1 + n * ((1 - a) / (2 - a) + a / (1 + a))) / (preferred_count * other_count)
+        return (a - value) ** 2 - z * z * variance
 
-    # At exactly 0 and 1 the variance is 0, and so is the function: a root that is not an end.
-    inside = min(max(value, 1e-9), 1 - 1e-9)
+    # For a value of exactly 0 or 1 the function is 0 there, which is a root but not the searched end.
+    inner_auc = min(max(value, 1e-9), 1 - 1e-9)
     return (
-        0.0 if value <= 0 else brentq(beyond, 0.0, inside),
-        1.0 if value >= 1 else brentq(beyond, inside, 1.0),
+        0.0 if value <= 0 else brentq(excess, 0.0, inner_auc),
+        1.0 if value >= 1 else brentq(excess, inner_auc, 1.0),
     )
 
 
@@ -95,59 +120,84 @@ Network = RewardNetwork | RewardEnsemble
 def score_seeds(
     model: Network, store: ObservationCache, seeds: Iterable[int], ranks: Ranks = SINGLE, batch: int = 32
 ) -> dict[int, float]:
-    """Compute the reward of every seed. Ranks take batches in turn, and every rank gets all scores.
+    """Compute the reward of every seed from its cached observation.
 
-    A model with dropout must be in eval mode.
+    The batches are distributed over the ranks, and every rank gets all scores. The model must be in eval
+    mode if it has dropout.
+
+    Args:
+        model: reward network or ensemble.
+        store: cache that contains the observations of all seeds.
+        seeds: seeds of the samples; repetitions are allowed.
+        ranks: processes that share the work.
+        batch: number of samples that are scored at once.
+    Returns: score by seed, in the order of the first occurrences in `seeds`.
     """
     device = next(model.parameters()).device
-    unique = list(dict.fromkeys(seeds))  # without repetitions, in the given order
+    unique_seeds = list(dict.fromkeys(seeds))  # without repetitions, in the given order
     rank_scores: list[tuple[int, float]] = []
     with torch.no_grad():
-        for start in range(ranks.rank * batch, len(unique), ranks.world * batch):
-            part = unique[start : start + batch]
-            rank_scores += zip(part, model.score(store.take(part, device)).tolist(), strict=True)
-    # Every rank needs all scores, for instance to choose the epoch alike.
-    scores = {int(seed): score for part in ranks.gather(rank_scores) for seed, score in part}
+        # Rank r scores the batches r, r + world, r + 2 world, ...
+        for start in range(ranks.rank * batch, len(unique_seeds), ranks.world * batch):
+            batch_seeds = unique_seeds[start : start + batch]
+            batch_scores = model.score(store.take(batch_seeds, device)).tolist()
+            rank_scores += zip(batch_seeds, batch_scores, strict=True)
+    # Every rank needs all scores, for instance so that all ranks choose the same epoch.
+    scores: dict[int, float] = {}
+    for gathered_scores in ranks.gather(rank_scores):
+        scores.update((int(seed), score) for seed, score in gathered_scores)
     # In the order of the seeds, which does not depend on the number of ranks.
-    return {seed: scores[seed] for seed in unique}
+    return {seed: scores[seed] for seed in unique_seeds}
 
 
 def margins(scores: Mapping[int, float], labels: Sequence[Preference]) -> np.ndarray:
-    """Compute r(winner) - r(loser) for each label, float64 [P]. Swapping winner and loser negates it."""
+    """Compute the margin r(winner) - r(loser) for each label: float64 [P].
+
+    Args:
+        scores: reward r by seed.
+        labels: P labelled pairs.
+    """
     return np.array([scores[label.winner] - scores[label.loser] for label in labels], dtype=np.float64)
 
 
 def log_loss(margin: np.ndarray) -> float:
-    """Compute the mean of -log sigmoid(margin)."""
+    """Compute the mean of -log sigmoid(margin) over margins [P], in nats."""
     # logaddexp(0, -m) = log(1 + exp(-m)), without overflow.
     return float(np.logaddexp(0, -margin).mean())
 
 
 def calibration_error(margin: np.ndarray, bins: int = 10) -> float:
-    """Compute the expected calibration error of p = sigmoid(margin), Guo et al. 2017 (arXiv 1706.04599), eq.
-    3.
+    """Compute the expected calibration error of p = sigmoid(margin), where p is the probability of the label.
 
-    The error is sum_b n_b / n * |accuracy_b - confidence_b|. The confidence is max(p, 1 - p), and `bins` bins
-    of equal width span [0.5, 1]. Returns a value in [0, 1]; 0 is best.
+    The error is sum_b n_b / n * |accuracy_b - confidence_b| (Guo et al. 2017, arXiv 1706.04599, eq. 3), where
+    bin b contains n_b of the n pairs. The confidence of a pair is max(p, 1 - p). The result is in [0, 1], and
+    0 is best.
+
+    Args:
+        margin: margins [P].
+        bins: number of bins of equal width over the confidences 0.5..1.
     """
     confidence = expit(np.abs(margin))
     # A confidence of exactly 1 belongs to the last bin.
-    index = np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1)
+    bin_index = np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1)
     error = 0.0
     for b in range(bins):
-        inside = index == b
-        if inside.any():
-            error += inside.mean() * abs((margin[inside] > 0).mean() - confidence[inside].mean())
+        in_bin = bin_index == b  # [P]
+        # An empty bin has no accuracy and contributes nothing.
+        if in_bin.any():
+            error += in_bin.mean() * abs((margin[in_bin] > 0).mean() - confidence[in_bin].mean())
     return float(error)
 
 
 def fit_temperature(margin: np.ndarray) -> float:
-    """Return the divisor T of margins that minimises the log loss of sigmoid(margin / T), within 0.01 ...
-    100.
+    """Return the temperature T in 0.01..100 that minimises the log loss of sigmoid(margin / T).
 
-    Fit it on validation pairs only.
+    This is temperature scaling (Guo et al. 2017, arXiv 1706.04599). The margins must belong to validation
+    pairs, never to test pairs.
+
+    Args: margin: margins [P] of validation pairs.
     """
-    # The search is over log T, in which factors up and down are symmetric.
+    # The search is over log T, in which doubling and halving are steps of equal size.
     fit = minimize_scalar(
         lambda log_t: log_loss(margin * math.exp(-log_t)),
         bounds=(math.log(0.01), math.log(100)),
@@ -157,7 +207,10 @@ def fit_temperature(margin: np.ndarray) -> float:
 
 
 def rate(correct: int, n: int) -> dict:
-    """Return a proportion with its Wilson 95 % interval, as JSON values."""
+    """Return the proportion `correct` / `n` with its Wilson 95 % interval, as JSON values.
+
+    The proportion is None if `n` is 0.
+    """
     low, high = wilson_interval(correct, n)
     return {
         "correct": correct,
@@ -167,86 +220,113 @@ def rate(correct: int, n: int) -> dict:
     }
 
 
-def auc(good: Sequence[float], others: Sequence[float]) -> float:
-    """Compute the area under the ROC curve of preferred shapes against others.
+def auc(preferred_scores: Sequence[float], other_scores: Sequence[float]) -> float:
+    """Compute the AUC, the area under the ROC curve, of preferred shapes against all other shapes.
 
-    Ties count one half. The value of chance is 0.5.
-    Raises: ValueError if either kind is empty.
+    The AUC is the probability that a preferred shape has a higher score than a shape of the other kind, where
+    equal scores count one half. A random score has an AUC of 0.5.
+
+    Args:
+        preferred_scores: scores of the preferred shapes.
+        other_scores: scores of all other shapes.
+    Raises: ValueError if there is no shape of one kind.
     """
-    if not len(good) or not len(others):
+    if not len(preferred_scores) or not len(other_scores):
         raise ValueError(
-            f"auc: expected scores of preferred and of other shapes, got {len(good)} and {len(others)}."
-            " Label more shapes."
+            "auc: expected scores of at least one preferred and one other shape, got"
+            f" {len(preferred_scores)} and {len(other_scores)} scores. Label more shapes."
         )
-    # Mann-Whitney U from the rank sum of the preferred shapes; ties get mean ranks.
-    ranks = rankdata([*good, *others])
-    return float((ranks[: len(good)].sum() - len(good) * (len(good) + 1) / 2) / (len(good) * len(others)))
+    # Mann-Whitney U statistic: the rank sum of the preferred shapes minus its least value n (n + 1) / 2.
+    # Equal scores get their mean rank.
+    ranks = rankdata([*preferred_scores, *other_scores])
+    u_statistic = (
+        ranks[: len(preferred_scores)].sum() - len(preferred_scores) * (len(preferred_scores) + 1) / 2
+    )
+    return float(u_statistic / (len(preferred_scores) * len(other_scores)))
 
 
 def silhouette(points: np.ndarray, kind: np.ndarray) -> float:
-    """Compute how well two kinds of points separate: the mean of (b - a) / max(a, b), Rousseeuw (1987),
-    -1..1.
+    """Compute the mean silhouette of two kinds of points, in -1..1: 1 if they are well separated.
 
-    a is a point's mean distance to the other points of its kind, and b the mean distance to the other kind.
-    Args: points: [N, M]; kind: [N] bool, at least two of each.
+    The silhouette of a point is (b - a) / max(a, b) (Rousseeuw 1987), where a is its mean distance to the
+    other points of its own kind, and b its mean distance to the points of the other kind.
+
+    Args:
+        points: positions [N, M].
+        kind: bool [N], the kind of each point; each kind needs at least two points.
     """
     distance = cdist(points, points)
     # [2, N]: sums of distances to points of kind False and of kind True
-    sums = np.stack([distance[:, ~kind].sum(1), distance[:, kind].sum(1)])
+    distance_sums = np.stack([distance[:, ~kind].sum(1), distance[:, kind].sum(1)])
     kind_index = kind.astype(int)
-    count = np.array([(~kind).sum(), kind.sum()])
-    each = np.arange(len(kind))
-    # The distance to itself is 0, so the divisor leaves the point out.
-    a = sums[kind_index, each] / (count[kind_index] - 1)
-    b = sums[1 - kind_index, each] / count[1 - kind_index]
-    # A tiny divisor for points that coincide, whose silhouette is 0.
+    kind_count = np.array([(~kind).sum(), kind.sum()])
+    point_index = np.arange(len(kind))
+    # The sum contains the distance of the point to itself, which is 0, so the divisor is smaller by one.
+    a = distance_sums[kind_index, point_index] / (kind_count[kind_index] - 1)
+    b = distance_sums[1 - kind_index, point_index] / kind_count[1 - kind_index]
+    # If all distances are 0, the tiny divisor gives a silhouette of 0.
     return float(((b - a) / np.maximum(np.maximum(a, b), np.finfo(float).tiny)).mean())
 
 
 def evaluate_unpaired(
     model: Network, embed: RewardNetwork, store: ObservationCache, labels: Sequence[UnpairedPreference]
 ) -> dict:
-    """Compute figures of unpaired labels: the AUC of the scores, and the separation of both kinds in an
-    embedding.
+    """Evaluate a reward on labels of single shapes, each of which is preferred or not.
 
-    The separation is given as Cauchy-Schwarz divergence and as silhouette of embeddings of length 1.
-    Args: embed: the network that gives the embedding, for example the first member of an ensemble.
+    The AUC states how well the scores separate preferred shapes from all other shapes. The Cauchy-Schwarz
+    divergence and the silhouette state how well the embeddings, normalised to length 1, separate them.
+
+    Args:
+        model: reward network or ensemble that gives the scores.
+        embed: network that gives the embedding, for example the first member of an ensemble.
+        store: cache that contains the observations of all seeds.
+        labels: labels of single shapes; both kinds must occur at least twice.
+    Returns: JSON values: "n" (numbers of preferred and other shapes), "auc", "auc_interval_95", "divergence"
+        and "silhouette".
     """
     seeds = [label.seed for label in labels]
-    kind = np.array([label.preferred is True for label in labels])
+    # `preferred` may also be None, which counts as not preferred.
+    is_preferred = np.array([label.preferred is True for label in labels])
     scores = score_seeds(model, store, seeds)
     device = next(embed.parameters()).device
     with torch.no_grad():
-        # In batches of 32, since observations of many shapes do not fit into memory at once.
-        # [N, M]
-        parts = [
+        # Batches of 32, since observations of many shapes do not fit into memory at once. Each result is
+        # [32, M].
+        embeddings = [
             embed.embed(store.take(seeds[i : i + 32], device)).cpu().double()
             for i in range(0, len(seeds), 32)
         ]
-    points = torch.nn.functional.normalize(torch.cat(parts))
-    divergence = cs_divergence(points[kind], points[~kind], median_distance(points), "U")
-    values = np.array([scores[seed] for seed in seeds])
-    n = [int(kind.sum()), int((~kind).sum())]
-    # Ties count one half, see `auc`.
-    area = auc(values[kind], values[~kind])
+    points = torch.nn.functional.normalize(torch.cat(embeddings))
+    divergence = cs_divergence(points[is_preferred], points[~is_preferred], median_distance(points), "U")
+    seed_scores = np.array([scores[seed] for seed in seeds])
+    counts = [int(is_preferred.sum()), int((~is_preferred).sum())]  # preferred shapes, other shapes
+    area = auc(seed_scores[is_preferred], seed_scores[~is_preferred])
     return {
-        "n": n,
+        "n": counts,
         "auc": area,
-        "auc_interval_95": list(auc_interval(area, *n)),
+        "auc_interval_95": list(auc_interval(area, *counts)),
         "divergence": float(divergence),
-        "silhouette": silhouette(points.numpy(), kind),
+        "silhouette": silhouette(points.numpy(), is_preferred),
     }
 
 
 def evaluate(
     model: Network, store: ObservationCache, labels: Sequence[Preference], temperature: float = 1.0
 ) -> dict:
-    """Compute the figures of one split.
+    """Evaluate a reward on the labelled pairs of one split.
 
-    A margin of exactly 0 counts as wrong. `clean` is present if labels state which seed is better without
-    noise; it counts only those labels. `apart` counts the labels among them whose volume errors differ by at
-    least APART, if labels state the difference.
-    Args: temperature: divisor of the margins for `calibration_error_scaled` (see fit_temperature).
+    A pair is correct if the winner has the higher score; equal scores count as wrong.
+
+    Args:
+        model: reward network or ensemble.
+        store: cache that contains the observations of all seeds.
+        labels: P labelled pairs.
+        temperature: divisor of the margins for "calibration_error_scaled", see `fit_temperature`.
+    Returns: JSON values: the accuracy "labels", "log_loss", "calibration_error", "calibration_error_scaled"
+        and "mean_margin". If some labels state the noise-free order: the accuracy "clean" against this order,
+        over these labels only, and "label_noise", the share of these labels that contradict it. If some of
+        these labels also state that the volume errors of the pair differ by at least APART: the accuracy
+        "apart" over the pairs that do.
     """
     scores = score_seeds(model, store, [seed for label in labels for seed in (label.winner, label.loser)])
     # [P], positive where the reward agrees with the label
@@ -258,52 +338,76 @@ def evaluate(
         "calibration_error_scaled": calibration_error(margin / temperature),
         "mean_margin": float(margin.mean()),
     }
-    # [P]: 1 where the label agrees with the noise-free order, -1 where it does not, 0 where that is not known
-    sign = np.array(
-        [0 if label.clean is None else (1 if label.clean == label.winner else -1) for label in labels]
-    )
-    if np.any(sign):
-        report["clean"] = rate(int((margin * sign > 0).sum()), int((sign != 0).sum()))
-        report["label_noise"] = float((sign < 0).sum() / (sign != 0).sum())
-    differs = (sign != 0) & np.array([label.extra.get("gap", 0.0) >= APART for label in labels])
+    # [P]: 1 where the label agrees with the noise-free order, -1 where it contradicts this order, 0 where the
+    # label does not state it
+    agreement = np.zeros(len(labels), dtype=int)
+    for i, label in enumerate(labels):
+        if label.clean is not None:
+            agreement[i] = 1 if label.clean == label.winner else -1
+    if np.any(agreement):
+        # margin * agreement is positive where the reward agrees with the noise-free order.
+        report["clean"] = rate(int((margin * agreement > 0).sum()), int((agreement != 0).sum()))
+        report["label_noise"] = float((agreement < 0).sum() / (agreement != 0).sum())
+    # [P]; "gap" is the difference of the volume errors
+    differs = (agreement != 0) & np.array([label.extra.get("gap", 0.0) >= APART for label in labels])
     if np.any(differs):
-        report["apart"] = rate(int((margin * sign > 0)[differs].sum()), int(differs.sum()))
+        report["apart"] = rate(int((margin * agreement > 0)[differs].sum()), int(differs.sum()))
     return report
 
 
-def ordered_by(filled: Mapping[int, float], labels: Sequence[Preference]) -> dict:
-    """Compute how many pairs are ordered correctly by one handcrafted feature, of which larger is better.
+def evaluate_feature(feature: Mapping[int, float], labels: Sequence[Preference]) -> dict:
+    """Compute the share of pairs that a handcrafted feature, of which larger is better, orders correctly.
 
-    Args: filled: feature by seed.
-    Returns: figures in the form of `evaluate`, for all pairs and for those that differ by at least APART.
+    Only labels that state the noise-free order are used, and the feature is compared with this order.
+
+    Args:
+        feature: feature by seed.
+        labels: labelled pairs.
+    Returns: accuracies in the form of `rate`: "clean" over all pairs, "apart" over the pairs whose volume
+        errors differ by at least APART. An accuracy without any pair is left out.
     """
-    known = [label for label in labels if label.clean is not None]
-    # +1 or -1 times the difference: positive where the feature agrees with the noise-free order
-    right = np.array([2 * (label.clean == label.winner) - 1 for label in known])
-    right = right * np.array([filled[label.winner] - filled[label.loser] for label in known]) > 0
-    differs = np.array([label.extra.get("gap", 0.0) >= APART for label in known], dtype=bool)
-    counted = {"clean": np.ones_like(differs), "apart": differs}
+    clean_labels = [label for label in labels if label.clean is not None]
+    # +1 where the label agrees with the noise-free order, -1 where it contradicts this order
+    agreement = np.array([2 * (label.clean == label.winner) - 1 for label in clean_labels])
+    difference = np.array([feature[label.winner] - feature[label.loser] for label in clean_labels])
+    # True where the feature agrees with the noise-free order
+    is_correct = agreement * difference > 0
+    differs = np.array([label.extra.get("gap", 0.0) >= APART for label in clean_labels], dtype=bool)
+    counted_pairs = {"clean": np.ones_like(differs), "apart": differs}
     return {
-        name: rate(int(right[rows].sum()), int(rows.sum())) for name, rows in counted.items() if rows.any()
+        name: rate(int(is_correct[rows].sum()), int(rows.sum()))
+        for name, rows in counted_pairs.items()
+        if rows.any()
     }
 
 
 def collect_curves(history: Sequence[dict], best_epoch: int, context: dict) -> dict:
-    """Collect one series per quantity over epochs, as JSON values.
+    """Collect the learning curves of a training as JSON values, one list over epochs per quantity.
 
-    Args: context: stated under the figure: n, seed, preset and generator.
+    Args:
+        history: records of the epochs, in order.
+        best_epoch: index of the chosen epoch, from 0.
+        context: facts that are printed above the plot, for example the number of pairs and the seed.
     """
-    named = {name: [r[name] for r in history] for name in ("train_accuracy", "val_accuracy", "val_log_loss")}
-    losses = {name: [r["loss"][name] for r in history] for name in history[0]["loss"]}
-    epochs = [r["epoch"] + 1 for r in history]
-    return {"epoch": epochs, **named, "loss": losses, "best_epoch": best_epoch + 1, "context": context}
+    metrics = {
+        name: [record[name] for record in history]
+        for name in ("train_accuracy", "val_accuracy", "val_log_loss")
+    }
+    losses = {name: [record["loss"][name] for record in history] for name in history[0]["loss"]}
+    # Plots count epochs from 1.
+    epochs = [record["epoch"] + 1 for record in history]
+    return {"epoch": epochs, **metrics, "loss": losses, "best_epoch": best_epoch + 1, "context": context}
 
 
 def plot_curves(json_path: Path, png_path: Path) -> Path:
-    """Plot a file of `collect_curves`: accuracies on the left, validation log loss and loss terms on the
-    right.
+    """Plot learning curves as a PNG file: accuracies on the left, losses on the right.
 
-    Loss terms are weighted as in training.
+    The losses are the validation log loss and the terms of the training loss, multiplied by their weights.
+
+    Args:
+        json_path: file with the result of `collect_curves`.
+        png_path: file to write.
+    Returns: `png_path`.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -311,25 +415,25 @@ def plot_curves(json_path: Path, png_path: Path) -> Path:
     curves = json.loads(json_path.read_text())
     figure = Figure(figsize=(10, 4), layout="constrained")
     FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2)
-    left.plot(curves["epoch"], curves["train_accuracy"], label="training pairs (during training)")
-    left.plot(curves["epoch"], curves["val_accuracy"], label="validation pairs")
+    accuracy_axes, loss_axes = figure.subplots(1, 2)
+    accuracy_axes.plot(curves["epoch"], curves["train_accuracy"], label="training pairs (during training)")
+    accuracy_axes.plot(curves["epoch"], curves["val_accuracy"], label="validation pairs")
     # The epoch whose weights the reward has
-    left.axvline(curves["best_epoch"], color="0.6", linestyle=":", label="chosen epoch")
-    left.set(xlabel="epoch", ylabel="pairs ordered as labelled (fraction)")
-    left.legend()
-    right.plot(curves["epoch"], curves["val_log_loss"], label="validation log loss")
+    accuracy_axes.axvline(curves["best_epoch"], color="0.6", linestyle=":", label="chosen epoch")
+    accuracy_axes.set(xlabel="epoch", ylabel="pairs ordered as labelled (fraction)")
+    accuracy_axes.legend()
+    loss_axes.plot(curves["epoch"], curves["val_log_loss"], label="validation log loss")
     for name, values in curves["loss"].items():
         # The divergence is maximised, so the loss holds its negative. The axis is logarithmic.
         sign = -1 if name == "divergence" else 1
-        right.plot(
+        loss_axes.plot(
             curves["epoch"],
             [sign * value for value in values],
             label=f"training {name}, weighted",
             linewidth=1,
         )
-    right.set(xlabel="epoch", ylabel="loss (nats)", yscale="log")
-    right.legend(fontsize=8)
+    loss_axes.set(xlabel="epoch", ylabel="loss (nats)", yscale="log")
+    loss_axes.legend(fontsize=8)
     figure.suptitle(", ".join(f"{k} {v}" for k, v in curves["context"].items()), fontsize=9)
     figure.savefig(png_path, dpi=120)
     return png_path

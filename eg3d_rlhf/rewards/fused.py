@@ -1,12 +1,15 @@
-"""Run a U-Net reward, and its gradients to the slab and the weights, through fused operators on a CPU.
+"""Compute a U-Net reward and its gradients with respect to slab and weights by fused operators on a CPU.
 
-The results equal those of the network's own modules up to rounding. Group normalisation is a scale and a
-shift per sample and channel once its sums are known. The operator before it computes these sums, so every
-volume is written once and read once. The backward pass is written by hand (`torch_utils.ops.volume_block`). A
-block keeps its input, the volume between its convolutions, and the input of its gates. It keeps no
-volume after a normalisation, an activation or a gate.
+A slab is a cropped density grid. The results equal the results of the network's own modules (`unet3d.py`) up
+to rounding. Group normalisation multiplies by a scale and adds a shift, per sample and channel, once the sums
+of values and of squares are known. The operator before the normalisation computes these sums, so that every
+volume is written once and read once. The backward pass is written by hand (`torch_utils.ops.volume_block`).
+For the backward pass, a block stores its input, the volume between its convolutions, and the input of its
+gates. It stores no volume after a normalisation, an activation or a gate.
 
-Letters: N slabs, C input channels, O output channels, M features, R responses, G groups, D, H, W = z, y, x.
+Shapes: N slabs, C input channels, O output channels, M features, R responses, G groups, D, H, W = grid points
+along z, y, x. In names and formulas, r is a block's residual, h the volume before its gates, and g the
+gradient of the loss with respect to a result.
 """
 
 from collections.abc import Callable, Iterable
@@ -25,15 +28,17 @@ from torch_utils.ops.implementations import once
 if TYPE_CHECKING:
     from eg3d_rlhf.rewards.slab_network import RewardModel
 
-# Gradients of a U-Net's weights from the volumes that the backward pass reads and writes. The ops' arguments
-# are described in torch_utils/ops/volume_block.py.
+# Gradients of a U-Net's weights, computed from the volumes that the backward pass reads and writes. The
+# arguments of the operators are described in torch_utils/ops/volume_block.py.
 
 
 class WeightGradients:
     """Gradients by parameter, collected during a backward pass.
 
-    Gradients of 3x3x3 kernels are computed only if they were requested, because they cost most. All others
-    are always computed.
+    Gradients of 3x3x3 kernels are computed only if they were requested, because they are the most expensive
+    ones. The gradients of all other weights are always computed.
+
+    Args: requested: parameters whose gradients are needed.
     """
 
     def __init__(self, requested: Iterable[torch.Tensor]):
@@ -43,62 +48,87 @@ class WeightGradients:
     def convolution(
         self,
         layer: Any,
-        arrived: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        result_gradient: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
         x: torch.Tensor,
         mix: torch.Tensor | None,
         sums: torch.Tensor,
         grad_sums: torch.Tensor,
     ) -> None:
-        """Add the gradients of a normalised convolution (NormConv).
+        """Compute and store the gradients of a normalised convolution.
 
-        Args: arrived: g, h and factors as `volume_conv_gradient` takes them; x: its input, or with mix [C, 2]
-            the one channel of which the input is made; sums: of the input and of its square; grad_sums: the
-            sums that `volume_conv_gradient` returned.
+        Args:
+            layer: the `NormConv`.
+            result_gradient: gradient of the result, as the arguments g, h and factors of
+                `volume_conv_gradient`.
+            x: input [N, C, D, H, W]; or, with `mix`, the one channel [N, 1, D, H, W] from which the input is
+                made.
+            mix: [C, 2]: channel c of the input is mix[c, 0] x + mix[c, 1]; None if x is the input.
+            sums: sums [N, C, 2] of the input and of its square.
+            grad_sums: sums that `volume_conv_gradient` returned.
         """
         norm = layer.groupnorm
         kernel = layer.conv.weight
         voxels = x[0, 0].numel()
         if kernel in self._requested:
             scale, shift = group_affine(norm, sums, voxels)
-            # x' = scale * x + shift, where x is itself mix[:, 0] times the one channel plus mix[:, 1].
+            # The normalised input is scale * input + shift, and the input is mix[:, 0] x + mix[:, 1], so both
+            # maps are combined into one scale and one shift of x.
             if mix is not None:
                 scale, shift = scale * mix[:, 0], scale * mix[:, 1] + shift
-            self.gradients[kernel] = ops.volume_conv_weight(*arrived, x, scale, shift)
+            self.gradients[kernel] = ops.volume_conv_weight(*result_gradient, x, scale, shift)
         self.gradients[norm.weight], self.gradients[norm.bias] = group_weights(norm, sums, grad_sums, voxels)
 
     def gates(self, module: Any, linear: list[torch.Tensor], gates: torch.Tensor) -> None:
-        """Add the gradients of both gates (ScSE).
+        """Store the gradients of the channel gate and of the voxel gate.
 
-        Args: linear: gradients of the parameters of cSE, in its order; gates: the sums of
-            `volume_gate_gradient`.
+        Args:
+            module: the `ScSE` with both gates.
+            linear: gradients of the parameters of the channel gate (cSE), in the order of its parameters.
+            gates: sums [N, 2 C + 1] that `volume_gate_gradient` returned.
         """
         self.gradients.update(zip(module.cSE.parameters(), linear, strict=True))
         layer = module.sSE.conv
         channels = len(linear[0])
-        # After C sums for the channel gate follow C sums for the weights and one for the bias of the voxel
-        # The input is itself affine in the one channel, so both maps are combined.            # The input
-        # is itself affine in the one channel, so both maps are combined.
-        spatial = gates[:, channels:].sum(dim=0).float()  # [C + 1]
-        self.gradients[layer.weight], self.gradients[layer.bias] = (
-            spatial[:channels].view_as(layer.weight),
-            spatial[channels:],
-        )
+        # The first C sums belong to the channel gate. C sums for the weights of the voxel gate and one sum
+        # for its bias follow.
+        spatial_sums = gates[:, channels:].sum(dim=0).float()  # [C + 1]
+        self.gradients[layer.weight] = spatial_sums[:channels].view_as(layer.weight)
+        self.gradients[layer.bias] = spatial_sums[channels:]
 
     def pointwise(self, layer: Any, x: torch.Tensor, grad: torch.Tensor) -> None:
-        """Add the gradients of a 1x1x1 convolution of x, from the gradient of its result."""
+        """Compute and store the gradients of a 1x1x1 convolution with bias.
+
+        Args:
+            layer: the convolution.
+            x: its input [N, C, D, H, W].
+            grad: gradient [N, O, D, H, W] of its result.
+        """
         self.gradients[layer.weight] = torch.einsum("nov,ncv->oc", grad.flatten(2), x.flatten(2)).view_as(
             layer.weight
         )
         self.gradients[layer.bias] = grad.sum(dim=(0, 2, 3, 4))
 
     def upsampling(self, layer: nn.ConvTranspose3d, x: torch.Tensor, grad: torch.Tensor) -> None:
-        """Add the gradient of a transposed convolution of x, from the gradient of its resampled result."""
+        """Compute and store the gradient of a transposed convolution, if it was requested.
+
+        Args:
+            layer: the transposed convolution.
+            x: its input [N, C, d, h, w].
+            grad: gradient [N, O, D, H, W] of its result after the resampling to the size of the skip
+                connection.
+        """
         if layer.weight in self._requested:
-            # The layer's own output has 2 n - 1 voxels per axis; it was resampled to the skip's size.
-            fine = [2 * n - 1 for n in x.shape[2:]]
-            grad = torch.ops.aten.upsample_nearest3d_backward(grad, grad.shape[2:], [*grad.shape[:2], *fine])
+            # The convolution turns n voxels per axis into 2 n - 1. Afterwards its result was resampled to the
+            # skip connection's size, so the gradient is resampled back first.
+            result_size = [2 * n - 1 for n in x.shape[2:]]
+            grad = torch.ops.aten.upsample_nearest3d_backward(
+                grad, grad.shape[2:], [*grad.shape[:2], *result_size]
+            )
             # The convolution is faster in this layout, by more than the conversion takes.
-            grad, x = (t.contiguous(memory_format=torch.channels_last_3d) for t in (grad, x))
+            grad = grad.contiguous(memory_format=torch.channels_last_3d)
+            x = x.contiguous(memory_format=torch.channels_last_3d)
+            # In this order: bias sizes, stride, padding, dilation, transposed, output padding, groups, and a
+            # mask that requests only the second of three gradients (input, weights, bias).
             self.gradients[layer.weight] = torch.ops.aten.convolution_backward(
                 grad, x, layer.weight, None, [2] * 3, [1] * 3, [1] * 3, True, [0] * 3, 1, [False, True, False]
             )[1]
@@ -108,107 +138,141 @@ class WeightGradients:
 
 
 def statistics(norm: nn.GroupNorm, sums: torch.Tensor, voxels: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return mean and inverse standard deviation [N, C] of each channel's group."""
-    each = sums.shape[1] // norm.num_groups  # channels per group
-    grouped = sums.unflatten(1, (norm.num_groups, -1)).sum(dim=2) / (voxels * each)  # [N, G, 2]
-    mean = grouped[..., 0]
-    # E[x^2] - mean^2 in float64; rounding can make it slightly negative.
-    inverse = (grouped[..., 1] - mean.square()).clamp_min(0).add(norm.eps).rsqrt()
-    return mean.repeat_interleave(each, dim=1), inverse.repeat_interleave(each, dim=1)
+    """Return the mean and the inverse standard deviation of each channel's group, [N, C] each, in float64.
+
+    Args:
+        norm: the group normalisation.
+        sums: float64 [N, C, 2], sums of the values and of their squares over the voxels of each channel.
+        voxels: number of voxels per channel.
+    """
+    channels_per_group = sums.shape[1] // norm.num_groups
+    # [N, G, 2]: means of the values and of their squares over each group
+    group_means = sums.unflatten(1, (norm.num_groups, -1)).sum(dim=2) / (voxels * channels_per_group)
+    mean = group_means[..., 0]
+    # The variance E[x^2] - mean^2 can become slightly negative by rounding.
+    inverse_std = (group_means[..., 1] - mean.square()).clamp_min(0).add(norm.eps).rsqrt()
+    return (
+        mean.repeat_interleave(channels_per_group, dim=1),
+        inverse_std.repeat_interleave(channels_per_group, dim=1),
+    )
 
 
 def group_affine(norm: nn.GroupNorm, sums: torch.Tensor, voxels: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return group normalisation as scale and shift [N, C].
+    """Return the scale and the shift of a group normalisation, float32 [N, C] each.
 
-    Args: sums: [N, C, 2] in float64, of values and of their squares; voxels: per channel.
+    The normalised values are scale * x + shift.
+
+    Args:
+        norm: the group normalisation.
+        sums: float64 [N, C, 2], sums of the values and of their squares over the voxels of each channel.
+        voxels: number of voxels per channel.
     """
-    mean, inverse = statistics(norm, sums, voxels)
-    scale = norm.weight.double() * inverse
+    mean, inverse_std = statistics(norm, sums, voxels)
+    scale = norm.weight.double() * inverse_std
     return scale.float(), (norm.bias.double() - mean * scale).float()
 
 
 def group_gradient(
-    norm: nn.GroupNorm, sums: torch.Tensor, arrived: torch.Tensor, voxels: int
+    norm: nn.GroupNorm, sums: torch.Tensor, grad_sums: torch.Tensor, voxels: int
 ) -> torch.Tensor:
-    """Return the gradient of group normalisation as factors [N, C, 3] in float64: f0 g + f1 x + f2.
+    """Return the factors (f0, f1, f2) of the gradient of a group normalisation: float64 [N, C, 3].
 
-    g is the gradient of the result. With x' = (x - mean) inverse and means over a group, the gradient is
-    inverse (w g - mean(w g) - x' mean(w g x')).
-    Args: sums: see `group_affine`; arrived: sums [N, C, 2] in float64 of g and g x.
+    The gradient with respect to the input x is f0 g + f1 x + f2, where g is the gradient of the result. With
+    the inverse standard deviation s, the standardised input x' = (x - mean) s, the weight w, and means over a
+    group, this gradient is s (w g - mean(w g) - x' mean(w g x')).
+
+    Args:
+        norm: the group normalisation.
+        sums: float64 [N, C, 2], sums of x and of x^2 over the voxels of each channel.
+        grad_sums: float64 [N, C, 2], sums of g and of g x over the voxels of each channel.
+        voxels: number of voxels per channel.
     """
-    mean, inverse = statistics(norm, sums, voxels)
+    mean, inverse_std = statistics(norm, sums, voxels)
     w = norm.weight.double()
-    each = sums.shape[1] // norm.num_groups
+    channels_per_group = sums.shape[1] // norm.num_groups
 
-    # Means over a group's channels and voxels, repeated for its channels; the argument holds sums over
-    # voxels.
-    def over_group(values: torch.Tensor) -> torch.Tensor:
-        return values.unflatten(1, (norm.num_groups, -1)).mean(dim=2).repeat_interleave(each, dim=1) / voxels
+    def group_mean(voxel_sums: torch.Tensor) -> torch.Tensor:
+        """Return means over the channels and voxels of each group, repeated for its channels, [N, C]."""
+        channel_mean = voxel_sums.unflatten(1, (norm.num_groups, -1)).mean(dim=2)
+        return channel_mean.repeat_interleave(channels_per_group, dim=1) / voxels
 
-    mean_gradient = over_group(w * arrived[..., 0])  # mean(w g)
-    along = over_group(w * (arrived[..., 1] - mean * arrived[..., 0]) * inverse)  # mean(w g x')
-    slope = -inverse.square() * along  # f1
-    # f2 collects the terms without g or x.
-    return torch.stack(
-        [(w * inverse).expand_as(slope), slope, -inverse * mean_gradient - slope * mean], dim=2
-    )
+    mean_wg = group_mean(w * grad_sums[..., 0])  # mean(w g)
+    # The sum of g x' over voxels is s (sum of g x - mean * sum of g).
+    mean_wgx = group_mean(w * (grad_sums[..., 1] - mean * grad_sums[..., 0]) * inverse_std)  # mean(w g x')
+    f0 = w * inverse_std
+    f1 = -inverse_std.square() * mean_wgx
+    # f2 collects the terms without g and x.
+    f2 = -inverse_std * mean_wg - f1 * mean
+    return torch.stack([f0.expand_as(f1), f1, f2], dim=2)
 
 
 def group_weights(
-    norm: nn.GroupNorm, sums: torch.Tensor, arrived: torch.Tensor, voxels: int
+    norm: nn.GroupNorm, sums: torch.Tensor, grad_sums: torch.Tensor, voxels: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the gradients of weight and bias, [C] each; arguments as in `group_gradient`."""
-    mean, inverse = statistics(norm, sums, voxels)
-    return ((arrived[..., 1] - mean * arrived[..., 0]) * inverse).sum(dim=0).float(), arrived[..., 0].sum(
-        dim=0
-    ).float()
+    """Return the gradients of the weight and of the bias of a group normalisation, float32 [C] each.
+
+    The arguments are described in `group_gradient`.
+    """
+    mean, inverse_std = statistics(norm, sums, voxels)
+    # Sum of g x' over voxels and samples, with the standardised input x'
+    weight_gradient = ((grad_sums[..., 1] - mean * grad_sums[..., 0]) * inverse_std).sum(dim=0)
+    bias_gradient = grad_sums[..., 0].sum(dim=0)
+    return weight_gradient.float(), bias_gradient.float()
 
 
-_LANES = 8  # channels that the operators process at a time
-_VOXELS = 1 << 21  # of slabs that are evaluated at once without gradients; more would only take memory
-# Weights in the operators' layout by layer and role, with address and version of the weights they were made
-# from
+_LANES = 8  # number of channels that the operators process at a time
+_VOXELS = (
+    1 << 21
+)  # voxels that are evaluated at once without gradients; more voxels need memory and save no time
+# Weights in the layout of the operators, by layer and role. Each entry also holds the address and the version
+# of the weights from which it was made.
 _kernels: "WeakKeyDictionary[nn.Module, dict[str, tuple[int, int, torch.Tensor]]]" = WeakKeyDictionary()
 
 
-def applies(model: "RewardModel", slab: torch.Tensor) -> bool:
-    """Return whether the fused operators cover this network and slab."""
+def is_supported(model: "RewardModel", slab: torch.Tensor) -> bool:
+    """Return True if the fused operators can compute this network for this slab.
+
+    They need float32 on a CPU, numbers of channels that are multiples of 8, and the compiled extension.
+    """
     if (
         slab.device.type != "cpu"
         or slab.dtype != torch.float32
         or any(c % _LANES for c in model.arch.feature_maps)
     ):
         return False
-    # `differentiable` is about the installed operators; the weights' type may differ from the slab's.
+    # The type of the weights may differ from the slab's. `differentiable` checks that the compiled operators
+    # are installed.
     return next(model.parameters()).dtype == torch.float32 and ops.differentiable()
 
 
-def learns(model: "RewardModel") -> bool:
-    """Return whether gradients to the U-Net's weights are requested."""
+def needs_weight_gradients(model: "RewardModel") -> bool:
+    """Return True if gradients with respect to the U-Net's weights are needed."""
     return torch.is_grad_enabled() and any(p.requires_grad for p in model.Conv3DModule.parameters())
 
 
 def features(model: "RewardModel", slab: torch.Tensor) -> torch.Tensor:
-    """Compute features [N, M] of slabs [N, C, D, H, W] that were cut into patches.
+    """Compute the features [N, M] of slabs, which are cut into patches as channels: [N, C, D, H, W].
 
-    Differentiable once, in the slab.
+    Differentiable once, in the slab. The gradients of the weights are not computed.
     """
     if torch.is_grad_enabled() and slab.requires_grad:
         return _Features.apply(slab, model)
-    at_once = max(1, _VOXELS // slab[0, 0].numel())
-    return torch.cat([_Pass(model, kept=False).features(part) for part in slab.split(at_once)])
+    slabs_at_once = max(1, _VOXELS // slab[0, 0].numel())
+    return torch.cat(
+        [_Pass(model, stores_volumes=False).features(batch) for batch in slab.split(slabs_at_once)]
+    )
 
 
 def maps(model: "RewardModel", slab: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute the U-Net's result and coarsest volume for slabs [N, C, D, H, W]; see `UNet3d.forward`.
+    """Compute the U-Net's result and its coarsest volume for slabs [N, C, D, H, W], as `UNet3d.forward` does.
 
     Differentiable once, in the slab and the weights.
     """
     net = model.Conv3DModule
     weights = [*net.encoders.parameters(), *net.decoders.parameters()]
-    fine, coarsest = _Maps.apply(slab, model, torch.is_grad_enabled(), *weights)
+    last_volume, coarsest = _Maps.apply(slab, model, torch.is_grad_enabled(), *weights)
     # The final convolution stays outside, so that autograd gives the gradients of its weights.
-    return pointwise(net.final_conv, fine), coarsest
+    return pointwise(net.final_conv, last_volume), coarsest
 
 
 def pointwise(layer: Any, x: torch.Tensor) -> torch.Tensor:
@@ -216,130 +280,156 @@ def pointwise(layer: Any, x: torch.Tensor) -> torch.Tensor:
 
     Differentiable in the input, the weights and the bias.
     """
+    # [N, O, C], without a copy
     weight = layer.weight.flatten(1).expand(len(x), -1, -1)
     return torch.baddbmm(layer.bias[:, None], weight, x.flatten(2)).unflatten(2, x.shape[2:])
 
 
 class _Features(torch.autograd.Function):
-    """Features of a network whose weights need no gradient."""
+    """Autograd function that computes the features of a network whose weights need no gradient."""
 
     @staticmethod
     def forward(ctx, slab, model):
-        ctx.run = _Pass(model, kept=True)
+        """Compute the features [N, M] of the slab."""
+        ctx.run = _Pass(model, stores_volumes=True)
         return ctx.run.features(slab.detach())
 
     @staticmethod
     @once("reward")
     def backward(ctx, grad):
+        """Compute the gradient of the slab; the model gets None."""
         return ctx.run.gradient(grad), None
 
 
 class _Maps(torch.autograd.Function):
-    """The last volume after its gates, [N, C, D, H, W], and the coarsest volume."""
+    """Autograd function that computes the U-Net's last volume after its gates, and its coarsest volume."""
 
     @staticmethod
-    def forward(ctx, slab, model, kept, *weights):
+    def forward(ctx, slab, model, stores_volumes, *weights):
+        """Compute both volumes; `weights` are passed so that autograd asks for their gradients."""
         # torch raises an error in the backward pass if a saved tensor was changed in between.
         ctx.save_for_backward(*weights)
+        # The gradient of a volume that the loss does not use is then None instead of zeros.
         ctx.set_materialize_grads(False)
-        ctx.run = _Pass(model, kept, learns=kept)
+        ctx.run = _Pass(model, stores_volumes, trains_weights=stores_volumes)
         return ctx.run.maps(slab.detach())
 
     @staticmethod
     @once("reward")
-    def backward(ctx, fine, coarsest):
+    def backward(ctx, last_gradient, coarsest_gradient):
+        """Compute the gradients of the slab and of the weights."""
         weights = ctx.saved_tensors
         needed = ctx.needs_input_grad
-        gathered = WeightGradients(w for w, requested in zip(weights, needed[3:], strict=True) if requested)
-        slab = ctx.run.gradient_of_maps(fine, coarsest, gathered)
-        # One result per argument of `forward`: slab, model, kept, weights.
-        return slab if needed[0] else None, None, None, *(gathered.gradients.get(w) for w in weights)
+        # The first three arguments of `forward` are no weights.
+        weight_gradients = WeightGradients(
+            w for w, requested in zip(weights, needed[3:], strict=True) if requested
+        )
+        slab_gradient = ctx.run.gradient_of_maps(last_gradient, coarsest_gradient, weight_gradients)
+        # One result per argument of `forward`: slab, model, stores_volumes, weights.
+        return (
+            slab_gradient if needed[0] else None,
+            None,
+            None,
+            *(weight_gradients.gradients.get(w) for w in weights),
+        )
 
 
 @dataclass
 class _Block:
     """Volumes and sums of a residual block that its backward pass reads."""
 
-    module: Any  # the ResidualBlock; torch types its parts as tensors or modules
-    r: torch.Tensor  # residual [N, C, D, H, W], or the one channel of which it is made
-    mix: torch.Tensor | None  # [C, 2]: r's channel c is factor times that one channel plus offset
-    first: torch.Tensor  # sums [N, C, 2] of r and r^2
+    module: Any  # the ResidualBlock; `Any`, since torch types its parts as tensors or modules
+    r: torch.Tensor  # residual [N, C, D, H, W], or the one channel [N, 1, D, H, W] from which it is made
+    mix: torch.Tensor | None  # [C, 2]: channel c of the residual is mix[c, 0] r + mix[c, 1]
+    r_sums: torch.Tensor  # sums [N, C, 2] of the residual and of its square
     inner: torch.Tensor  # volume between the convolutions [N, C, D, H, W]
-    second: torch.Tensor  # sums [N, C, 2] of inner and inner^2
+    inner_sums: torch.Tensor  # sums [N, C, 2] of inner and of its square
     h: torch.Tensor  # volume before the gates [N, C, D, H, W]
-    squeezed: torch.Tensor  # [N, C], means of h
+    squeezed: torch.Tensor  # means of h over the voxels, [N, C]
     gate: torch.Tensor  # channel gate [N, C]
-    read: Any = None  # input of the layer before r, if that layer's weights are trained
+    layer_input: Any = None  # input of the layer before r, if that layer's weights are trained
 
     def spatial(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return weights [C] and bias [1] of the gate of voxels."""
+        """Return weights [C] and bias [1] of the voxel gate."""
         layer = self.module.se_module.sSE.conv
         return layer.weight.detach().flatten(), layer.bias.detach()
 
 
 class _Pass:
-    """One forward pass and, if its volumes are kept, its backward pass."""
+    """One forward pass of a U-Net and, if its volumes are stored, its backward pass.
 
-    def __init__(self, model: "RewardModel", kept: bool, learns: bool = False):
+    Args:
+        model: reward network.
+        stores_volumes: store the volumes for a backward pass.
+        trains_weights: store also the inputs that the gradients of the weights need.
+    """
+
+    def __init__(self, model: "RewardModel", stores_volumes: bool, trains_weights: bool = False):
         self.arch = model.arch
         self.net = model.Conv3DModule
-        self.kept = kept  # keep volumes for a backward pass
-        self.learns = learns  # keep also what gradients of the weights need
-        self.down: list[_Block] = []  # encoder blocks, from the finest
-        self.up: list[_Block] = []  # decoder blocks, from the coarsest
-        self.memory: dict[str, torch.Tensor] = {}  # reused buffers by role
+        self.stores_volumes = stores_volumes
+        self.trains_weights = trains_weights
+        self.encoder_blocks: list[_Block] = []  # from the finest to the coarsest
+        self.decoder_blocks: list[_Block] = []  # from the coarsest to the finest
+        self.buffers: dict[str, torch.Tensor] = {}  # reused memory by role
 
     @torch.no_grad()
     def features(self, slab: torch.Tensor) -> torch.Tensor:
-        """Return the features [N, M]."""
-        return self._pooled(self._coarsest(slab))
+        """Compute the features [N, M] of the slab."""
+        return self._pool(self._run_blocks(slab))
 
     @torch.no_grad()
     def maps(self, slab: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the last volume after its gates, and the coarsest volume."""
-        coarsest = self._coarsest(slab)
-        # detach(): if a block kept the returned tensor itself, it would hold a reference to its own graph.
-        return self._gated(self.up[-1])[0], coarsest.detach()
+        """Compute the last volume after its gates [N, C, D, H, W], and the coarsest volume, for a slab."""
+        coarsest = self._run_blocks(slab)
+        # autograd attaches its graph to the returned tensors. Without detach(), a block would hold such a
+        # tensor and thereby the graph to which the block itself belongs.
+        return self._apply_gates(self.decoder_blocks[-1])[0], coarsest.detach()
 
-    def _coarsest(self, slab: torch.Tensor) -> torch.Tensor:
-        """Run all blocks, and return the coarsest volume after its gates."""
+    def _run_blocks(self, slab: torch.Tensor) -> torch.Tensor:
+        """Run all blocks of encoders and decoders, and return the coarsest volume after its gates.
+
+        The gates of the last decoder block are not yet applied.
+        """
         x = slab
         skips = []
         net = self.net
         for level, encoder in enumerate(net.encoders):
             block = self._encode(encoder.basic_module, x)
-            block.read = x if self.learns else None
-            gated, pooled = self._gated(block, pool=level + 1 < len(net.encoders))
+            block.layer_input = x if self.trains_weights else None
+            # The result of the coarsest encoder is not pooled.
+            gated, pooled = self._apply_gates(block, pool=level + 1 < len(net.encoders))
             skips.append(gated)
-            self.down.append(block)
+            self.encoder_blocks.append(block)
             x = gated if pooled is None else pooled
         bottleneck = skips.pop()  # the coarsest volume is no skip connection
-        last = None
+        previous_block = None
         for decoder in net.decoders:
             convolution = _upsampling(decoder)
             skip = skips.pop()
-            x = bottleneck if last is None else self._gated(last)[0]
+            x = bottleneck if previous_block is None else self._apply_gates(previous_block)[0]
             kernel = _kernel(convolution, "up", ops.transposed_kernel)
-            # The sum overwrites the skip, which nothing reads afterwards.
+            # The sum overwrites the skip connection, which is not read afterwards.
             r, sums = ops.volume_up(skip, x, convolution.weight, kernel, out=skip)
-            last = self._block(decoder.basic_module, r, sums)
-            last.read = x if self.learns else None
-            self.up.append(last)
+            previous_block = self._block(decoder.basic_module, r, sums)
+            previous_block.layer_input = x if self.trains_weights else None
+            self.decoder_blocks.append(previous_block)
         return bottleneck
 
     def _encode(self, module: Any, x: torch.Tensor) -> _Block:
-        """Run an encoder's block, including its first 1x1x1 convolution."""
+        """Run a block of an encoder up to its gates, including its first 1x1x1 convolution, on x."""
         if x.shape[1] > 1 or isinstance(module.conv1, nn.Identity):
             r = x if isinstance(module.conv1, nn.Identity) else pointwise(module.conv1, x)
             return self._block(module, r, _sums(*_moments(r), r[0, 0].numel()))
-        # conv1 has one input channel, r_c = w_c x + b_c. Normalised r is then affine in x, so r is never
-        # stored.
+        # conv1 has one input channel, so r_c = w_c x + b_c. The normalised r is then affine in x, and r
+        # itself is not computed.
         w = module.conv1.weight.reshape(1, -1).double()
         b = module.conv1.bias[None].double()
         mean, variance = _moments(x)  # [N, 1]
         # E[r_c] = w_c E[x] + b_c and Var[r_c] = w_c^2 Var[x].
         sums = _sums(mean * w + b, variance * w.square(), x[0, 0].numel())
-        return self._block(module, x, sums, torch.cat([w, b]).T.float().contiguous(), mean, variance)
+        mix = torch.cat([w, b]).T.float().contiguous()  # [C, 2]
+        return self._block(module, x, sums, mix, mean, variance)
 
     def _block(
         self,
@@ -349,88 +439,118 @@ class _Pass:
         mix: torch.Tensor | None = None,
         *moments: torch.Tensor,
     ) -> _Block:
-        """Run the two normalised convolutions of a block, from its residual r and the sums of r and r^2."""
+        """Run the two normalised convolutions of a residual block.
+
+        Args:
+            module: the `ResidualBlock`.
+            r: residual [N, C, D, H, W], or the one channel [N, 1, D, H, W] from which it is made.
+            sums: sums [N, C, 2] of the residual and of its square.
+            mix: [C, 2]: channel c of the residual is mix[c, 0] r + mix[c, 1]; None if r is the residual.
+            moments: mean and variance [N, 1] of r, only with `mix`.
+        """
         channels = sums.shape[1]
         voxels = r[0, 0].numel()
         scale, shift = group_affine(module.conv2.groupnorm, sums, voxels)
-        buffer = self._memory("inner", r, channels)
+        buffer = self._buffer("inner", r, channels)
         if mix is None:
             kernel = _kernel(module.conv2.conv, "conv", ops.transformed_kernel)
-            inner, second = ops.volume_conv(
+            inner, inner_sums = ops.volume_conv(
                 r, scale, shift, module.conv2.conv.weight, kernel, relu=True, out=buffer
             )
         else:
-            inner, second = ops.volume_conv(
-                r, *_of_one_channel(module, mix, scale, shift, *moments), relu=True, out=buffer
+            inner, inner_sums = ops.volume_conv(
+                r, *_convolution_of_one_channel(module, mix, scale, shift, *moments), relu=True, out=buffer
             )
-        scale, shift = group_affine(module.conv3.groupnorm, second, voxels)
+        scale, shift = group_affine(module.conv3.groupnorm, inner_sums, voxels)
         kernel = _kernel(module.conv3.conv, "conv", ops.transformed_kernel)
-        # Without a backward pass, h overwrites r where both have the same shape.
-        buffer = None if self.kept else r if mix is None else self._memory("outer", r, channels)
-        h, third = ops.volume_conv(
+        if self.stores_volumes:
+            buffer = None
+        elif mix is None:
+            # Without a backward pass r is not needed any more, and h has the same shape.
+            buffer = r
+        else:
+            buffer = self._buffer("outer", r, channels)
+        h, h_sums = ops.volume_conv(
             inner, scale, shift, module.conv3.conv.weight, kernel, residual=r, mix=mix, relu=True, out=buffer
         )
-        squeezed = (third[..., 0] / voxels).float()
+        squeezed = (h_sums[..., 0] / voxels).float()
         return _Block(
             module,
             r,
             mix,
             sums,
             inner,
-            second,
+            inner_sums,
             h,
             squeezed,
             _channel_gate(squeezed, *module.se_module.cSE.parameters()),
         )
 
-    def _memory(self, role: str, like: torch.Tensor, channels: int) -> torch.Tensor | None:
-        """Return a buffer that is used again, or None if volumes are kept for a backward pass.
+    def _buffer(self, role: str, like: torch.Tensor, channels: int) -> torch.Tensor | None:
+        """Return memory for a volume that later blocks reuse, or None if volumes are stored.
 
-        Getting new pages of memory from the system takes as long as a pass over them.
+        Reuse saves time, because new pages of memory from the system cost as much as a pass over them.
+
+        Args:
+            role: name of the buffer.
+            like: tensor [N, ?, D, H, W] that gives the other axes and the type of the volume.
+            channels: number of channels of the volume.
         """
-        if self.kept:
+        if self.stores_volumes:
             return None
         shape = (len(like), channels, *like.shape[2:])
         size = len(like) * channels * like[0, 0].numel()
-        if role not in self.memory or self.memory[role].numel() < size:
-            self.memory[role] = like.new_empty(size)
-        return self.memory[role][:size].view(shape)
+        if role not in self.buffers or self.buffers[role].numel() < size:
+            self.buffers[role] = like.new_empty(size)
+        # A larger buffer of an earlier block serves a smaller volume, too.
+        return self.buffers[role][:size].view(shape)
 
-    def _gated(self, block: _Block, pool: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Apply a block's gates to h, and also max-pool the result if `pool` is true."""
+    def _apply_gates(self, block: _Block, pool: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Apply the gates of a block to its h.
+
+        Returns: the volume after the gates, and this volume after max-pooling by 2, or None if `pool` is
+            False.
+        """
+        # Without a backward pass, the result overwrites h.
         return ops.volume_gate(
-            block.h, block.gate, *block.spatial(), out=None if self.kept else block.h, pool=pool
+            block.h, block.gate, *block.spatial(), out=None if self.stores_volumes else block.h, pool=pool
         )
 
-    def _pooled(self, bottleneck: torch.Tensor) -> torch.Tensor:
-        """Return the features.
+    def _pool(self, bottleneck: torch.Tensor) -> torch.Tensor:
+        """Pool the maps of the U-Net to the features [N, M].
 
-        For `gradient`, their last steps become a small autograd graph from `self.leaves`.
+        Only this last part of the network is a graph of autograd, with the tensors `self.leaves` as inputs.
+        `gradient` differentiates it.
         """
         arch = self.arch
-        last = self.up[-1]
+        last = self.decoder_blocks[-1]
         final = self.net.final_conv
         assert final.bias is not None
         # The first recon_channels outputs are reconstructions; the others are responses.
         weight = final.weight.detach()[arch.recon_channels :, :, 0, 0, 0]  # [R, C]
         bias = final.bias.detach()[arch.recon_channels :]
-        with torch.set_grad_enabled(self.kept):
+        with torch.set_grad_enabled(self.stores_volumes):
             # Only the voxel with the largest response in each slice matters, so the graph reads just these
             # voxels.
             if arch.pooling == "slice_max":
-                _, places = ops.volume_profile(last.h, last.gate, *last.spatial(), weight, bias)
-                first = torch.arange(places.shape[1]) * last.h[0, 0, 0].numel()
-                self.places = (places + first)[:, None].expand(-1, last.h.shape[1], -1)  # [N, C, D]
-                self.leaves = [last.h.flatten(2).gather(2, self.places), last.gate]
-                values, gate = (t.requires_grad_(self.kept) for t in self.leaves)
+                # [N, D]: index of this voxel inside each slice
+                _, slice_indices = ops.volume_profile(last.h, last.gate, *last.spatial(), weight, bias)
+                # Index of the first voxel of each slice in the flattened volume
+                first_voxels = torch.arange(slice_indices.shape[1]) * last.h[0, 0, 0].numel()
+                volume_indices = slice_indices + first_voxels
+                self.voxel_indices = volume_indices[:, None].expand(-1, last.h.shape[1], -1)  # [N, C, D]
+                self.leaves = [last.h.flatten(2).gather(2, self.voxel_indices), last.gate]
+                values, gate = (t.requires_grad_(self.stores_volumes) for t in self.leaves)
                 w, b = last.spatial()
                 gated = values * torch.maximum(
                     gate[..., None], torch.sigmoid(torch.einsum("ncd,c->nd", values, w) + b)[:, None]
                 )
                 profile = (torch.einsum("ncd,rc->nrd", gated, weight) + bias[:, None]).amax(dim=1)
+                # As in `unet3d.slice_max_feature`
                 self.result = profile[:, slice_windows(profile.shape[1], arch.pool_size)].amax(dim=2)
             else:
-                self.leaves = [t.requires_grad_(self.kept) for t in (self._gated(last)[0], bottleneck)]
+                volumes = (self._apply_gates(last)[0], bottleneck)
+                self.leaves = [t.requires_grad_(self.stores_volumes) for t in volumes]
                 fine, coarse = self.leaves
                 response = F.conv3d(fine, weight[..., None, None, None], bias)
                 self.result = torch.cat(
@@ -441,134 +561,195 @@ class _Pass:
 
     @torch.no_grad()
     def gradient(self, grad: torch.Tensor) -> torch.Tensor:
-        """Return the gradient to the slab, from the gradient of the features [N, M]."""
-        first, second = torch.autograd.grad(self.result, self.leaves, grad, retain_graph=True)
-        block = self.up[-1]
+        """Compute the gradient of the slab [N, C, D, H, W] from the gradient of the features [N, M]."""
+        # The graph is retained, because backward may be called again.
+        first_gradient, second_gradient = torch.autograd.grad(
+            self.result, self.leaves, grad, retain_graph=True
+        )
+        block = self.decoder_blocks[-1]
         if self.arch.pooling != "slice_max":
-            return self._back(*_ungated(block, first, None), second)
-        # The selected voxels get all of the gradient.
-        arrived = torch.zeros_like(block.h)
-        arrived.flatten(2).scatter_(2, self.places, first)
-        return self._back(arrived, second.double(), None)
+            # The leaves are the last volume after its gates, and the coarsest volume.
+            return self._backward(*_gate_gradients(block, first_gradient, None), second_gradient)
+        # The leaves are the selected voxels of h, and the channel gate. All other voxels get no gradient.
+        h_gradient = torch.zeros_like(block.h)
+        h_gradient.flatten(2).scatter_(2, self.voxel_indices, first_gradient)
+        return self._backward(h_gradient, second_gradient.double(), None)
 
     @torch.no_grad()
     def gradient_of_maps(
-        self, fine: torch.Tensor, coarsest: torch.Tensor | None, weights: WeightGradients
-    ) -> torch.Tensor:
-        """Return the gradient to the slab from those of the maps, and add those of weights to `weights`."""
-        return self._back(*_ungated(self.up[-1], fine, None), coarsest, weights)
-
-    def _back(
         self,
-        arrived: torch.Tensor,
-        gates: torch.Tensor,
-        coarsest: torch.Tensor | None,
-        weights: WeightGradients | None = None,
+        last_gradient: torch.Tensor,
+        coarsest_gradient: torch.Tensor | None,
+        weight_gradients: WeightGradients,
     ) -> torch.Tensor:
-        """Return the gradient to the slab.
+        """Compute the gradient of the slab, and store the gradients of the weights in `weight_gradients`.
 
-        Args: arrived: gradient of the last volume before its gates; gates: sums of the gradient of its gates;
-            coarsest: gradient of the coarsest volume after its gates.
+        Args:
+            last_gradient: gradient of the last volume after its gates.
+            coarsest_gradient: gradient of the coarsest volume after its gates, or None if it is 0.
+            weight_gradients: receives the gradients of the weights.
         """
-        # Decoders from the finest to the coarsest. Each gradient also goes to the skip connection of its
-        # level.
-        passed = self._through(self.up[-1], arrived, gates, weights)
-        skips = []
-        for k in reversed(range(len(self.up))):
-            skips.append(passed)
-            below = self.up[k - 1] if k else self.down[-1]
-            layer = _upsampling(self.net.decoders[k])
-            if weights is not None:
-                weights.upsampling(layer, self.up[k].read, passed)
-            kernel = _kernel(layer, "up gradient", lambda w: ops.transposed_kernel(w.transpose(0, 1)))
-            after_gates = ops.volume_up_gradient(passed, kernel, below.h.shape[2:])
-            if k:
-                passed = self._through(below, *_ungated(below, after_gates, None), weights)
-        after_gates = after_gates if coarsest is None else after_gates + coarsest
-        # Encoders from the coarsest to the finest, where skip and pooling meet.
-        pooled = None
-        for level in reversed(range(len(self.down))):
-            block = self.down[level]
-            passed = self._through(block, *_ungated(block, after_gates, pooled), weights)
-            # A block with mix gives the gradient of the one channel itself, so conv1 is already included.
-            if not isinstance(block.module.conv1, nn.Identity) and (block.mix is None or weights is not None):
-                if weights is not None:
-                    weights.pointwise(block.module.conv1, block.read, passed)
-                weight = block.module.conv1.weight.flatten(1)  # [O, C]
-                passed = (weight.T @ passed.flatten(2)).unflatten(2, passed.shape[2:])
-            if level:
-                after_gates = skips.pop()
-                pooled = passed
-        return passed
+        last_block = self.decoder_blocks[-1]
+        return self._backward(
+            *_gate_gradients(last_block, last_gradient, None), coarsest_gradient, weight_gradients
+        )
 
-    def _through(
-        self, block: _Block, arrived: torch.Tensor, gates: torch.Tensor, weights: WeightGradients | None
+    def _backward(
+        self,
+        h_gradient: torch.Tensor,
+        gate_sums: torch.Tensor,
+        coarsest_gradient: torch.Tensor | None,
+        weight_gradients: WeightGradients | None = None,
     ) -> torch.Tensor:
-        """Return the gradient of a block's residual.
+        """Compute the gradient of the slab through all blocks.
 
-        For a block without training weights whose residual is made of one channel, it is that channel's
-        gradient.
-        Args: arrived: gradient of h; gates: sums for the channel gate [N, C], followed by those for the
-            weights and the bias of the voxel gate.
+        Args:
+            h_gradient: gradient of the last volume before its gates.
+            gate_sums: gradient sums of the gates of the last volume, see `_block_backward`.
+            coarsest_gradient: gradient of the coarsest volume after its gates, or None if it is 0.
+            weight_gradients: receives the gradients of the weights; None if they are not needed.
+        """
+        # Decoders from the finest to the coarsest. The residual of a decoder block is the sum of the
+        # upsampled volume and the skip connection, so both get the same gradient.
+        gradient = self._block_backward(self.decoder_blocks[-1], h_gradient, gate_sums, weight_gradients)
+        skip_gradients = []
+        for k in reversed(range(len(self.decoder_blocks))):
+            skip_gradients.append(gradient)
+            # Decoder 0 reads the coarsest volume, the result of the last encoder.
+            source_block = self.decoder_blocks[k - 1] if k else self.encoder_blocks[-1]
+            layer = _upsampling(self.net.decoders[k])
+            if weight_gradients is not None:
+                weight_gradients.upsampling(layer, self.decoder_blocks[k].layer_input, gradient)
+            kernel = _kernel(layer, "up gradient", lambda w: ops.transposed_kernel(w.transpose(0, 1)))
+            after_gates = ops.volume_up_gradient(gradient, kernel, source_block.h.shape[2:])
+            if k:
+                gradient = self._block_backward(
+                    source_block, *_gate_gradients(source_block, after_gates, None), weight_gradients
+                )
+        after_gates = after_gates if coarsest_gradient is None else after_gates + coarsest_gradient
+        # Encoders from the coarsest to the finest. The result of an encoder gets a gradient from its skip
+        # connection and another one from the pooling before the next encoder.
+        pooled_gradient = None
+        for level in reversed(range(len(self.encoder_blocks))):
+            block = self.encoder_blocks[level]
+            gradient = self._block_backward(
+                block, *_gate_gradients(block, after_gates, pooled_gradient), weight_gradients
+            )
+            # For a block with `mix` and without gradients of weights, the result is already the gradient of
+            # the input of conv1.
+            if not isinstance(block.module.conv1, nn.Identity) and (
+                block.mix is None or weight_gradients is not None
+            ):
+                if weight_gradients is not None:
+                    weight_gradients.pointwise(block.module.conv1, block.layer_input, gradient)
+                weight = block.module.conv1.weight.flatten(1)  # [O, C]
+                gradient = (weight.T @ gradient.flatten(2)).unflatten(2, gradient.shape[2:])
+            if level:
+                after_gates = skip_gradients.pop()
+                pooled_gradient = gradient
+        return gradient
+
+    def _block_backward(
+        self,
+        block: _Block,
+        h_gradient: torch.Tensor,
+        gate_sums: torch.Tensor,
+        weight_gradients: WeightGradients | None,
+    ) -> torch.Tensor:
+        """Compute the gradient of a block's residual.
+
+        If the residual is made from one channel and no gradients of weights are needed, the result is the
+        gradient of this channel instead.
+
+        Args:
+            block: the block.
+            h_gradient: gradient of h through the product with the gates, without the part through the channel
+                gate.
+            gate_sums: gradients [N, 2 C + 1] per sample: C for the channel gate, C for the weights of the
+                voxel gate, and one for its bias. The last C + 1 may be missing without gradients of weights.
+            weight_gradients: receives the gradients of the weights; None if they are not needed.
         """
         module = block.module
         voxels = block.h[0, 0].numel()
         r = block.r
         mix = block.mix
-        # The channel gate is tiny, so autograd computes its gradient.
+        # The channel gate has few operations, so autograd computes its gradient.
         squeezed, *linear = (
             t.detach().requires_grad_() for t in (block.squeezed, *module.se_module.cSE.parameters())
         )
         with torch.enable_grad():
             gate = _channel_gate(squeezed, *linear)
-            mean, *linear = torch.autograd.grad(gate, [squeezed, *linear], gates[:, : gate.shape[1]].float())
-        # h's mean is a sum over voxels, so its gradient is spread evenly
-        mean = mean[..., None].double() / voxels
-        # f0 g + f1 h + f2 with f0 = 1: the gradient of the mean is a constant per channel.
-        factors = torch.cat([torch.ones_like(mean), torch.zeros_like(mean), mean], dim=2).float()
-        outer, inner = (
-            _kernel(c, "gradient", lambda w: ops.transformed_kernel(ops.turned(w)))
-            for c in (module.conv3.conv, module.conv2.conv)
-        )
-        g, sums = ops.volume_conv_gradient(arrived, block.h, factors, outer, block.inner)
-        if weights is not None:
-            weights.gates(module.se_module, linear, gates)
-            weights.convolution(
-                module.conv3, (arrived, block.h, factors), block.inner, None, block.second, sums
+            mean_gradient, *linear_gradients = torch.autograd.grad(
+                gate, [squeezed, *linear], gate_sums[:, : gate.shape[1]].float()
             )
-        factors = group_gradient(module.conv3.groupnorm, block.second, sums, voxels).float()
-        after = g
-        g, sums = ops.volume_conv_gradient(after, block.inner, factors, inner, r, mix)
-        if weights is not None:
-            weights.convolution(module.conv2, (after, block.inner, factors), r, mix, block.first, sums)
-            # Weights of conv1 need the gradient of every channel of r, so r is computed now.
+        # The mean of h over voxels passes the same share of its gradient to every voxel. [N, C, 1]
+        mean_gradient = mean_gradient[..., None].double() / voxels
+        # The complete gradient of h has the form f0 g + f1 h + f2 of the operators, with f0 = 1, f1 = 0 and
+        # the gradient through the mean as the constant f2.
+        factors = torch.cat(
+            [torch.ones_like(mean_gradient), torch.zeros_like(mean_gradient), mean_gradient], dim=2
+        ).float()
+        conv3_kernel, conv2_kernel = (
+            _kernel(convolution, "gradient", lambda w: ops.transformed_kernel(ops.turned(w)))
+            for convolution in (module.conv3.conv, module.conv2.conv)
+        )
+        # Gradient of the normalised `inner`, and its sums for the group normalisation
+        g, sums = ops.volume_conv_gradient(h_gradient, block.h, factors, conv3_kernel, block.inner)
+        if weight_gradients is not None:
+            weight_gradients.gates(module.se_module, linear_gradients, gate_sums)
+            weight_gradients.convolution(
+                module.conv3, (h_gradient, block.h, factors), block.inner, None, block.inner_sums, sums
+            )
+        factors = group_gradient(module.conv3.groupnorm, block.inner_sums, sums, voxels).float()
+        inner_gradient = g
+        g, sums = ops.volume_conv_gradient(inner_gradient, block.inner, factors, conv2_kernel, r, mix)
+        if weight_gradients is not None:
+            weight_gradients.convolution(
+                module.conv2, (inner_gradient, block.inner, factors), r, mix, block.r_sums, sums
+            )
+            # The gradients of conv1's weights need the gradient of every channel of the residual, so the
+            # residual itself is computed now.
             if mix is not None:
                 r = torch.addcmul(mix[:, 1, None, None, None], r, mix[:, 0, None, None, None])
                 mix = None
         factors = torch.cat(
-            [mean, group_gradient(module.conv2.groupnorm, block.first, sums, voxels)], dim=2
+            [mean_gradient, group_gradient(module.conv2.groupnorm, block.r_sums, sums, voxels)], dim=2
         ).float()
-        return ops.volume_join(arrived, block.h, g, r, factors, mix)
+        # The residual is added to the result of conv3, and it is also the input of conv2: both gradients.
+        return ops.volume_join(h_gradient, block.h, g, r, factors, mix)
 
 
 def _upsampling(decoder: Any) -> nn.ConvTranspose3d:
-    """Return the transposed convolution of a decoder."""
+    """Return the transposed convolution of a `Decoder`."""
     return decoder.upsampling.upsample.conv_transposed
 
 
-def _ungated(
-    block: _Block, after_gates: torch.Tensor | None, pooled: torch.Tensor | None
+def _gate_gradients(
+    block: _Block, gated_gradient: torch.Tensor | None, pooled_gradient: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the gradient of h and sums for the gates, from gradients after gates and pooling."""
-    return ops.volume_gate_gradient(block.h, block.gate, *block.spatial(), after_gates, pooled)
+    """Compute the gradients of a block's h and of its gates.
+
+    Args:
+        block: the block.
+        gated_gradient: gradient of the volume after the gates, or None if it is 0.
+        pooled_gradient: gradient of this volume after max-pooling, or None if it was not pooled.
+    Returns: the gradient of h through the product with the gates, and the gradient sums [N, 2 C + 1] of the
+        gates.
+    """
+    return ops.volume_gate_gradient(block.h, block.gate, *block.spatial(), gated_gradient, pooled_gradient)
 
 
 def _channel_gate(squeezed: torch.Tensor, *linear: torch.Tensor) -> torch.Tensor:
-    """Compute the channel gate from means [N, C], and from weights and biases of fc1 and fc2."""
+    """Compute the channel gate [N, C] of ScSE.
+
+    Args:
+        squeezed: means [N, C] of the channels over the voxels.
+        linear: weight and bias of fc1, weight and bias of fc2.
+    """
     return torch.sigmoid(F.linear(F.relu(F.linear(squeezed, *linear[:2])), *linear[2:]))
 
 
-def _of_one_channel(
+def _convolution_of_one_channel(
     module: Any,
     mix: torch.Tensor,
     scale: torch.Tensor,
@@ -576,42 +757,62 @@ def _of_one_channel(
     mean: torch.Tensor,
     variance: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return scale and shift [N, 2] and kernels [N, O, 2, 3, 3, 3] of conv2 if its C inputs are made of one
-    channel.
+    """Return conv2 as a convolution with two input channels, if its C inputs are made from one channel x.
 
-    The convolution of such channels equals a convolution of two: the standardised slab, and a channel of
+    Input c of the convolution is scale_c (w_c x + b_c) + shift_c, where w_c, b_c are the rows of `mix`. The
+    convolution of these C channels equals a convolution of two channels: the standardised x, and a channel of
     ones. The ones are needed because padding adds zeros outside, so that offsets are missing at the border.
+
+    Args:
+        module: the `ResidualBlock`.
+        mix: factors w and offsets b, [C, 2].
+        scale: scale of conv2's group normalisation, [N, C].
+        shift: shift of conv2's group normalisation, [N, C].
+        mean: mean of x, float64 [N, 1].
+        variance: variance of x, float64 [N, 1].
+    Returns: scale and shift [N, 2] that make the two channels, and kernels [N, O, 2, 3, 3, 3].
     """
     w, b = mix.double().T[:, None]  # [1, C]
     std = variance.sqrt().clamp_min(1e-12)  # a constant slab has a standard deviation of 0
     factors = torch.stack([scale * w * std, scale * (w * mean + b) + shift], dim=2)  # [N, C, 2]
     kernel = torch.einsum("oczyx,nck->nokzyx", module.conv2.conv.weight.double(), factors).float()
-    inverse = 1 / std
-    scale = torch.cat([inverse, torch.zeros_like(inverse)], dim=1).float()
-    return scale, torch.cat([-mean * inverse, torch.ones_like(inverse)], dim=1).float(), kernel
+    inverse_std = 1 / std
+    # The first channel is (x - mean) / std. A scale of 0 and a shift of 1 make the channel of ones from x.
+    channel_scale = torch.cat([inverse_std, torch.zeros_like(inverse_std)], dim=1).float()
+    channel_shift = torch.cat([-mean * inverse_std, torch.ones_like(inverse_std)], dim=1).float()
+    return channel_scale, channel_shift, kernel
 
 
 def _kernel(layer: nn.Module, role: str, make: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-    """Return a layer's weights in an operator's layout, from a cache until the weights change."""
+    """Return the weights of a layer in the layout of an operator.
+
+    The result is cached until the weights change.
+
+    Args:
+        layer: layer with the attribute `weight`.
+        role: name of the layout.
+        make: function that converts the weights to the layout.
+    """
     weight: Any = layer.weight
-    known = _kernels.setdefault(layer, {})
+    cached_kernels = _kernels.setdefault(layer, {})
     # An optimiser changes weights in place, which increases _version; a loaded tensor may have another
     # address.
     state = (weight.data_ptr(), weight._version)
-    if role not in known or known[role][:2] != state:
-        known[role] = (*state, make(weight.detach()))
-    return known[role][2]
+    if role not in cached_kernels or cached_kernels[role][:2] != state:
+        cached_kernels[role] = (*state, make(weight.detach()))
+    return cached_kernels[role][2]
 
 
 def _moments(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute mean and variance [N, C] over the volume, returned in float64."""
+    """Compute the mean and the variance of each channel over its voxels, float64 [N, C] each."""
     flat = x.flatten(2)
-    # Two passes: the variance from centred values does not cancel.
+    # Two passes: the variance is computed from centred values, which avoids cancellation.
     mean = flat.mean(dim=2, keepdim=True)
     centred = flat - mean
     return mean[..., 0].double(), torch.einsum("ncv,ncv->nc", centred, centred).double() / flat.shape[2]
 
 
 def _sums(mean: torch.Tensor, variance: torch.Tensor, voxels: int) -> torch.Tensor:
-    """Return the sums [N, C, 2] of values and of their squares."""
+    """Return the sums [N, C, 2] of values and of their squares, from means and variances [N, C]."""
+    # E[x^2] = Var[x] + E[x]^2
     return torch.stack([mean, variance + mean.square()], dim=2) * voxels

@@ -1,9 +1,13 @@
 """Train a reward network on labelled pairs, on unpaired labels, or on both.
 
-Training uses the paper's losses and reference samples, stops early by the accuracy on validation pairs, and
-resumes exactly. Source: arXiv 2606.27305 (2026), reward training. The test split is never read here.
-Letters: N observations (winners, losers, reference samples in blocks), P pairs, B blocks, U unpaired labels,
-M entries of an embedding, W ranks.
+Losses and reference samples are those of arXiv 2606.27305 (2026), reward training. Training stops early by
+the accuracy on validation pairs, and an interrupted run resumes exactly. The test split is never read here.
+
+An *observation* is the input that the network reads from a shape. A *reference sample* is a sample at a low
+truncation psi, which should score above every labelled shape.
+
+Shapes: N observations of a step, in B blocks (winners, losers, and reference samples, if there are any); P
+compared pairs; U unpaired labels; M entries of an embedding; W ranks.
 """
 
 import contextlib
@@ -35,78 +39,89 @@ from training.distributed import SINGLE, Ranks
 from training.phases import RowDraws, sum_over_ranks
 from training.storage import checksum, write_atomic
 
-# The file from which a reward training resumes. It holds everything that changes during training, and the
-# options of the run.
+# The training state is the file from which a reward training resumes. It contains everything that changes
+# during training, and the options of the run.
 
 
 def save_state(path: Path, state: "TrainState", options: "TrainOptions") -> None:
-    """Write everything that a resumed run needs, atomically."""
+    """Write everything that a resumed run needs to `path`, atomically."""
     values = {
         "epoch": state.epoch,
         "history": state.history,
         "best_epoch": state.best_epoch,
         "options": asdict(options),
     }
-    # Without unpaired labels there is no bandwidth, and the key is left out, as in earlier files.
-    values |= {} if state.bandwidth is None else {"bandwidth": state.bandwidth}
+    # Only runs with unpaired labels have a bandwidth. Without it the key is left out, as in files of earlier
+    # versions.
+    if state.bandwidth is not None:
+        values["bandwidth"] = state.bandwidth
     tensors = {
         "model": state.model.state_dict(),
         "optimizer": state.optimizer.state_dict(),
         "best": state.best,
     }
     buffer = io.BytesIO()
-    # JSON inside a tensor file: torch.load with weights_only=True reads tensors and strings, but runs no
-    # code.
-    torch.save({**tensors, "plain": json.dumps(values), "sha256": checksum(_flat(tensors), values)}, buffer)
+    # The values are a JSON string inside the tensor file, so that torch.load can read it with
+    # weights_only=True, which runs no code from the file.
+    torch.save(
+        {**tensors, "plain": json.dumps(values), "sha256": checksum(_flatten(tensors), values)}, buffer
+    )
     write_atomic(path, buffer.getvalue())
 
 
-def _flat(value, name: str = "") -> dict[str, torch.Tensor]:
-    """Return the tensors in nested dictionaries and lists, by path."""
-    items = (
-        value.items()
-        if isinstance(value, dict)
-        else enumerate(value)
-        if isinstance(value, (list, tuple))
-        else ()
-    )
-    tensors = {name: value} if isinstance(value, torch.Tensor) else {}
-    for key, part in items:
-        tensors.update(_flat(part, f"{name}/{key}"))
+def _flatten(value, path: str = "") -> dict[str, torch.Tensor]:
+    """Return all tensors inside nested dictionaries and lists, by their path, for example "/model/MLP.0".
+
+    Values of all other types are left out.
+    """
+    if isinstance(value, torch.Tensor):
+        return {path: value}
+    if isinstance(value, dict):
+        items = list(value.items())
+    else:
+        items = list(enumerate(value)) if isinstance(value, (list, tuple)) else []
+    tensors = {}
+    for key, item in items:
+        tensors.update(_flatten(item, f"{path}/{key}"))
     return tensors
 
 
 def load_state(path: Path, state: "TrainState", options: "TrainOptions") -> None:
-    """Read a state on rank 0, from which every rank continues.
+    """Read a training state from a file on rank 0 and copy it into the `state` of every rank.
 
-    Raises: ValueError if the file is damaged or foreign, or if its run had other options.
+    Args:
+        path: file that `save_state` wrote.
+        state: state to change.
+        options: options of this run.
+    Raises: ValueError if the file is damaged or is no training state, or if its run had other options.
     """
-    content = (
-        {"file": torch.from_numpy(np.frombuffer(path.read_bytes(), np.uint8).copy())}
-        if state.ranks.main
-        else None
-    )
-    # Ranks on other machines may not see the file.
+    content = None
+    if state.ranks.main:
+        # The copy is writable, as torch requires.
+        content = {"file": torch.from_numpy(np.frombuffer(path.read_bytes(), np.uint8).copy())}
+    # Ranks on other machines may have no access to the file, so rank 0 sends its bytes.
     data = state.ranks.broadcast_named(content)["file"]
     try:
         stored = torch.load(io.BytesIO(data.numpy().tobytes()), map_location="cpu", weights_only=True)
         values = json.loads(stored["plain"])
-        if stored.pop("sha256") != checksum(_flat(stored), values):
+        if stored.pop("sha256") != checksum(_flatten(stored), values):
             raise ValueError("the checksum does not match")
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, TypeError) as error:
         cause = type(error).__name__
         raise ValueError(
-            f"train_reward({path.name}): expected a training state, got an invalid file ({cause}). Delete"
-            " it to start training again."
+            f"{path}: this file of a training state is damaged and cannot be read ({cause}). Delete the file"
+            " to start the training again."
         ) from error
-    # Through JSON, so that tuples become lists, as in the file.
-    requested = json.loads(json.dumps(asdict(options)))
-    started = version_0_1.settings(values["options"])
-    changed = sorted(name for name, value in requested.items() if started.get(name) != value)
-    if changed:
+    # A conversion to JSON and back turns tuples into lists, as in the file.
+    requested_options = json.loads(json.dumps(asdict(options)))
+    stored_options = version_0_1.settings(values["options"])
+    changed_names = sorted(
+        name for name, value in requested_options.items() if stored_options.get(name) != value
+    )
+    if changed_names:
         raise ValueError(
-            f"train_reward({path.name}): the run was started with other {', '.join(changed)}. Use the"
-            " options of the run, or delete the file to start training again."
+            f"{path}: the training was started with different values of {', '.join(changed_names)}. Pass the"
+            " values with which it was started, or delete the file to start the training again."
         )
     state.model.load_state_dict(stored["model"])
     state.optimizer.load_state_dict(stored["optimizer"])
@@ -117,42 +132,46 @@ def load_state(path: Path, state: "TrainState", options: "TrainOptions") -> None
     state.bandwidth = values.get("bandwidth")
 
 
-# Division of a training step among ranks: the items of each rank, the values that ranks exchange, and random
-# numbers that equal those of a single rank.
+# Distribution of a training step over ranks: the items of each rank, the exchange of values between ranks,
+# and random numbers that are equal to those of a run with a single rank.
 
 
 @dataclass(frozen=True)
 class Share:
-    """This rank's items of a step: every W-th item.
+    """Items of a training step that this rank processes: every W-th item.
 
-    If a short last step has no item for a rank, the rank takes the first item with weight 0, because all
-    ranks must take part in the exchange of gradients.
+    The last step of an epoch may have fewer items than there are ranks. A rank without an item then processes
+    the first item with weight 0, because all ranks must take part in the exchange of gradients.
     """
 
-    count: int  # items of the step, over all ranks
+    count: int  # number of items of the step, over all ranks
     ranks: Ranks = SINGLE
 
     @property
     def rows(self) -> list[int]:
-        """Indices of this rank's items in the step."""
+        """Indices of this rank's items in the step. The list is empty only if the step has no items."""
+        # A rank without an item takes item 0; `[0][:0]` is empty.
         return list(range(self.count))[self.ranks.rank :: self.ranks.world] or [0][: self.count]
 
     @property
     def weight(self) -> float:
-        """Share of the step's mean that a mean over `rows` contributes, 0..1."""
+        """Weight in 0..1 of this rank's mean over `rows` in the mean over all items of the step."""
         return len(range(self.ranks.rank, self.count, self.ranks.world)) / max(self.count, 1)
 
-    def of_blocks(self, drawn: np.ndarray) -> np.ndarray:
-        """Select the entries of these items from values of B blocks of `count` items.
+    def select_from_blocks(self, values: np.ndarray) -> np.ndarray:
+        """Select this rank's items from values of B blocks of `count` items each.
 
         [B * count] -> [B * len(rows)].
         """
-        return drawn.reshape(-1, self.count)[:, self.rows].reshape(-1)
+        return values.reshape(-1, self.count)[:, self.rows].reshape(-1)
 
     def gather(self, values: torch.Tensor) -> torch.Tensor:
-        """Collect values [len(rows), ...] of every rank into those of the complete step, [count, ...].
+        """Collect the values of the complete step on every rank.
 
         Differentiable only in the values of this rank.
+
+        Args: values: values [len(rows), ...] of this rank's items.
+        Returns: values [count, ...] of all items, in the order of the step.
         """
         if self.ranks.world == 1:
             return values
@@ -162,101 +181,129 @@ class Share:
         if not self.weight:
             return self.ranks.sum_(gathered, "exchange embeddings")
         gathered[rows] = values.detach()
-        # The sum has no graph; index_copy puts this rank's values with their graph in their places.
+        # The sum carries no gradient. index_copy replaces this rank's rows by the original values, which do.
         return self.ranks.sum_(gathered, "exchange embeddings").index_copy(0, rows, values)
 
     def update(
-        self, model: torch.nn.Module, figures: dict[str, float], stop: bool, weights: Mapping[str, float]
+        self, model: torch.nn.Module, metrics: dict[str, float], stop: bool, weights: Mapping[str, float]
     ) -> tuple[dict[str, float], bool]:
-        """Sum gradients over ranks.
+        """Sum the gradients of the model over ranks, in place, and average metrics over ranks.
 
-        Args: weights: share that this rank's figure contributes to the mean, by figure; else `weight`.
-        Returns: the step's mean figures, and whether any rank was asked to stop.
+        Args:
+            model: network whose gradients are summed.
+            metrics: metrics of this rank, by name.
+            stop: True if this rank was asked to stop.
+            weights: weight of this rank's value in the mean over the step, by name of the metric; a metric
+                that is not named has the weight `Share.weight`.
+        Returns: the metrics of the complete step, and True if any rank was asked to stop.
         """
         if self.ranks.world == 1:
-            return figures, stop
-        real = float(self.weight > 0)
-        # 'strength' is a norm over samples, so its squares are summed. The other figures are means.
-        parts = [
-            value**2 * real if name == "strength" else value * weights.get(name, self.weight)
-            for name, value in figures.items()
+            return metrics, stop
+        has_items = float(self.weight > 0)
+        # 'strength' is a norm over samples, so its squares are summed. All other metrics are means.
+        terms = [
+            value**2 * has_items if name == "strength" else value * weights.get(name, self.weight)
+            for name, value in metrics.items()
         ]
         sums = torch.tensor(
-            [*parts, float(stop)], dtype=torch.float32, device=next(model.parameters()).device
+            [*terms, float(stop)], dtype=torch.float32, device=next(model.parameters()).device
         )
-        # Figures and the request to stop travel with the gradients, in one exchange.
+        # Metrics and the request to stop are sent together with the gradients, in one exchange.
         sum_over_ranks(self.ranks, model.parameters(), [sums])
-        *totals, stops = sums.tolist()
-        return {k: v**0.5 if k == "strength" else v for k, v in zip(figures, totals, strict=True)}, stops > 0
+        *totals, stop_requests = sums.tolist()
+        step_metrics = {
+            name: total**0.5 if name == "strength" else total
+            for name, total in zip(metrics, totals, strict=True)
+        }
+        return step_metrics, stop_requests > 0
 
 
 class Step:
-    """The pairs and the unpaired labels of a step, with this rank's shares of them."""
+    """Labels of one training step, over all ranks, and the share of this rank.
 
-    def __init__(self, items: Sequence[Preference], shapes: Sequence[UnpairedPreference], ranks: Ranks):
-        self.items = items
+    Args:
+        pairs: labelled pairs of the step.
+        shapes: unpaired labels of the step.
+        ranks: processes that share the step.
+    """
+
+    def __init__(self, pairs: Sequence[Preference], shapes: Sequence[UnpairedPreference], ranks: Ranks):
+        self.pairs = pairs
         self.shapes = shapes
         self.ranks = ranks
-        self.of_items = Share(len(items), ranks)
-        self.of_shapes = Share(len(shapes), ranks)
+        self.pair_share = Share(len(pairs), ranks)
+        self.shape_share = Share(len(shapes), ranks)
 
     def draws(self, rows: int) -> contextlib.AbstractContextManager:
-        """Return a context in which random numbers equal those of the complete step on one rank.
+        """Return a context in which each sample gets the random numbers that it has in a run with one rank.
 
-        Args: rows: number of observations of pairs in the forward pass. They come block by block, and the
-            observations of unpaired labels follow.
+        Args:
+            rows: number of this rank's observations of pairs in the forward pass. They are ordered block by
+                block, and the observations of unpaired labels follow.
         """
         if self.ranks.world == 1:
             return contextlib.nullcontext()
-        blocks = rows // max(len(self.of_items.rows), 1)  # winners, losers, and perhaps reference samples
-        places = [block * len(self.items) + row for block in range(blocks) for row in self.of_items.rows]
+        # Blocks of winners, losers, and perhaps reference samples; max avoids a division by 0 without pairs.
+        block_count = rows // max(len(self.pair_share.rows), 1)
+        # Index of each of this rank's observations in the batch of a single rank
+        pair_indices = []
+        for block in range(block_count):
+            pair_indices += [block * len(self.pairs) + row for row in self.pair_share.rows]
+        shape_indices = [block_count * len(self.pairs) + row for row in self.shape_share.rows]
         return RowDraws(
-            [*places, *(blocks * len(self.items) + row for row in self.of_shapes.rows)],
-            blocks * len(self.items) + len(self.shapes),
+            [*pair_indices, *shape_indices],
+            block_count * len(self.pairs) + len(self.shapes),
         )
 
 
-MOMENTUM = 0.9  # of the moving average of the divergence's bandwidth over steps
-LEAST_BANDWIDTH = 1e-3  # if all embeddings coincide, their median distance is 0, which is no bandwidth
+MOMENTUM = 0.9  # momentum of the moving average over steps of the divergence's bandwidth
+# Least bandwidth of the divergence. It is needed if all embeddings coincide, whose median distance is 0.
+LEAST_BANDWIDTH = 1e-3
 
 
 def new_network(options: TrainOptions, kind: str) -> RewardNetwork:
-    """Create an untrained network that reads observations of `kind`.
+    """Create an untrained network that reads observations of one kind.
 
-    Raises: ValueError, FileNotFoundError if the backbone's file is missing or does not fit.
+    Args:
+        options: settings of the training, which name the preset and the backbone's file.
+        kind: kind of the observation, for example "sigma".
+    Raises: ValueError if the preset is unknown, or if a backbone's file is missing in the options, not
+        allowed or does not match; FileNotFoundError if the backbone's file does not exist.
     """
     description = dict(preset(options.preset, kind).network)
     if options.backbone and "backbone" not in description:
         raise ValueError(
-            f"--backbone: preset {options.preset} of {kind} has no backbone, got {options.backbone}. Remove"
-            " --backbone."
+            f"--backbone={options.backbone} has no effect, because the preset {options.preset} of the"
+            f" observation {kind} has no backbone. Remove --backbone."
         )
-    return builder_of(kind)({**description, **({"backbone": options.backbone} if options.backbone else {})})
+    if options.backbone:
+        description["backbone"] = options.backbone
+    return builder_of(kind)(description)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainData:
-    """Data of a training."""
+    """Labels and observations of a reward training."""
 
-    train: Sequence[Preference]
-    val: Sequence[Preference]
+    train: Sequence[Preference]  # pairs for training
+    val: Sequence[Preference]  # pairs for validation
     store: ObservationCache  # observations of all labelled seeds
     anchors: Sequence[int] = ()  # seeds of the reference samples
     anchor_store: ObservationCache | None = None  # observations of the reference samples
     observation: Observation = SigmaSlab()
-    unpaired: Sequence[UnpairedPreference] = ()  # for training; each has a preference
-    unpaired_val: Sequence[UnpairedPreference] = ()  # for validation
+    unpaired: Sequence[UnpairedPreference] = ()  # unpaired labels for training; each states a preference
+    unpaired_val: Sequence[UnpairedPreference] = ()  # unpaired labels for validation
 
-    def learns_pairs(self, options: TrainOptions) -> bool:
-        """Return whether steps consist of pairs.
+    def trains_on_pairs(self, options: TrainOptions) -> bool:
+        """Return True if the network is trained on pairs.
 
-        Otherwise they consist of unpaired labels, and pairs are used only to choose the epoch.
+        Otherwise it is trained on unpaired labels only, and pairs serve only to choose the epoch.
         """
         return options.weights.on_pairs or not self.unpaired
 
     def steps(self, options: TrainOptions) -> int:
-        """Number of steps of an epoch."""
-        if self.learns_pairs(options):
+        """Return the number of steps of an epoch."""
+        if self.trains_on_pairs(options):
             return math.ceil(len(self.train) / options.batch)
         return math.ceil(len(self.unpaired) / options.unpaired_batch)
 
@@ -270,10 +317,11 @@ class TrainState:
     epoch: int = 0  # number of finished epochs
     history: list[dict] = field(default_factory=list)  # one record per epoch
     best: dict[str, torch.Tensor] = field(default_factory=dict)  # state dict of the best epoch so far
-    best_epoch: int = -1
-    bandwidth: float | None = None  # of the divergence's kernel, as a moving average over steps
-    ranks: Ranks = SINGLE  # this process among those of the run
-    request: StopRequest = field(default_factory=StopRequest)
+    best_epoch: int = -1  # index of the best epoch so far, from 0; -1 before the first epoch
+    # Bandwidth of the divergence's kernel, a moving average over steps; None before the first unpaired labels
+    bandwidth: float | None = None
+    ranks: Ranks = SINGLE  # processes of the run, and the rank of this process
+    request: StopRequest = field(default_factory=StopRequest)  # records SIGTERM and SIGINT
 
 
 def train_reward(
@@ -287,52 +335,57 @@ def train_reward(
     ranks: Ranks = SINGLE,
     start: RewardNetwork | None = None,
 ) -> TrainState:
-    """Train until `epochs` or `patience` are exhausted, and put the best epoch's weights into the model.
+    """Train a reward network, and return it with the weights of the epoch that validates best.
 
-    Random numbers depend only on (seed, epoch), so a run that is resumed from `state_file` equals an
-    uninterrupted run.
+    Training ends after `options.epochs` epochs, or after `options.patience` epochs without a better
+    validation accuracy. Random numbers depend only on the seed and the epoch, so a run that is resumed from
+    `state_file` is equal to an uninterrupted run.
 
     Args:
-        state_file: written after each epoch; if it exists and matches the options, training resumes from it.
-        on_step, on_epoch: callbacks for progress and logs; on_epoch gets the epoch's record.
-        ranks: this process among those that train together; the pairs of each step are divided among them.
+        data: labels and observations.
+        options: settings of the training.
+        device: device of the network.
+        state_file: file that is written after each epoch; if it exists, training resumes from it.
+        on_step: function that is called after each step.
+        on_epoch: function that is called with the record of each epoch.
+        ranks: processes that train together; the labels of each step are distributed over them.
         start: network from whose weights training starts; `options.start` states its hash.
-    Returns: the state after training.
-    Raises: ValueError if pairs are missing or `state_file` belongs to other options; StoppedError after
-        SIGTERM or SIGINT.
+    Returns: the state after training, whose model has the weights of the best epoch and is in eval mode.
+    Raises: ValueError if pairs or unpaired labels are missing, or if `state_file` belongs to a run with other
+        options; StoppedError after SIGTERM or SIGINT.
     """
     if not data.train or not data.val:
         raise ValueError(
-            f"train_reward: expected training and validation pairs, got {len(data.train)} and"
-            f" {len(data.val)}. Label more pairs."
+            "train_reward: expected at least one training pair and one validation pair, got"
+            f" {len(data.train)} training pairs and {len(data.val)} validation pairs. Label more pairs."
         )
     _check_unpaired(data, options)
     # Members of an ensemble differ more if each is trained on its own bootstrap sample of the labels.
     if options.bootstrap:
-        drawn = np.random.default_rng([options.seed, len(data.train)]).integers(
-            len(data.train), size=len(data.train)
+        pair_rng = np.random.default_rng([options.seed, len(data.train)])
+        pair_indices = pair_rng.integers(len(data.train), size=len(data.train))
+        resampled_labels = redrawn(
+            data.unpaired, np.random.default_rng([options.seed, len(data.unpaired), 1])
         )
-        resampled = redrawn(data.unpaired, np.random.default_rng([options.seed, len(data.unpaired), 1]))
-        data = replace(data, train=[data.train[i] for i in drawn], unpaired=resampled)
-    # A private random state, so that the initialisation depends only on the seed.
+        data = replace(data, train=[data.train[i] for i in pair_indices], unpaired=resampled_labels)
+    # A separate random state, so that the initialisation depends only on the seed.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)
         model = new_network(options, data.observation.kind).to(device)
-    family = torch.optim.AdamW if options.decoupled else torch.optim.Adam
-    state = TrainState(
-        model, family(model.parameters(), lr=options.lr, weight_decay=options.weight_decay), ranks=ranks
-    )
-    seeds = [seed for label in data.train for seed in (label.winner, label.loser)] + [
-        label.seed for label in data.unpaired
-    ]
-    # Before the weights of `start`, which then also replace what was calibrated.
-    model.calibrate(lambda: data.store.take(seeds, device))
+    optimizer_class = torch.optim.AdamW if options.decoupled else torch.optim.Adam
+    optimizer = optimizer_class(model.parameters(), lr=options.lr, weight_decay=options.weight_decay)
+    state = TrainState(model, optimizer, ranks=ranks)
+    calibration_seeds = [seed for label in data.train for seed in (label.winner, label.loser)]
+    calibration_seeds += [label.seed for label in data.unpaired]
+    # The calibration comes before the weights of `start`, which also contain statistics and replace it.
+    model.calibrate(lambda: data.store.take(calibration_seeds, device))
     if start is not None:
         model.load_state_dict(start.state_dict())
     if state_file is not None and ranks.broadcast(state_file.is_file()):
         load_state(state_file, state, options)
     # All ranks start from the weights and buffers of rank 0.
     ranks.broadcast_((*model.parameters(), *model.buffers()))
+    # The index of the last finished epoch is state.epoch - 1.
     while state.epoch < options.epochs and state.epoch - 1 - state.best_epoch < options.patience:
         with state.request:
             record = _epoch(state, data, options, on_step)
@@ -352,56 +405,68 @@ def train_reward(
 
 
 def _check_unpaired(data: TrainData, options: TrainOptions) -> None:
-    """Raise ValueError if the weights of the loss and the unpaired labels do not match."""
-    used = options.weights.regression or options.weights.divergence
+    """Raise ValueError if the weights of the loss and the unpaired labels do not match.
+
+    The terms `regression` and `divergence` need unpaired labels of both kinds, and only they use these
+    labels.
+    """
+    has_unpaired_loss = options.weights.regression or options.weights.divergence
     kinds = {label.preferred for label in data.unpaired}
-    if data.unpaired and not used:
+    if data.unpaired and not has_unpaired_loss:
         raise ValueError(
-            "--unpaired: has no effect without --regression or --divergence above 0. Set one of them, or"
-            " remove --unpaired."
+            "--unpaired has no effect, because --regression and --divergence are 0. Set one of them above 0,"
+            " or remove --unpaired."
         )
-    if used and kinds != {True, False}:
-        got = "none of one kind" if kinds else "none"
+    if has_unpaired_loss and not kinds:
         raise ValueError(
-            "--regression, --divergence: expected unpaired labels of both kinds (preferred and not"
-            f" preferred), got {got}. Pass --unpaired, or label more shapes."
+            "--regression and --divergence need labels of single shapes, but there are none. Pass"
+            " --unpaired=FILE, or set both to 0."
+        )
+    if has_unpaired_loss and kinds != {True, False}:
+        raise ValueError(
+            "--regression and --divergence need labels of preferred shapes and of shapes that are not"
+            f" preferred, but all {len(data.unpaired)} training labels are of one kind, and none are of the"
+            " other kind. Add labels of the other kind to --unpaired."
         )
 
 
 def _epoch(
     state: TrainState, data: TrainData, options: TrainOptions, on_step: Callable[[], None] | None
 ) -> dict:
-    """Run one epoch of training, and then evaluate the validation pairs.
+    """Train for one epoch, and then evaluate the network on the validation pairs.
 
-    Returns: the epoch's record.
+    Returns: the epoch's record of JSON values.
     """
-    began = time.monotonic()
-    # Streams depend on the seed and the epoch only, so a resumed epoch draws the same numbers. The second
-    # stream serves unpaired labels: with or without them, the order of the pairs is the same.
-    rng = np.random.default_rng([options.seed, state.epoch])
-    draws = np.random.default_rng([options.seed, state.epoch, 1])
-    generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+    start_time = time.monotonic()
+    # Random numbers depend on the seed and the epoch only, so a resumed epoch draws the same numbers. The
+    # second stream serves unpaired labels, so that they do not change the order of the pairs.
+    pair_rng = np.random.default_rng([options.seed, state.epoch])
+    unpaired_rng = np.random.default_rng([options.seed, state.epoch, 1])
+    generator = torch.Generator().manual_seed(int(pair_rng.integers(2**62)))
     steps = data.steps(options)
-    shapes = batches_of(data.unpaired, options.unpaired_batch, draws)
-    sums: dict[str, float] = {}
+    unpaired_batches = batches_of(data.unpaired, options.unpaired_batch, unpaired_rng)
+    metrics: dict[str, float] = {}
     with torch.random.fork_rng(devices=[]):  # dropout reads the global generator
-        torch.manual_seed(int(rng.integers(2**62)))
+        torch.manual_seed(int(pair_rng.integers(2**62)))
         state.model.train()
-        order = rng.permutation(len(data.train) if data.learns_pairs(options) else 0)
+        order = pair_rng.permutation(len(data.train) if data.trains_on_pairs(options) else 0)
         for step in range(steps):
             if options.cosine:
                 # Half a cosine over all epochs, updated at every step
-                done = (state.epoch + step / steps) / options.epochs
-                state.optimizer.param_groups[0]["lr"] = options.lr * 0.5 * (1 + math.cos(math.pi * done))
-            items = [data.train[i] for i in order[step * options.batch : (step + 1) * options.batch]]
-            # Figures are averaged over pairs, so that a short last step counts less.
-            part, total = (len(items), len(order)) if items else (1, steps)
-            batch = Step(items, next(shapes) if data.unpaired else [], state.ranks)
-            for name, value in _step(state, batch, data, options, (rng, draws), generator).items():
-                sums[name] = sums.get(name, 0.0) + value * part / total
+                progress = (state.epoch + step / steps) / options.epochs
+                state.optimizer.param_groups[0]["lr"] = options.lr * 0.5 * (1 + math.cos(math.pi * progress))
+            pairs = [data.train[i] for i in order[step * options.batch : (step + 1) * options.batch]]
+            # Metrics are averaged over pairs, so that a short last step counts less. Without pairs, all steps
+            # count equally.
+            step_weight, total_weight = (len(pairs), len(order)) if pairs else (1, steps)
+            batch = Step(pairs, next(unpaired_batches) if data.unpaired else [], state.ranks)
+            step_metrics = _step(state, batch, data, options, (pair_rng, unpaired_rng), generator)
+            for name, value in step_metrics.items():
+                metrics[name] = metrics.get(name, 0.0) + value * step_weight / total_weight
             if on_step:
                 on_step()
-    correct = sums.pop("correct")
+    # All other metrics are loss terms.
+    train_accuracy = metrics.pop("correct")
     # Dropout off for validation.
     state.model.eval()
     scores = score_seeds(
@@ -413,10 +478,10 @@ def _epoch(
     margin = margins(scores, data.val)
     record = {
         "epoch": state.epoch,
-        "seconds": time.monotonic() - began,
+        "seconds": time.monotonic() - start_time,
         "lr": state.optimizer.param_groups[0]["lr"],
-        "loss": sums,
-        "train_accuracy": correct,
+        "loss": metrics,
+        "train_accuracy": train_accuracy,
         "val_accuracy": float((margin > 0).mean()),
         "val_log_loss": log_loss(margin),
     }
@@ -424,12 +489,9 @@ def _epoch(
         scores = score_seeds(
             state.model, data.store, [label.seed for label in data.unpaired_val], state.ranks
         )
-        record["val_auc"] = auc(
-            *(
-                [scores[label.seed] for label in data.unpaired_val if label.preferred is kind]
-                for kind in (True, False)
-            )
-        )
+        preferred_scores = [scores[label.seed] for label in data.unpaired_val if label.preferred is True]
+        other_scores = [scores[label.seed] for label in data.unpaired_val if label.preferred is False]
+        record["val_auc"] = auc(preferred_scores, other_scores)
     return record
 
 
@@ -441,164 +503,219 @@ def _step(
     rngs: tuple[np.random.Generator, np.random.Generator],
     generator: torch.Generator,
 ) -> dict[str, float]:
-    """Update the network on one batch.
+    """Update the network on the labels of one step.
 
-    Returns: the weighted loss terms and, as `correct`, the share of pairs that are ordered as labelled.
+    Args:
+        state: state of the training, which is changed.
+        batch: labels of the step.
+        data: labels and observations of the training.
+        options: settings of the training.
+        rngs: random numbers of pairs, and of unpaired labels.
+        generator: random numbers of the loss, which chooses presentation orders.
+    Returns: the weighted loss terms by name and, as "correct", the share of pairs that the scores order as
+        labelled.
     """
     device = next(state.model.parameters()).device
     weights = options.weights
     loss = PreferenceLoss(weights)
     terms = {}
-    figures = {}
-    paired = _batch(batch.items, batch.of_items, data, options, rngs[0], device) if batch.items else None
-    observed = [] if paired is None else [paired[0]]
+    metrics = {}
+    pair_rng, unpaired_rng = rngs
+    pair_batch = (
+        _pair_batch(batch.pairs, batch.pair_share, data, options, pair_rng, device) if batch.pairs else None
+    )
+    observations = [] if pair_batch is None else [pair_batch[0]]
     if batch.shapes:
-        observed.append(_shapes(batch.shapes, batch.of_shapes, data, options, rngs[1], device))
-    rows = 0 if paired is None else len(paired[0])
-    # One forward pass for pairs and unpaired labels: batch normalisation, if any, sees both.
-    with batch.draws(rows):
-        out = state.model(
-            observed[0] if len(observed) == 1 else torch.cat(observed), reconstruct=weights.reconstruction > 0
+        observations.append(
+            _observe_shapes(batch.shapes, batch.shape_share, data, options, unpaired_rng, device)
         )
-    if paired is not None:
-        count = len(batch.of_items.rows)
-        of_pairs = out.rows(0, rows)
+    pair_rows = 0 if pair_batch is None else len(pair_batch[0])
+    # One forward pass for pairs and unpaired labels, so that batch normalisation, if the network has any,
+    # averages over both.
+    with batch.draws(pair_rows):
+        output = state.model(
+            observations[0] if len(observations) == 1 else torch.cat(observations),
+            reconstruct=weights.reconstruction > 0,
+        )
+    if pair_batch is not None:
+        pair_observations, better, worse = pair_batch
+        count = len(batch.pair_share.rows)
+        pair_output = output.rows(0, pair_rows)
         # The loss of pairs draws random numbers for blocks of pairs.
         with (
             contextlib.nullcontext()
             if batch.ranks.world == 1
-            else RowDraws(batch.of_items.rows, len(batch.items), blocks=True)
+            else RowDraws(batch.pair_share.rows, len(batch.pairs), blocks=True)
         ):
             terms = loss(
-                of_pairs,
-                *paired[1:],
+                pair_output,
+                better,
+                worse,
                 pair_logits=state.model.pair_logits,
-                observed=paired[0],
+                observed=pair_observations,
                 epoch=state.epoch,
                 generator=generator,
             )
-        figures["correct"] = float(
-            # Blocks: the first `count` rows are winners, the next `count` are losers.
-            (of_pairs.scalar[:count] > of_pairs.scalar[count : 2 * count]).float().mean()
-        )
+        # The first `count` rows are winners, and the next `count` rows are losers.
+        is_correct = pair_output.scalar[:count] > pair_output.scalar[count : 2 * count]
+        metrics["correct"] = float(is_correct.float().mean())
     if batch.shapes:
-        # Pairs, if there are any, already contribute `correct` and the reconstruction.
-        unpaired, correct = _unpaired(out.rows(rows, len(out.scalar)), batch, state)
-        terms |= loss.unpaired(unpaired)
-        if paired is None:
-            figures["correct"] = correct
-            if out.reconstruction is not None:
+        unpaired_output, correct_share = _unpaired_output(
+            output.rows(pair_rows, len(output.scalar)), batch, state
+        )
+        terms |= loss.unpaired(unpaired_output)
+        # If there are pairs, they already contributed "correct" and the reconstruction.
+        if pair_batch is None:
+            metrics["correct"] = correct_share
+            if output.reconstruction is not None:
                 terms["reconstruction"] = (
-                    weights.reconstruction * reconstruction_loss(out.reconstruction, observed[0]).mean()
+                    weights.reconstruction
+                    * reconstruction_loss(output.reconstruction, observations[0]).mean()
                 )
-    return _update(state, batch, terms, figures)
+    return _update(state, batch, terms, metrics)
 
 
 def _update(
-    state: TrainState, batch: Step, terms: dict[str, torch.Tensor], figures: dict[str, float]
+    state: TrainState, batch: Step, terms: dict[str, torch.Tensor], metrics: dict[str, float]
 ) -> dict[str, float]:
-    """Take an optimiser step on the terms of all ranks, and return the mean figures."""
-    main = batch.of_items if batch.items else batch.of_shapes
-    evenly = 1 / batch.ranks.world
+    """Update the network with the gradients of all ranks.
+
+    Args:
+        state: state of the training, which is changed.
+        batch: labels of the step.
+        terms: weighted loss terms of this rank, by name.
+        metrics: further metrics of this rank, by name.
+    Returns: the loss terms and metrics of the complete step, by name.
+    Raises: StoppedError if any rank was asked to stop.
+    """
+    main_share = batch.pair_share if batch.pairs else batch.shape_share
+    equal_weight = 1 / batch.ranks.world
     # Every rank computes the divergence of the complete step, but differentiates only its own embeddings. The
     # sum of gradients over ranks is then the gradient of the divergence, so its weight is 1.
-    scales = {"regression": batch.of_shapes.weight, "divergence": 1.0}
+    term_weights = {"regression": batch.shape_share.weight, "divergence": 1.0}
     state.optimizer.zero_grad(set_to_none=True)
-    # Scaled by this rank's share, so that the sum over ranks is the mean over the step.
-    cast(torch.Tensor, sum(value * scales.get(name, main.weight) for name, value in terms.items())).backward()
-    figures = {**{name: float(value.detach()) for name, value in terms.items()}, **figures}
-    # Figures that every rank computes for the complete step are averaged evenly.
-    weights = {
-        "regression": batch.of_shapes.weight,
-        "divergence": evenly,
-        **({} if batch.items else {"correct": evenly}),
-    }
-    figures, stop = main.update(state.model, figures, state.request.received is not None, weights)
-    # All ranks stop at the same step, before the update, since a rank that waits for another would hang.
+    # Terms are multiplied by this rank's share, so that the sum over ranks is the mean over the step.
+    loss = sum(value * term_weights.get(name, main_share.weight) for name, value in terms.items())
+    # The type of `sum` includes the int 0, which it returns without terms.
+    cast(torch.Tensor, loss).backward()
+    metrics = {**{name: float(value.detach()) for name, value in terms.items()}, **metrics}
+    # Metrics that every rank computes for the complete step have equal weights.
+    metric_weights = {"regression": batch.shape_share.weight, "divergence": equal_weight}
+    if not batch.pairs:
+        metric_weights["correct"] = equal_weight
+    stop_requested = state.request.received is not None
+    metrics, stop = main_share.update(state.model, metrics, stop_requested, metric_weights)
+    # All ranks stop at the same step, before the update. Otherwise a rank would wait for a stopped rank
+    # without end.
     if stop:
         raise StoppedError(f"stopped in epoch {state.epoch + 1}")
     state.optimizer.step()
-    return figures
+    return metrics
 
 
-def _unpaired(out: RewardOutput, batch: Step, state: TrainState) -> tuple[UnpairedOutput, float]:
-    """Prepare the input of the unpaired loss terms.
+def _unpaired_output(output: RewardOutput, batch: Step, state: TrainState) -> tuple[UnpairedOutput, float]:
+    """Prepare the input of the loss terms on unpaired labels, and update `state.bandwidth`.
 
-    Returns: that input, and the share of the step's pairs of a preferred and another shape that are in order.
+    Args:
+        output: output of the network for this rank's unpaired labels.
+        batch: labels of the step.
+        state: state of the training.
+    Returns: the input of the loss terms; and, over all pairs of a preferred shape and another shape of the
+        step, the share in which the preferred shape has the higher score.
     """
-    device = out.scalar.device
-    share = batch.of_shapes
-    target = torch.tensor([batch.shapes[i].target for i in share.rows], dtype=out.scalar.dtype, device=device)
-    preferred = torch.tensor([label.preferred is True for label in batch.shapes], device=device)
-    # [U, M + 1]: unit embeddings and the score of all ranks' shapes, in one exchange
-    gathered = share.gather(
-        torch.cat([torch.nn.functional.normalize(out.embedding), out.scalar.detach()[:, None]], 1)
+    device = output.scalar.device
+    share = batch.shape_share
+    target = torch.tensor(
+        [batch.shapes[i].target for i in share.rows], dtype=output.scalar.dtype, device=device
     )
-    # The bandwidth is the median distance of a step, smoothed over steps.
-    now = max(float(median_distance(gathered[:, :-1])), LEAST_BANDWIDTH)
-    state.bandwidth = now if state.bandwidth is None else MOMENTUM * state.bandwidth + (1 - MOMENTUM) * now
-    scores = gathered[:, -1].detach()
-    correct = float((scores[preferred][:, None] > scores[~preferred]).float().mean())
-    embedding = gathered[:, :-1]
+    preferred = torch.tensor([label.preferred is True for label in batch.shapes], device=device)
+    # [U, M + 1]: embeddings of length 1, and in the last column the scores, of the shapes of all ranks. One
+    # tensor needs only one exchange.
+    step_output = share.gather(
+        torch.cat([torch.nn.functional.normalize(output.embedding), output.scalar.detach()[:, None]], 1)
+    )
+    embedding = step_output[:, :-1]
+    scores = step_output[:, -1].detach()
+    # The bandwidth is the median distance of a step, averaged over steps.
+    step_bandwidth = max(float(median_distance(embedding)), LEAST_BANDWIDTH)
+    if state.bandwidth is None:
+        state.bandwidth = step_bandwidth
+    else:
+        state.bandwidth = MOMENTUM * state.bandwidth + (1 - MOMENTUM) * step_bandwidth
+    correct_share = float((scores[preferred][:, None] > scores[~preferred]).float().mean())
     return (
         UnpairedOutput(
-            scalar=out.scalar,
+            scalar=output.scalar,
             target=target,
             embedding=embedding,
             preferred=preferred,
             bandwidth=state.bandwidth,
         ),
-        correct,
+        correct_share,
     )
 
 
-def _shapes(
+def _observe_shapes(
     labels: Sequence[UnpairedPreference],
-    share: Share,
-    data: TrainData,
-    options: TrainOptions,
-    draws: np.random.Generator,
-    device,
-):
-    """Return observations [U, ...] of this rank's unpaired labels."""
-    observed = data.store.take([labels[i].seed for i in share.rows], device)
-    # Random numbers are drawn for all labels, and then selected, so that they equal those of a single
-    # rank.
-    return (
-        data.observation.augment(observed, draws.random(len(labels))[share.rows])
-        if options.mirror
-        else observed
-    )
-
-
-def _batch(
-    items: Sequence[Preference],
     share: Share,
     data: TrainData,
     options: TrainOptions,
     rng: np.random.Generator,
     device,
 ):
-    """Return this rank's observations and comparisons.
+    """Return the observations [len(share.rows), ...] of this rank's unpaired labels, augmented at random."""
+    observations = data.store.take([labels[i].seed for i in share.rows], device)
+    if not options.mirror:
+        return observations
+    # Random numbers are drawn for all labels of the step and then selected, so that every label gets the same
+    # number as in a run with one rank.
+    return data.observation.augment(observations, rng.random(len(labels))[share.rows])
 
-    Observations [N, ...] are in the order winners, losers, reference samples. Comparisons are index pairs
-    (better, worse), int64 [P] each. With reference samples, an item is the triple (reference, winner, loser),
-    and every ordered pair inside it is a comparison: reference before winner and loser, winner before loser.
+
+def _pair_batch(
+    pairs: Sequence[Preference],
+    share: Share,
+    data: TrainData,
+    options: TrainOptions,
+    rng: np.random.Generator,
+    device,
+):
+    """Return the observations and the comparisons of this rank's labelled pairs.
+
+    The observations [N, ...] are blocks of winners, losers and, if the run has any, reference samples. With
+    reference samples, every labelled pair gives three comparisons: winner before loser, reference sample
+    before winner, and reference sample before loser. Without them it gives only the first one.
+
+    Args:
+        pairs: labelled pairs of the complete step.
+        share: share of this rank.
+        data: labels and observations of the training.
+        options: settings of the training.
+        rng: random numbers of reference samples and augmentation.
+        device: device of the results.
+    Returns: the observations; the indices of the better and of the worse observation of each comparison,
+        int64 [P] each.
     """
-    items, total = [items[i] for i in share.rows], len(items)
-    count = len(items)
-    observed = data.store.take([i.winner for i in items] + [i.loser for i in items], device)
+    total = len(pairs)
+    rank_pairs = [pairs[i] for i in share.rows]
+    count = len(rank_pairs)
+    observations = data.store.take(
+        [pair.winner for pair in rank_pairs] + [pair.loser for pair in rank_pairs], device
+    )
+    # The index of a sample is its index in the block plus `count` times the index of the block.
     row = torch.arange(count)
     better = [row]
     worse = [row + count]
     if data.anchors and data.anchor_store is not None:
-        # One random reference sample per item of the complete step, then this rank's
-        drawn = [data.anchors[i] for i in share.of_blocks(rng.integers(len(data.anchors), size=total))]
-        observed = torch.cat([observed, data.anchor_store.take(drawn, device)])
+        # One random reference sample is chosen per pair of the complete step, and this rank's are selected.
+        reference_indices = share.select_from_blocks(rng.integers(len(data.anchors), size=total))
+        reference_seeds = [data.anchors[i] for i in reference_indices]
+        observations = torch.cat([observations, data.anchor_store.take(reference_seeds, device)])
         better += [row + 2 * count, row + 2 * count]
         worse += [row, row + count]
     if options.mirror:
-        observed = data.observation.augment(
-            observed, share.of_blocks(rng.random(len(observed) // count * total))
-        )
-    return observed, torch.cat(better).to(device), torch.cat(worse).to(device)
+        # One random number per observation of the complete step
+        block_count = len(observations) // count
+        draws = share.select_from_blocks(rng.random(block_count * total))
+        observations = data.observation.augment(observations, draws)
+    return observations, torch.cat(better).to(device), torch.cat(worse).to(device)

@@ -1,9 +1,11 @@
-"""Base class of reward networks, with a trunk and three heads, and the networks by kind.
+"""Base class of reward networks, and the registry of the networks that read each kind of observation.
 
-A network that reads another observation is a subclass of `RewardNetwork` with `features` and `describe`,
-which is registered by `register`.
+An observation is the input that a network reads from a shape. A network consists of a feature extractor, a
+trunk, and three heads. A network for a new kind of observation is a subclass of `RewardNetwork` with the
+methods `features` and `describe`, and `register` registers it.
 
-Letters: N samples, P pairs, M entries of a vector; [N, ...] is the shape of the network's observation.
+Shapes: N samples, P pairs, M entries of an embedding; [N, ...] is a batch of observations, whose other axes
+depend on the kind.
 """
 
 from abc import ABC, abstractmethod
@@ -22,19 +24,21 @@ from eg3d_rlhf.rewards.presets import PRESETS, Preset
 class MLP(nn.Module):
     """Linear layers with softplus and one residual connection, exactly as published checkpoints use them.
 
-        x = input_layer(v); r = x                          no activation here
-        x = hidden_layers[j](x) for all j but the last
-        x = x + r                                          with two hidden sizes the loop is empty:
-                                                           x = 2 * input_layer(v)
-        out = output_layer(hidden_layers[-1](x))           no activation on the output
+        r = input_layer(v)                                 without an activation
+        x = r
+        x = hidden_layers[j](x) for all j except the last
+        x = x + r
+        out = output_layer(hidden_layers[-1](x))           without an activation on the output
+
+    With two hidden sizes there is only the last hidden layer, so x + r is 2 input_layer(v). This doubling is
+    not removed, because the published weights were trained with it.
 
     Args:
-        size_in, size_out: lengths of input and output vectors.
-        hidden: hidden sizes, at least two; all but the last must be equal, because of the residual
-        connection.
-
-    Deviates: nothing. The doubling with two hidden sizes is kept, because the published weights were trained
-    with it.
+        size_in: length of the input vectors.
+        hidden: hidden sizes, at least two; all except the last must be equal, because of the residual
+            connection.
+        size_out: length of the output vectors.
+    Raises: ValueError for hidden sizes that are not allowed.
     """
 
     def __init__(self, size_in: int, hidden: Sequence[int], size_out: int):
@@ -42,20 +46,20 @@ class MLP(nn.Module):
         hidden = list(hidden)
         if len(hidden) < 2 or len(set(hidden[:-1])) > 1:
             raise ValueError(
-                f"MLP(hidden): expected two or more sizes that are equal except for the last, got {hidden}."
-                " Change the sizes of the trunk or the head."
+                "MLP: expected two or more hidden sizes, of which all except the last are equal, got"
+                f" {hidden}. Change the sizes of the trunk or of the heads in the architecture."
             )
         self.input_layer = nn.Linear(size_in, hidden[0])
-        pairs = zip(hidden[:-1], hidden[1:], strict=True)
+        layer_sizes = zip(hidden[:-1], hidden[1:], strict=True)
         self.hidden_layers = nn.ModuleList(
-            # The identity stands where the published network has its dropout, which is switched off.
-            nn.Sequential(nn.Linear(a, b), nn.Softplus(), nn.Identity())
-            for a, b in pairs
+            # The published network has a dropout layer, which is switched off, instead of the identity.
+            nn.Sequential(nn.Linear(inputs, outputs), nn.Softplus(), nn.Identity())
+            for inputs, outputs in layer_sizes
         )
         self.output_layer = nn.Linear(hidden[-1], size_out)
 
     def forward(self, v: torch.Tensor) -> torch.Tensor:
-        """Return [N, size_out] of vectors [N, size_in]. Differentiable."""
+        """Compute the output [N, size_out] from vectors v [N, size_in]. Differentiable."""
         x = residual = self.input_layer(v)
         for layer in self.hidden_layers[:-1]:
             x = layer(x)
@@ -65,16 +69,16 @@ class MLP(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class RewardOutput:
-    """Values of a batch that the training losses read."""
+    """Output of a reward network for a batch, as the training losses read it."""
 
     embedding: torch.Tensor  # [N, M], output of the trunk
     scalar: torch.Tensor  # [N], the reward
     log_strength: torch.Tensor  # [N], logarithm of the Bradley-Terry strength
-    reconstruction: torch.Tensor | None  # of the network's input; None if it was not requested
+    reconstruction: torch.Tensor | None  # [N, ...], reconstructed input; None if it was not requested
 
-    def rows(self, first: int, last: int) -> "RewardOutput":
-        """Return the values of samples first .. last - 1."""
-        rows = slice(first, last)
+    def rows(self, start: int, stop: int) -> "RewardOutput":
+        """Return the output of the samples with the indices start to stop - 1."""
+        rows = slice(start, stop)
         reconstruction = self.reconstruction
         return RewardOutput(
             embedding=self.embedding[rows],
@@ -85,10 +89,16 @@ class RewardOutput:
 
 
 class RewardNetwork(nn.Module, ABC):
-    """Trunk and heads on the features of a subclass. `score` is the reward that other modules use.
+    """Reward network: trunk and three heads on the features that a subclass computes.
 
-    Args: feature_size: length of `features`; trunk: hidden sizes of the trunk; embedding: length of its
-        output; heads: hidden sizes of each of the three heads.
+    The heads give the reward (`score`), the logarithm of the Bradley-Terry strength, and the logits of a
+    pair.
+
+    Args:
+        feature_size: length of the feature vector that `features` computes.
+        trunk: hidden sizes of the trunk.
+        embedding: length of the trunk's output, the embedding.
+        heads: hidden sizes of each of the three heads.
     """
 
     def __init__(
@@ -99,80 +109,98 @@ class RewardNetwork(nn.Module, ABC):
         heads: Sequence[int] = (32, 16),
     ):
         super().__init__()
-        # Names are those of published state dicts.
+        # The names of the modules are those of published state dicts.
         self.MLP = MLP(feature_size, trunk, embedding)
         # Logarithm of the Bradley-Terry strength
         self.scalar_rwd_head_BT = MLP(embedding, heads, 1)
         # The reward
         self.scalar_rwd_head = MLP(embedding, heads, 1)
-        # Two logits of a pair, whose embeddings are concatenated
+        # Two logits for the concatenated embeddings of a pair
         self.scalar_rwd_head_pairs = MLP(2 * embedding, heads, 2)
 
     @abstractmethod
-    def features(self, observed: torch.Tensor) -> torch.Tensor:
-        """Return the global feature vector before the trunk: [N, ...] -> [N, feature_size]."""
+    def features(self, observations: torch.Tensor) -> torch.Tensor:
+        """Compute the global feature vector, which the trunk reads: [N, ...] -> [N, feature_size]."""
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
-        """Return JSON values from which the network can be created again."""
+        """Return the description of the network: JSON values from which it can be created again."""
 
     def check(self, shape: Sequence[int]) -> None:
-        """Raise ValueError if observations of this shape cannot be read."""
+        """Raise ValueError if the network cannot read observations of this shape, given without N.
+
+        By default every shape is accepted.
+        """
 
     def calibrate(self, take: Callable[[], torch.Tensor]) -> None:
-        """Set statistics of the training data; `take` returns all observations, [N, ...]."""
+        """Set statistics of the training data, with which the network standardises its input.
 
-    def embed(self, observed: torch.Tensor) -> torch.Tensor:
-        """Return the trunk's output, which all heads read: [N, ...] -> [N, M]."""
-        return self.MLP(self.features(observed))
+        By default there are no statistics.
 
-    def score(self, observed: torch.Tensor) -> torch.Tensor:
-        """Return the reward: [N, ...] -> [N], higher is better.
-
-        Differentiable in the input and the parameters.
+        Args: take: function that returns the observations of all training samples, [N, ...].
         """
-        return self.score_embedding(self.embed(observed))
+
+    def embed(self, observations: torch.Tensor) -> torch.Tensor:
+        """Compute the embedding, which all heads read: [N, ...] -> [N, M]."""
+        return self.MLP(self.features(observations))
+
+    def score(self, observations: torch.Tensor) -> torch.Tensor:
+        """Compute the reward: [N, ...] -> [N]. A higher reward is better.
+
+        Differentiable in the observations and the parameters.
+        """
+        return self.score_embedding(self.embed(observations))
 
     def score_embedding(self, embedding: torch.Tensor) -> torch.Tensor:
-        """Return the reward of embeddings [N, M] -> [N]."""
+        """Compute the reward from embeddings: [N, M] -> [N]."""
         return self.scalar_rwd_head(embedding).squeeze(1)
 
     def pair_logits(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-        """Apply the pair head to embeddings [P, M] and [P, M] -> [P, 2].
+        """Compute two logits for each pair: [P, 2]. They depend on the order of the two samples.
 
-        Logit 0 means that the first is better, and logit 1 that the second is. The result depends on the
-        order.
+        Column 0 is the logit that the first sample is better, and column 1 the logit that the second one is.
+
+        Args:
+            first: embeddings [P, M] of the first samples.
+            second: embeddings [P, M] of the second samples.
         """
         return self.scalar_rwd_head_pairs(torch.cat([first, second], dim=1))
 
     def pair_margin(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-        """Compute a logit [P] that `first` is better, independent of the order of presentation.
+        """Compute the logit [P] that the first sample of each pair is better than the second one.
 
-        It is half the difference of the logits of both orders, so swapping the pair negates it.
+        The logits of both presentation orders are averaged, so swapping the two samples negates the result.
+
+        Args:
+            first: embeddings [P, M] of the first samples.
+            second: embeddings [P, M] of the second samples.
         """
-        # Averaging over both orders removes the head's preference for a place.
-        forward = self.pair_logits(first, second)
-        backward = self.pair_logits(second, first)
-        return 0.5 * ((forward[:, 0] - forward[:, 1]) - (backward[:, 0] - backward[:, 1]))
+        # The mean over both orders removes the head's bias towards the first or the second input.
+        logits = self.pair_logits(first, second)
+        swapped_logits = self.pair_logits(second, first)
+        return 0.5 * ((logits[:, 0] - logits[:, 1]) - (swapped_logits[:, 0] - swapped_logits[:, 1]))
 
-    def reconstruct(self, observed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return `features`, and the input as a decoder reconstructs it.
+    def reconstruct(self, observations: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compute the features [N, feature_size], and the reconstruction [N, ...] of the observations.
 
         Raises: ValueError if the network has no decoder.
         """
         raise ValueError(
-            "reward network: only networks with a decoder (the U-Net of a slab) can reconstruct their"
-            " input. Use --set reconstruction=0."
+            f"--set reconstruction: {type(self).__name__} has no decoder and cannot reconstruct its input."
+            " Use --set reconstruction=0, or a preset with a U-Net."
         )
 
-    def forward(self, observed: torch.Tensor, reconstruct: bool = False) -> RewardOutput:
-        """Compute all values that the training losses read: [N, ...] -> RewardOutput.
+    def forward(self, observations: torch.Tensor, reconstruct: bool = False) -> RewardOutput:
+        """Compute all values that the training losses read from observations [N, ...].
 
-        Raises: ValueError if `reconstruct` is true and the network cannot reconstruct.
+        Args:
+            observations: input of the network.
+            reconstruct: True to reconstruct the input as well.
+        Raises: ValueError if `reconstruct` is True and the network has no decoder.
         """
-        # A decoder shares the encoder's pass, so both come from one call.
+        # Features and reconstruction share most of their computation, so one call returns both.
         features, reconstruction = (
-            self.reconstruct(observed) if reconstruct else (self.features(observed), None)
+            self.reconstruct(observations) if reconstruct else (self.features(observations), None)
         )
         embedding = self.MLP(features)
         return RewardOutput(
@@ -185,22 +213,30 @@ class RewardNetwork(nn.Module, ABC):
 
 Build = Callable[[Mapping[str, Any]], RewardNetwork]  # creates a network from its description
 
-# The module of an observation also registers its networks. Those of the slab are in a module of their own,
-# since many modules read slabs without using a network.
+# Functions that create the networks, by kind of observation. The module of an observation also registers its
+# networks. The networks of sigma slabs have a separate module, which is named here, since many modules read
+# slabs without using a network.
 READERS: Registry[Build] = Registry("network of an observation", {"sigma": "eg3d_rlhf.rewards.slab_network"})
 
 
 def register(kind: str, build: Build, presets: Mapping[str, Preset]) -> None:
-    """Register the networks that read a kind of observation, and their presets."""
+    """Register the networks that read a kind of observation.
+
+    Args:
+        kind: kind of the observation.
+        build: function that creates an untrained network from its description.
+        presets: presets of these networks by name, the default first; empty if they need no training.
+    """
     READERS.add(kind, build)
     PRESETS.add(kind, presets)
 
 
 def builder_of(kind: str) -> Build:
-    """Return the function that creates the networks that read a kind of observation.
+    """Return the function that creates the networks which read a kind of observation.
 
     Raises: ValueError for an unknown kind, and for a kind that no network reads.
     """
-    # The look-up imports the kind's module, which registers its networks, and raises for an unknown kind.
+    # The look-up is needed for its effects: it imports the module of the kind, which registers its networks,
+    # and raises ValueError for an unknown kind.
     observations.OBSERVATIONS[kind]
     return READERS[kind]

@@ -1,10 +1,11 @@
-"""Observations of a field that rewards read, the registry of their kinds, and our σ slab (arXiv 2606.27305).
+"""Observations that rewards read from shapes, the registry of their kinds, and the σ slab.
 
-The σ slab is the cropped density grid of the paper. Plugins add other kinds, see docs/extending.md. The file
-of a reward stores its observation, and nothing else decides what the reward reads.
-`eg3d_rlhf.rewards.networks` lists the networks that read a kind.
+The σ slab is the cropped density grid of arXiv 2606.27305. Plugins add other kinds of observations, see
+docs/extending.md. The file of a reward states its observation completely. `eg3d_rlhf.rewards.networks` is the
+registry of the networks that read each kind.
 
-Letters: N shapes; [N, ...] is the shape of their observation; D, H, W = grid points along z, y, x.
+Shapes: N shapes; [N, ...] is a batch of observations, whose other axes depend on the kind; D, H, W = grid
+points along z, y, x.
 """
 
 import abc
@@ -26,21 +27,25 @@ if TYPE_CHECKING:
 
 
 class Observation(abc.ABC):
-    """Function from fields to tensors that is the same for every shape.
+    """Function that computes the input of a reward network from a field of N shapes.
 
     Subclasses are frozen dataclasses whose fields are JSON values, unless they override `to_dict`.
     """
 
     kind: ClassVar[str]  # name in files and flags
-    # in the field; if false, a reward can rank shapes but not tune them
+    # True if `observe` is differentiable in the field. Otherwise a reward can rank shapes, but a generator
+    # cannot be tuned with it.
     differentiable: ClassVar[bool] = True
-    # Implementation of operators for training data: "torch" gives identical bytes on any machine, "auto" is
-    # faster
+    # Implementation of the operators that compute training data: "torch" gives identical bytes on any
+    # machine, and "auto" is faster
     ops: ClassVar[str] = "torch"
 
     @abc.abstractmethod
     def observe(self, field: Field) -> torch.Tensor:
-        """Compute the observation of every shape, [N, ...]. Differentiable in the field."""
+        """Compute the observations [N, ...] of the N shapes of a field.
+
+        Differentiable in the field if `differentiable` is True.
+        """
 
     @property
     @abc.abstractmethod
@@ -50,39 +55,49 @@ class Observation(abc.ABC):
     @classmethod
     @abc.abstractmethod
     def of(cls, generator: "Generator", **settings: Any) -> Self:
-        """Create the observation that a new reward of this generator reads.
+        """Create the observation for a new reward of this generator.
 
-        The keyword arguments are the settings that flags such as `--resolution` and `--crop` can change.
+        Args:
+            generator: generator whose shapes are observed.
+            settings: settings of the kind, which flags such as `--resolution` and `--crop` can change.
         """
 
-    def augment(self, observed: torch.Tensor, draws: np.ndarray) -> torch.Tensor:
-        """Augment training inputs [N, ...] at random.
+    def augment(self, observations: torch.Tensor, draws: np.ndarray) -> torch.Tensor:
+        """Augment training inputs at random. By default they are not changed.
 
-        Args: draws: one random number in [0, 1) per sample, [N]. By default inputs are not changed.
+        Args:
+            observations: training inputs [N, ...].
+            draws: random numbers [N] in [0, 1), one per sample.
+        Returns: the augmented inputs [N, ...].
         """
         del draws
-        return observed
+        return observations
 
     def misfits(self, generator: "Generator") -> list[str]:
-        """List what the observation needs and this generator lacks, such as 'box_warp 1.0, got 2.0'."""
+        """List the properties of the generator that do not match, for example "box_warp 1.0, got 2.0".
+
+        By default the list is empty.
+        """
         del generator
         return []
 
     def to_dict(self) -> dict[str, Any]:
-        """Return JSON values, including `kind`."""
+        """Return the observation as JSON values, including `kind`."""
         values: dict[str, Any] = {"kind": self.kind}
-        # Subclasses are dataclasses; the base class is not, which mypy cannot express.
+        # All subclasses are dataclasses, but the base class is not, which mypy cannot express.
         values |= dataclasses.asdict(self)  # type: ignore[call-overload]
         if "spec" in values:
-            # SlabSpec omits later fields at their defaults, so that earlier hashes stay the same.
+            # SlabSpec leaves out fields of later versions that have their default, so that hashes of earlier
+            # files do not change.
             values["spec"] = self.spec.to_dict()  # type: ignore[attr-defined]
         return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Create an observation from the values of `to_dict` without `kind`.
+        """Create an observation from JSON values.
 
-        Raises: ValueError for other fields.
+        Args: values: result of `to_dict` without the entry `kind`.
+        Raises: ValueError for unknown or missing fields.
         """
         # JSON has lists where the dataclass has tuples.
         arguments = {
@@ -95,8 +110,8 @@ class Observation(abc.ABC):
             return cls(**arguments)
         except TypeError as error:
             raise ValueError(
-                f"observation {cls.kind}: fields do not match: {error}. Check the reward's file; a later"
-                " version may have written it."
+                f"observation {cls.kind}: the reward's file has unknown or missing fields: {error}. If a"
+                " later version of the package wrote the file, use that version to open it."
             ) from error
 
 
@@ -113,30 +128,34 @@ OBSERVATIONS: Registry[type[Observation]] = Registry(
         "mesh-validity": "eg3d_rlhf.rewards.solid",
     },
 )
-Kind = TypeVar("Kind", bound=type[Observation])  # the decorator returns the class that it gets
+Kind = TypeVar("Kind", bound=type[Observation])  # type of the class that the decorator `register` returns
 
 
 def register(cls: Kind) -> Kind:
-    """Register a kind of observation by its name, as a class decorator."""
+    """Register a class of observations under its `kind`. This is a class decorator."""
     OBSERVATIONS.add(cls.kind, cls)
     return cls
 
 
 def from_dict(values: Mapping[str, Any]) -> Observation:
-    """Create an observation from the values of `to_dict`.
+    """Create an observation from the JSON values that its `to_dict` returned.
 
-    Raises: ValueError for an unknown kind or other fields.
+    Raises: ValueError for an unknown kind, or for unknown or missing fields.
     """
-    # The registry imports the module of the kind, and raises for an unknown one.
+    # The registry imports the module of the kind, and raises ValueError for an unknown kind.
     return OBSERVATIONS[values.get("kind")].from_dict(
         {name: value for name, value in values.items() if name != "kind"}
     )
 
 
 def observation_of(kind: str, generator: "Generator", **settings: Any) -> Observation:
-    """Create a new observation of a generator. Settings that are None keep the default of the kind.
+    """Create the observation of a kind for a new reward of a generator.
 
-    Raises: ValueError for settings that the kind does not have.
+    Args:
+        kind: kind of the observation.
+        generator: generator whose shapes are observed.
+        settings: settings of the kind; for a setting that is None, the kind's default is used.
+    Raises: ValueError for an unknown kind, and for settings that the kind does not have.
 
     >>> from eg3d_rlhf import load_generator
     >>> observation_of("sigma", load_generator().generator, resolution=32).shape
@@ -144,21 +163,20 @@ def observation_of(kind: str, generator: "Generator", **settings: Any) -> Observ
     """
     cls = OBSERVATIONS[kind]
     # None means that the user did not set the flag.
-    given = {name: value for name, value in settings.items() if value is not None}
-    # The signature of `of` is the list of flags that apply to the kind.
-    unknown = sorted(set(given) - set(inspect.signature(cls.of).parameters))
-    if unknown:
-        flags = ", ".join(f"--{name}" for name in unknown)
-        raise ValueError(
-            f"{flags}: does not apply to the observation {kind}, got {given[unknown[0]]!r}. Remove {flags}."
-        )
-    return cls.of(generator, **given)
+    changed_settings = {name: value for name, value in settings.items() if value is not None}
+    # The parameters of `of` are the settings that apply to the kind.
+    unknown_names = sorted(set(changed_settings) - set(inspect.signature(cls.of).parameters))
+    if unknown_names:
+        flags = ", ".join(f"--{name}={changed_settings[name]}" for name in unknown_names)
+        names = " and ".join(f"--{name}" for name in unknown_names)
+        raise ValueError(f"{flags} has no effect on the observation {kind}. Remove {names}.")
+    return cls.of(generator, **changed_settings)
 
 
 @register
 @dataclasses.dataclass(frozen=True)
 class SigmaSlab(Observation):
-    """Slabs [N, 1, D, H, W] in [0, value_max]: raw density on a grid, normalised per shape."""
+    """Slabs [N, 1, D, H, W]: raw density on a cropped grid, normalised per shape to [0, value_max]."""
 
     spec: SlabSpec = SlabSpec()
     kind: ClassVar[str] = "sigma"
@@ -174,9 +192,13 @@ class SigmaSlab(Observation):
     ) -> Self:
         """Create the slab of a generator's cube.
 
-        Args: resolution: grid points per axis of the complete cube; crop: shares that are trimmed from each
-            face (x, x, y, y, z, z); None takes the paper's.
-        64 points and the paper's crop give a slab of 33 x 36 x 32.
+        64 grid points and the paper's crop give a slab of 33 x 36 x 32 points.
+
+        Args:
+            generator: generator whose shapes are observed.
+            resolution: number of grid points per axis of the complete cube.
+            crop: shares of the cube that are trimmed from its faces (x, x, y, y, z, z); None takes the
+                paper's crop.
         """
         return cls(
             SlabSpec.of(generator.bounds, resolution, crop=SlabSpec.crop if crop is None else tuple(crop))
@@ -184,31 +206,53 @@ class SigmaSlab(Observation):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of one sample's slab, [1, D, H, W]."""
+        """Shape [1, D, H, W] of the slab of one sample."""
         return (1, *self.spec.shape)
 
     def observe(self, field: Field) -> torch.Tensor:
-        """Compute the slabs, see `Observation`. A constant slab gives zeros with zero gradient."""
+        """Compute the slabs [N, 1, D, H, W] of a field. Differentiable in the field.
+
+        A shape with constant density gives a slab of zeros with zero gradient.
+        """
         # [N, D, H, W] -> [N, 1, D, H, W]
         return normalise_slab(field.density_grid(self.spec), self.spec.value_max).unsqueeze(1)
 
-    def augment(self, observed: torch.Tensor, draws: np.ndarray) -> torch.Tensor:
-        """Mirror slabs along x with probability one half."""
+    def augment(self, observations: torch.Tensor, draws: np.ndarray) -> torch.Tensor:
+        """Mirror the slab of each sample left to right if its random number is below one half.
+
+        Args:
+            observations: slabs [N, 1, D, H, W].
+            draws: random numbers [N], uniform in [0, 1).
+        """
         # The last axis is x, which separates left and right.
-        mirrored = torch.from_numpy(draws < 0.5).to(observed.device)
-        return torch.where(mirrored[:, None, None, None, None], observed.flip(-1), observed)
+        is_mirrored = torch.from_numpy(draws < 0.5).to(observations.device)
+        return torch.where(is_mirrored[:, None, None, None, None], observations.flip(-1), observations)
 
     def misfits(self, generator: "Generator") -> list[str]:
-        """List differences between this slab's cube and the generator's."""
+        """List the differences between the cube of this slab and the cube of a generator.
+
+        The list is empty if both cubes are equal.
+        """
         bounds = generator.bounds
-        pairs = (("box_warp", self.spec.box_warp, bounds.side), ("centre", self.spec.centre, bounds.centre))
-        return [f"{name} {value}, got {expected}" for name, value, expected in pairs if value != expected]
+        # name, value of this slab, value of the generator
+        compared = (
+            ("box_warp", self.spec.box_warp, bounds.side),
+            ("centre", self.spec.centre, bounds.centre),
+        )
+        return [
+            f"{name} {value}, got {generator_value}"
+            for name, value, generator_value in compared
+            if value != generator_value
+        ]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return JSON values. The fields of `spec` are at the top level, as in the first reward files."""
+        """Return the observation as JSON values, including `kind`.
+
+        The fields of `spec` are entries of the top level, as in the reward files of the first version.
+        """
         return {"kind": self.kind, **self.spec.to_dict()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Create a slab from the values of `to_dict` without `kind`."""
+        """Create the observation from the JSON values of `to_dict` without the entry `kind`."""
         return cls(SlabSpec.from_dict(values))

@@ -1,6 +1,6 @@
-"""Building blocks of point networks: description, normalisation, checks, neighbour search.
+"""Building blocks of networks that read point clouds: architecture, normalisation, and neighbour search.
 
-Letters: N clouds, C channels, P points, S centres, K neighbours.
+Shapes: N clouds, C channels, P points, S centres, K neighbours.
 """
 
 from collections.abc import Sequence
@@ -16,21 +16,24 @@ from eg3d_rlhf.rewards.presets import Architecture
 from training.config import check_choice
 
 NORMS = ("batch", "layer")
-# Layers with fewer channels are not normalised: of one or two channels, layer normalisation leaves only
-# signs.
+# Layers with fewer channels have no layer normalisation, because it would leave only the signs of one or two
+# channels.
 _NARROW = 8
 
 
 @dataclass(frozen=True, kw_only=True)
 class PointArch(Architecture):
-    """Sizes of a point network: everything that determines its parameters and the function that it computes.
+    """Sizes of a point network, which determine its parameters and its function.
 
-    The defaults are the published ones.
+    The defaults are the published values.
+
+    Raises: ValueError for a value that is not allowed.
     """
 
-    network: ClassVar[str]  # name in files
-    inputs: int = 3  # channels of a point: 3 for its position, 6 for position and normal
-    # 'batch' is the published one; 'layer' normalises the channels of each point, so samples are independent
+    network: ClassVar[str]  # name of the network in files
+    inputs: int = 3  # number of channels of a point: 3 for its position, 6 for position and normal
+    # Normalisation: 'batch', as published; or 'layer', which normalises the channels of each point, so that
+    # the samples of a batch do not influence each other
     norm: str = "batch"
     trunk: tuple[int, ...] = (512, 512)  # hidden sizes of the trunk
     embedding: int = 512  # length of the trunk's output, which all heads read
@@ -46,27 +49,30 @@ class PointArch(Architecture):
 
     @property
     def sizes(self) -> dict[str, Any]:
-        """Keyword arguments of `RewardNetwork`."""
+        """Sizes of trunk and heads, as keyword arguments of `RewardNetwork`."""
         return {"trunk": self.trunk, "embedding": self.embedding, "heads": self.heads}
 
     def to_dict(self) -> dict[str, Any]:
-        """Return JSON values, including `network`."""
+        """Return the sizes as JSON values, including `network`."""
         return {"network": self.network, **super().to_dict()}
 
 
 class PointNorm(nn.LayerNorm):
-    """Layer normalisation of each point's channels, [N, C, ...], in place of a batch normalisation."""
+    """Layer normalisation of the channels of each point, which replaces batch normalisation."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the normalised [N, C, ...]. Differentiable."""
+        """Normalise the channels of features x [N, C, ...]. Differentiable."""
         # nn.LayerNorm normalises the last axis.
         return super().forward(x.movedim(1, -1)).movedim(-1, 1)
 
 
 def norm(kind: str, channels: int, axes: int = 1) -> nn.Module:
-    """Create a normalisation of [N, channels, ...] with `axes` axes after the channels.
+    """Create a normalisation of features [N, channels, ...].
 
-    For batch normalisation, `axes` is 1 (also if there is none) or 2. Layer normalisation takes any number.
+    Args:
+        kind: "batch" or "layer".
+        channels: number of channels.
+        axes: number of axes after the channels, 2 or at most 1; layer normalisation ignores it.
     """
     if kind == "batch":
         return nn.BatchNorm2d(channels) if axes == 2 else nn.BatchNorm1d(channels)
@@ -79,26 +85,29 @@ class PointNetwork(RewardNetwork):
     arch: PointArch
 
     def describe(self) -> dict[str, Any]:
-        """Return the JSON values of `arch`."""
+        """Return the architecture as JSON values."""
         return self.arch.to_dict()
 
     def check(self, shape: Sequence[int]) -> None:
-        """Raise ValueError unless clouds have this network's number of channels."""
+        """Raise ValueError unless `shape` is the shape [C, P] of a cloud with this network's channels."""
         if len(shape) != 2 or shape[0] != self.arch.inputs:
             raise ValueError(
-                f"reward: expected clouds of {self.arch.inputs} channels per point, got {list(shape)}. Use"
-                " the observation that is stored with the reward."
+                f"reward: expected clouds [{self.arch.inputs}, P] with {self.arch.inputs} channels per point,"
+                f" got {list(shape)}. Use the observation that is stored with the reward."
             )
 
-    def _read(self, observed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the cloud and its positions [N, 3, P]. Raises: ValueError for other shapes."""
-        if observed.ndim != 3:
+    def _split(self, observations: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the clouds [N, C, P] and their positions [N, 3, P], the first three channels.
+
+        Raises: ValueError for observations of any other shape.
+        """
+        if observations.ndim != 3:
             raise ValueError(
-                f"reward: expected clouds [N, {self.arch.inputs}, P], got {list(observed.shape)}. Pass the"
-                " result of the reward's observation."
+                f"reward: expected clouds [N, {self.arch.inputs}, P], got {list(observations.shape)}. Pass"
+                " the result of the reward's observation."
             )
-        self.check(observed.shape[1:])
-        return observed, observed[:, :3]
+        self.check(observations.shape[1:])
+        return observations, observations[:, :3]
 
 
 def leaky(x: torch.Tensor) -> torch.Tensor:
@@ -109,68 +118,90 @@ def leaky(x: torch.Tensor) -> torch.Tensor:
 # Neighbour search: farthest points, balls, and nearest points. The result depends only on the cloud.
 
 
-STARTS = ("first", "farthest")
+STARTS = ("first", "farthest")  # values of `start` of `farthest_points`
 
 
 def distances(centres: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
-    """Compute distances [N, S, P] in float64 between [N, 3, S] and [N, 3, P]."""
-    # The faster mode expands the square into products, which rounds, so that neighbours could change.
+    """Compute the distances between centres [N, 3, S] and points [N, 3, P]: float64 [N, S, P]."""
+    # The faster mode of cdist expands the square into products. Its rounding errors could change neighbours.
     exact = "donot_use_mm_for_euclid_dist"
     return torch.cdist(centres.double().transpose(1, 2), points.double().transpose(1, 2), compute_mode=exact)
 
 
 @torch.no_grad()
 def farthest_points(points: torch.Tensor, count: int, start: str = "first") -> torch.Tensor:
-    """Choose `count` points, each the farthest from those before it: [N, 3, P] -> int64 [N, count].
+    """Choose points by farthest-point sampling, and return their indices, int64 [N, count].
 
-    Of equally far points, the one with the lowest index is chosen.
-    Args: start: 'first' begins at index 0, 'farthest' with the point farthest from the centroid, so that the
-        result does not depend on the order of the points.
+    Each chosen point is the point with the largest distance from all points that were chosen before. Among
+    equal distances, the point with the lowest index is chosen.
+
+    Args:
+        points: positions [N, 3, P].
+        count: number of points to choose.
+        start: first chosen point: "first" for the point with index 0; "farthest" for the point farthest from
+            the centroid, which does not depend on the order of the points.
     """
     points = points.double()
-    # Index 0 is the first point, unless start is 'farthest'.
-    chosen = torch.zeros(len(points), count, dtype=torch.int64, device=points.device)
+    indices = torch.zeros(len(points), count, dtype=torch.int64, device=points.device)
     if start == "farthest":
-        chosen[:, 0] = (points - points.mean(dim=2, keepdim=True)).square().sum(dim=1).argmax(dim=1)
-    distance = torch.full_like(points[:, 0], torch.inf)  # [N, P] to the nearest chosen point
+        indices[:, 0] = (points - points.mean(dim=2, keepdim=True)).square().sum(dim=1).argmax(dim=1)
+    # [N, P]: squared distance of each point to the nearest chosen point
+    distance = torch.full_like(points[:, 0], torch.inf)
     for i in range(1, count):
-        last = points.gather(2, chosen[:, i - 1, None, None].expand(-1, 3, 1))
-        # Only the last chosen point can be nearer than the ones before it.
-        distance = torch.minimum(distance, (points - last).square().sum(dim=1))
-        chosen[:, i] = distance.argmax(dim=1)
-    return chosen
+        previous_point = points.gather(2, indices[:, i - 1, None, None].expand(-1, 3, 1))  # [N, 3, 1]
+        # All earlier points are already included in `distance`.
+        distance = torch.minimum(distance, (points - previous_point).square().sum(dim=1))
+        indices[:, i] = distance.argmax(dim=1)
+    return indices
 
 
 @torch.no_grad()
 def ball(
     centres: torch.Tensor, points: torch.Tensor, radius: float, limit: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Find the points closer than `radius` to each centre, at most `limit`, those of lowest index first.
+    """Find the points inside a ball around each centre.
 
-    Unused places repeat the first point.
-    Args: centres: [N, 3, S], a subset of the points [N, 3, P], so that no ball is empty.
-    Returns: indices int64 [N, S, K], K = min(limit, P), and the number of real ones, int64 [N, S].
+    If there are more than `limit` points, those with the lowest indices are returned. If there are fewer, the
+    first index is repeated.
+
+    Args:
+        centres: positions [N, 3, S]; each must be one of the points, so that no ball is empty.
+        points: positions [N, 3, P].
+        radius: radius of the balls, in the unit of the positions.
+        limit: largest number of points per ball.
+    Returns: ascending indices int64 [N, S, K] with K = min(limit, P), and the number of indices of each ball
+        without repetitions, int64 [N, S].
     """
     index = torch.arange(points.shape[2], device=points.device)
     total = points.shape[2]
-    # Points outside get an index beyond all others, so the smallest indices are the points inside.
-    near = torch.where(distances(centres, points) < radius, index, total)
-    # The smallest indices, which belong to points inside
-    near = near.topk(min(limit, total), dim=2, largest=False).values  # sorted
-    return torch.where(near < total, near, near[..., :1]), (near < total).sum(dim=2)
+    # Points outside the ball get the index P, which is larger than all others. The smallest indices then
+    # belong to points inside the ball.
+    inside = torch.where(distances(centres, points) < radius, index, total)
+    inside = inside.topk(min(limit, total), dim=2, largest=False).values  # ascending
+    is_inside = inside < total
+    return torch.where(is_inside, inside, inside[..., :1]), is_inside.sum(dim=2)
 
 
 @torch.no_grad()
 def nearest(points: torch.Tensor, count: int) -> torch.Tensor:
-    """Find the `count` nearest points of each point, the first of which is the point itself.
+    """Find the nearest points of each point; the nearest one is the point itself.
 
-    [N, 3, P] -> int64 [N, P, K], K = min(count, P).
+    Args:
+        points: positions [N, 3, P].
+        count: number of nearest points, including the point itself.
+    Returns: indices int64 [N, P, K] with K = min(count, P), in the order of the distances.
     """
     return distances(points, points).topk(min(count, points.shape[2]), dim=2, largest=False).indices
 
 
 def take(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Select columns of [N, C, P] by index [N, ...] -> [N, C, ...]. Differentiable in x."""
-    # [N, C, all indices], since gather needs an index for every channel
-    flat = index.flatten(1)[:, None].expand(-1, x.shape[1], -1)
-    return x.gather(2, flat).unflatten(2, index.shape[1:])
+    """Select the features of points by their index. Differentiable in x.
+
+    Args:
+        x: features [N, C, P].
+        index: indices of points, int64 [N, ...].
+    Returns: features [N, C, ...].
+    """
+    # gather needs the index once per channel: [N, C, number of indices]
+    channel_index = index.flatten(1)[:, None].expand(-1, x.shape[1], -1)
+    return x.gather(2, channel_index).unflatten(2, index.shape[1:])

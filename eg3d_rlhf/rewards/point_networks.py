@@ -1,11 +1,15 @@
 """Networks that read point clouds: PointNet, PointNet++ and CurveNet as published, and our variants of them.
 
-Our variants correct faults of the published ones. They normalise each point separately (a score depends on no
-other sample, and a batch may contain one), start farthest-point sampling at the point farthest from the
-centroid, which does not depend on the order of the points, and mix CurveNet's curves with the curves' own
-weights.
-Letters: N clouds, C channels, P points, K neighbours, Q curves, T steps of a curve, S centres, E edges, M
-features.
+The published networks are those of the point rewards of arXiv 2606.27305. Our variants correct three faults:
+
+- They normalise the channels of each point separately. A score then does not depend on the other samples of
+  the batch, and a batch may contain a single sample.
+- Farthest-point sampling starts at the point farthest from the centroid, so that it does not depend on the
+  order of the points.
+- The curves of CurveNet are mixed with their own weights, and not with those of other curves.
+
+Shapes: N clouds, C channels, P points, K neighbours, Q curves, T steps of a curve, S centres, E = pairs of a
+centre and a neighbour, M features.
 """
 
 import math
@@ -32,15 +36,24 @@ from eg3d_rlhf.rewards.point_layers import (
 from eg3d_rlhf.rewards.presets import Preset
 from training.config import check_choice
 
-# CurveNet (Xiang et al. 2021, arXiv 2105.01288) as in the published point reward: blocks that walk curves
-# over a cloud's features. First come the curves: their first points, the steps from neighbour to neighbour,
-# and how points read them.
+# CurveNet (Xiang et al. 2021, arXiv 2105.01288) as in the published point reward. A curve is a sequence of
+# points, each a neighbour of the previous one, that a learned function chooses. The classes below choose the
+# first points of curves, choose their further points, and update the features of all points from the curves.
 
-_EPS = 1e-8  # least product of norms in a cosine, which avoids a division by 0
+_EPS = 1e-8  # least product of norms in the denominator of a cosine; it avoids a division by 0
 
 
 class Walk(nn.Module):
-    """Walk from point to neighbour by a hard choice, with the gradient of its softmax."""
+    """Choice of the points of curves, step by step from a point to one of its neighbours.
+
+    The neighbour with the largest logit is chosen. The gradient is that of the softmax over the neighbours.
+
+    Args:
+        channels: number of channels C of the features.
+        steps: number of steps T of each curve.
+        mix: "reshaped" or "transposed", see `CurveNetArch.mix`.
+        kind: kind of the normalisation, "batch" or "layer".
+    """
 
     def __init__(self, channels: int, steps: int, mix: str, kind: str):
         super().__init__()
@@ -49,59 +62,84 @@ class Walk(nn.Module):
         self.agent_mlp = nn.Sequential(nn.Conv2d(2 * channels, 1, 1, bias=False), norm(kind, 1, 2))
         self.momentum_mlp = nn.Sequential(nn.Conv1d(2 * channels, 2, 1, bias=False), norm(kind, 2))
 
-    def _mixed(self, current: torch.Tensor, descriptor: torch.Tensor) -> torch.Tensor:
-        """Mix the curves' descriptor with their current features, [N, C, Q] each."""
+    def _mix(self, current: torch.Tensor, descriptor: torch.Tensor) -> torch.Tensor:
+        """Compute the new descriptors of the curves: weighted means of descriptors and current features.
+
+        Args:
+            current: features [N, C, Q] of the current points of the curves.
+            descriptor: descriptors [N, C, Q] of the curves.
+        """
         weights = F.softmax(self.momentum_mlp(torch.cat([current, descriptor], dim=1)), dim=1)  # [N, 2, Q]
-        # As published: curve i reads the flat entries 2i and 2i + 1, which belong to other curves.
+        # The published error: curve i gets the entries 2 i and 2 i + 1 of the flattened weights, which belong
+        # to other curves.
         if self.mix == "reshaped":
             weights = weights.reshape(len(weights), -1, 2).transpose(1, 2)
         return weights[:, :1] * current + weights[:, 1:] * descriptor
 
     def forward(self, x: torch.Tensor, index: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
-        """Compute features along the curves, [N, C, Q, T].
+        """Compute the features of the points of the curves, [N, C, Q, T].
 
-        Args: x: features [N, C, P]; index: neighbours of each point without the point itself [N, P, K];
-            start: the curves' first points [N, Q].
+        Args:
+            x: features of all points, [N, C, P].
+            index: indices of the neighbours of each point, without the point itself, [N, P, K].
+            start: indices of the points at which the curves start, [N, Q].
         """
-        place = start  # [N, Q]
+        point = start  # [N, Q], index of the current point of each curve
         current = take(x, start)  # [N, C, Q]
         descriptor = current
-        curve = []
+        curve_features = []
         for step in range(self.steps):
-            # In the first step, descriptor and features are equal.
+            # In the first step, descriptor and current features are equal.
             if step:
-                descriptor = self._mixed(current, descriptor)
-            choices = index.gather(1, place[..., None].expand(-1, -1, index.shape[2]))  # [N, Q, K]
-            near = take(x, choices)  # [N, C, Q, K]
-            # [N, Q, K]
-            logits = self.agent_mlp(torch.cat([near, descriptor[..., None].expand_as(near)], dim=1)).squeeze(
-                1
+                descriptor = self._mix(current, descriptor)
+            neighbours = index.gather(1, point[..., None].expand(-1, -1, index.shape[2]))  # [N, Q, K]
+            neighbour_features = take(x, neighbours)  # [N, C, Q, K]
+            agent_input = torch.cat(
+                [neighbour_features, descriptor[..., None].expand_as(neighbour_features)], dim=1
             )
-            # The first step has no direction that could turn back.
+            logits = self.agent_mlp(agent_input).squeeze(1)  # [N, Q, K]
+            # The first step has no previous direction.
             if step:
-                logits = logits * onward(current - descriptor, near - current[..., None])
-            soft = F.softmax(logits, dim=2)
+                logits = logits * turning_factors(
+                    current - descriptor, neighbour_features - current[..., None]
+                )
+            probabilities = F.softmax(logits, dim=2)
             best = logits.argmax(dim=2, keepdim=True)  # [N, Q, 1]
-            # Straight-through estimator: the value is one-hot, the gradient is that of the softmax.
-            hard = torch.zeros_like(soft).scatter(2, best, 1.0) - soft.detach() + soft
-            current = (near * hard[:, None]).sum(dim=3)
-            place = choices.gather(2, best).squeeze(2)
-            curve.append(current)
-        return torch.stack(curve, dim=3)
+            # Straight-through estimator: the value is one-hot, and the gradient is that of the softmax.
+            one_hot = torch.zeros_like(probabilities).scatter(2, best, 1.0)
+            choice = one_hot - probabilities.detach() + probabilities
+            current = (neighbour_features * choice[:, None]).sum(dim=3)
+            point = neighbours.gather(2, best).squeeze(2)
+            curve_features.append(current)
+        return torch.stack(curve_features, dim=3)
 
 
 @torch.no_grad()
-def onward(direction: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
-    """Compute factors [N, Q, K] in 0..1 that keep curves from turning back.
+def turning_factors(direction: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
+    """Compute factors of the logits in 0..1, which make it unlikely that a curve turns back.
 
-    They are 1 + the cosine between the last step [N, C, Q] and the next one [N, C, Q, K], clamped to 0..1.
+    The factor is 1 + the cosine between the previous direction and the next step, clamped to 0..1. Both are
+    vectors of features. No gradient.
+
+    Args:
+        direction: previous directions [N, C, Q] of the curves.
+        steps: possible next steps [N, C, Q, K] to the neighbours.
+    Returns: factors [N, Q, K].
     """
     dot = (direction[..., None] * steps).sum(dim=1)
     return (1 + dot / (direction.norm(dim=1)[..., None] * steps.norm(dim=1)).clamp_min(_EPS)).clamp(0, 1)
 
 
 class CurveGrouping(nn.Module):
-    """Curves that begin at the points with the largest attention."""
+    """Curves that start at the points with the largest attention.
+
+    Args:
+        channels: number of channels C of the features.
+        curves: largest number of curves.
+        steps: number of steps T of each curve.
+        mix: "reshaped" or "transposed", see `CurveNetArch.mix`.
+        kind: kind of the normalisation, "batch" or "layer".
+    """
 
     def __init__(self, channels: int, curves: int, steps: int, mix: str, kind: str):
         super().__init__()
@@ -110,43 +148,63 @@ class CurveGrouping(nn.Module):
         self.walk = Walk(channels, steps, mix, kind)
 
     def forward(self, x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-        """Compute curves [N, C, Q, T] of features [N, C, P], with neighbours [N, P, K] without the point
-        itself.
+        """Compute the features of the points of the curves, [N, C, Q, T].
 
-        With the published mix, the order of the first points changes the result. It is the unsorted order of
-        topk.
+        Args:
+            x: features of all points, [N, C, P].
+            index: indices of the neighbours of each point, without the point itself, [N, P, K].
         """
         attention = torch.sigmoid(self.att(x))  # [N, 1, P]
+        # With the mix "reshaped", the order of the curves changes the result. The published code uses the
+        # unsorted order of topk.
         start = attention.squeeze(1).topk(min(self.curves, x.shape[2]), dim=1, sorted=False).indices
         return self.walk(x * attention, index, start)
 
 
 class CurveAggregation(nn.Module):
-    """Dot-product attention of points to the curves' means over steps and over curves."""
+    """Update of the features of points by dot-product attention to the curves.
+
+    The keys are means of each curve over its steps, and means of each step over the curves.
+
+    Args:
+        channels: number of channels C of the features.
+        kind: kind of the normalisation, "batch" or "layer".
+    """
 
     def __init__(self, channels: int, kind: str):
         super().__init__()
-        half = channels // 2
-        self.conva, self.convb, self.convc = (nn.Conv1d(channels, half, 1, bias=False) for _ in range(3))
-        self.convn, self.convl = (nn.Conv1d(half, half, 1, bias=False) for _ in range(2))
-        self.convd = nn.Sequential(nn.Conv1d(2 * half, channels, 1, bias=False), norm(kind, channels))
+        half_channels = channels // 2
+        # The names are those of published state dicts.
+        self.conva, self.convb, self.convc = (
+            nn.Conv1d(channels, half_channels, 1, bias=False) for _ in range(3)
+        )
+        self.convn, self.convl = (nn.Conv1d(half_channels, half_channels, 1, bias=False) for _ in range(2))
+        self.convd = nn.Sequential(
+            nn.Conv1d(2 * half_channels, channels, 1, bias=False), norm(kind, channels)
+        )
         self.line_conv_att = nn.Conv2d(channels, 1, 1, bias=False)
 
     def forward(self, x: torch.Tensor, curves: torch.Tensor) -> torch.Tensor:
-        """Update features [N, C, P] with curves [N, C, Q, T]; returns [N, C, P]."""
-        # One attention map, normalised along each curve and across the curves at each step
-        attention = self.line_conv_att(curves)  # [N, 1, Q, T]
-        each = self.conva((curves * F.softmax(attention, dim=3)).sum(dim=3))  # [N, C/2, Q]
-        across = self.convb((curves * F.softmax(attention, dim=2)).sum(dim=2))  # [N, C/2, T]
+        """Compute the updated features [N, C, P].
+
+        Args:
+            x: features of all points, [N, C, P].
+            curves: features of the points of the curves, [N, C, Q, T].
+        """
+        # The same logits give two means: over the steps of each curve, and over the curves at each step.
+        logits = self.line_conv_att(curves)  # [N, 1, Q, T]
+        curve_keys = self.conva((curves * F.softmax(logits, dim=3)).sum(dim=3))  # [N, C/2, Q]
+        step_keys = self.convb((curves * F.softmax(logits, dim=2)).sum(dim=2))  # [N, C/2, T]
         query = self.convc(x).transpose(1, 2)  # [N, P, C/2]
-        read = [
-            self_values(keys).matmul(F.softmax(query @ keys, dim=2).transpose(1, 2))  # [N, C/2, P]
-            for keys, self_values in ((each, self.convn), (across, self.convl))
+        results = [
+            value_layer(keys).matmul(F.softmax(query @ keys, dim=2).transpose(1, 2))  # [N, C/2, P]
+            for keys, value_layer in ((curve_keys, self.convn), (step_keys, self.convl))
         ]
-        return leaky(x + self.convd(torch.cat(read, dim=1)))
+        return leaky(x + self.convd(torch.cat(results, dim=1)))
 
 
-# channels, number of points, ball radius, bottleneck ratio, whether the block walks curves
+# Settings of a block: output channels, number of points, radius of the ball for pooling, divisor of the input
+# channels inside the block, True if the block uses curves
 Block = tuple[int, int, float, int, bool]
 PUBLISHED: tuple[Block, ...] = (
     (64, 1024, 0.05, 2, True),
@@ -165,38 +223,49 @@ MIXES = ("reshaped", "transposed")  # see CurveNetArch.mix
 class CurveNetArch(PointArch):
     """Sizes of a CurveNet.
 
-    The defaults have 4,319,325 parameters, including four layers that are never used.
+    The network with the default sizes has 4,319,325 parameters. They include four layers that are never used.
+
+    Raises: ValueError for a value that is not allowed.
     """
 
     network: ClassVar[str] = "curvenet"
-    first: int = 32  # channels before the blocks
-    blocks: tuple[Block, ...] = PUBLISHED
-    last: int = 1024  # channels after the blocks
-    k: int = 20  # neighbours
-    curves: int = 100  # at most; not more than there are points
-    steps: int = 5  # points of a curve
-    # 'reshaped' is the published error, by which curves get each other's weights; 'transposed' corrects it
+    first: int = 32  # number of channels before the blocks
+    blocks: tuple[Block, ...] = PUBLISHED  # settings of each block
+    last: int = 1024  # number of channels after the blocks
+    k: int = 20  # number of neighbours
+    curves: int = 100  # largest number of curves; there are never more curves than points
+    steps: int = 5  # number of points of a curve
+    # Weights with which curves are mixed: 'reshaped' is the published error, by which a curve gets the
+    # weights of other curves, and 'transposed' corrects it
     mix: str = "reshaped"
-    # First point of the farthest-point sampling: 'first' of the cloud, or 'farthest' from its centroid, which
-    # does not depend on the order of the points
+    # First point of the farthest-point sampling: 'first' is the first point of the cloud; 'farthest' is the
+    # point farthest from its centroid, which does not depend on the order of the points
     start: str = "first"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("CurveNetArch.mix", self.mix, MIXES)
         check_choice("CurveNetArch.start", self.start, STARTS)
+        # The entries are listed at `Block`.
         if not self.blocks or any(
             len(block) != 5 or block[2] <= 0 or block[3] < 1 or block[0] % block[3] for block in self.blocks
         ):
-            expected = "(channels, points, radius > 0, ratio, curves) with ratios that divide channels"
             raise ValueError(
-                f"CurveNetArch.blocks: expected {expected}, got {self.blocks}. Correct the blocks in the"
-                " reward's file."
+                "CurveNetArch.blocks: expected at least one block (channels, points, radius, ratio, curves)"
+                " with radius > 0 and a ratio >= 1 that divides the channels, got"
+                f" {self.blocks}. Correct the blocks of the network in the reward's file."
             )
 
 
 def conv(size_in: int, size_out: int, kind: str, axes: int = 1) -> nn.Sequential:
-    """Create a convolution of width 1 without bias, with normalisation, over [N, C, P] or [N, C, P, K]."""
+    """Create a convolution with kernel size 1 and without bias, followed by a normalisation.
+
+    Args:
+        size_in: number of input channels.
+        size_out: number of output channels.
+        kind: kind of the normalisation, "batch" or "layer".
+        axes: number of axes after the channels: 1 for features [N, C, P], 2 for features [N, C, P, K].
+    """
     layer = (
         nn.Conv2d(size_in, size_out, 1, bias=False)
         if axes == 2
@@ -205,15 +274,28 @@ def conv(size_in: int, size_out: int, kind: str, axes: int = 1) -> nn.Sequential
     return nn.Sequential(layer, norm(kind, size_out, axes))
 
 
-def surroundings(points: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Compute [p_i, p_j, p_j - p_i] for every point and its neighbours: [N, 3, P] -> [N, 9, P, K]."""
-    near = take(points, index)  # [N, 3, P, K]
-    here = points[..., None].expand_as(near)
-    return torch.cat([here, near, near - here], dim=1)
+def encode_neighbours(points: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Compute the 9 channels (p_i, p_j, p_j - p_i) for every point i and each of its neighbours j.
+
+    Args:
+        points: positions [N, 3, P].
+        index: indices of the neighbours of each point, [N, P, K].
+    Returns: encoding [N, 9, P, K].
+    """
+    neighbours = take(points, index)  # [N, 3, P, K]
+    centres = points[..., None].expand_as(neighbours)
+    return torch.cat([centres, neighbours, neighbours - centres], dim=1)
 
 
 class LocalAggregation(nn.Module):
-    """Features of points from neighbours: maximum at the start, mean inside blocks."""
+    """Features of points from their neighbours: the maximum if `initial` is True, otherwise the mean.
+
+    Args:
+        size_in: number of input channels, C.
+        size_out: number of output channels, C'.
+        kind: kind of the normalisation, "batch" or "layer".
+        initial: True for the layer before the blocks, which reads positions and input channels directly.
+    """
 
     def __init__(self, size_in: int, size_out: int, kind: str, initial: bool = False):
         super().__init__()
@@ -225,82 +307,111 @@ class LocalAggregation(nn.Module):
     def forward(self, x: torch.Tensor | None, points: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         """Compute features [N, C', P].
 
-        Args: x: features [N, C, P], or None if points have only positions; points: [N, 3, P]; index:
-            neighbours [N, P, K].
+        Args:
+            x: features [N, C, P]; None if the points have only positions.
+            points: positions [N, 3, P].
+            index: indices of the neighbours of each point, [N, P, K].
         """
-        near = surroundings(points, index)  # [N, 9, P, K]
+        encoding = encode_neighbours(points, index)  # [N, 9, P, K]
         if self.initial:
-            return leaky(self.mlp(near if x is None else torch.cat([near, take(x, index)], dim=1))).amax(
-                dim=3
-            )
-        # Differences to the centre's features, plus an encoding of the positions
+            features = encoding if x is None else torch.cat([encoding, take(x, index)], dim=1)
+            return leaky(self.mlp(features)).amax(dim=3)
+        # Only the initial layer may have no features.
         assert x is not None
-        return leaky(self.mlp(leaky(take(x, index) - x[..., None] + self.xyz2feature(near)))).mean(dim=3)
+        # Differences between the features of neighbour and centre, plus an encoding of the positions
+        features = take(x, index) - x[..., None] + self.xyz2feature(encoding)
+        return leaky(self.mlp(leaky(features))).mean(dim=3)
 
 
 class CurveBlock(nn.Module):
-    """Bottleneck with a shortcut: fewer points, then curves, then neighbours."""
+    """Block of CurveNet: pooling to fewer points, curves, and aggregation over neighbours, with a shortcut.
+
+    Args:
+        size_in: number of input channels, C.
+        block: settings of the block.
+        arch: sizes of the network.
+    """
 
     def __init__(self, size_in: int, block: Block, arch: CurveNetArch):
         super().__init__()
-        size_out, self.points, self.radius, ratio, curves = block
+        size_out, self.points, self.radius, ratio, has_curves = block
         self.k = arch.k
         self.start = arch.start
         width = size_in // ratio
-        if curves:
+        if has_curves:
             self.curveaggregation = CurveAggregation(width, arch.norm)
             self.curvegrouping = CurveGrouping(width, arch.curves, arch.steps, arch.mix, arch.norm)
-        self.curves = curves
+        self.has_curves = has_curves
         self.conv1 = conv(size_in, width, arch.norm)
         self.conv2 = conv(width, size_out, arch.norm)
         self.shortcut = conv(size_in, size_out, arch.norm) if size_in != size_out else nn.Identity()
         self.lpfa = LocalAggregation(width, width, arch.norm)
 
     def forward(self, x: torch.Tensor, points: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Map features [N, C, P] at points [N, 3, P] to features [N, C', P'] at points [N, 3, P']."""
-        # Max-pool over a ball around each of fewer points
+        """Compute features [N, C', P'] and positions [N, 3, P'] of at most `self.points` points.
+
+        Args:
+            x: features [N, C, P].
+            points: positions [N, 3, P].
+        """
+        # Choose fewer points, and take the maximum of the features over a ball around each of them.
         if self.points < points.shape[2]:
             centres = take(points, farthest_points(points, self.points, self.start))
-            x = take(x, ball(centres, points, self.radius, self.k)[0]).amax(dim=3)
+            ball_index, _ = ball(centres, points, self.radius, self.k)
+            x = take(x, ball_index).amax(dim=3)
             points = centres
         shortcut = self.shortcut(x)
         x = leaky(self.conv1(x))
-        index = nearest(points, self.k + 1)  # [N, P, K + 1], the point itself first
-        if self.curves:
+        index = nearest(points, self.k + 1)  # [N, P, K + 1]; entry 0 is the point itself
+        if self.has_curves:
+            # A curve must not stay at its point, so the point itself is left out.
             x = self.curveaggregation(x, self.curvegrouping(x, index[:, :, 1:]))
-        return leaky(self.conv2(self.lpfa(x, points, index[:, :, : self.k])) + shortcut), points
+        # As published, the aggregation over K neighbours includes the point itself.
+        x = self.lpfa(x, points, index[:, :, : self.k])
+        return leaky(self.conv2(x) + shortcut), points
 
 
 class CurveNetModule(nn.Module):
-    """First aggregation, blocks, and the maximum and the mean over the remaining points."""
+    """Feature extractor of CurveNet: initial aggregation, blocks, maximum and mean over the last points."""
 
     def __init__(self, arch: CurveNetArch):
         super().__init__()
         self.k = arch.k
         self.lpfa = LocalAggregation(arch.inputs - 3, arch.first, arch.norm, initial=True)
+        # Numbers of channels before the first block and after each block
         sizes: Sequence[int] = (arch.first, *(block[0] for block in arch.blocks))
-        # Names of published state dicts: cic11, cic12, cic21, ...
-        self.names = [f"cic{i // 2 + 1}{i % 2 + 1}" for i in range(len(arch.blocks))]
-        for name, size, block in zip(self.names, sizes, arch.blocks, strict=False):
-            self.add_module(name, CurveBlock(size, block, arch))
+        # Names of published state dicts: cic11, cic12, cic21, cic22, ...
+        self.block_names = [f"cic{i // 2 + 1}{i % 2 + 1}" for i in range(len(arch.blocks))]
+        # The last of the sizes is no input of a block, so zip must not be strict.
+        for name, size_in, block in zip(self.block_names, sizes, arch.blocks, strict=False):
+            self.add_module(name, CurveBlock(size_in, block, arch))
         self.conv0 = conv(sizes[-1], arch.last, arch.norm)
-        # Layers of a classifier that published state dicts contain, and that are never used.
+        # Published state dicts contain these layers of a classifier, which are never used.
         if arch.norm == "batch":
             self.conv1 = nn.Linear(2 * arch.last, 512, bias=False)
             self.conv2 = nn.Linear(512, 1)
             self.bn1 = nn.BatchNorm1d(512)
 
     def forward(self, cloud: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
-        """Compute features [N, 2 * last] of clouds [N, C, P] with positions [N, 3, P]."""
+        """Compute features [N, 2 * last].
+
+        Args:
+            cloud: clouds [N, C, P].
+            points: positions [N, 3, P], the first three channels of the clouds.
+        """
+        # The channels after the position are the normals, if there are any.
         x = self.lpfa(cloud[:, 3:] if cloud.shape[1] > 3 else None, points, nearest(points, self.k))
-        for name in self.names:
+        for name in self.block_names:
             x, points = self.get_submodule(name)(x, points)
         x = F.relu(self.conv0(x))
         return torch.cat([x.amax(dim=2), x.mean(dim=2)], dim=1)
 
 
 class CurveNet(PointNetwork):
-    """CurveNet reward. Unlike the published code, it also accepts a batch of one."""
+    """Reward network with CurveNet. Unlike the published code, it also accepts a batch of one sample.
+
+    Args: arch: sizes of the network; None takes the published sizes.
+    """
 
     def __init__(self, arch: CurveNetArch | None = None):
         arch = arch or CurveNetArch()
@@ -308,27 +419,30 @@ class CurveNet(PointNetwork):
         self.arch: CurveNetArch = arch
         self.CurveNetModule = CurveNetModule(arch)
 
-    def features(self, observed: torch.Tensor) -> torch.Tensor:
-        """Return features of clouds [N, C, P], see `RewardNetwork`."""
-        return self.CurveNetModule(*self._read(observed))
+    def features(self, observations: torch.Tensor) -> torch.Tensor:
+        """Compute features [N, M] of clouds [N, C, P]. Differentiable in the clouds."""
+        return self.CurveNetModule(*self._split(observations))
 
 
-# PointNet++ (Qi et al. 2017, arXiv 1706.02413) as in the published point reward: two set abstractions and a
-# global one.
+# PointNet++ (Qi et al. 2017, arXiv 1706.02413) as in the published point reward: two set abstractions
+# (features of fewer points from the points around them), and a maximum over all remaining points.
 
 
 @dataclass(frozen=True, kw_only=True)
 class PointNet2Arch(PointArch):
-    """Sizes of a PointNet++. The defaults have 2,482,118 parameters."""
+    """Sizes of a PointNet++. The network with the default sizes has 2,482,118 parameters.
+
+    Raises: ValueError for a value that is not allowed.
+    """
 
     network: ClassVar[str] = "pointnet2"
-    ratios: tuple[float, float] = (0.5, 0.25)  # centres per point of each level, (0, 1]
-    radii: tuple[float, float] = (0.2, 0.4)  # of the balls, in the observation's units
-    limit: int = 64  # largest number of neighbours; those with the lowest indices are taken
-    first: tuple[int, ...] = (64, 64, 128)  # layer widths per edge, level 1
-    second: tuple[int, ...] = (128, 128, 256)  # layer widths per edge, level 2
+    ratios: tuple[float, float] = (0.5, 0.25)  # number of centres per point, levels 1 and 2, (0, 1]
+    radii: tuple[float, float] = (0.2, 0.4)  # radii of the balls, levels 1 and 2, in the unit of positions
+    limit: int = 64  # largest number of neighbours in a ball; those with the lowest indices are used
+    first: tuple[int, ...] = (64, 64, 128)  # layer widths per pair of centre and neighbour, level 1
+    second: tuple[int, ...] = (128, 128, 256)  # layer widths per pair of centre and neighbour, level 2
     whole: tuple[int, ...] = (256, 512, 1024)  # layer widths per centre of level 2, before the global maximum
-    start: str = "first"  # see CurveNetArch.start
+    start: str = "first"  # first point of the farthest-point sampling, see CurveNetArch.start
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -339,24 +453,37 @@ class PointNet2Arch(PointArch):
             or min(*self.ratios, *self.radii) <= 0
             or max(self.ratios) > 1
         ):
-            got = f"{self.ratios} and {self.radii}"
             raise ValueError(
-                f"PointNet2Arch: expected two ratios in (0, 1] and two radii above 0, got {got}. Correct"
-                " them in the reward's file."
+                "PointNet2Arch: expected two ratios in (0, 1] and two radii above 0, got ratios"
+                f" {self.ratios} and radii {self.radii}. Correct ratios and radii of the network in the"
+                " reward's file."
             )
 
 
 def layers(sizes: Sequence[int], kind: str) -> nn.Sequential:
-    """Create a linear layer, normalisation and ReLU for each step from one size to the next, on [E, C]."""
-    pairs = zip(sizes[:-1], sizes[1:], strict=True)
-    return nn.Sequential(*(layer for a, b in pairs for layer in (nn.Linear(a, b), norm(kind, b), nn.ReLU())))
+    """Create a stack of layers on features [E, C]: linear layer, normalisation and ReLU for each size.
+
+    Args:
+        sizes: number of input channels, followed by the number of output channels of each linear layer.
+        kind: kind of the normalisation, "batch" or "layer".
+    """
+    modules: list[nn.Module] = []
+    for size_in, size_out in zip(sizes[:-1], sizes[1:], strict=True):
+        modules += [nn.Linear(size_in, size_out), norm(kind, size_out), nn.ReLU()]
+    return nn.Sequential(*modules)
 
 
 class SetAbstraction(nn.Module):
-    """Set abstraction of PointNet++: features of centres from their neighbours.
+    """Set abstraction of PointNet++: features of centres, which are a subset of the points.
 
-    Layers read [features of the neighbour, its position relative to the centre], and the maximum over
+    The layers read the features of a neighbour and its position relative to the centre. The maximum over all
     neighbours is the feature of the centre.
+
+    Args:
+        ratio: number of centres per point, (0, 1].
+        radius: radius of the ball around a centre that contains its neighbours.
+        sizes: sizes of the layers, see `layers`.
+        arch: sizes of the network.
     """
 
     def __init__(self, ratio: float, radius: float, sizes: Sequence[int], arch: PointNet2Arch):
@@ -369,29 +496,35 @@ class SetAbstraction(nn.Module):
         self.point_conv = nn.ModuleDict({"local_nn": layers(sizes, arch.norm)})
 
     def forward(self, x: torch.Tensor | None, points: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Map features [N, C, P], or None, at points [N, 3, P] to features [N, C', S] at centres [N, 3,
-        S].
+        """Compute features [N, C', S] and positions [N, 3, S] of the centres.
+
+        Args:
+            x: features [N, C, P]; None if the points have only positions.
+            points: positions [N, 3, P].
         """
-        chosen = farthest_points(points, math.ceil(self.ratio * points.shape[2]), self.start)
-        centres = take(points, chosen)  # [N, 3, S]
+        centre_index = farthest_points(points, math.ceil(self.ratio * points.shape[2]), self.start)
+        centres = take(points, centre_index)  # [N, 3, S]
         index, counts = ball(centres, points, self.radius, self.limit)  # [N, S, K], [N, S]
-        real = torch.arange(index.shape[2], device=index.device) < counts[..., None]  # [N, S, K]
-        near = take(points, index) - centres[..., None]  # [N, 3, S, K]
+        # False for indices that `ball` repeated
+        is_neighbour = torch.arange(index.shape[2], device=index.device) < counts[..., None]  # [N, S, K]
+        neighbours = take(points, index) - centres[..., None]  # [N, 3, S, K]
         if x is not None:
-            near = torch.cat([take(x, index), near], dim=1)
-        # [E, C']: repeated neighbours are left out, since they would count in the statistics of a batch norm.
-        edges = self.point_conv["local_nn"](near.movedim(1, -1)[real])
-        # [N, S, K, C'], with -inf in the places of repeated neighbours, so that the maximum ignores them
-        dense = edges.new_full((*real.shape, edges.shape[1]), -torch.inf).index_put((real,), edges)
-        return dense.amax(dim=2).transpose(1, 2), centres
+            neighbours = torch.cat([take(x, index), neighbours], dim=1)
+        # [E, C']: repeated neighbours are left out, since they would change the statistics of a batch
+        # normalisation.
+        edges = self.point_conv["local_nn"](neighbours.movedim(1, -1)[is_neighbour])
+        # [N, S, K, C'], with -inf for repeated neighbours, so that the maximum ignores them
+        no_features = edges.new_full((*is_neighbour.shape, edges.shape[1]), -torch.inf)
+        edge_features = no_features.index_put((is_neighbour,), edges)
+        return edge_features.amax(dim=2).transpose(1, 2), centres
 
 
 class PointNet2Module(nn.Module):
-    """Two levels of set abstraction and the maximum over the remaining centres."""
+    """Feature extractor of PointNet++: two set abstractions, and the maximum over the remaining centres."""
 
     def __init__(self, arch: PointNet2Arch):
         super().__init__()
-        # Published state dicts contain both, and nothing uses them.
+        # Published state dicts contain these two parameters, which are never used.
         self.affine_offset = nn.Parameter(torch.zeros(()))
         self.affine_scale = nn.Parameter(torch.ones(()))
         self.sa1_module = SetAbstraction(arch.ratios[0], arch.radii[0], (arch.inputs, *arch.first), arch)
@@ -401,15 +534,25 @@ class PointNet2Module(nn.Module):
         self.sa3_module = nn.ModuleDict({"mlp": layers((arch.second[-1] + 3, *arch.whole), arch.norm)})
 
     def forward(self, cloud: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
-        """Compute features [N, M] of clouds [N, C, P] with positions [N, 3, P]."""
+        """Compute features [N, M].
+
+        Args:
+            cloud: clouds [N, C, P].
+            points: positions [N, 3, P], the first three channels of the clouds.
+        """
+        # The channels after the position are the normals, if there are any.
         x, centres = self.sa1_module(cloud[:, 3:] if cloud.shape[1] > 3 else None, points)
         x, centres = self.sa2_module(x, centres)
         rows = torch.cat([x, centres], dim=1).transpose(1, 2)  # [N, S, C + 3]
+        # The layers read rows of all samples together, [N * S, C + 3].
         return self.sa3_module["mlp"](rows.flatten(0, 1)).unflatten(0, rows.shape[:2]).amax(dim=1)
 
 
 class PointNet2(PointNetwork):
-    """PointNet++ reward."""
+    """Reward network with PointNet++.
+
+    Args: arch: sizes of the network; None takes the published sizes.
+    """
 
     def __init__(self, arch: PointNet2Arch | None = None):
         arch = arch or PointNet2Arch()
@@ -417,9 +560,9 @@ class PointNet2(PointNetwork):
         self.arch: PointNet2Arch = arch
         self.PointNet2Module = PointNet2Module(arch)
 
-    def features(self, observed: torch.Tensor) -> torch.Tensor:
-        """Return features of clouds [N, C, P], see `RewardNetwork`."""
-        return self.PointNet2Module(*self._read(observed))
+    def features(self, observations: torch.Tensor) -> torch.Tensor:
+        """Compute features [N, M] of clouds [N, C, P]. Differentiable in the clouds."""
+        return self.PointNet2Module(*self._split(observations))
 
 
 # PointNet (Qi et al. 2017, arXiv 1612.00593) as in the published point reward: without transform networks,
@@ -428,11 +571,15 @@ class PointNet2(PointNetwork):
 
 @dataclass(frozen=True, kw_only=True)
 class PointNetArch(PointArch):
-    """Sizes of a PointNet. The defaults have 1,817,476 parameters."""
+    """Sizes of a PointNet. The network with the default sizes has 1,817,476 parameters.
+
+    Raises: ValueError for a value that is not allowed.
+    """
 
     network: ClassVar[str] = "pointnet"
-    widths: tuple[int, int, int] = (64, 128, 1024)  # channels per point
-    # 'max' is the published pooling; 'max-mean' adds the mean, through which every point gets a gradient
+    widths: tuple[int, int, int] = (64, 128, 1024)  # numbers of channels of the three layers on each point
+    # Pooling over points: 'max', as published; or 'max-mean', which appends the mean to the maximum, so that
+    # every point gets a gradient
     pool: str = "max"
 
     def __post_init__(self) -> None:
@@ -440,40 +587,44 @@ class PointNetArch(PointArch):
         check_choice("PointNetArch.pool", self.pool, ("max", "max-mean"))
         if len(self.widths) != 3:
             raise ValueError(
-                f"PointNetArch.widths: expected three widths, got {self.widths}. Correct them in the reward's"
-                " file."
+                f"PointNetArch.widths: expected three widths, got {self.widths}. Correct the entry widths of"
+                " the network in the reward's file."
             )
 
 
 class PointNet(PointNetwork):
-    """PointNet reward: three layers on each point separately, followed by a maximum over points."""
+    """Reward network with PointNet: three layers on each point separately, and a maximum over points.
+
+    Args: arch: sizes of the network; None takes the published sizes.
+    """
 
     def __init__(self, arch: PointNetArch | None = None):
         arch = arch or PointNetArch()
         super().__init__(arch.widths[-1] * (2 if arch.pool == "max-mean" else 1), **arch.sizes)
         self.arch: PointNetArch = arch
-        a, b, c = arch.widths
-        self.conv1 = nn.Conv1d(arch.inputs, a, 1)
-        self.conv2 = nn.Conv1d(a, b, 1)
-        self.conv3 = nn.Conv1d(b, c, 1)
+        width1, width2, width3 = arch.widths
+        self.conv1 = nn.Conv1d(arch.inputs, width1, 1)
+        self.conv2 = nn.Conv1d(width1, width2, 1)
+        self.conv3 = nn.Conv1d(width2, width3, 1)
         self.bn1, self.bn2, self.bn3 = (norm(arch.norm, width) for width in arch.widths)
 
-    def features(self, observed: torch.Tensor) -> torch.Tensor:
-        """Return features of clouds [N, C, P], see `RewardNetwork`."""
-        x, _ = self._read(observed)
+    def features(self, observations: torch.Tensor) -> torch.Tensor:
+        """Compute features [N, M] of clouds [N, C, P]. Differentiable in the clouds."""
+        x, _ = self._split(observations)
         for layer, normalise in ((self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)):
             x = F.softplus(normalise(layer(x)))
-        largest = x.max(dim=2).values
-        return torch.cat([largest, x.mean(dim=2)], dim=1) if self.arch.pool == "max-mean" else largest
+        maximum = x.max(dim=2).values
+        return torch.cat([maximum, x.mean(dim=2)], dim=1) if self.arch.pool == "max-mean" else maximum
 
 
+# Class of the sizes, and class of the network, by the name of the network in files
 _NETWORKS: Mapping[str, tuple[type[PointArch], Any]] = {
     arch.network: (arch, network)
     for arch, network in ((PointNetArch, PointNet), (PointNet2Arch, PointNet2), (CurveNetArch, CurveNet))
 }
-# leaves head and face of the bundled heads without shoulders
+# Crop of the cube that contains the heads of the bundled generator, without shoulders
 HEAD_CROP = (0.16, 0.16, 0.26, 0.20, 0.24, 0.25)
-# Blocks of our CurveNet, in the form of Block
+# Settings of the blocks of our CurveNet, see `Block`
 _CURVE_BLOCKS = (
     (32, 128, 0.15, 1, True),
     (32, 128, 0.15, 2, True),
@@ -484,7 +635,11 @@ _CURVE_BLOCKS = (
 
 
 def build(description: Mapping[str, Any]) -> PointNetwork:
-    """Create a network from its description. Raises: ValueError for an unknown network or unknown fields."""
+    """Create an untrained network from its description.
+
+    Raises: ValueError for an unknown network, or for unknown fields.
+    """
+    # A copy, since an entry is removed below.
     values = dict(description)
     name = str(values.pop("network", None))
     check_choice("reward network", name, tuple(_NETWORKS))
@@ -493,16 +648,21 @@ def build(description: Mapping[str, Any]) -> PointNetwork:
 
 
 def own_presets(inputs: int, observe: Mapping[str, Any]) -> dict[str, Preset]:
-    """Return presets of our networks, which suit a few thousand pairs and one CPU core."""
-    small: dict[str, Any] = {
+    """Return the presets of our networks, which suit a few thousand pairs and one CPU core.
+
+    Args:
+        inputs: number of channels of a point, 3 or 6.
+        observe: settings of the observation.
+    """
+    common_sizes: dict[str, Any] = {
         "inputs": inputs,
         "norm": "layer",
         "trunk": (64, 64),
         "embedding": 64,
         "heads": (32, 16),
     }
-    archs = {
-        "pointnet": PointNetArch(widths=(32, 64, 128), pool="max-mean", **small),
+    architectures = {
+        "pointnet": PointNetArch(widths=(32, 64, 128), pool="max-mean", **common_sizes),
         "pointnet2": PointNet2Arch(
             ratios=(0.25, 0.25),
             radii=(0.15, 0.35),
@@ -511,7 +671,7 @@ def own_presets(inputs: int, observe: Mapping[str, Any]) -> dict[str, Preset]:
             second=(32, 32, 64),
             whole=(64, 128),
             start="farthest",
-            **small,
+            **common_sizes,
         ),
         "curvenet": CurveNetArch(
             first=16,
@@ -522,33 +682,37 @@ def own_presets(inputs: int, observe: Mapping[str, Any]) -> dict[str, Preset]:
             steps=5,
             mix="transposed",
             start="farthest",
-            **small,
+            **common_sizes,
         ),
     }
     train = {"epochs": 20, "patience": 20, "batch": 16, "lr": 1e-3, "weight_decay": 0.1, "decoupled": True}
-    slow = {"epochs": 10, "patience": 10}  # a step of CurveNet takes five times as long
+    curvenet_train = {"epochs": 10, "patience": 10}  # a step of CurveNet takes five times as long
     return {
         name: Preset(
-            network=arch.to_dict(), train={**train, **(slow if name == "curvenet" else {})}, observe=observe
+            network=arch.to_dict(),
+            train={**train, **(curvenet_train if name == "curvenet" else {})},
+            observe=observe,
         )
-        for name, arch in archs.items()
+        for name, arch in architectures.items()
     }
 
 
 def published_presets() -> dict[str, Preset]:
-    """Return presets of the published networks and their training.
-
-    Batches have 4, 2 and 2 items, and only PointNet uses reference samples.
-    """
+    """Return the presets of the published networks, with the settings of their published training."""
     presets = {}
-    for arch, batch, anchors in ((PointNetArch(), 4, 1000), (PointNet2Arch(), 2, 0), (CurveNetArch(), 2, 0)):
+    # Sizes of the network, pairs per batch, number of reference samples
+    for arch, batch, reference_samples in (
+        (PointNetArch(), 4, 1000),
+        (PointNet2Arch(), 2, 0),
+        (CurveNetArch(), 2, 0),
+    ):
         train = {
             "epochs": 10,
             "patience": 3,
             "batch": batch,
             "lr": 1e-5,
             "cosine": False,
-            "reference_samples": anchors,
+            "reference_samples": reference_samples,
             "weights": replace(LossWeights(), reconstruction=0.0),
         }
         presets[f"paper-{arch.network}"] = Preset(

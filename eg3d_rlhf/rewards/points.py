@@ -1,11 +1,12 @@
-"""Point clouds that rewards read, from the density's level set or a frontal depth map.
+"""Point clouds that rewards read, from the density's level set or from a frontal depth map.
 
-The observation `points` covers all sides of a shape, and `lifted-points` the visible side. Both use world
-coordinates, so that a shape's size and position matter. `published-points` is the cloud of the published
-point rewards: it includes the background, and each sample has its own scale.
+The observation `points` covers all sides of a shape, and `lifted-points` covers the side that a frontal
+camera sees. All shapes of both have the same scale and origin, so that a score can depend on a shape's size
+and position. `published-points` is the cloud of the published point rewards (arXiv 2606.27305): it includes
+the background, and each sample is scaled separately.
 
-Letters: N shapes, P points of a cloud, E candidate places of a point, R pixels per edge; D, H, W = grid
-points along z, y, x.
+Shapes: N shapes, P points of a cloud, E candidates for a point (grid edges or pixels), R pixels per edge; D,
+H, W = grid points along z, y, x.
 """
 
 import dataclasses
@@ -25,182 +26,219 @@ from training.rendering.cameras import RaySampler, unpack_label
 if TYPE_CHECKING:
     from eg3d_rlhf.generators import Generator
 
-_FLAT = 1e-6  # densities of two grid points that differ by less count as equal
+_FLAT = 1e-6  # least difference of the densities of two grid points that do not count as equal
 
 
 def lift(depth: torch.Tensor, cameras: torch.Tensor) -> torch.Tensor:
-    """Compute origin + depth * unit direction for every pixel's ray.
+    """Compute the world point of every pixel of a depth map: origin + depth * unit direction of its ray.
 
-    Args: depth: [N, 1, R, R] along the unit ray, world units; cameras: [N or 1, 25].
-    Returns: world points [N, R * R, 3], row by row. Differentiable in depth.
+    Differentiable in depth.
+
+    Args:
+        depth: depths [N, 1, R, R] along the unit rays, world units.
+        cameras: camera labels [N or 1, 25].
+    Returns: points [N, R * R, 3] in world units, row by row.
     """
     n, _, resolution, _ = depth.shape
     origins, directions = RaySampler()(*unpack_label(cameras.to(depth)), resolution)  # [N, R * R, 3] each
     return origins + depth.reshape(n, -1, 1) * directions
 
 
-def evenly(total: int, count: int) -> torch.Tensor:
-    """Select `count` of `total` points as published: round(linspace(0, total - 1, count)), int64 [count]."""
+def evenly_spaced(total: int, count: int) -> torch.Tensor:
+    """Return `count` evenly spaced indices in 0..`total` - 1, int64 [count], as in the published code.
+
+    They are round(linspace(0, total - 1, count)).
+    """
     return torch.from_numpy(np.linspace(0, total - 1, count).round().astype(np.int64))
 
 
 def self_scaled(points: torch.Tensor) -> torch.Tensor:
-    """Subtract the centroid of points [N, P, 3], and divide by the largest absolute coordinate.
+    """Move the centroid of each cloud [N, P, 3] to the origin, and divide by the largest absolute coordinate.
 
-    Differentiable, including the largest coordinate.
+    Differentiable, also through the centroid and the largest coordinate.
     """
     centred = points - points.mean(dim=1, keepdim=True)
-    # The factor keeps coordinates inside (-1, 1), as in the published code.
+    # As in the published code, the factor makes all absolute values smaller than 1.
     return centred / centred.abs().flatten(1).max(dim=1).values[:, None, None] * 0.999999
 
 
 @functools.lru_cache(maxsize=8)
-def _ranks(places: int, seed: int) -> torch.Tensor:
-    """Return the permutation of 0 ... places - 1 that belongs to the seed, int64 [E]."""
-    return torch.from_numpy(np.random.default_rng(seed).permutation(places))
+def _random_ranks(candidates: int, seed: int) -> torch.Tensor:
+    """Return the random permutation of 0..`candidates` - 1 that belongs to the seed, int64 [E]."""
+    return torch.from_numpy(np.random.default_rng(seed).permutation(candidates))
 
 
-def choose_places(usable: torch.Tensor, count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Choose `count` of the usable places [N, E]. The same seed makes the same choice.
+def choose_candidates(usable: torch.Tensor, count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Choose `count` of the usable candidates. The choice is the same in every call with the same seed.
 
-    The seed gives every place a rank, and the usable places with the lowest ranks are chosen. If one place
-    changes, at most one point changes. If fewer than `count` places are usable, they are repeated in turn.
+    The seed gives every candidate a rank, and the usable candidates with the lowest ranks are chosen. If one
+    candidate becomes usable or unusable, at most one chosen candidate changes. If fewer than `count`
+    candidates are usable, they are repeated in their order.
 
-    Returns: places int64 [N, count], and whether any place was usable, [N, 1].
+    Args:
+        usable: mask [N, E] of the usable candidates.
+        count: number of candidates to choose.
+        seed: seed of the ranks.
+    Returns: indices of the chosen candidates, int64 [N, count]; and bool [N, 1], True if any candidate of the
+        shape is usable. The indices have no meaning otherwise.
+    Raises: ValueError if there are fewer than `count` candidates.
     """
-    places = usable.shape[1]
-    if places < count:
+    candidates = usable.shape[1]
+    if candidates < count:
         raise ValueError(
-            f"points: expected at least {count} places, got {places}. Increase --resolution, or decrease"
-            " --points."
+            f"--points: expected at most {candidates}, the number of candidates for a point at this"
+            f" resolution, got {count}. Increase --resolution, or decrease --points."
         )
-    ranks = _ranks(places, seed).to(usable.device)
-    # Unusable places rank after all usable ones; topk returns them sorted.
-    best = torch.where(usable, ranks, ranks + places).topk(count, dim=1, largest=False)
-    # At least 1, so that the remainder below is defined for shapes without a usable place.
+    ranks = _random_ranks(candidates, seed).to(usable.device)
+    # Unusable candidates get ranks after all usable ones. topk returns sorted values.
+    best = torch.where(usable, ranks, ranks + candidates).topk(count, dim=1, largest=False)
+    # The lower limit 1 makes the remainder below defined for shapes without a usable candidate.
     usable_count = usable.sum(dim=1, keepdim=True).clamp(1, count)  # [N, 1]
-    return best.indices.gather(1, torch.arange(count, device=usable.device) % usable_count), usable.any(
-        dim=1, keepdim=True
-    )
+    # 0, 1, ..., usable_count - 1, 0, 1, ...: repeats the usable candidates
+    repeated_order = torch.arange(count, device=usable.device) % usable_count
+    return best.indices.gather(1, repeated_order), usable.any(dim=1, keepdim=True)
 
 
-def _slopes(density: torch.Tensor, voxel: float) -> torch.Tensor:
-    """Compute the gradient of [N, D, H, W] by central differences, which are one-sided at faces.
+def _density_gradient(density: torch.Tensor, voxel: float) -> torch.Tensor:
+    """Compute the spatial gradient [N, 3, D, H, W] of densities [N, D, H, W]: components along x, y, z.
 
-    Returns [N, 3, D, H, W], components along x, y, z.
+    Differences are central, and one-sided at the faces of the grid. `voxel` is the distance between grid
+    points in world units.
     """
+    # The axes 3, 2, 1 are x, y, z.
     return torch.stack(torch.gradient(density, spacing=voxel, dim=(3, 2, 1)), dim=1)
 
 
-def _places(
+def _grid_edges(
     shape: tuple[int, int, int], device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the edges between neighbouring grid points: flat indices of both ends, and the axis (0 x, 1 y, 2
-    z).
+    """Return the edges between neighbouring points of a grid [D, H, W].
 
-    Each is int64 [E].
+    Returns: indices of the start points and of the end points in the flattened grid, and the axes of the
+        edges (0 for x, 1 for y, 2 for z), int64 [E] each.
     """
     index = torch.arange(int(np.prod(shape)), device=device).reshape(shape)
-    firsts = []
-    seconds = []
+    starts = []
+    ends = []
     axes = []
+    # Dimensions 2, 1, 0 of the grid are x, y, z.
     for axis, dim in enumerate((2, 1, 0)):
-        firsts.append(index.narrow(dim, 0, shape[dim] - 1).flatten())
-        seconds.append(index.narrow(dim, 1, shape[dim] - 1).flatten())
-        axes.append(torch.full_like(firsts[-1], axis))
-    return torch.cat(firsts), torch.cat(seconds), torch.cat(axes)
+        starts.append(index.narrow(dim, 0, shape[dim] - 1).flatten())
+        ends.append(index.narrow(dim, 1, shape[dim] - 1).flatten())
+        axes.append(torch.full_like(starts[-1], axis))
+    return torch.cat(starts), torch.cat(ends), torch.cat(axes)
 
 
 def level_set(
     density: torch.Tensor, level: float, grid: SlabSpec, count: int, seed: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Choose points where the edges of a grid cross a level, and compute the normals there.
+    """Choose points at which edges of a grid cross the surface, and compute the normals of the surface there.
 
-        p = p_a + t (p_b - p_a),  t = (level - s_a) / (s_b - s_a),  normal = -grad s / |grad s|
+    For an edge from a to b with the positions p_a, p_b and the densities s_a, s_b, the crossing p and the
+    normal are
 
-    Args: density: [N, D, H, W] at the points of a straight grid; count: number of points, see
-        `choose_places`.
-    Returns: world points [N, count, 3], unit outward normals [N, count, 3], and whether there is any
-        crossing, [N, 1]. Points of a shape without a crossing have no meaning.
-    Differentiable in density, but not in the choice of edges. Where s_a and s_b are equal to 1e-6, t is
-    constant.
+        p = p_a + t (p_b - p_a),  t = (level - s_a) / (s_b - s_a),  normal = -grad s / |grad s|.
+
+    Differentiable in density, but not in the choice of edges. If s_a and s_b differ by at most 1e-6, t is the
+    constant 0.5.
+
+    Args:
+        density: raw densities [N, D, H, W] at the points of the grid.
+        level: raw density at the surface.
+        grid: straight grid.
+        count: number of points to choose.
+        seed: seed of the choice, see `choose_candidates`.
+    Returns: world points [N, count, 3]; outward normals of length 1, [N, count, 3]; and bool [N, 1], True for
+        shapes with a crossing. Points and normals of other shapes have no meaning.
     """
-    first, second, axis = _places(grid.shape, density.device)
-    flat = density.flatten(1)
-    usable = (flat[:, first] >= level) != (flat[:, second] >= level)  # [N, E]
-    chosen, has_crossing = choose_places(usable, count, seed)  # [N, P]
-    a = first[chosen]
-    b = second[chosen]
-    start = flat.gather(1, a)
-    step = flat.gather(1, b) - flat.gather(1, a)
-    steep = step.abs() > _FLAT
-    # [N, P]
-    # The inner where() replaces tiny divisors, because a division by 0 gives NaN gradients even if it is not
-    # used.
-    t = torch.where(
-        steep, (level - start) / torch.where(steep, step, torch.ones_like(step)), torch.full_like(step, 0.5)
-    )
-    corners = grid.points().reshape(-1, 3).to(density)  # [D * H * W, 3]
-    along = torch.nn.functional.one_hot(axis[chosen], 3) * grid.voxel  # [N, P, 3]
-    points = corners[a] + t[..., None] * along
-    slopes = _slopes(density, grid.voxel).flatten(2)  # [N, 3, D * H * W]
-    at_a, at_b = (slopes.gather(2, end[:, None].expand(-1, 3, -1)) for end in (a, b))  # [N, 3, P]
-    # Interpolate the gradient between the edge's ends.
-    normals = torch.nn.functional.normalize(-torch.lerp(at_a, at_b, t[:, None]), dim=1, eps=_FLAT).transpose(
-        1, 2
-    )
+    edge_start, edge_end, edge_axis = _grid_edges(grid.shape, density.device)  # [E] each
+    flat_density = density.flatten(1)
+    crosses_surface = (flat_density[:, edge_start] >= level) != (flat_density[:, edge_end] >= level)  # [N, E]
+    edges, has_crossing = choose_candidates(crosses_surface, count, seed)  # [N, P]
+    a = edge_start[edges]
+    b = edge_end[edges]
+    density_a = flat_density.gather(1, a)
+    step = flat_density.gather(1, b) - flat_density.gather(1, a)
+    is_steep = step.abs() > _FLAT
+    # The inner where() replaces tiny divisors. A division by 0 would give NaN gradients, even if its result
+    # is not used.
+    divisor = torch.where(is_steep, step, torch.ones_like(step))
+    t = torch.where(is_steep, (level - density_a) / divisor, torch.full_like(step, 0.5))  # [N, P]
+    grid_points = grid.points().reshape(-1, 3).to(density)  # [D * H * W, 3]
+    edge_vector = torch.nn.functional.one_hot(edge_axis[edges], 3) * grid.voxel  # [N, P, 3]
+    points = grid_points[a] + t[..., None] * edge_vector
+    gradient = _density_gradient(density, grid.voxel).flatten(2)  # [N, 3, D * H * W]
+    gradient_a = gradient.gather(2, a[:, None].expand(-1, 3, -1))  # [N, 3, P]
+    gradient_b = gradient.gather(2, b[:, None].expand(-1, 3, -1))
+    # Interpolate the gradient between both ends of the edge.
+    gradient_p = torch.lerp(gradient_a, gradient_b, t[:, None])
+    normals = torch.nn.functional.normalize(-gradient_p, dim=1, eps=_FLAT).transpose(1, 2)
     return points, normals, has_crossing
 
 
 def in_box(points: torch.Tensor, side: float, centre: tuple[float, float, float]) -> torch.Tensor:
-    """Express world points [..., 3] relative to a box's centre, in halves of its side: -1..1 inside."""
+    """Convert world points [..., 3] to coordinates of a box, which are -1..1 inside the box.
+
+    Args:
+        points: world points [..., 3].
+        side: edge of the box, world units.
+        centre: centre of the box, world units.
+    """
     return (points - torch.tensor(centre).to(points)) / (0.5 * side)
 
 
-_OPAQUE = 0.5  # least opacity of a pixel whose depth counts as that of a surface
+_OPAQUE = 0.5  # least opacity of a pixel that shows a surface and not the background
 
 
-def mirror(observed: torch.Tensor, draws: np.ndarray) -> torch.Tensor:
-    """Mirror clouds [N, 3 or 6, P] left to right with probability one half: x of positions and normals is
-    negated.
+def mirror(observations: torch.Tensor, draws: np.ndarray) -> torch.Tensor:
+    """Mirror each cloud left to right if its random number is below one half.
+
+    The x components of positions and normals are negated.
+
+    Args:
+        observations: clouds [N, 3 or 6, P].
+        draws: random numbers [N], uniform in [0, 1).
     """
-    signs = torch.ones_like(observed[:, :, :1])
+    signs = torch.ones_like(observations[:, :, :1])
     # Channels 0 and 3 are the x components of position and normal.
     signs[torch.from_numpy(draws < 0.5), ::3] = -1.0
-    return observed * signs
+    return observations * signs
 
 
 def _check_cloud(owner: str, points: int, seed: int) -> None:
-    """Raise ValueError unless both are integers in range. Values may come from a reward's file."""
-    for name, value, least in (("points", points, 1), ("seed", seed, 0)):
+    """Raise ValueError unless `points` and `seed` of an observation are integers in their ranges.
+
+    The values may come from a reward's file. `owner` is the start of the message.
+    """
+    for name, value, least_value in (("points", points, 1), ("seed", seed, 0)):
         # bool is a subclass of int.
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        if isinstance(value, bool) or not isinstance(value, int) or value < least_value:
             raise ValueError(
-                f"{owner}.{name}: expected an integer of at least {least}, got {value!r}. Correct it in the"
-                " reward's file."
+                f"{owner}.{name}: expected an integer of at least {least_value}, got {value!r}. Correct the"
+                f" entry {name} of the observation in the reward's file."
             )
 
 
 @observations.register
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LevelSetPoints(Observation):
-    """Clouds [N, 6, P] of positions on the surface and unit normals; see `level_set`.
+    """Clouds [N, 6, P] of points on the surface: position (3 channels) and normal of length 1 (3 channels).
 
-    Positions are relative to the box's centre, in halves of its side, so they lie in -1..1. All shapes have
-    the same scale and origin. The cloud of a shape without a surface in the box is zero and has no gradient.
+    Positions are coordinates of the cube, -1..1. The points are chosen by `level_set`. The cloud of a shape
+    without a surface inside the grid is zero and has no gradient.
     """
 
     kind: ClassVar[str] = "points"
-    spec: SlabSpec = SlabSpec(resolution=64)  # straight grid on whose edges crossings are searched
+    spec: SlabSpec = SlabSpec(resolution=64)  # straight grid whose edges are searched for crossings
     points: int = 512  # P
-    seed: int = 0  # of the choice of crossings
+    seed: int = 0  # random seed of the choice of crossings
 
     def __post_init__(self) -> None:
         _check_cloud("LevelSetPoints", self.points, self.seed)
         if self.spec.lattice != "straight":
             raise ValueError(
-                f"LevelSetPoints.spec: expected a straight lattice, got {self.spec.lattice!r}. Use the"
-                " lattice 'straight'."
+                f"LevelSetPoints.spec: expected the lattice 'straight', got {self.spec.lattice!r}. Correct"
+                " the entry lattice of the observation in the reward's file."
             )
 
     # The keyword arguments differ from those of the base class.
@@ -213,63 +251,69 @@ class LevelSetPoints(Observation):
         crop: tuple[float, float, float, float, float, float] | None = None,
         points: int = 512,
     ) -> Self:
-        """Create the observation of a generator's cube.
+        """Create the observation for a generator's cube.
 
-        Args: resolution, crop: of the grid, as for a slab; points: number of points on the surface.
+        Args:
+            generator: generator whose shapes are observed.
+            resolution: number of grid points per axis of the complete cube.
+            crop: shares of the cube that are trimmed from its faces (x, x, y, y, z, z); None takes the
+                paper's crop.
+            points: number of points on the surface.
         """
         return cls(spec=SigmaSlab.of(generator, resolution=resolution, crop=crop).spec, points=points)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of one sample's cloud, [6, P]."""
+        """Shape [6, P] of the cloud of one sample."""
         return (6, self.points)
 
     def observe(self, field: Field) -> torch.Tensor:
-        """Compute the clouds, see `Observation`."""
+        """Compute the clouds [N, 6, P] of the shapes of a field. Differentiable in the field."""
         points, normals, has_surface = level_set(
             field.density_grid(self.spec), field.level, self.spec, self.points, self.seed
         )
-        # Multiplying by `has_surface` sets clouds without a surface to zero, and their gradients, too.
+        # The product with `has_surface` sets the clouds of shapes without a surface, and their gradients, to
+        # zero.
         cloud = torch.cat([in_box(points, self.spec.box_warp, self.spec.centre), normals], dim=2)
         return (cloud * has_surface[..., None]).transpose(1, 2)
 
-    def augment(self, observed: torch.Tensor, draws: np.ndarray) -> torch.Tensor:
-        """Mirror clouds with probability one half."""
-        return mirror(observed, draws)
+    def augment(self, observations: torch.Tensor, draws: np.ndarray) -> torch.Tensor:
+        """Mirror clouds [N, 6, P] left to right with probability one half, see `mirror`."""
+        return mirror(observations, draws)
 
     def misfits(self, generator: "Generator") -> list[str]:
-        """List differences between this observation's cube and the generator's."""
+        """List the differences between the cube of this observation and the cube of a generator."""
         return SigmaSlab(self.spec).misfits(generator)
 
 
 @observations.register
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LiftedPoints(Observation):
-    """Clouds [N, 3, P] from the depth map of a frontal camera: the visible side, in halves of the box's side.
+    """Clouds [N, 3, P] of points on the side of a shape that a frontal camera sees, from its depth map.
 
-    Pixels with an opacity below one half and points outside the box are left out. P of the others are chosen
-    by pixel, in the same way for every shape. The cloud of a shape without such a pixel is zero and has no
-    gradient.
+    Positions are coordinates of the cube, -1..1. Pixels with an opacity below one half, and points outside
+    the cube, are not used. P of the remaining pixels are chosen by `choose_candidates`. The cloud of a shape
+    without such a pixel is zero and has no gradient.
     """
 
     kind: ClassVar[str] = "lifted-points"
     ops: ClassVar[str] = "auto"
     resolution: int = 64  # R
-    samples: int = 32  # per ray and pass
+    samples: int = 32  # samples per ray and pass
     points: int = 512  # P
-    seed: int = 0  # of the choice of pixels
-    radius: float = CameraFamily.radius  # of the camera, world units
+    seed: int = 0  # random seed of the choice of pixels
+    radius: float = CameraFamily.radius  # distance of the camera from the world's origin, world units
     pivot: tuple[float, float, float] = (0.0, 0.0, 0.0)  # point that the camera looks at, world units
-    focal: float = CameraFamily.focal  # in units of the image size
-    box_side: float = 1.0  # world units
-    centre: tuple[float, float, float] = (0.0, 0.0, 0.0)  # of the box, world units
+    focal: float = CameraFamily.focal  # focal length in units of the image size
+    box_side: float = 1.0  # edge of the cube, world units
+    centre: tuple[float, float, float] = (0.0, 0.0, 0.0)  # centre of the cube, world units
 
     def __post_init__(self) -> None:
         _check_cloud(type(self).__name__, self.points, self.seed)
         if self.points > self.resolution**2:
             raise ValueError(
-                f"--points: expected at most {self.resolution**2}, the number of pixels of a depth map of"
-                f" {self.resolution} x {self.resolution}, got {self.points}. Decrease --points, or increase"
+                f"--points: expected at most {self.resolution**2}, the number of pixels of a depth map with"
+                f" --resolution={self.resolution}, got {self.points}. Decrease --points, or increase"
                 " --resolution."
             )
 
@@ -277,9 +321,12 @@ class LiftedPoints(Observation):
     def of(  # type: ignore[override]
         cls, generator: "Generator", *, resolution: int = 64, points: int = 512
     ) -> Self:
-        """Create the observation with a generator's camera and box.
+        """Create the observation with the frontal camera and the cube of a generator.
 
-        Args: resolution: pixels per edge of the depth map; points: number of pixels that are chosen.
+        Args:
+            generator: generator whose shapes are observed.
+            resolution: pixels per edge of the depth map.
+            points: number of points of the cloud.
         """
         cameras = generator.cameras
         box = generator.bounds
@@ -295,39 +342,47 @@ class LiftedPoints(Observation):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of one sample's cloud, [3, P]."""
+        """Shape [3, P] of the cloud of one sample."""
         return (3, self.points)
 
-    def _seen(self, field: Field) -> tuple[torch.Tensor, Rendering]:
-        """Render, and return the world points of all pixels [N, R * R, 3] and the rendering.
+    def _render_points(self, field: Field) -> tuple[torch.Tensor, Rendering]:
+        """Render a field from the front.
 
-        The jitter of the rays is the same in every call.
+        The random offsets of the samples along the rays are the same in every call.
+
+        Returns: world points of all pixels [N, R * R, 3], and the rendering.
         """
         camera = CameraFamily(self.radius, self.pivot, self.focal).label()
+        # Torch's global random state is restored at the end of the block. To store the state of CUDA devices
+        # would initialise CUDA, so this is done only if CUDA is in use.
         with torch.random.fork_rng(
             devices=range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
         ):
             torch.manual_seed(0)
-            seen = field.render(camera, RenderOptions(resolution=self.resolution, samples=self.samples))
-        return lift(seen.depth, camera), seen
+            rendering = field.render(camera, RenderOptions(resolution=self.resolution, samples=self.samples))
+        return lift(rendering.depth, camera), rendering
 
     def observe(self, field: Field) -> torch.Tensor:
-        """Compute the clouds, see `Observation`."""
-        points, seen = self._seen(field)
+        """Compute the clouds [N, 3, P] of the shapes of a field. Differentiable in the field."""
+        points, rendering = self._render_points(field)
         points = in_box(points, self.box_side, self.centre)
-        usable = (seen.opacity.flatten(1) >= _OPAQUE) & (points.abs() <= 1).all(dim=2)
-        chosen, has_pixels = choose_places(usable, self.points, self.seed)
-        return (points.gather(1, chosen[..., None].expand(-1, -1, 3)) * has_pixels[..., None]).transpose(1, 2)
+        usable = (rendering.opacity.flatten(1) >= _OPAQUE) & (points.abs() <= 1).all(dim=2)  # [N, R * R]
+        pixels, has_pixels = choose_candidates(usable, self.points, self.seed)
+        clouds = points.gather(1, pixels[..., None].expand(-1, -1, 3)) * has_pixels[..., None]  # [N, P, 3]
+        return clouds.transpose(1, 2)
 
-    def augment(self, observed: torch.Tensor, draws: np.ndarray) -> torch.Tensor:
-        """Mirror clouds with probability one half."""
-        return mirror(observed, draws)
+    def augment(self, observations: torch.Tensor, draws: np.ndarray) -> torch.Tensor:
+        """Mirror clouds [N, 3, P] left to right with probability one half, see `mirror`."""
+        return mirror(observations, draws)
 
     def misfits(self, generator: "Generator") -> list[str]:
-        """List differences between this observation's camera and box and the generator's."""
+        """List the differences between camera and cube of this observation and those of a generator.
+
+        The list is empty if all are equal.
+        """
         cameras = generator.cameras
         box = generator.bounds
-        expected = {
+        generator_values = {
             "radius": cameras.radius,
             "pivot": cameras.pivot,
             "focal": cameras.focal,
@@ -336,7 +391,7 @@ class LiftedPoints(Observation):
         }
         return [
             f"{name} {getattr(self, name)}, got {value}"
-            for name, value in expected.items()
+            for name, value in generator_values.items()
             if getattr(self, name) != value
         ]
 
@@ -346,10 +401,10 @@ class LiftedPoints(Observation):
 class PublishedPoints(LiftedPoints):
     """Clouds [N, 3, P] as the published point rewards read them.
 
-    Pixels of the complete map are taken at equal distances, and each cloud has its own scale.
-    Deviates: the published training takes other pixels each time; this class always takes those of the
-        published
-    evaluation.
+    The points belong to evenly spaced pixels of the complete depth map, and each cloud is scaled separately.
+
+    Deviates: the published training chooses pixels at random in each step. This class always uses the pixels
+        of the published evaluation.
     """
 
     kind: ClassVar[str] = "published-points"
@@ -360,24 +415,29 @@ class PublishedPoints(LiftedPoints):
     def of(  # type: ignore[override]
         cls, generator: "Generator", *, resolution: int = 128, points: int = 2048
     ) -> Self:
-        """Create the observation with a generator's camera, see `LiftedPoints.of`."""
+        """Create the observation with the frontal camera of a generator, see `LiftedPoints.of`."""
         return super().of(generator, resolution=resolution, points=points)
 
     def observe(self, field: Field) -> torch.Tensor:
-        """Compute the clouds, see `Observation`."""
-        points = self._seen(field)[0]
-        return self_scaled(points[:, evenly(points.shape[1], self.points)]).transpose(1, 2)
+        """Compute the clouds [N, 3, P] of the shapes of a field. Differentiable in the field."""
+        points, _ = self._render_points(field)
+        return self_scaled(points[:, evenly_spaced(points.shape[1], self.points)]).transpose(1, 2)
 
-    def augment(self, observed: torch.Tensor, draws: np.ndarray) -> torch.Tensor:
-        """Scale each axis by 0.95 ... 1.05, and move each coordinate by at most 0.001, at random."""
-        scaled = []
-        for cloud, number in zip(observed, draws, strict=True):
-            # Each sample's number in [0, 1) becomes the seed of its own stream.
-            random = np.random.default_rng(int(number * 2**53))
-            scale = random.uniform(0.95, 1.05, (3, 1))
-            jitter = random.uniform(-0.001, 0.001, tuple(cloud.shape))
-            scaled.append(cloud * torch.from_numpy(scale).to(cloud) + torch.from_numpy(jitter).to(cloud))
-        return torch.stack(scaled)
+    def augment(self, observations: torch.Tensor, draws: np.ndarray) -> torch.Tensor:
+        """Scale each axis of a cloud by 0.95..1.05, and move each coordinate by at most 0.001, at random.
+
+        Args:
+            observations: clouds [N, 3, P].
+            draws: random numbers [N] in [0, 1), from which the random numbers of each cloud are derived.
+        """
+        augmented_clouds = []
+        for cloud, number in zip(observations, draws, strict=True):
+            # A float64 in [0, 1) has 53 random bits, which become the seed of this cloud's generator.
+            rng = np.random.default_rng(int(number * 2**53))
+            scale = torch.from_numpy(rng.uniform(0.95, 1.05, (3, 1))).to(cloud)
+            jitter = torch.from_numpy(rng.uniform(-0.001, 0.001, tuple(cloud.shape))).to(cloud)
+            augmented_clouds.append(cloud * scale + jitter)
+        return torch.stack(augmented_clouds)
 
 
 networks.register("points", build, own_presets(6, {"resolution": 64, "crop": HEAD_CROP}))

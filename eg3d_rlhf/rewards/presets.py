@@ -13,10 +13,10 @@ from training.config import check_choice
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """Sizes of a network, as a reward's file states them. Subclasses are frozen dataclasses."""
+    """Sizes of a network, which a reward's file states. Subclasses are frozen dataclasses."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Return JSON values."""
+        """Return the sizes as JSON values."""
         return asdict(self)
 
     @classmethod
@@ -29,19 +29,19 @@ class Architecture:
             return cls(**{name: _tuples(value) for name, value in values.items()})
         except TypeError as error:
             raise ValueError(
-                f"{cls.__name__}: fields do not match: {error}. Check the reward's file; a later version"
-                " may have written it."
+                f"{cls.__name__}: the reward's file has unknown or missing fields: {error}. If a later"
+                " version of the package wrote the file, use that version to open it."
             ) from error
 
 
 def _tuples(value: Any) -> Any:
-    """Convert nested lists to tuples, which JSON does not have."""
-    return tuple(_tuples(part) for part in value) if isinstance(value, (list, tuple)) else value
+    """Convert nested lists to tuples, which JSON does not have. Return any other value unchanged."""
+    return tuple(_tuples(item) for item in value) if isinstance(value, (list, tuple)) else value
 
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
-    """Architecture with the settings that suit it."""
+    """Description of an untrained network, with the settings that suit it."""
 
     network: Mapping[str, Any]  # description, see `RewardNetwork.describe`
     train: Mapping[str, Any] = field(default_factory=dict)  # fields of TrainOptions
@@ -49,36 +49,43 @@ class Preset:
     observe: Mapping[str, Any] = field(default_factory=dict)
 
 
-# The module of an observation registers its networks' presets. Those of the slab are in a module that does
-# not import torch. The first preset of a kind is its default.
+# Presets by kind of observation and name. The module of an observation registers the presets of its networks.
+# The presets of sigma slabs are in a separate module, which does not import torch. The first preset of a kind
+# is its default.
 PRESETS: Registry[Mapping[str, Preset]] = Registry(
     "network of an observation", {"sigma": "eg3d_rlhf.rewards.slab_presets"}
 )
 
 
 def presets_of(kind: str) -> Mapping[str, Preset]:
-    """Return the presets of the networks that read a kind of observation; empty if these need no training.
+    """Return the presets, by name, of the networks that read a kind of observation.
+
+    The result is empty if these networks need no training.
 
     Raises: ValueError for an unknown kind, and for a kind that no network reads.
     """
     if kind not in PRESETS:
         from eg3d_rlhf.rewards.observations import OBSERVATIONS
 
-        # The look-up imports the kind's module, which registers its presets, and raises for an unknown kind.
+        # The look-up is needed for its effects: it imports the module of the kind, which registers its
+        # presets, and raises ValueError for an unknown kind.
         OBSERVATIONS[kind]
     return PRESETS[kind]
 
 
 def preset(name: str | None = None, kind: str = "sigma") -> Preset:
-    """Return a preset of the networks that read `kind`; None takes the default one.
+    """Return a preset of the networks that read a kind of observation.
 
-    Raises: ValueError for an unknown name, with the list of known names.
+    Args:
+        name: name of the preset; None for the default preset of the kind.
+        kind: kind of the observation.
+    Raises: ValueError for an unknown name, and for a kind whose networks need no training.
     """
     presets = presets_of(kind)
     if not presets:
         raise ValueError(
-            f"reward preset: networks that read {kind} need no training, so they have no presets. Use this"
-            " reward without training."
+            f"reward preset: the reward {kind} needs no training and has no presets. Pass its name"
+            f" {kind} instead of the file of a trained reward."
         )
     # The first preset of a kind is its default.
     name = next(iter(presets)) if name is None else name

@@ -1,18 +1,22 @@
-"""Import the reward that was released with the paper, and compare its scores on both lattices.
+"""Import a reward that was released with the paper (arXiv 2606.27305), and compare its scores on two
+lattices.
 
-A release is a folder with `best_model.pt` (a state dict, or one under 'state_dict') and `release_config.yaml`
-or `run_config.yaml`. Layer sizes come from the weights. The configuration is the record of a training run:
-YAML with `${...}` references. Since it comes from an unknown source, it is parsed as data only (without tags
-that create objects, and without aliases), and only these fields are read:
+A lattice is the grid on which the density is evaluated. The published code evaluates it on a slightly skewed
+grid, and this package on a straight one.
 
-    data.dset_dict.selected_dtypes     first entry sigma_field_<N>: the cube has N points per axis
-    data.augmentations.tune            transform of fine-tuning: self-normalisation to [lower, upper]
-    data.augmentations.upper_norm      the upper end, if `tune` does not state it
+A release is a folder with `best_model.pt` (a state dict, or a dict that contains it under 'state_dict') and
+`release_config.yaml` or `run_config.yaml`. Layer sizes are derived from the weights. The configuration is the
+record of a training run: YAML with `${...}` references. Since it comes from an unknown source, it is parsed
+as data only (without tags that create objects, and without aliases), and only these fields are read:
+
+    data.dset_dict.selected_dtypes     the first entry sigma_field_<N> states N grid points per axis of the
+    cube data.augmentations.tune            transform of fine-tuning, a self-normalisation to [lower, upper]
+    data.augmentations.upper_norm      upper end of the range, if `tune` does not state it
     model                              num_groups, f_maps, layer_order, in_channels, is_segmentation,
                                        residual, input_size, external
 
-The crop is not a field: the published code derives it from N, with the fractions that are SlabSpec's default.
-Shape letters: N samples, D, H, W = z, y, x.
+The configuration does not state the crop: the published code derives it from N, with the shares that are
+SlabSpec's default.
 """
 
 import contextlib
@@ -51,72 +55,79 @@ model:
 """
 _MAX_BYTES = 1 << 18  # largest configuration that is read
 _MAX_STEPS = 64  # largest number of references that are followed for one value
-_REFERENCE = re.compile(r"\$\{([^${}]*)\}")  # matches the innermost reference
-# Names of the ends of a range in published transforms
+_REFERENCE = re.compile(r"\$\{([^${}]*)\}")  # matches a reference that contains no further reference
+# "lower" or "upper" for each name of an end of the range in published transforms
 _ENDS = dict.fromkeys(("lo", "low", "lower", "lower_norm", "min"), "lower")
 _ENDS |= dict.fromkeys(("hi", "high", "upper", "upper_norm", "max"), "upper")
-# Keys of a transform that state how it is created, and do not change what it computes
+# Keys of a transform that state how it is created and do not change its results
 _NEUTRAL = ("_target_", "_partial_", "_convert_", "_recursive_", "keys")
-# Values of the configuration that our network implements
+# Settings of the configuration for which our network implements only this value
 _FIXED = {"layer_order": "gcr", "in_channels": 1, "is_segmentation": False, "residual": True}
-_REMEDY = "Use --transform=published, which takes the published slab instead."
+_REMEDY = (
+    "Use --transform=published, which ignores this field and reads the published slab (256 points, values"
+    " 0..100)."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReleaseConfig:
-    """Settings of a released reward that its weights do not show."""
+    """Settings of a released reward that cannot be derived from its weights."""
 
-    resolution: int = 256  # grid points per axis of the cube
-    value_max: float = 100.0  # upper end of the self-normalised range
-    groups: int = 8  # groups of every group normalisation
-    feature_maps: tuple[int, ...] | None = None  # channels per level; None if the file does not state them
-    input_size: int | None = None  # of the trunk; None if the file does not state it
+    resolution: int = 256  # number of grid points per axis of the cube
+    value_max: float = 100.0  # upper end of the range to which densities are normalised
+    groups: int = 8  # number of groups of every group normalisation
+    # Numbers of channels of the U-Net's levels; None if the configuration does not state them
+    feature_maps: tuple[int, ...] | None = None
+    # Length of the feature vector that the trunk reads; None if the configuration does not state it
+    input_size: int | None = None
 
 
 def import_release(source: str | Path, transform: str = "config", lattice: str = "straight") -> Reward:
     """Read a released reward, in eval mode. No code from its files is executed.
 
-    The provenance states both files and their SHA-256.
+    The provenance of the result states the names and the SHA-256 hashes of both files.
 
     Args:
-        source: the folder, or the weights file itself, such as `swa_weights.pt`, beside its configuration.
-        transform: see `read_config`.
-        lattice: lattice on which the reward reads fields, see `SlabSpec`.
-
-    Raises: FileNotFoundError; ValueError if a file is damaged or foreign, if entries do not fit, or if the
-        configuration is not supported.
+        source: folder of the release; or the file of the weights, for example `swa_weights.pt`, whose folder
+            contains the configuration.
+        transform: "config" or "published", see `read_config`.
+        lattice: lattice on which the reward evaluates densities, see `SlabSpec`.
+    Raises: FileNotFoundError if a file is missing; ValueError if a file is damaged or is no reward, if its
+        entries do not match the network, or if the configuration is not supported.
     """
     source = Path(source)
-    file = source / WEIGHTS if source.is_dir() else source
-    state = read(file, "import_release")
-    configs = [file.parent / name for name in CONFIG_NAMES if (file.parent / name).is_file()]
-    if not configs:
+    weights_path = source / WEIGHTS if source.is_dir() else source
+    folder = weights_path.parent
+    state = read(weights_path, "import_release")
+    config_paths = [folder / name for name in CONFIG_NAMES if (folder / name).is_file()]
+    if not config_paths:
         raise FileNotFoundError(
-            f"import_release: expected {' or '.join(CONFIG_NAMES)} in {file.parent}, found neither. Copy the"
-            " configuration of the release into this folder."
+            f"import_release: {folder} contains neither {' nor '.join(CONFIG_NAMES)}. Copy the configuration"
+            " of the release into this folder."
         )
     # Both files may exist, provided that they state the same values.
-    if len({read_config(path, transform) for path in configs}) == 2:
+    if len({read_config(path, transform) for path in config_paths}) == 2:
         raise ValueError(
-            f"import_release: {file.parent} has two configurations with different values. Remove the wrong"
-            " one."
+            f"import_release: {folder} contains two configurations with different values,"
+            f" {' and '.join(CONFIG_NAMES)}. Remove the file that does not belong to {weights_path.name}."
         )
-    config = configs[0]
-    settings = read_config(config, transform)
+    config_path = config_paths[0]
+    settings = read_config(config_path, transform)
     arch = arch_from_state(state, settings)
-    model = fill_published(RewardModel(arch), state, f"import_release({file.name})")
+    model = fill_published(RewardModel(arch), state, f"import_release({weights_path.name})")
     spec = SlabSpec(resolution=settings.resolution, value_max=settings.value_max, lattice=lattice)
     if min(spec.shape) < arch.smallest_side:
         raise ValueError(
-            f"import_release: expected a slab with sides of at least {arch.smallest_side} points, got"
-            f" {list(spec.shape)} from {config.name}. Use the configuration that belongs to these weights."
+            f"import_release: the network needs slabs with at least {arch.smallest_side} points along each"
+            f" axis, but {config_path.name} gives slabs of {list(spec.shape)} points. Use the configuration"
+            " that belongs to these weights."
         )
     provenance = {
         "preset": "paper" if arch == PAPER else "release",
-        "weights": file.name,
-        "weights_sha256": file_hash(file),
-        "config": config.name,
-        "config_sha256": file_hash(config),
+        "weights": weights_path.name,
+        "weights_sha256": file_hash(weights_path),
+        "config": config_path.name,
+        "config_sha256": file_hash(config_path),
         "transform": transform,
         "trained_on_lattice": "skewed",
     }
@@ -124,46 +135,52 @@ def import_release(source: str | Path, transform: str = "config", lattice: str =
 
 
 def arch_from_state(state: Mapping[str, torch.Tensor], settings: ReleaseConfig) -> RewardArch:
-    """Derive the architecture whose entries have the shapes of a state dict.
+    """Derive the architecture of a network from the shapes of its weights.
 
-    If entries are missing, return the paper's architecture, so that the strict loading that follows can name
-    them. Half of the last convolution's channels are reconstructions, and the other half is the feature (4 +
-    4 in the paper).
-    Raises: ValueError if the configuration states other sizes than the weights have.
+    Half of the channels of the last convolution are reconstructions of the slab, and the other half is pooled
+    to the features (4 + 4 in the paper). If entries are missing in the state dict, return the paper's
+    architecture: the strict loading that follows then reports the missing entries.
+
+    Args:
+        state: state dict of the network.
+        settings: settings from the configuration.
+    Raises: ValueError if the configuration states sizes that differ from those of the weights.
     """
 
-    # First dimension of the entries numbered 0, 1, ..., as far as they exist; entry 0 must exist.
     def sizes(pattern: str) -> tuple[int, ...]:
-        names = [
-            pattern.format(0),
-            *itertools.takewhile(state.__contains__, map(pattern.format, itertools.count(1))),
-        ]
-        return tuple(len(state[name]) for name in names)
+        """Return the first dimensions of the entries that `pattern` names with the numbers 0, 1, ...
 
-    def hidden(name: str) -> tuple[int, ...]:
+        The numbers end at the first missing entry. Raises: KeyError if entry 0 is missing.
+        """
+        later_names = itertools.takewhile(state.__contains__, map(pattern.format, itertools.count(1)))
+        return tuple(len(state[name]) for name in (pattern.format(0), *later_names))
+
+    def hidden_sizes(name: str) -> tuple[int, ...]:
+        """Return the hidden sizes of the `MLP` with this name."""
+        # The doubled braces leave {} for the number of the layer.
         return (len(state[f"{name}.input_layer.weight"]), *sizes(f"{name}.hidden_layers.{{}}.0.weight"))
 
     try:
-        maps = sizes("Conv3DModule.encoders.{}.basic_module.conv2.conv.weight")
+        feature_maps = sizes("Conv3DModule.encoders.{}.basic_module.conv2.conv.weight")
         channels = len(state["Conv3DModule.final_conv.weight"])
-        trunk = hidden("MLP")
-        heads = hidden("scalar_rwd_head")
+        trunk = hidden_sizes("MLP")
+        heads = hidden_sizes("scalar_rwd_head")
         pool_size = state["MLP.input_layer.weight"].shape[1]
         embedding = len(state["MLP.output_layer.weight"])
-    # A missing or malformed entry
+    # Errors of a missing entry, and of an entry that is no matrix
     except (KeyError, IndexError, TypeError):
         return replace(PAPER, groups=settings.groups)
-    for name, got, expected in (
-        ("f_maps", maps, settings.feature_maps),
+    for name, weights_value, stated_value in (
+        ("f_maps", feature_maps, settings.feature_maps),
         ("input_size", pool_size, settings.input_size),
     ):
-        if expected is not None and expected != got:
+        if stated_value is not None and stated_value != weights_value:
             raise ValueError(
-                f"import_release: the configuration states {name} = {expected}, but the weights have {got}."
-                " Use weights and configuration of the same release."
+                f"import_release: the configuration states {name} = {stated_value}, but the weights have"
+                f" {weights_value}. Use weights and configuration of the same release."
             )
     return RewardArch(
-        feature_maps=maps,
+        feature_maps=feature_maps,
         groups=settings.groups,
         recon_channels=channels // 2,
         feature_channels=channels - channels // 2,
@@ -178,25 +195,38 @@ def arch_from_state(state: Mapping[str, torch.Tensor], settings: ReleaseConfig) 
 def compare_lattices(
     reward: Reward, generator: Generator, seeds: Sequence[int], psi: float = 1.0
 ) -> Iterator[tuple[int, float, float]]:
-    """Yield each seed with the rewards of its shape on the straight and on the skewed lattice.
+    """Yield, for each seed, the seed and the rewards of its shape on the straight and on the skewed lattice.
 
-    The published reward was trained on the skewed one.
+    The published reward was trained on the skewed lattice.
+
+    Args:
+        reward: reward that reads slabs.
+        generator: generator of the shapes.
+        seeds: seeds of the shapes.
+        psi: truncation.
     Raises: ValueError if the reward does not read slabs.
     """
     if not isinstance(reward.observation, SigmaSlab):
         raise ValueError(
-            f"compare_lattices: expected a reward that reads slabs, got one that reads"
-            f" {reward.observation.kind}. Use another reward."
+            "compare_lattices: expected a reward that reads density grids (sigma), got a reward that reads"
+            f" {reward.observation.kind}. Pass the file of a reward that reads density grids."
         )
     slabs = [SigmaSlab(replace(reward.observation.spec, lattice=lattice)) for lattice in LATTICES]
     for seed in seeds:
+        # 14 is the default number of truncated layers, see `RewardRun.cutoff`.
         field = generator.field(ws_of_seeds(generator, [seed], psi, 14))
         straight, skewed = (float(reward.score_observed(slab.observe(field))) for slab in slabs)
         yield seed, straight, skewed
 
 
 def write_example(folder: str | Path, seed: int = 0) -> Path:
-    """Write a small untrained reward in the published layout, for tests of the import. Returns the folder."""
+    """Write a small untrained reward in the layout of a release, with which the import can be tested.
+
+    Args:
+        folder: folder to write to; it is created if it does not exist.
+        seed: random seed of the weights.
+    Returns: the folder.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with torch.random.fork_rng(devices=[]):
@@ -208,181 +238,215 @@ def write_example(folder: str | Path, seed: int = 0) -> Path:
 
 
 def read_config(path: str | Path, transform: str = "config") -> ReleaseConfig:
-    """Read the fields that the module's docstring lists.
+    """Read the fields of a release's configuration that the docstring of this module lists.
 
-    Args: path: the YAML file; transform: 'config' takes grid and range from the file, 'published' takes 256
-        points and [0, 100].
-    Raises: FileNotFoundError; ValueError that names the field if it is missing, not supported, or different
-        from what our network computes.
+    Args:
+        path: path of the YAML file.
+        transform: "config" takes the grid and the range of values from the file; "published" takes 256 points
+            per axis and the range 0..100.
+    Raises: FileNotFoundError if the file does not exist; ValueError, which names the field, if a field is
+        missing, not supported, or has a value that our network does not implement.
     """
-    where = f"reward config {Path(path).name}"
-    root = read_yaml(Path(path), where, _MAX_BYTES, aliases=0)
-    settings = dict(_model_settings(root, where))
+    source = f"reward config {Path(path).name}"
+    root = read_yaml(Path(path), source, _MAX_BYTES, aliases=0)
+    settings = dict(_model_settings(root, source))
     if transform == "published":
         return ReleaseConfig(**settings)
-    kinds = resolve(root, lookup(root, "data.dset_dict.selected_dtypes"), where)
-    kind = resolve(root, kinds[0] if isinstance(kinds, list) and kinds else kinds, where)
-    match = re.fullmatch(r"sigma_field_(\d{1,4})", kind) if isinstance(kind, str) else None
+    data_types = resolve(root, lookup(root, "data.dset_dict.selected_dtypes"), source)
+    # The field is a list of types, or a single type.
+    first_type = data_types[0] if isinstance(data_types, list) and data_types else data_types
+    data_type = resolve(root, first_type, source)
+    match = re.fullmatch(r"sigma_field_(\d{1,4})", data_type) if isinstance(data_type, str) else None
     if match is None:
         raise ValueError(
-            f"{where}: data.dset_dict.selected_dtypes: expected sigma_field_<points> as the first entry, got"
-            f" {kind!r}. Rewards on depth maps or point clouds cannot be imported. For a sigma-field reward"
-            " without this field, use --transform=published."
+            f"{source}: data.dset_dict.selected_dtypes: expected sigma_field_<points> as the first entry, got"
+            f" {data_type!r}. Rewards that read depth maps or point clouds cannot be imported. If the reward"
+            " reads density grids and the field is missing, use --transform=published."
         )
-    return ReleaseConfig(resolution=int(match[1]), value_max=_value_max(root, where), **settings)
+    return ReleaseConfig(resolution=int(match[1]), value_max=_value_max(root, source), **settings)
 
 
 def lookup(root: Mapping, dotted: str) -> Any:
-    """Return the value at `a.b.c` (list entries by number), or None if it does not exist."""
+    """Return the value at a path of keys such as "a.b.c", or None if it does not exist.
+
+    Entries of lists are named by their index, for example "a.0".
+    """
     value: Any = root
-    for part in dotted.split("."):
+    for key in dotted.split("."):
         entries = {str(i): entry for i, entry in enumerate(value)} if isinstance(value, list) else value
-        value = entries.get(part) if isinstance(entries, Mapping) else None
+        value = entries.get(key) if isinstance(entries, Mapping) else None
     return value
 
 
-def resolve(root: Mapping, value: Any, where: str) -> Any:
-    """Follow `${a.b}` and `${multiply:x,y}` in a scalar. Other values are returned as they are.
+def resolve(root: Mapping, value: Any, source: str) -> Any:
+    """Replace all references in a text by their values.
 
-    Raises: ValueError if a reference is malformed, leads nowhere, or leads in a circle.
+    A reference is `${a.b}`, a field of the file, or `${multiply:x,y}`, a product. If the text consists of one
+    reference only, the result has the type of the field. A value that is no text is returned unchanged.
+
+    Args:
+        root: contents of the file.
+        value: value to resolve.
+        source: start of the messages.
+    Raises: ValueError if a reference is malformed, names no field, or refers to itself.
     """
     for _ in range(_MAX_STEPS):
         reference = _REFERENCE.search(value) if isinstance(value, str) else None
         if reference is None:
             if isinstance(value, str) and "${" in value:
                 raise ValueError(
-                    f"{where}: expected complete references, got {value[:80]!r}. Replace them by their value."
+                    f"{source}: the reference in {value[:80]!r} has no closing brace. Replace it by its"
+                    " value."
                 )
             return value
-        name, colon, rest = (inside := reference[1].strip()).partition(":")
+        content = reference[1].strip()
+        name, colon, arguments = content.partition(":")
         if colon and name == "multiply":
-            target = math.prod(_number(factor, f"{where}: ${{{inside}}}") for factor in rest.split(","))
-        elif colon or (target := lookup(root, inside)) is None:
-            accepted = "${a field of this file} or ${multiply:x,y}"
+            target = math.prod(
+                _number(factor, f"{source}: ${{{content}}}") for factor in arguments.split(",")
+            )
+        elif colon or (target := lookup(root, content)) is None:
             raise ValueError(
-                f"{where}: expected {accepted}, got ${{{inside[:80]}}}. Replace the reference by its value."
+                f"{source}: the reference ${{{content[:80]}}} is neither a field of this file nor of the form"
+                " ${multiply:x,y}. Replace it by its value."
             )
         if reference[0] == value.strip():
-            value = target  # the value keeps its type, such as a list or a number
+            value = target  # the target keeps its type, for example a list or a number
         elif isinstance(target, (str, int, float)):
             value = value[: reference.start()] + str(target) + value[reference.end() :]
         else:
             raise ValueError(
-                f"{where}: expected a scalar inside {value[:80]!r}, got {type(target).__name__}. Replace the"
-                " reference by its value."
+                f"{source}: the reference in {value[:80]!r} names a value of type {type(target).__name__},"
+                " which cannot be part of a text. Replace the reference by its value."
             )
-        # References that expand to more references can grow without a limit.
+        # References that expand to several references would make the text longer in every step.
         if isinstance(value, str) and len(value) > 4096:
             break
     raise ValueError(
-        f"{where}: references lead in a circle, or there are too many of them. Replace them by their values."
+        f"{source}: references refer to themselves (a circle), or more than {_MAX_STEPS} of them follow each"
+        " other. Replace them by their values."
     )
 
 
-def _number(value: Any, what: str) -> int | float:
-    """Convert a value to int or float. YAML 1.1 reads 1e-5 as text, so text is converted, too."""
-    for kind in (int, float) if isinstance(value, str) else ():
-        with contextlib.suppress(ValueError):
-            value = kind(value)
-            break
+def _number(value: Any, source: str) -> int | float:
+    """Convert a value to int or float. YAML 1.1 reads 1e-5 as text, so text is converted, too.
+
+    Raises: ValueError for a value that is no number, or whose absolute value is 1e9 or more.
+    """
+    if isinstance(value, str):
+        for number_type in (int, float):
+            with contextlib.suppress(ValueError):
+                value = number_type(value)
+                break
+    # The comparison is written with `not`, so that it also rejects NaN. bool is a subclass of int.
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e9:
-        raise ValueError(f"{what}: expected a number, got {value!r}. {_REMEDY}")
+        raise ValueError(f"{source}: expected a number below 1e9, got {value!r}. {_REMEDY}")
     return value
 
 
-def _value_max(root: Mapping, where: str) -> float:
-    """Return the upper end of the range to which `data.augmentations.tune` normalises."""
-    what = f"{where}: data.augmentations.tune"
+def _value_max(root: Mapping, source: str) -> float:
+    """Return the upper end of the range to which `data.augmentations.tune` normalises densities."""
+    field = f"{source}: data.augmentations.tune"
     bounds = {}
-    transforms = list(_leaves(root, lookup(root, "data.augmentations.tune"), what))
+    transforms = list(_self_normalisations(root, lookup(root, "data.augmentations.tune"), field))
     if len(transforms) > 1:
-        raise ValueError(f"{what}: expected one self-normalisation, got {len(transforms)}. {_REMEDY}")
+        raise ValueError(f"{field}: expected one self-normalisation, got {len(transforms)}. {_REMEDY}")
     for key, value in transforms[0].items() if transforms else ():
         if key in _ENDS:
-            bounds[_ENDS[key]] = _number(resolve(root, value, what), f"{what}.{key}")
+            bounds[_ENDS[key]] = _number(resolve(root, value, field), f"{field}.{key}")
         elif key not in _NEUTRAL:
             raise ValueError(
-                f"{what}: expected only the bounds of a self-normalisation, got the setting {key!r}."
-                f" {_REMEDY}"
+                f"{field}: the self-normalisation has the setting {key!r}, which is not supported; only its"
+                f" bounds are. {_REMEDY}"
             )
     if bounds.get("lower", 0) != 0:
-        raise ValueError(f"{what}: expected a range that starts at 0, got {bounds['lower']}. {_REMEDY}")
+        raise ValueError(f"{field}: expected a range that starts at 0, got {bounds['lower']}. {_REMEDY}")
     if "upper" in bounds:
         return float(bounds["upper"])
     default = lookup(root, "data.augmentations.upper_norm")
     if default is None:
         raise ValueError(
-            f"{what}: expected an upper end there or in data.augmentations.upper_norm, found neither."
+            f"{field}: the upper end of the range is missing, here and in data.augmentations.upper_norm."
             f" {_REMEDY}"
         )
-    return float(_number(resolve(root, default, what), f"{where}: data.augmentations.upper_norm"))
+    return float(_number(resolve(root, default, field), f"{source}: data.augmentations.upper_norm"))
 
 
-def _leaves(root: Mapping, node: Any, what: str) -> Iterator[Mapping]:
+def _self_normalisations(root: Mapping, node: Any, source: str) -> Iterator[Mapping]:
     """Yield the self-normalisations inside a transform.
 
-    A transform is one mapping with `_target_`, a list, a composition, or a mapping of named transforms.
+    A transform is a mapping with the key `_target_` (which may be a composition of transforms), a list of
+    transforms, or a mapping of named transforms.
+
+    Raises: ValueError for any other transform.
     """
     pending = [node]
     # A reference may lead back to a node that contains it, so the number of steps is limited.
     for _ in range(_MAX_STEPS):
         if not pending:
             return
-        node = resolve(root, pending.pop(), what)
+        node = resolve(root, pending.pop(), source)
         if isinstance(node, Mapping) and "_target_" in node:
-            name = str(resolve(root, node["_target_"], what)).rpartition(".")[2]
+            name = str(resolve(root, node["_target_"], source)).rpartition(".")[2]
             # Names differ between versions in case, underscores and spelling.
-            simplified = name.lower().replace("_", "").replace("normalize", "normalise")
-            if simplified == "compose":
+            simplified_name = name.lower().replace("_", "").replace("normalize", "normalise")
+            if simplified_name == "compose":
                 pending.append(node.get("transforms"))
-            elif "normalise" in simplified and "self" in simplified:
+            elif "normalise" in simplified_name and "self" in simplified_name:
                 yield node
             else:
                 raise ValueError(
-                    f"{what}: expected a self-normalisation to a fixed range, got {name[:60]!r}. {_REMEDY}"
+                    f"{source}: expected a self-normalisation to a fixed range, got the transform"
+                    f" {name[:60]!r}. {_REMEDY}"
                 )
         elif isinstance(node, (list, Mapping)):
             pending += list(node.values() if isinstance(node, Mapping) else node)[:_MAX_STEPS]
         elif node is not None:
-            raise ValueError(f"{what}: expected a transform, got {node!r}. {_REMEDY}")
+            raise ValueError(f"{source}: expected a transform, got {node!r}. {_REMEDY}")
     raise ValueError(
-        f"{what}: expected at most {_MAX_STEPS} entries and no circular references, got more. {_REMEDY}"
+        f"{source}: the transform has more than {_MAX_STEPS} entries, or a reference that refers to itself."
+        f" {_REMEDY}"
     )
 
 
-def _model_settings(root: Mapping, where: str) -> Iterator[tuple[str, Any]]:
-    """Yield the settings of the `model` node that the weights do not show.
+def _model_settings(root: Mapping, source: str) -> Iterator[tuple[str, Any]]:
+    """Yield those settings of the node `model` that cannot be derived from the weights, as (field, value).
 
-    Values that our network does not implement raise ValueError.
+    The fields are those of `ReleaseConfig`.
+
+    Raises: ValueError for a value that our network does not implement.
     """
     if lookup(root, "model.external"):
         raise ValueError(
-            f"{where}: model.external: this reward reads depth maps and not a sigma field. Only sigma-field"
-            " rewards can be imported."
+            f"{source}: model.external: this reward reads depth maps, and only rewards that read density"
+            " grids can be imported. Train a reward on depth maps with --observation=depth instead."
         )
-    for path, key, value in _walk(root.get("model"), "model"):
-        value = resolve(root, value, where)
+    for path, key, value in _find_settings(root.get("model"), "model"):
+        value = resolve(root, value, source)
         if key in _FIXED and value is not None and value != _FIXED[key]:
             raise ValueError(
-                f"{where}: {path}: expected {_FIXED[key]!r}, got {value!r}. Our network does not implement"
-                " this setting, so the reward cannot be used."
+                f"{source}: {path}: expected {_FIXED[key]!r}, got {value!r}. Our network does not implement"
+                " this value, so this reward cannot be imported."
             )
         if key == "num_groups":
-            yield "groups", int(_number(value, f"{where}: {path}"))
+            yield "groups", int(_number(value, f"{source}: {path}"))
         elif key == "f_maps" and isinstance(value, list):
-            yield (
-                "feature_maps",
-                tuple(int(_number(resolve(root, entry, where), f"{where}: {path}")) for entry in value),
-            )
-    size = resolve(root, lookup(root, "model.mlp_global.input_size"), where)
-    if size is not None:
-        yield "input_size", int(_number(size, f"{where}: model.mlp_global.input_size"))
+            sizes = [int(_number(resolve(root, entry, source), f"{source}: {path}")) for entry in value]
+            yield "feature_maps", tuple(sizes)
+    input_size = resolve(root, lookup(root, "model.mlp_global.input_size"), source)
+    if input_size is not None:
+        yield "input_size", int(_number(input_size, f"{source}: model.mlp_global.input_size"))
 
 
-def _walk(node: Any, path: str) -> Iterator[tuple[str, str, Any]]:
-    """Yield (path, key, value) of the known keys under a node."""
+def _find_settings(node: Any, path: str) -> Iterator[tuple[str, str, Any]]:
+    """Yield (path, key, value) of the settings of the network at any depth below a node.
+
+    Args:
+        node: value in the configuration; the result is empty for a value that is no mapping.
+        path: path of the node, with dots between keys.
+    """
     for key, value in node.items() if isinstance(node, Mapping) else ():
         if key in _FIXED or key in ("num_groups", "f_maps"):
             yield f"{path}.{key}", key, value
         else:
-            yield from _walk(value, f"{path}.{key}")
+            yield from _find_settings(value, f"{path}.{key}")

@@ -1,8 +1,11 @@
 """Rewards and their files: observation, network and provenance.
 
-A reward is stored as `<name>.safetensors` (the state dict; networks that read slabs have the names and the
-order of published checkpoints) beside `<name>.json` (observation, network, provenance). Published `.pt` state
-dicts of the full-size network can be loaded as well.
+A reward consists of an observation (the function that computes the input of the network from a shape), a
+network or an ensemble of networks, and the provenance (facts about its training). It is stored in two files:
+`<name>.safetensors` contains the state dict of the network, and `<name>.json` contains the observation, the
+description of the network, and the provenance. The state dicts of networks that read σ slabs have the names
+and the order of published checkpoints. Published `.pt` state dicts of the full-size network can be loaded as
+well.
 """
 
 import json
@@ -30,16 +33,19 @@ from eg3d_rlhf.rewards.slab_presets import PAPER
 from training.networks import state_hash
 from training.storage import write_atomic
 
-_FORMAT = "eg3d-rlhf reward 2"  # in both files; a file with another value is rejected
+_FORMAT = "eg3d-rlhf reward 2"  # stated in both files; a file that states any other format is rejected
 
 
 class Reward(nn.Module):
-    """Observation, network (or ensemble of networks) and provenance: everything that determines a score.
+    """Observation, network (or ensemble of networks) and provenance, which together determine a score.
 
-    Args: provenance: JSON values. tools/train_reward.py writes generator (SHA-256 of its state),
-        architecture, psi, truncation_cutoff, labels (SHA-256; several are joined by +), preset, seed,
-        temperature, test_accuracy and test_accuracy_clean, score_mean and score_std, and, if members were
-        trained from one network, start (its SHA-256).
+    Args:
+        observation: function that computes the input of the network from a shape.
+        network: network or ensemble of networks.
+        provenance: facts about the training, JSON values. tools/train_reward.py writes generator (SHA-256 of
+            its state), architecture, psi, truncation_cutoff, labels (SHA-256; several hashes are joined by
+            +), preset, seed, temperature, test_accuracy and test_accuracy_clean, score_mean and score_std,
+            and, if all members were trained from one network, start (the SHA-256 of that network).
     Raises: ValueError if the network cannot read the observation.
 
     >>> from eg3d_rlhf import load_generator, load_reward, ws_of_seeds
@@ -55,7 +61,7 @@ class Reward(nn.Module):
         provenance: Mapping[str, Any] | None = None,
     ):
         super().__init__()
-        # Fails early, before a mismatch appears deep inside the network.
+        # A mismatch is reported here, and not by a layer of the network when it is used.
         network.check(observation.shape)
         self.observation = observation
         self.network = network
@@ -63,57 +69,64 @@ class Reward(nn.Module):
         self.provenance = dict(provenance or {})
 
     def score(self, field: Field) -> torch.Tensor:
-        """Return the reward of each shape, [N], higher is better.
+        """Compute the reward [N] of the N shapes of a field. A higher reward is better.
 
-        Differentiable in the field and the parameters.
+        Differentiable in the parameters, and in the field if the observation is differentiable.
         """
         return self.network.score(self.observation.observe(field))
 
-    def score_observed(self, observed: torch.Tensor) -> torch.Tensor:
-        """Return the reward of observations, [N, ...] -> [N]. Differentiable in the observations."""
-        return self.network.score(observed)
+    def score_observed(self, observations: torch.Tensor) -> torch.Tensor:
+        """Compute the reward from observations: [N, ...] -> [N]. Differentiable in the observations."""
+        return self.network.score(observations)
 
     @property
     def temperature(self) -> float:
-        """Divisor that converts differences of scores to log odds; 1 if training did not fit one."""
-        # Neither a missing value nor a stored null is a temperature.
+        """Divisor that converts a difference of scores to log odds; 1 if the provenance does not state it."""
+        # `or` covers both a missing entry and an entry that is None.
         return float(self.provenance.get("temperature") or 1.0)
 
     @property
     def labels(self) -> frozenset[str]:
-        """SHA-256 hashes of the label sets of the training; empty if not recorded."""
+        """SHA-256 hashes of the label sets of the training; empty if the provenance does not state them."""
         # Splitting an empty string gives [""], which is not a hash.
         return frozenset((self.provenance.get("labels") or "").split("+")) - {""}
 
     def members(self) -> list["Reward"]:
-        """Return the members of an ensemble as separate rewards, or a list with the reward itself."""
+        """Return the members of an ensemble as separate rewards.
+
+        For a reward with a single network, return a list that contains only the reward itself.
+        """
         if not isinstance(self.network, RewardEnsemble):
             return [self]
         return [Reward(self.observation, member, self.provenance) for member in self.network.members]
 
     def is_member_of(self, other: "Reward") -> bool:
-        """Return True if the reward is, or shares, a member of the ensemble `other`."""
+        """Return True if any member of this reward is also a member of the ensemble `other`.
+
+        The result is False if `other` is not an ensemble.
+        """
         if not isinstance(other.network, RewardEnsemble):
             return False
         # Members are compared by their weights, since files can be copied and renamed.
-        hashes, other_hashes = (
-            {state_hash(member.network) for member in reward.members()} for reward in (self, other)
-        )
-        return bool(hashes & other_hashes)
+        own_hashes = {state_hash(member.network) for member in self.members()}
+        ensemble_hashes = {state_hash(member.network) for member in other.members()}
+        return bool(own_hashes & ensemble_hashes)
 
     def arranged(self) -> "Reward":
-        """Convert the weights of 3-D convolutions, in place, to the memory layout in which they run fastest.
+        """Convert the weights of 3-D convolutions to the layout channels-last, in place.
 
-        Returns the reward itself. It is a tenth faster and gives the same values.
+        Scores then take a tenth less time and are bitwise identical.
+
+        Returns: the reward itself.
         """
         for module in self.modules():
             if isinstance(module, (nn.Conv3d, nn.ConvTranspose3d)):
-                # Only the order in memory changes, so scores stay bitwise identical.
+                # torch.nn.Module.to has no type for this argument.
                 module.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
         return self
 
     def describe(self) -> dict[str, Any]:
-        """Return the values that the JSON file states beside the weights."""
+        """Return the contents of the JSON file: observation, network and provenance."""
         return {
             "observation": self.observation.to_dict(),
             "network": self.network.describe(),
@@ -121,40 +134,47 @@ class Reward(nn.Module):
         }
 
     def save(self, path: str | Path) -> Path:
-        """Write `path` (.safetensors) and its `.json`, each atomically. Returns the path.
+        """Write the weights to `path` and the description to a `.json` file beside it, each atomically.
 
-        Raises: ValueError for another file name, or a provenance that is not JSON.
+        Args: path: file name with the ending .safetensors.
+        Returns: the path of the weights.
+        Raises: ValueError for a file name with any other ending, or a provenance that is not JSON.
         """
         path = Path(path)
         if path.suffix != ".safetensors":
             raise ValueError(
-                f"Reward.save: expected a file name with the ending .safetensors, got {path.name}. Rename it."
+                f"Reward.save: expected a file name with the ending .safetensors, got {path.name}. Use, for"
+                f" example, {path.stem}.safetensors."
             )
         try:
             # Converted before anything is written, so that an error leaves no file.
             text = json.dumps({"format": _FORMAT, **self.describe()}, indent=2)
         except TypeError as error:
             raise ValueError(
-                f"Reward.save: expected JSON values in the provenance, got: {error}. Convert tensors and"
-                " paths first."
+                f"Reward.save: the provenance cannot be written as JSON ({error}). Convert its tensors to"
+                " numbers and its paths to strings."
             ) from error
-        # Contiguous, since safetensors stores no memory layouts.
-        state = {k: v.detach().cpu().contiguous() for k, v in self.network.state_dict().items()}
+        # Tensors must be contiguous, since safetensors stores no memory layouts.
+        state = {name: value.detach().cpu().contiguous() for name, value in self.network.state_dict().items()}
         write_atomic(path, safetensors.torch.save(state, metadata={"format": _FORMAT}))
-        # The description follows the weights: a reader without it reports a missing file.
+        # The description is written last. If writing is interrupted, `load_reward` reports that it is
+        # missing.
         write_atomic(path.with_suffix(".json"), (text + "\n").encode())
         return path
 
 
 def load_reward(path: str | Path | None = None, device: str | torch.device = "cpu") -> Reward:
-    """Read a reward, in eval mode and without gradients of its parameters. None reads the bundled one.
+    """Read a reward from its files, in eval mode and without gradients of its parameters.
 
-    `.safetensors` files need their `.json`. `.pt`, `.pth` and `.ckpt` files are read as a published state
-    dict of the full-size network (or as {'state_dict': ...} of one), with the paper's slab and without
-    provenance. No code from the file is executed.
+    A `.safetensors` file needs its `.json` file in the same folder. A `.pt`, `.pth` or `.ckpt` file is read
+    as a published state dict of the full-size network (or as a dict that contains it under 'state_dict');
+    such a reward reads the paper's slab and has no provenance. No code from the file is executed.
 
-    Raises: FileNotFoundError; ValueError if a file is truncated or foreign, if its entries do not fit the
-        network, if its observation is unknown, or if a later version wrote it.
+    Args:
+        path: file with the weights; None reads the bundled reward.
+        device: device of the network.
+    Raises: FileNotFoundError if a file is missing; ValueError if a file is damaged or is no reward, if its
+        entries do not match the network, if its observation is unknown, or if a later version wrote it.
 
     >>> load_reward().observation.shape  # slabs of raw density [1, D, H, W]
     (1, 39, 45, 36)
@@ -163,7 +183,8 @@ def load_reward(path: str | Path | None = None, device: str | torch.device = "cp
     if path.suffix == ".safetensors":
         observation, description, provenance = _read_description(path.with_suffix(".json"))
     else:
-        # A published state dict states neither; SigmaSlab's defaults are the paper's slab.
+        # A published state dict does not state the observation and the architecture. The defaults of
+        # SigmaSlab are the paper's slab.
         observation = SigmaSlab()
         description = PAPER.to_dict()
         provenance = {}
@@ -173,95 +194,117 @@ def load_reward(path: str | Path | None = None, device: str | torch.device = "cp
         reward = Reward(observation, build_network(observation.kind, description), provenance)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
-    # Strict, so that no part of the network keeps its random initialisation.
+    # Strict loading ensures that no part of the network has random weights.
     fill_published(reward.network, state, source)
     return reward.to(device).eval().requires_grad_(False)
 
 
 def untaught(kind: str, generator: Generator) -> Reward:
-    """Create the reward of a kind whose networks need no training, such as solid.
+    """Create a reward that needs no training, for example "solid".
 
-    Raises: ValueError for a kind that must be trained.
+    Args:
+        kind: kind of the observation.
+        generator: generator whose shapes are scored.
+    Raises: ValueError for an unknown kind, and for a kind whose networks must be trained.
     """
     if presets_of(kind):
         raise ValueError(
-            f"reward {kind}: this kind must be trained on labels. Pass the file of a trained reward of this"
-            " kind instead."
+            f"reward {kind}: rewards of this kind must be trained on labels. Pass the file of a trained"
+            " reward instead of the name."
         )
-    # Such a network has no sizes, so its description is empty.
+    # A network that needs no training has no sizes, so its description is empty.
     return Reward(observation_of(kind, generator), builder_of(kind)({})).eval().requires_grad_(False)
 
 
 def check_reward(reward: Reward, generator: Generator, source: str = "reward") -> None:
-    """Reject a reward that cannot observe this generator; warn if it was trained on another.
+    """Raise ValueError if a reward cannot read the shapes of a generator.
 
-    Another generator with the same bounds may have been tuned from the reward's generator, and then scores
-    are meaningful. So this is only a warning on stderr.
+    If the reward can read them but was trained on shapes of a different generator, print a warning on stderr.
+    This is no error, because the generator may have been tuned from the generator of the training, and then
+    the scores are meaningful.
 
-    Args: source: start of the messages, such as a flag.
+    Args:
+        reward: reward to check.
+        generator: generator whose shapes shall be scored.
+        source: start of the messages, for example a flag.
     Raises: ValueError that lists the differences.
     """
     misfits = reward.observation.misfits(generator)
     if misfits:
         raise ValueError(
-            f"{source}: expected a generator with {'; with '.join(misfits)}. Use a reward of this generator;"
-            " tools/train_reward.py trains one."
+            f"{source}: this reward expects a generator with {'; with '.join(misfits)}. Use a reward that was"
+            " trained on this generator; tools/train_reward.py trains one."
         )
-    made_for = reward.provenance.get("generator")
-    if made_for is not None and (digest := state_hash(generator.module)) not in reward.provenance.get(
-        # Rewards that were trained on several generators list them; others state one.
-        "generators",
-        [made_for],
-    ):
-        kind = reward.provenance.get("architecture", generator.architecture)
+    training_hash = reward.provenance.get("generator")
+    if training_hash is None:
+        return
+    # Rewards that were trained on several generators list all of them.
+    training_hashes = reward.provenance.get("generators", [training_hash])
+    generator_hash = state_hash(generator.module)
+    if generator_hash not in training_hashes:
+        architecture = reward.provenance.get("architecture", generator.architecture)
         print(
-            f"Warning: {source}: this reward was trained on shapes of the {kind} generator"
-            f" {made_for[:12]}..., not of {generator.architecture} {digest[:12]}.... Unless that generator"
-            " was tuned from the first one, the scores may not be meaningful.",
+            f"Warning: {source}: this reward was trained on shapes of the {architecture} generator"
+            f" {training_hash[:12]}..., but it scores shapes of the {generator.architecture} generator"
+            f" {generator_hash[:12]}.... The scores may not be meaningful, unless the second generator was"
+            " tuned from the first one.",
             file=sys.stderr,
         )
 
 
 def fill_published(model: Module, state: Mapping[str, torch.Tensor], source: str) -> Module:
-    """Load the weights of a file into a network, strictly, and return it.
+    """Load a state dict into a network, strictly.
 
-    Raises: ValueError if an entry is missing, unknown, or of another shape.
+    Args:
+        model: network to fill.
+        state: state dict, as read from a file.
+        source: start of the messages, which names the file.
+    Returns: the network.
+    Raises: ValueError if an entry is missing, unknown, or of a wrong shape.
     """
-    # Version 1.8.2 of pytorch-3dunet renamed the key and changed the computation, so old files are recognised
-    # by it.
-    old = next((name for name in state if name.endswith("upsampling.upsample.weight")), None)
-    if old is not None:
+    # Version 1.8.2 of pytorch-3dunet renamed this entry and changed the computation. Files of older versions
+    # are recognised by the old name.
+    old_name = next((name for name in state if name.endswith("upsampling.upsample.weight")), None)
+    if old_name is not None:
         raise ValueError(
-            f"{source}: expected '...upsample.conv_transposed.weight', got '{old}'. These weights were"
-            " trained with pytorch-3dunet 1.8.1 or older, whose upsampling computes other values, so the"
-            " scores would be wrong even with a renamed key. Use weights that were trained with 1.8.2 or"
-            " later."
+            f"{source}: the entry '{old_name}' shows that these weights were trained with pytorch-3dunet"
+            " 1.8.1 or older, whose upsampling computes different values. The scores would be wrong even"
+            " with a renamed entry. Use weights that were trained with pytorch-3dunet 1.8.2 or later."
         )
     return fill(model, state, source)
 
 
 def _read_description(path: Path) -> tuple[Observation, dict[str, Any], dict[str, Any]]:
-    """Read observation, network and provenance from the description of a reward."""
+    """Read the observation, the description of the network, and the provenance from the JSON file of a
+    reward.
+
+    Raises: FileNotFoundError if the file is missing; ValueError if it is damaged, or if it is no reward of
+        this version.
+    """
     source = f"load_reward({path.name})"
     if not path.is_file():
         raise FileNotFoundError(
-            f"load_reward: expected the description {path} beside the weights, found none. Copy both files"
-            " together."
+            f"load_reward: the reward's description {path} is missing. Copy it into the folder of the"
+            " weights."
         )
     try:
         values = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(
-            f"{source}: expected JSON, got: {error}. Copy the file again; it may be incomplete."
+            f"{source}: the file is not valid JSON ({error}). It may be incomplete: copy it again."
         ) from error
-    # JSON may hold a list or a number at the top level.
-    stated = values.get("format") if isinstance(values, dict) else None
-    # Another number after the name is another version; anything else is not a reward.
-    if stated != _FORMAT:
-        got = repr(stated) if str(stated).startswith(_FORMAT[:-1]) else "another file"
+    # The top level of a JSON file may also be a list or a number.
+    stated_format = values.get("format") if isinstance(values, dict) else None
+    if stated_format != _FORMAT:
+        # The last character of _FORMAT is the number of the version.
+        if str(stated_format).startswith(_FORMAT[:-1]):
+            raise ValueError(
+                f"{source}: expected a reward of the format {_FORMAT!r}, got {stated_format!r}. Open it with"
+                " the version of the package that wrote it, or train the reward again."
+            )
         raise ValueError(
-            f"{source}: expected format {_FORMAT!r}, got {got}. Use a reward that this version of the"
-            " package wrote."
+            f"{source}: this file does not describe a reward, because its format is not {_FORMAT!r}. Pass a"
+            " file that Reward.save wrote."
         )
     try:
         return (
@@ -271,14 +314,14 @@ def _read_description(path: Path) -> tuple[Observation, dict[str, Any], dict[str
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{source}: expected observation, network and provenance, but {error} is missing. Copy the file"
-            " again."
+            f"{source}: expected the entries observation, network and provenance, but {error} is missing or"
+            " has a wrong type. The file is damaged: copy it again."
         ) from error
 
 
-# Joining of rewards into one ensemble, or into the average of their weights.
+# Joining of several rewards into one ensemble, or into one network with the average of their weights.
 
-# Truncation if no reward states one
+# Truncation psi and cutoff that are used if no reward states them
 PSI = 1.0
 CUTOFF = 14
 
@@ -293,121 +336,142 @@ def join(
 ) -> Reward:
     """Join the members of several rewards into one reward.
 
-    Of an ensemble, the members count, not its aggregate.
+    If a reward is an ensemble, its members are used, and its aggregate is ignored. The scores of members are
+    standardised on samples of the generator, with the truncation that the rewards state.
 
-    Members are standardised on untuned samples of the generator, with the truncation that the rewards state.
-
-    Args: rewards: by name, for example file names; aggregate: one of aggregates.CHOICES; on_batch: called
-        with the number of samples of each batch.
-    Raises: ValueError for fewer than two members, for the same member twice, for members with different
-        observations, generators or truncations, or of another generator; and for `warm` if members were not
-        trained from one network.
+    Args:
+        rewards: rewards by name, for example by file name.
+        generator: generator on which the rewards were trained.
+        aggregate: one of aggregates.CHOICES.
+        strength: strength of the aggregate, or None for its default.
+        batch: number of samples that are observed at once.
+        on_batch: function that is called with the number of samples of each batch.
+    Raises: ValueError for fewer than two members, for two equal members, for members with different
+        observations, generators or truncations, and for a generator that is not the generator of the rewards;
+        with the aggregate "warm", also if the members were not trained from one network.
     """
     check_joining(aggregate, strength)
-    # Members of an ensemble get the ensemble's name with an index.
-    members = {
-        name if len(parts) == 1 else f"{name}[{i}]": member
-        for name, parts in ((name, reward.members()) for name, reward in rewards.items())
-        for i, member in enumerate(parts)
-    }
-    # `_check` ensures that all rewards have the observation of the first one.
-    first = next(iter(rewards.values()))
-    _check(rewards, members, generator)
+    members: dict[str, Reward] = {}
+    for name, reward in rewards.items():
+        reward_members = reward.members()
+        for i, member in enumerate(reward_members):
+            # Members of an ensemble get the ensemble's name with an index.
+            members[name if len(reward_members) == 1 else f"{name}[{i}]"] = member
+    _check_members(rewards, members, generator)
+    # All rewards have the same observation, as checked above.
+    observation = next(iter(rewards.values())).observation
     # Averaged weights are only useful if the members were trained from one network, see `average_weights`.
     if aggregate == AVERAGE:
-        starts = {reward.provenance.get("start") for reward in rewards.values()}
-        if len(starts) > 1 or None in starts:
+        start_hashes = {reward.provenance.get("start") for reward in rewards.values()}
+        if len(start_hashes) > 1 or None in start_hashes:
             raise ValueError(
-                f"--aggregate={AVERAGE}: expected members that were trained from one network, got others."
-                " Train them with tools/train_reward.py --members=5 --shared-start, or use"
+                f"--aggregate={AVERAGE} averages weights, but these rewards were not all trained from the"
+                " same network. Train them with tools/train_reward.py --members=5 --shared-start, or use"
                 " --aggregate=softmin."
             )
-    psi = _common(rewards, "psi") or PSI
-    cutoff = _common(rewards, "truncation_cutoff") or CUTOFF
-    # Kept, because they are read twice: for the standardisation, and for mean and scale of the joint score.
-    seen: list[torch.Tensor] = []
-    for part in untuned(generator.generator, first.observation, psi, cutoff, batch):
-        seen.append(part)
+    psi = _common_value(rewards, "psi") or PSI
+    cutoff = _common_value(rewards, "truncation_cutoff") or CUTOFF
+    # The observations are stored, because they are read twice: for the standardisation, and for mean and
+    # standard deviation of the joint score.
+    batches: list[torch.Tensor] = []
+    for observations_batch in untuned(generator.generator, observation, psi, cutoff, batch):
+        batches.append(observations_batch)
         if on_batch is not None:
-            on_batch(len(part))
+            on_batch(len(observations_batch))
     network = combine(
-        [cast(RewardNetwork, member.network) for member in members.values()], aggregate, strength, seen
+        [cast(RewardNetwork, member.network) for member in members.values()], aggregate, strength, batches
     )
     with torch.no_grad():
-        scores = torch.cat([network.score(part) for part in seen]).double()
+        scores = torch.cat([network.score(observations_batch) for observations_batch in batches]).double()
     temperatures = [member.temperature for member in members.values()]
     provenance = {
         "generator": generator.hash,
         "architecture": generator.generator.architecture,
         "psi": psi,
         "truncation_cutoff": cutoff,
-        "labels": _labels(rewards),
-        # Approximate: the joint score keeps the members' unit, but its own temperature is not fitted.
+        "labels": _join_labels(rewards),
+        # An approximation: the joint score has the unit of the members' scores, but there are no pairs on
+        # which its temperature could be fitted.
         "temperature": sum(temperatures) / len(temperatures),
-        "start": _common(rewards, "start"),
+        "start": _common_value(rewards, "start"),
         "score_mean": float(scores.mean()),
         "score_std": float(scores.std()),
         "joined": [{"name": name, "network": state_hash(member.network)} for name, member in members.items()],
     }
-    return Reward(first.observation, network, provenance).eval().requires_grad_(False)
+    return Reward(observation, network, provenance).eval().requires_grad_(False)
 
 
-def _check(rewards: Mapping[str, Reward], members: Mapping[str, Reward], generator: LoadedGenerator) -> None:
-    """Raise ValueError if the rewards cannot be joined, or do not belong to the generator."""
+def _check_members(
+    rewards: Mapping[str, Reward], members: Mapping[str, Reward], generator: LoadedGenerator
+) -> None:
+    """Raise ValueError if the rewards cannot be joined, or if the generator is not theirs."""
     if len(members) < 2:
-        raise ValueError(f"rewards: expected at least two members, got {len(members)}. Add another reward.")
-    first, observation = next((name, reward.observation) for name, reward in rewards.items())
+        raise ValueError(
+            f"rewards: expected at least two members, got {len(members)}. Pass the file of another reward."
+        )
+    first_name, observation = next((name, reward.observation) for name, reward in rewards.items())
     for name, reward in rewards.items():
         if reward.observation != observation:
             raise ValueError(
-                f"rewards: expected equal observations, got {observation.to_dict()} in {first},"
-                f" {reward.observation.to_dict()} in {name}. Join rewards that were trained with the same"
+                f"rewards: {first_name} and {name} have different observations, {observation.to_dict()} and"
+                f" {reward.observation.to_dict()}. Join rewards that were trained with the same"
                 " --observation, --resolution and --crop."
             )
-    known: dict[str, str] = {}
+    name_by_hash: dict[str, str] = {}
     for name, member in members.items():
-        # setdefault returns the name under which these weights were seen first.
-        other = known.setdefault(state_hash(member.network), name)
-        if other != name:
+        # setdefault returns the name of the first member with these weights.
+        first_member_name = name_by_hash.setdefault(state_hash(member.network), name)
+        if first_member_name != name:
             raise ValueError(
-                f"rewards: expected different members, got the weights of {other} also in {name}. Remove"
-                " one of them."
+                f"rewards: {first_member_name} and {name} have the same weights. Remove one of them."
             )
-    made_for = _common(rewards, "generator")
-    if made_for not in (None, generator.hash):
+    training_hash = _common_value(rewards, "generator")
+    if training_hash not in (None, generator.hash):
         raise ValueError(
-            f"--network: expected the generator of the rewards, {made_for[:12]}..., got"
-            f" {generator.hash[:12]}... in {generator.path.name}. Pass the network with which their labels"
-            " were made."
+            f"--network: the rewards were trained on the generator {training_hash[:12]}..., but"
+            f" {generator.path.name} is the generator {generator.hash[:12]}.... Pass the file of the"
+            " generator whose shapes were labelled."
         )
     misfits = observation.misfits(generator.generator)
     if misfits:
         raise ValueError(
-            f"--network: expected a generator with {'; with '.join(misfits)}. Pass the generator of the"
-            " rewards."
+            f"--network: the rewards expect a generator with {'; with '.join(misfits)}. Pass the file of the"
+            " generator whose shapes were labelled."
         )
 
 
-def _common(rewards: Mapping[str, Reward], name: str):
-    """Return the value of a provenance entry that all rewards share, or None if no reward states it.
+def _common_value(rewards: Mapping[str, Reward], name: str):
+    """Return the value of the provenance entry `name` that all rewards share.
+
+    Rewards that do not state the entry are ignored. Return None if no reward states it.
 
     Raises: ValueError if rewards state different values.
     """
-    stated = {
-        label: reward.provenance[name]
-        for label, reward in rewards.items()
+    stated_values = {
+        reward_name: reward.provenance[name]
+        for reward_name, reward in rewards.items()
         if reward.provenance.get(name) is not None
     }
-    if len(set(stated.values())) > 1:
-        listed = ", ".join(
-            f"{value[:12] if isinstance(value, str) else value} in {label}" for label, value in stated.items()
+    if len(set(stated_values.values())) > 1:
+        # Hashes are shortened to 12 characters.
+        shortened_values = {
+            reward_name: value[:12] if isinstance(value, str) else value
+            for reward_name, value in stated_values.items()
+        }
+        list_of_values = ", ".join(f"{value} in {reward}" for reward, value in shortened_values.items())
+        raise ValueError(
+            f"rewards: their provenances state different values of {name}: {list_of_values}. Use rewards"
+            f" with the same {name}."
         )
-        raise ValueError(f"rewards: expected equal {name}, got {listed}. Join rewards with the same {name}.")
-    return next(iter(stated.values()), None)
+    return next(iter(stated_values.values()), None)
 
 
-def _labels(rewards: Mapping[str, Reward]) -> str | None:
-    """Join the hashes of all label sets by +; None if a reward does not record its labels."""
-    sets: Sequence[frozenset[str]] = [reward.labels for reward in rewards.values()]
-    # Sorted, so that the same labels give the same text in any order of rewards.
-    return "+".join(sorted(frozenset[str]().union(*sets))) if all(sets) else None
+def _join_labels(rewards: Mapping[str, Reward]) -> str | None:
+    """Join the hashes of the label sets of all rewards with "+".
+
+    Return None if any reward does not state its labels.
+    """
+    label_sets: Sequence[frozenset[str]] = [reward.labels for reward in rewards.values()]
+    # Sorted, so that the result does not depend on the order of the rewards. `all` is False if any set is
+    # empty.
+    return "+".join(sorted(frozenset[str]().union(*label_sets))) if all(label_sets) else None

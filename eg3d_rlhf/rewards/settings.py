@@ -1,4 +1,7 @@
-"""Settings of reward training: its data and its optimisation. This module does not import torch."""
+"""Settings of reward training: its data and its optimisation.
+
+This module does not import torch, so that `--help` is quick.
+"""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -17,54 +20,74 @@ TRAINING = "Training"  # title of the group of flags in --help
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions:
-    """Settings of a training run, apart from its data. The defaults are those of the small preset."""
+    """Settings of the optimisation of a reward network. The defaults are those of the preset `small`.
 
-    preset: str = "small"  # architecture, see eg3d_rlhf.rewards.presets.preset
+    Raises: ValueError for a value that is outside its range or has no effect.
+    """
+
+    preset: str = "small"  # name of the architecture, see eg3d_rlhf.rewards.presets.preset
     backbone: str = knob(
         "",
-        "File with the weights of the preset's frozen backbone, for example resnet50.pth.",
+        "File with the weights of the network's frozen backbone, for example resnet50.pth. Only presets with"
+        " a ResNet-50 have a backbone.",
         "Network",
         metavar="FILE",
         shown="none",
     )
-    epochs: int = knob(10, "Largest number of passes over the training pairs.", TRAINING, low=1)
+    epochs: int = knob(
+        10,
+        "Largest number of epochs. An epoch is a pass over the training pairs; without a loss on pairs, over"
+        " the labels of single shapes.",
+        TRAINING,
+        low=1,
+    )
     patience: int = knob(
         5,
-        "Stop after this number of epochs without a better validation accuracy.",
+        "Stop the training after this number of epochs without a better validation accuracy.",
         TRAINING,
         metavar="EPOCHS",
         low=1,
         rare=True,
     )
-    batch: int = knob(16, "Pairs in each training step.", TRAINING, metavar="PAIRS", low=1)
+    batch: int = knob(16, "Number of labelled pairs in each training step.", TRAINING, metavar="PAIRS", low=1)
     unpaired_batch: int = knob(
         64,
-        "Unpaired labels in each training step. Half of them are preferred.",
+        "Number of labels of single shapes in each training step. It must be even, since one half of these"
+        " shapes is labelled as preferred and the other half is not.",
         TRAINING,
         metavar="SHAPES",
         low=2,
         rare=True,
     )
-    lr: float = knob(2e-3, "Initial learning rate of Adam.", TRAINING, above=0, high=1)
-    # the learning rate falls to 0 along a half cosine over `epochs`; False keeps it constant
+    lr: float = knob(2e-3, "Initial learning rate of the Adam optimiser.", TRAINING, above=0, high=1)
+    # True: the learning rate falls to 0 along a half cosine over `epochs`. False: it is constant.
     cosine: bool = True
-    weight_decay: float = knob(1e-4, "Weight decay of Adam (L2 penalty).", TRAINING, low=0, rare=True)
+    weight_decay: float = knob(
+        1e-4,
+        "Weight decay of the Adam optimiser, as an L2 penalty. Presets of depth maps apply it separately from"
+        " the gradient, as AdamW does.",
+        TRAINING,
+        low=0,
+        rare=True,
+    )
     decoupled: bool = False  # use AdamW, which applies the weight decay separately from the gradient
     reference_samples: int = knob(
         0,
-        "Number of reference samples (truncation psi 0.25), which should score above every labelled shape.",
+        "Number of reference samples. These are samples at truncation psi 0.25, and the network is trained to"
+        " score them above every labelled shape. 0 trains without reference samples.",
         TRAINING,
         metavar="SEEDS",
         low=0,
     )
-    # Augment observations at random, see Observation.augment; slabs are flipped along x with probability one
-    # half.
+    # Augment observations at random, see Observation.augment. Density grids, for example, are mirrored along
+    # x with probability one half.
     mirror: bool = True
     weights: LossWeights = field(
         default_factory=lambda: LossWeights(scalar=1.0, bradley_terry=0.1, reconstruction=0.0)
     )
-    seed: int = 0  # of initialisation, order of pairs, reference samples, flips and bootstrap
-    bootstrap: bool = False  # train on an equal number of pairs that are sampled with replacement
+    seed: int = 0  # random seed of initialisation, order of pairs, reference samples, mirroring and bootstrap
+    # Train on a bootstrap sample of the labels: as many labels, which are sampled with replacement
+    bootstrap: bool = False
     # SHA-256 of the network from whose weights training starts; '' for a random initialisation
     start: str = ""
 
@@ -72,35 +95,41 @@ class TrainOptions:
         check_knobs(self)
         if self.unpaired_batch % 2:
             raise ValueError(
-                f"unpaired_batch: expected an even number, got {self.unpaired_batch}, since half of the"
-                " labels are preferred. Choose an even number."
+                f"unpaired_batch: expected an even number, got {self.unpaired_batch}. Choose an even number,"
+                " since one half of the shapes of a step is labelled as preferred and the other half is not."
             )
         if self.reference_samples and not self.weights.on_pairs:
             raise ValueError(
-                "--reference-samples: has no effect without a loss on pairs, got"
-                f" {self.reference_samples}. Remove --reference-samples."
+                f"--reference-samples={self.reference_samples} has no effect, because all loss terms on pairs"
+                " have the weight 0. Remove --reference-samples."
             )
 
 
 def default_options(name: str | None = None, kind: str = "sigma") -> TrainOptions:
-    """Return the settings that suit a preset of the networks that read `kind`; None takes the default preset.
+    """Return the training settings of a preset.
 
-    Raises: ValueError for an unknown preset.
+    Args:
+        name: name of the preset; None for the first preset of the kind.
+        kind: kind of the observation that the network reads.
+    Raises: ValueError if this kind has no preset of this name.
     """
+    network_preset = preset(name, kind)
     # The preset's settings replace the defaults of TrainOptions.
-    chosen = preset(name, kind)
-    return TrainOptions(preset=name or next(iter(presets_of(kind))), **chosen.train)
+    return TrainOptions(preset=name or next(iter(presets_of(kind))), **network_preset.train)
 
 
 def with_changes(options: TrainOptions, **changes) -> TrainOptions:
-    """Return a copy of the options with every change that is not None.
+    """Return a copy of the options with changed values.
 
-    Names of fields of LossWeights (pairs, scalar, ...) change `weights`.
+    Args:
+        options: options to copy.
+        changes: new values by name of a field of TrainOptions or of LossWeights; a value of None changes
+            nothing.
     """
-    given = {k: v for k, v in changes.items() if v is not None}
-    # list(), because entries are removed during the iteration.
-    weights = {k: given.pop(k) for k in list(given) if k in LossWeights.__dataclass_fields__}
-    return replace(options, weights=replace(options.weights, **weights), **given)
+    values = {name: value for name, value in changes.items() if value is not None}
+    # list() makes a copy of the names, because entries are removed during the iteration.
+    weights = {name: values.pop(name) for name in list(values) if name in LossWeights.__dataclass_fields__}
+    return replace(options, weights=replace(options.weights, **weights), **values)
 
 
 BUNDLED_LABELS = ASSETS / "labels.jsonl"
@@ -108,7 +137,10 @@ BUNDLED_LABELS = ASSETS / "labels.jsonl"
 
 @dataclass(frozen=True, kw_only=True)
 class RewardRun:
-    """Data of a reward training, and its members; `train` holds the settings of the optimisation."""
+    """Settings of a reward training: its data, the number of networks, and their optimisation.
+
+    Raises: ValueError for a value that is outside its range, has no effect, or contradicts another value.
+    """
 
     network: Path | None = knob(
         None,
@@ -120,13 +152,17 @@ class RewardRun:
     more_networks: tuple[Path, ...] = ()  # files of further generators that the labels name
     labels: LabelSource = LabelSource.of_file(BUNDLED_LABELS)
     unpaired: Path | None = knob(
-        None, "File with labels of single shapes (.jsonl).", "Data", metavar="FILE", shown="none"
+        None,
+        "File with labels of single shapes (.jsonl), which state for each shape whether it is preferred.",
+        "Data",
+        metavar="FILE",
+        shown="none",
     )
     observation: str = "sigma"  # kind of observation that the reward reads
     resolution: int | None = knob(
         None,
-        "Resolution of the observation: grid points per axis of the complete cube before the crop, or"
-        " pixels.",
+        "Resolution of the input of the reward: for density grids, the number of grid points per axis of the"
+        " complete cube before the crop; for images, the number of pixels per edge.",
         "Data",
         metavar="POINTS",
         low=16,
@@ -135,52 +171,71 @@ class RewardRun:
     )
     points: int | None = knob(
         None,
-        "Number of points of a cloud, for observations of points.",
+        "Number of points of each cloud, for --observation=points and other clouds.",
         "Data",
         low=1,
         high=16384,
         shown="the default of the observation",
     )
-    # Of the observation: shares of the cube that are trimmed from the faces (x, x, y, y, z, z)
+    # Shares of the cube that are trimmed from its faces (x, x, y, y, z, z) for density grids; None takes the
+    # paper's crop
     crop: tuple[float, float, float, float, float, float] | None = None
     psi: float | None = knob(
         None,
-        "Truncation psi of the labelled shapes.",
+        "Truncation psi at which the labelled shapes are generated.",
         "Data",
         low=0,
         high=2,
-        shown="that of the labels, or 1",
+        shown="the psi that the labels state, or 1",
         rare=True,
     )
     cutoff: int = knob(
-        14, "Number of layers that truncation changes.", "Data", metavar="LAYERS", low=0, rare=True
+        14,
+        "Number of layers whose latents are truncated, counted from the first layer.",
+        "Data",
+        metavar="LAYERS",
+        low=0,
+        rare=True,
     )
     any_generator: bool = False  # accept labels that were made with another generator
-    wrong_faces: bool = False  # control: each label is applied to other shapes than those that were compared
+    # Control without a learnable signal: each label is applied to shapes that were not compared
+    wrong_faces: bool = False
     fractions: tuple[float, float, float] = (0.70, 0.15, 0.15)  # shares of the labels for train, val and test
     split_seed: int = knob(
         0,
-        "Random seed of the split into training, validation and test labels. It does not depend on --seed.",
+        "Random seed of the split into training, validation and test labels. --seed does not change the"
+        " split.",
         "Data",
         low=0,
         rare=True,
     )
     cache: Path | None = None  # folder that keeps observations between runs; None keeps them in memory only
-    slab_batch: int = knob(16, "Number of shapes that are observed at once.", "Run", low=1, rare=True)
+    slab_batch: int = knob(
+        16,
+        "Number of shapes that the generator makes at once for the input of the reward.",
+        "Run",
+        low=1,
+        rare=True,
+    )
     members: int = knob(
-        1, "Number of networks to train with different seeds and to combine.", "Network", low=1
+        1,
+        "Number of networks to train with different random seeds. Their scores are combined into one reward.",
+        "Network",
+        low=1,
     )
     aggregate: str | None = knob(
         None,
-        "How the members' scores are combined. Scores are standardised, except with the default. warm"
-        " averages the members' weights instead.",
+        "Function that combines the scores of the networks of an ensemble (see --members). The scores are"
+        " standardised first, except with the default. The value warm averages the networks' weights"
+        " instead.",
         "Network",
         choices=CHOICES,
         shown="the mean of raw scores",
     )
     strength: float | None = knob(
         None,
-        "Strength of the aggregate: k of lcb, lambda of uwo, or beta of softmin.",
+        "Strength of the function that combines scores: k of --aggregate=lcb, lambda of uwo, or beta of"
+        " softmin.",
         "Network",
         above=0,
         shown="1 for lcb, 0.5 for uwo and softmin",
@@ -193,48 +248,61 @@ class RewardRun:
         check_joining(self.aggregate, self.strength)
         if self.unpaired is not None and self.more_networks:
             raise ValueError(
-                "--unpaired: unpaired labels must come from one generator, but another one is given:"
-                f" {self.more_networks[0]}. Remove --unpaired or the other generator."
+                f"--unpaired={self.unpaired} allows one generator only, but a further one was given:"
+                f" {self.more_networks[0]}. Remove --unpaired, or pass one --network."
             )
         if self.unpaired is not None and self.wrong_faces:
             raise ValueError(
-                f"--wrong-faces: applies to pairs only, got --unpaired={self.unpaired}. Remove one of the two"
-                " flags."
+                f"--wrong-faces applies to pairs only and cannot be combined with --unpaired={self.unpaired}."
+                " Remove one of both flags."
             )
         if self.members < 2 and (self.aggregate is not None or self.shared_start):
             flag = "--shared-start" if self.aggregate is None else f"--aggregate={self.aggregate}"
             raise ValueError(
-                f"--members: expected 2 or more with {flag}, got {self.members}. Use --members=5, for"
-                " example."
+                f"{flag} needs at least two networks, got --members={self.members}. Pass, for example,"
+                f" --members=5, or remove {flag}."
             )
 
     def to_dict(self) -> dict:
-        """Return JSON values, in which the labels are given by the settings of their source."""
-        # JSON has no paths.
-        values = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items() if k != "labels"}
+        """Return the settings as JSON values. The source of the labels is replaced by its settings."""
+        # JSON has no type for paths.
+        values = {
+            name: str(value) if isinstance(value, Path) else value
+            for name, value in asdict(self).items()
+            if name != "labels"
+        }
         values["more_networks"] = [str(path) for path in self.more_networks]
         return {**values, "network": values["network"] or "bundled", **self.labels.settings}
 
     @classmethod
     def from_dict(cls, values: Mapping, labels: LabelSource) -> Self:
-        """Create the settings from the values of `to_dict`. Entries that are not settings are ignored.
+        """Create the settings from JSON values.
 
-        Args: labels: the source that the values name.
+        Args:
+            values: result of `to_dict`; entries that are not settings are ignored.
+            labels: source of the labels, which `values` describes.
         """
         names = cls.__dataclass_fields__.keys() & values.keys() - {"labels", "train"}
-        given: dict[str, Any] = {
+        fields: dict[str, Any] = {}
+        for name in names:
+            value = values[name]
             # JSON has lists where the dataclass has tuples.
-            name: tuple(value) if isinstance(value := values[name], list) else value
-            for name in names
-        }
-        given |= {name: Path(given[name]) for name in ("unpaired", "cache") if given.get(name) is not None}
-        given["network"] = None if given["network"] == "bundled" else Path(given["network"])
-        given["more_networks"] = tuple(map(Path, given["more_networks"]))
+            fields[name] = tuple(value) if isinstance(value, list) else value
+        for name in ("unpaired", "cache"):
+            if fields.get(name) is not None:
+                fields[name] = Path(fields[name])
+        fields["network"] = None if fields["network"] == "bundled" else Path(fields["network"])
+        fields["more_networks"] = tuple(map(Path, fields["more_networks"]))
         train = {**values["train"], "weights": LossWeights(**values["train"]["weights"])}
-        return cls(labels=labels, train=TrainOptions(**train), **given)
+        return cls(labels=labels, train=TrainOptions(**train), **fields)
 
 
 def record(settings: RewardRun, opened: object) -> Mapping[str, Any]:
-    """Return what the folder of a training records of its settings."""
+    """Return the settings that the folder of a training records, as JSON values.
+
+    Args:
+        settings: settings of the training.
+        opened: opened inputs of the training, which other modes record and this mode does not use.
+    """
     del opened
     return {"mode": "reward", **settings.to_dict()}

@@ -1,6 +1,8 @@
-"""Networks that read σ slabs: the paper's 3-D U-Net, or strided convolutions for few labels.
+"""Networks that read σ slabs (cropped density grids): the paper's 3-D U-Net, or strided convolutions.
 
-Shape letters: N samples, C channels, D, H, W = z, y, x, M entries of a vector, p edge of a patch (see
+The U-Net is the network of arXiv 2606.27305. The strided convolutions need fewer labels.
+
+Shapes: N samples, C channels, D, H, W = voxels along z, y, x, M features, p = edge of a patch in voxels (see
 eg3d_rlhf/core/shapes.py).
 """
 
@@ -17,21 +19,27 @@ from eg3d_rlhf.rewards.networks import READERS, RewardNetwork
 from eg3d_rlhf.rewards.slab_presets import PAPER, RewardArch
 from eg3d_rlhf.rewards.unet3d import UNet3d, grid_feature, slice_max_feature
 
-# Least standard deviation of a voxel, as a share of the mean one. Without it, voxels that are always empty
-# would be amplified.
+# Least standard deviation of a voxel, as a share of the mean standard deviation of all voxels. Without this
+# limit, voxels that are empty in almost all samples would be amplified.
 _LEAST_SCALE = 0.3
 
 
 class StridedConv3d(nn.Module):
-    """Three convolutions of stride 2 on the standardised slab and |slab - mirrored slab|.
+    """Feature extractor of three convolutions of stride 2, for few labels.
 
-    Samples of one generator differ little from their mean, and pooling discards where they differ. With one
-    or two thousand pairs, accuracy improves if the input is the difference from the mean slab, and if
-    positions are kept up to the first linear layer.
+    Its two input channels are the slab and its asymmetry |slab - mirrored slab|, standardised per voxel.
+    Samples of one generator differ little from their mean, and pooling would discard where they differ. With
+    one or two thousand pairs, accuracy improves if the input is the difference from the mean slab, and if
+    there is no pooling before the first linear layer.
 
-    In eval mode, the features of the slab and of its mirror image are averaged, so a score does not change if
-    a shape is mirrored. In training mode, only one of them is used (training data are flipped at random
-    instead), and features are dropped with probability `dropout`.
+    In eval mode, the features of the slab and of its mirror image are averaged, so that a score does not
+    change if a shape is mirrored. In training mode, the features of the slab alone are used, because training
+    data are mirrored at random, and features are dropped with probability `dropout`.
+
+    Args:
+        channels: number of channels of the first convolution.
+        shape: shape (D, H, W) of the slabs.
+        dropout: probability of dropout.
     """
 
     slab_mean: torch.Tensor
@@ -52,16 +60,23 @@ class StridedConv3d(nn.Module):
 
     @torch.no_grad()
     def calibrate(self, slabs: torch.Tensor) -> None:
-        """Set means and standard deviations per voxel from training slabs [N, 1, D, H, W]."""
-        slabs = torch.cat([slabs[:, 0], slabs[:, 0].flip(-1)])  # makes the statistics symmetric
+        """Set mean and standard deviation of each voxel from training slabs [N, 1, D, H, W]."""
+        # With the mirror images the statistics are symmetric. [2 N, D, H, W]
+        slabs = torch.cat([slabs[:, 0], slabs[:, 0].flip(-1)])
         for name, values in (("slab", slabs), ("difference", (slabs - slabs.flip(-1)).abs())):
             scale = values.std(dim=0)
             getattr(self, f"{name}_mean").copy_(values.mean(dim=0))
-            # In place, because the values are buffers of the state dict.
+            # Both are buffers of the state dict, so they are changed in place. 1e-6 avoids a division by 0 if
+            # all slabs are equal.
             getattr(self, f"{name}_scale").copy_(scale.clamp_min(_LEAST_SCALE * float(scale.mean()) + 1e-6))
 
     def _features(self, slab: torch.Tensor, difference: torch.Tensor) -> torch.Tensor:
-        """Return features [N, M] of slabs and differences, [N, 1, D, H, W] each."""
+        """Compute features [N, M].
+
+        Args:
+            slab: slabs [N, 1, D, H, W] in one orientation.
+            difference: |slab - mirrored slab|, [N, 1, D, H, W].
+        """
         channels = [
             (slab - self.slab_mean) / self.slab_scale,
             (difference - self.difference_mean) / self.difference_scale,
@@ -72,35 +87,36 @@ class StridedConv3d(nn.Module):
         return self.dropout(x.flatten(1))
 
     def forward(self, slab: torch.Tensor) -> torch.Tensor:
-        """Return features [N, M] of slabs [N, 1, D, H, W] in [0, 100].
+        """Compute features [N, M] of slabs [N, 1, D, H, W] with values in [0, 100].
 
         Differentiable in slab and parameters.
+
+        Raises: ValueError for slabs of any other shape than the shape of the training.
         """
-        expected = tuple(self.slab_mean.shape)
-        if tuple(slab.shape[2:]) != expected:
-            got = list(slab.shape[2:])
+        expected_shape = tuple(self.slab_mean.shape)
+        if tuple(slab.shape[2:]) != expected_shape:
             raise ValueError(
-                f"StridedConv3d: expected slabs of {list(expected)} voxels, got {got}. Use the observation"
-                " that is stored with the reward."
+                f"StridedConv3d: expected slabs of {list(expected_shape)} voxels, got"
+                f" {list(slab.shape[2:])}. Use the observation that is stored with the reward."
             )
-        mirrored = slab.flip(-1)
-        difference = (slab - mirrored).abs()  # symmetric, so it has no mirrored version of its own
+        mirrored_slab = slab.flip(-1)
+        difference = (slab - mirrored_slab).abs()  # equal to its own mirror image
         if self.training:
             return self._features(slab, difference)
         # One batch for both orientations, [2 N, ...]
-        features = self._features(torch.cat([slab, mirrored]), torch.cat([difference, difference]))
+        features = self._features(torch.cat([slab, mirrored_slab]), torch.cat([difference, difference]))
         return 0.5 * (features[: len(slab)] + features[len(slab) :])
 
 
 class RewardModel(RewardNetwork):
-    """Reward network on slabs: U-Net or strided features, a trunk and three heads.
+    """Reward network on slabs: a U-Net or strided convolutions, followed by a trunk and three heads.
 
-    Samples of a batch do not influence each other, because only group normalisation is used. A batch gives
-    the same values as its samples one by one.
-    Deviates: the published code loops over the samples. This class evaluates them together, with equal
+    Samples of a batch do not influence each other, because all normalisation is group normalisation.
+
+    Deviates: the published code loops over the samples. This class computes a batch at once, with equal
         results.
 
-    Args: arch: see RewardArch; the default is the paper's network with 12,686,699 parameters.
+    Args: arch: architecture; the default is the paper's network with 12,686,699 parameters.
     """
 
     def __init__(self, arch: RewardArch = PAPER):
@@ -113,34 +129,37 @@ class RewardModel(RewardNetwork):
         self.Conv3DModule = UNet3d(arch.patch**3, arch.feature_maps, out_channels, arch.groups)
 
     def describe(self) -> dict[str, Any]:
-        """Return the JSON values of `arch`."""
+        """Return the architecture as JSON values."""
         return self.arch.to_dict()
 
     def check(self, shape: Sequence[int]) -> None:
-        """Raise ValueError if slabs of this shape cannot be read.
+        """Raise ValueError if the network cannot read slabs of this shape [1, D, H, W].
 
-        The strided network reads one shape only.
+        Strided convolutions read only the shape for which they were created.
         """
         if self.arch.extractor == "strided" and tuple(shape[1:]) != self.arch.slab_shape:
             raise ValueError(
                 f"reward: expected slabs of {list(self.arch.slab_shape)} points, got {list(shape[1:])}. Use"
-                " the resolution and crop with which the network was created."
+                " the --resolution and --crop with which the network was created."
             )
 
     def calibrate(self, take: Callable[[], torch.Tensor]) -> None:
-        """Set means and standard deviations per voxel, if the network standardises its input."""
+        """Set mean and standard deviation of each voxel, if the network standardises its input.
+
+        Args: take: function that returns the slabs of all training samples, [N, 1, D, H, W].
+        """
         if self.arch.extractor == "strided":
             self.extractor.calibrate(take())
 
     def _pooled(self, slab: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the U-Net's final maps [N, C, D/p, H/p, W/p], and the pooled features [N, M]."""
+        """Compute the U-Net's final maps [N, C, D/p, H/p, W/p], and the pooled features [N, M]."""
         arch = self.arch
         # [N, p^3, D/p, H/p, W/p]
         patches = self._patches(slab)
         final, bottleneck = (
-            fused.maps(self, patches) if fused.applies(self, slab) else self.Conv3DModule(patches)
+            fused.maps(self, patches) if fused.is_supported(self, slab) else self.Conv3DModule(patches)
         )
-        response = final[:, arch.recon_channels :]  # the channels before it are reconstructions
+        response = final[:, arch.recon_channels :]  # the first channels are reconstructions of the slab
         if arch.pooling == "slice_max":
             return final, slice_max_feature(response, arch.pool_size)
         return final, torch.cat(
@@ -148,68 +167,81 @@ class RewardModel(RewardNetwork):
         )
 
     def _patches(self, slab: torch.Tensor) -> torch.Tensor:
-        """Return the input of the U-Net, [N, p^3, D/p, H/p, W/p]."""
+        """Compute the input of the U-Net, [N, p^3, D/p, H/p, W/p], from slabs [N, 1, D, H, W]."""
         arch = self.arch
-        # Each level halves the sides, and the coarsest one must keep at least one voxel.
+        # Each level halves the sides, and the coarsest level must have at least one voxel.
         if min(slab.shape[2:]) < arch.smallest_side:
             raise ValueError(
-                f"RewardModel(slab): expected sides of at least {arch.smallest_side} voxels, got"
-                f" {list(slab.shape[2:])}. Increase the slab's resolution, or use fewer feature_maps."
+                f"RewardModel: expected slabs with at least {arch.smallest_side} voxels along each axis, got"
+                f" {list(slab.shape[2:])}. Increase --resolution, or use a preset with fewer levels."
             )
         return to_patches(slab * arch.input_scale if arch.input_scale != 1 else slab, arch.patch)
 
-    def features(self, observed: torch.Tensor) -> torch.Tensor:
-        """Return the global feature vector before the trunk: slabs [N, 1, D, H, W] in [0, 100] -> [N, M]."""
-        check_shape(
-            "RewardModel(slab)",
-            observed,
-            ("N", 1, "D", "H", "W"),
-            "Pass the result of the reward's observation.",
-        )
-        if self.arch.extractor == "strided":
-            return self.extractor(observed)
-        # Without gradients of the weights, the fused pass can pool without storing the final maps.
-        if fused.applies(self, observed) and not fused.learns(self):
-            return fused.features(self, self._patches(observed))
-        return self._pooled(observed)[1]
+    def features(self, observations: torch.Tensor) -> torch.Tensor:
+        """Compute the feature vectors [N, M] of slabs [N, 1, D, H, W] with values in [0, 100].
 
-    def reconstruct(self, observed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return features and the reconstruction [N, 1, D, H, W] of slabs, see `RewardNetwork`."""
-        if self.arch.extractor == "strided":
-            return super().reconstruct(observed)
+        Raises: ValueError for slabs of any other shape.
+        """
         check_shape(
             "RewardModel(slab)",
-            observed,
+            observations,
             ("N", 1, "D", "H", "W"),
             "Pass the result of the reward's observation.",
         )
-        final, features = self._pooled(observed)
-        # Maximum over channels, then a scalar affine, as published.
-        out = final[:, : self.arch.recon_channels].max(dim=1, keepdim=True).values
+        if self.arch.extractor == "strided":
+            return self.extractor(observations)
+        # Without gradients of the weights, the fused pass can pool without storing the final maps.
+        if fused.is_supported(self, observations) and not fused.needs_weight_gradients(self):
+            return fused.features(self, self._patches(observations))
+        return self._pooled(observations)[1]
+
+    def reconstruct(self, observations: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compute the features [N, M] and the reconstruction [N, 1, D, H, W] of slabs [N, 1, D, H, W].
+
+        Raises: ValueError for strided convolutions, which have no decoder.
+        """
+        if self.arch.extractor == "strided":
+            # The method of the base class raises the error.
+            return super().reconstruct(observations)
+        check_shape(
+            "RewardModel(slab)",
+            observations,
+            ("N", 1, "D", "H", "W"),
+            "Pass the result of the reward's observation.",
+        )
+        final, features = self._pooled(observations)
+        # As published: maximum over channels, followed by a scalar affine map.
+        slab = final[:, : self.arch.recon_channels].max(dim=1, keepdim=True).values
         affine = self.Conv3DModule.conv3d_for_recon
-        out = fused.pointwise(affine, out) if fused.applies(self, observed) else affine(out)
+        slab = fused.pointwise(affine, slab) if fused.is_supported(self, observations) else affine(slab)
         if self.arch.patch > 1:
-            out = F.interpolate(out, scale_factor=self.arch.patch, mode="nearest")
-        # Cut off what `to_patches` padded.
-        d, h, w = observed.shape[2:]
-        return features, out[:, :, :d, :h, :w]
+            slab = F.interpolate(slab, scale_factor=self.arch.patch, mode="nearest")
+        # Remove the voxels that `to_patches` padded.
+        d, h, w = observations.shape[2:]
+        return features, slab[:, :, :d, :h, :w]
 
 
 def to_patches(slab: torch.Tensor, patch: int) -> torch.Tensor:
-    """Cut slabs [N, 1, D, H, W] into patches whose voxels become channels, [N, patch^3, D/p, H/p, W/p].
+    """Cut slabs into patches of p^3 voxels, which become channels: [N, 1, D, H, W] -> [N, p^3, D/p, H/p,
+    W/p].
 
-    If a side is not a multiple of `patch`, its last values are repeated.
+    If a side is not a multiple of p, the last voxel along it is repeated until it is.
+
+    Args:
+        slab: slabs [N, 1, D, H, W].
+        patch: edge p of a patch in voxels.
     """
     if patch == 1:
         return slab
-    missing = [-size % patch for size in slab.shape[2:]]
-    if any(missing):
-        # F.pad counts axes from the last one.
-        slab = F.pad(slab, (0, missing[2], 0, missing[1], 0, missing[0]), mode="replicate")
+    # Numbers of voxels up to the next multiple of `patch`, along z, y, x
+    padding = [-size % patch for size in slab.shape[2:]]
+    if any(padding):
+        # F.pad lists the axes from the last to the first, each with the padding before and after.
+        slab = F.pad(slab, (0, padding[2], 0, padding[1], 0, padding[0]), mode="replicate")
     n, _, d, h, w = slab.shape
-    cut = slab.reshape(n, d // patch, patch, h // patch, patch, w // patch, patch)
+    patches = slab.reshape(n, d // patch, patch, h // patch, patch, w // patch, patch)
     # [N, D/p, p, H/p, p, W/p, p] -> [N, p, p, p, D/p, H/p, W/p] -> [N, p^3, D/p, H/p, W/p]
-    return cut.permute(0, 2, 4, 6, 1, 3, 5).reshape(n, patch**3, d // patch, h // patch, w // patch)
+    return patches.permute(0, 2, 4, 6, 1, 3, 5).reshape(n, patch**3, d // patch, h // patch, w // patch)
 
 
 READERS.add("sigma", lambda description: RewardModel(RewardArch.from_dict(description)))

@@ -1,6 +1,9 @@
-"""Architectures of the networks that read σ slabs, and their presets. This module does not import torch.
+"""Architectures and presets of the networks that read σ slabs (cropped density grids).
 
-Letters: D, H, W = z, y, x.
+The preset `paper` is the network of arXiv 2606.27305. This module does not import torch, so that `--help` is
+quick.
+
+Shapes: D, H, W = grid points along z, y, x.
 """
 
 import math
@@ -14,27 +17,32 @@ from training.config import check_choice
 
 @dataclass(frozen=True, kw_only=True)
 class RewardArch(Architecture):
-    """Sizes of a slab network, which determine its parameters and its function."""
+    """Sizes of a slab network, which determine its parameters and its function.
 
-    # Channels per U-Net level, finest first; each is below `groups` or divisible by it
+    Raises: ValueError for a value outside its range.
+    """
+
+    # Number of channels of each U-Net level, finest first; each is below `groups` or divisible by it
     feature_maps: tuple[int, ...]
-    groups: int = 8  # groups of every GroupNorm
-    recon_channels: int = 4  # the first channels of the final convolution, which reconstruct the slab
-    feature_channels: int = 4  # the channels after them, which are pooled to the feature
-    # The slab is cut into patch^3 voxels that become channels; 1 is the paper's, 2 takes an eighth of the
-    # time.
+    groups: int = 8  # number of groups of every GroupNorm
+    recon_channels: int = 4  # number of channels of the final convolution that reconstruct the slab
+    feature_channels: int = 4  # number of further channels of the final convolution, pooled to the features
+    # Edge in voxels of the blocks of a slab whose voxels become channels. The paper uses 1, and 2 takes an
+    # eighth of the time.
     patch: int = 1
-    input_scale: float = 1.0  # factor on the slab's [0, 100] before the first layer; 1 is the paper's
-    # 'slice_max' is the paper's profile along z; 'grid' is mean and maximum over cells of final and coarsest
-    # maps
+    input_scale: float = 1.0  # factor on the slab's values 0..100 before the first layer; the paper uses 1
+    # Pooling of the U-Net's maps to features. 'slice_max', the paper's pooling, takes the maximum of each
+    # slice along z. 'grid' takes mean and maximum over the cells of a grid, of the final and the coarsest
+    # maps.
     pooling: str = "slice_max"
-    pool_size: int = 8192  # 'slice_max': length of the stretched profile
-    final_cells: tuple[int, int, int] = (4, 4, 4)  # 'grid': cells along z, y, x over the final maps
-    bottleneck_cells: tuple[int, int, int] = (2, 2, 2)  # 'grid': cells over the coarsest encoder maps
-    # 'unet3d' is the paper's; 'strided' is StridedConv3d with feature_maps[0] channels and without pooling
+    pool_size: int = 8192  # for 'slice_max': length of the stretched profile of maxima
+    final_cells: tuple[int, int, int] = (4, 4, 4)  # for 'grid': cells along z, y, x over the final maps
+    bottleneck_cells: tuple[int, int, int] = (2, 2, 2)  # for 'grid': cells along z, y, x, coarsest maps
+    # Feature extractor: 'unet3d' is the paper's U-Net, and 'strided' is StridedConv3d with feature_maps[0]
+    # channels and without pooling
     extractor: str = "unet3d"
-    slab_shape: tuple[int, ...] = ()  # 'strided': the one slab shape (D, H, W) that it reads
-    dropout: float = 0.0  # 'strided': share of features that training drops, [0, 1)
+    slab_shape: tuple[int, ...] = ()  # for 'strided': the only slab shape (D, H, W) that the network reads
+    dropout: float = 0.0  # for 'strided': share of features that are dropped during training, [0, 1)
     trunk: tuple[int, ...] = (512, 512)  # hidden sizes of the trunk
     embedding: int = 512  # length of the trunk's output, which all heads read
     heads: tuple[int, ...] = (256, 128)  # hidden sizes of each of the three heads
@@ -50,28 +58,33 @@ class RewardArch(Architecture):
             self.pool_size,
             self.embedding,
         )
-        shaped = len(self.slab_shape) == 3 if self.extractor == "strided" else len(self.feature_maps) >= 2
-        if min(sizes) < 1 or not shaped or not 0 <= self.dropout < 1:
+        has_valid_shape = (
+            len(self.slab_shape) == 3 if self.extractor == "strided" else len(self.feature_maps) >= 2
+        )
+        if min(sizes) < 1 or not has_valid_shape or not 0 <= self.dropout < 1:
             raise ValueError(
-                "RewardArch: expected sizes of at least 1, three sides of slab_shape ('strided') or two"
-                f" levels ('unet3d'), and dropout in [0, 1), got {self}. Correct these values in the"
-                " reward's file."
+                "RewardArch: expected sizes of at least 1, dropout in [0, 1), and three entries of slab_shape"
+                f" (for 'strided') or at least two entries of feature_maps (for 'unet3d'), got {self}."
+                " Correct these values in the network of the reward's file."
             )
 
     @property
     def feature_size(self) -> int:
-        """Length of the pooled feature vector, which is the trunk's input."""
+        """Length of the feature vector, which the trunk reads."""
         if self.extractor == "strided":
-            # Flattened maps after the convolutions of stride 2, of kernel 4 and of twice kernel 3
+            # The convolution with kernel 4 halves each side n and rounds down, and the two convolutions with
+            # kernel 3 halve it and round up. -(-a // 4) is a / 4 rounded up.
             return 4 * self.feature_maps[0] * math.prod(-(-(n // 2) // 4) for n in self.slab_shape)
         if self.pooling == "slice_max":
             return self.pool_size
-        cells = [a * b * c for a, b, c in (self.final_cells, self.bottleneck_cells)]
-        return 2 * (self.feature_channels * cells[0] + self.feature_maps[-1] * cells[1])
+        # Mean and maximum of every channel in every cell
+        final_size = self.feature_channels * math.prod(self.final_cells)
+        bottleneck_size = self.feature_maps[-1] * math.prod(self.bottleneck_cells)
+        return 2 * (final_size + bottleneck_size)
 
     @property
     def smallest_side(self) -> int:
-        """Least number of voxels that a slab must have along each axis, so that every level can halve it."""
+        """Least number of voxels of a slab along each axis, with which the coarsest level has one voxel."""
         return self.patch * 2 ** (len(self.feature_maps) - 1)
 
 
@@ -96,8 +109,8 @@ HEADS = RewardArch(
     heads=(32, 16),
 )
 PRESETS = {
-    # About 0.1 M parameters. It reads heads of the bundled generator from the forehead to the nape without
-    # shoulders, as slabs of 39 x 45 x 36.
+    # About 0.1 M parameters. The crop of its slabs of 39 x 45 x 36 points contains the heads of the bundled
+    # generator from the forehead to the nape, without shoulders.
     "heads": Preset(
         network=HEADS.to_dict(),
         train={"epochs": 12, "patience": 12, "batch": 8, "lr": 1e-3, "weight_decay": 0.3, "decoupled": True},

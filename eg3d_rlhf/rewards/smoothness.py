@@ -1,6 +1,6 @@
-"""Label-free control: a reward that only prefers smooth surfaces.
+"""Reward without training that prefers smooth surfaces. It serves as a label-free control.
 
-Letters: N shapes, D, H, W grid points along z, y, x.
+Shapes: N shapes, D, H, W = grid points along z, y, x.
 """
 
 import dataclasses
@@ -19,68 +19,81 @@ if TYPE_CHECKING:
     from eg3d_rlhf.generators import Generator
 
 KIND = "smoothness"
-STEP = 0.02  # world units; width of the region around the surface that counts
+STEP = 0.02  # standard deviation of the Gaussian weight of a point's distance to the surface, world units
 
 
 def roughness(sigma: torch.Tensor, level: float, spacing: float) -> torch.Tensor:
-    """Compute the mean squared curvature [N] of level sets near the surface of raw densities [N, D, H, W].
+    """Compute the mean squared curvature [N] of the surfaces of raw densities. Differentiable.
 
-    It is the squared gradient of the unit normal, weighted by how close the density is to the level, per
-    squared world unit. Differentiable.
+    The result is the squared derivative of the unit normal of the density's level sets, in 1 / world unit^2,
+    averaged over grid points with a weight that decreases with the distance from the surface.
+
+    Args:
+        sigma: raw densities [N, D, H, W].
+        level: raw density at the surface.
+        spacing: distance between grid points, world units.
     """
-    slope = torch.stack(torch.gradient(sigma, spacing=spacing, dim=(1, 2, 3)), dim=1)  # [N, 3, D, H, W]
-    size = slope.square().sum(dim=1, keepdim=True).sqrt()
-    # The added constants avoid directions of noise where the density is flat.
-    direction = slope / (size + 1e-3 * size.detach().amax(dim=(2, 3, 4), keepdim=True) + 1e-8)
+    gradient = torch.stack(torch.gradient(sigma, spacing=spacing, dim=(1, 2, 3)), dim=1)  # [N, 3, D, H, W]
+    slope = gradient.square().sum(dim=1, keepdim=True).sqrt()  # [N, 1, D, H, W]
+    # Where the density is almost constant, the direction of its gradient is noise. The added constants make
+    # the normal short there.
+    normal = gradient / (slope + 1e-3 * slope.detach().amax(dim=(2, 3, 4), keepdim=True) + 1e-8)
     # [N, 3, 3, D, H, W]: derivative along each axis of each component of the normal
-    turns = torch.stack(torch.gradient(direction, spacing=spacing, dim=(2, 3, 4)), dim=2)
-    # (sigma - level) / |slope| is about the distance to the surface. Detached, so that steepness cannot be
-    # used to change the weights.
-    near = torch.exp(-0.5 * ((sigma - level) / (size[:, 0].detach() * STEP + 1e-3)).square())
-    return (turns.square().sum(dim=(1, 2)) * near).sum(dim=(1, 2, 3)) / near.sum(dim=(1, 2, 3)).clamp_min(
-        1e-6
-    )
+    curvature = torch.stack(torch.gradient(normal, spacing=spacing, dim=(2, 3, 4)), dim=2)
+    # (sigma - level) / slope is approximately the distance to the surface. The slope is detached, so that a
+    # generator cannot improve the result by a change of the slope alone.
+    weight = torch.exp(-0.5 * ((sigma - level) / (slope[:, 0].detach() * STEP + 1e-3)).square())
+    return (curvature.square().sum(dim=(1, 2)) * weight).sum(dim=(1, 2, 3)) / weight.sum(
+        dim=(1, 2, 3)
+    ).clamp_min(1e-6)
 
 
 @dataclasses.dataclass(frozen=True)
 class CubeScore(observations.Observation):
-    """Observation that is already a score, [N, 1], of raw densities on a grid of the complete cube.
+    """Observation that is already a score [N, 1], computed from raw densities on a grid of the complete cube.
 
-    `AsSeen` is the network of its reward.
+    The network that reads it is `AsSeen`, which returns the score.
     """
 
     spec: SlabSpec = SlabSpec.cube(48)
 
     @classmethod
     def of(cls, generator: "Generator", *, resolution: int | None = None) -> Self:  # type: ignore[override]
-        """Create the observation of a generator's cube. Args: resolution: grid points per axis."""
+        """Create the observation for a generator's cube.
+
+        Args:
+            generator: generator whose shapes are observed.
+            resolution: number of grid points per axis; None takes the default of the class.
+        """
         return cls(SlabSpec.of(generator.bounds, resolution or cls.spec.resolution))
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of one sample's score, [1]."""
+        """Shape [1] of the score of one sample."""
         return (1,)
 
 
 @observations.register
 @dataclasses.dataclass(frozen=True)
 class Smoothness(CubeScore):
-    """Minus the logarithm of the surface's roughness, [N, 1]."""
+    """Smoothness [N, 1]: minus the logarithm of the roughness of the surface."""
 
     kind: ClassVar[str] = KIND
 
     def observe(self, field: Field) -> torch.Tensor:
-        """Compute the scores, see `Observation`."""
+        """Compute the scores [N, 1] of the shapes of a field. Differentiable in the field."""
+        # n grid points have n - 1 intervals.
         spacing = self.spec.box_warp / (self.spec.resolution - 1)
+        # 1e-6 avoids the logarithm of 0 for a plane surface.
         return -torch.log(roughness(field.density_grid(self.spec), field.level, spacing) + 1e-6)[:, None]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return JSON values, with the fields of `spec` at the top level."""
+        """Return the observation as JSON values, with the fields of `spec` at the top level."""
         return {"kind": self.kind, **self.spec.to_dict()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Create the observation from the values of `to_dict` without `kind`."""
+        """Create the observation from the JSON values of `to_dict` without the entry `kind`."""
         return cls(SlabSpec.from_dict(values))
 
 
@@ -90,29 +103,29 @@ class AsSeen(RewardNetwork):
     scale: torch.Tensor
 
     def __init__(self) -> None:
-        # Not RewardNetwork.__init__, which would create a trunk and heads.
+        # RewardNetwork.__init__ is skipped, because it would create a trunk and heads.
         nn.Module.__init__(self)
-        # One constant buffer, since a state dict must not be empty.
+        # The file of a reward needs a state dict with at least one entry.
         self.register_buffer("scale", torch.ones(1))
 
-    def features(self, observed: torch.Tensor) -> torch.Tensor:
-        """Return the observation [N, 1]."""
-        return observed * self.scale
+    def features(self, observations: torch.Tensor) -> torch.Tensor:
+        """Return the observations [N, 1]."""
+        return observations * self.scale
 
-    def embed(self, observed: torch.Tensor) -> torch.Tensor:
-        """Return the observation [N, 1]."""
-        return self.features(observed)
+    def embed(self, observations: torch.Tensor) -> torch.Tensor:
+        """Return the observations [N, 1]."""
+        return self.features(observations)
 
     def score_embedding(self, embedding: torch.Tensor) -> torch.Tensor:
-        """Return scores [N] of embeddings [N, 1]."""
+        """Return the scores [N] of embeddings [N, 1], which are the observations."""
         return embedding[:, 0]
 
     def check(self, shape: Sequence[int]) -> None:
-        """Assert that the observation is a score."""
+        """Assert that `shape`, the shape of one observation, is the shape [1] of a score."""
         assert tuple(shape) == (1,)
 
     def describe(self) -> dict[str, Any]:
-        """Return an empty description, since there are no sizes."""
+        """Return an empty description, since the network has no sizes."""
         return {}
 
 

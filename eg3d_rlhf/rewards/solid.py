@@ -1,16 +1,15 @@
-"""Label-free rewards for physically valid meshes: the score of `eg3d_rlhf.geometry.solids`, and a
-differentiable one.
+"""Two rewards for physically valid meshes. They need no labels and no training.
 
-    solid            minus `solid_loss`, with which a generator can be tuned: 0 if no defect is detected.
-                     Experimental
-    mesh-validity    the score itself, against the shape's own correction; it can rank shapes, and has no
-                     gradient
+    solid            minus `solid_loss`. It is differentiable, so a generator can be tuned with it. It is 0 if
+                     no defect is detected. This reward is experimental.
+    mesh-validity    the score of `eg3d_rlhf.geometry.solids`, in which a shape is compared with its own
+                     corrected version. It has no gradient and can only rank shapes.
 
-Letters: N shapes; D, H, W = grid points along z, y, x.
+Shapes: N shapes; D, H, W = grid points along z, y, x.
 """
 
 import dataclasses
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -24,11 +23,10 @@ from eg3d_rlhf.rewards import observations
 from eg3d_rlhf.rewards.networks import register
 from eg3d_rlhf.rewards.smoothness import AsSeen, CubeScore
 
-if TYPE_CHECKING:
-    pass
-
-MARGIN = 1.0  # m of `solid_loss`, voxels
-REACH = 5.0  # voxels; closes holes of radius h in walls of thickness w while REACH > (h^2 + w^2/4) / w
+MARGIN = 1.0  # margin m of `solid_loss`, voxels
+# Radius in voxels of the ball that must not pass an opening. Holes of radius h in walls of thickness w are
+# closed if REACH > (h^2 + w^2/4) / w.
+REACH = 5.0
 
 
 def solid_loss(
@@ -38,97 +36,108 @@ def solid_loss(
     reach: float = REACH,
     hollows: bool = False,
 ) -> torch.Tensor:
-    """Compute the defects of densities [N, D, H, W] as [N]: floaters to remove and leaks to close; 0 without
-    either.
+    """Compute a loss [N] of floaters (separate parts, to be removed) and leaks (openings, to be closed).
 
-    (sum over floaters of softplus(d - level + m) + sum over caps of softplus(level + m - d)) / number of
-    solid voxels. The density d and the margin m are in units of the density's change per voxel at its
-    surface. The masks (`solids.floaters`, `solids.caps`) are hard and have no gradient, so no other voxel
-    changes. Nothing keeps the remaining shape as it is: use a density-consistency term as well. Solid voxels
-    are determined again in every call.
+    The loss is the sum over the voxels of floaters of softplus(d - level + m), plus the sum over the voxels
+    that would close leaks of softplus(level + m - d), divided by the number of solid voxels. The density d
+    and the margin m are in units of the density's change per voxel at the surface.
 
-    Args: reach: radius in voxels of the ball that must not pass an opening; hollows: fill closed cavities as
-        well.
-    Differentiable in density.
-    Raises: ValueError if a density is not finite. An empty shape gives 0 without a gradient.
-    Misses holes of radius h in walls of thickness w if reach < (h^2 + w^2/4) / w. It also closes intended
-    openings that are narrower.
+    The masks of both kinds of voxels (`solids.floaters`, `solids.caps`) are computed again in each call. They
+    have no gradient, so only the densities of these voxels get a gradient. The loss does not preserve the
+    remaining shape, so a density-consistency term is needed as well. Holes of radius h in walls of thickness
+    w are not detected if reach < (h^2 + w^2/4) / w, and intended openings that are narrower are closed.
+
+    Differentiable in density. The loss is 0 for a shape without such defects, and for an empty shape.
+
+    Args:
+        density: raw densities [N, D, H, W].
+        level: raw density at the surface.
+        reach: radius in voxels of the ball that must not pass an opening.
+        hollows: True to fill closed cavities as well.
+    Raises: ValueError if a density is not finite.
     """
-    return torch.stack([_loss(grid, level, reach, hollows) for grid in density])
+    return torch.stack([_grid_loss(grid, level, reach, hollows) for grid in density])
 
 
-def _loss(grid: torch.Tensor, level: float, reach: float, hollows: bool) -> torch.Tensor:
-    """Compute the loss [] of one density [D, H, W]."""
+def _grid_loss(grid: torch.Tensor, level: float, reach: float, hollows: bool) -> torch.Tensor:
+    """Compute the loss [] of one grid of densities [D, H, W]; see `solid_loss`."""
     solid = solids.occupied(grid.detach().cpu().numpy(), level, "solid_loss")
     if not solid.any():
-        # Zero that depends on the grid, so that backward() works.
+        # This 0 depends on the grid, so that backward() works.
         return grid.sum() * 0
     # Voxels that would close leaks of the largest part
-    grow = solids.caps(solid, reach)
+    caps = solids.caps(solid, reach)
     if hollows:
-        grow |= solids.enclosed(solid)
-    # Signed distance to the surface in voxels, approximately; the scale has no gradient.
+        caps |= solids.enclosed(solid)
+    # Approximately the signed distance to the surface in voxels. The scale is detached and has no gradient.
     d = (grid - level) / slope_at(grid.detach(), level)
-    # Masks come from numpy on the CPU; the sums run on the field's device.
-    shrink_at, grow_at = (torch.from_numpy(mask).to(grid.device) for mask in (solids.floaters(solid), grow))
-    return (F.softplus(d[shrink_at] + MARGIN).sum() + F.softplus(MARGIN - d[grow_at]).sum()) / int(
-        solid.sum()
-    )
+    # Masks are computed by numpy on the CPU, and the sums on the device of the field.
+    floater_mask = torch.from_numpy(solids.floaters(solid)).to(grid.device)
+    cap_mask = torch.from_numpy(caps).to(grid.device)
+    floater_sum = F.softplus(d[floater_mask] + MARGIN).sum()
+    cap_sum = F.softplus(MARGIN - d[cap_mask]).sum()
+    return (floater_sum + cap_sum) / int(solid.sum())
 
 
 def slope_at(grid: torch.Tensor, level: float) -> float:
-    """Return the median step of a density [D, H, W] across its surface; 1 without a surface."""
+    """Return the median absolute change of densities [D, H, W] between neighbouring voxels at the surface.
+
+    These are the pairs of neighbouring voxels on different sides of the surface. Return 1 if there are none.
+    """
     inside = grid > level
     steps = []
     for axis in range(3):
-        crossed = inside.diff(dim=axis)
-        steps.append(grid.diff(dim=axis)[crossed].abs())
+        crosses_surface = inside.diff(dim=axis)
+        steps.append(grid.diff(dim=axis)[crosses_surface].abs())
     changes = torch.cat(steps)
-    # The median ignores the steep and flat tails of a decoder.
+    # The median does not depend on the few very large and very small changes.
     return max(float(changes.median()), 1e-6) if len(changes) else 1.0
 
 
 @observations.register
 @dataclasses.dataclass(frozen=True)
 class Solid(CubeScore):
-    """Minus `solid_loss` on the complete cube, [N, 1].
+    """Score [N, 1]: minus `solid_loss` on a grid of the complete cube.
 
-    The slab that other rewards read is cropped, and a cropped shape is open where it was cut.
+    The grid is not cropped as a σ slab is, because a cropped shape is open where it was cut.
     """
 
     reach: float = REACH  # voxels, see `solid_loss`
     kind: ClassVar[str] = "solid"
 
     def observe(self, field: Field) -> torch.Tensor:
-        """Compute the scores, see `Observation`."""
+        """Compute the scores [N, 1] of the shapes of a field. Differentiable in the field."""
         return -solid_loss(field.density_grid(self.spec), field.level, reach=self.reach)[:, None]
 
 
 @observations.register
 @dataclasses.dataclass(frozen=True)
 class Soundness(CubeScore):
-    """Score solid * gate(F) of the complete cube at EDGE^3, against the shape's own correction, [N, 1].
+    """Score [N, 1] of the validity of a mesh: `solids.reward` on a grid of the complete cube with EDGE^3
+    voxels.
 
-    It has no gradient, and is 0 for an empty shape.
+    The shape is compared with its own corrected version. The score has no gradient, and it is 0 for an empty
+    shape.
     """
 
     spec: SlabSpec = SlabSpec.cube(solids.EDGE)
-    weights: tuple[float, float, float, float] = HEADS.weights  # see `solids.Rules`
+    weights: tuple[float, float, float, float] = HEADS.weights  # weights of the score's terms, `solids.Rules`
     kind: ClassVar[str] = "mesh-validity"
     differentiable: ClassVar[bool] = False
 
     @torch.no_grad()
     def observe(self, field: Field) -> torch.Tensor:
-        """Compute the scores, see `Observation`."""
+        """Compute the scores [N, 1] of the shapes of a field."""
         rules = solids.Rules(weights=self.weights)
-        # Computed on the CPU by numpy, one shape at a time.
+        # The score is computed on the CPU by numpy, one shape at a time. The second argument of `reward` is
+        # the shape from which the corrected version is made: here the shape itself.
         grids = occupancy(field, self.spec)
         return torch.tensor([[solids.reward(grid, grid, rules).reward] for grid in grids])
 
 
 @torch.no_grad()
 def occupancy(field: Field, spec: SlabSpec) -> list[np.ndarray]:
-    """Return which points of a grid are solid, as bool [D, H, W] for every shape.
+    """Return a mask [D, H, W] of the solid grid points, for each shape of a field.
 
     Raises: ValueError if a density is not finite.
     """

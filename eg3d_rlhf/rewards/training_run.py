@@ -1,4 +1,8 @@
-"""Run a complete reward training, from labels to the reward, its figures and its curves."""
+"""Run a complete reward training: read labels, observe shapes, train, evaluate, and write all files.
+
+The splits train, val and test are sets of labels: training pairs change the weights, validation pairs choose
+the epoch, and test pairs are evaluated once, at the end.
+"""
 
 import json
 import sys
@@ -32,10 +36,10 @@ from eg3d_rlhf.rewards.evaluation import (
     Network,
     collect_curves,
     evaluate,
+    evaluate_feature,
     evaluate_unpaired,
     fit_temperature,
     margins,
-    ordered_by,
     plot_curves,
     score_seeds,
     too_few,
@@ -52,58 +56,64 @@ from training.networks import state_hash
 from training.progress import tqdm
 from training.storage import write_atomic
 
-STATE = "state.pt"  # in the run's folder: training state of the first member
-REPORT = "report.json"  # in the run's folder: figures of the held-out pairs
-# in the run's folder: labels of a store at the start of the run, since a store can grow
-KEPT = "labels.jsonl"
-MEMBER_STRIDE = 1000  # difference between the seeds of two consecutive members of an ensemble
+# Names of files in the folder of the run
+STATE = "state.pt"  # training state of the first member
+REPORT = "report.json"  # results on the validation and test pairs
+KEPT = "labels.jsonl"  # copy of the labels at the start of the run, if they come from a store, which can grow
+MEMBER_STRIDE = 1000  # difference between the random seeds of two consecutive members of an ensemble
 
 
 @dataclass(frozen=True, kw_only=True)
 class Opened:
     """Opened and checked inputs of a training."""
 
-    labels: list[Preference]
-    unpaired: list[UnpairedPreference]
-    splits: Splits
-    generators: list[LoadedGenerator]  # the first one is that of --network
-    observation: Observation
+    labels: list[Preference]  # labelled pairs
+    unpaired: list[UnpairedPreference]  # labels of single shapes
+    splits: Splits  # the pairs of the splits train, val and test
+    generators: list[LoadedGenerator]  # generators of the labelled shapes; the first one is --network
+    observation: Observation  # input of the reward
     psi: float  # truncation of the labelled shapes
 
 
 def open_training(settings: RewardRun, run: Run) -> Opened:
-    """Open labels and generators, and create the observation.
+    """Open and check the labels and the generators of a training, and create the observation of the reward.
 
-    Raises: ValueError or FileNotFoundError if they do not fit together.
+    Args:
+        settings: settings of the training.
+        run: folder, device and ranks of the run; the opened files are added to `run.inputs`.
+    Raises: FileNotFoundError if a file is missing; ValueError if labels, generators and network do not match.
     """
     labels = read_labels(settings.labels, run.folder if run.resumed else None, run.ranks)
     unpaired = [] if settings.unpaired is None else load_unpaired(settings.unpaired)
+    # Held-out seeds are reserved for evaluation, so labels of their shapes are rejected.
     refuse_held_out(
-        # Held-out latents are reserved for evaluation, so labels of them are rejected.
         (seed for label in labels for seed in (label.winner, label.loser)),
         f"--labels={settings.labels.settings['labels']}",
     )
     refuse_held_out((label.seed for label in unpaired), f"--unpaired={settings.unpaired}")
     generators = open_generators(settings, [*labels, *unpaired], run.device)
-    stated = common_value([*labels, *unpaired], "psi")
-    if settings.psi is not None and stated is not None and abs(settings.psi - stated) > 1e-6:
+    label_psi = common_value([*labels, *unpaired], "psi")
+    if settings.psi is not None and label_psi is not None and abs(settings.psi - label_psi) > 1e-6:
         raise ValueError(
-            f"--set psi: the labels were made with psi={stated}, got {settings.psi}. Remove --set psi."
+            f"--set psi={settings.psi} contradicts the labels, which were made with psi={label_psi}. Remove"
+            " --set psi."
         )
-    # Settings first, then the labels, then no truncation. psi = 0 is a valid value, so `or` would be wrong.
-    psi = next((value for value in (settings.psi, stated) if value is not None), 1.0)
+    # The value of the settings has priority over the value of the labels; without both, there is no
+    # truncation. psi = 0 is a valid value, so `or` would be wrong.
+    psi = next((value for value in (settings.psi, label_psi) if value is not None), 1.0)
     pairs = on_wrong_faces(labels, settings.split_seed) if settings.wrong_faces else labels
-    # All generators must be observed in the same way, or scores could not be compared.
     observation = create_observation(settings, generators)
     splits = split_by_seed(pairs, settings.fractions, settings.split_seed)
-    # Checked before the run's folder is created, so that a mistake leaves no folder.
+    # The network is checked before the run's folder is created, so that an error leaves no folder.
     new_network(settings.train, settings.observation).check(observation.shape)
-    run.inputs |= {
-        "network": generators[0].path,
-        **{f"network {i + 2}": g.path for i, g in enumerate(generators[1:])},
-    }
-    files = (("labels", settings.labels.file), ("unpaired", settings.unpaired))
-    run.inputs |= {name: file for name, file in files if file is not None}
+    # The record of the run names the generators "network", "network 2", "network 3", ...
+    run.inputs["network"] = generators[0].path
+    for number, generator in enumerate(generators[1:], start=2):
+        run.inputs[f"network {number}"] = generator.path
+    if settings.labels.file is not None:
+        run.inputs["labels"] = settings.labels.file
+    if settings.unpaired is not None:
+        run.inputs["unpaired"] = settings.unpaired
     return Opened(
         labels=labels,
         unpaired=unpaired,
@@ -117,34 +127,40 @@ def open_training(settings: RewardRun, run: Run) -> Opened:
 def open_generators(
     settings: RewardRun, labels: Sequence[Preference | UnpairedPreference], device: str = "cpu"
 ) -> list[LoadedGenerator]:
-    """Open the generators of the labelled shapes, the one of --network first.
+    """Open the generators of the labelled shapes, first the generator of --network.
 
-    Raises: ValueError if labels belong to another generator, or do not name one where there are several.
+    Args:
+        settings: settings of the training.
+        labels: labels of pairs and of single shapes.
+        device: device of the generators.
+    Raises: ValueError if labels belong to a generator that was not passed, or if there are several generators
+        and labels do not name theirs.
     """
     generators = [load_generator(source, device) for source in (settings.network, *settings.more_networks)]
-    # The user states that the seeds mean the same shapes, so hashes are not compared.
+    # With this setting, the user states that the seeds give the same shapes, so hashes are not compared.
     if settings.any_generator and len(generators) == 1:
         return generators
     if settings.any_generator:
         raise ValueError(
-            "--set any_generator: applies to one --network, got more_networks as well. Remove one of the two"
-            " settings."
+            "--set any_generator=true cannot be combined with --set more_networks, because it applies to a"
+            " single --network. Remove one of both settings."
         )
-    # Labels may omit the generator if there is only one.
-    hashes = [g.hash for g in generators]
+    hashes = [generator.hash for generator in generators]
+    # Number of labels by the hash of their generator; the key None counts labels that do not name it.
     counts = Counter(label.generator for label in labels)
-    unknown = [name for name in counts if name not in hashes and not (name is None and len(generators) == 1)]
-    if unknown:
-        names = ", ".join(f"{h[:12]}..." for h in hashes)
-        wrong = unknown[0]
-        got = (
-            f"{counts[wrong]} labels that name no generator"
-            if wrong is None
-            else f"{counts[wrong]} labels of {wrong[:12]}..."
-        )
+    if len(generators) > 1 and counts[None]:
         raise ValueError(
-            f"labels: expected labels of the generator {names}, got {got}. Pass the generator of the labels"
-            " with --network, and a second one with --set more_networks=FILE. If the seeds mean the same"
+            f"labels: {counts[None]} labels do not name their generator, which they must if there are several"
+            " generators. Pass one generator only, without --set more_networks."
+        )
+    unknown_hashes = [name for name in counts if name is not None and name not in hashes]
+    if unknown_hashes:
+        passed_generators = ", ".join(f"{name[:12]}..." for name in hashes)
+        unknown_hash = unknown_hashes[0]
+        raise ValueError(
+            f"labels: {counts[unknown_hash]} labels belong to the generator {unknown_hash[:12]}..., which is"
+            f" not among the generators of this run ({passed_generators}). Pass the generator of the labels"
+            " with --network, and a second one with --set more_networks=FILE. If the seeds give the same"
             " shapes, use --set any_generator=true. To label shapes of this generator: eg3d-rlhf label"
             " synthetic --out=FILE."
         )
@@ -154,45 +170,62 @@ def open_generators(
 def create_observation(settings: RewardRun, generators: Sequence[LoadedGenerator]) -> Observation:
     """Create the observation of the reward from the settings of its preset and of the run.
 
-    Raises: ValueError if generators need different observations.
+    Settings of the run have priority over settings of the preset.
+
+    Raises: ValueError if the generators need different observations, because scores of their shapes could not
+        be compared.
     """
-    changes = {"resolution": settings.resolution, "crop": settings.crop, "points": settings.points}
-    observe = {
+    run_settings = {"resolution": settings.resolution, "crop": settings.crop, "points": settings.points}
+    observation_settings = {
         **preset(settings.train.preset, settings.observation).observe,
-        **{k: v for k, v in changes.items() if v is not None},
+        **{name: value for name, value in run_settings.items() if value is not None},
     }
-    first, *others = (observation_of(settings.observation, g.generator, **observe) for g in generators)
-    # Observations contain cameras and bounds, so equality means that networks can read all generators.
-    for other, generator in zip(others, generators[1:], strict=True):
-        if other != first:
+    first_observation, *other_observations = (
+        observation_of(settings.observation, generator.generator, **observation_settings)
+        for generator in generators
+    )
+    # Observations contain cameras and bounds. If they are equal, a network can read shapes of all generators.
+    for observation, generator in zip(other_observations, generators[1:], strict=True):
+        if observation != first_observation:
             raise ValueError(
-                f"--set more_networks={generator.path}: this generator has other bounds or cameras than"
-                " that of --network. Remove it, or use a generator with the same bounds."
+                f"--set more_networks={generator.path}: the bounds or cameras of this generator differ from"
+                " those of --network. Remove it, or pass a generator with the same bounds and cameras."
             )
-    return first
+    return first_observation
 
 
 def read_labels(source: LabelSource, resumed: Path | None = None, ranks: Ranks = SINGLE) -> list[Preference]:
-    """Read the labels of a source. All ranks get those of rank 0.
+    """Read the labels of a source. All ranks get the same labels.
 
-    A run that resumes in folder `resumed` gets the labels with which it started.
-    Raises: as the source.
+    Args:
+        source: file or store of the labels.
+        resumed: folder of the run that resumes, or None for a new run. A run that resumes gets the labels
+            with which it started.
+        ranks: processes of the run.
+    Raises: FileNotFoundError if the source is missing; ValueError if it contains no valid labels.
     """
     if source.file is not None:
         return source.read()
     if resumed is not None and (resumed / KEPT).is_file():
         return load_labels(resumed / KEPT)
-    # A store can get an answer between the reading of two ranks, so only rank 0 reads it.
+    # A store can receive a label after one rank has read it and before another rank does. Therefore only
+    # rank 0 reads it.
     records = ranks.broadcast([label.to_dict() for label in source.read()])
     return [Preference.from_dict(record) for record in records]
 
 
 def train_and_judge(settings: RewardRun, opened: Opened, run: Run) -> None:
-    """Train, choose the epoch, evaluate the test pairs once, write all files, and print figures.
+    """Train a reward, evaluate it once on the test pairs, write all files, and print a summary.
 
-    Ranks observe shapes, train, and score validation pairs together. Only rank 0 tests and writes.
-    Writes reward.safetensors and .json, report.json, curves.json and .png, stats.jsonl, training_options.json
-    and state.pt; also labels.jsonl if the labels come from a store, which can grow.
+    All ranks observe shapes, train, and score validation pairs together. Only rank 0 evaluates test pairs and
+    writes files: reward.safetensors and .json, report.json, curves.json and .png, stats.jsonl,
+    training_options.json and state.pt. If the labels come from a store, which can grow, it also writes
+    labels.jsonl.
+
+    Args:
+        settings: settings of the training.
+        opened: result of `open_training`.
+        run: folder, device and ranks of the run.
     Raises: StoppedError after SIGTERM or SIGINT.
     """
     labels = opened.labels
@@ -204,58 +237,61 @@ def train_and_judge(settings: RewardRun, opened: Opened, run: Run) -> None:
         write_labels(run.folder / KEPT, labels)
     generator = generators[0]
     shapes: list[tuple[str, int]] = []
-    # With several generators, a seed does not identify a shape, so shapes get numbers in place of seeds.
+    # With several generators, a seed does not identify a shape. In `splits`, numbers of shapes then replace
+    # the seeds.
     if len(generators) > 1:
         splits, shapes = numbered(splits)
-    single = split_unpaired(unpaired, splits, settings.fractions, settings.split_seed)
+    unpaired_splits = split_unpaired(unpaired, splits, settings.fractions, settings.split_seed)
     # Pairs are training data only if the loss has terms on pairs.
     trains_on_pairs = bool(settings.train.weights.on_pairs) or not unpaired
     warning = too_few(splits.counts(), settings.fractions) if trains_on_pairs else ""
     if unpaired and not warning:
-        warning = too_few_shapes(
-            *(sum(label.preferred is kind for label in single["test"]) for kind in (True, False))
-        )
+        preferred_count = sum(label.preferred is True for label in unpaired_splits["test"])
+        other_count = sum(label.preferred is False for label in unpaired_splits["test"])
+        warning = too_few_shapes(preferred_count, other_count)
     if warning and run.ranks.main:
         print(f"Warning: {warning}", file=sys.stderr, flush=True)
-    data = collect_observations(settings, opened, splits, single, shapes, run.ranks)
-    states, start = _train(settings, run, data)
-    # All ranks have finished training before any of them ends.
+    data = collect_observations(settings, opened, splits, unpaired_splits, shapes, run.ranks)
+    states, start_hash = _train_members(settings, run, data)
+    # No rank ends before all ranks have finished their training.
     run.ranks.barrier()
-    leave()  # only rank 0 has work left; the other ranks end here
+    leave()  # leaves the process group: only rank 0 has further work
     if not run.ranks.main:
         return
-    # One network needs no aggregate, and its file then has the form of a single network.
+    # The file of a single network has no aggregate.
     model: Network = states[0].model
     if len(states) > 1:
-        observed = untuned(generator.generator, opened.observation, psi, settings.cutoff, settings.slab_batch)
-        model = combine([state.model for state in states], settings.aggregate, settings.strength, observed)
+        observations = untuned(
+            generator.generator, opened.observation, psi, settings.cutoff, settings.slab_batch
+        )
+        model = combine(
+            [state.model for state in states], settings.aggregate, settings.strength, observations
+        )
     report = assess(settings, model, states, data, splits) | {"too_few": warning}
-    # A simple baseline: how many test pairs does the volume alone order correctly?
+    # A simple baseline for comparison: the order of the test pairs by their volume alone. Numbers of shapes
+    # (with several generators) do not identify a seed of the first generator.
     if (
         isinstance(opened.observation, SigmaSlab)
         and not shapes
         and any(label.clean is not None for label in splits.test)
     ):
-        report["test_by_volume"] = ordered_by(volumes(settings, opened, splits.test), splits.test)
-    # If --labels and --unpaired name the same file, it counts once.
+        report["test_by_volume"] = evaluate_feature(volumes(settings, opened, splits.test), splits.test)
+    # If --labels and --unpaired name the same file, its hash is stated once.
     label_sets = (labels if settings.labels.file != settings.unpaired else [], unpaired)
-    report["labels_file"], report["labels_sha256"] = (
-        settings.labels.name,
-        "+".join(labels_hash(part) for part in label_sets if part),
-    )
+    report["labels_file"] = settings.labels.name
+    report["labels_sha256"] = "+".join(labels_hash(label_set) for label_set in label_sets if label_set)
     report |= {"generator": generator.hash, "psi": psi}
     if unpaired:
-        counts = {name: len(part) for name, part in single.items()} | {
-            "unused": len(unpaired) - sum(map(len, single.values()))
-        }
-        figures = {
-            name: evaluate_unpaired(model, states[0].model, data.store, single[name])
+        counts = {name: len(split) for name, split in unpaired_splits.items()}
+        counts["unused"] = len(unpaired) - sum(map(len, unpaired_splits.values()))
+        results = {
+            name: evaluate_unpaired(model, states[0].model, data.store, unpaired_splits[name])
             for name in ("val", "test")
         }
         report["unpaired"] = {
             "file": settings.unpaired and settings.unpaired.name,
             "splits": counts,
-            **figures,
+            **results,
         }
     options = settings.train
     provenance = {
@@ -271,13 +307,14 @@ def train_and_judge(settings: RewardRun, opened: Opened, run: Run) -> None:
         "test_accuracy_clean": report["test"].get("clean"),
         "score_mean": report["score_mean"],
         "score_std": report["score_std"],
-        **({"start": start} if start else {}),
     }
+    if start_hash:
+        provenance["start"] = start_hash
     if settings.wrong_faces:
-        # Recorded, so that a control is not mistaken for a reward.
+        # The entry shows that this reward is a control, whose labels belong to other shapes.
         provenance["wrong_faces"] = True
     if len(generators) > 1:
-        provenance["generators"] = [g.hash for g in generators]
+        provenance["generators"] = [member.hash for member in generators]
     path = Reward(opened.observation, model, provenance).save(run.folder / "reward.safetensors")
     write_atomic(run.folder / REPORT, (json.dumps(report, indent=1) + "\n").encode())
     context = {
@@ -285,144 +322,164 @@ def train_and_judge(settings: RewardRun, opened: Opened, run: Run) -> None:
         "validation": len(splits.val),
         "seed": options.seed,
         "preset": options.preset,
+        "member": f"1 of {len(states)}",
+        "generator": generator.hash[:8],
     }
-    context |= {"member": f"1 of {len(states)}", "generator": generator.hash[:8]}
     run.write("curves.json", collect_curves(states[0].history, states[0].best_epoch, context))
     plot_curves(run.folder / "curves.json", run.folder / "curves.png")
-    print("\n".join(lines_of(report, path)), flush=True)
+    print("\n".join(summary_lines(report, path)), flush=True)
 
 
 @torch.no_grad()
 def volumes(settings: RewardRun, opened: Opened, labels: Iterable[Preference]) -> dict[int, float]:
-    """Compute the share of the slab that each labelled shape fills, by seed.
+    """Compute the share of the slab's grid points that each labelled shape fills.
 
-    The density itself is read, because observed slabs are normalised per shape.
+    The density itself is evaluated, because the slabs that the reward reads are normalised per shape.
+
+    Returns: share in 0..1 by seed.
     """
     generator = opened.generators[0].generator
     observation = opened.observation
     assert isinstance(observation, SigmaSlab)
     seeds = list(dict.fromkeys(seed for label in labels for seed in (label.winner, label.loser)))
-    filled: dict[int, float] = {}
+    shares: dict[int, float] = {}
     for start in range(0, len(seeds), settings.slab_batch):
-        # As many shapes as in training, since their fields must fit into memory.
-        part = seeds[start : start + settings.slab_batch]
-        density = generator.field(ws_of_seeds(generator, part, opened.psi, settings.cutoff)).density_grid(
-            observation.spec
-        )
-        filled.update(
-            zip(part, (density > generator.level).flatten(1).double().mean(dim=1).tolist(), strict=True)
-        )
-    return filled
+        # Batches as in training, since the fields of a batch must fit into memory.
+        batch_seeds = seeds[start : start + settings.slab_batch]
+        field = generator.field(ws_of_seeds(generator, batch_seeds, opened.psi, settings.cutoff))
+        density = field.density_grid(observation.spec)  # [N, D, H, W]
+        batch_shares = (density > generator.level).flatten(1).double().mean(dim=1)
+        shares.update(zip(batch_seeds, batch_shares.tolist(), strict=True))
+    return shares
 
 
-def lines_of(report: dict, path: Path) -> Iterator[str]:
-    """Yield the lines that summarise a report. Args: path: file of the reward."""
+def summary_lines(report: dict, path: Path) -> Iterator[str]:
+    """Yield the lines that summarise the results of a training.
+
+    Args:
+        report: contents of report.json.
+        path: file of the reward.
+    """
     test = report["test"]
     titles = {
         "labels": "test pairs in the order of their labels",
         "clean": "test pairs in the noise-free order",
         "apart": f"of these, pairs whose volume errors differ by at least {APART}",
     }
+    # Accuracies of the volume alone, by the names of `titles`
     by_volume = report.get("test_by_volume", {})
     for name, title in titles.items():
         if name in test:
             low, high = test[name]["interval_95"]
             counts = f"{test[name]['correct']}/{test[name]['n']} = {test[name]['accuracy']:.3f}"
             baseline = (
-                f"; by the volume in the slab only: {by_volume[name]['accuracy']:.3f}"
+                f"; ordered by the volume in the slab alone: {by_volume[name]['accuracy']:.3f}"
                 if name in by_volume
                 else ""
             )
             yield f"{title}: {counts}, 95 % interval {low:.3f} to {high:.3f}{baseline}"
     if "unpaired" in report:
-        single = report["unpaired"]["test"]
-        good, others = single["n"]
-        low, high = single["auc_interval_95"]
-        kinds = f"{good} preferred, {others} others"
+        unpaired_test = report["unpaired"]["test"]
+        preferred_count, other_count = unpaired_test["n"]
+        low, high = unpaired_test["auc_interval_95"]
         yield (
-            f"unpaired test labels: AUC {single['auc']:.3f} ({kinds}), 95 % interval {low:.3f} to {high:.3f}"
+            f"test labels of single shapes: AUC {unpaired_test['auc']:.3f} ({preferred_count} preferred"
+            f" shapes, {other_count} other shapes), 95 % interval {low:.3f} to {high:.3f}"
         )
     if report["too_few"]:
-        # Here the warning follows the figures.
+        # At the start of the run the results follow the warning; here they precede it.
         yield report["too_few"].replace("below", "above")
     yield f"expected calibration error {test['calibration_error']:.3f}; reward written to {path}"
 
 
 def _bar(total: int, title: str, unit: str, ranks: Ranks) -> Callable[[int], None]:
-    """Show a progress bar on stderr of rank 0, and return a function that advances it."""
+    """Show a progress bar on stderr of rank 0, and return a function that advances it by a number of units.
+
+    Args:
+        total: number of units of the complete bar.
+        title: text before the bar.
+        unit: name of a unit.
+        ranks: processes of the run.
+    """
     bar = tqdm(total=total, desc=title, unit=unit, disable=not ranks.main)
-    return lambda done: bar.update(done) and None
+    # `and None` discards the result of `update`.
+    return lambda count: bar.update(count) and None
 
 
 def collect_observations(
     settings: RewardRun,
     opened: Opened,
     splits: Splits,
-    single: Mapping[str, Sequence[UnpairedPreference]],
+    unpaired_splits: Mapping[str, Sequence[UnpairedPreference]],
     shapes: list[tuple[str, int]],
     ranks: Ranks = SINGLE,
 ) -> TrainData:
-    """Observe labelled seeds at `psi` and reference samples at psi 0.25, or read them from the cache.
+    """Observe all labelled shapes and the reference samples, or read their observations from the cache.
 
-    Args: single: unpaired labels by split; shapes: generator and seed of the numbers in the splits, if there
-        are several generators. Reference samples come from the first generator.
+    Labelled shapes are observed at the truncation `opened.psi`, and reference samples at psi 0.25. Reference
+    samples come from the first generator.
+
+    Args:
+        settings: settings of the training.
+        opened: result of `open_training`.
+        splits: labelled pairs by split.
+        unpaired_splits: labels of single shapes by split.
+        shapes: with several generators, the hash of the generator and the seed of each number in the splits;
+            empty if the splits contain seeds.
+        ranks: processes that share the work.
     """
     generators = opened.generators
     observation = opened.observation
     psi = opened.psi
     cutoff = settings.cutoff
 
-    def filled(
+    def observe(
         seeds: Iterable[int], psi: float, title: str, generator: LoadedGenerator = generators[0]
     ) -> ObservationCache:
-        """Observe seeds of one generator, and store new observations in the cache file, if there is one."""
-        unique = list(dict.fromkeys(seeds))
-        cache = (
-            None
-            if settings.cache is None
-            else cache_file(settings.cache, generator.hash, observation, psi, cutoff)
-        )
+        """Return a cache with the observations of seeds, and save new ones if there is a cache file."""
+        unique_seeds = list(dict.fromkeys(seeds))
+        cache_path = None
+        if settings.cache is not None:
+            cache_path = cache_file(settings.cache, generator.hash, observation, psi, cutoff)
         store = ObservationCache(
-            observe_seeds(generator.generator, observation, psi=psi, cutoff=cutoff), cache
+            observe_seeds(generator.generator, observation, psi=psi, cutoff=cutoff), cache_path
         )
-        if (
-            store.fill(
-                unique,
-                settings.slab_batch,
-                _bar(-(-len(unique) // ranks.world), title, "shape", ranks),
-                ranks,
-            )
-            and ranks.main
-        ):
+        # Each rank observes its share of the seeds; -(-a // b) is a / b rounded up.
+        advance = _bar(-(-len(unique_seeds) // ranks.world), title, "shape", ranks)
+        missing_count = store.fill(unique_seeds, settings.slab_batch, advance, ranks)
+        if missing_count and ranks.main:
             store.save()
         return store
 
-    seeds = [
-        seed
-        for part in (splits.train, splits.val, splits.test)
-        for label in part
-        for seed in (label.winner, label.loser)
-    ]
-    seeds += [label.seed for part in single.values() for label in part]
-    labelled = [seed for _, seed in shapes] or seeds
-    count = settings.train.reference_samples
-    # Seeds of labelled shapes are not used for reference samples.
-    references = anchor_seeds(count, settings.fractions, exclude=labelled)["train"] if count else ()
+    # Seeds; or numbers of shapes, with several generators
+    shape_ids: list[int] = []
+    for split in (splits.train, splits.val, splits.test):
+        for label in split:
+            shape_ids += [label.winner, label.loser]
+    for unpaired_split in unpaired_splits.values():
+        shape_ids += [unpaired_label.seed for unpaired_label in unpaired_split]
+    labelled_seeds = [seed for _, seed in shapes] or shape_ids
+    reference_count = settings.train.reference_samples
+    references: Sequence[int] = ()
+    if reference_count:
+        # Seeds of labelled shapes are not used for reference samples.
+        references = anchor_seeds(reference_count, settings.fractions, exclude=labelled_seeds)["train"]
     if shapes:
-        parts = {
-            g.hash: filled([seed for name, seed in shapes if name == g.hash], psi, "shapes", g)
-            for g in generators
-        }
-        # The numbers of `splits` are looked up in the caches of their generators.
-        store = ObservationCache(
-            lambda numbers: torch.cat(
-                [parts[name].take([seed]) for name, seed in (shapes[n] for n in numbers)]
-            )
-        )
-        store.fill(seeds, settings.slab_batch)
+        store_by_generator = {}
+        for generator in generators:
+            generator_seeds = [seed for name, seed in shapes if name == generator.hash]
+            store_by_generator[generator.hash] = observe(generator_seeds, psi, "shapes", generator)
+
+        def take_shapes(numbers: Sequence[int]) -> torch.Tensor:
+            """Return the observations of shapes from the caches of their generators."""
+            hashes_and_seeds = [shapes[number] for number in numbers]
+            return torch.cat([store_by_generator[name].take([seed]) for name, seed in hashes_and_seeds])
+
+        store = ObservationCache(take_shapes)
+        store.fill(shape_ids, settings.slab_batch)
     else:
-        store = filled(seeds, psi, "shapes")
-    reference_store = filled(references, ANCHOR_PSI, "reference samples") if references else None
+        store = observe(shape_ids, psi, "shapes")
+    reference_store = observe(references, ANCHOR_PSI, "reference samples") if references else None
     return TrainData(
         train=splits.train,
         val=splits.val,
@@ -430,29 +487,38 @@ def collect_observations(
         anchors=references,
         anchor_store=reference_store,
         observation=observation,
-        unpaired=single["train"],
-        unpaired_val=single["val"],
+        unpaired=unpaired_splits["train"],
+        unpaired_val=unpaired_splits["val"],
     )
 
 
-def _train(settings: RewardRun, run: Run, data: TrainData) -> tuple[list[TrainState], str]:
-    """Train every member of the ensemble, each with its own seed; the first member has the run's seed.
+def _train_members(settings: RewardRun, run: Run, data: TrainData) -> tuple[list[TrainState], str]:
+    """Train every member of the ensemble, each with its own random seed.
 
-    Returns: the members, and the SHA-256 of the network from which they were trained, '' if there is none.
-        That network counts as member 0.
+    If the members start from the weights of one network, this network is trained first. It is logged as
+    member 0.
+
+    Args:
+        settings: settings of the training.
+        run: folder, device and ranks of the run.
+        data: labels and observations.
+    Returns: the training states of the members, and the SHA-256 of the network from which they started; ''
+        for random initialisations.
     """
-    shared = settings.shared_start or settings.aggregate == AVERAGE
+    # Averaged weights are only useful if the members start from one network.
+    has_shared_start = settings.shared_start or settings.aggregate == AVERAGE
     options = settings.train
-    advance = _bar(
-        data.steps(options) * options.epochs * (settings.members + shared), "training", "step", run.ranks
-    )
+    network_count = settings.members + has_shared_start
+    step_count = data.steps(options) * options.epochs * network_count
+    advance = _bar(step_count, "training", "step", run.ranks)
 
-    def member(
-        number: int, options: TrainOptions, name: str, start: RewardNetwork | None = None
+    def train_member(
+        number: int, options: TrainOptions, state_name: str, start: RewardNetwork | None = None
     ) -> TrainState:
         """Train one network, and log its epochs."""
 
         def on_epoch(epoch: dict) -> None:
+            """Write the record of an epoch to stats.jsonl, and print it."""
             run.stats({"member": number, **epoch})
             if run.ranks.main:
                 tqdm.write(
@@ -465,42 +531,53 @@ def _train(settings: RewardRun, run: Run, data: TrainData) -> tuple[list[TrainSt
             data,
             options,
             device=run.device,
-            state_file=run.folder / name,
+            state_file=run.folder / state_name,
             ranks=run.ranks,
             on_step=lambda: advance(1),
             on_epoch=on_epoch,
             start=start,
         )
 
-    # The shared start sees all labels: a bootstrap sample would be common to all members.
-    start = member(0, replace(options, bootstrap=False), "state-start.pt").model if shared else None
-    digest = "" if start is None else state_hash(start)
-    # The seeds of members are MEMBER_STRIDE apart; the first member has the run's seed.
-    each = [
-        replace(options, seed=options.seed + MEMBER_STRIDE * number, start=digest)
-        for number in range(settings.members)
-    ]
-    names = [STATE, *(f"state-{number + 1}.pt" for number in range(1, settings.members))]
-    return [
-        member(i + 1, trained, name, start) for i, (trained, name) in enumerate(zip(each, names, strict=True))
-    ], digest
+    start = None
+    start_hash = ""
+    if has_shared_start:
+        # The network from which all members start is trained on all labels, because all members would share
+        # its bootstrap sample.
+        start = train_member(0, replace(options, bootstrap=False), "state-start.pt").model
+        start_hash = state_hash(start)
+    states = []
+    for number in range(1, settings.members + 1):
+        # The first member has the seed of the run.
+        member_seed = options.seed + MEMBER_STRIDE * (number - 1)
+        member_options = replace(options, seed=member_seed, start=start_hash)
+        state_name = STATE if number == 1 else f"state-{number}.pt"
+        states.append(train_member(number, member_options, state_name, start))
+    return states, start_hash
 
 
 def assess(
     settings: RewardRun, model: Network, states: list[TrainState], data: TrainData, splits: Splits
 ) -> dict:
-    """Compute figures of validation and test pairs.
+    """Evaluate a reward on the validation and test pairs.
 
-    The test pairs are evaluated here for the first and only time. The temperature comes from validation
-    pairs, and the scale of scores from training pairs.
+    This is the only evaluation of the test pairs. The temperature is fitted on validation pairs, and mean and
+    standard deviation of the scores are computed on training pairs.
+
+    Args:
+        settings: settings of the training.
+        model: network or ensemble.
+        states: training states of the members.
+        data: labels and observations.
+        splits: labelled pairs by split.
+    Returns: JSON values, the contents of report.json.
     """
-    # The scale comes from training pairs, so that the test pairs influence no number of the reward.
+    # Training pairs give the scale of the scores, so that the test pairs have no influence on the reward.
     train_seeds = [seed for label in data.train for seed in (label.winner, label.loser)]
     scores = torch.tensor(list(score_seeds(model, data.store, train_seeds).values()), dtype=torch.float64)
     val_scores = score_seeds(
         model, data.store, [seed for label in data.val for seed in (label.winner, label.loser)]
     )
-    # Fitted on validation pairs, since training pairs would give a temperature that is too small.
+    # Training pairs would give a temperature that is too small.
     temperature = fit_temperature(margins(val_scores, data.val))
     return {
         "test": evaluate(model, data.store, splits.test, temperature),

@@ -1,10 +1,12 @@
-"""Residual squeeze-and-excitation 3-D U-Net on a density slab. Names match published checkpoints.
+"""3-D U-Net with residual squeeze-and-excitation blocks, which reads a cropped density grid (sigma slab).
+
+The names of its modules are those of the published checkpoints.
 
 Sources: U-Net in 3-D (Cicek 2016, arXiv 1606.06650), residual blocks with summation joining (Lee 2017, arXiv
 1706.00120), concurrent spatial and channel squeeze-and-excitation, joined by maximum (Roy 2018, arXiv
 1803.02579), group normalisation (Wu 2018, arXiv 1803.08494).
 
-Shape letters: N samples, C channels, D, H, W = z, y, x (see eg3d_rlhf/core/shapes.py).
+Shapes: N samples, C channels, D, H, W = voxels along z, y, x (see eg3d_rlhf/core/shapes.py).
 """
 
 from collections.abc import Sequence
@@ -17,18 +19,19 @@ from torch import nn
 class ScSE(nn.Module):
     """Concurrent channel and voxel gates, joined by the elementwise maximum: out = max(h * g, h * s).
 
-    cSE: one gate per channel, g = sigmoid(fc2(relu(fc1(mean over z, y, x)))), with reduction ratio 1.
-    sSE: one gate per voxel, s = sigmoid(1x1x1 convolution to one channel).
+    cSE gives one gate per channel, g = sigmoid(fc2(relu(fc1(mean of h over z, y, x)))), without a reduction
+    of the number of channels. sSE gives one gate per voxel, s = sigmoid(1x1x1 convolution of h to one
+    channel).
     """
 
     def __init__(self, channels: int):
         super().__init__()
-        # Names of published state dicts.
+        # The names "fc1", "fc2" and "conv" are those of published state dicts.
         self.cSE = nn.ModuleDict({name: nn.Linear(channels, channels) for name in ("fc1", "fc2")})
         self.sSE = nn.ModuleDict({"conv": nn.Conv3d(channels, 1, kernel_size=1)})
 
     def forward(self, h: torch.Tensor) -> torch.Tensor:
-        """Apply both gates to [N, C, D, H, W]. Differentiable."""
+        """Apply both gates to h [N, C, D, H, W], which must not be negative. Differentiable."""
         # g: [N, C, 1, 1, 1]
         g = torch.sigmoid(self.cSE["fc2"](F.relu(self.cSE["fc1"](h.mean(dim=(2, 3, 4))))))[
             :, :, None, None, None
@@ -38,9 +41,14 @@ class ScSE(nn.Module):
 
 
 class NormConv(nn.Module):
-    """GroupNorm, followed by a 3x3x3 convolution without bias.
+    """GroupNorm, followed by a 3x3x3 convolution without bias and with as many output channels.
 
-    With fewer channels than groups, there is one group, as in the published checkpoints.
+    If there are fewer channels than groups, one group is used, as in the published checkpoints.
+
+    Args:
+        channels: number of channels.
+        groups: number of groups of the normalisation.
+    Raises: ValueError if the number of channels is above the number of groups and not divisible by it.
     """
 
     def __init__(self, channels: int, groups: int):
@@ -49,22 +57,27 @@ class NormConv(nn.Module):
         groups = 1 if channels < groups else groups
         if channels % groups:
             raise ValueError(
-                f"NormConv: expected channels that are divisible by {groups} groups, got {channels}. Change"
-                " feature_maps or groups."
+                f"NormConv: expected a number of channels that is divisible by the {groups} groups, got"
+                f" {channels}. Change feature_maps or groups of the architecture."
             )
         self.groupnorm = nn.GroupNorm(groups, channels, eps=1e-5)
         self.conv = nn.Conv3d(channels, channels, kernel_size=3, padding=1, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return [N, C, D, H, W] of the same shape. Differentiable."""
+        """Compute the result [N, C, D, H, W] from x [N, C, D, H, W]. Differentiable."""
         return self.conv(self.groupnorm(x))
 
 
 class ResidualBlock(nn.Module):
     """Residual block: r = conv1(x); h = relu(r + conv3(norm(relu(conv2(norm(r)))))); out = scSE(h).
 
-    The residual is r, not x. conv1 is a 1x1x1 convolution with bias if the number of channels changes, and it
-    is absent (without parameters) otherwise.
+    The residual is r, not the input x. conv1 is a 1x1x1 convolution with bias if the number of channels
+    changes; otherwise it is the identity.
+
+    Args:
+        channels_in: number of input channels.
+        channels_out: number of output channels.
+        groups: number of groups of each normalisation.
     """
 
     def __init__(self, channels_in: int, channels_out: int, groups: int):
@@ -82,13 +95,16 @@ class ResidualBlock(nn.Module):
         """Map [N, C_in, D, H, W] to [N, C_out, D, H, W]. Differentiable."""
         # conv1 is linear and has no activation after it.
         r = self.conv1(x)
-        # The first activation belongs to conv2; the second one follows the sum with the residual.
+        # One activation follows conv2. The other one follows the sum with the residual, not conv3.
         h = F.relu(self.conv2(r))
         return self.se_module(F.relu(self.conv3(h) + r))
 
 
 class Encoder(nn.Module):
-    """Optional max-pooling by 2, where an odd side loses its last voxel, followed by a residual block."""
+    """Max-pooling by 2 if `pool` is True, followed by a residual block.
+
+    Max-pooling drops the last voxel of an axis with an odd number of voxels.
+    """
 
     def __init__(self, channels_in: int, channels_out: int, groups: int, pool: bool):
         super().__init__()
@@ -96,14 +112,18 @@ class Encoder(nn.Module):
         self.basic_module = ResidualBlock(channels_in, channels_out, groups)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map [N, C_in, D, H, W] to [N, C_out, D', H', W'], halved if `pool` is true. Differentiable."""
+        """Map [N, C_in, D, H, W] to [N, C_out, D', H', W'], where D' = D // 2 if `pool`, else D.
+
+        Differentiable.
+        """
         return self.basic_module(F.max_pool3d(x, 2) if self.pool else x)
 
 
 class Upsampler(nn.Module):
-    """Transposed convolution n -> 2n - 1, followed by nearest-neighbour resampling to the skip's size.
+    """Transposed convolution, followed by nearest-neighbour resampling to the size of the skip connection.
 
-    The source of index i is i * in // out.
+    The convolution turns n voxels per axis into 2 n - 1 voxels. The resampling from `in` to `out` voxels
+    reads voxel i * in // out for voxel i.
     """
 
     def __init__(self, channels_in: int, channels_out: int):
@@ -111,7 +131,7 @@ class Upsampler(nn.Module):
         convolution = nn.ConvTranspose3d(
             channels_in, channels_out, kernel_size=3, stride=2, padding=1, bias=False
         )
-        # The dictionary adds the level of names that published state dicts have.
+        # The dictionary adds the level "upsample.conv_transposed" to the names, as in published state dicts.
         self.upsample = nn.ModuleDict({"conv_transposed": convolution})
 
     def forward(self, x: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
@@ -120,7 +140,7 @@ class Upsampler(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Upsampling, sum with the skip (no concatenation), and a residual block without conv1."""
+    """Upsampling, sum with the skip connection (no concatenation), and a residual block without conv1."""
 
     def __init__(self, channels_in: int, channels_out: int, groups: int):
         super().__init__()
@@ -128,42 +148,48 @@ class Decoder(nn.Module):
         self.basic_module = ResidualBlock(channels_out, channels_out, groups)
 
     def forward(self, x: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
-        """Return a volume of the skip's shape. Differentiable."""
+        """Compute a volume of the shape of `skip` from the coarser volume x. Differentiable."""
         return self.basic_module(skip + self.upsampling(x, skip.shape[2:]))
 
 
 class UNet3d(nn.Module):
-    """U-Net with its final 1x1x1 convolution, and the scalar affine of the reconstruction.
+    """U-Net with a final 1x1x1 convolution, and with a scalar affine map for the reconstruction.
 
     Args:
-        in_channels: channels of the input (1 for a slab, p^3 for a slab that is cut into p^3 patches).
-        feature_maps: channels per level, finest first, for example (8, 16, 32, 64, 128, 256).
-        out_channels: channels of the final convolution.
-        groups: groups of every GroupNorm.
+        in_channels: number of channels of the input (1 for a slab, p^3 for a slab whose blocks of p^3 voxels
+            are channels).
+        feature_maps: numbers of channels of the levels, finest first, for example (8, 16, 32, 64, 128, 256).
+        out_channels: number of channels of the final convolution.
+        groups: number of groups of every GroupNorm.
 
-    Differentiable in: input and parameters. `conv1d_for_recon` is in the checkpoints' state dict and never
-    used, so its gradient stays None.
+    Differentiable in: input and parameters. `conv1d_for_recon` is in the state dict of the checkpoints but is
+    never used, so its gradient stays None.
     """
 
     def __init__(self, in_channels: int, feature_maps: Sequence[int], out_channels: int, groups: int):
         super().__init__()
-        f = list(feature_maps)
+        widths = list(feature_maps)
+        levels = len(widths)
+        # Encoder k reads the channels of level k - 1, and the first encoder reads the input without pooling.
         self.encoders = nn.ModuleList(
-            Encoder([in_channels, *f][k], f[k], groups, pool=k > 0) for k in range(len(f))
+            Encoder([in_channels, *widths][k], widths[k], groups, pool=k > 0) for k in range(levels)
         )
-        self.decoders = nn.ModuleList(Decoder(f[k + 1], f[k], groups) for k in reversed(range(len(f) - 1)))
-        self.final_conv = nn.Conv3d(f[0], out_channels, kernel_size=1)
+        # From the coarsest to the finest level
+        self.decoders = nn.ModuleList(
+            Decoder(widths[k + 1], widths[k], groups) for k in reversed(range(levels - 1))
+        )
+        self.final_conv = nn.Conv3d(widths[0], out_channels, kernel_size=1)
         self.conv1d_for_recon = nn.Conv1d(1, 1, kernel_size=1)
         self.conv3d_for_recon = nn.Conv3d(1, 1, kernel_size=1)
-        # Published initialisation: the affine starts as the identity with a small random offset.
+        # Published initialisation: the affine map starts as the identity with a small random offset.
         nn.init.ones_(self.conv3d_for_recon.weight)
         assert self.conv3d_for_recon.bias is not None
         nn.init.uniform_(self.conv3d_for_recon.bias, -0.005, 0.005)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Map x [N, C_in, D, H, W] to maps [N, C_out, D, H, W] and the coarsest volume [N, C_last, d, h, w].
+        """Compute the maps [N, C_out, D, H, W] and the coarsest volume [N, C_last, d, h, w].
 
-        Each side of x must be at least 2^(levels - 1).
+        Args: x: input [N, C_in, D, H, W]; each of D, H, W must be at least 2^(levels - 1).
         """
         skips = []
         for encoder in self.encoders:
@@ -176,29 +202,31 @@ class UNet3d(nn.Module):
         return self.final_conv(x), bottleneck
 
 
-# Pooling of a U-Net's maps to features: the paper's profile of slices, or means and maxima over cells.
+# Pooling of a U-Net's maps to features: the paper's profile of maxima over slices, or means and maxima over
+# the cells of a coarse grid.
 
 
 def slice_windows(slices: int, bins: int) -> torch.Tensor:
-    """Return the slices that each bin of an adaptive pool covers, as int64 [bins, K].
+    """Return the indices of the slices that each bin of an adaptive pool covers, int64 [bins, K].
 
-    Bin i covers i * D // bins ... ceil((i + 1) * D / bins) - 1. Shorter bins repeat their last slice.
+    Bin i covers the slices i * D // bins to ceil((i + 1) * D / bins) - 1, where D is the number of slices. K
+    is the largest number of slices of a bin. Bins with fewer slices repeat their last slice.
     """
     # Integer arithmetic, which rounds exactly as AdaptiveMaxPool3d does.
-    i = torch.arange(bins)
-    first = i * slices // bins
-    last = ((i + 1) * slices + bins - 1) // bins - 1
-    width = int((last - first).max()) + 1
+    bin_index = torch.arange(bins)
+    first_slice = bin_index * slices // bins
+    last_slice = ((bin_index + 1) * slices + bins - 1) // bins - 1
+    width = int((last_slice - first_slice).max()) + 1
     # A repeated slice does not change a maximum.
-    return torch.minimum(first[:, None] + torch.arange(width), last[:, None])
+    return torch.minimum(first_slice[:, None] + torch.arange(width), last_slice[:, None])
 
 
 def slice_max_feature(x: torch.Tensor, bins: int) -> torch.Tensor:
-    """Compute the paper's global feature: the profile of slices along z, stretched to `bins` values.
+    """Compute the paper's global feature: the maximum of each slice along z, stretched to `bins` values.
 
-    [N, C, D, H, W] -> [N, bins]. The result equals AdaptiveMaxPool3d((bins, 1, 1)) of the channel maximum,
-    including gradients: a bin that covers two slices takes the larger one, and passes its gradient there.
-    With 129 slices there are at most 129 different values, so no pool of 8192 cells is computed.
+    [N, C, D, H, W] -> [N, bins]. The result and its gradients equal those of AdaptiveMaxPool3d((bins, 1, 1)),
+    applied to the maximum over channels: a bin that covers two slices takes the larger maximum. The maxima of
+    the D slices are computed first, because `bins` (8192 in the paper) is much larger than D.
     """
     profile = x.max(dim=1).values.flatten(2).max(dim=2).values  # [N, D], the largest response per depth slice
     windows = slice_windows(profile.shape[1], bins).to(x.device)  # [bins, K]
@@ -206,11 +234,15 @@ def slice_max_feature(x: torch.Tensor, bins: int) -> torch.Tensor:
 
 
 def grid_feature(x: torch.Tensor, cells: tuple[int, int, int]) -> torch.Tensor:
-    """Compute mean and maximum of every channel in every cell of a coarse z, y, x grid.
+    """Compute the mean and the maximum of every channel in every cell of a coarse grid.
 
-    [N, C, D, H, W] -> [N, 2 * C * cells]. Differentiable in x. It keeps where a response lies along y and x,
-    which the profile of slices discards.
+    [N, C, D, H, W] -> [N, 2 * C * K], where K is the number of cells. Differentiable in x. Unlike
+    `slice_max_feature`, the result states where a response lies along y and x.
+
+    Args:
+        x: maps [N, C, D, H, W].
+        cells: numbers of cells along z, y, x.
     """
-    # Cells may overlap by a voxel if a side is not divisible, as in every adaptive pool.
+    # As in every adaptive pool, cells overlap by a voxel if the number of voxels is not divisible.
     means = F.adaptive_avg_pool3d(x, cells)
     return torch.cat([means.flatten(1), F.adaptive_max_pool3d(x, cells).flatten(1)], dim=1)

@@ -21,7 +21,7 @@ from eg3d_rlhf.preferences.bradley_terry import Judgement, elo
 from eg3d_rlhf.preferences.losses import cs_divergence, median_distance
 from eg3d_rlhf.rewards.images.reward3d import MEAN, STD, Reward3dNetwork
 from eg3d_rlhf.rewards.meshes.model import MeshEncoder, masked_max
-from eg3d_rlhf.rewards.meshes.patchifiers import face_features, placed
+from eg3d_rlhf.rewards.meshes.patchifiers import face_features, to_frame
 from eg3d_rlhf.rewards.meshes.settings import EncoderOptions
 from eg3d_rlhf.rewards.meshes.surfaces import Lattice, cube, marching_tetrahedra, signed_volume
 from eg3d_rlhf.tuning.distill import gradients
@@ -246,7 +246,7 @@ def heads(m: Maker) -> dict:
     features = m.normal(12, 36).requires_grad_()
     reward = network.head(features)
     reward.sum().backward()
-    m.add({"features": features, "feature128": network.mlp.wide(features)}, "scorer/")
+    m.add({"features": features, "feature128": network.mlp.hidden(features)}, "scorer/")
     m.add({"reward": reward[:, None], "raw": reward[:, None] * STD + MEAN}, "scorer/")
     m.add({"dreward_dfeatures": features.grad}, "scorer/")
     m.add({"features": features, "out": network.mlp(features)}, "mlp/")
@@ -326,7 +326,7 @@ def meshmae(m: Maker) -> dict:
     pick = torch.arange(patches)[:, None] + patches * torch.arange(faces_of_patch)
     made = {"vertices": vertices, "faces": faces.int(), "face_index": pick.int()}
     made |= {"feats": features[pick].permute(2, 0, 1), "centers": centres[pick]}
-    m.add(made | {"normalised": placed(Mesh(vertices, faces), "box")}, "bumpy/")
+    m.add(made | {"normalised": to_frame(Mesh(vertices, faces), "box")}, "bumpy/")
     options = EncoderOptions(faces=faces_of_patch, width=20, depth=1, heads=4)
     encoder = MeshEncoder(options).eval()
     order = [["cls_token", [1, 1, 20]]]

@@ -5,7 +5,7 @@ import torch
 
 from eg3d_rlhf.core.interfaces import Mesh, Patches
 from eg3d_rlhf.rewards.meshes.model import NUMBERS, MeshEncoder, load_meshmae, masked_max
-from eg3d_rlhf.rewards.meshes.patchifiers import face_features, placed
+from eg3d_rlhf.rewards.meshes.patchifiers import face_features, to_frame
 from eg3d_rlhf.rewards.meshes.settings import EncoderOptions
 from tests.compat.absent import some
 from tests.compat.distill_reference import close, filled, needs, present, recipe, under
@@ -30,7 +30,7 @@ def test_features_and_centres(case):
     )
     torch.testing.assert_close(centres[pick], v["centers"], rtol=0, atol=1e-5, check_dtype=False)
     torch.testing.assert_close(
-        placed(Mesh(vertices, faces), "box"), v["normalised"], rtol=0, atol=1e-6, check_dtype=False
+        to_frame(Mesh(vertices, faces), "box"), v["normalised"], rtol=0, atol=1e-6, check_dtype=False
     )
     assert torch.equal(pick, torch.arange(patches)[:, None] + patches * torch.arange(pick.shape[1])), (
         "the order of our maps"

@@ -65,7 +65,7 @@ def test_the_parts_in_between(case, entry, wanted):
     features, out = present(arrays, f"{case}/{entry}", f"{case}/{wanted}")
     part = {
         "mlp": network.mlp,
-        "scorer": network.mlp.wide,
+        "scorer": network.mlp.hidden,
         "fusion": lambda x: network.cross_view_adapter(x.unflatten(0, (-1, VIEWS))),
     }[case]
     assert relative_error(part(features), out) < 1e-5

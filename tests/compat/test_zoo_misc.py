@@ -14,7 +14,7 @@ import torch
 from eg3d_rlhf.evaluation.inversion.projector import learning_rate, noise_scale
 from eg3d_rlhf.rewards.aggregates import Aggregate
 from eg3d_rlhf.rewards.depth import PUBLISHED_FOCAL, VIEWS, Depth
-from eg3d_rlhf.rewards.points import evenly, lift, self_scaled
+from eg3d_rlhf.rewards.points import evenly_spaced, lift, self_scaled
 from eg3d_rlhf.tuning.gan.phase import floor_loss
 from tests.compat.absent import some
 from tests.compat.reference import ROOT, array_names, of_set, read_json
@@ -117,7 +117,7 @@ def test_nose_floor(values):
 def normalised(depth: torch.Tensor, camera: torch.Tensor, count: int) -> tuple[torch.Tensor, ...]:
     """Lift a map [1, 1, R, R] to points [1, P, 3]; return them, `count` of them, and those at unit scale."""
     points = lift(depth, camera)
-    chosen = points[:, evenly(points.shape[1], count)]
+    chosen = points[:, evenly_spaced(points.shape[1], count)]
     return points, chosen, self_scaled(chosen)
 
 

@@ -295,7 +295,7 @@ def curve_stages(model, cloud: torch.Tensor) -> dict[str, torch.Tensor]:
     """Compute the outputs of CurveNet's stages, by name; lpfa is the one before the blocks."""
     seen = {}
     assert isinstance(model, CurveNet)
-    for stage in ("lpfa", *model.CurveNetModule.names):
+    for stage in ("lpfa", *model.CurveNetModule.block_names):
 
         def hook(_module, _inputs, out, stage=stage):
             seen[stage] = out if stage == "lpfa" else out[0]

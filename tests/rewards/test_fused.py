@@ -58,7 +58,7 @@ def features_and_gradient(model, x, impl="auto"):
 def check(model, x):
     truth = features_and_gradient(model.double(), x.double(), "ref")
     model.float()
-    assert fused.applies(model, x)
+    assert fused.is_supported(model, x)
     for value, expected in zip(features_and_gradient(model, x), truth, strict=True):
         assert (value - expected).abs().max() < 3e-6 * expected.abs().max()
     with torch.no_grad():
@@ -196,11 +196,11 @@ def test_unsupported_networks_use_their_own_modules():
     arch, shape = NETWORKS["small"]
     model = frozen(arch)
     x = slabs(1, *shape)
-    assert not fused.applies(model.double(), x.double())
+    assert not fused.is_supported(model.double(), x.double())
     narrow = frozen(RewardArch(feature_maps=(4, 8), pool_size=64, **HEADS))  # fewer channels than lanes
-    assert not fused.applies(narrow, x)
+    assert not fused.is_supported(narrow, x)
     with implementation("ref"):
-        assert not fused.applies(frozen(arch), x)
+        assert not fused.is_supported(frozen(arch), x)
     ensemble = RewardEnsemble.of([frozen(arch, s) for s in (0, 1)])
     with implementation("ref"):
         reference = ensemble.score(x)

@@ -21,7 +21,7 @@ from eg3d_rlhf.rewards.points import (
     LevelSetPoints,
     LiftedPoints,
     PublishedPoints,
-    choose_places,
+    choose_candidates,
     level_set,
     lift,
     mirror,
@@ -279,16 +279,16 @@ def test_edges_without_slope_give_finite_gradients():
 
 def test_the_choice_of_points_repeats_and_changes_one_point_at_a_time():
     usable = torch.rand(1, 500, generator=torch.Generator().manual_seed(0)) < 0.4
-    chosen, _ = choose_places(usable, 60, seed=3)
+    chosen, _ = choose_candidates(usable, 60, seed=3)
     assert usable[0, chosen[0]].all() and len(chosen[0].unique()) == 60
-    assert torch.equal(chosen, choose_places(usable, 60, seed=3)[0]) and not torch.equal(
-        chosen, choose_places(usable, 60, seed=4)[0]
+    assert torch.equal(chosen, choose_candidates(usable, 60, seed=3)[0]) and not torch.equal(
+        chosen, choose_candidates(usable, 60, seed=4)[0]
     )
     usable[0, chosen[0, 7]] = False
-    assert len(set(chosen[0].tolist()) ^ set(choose_places(usable, 60, seed=3)[0][0].tolist())) == 2
+    assert len(set(chosen[0].tolist()) ^ set(choose_candidates(usable, 60, seed=3)[0][0].tolist())) == 2
     few = torch.zeros(2, 100, dtype=torch.bool)
     few[0, [5, 8, 13]] = True
-    chosen, usable_rows = choose_places(few, 7, seed=0)
+    chosen, usable_rows = choose_candidates(few, 7, seed=0)
     assert usable_rows[:, 0].tolist() == [True, False]
     assert sorted(chosen[0].bincount(minlength=100)[[5, 8, 13]].tolist()) == [2, 2, 3]
 

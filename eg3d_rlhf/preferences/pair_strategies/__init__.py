@@ -1,14 +1,16 @@
-"""Registry of strategies that choose the pairs to be compared by people.
+"""Registry of strategies that choose the pairs which people compare.
 
-Every planner of pairs uses a strategy of this registry: campaigns on seeds of a generator, on finished assets
-and on samples of a flow, studies of two generators, and rounds of tuning. A strategy identifies items by
-their numbers (see `Items`) and returns pairs of numbers, which the planner converts to shapes.
+Labelling projects on seeds of a generator, on finished assets and on samples of a flow, studies of two
+generators, and rounds of tuning all use these strategies. An item is a shape that can be compared, and its
+number is its index in `Items`. A strategy returns pairs of numbers, which the caller converts to shapes.
 
-    chosen = STRATEGIES["active"].plan(items, judgements, np.random.default_rng(seed), options)
+    plan = STRATEGIES["active"].plan(items, answers, np.random.default_rng(seed), options)
 
-A new strategy is one file that adds it, and one entry of the table; or a plugin (docs/extending.md).
+A new strategy is a file that adds it to the registry, and an entry of the table below; or a plugin, see
+docs/extending.md.
 
-Letters: N items, P pairs, C candidate pairs, K members of an ensemble, M entries of all embeddings.
+Shapes: N items, P pairs, C candidate pairs, K members of an ensemble, M entries of the embeddings of all
+    members.
 """
 
 import abc
@@ -27,39 +29,54 @@ from training.config import check_knobs, knob
 
 Key = TypeVar("Key", bound=Hashable)
 Rng = np.random.Generator
-Answers = Sequence[Preference]  # winner and loser are numbers of items
-TITLE = "Pairs"  # title of the flags' group in --help
-_BATCH = 16  # items that are scored at once; bounds memory
+Answers = Sequence[Preference]  # answers to earlier pairs; winner and loser are numbers of items
+TITLE = "Pairs"  # title of the group of flags in --help
+_BATCH = 16  # number of items that are scored at once, which limits the memory
 _rare_title_knob = functools.partial(knob, group=TITLE, rare=True)
 
 
 @dataclass(frozen=True, kw_only=True)
 class StrategyOptions:
-    """Settings of the strategies. Raises: ValueError for values out of range."""
+    """Settings of the strategies.
+
+    Raises: ValueError for values out of range.
+    """
 
     pairs: int = knob(
-        1000, "Number of pairs to label; with --single, number of shapes.", TITLE, low=1, high=10**6
+        1000,
+        "Number of pairs to label. With --single, which labels single shapes, the number of shapes.",
+        TITLE,
+        low=1,
+        high=10**6,
     )
     pool: float = _rare_title_knob(
-        2.0, "Strategies active and close: seeds that are scored per seed that is used.", low=2, high=100
+        2.0,
+        "For --strategy=active and close: number of seeds that are scored, per seed that is used in a pair.",
+        low=2,
+        high=100,
     )
     doubtful: float = _rare_title_knob(
         1.0,
-        "Strategies active and close: fraction of the pairs chosen by scores; the others are random.",
+        "For --strategy=active and close: share of the pairs that is chosen by scores. All other pairs are"
+        " random.",
         metavar="0..1",
         above=0,
         high=1,
     )
     diversity: float = _rare_title_knob(
         0.5,
-        "Strategies active and close: weight of a pair's distance to pairs chosen before; 0: scores alone.",
+        "For --strategy=active and close: weight of the distance between a pair and the pairs that are"
+        " already chosen. With 0, only the scores count.",
         metavar="0..1",
         low=0,
         high=1,
     )
-    # the last round may be incomplete
     rounds: int = _rare_title_knob(
-        4, "Strategies tournament and blocks: number of pairs that each shape is in.", low=1, high=1000
+        4,
+        "For --strategy=tournament and blocks: number of pairs that contain each shape. The last round may be"
+        " incomplete.",
+        low=1,
+        high=1000,
     )
 
     def __post_init__(self) -> None:
@@ -68,115 +85,120 @@ class StrategyOptions:
 
 @dataclass(frozen=True)
 class Scored:
-    """Scores and embeddings of items, from an ensemble of rewards."""
+    """Scores and embeddings of items, computed by an ensemble of rewards."""
 
-    scores: np.ndarray  # [K, N], in units of each member's temperature
-    embeddings: np.ndarray  # [N, M]
+    scores: np.ndarray  # scores [K, N], divided by the temperature of each member
+    embeddings: np.ndarray  # embeddings [N, M], those of all members concatenated
 
 
 @dataclass(frozen=True)
 class Ensemble:
-    """Rewards that score items."""
+    """Ensemble of rewards that scores items."""
 
-    score: Callable[[Sequence[int]], Scored]  # called with a few items at a time
-    size: int  # K
-    described: list[dict[str, Any]]  # JSON values of every reward file, for the record of the campaign
+    score: Callable[[Sequence[int]], Scored]  # function from numbers of a few items to scores and embeddings
+    size: int  # number of rewards, K
+    described: list[dict[str, Any]]  # JSON values that describe every reward, for the record of the project
 
 
 @dataclass(frozen=True, kw_only=True)
 class Item:
-    """Properties that decide which items may be compared with an item."""
+    """Properties of an item, which decide with which other items it may be compared."""
 
-    prompt: str = ""  # only items of one prompt are compared; in a study it is the latent
-    source: str = ""  # the generator
-    content: str = ""  # hash of the file; equal files are not compared. "": unknown
+    prompt: str = ""  # prompt, or in a study the latent; only items with the same prompt are compared
+    source: str = ""  # name of the generator
+    content: str = ""  # hash of the file, '' if it is not available; items with equal files are not compared
 
 
 @dataclass(frozen=True, kw_only=True)
 class Items:
-    """The items of a campaign; strategies name them by their numbers, 0..N-1."""
+    """Items of a labelling project. The number of an item is its index, 0..N-1."""
 
-    members: Sequence[Item]  # [N]
-    # True: items are seeds. There are as many as a strategy requests, and all may be compared with one
-    # another.
+    members: Sequence[Item]  # the N items
+    # True if the items are seeds. There are then as many items as a strategy requests, and any two may be
+    # compared.
     unlimited: bool = False
-    # True: the items have a random order already, which is kept (latents of a study).
+    # True if the items already have a random order, which strategies do not change (latents of a study)
     ordered: bool = False
-    ensemble: Ensemble | None = None
+    ensemble: Ensemble | None = None  # rewards that score the items; None if there are none
 
     def __len__(self) -> int:
         return len(self.members)
 
     @cached_property
     def sources(self) -> list[str]:
-        """Return the names of all sources, sorted."""
+        """Sorted names of all generators."""
         return sorted({item.source for item in self.members})
 
     def by(self, key: Callable[[Item], Key]) -> dict[Key, list[int]]:
-        """Group the items' numbers by a key; groups and numbers are in the order of the items."""
-        # Insertion order, so that results do not depend on hashes.
+        """Group the numbers of items by a key. Groups and numbers are in the order of the items."""
+        # A dict keeps the order of insertion, so that results do not depend on hashes.
         groups: dict[Key, list[int]] = defaultdict(list)
         for number, item in enumerate(self.members):
             groups[key(item)].append(number)
         return groups
 
     def groups(self) -> list[list[int]]:
-        """Group the items' numbers by prompt: only items of one group are compared."""
+        """Group the numbers of items by prompt. Only items of the same group are compared."""
         return list(self.by(lambda item: item.prompt).values())
 
     def comparable(self, a: int, b: int) -> bool:
-        """Return True if two items of one prompt may be compared.
+        """Return True if two items of the same prompt may be compared.
 
-        They need different contents and, if the items have several sources, different sources.
+        Their files must differ. If there are several generators, the items must come from different
+        generators.
+
+        Args:
+            a: number of the first item.
+            b: number of the second item.
         """
-        first = self.members[a]
-        second = self.members[b]
-        # Equal files: a comparison would have no answer.
-        if first.content and first.content == second.content:
+        item_a = self.members[a]
+        item_b = self.members[b]
+        # Neither of two equal files can be better.
+        if item_a.content and item_a.content == item_b.content:
             return False
-        # With several generators, pairs across generators are of interest.
-        return len(self.sources) < 2 or first.source != second.source
+        return len(self.sources) < 2 or item_a.source != item_b.source
 
     def scored(self) -> Scored:
-        """Score all items, in batches. The planner has checked that there is an ensemble."""
+        """Score all items with the ensemble, which must exist (see `check_rewards`)."""
         assert self.ensemble is not None
         numbers = range(len(self))
-        # Batches bound the memory of the ensemble.
-        parts = [
+        batches = [
             self.ensemble.score(numbers[start : start + _BATCH]) for start in range(0, len(self), _BATCH)
         ]
         return Scored(
-            np.concatenate([part.scores for part in parts], axis=1),
-            np.concatenate([part.embeddings for part in parts]),
+            np.concatenate([batch.scores for batch in batches], axis=1),
+            np.concatenate([batch.embeddings for batch in batches]),
         )
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """Pairs in the order in which they are shown, and a report on the choice."""
+    """Pairs in the order in which they are shown, and a report on their choice."""
 
-    pairs: Sequence[Sequence[int]]  # [P, 2], numbers of items
-    report: Mapping[str, Any] = field(default_factory=dict)  # JSON values, for the record of the campaign
+    pairs: Sequence[Sequence[int]]  # numbers of the items of each pair, [P, 2]
+    report: Mapping[str, Any] = field(default_factory=dict)  # JSON values, for the record of the project
 
 
 class PairStrategy(abc.ABC):
-    """A method to choose pairs; see `plan`."""
+    """Base class of the methods that choose pairs."""
 
-    least_rewards = 0  # smallest ensemble that it accepts; 0: it uses no scores
-    reads_answers = False  # True: `plan` uses answers to an earlier campaign
+    least_rewards = 0  # least number of rewards in the ensemble; 0 if the strategy uses no scores
+    reads_answers = False  # True if `plan` uses answers to pairs of an earlier labelling project
 
     def items_for(self, options: StrategyOptions) -> int:
-        """Return the number of items that the strategy needs for `options.pairs` pairs, if items are
-        unlimited.
-        """
+        """Return the number of seeds that the strategy needs for `options.pairs` pairs."""
         return 2 * options.pairs
 
     @abc.abstractmethod
     def plan(self, items: Items, answers: Answers, rng: Rng, options: StrategyOptions) -> Chosen:
         """Choose at most `options.pairs` pairs. Equal arguments give equal pairs.
 
-        Args: answers: to earlier pairs of these items.
-        Raises: ValueError if the options do not fit the items.
+        Args:
+            items: items that may be compared.
+            answers: answers to earlier pairs of these items.
+            rng: random numbers.
+            options: settings of the strategy.
+        Raises: ValueError if the options cannot be fulfilled with these items.
         """
 
 
@@ -193,11 +215,16 @@ STRATEGIES: Registry[PairStrategy] = Registry(
 
 
 def check_rewards(strategy: str, size: int) -> None:
-    """Raise ValueError if an ensemble has too few members for a strategy. Args: size: members; 0: none."""
+    """Raise ValueError if there are too few rewards for a strategy, or if the strategy is unknown.
+
+    Args:
+        strategy: name of the strategy.
+        size: number of rewards.
+    """
     # The look-up imports the strategy, or raises an error that lists the names.
-    least = STRATEGIES[strategy].least_rewards
-    if size < least:
+    least_rewards = STRATEGIES[strategy].least_rewards
+    if size < least_rewards:
         raise ValueError(
-            f"--strategy={strategy}: expected at least {least} rewards, got {size}. Pass more reward files,"
-            " or choose another strategy."
+            f"--strategy={strategy} needs at least {least_rewards} rewards, got {size}. Pass more files of"
+            " rewards, or use --strategy=random."
         )

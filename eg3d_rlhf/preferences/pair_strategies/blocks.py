@@ -1,7 +1,7 @@
-"""All pairs within blocks of items.
+"""Strategy that compares all pairs of items within blocks.
 
-A block of finished assets is a prompt, a block of a study is a latent with a shape of each generator (a
-randomised complete block design). Seeds are divided into blocks at random.
+Finished assets with the same prompt form a block. In a study, the shapes of all generators from the same
+latent form a block (a randomised complete block design). Seeds are divided into blocks at random.
 """
 
 from itertools import combinations, islice
@@ -20,39 +20,47 @@ from eg3d_rlhf.preferences.pair_strategies import (
 
 
 def blocks_of_pairs(count: int, block: int, rng: Rng) -> np.ndarray:
-    """Return `count` pairs [P, 2] of numbers from 0: all pairs within each block of `block` numbers.
+    """Divide numbers into blocks at random, and return the pairs within all blocks, [P, 2].
 
-    The numbers are divided into blocks at random. Blocks share no number, so a split by blocks shares no
-    sample.
+    The numbers are 0, 1, ..., as many as the blocks need. No number is in two blocks, so labels can be split
+    by blocks without a common sample.
+
+    Args:
+        count: number of pairs, P.
+        block: number of numbers in a block.
+        rng: random numbers.
     """
-    # All pairs of positions within a block.
-    first, second = np.triu_indices(block, 1)
-    # rounded up; the last block may be used in part
-    blocks = -(-count // len(first))
-    members = rng.permutation(blocks * block).reshape(blocks, block)
-    # [blocks, pairs of a block, 2] -> [P, 2]
-    pairs = np.stack([members[:, first], members[:, second]], axis=2).reshape(-1, 2)
+    # Positions of the two members of each pair within a block
+    first_position, second_position = np.triu_indices(block, 1)
+    # -(-a // b) is a / b rounded up; the last block may be used in part.
+    block_count = -(-count // len(first_position))
+    members = rng.permutation(block_count * block).reshape(block_count, block)
+    # [number of blocks, pairs of a block, 2] -> [number of all pairs, 2]
+    pairs = np.stack([members[:, first_position], members[:, second_position]], axis=2).reshape(-1, 2)
     return pairs[:count]
 
 
 class Blocks(PairStrategy):
-    """All pairs of each block, block by block."""
+    """Strategy that chooses all pairs of each block, block by block."""
 
     def items_for(self, options: StrategyOptions) -> int:
-        """Return the number of items of complete blocks for `options.pairs` pairs."""
-        # each item of a block is in `rounds` pairs
+        """Return the number of seeds in complete blocks for `options.pairs` pairs."""
+        # Each item of a block of B items is in B - 1 pairs, which are the rounds. A block has B (B - 1) / 2
+        # pairs.
         block = options.rounds + 1
         return -(-options.pairs // (block * (block - 1) // 2)) * block
 
     def plan(self, items: Items, answers: Answers, rng: Rng, options: StrategyOptions) -> Chosen:
-        """Choose all pairs of each block, block by block."""
+        """Choose all pairs of each block, block by block; see `PairStrategy.plan`."""
         if items.unlimited:
             return Chosen(blocks_of_pairs(options.pairs, options.rounds + 1, rng).tolist())
-        groups = items.groups()
-        # Ordered items have a random order already, which is kept (see `Items`).
-        order = range(len(groups)) if items.ordered else rng.permutation(len(groups))
-        all_pairs = (pair for i in order for pair in combinations(groups[i], 2))
-        return Chosen(list(islice((pair for pair in all_pairs if items.comparable(*pair)), options.pairs)))
+        blocks = items.groups()
+        # Ordered items already have a random order (see `Items`).
+        order = range(len(blocks)) if items.ordered else rng.permutation(len(blocks))
+        # Generators, so that no more pairs are formed than are needed
+        all_pairs = (pair for i in order for pair in combinations(blocks[i], 2))
+        comparable_pairs = (pair for pair in all_pairs if items.comparable(*pair))
+        return Chosen(list(islice(comparable_pairs, options.pairs)))
 
 
 STRATEGIES.add("blocks", Blocks())

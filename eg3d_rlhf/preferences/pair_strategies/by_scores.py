@@ -1,13 +1,14 @@
-"""Active pairs, on which an ensemble of rewards disagrees, and close pairs, whose scores are close.
+"""Two strategies that choose pairs by scores of rewards.
 
-The disagreement over a pair is the standard deviation, over the members, of the probability that the first
-item is better (Christiano et al. 2017, arXiv 1706.03741, 2.2.4), P = sigmoid((r_a - r_b) / T), with T the
-member's temperature. The closeness of a pair is 1 - |2 P - 1|, with the mean of P over the members: 1 for
-equal scores, 0 where the better one is certain.
+The strategy `active` chooses pairs on which an ensemble of rewards disagrees, and `close` chooses pairs whose
+scores are close. For a member with the temperature T, the probability that item a is better than item b is
+P = sigmoid((r_a - r_b) / T). The disagreement over a pair is the standard deviation of P over the members
+(Christiano et al. 2017, arXiv 1706.03741, section 2.2.4). The closeness of a pair is 1 - |2 P - 1|, with the
+mean of P over the members. It is 1 for equal scores, and 0 if one item is certainly better.
 
-By themselves both select similar pairs again and again. Pairs are therefore chosen one by one, by that
-quantity and by their distance to the nearest pair already chosen, in the space of the rewards' embeddings
-(greedy max-min).
+Disagreement or closeness alone would select many similar pairs. Pairs are therefore chosen one by one, by
+this quantity and by the distance to the nearest pair that is already chosen, in the space of the rewards'
+embeddings (greedy max-min selection).
 """
 
 from collections.abc import Callable
@@ -28,121 +29,155 @@ from eg3d_rlhf.preferences.pair_strategies import (
 )
 from eg3d_rlhf.preferences.pair_strategies.random_pairs import balanced, meetings
 
-_MATCHINGS = 4  # number of random pairings of all seeds that give the candidates
-# Function (scores [K, N], pairs [C, 2]) -> worth of each pair [C], >= 0.
+_MATCHINGS = 4  # number of random pairings of all seeds whose pairs are candidates
+# Function that computes the worth [C] >= 0 of pairs from scores [K, N] and pairs [C, 2]
 Worth = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Pairs in the order in which they were chosen, with the reasons."""
+    """Pairs in the order in which they were chosen, with the quantities by which they were chosen."""
 
-    pairs: np.ndarray  # [P, 2]
-    worth: np.ndarray  # [P]
-    distance: np.ndarray  # [P] to the nearest pair chosen before; infinite for the first
+    pairs: np.ndarray  # numbers of the items, [P, 2]
+    worth: np.ndarray  # worth of each pair, [P]
+    distance: (
+        np.ndarray
+    )  # distance [P] to the nearest pair that was chosen earlier; infinite for the first pair
 
 
 def disagreement(scores: np.ndarray, pairs: np.ndarray) -> np.ndarray:
-    """Return the standard spread [C] over the members of P(first better) for pairs [C, 2], from scores
-    [K, N]. Swapping a pair changes nothing.
+    """Compute the disagreement [C] of rewards over pairs. It does not depend on the order within a pair.
+
+    Args:
+        scores: scores [K, N] of items, divided by the temperature of each reward.
+        pairs: numbers of the items of each pair, [C, 2].
     """
-    # P(first better) of each member [K, C].
-    spread: np.ndarray = expit(scores[:, pairs[:, 0]] - scores[:, pairs[:, 1]]).std(axis=0)
-    return spread
+    # Standard deviation over the K rewards of the probability that the first item is better
+    std: np.ndarray = expit(scores[:, pairs[:, 0]] - scores[:, pairs[:, 1]]).std(axis=0)
+    return std
 
 
 def closeness(scores: np.ndarray, pairs: np.ndarray) -> np.ndarray:
-    """Return the closeness [C] of pairs [C, 2], from scores [K, N]. Swapping a pair changes nothing."""
-    # Mean over the members: P(first better).
-    better = expit(scores[:, pairs[:, 0]] - scores[:, pairs[:, 1]]).mean(axis=0)
-    close: np.ndarray = 1 - np.abs(2 * better - 1)
-    return close
+    """Compute the closeness [C] of the scores of pairs. It does not depend on the order within a pair.
+
+    Args:
+        scores: scores [K, N] of items, divided by the temperature of each reward.
+        pairs: numbers of the items of each pair, [C, 2].
+    """
+    # Mean over the K rewards of the probability that the first item is better
+    probability = expit(scores[:, pairs[:, 0]] - scores[:, pairs[:, 1]]).mean(axis=0)
+    result: np.ndarray = 1 - np.abs(2 * probability - 1)
+    return result
 
 
 def pair_features(embeddings: np.ndarray, pairs: np.ndarray) -> np.ndarray:
-    """Compute the mean and the distance of the standardised embeddings of pairs [C, 2], as [C, 2 M].
+    """Compute features [C, 2 M] of pairs: mean and absolute difference of their standardised embeddings.
 
-    Swapping a pair changes nothing.
+    The features do not depend on the order within a pair.
+
+    Args:
+        embeddings: embeddings [N, M] of items.
+        pairs: numbers of the items of each pair, [C, 2].
     """
-    spread = embeddings.std(axis=0)
+    std = embeddings.std(axis=0)
     # Entries that are constant over all items carry no information and become 0.
-    standard = np.divide(
-        embeddings - embeddings.mean(axis=0), spread, out=np.zeros_like(embeddings), where=spread > 0
+    standardised_embeddings = np.divide(
+        embeddings - embeddings.mean(axis=0),
+        std,
+        out=np.zeros_like(embeddings),
+        where=std > 0,
     )
-    a = standard[pairs[:, 0]]
-    b = standard[pairs[:, 1]]
+    a = standardised_embeddings[pairs[:, 0]]
+    b = standardised_embeddings[pairs[:, 1]]
     features = np.concatenate([(a + b) / 2, np.abs(a - b) / 2], axis=1)
-    # a scale that does not depend on the number of entries
-    scaled: np.ndarray = features / np.sqrt(2 * embeddings.shape[1])
-    return scaled
+    # With this divisor, distances of features do not depend on the number of entries.
+    scaled_features: np.ndarray = features / np.sqrt(2 * embeddings.shape[1])
+    return scaled_features
 
 
 def candidates(items: Items, rng: Rng, most: int) -> np.ndarray:
-    """Return candidate pairs [C, 2] without repetitions, sorted within the pair and among each other.
+    """Return candidate pairs [C, 2] without repetitions, in ascending order.
 
-    They are several random pairings of all seeds, or the pairs of finished assets that may be compared.
+    For seeds, the candidates are the pairs of several random pairings of all seeds. For finished assets, they
+    are pairs that may be compared.
 
-    Args: most: largest number of pairs of each prompt and two generators.
+    Args:
+        items: items that may be compared.
+        rng: random numbers.
+        most: largest number of pairs for each prompt and each two generators.
     """
     count = len(items)
     if items.unlimited:
-        # Each pairing uses every seed once; an odd one is left out.
-        rows = [rng.permutation(count)[: count - count % 2].reshape(-1, 2) for _ in range(_MATCHINGS)]
+        # Each pairing uses every seed once. If the number of seeds is odd, one seed is left out.
+        pair_lists = [rng.permutation(count)[: count - count % 2].reshape(-1, 2) for _ in range(_MATCHINGS)]
     else:
-        rows = [np.array(pairs) for pairs in meetings(items, rng, most).values()]
-    all_pairs = np.concatenate(rows) if rows else np.empty((0, 2), dtype=np.int64)
+        pair_lists = [np.array(pairs) for pairs in meetings(items, rng, most).values()]
+    all_pairs = np.concatenate(pair_lists) if pair_lists else np.empty((0, 2), dtype=np.int64)
+    # Sorted within each pair, so that `unique` recognises repetitions in any order.
     return np.unique(np.sort(all_pairs, axis=1), axis=0)
 
 
 def select(
     scored: Scored, pairs: np.ndarray, count: int, diversity: float, worth: Worth = disagreement
 ) -> Selection:
-    """Choose `count` of the candidate pairs [C, 2], or all if there are fewer.
+    """Choose `count` of the candidate pairs, or all of them if there are fewer.
 
-    Each step takes the pair with the largest (1 - diversity) * worth + diversity * distance. Both are
-    relative to the largest value among the remaining candidates. The distance is that to the nearest pair
-    chosen so far, and counts from the second step on. Items are used evenly: an item is in at most ceil(2
-    count / N) pairs, that is, in one if there are enough items, unless no other candidates are left.
+    Each step chooses the pair with the largest value of (1 - diversity) * worth + diversity * distance. Worth
+    and distance are divided by their largest values among the available candidates. The distance is measured
+    to the nearest pair that is already chosen, and counts from the second step on. All items are used equally
+    often: an item is in at most ceil(2 count / N) pairs, as long as there are such candidates.
 
-    Args: diversity: 0 (worth alone) to 1 (after the first pair, distance alone).
+    Args:
+        scored: scores and embeddings of the items.
+        pairs: candidate pairs [C, 2].
+        count: number of pairs to choose.
+        diversity: weight of the distance, 0..1.
+        worth: function that computes the worth of pairs.
     """
-    # [C]; does not change during the selection
-    values = worth(scored.scores, pairs)
+    pair_worth = worth(scored.scores, pairs)  # [C]
     features = pair_features(scored.embeddings, pairs)
-    # Distance of each candidate to the nearest pair chosen so far.
-    nearest = np.full(len(pairs), np.inf)
-    # `most` is raised only if every remaining candidate would exceed it.
-    unchosen = np.ones(len(pairs), dtype=bool)
-    used = np.zeros(len(scored.embeddings), dtype=np.int64)  # pairs that each item is in
-    most = -(-2 * count // len(used))
-    chosen: list[int] = []
+    # [C]: distance of each candidate to the nearest chosen pair
+    nearest_distance = np.full(len(pairs), np.inf)
+    is_unchosen = np.ones(len(pairs), dtype=bool)
+    use_counts = np.zeros(len(scored.embeddings), dtype=np.int64)  # number of chosen pairs with each item
+    # -(-a // b) is a / b rounded up.
+    largest_use = -(-2 * count // len(use_counts))
+    chosen_indices: list[int] = []
     distances: list[float] = []
     for _ in range(min(count, len(pairs))):
-        # candidates of which both items may be used again
-        while not (free := unchosen & (used[pairs] < most).all(axis=1)).any():
-            most += 1
-        value = (1 - diversity) * _relative(values, free)
-        # The first pair has no distance; it is chosen by its worth alone.
-        if chosen:
-            value += diversity * _relative(nearest, free)
-        best = int(np.where(free, value, -np.inf).argmax())
-        chosen.append(best)
-        distances.append(nearest[best])
-        # Greedy max-min (farthest-point) selection: only the new pair can reduce a distance.
-        nearest = np.minimum(nearest, np.linalg.norm(features - features[best], axis=1))
-        unchosen[best] = False
-        used[pairs[best]] += 1
-    return Selection(pairs[chosen], values[chosen], np.array(distances))
+        # Available candidates: both of their items may be used again. The limit increases only if there are
+        # none.
+        while not (available := is_unchosen & (use_counts[pairs] < largest_use).all(axis=1)).any():
+            largest_use += 1
+        value = (1 - diversity) * _relative(pair_worth, available)
+        # The first pair has no distance and is chosen by its worth alone.
+        if chosen_indices:
+            value += diversity * _relative(nearest_distance, available)
+        best = int(np.where(available, value, -np.inf).argmax())
+        chosen_indices.append(best)
+        distances.append(nearest_distance[best])
+        # Only the distance to the new pair can be smaller than before.
+        new_distance = np.linalg.norm(features - features[best], axis=1)
+        nearest_distance = np.minimum(nearest_distance, new_distance)
+        is_unchosen[best] = False
+        use_counts[pairs[best]] += 1
+    return Selection(pairs[chosen_indices], pair_worth[chosen_indices], np.array(distances))
 
 
-def _relative(values: np.ndarray, free: np.ndarray) -> np.ndarray:
-    """Divide values by the largest of those that are free; all are 0 if it is 0."""
-    greatest = values[free].max()
-    return values / greatest if greatest > 0 else np.zeros_like(values)
+def _relative(values: np.ndarray, available: np.ndarray) -> np.ndarray:
+    """Divide values [C] by their maximum over the available candidates. Return zeros if the maximum is 0."""
+    maximum = values[available].max()
+    return values / maximum if maximum > 0 else np.zeros_like(values)
 
 
 class ScoredPairs(PairStrategy):
-    """Choice of pairs by a quantity of their scores, `worth`, which reports call `name`."""
+    """Strategy that chooses pairs by a function of their scores.
+
+    Args:
+        name: name of this quantity in reports.
+        worth: function that computes the worth of pairs.
+        least_rewards: least number of rewards in the ensemble.
+    """
 
     def __init__(self, name: str, worth: Worth, least_rewards: int):
         self.name = name
@@ -154,23 +189,23 @@ class ScoredPairs(PairStrategy):
         return round(2 * options.pairs * options.pool)
 
     def plan(self, items: Items, answers: Answers, rng: Rng, options: StrategyOptions) -> Chosen:
-        """Choose a fraction of the pairs by their scores, and the others at random.
+        """Choose the share `options.doubtful` of the pairs by their scores, and all other pairs at random.
 
-        The report contains the quantities of the chosen pairs.
+        The arguments are described in `PairStrategy.plan`. The report states worth and distance of the pairs
+        that were chosen by their scores.
         """
-        # All items are scored, though only some are used.
         scored = items.scored()
-        table = candidates(items, rng, options.pairs)
-        # No two items may be compared.
-        if not len(table):
+        candidate_pairs = candidates(items, rng, options.pairs)
+        # There are no candidates if no two items may be compared.
+        if not len(candidate_pairs):
             return Chosen([])
         count = max(1, round(options.pairs * options.doubtful))
-        selection = select(scored, table, count, options.diversity, self.worth)
+        selection = select(scored, candidate_pairs, count, options.diversity, self.worth)
         pairs = selection.pairs
         if count < options.pairs:
-            others = self._others(items, selection.pairs, rng, options.pairs)
-            pairs = np.concatenate([pairs, others])
-            # Shuffled, so that annotators do not see all chosen pairs first.
+            random_pairs = self._random_pairs(items, selection.pairs, rng, options.pairs)
+            pairs = np.concatenate([pairs, random_pairs])
+            # The pairs are shuffled, so that annotators do not get all pairs of one kind first.
             pairs = pairs[rng.permutation(len(pairs))]
         ensemble = items.ensemble
         assert ensemble is not None
@@ -178,14 +213,14 @@ class ScoredPairs(PairStrategy):
             pairs.tolist(),
             {
                 "rewards": ensemble.described,
-                "candidates": len(table),
-                f"{self.name}_candidates": float(self.worth(scored.scores, table).mean()),
+                "candidates": len(candidate_pairs),
+                f"{self.name}_candidates": float(self.worth(scored.scores, candidate_pairs).mean()),
                 f"{self.name}_chosen": float(selection.worth.mean()),
                 "why": [
                     {
                         "pair": pair,
                         self.name: round(float(worth), 5),
-                        # the first pair has no distance
+                        # The distance of the first pair is infinite, which JSON cannot represent.
                         "distance": round(float(distance), 5) if np.isfinite(distance) else None,
                     }
                     for pair, worth, distance in zip(
@@ -195,21 +230,27 @@ class ScoredPairs(PairStrategy):
             },
         )
 
-    def _others(self, items: Items, chosen: np.ndarray, rng: Rng, wanted: int) -> np.ndarray:
-        """Sample random pairs for the rest of the wanted ones.
+    def _random_pairs(self, items: Items, chosen_pairs: np.ndarray, rng: Rng, total: int) -> np.ndarray:
+        """Sample random pairs in addition to pairs that were chosen by their scores.
 
-        Seeds: pairs of seeds that are in none of the chosen pairs. Assets: pairs that were not chosen.
+        For seeds, they consist of seeds that no chosen pair contains. For finished assets, they are pairs
+        that were not chosen.
+
+        Args:
+            items: items that may be compared.
+            chosen_pairs: pairs [P, 2] that were chosen by their scores.
+            rng: random numbers.
+            total: number of pairs of both kinds together.
         """
-        # number of random pairs
-        missing_count = wanted - len(chosen)
+        random_count = total - len(chosen_pairs)
         if items.unlimited:
-            # Seeds that no chosen pair uses.
-            free = rng.permutation(np.setdiff1d(np.arange(len(items)), chosen))
-            return free[: 2 * missing_count].reshape(-1, 2)
-        chosen_pairs = set(map(tuple, np.sort(chosen, axis=1).tolist()))
-        random_pairs = balanced(meetings(items, rng, wanted), rng)
-        others = [pair for pair in random_pairs if tuple(sorted(pair)) not in chosen_pairs]
-        return np.array(others[:missing_count], dtype=np.int64).reshape(-1, 2)
+            unused_seeds = rng.permutation(np.setdiff1d(np.arange(len(items)), chosen_pairs))
+            return unused_seeds[: 2 * random_count].reshape(-1, 2)
+        excluded_pairs = set(map(tuple, np.sort(chosen_pairs, axis=1).tolist()))
+        balanced_pairs = balanced(meetings(items, rng, total), rng)
+        random_pairs = [pair for pair in balanced_pairs if tuple(sorted(pair)) not in excluded_pairs]
+        # reshape gives two columns also if there are no pairs.
+        return np.array(random_pairs[:random_count], dtype=np.int64).reshape(-1, 2)
 
 
 STRATEGIES.add("active", ScoredPairs("disagreement", disagreement, least_rewards=2))

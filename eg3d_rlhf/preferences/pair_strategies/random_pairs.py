@@ -1,4 +1,7 @@
-"""Random pairs: of seeds, each in one pair; of finished assets, balanced over prompts and generators."""
+"""Strategy that chooses random pairs.
+
+Each seed is in one pair. Pairs of finished assets are balanced over prompts and generators.
+"""
 
 import itertools
 from collections import defaultdict
@@ -23,69 +26,82 @@ G = TypeVar("G", bound=Hashable)
 
 
 def balanced(buckets: Mapping[tuple[G, str], Sequence[T]], rng: Rng) -> Iterator[T]:
-    """Yield the members of buckets by (group, prompt).
+    """Yield all members of buckets in an order that is balanced over groups and prompts.
 
-    Groups take turns. Each group goes through its prompts in random order, again and again.
+    Each round yields one member of every group, in random order. The members of a group are balanced over its
+    prompts in the same way.
+
+    Args:
+        buckets: members by (group, prompt).
+        rng: random numbers.
     """
-    groups: dict[G, list[Sequence[T]]] = defaultdict(list)
+    prompt_buckets: dict[G, list[Sequence[T]]] = defaultdict(list)
     for (group, _), members in buckets.items():
-        # The prompts of each group.
-        groups[group].append(members)
-    streams = [_in_turns(prompts, rng) for prompts in groups.values()]
+        prompt_buckets[group].append(members)
+    streams = [_balanced_over_prompts(group_buckets, rng) for group_buckets in prompt_buckets.values()]
     while streams:
-        unfinished = []
+        unfinished_streams = []
         for i in rng.permutation(len(streams)):
             # islice takes one member, or none if the stream has ended.
             for member in itertools.islice(streams[i], 1):
                 yield member
-                unfinished.append(streams[i])
-        streams = unfinished
+                unfinished_streams.append(streams[i])
+        streams = unfinished_streams
 
 
-def _in_turns(buckets: list[Sequence[T]], rng: Rng) -> Iterator[T]:
-    """Yield one member of each bucket per turn, in random order; a bucket drops out when it is empty."""
-    # Turn k takes the k-th member of every bucket that has one.
-    for turn in range(max(map(len, buckets))):
-        longer_buckets = [bucket for bucket in buckets if len(bucket) > turn]
-        yield from (longer_buckets[i][turn] for i in rng.permutation(len(longer_buckets)))
+def _balanced_over_prompts(buckets: list[Sequence[T]], rng: Rng) -> Iterator[T]:
+    """Yield in each round one member of every bucket that has a member left, in random order."""
+    for round_index in range(max(map(len, buckets))):
+        remaining_buckets = [bucket for bucket in buckets if len(bucket) > round_index]
+        yield from (remaining_buckets[i][round_index] for i in rng.permutation(len(remaining_buckets)))
 
 
 def meetings(items: Items, rng: Rng, most: int) -> dict[tuple[tuple[str, str], str], list[tuple[int, int]]]:
-    """Group the pairs that may be compared by (sources of the two, prompt).
+    """Sample pairs that may be compared, grouped by generators and prompt.
 
-    Each group has at most `most` random pairs, in random order.
+    Args:
+        items: items that may be compared.
+        rng: random numbers.
+        most: largest number of pairs of each group.
+    Returns: pairs of numbers of items in random order, by ((first generator, second generator), prompt). If
+        there is only one generator, it is named twice.
     """
-    # (source, prompt) -> numbers of items
-    sides = items.by(lambda item: (item.source, item.prompt))
+    numbers_by_source = items.by(lambda item: (item.source, item.prompt))
     sources = items.sources
+    source_pairs = (
+        list(itertools.combinations(sources, 2))
+        if len(sources) > 1
+        else [(source, source) for source in sources]
+    )
     groups: dict[tuple[tuple[str, str], str], list[tuple[int, int]]] = {}
     for prompt in sorted({item.prompt for item in items.members}):
-        for a, b in itertools.combinations(sources, 2) if len(sources) > 1 else [(sources[0],) * 2]:
-            # A source may lack a prompt.
-            first = sides.get((a, prompt), [])
-            second = sides.get((b, prompt), [])
-            rows, columns = (
-                np.triu_indices(len(first), 1)
-                if a == b  # all unordered pairs of one source
-                else np.indices((len(first), len(second))).reshape(2, -1)  # all pairs of two sources
-            )
-            # A random subset: the number of pairs grows quadratically.
-            chosen = rng.permutation(len(rows))[:most]
-            pairs = [(first[rows[i]], second[columns[i]]) for i in chosen]
-            if pairs := [pair for pair in pairs if items.comparable(*pair)]:
-                groups[(a, b), prompt] = pairs
+        for a, b in source_pairs:
+            # A generator may have no item for a prompt.
+            numbers_a = numbers_by_source.get((a, prompt), [])
+            numbers_b = numbers_by_source.get((b, prompt), [])
+            # Positions in both lists of all pairs: unordered pairs of one generator, or pairs of two
+            # generators
+            if a == b:
+                positions_a, positions_b = np.triu_indices(len(numbers_a), 1)
+            else:
+                positions_a, positions_b = np.indices((len(numbers_a), len(numbers_b))).reshape(2, -1)
+            # The number of pairs grows quadratically, so a random subset is taken.
+            sampled_indices = rng.permutation(len(positions_a))[:most]
+            pairs = [(numbers_a[positions_a[i]], numbers_b[positions_b[i]]) for i in sampled_indices]
+            comparable_pairs = [pair for pair in pairs if items.comparable(*pair)]
+            if comparable_pairs:
+                groups[(a, b), prompt] = comparable_pairs
     return groups
 
 
 class RandomPairs(PairStrategy):
-    """Random pairs, balanced over prompts and sources."""
+    """Strategy that chooses random pairs, balanced over prompts and generators."""
 
     def plan(self, items: Items, answers: Answers, rng: Rng, options: StrategyOptions) -> Chosen:
-        """Choose random pairs; each seed is in one pair."""
-        # Seeds: blocks of two, so that each seed is used once.
+        """Choose random pairs; see `PairStrategy.plan`."""
+        # Seeds are divided into blocks of two, so that each seed is in one pair.
         if items.unlimited:
             return Chosen(blocks_of_pairs(options.pairs, 2, rng).tolist())
-        # `balanced` consumes random numbers as it goes, so no more pairs are taken than are used.
         pairs = balanced(meetings(items, rng, options.pairs), rng)
         return Chosen(list(itertools.islice(pairs, options.pairs)))
 

@@ -1,8 +1,10 @@
-"""Tournaments: round robins in random order, then Swiss rounds that use the answers to earlier ones.
+"""Strategy that compares items in a tournament: a round robin in random order, and then Swiss rounds.
 
-The first rounds need no answers. Later rounds are Swiss: items of similar standing are compared, and no two
-items twice. With fewer pairs than half of the items, only the upper part of the table continues, as in a
-knockout. Finished assets have one tournament per prompt.
+The first rounds need no answers. Later rounds use the answers to all earlier rounds: items of similar
+standing are compared, and no two items twice. If there are fewer pairs than half of the items, only the best
+items are compared further, as in a knockout tournament. Finished assets have one tournament per prompt.
+
+Shapes: N items, R rounds.
 """
 
 from collections import defaultdict
@@ -27,46 +29,58 @@ Comparable = Callable[[int, int], bool]
 
 
 def round_robin(count: int, rounds: int, rng: Rng) -> np.ndarray:
-    """Return the first rounds of a round robin (circle method) over an even number of items in random order.
+    """Return the first rounds of a round robin (circle method) over items in random order.
 
-    One item stays in place, the others move by one place each round. No pair occurs twice, and any two
-    successive rounds connect all items.
+    No pair occurs twice, and any two successive rounds connect all items.
 
-    Returns: [R, N/2, 2]; each round contains 0..N-1 once.
+    Args:
+        count: number of items, N, even.
+        rounds: number of rounds, R, at most N - 1.
+        rng: random numbers.
+    Returns: pairs [R, N/2, 2] of numbers 0..N-1; each round contains every number once.
     """
-    # The table is made for 0..N-1 and then relabelled at random.
+    # The rounds are formed for the positions 0..N-1 of a circle, which are then assigned to items at random.
     order = rng.permutation(count)
-    # Item 0 stays in place.
-    moving = np.arange(1, count)
-    table = []
+    # In each round, all positions except 0 move by one.
+    moving_positions = np.arange(1, count)
+    round_list = []
     for _ in range(rounds):
-        circle = np.concatenate([[0], moving])
-        # places on opposite sides of the circle
-        table.append(np.stack([circle[: count // 2], circle[::-1][: count // 2]], axis=1))
-        moving = np.roll(moving, 1)
-    rounds_made: np.ndarray = order[np.stack(table)]
-    return rounds_made
+        circle = np.concatenate([[0], moving_positions])
+        # Opposite positions of the circle are paired.
+        round_list.append(np.stack([circle[: count // 2], circle[::-1][: count // 2]], axis=1))
+        moving_positions = np.roll(moving_positions, 1)
+    pairs: np.ndarray = order[np.stack(round_list)]
+    return pairs
 
 
 def standings(results: Iterable[Preference], rng: Rng) -> list[int]:
-    """Order items from first to last.
+    """Order items from best to worst.
 
-    The order is by points (a win 1, a tie 1/2), then by the points of the opponents (Buchholz), then random.
+    The order is by points (1 for a win, 1/2 for a tie), then by the sum of the points of the opponents
+    (Buchholz), and then random.
+
+    Args:
+        results: answers to all earlier rounds; winner and loser are numbers of items.
+        rng: random numbers.
+    Returns: numbers of the items.
     """
     points: dict[int, float] = defaultdict(float)
     opponents: dict[int, list[int]] = defaultdict(list)
     for result in results:
-        # Points as in chess; a tie is half a point for both.
         points[result.winner] += 0.5 if result.tie else 1.0
         points[result.loser] += 0.5 if result.tie else 0.0
         opponents[result.winner].append(result.loser)
         opponents[result.loser].append(result.winner)
-    numbers = sorted(points)
-    # Random tie-breaks, the same for all comparisons of the sort.
-    lot = dict(zip(numbers, rng.permutation(len(numbers)).tolist(), strict=True))
-    return sorted(
-        numbers, key=lambda item: (-points[item], -sum(points[other] for other in opponents[item]), lot[item])
-    )
+    items = sorted(points)
+    # Random order of items with equal points and equal opponents
+    random_order = dict(zip(items, rng.permutation(len(items)).tolist(), strict=True))
+
+    def sort_key(item: int) -> tuple[float, float, int]:
+        """Return the key by which the best item comes first."""
+        opponent_points = sum(points[opponent] for opponent in opponents[item])
+        return -points[item], -opponent_points, random_order[item]
+
+    return sorted(items, key=sort_key)
 
 
 def swiss_round(
@@ -75,105 +89,151 @@ def swiss_round(
     rng: Rng,
     comparable: Comparable = lambda a, b: True,
 ) -> list[Pair]:
-    """Return the next round: the first 2 * `pairs` items of the standings, each with its nearest possible
+    """Return the pairs of the next round: the best 2 * `pairs` items, each with its nearest possible
     opponent.
 
-    Items that have met are not paired again. If that is impossible for the last items, two pairs swap
-    partners; items meet again only if no swap helps. Pairs that are not `comparable` count as having met.
+    Items that were already compared are not paired again. If this is impossible for the last items, they swap
+    opponents with another pair. Items are compared again only if no swap is possible.
 
-    Returns: disjoint pairs of items, at most `pairs`, from the top of the table down.
+    Args:
+        results: answers to all earlier rounds.
+        pairs: largest number of pairs.
+        rng: random numbers.
+        comparable: function that returns False for two items that may not be compared.
+    Returns: pairs of items, best items first; no item is in two pairs.
+    Raises: ValueError if there are no results.
     """
     table = standings(results, rng)
     if len(table) < 2:
         raise ValueError(
-            "swiss_round: expected the results of an earlier round, got none. Label the first round first."
+            "swiss_round: there are no answers to an earlier round, on which a Swiss round depends. Label the"
+            " first round first."
         )
-    # Unordered pairs.
-    met_before = {frozenset((result.winner, result.loser)) for result in results}
+    compared_pairs = {frozenset((result.winner, result.loser)) for result in results}
 
-    def may_meet(a: int, b: int) -> bool:
-        """Return True if two items may be paired."""
-        return frozenset((a, b)) not in met_before and comparable(a, b)
+    def may_be_paired(a: int, b: int) -> bool:
+        """Return True if two items may be compared and were not compared in an earlier round."""
+        return frozenset((a, b)) not in compared_pairs and comparable(a, b)
 
-    # an odd item at the end has no opponent
-    waiting = table[: 2 * min(pairs, len(table) // 2)]
+    # If the number of items is odd, the last item has no opponent.
+    unpaired_items = table[: 2 * min(pairs, len(table) // 2)]
     round_pairs: list[Pair] = []
-    while waiting:
-        # From the top of the table.
-        first = waiting.pop(0)
-        nearest = next((i for i, other in enumerate(waiting) if may_meet(first, other)), None)
-        second = waiting.pop(0 if nearest is None else nearest)
-        round_pairs += (
-            [(first, second)] if nearest is not None else _swapped(first, second, round_pairs, may_meet)
+    while unpaired_items:
+        # The best unpaired item
+        item = unpaired_items.pop(0)
+        opponent_index = next(
+            (i for i, opponent in enumerate(unpaired_items) if may_be_paired(item, opponent)), None
         )
+        if opponent_index is not None:
+            round_pairs.append((item, unpaired_items.pop(opponent_index)))
+        else:
+            opponent = unpaired_items.pop(0)
+            round_pairs += _swap_opponents(item, opponent, round_pairs, may_be_paired)
     return round_pairs
 
 
-def _swapped(first: int, second: int, made: list[Pair], may_meet: Comparable) -> list[Pair]:
-    """Pair two items that have met with the partners of an existing pair, which is removed from `made`.
+def _swap_opponents(
+    first: int, second: int, round_pairs: list[Pair], may_be_paired: Comparable
+) -> list[Pair]:
+    """Pair two items, which may not be paired with each other, with the items of another pair of the round.
 
     The search starts at the last pair, whose items have the most similar standing.
+
+    Args:
+        first: first item.
+        second: second item.
+        round_pairs: pairs of the round, from which the other pair is removed.
+        may_be_paired: function that returns True for two items that may be paired.
+    Returns: two new pairs; or the pair of both items, if no swap is possible.
     """
-    # From the most recent pair.
-    for i in range(len(made) - 1, -1, -1):
-        a, b = made[i]
+    for i in range(len(round_pairs) - 1, -1, -1):
+        a, b = round_pairs[i]
         for new_pairs in ([(a, first), (b, second)], [(a, second), (b, first)]):
-            if all(may_meet(*pair) for pair in new_pairs):
-                del made[i]
+            if all(may_be_paired(*pair) for pair in new_pairs):
+                del round_pairs[i]
                 return new_pairs
     return [(first, second)]
 
 
 class Tournament(PairStrategy):
-    """A tournament of all seeds, or of the assets of each prompt."""
+    """Strategy that compares all seeds, or the assets of each prompt, in a tournament."""
 
     reads_answers = True
 
     def items_for(self, options: StrategyOptions) -> int:
-        """Return the number of seeds: two per pair of a round."""
+        """Return the number of seeds: two for each pair of a round."""
+        # -(-a // b) is a / b rounded up: the number of pairs of a round.
         return 2 * (-(-options.pairs // options.rounds))
 
     def plan(self, items: Items, answers: Answers, rng: Rng, options: StrategyOptions) -> Chosen:
-        """Choose the first rounds, or the next round if there are answers to earlier ones."""
+        """Choose the pairs of the first rounds; or of the next round, if there are answers to earlier rounds.
+
+        The arguments are described in `PairStrategy.plan`.
+        """
         if answers:
-            planned = self._later(items, answers, rng, options.pairs)
+            planned_pairs = self._next_round(items, answers, rng, options.pairs)
         else:
             if items.unlimited and len(items) <= options.rounds:
                 least_pairs = options.rounds * (options.rounds // 2) + 1
                 raise ValueError(
-                    f"plan: expected at least {least_pairs} pairs for {options.rounds} rounds, got"
-                    f" {options.pairs}. Increase the pairs or reduce the rounds."
+                    f"--pairs: a tournament with {options.rounds} rounds needs at least {least_pairs} pairs,"
+                    f" got {options.pairs}. Increase --pairs, or reduce the rounds with --set rounds=NUMBER."
                 )
-            planned = self._first(items.groups(), rng, options.rounds)
-        allowed = [pair for pair in planned if items.comparable(*pair)]
-        return Chosen(allowed[: options.pairs])
+            planned_pairs = self._first_rounds(items.groups(), rng, options.rounds)
+        comparable_pairs = [pair for pair in planned_pairs if items.comparable(*pair)]
+        return Chosen(comparable_pairs[: options.pairs])
 
-    def _first(self, groups: list[list[int]], rng: Rng, rounds: int) -> list[Pair]:
-        """Return the first rounds, round by round over all groups."""
-        tables = []
+    def _first_rounds(self, groups: list[list[int]], rng: Rng, rounds: int) -> list[Pair]:
+        """Return the pairs of the first rounds: round 1 of all groups, round 2 of all groups, and so on.
+
+        Args:
+            groups: numbers of the items of each prompt.
+            rng: random numbers.
+            rounds: number of rounds.
+        """
+        rounds_of_groups = []
         for group in groups:
-            # With an odd number, one item of each round has no opponent
-            # The circle method needs an even number.
-            even = len(group) + len(group) % 2
-            table = round_robin(even, min(rounds, even - 1), rng)
-            tables.append(
-                [[(group[a], group[b]) for a, b in row.tolist() if max(a, b) < len(group)] for row in table]
-            )
-        # round 1 of all groups, then round 2, ...
-        return [pair for row in zip_longest(*tables, fillvalue=[]) for part in row for pair in part]
+            # `round_robin` needs an even number of items. If the number is odd, a position without item is
+            # added, and the item that is paired with it has no opponent in this round.
+            even_count = len(group) + len(group) % 2
+            group_rounds = []
+            for round_positions in round_robin(even_count, min(rounds, even_count - 1), rng):
+                group_rounds.append(
+                    [(group[a], group[b]) for a, b in round_positions.tolist() if max(a, b) < len(group)]
+                )
+            rounds_of_groups.append(group_rounds)
+        pairs: list[Pair] = []
+        # Small groups have fewer rounds.
+        for round_of_groups in zip_longest(*rounds_of_groups, fillvalue=[]):
+            for group_pairs in round_of_groups:
+                pairs += group_pairs
+        return pairs
 
-    def _later(self, items: Items, answers: Answers, rng: Rng, pairs: int) -> list[Pair]:
-        """Return the next round of every group that has answers, from the top of the tables down."""
-        groups = items.groups()
-        # An answer belongs to the group of both of its items.
-        group_of = {item: number for number, group in enumerate(groups) for item in group}
+    def _next_round(self, items: Items, answers: Answers, rng: Rng, pairs: int) -> list[Pair]:
+        """Return the pairs of the next round of every group that has answers.
+
+        The first pairs of all groups come first, then the second pairs, and so on.
+
+        Args:
+            items: items that may be compared.
+            answers: answers to all earlier rounds.
+            rng: random numbers.
+            pairs: number of pairs of all groups together.
+        """
+        group_of_item = {}
+        for number, group in enumerate(items.groups()):
+            group_of_item.update(dict.fromkeys(group, number))
+        # Both items of an answer are in the same group.
         results: dict[int, list[Preference]] = defaultdict(list)
         for answer in answers:
-            results[group_of[answer.winner]].append(answer)
-        # Every group gets the same number of pairs.
-        share = -(-pairs // len(results))  # pairs per group, rounded up
-        rounds = [swiss_round(results[number], share, rng, items.comparable) for number in sorted(results)]
-        return [pair for row in zip_longest(*rounds) for pair in row if pair is not None]
+            results[group_of_item[answer.winner]].append(answer)
+        # Every group gets the same number of pairs, rounded up.
+        pairs_per_group = -(-pairs // len(results))
+        rounds = [
+            swiss_round(results[number], pairs_per_group, rng, items.comparable) for number in sorted(results)
+        ]
+        # zip_longest fills with None after the last pair of a group.
+        return [pair for nth_pairs in zip_longest(*rounds) for pair in nth_pairs if pair is not None]
 
 
 STRATEGIES.add("tournament", Tournament())

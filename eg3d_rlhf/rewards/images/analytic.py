@@ -1,9 +1,12 @@
-"""Rewards in closed form, of images and of geometry, for tests of methods.
+"""Rewards in closed form, of images and of geometry, with which methods are tested.
 
-What these rewards prefer is known exactly, so the effect of a method that optimises them can be checked.
-`RewardModel` of images: scores [B] of [B, C, h, w] in 0..1 (C is 3, or 4 with inverse depth).
-`GeometryReward` (guidance/geometry.py) of fields: scores [A]. Neither is the held-out evaluator
-(pairwise_evaluators.py) or the detector (`boxes.noses`). Letters: A assets, V views of each, B = A V.
+The shapes and images that these rewards prefer are known exactly, so the effect of a method that optimises
+them can be checked. Rewards of images implement `RewardModel`, and rewards of geometry `GeometryReward`
+(tuning/distill/guidance/geometry.py). The held-out evaluators (pairwise_evaluators.py) and the detector
+(`boxes.noses`) measure other properties than these rewards.
+
+Shapes: A assets, V views of each asset, B = A V images, C channels (3, or 4 with inverse depth), h x w
+    pixels.
 """
 
 from collections.abc import Sequence
@@ -19,32 +22,38 @@ from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.rewards.box_prompts import prompt_of
 from eg3d_rlhf.rewards.boxes import RESOLUTION, SIDES, modes_of, nose_voxels
 
-# Slope of the soft decision "this view is a face" in `nearer_first`
+# Slope of the sigmoid that converts `mode_preference` to the probability that a view shows a face
 _SHARP = 6.0
 
 
-def nearer_first(pixels: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
-    """Compute (|x - second|^2 - |x - first|^2) / |first - second|^2 [B] for the two modes of each prompt.
+def mode_preference(pixels: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+    """Compute how much nearer an image x is to the first than to the second mode of its prompt: [B].
 
-    The value is 1 at the first mode and -1 at the second.
-    Raises: ValueError if images have another size than the test problem's.
+    The result is (|x - second|^2 - |x - first|^2) / |first - second|^2. It is 1 at the first mode and -1 at
+    the second mode. Differentiable in the images.
+
+    Args:
+        pixels: images [B, C, h, w] in 0..1.
+        prompts: prompt of each image.
+    Raises: ValueError if the images do not have the size of the test problem.
     """
     channels = pixels.shape[1]
-    # [B, C, R, R] each; without inverse depth if the images have none.
-    first, second = modes_of(prompts)[:, :, :channels].to(pixels).unbind(1)
-    if pixels.shape != first.shape:
-        expected = list(first.shape[2:])
+    # [B, C, R, R] each. The modes have inverse depth as fourth channel, which is left out if the images do
+    # not have it.
+    first_mode, second_mode = modes_of(prompts)[:, :, :channels].to(pixels).unbind(1)
+    if pixels.shape != first_mode.shape:
         raise ValueError(
-            f"--reward: this reward reads images of the test problem, of {expected} pixels, got"
-            f" {list(pixels.shape[2:])}. Choose another --reward."
+            f"--reward: this reward reads images of {list(first_mode.shape[2:])} pixels (the bundled test"
+            f" problem), got {list(pixels.shape[2:])} pixels. Choose another --reward."
         )
-    # The difference of squared distances is linear in x, so its gradient is the same everywhere.
-    difference = (pixels - second).square().flatten(1).sum(1) - (pixels - first).square().flatten(1).sum(1)
-    return difference / (first - second).square().flatten(1).sum(1)
+    # The difference of squared distances is linear in x, so its gradient is the same for all images.
+    first_distance = (pixels - first_mode).square().flatten(1).sum(1)
+    second_distance = (pixels - second_mode).square().flatten(1).sum(1)
+    return (second_distance - first_distance) / (first_mode - second_mode).square().flatten(1).sum(1)
 
 
 class _EachImage:
-    """Properties of rewards that score each image separately, with a gradient."""
+    """Properties that all rewards share which score each image separately and have a gradient."""
 
     modality: ClassVar[Modality] = "image"
     views = 1
@@ -52,22 +61,23 @@ class _EachImage:
 
 
 class ModeDistance(_EachImage):
-    """Score of each view separately: the nearness to the prompt's first mode.
+    """Reward of each view separately: `mode_preference`, the nearness to the first mode of the prompt.
 
-    For heads the first mode is a face, so this reward asks for a face in every view. This is the bias of 2D
-    rewards towards the Janus problem.
+    For heads the first mode is a face, so this reward prefers a face in every view. Rewards of single images
+    have this bias towards the Janus problem.
     """
 
     def score(self, pixels: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         """Return scores [B] of images [B, C, h, w]. Differentiable in the images."""
-        return nearer_first(pixels, prompts)
+        return mode_preference(pixels, prompts)
 
 
 class OneFace:
-    """Score of the four views of an asset together. The best head has exactly one face.
+    """Reward of the four views of an asset together. It prefers heads with exactly one face.
 
-    Heads: the largest face probability minus the sum of the others, where the face probability of a view is
-    sigmoid(6 nearer_first). Boxes: the mean of `ModeDistance`.
+    The score of a head is the largest face probability minus the sum of the three others, where the face
+    probability of a view is sigmoid(6 mode_preference). The score of a box is the mean of `mode_preference`
+    over the four views.
     """
 
     modality: ClassVar[Modality] = "multiview"
@@ -75,23 +85,23 @@ class OneFace:
     differentiable = True
 
     def score(self, pixels: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-        """Return scores [B] of images [B, C, h, w], equal for the views of an asset.
+        """Return scores [B] of images [B, C, h, w]. The four views of an asset get the same score.
 
         Differentiable in the images.
         """
-        near = nearer_first(pixels, prompts).unflatten(0, (-1, self.views))  # [A, V]
-        faces = torch.sigmoid(_SHARP * near)
-        of_heads = 2 * faces.amax(dim=1) - faces.sum(dim=1)  # largest - (sum - largest)
-        # The views of an asset have the same prompt, so every fourth one is read.
-        heads = torch.tensor(
+        preference = mode_preference(pixels, prompts).unflatten(0, (-1, self.views))  # [A, V]
+        faces = torch.sigmoid(_SHARP * preference)
+        head_scores = 2 * faces.amax(dim=1) - faces.sum(dim=1)  # largest - (sum - largest)
+        # The four views of an asset have the same prompt, so every fourth prompt is read.
+        is_head = torch.tensor(
             [prompt_of(text).kind == "janus" for text in prompts[:: self.views]], device=pixels.device
         )
-        # The score of an asset is repeated for each of its views.
-        return torch.where(heads, of_heads, near.mean(dim=1)).repeat_interleave(self.views)
+        scores = torch.where(is_head, head_scores, preference.mean(dim=1))  # [A]
+        return scores.repeat_interleave(self.views)
 
 
 class MeanPixel(_EachImage):
-    """Mean of an image, as a smoke test of any guidance."""
+    """Reward that is the mean of all pixels of an image. It is a simple test of any guidance."""
 
     def score(self, pixels: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         """Return scores [B] of images [B, C, h, w]. Differentiable in the images."""
@@ -101,48 +111,59 @@ class MeanPixel(_EachImage):
 
 @dataclass(frozen=True)
 class Random:
-    """Control without information: a random number in 0..1 that is the same for the same images.
+    """Control without information: a random score in 0..1 that is the same for the same images.
 
-    It is the fractional part of a large random projection.
+    The score is the fractional part of a random projection of the images with large weights.
     """
 
-    seed: int = 0  # of the projection
-    views: int = 1  # images per asset, which are scored together
+    seed: int = 0  # random seed of the projection
+    views: int = 1  # number of images of an asset, which are scored together
     modality: ClassVar[Modality] = "image"
     differentiable: ClassVar[bool] = False
 
     def score(self, pixels: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-        """Return scores [B] of images [B, C, h, w], without a gradient."""
+        """Return scores [B] of images [B, C, h, w], without a gradient.
+
+        The views of an asset get the same score.
+        """
         del prompts
-        flat = pixels.detach().unflatten(0, (-1, self.views)).flatten(1).double()
-        # The projection is created anew in every call, so it depends only on the seed and the size.
+        asset_pixels = pixels.detach().unflatten(0, (-1, self.views)).flatten(1).double()  # [A, V C h w]
+        # The projection is created again in every call, so it depends only on the seed and the image size.
         weights = torch.randn(
-            flat.shape[1], generator=torch.Generator().manual_seed(self.seed), dtype=torch.float64
-        ).to(flat)
-        # The factor makes small changes of the image change the fraction completely.
-        return ((flat @ weights) * 1e4).remainder(1.0).to(pixels).repeat_interleave(self.views)
+            asset_pixels.shape[1], generator=torch.Generator().manual_seed(self.seed), dtype=torch.float64
+        ).to(asset_pixels)
+        # With this factor, a small change of the image changes the fractional part completely.
+        return ((asset_pixels @ weights) * 1e4).remainder(1.0).to(pixels).repeat_interleave(self.views)
 
 
 class Inverted:
-    """Negative of another reward. A method that follows rewards must get worse with it."""
+    """Control: the negative of a reward. A method that follows rewards must give worse results with it.
+
+    Args: reward: reward to invert.
+    """
 
     def __init__(self, reward: RewardModel):
         self._reward = reward
         self.modality = reward.modality
         self.views = reward.views
         self.differentiable = reward.differentiable
-        # An optional attribute of `RewardModel`.
+        # `view_prompts` is an optional attribute of `RewardModel`.
         self.view_prompts = getattr(reward, "view_prompts", False)
 
     def score(self, pixels: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-        """Return the negative scores [B] of the other reward."""
+        """Return the negative scores [B] of images [B, C, h, w]."""
         return -self._reward.score(pixels, prompts)
 
 
 def occupancy(field: Field, resolution: int = RESOLUTION) -> torch.Tensor:
-    """Compute the opacity [A, D, H, W] of a grid's cells, 1 - exp(-softplus(raw - 1) step).
+    """Compute the opacity [A, D, H, W] of a field at the points of a grid over its cube.
 
-    Differentiable in the field.
+    The opacity is 1 - exp(-softplus(raw - 1) step), where raw is the raw density and step the distance
+    between grid points. Differentiable in the field.
+
+    Args:
+        field: field of A shapes.
+        resolution: number of grid points per axis.
     """
     grid = SlabSpec.of(field.bounds, resolution)
     # expm1 keeps small opacities accurate.
@@ -150,49 +171,67 @@ def occupancy(field: Field, resolution: int = RESOLUTION) -> torch.Tensor:
 
 
 class OneNose:
-    """Upper bound for learned rewards: -(sum - largest) of four nose masses.
+    """Reward of geometry that prefers heads with one nose. It is an upper bound for learned rewards.
 
-    A nose mass is the mean opacity where the nose of a side would be.
-    Deviates from a limit of one nose's mass on the sum: that would remove all noses of most assets, and would
-    still lower the Janus ratio.
+    The score of a head is minus the sum of the three smaller of its four nose masses. A nose mass is the mean
+    opacity of the voxels that the nose of a side would fill. A limit on the sum of all four masses would
+    instead remove every nose of most assets, and would still lower the Janus ratio.
     """
 
     def __call__(self, field: Field, prompts: Sequence[str], step: int) -> torch.Tensor:
-        """Return scores [A], see `GeometryReward`; 0 for prompts of boxes. Differentiable in the field."""
+        """Return scores [A] of a field of A assets, 0 for boxes. Differentiable in the field.
+
+        Args:
+            field: field of the assets.
+            prompts: prompt of each asset.
+            step: step of the optimisation, which this reward ignores.
+        """
         del step
-        filled = occupancy(field)
+        opacity = occupancy(field)
         # [A, 4]: mean opacity of the nose voxels of each side
         mass = torch.stack(
-            [filled[:, nose_voxels(RESOLUTION, side).to(filled.device)].mean(dim=1) for side in range(SIDES)],
+            [
+                opacity[:, nose_voxels(RESOLUTION, side).to(opacity.device)].mean(dim=1)
+                for side in range(SIDES)
+            ],
             dim=1,
         )
-        heads = torch.tensor([prompt_of(text).kind == "janus" for text in prompts], device=filled.device)
-        return torch.where(heads, mass.amax(dim=1) - mass.sum(dim=1), 0.0)
+        is_head = torch.tensor([prompt_of(text).kind == "janus" for text in prompts], device=opacity.device)
+        return torch.where(is_head, mass.amax(dim=1) - mass.sum(dim=1), 0.0)
 
 
 class Floaters:
-    """Minus the share of the filled volume that is not connected to the largest part.
+    """Reward of geometry: minus the share of the filled volume that is not connected to the largest part.
 
     The parts are determined without a gradient.
     """
 
     def __call__(self, field: Field, prompts: Sequence[str], step: int) -> torch.Tensor:
-        """Return scores [A], see `GeometryReward`. Differentiable in the field."""
+        """Return scores [A] of a field of A assets. Differentiable in the field.
+
+        Args:
+            field: field of the assets.
+            prompts: prompt of each asset, which this reward ignores.
+            step: step of the optimisation, which this reward ignores.
+        """
         del prompts, step
-        filled = occupancy(field)
+        opacity = occupancy(field)
         # Connected components have no gradient, so the mask is a constant.
-        floating = torch.stack([_apart(cells.detach().cpu().numpy()) for cells in filled]).to(filled)
-        # The clamp is for empty fields.
-        return -(filled * floating).sum(dim=(1, 2, 3)) / filled.sum(dim=(1, 2, 3)).clamp_min(1e-6)
+        floater_mask = torch.stack([_floater_mask(grid.detach().cpu().numpy()) for grid in opacity]).to(
+            opacity
+        )
+        # The clamp avoids a division by 0 for empty fields.
+        return -(opacity * floater_mask).sum(dim=(1, 2, 3)) / opacity.sum(dim=(1, 2, 3)).clamp_min(1e-6)
 
 
-def _apart(filled: np.ndarray) -> torch.Tensor:
-    """Return a mask [D, H, W] of cells of opacity >= 0.5 outside the largest part; empty if there is one
-    part.
+def _floater_mask(opacity: np.ndarray) -> torch.Tensor:
+    """Return a mask [D, H, W] of the grid points with an opacity >= 0.5 outside the largest connected part.
+
+    If there is only one part, the mask is False everywhere.
     """
     from scipy import ndimage
 
-    labels, _ = ndimage.label(filled >= 0.5)
+    labels, _ = ndimage.label(opacity >= 0.5)
     sizes = np.bincount(labels.ravel())
     sizes[0] = 0  # label 0 is the background
     return torch.from_numpy((labels > 0) & (labels != sizes.argmax()))

@@ -1,6 +1,9 @@
-"""Load a reward of images from a file of one of the published networks, with checks of its inputs and scores.
+"""Load a published reward of images from its file, with checks of its inputs and scores.
 
-Shape letters: B images, K noises.
+Supported are ImageReward (arXiv 2304.05977), Reward3D (arXiv 2403.14613), HPSv2 (arXiv 2306.09341) and CLIP
+score (arXiv 2104.08718).
+
+Shapes: B images, K noises, of which a step uses the one whose image has the best score.
 """
 
 import json
@@ -19,9 +22,9 @@ WEIGHTS = (".pt", ".pth", ".safetensors")
 
 
 class CheckedReward:
-    """Reward of images with checks of its inputs and outputs.
+    """Reward of images that checks the inputs and the scores of another reward.
 
-    Errors are one line that names flag and remedy.
+    Args: reward: the reward to check.
     """
 
     def __init__(self, reward: RewardModel):
@@ -29,20 +32,23 @@ class CheckedReward:
         self.modality = reward.modality
         self.views = reward.views
         self.differentiable = reward.differentiable
-        # An optional attribute of `RewardModel`.
+        # `view_prompts` is an optional attribute of `RewardModel`.
         self.view_prompts = getattr(reward, "view_prompts", False)
 
     def score(self, pixels: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-        """Return scores [B] of images [B, 3, h, w] in 0..1, one prompt each.
+        """Return scores [B] of images [B, 3, h, w] in 0..1.
 
-        Raises: ValueError if the number of prompts is wrong, or images or scores are not valid.
+        Args:
+            pixels: images.
+            prompts: prompt of each image.
+        Raises: ValueError if the number of prompts is wrong, or if images or scores are not valid.
         """
         if len(prompts) != len(pixels):
             raise ValueError(
                 f"{FLAG}: expected one prompt per image, got {len(prompts)} prompts for {len(pixels)} images."
-                " Repeat each prompt for all views."
+                " Repeat the prompt of an asset for each of its views."
             )
-        # Views of an asset are adjacent, so a batch contains complete assets only.
+        # The views of an asset must be adjacent and complete.
         check_views(len(pixels), self.views, FLAG)
         check_pictures(pixels, FLAG)
         scores = self.reward.score(pixels, prompts)
@@ -51,78 +57,102 @@ class CheckedReward:
 
 
 def load_reward(path: str | Path, device: str | torch.device = "cpu") -> CheckedReward:
-    """Load ImageReward, Reward3D or HPSv2 (a file, or a folder with one), or CLIP score (a transformers
-    folder).
+    """Load ImageReward, Reward3D, HPSv2 or CLIP score, in eval mode. No code from a file is executed.
 
-    The network is in eval mode. No code from a file is executed.
-    Raises: FileNotFoundError; ValueError for files of other networks, in one line with flag and remedy.
+    Args:
+        path: file of ImageReward, Reward3D or HPSv2, or a folder with this file; for CLIP score, a folder of
+            the library transformers.
+        device: device of the network.
+    Raises: FileNotFoundError if the path does not exist; ValueError for a file of any other network.
     """
     path = existing(path, FLAG)
     if (path / "config.json").is_file():
         return CheckedReward(load_clip_score(_clip_folder(path), device))
     file = weights_of(path)
-    # The names of the tensors decide which network it is, since file names differ between downloads.
+    # The network is recognised by the names of its tensors, since file names differ between downloads.
     state = read(file, FLAG)
     # Both loaders check the state dict strictly.
-    loaded: RewardModel = (load_blip_reward if _is_blip(state, file) else load_hpsv2)(file, state, device)
-    return CheckedReward(loaded)
+    load: Any = load_blip_reward if _is_blip(state, file) else load_hpsv2
+    reward: RewardModel = load(file, state, device)
+    return CheckedReward(reward)
 
 
 def weights_of(path: Path) -> Path:
-    """Return the file itself, or the only file of weights in a folder.
+    """Return the file of weights: the path itself, or the only file of weights in the folder `path`.
 
-    Raises: ValueError if there are several.
+    Raises: ValueError if the folder contains no file of weights, or several files.
     """
     return only_file(path, WEIGHTS, FLAG, "config.json (CLIP) or one file of weights")
 
 
 def reward_costs(path: str | Path, images: int, noises: int = 1) -> Costs:
-    """Estimate the memory of a reward for a step of B images from the shapes in its file.
+    """Estimate the memory that a reward needs for a training step, from the shapes in its file.
 
-    K B images are scored, and B of them are back-propagated. No weights are loaded.
+    A step scores K B images, and back-propagates through B of them. No weights are loaded.
+
+    Args:
+        path: path of the reward, see `load_reward`.
+        images: number of images, B.
+        noises: number of noises per image, K.
     """
     path = existing(path, FLAG)
     if (path / "config.json").is_file():
         require_extra(FLAG, "transformers")
-        # Imported here, because transformers is an optional dependency.
+        # transformers is an optional dependency, so it is imported only here.
         from transformers import CLIPConfig, CLIPModel
 
-        # The configuration is enough: no weights are read.
+        # The configuration states all shapes.
         config = CLIPConfig(**json.loads((_clip_folder(path) / "config.json").read_text()))
-        return _costs_of_clip(empty(lambda: CLIPModel(config)), images, noises)
+        return _clip_costs(empty(lambda: CLIPModel(config)), images, noises)
     file = weights_of(path)
     state = read(file, FLAG)
     if _is_blip(state, file):
         blip = Reward3dNetwork.of(state, f"{FLAG}: {file.name}")
         return _costs(blip, blip.blip.seen, images, noises, blip.blip.side)
-    return _costs_of_clip(hpsv2_network(state, f"{FLAG}: {file.name}"), images, noises)
+    return _clip_costs(hpsv2_network(state, f"{FLAG}: {file.name}"), images, noises)
 
 
-def _costs_of_clip(clip: Any, images: int, noises: int) -> Costs:
-    """Estimate the memory of a CLIP model. Only its image encoder grows with the number of images."""
-    run = lambda x: clip.get_image_features(pixel_values=x)  # noqa: E731
-    return _costs(clip, run, images, noises, clip.config.vision_config.image_size)
+def _clip_costs(clip: Any, images: int, noises: int) -> Costs:
+    """Estimate the memory of a CLIP model, whose image encoder alone depends on the number of images."""
+
+    def encode_images(x: torch.Tensor) -> torch.Tensor:
+        """Return the embeddings of images x."""
+        return clip.get_image_features(pixel_values=x)
+
+    return _costs(clip, encode_images, images, noises, clip.config.vision_config.image_size)
 
 
-def _costs(network: torch.nn.Module, run: Any, images: int, noises: int, side: int) -> Costs:
-    """Trace the network with tensors without storage, and return its weights and peaks of memory."""
+def _costs(network: torch.nn.Module, encode_images: Any, images: int, noises: int, side: int) -> Costs:
+    """Estimate the memory of a network's weights and the peak memory of a step.
+
+    The network is run with tensors that have shapes but no storage.
+
+    Args:
+        network: network on the meta device.
+        encode_images: function from images [B, 3, side, side] to embeddings.
+        images: number of images, B.
+        noises: number of noises per image, K.
+        side: pixels per edge of the network's input.
+    """
     trace = MemoryTrace()
     trace.fill(network).eval().requires_grad_(False)
 
-    def back():
-        # Contents do not matter, because only shapes are traced.
+    def score_with_gradient():
+        """Score B images, and compute the gradient of the images."""
+        # The values do not matter, because only shapes are traced.
         x = torch.empty(images, 3, side, side, requires_grad=True)
-        out = run(x)
-        return torch.autograd.grad(out, x, torch.empty_like(out))
+        embedding = encode_images(x)
+        return torch.autograd.grad(embedding, x, torch.empty_like(embedding))
 
-    # Ranking noises needs scores without a gradient, for all K noises.
-    def scored():
+    def score_without_gradient():
+        """Score the images of all K noises, to choose the best noise."""
         with torch.no_grad():
-            return run(torch.empty(noises * images, 3, side, side))
+            return encode_images(torch.empty(noises * images, 3, side, side))
 
+    # The keys are shown to the user.
     stages = {
-        f"score {noises * images} images of {side}^2": scored,
-        f"score {images} of them, and back": back,
+        f"score {noises * images} images of {side}^2": score_without_gradient,
+        f"score {images} of them, and back": score_with_gradient,
     }
     return Costs(
         weights={"reward, float32": weight_row(network)},
@@ -131,29 +161,33 @@ def _costs(network: torch.nn.Module, run: Any, images: int, noises: int, side: i
 
 
 def _clip_folder(path: Path) -> Path:
-    """Return the path if it is a folder of a CLIP model. Raises: ValueError for other models."""
-    # transformers writes the model's type into every configuration.
-    kind = json.loads((path / "config.json").read_text()).get("model_type")
-    if kind != "clip":
+    """Return the path unchanged if it is a folder of a CLIP model.
+
+    Raises: ValueError for a folder of any other model.
+    """
+    # transformers writes the type of the model into every configuration.
+    model_type = json.loads((path / "config.json").read_text()).get("model_type")
+    if model_type != "clip":
         raise ValueError(
-            f"{FLAG}: expected a folder of transformers' CLIPModel, got model_type {kind!r} in {path}. Pass a"
-            " folder of a CLIP model."
+            f"{FLAG}: {path} contains a model of type {model_type!r}, which is not supported. Pass a folder"
+            " of transformers' CLIPModel, whose config.json states model_type 'clip'."
         )
     return path
 
 
 def _is_blip(state: dict[str, torch.Tensor], file: Path) -> bool:
-    """Return True for a file of ImageReward or Reward3D, False for HPSv2.
+    """Return True for a file of ImageReward or Reward3D, and False for a file of HPSv2.
 
-    Raises: ValueError for other files.
+    Raises: ValueError for a file of any other network.
     """
-    # ImageReward and Reward3D prefix their trunk with blip.; HPSv2 has open_clip's names.
-    blip = any(name.startswith("blip.") for name in state)
-    clip = "visual.conv1.weight" in state
-    if not blip and not clip:
-        known = "ImageReward (blip.*), Reward3D (blip.*) or HPSv2 (visual.*)"
+    # In files of ImageReward and Reward3D, the names of the trunk's tensors begin with "blip.". HPSv2 has the
+    # names of open_clip.
+    is_blip = any(name.startswith("blip.") for name in state)
+    is_hpsv2 = "visual.conv1.weight" in state
+    if not is_blip and not is_hpsv2:
         raise ValueError(
-            f"{FLAG}: expected {known} in {file.name}, got a file with {', '.join(sorted(state)[:3])}. Pass"
-            " the file of one of these networks."
+            f"{FLAG}: expected a file of ImageReward (tensors blip.*), Reward3D (blip.*) or HPSv2 (visual.*),"
+            f" but {file.name} has the tensors {', '.join(sorted(state)[:3])}, ... Pass the file of one of"
+            " these networks."
         )
-    return blip
+    return is_blip

@@ -1,8 +1,11 @@
-"""Analytic evaluators that compare two images or two finished assets, also by yes/no questions.
+"""Analytic evaluators of the bundled test problem. They compare two assets, by their images or their
+surfaces.
 
-`PairwiseJudge` of images [V, C, h, w] in 0..1 returns 0 or 1 for the better one, and -1 if there is no
-answer. `AssetJudge` compares finished assets by properties that no reward reads; it is the held-out evaluator
-of comparisons. Letters: A assets, V views, B = A V, P points.
+`YesNoJudge` compares images by yes/no questions, as DreamDPO does with a vision-language model (arXiv
+2502.04370). `AssetJudge` compares finished assets by properties that no reward reads, and is the held-out
+evaluator.
+
+Shapes: A assets, V views of an asset, B = A V images, C channels, h x w pixels, P points.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,23 +18,30 @@ from eg3d_rlhf.generators.assets.views import FourViews
 from eg3d_rlhf.rewards.box_prompts import prompt_of
 from eg3d_rlhf.rewards.boxes import COLOURS, RESOLUTION, SIDES, emblem_points, modes_of, noses
 
-Pair = tuple[torch.Tensor, torch.Tensor]
-# (images [V, C, h, w], prompt, questions) -> text with one line per question
+Pair = tuple[torch.Tensor, torch.Tensor]  # images [V, C, h, w] of two assets, in 0..1
+# Function that answers questions: (images [V, C, h, w], prompt, questions) -> text with one line per question
 Answers = Callable[[torch.Tensor, str, Sequence[str]], str]
-_FACE_PIXELS = 8  # half of the sixteen pixels of a nose
-_CLOSE = 0.3  # RGB distance in 0..1 below which a pixel has a colour
-_PLAUSIBLE = 0.01  # least difference of two RMS differences to the nearest mode, for images in 0..1
+_FACE_PIXELS = 8  # least number of pixels of a visible nose: half of its sixteen pixels
+_CLOSE = 0.3  # greatest distance of two RGB colours in 0..1 that count as equal
+_PLAUSIBLE = 0.01  # least difference of two RMS distances to the nearest mode that decides a comparison
 
 
 def verdict(first: float, second: float, margin: float = 0.0) -> int:
-    """Return 0 or 1, the index of the larger number, or -1 if they differ by at most the margin."""
+    """Return the index of the larger of two numbers, 0 or 1.
+
+    Return -1 if the numbers differ by at most the margin.
+    """
     return -1 if abs(first - second) <= margin else int(second > first)
 
 
 def faces_painted(images: torch.Tensor, prompt: str) -> torch.Tensor:
-    """Return for each view [V] whether enough pixels have the nose's colour.
+    """Return bool [V], True for each view in which enough pixels have the colour of the prompt's nose.
 
-    Only paint counts, not the shape.
+    The result is False for prompts of boxes. The shape of the asset is not considered.
+
+    Args:
+        images: images [V, C, h, w] of one asset, in 0..1.
+        prompt: prompt of the asset.
     """
     # The first mode of a head's side is the face.
     nose = prompt_of(prompt).sides[0].nose
@@ -42,15 +52,25 @@ def faces_painted(images: torch.Tensor, prompt: str) -> torch.Tensor:
     return (distance < _CLOSE).sum(dim=(1, 2)) >= _FACE_PIXELS
 
 
-def first_emblems(images: torch.Tensor, prompt: str) -> torch.Tensor:
-    """Return for each view [V] whether it shows the first emblem, by a vote of pixels."""
-    first, second = modes_of([prompt] * len(images))[:, :, :3].to(images).unbind(1)
-    # Elsewhere both modes look alike, so these pixels would vote at random.
-    differ = (first - second).norm(dim=1) > _CLOSE
-    nearer = (images[:, :3] - first).norm(dim=1) < (images[:, :3] - second).norm(dim=1)
-    return (nearer & differ).sum(dim=(1, 2)) * 2 > differ.sum(dim=(1, 2))
+def shows_first_emblem(images: torch.Tensor, prompt: str) -> torch.Tensor:
+    """Return bool [V], True for each view that shows the preferred emblem of the prompt.
+
+    This is decided by a majority of the pixels at which the two emblems differ.
+
+    Args:
+        images: images [V, C, h, w] of one asset, in 0..1.
+        prompt: prompt of the asset.
+    """
+    first_mode, second_mode = modes_of([prompt] * len(images))[:, :, :3].to(images).unbind(1)
+    # At all other pixels both modes look alike, so the decision would be random there.
+    differs = (first_mode - second_mode).norm(dim=1) > _CLOSE  # [V, h, w]
+    first_distance = (images[:, :3] - first_mode).norm(dim=1)
+    second_distance = (images[:, :3] - second_mode).norm(dim=1)
+    is_first = first_distance < second_distance
+    return (is_first & differs).sum(dim=(1, 2)) * 2 > differs.sum(dim=(1, 2))
 
 
+# Questions by kind of prompt. The answer "Yes" is always the better one.
 QUESTIONS = {
     "janus": ("Does some side show a face?", "Is every other side free of faces?", "Is the object whole?"),
     "mode": tuple(f"Does side {number} show what the prompt prefers?" for number in range(1, SIDES + 1)),
@@ -63,60 +83,77 @@ def problem_questions(prompt: str) -> Sequence[str]:
 
 
 def analytic_answers(images: torch.Tensor, prompt: str, questions: Sequence[str]) -> str:
-    """Answer `QUESTIONS` from colours and counts of pixels, with one line per question."""
+    """Answer questions about an asset from the colours of pixels.
+
+    Args:
+        images: images [V, C, h, w] of the asset, in 0..1.
+        prompt: prompt of the asset.
+        questions: all or some of the questions of `problem_questions`.
+    Returns: one line per question, for example "1. Yes".
+    """
     if prompt_of(prompt).kind == "janus":
-        faces = int(faces_painted(images, prompt).sum())
+        face_count = int(faces_painted(images, prompt).sum())
         # The body fills most of each image, and the background is black.
-        complete = bool((images.amax(dim=1) > 0.1).double().mean() > 0.6)
-        known = dict(zip(QUESTIONS["janus"], (faces >= 1, faces <= 1, complete), strict=True))
+        is_complete = bool((images.amax(dim=1) > 0.1).double().mean() > 0.6)
+        answers = dict(zip(QUESTIONS["janus"], (face_count >= 1, face_count <= 1, is_complete), strict=True))
     else:
-        # One question per view; `questions` may be only some of them.
-        known = dict(zip(QUESTIONS["mode"], first_emblems(images, prompt).tolist(), strict=False))
-    return "\n".join(f"{i}. {'Yes' if known[question] else 'No'}" for i, question in enumerate(questions, 1))
+        # One question per view; there may be fewer than four views.
+        answers = dict(zip(QUESTIONS["mode"], shows_first_emblem(images, prompt).tolist(), strict=False))
+    return "\n".join(
+        f"{i}. {'Yes' if answers[question] else 'No'}" for i, question in enumerate(questions, 1)
+    )
 
 
 @dataclass(frozen=True)
 class YesNoJudge:
-    """Evaluator by yes/no questions, as in DreamDPO: an image's score is the number of answers with "Yes".
+    """Evaluator of images by yes/no questions, as in DreamDPO (arXiv 2502.04370).
 
-    The image with the higher score wins.
+    The score of an asset is the number of questions that are answered with "Yes". The asset with the higher
+    score wins.
     """
 
-    answers: Answers = analytic_answers
-    questions: Callable[[str], Sequence[str]] = problem_questions
+    answers: Answers = analytic_answers  # function that answers the questions
+    questions: Callable[[str], Sequence[str]] = (
+        problem_questions  # function that returns a prompt's questions
+    )
 
     def score(self, images: torch.Tensor, prompt: str) -> int:
-        """Count the lines of the answers that contain "yes"."""
-        return sum(
-            "yes" in line.lower()
-            for line in self.answers(images, prompt, self.questions(prompt)).splitlines()
-        )
+        """Count the questions about an asset, with images [V, C, h, w], that are answered with "Yes"."""
+        answer_lines = self.answers(images, prompt, self.questions(prompt)).splitlines()
+        return sum("yes" in line.lower() for line in answer_lines)
 
     def judge(self, prompts: list[str], pairs: list[Pair], shuffle_order: bool = True) -> list[int]:
-        """Compare pairs, see `PairwiseJudge`.
+        """Compare pairs of assets, and return 0 or 1 for the better one of each pair, or -1 for equal scores.
 
-        Each image is evaluated separately, so the order does not matter.
+        Args:
+            prompts: prompt of each pair.
+            pairs: images of both assets of each pair.
+            shuffle_order: ignored, since each asset is evaluated separately and the order has no influence.
         """
         del shuffle_order
-        return [
-            verdict(*(self.score(side, prompt) for side in pair))
-            for prompt, pair in zip(prompts, pairs, strict=True)
-        ]
+        results = []
+        for prompt, (first_images, second_images) in zip(prompts, pairs, strict=True):
+            results.append(verdict(self.score(first_images, prompt), self.score(second_images, prompt)))
+        return results
 
 
 @torch.no_grad()
 def plausibility(asset: Asset) -> Callable[[Sequence[str]], torch.Tensor]:
-    """Create a function that returns minus the RMS distance [A] of images to their nearest modes.
+    """Create a function that scores how similar the images of assets are to the modes of their prompts.
 
-    The function takes the prompts of the assets. Each of an asset's four images has its own nearest mode.
+    The function takes the prompts of the A assets and returns minus the RMS distance [A] of the four images
+    of an asset to the modes. The nearest of the two modes is chosen for each image separately. The assets are
+    rendered only once.
     """
     images = FourViews().render(asset, FourViews().draw(len(asset), torch.Generator()), torch.zeros(3)).images
 
     def minus_distance(prompts: Sequence[str]) -> torch.Tensor:
-        # [B, 2, 4, R, R], each prompt repeated for the four views
+        """Return minus the RMS distance [A] to the modes of the prompts."""
+        # [B, 2, 4, R, R]; each prompt is repeated for the four views
         mode_images = modes_of([text for text in prompts for _ in range(SIDES)]).to(images)
-        squared = (images[:, None] - mode_images).square().flatten(2).mean(dim=2).amin(dim=1)  # [B]
-        return -squared.unflatten(0, (-1, SIDES)).mean(dim=1).sqrt()
+        squared_distance = (images[:, None] - mode_images).square().flatten(2).mean(dim=2)  # [B, 2]
+        nearest_distance = squared_distance.amin(dim=1)  # [B]
+        return -nearest_distance.unflatten(0, (-1, SIDES)).mean(dim=1).sqrt()
 
     return minus_distance
 
@@ -124,35 +161,58 @@ def plausibility(asset: Asset) -> Callable[[Sequence[str]], torch.Tensor]:
 class AssetJudge:
     """Held-out evaluator of finished assets by their surface and its colour. It has no trained parts.
 
-    Heads: the better asset has a number of noses closer to one, counted on the surface. Boxes: the better
-    asset has more sides whose base has the first emblem's colours. If these are equal, the asset wins whose
-    images have the smaller RMS difference to the prior's nearest modes, provided that it is ahead by 0.01.
+    Of two heads, the one wins whose number of noses, counted on the surface, is closer to one. Of two boxes,
+    the one wins with more sides that show the preferred emblem. If these numbers are equal, the asset wins
+    whose images have the smaller RMS distance to the nearest modes, provided that the distances differ by
+    more than 0.01.
     """
 
     @torch.no_grad()
     def score(self, asset: Asset, prompts: Sequence[str]) -> torch.Tensor:
-        """Return the first criterion [A]; 0 is best and other values are negative."""
-        kinds = torch.tensor([prompt_of(text).kind == "janus" for text in prompts])
+        """Return the score [A] of A assets by the first criterion: 0 is best, and all others are negative.
+
+        The score is minus the difference of the number of noses from one, or minus the number of sides that
+        do not show the preferred emblem.
+
+        Args:
+            asset: A assets.
+            prompts: prompt of each asset.
+        """
+        is_head = torch.tensor([prompt_of(text).kind == "janus" for text in prompts])
         return torch.where(
-            kinds, -(noses(asset).cpu() - 1).abs(), emblem_sides(asset, prompts) - SIDES
+            is_head, -(noses(asset).cpu() - 1).abs(), emblem_sides(asset, prompts) - SIDES
         ).double()
 
     def compare(self, first: Asset, second: Asset, prompts: Sequence[str]) -> list[int]:
-        """Return 0, 1 or -1 for each of A pairs of assets with one prompt each."""
-        # The second criterion decides only between assets with equal first criterion.
-        scores = [self.score(asset, prompts).tolist() for asset in (first, second)]
-        likely = [plausibility(asset)(prompts).tolist() for asset in (first, second)]
-        return [
-            verdict(a, b) if a != b else verdict(p, q, _PLAUSIBLE)
-            for a, b, p, q in zip(*scores, *likely, strict=True)
-        ]
+        """Compare A pairs of assets, and return 0 or 1 for the better one of each pair, or -1 for a tie.
+
+        Args:
+            first: first asset of each pair.
+            second: second asset of each pair.
+            prompts: prompt of each pair.
+        """
+        first_scores = self.score(first, prompts).tolist()
+        second_scores = self.score(second, prompts).tolist()
+        first_plausibilities = plausibility(first)(prompts).tolist()
+        second_plausibilities = plausibility(second)(prompts).tolist()
+        results = []
+        for i in range(len(prompts)):
+            if first_scores[i] != second_scores[i]:
+                results.append(verdict(first_scores[i], second_scores[i]))
+            else:
+                results.append(verdict(first_plausibilities[i], second_plausibilities[i], _PLAUSIBLE))
+        return results
 
 
 @torch.no_grad()
 def emblem_sides(asset: Asset, prompts: Sequence[str]) -> torch.Tensor:
-    """Count the sides [A] whose base has the first emblem's colours; 0 for heads.
+    """Count the sides of each of A assets that show the preferred emblem: int64 [A], 0 for heads.
 
-    Each side is decided by a majority of the points at which the two emblems differ.
+    This is decided by a majority of the points on a side at which the colours of the two emblems differ.
+
+    Args:
+        asset: A assets.
+        prompts: prompt of each asset.
     """
     counts = []
     for i, text in enumerate(prompts):
@@ -160,12 +220,13 @@ def emblem_sides(asset: Asset, prompts: Sequence[str]) -> torch.Tensor:
         if prompt.kind != "mode":
             counts.append(0)
             continue
-        sides = 0
+        side_count = 0
         for side in range(SIDES):
-            points, colours = emblem_points(prompt, side, RESOLUTION)  # [P, 3], [2, P, 3]
-            seen = asset.colour(points)[i].cpu()
-            # [P] bool, True where the surface's colour is that of the first emblem
-            nearer = (seen - colours[0]).norm(dim=1) < (seen - colours[1]).norm(dim=1)
-            sides += int(nearer.double().mean() > 0.5)
-        counts.append(sides)
+            points, emblem_colours = emblem_points(prompt, side, RESOLUTION)  # [P, 3], [2, P, 3]
+            asset_colours = asset.colour(points)[i].cpu()  # [P, 3]
+            first_distance = (asset_colours - emblem_colours[0]).norm(dim=1)
+            second_distance = (asset_colours - emblem_colours[1]).norm(dim=1)
+            is_first = first_distance < second_distance
+            side_count += int(is_first.double().mean() > 0.5)
+        counts.append(side_count)
     return torch.tensor(counts)

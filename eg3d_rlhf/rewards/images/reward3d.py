@@ -1,11 +1,11 @@
-"""ImageReward (arXiv 2304.05977) and Reward3D (arXiv 2403.14613) from their published files: heads on BLIP
-features.
+"""ImageReward (arXiv 2304.05977) and Reward3D (arXiv 2403.14613), loaded from their published files.
 
-The MLP has no activation between its layers, because the published weights were trained without one. Both
-networks are always evaluated in eval mode, without dropout. In the released guidance, Lightning's train()
-turns dropout on, which makes the gradients noisy.
+Both networks compute a score from BLIP features (arXiv 2201.12086) of an image and its prompt. The MLP has no
+activation between its layers, because the published weights were trained without one. Both networks are
+always used in eval mode, without dropout. The released guidance code switches dropout on by accident
+(Lightning's train()), which makes the gradients noisy.
 
-Shape letters: B images, A assets, V = 4 views of one asset (adjacent in a batch), D feature width, T tokens.
+Shapes: B images, A assets, V = 4 views of an asset (adjacent in a batch), D width of the features, T tokens.
 """
 
 from collections.abc import Mapping
@@ -20,22 +20,26 @@ from eg3d_rlhf.models.blip import Blip, BlipSizes, from_published
 from eg3d_rlhf.models.clip_inputs import Tokenize, bert_tokenizer, clip_preprocess
 from eg3d_rlhf.models.weights import adopt, empty, frozen, read
 
-# Mean and standard deviation of raw scores. CrossViewFusion is published with a standard deviation of 5.
+# Mean and standard deviation of raw scores, with which the published code standardises scores. For
+# CrossViewFusion the published standard deviation is 5.
 MEAN = 0.16717362830052426
 STD = 1.0333394966054072
 FUSION_STD = 5.0
 VIEWS = 4
-# Length of a prompt in tokens, including the special ones. Longer prompts are cut.
+# Largest length of a prompt in tokens, including the special tokens. Longer prompts are cut.
 TOKENS = {"ImageReward": 35, "Scorer": 100, "CrossViewFusion": 100}
 Kind = Literal["ImageReward", "Scorer", "CrossViewFusion"]
 
 
 class RewardMlp(nn.Module):
-    """Linear layers D - 1024 - 128 - 64 - 16 - 1, with dropout .2, .2 and .1 after the first three."""
+    """Linear layers of the sizes D - 1024 - 128 - 64 - 16 - 1, with dropout after the first three layers.
+
+    Args: width: width D of the input features.
+    """
 
     def __init__(self, width: int):
         super().__init__()
-        # Dropout layers are inactive in eval mode, but they count in the names of the state dict.
+        # Dropout layers are inactive in eval mode, but the names of published state dicts count them.
         self.layers = nn.Sequential(
             nn.Linear(width, 1024),
             nn.Dropout(0.2),
@@ -48,11 +52,11 @@ class RewardMlp(nn.Module):
         )
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """Return raw scores [B, 1] of features [B, D]."""
+        """Compute raw scores [B, 1] from features [B, D]."""
         return self.layers(features)
 
-    def wide(self, features: torch.Tensor) -> torch.Tensor:
-        """Return the hidden layer of 128 units, [B, 128], after the second linear layer."""
+    def hidden(self, features: torch.Tensor) -> torch.Tensor:
+        """Compute the output [B, 128] of the second linear layer from features [B, D]."""
         # layers[:3] are Linear, Dropout, Linear.
         return self.layers[:3](features)
 
@@ -66,13 +70,16 @@ class ViewScorer(nn.Module):
         self.fc2 = nn.Linear(256, 64)
         self.fc3 = nn.Linear(64, 1)
 
-    def forward(self, wide: torch.Tensor) -> torch.Tensor:
-        """Return raw scores [A, 1] of the concatenated hidden layers [A, 4 * 128]."""
-        return self.fc3(self.fc2(self.fc1(wide)))
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Compute raw scores [A, 1] from the concatenated hidden layers [A, 4 * 128] of four views."""
+        return self.fc3(self.fc2(self.fc1(hidden)))
 
 
 class CrossViewAdapter(nn.Module):
-    """Attention between the four views of an asset, followed by a gate and the mean over views."""
+    """Attention between the four views of an asset, followed by a gate and the mean over views.
+
+    Args: width: width D of the features, a multiple of 12.
+    """
 
     def __init__(self, width: int):
         super().__init__()
@@ -80,10 +87,10 @@ class CrossViewAdapter(nn.Module):
         self.fusion_gate = nn.Sequential(nn.Linear(2 * width, width), nn.Sigmoid())
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """Fuse features [A, V, D] -> [A, D].
+        """Fuse the features of the views of each asset: [A, V, D] -> [A, D].
 
-        The result is the mean over views of gate * attended + (1 - gate) * feature, with gate =
-        sigmoid(Linear [feature, attended]).
+        The result is the mean over views of gate * attended + (1 - gate) * feature, where attended is the
+        result of the attention, and gate = sigmoid(Linear [feature, attended]).
         """
         # Each view attends to all four views of its asset, [A, V, D].
         attended, _ = self.self_attn(features, features, features, need_weights=False)
@@ -92,10 +99,13 @@ class CrossViewAdapter(nn.Module):
 
 
 class Reward3dNetwork(nn.Module):
-    """BLIP trunk and reward heads under their published names.
+    """Network of ImageReward or Reward3D: BLIP and a head, with the module names of the published state
+    dicts.
 
-    Args: kind: "ImageReward" scores each image separately; "Scorer" and "CrossViewFusion" are the two
-        networks of Reward3D, which score four views together.
+    Args:
+        kind: "ImageReward", which scores each image separately; or "Scorer" or "CrossViewFusion", the two
+            networks of Reward3D, which score four views together.
+        sizes: sizes of BLIP.
     """
 
     def __init__(self, kind: Kind, sizes: BlipSizes):
@@ -104,44 +114,44 @@ class Reward3dNetwork(nn.Module):
         self.blip = Blip(sizes)
         self.mlp = RewardMlp(sizes.text_width)
         if kind == "Scorer":
-            # The capital letter is that of the published state dict.
+            # The published state dict writes this name with a capital letter.
             self.Scorer = ViewScorer()
         elif kind == "CrossViewFusion":
             self.cross_view_adapter = CrossViewAdapter(sizes.text_width)
 
     def head(self, features: torch.Tensor) -> torch.Tensor:
-        """Return scores of BLIP features [B, D]: (raw - mean) / standard deviation. Differentiable.
+        """Compute scores from BLIP features [B, D]: (raw score - mean) / standard deviation. Differentiable.
 
-        The shape is [B] for ImageReward and [A] otherwise.
+        The result is [B] for ImageReward, and [A] for Reward3D, one score per asset.
         """
         if self.kind == "ImageReward":
             return (self.mlp(features)[:, 0] - MEAN) / STD
-        # [B, D] -> [A, V, ...], since the views of an asset are adjacent
+        # The views of an asset are adjacent, so the batch is divided into assets: [B, ...] -> [A, V, ...].
         if self.kind == "Scorer":
-            return (
-                self.Scorer(self.mlp.wide(features).unflatten(0, (-1, VIEWS)).flatten(1))[:, 0] - MEAN
-            ) / STD
-        return (
-            self.mlp(self.cross_view_adapter(features.unflatten(0, (-1, VIEWS))))[:, 0] - MEAN
-        ) / FUSION_STD
+            hidden = self.mlp.hidden(features).unflatten(0, (-1, VIEWS)).flatten(1)  # [A, 4 * 128]
+            return (self.Scorer(hidden)[:, 0] - MEAN) / STD
+        fused_features = self.cross_view_adapter(features.unflatten(0, (-1, VIEWS)))  # [A, D]
+        return (self.mlp(fused_features)[:, 0] - MEAN) / FUSION_STD
 
     @classmethod
     def of(cls, state: Mapping[str, torch.Tensor], source: str) -> "Reward3dNetwork":
-        """Create the network that the names and shapes of a state dict describe, on the meta device.
+        """Create the network that matches the names and shapes of a state dict, on the meta device.
 
-        Args: source: flag and file that messages name.
-        Raises: ValueError for a file of another network.
+        Args:
+            state: state dict of a published file.
+            source: start of the messages, which names flag and file.
+        Raises: ValueError for a state dict of any other network.
         """
         sizes = BlipSizes.of(state, source)
-        # The heads decide the kind, since all three share the BLIP trunk.
+        # All three kinds contain BLIP, so the names of the heads decide the kind.
         kind: Kind = "Scorer" if "Scorer.fc1.weight" in state else "ImageReward"
         if any(name.startswith("cross_view_adapter.") for name in state):
             kind = "CrossViewFusion"
             # The published adapter has 12 attention heads.
             if sizes.text_width % 12:
                 raise ValueError(
-                    f"{source}: expected a text width that is a multiple of 12, got {sizes.text_width}. Use"
-                    " the published file."
+                    f"{source}: expected a text width that is a multiple of the 12 attention heads, got"
+                    f" {sizes.text_width}. Pass the published file of Reward3D."
                 )
         return empty(lambda: cls(kind, sizes))
 
@@ -149,26 +159,32 @@ class Reward3dNetwork(nn.Module):
 class BlipReward:
     """ImageReward or Reward3D as a reward of images, in eval mode.
 
-    Args: tokenize: prompts -> token numbers [B, T] and mask [B, T].
+    Args:
+        network: network of the reward.
+        tokenize: function from prompts to token indices [B, T] and a mask [B, T].
+        device: device of the network.
     """
 
     differentiable = True
 
     def __init__(self, network: Reward3dNetwork, tokenize: Tokenize, device: str | torch.device = "cpu"):
-        # Eval mode and no gradients of parameters, in place.
+        # Sets eval mode and switches off gradients of parameters, in place.
         frozen(network, device)
         self.network = network
         self.tokenize = tokenize
         self.device = torch.device(device)
         self.views = 1 if network.kind == "ImageReward" else VIEWS
         self.modality: Modality = "image" if self.views == 1 else "multiview"
-        # Reward3D was trained with the side of each view in its prompt.
+        # Reward3D was trained with prompts that name the side of each view.
         self.view_prompts = self.views > 1
 
     def score(self, pixels: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-        """Return scores [B] of images [B, 3, h, w] in 0..1, one prompt each.
+        """Return scores [B] of images [B, 3, h, w] in 0..1.
 
-        The prompts of Reward3D name the side of each view (see `RewardModel.view_prompts`).
+        Args:
+            pixels: images; for Reward3D, the four views of an asset are adjacent and get the same score.
+            prompts: prompt of each image; for Reward3D, it names the side of the view (see
+                `RewardModel.view_prompts`).
         """
         tokens, mask = (x.to(self.device) for x in self.tokenize(prompts))
         images = clip_preprocess(pixels.to(self.device).float(), self.network.blip.side)
@@ -183,14 +199,18 @@ def load_blip_reward(
     """Load ImageReward.pt, Reward3D_Scorer.pt or Reward3D_CrossViewFusion.pt.
 
     BERT's tokenizer must be in the folder tokenizer/ beside the file.
+
+    Args:
+        path: published file.
+        state: state dict of the file, or None to read it.
+        device: device of the network.
     """
     source = f"--reward: {path.name}"
     state = read(path, "--reward") if state is None else state
     network = Reward3dNetwork.of(state, source)
-    # The network on the meta device takes over the tensors of the file, without a copy.
+    # The network on the meta device uses the tensors of the file themselves, without a copy.
     adopt(network, from_published(state), source)
-    # A tokenizer with more words would index beyond the embedding table.
-    words = network.blip.text_encoder.config.vocab_size
-    return BlipReward(
-        network, bert_tokenizer(path.parent / "tokenizer", "--reward", TOKENS[network.kind], words), device
-    )
+    # A tokenizer with a larger vocabulary would give indices beyond the embedding table.
+    vocabulary_size = network.blip.text_encoder.config.vocab_size
+    tokenize = bert_tokenizer(path.parent / "tokenizer", "--reward", TOKENS[network.kind], vocabulary_size)
+    return BlipReward(network, tokenize, device)

@@ -1,3 +1,4 @@
-"""RewardCS, the mesh reward of DreamCS (reconstructed): mesh encoder, data, and training with the
-Cauchy-Schwarz term.
+"""RewardCS, the mesh reward of DreamCS (arXiv 2506.09814): mesh encoder, data, and training.
+
+The code of DreamCS is not published, so this is a reconstruction from the paper.
 """

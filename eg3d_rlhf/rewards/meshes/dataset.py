@@ -1,17 +1,18 @@
-"""Meshes with unpaired labels: generated with known defects, or read from files of the user.
+"""Meshes with labels of single shapes: generated with known defects, or read from files of the user.
 
-A generated shape of severity s has the score 5 - 4 s. As everywhere with unpaired labels, shapes with a score
-of 4.0 or more are preferred, those with 3.5 or less are not, and those in between are not used.
+A generated mesh with a defect of severity s (0..1) has the score 5 - 4 s. Meshes with a score of 4.0 or more
+are preferred, meshes with a score of 3.5 or less are not, and meshes between these thresholds are not used.
 
 | defect | quantity that increases with the severity |
 | --- | --- |
 | noise | height of waves on the surface |
 | holes | radius of a ball that is cut out |
-| floaters | number and radius of balls beside the body; the test problem's objects leave no space for them |
-| second-nose | size of an additional nose: at the back of a head, or on other sides of the test problem's
-objects | | no-nose | missing part of the nose |
+| floaters | number and radius of balls beside the head; box heads leave no space for them |
+| second-nose | size of an additional nose: at the back of a head, or on other sides of a box head |
+| no-nose | missing part of the nose |
 
-Letters: N meshes, P patches, F faces of a patch, V vertices of a lattice.
+Shapes: N meshes, P patches, F faces of a patch, V vertices of a lattice. A level [V] is negative inside a
+    shape.
 """
 
 import math
@@ -31,58 +32,63 @@ from eg3d_rlhf.preferences.labels import jsonl_records
 from eg3d_rlhf.preferences.unpaired import SCALE, UnpairedPreference, split_unpaired
 from eg3d_rlhf.rewards.box_prompts import PROMPTS
 from eg3d_rlhf.rewards.boxes import FLOOR, build, nose_voxels, side_axes
-from eg3d_rlhf.rewards.meshes.patches import PatchOptions, patches_of, stacked
+from eg3d_rlhf.rewards.meshes.patches import PatchOptions, concatenate, patches_of
 from eg3d_rlhf.rewards.meshes.surfaces import Lattice, closed_level, cube, net_mesh, signed_volume
 from training.phases import derive_seed
 
-# Generated training shapes, each with one defect of a known severity: smooth heads with one nose, and the
-# objects of the test problem.
+# Generated training shapes, each with one defect of a known severity: smooth heads with one nose, and the box
+# heads of the bundled test problem.
 
-# Defects of each source
+# Defects by source
 KINDS = {
     "heads": ("noise", "holes", "floaters", "second-nose"),
     "janus": ("second-nose", "no-nose", "noise", "holes"),
 }
 # Radii of a head along x, y, z, relative to _RADIUS, by prompt
 BODIES = {"a round head": (1.0, 1.0, 1.0), "a tall head": (0.9, 1.25, 0.9), "a wide head": (1.2, 0.95, 1.0)}
-_RADIUS = 0.27  # of a body, world units
-_BLEND = 0.03  # width of the rounding where parts meet, world units
+_RADIUS = 0.27  # mean radius of a head, world units
+_BLEND = 0.03  # width of the rounding where nose and head meet, world units
 _WAVES = 12  # number of plane waves in the noise
-# (lattice, kind, severity, random generator) -> level [V], prompt
+# Function that generates a shape: (lattice, kind of defect, severity, random numbers) -> level [V], prompt
 Source = Callable[[Lattice, str, float, torch.Generator], tuple[torch.Tensor, str]]
 
 
 def head(lattice: Lattice, kind: str, severity: float, rng: torch.Generator) -> tuple[torch.Tensor, str]:
-    """Generate a head with a defect of `severity` 0..1, rotated by a random number of quarter turns.
+    """Generate a smooth head with a defect, rotated about the upward axis by a random multiple of 90 degrees.
 
-    Returns: the level [V], negative inside, and the head's prompt.
+    Args:
+        lattice: lattice of the level.
+        kind: kind of the defect.
+        severity: severity of the defect, 0..1.
+        rng: random numbers of the shape.
+    Returns: the level [V], negative inside, and the prompt of the head.
     """
-    # All random numbers of the head are taken at once, so that they do not depend on the kind of defect.
+    # Random numbers in [0, 1) of all properties are drawn at once, so that they do not depend on the defect.
     u = torch.rand(8, generator=rng)
-    # u < 1, so the index is valid.
     prompt = list(BODIES)[int(u[0] * len(BODIES))]
     radii = _RADIUS * torch.tensor(BODIES[prompt]) * (0.9 + 0.2 * u[1])
-    turn = int(u[2] * 4)
+    quarter_turns = int(u[2] * 4)
     points = lattice.vertices
-    # The lattice's points are rotated, which rotates the head in the opposite direction.
-    for _ in range(turn):
+    # The points of the lattice are rotated, which rotates the head in the opposite direction.
+    for _ in range(quarter_turns):
         points = torch.stack([points[:, 2], points[:, 1], -points[:, 0]], dim=1)
-    # About the signed distance to an ellipsoid, exact for a sphere.
+    # Approximately the signed distance to an ellipsoid; exact for a sphere.
     level = ((points / radii).norm(dim=1) - 1) * radii.min()
-    size = 0.085 + 0.03 * float(u[3])
+    nose_radius = 0.085 + 0.03 * float(u[3])
     height = 0.1 * float(u[4]) - 0.05
-    # The nose disappears at a severity of 1 / 1.6.
-    radius_in_front = size * (max(0.0, 1 - 1.6 * severity) if kind == "no-nose" else 1)
-    noses = [(1, radius_in_front)] + (
-        [(-1, size * min(1.0, 1.6 * severity))] if kind == "second-nose" else []
-    )
+    # For the defect "no-nose", the nose disappears at a severity of 1 / 1.6.
+    front_radius = nose_radius * (max(0.0, 1 - 1.6 * severity) if kind == "no-nose" else 1)
+    # Sign of z (1 is the front, -1 the back) and radius of each nose
+    noses = [(1, front_radius)]
+    if kind == "second-nose":
+        noses.append((-1, nose_radius * min(1.0, 1.6 * severity)))
     for side, radius in noses:
         centre = torch.tensor([0.0, height, side * (float(radii[2]) + 0.4 * radius)])
-        level = _joined(level, (points - centre).norm(dim=1) - radius)
-    return _damaged(level, points, radii, kind, severity, rng), prompt
+        level = _smooth_union(level, (points - centre).norm(dim=1) - radius)
+    return _add_defect(level, points, radii, kind, severity, rng), prompt
 
 
-def _damaged(
+def _add_defect(
     level: torch.Tensor,
     points: torch.Tensor,
     radii: torch.Tensor,
@@ -90,159 +96,207 @@ def _damaged(
     severity: float,
     rng: torch.Generator,
 ):
-    """Add noise, holes or floaters to a level [V]; the other kinds of defects leave it unchanged."""
+    """Add noise, holes or floaters to the level [V] of a head. For all other defects return it unchanged.
+
+    Args:
+        level: level of the head.
+        points: points [V, 3] of the level, in the coordinates of the head.
+        radii: radii [3] of the head along x, y, z.
+        kind: kind of the defect.
+        severity: severity of the defect, 0..1.
+        rng: random numbers of the shape.
+    """
     if kind == "noise":
         return level + 0.07 * severity * waves(points, rng)
     if kind == "holes":
-        return torch.maximum(level, 0.3 * severity - (points - radii * _direction(rng)).norm(dim=1))
+        # A ball of radius 0.3 * severity around a point of the surface is removed.
+        hole_centre = radii * _random_direction(rng)
+        return torch.maximum(level, 0.3 * severity - (points - hole_centre).norm(dim=1))
     if kind == "floaters":
         for _ in range(round(4 * severity - 0.6)):
-            offset = (0.43 + 0.05 * float(torch.rand((), generator=rng))) * _direction(rng)
+            distance = 0.43 + 0.05 * float(torch.rand((), generator=rng))
+            centre = distance * _random_direction(rng)
             radius = 0.04 + 0.05 * severity
-            # The clamp keeps a floater inside the cube.
-            level = torch.minimum(
-                level, (points - offset.clamp(-0.49 + radius, 0.49 - radius)).norm(dim=1) - radius
-            )
+            # The clamp moves the floater inside the cube.
+            centre = centre.clamp(-0.49 + radius, 0.49 - radius)
+            level = torch.minimum(level, (points - centre).norm(dim=1) - radius)
     return level
 
 
 def waves(points: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
-    """Sum plane waves at points [V, 3], with wavelengths from a tenth to a fifth of the cube.
+    """Compute noise [V] at points [V, 3]: a sum of random plane waves with a standard deviation of 1.
 
-    Returns [V] with a standard deviation of 1.
+    The wavelengths are between a tenth and a fifth of the edge of the unit cube.
     """
-    along = torch.randn(_WAVES, 3, generator=rng)
-    along = (
-        2 * math.pi * (5 + 5 * torch.rand(_WAVES, 1, generator=rng)) * along / along.norm(dim=1, keepdim=True)
+    direction = torch.randn(_WAVES, 3, generator=rng)
+    wave_vector = (
+        2
+        * math.pi
+        * (5 + 5 * torch.rand(_WAVES, 1, generator=rng))
+        * direction
+        / direction.norm(dim=1, keepdim=True)
     )
     phase = 2 * math.pi * torch.rand(_WAVES, generator=rng)
-    # A cosine has a variance of 1/2.
-    return (points @ along.T + phase).cos().sum(dim=1) / math.sqrt(_WAVES / 2)
+    # A cosine with a random phase has a variance of 1/2.
+    return (points @ wave_vector.T + phase).cos().sum(dim=1) / math.sqrt(_WAVES / 2)
 
 
-def _direction(rng: torch.Generator) -> torch.Tensor:
-    """Return a random direction [3] that tends to point away from the noses, which lie along z."""
+def _random_direction(rng: torch.Generator) -> torch.Tensor:
+    """Return a random vector [3] of length 1, which tends to point away from the z axis, where noses lie."""
     x = torch.randn(3, generator=rng) * torch.tensor([1.0, 1.0, 0.4])
     return x / x.norm()
 
 
-def _joined(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Return the union of two levels, rounded where they meet (soft minimum)."""
+def _smooth_union(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Return the level [V] of the union of two shapes with the levels a, b [V], rounded where they meet.
+
+    The result is a soft minimum of both levels.
+    """
     return -_BLEND * torch.logaddexp(-a / _BLEND, -b / _BLEND)
 
 
 def janus(lattice: Lattice, kind: str, severity: float, rng: torch.Generator) -> tuple[torch.Tensor, str]:
-    """Generate an object of the test problem's mini-Janus, finished or incomplete, with a defect of
-    `severity` 0..1.
+    """Generate a box head of the bundled test problem, finished or unfinished, with a defect.
 
-    One side has a nose. Half of the objects have partial noses, as at the start of a run, where a nose with a
-    share below .4 to .45 does not reach the surface. The noses of the other half are complete, but lower, so
-    that a reward has a gradient at every height.
+    One side has a nose. Half of the objects have partial noses, as at the start of an optimisation, where a
+    nose with a share of the face below about 0.4 does not reach the surface. The noses of the other half are
+    complete but lower, so that a reward has a gradient at every height.
+
+    Args:
+        lattice: lattice of the level.
+        kind: kind of the defect.
+        severity: severity of the defect, 0..1.
+        rng: random numbers of the shape.
     Returns: the level [V], negative inside, and the prompt.
     """
+    # Random numbers in [0, 1) of all properties are drawn at once, so that they do not depend on the defect.
     u = torch.rand(14, generator=rng)
     prompts = [prompt for prompt in PROMPTS if prompt.kind == "janus"]
     prompt = prompts[int(u[0] * len(prompts))]
     order = torch.randperm(4, generator=rng)  # order[0] is the side with the nose
-    low = bool(u[12] < 0.5)  # complete but low noses
-    share = (0.15 if low else 0.3) * u[1:5]
-    # The side with a nose: complete, or reduced by the severity of no-nose.
-    share[order[0]] = (
-        max(0.0, 1 - (1.1 if low else 1.6) * severity) if kind == "no-nose" else 0.75 + 0.25 * u[5]
-    )
+    has_low_noses = bool(u[12] < 0.5)
+    # [4]: share of the face on each side, first small values on all sides
+    share = (0.15 if has_low_noses else 0.3) * u[1:5]
+    # The side with the nose: almost complete, or reduced by the severity of "no-nose"
+    if kind == "no-nose":
+        share[order[0]] = max(0.0, 1 - (1.1 if has_low_noses else 1.6) * severity)
+    else:
+        share[order[0]] = 0.75 + 0.25 * u[5]
     if kind == "second-nose":
-        share[order[1 : 2 + int(3 * u[6])]] = min(1.0, 1.1 * severity if low else 0.2 + 0.9 * severity)
+        # One to three further sides
+        further_sides = order[1 : 2 + int(3 * u[6])]
+        share[further_sides] = min(1.0, 1.1 * severity if has_low_noses else 0.2 + 0.9 * severity)
     solid = 1.2 + 1.8 * float(u[7])
     empty = -1 - float(u[8])
-    # [None]: one object
+    # `build` takes shares [A, 4], and here A is 1.
     objects = build(prompt, share[None], solid=solid, empty=empty)
-    # A low nose is filled from its base up to 3 * share voxels; the partial voxel gets a value in between.
-    for side in range(4 if low else 0):
-        # Height above the base of the recess: 1 and 2 voxels
+    # A low nose is filled from the base up to a height of 3 * share voxels, and the voxel at the top gets a
+    # value between solid and empty.
+    for side in range(4 if has_low_noses else 0):
         nose = nose_voxels(objects.resolution, side)
-        above = side_axes(objects.resolution, side)[2] - FLOOR
-        inside = (3 * share[side] - above[nose]).clamp(-1, 1)
+        # The third coordinate of a side points towards its camera. [N, N, N], in voxels
+        height_above_base = side_axes(objects.resolution, side)[2] - FLOOR
+        inside = (3 * share[side] - height_above_base[nose]).clamp(-1, 1)
         objects.shape[0, nose] = torch.where(inside > 0, solid * inside, -empty * inside)
-    rough = 0.05 + (1.2 * severity if kind == "noise" else 0.15 * float(u[9]))
-    # Every object has some noise; those with the defect `noise` have more.
-    objects.shape.add_(rough * torch.randn(objects.shape.shape, generator=rng))
+    noise = 0.05 + (1.2 * severity if kind == "noise" else 0.15 * float(u[9]))
+    # Every object has some noise, and objects with the defect "noise" have more.
+    objects.shape.add_(noise * torch.randn(objects.shape.shape, generator=rng))
     level = (objects.level - objects.density(lattice.vertices)[0]) / GAIN
     if kind == "holes":
-        # A hole in one of the six sides of the box
-        x = torch.randn(3, generator=rng)
-        level = torch.maximum(
-            level,
-            (0.3 * severity - (lattice.vertices - 0.43 * x / x.abs().max()).norm(dim=1)) / objects.pitch,
-        )
+        # The centre of the hole lies on one of the six faces of a cube with half edge 0.43.
+        direction = torch.randn(3, generator=rng)
+        hole_centre = 0.43 * direction / direction.abs().max()
+        # Division by the distance between voxels converts to the unit of the level.
+        hole_level = (0.3 * severity - (lattice.vertices - hole_centre).norm(dim=1)) / objects.pitch
+        level = torch.maximum(level, hole_level)
     return level, prompt.text
 
 
 SOURCES: dict[str, Source] = {"heads": head, "janus": janus}
 
 
-FALL = 4.0  # decrease of the score from a perfect shape to one of severity 1
-BETWEEN = 20  # one shape in 20 lies between the thresholds, so that it has no preference
-OnShape = Callable[[int], object] | None  # called with the number of finished shapes
+FALL = 4.0  # difference of the scores of a shape without defect and a shape with a defect of severity 1
+BETWEEN = 20  # one shape in 20 has a score between the thresholds and is neither preferred nor not preferred
+OnShape = Callable[[int], object] | None  # function that is called with 1 after each shape
 
 
 @dataclass(frozen=True, kw_only=True)
 class MeshSet:
-    """Meshes as patches, with their labels. Label i belongs to row i, and its seed is i."""
+    """Meshes as patches, with their labels and prompts. The seed of a label is the index of its mesh."""
 
-    patches: Patches  # [N, P, F, ...]
-    labels: tuple[UnpairedPreference, ...]
-    prompts: tuple[str, ...]
-    kinds: tuple[str, ...]  # defect of each mesh; '' if it is not known
+    patches: Patches  # patches [N, P, F, ...] of N meshes
+    labels: tuple[UnpairedPreference, ...]  # label of each mesh
+    prompts: tuple[str, ...]  # prompt of each mesh
+    kinds: tuple[str, ...]  # kind of the defect of each mesh; '' for meshes of the user
 
     def split(
         self, held_out: float, seed: int = 0
     ) -> tuple[list[UnpairedPreference], list[UnpairedPreference]]:
-        """Split usable labels into training and held-out ones, separately for both kinds of labels.
+        """Split the labels into training labels and held-out labels.
 
-        Args: held_out: share of the held-out ones, 0..1.
-        Raises: ValueError if a part has fewer than two labels of a kind.
+        Preferred and other meshes are split separately. Labels between the thresholds are not used.
+
+        Args:
+            held_out: share of the labels that are held out, 0..1.
+            seed: random seed of the split.
+        Returns: training labels, and held-out labels.
+        Raises: ValueError if either result has fewer than two labels of preferred or of other meshes.
         """
-        # Without pairs, all labels are split by their fractions, and nothing is dropped.
-        parts = split_unpaired(
+        # There are no pairs, so the labels are split by their shares alone.
+        splits = split_unpaired(
             self.labels,
             Splits(train=(), val=(), test=(), dropped=0, ties=0),
             (1 - held_out, 0.0, held_out),
             seed,
         )
         for name in ("train", "test"):
-            kinds = [sum(label.preferred is kind for label in parts[name]) for kind in (True, False)]
-            if min(kinds) < 2:
+            preferred_count = sum(label.preferred is True for label in splits[name])
+            other_count = sum(label.preferred is False for label in splits[name])
+            if min(preferred_count, other_count) < 2:
                 raise ValueError(
-                    f"meshes: expected at least 2 preferred and 2 other meshes in each part, got {kinds}"
-                    f" ({name}). Label more meshes."
+                    f"meshes: expected at least 2 preferred and 2 other meshes in the split {name}, got"
+                    f" {preferred_count} preferred and {other_count} other meshes. Label more meshes."
                 )
-        return list(parts["train"]), list(parts["test"])
+        return list(splits["train"]), list(splits["test"])
 
     def select(self, labels: Sequence[UnpairedPreference]) -> tuple[Patches, list[str]]:
-        """Return the patches and prompts that belong to labels."""
-        # A label's seed is the row of its mesh.
-        rows = torch.tensor([label.seed for label in labels])
-        return Patches(*(part[rows] for part in self.patches)), [self.prompts[label.seed] for label in labels]
+        """Return the patches and the prompts of the meshes to which labels belong."""
+        # The seed of a label is the index of its mesh.
+        index = torch.tensor([label.seed for label in labels])
+        return Patches(*(tensor[index] for tensor in self.patches)), [
+            self.prompts[label.seed] for label in labels
+        ]
 
 
 def severity_of(index: int, u: float) -> float:
-    """Return the severity of shape `index`, from a random number u in 0..1.
+    """Choose the severity of the defect of a generated shape.
 
-    Preferred and other shapes alternate, and one in BETWEEN lies between the thresholds.
+    Preferred and other shapes alternate, and one shape in BETWEEN has a score between the thresholds.
+
+    Args:
+        index: index of the shape.
+        u: random number in 0..1.
     """
-    # Severities of the two thresholds, from score = 5 - FALL * severity
-    good, bad = ((5 - score) / FALL for score in (GOOD, BAD))
+    # Severities of both thresholds, from score = 5 - FALL * severity
+    good_severity, bad_severity = ((5 - score) / FALL for score in (GOOD, BAD))
     if index % BETWEEN == BETWEEN - 1:
-        return good + (bad - good) * (0.1 + 0.8 * u)
-    return good * u if index % 2 == 0 else bad + (1 - bad) * u
+        # 0.1 and 0.8 keep the severity away from both thresholds.
+        return good_severity + (bad_severity - good_severity) * (0.1 + 0.8 * u)
+    return good_severity * u if index % 2 == 0 else bad_severity + (1 - bad_severity) * u
 
 
 def generate_meshes(
     source: str, count: int, options: PatchOptions, resolution: int, seed: int = 0, on_shape: OnShape = None
 ) -> MeshSet:
-    """Generate `count` meshes of one of SOURCES, on a lattice of `resolution` cells per edge.
+    """Generate training meshes with defects. Mesh i depends only on the seed and on i.
 
-    Shape i depends only on the seed and i.
+    Args:
+        source: name of a function of SOURCES.
+        count: number of meshes.
+        options: settings with which meshes are converted to patches.
+        resolution: number of cells per edge of the lattice on which meshes are extracted.
+        seed: random seed.
+        on_shape: function that is called with 1 after each mesh.
     """
     # All shapes share one lattice.
     lattice = cube(resolution)
@@ -250,10 +304,11 @@ def generate_meshes(
     labels = list[UnpairedPreference]()
     prompts = list[str]()
     kinds = list[str]()
-    known = KINDS[source]
+    source_kinds = KINDS[source]
     for i in range(count):
         rng = torch.Generator().manual_seed(derive_seed(seed, "mesh", source, i))
-        kind = known[i // 2 % len(known)]  # i // 2, since preferred and other shapes alternate
+        # Preferred and other shapes alternate, so i // 2 gives both the same kinds of defects.
+        kind = source_kinds[i // 2 % len(source_kinds)]
         severity = severity_of(i, float(torch.rand((), generator=rng)))
         level, prompt = SOURCES[source](lattice, kind, severity, rng)
         patches.append(patches_of([net_mesh(closed_level(level, lattice), lattice)], options))
@@ -262,18 +317,26 @@ def generate_meshes(
         kinds.append(kind)
         if on_shape is not None:
             on_shape(1)
-    return MeshSet(patches=stacked(patches), labels=tuple(labels), prompts=tuple(prompts), kinds=tuple(kinds))
+    return MeshSet(
+        patches=concatenate(patches), labels=tuple(labels), prompts=tuple(prompts), kinds=tuple(kinds)
+    )
 
 
 def read(path: Path, options: PatchOptions, on_shape: OnShape = None) -> MeshSet:
     """Read the meshes that a .jsonl file lists.
 
-    A line is {"mesh": "chair.glb", "prompt": "a chair", "score": 4.5}, or has "label": 1 or 0 in place of the
-    score. Paths are relative to the file.
-    Raises: FileNotFoundError; ValueError that names the line.
+    A line is, for example, {"mesh": "chair.glb", "prompt": "a chair", "score": 4.5}. Instead of a score, a
+    line may state "label": 1 (preferred) or 0 (not preferred). Paths of meshes are relative to the file.
+
+    Args:
+        path: the .jsonl file.
+        options: settings with which meshes are converted to patches.
+        on_shape: function that is called with 1 after each mesh.
+    Raises: FileNotFoundError if the file does not exist; ValueError, which names the line, for a line or a
+        mesh that is not valid.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"--data: expected a .jsonl file, found none at {path}. Check the path.")
+        raise FileNotFoundError(f"--data={path}: this file does not exist. Pass the path of a .jsonl file.")
     patches = []
     labels = list[UnpairedPreference]()
     prompts = list[str]()
@@ -288,21 +351,26 @@ def read(path: Path, options: PatchOptions, on_shape: OnShape = None) -> MeshSet
             on_shape(1)
     if not patches:
         raise ValueError(
-            f"--data: {path.name}: expected at least one mesh, got an empty file. Add meshes to the file."
+            f"--data={path}: this file lists no mesh. Add a line such as"
+            ' {"mesh": "chair.glb", "prompt": "a chair", "score": 4.5} for each mesh.'
         )
     return MeshSet(
-        patches=stacked(patches), labels=tuple(labels), prompts=tuple(prompts), kinds=("",) * len(labels)
+        patches=concatenate(patches), labels=tuple(labels), prompts=tuple(prompts), kinds=("",) * len(labels)
     )
 
 
 def _label(number: int, record: Mapping) -> UnpairedPreference:
-    """Create the label of mesh `number` from a line's record."""
+    """Create the label of the mesh with index `number` from the record of a line.
+
+    Raises: ValueError for a score that is no number, or a label that is not 0 or 1.
+    """
     score = record.get("score")
     label = record.get("label")
     if label not in (None, 0, 1) or isinstance(score, (str, bool, list, dict)):
-        got = label if score is None else score
+        stated_value = label if score is None else score
         raise ValueError(
-            f"expected a score from 0 to {SCALE:g}, or a label of 1 or 0, got {got!r}. Correct the line."
+            f'expected a "score" from 0 to {SCALE:g}, or a "label" of 1 or 0, got {stated_value!r}. Correct'
+            " this entry of the line."
         )
     return UnpairedPreference(
         seed=number,
@@ -315,26 +383,30 @@ def load_mesh(path: Path) -> Mesh:
     """Read a triangle mesh of any format that `read_triangles` supports, with all of its parts.
 
     If the volume is negative, the faces are flipped, so that they point outwards.
+
+    Raises: FileNotFoundError if the file does not exist; ValueError if it is no mesh of finite triangles.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"expected a mesh, found none at {path}. Check the path.")
+        raise FileNotFoundError(
+            f"the mesh {path} does not exist. Correct its path, which is relative to --data."
+        )
     try:
         vertices, faces = read_triangles(path)
     except ValueError as error:
         raise ValueError(f"{error} in {path.name}. Convert it to .glb, .ply or .obj.") from error
     if not len(faces) or not np.isfinite(vertices).all():
         raise ValueError(
-            f"expected finite triangles, got {len(faces)} faces in {path.name}. Export the surface as"
-            " triangles."
+            f"expected at least one face and finite vertices, got {len(faces)} faces in {path.name}. Export"
+            " the surface as triangles."
         )
-    # float32 as generated meshes have
+    # Vertices of generated meshes are float32, too.
     mesh = Mesh(torch.from_numpy(vertices.astype(np.float32)), torch.from_numpy(faces))
     return mesh if float(signed_volume(mesh)) >= 0 else Mesh(mesh.vertices, mesh.faces.flip(1))
 
 
 def randomised_labels(labels: Sequence[UnpairedPreference], seed: int) -> list[UnpairedPreference]:
-    """Permute scores and labels at random over the shapes, as a control."""
-    # A stream of its own, so that the order of batches is not changed.
+    """Permute scores and labels at random over the meshes. The result is a control without signal."""
+    # A separate stream of random numbers (3), so that the order of batches is not changed.
     order = np.random.default_rng([seed, 3]).permutation(len(labels))
     return [
         replace(label, score=labels[i].score, label=labels[i].label)
@@ -343,42 +415,51 @@ def randomised_labels(labels: Sequence[UnpairedPreference], seed: int) -> list[U
 
 
 def rotated(patches: Patches, quarters: torch.Tensor, mirrored: torch.Tensor) -> Patches:
-    """Rotate meshes by quarter turns [N] about the upward axis through the origin, and then mirror some in x.
+    """Rotate meshes by multiples of 90 degrees about the upward axis through the origin, and mirror some in
+    x.
 
-    Args: mirrored: [N] bool, the meshes that are mirrored.
+    Args:
+        patches: patches of N meshes.
+        quarters: number of quarter turns of each mesh, int64 [N] in 0..3.
+        mirrored: bool [N], True for meshes that are mirrored after the rotation.
     """
-    # Rotation and mirroring exchange x and z or change their signs, which is exact.
-    flip_x = ((quarters == 2) | (quarters == 3)) ^ mirrored
-    flip_z = (quarters == 1) | (quarters == 2)
-    swap = (quarters % 2 == 1).view(-1, 1, 1)
-    # [N, 1, 1, 3]
-    sign = torch.stack([1 - 2.0 * flip_x, torch.ones(len(quarters)), 1 - 2.0 * flip_z], dim=1)[:, None, None]
+    # Rotation and mirroring exchange x and z or change their signs, so the result has no rounding errors.
+    flips_x = ((quarters == 2) | (quarters == 3)) ^ mirrored
+    flips_z = (quarters == 1) | (quarters == 2)
+    swaps_xz = (quarters % 2 == 1).view(-1, 1, 1)
+    # [N, 1, 1, 3], factors of x, y, z after the exchange
+    sign = torch.stack([1 - 2.0 * flips_x, torch.ones(len(quarters)), 1 - 2.0 * flips_z], dim=1)[
+        :, None, None
+    ]
 
-    def moved(x: torch.Tensor) -> torch.Tensor:
-        a, b, c = x.unbind(-1)
-        return torch.stack([torch.where(swap, c, a), b, torch.where(swap, a, c)], dim=-1) * sign
+    def rotate(vectors: torch.Tensor) -> torch.Tensor:
+        """Rotate and mirror vectors [N, P, F, 3]."""
+        x, y, z = vectors.unbind(-1)
+        return torch.stack([torch.where(swaps_xz, z, x), y, torch.where(swaps_xz, x, z)], dim=-1) * sign
 
-    # Numbers 1-3 are the normal; the other numbers do not depend on the orientation.
+    # Features 1 to 3 are the normal of a face. The other features do not depend on the orientation.
     features = torch.cat(
-        [patches.features[..., :1], moved(patches.features[..., 1:4]), patches.features[..., 4:]], dim=-1
+        [patches.features[..., :1], rotate(patches.features[..., 1:4]), patches.features[..., 4:]], dim=-1
     )
-    return Patches(features, moved(patches.centres), patches.mask)
+    return Patches(features, rotate(patches.centres), patches.mask)
 
 
 def with_permuted_faces(patches: Patches, rng: torch.Generator) -> Patches:
     """Permute the faces of every patch at random. Otherwise the encoder would memorise their order."""
+    # Sorting random numbers gives a random permutation. [N, P, F, 1]
     order = torch.rand(patches.features.shape[:3], generator=rng).argsort(dim=2)[..., None]
     features, centres = (
-        part.gather(2, order.expand(-1, -1, -1, part.shape[3]))
-        for part in (patches.features, patches.centres)
+        tensor.gather(2, order.expand(-1, -1, -1, tensor.shape[3]))
+        for tensor in (patches.features, patches.centres)
     )
     return Patches(features, centres, patches.mask)
 
 
 def area_only(patches: Patches) -> Patches:
-    """Remove shape and position from patches, as a control that must not detect a second nose."""
+    """Set all features of faces except their area to 0, and their centres, too.
+
+    The result is a control: a reward that reads it must not detect a second nose.
+    """
     area = patches.features[..., :1]
-    others = patches.features[..., 1:]
-    return Patches(
-        torch.cat([area, torch.zeros_like(others)], dim=-1), torch.zeros_like(patches.centres), patches.mask
-    )
+    shape_features = torch.zeros_like(patches.features[..., 1:])
+    return Patches(torch.cat([area, shape_features], dim=-1), torch.zeros_like(patches.centres), patches.mask)

@@ -1,10 +1,11 @@
-"""RewardCS (DreamCS, reconstructed): a score of a mesh for a prompt.
+"""RewardCS, a reward that scores a mesh for a prompt (DreamCS, arXiv 2506.09814, reconstructed).
 
-Tokens of the mesh attend to tokens of the prompt, and the maximum over tokens is the embedding.
-The file is `<name>.safetensors` (state dict; the header holds patch options, sizes, prompts and provenance)
-beside `<name>.json`.
-Letters: A meshes, P patches, F faces of a patch, T tokens of a prompt (the words of the longest one + 1), C
-width, H heads.
+Tokens of the mesh attend to tokens of the prompt, and the maximum over the tokens is the embedding. A reward
+is stored in `<name>.safetensors`, which contains the state dict and, in its header, patch options, sizes,
+prompts and provenance. `<name>.json` beside it repeats the header in readable form.
+
+Shapes: A meshes, P patches, F faces of a patch, T tokens of a prompt (1 + number of words of the longest
+prompt), C channels.
 """
 
 import json
@@ -24,13 +25,14 @@ from eg3d_rlhf.models.attention import Block
 from eg3d_rlhf.rewards.meshes.settings import EncoderOptions, PatchOptions
 from training.storage import load_strict, read_tensors, write_atomic, write_tensors
 
-# Mesh encoder of MeshMAE's architecture (Liang et al. 2022), with its state-dict names. A patch of F faces
-# becomes one token: LayerNorm(Linear(10 F numbers, face by face)) + MLP(mean of the face centres). Then
-# follow a pre-norm transformer and a final LayerNorm. Masked patches neither attend nor are attended to, and
-# do not take part in the maximum. The published code pads with zeros, which do both.
+# Mesh encoder with the architecture and the state-dict names of MeshMAE (Liang et al. 2022, arXiv
+# 2207.10228). Each patch of F faces becomes one token: LayerNorm(Linear(10 F features of its faces)) +
+# MLP(mean of the centres of its faces). A pre-norm transformer and a final LayerNorm follow. Masked patches
+# (which do not exist) are not attended to and are left out of the maximum. In the published code, they are
+# patches of zeros that are attended to.
 
-NUMBERS = 10  # features of a face
-# Prefixes of MeshMAE's entries that the encoder does not use
+NUMBERS = 10  # number of features of a face
+# Beginnings of the names of MeshMAE's entries that the encoder does not use
 _OTHERS = (
     "cls_token",
     "classifier.",
@@ -44,14 +46,17 @@ _OTHERS = (
 
 
 class MeshEncoder(nn.Module):
-    """Encoder of patches to tokens [A, P, C]. Differentiable in features and centres."""
+    """Encoder of patches to tokens [A, P, C]. Differentiable in the features and the centres of the faces.
+
+    Args: options: sizes of the encoder.
+    """
 
     def __init__(self, options: EncoderOptions):
         super().__init__()
         width = options.width
         self.options = options
         self.to_patch_embedding = nn.Sequential(
-            # [A, P, F, 10] -> [A, P, 10 F] -> [A, P, C]
+            # [A, P, F, 10] -> [A, P, 10 F] -> [A, P, C] -> [A, P, C]
             nn.Flatten(2),
             nn.Linear(NUMBERS * options.faces, width),
             nn.LayerNorm(width),
@@ -61,9 +66,9 @@ class MeshEncoder(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def forward(self, patches: Patches) -> torch.Tensor:
-        """Map patches [A, P, F, ...] to tokens [A, P, C]. Tokens of masked patches have no meaning.
+        """Compute tokens [A, P, C] of patches [A, P, F, ...]. Tokens of masked patches have no meaning.
 
-        Raises: ValueError for patches with another number of faces.
+        Raises: ValueError for patches whose number of faces differs from `options.faces`.
         """
         check_shape(
             "MeshEncoder(features)",
@@ -71,52 +76,64 @@ class MeshEncoder(nn.Module):
             ("A", "P", self.options.faces, NUMBERS),
             "Use the patch options that are stored with the reward.",
         )
-        # A patch's position is the mean of its face centres.
+        # The position of a patch is the mean of the centres of its faces.
         x = self.to_patch_embedding(patches.features) + self.pos_embedding(patches.centres.mean(dim=2))
-        # A mesh without patches attends to all masked ones, since a softmax over nothing is NaN.
-        keep = (patches.mask | ~patches.mask.any(dim=1, keepdim=True))[:, None, None]
+        # A softmax without any entry would be NaN. If all patches of a mesh are masked, all are therefore
+        # attended to. [A, 1, 1, P]
+        attention_mask = (patches.mask | ~patches.mask.any(dim=1, keepdim=True))[:, None, None]
         for block in self.blocks:
-            x = block(x, keep)
+            x = block(x, attention_mask)
         return self.norm(x)
 
 
 def masked_max(tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Return the maximum over the tokens [A, P, C] that are not masked, [A, C]; 0 if all are masked."""
+    """Compute the maximum [A, C] over the tokens of each mesh that are not masked.
+
+    Args:
+        tokens: tokens [A, P, C].
+        mask: bool [A, P], False for masked tokens; the result is 0 if all tokens of a mesh are masked.
+    """
     # -inf is never the maximum, unless all tokens are masked.
-    largest = tokens.masked_fill(~mask[..., None], -torch.inf).amax(dim=1)
-    return torch.where(mask.any(dim=1, keepdim=True), largest, 0.0)
+    maximum = tokens.masked_fill(~mask[..., None], -torch.inf).amax(dim=1)
+    return torch.where(mask.any(dim=1, keepdim=True), maximum, 0.0)
 
 
 def load_meshmae(encoder: MeshEncoder, tensors: Mapping[str, torch.Tensor]) -> list[str]:
-    """Load the trunk of a MeshMAE state dict into an encoder, strictly.
+    """Load the encoder of a MeshMAE state dict into an encoder, strictly.
 
-    Returns: the names that were left out (class token, heads, decoder).
-    Raises: ValueError if the remaining entries do not fit.
+    Args:
+        encoder: encoder to fill.
+        tensors: state dict of MeshMAE.
+    Returns: sorted names of the entries that were not used (class token, heads, decoder).
+    Raises: ValueError if the used entries do not match the encoder.
     """
-    # Checkpoints of parallel training and of the autoencoder have these prefixes.
+    # Names have the prefix "module." after parallel training, and "encoder." in the autoencoder.
     renamed = {
         name.removeprefix("module.").removeprefix("encoder."): value for name, value in tensors.items()
     }
-    unused = sorted(name for name in renamed if name.startswith(_OTHERS))
-    trunk = {name: value for name, value in renamed.items() if name not in unused}
-    load_strict(encoder, trunk, f"MeshMAE, of {encoder.options}")
-    return unused
+    unused_names = sorted(name for name in renamed if name.startswith(_OTHERS))
+    encoder_tensors = {name: value for name, value in renamed.items() if name not in unused_names}
+    load_strict(encoder, encoder_tensors, f"MeshMAE, of {encoder.options}")
+    return unused_names
 
 
-# Prompts as tokens without a text model: a learned row for each known prompt, and a learned row for each
-# word, by its checksum.
+# Prompts become tokens without a text model: one learned embedding for each prompt of the training, and one
+# learned embedding for each word, chosen by a checksum of the word.
 
-BUCKETS = 512  # rows for words; words with equal checksum modulo this number share one
+BUCKETS = 512  # number of embeddings of words; words with equal checksum modulo this number share one
 _WORD = re.compile(r"[\w']+")
 
 
 class PromptTokens(nn.Module):
     """Module that maps prompts to tokens [A, T, C] and their mask [A, T].
 
-    Row 0 of the table is for unknown prompts.
+    The first token of a prompt stands for the complete prompt, and the others for its words. Row 0 of the
+    table of prompts is for unknown prompts. Any other module with this interface and an attribute `width`,
+    for example a frozen text encoder, can replace this module.
 
-    Another module with this signature and an attribute `width`, such as a frozen text encoder, can replace
-    it.
+    Args:
+        prompts: prompts of the training.
+        width: number of channels, C.
     """
 
     def __init__(self, prompts: Sequence[str], width: int):
@@ -131,41 +148,48 @@ class PromptTokens(nn.Module):
     def forward(
         self, prompts: Sequence[str], unknown: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return tokens [A, T, C] and mask [A, T].
+        """Return the tokens [A, T, C] of prompts and their mask [A, T], which is False for padding.
 
-        Args: unknown: [A] bool, prompts that are treated as unknown, so that training covers that case.
+        Args:
+            prompts: A prompts.
+            unknown: bool [A], True for prompts that are treated as unknown, although they may be prompts of
+                the training; None for no such prompt. Their words are still read.
         """
         device = self.table.weight.device
         rows = torch.tensor([self._row.get(prompt, 0) for prompt in prompts], device=device)
-        # The words of such a prompt are still read.
         rows = rows if unknown is None else rows.masked_fill(unknown.to(device), 0)
-        # crc32 and not hash(), which changes with every process.
-        words = [
-            [zlib.crc32(word.encode()) % BUCKETS for word in _WORD.findall(prompt.lower())]
-            for prompt in prompts
-        ]
+        # Rows of the words of each prompt. Unlike crc32, Python's hash() changes with every process.
+        word_rows = []
+        for prompt in prompts:
+            prompt_words = _WORD.findall(prompt.lower())
+            word_rows.append([zlib.crc32(word.encode()) % BUCKETS for word in prompt_words])
         # Shorter prompts are padded, and the mask excludes the padding.
-        longest = max((len(row) for row in words), default=0)
-        shape = len(prompts), longest
-        index = torch.tensor(
-            [row + [0] * (longest - len(row)) for row in words], dtype=torch.int64, device=device
-        ).view(shape)
-        mask = (
-            torch.arange(longest + 1, device=device)
-            <= torch.tensor([len(row) for row in words], device=device)[:, None]
-        )
+        word_counts = [len(row) for row in word_rows]
+        largest_count = max(word_counts, default=0)
+        padded_rows = [row + [0] * (largest_count - len(row)) for row in word_rows]
+        # view() gives the right shape also without words.
+        index = torch.tensor(padded_rows, dtype=torch.int64, device=device).view(len(prompts), largest_count)
+        # A prompt with n words has n + 1 tokens, with the indices 0..n.
+        token_index = torch.arange(largest_count + 1, device=device)
+        mask = token_index <= torch.tensor(word_counts, device=device)[:, None]
         return torch.cat([self.table(rows)[:, None], self.words(index)], dim=1), mask
 
 
-KIND = "mesh-reward"  # kind of file, stored in it
-_LEAST_SCALE = 1e-5  # least standard deviation of a feature, for features that are constant
+KIND = "mesh-reward"  # kind of the file, which the file itself states
+_LEAST_SCALE = 1e-5  # least standard deviation of a feature; it avoids a division by 0 for constant features
 
 
 class RewardCS(nn.Module):
-    """Mesh reward, see `MeshReward`.
+    """Reward network of meshes, which implements `MeshReward`.
 
-    `patches` states how meshes become patches, and `resolution` the cells per edge of the lattice in
-    training. Features are standardised by `mean` and `scale` [10] of the training meshes.
+    Features of faces are standardised by the mean and the standard deviation of the training meshes.
+
+    Args:
+        patches: settings with which meshes are converted to patches.
+        encoder: sizes of the mesh encoder.
+        prompts: prompts of the training.
+        resolution: number of cells per edge of the lattice on which the training meshes were extracted.
+        provenance: facts about the training, JSON values.
     """
 
     mean: torch.Tensor
@@ -196,43 +220,54 @@ class RewardCS(nn.Module):
 
     @torch.no_grad()
     def calibrate(self, patches: Patches) -> None:
-        """Set mean and standard deviation of each feature from the patches of training meshes."""
-        known = patches.features[patches.mask].flatten(0, 1)  # [all faces, 10]
-        self.mean.copy_(known.mean(dim=0))
-        # In place, because both are buffers of the state dict.
-        self.scale.copy_(known.std(dim=0).clamp_min(_LEAST_SCALE))
+        """Set mean and standard deviation of each feature from the patches of all training meshes."""
+        # Masked patches are left out. [number of faces, 10]
+        features = patches.features[patches.mask].flatten(0, 1)
+        # Both are buffers of the state dict, so they are changed in place.
+        self.mean.copy_(features.mean(dim=0))
+        self.scale.copy_(features.std(dim=0).clamp_min(_LEAST_SCALE))
 
     def embed(
         self, patches: Patches, prompts: list[str], unknown: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Return embeddings [A, C].
+        """Compute embeddings [A, C]. Differentiable in the features and the centres of the faces.
 
-        Differentiable in features and centres. Args: unknown: see `PromptTokens`.
+        Args:
+            patches: patches of A meshes.
+            prompts: prompt of each mesh.
+            unknown: bool [A], True for prompts that are treated as unknown, see `PromptTokens`.
         """
         assert len(prompts) == len(patches.features)
+        # .to(self.mean) moves the patches to the device and the type of the network.
         features = (patches.features.to(self.mean) - self.mean) / self.scale
-        # .to(self.mean) also moves the patches to the network's device and type.
-        standard = Patches(features, patches.centres.to(self.mean), patches.mask)
-        tokens = self.encoder(standard)  # [A, P, C]
+        standardised_patches = Patches(features, patches.centres.to(self.mean), patches.mask)
+        tokens = self.encoder(standardised_patches)  # [A, P, C]
         text, text_mask = self.text(prompts, unknown)
-        attended = self.cross(self.norm(tokens), text, text, key_padding_mask=~text_mask, need_weights=False)[
-            0
-        ]
+        # torch's key_padding_mask is True for keys that are ignored.
+        attended, _ = self.cross(
+            self.norm(tokens), text, text, key_padding_mask=~text_mask, need_weights=False
+        )
         return masked_max(self.final(tokens + attended), patches.mask)
 
     def forward(
         self, patches: Patches, prompts: list[str], unknown: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return scores [A], about 0..1, and embeddings [A, C] of length 1."""
+        """Compute scores [A], which are trained to be 0..1, and embeddings [A, C] of length 1.
+
+        The arguments are described in `embed`.
+        """
         embedding = self.embed(patches, prompts, unknown)
         return self.head(embedding)[:, 0], F.normalize(embedding)
 
     def score(self, patches: Patches, prompts: list[str]) -> torch.Tensor:
-        """Return scores [A], see `MeshReward`; 1 is best."""
+        """Return scores [A] of A meshes for their prompts. The best score of the training is 1."""
         return self(patches, prompts)[0]
 
     def save(self, path: Path) -> None:
-        """Write both files, each atomically."""
+        """Write the weights to `path` (.safetensors) and a readable description to a .json file beside it.
+
+        Each file is written atomically.
+        """
         meta = {
             "patches": asdict(self.patches),
             "encoder": asdict(self.encoder.options),
@@ -247,7 +282,10 @@ class RewardCS(nn.Module):
 def load_mesh_reward(path: str | Path, device: str | torch.device = "cpu") -> RewardCS:
     """Read a reward that `RewardCS.save` wrote, in eval mode and without gradients of its parameters.
 
-    Raises: FileNotFoundError; ValueError for a damaged or foreign file.
+    Args:
+        path: file with the ending .safetensors.
+        device: device of the network.
+    Raises: FileNotFoundError if the file is missing; ValueError if it is damaged or is no mesh reward.
     """
     tensors, meta = read_tensors(path, KIND, device)
     try:
@@ -256,11 +294,12 @@ def load_mesh_reward(path: str | Path, device: str | torch.device = "cpu") -> Re
         reward = RewardCS(
             patches, encoder, tuple(meta["prompts"]), int(meta["resolution"]), meta["provenance"]
         )
-        # Strict, so that other sizes than those of the header are an error.
+        # Strict loading reports weights whose sizes differ from the sizes that the header states.
         reward.load_state_dict(tensors)
     except (KeyError, TypeError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(
-            f"{path}: expected a mesh reward of this version, got: {reason[:200]}. Train the reward again."
+            f"{path}: this mesh reward cannot be read by this version of the package ({reason[:200]}). Open"
+            " it with the version that wrote it, or train it again."
         ) from error
     return reward.to(device).eval().requires_grad_(False)

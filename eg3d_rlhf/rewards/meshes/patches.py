@@ -1,16 +1,16 @@
-"""Convert fields to patches that a mesh reward reads.
+"""Convert fields to patches of faces, which a mesh reward reads. The conversion is differentiable.
 
-Which lattice edges are cut and which faces form a patch is decided without gradient every k steps, and kept
-in between.
-
-    read = MeshReader(cube(16), PatchOptions(patches=32, faces=32))
-    patches = read(field, step)           # differentiable in what created the field
+    reader = MeshReader(cube(16), PatchOptions(patches=32, faces=32))
+    patches = reader(field, step)         # differentiable in the parameters of the field
     reward.score(patches, prompts)
 
-Between rebuilds, every crossing of the surface stays on its lattice edge and moves along it. A crossing whose
-edge is no longer cut stays at the edge's end, without a gradient. A surface therefore does not appear or
-disappear before the next rebuild, and topology has no gradient at all.
-Letters: A assets, V vertices of the lattice, P patches, F faces of a patch.
+Two choices are made without a gradient: the edges of the lattice that the surface crosses, and the faces that
+form a patch. They are made again at every rebuild, which happens every k steps. Between two rebuilds, every
+crossing of the surface stays on its edge and moves along it. If the surface no longer crosses the edge, the
+crossing stays at the end of the edge, without a gradient. Parts of the surface therefore appear and disappear
+only at rebuilds, and topology has no gradient.
+
+Shapes: A assets, V vertices of the lattice, P patches, F faces of a patch.
 """
 
 from collections.abc import Sequence
@@ -23,72 +23,89 @@ from eg3d_rlhf.core.interfaces import Mesh, Patches
 from eg3d_rlhf.rewards.meshes.patchifiers import (
     Owners,
     Plan,
-    framed,
+    compute_frames,
+    features_in_frame,
     maps,
     patch_features,
     regions,
     vertex_normals,
-    whereabouts,
 )
 from eg3d_rlhf.rewards.meshes.settings import PatchOptions
-from eg3d_rlhf.rewards.meshes.surfaces import Lattice, Net, closed_level, crossed, densities, net, net_mesh
+from eg3d_rlhf.rewards.meshes.surfaces import (
+    Lattice,
+    Net,
+    closed_level,
+    crossing_share,
+    densities,
+    net,
+    net_mesh,
+)
 
 PATCHIFIERS = {"regions": regions, "maps": maps}  # by PatchOptions.kind
 
 
-def plan_of(mesh: Mesh, options: PatchOptions) -> Plan:
+def make_plan(mesh: Mesh, options: PatchOptions) -> Plan:
     """Assign the faces of a mesh to patches."""
     return PATCHIFIERS[options.kind](mesh, options.patches, options.faces)
 
 
-def features_of(vertices: torch.Tensor, plan: Plan, options: PatchOptions) -> Patches:
-    """Compute the patches [1, ...] of vertices [N, 3]. Differentiable in the vertices."""
+def compute_patches(vertices: torch.Tensor, plan: Plan, options: PatchOptions) -> Patches:
+    """Compute the patches [1, P, F, ...] of a mesh from its vertices [N, 3] and its plan.
+
+    Differentiable in the vertices.
+    """
     return patch_features(vertices, plan, options.area, options.place)
 
 
-def stacked(patches: Sequence[Patches]) -> Patches:
-    """Concatenate the patches of several meshes."""
-    return Patches(*(torch.cat(parts) for parts in zip(*patches, strict=True)))
+def concatenate(patches: Sequence[Patches]) -> Patches:
+    """Concatenate the patches of several meshes along the axis of meshes."""
+    return Patches(*(torch.cat(tensors) for tensors in zip(*patches, strict=True)))
 
 
 def patches_of(meshes: Sequence[Mesh], options: PatchOptions) -> Patches:
-    """Compute the patches [A, ...] of meshes, each with its own plan. Differentiable in vertices."""
-    return stacked([features_of(mesh.vertices, plan_of(mesh, options), options) for mesh in meshes])
+    """Compute the patches [A, P, F, ...] of A meshes. Differentiable in the vertices."""
+    return concatenate([compute_patches(mesh.vertices, make_plan(mesh, options), options) for mesh in meshes])
 
 
 class Held(NamedTuple):
-    """State of one asset that is kept between rebuilds."""
+    """Choices for one asset that do not change between two rebuilds."""
 
-    inside: torch.Tensor  # [V] bool
-    around: torch.Tensor  # [N', 3] normals at the vertices of the plan's faces
-    net: Net  # cut edges, and the mesh that they give
+    inside: torch.Tensor  # bool [V], True for vertices of the lattice inside the surface
+    around: torch.Tensor  # normals [N', 3] at the vertices of the plan's faces
+    net: Net  # edges of the lattice that the surface crosses, and the mesh that they give
     plan: Plan  # faces of each patch
 
 
 class _Batch(NamedTuple):
-    """State of all assets, concatenated.
+    """Choices for all assets, concatenated.
 
-    Letters: N crossings of A assets, U vertices of all meshes, M faces.
+    Shapes: N crossings of all A assets, U vertices of all meshes, M faces of all meshes.
     """
 
-    ends: torch.Tensor  # [2 N] indices into levels [A * V]: the first ends of cut edges, then the second ones
-    net: Net  # of all assets; vertex 0 is a fixed one that belongs to no asset
-    # indices [U, 3] of the net's vertices and weights [U, 3, 1]; None: the net's vertices are used themselves
+    # Indices [2 N] into levels [A * V]: the start points of all crossed edges, followed by their end points
+    ends: torch.Tensor
+    net: Net  # net of all assets; its vertex 0 is fixed and belongs to no asset
+    # Indices [U, 3] of the net's vertices, and weights [U, 3, 1] with which they give the U vertices; None if
+    # the U vertices are the net's vertices
     mixture: tuple[torch.Tensor, torch.Tensor] | None
     faces: torch.Tensor  # [M, 3] indices of the U vertices
     owners: Owners  # asset of each of the U vertices and M faces
-    corners: torch.Tensor  # [A, P, F, 3] indices of the U vertices
-    around: torch.Tensor  # [A, P, F, 3, 3] normals at the corners
-    mask: torch.Tensor  # [A, P] bool; False: no such patch
+    corners: torch.Tensor  # [A, P, F, 3] indices of the U vertices at the corners of the patches' faces
+    around: torch.Tensor  # [A, P, F, 3, 3] normals at these corners
+    mask: torch.Tensor  # bool [A, P], False for patches that do not exist
 
 
 class MeshReader:
-    """Converter of fields to patches. Call it with steps in order.
+    """Converter of fields to patches, which is called once per step of an optimisation.
 
-    `state_dict` and `load_state_dict` continue an interrupted run.
+    `state_dict` and `load_state_dict` store and restore the choices of the last rebuild, so that an
+    interrupted run resumes exactly.
 
-    Args: lattice: a `cube`; every: steps between rebuilds. At the default learning rate, a vertex takes more
-        than 20 steps to leave its edge.
+    Args:
+        lattice: lattice on which surfaces are extracted, made by `cube`.
+        options: settings of the patches.
+        every: number of steps between two rebuilds. At the default learning rate, a vertex needs more than 20
+            steps to leave its edge.
     """
 
     def __init__(self, lattice: Lattice, options: PatchOptions, every: int = 20):
@@ -99,46 +116,67 @@ class MeshReader:
         self._batch: _Batch | None = None
 
     def __call__(self, field: Field, step: int) -> Patches:
-        """Return patches [A, ...] of a field of A shapes. Rebuilds at multiples of `every`.
+        """Compute the patches [A, P, F, ...] of a field of A shapes.
 
-        Differentiable in what created the field, except that vertex normals are constant between rebuilds.
+        The surface is rebuilt at steps that are multiples of `every`. Differentiable in the parameters of the
+        field, except that normals at vertices are constant between two rebuilds.
+
+        Args:
+            field: field of A shapes.
+            step: number of the step, from 0.
         """
         density = densities(field, self.lattice)  # [A, V]
+        # If the number of shapes has changed, the choices of the last rebuild cannot be used.
         if step % self.every == 0 or len(self.held) != len(density):
-            self.held = self._rebuilt(density.detach(), field.level)
+            self.held = self._rebuild(density.detach(), field.level)
             self._batch = None
-        # Concatenated state, created at the first call after a rebuild
-        self._batch = batch = self._batch or self._joined()
+        # The choices are concatenated at the first call after a rebuild.
+        self._batch = batch = self._batch or self._concatenate()
         level = closed_level(field.level - density, self.lattice)
-        # Shares of the edges at which the level is 0 now
-        vertices = batch.net.vertices(crossed(*level.flatten().index_select(0, batch.ends).view(2, -1)))
+        # Levels [N] at both ends of the crossed edges, and the share of each edge at which the level is 0
+        start_level, end_level = level.flatten().index_select(0, batch.ends).view(2, -1)
+        vertices = batch.net.vertices(crossing_share(start_level, end_level))
         if batch.mixture is not None:
-            vertices = (vertices[batch.mixture[0]] * batch.mixture[1]).sum(dim=1)
-        frame = whereabouts(Mesh(vertices, batch.faces), batch.owners, self.options.place)
+            vertex_index, weight = batch.mixture
+            vertices = (vertices[vertex_index] * weight).sum(dim=1)
+        frame = compute_frames(Mesh(vertices, batch.faces), batch.owners, self.options.place)
         corner = vertices.index_select(0, batch.corners.flatten()).view(*batch.corners.shape, 3)
-        return Patches(*framed(corner, batch.around, *frame, self.options.area), batch.mask)
+        return Patches(*features_in_frame(corner, batch.around, *frame, self.options.area), batch.mask)
 
     @torch.no_grad()
-    def _rebuilt(self, density: torch.Tensor, level: float) -> list[Held]:
-        """Compute vertex normals of all assets, and new nets and plans where signs have changed."""
+    def _rebuild(self, density: torch.Tensor, level: float) -> list[Held]:
+        """Compute the normals at vertices of all assets, and new nets and plans where the surface has
+        changed.
+
+        Args:
+            density: raw densities [A, V] at the vertices of the lattice.
+            level: raw density at the surface.
+        """
         rebuilt = []
-        for i, raw in enumerate(density):
-            levels = closed_level(level - raw, self.lattice)
-            past = self.held[i] if len(self.held) == len(density) else None
-            # With equal signs, the same edges are cut, so the net and the plan are still valid.
-            same = past is not None and torch.equal(past.inside, levels < 0)
-            known = past.net if past is not None and same else net(levels, self.lattice)
-            mesh = net_mesh(levels, self.lattice, known)
-            plan = past.plan if past is not None and same else plan_of(mesh, self.options)
-            rebuilt.append(
-                Held(levels < 0, vertex_normals(plan.mixed(mesh.vertices), plan.faces), known, plan)
-            )
+        for i, asset_density in enumerate(density):
+            levels = closed_level(level - asset_density, self.lattice)
+            previous = self.held[i] if len(self.held) == len(density) else None
+            if previous is not None and torch.equal(previous.inside, levels < 0):
+                # With equal signs the surface crosses the same edges, so net and plan are still valid.
+                asset_net = previous.net
+                plan = previous.plan
+                mesh = net_mesh(levels, self.lattice, asset_net)
+            else:
+                asset_net = net(levels, self.lattice)
+                mesh = net_mesh(levels, self.lattice, asset_net)
+                plan = make_plan(mesh, self.options)
+            normals = vertex_normals(plan.mixed(mesh.vertices), plan.faces)
+            rebuilt.append(Held(levels < 0, normals, asset_net, plan))
         return rebuilt
 
     @torch.no_grad()
-    def _joined(self) -> _Batch:
-        """Concatenate the state of all assets. An asset without a surface reads vertex 0."""
-        places = self.lattice.vertices
+    def _concatenate(self) -> _Batch:
+        """Concatenate the choices for all assets.
+
+        The corners of all faces of an asset without a surface are the fixed vertex 0.
+        """
+        lattice_vertices = self.lattice.vertices
+        device = lattice_vertices.device
         shape = (self.options.patches, self.options.faces, 3)
         nets = []
         sources = []
@@ -147,75 +185,83 @@ class MeshReader:
         corners = []
         around = []
         counts = []
-        mixed = any(held.plan.source is not None for held in self.held)
-        # Numbers of the next free vertex, in nets and in meshes; 0 is the fixed vertex.
-        first = 1
-        new = 1
-        for i, (_, normals, known, plan) in enumerate(self.held):
+        has_mixture = any(held.plan.source is not None for held in self.held)
+        # Index of the first vertex of the next asset, among the vertices of all nets and among the U
+        # vertices. Index 0 is the fixed vertex.
+        net_offset = 1
+        vertex_offset = 1
+        for i, (_, normals, asset_net, plan) in enumerate(self.held):
             nets.append(
                 (
-                    known.edges + i * len(places),
-                    known.corners + first,
-                    known.row + 3 * first,
-                    known.reach,
-                    known.base,
+                    asset_net.edges + i * len(lattice_vertices),
+                    asset_net.corners + net_offset,
+                    asset_net.row + 3 * net_offset,
+                    asset_net.reach,
+                    asset_net.base,
                 )
             )
             if plan.source is not None and plan.weight is not None:
-                sources.append(plan.source + first)
+                sources.append(plan.source + net_offset)
                 weights.append(plan.weight)
-            has_faces = len(plan.faces) > 0
-            # [P, F, 3]
-            pick = (
-                plan.faces[plan.select]
-                if has_faces
-                else torch.zeros(shape, dtype=torch.int64, device=places.device)
-            )
-            around.append(normals[pick] if has_faces else places.new_zeros(*shape, 3))
-            corners.append(pick + new if has_faces else pick)
-            faces.append(plan.faces + new)
+            if len(plan.faces):
+                asset_corners = plan.faces[plan.select]  # [P, F, 3]
+                around.append(normals[asset_corners])
+                corners.append(asset_corners + vertex_offset)
+            else:
+                around.append(lattice_vertices.new_zeros(*shape, 3))
+                corners.append(torch.zeros(shape, dtype=torch.int64, device=device))
+            faces.append(plan.faces + vertex_offset)
             counts.append((len(normals), len(plan.faces)))
-            first = first + len(known.base) // 3
-            new = new + len(normals)
-        edges, cells, row, reach, base = (torch.cat(parts) for parts in zip(*nets, strict=True))
-        index = torch.arange(len(self.held), device=places.device)
-        of_vertices, of_faces = (
-            index.repeat_interleave(torch.tensor(n, device=places.device)) for n in zip(*counts, strict=True)
+            # `base` contains three coordinates per vertex.
+            net_offset = net_offset + len(asset_net.base) // 3
+            vertex_offset = vertex_offset + len(normals)
+        edges, net_corners, row, reach, base = (torch.cat(tensors) for tensors in zip(*nets, strict=True))
+        asset_index = torch.arange(len(self.held), device=device)
+        # Asset of each vertex and of each face
+        vertex_asset, face_asset = (
+            asset_index.repeat_interleave(torch.tensor(count, device=device))
+            for count in zip(*counts, strict=True)
         )
-        still = torch.zeros(1, 3, dtype=torch.int64, device=places.device)  # indices of the fixed vertex 0
+        # Three times the index of the fixed vertex, which is also the row of its mixture
+        fixed_vertex = torch.zeros(1, 3, dtype=torch.int64, device=device)
+        mixture = None
+        if has_mixture:
+            fixed_weight = lattice_vertices.new_zeros(1, 3)
+            mixture = (
+                torch.cat([fixed_vertex, *sources]),
+                torch.cat([fixed_weight, *weights])[..., None],
+            )
         return _Batch(
             ends=edges.T.flatten(),
-            net=Net(edges, cells, row, reach, torch.cat([base.new_zeros(3), base])),
-            mixture=(
-                (torch.cat([still, *sources]), torch.cat([places.new_zeros(1, 3), *weights])[..., None])
-                if mixed
-                else None
-            ),
+            net=Net(edges, net_corners, row, reach, torch.cat([base.new_zeros(3), base])),
+            mixture=mixture,
             faces=torch.cat(faces),
-            owners=Owners(len(self.held), torch.cat([still[0, :1], of_vertices]), of_faces),
+            # The fixed vertex counts as a vertex of asset 0.
+            owners=Owners(len(self.held), torch.cat([fixed_vertex[0, :1], vertex_asset]), face_asset),
             corners=torch.stack(corners),
             around=torch.stack(around),
             mask=torch.stack([held.plan.mask for held in self.held]),
         )
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """Return what a resumed run needs, as tensors by name."""
+        """Return the choices of the last rebuild as tensors by name, for a run that resumes."""
         state: dict[str, torch.Tensor] = {}
-        for i, (inside, around, known, plan) in enumerate(self.held):
-            held = {"inside": inside, "around": around, **known._asdict(), **plan._asdict()}
-            state |= {f"{i}.{name}": value for name, value in held.items() if value is not None}
+        for i, (inside, around, asset_net, plan) in enumerate(self.held):
+            choices = {"inside": inside, "around": around, **asset_net._asdict(), **plan._asdict()}
+            state |= {f"{i}.{name}": value for name, value in choices.items() if value is not None}
         return state
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Restore what `state_dict` returned."""
+        """Restore the choices that `state_dict` returned."""
         self.held = []
         self._batch = None
-        # Names begin with the asset's number; None entries are missing in the state.
-        while (first := f"{len(self.held)}.") + "inside" in state:
-            parts = [
-                part(*(state.get(first + name) for name in part._fields))  # type: ignore[arg-type]
-                for part in (Net, Plan)
-            ]
-            inside = state[first + "inside"]
-            around = state[first + "around"]
-            self.held.append(Held(inside, around, *parts))  # type: ignore[arg-type]
+        # Names begin with the index of the asset. The state does not contain fields that are None.
+        while (prefix := f"{len(self.held)}.") + "inside" in state:
+            asset_net, plan = (
+                # type: ignore[arg-type]
+                choice_class(*(state.get(prefix + name) for name in choice_class._fields))
+                for choice_class in (Net, Plan)
+            )
+            inside = state[prefix + "inside"]
+            around = state[prefix + "around"]
+            self.held.append(Held(inside, around, asset_net, plan))  # type: ignore[arg-type]

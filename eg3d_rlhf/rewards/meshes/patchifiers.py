@@ -1,14 +1,17 @@
-"""Divide faces into patches, and compute the 10 numbers that encoders read of a face (MeshMAE).
+"""Divide the faces of meshes into patches, and compute the 10 features of each face.
 
-| numbers | meaning |
+The features are those of MeshMAE (Liang et al. 2022, arXiv 2207.10228):
+
+| features | meaning |
 | --- | --- |
-| 0 | area: a share of the mesh's area, independent of scale ('share'), or the raw area ('raw', as in MeshMAE)
-| | 1-3 | unit normal |
+| 0 | area of the face: its share in the area of the mesh ("share"), or the area itself ("raw", as in MeshMAE)
+| | 1-3 | normal of length 1 |
 | 4-6 | interior angles, ascending, radians |
-| 7-9 | dot products of the normal with those of the three vertices, ascending |
+| 7-9 | dot products of the normal with the normals at the three vertices, ascending |
 
-Letters: A meshes, N vertices, M faces of a mesh; P patches, F faces of a patch; Q points, K candidate faces
-or pairs of neighbouring ones.
+Shapes: A meshes, N vertices, M faces of a mesh; P patches, F faces of a patch; Q points, K candidate faces,
+    or
+pairs of neighbouring faces.
 """
 
 import math
@@ -24,201 +27,259 @@ from eg3d_rlhf.geometry.mesh import compact, decimate, parts
 from eg3d_rlhf.rewards.point_layers import farthest_points
 from training.heads.people_mesh import closest_on_triangles
 
-TINY = 1e-7  # least distance of arguments of square root and arc cosine from points with an infinite slope
+# Least distance of the arguments of square root and arc cosine from points at which their slope is infinite
+TINY = 1e-7
 
 
 def face_features(
     vertices: torch.Tensor, faces: torch.Tensor, area: str = "share"
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute features [M, 10] and face centres [M, 3] of vertices [N, 3] and faces [M, 3].
+    """Compute the features [M, 10] and the centres [M, 3] of all faces of a mesh.
 
-    A vertex normal is the mean of the normals of adjacent faces, weighted by their angles at the vertex.
+    The normal at a vertex is the mean of the normals of its faces, weighted by their angles at the vertex.
     Differentiable in vertices, almost everywhere.
+
+    Args:
+        vertices: positions [N, 3].
+        faces: vertices of each face, int64 [M, 3].
+        area: unit of areas, "share" or "raw".
     """
-    normal, size, angle = measured(vertices[faces])
-    around = _joined(len(vertices), faces, normal, angle)
-    return _numbers(normal, size / size.sum() if area == "share" else size, angle, around[faces]), vertices[
-        faces
-    ].mean(dim=1)
+    normal, face_area, angle = measure_faces(vertices[faces])
+    normals_at_vertices = _average_normals(len(vertices), faces, normal, angle)
+    if area == "share":
+        face_area = face_area / face_area.sum()
+    features = _assemble_features(normal, face_area, angle, normals_at_vertices[faces])
+    return features, vertices[faces].mean(dim=1)
 
 
-def measured(corner: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Compute unit normals [..., 3], areas [..., 1] and angles [..., 3] of faces with corners [..., 3, 3]."""
-    side = corner.roll(-1, -2) - corner  # from each corner to the next
+def measure_faces(corner: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Compute the normals, areas and angles of faces from their corners [..., 3, 3].
+
+    Returns: normals of length 1 [..., 3], areas [..., 1], and interior angles at the corners [..., 3].
+    """
+    side = corner.roll(-1, -2) - corner  # from each corner to the next corner
     cross = torch.linalg.cross(side[..., 0, :], -side[..., 2, :])
-    double = _length(cross)
-    along = side / _length(side)
-    cosine = -(along * along.roll(1, -2)).sum(dim=-1)  # at each corner, between the sides that leave it
-    return cross / double, double / 2, cosine.clamp(-1 + TINY, 1 - TINY).acos()
+    double_area = _length(cross)
+    direction = side / _length(side)
+    # Cosine of the angle at each corner. The previous side arrives at the corner, hence the minus sign.
+    cosine = -(direction * direction.roll(1, -2)).sum(dim=-1)
+    return cross / double_area, double_area / 2, cosine.clamp(-1 + TINY, 1 - TINY).acos()
 
 
-def _joined(count: int, faces: torch.Tensor, normal: torch.Tensor, angle: torch.Tensor) -> torch.Tensor:
-    """Compute unit normals [N, 3] at vertices from the normals and angles of faces."""
-    around = normal.new_zeros(count, 3)
+def _average_normals(
+    count: int, faces: torch.Tensor, normal: torch.Tensor, angle: torch.Tensor
+) -> torch.Tensor:
+    """Compute normals of length 1 at vertices, [N, 3], as weighted means of the normals of faces.
+
+    Args:
+        count: number of vertices, N.
+        faces: vertices of each face, int64 [M, 3].
+        normal: normals [M, 3] of the faces.
+        angle: interior angles [M, 3] of the faces, which are the weights.
+    """
+    weighted_normals = (angle[..., None] * normal[:, None]).flatten(0, 1)  # [3 M, 3]
     # index_add sums over all faces of a vertex.
-    return F.normalize(
-        around.index_add(0, faces.flatten(), (angle[..., None] * normal[:, None]).flatten(0, 1)), dim=1
-    )
+    return F.normalize(normal.new_zeros(count, 3).index_add(0, faces.flatten(), weighted_normals), dim=1)
 
 
 def vertex_normals(vertices: torch.Tensor, faces: torch.Tensor) -> torch.Tensor:
-    """Compute unit normals [N, 3] at vertices [N, 3]."""
-    normal, _, angle = measured(vertices[faces])
-    return _joined(len(vertices), faces, normal, angle)
+    """Compute normals of length 1 at the vertices of a mesh, [N, 3].
+
+    Args:
+        vertices: positions [N, 3].
+        faces: vertices of each face, int64 [M, 3].
+    """
+    normal, _, angle = measure_faces(vertices[faces])
+    return _average_normals(len(vertices), faces, normal, angle)
 
 
-def _numbers(
-    normal: torch.Tensor, size: torch.Tensor, angle: torch.Tensor, around: torch.Tensor
+def _assemble_features(
+    normal: torch.Tensor, area: torch.Tensor, angle: torch.Tensor, corner_normals: torch.Tensor
 ) -> torch.Tensor:
-    """Assemble features [..., 10]. Args: around: [..., 3, 3], normals at the three vertices."""
-    dots = (around * normal.unsqueeze(-2)).sum(dim=-1)
-    # Sorted, so that the features do not depend on the corner with which a face begins.
-    return torch.cat([size, normal, angle.sort(dim=-1).values, dots.sort(dim=-1).values], dim=-1)
+    """Assemble the features [..., 10] of faces.
+
+    Args:
+        normal: normals [..., 3] of the faces.
+        area: areas [..., 1] of the faces.
+        angle: interior angles [..., 3] of the faces.
+        corner_normals: normals [..., 3, 3] at the vertices of the faces.
+    """
+    dots = (corner_normals * normal.unsqueeze(-2)).sum(dim=-1)
+    # Sorted, so that the features do not depend on the order of the corners of a face.
+    return torch.cat([area, normal, angle.sort(dim=-1).values, dots.sort(dim=-1).values], dim=-1)
 
 
 def _length(x: torch.Tensor) -> torch.Tensor:
-    """Compute lengths [..., 1] of vectors [..., 3], at least TINY, so that the root has a finite gradient."""
+    """Compute the lengths [..., 1] of vectors [..., 3], at least TINY.
+
+    The limit makes the gradient of the square root finite.
+    """
     return x.square().sum(dim=-1, keepdim=True).clamp_min(TINY**2).sqrt()
 
 
-def placed(mesh: Mesh, place: str = "centre") -> torch.Tensor:
-    """Express vertices [N, 3] in a frame of the mesh.
+def to_frame(mesh: Mesh, place: str = "centre") -> torch.Tensor:
+    """Convert the vertices [N, 3] of a mesh to coordinates of its own frame. Differentiable in vertices.
 
-    'centre': from the surface's centre, in units of its mean radius. 'box': from the least corner of the
-    bounding box, divided by its longest side, as in MeshMAE. 'world': unchanged.
-    Differentiable in vertices. Raises: ValueError for another frame.
+    Args:
+        mesh: the mesh.
+        place: the frame. "centre" has its origin at the centre of the surface, and the mean distance of the
+            surface from it as unit. "box" has its origin at the corner of the bounding box with the least
+            coordinates, and the longest side of the box as unit, as in MeshMAE. "world" changes nothing.
     """
-    alone = Owners(1, *(torch.zeros(len(part), dtype=torch.int64, device=part.device) for part in mesh))
-    origin, unit, _ = whereabouts(mesh, alone, place)
+    single_mesh = Owners(
+        1, *(torch.zeros(len(tensor), dtype=torch.int64, device=tensor.device) for tensor in mesh)
+    )
+    origin, unit, _ = compute_frames(mesh, single_mesh, place)
     return (mesh.vertices - origin) / unit
 
 
 class Owners(NamedTuple):
-    """Several meshes that are concatenated, and the mesh to which each element belongs."""
+    """Number of concatenated meshes, and the mesh to which each vertex and each face belongs."""
 
-    number: int  # of meshes
-    vertices: torch.Tensor  # [N] int64, mesh of each vertex
-    faces: torch.Tensor  # [M] int64, mesh of each face
+    number: int  # number of meshes, A
+    vertices: torch.Tensor  # index of the mesh of each vertex, int64 [N]
+    faces: torch.Tensor  # index of the mesh of each face, int64 [M]
 
 
-def whereabouts(mesh: Mesh, owners: Owners, place: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Compute origin [A, 3], unit [A, 1] and area [A, 1] of each of A concatenated meshes, in world units.
+def compute_frames(mesh: Mesh, owners: Owners, place: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Compute the frame and the area of each of A concatenated meshes. Differentiable in vertices.
 
-    Positions are expressed as (x - origin) / unit, see `placed`. A mesh without faces has 0, 1 and 1.
-    Differentiable in vertices.
+    Args:
+        mesh: the concatenated meshes.
+        owners: mesh of each vertex and face.
+        place: the frame, see `to_frame`.
+    Returns: origins [A, 3], units [A, 1] and areas [A, 1], in world units. Coordinates of the frame are
+        (x - origin) / unit. A mesh without faces has the origin 0, the unit 1 and the area 1.
     """
     vertices, faces = mesh
-    first, second, third = (vertices.index_select(0, faces[:, i]) for i in range(3))
-    size = _length(torch.linalg.cross(second - first, third - first)) / 2  # [M, 1]
+    first, second, third = (vertices.index_select(0, faces[:, i]) for i in range(3))  # [M, 3] each
+    face_area = _length(torch.linalg.cross(second - first, third - first)) / 2  # [M, 1]
 
-    # Sums over the faces of each mesh
-    def summed(x: torch.Tensor) -> torch.Tensor:
-        return x.new_zeros(owners.number, x.shape[1]).index_add(0, owners.faces, x)
+    def sum_over_faces(values: torch.Tensor) -> torch.Tensor:
+        """Return the sums [A, C] of values [M, C] over the faces of each mesh."""
+        return values.new_zeros(owners.number, values.shape[1]).index_add(0, owners.faces, values)
 
-    total = summed(size)
-    has_area = total.detach() > 0
-    area = torch.where(has_area, total, 1.0)
+    total_area = sum_over_faces(face_area)
+    has_area = total_area.detach() > 0
+    area = torch.where(has_area, total_area, 1.0)
     if place == "box":
         index = owners.vertices[:, None].expand(-1, 3)
-        empty = vertices.new_zeros(owners.number, 3)
-        least, most = (
-            empty.scatter_reduce(0, index, vertices, kind, include_self=False) for kind in ("amin", "amax")
-        )
-        return (
-            least,
-            torch.where(has_area, (most - least).amax(dim=1, keepdim=True).clamp_min(TINY), 1.0),
-            area,
-        )
+        zeros = vertices.new_zeros(owners.number, 3)
+        # Least and greatest coordinates of the vertices of each mesh
+        least = zeros.scatter_reduce(0, index, vertices, "amin", include_self=False)
+        greatest = zeros.scatter_reduce(0, index, vertices, "amax", include_self=False)
+        longest_side = (greatest - least).amax(dim=1, keepdim=True).clamp_min(TINY)
+        return least, torch.where(has_area, longest_side, 1.0), area
     if place == "world":
         return vertices.new_zeros(owners.number, 3), vertices.new_ones(owners.number, 1), area
-    # Area-weighted centre of the surface, and mean distance from it
-    middle = (first + second + third) / 3
-    origin = summed(size * middle) / area
-    radius = summed(size * _length(middle - origin.index_select(0, owners.faces))) / area
+    # Centre of the surface, and mean distance from it, both weighted by area
+    face_centre = (first + second + third) / 3
+    origin = sum_over_faces(face_area * face_centre) / area
+    distance = _length(face_centre - origin.index_select(0, owners.faces))
+    radius = sum_over_faces(face_area * distance) / area
     return origin, torch.where(has_area, radius.clamp_min(TINY), 1.0), area
 
 
 class Plan(NamedTuple):
-    """Assignment of the faces of a mesh to patches, made without gradient.
+    """Assignment of the faces of a mesh to patches, which has no gradient.
 
-    Faces may belong to new vertices V' = P V, each of which is a convex mixture of three vertices of the
-    mesh.
+    The faces may have new vertices, each of which is a convex combination of three vertices of the mesh.
     """
 
-    source: torch.Tensor | None  # [N', 3] int64, vertices that are mixed; None: the vertices themselves
-    weight: torch.Tensor | None  # [N', 3] >= 0, rows sum to 1
-    faces: torch.Tensor  # [M', 3] int64, of the new vertices; normals and the total area come from these
-    select: torch.Tensor  # [P, F] int64, faces of each patch
-    mask: torch.Tensor  # [P] bool; False: no such patch, and its faces have no meaning
+    # Vertices of the mesh that are combined, int64 [N', 3]; None if the new vertices are the vertices
+    # themselves
+    source: torch.Tensor | None
+    weight: torch.Tensor | None  # weights [N', 3] >= 0 of these vertices, which sum to 1
+    faces: torch.Tensor  # faces of the new vertices, int64 [M', 3], from which normals and areas are computed
+    select: torch.Tensor  # faces of each patch, int64 [P, F]
+    mask: torch.Tensor  # bool [P], False for patches that do not exist and whose faces have no meaning
 
     def mixed(self, vertices: torch.Tensor) -> torch.Tensor:
-        """Compute V' [N', 3] from vertices [N, 3]. Differentiable in them."""
+        """Compute the new vertices [N', 3] from the vertices [N, 3]. Differentiable in vertices."""
         if self.source is None or self.weight is None:
             return vertices
         return (vertices[self.source] * self.weight.to(vertices.dtype)[..., None]).sum(dim=1)
 
 
 def patch_features(vertices: torch.Tensor, plan: Plan, area: str = "share", place: str = "centre") -> Patches:
-    """Compute patches [1, P, F, ...] of a mesh whose vertices [N, 3] may have moved since its plan was made.
+    """Compute the patches [1, P, F, ...] of a mesh. Differentiable in vertices.
 
-    A mesh without faces has zeros, all masked. Differentiable in vertices.
+    The patches of a mesh without faces are zeros and masked.
+
+    Args:
+        vertices: positions [N, 3], which may have changed since the plan was made.
+        plan: assignment of faces to patches.
+        area: unit of areas, "share" or "raw".
+        place: frame of the coordinates, see `to_frame`.
     """
     if not len(plan.faces):
+        # 10 features and 3 coordinates of the centre
         zeros = vertices.new_zeros(1, *plan.select.shape, 13)
         return Patches(zeros[..., :10], zeros[..., 10:], plan.mask[None])
-    where = placed(Mesh(plan.mixed(vertices), plan.faces), place)
-    features, centres = face_features(where, plan.faces, area)
+    positions = to_frame(Mesh(plan.mixed(vertices), plan.faces), place)
+    features, centres = face_features(positions, plan.faces, area)
     return Patches(features[plan.select][None], centres[plan.select][None], plan.mask[None])
 
 
-def framed(
+def features_in_frame(
     corner: torch.Tensor,
-    around: torch.Tensor,
+    corner_normals: torch.Tensor,
     origin: torch.Tensor,
     unit: torch.Tensor,
-    total: torch.Tensor,
+    total_area: torch.Tensor,
     area: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute features [A, ..., 10] and centres [A, ..., 3] of some faces of A meshes.
 
-    Args: corner: [A, ..., 3, 3], world units; around: [A, ..., 3, 3], normals at the corners; origin: [A, 3];
-        unit, total: [A, 1], see `whereabouts`.
-    Differentiable in all arguments.
+    Differentiable in all tensors.
+
+    Args:
+        corner: corners [A, ..., 3, 3] of the faces, world units.
+        corner_normals: normals [A, ..., 3, 3] at the corners.
+        origin: origins [A, 3] of the frames, see `compute_frames`.
+        unit: units [A, 1] of the frames.
+        total_area: areas [A, 1] of the meshes.
+        area: unit of areas, "share" or "raw".
     """
-    wide = (len(corner), *[1] * (corner.ndim - 3))  # for broadcasting over the faces of each mesh
-    normal, size, angle = measured(corner)
-    size = size / (total if area == "share" else unit**2).view(*wide, 1)
-    return _numbers(normal, size, angle, around), (corner.mean(dim=-2) - origin.view(*wide, 3)) / unit.view(
-        *wide, 1
-    )
+    batch_shape = (len(corner), *[1] * (corner.ndim - 3))  # broadcasts over the faces of each mesh
+    normal, face_area, angle = measure_faces(corner)
+    face_area = face_area / (total_area if area == "share" else unit**2).view(*batch_shape, 1)
+    features = _assemble_features(normal, face_area, angle, corner_normals)
+    centres = (corner.mean(dim=-2) - origin.view(*batch_shape, 3)) / unit.view(*batch_shape, 1)
+    return features, centres
 
 
 # Patches as in MeshMAE: a base mesh of 256 faces, each of which is cut into 64 by three midpoint subdivisions
 # and projected back onto the surface.
 
-NEAR = 16  # faces with the nearest centres, among which the nearest point of the surface is searched
-_EDGES = ((0, 1), (1, 2), (2, 0))
+NEAR = 16  # number of faces with the nearest centres, among which the nearest point of a surface is searched
+_EDGES = ((0, 1), (1, 2), (2, 0))  # edges of a face, as pairs of its corners
 
 
 @torch.no_grad()
 def maps(mesh: Mesh, patches: int = 256, faces: int = 64) -> Plan:
-    """Create a plan of P patches with F faces.
+    """Create a plan by subdivision of a coarse mesh, as MeshMAE does.
 
-    Patch p holds faces p, p + P, p + 2 P, ... of the subdivided base.
+    The mesh is reduced by decimation, or refined by bisection, to a base mesh of P faces. Every face of the
+    base becomes a patch, and is divided into F faces. If the mesh has more separate parts than the base can
+    represent, the smallest parts are left out. The new vertices are the points of the mesh that are nearest
+    to the vertices of the subdivided base. They are convex combinations of the corners of a face, so that
+    they move with the mesh. All patches of a mesh without faces are masked.
 
-    The base has P faces, by decimation or by bisection. If the mesh has more separate parts than the base can
-    represent, the smallest ones are left out. New vertices are the points of the mesh nearest to those of the
-    subdivided base, as convex mixtures of a face's corners, so they follow the mesh when it moves. All
-    patches of a mesh without faces are masked.
-    Raises: ValueError if the number of faces is not a power of 4, or there are fewer than 4 patches.
+    Args:
+        mesh: the mesh.
+        patches: number of patches, P, at least 4.
+        faces: number of faces of a patch, F, a power of 4.
+    Raises: ValueError for numbers that are not allowed.
     """
     levels = round(math.log(max(faces, 1), 4))
     if faces != 4**levels or patches < 4:
         raise ValueError(
-            f"maps: expected at least 4 patches of 4, 16, 64, ... faces, got {patches} patches of {faces}."
-            " Use 256 patches of 64 faces, for example."
+            "--set patchifier=maps: expected at least 4 patches, and 1, 4, 16, 64, ... faces per patch, got"
+            f" {patches} patches of {faces} faces. Use, for example, --set patches=256 and --set faces=64."
         )
     device = mesh.faces.device
+    # Subdivision of face p of the base gives the faces p, p + P, p + 2 P, ...
     select = torch.arange(patches * faces, device=device).view(faces, patches).T
     if not len(mesh.faces):
         return Plan(
@@ -228,128 +289,165 @@ def maps(mesh: Mesh, patches: int = 256, faces: int = 64) -> Plan:
             torch.zeros_like(select),
             torch.zeros(patches, dtype=torch.bool, device=device),
         )
-    # numpy in float64: decimation and projection need no gradient.
+    # Decimation and projection need no gradient, so they are computed by numpy, in float64.
     vertices = mesh.vertices.detach().double().cpu().numpy()
-    old = mesh.faces.cpu().numpy()
-    points, new = base(vertices, old, patches)
+    mesh_faces = mesh.faces.cpu().numpy()
+    points, new_faces = base(vertices, mesh_faces, patches)
     for _ in range(levels):
-        points, new = subdivided(points, new)
-    face, weight = nearest_on(points, vertices[old])
-    source, subdivided_faces, weights = (
-        torch.from_numpy(part).to(device) for part in (old[face], new, weight.astype(np.float32))
-    )
+        points, new_faces = subdivided(points, new_faces)
+    # Nearest face of the mesh for each point, and weights of its corners
+    face, weight = nearest_on(points, vertices[mesh_faces])
+    source = torch.from_numpy(mesh_faces[face]).to(device)
+    weights = torch.from_numpy(weight.astype(np.float32)).to(device)
     mask = torch.ones(patches, dtype=torch.bool, device=device)
-    return Plan(source, weights / weights.sum(dim=1, keepdim=True), subdivided_faces, select, mask)
+    return Plan(
+        source,
+        weights / weights.sum(dim=1, keepdim=True),
+        torch.from_numpy(new_faces).to(device),
+        select,
+        mask,
+    )
 
 
 def base(vertices: np.ndarray, faces: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Reduce or subdivide a mesh to exactly `count` faces: vertices [N, 3] float64, faces [count, 3]
-    int64.
+    """Reduce or refine a mesh to exactly `count` faces.
+
+    Args:
+        vertices: positions [N, 3].
+        faces: vertices of each face, [M, 3].
+        count: number of faces of the result.
+    Returns: positions [N', 3], float64, and faces [count, 3], int64.
     """
     target = count
     with warnings.catch_warnings():
-        # decimate() warns if it kept more faces than requested, which is handled here.
+        # decimate() warns if its result has more faces than requested. This case is handled below.
         warnings.simplefilter("ignore")
-        points, new = decimate(vertices, faces, target)
-        # Decimation may stop above its target, so the target is lowered step by step.
-        while len(new) > count and target > max(count // 4, 4):
+        points, new_faces = decimate(vertices, faces, target)
+        # Decimation may end above its target, so the target is decreased step by step.
+        while len(new_faces) > count and target > max(count // 4, 4):
             target = max(int(0.8 * target), 4)
-            points, new = decimate(vertices, faces, target)
-    # Still too many: keep the largest parts that fit together.
-    if len(new) > count:
-        number, part = parts(new, len(points))
-        corner = points[new]
+            points, new_faces = decimate(vertices, faces, target)
+    # If there are still too many faces, small parts of the mesh are left out.
+    if len(new_faces) > count:
+        part_count, part = parts(new_faces, len(points))
+        corner = points[new_faces]
+        # Twice the areas
         areas = np.linalg.norm(np.cross(corner[:, 1] - corner[:, 0], corner[:, 2] - corner[:, 0]), axis=1)
-        largest = np.argsort(-np.bincount(part, weights=areas, minlength=number), kind="stable")
-        fits = np.bincount(part, minlength=number)[largest].cumsum() <= count
-        # If the largest part alone is too large, keep its largest faces.
-        kept = np.isin(part, largest[fits]) if fits[0] else np.argsort(-areas, kind="stable")[:count]
-        points, new = compact(points, new[kept])
-    return _halved(points.astype(np.float64), new.astype(np.int64), count)
+        # Parts in the order of decreasing area, and True for those whose faces together are at most `count`
+        part_order = np.argsort(-np.bincount(part, weights=areas, minlength=part_count), kind="stable")
+        fits = np.bincount(part, minlength=part_count)[part_order].cumsum() <= count
+        if fits[0]:
+            selected_faces = np.isin(part, part_order[fits])
+        else:
+            # The largest part alone has too many faces, so the largest faces are used.
+            selected_faces = np.argsort(-areas, kind="stable")[:count]
+        points, new_faces = compact(points, new_faces[selected_faces])
+    return _bisect(points.astype(np.float64), new_faces.astype(np.int64), count)
 
 
-def _halved(points: np.ndarray, faces: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Bisect the longest edge, with both faces at it, until there are `count` faces.
+def _bisect(points: np.ndarray, faces: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Bisect the longest edge, and all faces at this edge, until there are `count` faces.
 
-    The last bisection may cut only one of the two faces.
+    The last bisection may leave a face at the edge undivided.
+
+    Args:
+        points: positions [N, 3].
+        faces: vertices of each face, [M, 3].
+        count: number of faces of the result.
     """
-    rows = [tuple(row) for row in faces.tolist()]
-    where = list(points)
-    while len(rows) < count:
-        length = {
-            tuple(sorted((row[i], row[j]))): float(((where[row[i]] - where[row[j]]) ** 2).sum())
-            for row in rows
-            for i, j in _EDGES
-        }
-        # Among equally long edges, the numbers of the ends decide, so the result is deterministic.
-        edge = max(length, key=lambda ends: (length[ends], ends))
-        middle = len(where)
-        where.append((where[edge[0]] + where[edge[1]]) / 2)
-        for place in [k for k, row in enumerate(rows) if set(edge) <= set(row)][: count - len(rows)]:
-            row = rows[place]
-            i, j = next((i, j) for i, j in _EDGES if {row[i], row[j]} == set(edge))
-            third = row[3 - i - j]
-            rows[place] = (row[i], middle, third)
-            rows.append((middle, row[j], third))
-    return np.array(where), np.array(rows, dtype=np.int64)
+    face_list = [tuple(face) for face in faces.tolist()]
+    positions = list(points)
+    while len(face_list) < count:
+        # Squared length of each edge, by its two vertices in ascending order
+        squared_length: dict[tuple[int, ...], float] = {}
+        for face in face_list:
+            for i, j in _EDGES:
+                edge_vector = positions[face[i]] - positions[face[j]]
+                squared_length[tuple(sorted((face[i], face[j])))] = float((edge_vector**2).sum())
+        # Among edges of equal length, the indices of the vertices decide, so the result is deterministic.
+        edge = max(squared_length, key=lambda vertices: (squared_length[vertices], vertices))
+        middle = len(positions)
+        positions.append((positions[edge[0]] + positions[edge[1]]) / 2)
+        faces_at_edge = [k for k, face in enumerate(face_list) if set(edge) <= set(face)]
+        for k in faces_at_edge[: count - len(face_list)]:
+            face = face_list[k]
+            i, j = next((i, j) for i, j in _EDGES if {face[i], face[j]} == set(edge))
+            # The three positions in a face sum to 0 + 1 + 2 = 3.
+            opposite = face[3 - i - j]
+            face_list[k] = (face[i], middle, opposite)
+            face_list.append((middle, face[j], opposite))
+    return np.array(positions), np.array(face_list, dtype=np.int64)
 
 
 def subdivided(points: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Cut every face into four at the midpoints of its edges.
+    """Divide every face into four faces at the midpoints of its edges.
 
-    The parts of face i are faces i, i + M, i + 2 M and i + 3 M.
+    The parts of face i of M faces are the faces i, i + M, i + 2 M and i + 3 M.
+
+    Args:
+        points: positions [N, 3].
+        faces: vertices of each face, [M, 3].
+    Returns: positions [N', 3] and faces [4 M, 3].
     """
-    ends = np.sort(faces[:, _EDGES], axis=2).reshape(-1, 2)
-    # Faces that share an edge share its midpoint.
-    edges, number = np.unique(ends, axis=0, return_inverse=True)
-    middle = number.reshape(-1, 3) + len(points)  # of edges 01, 12, 20
+    edge_vertices = np.sort(faces[:, _EDGES], axis=2).reshape(-1, 2)
+    # Faces with a common edge share its midpoint.
+    edges, edge_index = np.unique(edge_vertices, axis=0, return_inverse=True)
+    middle = edge_index.reshape(-1, 3) + len(points)  # [M, 3], midpoints of the edges ab, bc, ca
     a, b, c = faces.T
     ab, bc, ca = middle.T
-    new = np.concatenate(
+    new_faces = np.concatenate(
         [np.stack(corners, axis=1) for corners in ((a, ab, ca), (ab, b, bc), (ca, bc, c), (ab, bc, ca))]
     )
-    return np.concatenate([points, points[edges].mean(axis=1)]), new
+    return np.concatenate([points, points[edges].mean(axis=1)]), new_faces
 
 
 def nearest_on(points: np.ndarray, triangles: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Find the nearest of triangles [M, 3, 3] to points [Q, 3].
+    """Find the point on triangles that is nearest to each of Q points.
 
-    Only the NEAR triangles with the nearest centres are tried.
-    Returns: face numbers [Q], and the nearest points as weights of the corners [Q, 3].
+    Only the NEAR triangles with the nearest centres are considered.
+
+    Args:
+        points: positions [Q, 3].
+        triangles: corners [M, 3, 3] of the triangles.
+    Returns: index of the triangle [Q], and weights [Q, 3] of its corners that give the nearest point.
     """
     from scipy.spatial import cKDTree
 
-    # [Q, K]
-    near = (
-        cKDTree(triangles.mean(axis=1)).query(points, k=min(NEAR, len(triangles)))[1].reshape(len(points), -1)
-    )
-    weight = closest_on_triangles(triangles[near], points[:, None])  # [Q, K, 3]
-    squared = ((weight[..., None] * triangles[near]).sum(axis=2) - points[:, None]) ** 2
-    best = squared.sum(axis=2).argmin(axis=1)
+    tree = cKDTree(triangles.mean(axis=1))
+    _, candidates = tree.query(points, k=min(NEAR, len(triangles)))
+    # With k = 1, `query` returns one axis less. [Q, K]
+    candidates = candidates.reshape(len(points), -1)
+    weight = closest_on_triangles(triangles[candidates], points[:, None])  # [Q, K, 3]
+    squared_difference = ((weight[..., None] * triangles[candidates]).sum(axis=2) - points[:, None]) ** 2
+    best = squared_difference.sum(axis=2).argmin(axis=1)
     row = np.arange(len(points))
-    return near[row, best], weight[row, best]
+    return candidates[row, best], weight[row, best]
 
 
-# Patches that follow the surface: regions that are grown over neighbouring faces with similar normals. This
-# is the default, for meshes of any kind. It replaces the mesh fusion of DreamCS, whose algorithm is not
-# published. Choices are discrete, so topology has no gradient.
+# Regions: patches that grow over neighbouring faces with similar normals. This is the default, for meshes of
+# any kind. It replaces the mesh fusion of DreamCS, whose algorithm is not published. All choices are
+# discrete, so topology has no gradient.
 
-SIMILAR = 0.9  # least cosine between the normals of a face and of its region
-RELAX = 0.1  # decrease of this bound when no region can grow
-SMALL = 0.1  # regions with less than this share of the mean area join a neighbour
+SIMILAR = 0.9  # least cosine of the angle between the normals of a face and of its region
+RELAX = 0.1  # decrease of this limit when no region can grow
+SMALL = 0.1  # area, relative to the mean area of regions, below which a region joins a neighbouring region
 
 
 @torch.no_grad()
 def regions(mesh: Mesh, patches: int, faces: int) -> Plan:
-    """Create a plan of P patches with F faces each.
+    """Create a plan of P patches with F faces each, which are regions of the surface with similar normals.
 
-    If the mesh has fewer than P faces, some patches are masked.
+    Regions start at P faces that are chosen by farthest-point sampling of the centres. A region grows by
+    neighbouring faces whose normals are similar to its mean normal; the limit is relaxed when no region can
+    grow. Parts of the mesh without a start become additional regions. Small regions and surplus regions join
+    other regions, and the largest regions are halved until there are P regions. F faces of each region are
+    then chosen at equal steps of area, from its centre outwards, so that large faces may be chosen several
+    times, and small faces not at all. If the mesh has fewer than P faces, some patches are masked.
 
-    Seeds are farthest points of the face centres. A region takes neighbouring faces whose normals are within
-    `SIMILAR` of its mean normal; the bound is relaxed when no region can grow. Parts without a seed become
-    regions of their own. Small regions join a neighbour, and surplus ones the nearest region; then the
-    largest regions are halved until there are P. F faces of each region are taken at equal distances of its
-    area, from its centre outwards. Large faces may therefore occur twice, and small ones not at all.
+    Args:
+        mesh: the mesh.
+        patches: number of patches, P.
+        faces: number of faces of a patch, F.
     """
     triangles = mesh.vertices.detach().double().cpu().numpy()[mesh.faces.cpu().numpy()]  # [M, 3, 3]
     select = np.zeros((patches, faces), dtype=np.int64)
@@ -357,7 +455,7 @@ def regions(mesh: Mesh, patches: int, faces: int) -> Plan:
     if len(triangles):
         label = grown(triangles, mesh.faces.cpu().numpy(), patches)
         count = int(label.max()) + 1
-        select[:count] = _evenly(triangles, label, count, faces)
+        select[:count] = _select_faces(triangles, label, count, faces)
         mask[:count] = True
     device = mesh.faces.device
     return Plan(
@@ -366,11 +464,19 @@ def regions(mesh: Mesh, patches: int, faces: int) -> Plan:
 
 
 def grown(triangles: np.ndarray, faces: np.ndarray, patches: int) -> np.ndarray:
-    """Return the region [M] of each face, 0..min(P, M) - 1; every region has a face."""
+    """Divide faces into regions, and return the index of the region of each face, [M], in 0..min(P, M) - 1.
+
+    Every region has at least one face.
+
+    Args:
+        triangles: corners [M, 3, 3] of the faces.
+        faces: vertices of each face, [M, 3].
+        patches: number of regions, P.
+    """
     cross = np.cross(triangles[:, 1] - triangles[:, 0], triangles[:, 2] - triangles[:, 0])
-    double = np.linalg.norm(cross, axis=1)
-    normals = cross / np.maximum(double, 1e-12)[:, None]
-    areas = double / 2
+    double_area = np.linalg.norm(cross, axis=1)
+    normals = cross / np.maximum(double_area, 1e-12)[:, None]
+    areas = double_area / 2
     centres = triangles.mean(axis=1)
     region_count = min(patches, len(faces))
     pairs = neighbours(faces)
@@ -381,135 +487,186 @@ def grown(triangles: np.ndarray, faces: np.ndarray, patches: int) -> np.ndarray:
 
 
 def neighbours(faces: np.ndarray) -> np.ndarray:
-    """Return pairs [K, 2] of faces that share an edge.
+    """Return pairs [K, 2] of faces that have a common edge.
 
-    With more than two faces, each is paired with the next one.
+    If more than two faces have a common edge, each of them is paired with the next one.
     """
-    ends = np.sort(faces[:, [[0, 1], [1, 2], [2, 0]]].reshape(-1, 2), axis=1)
-    key = ends[:, 0].astype(np.int64) * (int(faces.max(initial=0)) + 1) + ends[:, 1]  # one integer per edge
+    edge_vertices = np.sort(faces[:, [[0, 1], [1, 2], [2, 0]]].reshape(-1, 2), axis=1)
+    # One integer per edge
+    key = edge_vertices[:, 0].astype(np.int64) * (int(faces.max(initial=0)) + 1) + edge_vertices[:, 1]
+    # Equal edges of different faces are neighbours in the sorted order. Index i // 3 is the face of edge i.
     order = np.argsort(key, kind="stable")
-    same = key[order[1:]] == key[order[:-1]]
-    return np.stack([order[:-1][same] // 3, order[1:][same] // 3], axis=1)
+    is_same_edge = key[order[1:]] == key[order[:-1]]
+    return np.stack([order[:-1][is_same_edge] // 3, order[1:][is_same_edge] // 3], axis=1)
 
 
 def _grow(normals: np.ndarray, pairs: np.ndarray, seeds: np.ndarray) -> np.ndarray:
-    """Grow the regions of seeds [P]. Parts of the mesh without a seed get numbers from P on."""
+    """Grow regions from seeds, and return the index of the region of each face, [M].
+
+    Connected parts of the mesh without a seed become regions with the indices P, P + 1, ...
+
+    Args:
+        normals: normals [M, 3] of the faces.
+        pairs: pairs [K, 2] of neighbouring faces.
+        seeds: faces [P] at which the regions start.
+    """
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
-    label = np.full(len(normals), -1)
+    label = np.full(len(normals), -1)  # -1 for faces without a region
     label[seeds] = np.arange(len(seeds))
-    total = normals[seeds].copy()
-    bound = SIMILAR
-    # Neighbours of face i are outer[first[i] : first[i + 1]].
-    beside = np.concatenate([pairs, pairs[:, ::-1]])
-    beside = beside[np.argsort(beside[:, 0], kind="stable")]
-    first = np.searchsorted(beside[:, 0], np.arange(len(normals) + 1))
-    outer = beside[:, 1]
-    new = seeds
+    normal_sum = normals[seeds].copy()  # [P, 3], sums of the normals of each region
+    least_cosine = SIMILAR
+    # The neighbours of face i are neighbour[start[i] : start[i + 1]].
+    directed_pairs = np.concatenate([pairs, pairs[:, ::-1]])
+    directed_pairs = directed_pairs[np.argsort(directed_pairs[:, 0], kind="stable")]
+    start = np.searchsorted(directed_pairs[:, 0], np.arange(len(normals) + 1))
+    neighbour = directed_pairs[:, 1]
+    new_faces = seeds
+    # Candidates: region[k] can grow by face[k]. They are neighbours of faces that joined in the last step,
+    # and candidates of earlier steps whose normals were not similar enough.
     region = np.zeros(0, dtype=np.int64)
     face = np.zeros(0, dtype=np.int64)
-    # Candidates are pairs (region, face): those that were too different so far, and neighbours of new faces.
     while True:
-        count = first[new + 1] - first[new]
+        count = start[new_faces + 1] - start[new_faces]
         # Indices of the neighbours of all new faces, without a loop over faces
-        place = np.repeat(first[new] - count.cumsum() + count, count) + np.arange(count.sum())
-        region = np.concatenate([region, np.repeat(label[new], count)])
-        face = np.concatenate([face, outer[place]])
-        open_ = label[face] < 0
-        region = region[open_]
-        face = face[open_]
+        index = np.repeat(start[new_faces] - count.cumsum() + count, count) + np.arange(count.sum())
+        region = np.concatenate([region, np.repeat(label[new_faces], count)])
+        face = np.concatenate([face, neighbour[index]])
+        is_unassigned = label[face] < 0
+        region = region[is_unassigned]
+        face = face[is_unassigned]
         if not len(face):
             break
-        mean = total / np.maximum(np.sqrt((total * total).sum(axis=1)), 1e-12)[:, None]
-        likeness = np.einsum("ki,ki->k", normals[face], mean[region])
-        while not (similar := likeness >= bound).any():
-            bound -= RELAX
-        # If several regions can take a face, the last assignment wins, so the most similar region comes last.
-        order = np.argsort(likeness[similar], kind="stable")
-        new = np.unique(face[similar])
-        label[face[similar][order]] = region[similar][order]
-        np.add.at(total, label[new], normals[new])
-    # Faces that no seed reaches are grouped by connected part.
-    unreached = label < 0
-    if unreached.any():
-        linked = unreached[pairs].all(axis=1)
-        size = len(normals)
+        norm = np.maximum(np.sqrt((normal_sum * normal_sum).sum(axis=1)), 1e-12)
+        mean_normal = normal_sum / norm[:, None]
+        cosine = np.einsum("ki,ki->k", normals[face], mean_normal[region])
+        while not (is_similar := cosine >= least_cosine).any():
+            least_cosine -= RELAX
+        # If several regions can grow by the same face, the last assignment counts, so the most similar region
+        # comes last.
+        order = np.argsort(cosine[is_similar], kind="stable")
+        new_faces = np.unique(face[is_similar])
+        label[face[is_similar][order]] = region[is_similar][order]
+        np.add.at(normal_sum, label[new_faces], normals[new_faces])
+    # Faces that no region reaches are grouped by connected part.
+    is_unreached = label < 0
+    if is_unreached.any():
+        is_unreached_pair = is_unreached[pairs].all(axis=1)
+        unreached_pairs = pairs[is_unreached_pair]
+        face_count = len(normals)
         graph = coo_array(
-            (np.ones(int(linked.sum())), (pairs[linked, 0], pairs[linked, 1])), shape=(size, size)
+            (np.ones(len(unreached_pairs)), (unreached_pairs[:, 0], unreached_pairs[:, 1])),
+            shape=(face_count, face_count),
         )
         part = connected_components(graph, directed=False)[1]
-        label[unreached] = len(seeds) + np.unique(part[unreached], return_inverse=True)[1]
+        label[is_unreached] = len(seeds) + np.unique(part[is_unreached], return_inverse=True)[1]
     return label
 
 
 def _merge(
     label: np.ndarray, pairs: np.ndarray, areas: np.ndarray, centres: np.ndarray, most: int
 ) -> np.ndarray:
-    """Merge small and surplus regions. Returns regions numbered 0.. without gaps, at most `most` of them."""
+    """Merge small regions and surplus regions into other regions.
+
+    Args:
+        label: index of the region of each face, [M].
+        pairs: pairs [K, 2] of neighbouring faces.
+        areas: areas [M] of the faces.
+        centres: centres [M, 3] of the faces.
+        most: largest number of regions of the result.
+    Returns: index of the region of each face, [M], numbered from 0 without gaps.
+    """
     while True:
         label = np.unique(label, return_inverse=True)[1]
         count = int(label.max()) + 1
-        size = np.bincount(label, weights=areas, minlength=count)
-        ends = label[pairs]
-        ends = ends[ends[:, 0] != ends[:, 1]]
-        beside = np.bincount(ends.flatten(), minlength=count) > 0
-        small = beside & (size < SMALL * size.mean())
-        if count <= most and not small.any():
+        region_area = np.bincount(label, weights=areas, minlength=count)
+        # Pairs of different regions with a common edge
+        region_pairs = label[pairs]
+        region_pairs = region_pairs[region_pairs[:, 0] != region_pairs[:, 1]]
+        has_neighbour = np.bincount(region_pairs.flatten(), minlength=count) > 0
+        is_small = has_neighbour & (region_area < SMALL * region_area.mean())
+        if count <= most and not is_small.any():
             return label
-        pick = int(np.where(small if small.any() else np.ones(count, dtype=bool), size, np.inf).argmin())
-        if beside[pick]:
-            # Into the neighbour with the longest common border, counted in edges
-            touching = np.concatenate([ends[ends[:, 0] == pick, 1], ends[ends[:, 1] == pick, 0]])
-            target = int(np.bincount(touching).argmax())
+        # The smallest of the small regions, or of all regions, is merged.
+        is_eligible = is_small if is_small.any() else np.ones(count, dtype=bool)
+        merged_region = int(np.where(is_eligible, region_area, np.inf).argmin())
+        if has_neighbour[merged_region]:
+            # It joins the neighbour with the largest number of common edges.
+            neighbour_regions = np.concatenate(
+                [
+                    region_pairs[region_pairs[:, 0] == merged_region, 1],
+                    region_pairs[region_pairs[:, 1] == merged_region, 0],
+                ]
+            )
+            target = int(np.bincount(neighbour_regions).argmax())
         else:
-            # A region without neighbours is a separate part; it joins the region with the nearest centre.
-            middle = _means(label, centres, count)
-            distance = np.linalg.norm(middle - middle[pick], axis=1)
-            distance[pick] = np.inf
+            # A region without neighbours is a separate part, and joins the region with the nearest centre.
+            region_centres = _region_means(label, centres, count)
+            distance = np.linalg.norm(region_centres - region_centres[merged_region], axis=1)
+            distance[merged_region] = np.inf
             target = int(distance.argmin())
-        label[label == pick] = target
+        label[label == merged_region] = target
 
 
 def _split(label: np.ndarray, areas: np.ndarray, centres: np.ndarray, region_count: int) -> np.ndarray:
-    """Halve the largest regions until there are `region_count`, which must not exceed the number of faces."""
+    """Halve the largest regions, in place, until there are `region_count` regions.
+
+    Args:
+        label: index of the region of each face, [M].
+        areas: areas [M] of the faces.
+        centres: centres [M, 3] of the faces.
+        region_count: number of regions, at most the number of faces.
+    Returns: `label`.
+    """
     count = int(label.max()) + 1
     while count < region_count:
-        size = np.bincount(label, weights=areas, minlength=count)
-        size[np.bincount(label, minlength=count) < 2] = -1  # a single face cannot be halved
-        members = np.flatnonzero(label == size.argmax())
-        # Two faces far apart are the centres of both halves.
-        places = centres[members]
-        first = places[np.linalg.norm(places - places.mean(0), axis=1).argmax()]
-        second = places[np.linalg.norm(places - first, axis=1).argmax()]
-        nearer = np.linalg.norm(places - second, axis=1) < np.linalg.norm(places - first, axis=1)
-        nearer[-1] |= not nearer.any()  # if all centres coincide, split off one face
-        label[members[nearer]] = count
+        region_area = np.bincount(label, weights=areas, minlength=count)
+        region_area[np.bincount(label, minlength=count) < 2] = -1  # a region of one face cannot be halved
+        region_faces = np.flatnonzero(label == region_area.argmax())
+        # Each face joins the nearer one of two faces that are far apart.
+        positions = centres[region_faces]
+        first = positions[np.linalg.norm(positions - positions.mean(0), axis=1).argmax()]
+        second = positions[np.linalg.norm(positions - first, axis=1).argmax()]
+        joins_second = np.linalg.norm(positions - second, axis=1) < np.linalg.norm(positions - first, axis=1)
+        # If all centres are equal, the last face becomes a new region.
+        joins_second[-1] |= not joins_second.any()
+        label[region_faces[joins_second]] = count
         count += 1
     return label
 
 
-def _means(label: np.ndarray, values: np.ndarray, count: int) -> np.ndarray:
-    """Average values [M, 3] over each region, [count, 3]."""
-    number = np.bincount(label, minlength=count)
-    return (
-        np.stack([np.bincount(label, weights=column, minlength=count) for column in values.T], axis=1)
-        / number[:, None]
-    )
+def _region_means(label: np.ndarray, values: np.ndarray, count: int) -> np.ndarray:
+    """Compute the mean of values [M, 3] over the faces of each of `count` regions: [count, 3]."""
+    face_counts = np.bincount(label, minlength=count)
+    sums = np.stack([np.bincount(label, weights=column, minlength=count) for column in values.T], axis=1)
+    return sums / face_counts[:, None]
 
 
-def _evenly(triangles: np.ndarray, label: np.ndarray, count: int, faces: int) -> np.ndarray:
-    """Select F faces [count, F] of each region, at equal distances of its area, from its centre outwards."""
+def _select_faces(triangles: np.ndarray, label: np.ndarray, count: int, faces: int) -> np.ndarray:
+    """Select F faces of each region at equal steps of area, from the centre of the region outwards.
+
+    Args:
+        triangles: corners [M, 3, 3] of the faces.
+        label: index of the region of each face, [M].
+        count: number of regions.
+        faces: number of faces to select, F.
+    Returns: indices of the selected faces, [count, F].
+    """
     centres = triangles.mean(axis=1)
-    distance = np.linalg.norm(centres - _means(label, centres, count)[label], axis=1)
+    distance = np.linalg.norm(centres - _region_means(label, centres, count)[label], axis=1)
+    # Sorted by region, and within a region by the distance from its centre
     order = np.lexsort((distance, label))
     cross = np.cross(triangles[:, 1] - triangles[:, 0], triangles[:, 2] - triangles[:, 0])
-    area = np.linalg.norm(cross, axis=1)[order] + 1e-12  # faces without area still have a place
-    until = area.cumsum()
+    # Twice the areas; with 1e-12, faces without area can be selected, too.
+    area = np.linalg.norm(cross, axis=1)[order] + 1e-12
+    cumulative_area = area.cumsum()
+    # Positions in `order` of the first and the last face of each region
     last = np.searchsorted(label[order], np.arange(count), side="right") - 1
     first = np.concatenate([[0], last[:-1] + 1])
-    start = until[first] - area[first]
-    end = until[last]
-    at = start[:, None] + (end - start)[:, None] * (np.arange(faces) + 0.5) / faces
-    # The clip keeps rounding from selecting a face of a neighbouring region.
-    return order[np.searchsorted(until, at).clip(first[:, None], last[:, None])]
+    start_area = cumulative_area[first] - area[first]
+    end_area = cumulative_area[last]
+    # [count, F]: cumulative areas at the middles of F equal steps
+    selected_area = start_area[:, None] + (end_area - start_area)[:, None] * (np.arange(faces) + 0.5) / faces
+    # The clip prevents that a rounding error selects a face of a neighbouring region.
+    return order[np.searchsorted(cumulative_area, selected_area).clip(first[:, None], last[:, None])]

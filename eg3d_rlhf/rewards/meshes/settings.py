@@ -1,6 +1,7 @@
-"""Settings of RewardCS, the reward of meshes: patches, network sizes, and training.
+"""Settings of RewardCS, a reward that reads meshes: patches, network sizes, and training.
 
-This module does not import torch, so that --help stays fast.
+A patch is a group of neighbouring faces of a mesh. This module does not import torch, so that `--help` is
+quick.
 """
 
 import functools
@@ -11,43 +12,50 @@ from training.config import check_knobs, knob
 
 PATCHIFIER_NAMES = ("regions", "maps")  # names of functions in patchifiers.py
 SOURCE_NAMES = ("heads", "janus")  # sources of generated meshes, see dataset.py
-AREAS = ("share", "raw")  # see patchifiers.py
-PLACES = ("centre", "box", "world")  # see `patchifiers.placed`
+AREAS = ("share", "raw")  # units of areas, see patchifiers.py
+PLACES = ("centre", "box", "world")  # coordinate frames of meshes, see `patchifiers.to_frame`
 
 
 @dataclass(frozen=True, kw_only=True)
 class PatchOptions:
-    """Form in which a mesh reward reads meshes. It is stored in the reward's file."""
+    """Settings with which meshes are converted to patches. They are stored in the file of a reward.
 
-    kind: str = "regions"  # one of PATCHIFIER_NAMES
-    patches: int = 64  # patches of a mesh
-    faces: int = 64  # faces of a patch; a power of 4 for maps
-    area: str = "share"  # one of AREAS
-    place: str = "centre"  # one of PLACES: origin and unit of face centres
+    Raises: ValueError for a value that is not allowed.
+    """
+
+    kind: str = "regions"  # method that divides a mesh into patches, one of PATCHIFIER_NAMES
+    patches: int = 64  # number of patches of a mesh
+    faces: int = 64  # number of faces of a patch; a power of 4 for the kind "maps"
+    area: str = "share"  # unit of areas, one of AREAS
+    place: str = "centre"  # origin and unit of the centres of faces, one of PLACES
 
     def __post_init__(self) -> None:
-        for name, known in (("kind", PATCHIFIER_NAMES), ("area", AREAS), ("place", PLACES)):
-            if getattr(self, name) not in known:
+        for name, allowed_values in (("kind", PATCHIFIER_NAMES), ("area", AREAS), ("place", PLACES)):
+            if getattr(self, name) not in allowed_values:
                 raise ValueError(
-                    f"PatchOptions: expected {name} to be one of {', '.join(known)}, got"
-                    f" {getattr(self, name)!r}. Choose one of these."
+                    f"PatchOptions.{name}: expected one of {', '.join(allowed_values)}, got"
+                    f" {getattr(self, name)!r}. Use one of these values."
                 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderOptions:
-    """Sizes of the encoder. Those of MeshMAE are 64 faces, width 768, 12 blocks and 12 heads."""
+    """Sizes of the mesh encoder. MeshMAE has 64 faces, width 768, 12 blocks and 12 heads.
 
-    faces: int = 64  # of a patch
-    width: int = 64  # of a token; a multiple of `heads`
-    depth: int = 3  # transformer blocks
-    heads: int = 4  # attention heads
+    Raises: ValueError for a value outside its range.
+    """
+
+    faces: int = 64  # number of faces of a patch
+    width: int = 64  # number of channels of a token; a multiple of `heads`
+    depth: int = 3  # number of transformer blocks
+    heads: int = 4  # number of attention heads
 
     def __post_init__(self) -> None:
         if min(self.faces, self.width, self.heads) < 1 or self.depth < 0 or self.width % self.heads:
             raise ValueError(
-                "EncoderOptions: expected positive numbers and a width that is a multiple of heads, got"
-                f" {self}. Change these values."
+                "EncoderOptions: expected faces, width and heads of at least 1, a depth of at least 0, and a"
+                f" width that is a multiple of heads, got {self}. Change width or heads, for example to 64"
+                " and 4."
             )
 
 
@@ -61,118 +69,163 @@ _rare_train_knob = functools.partial(knob, group=TRAIN, rare=True)
 
 @dataclass(frozen=True, kw_only=True)
 class MeshRewardTraining:
-    """Settings of one training. With one thread, its result is identical on the same machine."""
+    """Settings of a training of RewardCS. With one thread, its result is always the same on the same machine.
+
+    Raises: ValueError for a value that is outside its range or contradicts another value.
+    """
 
     source: str = knob(
         "heads",
-        "Source of generated meshes: smooth heads, or objects of the default problem.",
+        "Kind of the generated training meshes: heads are smooth synthetic heads, and janus are box heads of"
+        " the bundled text-to-3D test problem.",
         DATA,
         choices=SOURCE_NAMES,
     )
     data: Path | None = knob(
         None,
-        "File that lists meshes with scores or labels (.jsonl). They replace generated meshes.",
+        "File that lists meshes with scores or labels (.jsonl). The training then uses these meshes instead"
+        " of generated ones.",
         DATA,
         metavar="FILE",
         shown="none",
     )
     shapes: int = knob(
         840,
-        "Number of generated meshes. One in 20 lies between the thresholds and has no label.",
+        "Number of generated meshes. One mesh in 20 has a score between the thresholds of preferred and other"
+        " meshes, and is not used.",
         DATA,
         low=20,
     )
     data_seed: int = _rare_data_knob(
         0,
-        "Random seed of the generated meshes and of the held-out ones. It does not depend on --seed.",
+        "Random seed of the generated meshes, and of the choice of the meshes that are held out. --seed does"
+        " not change them.",
         low=0,
     )
     held_out: float = _rare_data_knob(
-        0.25, "Share of the meshes that are held out for the test figures.", above=0, below=1
+        0.25, "Share of the meshes that are held out from training and used for the test.", above=0, below=1
     )
-    resolution: int = _rare_data_knob(20, "Cells of the lattice along each edge.", low=4, high=128)
+    resolution: int = _rare_data_knob(
+        20, "Number of grid cells per axis on which generated meshes are extracted.", low=4, high=128
+    )
     patchifier: str = _rare_net_knob(
-        "regions", "Method that divides meshes into patches.", choices=PATCHIFIER_NAMES
+        "regions",
+        "Method that divides a mesh into patches of faces: regions groups neighbouring faces with similar"
+        " normals; maps projects a subdivided coarse mesh onto the surface, as MeshMAE does.",
+        choices=PATCHIFIER_NAMES,
     )
-    patches: int = _rare_net_knob(64, "Number of patches of a mesh.", low=4)
-    faces: int = _rare_net_knob(64, "Number of faces of a patch.", low=1)
+    patches: int = _rare_net_knob(64, "Number of patches into which each mesh is divided.", low=4)
+    faces: int = _rare_net_knob(64, "Number of faces of each patch. Must be a power of 4 for maps.", low=1)
     area: str = _rare_net_knob(
-        "share", "Unit of areas: shares of the mesh's area, or raw values.", choices=AREAS
+        "share",
+        "Unit in which the areas of faces are given to the network: share divides them by the area of the"
+        " mesh, and raw does not.",
+        choices=AREAS,
     )
     place: str = _rare_net_knob(
         "centre",
-        "Origin of face centres: the surface's centre, the least corner of its box, or the world's origin.",
+        "Origin of the coordinates that the network reads: centre is the centre of the surface, box is the"
+        " corner of the bounding box with the least coordinates, and world is the world's origin.",
         choices=PLACES,
     )
-    width: int = _rare_net_knob(64, "Width of the encoder.", low=4)
+    width: int = _rare_net_knob(64, "Number of channels of the encoder's tokens.", low=4)
     depth: int = _rare_net_knob(3, "Number of transformer blocks of the encoder.", low=0)
-    heads: int = _rare_net_knob(4, "Number of attention heads.", low=1)
-    divergence: float = knob(1.0, "Weight lambda of the Cauchy-Schwarz divergence.", TRAIN, low=0)
+    heads: int = _rare_net_knob(4, "Number of attention heads of the encoder.", low=1)
+    divergence: float = knob(
+        1.0,
+        "Weight lambda of the Cauchy-Schwarz divergence between the embeddings of preferred and other meshes."
+        " The divergence is maximised.",
+        TRAIN,
+        low=0,
+    )
     divergence_ramp: float = _rare_train_knob(
         0.5,
-        "Share of the steps during which lambda increases from 0, so that scores are learned first.",
+        "Share of the training steps over which the weight of the divergence increases from 0 to its final"
+        " value, so that scores are learned first.",
         low=0,
         high=1,
     )
     bandwidth: float = _rare_train_knob(
         0.7,
-        "Least bandwidth of the kernel. The median distance of the batch is used where it is larger.",
+        "Least bandwidth of the divergence's kernel, as a distance of embeddings of length 1. If the median"
+        " distance of a batch is larger, that distance is used.",
         above=0,
     )
     regression: float = _rare_train_knob(
         25.0,
-        "Weight of the squared error of score / 5. The value 25 measures it in units of the score.",
+        "Weight of the squared error of the predicted score / 5. With 25 the error is measured in units of"
+        " the score (0 to 5).",
         above=0,
     )
-    steps: int = knob(400, "Number of updates.", TRAIN, low=1)
-    batch: int = _rare_train_knob(64, "Meshes in each update, half of them preferred.", low=4)
-    lr: float = knob(
-        1e-3, "Peak learning rate of AdamW, after a warm-up and before a cosine decay to 0.", TRAIN, above=0
+    steps: int = knob(400, "Number of training steps.", TRAIN, low=1)
+    batch: int = _rare_train_knob(
+        64, "Number of meshes in each training step. Must be even: half of the meshes are preferred.", low=4
     )
-    weight_decay: float = _rare_train_knob(0.05, "Weight decay of AdamW.", low=0)
-    forget: float = _rare_train_knob(0.25, "Share of prompts that training treats as unknown.", low=0, high=1)
+    lr: float = knob(
+        1e-3,
+        "Peak learning rate of the AdamW optimiser. The rate increases linearly over the first twentieth of"
+        " the steps, and then falls to 0 along a cosine.",
+        TRAIN,
+        above=0,
+    )
+    weight_decay: float = _rare_train_knob(0.05, "Weight decay of the AdamW optimiser.", low=0)
+    forget: float = _rare_train_knob(
+        0.25,
+        "Probability that a training step treats the prompt of a mesh as unknown, so that the reward can also"
+        " score meshes of new prompts.",
+        low=0,
+        high=1,
+    )
     turns: bool = _rare_train_knob(
-        True, "Rotate meshes by random quarter turns about the upward axis, and mirror some of them."
+        True,
+        "Augment training meshes: rotate them by random multiples of 90 degrees about the upward axis, and"
+        " mirror half of them.",
     )
     randomised: bool = _rare_train_knob(
-        False, "Control: permute the labels at random. The AUC must then be close to 0.5."
+        False, "Control: permute the labels of training meshes at random. The AUC must then be close to 0.5."
     )
     area_only: bool = _rare_train_knob(
-        False, "Control: read only areas. The reward must then not detect a second nose."
+        False,
+        "Control: let the network read only the areas of faces. The reward must then not detect a second"
+        " nose.",
     )
     seed: int = knob(
-        0, "Random seed of the initialisation and the order of meshes.", TRAIN, low=0, flag=False
+        0,
+        "Random seed of the network's initialisation, of the order of the meshes, and of their augmentation.",
+        TRAIN,
+        low=0,
+        flag=False,
     )
 
     def __post_init__(self) -> None:
         check_knobs(self)
         if self.batch % 2:
             raise ValueError(
-                f"--set batch: expected an even number, got {self.batch}, since half of the meshes are"
-                " preferred. Choose an even number."
+                f"--set batch: expected an even number, got {self.batch}. Choose an even number, since half"
+                " of the meshes of a step are preferred and the other half are not."
             )
         if self.turns and self.place == "box":
             raise ValueError(
-                "place: box cannot be combined with turns, because a rotation changes the box. Add --set"
-                " turns=false, or use place=centre or place=world."
+                "--set place=box cannot be combined with turns=true, because a rotation changes the bounding"
+                " box. Add --set turns=false, or use place=centre or place=world."
             )
-        # Creating both objects checks their values.
+        # These properties create objects that check their values.
         self.encoder, self.read  # noqa: B018
 
     def to_dict(self) -> dict:
-        """Return JSON values."""
+        """Return the settings as JSON values."""
         return {
             name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()
         }
 
     @property
     def read(self) -> PatchOptions:
-        """Form in which meshes are read."""
+        """Settings with which meshes are converted to patches."""
         return PatchOptions(
             kind=self.patchifier, patches=self.patches, faces=self.faces, area=self.area, place=self.place
         )
 
     @property
     def encoder(self) -> EncoderOptions:
-        """Sizes of the encoder."""
+        """Sizes of the mesh encoder."""
         return EncoderOptions(faces=self.faces, width=self.width, depth=self.depth, heads=self.heads)

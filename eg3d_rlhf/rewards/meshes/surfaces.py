@@ -1,10 +1,12 @@
-"""Extract surfaces of a level on a lattice: by marching tetrahedra, and as nets with one vertex per cell.
+"""Extract surfaces on a lattice: by marching tetrahedra, or as surface nets with one vertex per cell.
 
-The lattice is a cube whose cells are cut into 6 tetrahedra around the main diagonal, at any resolution. It is
-computed when needed and not stored in files.
+A level is a number per vertex of the lattice that is negative inside a shape, so that the surface is where
+the level is 0. The lattice is a cube whose cells are divided into 6 tetrahedra around the main diagonal. It
+is computed when needed and not stored in files.
 
-Letters: R cells per edge, V = (R + 1)^3 vertices of the lattice, T tetrahedra, E edges; N vertices of a mesh,
-M faces; of a net N crossings, N' vertices, M = 2 N faces.
+Shapes: R cells per edge, V = (R + 1)^3 vertices of the lattice, T tetrahedra, E edges of tetrahedra. For
+marching tetrahedra: N vertices, M faces of the mesh. For a net: N crossings of the surface with edges, N'
+vertices, M = 2 N faces.
 """
 
 import functools
@@ -17,113 +19,132 @@ import torch
 from eg3d_rlhf.core.field import Bounds, Field, ProductField
 from eg3d_rlhf.core.interfaces import Mesh
 
-# edges of a tetrahedron, in the order of `Lattice.edges_of`
+# Edges of a tetrahedron as pairs of its vertices 0..3, in the order of `Lattice.edges_of`
 EDGES = tuple(itertools.combinations(range(4), 2))
 
 
 @dataclass(frozen=True, eq=False)
 class Lattice:
-    """Tetrahedra and their edges. Tetrahedra are positively oriented: det(b - a, c - a, d - a) > 0."""
+    """Tetrahedra and their edges.
 
-    vertices: torch.Tensor  # [V, 3] world units
-    tetrahedra: torch.Tensor  # [T, 4] int64
-    edges: torch.Tensor  # [E, 2] int64, each once, smaller vertex first, sorted
-    edges_of: torch.Tensor  # [T, 6] int64, numbers of the edges EDGES of each tetrahedron
+    All tetrahedra (a, b, c, d) are positively oriented: det(b - a, c - a, d - a) > 0.
+    """
+
+    vertices: torch.Tensor  # positions [V, 3], world units
+    tetrahedra: torch.Tensor  # vertices of each tetrahedron, int64 [T, 4]
+    edges: torch.Tensor  # vertices of each edge, int64 [E, 2]: sorted, each edge once, smaller index first
+    edges_of: torch.Tensor  # indices in `edges` of the edges EDGES of each tetrahedron, int64 [T, 6]
     step: float  # edge of a cell, world units; deformations are smaller
-    border: torch.Tensor  # [V] bool, vertices on the surface of the cube
-    # Coordinates x, y, z whose product gives the vertices, z fastest; None for other lattices
+    border: torch.Tensor  # bool [V], True for vertices on the surface of the cube
+    # Coordinates x, y, z whose cartesian product gives the vertices, z fastest; None for other lattices
     axes: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
 
     @classmethod
     def of(cls, vertices: torch.Tensor, tetrahedra: torch.Tensor, step: float, axes=None) -> "Lattice":
-        """Create a lattice from any tetrahedra [T, 4] of vertices [V, 3].
+        """Create a lattice from tetrahedra. Its border are the vertices on the bounding box.
 
-        Vertices on the bounding box are the border. Args: step, axes: see the fields.
+        Args:
+            vertices: positions [V, 3], world units.
+            tetrahedra: vertices of each tetrahedron, int64 [T, 4].
+            step: edge of a cell, world units.
+            axes: coordinates of a product lattice, see the field `axes`.
         """
-        ends = tetrahedra[:, EDGES].sort(dim=2).values  # [T, 6, 2]
-        # Each edge once, as a number a * V + b with a < b
-        keys, edges_of = (ends[..., 0] * len(vertices) + ends[..., 1]).unique(return_inverse=True)
+        edge_vertices = tetrahedra[:, EDGES].sort(dim=2).values  # [T, 6, 2]
+        # An edge from vertex a to vertex b > a gets the key a * V + b, and `unique` removes repeated edges.
+        keys, edges_of = (edge_vertices[..., 0] * len(vertices) + edge_vertices[..., 1]).unique(
+            return_inverse=True
+        )
         edges = torch.stack([keys.div(len(vertices), rounding_mode="floor"), keys % len(vertices)], dim=1)
         border = ((vertices == vertices.amin(dim=0)) | (vertices == vertices.amax(dim=0))).any(dim=1)
         return cls(vertices, tetrahedra, edges, edges_of, step, border, axes)
 
     def to(self, device: str | torch.device) -> "Lattice":
-        """Return the lattice on a device, which must be that of the field."""
-        parts: dict[str, Any] = {
+        """Return the lattice on a device. It must be the device of the field."""
+        tensors: dict[str, Any] = {
             name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)
         }
         if self.axes is not None:
-            parts["axes"] = tuple(axis.to(device) for axis in self.axes)
-        return replace(self, **parts)
+            tensors["axes"] = tuple(axis.to(device) for axis in self.axes)
+        return replace(self, **tensors)
 
     def grid(self, values: torch.Tensor) -> torch.Tensor:
-        """Reshape values [..., V] at the vertices of a `cube` to [..., X, Y, Z]."""
+        """Reshape values [..., V] at the vertices of a `cube` to [..., R + 1, R + 1, R + 1]: axes x, y, z."""
         assert self.axes is not None
         return values.unflatten(-1, tuple(len(axis) for axis in self.axes))
 
 
 @functools.lru_cache(maxsize=8)
 def cube(resolution: int, bounds: Bounds | None = None) -> Lattice:
-    """Create the lattice of R^3 cells of a cube, by default of the unit cube around the origin.
+    """Create the lattice of the R^3 cells of a cube.
 
-    Vertices are in the order of x, y, z, with z fastest.
+    The order of the vertices is that of their coordinates x, y, z, with z fastest.
+
+    Args:
+        resolution: number of cells per edge, R.
+        bounds: the cube; None for the unit cube around the origin.
     """
     bounds = bounds or Bounds()
     side = resolution + 1
-    axis = (torch.arange(side) / resolution - 0.5) * bounds.side
-    x, y, z = (axis + c for c in bounds.centre)
+    coordinates = (torch.arange(side) / resolution - 0.5) * bounds.side
+    x, y, z = (coordinates + centre for centre in bounds.centre)
     vertices = torch.cartesian_prod(x, y, z)
     index = torch.arange(side**3).view(side, side, side)
-    jump = (side * side, side, 1)  # from a vertex to the next one along x, y, z
+    index_step = (side * side, side, 1)  # from a vertex to the next vertex along x, y, z
     corners = []
-    # Kuhn triangulation: each order of the axes gives a path along the edges from corner (0, 0, 0) to (1, 1,
-    # 1).
+    # Kuhn triangulation: each of the 6 orders of the axes gives a path along edges of the cell from corner
+    # (0, 0, 0) to corner (1, 1, 1), and the four corners of the path form a tetrahedron.
     for order in itertools.permutations(range(3)):
-        path = list(itertools.accumulate((jump[axis] for axis in order), initial=0))
+        path = list(itertools.accumulate((index_step[axis] for axis in order), initial=0))
         # Odd permutations give negatively oriented tetrahedra, so two vertices are exchanged.
-        odd = sum(a > b for a, b in itertools.combinations(order, 2)) % 2
-        corners.append([path[0], path[1], path[3], path[2]] if odd else path)
-    cells = index[:-1, :-1, :-1].reshape(-1, 1, 1)
-    return Lattice.of(
-        vertices, (cells + torch.tensor(corners)).reshape(-1, 4), bounds.side / resolution, (x, y, z)
-    )
+        is_odd = sum(a > b for a, b in itertools.combinations(order, 2)) % 2
+        corners.append([path[0], path[1], path[3], path[2]] if is_odd else path)
+    first_corners = index[:-1, :-1, :-1].reshape(-1, 1, 1)  # [R^3, 1, 1], corner (0, 0, 0) of each cell
+    tetrahedra = (first_corners + torch.tensor(corners)).reshape(-1, 4)
+    return Lattice.of(vertices, tetrahedra, bounds.side / resolution, (x, y, z))
 
 
-# Marching tetrahedra: the surface of a level on a lattice as a closed triangle mesh, differentiable in the
-# level and in the positions of the lattice's vertices. The level is negative inside; 0 is outside. Faces
-# point outward: the signed volume is positive. Which tetrahedra are cut is determined by signs: topology has
-# no gradient, only the positions of existing vertices have. Source: DMTet (Shen et al. 2021). Its 16 cases
-# are derived here from the signs.
+# Marching tetrahedra extract the surface of a level as a closed triangle mesh, differentiable in the level
+# and in the positions of the lattice's vertices. A level of exactly 0 counts as outside. Faces point outward:
+# the signed volume is positive. The signs of the level determine which tetrahedra are cut, so topology has no
+# gradient, and only the positions of existing vertices have one. Source: DMTet (Shen et al. 2021, arXiv
+# 2111.04276). The table of its 16 cases is derived here from the signs.
 
-LEAST_STEP = 1e-8  # least difference of levels along a cut edge; tetrahedra with a smaller one are skipped
-# Pairs of opposite edges of a tetrahedron. A quadrilateral is cut along the first pair that belongs to it.
+# Least difference of the levels at both ends of an edge that is cut. Tetrahedra with a smaller difference are
+# skipped.
+LEAST_STEP = 1e-8
+# Pairs of opposite edges of a tetrahedron. A quadrilateral is divided along the first pair that belongs to
+# it.
 _DIAGONALS = (((0, 2), (1, 3)), ((0, 3), (1, 2)), ((0, 1), (2, 3)))
 
 
 def _cases() -> tuple[torch.Tensor, torch.Tensor]:
-    """Derive the triangles of all 16 cases, [16, 2, 3] as numbers of EDGES, and their number [16].
+    """Derive the triangles of marching tetrahedra for all 16 cases of signs.
 
-    Bit i of a case states whether vertex i is inside.
+    Bit i of the number of a case is 1 if vertex i of the tetrahedron is inside.
+
+    Returns: the triangles [16, 2, 3], whose corners are indices of EDGES; and the number of triangles [16].
     """
     corner = torch.cat([torch.zeros(1, 3), torch.eye(3)])  # a positively oriented tetrahedron
     middle = {edge: (corner[edge[0]] + corner[edge[1]]) / 2 for edge in EDGES}
     triangles = torch.zeros(16, 2, 3, dtype=torch.int64)
     count = torch.zeros(16, dtype=torch.int64)
+    # In the cases 0 and 15 all vertices are on the same side, and there is no surface.
     for case in range(1, 15):
         inside = [bool(case >> i & 1) for i in range(4)]
-        cut = [edge for edge in EDGES if inside[edge[0]] != inside[edge[1]]]
-        corners = [tuple(cut)]
+        cut_edges = [edge for edge in EDGES if inside[edge[0]] != inside[edge[1]]]
+        case_triangles = [tuple(cut_edges)]
         # Four cut edges form a quadrilateral; its diagonal connects two opposite edges.
-        if len(cut) == 4:
-            p, q = next(pair for pair in _DIAGONALS if set(pair) <= set(cut))
-            corners = [(p, q, edge) for edge in cut if edge not in (p, q)]
-        outward = corner[[not within for within in inside]].mean(0) - corner[inside].mean(0)
-        for i, (a, b, c) in enumerate(corners):
+        if len(cut_edges) == 4:
+            p, q = next(pair for pair in _DIAGONALS if set(pair) <= set(cut_edges))
+            case_triangles = [(p, q, edge) for edge in cut_edges if edge not in (p, q)]
+        outside = [not is_inside for is_inside in inside]
+        outward = corner[outside].mean(0) - corner[inside].mean(0)
+        for i, (a, b, c) in enumerate(case_triangles):
             # Order the corners so that the normal points from inside to outside.
             normal = torch.linalg.cross(middle[b] - middle[a], middle[c] - middle[a])
-            ordered = (a, b, c) if normal @ outward > 0 else (a, c, b)
-            triangles[case, i] = torch.tensor([EDGES.index(edge) for edge in ordered])
-        count[case] = len(corners)
+            oriented_triangle = (a, b, c) if normal @ outward > 0 else (a, c, b)
+            triangles[case, i] = torch.tensor([EDGES.index(edge) for edge in oriented_triangle])
+        count[case] = len(case_triangles)
     return triangles, count
 
 
@@ -133,168 +154,220 @@ TRIANGLES, COUNT = _cases()
 def marching_tetrahedra(
     level: torch.Tensor, lattice: Lattice, deformation: torch.Tensor | None = None
 ) -> Mesh:
-    """Extract the surface level = 0.
+    """Extract the surface at which the level is 0, as a triangle mesh.
 
-    On a cut edge a-b it lies at (v_a s_b - v_b s_a) / (s_b - s_a), s = level.
+    On a cut edge from vertex a to vertex b with the positions v and levels s, the surface lies at
+    (v_a s_b - v_b s_a) / (s_b - s_a).
 
-    Args: level: [V], negative inside; deformation: [V, 3], any numbers: vertices move by tanh(deformation)
-        cells.
-    Returns: a mesh with vertices in the order of the sorted cut edges; without vertices and faces if the sign
-        is the same everywhere.
-    Differentiable in: level, deformation, lattice.vertices. Not in: which edges are cut.
+    Differentiable in level, deformation and lattice.vertices, but not in the choice of the edges that are
+    cut.
+
+    Args:
+        level: levels [V], negative inside.
+        lattice: lattice of the levels.
+        deformation: unbounded numbers [V, 3]; each vertex of the lattice moves by tanh(deformation) cells.
+            None for no displacement.
+    Returns: a mesh whose vertices are in the order of the sorted cut edges. It has no vertices and faces if
+        the sign of the level is the same everywhere.
     Raises: ValueError for levels that are not finite.
     """
     assert level.shape == (len(lattice.vertices),)
     if not bool(level.detach().isfinite().all()):
         raise ValueError(
-            "marching_tetrahedra: expected finite levels, got NaN or infinity. Check the field's density."
+            "marching_tetrahedra: the level contains NaN or infinity. Check the density of the field, for"
+            " example the weights of the generator."
         )
-    edges, faces = cut(level.detach(), lattice)
-    where = lattice.vertices if deformation is None else lattice.vertices + deformation.tanh() * lattice.step
+    edges, faces = find_cut_edges(level.detach(), lattice)
+    positions = lattice.vertices
+    if deformation is not None:
+        positions = positions + deformation.tanh() * lattice.step
     a, b = edges.unbind(1)
-    return Mesh(where[a] + crossed(level[a], level[b])[:, None] * (where[b] - where[a]), faces)
+    share = crossing_share(level[a], level[b])[:, None]  # [N, 1]
+    return Mesh(positions[a] + share * (positions[b] - positions[a]), faces)
 
 
 @torch.no_grad()
-def cut(level: torch.Tensor, lattice: Lattice) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the edges [N, 2] that the surface crosses, as pairs of lattice vertices, and the faces [M, 3].
+def find_cut_edges(level: torch.Tensor, lattice: Lattice) -> tuple[torch.Tensor, torch.Tensor]:
+    """Find the edges that the surface crosses, and connect their crossings to faces.
 
-    Faces are triples of crossings.
+    Args:
+        level: levels [V], negative inside.
+        lattice: lattice of the levels.
+    Returns: vertices of each cut edge, [N, 2]; and faces [M, 3], whose corners are indices of cut edges.
     """
     inside = level < 0
-    ends = lattice.edges
-    crossed = inside[ends[:, 0]] != inside[ends[:, 1]]  # [E]
-    # Position and gradient on such an edge would be numerically meaningless.
-    flat = crossed & ((level[ends[:, 0]] - level[ends[:, 1]]).abs() < LEAST_STEP)
+    a, b = lattice.edges.unbind(1)  # [E] each
+    is_cut = inside[a] != inside[b]  # [E]
+    # On an edge whose levels are almost equal, position and gradient would be rounding errors.
+    is_flat = is_cut & ((level[a] - level[b]).abs() < LEAST_STEP)
     triangles = TRIANGLES.to(level.device)
     count = COUNT.to(level.device)
-    case = (inside[lattice.tetrahedra] << torch.arange(4, device=level.device)).sum(dim=1)  # [T]
-    used = ((case > 0) & (case < 15)).nonzero()[:, 0]
-    used = used[~flat[lattice.edges_of[used]].any(dim=1)]
-    crossed &= ~flat
-    number = crossed.cumsum(0) - 1  # vertex number of each cut edge
-    pick = triangles[case[used]].flatten(1)  # [T', 6]
-    faces = number[lattice.edges_of[used].gather(1, pick)].view(-1, 2, 3)
-    # Keep as many of the two triangles as the case has.
-    return ends[crossed], faces[torch.arange(2, device=level.device) < count[case[used], None]]
+    # The number of the case has bit i set if vertex i is inside. [T]
+    case = (inside[lattice.tetrahedra] << torch.arange(4, device=level.device)).sum(dim=1)
+    tetrahedra = ((case > 0) & (case < 15)).nonzero()[:, 0]
+    tetrahedra = tetrahedra[~is_flat[lattice.edges_of[tetrahedra]].any(dim=1)]  # [T'], cut and not flat
+    is_cut &= ~is_flat
+    vertex_index = is_cut.cumsum(0) - 1  # index of the mesh vertex on each cut edge
+    corner_edges = triangles[case[tetrahedra]].flatten(1)  # [T', 6], indices of EDGES
+    faces = vertex_index[lattice.edges_of[tetrahedra].gather(1, corner_edges)].view(-1, 2, 3)
+    # A case has one or two triangles.
+    exists = torch.arange(2, device=level.device) < count[case[tetrahedra], None]
+    return lattice.edges[is_cut], faces[exists]
 
 
-def crossed(s_a: torch.Tensor, s_b: torch.Tensor) -> torch.Tensor:
-    """Return the share [N] of an edge at which levels s_a, s_b [N] at its ends cross 0.
+def crossing_share(s_a: torch.Tensor, s_b: torch.Tensor) -> torch.Tensor:
+    """Return the share [N] in 0..1 of an edge at which the level is 0, counted from end a.
 
-    If their signs are equal, it is 0 or 1, the end closer to the surface, without a gradient.
+    If the levels at both ends have the same sign, the result is 0 or 1, the end that is closer to the
+    surface, without a gradient.
+
+    Args:
+        s_a: levels [N] at the ends a.
+        s_b: levels [N] at the ends b.
     """
-    lost = (s_a < 0) == (s_b < 0)
+    is_uncut = (s_a < 0) == (s_b < 0)
     # The inner where() avoids a division by 0, whose gradient would be NaN.
-    return torch.where(lost, (s_a.abs() >= s_b.abs()).to(s_a), s_a / torch.where(lost, 1.0, s_a - s_b))
+    share = s_a / torch.where(is_uncut, 1.0, s_a - s_b)
+    return torch.where(is_uncut, (s_a.abs() >= s_b.abs()).to(s_a), share)
 
 
 def signed_volume(mesh: Mesh) -> torch.Tensor:
-    """Compute the volume [] that a closed mesh encloses, world units^3; positive if faces point outward.
+    """Compute the volume [] that a closed mesh encloses, in world units^3. Differentiable in the vertices.
 
-    Differentiable in the vertices.
+    The volume is positive if the faces point outward.
     """
+    # Sum of the signed volumes of the tetrahedra from the origin to each face
     a, b, c = mesh.vertices[mesh.faces].unbind(1)
     return (a * torch.linalg.cross(b, c)).sum() / 6
 
 
 def closed_level(level: torch.Tensor, lattice: Lattice) -> torch.Tensor:
-    """Set the lattice's border of a level [..., V] outside, so that a body that reaches it is closed there.
+    """Change a level so that the border of the lattice is outside. A shape that reaches the border is closed
+    there.
 
-    The cap lies about 1/1000 of a cell from the border. Differentiable in level, except on the border where
-    it was inside.
+    The closing surface lies about 1/1000 of a cell from the border. Differentiable in level, except at
+    vertices of the border that were inside.
+
+    Args:
+        level: levels [..., V], negative inside.
+        lattice: lattice of the levels.
     """
     least = 1e-3 * level.detach().abs().mean(dim=-1, keepdim=True) + LEAST_STEP
     return torch.where(lattice.border, level.maximum(least), level)
 
 
 def densities(field: Field, lattice: Lattice) -> torch.Tensor:
-    """Compute raw density [N, V] of a field at the lattice's vertices.
+    """Compute the raw densities [A, V] of a field of A shapes at the vertices of a lattice.
 
-    Differentiable in what created the field.
+    Differentiable in the parameters of the field.
     """
-    # Product fields evaluate a product grid faster than the same points one by one.
+    # A product field evaluates a product of axes faster than a list of the same points.
     if lattice.axes is not None and isinstance(field, ProductField):
         return field.density_product(*(axis.to(lattice.vertices) for axis in lattice.axes)).flatten(1)
     return field.density(lattice.vertices)
 
 
-# Surface nets (Gibson 1998): the surface on a cube's lattice with one vertex per cell, at the mean of the
-# points where the surface crosses the cell's edges. They have a quarter of the faces of marching tetrahedra,
-# of similar size, and every vertex moves with about four crossings. Mesh rewards read nets. V' = P V, with
-# convex rows of P: signs decide, without a gradient, of which crossings a vertex is the mean.
+# Surface nets (Gibson 1998) have one vertex per cell of a cube's lattice, at the mean of the points at which
+# the surface crosses the edges of the cell. They have a quarter of the faces of marching tetrahedra, of
+# similar size, and every vertex moves with about four crossings. Mesh rewards read nets. A vertex is a mean
+# of crossings, and the signs of the level decide, without a gradient, which crossings these are.
 
 
 class Net(NamedTuple):
-    """Cut edges of cells. The four cells around each cut edge give a quadrilateral of their vertices."""
+    """Surface net: the edges of cells that the surface crosses, and the mesh that they give.
 
-    # [N, 2] int64, lattice vertices at the ends, the one with the smaller coordinate first
+    Each cut edge gives a quadrilateral whose corners are the vertices of the four cells around the edge.
+    """
+
+    # Vertices of the lattice at both ends of each cut edge, int64 [N, 2]; the end with the smaller coordinate
+    # first
     edges: torch.Tensor
-    corners: torch.Tensor  # [N, 4] int64, vertices of the mesh, counterclockwise from outside
-    row: torch.Tensor  # [N, 4] int64 in 0..3 N' - 1, coordinates that a crossing moves
-    reach: torch.Tensor  # [N, 4] their displacement if the crossing moves from the first end to the second
-    base: torch.Tensor  # [3 N'] coordinates with every crossing at its first end, world units
+    corners: torch.Tensor  # corners of each quadrilateral, int64 [N, 4], counterclockwise from outside
+    row: torch.Tensor  # indices in `base` of the four coordinates that a crossing moves, int64 [N, 4]
+    reach: torch.Tensor  # displacement [N, 4] of these coordinates if the crossing moves from end 0 to end 1
+    base: torch.Tensor  # coordinates [3 N'] of the vertices if every crossing is at end 0, world units
 
     @property
     def faces(self) -> torch.Tensor:
-        """Faces [M, 3]: both halves of every quadrilateral."""
+        """Faces [M, 3]: two triangles of every quadrilateral."""
         return torch.cat([self.corners[:, :3], self.corners[:, [0, 2, 3]]])
 
     def vertices(self, share: torch.Tensor) -> torch.Tensor:
-        """Compute vertices [N', 3] from the shares [N] of edges where the surface crosses.
+        """Compute the vertices [N', 3] from the positions of the crossings. Differentiable in share.
 
-        Differentiable in share.
+        Args: share: position [N] of each crossing on its edge, 0 at end 0 and 1 at end 1.
         """
-        return (
-            self.base.to(share)
-            .index_add(0, self.row.flatten(), (share[:, None] * self.reach).flatten().to(share))
-            .view(-1, 3)
-        )
+        displacement = (share[:, None] * self.reach).flatten().to(share)  # [4 N]
+        return self.base.to(share).index_add(0, self.row.flatten(), displacement).view(-1, 3)
 
 
 @torch.no_grad()
 def net(level: torch.Tensor, lattice: Lattice) -> Net:
-    """Create the net of a level [V], negative inside, whose border is outside (`closed_level`)."""
+    """Create the surface net of a level.
+
+    Args:
+        level: levels [V], negative inside; the border must be outside, see `closed_level`.
+        lattice: lattice of the levels, made by `cube`.
+    """
     inside = lattice.grid(level) < 0  # [R + 1, R + 1, R + 1]
-    assert not bool((lattice.grid(lattice.border) & inside).any()), "pass it through closed_level"
+    assert not bool((lattice.grid(lattice.border) & inside).any()), "pass the level through closed_level"
     side = inside.shape[0]
-    places = lattice.vertices
-    # Steps of the index to the next lattice vertex and to the next cell along x, y, z
-    jump = (side * side, side, 1)
-    cell = ((side - 1) ** 2, side - 1, 1)
+    positions = lattice.vertices
+    # Steps of the index to the next vertex of the lattice, and to the next cell, along x, y, z
+    vertex_step = (side * side, side, 1)
+    cell_step = ((side - 1) ** 2, side - 1, 1)
     edges = []
-    around = []
+    cells = []
     axes = []
     for axis in range(3):
-        first = inside.narrow(axis, 0, side - 1)
-        second = inside.narrow(axis, 1, side - 1)
-        place = (first != second).nonzero()  # [n, 3] of the first end
-        start, here = ((place * place.new_tensor(by)).sum(dim=1) for by in (jump, cell))
-        before = cell[(axis + 1) % 3]
-        below = cell[(axis + 2) % 3]
-        # Counterclockwise as seen from the second end
-        quad = torch.stack([here - before - below, here - below, here, here - before], dim=1)
-        # Outside is at the second end if the first one is inside; otherwise the order is reversed.
-        around.append(torch.where(first[tuple(place.T)][:, None], quad, quad.flip(1)))
-        edges.append(torch.stack([start, start + jump[axis]], dim=1))
-        axes.append(torch.full_like(start, axis))
-    cells = torch.cat(around)
-    ends = torch.cat(edges)
-    axis_of = torch.cat(axes)
-    used = torch.zeros((side - 1) ** 3, dtype=torch.bool, device=level.device)
-    used[cells.flatten()] = True
-    corners = (used.cumsum(0) - 1)[cells]  # [N, 4]
-    # Each of a cell's crossings has an equal share in the cell's vertex.
-    share = 1 / torch.bincount(corners.flatten()).to(places)[corners]  # [N, 4]
-    low = (places[ends[:, 0], None] * share[..., None]).flatten(0, 1)  # [4 N, 3]
-    base = places.new_zeros(int(used.sum()), 3).index_add(0, corners.flatten(), low).flatten()
-    return Net(ends, corners, 3 * corners + axis_of[:, None], lattice.step * share, base)
+        start_inside = inside.narrow(axis, 0, side - 1)
+        end_inside = inside.narrow(axis, 1, side - 1)
+        start_position = (start_inside != end_inside).nonzero()  # [n, 3], of the starts of cut edges
+        start_vertex = (start_position * start_position.new_tensor(vertex_step)).sum(dim=1)
+        start_cell = (start_position * start_position.new_tensor(cell_step)).sum(dim=1)
+        # Steps to the neighbouring cells along the two other axes
+        second_step = cell_step[(axis + 1) % 3]
+        third_step = cell_step[(axis + 2) % 3]
+        # The four cells around the edge, counterclockwise as seen from its end
+        quad = torch.stack(
+            [
+                start_cell - second_step - third_step,
+                start_cell - third_step,
+                start_cell,
+                start_cell - second_step,
+            ],
+            dim=1,
+        )
+        # Seen from outside, the order must be counterclockwise. If the end of the edge is inside, the order
+        # is reversed.
+        is_start_inside = start_inside[tuple(start_position.T)][:, None]
+        cells.append(torch.where(is_start_inside, quad, quad.flip(1)))
+        edges.append(torch.stack([start_vertex, start_vertex + vertex_step[axis]], dim=1))
+        axes.append(torch.full_like(start_vertex, axis))
+    all_cells = torch.cat(cells)  # [N, 4]
+    all_edges = torch.cat(edges)  # [N, 2]
+    edge_axis = torch.cat(axes)  # [N]
+    has_vertex = torch.zeros((side - 1) ** 3, dtype=torch.bool, device=level.device)
+    has_vertex[all_cells.flatten()] = True
+    # The vertices are numbered in the order of their cells.
+    corners = (has_vertex.cumsum(0) - 1)[all_cells]  # [N, 4]
+    # A vertex is the mean of the crossings of its cell, so all crossings of a cell have the same weight.
+    weight = 1 / torch.bincount(corners.flatten()).to(positions)[corners]  # [N, 4]
+    start_parts = (positions[all_edges[:, 0], None] * weight[..., None]).flatten(0, 1)  # [4 N, 3]
+    vertices = positions.new_zeros(int(has_vertex.sum()), 3).index_add(0, corners.flatten(), start_parts)
+    # A crossing moves only the coordinate along its edge, which is coordinate `edge_axis` of the vertex.
+    moved_coordinates = 3 * corners + edge_axis[:, None]
+    return Net(all_edges, corners, moved_coordinates, lattice.step * weight, vertices.flatten())
 
 
-def net_mesh(level: torch.Tensor, lattice: Lattice, known: Net | None = None) -> Mesh:
-    """Extract the surface level = 0 of a level [V] on a known net, or on a new one.
+def net_mesh(level: torch.Tensor, lattice: Lattice, surface_net: Net | None = None) -> Mesh:
+    """Extract the surface at which a level is 0, as a surface net. Differentiable in level.
 
-    Differentiable in level.
+    Args:
+        level: levels [V], negative inside.
+        lattice: lattice of the levels.
+        surface_net: net of the level, if it is already computed; None computes it.
     """
-    known = known or net(level.detach(), lattice)
-    return Mesh(known.vertices(crossed(*level[known.edges.T])), known.faces)
+    surface_net = surface_net or net(level.detach(), lattice)
+    start_level, end_level = level[surface_net.edges.T]
+    return Mesh(surface_net.vertices(crossing_share(start_level, end_level)), surface_net.faces)

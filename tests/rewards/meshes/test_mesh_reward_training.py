@@ -27,7 +27,7 @@ from eg3d_rlhf.rewards.meshes.dataset import (
 )
 from eg3d_rlhf.rewards.meshes.mesh_reward_training import MeshTraining, meshes_of, run_table
 from eg3d_rlhf.rewards.meshes.model import load_mesh_reward
-from eg3d_rlhf.rewards.meshes.patches import features_of, patches_of, plan_of
+from eg3d_rlhf.rewards.meshes.patches import compute_patches, make_plan, patches_of
 from eg3d_rlhf.rewards.meshes.settings import MeshRewardTraining, PatchOptions
 from eg3d_rlhf.rewards.meshes.surfaces import closed_level, cube, marching_tetrahedra, signed_volume
 from tests.rejections import check_message, raising, rejected
@@ -106,8 +106,8 @@ def test_rotated_patches_are_those_of_rotated_surfaces():
     options = PatchOptions(patches=6, faces=8)
     level = SOURCES["heads"](lattice, "noise", 0.5, torch.Generator().manual_seed(1))[0]
     mesh = marching_tetrahedra(level, lattice)
-    plan = plan_of(mesh, options)
-    known = features_of(mesh.vertices, plan, options)
+    plan = make_plan(mesh, options)
+    known = compute_patches(mesh.vertices, plan, options)
     for quarters in range(4):
         angle = quarters * np.pi / 2
         turn = (
@@ -118,7 +118,7 @@ def test_rotated_patches_are_those_of_rotated_surfaces():
         for mirrored in (False, True):
             vertices = mesh.vertices @ turn.T * torch.tensor([-1.0 if mirrored else 1.0, 1, 1])
             faces = plan._replace(faces=plan.faces.flip(1)) if mirrored else plan
-            expected = features_of(vertices, faces, options)
+            expected = compute_patches(vertices, faces, options)
             moved = rotated(known, torch.tensor([quarters]), torch.tensor([mirrored]))
             torch.testing.assert_close(moved.features, expected.features, rtol=1e-4, atol=1e-4)
             torch.testing.assert_close(moved.centres, expected.centres, rtol=1e-4, atol=1e-4)
@@ -192,7 +192,7 @@ def test_the_command_writes_a_reward_and_resumes_to_the_same_bytes(tmp_path, mon
     original_run = MeshTraining.run
 
     def stops(self, until):
-        if self.done:
+        if self.finished_steps:
             raise KeyboardInterrupt
         return original_run(self, until)
 

@@ -5,7 +5,7 @@ import torch
 
 from eg3d_rlhf.core.field import Bounds
 from eg3d_rlhf.core.interfaces import Mesh
-from eg3d_rlhf.rewards.meshes.patches import MeshReader, features_of, patches_of, plan_of
+from eg3d_rlhf.rewards.meshes.patches import MeshReader, compute_patches, make_plan, patches_of
 from eg3d_rlhf.rewards.meshes.patchifiers import (
     base,
     face_features,
@@ -13,15 +13,15 @@ from eg3d_rlhf.rewards.meshes.patchifiers import (
     maps,
     nearest_on,
     neighbours,
-    placed,
     regions,
+    to_frame,
 )
 from eg3d_rlhf.rewards.meshes.settings import PLACES, PatchOptions
 from eg3d_rlhf.rewards.meshes.surfaces import (
     closed_level,
     cube,
-    cut,
     densities,
+    find_cut_edges,
     marching_tetrahedra,
     net_mesh,
 )
@@ -142,18 +142,18 @@ def test_gradients_through_meshing_and_patches_equal_differences(options):
     rng = torch.Generator().manual_seed(5)
     level = level_of(grid, floater=False).double()
     weights: list[torch.Tensor] = []
-    held = plan_of(marching_tetrahedra(level, grid), options) if options.kind == "maps" else None
+    held = make_plan(marching_tetrahedra(level, grid), options) if options.kind == "maps" else None
 
     def value(level):
         mesh = marching_tetrahedra(level, grid)
-        patches = features_of(mesh.vertices, held or plan_of(mesh, options), options)
+        patches = compute_patches(mesh.vertices, held or make_plan(mesh, options), options)
         both = torch.cat([patches.features[..., 1:], patches.centres], dim=3)
         weights.append(weights[0] if weights else torch.randn(both.shape, generator=rng, dtype=torch.float64))
         return (both * weights[0]).sum()
 
     level.requires_grad_(True)
     value(level).backward()
-    used = cut(level.detach(), grid)[0].unique()
+    used = find_cut_edges(level.detach(), grid)[0].unique()
     agreed = 0
     step = 1e-6
     for vertex in used[torch.randperm(len(used), generator=rng)].tolist():
@@ -283,5 +283,5 @@ def test_gradients_of_features_equal_differences(place):
     )
     faces = torch.tensor([[0, 2, 1], [0, 1, 3], [1, 2, 3], [0, 3, 2]])
     assert torch.autograd.gradcheck(
-        lambda v: face_features(placed(Mesh(v, faces), place), faces)[0], (vertices,)
+        lambda v: face_features(to_frame(Mesh(v, faces), place), faces)[0], (vertices,)
     )
