@@ -189,11 +189,12 @@ def tune(
     return ranks.broadcast(report)
 
 
-CHANCE = ". Its accuracy is not above chance, so its selections are random"  # appended to a line about an evaluator
+# End of a line about an evaluator.
+CHANCE = ". Its accuracy is not above chance, so its selections are random"
 
 
 def randomised(problem: Problem, seed: int) -> Problem:
-    """Return a copy of a problem whose training pairs are those of the control, see StageLabels.randomised."""
+    """Return a copy of a problem with the training pairs of the control, see StageLabels.randomised."""
     pairs = PairsByStage(problem.train_pairs, lambda stage: half_inverted(problem.train_pairs[stage], seed))
     # The identity is hashed into the names of artefacts, so its key keeps the name that version 0.1 gave it.
     return replace(problem, train_pairs=pairs, identity={**problem.identity, "shuffled": seed})
