@@ -1,8 +1,8 @@
 """Early stopping: choose the snapshot of a reward run by a held-out reward and by the distance from the
 reference generator.
 
-The choice does not use the evaluators of the reports, so the reports can judge its result. At each tick two
-quantities are measured on held-out latents:
+The choice does not use the evaluators of the reports, so the reports can evaluate its result. At each tick
+two quantities are measured on held-out latents:
 
 - the gain, which is the held-out reward of the present snapshot minus that of the snapshot that is kept so
   far, paired by latent, in standard errors of its mean;
@@ -61,8 +61,8 @@ def replaces(config: EarlyStopConfig, distance: float, kept_distance: float, gai
         gain: [N], held-out reward of the present snapshot minus that of the kept snapshot.
     """
     limit = math.inf if config.early_stop_distance is None else config.early_stop_distance
-    # If one of the two lies beyond the limit, the nearer snapshot wins, whatever its reward. This also moves
-    # the kept snapshot towards the limit while no snapshot lies within it.
+    # If one of the two lies beyond the limit, the nearer snapshot wins, independently of its reward. This
+    # also moves the kept snapshot towards the limit while no snapshot lies within it.
     if distance > limit or kept_distance > limit:
         return distance < kept_distance
     assert config.early_stop is not None  # an EarlyStop exists only with this setting

@@ -182,7 +182,7 @@ def splits_of(work: Work, conditions: Sequence[str]) -> tuple[tuple[str, ...], .
             " train on. Label more pairs."
         )
     other_prompts = [name for name in work.names(CHOOSE) if name in set(conditions)]
-    # A random order. The word "tell" is part of what is hashed, so it cannot change.
+    # A random order. The first word is part of what is hashed, so it cannot change.
     other_prompts.sort(key=lambda name: hashlib.sha256(f"tell {work.seed} {name}".encode()).digest())
     choose_count = max(round(CHOOSING * len(other_prompts)), 1)
     return train, tuple(other_prompts[:choose_count]), tuple(other_prompts[choose_count:])
