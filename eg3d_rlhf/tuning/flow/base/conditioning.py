@@ -134,8 +134,8 @@ class Conditions:
         for name, embedding in self.tokens.items():
             if not all(torch.isfinite(tensor).all() for tensor in tensors_of(embedding)):
                 raise ValueError(
-                    f"conditioning: the embedding of {name!r} contains NaN or infinity. Embed this prompt"
-                    " again."
+                    f"conditioning: the embedding of {name!r} contains NaN or infinity. Run the encoder"
+                    " on this prompt again."
                 )
         if not self.zero_null and NULL not in self.tokens:
             raise ValueError(
@@ -189,8 +189,8 @@ class Conditions:
         missing_prompts = sorted({name for name in names if name not in self.tokens})
         if missing_prompts:
             raise ValueError(
-                f"conditioning: there is no embedding of {_listed(missing_prompts)}. Embed these prompts,"
-                " too."
+                f"conditioning: there is no embedding of {_listed(missing_prompts)}. Add the embeddings"
+                " of these prompts."
             )
         first_embedding, *other_embeddings = [self.tokens[name] for name in names]
         return each(lambda *rows: torch.stack(rows), first_embedding, *other_embeddings)
