@@ -1,7 +1,9 @@
-"""Compares arms with plain score distillation: win rates by a held-out evaluator that trains nothing, with
-intervals, paired changes of measures, and Elo ratings.
+"""Compares the arms of a run with score distillation without a reward (sds).
 
-Letters: N pairs of (prompt, seed); every arm has an asset for each.
+A held-out evaluator, which is not used in training, compares the assets of every two arms. The result is a
+table with win rates against sds and their intervals, paired changes of measures, and Elo ratings.
+
+Shapes: N pairs of (prompt, seed); every arm has one asset for each pair.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,16 +23,29 @@ INTERVAL = (
     "95 % Wilson interval over pairs of prompt and seed, ties count half; means: percentile bootstrap, 10,000"
     " resamples"
 )
-# The evaluator's answer -> winner, and points of the first arm. -1 is a tie.
+# Answer of the evaluator (0: first asset, 1: second asset, -1: tie) -> winner in `Judgement`.
 _WINNER = {0: "a", 1: "b", -1: "tie"}
+# Answer of the evaluator -> points of the first asset.
 _POINTS = {0: 1.0, 1: 0.0, -1: 0.5}
 
 
 class FinalEvaluator(Protocol):
-    """Held-out evaluator of finished assets. It trains nothing, and its inputs are used by no reward."""
+    """Interface of a held-out evaluator of finished assets.
+
+    It is not used in training, and no reward has its inputs.
+    """
 
     def compare(self, first: Asset, second: Asset, prompts: Sequence[str]) -> list[int]:
-        """Return 0 or 1 for the better one of each pair of assets [N], and -1 for a tie."""
+        """Compare N assets of one arm with N assets of another arm.
+
+        Args:
+            first: N assets of the first arm.
+            second: N assets of the second arm.
+            prompts: N prompts.
+        Returns: N answers: 0 if the asset of the first arm is better, 1 if that of the second arm is better,
+        -1 for a
+            tie.
+        """
 
 
 def compare(
@@ -42,37 +57,36 @@ def compare(
     """Compare all arms with each other.
 
     Args:
-        assets: arm -> N assets, in the order of `pairs`.
-        pairs: (prompt, seed) of each asset.
-        evaluator: compares assets of two arms.
-        measured: arm -> name -> figures [N] that are reported in addition. NaN where a measure does not
-            apply; a measure that applies to no asset is left out.
-
-    Returns: the table as JSON values, and all judgements.
+        assets: name of an arm -> N assets, in the order of `pairs`. It contains the arm sds.
+        pairs: (prompt, seed) of each of the N assets.
+        evaluator: held-out evaluator.
+        measured: name of an arm -> name of a measure -> values [N], which are reported in addition. A value
+            is NaN if the measure does not apply to the asset. A measure that applies to no asset is left out.
+    Returns: the table, as values for JSON, and the judgements of all comparisons.
     """
-    # The command always adds the base, and all arms have the same pairs.
-    assert BASE in assets and {len(made) for made in assets.values()} == {len(pairs)}
+    assert BASE in assets and {len(arm_assets) for arm_assets in assets.values()} == {len(pairs)}
     prompts = [prompt for prompt, _ in pairs]
-    # Elo resamples these names, so that games of the same pair stay together.
-    names = [f"{prompt} #{seed}" for prompt, seed in pairs]
-    # Every two arms are compared, because the Elo ratings use all games.
+    # The bootstrap of the Elo ratings resamples these names, so that all judgements of a pair stay together.
+    pair_names = [f"{prompt} #{seed}" for prompt, seed in pairs]
+    # Every two arms are compared, because the Elo ratings use the judgements of all arms.
     answers = {(a, b): evaluator.compare(assets[a], assets[b], prompts) for a, b in combinations(assets, 2)}
-    judgements = [
-        Judgement(a, b, _WINNER[answer], name)
-        for (a, b), answers_of_pair in answers.items()
-        for answer, name in zip(answers_of_pair, names, strict=True)
-    ]
+    judgements = []
+    for (first_arm, second_arm), arm_answers in answers.items():
+        for answer, pair_name in zip(arm_answers, pair_names, strict=True):
+            judgements.append(Judgement(first_arm, second_arm, _WINNER[answer], pair_name))
     ratings = elo(judgements)
     arms = {}
     for arm in assets:
         if (BASE, arm) in answers:
-            # The points are those of the base, which comes first in these answers.
+            # Here the base is the first arm, to which the points of `_POINTS` refer.
             points = 1 - np.array([_POINTS[answer] for answer in answers[BASE, arm]])
         else:
-            # Without games, which is the base itself, all are ties.
+            # The base has no answers against itself, which count as ties.
             points = np.array([_POINTS[answer] for answer in answers.get((arm, BASE), [-1] * len(pairs))])
         rating = ratings.ratings[arm]
-        # Everything here becomes JSON: plain floats, no tensors.
+        # Differences from the base for the same prompt and seed.
+        changes = {name: values - measured[BASE][name] for name, values in measured[arm].items()}
+        # All entries are Python numbers, because the table is written as JSON.
         arms[arm] = {
             "win_rate": float(points.mean()),
             "ci95": list(wilson_interval(float(points.sum()), len(points))),
@@ -85,10 +99,8 @@ def compare(
                 if not bool(values.isnan().all())
             },
             "changes": {
-                name: _mean(change)
-                for name, values in measured[arm].items()
-                if not bool((change := values - measured[BASE][name]).isnan().all())
-            },  # differences of the same prompt and seed
+                name: _mean(values) for name, values in changes.items() if not bool(values.isnan().all())
+            },
         }
     return {
         "arms": arms,
@@ -100,18 +112,17 @@ def compare(
 
 
 def _mean(values: torch.Tensor) -> dict:
-    """Return mean, bootstrap interval and count of the figures that are not NaN."""
-    valid = values[~values.isnan()].double().cpu().numpy()
-    # Measures that do not apply to an asset are NaN and are not counted.
-    mean, lo, hi = bootstrap_mean_interval(valid)
-    return {"mean": mean, "ci95": [lo, hi], "n": len(valid)}
+    """Return the mean of the values [N] that are not NaN, its bootstrap interval, and their number."""
+    # A value is NaN if the measure does not apply to the asset.
+    valid_values = values[~values.isnan()].double().cpu().numpy()
+    mean, low, high = bootstrap_mean_interval(valid_values)
+    return {"mean": mean, "ci95": [low, high], "n": len(valid_values)}
 
 
 def markdown(table: Mapping) -> str:
-    """Format the table for a terminal."""
+    """Return the table of `compare` as Markdown text, for a terminal."""
     arms = table["arms"]
-    # The columns of the base, which all arms have.
-    measures = list(arms[BASE]["measures"])
+    measures = list(arms[BASE]["measures"])  # all arms have the same measures
     rows = [
         [
             arm,
@@ -127,16 +138,15 @@ def markdown(table: Mapping) -> str:
         "",
         *markdown_rows(["arm", f"wins against {BASE}", *measures, "Elo"], rows),
     ]
-    # The base has no changes against itself.
-    others = {arm: row["changes"] for arm, row in arms.items() if arm != BASE}
-    change_rows = [
-        [arm, *(with_interval(changes[name], "+.3g", "mean") for name in measures)]
-        for arm, changes in others.items()
-    ]
+    change_rows = []
+    for arm, row in arms.items():
+        if arm != BASE:
+            changes = (with_interval(row["changes"][name], "+.3g", "mean") for name in measures)
+            change_rows.append([arm, *changes])
     if measures and change_rows:
         lines += [
             "",
-            f"Changes against {BASE}, by pairs:",
+            f"Mean differences from {BASE}, paired by prompt and seed:",
             "",
             *markdown_rows(["arm", *measures], change_rows),
         ]

@@ -1,4 +1,7 @@
-"""Defines the settings of `train.py --mode=distill`: one tree from flags to JSON."""
+"""Defines the settings of `train.py --mode=distill`, text to 3D by score distillation.
+
+`DistillSettings` contains all of them. The same values are read from flags and written to JSON.
+"""
 
 import functools
 import re
@@ -13,26 +16,30 @@ from training.config import Knobs, built, check_knobs, knob
 if TYPE_CHECKING:
     from eg3d_rlhf.core.interfaces import Guidance
 
-ASSETS = "What is made"  # titles of groups of flags in the help
+# Titles of groups of flags in the help.
+ASSETS = "Assets"
 REAL = "With a prior from files"
 METHOD = "Method"
 OPT = "Optimisation"
-# Controls. A twist of an image reward inverts its sign or replaces it by noise. A twist of a geometry reward
-# inverts its sign or shuffles its weights.
+# Controls of a comparison, which change the reward of an arm. "inverted" inverts the sign of a reward.
+# "random" replaces a reward of images by random numbers, and shuffles the weights of a geometry reward.
 TWISTS = ("inverted", "random")
-_TWIST = rf"(?:-({'|'.join(TWISTS)}))?"
+_TWIST = rf"(?:-({'|'.join(TWISTS)}))?"  # optional suffix of an arm's name; its group is the control
 
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """A method of distillation. Its module adds it to METHODS, and its presets to `methods.PRESETS`."""
+    """A distillation method. methods.py adds each method to METHODS, and its presets to PRESETS."""
 
-    settings: type  # a dataclass of knobs
-    # (prior, settings, views=, streams=), also reward= and judge= as the next fields say
+    settings: type  # dataclass of the method's settings
+    # Function that makes the guidance, with the arguments (prior, settings, views=, streams=). It also has
+    # the argument reward= if `rewarded` is True, and judge= if `judged` is True.
     guidance: "Callable[..., Guidance]"
-    noises: Callable[[Any], int]  # number of noises per step and image, from the method's settings
-    rewarded: bool = True  # accepts reward=
-    judged: bool = False  # accepts judge=: a judge that ranks pairs in place of the reward
+    noises: Callable[
+        [Any], int
+    ]  # function from the method's settings to the number of noises of an image in a step
+    rewarded: bool = True  # True: the method uses a reward of images
+    judged: bool = False  # True: a judge can rank pairs of images in place of the reward
 
 
 METHODS: Registry[Method] = Registry(
@@ -48,107 +55,142 @@ _rare_opt_knob = functools.partial(knob, group=OPT, rare=True)
 
 @dataclass(frozen=True)
 class Arm:
-    """An arm of a comparison: a method, the control that is applied to its reward, and a geometry
-    reward if there is one.
-    """
+    """An arm of a comparison: a method, optional controls of its reward, and an optional geometry reward."""
 
-    method: str  # a name of METHODS
-    twist: str | None = None
-    geometry: bool = False  # True: a geometry reward is added
-    geometry_twist: str | None = None  # control of the geometry reward, one of TWISTS
+    method: str  # name of the method in METHODS
+    twist: str | None = None  # control of the reward of images, one of TWISTS; None: the reward is unchanged
+    geometry: bool = False  # True: the arm has a geometry reward in addition
+    geometry_twist: str | None = None  # control of the geometry reward, one of TWISTS; None: it is unchanged
 
     @classmethod
     def parse(cls, text: str) -> "Arm":
-        """Parse 'dreamdpo', 'dreamdpo-random', 'sds+geometry', 'sds+geometry-inverted'. Raises:
-        ValueError.
+        """Parse the name of an arm, such as 'dreamdpo', 'dreamdpo-random' or 'sds+geometry-inverted'.
+
+        Raises: ValueError if the text is not the name of an arm.
         """
-        # Groups: method, twist, +geometry with its twist, twist of the geometry reward.
+        arm_name = text.strip()
+        # Groups of the pattern: 1 method, 2 control, 3 "+geometry" with its control, 4 control of the
+        # geometry.
         pattern = rf"({'|'.join(METHODS)}){_TWIST}(\+geometry{_TWIST})?"
-        parts = re.fullmatch(pattern, text.strip())
-        # A method without a reward has nothing that could be inverted.
-        if parts is None or (parts[2] and not METHODS[parts[1]].rewarded):
+        match = re.fullmatch(pattern, arm_name)
+        if match is None:
             raise ValueError(
-                f"expected arms such as {', '.join(METHODS)}; -{' or -'.join(TWISTS)} may follow a method"
-                f" that has a reward, and +geometry or +geometry-{' or +geometry-'.join(TWISTS)} may stand"
-                f" at the end; got {text.strip()!r}. Correct it."
+                f"{arm_name!r} is not an arm. Write a method ({', '.join(METHODS)}), after it -"
+                f"{' or -'.join(TWISTS)} for a control, and at the end +geometry or"
+                f" +geometry-{' or +geometry-'.join(TWISTS)} for a geometry reward."
             )
-        return cls(parts[1], parts[2], bool(parts[3]), parts[4])
+        if match[2] and not METHODS[match[1]].rewarded:
+            raise ValueError(
+                f"{arm_name!r} is not an arm, because {match[1]} has no reward to which -{match[2]} could"
+                f" apply. Write {match[1]}, or use a method with a reward."
+            )
+        return cls(match[1], match[2], bool(match[3]), match[4])
 
     @property
     def name(self) -> str:
-        """Name of the arm, which `parse` reads again."""
-        # Multiplication by a truth value: "" without a geometry reward.
-        shape = "+geometry" * self.geometry + (f"-{self.geometry_twist}" if self.geometry_twist else "")
-        return self.method + (f"-{self.twist}" if self.twist else "") + shape
+        """Name of the arm, in the form that `parse` reads."""
+        name = self.method
+        if self.twist:
+            name += f"-{self.twist}"
+        if self.geometry:
+            name += "+geometry"
+        if self.geometry_twist:
+            name += f"-{self.geometry_twist}"
+        return name
 
 
 def parse_ramp(text: str) -> Ramp:
-    """Parse '0.02', or a ramp 's0,v0,v1,s1': linear from v0 at step s0 to v1 at step s1. Raises:
-    ValueError.
+    """Parse a number, '0.02', or a ramp 's0,v0,v1,s1', which is linear from v0 at step s0 to v1 at step s1.
+
+    Raises: ValueError if the text is not a list of numbers, or not a valid ramp.
     """
     try:
-        numbers = tuple(float(part) for part in text.split(","))
+        numbers = tuple(float(number) for number in text.split(","))
     except ValueError:
-        raise ValueError(f"expected a number or a ramp s0,v0,v1,s1, got {text!r}. Correct it.") from None
+        raise ValueError(
+            f"{text!r} is not a list of numbers. Write a number, such as 0.02, or a ramp s0,v0,v1,s1."
+        ) from None
     # `Ramp` checks the length and the order of the numbers.
     return Ramp(numbers[0] if len(numbers) == 1 else numbers)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoopConfig:
-    """Settings of the optimisation, for all methods."""
+    """Settings of the optimisation, which all methods have."""
 
     steps: int = knob(100, "Number of optimisation steps of each asset.", OPT, low=1)
     batch: int = _rare_opt_knob(
-        55, "Number of assets that are optimised together. Processes share the batches.", low=1
+        55,
+        "Largest number of assets that are optimised together in one batch. With several processes, each"
+        " takes whole batches.",
+        low=1,
     )
     lr: float = _rare_opt_knob(
-        0.05, "Learning rate of voxels or planes (Adam with betas 0.9 and 0.99).", above=0
+        0.05,
+        "Learning rate of an asset's voxels, planes or latents (Adam with betas 0.9 and 0.99).",
+        above=0,
     )
     lr_end: float = _rare_opt_knob(
         0.05,
-        "Learning rates at the end, as a share of those at the start. They change linearly.",
+        "Learning rate in the last step, as a share of the learning rate in the first step. It changes"
+        " linearly in between.",
         low=0,
         high=1,
     )
-    decoder_lr: float = _rare_opt_knob(0.001, "Learning rate of decoders.", above=0)
+    decoder_lr: float = _rare_opt_knob(
+        0.001, "Learning rate of the decoder that converts an asset's planes to density and colour.", above=0
+    )
     t_min: str = _rare_opt_knob(
         "0.02",
-        "Smallest time of the diffusion, as a share of 1000: a number, or a ramp over steps s0,v0,v1,s1.",
+        "Smallest diffusion time t that is sampled, as a share of 1000: a number, or a ramp s0,v0,v1,s1,"
+        " which is linear from v0 at step s0 to v1 at step s1.",
         metavar="RAMP",
     )
     t_max: str = _rare_opt_knob(
-        "0.98", "Largest time of the diffusion, in the same form as t_min.", metavar="RAMP"
+        "0.98",
+        "Largest diffusion time t that is sampled, as a share of 1000: a number, or a ramp s0,v0,v1,s1, which"
+        " is linear from v0 at step s0 to v1 at step s1.",
+        metavar="RAMP",
     )
     shared_time: bool = _rare_opt_knob(
-        True, "Use the same time for all views of an asset. Multi-view priors need it."
+        True, "Use the same diffusion time for all views of an asset. Multi-view priors need this."
     )
     sparsity: str = _rare_opt_knob(
-        "0", "Weight of the mean opacity along rays: a number or a ramp over steps.", metavar="RAMP"
+        "0",
+        "Weight of the regulariser that reduces the mean opacity along rays: a number, or a ramp s0,v0,v1,s1"
+        " over the steps.",
+        metavar="RAMP",
     )
     opacity: str = _rare_opt_knob(
-        "0", "Weight of the entropy of the opacity: a number or a ramp over steps.", metavar="RAMP"
+        "0",
+        "Weight of the regulariser that makes rays either opaque or transparent, by the entropy of their"
+        " opacity: a number, or a ramp s0,v0,v1,s1 over the steps.",
+        metavar="RAMP",
     )
-    tick: int = _rare_opt_knob(20, "Number of steps between two lines of stats.jsonl.", low=1)
+    tick: int = _rare_opt_knob(
+        20, "Number of steps that one line of stats.jsonl and of the progress log summarises.", low=1
+    )
     checkpoint_ticks: int = _rare_opt_knob(
-        3, "Number of lines of stats.jsonl between two checkpoints.", low=1
+        3, "Number of ticks, that is, of lines of stats.jsonl, between two checkpoints.", low=1
     )
 
     def __post_init__(self) -> None:
         check_knobs(self)
-        # Errors are reported now and with the name of the setting, not in the first step.
+        # Ramps are parsed in every step. They are checked here, so that an error appears before the run
+        # begins.
         for name in ("t_min", "t_max", "sparsity", "opacity"):
             try:
                 parse_ramp(getattr(self, name))
             except ValueError as error:
                 raise ValueError(f"--set {name}: {error}") from None
-        # The window is checked at both ends, because a ramp may cross the other one.
+        # `at` raises an error if t_min is above t_max, which ramps can cause at the first or at the last
+        # step.
         for step in (0, self.steps - 1):
             self.window.at(step)
 
     @property
     def window(self) -> TimeWindow:
-        """The window from which times are sampled."""
+        """Window from which diffusion times are sampled, made from t_min and t_max."""
         return TimeWindow(low=parse_ramp(self.t_min), high=parse_ramp(self.t_max))
 
 
@@ -158,44 +200,48 @@ class SceneConfig(Knobs):
 
     prior: str = _assets_knob(
         "bundled",
-        "Diffusion model of images: of the bundled problem, in closed form (bundled) or as a trained U-Net "
-        "(bundled-unet); of heads of people (heads); a Stable Diffusion folder; or an MVDream file.",
+        "Diffusion model of images from which assets are distilled. bundled: the bundled toy problem, in"
+        " closed form; bundled-unet: a U-Net that was trained on that problem; heads: renders of synthetic"
+        " heads, in closed form; or the path of a Stable Diffusion folder or of an MVDream file.",
         metavar="bundled|bundled-unet|heads|DIR|FILE",
     )
     reward: str | None = _assets_knob(
         None,
-        "Reward of images: one-face, mode-distance, symmetry or mean-pixel with the bundled prior; a file of "
-        "ImageReward, Reward3D or HPSv2, or a CLIP folder.",
+        "Reward that scores images. With the bundled prior: one-face, mode-distance or mean-pixel."
+        " With a prior from files: a file of ImageReward, Reward3D or HPSv2, or a CLIP folder.",
         metavar="NAME|FILE",
         shown="none",
     )
     judge: str | None = _assets_knob(
         None,
-        "Judge that ranks pairs in place of the reward, for dreamdpo and psd: questions, with the bundled"
-        " prior.",
+        "Judge that ranks pairs of images in place of the reward, for the methods dreamdpo and psd. The only"
+        " one is questions, which works with the bundled prior.",
         metavar="NAME",
         shown="none",
     )
     geometry_reward: str = _assets_knob(
         "none",
-        "Reward of the shape itself, in addition to the method: sigma is the bundled reward of densities, "
-        "solid penalises leaks and floaters; with the bundled prior also one-nose and floaters, in closed"
-        " form.",
+        "Reward that scores the shape, and whose gradient is added to that of the method. sigma: the bundled"
+        " reward of densities; solid: a penalty on leaks and floaters; one-nose and floaters: rewards in"
+        " closed form for the bundled prior; FILE: a trained reward of densities, depth, points or meshes.",
         metavar="none|NAME|FILE",
     )
-    assets: int = _assets_knob(1, "Number of assets of each prompt, with different seeds.", low=1)
-    views: int = knob(4, "Number of views of each asset in a step.", REAL, low=1, rare=True)
+    assets: int = _assets_knob(
+        1, "Number of assets that are made from each prompt, with different seeds.", low=1
+    )
+    views: int = knob(4, "Number of views of each asset that a step renders.", REAL, low=1, rare=True)
     resolution: int = knob(
         64,
-        "Rendered pixels per edge. The prior gets the images resized to its own size.",
+        "Edge of the rendered views in pixels. They are resized to the size that the prior needs.",
         REAL,
         low=8,
         rare=True,
     )
-    planes: int = knob(64, "Number of texels per edge of an asset's planes.", REAL, low=4, rare=True)
+    planes: int = knob(64, "Edge of the three feature planes of an asset, in texels.", REAL, low=4, rare=True)
     amp: str = knob(
         "auto",
-        "Half precision for the prior's network only; auto: on a GPU.",
+        "Precision of the prior's network. half: float16; off: float32; auto: float16 on a GPU, float32 on a"
+        " CPU.",
         REAL,
         choices=("auto", "off", "half"),
         rare=True,
@@ -206,48 +252,54 @@ class SceneConfig(Knobs):
 class DistillSettings:
     """All settings that determine the result of a run."""
 
-    prompts: tuple[str, ...]  # all different
-    arms: tuple[str, ...]  # names of `Arm`s; with one there is no comparison
-    scene: SceneConfig = field(default_factory=SceneConfig)
-    loop: LoopConfig = field(default_factory=LoopConfig)
-    # Settings of methods that flags have changed, by name.
+    prompts: tuple[str, ...]  # texts from which assets are made; all are different
+    arms: tuple[str, ...]  # names of the arms, see `Arm.name`; a run with one arm is not a comparison
+    scene: SceneConfig = field(default_factory=SceneConfig)  # assets, prior and rewards
+    loop: LoopConfig = field(default_factory=LoopConfig)  # optimisation
+    # Name -> value of the settings of methods that differ from the preset or from the method's defaults.
     guidance: Mapping[str, Any] = field(default_factory=dict)
     preset: str | None = None  # name of a preset of a method; `guidance` overrides its values
-    seed: int = 0  # of all random streams
+    seed: int = 0  # seed of all random streams
 
     def __post_init__(self) -> None:
-        # Equal prompts would give equal assets, because random streams depend on prompt and seed.
-        if not self.prompts or len(set(self.prompts)) != len(self.prompts):
+        if not self.prompts:
             raise ValueError(
-                f"--prompt: expected at least one prompt, all different, got {list(self.prompts)[:3]}. For"
-                " more assets of a prompt use --assets."
+                "--prompt is missing. Pass at least one prompt, such as --prompt='a bust of a man'."
             )
-        if not self.arms or len(set(self.arms)) != len(self.arms):
+        # Equal prompts would give equal assets, because random streams depend on prompt and seed.
+        if len(set(self.prompts)) != len(self.prompts):
             raise ValueError(
-                f"--compare: expected at least one arm, all different, got {','.join(self.arms)}. Remove one."
+                f"--prompt: some of the {len(self.prompts)} prompts are equal ({list(self.prompts)[:3]},"
+                " ...). Pass each prompt once, and use --assets for several assets of a prompt."
+            )
+        if not self.arms:
+            raise ValueError("--compare has no arm. Name at least one, such as --compare=sds,dreamdpo.")
+        if len(set(self.arms)) != len(self.arms):
+            raise ValueError(
+                f"--compare={','.join(self.arms)} names an arm twice. Remove one of the equal names."
             )
         # Raises ValueError for an unknown method or control.
         for name in self.arms:
             Arm.parse(name)
 
     def pairs(self) -> list[tuple[str, int]]:
-        """Return (prompt, seed) of every asset: all prompts with the first seed, then with the second, ..."""
+        """Return the pairs (prompt, seed) of all assets: all prompts with seed 0, then with seed 1, etc."""
         return [(prompt, seed) for seed in range(self.scene.assets) for prompt in self.prompts]
 
     def batches(self) -> list[list[tuple[str, int]]]:
-        """Split the pairs into batches that are optimised together."""
+        """Split the pairs (prompt, seed) of all assets into batches of assets that are optimised together."""
         pairs = self.pairs()
-        # The split is part of the settings: with other batches, random streams would differ.
+        # The split depends on the settings only, because each batch has its own random streams.
         return [pairs[i : i + self.loop.batch] for i in range(0, len(pairs), self.loop.batch)]
 
     def to_dict(self) -> dict:
-        """Return the settings as JSON values."""
-        # JSON has no tuples: lists make the values equal to those that are read again.
+        """Return the settings as values for JSON."""
+        # JSON has no tuples. With lists, the values equal those that are later read from the file.
         return {**asdict(self), "prompts": list(self.prompts), "arms": list(self.arms)}
 
     @classmethod
     def of(cls, record: Mapping) -> "DistillSettings":
-        """Build the settings from the result of `to_dict`. Raises: ValueError."""
+        """Build the settings from the result of `to_dict`. Raises: ValueError for an invalid value."""
         scene = built(SceneConfig, record["scene"])
         loop = built(LoopConfig, record["loop"])
         return cls(

@@ -1,10 +1,13 @@
-"""Optimises assets together against a prior, under one method. A resumed run is bitwise identical to one
-without a stop.
+"""Optimises a batch of assets by one distillation method.
 
-    render -> encode -> time and noise -> gradient of the guidance -> parameters of the assets
+Each step renders views of the assets, encodes them to latents of the prior, samples diffusion times and
+noises, computes the gradient of the method, and updates the parameters of the assets with it.
 
-Letters: A assets, V views of each, B = A * V images, K noises. All random numbers come from `Streams` by
-(seed, stream, step).
+All random numbers come from `Streams` by (seed, stream, step). A resumed run is therefore bitwise identical
+to a run that was not interrupted.
+
+Shapes: A assets; V views of each asset; B = A V images, with the views of an asset adjacent; K noises; C, H,
+W channels, rows and columns of latents.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -24,130 +27,154 @@ from eg3d_rlhf.tuning.distill.schedule import NoiseSchedule, Streams, draw_times
 from training import checkpoint
 from training.phases import LossNotFiniteError
 
-# Figures of a run, and warnings of known failures. A tick is a number of steps; its figures are means over
-# them.
+# Metrics of a run, and warnings of typical failures. A tick is a number of steps, over which metrics are
+# averaged. stats.jsonl has one line per tick.
 
-WINDOW = 200  # number of last steps whose range of scores new scores are compared with
-_SHARES = (0.1, 0.5, 0.9)  # reported quantiles of the gap
-_DIFFER = 0.02  # smallest relative change that counts as a change
+WINDOW = 200  # number of last steps with whose scores new scores are compared
+_SHARES = (0.1, 0.5, 0.9)  # quantiles of the gap that are reported
+_DIFFER = 0.02  # smallest relative change of a metric that is regarded as a change
 
 
 class Tick:
-    """Figures of the steps since the last line of stats.jsonl."""
+    """Metrics of the steps since the last line of stats.jsonl."""
 
     def __init__(self) -> None:
-        self.values: dict[str, list[float]] = {}  # figure -> its values in the steps of this tick
-        self.scores = History(WINDOW)  # kept across ticks, for the range of scores
+        self.values: dict[str, list[float]] = {}  # metric -> its values in the steps of this tick
+        self.scores = History(WINDOW)  # scores of the last steps, also of earlier ticks
 
-    def add(self, output: GuidanceOutput, figures: Mapping[str, float], images: torch.Tensor) -> None:
-        """Add the figures of one step.
+    def add(self, output: GuidanceOutput, metrics: Mapping[str, float], images: torch.Tensor) -> None:
+        """Add the metrics of one step.
 
         Args:
-            output: of the guidance.
-            figures: further ones by name.
-            images: rendered images, which should lie in 0..1.
+            output: result of the guidance, whose scores and terms are added.
+            metrics: further metrics, name -> value.
+            images: [B, 3, h, w], rendered images, whose values should lie in 0..1.
         """
-        for name, value in figures.items():
+        for name, value in metrics.items():
             self._append(name, float(value))
-        # Terms are per asset [A]; the line reports their mean.
+        # Terms have one value per asset [A] or per image [B]; the line reports their mean.
         for name, values in output.terms.items():
             self._append(name, *values.detach().flatten().tolist())
         self._append("image_low", float(images.detach().min()))
         self._append("image_high", float(images.detach().max()))
         if output.scores is not None:
             scores = output.scores.detach().float().cpu()  # [K, A]
-            # Scores outside the range of the last steps show that a reward leaves known territory.
+            # Share of scores outside the range of the last steps. A large share shows that images change into
+            # a range of scores that was not observed before.
             if self.scores.rows.numel():
                 low = self.scores.rows.min()
                 high = self.scores.rows.max()
-                self._append(
-                    "scores_out_of_range", *((scores < low) | (scores > high)).float().flatten().tolist()
-                )
-            # After the comparison: a score must not widen the range that it is compared with.
+                is_out_of_range = (scores < low) | (scores > high)
+                self._append("scores_out_of_range", *is_out_of_range.float().flatten().tolist())
+            # Added after the comparison, so that a score does not widen the range with which it is compared.
             self.scores.add(scores)
             self._append("reward", *scores.flatten().tolist())
             self._append("gap", *(scores.amax(0) - scores.amin(0)).tolist())
         if output.winner is not None:
-            # -1 means that the judge gave no answer.
-            decided = output.winner[output.winner >= 0]
-            self._append("first_wins", *(decided == 0).float().tolist())
+            # -1 stands for a pair to which the judge gave no answer.
+            answered = output.winner[output.winner >= 0]
+            self._append("first_wins", *(answered == 0).float().tolist())
             self._append("unanswered", *(output.winner < 0).float().tolist())
-        # True where the loser was not pushed away.
+        # True where images were not moved away from the loser.
         if output.one_sided is not None:
             self._append("one_sided", *output.one_sided.float().tolist())
 
     def _append(self, name: str, *values: float) -> None:
+        """Append values of a metric to those of this tick."""
         self.values.setdefault(name, []).extend(values)
 
     def line(self, step: int, drift: Mapping[str, float]) -> dict[str, float]:
-        """Return the record of the tick that ends after `step` steps, and begin the next one."""
+        """Return the line of stats.jsonl for the tick that ends after `step` steps, and begin the next tick.
+
+        Args:
+            step: number of steps since the start of the run.
+            drift: metrics of the drift from the prior, name -> value.
+        """
         record: dict[str, float] = {"step": step, **drift}
         for name, values in sorted(self.values.items()):
             if not values:
                 continue
-            # float64, so that means over many steps have no rounding errors.
+            # float64, so that rounding errors of long means are negligible.
             tensor = torch.tensor(values, dtype=torch.float64)
-            # The mean gap alone would hide a few large ones, so quantiles are reported.
             if name == "gap":
+                # Quantiles instead of the mean, which a few large gaps would dominate.
                 record |= {f"gap_{int(100 * share)}": float(tensor.quantile(share)) for share in _SHARES}
+            elif name == "image_low":
+                record[name] = float(tensor.min())
+            elif name == "image_high":
+                record[name] = float(tensor.max())
             else:
-                record[name] = float(
-                    {"image_low": tensor.min, "image_high": tensor.max}.get(name, tensor.mean)()
-                )
+                record[name] = float(tensor.mean())
         self.values = {}
         return record
 
 
 def find_warnings(lines: Sequence[Mapping[str, float]]) -> dict[str, str]:
-    """Return warnings of known failures in the newest line, by name. Each contains its remedy."""
-    last = lines[-1]
+    """Return warnings of typical failures in the newest tick: name -> text with its remedy.
+
+    Args:
+        lines: lines of stats.jsonl so far, oldest first.
+    """
+    newest = lines[-1]
     warnings = {}
-    # Exactly 1: the loser was not pushed away in any step of the tick.
-    if last.get("one_sided") == 1:
+    # Exactly 1: images were not moved away from the loser in any step of the tick.
+    if newest.get("one_sided") == 1:
         warnings["gaps"] = (
-            "every gap is below --tau, so no loser is pushed away. Lower tau, or use --set tau_mode=quantile."
+            "every gap between scores is below tau, so images are never moved away from losers. Use a lower"
+            " --set tau, or --set tau_mode=quantile."
         )
-    if last.get("gap_90") == 0:
+    if newest.get("gap_90") == 0:
         warnings["flat"] = (
-            "all noises got the same reward, so there is no preference. Check the reward, or give it larger"
-            " images."
+            "the images of all noises got the same score, so there is no preference. Use another --reward, or"
+            " a larger --set resolution."
         )
-    if last.get("first_wins") in (0, 1):
+    if newest.get("first_wins") in (0, 1):
         warnings["winner"] = (
-            f"the first noise won {last['first_wins']:.0%} of the pairs, so the judge prefers a position."
-            " Shuffle the order of its images."
+            f"the first noise won {newest['first_wins']:.0%} of the pairs, so the judge probably answers by"
+            " the position of an image. Use a judge that is shown its images in random order."
         )
-    if last.get("unanswered", 0) > 0.5:
+    if newest.get("unanswered", 0) > 0.5:
         warnings["unanswered"] = (
-            f"{last['unanswered']:.0%} of the pairs had no answer. These steps use no preference. Check the"
-            " judge."
+            f"the judge gave no answer for {newest['unanswered']:.0%} of the pairs, and these steps use no"
+            " preference. Use another --judge, or a --reward."
         )
-    # A small tolerance: interpolation and rounding can leave 0..1 slightly.
-    if last.get("image_low", 0) < -0.01 or last.get("image_high", 1) > 1.01:
-        reach = f"{last['image_low']:.2f} to {last['image_high']:.2f}"
+    # Values may exceed 0..1 slightly by interpolation and rounding, hence the tolerance.
+    if newest.get("image_low", 0) < -0.01 or newest.get("image_high", 1) > 1.01:
+        value_range = f"{newest['image_low']:.2f} to {newest['image_high']:.2f}"
         warnings["range"] = (
-            f"image values are {reach}, expected 0 to 1: priors and rewards interpret them wrongly."
+            f"the rendered images have values from {value_range}, but priors and rewards need 0 to 1. Make"
+            " the renderer return values in 0 to 1."
         )
-    # Three ticks apart, so that the noise of single ticks is not mistaken for a trend.
-    if len(lines) >= 4 and "reward" in last:
-        then = lines[-4]
-        # A rising error, or a falling log density, means that images become less likely under the prior.
-        drift = [
-            then[n] - last[n] if n == "log_prob" else last[n] - then[n]
-            for n in ("log_prob", "prior_error")
-            if n in last
-        ]
-        size = max((abs(then[n]) for n in ("log_prob", "prior_error") if n in last), default=1.0)
-        if drift and drift[0] > _DIFFER * max(size, 1e-9) and last["reward"] > then["reward"]:
+    # The newest tick is compared with the third one before it, because the noise between adjacent ticks is
+    # too large.
+    if len(lines) >= 4 and "reward" in newest:
+        earlier = lines[-4]
+        # A tick has one of two metrics of the drift. Images become less likely under the prior if the error
+        # of its prediction rises, or if their log density falls.
+        drift = None
+        size = 1.0
+        if "log_prob" in newest:
+            drift = earlier["log_prob"] - newest["log_prob"]
+            size = abs(earlier["log_prob"])
+        elif "prior_error" in newest:
+            drift = newest["prior_error"] - earlier["prior_error"]
+            size = abs(earlier["prior_error"])
+        if drift is not None and drift > _DIFFER * max(size, 1e-9) and newest["reward"] > earlier["reward"]:
             warnings["drift"] = (
-                "the reward rises while the images become less likely under the prior, so the reward is"
-                " being exploited. Lower its weight."
+                "the reward rises while the images become less likely under the prior, which shows that the"
+                " reward is over-optimised. Use a lower weight of the reward."
             )
     return warnings
 
 
 def status_columns(record: Mapping[str, float], steps: int) -> dict[str, str]:
-    """Format the figures of a line for the status line, with fixed widths."""
+    """Return the columns of the status line with fixed widths: name -> text.
+
+    Args:
+        record: line of stats.jsonl. Metrics that it does not contain have no column.
+        steps: number of steps of the run.
+    """
+    # Metric -> width and format of its column.
     columns = {
         "first_wins": "5.2f",
         "gap_50": "8.2g",
@@ -163,46 +190,55 @@ def status_columns(record: Mapping[str, float], steps: int) -> dict[str, str]:
     }
 
 
-DRIFT_TIME = 500  # time of the diffusion at which the drift from the prior is measured
+DRIFT_TIME = 500  # diffusion time at which the drift from the prior is measured
 
 
 @dataclass(kw_only=True)
 class Distillation:
-    """Optimisation of assets under one method. `step` performs one step; `state` and `load` save and restore
-    everything that changes.
+    """Optimisation of a batch of assets by one method.
+
+    `step` performs one step. `state` and `load` save and restore everything that changes during the
+    optimisation.
     """
 
-    asset: Asset
-    prompts: list[str]  # one per asset, A
-    prior: DiffusionPrior
-    renderer: Renderer
-    guidance: Guidance
-    config: LoopConfig
-    streams: Streams
+    asset: Asset  # the A assets that are optimised
+    prompts: list[str]  # A prompts; with several starts of an asset, its prompt occurs several times
+    prior: DiffusionPrior  # frozen diffusion model
+    renderer: Renderer  # samples cameras and renders the assets
+    guidance: Guidance  # computes the gradient with respect to the latents
+    config: LoopConfig  # settings of the optimisation
+    streams: Streams  # random streams
     background: torch.Tensor | None = None  # [3] in 0..1; None: a random colour for each asset and step
-    geometry: ProgressiveGeometry | None = None
-    # Exact log density [B] of latents [B, C, H, W] under the prior, if it has one.
+    geometry: ProgressiveGeometry | None = None  # geometry reward, or None
+    # Function from latents [B, C, H, W] and B prompts to their exact log density [B]; None if the prior has
+    # none.
     log_prob: Callable[[torch.Tensor, list[str]], torch.Tensor] | None = None
     optimizer: torch.optim.Optimizer = field(init=False)
     tick: Tick = field(init=False)
 
     def __post_init__(self) -> None:
-        # The prompts include several starts of the same asset.
         assert len(self.prompts) == len(self.asset)
-        self.rates = {"grid": self.config.lr, "decoder": self.config.decoder_lr}
-        # Grids and decoders have different learning rates; `name` finds them again in `step`.
+        self.rates = {
+            "grid": self.config.lr,
+            "decoder": self.config.decoder_lr,
+        }  # group of parameters -> initial rate
+        # `step` identifies the groups by "name", to change their learning rates.
         groups = [
             {"params": parameters, "lr": self.rates[name], "name": name}
             for name, parameters in self.asset.groups().items()
         ]
-        # A tiny eps: gradients of distillation can be small, and a larger eps would act as a learning rate.
+        # A tiny eps, because the gradients of distillation can be small: a larger eps would reduce the size
+        # of steps.
         self.optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99), eps=1e-15)
         self.tick = Tick()
 
     # --- one step
 
     def step(self, step: int) -> None:
-        """Perform step number `step`: render, compute the guidance's gradient, update the assets."""
+        """Perform one step of the optimisation. `step` is its number, from 0.
+
+        Raises: LossNotFiniteError if the gradient contains NaN or infinity.
+        """
         views, rendered = self.look("views", step)
         x = self.prior.encode(rendered.images)
         per_asset = len(x) // len(self.asset)
@@ -214,62 +250,71 @@ class Distillation:
             self.streams.generator("t", step),
             shared=self.config.shared_time,
         )
-        # One prompt per image; the views of an asset are adjacent.
-        prompts = [prompt for prompt in self.prompts for _ in range(per_asset)]
-        output = self.guidance(
-            x, t.to(x.device), prompts, views.cameras[:, :16].to(x.device), step, rendered.images
-        )
-        # Without this check Adam would make all parameters NaN, and the state would be saved.
+        # B prompts, one for each image; the views of an asset are adjacent.
+        image_prompts = [prompt for prompt in self.prompts for _ in range(per_asset)]
+        cam2world = views.cameras[:, :16].to(x.device)  # the other 9 numbers of a camera are its intrinsics
+        output = self.guidance(x, t.to(x.device), image_prompts, cam2world, step, rendered.images)
+        # Without this check Adam would make all parameters NaN, and checkpoints would store them.
         if not bool(torch.isfinite(output.grad).all()):
             raise LossNotFiniteError(
-                f"--prior: its predictions are NaN or infinite at step {step}. Lower --guidance-scale, or"
-                " use --set amp=off."
+                f"--prior: its predictions contain NaN or infinity at step {step}. Use a lower"
+                " --guidance-scale, or --set amp=off."
             )
-        # B is the number of images, so the loss is a mean over them.
         loss = distillation_loss(x, output, images=rendered.images)
-        figures = {"opacity": float(rendered.opacity.detach().mean()), "grad": float(output.grad.norm())}
+        metrics = {"opacity": float(rendered.opacity.detach().mean()), "grad": float(output.grad.norm())}
         for name in ("sparsity", "opacity"):
-            # A weight of 0 skips the computation, so runs without regularisers are not slower.
+            # A regulariser with the weight 0 is not computed.
             if weight := parse_ramp(getattr(self.config, name))(step):
                 loss = loss + weight * self.asset.regularisers()[name].mean()
-        # Learning rates decrease linearly from their start to `lr_end` times it.
+        # Learning rates change linearly with the step, from their initial value to lr_end times that value.
         for group in self.optimizer.param_groups:
             group["lr"] = self.rates[group["name"]] * (
                 1 - (1 - self.config.lr_end) * step / self.config.steps
             )
-        # None instead of zeros: Adam then skips parameters without a gradient.
+        # With None in place of zeros, Adam leaves parameters without a gradient unchanged.
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        # After the backward pass: the geometry reward is scaled by the norms of the gradients in .grad.
+        # After the backward pass, because the geometry reward is scaled by the norms of the gradients in
+        # `.grad`.
         if self.geometry is not None:
             output.terms |= self.geometry.add(self.asset, list(self.asset.parameters()), self.prompts, step)
         self.optimizer.step()
-        self.tick.add(output, figures, rendered.images)
+        self.tick.add(output, metrics, rendered.images)
 
     def look(self, stream: str, step: int) -> tuple[Views, Pictures]:
-        """Sample views of all assets and render them; random streams follow from `stream` and the step."""
+        """Sample views of all assets and render them.
+
+        Args:
+            stream: name of the random stream of the cameras.
+            step: number of the step, which together with the stream determines the random numbers.
+        Returns: the views, and their renders.
+        """
         views = self.renderer.draw(len(self.asset), self.streams.generator(stream, step))
         background = self.background
         if background is None:
             colours = torch.rand(len(self.asset), 3, generator=self.streams.generator("background", step))
-            # [A, 3] to [B, 3]: all views of an asset have the same colour.
+            # From assets [A, 3] to images [B, 3].
             background = colours.repeat_interleave(len(views.cameras) // len(self.asset), dim=0)
         return views, self.renderer.render(self.asset, views, background)
 
     @torch.no_grad()
     def drift(self) -> dict[str, float]:
-        """Measure how likely the renders are under the prior: their log density if the prior has one, else
-        the error of its prediction of a fixed noise.
+        """Measure how likely the renders of the assets are under the prior.
+
+        Returns: "log_prob", the median log density of the renders in nats, if the prior has an exact density;
+        else
+            "prior_error", the mean squared error with which the prior predicts a fixed noise of the renders.
         """
+        # All random numbers are the same at every call, so that changes come from the assets only.
         views, rendered = self.look("drift", 0)
         x = self.prior.encode(rendered.images)
         prompts = [prompt for prompt in self.prompts for _ in range(len(x) // len(self.asset))]
         if self.log_prob is not None:
-            # The median: a single asset far from all modes would dominate the mean.
+            # The median, because a single asset far from all modes would dominate the mean.
             return {"log_prob": float(self.log_prob(x, prompts).median())}
         schedule = NoiseSchedule(self.prior.alphas_cumprod)
-        # The same views, time and noise at every call: only the assets change.
         t = torch.full((len(x),), DRIFT_TIME, device=x.device)
+        # Steps of the optimisation are >= 0, so the step -1 gives a noise of its own. [0]: one noise.
         noise = self.streams.noises(1, x, -1)[0]
         predicted = self.prior.predict_noise(
             schedule.mix(x, noise, t), t, self.prior.embed(prompts), views.cameras[:, :16].to(x)
@@ -278,35 +323,32 @@ class Distillation:
 
     @torch.no_grad()
     def finished(self) -> Asset:
-        """Return the assets that the run keeps: all, or the best of several starts. They are compared in the
-        same views, on white or their background.
-        """
-        # Only best of n optimises more assets than it keeps.
+        """Return the assets that the run keeps: with best-of-n the best start of each asset, else all."""
+        # Only best-of-n optimises more assets than it keeps.
         if not isinstance(self.guidance, BestOfN):
             return self.asset
-        views = evenly_around(len(self.asset), self.guidance.denoiser.views, **FINISHED)
-        rendered = self.renderer.render(
-            self.asset, views, torch.ones(3) if self.background is None else self.background
-        )
-        prompts = [prompt for prompt in self.prompts for _ in range(self.guidance.denoiser.views)]
-        return self.asset.pick(
-            self.guidance.best(rendered.images, prompts, views.cameras[:, :16].to(rendered.images))
-        )
+        views_per_asset = self.guidance.denoiser.views
+        views = evenly_around(len(self.asset), views_per_asset, **FINISHED)
+        # A white background in place of a random one, so that all starts are compared on the same background.
+        background = torch.ones(3) if self.background is None else self.background
+        rendered = self.renderer.render(self.asset, views, background)
+        image_prompts = [prompt for prompt in self.prompts for _ in range(views_per_asset)]
+        cam2world = views.cameras[:, :16].to(rendered.images)
+        return self.asset.pick(self.guidance.best(rendered.images, image_prompts, cam2world))
 
     # --- checkpoints
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict]:
-        """Return tensors and JSON values from which `load` continues."""
+        """Return the state of the optimisation for checkpoints: tensors by name, and values for JSON."""
         tensors = {f"asset.{name}": value for name, value in self.asset.state_dict().items()}
-        # Without Adam's moments a resumed run would differ from one without a stop.
         tensors |= checkpoint.optimizer_tensors("optim", self.optimizer)
         for name, part in self._stateful().items():
             tensors |= {f"{name}.{key}": value for key, value in part.state_dict().items()}
         return tensors, {"tick": {"values": self.tick.values}}
 
     def load(self, tensors: Mapping[str, torch.Tensor], meta: Mapping) -> None:
-        """Restore the result of `state`."""
-        # Keys have the form part.name, so each part gets the tensors after its prefix.
+        """Restore the state of the optimisation from the result of `state`."""
+        # The keys of tensors have the form "part.name".
         names = ("asset", *self._stateful())
         states = {name: below(tensors, f"{name}.") for name in names}
         self.asset.load_state_dict(states["asset"])
@@ -316,6 +358,6 @@ class Distillation:
         self.tick.values = {name: list(values) for name, values in meta["tick"]["values"].items()}
 
     def _stateful(self) -> dict:
-        """Return the parts that have a state besides the assets: some methods and rewards have none."""
+        """Return the parts of the optimisation besides the assets that have a state: name -> object."""
         parts = {"guidance": self.guidance, "geometry": self.geometry, "scores": self.tick.scores}
         return {name: part for name, part in parts.items() if hasattr(part, "state_dict")}

@@ -1,12 +1,14 @@
-"""Runs score distillation from its settings to finished assets: arms x batches of assets, in this process, on
-worker processes, or on the processes of torchrun.
+"""Runs score distillation from its settings to finished assets.
 
-    parts/<arm>/<batch>/     a run of its own: its lines, checkpoints, and at the end assets.safetensors and
-                             result.json
-    stats.jsonl              the lines of all parts, when they are done
+The assets of each arm are split into batches. A part of the run is one batch under one arm. Parts are
+computed in this process, on worker processes, or on the processes of torchrun. The folder of a run contains:
 
-Arms of a comparison have the same prompts, starts, views, times and noises. The result does not depend on the
-number of processes.
+    parts/<arm>/<batch>/     folder of a part, with its own stats.jsonl and checkpoints, and at the end
+                             assets.safetensors and result.json
+    stats.jsonl              lines of all parts, written when all parts are finished
+
+All arms of a comparison have the same prompts, starting assets, views, times and noises. The result does not
+depend on the number of processes.
 """
 
 import json
@@ -26,21 +28,21 @@ from eg3d_rlhf.tuning.distill.scene import Scene, open_scene
 from training import checkpoint
 from training.progress import tqdm
 
-PARTS = "parts"
+PARTS = "parts"  # folder with the folders of the parts
 RESULT = "result.json"
 ASSETS = "assets.safetensors"
 CHANGEABLE = ("loop.checkpoint_ticks",)  # settings that a resumed run may change
 
 
 class Part(NamedTuple):
-    """A batch of assets under one arm, the unit of work."""
+    """Part of a run: one batch of assets under one arm."""
 
     arm: str  # name of an `Arm`
     batch: int  # index into `DistillSettings.batches`
 
     @property
     def name(self) -> str:
-        """Name of the part, and of its folder below parts/."""
+        """Name of the part, which is also the path of its folder below parts/."""
         return f"{self.arm}/{self.batch:03d}"
 
     @classmethod
@@ -51,93 +53,98 @@ class Part(NamedTuple):
 
 
 def list_parts(settings: DistillSettings) -> list[Part]:
-    """List all parts batch by batch, so that a stopped comparison has complete batches of all arms."""
+    """List all parts of a run, batch by batch.
+
+    In this order, an interrupted comparison has batches that all arms have finished.
+    """
     return [Part(arm, batch) for batch in range(len(settings.batches())) for arm in settings.arms]
 
 
 def distil(
     settings: DistillSettings, scene: Scene, part: Part, folder: Path, report: Callable[[str], None] = print
 ) -> dict:
-    """Optimise one part until its end, continuing from its last checkpoint.
+    """Optimise the assets of one part, from its last checkpoint if there is one, to the end.
 
     Args:
-        settings: of the run.
-        scene: the opened problem.
+        settings: settings of the run.
+        scene: prior, renderer and rewards.
         part: arm and batch.
-        folder: of the part.
-        report: called with lines of progress.
-
-    Returns: the result as JSON values. Raises: StoppedError after a signal, when the state is on the disk;
-    LossNotFiniteError; ValueError and OSError of the scene.
+        folder: folder of the part.
+        report: function that prints a line of progress.
+    Returns: summary of the part, as values for JSON; the result of a finished part is read from its file.
+    Raises: StoppedError if a signal ended the part, after its state is stored; LossNotFiniteError if the
+    prior predicts
+        NaN; ValueError or OSError if the scene cannot be made.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    # A resumed part is compared with these values: other settings are an error.
+    # `run.resume` raises an error if a resumed part has other settings than those in its folder.
     options = {"part": part.name, **settings.to_dict()}
     with Run(folder, options, scene.inputs, say=lambda line: report(f"{part.name} {line}")) as run:
         if recorded(folder):
             run.resume(CHANGEABLE)
         else:
             run.begin()
-        # A finished part is not repeated.
+        # The file of results exists if the part is finished.
         if (folder / RESULT).exists():
             return json.loads((folder / RESULT).read_text())
-        # Made before the checkpoint is read: it fixes the shapes of all tensors.
-        work = scene.distillation(settings, Arm.parse(part.arm), part.batch)
+        # The optimisation is made in any case; a checkpoint then overwrites its tensors.
+        distillation = scene.distillation(settings, Arm.parse(part.arm), part.batch)
         lines = []
-        warned = set()
+        printed_warnings = set()
         step = 0
-        kept_lines = 0
+        line_count = 0
         if checkpoint.available(folder):
-            # previous: if the newest checkpoint is damaged, the one before it is used.
+            # previous=True: if the newest checkpoint is damaged, the one before it is read.
             tensors, meta = run.read(previous=True)
-            work.load(tensors, meta)
+            distillation.load(tensors, meta)
             step = meta["step"]
             lines = meta["records"]
-            kept_lines = meta["lines"]
-        # Lines of stats.jsonl after the checkpoint are removed; the steps behind them are repeated.
-        run.go_on(step, kept_lines)
+            line_count = meta["lines"]
+        # Removes the lines of stats.jsonl that were written after the checkpoint, because their steps are
+        # repeated.
+        run.go_on(step, line_count)
         loop = settings.loop
         with run.stoppable():
             while step < loop.steps:
                 if run.stop_requested:
-                    _checkpoint(run, work, step, lines)
+                    _checkpoint(run, distillation, step, lines)
                     raise StoppedError(f"{run.stop_requested} after step {step} of {part.name}.")
-                work.step(step)
+                distillation.step(step)
                 step += 1
-                # The last step always ends a tick.
+                # A tick ends after loop.tick steps, and after the last step.
                 if step % loop.tick and step < loop.steps:
                     continue
-                # The drift is measured once per tick, because it needs a render and a prediction.
-                lines.append(work.tick.line(step, work.drift()))
+                # The drift is measured once per tick only, because it needs a render and a prediction.
+                lines.append(distillation.tick.line(step, distillation.drift()))
                 run.stats(lines[-1])
                 run.status(status_columns(lines[-1], loop.steps), step, loop.steps, "step")
                 for name, text in find_warnings(lines).items():
-                    # Each warning is printed once per part; the result contains all of them.
-                    if name not in warned:
+                    # The same warning can apply in many ticks, but is printed once.
+                    if name not in printed_warnings:
                         report(f"Warning ({part.name}, {name}): {text}")
-                    warned.add(name)
+                    printed_warnings.add(name)
                 if (step // loop.tick) % loop.checkpoint_ticks == 0:
-                    _checkpoint(run, work, step, lines)
-        finished = work.finished()
-        # The assets are written before the result, which marks the part as finished.
-        finished.save(folder / ASSETS)
+                    _checkpoint(run, distillation, step, lines)
+        assets = distillation.finished()
+        # The assets are written before the file of results, which marks the part as finished.
+        assets.save(folder / ASSETS)
         result = {
             "arm": part.arm,
             "batch": part.batch,
-            "assets": len(finished),
+            "assets": len(assets),
             "last": lines[-1],
-            "warnings": sorted(warned),
+            "warnings": sorted(printed_warnings),
         }
         run.write(RESULT, result)
-        # Checkpoints are large, and a finished part needs none.
+        # Checkpoints are large, and a finished part does not need them.
         for path in checkpoint.available(folder):
             path.unlink()
         return result
 
 
-def _checkpoint(run: Run, work: Distillation, step: int, lines: Sequence[dict]) -> None:
-    """Write a checkpoint of a part."""
-    tensors, meta = work.state()
+def _checkpoint(run: Run, distillation: Distillation, step: int, lines: Sequence[dict]) -> None:
+    """Write a checkpoint of a part after `step` steps, with the lines of stats.jsonl so far."""
+    tensors, meta = distillation.state()
     run.checkpoint(step, tensors, {**meta, "step": step, "records": list(lines), "lines": run.lines})
 
 
@@ -145,8 +152,14 @@ def _checkpoint(run: Run, work: Distillation, step: int, lines: Sequence[dict]) 
 
 
 def handler(settings: DistillSettings, folder: Path, device: str) -> Callable[[str], dict]:
-    """Make the function that a worker process calls with the names of its parts."""
-    # One thread per process: the work is parallel over parts already.
+    """Return the function with which a worker process computes a part. Its argument is the name of the part.
+
+    Args:
+        settings: settings of the run.
+        folder: folder of the run.
+        device: name of the device.
+    """
+    # One thread per process, because several processes compute parts at the same time.
     torch.set_num_threads(1)
     scene = open_scene(settings, torch.device(device))
     return lambda name: distil(
@@ -155,11 +168,14 @@ def handler(settings: DistillSettings, folder: Path, device: str) -> Callable[[s
 
 
 def distil_all(settings: DistillSettings, scene: Scene, run: Run) -> None:
-    """Perform all parts; with torchrun, the share of this process. Raises: as `distil`."""
+    """Compute all parts of a run. With torchrun, each process computes its share, and waits for the others.
+
+    Raises: the errors of `distil`.
+    """
     names = [part.name for part in list_parts(settings)]
-    # Every world-th part: each process gets parts of all arms.
+    # With torchrun, the processes take parts in turn: rank r takes the parts r, r + world, r + 2 world, ...
     own_parts = names[run.ranks.rank :: run.ranks.world]
-    # torchrun has started the processes already, so each of them works alone.
+    # The processes of torchrun start no worker processes of their own.
     jobs = 1 if run.ranks.world > 1 else max(1, min(run.jobs, len(own_parts)))
     if jobs == 1:
         if run.ranks.world > 1:
@@ -180,7 +196,7 @@ def distil_all(settings: DistillSettings, scene: Scene, run: Run) -> None:
                 (settings, run.folder, run.device),
                 jobs,
                 run.folder / "logs",
-                on_done=lambda name, result: bar.update() and None,
+                on_done=lambda name, result: bar.update() and None,  # called once per finished part
                 expected=(ValueError, OSError, StoppedError),
             )
     # The parts of all processes must be complete before their lines are gathered.
@@ -188,8 +204,8 @@ def distil_all(settings: DistillSettings, scene: Scene, run: Run) -> None:
 
 
 def gather_stats(settings: DistillSettings, run: Run) -> None:
-    """Write the lines of all parts to the stats.jsonl of the run, in the order of the parts."""
-    run.go_on(0, 0)  # remove the lines of an earlier call
+    """Write the stats.jsonl of the run, which contains the lines of all parts in the order of the parts."""
+    run.go_on(0, 0)  # removes the lines of an earlier call
     for part in list_parts(settings):
         for line in (run.folder / PARTS / part.name / STATS).read_text().splitlines():
             run.stats({"arm": part.arm, "batch": part.batch, **json.loads(line)})

@@ -1,10 +1,15 @@
-"""Computes the gradients of score distillation as pure functions: unreduced, without logging and random
-numbers. Also the weights of several noises, the loss of a gradient, and the balance of two gradients of
-different size.
+"""Computes the gradients of score distillation as pure functions of tensors, without logging and random
+numbers.
 
-Letters: K noises, A assets, V views of an asset, B = A V images, Q negatives. e is a noise, p a prediction of
-it, w are weights [B, 1, 1, 1]. All methods use the identity p - e = (a / s) (x - x0): a step moves x towards
-the image x0 that the prior estimates in one step.
+The module also converts a gradient to a loss, balances two gradients of different size (`Balance`), and keeps
+statistics of the last steps (`History`).
+
+Shapes: K noises; A assets; V views of an asset; B = A V images, with the views of an asset adjacent; Q
+negative prompts; C, H, W channels, rows and columns of latents; h, w rows and columns of images.
+Symbols: x clean latents of the render; e the added noise; p the prior's prediction of e; x_t = a x + s e the
+noised latents with the levels a and s of the noise schedule (schedule.py); w the weight of the time, [B, 1,
+1, 1]. All methods use the identity p - e = (a / s) (x - x0), where x0 is the prior's one-step estimate of x.
+A step along the negative gradient therefore moves x towards x0.
 """
 
 import torch
@@ -13,51 +18,61 @@ from eg3d_rlhf.core.interfaces import GuidanceOutput
 
 
 def guided(text: torch.Tensor, null: torch.Tensor, scale: float) -> torch.Tensor:
-    """Apply classifier-free guidance (Ho and Salimans 2022): p(null) + scale (p(text) - p(null)). Scale 1
-    gives p(text).
+    """Apply classifier-free guidance (Ho and Salimans 2022): p(null) + scale (p(text) - p(null)).
+
+    Args:
+        text: p(text), prediction for the prompt, of any shape.
+        null: p(null), prediction for the null prompt, of the same shape.
+        scale: guidance scale. Scale 1 gives p(text).
 
     Deviates: threestudio's guidance of Stable Diffusion is p(text) + scale (p(text) - p(null)), so its scale
     100 is 101 here.
     """
-    # Written from the null prediction: this is the only form in which scale 1 gives exactly p(text).
     return null + scale * (text - null)
 
 
 def perpendicular(q: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
-    """Return the component of q [B, ...] that is perpendicular to p [B, ...]."""
-    # Inner products per image, [B]: a projection over the entire batch would mix assets.
-    inner, square = ((a * p).flatten(1).sum(1) for a in (q, p))
-    # clamp_min: p is 0 where the prompt has no effect, and q remains unchanged there.
-    return q - (inner / square.clamp_min(1e-6)).view(-1, *[1] * (p.ndim - 1)) * p
+    """Return the component of q [B, ...] that is perpendicular to p [B, ...], for each image."""
+    # Inner products per image, [B].
+    q_dot_p, p_dot_p = ((tensor * p).flatten(1).sum(1) for tensor in (q, p))
+    # clamp_min: if the prompt has no effect, p is 0; q then stays unchanged.
+    return q - (q_dot_p / p_dot_p.clamp_min(1e-6)).view(-1, *[1] * (p.ndim - 1)) * p
 
 
 def perp_neg(
     text: torch.Tensor, null: torch.Tensor, negatives: torch.Tensor, weights: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    """Apply guidance away from other views of the prompt, as far as these differ from it (Perp-Neg,
-    Armandpour et al. 2023).
+    """Apply Perp-Neg guidance (Armandpour et al. 2023), which moves images away from other views of the
+    prompt.
 
-    p = text - null, q_i = negative_i - null; result: null + scale (p + sum_i weight_i perpendicular(q_i, p)).
+    With p = text - null and q_i = negative_i - null, the result is
+    null + scale (p + sum_i weight_i perpendicular(q_i, p)), [B, C, H, W].
 
     Args:
-        text: prediction with the prompt [B, C, H, W].
-        null: prediction with the null prompt [B, C, H, W].
-        negatives: predictions with other views [Q, B, C, H, W].
-        weights: [B, Q], below 0.
-        scale: of the guidance.
+        text: [B, C, H, W], prediction for the prompt.
+        null: [B, C, H, W], prediction for the null prompt.
+        negatives: [Q, B, C, H, W], predictions for the prompt with other viewing directions.
+        weights: [B, Q], weights of the negatives, <= 0.
+        scale: guidance scale.
     """
     p = text - null
-    push = [
-        w.view(-1, 1, 1, 1) * perpendicular(n - null, p)
-        for n, w in zip(negatives, weights.unbind(1), strict=True)
+    pushes = [
+        weight.view(-1, 1, 1, 1) * perpendicular(negative - null, p)
+        for negative, weight in zip(negatives, weights.unbind(1), strict=True)
     ]
-    return null + scale * (p + torch.stack(push).sum(0))
+    return null + scale * (p + torch.stack(pushes).sum(0))
 
 
 def sds(predicted: torch.Tensor, noise: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Compute w (p - e), the gradient of DreamFusion (Poole et al. 2022, equation 3)."""
-    # The Jacobian of the U-Net is omitted, as in DreamFusion: it is expensive, and poorly conditioned at
-    # small noise levels.
+    """Compute w (p - e), the gradient of score distillation sampling (Poole et al. 2022, equation 3).
+
+    Args:
+        predicted: p, predicted noise, [B, C, H, W].
+        noise: e, added noise, [B, C, H, W].
+        weight: w, weight of the time, [B, 1, 1, 1].
+    """
+    # The Jacobian of the U-Net is omitted as in the paper, because it is expensive to compute and poorly
+    # conditioned at small noise levels.
     return weight * (predicted - noise)
 
 
@@ -69,15 +84,29 @@ def sjc(
     *,
     variance_reduced: bool = True,
 ) -> torch.Tensor:
-    """Compute (x - D) / u if `variance_reduced`, else (z - D) / u, with z = x + u e, u = s / a and D = z - u
-    p (Score Jacobian Chaining, Wang et al. 2023).
+    """Compute the gradient of score Jacobian chaining (Wang et al. 2023): (x - D) / u or (z - D) / u.
+
+    D = z - u p is the prior's estimate of x.
+
+    Args:
+        x: clean latents, [B, C, H, W].
+        z: x + u e, latents noised without scaling, [B, C, H, W].
+        predicted: p, predicted noise, [B, C, H, W].
+        u: s / a, noise level, [B, 1, 1, 1].
+        variance_reduced: True for (x - D) / u, which does not contain the noise u e of z; False for (z - D) /
+            u.
     """
     return ((x if variance_reduced else z) - (z - u * predicted)) / u
 
 
 def image_loss(images: torch.Tensor, decoded: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Compute weight (images - decoded) on the rendered images [B, 3, h, w], with weight = w a / s (HiFA, Zhu
-    et al. 2023).
+    """Compute weight (images - decoded), the gradient of HiFA's loss on images (Zhu et al. 2023), [B, 3, h,
+    w].
+
+    Args:
+        images: rendered images, [B, 3, h, w].
+        decoded: images that the prior estimates, [B, 3, h, w].
+        weight: w a / s, [B, 1, 1, 1].
     """
     return weight * (images - decoded)
 
@@ -85,29 +114,47 @@ def image_loss(images: torch.Tensor, decoded: torch.Tensor, weight: torch.Tensor
 def reconstruction_target(
     x0: torch.Tensor, x0_text: torch.Tensor, rescale: float, views: int
 ) -> torch.Tensor:
-    """Compute rescale x0 std(x0_text) / std(x0) + (1 - rescale) x0, with standard deviations over an asset's
-    views, channels and pixels (MVDream, section 3.3). Strong guidance increases the standard deviation of x0;
-    rescaling corrects that.
+    """Compute rescale x0 std(x0_text) / std(x0) + (1 - rescale) x0 (MVDream, arXiv 2308.16512, section 3.3).
+
+    Strong guidance increases the standard deviation of the estimate, and the rescaling reduces it again.
+
+    Args:
+        x0: estimate with guidance, [B, C, H, W].
+        x0_text: estimate for the prompt without guidance, [B, C, H, W].
+        rescale: strength of the rescaling, 0 to 1.
+        views: number V of views of an asset. Standard deviations are over the views, channels and pixels of
+            an asset.
     """
-    # One standard deviation per asset, [A]; 1e-8 avoids a division by zero for constant images.
-    std, std_text = (a.reshape(a.shape[0] // views, -1).std(1) + 1e-8 for a in (x0, x0_text))
-    # Back from assets [A] to images [B, 1, 1, 1].
+    # One standard deviation per asset, [A]; 1e-8 avoids a division by zero for constant latents.
+    std, std_text = (
+        estimate.reshape(estimate.shape[0] // views, -1).std(1) + 1e-8 for estimate in (x0, x0_text)
+    )
+    # From assets [A] to images [B, 1, 1, 1].
     ratio = (std_text / std).repeat_interleave(views).view(-1, 1, 1, 1)
     return rescale * (x0 * ratio) + (1 - rescale) * x0
 
 
 def reconstruction(x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Compute x - target, the gradient of 0.5 |x - target|^2, which MVDream and methods based on it use. It
-    has no weight and no limit.
+    """Compute x - target, the gradient of 0.5 |x - target|^2, which MVDream uses for distillation.
+
+    Unlike the other gradients of this module, it has no weight of the time.
     """
     return x - target
 
 
 def reward_weighted(residuals: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Compute sum_k weight_k residual_k, [K, B, C, H, W] and [K, B] -> [B, C, H, W] (RewardSDS, equation 5;
-    DreamDPO with weights 1 and -1).
+    """Compute sum_k weight_k residual_k, [B, C, H, W] (RewardSDS, arXiv 2503.09601, equation 5).
+
+    With two noises and the weights 1 and -1 it is the gradient of DreamDPO.
+
+    Args:
+        residuals: gradients of the K noises, [K, B, C, H, W].
+        weights: weights of the noises, [K, B].
     """
-    return torch.stack([w.view(-1, 1, 1, 1) * r for r, w in zip(residuals, weights, strict=True)]).sum(0)
+    weighted_residuals = [
+        weight.view(-1, 1, 1, 1) * residual for residual, weight in zip(residuals, weights, strict=True)
+    ]
+    return torch.stack(weighted_residuals).sum(0)
 
 
 def dreamdpo(
@@ -118,21 +165,24 @@ def dreamdpo(
     *,
     subtract_noise: bool = True,
 ) -> torch.Tensor:
-    """Compute w [(p - e)_win - (p - e)_lose] if the gap is large enough, else w (p - e)_win (DreamDPO, Zhou
-    et al. 2025, equations 8 and 9).
+    """Compute DreamDPO's gradient, [B, C, H, W] (arXiv 2502.04370, equations 8 and 9).
 
-    If both are used with the same guidance scale, the result is w (a / s) (x0_lose - x0_win). Then no term
-    keeps the image near the prior.
+    It is w [(p - e)_win - (p - e)_lose] for images whose scores differ enough, and w (p - e)_win for all
+    others.
+
+    If winner and loser have the same guidance scale, the first formula equals w (a / s) (x0_lose - x0_win).
+    It then contains no term that keeps the image near the prior.
 
     Args:
-        predicted: [2, B, C, H, W], that of the loser at its own guidance scale.
-        noise: [2, B, C, H, W].
-        weights: [2, B], 1 for the winner and -1 or 0 for the loser.
-        weight: w, [B, 1, 1, 1].
-        subtract_noise: False leaves out e where only the winner counts, as the released code does.
+        predicted: p of both noises, [2, B, C, H, W]. The prediction of the loser may have its own guidance
+            scale.
+        noise: e, both added noises, [2, B, C, H, W].
+        weights: [2, B]; 1 for the winner, and -1 or 0 for the loser.
+        weight: w, weight of the time, [B, 1, 1, 1].
+        subtract_noise: False to leave out e in the second formula, as the released code does.
     """
     if not subtract_noise:
-        # 1 where both noises have a weight, 0 where only the winner counts.
+        # The factor [1, B, 1, 1, 1] is 1 where both noises have a weight (first formula), else 0.
         noise = noise * (weights != 0).all(0).view(1, -1, 1, 1, 1)
     return weight * reward_weighted(predicted - noise, weights)
 
@@ -147,44 +197,44 @@ def psd(
     strength: torch.Tensor,
     weight: torch.Tensor,
 ) -> torch.Tensor:
-    """Compute mean_k residual_k + strength w [(q - e)_win - (q - e)_lose] (PSD, arXiv 2603.01594,
-    reconstructed; our derivation).
+    """Compute mean_k residual_k + strength w [(q - e)_win - (q - e)_lose], [B, C, H, W].
+
+    This is the gradient of preference score distillation (PSD, arXiv 2603.01594). Its formula is our
+    reconstruction, because the text of the paper was not available.
 
     Args:
-        residuals: [K, B, ...], score distillation of each noise, weighted.
-        win: q of the winner, from the predictor whose estimate was ranked.
-        lose: q of the loser.
-        noise_win: e of the winner.
-        noise_lose: e of the loser.
-        strength: [B], eta times a function of the gap.
-        weight: w, [B, 1, 1, 1].
+        residuals: gradients of score distillation of the K noises, already multiplied by w, [K, B, C, H, W].
+        win: q of the winner, the prediction whose image was ranked, [B, C, H, W].
+        lose: q of the loser, [B, C, H, W].
+        noise_win: e of the winner, [B, C, H, W].
+        noise_lose: e of the loser, [B, C, H, W].
+        strength: [B], the setting eta times a function of the gap between the scores.
+        weight: w, weight of the time, [B, 1, 1, 1].
     """
-    # The residuals are already weighted by w, the push is not.
     push = weight * ((win - noise_win) - (lose - noise_lose))
     return residuals.mean(0) + strength.view(-1, 1, 1, 1) * push
 
 
-# --- from a gradient on images to a loss, and the balance of two gradients of different size
+# --- conversion of a gradient to a loss, and balance of two gradients of different size
 
 
 def target_loss(x: torch.Tensor, grad: torch.Tensor, *, clamp: float | None = None) -> torch.Tensor:
-    """Compute the loss 0.5 sum (x - stopgrad(x - grad))^2 / B, [], whose derivative by x is grad / B.
+    """Compute the loss 0.5 sum (x - stopgrad(x - grad))^2 / B, whose derivative with respect to x is grad /
+    B.
 
-    NaN and infinity in `grad` are replaced first (by 0 and the largest number), then it is limited to
-    -clamp..clamp.
+    The backward pass of this loss applies a gradient that was computed elsewhere to the parameters behind x.
 
     Args:
-        x: [B, ...].
-        grad: [B, ...].
-        clamp: None: no limit.
-
-    Differentiable in: x.
+        x: [B, ...], tensor with the graph of the render.
+        grad: [B, ...], gradient with respect to x. NaN is replaced by 0, and infinity by the largest finite
+            number.
+        clamp: largest absolute value of an entry of `grad`; None for no limit.
+    Returns: scalar. Differentiable in x.
     """
-    # Without gradient: the loss is only a way to pass `grad` to the parameters through x.
     grad = torch.nan_to_num(grad.detach())
     if clamp is not None:
         grad = grad.clamp(-clamp, clamp)
-    # x - target is `grad`, so the derivative of the loss needs no Jacobian of the prior.
+    # detach: the target is a constant, so the derivative of the loss is (x - target) / B = grad / B.
     target = (x - grad).detach()
     return 0.5 * (x - target).square().sum() / len(x)
 
@@ -192,10 +242,15 @@ def target_loss(x: torch.Tensor, grad: torch.Tensor, *, clamp: float | None = No
 def distillation_loss(
     x: torch.Tensor, output: GuidanceOutput, *, images: torch.Tensor | None = None, clamp: float | None = None
 ) -> torch.Tensor:
-    """Compute the loss of one step, []: `output.grad` on the latents x [B, C, H, W], and `output.image_grad`
-    on the rendered images if there is one.
+    """Compute the loss of one step, a scalar, from the gradients of a guidance.
+
+    Args:
+        x: [B, C, H, W], latents with the graph of the render, to which `output.grad` is applied.
+        output: gradients of the guidance.
+        images: [B, 3, h, w], rendered images with their graph. They are needed if `output.image_grad` is
+            given.
+        clamp: largest absolute value of an entry of `output.grad`; None for no limit.
     """
-    # Both losses share the graph of the render, so one backward pass serves both.
     loss = target_loss(x, output.grad, clamp=clamp)
     if output.image_grad is None:
         return loss
@@ -204,18 +259,29 @@ def distillation_loss(
 
 
 def norm_per_asset(grad: torch.Tensor, views: int) -> torch.Tensor:
-    """Return the norm of each asset's gradient over its views, [B, ...] -> [A]."""
+    """Return the norm of each asset's gradient over all its views, [A].
+
+    Args:
+        grad: [B, ...], gradient of the images.
+        views: number V of views of an asset.
+    """
     # The views of an asset are adjacent: [B, ...] = [A V, ...] to [A, V ...].
     return grad.reshape(grad.shape[0] // views, -1).norm(dim=1)
 
 
 class Window:
-    """Numbers of the last steps, newest last. Most methods have no other state."""
+    """Numbers of the last steps of a run, which checkpoints store.
+
+    Args:
+        window: largest number of steps whose numbers are kept.
+        rows: initial numbers; the newest step is last.
+        name: key of the numbers in the state dict.
+    """
 
     def __init__(self, window: int, rows: torch.Tensor, name: str):
-        self.window = window  # largest number of steps
+        self.window = window
         self.rows = rows  # on the CPU, so that checkpoints do not depend on the device
-        self.name = name  # key in checkpoints
+        self.name = name
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         return {self.name: self.rows}
@@ -226,68 +292,92 @@ class Window:
 
 
 class Balance(Window):
-    """Factor that scales a second gradient to the norm of the first one. Both norms are means over the last
-    steps. There is one factor per asset, or a single one.
+    """Factor that scales the gradient of a reward to the norm of the distillation gradient, for each asset.
+
+    Both norms are averaged over the last steps.
+
+    Args:
+        window: number of steps over which the norms are averaged.
     """
 
     def __init__(self, window: int = 50):
-        super().__init__(window, torch.zeros(2, 0, 0), "norms")  # [2, steps, A]
+        # [2, steps, A]: norms of both gradients.
+        super().__init__(window, torch.zeros(2, 0, 0), "norms")
 
-    def __call__(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-        """Add the norms [A] of this step, and return mean |first| / mean |second| over the last steps, [A]; 0
-        where all second norms were 0.
+    def __call__(self, distillation_norm: torch.Tensor, reward_norm: torch.Tensor) -> torch.Tensor:
+        """Add the norms of this step, and return the factor of each asset.
+
+        Args:
+            distillation_norm: [A], norms of the distillation gradient.
+            reward_norm: [A], norms of the gradient of the reward.
+        Returns: [A], mean distillation norm divided by the mean reward norm. It is 0 for assets whose reward
+        norms
+            were all 0.
         """
-        # Norms are averaged before the division: the mean of ratios would be dominated by steps with a tiny
-        # norm.
-        now = torch.stack([first, second]).detach().cpu()[:, None]  # [2, 1, A]
-        # Another number of assets than before starts a new window.
-        past = self.rows if self.rows.shape[2] == now.shape[2] else self.rows.new_zeros(2, 0, now.shape[2])
-        # nan_to_num: one failed prediction must not spoil the next 50 steps.
-        self.rows = torch.cat([past, now.nan_to_num()], 1)[:, -self.window :]
-        mean_first, mean_second = self.rows.mean(1)
-        # 0 instead of a huge factor where the second gradient has vanished.
-        ratio = torch.where(mean_second > 0, mean_first / mean_second.clamp_min(1e-30), 0.0)
-        return ratio.to(first.device)
+        new_norms = torch.stack([distillation_norm, reward_norm]).detach().cpu()[:, None]  # [2, 1, A]
+        # If the number of assets has changed, the old norms belong to other assets and are dropped.
+        assets = new_norms.shape[2]
+        old_norms = self.rows if self.rows.shape[2] == assets else self.rows.new_zeros(2, 0, assets)
+        # nan_to_num: one failed prediction would otherwise make the means of the next 50 steps NaN.
+        self.rows = torch.cat([old_norms, new_norms.nan_to_num()], 1)[:, -self.window :]
+        # Norms are averaged before the division, since a mean of ratios would be dominated by steps with a
+        # tiny norm.
+        mean_distillation_norm, mean_reward_norm = self.rows.mean(1)
+        # Without `where`, the factor would be huge if the gradient of the reward has vanished.
+        ratio = torch.where(
+            mean_reward_norm > 0, mean_distillation_norm / mean_reward_norm.clamp_min(1e-30), 0.0
+        )
+        return ratio.to(distillation_norm.device)
 
 
 class History(Window):
-    """Scores of the last steps, with their standard deviation and quantiles."""
+    """Scores of the last steps, with their standard deviation and quantiles.
+
+    Args:
+        window: largest number of steps whose scores are kept.
+    """
 
     def __init__(self, window: int = 200):
-        super().__init__(window, torch.zeros(0, 0), "rows")  # [steps, numbers of a step]
+        super().__init__(window, torch.zeros(0, 0), "rows")  # [steps, number of scores in a step]
 
-    def add(self, numbers: torch.Tensor) -> None:
-        """Append the numbers of one step, of any shape. Numbers that are not finite count as 0. Another count
-        than before starts a new window.
+    def add(self, scores: torch.Tensor) -> None:
+        """Append the scores of one step, of any shape. NaN counts as 0.
+
+        If the number of scores differs from that of the last step, all earlier scores are dropped.
         """
-        # [1, numbers of a step]
-        row = numbers.detach().flatten()[None].nan_to_num().cpu()
-        past = self.rows if self.rows.shape[1] == row.shape[1] else self.rows.new_zeros(0, row.shape[1])
-        self.rows = torch.cat([past, row])[-self.window :]
+        new_row = scores.detach().flatten()[None].nan_to_num().cpu()  # [1, number of scores in a step]
+        count = new_row.shape[1]
+        old_rows = self.rows if self.rows.shape[1] == count else self.rows.new_zeros(0, count)
+        self.rows = torch.cat([old_rows, new_row])[-self.window :]
 
     def standardise(self, scores: torch.Tensor) -> torch.Tensor:
-        """Divide scores, without their mean, by the standard deviation of the last steps, this step
-        included.
+        """Subtract the mean of the last steps from scores, and divide by their standard deviation.
+
+        The scores [any shape] are added to the last steps first, so that a run's first step has a mean and a
+        standard deviation, too.
         """
-        # The scores of this step are included, so that the first step has a scale, too.
         self.add(scores)
         return (scores - float(self.rows.mean())) / self.std()
 
     def std(self) -> float:
-        """Return the standard deviation of the scores, or 1 if it is 0 or there is one score only."""
-        # Over all numbers of the window; std of a single number would be NaN.
+        """Return the standard deviation of all scores of the last steps.
+
+        The result is 1 if the standard deviation is 0, or if there are fewer than two scores.
+        """
+        # torch's std of a single number is NaN, hence the check of the number of scores.
         std = float(self.rows.std()) if self.rows.numel() > 1 else 0.0
         return std if std > 0 else 1.0
 
     def quantile(self, share: float) -> float:
-        """Return the number below which a share of the numbers lies."""
+        """Return the quantile of the scores of the last steps for a share in 0..1."""
         return float(self.rows.flatten().sort().values[int(share * (self.rows.numel() - 1))])
 
 
 def digits(loss: float) -> int:
-    """Count the characters before the point of the printed number, as DreamReward's released code does: 5 for
-    1e-05, 1 for 9.5e-05.
+    """Count the characters before the decimal point of the printed number, as DreamReward's released code
+    does.
+
+    Examples: 12.5 gives 2, 9.5e-05 gives 1, and 1e-05 gives 5, because its text contains no decimal point.
+    The presets of the released code depend on this behaviour.
     """
-    # str(1e-05) contains no point, hence the 5 of the first example. The presets of the released
-    # code depend on this.
     return len(str(loss).split(".")[0])

@@ -1,4 +1,4 @@
-"""Registers the methods with their settings and guidance, and defines presets."""
+"""Registers the distillation methods with their settings and guidance, and defines their presets."""
 
 import importlib
 from collections.abc import Callable, Mapping
@@ -27,22 +27,35 @@ if TYPE_CHECKING:
 
 
 def import_guidance(module: str, name: str, *args: Any, **kwargs: Any) -> "Guidance":
-    """Make the guidance of a method. Its module imports PyTorch, so it is imported here:
-    `--help` stays fast.
+    """Make the guidance of a method.
+
+    Args:
+        module: name of the module in the folder guidance/.
+        name: name of the class in that module.
+        args: positional arguments of the class.
+        kwargs: keyword arguments of the class.
     """
-    # By name: importing the module only when a run starts.
-    guidance: Guidance = getattr(
-        importlib.import_module(f"eg3d_rlhf.tuning.distill.guidance.{module}"), name
-    )(*args, **kwargs)
+    # The module is imported here and not above, because it imports PyTorch, which would slow down `--help`.
+    guidance_module = importlib.import_module(f"eg3d_rlhf.tuning.distill.guidance.{module}")
+    guidance: Guidance = getattr(guidance_module, name)(*args, **kwargs)
     return guidance
 
 
 def _add(
-    name: str, settings: type, module: str, guidance: str, noises: Callable[[Any], int], **more: bool
+    name: str, settings: type, module: str, guidance: str, noises: Callable[[Any], int], **options: bool
 ) -> None:
-    """Register a method whose guidance is the class `guidance` of `module`."""
+    """Register a method whose guidance is the class `guidance` of `module`.
+
+    Args:
+        name: value of --method.
+        settings: dataclass of the method's settings.
+        module: name of the module in the folder guidance/.
+        guidance: name of the class in that module.
+        noises: function from the settings to the number of noises of an image in a step.
+        options: fields `rewarded` and `judged` of `Method`, if they differ from the defaults.
+    """
     make = partial(import_guidance, module, guidance)
-    METHODS.add(name, Method(settings=settings, guidance=make, noises=noises, **more))
+    METHODS.add(name, Method(settings=settings, guidance=make, noises=noises, **options))
 
 
 _add("sds", SdsSettings, "sds", "Sds", lambda s: s.samples, rewarded=False)
@@ -52,12 +65,14 @@ _add("dreamreward", DreamRewardSettings, "dreamreward", "DreamReward", lambda s:
 _add("psd", PsdSettings, "psd", "Psd", lambda s: 2, judged=True)
 _add("best-of-n", BestOfNSettings, "sds", "BestOfN", lambda s: s.samples)
 
-# Presets by name: our defaults, and those of released code where it differs.
+# Presets: value of --preset -> settings. The preset with the name of a method has our defaults. Presets
+# "-released" have the settings of the method's released code.
 
 MVDREAM = DenoiserSettings(guidance_scale=50.0, form="recon", rescale=0.5)
 PRESETS = {
     "sds": SdsSettings(),
-    # threestudio's formula for guidance adds 1 to its scale, so its 100 is 101 here (see gradients.guided).
+    # DreamFusion's settings in threestudio, whose formula for guidance adds 1 to its scale. Its scale 100 is
+    # 101 here (see gradients.guided).
     "dreamfusion": SdsSettings(prior=DenoiserSettings(guidance_scale=101.0, view_prompts=True)),
     "mvdream": SdsSettings(prior=MVDREAM),
     "dreamreward": DreamRewardSettings(),
@@ -101,25 +116,41 @@ RAMPS = ("weight",)  # settings that may change with the step; they are texts in
 
 
 def settings_of(name: str, values: Mapping[str, Any], preset: str | None = None) -> Any:
-    """Build the settings of a method: those of the preset if it belongs to this method, else the method's
-    defaults, with `values` in place of the fields of the same names.
+    """Build the settings of a method from its preset or its defaults, and from changed values.
+
+    Args:
+        name: name of the method.
+        values: name of a setting -> value that differs from the preset. Ramps are texts.
+        preset: name of a preset. It is ignored if it belongs to another method, as in a comparison of
+            methods.
+    Returns: instance of the method's dataclass of settings.
     """
-    kind = METHODS[name].settings
-    # best-of-n has the settings of sds and more, so a preset of sds is valid for it, too.
-    base = PRESETS[preset] if preset is not None and issubclass(kind, type(PRESETS[preset])) else kind()
-    # Flags and JSON contain ramps as texts.
-    changed = {name: parse_ramp(value) if name in RAMPS else value for name, value in values.items()}
+    settings_type = METHODS[name].settings
+    # issubclass: best-of-n has the settings of sds and additional ones, so a preset of sds is valid for it.
+    if preset is not None and issubclass(settings_type, type(PRESETS[preset])):
+        base_settings = PRESETS[preset]
+    else:
+        base_settings = settings_type()
+    parsed_values = {
+        setting: parse_ramp(value) if setting in RAMPS else value for setting, value in values.items()
+    }
     # `built` distributes the flat values to the nested dataclasses.
-    return built(kind, {**flat(base), **changed})
+    return built(settings_type, {**flat(base_settings), **parsed_values})
 
 
 def flat(settings: Any) -> dict[str, Any]:
-    """Return all settings by name, those of nested dataclasses included; a `Ramp` counts as one setting."""
+    """Return all settings of a dataclass as a flat dictionary from name to value.
+
+    Settings of nested dataclasses are included under their own names, which are unique within a method. A
+    `Ramp` is a value, although it is a dataclass.
+    """
     values: dict[str, Any] = {}
     for field in fields(settings):
-        # A setting keeps its own name in the flat form, so names must be unique within a method.
         value = getattr(settings, field.name)
-        values |= flat(value) if is_dataclass(value) and not isinstance(value, Ramp) else {field.name: value}
+        if is_dataclass(value) and not isinstance(value, Ramp):
+            values |= flat(value)
+        else:
+            values[field.name] = value
     return values
 
 
@@ -132,9 +163,21 @@ def make_guidance(
     views: int,
     streams: "Streams",
 ) -> "Guidance":
-    """Make the guidance of a method. Raises: ValueError for a method without the reward that it needs."""
+    """Make the guidance of a method.
+
+    Args:
+        name: name of the method.
+        settings: settings of the method.
+        prior: diffusion model.
+        reward: reward of images, or None. It is not used by a method without a reward.
+        judge: judge that ranks pairs in place of the reward, or None. It is not used by a method without a
+            judge.
+        views: number of views of an asset in a step.
+        streams: random streams of the run.
+    Raises: ValueError if the method needs a reward and there is neither a reward nor a judge.
+    """
     method = METHODS[name]
-    # A method gets only the arguments that it accepts.
+    # Only the arguments that the method accepts.
     options = dict[str, Any]()
     if method.judged:
         options["judge"] = judge
@@ -142,16 +185,16 @@ def make_guidance(
         # A judge can take the place of the reward.
         if reward is None and options.get("judge") is None:
             raise ValueError(
-                f"--method={name} needs a reward, got none. Name one with --reward, or use --method=sds."
+                f"--method={name} needs a reward, but --reward is missing. Name a reward with --reward, or"
+                " use --method=sds."
             )
         options["reward"] = reward
     return method.guidance(prior, settings, views=views, streams=streams, **options)
 
 
 def owners() -> dict[str, list[str]]:
-    """Return the methods that have each setting: setting -> names of methods."""
+    """Return a dictionary from each setting's name to the names of the methods that have this setting."""
     methods: dict[str, list[str]] = {}
-    # From the defaults of each method, so that a new method needs no list of its settings.
     for name, method in METHODS.items():
         for setting in flat(method.settings()):
             methods.setdefault(setting, []).append(name)
@@ -159,10 +202,15 @@ def owners() -> dict[str, list[str]]:
 
 
 def arm_settings(settings: DistillSettings, arm: str) -> tuple[Any, int, int]:
-    """Return an arm's settings of its method, the number of starts of each asset, and the number of noises of
-    an image in a step.
+    """Return the settings of an arm's method, and two numbers that determine the work of the arm.
+
+    Args:
+        settings: settings of the run.
+        arm: name of the arm.
+    Returns: settings of the method; number of starts of each asset; number of noises of an image in a step.
     """
     method = Arm.parse(arm).method
-    # Only best of n has several starts.
-    chosen = settings_of(method, settings.guidance, settings.preset)
-    return chosen, getattr(chosen, "starts", 1), METHODS[method].noises(chosen)
+    method_settings = settings_of(method, settings.guidance, settings.preset)
+    # Only best-of-n has the setting `starts`; all other methods optimise each asset once.
+    starts = getattr(method_settings, "starts", 1)
+    return method_settings, starts, METHODS[method].noises(method_settings)

@@ -1,11 +1,12 @@
-"""Writes the results of a finished run: assets and meshes, a grid of images, a turntable, the table of a
-comparison, and a page.
+"""Writes the results of a finished run.
 
-    assets-<arm>.safetensors             all assets of an arm, in the order of the pairs
-    meshes/<arm>/<number>.glb, .ply      of the first --show assets
-    grid.png, turntable.mp4              the same assets, one row per arm
-    compare.json, judgements.jsonl       of a comparison
-    report/index.html                    one file: table, curves, images, video
+The folder of the run then contains:
+
+    assets-<arm>.safetensors             all assets of an arm, in the order of `DistillSettings.pairs`
+    meshes/<arm>/<number>.glb, .ply      meshes of the first --show assets of an arm
+    grid.png, turntable.mp4              images and a video of the first --show assets, with one row per arm
+    compare.json, judgements.jsonl       table and single judgements of a comparison of arms
+    report/index.html                    page with table, curves, images and video, in one file
 """
 
 import json
@@ -35,19 +36,25 @@ from eg3d_rlhf.tuning.distill.scene import Scene
 from training.progress import tqdm
 from training.storage import write_atomic
 
-# Least number of pixels per cell, frames of a turn, frames per second.
-CELL = 176
-FRAMES = 24
-FPS = 8
-MESH = 64  # grid points per edge for meshes
+CELL = 176  # least edge of an image in grid.png and turntable.mp4, in pixels
+FRAMES = 24  # number of frames of the turntable, for a full turn
+FPS = 8  # frames per second of the turntable
+MESH = 64  # grid points per edge of the cube from which meshes are extracted
 
 
 def write(settings: DistillSettings, scene: Scene, run: Run, show: int) -> None:
-    """Write all results of a run. `show` is the number of assets in images and meshes."""
+    """Write all results of a run.
+
+    Args:
+        settings: settings of the run.
+        scene: scene of the run, with its measures and its evaluator.
+        run: the run, with its folder.
+        show: number of assets that images, video and meshes show.
+    """
     pairs = settings.pairs()
     arms = {}
     for arm in settings.arms:
-        # Read from the disk: with several processes, other processes have made most of them.
+        # Read from files, because other processes may have computed these parts.
         batches = [
             load_assets(run.folder / PARTS / Part(arm, k).name / ASSETS)
             for k in range(len(settings.batches()))
@@ -60,7 +67,7 @@ def write(settings: DistillSettings, scene: Scene, run: Run, show: int) -> None:
         print("Comparing the arms.", flush=True)
         measured = {arm: scene.measures(asset, prompts) for arm, asset in arms.items()}
         table, judgements = compare(arms, pairs, scene.evaluator, measured)
-        # The settings are part of the table, so that it can be understood without the run.
+        # compare.json contains the settings, so that it is complete without the other files of the run.
         table |= {"evaluator": scene.evaluator_description, "settings": settings.to_dict()}
         run.write("compare.json", table)
         write_atomic(
@@ -71,17 +78,17 @@ def write(settings: DistillSettings, scene: Scene, run: Run, show: int) -> None:
     page = write_run_page(settings, run.folder, table, min(show, len(pairs)))
     if table is not None:
         print(markdown(table), notes(settings), sep="\n")
-    print(f"Page: {page}", flush=True)
+    print(f"The page with the results is {page}.", flush=True)
 
 
 def join_assets(assets: Sequence[Asset]) -> Asset:
-    """Concatenate batches of assets of the same type and settings."""
-    first = assets[0]
-    # Parameters have the asset as their first dimension, so batches are concatenated along it.
-    joined = type(first)(sum(map(len, assets)), **first.settings)
+    """Concatenate batches of assets, which have the same type and settings, to one batch."""
+    first_batch = assets[0]
+    joined = type(first_batch)(sum(map(len, assets)), **first_batch.settings)
     states = [batch.state_dict() for batch in assets]
+    # The first dimension of every parameter is the asset.
     joined.load_state_dict(
-        {name: torch.cat([state[name] for state in states]) for name in first.state_dict()}
+        {name: torch.cat([state[name] for state in states]) for name in first_batch.state_dict()}
     )
     return joined.requires_grad_(False)
 
@@ -89,36 +96,48 @@ def join_assets(assets: Sequence[Asset]) -> Asset:
 def write_images(
     arms: Mapping[str, Asset], pairs: Sequence[tuple[str, int]], folder: Path, show: int
 ) -> None:
-    """Write grid.png, turntable.mp4 and the meshes of the first `show` assets of all arms."""
+    """Write grid.png, turntable.mp4 and the meshes of the first `show` assets of all arms.
+
+    Args:
+        arms: name of an arm -> its assets.
+        pairs: (prompt, seed) of each asset.
+        folder: folder of the run.
+        show: number of assets to show. With 0, nothing is written.
+    """
     count = min(show, len(pairs))
     if not count:
         return
-    chosen = {arm: asset.pick(list(range(count))) for arm, asset in arms.items()}
-    renders = {arm: next(turns(asset, 1)) for arm, asset in chosen.items()}
+    shown_assets = {arm: asset.pick(list(range(count))) for arm, asset in arms.items()}
+    renders = {arm: next(turns(asset, 1)) for arm, asset in shown_assets.items()}
     rows = [Row(cells=cells, name=arm) for arm, cells in renders.items()]
-    # longer texts would not fit a cell
+    # Prompts are cut, because longer texts would not fit below an image.
     captions = [f"{prompt[:19]}..., {seed}" for prompt, seed in pairs[:count]]
-    # All rows show the same assets, so captions below the last row are enough.
+    # All rows show the same prompts and seeds, so only the last row has captions.
     rows[-1] = Row(cells=rows[-1].cells, name=rows[-1].name, captions=captions)
-    write_atomic(folder / "grid.png", png(sheet("", rows, names=30 + 15 * max(map(len, renders)))))
-    # Generators: nothing is rendered yet.
-    turntables = [turns(asset, FRAMES) for asset in chosen.values()]
-    # Frames are rendered one by one while the video is written, so that they need not all be in memory.
-    frames = (
-        tile([cell for cells in step for cell in cells], count) for step in zip(*turntables, strict=True)
-    )
+    # The column of names gets 30 pixels and 15 pixels for each letter of the longest name.
+    name_width = 30 + 15 * max(map(len, renders))
+    write_atomic(folder / "grid.png", png(sheet("", rows, names=name_width)))
+    # `turns` and `tiled_frames` are generators: a frame is rendered when the video needs it, so that only one
+    # frame is in memory.
+    turntables = [turns(asset, FRAMES) for asset in shown_assets.values()]
+
+    def tiled_frames() -> Iterator[np.ndarray]:
+        """Yield the frames of the video, in which each arm is a row of images."""
+        for arm_cells in zip(*turntables, strict=True):
+            yield tile([cell for cells in arm_cells for cell in cells], count)
+
     write_mp4(
         folder / "turntable.mp4",
-        tqdm(frames, total=FRAMES, desc="turntable", unit="frame", dynamic_ncols=True),
+        tqdm(tiled_frames(), total=FRAMES, desc="turntable", unit="frame", dynamic_ncols=True),
         fps=FPS,
     )
-    for arm, asset in tqdm(chosen.items(), desc="meshes", unit="arm", dynamic_ncols=True):
+    for arm, asset in tqdm(shown_assets.items(), desc="meshes", unit="arm", dynamic_ncols=True):
         for k in range(count):
             try:
                 mesh, report = export_mesh(asset.pick([k]), MeshOptions(resolution=MESH, component="all"))
-            # An asset without a surface has no mesh; the others are still written.
+            # The density of an asset may have no surface. The meshes of all other assets are still written.
             except ValueError as error:
-                print(f"Warning: no mesh of {arm}, asset {k}: {error}", flush=True)
+                print(f"Warning: asset {k} of the arm {arm} has no mesh: {error}", flush=True)
                 continue
             for suffix in (".glb", ".ply"):
                 mesh.save(folder / "meshes" / arm / f"{k:03d}{suffix}")
@@ -127,89 +146,109 @@ def write_images(
 
 @torch.no_grad()
 def turns(asset: Asset, frames: int) -> Iterator[list[np.ndarray]]:
-    """Yield the frames of a full turn, each as uint8 images [R, R, 3] of all assets. A single frame is a view
-    from a little to the right of the front.
+    """Yield the frames of a full turn around assets, in front of a white background.
+
+    Args:
+        asset: A assets.
+        frames: number of frames. With 1, the only frame is a view 30 degrees from the front.
+    Yields: list of A images, each [R, R, 3] uint8. R is at least CELL.
     """
-    pixels = min(128, 3 * asset.samples // 2)  # more pixels would only show interpolation
-    views = evenly_around(1, frames, **FINISHED)
+    pixels = min(128, 3 * asset.samples // 2)  # a higher resolution would only show interpolation
     device = next(asset.parameters()).device
-    # A single frame is the second of twelve views: 30 degrees from the front.
-    cameras = evenly_around(1, max(frames, 12), **FINISHED).cameras[1:2] if frames == 1 else views.cameras
-    # One camera for all assets at a time.
+    if frames == 1:
+        # The second of twelve views around the asset is 30 degrees from the front.
+        cameras = evenly_around(1, 12, **FINISHED).cameras[1:2]
+    else:
+        cameras = evenly_around(1, frames, **FINISHED).cameras
+    enlargement = -(-CELL // pixels)  # CELL / pixels, rounded up
     for camera in cameras.to(device):
+        # One camera for all assets.
         rendered = render_each(asset, [camera[None]], RenderOptions(resolution=pixels))[0]
-        # White behind the asset: `raw` is in -1..1, so white is 1, and (1 - opacity) * 2 covers the range.
+        # `raw` is in -1..1, where -1 is black: adding 2 (1 - opacity) makes transparent pixels white.
         white = (rendered.raw + (1 - rendered.opacity) * 2).clamp(-1, 1)
-        # Small renders are enlarged by a whole factor, so that a cell is at least CELL pixels wide.
-        white = white.repeat_interleave(-(-CELL // pixels), dim=2).repeat_interleave(
-            -(-CELL // pixels), dim=3
-        )
+        white = white.repeat_interleave(enlargement, dim=2).repeat_interleave(enlargement, dim=3)
         yield [to_uint8(image.cpu()) for image in white]
 
 
-# --- page of a run: table of the arms with intervals, curves of the figures, images and the video; one file
-# that loads nothing from a network
+# --- page of a run, with the table of the arms, curves, images and video. It is one file, which loads nothing
+# from a network.
 
-# figures of stats.jsonl that are plotted
+# Metrics of stats.jsonl that are plotted.
 CURVES = ("reward", "gap_50", "first_wins", "one_sided", "cosine", "log_prob", "prior_error", "opacity")
 
 
-def write_run_page(settings: DistillSettings, folder: Path, table: Mapping | None, shown: int) -> Path:
-    """Write the page of a run. Returns its path."""
-    out = folder / "report"
-    page_jobs = jobs(settings, folder, table, shown)
-    # Sections whose inputs have not changed come from the cache.
-    findings = pages.run(page_jobs, out, quiet=True)
-    amount = (
-        f"{len(settings.pairs())} assets: {len(settings.prompts)} prompts x {settings.scene.assets} seeds"
-    )
+def write_run_page(settings: DistillSettings, folder: Path, table: Mapping | None, show: int) -> Path:
+    """Write the page of a run.
+
+    Args:
+        settings: settings of the run.
+        folder: folder of the run.
+        table: table of the comparison; None for a run with one arm.
+        show: number of assets in images and video; 0 for a page without them.
+    Returns: path of the page.
+    """
+    report_folder = folder / "report"
+    page_jobs = jobs(settings, folder, table, show)
+    # Sections whose inputs have not changed are read from a cache.
+    findings = pages.run(page_jobs, report_folder, quiet=True)
     introduction = (
-        f"Text to 3D by score distillation, {amount}, {settings.loop.steps} steps each, prior"
-        f" {Path(settings.scene.prior).name}, seed {settings.seed}. All arms have the same starts, views,"
-        f" times and noises. {notes(settings)}"
+        f"Text to 3D by score distillation: {len(settings.pairs())} assets from {len(settings.prompts)}"
+        f" prompts and {settings.scene.assets} seeds each, {settings.loop.steps} steps, prior"
+        f" {Path(settings.scene.prior).name}, seed {settings.seed}. All arms have the same starting assets,"
+        f" views, times and noises. {notes(settings)}"
     )
     video_file = folder / "turntable.mp4"
-    extra = ""
-    if shown and video_file.exists():
-        # Embedded, so that the page is one file.
+    video_section = ""
+    if show and video_file.exists():
+        # The video is part of the page, so that the page is a single file.
         video = data_uri(video_file.read_bytes(), "video/mp4")
-        extra = (
+        video_section = (
             '<section><h2>Turntable</h2><video controls loop muted style="max-width:100%"'
             f' src="{video}"></video></section>'
         )
     return write_page(
-        out / "index.html",
+        report_folder / "index.html",
         "Text to 3D: " + ", ".join(settings.arms),
         introduction,
         page_jobs,
         findings,
-        extra=extra,
+        extra=video_section,
     )
 
 
 def notes(settings: DistillSettings) -> str:
-    """Return sentences about arms that do more work than others; empty if there are none."""
-    starts = {arm: arm_settings(settings, arm)[1] for arm in settings.arms}
+    """Return sentences about the arms that optimise several starts of each asset; "" if there are none."""
+    starts_by_arm = {arm: arm_settings(settings, arm)[1] for arm in settings.arms}
     return " ".join(
-        f"{arm} optimises {n} starts of each asset and keeps one, which takes {n} times the steps."
-        for arm, n in starts.items()
-        if n > 1
+        f"{arm} optimises {starts} starts of each asset and keeps one, which takes {starts} times the"
+        " computation."
+        for arm, starts in starts_by_arm.items()
+        if starts > 1
     )
 
 
-def jobs(settings: DistillSettings, folder: Path, table: Mapping | None, shown: int) -> list[Job]:
-    """Return the sections of the page: table, images, curves."""
+def jobs(settings: DistillSettings, folder: Path, table: Mapping | None, show: int) -> list[Job]:
+    """Return the sections of the page: the table of a comparison, images, and curves of metrics.
+
+    Args:
+        settings: settings of the run.
+        folder: folder of the run.
+        table: table of the comparison; None for a page without it.
+        show: number of assets in the images; 0 for a page without images.
+    """
     facts = Facts(
         n=len(settings.pairs()),
         unit="pairs of prompt and seed",
         seeds=str(settings.seed),
         interval=INTERVAL if table else "",
     )
-    # The lines of all parts, gathered by `gather_stats`.
+    # Lines of all parts, which `distill_run.gather_stats` has written.
     lines = [json.loads(line) for line in (folder / STATS).read_text().splitlines()]
 
-    def comparison(where: Path) -> Finding:
-        del where
+    # The three functions below compute one section each. Their argument is the folder for the files of the
+    # section.
+    def comparison(section_folder: Path) -> Finding:
+        del section_folder
         arms = (table or {})["arms"]
         rows = [
             {
@@ -232,19 +271,20 @@ def jobs(settings: DistillSettings, folder: Path, table: Mapping | None, shown: 
         ]
         return Finding(facts=facts, data={"arms": arms}, rows=rows, says=sentences)
 
-    def images(where: Path) -> Finding:
-        (where / "grid.png").write_bytes((folder / "grid.png").read_bytes())
-        caption = f"The first {shown} assets, one row per arm; prompt and seed are below them"
+    def images(section_folder: Path) -> Finding:
+        (section_folder / "grid.png").write_bytes((folder / "grid.png").read_bytes())
+        caption = f"The first {show} assets, one row per arm; prompt and seed are below the images"
         return Finding(facts=facts, data={}, images={caption: "grid.png"})
 
-    def training_curves(where: Path) -> Finding:
-        del where
+    def training_curves(section_folder: Path) -> Finding:
+        del section_folder
         return Finding(facts=facts, data={"curves": curves(lines)}, rows=lines)
 
-    # The cache of the page depends on these values.
-    identity = {"settings": settings.to_dict(), "lines": lines}
-    sections = (
-        [
+    # A section is read from the cache if these inputs are unchanged.
+    run_inputs = {"settings": settings.to_dict(), "lines": lines}
+    sections = []
+    if table:
+        sections.append(
             Job(
                 key="arms",
                 title=f"Arms against {BASE}",
@@ -252,62 +292,65 @@ def jobs(settings: DistillSettings, folder: Path, table: Mapping | None, shown: 
                 plots={"wins": plot_wins},
                 inputs={"table": table},
             )
-        ]
-        if table
-        else []
-    )
-    sections += [Job(key="pictures", title="Images", compute=images, inputs=identity)] if shown else []
-    return [
-        *sections,
+        )
+    if show:
+        sections.append(Job(key="pictures", title="Images", compute=images, inputs=run_inputs))
+    sections.append(
         Job(
             key="steps",
-            title="Figures during training",
+            title="Metrics during the optimisation",
             compute=training_curves,
             plots={"curves": plot_curves},
-            inputs=identity,
-        ),
-    ]
+            inputs=run_inputs,
+        )
+    )
+    return sections
 
 
 def curves(lines: list[dict]) -> dict:
-    """Average figures over batches, by figure and arm: {'reward': {'dreamdpo': [[step, mean], ...]}}."""
-    sums: dict[str, dict[str, dict[int, list[float]]]] = {}
+    """Average each metric over the batches of an arm, for every step of stats.jsonl.
+
+    Args:
+        lines: lines of stats.jsonl of all arms and batches.
+    Returns: metric -> arm -> list of [step, mean], as in {'reward': {'dreamdpo': [[20, 0.1], [40, 0.3]]}}.
+    """
+    values: dict[
+        str, dict[str, dict[int, list[float]]]
+    ] = {}  # metric -> arm -> step -> values of the batches
     for line in lines:
         for name in CURVES:
             if name in line:
-                # figure -> arm -> step -> values of the batches
-                sums.setdefault(name, {}).setdefault(line["arm"], {}).setdefault(line["step"], []).append(
-                    line[name]
-                )
-    return {
-        name: {
-            arm: [[step, sum(values) / len(values)] for step, values in sorted(steps.items())]
-            for arm, steps in arms.items()
-        }
-        for name, arms in sums.items()
-    }
+                steps_of_arm = values.setdefault(name, {}).setdefault(line["arm"], {})
+                steps_of_arm.setdefault(line["step"], []).append(line[name])
+    means: dict[str, dict[str, list]] = {}
+    for name, arms in values.items():
+        means[name] = {}
+        for arm, steps in arms.items():
+            means[name][arm] = [
+                [step, sum(batch_values) / len(batch_values)] for step, batch_values in sorted(steps.items())
+            ]
+    return means
 
 
 def plot_wins(data: Mapping):
-    """Plot the win rates with their intervals."""
-    # The base has no win rate against itself.
+    """Plot the win rates of the arms against the base, with their intervals."""
     rates = {arm: row for arm, row in data["arms"].items() if arm != BASE}
     return plot_rates([(f"win rate against {BASE}, 95 %", rates)], "")
 
 
 def plot_curves(data: Mapping):
-    """Plot each figure over the steps, one panel per figure."""
+    """Plot each metric over the steps, in a panel of its own with one line per arm."""
     names = list(data["curves"])
-    # Two panels per row, rounded up.
-    rows = -(-len(names) // 2)
+    rows = -(-len(names) // 2)  # two panels per row, rounded up
     figure, axes = style.figure(columns=2, rows=rows, size=(9.4, 2.4 * rows))
-    # A single panel is no array.
+    # matplotlib returns an array of panels, but a single panel as itself.
     panels = axes.ravel() if hasattr(axes, "ravel") else [axes]
+    # strict=False: with an odd number of metrics there is one panel more.
     for axis, name in zip(panels, names, strict=False):
         for arm, points in data["curves"][name].items():
-            axis.plot(*zip(*points, strict=True), label=arm, linewidth=1)
+            axis.plot(*zip(*points, strict=True), label=arm, linewidth=1)  # from points (x, y) to lists x, y
         axis.set(xlabel="step", ylabel=name)
-    # An odd number of figures leaves an empty panel.
+    # With an odd number of metrics the last panel is empty.
     for axis in panels[len(names) :]:
         axis.set_visible(False)
     panels[0].legend(fontsize=6)

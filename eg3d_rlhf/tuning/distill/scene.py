@@ -1,5 +1,7 @@
-"""Opens the problem that is optimised, with prior, views, starting assets, rewards and evaluator, and
-combines it with an arm to a `Distillation`.
+"""Opens the scene of a run: prior, renderer, starting assets, rewards and evaluator.
+
+`Scene.distillation` combines the scene with an arm to a `Distillation`, which is the optimisation of a batch
+of assets.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -36,46 +38,59 @@ from training.phases import derive_seed
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """A problem of score distillation, on one device."""
+    """Everything that the runs of a problem have in common, on one device."""
 
-    prior: DiffusionPrior  # frozen
+    prior: DiffusionPrior  # frozen diffusion model
     renderer: Renderer  # samples cameras and renders assets
     views: int  # number of views of each asset in a step
-    # Makes assets to begin with, from their prompts and one random generator each.
+    # Function that makes starting assets. Its arguments are A prompts and A random generators.
     start: Callable[[Sequence[str], Sequence[torch.Generator]], Asset]
-    reward: RewardModel | None  # of images; None for methods without one
-    # Measures finished assets: name -> figures [A], NaN where a measure does not apply.
+    reward: RewardModel | None  # reward of images, or None
+    # Function that measures A finished assets with their prompts. Its result is: name of a measure -> values
+    # [A], which are NaN for assets to which the measure does not apply.
     measures: Callable[[Asset, Sequence[str]], dict[str, torch.Tensor]]
-    evaluator: FinalEvaluator | None = None  # held-out evaluator of comparisons
-    evaluator_description: str = ""  # the evaluator in words, for reports
-    judge: PairwiseJudge | None = None  # ranks two noises in place of the reward
-    # makes a new reward for each run, because some have a state
+    evaluator: FinalEvaluator | None = None  # held-out evaluator that compares arms, or None
+    evaluator_description: str = ""  # description of the evaluator for reports, which begins with "it"
+    judge: PairwiseJudge | None = None  # judge that ranks pairs of images in place of the reward, or None
+    # Function that makes a geometry reward, or None. Each run needs a new one, because some have a state.
     geometry: Callable[[], GeometryReward] | None = None
-    background: torch.Tensor | None = None  # [3] in 0..1; None: random colours
-    # Exact log density of latents [B, C, H, W] under the prior, if it has one.
+    background: torch.Tensor | None = None  # [3] in 0..1; None: a random colour for each asset and step
+    # Function from latents [B, C, H, W] and B prompts to their exact log density [B]; None if the prior has
+    # none.
     log_prob: Callable[[torch.Tensor, list[str]], torch.Tensor] | None = None
-    device: torch.device = torch.device("cpu")  # of assets and prior
-    inputs: Mapping[str, Path] = field(default_factory=dict)  # files on whose contents a run depends
+    device: torch.device = torch.device("cpu")  # device of assets and prior
+    inputs: Mapping[str, Path] = field(default_factory=dict)  # role -> file on whose contents the run depends
 
     def distillation(self, settings: DistillSettings, arm: Arm, batch: int) -> Distillation:
-        """Make the optimisation of a batch of assets under one arm. Starting assets, views, times and noises
-        are the same for all arms. If an arm has several starts, its first start is that of the other arms.
+        """Make the optimisation of one batch of assets under one arm.
+
+        All arms have the same starting assets, views, times and noises. If an arm has several starts of each
+        asset, its first start is the starting asset of the other arms.
+
+        Args:
+            settings: settings of the run.
+            arm: arm, with its method and controls.
+            batch: index of the batch in `DistillSettings.batches`.
+        Raises: ValueError if the arm needs a reward that the scene does not have.
         """
-        method, starts, _ = arm_settings(settings, arm.name)
-        entries = [
-            (prompt, seed, start) for start in range(starts) for prompt, seed in settings.batches()[batch]
-        ]
-        # Assets of start s have the indices s A to (s + 1) A - 1, as `BestOfN.best` expects.
-        prompts = [prompt for prompt, _, _ in entries]
-        # The first start has no number in its name, so that its random stream is that of arms with one start.
-        names = [(prompt, seed, *((start,) if start else ())) for prompt, seed, start in entries]
-        generators = [
-            torch.Generator().manual_seed(derive_seed(settings.seed, "start", *name)) for name in names
-        ]
-        # Derived from the batch: runs in parallel give the same results as one after the other.
+        method_settings, starts, _ = arm_settings(settings, arm.name)
+        prompts = []
+        generators = []
+        # All assets of start 0, then all of start 1, ...: `BestOfN.best` expects this order.
+        for start in range(starts):
+            for prompt, seed in settings.batches()[batch]:
+                # Start 0 is not part of the name of the random stream, so that it has the same random numbers
+                # as in arms with a single start.
+                stream_name = (prompt, seed, start) if start else (prompt, seed)
+                prompts.append(prompt)
+                generators.append(
+                    torch.Generator().manual_seed(derive_seed(settings.seed, "start", *stream_name))
+                )
+        # The streams depend on the batch, and not on the process or the order in which batches are computed.
         streams = Streams(seed=derive_seed(settings.seed, "batch", batch) % 2**62)
         asset = self.start(prompts, generators).to(self.device)
-        judge = None if arm.twist else self.judge  # control arms use their own reward only
+        # A control changes the reward, so its arm must not use the judge in place of the reward.
+        judge = None if arm.twist else self.judge
         return Distillation(
             asset=asset,
             prompts=prompts,
@@ -84,7 +99,7 @@ class Scene:
             config=settings.loop,
             streams=streams,
             guidance=make_guidance(
-                arm.method, method, self.prior, self._reward(arm), judge, self.views, streams
+                arm.method, method_settings, self.prior, self._reward(arm), judge, self.views, streams
             ),
             background=self.background,
             geometry=self._geometry(settings, arm) if arm.geometry else None,
@@ -92,25 +107,22 @@ class Scene:
         )
 
     def _geometry(self, settings: DistillSettings, arm: Arm) -> ProgressiveGeometry:
-        """Make the geometry reward of an arm. Raises: ValueError if the scene has none."""
+        """Make the geometry reward of an arm, with its control. Raises: ValueError if the scene has none."""
         if self.geometry is None:
             raise ValueError(
-                "--geometry-reward: arms with +geometry need a reward of the geometry, got none. Name one, or"
-                " leave these arms out."
+                "--geometry-reward=none: arms with +geometry need a geometry reward. Name one, e.g."
+                " --geometry-reward=solid, or remove these arms from --compare."
             )
-        # A new reward for each run: a state must not leak from arm to arm.
-        reward = self.geometry()
+        reward = self.geometry()  # a new object for each arm, because some rewards have a state
         sign = -1 if arm.geometry_twist == "inverted" else 1
         if arm.geometry_twist == "random":
             reward = shuffle_weights(reward, settings.seed)
-        # The settings of the geometry reward are among those of the methods.
-        return ProgressiveGeometry(
-            reward, built(GeometrySettings, settings.guidance), settings.loop.steps, sign
-        )
+        # `guidance` contains the settings of the geometry reward, too; `built` ignores all others.
+        geometry_settings = built(GeometrySettings, settings.guidance)
+        return ProgressiveGeometry(reward, geometry_settings, settings.loop.steps, sign)
 
     def _reward(self, arm: Arm) -> RewardModel | None:
-        """Return the reward of an arm: that of the scene, inverted, or random."""
-        # Only control arms change the reward.
+        """Return the reward of images of an arm: the scene's reward, its control, or None."""
         if self.reward is None or arm.twist is None:
             return self.reward
         control = Inverted(self.reward) if arm.twist == "inverted" else Random(views=self.reward.views)
@@ -118,35 +130,46 @@ class Scene:
 
 
 def open_scene(settings: DistillSettings, device: torch.device) -> Scene:
-    """Open the scene of the settings' prior: a registered one, or files. Raises: ValueError, OSError."""
+    """Open the scene of the prior that --prior names.
+
+    Args:
+        settings: settings of the run.
+        device: device of the prior and of the assets.
+    Raises: ValueError if the settings do not fit the prior; OSError if a file cannot be read.
+    """
     prior = settings.scene.prior
-    # Any other value of --prior is a path.
+    # A value of --prior that is not the name of a scene is a path.
     return SCENES[prior].open(settings, device) if prior in SCENES else scene_from_files(settings, device)
 
 
-# Priors from files: Stable Diffusion or MVDream, with tri-planes in perspective views and rewards from local
-# files.
+# Priors from files are Stable Diffusion or MVDream. Their assets are tri-planes in perspective views, and
+# their rewards are read from local files.
 
 
 def scene_from_files(settings: DistillSettings, device: torch.device) -> Scene:
-    """Open the scene of a prior from local files. Its memory requirement is printed before weights are
-    loaded.
+    """Open the scene of a prior from local files.
 
-    Raises: ValueError, OSError.
+    The memory that a step needs is printed before any weights are loaded.
+
+    Args:
+        settings: settings of the run.
+        device: device of the prior and of the assets.
+    Raises: ValueError if the settings do not fit the prior; OSError if a file cannot be read.
     """
     scene = settings.scene
     if scene.judge is not None:
         raise ValueError(
-            f"--judge cannot be used with --prior={scene.prior}, got {scene.judge}. Name a --reward instead."
+            f"--judge={scene.judge} cannot be combined with --prior={scene.prior}. Remove --judge, and name a"
+            " reward with --reward."
         )
-    # auto is None: half precision on a GPU only.
+    # The value "auto" becomes None, which is half precision on a GPU only.
     options = PriorOptions(device=device, half={"off": False, "half": True}.get(scene.amp))
     print(estimate_memory(settings, options), flush=True)
     prior = load_prior(scene.prior, options)
-    # Before the reward is loaded, which can take as long as the prior.
+    # Checked before the reward is loaded, which can take minutes.
     check_views(scene.views, prior.views)
     reward = None if scene.reward is None else load_reward(scene.reward, device)
-    # Single files are identified by their contents; a folder only by its path, which is a setting.
+    # A run records the hashes of these files. A folder has no hash; its path is among the settings.
     files = {
         name: Path(path)
         for name, path in (("prior", scene.prior), ("reward", scene.reward))
@@ -166,28 +189,33 @@ def scene_from_files(settings: DistillSettings, device: torch.device) -> Scene:
 
 
 def estimate_memory(settings: DistillSettings, options: PriorOptions) -> Costs:
-    """Estimate the memory of a step, for the arm that needs most."""
+    """Estimate the memory of a step of the arm that needs most.
+
+    Args:
+        settings: settings of the run.
+        options: device and precision of the prior.
+    """
     scene = settings.scene
     estimates = []
-    # Images in a step: views of all assets of a batch.
-    views = scene.views * min(settings.loop.batch, len(settings.pairs()))
-    # Arms with equal numbers need the same memory, hence the set.
+    # Number of images in a step with one start of each asset.
+    images = scene.views * min(settings.loop.batch, len(settings.pairs()))
+    # [1:] are the numbers of starts and noises. They determine the memory, so each pair is estimated once.
     for starts, noises in {arm_settings(settings, arm)[1:] for arm in settings.arms}:
-        costs = prior_costs(scene.prior, starts * views, options, noises)
-        estimates.append(
-            costs if scene.reward is None else costs + reward_costs(scene.reward, starts * views, noises)
-        )
+        costs = prior_costs(scene.prior, starts * images, options, noises)
+        if scene.reward is not None:
+            costs = costs + reward_costs(scene.reward, starts * images, noises)
+        estimates.append(costs)
     return max(estimates, key=lambda costs: costs.total)
 
 
 def _start_factory(resolution: int):
-    """Return a function that makes tri-planes with `resolution` texels per edge."""
+    """Return a function that makes starting assets: tri-planes with `resolution` texels per edge."""
 
-    def start(prompts: Sequence[str], draws: Sequence[torch.Generator]) -> TriPlanes:
-        """Make random tri-planes, which do not depend on the prompts."""
-        # One seed for the batch, which depends on the generators of all its assets.
-        seed = derive_seed(*(torch.randint(2**31, (1,), generator=rng).item() for rng in draws)) % 2**31
+    def start(prompts: Sequence[str], generators: Sequence[torch.Generator]) -> TriPlanes:
+        """Make one random tri-plane for each generator. The prompts are not used."""
+        # `TriPlanes` has one seed for all assets, which is derived from the generators of all of them.
+        seed = derive_seed(*(torch.randint(2**31, (1,), generator=rng).item() for rng in generators)) % 2**31
         del prompts
-        return TriPlanes(len(draws), resolution, channels=16, hidden=32, seed=seed)
+        return TriPlanes(len(generators), resolution, channels=16, hidden=32, seed=seed)
 
     return start

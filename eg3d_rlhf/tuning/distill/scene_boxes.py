@@ -1,8 +1,9 @@
-"""Defines the bundled problem as a scene: box heads and emblems in four views. The prior is a mixture of
-Gaussians in closed form, or a U-Net that was trained on its samples. Rewards are analytic, and the evaluator
-uses other information than they do.
+"""Defines the scene of the bundled toy problem: heads made of boxes, and boxes with emblems, in four views.
 
-Letters: A assets.
+The prior is a mixture of Gaussians in closed form, or a U-Net that was trained on its samples. The rewards
+are in closed form. The held-out evaluator uses other information than the rewards.
+
+Shapes: A assets; B images; C, H, W channels, rows and columns of images; k modes of all prompts.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,96 +27,111 @@ from eg3d_rlhf.tuning.distill.priors.tiny_unet import load_view_prior
 from eg3d_rlhf.tuning.distill.scene import Scene
 from eg3d_rlhf.tuning.distill.scene_kinds import PRIORS
 
-REWARD = "one-face"
-REWARDS: dict[str, Callable] = {
+REWARD = "one-face"  # default value of --reward
+REWARDS: dict[str, Callable] = {  # value of --reward -> class of the reward
     "one-face": analytic.OneFace,
     "mode-distance": analytic.ModeDistance,
     "mean-pixel": analytic.MeanPixel,
 }
-# Standard deviations of the components about a mode, in latents of -1..1.
+# Standard deviations of the narrow and the broad component about a mode, in latents of -1..1.
 _NARROW = 0.1
 _BROAD = 1.0
-_NEVER = -60.0  # logit of a component that a prompt does not have: its probability is practically 0
+_NEVER = -60.0  # logit of a component that a prompt does not contain; its probability is practically 0
 
 
 def mixture() -> GmmPrior:
-    """Make the mixture: every mode is a narrow and a broad component. A prompt consists of its two narrow
-    components with equal weights, the null prompt of all broad ones.
+    """Make the prior in closed form.
 
-    With the broad null prompt, e(text) - e(null) points to the modes. DreamDPO's push away from the loser has
-    no other term that keeps images near them.
+    About every mode there is a narrow and a broad component of the mixture. The distribution of a prompt
+    consists of the narrow components of its two modes, with equal weights. The distribution of the null
+    prompt consists of all broad components.
+
+    Because the null prompt is broad, the difference e(text) - e(null) of classifier-free guidance points to
+    the modes of the prompt. DreamDPO needs this: without guidance, no term of its gradient keeps images near
+    the modes.
     """
-    modes = problem.modes()
-    # Logits of the 2 k components: the first k are narrow, the others broad.
+    modes = problem.modes()  # [k, C, H, W]
     k = len(modes)
-    # Null prompt: no narrow component, all broad ones with equal weight.
+    # An embedding contains the logits of the 2 k components: first the k narrow ones, then the k broad ones.
+    # "" is the null prompt.
     embeddings = {"": torch.cat([torch.full((k,), _NEVER), torch.zeros(k)])}
     for i, prompt in enumerate(box_prompts.PROMPTS):
         embeddings[prompt.text] = torch.full((2 * k,), _NEVER)
-        # Modes 2 i and 2 i + 1 are the two solutions of prompt i.
+        # Modes 2 i and 2 i + 1 belong to prompt i.
         embeddings[prompt.text][2 * i : 2 * i + 2] = 0
-    # Modes [2 k, C, H, W] in the order of the logits.
+    # The modes are repeated for the narrow and the broad components, [2 k, C, H, W].
     return GmmPrior(modes.repeat(2, 1, 1, 1), torch.tensor([_NARROW] * k + [_BROAD] * k), embeddings)
 
 
 def bundled_scene(settings: DistillSettings, device: torch.device) -> Scene:
-    """Open the bundled problem. Raises: ValueError for another device, reward or judge."""
+    """Open the scene of the bundled problem.
+
+    Args:
+        settings: settings of the run.
+        device: device of the run, which has to be the CPU.
+    Raises: ValueError for another device, or for a reward or judge that the problem does not have.
+    """
     if device.type != "cpu":
         raise ValueError(
-            f"--device: the bundled prior runs on cpu only, got {device}. Its problem is too small for a"
-            " GPU. Use --device=cpu."
+            f"--device={device} cannot be used with the bundled prior, which is too small for a GPU. Use"
+            " --device=cpu."
         )
-    exact = mixture()
-    name = settings.scene.reward
+    # With bundled-unet the exact mixture is needed, too: it gives the log density by which the drift is
+    # measured.
+    exact_prior = mixture()
+    reward_name = settings.scene.reward
     judge = settings.scene.judge
-    # The exact mixture is made in both cases: it gives the log density for the drift.
-    learned = settings.scene.prior == "bundled-unet"
-    if name is not None and name not in REWARDS:
+    uses_unet = settings.scene.prior == "bundled-unet"
+    if reward_name is not None and reward_name not in REWARDS:
         raise ValueError(
-            f"--reward: expected one of {', '.join(REWARDS)} with the bundled prior, got {name}. Choose one"
-            " of them."
+            f"--reward={reward_name} cannot be used with the bundled prior. Use one of {', '.join(REWARDS)}."
         )
     if judge not in (None, "questions"):
         raise ValueError(
-            f"--judge: expected questions with the bundled prior, got {judge}. Use that, or remove --judge."
+            f"--judge={judge} cannot be used with the bundled prior. Use --judge=questions, or remove"
+            " --judge."
         )
     return Scene(
-        prior=load_view_prior() if learned else exact,
+        prior=load_view_prior() if uses_unet else exact_prior,
         renderer=FourViews(),
         views=problem.SIDES,
         start=problem.start,
-        reward=None if name is None else cast(RewardModel, REWARDS[name]()),
+        reward=None if reward_name is None else cast(RewardModel, REWARDS[reward_name]()),
         judge=None if judge is None else YesNoJudge(),
         geometry=load_geometry(settings.scene.geometry_reward, settings.scene.prior, device),
         measures=measures,
         evaluator=AssetJudge(),
         evaluator_description=(
-            "it counts the noses on the surface, and the number closer to one wins; for boxes, the number"
-            " of sides with the preferred emblem; then the distance to the prior's modes. It trains nothing"
+            "it counts the noses on the surface of a head, and prefers the number closer to one; for boxes it"
+            " counts the sides with the preferred emblem; assets with equal counts are compared by their"
+            " distance to the prior's modes. It is not used in training"
         ),
         background=torch.zeros(3),
-        log_prob=lambda x, prompts: exact.log_prob(x, exact.embed(prompts)),
-        inputs={"prior": VIEW_PRIOR} if learned else {},
+        log_prob=lambda x, prompts: exact_prior.log_prob(x, exact_prior.embed(prompts)),
+        inputs={"prior": VIEW_PRIOR} if uses_unet else {},
     )
 
 
 @torch.no_grad()
 def measures(asset: Asset, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
-    """Measure finished assets: noses of heads, preferred sides of boxes, RMS difference of images to the
-    nearest modes of the prior. Returns: name -> [A].
+    """Measure finished assets.
+
+    Args:
+        asset: A assets.
+        prompts: A prompts.
+    Returns: name of a measure -> values [A]. "no nose", "one nose" and "more" are 1 if a head has this number
+    of noses,
+        else 0. "preferred sides" is the share of the sides of a box with the preferred emblem. These values
+        are NaN for assets of the other kind. "rms" is the root mean square difference of the images to the
+        prior's nearest modes.
     """
-    heads = torch.tensor([box_prompts.prompt_of(text).kind == "janus" for text in prompts])
-    # [A] noses on the surface, for all assets; only those of heads are used.
-    counts = noses(asset).cpu()
-    shares = {
-        name: hit.double()
-        for name, hit in (("no nose", counts == 0), ("one nose", counts == 1), ("more", counts > 1))
-    }
-    # Shares over assets become rates in a table: each asset contributes 0 or 1, and NaN for the other kind.
+    is_head = torch.tensor([box_prompts.prompt_of(text).kind == "janus" for text in prompts])
+    nose_counts = noses(asset).cpu()  # [A], also of boxes, for which they are not used
+    has_count = {"no nose": nose_counts == 0, "one nose": nose_counts == 1, "more": nose_counts > 1}
     return {
-        **{name: torch.where(heads, share, torch.nan) for name, share in shares.items()},
-        "preferred sides": torch.where(heads, torch.nan, emblem_sides(asset, prompts) / problem.SIDES),
-        "rms": -plausibility(asset)(prompts).double(),  # plausibility is minus the difference
+        **{name: torch.where(is_head, hits.double(), torch.nan) for name, hits in has_count.items()},
+        "preferred sides": torch.where(is_head, torch.nan, emblem_sides(asset, prompts) / problem.SIDES),
+        "rms": -plausibility(asset)(prompts).double(),  # plausibility is minus this difference
     }
 
 

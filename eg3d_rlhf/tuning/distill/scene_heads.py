@@ -1,13 +1,15 @@
-"""Defines text to 3D on heads of people as a scene. A prompt names a head. The prior is a mixture of renders
-of that head in closed form. Latents of the bundled generator are optimised, and finished assets are compared
-with the ground-truth head.
+"""Defines the scene of synthetic heads.
 
-All cameras stand close together in front of the head, so images do not determine the back. Assets are latents
-and not texels, because a learned reward is exploited if every texel is free: its score increases without
-bound, and the shape gets worse.
+A prompt 'head N' names a synthetic head. The prior is a mixture of Gaussians about renders of that head, in
+closed form. Latents of the bundled generator are optimised, and the finished assets are compared with the
+ground-truth head, which is the head that the prompt names.
 
-Letters: A assets, V views of each, B = A V, K cameras, H heads, M components, R pixels, n grid points along
-an edge of the cube.
+All cameras are close together in front of the head, so the images do not determine the back of the head.
+Assets are latents of a generator and not free planes. With free planes, optimisation exploits a learned
+reward: the score rises without bound while the shape becomes worse.
+
+Shapes: A assets; V views of an asset in a step; B = A V images; K fixed cameras; H heads; M components of the
+mixture; R pixels per edge; n grid points per edge of the cube.
 """
 
 import functools
@@ -39,73 +41,88 @@ from training.heads.people_mesh import head_grid
 from training.rendering.cameras import FFHQ_FOCAL, FFHQ_RADIUS
 from training.synthetic_heads import head_parameters, parse_name
 
-AZIMUTHS = (-12.0, 0.0, 12.0)  # degrees, of the K cameras; they do not show the back
-VIEWS = 1  # views of each asset in a step
-PIXELS = 32  # pixels per edge of the rendered views
-SAMPLES = 48  # samples per ray
-GRID = 64  # grid points per edge of the cubes on which shapes are compared
-# Data set whose heads are named. Neither a generator nor the image features are trained on it.
+AZIMUTHS = (-12.0, 0.0, 12.0)  # azimuths of the K cameras in degrees; 0 is the front
+VIEWS = 1  # number of views of each asset in a step
+PIXELS = 32  # edge of the rendered views in pixels
+SAMPLES = 48  # number of samples per ray
+GRID = 64  # grid points per edge of the cube on which shapes are compared
+# Data set of the heads that prompts name. No generator and no image features were trained on it.
 _DATA = "synthetic:people64@seed=81"
-_WIDTH = 0.1  # standard deviation about a render, in latents of -1..1
-_NEVER = -1e6  # logit of a component that a prompt does not have; likelihoods differ by thousands of nats
-_SAME = 1e-3  # largest distance of two cam2world matrices of the same camera
+_WIDTH = 0.1  # standard deviation of a component about its render, in latents of -1..1
+# Logit of a component that a prompt does not contain. It has to be lower than any difference of log
+# likelihoods, which are thousands of nats.
+_NEVER = -1e6
+_SAME = 1e-3  # two cameras are regarded as equal if their cam2world matrices differ by less than this
 
 
 @dataclass(frozen=True)
 class FrontCameras:
-    """Random choice among K fixed cameras in front of the head, at the distance of the generator's
-    cameras.
+    """Random choice among the K fixed cameras in front of the head.
+
+    Their distance from the head is that of the generator's cameras.
     """
 
-    views: int = VIEWS  # cameras per asset and step
+    views: int = VIEWS  # number of cameras for each asset in a step
 
     def draw(self, assets: int, rng: torch.Generator) -> Views:
-        """Choose `views` different cameras for each asset."""
-        # The order of random numbers [A, K] gives each asset a random permutation of the cameras.
-        chosen = torch.rand(assets, len(AZIMUTHS), generator=rng).argsort(dim=1)[:, : self.views]
-        return cameras_at(torch.tensor(AZIMUTHS, dtype=torch.float64)[chosen].flatten())
+        """Choose `views` different cameras for each of `assets` assets."""
+        # argsort of random numbers [A, K] is a random permutation of the cameras for each asset.
+        camera_indices = torch.rand(assets, len(AZIMUTHS), generator=rng).argsort(dim=1)[:, : self.views]
+        return cameras_at(torch.tensor(AZIMUTHS, dtype=torch.float64)[camera_indices].flatten())
 
 
 def cameras_at(azimuth: torch.Tensor) -> Views:
-    """Make cameras at azimuths [B] in degrees, with FFHQ's focal length and radius."""
-    # FFHQ_FOCAL is in units of the image's edge, so half the edge is 0.5.
+    """Make cameras at azimuths [B] in degrees, with the focal length and the distance of FFHQ's cameras."""
+    # FFHQ_FOCAL is in units of the image's edge, so half of the edge is 0.5.
     fov = math.degrees(2 * math.atan(0.5 / FFHQ_FOCAL))
-    return views_at(azimuth, *(torch.full_like(azimuth, value) for value in (0.0, FFHQ_RADIUS, fov)))
+    elevation = torch.full_like(azimuth, 0.0)
+    distance_to_origin = torch.full_like(azimuth, FFHQ_RADIUS)
+    return views_at(azimuth, elevation, distance_to_origin, torch.full_like(azimuth, fov))
 
 
 def all_cameras(assets: int = 1) -> Views:
-    """Make all K cameras for each asset."""
+    """Make all K cameras for each of `assets` assets."""
     return cameras_at(torch.tensor(AZIMUTHS, dtype=torch.float64).repeat(assets))
 
 
 def target_head(number: int) -> Head:
     """Return the ground-truth head of the prompt 'head NUMBER'."""
-    # The third result, the cameras of the data set, is not used: this scene has its own cameras.
+    # The third result is the cameras of the data set. They are not used, since this scene has its own
+    # cameras.
     shape, appearance, _ = head_parameters(parse_name(_DATA), range(number, number + 1))
     return named_people(np.concatenate([shape, appearance], axis=1))[0]
 
 
 @functools.cache
 def target_grid(number: int) -> np.ndarray:
-    """Return the signed distances [n, n, n] of a ground-truth head."""
+    """Return the signed distances of the ground-truth head of 'head NUMBER' on the grid, [n, n, n]."""
     return head_grid(target_head(number), GRID)
 
 
 @functools.cache
 def modes(numbers: tuple[int, ...]) -> torch.Tensor:
-    """Render heads from all cameras on white, [H, K, 3, R, R] in 0..1."""
-    # [K, 4, 4] cam2world matrices
-    poses = all_cameras().cameras[:, :16].unflatten(1, (4, 4)).double().numpy()
-    images = [
-        [picture(target_head(number), pose, FFHQ_FOCAL, PIXELS)[0] for pose in poses] for number in numbers
-    ]
+    """Render the heads of H prompts 'head NUMBER' from all K cameras on white, [H, K, 3, R, R] in 0..1."""
+    cam2world = all_cameras().cameras[:, :16].unflatten(1, (4, 4)).double().numpy()  # [K, 4, 4]
+    images = []
+    for number in numbers:
+        head = target_head(number)
+        # [0] is the image; the second result, the depth map, is not used.
+        images.append([picture(head, pose, FFHQ_FOCAL, PIXELS)[0] for pose in cam2world])
     # [H, K, R, R, 3] to [H, K, 3, R, R]
     return torch.from_numpy(np.array(images, np.float32)).movedim(-1, 2)
 
 
 class ViewMixture(GmmPrior):
-    """A mixture in which every component belongs to a camera. The camera of an image selects its components;
-    without cameras, all remain.
+    """Mixture of Gaussians in which every component belongs to a camera.
+
+    An image with a camera has only the components of that camera. An image without a camera has all
+    components.
+
+    Args:
+        means: [M, C, H, W], means of the components.
+        stds: [M], standard deviations of the components.
+        prompts: text -> embedding [M], the logits of the components.
+        cameras: [M, 16], cam2world matrix of the camera of each component.
     """
 
     def __init__(
@@ -117,24 +134,32 @@ class ViewMixture(GmmPrior):
     def predict_noise(
         self, x_t: torch.Tensor, t: torch.Tensor, cond: torch.Tensor, cameras: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Predict the noise as `GmmPrior` does, with the components of the images' cameras only."""
+        """Predict the noise as `GmmPrior` does, with the components of the images' cameras only.
+
+        Args:
+            x_t: [B, C, H, W], noised latents.
+            t: [B], times.
+            cond: [B, 1, M], embeddings of the prompts, which are logits of the components.
+            cameras: [B, 16], cam2world matrices, or None for all components.
+        """
         if cameras is not None:
-            # [B, M] True for components of other cameras
-            other = torch.cdist(cameras.double(), self.cameras.double()) > _SAME
-            # cond [B, 1, M] contains the logits of the components.
-            cond = cond + _NEVER * other[:, None]
+            # [B, M], True for components of other cameras than that of the image.
+            has_other_camera = torch.cdist(cameras.double(), self.cameras.double()) > _SAME
+            cond = cond + _NEVER * has_other_camera[:, None]
         return super().predict_noise(x_t, t, cond)
 
 
 def mixture(prompts: Sequence[str]) -> ViewMixture:
-    """Make the mixture: a prompt consists of the K renders of its head as narrow components with equal
-    weights, the null prompt of those of all prompts.
+    """Make the prior in closed form.
+
+    Each of the K renders of a head is the mean of a narrow component. The distribution of a prompt consists
+    of the components of its head, with equal weights. The distribution of the null prompt consists of the
+    components of all prompts.
     """
-    # Latents are 2 images - 1.
-    # A tuple, because the cache needs a hashable argument.
+    # Latents are 2 images - 1. `modes` gets a tuple, because its cache needs a hashable argument.
     means = modes(tuple(head_numbers(prompts))).flatten(0, 1) * 2 - 1
     per_prompt = len(AZIMUTHS)
-    # Equal logits: the null prompt gives all components the same weight.
+    # "" is the null prompt. Equal logits give all components the same weight.
     embeddings = {"": torch.zeros(len(means))}
     for i, prompt in enumerate(prompts):
         embeddings[prompt] = torch.full((len(means),), _NEVER)
@@ -147,37 +172,55 @@ def mixture(prompts: Sequence[str]) -> ViewMixture:
     )
 
 
-def start(prompts: Sequence[str], draws: Sequence[torch.Generator]) -> Latents:
-    """Make the assets to begin with: random held-out latents, which do not depend on the prompts."""
+def start(prompts: Sequence[str], generators: Sequence[torch.Generator]) -> Latents:
+    """Make starting assets: a random latent of a set of held-out latents for each of A generators.
+
+    The prompts are not used.
+    """
     del prompts
-    return Latents.of_seeds(
-        [DISTILLED.all[int(torch.randint(DISTILLED.count, (1,), generator=rng))] for rng in draws]
-    )
+    seeds = [DISTILLED.all[int(torch.randint(DISTILLED.count, (1,), generator=rng))] for rng in generators]
+    return Latents.of_seeds(seeds)
 
 
 def distance(values: np.ndarray, head: np.ndarray) -> float:
-    """Compute the mean distance of each surface of [n, n, n] to the other one above the shoulders, in world
-    units; half the edge of the cube if a shape has no surface.
+    """Compute the symmetric mean distance between the surfaces of a shape and of the ground-truth head.
+
+    It is the mean of the distances from points of one surface to the nearest point of the other surface,
+    averaged over both directions, so that missing and additional parts both count. Only the surface above the
+    shoulders is used, because all heads are cut off below in the same way.
+
+    Args:
+        values: [n, n, n], density or signed distance of the shape.
+        head: [n, n, n], signed distance of the head.
+    Returns: distance in world units; 0.5, half the edge of the cube, if one of the two has no surface.
     """
-    # Below the shoulders all heads are cut off in the same way.
-    clouds = [points[points[:, 1] > BASE] for points in map(surface_points, (values, head))]
-    if not all(map(len, clouds)):
+    points, head_points = (
+        cloud[cloud[:, 1] > BASE] for cloud in (surface_points(values), surface_points(head))
+    )
+    if not len(points) or not len(head_points):
         return 0.5
-    # Both directions are averaged: a missing part and an additional part both count.
-    trees = [cKDTree(points) for points in clouds]
-    return float(np.mean([trees[1 - i].query(points)[0].mean() for i, points in enumerate(clouds)]))
+    to_head = cKDTree(head_points).query(points)[0].mean()
+    from_head = cKDTree(points).query(head_points)[0].mean()
+    return float(np.mean([to_head, from_head]))
 
 
 @torch.no_grad()
 def measures(asset: Asset, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
-    """Measure finished assets: both bundled rewards, and, compared with the ground-truth head, the simulated
-    annotator's utility without noise, the distance of the surfaces, the volume error at the back of the head,
-    and the RMS difference of all K images. Returns: name -> [A].
+    """Measure finished assets by the bundled rewards, and by comparison with the ground-truth heads.
+
+    Args:
+        asset: A assets.
+        prompts: A prompts.
+    Returns: name of a measure -> values [A]: "reward" and "held-out reward", scores of the two bundled
+    rewards;
+        "utility", the simulated annotator's noise-free utility; "distance", distance of the surfaces in world
+        units; "back-of-head error", volume error at the back of the head; "rms", root mean square difference
+        of the images from all K cameras.
     """
     numbers = head_numbers(prompts)
     values = shape_grids(asset, GRID)
+    # (shape, ground-truth head) of each asset, both [n, n, n].
     pairs = [(cube, target_grid(number)) for cube, number in zip(values, numbers, strict=True)]
-    # All K cameras, not only those of the last step.
     images = (
         PerspectiveViews(PIXELS, samples=SAMPLES).render(asset, all_cameras(len(asset)), torch.ones(3)).images
     )
@@ -200,33 +243,36 @@ def measures(asset: Asset, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
 
 @dataclass(frozen=True)
 class ShapeEvaluator:
-    """Held-out evaluator: the shape that is closer to the ground-truth head of its prompt is better."""
+    """Held-out evaluator that prefers the shape with the smaller distance from the ground-truth head."""
 
     def compare(self, first: Asset, second: Asset, prompts: Sequence[str]) -> list[int]:
-        """Return 0 or 1 for the better one of each pair, and -1 for a tie."""
+        """Compare each asset of `first` with that of `second`; see `FinalEvaluator`."""
         heads = [target_grid(number) for number in head_numbers(prompts)]
-        scores = [
-            [-distance(cube, head) for cube, head in zip(shape_grids(a, GRID), heads, strict=True)]
-            for a in (first, second)
-        ]
-        # Scores are negative distances: larger is better.
-        return [verdict(a, b) for a, b in zip(*scores, strict=True)]
+        scores = []  # minus the distances, so that larger is better
+        for asset in (first, second):
+            shapes = zip(shape_grids(asset, GRID), heads, strict=True)
+            scores.append([-distance(cube, head) for cube, head in shapes])
+        return [verdict(first_score, second_score) for first_score, second_score in zip(*scores, strict=True)]
 
 
 def heads_scene(settings: DistillSettings, device: torch.device) -> Scene:
-    """Open the problem on heads. Raises: ValueError for another device, and for methods with a reward
-    of images.
+    """Open the scene of synthetic heads.
+
+    Args:
+        settings: settings of the run.
+        device: device of the run, which has to be the CPU.
+    Raises: ValueError for another device, and for methods that need a reward of images.
     """
     if device.type != "cpu":
         raise ValueError(
-            f"--device: --prior=heads runs on cpu only, got {device}. Its prior is too small for a GPU. Use"
+            f"--device={device} cannot be used with --prior=heads, which is too small for a GPU. Use"
             " --device=cpu."
         )
     image_methods = [arm.method for arm in map(Arm.parse, settings.arms) if METHODS[arm.method].rewarded]
     if image_methods:
         raise ValueError(
-            f"--method={image_methods[0]}: --prior=heads has no reward of images. Use --method=sds+geometry,"
-            " whose reward uses the shape."
+            f"--method={image_methods[0]} needs a reward of images, which --prior=heads does not have. Use"
+            " --method=sds with --geometry-reward=sigma, which scores the shape."
         )
     prior = mixture(settings.prompts)
     return Scene(
@@ -239,8 +285,8 @@ def heads_scene(settings: DistillSettings, device: torch.device) -> Scene:
         measures=measures,
         evaluator=ShapeEvaluator(),
         evaluator_description=(
-            "it compares the distance of the surface to that of the prompt's ground-truth head, which is"
-            " not used during a run"
+            "it compares the distances of the surfaces to the surface of the prompt's ground-truth head, and"
+            " is not used in training"
         ),
         background=torch.ones(3),
         log_prob=lambda x, prompts: prior.log_prob(x, prior.embed(prompts)),

@@ -1,5 +1,6 @@
-"""Registers the problems that need no files, under the names that `--prior` has. This file imports no
-PyTorch, so that `--help` is fast.
+"""Registers the scenes that need no files, under their values of `--prior`.
+
+This file does not import PyTorch, so that `--help` is fast.
 """
 
 import re
@@ -19,33 +20,41 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class SceneKind:
-    """A problem that needs no files. Its module adds one to SCENES, under its name for --prior."""
-
-    open: "Callable[[DistillSettings, torch.device], Scene]"
-    check: Callable[[tuple[str, ...], int | None, bool], tuple[tuple[str, ...], int]]
-    """Takes prompts, number of assets per prompt (or None) and True for a comparison of arms. Returns prompts
-    and number, with the problem's defaults if none are given. Raises: ValueError.
+    """Functions of a scene that needs no files. They are registered in SCENES, under the scene's value of
+    --prior.
     """
 
+    # Function that opens the scene on a device.
+    open: "Callable[[DistillSettings, torch.device], Scene]"
+    # Function that checks the prompts and fills in the defaults. Its arguments are the prompts, () for the
+    # default; the number of assets of each prompt, None for the default; and True for a comparison of arms.
+    # It returns the prompts and the number of assets of each prompt, and raises ValueError for a prompt that
+    # the scene does not know.
+    check: Callable[[tuple[str, ...], int | None, bool], tuple[tuple[str, ...], int]]
 
-# Defaults of a comparison on heads.
-HEADS = 8
-HEAD_SEEDS = 2  # number of assets of each head
+
+HEADS = 8  # default number of heads
+HEAD_SEEDS = 2  # default number of assets of each head in a comparison
 
 
 def head_numbers(prompts: Sequence[str]) -> list[int]:
-    """Return the numbers of prompts 'head N'. Raises: ValueError for another prompt."""
-    matches = [re.fullmatch(r"head (\d{1,4})", prompt) for prompt in prompts]
-    for prompt, match in zip(prompts, matches, strict=True):
+    """Return the number N of each prompt 'head N'. Raises: ValueError for a prompt of another form."""
+    numbers = []
+    for prompt in prompts:
+        match = re.fullmatch(r"head (\d{1,4})", prompt)
         if match is None:
             raise ValueError(
-                f"--prompt: expected 'head N' with a number up to 9999 for --prior=heads, got {prompt!r}."
-                " Correct it."
+                f"--prompt={prompt!r} is not a prompt of --prior=heads. Write 'head N' with a number N from 0"
+                " to 9999."
             )
-    return [int(match[1]) for match in matches if match is not None]
+        numbers.append(int(match[1]))
+    return numbers
 
 
-PRIORS = ("bundled", "bundled-unet")  # in closed form; trained on samples of it
+PRIORS = (
+    "bundled",
+    "bundled-unet",
+)  # the bundled problem in closed form, and a U-Net that was trained on its samples
 
 
 SCENES: Registry[SceneKind] = Registry("--prior", {})
@@ -54,40 +63,53 @@ SCENES: Registry[SceneKind] = Registry("--prior", {})
 def check_boxes(
     prompts: tuple[str, ...], assets: int | None, comparison: bool
 ) -> tuple[tuple[str, ...], int]:
-    """Return prompts and number of assets per prompt, with the bundled problem's defaults if none are given.
+    """Check the prompts of the bundled problem and fill in its defaults.
 
-    Raises: ValueError for an unknown prompt.
+    Args:
+        prompts: prompts; () for all prompts of the problem.
+        assets: number of assets of each prompt; None for the default, several in a comparison of all prompts,
+            else 1.
+        comparison: True for a comparison of arms.
+    Returns: prompts, and number of assets of each prompt.
+    Raises: ValueError for a prompt that the problem does not contain.
     """
     for text in prompts:
-        box_prompts.prompt_of(text)
-    # Both kinds of prompts in turn, in the order of the default problem.
-    chosen = prompts or tuple(dict.fromkeys(text for text, _ in box_prompts.pairs(1)))
-    return chosen, assets or (box_prompts.SEEDS if comparison and not prompts else 1)
+        box_prompts.prompt_of(text)  # raises ValueError for an unknown prompt
+    # `pairs` alternates between the two kinds of prompts; dict.fromkeys removes repeated prompts and keeps
+    # the order.
+    used_prompts = prompts or tuple(dict.fromkeys(text for text, _ in box_prompts.pairs(1)))
+    default_assets = box_prompts.SEEDS if comparison and not prompts else 1
+    return used_prompts, assets or default_assets
 
 
 def check_heads(
     prompts: tuple[str, ...], assets: int | None, comparison: bool
 ) -> tuple[tuple[str, ...], int]:
-    """Return prompts and number of assets per prompt; 'head 0' and following by default.
+    """Check the prompts of the scene of synthetic heads and fill in its defaults.
 
-    Raises: ValueError for another prompt.
+    Args:
+        prompts: prompts of the form 'head N'; () for 'head 0' to 'head 7'.
+        assets: number of assets of each prompt; None for the default, 2 in a comparison of the default
+            prompts, else 1.
+        comparison: True for a comparison of arms.
+    Returns: prompts, and number of assets of each prompt.
+    Raises: ValueError for a prompt of another form.
     """
-    head_numbers(prompts)
-    return prompts or tuple(f"head {i}" for i in range(HEADS)), assets or (
-        HEAD_SEEDS if comparison and not prompts else 1
-    )
+    head_numbers(prompts)  # raises ValueError for a prompt of another form
+    default_assets = HEAD_SEEDS if comparison and not prompts else 1
+    return prompts or tuple(f"head {i}" for i in range(HEADS)), assets or default_assets
 
 
 def open_boxes(settings: "DistillSettings", device: "torch.device") -> "Scene":
-    """Open the bundled problem; its module imports PyTorch."""
-    # Checks of flags and --help run without PyTorch, so it is imported here.
+    """Open the scene of the bundled problem. Raises: ValueError if the settings do not fit the problem."""
+    # Imported here and not above, because the module imports PyTorch, which would slow down --help.
     from eg3d_rlhf.tuning.distill.scene_boxes import bundled_scene
 
     return bundled_scene(settings, device)
 
 
 def open_heads(settings: "DistillSettings", device: "torch.device") -> "Scene":
-    """Open the problem on heads of people; its module imports PyTorch."""
+    """Open the scene of synthetic heads. Raises: ValueError if the settings do not fit the scene."""
     from eg3d_rlhf.tuning.distill.scene_heads import heads_scene
 
     return heads_scene(settings, device)

@@ -1,7 +1,9 @@
-"""Defines schedules of noise and times of the diffusion, and the streams of random numbers.
+"""Defines the noise schedule of the diffusion, its times, and the streams of random numbers of a run.
 
-Letters: B images, C, H, W of latents. a = sqrt(alphas_cumprod[t]), s = sqrt(1 - alphas_cumprod[t]); x_t = a x
-+ s e with standard normal noise e.
+Shapes: B images; C, H, W channels, rows and columns of latents.
+Symbols, as in DDPM (Ho et al. 2020): t an integer time in 0..999; a = sqrt(alphas_cumprod[t]) the signal
+level; s = sqrt(1 - alphas_cumprod[t]) the noise level; x a clean latent; e standard normal noise; x_t = a x +
+s e the noised latent. In the code, `bar` is alphas_cumprod[t] = a^2, which papers write as alpha with a bar.
 """
 
 import itertools
@@ -19,15 +21,16 @@ from training.phases import derive_seed
 def betas_of(
     kind: str = "scaled_linear", *, start: float = 0.00085, end: float = 0.012, zero_snr: bool = False
 ) -> torch.Tensor:
-    """Compute betas [1000], float32: scaled_linear (linear in their square roots; Stable Diffusion, MVDream),
-    linear, or squaredcos_cap_v2.
+    """Compute the betas of a noise schedule, [1000] in float32.
 
     Args:
-        kind: of schedule.
-        start: first beta of the linear schedules.
-        end: last beta of the linear schedules.
-        zero_snr: shift and scale so that no signal is left at t = 999 (Lin et al. 2023). Such a prior must
-            predict v.
+        kind: name of the schedule as in diffusers: "scaled_linear", in which the square roots of the betas
+            are linear in t (Stable Diffusion, MVDream); "linear"; or "squaredcos_cap_v2" (Nichol and Dhariwal
+            2021).
+        start: beta at t = 0, for the two linear schedules.
+        end: beta at t = 999, for the two linear schedules.
+        zero_snr: True to shift and scale the schedule so that x_999 contains no signal (Lin et al. 2023). A
+            prior with such a schedule must predict v.
     """
     if kind == "scaled_linear":
         # In float32, as diffusers computes them.
@@ -36,50 +39,53 @@ def betas_of(
         betas = torch.linspace(start, end, STEPS)
     else:
         assert kind == "squaredcos_cap_v2", kind
-        # alphas_cumprod as a squared cosine (Nichol and Dhariwal 2021); its betas are limited to 0.999.
-        signal = [math.cos((i / STEPS + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(STEPS + 1)]
-        betas = torch.tensor([min(1 - after / before, 0.999) for before, after in itertools.pairwise(signal)])
+        # alphas_cumprod is a squared cosine (Nichol and Dhariwal 2021, equation 17), and betas are at most
+        # 0.999.
+        bars = [math.cos((i / STEPS + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(STEPS + 1)]
+        betas = torch.tensor([min(1 - bar / last_bar, 0.999) for last_bar, bar in itertools.pairwise(bars)])
     if zero_snr:
-        # sqrt(alphas_cumprod) is shifted to end at 0, and scaled to keep its first value.
+        # sqrt(alphas_cumprod) is shifted so that it ends at 0, and scaled so that it keeps its first value.
         root = (1 - betas).cumprod(0).sqrt()
         bar = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
-        # alphas_cumprod back to betas: beta_t = 1 - bar_t / bar_(t-1).
+        # From alphas_cumprod back to betas: beta_t = 1 - bar_t / bar_(t-1).
         betas = 1 - torch.cat([bar[:1], bar[1:] / bar[:-1]])
     return betas
 
 
 class NoiseSchedule:
-    """Conversions between images [B, C, H, W], noise and noised images at integer times t [B]. All
-    computations are in float32 or better.
+    """Conversions between clean latents, noise and noised latents, all [B, C, H, W], at times t [B].
+
+    All computations are in float32 or float64.
+
+    Args:
+        alphas_cumprod: [1000], alphas_cumprod of the prior. None: those of the schedule scaled_linear.
     """
 
     def __init__(self, alphas_cumprod: torch.Tensor | None = None):
-        """Use a prior's alphas_cumprod [1000]; None: scaled_linear."""
         self.alphas_cumprod = (1 - betas_of()).cumprod(0) if alphas_cumprod is None else alphas_cumprod
         assert self.alphas_cumprod.shape == (STEPS,), self.alphas_cumprod.shape
 
     def alpha(self, t: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        """Return alphas_cumprod at t [B] as [B, 1, 1, 1] on the device of `like`. A time below 0, the end of
-        a DDIM chain, counts as 0.
-        """
-        # [B] to [B, 1, ...] with as many dimensions as `like`, so that it broadcasts over channels and
-        # pixels.
+        """Return alphas_cumprod at the times t [B], in the shape [B, 1, 1, 1] and on the device of `like`."""
+        # A DDIM chain may end at a time below 0, which counts as 0.
         bar = self.alphas_cumprod.to(like.device)[t.to(like.device).clamp_min(0)]
+        # [B] to [B, 1, ...], with as many dimensions as `like`, so that it broadcasts over channels and
+        # pixels.
         return bar.view(-1, *[1] * (like.ndim - 1))
 
     def mix(self, x: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """Noise an image: x_t = a x + s e."""
+        """Add noise e to clean latents x: x_t = a x + s e."""
         bar = self.alpha(t, x)
         return bar.sqrt() * x + (1 - bar).sqrt() * noise
 
     def x0(self, x_t: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """Estimate the image from x_t and a predicted noise in one step: (x_t - s e) / a."""
+        """Estimate the clean latents from x_t and a predicted noise e in one step: x_0 = (x_t - s e) / a."""
         bar = self.alpha(t, x_t)
-        # At large t the division by a, near 0, amplifies errors of the prediction.
+        # At large t, a is nearly 0, so this division amplifies errors of the prediction.
         return (x_t - (1 - bar).sqrt() * noise) / bar.sqrt()
 
     def velocity(self, x: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """Compute v = a e - s x, the target of a v-prediction prior (Salimans and Ho 2022)."""
+        """Compute v = a e - s x, which a prior with v-prediction predicts (Salimans and Ho 2022)."""
         bar = self.alpha(t, x)
         return bar.sqrt() * noise - (1 - bar).sqrt() * x
 
@@ -89,23 +95,33 @@ class NoiseSchedule:
         return bar.sqrt() * v + (1 - bar).sqrt() * x_t
 
     def noise_of_x0(self, x_t: torch.Tensor, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """Convert a predicted image to noise: e = (x_t - a x) / s."""
+        """Convert predicted clean latents x to noise: e = (x_t - a x) / s."""
         bar = self.alpha(t, x_t)
         return (x_t - bar.sqrt() * x) / (1 - bar).sqrt()
 
     def weight(self, t: torch.Tensor, kind: str, like: torch.Tensor) -> torch.Tensor:
-        """Compute the weight w(t) [B, 1, 1, 1]: s^2 (sds), 1 (uniform), or a s^2 (fantasia3d)."""
+        """Compute the weight w(t) of a time in the gradient of score distillation, [B, 1, 1, 1].
+
+        Args:
+            t: [B], times.
+            kind: "sds" for s^2 (DreamFusion), "uniform" for 1, or "fantasia3d" for a s^2.
+            like: tensor whose device and number of dimensions the result has.
+        """
         bar = self.alpha(t, like)
         if kind == "uniform":
             return torch.ones_like(bar)
-        # In the letters of this module, bar stands for a^2.
+        # bar = a^2, so 1 - bar = s^2.
         return (1 - bar) if kind == "sds" else bar.sqrt() * (1 - bar)
 
     def ddim_step(
-        self, x_t: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, before: torch.Tensor
+        self, x_t: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, earlier_t: torch.Tensor
     ) -> torch.Tensor:
-        """Move from time t [B] to an earlier one without new noise (DDIM, Song et al. 2020, eta 0)."""
-        return self.mix(self.x0(x_t, noise, t), noise, before)
+        """Return the latents at times earlier_t [B], from latents x_t at times t [B] and their predicted
+        noise.
+
+        No new noise is added (DDIM, Song et al. 2020, equation 12 with sigma = 0).
+        """
+        return self.mix(self.x0(x_t, noise, t), noise, earlier_t)
 
     def ddim_chain(
         self,
@@ -113,13 +129,20 @@ class NoiseSchedule:
         times: Sequence[torch.Tensor],
         predict: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     ) -> torch.Tensor:
-        """Move through all times [B] in order; at the last one there is no prediction. An image whose time
-        does not change stays the same.
+        """Move latents through a sequence of decreasing times by DDIM steps.
+
+        Args:
+            x_t: [B, C, H, W], latents at the first of the times.
+            times: the times, each [B] integers. An image whose time does not change in a step stays
+                unchanged.
+            predict: function from latents and their times [B] to the predicted noise.
+        Returns: [B, C, H, W], latents at the last of the times.
         """
-        for now, after in itertools.pairwise(times):
-            # A comparison per image: in one batch, images can have different times.
-            moved = self.ddim_step(x_t, predict(x_t, now), now, after)
-            x_t = torch.where((now == after).to(x_t.device).view(-1, *[1] * (x_t.ndim - 1)), x_t, moved)
+        for t, next_t in itertools.pairwise(times):
+            moved = self.ddim_step(x_t, predict(x_t, t), t, next_t)
+            # Images of a batch can have different times, so each image is compared on its own, [B, 1, 1, 1].
+            is_unchanged = (t == next_t).to(x_t.device).view(-1, *[1] * (x_t.ndim - 1))
+            x_t = torch.where(is_unchanged, x_t, moved)
         return x_t
 
 
@@ -132,27 +155,38 @@ def draw_times(
     *,
     shared: bool = True,
 ) -> torch.Tensor:
-    """Sample times [assets * views] from the window of a step: one per asset for all its views, or one per
-    view (for single-view priors only).
+    """Sample diffusion times from the window of a step.
+
+    Args:
+        window: window of times.
+        step: number of the optimisation step, from 0.
+        assets: number of assets.
+        views: number of views of each asset.
+        generator: random generator on the CPU.
+        shared: True to use one time for all views of an asset. False samples a time for each view, which only
+            single-view priors allow.
+    Returns: [assets * views] integers; the views of an asset are adjacent.
     """
     low, high = window.at(step)
-    # randint excludes its upper bound, and both ends of the window count.
+    # + 1: randint excludes its upper bound, but the window includes its largest time.
     t = torch.randint(low, high + 1, (assets,) if shared else (assets * views,), generator=generator)
     # The views of an asset are adjacent, so repeat_interleave gives them the same time.
     return t.repeat_interleave(views) if shared else t
 
 
 def ddim_times(n: int, spacing: Literal["leading", "trailing", "linspace", "floor"] = "leading") -> list[int]:
-    """Return n decreasing times of 0..999.
+    """Return n decreasing times in 0..999, from the start to the end of a DDIM chain.
 
-    leading, trailing and linspace are rounded as in diffusers, leading with an offset of 1. The last option
-    rounds linspace down, as RewardSDS does for exploration.
+    Args:
+        n: number of times.
+        spacing: "leading", "trailing" or "linspace" as in diffusers, leading with its steps_offset of 1; or
+            "floor", which is linspace with times rounded down, as RewardSDS's code does for exploration.
     """
     if spacing == "leading":
         return [i * (STEPS // n) + 1 for i in reversed(range(n))]
     if spacing == "trailing":
         return [round(STEPS - i * STEPS / n) - 1 for i in range(n)]
-    # n - 1 equal intervals between 0 and 999; a single time is 0.
+    # n - 1 equal intervals between 0 and 999; max() avoids a division by 0 for a single time, which is 0.
     even = [(STEPS - 1) * i / max(n - 1, 1) for i in reversed(range(n))]
     assert spacing in ("linspace", "floor"), spacing
     return [round(time) if spacing == "linspace" else int(time) for time in even]
@@ -160,21 +194,23 @@ def ddim_times(n: int, spacing: Literal["leading", "trailing", "linspace", "floo
 
 @dataclass(frozen=True, kw_only=True)
 class Streams:
-    """Random streams of one run by name. Each has its own generator, derived from (seed, stream, step).
+    """Named streams of random numbers of one run.
 
-    A resumed run, an arm of another method, or another number of noises therefore has the same views, times
-    and first noise.
+    The random numbers of a stream in a step depend only on the seed, the name of the stream and the step. A
+    resumed run and arms with other methods therefore have the same views, times and noises. The first noises
+    are the same for any number of noises.
     """
 
-    seed: int  # of the run, or derived from the run's seed and the batch
+    seed: int  # seed of the run, or a seed that was derived from it and from the batch of assets
 
     def generator(self, name: str, step: int) -> torch.Generator:
-        """Return a new generator on the CPU. The same name and step give the same random numbers."""
+        """Return a new random generator on the CPU for a stream and a step."""
         return torch.Generator().manual_seed(derive_seed(self.seed, name, step))
 
     def noises(self, count: int, like: torch.Tensor, step: int) -> torch.Tensor:
-        """Sample standard normal noise [count, *like.shape]. Noise k comes from stream noise/k, for any
-        count.
+        """Sample `count` standard normal noises of the shape of `like`, [count, *like.shape].
+
+        The noise with index k comes from the stream noise/k, so it does not depend on `count`.
         """
         # Generated on the CPU, so that results do not depend on the device.
         generators = [self.generator(f"noise/{k}", step) for k in range(count)]

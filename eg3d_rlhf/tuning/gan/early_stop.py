@@ -1,15 +1,20 @@
 """Early stopping: choose the snapshot of a reward run by a held-out reward and by the distance from the
-reference.
+reference generator.
 
-No evaluator of the reports takes part in the choice. At each tick two quantities are measured on held-out
-latents: the held-out reward's paired gain over the snapshot that is kept so far, in standard errors, and the
-density-consistency distance mean |sigma - sigma_ref|.
+The choice does not use the evaluators of the reports, so the reports can evaluate its result. At each tick
+two quantities are measured on held-out latents:
 
-A snapshot that is further away replaces the kept one if its gain is larger than `early_stop` standard errors.
-A nearer one replaces it if there is no loss. A snapshot further away than `early_stop_distance` never
-replaces one within that distance. The training itself continues to its end and is not changed.
+- the gain, which is the held-out reward of the present snapshot minus that of the snapshot that is kept so
+  far, paired by latent, in standard errors of its mean;
+- the density-consistency distance from the reference, mean |sigma - sigma_ref|, where sigma is the raw
+  density.
 
-Letters: N latents; D, H, W grid points along z, y, x.
+A snapshot that is further from the reference than the kept snapshot replaces it if the gain is larger than
+`early_stop` standard errors. A snapshot that is nearer replaces it if the mean gain is not negative. A
+snapshot further away than `early_stop_distance` never replaces a snapshot within that distance. The training
+itself continues to its end and is not changed.
+
+Shapes: N latents; D, H, W grid points along z, y, x.
 """
 
 import copy
@@ -34,71 +39,86 @@ from training.networks import RENDERED, Networks
 
 
 def gain_in_errors(gain: np.ndarray) -> float:
-    """Return the mean of paired differences [N] in standard errors.
+    """Return the mean of the paired differences `gain` [N], divided by the standard error of that mean.
 
-    It is infinite if all differences are equal and not 0.
+    If all differences are equal, the standard error is 0. The result is then infinite with the sign of the
+    mean, or 0 if the differences are 0.
     """
     mean = float(gain.mean())
-    # All differences may be equal; then there is no standard error to divide by.
-    error = float(gain.std(ddof=1) / math.sqrt(len(gain)))  # standard error of the mean
-    if error > 0:
-        return mean / error
+    standard_error = float(gain.std(ddof=1) / math.sqrt(len(gain)))
+    if standard_error > 0:
+        return mean / standard_error
     return math.copysign(math.inf, mean) if mean else 0.0
 
 
-def replaces(config: EarlyStopConfig, distance: float, kept: float, gain: np.ndarray) -> bool:
-    """Return whether a snapshot replaces the kept one; see the module.
+def replaces(config: EarlyStopConfig, distance: float, kept_distance: float, gain: np.ndarray) -> bool:
+    """Return True if the present snapshot replaces the kept snapshot, by the rule in the module's docstring.
 
     Args:
-        distance: density-consistency distance of the snapshot.
-        kept: distance of the kept one.
-        gain: [N], held-out reward of the snapshot less that of the kept one.
+        config: settings of the rule.
+        distance: density-consistency distance of the present snapshot.
+        kept_distance: density-consistency distance of the kept snapshot.
+        gain: [N], held-out reward of the present snapshot minus that of the kept snapshot.
     """
     limit = math.inf if config.early_stop_distance is None else config.early_stop_distance
-    # Beyond the limit only nearer counts, until a snapshot lies within it.
-    if distance > limit or kept > limit:
-        return distance < kept
+    # If one of the two lies beyond the limit, the nearer snapshot wins, independently of its reward. This
+    # also moves the kept snapshot towards the limit while no snapshot lies within it.
+    if distance > limit or kept_distance > limit:
+        return distance < kept_distance
     assert config.early_stop is not None  # an EarlyStop exists only with this setting
-    return gain_in_errors(gain) > config.early_stop or (distance < kept and float(gain.mean()) >= 0)
+    has_no_loss = float(gain.mean()) >= 0
+    return gain_in_errors(gain) > config.early_stop or (distance < kept_distance and has_no_loss)
 
 
 @torch.no_grad()
 def consistency(
     G: torch.nn.Module, G_ref: torch.nn.Module, resolution: int, seeds=MONITOR.all, batch: int = 8
 ) -> np.ndarray:
-    """Return the density-consistency distances [N] of seeds, at the truncation of the held-out metrics.
+    """Return the density-consistency distance mean |sigma - sigma_ref| of every seed, [N].
+
+    The samples have the truncation `PSI` of the held-out metrics.
 
     Args:
-        resolution: grid points per edge of the whole cube.
-        batch: seeds that are computed together.
+        G: tuned generator.
+        G_ref: reference generator.
+        resolution: number of grid points per edge of the cube on which the densities are compared.
+        seeds: N seeds of latents. Each generator maps them with its own mapping network.
+        batch: number of seeds that are computed together.
     """
     distances = []
-    for part in (list(seeds)[i : i + batch] for i in range(0, len(seeds), batch)):
-        sigma, sigma_ref = (
-            g.field(ws_of_seeds(g, part, truncation_psi=PSI)).density_grid(SlabSpec.of(g.bounds, resolution))
-            for g in (of(G), of(G_ref))  # each maps the seeds by its own mapping network
-        )
+    all_seeds = list(seeds)
+    for start in range(0, len(all_seeds), batch):
+        batch_seeds = all_seeds[start : start + batch]
+        grids = []  # raw densities [n, D, H, W] of the tuned generator and of the reference
+        for generator in (of(G), of(G_ref)):
+            ws = ws_of_seeds(generator, batch_seeds, truncation_psi=PSI)
+            grids.append(generator.field(ws).density_grid(SlabSpec.of(generator.bounds, resolution)))
+        sigma, sigma_ref = grids
         distances.append(density_l1(sigma, sigma_ref).double().cpu())
     return torch.cat(distances).numpy()
 
 
 class EarlyStop(torch.nn.Module):
-    """The kept networks and the values by which they were chosen.
+    """Copy of the networks of the snapshot that is kept so far, and the values by which it was chosen.
 
-    All of them are tensors, which the run's checkpoints store.
+    All of them are buffers or weights, so the checkpoints of the run store them.
 
     Args:
-        nets: networks that are trained.
-        G_ref: the frozen reference.
+        nets: networks that the run trains.
+        G_ref: frozen reference generator.
         config: settings of the rule.
-        resolution: grid points per edge of the cubes whose distance is measured.
-        latents: number of held-out latents.
+        resolution: number of grid points per edge of the cube on which densities are compared.
+        latents: number N of held-out latents.
     """
 
-    second: torch.Tensor  # [N], change of the held-out reward of the kept snapshot
-    distance: torch.Tensor  # [], density-consistency distance of the kept snapshot
-    at: torch.Tensor  # [], images after which the kept snapshot was taken; -1: nothing is kept yet
-    rendered: torch.Tensor  # [], rendering resolution of the kept G
+    # Held-out reward of the kept snapshot minus that of the untuned generator, [N].
+    second: torch.Tensor
+    # Density-consistency distance of the kept snapshot, a scalar.
+    distance: torch.Tensor
+    # Number of training images after which the kept snapshot was taken, a scalar; -1 before the first tick.
+    at: torch.Tensor
+    # Rendering resolution of the kept G_ema, a scalar; 0 if the network has no such resolution.
+    rendered: torch.Tensor
 
     def __init__(
         self,
@@ -111,40 +131,41 @@ class EarlyStop(torch.nn.Module):
         super().__init__()
         self.config = config
         self.resolution = resolution
-        # In a list, so that torch does not register it as a
-        # submodule: the reward phase's state stores it already.
+        # In a list, because torch registers a module that is an attribute as a submodule. Checkpoints would
+        # then store the reference a second time, beside the state of the reward phase.
         self._reference = [G_ref]
-        parts = {"G": nets.G, "D": nets.D, "G_ema": nets.G_ema}
+        trained_networks = {"G": nets.G, "D": nets.D, "G_ema": nets.G_ema}
         self.kept = torch.nn.ModuleDict(
-            {name: copy.deepcopy(part) for name, part in parts.items() if part is not None}
+            {name: copy.deepcopy(net) for name, net in trained_networks.items() if net is not None}
         )
-        # Buffers get into checkpoints; their names are part of that format.
+        # The names of these buffers are keys of the checkpoints, so they cannot change.
         self.register_buffer("second", torch.zeros(latents, dtype=torch.float64))
         self.register_buffer("distance", torch.tensor(math.inf, dtype=torch.float64))
         self.register_buffer("at", torch.tensor(-1))
         self.register_buffer("rendered", torch.tensor(0))
         self.requires_grad_(False)
-        self.ledger: list[dict] = []  # one entry per tick
+        self.ledger: list[dict] = []  # one entry for each tick, see `_note`
 
-    def tick(self, loop, stats: dict, second: np.ndarray) -> dict[str, str]:
-        """Choose between the kept snapshot and the present one.
+    def tick(self, loop, stats: dict, heldout_change: np.ndarray) -> dict[str, str]:
+        """Keep the present snapshot if the rule prefers it to the kept snapshot.
 
         Args:
             loop: training loop.
-            stats: statistics of the tick, to which those of the choice are added.
-            second: [N], changes of the held-out reward since the untuned generator, on the held-out latents.
-        Returns: a field for the status line.
+            stats: statistics of the tick. The distance, the gain and the kept snapshot are added to them.
+            heldout_change: [N], held-out reward of the present snapshot minus that of the untuned generator,
+                for the N held-out latents.
+        Returns: fields of the status line: "distance", and "kept", the kept snapshot in thousands of images.
         """
         nets = loop.subject.nets
         distances = consistency(nets.G_ema, self._reference[0], self.resolution)
-        first = int(self.at) < 0  # nothing is kept yet
-        gain = second - self.second.cpu().numpy()  # paired by latent, [N]
-        # The first tick always keeps its snapshot: there is no other.
-        if first or replaces(self.config, float(distances.mean()), float(self.distance), gain):
-            self._keep(nets, loop.cur_nimg, second, float(distances.mean()))
-            # Written at once: a run that is killed later leaves its best snapshot as a file.
+        keeps_nothing_yet = int(self.at) < 0
+        gain = heldout_change - self.second.cpu().numpy()  # paired by latent, [N]
+        # The first tick has no kept snapshot to compare with.
+        if keeps_nothing_yet or replaces(self.config, float(distances.mean()), float(self.distance), gain):
+            self._keep(nets, loop.cur_nimg, heldout_change, float(distances.mean()))
+            # Written now and not at the end, so that a run that is killed later leaves its best snapshot.
             networks.save(loop.files.folder / KEPT, self.networks(nets))
-        # Added to the statistics, so that `restore` can rebuild the ledger from stats.jsonl.
+        # `restore` rebuilds the ledger from these entries of stats.jsonl.
         stats[PREFIX + "distance"] = {
             "num": len(distances),
             "mean": float(distances.mean()),
@@ -155,20 +176,22 @@ class EarlyStop(torch.nn.Module):
         self._note(loop.cur_nimg, stats)
         return {"distance": f"{distances.mean():.3f}", "kept": f"{int(self.at) / 1000:g}"}
 
-    def _keep(self, nets: Networks, cur_nimg: int, second: np.ndarray, distance: float) -> None:
-        """Copy the present networks and values in place, so that buffers keep their device."""
-        for name, part in self.kept.items():
-            part.load_state_dict(getattr(nets, name).state_dict())
+    def _keep(self, nets: Networks, cur_nimg: int, heldout_change: np.ndarray, distance: float) -> None:
+        """Copy the present networks and their values into the buffers."""
+        # All copies are made in place, so that the buffers keep their device and dtype.
+        for name, kept_network in self.kept.items():
+            kept_network.load_state_dict(getattr(nets, name).state_dict())
         self.at.fill_(cur_nimg)
-        # 0 for networks without a rendering resolution, such as those of other families.
+        # Generators of other families have no rendering resolution; 0 marks this.
         self.rendered.fill_(getattr(nets.G_ema, RENDERED, 0))
         self.distance.fill_(distance)
-        self.second.copy_(torch.from_numpy(second))
+        self.second.copy_(torch.from_numpy(heldout_change))
 
     def _note(self, cur_nimg: int, stats: dict) -> None:
-        """Append a tick to the ledger."""
+        """Append an entry with the statistics of a tick to the ledger."""
         gain = stats["EarlyStop/gain"]
-        # `std` is the biased one, hence the division by n - 1 for the standard error.
+        # The stored std divides by n. With s = std sqrt(n / (n - 1)), the standard error s / sqrt(n) is
+        # std / sqrt(n - 1).
         error = gain["std"] / math.sqrt(max(gain["num"] - 1, 1))
         self.ledger.append(
             {
@@ -182,26 +205,34 @@ class EarlyStop(torch.nn.Module):
         )
 
     def restore(self, stats_file: Path) -> None:
-        """Rebuild the ledger from the run's statistics after a resume."""
+        """Rebuild the ledger from the file of statistics of a resumed run.
+
+        Args:
+            stats_file: path of the run's stats.jsonl. The ledger is empty if there is no such file.
+        """
         self.ledger = []
         for line in stats_file.read_text().splitlines() if stats_file.exists() else []:
             stats = version_0_1.gan_stats(json.loads(line))
             self._note(stats["nimg"], stats)
 
     def networks(self, nets: Networks) -> Networks:
-        """Return the kept networks, with the description of those that are trained."""
+        """Return the kept networks.
+
+        Args:
+            nets: networks that the run trains. The result has their other fields, such as the constructor
+                arguments.
+        """
         for name in ("G", "G_ema"):
             if name in self.kept and int(self.rendered):
                 setattr(self.kept[name], RENDERED, int(self.rendered))
-        # The kept modules in place of the trained ones; constructor arguments are the same.
-        parts: dict[str, Any] = dict(self.kept.items())
-        return dataclasses.replace(nets, **parts, cur_nimg=int(self.at))
+        kept_networks: dict[str, Any] = dict(self.kept.items())
+        return dataclasses.replace(nets, **kept_networks, cur_nimg=int(self.at))
 
     def record(self) -> dict:
-        """Return the choice and all ticks, as JSON."""
+        """Return the chosen snapshot, the rule and the ledger of all ticks, as values for JSON."""
         return {
             "images": int(self.at),
-            # Images of the last tick, of which the choice was made.
+            # Number of images of the last tick, among whose predecessors and itself the snapshot was chosen.
             "of": self.ledger[-1]["images"] if self.ledger else int(self.at),
             "distance": float(self.distance),
             "heldout": float(self.second.mean()),

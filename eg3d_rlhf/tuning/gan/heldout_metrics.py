@@ -1,10 +1,11 @@
-"""Held-out metrics of a reward run: measures that the reward phase never uses, on fixed latents, once per
-tick.
+"""Held-out metrics of a reward run, which detect over-optimisation.
 
-They detect over-optimisation. The measures of a generator are rewards, among them a held-out one, and the
-simulated annotator's noise-free utility.
+Once per tick several metrics are measured on the same held-out latents, and compared with their values of the
+untuned generator. The metrics are the reward that tunes the generator, a held-out reward and, for synthetic
+heads, the simulated annotator's noise-free utility. The generator is over-optimised if its reward rises while
+another metric falls.
 
-Letters: N latents.
+Shapes: N latents, L ws per sample, W entries of a w.
 """
 
 import json
@@ -23,41 +24,46 @@ from eg3d_rlhf.preferences.settings import RESOLUTION
 from eg3d_rlhf.preferences.synthetic import judge_seeds, names_people
 from eg3d_rlhf.rewards.reward import Reward
 
-PREFIX = "Monitored/"  # of the names in stats.jsonl
-HELDOUT = "heldout"  # name of the held-out reward among the measures
-PSI = 0.7  # truncation of the latents that rewards score
-ORACLE_RESOLUTION = RESOLUTION  # grid points per edge of the cubes that the simulated annotator evaluates
-MONITOR_RESOLUTION = 48  # the same for the measure at every tick, which has to be fast
+PREFIX = "Monitored/"  # prefix of the metrics' names in stats.jsonl
+HELDOUT = "heldout"  # name of the held-out reward among the metrics
+PSI = 0.7  # truncation of the samples that the rewards score
+ORACLE_RESOLUTION = RESOLUTION  # grid points per edge of the cube in which the simulated annotator compares
+MONITOR_RESOLUTION = 48  # the same number for the metric at every tick, which has to be computed fast
 
-Measure = Callable[[torch.nn.Module, Sequence[int]], np.ndarray]  # (G, seeds) -> [N], higher is better
+# Function of a generator and N seeds that returns a metric of each seed, [N]. Higher is better.
+Measure = Callable[[torch.nn.Module, Sequence[int]], np.ndarray]
 
 
 class Monitor:
-    """Changes of several measures since the untuned generator.
+    """Changes of several metrics between the untuned generator and the present one.
 
     Args:
-        measures: by name. The first is the reward that is optimised. The others must not fall while it rises.
+        measures: name -> function that computes the metric. The first metric is the reward that tunes the
+            generator. None of the other metrics should fall while it rises.
         G_ref: the untuned generator.
-        seeds: held-out latents.
+        seeds: seeds of the N held-out latents.
     """
 
     def __init__(
         self, measures: dict[str, Measure], G_ref: torch.nn.Module, seeds: Sequence[int] = MONITOR.all
     ):
         self.measures = measures
-        self.seeds = seeds  # the same at every tick, so that changes are paired
-        self.initial = self._values(G_ref)  # by name, [N]
-        self.latest: dict[str, np.ndarray] = {}  # changes [N] at the last tick
-        self.alarms: list[dict] = []  # ticks at which measures fell
+        self.seeds = seeds  # the same at every tick, so that changes are paired by latent
+        self.initial = self._values(G_ref)  # name -> metric of the untuned generator, [N]
+        self.latest: dict[str, np.ndarray] = {}  # name -> change of the metric at the last tick, [N]
+        self.alarms: list[dict] = []  # one entry for each tick at which metrics fell, see `_alarm`
 
     def _values(self, G: torch.nn.Module) -> dict[str, np.ndarray]:
-        """Return every measure [N] of a generator, by name."""
+        """Return the metrics of a generator: name -> values of all seeds, [N]."""
         return {name: measure(G, self.seeds) for name, measure in self.measures.items()}
 
     def __call__(self, loop, stats: dict) -> dict[str, str]:
-        """Measure the present generator; the loop calls this at every tick.
+        """Measure the present generator. The training loop calls this method at every tick.
 
-        Adds the changes to the statistics, as 'Monitored/<name>', and returns fields for the status line.
+        Args:
+            loop: training loop.
+            stats: statistics of the tick. The change of each metric is added as 'Monitored/<name>'.
+        Returns: fields of the status line: name of the metric -> mean change, and WARNING if metrics fell.
         """
         fields = {}
         for name, values in self._values(loop.subject.nets.G_ema).items():
@@ -67,30 +73,41 @@ class Monitor:
                 "mean": float(delta.mean()),
                 "std": float(delta.std()),
             }
-            fields[name] = f"{delta.mean():+.3f}"  # in the status line
-        fallen = self._alarm(loop.cur_nimg, stats)
-        if fallen:
-            fields["WARNING"] = f"over-optimised({','.join(fallen)})"
+            fields[name] = f"{delta.mean():+.3f}"
+        fallen_metrics = self._alarm(loop.cur_nimg, stats)
+        if fallen_metrics:
+            fields["WARNING"] = f"over-optimised({','.join(fallen_metrics)})"
         return fields
 
     def _alarm(self, nimg: int, stats: dict) -> list[str]:
-        """Record an alarm if measures fell by more than two standard errors while the optimised reward rose.
+        """Record an alarm if metrics fell by more than two standard errors while the optimised reward rose.
 
-        Returns the names of the measures that fell.
+        Args:
+            nimg: number of training images up to the tick.
+            stats: statistics of the tick.
+        Returns: names of the metrics that fell; [] if none did.
         """
-        # The first measure is the optimised reward; dictionaries keep their order.
-        (_, reward), *others = ((name, stats[f"{PREFIX}{name}"]) for name in self.measures)
-        # `std` is the biased one, hence the division by n - 1 for the standard error.
-        errors = {name: m["std"] / np.sqrt(max(m["num"] - 1, 1)) for name, m in others}
-        fallen = [
-            name for name, m in others if reward["mean"] > 0 > m["mean"] and m["mean"] < -2 * errors[name]
-        ]
-        if fallen:
-            self.alarms.append({"nimg": nimg, "fallen": fallen})
-        return fallen
+        # The first metric is the optimised reward; dictionaries keep their order.
+        reward_name, *heldout_names = self.measures
+        reward_rose = stats[f"{PREFIX}{reward_name}"]["mean"] > 0
+        fallen_metrics = []
+        for name in heldout_names:
+            change = stats[f"{PREFIX}{name}"]
+            # The stored std divides by n. With s = std sqrt(n / (n - 1)), the standard error s / sqrt(n) is
+            # std / sqrt(n - 1).
+            standard_error = change["std"] / np.sqrt(max(change["num"] - 1, 1))
+            if reward_rose and change["mean"] < -2 * standard_error:
+                fallen_metrics.append(name)
+        if fallen_metrics:
+            self.alarms.append({"nimg": nimg, "fallen": fallen_metrics})
+        return fallen_metrics
 
     def restore(self, stats_file: Path) -> None:
-        """Rebuild the alarms from the run's statistics after a resume."""
+        """Rebuild the alarms from the file of statistics of a resumed run.
+
+        Args:
+            stats_file: path of the run's stats.jsonl. There are no alarms if there is no such file.
+        """
         self.alarms = []
         for line in stats_file.read_text().splitlines() if stats_file.exists() else []:
             stats = version_0_1.gan_stats(json.loads(line))
@@ -99,30 +116,53 @@ class Monitor:
 
 @torch.no_grad()
 def rewards(G: torch.nn.Module, seeds: Sequence[int], reward: Reward, batch: int = 16) -> np.ndarray:
-    """Return the reward [N] of a generator's seeds."""
+    """Return the reward's scores [N] of a generator's samples.
+
+    Args:
+        G: generator.
+        seeds: N seeds of the samples.
+        reward: reward that scores them.
+        batch: number of samples that are scored together, which bounds the memory.
+    """
     generator = of(G)
     ws = ws_of_seeds(generator, seeds, truncation_psi=PSI)  # [N, L, W]
-    return torch.cat([reward.score(generator.field(part)) for part in ws.split(batch)]).cpu().numpy()
+    return torch.cat([reward.score(generator.field(ws_part)) for ws_part in ws.split(batch)]).cpu().numpy()
 
 
 def utilities(
     G: Any, seeds: Sequence[int], psi: float = 1.0, resolution: int = ORACLE_RESOLUTION
 ) -> np.ndarray:
-    """Return the simulated annotator's noise-free utility [N] of a generator's seeds.
+    """Return the simulated annotator's noise-free utility [N] of a generator's samples.
 
     Each sample is compared with the ground-truth head of its latent.
+
+    Args:
+        G: generator of synthetic heads.
+        seeds: N seeds of the samples.
+        psi: truncation of the samples.
+        resolution: number of grid points per edge of the cube on which a sample and its ground truth are
+            compared.
     """
     evaluations = judge_seeds(of(G), seeds, psi=psi, resolution=resolution, batch=8)
     return np.array([evaluation.total for evaluation in evaluations])
 
 
 def make_monitor(settings: dict, reward: Reward, G_ref: torch.nn.Module, heldout: Reward | None) -> Monitor:
-    """Return the monitor of a run: its reward, the held-out reward if any, the utility of synthetic heads."""
-    named = {"reward": reward, HELDOUT: heldout}
-    measures: dict[str, Measure] = {
-        name: partial(rewards, reward=scorer) for name, scorer in named.items() if scorer is not None
-    }
-    # Only synthetic heads have a ground truth, from which the annotator computes its utility.
+    """Return the monitor of a run.
+
+    Its metrics are the reward, the held-out reward if there is one, and for synthetic heads the simulated
+    annotator's utility.
+
+    Args:
+        settings: settings of the run by name.
+        reward: reward that tunes the generator.
+        G_ref: untuned generator.
+        heldout: held-out reward, or None.
+    """
+    measures: dict[str, Measure] = {"reward": partial(rewards, reward=reward)}
+    if heldout is not None:
+        measures[HELDOUT] = partial(rewards, reward=heldout)
+    # Only synthetic heads have a ground truth, from which the simulated annotator computes its utility.
     if settings["data"].startswith("synthetic:") and names_people(of(G_ref)):
         measures["utility"] = partial(utilities, resolution=MONITOR_RESOLUTION)
     return Monitor(measures, G_ref)

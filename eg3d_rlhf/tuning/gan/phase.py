@@ -1,15 +1,23 @@
 """Reward phase (Grlhf) of the training loop: the losses that tune a generator by a reward.
 
-    L = -lambda_r mean clip(shape(r(o(G(z))))) + lambda_sigma mean h |sigma_G - sigma_ref| (+ front growth)
+    L = -lambda_r mean clip(shape(r(o(G(z))))) + lambda_sigma mean h |sigma_G - sigma_ref|
 
-Here o is the observation that the reward r reads, and shape is one of `SHAPINGS`. The clip acts as a trust
-region: a shaped reward outside its bounds gives no gradient. The second term is the density-consistency term;
-sigma_ref is the density of the frozen reference generator. Its per-sample weight h is 1. With
---consistency-gate below 1, h is smaller for shapes that scored below the clip's upper bound before tuning.
-Shapes that were good are then kept, and defective shapes may change.
+- z is a latent and G the generator that is tuned.
+- o is the observation that the reward r reads, such as a grid of densities.
+- shape is the shaping, one of `SHAPINGS`.
+- clip limits the shaped reward to the bounds of --reward-clip. Outside them it gives no gradient, so the clip
+  acts as a trust region.
+- The second term is the density-consistency term. sigma_G and sigma_ref are the raw densities of the tuned
+  generator and of the frozen reference generator for the same latent.
+- h is the per-sample weight of that term. It is 1, except that --consistency-gate below 1 is the weight of
+  shapes that scored below the clip's upper bound before tuning. Tuning then preserves shapes that were good
+  before, and may change defective shapes.
 
-Letters: N batch, M reference samples, E embedding; observed [N, ...] is the reward's input; D, H, W grid
-points along z, y, x.
+Two optional terms penalise density in front of the face (`front_growth`, `NoseFloor`). The method is
+described in sigma-reward.md, section 4.
+
+Shapes: N batch, M samples of the untuned generator, E entries of an embedding, Z entries of a latent, L ws
+per sample, W entries of a w; observed [N, ...] is the reward's input; D, H, W grid points along z, y, x.
 """
 
 import copy
@@ -30,30 +38,34 @@ from eg3d_rlhf.tuning.gan.settings import RewardConfig, clip_range
 from training.gan_phases import Batch
 from training.phases import Loss, Phase
 
-# The published nose limit reads rows and columns 53 to 72 of a frontal depth map of 128 x 128 pixels.
-PIXELS = 128
-FIRST = 53
-SIDE = 20
-NOSE_PSI = 0.25  # truncation of the untuned samples that set the nose limit
-CUTOFF = 14  # truncation cutoff of the method: all ws of the published backbone
+# The published nose limit reads a window of a frontal depth map: rows and columns 53 to 72 of 128 x 128
+# pixels.
+DEPTH_MAP_SIDE = 128
+WINDOW_START = 53  # first row and first column of the window
+WINDOW_SIDE = 20
+NOSE_PSI = 0.25  # truncation of the untuned samples that determine the nose limit
+CUTOFF = 14  # number of ws that are truncated: all ws of the published backbone
 MOSTLY = 0.5  # share of untuned scores outside the trust region above which the user is warned
 
 
 class Shaping(torch.nn.Module):
-    """Map from a reward's score to the quantity that the reward phase maximises. This one is the identity."""
+    """Map from a reward's score to the quantity that the reward phase maximises.
+
+    This base class is the identity, --reward-shaping=none. Its subclasses are the other shapings.
+    """
 
     def forward(
-        self, network: Network, observed: torch.Tensor, places: torch.Tensor
+        self, network: Network, observed: torch.Tensor, sample_numbers: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Score and shape observations.
+        """Score observations and shape the scores.
 
         Args:
             network: the reward's network.
-            observed: [N, ...].
-            places: [N], running numbers of the samples in the whole run.
-        Returns: shaped [N], raw score [N]. Differentiable in observed.
+            observed: [N, ...], input of the reward.
+            sample_numbers: [N] integers, consecutive numbers of the samples in the run, over all ranks.
+        Returns: shaped rewards [N] and raw scores [N]. Differentiable in observed.
         """
-        del places  # only `ReferenceWins` uses them
+        del sample_numbers  # only `ReferenceWins` uses them
         score = network.score(observed)
         return self.shaped(score), score
 
@@ -63,40 +75,42 @@ class Shaping(torch.nn.Module):
 
 
 class Standardised(Shaping):
-    """(r - mean) * scale over the initial samples, scale = min(1 / max(std, 0.5 |mean|), 10)
-    (sigma-reward.md, 4).
+    """Shaping that standardises the score: (r - mean) scale, scale = min(1 / max(std, 0.5 |mean|), 10).
 
-    If the reward's training fitted a temperature T, r / T is the log-odds of a label, and the scale is at
-    most 1 / T. Standardising may then reduce log-odds, but never amplifies them. The scores of a reward that
-    does not order its validation pairs hardly vary, or its T is large. Scaled to a standard deviation of 1,
-    such a reward would push every shape as hard as an informative one.
+    r is the raw score; mean and std are those of the untuned generator's scores (sigma-reward.md, section 4).
+
+    If the reward's training fitted a temperature T, r / T is the log-odds of a label. The scale is then at
+    most 1 / T, so that it never amplifies log-odds. This matters for an uninformative reward, whose scores
+    hardly vary or whose T is large. Without this limit, its scores would be scaled to a standard deviation of
+    1, and it would change shapes as strongly as an informative reward.
     """
 
     mean: torch.Tensor
     scale: torch.Tensor
 
     def __init__(self, initial_scores: torch.Tensor, temperature: float | None = None):
-        """
+        """Compute the mean and the scale from the scores of the untuned generator.
+
         Args:
-            initial_scores: [M] of the untuned generator. Scores beyond 1.5 interquartile ranges from the
-                quartiles are left out.
-            temperature: T; None if none was fitted, as in published rewards.
+            initial_scores: [M], raw scores of samples of the untuned generator. Scores further than 1.5
+                interquartile ranges outside the quartiles are left out.
+            temperature: temperature T of the reward; None if its training fitted none, as in published
+                rewards.
         """
         super().__init__()
-        # 10 caps the scale where no temperature is known.
-        most = 10.0 if temperature is None else min(10.0, 1 / temperature)
-        # Outliers would dominate the standard deviation.
+        largest_scale = 10.0 if temperature is None else min(10.0, 1 / temperature)
+        # Outliers are left out, since they would dominate the standard deviation.
         low, high = widened_quartiles(initial_scores)
         initial_scores = initial_scores[(initial_scores >= low) & (initial_scores <= high)]
         mean = initial_scores.mean()
         std = initial_scores.std()
-        # Buffers, so that checkpoints hold them: a resumed run must
-        # not calibrate again on its tuned generator.
+        # Buffers, so that checkpoints store them: a resumed run must not compute them again from its tuned
+        # generator.
         self.register_buffer("mean", mean)
         self.register_buffer(
-            # 0.5 |mean| bounds the scale where scores are nearly constant.
             "scale",
-            (1 / torch.maximum(std, 0.5 * mean.abs()).clamp_min(1e-8)).clamp_max(most),
+            # 0.5 |mean| limits the scale if all scores are nearly equal; 1e-8 avoids a division by 0.
+            (1 / torch.maximum(std, 0.5 * mean.abs()).clamp_min(1e-8)).clamp_max(largest_scale),
         )
 
     def shaped(self, score: torch.Tensor) -> torch.Tensor:
@@ -104,18 +118,26 @@ class Standardised(Shaping):
 
 
 class NegativeSoftplus(Shaping):
-    """-softplus(-2 r): saturates for good samples and is linear for bad ones."""
+    """Shaping -softplus(-2 r) of the raw score r.
+
+    It is nearly 0 for large scores, so that good samples get hardly any gradient, and linear for low scores.
+    """
 
     def shaped(self, score: torch.Tensor) -> torch.Tensor:
         return -torch.nn.functional.softplus(-2 * score)
 
 
 class ReferenceWins(Shaping):
-    """Mean probability, by the reward's pair head, of winning against `comparisons` reference samples.
+    """Shaping to the mean probability that a sample wins against reference samples.
 
-    Each comparison averages both orders of the pair. The references are embeddings of samples of the untuned
-    generator. Sample i of the run is compared with references i * comparisons and those that follow it,
-    cyclically, on whichever rank or accumulation round it is computed.
+    The probability is that of the reward's pair head, which averages both orders of a pair. The references
+    are the embeddings of M samples of the untuned generator. The sample with the number i in the run is
+    compared with the references i K, ..., i K + K - 1 modulo M, where K is `comparisons`. The choice depends
+    only on i, so it is the same for any number of ranks and accumulation rounds.
+
+    Args:
+        references: [M, E], embeddings of samples of the untuned generator.
+        comparisons: number K of references with which a sample is compared.
     """
 
     references: torch.Tensor
@@ -125,28 +147,31 @@ class ReferenceWins(Shaping):
         self.comparisons = comparisons
         self.register_buffer("references", references)
 
-    def _load_from_state_dict(self, state_dict, prefix, *rest):
-        # Version 0.1 stored a counter instead of deriving the references from the sample's place.
+    def _load_from_state_dict(self, state_dict, prefix, *load_arguments):
+        # Version 0.1 stored a counter of comparisons. This version computes the references from the sample's
+        # number.
         drop_comparison_counter(state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *rest)
+        super()._load_from_state_dict(state_dict, prefix, *load_arguments)
 
     def forward(
-        self, network: Network, observed: torch.Tensor, places: torch.Tensor
+        self, network: Network, observed: torch.Tensor, sample_numbers: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         embedding = network.embed(observed)  # [N, E]
-        score = network.score_embedding(embedding)
+        score = network.score_embedding(embedding)  # [N]
         count = self.comparisons
-        # Indices of references, [N * count].
-        index = (places[:, None] * count + torch.arange(count, device=places.device)).flatten() % len(
-            self.references
+        offsets = torch.arange(count, device=sample_numbers.device)
+        reference_numbers = (sample_numbers[:, None] * count + offsets).flatten()  # [N * count]
+        reference_indices = reference_numbers % len(self.references)
+        # Each embedding is repeated once for each of its references. The margins are log-odds, [N * count].
+        margin = network.pair_margin(
+            embedding.repeat_interleave(count, dim=0), self.references[reference_indices]
         )
-        # Each embedding is repeated for its references; margins of the pairs, [N * count].
-        margin = network.pair_margin(embedding.repeat_interleave(count, dim=0), self.references[index])
         return torch.sigmoid(margin).unflatten(0, (len(embedding), count)).mean(dim=1), score
 
 
-# Constructors by name of --reward-shaping. They take the untuned generator's scores [M] and embeddings [M,
-# E], and the reward's temperature, if one was fitted.
+# Value of --reward-shaping -> function that makes the shaping. Its arguments are the raw scores [M] and the
+# embeddings [M, E] of samples of the untuned generator, and the reward's temperature, or None if none was
+# fitted.
 SHAPINGS: dict[str, Callable[[torch.Tensor, torch.Tensor, float | None], Shaping]] = {
     "none": lambda scores, embeddings, temperature: Shaping(),
     "standardised": lambda scores, embeddings, temperature: Standardised(scores, temperature),
@@ -156,53 +181,64 @@ SHAPINGS: dict[str, Callable[[torch.Tensor, torch.Tensor, float | None], Shaping
 
 
 def widened_quartiles(values: torch.Tensor) -> tuple[float, float]:
-    """Return the quartiles, each moved outwards by 1.5 interquartile ranges (Tukey's fences)."""
+    """Return the lower and the upper quartile of `values` [M], each moved outwards by 1.5 interquartile
+    ranges.
+
+    These bounds are known as Tukey's fences; values outside them are usually called outliers.
+    """
     low, high = torch.quantile(values.float(), torch.tensor([0.25, 0.75], device=values.device)).tolist()
     return low - 1.5 * (high - low), high + 1.5 * (high - low)
 
 
 def clip_bounds(spec: str, initial_shaped: torch.Tensor) -> tuple[float, float]:
-    """Return the bounds of the trust region.
+    """Return the lower and the upper bound of the trust region.
 
     Args:
-        spec: value of --reward-clip. iqr: the quartiles, widened by 1.5 times their range.
-        initial_shaped: [M], shaped rewards of the untuned generator.
-    Raises: ValueError naming --reward-clip where LOW is not below HIGH.
+        spec: value of --reward-clip, see `settings.clip_range`. For "iqr" the bounds are the
+            `widened_quartiles`.
+        initial_shaped: [M], shaped rewards of samples of the untuned generator.
+    Raises: ValueError naming --reward-clip if LOW is not below HIGH.
     """
-    if spec == "iqr":  # of the shaped rewards, not of the raw scores
+    if spec == "iqr":
         return widened_quartiles(initial_shaped)
     return clip_range(spec, lambda share: torch.quantile(initial_shaped.float(), share).item())
 
 
-# The nose limit is a penalty on faces that come nearer to the frontal camera than any untuned face. A depth
-# reward reads only one side of a head. The easiest way to a higher score is then a nose that grows towards
-# the camera. The limit is the smallest depth of untuned faces. h and w are rows and columns of the window.
+# The nose limit is a penalty on faces that come nearer to the frontal camera than any face of the untuned
+# generator. A depth reward reads only the front of a head, so a nose that grows towards the camera can raise
+# its score without improving the shape. The limit is the smallest depth of the untuned faces. Shapes: h and w
+# are the rows and columns of the window of the depth map.
 
 
 def floor_loss(depth: torch.Tensor, limit: float | torch.Tensor, violators: bool = False) -> torch.Tensor:
-    """Return the mean of (limit - depth)+ over a window.
+    """Return the mean of max(limit - depth, 0) over the pixels of a window.
 
     Args:
-        depth: [N, h, w], distance from the camera, world units.
-        limit: smallest allowed depth.
-        violators: take the mean over those pixels only that are nearer than the limit, as in the published
-            method. A single pixel then counts as much as a thousand. 0 if there are none.
-    Returns: [N], world units. Differentiable in depth.
-    Deviates: the published code takes that mean over all samples of a batch together.
+        depth: [N, h, w], distance from the camera, in world units.
+        limit: smallest allowed depth, in world units.
+        violators: False to take the mean over all pixels. True to take it over the pixels that are nearer
+            than the limit only, as in the published method; the number of such pixels then does not matter.
+    Returns: [N], penalty in world units; 0 if no pixel is nearer than the limit. Differentiable in depth.
+    Deviates: the published code takes the mean over the violating pixels of all samples of a batch together.
     """
-    # How much nearer than the limit each pixel is; 0 where it is farther.
-    missing = torch.relu(limit - depth).flatten(1)  # [N, h * w]
-    # clamp_min covers the case without violators: 0 / 1.
-    return missing.sum(dim=1) / (missing > 0).sum(dim=1).clamp_min(1) if violators else missing.mean(dim=1)
+    # Distance by which each pixel is nearer than the limit; 0 if it is not.
+    excess = torch.relu(limit - depth).flatten(1)  # [N, h * w]
+    if not violators:
+        return excess.mean(dim=1)
+    # clamp_min: without any violating pixel the result is 0 / 1 and not 0 / 0.
+    return excess.sum(dim=1) / (excess > 0).sum(dim=1).clamp_min(1)
 
 
 class NoseFloor(torch.nn.Module):
-    """Smallest depth d* of untuned faces in the middle of the frontal depth map, and the penalty below it.
+    """Penalty on faces that come nearer to the frontal camera than any face of the untuned generator.
+
+    The limit `floor` is the smallest depth of untuned faces in a window in the middle of the frontal depth
+    map.
 
     Args:
         generator: the untuned generator.
-        ws: its samples at truncation NOSE_PSI, [N, L, W].
-        kind: one of NOSE_FLOORS, see `floor_loss`.
+        ws: [M, L, W], ws of its samples at the truncation NOSE_PSI.
+        kind: pixels over which the penalty is averaged, one of NOSE_FLOORS; see `floor_loss`.
     """
 
     floor: torch.Tensor
@@ -212,16 +248,17 @@ class NoseFloor(torch.nn.Module):
         super().__init__()
         self.kind = kind
         self._camera = window_camera(generator)
+        # 16 samples at a time, to bound the memory.
+        smallest_depths = [self._depth(generator.field(ws_part)).amin() for ws_part in ws.split(16)]
         # A buffer, so that a resumed run keeps the limit of the untuned generator.
-        self.register_buffer(
-            "floor", torch.stack([self._depth(generator.field(part)).amin() for part in ws.split(16)]).amin()
-        )
+        self.register_buffer("floor", torch.stack(smallest_depths).amin())
 
     def _depth(self, field: Field) -> torch.Tensor:
-        """Render the window's depth [N, h, w]."""
-        # Fixed random numbers: neither the penalty nor the run's own random sequence may depend on the other.
+        """Render the depth of the window, [N, h, w] in world units."""
+        # The renderer samples random depths along rays. With fixed random numbers the penalty does not depend
+        # on the state of the run's random generator, and does not change it.
         with fixed_draws():
-            return field.render(self._camera, RenderOptions(resolution=SIDE)).depth[:, 0]
+            return field.render(self._camera, RenderOptions(resolution=WINDOW_SIDE)).depth[:, 0]
 
     def forward(self, field: Field) -> torch.Tensor:
         """Return the penalty [N] of samples."""
@@ -229,22 +266,29 @@ class NoseFloor(torch.nn.Module):
 
 
 def window_camera(generator: Generator) -> torch.Tensor:
-    """Return the label [1, 25] of a frontal camera that shows rows and columns 53 to 72 of 128."""
-    # The pose sampler uses random numbers even though its standard deviations are 0.
+    """Return the label [1, 25] of a camera that renders only the window of the frontal depth map.
+
+    The window is rows and columns 53 to 72 of 128.
+    """
+    # The pose sampler uses random numbers although its standard deviations are 0 here.
     with fixed_draws():
         label = generator.cameras.label()
-        scale = PIXELS / SIDE  # the window is a crop of SIDE of PIXELS pixels
-    # Cropping an image rescales its intrinsics, since these are in units of the image.
-    intrinsics = label[0, 16:25].view(3, 3)  # a view: the label itself is changed
+        scale = DEPTH_MAP_SIDE / WINDOW_SIDE
+    # Intrinsics are in units of the image's edge, so a crop of the image changes them.
+    intrinsics = label[0, 16:25].view(3, 3)  # a view of `label`, which the next lines therefore change
     intrinsics[:2, :2] *= scale  # focal lengths and skew
-    intrinsics[:2, 2] = (intrinsics[:2, 2] - FIRST / PIXELS) * scale
+    intrinsics[:2, 2] = (intrinsics[:2, 2] - WINDOW_START / DEPTH_MAP_SIDE) * scale  # principal point
     return label
 
 
 class RewardPhaseState(torch.nn.Module):
-    """Part of the reward phase that checkpoints store.
+    """State of the reward phase, which checkpoints store.
 
-    It consists of the frozen reference, the constants of the shaping, the clip bounds and the nose limit.
+    Args:
+        G_ref: frozen reference generator.
+        shaping: shaping of the reward, with the constants that it computed from the untuned generator.
+        bounds: lower and upper bound of the trust region.
+        nose_floor: nose limit; None without that penalty.
     """
 
     bounds: torch.Tensor
@@ -261,29 +305,29 @@ class RewardPhaseState(torch.nn.Module):
         self.shaping = shaping
         self.nose_floor = nose_floor
         self.register_buffer("bounds", torch.tensor(bounds))
-        # Part of the phase in checkpoints only; none of it is trained.
+        # Nothing of this module is trained.
         self.eval().requires_grad_(False)
 
 
 class RewardTerms:
-    """Loss terms of the reward phase, Grlhf.
+    """Loss terms of the reward phase, see the module's docstring.
 
     Args:
-        G: the generator that is tuned.
-        G_ema: the pretrained moving average, which is copied and frozen as the reference.
-        reward: frozen reward, already checked against the generator.
+        G: generator that is tuned.
+        G_ema: moving average of the untuned generator, of which a frozen copy becomes the reference.
+        reward: reward that fits the generator; it is frozen.
         config: settings of the reward phase.
     """
 
     def __init__(self, G: torch.nn.Module, G_ema: torch.nn.Module, reward: Reward, config: RewardConfig):
-        # The same interface for all families of generators.
+        # `of` gives generators of all families the same interface.
         self.generator = of(G)
         self.config = config
         self.reward = reward.eval().requires_grad_(False).arranged()
-        # A copy: G_ema itself follows G during tuning.
+        # A copy, because G_ema itself changes during tuning.
         G_ref = copy.deepcopy(G_ema).eval().requires_grad_(False)
         self.reference = of(G_ref)
-        # Grid of the density-consistency term, over the whole cube.
+        # Grid on which the density-consistency term compares densities; it covers the scene's entire cube.
         self.cube = SlabSpec.of(self.generator.bounds, config.consistency_resolution)
         with torch.no_grad():
             shaping, bounds = self._calibrate()
@@ -294,55 +338,69 @@ class RewardTerms:
         self.state = RewardPhaseState(G_ref, shaping, bounds, nose_limit)
 
     def _calibrate(self) -> tuple[Shaping, tuple[float, float]]:
-        """Fit the shaping and the clip bounds to samples of the untuned generator."""
+        """Compute the constants of the shaping and the clip bounds from samples of the untuned generator.
+
+        Warns if most rewards lie outside the bounds, or if --consistency-gate applies to all shapes.
+
+        Returns: the shaping, and the lower and the upper bound.
+        """
         reference = self.reference
         network = self.reward.network
-        observations = []
+        observations = []  # inputs of the reward, 16 samples [16, ...] in each entry
         device = device_of(reference)
-        # Standardising has its own seeds. All of these seeds are held out from the rewards' training.
+        # Two sets of latents that no reward was trained on. The shaping "standardised" has a set of its own.
         seeds = STANDARDISATION.all if self.config.reward_shaping == "standardised" else CALIBRATION.all
         # 16 samples at a time, to bound the memory.
-        for part in latents(seeds, reference.z_dim).to(device).split(16):
-            ws = reference.mapping(part, camera(reference, n=len(part)), truncation_cutoff=CUTOFF)
+        for z in latents(seeds, reference.z_dim).to(device).split(16):
+            ws = reference.mapping(z, camera(reference, n=len(z)), truncation_cutoff=CUTOFF)
             observations.append(self.reward.observation.observe(reference.field(ws)))
-        embeddings = torch.cat([network.embed(part) for part in observations])
-        self.initial_scores = torch.cat([network.score(part) for part in observations])
+        embeddings = torch.cat([network.embed(observed) for observed in observations])
+        self.initial_scores = torch.cat([network.score(observed) for observed in observations])
         temperature = self.reward.provenance.get("temperature")  # None for published rewards
-        shaping = SHAPINGS[self.config.reward_shaping](self.initial_scores, embeddings, temperature).to(
-            device
-        )
-        shaped_parts = [
-            shaping(network, part, torch.arange(len(part), device=device))[0] for part in observations
-        ]
+        make_shaping = SHAPINGS[self.config.reward_shaping]
+        shaping = make_shaping(self.initial_scores, embeddings, temperature).to(device)
+        shaped_parts = []
+        for observed in observations:
+            # The numbers start at 0 in each part, so the shaping "reference" compares all parts with the same
+            # reference samples.
+            sample_numbers = torch.arange(len(observed), device=device)
+            shaped_parts.append(shaping(network, observed, sample_numbers)[0])
         shaped = torch.cat(shaped_parts)
         low, high = clip_bounds(self.config.reward_clip, shaped)
-        outside = ((shaped < low) | (shaped > high)).float().mean().item()
-        # Neither case is an error: the run works, but hardly changes anything, or changes everything.
-        if outside > MOSTLY:
-            problem = f"{outside:.0%} of untuned scores lie outside {low:g}..{high:g} and give no gradient"
+        outside_share = ((shaped < low) | (shaped > high)).float().mean().item()
+        # Warnings and not errors: the run works, but the reward or the consistency term has little effect.
+        if outside_share > MOSTLY:
             warnings.warn(
-                f"--reward-clip: {problem}. Use --reward-shaping=standardised, or other bounds.", stacklevel=2
+                f"--reward-clip: {outside_share:.0%} of the untuned samples have rewards outside"
+                f" {low:g}..{high:g}, which give no gradient. Use --reward-shaping=standardised, or wider"
+                " bounds.",
+                stacklevel=2,
             )
         if self.config.consistency_gate < 1 and not (shaped > high).any():
-            problem = f"no untuned score lies above {high:g}, so no shape has the full consistency weight"
-            warnings.warn(f"--consistency-gate: {problem}. Use e.g. --reward-clip=-10,q0.55.", stacklevel=2)
+            warnings.warn(
+                f"--consistency-gate: no untuned sample has a reward above the bound {high:g} of"
+                " --reward-clip, so no shape gets the full weight of the density-consistency term. Lower that"
+                " bound, e.g. with --reward-clip=-10,q0.55.",
+                stacklevel=2,
+            )
         return shaping, (low, high)
 
     def losses(self, batch: Batch) -> Iterator[Loss]:
-        """Yield the reward term on the batch's latents, then the density terms on new latents.
+        """Yield the reward term for the latents of the batch, and then the density terms for new latents.
 
-        Each of the two runs backward on its own, so only one graph is in memory.
+        The loop runs backward on the first term before it asks for the second, so only one graph is in
+        memory.
         """
         config = self.config
         ws = self.generator.mapping(
             batch.gen_z, batch.gen_c, truncation_psi=config.truncation_psi, truncation_cutoff=CUTOFF
         )
-        # One synthesis: the reward and the nose limit read the same planes.
+        # The reward and the nose limit both read this field, so the planes are computed once.
         field = self.generator.field(ws)
         observed = self.reward.observation.observe(field)
         shaped, score = self.state.shaping(self.reward.network, observed, batch.places)
         low, high = self.state.bounds.tolist()
-        # clamp() has gradient 0 outside its bounds: the trust region.
+        # clamp() has the gradient 0 outside its bounds, which is the trust region.
         loss = -config.lambda_r * shaped.clamp(low, high)
         stats = {
             "RLHF/reward": score,
@@ -354,86 +412,100 @@ class RewardTerms:
             stats["RLHF/nose"] = self.state.nose_floor(field)
             loss = loss + config.lambda_nose * stats["RLHF/nose"]
         yield Loss(loss, {**stats, "Loss/Grlhf/reward": loss})
-        # New latents: the consistency term has its own samples, with their own truncation.
+        # New latents, because these samples have a truncation of their own, `consistency_psi`.
         if any(getattr(config, weight) > 0 for weight in CONSISTENCY_TERMS):
             yield self._consistency_loss(torch.randn_like(batch.gen_z), batch.gen_c, batch.places)
 
-    def _consistency_loss(self, z: torch.Tensor, c: torch.Tensor, places: torch.Tensor) -> Loss:
-        """Return the loss [N] of the terms that compare densities with the reference's, for z [N, Z]."""
+    def _consistency_loss(self, z: torch.Tensor, c: torch.Tensor, sample_numbers: torch.Tensor) -> Loss:
+        """Return the weighted sum [N] of the terms that compare densities with those of the reference.
+
+        Args:
+            z: [N, Z], latents.
+            c: [N, 25], cameras for the mapping networks.
+            sample_numbers: [N] integers, consecutive numbers of the samples in the run.
+        """
         config = self.config
 
-        # The same latents go through both generators, each with its own mapping network.
-        def field(generator: Generator) -> Field:
+        def make_field(generator: Generator) -> Field:
+            """Return the field of the latents, mapped by the generator's own mapping network."""
             return generator.field(
                 generator.mapping(z, c, truncation_psi=config.consistency_psi, truncation_cutoff=CUTOFF)
             )
 
-        sigma = field(self.generator).density_grid(self.cube)  # [N, D, H, W]
+        sigma = make_field(self.generator).density_grid(self.cube)  # [N, D, H, W]
         with torch.no_grad():
-            untuned = field(self.reference)  # no graph: the reference is a constant
-            sigma_ref = untuned.density_grid(self.cube)
+            reference_field = make_field(self.reference)
+            sigma_ref = reference_field.density_grid(self.cube)
         stats: dict[str, torch.Tensor] = {}
-        parts = []
-        for name, (statistic, term) in CONSISTENCY_TERMS.items():
-            weight = getattr(config, name)
-            # The distance of lambda_sigma is logged at any weight, also at 0.
-            if weight == 0 and name != "lambda_sigma":
+        weighted_terms = []
+        for weight_name, (statistic, term) in CONSISTENCY_TERMS.items():
+            weight = getattr(config, weight_name)
+            # density_l1, the term of lambda_sigma, is computed with the weight 0 as well, because it is
+            # logged.
+            if weight == 0 and weight_name != "lambda_sigma":
                 continue
             stats[statistic] = term(sigma, sigma_ref, self.generator.level)
-            part = weight * stats[statistic]
-            if name == "lambda_sigma" and config.consistency_gate < 1:
-                stats["RLHF/consistency_weight"] = self._gate(untuned, places)
-                part = part * stats["RLHF/consistency_weight"]
-            parts.append(part)
-        loss = functools.reduce(torch.add, parts)
+            weighted_term = weight * stats[statistic]
+            if weight_name == "lambda_sigma" and config.consistency_gate < 1:
+                stats["RLHF/consistency_weight"] = self._gate(reference_field, sample_numbers)
+                weighted_term = weighted_term * stats["RLHF/consistency_weight"]
+            weighted_terms.append(weighted_term)
+        loss = functools.reduce(torch.add, weighted_terms)
         return Loss(loss, {**stats, "Loss/Grlhf/consistency": loss})
 
     @torch.no_grad()
-    def _gate(self, untuned: Field, places: torch.Tensor) -> torch.Tensor:
+    def _gate(self, reference_field: Field, sample_numbers: torch.Tensor) -> torch.Tensor:
         """Return the per-sample weight [N] of the density-consistency term.
 
-        It is 1 for shapes that scored above the clip before tuning. The reward term gives these no gradient
-        either.
+        It is 1 for shapes whose reward was above the upper clip bound before tuning, and --consistency-gate
+        for all other shapes. The reward term gives no gradient to shapes above that bound.
+
+        Args:
+            reference_field: N shapes of the reference generator.
+            sample_numbers: [N] integers, consecutive numbers of the samples in the run.
         """
-        # Scored with the same shaping and bounds as the tuned samples.
-        shaped, _ = self.state.shaping(self.reward.network, self.reward.observation.observe(untuned), places)
+        observed = self.reward.observation.observe(reference_field)
+        shaped, _ = self.state.shaping(self.reward.network, observed, sample_numbers)
         return torch.where(shaped > self.state.bounds[1], 1.0, self.config.consistency_gate)
 
 
 def density_l1(sigma: torch.Tensor, sigma_ref: torch.Tensor, level: float | None = None) -> torch.Tensor:
-    """Compute the mean absolute difference of raw densities (sigma-reward.md, section 4).
+    """Compute the mean absolute difference of raw densities for each sample (sigma-reward.md, section 4).
 
     Args:
-        sigma, sigma_ref: [N, D, H, W].
-        level: not used; part of the interface of `CONSISTENCY_TERMS`.
-    Returns: [N]. Differentiable in sigma.
+        sigma: [N, D, H, W], raw densities of the tuned generator.
+        sigma_ref: [N, D, H, W], raw densities of the reference for the same latents.
+        level: not used. All functions in `CONSISTENCY_TERMS` have this argument.
+    Returns: [N], in units of the raw density. Differentiable in sigma.
     """
     del level
     return (sigma - sigma_ref).abs().mean(dim=[1, 2, 3])
 
 
 def front_growth(sigma: torch.Tensor, sigma_ref: torch.Tensor, level: float = 10.0) -> torch.Tensor:
-    """Compute the mean positive growth of density in front of the reference surface.
+    """Compute the mean of max(sigma - sigma_ref, 0) over the voxels in front of the reference surface.
 
-    A voxel is in front of the surface if neither it nor any voxel between it and the camera side (+z) reaches
-    `level` in the reference.
+    The frontal camera looks along -z. A voxel is in front of the surface if neither this voxel nor any voxel
+    between it and the camera reaches `level` in the reference.
 
     Args:
-        sigma, sigma_ref: [N, D, H, W] raw.
+        sigma: [N, D, H, W], raw densities of the tuned generator.
+        sigma_ref: [N, D, H, W], raw densities of the reference for the same latents.
         level: raw density of the isosurface.
-    Returns: [N]. Differentiable in sigma.
+    Returns: [N], in units of the raw density; 0 if no voxel is in front. Differentiable in sigma.
     """
-    # Running maximum from the camera side, the last index along z, to the back.
-    reached = (sigma_ref >= level).flip(1).cummax(dim=1).values.flip(1)
-    front = ~reached
-    growth = torch.relu(sigma - sigma_ref) * front
-    # clamp_min: a reference that fills the cube's front face leaves no voxel in front.
-    return growth.sum(dim=[1, 2, 3]) / front.sum(dim=[1, 2, 3]).clamp_min(1)
+    # cummax runs towards larger indices, and the camera is at the last index along z. The grid is therefore
+    # flipped, so that the maximum runs from the camera to the back.
+    is_at_or_behind_surface = (sigma_ref >= level).flip(1).cummax(dim=1).values.flip(1)  # [N, D, H, W]
+    is_in_front = ~is_at_or_behind_surface
+    growth = torch.relu(sigma - sigma_ref) * is_in_front
+    # clamp_min: if the reference fills the cube's front face, no voxel is in front, and the result is 0.
+    return growth.sum(dim=[1, 2, 3]) / is_in_front.sum(dim=[1, 2, 3]).clamp_min(1)
 
 
-# Terms that compare densities with those of the untuned generator on the same
-# samples. Name of the weight -> name of the statistic, and function from
-# sigma, sigma_ref [N, D, H, W] and the raw density of the surface to [N].
+# Terms that compare the densities of the tuned generator with those of the reference for the same latents.
+# Name of the term's weight in `RewardConfig` -> (name of the statistic in the log, function). The function
+# takes sigma and sigma_ref [N, D, H, W] and the raw density of the surface, and returns [N].
 CONSISTENCY_TERMS: dict[str, tuple[str, Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]]] = {
     "lambda_sigma": ("RLHF/consistency", density_l1),
     "lambda_front": ("RLHF/front_growth", front_growth),
@@ -441,10 +513,11 @@ CONSISTENCY_TERMS: dict[str, tuple[str, Callable[[torch.Tensor, torch.Tensor, fl
 
 
 def reward_phase(terms: RewardTerms, optimizer: torch.optim.Optimizer) -> Phase:
-    """Return Grlhf as a further phase of the loop, in every iteration, with its own optimiser for G.
+    """Return the reward phase Grlhf for the training loop.
 
-    A separate Adam divides the loss's scale out, so the reward's step does not depend on that of the
-    adversarial loss.
+    The loop runs it in every iteration, with an optimiser for G of its own. Adam normalises the scale of the
+    gradient, so with a separate optimiser the size of the reward's step does not depend on the adversarial
+    loss.
     """
     return Phase(
         name="Grlhf",

@@ -1,4 +1,7 @@
-"""Composition of a GAN run from data, networks, phases, reward, held-out metrics and loop."""
+"""Builds a GAN run from its settings: data, networks, phases, reward, held-out metrics and training loop.
+
+`build` makes a new run, `go_on` resumes one, and `train` trains to the end.
+"""
 
 import copy
 import dataclasses
@@ -28,8 +31,8 @@ from training.loop import TrainingLoop
 from training.phases import derive_seed, lazy_adam
 from training.synthetic_heads import resolve_dataset
 
-# Augmentations of --aug=ada: pixel blitting, geometry and
-# colour, all with probability p ("bgc" of StyleGAN2-ADA).
+# Augmentations of --aug=ada, as arguments of `AugmentPipe`: pixel blitting, geometry and colour, which
+# StyleGAN2-ADA calls "bgc" (Karras et al. 2020). The factor 1 gives each of them the probability p.
 ADA_AUGMENT = dict.fromkeys(
     (
         "xflip",
@@ -50,31 +53,45 @@ ADA_AUGMENT = dict.fromkeys(
 
 
 def open_dataset(s: Settings, ranks: Ranks = SINGLE) -> ImageFolderDataset:
-    """Open the training images. Synthetic ones are rendered first if they are not in the cache."""
-    # One process per machine renders synthetic images; the others wait for its cache.
+    """Open the training images. Synthetic images are rendered first if they are not in the cache.
+
+    Args:
+        s: settings of the run.
+        ranks: processes of the run.
+    Raises: ValueError naming --data if the images cannot be read or are not RGB.
+    """
+    # One process per machine renders synthetic images; the other processes wait, and read its cache.
     with ranks.first_per_machine(), naming("--data"):
         path = resolve_dataset(s.data.data)
     with naming("--data"):
         dataset = ImageFolderDataset(
-            # 25 numbers: EG3D's generators need a camera for every image.
             path,
             use_labels=True,
             xflip=s.data.mirror,
             random_seed=s.loop.seed,
-            c_dim=25,
+            c_dim=25,  # a camera: 16 numbers of cam2world and 9 intrinsics
         )
         if dataset.num_channels != 3:
             raise ValueError(
-                f"{path}: expected RGB images, got {dataset.num_channels} channel. Convert them to RGB."
+                f"{path}: expected RGB images with 3 channels, got images with {dataset.num_channels}."
+                " Convert the images to RGB."
             )
     return dataset
 
 
 def open_networks(s: Settings, resolution: int) -> networks.Networks:
-    """Return new networks, or those that --init names, for images of `resolution` pixels."""
+    """Return the networks from which the run starts.
+
+    They are new networks with --init=scratch, else the networks in the file of --init.
+
+    Args:
+        s: settings of the run.
+        resolution: edge length of the training images in pixels.
+    Raises: ValueError naming --init or --data if the networks cannot be trained on these images.
+    """
     if s.net.init == "scratch":
         G_kwargs, D_kwargs = networks_for(s.net, resolution, s.gan)
-        # The weights depend on the seed alone, not on what was drawn before.
+        # The initial weights depend on the seed only, and not on random numbers that were used before.
         torch.manual_seed(derive_seed(s.loop.seed, "init"))
         nets = networks.build(G_kwargs, D_kwargs, {"name": s.data.data, "resolution": resolution})
         G: Any = nets.G
@@ -84,44 +101,53 @@ def open_networks(s: Settings, resolution: int) -> networks.Networks:
     with naming("--init"):
         path = find_network(None if s.net.init == "bundled" else s.net.init)
         nets = load_networks(path, freeze_layers=s.net.freezed)
-    # With the short moving average of a tuning run, the raw G would soon replace the pretrained average.
-    averaged = s.net.start == "G_ema"  # see --start
-    G = nets.G = copy.deepcopy(nets.G_ema) if averaged else nets.G
+    # The setting `start` chooses which weights of the file G starts from. A tuning run averages G over few
+    # images, so G_ema soon follows G: if G started from its raw weights, the pretrained average would be
+    # lost.
+    starts_from_average = s.net.start == "G_ema"
+    G = nets.G = copy.deepcopy(nets.G_ema) if starts_from_average else nets.G
     if G is None or nets.D is None or nets.D_kwargs is None:
         raise ValueError(
-            f"--init: expected a network file with G, D and G_ema, but {path} has G_ema only. Use a snapshot"
-            " of a training run."
+            f"--init: training needs a file with the networks G, D and G_ema, but {path} lacks G or D. Name a"
+            " snapshot of a training run."
         )
     if G.img_resolution != resolution:
         raise ValueError(
-            f"--data: --init={s.net.init} needs images of {G.img_resolution} pixels, got {resolution}. Resize"
-            " the images."
+            f"--data: the networks of --init={s.net.init} make images of {G.img_resolution} pixels per edge,"
+            f" but the training images have {resolution}. Resize the training images to {G.img_resolution}."
         )
-    networks.set_mbstd_group(nets, s.net.mbstd_group)  # the group size is a setting of this run
+    # The group size of the minibatch statistics is not taken from the file; it is a setting of this run.
+    networks.set_mbstd_group(nets, s.net.mbstd_group)
     return nets
 
 
 def check_kind(s: Settings) -> None:
-    """Check that --reward can tune, and that a reward file is given if this kind needs one.
+    """Check that the kind of --reward can tune a generator, and has its reward file if it needs one.
 
-    Raises: ValueError naming the flag.
+    Raises: ValueError naming --reward or --reward-ckpt.
     """
     kind = s.reward.reward
-    flag = "--reward-ckpt"
     if not OBSERVATIONS[kind].differentiable:
         raise ValueError(
-            f"--reward={kind}: this reward has no gradient and can only select samples. Use a differentiable"
-            " one, e.g. --reward=solid."
+            f"--reward={kind}: this reward has no gradient, so it can select samples but not tune a"
+            " generator. Use a differentiable reward, e.g. --reward=solid."
         )
+    # A kind with presets has a network, whose weights are in a reward file.
     if s.reward.reward_ckpt is None and presets_of(kind):
         raise ValueError(
-            f"{flag}: --cfg={s.net.cfg} --reward={kind} needs a reward file. The bundled reward covers only"
-            " the bundled generator of heads. Train one with tools/train_reward.py and name it."
+            f"--reward-ckpt: --cfg={s.net.cfg} with --reward={kind} needs a reward file, because the bundled"
+            " reward fits the bundled generator of heads only. Train a reward with tools/train_reward.py, and"
+            " pass its file as --reward-ckpt."
         )
 
 
 def open_reward(s: Settings, generator: Generator, device: torch.device | str) -> Reward:
-    """Return the reward of --reward-ckpt, or one of a kind that has nothing to learn."""
+    """Return the reward that tunes the generator.
+
+    It is the reward of --reward-ckpt, or, without that flag, a reward in closed form of the kind --reward.
+
+    Raises: ValueError naming --reward-ckpt if the file cannot be read.
+    """
     if s.reward.reward_ckpt is None:
         return untaught(s.reward.reward, generator).to(device)
     with naming("--reward-ckpt"):
@@ -129,39 +155,46 @@ def open_reward(s: Settings, generator: Generator, device: torch.device | str) -
 
 
 def input_files(s: Settings) -> dict[str, Path]:
-    """Return the files that a run starts from, by role. Runs store and compare their hashes."""
-    files = (
-        {}
-        if s.net.init == "scratch"
-        else {"init": find_network(None if s.net.init == "bundled" else s.net.init)}
-    )
+    """Return the paths of the input files of a run: role -> path. Runs store and compare the hashes of the
+    files.
+
+    The roles are init, reward, heldout and reference. A role is missing if the run has no such file.
+    """
+    files = {}
+    if s.net.init != "scratch":
+        files["init"] = find_network(None if s.net.init == "bundled" else s.net.init)
     if s.reward.reward != "none":
-        named = {
+        reward_files = {
             "reward": s.reward.reward_ckpt,
             "heldout": s.reward.heldout_reward,
             "reference": s.reward.reference,
         }
-        files |= {name: Path(path) for name, path in named.items() if path is not None}
+        files |= {role: Path(path) for role, path in reward_files.items() if path is not None}
     return files
 
 
 @dataclasses.dataclass
 class Objects:
-    """Everything that a run consists of."""
+    """Objects of a run: the loop, its networks, and the objects that only runs with a reward have."""
 
     loop: TrainingLoop
     nets: networks.Networks  # networks that the loop trains
-    before: torch.nn.Module | None = None  # with a reward, on rank 0: the untuned generator
-    reward: Reward | None = None
-    monitor: Monitor | None = None  # held-out metrics, on rank 0
-    early_stop: EarlyStop | None = None  # choice of the snapshot that is kept
+    before: torch.nn.Module | None = None  # untuned generator; None without a reward, and on ranks above 0
+    reward: Reward | None = None  # reward that tunes the generator; None for GAN training only
+    monitor: Monitor | None = None  # held-out metrics; None without a reward, and on ranks above 0
+    early_stop: EarlyStop | None = None  # choice of the snapshot that is kept; None without --early-stop
 
 
 def build(s: Settings, files: Run) -> Objects:
-    """Build data, networks, phases, reward and loop from the settings.
+    """Build the data, networks, phases, reward and training loop of a new run.
 
-    Rank 0 alone measures the untuned generator. Weights and states reach the other ranks when the loop
-    starts.
+    Only rank 0 measures the untuned generator. The other ranks receive weights and states from rank 0 when
+    the loop starts.
+
+    Args:
+        s: settings of the run.
+        files: the run, with its folder and its ranks.
+    Raises: ValueError naming the flag whose value does not fit the others.
     """
     ranks = files.ranks
     if s.reward.reward != "none":
@@ -176,87 +209,98 @@ def build(s: Settings, files: Run) -> Objects:
     augment: Any = None
     if s.gan.aug != "noaug":
         augment = AugmentPipe(**ADA_AUGMENT).train().requires_grad_(False).to(device)
-        # Adaptive augmentation starts at 0.
+        # The probability p of adaptive augmentation starts at 0 and is changed during training.
         augment.p.copy_(torch.as_tensor(s.gan.p if s.gan.aug == "fixed" else 0.0))
     phases = GanPhases(G, D, s.gan, augment).phases()  # Gmain, Greg, Dmain, Dreg
     reward = None
     before = None
     monitor = None
-    early = None
+    early_stop = None
     if s.reward.reward != "none":
         reward = open_reward(s, of(nets.G_ema), device)
         with naming("--heldout-reward"):
-            second = None if s.reward.heldout_reward is None else load_reward(s.reward.heldout_reward, device)
-            # A member of the tuning ensemble would rise with it and detect nothing.
-            if second is not None and second.is_member_of(reward):
+            heldout_path = s.reward.heldout_reward
+            heldout_reward = None if heldout_path is None else load_reward(heldout_path, device)
+            # Tuning by the ensemble raises the score of each of its members, so a member detects nothing.
+            if heldout_reward is not None and heldout_reward.is_member_of(reward):
                 raise ValueError(
-                    "this reward is a member of --reward-ckpt, so it cannot detect over-optimisation. Train"
-                    " one on other labels."
+                    f"{heldout_path} is a member of the ensemble of --reward-ckpt, so it cannot detect"
+                    " over-optimisation. Name a reward that was trained on other labels."
                 )
         if reward.observation.kind != s.reward.reward:
             kind = reward.observation.kind
             raise ValueError(
-                f"--reward={s.reward.reward}: --reward-ckpt is a reward of the kind {kind}. Pass"
-                f" --reward={kind}."
+                f"--reward={s.reward.reward}: the file of --reward-ckpt contains a reward of the kind {kind}."
+                f" Pass --reward={kind}."
             )
-        # On rank 0 only, which prints warnings.
-        for flag, scorer in (("--reward-ckpt", reward), ("--heldout-reward", second)):
-            if scorer is not None and ranks.main:
-                check_reward(scorer, of(nets.G_ema), flag)
+        # Only rank 0 checks, so that a warning is printed once.
+        for flag, checked_reward in (("--reward-ckpt", reward), ("--heldout-reward", heldout_reward)):
+            if checked_reward is not None and ranks.main:
+                check_reward(checked_reward, of(nets.G_ema), flag)
         reference = (
             nets.G_ema if s.reward.reference is None else load_networks(s.reward.reference, device).G_ema
         )
         if ranks.main:
             print("Measuring the untuned generator on held-out latents (a few seconds).", flush=True)
-            # A copy, since G_ema changes during tuning.
+            # A copy, because the reference may be G_ema, which changes during tuning.
             before = copy.deepcopy(reference).eval().requires_grad_(False)
-            monitor = make_monitor(s.to_dict(), reward, before, second)
-        # With lambda_r = 0 there is no reward phase at all: the run is bitwise identical to GAN training.
+            monitor = make_monitor(s.to_dict(), reward, before, heldout_reward)
+        # With lambda_r = 0 the phase is left out, so that the run is bitwise identical to GAN training.
         if s.reward.terms.lambda_r > 0:
-            # Appended: the reward phase runs after the adversarial ones in every iteration.
+            # Appended last: in every iteration the reward phase runs after the adversarial phases.
             terms = RewardTerms(G, reference, reward, s.reward.terms)
             phases.append(reward_phase(terms, lazy_adam(G, s.reward.rlr)))
             if s.reward.keeping.early_stop is not None:
-                early = EarlyStop(
+                early_stop = EarlyStop(
                     nets, terms.state.G_ref, s.reward.keeping, s.reward.terms.consistency_resolution
                 ).to(device)
     workers = default_workers(dataset, ranks) if s.run.workers is None else s.run.workers
     gan = Gan(nets, dataset, s.gan, s.loop, augment_pipe=augment, ranks=ranks, workers=workers)
-    # Checkpoints store the kept snapshot, so that a resumed run can still choose it.
-    carries = {} if early is None else {"early_stop": early}
+    # Checkpoints store this module with the kept snapshot, so that a resumed run can still choose it.
+    carries = {} if early_stop is None else {"early_stop": early_stop}
     loop = TrainingLoop(
         gan,
         phases,
         s.loop,
         files,
         options=s.to_dict(),
-        on_tick=observers(monitor, early),
+        on_tick=make_tick_callback(monitor, early_stop),
         ranks=ranks,
         carries=carries,
     )
-    return Objects(loop, nets, before, reward, monitor, early)
+    return Objects(loop, nets, before, reward, monitor, early_stop)
 
 
-def observers(monitor: Monitor | None, early: EarlyStop | None):
-    """Return the loop's tick callback: the held-out metrics, then the early stop, which needs them."""
-    if monitor is None or early is None:
+def make_tick_callback(monitor: Monitor | None, early_stop: EarlyStop | None):
+    """Return the function that the training loop calls at every tick, or None if there is nothing to measure.
+
+    It measures the held-out metrics and then calls the early stop, which needs them.
+    """
+    if monitor is None or early_stop is None:
         return monitor
-    # The order matters: `monitor(...)` fills `monitor.latest` before the second entry reads it.
-    return lambda loop, stats: {**monitor(loop, stats), **early.tick(loop, stats, monitor.latest[HELDOUT])}
+
+    def on_tick(loop, stats: dict) -> dict[str, str]:
+        monitor_fields = monitor(loop, stats)  # fills `monitor.latest`, which the next line reads
+        return {**monitor_fields, **early_stop.tick(loop, stats, monitor.latest[HELDOUT])}
+
+    return on_tick
 
 
 def go_on(s: Settings, run: Run, source: Path, previous: bool) -> Objects:
-    """Build a run like `build`, and restore a state of it.
+    """Build a run and restore its state from a checkpoint.
 
     Args:
+        s: settings of the run.
+        run: the run, with its folder and its ranks.
         source: the run's folder or one of its checkpoints.
-        previous: see training.checkpoint.read.
+        previous: True to read the previous checkpoint if the newest one is damaged, see
+            training.checkpoint.read.
     """
-    objects = build(s, run)  # its weights are overwritten by the checkpoint
+    objects = build(s, run)  # the checkpoint overwrites the weights that are built here
     objects.loop.resume(source, previous)
     if objects.monitor is not None:
-        # Alarms and choices of earlier ticks are in the statistics
-        # file, which the resume has cut to its tick.
+        # The alarms and the choices of earlier ticks are in the file of statistics. `loop.resume` has removed
+        # from it the ticks after the checkpoint.
         objects.monitor.restore(run.folder / STATS)
         if objects.early_stop is not None:
             objects.early_stop.restore(run.folder / STATS)
@@ -264,16 +308,17 @@ def go_on(s: Settings, run: Run, source: Path, previous: bool) -> Objects:
 
 
 def train(objects: Objects, run: Run) -> bool:
-    """Train to the end, and save the snapshot that the early stop chose.
+    """Train to the end, and save the snapshot that the early stop has chosen.
 
-    Returns False if a signal ended the run before.
+    Returns: True if the training is complete; False if a signal ended it earlier.
     """
     objects.loop.run()
     if objects.loop.stopped is not None:
         return False
-    # Saved again, so that the file matches the state after a resume, too.
+    # `EarlyStop.tick` saves the snapshot as well. It is saved again because a run that was resumed from an
+    # older checkpoint may have a file that a later tick of the interrupted run wrote.
     if objects.early_stop is not None and run.ranks.main:
         networks.save(run.folder / KEPT, objects.early_stop.networks(objects.nets))
     run.ranks.barrier()
-    leave()  # rank 0 evaluates next, and the others need not wait for it
+    leave()  # ends the process group: rank 0 evaluates next, and the other ranks do not wait for it
     return True

@@ -1,7 +1,8 @@
-"""Settings of a GAN run with or without a reward: a dataclass for each part, in one tree.
+"""Settings of a GAN run, with or without a reward.
 
-`control_differs` decides whether a run can be the control of another. This module does not import torch. The
-defaults of each preset of networks and each task are in eg3d_rlhf/modes/gan.py.
+`Settings` holds one dataclass for each part of a run. `control_differs` compares two runs and lists why one
+of them cannot be the control of the other. The defaults of each preset of networks and of each task are in
+eg3d_rlhf/modes/gan.py. This module does not import torch, so that `train.py --help` starts quickly.
 """
 
 import dataclasses
@@ -28,21 +29,21 @@ from training.config import (
 # Titles under which --help lists flags.
 REWARD = "Reward fine-tuning"
 ROUNDS = "Preference rounds"
-# Tasks: training from random weights, or from a network without a reward, or with one.
+# Tasks of the GAN mode.
 SCRATCH = "scratch"  # random initial weights
 TUNING = "tuning"  # from a network, adversarial training only
 REWARDED = "reward"  # from a network, with a reward
 # Values of --round-labels.
-SYNTHETIC = "synthetic"  # simulated annotator
-PEOPLE = "people"
+SYNTHETIC = "synthetic"  # a simulated annotator labels
+PEOPLE = "people"  # people label, in the labelling application
 # Values of --round-start: the network from which a round's tuning starts.
 PRETRAINED = "pretrained"  # the network of --init, in every round
 LAST = "last"  # the tuned network of the round before
-SHAPINGS = ("none", "standardised", "softplus", "reference")  # see eg3d_rlhf.tuning.gan.phase
-NOSE_FLOORS = ("window", "violators")  # see eg3d_rlhf.tuning.gan.phase
+SHAPINGS = ("none", "standardised", "softplus", "reference")  # values of --reward-shaping, see gan/phase.py
+NOSE_FLOORS = ("window", "violators")  # values of the setting nose_floor, see floor_loss in gan/phase.py
 DEMO_KIMG = 0.6  # length of the bundled tuning run, in thousands of images
-# `control=False`: a run and its control may differ in these, since the control has no reward. `rare`: no flag
-# of their own.
+# `control=False`: a run and its control may have different values of the setting, since the control has no
+# reward. `rare=True`: the setting has no flag of its own; it is set by --set and listed by --help-all.
 _rare_rounds_knob = functools.partial(knob, group=ROUNDS, rare=True)
 _reward_knob = functools.partial(knob, group=REWARD, control=False)
 _rare_reward_knob = functools.partial(_reward_knob, rare=True)
@@ -55,7 +56,7 @@ class RunConfig:
     desc: str | None = knob(None, "Text to add to the run folder's name.", RUN, flag=False, control=False)
     device: str = knob(
         "auto",
-        "Device to run on; auto: a GPU if there is one.",
+        "Device that the run uses. auto: the GPU if there is one, else the CPU.",
         RUN,
         choices=("auto", "cpu", "cuda"),
         flag=False,
@@ -68,12 +69,13 @@ class RunConfig:
         DATA,
         low=0,
         high=64,
-        shown="one per further core, at most 3; 0 for sets under 512 MB, which are kept in memory",
+        shown="one for each core but the first, at most 3; 0 for data sets below 512 MB",
         control=False,
     )
     no_summary: bool = knob(
         False,
-        "Skip the evaluation before and after tuning that ends a reward run.",
+        "Skip the evaluation at the end of a reward run, which compares the generator before and after"
+        " tuning.",
         RUN,
         flag=False,
         control=False,
@@ -85,16 +87,20 @@ class DataConfig:
     """Settings of the real images."""
 
     data: str = knob(
-        bundled.DATA, "Training images, in EG3D's format.", DATA, metavar="ZIP|DIR|synthetic:people64"
+        bundled.DATA,
+        "Training images with camera labels, in EG3D's format; or synthetic:people64, the synthetic heads"
+        " that this package renders.",
+        DATA,
+        metavar="ZIP|DIR|synthetic:people64",
     )
     cond: bool = knob(True, "Use the camera labels. This generator requires them.", DATA)
-    mirror: bool = knob(False, "Add mirrored images, with mirrored poses.", DATA)
+    mirror: bool = knob(False, "Add a mirrored copy of every image, with the mirrored camera.", DATA)
 
     def __post_init__(self):
         if not self.cond:
             raise ValueError(
-                "--cond: expected True, because this generator takes its cameras from the labels, got False."
-                " Leave --cond out."
+                "--cond=False is not possible, because this generator takes its cameras from the labels."
+                " Leave --cond out, or write --cond=True."
             )
 
 
@@ -103,47 +109,65 @@ class RewardConfig:
     """Settings of the reward phase."""
 
     lambda_r: float = _reward_knob(
-        10.0, "Weight of the reward. With 0, the run is bitwise identical to GAN training.", low=0
+        10.0,
+        "Weight of the reward in the loss. With 0, the run is bitwise identical to GAN training.",
+        low=0,
     )
-    lambda_sigma: float = _reward_knob(0.01, "Weight of the density-consistency term.", low=0)
+    lambda_sigma: float = _reward_knob(
+        0.01,
+        "Weight of the density-consistency term, which penalises changes of the density by tuning.",
+        low=0,
+    )
     lambda_front: float = _rare_reward_knob(
-        0.0, "Weight of the penalty on density that grows in front of the reference surface.", low=0
+        0.0,
+        "Weight of the penalty on density that grows between the frontal camera and the surface of the"
+        " untuned shape.",
+        low=0,
     )
     lambda_nose: float = _rare_reward_knob(
-        0.0, "Weight of the penalty on faces nearer to the frontal camera than any untuned face.", low=0
+        0.0,
+        "Weight of the penalty on faces that come nearer to the frontal camera than any face before tuning.",
+        low=0,
     )
     nose_floor: str = _rare_reward_knob(
         "window",
-        "Pixels over which the penalty of --lambda-nose is averaged: all of its window, or only those that"
-        " are too"
-        " near (violators, as published).",
+        "Pixels over which the penalty of lambda_nose is averaged: all pixels of the depth window (window),"
+        " or only the pixels that are too near (violators, as in the published method).",
         choices=NOSE_FLOORS,
     )
     consistency_gate: float = _reward_knob(
         1.0,
-        "Weight of the density-consistency term for shapes that scored below HIGH of --reward-clip before"
-        " tuning,"
-        " as a share of its weight for the others. 1: the same for all.",
+        "Factor of the density-consistency term for shapes that scored below the upper bound of --reward-clip"
+        " before tuning. All other shapes have the factor 1.",
         metavar="SHARE",
         low=0,
         high=1,
     )
     reward_clip: str = _reward_knob(
         "-10,10",
-        "Bounds of the shaped reward (trust region). qSHARE is a quantile of the untuned scores, as in"
-        " -10,q0.55.",
+        "Bounds of the shaped reward (trust region); beyond them it has no gradient. A bound is a number, or"
+        " qSHARE for a quantile of the rewards before tuning, as in -10,q0.55. iqr: the quartiles, moved"
+        " outwards by 1.5 interquartile ranges. none: no bounds.",
         metavar="LOW,HIGH|iqr|none",
     )
     reward_shaping: str = _reward_knob(
-        "none", "Function of the score that the reward phase maximises.", choices=SHAPINGS
+        "none",
+        "Function of the score that the reward phase maximises: the score itself (none), the standardised"
+        " score, -softplus(-2 score), or the probability of winning against samples of the untuned generator"
+        " (reference).",
+        choices=SHAPINGS,
     )
     consistency_resolution: int = _reward_knob(
         64, "Grid points per edge of the cube on which the densities are compared.", low=2, flag=False
     )
     consistency_psi: float = _rare_reward_knob(
-        0.7, "Truncation of the samples of the density-consistency term.", metavar="PSI", low=0
+        0.7,
+        "Truncation psi of the samples on which the density-consistency term compares densities.",
+        metavar="PSI",
+        low=0,
     )
-    truncation_psi: float = 1.0  # truncation of the samples that the reward scores
+    # Truncation of the samples that the reward phase scores. Not a flag; 1 is no truncation, as in training.
+    truncation_psi: float = 1.0
 
     def __post_init__(self):
         check_knobs(self)
@@ -152,14 +176,16 @@ class RewardConfig:
             return  # all samples have the same weight; nothing to check
         if self.lambda_sigma == 0:
             raise ValueError(
-                f"--consistency-gate={self.consistency_gate:g} scales the term of --lambda-sigma, which is 0."
-                " Set --lambda-sigma above 0, or leave --consistency-gate out."
+                f"--consistency-gate={self.consistency_gate:g} has no effect, because it scales the"
+                " density-consistency term and --lambda-sigma is 0. Set --lambda-sigma above 0, or leave"
+                " --consistency-gate out."
             )
-        # The upper bound separates the two groups of shapes. That of iqr is finite, but not known here.
+        # The upper bound separates the two groups of shapes. `clip_range` returns infinity for iqr as well:
+        # its finite bound is computed later, from the scores of the untuned generator.
         if high == float("inf") and self.reward_clip != "iqr":
             raise ValueError(
-                f"--consistency-gate={self.consistency_gate:g} needs a --reward-clip with an upper bound"
-                f" HIGH, got {self.reward_clip}. Write e.g. --reward-clip=-10,q0.55."
+                f"--consistency-gate={self.consistency_gate:g} needs a finite upper bound in --reward-clip,"
+                f" which is {self.reward_clip}. Write e.g. --reward-clip=-10,q0.55."
             )
 
 
@@ -167,56 +193,61 @@ def clip_range(spec: str, quantile: Callable[[float], float] | None = None) -> t
     """Return the bounds of the trust region for a value of --reward-clip.
 
     Args:
-        spec: LOW,HIGH, each a number or qSHARE for a quantile of the untuned scores; iqr; none.
-        quantile: function from a share in 0..1 to the quantile of the untuned shaped rewards. None: they are
-            not known yet, and shares stand for their quantiles.
-    Returns: low, high. They are infinite for none, and for iqr, whose bounds the reward phase computes.
+        spec: value of --reward-clip: "LOW,HIGH", "iqr" or "none". LOW and HIGH are each a number, or qSHARE
+            for a quantile of the shaped rewards of the untuned generator.
+        quantile: function from a share in 0..1 to that quantile. With None, before the rewards are computed,
+            this function only checks `spec`, and returns the share in place of the quantile.
+    Returns: lower and upper bound. Both are infinite for "none", and also for "iqr", whose bounds
+        `phase.clip_bounds` computes.
     Raises: ValueError for any other value, and for bounds that are not LOW < HIGH.
     """
     # iqr has bounds as well, but they follow from scores that only the reward phase has.
     if spec in ("none", "iqr"):
         return -float("inf"), float("inf")
     try:
-        low, high = (_bound(part, quantile or float) for part in spec.split(","))
+        # Unpacking fails with ValueError, too, if there are not exactly two bounds.
+        low, high = (_parse_bound(bound_text, quantile or float) for bound_text in spec.split(","))
     except ValueError:
-        low = high = math.nan  # malformed; reported below
-    # Before the scores are known, a number cannot be compared with a quantile; two quantiles can.
+        low = high = math.nan  # marks a malformed value, for the error below
+    # Without the rewards, a number cannot be compared with a quantile (one "q"); two quantiles can.
     comparable = quantile is not None or spec.count("q") != 1
     if math.isnan(low) or comparable and not low < high:
-        got = f"{spec!r}" if quantile is None else f"{spec!r}, with these scores {low:g},{high:g}"
+        given_value = f"{spec!r}"
+        if quantile is not None:
+            given_value += f", which is {low:g},{high:g} with the rewards of the untuned generator"
         raise ValueError(
-            f"--reward-clip: expected LOW,HIGH with LOW < HIGH, iqr or none, got {got}. Write e.g."
+            f"--reward-clip: expected LOW,HIGH with LOW < HIGH, iqr or none, got {given_value}. Write e.g."
             " --reward-clip=-10,10."
         )
     return low, high
 
 
-def _bound(part: str, quantile: Callable[[float], float]) -> float:
-    """Return one bound. Raises: ValueError for text that is neither a number nor qSHARE."""
-    number = float(part.removeprefix("q"))
-    # float() also accepts "nan", which would pass no comparison.
-    if math.isnan(number) or part.startswith("q") and not 0 <= number <= 1:
-        raise ValueError(part)
-    return quantile(number) if part.startswith("q") else number
+def _parse_bound(bound_text: str, quantile: Callable[[float], float]) -> float:
+    """Return the bound for its text, a number or qSHARE. Raises: ValueError for any other text."""
+    number = float(bound_text.removeprefix("q"))
+    # float() accepts "nan" as well, for which every comparison is False.
+    if math.isnan(number) or bound_text.startswith("q") and not 0 <= number <= 1:
+        raise ValueError(bound_text)
+    return quantile(number) if bound_text.startswith("q") else number
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EarlyStopConfig:
-    """Settings of the choice of the snapshot that a run keeps."""
+    """Settings of the early stop, which chooses the snapshot that a run keeps."""
 
     early_stop: float | None = _reward_knob(
         None,
-        "Keep the snapshot that the held-out reward and the distance from the reference choose, not the last"
-        " one. A"
-        " snapshot that is further away must gain more than this, in standard errors.",
+        "Keep the snapshot with the best held-out reward instead of the last snapshot. A snapshot whose"
+        " densities are further from the untuned generator replaces a nearer one only if its held-out reward"
+        " is higher by more than this number of standard errors.",
         metavar="STANDARD-ERRORS",
         low=0,
-        shown="off: keep the last one",
+        shown="off: keep the last snapshot",
     )
     early_stop_distance: float | None = _rare_reward_knob(
         None,
-        "With --early-stop: largest distance of the snapshot that is kept, mean |σ - σ_ref| of raw"
-        " densities.",
+        "Largest distance from the untuned generator that the snapshot chosen by --early-stop may have,"
+        " measured as the mean |σ - σ_ref| of raw densities.",
         metavar="DISTANCE",
         above=0,
         shown="no limit",
@@ -224,11 +255,11 @@ class EarlyStopConfig:
 
     def __post_init__(self):
         check_knobs(self)
-        # The limit is part of the rule, and would silently have no effect.
+        # Without --early-stop no snapshot is chosen, so the limit would silently have no effect.
         if self.early_stop is None and self.early_stop_distance is not None:
             raise ValueError(
-                f"--early-stop-distance={self.early_stop_distance:g} works with --early-stop only. Add"
-                " --early-stop, or remove it."
+                f"--early-stop-distance={self.early_stop_distance:g} has no effect without --early-stop. Add"
+                " --early-stop=STANDARD-ERRORS, or remove --early-stop-distance."
             )
 
 
@@ -238,92 +269,103 @@ class RoundConfig(Knobs):
 
     rounds: int = knob(
         0,
-        "Number of preference rounds: labels, rewards, and tuning by --kimg each. 0: tune once, with"
-        " --reward-ckpt.",
+        "Number of preference rounds. Each round labels pairs of samples, trains rewards on all labels and"
+        " tunes the generator for the length of --kimg. 0: tune once, with the reward of --reward-ckpt.",
         ROUNDS,
         low=0,
     )
     round_pairs: int = knob(
-        400, "Number of pairs to label in each round.", ROUNDS, metavar="PAIRS", low=1, high=10**5
+        400, "Number of pairs of samples to label in each round.", ROUNDS, metavar="PAIRS", low=1, high=10**5
     )
     round_labels: str = knob(
         SYNTHETIC,
-        "Source of labels: the simulated annotator, or people, for whom the run waits.",
+        "Source of the labels: the simulated annotator (synthetic), or people. With people the run stops in"
+        " each round until their labels are there, and is then resumed.",
         ROUNDS,
         choices=(SYNTHETIC, PEOPLE),
     )
     round_doubtful: float = _rare_rounds_knob(
         0.5,
-        "Share of pairs that are chosen by the disagreement of the last round's rewards. The others, and all"
-        " pairs of the first round, are random.",
+        "Share of the pairs of a round that are those on which the rewards of the round before disagree most."
+        " All other pairs, and all pairs of the first round, are random.",
         metavar="0..1",
         low=0,
         high=1,
     )
     round_members: int = _rare_rounds_knob(
-        5, "Number of rewards in the ensemble of a round.", low=1, high=100
+        5, "Number of rewards in the ensemble that each round trains.", low=1, high=100
     )
     round_preset: str | None = _rare_rounds_knob(
         None,
-        "Architecture of the rewards, see tools/train_reward.py.",
+        "Architecture of the rewards, one of the values of --preset of tools/train_reward.py.",
         metavar="NAME",
         shown="the default of --reward",
     )
     round_aggregate: str | None = _rare_rounds_knob(
         None,
-        "Function that combines the scores of the ensemble, see tools/train_reward.py.",
+        "Function that combines the scores of the ensemble, one of the values of --aggregate of"
+        " tools/train_reward.py.",
         metavar="NAME",
         shown="the mean of raw scores",
     )
     round_start: str = _rare_rounds_knob(
         PRETRAINED,
-        "Network that the tuning of a round starts from: the pretrained one, or that of the last round.",
+        "Network from which the tuning of a round starts: the network of --init (pretrained), or the tuned"
+        " network of the round before (last).",
         choices=(PRETRAINED, LAST),
     )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RewardSettings(Knobs):
-    """Settings of the reward that tunes, of the held-out reward, and of the terms of the loss."""
+    """Settings of the reward that tunes the generator, of the held-out reward, and of the loss terms."""
 
     reward: str = knob(
         "none",
-        "Kind of the reward that tunes the generator, such as sigma; none: GAN training only.",
+        "Kind of the reward that tunes the generator, such as sigma (density) or solid. none: GAN training"
+        " without a reward.",
         REWARD,
         metavar="none|KIND",
     )
     reward_ckpt: str | None = _reward_knob(
-        None, "File of the trained reward.", metavar="FILE", shown="bundled"
+        None,
+        "File of the trained reward that tunes the generator.",
+        metavar="FILE",
+        shown="the bundled reward",
     )
     heldout_reward: str | None = _reward_knob(
         None,
-        "File of a held-out reward, which is measured but not trained on. It should not fall while the first"
-        " rises.",
+        "File of a held-out reward. The run measures it at every tick, and does not tune by it. If it falls"
+        " while the reward of --reward-ckpt rises, the run warns of over-optimisation.",
         metavar="FILE",
-        shown="bundled",
+        shown="the bundled held-out reward",
     )
     reference: str | None = _reward_knob(
         None,
-        "Network that the tuned one is compared with, in the density-consistency term and in reports.",
+        "Network with which the tuned network is compared, in the density-consistency term and in reports.",
         flag=False,
-        shown="the initial one",
+        shown="the initial network",
     )
     terms: RewardConfig = RewardConfig()  # loss terms
-    keeping: EarlyStopConfig = EarlyStopConfig()  # which snapshot is kept
-    rlr: float = _rare_reward_knob(0.0025, "Learning rate of the reward phase.", above=0)
+    keeping: EarlyStopConfig = EarlyStopConfig()  # early stop: choice of the snapshot that the run keeps
+    rlr: float = _rare_reward_knob(0.0025, "Learning rate of the reward phase (Adam).", above=0)
     control: str | None = _reward_knob(
         None,
-        "Summary of the control run, the one with lambda_r = 0, to quote.",
+        "Folder or summary file of a control run, that is, the same run with --lambda-r=0. Its results are"
+        " quoted in the summary of this run.",
         metavar="RUN|FILE",
-        shown="the one in assets that fits, if there is one",
+        shown="the summary in assets whose settings match this run, if there is one",
     )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """All settings of a run of the GAN mode. JSON and flags are flat, since no name occurs twice."""
+    """All settings of a run of the GAN mode.
 
-    task: str  # SCRATCH, TUNING or REWARDED; it determined the defaults
+    In JSON and as flags they are a flat list of names, which is possible because no name occurs in two parts.
+    """
+
+    task: str  # SCRATCH, TUNING or REWARDED; the defaults of other settings depend on it
     run: RunConfig = RunConfig()  # device, workers, name
     data: DataConfig = DataConfig()  # training images
     net: NetworkConfig = NetworkConfig()  # architecture or initial networks
@@ -333,31 +375,39 @@ class Settings:
     rounds: RoundConfig = RoundConfig()  # preference rounds
 
     def to_dict(self) -> dict:
-        """Return all settings by name, as JSON."""
+        """Return all settings as a flat dictionary from name to JSON value."""
         return {"task": self.task, **values_of(self)}
 
     @classmethod
     def of(cls, values: Mapping) -> "Settings":
-        """Return settings from values by name, such as those that a run stored.
+        """Build the settings from a flat dictionary, such as the one that a run stored.
 
-        A missing value has its default. Names that are no setting are ignored.
+        Args:
+            values: setting's name -> value. "task" is required. A missing setting gets its default. Names
+                that are not settings are ignored.
         """
         # Two settings depend on the task and are not flags. As in EG3D, a run that starts from a network has
         # no EMA ramp-up, and its ADA reacts faster.
-        fresh = values["task"] == SCRATCH
-        return built(
-            cls, {"ema_rampup": 0.05 if fresh else None, "ada_kimg": 500.0 if fresh else 100.0, **values}
-        )
+        from_scratch = values["task"] == SCRATCH
+        task_defaults = {
+            "ema_rampup": 0.05 if from_scratch else None,
+            "ada_kimg": 500.0 if from_scratch else 100.0,
+        }
+        return built(cls, {**task_defaults, **values})  # values that the run stored take precedence
 
     def changed(self, **values) -> "Settings":
-        """Return a copy with some settings changed, by name."""
+        """Return a copy of the settings in which the named settings have the given values."""
         return Settings.of({**self.to_dict(), **values})
 
     @property
     def title(self) -> str:
-        """Name of a run as in EG3D, cfg-dataset-batchB-gammaX, with the reward's weight."""
-        # "synthetic:people64@n=500" -> "synthetic-people64": a
-        # folder name must not contain a colon on every system.
+        """Title of the run for its folder's name.
+
+        It is cfg-dataset-batchB-gammaX as in EG3D, followed by the reward with its weight and the number of
+        rounds if the run has them.
+        """
+        # "synthetic:people64@n=500" -> "synthetic-people64", because some systems allow no colon in the name
+        # of a folder.
         dataset = Path(self.data.data.replace(":", "-").split("@")[0]).stem
         name = f"{self.net.cfg}-{dataset}-batch{self.loop.batch}-gamma{self.gan.gamma:g}"
         if self.reward.reward != "none":
@@ -367,41 +417,48 @@ class Settings:
         return name
 
 
-# Entries that a run folder stores beside the settings. Their hashes are compared separately.
+# Entries of a run's record that are not settings. `control_differs` compares the hashes on its own.
 _RECORDED = frozenset({"task", "hashes", "launch", "processes", "versions"})
 
 
 @functools.cache
 def not_the_controls() -> frozenset[str]:
-    """Return the names in a run's record whose values a control, the run with lambda_r = 0, need not share.
+    """Return the names of the values in a run's record that may differ between a run and its control.
 
-    They are the knobs with control=False: the settings of the reward itself, names of files (whose hashes
-    count), and how a run is displayed.
+    The control is the run with lambda_r = 0. These names are the settings with control=False, that is, the
+    settings of the reward, the settings that only affect the display, and the paths of files, since files are
+    compared by their hashes; and the entries of the record that are not settings.
     """
     return _RECORDED | {field.name for field, _, knob in knobs_of(Settings) if not knob.control}
 
 
 def control_differs(settings: dict, record: dict) -> list[str]:
-    """Return what prevents a run with lambda_r = 0 from being the control of another.
+    """List the differences for which a run cannot be the control of a tuned run.
 
     Args:
-        settings: settings of the tuned run, as its folder stores them, with the `hashes` of its inputs.
-        record: the same of the control. Settings that only one of the two has are not compared.
-    Returns: texts 'name value instead of expected'; [] if nothing differs.
+        settings: record of the tuned run: its settings by name, and the hashes of its input files ("hashes").
+        record: record of the possible control, in the same form. Settings that only one of the two records
+            has are not compared.
+    Returns: one text for each difference, "NAME VALUE instead of EXPECTED-VALUE". The list is empty if the
+    run
+        can be the control.
     """
-    # Only names that both records have: an older version may lack newer settings.
+    # Only names that both records have: the record of an older version may lack newer settings.
     names = sorted((settings.keys() & record.keys()) - not_the_controls())
-    pairs = {name: (record[name], settings[name]) for name in names}
-    # Set separately: the weights must differ, and the control's must be 0.
-    pairs["lambda_r"] = record.get("lambda_r", 0), 0
-    theirs = record.get("hashes", {})
-    ours = settings.get("hashes", {})
-    # Files are compared by content. Eight digits of a hash are enough to show the difference.
-    pairs |= {
-        f"{name} (bytes)": (theirs[name][:8], ours[name][:8])
-        for name in ("init", "reward")
-        if name in ours and name in theirs
+    # name -> (value of the control, expected value)
+    compared_values = {name: (record[name], settings[name]) for name in names}
+    # A special case: the control's lambda_r must not equal that of the tuned run, but 0.
+    compared_values["lambda_r"] = record.get("lambda_r", 0), 0
+    control_hashes = record.get("hashes", {})
+    tuned_hashes = settings.get("hashes", {})
+    # Files are compared by content. Eight digits of a hash are enough to show that files differ.
+    compared_values |= {
+        f"{role} (bytes)": (control_hashes[role][:8], tuned_hashes[role][:8])
+        for role in ("init", "reward")
+        if role in tuned_hashes and role in control_hashes
     }
     return [
-        f"{name} {got} instead of {expected}" for name, (got, expected) in pairs.items() if got != expected
+        f"{name} {control_value} instead of {expected_value}"
+        for name, (control_value, expected_value) in compared_values.items()
+        if control_value != expected_value
     ]

@@ -130,7 +130,7 @@ def test_times():
         range(20, 41)
     )
     assert len(draw_times(window, 0, 2, 100, draws, shared=False).unique()) > 50
-    with raising("TimeWindow", "low", "high", "500", "20", "10"):
+    with raising("TimeWindow", "t_min", "t_max", "500", "20", "10"):
         TimeWindow(low=Ramp(0.5), high=Ramp((0, 0.98, 0.02, 10))).at(10)
 
 
@@ -160,5 +160,5 @@ def test_hostile_priors_and_settings():
         sds(made, view_prompts=True)(x, t, prompts, None, 0)
     with raising("Ramp", "(0, 1.0, 2.0, 3, 4.0)"):
         Ramp((0, 1.0, 2.0, 3, 4.0))
-    with raising("TimeWindow", "[0.02, 1.0]"):
+    with raising("TimeWindow", "high", "[1.0]"):
         TimeWindow(high=Ramp(1.0))

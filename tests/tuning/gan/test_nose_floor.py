@@ -44,8 +44,8 @@ def test_the_window_is_a_part_of_the_published_map(parts):
         )
         return origins[0, 0], directions[0].unflatten(0, (resolution, resolution))
 
-    origin, window = rays(phase.window_camera(generator), phase.SIDE)
-    full_origin, full_directions = rays(generator.cameras.label(), phase.PIXELS)
+    origin, window = rays(phase.window_camera(generator), phase.WINDOW_SIDE)
+    full_origin, full_directions = rays(generator.cameras.label(), phase.DEPTH_MAP_SIDE)
     torch.testing.assert_close(origin, full_origin)
     torch.testing.assert_close(window, full_directions[53:73, 53:73], rtol=0, atol=1e-6)
 

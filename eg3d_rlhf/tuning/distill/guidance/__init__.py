@@ -1,3 +1,3 @@
-"""Methods of score distillation. Each computes the gradient of one step on the latents of the rendered
+"""Distillation methods. Each computes the gradient of one step with respect to the latents of the rendered
 views.
 """

@@ -1,8 +1,11 @@
-"""Implements what all methods share: noising the views, predicting the noise with and without the prompt, and
-scoring and ranking the estimated images.
+"""Implements the steps that all distillation methods share.
 
-Letters: K noises, A assets, V views of an asset, B = A V images, Q = 2 negative prompts of Perp-Neg, T tokens
-and D entries of a conditioning.
+These are adding noise to the latents of the views, predicting the noise with and without the prompt,
+computing the gradient of score distillation, and scoring and ranking the images that the prior estimates.
+
+Shapes: K noises; A assets; V views of an asset; B = A V images, with the views of an asset adjacent; Q = 2
+negative prompts of Perp-Neg; T tokens of a conditioning with D entries each; C, H, W channels, rows and
+columns of latents; h, w rows and columns of images.
 """
 
 import math
@@ -16,84 +19,109 @@ from eg3d_rlhf.tuning.distill.gradients import History, Window, norm_per_asset
 from eg3d_rlhf.tuning.distill.guidance.settings import DenoiserSettings, RankingSettings
 from eg3d_rlhf.tuning.distill.schedule import NoiseSchedule, Streams
 
-# --- viewing directions in words, for prompts, and Perp-Neg's mixture of prompts (Armandpour et al. 2023).
-# Angles are in degrees; azimuth 0 is the front, and elevation is positive upwards.
+# --- viewing directions in words, for prompts, and the mixture of prompts of Perp-Neg (Armandpour et al.
+# 2023). Angles are in degrees; azimuth 0 is the front, and elevation is positive upwards.
 
 DIRECTIONS = ("side", "front", "back", "overhead")
-OVERHEAD = 60  # elevation above which a view is called overhead
-# A negative prompt has the weight -(a exp(-b r) + c), where r is the share of the nearer view: (a, b, c).
+OVERHEAD = 60  # elevation in degrees above which a view is called overhead
+# The weight of a negative prompt is -(a exp(-b r) + c), where r is the share of the nearer view. These are
+# the constants (a, b, c) of the published code. X_OF_Y_Z is for the negative prompt "X view", if the camera
+# is between the directions Y and Z.
 FRONT_OF_FRONT_SIDE = SIDE_OF_FRONT_SIDE = (4.0, 0.5, -2.426)
 SIDE_OF_SIDE_BACK = (1.0, 0.5, -0.606)
 FRONT_OF_SIDE_BACK = (1.0, 0.5, 0.967)
 
 
 def camera_angles(cameras: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return elevation and azimuth [B] in degrees of cameras [B, 16], which are cam2world matrices with y up
-    that look at the origin. Azimuth 0 is +z, 90 is +x.
+    """Return the elevation [B] and the azimuth [B] of cameras, in degrees.
+
+    Args:
+        cameras: [B, 16], cam2world matrices of cameras that look at the origin. y points upwards; a camera on
+            the z axis has the azimuth 0, a camera on the x axis 90.
     """
-    # The last column of cam2world is the camera's position, which gives the angles because it looks at the
-    # origin.
+    # The last column of cam2world is the camera's position. It determines the angles, since the camera looks
+    # at the origin.
     x, y, z = cameras.view(-1, 4, 4)[:, :3, 3].unbind(1)
     return torch.rad2deg(torch.atan2(y, torch.hypot(x, z))), torch.rad2deg(torch.atan2(x, z))
 
 
 def _wrap_degrees(azimuth: float) -> float:
-    """Return the same angle in -180..180."""
-    # Python's % gives a result of the sign of 360, so negative angles work, too.
+    """Return the equivalent angle in -180..180 degrees."""
+    # Python's % has the sign of the divisor 360, so this is correct for negative angles, too.
     return (azimuth + 180) % 360 - 180
 
 
 def direction_of(elevation: float, azimuth: float, within: float = 45) -> str:
-    """Return the direction of a view: front or back if it is less than `within` degrees away from it,
-    overhead if the elevation exceeds OVERHEAD, else side. MVDream uses within 30.
+    """Return the name of the direction from which a camera sees the asset, one of `DIRECTIONS`.
+
+    Args:
+        elevation: elevation of the camera in degrees. Above OVERHEAD, the direction is "overhead".
+        azimuth: azimuth of the camera in degrees.
+        within: largest angle in degrees between the camera and the exact front or back at which the direction
+            is "front" or "back". At larger angles it is "side". MVDream uses 30.
     """
-    angle = abs(_wrap_degrees(azimuth))
+    angle_to_front = abs(_wrap_degrees(azimuth))
     if elevation > OVERHEAD:
         return "overhead"
-    if angle > 180 - within:
+    if angle_to_front > 180 - within:
         return "back"
-    return "front" if angle < within else "side"
+    return "front" if angle_to_front < within else "side"
 
 
 def reward_prompts(reward: RewardModel, prompts: list[str], cameras: torch.Tensor | None) -> list[str]:
-    """Return the prompts that a reward gets for images [B]. They contain the viewing direction if the reward
-    was trained in this way, as Reward3D was (with MVDream's thresholds).
+    """Return the prompts with which a reward scores images.
 
-    Raises: ValueError if the direction is needed and no cameras [B, 16] are given.
+    If the reward was trained on prompts that name the viewing direction, as Reward3D was, the direction is
+    appended to each prompt.
+
+    Args:
+        reward: reward of images.
+        prompts: B prompts, one for each image.
+        cameras: [B, 16], cam2world matrices, or None.
+    Raises: ValueError if the reward needs the direction and `cameras` is None.
     """
     if not getattr(reward, "view_prompts", False):
         return prompts
     if cameras is None:
         raise ValueError(
-            "--reward: the prompts of this reward contain the viewing direction, but there are no cameras."
-            " Use a renderer that gives cameras."
+            "--reward: this reward needs prompts with the viewing direction, but the cameras of the images"
+            " are missing. Pass cameras [B, 16], or use another reward."
         )
-    # (prompt, elevation, azimuth) of each image
-    views = zip(prompts, *(angle.tolist() for angle in camera_angles(cameras)), strict=True)
-    return [f"{prompt}, {direction_of(elevation, azimuth, 30)} view" for prompt, elevation, azimuth in views]
+    elevations, azimuths = (angle.tolist() for angle in camera_angles(cameras))
+    # 30 degrees is the threshold of MVDream, with which Reward3D was trained.
+    return [
+        f"{prompt}, {direction_of(elevation, azimuth, 30)} view"
+        for prompt, elevation, azimuth in zip(prompts, elevations, azimuths, strict=True)
+    ]
 
 
 def mixture(elevation: float, azimuth: float) -> tuple[dict[str, float], list[str | None], list[float]]:
-    """Mix the prompts of one view for Perp-Neg.
+    """Return the mixture of prompts of one view for Perp-Neg.
 
-    Returns: shares of directions in the prompt, directions of two negative prompts (None: the null prompt),
-    and their weights <= 0.
+    Args:
+        elevation: elevation of the camera in degrees.
+        azimuth: azimuth of the camera in degrees.
+    Returns: shares of the viewing directions in the positive prompt, direction -> share; the viewing
+    directions of two
+        negative prompts, where None stands for the null prompt; and the weights <= 0 of the negative prompts.
     """
     if elevation > OVERHEAD:
-        # From above there is no neighbouring direction to guide away from: weights of 0 switch Perp-Neg off.
+        # A view from above has no neighbouring direction. The weights 0 switch Perp-Neg off.
         return {"overhead": 1.0}, [None, None], [0.0, 0.0]
-    angle = abs(_wrap_degrees(azimuth))
-    # r is the share of the nearer view: of the front below 90 degrees, of the side above.
-    r = 1 - angle / 90 if angle < 90 else 2 - angle / 90
-    if angle < 90:
+    angle_to_front = abs(_wrap_degrees(azimuth))
+    # Below 90 degrees the camera is between front and side, and r is the share of the front.
+    if angle_to_front < 90:
+        r = 1 - angle_to_front / 90
         decays = _decay(FRONT_OF_FRONT_SIDE, r), _decay(SIDE_OF_FRONT_SIDE, 1 - r)
-        return {"front": r, "side": 1 - r}, ["front", "side"], [-d for d in decays]
+        return {"front": r, "side": 1 - r}, ["front", "side"], [-decay for decay in decays]
+    # Above 90 degrees it is between side and back, and r is the share of the side.
+    r = 2 - angle_to_front / 90
     decays = _decay(SIDE_OF_SIDE_BACK, r), _decay(FRONT_OF_SIDE_BACK, r)
-    return {"side": r, "back": 1 - r}, ["side", "front"], [-d for d in decays]
+    return {"side": r, "back": 1 - r}, ["side", "front"], [-decay for decay in decays]
 
 
 def _decay(constants: tuple[float, float, float], r: float) -> float:
-    """Compute a exp(-b r) + c."""
+    """Compute a exp(-b r) + c for the constants (a, b, c)."""
     a, b, c = constants
     return a * math.exp(-b * r) + c
 
@@ -101,39 +129,54 @@ def _decay(constants: tuple[float, float, float], r: float) -> float:
 class Conditioning(NamedTuple):
     """Conditioning tokens of the prior for each image."""
 
-    text: torch.Tensor  # [B, T, D], of the prompts
-    null: torch.Tensor  # [B, T, D], of the null prompt
-    negatives: torch.Tensor | None = None  # [Q, B, T, D], of Perp-Neg's negative prompts
+    text: torch.Tensor  # [B, T, D], tokens of the prompts
+    null: torch.Tensor  # [B, T, D], tokens of the null prompt
+    negatives: torch.Tensor | None = None  # [Q, B, T, D], tokens of Perp-Neg's negative prompts
     weights: torch.Tensor | None = None  # [B, Q], weights of the negative prompts
 
 
 class Prediction(Conditioning):
-    """Predicted noises for each conditioning: [K, B, C, H, W], and [Q, K, B, C, H, W] for negative
-    prompts.
+    """Noises that the prior predicts, for each conditioning.
+
+    `text` and `null` are [K, B, C, H, W], `negatives` is [Q, K, B, C, H, W], and `weights` is [B, Q].
     """
 
     def guided(self, scale: float) -> torch.Tensor:
-        """Apply guidance with a scale, with Perp-Neg if there are negative prompts, [K, B, C, H, W]."""
-        # Without Perp-Neg this is classifier-free guidance.
+        """Return the predicted noises with guidance, [K, B, C, H, W].
+
+        It is Perp-Neg if there are negative prompts, else classifier-free guidance.
+
+        Args:
+            scale: guidance scale. Scale 1 of classifier-free guidance gives the prediction for the prompt.
+        """
         if self.negatives is None or self.weights is None:
             return gradients.guided(self.text, self.null, scale)
+        # Each noise on its own. unbind(1) splits along the noises, because the negatives are [Q, K, ...].
+        negatives_by_noise = self.negatives.unbind(1)
         return torch.stack(
             [
-                gradients.perp_neg(text, null, others, self.weights, scale)
-                # One noise after the other; unbind(1), because negatives are [Q, K, ...].
-                for text, null, others in zip(self.text, self.null, self.negatives.unbind(1), strict=True)
+                gradients.perp_neg(text, null, negatives, self.weights, scale)
+                for text, null, negatives in zip(self.text, self.null, negatives_by_noise, strict=True)
             ]
         )
 
 
 class Denoiser:
-    """A prior with its schedule and random streams, for assets of V views each."""
+    """A prior with its noise schedule and random streams, which noises latents and predicts the noise.
+
+    Args:
+        prior: diffusion model.
+        settings: settings of the predictions.
+        views: number V of views of each asset.
+        streams: random streams of the run.
+    Raises: ValueError if the prior cannot process V views.
+    """
 
     def __init__(self, prior: DiffusionPrior, settings: DenoiserSettings, *, views: int, streams: Streams):
         if views < 1 or views % prior.views:
             raise ValueError(
-                f"--set views={views}: expected a multiple of {prior.views}, because this prior needs"
-                f" {prior.views} views of an asset. Change it."
+                f"--set views={views} does not fit this prior, which processes {prior.views} views of an"
+                f" asset together. Use a multiple of {prior.views}."
             )
         self.prior = prior
         self.settings = settings
@@ -142,8 +185,8 @@ class Denoiser:
         self.schedule = NoiseSchedule(prior.alphas_cumprod)
 
     def check(self, x: torch.Tensor, t: torch.Tensor, prompts: list[str]) -> None:
-        """Check the shapes of a step's latents, times and prompts."""
-        # Errors of our own code, so assertions are enough.
+        """Assert that the latents, times and prompts of a step have matching shapes."""
+        # Assertions and not errors for users, because only our own code can violate this.
         assert x.shape[1:] == tuple(self.prior.latent_shape) and len(x) % self.views == 0, (
             x.shape,
             self.prior.latent_shape,
@@ -152,62 +195,64 @@ class Denoiser:
         assert len(prompts) == len(t) == len(x), (len(prompts), t.shape, x.shape)
 
     def check_reward(self, reward: RewardModel) -> None:
-        """Raise ValueError if a reward needs another number of views."""
+        """Raise ValueError if a reward cannot score V views of an asset."""
         if self.views % reward.views:
-            together = (
-                f"a multiple of {reward.views}, because the reward scores {reward.views} views together"
+            raise ValueError(
+                f"--set views={self.views} does not fit the reward, which scores {reward.views} views of an"
+                f" asset together. Use a multiple of {reward.views}."
             )
-            raise ValueError(f"--set views={self.views}: expected {together}. Change it.")
 
     def conditioning(self, prompts: list[str], cameras: torch.Tensor | None) -> Conditioning:
-        """Embed the prompts of each image, the null prompt, and negative prompts if Perp-Neg is used.
+        """Embed the prompts of the images, the null prompt, and the negative prompts if Perp-Neg is used.
 
-        Raises: ValueError if prompts contain the viewing direction and no cameras [B, 16] are given.
+        Args:
+            prompts: B prompts, one for each image.
+            cameras: [B, 16], cam2world matrices, or None.
+        Raises: ValueError if the setting view_prompts is True and `cameras` is None.
         """
         s = self.settings
         prior = self.prior
-        # An empty negative prompt gives the null prompt.
-        negative = [s.negative_prompt] * len(prompts)
+        # Classifier-free guidance uses the negative prompt in place of the null prompt. It is empty by
+        # default, which is the null prompt.
+        negative_prompts = [s.negative_prompt] * len(prompts)
         if not s.view_prompts:
-            return Conditioning(prior.embed(prompts), prior.embed(negative))
+            return Conditioning(prior.embed(prompts), prior.embed(negative_prompts))
         if cameras is None:
             raise ValueError(
-                "--set view_prompts=True: the viewing direction needs cameras, but there are none. Use"
-                " --set view_prompts=False."
+                "--set view_prompts=True needs the cameras of the images, which are missing. Use"
+                " --set view_prompts=False, or pass cameras [B, 16]."
             )
-        # (elevation, azimuth) of each image
-        views = list(zip(*(angle.tolist() for angle in camera_angles(cameras)), strict=True))
-        directions = [direction_of(*view) for view in views]
-        # The null prompt contains no direction, because guidance would push images away from it. threestudio
-        # omits it, too.
-        null = prior.embed(negative)
+        elevations, azimuths = (angle.tolist() for angle in camera_angles(cameras))
+        angles = list(zip(elevations, azimuths, strict=True))  # (elevation, azimuth) of each image
+        directions = [direction_of(elevation, azimuth) for elevation, azimuth in angles]
+        # No direction is appended to the null prompt, because guidance would move images away from that
+        # direction. threestudio does the same.
+        null = prior.embed(negative_prompts)
         if not s.perp_neg:
             return Conditioning(prior.embed(prompts, directions), null)
-        mixtures = [mixture(*view) for view in views]
-        # The embedding of a prompt is a mean over directions, weighted by their shares: [B, T, D].
-        text = torch.stack(
-            [
-                torch.stack([share * prior.embed([prompt], [side])[0] for side, share in shares.items()]).sum(
-                    0
-                )
-                for prompt, (shares, _, _) in zip(prompts, mixtures, strict=True)
+        mixtures = [mixture(elevation, azimuth) for elevation, azimuth in angles]
+        texts = []
+        first_negatives = []
+        second_negatives = []
+        for prompt, prompt_null, (shares, negative_directions, _) in zip(
+            prompts, null, mixtures, strict=True
+        ):
+            # The embedding of a prompt is the sum over directions, weighted by their shares, [T, D].
+            weighted_embeddings = [
+                share * prior.embed([prompt], [direction])[0] for direction, share in shares.items()
             ]
-        )
-        # [Q, B, T, D]: for every image the first negative prompt, then for every image the second one.
-        negatives = torch.stack(
-            [
-                torch.stack(
-                    [
-                        null[b] if (side := m[1][i]) is None else prior.embed([prompts[b]], [side])[0]
-                        for b, m in enumerate(mixtures)
-                    ]
-                )
-                for i in range(2)
-            ]
-        )
-        return Conditioning(
-            text, null, negatives, torch.tensor([weights for *_, weights in mixtures]).to(text)
-        )
+            texts.append(torch.stack(weighted_embeddings).sum(0))
+            for negatives, direction in zip(
+                (first_negatives, second_negatives), negative_directions, strict=True
+            ):
+                # None stands for the null prompt.
+                negatives.append(prompt_null if direction is None else prior.embed([prompt], [direction])[0])
+        text = torch.stack(texts)  # [B, T, D]
+        negative_tokens = torch.stack(
+            [torch.stack(first_negatives), torch.stack(second_negatives)]
+        )  # [Q, B, T, D]
+        negative_weights = torch.tensor([weights for _, _, weights in mixtures]).to(text)  # [B, Q]
+        return Conditioning(text, null, negative_tokens, negative_weights)
 
     def noise_and_predict(
         self,
@@ -219,138 +264,182 @@ class Denoiser:
         step: int,
         conditioning: Conditioning | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, Conditioning, Prediction]:
-        """Noise latents with `noises` noises of this step, and predict these.
+        """Add the K noises of a step to latents, and predict the noises from the result.
 
         Args:
-            noises: K.
-            x: latents [B, C, H, W].
-            t: [B].
-            prompts: one per image.
-            cameras: [B, 16] or None.
-            step: of the run.
-            conditioning: in place of that of the prompts.
-
-        Returns: noise and x_t, both [K, B, C, H, W], the conditioning, and the prediction.
+            noises: number K of noises.
+            x: [B, C, H, W], clean latents.
+            t: [B] integers in 0..999, times.
+            prompts: B prompts, one for each image.
+            cameras: [B, 16], cam2world matrices, or None.
+            step: number of the step in the run, which determines the noises.
+            conditioning: conditioning to use; None to embed the prompts.
+        Returns: the noises and the noised latents x_t, both [K, B, C, H, W]; the conditioning; and the
+        prediction.
         """
         self.check(x, t, prompts)
-        # [K, B, C, H, W], the same for all arms of a comparison
+        # [K, B, C, H, W]; all arms of a comparison have the same noises.
         noise = self.streams.noises(noises, x, step)
         x_t = self.noised(x, noise, t)
         conditioning = self.conditioning(prompts, cameras) if conditioning is None else conditioning
         return noise, x_t, conditioning, self.predict(x_t, t, conditioning, cameras)
 
     def noised(self, x: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """Noise latents [B, C, H, W] with each noise, [K, B, C, H, W]."""
+        """Add each of K noises [K, B, C, H, W] to latents x [B, C, H, W] at times t [B].
+
+        Returns: noised latents x_t, [K, B, C, H, W].
+        """
         return torch.stack([self.schedule.mix(x, e, t) for e in noise])
 
     def x0(self, x_t: torch.Tensor, predicted: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """Estimate the latents without noise in one step, [K, B, C, H, W]."""
+        """Estimate the clean latents in one step, [K, B, C, H, W].
+
+        Args:
+            x_t: [K, B, C, H, W], noised latents.
+            predicted: [K, B, C, H, W], predicted noises.
+            t: [B], times.
+        """
+        # The schedule computes one noise at a time.
         return torch.stack([self.schedule.x0(x, p, t) for x, p in zip(x_t, predicted, strict=True)])
 
     def predict(
         self, x_t: torch.Tensor, t: torch.Tensor, conditioning: Conditioning, cameras: torch.Tensor | None
     ) -> Prediction:
-        """Predict the noises of x_t [K, B, C, H, W] for every conditioning, in one call of the prior.
+        """Predict the noises of noised latents for every conditioning.
 
+        Args:
+            x_t: [K, B, C, H, W], noised latents.
+            t: [B], times.
+            conditioning: tokens of the prompts, of the null prompt and of negative prompts.
+            cameras: [B, 16], cam2world matrices, or None.
         Raises: ValueError if the prediction of an image contains no finite number.
         """
-        # All predictions are one batch: a GPU is used better, and the prior sees all views of an asset
-        # together.
-        k, b = x_t.shape[:2]
-        inputs = [
-            conditioning.text,
-            conditioning.null,
-            *([] if conditioning.negatives is None else conditioning.negatives),
-        ]
-        rows = len(inputs) * k
-        # Order of the batch: conditioning, then noise, then image, [len(inputs) K B, ...].
-        out = self.prior.predict_noise(
+        noise_count, image_count = x_t.shape[:2]  # K, B
+        inputs = [conditioning.text, conditioning.null]
+        if conditioning.negatives is not None:
+            inputs += list(conditioning.negatives)
+        repeats = len(inputs) * noise_count
+        # One call with one large batch, which uses a GPU better than many small batches. Its order is:
+        # inputs, then noises, then images, [len(inputs) K B, ...].
+        predicted = self.prior.predict_noise(
             x_t.flatten(0, 1).repeat(len(inputs), 1, 1, 1),
-            t.to(x_t.device).repeat(rows),
-            torch.cat([c.repeat(k, 1, 1) for c in inputs]),
-            None if cameras is None else cameras.repeat(rows, 1),
+            t.to(x_t.device).repeat(repeats),
+            torch.cat([tokens.repeat(noise_count, 1, 1) for tokens in inputs]),
+            None if cameras is None else cameras.repeat(repeats, 1),
         )
-        # Single NaN values are replaced later (gradients.target_loss); an image of NaN only is an error of
-        # the prior.
-        if not torch.isfinite(out).flatten(1).any(1).all():
+        # A few NaN values are replaced later, by gradients.target_loss. If all values of an image are NaN,
+        # the prior has failed.
+        if not torch.isfinite(predicted).flatten(1).any(1).all():
             raise ValueError(
-                "--prior: the prediction of an image is NaN in all pixels. Check the prior's files, or use"
-                " --set amp=off."
+                "--prior: the prediction for an image contains NaN or infinity only. Use --set amp=off for"
+                " float32, or copy the prior's files again if they are damaged."
             )
-        text, null, *negatives = out.unflatten(0, (len(inputs), k, b)).unbind(0)
+        text, null, *negatives = predicted.unflatten(0, (len(inputs), noise_count, image_count)).unbind(0)
         return Prediction(text, null, torch.stack(negatives) if negatives else None, conditioning.weights)
 
     def residuals(
         self, x: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, x_t: torch.Tensor, prediction: Prediction
     ) -> torch.Tensor:
-        """Compute the gradient of each noise in the settings' form, [K, B, C, H, W]."""
+        """Compute the gradient of score distillation for each noise, by the formula of the setting `form`.
+
+        Args:
+            x: [B, C, H, W], clean latents.
+            noise: [K, B, C, H, W], added noises.
+            t: [B], times.
+            x_t: [K, B, C, H, W], noised latents.
+            prediction: predicted noises.
+        Returns: [K, B, C, H, W].
+        """
         s = self.settings
-        sched = self.schedule
         predicted = prediction.guided(s.guidance_scale)
+        # p and e are the predicted and the added noise, as in gradients.py.
         if s.form == "sds":
-            # Only this form is weighted by time.
-            weight = sched.weight(t, s.weighting, x)
+            weight = self.schedule.weight(t, s.weighting, x)
             return torch.stack([gradients.sds(p, e, weight) for p, e in zip(predicted, noise, strict=True)])
         if s.form == "recon":
-            # MVDream rescales the guided estimate to the standard deviation of the estimate without guidance.
-            estimates = zip(self.x0(x_t, predicted, t), self.x0(x_t, prediction.text, t), strict=True)
-            targets = (
-                gradients.reconstruction_target(x0, x0_text, s.rescale, self.views)
-                for x0, x0_text in estimates
-            )
-            return torch.stack([gradients.reconstruction(x, target) for target in targets])
-        # u = s / a, the noise level of score Jacobian chaining.
-        bar = sched.alpha(t, x)
+            # MVDream rescales the estimate with guidance by the standard deviation of the estimate without
+            # it.
+            guided_estimates = self.x0(x_t, predicted, t)
+            text_estimates = self.x0(x_t, prediction.text, t)
+            residuals = []
+            for x0, x0_text in zip(guided_estimates, text_estimates, strict=True):
+                target = gradients.reconstruction_target(x0, x0_text, s.rescale, self.views)
+                residuals.append(gradients.reconstruction(x, target))
+            return torch.stack(residuals)
+        # u = s / a, the noise level of score Jacobian chaining, whose noised latents are x + u e.
+        bar = self.schedule.alpha(t, x)
         u = ((1 - bar) / bar).sqrt()
-        # sjc-plain keeps the noise in the difference.
-        variance_reduced = s.form == "sjc"
-        pairs = zip(noise, predicted, strict=True)
+        variance_reduced = s.form == "sjc"  # False for sjc-plain
         return torch.stack(
-            [gradients.sjc(x, x + u * e, p, u, variance_reduced=variance_reduced) for e, p in pairs]
+            [
+                gradients.sjc(x, x + u * e, p, u, variance_reduced=variance_reduced)
+                for e, p in zip(noise, predicted, strict=True)
+            ]
         )
 
     def score(self, reward: RewardModel, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-        """Score images [K, B, 3, h, w], [K, B].
+        """Score the images of K noises.
 
-        Raises: ValueError for scores that are not finite, or not one per image.
+        Args:
+            reward: reward of images.
+            images: [K, B, 3, h, w] in 0..1.
+            prompts: B prompts, one for each image of a noise.
+        Returns: [K, B].
+        Raises: ValueError if the reward does not return one finite score for each image.
         """
-        # [K B]: the prompts are repeated for every noise.
-        scores = reward.score(images.flatten(0, 1), prompts * len(images))
-        if scores.shape != (images.shape[0] * images.shape[1],) or not torch.isfinite(scores).all():
-            actual = f"{list(scores.shape)}" + ("" if torch.isfinite(scores).all() else " with NaN")
+        count = images.shape[0] * images.shape[1]
+        scores = reward.score(images.flatten(0, 1), prompts * len(images))  # [K B]
+        if scores.shape != (count,):
             raise ValueError(
-                f"--reward: expected finite scores [{images.shape[0] * images.shape[1]}], got {actual}."
-                " Check the reward."
+                f"--reward: the reward returned scores of the shape {list(scores.shape)} for {count} images."
+                f" It must return one score for each image, [{count}]. Use another reward."
+            )
+        if not torch.isfinite(scores).all():
+            raise ValueError(
+                "--reward: the reward returned a score that is NaN or infinite. Use another reward, or --set"
+                " amp=off."
             )
         return scores.unflatten(0, (images.shape[0], -1))
 
-    def per_asset(self, numbers: torch.Tensor) -> torch.Tensor:
-        """Average numbers [K, B] over the views of each asset, [K, A]."""
-        # [K, B] to [K, A, V]
-        return numbers.unflatten(1, (-1, self.views)).mean(2)
+    def per_asset(self, values: torch.Tensor) -> torch.Tensor:
+        """Average values [K, B] over the views of each asset, [K, A]."""
+        return values.unflatten(1, (-1, self.views)).mean(2)  # mean of [K, A, V]
 
     def compare(self, residuals: torch.Tensor, grad: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Compare a gradient with plain distillation over the same noises [K, B, ...].
+        """Compare the gradient of a method with score distillation over the same noises.
 
-        Returns: figures [A]: the norm of distillation, the norm of what the preference adds, and the cosine
-        between both.
+        Args:
+            residuals: [K, B, C, H, W], gradients of score distillation.
+            grad: [B, C, H, W], gradient of the method.
+        Returns: numbers for the log, each [A]: "sds_norm", norm of the mean of `residuals`;
+        "preference_norm", norm of
+            the difference between `grad` and that mean; "cosine", cosine of the angle between the mean and
+            the difference.
         """
-        # Plain distillation averages over its noises.
         base = residuals.mean(0)
         added = grad - base
-        norms = norm_per_asset(base, self.views), norm_per_asset(added, self.views)
-        # Inner product per asset over all its views, [A].
+        base_norm = norm_per_asset(base, self.views)
+        added_norm = norm_per_asset(added, self.views)
+        # Inner product over all views of an asset, [A].
         inner = (base * added).reshape(-1, self.views * base[0].numel()).sum(1)
         return {
-            "sds_norm": norms[0],
-            "preference_norm": norms[1],
-            "cosine": inner / (norms[0] * norms[1]).clamp_min(1e-30),
+            "sds_norm": base_norm,
+            "preference_norm": added_norm,
+            # clamp_min: the cosine is 0 if one of the norms is 0.
+            "cosine": inner / (base_norm * added_norm).clamp_min(1e-30),
         }
 
 
 class Guided:
-    """Base of all methods: a denoiser, and windows of numbers of the last steps, by their names in
-    checkpoints.
+    """Base class of all methods, with a denoiser and the method's state.
+
+    `windows` contains the numbers of the last steps that a method needs, by their keys in checkpoints.
+
+    Args:
+        prior: diffusion model.
+        settings: settings of the method.
+        views: number of views of an asset.
+        streams: random streams of the run.
     """
 
     def __init__(self, prior: DiffusionPrior, settings: Any, *, views: int, streams: Streams):
@@ -359,43 +448,62 @@ class Guided:
         self.windows: dict[str, Window] = {}
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """Return the numbers of all windows."""
+        """Return the numbers of the last steps in all windows, by key."""
         return {name: window.rows for name, window in self.windows.items()}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Restore the numbers of all windows."""
+        """Restore the result of `state_dict`."""
         for name, window in self.windows.items():
             window.rows = state[name].clone()
 
 
 class Rewarded(Guided):
-    """Base of methods with a reward of images. It scores all views of an asset together, or a divisor
-    of them.
+    """Base class of the methods that need a reward of images.
+
+    Args:
+        prior: diffusion model.
+        settings: settings of the method.
+        views: number of views of an asset. It is a multiple of the number that the reward scores together.
+        streams: random streams of the run.
+        reward: reward of images.
+    Raises: ValueError if the reward cannot score this number of views.
     """
 
     def __init__(
         self, prior: DiffusionPrior, settings: Any, *, views: int, streams: Streams, reward: RewardModel
     ):
         super().__init__(prior, settings, views=views, streams=streams)
-        # At the start, not in the first step: loading a prior takes minutes.
-        self.denoiser.check_reward(reward)
+        self.denoiser.check_reward(reward)  # here and not in the first step, so that an error appears early
         self.reward = reward
 
 
-# --- ranking of the images of K = 2 noises by a reward, a judge, or both. N is the number of assets, or of
-# images if views are ranked one by one.
+# --- ranking of the images of K = 2 noises by a reward, a judge, or both. N is the number of ranked units:
+# assets, or images with pair_level=view.
 
 
 class Ranks(NamedTuple):
-    """Result of a ranking."""
+    """Result of a ranking of two noises."""
 
-    scores: torch.Tensor  # [2, N]; without a reward 1 for the judge's choice and 0 for the other
-    winner: torch.Tensor  # [N] 0 or 1; -1: the judge gave no answer
-    gap: torch.Tensor  # [N] winner's score minus the loser's; 0 without an answer
+    scores: (
+        torch.Tensor
+    )  # [2, N]; without a reward, 1 for the noise that the judge prefers and 0 for the other noise
+    winner: torch.Tensor  # [N] index of the preferred noise, 0 or 1; -1 if the judge gave no answer
+    gap: (
+        torch.Tensor
+    )  # [N] score of the winner minus that of the loser. By a judge: 1, or 0 if it gave no answer
 
 
 class Ranking:
-    """Scores and ranks the images of two noises. If only a judge ranks them, the gap is 1."""
+    """Scores and ranks the images of two noises, by a reward, a judge, or both.
+
+    Args:
+        denoiser: denoiser, which knows the number of views.
+        reward: reward of images, or None if a judge replaces it.
+        judge: judge that ranks pairs of images, or None.
+        settings: settings of the ranking.
+    Raises: ValueError if neither a reward nor a judge can rank images, or if the reward does not fit the
+    views.
+    """
 
     def __init__(
         self,
@@ -405,12 +513,14 @@ class Ranking:
         settings: RankingSettings,
     ):
         if reward is None and (judge is None or settings.judge_mode != "replace"):
-            raise ValueError("--reward: this method needs a reward, or a judge that replaces it. Name one.")
-        # A multi-view reward has no score of a single view.
+            raise ValueError(
+                "--reward is missing. Name a reward with --reward, or a judge with --judge and --set"
+                " judge_mode=replace."
+            )
         if settings.pair_level == "view" and reward is not None and reward.views > 1:
             raise ValueError(
-                f"--set pair_level=view: the reward scores {reward.views} views together, so views cannot be"
-                " ranked one by one. Use pair_level=asset."
+                f"--set pair_level=view cannot be combined with this reward, which scores {reward.views}"
+                " views of an asset together. Use --set pair_level=asset."
             )
         if reward is not None:
             denoiser.check_reward(reward)
@@ -424,55 +534,67 @@ class Ranking:
         """Rank the images of two noises.
 
         Args:
-            images: [2, B, 3, h, w] in 0..1.
-            prompts: one per image.
-            cameras: [B, 16] or None.
+            images: [2, B, 3, h, w] in 0..1, images that the prior estimates from the two noises.
+            prompts: B prompts, one for each image of a noise.
+            cameras: [B, 16], cam2world matrices, or None.
         """
         s = self.settings
-        views = self.denoiser.views if self.settings.pair_level == "asset" else 1
-        scores = (
-            None
-            if self.reward is None
-            else self._score(images, reward_prompts(self.reward, prompts, cameras))
-        )
+        views_per_unit = self.denoiser.views if self.settings.pair_level == "asset" else 1
+        scores = None
+        if self.reward is not None:
+            scores = self._score(images, reward_prompts(self.reward, prompts, cameras))
         if self.judge is None:
             assert scores is not None
-            # Of equal scores the first noise wins, as torch.argsort(stable=True) does elsewhere.
-            first = scores[0] >= scores[1]
-            return Ranks(scores, (~first).long(), (scores[0] - scores[1]).abs())
-        answers = torch.tensor(self._answers(images, prompts, views), device=images.device)  # [N]
-        # No answer, -1, gives 0 for both.
-        votes = torch.stack([answers == 0, answers == 1]).to(images.dtype)  # [2, N]
-        # A judge gives no size of the gap, so an answer counts as 1 and no answer as 0.
+            # If the scores are equal, the first noise wins, as in NoiseWeighting.
+            first_wins = scores[0] >= scores[1]
+            return Ranks(scores, (~first_wins).long(), (scores[0] - scores[1]).abs())
+        answers = torch.tensor(self._answers(images, prompts, views_per_unit), device=images.device)  # [N]
+        # [2, N]: 1 for the preferred noise; both are 0 if the judge gave no answer.
+        votes = torch.stack([answers == 0, answers == 1]).to(images.dtype)
+        # A judge does not say how much better an image is, so the gap is 1 for an answer and 0 without one.
         if scores is None or s.judge_mode == "replace":
             return Ranks(votes if scores is None else scores, answers, (answers >= 0).to(images.dtype))
-        # The first noise wins if the reward or the judge prefers it, as in DreamDPO's code.
-        first = (scores[0] >= scores[1]) | (answers == 0)
-        return Ranks(
-            scores, (~first).long(), torch.where(first, scores[0] - scores[1], scores[1] - scores[0])
-        )
+        # judge_mode=or: the first noise wins if the reward or the judge prefers it, as in DreamDPO's code.
+        # The gap is negative if the judge prefers the first noise although its score is lower.
+        first_wins = (scores[0] >= scores[1]) | (answers == 0)
+        gap = torch.where(first_wins, scores[0] - scores[1], scores[1] - scores[0])
+        return Ranks(scores, (~first_wins).long(), gap)
 
     def _score(self, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-        """Score images [2, B, 3, h, w], [2, N]."""
+        """Return the scores [2, N] of images [2, B, 3, h, w], standardised if the settings say so."""
         scores = self.denoiser.score(self.reward, images, prompts)  # type: ignore[arg-type]
         scores = self.denoiser.per_asset(scores) if self.settings.pair_level == "asset" else scores
         return self.history.standardise(scores) if self.settings.standardise else scores
 
-    def _answers(self, images: torch.Tensor, prompts: list[str], views: int) -> list[int]:
-        """Return the judge's answers [N]: 0, 1, or -1. Raises: ValueError for other answers."""
-        first, second = images.unflatten(1, (-1, views)).unbind(0)  # [N, V, 3, h, w] each
-        # A judge sees all views of an asset together, or single views.
-        pairs = list(zip(first, second, strict=True))
-        answers = self.judge.judge(prompts[::views], pairs)  # type: ignore[union-attr]
-        if len(answers) != len(first) or not set(answers) <= {-1, 0, 1}:
+    def _answers(self, images: torch.Tensor, prompts: list[str], views_per_unit: int) -> list[int]:
+        """Return the judge's N answers: the index 0 or 1 of the better image, or -1 for no answer.
+
+        Raises: ValueError if the judge returns another number of answers, or other values.
+        """
+        # [N, V, 3, h, w] each; V is 1 if views are ranked separately.
+        first_images, second_images = images.unflatten(1, (-1, views_per_unit)).unbind(0)
+        image_pairs = list(zip(first_images, second_images, strict=True))
+        # All views of a unit have the same prompt, so every views_per_unit-th prompt is enough.
+        answers = self.judge.judge(prompts[::views_per_unit], image_pairs)  # type: ignore[union-attr]
+        if len(answers) != len(first_images) or not set(answers) <= {-1, 0, 1}:
             raise ValueError(
-                f"--judge: expected {len(first)} answers of 0, 1 or -1, got {answers[:8]}. Check the judge."
+                f"--judge: {len(first_images)} pairs of images need as many answers of 0, 1 or -1, but the"
+                f" judge returned {len(answers)} answers, {answers[:8]}. Use another judge."
             )
         return answers
 
 
 class Ranked(Guided):
-    """Base of the methods that rank two noises by a reward or by a judge."""
+    """Base class of the methods that rank two noises by a reward or by a judge.
+
+    Args:
+        prior: diffusion model.
+        settings: settings of the method.
+        views: number of views of an asset.
+        streams: random streams of the run.
+        reward: reward of images, or None if a judge replaces it.
+        judge: judge that ranks pairs of images, or None.
+    """
 
     def __init__(
         self,

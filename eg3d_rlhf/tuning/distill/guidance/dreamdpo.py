@@ -1,5 +1,11 @@
-"""Implements DreamDPO (Zhou et al. 2025, arXiv 2502.04370): the image moves towards the better of two noises
-and, if that is clearly better, away from the other.
+"""Implements DreamDPO (Zhou et al. 2025, arXiv 2502.04370).
+
+In each step the prior estimates an image from each of two noises. The gradient moves the render towards the
+better of the two images. If its score is clearly higher, the gradient also moves the render away from the
+other image.
+
+Shapes: B images; N ranked units (assets, or images with pair_level=view); C, H, W channels, rows and columns
+of latents.
 """
 
 import warnings
@@ -15,21 +21,23 @@ from eg3d_rlhf.tuning.distill.guidance.settings import NoiseWeighting
 
 
 class DreamDpo(Ranked):
-    """DreamDPO with one pair of noises per step and asset."""
+    """DreamDPO with one pair of noises for each asset in a step. The arguments are those of `Ranked`.
 
-    def __init__(self, *args: Any, **more: Any):
-        """Warn if winner and loser have the same guidance scale, because images then leave the prior
-        (docs/understand/distillation.md).
-        """
-        super().__init__(*args, **more)
+    Warns if winner and loser have the same guidance scale. Images then diverge from the prior
+    (docs/understand/distillation.md).
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
         self.gaps = self.windows["gaps"] = History()
         settings = self.settings
         scale = settings.prior.guidance_scale
-        # With an infinite tau losers are never pushed away, so nothing can diverge.
-        if scale != 1 and settings.lose_guidance_scale in (None, scale) and settings.tau != float("inf"):
+        has_same_scale = settings.lose_guidance_scale in (None, scale)
+        # With an infinite tau, images are never moved away from the loser, so they do not diverge.
+        if scale != 1 and has_same_scale and settings.tau != float("inf"):
             warnings.warn(
-                f"lose_guidance_scale: with {scale:g} for both noises, no term keeps images near the prior:"
-                " they diverge. Use 1.",
+                f"lose_guidance_scale: winner and loser both have the guidance scale {scale:g}, so no term"
+                " keeps images near the prior, and they diverge. Use --set lose_guidance_scale=1.",
                 stacklevel=2,
             )
 
@@ -43,46 +51,49 @@ class DreamDpo(Ranked):
         step: int,
         images: torch.Tensor | None = None,
     ) -> GuidanceOutput:
-        """Compute the gradient of one step, see `Guidance`. If views are ranked one by one, `winner` and
-        `one_sided` are per image, else per asset.
+        """Compute the gradient of one step. The arguments are described at `Guidance`.
+
+        `winner` and `one_sided` of the result have one entry per asset, or per image with pair_level=view.
         """
         d = self.denoiser
         s = self.settings
         noise, x_t, _, prediction = d.noise_and_predict(2, x, t, prompts, cameras, step)
-        # The ranked images are those of the guided prediction.
         guided = prediction.guided(s.prior.guidance_scale)
-        ranks = self.ranking(
-            torch.stack([d.prior.decode(x0) for x0 in d.x0(x_t, guided, t)]), prompts, cameras
-        )
-        # [N], where the loser is pushed away
+        estimated_images = torch.stack([d.prior.decode(x0) for x0 in d.x0(x_t, guided, t)])
+        ranks = self.ranking(estimated_images, prompts, cameras)
+        # [N], True where images are moved away from the loser.
         two_sided = (ranks.gap >= self._tau(ranks.gap)) & (ranks.winner >= 0)
-        # Without an answer, the first noise is used alone, as in plain distillation.
-        ordered = torch.stack([(ranks.winner < 1), (ranks.winner == 1)]).to(x)
-        weights = NoiseWeighting(strategy="push")(ordered, two_sided)
-        # Ranks are per asset or per image; the weights are needed per image.
-        weights = weights.repeat_interleave(len(x) // weights.shape[1], 1)  # [2, B]
-        # [2, B, 1, 1, 1]
-        loser = (weights < 0).view(*weights.shape, 1, 1, 1)
-        weight = d.schedule.weight(t, s.prior.weighting, x)
-        predicted = torch.where(loser, self._lose(prediction), guided)
-        grad = gradients.dreamdpo(predicted, noise, weights, weight, subtract_noise=s.subtract_noise)
+        # [2, N], 1 for the winner. Without an answer of the judge (-1), the first noise counts as the winner.
+        is_winner = torch.stack([(ranks.winner < 1), (ranks.winner == 1)]).to(x)
+        weights = NoiseWeighting(strategy="push")(is_winner, two_sided)
+        # From ranked units [2, N] to images [2, B].
+        weights = weights.repeat_interleave(len(x) // weights.shape[1], 1)
+        is_subtracted = (weights < 0).view(*weights.shape, 1, 1, 1)  # [2, B, 1, 1, 1]
+        time_weight = d.schedule.weight(t, s.prior.weighting, x)
+        predicted = torch.where(is_subtracted, self._predict_loser(prediction), guided)
+        grad = gradients.dreamdpo(predicted, noise, weights, time_weight, subtract_noise=s.subtract_noise)
         terms = {"gap": ranks.gap, **d.compare(d.residuals(x, noise, t, x_t, prediction), grad)}
         return GuidanceOutput(
             grad=grad, terms=terms, scores=ranks.scores, winner=ranks.winner, one_sided=~two_sided
         )
 
-    def _lose(self, prediction) -> torch.Tensor:
-        """Return the prediction for the loser, at its own guidance scale."""
+    def _predict_loser(self, prediction) -> torch.Tensor:
+        """Return the predicted noises [2, B, C, H, W] with the guidance scale of the loser."""
         scale = self.settings.lose_guidance_scale
+        # Scale 1 is the prediction for the prompt. This also holds with Perp-Neg, whose scale 1 would contain
+        # its negative prompts.
         if scale == 1:
-            # Scale 1 is the prediction with the prompt only.
             return prediction.text
         return prediction.guided(self.settings.prior.guidance_scale if scale is None else scale)
 
     def _tau(self, gap: torch.Tensor) -> float:
-        """Return the smallest gap at which the loser is pushed away."""
+        """Return the smallest gap between scores at which images are moved away from the loser.
+
+        Args:
+            gap: [N], gaps of this step, which are added to those of the last steps for tau_mode=quantile.
+        """
         if self.settings.tau_mode == "gap":
             return self.settings.tau
-        # The gaps of this step are included, so the first step has a quantile, too.
+        # Added before the quantile is computed, so that the first step has a quantile, too.
         self.gaps.add(gap)
         return self.gaps.quantile(self.settings.tau)

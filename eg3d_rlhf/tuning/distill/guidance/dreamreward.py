@@ -1,7 +1,10 @@
-"""Implements DreamReward (Ye et al. 2024, arXiv 2403.14613): the gradient of a reward of the one-step
-estimate is added to distillation.
+"""Implements DreamReward (Ye et al. 2024, arXiv 2403.14613).
 
-Letters: A assets, V views, B = A V images.
+The gradient of score distillation is combined with the gradient of a reward. The reward scores the image that
+the prior estimates in one step, or the rendered image.
+
+Shapes: A assets; V views of an asset; B = A V images; C, H, W channels, rows and columns of latents; h, w
+rows and columns of images.
 """
 
 from typing import Any
@@ -13,23 +16,29 @@ from eg3d_rlhf.core.interfaces import GuidanceOutput
 from eg3d_rlhf.tuning.distill.gradients import Balance, digits, norm_per_asset
 from eg3d_rlhf.tuning.distill.guidance.denoiser import Rewarded, reward_prompts
 
-REWARD_ONLY_WEIGHT = 1e6  # weight of the reward in the released code's last steps
+REWARD_ONLY_WEIGHT = (
+    1e6  # weight of the reward in the last steps of the released code, which use the reward only
+)
 
 
 class DreamReward(Rewarded):
-    """Distillation minus the gradient of the mean reward of each asset."""
+    """Score distillation minus the gradient of the mean reward of each asset. The arguments are those of
+    `Rewarded`.
 
-    def __init__(self, *args: Any, **more: Any):
-        super().__init__(*args, **more)
+    Raises: ValueError if the reward is not differentiable.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
         if not self.reward.differentiable:
             raise ValueError(
-                "--reward: dreamreward needs a differentiable reward, got one that is not. Use"
-                " --method=dreamdpo or --method=rewardsds."
+                "--method=dreamreward needs a differentiable --reward, and this reward is not. Use another"
+                " reward, or --method=dreamdpo or --method=rewardsds, which only rank images."
             )
         self.balance = Balance()
         self.windows = {"norms": self.balance}
         if isinstance(self.reward, torch.nn.Module):
-            self.reward.eval()  # dropout would make its gradients noisy
+            self.reward.eval()  # switches dropout off, which would make the gradients noisy
 
     def __call__(
         self,
@@ -40,47 +49,46 @@ class DreamReward(Rewarded):
         step: int,
         images: torch.Tensor | None = None,
     ) -> GuidanceOutput:
-        """Compute the gradient of one step, see `Guidance`."""
+        """Compute the gradient of one step. The arguments are described at `Guidance`."""
         d = self.denoiser
         s = self.settings
         assert s.through == "latents" or images is not None, "through='images' needs the rendered images"
-        # The gradient is returned, not propagated: the loop applies it to the graph of x.
+        # This method only returns gradients; the loop propagates them through the graph of x.
         x = x.detach()
         with torch.no_grad():
             noise, x_t, _, prediction = d.noise_and_predict(1, x, t, prompts, cameras, step)
             residuals = d.residuals(x, noise, t, x_t, prediction)
             grad = residuals.mean(0)
-            # The reconstruction form moves x to x - grad, the rescaled estimate; other forms use the plain
-            # one.
-            x0 = (
-                x - grad
-                if s.prior.form == "recon"
-                else d.x0(x_t, prediction.guided(s.prior.guidance_scale), t)[0]
-            )
+            if s.prior.form == "recon":
+                # The gradient of this form is x - target, so x - grad is the rescaled estimate.
+                x0 = x - grad
+            else:
+                x0 = d.x0(x_t, prediction.guided(s.prior.guidance_scale), t)[0]
         terms = {"sds_norm": norm_per_asset(grad, d.views)}
         weight = s.weight(step)
         reward_only = s.reward_only_from is not None and step >= s.reward_only_from
-        # Without a reward in this step, scoring is skipped.
+        # The reward has no effect in this step, so it is not computed.
         if step < s.reward_from or (weight == 0 and not reward_only):
             return GuidanceOutput(grad=grad, terms=terms)
-        scores, loss, pixel_grad = self._reward(
-            x, x0, t, reward_prompts(self.reward, prompts, cameras), images, reward_only
-        )
-        added = pixel_grad if s.through == "images" else self._to_latents(x, pixel_grad)
-        scale = self._scale(grad, added, float(loss), reward_only) * (
-            1.0 if reward_only and s.balance == "digits" else weight
-        )
-        # [A] to [B, 1, 1, 1]
-        added = scale.repeat_interleave(d.views).view(-1, 1, 1, 1) * added
-        # In its last steps the released code uses the reward only.
-        distilled = torch.zeros_like(grad) if reward_only else grad
-        terms["preference_norm"] = norm_per_asset(added, d.views)
+        texts = reward_prompts(self.reward, prompts, cameras)
+        scores, loss, pixel_grad = self._reward_gradient(x, x0, t, texts, images, reward_only)
+        reward_grad = pixel_grad if s.through == "images" else self._to_latents(x, pixel_grad)
+        scale = self._scale(grad, reward_grad, float(loss), reward_only)  # [A]
+        # In its last steps the released code uses a constant, REWARD_ONLY_WEIGHT, in place of the weight.
+        scale = scale * (1.0 if reward_only and s.balance == "digits" else weight)
+        # From assets [A] to images [B, 1, 1, 1].
+        reward_grad = scale.repeat_interleave(d.views).view(-1, 1, 1, 1) * reward_grad
+        distillation_grad = torch.zeros_like(grad) if reward_only else grad
+        terms["preference_norm"] = norm_per_asset(reward_grad, d.views)
+        # scores[None]: the result expects scores [K, A], and there is one noise.
         if s.through == "images":
-            return GuidanceOutput(grad=distilled, image_grad=added, terms=terms, scores=scores[None])
-        terms |= d.compare(residuals, grad + added)
-        return GuidanceOutput(grad=distilled + added, terms=terms, scores=scores[None])
+            return GuidanceOutput(
+                grad=distillation_grad, image_grad=reward_grad, terms=terms, scores=scores[None]
+            )
+        terms |= d.compare(residuals, grad + reward_grad)
+        return GuidanceOutput(grad=distillation_grad + reward_grad, terms=terms, scores=scores[None])
 
-    def _reward(
+    def _reward_gradient(
         self,
         x: torch.Tensor,
         x0: torch.Tensor,
@@ -89,47 +97,73 @@ class DreamReward(Rewarded):
         images: torch.Tensor | None,
         reward_only: bool,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Compute scores [A], the mean over assets of their losses, and the gradient of each asset's loss on
-        the scored images [B, 3, h, w].
+        """Score images, and compute the gradient of the reward's loss.
+
+        Args:
+            x: [B, C, H, W], latents of the render.
+            x0: [B, C, H, W], latents that the prior estimates.
+            t: [B], times. Up to the time x0_until the estimate is scored, and the render at larger times.
+            prompts: B prompts for the reward.
+            images: [B, 3, h, w] in 0..1, rendered images; None to decode x in their place.
+            reward_only: True if the step uses the reward only; the render is then scored at all times.
+        Returns: scores [A]; the loss, averaged over assets, a scalar; and the gradient of the sum of the
+        losses with
+            respect to the scored images, [B, 3, h, w].
         """
         d = self.denoiser
         s = self.settings
         with torch.no_grad():
-            # Decoding x is the fallback if the render itself is not given.
             rendered = d.prior.decode(x) if images is None else images
-            # At large times the one-step estimate is blurred, so the render is scored instead.
-            estimated = (t <= s.x0_until).view(-1, 1, 1, 1).to(x.device) & (not reward_only)
-            scored = torch.where(estimated, d.prior.decode(x0), rendered) if estimated.any() else rendered
-        # A leaf: the gradient is needed on the images, not on the prior.
-        scored = scored.detach().requires_grad_()
+            # [B, 1, 1, 1]. At large times the estimate is blurred, so the render is scored in its place.
+            uses_estimate = (t <= s.x0_until).view(-1, 1, 1, 1).to(x.device) & (not reward_only)
+            scored_images = rendered
+            if uses_estimate.any():
+                scored_images = torch.where(uses_estimate, d.prior.decode(x0), rendered)
+        # A leaf of a new graph, which contains the reward only, and neither the decoder nor the renderer.
+        scored_images = scored_images.detach().requires_grad_()
         with torch.enable_grad():
-            scores = d.per_asset(d.score(self.reward, scored[None], prompts))[0]
-            # Above the ceiling a score has no gradient: more reward is not rewarded.
+            # [None] and [0] add and remove the dimension of noises, which `score` expects.
+            scores = d.per_asset(d.score(self.reward, scored_images[None], prompts))[0]
+            # relu: a score above the ceiling has no gradient.
             losses = -scores if s.ceiling is None else F.relu(s.ceiling - scores)
-            # A sum, so that each asset's gradient is that of its own loss.
-            pixel_grad = torch.autograd.grad(losses.sum(), scored)[0]
+            # The sum and not the mean, so that the gradient of an asset does not depend on the number of
+            # assets.
+            pixel_grad = torch.autograd.grad(losses.sum(), scored_images)[0]
         return scores.detach(), losses.detach().mean(), pixel_grad
 
     def _to_latents(self, x: torch.Tensor, pixel_grad: torch.Tensor) -> torch.Tensor:
-        """Transform a gradient on images to one on latents, by the decoder's Jacobian at the render."""
+        """Convert a gradient with respect to images [B, 3, h, w] to one with respect to latents, [B, C, H,
+        W].
+
+        The conversion multiplies it by the Jacobian of the decoder at the latents x of the render.
+        """
         with torch.enable_grad():
             latents = x.detach().requires_grad_()
             return torch.autograd.grad(self.denoiser.prior.decode(latents), latents, pixel_grad)[0]
 
-    def _scale(self, grad: torch.Tensor, added: torch.Tensor, loss: float, reward_only: bool) -> torch.Tensor:
-        """Return the factor of each asset's reward gradient, [A]. The loss of images is a mean over B and
-        that of assets a mean over A, so the factor contains V.
+    def _scale(
+        self, grad: torch.Tensor, reward_grad: torch.Tensor, loss: float, reward_only: bool
+    ) -> torch.Tensor:
+        """Return the factor of the reward's gradient for each asset, [A], before the weight is applied.
+
+        The loop averages a gradient over B images, while the reward's loss is a mean over A assets. The
+        factor therefore contains V.
+
+        Args:
+            grad: [B, C, H, W], gradient of score distillation.
+            reward_grad: gradient of the reward, with respect to latents or images, [B, ...].
+            loss: loss of the reward, averaged over assets.
+            reward_only: True if the step uses the reward only.
         """
         d = self.denoiser
         s = self.settings
-        # [A]
-        ones = grad.new_ones(len(grad) // d.views)
+        ones = grad.new_ones(len(grad) // d.views)  # [A]
         if s.balance == "grad-norm":
-            return self.balance(norm_per_asset(grad, d.views), norm_per_asset(added, d.views))
+            return self.balance(norm_per_asset(grad, d.views), norm_per_asset(reward_grad, d.views))
         if s.balance == "none":
             return d.views * ones
         if reward_only:
             return REWARD_ONLY_WEIGHT * d.views * ones
-        # The released code compares the printed numbers of digits of both losses.
-        distilled = float(0.5 * grad.square().sum() / len(grad))
-        return 10.0 ** (digits(distilled) - digits(loss)) * d.views * ones
+        # The released code compares the numbers of digits of the two printed losses.
+        distillation_loss = float(0.5 * grad.square().sum() / len(grad))
+        return 10.0 ** (digits(distillation_loss) - digits(loss)) * d.views * ones

@@ -1,12 +1,15 @@
-"""Implements the progressive geometry reward of DreamCS (arXiv 2506.09814; reconstructed, because its
-constants are not published). In addition to the distillation of images, a reward of the shape is increased:
+"""Implements the progressive geometry reward of DreamCS (arXiv 2506.09814).
+
+A reward of the shape is increased in addition to the distillation of images:
 
     g <- g - alpha(step) (|g| / |g_r|) g_r,   g_r = gradient of r(shape | prompt),
 
-for each asset separately. alpha increases linearly from the share `geometry_start` of the run to its end. The
-norms are means over 50 steps.
+where g is the gradient of the distillation with respect to the parameters of an asset, and r is the geometry
+reward. Each asset is treated separately. The norms |g| and |g_r| are means over 50 steps. alpha changes
+linearly from `geometry_weight_from` to `geometry_weight`, from the share `geometry_start` of the run to its
+end. The method is reconstructed, because the constants of the paper are not published.
 
-Letters: A assets.
+Shapes: A assets.
 """
 
 import copy
@@ -38,24 +41,36 @@ from training.storage import read_meta
 
 @runtime_checkable
 class GeometryReward(Protocol):
-    """Reward of the density or surface of shapes. Differentiable in the parameters of the field."""
+    """Interface of a reward of the density or of the surface of shapes.
+
+    Its score is differentiable in the parameters of the field.
+    """
 
     def __call__(self, field: Field, prompts: Sequence[str], step: int) -> torch.Tensor:
-        """Score a field of A shapes at a step of the run, [A]."""
+        """Return the scores [A] of A shapes.
+
+        Args:
+            field: density and colour of the A shapes.
+            prompts: A prompts.
+            step: number of the step in the run. Rewards with a state use it to decide when to update the
+                state.
+        """
 
 
 @dataclass(frozen=True)
 class MeshGeometry:
-    """Mesh reward of a field. The surface is extracted every few steps, and its vertices carry the
-    gradient to the field.
+    """Reward of the surface mesh of shapes.
+
+    The mesh is extracted from the field again after every few steps. In the steps in between its vertices
+    follow the field, so that the gradient of the reward reaches the field.
     """
 
-    reader: MeshReader
-    reward: MeshReward
+    reader: MeshReader  # extracts meshes from a field, and converts them to patches of faces
+    reward: MeshReward  # scores patches
 
     def __call__(self, field: Field, prompts: Sequence[str], step: int) -> torch.Tensor:
-        """Score the current surfaces, [A]."""
-        # The reader decides from the step if the surface must be extracted again.
+        """Return the scores [A] of the surfaces of A shapes at a step."""
+        # The reader extracts the surfaces again if the step requires it.
         return self.reward.score(self.reader(field, step), list(prompts))
 
     def state_dict(self) -> dict[str, torch.Tensor]:
@@ -69,120 +84,140 @@ class MeshGeometry:
 
 @dataclass(frozen=True)
 class ObservedGeometry:
-    """Reward of density, depth or points from `tools/train_reward.py`. It does not depend on the prompt."""
+    """Geometry reward that `tools/train_reward.py` has trained on densities, depth maps or points.
+
+    Its scores do not depend on the prompt.
+    """
 
     reward: Reward
 
     def __call__(self, field: Field, prompts: Sequence[str], step: int) -> torch.Tensor:
-        """Score the field, [A]."""
+        """Return the scores [A] of A shapes."""
         del prompts, step
         return self.reward.score(field)
 
 
 class SolidGeometry:
-    """Minus `solid_loss` on the entire cube, which penalises floaters and leaks; 0 for a physically valid
-    solid. It does not depend on the prompt.
+    """Geometry reward in closed form, which penalises floaters and leaks of the density.
+
+    Its score is minus `solid_loss` on the entire cube, 0 for a physically valid solid. It does not depend on
+    the prompt.
     """
 
     def __call__(self, field: Field, prompts: Sequence[str], step: int) -> torch.Tensor:
-        """Score the field, [A]."""
+        """Return the scores [A] of A shapes."""
         del prompts, step
-        # The observation [A, 1] is minus the loss, so a higher score is better.
+        # The observation of `Solid` is minus the loss, [A, 1].
         return Solid(SlabSpec.of(field.bounds, Solid.spec.resolution)).observe(field)[:, 0]
 
 
 @torch.no_grad()
 def shuffle_weights(geometry: GeometryReward, seed: int) -> GeometryReward:
-    """Make a control: a learned reward whose numbers are shuffled within each tensor of its weights.
+    """Return a copy of a learned geometry reward with shuffled weights, for the control "random".
 
-    Raises: ValueError for a reward without learned weights.
+    The entries of each weight tensor are permuted randomly within the tensor.
+
+    Args:
+        geometry: learned geometry reward, which is not changed.
+        seed: seed of the permutations.
+    Raises: ValueError if the reward has no learned weights.
     """
-    # A reward in closed form has no weights, and shuffling nothing would be no control.
-    if not isinstance(geometry, (MeshGeometry, ObservedGeometry)) or not isinstance(
-        geometry.reward, torch.nn.Module
-    ):
+    has_weights = isinstance(geometry, (MeshGeometry, ObservedGeometry))
+    if not has_weights or not isinstance(geometry.reward, torch.nn.Module):
         raise ValueError(
-            "+geometry-random: this control needs a learned --geometry-reward, got one in closed form."
-            " Remove that arm."
+            "+geometry-random cannot be used with a --geometry-reward in closed form, which has no weights to"
+            " shuffle. Use a learned reward, or remove that arm from --compare."
         )
-    # A copy: the other arms use the same reward object.
     shuffled = copy.deepcopy(geometry.reward)
-    # Generated on the CPU, so that the permutation does not depend on the device.
+    # The permutations are generated on the CPU, so that they do not depend on the device.
     rng = torch.Generator().manual_seed(seed)
     for weight in shuffled.parameters():
-        weight.copy_(
-            weight.flatten()[torch.randperm(weight.numel(), generator=rng).to(weight.device)].view_as(weight)
-        )
+        permutation = torch.randperm(weight.numel(), generator=rng).to(weight.device)
+        weight.copy_(weight.flatten()[permutation].view_as(weight))
     return dataclasses.replace(geometry, reward=shuffled)
 
 
 class ProgressiveGeometry:
-    """Geometry reward with its ramp and balance, for a run of `steps`.
+    """Geometry reward whose gradient is added to that of the distillation, see the module's docstring.
 
     Args:
-        reward: of the shape.
-        settings: of the ramp.
-        steps: of the run.
-        sign: -1 for the control with an inverted reward.
+        reward: geometry reward.
+        settings: settings of the geometry reward.
+        steps: number of steps of the run.
+        sign: 1; or -1 to decrease the reward, for the control "inverted".
+    Raises: ValueError if the settings leave no step with the reward.
     """
 
     def __init__(self, reward: GeometryReward, settings: GeometrySettings, steps: int, sign: int = 1):
         self.reward = reward
         self.sign = sign
         self.balance = Balance()
-        self.every = settings.geometry_every
-        # First step with the geometry reward.
-        self.first = int(settings.geometry_start * steps)
-        if self.first >= steps:
+        self.every = settings.geometry_every  # number of steps between two evaluations of the reward
+        self.first_step = int(settings.geometry_start * steps)  # first step that uses the reward
+        if self.first_step >= steps:
             raise ValueError(
-                f"--set geometry_start={settings.geometry_start:g}: the reward would never be used. Use a"
-                " value below 1."
+                f"--set geometry_start={settings.geometry_start:g} leaves none of the {steps} steps for the"
+                " geometry reward. Use a value below 1."
             )
-        self.alpha = Ramp((self.first, settings.geometry_weight_from, settings.geometry_weight, steps))
-        self.scores: torch.Tensor | None = None  # [A], rewards when they were computed last
-        self.reward_grads: dict[int, torch.Tensor] = {}  # index of a parameter -> gradient [A, ...]
+        self.alpha = Ramp((self.first_step, settings.geometry_weight_from, settings.geometry_weight, steps))
+        self.scores: torch.Tensor | None = (
+            None  # [A], scores of the last evaluation; None before the first one
+        )
+        # Gradients of the last evaluation: index of a parameter -> [A, ...].
+        self.reward_grads: dict[int, torch.Tensor] = {}
 
     def add(
         self, field: Field, parameters: Sequence[torch.nn.Parameter], prompts: Sequence[str], step: int
     ) -> dict[str, torch.Tensor]:
-        """Add the gradient of the reward to the gradient of distillation in `.grad` of parameters [A, ...].
+        """Add the gradient of the reward to the gradient of the distillation in `.grad` of the parameters.
 
-        Before its start, and with weight 0, nothing is computed and nothing changes.
+        Nothing is computed or changed before the first step with the reward, and in steps whose weight alpha
+        is 0.
 
-        Returns: 'geometry', the rewards [A] when they were computed last; 'geometry_cosine', the cosine
-        between both gradients [A]; 'geometry_alpha' [1]. Empty if nothing was added.
+        Args:
+            field: density and colour of the A shapes.
+            parameters: parameters of the assets, [A, ...] each, with the gradient of the distillation.
+            prompts: A prompts.
+            step: number of the step in the run.
+        Returns: numbers for the log: 'geometry', scores of the last evaluation, [A]; 'geometry_cosine',
+        cosine between
+            the descent directions of distillation and reward, [A]; 'geometry_alpha', weight alpha, [1]. The
+            dictionary is empty if nothing was added.
         """
-        # A `Ramp` is constant before its first step, so the start is checked here.
-        alpha = self.alpha(step) if step >= self.first else 0.0
+        # A `Ramp` has its first value before its first step, too, so that case is treated here.
+        alpha = self.alpha(step) if step >= self.first_step else 0.0
         if alpha == 0:
             return {}
-        # The reward is slow, so its gradient is reused for `every` steps.
+        # The reward is expensive, so its gradient is reused for `every` steps.
         if self.scores is None or step % self.every == 0:
-            # One backward pass for all assets: the score of an asset depends on its own parameters only.
             scores = self.sign * self.reward(field, prompts, step)
-            # allow_unused: a reward of the density has no gradient for the parameters of the colours.
+            # One backward pass of the sum is enough, because the score of an asset depends on its own
+            # parameters only. allow_unused: a reward of the density has no gradient for the parameters of the
+            # colours.
             gradients = torch.autograd.grad(scores.sum(), list(parameters), allow_unused=True)
             self.scores = scores.detach()
             self.reward_grads = {i: g.nan_to_num() for i, g in enumerate(gradients) if g is not None}
         device = parameters[0].device
         scores = self.scores
         reward_grads = {i: grad.to(device) for i, grad in self.reward_grads.items()}
-        # Parameters without a gradient of distillation still get that of the reward.
-        distilled = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        first = _norm(distilled)
-        second = (
+        # A parameter without a gradient of the distillation counts as one with the gradient 0.
+        distillation_grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        distillation_norm = _norm(distillation_grads)  # [A]
+        reward_norm = (
             _norm(list(reward_grads.values())) if reward_grads else torch.zeros(len(scores), device=device)
         )
-        # The balance makes alpha independent of the scale of the reward.
-        scale = alpha * self.balance(first, second)  # [A]
-        # Inner products over all parameters, [A].
-        dot = torch.zeros_like(second)
+        # The balance makes the effect of alpha independent of the scale of the reward.
+        scale = alpha * self.balance(distillation_norm, reward_norm)  # [A]
+        # Inner product of both gradients over all parameters, [A].
+        inner_product = torch.zeros_like(reward_norm)
         for i, grad in reward_grads.items():
-            dot = dot + (distilled[i] * grad).flatten(1).sum(dim=1)
-            # A minus sign: the optimiser descends, and the reward is to increase.
-            parameters[i].grad = distilled[i] - scale.view(-1, *[1] * (grad.ndim - 1)).to(grad) * grad
-        # of the two directions of descent: the reward is increased
-        cosine = -dot / (first * second).clamp_min(1e-30)
+            inner_product = inner_product + (distillation_grads[i] * grad).flatten(1).sum(dim=1)
+            # Minus, because the optimiser descends along `.grad`, and the reward is to increase.
+            parameters[i].grad = (
+                distillation_grads[i] - scale.view(-1, *[1] * (grad.ndim - 1)).to(grad) * grad
+            )
+        # Minus, because the direction in which the optimiser follows the reward is -g_r.
+        cosine = -inner_product / (distillation_norm * reward_norm).clamp_min(1e-30)
         return {
             "geometry": scores.to(device),
             "geometry_cosine": cosine,
@@ -190,18 +225,14 @@ class ProgressiveGeometry:
         }
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """Return the state of balance, reward and last gradients."""
+        """Return the norms of the last steps, the result of the last evaluation, and the reward's state."""
+        # Rewards without a state have no such method; dict() then gives an empty state.
         reward_state: dict[str, torch.Tensor] = getattr(self.reward, "state_dict", dict)()
-        last = (
-            {}
-            if self.scores is None
-            else {"scores": self.scores, **{f"slope.{i}": grad for i, grad in self.reward_grads.items()}}
-        )
-        return {
-            **self.balance.state_dict(),
-            **last,
-            **{f"reward.{name}": value for name, value in reward_state.items()},
-        }
+        state = self.balance.state_dict()
+        if self.scores is not None:
+            state |= {"scores": self.scores}
+            state |= {f"slope.{i}": grad for i, grad in self.reward_grads.items()}
+        return state | {f"reward.{name}": value for name, value in reward_state.items()}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Restore the result of `state_dict`."""
@@ -213,9 +244,9 @@ class ProgressiveGeometry:
 
 
 def _norm(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return the norm over all parameters for each asset, [A]."""
-    # Sum of squares over parameters and entries, per asset.
-    return torch.stack([gradient.flatten(1).square().sum(dim=1) for gradient in gradients]).sum(dim=0).sqrt()
+    """Return the norm of all gradients [A, ...] of each asset together, [A]."""
+    squared_norms = [gradient.flatten(1).square().sum(dim=1) for gradient in gradients]
+    return torch.stack(squared_norms).sum(dim=0).sqrt()
 
 
 # --- geometry rewards from files: a mesh reward (RewardCS), or a reward of density, depth or points from
@@ -223,10 +254,12 @@ def _norm(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 class NamedGeometry(NamedTuple):
-    """Reward with a name for --geometry-reward, and the priors with which it can be used; () for all."""
+    """Geometry reward that --geometry-reward can name."""
 
-    make: Callable[[], GeometryReward]  # makes a new reward, because some have a state
-    priors: tuple[str, ...] = ()
+    make: Callable[
+        [], GeometryReward
+    ]  # function that makes a new reward for each run, since some have a state
+    priors: tuple[str, ...] = ()  # values of --prior with which it can be used; () for all
 
 
 GEOMETRY_REWARDS: Registry[NamedGeometry] = Registry(
@@ -241,10 +274,16 @@ GEOMETRY_REWARDS.add("solid", NamedGeometry(SolidGeometry))
 
 
 def load_geometry(name: str, prior: str, device: torch.device) -> Callable[[], GeometryReward] | None:
-    """Return a function that makes the reward of --geometry-reward: none, sigma (the bundled reward of
-    densities), a registered name, or a file.
+    """Return a function that makes the reward of --geometry-reward, or None for the value none.
 
-    Raises: FileNotFoundError, ValueError with the name of the flag.
+    Args:
+        name: value of --geometry-reward: none; sigma, the bundled reward of densities; a name in
+            GEOMETRY_REWARDS; or the path of a file.
+        prior: value of --prior.
+        device: device on which the reward computes.
+    Raises: FileNotFoundError if there is no such file; ValueError if the reward does not fit the prior, or if
+    the file
+        contains no reward.
     """
     if name == "none":
         return None
@@ -252,21 +291,22 @@ def load_geometry(name: str, prior: str, device: torch.device) -> Callable[[], G
         named = GEOMETRY_REWARDS[name]
         if named.priors and prior not in named.priors:
             raise ValueError(
-                f"--geometry-reward: {name} can be used with --prior={' or '.join(named.priors)} only, got"
-                f" {prior}. Name another reward."
+                f"--geometry-reward={name} works with --prior={' or '.join(named.priors)} only, and not with"
+                f" {prior}. Use another reward, e.g. --geometry-reward=solid."
             )
         return named.make
-    # Names are looked up before files, so a file called "solid" needs a path such as ./solid.
+    # A name in the registry takes precedence: a file called "solid" needs a path such as ./solid.
     path = bundled.REWARD if name == "sigma" else Path(name)
     with naming("--geometry-reward"):
         if not path.is_file():
             names = ", ".join(["none", "sigma", *GEOMETRY_REWARDS])
             raise FileNotFoundError(
-                f"expected {names} or the file of a reward, found nothing at {path}. Check the path."
+                f"{name} is neither one of {names} nor the path of a file. Write one of these names, or the"
+                " path of the file of a reward."
             )
         if _is_mesh_reward(path):
             mesh = load_mesh_reward(path, device)
-            # A new reader for each run: it contains the surfaces of that run's assets.
+            # Each run gets a reader of its own, because a reader contains the surfaces of the run's assets.
             return lambda: MeshGeometry(MeshReader(cube(mesh.resolution), mesh.patches), mesh)
         observed = ObservedGeometry(load_reward(path, device))
     return lambda: observed

@@ -1,9 +1,15 @@
-"""Implements preference score distillation (arXiv 2603.01594), reconstructed because its text was not
-available; each assumption is a setting.
+"""Implements preference score distillation (PSD, arXiv 2603.01594).
 
-It consists of distillation with two noises, a push from loser to winner, and a null embedding that learns the
-properties of the loser. Letters: K = 2 noises, A assets, V views, B = A V images; n is the null embedding [A,
-T, D].
+The method is reconstructed, because the text of the paper was not available. Each assumption is a setting.
+
+It has three parts: score distillation with two noises; a preference term, called push, which moves the render
+from the estimate of the loser to that of the winner; and a null embedding that is trained during the run, so
+that classifier-free guidance moves images away from the properties of losers.
+
+Shapes: K = 2 noises; A assets; V views of an asset; B = A V images; N ranked units (assets, or images with
+pair_level=view); T tokens of an embedding with D entries each; C, H, W channels, rows and columns of latents.
+Symbols: n the trained null embedding [A, T, D]; n0 its initial value, the prior's own null embedding; e a
+noise.
 """
 
 from typing import Any
@@ -15,25 +21,30 @@ from eg3d_rlhf.preferences.losses import preference_loss
 from eg3d_rlhf.tuning.distill import gradients
 from eg3d_rlhf.tuning.distill.guidance.denoiser import Conditioning, Prediction, Ranked, Ranks, reward_prompts
 
-NEGATIVE_BETA = 1000.0  # inverse temperature of the preference loss, per unit of squared error
+NEGATIVE_BETA = 1000.0  # inverse temperature of the preference loss, in units of 1 / (mean squared error)
 
 
 class Psd(Ranked):
-    """Distillation, push, and a null embedding for each asset, which is part of the state."""
+    """Preference score distillation, with a trained null embedding for each asset.
 
-    def __init__(self, *args: Any, **more: Any):
-        super().__init__(*args, **more)
+    The arguments are those of `Ranked`. The null embeddings are part of the state dict.
+
+    Raises: ValueError if the setting negative_update needs a differentiable reward and there is none.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
         self.update = self.settings.negative_update
-        # A judge's answer has no gradient.
+        # The answer of a judge has no gradient.
         differentiable = self.reward is not None and self.reward.differentiable and self.ranking.judge is None
         if self.update == "reward" and not differentiable:
             raise ValueError(
-                "--set negative_update=reward needs a differentiable reward and no judge. Use"
-                " negative_update=preference."
+                "--set negative_update=reward needs a differentiable reward, and cannot be combined with"
+                " --judge. Use --set negative_update=preference."
             )
         if self.update == "auto":
             self.update = "reward" if differentiable else "preference"
-        # n - n0, [A, T, D], where n0 is the prior's own null embedding; None: 0
+        # n - n0, [A, T, D]; None before the first update, when n equals n0.
         self.moved: torch.Tensor | None = None
 
     def __call__(
@@ -45,32 +56,36 @@ class Psd(Ranked):
         step: int,
         images: torch.Tensor | None = None,
     ) -> GuidanceOutput:
-        """Compute the gradient of one step, see `Guidance`, and update the null embedding."""
+        """Compute the gradient of one step, and update the null embedding.
+
+        The arguments are described at `Guidance`.
+        """
         d = self.denoiser
         s = self.settings
         with torch.no_grad():
-            # The prior's own embeddings, with n0 as the null embedding.
-            start = d.conditioning(prompts, cameras)
-            moved = 0 if self.moved is None else self.moved.to(start.null).repeat_interleave(d.views, 0)
-            conditioning = start._replace(null=start.null + moved)
+            initial_conditioning = d.conditioning(prompts, cameras)  # its null embedding is n0
+            # n - n0, from assets [A, T, D] to images [B, T, D].
+            moved: torch.Tensor | int = 0
+            if self.moved is not None:
+                moved = self.moved.to(initial_conditioning.null).repeat_interleave(d.views, 0)
+            conditioning = initial_conditioning._replace(null=initial_conditioning.null + moved)
             noise, x_t, _, prediction = d.noise_and_predict(2, x, t, prompts, cameras, step, conditioning)
-            # The ranked estimate and the push use the same prediction.
+            # The ranking and the push use the same prediction.
             predicted = (
                 prediction.text if s.predictor == "cond" else prediction.guided(s.prior.guidance_scale)
             )
-            ranks = self.ranking(
-                torch.stack([d.prior.decode(x0) for x0 in d.x0(x_t, predicted, t)]), prompts, cameras
-            )
-            # Plain distillation of both noises, whatever the ranking.
+            estimated_images = torch.stack([d.prior.decode(x0) for x0 in d.x0(x_t, predicted, t)])
+            ranks = self.ranking(estimated_images, prompts, cameras)
             residuals = d.residuals(x, noise, t, x_t, prediction)
             grad = self._gradient(x, t, noise, residuals, predicted, ranks)
         terms = {"gap": ranks.gap, **d.compare(residuals, grad)}
-        # After the gradient of this step, which uses n as it was.
+        # The update of n takes effect in the next step.
         if self.update != "none" and step >= s.negative_from and step % s.negative_every == 0:
-            self._learn(x_t, t, noise, prompts, start, conditioning, cameras, ranks)
+            self._update_null(x_t, t, noise, prompts, initial_conditioning, conditioning, cameras, ranks)
         if self.moved is not None:
-            start_norm = start.null[:: d.views].flatten(1).norm(dim=1)
-            terms["negative_drift"] = self.moved.flatten(1).norm(dim=1) / start_norm
+            # The views of an asset are adjacent and have the same null embedding: every V-th is enough, [A].
+            initial_norm = initial_conditioning.null[:: d.views].flatten(1).norm(dim=1)
+            terms["negative_drift"] = self.moved.flatten(1).norm(dim=1) / initial_norm
         return GuidanceOutput(
             grad=grad, terms=terms, scores=ranks.scores, winner=ranks.winner, one_sided=ranks.winner < 0
         )
@@ -84,102 +99,147 @@ class Psd(Ranked):
         q: torch.Tensor,
         ranks: Ranks,
     ) -> torch.Tensor:
-        """Combine distillation and push, [B, C, H, W]."""
+        """Return the gradient [B, C, H, W] of score distillation and push, see `gradients.psd`.
+
+        Args:
+            x: [B, C, H, W], clean latents.
+            t: [B], times.
+            noise: [2, B, C, H, W], added noises.
+            residuals: [2, B, C, H, W], gradients of score distillation.
+            q: [2, B, C, H, W], predicted noises whose images were ranked.
+            ranks: result of the ranking.
+        """
         s = self.settings
-        # The push grows with the gap, and is 0 without an answer of the judge.
+        # [N]; larger for a larger gap, and 0 if the judge gave no answer.
         strength = s.eta * ranks.gap.sigmoid() * (ranks.winner >= 0)
-        # [B, 1, 1, 1], True where the first noise won; without an answer its push has strength 0.
-        first = (ranks.winner < 1).repeat_interleave(len(x) // len(ranks.winner)).view(-1, 1, 1, 1)
-        win = torch.where(first, q[0], q[1])
-        lose = torch.where(first, q[1], q[0])
-        noise_win = torch.where(first, noise[0], noise[1])
-        noise_lose = torch.where(first, noise[1], noise[0])
+        images_per_unit = len(x) // len(ranks.winner)
+        # [B, 1, 1, 1]. Without an answer of the judge, winner is -1; the order then does not matter.
+        first_wins = (ranks.winner < 1).repeat_interleave(images_per_unit).view(-1, 1, 1, 1)
+        win = torch.where(first_wins, q[0], q[1])
+        lose = torch.where(first_wins, q[1], q[0])
+        noise_win = torch.where(first_wins, noise[0], noise[1])
+        noise_lose = torch.where(first_wins, noise[1], noise[0])
         weight = self.denoiser.schedule.weight(t, s.prior.weighting, x)
-        strength_per_image = strength.repeat_interleave(len(x) // len(strength))
+        strength_per_image = strength.repeat_interleave(images_per_unit)
         return gradients.psd(
             residuals, win, lose, noise_win, noise_lose, strength=strength_per_image, weight=weight
         )
 
-    def _learn(
+    def _update_null(
         self,
         x_t: torch.Tensor,
         t: torch.Tensor,
         noise: torch.Tensor,
         prompts: list[str],
-        start: Conditioning,
-        current: Conditioning,
+        initial_conditioning: Conditioning,
+        conditioning: Conditioning,
         cameras: torch.Tensor | None,
         ranks: Ranks,
     ) -> None:
-        """Perform one step of n. The gradient has a root mean square of at most 1 per entry; the step size is
-        a share of the norm of n0, and n stays within a ball around n0.
+        """Update n by one step of gradient ascent on the reward, or of descent on the preference loss.
+
+        The gradient is limited to a root mean square of 1. The length of the step is a share of the norm of
+        n0, and n stays within a ball around n0.
+
+        Args:
+            x_t: [2, B, C, H, W], noised latents.
+            t: [B], times.
+            noise: [2, B, C, H, W], added noises.
+            prompts: B prompts, one for each image.
+            initial_conditioning: conditioning tokens with n0 as the null embedding.
+            conditioning: conditioning tokens with n as the null embedding.
+            cameras: [B, 16], cam2world matrices, or None.
+            ranks: result of the ranking.
         """
         d = self.denoiser
         s = self.settings
         # One of V equal embeddings per asset.
-        n0 = start.null[:: d.views]  # [A, T, D]
-        # One null embedding per asset: its views share it.
-        n = current.null[:: d.views].detach().clone().requires_grad_()
+        # The views of an asset are adjacent and share their null embedding, so every V-th entry is enough.
+        n0 = initial_conditioning.null[:: d.views]  # [A, T, D]
+        n = conditioning.null[:: d.views].detach().clone().requires_grad_()
         with torch.enable_grad():
-            conditioning = current._replace(null=n.repeat_interleave(d.views, 0))
-            prediction = d.predict(x_t, t, conditioning, cameras)
+            # The same values as in `conditioning`, but with a graph to n.
+            prediction = d.predict(
+                x_t, t, conditioning._replace(null=n.repeat_interleave(d.views, 0)), cameras
+            )
             if self.update == "reward":
-                reward_texts = reward_prompts(self.reward, prompts, cameras)  # type: ignore[arg-type]
-                gain = self._reward(x_t, t, prediction, reward_texts)
+                texts = reward_prompts(self.reward, prompts, cameras)  # type: ignore[arg-type]
+                objective = self._mean_reward(x_t, t, prediction, texts)
             else:
+                # The preference loss compares the prediction for n with the prediction for n0.
                 with torch.no_grad():
-                    # The prediction with n0, which the preference loss compares with.
-                    reference = d.predict(x_t, t, start, cameras).null
-                gain = -self._preference(prediction.null, reference, noise, ranks)
-            grad = torch.autograd.grad(gain.sum(), n)[0].nan_to_num()
-        # Step and ball are relative to the norm of n0, so they fit any text encoder.
-        size = n0.flatten(1).norm(dim=1).view(-1, 1, 1)
+                    reference = d.predict(x_t, t, initial_conditioning, cameras).null
+                objective = -self._preference_loss(prediction.null, reference, noise, ranks)
+            # A sum over assets: the objective of an asset depends on its own null embedding only.
+            grad = torch.autograd.grad(objective.sum(), n)[0].nan_to_num()
+        # The length of the step and the radius of the ball are multiples of |n0|, so that the same settings
+        # fit any text encoder. [A, 1, 1]
+        initial_norm = n0.flatten(1).norm(dim=1).view(-1, 1, 1)
         entries = n0[0].numel()
-        # The gradient is limited, not normalised: a small one stays small.
+        # The root mean square of the gradient is limited to 1. A smaller gradient is not enlarged.
         grad = grad / (grad.flatten(1).norm(dim=1).view(-1, 1, 1) / entries**0.5).clamp_min(1.0)
-        moved = n.detach() + s.negative_rate * size / entries**0.5 * grad - n0
-        length = moved.flatten(1).norm(dim=1).view(-1, 1, 1)
-        # Projection onto the ball.
-        self.moved = moved * (s.negative_ball * size / length.clamp_min(1e-30)).clamp_max(1.0)
+        # Gradient ascent on the objective.
+        moved = n.detach() + s.negative_rate * initial_norm / entries**0.5 * grad - n0
+        moved_norm = moved.flatten(1).norm(dim=1).view(-1, 1, 1)
+        # Projection onto the ball about n0 with the radius negative_ball |n0|.
+        self.moved = moved * (s.negative_ball * initial_norm / moved_norm.clamp_min(1e-30)).clamp_max(1.0)
 
-    def _reward(
+    def _mean_reward(
         self, x_t: torch.Tensor, t: torch.Tensor, prediction: Prediction, prompts: list[str]
     ) -> torch.Tensor:
-        """Compute the mean reward of both guided estimates, [A], in units of the standard deviation of
-        the last scores.
+        """Return the mean reward of the images that the prior estimates from both noises, [A].
+
+        With standardised scores, it is divided by the standard deviation of the scores of the last steps.
+
+        Args:
+            x_t: [2, B, C, H, W], noised latents.
+            t: [B], times.
+            prediction: predicted noises, differentiable in n.
+            prompts: B prompts for the reward.
         """
         d = self.denoiser
-        # n acts through guidance, so the guided estimate is scored.
+        # The estimates are guided, because n affects images only through classifier-free guidance.
         x0 = d.x0(x_t, prediction.guided(self.settings.prior.guidance_scale), t)
         images = torch.stack([d.prior.decode(latents) for latents in x0])
         scores = d.score(self.reward, images, prompts)  # type: ignore[arg-type]
         std = self.ranking.history.std() if self.settings.ranking.standardise else 1.0
         return d.per_asset(scores).mean(0) / std
 
-    def _preference(
+    def _preference_loss(
         self, null: torch.Tensor, reference: torch.Tensor, noise: torch.Tensor, ranks: Ranks
     ) -> torch.Tensor:
-        """Compute the preference loss of delta = (e_ref - e)_win - (e_ref - e)_lose, [A], where e is the mean
-        squared error of the noise predicted with n, and e_ref that with n0. Without an answer the loss is 0.
+        """Return the preference loss of delta = (r - m)_win - (r - m)_lose for each asset, [A].
 
-        The winner's x_t already leans towards the preferred image, so n predicts its noise better if it leans
-        away from that image.
+        m is the mean squared error of the noise that the prior predicts with n, and r is that error with n0.
+        The loss is smaller if n predicts the noise of the winner better, relative to n0, than the noise of
+        the loser. The noised latents of the winner already resemble the preferred image, so n predicts their
+        noise better if n describes that image less. The loss is 0 for assets without an answer of the judge.
+
+        Args:
+            null: [2, B, C, H, W], predictions with n.
+            reference: [2, B, C, H, W], predictions with n0.
+            noise: [2, B, C, H, W], added noises.
+            ranks: result of the ranking.
         """
-        # [2, B] [2, B], positive where n predicts the noise better than n0.
-        better = (reference - noise).square().flatten(2).mean(2) - (null - noise).square().flatten(2).mean(2)
-        # [2, B] to [2, N]: mean over the views of a ranked asset.
-        first, second = better.unflatten(1, (len(ranks.winner), -1)).mean(2)
-        delta = torch.where(ranks.winner < 1, first - second, second - first)
+        reference_error = (reference - noise).square().flatten(2).mean(2)  # [2, B]
+        error = (null - noise).square().flatten(2).mean(2)  # [2, B]
+        # r - m, positive where n predicts the noise better than n0. From images [2, B] to ranked units, [N]
+        # each.
+        improvement = (reference_error - error).unflatten(1, (len(ranks.winner), -1)).mean(2)
+        first_improvement, second_improvement = improvement
+        delta = torch.where(
+            ranks.winner < 1, first_improvement - second_improvement, second_improvement - first_improvement
+        )
         loss = preference_loss(delta, beta=NEGATIVE_BETA) * (ranks.winner >= 0)
-        # [N] to [A]: ranked views are averaged per asset.
+        # From ranked units [N] to assets [A]: the mean over the views if these were ranked separately.
         return loss.unflatten(0, (null.shape[1] // self.denoiser.views, -1)).mean(1)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """Return windows and null embeddings."""
-        return {**super().state_dict(), **({} if self.moved is None else {"moved": self.moved})}
+        """Return the scores of the last steps, and "moved", n - n0, after the first update of n."""
+        state = super().state_dict()
+        return state if self.moved is None else {**state, "moved": self.moved}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Restore the result of `state_dict`."""
         super().load_state_dict(state)
-        # Absent before the first update.
         self.moved = state["moved"].clone() if "moved" in state else None

@@ -1,5 +1,10 @@
-"""Implements RewardSDS (Chachy et al. 2025, arXiv 2503.09601): several noises, each weighted by the reward of
-the image that the prior estimates from it.
+"""Implements RewardSDS (Chachy et al. 2025, arXiv 2503.09601).
+
+Each step uses several noises. The gradient of score distillation of each noise has a weight, which depends on
+the reward of the image that the prior estimates from that noise.
+
+Shapes: K noises; A assets; V views of an asset; B = A V images; C, H, W channels, rows and columns of
+latents.
 """
 
 from typing import Any
@@ -14,10 +19,10 @@ from eg3d_rlhf.tuning.distill.schedule import ddim_times
 
 
 class RewardSds(Rewarded):
-    """Sum over noises of weight times distillation gradient."""
+    """RewardSDS: the sum over noises of weight times gradient. The arguments are those of `Rewarded`."""
 
-    def __init__(self, *args: Any, **more: Any):
-        super().__init__(*args, **more)
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
         self.history = History()
         self.windows = {"rows": self.history}
 
@@ -31,33 +36,29 @@ class RewardSds(Rewarded):
         step: int,
         images: torch.Tensor | None = None,
     ) -> GuidanceOutput:
-        """Compute the gradient of one step, see `Guidance`."""
+        """Compute the gradient of one step. The arguments are described at `Guidance`."""
         d = self.denoiser
         s = self.settings
-        # From the step `until` on, this is plain distillation with one noise.
+        # From the step `until` on, the method is score distillation with one noise.
         count = s.noises if s.until is None or step < s.until else 1
-        # Noise k is the same for any count, so an arm with more noises contains those of other arms.
         noise, x_t, conditioning, prediction = d.noise_and_predict(count, x, t, prompts, cameras, step)
         residuals = d.residuals(x, noise, t, x_t, prediction)
         scores = None
-        # With one noise nothing can be ranked, and the reward is not evaluated.
+        # The weight of a single noise is 1, whatever its score, so the reward is not computed.
         if len(noise) > 1:
             scale = s.prior.guidance_scale
-            one_step = d.x0(x_t, prediction.guided(scale), t)
-            explored = (
-                one_step if s.explore_steps == 1 else self.explore(x_t, t, conditioning, cameras, scale)
-            )
-            scores = self._score(
-                torch.stack([d.prior.decode(latents) for latents in explored]),
-                reward_prompts(self.reward, prompts, cameras),
-            )
-        # Weights are computed per asset [K, A] and repeated for its views [K, B].
+            if s.explore_steps == 1:
+                explored = d.x0(x_t, prediction.guided(scale), t)
+            else:
+                explored = self.explore(x_t, t, conditioning, cameras, scale)
+            images = torch.stack([d.prior.decode(latents) for latents in explored])
+            scores = self._score(images, reward_prompts(self.reward, prompts, cameras))
+        # Weights are computed for assets [K, A] and repeated for their views [K, B].
         weights = (
             x.new_ones(1, len(x)) if scores is None else s.weighting(scores).repeat_interleave(d.views, 1)
         )
         grad = gradients.reward_weighted(residuals, weights)
-        # For the log only: the gradient uses the weights.
-        winner = None if scores is None else scores.argmax(0)
+        winner = None if scores is None else scores.argmax(0)  # for the log only
         return GuidanceOutput(grad=grad, terms=d.compare(residuals, grad), scores=scores, winner=winner)
 
     def explore(
@@ -68,32 +69,50 @@ class RewardSds(Rewarded):
         cameras: torch.Tensor | None,
         scale: float,
     ) -> torch.Tensor:
-        """Follow DDIM from x_t [K, B, C, H, W]: through t and those of `explore_steps` even times 0..999 that
-        are smaller.
-        """
-        # All noises are denoised in one batch [K B, C, H, W].
-        d = self.denoiser
-        k = len(x_t)
+        """Denoise latents by several DDIM steps (RewardSDS's exploration).
 
-        def predict(flat: torch.Tensor, now: torch.Tensor) -> torch.Tensor:
-            prediction = d.predict(flat.unflatten(0, (k, -1)), now[: len(t)], conditioning, cameras)
+        The setting explore_steps is the number of evenly spaced times in 0..999. The steps start at t and
+        pass through those of these times that are smaller than t.
+
+        Args:
+            x_t: [K, B, C, H, W], noised latents.
+            t: [B], times of x_t.
+            conditioning: tokens of the prompts.
+            cameras: [B, 16], cam2world matrices, or None.
+            scale: guidance scale.
+        Returns: [K, B, C, H, W], clean estimate of the last prediction, or with explore_end=t0 the latents at
+        t = 0.
+        """
+        d = self.denoiser
+        k = len(x_t)  # K
+
+        # The schedule processes all noises as one batch [K B, C, H, W], and the denoiser expects [K, B, C, H,
+        # W].
+        def predict(flat_latents: torch.Tensor, flat_times: torch.Tensor) -> torch.Tensor:
+            # All noises have the same times, so the first B of K B are enough.
+            prediction = d.predict(
+                flat_latents.unflatten(0, (k, -1)), flat_times[: len(t)], conditioning, cameras
+            )
             return prediction.guided(scale).flatten(0, 1)
 
-        # Times above t would add noise to x_t.
-        even = [time for time in ddim_times(self.settings.explore_steps, "floor") if time < int(t.max())]
         ends_at_x0 = self.settings.explore_end == "x0"
-        # clamp_max: images with a smaller t stay at it until the chain reaches it.
-        decreasing = [t, *(t.clamp_max(time) for time in even if time or not ends_at_x0)]
-        times = [time.repeat(k) for time in decreasing]
-        latents = d.schedule.ddim_chain(x_t.flatten(0, 1), times, predict)
+        chain = [t]
+        for time in ddim_times(self.settings.explore_steps, "floor"):
+            # Only times below t: DDIM steps remove noise. An end at x0 is computed below from a prediction,
+            # not by a step to t = 0.
+            if time < int(t.max()) and (time > 0 or not ends_at_x0):
+                # clamp_max: an image whose own t is smaller stays unchanged until the chain reaches its t.
+                chain.append(t.clamp_max(time))
+        flat_chain = [times.repeat(k) for times in chain]  # [K B] each
+        latents = d.schedule.ddim_chain(x_t.flatten(0, 1), flat_chain, predict)
         if ends_at_x0:
-            # The last prediction gives the estimate without noise.
-            latents = d.schedule.x0(latents, predict(latents, times[-1]), times[-1])
+            latents = d.schedule.x0(latents, predict(latents, flat_chain[-1]), flat_chain[-1])
         return latents.unflatten(0, (k, -1))
 
     def _score(self, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-        """Score images [K, B, 3, h, w] per asset, [K, A]; standardised by the last steps if the
-        settings say so.
+        """Return the scores [K, A] of images [K, B, 3, h, w], averaged over the views of each asset.
+
+        The scores are standardised over the last steps if the setting `standardise` is True.
         """
         scores = self.denoiser.per_asset(self.denoiser.score(self.reward, images, prompts))
         return self.history.standardise(scores) if self.settings.standardise else scores

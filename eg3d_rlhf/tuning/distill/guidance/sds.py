@@ -1,8 +1,11 @@
-"""Implements score distillation sampling, the basis of all other methods, and best of n: the same from
-several starts, of which the asset with the highest reward is kept.
+"""Implements score distillation sampling (SDS; Poole et al. 2022), on which all other methods are based, and
+best-of-n.
 
-Best of n uses no preference in its gradient. It is a baseline with n times the work. Letters: A assets, S
-starts of each, V views.
+Best-of-n optimises several assets for each prompt by SDS, and keeps the asset with the highest reward. Its
+gradient contains no reward. It is a baseline that takes n times the computation of SDS.
+
+Shapes: A assets that are kept; S starts for each of them; V views of an asset; K noises; B images; C, H, W
+channels, rows and columns of latents; h, w rows and columns of images.
 """
 
 import torch
@@ -13,7 +16,10 @@ from eg3d_rlhf.tuning.distill.guidance.denoiser import Guided, Rewarded, reward_
 
 
 class Sds(Guided):
-    """Mean over noises of w(t) (p - e), or of the residual of another form."""
+    """Score distillation sampling: the mean over K noises of w(t) (p - e), see gradients.py.
+
+    The setting `form` selects other formulas than w(t) (p - e).
+    """
 
     @torch.no_grad()
     def __call__(
@@ -25,48 +31,50 @@ class Sds(Guided):
         step: int,
         images: torch.Tensor | None = None,
     ) -> GuidanceOutput:
-        """Compute the gradient of one step, see `Guidance`."""
+        """Compute the gradient of one step. The arguments are described at `Guidance`."""
         d = self.denoiser
         s = self.settings
         noise, x_t, _, prediction = d.noise_and_predict(s.samples, x, t, prompts, cameras, step)
-        residuals = d.residuals(x, noise, t, x_t, prediction)
-        # K noises: [K, B, C, H, W] becomes [B, C, H, W].
+        residuals = d.residuals(x, noise, t, x_t, prediction)  # [K, B, C, H, W]
         grad = residuals.mean(0)
         output = GuidanceOutput(grad=grad, terms={"sds_norm": d.compare(residuals, grad)["sds_norm"]})
         if s.image_loss:
             assert images is not None, "image_loss needs the rendered images"
-            # HiFA's weight is w a / s, because s / a converts a residual of the noise to one of the image.
+            # HiFA's weight is w a / s (Zhu et al. 2023): p - e = (a / s) (x - x0), so it gives a difference
+            # of images the scale of w (p - e). `bar` is a^2.
             bar = d.schedule.alpha(t, images)
             weight = (
                 s.image_loss * d.schedule.weight(t, s.prior.weighting, images) * bar.sqrt() / (1 - bar).sqrt()
             )
-            # The gradient is the mean over one estimate per noise.
-            decoded = [d.prior.decode(x0) for x0 in d.x0(x_t, prediction.guided(s.prior.guidance_scale), t)]
-            output.image_grad = torch.stack(
-                [gradients.image_loss(images, estimate, weight) for estimate in decoded]
-            ).mean(0)
+            estimates = d.x0(x_t, prediction.guided(s.prior.guidance_scale), t)  # [K, B, C, H, W]
+            image_grads = [gradients.image_loss(images, d.prior.decode(x0), weight) for x0 in estimates]
+            output.image_grad = torch.stack(image_grads).mean(0)
         return output
 
 
 class BestOfN(Rewarded, Sds):
-    """Distillation of S x A assets; those of start s have the indices s A to (s + 1) A - 1."""
+    """Score distillation of S A assets, of which A are kept.
+
+    The assets of the start s have the indices s A to (s + 1) A - 1.
+    """
 
     @torch.no_grad()
     def best(self, images: torch.Tensor, prompts: list[str], cameras: torch.Tensor) -> list[int]:
-        """Return the indices of the A assets to keep: of each, the start with the largest mean reward over
-        its views, and of equal ones the first.
+        """Return the indices of the A assets to keep.
+
+        For each of them it is the start with the largest mean reward over its views, and the first of such
+        starts if several have the same mean.
 
         Args:
-            images: [S A V, 3, h, w] in 0..1, of the finished assets.
-            prompts: one per image.
-            cameras: [S A V, 16].
+            images: [S A V, 3, h, w] in 0..1, renders of the finished assets.
+            prompts: S A V prompts, one for each image.
+            cameras: [S A V, 16], cam2world matrices.
         """
         d = self.denoiser
-        # [S A]
-        scores = d.per_asset(
-            d.score(self.reward, images[None], reward_prompts(self.reward, prompts, cameras))
-        )[0]
+        # images[None]: `score` expects a dimension of noises, which has the size 1 here.
+        image_scores = d.score(self.reward, images[None], reward_prompts(self.reward, prompts, cameras))
+        scores = d.per_asset(image_scores)[0]  # [S A]
         starts = self.settings.starts
         assets = len(scores) // starts
-        chosen = scores.unflatten(0, (starts, assets)).argmax(0).cpu()  # [A]
-        return (chosen * assets + torch.arange(assets)).tolist()
+        best_starts = scores.unflatten(0, (starts, assets)).argmax(0).cpu()  # [A]
+        return (best_starts * assets + torch.arange(assets)).tolist()

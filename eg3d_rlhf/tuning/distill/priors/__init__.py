@@ -1,1 +1,1 @@
-"""Frozen diffusion models of images, which serve as priors."""
+"""Frozen diffusion models of images, from which assets are distilled (priors)."""

@@ -1,12 +1,13 @@
 """Implements latent diffusion models as priors: Stable Diffusion from a folder, and MVDream from its file.
-They use diffusers and transformers (optional dependencies [sd]), which are imported in functions. Also
-estimates the memory that they need.
+
+The module also estimates the memory that a step with these priors needs. It uses diffusers and transformers,
+which are optional dependencies ([sd]) and are therefore imported in functions.
 
 Only the U-Net may use half precision. alphas_cumprod, latents, and everything that is computed from them stay
-in float32, because at t = 980 x0 is divided by 0.076.
+in float32, because the estimate x0 at t = 980 is divided by a = 0.076, which amplifies rounding errors.
 
-Shape letters: B = A V images, V views of an asset, C, H, W of latents, h, w of images, T tokens, D their
-width.
+Shapes: A assets; V views of an asset; B = A V images; K noises; C, H, W channels, rows and columns of
+latents; h, w rows and columns of images; T tokens of a prompt with D entries each.
 """
 
 import json
@@ -40,7 +41,8 @@ from eg3d_rlhf.models.weights import (
 )
 from eg3d_rlhf.tuning.distill.schedule import NoiseSchedule
 
-FLAG = "--prior"
+FLAG = "--prior"  # flag that messages name
+# Width of the text encoder -> notice about the licence of the model.
 LICENCES = {
     768: (
         "Stable Diffusion 1.x: licence CreativeML OpenRAIL-M. Its use restrictions also apply to the users"
@@ -51,40 +53,42 @@ LICENCES = {
         " users of what you create with it."
     ),
 }
-Prediction = Literal["epsilon", "v_prediction"]
+Prediction = Literal["epsilon", "v_prediction"]  # quantity that the U-Net predicts
 
 
-# Networks by name: unet, a UNet2DConditionModel of diffusers; vae, an AutoencoderKL; text, a CLIPTextModel of
-# transformers.
+# Networks of a model by name: "unet", a UNet2DConditionModel of diffusers; "vae", an AutoencoderKL of
+# diffusers; "text", a CLIPTextModel of transformers.
 Networks = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
 class PriorOptions:
-    """Settings of the computation of a prior."""
+    """Settings of the computation of a prior: device, precision, and saving of memory."""
 
-    device: str | torch.device = "cpu"  # of all networks
-    half: bool | None = None  # use float16 for the U-Net; None: only on a GPU
-    # Pass images through the autoencoder one by one, and recompute activations instead of storing them.
+    device: str | torch.device = "cpu"  # device of all networks
+    half: bool | None = None  # True: float16 for the U-Net; False: float32; None: float16 on a GPU only
+    # True: images pass through the autoencoder one by one, and activations are recomputed in the backward
+    # pass.
     checkpointing: bool = True
 
     @property
     def unet_dtype(self) -> torch.dtype:
-        """Precision of the U-Net on this device."""
+        """Data type of the U-Net's weights and activations."""
         half = torch.device(self.device).type == "cuda" if self.half is None else self.half
         return torch.float16 if half else torch.float32
 
 
 class LatentPrior:
-    """`DiffusionPrior` of latents. Its weights are frozen. Differentiable in images, latents and
-    conditioning.
+    """Latent diffusion model with the interface `DiffusionPrior`.
+
+    Its weights are frozen. It is differentiable in images, latents and conditioning.
 
     Args:
-        networks: with weights, in float32.
-        tokenize: returns 77 tokens per prompt; None: `embed` must not be called.
-        alphas_cumprod: [1000].
-        prediction: of the network.
-        options: of the computation.
+        networks: networks with their weights in float32.
+        tokenize: function that returns 77 tokens for each prompt. None if `embed` is not called.
+        alphas_cumprod: [1000], alphas_cumprod of the noise schedule.
+        prediction: quantity that the U-Net predicts: the noise (epsilon), or v.
+        options: device and precision; None for the defaults.
     """
 
     views = 1
@@ -101,12 +105,11 @@ class LatentPrior:
         self.options = options
         self.tokenize = tokenize
         self.prediction = prediction
-        # Also marks device and precision of latents: other tensors are moved to it.
+        # `.to(self.alphas_cumprod)` gives images and latents its device and data type, float32.
         self.alphas_cumprod = alphas_cumprod.float().to(options.device)
         self.unet, self.vae, self.text = (
-            networks[part].eval().requires_grad_(False).to(options.device) for part in ("unet", "vae", "text")
+            networks[name].eval().requires_grad_(False).to(options.device) for name in ("unet", "vae", "text")
         )
-        # Only the U-Net: latents and images stay in float32.
         if options.unet_dtype == torch.float16:
             self.unet.half()
         if options.checkpointing:
@@ -114,20 +117,23 @@ class LatentPrior:
         self.scaling = float(self.vae.config.scaling_factor)
         side = int(self.unet.config.sample_size)
         self.latent_shape = (int(self.unet.config.in_channels), side, side)
-        # Each level of the autoencoder but the first halves the resolution.
+        # Each level of the encoder except the first halves the resolution.
         self.image_size = side * 2 ** (len(self.vae.config.block_out_channels) - 1)
-        self._embedded: dict[str, torch.Tensor] = {}  # cache: prompt -> embedding [T, D]
+        self._embeddings: dict[str, torch.Tensor] = {}  # cache: prompt -> embedding [T, D]
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
-        """Encode images [B, 3, h, w] in 0..1, resized (bilinearly) to the model's size, to latents [B, C, H,
-        W]: the mean of the posterior.
+        """Encode images as latents.
+
+        Args:
+            images: [B, 3, h, w] in 0..1. Images of another size than the model's are resized bilinearly.
+        Returns: [B, C, H, W], mean of the encoder's posterior.
         """
         images = images.to(self.alphas_cumprod)
         if images.shape[-2:] != (self.image_size, self.image_size):
             images = F.interpolate(
                 images, size=(self.image_size, self.image_size), mode="bilinear", align_corners=False
             )
-        # The autoencoder expects images in -1..1.
+        # 2 x - 1: the autoencoder expects images in -1..1.
         return self.scaling * self._each(lambda x: self.vae.encode(2 * x - 1).latent_dist.mean, images)
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
@@ -135,67 +141,87 @@ class LatentPrior:
         images = self._each(
             lambda x: self.vae.decode(x).sample, latents.to(self.alphas_cumprod) / self.scaling
         )
-        # -1..1 to 0..1; the decoder can exceed the range slightly.
+        # From -1..1 to 0..1. The output of the decoder can exceed its range slightly.
         return (0.5 * images + 0.5).clamp(0, 1)
 
-    def _each(self, run: Callable[[torch.Tensor], torch.Tensor], batch: torch.Tensor) -> torch.Tensor:
-        """Return run(batch). With checkpointing, images are processed one by one, so that only one
-        graph is in memory.
+    def _each(self, function: Callable[[torch.Tensor], torch.Tensor], batch: torch.Tensor) -> torch.Tensor:
+        """Return function(batch) for images or latents [B, ...].
+
+        With checkpointing, the images of the batch are processed one by one, so that the activations of only
+        one image are in memory.
         """
         if not self.options.checkpointing:
-            return run(batch)
-        return torch.cat(
-            [checkpoint(run, x, use_reentrant=False) if x.requires_grad else run(x) for x in batch.split(1)]
-        )
+            return function(batch)
+        results = []
+        for image in batch.split(1):
+            # torch's checkpoint is needed for tensors with a gradient only.
+            if image.requires_grad:
+                results.append(checkpoint(function, image, use_reentrant=False))
+            else:
+                results.append(function(image))
+        return torch.cat(results)
 
     def embed(self, prompts: list[str], directions: list[str] | None = None) -> torch.Tensor:
-        """Embed prompts, [B, T, D]. A direction ("front", "side", ...) is added to a prompt that is not
-        empty.
+        """Return the embeddings of B prompts, [B, T, D].
+
+        Args:
+            prompts: B prompts. "" is the null prompt.
+            directions: B viewing directions such as "front", which are appended to the prompts except the
+                null prompt; or None.
         """
         if directions is not None:
-            # The null prompt stays empty.
-            prompts = [f"{p}, {d} view" if p else p for p, d in zip(prompts, directions, strict=True)]
-        # Prompts repeat in every step, so embeddings are cached.
+            prompts = [
+                f"{prompt}, {direction} view" if prompt else prompt
+                for prompt, direction in zip(prompts, directions, strict=True)
+            ]
+        # The prompts are the same in every step, so their embeddings are cached.
         for prompt in prompts:
-            if prompt not in self._embedded:
+            if prompt not in self._embeddings:
                 assert self.tokenize is not None
                 with torch.no_grad():
-                    # One prompt at a time: the embedding of a prompt must not depend on the batch.
+                    # One prompt at a time, so that its embedding is bitwise independent of the batch.
                     tokens = self.tokenize([prompt])[0].to(self.alphas_cumprod.device)
-                    self._embedded[prompt] = self.text(tokens).last_hidden_state[0].float()
-        # [B, T, D]; a prompt may occur more than once.
-        return torch.stack([self._embedded[prompt] for prompt in prompts])
+                    self._embeddings[prompt] = self.text(tokens).last_hidden_state[0].float()
+        return torch.stack([self._embeddings[prompt] for prompt in prompts])
 
     def predict_noise(
         self, x_t: torch.Tensor, t: torch.Tensor, cond: torch.Tensor, cameras: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Predict the noise [B, C, H, W] of x_t at t [B], in float32; from v it is e = a v + s x_t."""
-        # The prediction is converted back to float32 before anything is computed from it.
+        """Predict the noise of noised latents, [B, C, H, W] in float32.
+
+        Args:
+            x_t: [B, C, H, W], noised latents.
+            t: [B], times.
+            cond: [B, T, D], embeddings of the prompts.
+            cameras: [B, 16], cam2world matrices, or None.
+        """
         dtype = self.options.unet_dtype
         labels = self._labels(cameras)
-        out = self.unet(
+        # Converted to float32 before the noise is computed from it.
+        prediction = self.unet(
             x_t.to(dtype), t, encoder_hidden_states=cond.to(dtype), class_labels=labels
         ).sample.float()
-        return (
-            out
-            if self.prediction == "epsilon"
-            else NoiseSchedule(self.alphas_cumprod).noise_of_velocity(x_t, out, t)
-        )
+        if self.prediction == "epsilon":
+            return prediction
+        return NoiseSchedule(self.alphas_cumprod).noise_of_velocity(x_t, prediction, t)
 
     def _labels(self, cameras: torch.Tensor | None) -> torch.Tensor | None:
-        """Return the class labels of the U-Net: none, because a single image has no camera."""
+        """Return the class labels of the U-Net, which are None, since this model does not use cameras."""
         return None
 
 
 def meta_networks(folder: Path) -> Networks:
-    """Make the networks that a folder's config.json files describe, on the meta device. No weights are read.
+    """Make the networks of a Stable Diffusion folder on the meta device, without reading weights.
 
-    Raises: ValueError.
+    Their shapes are enough to estimate the memory of a step.
+
+    Args:
+        folder: folder whose subfolders contain config.json files.
+    Raises: FileNotFoundError or ValueError for a missing or invalid config.json.
     """
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    # Shapes are enough to estimate the memory before gigabytes of weights are read.
     files = [existing(folder / part / "config.json", FLAG) for part in ("unet", "vae", "text_encoder")]
     with one_line(f"{FLAG}: {folder.name}", "Copy the folder again."):
         configs = [json.loads(file.read_text()) for file in files]
@@ -208,35 +234,41 @@ def meta_networks(folder: Path) -> Networks:
 
 
 def load_stable_diffusion(folder: Path, options: PriorOptions | None = None) -> LatentPrior:
-    """Load a folder with unet/, vae/, text_encoder/, tokenizer/ and scheduler/. Only safetensors are read,
-    and nothing is downloaded. The licence is printed once.
+    """Load Stable Diffusion from a folder in the layout of diffusers.
 
-    Raises: FileNotFoundError; ValueError for missing or foreign parts, and for predictions other than epsilon
-    and v.
+    Weights are read from safetensors files only, and nothing is downloaded. A notice about the licence is
+    printed once.
+
+    Args:
+        folder: folder with the subfolders unet, vae, text_encoder, tokenizer and scheduler.
+        options: device and precision; None for the defaults.
+    Raises: FileNotFoundError for a missing subfolder or file; ValueError if the parts do not belong together,
+    or if the
+        model predicts neither epsilon nor v.
     """
     from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
     from transformers import CLIPTextModel
 
     for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
         existing(folder / part, FLAG)
-    parts = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
-    unet, vae, text = (from_folder(cls, folder / part, FLAG) for part, cls in parts.items())
+    classes = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
+    unet, vae, text = (from_folder(cls, folder / part, FLAG) for part, cls in classes.items())
     existing(folder / "scheduler" / "scheduler_config.json", FLAG)
     with one_line(f"{FLAG}: {folder.name}/scheduler", "Copy the folder again."):
         scheduler = DDPMScheduler.from_pretrained(str(folder / "scheduler"), local_files_only=True)
-    # Which quantity the U-Net predicts stands in the scheduler's configuration only.
+    # The quantity that the U-Net predicts is stored in the configuration of the scheduler, not of the U-Net.
     prediction = scheduler.config.prediction_type
     if prediction not in ("epsilon", "v_prediction"):
         raise ValueError(
-            f"{FLAG}: expected a prior that predicts epsilon or v_prediction, got {prediction}. Use SD 1.5"
-            " or SD 2.1."
+            f"{FLAG}: this model predicts {prediction}, but a prior has to predict epsilon or v_prediction."
+            " Use Stable Diffusion 1.5 or 2.1."
         )
     width = text.config.hidden_size
-    expected = unet.config.cross_attention_dim
-    if width != expected:
+    required_width = unet.config.cross_attention_dim
+    if width != required_width:
         raise ValueError(
-            f"{FLAG}: the U-Net expects embeddings with {expected} numbers, but the text encoder has"
-            f" {width}. Use parts of the same model."
+            f"{FLAG}: the U-Net needs embeddings with {required_width} entries, but those of the text encoder"
+            f" have {width}. Use the U-Net and the text encoder of the same model."
         )
     # SD 2.x pads prompts with the token of "!"; "own" uses the padding token of the folder's tokenizer.
     tokenize = clip_tokenizer(folder / "tokenizer", FLAG, text.config.vocab_size, "own")
@@ -246,13 +278,15 @@ def load_stable_diffusion(folder: Path, options: PriorOptions | None = None) -> 
     )
 
 
-# --- MVDream (arXiv 2308.16512): four views that attend to one another, from its published .pt file. Only
-# weights are read, and diffusers runs them. The converted U-Net equals the original up to rounding (reference
-# case `mvdream_unet`).
+# --- MVDream (arXiv 2308.16512), a model of four views that attend to one another, from its published .pt
+# file. Only the weights are read from the file, and networks of diffusers use them. The predictions equal
+# those of the original code up to rounding (reference case `mvdream_unet`).
 
 VIEWS = 4
-LATENT_SIDE = 32  # of both published models, for images of 256 x 256
+LATENT_SIDE = 32  # edge of the latents of both published models, whose images have 256 x 256 pixels
 SCALING = 0.18215  # scaling factor of Stable Diffusion's latents
+# Prefixes of the text encoder's tensors: the model based on Stable Diffusion 2 uses open_clip, that based on
+# 1.5 uses transformers.
 OPEN_CLIP = "cond_stage_model.model."
 TRANSFORMERS = "cond_stage_model.transformer."
 LICENCE = (
@@ -262,8 +296,13 @@ LICENCE = (
 
 
 class ViewAttention:
-    """Attention processor that lets the tokens of all views of an asset attend to one another: [B, pixels, D]
-    is processed as [A, V * pixels, D].
+    """Attention processor of diffusers in which the tokens of all views of an asset attend to one another.
+
+    Hidden states [B, pixels, D] are processed as [A, V * pixels, D].
+
+    Args:
+        inner: attention processor that computes the attention.
+        views: number V of views.
     """
 
     def __init__(self, inner: Any, views: int = VIEWS):
@@ -275,76 +314,90 @@ class ViewAttention:
         attn: Any,
         hidden_states: torch.Tensor,
         encoder_hidden_states: torch.Tensor | None = None,
-        **rest: Any,
+        **arguments: Any,
     ):
         pixels = hidden_states.shape[1]
         # [A V, pixels, D] to [A, V pixels, D], and back below.
-        together = hidden_states.unflatten(0, (-1, self.views)).flatten(1, 2)
-        out = self.inner(attn, together, encoder_hidden_states=encoder_hidden_states, **rest)
-        return out.unflatten(1, (self.views, pixels)).flatten(0, 1)
+        joined_states = hidden_states.unflatten(0, (-1, self.views)).flatten(1, 2)
+        attended = self.inner(attn, joined_states, encoder_hidden_states=encoder_hidden_states, **arguments)
+        return attended.unflatten(1, (self.views, pixels)).flatten(0, 1)
 
 
 def join_views(unet: Any, views: int = VIEWS) -> Any:
-    """Change a U-Net to self-attention over `views` views; cross-attention does not change. Without cameras
-    nothing is added to the time embedding.
+    """Change a U-Net of diffusers so that its self-attention joins the views of an asset.
+
+    Cross-attention to the prompt does not change. The U-Net also accepts inputs without cameras; nothing is
+    then added to its time embedding.
+
+    Args:
+        unet: UNet2DConditionModel, which is changed.
+        views: number of views of an asset.
+    Returns: the same U-Net.
     """
     from diffusers.models.attention_processor import AttnProcessor2_0
 
-    # attn1 is self-attention, attn2 cross-attention in diffusers' names.
+    # In the names of diffusers, attn1 is self-attention and attn2 cross-attention.
     processors = {name: AttnProcessor2_0() for name in unet.attn_processors}
-    joined = {
+    view_processors = {
         name: ViewAttention(processor, views)
         for name, processor in processors.items()
         if name.endswith("attn1.processor")
     }
-    unet.set_attn_processor(processors | joined)
-    # diffusers raises an error without class labels; here they are the optional cameras.
-    embed = type(unet).get_class_embed
+    unet.set_attn_processor(processors | view_processors)
+    # The cameras are class labels of the U-Net. Without class labels, the method of diffusers raises an
+    # error.
+    embed_labels = type(unet).get_class_embed
     unet.get_class_embed = lambda sample, class_labels: (
-        None if class_labels is None else embed(unet, sample, class_labels)
+        None if class_labels is None else embed_labels(unet, sample, class_labels)
     )
     return unet
 
 
 class MVDream(LatentPrior):
-    """`DiffusionPrior` of four views: B is a multiple of 4, the views of an asset are adjacent, and cameras
-    [B, 16] have our convention.
+    """Multi-view diffusion model with the interface `DiffusionPrior`, for four views of an asset at a time.
+
+    The number B of images is a multiple of 4, and the views of an asset are adjacent. Cameras [B, 16] have
+    the convention of this package.
     """
 
     views = VIEWS
 
     def embed(self, prompts: list[str], directions: list[str] | None = None) -> torch.Tensor:
-        """Embed the prompts only, [B, T, D]. The network gets the cameras and was trained without
-        directions in prompts.
+        """Return the embeddings of B prompts, [B, T, D].
+
+        The directions are not used, because the network gets the cameras, and was trained on prompts without
+        directions.
         """
         return super().embed(prompts)
 
     def _labels(self, cameras: torch.Tensor | None) -> torch.Tensor | None:
-        """Return the cameras in the network's convention."""
-        return (
-            None
-            if cameras is None
-            else network_cameras(cameras.float()).to(self.options.device, self.options.unet_dtype)
-        )
+        """Return the cameras [B, 16] in MVDream's convention, or None without cameras."""
+        if cameras is None:
+            return None
+        return network_cameras(cameras.float()).to(self.options.device, self.options.unet_dtype)
 
 
 def mvdream_networks(
     state: Mapping[str, torch.Tensor], who: str
 ) -> tuple[Networks, dict[str, dict[str, torch.Tensor]]]:
-    """Make the networks that the shapes in a file determine, on the meta device, with their state dicts.
+    """Make the networks of MVDream on the meta device. Their sizes follow from the shapes of the tensors.
 
+    Args:
+        state: tensors of the published file.
+        who: beginning of error messages, with the name of the file.
+    Returns: the networks by name, and the state dict of each network by the same name.
     Raises: ValueError for the file of another network.
     """
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    # Prefixes of the published files, which have the layout of latent diffusion (LDM).
+    # Prefixes of the layout of latent diffusion (LDM), which the published files have.
     unet_state = below(state, "model.diffusion_model.")
     vae_state = below(state, "first_stage_model.")
     config = unet_config(unet_state, who, LATENT_SIDE)
-    # The encoder gives means and log variances, so its channels are twice those of latents.
-    latent_numbers = shape_of(vae_state, "encoder.conv_out.weight", who, 4)[0]
-    # The first convolution of a level has its number of channels.
+    # The encoder returns means and log variances, so it has twice as many output channels as the latents.
+    encoder_channels = shape_of(vae_state, "encoder.conv_out.weight", who, 4)[0]
+    # The first convolution of a level determines its number of channels.
     levels = range(count(vae_state, "encoder.down."))
     widths = tuple(shape_of(vae_state, f"encoder.down.{i}.block.0.conv1.weight", who, 4)[0] for i in levels)
     text_config, text_state = _text(state, who)
@@ -352,7 +405,7 @@ def mvdream_networks(
         "unet": join_views(empty(lambda: UNet2DConditionModel(**config))),
         "vae": empty(
             lambda: AutoencoderKL(
-                latent_channels=latent_numbers // 2,
+                latent_channels=encoder_channels // 2,
                 block_out_channels=widths,
                 layers_per_block=count(vae_state, "encoder.down.0.block."),
                 down_block_types=("DownEncoderBlock2D",) * len(widths),
@@ -371,79 +424,97 @@ def mvdream_networks(
 
 
 def _text(state: Mapping[str, torch.Tensor], who: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Return configuration and state dict of the text encoder: that of open_clip without its last layer, or
-    that of OpenAI unchanged.
+    """Return the configuration and the state dict of MVDream's text encoder, in the layout of transformers.
+
+    Args:
+        state: tensors of the published file.
+        who: beginning of error messages, with the name of the file.
+    Raises: ValueError if the file contains no text encoder, or one of less than two layers.
     """
-    # The prefix shows which text encoder the model uses: Stable Diffusion 1.x that of OpenAI, 2.x that of
-    # open_clip.
-    state_of_text = below(state, TRANSFORMERS)
-    other = below(state, OPEN_CLIP)
-    if not state_of_text and not other:
-        raise ValueError(f"{who}: the file has no text encoder (cond_stage_model.*). Use the published file.")
-    if other:
-        # MVDream uses the output of the last layer but one.
-        layers = count(other, "transformer.resblocks.") - 1
-        act = "gelu"
+    # The prefix of the tensors shows whether the text encoder is that of OpenAI or of open_clip.
+    text_state = below(state, TRANSFORMERS)
+    open_clip_state = below(state, OPEN_CLIP)
+    if not text_state and not open_clip_state:
+        raise ValueError(
+            f"{who}: the file contains no text encoder (tensors cond_stage_model.*). Download the file that"
+            " MVDream publishes."
+        )
+    if open_clip_state:
+        # Stable Diffusion 2 and MVDream use the output of the last layer but one, so the last layer is left
+        # out.
+        layers = count(open_clip_state, "transformer.resblocks.") - 1
+        activation = "gelu"
         if layers < 1:
             raise ValueError(
-                f"{who}: expected a text encoder of at least 2 layers, got {layers + 1}. Use the published"
-                " file."
+                f"{who}: the text encoder has {layers + 1} layers, but needs at least 2. Download the file"
+                " that MVDream publishes."
             )
-        state_of_text = to_transformers_text(other, layers)
+        text_state = to_transformers_text(open_clip_state, layers)
     else:
-        layers = count(state_of_text, "text_model.encoder.layers.")
-        act = "quick_gelu"
-    vocabulary, width = shape_of(state_of_text, "text_model.embeddings.token_embedding.weight", who, 2)
+        layers = count(text_state, "text_model.encoder.layers.")
+        activation = "quick_gelu"
+    vocabulary, width = shape_of(text_state, "text_model.embeddings.token_embedding.weight", who, 2)
     config = {
         "vocab_size": vocabulary,
         "hidden_size": width,
         "num_hidden_layers": layers,
-        "hidden_act": act,
+        "hidden_act": activation,
         "projection_dim": width,
-        "num_attention_heads": max(width // 64, 1),  # 64 channels per head in both published encoders
-        "bos_token_id": vocabulary - 2,  # CLIP's vocabulary ends with the start and the end token
+        "num_attention_heads": max(
+            width // 64, 1
+        ),  # both published encoders have 64 channels per attention head
+        "bos_token_id": vocabulary
+        - 2,  # the last two tokens of CLIP's vocabulary are the start and the end token
         "eos_token_id": vocabulary - 1,
-        "intermediate_size": shape_of(state_of_text, "text_model.encoder.layers.0.mlp.fc1.weight", who, 2)[0],
+        "intermediate_size": shape_of(text_state, "text_model.encoder.layers.0.mlp.fc1.weight", who, 2)[0],
     }
-    return config, state_of_text
+    return config, text_state
 
 
 def load_mvdream(path: Path, options: PriorOptions | None = None) -> MVDream:
-    """Load sd-v2.1-base-4view.pt or sd-v1.5-4view.pt, with CLIP's tokenizer in the folder tokenizer/ beside
-    it. No code in the file is run.
+    """Load MVDream from its published file, sd-v2.1-base-4view.pt or sd-v1.5-4view.pt.
 
-    Raises: FileNotFoundError; ValueError for a pickle with more than weights, and for the file of another
-    network.
+    Only tensors are read from the file; code in it is not executed. A notice about the licence is printed
+    once.
+
+    Args:
+        path: path of the file. The folder tokenizer/ beside the file contains CLIP's tokenizer.
+        options: device and precision; None for the defaults.
+    Raises: FileNotFoundError for a missing file or tokenizer; ValueError for a pickle that contains other
+    objects than
+        tensors, and for the file of another network.
     """
     who = f"{FLAG}: {path.name}"
     state = read(path, FLAG)
     networks, states = mvdream_networks(state, who)
     for name, weights in states.items():
-        # Gives the meta networks their weights without a second copy in memory.
+        # Replaces the meta tensors of a network by the tensors of the file, without a second copy in memory.
         adopt(networks[name], weights, who)
     (steps,) = shape_of(state, "alphas_cumprod", who, 1)
-    # All schedules here assume 1000 times.
     if steps != 1000:
         raise ValueError(
-            f"{who}: expected alphas_cumprod of 1000 steps, got {steps}. Use the published file."
+            f"{who}: alphas_cumprod has {steps} entries, but the noise schedule needs 1000. Download the file"
+            " that MVDream publishes."
         )
-    # open_clip pads with token 0, OpenAI's tokenizer with its end token.
+    # open_clip pads prompts with the token 0. None: OpenAI's tokenizer pads with its end token.
     pad = 0 if any(name.startswith(OPEN_CLIP) for name in state) else None
     tokenize = clip_tokenizer(path.parent / "tokenizer", FLAG, networks["text"].config.vocab_size, pad)
     tell_once(LICENCE)
     return MVDream(networks, tokenize, state["alphas_cumprod"], "epsilon", options)
 
 
-# --- a prior from a path: detection of its layout, its memory, and loading
+# --- a prior from a path: detection of its layout, estimate of its memory, and loading
 
-WEIGHTS = (".pt", ".pth", ".ckpt", ".safetensors")
+WEIGHTS = (".pt", ".pth", ".ckpt", ".safetensors")  # endings of files with weights
 
 
 def mvdream_file(path: Path) -> Path | None:
-    """Return MVDream's file that a path names: the file itself, or the only one of a folder. Return None for
-    a Stable Diffusion folder.
+    """Return the path of MVDream's file, or None for a Stable Diffusion folder.
 
-    Raises: ValueError, also if libraries for it are missing.
+    Args:
+        path: path of the file, of a folder that contains only this file with weights, or of a Stable
+            Diffusion folder.
+    Raises: ValueError if the path names neither, or if diffusers or transformers is not installed.
     """
     file = (
         None
@@ -455,8 +526,13 @@ def mvdream_file(path: Path) -> Path | None:
 
 
 def load_prior(path: str | Path, options: PriorOptions | None = None) -> CheckedPrior:
-    """Load Stable Diffusion (a folder) or MVDream (a .pt file), with checks of its inputs. Nothing is
-    downloaded, and no code in a file is run.
+    """Load a prior from local files. Nothing is downloaded, and code in a file is not executed.
+
+    Args:
+        path: Stable Diffusion folder, or file of MVDream, see `mvdream_file`.
+        options: device and precision; None for the defaults.
+    Returns: the prior in a wrapper that checks the shapes of its inputs and outputs.
+    Raises: the errors of `load_stable_diffusion` and `load_mvdream`.
     """
     path = existing(path, FLAG)
     file = mvdream_file(path)
@@ -464,25 +540,27 @@ def load_prior(path: str | Path, options: PriorOptions | None = None) -> Checked
 
 
 def latent_costs(prior: LatentPrior, image_count: int, noises: int = 1) -> Costs:
-    """Estimate the costs of one step of a latent diffusion prior, by running its methods on fake tensors.
+    """Estimate the memory of one step with a latent diffusion prior, by running its methods on fake tensors.
 
     Args:
-        prior: on the meta device. It is changed.
-        image_count: B, views of all assets of a step.
-        noises: K of the method; 2 for DreamDPO and PSD.
+        prior: prior whose networks are on the meta device. It is changed.
+        image_count: number B of images in a step.
+        noises: number K of noises of the method.
+    Returns: memory of the weights, and peak memory of each stage of a step.
     """
     trace = MemoryTrace()
-    # Fake weights: shapes and types only.
+    # Gives the networks fake weights, which have shapes and data types but no values.
     for network in (prior.unet, prior.vae, prior.text):
         trace.fill(network)
     with trace:
         prior.alphas_cumprod = torch.empty(1000)
-    prior.options = replace(prior.options, device="cpu")  # the device of fake tensors
+    prior.options = replace(prior.options, device="cpu")  # fake tensors are on the CPU
     channels, side, _ = prior.latent_shape
     pixels = prior.image_size
     width = int(prior.text.config.hidden_size)
     dtype = prior.options.unet_dtype
 
+    # The functions below run the stages of a step.
     def predict(batch: int, grad: bool):
         x = torch.empty(batch, channels, side, side, requires_grad=grad)
         # Only multi-view priors get cameras.
@@ -490,9 +568,9 @@ def latent_costs(prior: LatentPrior, image_count: int, noises: int = 1) -> Costs
         t = torch.zeros(batch, dtype=torch.long)
         return x, prior.predict_noise(x, t, torch.empty(batch, CLIP_TOKENS, width), cameras)
 
-    def backward(x: torch.Tensor, out: torch.Tensor):
-        # Only the memory of the incoming gradient matters, not its values.
-        return torch.autograd.grad(out, x, torch.empty_like(out))
+    def backward(x: torch.Tensor, output: torch.Tensor):
+        # empty_like: the memory of the incoming gradient counts, and its values do not matter.
+        return torch.autograd.grad(output, x, torch.empty_like(output))
 
     def encode():
         images = torch.empty(image_count, 3, pixels, pixels, requires_grad=True)
@@ -521,21 +599,20 @@ def latent_costs(prior: LatentPrior, image_count: int, noises: int = 1) -> Costs
 def prior_costs(
     path: str | Path, image_count: int, options: PriorOptions | None = None, noises: int = 1
 ) -> Costs:
-    """Estimate the memory of a step with this prior, from its shapes only. Print the result before
-    `load_prior`.
+    """Estimate the memory of a step with a prior, without loading its networks.
 
     Args:
-        path: of the prior.
-        image_count: B, views of all assets of a step.
-        options: of the computation.
-        noises: K of the method.
-
-    Raises: as `load_prior`.
+        path: path of the prior, as for `load_prior`.
+        image_count: number B of images in a step.
+        options: device and precision; None for the defaults.
+        noises: number K of noises of the method.
+    Returns: memory of the weights, and peak memory of each stage of a step.
+    Raises: the errors of `load_prior`; ValueError if the prior cannot process B images.
     """
     path = existing(path, FLAG)
     file = mvdream_file(path)
     options = options or PriorOptions()
-    # The precision is fixed before the device becomes meta, where the default would be float32.
+    # `half` is set explicitly, because its default depends on the device, which is replaced by meta here.
     options = replace(options, device="meta", half=options.unet_dtype == torch.float16)
     if file is None:
         kind = LatentPrior

@@ -1,9 +1,11 @@
-"""Implements a small trained prior of four views: a U-Net with 90,000 parameters for the images of the test
-problem, conditioned on the prompt and the cameras.
+"""Implements a small trained prior of four views, which is conditioned on the prompt and on the cameras.
 
-It is a `DiffusionPrior` like the real ones, so results of methods on the analytic prior can be checked with
-trained predictions. builders/view_prior.py trains it in a minute on one core. Letters: B = A V images, V = 4
-adjacent views, C channels, E entries of a conditioning.
+It is a U-Net with 90,000 parameters for the images of the bundled toy problem. It has the interface
+`DiffusionPrior` of large priors. Results with the prior in closed form (gmm.py) can therefore be checked with
+a trained prior. builders/view_prior.py trains it in a minute on one core.
+
+Shapes: A assets; V = 4 adjacent views of an asset; B = A V images; C channels; H, W rows and columns of
+features; T tokens of a prompt with E entries each; `width` entries of the joint conditioning.
 """
 
 import math
@@ -23,34 +25,44 @@ from eg3d_rlhf.tuning.distill.schedules_by_step import STEPS
 from training.storage import load_strict, read_tensors, write_tensors
 
 FILE_KIND = "view-prior"
-# Standard deviation of the noise of the training images, in latents of -1..1, as in the exact prior.
+# Standard deviation of the Gaussian noise that is added to training images, in latents of -1..1.
 PIXEL_NOISE = 0.3
 
 
 class Block(nn.Module):
-    """Depthwise 3x3 convolution, then two layers across channels, with a skip connection. The conditioning
-    [B, E] scales and shifts the features between them (FiLM).
+    """Block of the U-Net: depthwise 3x3 convolution, FiLM, two layers across channels, and a skip connection.
+
+    FiLM scales and shifts the features by the conditioning (Perez et al. 2018).
+
+    Args:
+        channels: number C of channels.
+        width: number of entries of the conditioning.
     """
 
     def __init__(self, channels: int, width: int):
         super().__init__()
+        # The names of these modules are keys of the bundled file's tensors.
         self.near = nn.Conv2d(channels, channels, 3, padding=1, groups=channels)  # groups=channels: depthwise
         self.norm = nn.GroupNorm(1, channels)
         self.film = nn.Linear(width, 2 * channels)
         self.first = nn.Conv2d(channels, 2 * channels, 1)
         self.second = nn.Conv2d(2 * channels, channels, 1)
-        # Zero weights: each block begins as the identity.
+        # With zero weights, the block is the identity at the start of the training.
         nn.init.zeros_(self.second.weight)
 
-    def forward(self, x: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
-        # scale and shift [B, C, 1, 1]
-        scale, shift = self.film(condition)[:, :, None, None].chunk(2, dim=1)
-        h = self.norm(self.near(x)) * (1 + scale) + shift
-        return x + self.second(F.silu(self.first(h)))
+    def forward(self, x: torch.Tensor, conditioning: torch.Tensor) -> torch.Tensor:
+        """Compute the block for features x [B, C, H, W] and a conditioning [B, width]."""
+        scale, shift = self.film(conditioning)[:, :, None, None].chunk(2, dim=1)  # [B, C, 1, 1] each
+        modulated = self.norm(self.near(x)) * (1 + scale) + shift
+        return x + self.second(F.silu(self.first(modulated)))
 
 
 class ViewAttention(nn.Module):
-    """Attention of every position to all positions of the four views of its asset."""
+    """Attention of every position to all positions of the four views of its asset.
+
+    Args:
+        channels: number C of channels.
+    """
 
     def __init__(self, channels: int):
         super().__init__()
@@ -60,10 +72,12 @@ class ViewAttention(nn.Module):
         nn.init.zeros_(self.out.weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # [A, V H W, 3 C]
+        """Compute the attention for features x [B, C, H, W], with a skip connection."""
+        # [B, 3 C, H, W] -> [B, 3 C, H W] -> [A, V, 3 C, H W] -> [A, V, H W, 3 C] -> [A, V H W, 3 C]
         tokens = self.qkv(self.norm(x)).flatten(2).unflatten(0, (-1, SIDES)).permute(0, 1, 3, 2).flatten(1, 2)
+        # unsqueeze(1): a dimension of attention heads, of which there is one.
         q, k, v = tokens.unsqueeze(1).chunk(3, dim=3)
-        # [B, C, H W]
+        # Back from [A, V H W, C] to [B, C, H W].
         attended = (
             F.scaled_dot_product_attention(q, k, v)[:, 0]
             .unflatten(1, (SIDES, -1))
@@ -75,21 +89,27 @@ class ViewAttention(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class TinySizes:
-    """Sizes of the network."""
+    """Sizes of the layers of `TinyUNet`."""
 
-    fine: int = 24  # channels at 8 x 8, where a position is a patch of 2 x 2 pixels
-    coarse: int = 40  # at 4 x 4
-    width: int = 44  # width of the joint conditioning
-    embedding: int = 32  # E, width of a prompt's embedding
+    fine: int = (
+        24  # number of channels at the resolution 8 x 8, at which a position is a patch of 2 x 2 pixels
+    )
+    coarse: int = 40  # number of channels at the resolution 4 x 4
+    width: int = 44  # number of entries of the joint conditioning of time, prompt and camera
+    embedding: int = 32  # number E of entries of a prompt's embedding
 
 
 class TinyUNet(nn.Module):
-    """Network that estimates clean images x0 [B, 4, 16, 16] from x_t, times t [B], conditioning [B, T, E] and
-    cameras [B, 16] (in MVDream's form).
+    """Network that estimates clean latents x0 from noised latents x_t = a x + s e (see schedule.py).
 
-    The network computes m from x_t, and x0 = m + k (x_t - a m) with k = a n^2 / (a^2 n^2 + s^2). This is the
-    posterior mean for a Gaussian with standard deviation n about m, where n is the noise of the training
-    images (compare the skip connection of Karras et al. 2022).
+    The layers compute an estimate m of the noise-free image. The result is x0 = m + k (x_t - a m) with
+    k = a n^2 / (a^2 n^2 + s^2), where n is PIXEL_NOISE. This is the posterior mean of x if x has a Gaussian
+    distribution about m with the standard deviation n (compare the skip connection of Karras et al. 2022,
+    arXiv 2206.00364).
+
+    Args:
+        sizes: sizes of the layers.
+        prompts: prompts of the training data, which have a row each in the table of embeddings.
     """
 
     def __init__(self, sizes: TinySizes, prompts: Sequence[str]):
@@ -98,54 +118,70 @@ class TinyUNet(nn.Module):
         self.prompts = tuple(prompts)
         self.schedule = NoiseSchedule()
         width = sizes.width
+        # The names of these modules are keys of the bundled file's tensors. Their order determines the
+        # initial weights.
         self.table = nn.Embedding(len(prompts) + 1, sizes.embedding)  # the last row is the null prompt
-        self.told = nn.Linear(sizes.embedding, width)
-        self.camera = nn.Linear(16, width)
+        self.told = nn.Linear(sizes.embedding, width)  # embedding of the prompt -> conditioning
+        self.camera = nn.Linear(16, width)  # camera -> conditioning
+        # time -> conditioning
         self.time = nn.Sequential(nn.Linear(sizes.embedding, width), nn.SiLU(), nn.Linear(width, width))
-        self.enter = nn.Conv2d(4, sizes.fine, 4, stride=2, padding=1)
-        self.place = nn.Parameter(0.1 * torch.randn(sizes.fine, 8, 8))
+        self.enter = nn.Conv2d(4, sizes.fine, 4, stride=2, padding=1)  # from 16 x 16 to 8 x 8
+        self.place = nn.Parameter(0.1 * torch.randn(sizes.fine, 8, 8))  # embedding of the position
         self.fine, self.late = Block(sizes.fine, width), Block(sizes.fine, width)
-        self.down = nn.Conv2d(sizes.fine, sizes.coarse, 2, stride=2)
+        self.down = nn.Conv2d(sizes.fine, sizes.coarse, 2, stride=2)  # from 8 x 8 to 4 x 4
         self.coarse, self.views = Block(sizes.coarse, width), ViewAttention(sizes.coarse)
         self.up = nn.Conv2d(sizes.coarse, sizes.fine, 1)
-        self.seen = nn.Linear(sizes.coarse, width)
-        self.leave = nn.Conv2d(sizes.fine, 16, 1)
-        self.sketch = nn.Linear(width, 16 * 8 * 8)
+        self.seen = nn.Linear(sizes.coarse, width)  # mean of the coarse features -> conditioning
+        self.leave = nn.Conv2d(sizes.fine, 16, 1)  # features -> patches of 4 channels x 2 x 2 pixels
+        self.sketch = nn.Linear(width, 16 * 8 * 8)  # conditioning -> patches
 
     def forward(
         self, x_t: torch.Tensor, t: torch.Tensor, cond: torch.Tensor, cameras: torch.Tensor
     ) -> torch.Tensor:
-        # Sinusoidal embedding of the time, as in Transformers: frequencies from 1 to about 1 / STEPS.
+        """Estimate the clean latents x0, [B, 4, 16, 16].
+
+        Args:
+            x_t: [B, 4, 16, 16], noised latents.
+            t: [B], times.
+            cond: [B, T, E], embeddings of the prompts.
+            cameras: [B, 16], cam2world matrices in MVDream's convention.
+        """
+        # Sinusoidal embedding of the time (Vaswani et al. 2017), with frequencies from 1 to about 1 / STEPS.
         rates = torch.exp(
             -math.log(STEPS) * torch.arange(self.sizes.embedding // 2).to(x_t) / (self.sizes.embedding // 2)
         )
-        # [B, E / 2]
-        angles = t[:, None].to(x_t) * rates
-        # [B, width]: time, prompt (mean over its tokens) and camera are added.
+        angles = t[:, None].to(x_t) * rates  # [B, E / 2]
+        # [B, width]. The prompt is the mean over its tokens.
         joint = (
             self.time(torch.cat([angles.sin(), angles.cos()], dim=1))
             + self.told(cond.mean(dim=1))
             + self.camera(cameras)
         )
         conditioning = F.silu(joint)
-        # channels_last halves the time of the convolutions on a CPU.
+        # The memory format channels_last halves the time of the convolutions on a CPU.
         fine = self.fine(
             self.enter(x_t.contiguous(memory_format=torch.channels_last)) + self.place, conditioning
         )
         coarse = self.views(self.coarse(self.down(fine), conditioning))
-        # The conditioning of the last block also contains a summary of all four views.
+        # The conditioning of the last block contains the coarse features as well, which have seen all four
+        # views.
         conditioning = F.silu(joint + self.seen(coarse.mean(dim=(2, 3))))
         fine = self.late(fine + F.interpolate(self.up(coarse), scale_factor=2.0), conditioning)
         patches = self.leave(fine) + self.sketch(conditioning).unflatten(1, (16, 8, 8))
-        # [B, 16, 8, 8] to [B, 4, 16, 16].
-        m = F.pixel_shuffle(patches, 2)
+        m = F.pixel_shuffle(patches, 2)  # [B, 16, 8, 8] to [B, 4, 16, 16]
         # x0 = m + k (x_t - a m), with the k of the class's docstring.
         bar = self.schedule.alpha(t, x_t)
         return m + bar.sqrt() * PIXEL_NOISE**2 / (bar * PIXEL_NOISE**2 + 1 - bar) * (x_t - bar.sqrt() * m)
 
 
 class TinyPrior:
-    """`DiffusionPrior` with the network, for four views at a time. Latents are 2 images - 1."""
+    """Prior with the interface `DiffusionPrior`, for four views of an asset at a time.
+
+    Latents are 2 images - 1.
+
+    Args:
+        network: trained network, which is frozen.
+    """
 
     views = SIDES
     latent_shape = (4, 16, 16)
@@ -156,53 +192,63 @@ class TinyPrior:
         self.alphas_cumprod = self.schedule.alphas_cumprod
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
-        """Convert images to latents."""
+        """Convert images [B, 4, 16, 16] in 0..1 to latents [B, 4, 16, 16] in -1..1."""
         return 2 * images - 1
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Convert latents to images."""
+        """Convert latents [B, 4, 16, 16] in -1..1 to images [B, 4, 16, 16] in 0..1."""
         return (latents + 1) / 2
 
     def embed(self, prompts: list[str], directions: list[str] | None = None) -> torch.Tensor:
-        """Return embeddings [B, 1, E]; an empty prompt is the null prompt. Directions are not used, because
-        the network gets the cameras.
+        """Return the embeddings of B prompts, [B, 1, E].
 
-        Raises: ValueError for an unknown prompt.
+        Args:
+            prompts: B prompts. "" is the null prompt.
+            directions: not used, because the network gets the cameras.
+        Raises: ValueError for a prompt that is not in the training data.
         """
         del directions
-        # Row of the embedding table for each prompt.
-        known = {**{text: i for i, text in enumerate(self.network.prompts)}, "": len(self.network.prompts)}
-        other = [text for text in prompts if text not in known]
-        if other:
-            example = self.network.prompts[0]
+        table_rows = {text: row for row, text in enumerate(self.network.prompts)}
+        table_rows[""] = len(self.network.prompts)
+        untrained_prompts = [text for text in prompts if text not in table_rows]
+        if untrained_prompts:
             raise ValueError(
-                f"--prompt: this prior was not trained on {other[0]!r}. Use a prompt of its training data,"
-                f" such as {example!r}."
+                f"--prompt: this prior was not trained on {untrained_prompts[0]!r}. Use a prompt of its"
+                f" training data, such as {self.network.prompts[0]!r}."
             )
-        return self.network.table.weight[[known[text] for text in prompts]][:, None]
+        return self.network.table.weight[[table_rows[text] for text in prompts]][:, None]
 
     def predict_noise(
         self, x_t: torch.Tensor, t: torch.Tensor, cond: torch.Tensor, cameras: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Predict the noise, see `DiffusionPrior`. Cameras [B, 16 or 25] have our convention; None means the
-        four sides.
+        """Predict the noise of noised latents, [B, 4, 16, 16].
 
-        Raises: ValueError for another number of views.
+        Args:
+            x_t: [B, 4, 16, 16], noised latents.
+            t: [B], times.
+            cond: [B, T, E], embeddings of the prompts.
+            cameras: [B, 16 or 25], cameras in the convention of this package. None: views of the four sides.
+        Raises: ValueError if B is not a multiple of four.
         """
-        # Attention joins the four views of an asset, so all must be present.
+        # The network's attention joins the four views of an asset, so it needs all of them.
         if len(x_t) % SIDES:
             raise ValueError(
-                f"--prior: expected a multiple of {SIDES} images, got {len(x_t)}, because this prior needs"
-                f" {SIDES} views of an asset. Pass all views of each asset."
+                f"--prior: this prior processes {SIDES} views of an asset together, but got {len(x_t)}"
+                f" images. Pass a multiple of {SIDES} images."
             )
         poses = evenly_around(len(x_t) // SIDES, SIDES, DISTANCE).cameras if cameras is None else cameras
         clean = self.network(x_t, t.to(x_t.device), cond, network_cameras(poses).to(x_t))
-        # The network predicts images; `DiffusionPrior` promises noise.
+        # The network predicts clean latents, while the interface requires the noise.
         return self.schedule.noise_of_x0(x_t, clean, t)
 
     def save(self, path: str | Path, meta: dict) -> None:
-        """Write the prior with half-precision weights. `meta` describes the training."""
-        # Half precision halves the bundled file; it is loaded as float32.
+        """Write the prior to a file.
+
+        Args:
+            path: path of the file.
+            meta: values for JSON that describe the training.
+        """
+        # float16 halves the size of the bundled file. The weights are read as float32.
         tensors = {name: value.half() for name, value in self.network.state_dict().items()}
         sizes = asdict(self.network.sizes)
         write_tensors(
@@ -214,7 +260,9 @@ class TinyPrior:
 
 
 def load_view_prior(path: str | Path = VIEW_PRIOR) -> TinyPrior:
-    """Load the prior of a file, by default the bundled one. Raises: ValueError for another kind of file."""
+    """Read the prior from a file, by default the bundled prior. Raises: ValueError if the file contains no
+    prior.
+    """
     tensors, meta = read_tensors(path, FILE_KIND)
     network = TinyUNet(TinySizes(**meta["sizes"]), meta["prompts"])
     load_strict(

@@ -1,1 +1,1 @@
-"""Interfaces and data of flow generators in stages: what training, families and workspace build on."""
+"""Interfaces and data of multi-stage flow generators, which training, families and workspace use."""

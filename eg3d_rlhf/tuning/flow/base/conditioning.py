@@ -1,10 +1,9 @@
-"""Conditioning of flows: one tensor of tokens, or several tensors by name, with a row per sample.
+"""Conditioning of flows: one tensor of tokens, or several tensors by name, with one row for each sample.
 
-A prompt is the name of a conditioning input: a text, or the name of an image. Embeddings are stored by
-prompt, either in one file that this package writes, or in a folder of another program with one file per
-prompt.
+A prompt is the name of a conditioning input: a text, or the name of an image. The embeddings of prompts are
+stored in one file that this package writes, or in a folder of another program with one file for each prompt.
 
-Shape letters: N samples, L tokens, E their size.
+Shapes: N samples; L tokens of a sample; E entries of a token.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -25,22 +24,27 @@ Condition = torch.Tensor | Mapping[str, torch.Tensor]
 
 
 def each(change: Callable[..., torch.Tensor], condition: Condition, *others: Condition) -> Condition:
-    """Apply `change` to each tensor of the conditioning and to the tensors of the same name in `others`.
+    """Apply a function to each tensor of a conditioning, together with the same tensors of other
+    conditionings.
 
-    Raises: ValueError where another conditioning has tensors of other names.
+    Args:
+        change: function of one tensor of `condition` and the tensors of the same name in `others`.
+        condition: conditioning.
+        others: conditionings with tensors of the same names.
+    Returns: conditioning that consists of the results.
+    Raises: ValueError if another conditioning has tensors of other names.
     """
     if isinstance(condition, torch.Tensor):
         return change(condition, *others)
-    # one missing name would pair tensors that do not belong together, so the sets of names must be equal
-    named = [
+    matching = [
         other for other in others if not isinstance(other, torch.Tensor) and set(other) == set(condition)
     ]
-    if len(named) < len(others):
+    if len(matching) < len(others):
         raise ValueError(
-            f"conditioning: expected the tensors {', '.join(condition)} in every conditioning input, got"
-            " other names. Encode all inputs, the empty one included, with one encoder."
+            f"conditioning: all conditioning inputs need the tensors {', '.join(condition)}, but one of them"
+            " has tensors of other names. Embed all prompts, also the empty prompt, with one encoder."
         )
-    return {name: change(tensor, *(other[name] for other in named)) for name, tensor in condition.items()}
+    return {name: change(tensor, *(other[name] for other in matching)) for name, tensor in condition.items()}
 
 
 def to_device(condition: Condition, device: torch.device | str) -> Condition:
@@ -49,148 +53,162 @@ def to_device(condition: Condition, device: torch.device | str) -> Condition:
 
 
 def tensor_of(condition: Condition) -> torch.Tensor:
-    """Return one tensor of the conditioning. All of them are on one device, which callers read from it."""
+    """Return one of the tensors of the conditioning. All of them are on the same device."""
     return condition if isinstance(condition, torch.Tensor) else next(iter(condition.values()))
 
 
 def rows(condition: Condition) -> int:
-    """Return N, the number of samples. Raises: ValueError where the tensors have different N."""
+    """Return the number N of samples. Raises: ValueError if the tensors have different numbers of rows."""
     if isinstance(condition, torch.Tensor):
         return len(condition)
     counts = {name: len(tensor) for name, tensor in condition.items()}
     if len(set(counts.values())) != 1:
         raise ValueError(
-            f"conditioning: expected tensors with one row per sample, got {counts} rows. Collate all of them"
-            " from the same samples."
+            f"conditioning: the tensors have different numbers of rows, {counts}. Make all of them from the"
+            " same samples, with one row for each sample."
         )
     return next(iter(counts.values()))
 
 
 def expanded(empty: Condition, condition: Condition) -> Condition:
-    """Repeat an empty conditioning of one row for each row of `condition`; one of N rows stays as it is."""
-    # expand_as makes a view: the rows share memory, so the result must not be written to
+    """Return the empty conditioning with as many rows as `condition`.
+
+    An empty conditioning of one row is repeated, and one of N rows is returned unchanged.
+    """
+    # expand_as returns a view whose rows share memory, so callers must not write to the result.
     return each(lambda null, full: null.expand_as(full) if len(null) == 1 else null, empty, condition)
 
 
 def where(mask: torch.Tensor, yes: Condition, no: Condition) -> Condition:
-    """Choose row by row: the row of `yes` where mask [N] is true, of `no` elsewhere."""
-    # the mask is viewed as [N, 1, ..., 1], so that it broadcasts over the other axes of each tensor
+    """Return a conditioning whose rows are those of `yes` where mask [N] is True, and those of `no`
+    elsewhere.
+    """
+    # The mask is viewed as [N, 1, ..., 1], so that it broadcasts over the other dimensions of each tensor.
     return each(
         lambda a, b: torch.where(mask.to(b.device).view(-1, *[1] * (b.ndim - 1)), a.to(b), b), yes, no
     )
 
 
 def twice(condition: Condition) -> Condition:
-    """Repeat all N rows once more after themselves: the result has 2 N rows."""
+    """Return all N rows followed by the same N rows, which are 2 N rows."""
     return each(lambda tensor: tensor.repeat(2, *[1] * (tensor.ndim - 1)), condition)
 
 
-KIND = "conditions"  # kind that the header of a file states; part of the format, so it keeps its spelling
+KIND = "conditions"  # kind that the header of a file states; it is part of the format, so it cannot change
 CONDITIONS = version_0_1.CONDITIONING[0]  # usual name of the file of `write_conditions`
-NULL = ""  # prompt of the empty conditioning, where a file has one
-SUFFIXES = (".pt", ".npy", ".npz", ".safetensors")  # formats of other programs' embeddings
+NULL = ""  # prompt of the empty conditioning
+SUFFIXES = (".pt", ".npy", ".npz", ".safetensors")  # formats of files with embeddings of other programs
 
 
 @dataclass(frozen=True, kw_only=True)
 class Conditions:
-    """Embeddings by prompt.
+    """Embeddings of prompts.
 
-    The empty conditioning, which classifier-free guidance needs, is zeros for images. For texts it is the
-    embedding of '', which must be among the embeddings.
+    Classifier-free guidance needs an empty conditioning. For images it is zeros. For texts it is the
+    embedding of '', which must then be among the embeddings.
+
+    Raises: ValueError if the embeddings have different shapes or are not finite, or if that of '' is missing.
     """
 
-    tokens: Mapping[str, Condition]  # by prompt: [L, E] float32, or several tensors by name; all of one shape
-    encoder: str = ""  # encoder that computed them, and how it prepared images; "": unknown
-    zero_null: bool = False  # the empty conditioning is zeros
-    names: tuple[str, ...] = field(init=False)  # all prompts but the empty one
+    # Prompt -> embedding: tokens [L, E] in float32, or several tensors by name. All embeddings have the same
+    # shape.
+    tokens: Mapping[str, Condition]
+    encoder: str = ""  # encoder that computed the embeddings, and how it prepared images; "" if unknown
+    zero_null: bool = False  # True: the empty conditioning is zeros
+    names: tuple[str, ...] = field(init=False)  # all prompts except the empty prompt
 
     def __post_init__(self):
-        # the dataclass is frozen, so a derived field can only be set through object
+        # The dataclass is frozen, so the derived field cannot be assigned in the usual way.
         object.__setattr__(self, "names", tuple(name for name in self.tokens if name != NULL))
-        # compared as texts: shapes are lists or dictionaries, which a set cannot hold
-        forms = {str(form_of(t)) for t in self.tokens.values()}
-        first = next(iter(self.tokens.values()), None)
-        if (
-            not self.names
-            or len(forms) != 1
-            or (isinstance(first, torch.Tensor) and first.ndim != 2)
-            or not form_of(first)
-        ):
+        if not self.names:
+            raise ValueError("conditioning: there are no embeddings. Embed at least one prompt.")
+        # Shapes are lists or dictionaries, which cannot be elements of a set, so their texts are compared.
+        shapes = {str(form_of(embedding)) for embedding in self.tokens.values()}
+        first_embedding = next(iter(self.tokens.values()), None)
+        has_wrong_dimensions = isinstance(first_embedding, torch.Tensor) and first_embedding.ndim != 2
+        if len(shapes) != 1 or has_wrong_dimensions or not form_of(first_embedding):
             raise ValueError(
                 "conditioning: expected embeddings of one shape [L, E], got the shapes"
-                f" {', '.join(sorted(forms)) or 'of no embedding'}. Embed all prompts with one encoder."
+                f" {', '.join(sorted(shapes))}. Embed all prompts with one encoder."
             )
-        bad = next(
-            (
-                name
-                for name, t in self.tokens.items()
-                if not all(torch.isfinite(x).all() for x in tensors_of(t))
-            ),
-            None,
-        )
-        if bad is not None:
-            raise ValueError(
-                f"conditioning: expected finite embeddings, got NaN or infinite numbers for {bad!r}. Embed it"
-                " again."
-            )
+        for name, embedding in self.tokens.items():
+            if not all(torch.isfinite(tensor).all() for tensor in tensors_of(embedding)):
+                raise ValueError(
+                    f"conditioning: the embedding of {name!r} contains NaN or infinity. Run the encoder"
+                    " on this prompt again."
+                )
         if not self.zero_null and NULL not in self.tokens:
             raise ValueError(
-                "conditioning: expected the embedding of the empty text, named '', which guidance needs, got"
-                " none. Embed '' as well."
+                "conditioning: the embedding of the empty text '' is missing, which guidance needs. Embed the"
+                " empty text, too."
             )
 
     @property
     def form(self) -> Mapping[str, list[int]] | list[int]:
-        """Return the shape of each embedding, or its shapes by name."""
+        """Shape of an embedding, as a list; or name of a tensor -> its shape."""
         return form_of(next(iter(self.tokens.values())))
 
     def check(self, who: str, expected: Mapping[str, list[int]] | list[int], encoder: str) -> None:
-        """Raise ValueError, beginning with `who`, unless every embedding has the expected shape."""
+        """Raise ValueError if the embeddings do not have the expected shape.
+
+        Args:
+            who: beginning of the message.
+            expected: expected shape, in the form of the property `form`.
+            encoder: encoder that makes embeddings of this shape, in words.
+        """
         if self.form != expected:
-            source = f" of {self.encoder}" if self.encoder else ""
+            source = f", which {self.encoder} has made" if self.encoder else ""
             raise ValueError(
-                f"{who}: expected embeddings of shape {expected}, got {self.form}{source}. Embed them with"
-                f" {encoder}."
+                f"{who}: expected embeddings of the shape {expected}, got {self.form}{source}. Embed the"
+                f" prompts with {encoder}."
             )
 
     def check_source(self, who: str, source: str, encoder: str) -> None:
-        """Raise ValueError where another encoder or another preparation made the embeddings.
+        """Raise ValueError if the embeddings were made by another encoder, or by another preparation of
+        images.
 
         An unknown encoder is accepted, since files of other programs do not state it.
-        Args: source: the encoder that they must state; after a leading *, the end of its name.
+
+        Args:
+            who: beginning of the message.
+            source: required value of `encoder`; if it begins with *, the required end of that value.
+            encoder: encoder with which the user has to embed the prompts, in words.
         """
         fits = self.encoder.endswith(source[1:]) if source.startswith("*") else self.encoder == source
         if self.encoder and not fits:
             raise ValueError(
-                f"{who}: expected embeddings of {source}, got those of {self.encoder}. Embed them with"
-                f" {encoder}."
+                f"{who}: expected embeddings of {source}, got embeddings of {self.encoder}. Embed the prompts"
+                f" with {encoder}."
             )
 
     def select(self, names: Sequence[str]) -> Condition:
-        """Stack the embeddings of N prompts: [N, L, E], or several tensors by name, [N, ...] each.
+        """Return the embeddings of N prompts: [N, L, E], or several tensors [N, ...] by name.
 
-        Raises: ValueError for prompts without an embedding.
+        Raises: ValueError for a prompt without an embedding.
         """
-        missing = sorted({name for name in names if name not in self.tokens})
-        if missing:
+        missing_prompts = sorted({name for name in names if name not in self.tokens})
+        if missing_prompts:
             raise ValueError(
-                f"conditioning: expected an embedding of every prompt, got none for {_listed(missing)}. Embed"
-                " these prompts too."
+                f"conditioning: there is no embedding of {_listed(missing_prompts)}. Add the embeddings"
+                " of these prompts."
             )
-        first, *others = [self.tokens[name] for name in names]
-        return each(lambda *rows: torch.stack(rows), first, *others)
+        first_embedding, *other_embeddings = [self.tokens[name] for name in names]
+        return each(lambda *rows: torch.stack(rows), first_embedding, *other_embeddings)
 
     def null(self, n: int) -> Condition:
-        """Return the empty conditioning n times, in the form of `select`."""
-        empty = (
-            each(torch.zeros_like, next(iter(self.tokens.values()))) if self.zero_null else self.tokens[NULL]
-        )
-        # [L, E] -> [n, L, E], a view: -1 keeps the size of an axis
+        """Return n copies of the empty conditioning, in the form of `select`."""
+        if self.zero_null:
+            empty = each(torch.zeros_like, next(iter(self.tokens.values())))
+        else:
+            empty = self.tokens[NULL]
+        # [L, E] -> [n, L, E]. expand returns a view; -1 keeps the size of a dimension.
         return each(lambda tensor: tensor.expand(n, *[-1] * tensor.ndim), empty)
 
 
 def form_of(condition: Condition | None) -> Any:
-    """Return the shape as a list, the shapes by name sorted by name, or [] for None."""
+    """Return the shape of a conditioning as a list; or name of a tensor -> shape, sorted by name; or [] for
+    None.
+    """
     if condition is None or isinstance(condition, torch.Tensor):
         return [] if condition is None else list(condition.shape)
     return {name: list(tensor.shape) for name, tensor in sorted(condition.items())}
@@ -202,11 +220,11 @@ def tensors_of(condition: Condition) -> list[torch.Tensor]:
 
 
 def write_conditions(path: Path, conditions: Conditions) -> None:
-    """Write embeddings to one file, with their prompts, their encoder and the kind of empty conditioning."""
+    """Write embeddings to one file, with their prompts, their encoder and the type of empty conditioning."""
     names = list(conditions.tokens)
     tensors: dict[str, torch.Tensor] = {}
-    # tensors are keyed by number, because a prompt may contain the / that separates parts in a key; the
-    # metadata lists the prompts in the same order
+    # Keys contain the number of the prompt and not the prompt, which may contain the separator "/". The
+    # metadata lists the prompts in the same order.
     for i, name in enumerate(names):
         embedding = conditions.tokens[name]
         named = (
@@ -222,67 +240,72 @@ def write_conditions(path: Path, conditions: Conditions) -> None:
 def read_conditions(path: Path, zero_null: bool = True) -> Conditions:
     """Read embeddings from a file of `write_conditions`, or from a folder.
 
-    A folder holds such a file, or files <prompt>.pt, .npy, .npz or .safetensors with one tensor [L, E] or
-    [1, L, E] each.
     Args:
-        zero_null: for a folder: the empty conditioning is zeros, as for images, rather than the embedding of
-            '' in a file named null.
-    Raises: FileNotFoundError; ValueError for a file without an embedding.
+        path: path of the file; or of a folder that contains such a file, or files <prompt>.pt, .npy, .npz or
+            .safetensors with one tensor [L, E] or [1, L, E] each.
+        zero_null: for a folder of files by prompt. True: the empty conditioning is zeros, as for images.
+            False: it is the embedding of '' in the file named null.
+    Raises: FileNotFoundError if there are no embeddings; ValueError for a damaged file.
     """
     path = Path(path)
-    # the file in a folder has another name where version 0.1 wrote it
+    # The name of the file in a folder differs if version 0.1 has written it.
     if (inside := version_0_1.conditioning_file(path)).is_file():
         path = inside
     if path.is_file():
         tensors, meta = read_tensors(path, KIND)
         parts: dict[str, dict[str, torch.Tensor]] = {}
         for key, tensor in tensors.items():
-            # "tokens.3" is the one tensor of prompt 3 (part ""), "tokens.3/name" one of its several tensors
-            number, _, part = key.removeprefix("tokens.").partition("/")
-            parts.setdefault(number, {})[part] = tensor
-        tokens = {
-            name: part_of.get("", part_of)
-            for name, part_of in ((name, parts[str(i)]) for i, name in enumerate(meta["names"]))
-        }
+            # "tokens.3" is the only tensor of prompt 3, and "tokens.3/name" is one of its several tensors.
+            number, _, tensor_name = key.removeprefix("tokens.").partition("/")
+            parts.setdefault(number, {})[tensor_name] = tensor
+        tokens: dict[str, Condition] = {}
+        for i, name in enumerate(meta["names"]):
+            tensors_by_name = parts[str(i)]
+            tokens[name] = tensors_by_name.get("", tensors_by_name)  # "" is the name of an only tensor
         return Conditions(tokens=tokens, encoder=meta["encoder"], zero_null=meta["zero_null"])
     files = sorted(p for p in path.glob("*") if p.suffix in SUFFIXES)
     if not files:
         endings = ", ".join(SUFFIXES)
         raise FileNotFoundError(
-            f"conditioning: expected a file or a folder of files {endings}, got none at {path}. Embed the"
-            " prompts first."
+            f"conditioning: {path} is neither a file of embeddings nor a folder with files {endings}. Embed"
+            " the prompts first, or name the file or folder of their embeddings."
         )
-    named = {p.stem: read_embedding(p) for p in files}
-    # a file cannot have an empty stem, so the embedding of '' is named null in a folder
-    if not zero_null and "null" in named:
-        named[NULL] = named.pop("null")
-    return Conditions(tokens=named, zero_null=zero_null)
+    embeddings: dict[str, Condition] = {p.stem: read_embedding(p) for p in files}
+    # A file name cannot be empty, so the embedding of '' is in a file named null.
+    if not zero_null and "null" in embeddings:
+        embeddings[NULL] = embeddings.pop("null")
+    return Conditions(tokens=embeddings, zero_null=zero_null)
 
 
 def read_embedding(path: Path) -> torch.Tensor:
-    """Read the tokens [L, E] of one prompt as float32.
+    """Read the embedding of one prompt from a file, [L, E] float32.
 
-    Raises: as `read_array`; ValueError for another shape.
+    Raises: the errors of `read_array`; ValueError for an array of another shape.
     """
     embedding = read_array(path)
-    # a saved batch of one: [1, L, E] -> [L, E]
+    # A batch of one prompt: [1, L, E] -> [L, E].
     if embedding.ndim == 3 and len(embedding) == 1:
         embedding = embedding[0]
     if embedding.ndim != 2:
         raise ValueError(
-            f"{path}: expected tokens [L, E], got {list(embedding.shape)}. Save one prompt's tokens per file."
+            f"{path}: expected tokens [L, E], got an array of the shape {list(embedding.shape)}. Save the"
+            " tokens of one prompt in each file."
         )
     return embedding.float()
 
 
 def read_array(path: Path, key: str | None = None) -> torch.Tensor:
-    """Read the only array of a .pt, .npy, .npz or .safetensors file, or among several the one named `key`.
+    """Read an array from a .pt, .npy, .npz or .safetensors file. Code in the file is not executed.
 
-    Raises: FileNotFoundError; ValueError for a damaged file, one that would run code, or one without that
-        array.
+    Args:
+        path: path of the file.
+        key: name of the array, if the file contains several arrays.
+    Raises: FileNotFoundError if there is no file; ValueError if it is damaged, contains other objects than
+    arrays, or has
+        no array of this name.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"array: expected a file, got none at {path}. Check the path.")
+        raise FileNotFoundError(f"array: there is no file {path}. Name an existing file.")
     try:
         content = _READERS[path.suffix](path)
     except KeyError:
@@ -291,21 +314,22 @@ def read_array(path: Path, key: str | None = None) -> torch.Tensor:
             " Convert it."
         ) from None
     except (ValueError, EOFError, OSError) as error:
-        # the readers' own messages run over several lines, and users get one
+        # Messages of libraries have several lines, of which the first one is shown.
         reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
         raise ValueError(
-            f"{path}: expected an array, got a damaged or foreign file ({reason}). Restore it."
+            f"{path}: the file is damaged, or contains something else than an array ({reason}). Restore it"
+            " from a copy, or save the array again."
         ) from None
     if isinstance(content, Mapping):
         names = list(content)
-        # a single array is unambiguous under any name
-        chosen = key if key in names else names[0] if len(names) == 1 else None
-        if chosen is None:
+        # The name of an only array does not matter.
+        array_name = key if key in names else names[0] if len(names) == 1 else None
+        if array_name is None:
             raise ValueError(
                 f"{path}: expected one array{f' named {key}' if key else ''}, got {_listed(names)}. Save the"
                 f" array {'under that name' if key else 'alone'}."
             )
-        content = content[chosen]
+        content = content[array_name]
     if not isinstance(content, torch.Tensor):
         raise ValueError(f"{path}: expected an array, got {type(content).__name__}. Save the tensor alone.")
     return content
@@ -313,7 +337,7 @@ def read_array(path: Path, key: str | None = None) -> torch.Tensor:
 
 def _npz(path: Path) -> dict[str, torch.Tensor]:
     """Read all arrays of a .npz file by name."""
-    with np.load(path) as file:  # allow_pickle is off by default: no code of the file runs
+    with np.load(path) as file:  # allow_pickle is False by default, so code in the file is not executed
         return {name: torch.from_numpy(file[name]) for name in file.files}
 
 
@@ -327,5 +351,5 @@ _READERS: dict[str, Callable[[Path], Any]] = {
 
 
 def _listed(names: Sequence[str]) -> str:
-    """Join at most five names, and state how many more there are."""
+    """Return at most five names as text, with the number of further names."""
     return ", ".join(repr(n) for n in names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -1,8 +1,9 @@
-"""Evaluation of generators on held-out prompts: scores and spread of their samples, for the final table.
+"""Evaluation of generators on held-out prompts: scores and diversity of their samples, for the results table.
 
-The same prompts and noise seeds are used for every generator, so that scores can be compared asset by asset.
+Every generator is evaluated with the same prompts and noise seeds, so that its assets can be compared in
+pairs.
 
-Shape letters: C held-out prompts, S assets per prompt.
+Shapes: C held-out prompts; S assets of each prompt.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -25,71 +26,82 @@ def evaluate(
     spreads: bool = False,
     given: Mapping[str, Sequence[Voxels]] | None = None,
 ) -> dict:
-    """Score the assets of the held-out prompts with every evaluator that the problem has.
+    """Generate assets of the held-out prompts, and score them with every evaluator that the problem has.
 
-    Returns JSON: {"conditions": [C] prompts, "scores": {evaluator or part: [C][S]}}. The evaluators are those
-    of EVALUATORS and the sub-scores `problem.parts`.
+    The evaluators are the fields EVALUATORS of the problem, and its sub-scores `parts`.
+
     Args:
-        models: networks by stage, in place of the pipeline's own.
-        on_asset: called with the number of assets after each batch.
-        spreads: also return "spread": {stage: [C]} for the stages before the last (see `spread`), and under
-            "score" the standard deviation of the final score over a prompt's assets.
-        given: by the name of a stage, the output of the stages before it, [C S] in the order of
-            Evaluation.crossed. Those stages are then not run.
-    Raises: ValueError for a score that is not finite.
+        problem: tuning problem.
+        models: name of a stage -> network to use in place of the pipeline's own.
+        evaluation: settings of the samples.
+        on_asset: function that is called with the number of assets after each batch; None to show a progress
+            bar.
+        spreads: True to measure the diversity of the assets, too.
+        given: name of one stage -> C S outputs of the stages before it, in the order of Evaluation.crossed.
+            These stages are then not sampled. None: all stages are sampled.
+    Returns: values for JSON. "conditions": C prompts. "scores": name of an evaluator -> C lists of S scores.
+    With
+        `spreads` also "spread": name of a stage before the last -> C values of `spread`; and "score" -> C
+        standard deviations of the final score over the assets of a prompt.
+    Raises: ValueError for a score that is NaN or infinite.
     """
     evaluators = {name: evaluator for name in EVALUATORS if (evaluator := getattr(problem, name)) is not None}
     scores: dict[str, list] = {}
-    spread_of: dict[str, list[float]] = (
-        {stage.name: [] for stage in problem.pipeline.stages[:-1]} if spreads else {}
-    )
+    spreads_by_stage: dict[str, list[float]] = {}
+    if spreads:
+        # Without the last stage, because its latents are expensive to encode in some pipelines.
+        spreads_by_stage = {stage.name: [] for stage in problem.pipeline.stages[:-1]}
     names = list(problem.held_out_conditions)
     S = evaluation.per_condition
-    # a batch holds whole prompts, so that each row of S scores is complete
-    block = max(1, evaluation.batch // S)
+    # A batch contains all S assets of a prompt, so that the scores of a prompt are complete.
+    prompts_per_batch = max(1, evaluation.batch // S)
     all_prompts, all_seeds = evaluation.crossed(problem)
-    for i in tqdm(
-        range(0, len(names), block),
+    for start in tqdm(
+        range(0, len(names), prompts_per_batch),
         desc="evaluation",
         unit="batch",
         leave=False,
-        disable=True if on_asset else None,  # the caller shows its own bar; two would overwrite each other
+        disable=True
+        if on_asset
+        else None,  # the caller has a progress bar; two bars would overwrite each other
     ):
-        part = names[i : i + block]
-        rows = slice(i * S, (i + block) * S)
+        rows = slice(start * S, (start + prompts_per_batch) * S)
         prompts = all_prompts[rows]
         seeds = all_seeds[rows]
-        left = {stage: places[rows] for stage, places in (given or {}).items()}
-        assets = generate(problem.pipeline, prompts, seeds, models, evaluation.batch, left)
-        values = {name: evaluator(assets, prompts) for name, evaluator in evaluators.items()}
+        batch_given = {stage: outputs[rows] for stage, outputs in (given or {}).items()}
+        assets = generate(problem.pipeline, prompts, seeds, models, evaluation.batch, batch_given)
+        batch_scores = {name: evaluator(assets, prompts) for name, evaluator in evaluators.items()}
         if problem.parts is not None:
-            values |= problem.parts(assets, prompts)
-        for name, value in values.items():
-            if not bool(value.isfinite().all()):
+            batch_scores |= problem.parts(assets, prompts)
+        for name, values in batch_scores.items():
+            if not bool(values.isfinite().all()):
                 raise ValueError(
-                    f"{name}: expected finite scores, got {value.tolist()}. Correct that evaluator."
+                    f"{name}: the evaluator returned NaN or infinity among the scores {values.tolist()}. Use"
+                    " an evaluator that returns finite scores."
                 )
-            # [prompts in the batch * S] -> [prompts, S]: `crossed` lists all noises of a prompt in a row
-            scores.setdefault(name, []).extend(value.detach().double().cpu().view(-1, S).tolist())
-        encoded = problem.pipeline.encode(assets) if spread_of else []
-        # only stages before the last: the last latents of some pipelines are costly to encode
-        for stage, values_of_stage in spread_of.items():
-            values_of_stage += [
-                spread([latents[stage] for latents in encoded[k * S : (k + 1) * S]]) for k in range(len(part))
-            ]
+            # The assets of a prompt are adjacent, so the scores of a batch are [prompts, S].
+            scores.setdefault(name, []).extend(values.detach().double().cpu().view(-1, S).tolist())
+        encoded = problem.pipeline.encode(assets) if spreads_by_stage else []
+        for stage, stage_spreads in spreads_by_stage.items():
+            for first_asset in range(0, len(encoded), S):
+                prompt_assets = encoded[first_asset : first_asset + S]
+                stage_spreads.append(spread([latents[stage] for latents in prompt_assets]))
         if on_asset:
             on_asset(len(assets))
     if not spreads:
         return {"conditions": names, "scores": scores}
-    spread_of["score"] = torch.tensor(scores["final"], dtype=torch.float64).std(1).tolist()
-    return {"conditions": names, "scores": scores, "spread": spread_of}
+    spreads_by_stage["score"] = torch.tensor(scores["final"], dtype=torch.float64).std(1).tolist()
+    return {"conditions": names, "scores": scores, "spread": spreads_by_stage}
 
 
 def spread(latents: Sequence[Latent]) -> float:
-    """Measure how much the latents of one prompt differ: 0 where all are equal.
+    """Measure the diversity of the latents of one prompt; 0 if all are equal.
 
-    Returns the standard deviation over the latents of each number, averaged over the numbers. Sparse latents
-    are first averaged over their voxels, because the voxels of two latents lie in different places.
+    It is the standard deviation of each number over the latents, averaged over the numbers. Sparse latents
+    are first averaged over their voxels, because two sparse latents have different voxels.
     """
-    rows = [x.feats.mean(0) if isinstance(x, SparseSample) else feats_of(x).flatten() for x in latents]
+    rows = [
+        latent.feats.mean(0) if isinstance(latent, SparseSample) else feats_of(latent).flatten()
+        for latent in latents
+    ]
     return float(torch.stack(rows).double().std(0).mean())

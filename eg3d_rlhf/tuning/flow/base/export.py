@@ -1,6 +1,8 @@
-"""Export of a generator's folder in its released layout, with tuned networks in place of the original ones.
+"""Export of a generator as a folder in its published layout, with tuned networks in place of the original
+ones.
 
-A family describes its folder (`Release`); merging, rounding, linking and the report are here.
+The generator's family describes the files of the folder (`Release`). This module merges adapters into the
+weights, rounds the weights to the data types of the original files, and links or writes all files.
 """
 
 from collections.abc import Mapping
@@ -16,22 +18,30 @@ from training.storage import write_atomic
 
 
 def export(family: FlowFamily, root: Path, out: Path, tuned: Mapping[str, Path]) -> dict:
-    """Write a new folder with tuned weights merged, rounded to the types of the files that they replace.
+    """Write a new folder in which the networks of some stages are the tuned ones.
 
-    Args: root: the generator that was tuned, or a bundled one's name; tuned: by stage, a folder or file of
-        weights in any layout that policies.tuned_model reads.
-    Returns: {"tuned": {stage: {"file", "rounding"}}, "kept": [...], "elsewhere": [...]}; rounding: share of
-        the update that merging loses.
-    Raises: FileNotFoundError or ValueError for files or a folder that do not fit.
+    Args:
+        family: family of the generator.
+        root: folder of the generator that was tuned, or the name of a bundled generator.
+        out: folder to write.
+        tuned: name of a stage -> folder or file with tuned weights, in a layout that policies.tuned_model
+            reads.
+    Returns: report for JSON. "tuned": name of a stage -> {"file": name of its file, "rounding": share of the
+    update that
+        is lost by rounding to the file's data type}. "kept": names of the files that were linked.
+        "elsewhere": names of models that the folder refers to and does not contain.
+    Raises: FileNotFoundError or ValueError for weights that do not fit the stage, or for a family without
+    export.
     """
     check_stages("export", family, list(tuned))
     if not isinstance(family, Exports):
         raise ValueError(
-            f"export: expected a family that exports networks, got {family.name}. See --adapter."
+            f"export: generators of the family {family.name} cannot be exported. Use the adapter of the tuned"
+            " network, or add the method `release` to the family."
         )
     release = family.release(root, tuple(tuned))
-    done = dict[str, dict]()
-    # files that stay are linked, since published weights are large; settings that change are written
+    exported_stages = dict[str, dict]()
+    # Unchanged files are linked, because published weights are large. Changed settings are written as bytes.
     for name, content in release.files.items():
         if isinstance(content, bytes):
             write_atomic(out / name, content)
@@ -40,12 +50,12 @@ def export(family: FlowFamily, root: Path, out: Path, tuned: Mapping[str, Path])
     for stage, stored in tqdm(
         release.networks.items(), desc="export", unit="stage", leave=False, disable=None
     ):
-        # merged in float32, then rounded once to the types of the file
+        # Merged in float32; `write` then rounds once, to the data types of the original file.
         state = merged_state(tuned_model(stored.load(torch.float32), tuned[stage]))
-        done[stage] = {
+        exported_stages[stage] = {
             "file": stored.file,
             "rounding": merge_rounding(tuned_model(stored.load(None), tuned[stage])),
         }
         stored.write(out / stored.file, state)
-    kept = sorted(name for name, content in release.files.items() if isinstance(content, Path))
-    return {"tuned": done, "kept": kept, "elsewhere": list(release.elsewhere)}
+    linked_files = sorted(name for name, content in release.files.items() if isinstance(content, Path))
+    return {"tuned": exported_stages, "kept": linked_files, "elsewhere": list(release.elsewhere)}

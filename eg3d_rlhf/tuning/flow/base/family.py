@@ -1,20 +1,21 @@
-"""Interface of a family of flow generators: how its folders are recognised, read and written.
+"""Interface of a family of flow generators: how the folders of its generators are recognised, read and
+written.
 
-A family is a class with the attributes and methods of `FlowFamily`; its instance is registered by name
-(families/__init__.py). `load` gives a `Pipeline` (stage.py), whose stages are trained and which decodes. What
-only some families can do has a protocol of its own, and callers ask for it by `isinstance`:
+A family is a class with the attributes and methods of `FlowFamily`. An instance of it is registered by name
+(families/__init__.py). Its method `load` returns a `Pipeline` (stage.py). Abilities that only some families
+have are separate protocols, which callers test by `isinstance`:
 
     Shows             writes an asset to a file that people look at
-    EmbedsText        makes conditioning of texts
-    EmbedsImages      makes conditioning of images
-    Encodes           has a pipeline that encodes assets of the user's own
-    Exports           writes a folder in its released layout with tuned networks
+    EmbedsText        makes the conditioning of texts
+    EmbedsImages      makes the conditioning of images
+    Encodes           reads assets of the user, which its pipeline can encode
+    Exports           writes a folder in the published layout with tuned networks
     FitsRewards       fits a reward of finished assets to preference pairs
-    Opens             opens a problem in a way of its own
-    StatesFacts       has facts of a sampled asset for the list
-    WritesLatents     keeps latents of sampled assets in its own program's format
+    Opens             opens a tuning problem in its own way
+    StatesFacts       adds facts about a sampled asset to the list of assets
+    WritesLatents     writes latents of sampled assets in the format of the original program
     ImportsSamples    reads samples of another project as pairs
-    ListsNetworks     says which networks a folder holds and should hold
+    ListsNetworks     lists the networks that a folder contains and should contain
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
-if TYPE_CHECKING:  # families are looked up for --help, which is spared torch
+if TYPE_CHECKING:  # `--help` imports this module, and would be slow with torch
     import torch
     from torch import nn
 
@@ -38,79 +39,97 @@ if TYPE_CHECKING:  # families are looked up for --help, which is spared torch
     from eg3d_rlhf.tuning.flow.base.stage import AssetReward, FlowStage
 
 Family = TypeVar("Family", bound="FlowFamily")
-# fields of ProblemSource that every family reads
+# Fields of ProblemSource that families use by default.
 COMMON = ("pipeline", "pairs", "seed", "held_out", "splits", "conditions", "dtype", "precision")
-# shape of the conditioning of one sample: tokens [L, E], or of several tensors by name
+# Shape of the conditioning of one sample: that of tokens [L, E]; or name of a tensor -> its shape.
 ConditioningShape = Sequence[int] | Mapping[str, Sequence[int]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Network:
-    """A network of a folder, for `eg3d-rlhf flow check`: what its file should hold and what it does."""
+    """A network of a generator's folder, which `eg3d-rlhf flow check` compares with its file."""
 
-    name: str
-    file: Path
-    expected: Mapping[str, Sequence[int]]  # shapes by name, of the folder's own settings
-    tensors: Mapping[str, Any]  # those in the file by name; only shapes and types are read; empty: no file
-    without: str = ""  # what cannot be done without it; "": it must be there
-    released: tuple[int, int] | None = None  # tensors and numbers in all of the published one
+    name: str  # name of the network
+    file: Path  # file of its weights
+    expected: Mapping[
+        str, Sequence[int]
+    ]  # name of a tensor -> shape that follows from the settings of the folder
+    # Name of a tensor in the file -> tensor, of which only the shape and the data type are read; empty
+    # without a file.
+    tensors: Mapping[str, Any]
+    without: str = ""  # description of what cannot be done without this network; "" if it is required
+    # Number of tensors and number of weights of the published network, or None.
+    released: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stored:
-    """A file of a folder that holds a stage's network."""
+    """A file of a generator's folder with the network of a stage."""
 
-    file: str
-    # the network that was tuned, in a type, or in those of its file (None)
+    file: str  # path of the file relative to the folder
+    # Function that loads the untuned network. Its argument is the data type; None for the data types of the
+    # file.
     load: Callable[[torch.dtype | None], nn.Module]
-    # (file to write, tensors): in the file's own types, with all else that it held
+    # Function that writes tensors to a file in the data types of the original file, with all its other
+    # contents.
     write: Callable[[Path, State], None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Release:
-    """A folder with other networks of some stages; files are named relative to it."""
+    """Description of a new folder of a generator in which the networks of some stages are replaced."""
 
-    # all that stays, linked, or copied where the file system cannot; or what is written
+    # Path relative to the folder -> original file, which is linked (or copied if the file system has no
+    # links), or the bytes to write.
     files: Mapping[str, Path | bytes]
-    networks: Mapping[str, Stored]  # by stage
-    elsewhere: Sequence[str] = ()  # names of models that are not on this machine, and stay references
+    networks: Mapping[str, Stored]  # name of a stage whose network is replaced -> its file
+    elsewhere: Sequence[str] = ()  # names of models to which the folder refers and which it does not contain
 
 
 @dataclass(frozen=True, kw_only=True)
 class SizedStage:
-    """A stage whose network has shapes and no numbers, for estimates of memory and time."""
+    """A stage whose network has shapes but no weights, for estimates of memory and time."""
 
     stage: FlowStage
-    conditioning: ConditioningShape
+    conditioning: ConditioningShape  # shape of the conditioning of one sample
 
 
 class FlowFamily(Protocol):
-    """A kind of generator. A class that names this one as its base inherits the defaults."""
+    """Interface of a family of generators. A class with this base class inherits the defaults."""
 
-    name: str
-    layout: str  # what a folder holds, for messages
-    stages: tuple[str, ...]  # names, in order
-    version: str = ""  # which release is read, in words
-    address: str = ""  # where the folder is published
-    notice: str = ""  # printed once when a folder is opened, such as a licence's restrictions
-    loaded_by: str = ""  # how the original's own program opens an exported folder {out}
+    name: str  # name of the family
+    layout: str  # contents of a folder in words, for messages
+    stages: tuple[str, ...]  # names of the stages in order
+    version: str = ""  # published version that is supported, in words
+    address: str = ""  # address at which the folder is published
+    notice: str = (
+        ""  # text that is printed once when a folder is opened, such as the restrictions of a licence
+    )
+    loaded_by: str = ""  # code by which the original program opens an exported folder {out}
     up: str = "y"  # axis of shown assets that points up
-    cells: int | None = None  # per axis of the grid that `show` reads a surface on; None: no grid
-    zero_null: bool = True  # the empty condition is zeros
-    batch: int = 1  # assets that are sampled at once by default
-    bundled: bool = False  # it comes with this package, and its name stands in place of a folder
-    prompts: tuple[str, ...] = ()  # of a bundled generator: all that it knows
-    common: tuple[str, ...] = COMMON  # fields of ProblemSource that it reads as every other family does
-    options: tuple[str, ...] = ()  # those that it reads besides
+    cells: int | None = (
+        None  # number of cells per axis of the grid from which `show` extracts a surface; None: no grid
+    )
+    zero_null: bool = True  # True: the empty conditioning is zeros
+    batch: int = 1  # default number of assets that are sampled together
+    bundled: bool = (
+        False  # True: the generator is part of this package, and its name is used in place of a folder
+    )
+    prompts: tuple[str, ...] = ()  # all prompts of a bundled generator
+    common: tuple[str, ...] = COMMON  # fields of ProblemSource that this family uses in the usual way
+    options: tuple[str, ...] = ()  # additional fields of ProblemSource that this family uses
 
     def recognises(self, root: Path) -> bool:
-        """Return whether a folder is one of this family, by names and headers alone."""
+        """Return True if a folder contains a generator of this family. Only names and headers of files are
+        read.
+        """
 
     def files(self, root: Path, stages: Sequence[str] | None = None) -> Mapping[str, Path]:
-        """Return all files that networks and settings come from, by name: their hashes identify a problem.
+        """Return the files of networks and settings, whose hashes identify a problem: name -> path.
 
-        Args: stages: those that there are pairs of; None: all.
+        Args:
+            root: folder of the generator.
+            stages: names of the stages that are trained; None for all stages.
         """
 
     def load(
@@ -122,136 +141,198 @@ class FlowFamily(Protocol):
         dtype: torch.dtype | None = ...,
         device: str | torch.device = "cpu",
     ) -> Any:
-        """Read a `Pipeline` from a folder, strictly by name and shape.
+        """Read a generator, a `Pipeline`, from a folder. The names and shapes of all tensors have to match.
 
         Args:
-            conditions: embeddings by prompt; None where nothing is sampled.
-            stages: whose flows are needed; other flows may stay without weights, and a last stage may be left
-                out. None: all. An empty list suffices to encode, to decode, and to estimate memory.
-            dtype: of the flows' weights, by default float32; None keeps the file's.
-        Raises: FileNotFoundError, ValueError for what is missing, unexpected or misshapen.
+            root: folder of the generator.
+            conditions: embeddings of the prompts; None if nothing will be sampled.
+            stages: names of the stages whose flow networks are needed. Other flow networks may have no
+                weights, and a last stage may be left out. None: all stages. () is enough to encode, to decode
+                and to estimate memory.
+            dtype: data type of the flow networks' weights, by default float32; None for the data types of the
+                files.
+            device: device of the generator.
+        Raises: FileNotFoundError for a missing file; ValueError for a tensor with an unexpected name or
+        shape.
         """
 
     def condition(self, pipeline: Any, stage: str) -> ConditioningShape | None:
-        """Return the shape of a stage's conditioning; None: not stated, and no memory is estimated."""
+        """Return the shape of a stage's conditioning, or None if the family does not define it.
+
+        Memory and time can be estimated only if it is defined.
+        """
         return None
 
     def configured(self: Family, source: EncodingSource) -> Family:
-        """Return this family with the `options` that a source sets."""
+        """Return this family with the settings of the encoding in a source. By default it has no such
+        settings.
+        """
         return self
 
     def check_pairs(self, pipeline: Any, folder: Path, stage: str, meta: Mapping) -> None:
-        """Raise ValueError for pairs of another pipeline; `meta` is what their writer stated."""
+        """Raise ValueError if pairs belong to another generator.
+
+        Args:
+            pipeline: generator.
+            folder: folder of the pairs.
+            stage: name of the stage.
+            meta: metadata of the pairs, from `pair_meta`.
+        """
         return None
 
     def pair_meta(self, pipeline: Any, stage: str, report: Mapping) -> Mapping:
-        """Return what imported pairs of a stage state besides, for `check_pairs`."""
+        """Return metadata that is stored with the pairs of a stage, and which `check_pairs` reads."""
         return {"family": self.name}
 
     def candidate(self, record: dict, name: str, folder: Path, pipeline: Any, ranked: bool) -> Candidate:
-        """Read a line of a ranked list, by default of sampled assets or of the user's own."""
+        """Read a line of a list of assets. The arguments are those of `ranking.sampled_candidate`."""
         from eg3d_rlhf.tuning.flow.base.ranking import asset_candidate, sampled_candidate
 
-        read = asset_candidate(self.read_asset) if isinstance(self, Encodes) else sampled_candidate
-        return read(record, name, folder, pipeline, ranked)
+        read_line = asset_candidate(self.read_asset) if isinstance(self, Encodes) else sampled_candidate
+        return read_line(record, name, folder, pipeline, ranked)
 
     def remark(self, folder: Path, lines: Sequence[Mapping], pipeline: Any) -> str:
-        """Return a line about sampled assets, given their folder and list; "": none."""
+        """Return a line of text about sampled assets, or "".
+
+        Args:
+            folder: folder of the assets.
+            lines: lines of their list.
+            pipeline: generator.
+        """
         return ""
 
     def released(self) -> Mapping[str, Callable[[], list[SizedStage]]]:
-        """Return the sizes of the published generators, by name."""
+        """Return the published generators: name -> function that returns its stages without weights."""
         return {}
 
 
 @runtime_checkable
 class Shows(Protocol):
-    def show(self, asset: Any, path: Path, *cells: int) -> Path:
-        """Write an asset to look at, at a path without ending; returns the file.
+    """Family that can write assets to files that people look at."""
 
-        Args: cells: per axis of the grid that a surface is read on, where the family has `cells`.
+    def show(self, asset: Any, path: Path, *cells: int) -> Path:
+        """Write an asset to a file.
+
+        Args:
+            asset: decoded asset.
+            path: path of the file without its ending.
+            cells: number of cells per axis of the grid from which the surface is extracted, if the family has
+                `cells`.
+        Returns: path of the file with its ending.
         """
 
 
 @runtime_checkable
 class EmbedsText(Protocol):
-    def embed_texts(self, root: Path, texts: Sequence[str], device: torch.device) -> Conditions: ...
+    """Family that can make the conditioning of texts."""
+
+    def embed_texts(self, root: Path, texts: Sequence[str], device: torch.device) -> Conditions:
+        """Return the embeddings of texts, by the text encoder in the folder `root`."""
 
 
 @runtime_checkable
 class EmbedsImages(Protocol):
-    def embed_images(self, root: Path, images: Mapping[str, Path], device: torch.device) -> Conditions: ...
+    """Family that can make the conditioning of images."""
+
+    def embed_images(self, root: Path, images: Mapping[str, Path], device: torch.device) -> Conditions:
+        """Return the embeddings of images (prompt -> file), by the image encoder in the folder `root`."""
 
 
 @runtime_checkable
 class Encodes(Protocol):
+    """Family that can encode assets of the user as latents."""
+
     def read_asset(self, path: Path) -> Any:
-        """Read an asset of the user's own, which the pipeline's `encode` takes."""
+        """Read an asset of the user in the form that the method `encode` of the generator needs."""
 
 
 @runtime_checkable
 class Exports(Protocol):
+    """Family whose generators can be exported in their published layout."""
+
     def release(self, root: Path, stages: Sequence[str]) -> Release:
-        """Describe the folder with other networks of some stages."""
+        """Describe a new folder in which the networks of `stages` are replaced; `root` is the original
+        folder.
+        """
 
 
 @runtime_checkable
 class FitsRewards(Protocol):
+    """Family that can fit a reward of finished assets to preference pairs."""
+
     def fit_reward(self, pipeline: Any, pairs: Sequence[PreferencePair], title: str) -> AssetReward:
-        """Fit a reward to pairs of the last stage, when it is first called; `title` is for the bar."""
+        """Return a reward that is fitted to pairs of the last stage when it is first called.
+
+        Args:
+            pipeline: generator.
+            pairs: pairs of the last stage.
+            title: title of the progress bar.
+        """
 
 
 @runtime_checkable
 class Opens(Protocol):
-    def open(self, source: ProblemSource, device: str | torch.device) -> Problem: ...
+    """Family that opens a tuning problem in its own way."""
+
+    def open(self, source: ProblemSource, device: str | torch.device) -> Problem:
+        """Open the tuning problem of a source."""
 
 
 @runtime_checkable
 class StatesFacts(Protocol):
+    """Family that adds facts about a sampled asset to the list of assets."""
+
     def facts(self, pipeline: Any, condition: str, latents: Mapping[str, Latent]) -> Mapping:
-        """Return JSON that the list of sampled assets states besides."""
+        """Return additional values for JSON in the asset's line, from its prompt and its latents."""
 
 
 @runtime_checkable
 class WritesLatents(Protocol):
-    def write_latent(self, path: Path, pipeline: Any, stage: str, latent: Latent) -> None: ...
+    """Family that writes latents of sampled assets in the format of the original program."""
+
+    def write_latent(self, path: Path, pipeline: Any, stage: str, latent: Latent) -> None:
+        """Write the latent of a stage to a file."""
 
 
 @runtime_checkable
 class ImportsSamples(Protocol):
-    def read_samples(self, folder: Path, pipeline: Any) -> Imported: ...
+    """Family that can read samples of another project as pairs."""
+
+    def read_samples(self, folder: Path, pipeline: Any) -> Imported:
+        """Read the pairs in a folder of the other project."""
 
 
 @runtime_checkable
 class ListsNetworks(Protocol):
-    def networks(self, root: Path) -> Sequence[Network]: ...
+    """Family that can list the networks of a folder."""
+
+    def networks(self, root: Path) -> Sequence[Network]:
+        """Return the networks that the folder `root` contains or should contain."""
 
 
 def check_stages(who: str, family: FlowFamily, names: Sequence[str]) -> None:
-    """Raise ValueError for names that are no stages of a family."""
-    unknown = sorted(set(names) - set(family.stages))
-    if unknown:
+    """Raise ValueError if a name is not a stage of a family. `who` is the beginning of the message."""
+    unknown_stages = sorted(set(names) - set(family.stages))
+    if unknown_stages:
         raise ValueError(
-            f"{who}: expected stages among {', '.join(family.stages)}, got {', '.join(unknown)}. Name a"
-            " stage."
+            f"{who}: generators of the family {family.name} have no stage {', '.join(unknown_stages)}. Use"
+            f" stages among {', '.join(family.stages)}."
         )
 
 
 def sized_stages(family: FlowFamily, root: Path) -> list[SizedStage]:
-    """Read the stages of a folder by its settings, without weights.
+    """Return the stages of a generator without weights, from the settings in its folder.
 
-    Raises: ValueError for a family that does not state its conditioning; else as the family's `load`.
+    Raises: ValueError if the family does not define the shape of its conditioning; the errors of `load`.
     """
     pipeline = family.load(root, None, stages=())
-    shapes = {stage.name: family.condition(pipeline, stage.name) for stage in pipeline.stages}
-    made = [
-        SizedStage(stage=stage, conditioning=shape)
-        for stage in pipeline.stages
-        if (shape := shapes[stage.name]) is not None
-    ]
-    if len(made) < len(shapes):
-        raise ValueError(
-            f"estimate: expected a family that states the shape of its conditioning, got {family.name}."
-            " Write its `condition`."
-        )
-    return made
+    sized = []
+    for stage in pipeline.stages:
+        shape = family.condition(pipeline, stage.name)
+        if shape is None:
+            raise ValueError(
+                f"estimate: the family {family.name} does not define the shape of its conditioning. Add the"
+                " method `condition` to it."
+            )
+        sized.append(SizedStage(stage=stage, conditioning=shape))
+    return sized

@@ -1,11 +1,13 @@
-"""Preference pairs of a stage's latents, from people or from the circular loop, and folders that hold them.
+"""Preference pairs of a stage's latents, and the folders in which they are stored.
 
-DPO trains on these pairs. A folder holds the pairs of one stage:
+The pairs are labelled by people, or made by the circular loop (Circular-DPO). DPO trains on them. A folder
+contains the pairs of one stage:
 
-    meta.json           stage, number of pairs, hashes, and the writer's metadata; written last, so that a
-                        folder without it is unfinished
-    pairs.jsonl         one line per pair: its columns, and the names of its two latents
-    latents-000.safetensors ...     latents; a latent that several pairs share is stored once
+    meta.json                       stage, number of pairs, hashes, and metadata of the writer. It is written
+    last, so a
+                                    folder without it is unfinished.
+    pairs.jsonl                     one line for each pair, with its columns and the names of its two latents
+    latents-000.safetensors ...     latents; a latent that is in several pairs is stored once
 """
 
 import hashlib
@@ -32,29 +34,33 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PreferencePair:
-    """Two latents of one stage, sampled for one prompt, of which the first is preferred."""
+    """Preferred and rejected latent of one stage, for one prompt.
 
-    id: str  # unique within its set
-    condition: str  # prompt; the pipeline has its conditioning tokens
-    stage: str
+    Raises: ValueError if a value is not finite, or if the two latents cannot belong to one stage.
+    """
+
+    id: str  # name that is unique within a set of pairs
+    condition: str  # prompt
+    stage: str  # name of the stage
     preferred: Latent
     rejected: Latent
-    source: str = "human"
-    reward_preferred: float | None = None  # scores of the finished assets; None: not scored
-    reward_rejected: float | None = None
-    w1: float | None = None  # filter: kept where above the threshold; see training/circular/loop_pairs.py
-    w2: float | None = None  # weight, mean 1 over the kept pairs
-    # seeds, hashes of networks and files that it came from; JSON types
+    source: str = "human"  # one of SOURCES: labelled by people, or made by the circular loop
+    reward_preferred: float | None = None  # score of the preferred asset; None: it was not scored
+    reward_rejected: float | None = None  # score of the rejected asset
+    # Value by which the circular loop filters pairs: only pairs above a threshold are used, see
+    # training/circular/loop_pairs.py.
+    w1: float | None = None
+    w2: float | None = None  # weight of the pair in the loss; its mean over the used pairs is 1
+    # Values for JSON about the origin of the pair: seeds, and hashes of networks and files.
     provenance: Mapping = field(default_factory=dict)
 
     def __post_init__(self):
         who = f"pair {self.id!r}"
-        if not self.id or self.source not in SOURCES:
-            raise ValueError(
-                f"{who}: expected an id and source {' or '.join(SOURCES)}, got source {self.source!r}."
-                " Correct them."
-            )
-        # only w2 is a weight, and must not be negative; scores and w1 have any sign
+        if not self.id:
+            raise ValueError("pair: the id is empty. Give each pair an id that is unique within its set.")
+        if self.source not in SOURCES:
+            raise ValueError(f"{who}: the source {self.source!r} is not allowed. Use {' or '.join(SOURCES)}.")
+        # w2 is a weight and must not be negative. Scores and w1 may have any sign.
         for name in ("reward_preferred", "reward_rejected", "w1", "w2"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and (name != "w2" or value >= 0)):
@@ -63,78 +69,86 @@ class PreferencePair:
                     f"{who}, {name}: expected {expected} or None, got {value}. Drop the pair, or score it"
                     " again."
                 )
-        # both latents are checked alone, then compared: voxels may differ, channels may not
-        forms = []
+        descriptions = []
         for name in ("preferred", "rejected"):
             latent = getattr(self, name)
             values = feats_of(latent)
-            bad = int((~torch.isfinite(values)).sum())
-            if bad:
-                got = f"{bad} of {values.numel()} numbers NaN or infinite"
-                raise ValueError(f"{who}, {name}: expected finite latents, got {got}. Drop the pair.")
-            # a repeated voxel would count twice in the flow-matching error
-            twice = (
-                len(latent.coords) - len(torch.unique(latent.places))
-                if isinstance(latent, SparseSample)
-                else 0
-            )
-            if twice:
+            bad_count = int((~torch.isfinite(values)).sum())
+            if bad_count:
                 raise ValueError(
-                    f"{who}, {name}: expected every voxel once, got {twice} repeated. Merge their features,"
-                    " or drop the pair."
+                    f"{who}, {name}: {bad_count} of {values.numel()} numbers of the latent are NaN or"
+                    " infinite. Drop the pair."
                 )
-            forms.append(_form(latent))
-        if forms[0] != forms[1]:
+            # A voxel that occurs twice would have twice the weight in the flow-matching error.
+            if isinstance(latent, SparseSample):
+                repeated_voxels = len(latent.coords) - len(torch.unique(latent.places))
+                if repeated_voxels:
+                    raise ValueError(
+                        f"{who}, {name}: {repeated_voxels} voxel indices are repeated, but each voxel may"
+                        " occur once only. Merge the features of equal voxels, or drop the pair."
+                    )
+            descriptions.append(_describe(latent))
+        if descriptions[0] != descriptions[1]:
             raise ValueError(
-                f"{who}: expected two latents of one form, got {forms[0]} and {forms[1]}. Pair latents of one"
-                " stage."
+                f"{who}: the two latents are {descriptions[0]} and {descriptions[1]}, so they cannot belong"
+                " to one stage. Pair latents of one stage."
             )
 
     @property
     def scored(self) -> bool:
+        """True if both assets of the pair have a score."""
         return self.reward_preferred is not None and self.reward_rejected is not None
 
     @property
     def rewards(self) -> tuple[float, float]:
-        """Return the scores of the preferred and of the rejected asset of a scored pair."""
+        """Scores of the preferred and of the rejected asset. The pair must have them."""
         assert self.reward_preferred is not None and self.reward_rejected is not None
         return self.reward_preferred, self.reward_rejected
 
     @property
     def reward_gap(self) -> float:
-        preferred, rejected = self.rewards
-        return preferred - rejected
+        """Score of the preferred asset minus that of the rejected asset. The pair must have them."""
+        preferred_score, rejected_score = self.rewards
+        return preferred_score - rejected_score
 
 
-def _form(latent: Latent) -> str:
-    """Describe what two latents of one stage must share: kind, channels and shape, but not the voxels."""
+def _describe(latent: Latent) -> str:
+    """Return the properties that two latents of one stage share: kind, channels and shape, but not the
+    voxels.
+    """
     if isinstance(latent, SparseSample):
-        more = "" if latent.given is None else f", {latent.given.shape[1]} given"
-        return f"voxels of {latent.feats.shape[1]} channels{more}"
+        given_text = "" if latent.given is None else f", {latent.given.shape[1]} given"
+        return f"voxels of {latent.feats.shape[1]} channels{given_text}"
     if isinstance(latent, NamedSample):
         return "tensors " + ", ".join(
             f"{name} {list(tensor.shape)}" for name, tensor in latent.tensors.items()
         )
+    # A dense grid [C, R, R, R] has four dimensions.
     return f"a {'grid' if latent.ndim == 4 else 'tensor'} {list(latent.shape)}"
 
 
 class Lazy(Mapping[str, T]):
-    """Mapping whose values are made at their first access, and then kept in memory."""
+    """Mapping whose values are made at their first access, and then kept in memory.
+
+    Args:
+        names: keys of the mapping.
+        make: function from a key to its value.
+    """
 
     def __init__(self, names: Collection[str], make: Callable[[str], T]):
         self._names = tuple(names)
         self._make = make
-        self._made: dict[str, T] = {}
+        self._values: dict[str, T] = {}
 
     def __getitem__(self, name: str) -> T:
         if name not in self._names:
             raise self.missing(name)
-        if name not in self._made:
-            self._made[name] = self._make(name)
-        return self._made[name]
+        if name not in self._values:
+            self._values[name] = self._make(name)
+        return self._values[name]
 
     def missing(self, name: str) -> Exception:
-        """Make the error for a name that is not in the mapping."""
+        """Return the error for a name that is not a key of the mapping."""
         return KeyError(name)
 
     def __contains__(self, name: object) -> bool:
@@ -148,91 +162,102 @@ class Lazy(Mapping[str, T]):
 
 
 class PairsByStage(Lazy[list[PreferencePair]]):
-    """Preference pairs by the name of a stage.
+    """Mapping from the name of a stage to its preference pairs.
 
-    Raises ValueError for a stage without pairs, since users choose the stages.
+    A stage without pairs raises ValueError and not KeyError, because users choose the stages.
     """
 
     def missing(self, name: str) -> Exception:
         return ValueError(
-            f"pairs: expected pairs of stage {name!r}, got pairs of {', '.join(self) or 'no stage'}. Add the"
-            " pairs of that stage, or leave the stage out."
+            f"pairs: there are no pairs of stage {name!r}, only of {', '.join(self) or 'no stage'}. Add pairs"
+            " of that stage, or leave the stage out."
         )
 
 
 def pairs_of_conditions(pairs: Iterable[PreferencePair], names: Collection[str]) -> list[PreferencePair]:
-    """Select the pairs of the prompts `names`, in the order of `pairs`."""
-    kept = set(names)
-    return [pair for pair in pairs if pair.condition in kept]
+    """Return the pairs whose prompt is one of `names`, in the order of `pairs`."""
+    prompts = set(names)
+    return [pair for pair in pairs if pair.condition in prompts]
 
 
 def check_unique(who: str, examples: Iterable[Any], what: str = "pairs") -> None:
-    """Raise ValueError, whose message begins with `who`, where two examples have the same id.
+    """Raise ValueError if two examples have the same id.
 
-    The id seeds a pair's noise and names the pair in files.
+    The noise of an example in training is derived from its id, and files name the example by it.
+
+    Args:
+        who: beginning of the message.
+        examples: objects with the field `id`.
+        what: name of the examples in the message.
     """
-    repeated = [name for name, n in Counter(example.id for example in examples).items() if n > 1]
-    if repeated:
+    counts = Counter(example.id for example in examples)
+    repeated_ids = [name for name, count in counts.items() if count > 1]
+    if repeated_ids:
         raise ValueError(
-            f"{who}: expected unique ids, got {len(repeated)} repeated, such as {repeated[0]!r}. Number the"
-            f" {what}."
+            f"{who}: {len(repeated_ids)} ids occur more than once, such as {repeated_ids[0]!r}. Give the"
+            f" {what} different ids, for example numbers."
         )
 
 
 def by_condition(examples: Iterable[Any]) -> dict[str, list[Any]]:
-    """Group examples by prompt, in their order."""
+    """Group examples by prompt: prompt -> its examples, in their order."""
     groups: dict[str, list[Any]] = {}
     for example in examples:
         groups.setdefault(example.condition, []).append(example)
     return groups
 
 
-FORMAT = 1  # version of the folder's layout, in meta.json
-SHARD_BYTES = 256 * 10**6  # size at which a new file of latents is begun
-LATENTS = ("preferred", "rejected")
-COLUMNS = tuple(f.name for f in fields(PreferencePair) if f.name not in LATENTS)
+FORMAT = 1  # version of the folder's layout, which meta.json contains
+SHARD_BYTES = 256 * 10**6  # largest size of a file of latents in bytes
+LATENTS = ("preferred", "rejected")  # fields of a pair that are stored in the files of latents
+COLUMNS = tuple(f.name for f in fields(PreferencePair) if f.name not in LATENTS)  # fields in pairs.jsonl
 
 
 def write_pairs(
     folder: str | Path, pairs: Sequence[PreferencePair], meta: dict, shard_bytes: int = SHARD_BYTES
 ) -> str:
-    """Write pairs of one stage, and return a hash of the content. Equal pairs and meta give an equal hash.
+    """Write the pairs of one stage into a folder, in place of all pairs that it contains.
 
-    Pairs that are already in the folder are replaced. Until meta.json is written again, the folder cannot be
-    read.
-    Args: meta: JSON types, which read_pairs returns.
-    Raises: ValueError for no pairs, pairs of two stages, or ids that occur twice.
+    Args:
+        folder: folder to write.
+        pairs: pairs of one stage, with different ids.
+        meta: metadata as values for JSON, which `read_pairs` returns.
+        shard_bytes: largest size of a file of latents in bytes.
+    Returns: hash of the content of the folder. Equal pairs and metadata have equal hashes.
+    Raises: ValueError if there are no pairs, pairs of several stages, or pairs with equal ids.
     """
     folder = Path(folder)
-    stages = sorted({p.stage for p in pairs})
-    if len(stages) != 1:
+    stages = sorted({pair.stage for pair in pairs})
+    if not stages:
+        raise ValueError("write_pairs: there are no pairs to write. Pass at least one pair.")
+    if len(stages) > 1:
         raise ValueError(
-            f"write_pairs: expected pairs of one stage, got {', '.join(stages) or 'no pairs'}. Keep a folder"
-            " for each stage."
+            f"write_pairs: the pairs belong to the stages {', '.join(stages)}, but a folder contains pairs of"
+            " one stage only. Write a folder for each stage."
         )
     check_unique("write_pairs", pairs)
-    # meta.json is deleted first and written last: an interrupted write never looks complete
+    # meta.json is deleted first and written last, so that a folder whose writing was interrupted is not read.
     (folder / "meta.json").unlink(missing_ok=True)
-    # the new pairs may need fewer shards, so old ones would stay
-    for old in folder.glob("latents-*.safetensors"):
-        old.unlink()
-    # by identity of the object: an asset that is in many pairs is stored once
-    unique = {id(latent): latent for p in pairs for latent in (p.preferred, p.rejected)}
-    names = {key: f"{i:06d}" for i, key in enumerate(unique)}
-    shards = {}
-    parts = _shards({names[key]: latent for key, latent in unique.items()}, shard_bytes)
-    for i, tensors in enumerate(tqdm(parts, desc="pairs", unit="shard", leave=False, disable=None)):
+    # The new pairs may need fewer files of latents than the old ones.
+    for old_file in folder.glob("latents-*.safetensors"):
+        old_file.unlink()
+    # By the identity of the object, so that a latent that is in several pairs is stored once.
+    unique_latents = {id(latent): latent for pair in pairs for latent in (pair.preferred, pair.rejected)}
+    names = {key: f"{i:06d}" for i, key in enumerate(unique_latents)}
+    shard_hashes = {}
+    shards = _shards({names[key]: latent for key, latent in unique_latents.items()}, shard_bytes)
+    for i, tensors in enumerate(tqdm(shards, desc="pairs", unit="shard", leave=False, disable=None)):
         path = folder / f"latents-{i:03d}.safetensors"
         write_tensors(path, "pairs", tensors, {"stage": stages[0]})
-        shards[path.name] = file_hash(path)
-    # columns of each pair, with the names of its latents in place of the tensors
+        shard_hashes[path.name] = file_hash(path)
+    # A row contains the names of the two latents in place of their tensors.
     rows = [
         {
-            **{name: getattr(p, name) for name in COLUMNS},
-            "provenance": dict(p.provenance),
-            **{name: names[id(getattr(p, name))] for name in LATENTS},
+            **{name: getattr(pair, name) for name in COLUMNS},
+            "provenance": dict(pair.provenance),
+            **{name: names[id(getattr(pair, name))] for name in LATENTS},
         }
-        for p in pairs
+        for pair in pairs
     ]
     records = "".join(json.dumps(row, sort_keys=True, allow_nan=False) + "\n" for row in rows).encode()
     write_atomic(folder / "pairs.jsonl", records)
@@ -240,11 +265,11 @@ def write_pairs(
         "format": FORMAT,
         "stage": stages[0],
         "pairs": len(pairs),
-        "shards": shards,
+        "shards": shard_hashes,
         "records": hashlib.sha256(records).hexdigest(),
         "meta": meta,
     }
-    # the hash covers the hashes of shards and list, and thus all bytes of the folder
+    # A hash of hashes, which covers all bytes of the folder.
     digest = json_hash(content)
     text = json.dumps({**content, "hash": digest}, indent=1, sort_keys=True, allow_nan=False)
     write_atomic(folder / "meta.json", (text + "\n").encode())
@@ -252,51 +277,57 @@ def write_pairs(
 
 
 def read_pairs(folder: str | Path, stage: FlowStage | str | None = None) -> tuple[list[PreferencePair], dict]:
-    """Read the pairs of a folder, and the meta that its writer passed.
+    """Read the pairs of a folder, and the metadata that was passed to `write_pairs`.
 
-    Args: stage: the stage that the pairs must belong to, by name or as a FlowStage, which also checks the
-        shapes of the latents. None accepts any stage.
-    Raises: FileNotFoundError or ValueError for unfinished, damaged, missing or foreign files, another stage,
-        or latents that are not finite.
+    Args:
+        folder: folder of `write_pairs`.
+        stage: stage to which the pairs must belong: its name, or the stage itself, which also checks the
+            shapes of the latents. None for any stage.
+    Raises: FileNotFoundError or ValueError for an unfinished folder, for damaged or missing files, for pairs
+    of another
+        stage, and for latents that are not valid.
     """
     folder = Path(folder)
-    # cheap checks first: the description, then the list, then the large files of latents
+    # Small files are checked before the large files of latents are read.
     content = _read_description(folder)
-    wanted = stage.name if isinstance(stage, FlowStage) else stage
-    if wanted is not None and content["stage"] != wanted:
+    required_stage = stage.name if isinstance(stage, FlowStage) else stage
+    if required_stage is not None and content["stage"] != required_stage:
         raise ValueError(
-            f"{folder}: expected pairs of stage {wanted!r}, got pairs of {content['stage']!r}. Name that"
-            " stage's folder."
+            f"{folder}: expected pairs of stage {required_stage!r}, got pairs of {content['stage']!r}. Name"
+            " the folder of that stage."
         )
     path = folder / "pairs.jsonl"
     if not path.is_file():
         raise FileNotFoundError(
-            f"{path}: expected the list of {content['pairs']} pairs, got nothing there. Restore the folder."
+            f"{path}: the list of {content['pairs']} pairs is missing. Restore the folder from a copy, or"
+            " write the pairs again."
         )
     data = path.read_bytes()
     if hashlib.sha256(data).hexdigest() != content["records"]:
         raise ValueError(
-            f"{path}: expected the list whose hash is in meta.json, got other bytes. Restore the folder."
+            f"{path}: the file does not have the hash that meta.json records, so it has changed. Restore the"
+            " folder from a copy, or write the pairs again."
         )
     rows = [json.loads(line) for line in data.splitlines()]
     latents = _read_latents(folder, content)
-    # PreferencePair checks each pair again: a matching hash proves the bytes, not that the values are valid
+    # A matching hash shows that the bytes are those that were written, but the values may still be invalid.
+    # The constructor of PreferencePair checks them.
     try:
         pairs = [PreferencePair(**{**row, **{name: latents[row[name]] for name in LATENTS}}) for row in rows]
     except (KeyError, TypeError) as error:
-        got = f"others: {error}"
         raise ValueError(
-            f"{path}: expected the columns of pairs and their latents, got {got}. Make the pairs again."
+            f"{path}: a line has missing or unknown columns, or names a latent that is not stored ({error})."
+            " Write the pairs again with this version."
         ) from None
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
     check_unique(f"{path}", pairs)
-    # meta.json states one stage, but each line states its own as well
-    foreign = next((p for p in pairs if p.stage != content["stage"]), None)
-    if foreign is not None:
+    # Each line contains the name of its stage, too.
+    other_pair = next((pair for pair in pairs if pair.stage != content["stage"]), None)
+    if other_pair is not None:
         raise ValueError(
-            f"{folder}: expected pairs of stage {content['stage']!r} alone, got {foreign.id} of"
-            f" {foreign.stage!r}. Keep a folder for each stage."
+            f"{folder}: meta.json names the stage {content['stage']!r}, but the pair {other_pair.id} belongs"
+            f" to {other_pair.stage!r}. Write a folder for each stage."
         )
     if isinstance(stage, FlowStage):
         for pair in pairs:
@@ -306,41 +337,49 @@ def read_pairs(folder: str | Path, stage: FlowStage | str | None = None) -> tupl
 
 
 def pairs_hash(folder: str | Path) -> str:
-    """Read the hash that write_pairs returned, without reading the pairs."""
+    """Return the hash that `write_pairs` has returned for a folder. The pairs are not read."""
     return _read_description(Path(folder))["hash"]
 
 
-def _shards(unique: dict[str, Latent], limit: int) -> Iterator[dict[str, torch.Tensor]]:
-    """Divide tensors by name into parts of at most `limit` bytes.
+def _shards(latents: dict[str, Latent], limit: int) -> Iterator[dict[str, torch.Tensor]]:
+    """Yield the tensors of latents in groups of at most `limit` bytes, one group for each file.
 
-    The tensors of one latent stay together, so a latent above the limit gets a part of its own.
+    The tensors of a latent are in the same group. A latent that is larger than the limit has a group of its
+    own.
+
+    Args:
+        latents: name -> latent.
+        limit: largest size of a group in bytes.
     """
-    part: dict[str, torch.Tensor] = {}
+    shard: dict[str, torch.Tensor] = {}
     size = 0
-    for name, latent in unique.items():
-        # "000003" names a latent of one tensor ("x"), "000003.coords" a tensor of a latent of several
+    for name, latent in latents.items():
+        # The key of a latent of one tensor ("x") is its name, such as "000003". The keys of a latent of
+        # several tensors are such as "000003.coords".
         tensors = {
             name if key == "x" else f"{name}.{key}": tensor for key, tensor in parts_of(latent).items()
         }
-        more = sum(t.numel() * t.element_size() for t in tensors.values())
-        # an empty part is never yielded here, even if one latent is above the limit
-        if part and size + more > limit:
-            yield part
-            part = {}
+        latent_size = sum(t.numel() * t.element_size() for t in tensors.values())
+        # The first condition avoids an empty group before a latent that is larger than the limit.
+        if shard and size + latent_size > limit:
+            yield shard
+            shard = {}
             size = 0
-        # on the CPU and without graph, as safetensors stores them
-        part.update({key: t.detach().cpu() for key, t in tensors.items()})
-        size += more
-    yield part
+        shard.update({key: t.detach().cpu() for key, t in tensors.items()})
+        size += latent_size
+    yield shard
 
 
 def _read_description(folder: Path) -> dict:
-    """Read meta.json of a folder of pairs, and check it against the hash that it contains."""
+    """Read the meta.json of a folder of pairs, and check the hash that it contains.
+
+    Raises: FileNotFoundError if there is no meta.json; ValueError if it is damaged.
+    """
     path = folder / "meta.json"
     if not path.is_file():
         raise FileNotFoundError(
-            f"{folder}: expected a folder of pairs, got no meta.json in it. Check the path, or finish"
-            " writing it."
+            f"{folder}: the folder contains no meta.json, so it is not a folder of pairs, or its writing was"
+            " interrupted. Name a folder of pairs, or write the pairs again."
         )
     try:
         content = json.loads(path.read_text())
@@ -351,14 +390,20 @@ def _read_description(folder: Path) -> dict:
         intact = False
     if not intact:
         raise ValueError(
-            f"{path}: expected the description of pairs, format {FORMAT}, got a damaged or foreign file."
-            " Write them again."
+            f"{path}: the file is damaged, or is not a description of pairs in format {FORMAT}. Restore it"
+            " from a copy, or write the pairs again."
         )
     return content
 
 
 def _read_latents(folder: Path, content: dict) -> dict[str, Latent]:
-    """Read the latents of all shards by name, and check each file against its hash."""
+    """Read the latents of a folder: name -> latent.
+
+    Args:
+        folder: folder of pairs.
+        content: content of its meta.json, with the hashes of the files.
+    Raises: FileNotFoundError or ValueError for a missing or changed file.
+    """
     tensors: dict[str, torch.Tensor] = {}
     for name, expected in tqdm(
         sorted(content["shards"].items()), desc="pairs", unit="shard", leave=False, disable=None
@@ -366,13 +411,13 @@ def _read_latents(folder: Path, content: dict) -> dict[str, Latent]:
         path = folder / name
         if not path.is_file():
             raise FileNotFoundError(
-                f"{path}: expected a shard of {len(content['shards'])}, got nothing there. Restore the"
-                " folder."
+                f"{path}: this file, one of {len(content['shards'])} files of latents, is missing. Restore"
+                " the folder from a copy, or write the pairs again."
             )
         if file_hash(path) != expected:
             raise ValueError(
-                f"{path}: expected the bytes whose hash is in meta.json, got others. Restore the folder: the"
-                " file is damaged or from another folder."
+                f"{path}: the file does not have the hash that meta.json records, so it is damaged, or"
+                " belongs to another folder. Restore the folder from a copy, or write the pairs again."
             )
         tensors.update(read_tensors(path, "pairs")[0])
     return latents_of(tensors)

@@ -1,7 +1,6 @@
-"""A tuning problem as plain data.
+"""Data of a tuning problem: a generator, preference pairs, prompts and rewards.
 
-A `Problem` holds a pipeline, preference pairs by stage, the prompts of each split and the rewards. It
-reads no files: `open_problem` (families/opening.py) makes it from a `ProblemSource`.
+A `Problem` does not read files. `open_problem` (families/opening.py) makes it from a `ProblemSource`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,90 +14,113 @@ from eg3d_rlhf.tuning.flow.base.single_labels import Labelled
 from eg3d_rlhf.tuning.flow.base.stage import AssetReward, Pipeline
 from training.phases import derive_seed
 
-MOST_TO_CHOOSE = 128  # pairs on which a network is evaluated while it trains
-# sub-scores [N] by name, from (assets, their prompts)
+MOST_TO_CHOOSE = 128  # largest number of pairs on which a network is evaluated while it is trained
+# Function from N assets and N prompts to several scores: name -> [N].
 Scores = Callable[[Sequence, Sequence[str]], Mapping[str, torch.Tensor]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """A pipeline, the preference pairs of its stages, the split of the prompts, and three rewards.
+    """Generator, preference pairs of its stages, split of the prompts, and three rewards.
 
-    One reward weighs or labels pairs, one chooses checkpoints, and one is kept for the final table. The same
-    assets are compared at every stage. Pairs are read-only mappings by stage. To change them, for example for
-    a control with randomised labels, make another problem with `dataclasses.replace`.
+    `reward` weights or labels pairs, `chooser` chooses checkpoints, and `final` is the held-out evaluator of
+    the results table. The mappings of pairs by stage are read-only. To change pairs, for example for a
+    control with randomised labels, make another problem with `dataclasses.replace`.
+
+    Raises: ValueError if the stages, the split of the prompts or the rewards do not fit together.
     """
 
-    pipeline: Pipeline
-    train_conditions: Sequence[str]
-    held_out_conditions: Sequence[str]  # never trained on; those of the final table
-    # never trained on either: checkpoints are chosen on these; none: on the held-out ones
+    pipeline: Pipeline  # generator
+    train_conditions: Sequence[str]  # prompts of the training split
+    held_out_conditions: Sequence[str]  # prompts of the held-out split, which the results table evaluates
+    # Prompts on which checkpoints are chosen; (): the held-out prompts are used.
     choosing_conditions: Sequence[str] = ()
-    train_pairs: Mapping[str, Sequence[PreferencePair]] = field(default_factory=dict)  # of train_conditions
-    # pairs of the other prompts; None: only the rewards measure what was learnt
+    # Name of a stage -> preference pairs of the training prompts.
+    train_pairs: Mapping[str, Sequence[PreferencePair]] = field(default_factory=dict)
+    # Name of a stage -> preference pairs of the other prompts. None: there are none, and only rewards
+    # evaluate a network.
     unseen_pairs: Mapping[str, Sequence[PreferencePair]] | None = None
-    # by kind of label ("thumbs", "ranks"): assets with a label each; None: there are none
+    # Kind of label ("thumbs", "ranks") -> assets with a label each; None: there are no such assets.
     labelled: Mapping[str, Labelled] | None = None
-    # scores the assets of the circular loop for w1 and w2; None: no loop, stages are trained one by one
+    # Reward that scores the assets of the circular loop (Circular-DPO), for the filter w1 and the weight w2
+    # of pairs. None: there is no loop, and stages are trained separately.
     reward: AssetReward | None = None
-    chooser: AssetReward | None = None  # held-out win rate and early stopping; None: neither
-    final: AssetReward | None = None  # scores the final table, and is used for nothing else
-    fitted_to: Mapping[str, Sequence[str]] = field(default_factory=dict)  # by reward: prompts of its pairs
-    # fits a reward of finished assets to (pairs of the last stage, training seed)
+    # Reward of the held-out win rate, by which checkpoints are chosen and training is stopped; None: neither
+    # is done.
+    chooser: AssetReward | None = None
+    final: AssetReward | None = None  # held-out evaluator of the results table, which has no other use
+    # Name of a reward's field -> prompts of the pairs to which the reward was fitted.
+    fitted_to: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    # Function that fits a reward of finished assets. Its arguments are pairs of the last stage and a training
+    # seed.
     fit_reward: Callable[[Sequence[PreferencePair], int], AssetReward] | None = None
-    parts: Scores | None = None  # sub-scores in the final table
-    measures: Scores | None = None  # finer ones, in the table of online tuning
-    # JSON: hashes of all files that the problem came from; it names artefacts
+    parts: Scores | None = None  # sub-scores of the final evaluator, for the results table
+    measures: Scores | None = None  # more detailed scores, for the table of online tuning
+    # Values for JSON: hashes of all files of the problem. They are part of the names of artefacts.
     identity: Mapping = field(default_factory=dict)
 
     def __post_init__(self):
         names = [stage.name for stage in self.pipeline.stages]
-        # a prompt in two splits would bias the held-out results upwards
-        parts = [set(self.train_conditions), set(self.held_out_conditions), set(self.choosing_conditions)]
-        if not names or len(set(names)) < len(names):  # a user's plugin may cause it, so it is no assert
+        # An error and not an assertion, because the pipeline may come from a user's plugin.
+        if not names or len(set(names)) < len(names):
             raise ValueError(
-                f"Problem.pipeline: expected stages of different names, got {names}. Give all stages, in"
-                " order."
+                f"Problem.pipeline: the stages {names} are missing or do not have different names. Define at"
+                " least one stage, and give each a name of its own."
             )
-        if both := sorted(name for a, b in combinations(parts, 2) for name in a & b):
+        # A prompt in two splits would bias the held-out results upwards.
+        splits = [set(self.train_conditions), set(self.held_out_conditions), set(self.choosing_conditions)]
+        repeated_prompts = sorted(name for a, b in combinations(splits, 2) for name in a & b)
+        if repeated_prompts:
             raise ValueError(
-                f"Problem: expected every prompt in one split, got {both[:5]} in two. Put each prompt either"
-                " into the training, the held-out or the choosing split."
+                f"Problem: the prompts {repeated_prompts[:5]} are in two splits. Put each prompt into only"
+                " one of the training, the held-out and the choosing split."
             )
         if not self.train_conditions:
-            raise ValueError("Problem.train_conditions: expected at least one prompt, got none. Name some.")
-        # tuning optimises what weighs or chooses, so the same reward would overrate the tuned generator
-        if self.final is not None and any(self.final is other for other in (self.reward, self.chooser)):
             raise ValueError(
-                "Problem.final: expected a separate held-out reward, got one that also weighs pairs or"
-                " chooses checkpoints. Pass another reward."
+                "Problem.train_conditions: the training split has no prompt. Add at least one prompt to it."
+            )
+        # Tuning optimises `reward` and `chooser`, so these would overestimate the tuned generator.
+        if self.final is not None and any(self.final is reward for reward in (self.reward, self.chooser)):
+            raise ValueError(
+                "Problem.final: this reward also weights pairs or chooses checkpoints, so it cannot be the"
+                " held-out evaluator. Pass a separate reward."
             )
 
     @property
     def choosing(self) -> Sequence[str]:
-        """Return the prompts on which checkpoints are chosen."""
+        """Prompts on which checkpoints are chosen."""
         return self.choosing_conditions or self.held_out_conditions
 
     def choosing_pairs(self, stage: str) -> list[PreferencePair]:
-        """Select at most MOST_TO_CHOOSE pairs on which a network is evaluated while it trains."""
-        pairs = self._unseen(stage, self.choosing)
-        # ordered by a hash of the id: a selection that does not depend on the order of the pairs
+        """Return the pairs of a stage on which checkpoints are chosen, at most MOST_TO_CHOOSE."""
+        pairs = self._pairs_outside_training(stage, self.choosing)
+        # Sorted by a hash of the id, so that the selection is random but does not depend on the order of the
+        # pairs.
         return sorted(pairs, key=lambda pair: derive_seed("to choose", pair.id))[:MOST_TO_CHOOSE]
 
     def held_out_pairs(self, stage: str) -> list[PreferencePair]:
-        """Select the pairs that neither train nor choose. They measure whether the labels were learnt."""
-        return self._unseen(stage, self.held_out_conditions)
+        """Return the pairs of a stage for the held-out prompts, on which the accuracy of a network is
+        measured.
+        """
+        return self._pairs_outside_training(stage, self.held_out_conditions)
 
-    def _unseen(self, stage: str, names: Sequence[str]) -> list[PreferencePair]:
+    def _pairs_outside_training(self, stage: str, names: Sequence[str]) -> list[PreferencePair]:
+        """Return the pairs of a stage for the prompts `names`, which are not training prompts."""
         return [] if self.unseen_pairs is None else pairs_of_conditions(self.unseen_pairs[stage], names)
 
 
 def chosen_precision(precision: str, device: str | torch.device) -> str:
-    """Resolve "auto" to bfloat16 on CUDA and to float32 on a CPU; another value is returned as it is.
+    """Return the data type of forward passes: "bfloat16" or "float32".
 
-    Side effect on this process: on CUDA, unless `precision` is float32, the remaining float32 products are
-    computed in TF32.
+    The call also changes a setting of this process: float32 matrix products and convolutions are computed in
+    TF32 on CUDA, unless `precision` is "float32".
+
+    Args:
+        precision: "bfloat16", "float32", or "auto" for bfloat16 on CUDA and float32 on a CPU.
+        device: device of the networks.
     """
     cuda = torch.device(device).type == "cuda"
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = cuda and precision != "float32"
-    return ("bfloat16" if cuda else "float32") if precision == "auto" else precision
+    if precision != "auto":
+        return precision
+    return "bfloat16" if cuda else "float32"

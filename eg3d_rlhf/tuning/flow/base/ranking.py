@@ -1,9 +1,9 @@
-"""Assets that people rank or compare, and pairs of every stage's latents.
+"""Assets that people rank or compare, and their conversion to pairs of latents of every stage.
 
-A folder of sampled assets (sampled_assets.py) holds, per prompt and seed, a file to look at and a file of the
-latents that the asset was decoded from. Its list ranking.jsonl has a line per asset. People write a rank into
-each line, 1 for the best; assets of equal rank are not paired. Where people compared pairs instead, the
-majority of the judgements of two assets decides.
+A folder of sampled assets (workspace/sampled_assets.py) contains for each asset a file to look at, and a file
+of the latents from which the asset was decoded. Its list ranking.jsonl has one line for each asset. People
+write a rank into each line, 1 for the best asset of a prompt. Assets of equal rank are not paired. If people
+compared pairs of assets, the majority of their votes on a pair determines the preferred asset.
 """
 
 import json
@@ -20,40 +20,44 @@ from eg3d_rlhf.tuning.flow.base.pairs import PreferencePair, by_condition, write
 from eg3d_rlhf.tuning.flow.base.stage import CONVENTION, Pipeline, stage_of
 from training.storage import read_tensors, write_tensors
 
-RANKING = "ranking.jsonl"
-KIND = "latents"
+RANKING = "ranking.jsonl"  # name of the list of assets
+KIND = "latents"  # kind of a file of latents, which its header states
 
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """One asset of a prompt."""
+    """An asset of a prompt, which can be paired with other assets of the prompt."""
 
-    name: str  # unique within its prompt
-    condition: str
-    rank: float  # smaller is better; nan where people compared pairs
-    latents: Mapping[str, Latent]  # by stage
-    file: Path | None = None  # file that people look at
+    name: str  # name that is unique within the prompt
+    condition: str  # prompt
+    rank: float  # rank of the asset, where smaller is better; nan if people compared pairs
+    latents: Mapping[str, Latent]  # name of a stage -> latent
+    file: Path | None = None  # file that people look at, or None
 
 
-# votes of people on two assets: for the first, and for the second
+# Function from two assets to the number of votes for the first and for the second asset.
 Votes = Callable[[Candidate, Candidate], tuple[int, int]]
 
 
 def pair_up(candidates: Sequence[Candidate], judged: Votes | None = None) -> dict[str, list[PreferencePair]]:
-    """Pair the candidates of each prompt, by stage, for the stages of which all candidates have latents.
+    """Make preference pairs from the assets of each prompt.
 
-    Args: judged: votes on two candidates, used in place of ranks. Pairs of equal rank, or without a majority
-        of votes, are left out.
-    Raises: ValueError where no pair is left.
+    Pairs of equal rank, or without a majority of votes, are left out.
+
+    Args:
+        candidates: assets of all prompts.
+        judged: votes on two assets; None to use the ranks of the assets.
+    Returns: name of a stage -> its pairs, for the stages of which all assets have latents.
+    Raises: ValueError if there is no pair.
     """
-    # a dictionary in place of a set, which keeps the order of the stages
-    named = dict.fromkeys(stage for c in candidates for stage in c.latents)
-    stages = [stage for stage in named if all(stage in c.latents for c in candidates)]
+    # dict.fromkeys removes repeated names and keeps the order of the stages.
+    all_stages = dict.fromkeys(stage for c in candidates for stage in c.latents)
+    stages = [stage for stage in all_stages if all(stage in c.latents for c in candidates)]
     pairs: dict[str, list[PreferencePair]] = {stage: [] for stage in stages}
     for condition, group in by_condition(candidates).items():
-        # only assets of one prompt are compared: ranks of different prompts have no common scale
-        chosen = _ranked(group) if judged is None else _voted(group, judged)
-        for better, worse, why in chosen:
+        # Only assets of one prompt are paired, since ranks of different prompts cannot be compared.
+        asset_pairs = _pair_by_rank(group) if judged is None else _pair_by_votes(group, judged)
+        for better, worse, provenance in asset_pairs:
             for stage in stages:
                 pairs[stage].append(
                     PreferencePair(
@@ -62,114 +66,142 @@ def pair_up(candidates: Sequence[Candidate], judged: Votes | None = None) -> dic
                         stage=stage,
                         preferred=better.latents[stage],
                         rejected=worse.latents[stage],
-                        provenance=why,
+                        provenance=provenance,
                     )
                 )
-    # also the case of ties only, or of a single asset per prompt
     if not any(pairs.values()):
         if judged is None:
-            needed = "of unequal rank"
-            to_check = "ranks"
-        else:
-            needed = "with a majority of votes"
-            to_check = "judgements"
+            raise ValueError(
+                f"pairs: no prompt has two assets of unequal rank among the {len(candidates)} assets. Rank at"
+                " least two assets of a prompt, 1 for the best."
+            )
         raise ValueError(
-            f"pairs: expected two assets {needed} for one prompt, got none of {len(candidates)} assets."
-            f" Check the {to_check}."
+            f"pairs: no two of the {len(candidates)} assets have a majority of votes for one of them. Label"
+            " more pairs."
         )
     return pairs
 
 
-Chosen = list[tuple[Candidate, Candidate, dict]]  # (better candidate, worse candidate, provenance)
+AssetPairs = list[tuple[Candidate, Candidate, dict]]  # (better asset, worse asset, provenance)
 
 
-def _ranked(group: Sequence[Candidate]) -> Chosen:
-    """Pair every two candidates of unequal rank, the better one first."""
-    return [
-        (a, b, {"ranks": [high, low]})
-        for high, low in combinations(sorted({c.rank for c in group}), 2)
-        for a in group
-        if a.rank == high
-        for b in group
-        if b.rank == low
-    ]
+def _pair_by_rank(group: Sequence[Candidate]) -> AssetPairs:
+    """Pair every two assets of a prompt that have unequal ranks. The better asset of a pair is first."""
+    asset_pairs: AssetPairs = []
+    ranks = sorted({candidate.rank for candidate in group})
+    for better_rank, worse_rank in combinations(ranks, 2):
+        better_assets = [candidate for candidate in group if candidate.rank == better_rank]
+        worse_assets = [candidate for candidate in group if candidate.rank == worse_rank]
+        for better in better_assets:
+            for worse in worse_assets:
+                asset_pairs.append((better, worse, {"ranks": [better_rank, worse_rank]}))
+    return asset_pairs
 
 
-def _voted(group: Sequence[Candidate], judged: Votes) -> Chosen:
-    """Pair the candidates that have a majority of votes, the better one first."""
-    chosen: Chosen = []
+def _pair_by_votes(group: Sequence[Candidate], judged: Votes) -> AssetPairs:
+    """Pair every two assets of a prompt of which one has more votes. The better asset of a pair is the first
+    one.
+    """
+    asset_pairs: AssetPairs = []
     for a, b in combinations(group, 2):
-        first, second = judged(a, b)
-        if first != second:
-            chosen.append(
-                (a, b, {"votes": [first, second]}) if first > second else (b, a, {"votes": [second, first]})
-            )
-    return chosen
+        votes_for_a, votes_for_b = judged(a, b)
+        if votes_for_a > votes_for_b:
+            asset_pairs.append((a, b, {"votes": [votes_for_a, votes_for_b]}))
+        elif votes_for_b > votes_for_a:
+            asset_pairs.append((b, a, {"votes": [votes_for_b, votes_for_a]}))
+    return asset_pairs
 
 
 def write_latents(path: Path, latents: Mapping[str, Latent]) -> None:
-    """Write the latents of one asset, by stage, to a file."""
+    """Write the latents of one asset (name of a stage -> latent) to a file."""
     stages = list(latents)
-    # keys number the stages; the metadata holds their names in the same order
-    tensors = {
-        f"{i}.{part}": x
-        for i, stage in enumerate(stages)
-        for part, x in parts_of(to_cpu(latents[stage])).items()
-    }
+    # Keys begin with the number of the stage. The metadata contains the names of the stages in the same
+    # order.
+    tensors = {}
+    for i, stage in enumerate(stages):
+        for part, tensor in parts_of(to_cpu(latents[stage])).items():
+            tensors[f"{i}.{part}"] = tensor
     write_tensors(path, KIND, tensors, {"stages": stages})
 
 
 def read_latents(path: Path) -> dict[str, Latent]:
-    """Read a file of write_latents. Raises: FileNotFoundError, ValueError for a damaged or foreign file."""
+    """Read the latents of an asset from a file of `write_latents`: name of a stage -> latent.
+
+    Raises: FileNotFoundError if there is no file; ValueError if it is damaged or contains something else.
+    """
     tensors, meta = read_tensors(path, KIND)
     latents = latents_of(tensors)
     return {stage: latents[str(i)] for i, stage in enumerate(meta["stages"])}
 
 
 def rank_of(record: Mapping, ranked: bool) -> float:
-    """Return the rank in a line of a list, or nan unless `ranked`. Raises: ValueError for a missing rank."""
+    """Return the rank in a line of a list, or nan if the lines need no ranks.
+
+    Args:
+        record: line of the list.
+        ranked: True if the line must have a rank.
+    Raises: ValueError if a required rank is missing or not a number.
+    """
     rank = record.get("rank")
     if not ranked:
         return math.nan
-    # bool is a subclass of int in Python, but true is no rank
+    # bool is a subclass of int, but `true` is not a rank.
     if isinstance(rank, bool) or not isinstance(rank, (int, float)) or not math.isfinite(rank):
-        raise ValueError(f"expected a rank, got {rank!r}. Write 1 for the best asset of a condition.")
+        raise ValueError(
+            f"the rank is {rank!r}, but has to be a number. Write 1 for the best asset of a prompt."
+        )
     return float(rank)
 
 
 def file_of(record: Mapping, folder: Path) -> Path | None:
-    """Return the file that people look at, from a line of a list; None: the line names none."""
-    # an asset of the user's own, in place of latents, is shown itself
+    """Return the path of the file that people look at, or None if a line of a list names no such file.
+
+    Args:
+        record: line of the list.
+        folder: folder of the list.
+    """
+    # The key "asset" names an asset of the user, which has no other file to look at.
     name = record.get("look_at", record.get("asset"))
     return folder / name if isinstance(name, str) else None
 
 
-# (line, name, the list's folder, pipeline, whether it must have a rank)
+# Function that reads a line of a list. Its arguments are the line, the name of the asset, the folder of the
+# list, the generator, and True if the line must have a rank.
 Candidates = Callable[[dict, str, Path, Any, bool], Candidate]
 
 
-def _named(record: Any, *keys: str) -> list[str]:
-    """Return the texts of a line under `keys`. Raises: ValueError naming those that are missing."""
-    values = {
-        key: value
-        for key in keys
-        if isinstance(record, dict) and isinstance(value := record.get(key), str) and value
-    }
-    missing = [key for key in keys if key not in values]
-    if missing:
+def _texts_of_line(record: Any, *keys: str) -> list[str]:
+    """Return the texts that a line of a list has for some keys. Raises: ValueError for a missing or empty
+    text.
+    """
+    texts = []
+    missing_keys = []
+    for key in keys:
+        value = record.get(key) if isinstance(record, dict) else None
+        if isinstance(value, str) and value:
+            texts.append(value)
+        else:
+            missing_keys.append(key)
+    if missing_keys:
         raise ValueError(
-            f"expected {' and '.join(keys)}, got no {' and no '.join(missing)} in {record!r:.120}. Add it, or"
-            " sample the assets again with eg3d-rlhf flow sample."
+            f"{' and '.join(missing_keys)} is missing in the line {record!r:.120}. Add it, or sample the"
+            " assets again with eg3d-rlhf flow sample."
         )
-    return [*values.values()]
+    return texts
 
 
 def sampled_candidate(record: dict, name: str, folder: Path, pipeline: Pipeline, ranked: bool) -> Candidate:
-    """Read a line whose latents are in a file of `write_latents`, and check their shapes.
+    """Read a line of a list whose latents are in a file of `write_latents`.
 
-    Raises: ValueError or OSError for a line or a file that does not fit the pipeline.
+    Args:
+        record: line of the list.
+        name: name of the asset.
+        folder: folder of the list.
+        pipeline: generator, by which the shapes of the latents are checked.
+        ranked: True if the line must have a rank.
+    Raises: ValueError or OSError for a line or a file that does not fit the generator.
     """
-    condition, file = _named(record, "condition", "latents")
+    condition, file = _texts_of_line(record, "condition", "latents")
     rank = rank_of(record, ranked)
     latents = read_latents(folder / file)
     for stage, latent in latents.items():
@@ -178,16 +210,19 @@ def sampled_candidate(record: dict, name: str, folder: Path, pipeline: Pipeline,
 
 
 def asset_candidate(read: Callable[[Path], Any]) -> Candidates:
-    """Make a reader of lines that may name a file of the user's own asset in place of latents.
+    """Return a function that reads a line of a list which may name a file of the user's own asset in place of
+    latents.
 
-    The pipeline encodes what `read` returns for that file.
+    Args:
+        read: function that reads the file of an asset. The generator encodes its result.
     """
 
     def candidate(record: dict, name: str, folder: Path, pipeline: Any, ranked: bool) -> Candidate:
-        # latents come first, since they need no encoding
+        """Read a line of a list, see `sampled_candidate`."""
+        # If the line names latents, they are read, because this is faster than to encode an asset.
         if not isinstance(record, dict) or "latents" in record or not isinstance(record.get("asset"), str):
             return sampled_candidate(record, name, folder, pipeline, ranked)
-        condition, file = _named(record, "condition", "asset")
+        condition, file = _texts_of_line(record, "condition", "asset")
         (latents,) = pipeline.encode([read(folder / file)])
         for stage, latent in latents.items():
             stage_of(pipeline, stage).check(file, latent)
@@ -204,11 +239,11 @@ def asset_candidate(read: Callable[[Path], Any]) -> Candidates:
 
 @dataclass(frozen=True, kw_only=True)
 class Imported:
-    """Pairs read from a list or from another project's samples."""
+    """Pairs that were read from a list of assets or from samples of another project."""
 
-    pairs: Mapping[str, Sequence[PreferencePair]]  # by stage
-    conditions: Conditions | None = None  # embeddings of the prompts, if the source has them
-    report: Mapping = field(default_factory=dict)  # JSON: counts of what was read and left out
+    pairs: Mapping[str, Sequence[PreferencePair]]  # name of a stage -> its pairs
+    conditions: Conditions | None = None  # embeddings of the prompts; None if the source has none
+    report: Mapping = field(default_factory=dict)  # numbers and texts for JSON about the source and the pairs
 
 
 def read_candidates(
@@ -218,18 +253,24 @@ def read_candidates(
     on_asset: Callable[[], None] | None = None,
     candidate: Candidates = sampled_candidate,
 ) -> list[Candidate]:
-    """Read the assets of a list. All must have latents of the same stages.
+    """Read the assets of a list. All of them must have latents of the same stages.
 
-    Args: ranked: each line must have a rank; on_asset: called after each asset; candidate: reads a line.
-    Raises: FileNotFoundError, or ValueError that names the faulty line.
+    Args:
+        path: path of the list.
+        pipeline: generator to which the latents belong.
+        ranked: True if each line must have a rank.
+        on_asset: function that is called after each asset; None for no call.
+        candidate: function that reads a line.
+    Raises: FileNotFoundError if there is no list; ValueError, which names the line, if a line is wrong.
     """
     if not path.is_file():
         raise FileNotFoundError(
-            f"ranking: expected a list of ranked assets, got none at {path}. Check the path."
+            f"ranking: there is no list of assets at {path}. Name a folder that eg3d-rlhf flow sample has"
+            f" written, or a list such as {RANKING}."
         )
     candidates: list[Candidate] = []
     for number, line in enumerate(path.read_text().splitlines(), 1):
-        # people edit this list, so empty lines are allowed
+        # Empty lines are allowed, because people edit the list.
         if line.strip():
             try:
                 candidates.append(candidate(json.loads(line), f"{number:06d}", path.parent, pipeline, ranked))
@@ -238,11 +279,12 @@ def read_candidates(
             if on_asset:
                 on_asset()
     stages = dict.fromkeys(stage for c in candidates for stage in c.latents)
-    # pairs of a stage need its latents of every asset
-    partial = [stage for stage in stages if not all(stage in c.latents for c in candidates)]
-    if partial:
+    # Pairs of a stage need latents of this stage for all assets.
+    incomplete_stages = [stage for stage in stages if not all(stage in c.latents for c in candidates)]
+    if incomplete_stages:
         raise ValueError(
-            f"{path}: expected latents of stage {partial[0]!r} for all assets or none, got some. Complete it."
+            f"{path}: some assets have latents of stage {incomplete_stages[0]!r}, and others have not. Use"
+            " assets that were all sampled by the same call of eg3d-rlhf flow sample."
         )
     return candidates
 
@@ -253,26 +295,35 @@ def read_ranking(
     on_asset: Callable[[], None] | None = None,
     candidate: Candidates = sampled_candidate,
 ) -> Imported:
-    """Read a ranked list, and pair its assets.
+    """Read a list of ranked assets, and pair the assets of each prompt.
 
-    Args: on_asset: called after each asset; candidate: reads a line.
-    Raises: FileNotFoundError, or ValueError that names the faulty line.
+    Args:
+        path: path of the list.
+        pipeline: generator to which the latents belong.
+        on_asset: function that is called after each asset; None for no call.
+        candidate: function that reads a line.
+    Raises: FileNotFoundError if there is no list; ValueError, which names the line, if a line is wrong.
     """
     candidates = read_candidates(path, pipeline, True, on_asset, candidate)
     pairs = pair_up(candidates)
-    counts = {stage: len(of_stage) for stage, of_stage in pairs.items()}
+    counts = {stage: len(stage_pairs) for stage, stage_pairs in pairs.items()}
     return Imported(pairs=pairs, report={"assets": len(candidates), "pairs": counts})
 
 
 def write_import(folder: Path, imported: Imported, meta: Callable[[str], Mapping]) -> dict[str, str]:
-    """Write pairs by stage, and the embeddings if there are any, in the layout that training reads.
+    """Write pairs in the layout that training reads: a folder for each stage, and a file of embeddings if
+    there are any.
 
-    Returns the hash of each stage's pairs.
-    Args: meta: returns, for a stage, JSON that describes its pairs besides the time convention.
+    Args:
+        folder: folder to write.
+        imported: pairs of all stages.
+        meta: function from the name of a stage to metadata of its pairs, as values for JSON.
+    Returns: name of a stage -> hash of its pairs.
     """
-    described = {stage: {"convention": CONVENTION, **meta(stage)} for stage in imported.pairs}
+    # The metadata of all stages is made first, so that an error of `meta` leaves no files.
+    metadata = {stage: {"convention": CONVENTION, **meta(stage)} for stage in imported.pairs}
     hashes = {
-        stage: write_pairs(folder / stage, pairs, described[stage]) for stage, pairs in imported.pairs.items()
+        stage: write_pairs(folder / stage, pairs, metadata[stage]) for stage, pairs in imported.pairs.items()
     }
     if imported.conditions is not None:
         write_conditions(folder / CONDITIONS, imported.conditions)

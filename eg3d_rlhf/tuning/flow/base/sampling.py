@@ -1,17 +1,21 @@
 """Sampling of finished assets from prompts and seeds, through all stages, and win rates of two generators.
 
-Each stage is sampled by Euler's method, from noise at t = 1 to data at t = 0, with guidance on an interval of
-times:
+Each stage is sampled by Euler's method, from noise at t = 1 to data at t = 0. A step from the time t to the
+time t' is
 
-    x <- x - (t - t') v,   v = (1 + w) v_cond - w v_null where lo <= t <= hi, v_cond elsewhere
+    x <- x - (t - t') v,   v = (1 + w) v_cond - w v_null if lo <= t <= hi, else v_cond
 
-Times are 1 ... 0 in equal steps, mapped by t -> r t / (1 + (r - 1) t). Guidance enlarges the standard
-deviation of x_0; `cfg_rescale` reduces it again.
+where v_cond and v_null are the velocities with the conditioning and with the empty conditioning, w is the
+strength of classifier-free guidance, and lo..hi is the interval of times with guidance.
+
+The times are equally spaced from 1 to 0, and then mapped by t -> r t / (1 + (r - 1) t). Guidance enlarges the
+standard deviation of x_0, and the setting `cfg_rescale` reduces it again.
+
 Sources: TRELLIS (Xiang et al. 2024) for the interval and the mapping; Kynkaanniemi et al. 2024 for guidance
 on an interval; Esser et al. 2024, equation 23, for the mapping; Lin et al. 2024, section 3.4, for the
-rescaling of guided samples.
+rescaling.
 
-Shape letters as in sparse.py and stage.py; N assets.
+Shapes: N samples or assets; other letters as in stage.py.
 """
 
 import contextlib
@@ -40,37 +44,43 @@ from training.progress import tqdm
 
 
 def times(sampling: Sampling) -> list[float]:
-    """Compute the steps + 1 times of the Euler sampler, from exactly 1 down to exactly 0.
+    """Return the steps + 1 times of the Euler sampler, decreasing from exactly 1 to exactly 0.
 
     >>> times(Sampling(steps=2, rescale_t=3.0))
     [1.0, 0.75, 0.0]
     """
     r = sampling.rescale_t
-    if sampling.single:  # some original programs compute 1 - t, from noise at 0 to data at 1, in float32
+    if sampling.single:
+        # The original program has the times s = 1 - t, from noise at 0 to data at 1, and computes them in
+        # float32.
         s = torch.linspace(0, 1, sampling.steps + 1)
-        _, *inner, _ = (1 - (s / (1 + (r - 1) * (1 - s))).double()).tolist()
+        _, *inner_times, _ = (1 - (s / (1 + (r - 1) * (1 - s))).double()).tolist()
     else:
-        _, *inner, _ = [r * t / (1 + (r - 1) * t) for t in np.linspace(1, 0, sampling.steps + 1).tolist()]
-    # the ends are set: r / (1 + (r - 1)) is 1 + 2^-52 for some r, which lies outside an interval up to 1
-    return [1.0, *inner, 0.0]
+        equal_times = np.linspace(1, 0, sampling.steps + 1).tolist()
+        _, *inner_times, _ = [r * t / (1 + (r - 1) * t) for t in equal_times]
+    # The first time is set to 1, because r / (1 + (r - 1)) is 1 + 2^-52 for some r, which would be outside an
+    # interval that ends at 1.
+    return [1.0, *inner_times, 0.0]
 
 
 def guides(sampling: Sampling, t: float) -> bool:
-    """Return whether guidance acts at time t. The interval includes both ends, at the sampling's precision.
+    """Return True if guidance is used at the time t, that is, if t is in the interval `cfg_interval`.
+
+    The interval includes its two ends. With the setting `time_scale` the comparison has the precision of
+    float32.
 
     >>> sampling = Sampling(steps=5, rescale_t=1.0, cfg_interval=(1 - 0.6, 1.0))
-    >>> fourth = times(sampling)[3]  # 0.4, but for the last bit
-    >>> guides(sampling, fourth), guides(replace(sampling, time_scale=1000.0), fourth)
+    >>> fourth_time = times(sampling)[3]  # 0.4 except for the last bit
+    >>> guides(sampling, fourth_time), guides(replace(sampling, time_scale=1000.0), fourth_time)
     (False, True)
     """
-    # both ends belong to the interval
     low, high = sampling.cfg_interval
     scale = sampling.time_scale
     if scale is None:
         return low <= t <= high
-    # the original compares float32 numbers of scale * (1 - t), which run from 0 (noise) to scale (data)
-    end, at, start = (np.float32(scale * (1 - time)) for time in (low, t, high))
-    return bool(start <= at <= end)
+    # Original programs compare float32 numbers scale (1 - t), which increase from 0 (noise) to scale (data).
+    scaled_low, scaled_t, scaled_high = (np.float32(scale * (1 - time)) for time in (low, t, high))
+    return bool(scaled_high <= scaled_t <= scaled_low)
 
 
 def sample(
@@ -80,21 +90,26 @@ def sample(
     no_cond: Condition | None,
     sampling: Sampling | None = None,
 ) -> Batch:
-    """Sample latents x_0 from noise, without gradient. The model runs in eval mode; its modes are restored.
+    """Sample the latents x_0 of a stage from noise, without gradient.
+
+    The network runs in eval mode; afterwards the modes of its modules are restored.
 
     Args:
-        noise: N samples, moved to the device of `cond`; cond: N rows; no_cond: N rows or 1, or None where
-            guidance is off.
-        sampling: None takes the stage's own.
-    Raises: ValueError for latents that are not finite.
+        stage: stage whose latents are sampled.
+        noise: N samples of noise, which are moved to the device of `cond`.
+        cond: conditioning of N samples.
+        no_cond: empty conditioning of N samples or of one sample; None if guidance is off.
+        sampling: settings of the sampler; None for those of the stage.
+    Returns: N latents.
+    Raises: ValueError if the latents contain NaN or infinity, or if guidance needs `no_cond`.
     """
     x = noise
-    for x, _ in trajectory(stage, noise, cond, no_cond, sampling):  # noqa: B007 (the last one is the result)
+    for x, _ in trajectory(stage, noise, cond, no_cond, sampling):  # noqa: B007 (the last x is returned)
         pass
     if not torch.isfinite(feats_of(x)).all():
         raise ValueError(
-            f"sample: expected finite latents of stage {stage.name!r}, got NaN or infinite numbers. Check the"
-            " stage's weights and the conditioning."
+            f"sample: the latents of stage {stage.name!r} contain NaN or infinity. Use --set"
+            " precision=float32, or copy the stage's weights and the conditioning again if they are damaged."
         )
     return x
 
@@ -106,31 +121,32 @@ def trajectory(
     no_cond: Condition | None,
     sampling: Sampling | None = None,
 ) -> Iterator[tuple[Batch, Batch]]:
-    """Yield, after each step of `sample`, x at the end of the step and the x_0 that its velocity predicts."""
+    """Sample the latents of a stage step by step. The arguments are those of `sample`.
+
+    Yields: for each step, N latents at the end of the step, and the N latents x_0 that its velocity predicts.
+    """
     sampling = sampling or stage.sampling
     n = rows(cond)
     device = tensor_of(cond).device
     assert n == count(noise)
-    # a family may have no empty conditioning
     if sampling.cfg_strength and (no_cond is None or rows(no_cond) not in (1, n)):
-        got = "None" if no_cond is None else rows(no_cond)
+        given_rows = "None" if no_cond is None else f"{rows(no_cond)} rows"
         raise ValueError(
-            f"sample(no_cond): expected the empty conditioning, 1 or {n} rows, got {got}. Pass it, or set"
-            " cfg_strength to 0."
+            f"sample(no_cond): guidance needs the empty conditioning with 1 or {n} rows, got {given_rows}."
+            " Pass it, or set cfg_strength=0."
         )
     x = noise.to(device)
-    points = times(sampling)
-    # one row for each sample, so that the network gets batches of equal length for both inputs
+    all_times = times(sampling)
+    # One row for each sample, because the network gets `cond` and `no_cond` with the same batch x.
     no_cond = expanded(no_cond, cond) if no_cond is not None else None
-    for t, until in zip(points[:-1], points[1:], strict=True):
-        # entered anew at each step: a generator that held them would change the caller's modes between steps
+    for t, next_t in zip(all_times[:-1], all_times[1:], strict=True):
+        # Both contexts end before the yield, so that they do not affect the caller between two steps.
         with torch.no_grad(), evaluating(stage.model):
-            at = torch.full([count(x)], t, device=device)
+            batch_t = torch.full([count(x)], t, device=device)
             v = guided(stage.path, stage.velocity, x, t, cond, no_cond, sampling)
-            # the x_0 of this step's velocity, before x moves on to the next time
-            estimate = stage.path.data(x, at, v)
-            # Euler step; times fall, so t - until is the positive length of the step
-            x = with_feats(x, feats_of(x) - (t - until) * feats_of(v))
+            estimate = stage.path.data(x, batch_t, v)
+            # Euler step. Times decrease, so t - next_t is positive.
+            x = with_feats(x, feats_of(x) - (t - next_t) * feats_of(v))
         yield x, estimate
 
 
@@ -143,32 +159,48 @@ def guided(
     no_cond: Condition | None,
     sampling: Sampling,
 ) -> Batch:
-    """Evaluate `velocity(x, times, cond, step=length)` at time t, with classifier-free guidance.
+    """Return the velocity of a sampling step, with classifier-free guidance if it is used at the time t.
 
-    Args: no_cond: N rows of empty conditioning, or None for no guidance.
+    Args:
+        path: path of the flow.
+        velocity: function that predicts the velocity, called as velocity(x, times, cond, step=length).
+        x: N noised latents.
+        t: time in 0..1.
+        cond: conditioning of N samples.
+        no_cond: empty conditioning of N samples, or None for no guidance.
+        sampling: settings of the sampler.
     """
-    at = torch.full([count(x)], t, device=feats_of(x).device)
-    # a shortcut network reads the length of the step as another input
+    batch_t = torch.full([count(x)], t, device=feats_of(x).device)
+    # A shortcut network gets the length of the step as an additional input.
     step = 1 / sampling.steps if sampling.shortcut else None
-    v = velocity(x, at, cond, step=step)
+    v = velocity(x, batch_t, cond, step=step)
     w = sampling.cfg_strength
-    # without guidance the null pass is saved, which is half of the cost of a guided step
+    # Without guidance, the velocity of the empty conditioning is not computed.
     if not w or no_cond is None or not guides(sampling, t):
         return v
-    # TRELLIS's form of guidance: w = 0 is no guidance, w = 1 doubles the difference to the null velocity
-    wide = with_feats(v, (1 + w) * feats_of(v) - w * feats_of(velocity(x, at, no_cond, step=step)))
-    return narrowed(path, x, at, wide, v, sampling.cfg_rescale) if sampling.cfg_rescale else wide
+    # Guidance in TRELLIS's form, in which w = 0 is no guidance.
+    v_null = velocity(x, batch_t, no_cond, step=step)
+    v_guided = with_feats(v, (1 + w) * feats_of(v) - w * feats_of(v_null))
+    return narrowed(path, x, batch_t, v_guided, v, sampling.cfg_rescale) if sampling.cfg_rescale else v_guided
 
 
 def narrowed(path: FlowPath, x: Batch, t: torch.Tensor, v: Batch, unguided: Batch, share: float) -> Batch:
-    """Rescale the x_0 of a guided velocity v towards the standard deviation of the unguided x_0, per sample.
+    """Return a guided velocity whose x_0 is rescaled towards the standard deviation of the unguided x_0.
 
-    Source: Lin et al. 2024, section 3.4.
-    Args: t: [N] above 0; share: 0 keeps the guided standard deviation, 1 takes the unguided one.
+    Each sample is rescaled on its own (Lin et al. 2024, section 3.4).
+
+    Args:
+        path: path of the flow.
+        x: N noised latents.
+        t: [N], times above 0.
+        v: N velocities with guidance.
+        unguided: N velocities without guidance.
+        share: strength of the rescaling. 0: the standard deviation with guidance stays; 1: it becomes that
+            without guidance.
     """
     x_0_guided = path.data(x, t, v)
     x_0_unguided = path.data(x, t, unguided)
-    # [N]; share * (x_0 rescaled) + (1 - share) * x_0, which is one factor on x_0
+    # [N]. share * (rescaled x_0) + (1 - share) * x_0 is x_0 times this factor.
     factor = share * (std_per_sample(x_0_unguided) / std_per_sample(x_0_guided)) + 1 - share
     return path.velocity_to(x, t, with_feats(x_0_guided, spread(factor, x_0_guided) * feats_of(x_0_guided)))
 
@@ -176,7 +208,7 @@ def narrowed(path: FlowPath, x: Batch, t: torch.Tensor, v: Batch, unguided: Batc
 def std_per_sample(batch: Batch) -> torch.Tensor:
     """Compute the standard deviation over all numbers of each sample, [N].
 
-    Of several tensors by name, the variances are averaged.
+    For latents of several tensors, the variances of the tensors are averaged before the square root.
     """
     values = feats_of(batch)
     centred = values - spread(mean_per_sample(values, batch), batch)
@@ -185,26 +217,31 @@ def std_per_sample(batch: Batch) -> torch.Tensor:
 
 @contextlib.contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Set eval mode within the context, and restore the mode of every module afterwards."""
-    # module by module: frozen parts may be in eval mode inside a network in training mode
-    training = [module for module in model.modules() if module.training]
-    for module in training:
+    """Set a network to eval mode within the context, and restore the mode of every module afterwards."""
+    # Each module has its own mode: frozen parts may be in eval mode inside a network in training mode.
+    training_modules = [module for module in model.modules() if module.training]
+    for module in training_modules:
         module.training = False
     try:
         yield
     finally:
-        for module in training:
+        for module in training_modules:
             module.training = True
 
 
-# networks by the name of a stage; a stage that is not named keeps its own network
+# Name of a stage -> network to use in place of the stage's own network. Stages that are not named use their
+# own.
 Models = Mapping[str, torch.nn.Module]
 
 
 def stage_noise(stage: FlowStage, seeds: Sequence[int], given: Sequence[Voxels]) -> Batch:
-    """Make a stage's noise from the seeds of assets, on the CPU.
+    """Make the noise of a stage from the seeds of N assets, on the CPU.
 
-    The stage's name is part of the seed, so that the stages of one asset have different noise.
+    Args:
+        stage: stage. Its name is part of the seed of the noise, so that the stages of an asset have different
+            noise.
+        seeds: N seeds.
+        given: N outputs of the previous stage; N times None for the first stage.
     """
     return stage.noise([derive_seed("noise", stage.name, seed) for seed in seeds], given)
 
@@ -217,33 +254,37 @@ def generate(
     batch: int = 16,
     stages_given: Mapping[str, Sequence[Voxels]] | None = None,
 ) -> list[Asset]:
-    """Generate one asset per prompt and seed, through all stages in turn.
+    """Generate N assets, one for each prompt and seed, through all stages.
 
-    A seed fixes the noise of every stage, so that two generators with the same seeds are compared on the same
-    latents.
+    A seed determines the noise of every stage, so two generators with the same seeds start from the same
+    noise.
 
     Args:
-        conditions, seeds: [N] each: prompts, and seeds of the noise.
-        models: networks in place of the stages' own; batch: assets per batch, which bounds memory.
-        stages_given: by the name of one stage, the output of the stages before it, [N]. Those stages are then
-            not run.
-    Raises: ValueError for lengths or stage names that do not fit, or a structure without a voxel.
+        pipeline: generator.
+        conditions: N prompts.
+        seeds: N seeds of the noise.
+        models: networks to use in place of those of the stages; None for the stages' own.
+        batch: number of assets that are generated together, which bounds the memory.
+        stages_given: name of one stage -> N outputs of the stages before it, as `voxels_for` returns them.
+            These stages are then not sampled. None: all stages are sampled.
+    Raises: ValueError for the name of a stage that the pipeline does not have, or for a structure without
+    voxels.
     """
     names = [stage.name for stage in pipeline.stages]
     stages_given = stages_given or {}
     assert len(conditions) == len(seeds) and len(stages_given) <= 1
-    # raises for a network or an output of a stage that the pipeline does not have
     for name in (*(models or {}), *stages_given):
-        stage_of(pipeline, name)
-    first, given = next(iter(stages_given.items()), (names[0], [None] * len(seeds)))
+        stage_of(pipeline, name)  # raises an error for a stage that the pipeline does not have
+    first_stage, given = next(iter(stages_given.items()), (names[0], [None] * len(seeds)))
     assert len(given) == len(seeds)
-    # the stages before `first` are replaced by the given outputs; the last one is decoded
-    *before, last = stages_with(pipeline, models)[names.index(first) :]
+    # The last stage is separate, because its latents are decoded.
+    *inner_stages, last_stage = stages_with(pipeline, models)[names.index(first_stage) :]
     assets: list[Asset] = []
-    for i in range(0, len(seeds), batch):
-        part = slice(i, i + batch)
-        places = _through(pipeline, before, conditions[part], seeds[part], given[part])
-        assets += pipeline.decode(stage_latents(pipeline, last, conditions[part], seeds[part], places))
+    for start in range(0, len(seeds), batch):
+        part = slice(start, start + batch)
+        last_input = _sample_stages(pipeline, inner_stages, conditions[part], seeds[part], given[part])
+        latents = stage_latents(pipeline, last_stage, conditions[part], seeds[part], last_input)
+        assets += pipeline.decode(latents)
     return assets
 
 
@@ -255,40 +296,62 @@ def voxels_for(
     models: Models | None = None,
     batch: int = 16,
 ) -> list[Voxels]:
-    """Sample the stages before a stage, and return their output, [N], for `stages_given`.
+    """Sample the stages before a stage, and return their N outputs.
 
-    Several networks of that stage can then be compared without running the earlier stages again.
+    With these outputs as `stages_given` of `generate`, several networks of the stage can be compared without
+    sampling the earlier stages again.
+
+    Args:
+        pipeline: generator.
+        stage: name of the stage.
+        conditions: N prompts.
+        seeds: N seeds of the noise.
+        models: networks to use in place of those of the stages; None for the stages' own.
+        batch: number of assets that are sampled together, which bounds the memory.
     """
-    # the earlier stages, with the networks of the caller where it passes any
-    before = stages_with(pipeline, models)[
-        : [s.name for s in pipeline.stages].index(stage_of(pipeline, stage).name)
-    ]
-    parts = [slice(i, i + batch) for i in range(0, len(seeds), batch)]
-    given: list[Voxels] = [None] * len(seeds)
-    return [
-        left
-        for part in parts
-        for left in _through(pipeline, before, conditions[part], seeds[part], given[part])
-    ]
+    names = [s.name for s in pipeline.stages]
+    earlier_stages = stages_with(pipeline, models)[: names.index(stage_of(pipeline, stage).name)]
+    outputs: list[Voxels] = []
+    for start in range(0, len(seeds), batch):
+        part = slice(start, start + batch)
+        first_input: list[Voxels] = [None] * len(seeds[part])
+        outputs += _sample_stages(pipeline, earlier_stages, conditions[part], seeds[part], first_input)
+    return outputs
 
 
 def stages_with(pipeline: Pipeline, models: Models | None) -> list[FlowStage]:
-    """Return copies of the stages, with the networks `models` in place of their own."""
+    """Return copies of the stages of a pipeline, with the networks of `models` in place of their own."""
     return [replace(stage, model=(models or {}).get(stage.name, stage.model)) for stage in pipeline.stages]
 
 
-def _through(
+def _sample_stages(
     pipeline: Pipeline, stages: Sequence[FlowStage], conditions, seeds, given: Sequence[Voxels]
 ) -> Sequence[Voxels]:
-    """Run these stages in turn, and return their output for the next stage, per sample."""
+    """Sample consecutive stages, and return the N inputs of the stage that follows them.
+
+    Args:
+        pipeline: generator.
+        stages: stages to sample, in order. If there are none, `given` is returned.
+        conditions: N prompts.
+        seeds: N seeds of the noise.
+        given: N inputs of the first of these stages.
+    """
     for stage in stages:
         given = pipeline.advance(stage.name, stage_latents(pipeline, stage, conditions, seeds, given))
     return given
 
 
 def stage_latents(pipeline: Pipeline, stage: FlowStage, conditions, seeds, given: Sequence[Voxels]) -> Batch:
-    """Sample a stage's latents for prompts and seeds, on the device of its network."""
-    # stages may be on different devices, so each asks its own network
+    """Sample N latents of a stage on the device of its network.
+
+    Args:
+        pipeline: generator, which has the conditioning of the prompts.
+        stage: stage.
+        conditions: N prompts.
+        seeds: N seeds of the noise.
+        given: N outputs of the previous stage; N times None for the first stage.
+    """
+    # The networks of the stages may be on different devices.
     device = next(stage.model.parameters()).device
     cond = to_device(pipeline.conditions(conditions, stage.name), device)
     no_cond = to_device(pipeline.no_condition(len(seeds), stage.name), device)
@@ -304,46 +367,53 @@ def scores(
     batch: int = 16,
     stages_given: Mapping[str, Sequence[Voxels]] | None = None,
 ) -> torch.Tensor:
-    """Generate assets, and return the reward of each: [N] float32 on the CPU.
+    """Generate N assets and return their scores, [N] float32 on the CPU.
 
-    Assets are scored batch by batch, so that they need not fit in memory together.
-    Raises: ValueError for a score that is not finite.
+    Each batch of assets is scored before the next one is generated, so that not all assets are in memory. The
+    other arguments are those of `generate`.
+
+    Args:
+        pipeline: generator.
+        reward: reward that scores the assets.
+    Raises: ValueError if a score is NaN or infinite.
     """
-    parts = [torch.zeros(0)]  # torch.cat rejects an empty list, which no seeds would leave
-    for i in tqdm(range(0, len(seeds), batch), desc="scoring", unit="batch", leave=False, disable=None):
-        part = slice(i, i + batch)
-        given = {name: places[part] for name, places in (stages_given or {}).items()}
-        values = (
-            reward(generate(pipeline, conditions[part], seeds[part], models, batch, given), conditions[part])
-            .detach()
-            .float()
-            .cpu()
-        )
-        if not bool(values.isfinite().all()):
+    all_scores = [torch.zeros(0)]  # without seeds the list would be empty, which torch.cat does not accept
+    for start in tqdm(range(0, len(seeds), batch), desc="scoring", unit="batch", leave=False, disable=None):
+        part = slice(start, start + batch)
+        given = {name: outputs[part] for name, outputs in (stages_given or {}).items()}
+        assets = generate(pipeline, conditions[part], seeds[part], models, batch, given)
+        batch_scores = reward(assets, conditions[part]).detach().float().cpu()
+        if not bool(batch_scores.isfinite().all()):
             raise ValueError(
-                f"{type(reward).__name__}: expected finite scores, got {values.tolist()}. Correct the reward."
+                f"{type(reward).__name__}: the reward returned NaN or infinity among the scores"
+                f" {batch_scores.tolist()}. Use a reward that returns finite scores."
             )
-        parts.append(values)
-    return torch.cat(parts)
+        all_scores.append(batch_scores)
+    return torch.cat(all_scores)
 
 
 def wins(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Compare scores [N]: 1 where a is larger, 0 where b is larger, 0.5 at a tie.
+    """Compare scores a [N] with scores b [N]: 1 if a is larger, 0 if b is larger, 0.5 if they are equal.
 
     >>> wins(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0, 2.0, 2.0]))
     tensor([0.0000, 0.5000, 1.0000])
     """
-    # a > b counts in both terms, a == b in the second only
+    # If a > b, both terms are 1; if a == b, only the second term is.
     return ((a > b).float() + (a >= b).float()) / 2
 
 
 def crossed(conditions: Sequence[str], per_condition: int, seed: int) -> tuple[list[str], list[int]]:
-    """Repeat every prompt `per_condition` times with different noise seeds, to compare two generators on.
+    """Return the prompts and the noise seeds on which two generators are compared.
 
-    Returns (prompts, seeds), with all repetitions of a prompt in a row.
+    Args:
+        conditions: prompts.
+        per_condition: number of assets of each prompt, which have different noise seeds.
+        seed: seed from which the noise seeds are derived.
+    Returns: prompts and noise seeds of all assets; the assets of a prompt are adjacent.
     """
     names = [name for name in conditions for _ in range(per_condition)]
-    # the number of the repetition, not of the asset, is hashed: a prompt's seeds depend on no other prompt
+    # i % per_condition is the number of the asset of its prompt. With it, and not with i, the noise seeds of
+    # a prompt do not depend on the other prompts.
     return names, [
         derive_seed("compare", seed, name, i % per_condition) % 2**31 for i, name in enumerate(names)
     ]
@@ -351,39 +421,52 @@ def crossed(conditions: Sequence[str], per_condition: int, seed: int) -> tuple[l
 
 @dataclass(kw_only=True)
 class HeldOut:
-    """Held-out win rate of a stage's network, measured while it is trained, by calling this with the network.
+    """Function that measures the held-out win rate of a stage's network while the network is trained.
 
-    The win rate is the share of assets whose reward is above that of the other generator's asset for the same
-    prompt and seed. Ties count half.
+    The win rate is the share of N assets whose score is above that of the baseline generator's asset for the
+    same prompt and seed. Equal scores count as half a win.
     """
 
-    pipeline: Pipeline
-    stage: str  # stage that the network belongs to
-    # chooses checkpoints; neither the reward that weighs pairs nor the one of the final table
+    pipeline: Pipeline  # generator
+    stage: str  # name of the stage whose network is trained
+    # Reward by which checkpoints are chosen. It is neither the reward that weights pairs nor the final
+    # evaluator.
     reward: AssetReward
-    conditions: Sequence[str]  # prompts, [N]
-    seeds: Sequence[int]  # [N]
-    # networks of the other stages; those that are not named are the pipeline's own
+    conditions: Sequence[str]  # N prompts
+    seeds: Sequence[int]  # N seeds of the noise
+    # Networks of the other stages. Stages that are not named use the pipeline's networks.
     others: Models = field(default_factory=dict)
-    # the generator to beat, in the same way; nothing named: the pipeline as it is
+    # Networks of the baseline generator. Stages that are not named use the pipeline's networks.
     against: Models = field(default_factory=dict)
-    batch: int = 16
-    ranks: Ranks = SINGLE  # distributed ranks, each of which scores its share; all of them must call this
-    _scores: torch.Tensor | None = field(default=None, init=False, repr=False)  # of the generator to beat
-    # output of the stages before this one; it stays the same during training
+    batch: int = 16  # number of assets that are generated together
+    ranks: Ranks = (
+        SINGLE  # distributed ranks. Each scores its share of the assets, so all of them must call the object.
+    )
+    _scores: torch.Tensor | None = field(
+        default=None, init=False, repr=False
+    )  # scores of the baseline generator
+    # Outputs of the stages before `stage`, which do not change during training.
     _given: list[Voxels] = field(default_factory=list, init=False, repr=False)
 
     def __call__(self, model: torch.nn.Module) -> float:
-        """Return the win rate of the network, in 0..1."""
-        # each rank scores its share; the wins are joined at the end
+        """Return the win rate of the network `model`, in 0..1."""
+        # Each rank scores its share of the assets.
         conditions = self.ranks.share(self.conditions)
         seeds = self.ranks.share(self.seeds)
-        what = (self.pipeline, self.reward, conditions, seeds)
-        # the generator to beat does not change, so it is scored at the first call alone
+        # The baseline and the outputs of the earlier stages do not change, so they are computed in the first
+        # call.
         if self._scores is None:
-            self._scores = scores(*what, self.against, self.batch)
-            # the earlier stages keep their networks while this stage is trained, so their output is kept
+            self._scores = scores(self.pipeline, self.reward, conditions, seeds, self.against, self.batch)
             self._given = voxels_for(self.pipeline, self.stage, conditions, seeds, self.others, self.batch)
         models = {**self.others, self.stage: model}
-        won = wins(scores(*what, models, self.batch, {self.stage: self._given}), self._scores)
-        return mean(self.ranks.joined(won.tolist()))
+        model_scores = scores(
+            self.pipeline,
+            self.reward,
+            conditions,
+            seeds,
+            models,
+            self.batch,
+            {self.stage: self._given},
+        )
+        won = wins(model_scores, self._scores)
+        return mean(self.ranks.joined(won.tolist()))  # over the assets of all ranks

@@ -1,6 +1,6 @@
 """Settings of the source of a tuning problem, and of the evaluation of its samples.
 
-This file imports no torch, so that `--help` is quick.
+This file does not import torch, so that `--help` is fast.
 """
 
 import functools
@@ -15,16 +15,29 @@ if TYPE_CHECKING:
     from training.distributed import Ranks
 
 TABLE = "Evaluation and ablation"  # title of this group of flags in the help
-EVALUATORS = ("final", "chooser", "reward")
+EVALUATORS = ("final", "chooser", "reward")  # fields of `Problem` with rewards that score assets
 
 
 @dataclass(frozen=True, kw_only=True)
 class Choosing(Knobs):
-    """Samples for the win rate that chooses checkpoints and stops training early."""
+    """Settings of the samples whose win rate chooses checkpoints and stops training early."""
 
-    per_condition: int = knob(4, "Noises for each held-out condition.", TABLE, name="choose_noises", low=1)
-    batch: int = knob(64, "Assets at once; bounds memory.", TABLE, name="evaluation_batch", low=1, rare=True)
-    seed: int = 0  # of the noises, which are not those of the table
+    per_condition: int = knob(
+        4,
+        "Number of assets of each held-out prompt whose win rate chooses the checkpoint.",
+        TABLE,
+        name="choose_noises",
+        low=1,
+    )
+    batch: int = knob(
+        64,
+        "Number of assets that an evaluation generates together. A smaller number needs less memory.",
+        TABLE,
+        name="evaluation_batch",
+        low=1,
+        rare=True,
+    )
+    seed: int = 0  # seed of the noise of these assets, which differs from that of the table
 
     def held_out(
         self,
@@ -34,9 +47,15 @@ class Choosing(Knobs):
         against: "Models",
         ranks: "Ranks | None" = None,
     ) -> "HeldOut | None":
-        """Make the win-rate evaluator for a stage's training; None for a problem without a `chooser` reward.
+        """Return the function that measures the win rate of a stage's network while it is trained.
 
-        Args: others, against, ranks: see HeldOut.
+        Args:
+            problem: tuning problem.
+            stage: name of the stage.
+            others: networks of the other stages, see `HeldOut`.
+            against: networks of the baseline generator, see `HeldOut`.
+            ranks: distributed ranks; None for a single process.
+        Returns: None if the problem has no reward that chooses checkpoints.
         """
         from eg3d_rlhf.tuning.flow.base.sampling import HeldOut, crossed
         from training.distributed import SINGLE
@@ -59,36 +78,50 @@ class Choosing(Knobs):
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation(Knobs):
-    """Samples of the table: the same noises for every generator, so that generators are compared pair by
-    pair.
+    """Settings of the samples of the results table.
+
+    All generators have the same prompts and noises, so that their assets can be compared in pairs.
     """
 
     per_condition: int = knob(
-        8, "Assets per held-out condition and training behind the table.", TABLE, name="table_noises", low=2
+        8,
+        "Number of assets of each held-out prompt that the results table evaluates, for each trained"
+        " generator.",
+        TABLE,
+        name="table_noises",
+        low=2,
     )
     batch: int = knob(
         64,
-        "Assets at once; bounds memory.",
+        "Number of assets that an evaluation generates together. A smaller number needs less memory.",
         TABLE,
         name="evaluation_batch",
         low=1,
-        shown="the problem's own",
+        shown="the default of the generator's family",
         rare=True,
     )
-    seed: int = 0  # of the noises, apart from those that are trained or chosen on
+    seed: int = 0  # seed of the noise of these assets, which differs from that of training and of choosing
 
     def crossed(self, problem: "Problem") -> tuple[list[str], list[int]]:
-        """Return (prompts, seeds), [C S] each: every held-out prompt with S noise seeds in a row."""
+        """Return the prompts and the noise seeds of the table's assets.
+
+        There are C held-out prompts with S = `per_condition` assets each.
+
+        Returns: C S prompts and C S noise seeds; the assets of a prompt are adjacent.
+        """
         from training.phases import derive_seed
 
-        pairs = [(name, k) for name in problem.held_out_conditions for k in range(self.per_condition)]
-        return [name for name, _ in pairs], [
-            derive_seed("table", self.seed, name, k) % 2**31 for name, k in pairs
-        ]
+        prompts = []
+        seeds = []
+        for name in problem.held_out_conditions:
+            for asset_number in range(self.per_condition):
+                prompts.append(name)
+                seeds.append(derive_seed("table", self.seed, name, asset_number) % 2**31)
+        return prompts, seeds
 
 
-_what = functools.partial(knob, group="What is trained")
-_rare_what = functools.partial(_what, rare=True)
+_source_knob = functools.partial(knob, group="What is trained")
+_rare_source_knob = functools.partial(_source_knob, rare=True)
 PRECISIONS = ("auto", "bfloat16", "float32")
 
 
@@ -96,60 +129,70 @@ PRECISIONS = ("auto", "bfloat16", "float32")
 class EncodingSource:
     """Settings of the encoding of TRELLIS's assets as latents."""
 
-    voxel_share: float = _rare_what(
-        0.25, "TRELLIS: a decoded asset's voxel is filled above this share of the mean opacity.", above=0
+    voxel_share: float = _rare_source_knob(
+        0.25,
+        "TRELLIS: share of the mean opacity above which a voxel of a decoded asset counts as filled when the"
+        " asset is encoded again.",
+        above=0,
     )
-    views: int = _rare_what(
-        150, "TRELLIS: number of rendered images from which an asset's features are averaged.", low=1
+    views: int = _rare_source_knob(
+        150, "TRELLIS: number of rendered images over which the features of an asset are averaged.", low=1
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProblemSource(EncodingSource, Knobs):
-    """Source of a tuning problem: a generator, preference pairs, and their conditioning."""
+    """Settings of the source of a tuning problem: a generator, preference pairs, and their conditioning."""
 
-    pipeline: str = _what(
+    pipeline: str = _source_knob(
         "toy",
-        "The bundled toy, or a folder of a generator's networks (docs/reference/families.md).",
+        "Generator to tune: toy for the bundled toy generator, or a folder with the networks of a supported"
+        " generator (docs/reference/families.md).",
         metavar="toy|DIR",
     )
-    pairs: str | None = _what(
+    pairs: str | None = _source_knob(
         None,
-        "Preference pairs of people: a folder that holds one folder per stage, as made by eg3d-rlhf flow tune"
-        " --pairs-only.",
+        "Folder with the preference pairs of people, in one folder for each stage. eg3d-rlhf flow tune"
+        " --pairs-only makes such a folder.",
         metavar="DIR",
-        shown="the toy's own",
+        shown="the simulated pairs of the toy",
     )
-    labelled: str = _rare_what(
+    labelled: str = _rare_source_knob(
         "others",
-        "Toy: source of the labelled assets: the generator's own samples, or those of others with twice the"
-        " defect rate.",
+        "Toy: assets that the simulated annotators label. own: samples of the generator that is tuned;"
+        " others: samples of a generator with twice the rate of defects.",
         choices=("own", "others"),
     )
-    seed: int = 0  # of the toy's simulated annotators, or of the split into training and held-out prompts
-    conditions: str | None = _what(
+    seed: int = (
+        0  # seed of the toy's simulated annotators, or of the split into training and held-out prompts
+    )
+    conditions: str | None = _source_knob(
         None,
-        "Embeddings of the conditioning inputs.",
+        "File or folder with the embeddings of the prompts.",
         metavar="FILE|DIR",
-        shown="beside the pairs",
-        name="conditioning",  # the field is part of what 0.1 recorded
+        shown="the file beside the pairs",
+        name="conditioning",  # the field has another name, since runs of version 0.1 recorded it
     )
-    dtype: str = _rare_what(
-        "float32", "Type of the flows' weights in memory.", choices=("float32", "float16", "bfloat16")
+    dtype: str = _rare_source_knob(
+        "float32",
+        "Data type of the weights of the generator's flow networks in memory.",
+        choices=("float32", "float16", "bfloat16"),
     )
-    precision: str = _rare_what(
+    precision: str = _rare_source_knob(
         "auto",
-        "Precision of the flows' forward and backward passes, in training, win rates and sampling. Adapters,"
-        " sums and the optimiser stay float32. auto: bfloat16 on CUDA, float32 on a CPU.",
+        "Data type of the flow networks' forward and backward passes in training and sampling. Adapters, sums"
+        " and the optimiser use float32 in any case. auto: bfloat16 on CUDA, float32 on a CPU.",
         choices=PRECISIONS,
     )
-    held_out: float = _rare_what(0.2, "Share of the prompts that is never trained on.", above=0, below=1)
-    # prompts to train on, to choose on and to hold out; None: split by a hash
+    held_out: float = _rare_source_knob(
+        0.2, "Share of the prompts that are held out: no network is trained on them.", above=0, below=1
+    )
+    # Prompts of the training, the choosing and the held-out split; None: the prompts are split by a hash.
     splits: tuple[tuple[str, ...], ...] | None = None
-    parts: str = _rare_what(
+    parts: str = _rare_source_knob(
         "all",
-        "SAM 3D: parts of the first stage's loss: shape and pose with equal weights, the shape alone, or both"
-        " with the weights of the model's file.",
+        "SAM 3D: tensors that the loss of the first stage contains. all: shape and pose with equal weights;"
+        " shape: the shape only; file: shape and pose with the weights in the model's file.",
         choices=("all", "shape", "file"),
     )
-    needs_pairs: ClassVar[bool] = True
+    needs_pairs: ClassVar[bool] = True  # False in subclasses whose problems need no pairs

@@ -1,8 +1,8 @@
-"""Assets with a label each, on which a stage is tuned: a list of assets with latents, and labels of any kind.
+"""Assets with one label each, on which a stage is tuned.
 
-The list was written by `eg3d-rlhf flow sample`, or names assets of your own (ranking.py). The labels are in a
-file (preferences/label_scores.py); without a file, the ranks in the list are used. The toy generates its
-assets, and labels them with simulated annotators.
+The assets are in a list that `eg3d-rlhf flow sample` has written, or that names assets of the user
+(ranking.py). The labels are in a file (preferences/label_scores.py), or they are the ranks in the list. The
+toy generates its assets, and simulated annotators label them.
 """
 
 import functools
@@ -25,74 +25,81 @@ from eg3d_rlhf.tuning.flow.base.ranking import (
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Single:
-    """A latent of one stage, and the label of the asset that it belongs to."""
+    """A latent of one stage, with the label of its asset."""
 
-    id: str  # unique within its set: it seeds the noise
-    condition: str  # prompt; the pipeline has its conditioning tokens
-    stage: str
+    id: str  # name that is unique within a set of examples; the noise in training is derived from it
+    condition: str  # prompt
+    stage: str  # name of the stage
     latent: Latent
-    r: float  # label in 0..1, larger is better; 1/2 has no effect on training
+    r: float  # label in 0..1, where larger is better; 1/2 has no effect on training
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Labelled:
-    """Assets, and the label r of those that have one."""
+    """Assets, some or all of which have a label."""
 
     assets: Sequence[Candidate]
-    goodness: Mapping[str, float]  # by an asset's name
+    goodness: Mapping[str, float]  # name of an asset -> label r in 0..1, where larger is better
 
     @property
     def conditions(self) -> dict[str, str]:
-        """Return the prompt of every asset, by the asset's name."""
+        """Prompts of the assets: name of an asset -> prompt."""
         return {asset.name: asset.condition for asset in self.assets}
 
     @functools.cached_property
     def identity(self) -> str:
-        """Return a hash of prompts and labels by asset; training hashes the latents separately."""
+        """Hash of the prompts and labels of all assets. It does not contain the latents."""
         return json_hash(
             {asset.name: [asset.condition, self.goodness.get(asset.name)] for asset in self.assets}
         )
 
     def said_by(self, labels: Path) -> "Labelled":
-        """Return the same assets with the labels of a file. Raises: see `read_goodness`."""
+        """Return the same assets with the labels in the file `labels`.
+
+        Raises: FileNotFoundError or ValueError if the file cannot be read, see `read_goodness`.
+        """
         return replace(self, goodness=read_goodness(labels, known_of(self.assets)))
 
     def singles(
         self, stage: str, conditions: Collection[str] | None = None, use: str = "labels", seed: int = 0
     ) -> list[Single]:
-        """Select a stage's latents of the labelled assets whose prompt has at least two labelled assets.
+        """Return the training examples of a stage: the labelled assets whose prompt has at least two labels.
 
-        Args: conditions: prompts to train on, None: all; use, seed: r as labelled or as a control's, see
-            `as_used`.
-        Raises: ValueError where none is left, or the assets have no latents of the stage.
+        Args:
+            stage: name of the stage.
+            conditions: prompts to train on; None for all prompts.
+            use: "labels" for the labels as they are, or the name of a control, see `as_used`.
+            seed: seed of the random numbers of a control.
+        Raises: ValueError if there is no example, or if the assets have no latents of the stage.
         """
         prompts = self.conditions
-        # labels are compared within a prompt, so a single label there has no effect
-        kept = contrast(self.goodness, set(prompts.values()) if conditions is None else conditions, prompts)
-        if not kept:
+        used_prompts = set(prompts.values()) if conditions is None else conditions
+        # Labels are compared within a prompt, so the only label of a prompt has no effect and is left out.
+        used_labels = contrast(self.goodness, used_prompts, prompts)
+        if not used_labels:
             raise ValueError(
-                "labels: expected two or more labelled assets for a prompt to train on, got none of"
-                f" {len(self.goodness)} labels. Label several assets of each prompt."
+                f"labels: none of the training prompts has two or more of the {len(self.goodness)} labels."
+                " Label at least two assets of each prompt."
             )
-        # assets of an older list may have latents of some stages only
-        lacking = next((asset for asset in self.assets if stage not in asset.latents), None)
-        if lacking is not None:
-            there = ", ".join(lacking.latents) or "none"
+        # Assets of an older list may have latents of some stages only.
+        asset_without_stage = next((asset for asset in self.assets if stage not in asset.latents), None)
+        if asset_without_stage is not None:
+            available_stages = ", ".join(asset_without_stage.latents) or "no stage"
             raise ValueError(
-                f"labels: expected latents of stage {stage!r}, got those of {there}. Name one of these with"
-                " --stage."
+                f"labels: the assets have latents of {available_stages}, but not of stage {stage!r}. Name a"
+                " stage with latents by --stage."
             )
-        r = as_used(kept, prompts, use, seed)
+        r = as_used(used_labels, prompts, use, seed)
         return [
             Single(
-                id=f"{a.condition}/{a.name}",
-                condition=a.condition,
+                id=f"{asset.condition}/{asset.name}",
+                condition=asset.condition,
                 stage=stage,
-                latent=a.latents[stage],
-                r=r[a.name],
+                latent=asset.latents[stage],
+                r=r[asset.name],
             )
-            for a in self.assets
-            if a.name in r
+            for asset in self.assets
+            if asset.name in r
         ]
 
 
@@ -105,24 +112,32 @@ def read_labelled(
 ) -> Labelled:
     """Read the assets of a list and their labels.
 
-    Args: assets: the list, or the folder that holds it; labels: a file of labels, None: the ranks in the
-        list; candidate: reads a line; on_asset: called after each asset.
-    Raises: FileNotFoundError or ValueError naming the file, the line and a remedy.
+    Args:
+        assets: path of the list, or of the folder that contains it.
+        labels: path of a file with labels; None for the ranks in the list.
+        pipeline: generator to which the latents belong.
+        candidate: function that reads a line of the list.
+        on_asset: function that is called after each asset; None for no call.
+    Raises: FileNotFoundError or ValueError if the list or the labels cannot be read. The message names the
+    file and the
+        line.
     """
-    # ranks may be missing, since the labels are in another file
     path = assets / RANKING if assets.is_dir() else assets
+    # False: the lines need no ranks, because the labels may be in another file.
     candidates = read_candidates(path, pipeline, False, on_asset, candidate)
     if not candidates:
         raise ValueError(
-            f"{path.name}, line 1: expected at least one asset, got an empty list. Sample some first with"
+            f"{path.name}, line 1: the list is empty, but at least one asset is needed. Sample assets with"
             " eg3d-rlhf flow sample."
         )
     return Labelled(assets=candidates, goodness=read_goodness(labels or path, known_of(candidates)))
 
 
 def known_of(candidates: Sequence[Candidate]) -> Known:
-    """Return the names that labels may use for these assets: numbers in the list, or shown files."""
-    # files are resolved, so that labels may name them relative to another folder
+    """Return the identifiers by which labels can name assets: numbers in the list, or files that people look
+    at.
+    """
+    # Paths are made absolute, because a file of labels may be in another folder than the assets.
     return Known(
         conditions={asset.name: asset.condition for asset in candidates},
         files={asset.file.resolve(): asset.name for asset in candidates if asset.file is not None},

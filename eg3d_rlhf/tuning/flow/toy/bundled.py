@@ -1,10 +1,10 @@
-"""Networks of the bundled toy, their files, and its tuning problem for Circular-DPO.
+"""Networks of the bundled toy, their files, and the toy's tuning problem.
 
-The two velocity networks are small transformers, over patches of the grid and over voxels. They were trained
+The two velocity networks are small transformers over patches of the grid and over voxels. They were trained
 on drafts (toy_pipeline.py).
 
-Shape letters: L tokens of the longest sample, V voxels of all samples, C width, H heads, D entries per head;
-others as in the package.
+Shapes: L tokens of the longest sample; V voxels of all samples; C channels of a token; H attention heads;
+other letters as in the package's docstring.
 """
 
 import math
@@ -34,8 +34,8 @@ from eg3d_rlhf.tuning.flow.toy.toy_oracles import (
 from eg3d_rlhf.tuning.flow.toy.toy_pipeline import CHOOSING, DEFECTS, HELD_OUT, TRAINED, R, ToyPipeline
 from training.storage import load_strict, read_tensors, write_tensors
 
-PATCH = 2  # places per axis of one token of the structure
-FREQUENCIES = 32  # of the embedding of the time
+PATCH = 2  # number of cells per axis of one token of the structure
+FREQUENCIES = 32  # number of frequencies of the embedding of the time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,12 +56,14 @@ class Packing:
     """
 
     shape: tuple[int, int]  # N, L
-    places: torch.Tensor  # [V] int64, index of each row among the N * L places
+    places: torch.Tensor  # [V] int64, index of each row in the padded batch, 0 to N * L - 1
     keep: torch.Tensor  # [N, 1, 1, L] bool, true at rows, false at padding; the mask of attention
 
     @classmethod
     def from_batch(cls, batch: SparseBatch) -> "Packing":
-        """Make the packing of a batch's voxels, once per batch: it is kept in the batch's cache."""
+        """Return the packing of a batch's voxels. It is computed once, and then kept in the cache of the
+        batch.
+        """
         if "packing" not in batch.cache:
             lengths = batch.lengths
             n = batch.size
@@ -76,12 +78,12 @@ class Packing:
         return batch.cache["packing"]
 
     def pad(self, rows: torch.Tensor) -> torch.Tensor:
-        """Pad rows: [V, ...] -> [N, L, ...]."""
+        """Convert rows [V, ...] to a padded batch [N, L, ...]."""
         padded = rows.new_zeros(math.prod(self.shape), *rows.shape[1:])
         return padded.index_copy(0, self.places, rows).unflatten(0, self.shape)
 
     def flat(self, padded: torch.Tensor) -> torch.Tensor:
-        """Remove the padding: [N, L, ...] -> [V, ...]."""
+        """Convert a padded batch [N, L, ...] to rows [V, ...]."""
         return padded.flatten(0, 1).index_select(0, self.places)
 
 
@@ -98,13 +100,22 @@ class Block(nn.Module):
         self.cross_attn = CrossAttention(C, size.condition, size.heads)
         self.norm = nn.LayerNorm(C)
         self.mlp = nn.Sequential(nn.Linear(C, 2 * C), nn.GELU(approximate="tanh"), nn.Linear(2 * C, C))
-        self.modulation = nn.Parameter(torch.randn(6 * C) * 0.02)  # added to what all blocks share
+        self.modulation = nn.Parameter(
+            torch.randn(6 * C) * 0.02
+        )  # added to the modulation that all blocks share
 
     def forward(
         self, x: torch.Tensor, shared: torch.Tensor, cond: torch.Tensor, keep: torch.Tensor | None
     ) -> torch.Tensor:
-        """Compute x [N, L, C], shared [N, 6 C], cond [N, T, E] -> [N, L, C]."""
-        # each [N, 1, C]
+        """Compute the output tokens, [N, L, C].
+
+        Args:
+            x: [N, L, C], input tokens.
+            shared: [N, 6 C], modulation that all blocks share.
+            cond: [N, T, E], conditioning tokens.
+            keep: [N, 1, 1, L], mask of `Packing`; None without padding.
+        """
+        # [N, 1, C] each
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = (shared + self.modulation)[:, None].chunk(
             6, dim=2
         )
@@ -114,7 +125,13 @@ class Block(nn.Module):
 
 
 class Trunk(nn.Module):
-    """Transformer that both networks share, from tokens to tokens."""
+    """Transformer from input tokens to output tokens, which is a part of both networks.
+
+    Args:
+        size: sizes of the layers.
+        channels: number of entries of an input token.
+        positions: number of learned embeddings of positions.
+    """
 
     def __init__(self, size: Width, channels: int, positions: int):
         super().__init__()
@@ -136,13 +153,18 @@ class Trunk(nn.Module):
     ) -> torch.Tensor:
         """Compute the output tokens [N, L, C].
 
-        Args: tokens: [N, L, channels]; position: embeddings that broadcast to [N, L, C]; t: [N]; cond:
-            [N, T, E]; keep: [N, 1, 1, L], see Packing.
+        Args:
+            tokens: [N, L, channels], input tokens.
+            position: embeddings of the positions, which broadcast to [N, L, C].
+            t: [N], times.
+            cond: [N, T, E], conditioning tokens.
+            keep: [N, 1, 1, L], mask of `Packing`; None without padding.
         """
-        # Fourier features of the time, [N, FREQUENCIES]; wavelengths from 2 pi to 2 pi / 100
+        # Angles of the Fourier features of the time, [N, FREQUENCIES], with wavelengths from 2 pi to 2 pi /
+        # 100.
         angles = t[:, None] * 100 ** torch.linspace(0, 1, FREQUENCIES, device=t.device)
         time = self.t_embedder(torch.cat([angles.cos(), angles.sin()], dim=1))
-        # the tokens of shape and colour are summed: the modulation is per sample
+        # The tokens of shape and colour are summed, because the modulation is one vector for each sample.
         shared = self.modulation(time + self.c_embedder(cond.sum(1)))
         x = self.input_layer(tokens) + position
         for block in self.blocks:
@@ -163,11 +185,11 @@ class StructureFlow(nn.Module):
         """Predict the velocity at x_t, times t [N] and conditioning [N, T, E] (see base/stage.py)."""
         n = len(x_t)
         side = R // PATCH
-        # patches of 2^3 places become tokens: [N, 4, 4, 4, 2, 2, 2]
+        # Patches of 2^3 cells become tokens: [N, 4, 4, 4, 2, 2, 2].
         cells = x_t.view(n, side, PATCH, side, PATCH, side, PATCH).permute(0, 1, 3, 5, 2, 4, 6)
         # [N, 64, 8]
         out = self.out_layer(self.trunk(cells.flatten(4).flatten(1, 3), self.trunk.position, t, cond))
-        # back to the grid: the inverse permutation
+        # The inverse permutation converts patches back to the grid.
         cells = out.view(n, side, side, side, PATCH, PATCH, PATCH).permute(0, 1, 4, 2, 5, 3, 6)
         return cells.reshape(x_t.shape)
 
@@ -175,7 +197,7 @@ class StructureFlow(nn.Module):
 class VoxelFlow(nn.Module):
     """Network of the velocity of the voxels' colour and size, [V, 4].
 
-    A voxel's token also contains which of the 26 places around it are filled.
+    The token of a voxel also contains the occupancy of the 27 cells around it, see `surroundings`.
     """
 
     def __init__(self, size: Width | None = None):
@@ -197,10 +219,13 @@ class VoxelFlow(nn.Module):
 
 
 def surroundings(batch: SparseBatch) -> torch.Tensor:
-    """Mark which of the 27 places around each voxel are filled, [V, 27] float; kept in the batch's cache."""
+    """Return the occupancy of the 27 cells around each voxel, itself included, [V, 27] float of 0 and 1.
+
+    It is computed once, and then kept in the cache of the batch.
+    """
     if "surroundings" not in batch.cache:
         sample, x, y, z = batch.coords.long().unbind(1)
-        # a border of one place, so that voxels at the edge have empty neighbours
+        # A border of one cell, so that voxels at the edge have empty neighbours.
         filled = torch.zeros(batch.size, R + 2, R + 2, R + 2, device=batch.coords.device)
         filled[sample, x + 1, y + 1, z + 1] = 1
         steps = [(i, j, k) for i in range(3) for j in range(3) for k in range(3)]
@@ -211,7 +236,7 @@ def surroundings(batch: SparseBatch) -> torch.Tensor:
 
 
 def _norm(x: torch.Tensor) -> torch.Tensor:
-    """Normalise the last axis, without learned scale and shift: the modulation has them."""
+    """Normalise the last dimension without a learned scale and shift, which are parts of the modulation."""
     return F.layer_norm(x, x.shape[-1:])
 
 
@@ -228,30 +253,30 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     VOXELS: VoxelFlow,
     "reward": LearnedReward,
 }
-KIND = "toy-flow"  # kind that the header of a file states
+KIND = "toy-flow"  # kind of a file, which its header states
 
 
 def path_of(name: str, folder: Path = FOLDER) -> Path:
-    """Return the file of a stage's network, or of the network "reward"."""
+    """Return the path of the file of a network: "structure", "voxels" or "reward"."""
     return folder / f"{name}.safetensors"
 
 
 def write_network(path: Path, name: str, state: Mapping[str, torch.Tensor], meta: Mapping) -> None:
-    """Write a network's weights in half precision; `meta` is stored beside its name."""
+    """Write the weights of a network in half precision, with its name and the metadata `meta`."""
     tensors = {key: value.half() if value.is_floating_point() else value for key, value in state.items()}
     write_tensors(path, KIND, tensors, {"name": name, **meta})
 
 
 def load_network(name: str, folder: Path = FOLDER) -> nn.Module:
-    """Read a file of write_network, in single precision, for inference.
+    """Read a network from a file of `write_network`, in float32 and in eval mode.
 
-    Raises: FileNotFoundError, ValueError for files that are missing, damaged, or of another network.
+    Raises: FileNotFoundError if there is no file; ValueError if it is damaged or contains another network.
     """
     path = path_of(name, folder)
     tensors, meta = read_tensors(path, KIND)
     if meta.get("name") != name:
         raise ValueError(
-            f"{path}: expected the network {name!r}, got {meta.get('name')!r}. Restore the file."
+            f"{path}: expected the network {name!r}, got {meta.get('name')!r}. Restore the file from a copy."
         )
     network = NETWORKS[name]()
     single = {key: value.float() if value.is_floating_point() else value for key, value in tensors.items()}
@@ -259,8 +284,8 @@ def load_network(name: str, folder: Path = FOLDER) -> nn.Module:
     return network.eval()
 
 
-PAIRS_PER_CONDITION = 20  # for a prompt that is trained on
-UNSEEN_PER_CONDITION = 6  # for a prompt to choose on or to hold out
+PAIRS_PER_CONDITION = 20  # number of pairs of a prompt to train on
+UNSEEN_PER_CONDITION = 6  # number of pairs of a prompt to choose on, or of a held-out prompt
 
 
 def toy_problem(
@@ -269,16 +294,21 @@ def toy_problem(
     pairs_per_condition: int = PAIRS_PER_CONDITION,
     labelled: str = "others",
 ) -> Problem:
-    """Make the tuning problem of the bundled toy, with the simulated preference pairs of a seed.
+    """Make the tuning problem of the bundled toy, with simulated preference pairs.
 
-    Of 192 prompts, 64 are for training, 32 for choosing checkpoints and settings, and 96 for the table. The
-    96 combine a shape with colours for which it was not tuned.
-    Args: labelled: source of the labelled drafts. "own": with the defects on which the generator was trained;
-        "others": with twice the rate of defects, as if labels existed for assets of an older generator only.
+    Of the 192 prompts, 64 are for training, 32 for choosing checkpoints and settings, and 96 for the results
+    table.
+
+    Args:
+        seed: seed of the simulated pairs.
+        device: device of the generator.
+        pairs_per_condition: number of pairs of a prompt to train on.
+        labelled: source of the labelled drafts. "own": they have the defects on which the generator was
+            trained; "others": they have twice the rate of defects, like assets of an older generator.
     """
     defects = DEFECTS[labelled]
-    others = (*CHOOSING, *HELD_OUT)
-    unseen = min(UNSEEN_PER_CONDITION, pairs_per_condition)
+    other_prompts = (*CHOOSING, *HELD_OUT)
+    other_pairs_per_condition = min(UNSEEN_PER_CONDITION, pairs_per_condition)
     return Problem(
         pipeline=ToyPipeline(load_network(STRUCTURE), load_network(VOXELS), device),
         train_conditions=TRAINED,
@@ -287,7 +317,10 @@ def toy_problem(
         train_pairs=PairsByStage(
             STAGES, lambda stage: human_pairs(stage, TRAINED, pairs_per_condition, seed, defects)
         ),
-        unseen_pairs=PairsByStage(STAGES, lambda stage: human_pairs(stage, others, unseen, seed, defects)),
+        unseen_pairs=PairsByStage(
+            STAGES,
+            lambda stage: human_pairs(stage, other_prompts, other_pairs_per_condition, seed, defects),
+        ),
         labelled=Lazy(
             ("thumbs", "ranks"),
             lambda kind: human_singles(kind, TRAINED, pairs_per_condition, seed, defects),
@@ -310,9 +343,11 @@ def toy_problem(
 
 
 def fit_reward(pairs: Sequence[PreferencePair], seed: int) -> LearnedReward:
-    """Fit a reward of finished assets to preference pairs of the last stage."""
-    decoder = ToyPipeline(nn.Identity(), nn.Identity())
-    # pairs hold latents; the reward reads the assets that they decode to
+    """Fit a reward of finished assets to preference pairs of the last stage. `seed` is the seed of the
+    training.
+    """
+    decoder = ToyPipeline(nn.Identity(), nn.Identity())  # decoding needs no networks
+    # Pairs contain latents, and the reward scores the decoded assets.
     better, worse = (
         [asset for pair in pairs for asset in decoder.decode(SparseBatch.join([getattr(pair, side)]))]
         for side in ("preferred", "rejected")

@@ -1,4 +1,4 @@
-"""The bundled toy as a family of flow generators, called by its name in place of a folder's."""
+"""The bundled toy as a family of flow generators. Its name is used in place of a folder."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from eg3d_rlhf.tuning.flow.base.family import FlowFamily, Release, Stored
 from eg3d_rlhf.tuning.flow.families import register
 from eg3d_rlhf.tuning.flow.toy.names import CONDITIONS, STAGES, STRUCTURE, VOXELS
 
-if TYPE_CHECKING:  # this family is looked up for --help, which is spared torch
+if TYPE_CHECKING:  # `--help` imports this module, and would be slow with torch
     import torch
     from torch import nn
 
@@ -87,21 +87,23 @@ class Toy(FlowFamily):
         from eg3d_rlhf.geometry.mesh_export import save_mesh
         from eg3d_rlhf.tuning.flow.toy.toy_pipeline import R
 
-        # empty border [R + 2] per axis, so that voxels at the edge of the grid get their outer faces
+        # An empty border, R + 2 cells per axis, so that voxels at the edge of the grid get outer faces.
         filled = F.pad(asset.occupancy, (1, 1) * 3)
-        # counter-clockwise in the two axes that follow a third
+        # Corners of a face, counter-clockwise in the plane of the two axes that follow `axis` cyclically.
         square = torch.tensor([[0, 0], [1, 0], [1, 1], [0, 1]])
         corners = []
         colours = []
         for axis in range(3):
             for side in (0, 1):
-                # voxels whose neighbour in this direction is empty: [faces, 3]
-                places = (asset.occupancy & ~filled.roll(1 - 2 * side, axis)[1:-1, 1:-1, 1:-1]).nonzero()
+                # Indices of the voxels whose neighbour in this direction is empty, [faces, 3]. roll shifts
+                # the neighbours onto the voxels, and the slices remove the border.
+                voxels = (asset.occupancy & ~filled.roll(1 - 2 * side, axis)[1:-1, 1:-1, 1:-1]).nonzero()
                 face = torch.full((4, 3), side)
-                # the order of corners decides which way a face points: outwards on both sides
+                # The order of the corners determines the direction of a face, which has to be outwards on
+                # both sides.
                 face[:, [(axis + 1) % 3, (axis + 2) % 3]] = square if side else square.flip(0)
-                corners.append((places[:, None] + face).flatten(0, 1))  # [faces * 4, 3]
-                colours.append(asset.colours[places.unbind(1)].repeat_interleave(4, 0))
+                corners.append((voxels[:, None] + face).flatten(0, 1))  # [faces * 4, 3]
+                colours.append(asset.colours[voxels.unbind(1)].repeat_interleave(4, 0))
         vertices = (torch.cat(corners).double() / R - 0.5).numpy()
         quads = torch.arange(len(vertices)).view(-1, 4)
         # two triangles per square
@@ -114,7 +116,7 @@ class Toy(FlowFamily):
         )
 
     def release(self, root: Path, stages: Sequence[str]) -> Release:
-        """Describe the networks of `stages`, and the files of the other stages, which are kept."""
+        """Describe a new folder with tuned networks of `stages` and the original files of other stages."""
         import torch
 
         from eg3d_rlhf.tuning.flow.toy.bundled import KIND, load_network, path_of, write_network
@@ -131,8 +133,8 @@ class Toy(FlowFamily):
                 write=lambda path, state: write_network(path, name, state, meta),
             )
 
-        kept = {path_of(name).name: path_of(name) for name in (STRUCTURE, VOXELS) if name not in stages}
-        return Release(files=kept, networks={name: stored(name) for name in stages})
+        other_files = {path_of(name).name: path_of(name) for name in STAGES if name not in stages}
+        return Release(files=other_files, networks={name: stored(name) for name in stages})
 
 
 register(Toy())

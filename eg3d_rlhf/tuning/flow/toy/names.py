@@ -1,4 +1,4 @@
-"""Names of the toy's prompts and stages. This file imports no torch, so that `--help` is quick."""
+"""Names of the toy's prompts and stages. This file does not import torch, so that `--help` is fast."""
 
 COLOURS = {  # red, green, blue in 0..1
     "red": (0.85, 0.15, 0.15),
@@ -14,7 +14,7 @@ COLOURS = {  # red, green, blue in 0..1
     "grey": (0.55, 0.55, 0.55),
     "white": (0.95, 0.95, 0.95),
 }
-# in the order of `toy_pipeline.shapes_at`
+# The order of `toy_pipeline.shapes_at`, which numbers the classes of shapes.
 SHAPES = (
     "ball",
     "box",
@@ -33,7 +33,7 @@ SHAPES = (
     "sofa",
     "bridge",
 )
-# all prompts, such as "red ball"
+# All prompts, such as "red ball".
 CONDITIONS = tuple(f"{colour} {shape}" for shape in SHAPES for colour in COLOURS)
 STRUCTURE = "structure"
 VOXELS = "voxels"

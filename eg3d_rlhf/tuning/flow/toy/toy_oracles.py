@@ -7,11 +7,12 @@
     FinalOracle    Dice overlap, the number of connected parts, symmetry, and the mean absolute error of the
                    colour: the final table only
 
-All are AssetRewards: geometry + colour, larger is better. Any variant of the shape is correct; the score is
-that of the best-fitting variant. A noisy simulated annotator chooses between two decoded drafts. The learned
-reward is fitted to these choices alone, and has errors.
+All are `AssetReward`s. A score is the sum of a score of the geometry and a score of the colour, and a larger
+score is better. Any variant of a shape is correct, and the geometry is compared with the best-fitting
+variant. A noisy simulated annotator chooses between two decoded drafts. The learned reward is fitted to these
+choices only, so it has errors.
 
-Letters as in the package; P pairs.
+Shapes: P = R^3 cells of the grid, or P pairs; other letters as in the package's docstring.
 """
 
 import functools
@@ -33,12 +34,12 @@ from eg3d_rlhf.tuning.flow.base.ranking import Candidate
 from eg3d_rlhf.tuning.flow.base.single_labels import Labelled
 from eg3d_rlhf.tuning.flow.toy import toy_pipeline as toy
 
-RIGHT_COLOUR = 0.15  # largest error of a channel, in 0..1, for a colour that ChooserOracle counts as right
+RIGHT_COLOUR = 0.15  # largest error of a channel, in 0..1, at which ChooserOracle counts a colour as correct
 
 
 @dataclass(frozen=True)
 class _Views:
-    """Assets and the targets of their prompts; P = R^3 places."""
+    """Assets and the targets of their prompts as flat arrays over the P = R^3 cells of the grid."""
 
     filled: torch.Tensor  # [N, P] float, 0 or 1
     wanted: torch.Tensor  # [N, K, P] float, 0 or 1
@@ -46,47 +47,50 @@ class _Views:
 
     @classmethod
     def from_assets(cls, assets: Sequence[toy.ToyAsset], conditions: Sequence[str]) -> "_Views":
+        """Make the arrays of N assets with N prompts."""
         assert len(assets) == len(conditions) > 0
         shapes, colours = toy.targets(conditions)
-        # flattened over the grid: [N, P], [N, K, P] and [N, P, 3]
         filled = torch.stack([asset.occupancy for asset in assets]).flatten(1).float()
         painted = torch.stack([asset.colours for asset in assets])
         return cls(filled, shapes.flatten(2).float(), (painted - colours).flatten(1, 3) * filled[..., None])
 
     @property
     def overlap(self) -> torch.Tensor:
-        """Count the voxels in common with every variant, [N, K]."""
+        """Number of voxels that an asset and a variant have in common, [N, K]."""
         return torch.einsum("np,nkp->nk", self.filled, self.wanted)
 
     @property
     def sizes(self) -> torch.Tensor:
-        """Add the number of voxels of the asset and of every variant, [N, K]."""
+        """Number of voxels of an asset plus the number of voxels of a variant, [N, K]."""
         return self.filled.sum(1, keepdim=True) + self.wanted.sum(2)
 
     def mean(self, values: torch.Tensor) -> torch.Tensor:
-        """Average over the filled places: [N, P] -> [N]."""
+        """Average values [N, P] over the occupied cells of each asset, [N]."""
         return (values * self.filled).sum(1) / self.filled.sum(1)
 
 
 class _Oracle(ABC):
-    """Oracle whose score is geometry plus colour."""
+    """Oracle whose score is a score of the geometry plus a score of the colour."""
 
     @abstractmethod
     def parts(self, assets: Sequence[toy.ToyAsset], conditions: Sequence[str]) -> Mapping[str, torch.Tensor]:
-        """Compute the scores "geometry" and "colour", [N] float32 each."""
+        """Return the scores "geometry" and "colour" of N assets with N prompts, [N] float32 each."""
 
     def __call__(self, assets: Sequence[toy.ToyAsset], conditions: Sequence[str]) -> torch.Tensor:
-        """Score assets, given their prompts: [N] float32, the sum of both parts."""
+        """Return the sum of both scores of N assets with N prompts, [N] float32."""
         parts = self.parts(assets, conditions)
         return parts["geometry"] + parts["colour"]
 
 
 class LabelOracle(_Oracle):
-    """Labelling rule: geometry 4 IoU, colour -4 RMSE."""
+    """Labelling rule of the simulated annotators.
+
+    Geometry: 4 times the intersection over union (IoU). Colour: -4 times the root mean square error.
+    """
 
     def parts(self, assets: Sequence[toy.ToyAsset], conditions: Sequence[str]) -> Mapping[str, torch.Tensor]:
         views = _Views.from_assets(assets, conditions)
-        # |A and B| / |A or B|, of the best variant
+        # Intersection divided by union, for the variant for which it is largest.
         iou = (views.overlap / (views.sizes - views.overlap)).amax(1)
         return {"geometry": 4 * iou, "colour": -4 * views.mean(views.colour_error.square().mean(2)).sqrt()}
 
@@ -102,34 +106,39 @@ class ChooserOracle(_Oracle):
         views = _Views.from_assets(assets, conditions)
         to_shape = _distances_to_shapes()[toy.classes(conditions)[0]]  # [N, K, P]
         to_asset = torch.stack([_distance(asset.occupancy) for asset in assets])  # [N, P]
-        # asset to shape measures extra parts, shape to asset measures missing parts
-        there = torch.einsum("np,nkp->nk", views.filled, to_shape) / views.filled.sum(1, keepdim=True)
-        back = torch.einsum("np,nkp->nk", to_asset, views.wanted) / views.wanted.sum(2)
-        right = (views.colour_error.abs().amax(2) <= RIGHT_COLOUR).float()
-        return {"geometry": -2 * (there + back).amin(1), "colour": views.mean(right)}
+        # Mean distance [N, K] of the asset's voxels from a variant, which measures additional parts.
+        asset_to_shape = torch.einsum("np,nkp->nk", views.filled, to_shape)
+        asset_to_shape = asset_to_shape / views.filled.sum(1, keepdim=True)
+        # Mean distance [N, K] of a variant's voxels from the asset, which measures missing parts.
+        shape_to_asset = torch.einsum("np,nkp->nk", to_asset, views.wanted) / views.wanted.sum(2)
+        has_right_colour = (views.colour_error.abs().amax(2) <= RIGHT_COLOUR).float()
+        return {
+            "geometry": -2 * (asset_to_shape + shape_to_asset).amin(1),
+            "colour": views.mean(has_right_colour),
+        }
 
 
 class FinalOracle(_Oracle):
-    """Oracle of the final table.
+    """Held-out evaluator of the results table.
 
-    Geometry: Dice + symmetry - 0.03 for every connected part beyond the first. Colour: -3 times the mean
-    absolute error.
+    Geometry: Dice overlap plus the share of voxels with a mirror image, minus 0.03 for every connected part
+    beyond the first. Colour: -3 times the mean absolute error.
     """
 
     def measures(self, assets: Sequence[toy.ToyAsset], conditions: Sequence[str]) -> dict[str, torch.Tensor]:
-        """Compute the summands of the score, [N] each, larger is better.
+        """Return the terms of the score of N assets with N prompts, [N] each. A larger term is better.
 
-        These are "overlap", "symmetry", "pieces" (parts beyond the first, negative) and "colour".
+        The terms are "overlap", "symmetry", "pieces" (negative, for parts beyond the first) and "colour".
         """
         views = _Views.from_assets(assets, conditions)
-        # every target is symmetric in x, so the share of voxels with a mirror image needs no target
+        # Every target is symmetric in x, so the symmetry is measured without the target.
         mirrored = torch.stack([asset.occupancy.flip(0) for asset in assets]).flatten(1)
-        # connected parts by face neighbours, which is the default of scipy's label
-        more = torch.tensor([ndimage.label(asset.occupancy.numpy())[1] - 1 for asset in assets])
+        # The second result of scipy's label is the number of parts that are connected by faces.
+        additional_parts = torch.tensor([ndimage.label(asset.occupancy.numpy())[1] - 1 for asset in assets])
         return {
             "overlap": (2 * views.overlap / views.sizes).amax(1),
             "symmetry": views.mean(mirrored.float()),
-            "pieces": -0.03 * more,
+            "pieces": -0.03 * additional_parts,
             "colour": -3 * views.mean(views.colour_error.abs().mean(2)),
         }
 
@@ -140,34 +149,34 @@ class FinalOracle(_Oracle):
 
 @functools.cache
 def _distances_to_shapes() -> torch.Tensor:
-    """Compute the distance of every place to every shape, [shapes, K, R^3], in voxels; 0 inside."""
+    """Return the distance of every cell from every shape, [shapes, K, R^3] in voxels; 0 inside the shape."""
     shapes = toy.canonical_shapes()
     return torch.stack([_distance(shape) for shape in shapes.flatten(0, 1)]).unflatten(0, shapes.shape[:2])
 
 
 def _distance(filled: torch.Tensor) -> torch.Tensor:
-    """Compute the Euclidean distance from every place to the nearest filled one, [R^3], in voxels."""
+    """Return the Euclidean distance of every cell from the nearest occupied cell, [R^3] in voxels."""
     return torch.from_numpy(ndimage.distance_transform_edt(~filled.numpy())).float().view(toy.R**3)
 
 
-TEMPERATURE = 0.1  # of the simulated annotator, in units of LabelOracle's score
+TEMPERATURE = 0.1  # temperature of the simulated annotator's noise, in units of LabelOracle's score
 
 
 @dataclass(frozen=True)
 class Judged:
-    """P labelled pairs of drafts, each for one prompt."""
+    """P labelled pairs of drafts. The drafts of a pair have the same prompt."""
 
-    conditions: tuple[str, ...]
+    conditions: tuple[str, ...]  # P prompts
     preferred: toy.Drafts
     rejected: toy.Drafts
-    assets: tuple[list[toy.ToyAsset], list[toy.ToyAsset]]  # preferred, rejected
-    agrees: torch.Tensor  # [P] bool: the annotator's label is the order of LabelOracle's scores
+    assets: tuple[list[toy.ToyAsset], list[toy.ToyAsset]]  # decoded preferred and rejected drafts
+    agrees: torch.Tensor  # [P] bool, True if the label agrees with the order of LabelOracle's scores
 
 
 def judge_drafts(
     conditions: Sequence[str], generator: torch.Generator, defects: toy.Defects | None = None
 ) -> Judged:
-    """Sample one pair of drafts per prompt, and label it by the simulated annotator.
+    """Sample one pair of drafts for each of P prompts, and label it by the simulated annotator.
 
     P(first is preferred) = sigmoid((s_first - s_second) / TEMPERATURE), where s is LabelOracle's score
     (Bradley and Terry 1952).
@@ -176,32 +185,46 @@ def judge_drafts(
     assets = [toy.make_assets(draft) for draft in drafts]
     oracle = LabelOracle()
     gap = oracle(assets[0], conditions) - oracle(assets[1], conditions)
-    first = torch.rand(len(gap), generator=generator) < torch.sigmoid(gap / TEMPERATURE)  # [P]
+    prefers_first = torch.rand(len(gap), generator=generator) < torch.sigmoid(gap / TEMPERATURE)  # [P]
 
-    def chosen(take: torch.Tensor) -> tuple[toy.Drafts, list[toy.ToyAsset]]:
-        # the first draft where `take` is true, the second elsewhere
-        grids = take.view(-1, 1, 1, 1)
-        a, b = drafts
-        picked = toy.Drafts(
-            torch.where(grids, a.structure, b.structure),
-            torch.where(grids[..., None], a.features, b.features),
+    def select(takes_first: torch.Tensor) -> tuple[toy.Drafts, list[toy.ToyAsset]]:
+        """Return the first draft and asset of a pair where takes_first [P] is True, and the second ones
+        elsewhere.
+        """
+        mask = takes_first.view(-1, 1, 1, 1)
+        first_drafts, second_drafts = drafts
+        selected_drafts = toy.Drafts(
+            torch.where(mask, first_drafts.structure, second_drafts.structure),
+            torch.where(mask[..., None], first_drafts.features, second_drafts.features),
         )
-        return picked, [
-            x if first_taken else y for first_taken, x, y in zip(take.tolist(), *assets, strict=True)
+        selected_assets = [
+            first_asset if is_first else second_asset
+            for is_first, first_asset, second_asset in zip(takes_first.tolist(), *assets, strict=True)
         ]
+        return selected_drafts, selected_assets
 
-    preferred, better = chosen(first)
-    rejected, worse = chosen(~first)
-    return Judged(tuple(conditions), preferred, rejected, (better, worse), (gap > 0) == first)
+    preferred, better_assets = select(prefers_first)
+    rejected, worse_assets = select(~prefers_first)
+    agrees = (gap > 0) == prefers_first
+    return Judged(tuple(conditions), preferred, rejected, (better_assets, worse_assets), agrees)
 
 
 def human_pairs(
     stage: str, conditions: Sequence[str], per_condition: int, seed: int, defects: toy.Defects | None = None
 ) -> list[PreferencePair]:
-    """Make simulated preference pairs of a stage's latents. All stages have pairs of the same assets."""
+    """Make simulated preference pairs of a stage's latents. The pairs of both stages are made of the same
+    assets.
+
+    Args:
+        stage: name of the stage.
+        conditions: prompts.
+        per_condition: number of pairs of each prompt.
+        seed: seed of the pairs.
+        defects: largest strengths of the defects; None for the defaults.
+    """
     pairs = []
     for condition in conditions:
-        # seeded by prompt: the pairs of a prompt do not depend on which other prompts are requested
+        # The seed depends on the prompt, so that the pairs of a prompt do not depend on the other prompts.
         draw_seed = zlib.crc32(f"{seed} {condition}".encode())
         judged = judge_drafts([condition] * per_condition, torch.Generator().manual_seed(draw_seed), defects)
         both = [separate(drafts.latents(stage)) for drafts in (judged.preferred, judged.rejected)]
@@ -222,11 +245,17 @@ def human_pairs(
 def human_singles(
     kind: str, conditions: Sequence[str], per_condition: int, seed: int, defects: toy.Defects | None = None
 ) -> Labelled:
-    """Make assets of every prompt, with a simulated label for each asset. Both kinds label the same assets.
+    """Make assets with one simulated label each. Both kinds of labels have the same assets.
 
-    thumbs: P(up) = sigmoid((s - s_median) / TEMPERATURE), where s is LabelOracle's score and s_median its
-    median over the prompt's assets. ranks: the order of s + TEMPERATURE g, with g from a Gumbel distribution
-    (Luce 1959); for two assets this is the probability of `judge_drafts`.
+    Args:
+        kind: kind of the labels. "thumbs": P(up) = sigmoid((s - s_median) / TEMPERATURE), where s is
+            LabelOracle's score and s_median its median over the assets of the prompt. "ranks": the order of s
+            + TEMPERATURE g, where g has a Gumbel distribution (Luce 1959). For two assets, this order has the
+            probability of `judge_drafts`.
+        conditions: prompts.
+        per_condition: number of assets of each prompt.
+        seed: seed of the assets and labels.
+        defects: largest strengths of the defects; None for the defaults.
     """
     assets = list[Candidate]()
     goodness = dict[str, float]()
@@ -237,27 +266,27 @@ def human_singles(
         up = torch.rand(per_condition, generator=generator) < torch.sigmoid(
             (scores - scores.median()) / TEMPERATURE
         )
-        # -log of an exponential variable has a Gumbel distribution
+        # Minus the logarithm of an exponential random number has a Gumbel distribution.
         noisy = scores - TEMPERATURE * torch.empty(per_condition).exponential_(generator=generator).log()
         names = [f"{condition.replace(' ', '-')}-{seed}-{i:03d}" for i in range(per_condition)]
-        # smaller ranks are better, hence the sign
+        # Minus, because smaller ranks are better.
         ranks = dict(zip(names, (-noisy).tolist(), strict=True))
         goodness |= of_ranks(ranks) if kind == "ranks" else of_votes(zip(names, up.tolist(), strict=True))
         latents = {stage: separate(drafts.latents(stage)) for stage in (toy.STRUCTURE, toy.VOXELS)}
         for i, name in enumerate(names):
-            of_asset = {stage: of_stage[i] for stage, of_stage in latents.items()}
-            assets.append(Candidate(name=name, condition=condition, rank=ranks[name], latents=of_asset))
+            asset_latents = {stage: stage_latents[i] for stage, stage_latents in latents.items()}
+            assets.append(Candidate(name=name, condition=condition, rank=ranks[name], latents=asset_latents))
     return Labelled(assets=assets, goodness=goodness)
 
 
-FEATURES = 15  # see _features
+FEATURES = 15  # number of features that `_features` returns
 
 
 class LearnedReward(nn.Module):
-    """Learned AssetReward: a small network over counts of voxels and distances to learned colours."""
+    """Learned reward: a small network that reads numbers of voxels and differences from learned colours."""
 
-    mean: torch.Tensor  # [F], of the features it was trained on
-    std: torch.Tensor
+    mean: torch.Tensor  # [FEATURES], mean of the features in the training data
+    std: torch.Tensor  # [FEATURES], their standard deviation
 
     def __init__(self, hidden: int = 32):
         super().__init__()
@@ -272,14 +301,17 @@ class LearnedReward(nn.Module):
         self.head = nn.Sequential(*layers, nn.Linear(hidden, 1))
 
     def score(self, volumes: torch.Tensor, shapes: torch.Tensor, colours: torch.Tensor) -> torch.Tensor:
-        """Score volumes [N, 4, R, R, R] of shape and colour classes [N] -> [N].
+        """Return the scores [N] of assets. They are not differentiable in the occupancy.
 
-        Not differentiable in the volumes' occupancy.
+        Args:
+            volumes: [N, 4, R, R, R], occupancy and colour of the assets, see `volumes_of`.
+            shapes: [N], class numbers of the shapes of the prompts.
+            colours: [N], class numbers of the colours of the prompts.
         """
         filled = volumes[:, :1]
         painted = volumes[:, 1:]
         learned = self.colour(colours).view(-1, 3, 1, 1, toy.R)
-        # mean squared error of each channel over the filled places, [N, 3]
+        # Mean squared error of each channel over the occupied cells, [N, 3].
         error = ((painted - learned).square() * filled).flatten(2).sum(2) / filled.flatten(1).sum(
             1, keepdim=True
         )
@@ -291,7 +323,7 @@ class LearnedReward(nn.Module):
 
     @torch.no_grad()
     def forward(self, assets: Sequence[toy.ToyAsset], conditions: Sequence[str]) -> torch.Tensor:
-        """Score assets, given their prompts: [N] float32 on the CPU; see AssetReward."""
+        """Return the scores of N assets with N prompts, [N] float32 on the CPU."""
         device = self.mean.device
         return self.score(
             volumes_of(assets).to(device), *(numbers.to(device) for numbers in toy.classes(conditions))
@@ -299,10 +331,10 @@ class LearnedReward(nn.Module):
 
 
 def _features(volumes: torch.Tensor) -> torch.Tensor:
-    """Compute features of volumes: [N, 4, R, R, R] -> [N, 15].
+    """Return the features [N, 15] of volumes [N, 4, R, R, R].
 
     The features are the number of voxels; the shares of voxels with 0 to 6 filled neighbours; the numbers of
-    empty places with 2 to 6 filled neighbours, per voxel; the share of voxels without a mirror image; and the
+    empty cells with 2 to 6 filled neighbours, per voxel; the share of voxels without a mirror image; and the
     roughness of the colour.
     """
     filled = volumes[:, 0]
@@ -321,7 +353,7 @@ def _features(volumes: torch.Tensor) -> torch.Tensor:
 
 
 def volumes_of(assets: Sequence[toy.ToyAsset]) -> torch.Tensor:
-    """Stack assets as the network reads them: occupancy and colour, [N, 4, R, R, R]."""
+    """Return the occupancy and the colour of N assets in one tensor, [N, 4, R, R, R]."""
     return torch.stack(
         [torch.cat([a.occupancy[None].float(), a.colours.permute(3, 0, 1, 2)]) for a in assets]
     )
@@ -331,12 +363,12 @@ def volumes_of(assets: Sequence[toy.ToyAsset]) -> torch.Tensor:
 class RewardTraining:
     """Settings of the training of the learned reward."""
 
-    pairs: int = 4000
-    held_out: int = 800  # further pairs, for the test only
+    pairs: int = 4000  # number of pairs to train on
+    held_out: int = 800  # number of additional pairs, for the test only
     epochs: int = 16
-    batch: int = 64  # pairs per update
-    lr: float = 3e-3  # of AdamW, falls to 0 along a cosine
-    seed: int = 0
+    batch: int = 64  # number of pairs in an update
+    lr: float = 3e-3  # initial learning rate of AdamW, which decreases to 0 along a cosine
+    seed: int = 0  # seed of the initial weights
 
 
 def fit(
@@ -347,11 +379,17 @@ def fit(
     generator: torch.Generator,
     on_step: Callable[[int, int, float], None] | None = None,
 ) -> LearnedReward:
-    """Fit the learned reward to pairs of assets with preference_loss.
+    """Fit the learned reward to pairs of assets by the preference loss (Bradley and Terry 1952).
 
-    Args: generator: shuffles the pairs; on_step: called with (step, steps, loss).
+    Args:
+        better: P preferred assets.
+        worse: P rejected assets.
+        conditions: P prompts.
+        training: settings of the training.
+        generator: random generator that shuffles the pairs.
+        on_step: function that is called with the step, the number of steps and the loss; None for no call.
     """
-    # the initial weights depend on the seed alone, and the caller's random state is restored
+    # The initial weights depend on the seed only, and the random state of the caller is restored.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(training.seed)
         network = LearnedReward()
@@ -359,7 +397,7 @@ def fit(
     preferred = volumes_of(better)
     rejected = volumes_of(worse)
     features = _features(torch.cat([preferred, rejected]))
-    # features are standardised; the clamp is for a feature that is constant
+    # clamp avoids a division by 0 for a feature that is constant.
     network.mean = features.mean(0)
     network.std = features.std(0).clamp(min=1e-3)
     shapes, colours = toy.classes(conditions)

@@ -1,9 +1,12 @@
-"""The toy as a pipeline of two stages: target shapes and colours, prompts, drafts with defects, and assets.
+"""The toy's generator as a `Pipeline` of two stages, with its prompts, its training data and its decoder.
 
-A prompt such as "red ball" names a shape and a colour. The toy's generator was trained on drafts, each with
-its own strength of every defect. A draft is the input of the decoder: a structure, and per voxel a colour and
-a size d. The decoder removes a voxel with d < 0. It fills an empty place beside at least two voxels with d >
-1. So d can correct defects of a structure, and does so in drafts for some of their floaters and holes.
+A prompt such as "red ball" names a shape and a colour. The generator was trained on drafts, which are inputs
+of the decoder with random defects. A draft consists of a structure, which is a set of voxels, and of a colour
+and a size d for each voxel. The decoder removes a voxel with d < 0. It fills an empty cell beside at least
+two voxels with d > 1. The sizes can thus correct defects of the structure, and in drafts they correct some of
+the floaters and holes.
+
+Shapes: see the package's docstring.
 """
 
 import functools
@@ -20,14 +23,21 @@ from eg3d_rlhf.tuning.flow.toy.names import COLOURS, CONDITIONS, SHAPES, STRUCTU
 R = 8  # grid points per axis
 DARKEST = 0.65  # brightness at the bottom, as a share of the brightness at the top
 
-Grid = torch.Tensor
+Grid = torch.Tensor  # [R, R, R]
 
 
 def shapes_at(x: Grid, y: Grid, z: Grid, size: int) -> dict[str, Grid]:
-    """Compute the filled places of every shape, by name. Args: x: distance from the mirror plane."""
+    """Return the occupied cells of every shape: name of a shape -> [R, R, R] bool.
+
+    Args:
+        x: distance of each cell from the plane of symmetry.
+        y: second coordinate of each cell, 0 in the middle of the grid.
+        z: height of each cell above the bottom of the shape.
+        size: 0 for the small and 1 for the large variant; it indexes the pairs of numbers below.
+    """
     side = torch.maximum(x, y.abs())
     inner = torch.minimum(x, y.abs())
-    # half their width, and height of the seat or top
+    # Half of the width of chairs and tables, which is also the height of the seat or of the top.
     chair = (2, 3)[size]
     table = (3, 4)[size]
     return {
@@ -64,26 +74,28 @@ def shapes_at(x: Grid, y: Grid, z: Grid, size: int) -> dict[str, Grid]:
     }
 
 
-# (size, lift): small and large, on the ground and one place above it
+# (size, lift) of the K variants of a shape: small and large, on the ground and one cell above it.
 VARIANTS = tuple((size, lift) for size in (0, 1) for lift in (0, 1))
+# Prompt -> a number 0 to 11 that is different for the twelve colours of a shape, and by which prompts are
+# split.
 _PART = {
     f"{colour} {shape}": (5 * i + j) % len(COLOURS)
     for i, shape in enumerate(SHAPES)
     for j, colour in enumerate(COLOURS)
 }
-# of the twelve colours of every shape: four to train on,
+# Prompts to train on: four colours of every shape.
 TRAINED = tuple(name for name in CONDITIONS if _PART[name] < 4)
-# two to choose settings and checkpoints on,
+# Prompts to choose settings and checkpoints on: two colours of every shape.
 CHOOSING = tuple(name for name in CONDITIONS if 4 <= _PART[name] < 6)
-# and six for the final table only
+# Held-out prompts, for the results table only: six colours of every shape.
 HELD_OUT = tuple(name for name in CONDITIONS if _PART[name] >= 6)
 
 
 @functools.cache
 def canonical_shapes() -> torch.Tensor:
-    """Make every shape without defects, [shapes, K, R, R, R] bool; K = 4: both sizes at both heights."""
+    """Return the K variants of every shape without defects, [shapes, K, R, R, R] bool."""
     i, j, k = torch.meshgrid(*[torch.arange(R, dtype=torch.float32)] * 3, indexing="ij")
-    # the mirror plane lies between the two middle places; |x| makes every shape symmetric
+    # The plane of symmetry is between the two middle cells. The absolute value makes every shape symmetric.
     x = (i - (R - 1) / 2).abs()
     y = j - (R - 1) / 2
     variants = [
@@ -94,15 +106,17 @@ def canonical_shapes() -> torch.Tensor:
 
 @functools.cache
 def canonical_colours() -> torch.Tensor:
-    """Make every colour without defects, [colours, R, 3] by height: brighter towards the top."""
+    """Return every colour without defects at each height, [colours, R, 3]. Colours are brighter towards the
+    top.
+    """
     brightness = torch.linspace(DARKEST, 1, R)
     return torch.tensor(list(COLOURS.values()))[:, None] * brightness[None, :, None]
 
 
 def classes(conditions: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the class numbers (shape, colour) of N prompts, [N] int64 each.
+    """Return the class numbers of the shapes [N] and of the colours [N] of N prompts, as int64.
 
-    Raises: ValueError for a prompt that is not among the toy's.
+    Raises: ValueError for a prompt that the toy does not have.
     """
     shapes = list(SHAPES)
     colours = list(COLOURS)
@@ -110,36 +124,40 @@ def classes(conditions: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
     for name in conditions:
         colour, _, shape = name.partition(" ")
         if shape not in SHAPES or colour not in COLOURS:
-            known = f"one of {', '.join(COLOURS)} and one of {', '.join(SHAPES)}"
-            raise ValueError(f"prompt: expected {known}, as in 'red ball', got {name!r}. Name one of these.")
+            raise ValueError(
+                f"prompt: {name!r} is not a prompt of the toy. Write one of {', '.join(COLOURS)} and one of"
+                f" {', '.join(SHAPES)}, as in 'red ball'."
+            )
         pairs.append((shapes.index(shape), colours.index(colour)))
     numbers = torch.tensor(pairs, dtype=torch.int64).view(-1, 2)
     return numbers[:, 0], numbers[:, 1]
 
 
 def targets(conditions: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the targets of N prompts: shapes [N, K, R, R, R] bool and colours [N, R, R, R, 3].
+    """Return the correct shapes [N, K, R, R, R] bool and colours [N, R, R, R, 3] of N prompts.
 
-    Any of the K variants of a shape is correct. Colours are given for all places, filled or not.
+    Any of the K variants of a shape is correct. Colours are defined for all cells, also for empty ones.
     """
     shapes, colours = classes(conditions)
-    # colours depend on the height alone: [N, R, 3] -> [N, 1, 1, R, 3] -> [N, R, R, R, 3]
+    # Colours depend on the height only: [N, R, 3] -> [N, 1, 1, R, 3] -> [N, R, R, R, 3].
     return canonical_shapes()[shapes], canonical_colours()[colours][:, None, None].expand(-1, R, R, -1, -1)
 
 
-# sizes d of a draft's voxels; the decoder's thresholds are 0 and 1
+# Sizes d of a draft's voxels. The thresholds of the decoder are 0 and 1.
 CARVED = -0.5  # the decoder removes the voxel
-KEPT = 0.5
-GROWING = 1.5  # the voxel helps to fill empty places beside it
+KEPT = 0.5  # the decoder keeps the voxel
+GROWING = 1.5  # the decoder keeps the voxel, and uses it to fill empty cells beside it
 CHANNELS = 4  # red, green, blue, d
 SIZE_JITTER = 0.08  # standard deviation of d around these sizes
 
 
 @dataclass(frozen=True, kw_only=True)
 class Defects:
-    """Largest strength of each defect; a sample's strength is uniform between 0 and this."""
+    """Largest strength of each defect. The strength of a defect in a sample is uniform between 0 and this
+    number.
+    """
 
-    floaters: float = 0.02  # share of the empty places that are filled
+    floaters: float = 0.02  # share of the empty cells that are filled
     holes: float = 0.1  # share of the shape's voxels that are missing
     unrepaired: float = 1.0  # share of floaters and holes that d does not correct
     wrong: float = 0.03  # share of the shape's voxels that d removes or grows by mistake
@@ -147,7 +165,7 @@ class Defects:
     noise: float = 0.1  # standard deviation of a voxel's colour around the mean
 
 
-# defects of the labelled assets, by their source
+# Source of the labelled assets (setting `labelled`) -> their defects.
 DEFECTS = {"own": Defects(), "others": Defects(floaters=0.04, holes=0.2, wrong=0.06)}
 
 
@@ -155,14 +173,16 @@ DEFECTS = {"own": Defects(), "others": Defects(floaters=0.04, holes=0.2, wrong=0
 class Drafts:
     """Inputs of the decoder for N assets."""
 
-    structure: torch.Tensor  # [N, R, R, R] bool
-    # [N, R, R, R, 4]: r, g, b in 0..1 before clipping, and d; read at the structure's voxels
+    structure: torch.Tensor  # [N, R, R, R] bool, True at voxels
+    # [N, R, R, R, 4]: red, green, blue in 0..1 before clipping, and the size d. Only the values at voxels are
+    # used.
     features: torch.Tensor
 
     def latents(self, stage: str) -> Batch:
-        """Return the x_0 of a stage.
+        """Return the latents of a stage: the structure [N, 1, R, R, R] as -1 and 1, or the features [V, 4] of
+        the voxels.
 
-        "structure": [N, 1, R, R, R] of -1 and 1; "voxels": the features [V, 4], scaled from 0..1 to -1..1.
+        The features are scaled from 0..1 to -1..1.
         """
         if stage == "structure":
             return self.structure[:, None].float() * 2 - 1
@@ -176,9 +196,13 @@ class Drafts:
 def draw_drafts(
     conditions: Sequence[str], generator: torch.Generator, defects: Defects | None = None
 ) -> Drafts:
-    """Sample one draft per prompt, of a random variant of its shape.
+    """Sample one draft for each of N prompts, of a random variant of its shape.
 
-    The order of the calls to `generator` fixes the drafts of a seed.
+    Args:
+        conditions: N prompts.
+        generator: random generator. The order of its calls cannot change, because it determines the drafts of
+            a seed.
+        defects: largest strengths of the defects; None for the defaults.
     """
     defects = defects or Defects()
     shapes, colours = targets(conditions)
@@ -188,7 +212,7 @@ def draw_drafts(
         return torch.rand(*size, generator=generator)
 
     def strength(most: float) -> torch.Tensor:
-        # [N, 1, 1, 1]: one strength per sample, shared by its places
+        # [N, 1, 1, 1]: one strength for all cells of a sample.
         return most * uniform(n, 1, 1, 1)
 
     shape = shapes[torch.arange(n), torch.randint(shapes.shape[1], (n,), generator=generator)]
@@ -198,10 +222,10 @@ def draw_drafts(
     corrected = uniform(*shape.shape) >= strength(defects.unrepaired)
     wrong = shape & (uniform(*shape.shape) < strength(defects.wrong))
     grows_wrongly = uniform(*shape.shape) < 0.5
-    # the neighbours of a corrected hole grow, so that the decoder fills it
+    # The neighbours of a corrected hole grow, so that the decoder fills the hole.
     growing = (neighbours(holes & corrected) > 0) | (wrong & grows_wrongly)
     carved = (floaters & corrected) | (wrong & ~grows_wrongly)
-    # carving comes last: a floater beside a hole is removed
+    # CARVED is set last, so that a corrected floater beside a hole is removed and does not grow.
     d = torch.full(shape.shape, KEPT).masked_fill(growing & shape, GROWING).masked_fill(carved, CARVED)
     d = d + SIZE_JITTER * torch.randn(shape.shape, generator=generator)
     tint = strength(defects.tint)[..., None] * torch.randn(n, 1, 1, 1, 3, generator=generator)
@@ -210,34 +234,44 @@ def draw_drafts(
 
 
 def neighbours(grid: torch.Tensor) -> torch.Tensor:
-    """Sum a grid [N, R, R, R, ...] over the six face neighbours of every place; 0 outside the grid."""
+    """Return the sum over the six face neighbours of every cell of a grid [N, R, R, R, ...]; outside, the
+    grid is 0.
+    """
     values = grid.float()
     total = torch.zeros_like(values)
     for axis in (1, 2, 3):
         for step in (-1, 1):
             start = max(step, 0)
-            # adds the grid shifted by one place; nothing wraps around at the edges
+            # Adds the grid shifted by one cell. Unlike roll, this does not wrap around at the edges.
             total.narrow(axis, 1 - start, R - 1).add_(values.narrow(axis, start, R - 1))
     return total
 
 
-TO_GROW = 2  # growing neighbours that an empty place needs to be filled
+TO_GROW = 2  # number of growing neighbours with which the decoder fills an empty cell
 PATH = FlowPath(mean=0.0)
-GUIDANCE = {STRUCTURE: 1.0, VOXELS: 0.0}  # cfg_strength by stage; colours are right without guidance
+GUIDANCE = {
+    STRUCTURE: 1.0,
+    VOXELS: 0.0,
+}  # stage -> strength of guidance; colours are correct without guidance
 
 
 @dataclass(frozen=True)
 class ToyAsset:
-    """Finished asset: filled voxels and their colours."""
+    """Finished asset of the toy: occupied voxels and their colours."""
 
     occupancy: torch.Tensor  # [R, R, R] bool; at least one voxel is filled
     colours: torch.Tensor  # [R, R, R, 3] in 0..1; 0 where nothing is filled
 
 
 class ToyPipeline:
-    """Pipeline of the toy, see stage.Pipeline.
+    """Generator of the toy with the interface `stage.Pipeline`.
 
     The conditioning is two one-hot tokens, one for the shape and one for the colour. Assets are on the CPU.
+
+    Args:
+        structure: network of the stage "structure".
+        voxels: network of the stage "voxels".
+        device: device of the networks.
     """
 
     def __init__(
@@ -261,10 +295,10 @@ class ToyPipeline:
         )
 
     def conditions(self, names: Sequence[str], stage: str) -> torch.Tensor:
-        """Return the tokens of N prompts, [N, 2, 28], which are the same for both stages."""
+        """Return the tokens of N prompts, [N, 2, 28]. They are the same for both stages."""
         shapes, colours = classes(names)
         width = len(SHAPES) + len(COLOURS)
-        # one vocabulary for both tokens: 16 shapes, then 12 colours
+        # Both tokens have one vocabulary: first the 16 shapes, then the 12 colours.
         tokens = torch.stack([F.one_hot(shapes, width), F.one_hot(len(SHAPES) + colours, width)], dim=1)
         return tokens.float().to(self.device)
 
@@ -272,25 +306,26 @@ class ToyPipeline:
         return torch.zeros(n, 2, len(SHAPES) + len(COLOURS), device=self.device)
 
     def advance(self, stage: str, x_0: torch.Tensor) -> list[Voxels]:
-        """Return the voxels above 0, or the largest one of a structure without any."""
+        """Return the voxels of each structure: the cells above 0, and always the largest cell."""
         assert stage == STRUCTURE
         logits = x_0.detach().flatten(1)
-        # the largest is always included, so that no structure is empty
+        # With the largest value, no structure is empty.
         filled = (logits > 0) | (logits == logits.amax(1, keepdim=True))
         return [grid.view(R, R, R).nonzero().int() for grid in filled]
 
     def decode(self, x_0: SparseBatch) -> list[ToyAsset]:
-        batch = x_0.to("cpu", torch.float32)  # oracles use numpy and scipy
+        """Decode the features of voxels to assets, see `make_assets`."""
+        batch = x_0.to("cpu", torch.float32)  # on the CPU, because the oracles use numpy and scipy
         sample, x, y, z = batch.coords.long().unbind(1)
         structure = torch.zeros(batch.size, R, R, R, dtype=torch.bool)
         features = torch.zeros(batch.size, R, R, R, CHANNELS)
         structure[sample, x, y, z] = True
-        # from -1..1 to 0..1, the inverse of Drafts.latents
+        # From -1..1 to 0..1, the inverse of Drafts.latents.
         features[sample, x, y, z] = (batch.feats.detach() + 1) / 2
         return make_assets(Drafts(structure, features))
 
     def encode(self, assets: Sequence[ToyAsset]) -> list[dict[str, Latent]]:
-        """Encode a finished asset for both stages: all its voxels, each with the size d of a kept one."""
+        """Encode finished assets for both stages. Every voxel of an asset gets the size KEPT."""
         encoded = []
         for asset in assets:
             kept = torch.full((R, R, R, 1), KEPT)
@@ -302,8 +337,9 @@ class ToyPipeline:
 def make_assets(drafts: Drafts) -> list[ToyAsset]:
     """Decode drafts to assets.
 
-    Voxels with d < 0 are removed. Empty places beside at least TO_GROW voxels with d > 1 are filled with the
-    mean of their colours. If no voxel would be left, the one of largest d is kept.
+    Voxels with d < 0 are removed. Empty cells beside at least TO_GROW voxels with d > 1 are filled, with the
+    mean of the colours of these voxels. The voxel with the largest d is never removed, so that an asset has
+    at least one voxel.
     """
     structure = drafts.structure
     d = drafts.features[..., 3]
@@ -314,7 +350,7 @@ def make_assets(drafts: Drafts) -> list[ToyAsset]:
     growing = structure & (d > 1)
     count = neighbours(growing)
     grown = ~structure & (count >= TO_GROW)
-    # mean colour of the growing neighbours; the clamp avoids 0 / 0 where there are none
+    # Mean colour of the growing neighbours. clamp avoids 0 / 0 for cells without such neighbours.
     mixed = neighbours(growing[..., None] * paint) / count.clamp(min=1)[..., None]
     colours = torch.where(grown[..., None], mixed, paint) * (solid | grown)[..., None]
     return [ToyAsset(filled, colour) for filled, colour in zip(solid | grown, colours, strict=True)]

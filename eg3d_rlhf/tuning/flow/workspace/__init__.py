@@ -1,1 +1,3 @@
-"""The folder WORK: plan, sample, answers, tuning, study and status of one flow generator."""
+"""Work folders (WORK), which contain all steps with one flow generator: plan, samples, answers, tuning and
+study.
+"""

@@ -1,10 +1,12 @@
-"""Conversion of people's answers in WORK to pairs of every stage's latents and to a tuning problem.
+"""Conversion of people's answers in a work folder (WORK) to pairs of latents of every stage, and to a tuning
+problem.
 
-    WORK/pairs/STAGE                        pairs of a stage; rebuilt from the answers whenever they are read
-    WORK/pairs/conditioning.safetensors     embeddings of the pairs' prompts, where these are not WORK's
+    WORK/pairs/STAGE                        pairs of a stage, which are made again from the answers at each
+    call WORK/pairs/conditioning.safetensors     embeddings of the pairs' prompts, if these are not the
+    prompts of WORK
 
-A third of the prompts to choose on chooses checkpoints during training. The other two thirds test whether the
-labels carried a learnable signal. Test prompts are not used here.
+One third of the prompts to choose on is used to choose checkpoints during training. The other two thirds are
+used to test whether the labels carried a learnable signal. Test prompts are not used.
 """
 
 import hashlib
@@ -46,10 +48,12 @@ from eg3d_rlhf.tuning.flow.workspace.work_folder import CHOOSE, REWARD, SHOWN, T
 from training.progress import tqdm
 from training.storage import read_tensors
 
-PAIRS = "pairs"
-Encoding = Mapping[str, Any]  # the fields of EncodingSource that the user set, by name
+PAIRS = "pairs"  # name of the folder of pairs in a work folder
+Encoding = Mapping[str, Any]  # name of a field of EncodingSource -> value that the user has set
 NOTHING: Encoding = MappingProxyType({})
-CHOOSING = 1 / 3  # share of the prompts to choose on that chooses checkpoints; the rest is for the test
+CHOOSING = (
+    1 / 3
+)  # share of the prompts to choose on by which checkpoints are chosen; all others are for the test
 
 
 def imported_of(
@@ -59,135 +63,159 @@ def imported_of(
     device: str | torch.device = "cpu",
     encoding: Encoding = NOTHING,
 ) -> Imported:
-    """Make pairs of every stage from the answers in WORK, from a file of labels, or from a folder.
+    """Make pairs of every stage from labels of people.
 
     Args:
-        labels: None: people's answers in WORK. A file: thumbs, scores, ranks or pairs of WORK's assets
-            (preferences/label_scores.py). A folder: ranked assets with ranking.jsonl, and embeddings of other
-            prompts beside it; or samples of DSO.
-        device: on which assets are encoded.
-    Raises: FileNotFoundError or ValueError for no answers or assets yet, or labels of other assets.
+        work: work folder.
+        family: family of the generator.
+        labels: None for people's answers in the work folder. A file for thumbs, scores, ranks or pairs of the
+            work folder's assets (preferences/label_scores.py). A folder for ranked assets with ranking.jsonl,
+            which may contain embeddings of other prompts, or for samples of DSO.
+        device: device on which assets are encoded.
+        encoding: settings of the encoding that the user has set.
+    Raises: FileNotFoundError or ValueError if there are no assets or labels yet, or if the labels belong to
+    other assets.
     """
     if labels is not None and labels.is_dir():
-        return _of_folder(family, labels, _reader(work, family, device, encoding))
-    people = None if labels is not None else work.labels()
-    work.lines()  # raises where no assets were sampled yet
+        return _read_folder(family, labels, _open_for_reading(work, family, device, encoding))
+    answers = None if labels is not None else work.labels()
+    work.lines()  # raises an error if no assets were sampled yet
     candidates = read_candidates(
-        work.drawn() / RANKING, _reader(work, family, device, encoding), False, candidate=family.candidate
+        work.drawn() / RANKING,
+        _open_for_reading(work, family, device, encoding),
+        False,  # the lines need no ranks
+        candidate=family.candidate,
     )
     if labels is None:
-        assert people is not None
-        answers = people  # a name that is never None, for the lambda below
-        same, asked = people.repeats
+        assert answers is not None
+        votes = answers.votes
+        equal_answers, repeated_answers = answers.repeats
         facts = {
-            "answers": len(people.answers),
-            "pairs": people.pairs,
-            "ties": people.ties,
-            "repeats_answered_alike": f"{same} of {asked}",
+            "answers": len(answers.answers),
+            "pairs": answers.pairs,
+            "ties": answers.ties,
+            "repeats_answered_alike": f"{equal_answers} of {repeated_answers}",
         }
-        return Imported(pairs=pair_up(candidates, lambda a, b: answers.votes(a.file, b.file)), report=facts)
-    known = known_of(candidates)
-    lines = read_said(labels, known)
-    if lines[0].kind == "pair":
-        wins = Counter((line.asset, line.other) for line in lines if not line.tie)
-        voted = pair_up(candidates, lambda a, b: (wins[a.name, b.name], wins[b.name, a.name]))
-        return Imported(pairs=voted, report={"labels": labels.name, "judgements": len(lines)})
-    goodness = read_goodness(labels, known)
-    # a smaller rank is better and a larger goodness is better, hence the sign
-    judged = [replace(c, rank=-goodness[c.name]) for c in candidates if c.name in goodness]
-    return Imported(pairs=pair_up(judged), report={"labels": labels.name, "assets": len(judged)})
+        return Imported(pairs=pair_up(candidates, lambda a, b: votes(a.file, b.file)), report=facts)
+    asset_names = known_of(candidates)
+    label_lines = read_said(labels, asset_names)
+    # All lines of a file have the same kind.
+    if label_lines[0].kind == "pair":
+        wins = Counter((line.asset, line.other) for line in label_lines if not line.tie)
+        pairs = pair_up(candidates, lambda a, b: (wins[a.name, b.name], wins[b.name, a.name]))
+        return Imported(pairs=pairs, report={"labels": labels.name, "judgements": len(label_lines)})
+    goodness = read_goodness(labels, asset_names)
+    # Minus, because a smaller rank is better, and a larger goodness is better.
+    ranked_assets = [replace(c, rank=-goodness[c.name]) for c in candidates if c.name in goodness]
+    return Imported(
+        pairs=pair_up(ranked_assets), report={"labels": labels.name, "assets": len(ranked_assets)}
+    )
 
 
-def _reader(
+def _open_for_reading(
     work: Work, family: FlowFamily, device: str | torch.device = "cpu", encoding: Encoding = NOTHING
 ) -> Any:
-    """Open the pipeline for the shapes of latents, without the flows' weights where the family allows it."""
-    extra = [name for name in encoding if name not in family.options]
-    if extra:
+    """Open the generator of a work folder to read and encode latents.
+
+    The weights of the flow networks are not loaded if the family allows this.
+
+    Raises: ValueError for a setting of the encoding that the family does not use.
+    """
+    unused_settings = [name for name in encoding if name not in family.options]
+    if unused_settings:
         raise ValueError(
-            f"--set {extra[0]}=VALUE: {family.name} does not read this setting of the encoding of assets."
+            f"--set {unused_settings[0]}=VALUE has no effect on generators of the family {family.name}."
             " Remove it."
         )
-    # only encoding needs the device; reading shapes does not
-    where = device if isinstance(family, Encodes) else "cpu"
-    configured = family.configured(EncodingSource(**encoding))
-    return configured.load(Path(work.pipeline), None, stages=(), device=where)
+    # Only encoding assets needs the device.
+    used_device = device if isinstance(family, Encodes) else "cpu"
+    configured_family = family.configured(EncodingSource(**encoding))
+    return configured_family.load(Path(work.pipeline), None, stages=(), device=used_device)
 
 
-def _of_folder(family: FlowFamily, folder: Path, pipeline: Any) -> Imported:
-    """Read pairs of ranked assets or of DSO's samples. Raises: FileNotFoundError, ValueError."""
+def _read_folder(family: FlowFamily, folder: Path, pipeline: Any) -> Imported:
+    """Read pairs from a folder of ranked assets or of DSO's samples.
+
+    Raises: FileNotFoundError or ValueError if the folder contains neither, or if a file in it is damaged.
+    """
     if not (folder / RANKING).is_file():
         if not isinstance(family, ImportsSamples):
             raise ValueError(
-                f"--labels: expected a file of labels or a folder with {RANKING}, got {folder}. Name one of"
-                " these."
+                f"--labels: the folder {folder} contains no {RANKING}. Name a folder with ranked assets in"
+                f" {RANKING}, or a file of labels."
             )
         return family.read_samples(folder, pipeline)
     with tqdm(desc="assets", unit="asset", disable=None) as bar:
         imported = read_ranking(folder / RANKING, pipeline, bar.update, family.candidate)
+    # Without embeddings beside the list, the prompts are those of the work folder.
     if not version_0_1.conditioning_file(folder).is_file():
-        return imported  # no embeddings beside the list: the prompts are WORK's
-    read = read_conditions(version_0_1.conditioning_file(folder), zero_null=family.zero_null)
-    named = _prompts_in(imported)
-    read.select(named)  # raises for prompts without an embedding
-    return replace(
-        imported,
-        conditions=replace(
-            read, tokens={name: read.tokens[name] for name in (*named, NULL) if name in read.tokens}
-        ),
-    )
+        return imported
+    all_embeddings = read_conditions(version_0_1.conditioning_file(folder), zero_null=family.zero_null)
+    prompts = _prompts_in(imported)
+    all_embeddings.select(prompts)  # raises an error for a prompt without an embedding
+    tokens = {name: all_embeddings.tokens[name] for name in (*prompts, NULL) if name in all_embeddings.tokens}
+    return replace(imported, conditions=replace(all_embeddings, tokens=tokens))
 
 
 def _prompts_in(imported: Imported) -> list[str]:
-    """List the prompts of all pairs, sorted."""
+    """Return the prompts of all pairs, sorted."""
     return sorted({pair.condition for pairs in imported.pairs.values() for pair in pairs})
 
 
 def splits_of(work: Work, conditions: Sequence[str]) -> tuple[tuple[str, ...], ...]:
-    """Split prompts that have pairs into those to train on, to choose on and to test on.
+    """Split the prompts that have pairs.
 
-    Prompts that are not WORK's are split by a hash of their names.
-    Args: conditions: the prompts.
-    Raises: ValueError where there is none to train on.
+    Prompts that are not in the work folder are split by a hash of their names.
+
+    Args:
+        work: work folder.
+        conditions: prompts that have pairs.
+    Returns: prompts to train on, prompts to choose on, and prompts to test on.
+    Raises: ValueError if there is no prompt to train on.
     """
-    known = set(work.names())
-    if not known & set(conditions):
+    if not set(work.names()) & set(conditions):
         return tuple(map(tuple, divided(sorted(conditions), work.seed, 0.4)))
     train = tuple(name for name in work.names(TRAIN) if name in set(conditions))
     if not train:
         raise ValueError(
-            f"labels: expected answers for prompts to train on, got answers for {len(conditions)} prompts to"
-            " choose on. Label more pairs."
+            f"labels: the answers are about {len(conditions)} prompts to choose on, and none about prompts to"
+            " train on. Label more pairs."
         )
-    held = [name for name in work.names(CHOOSE) if name in set(conditions)]
-    # the string seeds the split, so it keeps its spelling
-    held.sort(key=lambda name: hashlib.sha256(f"tell {work.seed} {name}".encode()).digest())
-    count = max(round(CHOOSING * len(held)), 1)
-    return train, tuple(held[:count]), tuple(held[count:])
+    other_prompts = [name for name in work.names(CHOOSE) if name in set(conditions)]
+    # A random order. The first word is part of what is hashed, so it cannot change.
+    other_prompts.sort(key=lambda name: hashlib.sha256(f"tell {work.seed} {name}".encode()).digest())
+    choose_count = max(round(CHOOSING * len(other_prompts)), 1)
+    return train, tuple(other_prompts[:choose_count]), tuple(other_prompts[choose_count:])
 
 
 def write_pairs(work: Work, family: FlowFamily, imported: Imported) -> None:
-    """Write the pairs into WORK, in place of earlier ones."""
-    # earlier pairs may be of other stages, whose folders would stay
+    """Write pairs into the work folder, in place of all earlier pairs."""
+    # Earlier pairs may belong to other stages, whose folders would otherwise remain.
     shutil.rmtree(work.folder / PAIRS, ignore_errors=True)
     report = dict(imported.report)
-    pipeline = _reader(work, family)
+    pipeline = _open_for_reading(work, family)
     write_import(work.folder / PAIRS, imported, lambda stage: family.pair_meta(pipeline, stage, report))
 
 
 def problem_of(
     work: Work, family: FlowFamily, imported: Imported, device: torch.device, encoding: Encoding = NOTHING
 ) -> Problem:
-    """Open the tuning problem of the pairs in WORK, which must be those of `imported`.
+    """Open the tuning problem of the pairs in a work folder.
 
-    Raises: see `open_problem`.
+    Args:
+        work: work folder, into which `write_pairs` has written the pairs.
+        family: family of the generator.
+        imported: the same pairs.
+        device: device of the generator.
+        encoding: settings of the encoding that the user has set.
+    Raises: the errors of `open_problem`.
     """
-    place = work.folder / PAIRS
-    beside = work.conditions_file if imported.conditions is None else place / CONDITIONS
+    pairs_folder = work.folder / PAIRS
+    embeddings_file = work.conditions_file if imported.conditions is None else pairs_folder / CONDITIONS
     source = ProblemSource(
         pipeline=work.pipeline,
-        pairs=str(place),
-        conditions=str(beside),
+        pairs=str(pairs_folder),
+        conditions=str(embeddings_file),
         seed=work.seed,
         precision=work.precision,
         splits=splits_of(work, _prompts_in(imported)),
@@ -196,42 +224,53 @@ def problem_of(
     if not family.bundled:
         return open_problem(source, device)
     problem = open_folder(family, source, device)
-    # a bundled generator has rewards, which a folder of pairs does not bring
-    bundled = family.open(ProblemSource(), device) if isinstance(family, Opens) else None
+    # The rewards of a bundled generator come from its own problem, since a folder of pairs contains no
+    # rewards.
+    bundled_problem = family.open(ProblemSource(), device) if isinstance(family, Opens) else None
     for stage in problem.pipeline.stages:
         stage.precision = chosen_precision(work.precision, device)
-    if bundled is None:
+    if bundled_problem is None:
         return problem
-    return replace(problem, reward=bundled.reward, fitted_to=bundled.fitted_to)
+    return replace(problem, reward=bundled_problem.reward, fitted_to=bundled_problem.fitted_to)
 
 
-# Scores of WORK's samples by an ensemble of networks that read their stored latents, for strategies of pairs
-# that read scores; nothing is decoded. WORK/latent-reward.safetensors is the ensemble, as `eg3d-rlhf reward
-# latent` writes it.
+# Some strategies choose the pairs to label by scores of the samples. The scores are those of an ensemble of
+# networks that read the stored latents, so assets are not decoded. `eg3d-rlhf reward latent` writes the
+# ensemble to the file latent-reward.safetensors of the work folder.
 
 
 def check_trained(work: Work, strategy: str) -> None:
-    """Raise FileNotFoundError, which names the command that trains the ensemble, if WORK has none.
+    """Raise FileNotFoundError if a work folder has no ensemble that scores samples.
 
-    The ensemble is trained on people's answers; a bundled generator brings simulated ones.
+    The message contains the command that trains the ensemble, on people's answers or, for a bundled
+    generator, on simulated pairs.
+
+    Args:
+        work: work folder.
+        strategy: value of --strategy, which needs the ensemble.
     """
     path = work.folder / REWARD
     if path.is_file():
         return
-    train = f"eg3d-rlhf reward latent --pipeline={work.pipeline} --out={path}"
+    command = f"eg3d-rlhf reward latent --pipeline={work.pipeline} --out={path}"
     if bundled_family(work.pipeline) is None:
-        read = f"--pairs={work.folder / PAIRS} --conditioning={work.conditions_file}"
-        train = f"eg3d-rlhf flow tune {work.folder} --pairs-only && {train} {read}"
+        inputs = f"--pairs={work.folder / PAIRS} --conditioning={work.conditions_file}"
+        command = f"eg3d-rlhf flow tune {work.folder} --pairs-only && {command} {inputs}"
     raise FileNotFoundError(
-        f"--strategy={strategy}: expected an ensemble that scores WORK's samples, got no {path}. Train it:"
-        f" {train}"
+        f"--strategy={strategy} needs an ensemble of rewards that scores samples, but there is no {path}. To"
+        f" train it, run: {command}"
     )
 
 
 def latent_ensemble(work: Work, device: torch.device, collection: Collection) -> Ensemble:
-    """Open WORK's ensemble, which scores the assets of a collection by their numbers.
+    """Open the ensemble of a work folder, which scores assets by their stored latents.
 
-    Raises: ValueError for a damaged file, or an ensemble of other networks.
+    Args:
+        work: work folder.
+        device: device of the generator.
+        collection: assets of the labelling project, whose numbers are the arguments of the ensemble's
+            function.
+    Raises: ValueError for a damaged file, or for an ensemble of other networks.
     """
     family = work.check_pipeline()
     path = work.folder / REWARD
@@ -239,13 +278,14 @@ def latent_ensemble(work: Work, device: torch.device, collection: Collection) ->
     stage = stage_of(pipeline, read_tensors(path, KIND)[1]["form"]["stage"])
     reward = load(path, pipeline, stage, work.names(*SHOWN)[0])
     samples = read_candidates(work.drawn() / RANKING, pipeline, False, candidate=family.candidate)
-    by_name = {sample.file.name: sample for sample in samples if sample.file is not None}
+    samples_by_file = {sample.file.name: sample for sample in samples if sample.file is not None}
 
     def score(numbers: Sequence[int]) -> Scored:
-        # the campaign numbers assets in its own order; files connect them to the list's latents
-        shown = [by_name[collection.assets[number].path.name] for number in numbers]
-        latents = collate([candidate.latents[stage.name] for candidate in shown])
-        scores, embeddings = reward.of_members(latents, [candidate.condition for candidate in shown])
+        # The labelling project numbers assets in an order of its own, so samples are found by their file
+        # names.
+        scored_samples = [samples_by_file[collection.assets[number].path.name] for number in numbers]
+        latents = collate([sample.latents[stage.name] for sample in scored_samples])
+        scores, embeddings = reward.of_members(latents, [sample.condition for sample in scored_samples])
         return Scored(scores.double().numpy(), embeddings.double().numpy())
 
     size = len(reward.network.members)

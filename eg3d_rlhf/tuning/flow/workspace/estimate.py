@@ -1,8 +1,11 @@
-"""Estimate memory and time of sampling and of training a generator of any family, from its settings alone.
+"""Estimate the memory and the time of sampling and of training a flow generator, from its settings without
+its weights.
 
-Memory is the memory of tensors (core/memory.py). Libraries, and decoders, which decode one asset at a time
-after the flows, need additional memory. Time is the number of multiplications and additions, divided by the
-speed that is measured on the device for a transformer block.
+The memory is that of tensors (core/memory.py). Libraries need additional memory, and so do the decoders,
+which decode one asset at a time after the flow networks. The time is the number of multiplications and
+additions, divided by the speed that is measured on the device for a transformer block.
+
+Shapes: v voxels of a sample.
 """
 
 import functools
@@ -35,76 +38,100 @@ from training.progress import tqdm
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """Memory and time of sampling a stage, or of one update of it."""
+    """Memory and time of sampling a stage, or of one update of its network."""
 
-    stage: str
-    what: str  # "sample", or the kind of update: "lora" or "full"
-    batch: int  # assets sampled at once, or pairs per pass
-    precision: str  # of forward and backward passes
-    dtype: str  # of the flows' weights
-    recompute: bool  # blocks are computed again in the backward pass, which saves memory
-    bytes: int  # peak memory, with the weights of all stages
-    flops: int  # multiplications and additions for all assets, or for the update
-    seconds: float | None = None  # at the device's speed; None: not measured
+    stage: str  # name of the stage
+    what: str  # "sample", or the kind of the update: "lora" or "full"
+    batch: int  # number of assets that are sampled together, or of pairs in one pass
+    precision: str  # data type of forward and backward passes
+    dtype: str  # data type of the networks' weights
+    recompute: bool  # True: blocks are computed again in the backward pass, which saves memory
+    bytes: int  # peak memory in bytes, with the weights of all stages
+    flops: int  # number of multiplications and additions of the whole batch, or of the update
+    seconds: float | None = None  # time on the device in seconds; None if the speed was not measured
 
 
 class ZeroConditioning:
-    """Conditioning in the shape that a stage expects, all zeros."""
+    """Source of conditioning in the shape that a stage needs, filled with zeros.
+
+    Args:
+        sized: stage with the shape of its conditioning.
+    """
 
     def __init__(self, sized: SizedStage):
         self.conditioning = sized.conditioning
 
     def conditions(self, names: Sequence[str], stage: str) -> Any:
+        """Return zeros as the conditioning of N prompts, see `Pipeline.conditions`."""
         return self.no_condition(len(names), stage)
 
     def no_condition(self, n: int, stage: str) -> Any:
+        """Return zeros as the empty conditioning of n samples, see `Pipeline.no_condition`."""
         if isinstance(self.conditioning, dict):
             return {name: torch.zeros(n, *shape) for name, shape in self.conditioning.items()}
         return torch.zeros(n, *self.conditioning)
 
 
 def voxels_of(cells: int) -> int:
-    """Estimate how many voxels a surface fills in a grid: 8,192 for 64 cells along each axis."""
-    # an area, hence the square; a tiny grid has fewer cells than that
+    """Estimate the number of voxels on the surface of a typical asset, in a grid of `cells` cells along each
+    axis.
+
+    It is 8,192 for 64 cells.
+    """
+    # The number grows with the area of the surface, hence the square. A tiny grid has fewer cells than that.
     return min(2 * cells**2, cells**3)
 
 
 def shell(voxels: int, grid: int, generator: torch.Generator) -> torch.Tensor:
-    """Select the cells of a grid that are nearest to the surface of a random ellipsoid: [voxels, 3] int32.
+    """Return the indices of the cells that are nearest to the surface of a random ellipsoid, [voxels, 3]
+    int32.
 
-    The shell is about one voxel thick, if it fits into the grid.
+    Together they are a shell that is about one voxel thick.
+
+    Args:
+        voxels: number of cells.
+        grid: number of cells of the grid along each axis.
+        generator: random generator of the ellipsoid's axes.
     """
-    # radius of a sphere with about one voxel per unit of area: voxels = 4 pi r^2
+    # Radius of a sphere with one voxel per unit of area: voxels = 4 pi r^2. The sphere has to fit into the
+    # grid.
     radius = min((voxels / (4 * math.pi)) ** 0.5, 0.45 * grid)
-    # three different axes of 0.85 to 1.15 times the radius
+    # Three different axes of 0.85 to 1.15 times the radius.
     radii = radius * (0.85 + 0.3 * torch.rand(3, generator=generator))
-    cells = torch.cartesian_prod(*[torch.arange(grid)] * 3)
-    # distance of the cells' centres from the unit sphere, after division by the radii: [grid^3]
+    cells = torch.cartesian_prod(*[torch.arange(grid)] * 3)  # [grid^3, 3]
+    # Division by the radii maps the ellipsoid to the unit sphere. Distance of the cells' centres from it,
+    # [grid^3].
     distance = (((cells + 0.5 - grid / 2) / radii).norm(dim=1) - 1).abs()
-    # the nearest cells, in the order of the grid
+    # sort() restores the order of the grid among the nearest cells.
     return cells[distance.argsort()[:voxels].sort().values].int()
 
 
 def given_of(stage: FlowStage, count: int, voxels: int | None = None) -> list[Voxels]:
-    """Make plausible outputs of the previous stage, one per sample: thin shells of voxels, like surfaces.
+    """Make plausible outputs of the previous stage for `count` samples: thin shells of voxels, like surfaces.
 
-    Args: voxels: number for each sample; None: `voxels_of`.
+    Args:
+        stage: stage that reads these outputs.
+        count: number of samples.
+        voxels: number of voxels of each sample; None for `voxels_of`.
+    Returns: `count` outputs; `count` times None if the stage has latents of another kind than voxels.
     """
     kind = stage.latents
     generator = torch.Generator().manual_seed(0)
     if not isinstance(kind, SparseVoxels):
         return [None] * count
-    places = [shell(voxels or voxels_of(kind.resolution), kind.resolution, generator) for _ in range(count)]
-    return [SparseSample(p, torch.zeros(len(p), kind.given)) if kind.given else p for p in places]
+    shells = [shell(voxels or voxels_of(kind.resolution), kind.resolution, generator) for _ in range(count)]
+    if not kind.given:
+        return [*shells]
+    return [SparseSample(coords, torch.zeros(len(coords), kind.given)) for coords in shells]
 
 
 def latents_of(stage: FlowStage, count: int, voxels: int | None = None) -> list[Latent]:
-    """Make random latents of a stage."""
+    """Make `count` random latents of a stage. The arguments are those of `given_of`."""
     return separate(stage.noise(range(count), given_of(stage, count, voxels)))
 
 
 def pairs_of(stage: FlowStage, count: int, voxels: int | None = None) -> list[PreferencePair]:
-    """Make random preference pairs of a stage's latents."""
+    """Make `count` preference pairs of random latents of a stage. The arguments are those of `given_of`."""
     latents = latents_of(stage, 2 * count, voxels)
     return [
         PreferencePair(
@@ -123,8 +150,17 @@ def update(
     device: str = "cpu",
     voxels: int | None = None,
 ) -> Cost:
-    """Estimate the cost of one update of a stage alone, by DPO on `batch` pairs in one pass."""
-    # no warmup, so that the one update is a full one
+    """Estimate the memory and the operations of one update of a stage, by DPO on pairs in one pass.
+
+    Args:
+        sized: stage with the shape of its conditioning.
+        batch: number of pairs.
+        recompute: True to compute blocks again in the backward pass.
+        lora: settings of the LoRA adapters; None to tune all weights.
+        device: type of the device, "cpu" or "cuda".
+        voxels: number of voxels of each sample; None for `voxels_of`.
+    """
+    # Without warmup, so that the single update is not skipped or smaller.
     config = TrainConfig(batch=batch, warmup=0, lora=lora).at(sized.stage, 0)
     pairs = pairs_of(sized.stage, batch, voxels)
 
@@ -136,7 +172,13 @@ def update(
 
 
 def sampling_cost(sized: SizedStage, batch: int, voxels: int | None = None) -> Cost:
-    """Estimate the cost of sampling `batch` latents of a stage at once, with all steps of its sampler."""
+    """Estimate the memory and the operations of sampling `batch` latents of a stage together.
+
+    Args:
+        sized: stage with the shape of its conditioning, and with the settings of its sampler.
+        batch: number of latents.
+        voxels: number of voxels of each sample; None for `voxels_of`.
+    """
     sampling = sized.stage.sampling
     trace = MemoryTrace()
     with implementation("ref"):
@@ -145,7 +187,8 @@ def sampling_cost(sized: SizedStage, batch: int, voxels: int | None = None) -> C
         with trace:
             cond = ZeroConditioning(sized).no_condition(batch, stage.name)
             trace.mark()
-            # one guided step is traced, and its cost is multiplied below, since all steps are alike
+            # All steps are alike, so only one step with guidance is traced. Its operations are multiplied
+            # below.
             sample(
                 stage,
                 stage.noise([0] * batch, given),
@@ -153,38 +196,46 @@ def sampling_cost(sized: SizedStage, batch: int, voxels: int | None = None) -> C
                 cond,
                 replace(sampling, steps=1, cfg_interval=(0.0, 1.0)),
             )
-    # a guided step evaluates the network twice: with the conditioning and without
+    # A step with guidance calls the network twice, with and without the conditioning. [:-1]: no step begins
+    # at the last time.
     passes = sum(2 if sampling.cfg_strength and guides(sampling, t) else 1 for t in times(sampling)[:-1])
-    return Cost(trace.peak, trace.flops * passes // (2 if sampling.cfg_strength else 1))
+    traced_passes = 2 if sampling.cfg_strength else 1
+    return Cost(trace.peak, trace.flops * passes // traced_passes)
 
 
 @functools.cache
 def speed(device: str, precision: str, width: int = 1024, tokens: int = 1024) -> float:
-    """Measure the multiplications and additions per second of a transformer block, forward and backward."""
+    """Measure the speed of a transformer block, in multiplications and additions per second.
+
+    Args:
+        device: device.
+        precision: data type of the passes, "float32" or "bfloat16".
+        width: number of channels of the block.
+        tokens: number of tokens of its input.
+    """
     block = ModulatedBlock(width, width, width // 64).to(device)
-    x, time_of, cond = (
-        torch.randn(1, *shape, device=device) for shape in ([tokens, width], [width], [256, width])
-    )
+    shapes = ([tokens, width], [width], [256, width])  # input, embedding of the time, conditioning
+    x, time_embedding, cond = (torch.randn(1, *shape, device=device) for shape in shapes)
 
     def step() -> None:
+        """Compute a forward and a backward pass."""
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bfloat16"):
-            y = block(x, time_of, cond, DenseLayout())
+            y = block(x, time_embedding, cond, DenseLayout())
         y.float().sum().backward()
-        # CUDA runs asynchronously: without this the clock would stop before the work ends
+        # CUDA computes asynchronously, so the time would otherwise be taken before the work is finished.
         if torch.device(device).type == "cuda":
             torch.cuda.synchronize()
 
-    # the fastest of three calls: the first one includes warm-up
+    # The fastest of three calls is used, because the first call includes initialisation.
     seconds = []
     for _ in range(3):
         began = time.perf_counter()
         step()
         seconds.append(time.perf_counter() - began)
     with MemoryTrace() as trace, implementation("ref"):
+        # The same passes on fake tensors, which counts their operations.
         block = ModulatedBlock(width, width, width // 64)
-        block(
-            *(torch.zeros(1, *shape) for shape in ([tokens, width], [width], [256, width])), DenseLayout()
-        ).sum().backward()
+        block(*(torch.zeros(1, *shape) for shape in shapes), DenseLayout()).sum().backward()
     return trace.flops / min(seconds)
 
 
@@ -201,44 +252,57 @@ def estimate(
 ) -> list[Row]:
     """Estimate sampling, and an update with and without recomputation, for every stage and batch size.
 
-    The memory of larger batches is extrapolated linearly from batches of one and two. A stage takes a few
-    seconds at published sizes.
-    Args: lora: None: full tuning; device: on which the speed is measured, None: no times; dtype: of the
-        weights of all stages; name: of the progress bar.
+    The memory of larger batches is extrapolated linearly from batches of one and two. The estimate of a stage
+    of published size takes a few seconds.
+
+    Args:
+        stages: stages with the shapes of their conditioning.
+        precision: data type of forward and backward passes.
+        dtype: data type of the weights of all stages.
+        lora: settings of the LoRA adapters; None to tune all weights.
+        batches: batch sizes.
+        device: device on which the speed is measured; None for no times.
+        voxels: number of voxels of each sample; None for `voxels_of`.
+        name: title of the progress bar.
     """
-    kinds = {"float32": 4, "float16": 2, "bfloat16": 2}  # bytes per number
+    bytes_per_number = {"float32": 4, "float16": 2, "bfloat16": 2}
     rows = list[Row]()
-    sizes = [sum(p.numel() for p in sized.stage.model.parameters()) for sized in stages]
-    numbers = list(batches)
-    rate = None if device is None else speed(device, precision)
-    saved = 4 - kinds[dtype]  # bytes per weight, against the float32 weights that are traced
-    asked = [("sample", False), ("lora" if lora else "full", False), ("lora" if lora else "full", True)]
+    weight_counts = [sum(p.numel() for p in sized.stage.model.parameters()) for sized in stages]
+    batch_sizes = list(batches)
+    measured_speed = None if device is None else speed(device, precision)
+    # Stages are traced with float32 weights. This is the number of bytes per weight that `dtype` saves.
+    saved_bytes = 4 - bytes_per_number[dtype]
+    kind_of_update = "lora" if lora else "full"
+    variants = [("sample", False), (kind_of_update, False), (kind_of_update, True)]  # (what, recompute)
     jobs = tqdm(
-        list(itertools.product(enumerate(stages), asked)),
+        list(itertools.product(enumerate(stages), variants)),
         desc=name,
         unit="estimate",
         leave=False,
         disable=None,
     )
-    for (place, sized), (what, recompute) in jobs:
-        # the weights of the other stages stay in memory while one is sampled or tuned
-        others = kinds[dtype] * (sum(sizes) - sizes[place])
-        twin = replace(
-            sized, stage=replace(sized.stage, precision="bfloat16" if dtype != "float32" else precision)
-        )
+    for (index, sized), (what, recompute) in jobs:
+        # The weights of the other stages stay in memory while a stage is sampled or tuned.
+        other_weights = bytes_per_number[dtype] * (sum(weight_counts) - weight_counts[index])
+        traced_precision = "bfloat16" if dtype != "float32" else precision
+        traced_stage = replace(sized, stage=replace(sized.stage, precision=traced_precision))
 
-        def cost(batch: int, what: str = what, recompute: bool = recompute, twin: SizedStage = twin) -> Cost:
+        # The default values are the loop's variables of this iteration.
+        def cost(
+            batch: int, what: str = what, recompute: bool = recompute, traced_stage: SizedStage = traced_stage
+        ) -> Cost:
             if what == "sample":
-                return sampling_cost(twin, batch, voxels)
-            return update(
-                twin, batch, recompute, lora=lora, device=torch.device(device or "cpu").type, voxels=voxels
-            )
+                return sampling_cost(traced_stage, batch, voxels)
+            device_type = torch.device(device or "cpu").type
+            return update(traced_stage, batch, recompute, lora=lora, device=device_type, voxels=voxels)
 
         cost_of_one = cost(1)
-        cost_of_two = cost(2) if max(numbers) > 1 else cost_of_one
-        for batch in numbers:
-            held = cost_of_one.bytes + (batch - 1) * (cost_of_two.bytes - cost_of_one.bytes) + others
-            held -= saved * sizes[place] if what != "full" else 0  # full tuning keeps float32 weights
+        cost_of_two = cost(2) if max(batch_sizes) > 1 else cost_of_one
+        for batch in batch_sizes:
+            bytes_per_sample = cost_of_two.bytes - cost_of_one.bytes
+            peak_bytes = cost_of_one.bytes + (batch - 1) * bytes_per_sample + other_weights
+            # Full tuning needs float32 weights in any case.
+            peak_bytes -= saved_bytes * weight_counts[index] if what != "full" else 0
             rows.append(
                 Row(
                     stage=sized.stage.name,
@@ -247,16 +311,16 @@ def estimate(
                     precision=precision,
                     dtype=dtype,
                     recompute=recompute,
-                    bytes=held,
+                    bytes=peak_bytes,
                     flops=cost_of_one.flops * batch,
-                    seconds=None if rate is None else cost_of_one.flops * batch / rate,
+                    seconds=None if measured_speed is None else cost_of_one.flops * batch / measured_speed,
                 )
             )
     return rows
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Format rows as lines of text, without the column of times if none was measured."""
+    """Return the rows as a text table. The column of times is left out if no time was measured."""
     head = ["stage", "what", "batch", "passes", "weights", "recompute", "GiB", "TFLOP", "time"]
     cells = [
         [
@@ -278,27 +342,32 @@ def table(rows: Sequence[Row]) -> str:
         ]
         for r in rows
     ]
-    shown = len(head) if any(row[-1] for row in cells) else -1
-    return aligned([line[:shown] for line in (head, *cells)])
+    # -1 cuts the last column, the time.
+    column_count = len(head) if any(row[-1] for row in cells) else -1
+    return aligned([line[:column_count] for line in (head, *cells)])
 
 
 def check_fits(rows: Sequence[Row], space: int, who: str) -> None:
-    """Raise ValueError, with the memory needed and a remedy, where no variant of a stage fits.
+    """Raise ValueError if a device has too little memory to sample or to tune a stage.
 
-    Args: space: free bytes of the device.
+    Args:
+        rows: estimates for all stages.
+        space: free memory of the device in bytes.
+        who: beginning of the message.
     """
     for stage in dict.fromkeys(row.stage for row in rows):
         for what in dict.fromkeys(row.what for row in rows):
-            # the variant with the smallest memory: if it does not fit, none does
-            least = min(
-                (row for row in rows if (row.stage, row.what) == (stage, what)), key=lambda row: row.bytes
-            )
-            if least.bytes > SHARE * space:
-                smaller = (
-                    "" if least.dtype != "float32" else ", or hold weights in bfloat16 (--set dtype=bfloat16)"
-                )
+            # If the variant with the smallest memory does not fit, no variant does.
+            variants = [row for row in rows if (row.stage, row.what) == (stage, what)]
+            smallest = min(variants, key=lambda row: row.bytes)
+            # Only the share SHARE of the free memory is used.
+            if smallest.bytes > SHARE * space:
+                remedy = "Use a device with more memory"
+                if smallest.dtype == "float32":
+                    remedy += ", or weights in bfloat16 (--set dtype=bfloat16)"
                 raise ValueError(
-                    f"{who}: expected {least.bytes / SHARE / GIB:.1f} GiB free for stage {stage!r} ({what},"
-                    f" batch {least.batch}{', with recomputed blocks' if least.recompute else ''}), got"
-                    f" {space / GIB:.1f} GiB. Use a device with more memory{smaller}."
+                    f"{who}: stage {stage!r} needs {smallest.bytes / SHARE / GIB:.1f} GiB of free memory"
+                    f" ({what}, batch"
+                    f" {smallest.batch}{', with recomputed blocks' if smallest.recompute else ''}), but the"
+                    f" device has {space / GIB:.1f} GiB. {remedy}."
                 )

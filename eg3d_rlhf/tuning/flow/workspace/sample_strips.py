@@ -1,7 +1,7 @@
-"""Strips of images of the same few assets, rendered at every evaluation of a training to show its progress.
+"""Strips of images that show the progress of a training: renders of the same few assets at every evaluation.
 
-Prompts and noises are fixed. An asset is rendered in its family's format, as points of its surface or as the
-centres of its Gaussians, from the front and above.
+All strips of a training have the same prompts and noises. An asset is rendered from the front and above, as
+points of its surface or as the centres of its Gaussians.
 """
 
 import tempfile
@@ -20,39 +20,49 @@ from eg3d_rlhf.tuning.flow.base.stage import EmptyStructure, Pipeline
 from eg3d_rlhf.tuning.flow.workspace.sampled_assets import draw_or_empty
 from training.storage import write_atomic
 
-SIDE = 128  # pixels per side of an image
-POINTS = 150_000  # points sampled on a mesh
+SIDE = 128  # edge of an image in pixels
+POINTS = 150_000  # number of points that are sampled on a mesh
 _SH = 0.28209479177387814  # value of the constant spherical harmonic, 1 / (2 sqrt(pi))
-_LIGHT = np.array([0.3, 0.52, 0.8])  # direction of the light: the viewer's right, up, towards the viewer
+_LIGHT = np.array(
+    [0.3, 0.52, 0.8]
+)  # direction of the light: to the viewer's right, up, and towards the viewer
 
 
 @dataclass(frozen=True, kw_only=True)
 class Strip:
-    """Renderer of a strip, called with a stage's name, its network and the file to write."""
+    """Function that renders a strip of images."""
 
-    pipeline: Pipeline
-    family: FlowFamily
-    conditions: Sequence[str]  # prompts, with one asset each
-    size: Sequence[int] = ()  # further arguments of the family's `show`
+    pipeline: Pipeline  # generator
+    family: FlowFamily  # family of the generator
+    conditions: Sequence[str]  # prompts; a strip shows one asset of each
+    size: Sequence[int] = ()  # additional arguments of the family's `show`
 
     def __call__(self, stage: str, model: torch.nn.Module, path: Path) -> Path:
-        """Render one image per prompt, side by side, and return the file."""
+        """Render one asset of each prompt, side by side in one image.
+
+        Args:
+            stage: name of the stage whose network is replaced.
+            model: network to use for this stage.
+            path: path of the PNG file to write.
+        Returns: `path`.
+        """
         assert isinstance(self.family, Shows)
         images = []
         with (
             torch.no_grad(),
             tempfile.TemporaryDirectory() as folder,
         ):
-            for name in self.conditions:  # one by one: memory is training's
-                (shown,) = draw_or_empty(self.pipeline, [name], [0], {stage: model})
+            # One asset at a time, because the training occupies most of the memory.
+            for name in self.conditions:
+                (result,) = draw_or_empty(self.pipeline, [name], [0], {stage: model})
                 try:
-                    file = (
-                        None
-                        if isinstance(shown, EmptyStructure)
-                        else self.family.show(shown[1], Path(folder) / "asset", *self.size)
-                    )
+                    file = None
+                    if not isinstance(result, EmptyStructure):
+                        _, asset = result
+                        file = self.family.show(asset, Path(folder) / "asset", *self.size)
                     images.append(image_of(file, self.family.up))
-                # numbers that are not finite: a strip must not stop a training, which checks its own numbers
+                # An asset with NaN cannot be rendered. It gets a white image, because a strip must not stop
+                # the training, which checks its own numbers.
                 except ValueError:
                     images.append(image_of(None))
         write_atomic(path, png(np.concatenate(images, 1)))  # [SIDE, prompts * SIDE, 3]
@@ -60,38 +70,49 @@ class Strip:
 
 
 def image_of(file: Path | None, up: str = "y", side: int = SIDE) -> np.ndarray:
-    """Render an asset's file: uint8 [side, side, 3], white where there is no surface."""
+    """Render the file of an asset on white, [side, side, 3] uint8.
+
+    Args:
+        file: path of a .ply or .obj file. None or another file gives a white image.
+        up: axis of the asset that points up, "y" or "z".
+        side: edge of the image in pixels.
+    """
     if file is None or file.suffix not in (".ply", ".obj"):
         return np.full((side, side, 3), 255, np.uint8)
     points, colours = points_of(file)
     if up == "z":
-        points = points[:, [1, 2, 0]]  # z up to y up, by a rotation of the axes
-    # centred by the bounding box: the mean would depend on the density of points
+        points = points[
+            :, [1, 2, 0]
+        ]  # a cyclic permutation of the axes, which is a rotation from z up to y up
+    # The centre of the bounding box, because the mean would depend on the density of the points.
     points = points - (points.max(0) + points.min(0)) / 2
-    # rotations by 0.6 rad about the vertical axis and 0.4 rad downwards
-    across, tilt = (np.array([[np.cos(a), -np.sin(a)], [np.sin(a), np.cos(a)]]) for a in (0.6, 0.4))
-    points[:, [0, 2]] = points[:, [0, 2]] @ across.T
+    # Rotation by 0.6 rad about the vertical axis, then by 0.4 rad downwards.
+    turn, tilt = (
+        np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]) for angle in (0.6, 0.4)
+    )
+    points[:, [0, 2]] = points[:, [0, 2]] @ turn.T
     points[:, [1, 2]] = points[:, [1, 2]] @ tilt.T
-    # the largest coordinate gets a margin of 5 %; the guard is for a single point
-    reach = 1.05 * max(float(np.abs(points[:, :2]).max(initial=0)), 1e-9)
+    # A margin of 5 % around the asset. 1e-9 avoids a division by zero for a single point.
+    half_width = 1.05 * max(float(np.abs(points[:, :2]).max(initial=0)), 1e-9)
+    # Columns x and rows y of the points. Rows count downwards, hence the sign.
     x, y = (
-        ((sign * points[:, axis] / reach + 1) / 2 * side).astype(int).clip(0, side - 1)
+        ((sign * points[:, axis] / half_width + 1) / 2 * side).astype(int).clip(0, side - 1)
         for sign, axis in ((1, 0), (-1, 1))
     )
     image = np.full((side, side, 3), 255, np.uint8)
-    order = np.argsort(points[:, 2], kind="stable")  # far points first, so that near ones overwrite them
-    # a point's neighbours first, so that no gap between points stays white
+    order = np.argsort(points[:, 2], kind="stable")  # far points first, so that near points overwrite them
+    pixel_colours = (255 * colours[order].clip(0, 1)).astype(np.uint8)
+    # Each point also fills the pixels below and to the right, which closes gaps. Its own pixel is drawn last.
     for down, right in ((1, 0), (0, 1), (0, 0)):
-        image[(y[order] + down).clip(0, side - 1), (x[order] + right).clip(0, side - 1)] = (
-            255 * colours[order].clip(0, 1)
-        ).astype(np.uint8)
+        image[(y[order] + down).clip(0, side - 1), (x[order] + right).clip(0, side - 1)] = pixel_colours
     return image
 
 
 def points_of(file: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Read positions and colours of an asset, [N, 3] each.
+    """Return positions [N, 3] and colours [N, 3] of points of an asset.
 
-    Colours are in 0..1 for meshes, which are shaded. The colours of Gaussians are not clipped or shaded.
+    The points of a mesh are random points of its surface, with shaded colours in 0..1. The points of Gaussian
+    splats are their centres, with colours that are neither shaded nor limited to 0..1.
     """
     data = file.read_bytes()
     if file.suffix == ".ply" and "f_dc_0" in read_header(memoryview(data)).elements[0].properties:
@@ -101,7 +122,8 @@ def points_of(file: Path) -> tuple[np.ndarray, np.ndarray]:
 
     mesh: Any = trimesh.load(file, force="mesh", process=False)
     points, faces = trimesh.sample.sample_surface(mesh, POINTS, seed=0)
-    # absolute value: both sides of a face are lit, since meshes may be oriented either way; [POINTS, 1]
+    # [POINTS, 1]. The absolute value lights both sides of a face, because the orientation of faces is not
+    # known.
     light = 0.4 + 0.6 * np.abs(mesh.face_normals[faces] @ _LIGHT)[:, None]
     colours = (
         mesh.visual.face_colors[faces, :3] / 255

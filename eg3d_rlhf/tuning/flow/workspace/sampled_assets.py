@@ -1,15 +1,18 @@
-"""Sampling of a generator's assets for people to look at, with their latents: the folders below WORK/drawn.
+"""Sampling of a generator's assets for people to look at, with their latents.
 
-    drawn_from.json     everything that determines the assets; other assets in the folder are an error
-    00007-2.ply         the asset of prompt 7 (counted from 0) and seed 2, in its family's format; a .txt with
-                        the reason where it has no surface
-    00007-2*            its latents, of all stages, as the flows read them
-    ranking.jsonl       a line per asset that can be shown, written last
-    prompts.jsonl       the prompts: a text, or an image in inputs/, which the labelling page shows beside a
-                        pair
+Each folder below drawn/ of a work folder contains:
 
-Assets are sampled in batches, which several ranks take in turn. The files depend neither on the number of
-ranks nor on interruptions. The latents come from the sampler, so that pairs made of them need no encoding.
+    drawn_from.json     everything that determines the assets
+    00007-2.ply         asset of prompt 7 (counted from 0) and seed 2, in its family's format; for an asset
+    without a
+                        surface, 00007-2.txt with the reason
+    00007-2*            latents of the asset for all stages
+    ranking.jsonl       list with one line for each asset that can be shown; written last
+    prompts.jsonl       prompts, which the labelling page shows beside a pair: texts, or images in inputs/
+
+Assets are sampled in batches, which distributed ranks take in turn. The files depend neither on the number of
+ranks nor on interruptions. The latents are those of the sampler, so assets need not be encoded to make pairs
+of latents.
 """
 
 import contextlib
@@ -37,27 +40,34 @@ from training.distributed import SINGLE, Ranks
 from training.storage import write_atomic
 
 IDENTITY = "drawn_from.json"
-NOTHING = ".txt"  # suffix of a note in place of an asset without a surface
+NOTHING = ".txt"  # suffix of the note that is written for an asset without a surface
+# Result of sampling one asset: its latents by stage and the asset, or the error for an empty structure.
 Shown = tuple[dict[str, Latent], Asset] | EmptyStructure
 
 
 def draw(
     pipeline: Pipeline, conditions: Sequence[str], seeds: Sequence[int], models: Models | None = None
 ) -> list[tuple[dict[str, Latent], Asset]]:
-    """Sample assets of N prompts and N seeds as sampling.generate does, and keep their latents by stage.
+    """Sample N assets as `sampling.generate` does, and return each with its latents.
 
-    Raises: EmptyStructure where one of the structures has no voxel.
+    Args:
+        pipeline: generator.
+        conditions: N prompts.
+        seeds: N seeds of the noise.
+        models: networks to use in place of those of the stages; None for the stages' own.
+    Returns: for each asset, its latents (name of a stage -> latent) and the asset.
+    Raises: EmptyStructure if a structure between two stages has no voxel.
     """
-    # the first stage has no input of an earlier stage
-    given: Sequence[Voxels] = [None] * len(seeds)
+    given: Sequence[Voxels] = [None] * len(seeds)  # the first stage has no input
     latents: list[dict[str, Latent]] = [{} for _ in seeds]
     for number, stage in enumerate(stages_with(pipeline, models), 1):
         x_0 = stage_latents(pipeline, stage, conditions, seeds, given)
-        for of_asset, latent in zip(latents, separate(x_0), strict=True):
-            of_asset[stage.name] = latent
-        # the last stage's latents are decoded instead
+        for asset_latents, latent in zip(latents, separate(x_0), strict=True):
+            asset_latents[stage.name] = latent
+        # The latents of the last stage are decoded below.
         if number < len(pipeline.stages):
-            # people should not compare an asset that was made from a substitute voxel
+            # Without this context an empty structure would be replaced by its most probable voxel. People
+            # should not compare such assets.
             with refusing_empty():
                 given = pipeline.advance(stage.name, x_0)
     return list(zip(latents, pipeline.decode(x_0), strict=True))
@@ -66,125 +76,135 @@ def draw(
 def draw_or_empty(
     pipeline: Pipeline, conditions: Sequence[str], seeds: Sequence[int], models: Models | None = None
 ) -> list[Shown]:
-    """Sample as `draw` does, with an EmptyStructure error in the place of an asset without a voxel."""
+    """Sample N assets as `draw` does. The result of an asset with an empty structure is the error
+    EmptyStructure.
+
+    Its arguments are those of `draw`.
+    """
     try:
         return list(draw(pipeline, conditions, seeds, models))
     except EmptyStructure as error:
         if len(seeds) == 1:
             return [error]
-    # the error does not name the sample, so the batch is sampled again one by one
-    return [
-        shown
-        for name, seed in zip(conditions, seeds, strict=True)
-        for shown in draw_or_empty(pipeline, [name], [seed], models)
-    ]
+    # The error does not say which sample is empty, so the samples are computed again one by one.
+    results: list[Shown] = []
+    for name, seed in zip(conditions, seeds, strict=True):
+        results += draw_or_empty(pipeline, [name], [seed], models)
+    return results
 
 
 @dataclass(frozen=True, kw_only=True)
 class Drawing:
-    """Assets to sample into a folder. Call `run` on every rank."""
+    """Set of assets to sample into a folder. `run` samples them, and has to be called on every rank."""
 
-    folder: Path
-    pipeline: Any
-    family: FlowFamily
-    conditions: Sequence[str]
-    identity: Mapping  # JSON: everything that determines the assets
-    each: int = 4  # assets per prompt, with the seeds 0 to each - 1
-    batch: int = 1  # assets sampled at once
-    size: Sequence[int] = ()  # further arguments of the family's `show`, such as cells of a grid
-    # lines of prompts.jsonl; an image is the path of a file to put into inputs/
+    folder: Path  # folder below drawn/
+    pipeline: Any  # generator
+    family: FlowFamily  # family of the generator
+    conditions: Sequence[str]  # prompts
+    identity: Mapping  # values for JSON that determine the assets
+    each: int = 4  # number of assets of each prompt, with the seeds 0 to each - 1
+    batch: int = 1  # number of assets that are sampled together
+    size: Sequence[
+        int
+    ] = ()  # additional arguments of the family's `show`, such as the number of cells of a grid
+    # Lines of prompts.jsonl. Their entry "image" is the path of a file, which is linked into inputs/.
     prompts: Sequence[Mapping] = ()
-    ranks: Ranks = field(default_factory=lambda: SINGLE)
+    ranks: Ranks = field(default_factory=lambda: SINGLE)  # distributed ranks
 
     @property
     def jobs(self) -> list[tuple[str, str, int]]:
-        """List (stem of the files, prompt, seed) of every asset."""
+        """Triples (stem of the file names, prompt, seed) of all assets."""
         return [
-            (f"{c:05d}-{seed}", name, seed)
-            for c, name in enumerate(self.conditions)
+            (f"{prompt_number:05d}-{seed}", name, seed)
+            for prompt_number, name in enumerate(self.conditions)
             for seed in range(self.each)
         ]
 
     def shown(self) -> dict[str, Path]:
-        """Return the files to look at that exist so far, by stem."""
-        # latents are written before the file to look at, so an asset that has one is complete
-        there = (
-            sorted(path for path in self.folder.iterdir() if path.is_file()) if self.folder.is_dir() else []
-        )
+        """Return the files to look at, or notes, of the assets that are sampled so far: stem -> path."""
+        paths = []
+        if self.folder.is_dir():
+            paths = sorted(path for path in self.folder.iterdir() if path.is_file())
         stems = {stem for stem, _, _ in self.jobs}
-        return {path.stem: path for path in there if path.stem in stems and path.suffix != ".safetensors"}
+        # The latents (.safetensors) of an asset are written before its file to look at, so an asset with such
+        # a file is complete.
+        return {path.stem: path for path in paths if path.stem in stems and path.suffix != ".safetensors"}
 
     def run(self, on_asset: Callable[[int], object] = lambda n: None) -> "Drawn":
-        """Sample the missing assets; the first rank then writes the list.
+        """Sample the assets that are missing in the folder. Rank 0 then writes the list.
 
-        Raises: ValueError for a folder of other assets, for assets of which none can be shown, or for a full
-            disk.
+        Args:
+            on_asset: function that is called with the number of assets that were added since its last call.
+        Raises: ValueError if the folder contains assets of other settings, if none of the assets can be
+        shown, or if the
+            disk is full.
         """
         path = self.folder / IDENTITY
         text = json.dumps(self.identity, indent=1, sort_keys=True) + "\n"
-        # compared as text: keys are sorted, so equal identities have equal texts
+        # Compared as text, which is possible because the keys are sorted.
         if path.is_file() and path.read_text() != text:
             raise ValueError(
-                f"sample: expected {self.folder} to hold assets of these settings, got assets of others. Move"
-                " the folder, or make a new WORK."
+                f"sample: {self.folder} contains assets of other settings than the present ones. Move that"
+                " folder away, or make a new work folder with `eg3d-rlhf flow new`."
             )
-        done = self.shown()
-        on_asset(len(done))
+        existing_assets = self.shown()
+        on_asset(len(existing_assets))
         with self._disk_errors():
-            # written before any asset, so that an interrupted folder is recognised
+            # Written before the first asset, so that the settings of an interrupted folder are known.
             if self.ranks.main:
                 write_atomic(path, text.encode())
-            for batch in self._batches(done):
-                self._draw(batch, done, on_asset)
-            # all assets must exist before the first rank lists them
+            for batch in self._batches(existing_assets):
+                self._draw(batch, existing_assets, on_asset)
+            # Rank 0 lists the assets of all ranks, so it waits until they are written.
             self.ranks.barrier()
             if self.ranks.main and not (self.folder / RANKING).is_file():
                 self._list()
             self.ranks.barrier()
         lines = [json.loads(line) for line in (self.folder / RANKING).read_text().splitlines()]
-        left = [path.read_text().strip() for path in self.shown().values() if path.suffix == NOTHING]
-        return Drawn(count=len(lines), left_out=left)
+        reasons = [path.read_text().strip() for path in self.shown().values() if path.suffix == NOTHING]
+        return Drawn(count=len(lines), left_out=reasons)
 
-    def _batches(self, done: Mapping[str, Path]) -> Iterator[list[tuple[str, str, int]]]:
-        """Yield the batches of this rank in which an asset is missing.
+    def _batches(self, existing_assets: Mapping[str, Path]) -> Iterator[list[tuple[str, str, int]]]:
+        """Yield the batches of this rank in which at least one asset is missing.
 
-        Batches are always complete: a network's results may depend on the size of the batch.
+        A batch also contains its existing assets, because the results of a network may depend on the size of
+        the batch.
         """
         jobs = self.jobs
         batches = [jobs[i : i + self.batch] for i in range(0, len(jobs), self.batch)]
+        # Ranks take the batches in turn.
         for batch in batches[self.ranks.rank :: self.ranks.world]:
-            if any(stem not in done for stem, _, _ in batch):
+            if any(stem not in existing_assets for stem, _, _ in batch):
                 yield batch
 
     def _draw(
         self,
         batch: Sequence[tuple[str, str, int]],
-        done: Mapping[str, Path],
+        existing_assets: Mapping[str, Path],
         on_asset: Callable[[int], object],
     ) -> None:
-        """Sample one batch, and write the assets that are missing."""
+        """Sample one batch, and write those of its assets that do not exist yet."""
         stems, names, seeds = zip(*batch, strict=True)
-        for stem, shown in zip(stems, draw_or_empty(self.pipeline, names, seeds), strict=True):
-            # the batch was completed for its results; existing files stay as they are
-            if stem in done:
+        for stem, result in zip(stems, draw_or_empty(self.pipeline, names, seeds), strict=True):
+            if stem in existing_assets:
                 continue
-            if isinstance(shown, EmptyStructure):
-                write_atomic(self.folder / (stem + NOTHING), f"{shown}\n".encode())
+            if isinstance(result, EmptyStructure):
+                write_atomic(self.folder / (stem + NOTHING), f"{result}\n".encode())
             else:
-                latents, asset = shown
+                latents, asset = result
                 self._write_latents(stem, latents)
                 assert isinstance(self.family, Shows)  # checked in `drawing_of`
                 self.family.show(asset, self.folder / stem, *self.size)
             on_asset(1)
 
     def _files(self, stem: str) -> dict[str, str]:
-        """Return the names of the files of an asset's latents, under the keys of the list's line."""
+        """Return the file names of an asset's latents: key in the line of ranking.jsonl -> file name."""
         if not isinstance(self.family, WritesLatents):
             return {"latents": f"{stem}.safetensors"}
         return {stage: f"{stem}-{stage}.safetensors" for stage in self.family.stages}
 
     def _write_latents(self, stem: str, latents: Mapping[str, Latent]) -> None:
-        """Write an asset's latents, in the family's format if it has one."""
+        """Write the latents of an asset, in the family's own format if the family has one."""
         files = self._files(stem)
         if not isinstance(self.family, WritesLatents):
             write_latents(self.folder / files["latents"], latents)
@@ -193,22 +213,23 @@ class Drawing:
             self.family.write_latent(self.folder / files[stage], self.pipeline, stage, latent)
 
     def _list(self) -> None:
-        """Write ranking.jsonl and prompts.jsonl; an asset that cannot be shown gets a note, not a line."""
-        shown = self.shown()
-        for path, why in unfit([path for path in shown.values() if path.suffix in reading.SUFFIXES]).items():
-            # kept under another suffix for inspection; the note takes its place
+        """Write ranking.jsonl and prompts.jsonl. An asset that the labelling page cannot show gets a note and
+        no line.
+        """
+        mesh_files = [path for path in self.shown().values() if path.suffix in reading.SUFFIXES]
+        for path, reason in unfit(mesh_files).items():
+            # The file is renamed and not deleted, so that users can inspect it.
             path.rename(path.with_suffix(path.suffix + ".unfit"))
-            write_atomic(path.with_suffix(NOTHING), f"{why}\n".encode())
-        shown = self.shown()  # again: unfit files were replaced by notes
+            write_atomic(path.with_suffix(NOTHING), f"{reason}\n".encode())
+        shown_files = self.shown()  # now with notes in place of the renamed files
         lines = []
         for stem, condition, seed in self.jobs:
-            if shown[stem].suffix != NOTHING:
+            if shown_files[stem].suffix != NOTHING:
                 files = self._files(stem)
-                facts = (
-                    self.family.facts(self.pipeline, condition, read_latents(self.folder / files["latents"]))
-                    if isinstance(self.family, StatesFacts)
-                    else {}
-                )
+                facts: Mapping = {}
+                if isinstance(self.family, StatesFacts):
+                    latents = read_latents(self.folder / files["latents"])
+                    facts = self.family.facts(self.pipeline, condition, latents)
                 lines.append(
                     {
                         "condition": condition,
@@ -216,14 +237,14 @@ class Drawing:
                         **files,
                         **facts,
                         "seed": seed,
-                        "look_at": shown[stem].name,
+                        "look_at": shown_files[stem].name,
                     }
                 )
         if not lines:
-            why = next(iter(shown.values())).read_text().strip()
+            reason = next(iter(shown_files.values())).read_text().strip()
             raise ValueError(
-                f"sample: expected assets with a surface, got none of {len(shown)}: {why} Check the"
-                " generator's folder."
+                f"sample: none of the {len(shown_files)} assets can be shown. The first reason is: {reason}"
+                " Use a generator whose files are complete; eg3d-rlhf flow check tests its folder."
             )
         prompts = []
         for prompt in self.prompts:
@@ -231,41 +252,40 @@ class Drawing:
                 link(Path(prompt["image"]), self.folder / "inputs" / Path(prompt["image"]).name)
                 prompt = {**prompt, "image": f"inputs/{Path(prompt['image']).name}"}
             prompts.append(json.dumps(prompt, ensure_ascii=False) + "\n")
-        # the list is last: its existence means that the folder is complete
+        # The list is written last, because its existence shows that the folder is complete.
         write_atomic(self.folder / PROMPTS, "".join(prompts).encode())
         write_atomic(self.folder / RANKING, "".join(json.dumps(line) + "\n" for line in lines).encode())
 
     @contextlib.contextmanager
     def _disk_errors(self) -> Iterator[None]:
-        """Turn a full disk or quota into a ValueError that names the remedy."""
+        """Convert the errors of a full disk and of an exhausted quota to ValueError, whose message names the
+        remedy.
+        """
         try:
             yield
         except OSError as error:
-            # other errors of the disk have other remedies
+            # Other errors of the disk have other remedies.
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            done = f"a full disk after {len(self.shown())} of {len(self.jobs)} assets"
             raise ValueError(
-                f"sample: expected free space in {self.folder}, got {done}. Free some space, then run the"
-                " same command again: it resumes."
+                f"sample: the disk with {self.folder} is full after {len(self.shown())} of {len(self.jobs)}"
+                " assets. Free some space, and run the same command again, which resumes the sampling."
             ) from None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Drawn:
-    """Summary of a folder in which all assets were sampled."""
+    """Summary of a folder in which all assets are sampled."""
 
-    count: int  # assets that can be shown
-    left_out: Sequence[str] = ()  # a reason for each asset that cannot be shown
+    count: int  # number of assets that can be shown
+    left_out: Sequence[str] = ()  # reasons for which the other assets cannot be shown
 
 
 def unfit(paths: Sequence[Path]) -> dict[Path, str]:
-    """Return the files that the labelling page cannot show, with the reasons."""
-    return {
-        path: examined
-        for path, examined in zip(paths, reading.looked_at(paths), strict=True)
-        if isinstance(examined, str)  # a text is the reason, anything else the examined file
-    }
+    """Return the files that the labelling page cannot show: path -> reason."""
+    results = zip(paths, reading.looked_at(paths), strict=True)
+    # The result for a file that can be shown is an object, and for any other file the reason as a text.
+    return {path: examined for path, examined in results if isinstance(examined, str)}
 
 
 def open_pipeline(
@@ -275,11 +295,17 @@ def open_pipeline(
     *splits: str,
     tuned: Mapping[str, Path] | None = None,
 ) -> Any:
-    """Open the generator with the embeddings of some splits only, in WORK's precision.
+    """Open the generator of a work folder, with the embeddings of the named splits only.
 
-    Args: tuned: tuned weights by stage, folders or files, in place of the generator's.
+    Args:
+        work: work folder, which determines the precision.
+        family: family of the generator.
+        device: device of the generator.
+        splits: names of splits; without names, all splits.
+        tuned: name of a stage -> folder or file with tuned weights to use in place of the generator's; or
+            None.
     """
-    # weights are held in the precision of the passes
+    # The weights have the data type of the forward passes.
     dtype = torch.bfloat16 if work.precision == "bfloat16" else torch.float32
     pipeline = family.load(Path(work.pipeline), work.conditions(*splits), dtype=dtype, device=device)
     for stage in pipeline.stages:
@@ -301,35 +327,47 @@ def drawing_of(
     cells: int | None = None,
     few_steps: int | None = None,
 ) -> Drawing:
-    """Make the `Drawing` of WORK's folder drawn/NAME, for the prompts of some splits.
+    """Return the set of assets to sample into the folder drawn/NAME of a work folder.
 
-    Args: cells, few_steps: see the command.
-    Raises: ValueError for a family that cannot show assets, or for a setting that it does not read.
+    Args:
+        work: work folder.
+        family: family of the generator.
+        name: name of the folder below drawn/.
+        splits: names of the splits whose prompts are sampled.
+        device: device of the generator.
+        ranks: distributed ranks.
+        tuned: name of a stage -> folder or file with tuned weights; None for the untuned generator.
+        cells: number of cells per axis of the grid on which surfaces are extracted; None for the family's
+            default.
+        few_steps: number of sampling steps of shortcut networks; None for the settings of the stages.
+    Raises: ValueError if the family cannot write assets to look at, or does not use `cells` or `few_steps`.
     """
     if not isinstance(family, Shows):
         raise ValueError(
-            f"sample: expected a family that shows assets, got {family.name}. Write its method `show`, see"
-            " docs/extending.md."
+            f"sample: the family {family.name} cannot write assets to look at. Add the method `show` to it,"
+            " see docs/extending.md."
         )
     if cells is not None and family.cells is None:
         raise ValueError(
-            f"--cells applies to families that read meshes on a grid, not to {family.name}. Remove --cells."
+            f"--cells has no effect on generators of the family {family.name}, whose surfaces are not"
+            " extracted on a grid. Remove --cells."
         )
     pipeline = open_pipeline(work, family, device, *splits, tuned=tuned)
-    shortened = [stage for stage in pipeline.stages if stage.call_step is not None]
-    if few_steps and not shortened:
+    shortcut_stages = [stage for stage in pipeline.stages if stage.call_step is not None]
+    if few_steps and not shortcut_stages:
         raise ValueError(
-            f"--few-steps: expected a network that reads the length of a step, got none in {family.name}."
-            " Remove --few-steps."
+            f"--few-steps has no effect on generators of the family {family.name}, whose networks do not read"
+            " the length of a step. Remove --few-steps."
         )
-    # shortcut networks are sampled without guidance, in few long steps
-    for stage in shortened if few_steps else ():
+    # Shortcut networks are sampled without guidance, in few long steps.
+    for stage in shortcut_stages if few_steps else ():
         stage.sampling = replace(stage.sampling, steps=few_steps, cfg_strength=0.0, shortcut=True)
     names = work.names(*splits)
-    # drawn_from.json of earlier calls is compared with it, so the keys keep their spelling;
-    # settings that are not given are left out
-    more = {"cells": cells, "few_steps": few_steps}
+    # drawn_from.json of earlier versions is compared with this dictionary, so its keys cannot change. Options
+    # that are not given have no key.
+    options = {"cells": cells, "few_steps": few_steps}
     identity = {
+        # The first entry of a file's record is its hash.
         "files": {file: digest for file, (digest, *_) in work.files.items()},
         "conditions": hash_of(work.conditions_file),
         "names": names,
@@ -337,13 +375,14 @@ def drawing_of(
         "precision": work.precision,
         "batch": work.batch,
         "tuned": {stage: hash_of(path) for stage, path in (tuned or {}).items()},
-        **{k: v for k, v in more.items() if v},
+        **{option: value for option, value in options.items() if value},
     }
-    images = {name: work.folder / "inputs" / file for name, file in work.inputs.items()}
-    prompts = [
-        {"prompt": name, **({"image": str(images[name])} if name in images else {"text": name})}
-        for name in names
-    ]
+    prompts = []
+    for prompt in names:
+        if prompt in work.inputs:
+            prompts.append({"prompt": prompt, "image": str(work.folder / "inputs" / work.inputs[prompt])})
+        else:
+            prompts.append({"prompt": prompt, "text": prompt})
     return Drawing(
         folder=work.drawn(name),
         pipeline=pipeline,

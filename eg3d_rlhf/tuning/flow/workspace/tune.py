@@ -1,13 +1,17 @@
-"""Tune a generator's stages on people's pairs, and test each stage against a control with randomised labels.
+"""Tune the stages of a generator on people's pairs, and test each stage against a control with randomised
+labels.
 
-    STAGE/               tuned weights; absent if the labels carried no learnable signal
-    control/STAGE/       weights of the control, trained in the same way on randomised labels
-    training/STAGE/      files of a training, such as stats.jsonl; training/control/STAGE/: of the control
-    loop/, loop/control/ the steps of the circular loop, with --loop
-    report.json, report.md
+The folder of a training contains:
 
-The criterion, its intervals and the control are defined in accuracy.py. A second call with the same settings
-reuses all finished work.
+    STAGE/                      tuned weights of a stage; missing if the labels carried no learnable signal
+    control/STAGE/              weights of the control, which is trained in the same way on randomised labels
+    training/STAGE/             files of the training, such as stats.jsonl
+    training/control/STAGE/     files of the training of the control
+    loop/, loop/control/        steps of the circular loop (Circular-DPO), with --loop
+    report.json, report.md      results of the tests
+
+The criterion of the test, its intervals and the control are defined in training/accuracy.py. A second call
+with the same settings reuses all steps that are finished.
 """
 
 import functools
@@ -48,30 +52,34 @@ REPORT = "report"
 CONTROL = "control"
 TRAINING = "training"
 LOOP = "loop"
-FINAL_DRAWS = 8  # random (time, noise) draws per pair in the test
-MOST_EVALUATED = 200  # pairs on which an evaluator's accuracy is measured; each needs two decoded assets
-# (stage, network, file to write) -> the file, an image of the network's samples; see sample_strips.py
+FINAL_DRAWS = 8  # number of random (time, noise) pairs with which the test evaluates each preference pair
+# Largest number of pairs on which the accuracy of an evaluator is measured; each needs two decoded assets.
+MOST_EVALUATED = 200
+# Function that renders samples of a network. Its arguments are the name of the stage, the network and the
+# file to write, and its result is the file; see sample_strips.py.
 Samples = Callable[[str, torch.nn.Module, Path], Path]
 NOTHING = "no learnable signal"
 SIGNAL = "learnable signal"
 DISPLACED = (
-    "likelihood displacement: the error of the preferred assets rose by {}, so expect worse samples. Reduce"
-    " the step: --set loser_weight below 1, a lower --lr, a larger --set beta."
+    "likelihood displacement: the flow-matching error of the preferred assets rose by {}, which usually means"
+    " worse samples. Use --set loser_weight below 1, a lower --lr, or a larger --set beta."
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageLabels:
-    """A stage and its preference pairs. The prompts of the three groups of pairs are disjoint."""
+    """A stage with its preference pairs, in three groups whose prompts are disjoint."""
 
-    conditioned: ConditionedStage
-    train: Sequence[PreferencePair]
-    choose: Sequence[PreferencePair]  # for the choice among checkpoints during training
-    held_out: Sequence[PreferencePair]  # for the test against the randomised-label control
+    conditioned: ConditionedStage  # the stage with its conditioning
+    train: Sequence[PreferencePair]  # pairs to train on
+    choose: Sequence[PreferencePair]  # pairs by which checkpoints are chosen during training
+    held_out: Sequence[PreferencePair]  # pairs of the test against the control
 
     @classmethod
     def from_problem(cls, problem: Problem, stage: str) -> "StageLabels":
-        """Take a stage and its pairs. Raises: ValueError for a stage that is not there or has no pairs."""
+        """Take a stage and its pairs from a problem. Raises: ValueError if there is no such stage, or it has
+        no pairs.
+        """
         return cls(
             conditioned=ConditionedStage.from_pipeline(problem.pipeline, stage),
             train=problem.train_pairs[stage],
@@ -80,23 +88,28 @@ class StageLabels:
         )
 
     def check(self) -> None:
-        """Raise ValueError for too few pairs to train, to choose or to test on."""
-        parts = {"to train on": self.train, "to choose on": self.choose, "to test on": self.held_out}
-        # prompts are counted, not pairs: intervals are over prompts, whose pairs are not independent
-        counts = {use: len({pair.condition for pair in pairs}) for use, pairs in parts.items()}
-        least = {"to train on": 1, "to choose on": 1, "to test on": LEAST_CONDITIONS}
-        if any(counts[use] < least[use] for use in parts):
-            got = ", ".join(f"{count} {use}" for use, count in counts.items())
+        """Raise ValueError if there are too few prompts with pairs to train, to choose or to test on."""
+        pairs_by_use = {"to train on": self.train, "to choose on": self.choose, "to test on": self.held_out}
+        # Prompts and not pairs are counted, because the intervals are over prompts: pairs of a prompt are not
+        # independent.
+        counts = {use: len({pair.condition for pair in pairs}) for use, pairs in pairs_by_use.items()}
+        required_counts = {"to train on": 1, "to choose on": 1, "to test on": LEAST_CONDITIONS}
+        if any(counts[use] < required_counts[use] for use in counts):
+            count_texts = ", ".join(f"{count} {use}" for use, count in counts.items())
             raise ValueError(
-                f"tune({self.conditioned.stage.name}): expected labels for at least 1 prompt to train on, 1"
-                f" to choose on and {LEAST_CONDITIONS} to test on, got {got}. Label assets of more prompts,"
-                " or hold out more of them."
+                f"tune({self.conditioned.stage.name}): labels are needed for at least 1 prompt to train on, 1"
+                f" to choose on and {LEAST_CONDITIONS} to test on, but there are {count_texts}. Label assets"
+                " of more prompts."
             )
 
     def randomised(self, seed: int) -> "StageLabels":
-        """Return the control's labels: half of the training pairs are inverted, so that they carry no signal.
+        """Return the labels of the control, which carry no signal, since half of the training pairs are
+        inverted.
 
-        The pairs that choose checkpoints keep people's labels.
+        The pairs by which checkpoints are chosen keep people's labels.
+
+        Args:
+            seed: seed of the choice of the inverted pairs.
         """
         return replace(self, train=half_inverted(self.train, seed))
 
@@ -111,19 +124,26 @@ def tune(
     say: Callable[[str], None] = print,
     samples: Samples | None = None,
 ) -> dict:
-    """Train the stages, test them on held-out labels, and write and return the report.
+    """Train the stages, test them on held-out labels, and write the report.
 
-    Args: labels: facts about the labels that the report repeats, JSON; say: prints a line, on rank 0 only;
-        samples: renders an image of samples at every evaluation.
-    Raises: ValueError, before anything is trained, for too few labels to hold any out, and for a problem that
-        the loop cannot train.
+    Args:
+        problem: tuning problem.
+        settings: settings of the training.
+        folder: folder of the training, see the module's docstring.
+        labels: facts about the labels that the report repeats, name -> value for JSON; None for no facts.
+        ranks: distributed ranks.
+        say: function that prints a line; only rank 0 calls it.
+        samples: function that renders samples at every evaluation; None for no images.
+    Returns: the report, as values for JSON.
+    Raises: ValueError before any training if there are too few labels, or if the circular loop cannot train
+    the problem.
     """
-    # by default every stage that has pairs, in the order of the pipeline
+    # By default all stages that have pairs, in the order of the generator.
     names = settings.stages or [s.name for s in problem.pipeline.stages if s.name in problem.train_pairs]
     stages = {name: StageLabels.from_problem(problem, name) for name in names}
-    # all stages are checked before the first one is trained, which may take hours
-    for of_stage in stages.values():
-        of_stage.check()
+    # All stages are checked before the first training, which may take hours.
+    for stage_labels in stages.values():
+        stage_labels.check()
     if settings.loop:
         check(problem)
     say_main = say if ranks.main else lambda line: None
@@ -131,32 +151,32 @@ def tune(
     for name, accuracy in evaluators.items():
         above_chance = accuracy.interval[0] > 0.5
         say_main(
-            f"Evaluator {name!r} orders {accuracy} of pairs that it was not fitted"
-            f" to{'' if above_chance else CHANCE}."
+            f"Evaluator {name!r} agrees with people on {accuracy} of the pairs to which it was not"
+            f" fitted{'' if above_chance else CHANCE}."
         )
-    # checkpoints are chosen on labelled pairs here, not by a reward of generated assets
+    # choosing=None: checkpoints are chosen by labelled pairs, and not by the win rate of generated assets.
     circular = replace(settings.circular, choosing=None)
     seed = circular.seed
-    common = (circular, folder, ranks, say_main)
+    arguments = (circular, folder, ranks, say_main)
     if settings.loop:
-        trained = _train_loop(problem, *common)
+        trained = _train_loop(problem, *arguments)
     else:
-        trained = _train_stages(stages, problem.identity, *common, samples=samples)
+        trained = _train_stages(stages, problem.identity, *arguments, samples=samples)
     control: Mapping[str, StageResult] = {}
-    # the control has the same settings and seeds; only its labels differ
+    # The control has the same settings and seeds, and differs in its labels only.
     if settings.control:
         say_main(
             "Control: the same training on randomised labels (half of each prompt's answers are inverted)."
         )
         if settings.loop:
-            control = _train_loop(randomised(problem, seed), *common, control=True)
+            control = _train_loop(randomised(problem, seed), *arguments, control=True)
         else:
-            randomised_stages = {name: of_stage.randomised(seed) for name, of_stage in stages.items()}
-            control = _train_stages(randomised_stages, problem.identity, *common, control=True)
+            randomised_stages = {name: stage.randomised(seed) for name, stage in stages.items()}
+            control = _train_stages(randomised_stages, problem.identity, *arguments, control=True)
     report: dict = {}
-    # seed + 1: other times and noises than with the seed of the training
     if ranks.main:
         report = {
+            # seed + 1, so that the test has other times and noises than the training.
             **_tests(stages, trained, control, folder, seed + 1, say),
             "loop": settings.loop,
             "settings": asdict(settings),
@@ -169,13 +189,14 @@ def tune(
     return ranks.broadcast(report)
 
 
-CHANCE = ": its accuracy is not above chance, so its selections are random"
+# End of a line about an evaluator.
+CHANCE = ". Its accuracy is not above chance, so its selections are random"
 
 
 def randomised(problem: Problem, seed: int) -> Problem:
-    """Return the loop's problem with the control's labels; see StageLabels.randomised."""
+    """Return a copy of a problem with the training pairs of the control, see StageLabels.randomised."""
     pairs = PairsByStage(problem.train_pairs, lambda stage: half_inverted(problem.train_pairs[stage], seed))
-    # the identity is hashed into the names of artefacts, so its key keeps the spelling of version 0.1
+    # The identity is hashed into the names of artefacts, so its key keeps the name that version 0.1 gave it.
     return replace(problem, train_pairs=pairs, identity={**problem.identity, "shuffled": seed})
 
 
@@ -189,16 +210,27 @@ def _train_stages(
     control: bool = False,
     samples: Samples | None = None,
 ) -> dict[str, StageResult]:
-    """Train the stages one by one; a stage that is already trained is read from the store.
+    """Train the stages separately, one after the other. A stage that was trained before is read from the
+    store.
 
-    Args: identity: the problem's, which names the artefacts.
+    Args:
+        stages: name of a stage -> its labels.
+        identity: identity of the problem, which is part of the names of artefacts.
+        circular: settings; the field `human` contains those of the training.
+        folder: folder of the training.
+        ranks: distributed ranks.
+        say: function that prints a line.
+        control: True for the training of the control.
+        samples: function that renders samples at every evaluation, or None.
+    Returns: name of a stage -> result of its training.
     """
     store = Store(folder / TRAINING / (CONTROL if control else ""), ranks, hashed=False)
     trained = {}
     for name, labels in stages.items():
         say(f"Stage {name!r}{', control' if control else ''}:")
-        # settings that do not change the result are left out of the inputs, so that they may change
         config = circular.human.at(labels.conditioned.stage, circular.seed)
+        # The inputs name the artefact. They do not contain the settings FREE, which have no effect on the
+        # result.
         inputs = {
             "step": "train",
             "problem": dict(identity),
@@ -207,15 +239,16 @@ def _train_stages(
             "config": {k: v for k, v in asdict(config).items() if k not in FREE},
         }
 
-        # defaults bind the loop's variables now: the store may call the function in a later iteration
-        def maker(
-            place: Path, name: str = name, labels: StageLabels = labels, config: TrainConfig = config
+        # The default values are the loop's variables of this iteration; a closure would read their later
+        # values.
+        def train_into(
+            stage_folder: Path, name: str = name, labels: StageLabels = labels, config: TrainConfig = config
         ) -> tuple[list[Path], dict]:
             result = train_stage(
                 labels.conditioned,
                 labels.train,
                 config,
-                place,
+                stage_folder,
                 unseen=labels.choose,
                 ranks=ranks,
                 resume=True,
@@ -224,13 +257,13 @@ def _train_stages(
             )
             return [result.weights], result.record()
 
-        done = store.make(name, inputs, maker)
-        # the same fields for a reused stage, whose statistics are not read again
+        artefact = store.make(name, inputs, train_into)
+        # Made from the artefact in both cases: the stage was trained now, or read from the store.
         trained[name] = StageResult(
-            weights=done.folder / POLICY,
-            kept_step=done.record["kept_step"],
-            stats=[],
-            warnings=done.record["warnings"],
+            weights=artefact.folder / POLICY,
+            kept_step=artefact.record["kept_step"],
+            stats=[],  # not needed here
+            warnings=artefact.record["warnings"],
         )
     return trained
 
@@ -243,28 +276,47 @@ def _train_loop(
     say: Callable[[str], None],
     control: bool = False,
 ) -> dict[str, StageResult]:
-    """Train all stages with the circular loop. Args: problem: for the control, the one of `randomised`."""
-    place = Path(CONTROL if control else "")
+    """Train all stages with the circular loop.
+
+    Args:
+        problem: tuning problem; for the control, the result of `randomised`.
+        circular: settings of the loop.
+        folder: folder of the training.
+        ranks: distributed ranks.
+        say: function that prints a line.
+        control: True for the training of the control.
+    Returns: name of a stage -> result of its training.
+    """
+    subfolder = Path(CONTROL if control else "")
     loop = CircularLoop(
         problem=problem,
         settings=circular,
-        store=Store(folder / LOOP / place, ranks, say),
+        store=Store(folder / LOOP / subfolder, ranks, say),
         ranks=ranks,
         use=RANDOMISED if control else PAIRS,
         say=say,
         bars=ranks.main,
     )
-    lineage, _ = run_loop(loop)
+    artefacts_by_stage, _ = run_loop(loop)
     return {
-        stage: _of_artefact(loop, stage, line, folder / TRAINING / place / stage)
-        for stage, line in lineage.items()
+        stage: _result_of_loop(loop, stage, artefacts, folder / TRAINING / subfolder / stage)
+        for stage, artefacts in artefacts_by_stage.items()
     }
 
 
-def _of_artefact(loop: CircularLoop, stage: str, line: Sequence[Artefact], place: Path) -> StageResult:
-    """Describe the network that the loop's rounds made of a stage, and write its weights to `place`."""
-    records = [artefact.record for artefact in line]
-    weights = whole_weights(loop, stage, line, place)
+def _result_of_loop(
+    loop: CircularLoop, stage: str, artefacts: Sequence[Artefact], folder: Path
+) -> StageResult:
+    """Write the weights of a stage that the circular loop has trained, and return the result of the training.
+
+    Args:
+        loop: the circular loop.
+        stage: name of the stage.
+        artefacts: trainings of the stage in the rounds of the loop, in order.
+        folder: folder for the weights.
+    """
+    records = [artefact.record for artefact in artefacts]
+    weights = whole_weights(loop, stage, artefacts, folder)
     warnings = [text for record in records for text in record["warnings"]]
     return StageResult(
         weights=weights, kept_step=sum(record["kept_step"] for record in records), stats=[], warnings=warnings
@@ -279,94 +331,108 @@ def _tests(
     seed: int,
     say: Callable[[str], None],
 ) -> dict:
-    """Test every stage on its held-out pairs, and link the weights of the stages that pass into `folder`.
+    """Test every stage on its held-out pairs, and link the weights of the stages that pass into the folder.
 
-    Args: seed: of the times and noises of the test.
+    Args:
+        labels: name of a stage -> its labels.
+        trained: name of a stage -> result of its training.
+        control: name of a stage -> result of the training of the control; empty without a control.
+        folder: folder of the training.
+        seed: seed of the times and noises of the test.
+        say: function that prints a line.
+    Returns: part of the report with the results of the tests.
     """
-    # several stages are tested at once, so the level is corrected for their number
+    # The confidence level is corrected for the number of tests.
     confidence = confidence_of(len(trained))
     stages = {}
-    for stage, arm in trained.items():
-        of_stage = labels[stage]
-        prompts = [pair.condition for pair in of_stage.held_out]
-        # one object for both arms: tuned network and control see the same times and noises
-        measured = PairAccuracy(of_stage.conditioned, of_stage.held_out, draws=FINAL_DRAWS, seed=seed)
-        tuned = _measured(measured, arm, confidence)
-        control_accuracy = _measured(measured, control[stage], confidence) if stage in control else None
-        test = signal_test(arm.kept_step, tuned, control_accuracy, prompts, confidence)
+    for stage, result in trained.items():
+        stage_labels = labels[stage]
+        prompts = [pair.condition for pair in stage_labels.held_out]
+        # The same object for the tuned network and the control, so that both get the same times and noises.
+        evaluator = PairAccuracy(
+            stage_labels.conditioned, stage_labels.held_out, draws=FINAL_DRAWS, seed=seed
+        )
+        tuned = _measure_accuracy(evaluator, result, confidence)
+        control_accuracy = None
+        if stage in control:
+            control_accuracy = _measure_accuracy(evaluator, control[stage], confidence)
+        test = signal_test(result.kept_step, tuned, control_accuracy, prompts, confidence)
         stages[stage] = {
             "learnable_signal": test.learnable_signal,
             "likelihood_displacement": test.likelihood_displacement,
             "why": test.why,
-            "pairs": len(of_stage.train),
-            "kept_step": arm.kept_step,
+            "pairs": len(stage_labels.train),
+            "kept_step": result.kept_step,
             "held_out": tuned.shown(),
             "control": None if control_accuracy is None else control_accuracy.shown(),
             "above_control": None if test.above_control is None else list(test.above_control),
-            "warnings": list(arm.warnings),
+            "warnings": list(result.warnings),
             "weights": stage if test.learnable_signal else None,
         }
         say(f"Stage {stage!r}: {SIGNAL if test.learnable_signal else NOTHING}: {test.why}.")
         if test.likelihood_displacement:
             say(f"Stage {stage!r}: {DISPLACED.format(_rise(tuned.shown()))}")
-        # weights of a stage without a signal stay in training/, so that they are not exported by mistake
+        # The weights of a stage without a signal stay in training/, so that they are not exported by mistake.
         if test.learnable_signal:
-            link_folder(arm.weights, folder / stage)
+            link_folder(result.weights, folder / stage)
         if stage in control:
             link_folder(control[stage].weights, folder / CONTROL / stage)
-    kept = [stage for stage, tested in stages.items() if tested["learnable_signal"]]
-    say(
-        f"Tuned weights are in {', '.join(str(folder / stage) for stage in kept)}."
-        if kept
-        else f"{NOTHING.capitalize()}: the base generator is kept unchanged."
-    )
-    return {"stages": stages, "kept": kept, "confidence": confidence}
+    passed_stages = [stage for stage, tested in stages.items() if tested["learnable_signal"]]
+    if passed_stages:
+        say(f"Tuned weights are in {', '.join(str(folder / stage) for stage in passed_stages)}.")
+    else:
+        say(f"{NOTHING.capitalize()}: the base generator is kept unchanged.")
+    return {"stages": stages, "kept": passed_stages, "confidence": confidence}
 
 
-def _measured(measured: PairAccuracy, arm: StageResult, confidence: float) -> Accuracy:
-    """Measure the accuracy of an arm's network on held-out pairs, by its implicit reward."""
-    base = measured.stage.model
-    # the reference shares the base's weights: a second copy would double the memory
-    margins = measured.measure(tuned_model(base, arm.weights), FrozenModel(shared_copy(base)))
-    prompts = [pair.condition for pair in measured.pairs]
+def _measure_accuracy(evaluator: PairAccuracy, result: StageResult, confidence: float) -> Accuracy:
+    """Return the accuracy of a tuned network on held-out pairs, by its implicit reward (the margin of DPO).
+
+    Args:
+        evaluator: held-out pairs with fixed times and noises.
+        result: result of the training, with the tuned weights.
+        confidence: confidence level of the interval.
+    """
+    base = evaluator.stage.model
+    # The reference shares the weights of the base network, since a second copy would double the memory.
+    margins = evaluator.measure(tuned_model(base, result.weights), FrozenModel(shared_copy(base)))
+    prompts = [pair.condition for pair in evaluator.pairs]
     return accuracy_of(margins.margins, prompts, confidence, margins.preferred)
 
 
 def evaluator_accuracies(problem: Problem) -> dict[str, Accuracy]:
     """Measure how often the problem's evaluators order pairs of the last stage as people did.
 
-    Each evaluator is measured on at most MOST_EVALUATED pairs of prompts that it was not fitted to.
-    Evaluators with pairs of too few prompts are left out.
+    Each evaluator is measured on at most MOST_EVALUATED pairs, whose prompts it was not fitted to. An
+    evaluator with pairs of too few prompts is left out.
+
+    Returns: name of an evaluator -> its accuracy.
     """
-    last = problem.pipeline.stages[-1].name
+    last_stage = problem.pipeline.stages[-1].name
     accuracies = {}
-    people = problem.train_pairs[last] if last in problem.train_pairs else []
-    unseen = [] if problem.unseen_pairs is None else problem.unseen_pairs[last]
+    train_pairs = problem.train_pairs[last_stage] if last_stage in problem.train_pairs else []
+    other_pairs = [] if problem.unseen_pairs is None else problem.unseen_pairs[last_stage]
     for name in EVALUATORS:
         evaluator = getattr(problem, name)
-        fitted = set(problem.fitted_to.get(name, ()))
-        # a problem may lack some evaluators
+        fitted_prompts = set(problem.fitted_to.get(name, ()))
+        # A problem need not have all evaluators.
         if evaluator is None:
             continue
-        pairs = [pair for pair in (*people, *unseen) if pair.condition not in fitted]
-        # every k-th pair in the order of ids, so that the selection covers all prompts
-        pairs = sorted(pairs, key=lambda pair: pair.id)[:: max(1, -(-len(pairs) // MOST_EVALUATED))]
-        # too few prompts for an interval over prompts
+        pairs = [pair for pair in (*train_pairs, *other_pairs) if pair.condition not in fitted_prompts]
+        # Every k-th pair in the order of the ids, which begin with the prompt, so that the selection covers
+        # all prompts.
+        stride = max(1, -(-len(pairs) // MOST_EVALUATED))
+        pairs = sorted(pairs, key=lambda pair: pair.id)[::stride]
         if len({pair.condition for pair in pairs}) < LEAST_CONDITIONS:
             continue
         device = next(problem.pipeline.stages[-1].model.parameters()).device
-        names = [pair.condition for pair in pairs]
-        # decoded one at a time, which bounds memory; [n] scores for each side
-        scores = [
-            evaluator(
-                [problem.pipeline.decode(collate([getattr(pair, side)]).to(device))[0] for pair in pairs],
-                names,
-            )
-            .double()
-            .cpu()
-            for side in ("preferred", "rejected")
-        ]
-        accuracies[name] = accuracy_of((scores[0] - scores[1]).numpy(), names)
+        prompts = [pair.condition for pair in pairs]
+        scores = []  # scores [n] of the preferred and of the rejected assets of the n pairs
+        for side in ("preferred", "rejected"):
+            # Decoded one at a time, which bounds the memory.
+            assets = [problem.pipeline.decode(collate([getattr(pair, side)]).to(device))[0] for pair in pairs]
+            scores.append(evaluator(assets, prompts).double().cpu())
+        accuracies[name] = accuracy_of((scores[0] - scores[1]).numpy(), prompts)
     return accuracies
 
 
@@ -374,7 +440,7 @@ def evaluator_accuracies(problem: Problem) -> dict[str, Accuracy]:
 
 
 def markdown(data: Mapping) -> str:
-    """Format the report as Markdown, from its JSON alone."""
+    """Return the report as Markdown text. `data` is the content of report.json."""
     head = [
         "stage",
         "labels",
@@ -389,44 +455,53 @@ def markdown(data: Mapping) -> str:
     for stage, tested in data["stages"].items():
         tuned = tested["held_out"]
         control = tested["control"]
-        above = tested["above_control"]  # (difference, low, high) to the control's accuracy
         result = f"**{SIGNAL}**" if tested["learnable_signal"] else NOTHING
         result += ", likelihood displacement" if tested["likelihood_displacement"] else ""
+        difference_text = ""
+        if tested["above_control"] is not None:
+            difference, low, high = tested["above_control"]
+            difference_text = f"{difference:+.3f} [{low:+.3f}, {high:+.3f}]"
         rows.append(
             [
                 stage,
                 result,
                 _with_interval(tuned),
                 "" if control is None else _with_interval(control),
-                "" if above is None else f"{above[0]:+.3f} [{above[1]:+.3f}, {above[2]:+.3f}]",
+                difference_text,
                 _rise(tuned),
                 tested["kept_step"],
                 f"{tuned['pairs']}, {tuned['conditions']}",
             ]
         )
-    kept = ", ".join(data["kept"])
+    passed_stages = ", ".join(data["kept"])
+    title = f"{NOTHING.capitalize()}; the base generator is kept"
+    if passed_stages:
+        title = f"Learnable signal: {passed_stages}"
     lines = [
-        "# "
-        + (f"Learnable signal: {kept}" if kept else f"{NOTHING.capitalize()}; the base generator is kept"),
+        f"# {title}",
         "",
         *markdown_rows(head, rows),
         "",
     ]
     lines += [
         (
-            "Accuracy: share of held-out pairs that the network's implicit reward orders as people did. The"
-            " prompts of held-out pairs were used neither for training nor for choosing a checkpoint."
-            f" Brackets: {data['confidence']:.1%} intervals over prompts. Learnable signal: both intervals"
-            " are above chance, so that random answers pass in at most 5 % of tunings. Error of the"
-            " preferred: relative rise of the flow-matching error of preferred assets; a rise (likelihood"
-            " displacement) means worse samples."
+            "The accuracy is the share of held-out pairs that the network's implicit reward orders as people"
+            " did. The prompts of held-out pairs were used neither for training nor for choosing a"
+            f" checkpoint. Brackets contain {data['confidence']:.1%} intervals over prompts. A stage has a"
+            " learnable signal if the intervals of its accuracy and of the difference from the control are"
+            " above chance; random answers pass in at most 5 % of tunings. The error of the preferred is the"
+            " relative rise of the flow-matching error of preferred assets. A rise (likelihood displacement)"
+            " usually means worse samples."
         ),
     ]
     if data["evaluators"]:
-        rows = [[name, _with_interval(held), held["pairs"]] for name, held in data["evaluators"].items()]
+        rows = [
+            [name, _with_interval(accuracy), accuracy["pairs"]]
+            for name, accuracy in data["evaluators"].items()
+        ]
         lines += [
             "",
-            "Evaluators, on pairs that they were not fitted to:",
+            "Accuracy of the evaluators on pairs to which they were not fitted:",
             "",
             *markdown_rows(["evaluator", "accuracy", "pairs"], rows),
         ]
@@ -435,15 +510,17 @@ def markdown(data: Mapping) -> str:
     warnings = [
         f"- {stage}: {text}" for stage, tested in data["stages"].items() for text in tested["warnings"]
     ]
-    return "\n".join([*lines, *(["", "Warnings while training:", "", *warnings] if warnings else [])]) + "\n"
+    if warnings:
+        lines += ["", "Warnings during training:", "", *warnings]
+    return "\n".join(lines) + "\n"
 
 
 def _with_interval(accuracy: Mapping) -> str:
-    """Format an accuracy and its interval."""
+    """Return an accuracy with its interval as text."""
     low, high = accuracy["interval"]
     return f"{accuracy['accuracy']:.3f} [{low:.3f}, {high:.3f}]"
 
 
 def _rise(accuracy: Mapping) -> str:
-    """Format the relative rise of the preferred assets' error, and its interval."""
+    """Return the relative rise of the error of the preferred assets with its interval as text."""
     return "{:+.1%} [{:+.1%}, {:+.1%}]".format(*accuracy["preferred_error"])

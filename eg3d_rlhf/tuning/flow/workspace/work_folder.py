@@ -1,16 +1,19 @@
-"""WORK: the folder of all steps with a flow generator: sampling, labelling, tuning, study and export.
+"""The work folder (WORK in messages), which contains all steps with one flow generator.
 
-    work.json                   settings of `flow new`: pipeline, prompts of each split, campaign, seeds
-    inputs/                     the images, or prompts.txt
-    conditioning.safetensors    embeddings of all prompts, by the generator's encoder
-    drawn/base/                 assets of the untuned generator, their latents, ranking.jsonl and
-                                prompts.jsonl, for people to compare
+The steps are sampling, labelling, tuning, study and export.
+
+    work.json                   settings of `flow new`: generator, prompts of each split, labelling project,
+    seeds inputs/                     images that are prompts, or prompts.txt conditioning.safetensors
+    embeddings of all prompts, made by the generator's encoder drawn/base/                 assets of the
+    untuned generator for people to compare, with their latents,
+                                ranking.jsonl and prompts.jsonl
     labels.db                   people's answers
-    tune-00/                    STAGE/ and control/STAGE/ of a training
-    drawn/tuned-00/ ...         assets of test prompts, for study-00/
+    tune-00/                    weights of a training in STAGE/, and weights of its control in control/STAGE/
+    drawn/tuned-00/ ...         assets of the test prompts, for study-00/
 
-Prompts are split by a hash of their names. Assets of the prompts to train on and to choose on are sampled and
-shown to annotators. Assets of the test prompts are sampled for `study` only, after all training and choosing.
+The prompts are split by a hash of their names into prompts to train on, prompts to choose on and test
+prompts. Only assets of the first two splits are shown to annotators. Assets of the test prompts are sampled
+for `flow study`, after all training and choosing.
 """
 
 import functools
@@ -35,33 +38,35 @@ if TYPE_CHECKING:
 
 FORMAT = 1  # version of work.json
 FILE = "work.json"
-REWARD = "latent-reward.safetensors"  # ensemble that scores samples
+REWARD = "latent-reward.safetensors"  # file of the ensemble of rewards that scores samples
 BASE = "base"  # folder below drawn/ for assets of the untuned generator
 TRAIN, CHOOSE, TEST = SPLITS = ("train", "choose", "test")
-SHOWN = (TRAIN, CHOOSE)  # what annotators see
+SHOWN = (TRAIN, CHOOSE)  # splits whose assets annotators see
 SHARES = (0.6, 0.2, 0.2)  # shares of the prompts, in the order of SPLITS
-# values in work.json: prompts that are texts, or prompts that are names of images
+# Values of `kind` in work.json: the prompts are texts ("prompts"), or names of images ("pictures").
 KINDS = ("prompts", "pictures")
 
 
 def check_new(folder: Path) -> None:
-    """Raise ValueError for a folder that is a WORK already."""
+    """Raise ValueError if a folder is already a work folder."""
     if (folder / FILE).exists():
         raise ValueError(
-            f"WORK: expected a new folder, got {folder} with a {FILE}. Continue with its next step, or name"
-            " another folder."
+            f"WORK: {folder} is already a work folder, since it contains {FILE}. Continue with the next step"
+            " in it (see eg3d-rlhf flow status), or name a new folder."
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tuning:
-    """Settings of a training in WORK."""
+    """Settings of a training in a work folder."""
 
-    circular: CircularSettings  # `human` sets the training on people's pairs; the other fields set the loop
-    stages: tuple[str, ...] = ()  # stages to tune; empty: all that have pairs
-    # circular loop: earlier stages learn from samples that the last stage improved, not from people's pairs
+    # Settings of the circular loop; the field `human` contains those of the training on people's pairs.
+    circular: CircularSettings
+    stages: tuple[str, ...] = ()  # names of the stages to tune; (): all stages that have pairs
+    # True: run the circular loop (Circular-DPO), in which earlier stages learn from samples that the last
+    # stage has improved. False: train each stage on people's pairs.
     loop: bool = False
-    control: bool = True  # also train the control on randomised labels
+    control: bool = True  # True: also train a control on randomised labels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,308 +74,366 @@ class Answer:
     """A person's answer to a comparison of two assets of drawn/base."""
 
     condition: str  # prompt of both assets
-    left: str  # name of the asset's file
-    right: str
-    choice: str  # left, right or tie
-    annotator: str
-    repeat: bool  # the same person had answered this pair before
-    time: float  # seconds since 1970
+    left: str  # name of the file of the asset on the left side
+    right: str  # name of the file of the asset on the right side
+    choice: str  # "left", "right" or "tie"
+    annotator: str  # name of the person
+    repeat: bool  # True if the same person had answered this pair before
+    time: float  # time of the answer in seconds since 1970
 
     @property
     def pair(self) -> frozenset[str]:
-        """Return the names of both files, in no order: a pair may be shown with its sides swapped."""
+        """Names of both files. Their order is left out, because a pair may be shown with swapped sides."""
         return frozenset((self.left, self.right))
 
     @property
     def preferred(self) -> str | None:
-        """Return the file of the preferred asset, or None at a tie."""
+        """Name of the file of the preferred asset, or None for a tie."""
         return {"left": self.left, "right": self.right}.get(self.choice)
 
 
 @dataclass(frozen=True)
 class Labels:
-    """People's answers, and their votes on pairs."""
+    """People's answers in a work folder, and their votes on pairs of assets."""
 
     answers: Sequence[Answer]
     folder: Path  # folder of the assets
 
     @functools.cached_property
     def wins(self) -> Counter[tuple[str, str]]:
-        """Count how often the first asset was preferred to the second, by (first, second)."""
-        decided = [answer for answer in self.answers if answer.preferred is not None]
-        return Counter((a.left, a.right) if a.choice == "left" else (a.right, a.left) for a in decided)
+        """Number of answers that prefer one asset to another: (preferred file, rejected file) -> number."""
+        wins: Counter[tuple[str, str]] = Counter()
+        for answer in self.answers:
+            if answer.preferred is not None:
+                is_left = answer.choice == "left"
+                wins[(answer.left, answer.right) if is_left else (answer.right, answer.left)] += 1
+        return wins
 
     @property
     def pairs(self) -> int:
-        """Count the different pairs that were answered."""
+        """Number of different pairs that people answered."""
         return len({answer.pair for answer in self.answers})
 
     @property
     def ties(self) -> int:
-        """Count the answers that prefer neither asset."""
+        """Number of answers that prefer neither asset."""
         return sum(answer.preferred is None for answer in self.answers)
 
     @property
     def repeats(self) -> tuple[int, int]:
-        """Compare the answers of annotators who saw a pair twice.
+        """Consistency of annotators who answered the same pair several times.
 
-        Returns (answers equal to the annotator's first, repeated answers).
+        The first number counts the repeated answers that equal the annotator's first answer to the pair. The
+        second number counts all repeated answers.
         """
-        first: dict[tuple[str, frozenset[str]], str | None] = {}
-        same = asked = 0
-        # by time, because a repeat is compared with the annotator's first answer
+        first_answers: dict[tuple[str, frozenset[str]], str | None] = {}
+        equal_answers = repeated_answers = 0
+        # Sorted by time, because a repeated answer is compared with the first one.
         for answer in sorted(self.answers, key=lambda answer: answer.time):
             key = (answer.annotator, answer.pair)
-            if answer.repeat and key in first:
-                same = same + (answer.preferred == first[key])
-                asked = asked + 1
-            first.setdefault(key, answer.preferred)
-        return same, asked
+            if answer.repeat and key in first_answers:
+                equal_answers = equal_answers + (answer.preferred == first_answers[key])
+                repeated_answers = repeated_answers + 1
+            first_answers.setdefault(key, answer.preferred)
+        return equal_answers, repeated_answers
 
     def votes(self, a: Path | None, b: Path | None) -> tuple[int, int]:
-        """Count the votes for the first and for the second asset, given their files."""
+        """Return the number of votes for asset a and for asset b in comparisons of the two.
+
+        Args:
+            a: path of the file of the first asset; None for an asset without a file, which has no votes.
+            b: path of the file of the second asset, or None.
+        """
         if a is None or b is None:
             return 0, 0
-        # answers hold file names only: an asset of another folder with an equal name has no votes
-        there = a.resolve().parent == b.resolve().parent == self.folder.resolve()
-        return (self.wins[a.name, b.name], self.wins[b.name, a.name]) if there else (0, 0)
+        # Answers contain file names only. Assets of other folders with the same names have no votes.
+        are_in_folder = a.resolve().parent == b.resolve().parent == self.folder.resolve()
+        return (self.wins[a.name, b.name], self.wins[b.name, a.name]) if are_in_folder else (0, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """Contents of work.json, and paths inside WORK."""
+    """Contents of work.json, and paths inside the work folder."""
 
-    folder: Path
-    pipeline: str  # absolute, or the name of a bundled generator
-    family: str
-    stages: tuple[str, ...]
-    kind: str  # one of KINDS
-    up: str  # "y" or "z": axis of sampled assets that points up
-    splits: Mapping[str, Sequence[str]]  # prompts, by SPLITS
-    files: Mapping[str, Sequence]  # files of the pipeline, by name: SHA-256, bytes, time of change in ns
-    seed: int = 0  # of the split of prompts, the campaign and the training
-    each: int = 4  # assets per prompt
-    precision: str = "float32"  # of the flows' passes
-    batch: int = 1  # assets sampled at once, and pairs in one pass
-    campaign: str = "labels"
-    # for prompts that are images: their files in inputs/, by prompt
+    folder: Path  # the work folder
+    pipeline: str  # absolute path of the generator's folder, or the name of a bundled generator
+    family: str  # name of the generator's family
+    stages: tuple[str, ...]  # names of the generator's stages
+    kind: str  # kind of the prompts, one of KINDS
+    up: str  # axis of sampled assets that points up, "y" or "z"
+    splits: Mapping[str, Sequence[str]]  # name of a split, see SPLITS -> its prompts
+    # Name of a file of the generator -> [SHA-256, size in bytes, time of the last change in ns].
+    files: Mapping[str, Sequence]
+    seed: int = 0  # seed of the split of the prompts, of the labelling project and of the training
+    each: int = 4  # number of assets of each prompt
+    precision: str = "float32"  # data type of the flow networks' passes
+    batch: int = 1  # number of assets that are sampled together, and of pairs in one pass of the training
+    campaign: str = "labels"  # name of the labelling project in the database
+    # If the prompts are names of images: prompt -> name of the image's file in inputs/.
     inputs: Mapping[str, str] = field(default_factory=dict)
-    format: int = FORMAT
+    format: int = FORMAT  # version of work.json
 
-    # ---- making, opening
+    # ---- creation and reading
 
     @classmethod
     def open(cls, folder: Path) -> "Work":
-        """Read a WORK. Raises: FileNotFoundError for none; ValueError for a damaged or another version's."""
+        """Read the work.json of a work folder.
+
+        Raises: FileNotFoundError if there is no work.json; ValueError if it is damaged or of another version.
+        """
         path = Path(folder) / FILE
         if not path.is_file():
             raise FileNotFoundError(
-                f"WORK: expected a folder made by `eg3d-rlhf flow new`, got no {FILE} in {folder}. Make it"
-                " with that command."
+                f"WORK: {folder} is not a work folder, since it contains no {FILE}. Make one with `eg3d-rlhf"
+                " flow new`."
             )
-        # the fields of the file are the fields of this class: a missing or unknown one raises TypeError
+        # The entries of the file are the fields of this class. A missing or unknown entry raises TypeError.
         try:
-            written = json.loads(path.read_text())
-            if written["format"] != FORMAT:
+            entries = json.loads(path.read_text())
+            if entries["format"] != FORMAT:
                 raise ValueError(
-                    f"expected format {FORMAT}, got {written['format']!r} of another version. Use that"
-                    " version, or make a new WORK"
+                    f"the file has the format {entries['format']!r} of another version, and this version"
+                    f" reads format {FORMAT}. Use that version, or make a new work folder with `eg3d-rlhf"
+                    " flow new`"
                 )
-            made = cls(folder=Path(folder), **{**written, "stages": tuple(written["stages"])})
-            _check_splits(made.splits)
+            work = cls(folder=Path(folder), **{**entries, "stages": tuple(entries["stages"])})
+            _check_splits(work.splits)
         except (TypeError, KeyError, AttributeError) as error:
             raise ValueError(
-                f"{path}: expected the fields that `flow new` writes, got missing or unknown ones ({error})."
-                " Restore the file."
+                f"{path}: the file has missing or unknown entries ({error}). Restore it from a copy, or make"
+                " a new work folder with `eg3d-rlhf flow new`."
             ) from None
         except ValueError as error:
-            raise ValueError(f"{path}: {error}.") from None
-        return made
+            raise ValueError(f"{path}: {str(error).removesuffix('.')}.") from None
+        return work
 
     def write(self) -> "Work":
-        """Write work.json. Raises: ValueError where there is one already, or for an empty split."""
+        """Write work.json into the work folder, and return this object.
+
+        Raises: ValueError if there is a work.json already, or if a split has no prompt.
+        """
         from training.storage import write_atomic
 
         _check_splits(self.splits)
         check_new(self.folder)
-        # the folder is not stored, so that WORK can be moved
+        # The path of the folder is not stored, so that the folder can be moved.
         fields = {name: value for name, value in asdict(self).items() if name != "folder"}
         write_atomic(self.folder / FILE, (json.dumps(fields, indent=1, ensure_ascii=False) + "\n").encode())
         return self
 
     def check_pipeline(self) -> FlowFamily:
-        """Check that the generator's files are those of `flow new`, and return its family.
+        """Check that the generator's files have not changed since `flow new`, and return the generator's
+        family.
 
         Raises: ValueError or FileNotFoundError for changed or missing files.
         """
-        # the licence's notice is not printed again: `flow new` has shown it
+        # The notice about the licence is not printed, because `flow new` has printed it already.
         family = family_of(Path(self.pipeline), say=lambda licence: None)
         files = family.files(Path(self.pipeline))
         if family.name != self.family or set(files) != set(self.files):
-            raise self._changed(f"{family.name} with {', '.join(sorted(files))[:120]}")
+            raise self._changed_error(
+                f"it is now a generator of the family {family.name} with the files"
+                f" {', '.join(sorted(files))[:120]}"
+            )
         for name, path in files.items():
-            # a file is hashed only if its size or time changed: weights are large
-            digest, *stamp = self.files[name]
-            if stamp != stamp_of(path) and file_hash(path) != digest:
-                raise self._changed(f"another {path.name}")
+            # Weights are large, so a file is hashed only if its size or its time of change differs.
+            recorded_hash, *recorded_stamp = self.files[name]
+            if recorded_stamp != stamp_of(path) and file_hash(path) != recorded_hash:
+                raise self._changed_error(f"the contents of {path.name} differ")
         return family
 
-    def _changed(self, got: str) -> ValueError:
-        """Make the error for a changed pipeline."""
-        when = f"as it was when {self.folder} was made"
+    def _changed_error(self, change: str) -> ValueError:
+        """Return the error for a generator whose files have changed. `change` describes the change."""
         return ValueError(
-            f"WORK: expected {self.pipeline} {when}, got {got}. Restore it, or make a new WORK."
+            f"WORK: the generator {self.pipeline} has changed since {self.folder} was made: {change}. Restore"
+            " its files, or make a new work folder with `eg3d-rlhf flow new`."
         )
 
     # ---- prompts and their conditioning
 
     def names(self, *splits: str) -> tuple[str, ...]:
-        """Return the prompts of some splits, by default of all, in their order."""
+        """Return the prompts of the named splits, in their order; without names, those of all splits."""
         return tuple(name for split in splits or SPLITS for name in self.splits[split])
 
     def conditions(self, *splits: str) -> "Conditions":
-        """Read the embeddings of the prompts of some splits, and of the empty prompt if there is one.
+        """Read the embeddings of the prompts of the named splits, and of the empty prompt if there is one.
 
-        Other embeddings are left out, so that a test prompt cannot be used by mistake.
+        Embeddings of other splits are left out, so that a test prompt cannot be used by mistake.
         """
         from eg3d_rlhf.tuning.flow.base.conditioning import NULL, Conditions, read_conditions
 
-        read = read_conditions(self.conditions_file)
-        wanted = self.names(*splits)
-        read.select(wanted)  # raises for prompts without an embedding
-        tokens = {name: read.tokens[name] for name in (*wanted, NULL) if name in read.tokens}
-        return Conditions(tokens=tokens, encoder=read.encoder, zero_null=read.zero_null)
+        all_embeddings = read_conditions(self.conditions_file)
+        prompts = self.names(*splits)
+        all_embeddings.select(prompts)  # raises an error for a prompt without an embedding
+        tokens = {
+            name: all_embeddings.tokens[name] for name in (*prompts, NULL) if name in all_embeddings.tokens
+        }
+        return Conditions(tokens=tokens, encoder=all_embeddings.encoder, zero_null=all_embeddings.zero_null)
 
     @property
     def conditions_file(self) -> Path:
-        """Return the file of embeddings, which has another name where version 0.1 wrote it."""
+        """Path of the file of embeddings. Its name differs if version 0.1 has written it."""
         from eg3d_rlhf.experiments.version_0_1 import conditioning_file
 
         return conditioning_file(self.folder)
 
-    # ---- places
+    # ---- paths
 
     def drawn(self, name: str = BASE) -> Path:
-        """Return the folder of sampled assets with a name."""
+        """Return the path of the folder drawn/NAME with sampled assets."""
         return self.folder / "drawn" / name
 
     @property
     def database(self) -> str:
-        """Return the URL of the database of people's answers."""
+        """URL of the database of people's answers."""
         return f"sqlite:///{self.folder / 'labels.db'}"
 
     def numbered(self, what: str) -> list[Path]:
-        """List the folders such as tune-00, in the order of their numbers."""
-        there = [
+        """Return the numbered folders of a step, in the order of their numbers.
+
+        Args:
+            what: step, such as "tune" for the folders tune-00, tune-01, ...
+        """
+        folders = [
             path
             for path in self.folder.glob(f"{what}-*")
             if re.fullmatch(rf"{what}-\d+", path.name) and path.is_dir()
         ]
-        # by number: as texts, tune-100 would come before tune-99
-        return sorted(there, key=lambda path: int(path.name.rpartition("-")[2]))
+        # Sorted as texts, tune-100 would come before tune-99.
+        return sorted(folders, key=lambda path: int(path.name.rpartition("-")[2]))
 
     def next(self, what: str) -> Path:
-        """Return the path of the next numbered folder, which does not exist yet."""
-        there = self.numbered(what)
-        return self.folder / f"{what}-{int(there[-1].name.rpartition('-')[2]) + 1 if there else 0:02d}"
+        """Return the path of the next numbered folder of a step such as "tune". The folder does not exist
+        yet.
+        """
+        folders = self.numbered(what)
+        next_number = int(folders[-1].name.rpartition("-")[2]) + 1 if folders else 0
+        return self.folder / f"{what}-{next_number:02d}"
 
     def tuned(self, tune: Path, control: bool = False) -> dict[str, Path]:
-        """Return the tuned weights of a training such as tune-00, or of its control, by stage.
+        """Return the folders with tuned weights of a training: name of a stage -> folder.
 
-        Stages whose labels carried no learnable signal are left out.
+        Stages whose labels carried no learnable signal have no such folder and are left out.
+
+        Args:
+            tune: folder of the training, such as tune-00.
+            control: True for the weights of the control.
         """
         from eg3d_rlhf.models.policies import META
 
-        place = tune / "control" if control else tune
-        return {stage: place / stage for stage in self.stages if (place / stage / META).is_file()}
+        weights_folder = tune / "control" if control else tune
+        return {
+            stage: weights_folder / stage
+            for stage in self.stages
+            if (weights_folder / stage / META).is_file()
+        }
 
     def training(self, name: str | None = None) -> Path:
-        """Return a training's folder, by default the latest one.
+        """Return the folder of a training.
 
-        Raises: FileNotFoundError for no such training; ValueError for one without tuned weights.
+        Args:
+            name: name of the folder, such as tune-00; None for the latest training.
+        Raises: FileNotFoundError if there is no such training; ValueError if it has no tuned weights.
         """
-        there = {path.name: path for path in self.numbered("tune")}
-        if not there or (name is not None and name not in there):
-            got = ", ".join(there) or "none"
+        folders = {path.name: path for path in self.numbered("tune")}
+        if not folders:
             raise FileNotFoundError(
-                f"WORK: expected {name or 'a training'}, got {got}. Train with: eg3d-rlhf flow tune"
-                f" {self.folder}"
+                f"WORK: there is no training in {self.folder}. Train with: eg3d-rlhf flow tune {self.folder}"
             )
-        path = there[name] if name else list(there.values())[-1]
-        # an interrupted training has a folder, but no weights yet
+        if name is not None and name not in folders:
+            raise FileNotFoundError(
+                f"WORK: there is no training {name} in {self.folder}. Name one of {', '.join(folders)}, or"
+                f" train with: eg3d-rlhf flow tune {self.folder}"
+            )
+        path = folders[name] if name else list(folders.values())[-1]
         if not self.tuned(path):
             raise ValueError(
-                f"{path}: expected tuned weights, got none: the training was stopped, or its labels carried"
-                " no learnable signal. Tune again, or label more pairs first."
+                f"{path}: the training has no tuned weights, because it was stopped, or because its labels"
+                " carried no learnable signal. Run eg3d-rlhf flow tune again, or label more pairs first."
             )
         return path
 
     # ---- sampled assets and answers
 
     def lines(self, name: str = BASE) -> list[dict]:
-        """Read the list of sampled assets. Raises: FileNotFoundError for none."""
+        """Read the list of sampled assets in drawn/NAME, one dictionary for each asset.
+
+        Raises: FileNotFoundError if there is no list, that is, before all assets are sampled.
+        """
         from eg3d_rlhf.tuning.flow.base.ranking import RANKING
 
         path = self.drawn(name) / RANKING
         if not path.is_file():
             raise FileNotFoundError(
-                f"WORK: expected sampled assets, got no {path}. Sample them with: eg3d-rlhf flow sample"
-                f" {self.folder}"
+                f"WORK: no assets were sampled yet, since there is no {path}. Sample them with: eg3d-rlhf"
+                f" flow sample {self.folder}"
             )
         return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
 
     def labels(self) -> Labels:
-        """Read people's answers, for training and for choosing checkpoints.
+        """Read people's answers on assets of the prompts to train on and to choose on.
 
-        Raises: FileNotFoundError or ValueError for no answers, or for answers on other assets or test
-            prompts.
+        Raises: FileNotFoundError or ValueError if there are no answers, or if an answer is about another
+        asset.
         """
         from eg3d_rlhf.people.label.entities import Mode
         from eg3d_rlhf.people.label.store_labels import LabelFilters, kept_judgements
 
         if not (self.folder / "labels.db").is_file():
             raise FileNotFoundError(
-                "WORK: expected people's answers, got none yet. Label pairs with: eg3d-rlhf flow label"
+                "WORK: there are no answers of people yet. To label pairs, run: eg3d-rlhf flow label"
                 f" {self.folder}"
             )
-        drawn = {(line["condition"], line["seed"]): line["look_at"] for line in self.lines()}
+        shown_files = {(line["condition"], line["seed"]): line["look_at"] for line in self.lines()}
         with open_store(self.database, create=False) as store:
             if store.campaign(self.campaign) is None:
                 raise ValueError(
-                    f"labels.db: expected campaign {self.campaign!r}, got none. Label pairs with: eg3d-rlhf"
-                    f" flow label {self.folder}"
+                    f"labels.db: the database has no labelling project {self.campaign!r} yet. Label pairs"
+                    f" with: eg3d-rlhf flow label {self.folder}"
                 )
-            # only judgements of labelling, without those of other modes of the store
+            # The database may contain judgements of other modes, such as studies.
             rows = kept_judgements(store, LabelFilters(campaign=self.campaign), Mode.LABEL)
-        answers = list(self._answers(rows, drawn))
+        answers = list(self._answers(rows, shown_files))
         if not answers:
             raise ValueError(
-                "WORK: expected people's answers, got none yet. Label pairs with: eg3d-rlhf flow label"
+                "WORK: there are no answers of people yet. To label pairs, run: eg3d-rlhf flow label"
                 f" {self.folder}"
             )
         return Labels(answers, self.drawn())
 
     def _answers(
-        self, rows: "Sequence[JudgementRow]", drawn: Mapping[tuple[str, int], str]
+        self, rows: "Sequence[JudgementRow]", shown_files: Mapping[tuple[str, int], str]
     ) -> Iterator[Answer]:
-        """Convert rows of the database to answers; each asset must still be the file that was shown."""
+        """Yield the answers in rows of the database.
+
+        Args:
+            rows: rows of the database.
+            shown_files: (prompt, seed) of an asset -> name of its file.
+        Raises: ValueError if an asset is not in the list, if its file has changed since it was shown, or if
+        its prompt is
+            a test prompt.
+        """
         from eg3d_rlhf.people.label.entities import Kind
 
-        # test prompts must not be trained on, even where their assets were labelled
-        shown = set(self.names(*SHOWN))
-        # (file, hash in the row): each file is hashed once, however many answers it has
-        known: dict[tuple[str, str], bool] = {}
+        # Test prompts are excluded, so that no network is trained on them.
+        allowed_prompts = set(self.names(*SHOWN))
+        # (file name, hash in the row) -> True if the file has this hash. Each file is hashed only once.
+        is_unchanged: dict[tuple[str, str], bool] = {}
         for row in rows:
             names = []
             for shape in (row.left, row.right):
-                name = drawn.get((shape.condition, shape.seed))
-                if name is not None and (name, shape.file) not in known:
-                    known[name, shape.file] = _is(self.drawn() / name, shape.file)
-                if name is None or not known[name, shape.file] or shape.condition not in shown:
-                    got = f"an answer on {shape.condition!r}, seed {shape.seed}"
+                name = shown_files.get((shape.condition, shape.seed))
+                if name is not None and (name, shape.file) not in is_unchanged:
+                    is_unchanged[name, shape.file] = _has_hash(self.drawn() / name, shape.file)
+                if (
+                    name is None
+                    or not is_unchanged[name, shape.file]
+                    or shape.condition not in allowed_prompts
+                ):
                     raise ValueError(
-                        f"labels.db: expected answers on the assets of {self.drawn()}, got {got}. Restore"
-                        " that folder, or label again."
+                        f"labels.db: the answer on the asset of {shape.condition!r} with seed {shape.seed}"
+                        f" does not belong to the assets in {self.drawn()}. Restore that folder from a copy,"
+                        " or label again."
                     )
                 names.append(name)
             yield Answer(
@@ -384,69 +447,77 @@ class Work:
             )
 
 
-def _is(path: Path, digest: str) -> bool:
-    """Return whether a file has the hash of the file that was shown."""
+def _has_hash(path: Path, expected_hash: str) -> bool:
+    """Return True if a file exists and has the hash that was stored when it was shown."""
     from eg3d_rlhf.people.label.assets import reading
 
     if not path.is_file():
         return False
-    if file_hash(path) == digest:
+    if file_hash(path) == expected_hash:
         return True
-    # an .obj is shown together with its material and textures, which its hash then includes
+    # The hash of an .obj file that is shown with a material includes its material and texture files.
     examined = reading.looked_at([path])[0] if path.suffix == ".obj" else None
-    return isinstance(examined, reading.Examined) and examined.hash == digest
+    return isinstance(examined, reading.Examined) and examined.hash == expected_hash
 
 
 def divide(names: Sequence[str], seed: int, shares: Sequence[float] = SHARES) -> dict[str, tuple[str, ...]]:
-    """Split prompts by a hash of their names.
+    """Split prompts by a hash of their names: name of a split -> its prompts.
 
-    Args: shares: of the prompts, in the order of SPLITS; prompts that rounding leaves over are trained on.
-    Raises: ValueError where a split would be empty.
+    Args:
+        names: prompts.
+        seed: seed of the split.
+        shares: shares of the prompts for the splits, in the order of SPLITS; their sum is 1. Prompts that
+            remain after rounding are trained on.
+    Raises: ValueError if the shares are not valid, or if a split would have no prompt.
     """
     if len(shares) != len(SPLITS) or any(share < 0 for share in shares) or abs(sum(shares) - 1) > 1e-6:
-        got = ", ".join(f"{share:g}" for share in shares)
+        given_shares = ", ".join(f"{share:g}" for share in shares)
         raise ValueError(
-            f"--split: expected shares of {', '.join(SPLITS)} that add up to 1, got {got}. Write for example"
-            " 0.6,0.2,0.2."
+            f"--split: expected shares of {', '.join(SPLITS)} that add up to 1, got {given_shares}. Write for"
+            " example --split=0.6,0.2,0.2."
         )
-    # the hash makes the split independent of the order in which prompts are listed
+    # Sorted by a hash, so that the split does not depend on the order of the prompts.
     order = sorted(names, key=lambda name: hashlib.sha256(f"{seed} {name}".encode()).digest())
-    # a share above 0 gets at least one prompt
-    choose, test = (max(round(share * len(order)), int(share > 0)) for share in shares[1:])
-    splits = {TEST: order[:test], CHOOSE: order[test : test + choose], TRAIN: order[test + choose :]}
-    # within a split, prompts keep the order in which they were given
-    made = {split: tuple(name for name in names if name in set(splits[split])) for split in SPLITS}
-    _check_splits(made)
-    return made
+    # A split with a share above 0 gets at least one prompt.
+    choose_count, test_count = (max(round(share * len(order)), int(share > 0)) for share in shares[1:])
+    members = {
+        TEST: set(order[:test_count]),
+        CHOOSE: set(order[test_count : test_count + choose_count]),
+        TRAIN: set(order[test_count + choose_count :]),
+    }
+    # Within a split, the prompts have the same order as in `names`.
+    splits = {split: tuple(name for name in names if name in members[split]) for split in SPLITS}
+    _check_splits(splits)
+    return splits
 
 
 def _check_splits(splits: Mapping[str, Sequence[str]]) -> None:
-    """Raise ValueError for a split without a prompt, or for a prompt in two splits."""
+    """Raise ValueError if a split has no prompt, or if a prompt is in two splits."""
     counts = {split: len(splits.get(split, ())) for split in SPLITS}
-    empty = [split for split, count in counts.items() if not count]
-    if empty:
-        got = ", ".join(f"{count} to {split}" for split, count in counts.items())
+    if not all(counts.values()):
+        count_texts = ", ".join(f"{count} to {split} on" for split, count in counts.items())
         raise ValueError(
-            f"--split: expected prompts to train, choose and test on, got {got}. Give more prompts, or other"
-            " shares."
+            f"--split: each split needs at least one prompt, but there are {count_texts}. Give more prompts,"
+            " or use other shares, such as --split=0.6,0.2,0.2."
         )
-    twice = [
-        name
-        for name, count in Counter(name for split in SPLITS for name in splits[split]).items()
-        if count > 1
-    ]
-    if twice:
+    occurrences = Counter(name for split in SPLITS for name in splits[split])
+    repeated_prompts = [name for name, count in occurrences.items() if count > 1]
+    if repeated_prompts:
         raise ValueError(
-            f"splits: expected every prompt in one split, got {twice[0]!r} in two. Restore the file."
+            f"splits: the prompt {repeated_prompts[0]!r} is in two splits. Restore the file from a copy, or"
+            " make a new work folder with `eg3d-rlhf flow new`."
         )
 
 
 def stamp_of(path: Path) -> list[int]:
-    """Return the size in bytes and the time of the last change in ns, which save reading a file again."""
+    """Return the size of a file in bytes and the time of its last change in ns.
+
+    A file with an unchanged stamp is not hashed again.
+    """
     status = path.stat()
     return [status.st_size, status.st_mtime_ns]
 
 
 def hashes(files: Mapping[str, Path]) -> dict[str, list]:
-    """Hash a pipeline's files, in the form of `Work.files`."""
+    """Return the hashes and stamps of a generator's files, in the form of `Work.files`."""
     return {name: [file_hash(path), *stamp_of(path)] for name, path in files.items()}
