@@ -99,7 +99,7 @@ class MixtureConfig(blocks.ConditionedConfig):
     @property
     def groups(self) -> dict[str, tuple[str, ...]]:
         """Names of the tensors of each group, in the order of the tokens."""
-        group_of_name = {}
+        group_of_name: dict[str, str] = {}
         for group, names in self.latent_share_transformer.items():
             group_of_name |= dict.fromkeys(names, group)
         groups: dict[str, tuple[str, ...]] = {}

@@ -264,7 +264,7 @@ def solve_temperature(
 
     def excess(log_t: float) -> float:
         """Return the share of flipped labels at T = scale * exp(log_t), minus the required share."""
-        return expit(-gap / (scale * np.exp(log_t))).mean() - noise_flip_rate
+        return float(expit(-gap / (scale * np.exp(log_t))).mean() - noise_flip_rate)
 
     # The search is over log T relative to the median difference, so it works at any scale of utilities.
     return scale * float(np.exp(brentq(excess, -60.0, 60.0)))

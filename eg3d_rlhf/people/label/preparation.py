@@ -105,7 +105,7 @@ def prepare(
     def report_progress(missing_count: int) -> None:
         seconds_per_shape = sum(durations) / len(durations) if durations else None
         if missing_count == 0:
-            seconds_left = 0.0
+            seconds_left: float | None = 0.0
         else:
             # `and` keeps None, which stands for an unknown time
             seconds_left = seconds_per_shape and seconds_per_shape * missing_count

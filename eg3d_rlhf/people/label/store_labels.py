@@ -278,6 +278,7 @@ def to_unpaired(row: JudgementRow, shape: Shape) -> "UnpairedPreference":
     from eg3d_rlhf.preferences.unpaired import UnpairedPreference
 
     score = float(row.choice.value) if row.choice.value.isdigit() else None
+    label: bool | None = None
     if row.choice is Choice.BAD:  # both shapes of a pair
         label = False
     elif score is None:  # thumbs up or down

@@ -258,8 +258,7 @@ class MeshReader:
         # Names begin with the index of the asset. The state does not contain fields that are None.
         while (prefix := f"{len(self.held)}.") + "inside" in state:
             asset_net, plan = (
-                # type: ignore[arg-type]
-                choice_class(*(state.get(prefix + name) for name in choice_class._fields))
+                choice_class(*(state.get(prefix + name) for name in choice_class._fields))  # type: ignore[arg-type]
                 for choice_class in (Net, Plan)
             )
             inside = state[prefix + "inside"]

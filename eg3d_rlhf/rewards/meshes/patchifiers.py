@@ -337,11 +337,11 @@ def base(vertices: np.ndarray, faces: np.ndarray, count: int) -> tuple[np.ndarra
         part_order = np.argsort(-np.bincount(part, weights=areas, minlength=part_count), kind="stable")
         fits = np.bincount(part, minlength=part_count)[part_order].cumsum() <= count
         if fits[0]:
-            selected_faces = np.isin(part, part_order[fits])
+            new_faces = new_faces[np.isin(part, part_order[fits])]
         else:
             # The largest part alone has too many faces, so the largest faces are used.
-            selected_faces = np.argsort(-areas, kind="stable")[:count]
-        points, new_faces = compact(points, new_faces[selected_faces])
+            new_faces = new_faces[np.argsort(-areas, kind="stable")[:count]]
+        points, new_faces = compact(points, new_faces)
     return _bisect(points.astype(np.float64), new_faces.astype(np.int64), count)
 
 

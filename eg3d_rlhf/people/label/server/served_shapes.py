@@ -255,7 +255,7 @@ class PreparedShapes:
         if self.worker is not None and self._missing:
             seconds_per_shape = self.worker.progress()["seconds_per_shape"]
         if done == total:
-            seconds_left = 0.0
+            seconds_left: float | None = 0.0
         else:
             # `and` keeps None, which stands for an unknown time
             seconds_left = seconds_per_shape and seconds_per_shape * (total - done)

@@ -232,8 +232,8 @@ class Denoiser:
             return Conditioning(prior.embed(prompts, directions), null)
         mixtures = [mixture(elevation, azimuth) for elevation, azimuth in angles]
         texts = []
-        first_negatives = []
-        second_negatives = []
+        first_negatives: list[torch.Tensor] = []
+        second_negatives: list[torch.Tensor] = []
         for prompt, prompt_null, (shares, negative_directions, _) in zip(
             prompts, null, mixtures, strict=True
         ):

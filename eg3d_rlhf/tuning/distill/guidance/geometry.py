@@ -122,8 +122,9 @@ def shuffle_weights(geometry: GeometryReward, seed: int) -> GeometryReward:
         seed: seed of the permutations.
     Raises: ValueError if the reward has no learned weights.
     """
-    has_weights = isinstance(geometry, (MeshGeometry, ObservedGeometry))
-    if not has_weights or not isinstance(geometry.reward, torch.nn.Module):
+    if not isinstance(geometry, (MeshGeometry, ObservedGeometry)) or not isinstance(
+        geometry.reward, torch.nn.Module
+    ):
         raise ValueError(
             "+geometry-random cannot be used with a --geometry-reward in closed form, which has no weights to"
             " shuffle. Use a learned reward, or remove that arm from --compare."
