@@ -799,14 +799,21 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
 def choose_device(name: str) -> "torch.device":
     """Return the torch device of --device. 'auto' selects CUDA if it is available, else the CPU.
 
+    For CUDA, TF32 is switched off in this process, as EG3D's training does. PyTorch computes convolutions in
+    TF32 by default, which has 10 bits of mantissa: on an H100 scores of shapes differed by 1e-3 and gradients
+    by 1e-2. `chosen_precision` switches it on again for flows that ask for it.
+
     Args: name: 'auto', 'cpu' or 'cuda'.
     Raises: ValueError if CUDA is requested but not available.
     """
     import torch
 
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name == "cuda" and not torch.cuda.is_available():
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and torch.cuda.is_available():
+        torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cudnn.allow_tf32 = False
+    elif name == "cuda":
         raise ValueError(
             "--device: cuda was requested, but PyTorch finds no CUDA device. Use --device=cpu or"
             " --device=auto."

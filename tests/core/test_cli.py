@@ -13,6 +13,7 @@ from click.testing import CliRunner
 
 import train
 from eg3d_rlhf.core import bundled
+from eg3d_rlhf.core.cli import choose_device
 from eg3d_rlhf.modes.gan import GAN, resolve
 from eg3d_rlhf.tuning.gan.reward_run import open_networks
 from tests import tiny_runs
@@ -289,3 +290,16 @@ def test_flags_that_existing_networks_cannot_follow_are_named():
     assert run("-n").stderr == "" and run("-n", "--init=scratch", "--map-depth=8").stderr == ""
     (warning,) = run("-n", "--map-depth=8", "--cmax=64").stderr.splitlines()
     assert "--cmax" in warning and "--map-depth" in warning
+
+
+def test_float32_on_a_gpu_is_float32(monkeypatch):
+    """PyTorch's default computes convolutions in TF32, which EG3D's training switches off."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    try:
+        for name in ("auto", "cuda"):
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+            assert choose_device(name).type == "cuda"
+            assert not torch.backends.cuda.matmul.allow_tf32 and not torch.backends.cudnn.allow_tf32
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
