@@ -25,10 +25,10 @@ import pytest
 # does; which one is up to the author of the message.
 REMEDY = re.compile(
     r"\b(?:add|allowed|answer|at least|at most|belongs?|between|cannot|check|choose|close|convert|copy"
-    r"|correct|create|delete|do not|download|drop|enlarge|expected|export|fewer|finish|fix|free"
-    r"|give|have to|hold|increase|install|keep|leave|load|lower|make|move|must|name|needs?|omit"
-    r"|one of|only|pass|pick|put|raise|reduce|remove|rename|repeat|replace|restart|resume|retry"
-    r"|run|save|set|should|shrink|start|stop|supply|take|train|try|turn|unset|update|upgrade|use"
+    r"|compute|correct|create|delete|do not|download|drop|enlarge|expected|export|fewer|finish|fix|free"
+    r"|give|have to|hold|increase|install|keep|label|leave|load|lower|make|merge|move|must|name|needs?|omit"
+    r"|one of|only|pass|pick|put|raise|reduce|remove|rename|render|repeat|replace|restart|resume|retry"
+    r"|run|sample|save|set|should|shrink|start|stop|supply|take|train|try|turn|unset|update|upgrade|use"
     r"|wait|without|write)\b|[<>]=? ?\d|--\w",
     re.I,
 )

@@ -51,5 +51,5 @@ def test_unshuffled_and_single_image():
 
 
 def test_an_empty_dataset_is_named():
-    with raising("empty"):
+    with raising("no images"):
         InfiniteSampler([])

@@ -292,7 +292,7 @@ def test_a_checked_prior():
     assert torch.equal(prior.predict_noise(x, t, cond), x) and torch.equal(prior.encode(x), x)
     for call, names in (
         (lambda: prior.predict_noise(x[:3], t[:3], cond[:3]), ("--", "views=4")),
-        (lambda: prior.predict_noise(x, t, cond[:1]), ("1", "[4, 3, 2, 2]")),
+        (lambda: prior.predict_noise(x, t, cond[:1]), ("1 prompts", "4 latents")),
         (lambda: prior.encode(x * 255), ("0..1", "25")),
         (lambda: prior.encode(x * torch.nan), ("0..1", "nan")),
         (lambda: CheckedPrior(Prior(torch.nan)).predict_noise(x, t, cond), ("48 of 48",)),

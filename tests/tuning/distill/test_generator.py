@@ -65,7 +65,7 @@ def test_a_seed_names_an_asset(run):
         ws_of_seeds(generator, [3, 12])
     with raising("assets: ", "0 to 11"):
         generator.mapping(torch.zeros(1, generator.z_dim), torch.zeros(1, 25))
-    with raising("assets: ", "12", "[1, 1, 1]", "[0.5]"):
+    with raising("assets: ", "0 to 11", "[1, 1, 1]", "[0.5]"):
         generator.field(torch.tensor([[[0.5]]]))
 
 

@@ -185,7 +185,7 @@ def test_clustered_intervals_against_their_formulas():
     mean = clustered_mean(difference, np.arange(40))
     again = stats.t.interval(0.95, 39, difference.mean(), difference.std(ddof=1) / math.sqrt(40))
     assert (mean.lo, mean.hi) == pytest.approx(again)
-    with raising("clustered_rate", "2", "1"):
+    with raising("clustered_rate", "two", "one"):
         clustered_rate([1.0, 0.0], ["a", "a"])
 
 

@@ -141,7 +141,7 @@ def test_tensors_that_do_not_fit_are_rejected_in_one_line(root, tmp_path):
             section: {n: x[None] if n == name else x for n, x in sections[section].items()},
         }
         for content, named in (
-            (lacking, f"missing: {name}."),
+            (lacking, f"missing: {name}"),
             (renamed, f"unexpected: {name}x"),
             (misshapen, f"misshapen: {name} [1, "),
         ):

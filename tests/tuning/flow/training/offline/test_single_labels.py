@@ -73,7 +73,7 @@ def test_what_is_rejected(folder):
         read_labelled(folder, labels, pipeline)
     labels.write_text('{"asset": "0.ply", "thumb": true}\n{"asset": "2.ply", "thumb": false}\n')
     found = read_labelled(folder, labels, pipeline)
-    with raising("labels: ", "of 2"):
+    with raising("labels: ", "2 labels"):
         found.singles("voxels", ["b"])
     with raising("'texture'", "structure", "voxels"):
         found.singles("texture")
