@@ -359,7 +359,7 @@ def _read_config(
     path = weights.with_name("config.json")
     if not path.is_file():
         raise FileNotFoundError(
-            f"{name}: config.json is missing beside {weights.name}. Download the folder again, with both files."
+            f"{name}: config.json is missing beside {weights.name}. Download both files again."
         )
     try:
         content = json.loads(path.read_text())

@@ -343,7 +343,7 @@ def test_campaigns_tables_and_archives_are_rejected_whole_and_a_study_is_not(sto
     records[3]["seed"] = 220_001
     (tmp_path / "all.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     with Store.open(f"sqlite:///{tmp_path / 'other.db'}") as other:
-        with raising("all.jsonl, line 4", "campaign c", "220001 (geometry"):
+        with raising("all.jsonl, line 4", "campaign c", "220001", "geometry"):
             import_judgements(other, tmp_path / "all.jsonl")
         assert other.campaigns() == []
 

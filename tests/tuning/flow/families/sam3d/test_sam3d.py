@@ -126,7 +126,11 @@ def cut(content):
             lambda c: network(c).pop("num_blocks"),
             ("ss_generator.yaml", "['num_blocks']"),
         ),
-        ("ss_generator.yaml", lambda c: network(c).update(qk_rms_norm=False), ("MixtureConfig", "qk_rms_norm")),
+        (
+            "ss_generator.yaml",
+            lambda c: network(c).update(qk_rms_norm=False),
+            ("MixtureConfig", "qk_rms_norm"),
+        ),
         (
             "ss_generator.yaml",
             lambda c: network(c).update(force_zeros_cond=False),
