@@ -16,8 +16,8 @@ assets of a prompt, not only those of a pair.
 A .safetensors file holds the weights, and as JSON the stage, the form of its latents, the hash of the stage's
 network, and the record of the training.
 
-Shape letters as in sparse.py; P places of all samples, D features of a place, E size of a pooled
-conditioning, W width.
+Shapes: N samples, V voxels and C channels, as in models/sparse.py; P places of all samples, D features of a
+place, E size of a pooled conditioning, W width.
 """
 
 from collections.abc import Mapping, Sequence

@@ -5,7 +5,7 @@ that of one pass over the whole batch. The warnings about failing trainings come
 Diffusion-DPO, flow_grpo (#47, #190), diffusers (#6565) and OPA-DPO (#10). A loss near log 2 is no such sign:
 it may look flat while the win rate rises.
 
-Shape letters as in sparse.py; P pairs, B time bins.
+Shapes: N samples, V voxels and C channels, as in models/sparse.py; P pairs, B time bins.
 """
 
 import math

@@ -7,7 +7,7 @@ that they have in common: (a), (b), (d), (g) and (h) the last stage; (a), (g) an
 while the method's first step trains the last one. With more than two stages, "first" stands for all stages
 before the last.
 
-Shape letters: K training seeds, C prompts, S noises per prompt.
+Shapes: K training seeds, C prompts, S noises per prompt.
 """
 
 from collections.abc import Callable, Mapping, Sequence

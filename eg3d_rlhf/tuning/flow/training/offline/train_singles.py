@@ -6,7 +6,7 @@ assets. It is never refreshed, since refreshing diverges on a finite set of asse
 sampled by the stage's own schedule, but not below LEAST_TIME, where errors hardly depend on the asset.
 Guidance is off. Folder, lines, checkpoints and resume are those of trainer.py.
 
-Shape letters as in sparse.py; K assets of a group.
+Shapes: N samples, V voxels and C channels, as in models/sparse.py; K assets of a group.
 """
 
 import math

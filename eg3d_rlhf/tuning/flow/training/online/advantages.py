@@ -1,7 +1,7 @@
 """Compute advantages from the rewards of groups: for one reward or several, and a gate for samples that only
 the trained reward ranks highly.
 
-Shape letters: R rewards, G groups, K samples of a group, N = G K.
+Shapes: R rewards, G groups, K samples of a group, N = G K.
 """
 
 import math

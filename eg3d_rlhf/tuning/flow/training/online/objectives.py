@@ -3,7 +3,8 @@
 An objective generates the samples that its loss needs, and computes and adds the gradients of some of them.
 `sums` are the names of the figures that it returns, with mass and loss first.
 
-Shape letters as in sparse.py; G groups, K samples of a group, n samples of a pass.
+Shapes: N samples, V voxels and C channels, as in models/sparse.py; G groups, K samples of a group, n samples
+of a pass.
 """
 
 import random
@@ -55,14 +56,14 @@ class OnSteps:
         # the last step is taken by its mean, and has no density
         most = len(self.explorer.steps) - 1
         if config.window is not None:
-            end = config.last_window(len(self.explorer.steps))
+            end = config.find_window_end(len(self.explorer.steps))
             # seeded by the update: all ranks, and a resumed run, have the same window
             if config.window_moves == "random":
                 draw = random.Random(derive_seed("window", config.seed, step)).randint
                 window = random_window(config.window, 0, end, draw)
             else:
                 window = progressive_window(
-                    step, config.window, 0, end, stride=1, rounds=config.window_updates, again=True
+                    step, config.window, 0, end, stride=1, rounds=config.window_updates, repeat=True
                 )
             return window, window
         if config.trained_steps is None:
@@ -103,7 +104,7 @@ class OnSteps:
             at = move.step
             mean = at.mean(move.x, self.explorer.velocity(move.x, at.t, drawn.cond, drawn.no_cond))
             log_p = log_density(move.to, mean, at.std)
-            limit = config.clip_of(feats_of(move.x).numel() / count(move.x), at.std)
+            limit = config.choose_clip(feats_of(move.x).numel() / count(move.x), at.std)
             ratio = torch.exp(log_p - move.log_p)  # 1 in the first pass, up to rounding
             # each branch sets the loss; the guard and Flow-DPPO also need the divergence from the old step
             if config.loss == "grpo":
@@ -216,7 +217,7 @@ class OnLatents:
             loss = nft_loss(errors, goodness(advantage, config.adv_clip), config.adv_clip, config.curvature)
         else:
             error = path.apart(v, u)
-            stopped = dgpo_stopped(error, old_missing, advantage, config.clip_of(1))
+            stopped = dgpo_stopped(error, old_missing, advantage, config.choose_clip(1))
             error, ref_error, of_group = (
                 values.view(-1, config.group)
                 for values in (torch.where(stopped, error.detach(), error), missing, advantage)

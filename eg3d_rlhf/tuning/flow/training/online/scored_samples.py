@@ -3,7 +3,8 @@
 All random numbers depend on (seed, update, group, member, step of the sampler) alone, so the number of passes
 and ranks does not change them.
 
-Shape letters as in sparse.py; R rewards, G groups, K samples of a group, n samples of a pass.
+Shapes: N samples, V voxels and C channels, as in models/sparse.py; R rewards, G groups, K samples of a group,
+n samples of a pass.
 """
 
 import functools

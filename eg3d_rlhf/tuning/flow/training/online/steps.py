@@ -23,7 +23,7 @@ in the first step, where g is infinite, published code uses u instead of t. Devi
 -m((x - mean)^2) for the logarithm of the density, which makes the ratios of late steps vanish. Here every
 kind has its true density, so that a clip has the same meaning for all kinds.
 
-Shape letters as in sparse.py.
+Shapes: N samples, V voxels and C channels, as in models/sparse.py.
 """
 
 import math

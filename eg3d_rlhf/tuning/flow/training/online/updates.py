@@ -15,7 +15,8 @@ the optimiser by one of the losses. The logged figures are:
     r, r_ends           nft: mean goodness, and share at 0 or 1
     "gated"             share of samples to which the penalty of the distance applies
 
-Shape letters as in sparse.py; R rewards, G groups of a process, B of all, K samples of a group.
+Shapes: N samples, V voxels and C channels, as in models/sparse.py; R rewards, G groups of a process, B of
+all, K samples of a group.
 """
 
 from collections.abc import Mapping, Sequence
