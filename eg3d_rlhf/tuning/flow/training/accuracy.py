@@ -70,7 +70,7 @@ class PairAccuracy:
         # derived by another name than in training, so that no time or noise of the training occurs here
         self.seed = derive_seed("held-out pairs", seed) % 2**31
         # reference errors by (draw, first pair of the batch); computed once, as a reference does not change
-        self._of_reference: dict[tuple[int, int], torch.Tensor] = {}
+        self._reference_errors: dict[tuple[int, int], torch.Tensor] = {}
 
     def measure(self, model: torch.nn.Module, reference: FrozenModel) -> "Measured":
         """Average the margins and the rises in error of all pairs over the K draws.
@@ -90,10 +90,10 @@ class PairAccuracy:
                 pair_draw = draw_pairs(
                     self.stage, batch_pairs, cond, None, DpoConfig(), self.seed, draw, device
                 )
-                if (draw, batch_start) not in self._of_reference:
-                    self._of_reference[draw, batch_start] = reference.errors(self.stage, pair_draw)
+                if (draw, batch_start) not in self._reference_errors:
+                    self._reference_errors[draw, batch_start] = reference.errors(self.stage, pair_draw)
                 errors = PairErrors.split(
-                    self._errors(model, pair_draw), self._of_reference[draw, batch_start]
+                    self._errors(model, pair_draw), self._reference_errors[draw, batch_start]
                 )
                 assert errors.ref_preferred is not None
                 # [3, p]

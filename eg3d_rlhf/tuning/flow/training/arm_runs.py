@@ -201,7 +201,7 @@ class Worker:
     def __call__(self, task: str) -> dict:
         settings = self.settings
         arm, _, seed = task.rpartition("-")  # the task BASE has no arm and no seed
-        # the base is scored once; the training seed has no influence on its scores
+        # the task BASE scores the untuned network once for all training seeds, with the data of the first one
         bench = settings.bench(self.opened, int(seed) if arm else settings.training_seeds[0])
         choosing = settings.choosing
         # the keys and values go into the hash that names finished work: they keep version 0.1's spelling

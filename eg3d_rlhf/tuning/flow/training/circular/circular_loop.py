@@ -262,7 +262,7 @@ class CircularLoop:
             return [result.weights], {
                 "weights": result.weights.relative_to(folder).as_posix(),
                 **result.record(),
-                "held_out_accuracies": result.measured(ACCURACY),
+                "held_out_accuracies": result.values_of(ACCURACY),
                 "last": last,  # shows the margins at the end of the training
                 "pairs": len(pairs),
                 "weighing": report,

@@ -72,7 +72,7 @@ class OnlineUpdates(Descent):
         self.order = Order(task.conditions, config.batch, config.seed)
         self.explorer = Explorer(task=task, config=config, policy=policy, reference=reference)
         # losses on steps sample from the policy itself; the others from a snapshot that follows it
-        self.old = None if config.on_steps else Snapshot(policy, self.named)
+        self.old = None if config.on_steps else Snapshot(policy, self.trained_parameters)
         self.objective: OnSteps | OnLatents
         self.objective = (
             OnSteps(config, self.explorer) if self.old is None else OnLatents(config, self.explorer, self.old)
@@ -230,7 +230,7 @@ class OnlineUpdates(Descent):
             self.old.follow(decay(self.config.decay, (step + 1) * self.config.passes))
         # the reference becomes the current network: from then on `kl` measures the distance from it
         if self.config.reset is not None and (step + 1) % self.config.reset == 0:
-            self.explorer.reference = Snapshot(self.policy, self.named)
+            self.explorer.reference = Snapshot(self.policy, self.trained_parameters)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Return the state of the sampling network, of a reference that was reset, and of the gate."""
@@ -247,13 +247,15 @@ class OnlineUpdates(Descent):
 
         def named(prefix: str) -> dict[str, torch.Tensor]:
             """Return the tensors under a prefix, by the parameters' names."""
-            return {name: tensors[prefix + name] for name in self.named if prefix + name in tensors}
+            return {
+                name: tensors[prefix + name] for name in self.trained_parameters if prefix + name in tensors
+            }
 
         if self.old is not None:
             self.old.load(named(OLD))
         # absent where the reference was never reset: it is then the untuned network
         if reference := named(REFERENCE):
-            self.explorer.reference = Snapshot(self.policy, self.named)
+            self.explorer.reference = Snapshot(self.policy, self.trained_parameters)
             self.explorer.reference.load(reference)
         if self.gate is not None:
             share, *past = tensors[GATE].tolist()
