@@ -129,9 +129,9 @@ def pair_signs(lines: Sequence[Mapping], preference: bool = True) -> dict[str, s
     if update_lines and last_line.get("l_error", 0) > DIVERGED * update_lines[0].get("l_error", math.inf):
         signs["divergence"] = (
             f"step {last_line['step']}: the error of the rejected samples rose from"
-            f" {update_lines[0]['l_error']:.3g} to {last_line['l_error']:.3g}, and that of the preferred ones"
-            f" is {last_line['w_error']:.3g} after {update_lines[0]['w_error']:.3g}; this loss has no lower"
-            " bound. Lower loser_weight or steps."
+            f" {update_lines[0]['l_error']:.3g} to {last_line['l_error']:.3g}, and the error of the preferred"
+            f" samples is {last_line['w_error']:.3g} after {update_lines[0]['w_error']:.3g}. This loss has no"
+            " lower bound. Lower loser_weight or steps."
         )
     return signs | (_margins(update_lines, rates) if preference and update_lines else {})
 
