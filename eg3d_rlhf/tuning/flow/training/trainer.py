@@ -115,7 +115,9 @@ class Descent(ABC):
         return {}
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Return further tensors that a resumed run needs, by name, besides the parameters and the optimiser."""
+        """Return further tensors that a resumed run needs, by name, besides the parameters and the
+        optimiser.
+        """
         return {}
 
     def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:

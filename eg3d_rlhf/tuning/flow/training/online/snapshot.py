@@ -81,7 +81,10 @@ class Snapshot:
     def velocity(
         self, stage: FlowStage, x_t: Batch, t: torch.Tensor, cond: Condition, step: float | None = None
     ) -> Batch:
-        """Compute the velocity with the snapshot's parameters, see FrozenModel.velocity. Not differentiable."""
+        """Compute the velocity with the snapshot's parameters, see FrozenModel.velocity.
+
+        Not differentiable.
+        """
         # the policy's module is shared, so this must not be called within a forward pass of the policy
         with self.active() as model:
             return stage.velocity(x_t, t, cond, model, step)

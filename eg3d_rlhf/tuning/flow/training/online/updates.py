@@ -273,7 +273,9 @@ class OnlineUpdates(Descent):
     # Networks that follow the policy.
 
     def _after(self, step: int) -> None:
-        """Move the sampling network towards the policy, and renew the reference if it is due after this update."""
+        """Move the sampling network towards the policy, and renew the reference if it is due after this
+        update.
+        """
         if self.old is not None:
             self.old.follow(decay(self.config.decay, (step + 1) * self.config.passes))
         # the reference becomes the current network: from then on `kl` measures the distance from it
