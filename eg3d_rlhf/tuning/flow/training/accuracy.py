@@ -97,10 +97,11 @@ class PairAccuracy:
                 )
                 assert errors.ref_preferred is not None
                 # [3, p]
-                figures = torch.stack(
+                measurements = torch.stack(
                     [errors.delta(), errors.preferred - errors.ref_preferred, errors.ref_preferred]
                 )
-                sums[:, batch_start : batch_start + len(batch_pairs)] += figures.double().cpu().numpy()
+                sums[:, batch_start : batch_start + len(batch_pairs)] += measurements.double().cpu().numpy()
+        # means over the draws, [P] each
         margins, rises, reference_errors = sums / self.draws
         # one scale for all pairs: a quotient for each pair would be dominated by pairs of small errors
         return Measured(margins, rises / reference_errors.mean())
@@ -113,13 +114,13 @@ class PairAccuracy:
             v = self.stage.velocity(draw.x_t, draw.t, draw.cond, model)
         return self.stage.path.errors(single(v), draw.x_0, draw.eps).float()
 
-    def figures(self, model: torch.nn.Module, reference: FrozenModel) -> dict[str, float]:
-        """Return the figures that are logged in training: means of `measure` over the pairs."""
-        measured = self.measure(model, reference)
+    def metrics(self, model: torch.nn.Module, reference: FrozenModel) -> dict[str, float]:
+        """Return the metrics that are logged in training, which are means of `measure` over the pairs."""
+        measurement = self.measure(model, reference)
         return {
-            "held_out_accuracy": float(ordered(measured.margins).mean()),
-            "held_out_margin": float(measured.margins.mean()),
-            "held_out_preferred": float(measured.preferred.mean()),
+            "held_out_accuracy": float(ordered(measurement.margins).mean()),
+            "held_out_margin": float(measurement.margins.mean()),
+            "held_out_preferred": float(measurement.preferred.mean()),
         }
 
 
@@ -134,6 +135,7 @@ class Measured:
 
 def ordered(margins: np.ndarray) -> np.ndarray:
     """Score the order of pairs [P]: 1 if correct, 0 if wrong, one half for a margin of 0."""
+    # the sign is -1, 0 or 1
     return 0.5 * (1 + np.sign(margins))
 
 
@@ -327,7 +329,10 @@ def signal_test(
         )
     # reported beside the result: pairs can be ordered well by a network that generates worse assets
     # index 1 is the lower end of the interval
-    displaced = tuned.preferred is not None and tuned.preferred[1] > 0
+    likelihood_displaced = tuned.preferred is not None and tuned.preferred[1] > 0
     return SignalTest(
-        learnable_signal=True, why=why, above_control=control_difference, likelihood_displacement=displaced
+        learnable_signal=True,
+        why=why,
+        above_control=control_difference,
+        likelihood_displacement=likelihood_displaced,
     )

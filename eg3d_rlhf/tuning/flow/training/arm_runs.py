@@ -78,7 +78,7 @@ class Bench(ABC):
         """
 
     @abstractmethod
-    def figures(self, arm: str, done: StageResult, model: torch.nn.Module, seed: int, ranks: Ranks) -> dict:
+    def measure(self, arm: str, done: StageResult, model: torch.nn.Module, seed: int, ranks: Ranks) -> dict:
         """Return metrics of a finished training, other than its scores, as JSON.
 
         Args:
@@ -135,7 +135,7 @@ def work(settings: Any, opened: Opened, run: Run, open: Open) -> None:
     # links, not copies: the weights of a large stage would double the size of the run
     for file in sorted((folder_of(folder, tasks[0]) / POLICY).iterdir()):
         link(file, folder / stage / file.name)
-    print(f"Weights of {settings.arms[0]} in {folder / stage}.")
+    print(f"The weights of the arm {settings.arms[0]} are in {folder / stage}.")
     if settings.summary:
         facts = {
             "stage": stage,
@@ -145,7 +145,7 @@ def work(settings: Any, opened: Opened, run: Run, open: Open) -> None:
         }
         data = table(results, settings, facts)
         for path in write(data, folder, settings.NAME, settings.markdown):
-            print(f"Written: {path}")
+            print(f"The table was written to {path}.")
         print(settings.markdown(data))
     run.done()
 
@@ -230,7 +230,7 @@ class Worker:
                 models = {bench.stage.name: tuned_model(bench.stage.model, done.weights)}
                 result = {
                     **done.record(),
-                    **bench.figures(
+                    **bench.measure(
                         arm, done, models[bench.stage.name], settings.evaluation.seed, self.ranks
                     ),
                 }
@@ -294,7 +294,7 @@ def table(results: Mapping[str, Mapping], settings: ArmsRun, facts: Mapping) -> 
     scores: dict[str, dict[str, np.ndarray]] = {}  # arm -> evaluator -> [K, C, S]
     for arm in arms:
         arm_scores = [results[f"{arm}-{seed}"]["scores"] for seed in seeds]
-        scores[arm] = {name: np.array([of_seed[name] for of_seed in arm_scores]) for name in base}
+        scores[arm] = {name: np.array([seed_scores[name] for seed_scores in arm_scores]) for name in base}
     rates = Table(scores=scores, base=base, seeds=seeds)
     rows = {}
     for arm in arms:

@@ -94,8 +94,8 @@ def draw_pairs(
         if not all(has_weight):
             unweighted_id = pairs[has_weight.index(False)].id
             raise ValueError(
-                f"draw_pairs: some pairs have a weight w2, but pair {unweighted_id} has none. Compute w2 for"
-                " all pairs at once (loop_pairs.weigh), or for none of them."
+                f"draw_pairs: pair {unweighted_id} has no weight w2, but other pairs have one. Give all pairs"
+                " a weight (loop_pairs.weigh), or give none of them one."
             )
         weight = torch.tensor([p.w2 for p in pairs], device=device)
     # `twice` repeats the conditioning: P rows -> 2P rows
@@ -200,5 +200,6 @@ def pair_stats(errors: PairErrors, delta: torch.Tensor, t: torch.Tensor) -> dict
     }
     # the first P times are those of the pairs; the clamp puts t = 1 into the last bin
     time_bin = (t[: len(delta)] * TIME_BINS).long().clamp(0, TIME_BINS - 1)  # [P]
+    # a sum of ones is the number of pairs
     sums = {"pairs": torch.ones_like(delta), **values}
     return {name: delta.new_zeros(TIME_BINS).index_add(0, time_bin, value) for name, value in sums.items()}

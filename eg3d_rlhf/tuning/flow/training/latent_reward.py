@@ -241,12 +241,12 @@ class LatentReward:
         # tokens [N, L, C] have no position
         if not self.form.resolution:
             return list(torch.cat(features, 2).float())
-        side = self.form.resolution
+        resolution = self.form.resolution
         # indices of all cells of a grid [N, C, X, Y, Z], as [N, 3, X, Y, Z]
-        cells = torch.cartesian_prod(*[torch.arange(side, device=self.device)] * 3)
-        cells = cells.T.view(1, 3, side, side, side).expand(n, -1, -1, -1, -1)
+        cells = torch.cartesian_prod(*[torch.arange(resolution, device=self.device)] * 3)
+        cells = cells.T.view(1, 3, resolution, resolution, resolution).expand(n, -1, -1, -1, -1)
         # the centre of each cell in -1..1
-        features.append((2 * cells + 1) / side - 1)
+        features.append((2 * cells + 1) / resolution - 1)
         # mean over 3 x 3 x 3 cells, with zeros outside the grid
         features.append(F.avg_pool3d(F.pad(x_0, (1,) * 6), 3, 1))
         # [N, D, X, Y, Z] -> [N, cells, D]
@@ -302,7 +302,7 @@ def _around(x: SparseBatch, resolution: int) -> torch.Tensor:
     # column 0 of coords is the sample; [V, 3]
     voxels = x.coords[:, 1:].long()
     # cells per edge of each sample's grid; samples without their own use the stage's resolution
-    grid_sizes = [voxel_count or resolution for voxel_count in x.cells or [None] * x.size]
+    grid_sizes = [grid_size or resolution for grid_size in x.cells or [None] * x.size]
     cells = torch.tensor(grid_sizes, device=voxels.device)[sample][:, None]  # [V, 1]
 
     def key(voxel: torch.Tensor) -> torch.Tensor:
@@ -318,12 +318,17 @@ def _around(x: SparseBatch, resolution: int) -> torch.Tensor:
     axes = torch.eye(3, dtype=torch.long, device=voxels.device)
     neighbour_count = torch.stack([is_occupied(voxels + step) for step in (*axes, *-axes)]).sum(0)  # [V]
     # the coordinate i of one axis becomes cells - 1 - i; [V, 3]
-    mirrored = torch.stack(
+    mirror_is_occupied = torch.stack(
         [is_occupied(torch.where(axis.bool(), cells - 1 - voxels, voxels)) for axis in axes], 1
     )
     voxel_count = (x.lengths.float() / 100)[sample][:, None]
     return torch.cat(
-        [F.one_hot(neighbour_count, 7).float(), mirrored.float(), (2 * voxels + 1) / cells - 1, voxel_count],
+        [
+            F.one_hot(neighbour_count, 7).float(),
+            mirror_is_occupied.float(),
+            (2 * voxels + 1) / cells - 1,
+            voxel_count,
+        ],
         1,
     )
 
@@ -344,7 +349,10 @@ class LatentTraining:
 
 
 def from_problem(
-    problem: Problem, stage: str, training: LatentTraining | None = None, decoded: AssetReward | None = None
+    problem: Problem,
+    stage: str,
+    training: LatentTraining | None = None,
+    decoded_reward: AssetReward | None = None,
 ) -> LatentReward:
     """Train a reward of a stage's latents on a problem's pairs.
 
@@ -354,7 +362,7 @@ def from_problem(
         problem: problem with people's pairs.
         stage: name of the stage.
         training: settings of the training; None: the defaults.
-        decoded: reward of finished assets to distil; None: one is fitted if the problem can do so.
+        decoded_reward: reward of finished assets to distil; None: one is fitted if the problem can do so.
 
     Raises: see train_on_pairs.
     """
@@ -363,13 +371,13 @@ def from_problem(
     if problem.fit_reward is None or not pairs:
         return train_on_pairs(problem.pipeline, stage, pairs, training)
     last_stage_pairs = problem.train_pairs[problem.pipeline.stages[-1].name]
-    decoded = decoded or problem.fit_reward(last_stage_pairs, training.seed)
+    decoded_reward = decoded_reward or problem.fit_reward(last_stage_pairs, training.seed)
     return train_on_pairs(
         problem.pipeline,
         stage,
         pairs,
         training,
-        scores_of_assets(problem, [decoded], in_order(last_stage_pairs, pairs))[:, 0],
+        scores_of_assets(problem, [decoded_reward], in_order(last_stage_pairs, pairs))[:, 0],
     )
 
 
@@ -417,7 +425,7 @@ def train_on_pairs(
     stage_name: str,
     pairs: Sequence[PreferencePair],
     training: LatentTraining | None = None,
-    decoded: torch.Tensor | None = None,
+    decoded_scores: torch.Tensor | None = None,
 ) -> LatentReward:
     """Train a reward of a stage's latents on pairs.
 
@@ -426,19 +434,18 @@ def train_on_pairs(
         stage_name: name of the stage.
         pairs: n preference pairs of the stage.
         training: settings of the training; None: the defaults.
-        decoded: scores of the pairs' finished assets by another reward, [n, 2], preferred first; they are
-            then the target in place of the labels.
+        decoded_scores: scores of the pairs' finished assets by another reward, [n, 2], preferred first; they
+            are then the target in place of the labels.
 
     Raises: ValueError for an empty list of pairs, for latents that do not fit the stage, and for a stage
-    whose
-        kind of latents is not supported.
+        whose kind of latents is not supported.
     """
     training = training or LatentTraining()
     stage = stage_of(pipeline, stage_name)
     if not pairs:
         raise ValueError(
-            f"latent reward of stage {stage_name!r}: there are no labelled pairs of this stage. Label some"
-            " assets."
+            f"latent reward of stage {stage_name!r}: there are no labelled pairs of this stage, but at least"
+            " one is needed. Label some assets."
         )
     reward = LatentReward(
         pipeline, stage, _new(pipeline, LatentForm.of(stage), pairs[0].condition, training.seed), {}
@@ -446,7 +453,7 @@ def train_on_pairs(
     reward.record = {
         "labels": len(pairs),
         "of": "pairs",
-        "decoded": decoded is not None,
+        "decoded": decoded_scores is not None,
         "training": asdict(training),
     }
     # features are computed once for all epochs, as neither the latents nor the untuned network change
@@ -456,12 +463,15 @@ def train_on_pairs(
     mean = sample_features.mean(0)
     std = sample_features.std(0).clamp(min=0.05)  # a feature that is almost constant must not be amplified
     prompts = sorted({pair.condition for pair in pairs})
+    # labels of one prompt have the same number
     prompt_numbers = torch.tensor([prompts.index(pair.condition) for pair in pairs])
     generator = torch.Generator().manual_seed(training.seed)
-    epochs = training.epochs * (1 if decoded is None else 2)
+    # the scores of another reward are less noisy than labels, so they are trained on twice as long
+    epochs = training.epochs * (1 if decoded_scores is None else 2)
     for network in reward.network.members:
         network.mean = mean
         network.std = std
+        # the batches of all epochs, since the cosine below needs their number
         batches = [
             batch_indices
             for _ in range(epochs)
@@ -475,14 +485,14 @@ def train_on_pairs(
         for batch_indices in batches:
             preferred, rejected = (
                 network([features[i][role] for i in batch_indices.tolist()], conditioning[batch_indices])
-                for role in (0, 1)
+                for role in (0, 1)  # 0: preferred, 1: rejected
             )
-            if decoded is None:
+            if decoded_scores is None:
                 loss = preference_loss(preferred - rejected).mean()
             else:
                 loss = _agreement(
                     torch.stack([preferred, rejected], 1),
-                    decoded[batch_indices].to(preferred),
+                    decoded_scores[batch_indices].to(preferred),
                     prompt_numbers[batch_indices],
                 )
             optimizer.zero_grad()
@@ -498,14 +508,14 @@ def _batches(prompt_numbers: torch.Tensor, size: int, generator: torch.Generator
     Up to TOGETHER labels of one prompt stand side by side, and so mostly in the same batch.
 
     Args:
-        group: number of the prompt of each label, [n].
+        prompt_numbers: number of the prompt of each label, [n].
         size: number of labels in a batch.
         generator: random generator.
     """
-    shuffled = torch.randperm(len(prompt_numbers), generator=generator)
+    shuffled_indices = torch.randperm(len(prompt_numbers), generator=generator)
     blocks: list[torch.Tensor] = []  # up to TOGETHER indices each, all of one prompt
     for number in prompt_numbers.unique():
-        blocks += shuffled[prompt_numbers[shuffled] == number].split(TOGETHER)
+        blocks += shuffled_indices[prompt_numbers[shuffled_indices] == number].split(TOGETHER)
     block_order = torch.randperm(len(blocks), generator=generator).tolist()
     return list(torch.cat([blocks[i] for i in block_order]).split(size))
 
@@ -541,8 +551,11 @@ def _agreement(
 def _new(pipeline: Pipeline, form: LatentForm, condition: str, seed: int) -> PositionNetworks:
     """Create untrained networks for a form of latents.
 
-    Args: condition: any prompt, from which the size of the conditioning is taken; seed: seed of the
-    parameters.
+    Args:
+        pipeline: pipeline of the stage.
+        form: form of the stage's latents.
+        condition: any prompt, from which the size of the conditioning is taken.
+        seed: seed of the initial parameters.
     """
     size = pooled(pipeline.conditions([condition], form.stage)).shape[1]
     device = next(stage_of(pipeline, form.stage).model.parameters()).device
@@ -569,12 +582,9 @@ def _read(
         # checked before the network runs, whose own error would not name the stage
         for latent in (*role_latents[0], *role_latents[1]):
             reward.stage.check(f"latent reward of stage {reward.stage.name!r}", latent)
-        features += [
-            list(places)
-            for places in zip(
-                *(reward.position_features(collate(role), condition) for role in role_latents), strict=True
-            )
-        ]
+        # for each role, a list of features [p, D] of every latent
+        role_features = [reward.position_features(collate(latents), condition) for latents in role_latents]
+        features += [list(pair_features) for pair_features in zip(*role_features, strict=True)]
         pooled_rows.append(pooled(condition))
     return features, torch.cat(pooled_rows)
 
@@ -604,9 +614,8 @@ def load(path: Path, pipeline: Pipeline, stage: FlowStage, condition: str) -> La
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: if the file is damaged or has other contents; if the reward was trained for another stage,
-        for
-            latents of another form or for another network of the stage; and if the weights do not fit by name
-            and shape.
+            for latents of another form or for another network of the stage; and if the weights do not fit by
+            name and shape.
     """
     tensors, meta = read_tensors(path, KIND)
     meta = version_0_1.latent_reward(meta)

@@ -126,14 +126,14 @@ def dppo_dropped(
     return moved_with_advantage.detach() & (divergence.detach() >= limit)
 
 
-def dppo_loss(ratio: torch.Tensor, advantage: torch.Tensor, dropped: torch.Tensor) -> torch.Tensor:
+def dppo_loss(ratio: torch.Tensor, advantage: torch.Tensor, is_dropped: torch.Tensor) -> torch.Tensor:
     """Compute Flow-DPPO's loss -A q, 0 where a sample is dropped, [N].
 
     Differentiable in: ratio.
     Deviates: the published program does not clip advantages; here the caller clips them, as for all losses.
     """
     # torch.where, not a product with the mask: 0 times an infinite ratio would be NaN
-    return torch.where(dropped, torch.zeros_like(ratio), -advantage * ratio)
+    return torch.where(is_dropped, torch.zeros_like(ratio), -advantage * ratio)
 
 
 # DGPO, whose loss compares all samples of a group.
@@ -251,11 +251,11 @@ def nft_errors(
     # v_old is detached everywhere: only the policy is trained
     change = curvature * (feats_of(v) - feats_of(old).detach())
     old_residual = feats_of(target) - feats_of(old).detach()
-    level = spread(sigma, v)  # [N] -> one value for each element of the sample
+    noise_level = spread(sigma, v)  # [N] -> one value for each element of the sample
     mean_errors = []
     for sign in (1, -1):
         # u - v± = (u - v_old) ∓ b (v - v_old)
-        error = level * (old_residual - sign * change)
+        error = noise_level * (old_residual - sign * change)
         weight = torch.ones_like(sigma)
         if adaptive:
             # m|a±| of each sample, [N]; in float64, since it divides

@@ -131,6 +131,7 @@ def fit_passes(
     device = next(stage.model.parameters()).device
     # "auto" gives None: recomputation is then chosen here
     fixed_recompute = {"on": True, "off": False}.get(config.recompute)
+    # only on CUDA is a batch divided into passes to fit into the memory
     cuda = device.type == "cuda"
     if sum(p.numel() for p in weights) < LARGE or (fixed_recompute is not None and not cuda):
         return None, fixed_recompute is True
@@ -154,9 +155,11 @@ def fit_passes(
         cheapest(costs, batch if cuda else 1, space, fixed_recompute) if ranks.main else None
     )
     if best is None:
-        required = ranks.broadcast(costs(1, fixed_recompute is not False).bytes if ranks.main else None) / GIB
+        required_gib = (
+            ranks.broadcast(costs(1, fixed_recompute is not False).bytes if ranks.main else None) / GIB
+        )
         raise ValueError(
-            f"train_stage({stage.name}): one update needs {required:.1f} GiB of memory, but only"
+            f"train_stage({stage.name}): one update needs {required_gib:.1f} GiB of memory, but only"
             f" {space / GIB:.1f} GiB are free. Load the flows in bfloat16 (--set dtype=bfloat16), or use a"
             " larger device."
         )
@@ -186,11 +189,12 @@ def cheapest(
         space: bytes of memory that the update may take.
         recompute: whether blocks are recomputed; None tries both.
     """
-    for recomputed in (False, True) if recompute is None else (recompute,):
-        single_bytes = costs(1, recomputed).bytes
-        extra_bytes = costs(2, recomputed).bytes - single_bytes if batch > 1 else 0  # of each further example
+    for recompute_blocks in (False, True) if recompute is None else (recompute,):
+        single_bytes = costs(1, recompute_blocks).bytes
+        # bytes of each further example
+        extra_bytes = costs(2, recompute_blocks).bytes - single_bytes if batch > 1 else 0
         divisors = [n for n in range(batch, 0, -1) if batch % n == 0]  # the largest first
         fitting_sizes = [n for n in divisors if single_bytes + (n - 1) * extra_bytes <= space]
         if fitting_sizes:
-            return fitting_sizes[0], recomputed
+            return fitting_sizes[0], recompute_blocks
     return None

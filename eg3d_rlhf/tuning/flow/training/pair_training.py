@@ -276,7 +276,7 @@ class Passes(Descent, Generic[Example]):
         gradients.finish()
         # FSDP has summed the gradients of sharded parameters already
         sum_over_ranks(self.ranks, [p for p in self.parameters if not sharded(p)], [totals])
-        return self.figures(step, totals, items)
+        return self.finish_update(step, totals, items)
 
     def _draws(
         self, items: Sequence[tuple[int, Example]], round_number: int
@@ -293,6 +293,7 @@ class Passes(Descent, Generic[Example]):
         examples_by_epoch: dict[int, list[Example]] = {}  # epoch -> examples
         for epoch, example in sorted(examples_of_ranks[self.ranks.rank], key=lambda item: item[0]):
             examples_by_epoch.setdefault(epoch, []).append(example)
+        # in ascending order of the epochs, since dictionaries keep the order of insertion
         groups = [*examples_by_epoch.items()]
         # largest number of groups on any rank; without sharding, ranks need not agree
         group_count = 0
@@ -317,7 +318,7 @@ class Passes(Descent, Generic[Example]):
         """
 
     @abstractmethod
-    def figures(self, step: int, totals: torch.Tensor, items: Sequence[tuple[int, Example]]) -> dict:
+    def finish_update(self, step: int, totals: torch.Tensor, items: Sequence[tuple[int, Example]]) -> dict:
         """Do the optimiser's step, and return the metrics of the update.
 
         Args:
@@ -357,7 +358,7 @@ class Updates(Passes[PreferencePair]):
             return {}
         # a loss without a reference is evaluated against the untuned network
         reference = self.reference or FrozenModel(shared_copy(self.stage.model))
-        return self.unseen.figures(self.policy, reference)
+        return self.unseen.metrics(self.policy, reference)
 
     def backward(self, examples: Sequence[PreferencePair], epoch: int, dropout: int) -> torch.Tensor:
         draw = self._draw(examples, epoch)
@@ -404,6 +405,7 @@ class Updates(Passes[PreferencePair]):
         loss = mass * losses.mean()
         loss.backward()
         totals = torch.zeros(self.sums, device=self.device)
+        # the order is that of the comment at `sums`
         totals[:4] = torch.stack(
             [mass, loss.detach(), pair_errors.preferred.detach().sum(), pair_errors.rejected.detach().sum()]
         )
@@ -412,7 +414,7 @@ class Updates(Passes[PreferencePair]):
             totals[4:] = torch.cat([stats[name] for name in BINNED])
         return totals
 
-    def figures(self, step: int, totals: torch.Tensor, items: Sequence[Item]) -> dict:
+    def finish_update(self, step: int, totals: torch.Tensor, items: Sequence[Item]) -> dict:
         """Do the optimiser's step, and return the metrics of the update.
 
         The entry "bins" has the sums of the BINNED metrics over all ranks in each time bin. For the loss dro,
@@ -428,8 +430,8 @@ class Updates(Passes[PreferencePair]):
             if self.reference is not None
             else {}
         )
-        figures = {"loss": loss, "grad_norm": norm, "pairs": len(items), "bins": bins}
-        return figures | (
+        metrics = {"loss": loss, "grad_norm": norm, "pairs": len(items), "bins": bins}
+        return metrics | (
             {"w_error": preferred / len(items), "l_error": rejected / len(items)} if dpo.kind == "dro" else {}
         )
 
@@ -437,7 +439,7 @@ class Updates(Passes[PreferencePair]):
 def pairs_checksum(pairs: Sequence[PreferencePair]) -> str:
     """Hash the latents, ids, prompts, sources and weights of pairs."""
     # part of training_options.json: a run cannot be resumed with other pairs
-    latents = {f"{p.id}/{side}": getattr(p, side) for p in pairs for side in ("preferred", "rejected")}
+    latents = {f"{p.id}/{role}": getattr(p, role) for p in pairs for role in ("preferred", "rejected")}
     return latents_checksum(latents, [[p.id, p.condition, p.source, p.w2] for p in pairs])
 
 
@@ -487,9 +489,8 @@ def train_stage(
 
     Raises:
         ValueError: before anything is written, for an empty list of pairs, pairs of another stage, ids that
-        occur
-            twice, latents that the stage cannot have, and a network with the opposite convention of time;
-            later for settings or folders that do not fit.
+            occur twice, latents that the stage cannot have, and a network with the opposite convention of
+            time; later for settings or folders that do not fit.
         LossNotFiniteError: for a loss that is not finite.
         StoppedError: after a signal to stop.
     """
@@ -504,9 +505,9 @@ def train_stage(
 
     def estimated_start(pair_count: int) -> Start:
         """Return the function `start` of a memory estimate for an update of `pair_count` pairs."""
-        estimated = replace(config, batch=pair_count, batch_gpu=None)
+        estimated_config = replace(config, batch=pair_count, batch_gpu=None)
         return lambda fake_stage, policy, reference: Updates(
-            replace(conditioned, stage=fake_stage), pairs, estimated, policy, reference, SINGLE
+            replace(conditioned, stage=fake_stage), pairs, estimated_config, policy, reference, SINGLE
         )
 
     def start(run: Run, policy: torch.nn.Module, reference: FrozenModel | None) -> Descent:
@@ -542,7 +543,8 @@ def check_pairs(conditioned: ConditionedStage, pairs: Sequence[PreferencePair]) 
     caller = f"train_stage({stage.name})"
     if not pairs:
         raise ValueError(
-            f"{caller}: the list of preference pairs is empty. Label or generate pairs of this stage."
+            f"{caller}: the list of preference pairs is empty, but at least one pair is needed. Label or"
+            " generate pairs of this stage."
         )
     check_unique(caller, pairs)
     # checked before anything is written: a wrong pair would otherwise stop the run in the middle
@@ -552,8 +554,8 @@ def check_pairs(conditioned: ConditionedStage, pairs: Sequence[PreferencePair]) 
                 f"{caller}: the pair {pair.id!r} belongs to stage {pair.stage!r}. Train that stage on this"
                 " pair, or remove it."
             )
-        for side in ("preferred", "rejected"):
-            stage.check(f"{caller}, pair {pair.id!r}, {side}", getattr(pair, side))
+        for role in ("preferred", "rejected"):
+            stage.check(f"{caller}, pair {pair.id!r}, {role}", getattr(pair, role))
     device = next(stage.model.parameters()).device
     # a few pairs are enough: the convention of time is a property of the network
     sample_pairs = pairs[:8]

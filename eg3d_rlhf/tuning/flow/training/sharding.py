@@ -42,6 +42,7 @@ def shard(model: torch.nn.Module, ranks: Ranks) -> None:
         # registering a class twice is an error, and a process may train several stages
         if batch_class not in pytree.SUPPORTED_NODES:
             pytree.register_pytree_node(batch_class, flatten, unflatten)
+    # one dimension: the parameters are divided over all ranks
     mesh = init_device_mesh(ranks.device.type, (ranks.world,))
     # inner modules first, as `fully_shard` asks: the root takes the parameters that no block has taken
     for unit in [*_blocks(model), model]:

@@ -151,7 +151,7 @@ class Descent(ABC):
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.training.clip)
         # sharded gradients give each rank a part of the norm
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        # one transfer to the CPU for all figures, since each one waits for the device
+        # one transfer to the CPU for all metrics, since each transfer waits for the device
         mass, loss_sum, *further_sums, grad_norm = torch.cat(
             [totals, norm.detach().reshape(1).to(totals)]
         ).tolist()
@@ -207,9 +207,9 @@ class Progress:
     ended: bool = False  # whether evaluations ended the training early
     sums: dict = field(default_factory=dict)  # sums over the updates since the last line
 
-    def add(self, figures: dict) -> None:
+    def add(self, metrics: dict) -> None:
         """Add the metrics of an update to the sums of the next line."""
-        self.sums = _added(self.sums, {"updates": 1, **figures})
+        self.sums = _added(self.sums, {"updates": 1, **metrics})
 
     def record_rate(self, rate: float, patience: int, max_drop: float) -> bool:
         """Record a win rate or an accuracy in 0..1, and return True if it is the best so far.
@@ -228,13 +228,14 @@ class Progress:
         self.ended = self.since_best >= patience or rate < self.best - max_drop
         return is_best
 
-    def line(self, lr: float, evaluated: Mapping[str, float]) -> dict:
+    def line(self, lr: float, evaluation_metrics: Mapping[str, float]) -> dict:
         """Make a line of stats.jsonl from the updates since the last line, and start new sums.
 
-        Args: lr: learning rate of the last update; evaluated: metrics of an evaluation, which are added as
-        they are.
+        Args: lr: learning rate of the last update; evaluation_metrics: metrics of an evaluation, which are
+        added as they are.
         """
         sums = self.sums
+        # the next line starts from empty sums
         self.sums = {}
         record = {"step": self.step, **{name: sums[name] for name in COUNTED if name in sums}}
         # empty sums occur for the evaluation before the first update
@@ -256,22 +257,22 @@ class Progress:
                     time_bins[name] = bin_means
                 record["time_bins"] = time_bins
             record["lr"] = lr
-        return {**record, **evaluated}
+        return {**record, **evaluation_metrics}
 
 
-def _added(a: Mapping, b: dict) -> dict:
+def _added(sums_so_far: Mapping, added_values: dict) -> dict:
     """Add two nested dictionaries of numbers and lists of numbers, element by element."""
     # the first update of a line finds no sums
-    if not a:
-        return b
+    if not sums_so_far:
+        return added_values
     sums = {}
-    for key, value in b.items():
+    for key, value in added_values.items():
         if isinstance(value, dict):
-            sums[key] = _added(a[key], value)
+            sums[key] = _added(sums_so_far[key], value)
         elif isinstance(value, list):
-            sums[key] = [x + y for x, y in zip(a[key], value, strict=True)]
+            sums[key] = [x + y for x, y in zip(sums_so_far[key], value, strict=True)]
         else:
-            sums[key] = a[key] + value
+            sums[key] = sums_so_far[key] + value
     return sums
 
 
@@ -298,6 +299,7 @@ def format_columns(record: Mapping, steps: int, columns: Sequence[tuple[str, str
         *evaluation_columns,
     ):
         value = record.get(name)
+        # a line has no value for a metric that was not measured
         text = "" if value is None else format(value, number_format)
         # an absent metric is padded to the width of its format, such as 6 in "<6.3f", so that columns align
         fields[title] = text.ljust(int(number_format.lstrip("<+").split(".")[0]))
@@ -460,6 +462,7 @@ def train(
         "held_out": held_out is not None,
         **further_options,
     }
+    # the generators of these devices are restored at the end, besides that of the CPU
     devices = [device] if device.type == "cuda" else []
     # fork_rng: dropout seeds the global generators, which the caller must find unchanged
     with (
@@ -467,7 +470,7 @@ def train(
         torch.random.fork_rng(devices=devices),
     ):
         # rank 0 alone reads the folder: another rank might see it before or after a file is written
-        has_run, finished = ranks.broadcast([bool(recorded(out)), read_result(out)] if ranks.main else None)
+        has_run, result = ranks.broadcast([bool(recorded(out)), read_result(out)] if ranks.main else None)
         if not has_run:
             run.begin()
         elif resume:
@@ -477,7 +480,7 @@ def train(
                 f"train_stage: the folder {out} already holds a run. Resume the run with --resume, or choose"
                 " another folder."
             )
-        if finished is None:
+        if result is None:
             policy, reference = policy_and_reference(stage, config)
             if config.recompute != "auto":
                 recomputing(policy, config.recompute == "on")
@@ -490,10 +493,10 @@ def train(
                         " optimizer=adamw only. Remove the setting, or train on one process."
                     )
                 shard(policy, ranks)
-            finished = _Training(
+            result = _Training(
                 start(run, policy, reference), config, held_out, run, say, samples if config.samples else None
             ).train()
-    return StageResult(**finished, weights=out / POLICY)
+    return StageResult(**result, weights=out / POLICY)
 
 
 def trained(policy: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
@@ -598,11 +601,11 @@ class _Training:
         with gathered(self.policy):
             rate = {} if self.held_out is None else {WIN_RATE: float(self.held_out(self.policy))}
             # the metrics of rank 0 count, so that all ranks decide alike
-            figures = self.ranks.broadcast(self.updates.evaluate() | rate)
+            metrics = self.ranks.broadcast(self.updates.evaluate() | rate)
             if self.samples is not None and self.ranks.main:
                 path = self.samples(self.policy, self.run.folder / SAMPLES / f"{self.progress.step:06d}.png")
                 self.run.picture(SAMPLES, path, self.progress.step)
-        value = figures[self.criterion]
+        value = metrics[self.criterion]
         assert 0 <= value <= 1
         # an accuracy on a few dozen pairs is too noisy to stop at one large fall
         max_drop = self.config.max_drop if self.criterion == WIN_RATE else math.inf
@@ -610,7 +613,7 @@ class _Training:
             values = unsharded(self.trained_parameters, self.ranks)
             if self.ranks.main:
                 write_tensors(self._kept(self.progress.step), KEPT, values, {"step": self.progress.step})
-        return figures
+        return metrics
 
     @torch.no_grad()
     def _load(self, values: Mapping[str, torch.Tensor], policy: torch.nn.Module) -> None:
@@ -618,16 +621,17 @@ class _Training:
         for name, parameter in trained(policy).items():
             parameter.copy_(like(values[name], parameter))
 
-    def _report(self, evaluated: Mapping[str, float]) -> None:
+    def _report(self, evaluation_metrics: Mapping[str, float]) -> None:
         """Write the line of the updates since the last line, the status line, and new warnings.
 
-        Args: evaluated: metrics of an evaluation; empty if there was none.
+        Args: evaluation_metrics: metrics of an evaluation; empty if there was none.
         """
         progress = self.progress
         # the learning rate of the last update done; before the first update the line has no "lr"
-        record = self.progress.line(self.updates.lr(self.progress.step - 1), evaluated)
+        record = self.progress.line(self.updates.lr(self.progress.step - 1), evaluation_metrics)
         self.run.stats(record)
         columns = format_columns(record, self.config.steps, self.updates.columns)
+        # once an evaluation has ended the training, the objective need not decide
         stop_reason = None if progress.ended else self.updates.ends(record)
         progress.ended |= stop_reason is not None
         self.run.status(
@@ -653,7 +657,7 @@ class _Training:
             ]
             self.say(
                 f"Training stopped early after update {progress.step}: the {criterion_name} is"
-                f" {evaluated[self.criterion]:.3f}; {best_remark}."
+                f" {evaluation_metrics[self.criterion]:.3f}; {best_remark}."
             )
 
     # States, and the best parameters.

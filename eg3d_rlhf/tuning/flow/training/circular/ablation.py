@@ -62,7 +62,7 @@ from training.progress import tqdm
 def table(
     scores: Mapping[str, Sequence[Mapping]],
     seeds: Sequence[int],
-    trained: Mapping[str, Sequence[Mapping]],
+    training_records: Mapping[str, Sequence[Mapping]],
     loop: Mapping,
     facts: Mapping,
 ) -> dict:
@@ -71,7 +71,7 @@ def table(
     Args:
         scores: results of `evaluate` by group, one for each training seed.
         seeds: training seeds, [K].
-        trained: records of the trainings by group, one mapping for each training seed.
+        training_records: records of the trainings by group, one mapping for each training seed.
         loop: statistics of the loop's pairs, by training seed and stage.
         facts: further entries, which describe the run.
     """
@@ -108,7 +108,7 @@ def table(
                 }
                 for stage, mean in tuned_spreads.items()
             },
-            "trainings": list(trained[letter]),
+            "trainings": list(training_records[letter]),
         }
     # in the order of ALL, so that the first of two groups is the same in every table
     pairwise = rates.pairwise("final", [name for name in ALL if name in arrays])
@@ -135,7 +135,7 @@ def markdown(data: Mapping) -> str:
         "group",
         "what is trained",
         "win rate against base",
-        *[f"seed {s}" for s in data["training_seeds"]],
+        *[f"seed {seed}" for seed in data["training_seeds"]],
     ]
     header += (
         [f"{name} alone" for name in part_names]
@@ -178,7 +178,7 @@ def markdown(data: Mapping) -> str:
         " the same noises.",
         "",
     ]
-    header = ["comparison", "win rate", *[f"seed {s}" for s in data["training_seeds"]]]
+    header = ["comparison", "win rate", *[f"seed {seed}" for seed in data["training_seeds"]]]
     table_rows = []
     for name, comparison in data["pairwise"].items():
         group_letter, rival_letter = name.split("_vs_")  # keys are "a_vs_b"
@@ -317,7 +317,7 @@ def _loop(settings: CircularRun, problem: Problem, run: Run) -> None:
         "warnings": [warning for step in steps for warning in step.get("warnings", [])],
     }
     run.write(RESULT, result)
-    print(f"Weights in {', '.join(str(folder / name) for name in weights.values())}.")
+    print(f"The weights are in {', '.join(str(folder / name) for name in weights.values())}.")
     if settings.summary and problem.final is not None:
         # A table of one training seed: the tuned generator, and the generator of which only the last stage is
         # tuned, against the base. The letters are those of the ablation's groups.
@@ -379,13 +379,13 @@ def describe(step: Mapping) -> str:
     )
 
 
-def keep(loop: CircularLoop, stage: str, line: tuple[Artefact, ...], folder: Path) -> str:
+def keep(loop: CircularLoop, stage: str, trainings: tuple[Artefact, ...], folder: Path) -> str:
     """Link the weights of a stage into the folder of the run, and return the name of their folder there.
 
     They are the weights of its training, or after several rounds all parameters of the network.
     """
     # links to the artefacts, so that weights are not stored twice
-    link_folder(whole_weights(loop, stage, line, folder / stage), folder / stage)
+    link_folder(whole_weights(loop, stage, trainings, folder / stage), folder / stage)
     return stage
 
 
@@ -430,15 +430,15 @@ class Ablation:
         records = {stage: _training(trainings[-1]) for stage, trainings in networks.items()}
         return {"scores": scores.record, "trainings": records, "reused": scores.reused}
 
-    def _trained(self, loop: CircularLoop, kind: str, part: str) -> dict[str, tuple[Artefact, ...]]:
+    def _trained(self, loop: CircularLoop, kind: str, stages: str) -> dict[str, tuple[Artefact, ...]]:
         """Train the last stage, or each of the stages before it, from the untuned networks.
 
         Returns the lineage of the trained stages.
 
-        Args: kind: PEOPLE for DPO on people's pairs, SUPERVISED for fine-tuning; part: "last" or "first".
+        Args: kind: PEOPLE for DPO on people's pairs, SUPERVISED for fine-tuning; stages: "last" or "first".
         """
         # with two stages, "first" stands for one stage
-        stage_names = loop.names[-1:] if part == "last" else loop.names[:-1]
+        stage_names = loop.names[-1:] if stages == "last" else loop.names[:-1]
         return {name: (loop.from_people(name, supervised=kind == SUPERVISED),) for name in stage_names}
 
     def _looped(self, loop: CircularLoop, group: Group | None) -> tuple[dict, dict[str, Artefact]]:
@@ -494,7 +494,7 @@ def ablate(run: CircularRun, problem: Problem, folder: Path, device: str, jobs: 
     results = pooled("ablation", tasks, handler_of, (run, device, open), jobs, folder)
     data = tabled(results, plan, run.facts(problem))
     for path in write(data, folder, "ablation", markdown, plot):
-        print(f"Written: {path}")
+        print(f"The table was written to {path}.")
     print(markdown(data))
 
 
@@ -502,16 +502,16 @@ def tabled(results: Mapping[str, Mapping], plan: AblationPlan, facts: Mapping) -
     """Make the table from the results of all tasks, by name of the task."""
     seeds = plan.seeds
     scores = {}  # group -> result of `evaluate` for each seed
-    trained = {}  # group -> records of the trainings for each seed
+    training_records = {}  # group -> records of the trainings for each seed
     for letter in plan.groups:
         if letter == "i":
             # the base has one result and no trainings; the result is repeated for every seed
             scores[letter] = [results[f"{seeds[0]}/i"]["scores"] for _ in seeds]
-            trained[letter] = [{} for _ in seeds]
+            training_records[letter] = [{} for _ in seeds]
             continue
         group_results = [results[f"{seed}/{letter}"] for seed in seeds]
         scores[letter] = [result["scores"] for result in group_results]
-        trained[letter] = [result["trainings"] for result in group_results]
+        training_records[letter] = [result["trainings"] for result in group_results]
     # the keys of a JSON object are texts
     loop = {str(seed): results[f"{seed}/pairs"] for seed in seeds if f"{seed}/pairs" in results}
-    return table(scores, seeds, trained, loop, {"training_seeds": list(seeds), **facts})
+    return table(scores, seeds, training_records, loop, {"training_seeds": list(seeds), **facts})

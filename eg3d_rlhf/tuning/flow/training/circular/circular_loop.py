@@ -139,18 +139,21 @@ class CircularLoop:
             stage, lineage, config, {"source": "human"}, lambda: (self.people(stage), {}), description
         )
 
-    def pairs(self, stage: str, lineage: Lineage, before: Lineage | None = None) -> Artefact:
+    def pairs(self, stage: str, lineage: Lineage, reference_lineage: Lineage | None = None) -> Artefact:
         """Make the loop's pairs of a stage by the tuned networks of the stages after it.
 
         Args:
             stage: name of the stage, any except the last.
             lineage: lineage of the tuned networks.
-            before: lineage whose network of the next stage is the reference; None: the untuned network.
+            reference_lineage: lineage whose network of the next stage is the reference; None: the untuned
+                network.
         """
-        before = before or {}
+        reference_lineage = reference_lineage or {}
         seed = self.settings.seed
         sampled_stage = next_stage(self.names, stage)
-        references = {sampled_stage: before[sampled_stage]} if before.get(sampled_stage) else {}
+        references = (
+            {sampled_stage: reference_lineage[sampled_stage]} if reference_lineage.get(sampled_stage) else {}
+        )
         inputs = {
             "step": "loop pairs",
             "problem": self.problem.identity,
@@ -164,6 +167,7 @@ class CircularLoop:
         }
 
         def maker(folder: Path) -> tuple[list[Path], Mapping]:
+            # read only if the artefact has to be made
             human_pairs = self.people(stage)
             make = LoopPairMaker.from_problem(
                 self.problem,
@@ -175,10 +179,10 @@ class CircularLoop:
             )
             # the bar counts the pairs of this rank; -(-a // b) divides and rounds up
             with self._bar(f"pairs for {stage}", -(-len(human_pairs) // self.ranks.world)) as bar:
-                pairs_folder, figures = make_in_chunks(
+                pairs_folder, statistics = make_in_chunks(
                     folder, make, human_pairs, ranks=self.ranks, on_pair=bar.update
                 )
-            return [pairs_folder], figures
+            return [pairs_folder], statistics
 
         title = f"pairs for stage {stage!r} from samples of stage {sampled_stage!r}"
         # `make` returns an existing artefact of the same inputs
@@ -207,6 +211,7 @@ class CircularLoop:
         weighing = weighing or self.settings.weighing
         config = self.settings.loop
         use = use or self.use
+        # entries of the hash that identify the pairs of this training
         source = {"source": "loop", "pairs": pairs.content, "weighing": asdict(weighing)}
         # the first two uses change the loss, which is part of the hash by the config; the other uses change
         # the pairs
@@ -219,6 +224,7 @@ class CircularLoop:
 
         # called only if the artefact does not exist yet
         def read() -> tuple[list[PreferencePair], dict]:
+            # read_pairs returns (pairs, description)
             selected_pairs, report = weighed(read_pairs(pairs.folder / "pairs", stage)[0], weighing)
             return used(selected_pairs, use, self.settings.seed, self.people(stage)), report
 
@@ -379,15 +385,15 @@ def run_loop(
         return artefact
 
     for number in range(1, loop.settings.rounds + 1):
-        before = dict(lineage)  # networks that this round starts from, and its reference
+        previous_lineage = dict(lineage)  # networks that this round starts from, and its reference
         this_round = loop.of_round(number)
-        training = done(number, "people", stages[-1], this_round.from_people(stages[-1], before))
-        lineage[stages[-1]] = (*before.get(stages[-1], ()), training)
+        training = done(number, "people", stages[-1], this_round.from_people(stages[-1], previous_lineage))
+        lineage[stages[-1]] = (*previous_lineage.get(stages[-1], ()), training)
         try:
             for stage in reversed(stages[:-1]):
-                pairs = done(number, "pairs", stage, this_round.pairs(stage, lineage, before))
+                pairs = done(number, "pairs", stage, this_round.pairs(stage, lineage, previous_lineage))
                 training = done(number, "loop", stage, this_round.from_loop(stage, pairs, lineage))
-                lineage[stage] = (*before.get(stage, ()), training)
+                lineage[stage] = (*previous_lineage.get(stage, ()), training)
         except NoPairsError as error:
             if number == 1:
                 loop.say(
@@ -400,7 +406,7 @@ def run_loop(
                 f"Warning: round {number} has no pairs to train on, so the networks of round {number - 1} are"
                 f" the result. {error}"
             )
-            return before, steps
+            return previous_lineage, steps
     return lineage, steps
 
 

@@ -177,14 +177,16 @@ class LoopPairMaker:
                 id=f"{pair.id}/{k}",
                 condition=pair.condition,
                 stage=stage,
-                preferred=tuned,
-                rejected=reference,
+                preferred=tuned_latent,
+                rejected=reference_latent,
                 source="loop",
                 reward_preferred=float(rewards[0][n]),
                 reward_rejected=float(rewards[1][n]),
                 provenance={"human_pair": pair.id, "noise_seed": seeds[n], "sampled_stage": sampled_stage},
             )
-            for n, ((pair, _, k), tuned, reference) in enumerate(zip(sample_inputs, *latents, strict=True))
+            for n, ((pair, _, k), tuned_latent, reference_latent) in enumerate(
+                zip(sample_inputs, *latents, strict=True)
+            )
         ]
         # the comparison of latents, element by element, is recorded in the pair, so that it is done only once
         return [
@@ -226,8 +228,8 @@ def make_in_chunks(
     The ranks make chunks of pairs alternately. A finished chunk stays on the disk until all chunks are
     finished, so that an interrupted call can be resumed.
 
-    Returns the path folder/pairs, and statistics of the pairs (see `figures`), which are empty on all ranks
-    but 0.
+    Returns the path folder/pairs, and statistics of the pairs (see summarise_pairs), which are empty on all
+    ranks but 0.
 
     Args:
         folder: folder for the result and the chunks.
@@ -249,11 +251,11 @@ def make_in_chunks(
             continue
         new_pairs = make(chunk_pairs, on_pair)
         # an interrupted call may have left an incomplete folder of this chunk
-        unfinished = chunk_folder.with_suffix(".part")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        write_pairs(unfinished, new_pairs, {"seed": make.seed, "chunk": number})
+        unfinished_folder = chunk_folder.with_suffix(".part")
+        shutil.rmtree(unfinished_folder, ignore_errors=True)
+        write_pairs(unfinished_folder, new_pairs, {"seed": make.seed, "chunk": number})
         # renaming is atomic, so a folder of the final name is always complete
-        os.replace(unfinished, chunk_folder)
+        os.replace(unfinished_folder, chunk_folder)
     ranks.barrier()
     # rank 0 alone joins the chunks
     if not ranks.main:
@@ -266,10 +268,10 @@ def make_in_chunks(
     meta = {"seed": make.seed, "stage": make.stage, "source": "loop", "config": asdict(make.config)}
     write_pairs(folder / "pairs", pairs, meta)
     shutil.rmtree(chunks)
-    return folder / "pairs", figures(pairs)
+    return folder / "pairs", summarise_pairs(pairs)
 
 
-def figures(pairs: Sequence[PreferencePair]) -> Mapping:
+def summarise_pairs(pairs: Sequence[PreferencePair]) -> Mapping:
     """Summarise all new pairs, before any of them is dropped, as JSON.
 
     The summary has the number of pairs, the share of pairs whose two latents differ (changed_structure), the
@@ -280,13 +282,13 @@ def figures(pairs: Sequence[PreferencePair]) -> Mapping:
         return {"pairs": 0}
     # reward of the tuned sample minus that of the reference sample, since roles are not exchanged yet
     gaps = torch.tensor([pair.reward_gap for pair in pairs], dtype=torch.float64)
-    changed = torch.tensor([not pair.provenance[SAME] for pair in pairs])
+    has_changed = torch.tensor([not pair.provenance[SAME] for pair in pairs])
     return {
         "pairs": len(pairs),
-        "changed_structure": float(changed.double().mean()),
+        "changed_structure": float(has_changed.double().mean()),
         "tuned_rewarded": float((gaps > 0).double().mean()),
         "tuned_rewarded_where_changed": (
-            float((gaps[changed] > 0).double().mean()) if bool(changed.any()) else None
+            float((gaps[has_changed] > 0).double().mean()) if bool(has_changed.any()) else None
         ),
         "reward_gap_mean": float(gaps.mean()),
         "reward_gap_std": float(gaps.std(correction=0)),
@@ -384,7 +386,8 @@ def weigh(
     all_scored = bool(pairs) and unscored_pair is None
     if (use_w1 or use_w2) and unscored_pair is not None:
         raise ValueError(
-            f"weigh: the pair {unscored_pair.id} has no rewards of its two samples. Score the assets first."
+            f"weigh: the pair {unscored_pair.id} has no rewards of its two samples, but w1 and w2 need them."
+            " Score the assets first."
         )
     w1_by_id: dict[str, float] = {}  # id -> w1
     # all pairs are candidates, also pairs whose latents have the same structure
@@ -394,12 +397,13 @@ def weigh(
         )
         # the preferred samples come first, then the rejected ones
         preferred_indices, rejected_indices = torch.arange(len(rewards)).chunk(2)
+        # w1 is computed for all pairs of a prompt at once
         w1_by_id |= zip(
             (p.id for p in group), w1(rewards, preferred_indices, rejected_indices).tolist(), strict=True
         )
     selected_pairs = [p for p in differing_pairs if not use_w1 or w1_by_id[p.id] > 0]
     weights: list[float | None] = [None] * len(selected_pairs)
-    # after the selection: the mean of w2 is taken over the kept pairs
+    # computed after the selection, since the mean of w2 is taken over the selected pairs
     if use_w2 and selected_pairs:
         weights = w2(torch.tensor([p.reward_gap for p in selected_pairs], dtype=torch.float64)).tolist()
     weighted_pairs = [

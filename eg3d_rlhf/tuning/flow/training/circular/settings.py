@@ -157,17 +157,17 @@ def letters(text: str) -> list[str]:
     """
     # the base is always included, since all groups are compared with it
     names: set[str] = {"i"}
-    for part in text.replace(" ", "").split(","):
-        start, separator, end = part.partition("..")
+    for group_text in text.replace(" ", "").split(","):
+        start, separator, end = group_text.partition("..")
         bounds = [start, end if separator else start]
-        if part in ARMS:
-            names.add(part)
+        if group_text in ARMS:
+            names.add(group_text)
             continue
         if not all(bound in GROUPS for bound in bounds) or bounds[0] > bounds[1]:
             arms = ", ".join(ARMS)
             raise ValueError(
-                f"groups: {part!r} in {text!r} is not a group. Write letters from a to i, such as a,b,d or"
-                f" a..i, or arms among {arms}."
+                f"groups: {group_text!r} in {text!r} is not a group. Write letters from a to i, such as a,b,d"
+                f" or a..i, or arms among {arms}."
             )
         names.update(letter for letter in GROUPS if bounds[0] <= letter <= bounds[1])
     return [name for name in ALL if name in names]
@@ -199,6 +199,7 @@ class AblationPlan:
                     continue
                 tasks |= {f"{seed}/{data}/{stages}": [] for seed in self.seeds}
                 if (data, stages) == (PEOPLE, "last") and looping:
+                    # the pairs are made from samples of the tuned last stage
                     tasks |= {f"{seed}/pairs": [f"{seed}/{PEOPLE}/last"] for seed in self.seeds}
         for letter in self.groups:
             group = ALL[letter]

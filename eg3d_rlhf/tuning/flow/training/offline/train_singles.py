@@ -101,6 +101,7 @@ class Velocities:
     def __init__(self, stage: FlowStage, draw: SingleDraw, policy: torch.nn.Module, reference: FrozenModel):
         self.draw = draw
         self.path = stage.path
+        # `single` converts to float32, since squares of small differences are computed below
         self.v = single(stage.velocity(draw.x_t, draw.t, draw.cond, policy))
         # FrozenModel computes without gradient
         self.ref = single(reference.velocity(stage, draw.x_t, draw.t, draw.cond))
@@ -146,6 +147,7 @@ class Velocities:
         errors = self.errors.detach()  # metrics must not keep the graph in memory
         ref_errors = self.ref_errors
         is_decided = (r - 0.5).abs() > EVEN
+        # 1 if the signs of both factors are equal, 0 if they differ, one half for equal errors
         agreement = 0.5 * (1 + ((ref_errors - errors) * (r - 0.5)).sign())
         n = r.new_tensor(float(len(r)))
         return torch.stack(
@@ -180,6 +182,7 @@ class LabelPasses(Passes[Example]):
             epoch: number of the pass over the data.
             dropout: seed of torch's global generator in the pass.
         """
+        # the random numbers of times and noises come from generators of their own
         draw = draw_singles(self.conditioned, singles, names, self.config.seed, epoch, self.device)
         # after sampling, which must not depend on how many random numbers the dropout takes
         torch.manual_seed(dropout)
@@ -197,7 +200,7 @@ class LabelPasses(Passes[Example]):
             [torch.stack([losses.new_tensor(float(len(losses))), losses.detach().sum()]), totals]
         )
 
-    def figures(self, step: int, totals: torch.Tensor, items: Sequence[tuple[int, Example]]) -> dict:
+    def finish_update(self, step: int, totals: torch.Tensor, items: Sequence[tuple[int, Example]]) -> dict:
         """Do the optimiser's step, and return the metrics of the update.
 
         Among them are distance, the mean squared distance from the reference; drift, the distance divided by
@@ -345,7 +348,9 @@ def check_singles(conditioned: ConditionedStage, singles: Sequence[Single], loss
     stage = conditioned.stage
     caller = f"train_singles({stage.name})"
     if not singles:
-        raise ValueError(f"{caller}: the list of labelled assets is empty. Label assets of this stage.")
+        raise ValueError(
+            f"{caller}: the list of labelled assets is empty, but at least one is needed. Label assets of this stage."
+        )
     check_unique(caller, singles, "assets")
     for asset in singles:
         if asset.stage != stage.name:
@@ -367,7 +372,7 @@ def check_singles(conditioned: ConditionedStage, singles: Sequence[Single], loss
     if all(abs(asset.r - 0.5) <= EVEN for asset in singles):
         raise ValueError(
             f"{caller}: all {len(singles)} labels are neutral (r = 1/2), so there is nothing to learn. Label"
-            " more assets, or label them in finer steps."
+            " more assets, or use finer steps of labels."
         )
     # DGPO compares only assets of one prompt
     if loss == DGPO and all(
@@ -431,5 +436,5 @@ class OfflineBench(Bench):
             return train_stage(conditioned, answers, self.dpo, out, **options)
         return train_singles(conditioned, answers, self.singles, out, **options)
 
-    def figures(self, arm: str, done: StageResult, model: torch.nn.Module, seed: int, ranks: Ranks) -> dict:
+    def measure(self, arm: str, done: StageResult, model: torch.nn.Module, seed: int, ranks: Ranks) -> dict:
         return {"answers": len(self.answers(arm))}

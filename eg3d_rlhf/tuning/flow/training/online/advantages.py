@@ -26,9 +26,8 @@ class Scale:
         group    the standard deviation of the rewards of each group
         batch    the standard deviation of all centred rewards, so that a group with little spread keeps small
                  advantages
-        raw      the standard deviation of all uncentred rewards, which includes the differences between
-        prompts;
-                 published code uses it
+        raw      the standard deviation of all uncentred rewards, as in published code; it includes the
+                 differences between prompts
         none     1
     """
 
@@ -39,7 +38,7 @@ class Scale:
     plus: float = TINY
     least: float = 0.0  # lower bound of the standard deviation
 
-    def of(self, rewards: torch.Tensor, centred: torch.Tensor) -> torch.Tensor:
+    def of(self, rewards: torch.Tensor, centred_rewards: torch.Tensor) -> torch.Tensor:
         """Compute the divisor from rewards [G, K] and centred rewards [G, K].
 
         Returns a tensor [G, 1] if `over` is "group", and a scalar tensor otherwise.
@@ -53,7 +52,7 @@ class Scale:
             std = rewards.std(correction=self.correction)
         else:
             # groups are centred, so the mean over the batch is 0 already
-            std = centred.square().mean().sqrt()
+            std = centred_rewards.square().mean().sqrt()
         return std.clamp(min=self.least) + self.plus
 
 
@@ -74,8 +73,8 @@ def _scaled(rewards: torch.Tensor, scale: Scale) -> torch.Tensor:
     """Subtract the mean of each group from rewards [G, K], and divide by the divisor of `scale`."""
     # the mean of equal rewards may differ from them by rounding, which the division would enlarge
     all_equal = (rewards == rewards[:, :1]).all(1, keepdim=True)
-    centred = (rewards - rewards.mean(1, keepdim=True)).masked_fill(all_equal, 0)
-    return centred / scale.of(rewards, centred)
+    centred_rewards = (rewards - rewards.mean(1, keepdim=True)).masked_fill(all_equal, 0)
+    return centred_rewards / scale.of(rewards, centred_rewards)
 
 
 def several(
@@ -100,15 +99,15 @@ def several(
     """
     scale = scale or Scale()
     # float64, as the standard deviation of nearly equal rewards is small
-    summed = sum(
+    reward_sum = sum(
         weight * _scaled(reward.double(), scale) for weight, reward in zip(weights, rewards, strict=True)
     )
-    assert isinstance(summed, torch.Tensor)  # at least one reward: an empty sum would be 0
+    assert isinstance(reward_sum, torch.Tensor)  # at least one reward: an empty sum would be 0
     if normalise_sum:
-        summed = (summed - summed.mean()) / (
-            summed.std(correction=scale.correction).clamp(min=scale.least) + scale.plus
+        reward_sum = (reward_sum - reward_sum.mean()) / (
+            reward_sum.std(correction=scale.correction).clamp(min=scale.least) + scale.plus
         )
-    return summed.clamp(-clip, clip).float()
+    return reward_sum.clamp(-clip, clip).float()
 
 
 def normal_scores(rewards: torch.Tensor) -> torch.Tensor:
@@ -176,15 +175,15 @@ class Gate:
     share: float = 0.1
     past: list[float] = field(default_factory=list)  # mean excess of each of the last updates
 
-    def __call__(self, trained: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    def __call__(self, trained_rewards: torch.Tensor, heldout_rewards: torch.Tensor) -> torch.Tensor:
         """Select samples, [N] bool, and update the share.
 
         Args:
-            trained: trained reward of each sample, [N]; larger is better.
-            others: held-out rewards, [R, N], with R at least 1; larger is better.
+            trained_rewards: trained reward of each sample, [N]; larger is better.
+            heldout_rewards: held-out rewards, [R, N], with R at least 1; larger is better.
         """
         # ranks make rewards of different units comparable
-        excess = _ranks(trained[None])[0] - _ranks(others).mean(0)
+        excess = _ranks(trained_rewards[None])[0] - _ranks(heldout_rewards).mean(0)
         nonnegative_excess = excess[excess >= 0]  # never empty, since all ranks have the same mean
         mean_excess = float(nonnegative_excess.mean())
         if self.past and mean_excess > max(self.past):

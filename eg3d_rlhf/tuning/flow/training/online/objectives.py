@@ -92,14 +92,14 @@ class OnSteps:
         """
         return self.explorer.draw(prompts, seeds, *self.steps_of(step))
 
-    def totals_of(self, drawn: Sequence[Drawn]) -> Totals:
+    def totals_of(self, sampled_passes: Sequence[Drawn]) -> Totals:
         """Sum metrics over the moves of all samples, by name.
 
         moves: number of moves; kl: divergence from the reference; drift: m((v - v_ref)^2); missing:
         m((u - v_ref)^2), with u the velocity that leads straight to the finished sample.
         """
         move_sums = []
-        for samples in drawn:
+        for samples in sampled_passes:
             for move in samples.moves:
                 times = feats_of(move.x).new_full([count(move.x)], move.step.t)
                 # the velocity that leads from x straight to the finished sample
@@ -107,17 +107,19 @@ class OnSteps:
                 drift = self.path.apart(move.v, move.v_ref)
                 ref_error = self.path.apart(target, move.v_ref)
                 # [4, n] -> [4]
-                move_sums.append(torch.stack([torch.ones_like(drift), move.far, drift, ref_error]).sum(1))
+                move_sums.append(
+                    torch.stack([torch.ones_like(drift), move.ref_divergence, drift, ref_error]).sum(1)
+                )
         moves, kl, drift, ref_error = torch.stack(move_sums).sum(0)
         return {"moves": moves, "kl": kl, "drift": drift, "missing": ref_error}
 
     def add(
-        self, drawn: Drawn, advantage: torch.Tensor, distance_factor: torch.Tensor, step: int, number: int
+        self, samples: Drawn, advantage: torch.Tensor, distance_factor: torch.Tensor, step: int, number: int
     ) -> Totals:
         """Compute and add the gradients of the n samples of a pass, and return their sums.
 
         Args:
-            drawn: the samples.
+            samples: the samples.
             advantage: advantage of each sample, [n].
             distance_factor: factor of each sample's weight `kl` of the distance from the reference, [n].
             step: number of the update.
@@ -126,12 +128,13 @@ class OnSteps:
         config = self.config
         totals = torch.zeros(len(self.sums), device=advantage.device)  # in the order of `sums`
         # one backward pass a move: the graph of a single step is in memory at a time
-        for move in drawn.moves:
+        for move in samples.moves:
             sampler_step = move.step
             mean = sampler_step.mean(
-                move.x, self.explorer.velocity(move.x, sampler_step.t, drawn.cond, drawn.no_cond)
+                move.x, self.explorer.velocity(move.x, sampler_step.t, samples.cond, samples.no_cond)
             )
-            log_p = log_density(move.to, mean, sampler_step.std)
+            log_p = log_density(move.next_x, mean, sampler_step.std)
+            # elements of one sample: all samples of a batch are counted together
             limit = config.choose_clip(feats_of(move.x).numel() / count(move.x), sampler_step.std)
             ratio = torch.exp(log_p - move.log_p)  # 1 in the first pass, up to rounding
             # GRPO-Guard and Flow-DPPO also need the divergence of the step from the step of the sampling
@@ -144,11 +147,11 @@ class OnSteps:
                 ratio = guarded_ratio(log_p, move.log_p, step_divergence, sampler_step.std)
                 loss = guard_loss(ratio, advantage, limit, sampler_step.length)
             # computed for Flow-DPPO, too, so that its metrics can be compared with those of GRPO
-            clipped = outside_clip(ratio, advantage, limit)
-            stopped = clipped.stopped
+            clip_masks = outside_clip(ratio, advantage, limit)
+            is_stopped = clip_masks.stopped
             if config.loss == "dppo":
-                stopped = dppo_dropped(ratio, step_divergence, advantage, limit)
-                loss = dppo_loss(ratio, advantage, stopped)
+                is_stopped = dppo_dropped(ratio, step_divergence, advantage, limit)
+                loss = dppo_loss(ratio, advantage, is_stopped)
             # the distance from the untuned network, weighted by the gate where there is one
             if config.kl:
                 loss = loss + config.kl * distance_factor * divergence(mean, move.reference, sampler_step.std)
@@ -157,9 +160,9 @@ class OnSteps:
             summands = (
                 torch.ones_like(ratio_change),
                 loss.detach(),
-                clipped.high,
-                clipped.low,
-                stopped,
+                clip_masks.high,
+                clip_masks.low,
+                is_stopped,
                 ratio_change,
                 ratio_change.square(),
             )
@@ -197,34 +200,34 @@ class OnLatents:
         return {}
 
     def add(
-        self, drawn: Drawn, advantage: torch.Tensor, distance_factor: torch.Tensor, step: int, number: int
+        self, samples: Drawn, advantage: torch.Tensor, distance_factor: torch.Tensor, step: int, number: int
     ) -> Totals:
         """Compute and add the gradients of some samples, see OnSteps.add."""
         totals = torch.zeros(len(self.sums), device=advantage.device)
         # several times and noises for each sample, since the error at a single one is noisy
         for k in range(self.config.draws):
             totals += self._drawn_once(
-                drawn, advantage, distance_factor, *self._noised(drawn, step, number, k)
+                samples, advantage, distance_factor, *self._noised(samples, step, number, k)
             )
         return dict(zip(self.sums, totals, strict=True))
 
-    def _noised(self, drawn: Drawn, step: int, number: int, k: int) -> tuple[torch.Tensor, Batch]:
+    def _noised(self, samples: Drawn, step: int, number: int, k: int) -> tuple[torch.Tensor, Batch]:
         """Sample a time and a noise for each sample; return the times [n] and the n noises.
 
         For DGPO all samples of an update have the same time, and all samples of a group the same noise, since
         its loss compares the errors of a group at the same time and noise.
 
         Args:
-            drawn: the samples.
+            samples: the samples.
             step: number of the update.
             number: number of the optimiser's step on the samples, counted from 0.
             k: number of the time and noise of a sample, counted from 0.
         """
         if self.config.loss == "dgpo":
-            noise_keys = [("group", seed) for seed in drawn.seeds]
+            noise_keys = [("group", seed) for seed in samples.seeds]
             time_keys: list[tuple] = [("update", self.config.seed, step)] * len(noise_keys)
         else:
-            members = zip(drawn.seeds, drawn.members, strict=True)
+            members = zip(samples.seeds, samples.members, strict=True)
             noise_keys = [("sample", seed, member) for seed, member in members]  # type: ignore[misc]
             time_keys = list(noise_keys)
         generators = [
@@ -234,12 +237,12 @@ class OnLatents:
         t = t.clamp(min=EARLIEST).to(self.explorer.device)
         # seeds of noises are below 2**31
         noise_seeds = [derive_seed("train", *key, number, k) % 2**31 for key in noise_keys]
-        eps = stage_noise(self.stage, noise_seeds, drawn.given)
+        eps = stage_noise(self.stage, noise_seeds, samples.voxels)
         return t, eps.to(self.explorer.device)
 
     def _drawn_once(
         self,
-        drawn: Drawn,
+        samples: Drawn,
         advantage: torch.Tensor,
         distance_factor: torch.Tensor,
         t: torch.Tensor,
@@ -252,28 +255,30 @@ class OnLatents:
         stage = self.stage
         policy = self.explorer.policy
         path = self.stage.path
-        x_t = path.mix(drawn.x_0, t, eps)
-        u = path.velocity(drawn.x_0, eps)  # target of flow matching
+        x_t = path.mix(samples.x_0, t, eps)
+        u = path.velocity(samples.x_0, eps)  # target of flow matching
         # both frozen networks are computed first, while no activations of the policy take memory
-        old = single(self.old.velocity(stage, x_t, t, drawn.cond))
-        ref = single(self.explorer.reference.velocity(stage, x_t, t, drawn.cond))
+        old_v = single(self.old.velocity(stage, x_t, t, samples.cond))
+        ref_v = single(self.explorer.reference.velocity(stage, x_t, t, samples.cond))
         with evaluating(policy):
-            v = single(stage.velocity(x_t, t, drawn.cond, policy))
-        drift = path.apart(v, ref)  # [n], the distance that kl weights
-        old_error = path.apart(u, old)
-        ref_error = path.apart(u, ref)
-        stopped = torch.zeros_like(advantage, dtype=torch.bool)
+            v = single(stage.velocity(x_t, t, samples.cond, policy))
+        drift = path.apart(v, ref_v)  # [n], the distance that kl weights
+        old_error = path.apart(u, old_v)
+        ref_error = path.apart(u, ref_v)
+        is_stopped = torch.zeros_like(advantage, dtype=torch.bool)
         # goodness and the loss must use the same C
         if config.loss == "nft":
-            errors = nft_errors(v, old, u, path.sigma(t), config.curvature, not config.plain, path.per_sample)
+            errors = nft_errors(
+                v, old_v, u, path.sigma(t), config.curvature, not config.plain, path.per_sample
+            )
             loss = nft_loss(errors, goodness(advantage, config.adv_clip), config.adv_clip, config.curvature)
         else:
             policy_error = path.apart(v, u)
-            stopped = dgpo_stopped(policy_error, old_error, advantage, config.choose_clip(1))
+            is_stopped = dgpo_stopped(policy_error, old_error, advantage, config.choose_clip(1))
             policy_error, group_ref_errors, group_advantage = (
                 values.view(-1, config.group)
                 for values in (
-                    torch.where(stopped, policy_error.detach(), policy_error),
+                    torch.where(is_stopped, policy_error.detach(), policy_error),
                     ref_error,
                     advantage,
                 )
@@ -289,10 +294,10 @@ class OnLatents:
             torch.ones_like(drift),
             loss,
             drift,
-            path.apart(v, old),
-            path.apart(old, ref),
+            path.apart(v, old_v),
+            path.apart(old_v, ref_v),
             old_error,
             ref_error,
-            stopped,
+            is_stopped,
         )
         return torch.stack([summand.detach().float().sum() for summand in summands])

@@ -104,7 +104,7 @@ class OnlineBench(Bench):
             )
         return train_online(task, config, out, {"problem": dict(self.identity)}, **options)
 
-    def figures(self, arm: str, done: StageResult, model: torch.nn.Module, seed: int, ranks: Ranks) -> dict:
+    def measure(self, arm: str, done: StageResult, model: torch.nn.Module, seed: int, ranks: Ranks) -> dict:
         config = self.config(arm)
         held_out_prompts = list(self.problem.held_out_conditions)
         if divided(arm)[0] == DPO:
@@ -213,7 +213,7 @@ def drift(
     noisy_steps = range(len(explorer.steps) - 1)  # the last step has no density
     divergences = []  # [n] each, for every pass and step
     for samples in explorer.draw(prompts, seeds, noisy_steps, noisy_steps):
-        divergences += [move.far for move in samples.moves]
+        divergences += [move.ref_divergence for move in samples.moves]
     return float(torch.cat(divergences).mean())
 
 
@@ -263,19 +263,19 @@ def reward_of(name: str, problem: Problem, stage: FlowStage | None = None) -> As
 
 
 def heldout_scores(
-    problem: Problem, trained: Collection[str], assets: Sequence, prompts: Sequence[str]
+    problem: Problem, trained_names: Collection[str], assets: Sequence, prompts: Sequence[str]
 ) -> dict[str, torch.Tensor]:
     """Score N assets by the rewards that are not trained on. Return the scores by name, [N] each.
 
     Args:
         problem: problem with the rewards and evaluators.
-        trained: names of the trained rewards.
+        trained_names: names of the trained rewards.
         assets: finished assets, [N].
         prompts: prompts of the assets, [N].
     """
     # the final evaluator is not among them, since it must stay unused until the table
     scores: dict[str, torch.Tensor] = {}
-    if problem.reward is not None and OWN not in trained:
+    if problem.reward is not None and OWN not in trained_names:
         scores[OWN] = problem.reward(assets, prompts)
     if problem.chooser is not None:
         scores[CHOOSER] = problem.chooser(assets, prompts)

@@ -86,22 +86,22 @@ class Task:
             isinstance(reward, LatentReward) for reward in self.rewards.values()
         )
         assets = self.assets(x_0, prompts, seeds) if needs_assets else []
-        trained = {}
+        trained_scores = {}
         for name, reward in self.rewards.items():
             if isinstance(reward, LatentReward):
-                trained[name] = reward.of_latents(x_0, prompts)
+                trained_scores[name] = reward.of_latents(x_0, prompts)
             else:
-                trained[name] = reward(assets, prompts)
-        heldout = {} if self.heldout is None else dict(self.heldout(assets, prompts))
+                trained_scores[name] = reward(assets, prompts)
+        heldout_scores = {} if self.heldout is None else dict(self.heldout(assets, prompts))
         # a single NaN would make the advantages of its whole group NaN
-        for name, values in (trained | heldout).items():
+        for name, values in (trained_scores | heldout_scores).items():
             if not bool(values.isfinite().all()):
                 raise ValueError(
                     f"reward {name}: some scores are not finite: {values.tolist()}. Check the program of the"
                     " reward for NaN and infinite values."
                 )
-        return _cpu(torch.stack(list(trained.values()))), {
-            name: _cpu(values) for name, values in heldout.items()
+        return _cpu(torch.stack(list(trained_scores.values()))), {
+            name: _cpu(values) for name, values in heldout_scores.items()
         }
 
 
@@ -116,11 +116,11 @@ class Move:
 
     step: Step
     x: Batch  # n samples before the step
-    to: Batch  # the samples after it
+    next_x: Batch  # the samples after the step
     mean: Batch  # mean of the sampling policy's step
     reference: Batch  # mean of the reference's step
-    log_p: torch.Tensor  # [n], log density of `to` under the sampling policy
-    far: torch.Tensor  # [n], divergence of the sampling policy's step from the reference's
+    log_p: torch.Tensor  # [n], log density of `next_x` under the sampling policy
+    ref_divergence: torch.Tensor  # [n], divergence of the sampling policy's step from the reference's
     v: Batch  # velocities of the sampling policy
     v_ref: Batch  # velocities of the reference
 
@@ -132,7 +132,7 @@ class Drawn:
     conditions: Sequence[str]  # [n], prompts
     seeds: Sequence[int]  # [n], seed of each sample's group
     members: Sequence[int]  # [n], index of each sample in its group
-    given: Sequence[Voxels]  # [n], voxels from the earlier stages
+    voxels: Sequence[Voxels]  # [n], voxels from the earlier stages
     cond: Condition  # n rows
     no_cond: Condition | None  # n rows; None without guidance
     x_0: Batch  # the finished samples
@@ -176,9 +176,10 @@ class Explorer:
         K = self.config.group
         stage = self.task.stage
         pipeline = self.task.pipeline
+        # by default all samples are generated in one pass
         pass_size = self.config.batch_gpu or len(prompts) * K
         group_voxels = self.task.given(prompts, seeds, pass_size)
-        # [G * K], the members of a group side by side
+        # one entry for each of the G * K samples; the samples of a group stand side by side
         members = [
             (prompt, seed, k, voxels)
             for prompt, seed, voxels in zip(prompts, seeds, group_voxels, strict=True)
@@ -218,7 +219,7 @@ class Explorer:
                     conditions=pass_prompts,
                     seeds=group_seeds,
                     members=member_indices,
-                    given=voxels,
+                    voxels=voxels,
                     cond=cond,
                     no_cond=no_cond,
                     x_0=x_0,
@@ -268,11 +269,11 @@ class Explorer:
                     Move(
                         step=step,
                         x=x,
-                        to=next_x,
+                        next_x=next_x,
                         mean=mean,
                         reference=reference_mean,
                         log_p=log_p,
-                        far=ref_divergence,
+                        ref_divergence=ref_divergence,
                         v=v,
                         v_ref=v_ref,
                     )

@@ -85,7 +85,7 @@ class OnlineConfig(StageTraining):
     )
     advantage: str = _online(
         "batch",
-        "Way from rewards to advantages. batch, group: the mean of the group is subtracted, and the"
+        "How rewards become advantages. batch, group: the mean of the group is subtracted, and the"
         " difference is divided by the standard deviation of the whole batch or of the group; ranks: normal"
         " scores of the ranks in the group.",
         choices=OVER,
@@ -106,7 +106,8 @@ class OnlineConfig(StageTraining):
     )
     reset: int | None = _rare_online(
         None,
-        "Number of updates after which the current network becomes the reference, again and again.",
+        "Number of updates between renewals of the reference, at which the current network becomes the"
+        " reference.",
         metavar="UPDATES",
         low=1,
         shown="never",
@@ -125,7 +126,8 @@ class OnlineConfig(StageTraining):
     )
     window_end: int | None = _rare_online(
         None,
-        "Number of first sampler steps in which windows lie.",
+        "End of the sampler steps in which windows may lie: the number of the last such step, counted from"
+        " 1.",
         metavar="STEP",
         low=1,
         shown="two fifths of the steps",
@@ -226,8 +228,10 @@ class OnlineConfig(StageTraining):
             return self.clip_range
         # Flow-DPPO and DGPO: their limits do not depend on the number of elements, as neither limits a ratio
         # that noise changes. The guard's exponent is multiplied by the step's std, so its clip is, too.
-        fixed = {"dppo": 1e-5, "dgpo": 1e-2}
-        return fixed.get(self.loss, CLIP_SCALE / elements**0.5 * (std if self.loss == "grpo-guard" else 1.0))
+        fixed_clips = {"dppo": 1e-5, "dgpo": 1e-2}
+        return fixed_clips.get(
+            self.loss, CLIP_SCALE / elements**0.5 * (std if self.loss == "grpo-guard" else 1.0)
+        )
 
     def sampling(self, stage: "FlowStage") -> "Sampling":
         """Return the settings of the sampler in training.
@@ -249,8 +253,9 @@ class OnlineConfig(StageTraining):
             )
         if self.trained_steps is not None and self.trained_steps > noisy_steps:
             raise ValueError(
-                f"--trained-steps: got {self.trained_steps}, but the sampler has only {noisy_steps} steps"
-                " with noise (all except the last). Use fewer trained steps, or more sampler steps."
+                f"--trained-steps: got {self.trained_steps} of {sampling.steps} sampler steps, but only"
+                f" {noisy_steps} steps have noise (all except the last). Use fewer trained steps, or more"
+                " sampler steps."
             )
         if self.window is not None:
             check_window(self.window, 0, self.find_window_end(sampling.steps), noisy_steps)
@@ -309,16 +314,16 @@ def weighed(text: str) -> dict[str, float]:
     {'own': 1.0, 'solid': 0.5}
     """
     weights = {}
-    for part in text.split(","):
-        name, colon, weight_text = part.strip().partition(":")
+    for reward_text in text.split(","):
+        name, colon, weight_text = reward_text.strip().partition(":")
         try:
             weights[name] = float(weight_text) if colon else 1.0
         except ValueError:
             weights[name] = 0.0  # the check below rejects it
         if not name or not 0 < weights[name] < float("inf"):
             raise ValueError(
-                f"--reward: {part.strip()!r} in {text!r} is not NAME or NAME:WEIGHT with a finite weight"
-                " above 0. Write the list for example as own,solid:0.5."
+                f"--reward: {reward_text.strip()!r} in {text!r} is not NAME or NAME:WEIGHT with a finite"
+                " weight above 0. Write the list for example as own,solid:0.5."
             )
     return weights
 
@@ -366,19 +371,19 @@ class OnlineRun(ArmsRun):
     def row(
         self, arm: str, trainings: Sequence[Mapping], rates: Mapping, scores: Mapping, base: Mapping
     ) -> dict:
-        tuned = scores["reward"]  # [K, C, S]
-        untuned = base["reward"]  # [1, C, S]
+        tuned_rewards = scores["reward"]  # [K, C, S]
+        untuned_rewards = base["reward"]  # [1, C, S]
         # share of prompts whose mean reward is higher than that of the untuned network, [K]
-        improved = (tuned.mean(2) > untuned.mean(2)).mean(1)
+        improved_shares = (tuned_rewards.mean(2) > untuned_rewards.mean(2)).mean(1)
         return {
             "samples": [training["samples"] for training in trainings],
             "kl": [training["kl"] for training in trainings],
             "reward": {
-                "up": float(improved.mean()),
-                "up_seeds": improved.tolist(),
-                "mean": float(tuned.mean()),
-                "mean_seeds": tuned.mean((1, 2)).tolist(),
-                "base": float(untuned.mean()),
+                "up": float(improved_shares.mean()),
+                "up_seeds": improved_shares.tolist(),
+                "mean": float(tuned_rewards.mean()),
+                "mean_seeds": tuned_rewards.mean((1, 2)).tolist(),
+                "base": float(untuned_rewards.mean()),
             },
             "measures": {name: rate for name, rate in rates.items() if name not in EVALUATORS},
         }
@@ -415,8 +420,9 @@ def check_window(size: int, start: int, end: int, steps: int) -> None:
     """
     if not 0 <= start < end <= steps or not 1 <= size <= end - start:
         raise ValueError(
-            f"--window: {size} consecutive steps do not fit between step {start} and step {end} of a sampler"
-            f" that adds noise in {steps} steps. Use a smaller window, or more sampler steps."
+            f"--window: {size} consecutive steps do not fit into steps {start} to {end} (without the last"
+            f" number); the sampler adds noise in steps 0 to {steps}. Use a smaller window, or more sampler"
+            " steps."
         )
 
 
@@ -453,5 +459,6 @@ def progressive_window(
         dict.fromkeys(min(window_start, end - size) for window_start in range(start, end, stride))
     )
     moves = round_number // rounds  # number of moves so far
+    # `repeat` starts again at the first window; otherwise the last window stays
     window_start = window_starts[moves % len(window_starts) if repeat else min(moves, len(window_starts) - 1)]
     return range(window_start, window_start + size)

@@ -174,7 +174,7 @@ def log_density(x: Batch, mean: Batch, std: float) -> torch.Tensor:
     infinite.
     Differentiable in: mean.
     """
-    # [N, ...] or one row a voxel: the log density of each element by itself
+    # log density of each element by itself, [N, ...] or one row for each voxel
     values = (
         -((feats_of(x) - feats_of(mean)) ** 2) / (2 * std**2) - math.log(std) - 0.5 * math.log(2 * math.pi)
     )

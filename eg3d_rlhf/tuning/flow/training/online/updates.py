@@ -13,7 +13,7 @@ All losses:
     drift               m((v - v_ref)^2) / m((u - v_ref)^2): squared change of the velocity from the
     reference's,
                         divided by the reference's squared error
-    gated               share of samples to which the penalty of the distance applies, if there is a gate
+    "gated"               share of samples to which the penalty of the distance applies, if there is a gate
 Losses on the sampler's steps:
     clip_high, clip_low share of ratios of densities above and below the clip
     clipped             share of samples without gradient
@@ -93,6 +93,7 @@ class OnlineUpdates(Descent):
         )
         self.gate = Gate() if task.gate else None
         last_column = ("clipped", "clipped", "<5.3f") if config.on_steps else ("lag", "lag", "<8.2e")
+        # (name of the metric, title of the column, format)
         self.columns = (
             ("reward", "reward", "<+8.4f"),
             ("spread", "spread", "<7.4f"),
@@ -157,12 +158,13 @@ class OnlineUpdates(Descent):
 
         Returns the trained rewards [R, B, K], and the held-out rewards by name, [B, K] each.
         """
-        scored = [
+        pass_scores = [
             self.task.scores(samples.x_0, samples.conditions, samples.seeds) for samples in sampled_passes
         ]
-        rewards = torch.cat([values for values, _ in scored], 1)  # [R, n]
+        rewards = torch.cat([values for values, _ in pass_scores], 1)  # [R, n]
         heldout = {
-            name: torch.cat([heldout_values[name] for _, heldout_values in scored]) for name in scored[0][1]
+            name: torch.cat([heldout_values[name] for _, heldout_values in pass_scores])
+            for name in pass_scores[0][1]
         }
         scores_of_ranks = self.ranks.gather(
             [rewards.tolist(), {name: values.tolist() for name, values in heldout.items()}]
@@ -171,10 +173,10 @@ class OnlineUpdates(Descent):
         def grouped_by_prompt(rank_values: list) -> torch.Tensor:
             """Join the values of all ranks, [..., n] each, to [..., B, K] in the order of the groups."""
             # [..., G, ranks, K]: group number g * ranks + r is the g-th group of rank r
-            grouped = torch.stack(
+            group_values = torch.stack(
                 [torch.tensor(values).unflatten(-1, (-1, self.config.group)) for values in rank_values], -2
             )
-            return grouped.flatten(-3, -2)
+            return group_values.flatten(-3, -2)
 
         return grouped_by_prompt([values for values, _ in scores_of_ranks]), {
             name: grouped_by_prompt([heldout_values[name] for _, heldout_values in scores_of_ranks])
@@ -220,7 +222,7 @@ class OnlineUpdates(Descent):
         sampled_passes: Sequence[Drawn],
     ) -> dict[str, float]:
         """Compute the metrics of the rewards and of the samples' moves, by name."""
-        # [R, B, K] -> [B, K]
+        # weighted sum of the rewards, [R, B, K] -> [B, K]
         total = (torch.tensor(self.task.weights).view(-1, 1, 1) * rewards).sum(0)
         # 1 for each group in which every reward has equal values, [B]
         all_equal = (rewards == rewards[..., :1]).all(-1).all(0).float()
@@ -238,6 +240,7 @@ class OnlineUpdates(Descent):
             r = goodness(advantage, self.config.adv_clip)
             metrics |= {"r": r.mean(), "r_ends": ((r == 0) | (r == 1)).float().mean()}
         if totals := self.objective.totals_of(sampled_passes):
+            # one tensor, so that one collective operation sums all of them
             sums = torch.stack(list(totals.values())).to(self.device)
             sum_over_ranks(self.ranks, [], [sums])
             sums_by_name = dict(zip(totals, sums, strict=True))
@@ -261,10 +264,10 @@ class OnlineUpdates(Descent):
         # 1e-12 guards the quotients where a network predicts its samples exactly
         old_error = max(means.pop("old_missing"), 1e-12)
         ref_error = max(means.pop("missing"), 1e-12)
-        stopped = means.pop("stopped")
+        stopped_share = means.pop("stopped")
         return {
             **means,
-            "clipped": stopped,
+            "clipped": stopped_share,
             "moved": means["moved"] / old_error,
             "lag": means["lag"] / old_error,
             "drift": means["kl"] / ref_error,
