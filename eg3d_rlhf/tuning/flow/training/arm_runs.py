@@ -288,8 +288,7 @@ def table(results: Mapping[str, Mapping], settings: ArmsRun, facts: Mapping) -> 
     """
     seeds = settings.training_seeds
     arms = settings.arms
-    # the base has no training seed; the leading axis of size 1 broadcasts over the seeds of the arms, [1, C,
-    # S]
+    # [1, C, S]: the base has no training seed, so an axis of size 1 broadcasts over the seeds of the arms
     base = {name: np.array([values]) for name, values in results[BASE]["scores"].items()}
     scores: dict[str, dict[str, np.ndarray]] = {}  # arm -> evaluator -> [K, C, S]
     for arm in arms:

@@ -154,7 +154,9 @@ def of_latents(reward: LatentReward, pairs: Sequence[PreferencePair]) -> np.ndar
 def of_assets(
     problem: Problem, rewards: Sequence[AssetReward], pairs: Sequence[PreferencePair]
 ) -> np.ndarray:
-    """Return 1 or 0 as of_latents does, for S rewards of finished assets on pairs of the last stage, [S, P].
+    """Return 1 for each pair that a reward of finished assets orders correctly, and 0 for each other pair.
+
+    The result is [S, P] for S rewards and P pairs of the last stage. Equal scores count one half.
 
     Each asset is decoded once for all rewards.
     """

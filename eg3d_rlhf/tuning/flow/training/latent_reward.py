@@ -63,7 +63,7 @@ TOGETHER = 4
 
 @dataclass(frozen=True, kw_only=True)
 class LatentForm:
-    """Description of the latents that a network reads."""
+    """Description of a stage's latents, on which the networks of a reward depend."""
 
     stage: str  # name of the stage
     kind: str  # class of the latents: DenseGrid, SparseVoxels or TokenSet

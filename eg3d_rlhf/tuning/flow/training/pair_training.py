@@ -181,7 +181,8 @@ def _margins(lines: Sequence[Mapping], rates: Sequence[tuple[int, float]]) -> di
             )
     # A margin can grow although both errors rise, if the rejected error rises faster. The warning is given
     # only if the rise of the preferred error is lasting, and not small against the rise of the rejected
-    # error. mean over the first half of the lines
+    # error.
+    # mean margin over the first half of the lines, at least one
     early_margin = mean(line["margin"] for line in lines[: max(1, len(lines) // 2)])
     if (
         w_diff > 0.1 * l_diff
@@ -208,7 +209,7 @@ ERRORS = (("w_error", "w_error", "<8.4f"), ("l_error", "l_error", "<8.4f"))
 
 
 class Passes(Descent, Generic[Example]):
-    """Descent whose batches are computed in passes, one after the other and in parallel on ranks.
+    """Objective whose batches are computed in passes, one after the other on a rank, in parallel on ranks.
 
     The losses of a batch are summed and divided once by the number of examples, so that the gradients of the
     passes add up to the gradient of the whole batch.
@@ -329,7 +330,7 @@ class Passes(Descent, Generic[Example]):
 
 
 class Updates(Passes[PreferencePair]):
-    """Descent on preference pairs.
+    """Objective of a training on preference pairs (DPO, DRO or fine-tuning).
 
     Args:
         common: arguments of Passes.

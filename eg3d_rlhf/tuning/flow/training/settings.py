@@ -26,7 +26,7 @@ _rare_train_knob = functools.partial(train_knob, rare=True)
 
 @dataclass(frozen=True, kw_only=True)
 class StageTraining:
-    """Settings of any training of a stage; the defaults suit TRELLIS."""
+    """Settings that all trainings of a stage have. The defaults suit TRELLIS."""
 
     # adapters to train; None trains every parameter
     lora: LoraConfig | None = field(default_factory=LoraConfig)
@@ -235,7 +235,7 @@ class ArmsSource(ProblemSource):
 
 @dataclass(frozen=True, kw_only=True)
 class ArmsRun(ABC):
-    """Settings of a run of several arms, and the layout of its table."""
+    """Settings of a run of several arms, with the columns of the table that ends the run."""
 
     NAME: ClassVar[str]  # name of the table's files
     TITLE: ClassVar[str]  # title of the table

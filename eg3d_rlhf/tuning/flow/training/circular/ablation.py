@@ -285,7 +285,7 @@ def work(settings: CircularRun, problem: Problem, run: Run, open: Open) -> None:
 
 
 def _loop(settings: CircularRun, problem: Problem, run: Run) -> None:
-    """Run the loop, or the training of one stage, and write the weights and the summary."""
+    """Run the loop, or train `settings.stage` alone, and write the weights and the table."""
     folder = run.folder
     ranks = run.ranks
     loop = loop_of(settings, problem, settings.circular.seed, ranks, bars=ranks.main)

@@ -114,7 +114,7 @@ class OfflineSource(ArmsSource):
 
 @dataclass(frozen=True, kw_only=True)
 class OfflineRun(ArmsRun):
-    """Settings of a run of offline arms, and the layout of its table."""
+    """Settings of a run of offline arms, with the columns of the table that ends the run."""
 
     NAME: ClassVar[str] = "offline"
     TITLE: ClassVar[str] = "Labels of single assets against the base"

@@ -234,7 +234,7 @@ class LabelPasses(Passes[Example]):
 
 
 class SingleUpdates(LabelPasses[Single]):
-    """Descent by DiffusionNFT, on every asset by itself."""
+    """Updates by the loss of DiffusionNFT, which is computed for each asset independently."""
 
     what = "assets"
 
@@ -252,7 +252,7 @@ Ranked = Sequence[Single]  # all assets of one prompt
 
 
 class GroupUpdates(LabelPasses[Ranked]):
-    """Descent by DGPO, on up to `group` assets of a prompt at one time and one noise."""
+    """Updates by the loss of DGPO, computed for up to `group` assets of one prompt at one time and noise."""
 
     what = "groups"
 
@@ -349,7 +349,8 @@ def check_singles(conditioned: ConditionedStage, singles: Sequence[Single], loss
     caller = f"train_singles({stage.name})"
     if not singles:
         raise ValueError(
-            f"{caller}: the list of labelled assets is empty, but at least one is needed. Label assets of this stage."
+            f"{caller}: the list of labelled assets is empty, but at least one is needed. Label assets of"
+            " this stage."
         )
     check_unique(caller, singles, "assets")
     for asset in singles:
@@ -361,6 +362,7 @@ def check_singles(conditioned: ConditionedStage, singles: Sequence[Single], loss
         if not (math.isfinite(asset.r) and 0 <= asset.r <= 1):
             raise ValueError(
                 f"{caller}: the goodness r must be from 0 to 1, got {asset.r} for the asset {asset.id!r}."
+                " Correct this label."
             )
         stage.check(f"{caller}, asset {asset.id!r}", asset.latent)
         if not bool(torch.isfinite(feats_of(asset.latent)).all()):
@@ -380,7 +382,7 @@ def check_singles(conditioned: ConditionedStage, singles: Sequence[Single], loss
     ):
         raise ValueError(
             f"{caller}: the loss dgpo compares assets of one prompt, but no prompt has assets with different"
-            " labels. Label several assets of a prompt."
+            " labels. Label at least two assets of one prompt differently."
         )
     device = next(stage.model.parameters()).device
     # a few assets are enough: the convention of time is a property of the network

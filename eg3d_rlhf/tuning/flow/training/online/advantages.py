@@ -195,7 +195,10 @@ class Gate:
 
 
 def _ranks(values: torch.Tensor) -> torch.Tensor:
-    """Rank values, [R, N] -> [R, N] float64, from 0 for the smallest; equal values share their mean rank."""
+    """Rank the values of each row, [R, N] -> [R, N] float64; the smallest value has the rank 0.
+
+    Equal values all have the mean of their ranks.
+    """
     # difference of every value from every other one, [R, N, N]
     differences = values[:, :, None] - values[:, None]
     # - 1: minus the tie with itself

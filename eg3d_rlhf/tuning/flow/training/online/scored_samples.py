@@ -201,7 +201,7 @@ class Explorer:
             def noise(
                 move: int, group_seeds=group_seeds, member_indices=member_indices, voxels=voxels
             ) -> Batch:
-                """Return n noises: those that sampling starts from for 0, and those of step i for i + 1."""
+                """Return the n noises number `move`: 0 for the start, i + 1 for step i of the sampler."""
                 noise_seeds = [
                     derive_seed("move", seed, k, move)
                     for seed, k in zip(group_seeds, member_indices, strict=True)

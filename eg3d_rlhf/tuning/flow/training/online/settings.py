@@ -330,7 +330,7 @@ def weighed(text: str) -> dict[str, float]:
 
 @dataclass(frozen=True, kw_only=True)
 class OnlineRun(ArmsRun):
-    """Settings of a run of online arms, and the layout of its table."""
+    """Settings of a run of online arms, with the columns of the table that ends the run."""
 
     NAME: ClassVar[str] = "online"
     TITLE: ClassVar[str] = "Online tuning against its base"

@@ -184,10 +184,10 @@ def log_density(x: Batch, mean: Batch, std: float) -> torch.Tensor:
 def divergence(mean: Batch, other_mean: Batch, std: float) -> torch.Tensor:
     """Compute the KL divergence of two normal steps with the same standard deviation, [N].
 
-    It is |mean - other|^2 / (2 std^2), averaged over the elements of each sample. In Flow-GRPO, std^2 does
-    not have the length of the step as a factor, so its divergence is smaller by that factor. Its weight 0.04
-    with ten steps therefore corresponds to 0.004 here.
-    Differentiable in: mean, other.
+    It is |mean - other_mean|^2 / (2 std^2), averaged over the elements of each sample. In Flow-GRPO, std^2
+    does not have the length of the step as a factor, so its divergence is smaller by that factor. Its weight
+    0.04 with ten steps therefore corresponds to 0.004 here.
+    Differentiable in: mean, other_mean.
     """
     # the trace and log-determinant terms cancel, as both steps have the same standard deviation
     return mean_per_sample((feats_of(mean) - feats_of(other_mean)).square() / (2 * std**2), mean)

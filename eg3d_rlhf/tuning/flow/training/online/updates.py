@@ -60,7 +60,7 @@ GATE = "gate"
 
 
 class OnlineUpdates(Descent):
-    """Descent on groups of samples that the policy itself generates.
+    """Objective of a training on groups of samples that the policy itself generates.
 
     Args:
         task: stage, prompts and rewards.
@@ -184,7 +184,7 @@ class OnlineUpdates(Descent):
         }
 
     def _advantage(self, rewards: torch.Tensor) -> torch.Tensor:
-        """Compute advantages [B, K] from rewards [R, B, K]."""
+        """Compute the advantages of all samples, [B, K], from the trained rewards [R, B, K]."""
         config = self.config
         clip = config.adv_clip
         # several rewards have a normalisation of their own, see advantages.several
