@@ -135,7 +135,7 @@ class Measured:
 
 def ordered(margins: np.ndarray) -> np.ndarray:
     """Score the order of pairs [P]: 1 if correct, 0 if wrong, one half for a margin of 0."""
-    # the sign is -1, 0 or 1
+    # np.sign gives -1, 0 or 1, which become 0, one half and 1
     return 0.5 * (1 + np.sign(margins))
 
 

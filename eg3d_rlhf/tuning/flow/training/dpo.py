@@ -103,8 +103,7 @@ def draw_pairs(
 
 
 def _generator(seed: int, pair: PreferencePair, epoch: int, use: str) -> torch.Generator:
-    # one generator for each use ("time", "condition"): a new use does not change the numbers of the other
-    # uses
+    # each use has its own random stream, so that a further use does not change the numbers of the others
     return torch.Generator().manual_seed(derive_seed(seed, pair.id, epoch, use))
 
 

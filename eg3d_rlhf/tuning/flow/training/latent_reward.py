@@ -21,8 +21,9 @@ only the two assets of a pair.
 A .safetensors file holds the weights. Its JSON description holds the stage, the form of its latents, the hash
 of the stage's network, and the record of the training.
 
-Shapes: N samples, V voxels and C channels, as in models/sparse.py; P places of all samples, D features of a
-place, E size of a pooled conditioning, W width.
+Shapes: N samples, V voxels and C channels, as in models/sparse.py; P positions of all samples,
+p positions of one sample, D features of a position, E size of a pooled conditioning, W width of a network, K
+networks of the ensemble.
 """
 
 from collections.abc import Mapping, Sequence
@@ -372,13 +373,10 @@ def from_problem(
         return train_on_pairs(problem.pipeline, stage, pairs, training)
     last_stage_pairs = problem.train_pairs[problem.pipeline.stages[-1].name]
     decoded_reward = decoded_reward or problem.fit_reward(last_stage_pairs, training.seed)
-    return train_on_pairs(
-        problem.pipeline,
-        stage,
-        pairs,
-        training,
-        scores_of_assets(problem, [decoded_reward], in_order(last_stage_pairs, pairs))[:, 0],
-    )
+    # latents of the last stage are decoded to the finished assets of the pairs
+    asset_scores = scores_of_assets(problem, [decoded_reward], in_order(last_stage_pairs, pairs))
+    # one reward: [n, 1, 2] -> [n, 2]
+    return train_on_pairs(problem.pipeline, stage, pairs, training, asset_scores[:, 0])
 
 
 def in_order(

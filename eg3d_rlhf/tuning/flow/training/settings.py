@@ -30,9 +30,7 @@ class StageTraining:
 
     # adapters to train; None trains every parameter
     lora: LoraConfig | None = field(default_factory=LoraConfig)
-    steps: int = train_knob(
-        3000, "Number of optimiser updates in the training of a stage.", metavar="UPDATES", low=1
-    )
+    steps: int = train_knob(3000, "Number of updates in the training of a stage.", metavar="UPDATES", low=1)
     lr: float = train_knob(5e-6, "Learning rate of the AdamW optimiser.", above=0)
     recompute: str = _rare_train_knob(
         "auto",

@@ -477,7 +477,7 @@ def train(
             run.resume(FREE)
         else:
             raise ValueError(
-                f"train_stage: the folder {out} already holds a run. Resume the run with --resume, or choose"
+                f"train_stage: the folder {out} already holds a run. Resume the run, or choose"
                 " another folder."
             )
         if result is None:
@@ -559,12 +559,13 @@ class _Training:
                 # a signal may reach one rank alone, so all ranks agree before they stop
                 if self.ranks.any(self.run.stop_requested is not None)[0]:
                     self._checkpoint()
+                    # any rank may have received the signal; the other ranks report None
                     signal = next(
                         name for name in self.ranks.gather(self.run.stop_requested) if name is not None
                     )
                     raise StoppedError(
                         f"{signal}: the training of stage {self.stage.name!r} stopped after update"
-                        f" {self.progress.step}. Resume it with --resume."
+                        f" {self.progress.step}. Resume the run to continue."
                     )
                 self._update()
         return self._finish()

@@ -3,11 +3,10 @@ The module also writes the table that ends a run.
 
 A group of the ablation is one combination of trainings, see circular/settings.py. The groups are trained with
 several seeds and evaluated on the same noises. Groups of one seed share the steps that they have in common:
-(a), (b),
-(d), (g) and (h) share the training of the last stage; (a), (g) and (h) the loop's pairs; (b) and (c) the
-training of the first stage. Here "first" is the position of a stage: the paper's "step 1" in (c) is the first
-stage, while the first step of the method trains the last stage. With more than two stages, "first" stands for
-all stages before the last.
+(a), (b), (d), (g) and (h) share the training of the last stage; (a), (g) and (h) the loop's pairs; (b) and
+(c) the training of the first stage. Here "first" is the position of a stage: the paper's "step 1" in (c) is
+the first stage, while the first step of the method trains the last stage. With more than two stages, "first"
+stands for all stages before the last.
 
 Shapes: K training seeds, C prompts, S noises per prompt.
 """
@@ -108,7 +107,7 @@ def table(
                 }
                 for stage, mean in tuned_spreads.items()
             },
-            "trainings": list(training_records[letter]),
+            "trainings": list(training_records[letter]),  # one mapping for each seed
         }
     # in the order of ALL, so that the first of two groups is the same in every table
     pairwise = rates.pairwise("final", [name for name in ALL if name in arrays])

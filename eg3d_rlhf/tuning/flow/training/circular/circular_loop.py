@@ -2,9 +2,8 @@
 the first.
 
     1. The last stage is trained on people's pairs (DPO; Circular-DPO, equation 8).
-    2. Samples of the tuned stage and of its reference are decoded and encoded again. They give new pairs of
-    the
-       previous stage (loop_pairs.py).
+    2. Samples of the tuned stage and of its reference are decoded and encoded again. They give new pairs
+       of the previous stage (loop_pairs.py).
     3. The previous stage is trained on these pairs (equation 9), which are selected by w1 and weighted by w2.
        Steps 2 and 3 are repeated down to the first stage.
 Every step is an artefact (experiments/store.py): an interrupted run resumes after the last finished step, and
@@ -161,7 +160,7 @@ class CircularLoop:
             "seed": seed,
             # the fields batch and chunk do not change the pairs, so they are not hashed
             "config": {"per_pair": self.settings.loop_pairs.per_pair},
-            # "op" and "un_op" are the keys of version 0.1, which are part of the hash
+            # the next two keys have the spelling of version 0.1, since they are part of the hash
             "op": self._named({name: trainings for name, trainings in lineage.items() if name != stage}),
             "un_op": self._named(references),
         }

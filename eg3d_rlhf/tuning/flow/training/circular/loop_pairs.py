@@ -7,9 +7,8 @@ be trained:
     2. Stage i + 1 is sampled with it twice from the same noise: the tuned sample (the paper's "op") from the
        tuned network, and the reference sample from the reference network. Later stages, if there are any, are
        the same for both samples.
-    3. Both samples are decoded to assets, scored, and encoded back. Their latents of stage i are the new
-    pair,
-       with the tuned sample preferred.
+    3. Both samples are decoded to assets, scored, and encoded back. Their latents of stage i are
+       the new pair, with the tuned sample preferred.
 The two latents of a pair differ only if decoding gave assets that are encoded differently. Pairs whose
 latents are equal are marked in `provenance`, since with shared noise they have the loss log 2 and no
 gradient. The remaining pairs are selected by w1 and weighted by w2 (equations 10-14):
@@ -19,8 +18,10 @@ gradient. The remaining pairs are selected by w1 and weighted by w2 (equations 1
     w2 = sigmoid(r_preferred - r_rejected) / its mean over the selected pairs,  r the reward
 
 The candidates are both samples of all pairs of a prompt. With one reward and the paper's threshold of 0, w1
-selects a pair exactly if its reward gap r_preferred - r_rejected is positive, whatever the other candidates
-are. Deviates: one sentence of appendix C.3 pairs generated assets with the original ones; here, as in
+selects a pair exactly if its reward gap r_preferred - r_rejected is positive. The other candidates then have
+no influence.
+
+Deviates: one sentence of appendix C.3 pairs generated assets with the original ones; here, as in
 algorithm 1 and equation 11, the rejected sample is the reference's.
 """
 
@@ -470,7 +471,7 @@ def used(
     if use == INVERTED:
         return [inverted(pair) for pair in pairs]
     if use == RANDOMISED:
-        # "coin" is the name of the random stream in version 0.1; with it, seeds give the same inversions as
+        # the name of the random stream is that of version 0.1, so that seeds give the same inversions as
         # there
         return [inverted(pair) if derive_seed("coin", seed, pair.id) % 2 else pair for pair in pairs]
     return list(pairs)

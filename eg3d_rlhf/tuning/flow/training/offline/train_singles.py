@@ -1,5 +1,7 @@
-"""Train a stage on latents of single assets, each with a goodness r in 0..1, by DiffusionNFT (Zheng et al.
-2025) on each asset, or by DGPO (Luo et al. 2025) on the assets of a prompt. losses.py has the equations.
+"""Train a stage on latents of single assets, each with a goodness r in 0..1.
+
+The loss is that of DiffusionNFT (Zheng et al. 2025) for each asset by itself, or that of DGPO (Luo et al.
+2025) for the assets of a prompt. losses.py has the equations.
 
 The untuned network is the reference, and it also serves as the sampling network v_old of the losses, although
 other networks may have generated the assets. It never follows the policy, since training then diverges on a

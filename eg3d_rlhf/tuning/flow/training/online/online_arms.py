@@ -1,12 +1,10 @@
 """Define the arms of a run of online tuning, and the rewards that a stage can be tuned for. The arms are:
 
     nft, grpo, grpo-guard, dppo, dgpo      the loss of that name, with the run's settings
-    grpo-plain        GRPO with noise at every step of the sampler; advantages are divided by the standard
-    deviation
-                      of each group
-    dpo               DPO on pairs that are made from as many samples of the untuned network, ordered by the
-    same
-                      reward
+    grpo-plain        GRPO with noise at every step of the sampler, and with advantages that are divided by
+                      the standard deviation of each group
+    dpo               DPO on pairs that are made from as many samples of the untuned network, ordered by
+                      the same reward
     <arm>-randomised  control with the rewards of every group shuffled, which should have no effect
     <arm>-inverted    control with every reward negated, which should make the assets worse
 

@@ -10,10 +10,9 @@ All losses:
     spread              standard deviation of the reward within a group, averaged over groups
     alike               share of groups in which all samples have equal rewards
     kl                  distance from the reference: divergence of steps, or m((v - v_ref)^2) of velocities
-    drift               m((v - v_ref)^2) / m((u - v_ref)^2): squared change of the velocity from the
-    reference's,
-                        divided by the reference's squared error
-    "gated"               share of samples to which the penalty of the distance applies, if there is a gate
+    drift               m((v - v_ref)^2) / m((u - v_ref)^2): squared difference from the reference's
+                        velocity, divided by the reference's squared error
+    "gated"             share of samples to which the penalty of the distance applies, if there is a gate
 Losses on the sampler's steps:
     clip_high, clip_low share of ratios of densities above and below the clip
     clipped             share of samples without gradient
@@ -23,8 +22,8 @@ Losses on finished samples:
     clipped             share of samples without gradient
     r, r_ends           nft only: mean goodness, and share of samples with a goodness of 0 or 1
 
-Shapes: N samples, V voxels and C channels, as in models/sparse.py; R rewards, G groups of a process, B of
-all, K samples of a group.
+Shapes: N samples, V voxels and C channels, as in models/sparse.py; R rewards, G groups of a process, B
+groups of all processes, K samples of a group, n = G K samples of a process.
 """
 
 from collections.abc import Mapping, Sequence
