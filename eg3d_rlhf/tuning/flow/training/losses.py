@@ -254,7 +254,7 @@ def nft_errors(
     noise_level = spread(sigma, v)  # [N] -> one value for each element of the sample
     mean_errors = []
     for sign in (1, -1):
-        # the error of v+ for the sign 1 and of v- for -1: u - v± = (u - v_old) ∓ b (v - v_old)
+        # a+ for the sign 1 and a- for -1; u - v± is written as (u - v_old) ∓ b (v - v_old)
         error = noise_level * (old_residual - sign * change)
         weight = torch.ones_like(sigma)
         if adaptive:

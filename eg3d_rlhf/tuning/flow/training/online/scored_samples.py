@@ -188,14 +188,14 @@ class Explorer:
         sampled_passes = []
         for i in range(0, len(members), pass_size):
             # one pass: a slice that may begin and end inside a group
-            pass_prompts, group_seeds, member_indices, voxels = map(
+            names, group_seeds, member_indices, voxels = map(
                 list, zip(*members[i : i + pass_size], strict=True)
             )
-            cond = to_device(pipeline.conditions(pass_prompts, stage.name), self.device)
+            cond = to_device(pipeline.conditions(names, stage.name), self.device)
             no_cond = None
             # without guidance the empty conditioning is not needed
             if self.sampling.cfg_strength:
-                no_cond = to_device(pipeline.no_condition(len(pass_prompts), stage.name), self.device)
+                no_cond = to_device(pipeline.no_condition(len(names), stage.name), self.device)
 
             # the defaults bind the lists of this pass; a closure would read those of the last pass
             def noise(
@@ -216,7 +216,7 @@ class Explorer:
                 x_0, moves = self._chain(noise, noisy_steps, trained_steps, cond, no_cond)
             sampled_passes.append(
                 Drawn(
-                    conditions=pass_prompts,
+                    conditions=names,
                     seeds=group_seeds,
                     members=member_indices,
                     voxels=voxels,
