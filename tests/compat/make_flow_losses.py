@@ -121,7 +121,7 @@ def window_files(_draw) -> tuple[dict, dict]:
         windows = [
             list(
                 progressive_window(
-                    i, size, 0, steps, stride=stride if overlap else size, rounds=3, again=again
+                    i, size, 0, steps, stride=stride if overlap else size, rounds=3, repeat=again
                 )
             )
             for i in range(25)

@@ -130,7 +130,7 @@ def test_windows_that_move(name, case):
     facts = {
         "stride": stride,
         "rounds": settings["iters_per_group"],
-        "again": settings.get("roll_back", False),
+        "repeat": settings.get("roll_back", False),
     }
     ours = [
         list(progressive_window(i, size, 0, steps, **facts))
@@ -150,7 +150,7 @@ def test_windows_that_are_drawn(name, case):
     low, high = case["range"] or (0, case["size"])
     draw = random.Random(case["seed"]).randint
     if case["size"] > high - low:  # verl-omni lets it reach beyond
-        with pytest.raises(ValueError, match="window: expected"):
+        with pytest.raises(ValueError, match="window"):
             random_window(case["size"], low, high, draw)
         return
     window = random_window(case["size"], low, high, draw)

@@ -9,14 +9,15 @@ evaluator.
 
 To separate learnable labels from random answers, a network is chosen on pairs of some prompts, and its
 accuracy is measured on pairs of others. A control is trained in the same way on the same pairs, with half of
-each prompt's pairs inverted. The labels carry a learnable signal if the interval of the accuracy is above one
-half, that of the difference from the control is above 0, and an update was kept.
+each prompt's pairs inverted. The labels carry a learnable signal if three conditions hold: the interval of
+the accuracy is above one half, the interval of the difference from the control is above 0, and the kept
+network is not the untuned one.
 
 A margin also grows if both errors rise and the rejected one rises more. The network then orders pairs well
-but generates worse assets, which are far from the preferred ones, too. This likelihood displacement is
+but generates worse assets, which are also far from the preferred assets. This likelihood displacement is
 reported if the interval of the preferred samples' rise in error is above 0.
 
-Letters: P pairs, K draws of a time and a noise.
+Shapes: P pairs, K draws of a time and a noise.
 """
 
 from collections.abc import Sequence
@@ -35,16 +36,21 @@ from eg3d_rlhf.tuning.flow.training.reference import FrozenModel
 from eg3d_rlhf.tuning.flow.training.settings import DpoConfig
 from training.phases import derive_seed
 
-DRAWS = 4  # K, times and noises of a pair
-LEAST_CONDITIONS = 3  # prompts with labels; with fewer, no interval can exclude one half
-# largest probability that one stage or more passes the test where all answers were given at random
+DRAWS = 4  # K, the number of times and noises at which a pair is measured
+LEAST_CONDITIONS = 3  # smallest number of labelled prompts; with fewer, no interval can exclude one half
+# largest probability that at least one stage passes the test although all answers were given at random
 FALSE_ALARMS = 0.05
 
 
 class PairAccuracy:
     """Evaluator of networks on pairs that are not trained on, at the same times and noises for every network.
 
-    Args: draws: K; batch: pairs per forward pass; seed: of times and noises.
+    Args:
+        conditioned: stage of the networks.
+        pairs: the P pairs, at least one.
+        draws: number K of times and noises at which each pair is measured.
+        batch: number of pairs in a forward pass.
+        seed: seed of the times and noises.
     """
 
     def __init__(
@@ -61,33 +67,41 @@ class PairAccuracy:
         self.pairs = list(pairs)
         self.draws = draws
         self.batch = batch
-        # a name of its own, so that no time or noise of the training occurs here
+        # derived by another name than in training, so that no time or noise of the training occurs here
         self.seed = derive_seed("held-out pairs", seed) % 2**31
         # reference errors by (draw, first pair of the batch); computed once, as a reference does not change
-        self._of_reference: dict[tuple[int, int], torch.Tensor] = {}
+        self._reference_errors: dict[tuple[int, int], torch.Tensor] = {}
 
     def measure(self, model: torch.nn.Module, reference: FrozenModel) -> "Measured":
-        """Average margins and rises in error over the draws.
+        """Average the margins and the rises in error of all pairs over the K draws.
 
-        Args: reference: must be the same network at every call.
+        Args:
+            model: network to evaluate.
+            reference: reference network; it must be the same at every call, since its errors are cached.
         """
         device = next(model.parameters()).device
-        sums = np.zeros((3, len(self.pairs)))  # margin, rise of the preferred error, its reference error
+        # rows: margin, rise of the preferred error, reference's preferred error
+        sums = np.zeros((3, len(self.pairs)))
         for draw in range(self.draws):
-            for at in range(0, len(self.pairs), self.batch):
-                part = self.pairs[at : at + self.batch]
-                cond = self.conditioned.conditions([pair.condition for pair in part])
-                # the draw takes the place of the epoch: another time and noise each
-                drawn = draw_pairs(self.stage, part, cond, None, DpoConfig(), self.seed, draw, device)
-                if (draw, at) not in self._of_reference:
-                    self._of_reference[draw, at] = reference.errors(self.stage, drawn)
-                errors = PairErrors.split(self._errors(model, drawn), self._of_reference[draw, at])
+            for batch_start in range(0, len(self.pairs), self.batch):
+                batch_pairs = self.pairs[batch_start : batch_start + self.batch]
+                cond = self.conditioned.conditions([pair.condition for pair in batch_pairs])
+                # the number of the draw is passed as the epoch, so that each draw has another time and noise
+                pair_draw = draw_pairs(
+                    self.stage, batch_pairs, cond, None, DpoConfig(), self.seed, draw, device
+                )
+                if (draw, batch_start) not in self._reference_errors:
+                    self._reference_errors[draw, batch_start] = reference.errors(self.stage, pair_draw)
+                errors = PairErrors.split(
+                    self._errors(model, pair_draw), self._reference_errors[draw, batch_start]
+                )
                 assert errors.ref_preferred is not None
                 # [3, p]
-                figures = torch.stack(
+                measurements = torch.stack(
                     [errors.delta(), errors.preferred - errors.ref_preferred, errors.ref_preferred]
                 )
-                sums[:, at : at + len(part)] += figures.double().cpu().numpy()
+                sums[:, batch_start : batch_start + len(batch_pairs)] += measurements.double().cpu().numpy()
+        # means over the draws, [P] each
         margins, rises, reference_errors = sums / self.draws
         # one scale for all pairs: a quotient for each pair would be dominated by pairs of small errors
         return Measured(margins, rises / reference_errors.mean())
@@ -100,19 +114,19 @@ class PairAccuracy:
             v = self.stage.velocity(draw.x_t, draw.t, draw.cond, model)
         return self.stage.path.errors(single(v), draw.x_0, draw.eps).float()
 
-    def figures(self, model: torch.nn.Module, reference: FrozenModel) -> dict[str, float]:
-        """Return the figures that are logged in training: means of `measure` over the pairs."""
-        measured = self.measure(model, reference)
+    def metrics(self, model: torch.nn.Module, reference: FrozenModel) -> dict[str, float]:
+        """Return the metrics that are logged in training, which are means of `measure` over the pairs."""
+        measurement = self.measure(model, reference)
         return {
-            "held_out_accuracy": float(ordered(measured.margins).mean()),
-            "held_out_margin": float(measured.margins.mean()),
-            "held_out_preferred": float(measured.preferred.mean()),
+            "held_out_accuracy": float(ordered(measurement.margins).mean()),
+            "held_out_margin": float(measurement.margins.mean()),
+            "held_out_preferred": float(measurement.preferred.mean()),
         }
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Measurements of pairs, float64 [P] each."""
+    """Measurements of a network on P pairs, float64 [P] each."""
 
     margins: np.ndarray
     # rise of the error of the preferred samples, in units of the reference's mean error of them
@@ -121,28 +135,32 @@ class Measured:
 
 def ordered(margins: np.ndarray) -> np.ndarray:
     """Score the order of pairs [P]: 1 if correct, 0 if wrong, one half for a margin of 0."""
+    # np.sign gives -1, 0 or 1, which become 0, one half and 1
     return 0.5 * (1 + np.sign(margins))
 
 
 def half_inverted(pairs: Sequence[PreferencePair], seed: int) -> list[PreferencePair]:
     """Make the control's pairs: invert a random half of the pairs of each prompt.
 
-    For an odd number of pairs, the larger and the smaller half are inverted in turn from prompt to prompt. So
-    for every seed, no signal of the labels is left on average, and at most that of one pair in a prompt.
-    The choice depends on ids alone: pairs of the same assets at another stage are inverted alike.
+    If a prompt has an odd number of pairs, its halves differ by one pair. The larger and the smaller half are
+    then inverted alternately from prompt to prompt. So the labels carry no signal on average over the
+    prompts, and at most the signal of one pair within a prompt. The choice depends on ids alone: pairs of the
+    same assets at another stage are inverted alike.
     """
     # sorted by id, so that the order of the list has no influence
-    places: dict[str, list[int]] = {}
-    for place, pair in sorted(enumerate(pairs), key=lambda entry: entry[1].id):
-        places.setdefault(pair.condition, []).append(place)
+    prompt_indices: dict[str, list[int]] = {}  # prompt -> indices of its pairs
+    for index, pair in sorted(enumerate(pairs), key=lambda numbered_pair: numbered_pair[1].id):
+        prompt_indices.setdefault(pair.condition, []).append(index)
     rng = np.random.default_rng(derive_seed("shuffled", seed))
-    inverted_places = set[int]()
-    more = bool(rng.integers(2))
-    for condition in rng.permutation(sorted(places)).tolist():
-        of_condition = rng.permutation(places[condition])
-        inverted_places |= set(of_condition[: (len(of_condition) + more) // 2].tolist())
-        # changes sides only after an odd number, which is where the halves differ
-        more ^= len(of_condition) % 2 == 1
+    inverted_indices = set[int]()
+    invert_larger_half = bool(rng.integers(2))
+    for prompt in rng.permutation(sorted(prompt_indices)).tolist():
+        shuffled_indices = rng.permutation(prompt_indices[prompt])
+        # + True rounds half of an odd number up, + False rounds it down
+        inverted_count = (len(shuffled_indices) + invert_larger_half) // 2
+        inverted_indices |= set(shuffled_indices[:inverted_count].tolist())
+        # alternates only after an odd number, since the halves of an even number are equal
+        invert_larger_half ^= len(shuffled_indices) % 2 == 1
     return [
         (
             replace(
@@ -152,10 +170,10 @@ def half_inverted(pairs: Sequence[PreferencePair], seed: int) -> list[Preference
                 reward_preferred=p.reward_rejected,
                 reward_rejected=p.reward_preferred,
             )
-            if place in inverted_places
+            if index in inverted_indices
             else p
         )
-        for place, p in enumerate(pairs)
+        for index, p in enumerate(pairs)
     ]
 
 
@@ -167,12 +185,13 @@ class Accuracy:
     """Accuracy of a network on pairs that were used neither to train nor to choose it."""
 
     accuracy: float  # in 0..1
-    interval: tuple[float, float]  # of the accuracy
-    margin: float  # mean over the pairs
+    interval: tuple[float, float]  # lower and upper end of the interval of the accuracy
+    margin: float  # mean margin over the pairs
     pairs: int  # number of pairs
     conditions: int  # number of prompts; the name is a JSON key
-    outcomes: tuple[float, ...] = ()  # [P]; see ordered
-    # rise in error of the preferred samples, see Measured, with its interval; None: not measured
+    outcomes: tuple[float, ...] = ()  # [P], 1, 0 or one half for each pair; see ordered
+    # (mean, low, high): mean rise in error of the preferred samples (see Measured) and its interval; None:
+    # not measured
     preferred: tuple[float, float, float] | None = None
 
     def shown(self) -> dict:
@@ -192,10 +211,10 @@ class Accuracy:
 
 
 def confidence_of(stages: int) -> float:
-    """Compute the confidence of two-sided intervals for a test of several stages.
+    """Compute the confidence of the two-sided intervals in a test of several stages.
 
-    All stages together raise a false alarm in at most FALSE_ALARMS of all cases. The confidence is 95 % for
-    one or two stages.
+    With it, at least one stage passes the test by chance in at most FALSE_ALARMS of all cases. The confidence
+    is 95 % for one or two stages.
 
     >>> confidence_of(2), round(confidence_of(4), 4)
     (0.95, 0.975)
@@ -205,13 +224,15 @@ def confidence_of(stages: int) -> float:
 
 
 def check_enough(prompts: Sequence[str]) -> set[str]:
-    """Return the set of the prompts of held-out pairs. Raises: ValueError for fewer than LEAST_CONDITIONS."""
+    """Return the set of the prompts of held-out pairs.
+
+    Raises: ValueError if there are fewer than LEAST_CONDITIONS different prompts.
+    """
     names = set(prompts)
     if len(names) < LEAST_CONDITIONS:
-        remedy = "Label assets of more images or texts, or hold more of them out"
         raise ValueError(
-            f"held-out pairs: expected {LEAST_CONDITIONS} prompts or more with labels, got {len(names)}."
-            f" {remedy}."
+            f"held-out pairs: labels of at least {LEAST_CONDITIONS} held-out prompts are needed, got"
+            f" {len(names)}. Label assets of more prompts, or hold more prompts out."
         )
     return names
 
@@ -222,9 +243,13 @@ def accuracy_of(
     confidence: float = 0.95,
     preferred: np.ndarray | None = None,
 ) -> Accuracy:
-    """Compute the accuracy from the margins of pairs [P], with an interval clustered by their prompts [P].
+    """Compute the accuracy from the margins of pairs, with an interval that is clustered by their prompts.
 
-    Args: preferred: see Measured.
+    Args:
+        margins: margins of the pairs, [P].
+        prompts: prompts of the pairs, [P].
+        confidence: confidence of the intervals, in 0..1.
+        preferred: rise of the error of the preferred samples, [P], see Measured; None: not measured.
 
     Raises: ValueError for fewer prompts than LEAST_CONDITIONS.
     """
@@ -249,10 +274,10 @@ class SignalTest:
     """Result of the test of a stage's labels against chance and the control."""
 
     learnable_signal: bool  # the result of the test
-    why: str  # reason of the result, as part of a sentence
-    # mean difference of the outcomes and its interval; None: no control
+    why: str  # reason for the result, as part of a sentence
+    # (mean, low, high): mean difference of the outcomes from the control and its interval; None: no control
     above_control: tuple[float, float, float] | None = None
-    likelihood_displacement: bool = False
+    likelihood_displacement: bool = False  # whether the errors of the preferred samples rose
 
 
 def signal_test(
@@ -264,41 +289,50 @@ def signal_test(
 ) -> SignalTest:
     """Test the labels of a stage for a learnable signal.
 
-    Args: kept_step: number of updates of the tuned network, 0 for the base; control: accuracy of the control
-        on the same pairs; prompts: [P], of the pairs.
+    Args:
+        kept_step: number of updates of the tuned network, 0 for the base.
+        tuned: accuracy of the tuned network.
+        control: accuracy of the control on the same pairs; None: no control was trained.
+        prompts: prompts of the pairs, [P].
+        confidence: confidence of the interval of the difference from the control, in 0..1.
     """
-    above = None
+    control_difference = None
     if control is not None:
         # pair by pair: the difference of two accuracies on the same pairs varies less than either
-        above = clustered_mean(np.subtract(tuned.outcomes, control.outcomes), prompts, confidence)
+        control_difference = clustered_mean(
+            np.subtract(tuned.outcomes, control.outcomes), prompts, confidence
+        )
     # The base has margins of 0, so that all its pairs count one half.
     if kept_step == 0:
         return SignalTest(
             learnable_signal=False,
             why="on the pairs to choose on, no update was better than the untuned network",
-            above_control=above,
+            above_control=control_difference,
         )
     if tuned.interval[0] <= 0.5:
         return SignalTest(
             learnable_signal=False,
             why=f"the interval of the accuracy, {tuned}, includes 50 %",
-            above_control=above,
+            above_control=control_difference,
         )
-    if above is not None and above.lo <= 0:
+    if control_difference is not None and control_difference.lo <= 0:
         why = (
-            f"it is not above the control with randomised labels ({above.mean:+.3f} [{above.lo:+.3f},"
-            f" {above.hi:+.3f}])"
+            f"it is not above the control with randomised labels ({control_difference.mean:+.3f}"
+            f" [{control_difference.lo:+.3f}, {control_difference.hi:+.3f}])"
         )
-        return SignalTest(learnable_signal=False, why=why, above_control=above)
-    beside = (
-        ""
-        if above is None
-        else (
-            f", and {above.mean:+.3f} [{above.lo:+.3f}, {above.hi:+.3f}] above the control with randomised"
-            " labels"
+        return SignalTest(learnable_signal=False, why=why, above_control=control_difference)
+    why = f"accuracy {tuned} is above 50 %"
+    if control_difference is not None:
+        why += (
+            f", and {control_difference.mean:+.3f} [{control_difference.lo:+.3f},"
+            f" {control_difference.hi:+.3f}] above the control with randomised labels"
         )
-    )
-    why = f"accuracy {tuned} is above 50 %{beside}"
     # reported beside the result: pairs can be ordered well by a network that generates worse assets
-    displaced = tuned.preferred is not None and tuned.preferred[1] > 0
-    return SignalTest(learnable_signal=True, why=why, above_control=above, likelihood_displacement=displaced)
+    # index 1 is the lower end of the interval
+    likelihood_displaced = tuned.preferred is not None and tuned.preferred[1] > 0
+    return SignalTest(
+        learnable_signal=True,
+        why=why,
+        above_control=control_difference,
+        likelihood_displacement=likelihood_displaced,
+    )

@@ -1,18 +1,19 @@
-"""Run several arms on one stage: train each with one seed or more, and evaluate all on the same noises of
-held-out prompts.
+"""Run several arms on one stage: train each arm with one seed or more, and evaluate all arms on the same
+noises of held-out prompts.
 
-Each arm defines its training data: samples and their rewards in online/, labels of single assets in offline/,
-and in both DPO on pairs.
+An arm is one way of training. The runs of online/ have arms that train on samples and their rewards, those of
+offline/ have arms that train on labels of single assets, and both have an arm that trains on pairs by DPO.
 
     <arm>-<seed>/        a training, see trainer.py; its policy/, and done.json with its scores once they are
                          measured
     <stage>/             the weights of the first arm's first seed
     <name>.json, .md     the table
 
-If a problem has a chooser, arms keep the network with the best win rate on the choosing prompts, which are
-not those of the table. Controls keep their last network: choosing would hide the harm that they should show.
+If a problem has a chooser (an evaluator for early stopping), arms keep the network with the best win rate on
+the choosing prompts, which are not those of the table. Controls keep their last network, because choosing the
+best one would hide the harm that a control should show.
 
-Shape letters: K training seeds, C prompts, S noises per prompt.
+Shapes: K training seeds, C prompts, S noises per prompt.
 """
 
 from abc import ABC, abstractmethod
@@ -43,9 +44,11 @@ from eg3d_rlhf.tuning.flow.training.trainer import POLICY, StageResult
 from training.distributed import SINGLE, Ranks
 from training.progress import tqdm
 
-BASE = "base"  # the task of the untuned network
-Opened = tuple[Problem, Labelled | None]  # labelled assets, for arms that are trained on them
-# (settings, device) -> the problem and its labels; pickled by name for worker processes
+BASE = "base"  # name of the task that scores the untuned network
+# a problem, and its labelled assets for arms that are trained on them
+Opened = tuple[Problem, Labelled | None]
+# function from settings and a device to the problem and its labels; it is pickled by name for worker
+# processes
 Open = Callable[[Any, str], Opened]
 
 
@@ -55,28 +58,45 @@ class Bench(ABC):
 
     problem: Problem
     stage: FlowStage
-    dpo: TrainConfig  # of arms that train on pairs
+    dpo: TrainConfig  # settings of arms that train on pairs
 
     @abstractmethod
     def inputs(self) -> dict:
-        """Return as JSON what results depend on besides the problem, DPO's settings and the table's."""
+        """Return all further inputs of the results, as JSON.
 
-    @abstractmethod
-    def train(self, arm: str, out: Path, **options: Any) -> StageResult:
-        """Train an arm in a folder, or resume it there.
-
-        Args: options: those that all trainings of a stage have.
+        The problem, the settings of DPO and the settings of the table are hashed anyway, and not among them.
         """
 
     @abstractmethod
-    def figures(self, arm: str, done: StageResult, model: torch.nn.Module, seed: int, ranks: Ranks) -> dict:
-        """Return the figures of a training besides its scores, JSON. Args: seed: of the table's noises."""
+    def train(self, arm: str, out: Path, **options: Any) -> StageResult:
+        """Train an arm in a folder, or resume its training there.
+
+        Args:
+            arm: name of the arm.
+            out: folder of the training.
+            options: keyword arguments of trainer.train.
+        """
+
+    @abstractmethod
+    def measure(self, arm: str, done: StageResult, model: torch.nn.Module, seed: int, ranks: Ranks) -> dict:
+        """Return metrics of a finished training, other than its scores, as JSON.
+
+        Args:
+            arm: name of the arm.
+            done: result of the training.
+            model: the tuned network.
+            seed: seed of the noises of the table.
+            ranks: processes that train together.
+        """
 
 
 def folder_of(folder: Path, task: str) -> Path:
-    """Return the folder of a task; in a run of version 0.1 it may have the former name of its arm."""
-    former = folder / version_0_1.former_task(task)
-    return former if former.exists() else folder / task
+    """Return the folder of a task.
+
+    In a run of version 0.1 it may have the former name of the arm, and this folder is then returned.
+    """
+    former_folder = folder / version_0_1.former_task(task)
+    return former_folder if former_folder.exists() else folder / task
 
 
 def work(settings: Any, opened: Opened, run: Run, open: Open) -> None:
@@ -84,7 +104,11 @@ def work(settings: Any, opened: Opened, run: Run, open: Open) -> None:
 
     A single training runs in this process, on all ranks. Several trainings run on a pool of processes.
 
-    Args: settings: an ArmsRun; open: opens its problem in worker processes.
+    Args:
+        settings: settings of the run, an ArmsRun.
+        opened: the problem and its labels, opened in this process.
+        run: folder, ranks and device of the run.
+        open: function that opens the problem and its labels in a worker process.
     """
     problem, _ = opened
     folder = run.folder
@@ -94,13 +118,14 @@ def work(settings: Any, opened: Opened, run: Run, open: Open) -> None:
     if len(tasks) == 1:
         # the base is scored by rank 0 alone, after the training
         results = {tasks[0]: Worker(settings, folder, opened, run.ranks)(tasks[0])}
-        results |= (
-            {BASE: Worker(settings, folder, opened)(BASE)} if run.ranks.main and settings.summary else {}
-        )
+        if run.ranks.main and settings.summary:
+            results[BASE] = Worker(settings, folder, opened)(BASE)
     else:
-        needs: Mapping[str, list[str]] = {name: [] for name in ([BASE] if settings.summary else []) + tasks}
+        all_tasks = ([BASE] if settings.summary else []) + tasks
+        # no task waits for another one
+        needs: Mapping[str, list[str]] = {name: [] for name in all_tasks}
         print(
-            f"{len(needs)} tasks on {run.jobs} processes; the output of several is in {folder / 'logs'}.",
+            f"{len(needs)} tasks run on {run.jobs} processes. Their output is in {folder / 'logs'}.",
             flush=True,
         )
         results = pooled("arms", needs, worker_of, (settings, folder, run.device, open), run.jobs, folder)
@@ -110,7 +135,7 @@ def work(settings: Any, opened: Opened, run: Run, open: Open) -> None:
     # links, not copies: the weights of a large stage would double the size of the run
     for file in sorted((folder_of(folder, tasks[0]) / POLICY).iterdir()):
         link(file, folder / stage / file.name)
-    print(f"Weights of {settings.arms[0]} in {folder / stage}.")
+    print(f"The weights of the arm {settings.arms[0]} are in {folder / stage}.")
     if settings.summary:
         facts = {
             "stage": stage,
@@ -120,7 +145,7 @@ def work(settings: Any, opened: Opened, run: Run, open: Open) -> None:
         }
         data = table(results, settings, facts)
         for path in write(data, folder, settings.NAME, settings.markdown):
-            print(f"Written: {path}")
+            print(f"The table was written to {path}.")
         print(settings.markdown(data))
     run.done()
 
@@ -133,14 +158,20 @@ def pooled(
     jobs: int,
     folder: Path,
 ) -> dict[str, dict]:
-    """Do tasks on processes with a progress bar, and return their results by name.
+    """Do tasks on a pool of processes with a progress bar, and return their results by name.
 
-    Args: needs: tasks, with the tasks that each one waits for; setup: (*arguments, alone) -> a callable that
-        does a task, called once in a process; title: of the bar.
+    Args:
+        title: title of the progress bar.
+        needs: names of the tasks, each with the names of the tasks that it waits for.
+        setup: function from `arguments`, and True if there is one process only, to a callable that does a
+            task. It is called once in each process.
+        arguments: first arguments of `setup`.
+        jobs: number of processes.
+        folder: folder whose subfolder logs/ receives the output of the tasks.
     """
     with tqdm(total=len(needs), desc=title, unit="task", dynamic_ncols=True) as bar:
-        # errors of these types are the user's: they are shown without a traceback
-        expected = (ValueError, OSError, StoppedError)
+        # errors that a user can cause are shown without a traceback
+        user_errors = (ValueError, OSError, StoppedError)
         return run_tasks(
             needs,
             setup,
@@ -148,27 +179,29 @@ def pooled(
             jobs,
             folder / "logs",
             lambda name, result: bar.update(),
-            expected,
+            user_errors,
         )
 
 
 @dataclass
 class Worker:
-    """Worker of a run: does tasks, "<arm>-<seed>" or BASE, and returns their results as JSON.
+    """Worker of a run, which does tasks and returns their results as JSON.
 
-    The result of a task that was finished earlier is read from its folder.
+    A task is "<arm>-<seed>", or BASE for the scores of the untuned network. The result of a task that was
+    finished earlier is read from its folder.
     """
 
     settings: ArmsRun
-    folder: Path  # of the run
+    folder: Path  # folder of the run
     opened: Opened
     ranks: Ranks = SINGLE
     say: Callable[[str], None] = tqdm.write  # prints the status lines of trainings
-    left: list[Voxels] | None = None  # cached result of `_given`
+    cached_voxels: list[Voxels] | None = None  # result of `_given`, once it is computed
 
     def __call__(self, task: str) -> dict:
         settings = self.settings
         arm, _, seed = task.rpartition("-")  # the task BASE has no arm and no seed
+        # the task BASE scores the untuned network once for all training seeds, with the data of the first one
         bench = settings.bench(self.opened, int(seed) if arm else settings.training_seeds[0])
         choosing = settings.choosing
         # the keys and values go into the hash that names finished work: they keep version 0.1's spelling
@@ -187,17 +220,17 @@ class Worker:
             models: dict[str, torch.nn.Module] = {}
             if arm:
                 # controls keep their last network, see the module
-                chosen = choosing is not None and not arm.endswith(CONTROLS)
-                chooser = (
-                    choosing.held_out(bench.problem, bench.stage.name, {}, {}, self.ranks)
-                    if choosing and chosen
-                    else None
+                win_rate = None
+                if choosing is not None and not arm.endswith(CONTROLS):
+                    # no other stage is tuned, on either side of the comparison
+                    win_rate = choosing.held_out(bench.problem, bench.stage.name, {}, {}, self.ranks)
+                done = bench.train(
+                    arm, folder, held_out=win_rate, ranks=self.ranks, resume=True, say=self.say
                 )
-                done = bench.train(arm, folder, held_out=chooser, ranks=self.ranks, resume=True, say=self.say)
                 models = {bench.stage.name: tuned_model(bench.stage.model, done.weights)}
                 result = {
                     **done.record(),
-                    **bench.figures(
+                    **bench.measure(
                         arm, done, models[bench.stage.name], settings.evaluation.seed, self.ranks
                     ),
                 }
@@ -208,26 +241,34 @@ class Worker:
                 )["scores"]
             return [folder / POLICY] if arm else [], result
 
+        # hashed=False: the folder has the plain name of the task, since it belongs to this run alone
         store = Store(self.folder, self.ranks, hashed=False)
         return dict(store.make(folder_of(self.folder, task).name, inputs, maker).record)
 
     def _given(self, bench: Bench) -> Mapping[str, Sequence[Voxels]]:
-        """Return the voxels that the earlier stages hand to the tuned stage.
+        """Return the voxels that the earlier stages hand to the tuned stage, by the name of this stage.
 
-        They are the same for all arms, and are generated once in a process.
+        The mapping is empty if the first stage is tuned. The voxels are the same for all arms, and are
+        generated once in a process.
         """
         name = bench.stage.name
         pipeline = bench.problem.pipeline
         if name == pipeline.stages[0].name:
             return {}  # the first stage starts from noise alone
-        if self.left is None:
+        if self.cached_voxels is None:
             prompts, seeds = self.settings.evaluation.crossed(bench.problem)
-            self.left = voxels_for(pipeline, name, prompts, seeds, None, self.settings.evaluation.batch)
-        return {name: self.left}
+            # None: the earlier stages have their own, untuned networks
+            self.cached_voxels = voxels_for(
+                pipeline, name, prompts, seeds, None, self.settings.evaluation.batch
+            )
+        return {name: self.cached_voxels}
 
 
 def worker_of(settings: Any, folder: Path, device: str, open: Open, alone: bool) -> Worker:
-    """Create the worker of a process; one of several processes uses a single thread."""
+    """Create the worker of a process.
+
+    Args: alone: whether this is the only process; otherwise it computes with one thread.
+    """
     # more threads than cores would slow all processes down
     if not alone:
         torch.set_num_threads(1)
@@ -238,31 +279,37 @@ def worker_of(settings: Any, folder: Path, device: str, open: Open, alone: bool)
 
 
 def table(results: Mapping[str, Mapping], settings: ArmsRun, facts: Mapping) -> dict:
-    """Make the table as JSON. Args: results: by task; facts: entries that describe the run."""
+    """Make the table of a run, as JSON.
+
+    Args:
+        results: results of the tasks, by name of the task.
+        settings: settings of the run.
+        facts: further entries, which describe the run.
+    """
     seeds = settings.training_seeds
     arms = settings.arms
-    base = {name: np.array([values]) for name, values in results[BASE]["scores"].items()}  # [1, C, S]
-    # [K, C, S] by arm and evaluator
-    arrays = {
-        arm: {name: np.array([results[f"{arm}-{seed}"]["scores"][name] for seed in seeds]) for name in base}
-        for arm in arms
-    }
-    rates = Table(scores=arrays, base=base, seeds=seeds)
+    # [1, C, S]: the base has no training seed, so an axis of size 1 broadcasts over the seeds of the arms
+    base = {name: np.array([values]) for name, values in results[BASE]["scores"].items()}
+    scores: dict[str, dict[str, np.ndarray]] = {}  # arm -> evaluator -> [K, C, S]
+    for arm in arms:
+        arm_scores = [results[f"{arm}-{seed}"]["scores"] for seed in seeds]
+        scores[arm] = {name: np.array([seed_scores[name] for seed_scores in arm_scores]) for name in base}
+    rates = Table(scores=scores, base=base, seeds=seeds)
     rows = {}
     for arm in arms:
         trainings = [results[f"{arm}-{seed}"] for seed in seeds]
-        against = rates.against_base(arm)
+        win_rates = rates.against_base(arm)
         rows[arm] = {
-            "evaluators": {name: against[name] for name in EVALUATORS if name in against},
+            "evaluators": {name: win_rates[name] for name in EVALUATORS if name in win_rates},
             **{key: [training[key] for training in trainings] for key in ("kept_step", "warnings")},
-            **settings.row(arm, trainings, against, arrays[arm], base),
+            **settings.row(arm, trainings, win_rates, scores[arm], base),
         }
     # the first of EVALUATORS that the problem has, in order of preference
     evaluator = next(name for name in EVALUATORS if name in base)
-    meeting = [arm for arm in arms if settings.MEETING or not arm.endswith(CONTROLS)]
+    compared_arms = [arm for arm in arms if settings.MEETING or not arm.endswith(CONTROLS)]
     return {
         "arms": rows,
-        "pairwise": rates.pairwise(evaluator, meeting),
+        "pairwise": rates.pairwise(evaluator, compared_arms),
         "evaluator": evaluator,
         **rates.sizes,
         "training_seeds": list(seeds),

@@ -1,4 +1,4 @@
-"""Combine a stage with the source of its conditioning: all that training needs of a generator.
+"""Combine a stage with the source of its conditioning. Training needs nothing else of a generator.
 
 A prompt is the name of a conditioning input (a text, or the name of an image). Its conditioning is the
 tensors that the network reads.
@@ -15,37 +15,40 @@ from eg3d_rlhf.tuning.flow.base.stage import FlowStage, Pipeline, stage_of
 
 
 class Conditioning(Protocol):
-    """Source of the conditioning tensors of a stage. A Pipeline is one."""
+    """Interface to a source of the conditioning tensors of a stage. A Pipeline implements it."""
 
     def conditions(self, names: Sequence[str], stage: str) -> Condition:
-        """Return the conditioning tensors of prompts; see Pipeline."""
+        """Return the conditioning tensors of N prompts for a stage, N rows; see Pipeline."""
 
     def no_condition(self, n: int, stage: str) -> Condition:
-        """Return the empty conditioning, n times; see Pipeline."""
+        """Return the empty conditioning for a stage, n equal rows; see Pipeline."""
 
 
 @dataclass(frozen=True)
 class ConditionedStage:
-    """A stage with the source of its conditioning."""
+    """Stage with the source of its conditioning."""
 
     stage: FlowStage
     conditioning: Conditioning
 
     @classmethod
     def from_pipeline(cls, pipeline: Pipeline, name: str) -> Self:
-        """Take the stage of that name. Raises: ValueError with the names of the pipeline's stages."""
+        """Create it for the stage of a pipeline that has this name.
+
+        Raises: ValueError, with the names of the pipeline's stages, if no stage has this name.
+        """
         # a pipeline conditions its own stages
         return cls(stage_of(pipeline, name), pipeline)
 
     def with_model(self, model: torch.nn.Module | None) -> Self:
-        """Return the same stage with another network; None keeps its own."""
+        """Return the same stage with another network, or this object itself if `model` is None."""
         # the pipeline's own stage is not changed
         return self if model is None else replace(self, stage=replace(self.stage, model=model))
 
     def conditions(self, names: Sequence[str]) -> Condition:
-        """Return the conditioning tensors of prompts, N rows."""
+        """Return the conditioning tensors of N prompts, N rows."""
         return self.conditioning.conditions(names, self.stage.name)
 
     def no_condition(self, n: int) -> Condition:
-        """Return the empty conditioning, n rows."""
+        """Return the empty conditioning, n equal rows."""
         return self.conditioning.no_condition(n, self.stage.name)

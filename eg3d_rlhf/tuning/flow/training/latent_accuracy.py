@@ -1,9 +1,10 @@
 """Compare a reward of latents with a reward of finished assets that was trained on the same people's pairs.
 
-For each it is measured how often it orders pairs correctly whose prompts were used neither to train nor to
-choose it (with several training seeds), and how many samples per second it scores while a stage is tuned.
+Two quantities of each reward are measured: how often it orders pairs correctly whose prompts were used
+neither to train nor to choose it (with several training seeds), and how many samples per second it scores
+while a stage is tuned.
 
-Letters: P pairs, S training seeds.
+Shapes: P pairs, S training seeds.
 """
 
 import time
@@ -30,21 +31,21 @@ from eg3d_rlhf.tuning.flow.training.latent_reward import (
 )
 from eg3d_rlhf.tuning.flow.training.online.scored_samples import Task
 
-LATENT = "latent"
-DECODED = "decoded"
-TIMED = 5  # timed batches of each reward, in turn; the median counts
+LATENT = "latent"  # name of the reward that reads latents
+DECODED = "decoded"  # name of the reward that reads finished assets
+TIMED = 5  # number of timed batches of each reward; the median counts
 
 
 @dataclass(frozen=True, kw_only=True)
 class Kind:
-    """Figures of one of the two rewards."""
+    """Accuracy and speed of one of the two rewards."""
 
-    accuracy: MeanInterval  # mean over training seeds; the interval is of the pairs, clustered by condition
+    accuracy: MeanInterval  # mean over training seeds; interval over the pairs, clustered by prompt
     by_seed: tuple[float, ...]  # [S], accuracy of each training seed
-    samples_per_second: float  # as measured on this machine
+    samples_per_second: float  # measured on this machine
 
     def shown(self) -> dict:
-        """Return the figures as JSON."""
+        """Return accuracy and speed as JSON."""
         return {
             "accuracy": list(self.accuracy),
             "by_seed": list(self.by_seed),
@@ -54,11 +55,11 @@ class Kind:
 
 @dataclass(frozen=True, kw_only=True)
 class Beside:
-    """Comparison of both rewards on the same pairs."""
+    """Comparison of both rewards on the same held-out pairs."""
 
     pairs: int  # number of pairs
     conditions: int  # number of prompts; the name is a JSON key
-    kinds: Mapping[str, Kind]  # LATENT, and DECODED if the problem can fit such a reward
+    kinds: Mapping[str, Kind]  # results by LATENT, and by DECODED if the problem can fit such a reward
     difference: MeanInterval | None  # latent's accuracy minus decoded's, pair by pair
 
     def shown(self) -> dict:
@@ -67,6 +68,7 @@ class Beside:
             "pairs": self.pairs,
             "conditions": self.conditions,
             **{name: kind.shown() for name, kind in self.kinds.items()},
+            # the key is absent if there is only one reward
             **({} if self.difference is None else {"difference": list(self.difference)}),
         }
 
@@ -76,67 +78,85 @@ def compared(
 ) -> tuple[LatentReward, Beside]:
     """Train rewards of both kinds, and compare them on held-out pairs.
 
-    Returns the latent reward of the first training seed, and the figures of all seeds. Both kinds are trained
-    on the pairs of the training prompts.
+    Returns the latent reward of the first training seed, and the comparison over all seeds. Both kinds are
+    trained on the pairs of the training prompts.
+
+    Args:
+        problem: problem with people's pairs.
+        stage: name of the stage whose latents the reward reads.
+        seeds: training seeds, S.
+        say: function that prints a line of progress; the default prints nothing.
 
     Raises: ValueError for too few labels, or too few prompts with held-out pairs.
     """
-    last = problem.pipeline.stages[-1].name
-    held = {name: problem.held_out_pairs(name) for name in (stage, last)}
-    names = [pair.condition for pair in held[stage]]
-    prompts = check_enough(names)
+    last_stage = problem.pipeline.stages[-1].name
+    held_out_pairs = {name: problem.held_out_pairs(name) for name in (stage, last_stage)}
+    pair_prompts = [pair.condition for pair in held_out_pairs[stage]]
+    prompts = check_enough(pair_prompts)
     latent_rewards = list[LatentReward]()
-    decoded = list[AssetReward]()
+    decoded_rewards = list[AssetReward]()
     for seed in seeds:
         say(f"training seed {seed}")
         if problem.fit_reward is not None:
-            decoded.append(problem.fit_reward(problem.train_pairs[last], seed))
+            decoded_rewards.append(problem.fit_reward(problem.train_pairs[last_stage], seed))
         # the latent reward is distilled from the decoded one, which is therefore trained first
         latent_rewards.append(
-            from_problem(problem, stage, LatentTraining(seed=seed), decoded[-1] if decoded else None)
+            from_problem(
+                problem, stage, LatentTraining(seed=seed), decoded_rewards[-1] if decoded_rewards else None
+            )
         )
-    outcomes = {LATENT: np.stack([of_latents(reward, held[stage]) for reward in latent_rewards])}  # [S, P]
-    if decoded:
+    # 1, 0 or one half for each seed and pair, [S, P]
+    outcomes = {LATENT: np.stack([of_latents(reward, held_out_pairs[stage]) for reward in latent_rewards])}
+    if decoded_rewards:
         say("decoding the held-out pairs")
         # pairs of the last stage hold the same assets; the order must be that of the stage's own pairs
-        outcomes[DECODED] = of_assets(problem, decoded, in_order(held[last], held[stage]))
-    timed: dict[str, AssetReward] = {LATENT: latent_rewards[0], **({DECODED: decoded[0]} if decoded else {})}
-    speed = speeds(problem, stage, timed, held[stage])
+        outcomes[DECODED] = of_assets(
+            problem, decoded_rewards, in_order(held_out_pairs[last_stage], held_out_pairs[stage])
+        )
+    timed_rewards: dict[str, AssetReward] = {LATENT: latent_rewards[0]}
+    if decoded_rewards:
+        timed_rewards[DECODED] = decoded_rewards[0]
+    speed = speeds(problem, stage, timed_rewards, held_out_pairs[stage])
     kinds = {
         kind: Kind(
-            # averaged over seeds first: the interval is of the pairs, clustered by prompt
-            accuracy=clustered_rate(of_kind.mean(0), names),
-            by_seed=tuple(of_kind.mean(1).tolist()),
+            # averaged over seeds first, since the interval is over the pairs, clustered by prompt
+            accuracy=clustered_rate(kind_outcomes.mean(0), pair_prompts),
+            by_seed=tuple(kind_outcomes.mean(1).tolist()),
             samples_per_second=speed[kind],
         )
-        for kind, of_kind in outcomes.items()
+        for kind, kind_outcomes in outcomes.items()
     }
-    apart = (
-        None
-        if DECODED not in kinds
-        else clustered_mean(outcomes[LATENT].mean(0) - outcomes[DECODED].mean(0), names)
+    difference = None
+    if DECODED in kinds:
+        pair_differences = outcomes[LATENT].mean(0) - outcomes[DECODED].mean(0)  # [P]
+        difference = clustered_mean(pair_differences, pair_prompts)
+    return latent_rewards[0], Beside(
+        pairs=len(pair_prompts), conditions=len(prompts), kinds=kinds, difference=difference
     )
-    return latent_rewards[0], Beside(pairs=len(names), conditions=len(prompts), kinds=kinds, difference=apart)
 
 
 def of_latents(reward: LatentReward, pairs: Sequence[PreferencePair]) -> np.ndarray:
-    """Score the order of pairs by a latent reward, [P].
+    """Return 1 for each pair that a latent reward orders correctly, and 0 for each other pair, [P].
 
-    A pair counts 1 if the preferred sample has the higher score, and one half if both are equal.
+    A pair is ordered correctly if the preferred sample has the higher score. It counts one half if both
+    scores are equal.
     """
+    margins = []
     # in batches, which bound the memory
-    parts = [pairs[i : i + BATCH] for i in range(0, len(pairs), BATCH)]
-    margins = [
-        reward.of_latents(*_batch(part, "preferred")) - reward.of_latents(*_batch(part, "rejected"))
-        for part in parts
-    ]
+    for i in range(0, len(pairs), BATCH):
+        batch_pairs = pairs[i : i + BATCH]
+        preferred_scores = reward.of_latents(*_batch(batch_pairs, "preferred"))
+        rejected_scores = reward.of_latents(*_batch(batch_pairs, "rejected"))
+        margins.append(preferred_scores - rejected_scores)
     return ordered(torch.cat(margins).double().numpy())
 
 
 def of_assets(
     problem: Problem, rewards: Sequence[AssetReward], pairs: Sequence[PreferencePair]
 ) -> np.ndarray:
-    """Score the order of pairs of the last stage by S rewards of finished assets, [S, P].
+    """Return 1 for each pair that a reward of finished assets orders correctly, and 0 for each other pair.
+
+    The result is [S, P] for S rewards and P pairs of the last stage. Equal scores count one half.
 
     Each asset is decoded once for all rewards.
     """
@@ -144,28 +164,36 @@ def of_assets(
     return ordered((preferred - rejected).T.numpy())
 
 
-def _batch(pairs: Sequence[PreferencePair], side: str):
-    """Return the latents of one side of pairs as a batch, and their prompts."""
-    return collate([getattr(pair, side) for pair in pairs]), [pair.condition for pair in pairs]
+def _batch(pairs: Sequence[PreferencePair], role: str):
+    """Return the preferred or the rejected latents of pairs as a batch, and the prompts of the pairs.
+
+    Args: role: "preferred" or "rejected".
+    """
+    return collate([getattr(pair, role) for pair in pairs]), [pair.condition for pair in pairs]
 
 
 def speeds(
     problem: Problem, stage: str, rewards: dict[str, AssetReward], pairs: Sequence[PreferencePair]
 ) -> dict[str, float]:
-    """Measure the samples per second of the call that tuning makes, for each reward.
+    """Measure how many samples per second each reward scores while a stage is tuned.
 
-    The call leads from latents of the stage on its device to scores, and decodes if the reward needs assets.
+    The measured call goes from latents on the stage's device to scores. It includes decoding if the reward
+    needs finished assets.
     """
-    latents, names = _batch(pairs[:BATCH], "preferred")
-    tuned = stage_of(problem.pipeline, stage)
+    latents, prompts = _batch(pairs[:BATCH], "preferred")
+    tuned_stage = stage_of(problem.pipeline, stage)
     seconds = {kind: list[float]() for kind in rewards}
-    latents = latents.to(next(tuned.model.parameters()).device)
+    # moved before the measurement, since tuning has its latents on the device already
+    latents = latents.to(next(tuned_stage.model.parameters()).device)
     # the first round is not counted: it includes compilation and allocation
     for _ in range(1 + TIMED):
-        # in turn, so that a slow moment of the machine meets both kinds
+        # alternately, so that a slow moment of the machine affects both kinds
         for kind, reward in rewards.items():
-            task = Task(pipeline=problem.pipeline, stage=tuned, rewards={kind: reward}, conditions=names)
-            started = time.perf_counter()
-            task.scores(latents, names, range(len(names)))  # ends on the CPU
-            seconds[kind].append(time.perf_counter() - started)
-    return {kind: len(names) / median(taken[1:]) for kind, taken in seconds.items()}
+            task = Task(
+                pipeline=problem.pipeline, stage=tuned_stage, rewards={kind: reward}, conditions=prompts
+            )
+            start_time = time.perf_counter()
+            # the scores are on the CPU, so the call waits for the device
+            task.scores(latents, prompts, range(len(prompts)))
+            seconds[kind].append(time.perf_counter() - start_time)
+    return {kind: len(prompts) / median(durations[1:]) for kind, durations in seconds.items()}

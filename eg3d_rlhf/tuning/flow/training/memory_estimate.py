@@ -1,7 +1,8 @@
-"""Estimate the memory and the FLOPs of one update of a stage with fake tensors, and choose passes that fit a
-device.
+"""Estimate the memory and the FLOPs of one update of a stage with fake tensors, and choose passes that fit
+into the memory of a device.
 
-Fake tensors have shapes but no data, so the estimate takes neither the memory nor the time of an update.
+A pass is one forward and backward computation on some examples of an update. Fake tensors have shapes but no
+data, so the estimate takes neither the memory nor the time of an update.
 """
 
 import copy
@@ -23,7 +24,7 @@ from torch_utils.ops.implementations import implementation
 from training.distributed import Ranks
 
 SHARE = 0.9  # share of the free memory that may be planned with: allocators and libraries need the rest
-# makes a Descent from a stage, the network to train, and its reference
+# function from a stage, the network to train and its reference to a Descent
 Start = Callable[[FlowStage, nn.Module, FrozenModel | None], Descent]
 
 
@@ -38,7 +39,10 @@ class Cost:
 def fake_stage(trace: MemoryTrace, stage: FlowStage, dtype: torch.dtype | None = None) -> FlowStage:
     """Copy a stage, with fake tensors in its network.
 
-    Args: trace: the trace in which the copy is used; dtype: of the parameters, None for the network's own.
+    Args:
+        trace: trace in which the copy is used.
+        stage: stage to copy.
+        dtype: type of the copied parameters, None for the type that they have in the network.
     """
     # The memo makes deepcopy replace each parameter and buffer by one on "meta", without copying any data.
     memo: dict[int, object] = {
@@ -56,19 +60,23 @@ def cost_of_update(
 
     The stage's network may be on any device, or on none ("meta").
 
-    Args: start: makes the Descent, whose batch decides the cost; device: "cuda" includes the temporary memory
-        that AdamW takes there.
+    Args:
+        stage: stage that is trained.
+        config: settings of the training.
+        start: function that makes the Descent, whose batch decides the cost.
+        recompute: whether blocks are recomputed in the backward pass.
+        device: type of the device; "cuda" includes the temporary memory that AdamW takes there.
     """
     # reference implementations: custom kernels cannot run on fake tensors; the global seed stays untouched
     with implementation("ref"), torch.random.fork_rng(devices=[]):
         trace = MemoryTrace()
-        twin = fake_stage(trace, stage, None if config.lora else torch.float32)
+        fake_copy = fake_stage(trace, stage, None if config.lora else torch.float32)
         with trace, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # operations without data warn
+            warnings.simplefilter("ignore")  # operations on tensors without data warn
             # the same functions as in a training, on fake tensors
-            policy, reference = policy_and_reference(twin, config)
+            policy, reference = policy_and_reference(fake_copy, config)
             recomputing(policy, recompute)
-            updates = start(twin, policy, reference)
+            updates = start(fake_copy, policy, reference)
             for group in updates.optimizer.param_groups:
                 # AdamW's default on CUDA: one update of all parameters, with temporary copies of them
                 group["foreach"] = device == "cuda"
@@ -82,14 +90,17 @@ def cost_of_update(
 
 def free_bytes(device: torch.device | str) -> int:
     """Return the bytes of memory that a process may still take."""
-    # on the CPU "MemAvailable" includes caches that the kernel would give up
     if torch.device(device).type == "cuda":
+        # mem_get_info returns (free, total) bytes
         return torch.cuda.mem_get_info(torch.device(device))[0]
-    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    return int(lines["MemAvailable"].split()[0]) * 1024
+    # lines such as "MemAvailable:   16000000 kB"
+    meminfo = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    # "MemAvailable" includes caches that the kernel would give up; the number is in KiB
+    return int(meminfo["MemAvailable"].split()[0]) * 1024
 
 
-LARGE = 10**8  # parameters below which memory is no concern, and the estimate would take longer than updates
+# number of parameters below which memory is no concern, and the estimate would take longer than updates
+LARGE = 10**8
 
 
 def fit_passes(
@@ -100,68 +111,90 @@ def fit_passes(
     ranks: Ranks,
     say: Callable[[str], None],
 ) -> tuple[int | None, bool]:
-    """Choose the settings that the user left open.
+    """Choose the size of passes, and whether blocks are recomputed in the backward pass.
 
-    Returns the examples of a pass on CUDA (None: all examples of the process), and whether blocks are
-    recomputed in the backward pass.
+    Returns:
+        The number of examples in a pass, or None for all examples of the process, which is always the result
+        on the CPU; and True if blocks are recomputed.
 
-    Args: config: decides on recomputation if its `recompute` is not auto; batch: examples of a process;
-        start: returns the `start` of `cost_of_update` for a number of examples.
-    Raises: ValueError with the figures if not even one example fits.
+    Args:
+        stage: stage that is trained.
+        config: settings of the training; they decide on recomputation if their `recompute` is not "auto".
+        batch: number of examples of an update that this process computes.
+        start: function from a number of examples to the argument `start` of `cost_of_update`.
+        ranks: processes that train together.
+        say: function that prints a line.
+
+    Raises: ValueError with the required and the free memory if not even one example fits.
     """
     weights = [p for p in stage.model.parameters()]
     device = next(stage.model.parameters()).device
-    # None: chosen here
-    again = {"on": True, "off": False}.get(config.recompute)
+    # "auto" gives None: recomputation is then chosen here
+    fixed_recompute = {"on": True, "off": False}.get(config.recompute)
+    # only on CUDA is a batch divided into passes to fit into the memory
     cuda = device.type == "cuda"
-    if sum(p.numel() for p in weights) < LARGE or (again is not None and not cuda):
-        return None, again is True
-    estimate = functools.cache(lambda n, on: cost_of_update(stage, config, start(n), on, device.type))
-    # full tuning over several ranks is sharded: this share of the state is on other ranks
-    elsewhere = 0.0 if config.lora else 1 - 1 / ranks.world
+    if sum(p.numel() for p in weights) < LARGE or (fixed_recompute is not None and not cuda):
+        return None, fixed_recompute is True
+    estimate = functools.cache(
+        lambda examples, recompute: cost_of_update(stage, config, start(examples), recompute, device.type)
+    )
+    # full tuning over several ranks is sharded: this share of the training state is on the other ranks
+    remote_share = 0.0 if config.lora else 1 - 1 / ranks.world
     # 16 bytes a parameter: weight, gradient and AdamW's two moments in float32
-    others = int(16 * elsewhere * sum(p.numel() for p in weights))
+    remote_bytes = int(16 * remote_share * sum(p.numel() for p in weights))
 
-    def costs(n: int, on: bool) -> Cost:
-        # on the CPU the batch is never divided, so only the whole batch is estimated
-        cost = estimate(n if cuda else batch, on)
-        return replace(cost, bytes=cost.bytes - others)
+    def costs(examples: int, recompute: bool) -> Cost:
+        # on the CPU the batch is never divided into passes, so only the whole batch is estimated
+        cost = estimate(examples if cuda else batch, recompute)
+        return replace(cost, bytes=cost.bytes - remote_bytes)
 
     # the estimate includes the weights, which are on the device already and so are not free
     space = int(SHARE * (free_bytes(device) + sum(p.nbytes for p in weights)))
     # rank 0 decides for all: ranks with different passes would wait for each other
-    best = ranks.broadcast(cheapest(costs, batch if cuda else 1, space, again) if ranks.main else None)
+    best = ranks.broadcast(
+        cheapest(costs, batch if cuda else 1, space, fixed_recompute) if ranks.main else None
+    )
     if best is None:
-        least = ranks.broadcast(costs(1, again is not False).bytes if ranks.main else None) / GIB
+        required_gib = (
+            ranks.broadcast(costs(1, fixed_recompute is not False).bytes if ranks.main else None) / GIB
+        )
         raise ValueError(
-            f"train_stage({stage.name}): one update needs {least:.1f} GiB of memory, but only"
+            f"train_stage({stage.name}): one update needs {required_gib:.1f} GiB of memory, but only"
             f" {space / GIB:.1f} GiB are free. Load the flows in bfloat16 (--set dtype=bfloat16), or use a"
             " larger device."
         )
-    size, on = best
-    how = "recomputed" if on else "kept"
+    size, recompute = best
+    activations = "recomputed" if recompute else "kept"
     say(
-        f"Stage {stage.name}: passes of {size if cuda else batch}, activations are {how};"
-        f" {space / GIB:.1f} GiB free."
+        f"Stage {stage.name}: {size if cuda else batch} examples per pass, activations are {activations};"
+        f" {space / GIB:.1f} GiB of memory are free."
     )
-    return size if cuda else None, on
+    return size if cuda else None, recompute
 
 
 def cheapest(
     costs: Callable[[int, bool], Cost], batch: int, space: int, recompute: bool | None = None
 ) -> tuple[int, bool] | None:
-    """Choose the fastest update that fits: (examples per pass, whether blocks are recomputed), or None.
+    """Choose the fastest update that fits into the memory.
 
-    A pass may have any divisor of the batch. Recomputation takes a third more time, while smaller passes take
-    little more, so all sizes are tried without recomputation first.
-    Args: costs: cost of a pass; called for 1 and 2 examples, since memory is assumed to be linear in their
-        number; space: bytes.
+    Returns (number of examples in a pass, whether blocks are recomputed), or None if no pass fits.
+
+    The number of examples in a pass may be any divisor of the batch. Recomputation takes a third more time,
+    while smaller passes take little more, so all sizes are tried without recomputation first.
+
+    Args:
+        costs: function from the number of examples in a pass, and whether blocks are recomputed, to the cost.
+            It is called for 1 and 2 examples only, since the memory is assumed to be linear in their number.
+        batch: number of examples of the process in an update.
+        space: bytes of memory that the update may take.
+        recompute: whether blocks are recomputed; None tries both.
     """
-    for again in (False, True) if recompute is None else (recompute,):
-        first = costs(1, again).bytes
-        more = costs(2, again).bytes - first if batch > 1 else 0  # bytes of each further example
-        # largest first
-        sizes = [n for n in range(batch, 0, -1) if batch % n == 0 and first + (n - 1) * more <= space]
-        if sizes:
-            return sizes[0], again
+    for recompute_blocks in (False, True) if recompute is None else (recompute,):
+        single_bytes = costs(1, recompute_blocks).bytes
+        # bytes of each further example
+        extra_bytes = costs(2, recompute_blocks).bytes - single_bytes if batch > 1 else 0
+        divisors = [n for n in range(batch, 0, -1) if batch % n == 0]  # the largest first
+        fitting_sizes = [n for n in divisors if single_bytes + (n - 1) * extra_bytes <= space]
+        if fitting_sizes:
+            return fitting_sizes[0], recompute_blocks
     return None

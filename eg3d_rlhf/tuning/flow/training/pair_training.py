@@ -1,11 +1,11 @@
 """Train a stage on preference pairs: by DPO and related losses, or by fine-tuning on the preferred samples.
 
-An update computes a batch of pairs in passes, one after the other and in parallel on ranks. The result equals
-that of one pass over the whole batch. The warnings about failing trainings come from reports of users of
-Diffusion-DPO, flow_grpo (#47, #190), diffusers (#6565) and OPA-DPO (#10). A loss near log 2 is no such sign:
-it may look flat while the win rate rises.
+An update computes a batch of pairs in passes, one after the other on a rank and in parallel on ranks. The
+result equals the result of one pass over the whole batch. The warnings about failing trainings are based on
+the issues that users reported for Diffusion-DPO, flow_grpo (#47, #190), diffusers (#6565) and OPA-DPO (#10).
+A loss near log 2 gives no warning: the loss may look constant while the win rate rises.
 
-Shape letters as in sparse.py; P pairs, B time bins.
+Shapes: N samples, V voxels and C channels, as in models/sparse.py; P pairs, B time bins.
 """
 
 import math
@@ -41,7 +41,7 @@ from eg3d_rlhf.tuning.flow.training.reference import FrozenModel
 from eg3d_rlhf.tuning.flow.training.settings import TrainConfig
 from eg3d_rlhf.tuning.flow.training.sharding import sharded
 from eg3d_rlhf.tuning.flow.training.trainer import (
-    NOTHING,
+    RATE_NOISE,
     REGULARISE,
     Descent,
     StageResult,
@@ -54,95 +54,111 @@ from training.distributed import SINGLE, Ranks
 from training.phases import GradientSum, Layout, derive_seed, sum_over_ranks
 from training.storage import checksum
 
-Item = tuple[int, PreferencePair]  # (epoch, pair)
+Item = tuple[int, PreferencePair]  # (number of the epoch, pair)
 Example = TypeVar("Example")
 
 
 class Order(Generic[Example]):
-    """Order of the examples: epochs over all of them, each in a random order of its own.
+    """Order in which examples are trained on: epochs over all examples, each in its own random order.
 
-    Args: batch: number of examples of an update; seed: of the orders.
+    Args:
+        examples: all examples.
+        batch: number of examples in an update.
+        seed: seed of the random orders.
     """
 
     def __init__(self, examples: Sequence[Example], batch: int, seed: int):
         self.examples = examples
         self.batch = batch
         self.seed = seed
-        # the order of the newest epoch alone: updates ask for epochs in ascending order
+        # only the order of the newest epoch is cached, since updates need epochs in ascending order
         self._orders: dict[int, np.ndarray] = {}
 
     def items(self, step: int) -> list[tuple[int, Example]]:
-        """Return (epoch, example) for the whole batch of an update.
+        """Return (number of the epoch, example) for each example in the batch of update number `step`.
 
         A batch may cross the end of an epoch, or cover several epochs if there are few examples. The result
-        depends on `step` alone, so a resumed run meets the same examples.
+        depends on `step` alone, so a resumed run trains on the same examples.
         """
         items = []
         for number in range(step * self.batch, (step + 1) * self.batch):
-            epoch, place = divmod(number, len(self.examples))
+            epoch, position = divmod(number, len(self.examples))
             if epoch not in self._orders:
                 self._orders = {
                     epoch: np.random.default_rng([self.seed, epoch]).permutation(len(self.examples))
                 }
-            items.append((epoch, self.examples[self._orders[epoch][place]]))
+            items.append((epoch, self.examples[self._orders[epoch][position]]))
         return items
 
 
-PAIRS = 64  # number of pairs that recent figures are averaged over
-SEPARATED = 0.95  # implicit accuracy above which pairs hold little more signal
-DIVERGED = 2  # times the first error of the rejected samples, for losses without a reference
-HISTORY = 10  # lines that are needed before a value counts as a spike
+PAIRS = 64  # number of most recent pairs over which metrics are averaged
+SEPARATED = 0.95  # implicit accuracy above which the pairs contain little further signal
+# factor by which the error of the rejected samples may exceed its first value, for losses without a reference
+DIVERGED = 2
+HISTORY = 10  # number of earlier lines that are needed before a value can count as a spike
 CALM = "Raise beta or lower lr."
 
 
 def pair_signs(lines: Sequence[Mapping], preference: bool = True) -> dict[str, str]:
-    """Return warnings by name, as of the last line; the caller prints each once.
+    """Return the warnings that the lines of stats.jsonl so far give reason for, by name.
+
+    The caller prints each warning once.
 
     Args:
-        lines: of stats.jsonl so far: step, pairs, loss, implicit_accuracy, margin, w_diff, l_diff, grad_norm,
-            and win_rate where measured.
-        preference: False for losses without a reference, whose margins are not measured.
+        lines: lines of stats.jsonl so far, with step, pairs, loss, implicit_accuracy, margin, w_diff, l_diff,
+            grad_norm, and win_rate if it was measured.
+        preference: whether margins are measured; False for losses without a reference.
     """
     # lines of evaluations alone have no pairs
-    updates = [line for line in lines if line.get("pairs")]
+    update_lines = [line for line in lines if line.get("pairs")]
     rates = win_rates(lines)
     signs = win_rate_signs(rates)
-    last = updates[-1] if updates else {}
-    before = updates[:-1]
+    last_line = update_lines[-1] if update_lines else {}
+    earlier_lines = update_lines[:-1]
     # the norm of the gradient varies more than the loss, so its limit is larger
-    for name, times in (("loss", 4), ("grad_norm", 10)) if len(before) >= HISTORY else ():
-        usual = median(line[name] for line in before)
+    limits = (("loss", 4), ("grad_norm", 10)) if len(earlier_lines) >= HISTORY else ()
+    for name, factor in limits:
+        median_value = median(line[name] for line in earlier_lines)
         # `> 0` excludes a median of 0, of which every value would be a multiple
-        if last[name] > times * usual > 0 and "spikes" not in signs:
+        if last_line[name] > factor * median_value > 0 and "spikes" not in signs:
             signs["spikes"] = (
-                f"step {last['step']}: {name} {last[name]:.3g} is over {times} times its median {usual:.3g}."
-                f" {CALM}"
+                f"step {last_line['step']}: {name} {last_line[name]:.3g} is over {factor} times its median"
+                f" {median_value:.3g}. {CALM}"
             )
-    # only dro logs both errors
-    if updates and last.get("l_error", 0) > DIVERGED * updates[0].get("l_error", math.inf):
+    # only the loss dro logs the errors themselves; inf makes the comparison false for the other losses
+    if update_lines and last_line.get("l_error", 0) > DIVERGED * update_lines[0].get("l_error", math.inf):
         signs["divergence"] = (
-            f"step {last['step']}: the error of the rejected samples rose from {updates[0]['l_error']:.3g} to"
-            f" {last['l_error']:.3g}, and that of the preferred ones is {last['w_error']:.3g} after"
-            f" {updates[0]['w_error']:.3g}; this loss has no lower bound. Lower loser_weight or steps."
+            f"step {last_line['step']}: the error of the rejected samples rose from"
+            f" {update_lines[0]['l_error']:.3g} to {last_line['l_error']:.3g}, and the error of the preferred"
+            f" samples is {last_line['w_error']:.3g} after {update_lines[0]['w_error']:.3g}. This loss has no"
+            " lower bound. Lower loser_weight or steps."
         )
-    return signs | (_margins(updates, rates) if preference and updates else {})
+    return signs | (_margins(update_lines, rates) if preference and update_lines else {})
 
 
 def recent(lines: Sequence[Mapping], name: str) -> float | None:
-    """Average a figure over the last lines with PAIRS pairs in all; None if there are fewer pairs."""
+    """Average a metric over the last lines that have together at least PAIRS pairs.
+
+    Return None if all lines together have fewer pairs.
+    """
     # lines may hold different numbers of pairs, so each is weighted by its own
-    values = 0.0  # sum over pairs
-    pairs = 0  # number of pairs
+    value_sum = 0.0
+    pair_count = 0
     for line in reversed(lines):
-        values = values + line[name] * line["pairs"]
-        pairs = pairs + line["pairs"]
-        if pairs >= PAIRS:
-            return values / pairs
+        value_sum = value_sum + line[name] * line["pairs"]
+        pair_count = pair_count + line["pairs"]
+        if pair_count >= PAIRS:
+            return value_sum / pair_count
     return None
 
 
 def _margins(lines: Sequence[Mapping], rates: Sequence[tuple[int, float]]) -> dict[str, str]:
-    """Return warnings about margins and errors, by name."""
+    """Return warnings about margins and errors, by name.
+
+    Args:
+        lines: lines of stats.jsonl that summarise updates.
+        rates: (number of the update, win rate) of all evaluations.
+    """
     # None as long as there are fewer than PAIRS pairs
     accuracy, margin, w_diff, l_diff = (
         recent(lines, name) for name in ("implicit_accuracy", "margin", "w_diff", "l_diff")
@@ -157,49 +173,60 @@ def _margins(lines: Sequence[Mapping], rates: Sequence[tuple[int, float]]) -> di
             " and further updates over-optimise. " + REGULARISE
         )
         # pairs from another generator can be separated without any change of the generator's own samples
-        if len(rates) > 1 and max(abs(rate - rates[0][1]) for _, rate in rates) <= NOTHING:
+        if len(rates) > 1 and max(abs(rate - rates[0][1]) for _, rate in rates) <= RATE_NOISE:
             signs["no-effect"] = (
                 f"step {step}: implicit accuracy {accuracy:.3f}, but the held-out win rate is"
-                f" {rates[-1][1]:.3f} after {rates[0][1]:.3f} at the start. The pairs are not what this"
-                " generator makes (off-policy): sample pairs from it, or fine-tune on them first."
+                f" {rates[-1][1]:.3f} after {rates[0][1]:.3f} at the start. The pairs do not"
+                " come from this generator (off-policy). Sample pairs from it, or fine-tune on them first."
             )
-    # A margin can grow although both errors rise, if the rejected error rises faster. The warning asks for a
-    # rise of the preferred error that is lasting and not small beside that of the rejected error.
-    earlier = mean(line["margin"] for line in lines[: max(1, len(lines) // 2)])
+    # A margin can grow although both errors rise, if the rejected error rises faster. The warning is given
+    # only if the rise of the preferred error is lasting, and not small against the rise of the rejected
+    # error.
+    # mean margin over the first half of the lines, at least one
+    early_margin = mean(line["margin"] for line in lines[: max(1, len(lines) // 2)])
     if (
         w_diff > 0.1 * l_diff
         and w_diff > 0
-        and margin > max(0.0, earlier)
-        and all(x["w_diff"] > 0 for x in lines[-3:])
+        and margin > max(0.0, early_margin)
+        and all(line["w_diff"] > 0 for line in lines[-3:])
     ):
         signs["preferred-worse"] = (
-            f"step {step}: the margin grows while the error of the preferred ones is {w_diff:.3g} above the"
-            f" reference's; this is likelihood displacement. {REGULARISE}"
+            f"step {step}: the margin grows while the error of the preferred samples is {w_diff:.3g} above"
+            f" the reference's; this is likelihood displacement. {REGULARISE}"
         )
     return signs
 
 
+# columns of the status line: (name of the metric, title, format)
 MARGINS = (
     ("implicit_accuracy", "accuracy", "<5.3f"),
     ("margin", "margin", "<+9.2e"),
     ("w_diff", "w_diff", "<+9.2e"),
     ("l_diff", "l_diff", "<+9.2e"),
 )
-# without a reference there are no margins, so both errors are shown
+# losses without a reference have no margins, so the errors themselves are printed
 ERRORS = (("w_error", "w_error", "<8.4f"), ("l_error", "l_error", "<8.4f"))
 
 
 class Passes(Descent, Generic[Example]):
-    """Descent whose batches are computed in passes, one after the other and in parallel on ranks.
+    """Objective whose batches are computed in passes, one after the other on a rank, in parallel on ranks.
 
     The losses of a batch are summed and divided once by the number of examples, so that the gradients of the
-    passes add up to that of the whole batch.
-    Args: as Descent; config has batch and batch_gpu; examples: all of them; reference: None if the loss needs
-        none.
+    passes add up to the gradient of the whole batch.
+
+    Args:
+        conditioned: stage whose network is trained.
+        examples: all examples of the training.
+        config: settings of the training, with batch and batch_gpu.
+        policy: network in training.
+        reference: reference network, None if the loss needs none.
+        ranks: this process among the processes that train together.
+
     Raises: ValueError if a batch cannot be divided over ranks and passes.
     """
 
-    sums = 2  # figures of a pass: number of examples, sum of their losses, then those of the subclass
+    # number of sums that a pass returns: number of examples, sum of their losses, then those of the subclass
+    sums = 2
     what = "examples"  # noun for messages
 
     def __init__(
@@ -215,12 +242,13 @@ class Passes(Descent, Generic[Example]):
         self.conditioned = conditioned
         self.config = config
         self.reference = reference
-        # by default a rank takes its whole part of the batch in one pass
+        # by default a rank computes its whole part of the batch in one pass
         size = config.batch_gpu or max(config.batch // ranks.world, 1)
         if config.batch % (ranks.world * size):
             raise ValueError(
                 f"train_stage: the batch must be a multiple of {ranks.world} processes x {size} {self.what}"
-                f" per pass (batch_gpu), got {config.batch}. Change the batch or batch_gpu."
+                f" per pass (batch_gpu), got {config.batch}. Choose another --batch, or set batch_gpu to a"
+                " number that divides it."
             )
         self.order = Order(examples, config.batch, config.seed)
         self.layout = Layout(config.batch, ranks, size)
@@ -233,61 +261,80 @@ class Passes(Descent, Generic[Example]):
         totals = torch.zeros(self.sums, device=self.device)  # summed over passes here, over ranks below
         self.optimizer.zero_grad(set_to_none=True)
         self.policy.train()
-        for turn in range(layout.here):
+        # a round is one pass on every rank
+        for round_number in range(layout.here):
             # the seed of the dropout differs for every part of the batch, on every rank
-            for epoch, examples in self._draws(items, turn):
+            for epoch, examples in self._draws(items, round_number):
                 seed = derive_seed(
-                    self.training.seed, "dropout", step, self.ranks.rank + turn * self.ranks.world, epoch
+                    self.training.seed,
+                    "dropout",
+                    step,
+                    self.ranks.rank + round_number * self.ranks.world,
+                    epoch,
                 )
                 totals += self.backward(examples, epoch, seed)
             gradients.end_round()
         gradients.finish()
         # FSDP has summed the gradients of sharded parameters already
         sum_over_ranks(self.ranks, [p for p in self.parameters if not sharded(p)], [totals])
-        return self.figures(step, totals, items)
+        return self.finish_update(step, totals, items)
 
-    def _draws(self, items: Sequence[tuple[int, Example]], turn: int) -> list[tuple[int, list[Example]]]:
-        """Return this rank's examples of a turn, grouped by epoch.
+    def _draws(
+        self, items: Sequence[tuple[int, Example]], round_number: int
+    ) -> list[tuple[int, list[Example]]]:
+        """Return this rank's examples of a round, grouped by epoch: (number of the epoch, its examples).
 
-        There is more than one group where a batch crosses the end of an epoch. With sharded networks every
+        There is more than one group if a batch crosses the end of an epoch. With sharded networks every
         rank must do the same number of backward passes: a rank with fewer groups divides its largest one.
         """
         world = self.ranks.world
-        first = turn * self.ranks.world
-        # all ranks' examples of this turn; interleaved, as Layout deals them out
-        rows = [items[first + rank :: self.layout.total] for rank in range(world)]
-        draws: dict[int, list[Example]] = {}  # epoch -> examples
-        for epoch, example in sorted(rows[self.ranks.rank], key=lambda item: item[0]):
-            draws.setdefault(epoch, []).append(example)
-        parts = [*draws.items()]
+        first_item = round_number * self.ranks.world
+        # the examples of each rank in this round; ranks take the items of a batch alternately, see Layout
+        examples_of_ranks = [items[first_item + rank :: self.layout.total] for rank in range(world)]
+        examples_by_epoch: dict[int, list[Example]] = {}  # epoch -> examples
+        for epoch, example in sorted(examples_of_ranks[self.ranks.rank], key=lambda item: item[0]):
+            examples_by_epoch.setdefault(epoch, []).append(example)
+        # in ascending order of the epochs, since dictionaries keep the order of insertion
+        groups = [*examples_by_epoch.items()]
         # largest number of groups on any rank; without sharding, ranks need not agree
-        most = (
-            max(len({epoch for epoch, _ in of_rank}) for of_rank in rows)
-            if sharded(self.parameters[0])
-            else 0
-        )
-        while len(parts) < most:
+        group_count = 0
+        if sharded(self.parameters[0]):
+            group_count = max(len({epoch for epoch, _ in rank_items}) for rank_items in examples_of_ranks)
+        while len(groups) < group_count:
             # parameters are gathered and gradients summed by all ranks together, once a pass
-            epoch, largest = parts.pop(max(range(len(parts)), key=lambda place: len(parts[place][1])))
-            parts += [(epoch, largest[: len(largest) // 2]), (epoch, largest[len(largest) // 2 :])]
-        return parts
+            largest_index = max(range(len(groups)), key=lambda index: len(groups[index][1]))
+            epoch, largest_group = groups.pop(largest_index)
+            middle = len(largest_group) // 2
+            groups += [(epoch, largest_group[:middle]), (epoch, largest_group[middle:])]
+        return groups
 
     @abstractmethod
     def backward(self, examples: Sequence[Example], epoch: int, dropout: int) -> torch.Tensor:
-        """Compute and add the gradients of a part of the batch, and return its figures [sums].
+        """Compute and add the gradients of a part of the batch, and return its sums, a tensor [sums].
 
-        Args: dropout: seed of torch's global generator in the pass.
+        Args:
+            examples: examples of the part, all of one epoch.
+            epoch: number of the epoch, on which times and noises depend.
+            dropout: seed of torch's global generator in the pass.
         """
 
     @abstractmethod
-    def figures(self, step: int, totals: torch.Tensor, items: Sequence[tuple[int, Example]]) -> dict:
-        """Do the optimiser's step, and return the figures of the update."""
+    def finish_update(self, step: int, totals: torch.Tensor, items: Sequence[tuple[int, Example]]) -> dict:
+        """Do the optimiser's step, and return the metrics of the update.
+
+        Args:
+            step: number of the update, counted from 0.
+            totals: sums over all passes and ranks, [sums].
+            items: (number of the epoch, example) for the whole batch.
+        """
 
 
 class Updates(Passes[PreferencePair]):
-    """Descent on preference pairs.
+    """Objective of a training on preference pairs (DPO, DRO or fine-tuning).
 
-    Args: as Passes; unseen: pairs to evaluate on, which are not trained on.
+    Args:
+        common: arguments of Passes.
+        unseen: evaluator on pairs that are not trained on; None: nothing is evaluated.
     """
 
     # number of pairs, loss, preferred error, rejected error, then BINNED x TIME_BINS
@@ -304,15 +351,15 @@ class Updates(Passes[PreferencePair]):
         return pair_signs(lines, self.config.needs_reference)
 
     def evaluate(self) -> dict[str, float]:
-        """Measure accuracy and margin on pairs that are not trained on."""
+        """Measure accuracy and margin on pairs that are not trained on.
+
+        Return an empty mapping if there are no such pairs.
+        """
+        if self.unseen is None:
+            return {}
         # a loss without a reference is evaluated against the untuned network
-        return (
-            {}
-            if self.unseen is None
-            else self.unseen.figures(
-                self.policy, self.reference or FrozenModel(shared_copy(self.stage.model))
-            )
-        )
+        reference = self.reference or FrozenModel(shared_copy(self.stage.model))
+        return self.unseen.metrics(self.policy, reference)
 
     def backward(self, examples: Sequence[PreferencePair], epoch: int, dropout: int) -> torch.Tensor:
         draw = self._draw(examples, epoch)
@@ -321,7 +368,7 @@ class Updates(Passes[PreferencePair]):
         return self._pass(draw)
 
     def _draw(self, pairs: Sequence[PreferencePair], epoch: int) -> PairDraw:
-        """Sample times and noises of pairs; for fine-tuning, keep the preferred samples alone."""
+        """Sample times and noises of pairs. For fine-tuning, the result has the preferred samples only."""
         config = self.config
         cond = self.conditioned.conditions([pair.condition for pair in pairs])
         no_cond = self.conditioned.no_condition(len(pairs)) if config.dpo.condition_dropout else None
@@ -336,22 +383,22 @@ class Updates(Passes[PreferencePair]):
         )
 
     def _pass(self, draw: PairDraw) -> torch.Tensor:
-        """Compute and add the gradients of sampled pairs, and return their figures; see `sums`."""
+        """Compute and add the gradients of sampled pairs, and return their sums, see `sums`."""
         config = self.config.dpo
         stage = self.stage
-        # before the policy's pass, so that its activations do not have to be kept meanwhile
-        ref = None
+        # the reference is computed first, since the activations of the policy would take memory meanwhile
+        ref_errors = None
         if self.reference is not None:
-            ref = self.reference.errors(stage, draw)
+            ref_errors = self.reference.errors(stage, draw)
         # [2P], or [P] for fine-tuning
         v = stage.velocity(draw.x_t, draw.t, draw.cond, self.policy)
         errors = stage.path.errors(single(v), draw.x_0, draw.eps)
-        sft = config.kind == "sft"
-        # fine-tuning has no rejected samples; zeros keep the figures in one layout
+        is_sft = config.kind == "sft"
+        # fine-tuning has no rejected samples; zeros give the sums the same layout as for the other losses
         pair_errors = (
             PairErrors(preferred=errors, rejected=torch.zeros_like(errors))
-            if sft
-            else PairErrors.split(errors, ref)
+            if is_sft
+            else PairErrors.split(errors, ref_errors)
         )
         losses = pair_loss(pair_errors, config, draw.weight)
         mass = losses.new_tensor(float(len(losses)))
@@ -359,44 +406,46 @@ class Updates(Passes[PreferencePair]):
         loss = mass * losses.mean()
         loss.backward()
         totals = torch.zeros(self.sums, device=self.device)
+        # the order is that of the comment at `sums`
         totals[:4] = torch.stack(
             [mass, loss.detach(), pair_errors.preferred.detach().sum(), pair_errors.rejected.detach().sum()]
         )
-        if ref is not None:
+        if ref_errors is not None:
             stats = pair_stats(pair_errors, pair_errors.delta(config.loser_weight), draw.t)
             totals[4:] = torch.cat([stats[name] for name in BINNED])
         return totals
 
-    def figures(self, step: int, totals: torch.Tensor, items: Sequence[Item]) -> dict:
-        """Do the step, and return its figures: "bins" holds the sums of BINNED over time bins.
+    def finish_update(self, step: int, totals: torch.Tensor, items: Sequence[Item]) -> dict:
+        """Do the optimiser's step, and return the metrics of the update.
 
-        They are sums over all ranks. For dro both mean errors take the place of the margins.
+        The entry "bins" has the sums of the BINNED metrics over all ranks in each time bin. For the loss dro,
+        the mean errors w_error and l_error are returned in place of them.
         """
         dpo = self.config.dpo
         # three ids are enough to find the batch of an error
-        seen = "pairs " + ", ".join(pair.id for _, pair in items[:3])
-        _, loss, norm, preferred, rejected, *sums = self.descend(step, totals, seen)
-        # [len(BINNED) * TIME_BINS] -> one row for each figure
+        example_names = "pairs " + ", ".join(pair.id for _, pair in items[:3])
+        _, loss, norm, preferred, rejected, *bin_sums = self.descend(step, totals, example_names)
+        # [len(BINNED) * TIME_BINS] -> one row for each metric
         bins = (
-            dict(zip(BINNED, np.reshape(sums, (-1, TIME_BINS)).tolist(), strict=True))
+            dict(zip(BINNED, np.reshape(bin_sums, (-1, TIME_BINS)).tolist(), strict=True))
             if self.reference is not None
             else {}
         )
-        figures = {"loss": loss, "grad_norm": norm, "pairs": len(items), "bins": bins}
-        return figures | (
+        metrics = {"loss": loss, "grad_norm": norm, "pairs": len(items), "bins": bins}
+        return metrics | (
             {"w_error": preferred / len(items), "l_error": rejected / len(items)} if dpo.kind == "dro" else {}
         )
 
 
 def pairs_checksum(pairs: Sequence[PreferencePair]) -> str:
-    """Hash the latents and columns of pairs."""
+    """Hash the latents, ids, prompts, sources and weights of pairs."""
     # part of training_options.json: a run cannot be resumed with other pairs
-    latents = {f"{p.id}/{side}": getattr(p, side) for p in pairs for side in ("preferred", "rejected")}
+    latents = {f"{p.id}/{role}": getattr(p, role) for p in pairs for role in ("preferred", "rejected")}
     return latents_checksum(latents, [[p.id, p.condition, p.source, p.w2] for p in pairs])
 
 
 def latents_checksum(latents: Mapping[str, Latent], columns: list[list]) -> str:
-    """Hash latents by name, and their columns (ids, prompts, labels)."""
+    """Hash latents by name, and rows of further values such as ids, prompts and labels."""
     # sparse and named latents have several tensors; each is hashed under its own key
     return checksum(
         {
@@ -428,69 +477,88 @@ def train_stage(
     """Train a copy of a stage's network on pairs. The stage's own network is unchanged and is the reference.
 
     Args:
-        pairs: of that stage. unseen: pairs of prompts that are not trained on: accuracy and margin on them
-            are logged at every evaluation, and without `held_out` the parameters with the best accuracy are
-            kept. Without either of them the last parameters are kept.
-        out: folder for everything written, see trainer.py; ranks, say, common: see trainer.train.
-    Raises: ValueError, before anything is written, for no pairs, pairs of another stage, ids that occur
-        twice, latents that the stage cannot have, and a network with the opposite convention of time;
-        ValueError for settings or folders that do not fit, and losses that are not finite; StoppedError after
-        a signal.
+        conditioned: stage whose network is copied and trained.
+        pairs: preference pairs of that stage.
+        config: settings of the training.
+        out: folder of the run, see trainer.py.
+        unseen: pairs of prompts that are not trained on. Accuracy and margin on them are logged at every
+            evaluation, and the parameters with the best accuracy are kept unless `held_out` is given. Without
+            `unseen` and `held_out`, the last parameters are kept.
+        ranks: this process among the processes that train together.
+        say: function that prints status lines and warnings.
+        common: further keyword arguments of trainer.train.
+
+    Raises:
+        ValueError: before anything is written, for an empty list of pairs, pairs of another stage, ids that
+            occur twice, latents that the stage cannot have, and a network with the opposite convention of
+            time; later for settings or folders that do not fit.
+        LossNotFiniteError: for a loss that is not finite.
+        StoppedError: after a signal to stop.
     """
     stage = conditioned.stage
     check_pairs(conditioned, pairs)
     if unseen:
         check_pairs(conditioned, unseen)
     # the same seed, but other times and noises than in training
-    accuracy = PairAccuracy(conditioned, unseen, seed=config.seed) if unseen else None
+    pair_accuracy = PairAccuracy(conditioned, unseen, seed=config.seed) if unseen else None
     if config.dpo.kind == "dro":
         say(f"Warning: {UNBOUNDED}")
 
-    def part(n: int) -> Start:
-        """Make the `start` of a memory estimate, whose update has n pairs."""
-        estimated = replace(config, batch=n, batch_gpu=None)
+    def estimated_start(pair_count: int) -> Start:
+        """Return the function `start` of a memory estimate for an update of `pair_count` pairs."""
+        estimated_config = replace(config, batch=pair_count, batch_gpu=None)
         return lambda fake_stage, policy, reference: Updates(
-            replace(conditioned, stage=fake_stage), pairs, estimated, policy, reference, SINGLE
+            replace(conditioned, stage=fake_stage), pairs, estimated_config, policy, reference, SINGLE
         )
 
     def start(run: Run, policy: torch.nn.Module, reference: FrozenModel | None) -> Descent:
-        size, again = fit_passes(
-            stage, config, config.batch_gpu or max(config.batch // ranks.world, 1), part, ranks, say
+        size, recompute = fit_passes(
+            stage,
+            config,
+            config.batch_gpu or max(config.batch // ranks.world, 1),
+            estimated_start,
+            ranks,
+            say,
         )
-        recomputing(policy, again)
-        # the size of a pass is not in the recorded options, so another device may choose another one
-        sized = replace(config, batch_gpu=config.batch_gpu or size)
-        return Updates(conditioned, pairs, sized, policy, reference, run.ranks, unseen=accuracy)
+        recomputing(policy, recompute)
+        # the size of a pass is not in the recorded options, so a run may be resumed on a device of other
+        # memory
+        sized_config = replace(config, batch_gpu=config.batch_gpu or size)
+        return Updates(conditioned, pairs, sized_config, policy, reference, run.ranks, unseen=pair_accuracy)
 
     # rank 0 hashes, since large sets take time; the other ranks receive the result
-    hashed = {"pairs": pairs, "unseen": unseen} if unseen else {"pairs": pairs}
-    origin = (
-        {"base": stage.hash, **{name: pairs_checksum(of) for name, of in hashed.items()}}
-        if ranks.main
-        else None
+    pair_sets = {"pairs": pairs, "unseen": unseen} if unseen else {"pairs": pairs}
+    checksums = None
+    if ranks.main:
+        checksums = {"base": stage.hash}
+        checksums |= {name: pairs_checksum(hashed_pairs) for name, hashed_pairs in pair_sets.items()}
+    further_options = ranks.broadcast(checksums)
+    return train(
+        stage, config, further_options, start, Path(out), ranks=ranks, say=say, shards=True, **common
     )
-    known = ranks.broadcast(origin)
-    return train(stage, config, known, start, Path(out), ranks=ranks, say=say, shards=True, **common)
 
 
 def check_pairs(conditioned: ConditionedStage, pairs: Sequence[PreferencePair]) -> None:
     """Raise ValueError for pairs that cannot be trained on; see train_stage."""
     stage = conditioned.stage
-    who = f"train_stage({stage.name})"
+    caller = f"train_stage({stage.name})"
     if not pairs:
-        raise ValueError(f"{who}: expected preference pairs, got none. Make or label some.")
-    check_unique(who, pairs)
-    # before anything is written: a wrong pair would otherwise be met in the middle of a run
+        raise ValueError(
+            f"{caller}: the list of preference pairs is empty, but at least one pair is needed. Label or"
+            " generate pairs of this stage."
+        )
+    check_unique(caller, pairs)
+    # checked before anything is written: a wrong pair would otherwise stop the run in the middle
     for pair in pairs:
         if pair.stage != stage.name:
             raise ValueError(
-                f"{who}: expected pairs of this stage, got {pair.id!r} of {pair.stage!r}. Train that"
-                " stage on it."
+                f"{caller}: the pair {pair.id!r} belongs to stage {pair.stage!r}. Train that stage on this"
+                " pair, or remove it."
             )
-        for side in ("preferred", "rejected"):
-            stage.check(f"{who}, pair {pair.id!r}, {side}", getattr(pair, side))
+        for role in ("preferred", "rejected"):
+            stage.check(f"{caller}, pair {pair.id!r}, {role}", getattr(pair, role))
     device = next(stage.model.parameters()).device
     # a few pairs are enough: the convention of time is a property of the network
-    some = pairs[:8]
-    cond = to_device(conditioned.conditions([pair.condition for pair in some]), device)
-    check_convention(stage, collate([pair.preferred for pair in some]).to(device), cond)
+    sample_pairs = pairs[:8]
+    cond = to_device(conditioned.conditions([pair.condition for pair in sample_pairs]), device)
+    check_convention(stage, collate([pair.preferred for pair in sample_pairs]).to(device), cond)

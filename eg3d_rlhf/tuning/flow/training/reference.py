@@ -3,7 +3,7 @@
 A reference is either a second network (full tuning) or the policy itself with its adapters switched off
 (LoRA). Before each use it is checked that no parameter of it would be trained.
 
-Shape letters as in sparse.py; P pairs.
+Shapes: N samples, V voxels and C channels, as in models/sparse.py; P pairs.
 """
 
 from collections.abc import Iterable
@@ -21,7 +21,11 @@ from eg3d_rlhf.tuning.flow.training.dpo import PairDraw
 
 
 class FrozenModel:
-    """A network that stays as it is. It shares no trained parameter with the policy."""
+    """Reference network that is never trained and shares no trained parameter with the policy.
+
+    Args: model: the reference network; policy: the network in training, None for no comparison of their
+    memory.
+    """
 
     def __init__(self, model: nn.Module, policy: nn.Module | None = None):
         self._model = model
@@ -32,19 +36,32 @@ class FrozenModel:
         """Assert that neither the network nor memory that it shares with the policy is trained."""
         _assert_frozen(self._model.named_parameters())
         # parameters are compared by memory, not by identity: `shared_copy` makes new objects of the same data
-        policy = [] if self._policy is None else self._policy.named_parameters()
-        trained = {place: name for name, p in policy if p.requires_grad for place in _places(p)}
-        shared = [
-            trained[place] for p in self._model.parameters() for place in _places(p) if place in trained
-        ]
-        assert not shared, f"a reference that would train with the policy: {', '.join(shared[:3])}"
+        policy_parameters = [] if self._policy is None else self._policy.named_parameters()
+        trained_addresses: dict[int, str] = {}  # address of the memory -> name of the parameter
+        for name, p in policy_parameters:
+            if p.requires_grad:
+                trained_addresses |= dict.fromkeys(_storage_addresses(p), name)
+        shared_names = []
+        for p in self._model.parameters():
+            for address in _storage_addresses(p):
+                if address in trained_addresses:
+                    shared_names.append(trained_addresses[address])
+        # three names are enough to find the mistake
+        assert not shared_names, (
+            f"the reference shares trained parameters with the policy: {', '.join(shared_names[:3])}"
+        )
 
     def velocity(
         self, stage: FlowStage, x_t: Batch, t: torch.Tensor, cond: Condition, step: float | None = None
     ) -> Batch:
-        """Compute v at times t [N] in 0..1. Not differentiable.
+        """Compute the reference's velocity v. Not differentiable.
 
-        Args: step: length of the sampler's step, for networks that are conditioned on it.
+        Args:
+            stage: stage that the network belongs to.
+            x_t: N samples at times t.
+            t: times [N] in 0..1; 1 is pure noise.
+            cond: conditioning, N rows.
+            step: length of the sampler's step, for networks that are conditioned on it.
         """
         # at every call: `requires_grad_` on the policy may have changed since the last one
         self._check()
@@ -56,18 +73,20 @@ class FrozenModel:
 
         Not differentiable.
         """
-        # `single` converts to float32 before the difference of two nearly equal errors is taken
         with torch.no_grad():
-            return stage.path.errors(
-                single(self.velocity(stage, draw.x_t, draw.t, draw.cond)), draw.x_0, draw.eps
-            ).float()
+            v = self.velocity(stage, draw.x_t, draw.t, draw.cond)
+            # `single` converts to float32 before the difference of two nearly equal errors is taken
+            return stage.path.errors(single(v), draw.x_0, draw.eps).float()
 
 
 class AdapterOff(FrozenModel):
-    """The policy with its adapters switched off: it equals the base exactly and needs no further memory."""
+    """Reference that is the policy itself with its adapters switched off.
+
+    It equals the untuned network exactly and needs no further memory.
+    """
 
     def __init__(self, model: nn.Module):
-        assert adapted_layers(model), "a network without adapters"
+        assert adapted_layers(model), "the network has no adapters that could be switched off"
         super().__init__(model)
 
     def _check(self) -> None:
@@ -78,21 +97,25 @@ class AdapterOff(FrozenModel):
     def velocity(
         self, stage: FlowStage, x_t: Batch, t: torch.Tensor, cond: Condition, step: float | None = None
     ) -> Batch:
-        """Compute v of the base, as FrozenModel does."""
+        """Compute the velocity of the untuned network, see FrozenModel.velocity."""
         with adapters_off(self._model):
             return super().velocity(stage, x_t, t, cond, step)
 
 
 def _assert_frozen(parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
-    names = [name for name, p in parameters if p.requires_grad]
-    assert not names, f"a reference that would train: {', '.join(names[:3])}"
+    trained_names = [name for name, p in parameters if p.requires_grad]
+    # three names are enough to find the mistake
+    assert not trained_names, f"parameters of the reference would be trained: {', '.join(trained_names[:3])}"
 
 
-def _places(p: nn.Parameter) -> list[int]:
-    """Return the address of a parameter's memory in a list; an empty list if it has none of its own."""
-    # sharded parameters are copies of their own, so they cannot share memory with the reference
+def _storage_addresses(p: nn.Parameter) -> list[int]:
+    """Return a list with the address of a parameter's memory.
+
+    The list is empty if the parameter has no memory that another one could share.
+    """
+    # sharded parameters are separate copies, so they cannot share memory with the reference
     if isinstance(p, DTensor):
         return []
     # meta tensors all have the address 0, which must not look like shared memory
-    start = p.untyped_storage().data_ptr() if p.device.type != "meta" else 0
-    return [start] if start else []
+    address = p.untyped_storage().data_ptr() if p.device.type != "meta" else 0
+    return [address] if address else []

@@ -1,7 +1,7 @@
 """Settings of the trainings of a stage, and of runs of arms.
 
-An arm is one way of training that a run compares with others. This file imports no torch, so that `--help` is
-quick.
+An arm is one way of training that a run compares with others, for example a loss, or the same loss with
+randomised labels as its control. This file imports no torch, so that `--help` is quick.
 """
 
 import functools
@@ -26,59 +26,70 @@ _rare_train_knob = functools.partial(train_knob, rare=True)
 
 @dataclass(frozen=True, kw_only=True)
 class StageTraining:
-    """Settings of any training of a stage; the defaults suit TRELLIS."""
+    """Settings that all trainings of a stage have. The defaults suit TRELLIS."""
 
     # adapters to train; None trains every parameter
     lora: LoraConfig | None = field(default_factory=LoraConfig)
-    steps: int = train_knob(3000, "Length of a stage's training.", metavar="UPDATES", low=1)
-    lr: float = train_knob(5e-6, "AdamW's learning rate.", above=0)
+    steps: int = train_knob(3000, "Number of updates in the training of a stage.", metavar="UPDATES", low=1)
+    lr: float = train_knob(5e-6, "Learning rate of the AdamW optimiser.", above=0)
     recompute: str = _rare_train_knob(
         "auto",
-        "Recompute blocks in the backward pass, which takes less memory and a third more time. auto: only if "
-        "the memory is too small otherwise.",
+        "Whether the blocks of the network are recomputed in the backward pass, which takes less memory and a"
+        " third more time. auto: they are recomputed only if the memory is too small without it.",
         choices=("auto", "on", "off"),
     )
     schedule: str = _rare_train_knob(
         "constant",
-        "Schedule of the learning rate after the warm-up. cosine: falls to 2 % of --lr at the last update.",
+        "Schedule of the learning rate after the warm-up. constant: it stays at --lr; cosine: it falls to 2 %"
+        " of --lr at the last update.",
         choices=("constant", "cosine"),
     )
     optimizer: str = _rare_train_knob(
         "adamw",
-        "Optimiser. adamw8bit: AdamW of bitsandbytes, whose state takes a quarter of the memory.",
+        "Optimiser. adamw: AdamW of PyTorch; adamw8bit: AdamW of the bitsandbytes library, whose state takes"
+        " a quarter of the memory.",
         choices=("adamw", "adamw8bit"),
     )
     warmup: int = _rare_train_knob(
-        100, "Length of the warm-up, in which the learning rate rises from 0.", metavar="UPDATES", low=0
+        100, "Number of first updates in which the learning rate rises from 0.", metavar="UPDATES", low=0
     )
-    weight_decay: float = _rare_train_knob(0.01, "Decoupled weight decay of AdamW.", low=0)
+    weight_decay: float = _rare_train_knob(0.01, "Decoupled weight decay of the AdamW optimiser.", low=0)
     clip: float = _rare_train_knob(
-        1.0, "Largest norm of the gradient over all parameters; a larger one is scaled down.", above=0
+        1.0,
+        "Largest norm of the gradient over all trained parameters. A gradient with a larger norm is scaled"
+        " down to it.",
+        above=0,
     )
     held_out_every: int = _rare_train_knob(
         100,
-        "Interval of evaluations (win rate, accuracy on held-out pairs). The first comes before any update.",
+        "Number of updates between evaluations on held-out data (win rate, or accuracy on held-out pairs)."
+        " The first evaluation takes place before any update.",
         metavar="UPDATES",
         low=1,
     )
     patience: int = _rare_train_knob(
-        5, "Training stops after this many evaluations in a row without a new best one.", low=1
+        5, "Number of evaluations in a row without a new best value, after which training stops.", low=1
     )
     max_drop: float = _rare_train_knob(
-        0.2, "Training stops at once if the win rate falls by this much below its best.", above=0
+        0.2, "Fall of the win rate (0..1) below its best value, at which training stops at once.", above=0
     )
-    log: str = train_knob("", "Loggers besides stats.jsonl: tensorboard,wandb,trackio.", metavar="NAMES")
+    log: str = train_knob(
+        "",
+        "Comma-separated loggers to use besides stats.jsonl: tensorboard, wandb, trackio.",
+        metavar="NAMES",
+    )
     samples: int = _rare_train_knob(
         4,
-        "Number of assets in the strip of renders that every evaluation writes to the run's folder samples/.",
+        "Number of assets that every evaluation renders into one image in the run's folder samples/. 0 writes"
+        " no images.",
         metavar="ASSETS",
         low=0,
     )
     log_every: int = _rare_train_knob(
-        10, "Updates that one line of stats.jsonl summarises.", metavar="UPDATES", low=1
+        10, "Number of updates that one line of stats.jsonl summarises.", metavar="UPDATES", low=1
     )
     checkpoint_every: int = _rare_train_knob(
-        200, "Interval of resumable checkpoints.", metavar="UPDATES", low=1
+        200, "Number of updates between checkpoints that a run can resume from.", metavar="UPDATES", low=1
     )
     seed: int = 0  # >= 0: random seed of orders, times, noises and adapters
 
@@ -87,7 +98,10 @@ class StageTraining:
         logs.named(self.log)  # raises ValueError for an unknown logger
 
     def at(self, stage: "FlowStage", seed: int) -> Self:
-        """Return a copy with a seed, and with adapters on the stage's own layers unless others were given."""
+        """Return a copy with this seed, and with adapters on the layers that the stage names.
+
+        If the settings name other layers than the defaults of LoraConfig, the adapters stay on these.
+        """
         lora = self.lora
         # the default targets stand for "not given"
         if lora is not None and lora.targets == LoraConfig().targets:
@@ -96,7 +110,7 @@ class StageTraining:
 
     @property
     def needs_reference(self) -> bool:
-        """Return whether the loss compares the policy with a frozen reference."""
+        """Return True if the loss compares the policy with a frozen reference, as most losses do."""
         return True
 
 
@@ -107,29 +121,38 @@ _rare_loss = functools.partial(_loss, rare=True)
 
 @dataclass(frozen=True, kw_only=True)
 class DpoConfig:
-    """Loss of a batch of pairs. The times are sampled by the stage's path."""
+    """Settings of the loss of a preference pair.
+
+    The losses are DPO for diffusion (Wallace et al. 2023), and fine-tuning and direct reward optimisation
+    (DRO) as in DSO (Li et al. 2025); dpo.pair_loss has their formulas. The times are sampled by the stage's
+    path.
+    """
 
     kind: str = _loss(
         "sigmoid",
-        "Loss of a pair. sigmoid: DPO on the margin; sft: flow matching on the preferred sample; dro: "
-        "preferred minus --loser-weight x rejected error, which has neither a reference nor a lower bound.",
+        "Loss of a preference pair. sigmoid: DPO on the margin; sft: flow-matching error of the preferred"
+        " sample alone; dro: the same minus --loser-weight times the error of the rejected sample. dro has"
+        " neither a reference nor a lower bound.",
         name="loss",
         choices=KINDS,
     )
     beta: float = _loss(
         250.0,
-        "Factor of the margin. It includes any factor 1/2 or number of steps of other conventions.",
+        "Factor beta of the margin in the DPO loss. It includes the factor 1/2 or the number of sampling"
+        " steps that other programs multiply separately.",
         above=0,
     )
     loser_weight: float = _rare_loss(
-        1.0, "Weight of the rejected half of the margin; below 1 it limits likelihood displacement.", low=0
+        1.0,
+        "Weight of the rejected sample in the margin. A weight below 1 limits likelihood displacement.",
+        low=0,
     )
     sft_weight: float = _rare_loss(
-        0.0, "Weight of the flow-matching error of the preferred sample, which is added to the loss.", low=0
+        0.0, "Weight with which the preferred sample's flow-matching error is added to the loss.", low=0
     )
     condition_dropout: float = _rare_loss(
         0.0,
-        "Share of the pairs that are trained with the empty conditioning.",
+        "Share of the pairs (0..1) that are trained with the empty conditioning.",
         low=0,
         high=1,
         name="conditioning_dropout",
@@ -138,15 +161,19 @@ class DpoConfig:
     def __post_init__(self):
         check_knobs(self)
         # sft has no rejected half, and its loss already is the preferred error: both would have no effect
-        for name in ("loser_weight", "sft_weight") if self.kind == "sft" else ():
-            if getattr(self, name) != getattr(DpoConfig, name):
+        ignored_names = ("loser_weight", "sft_weight") if self.kind == "sft" else ()
+        for name in ignored_names:
+            value = getattr(self, name)
+            # the attribute of the class is the field's default, which stands for "not given"
+            if value != getattr(DpoConfig, name):
                 raise ValueError(
-                    f"DpoConfig.{name}: has no effect with the loss {self.kind}, got {getattr(self, name)}."
-                    " Leave it out."
+                    f"DpoConfig.{name}: the loss {self.kind} does not use this setting, got {value}. Remove"
+                    " the setting, or choose another loss."
                 )
 
     @property
     def needs_reference(self) -> bool:
+        """Return True if the loss compares the policy with a frozen reference, which only DPO does."""
         return self.kind == "sigmoid"
 
 
@@ -157,27 +184,30 @@ class PassConfig(StageTraining):
     A pass is one forward and backward computation; the gradients of all passes of an update are summed.
     """
 
-    batch: int = 4  # examples per update, over all processes and passes
-    batch_gpu: int | None = None  # examples per pass and process; decides memory, not the result
+    batch: int = 4  # number of examples in an update, over all processes and passes
+    # number of examples that a process computes in one pass, None for all of its examples; decides the memory
+    # that an update takes, but not its result
+    batch_gpu: int | None = None
 
     def __post_init__(self):
         super().__post_init__()
         if self.batch_gpu is not None and self.batch % self.batch_gpu:
-            got = f"batch={self.batch}, got {self.batch_gpu}"
             raise ValueError(
-                f"{type(self).__name__}.batch_gpu: expected a divisor of {got}. Choose a divisor."
+                f"{type(self).__name__}.batch_gpu: {self.batch_gpu} does not divide batch={self.batch}."
+                " Choose a batch_gpu that divides the batch."
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(PassConfig):
-    """Everything that decides a training on pairs besides its networks and pairs."""
+    """Settings of a training on preference pairs."""
 
     dpo: DpoConfig = field(default_factory=DpoConfig)  # the loss
-    batch: int = train_knob(4, "Batch size of an update, over all processes.", metavar="PAIRS", low=1)
+    batch: int = train_knob(4, "Number of pairs in an update, over all processes.", metavar="PAIRS", low=1)
     batch_gpu: int | None = train_knob(
         None,
-        "Pairs per pass and process; decides memory, not the result.",
+        "Number of pairs that a process computes in one pass. It changes the memory that an update takes, not"
+        " its result.",
         metavar="PAIRS",
         low=1,
         shown="batch",
@@ -185,53 +215,57 @@ class TrainConfig(PassConfig):
 
     @property
     def needs_reference(self) -> bool:
-        """Return whether the loss of pairs compares the policy with a frozen reference."""
+        """Return True if the loss of pairs compares the policy with a frozen reference."""
         return self.dpo.needs_reference
 
 
 CONTROLS = ("randomised", "inverted")  # endings of the names of control arms
-# title of a column -> function that makes the cell from an arm's name and its row of the table
+# title of a column -> function from an arm's name and its entry in the table to the cell
 Columns = Mapping[str, Callable[[str, Mapping], Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ArmsSource(ProblemSource):
-    """Source that a problem is read from; pairs are not needed."""
+    """Source of a problem for runs of arms, which need no preference pairs."""
 
     needs_pairs: ClassVar[bool] = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class ArmsRun(ABC):
-    """Settings of a run of several arms, and the layout of its table."""
+    """Settings of a run of several arms, with the columns of the table that ends the run."""
 
     NAME: ClassVar[str]  # name of the table's files
     TITLE: ClassVar[str]  # title of the table
-    MORE: ClassVar[str] = ""  # further facts, after those that every table states
-    BEFORE: ClassVar[Columns]  # columns to the left of the evaluator's
-    AFTER: ClassVar[Columns] = {}  # columns to the right of the evaluator's
+    MORE: ClassVar[str] = ""  # text that follows the facts that every table states
+    BEFORE: ClassVar[Columns]  # columns to the left of the win rate
+    AFTER: ClassVar[Columns] = {}  # columns to the right of the win rate
     ARMS: ClassVar[Collection[str]]  # names of all arms
     LISTED: ClassVar[str]  # the same names as a text for messages
     MEETING: ClassVar[bool] = False  # whether controls are compared with other arms, too
 
-    dpo: TrainConfig  # of the arms that train on pairs
+    dpo: TrainConfig  # settings of the arms that train on pairs
     source: ArmsSource = field(default_factory=ArmsSource)
-    stage: str | None = None  # stage to tune; None: the last
+    stage: str | None = None  # name of the stage to tune; None: the last stage
     arms: tuple[str, ...] = ()  # names of the arms to train, each once
-    training_seeds: tuple[int, ...] = (0,)  # each arm is trained once with each of them
-    choosing: Choosing | None = None  # None: no win rate while training; the last update is kept
-    evaluation: Evaluation = Evaluation()  # of the table that ends a run
+    training_seeds: tuple[int, ...] = (0,)  # seeds; each arm is trained once with each seed
+    choosing: Choosing | None = None  # None: no win rate is measured in training, and the last update is kept
+    evaluation: Evaluation = Evaluation()  # settings of the table that ends a run
     summary: bool = True  # whether the run ends with a table
 
     def __post_init__(self):
-        if (
-            any(arm not in self.ARMS for arm in self.arms)
-            or not self.arms
-            or len(set(self.arms)) < len(self.arms)
-        ):
-            got = ", ".join(self.arms) or "none"
+        given_names = ", ".join(self.arms)
+        if not self.arms:
+            raise ValueError(f"--arms: the list is empty. Name one or more of {self.LISTED}.")
+        unknown_names = [arm for arm in self.arms if arm not in self.ARMS]
+        if unknown_names:
             raise ValueError(
-                f"--arms: expected some of {self.LISTED}, each at most once, got {got}. Name one or more."
+                f"--arms: {unknown_names[0]!r} is not an arm, got {given_names}. Choose arms among"
+                f" {self.LISTED}."
+            )
+        if len(set(self.arms)) < len(self.arms):
+            raise ValueError(
+                f"--arms: an arm is named more than once, got {given_names}. Name each arm only once."
             )
 
     @abstractmethod
@@ -240,69 +274,84 @@ class ArmsRun(ABC):
 
     @abstractmethod
     def has_table(self, problem: "Problem") -> bool:
-        """Return whether the problem has what the table evaluates with."""
+        """Return True if the problem has the evaluator and the prompts that the table needs."""
 
     @abstractmethod
     def row(
         self, arm: str, trainings: Sequence[Mapping], rates: Mapping, scores: Mapping, base: Mapping
     ) -> dict:
-        """Return the run's own entries of an arm's row, JSON.
+        """Return those entries of an arm's row, as JSON, that only this kind of run has.
 
-        Args: trainings: one a seed; rates: win rates against the base; scores, base: scores of the arm and of
-            the base, all by name of the evaluator.
+        Args:
+            trainings: records of the arm's trainings, one for each seed.
+            rates: win rates of the arm against the base, by name of the evaluator.
+            scores: scores of the arm by name of the evaluator, [K, C, S] each (letters as in arm_runs.py).
+            base: scores of the untuned network by name of the evaluator, [1, C, S] each.
         """
 
     def stage_in(self, problem: "Problem") -> "FlowStage":
-        """Return the stage that is tuned. Raises: ValueError for an unknown name."""
+        """Return the stage of a problem that is tuned.
+
+        Raises: ValueError if the problem's pipeline has no stage of the name in `stage`.
+        """
         # imported here, since it imports torch
         from eg3d_rlhf.tuning.flow.base.stage import stage_of
 
         return stage_of(problem.pipeline, self.stage or problem.pipeline.stages[-1].name)
 
     def markdown(self, data: Mapping) -> str:
-        """Format the table as Markdown: arms against the base, held-out measures, arms against each other.
+        """Format the table as Markdown.
 
-        The last two parts are left out if the data has none.
+        It has up to three parts: the arms against the base, the held-out measures, and the arms against each
+        other. The second and third part are left out if the data does not have them.
         """
         # imported here, to keep `--help` quick
         from eg3d_rlhf.experiments.table import markdown_rows, of_seeds, with_interval
 
         evaluator = data["evaluator"]
         seeds = [f"seed {seed}" for seed in data["training_seeds"]]
-        rows = []
-        for name, arm in data["arms"].items():
-            won = arm["evaluators"][evaluator]
-            before = [cell(name, arm) for cell in self.BEFORE.values()]
-            after = [cell(name, arm) for cell in self.AFTER.values()]
-            kept_steps = ", ".join(map(str, arm["kept_step"]))  # one a training seed
-            rows.append([*before, with_interval(won), *of_seeds(won), *after, kept_steps])
+        table_rows = []
+        for name, row in data["arms"].items():
+            win_rates = row["evaluators"][evaluator]
+            left_cells = [cell(name, row) for cell in self.BEFORE.values()]
+            right_cells = [cell(name, row) for cell in self.AFTER.values()]
+            kept_steps = ", ".join(map(str, row["kept_step"]))  # one a training seed
+            table_rows.append(
+                [*left_cells, with_interval(win_rates), *of_seeds(win_rates), *right_cells, kept_steps]
+            )
         facts = (
             f"Stage {data['stage']}; {data['conditions']} held-out prompts x {data['noises']} noises x"
             f" {len(seeds)} training seeds; ties count half. Brackets: {data['interval']}.{self.MORE}"
         )
-        head = [*self.BEFORE, f"{evaluator} evaluator, wins against base", *seeds, *self.AFTER, "kept update"]
-        lines = [f"# {self.TITLE}", "", facts, "", *markdown_rows(head, rows)]
+        header = [
+            *self.BEFORE,
+            f"{evaluator} evaluator, wins against base",
+            *seeds,
+            *self.AFTER,
+            "kept update",
+        ]
+        markdown_lines = [f"# {self.TITLE}", "", facts, "", *markdown_rows(header, table_rows)]
         # all arms have the same measures, so the first arm's names are the columns
         if measures := next(iter(data["arms"].values())).get("measures"):
-            rows = [
-                [name, *map(with_interval, arm["measures"].values())] for name, arm in data["arms"].items()
+            table_rows = [
+                [name, *map(with_interval, row["measures"].values())] for name, row in data["arms"].items()
             ]
-            lines += [
+            markdown_lines += [
                 "",
                 "## Held-out measures, wins against base",
                 "",
-                *markdown_rows(["arm", *measures], rows),
+                *markdown_rows(["arm", *measures], table_rows),
             ]
         if data["pairwise"]:
             # the key "a_vs_b" gives the first two cells
-            rows = [
-                [*name.split("_vs_"), with_interval(rated), *of_seeds(rated)]
-                for name, rated in data["pairwise"].items()
+            table_rows = [
+                [*name.split("_vs_"), with_interval(comparison), *of_seeds(comparison)]
+                for name, comparison in data["pairwise"].items()
             ]
-            lines += [
+            markdown_lines += [
                 "",
                 f"## Arms against each other, {evaluator} evaluator",
                 "",
-                *markdown_rows(["arm", "against", "wins", *seeds], rows),
+                *markdown_rows(["arm", "against", "wins", *seeds], table_rows),
             ]
-        return "\n".join(lines) + "\n"
+        return "\n".join(markdown_lines) + "\n"

@@ -1,8 +1,8 @@
 """Shard a network for full tuning over several processes (PyTorch's FSDP2, `fully_shard`).
 
-Each process holds its part of every parameter, of its gradient and of the optimiser's moments. The parameters
-of a block are gathered while the block is computed, one block at a time. Gradients are summed over ranks
-during the backward pass.
+Each process holds a part of every parameter, of its gradient and of its moments in the optimiser. The
+parameters of a block are gathered while the block is computed, one block at a time. Gradients are summed over
+ranks during the backward pass.
 
 The frozen reference is not sharded. Files hold unsharded tensors, so that a run can be resumed with any
 number of processes.
@@ -24,6 +24,7 @@ from training.distributed import Ranks
 # Our own batch classes as pytrees: (flatten into tensors and context, unflatten). FSDP's hooks search the
 # outputs of a module for tensors that carry a gradient; a class that pytree cannot flatten would hide them.
 _KINDS: Mapping[type, tuple[Any, Any]] = {
+    # pytree passes the list of tensors back; it has one element here, the features
     SparseBatch: (lambda batch: ([batch.feats], batch), lambda feats, batch: batch.with_feats(*feats)),
     NamedBatch: (
         lambda batch: ([*batch.tensors.values()], [*batch.tensors]),
@@ -37,16 +38,18 @@ def shard(model: torch.nn.Module, ranks: Ranks) -> None:
 
     Each block of its module lists becomes a unit of its own; the remaining parameters form the last unit.
     """
-    for kind, (flatten, unflatten) in _KINDS.items():
+    for batch_class, (flatten, unflatten) in _KINDS.items():
         # registering a class twice is an error, and a process may train several stages
-        if kind not in pytree.SUPPORTED_NODES:
-            pytree.register_pytree_node(kind, flatten, unflatten)
+        if batch_class not in pytree.SUPPORTED_NODES:
+            pytree.register_pytree_node(batch_class, flatten, unflatten)
+    # one dimension: the parameters are divided over all ranks
     mesh = init_device_mesh(ranks.device.type, (ranks.world,))
     # inner modules first, as `fully_shard` asks: the root takes the parameters that no block has taken
-    for module in [*_blocks(model), model]:
-        part: Any = fully_shard(module, mesh=mesh)
-        part.set_gradient_divide_factor(1.0)  # losses are sums over a batch, divided once by their number
-        part.set_force_sum_reduction_for_comms(True)  # gloo has no other
+    for unit in [*_blocks(model), model]:
+        sharded_unit: Any = fully_shard(unit, mesh=mesh)
+        # losses are sums over a batch, divided once by their number
+        sharded_unit.set_gradient_divide_factor(1.0)
+        sharded_unit.set_force_sum_reduction_for_comms(True)  # gloo can only sum
 
 
 def _blocks(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
@@ -66,26 +69,28 @@ def gathered(model: torch.nn.Module) -> Iterator[None]:
     Inside the context a forward pass needs no communication, so ranks may call the network independently.
     """
     # an unsharded network has no FSDP modules: the context then does nothing
-    parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    for part in parts:
+    fsdp_modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for fsdp_module in fsdp_modules:
         # otherwise the first forward pass would free the gathered parameters again
-        part.set_reshard_after_forward(False, recurse=False)
-        part.unshard()
+        fsdp_module.set_reshard_after_forward(False, recurse=False)
+        fsdp_module.unshard()
     try:
         yield
     finally:
-        for part in parts:
-            part.set_reshard_after_forward(True, recurse=False)
-            part.reshard()
+        for fsdp_module in fsdp_modules:
+            fsdp_module.set_reshard_after_forward(True, recurse=False)
+            fsdp_module.reshard()
 
 
 def sharded(tensor: torch.Tensor) -> bool:
-    """Return whether a tensor is divided over ranks."""
+    """Return True if a tensor is divided over ranks."""
     return isinstance(tensor, DTensor)
 
 
 def unsharded(tensors: Mapping[str, torch.Tensor], ranks: Ranks) -> dict[str, torch.Tensor]:
-    """Gather sharded tensors on rank 0's CPU, by name; on other ranks the gathered tensors are empty.
+    """Gather sharded tensors on the CPU of rank 0, by name.
+
+    On the other ranks the gathered tensors are empty. Tensors that are not sharded are returned as they are.
 
     All ranks must call it with the same names in the same order, since gathering is a collective operation.
     """
@@ -101,7 +106,12 @@ def unsharded(tensors: Mapping[str, torch.Tensor], ranks: Ranks) -> dict[str, to
 
 
 def like(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """Return this rank's part of a full tensor if `parameter` is sharded, else the tensor itself."""
+    """Return this rank's part of a full tensor, or the tensor itself if `parameter` is not sharded.
+
+    Args:
+        value: full tensor of a parameter's shape, or a scalar state of the optimiser.
+        parameter: the parameter whose device and sharding the result has.
+    """
     # AdamW's step counter is a scalar state of a sharded parameter: another shape, and not sharded
     if not isinstance(parameter, DTensor) or value.shape != parameter.shape:
         return value

@@ -1,18 +1,18 @@
 """Train one stage: adapters or all parameters, with early stopping on held-out data and exact resume.
 
-A `Descent` subclass defines the objective: pair_training.py the ones on preference pairs (DPO, fine-tuning),
-offline/ the ones on labels of single assets, online/ the ones on samples and their rewards. The folder of a
-run holds:
+A `Descent` subclass defines the objective. The objectives on preference pairs (DPO, fine-tuning) are in
+pair_training.py, those on labels of single assets in offline/, and those on samples and their rewards in
+online/. The folder of a run holds:
 
     training_options.json    settings that the run was started with
-    stats.jsonl, timing.jsonl    a line per `log_every` updates and per evaluation; equal runs write
-                                 bitwise identical stats.jsonl
+    stats.jsonl, timing.jsonl    one line for every `log_every` updates and for every evaluation; equal runs
+                                 write bitwise identical stats.jsonl
     warnings.json            warnings by name, each with the update at which it appeared
-    samples/000100.png       renders of the same few assets at every evaluation (samples.py), if the
+    samples/000100.png       images of the same few assets at every evaluation (samples.py), if the
                              generator can be rendered
-    checkpoint-*.safetensors, kept-*.safetensors    only during training: states to resume from, and the
-                                                    best parameters
-    policy/, result.json     written at the end
+    checkpoint-*.safetensors, kept-*.safetensors    states to resume from, and the best parameters; both are
+                                                    deleted at the end of the training
+    policy/, result.json     the trained network and the result, written at the end of the training
 
 All random numbers depend on (seed, pair, pass over the pairs, update) alone. A resumed run is therefore
 bitwise identical to an uninterrupted one, and the number of passes or ranks changes the result only by
@@ -46,36 +46,42 @@ from training.distributed import SINGLE, Ranks
 from training.phases import LossNotFiniteError, cosine
 from training.storage import read_tensors, write_tensors
 
+# names of files and folders in the folder of a run
 WARNINGS = "warnings.json"
 RESULT = "result.json"
 POLICY = "policy"
 SAMPLES = "samples"
 # settings that a resumed run may change, since none of them changes what is trained
 FREE = ("batch_gpu", "checkpoint_every", "log", "recompute", "samples")
-KEPT = "kept parameters"
+KEPT = "kept parameters"  # kind of the files of the best parameters
 
 
 class Descent(ABC):
-    """Objective of a training, with the policy's parameters and their optimiser. `run` does one update.
+    """Objective of a training, with the trained parameters and their optimiser. `run` does one update.
 
-    Args: policy: the network in training; ranks: this process among those that train together.
+    Args:
+        stage: stage whose network is trained.
+        config: settings of the training.
+        policy: network in training.
+        ranks: this process among the processes that train together.
     """
 
-    columns: Sequence[tuple[str, str, str]] = ()  # of the status line: (figure, its name there, format)
-    evaluates: bool = False  # whether `evaluate` returns figures
+    # columns of the status line: (name of the metric, title of the column, format)
+    columns: Sequence[tuple[str, str, str]] = ()
+    evaluates: bool = False  # whether `evaluate` returns metrics
 
     def __init__(self, stage: FlowStage, config: StageTraining, policy: torch.nn.Module, ranks: Ranks):
         self.stage = stage
         self.training = config
         self.policy = policy
         self.ranks = ranks
-        self.named = trained(policy)
-        self.parameters = list(self.named.values())
+        self.trained_parameters = trained(policy)
+        self.parameters = list(self.trained_parameters.values())
         self.device = self.parameters[0].device
         self.optimizer = adamw(config, self.parameters)
 
     def lr(self, step: int) -> float:
-        """Return the learning rate of an update, counted from 0."""
+        """Return the learning rate of update number `step`, counted from 0."""
         config = self.training
         # step + 1: the first update of a warm-up would otherwise have the rate 0
         if config.schedule == "constant" or step < config.warmup:
@@ -84,43 +90,59 @@ class Descent(ABC):
 
     @abstractmethod
     def run(self, step: int) -> dict:
-        """Do one update and return its figures: loss, grad_norm, number of examples, and others to log.
+        """Do one update and return its metrics: loss, grad_norm, number of examples, and further ones to log.
 
-        `Progress` describes how figures are summarised.
-        Raises: LossNotFiniteError for a loss or gradient that is not finite; the parameters are then
-            unchanged.
+        `Progress.line` summarises the metrics of several updates.
+
+        Args: step: number of the update, counted from 0.
+        Raises: LossNotFiniteError if the loss or the gradient is not finite; the parameters are then
+        unchanged.
         """
 
     @abstractmethod
     def signs(self, lines: Sequence[Mapping]) -> dict[str, str]:
-        """Return warnings by name, as of the last line of stats.jsonl; the caller prints each once."""
+        """Return the warnings that the lines of stats.jsonl so far give reason for, by name.
+
+        The caller prints each warning once.
+        """
 
     def evaluate(self) -> dict[str, float]:
-        """Evaluate the current policy on held-out data, and return figures by name.
+        """Evaluate the current policy on held-out data, and return metrics by name.
 
-        They include `ACCURACY`, by which parameters are chosen if no win rate is measured.
+        They include `ACCURACY`, by which the best parameters are chosen if no win rate is measured. The
+        mapping is empty if the objective has no held-out data.
         """
         return {}
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Return the state that a resumed run needs besides parameters and optimiser, by name."""
+        """Return further tensors that a resumed run needs, by name, besides the parameters and the
+        optimiser.
+        """
         return {}
 
     def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Restore the state that `tensors` returned; the mapping also holds other names."""
+        """Restore the tensors that `tensors` returned. The mapping also holds tensors of other names."""
         return
 
     def ends(self, record: Mapping) -> str | None:
-        """Return why training must stop after this line, or None to continue; the same on every rank."""
+        """Return the reason why training must stop after this line of stats.jsonl, or None if it continues.
+
+        The result is the same on every rank.
+        """
         return None
 
-    def descend(self, step: int, totals: torch.Tensor, seen: str) -> list[float]:
-        """Divide the summed gradients by their mass, clip them, and do one step of the optimiser.
+    def descend(self, step: int, totals: torch.Tensor, example_names: str) -> list[float]:
+        """Divide the summed gradients by the number of examples, clip them, and do one step of the optimiser.
 
-        Args: totals: totals[0] is the mass (number of examples), totals[1] the mass times the loss; seen:
-            names of the update's examples, for a message.
-        Returns: mass, loss, norm of the gradient before clipping, then the other totals.
-        Raises: LossNotFiniteError before the step, so that the parameters are unchanged.
+        Args:
+            step: number of the update, counted from 0.
+            totals: sums over all passes and ranks: the mass (number of examples), the mass times the loss,
+                and further sums.
+            example_names: names of some examples of the update, for an error message.
+
+        Returns: the mass, the loss, the norm of the gradient before clipping, and the further sums.
+
+        Raises: LossNotFiniteError before the optimiser's step, so that the parameters are unchanged.
         """
         # once, after passes and ranks are summed: the result does not depend on how a batch was divided
         for parameter in self.parameters:
@@ -129,67 +151,74 @@ class Descent(ABC):
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.training.clip)
         # sharded gradients give each rank a part of the norm
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        # one transfer to the CPU for all figures, since each one waits for the device
-        mass, loss, *others, length = torch.cat([totals, norm.detach().reshape(1).to(totals)]).tolist()
-        loss = loss / mass if mass else math.nan
+        # one transfer to the CPU for all metrics, since each transfer waits for the device
+        mass, loss_sum, *further_sums, grad_norm = torch.cat(
+            [totals, norm.detach().reshape(1).to(totals)]
+        ).tolist()
+        # an update without examples has no mean loss; it is reported as an error below
+        loss = loss_sum / mass if mass else math.nan
         # before the step: AdamW would carry a NaN in its moments through all later updates
-        if not math.isfinite(loss) or not math.isfinite(length):
+        if not math.isfinite(loss) or not math.isfinite(grad_norm):
             raise LossNotFiniteError(
-                f"train_stage({self.stage.name}): expected a finite loss and gradient in update {step + 1},"
-                f" got {loss:g} and {length:g} ({seen}, ...). Use a lower lr, a larger beta, or float32"
-                " instead of bfloat16."
+                f"train_stage({self.stage.name}): loss or gradient is not finite in update {step + 1}: the"
+                f" loss is {loss:g} and the norm of the gradient {grad_norm:g} ({example_names}, ...). Use a"
+                " lower lr, a larger beta, or float32 instead of bfloat16."
             )
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr(step)
         self.optimizer.step()
-        return [mass, loss, length, *others]
+        return [mass, loss, grad_norm, *further_sums]
 
 
 def adamw(config: StageTraining, parameters: Sequence[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """Create the optimiser. Raises: ValueError if the settings need bitsandbytes and it is missing."""
-    kind: Callable = torch.optim.AdamW
+    """Create the optimiser of the settings, AdamW or its variant of 8 bits.
+
+    Raises: ValueError if the settings need the library bitsandbytes and it cannot be imported.
+    """
+    optimizer_class: Callable = torch.optim.AdamW
     if config.optimizer == "adamw8bit":
         try:
             # an optional dependency, imported only if it is used
-            kind = importlib.import_module("bitsandbytes.optim").AdamW8bit
+            optimizer_class = importlib.import_module("bitsandbytes.optim").AdamW8bit
         except ImportError as error:
             raise ValueError(
                 f"--set optimizer=adamw8bit: bitsandbytes cannot be imported: {error}. Run pip install"
                 " bitsandbytes."
             ) from None
-    return kind(parameters, lr=config.lr, weight_decay=config.weight_decay)
+    return optimizer_class(parameters, lr=config.lr, weight_decay=config.weight_decay)
 
 
 # Progress of a training, and the lines of stats.jsonl that summarise its updates.
 
 WIN_RATE = "win_rate"
 ACCURACY = "held_out_accuracy"
-# figures that a line sums over its updates; the others are averaged over them
+# metrics that a line sums over its updates; all other metrics are averaged over the updates
 COUNTED = ("pairs", "samples")
 
 
 @dataclass
 class Progress:
-    """State of a training besides its tensors; JSON."""
+    """State of a training besides its tensors. It is stored as JSON in checkpoints."""
 
-    step: int = 0  # updates done
-    kept_step: int = 0  # update with the best win rate, or accuracy; the last if neither is measured
-    best: float | None = None  # that win rate or accuracy, in 0..1
-    since_best: int = 0  # evaluations since then
+    step: int = 0  # number of updates done
+    kept_step: int = 0  # update with the best win rate or accuracy; the last update if neither is measured
+    best: float | None = None  # best win rate or accuracy so far, in 0..1
+    since_best: int = 0  # number of evaluations since the best one
     ended: bool = False  # whether evaluations ended the training early
     sums: dict = field(default_factory=dict)  # sums over the updates since the last line
 
-    def add(self, figures: dict) -> None:
-        """Add an update's figures to the sums of the next line."""
-        self.sums = _added(self.sums, {"updates": 1, **figures})
+    def add(self, metrics: dict) -> None:
+        """Add the metrics of an update to the sums of the next line."""
+        self.sums = _added(self.sums, {"updates": 1, **metrics})
 
-    def judged(self, rate: float, patience: int, max_drop: float) -> bool:
-        """Record a win rate or an accuracy, and return whether it is the best so far.
+    def record_rate(self, rate: float, patience: int, max_drop: float) -> bool:
+        """Record a win rate or an accuracy in 0..1, and return True if it is the best so far.
 
-        Of equal values the earlier one stays the best.
+        Of equal values the earlier one stays the best. `ended` is set if there were `patience` evaluations in
+        a row without a new best value, or if the value is more than `max_drop` below the best one.
         """
-        best = self.best is None or rate > self.best
-        if best:
+        is_best = self.best is None or rate > self.best
+        if is_best:
             self.best = rate
             self.kept_step = self.step
             self.since_best = 0
@@ -197,107 +226,126 @@ class Progress:
             self.since_best += 1
         assert self.best is not None
         self.ended = self.since_best >= patience or rate < self.best - max_drop
-        return best
+        return is_best
 
-    def line(self, lr: float, evaluated: Mapping[str, float]) -> dict:
-        """Summarise the updates since the last line, add what was evaluated, and start new sums."""
+    def line(self, lr: float, evaluation_metrics: Mapping[str, float]) -> dict:
+        """Make a line of stats.jsonl from the updates since the last line, and start new sums.
+
+        Args: lr: learning rate of the last update; evaluation_metrics: metrics of an evaluation, which are
+        added as they are.
+        """
         sums = self.sums
+        # the next line starts from empty sums
         self.sums = {}
         record = {"step": self.step, **{name: sums[name] for name in COUNTED if name in sums}}
         # empty sums occur for the evaluation before the first update
         if sums:
-            bins = sums.get("bins")  # figure -> sums of each time bin; a bin without pairs has no mean
-            record |= {
-                name: value / sums["updates"]
-                for name, value in sums.items()
-                if name not in (*COUNTED, "updates", "bins")
-            }
+            # name of a metric -> its sum over the pairs of each time bin, [TIME_BINS]
+            bins = sums.get("bins")
+            averaged_names = [name for name in sums if name not in (*COUNTED, "updates", "bins")]
+            record |= {name: sums[name] / sums["updates"] for name in averaged_names}
             if bins:
-                pairs = bins["pairs"]
-                total = math.fsum(bins["pairs"])
-                # the remaining lists hold sums over pairs, [TIME_BINS] each
-                values = {name: of_bins for name, of_bins in bins.items() if name != "pairs"}
-                per_bin = {
-                    name: [x / n if n else None for x, n in zip(of_bins, pairs, strict=True)]
-                    for name, of_bins in values.items()
-                }
-                record |= {name: math.fsum(of_bins) / total for name, of_bins in values.items()}
-                record["time_bins"] = {"pairs": pairs, **per_bin}
+                bin_counts = bins["pairs"]  # number of pairs in each time bin
+                total_count = math.fsum(bin_counts)
+                time_bins = {"pairs": bin_counts}
+                for name, bin_sums in bins.items():
+                    if name == "pairs":
+                        continue
+                    record[name] = math.fsum(bin_sums) / total_count
+                    # a bin without pairs has no mean
+                    bin_means = [x / n if n else None for x, n in zip(bin_sums, bin_counts, strict=True)]
+                    time_bins[name] = bin_means
+                record["time_bins"] = time_bins
             record["lr"] = lr
-        return {**record, **evaluated}
+        return {**record, **evaluation_metrics}
 
 
-def _added(a: Mapping, b: dict) -> dict:
+def _added(sums_so_far: Mapping, added_values: dict) -> dict:
     """Add two nested dictionaries of numbers and lists of numbers, element by element."""
-    # the first update of a line
-    if not a:
-        return b
-    plus: dict[type, Callable] = {dict: _added, list: lambda x, y: [p + q for p, q in zip(x, y, strict=True)]}
-    return {k: plus[type(v)](a[k], v) if type(v) in plus else a[k] + v for k, v in b.items()}
+    # the first update of a line finds no sums
+    if not sums_so_far:
+        return added_values
+    sums = {}
+    for key, value in added_values.items():
+        if isinstance(value, dict):
+            sums[key] = _added(sums_so_far[key], value)
+        elif isinstance(value, list):
+            sums[key] = [x + y for x, y in zip(sums_so_far[key], value, strict=True)]
+        else:
+            sums[key] = sums_so_far[key] + value
+    return sums
 
 
 def read_lines(path: Path) -> list[dict]:
-    """Read the lines of a stats.jsonl; an absent file has none."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [version_0_1.flow_stats(json.loads(line)) for line in lines]
+    """Read the lines of a stats.jsonl file. Return an empty list if the file does not exist."""
+    json_lines = path.read_text().splitlines() if path.exists() else []
+    return [version_0_1.flow_stats(json.loads(line)) for line in json_lines]
 
 
-def shown(record: Mapping, steps: int, columns: Sequence[tuple[str, str, str]]) -> dict[str, str]:
-    """Format a line's figures in fixed widths, for the status line.
+def format_columns(record: Mapping, steps: int, columns: Sequence[tuple[str, str, str]]) -> dict[str, str]:
+    """Format the metrics of a line of stats.jsonl in fixed widths, as texts by title of the column.
 
-    Args: columns: as Descent's; they stand between the columns that every training has.
+    Args:
+        record: line of stats.jsonl.
+        steps: number of updates of the whole training.
+        columns: columns of the objective, see Descent; they stand between those that every training has.
     """
     fields = {"step": f"{record['step']:>6d}/{steps:<6d}"}
-    evaluated = ((WIN_RATE, "win_rate", "<6.3f"), (ACCURACY, "held_out", "<6.3f"))
-    for name, short, form in (
+    evaluation_columns = ((WIN_RATE, "win_rate", "<6.3f"), (ACCURACY, "held_out", "<6.3f"))
+    for name, title, number_format in (
         ("loss", "loss", "<8.4f"),
         *columns,
         ("grad_norm", "grad", "<8.2e"),
-        *evaluated,
+        *evaluation_columns,
     ):
         value = record.get(name)
-        text = "" if value is None else format(value, form)
-        # an absent figure is padded to the width of its format, such as 6 in "<6.3f", so that columns align
-        fields[short] = text.ljust(int(form.lstrip("<+").split(".")[0]))
+        # a line has no value for a metric that was not measured
+        text = "" if value is None else format(value, number_format)
+        # an absent metric is padded to the width of its format, such as 6 in "<6.3f", so that columns align
+        fields[title] = text.ljust(int(number_format.lstrip("<+").split(".")[0]))
     return fields
 
 
-NOTHING = 0.02  # a change of the win rate up to this is taken for noise
+RATE_NOISE = 0.02  # largest change of the win rate that is taken for noise
 DROP = 0.1  # fall of the win rate that is reported when it is measured twice in a row
 
 REGULARISE = "Regularise the loss (loser_weight=0.5 or sft_weight=0.5), raise beta, or train fewer updates."
 
 
 def win_rates(lines: Sequence[Mapping]) -> list[tuple[int, float]]:
-    """Return (update, win rate) of the lines that have a win rate."""
+    """Return (number of the update, win rate) for every line that has a win rate."""
     return [(line["step"], line[WIN_RATE]) for line in lines if line.get(WIN_RATE) is not None]
 
 
 def win_rate_signs(rates: Sequence[tuple[int, float]], remedy: str = REGULARISE) -> dict[str, str]:
     """Return warnings about a falling win rate, by name.
 
-    A large fall counts at once, a smaller one only if it is measured twice in a row, because win rates of a
-    few dozen assets are noisy.
+    A large fall gives a warning at once. A smaller fall gives one only if it is measured twice in a row,
+    because win rates of a few dozen assets are noisy. Fewer than two win rates give no warning.
+
+    Args:
+        rates: (number of the update, win rate in 0..1) of all evaluations so far.
+        remedy: sentence at the end of each warning, which says what to do.
     """
     if len(rates) < 2:
         return {}
     signs = {}
-    step, last = rates[-1]
-    _, start = rates[0]
-    twice = max(rate for _, rate in rates[-2:])  # the better of the last two
-    # 0.5 is a tie with the network that assets are compared with; a start below it is the level then
-    level = min(0.5, start)
-    if last < level - DROP or twice < level - NOTHING:
+    step, last_rate = rates[-1]
+    _, first_rate = rates[0]
+    better_recent = max(rate for _, rate in rates[-2:])  # the better one of the last two
+    # 0.5 is a tie with the network that assets are compared with; a lower first win rate is the level then
+    base_level = min(0.5, first_rate)
+    if last_rate < base_level - DROP or better_recent < base_level - RATE_NOISE:
         signs["collapse"] = (
-            f"step {step}: the held-out win rate is {last:.3f}, below that of the network before tuning."
+            f"step {step}: the held-out win rate is {last_rate:.3f}, below that of the network before tuning."
             f" {remedy}"
         )
-    # of equal rates the earliest
-    best_step, best = max(rates, key=lambda entry: (entry[1], -entry[0]))
-    if last < best - 2 * DROP or twice < best - DROP:
+    # of equal win rates the earliest one counts
+    best_step, best_rate = max(rates, key=lambda step_and_rate: (step_and_rate[1], -step_and_rate[0]))
+    if last_rate < best_rate - 2 * DROP or better_recent < best_rate - DROP:
         signs["past-best"] = (
-            f"step {step}: the held-out win rate fell to {last:.3f} from {best:.3f} at step {best_step}."
-            f" {remedy}"
+            f"step {step}: the held-out win rate fell to {last_rate:.3f} from {best_rate:.3f} at step"
+            f" {best_step}. {remedy}"
         )
     return signs
 
@@ -308,7 +356,7 @@ def win_rate_signs(rates: Sequence[tuple[int, float]], remedy: str = REGULARISE)
 def policy_and_reference(
     stage: FlowStage, config: StageTraining
 ) -> tuple[torch.nn.Module, FrozenModel | None]:
-    """Make the network to train, and its reference, or None if the loss needs none.
+    """Make the network to train, and its reference. The reference is None if the loss needs none.
 
     The reference shares its memory with the stage's own network, except where full tuning converts both to
     float32.
@@ -329,13 +377,17 @@ def policy_and_reference(
 
 
 def recomputing(model: Any, on: bool) -> None:
-    """Switch the recomputation of blocks in the backward pass, in networks that support it."""
+    """Switch the recomputation of blocks in the backward pass on or off.
+
+    Networks that do not support it are left unchanged.
+    """
     if hasattr(model, "recompute"):
         model.recompute = on
 
 
-Draw = Callable[[torch.nn.Module, Path], Path]  # renders samples of a network into a file
-# returns a network's held-out win rate in 0..1; every rank calls it, and rank 0's result counts
+# function that renders samples of a network into an image file, and returns the path of the file
+RenderSamples = Callable[[torch.nn.Module, Path], Path]
+# function that returns a network's held-out win rate in 0..1; every rank calls it, and rank 0's result counts
 WinRate = Callable[[torch.nn.Module], float]
 
 
@@ -343,32 +395,32 @@ WinRate = Callable[[torch.nn.Module], float]
 class StageResult:
     """Result of a training of a stage."""
 
-    weights: Path  # folder that tuned_model reads
-    kept_step: int  # number of updates that led to those weights; 0: the network that training began with
+    weights: Path  # folder of the weights, as models.policies.tuned_model reads it
+    kept_step: int  # number of updates that led to these weights; 0: the untuned network
     stats: list[dict]  # lines of stats.jsonl
-    warnings: list[str]  # known signs of failure that appeared
+    warnings: list[str]  # warnings that appeared during training, "<name>: <text>"
 
-    def measured(self, name: str) -> list[list]:
-        """Return [update, value] of every line that has the figure."""
+    def values_of(self, name: str) -> list[list]:
+        """Return [number of the update, value] of every line of stats.jsonl that has this metric."""
         return [[line["step"], line[name]] for line in self.stats if line.get(name) is not None]
 
     def record(self) -> dict:
-        """Return the record of a training that a store keeps, JSON."""
+        """Return the record of a training for a store, as JSON."""
         return {
             "kept_step": self.kept_step,
             "warnings": list(self.warnings),
-            "win_rates": self.measured(WIN_RATE),
+            "win_rates": self.values_of(WIN_RATE),
         }
 
 
-# makes a Descent from a run, the network to train, and its reference
+# function from a run, the network to train and its reference to a Descent
 Start = Callable[[Run, torch.nn.Module, FrozenModel | None], Descent]
 
 
 def train(
     stage: FlowStage,
     config: StageTraining,
-    known: dict,
+    further_options: dict,
     start: Start,
     out: Path,
     *,
@@ -377,16 +429,27 @@ def train(
     resume: bool = False,
     say: Callable[[str], None] = print,
     shards: bool = False,
-    samples: Draw | None = None,
+    samples: RenderSamples | None = None,
 ) -> StageResult:
     """Train a copy of a stage's network with the Descent that `start` makes.
 
-    Args: known: JSON of all that decides the training besides the config; start: called with the run, the
-        copy and its reference. held_out: called with the network every `held_out_every` updates: the
-        parameters with the best win rate are kept, and those before the first update can be the best. resume:
-        resume the run in the folder, if there is one; say: prints the status lines; shards: whether the
-        Descent accepts a network whose parameters are sharded over ranks; samples: renders a few samples at
-        every evaluation.
+    Args:
+        stage: stage whose network is copied and trained.
+        config: settings of the training.
+        further_options: everything else that decides the training, as JSON; it becomes part of
+            training_options.json, and a resumed run must have the same.
+        start: function that makes the Descent from the run, the copy and its reference.
+        out: folder of the run.
+        held_out: function that measures the win rate, called every `held_out_every` updates. The parameters
+            with the best win rate are kept, and those before the first update can be the best. None: the
+            accuracy on held-out pairs decides if the Descent measures it, and otherwise the last parameters
+            are kept.
+        ranks: this process among the processes that train together.
+        resume: whether a run that is in the folder already is resumed; otherwise it is an error.
+        say: function that prints the status lines.
+        shards: whether the Descent accepts a network whose parameters are sharded over ranks.
+        samples: function that renders a few samples at every evaluation; None: nothing is rendered.
+
     Raises: see train_stage.
     """
     device = next(stage.model.parameters()).device
@@ -397,8 +460,9 @@ def train(
         "precision": stage.precision,
         "config": asdict(config),
         "held_out": held_out is not None,
-        **known,
+        **further_options,
     }
+    # the generators of these devices are restored at the end, besides that of the CPU
     devices = [device] if device.type == "cuda" else []
     # fork_rng: dropout seeds the global generators, which the caller must find unchanged
     with (
@@ -406,17 +470,17 @@ def train(
         torch.random.fork_rng(devices=devices),
     ):
         # rank 0 alone reads the folder: another rank might see it before or after a file is written
-        begun, finished = ranks.broadcast([bool(recorded(out)), read_result(out)] if ranks.main else None)
-        if not begun:
+        has_run, result = ranks.broadcast([bool(recorded(out)), read_result(out)] if ranks.main else None)
+        if not has_run:
             run.begin()
         elif resume:
             run.resume(FREE)
         else:
             raise ValueError(
-                f"train_stage: expected a new folder, but {out} holds a run. Resume it, or name another"
-                " folder."
+                f"train_stage: the folder {out} already holds a run. Resume the run, or choose"
+                " another folder."
             )
-        if finished is None:
+        if result is None:
             policy, reference = policy_and_reference(stage, config)
             if config.recompute != "auto":
                 recomputing(policy, config.recompute == "on")
@@ -425,23 +489,26 @@ def train(
             if ranks.world > 1 and config.lora is None and shards:
                 if config.optimizer != "adamw":
                     raise ValueError(
-                        f"--set optimizer={config.optimizer}: --tune=full on several processes needs adamw."
-                        " Leave the setting out."
+                        f"--set optimizer={config.optimizer}: --tune=full on several processes works with"
+                        " optimizer=adamw only. Remove the setting, or train on one process."
                     )
                 shard(policy, ranks)
-            finished = _Training(
+            result = _Training(
                 start(run, policy, reference), config, held_out, run, say, samples if config.samples else None
             ).train()
-    return StageResult(**finished, weights=out / POLICY)
+    return StageResult(**result, weights=out / POLICY)
 
 
 def trained(policy: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """Return the parameters that are trained, by name."""
+    """Return the parameters of a network that are trained (`requires_grad`), by name."""
     return {name: p for name, p in policy.named_parameters() if p.requires_grad}
 
 
 def read_result(folder: Path) -> dict | None:
-    """Read the result and the lines of a finished training; return None for an unfinished one."""
+    """Read the result and the lines of stats.jsonl of a training.
+
+    Return None if the training is not finished.
+    """
     # result.json is written last, so it marks the end
     if not (folder / RESULT).exists():
         return None
@@ -458,12 +525,12 @@ class _Training:
         held_out: WinRate | None,
         run: Run,
         say: Callable[[str], None],
-        samples: Draw | None,
+        samples: RenderSamples | None,
     ):
         self.samples = samples  # None: no renders are written
         self.updates = updates
         self.policy = updates.policy
-        self.named = updates.named
+        self.trained_parameters = updates.trained_parameters
         self.stage = updates.stage
         self.config = config
         self.held_out = held_out
@@ -471,19 +538,20 @@ class _Training:
         self.ranks = run.ranks
         self.say = say
         self.evaluates = held_out is not None or updates.evaluates
-        # the figure by which the best parameters are chosen
-        self.chosen_by = WIN_RATE if held_out is not None else ACCURACY
+        # the metric by which the best parameters are chosen
+        self.criterion = WIN_RATE if held_out is not None else ACCURACY
         self.progress = Progress()  # replaced by `_resume` if there is a checkpoint
-        self.lines: list[dict] = []  # of stats.jsonl
-        self.warnings: dict[str, str] = {}  # by name
-        self.named_steps = [0]  # updates whose kept parameters the checkpoints on the disk refer to
+        self.lines: list[dict] = []  # lines of stats.jsonl
+        self.warnings: dict[str, str] = {}  # warnings that were printed, by name
+        # updates whose kept parameters the checkpoints on the disk refer to
+        self.referenced_steps = [0]
 
     # The loop.
 
     def train(self) -> dict:
-        """Train to the end, and return the fields of StageResult as JSON."""
+        """Train to the end, and return the fields of StageResult except `weights`, as JSON."""
         self._resume()
-        # the untuned network is evaluated, too: if no update improves it, it is kept
+        # the untuned network is evaluated, too: it is the result if no update improves it
         if self.evaluates and self.progress.best is None:
             self._report(self._evaluate())
         with self.run.stoppable():
@@ -491,128 +559,144 @@ class _Training:
                 # a signal may reach one rank alone, so all ranks agree before they stop
                 if self.ranks.any(self.run.stop_requested is not None)[0]:
                     self._checkpoint()
+                    # any rank may have received the signal; the other ranks report None
                     signal = next(
                         name for name in self.ranks.gather(self.run.stop_requested) if name is not None
                     )
-                    after = f"stopped after update {self.progress.step}"
                     raise StoppedError(
-                        f"{signal}: training of stage {self.stage.name!r} {after}. Resume it to continue."
+                        f"{signal}: the training of stage {self.stage.name!r} stopped after update"
+                        f" {self.progress.step}. Resume the run to continue."
                     )
                 self._update()
         return self._finish()
 
     def _update(self) -> None:
-        """Do one update; then evaluate, write a line and write a checkpoint, where they are due."""
+        """Do one update. Then evaluate, write a line and write a checkpoint, each if it is due."""
         progress = self.progress
         config = self.config
         try:
             progress.add(self.updates.run(progress.step))
         except LossNotFiniteError as error:
             # names of checkpoints hold the update with leading zeros, so the largest is the newest
-            state = max(checkpoint.available(self.run.folder), default="none was written yet")
-            raise LossNotFiniteError(f"{error} Last state: {state}.") from None
+            newest = max(checkpoint.available(self.run.folder), default=None)
+            remark = (
+                "No checkpoint was written yet." if newest is None else f"The last checkpoint is {newest}."
+            )
+            raise LossNotFiniteError(f"{error} {remark}") from None
         progress.step += 1
-        last = progress.step == config.steps
-        evaluated = self.evaluates and (last or progress.step % config.held_out_every == 0)
-        if evaluated or last or progress.step % config.log_every == 0:
-            self._report(self._evaluate() if evaluated else {})
-        # after the last update the policy itself is written
-        if progress.step % config.checkpoint_every == 0 and not last:
+        is_last = progress.step == config.steps
+        is_evaluated = self.evaluates and (is_last or progress.step % config.held_out_every == 0)
+        if is_evaluated or is_last or progress.step % config.log_every == 0:
+            self._report(self._evaluate() if is_evaluated else {})
+        # after the last update no checkpoint is needed, since the policy itself is written
+        if progress.step % config.checkpoint_every == 0 and not is_last:
             self._checkpoint()
 
     # Evaluations and lines.
 
     def _evaluate(self) -> dict[str, float]:
-        """Evaluate the policy, and keep its parameters if they are the best so far.
+        """Evaluate the policy, and store its parameters if they are the best so far. Return the metrics.
 
-        The win rate decides where one is measured, and the accuracy on held-out pairs otherwise.
+        The win rate decides if it is measured, and otherwise the accuracy on held-out pairs.
         """
         with gathered(self.policy):
             rate = {} if self.held_out is None else {WIN_RATE: float(self.held_out(self.policy))}
-            # rank 0's figures count, so that all ranks decide alike
-            figures = self.ranks.broadcast(self.updates.evaluate() | rate)
+            # the metrics of rank 0 count, so that all ranks decide alike
+            metrics = self.ranks.broadcast(self.updates.evaluate() | rate)
             if self.samples is not None and self.ranks.main:
                 path = self.samples(self.policy, self.run.folder / SAMPLES / f"{self.progress.step:06d}.png")
                 self.run.picture(SAMPLES, path, self.progress.step)
-        value = figures[self.chosen_by]
+        value = metrics[self.criterion]
         assert 0 <= value <= 1
         # an accuracy on a few dozen pairs is too noisy to stop at one large fall
-        max_drop = self.config.max_drop if self.chosen_by == WIN_RATE else math.inf
-        if self.progress.judged(value, self.config.patience, max_drop):
-            values = unsharded(self.named, self.ranks)
+        max_drop = self.config.max_drop if self.criterion == WIN_RATE else math.inf
+        if self.progress.record_rate(value, self.config.patience, max_drop):
+            values = unsharded(self.trained_parameters, self.ranks)
             if self.ranks.main:
                 write_tensors(self._kept(self.progress.step), KEPT, values, {"step": self.progress.step})
-        return figures
+        return metrics
 
     @torch.no_grad()
     def _load(self, values: Mapping[str, torch.Tensor], policy: torch.nn.Module) -> None:
-        """Copy values into the trained parameters of a policy, in place."""
+        """Copy values (full tensors by name) into the trained parameters of a policy, in place."""
         for name, parameter in trained(policy).items():
             parameter.copy_(like(values[name], parameter))
 
-    def _report(self, evaluated: Mapping[str, float]) -> None:
-        """Write the line of the updates since the last one, its status line, and new warnings."""
+    def _report(self, evaluation_metrics: Mapping[str, float]) -> None:
+        """Write the line of the updates since the last line, the status line, and new warnings.
+
+        Args: evaluation_metrics: metrics of an evaluation; empty if there was none.
+        """
         progress = self.progress
         # the learning rate of the last update done; before the first update the line has no "lr"
-        record = self.progress.line(self.updates.lr(self.progress.step - 1), evaluated)
+        record = self.progress.line(self.updates.lr(self.progress.step - 1), evaluation_metrics)
         self.run.stats(record)
-        at = shown(record, self.config.steps, self.updates.columns)
-        stopped = None if progress.ended else self.updates.ends(record)
-        progress.ended |= stopped is not None
-        self.run.status(at, progress.step, progress.step if progress.ended else self.config.steps, "step")
+        columns = format_columns(record, self.config.steps, self.updates.columns)
+        # once an evaluation has ended the training, the objective need not decide
+        stop_reason = None if progress.ended else self.updates.ends(record)
+        progress.ended |= stop_reason is not None
+        self.run.status(
+            columns, progress.step, progress.step if progress.ended else self.config.steps, "step"
+        )
         if not self.ranks.main:
             return
         # only rank 0 holds the lines and prints
         self.lines.append(record)
         signs = self.updates.signs(self.lines)
-        fresh = {name: text for name, text in signs.items() if name not in self.warnings}
-        for name, text in fresh.items():
+        new_warnings = {name: text for name, text in signs.items() if name not in self.warnings}
+        for name, text in new_warnings.items():
             self.say(f"Warning ({name}): {text}")
-        if fresh:
-            self.warnings |= fresh
+        if new_warnings:
+            self.warnings |= new_warnings
             self.run.write(WARNINGS, self.warnings)
-        if stopped is not None:
-            self.say(f"Stopped after update {progress.step}: {stopped}")
+        if stop_reason is not None:
+            self.say(f"Training stopped after update {progress.step}: {stop_reason}")
         elif progress.ended and progress.step < self.config.steps:
-            best = f"the best, {progress.best:.3f} after update {progress.kept_step}, is kept"
-            what = {WIN_RATE: "held-out win rate", ACCURACY: "accuracy on held-out pairs"}[self.chosen_by]
+            best_remark = f"the best value, {progress.best:.3f} after update {progress.kept_step}, is kept"
+            criterion_name = {WIN_RATE: "held-out win rate", ACCURACY: "accuracy on held-out pairs"}[
+                self.criterion
+            ]
             self.say(
-                f"Stopped early after update {progress.step}: the {what} is {evaluated[self.chosen_by]:.3f};"
-                f" {best}."
+                f"Training stopped early after update {progress.step}: the {criterion_name} is"
+                f" {evaluation_metrics[self.criterion]:.3f}; {best_remark}."
             )
 
     # States, and the best parameters.
 
     def _kept(self, step: int) -> Path:
-        """Return the file of the best parameters, as of an update."""
+        """Return the path of the parameters that were stored as the best ones at this update."""
         return self.run.folder / f"kept-{step:09d}.safetensors"
 
     def _checkpoint(self) -> None:
-        """Write a checkpoint, and delete old ones.
+        """Write a checkpoint, and delete old checkpoints and parameters.
 
-        The last two checkpoints stay, and the best parameters that they refer to.
+        The last two checkpoints stay on the disk, and the best parameters that they refer to.
         """
-        tensors: dict[str, torch.Tensor] = {f"policy.{name}": p for name, p in self.named.items()}
+        tensors: dict[str, torch.Tensor] = {
+            f"policy.{name}": p for name, p in self.trained_parameters.items()
+        }
         tensors = (
             unsharded(tensors | checkpoint.optimizer_tensors("optim", self.updates.optimizer), self.ranks)
             | self.updates.tensors()
         )
         meta = {"progress": asdict(self.progress), "lines": self.run.lines, "warnings": self.warnings}
         self.run.checkpoint(self.progress.step, tensors, meta)
-        self.named_steps = [*self.named_steps, self.progress.kept_step][-checkpoint.KEEP :]
+        self.referenced_steps = [*self.referenced_steps, self.progress.kept_step][-checkpoint.KEEP :]
         # after the checkpoint: a run killed here still has what its newest state refers to
         if self.ranks.main:
-            for path in {*self.run.folder.glob("kept-*.safetensors")} - {
-                self._kept(step) for step in self.named_steps
-            }:
+            referenced_paths = {self._kept(step) for step in self.referenced_steps}
+            for path in {*self.run.folder.glob("kept-*.safetensors")} - referenced_paths:
                 path.unlink()
 
     def _resume(self) -> None:
-        """Restore the newest checkpoint; without one, remove what a killed run has left, and start anew."""
-        lines = 0
+        """Restore the newest checkpoint.
+
+        If there is none, remove the lines that a killed run has left, and start from the first update.
+        """
+        line_count = 0  # number of lines of stats.jsonl at the checkpoint
         if self.ranks.broadcast(bool(checkpoint.available(self.run.folder)) if self.ranks.main else None):
             tensors, meta = self.run.read(previous=True)
-            self._load({name: tensors[f"policy.{name}"] for name in self.named}, self.policy)
+            self._load({name: tensors[f"policy.{name}"] for name in self.trained_parameters}, self.policy)
             # the file holds full tensors: each rank takes its part of the optimiser's moments
             for number, parameter in enumerate(self.updates.parameters):
                 moments = [name for name in tensors if name.startswith(f"optim.{number}.")]
@@ -621,31 +705,32 @@ class _Training:
             self.updates.restore(tensors)
             self.progress = Progress(**version_0_1.flow_progress(meta["progress"]))
             self.warnings = version_0_1.flow_warnings(meta["warnings"])
-            lines = meta["lines"]
-        self.named_steps = [self.progress.kept_step]
+            line_count = meta["lines"]
+        self.referenced_steps = [self.progress.kept_step]
         # drops the lines of stats.jsonl that were written after the checkpoint
-        self.run.go_on(self.progress.step, lines)
+        self.run.go_on(self.progress.step, line_count)
         self.run.write(WARNINGS, self.warnings)
         self.lines = read_lines(self.run.folder / STATS) if self.ranks.main else []
 
     def _finish(self) -> dict:
-        """Write the policy and the result, and delete the checkpoints."""
+        """Write the policy and the result, and delete the checkpoints. Return the result of the training."""
         progress = self.progress
         result = None
         # gathering needs all ranks, so it comes before the part of rank 0
-        values = {} if self.evaluates else unsharded(self.named, self.ranks)
+        values = {} if self.evaluates else unsharded(self.trained_parameters, self.ranks)
         if self.ranks.main:
             if not self.evaluates:
                 progress.kept_step = progress.step
             else:
+                # read_tensors returns (tensors, description)
                 values = read_tensors(self._kept(progress.kept_step), KEPT)[0]
-            divided = any(map(sharded, self.named.values()))
+            is_sharded = any(map(sharded, self.trained_parameters.values()))
             # a sharded network cannot be saved by one rank: the values go into a new, unsharded one
-            policy = policy_and_reference(self.stage, self.config)[0] if divided else self.policy
+            policy = policy_and_reference(self.stage, self.config)[0] if is_sharded else self.policy
             self._load(values, policy)
             # the file keeps the spelling of version 0.1
             settings = version_0_1.former_settings(self.run.settings)
-            meta = {**settings, "kept_step": progress.kept_step, self.chosen_by: progress.best}
+            meta = {**settings, "kept_step": progress.kept_step, self.criterion: progress.best}
             save_policy(policy, self.run.folder / POLICY, meta)
             warnings = [f"{name}: {text}" for name, text in self.warnings.items()]
             self.run.write(RESULT, {"kept_step": progress.kept_step, "warnings": warnings})

@@ -49,8 +49,10 @@ def test_it_learns_from_a_reward_of_finished_assets_whatever_the_answers_were():
     scores = torch.tensor(
         [[float(x.feats.mean()) for x in (pair.preferred, pair.rejected)] for pair in pairs]
     )
-    learnt = train_on_pairs(TinyPipeline(), "voxels", pairs, QUICK, decoded=3 * scores)
-    turned = train_on_pairs(TinyPipeline(), "voxels", _turned(pairs), QUICK, decoded=3 * scores.flip(1))
+    learnt = train_on_pairs(TinyPipeline(), "voxels", pairs, QUICK, decoded_scores=3 * scores)
+    turned = train_on_pairs(
+        TinyPipeline(), "voxels", _turned(pairs), QUICK, decoded_scores=3 * scores.flip(1)
+    )
     assert accuracy(learnt, held) > 0.8 and accuracy(turned, held) > 0.8 and learnt.record["decoded"]
 
 
@@ -133,7 +135,7 @@ def test_files_are_read_strictly(tmp_path):
 
 
 def test_no_labels():
-    with raising("'voxels'", "none"):
+    with raising("'voxels'", "no labelled pairs"):
         train_on_pairs(TinyPipeline(), "voxels", [])
 
 

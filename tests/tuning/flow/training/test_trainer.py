@@ -377,7 +377,7 @@ def test_a_folder_with_another_run_is_rejected(tmp_path):
 def test_pairs_that_do_not_fit_are_rejected_before_anything_is_written(tmp_path):
     pairs = voxel_pairs(4)
     cases = [
-        ([], ("(voxels)", "pairs", "none")),
+        ([], ("(voxels)", "pairs", "empty")),
         (structure_pairs(4), ("(voxels)", "'pair-0'", "'structure'")),
         ([pairs[0], pairs[0]], ("(voxels)", "1", "'pair-0'")),
         ([replace(p, stage="voxels") for p in structure_pairs(2)], ("'pair-0'", "preferred", "voxels")),

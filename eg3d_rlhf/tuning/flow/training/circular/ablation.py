@@ -1,13 +1,14 @@
 """Run Circular-DPO: the loop, one stage alone, or the ablation of the paper's table 2 with its nine groups.
 The module also writes the table that ends a run.
 
-The groups are trained with several seeds and evaluated on the same noises. Groups of a seed share the steps
-that they have in common: (a), (b), (d), (g) and (h) the last stage; (a), (g) and (h) the loop's pairs;
-(b) and (c) the first stage. Here "first" names a stage: the paper's "step 1" in (c) is the first stage,
-while the method's first step trains the last one. With more than two stages, "first" stands for all stages
-before the last.
+A group of the ablation is one combination of trainings, see circular/settings.py. The groups are trained with
+several seeds and evaluated on the same noises. Groups of one seed share the steps that they have in common:
+(a), (b), (d), (g) and (h) share the training of the last stage; (a), (g) and (h) the loop's pairs; (b) and
+(c) the training of the first stage. Here "first" is the position of a stage: the paper's "step 1" in (c) is
+the first stage, while the first step of the method trains the last stage. With more than two stages, "first"
+stands for all stages before the last.
 
-Shape letters: K training seeds, C prompts, S noises per prompt.
+Shapes: K training seeds, C prompts, S noises per prompt.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -60,49 +61,57 @@ from training.progress import tqdm
 def table(
     scores: Mapping[str, Sequence[Mapping]],
     seeds: Sequence[int],
-    trained: Mapping[str, Sequence[Mapping]],
+    training_records: Mapping[str, Sequence[Mapping]],
     loop: Mapping,
     facts: Mapping,
 ) -> dict:
-    """Make the table as JSON.
+    """Make the table, as JSON.
 
     Args:
-        scores: by group, the scores of `evaluate` for each training seed; trained: by group and seed, the
-            records of its trainings.
-        loop: figures of the loop's pairs by training seed; facts: entries that describe the run.
+        scores: results of `evaluate` by group, one for each training seed.
+        seeds: training seeds, [K].
+        training_records: records of the trainings by group, one mapping for each training seed.
+        loop: statistics of the loop's pairs, by training seed and stage.
+        facts: further entries, which describe the run.
     """
-    arrays = {  # each [K, C, S]
-        letter: {name: np.array([row["scores"][name] for row in rows]) for name in rows[0]["scores"]}
-        for letter, rows in scores.items()
-    }
-    # mean distance of assets of one prompt, averaged over seeds, by group and stage
-    spreads = {
-        letter: {stage: float(np.mean([row["spread"][stage] for row in rows])) for stage in rows[0]["spread"]}
-        for letter, rows in scores.items()
-    }
-    # the base's scores are repeated for every seed, so that they pair with each group's
+    arrays = {}  # scores by group and evaluator, [K, C, S] each
+    spreads = {}  # mean distance of assets of one prompt, averaged over seeds, by group and stage
+    for letter, seed_results in scores.items():
+        # all seeds have the same evaluators and stages, so the names are taken from the first one
+        arrays[letter] = {
+            name: np.array([result["scores"][name] for result in seed_results])
+            for name in seed_results[0]["scores"]
+        }
+        spreads[letter] = {
+            stage: float(np.mean([result["spread"][stage] for result in seed_results]))
+            for stage in seed_results[0]["spread"]
+        }
+    # "i" is the base; its scores are repeated for every seed, so that they can be compared with each group's
     rates = Table(scores=arrays, base=arrays["i"], seeds=seeds)
     groups = {}
-    for letter, of_group in arrays.items():
-        start = spreads["i"]  # of the base, by stage
-        ends = spreads[letter]  # after the group's trainings
-        won = rates.against_base(letter)
+    for letter, group_scores in arrays.items():
+        base_spreads = spreads["i"]  # spread of the base, by stage
+        tuned_spreads = spreads[letter]  # spread after the group's trainings, by stage
+        win_rates = rates.against_base(letter)
         groups[letter] = {
             "title": ALL[letter].title,
-            **won["final"],  # win rate, its interval and its seeds
-            "score_mean": float(of_group["final"].mean()),
-            "evaluators": {name: won[name] for name in EVALUATORS if name in won},
+            **win_rates["final"],  # win rate, its interval and its seeds
+            "score_mean": float(group_scores["final"].mean()),
+            "evaluators": {name: win_rates[name] for name in EVALUATORS if name in win_rates},
             # criteria that the final evaluator consists of
-            "parts": {name: won[name] for name in of_group if name not in EVALUATORS},
-            "spread": {  # as a share of the base's, too: a collapsed generator is near 0
-                stage: {"mean": mean, "of_base": mean / start[stage] if start[stage] > 0 else None}
-                for stage, mean in ends.items()
+            "parts": {name: win_rates[name] for name in group_scores if name not in EVALUATORS},
+            "spread": {  # of_base is the share of the base's spread; it is near 0 for a collapsed generator
+                stage: {
+                    "mean": mean,
+                    "of_base": mean / base_spreads[stage] if base_spreads[stage] > 0 else None,
+                }
+                for stage, mean in tuned_spreads.items()
             },
-            "trainings": list(trained[letter]),
+            "trainings": list(training_records[letter]),  # one mapping for each seed
         }
     # in the order of ALL, so that the first of two groups is the same in every table
     pairwise = rates.pairwise("final", [name for name in ALL if name in arrays])
-    # [K, C, S]
+    # the first axis has the training seeds
     C, S = arrays["i"]["final"].shape[1:]
     return {
         "groups": groups,
@@ -119,30 +128,32 @@ def table(
 def markdown(data: Mapping) -> str:
     """Format the table as Markdown."""
     # all groups have the same parts and stages
-    parts = list(next(iter(data["groups"].values()))["parts"])
+    part_names = list(next(iter(data["groups"].values()))["parts"])
     stages = list(data["groups"]["i"]["spread"])
-    head = [
+    header = [
         "group",
         "what is trained",
         "win rate against base",
-        *[f"seed {s}" for s in data["training_seeds"]],
+        *[f"seed {seed}" for seed in data["training_seeds"]],
     ]
-    head += (
-        [f"{name} alone" for name in parts] + ["chooser", "reward"] + [f"spread, {stage}" for stage in stages]
+    header += (
+        [f"{name} alone" for name in part_names]
+        + ["chooser", "reward"]
+        + [f"spread, {stage}" for stage in stages]
     )
-    rows = []
+    table_rows = []
     for letter, group in data["groups"].items():
-        # the order of the cells is that of `head`
+        # the order of the cells is that of `header`
         cells = [f"({letter})", group["title"], with_interval(group), *of_seeds(group)]
-        cells += [f"{group['parts'][name]['win_rate']:.3f}" for name in parts]
+        cells += [f"{group['parts'][name]['win_rate']:.3f}" for name in part_names]
         cells += [
             f"{group['evaluators'][name]['win_rate']:.3f}" if name in group["evaluators"] else ""
             for name in ("chooser", "reward")
         ]
-        # absent where the base has no spread, as with a single noise
-        shares = [group["spread"][stage]["of_base"] for stage in stages]
-        cells += ["" if share is None else f"{share:.2f}" for share in shares]
-        rows.append(cells)
+        # None if the base has no spread, for example with a single noise for each prompt
+        spread_shares = [group["spread"][stage]["of_base"] for stage in stages]
+        cells += ["" if share is None else f"{share:.2f}" for share in spread_shares]
+        table_rows.append(cells)
     facts = (
         f"{data['conditions']} held-out prompts x {data['noises']} noises x {len(data['training_seeds'])}"
         " training seeds; ties count "
@@ -151,48 +162,47 @@ def markdown(data: Mapping) -> str:
         'checkpoints, "reward" scored the loop\'s pairs. Spread: mean difference between assets of a prompt,'
         " as a share of the base's."
     )
-    lines = [
+    markdown_lines = [
         "# Circular-DPO against its base",
         "",
         facts,
         "",
-        *markdown_rows(head, rows),
+        *markdown_rows(header, table_rows),
         "",
         "## Groups against each other",
         "",
     ]
-    lines += [
+    markdown_lines += [
         "Share of the first group's assets that the final evaluator prefers to those of the second group from"
         " the same noises.",
         "",
     ]
-    head = ["comparison", "win rate", *[f"seed {s}" for s in data["training_seeds"]]]
-    rows = []
-    for name, rated in data["pairwise"].items():
-        x, y = name.split("_vs_")  # keys are "a_vs_b"
-        rows.append([f"({x}) against ({y})", with_interval(rated), *of_seeds(rated)])
-    lines += markdown_rows(head, rows)
+    header = ["comparison", "win rate", *[f"seed {seed}" for seed in data["training_seeds"]]]
+    table_rows = []
+    for name, comparison in data["pairwise"].items():
+        group_letter, rival_letter = name.split("_vs_")  # keys are "a_vs_b"
+        table_rows.append(
+            [f"({group_letter}) against ({rival_letter})", with_interval(comparison), *of_seeds(comparison)]
+        )
+    markdown_lines += markdown_rows(header, table_rows)
     # absent for runs without the loop
     if data["loop"]:
-        rows = []
+        table_rows = []
         for seed, stages in data["loop"].items():
             for stage, pairs in stages.items():
-                better = (
-                    ""
-                    if pairs.get("tuned_rewarded_where_changed") is None
-                    else f"{pairs['tuned_rewarded_where_changed']:.2f}"
-                )
-                rows.append(
+                tuned_better = pairs.get("tuned_rewarded_where_changed")
+                table_rows.append(
                     [
                         seed,
                         stage,
                         pairs["pairs"],
                         f"{pairs['changed_structure']:.2f}",
-                        better,
+                        # None: no pair has a changed structure
+                        "" if tuned_better is None else f"{tuned_better:.2f}",
                         f"{pairs['reward_gap_mean']:.3g}",
                     ]
                 )
-        head = [
+        header = [
             "seed",
             "stage",
             "pairs",
@@ -200,21 +210,24 @@ def markdown(data: Mapping) -> str:
             "of these, tuned sample rewarded more",
             "mean reward gap",
         ]
-        lines += ["", "## The loop's pairs", "", *markdown_rows(head, rows)]
-    return "\n".join(lines) + "\n"
+        markdown_lines += ["", "## The loop's pairs", "", *markdown_rows(header, table_rows)]
+    return "\n".join(markdown_lines) + "\n"
 
 
 def plot(data: Mapping):
-    """Plot the win rates of all groups against the base, and of (a) against the others."""
+    """Plot the win rates of all groups against the base, and of group (a) against the other groups.
+
+    Args: data: the table, as JSON.
+    """
     # panel 1: every group against the base
-    titled = {f"({letter}) {group['title']}": group for letter, group in data["groups"].items()}
+    groups_by_title = {f"({letter}) {group['title']}": group for letter, group in data["groups"].items()}
     # panel 2: the full loop against every other group; absent if (a) was not trained
     rivals = {
-        f"({name.removeprefix('a_vs_')})": rated
-        for name, rated in data["pairwise"].items()
+        f"({name.removeprefix('a_vs_')})": comparison
+        for name, comparison in data["pairwise"].items()
         if name.startswith("a_vs_")
     }
-    panels = [("win rate against base, final evaluator", titled)]
+    panels = [("win rate against base, final evaluator", groups_by_title)]
     panels += [("win rate of (a) against, final evaluator", rivals)] if rivals else []
     return plot_rates(
         panels,
@@ -231,7 +244,10 @@ RESULT = "result.json"
 def loop_of(
     run: CircularRun, problem: Problem, seed: int, ranks: Ranks = SINGLE, bars: bool = False
 ) -> CircularLoop:
-    """Create the steps of a run for a training seed."""
+    """Create the loop of a run for a training seed.
+
+    Args: bars: whether progress bars are printed.
+    """
     # tqdm.write prints above progress bars
     store = Store(Path(run.artefacts), ranks, tqdm.write)
     return CircularLoop(
@@ -244,15 +260,22 @@ def loop_of(
     )
 
 
-# opens a problem in worker processes; pickled by name
+# function that opens a problem on a device in a worker process; it is pickled by name
 Open = Callable[[ProblemSource, str], Problem]
 
 
 def work(settings: CircularRun, problem: Problem, run: Run, open: Open) -> None:
-    """Do the remaining steps of a run, and write its results."""
-    # folders of artefacts are shared by runs, so the run's own folder does not show them
+    """Do the remaining steps of a run, and write its results.
+
+    Args:
+        settings: settings of the run.
+        problem: the problem, opened in this process.
+        run: folder, ranks and device of the run.
+        open: function that opens the problem in a worker process.
+    """
+    # runs share the folder of artefacts, which is not in the folder of the run
     if run.ranks.main:
-        print(f"Artefacts in {settings.artefacts}.", flush=True)
+        print(f"Artefacts are stored in {settings.artefacts}.", flush=True)
     if settings.groups is not None:
         ablate(settings, problem, run.folder, run.device, run.jobs, open)
     else:
@@ -261,141 +284,166 @@ def work(settings: CircularRun, problem: Problem, run: Run, open: Open) -> None:
 
 
 def _loop(settings: CircularRun, problem: Problem, run: Run) -> None:
-    """Run the loop, or the training of one stage, and write the weights and the summary."""
+    """Run the loop, or train `settings.stage` alone, and write the weights and the table."""
     folder = run.folder
     ranks = run.ranks
     loop = loop_of(settings, problem, settings.circular.seed, ranks, bars=ranks.main)
     if settings.stage is not None:
         # one stage alone has no loop and needs no reward
-        tuned = loop.from_people(settings.stage)
-        lineage: Lineage = {settings.stage: (tuned,)}
+        training = loop.from_people(settings.stage)
+        lineage: Lineage = {settings.stage: (training,)}
         steps = [
             {
                 "round": 1,
                 "step": "people",
                 "stage": settings.stage,
-                "artefact": tuned.folder.name,
-                **tuned.record,
+                "artefact": training.folder.name,
+                **training.record,
             }
         ]
     else:
         lineage, steps = run_loop(loop, lambda step: tqdm.write(describe(step)) if ranks.main else None)
-    # the group of ranks ends here: the others need not wait for rank 0's table
+    # the distributed group ends here, so that the other ranks need not wait for the table of rank 0
     ranks.barrier()
     leave()
     if not ranks.main:
         return
     # stage -> name of its folder of weights in the run
-    weights = {stage: keep(loop, stage, line, folder) for stage, line in lineage.items()}
+    weights = {stage: keep(loop, stage, trainings, folder) for stage, trainings in lineage.items()}
     result = {
         "steps": steps,
         "weights": weights,
-        "warnings": [w for step in steps for w in step.get("warnings", [])],
+        "warnings": [warning for step in steps for warning in step.get("warnings", [])],
     }
     run.write(RESULT, result)
-    print(f"Weights in {', '.join(str(folder / name) for name in weights.values())}.")
+    print(f"The weights are in {', '.join(str(folder / name) for name in weights.values())}.")
     if settings.summary and problem.final is not None:
-        # A table of one training seed: the finished generator, and the one with the last stage alone tuned,
-        # against the base. The letters are those of the ablation's groups.
+        # A table of one training seed: the tuned generator, and the generator of which only the last stage is
+        # tuned, against the base. The letters are those of the ablation's groups.
         seed = settings.circular.seed
         loop = loop_of(settings, problem, seed, bars=True)  # for rank 0 alone
-        last = loop.names[-1]
-        compared: dict[str, Lineage] = {"d": {last: lineage[last]}} if last in lineage else {}
-        # with several stages the whole is (a); a single stage before the last is (c)
-        compared |= {"a": lineage} if len(lineage) > 1 else {"c": lineage} if last not in lineage else {}
+        last_stage = loop.names[-1]
+        compared_networks: dict[str, Lineage] = {}
+        if last_stage in lineage:
+            compared_networks["d"] = {last_stage: lineage[last_stage]}
+        # several tuned stages are group (a); a single tuned stage before the last is group (c)
+        if len(lineage) > 1:
+            compared_networks["a"] = lineage
+        elif last_stage not in lineage:
+            compared_networks["c"] = lineage
         scores = {
             letter: [loop.evaluate(networks, settings.evaluation).record]
-            for letter, networks in {**compared, "i": {}}.items()
+            for letter, networks in {**compared_networks, "i": {}}.items()
         }
-        # of several rounds the last round's figures stay
-        pairs = {step["stage"]: step for step in steps if step["step"] == "pairs"}
-        known = {"training_seeds": [seed], **settings.facts(problem)}
+        # after several rounds, the statistics of the last round remain in the mapping
+        pair_steps = {step["stage"]: step for step in steps if step["step"] == "pairs"}
+        facts = {"training_seeds": [seed], **settings.facts(problem)}
         data = table(
-            scores, [seed], {letter: [{}] for letter in scores}, {str(seed): pairs} if pairs else {}, known
+            scores,
+            [seed],
+            {letter: [{}] for letter in scores},
+            {str(seed): pair_steps} if pair_steps else {},
+            facts,
         )
         write(data, folder, "summary", markdown, plot)
         print(markdown(data))
 
 
 def describe(step: Mapping) -> str:
-    """Describe a finished step in one line."""
-    where = f"round {step['round']}, stage {step['stage']}"
+    """Describe a finished step (an entry of run_loop's second result) in one line."""
+    position = f"round {step['round']}, stage {step['stage']}"
     if step["step"] == "pairs":
-        better = step.get("tuned_rewarded_where_changed")
+        tuned_better = step.get("tuned_rewarded_where_changed")
         # None: decoding and encoding gave the same latents on both sides of all pairs
-        more = "" if better is None else f"; in {better:.0%} of these the tuned sample has the higher reward"
-        return (
-            f"{where}: {step['pairs']} pairs, {step['changed_structure']:.0%} of them with a changed"
-            f" structure{more}"
+        remark = (
+            ""
+            if tuned_better is None
+            else f"; in {tuned_better:.0%} of these the tuned sample has the higher reward"
         )
-    # the figure of the kept update, if it was measured there
-    shown = ""
-    for name, what in (
+        return (
+            f"{position}: {step['pairs']} pairs, {step['changed_structure']:.0%} of them with a changed"
+            f" structure{remark}"
+        )
+    # the rate at the kept update, if it was measured there
+    rates = ""
+    for name, rate_name in (
         ("win_rates", "held-out win rate"),
         ("held_out_accuracies", "accuracy on held-out pairs"),
     ):
         values = dict(step[name])
-        shown += f", {what} {values[step['kept_step']]:.3f}" if step["kept_step"] in values else ""
+        rates += f", {rate_name} {values[step['kept_step']]:.3f}" if step["kept_step"] in values else ""
     return (
-        f"{where}: trained on {step['pairs']} pairs ({step['step']}), kept update {step['kept_step']}{shown}"
+        f"{position}: trained on {step['pairs']} pairs ({step['step']}), kept update"
+        f" {step['kept_step']}{rates}"
     )
 
 
-def keep(loop: CircularLoop, stage: str, line: tuple[Artefact, ...], folder: Path) -> str:
-    """Put a stage's weights into the run folder, and return their name.
+def keep(loop: CircularLoop, stage: str, trainings: tuple[Artefact, ...], folder: Path) -> str:
+    """Link the weights of a stage into the folder of the run, and return the name of their folder there.
 
-    They are the weights of its training, or after several rounds the whole network.
+    They are the weights of its training, or after several rounds all parameters of the network.
     """
     # links to the artefacts, so that weights are not stored twice
-    link_folder(whole_weights(loop, stage, line, folder / stage), folder / stage)
+    link_folder(whole_weights(loop, stage, trainings, folder / stage), folder / stage)
     return stage
 
 
 @dataclass(kw_only=True)
 class Ablation:
-    """Worker of an ablation: does the tasks of a plan with the steps of a loop.
+    """Worker of an ablation, which does the tasks of a plan with the steps of a loop.
 
-    Args: loop_of: creates the loop of a training seed.
+    Args:
+        plan: plan of the ablation.
+        loop_of: function that creates the loop of a training seed.
     """
 
     plan: AblationPlan
     loop_of: Callable[[int], CircularLoop]
 
     def __call__(self, task: str) -> dict:
-        """Do one task, and return its result as JSON: the scores of a group, or the records of a step."""
-        # names as AblationPlan.tasks gives them
-        seed, what, *part = task.split("/")  # "<seed>/pairs", "<seed>/<letter>" or "<seed>/<kind>/<part>"
+        """Do one task, and return its result as JSON.
+
+        For the task of a group the result has its scores and the records of its trainings. For a task that
+        groups share it has the records of the artefacts by stage.
+        """
+        # names of AblationPlan.tasks: "<seed>/pairs", "<seed>/<group>" or "<seed>/<data>/<stages>"
+        seed, subject, *stages = task.split("/")
         loop = self.loop_of(int(seed))
-        if what == "pairs":
+        if subject == "pairs":
             _, pairs = self._looped(loop, None)
             return {
                 stage: {**artefact.record, "reused": artefact.reused} for stage, artefact in pairs.items()
             }
-        if part:
-            lineage = self._trained(loop, what, part[0])
-            return {stage: _training(line[-1]) for stage, line in lineage.items()}
-        group = ALL[what]
-        # steps that a task before this one has done are found in the store
+        if stages:
+            lineage = self._trained(loop, subject, stages[0])
+            return {stage: _training(trainings[-1]) for stage, trainings in lineage.items()}
+        group = ALL[subject]
+        # steps that an earlier task has done are read from the store
         networks: Lineage
         if group.first == LOOP:
-            networks = self._looped(loop, group)[0]
+            networks, _ = self._looped(loop, group)
         else:
             networks = self._trained(loop, group.last, "last") if group.last != BASE else {}
             networks |= self._trained(loop, group.first, "first") if group.first != BASE else {}
-        scored = loop.evaluate(networks, self.plan.evaluation)
-        trained = {stage: _training(line[-1]) for stage, line in networks.items()}
-        return {"scores": scored.record, "trainings": trained, "reused": scored.reused}
+        scores = loop.evaluate(networks, self.plan.evaluation)
+        records = {stage: _training(trainings[-1]) for stage, trainings in networks.items()}
+        return {"scores": scores.record, "trainings": records, "reused": scores.reused}
 
-    def _trained(self, loop: CircularLoop, kind: str, part: str) -> dict[str, tuple[Artefact, ...]]:
-        """Train the last stage, or each of the stages before it, from the base."""
-        # with two stages each part is one stage
-        chosen = loop.names[-1:] if part == "last" else loop.names[:-1]
-        return {name: (loop.from_people(name, supervised=kind == SUPERVISED),) for name in chosen}
+    def _trained(self, loop: CircularLoop, kind: str, stages: str) -> dict[str, tuple[Artefact, ...]]:
+        """Train the last stage, or each of the stages before it, from the untuned networks.
+
+        Returns the lineage of the trained stages.
+
+        Args: kind: PEOPLE for DPO on people's pairs, SUPERVISED for fine-tuning; stages: "last" or "first".
+        """
+        # with two stages, "first" stands for one stage
+        stage_names = loop.names[-1:] if stages == "last" else loop.names[:-1]
+        return {name: (loop.from_people(name, supervised=kind == SUPERVISED),) for name in stage_names}
 
     def _looped(self, loop: CircularLoop, group: Group | None) -> tuple[dict, dict[str, Artefact]]:
-        """Run the loop of a group, and return its networks and pairs.
+        """Run the loop of a group, and return its lineage and its pairs by stage.
 
-        Without a group, stop at the first pairs, which all groups share.
+        If `group` is None, stop after the first pairs, which all groups share.
         """
         lineage = self._trained(loop, PEOPLE, "last")
         pairs: dict[str, Artefact] = {}
@@ -407,19 +455,22 @@ class Ablation:
             weighing = replace(loop.settings.weighing, use_w1=group.use_w1, use_w2=group.use_w2)
             try:
                 lineage[name] = (loop.from_loop(name, pairs[name], lineage, weighing, group.use),)
-            # the group then stays without this training, and its row of the table has no record of it
+            # the group then has no training of this stage, and its row of the table has no record of one
             except NoPairsError as error:
                 loop.say(f"Warning: {error}")
         return lineage, pairs
 
 
 def _training(artefact: Artefact) -> dict:
-    """Return the record of a training, with its artefact."""
+    """Return the record of a training, with the name of its artefact and whether it existed already."""
     return {**artefact.record, "artefact": artefact.folder.name, "reused": artefact.reused}
 
 
 def handler_of(run: CircularRun, device: str, open: Open, alone: bool) -> Ablation:
-    """Create the worker of a process; one of several processes uses a single thread."""
+    """Create the worker of a process.
+
+    Args: alone: whether this is the only process; otherwise it computes with one thread.
+    """
     # more threads than cores would slow all processes down
     if not alone:
         torch.set_num_threads(1)
@@ -430,7 +481,7 @@ def ablate(run: CircularRun, problem: Problem, folder: Path, device: str, jobs: 
     """Train and evaluate all groups on worker processes, and write the table."""
     plan = run.plan
     tasks = run.plan.tasks()
-    print(f"{len(tasks)} tasks on {jobs} processes; what they print is in {folder / 'logs'}.", flush=True)
+    print(f"{len(tasks)} tasks run on {jobs} processes. Their output is in {folder / 'logs'}.", flush=True)
     detectable_rate = detectable(
         len(problem.held_out_conditions), plan.evaluation.per_condition, len(plan.seeds)
     )
@@ -442,20 +493,24 @@ def ablate(run: CircularRun, problem: Problem, folder: Path, device: str, jobs: 
     results = pooled("ablation", tasks, handler_of, (run, device, open), jobs, folder)
     data = tabled(results, plan, run.facts(problem))
     for path in write(data, folder, "ablation", markdown, plot):
-        print(f"Written: {path}")
+        print(f"The table was written to {path}.")
     print(markdown(data))
 
 
 def tabled(results: Mapping[str, Mapping], plan: AblationPlan, facts: Mapping) -> dict:
-    """Make the table from the results of all tasks."""
-    # the base has one result, which is repeated for every seed
+    """Make the table from the results of all tasks, by name of the task."""
     seeds = plan.seeds
-    scores = {
-        x: [results[f"{seed if x != 'i' else seeds[0]}/{x}"]["scores"] for seed in seeds] for x in plan.groups
-    }
-    trained = {
-        x: [results[f"{seed}/{x}"]["trainings"] if x != "i" else {} for seed in seeds] for x in plan.groups
-    }
-    # keys are texts, as JSON has no others
+    scores = {}  # group -> result of `evaluate` for each seed
+    training_records = {}  # group -> records of the trainings for each seed
+    for letter in plan.groups:
+        if letter == "i":
+            # the base has one result and no trainings; the result is repeated for every seed
+            scores[letter] = [results[f"{seeds[0]}/i"]["scores"] for _ in seeds]
+            training_records[letter] = [{} for _ in seeds]
+            continue
+        group_results = [results[f"{seed}/{letter}"] for seed in seeds]
+        scores[letter] = [result["scores"] for result in group_results]
+        training_records[letter] = [result["trainings"] for result in group_results]
+    # the keys of a JSON object are texts
     loop = {str(seed): results[f"{seed}/pairs"] for seed in seeds if f"{seed}/pairs" in results}
-    return table(scores, seeds, trained, loop, {"training_seeds": list(seeds), **facts})
+    return table(scores, seeds, training_records, loop, {"training_seeds": list(seeds), **facts})

@@ -1,14 +1,14 @@
-"""Circular-DPO: train every stage of a generator from preferences on finished assets, from the last to the
-first.
+"""Circular-DPO: train every stage of a generator from preferences on finished assets, from the last stage to
+the first.
 
     1. The last stage is trained on people's pairs (DPO; Circular-DPO, equation 8).
-    2. Its samples and its reference's samples are decoded and encoded again; they are the pairs of the stage
-       before (loop_pairs.py).
-    3. That stage is trained on them (equation 9), selected by w1 and weighted by w2; and so on to the first
-       stage.
-Every step is an artefact (experiments/store.py): an interrupted run resumes where it was, and runs share the
-steps that they have in common. A further round repeats the steps with the networks of the round before as
-start and as reference, and with noises of its own.
+    2. Samples of the tuned stage and of its reference are decoded and encoded again. They give new pairs
+       of the previous stage (loop_pairs.py).
+    3. The previous stage is trained on these pairs (equation 9), which are selected by w1 and weighted by w2.
+       Steps 2 and 3 are repeated down to the first stage.
+Every step is an artefact (experiments/store.py): an interrupted run resumes after the last finished step, and
+runs share the steps that they have in common. A further round repeats all steps from the networks of the
+previous round, which are then also the reference, and with new noises.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -47,32 +47,35 @@ from training.distributed import SINGLE, Ranks
 from training.phases import derive_seed
 from training.progress import tqdm
 
-# stage -> the trainings that led to its network, oldest first; a missing stage has the base's network
+# name of a stage -> trainings that led to its network, the oldest first; a missing stage has the untuned
+# network
 Lineage = Mapping[str, tuple[Artefact, ...]]
 
 
-NO_BETA = 1e-6  # so small that the preference term has no gradient beside the regulariser's
+# value of beta with which the gradient of the preference term is negligible against the regulariser's
+NO_BETA = 1e-6
 
 
 @dataclass(kw_only=True)
 class CircularLoop:
-    """Steps of a run. Each step makes an artefact, or returns it if it exists."""
+    """Steps of a run of Circular-DPO. Each step makes an artefact, or returns it if it exists."""
 
     problem: Problem  # pipeline, people's pairs, reward and evaluators
     settings: CircularSettings
     store: Store  # folder of artefacts, which runs share
     ranks: Ranks = SINGLE
     use: str = PAIRS  # use of the loop's pairs, one of USES
-    bars: bool = False  # show progress bars
-    say: Callable[[str], None] = print  # prints status lines and warnings
-    _models: dict = field(default_factory=dict, repr=False)  # networks by what they were made from
+    bars: bool = False  # whether progress bars are printed
+    say: Callable[[str], None] = print  # function that prints status lines and warnings
+    _models: dict = field(default_factory=dict, repr=False)  # networks by their stage and trainings
 
     def of_round(self, number: int) -> "CircularLoop":
-        """Return the same steps with the noises, orders and adapters of a round."""
-        # the first round has the run's own seed, so that a run of one round is part of a longer one
+        """Return the same loop with the random seed of a round, counted from 1."""
+        # the first round has the seed of the run, so that its steps are the same in runs of one or more
+        # rounds
         if number == 1:
             return self
-        # later rounds have noises of their own
+        # later rounds have other noises, orders and adapters; the seed is below 2**31
         seed = derive_seed("round", self.settings.seed, number) % 2**31
         return replace(self, settings=replace(self.settings, seed=seed))
 
@@ -80,75 +83,91 @@ class CircularLoop:
 
     @property
     def names(self) -> list[str]:
-        """Names of the stages, in order."""
+        """Return the names of the stages, in order."""
         return [stage.name for stage in self.problem.pipeline.stages]
 
     def stage(self, name: str) -> ConditionedStage:
-        """Return the stage of a name."""
+        """Return the stage of this name."""
         return ConditionedStage.from_pipeline(self.problem.pipeline, name)
 
     def people(self, stage: str) -> Sequence[PreferencePair]:
-        """Return people's pairs of a stage."""
-        # of the training prompts alone
+        """Return the people's pairs of a stage whose prompts are training prompts."""
         return self.problem.train_pairs[stage]
 
     # Networks.
 
     def models(self, lineage: Lineage) -> dict[str, torch.nn.Module]:
-        """Return the tuned networks of a lineage, by stage."""
-        return {stage: self._model(stage, line) for stage, line in lineage.items() if line}
+        """Return the tuned networks of a lineage, by name of the stage."""
+        return {stage: self._model(stage, trainings) for stage, trainings in lineage.items() if trainings}
 
-    def _model(self, stage: str, line: tuple[Artefact, ...]) -> torch.nn.Module:
-        """Load the network of a stage after its trainings."""
-        key = (stage, *(training.content for training in line))
-        # each training's weights apply to the network of the one before
+    def _model(self, stage: str, trainings: tuple[Artefact, ...]) -> torch.nn.Module:
+        """Return the network of a stage after its trainings, which are given oldest first."""
+        key = (stage, *(training.content for training in trainings))
+        # the weights of a training apply to the network of the previous training
         if key not in self._models:
-            base = self._model(stage, line[:-1]) if len(line) > 1 else self.stage(stage).stage.model
-            self._models[key] = tuned_model(base, weights_of(line[-1]), merge=True)
+            base = self._model(stage, trainings[:-1]) if len(trainings) > 1 else self.stage(stage).stage.model
+            self._models[key] = tuned_model(base, weights_of(trainings[-1]), merge=True)
         return self._models[key]
 
     def _named(self, lineage: Lineage) -> dict[str, list[str]]:
-        """Return the contents of a lineage's trainings, as they go into hashes."""
+        """Return the hashes of a lineage's trainings, by stage; they become part of the hashes of later
+        steps.
+        """
         # sorted, so that equal lineages have equal hashes
         return {
-            stage: [training.content for training in line] for stage, line in sorted(lineage.items()) if line
+            stage: [training.content for training in trainings]
+            for stage, trainings in sorted(lineage.items())
+            if trainings
         }
 
     # Steps.
 
     def from_people(self, stage: str, lineage: Lineage | None = None, supervised: bool = False) -> Artefact:
-        """Train a stage on people's pairs, from the networks of `lineage`."""
+        """Train a stage on people's pairs.
+
+        Args:
+            stage: name of the stage.
+            lineage: lineage whose network of the stage training starts from; None: the untuned network.
+            supervised: whether the stage is fine-tuned on the preferred samples, in place of DPO.
+        """
         config = self.settings.sft if supervised else self.settings.human
         lineage = lineage or {}
-        # only for messages; the hash has the config
-        what = "fine-tuning on the preferred" if supervised else "DPO on people's pairs"
+        # used for messages only; the hash of the artefact contains the config
+        description = "fine-tuning on the preferred" if supervised else "DPO on people's pairs"
         return self._train(
-            stage, lineage, config, {"source": "human"}, lambda: (self.people(stage), {}), what
+            stage, lineage, config, {"source": "human"}, lambda: (self.people(stage), {}), description
         )
 
-    def pairs(self, stage: str, lineage: Lineage, before: Lineage | None = None) -> Artefact:
-        """Make the pairs of a stage by the networks of `lineage`.
+    def pairs(self, stage: str, lineage: Lineage, reference_lineage: Lineage | None = None) -> Artefact:
+        """Make the loop's pairs of a stage by the tuned networks of the stages after it.
 
-        Args: before: lineage whose network of the next stage is the reference; None: the base.
+        Args:
+            stage: name of the stage, any except the last.
+            lineage: lineage of the tuned networks.
+            reference_lineage: lineage whose network of the next stage is the reference; None: the untuned
+                network.
         """
-        before = before or {}
+        reference_lineage = reference_lineage or {}
         seed = self.settings.seed
         sampled_stage = next_stage(self.names, stage)
-        references = {sampled_stage: before[sampled_stage]} if before.get(sampled_stage) else {}
+        references = (
+            {sampled_stage: reference_lineage[sampled_stage]} if reference_lineage.get(sampled_stage) else {}
+        )
         inputs = {
             "step": "loop pairs",
             "problem": self.problem.identity,
             "stage": stage,
             "seed": seed,
-            # batch and chunk do not change the pairs
+            # the fields batch and chunk do not change the pairs, so they are not hashed
             "config": {"per_pair": self.settings.loop_pairs.per_pair},
-            # the two keys are part of the hash, as in version 0.1
-            "op": self._named({k: v for k, v in lineage.items() if k != stage}),
+            # the next two keys have the spelling of version 0.1, since they are part of the hash
+            "op": self._named({name: trainings for name, trainings in lineage.items() if name != stage}),
             "un_op": self._named(references),
         }
 
         def maker(folder: Path) -> tuple[list[Path], Mapping]:
-            human = self.people(stage)
+            # read only if the artefact has to be made
+            human_pairs = self.people(stage)
             make = LoopPairMaker.from_problem(
                 self.problem,
                 self.models(lineage),
@@ -157,15 +176,17 @@ class CircularLoop:
                 stage=stage,
                 reference_models=self.models(references),
             )
-            # the bar counts the pairs of this rank, rounded up
-            with self._bar(f"pairs for {stage}", -(-len(human) // self.ranks.world)) as bar:
-                place, figures = make_in_chunks(folder, make, human, ranks=self.ranks, on_pair=bar.update)
-            return [place], figures
+            # the bar counts the pairs of this rank; -(-a // b) divides and rounds up
+            with self._bar(f"pairs for {stage}", -(-len(human_pairs) // self.ranks.world)) as bar:
+                pairs_folder, statistics = make_in_chunks(
+                    folder, make, human_pairs, ranks=self.ranks, on_pair=bar.update
+                )
+            return [pairs_folder], statistics
 
         title = f"pairs for stage {stage!r} from samples of stage {sampled_stage!r}"
         # `make` returns an existing artefact of the same inputs
-        made = self.store.make("pairs", inputs, maker, title)
-        return replace(made, record=version_0_1.loop_pairs(made.record))
+        artefact = self.store.make("pairs", inputs, maker, title)
+        return replace(artefact, record=version_0_1.loop_pairs(artefact.record))
 
     def from_loop(
         self,
@@ -175,16 +196,24 @@ class CircularLoop:
         weighing: Weighing | None = None,
         use: str | None = None,
     ) -> Artefact:
-        """Train a stage on the loop's pairs, from the networks of `lineage`.
+        """Train a stage on the loop's pairs.
 
-        Args: weighing, use: None for those of the loop.
+        Args:
+            stage: name of the stage.
+            pairs: artefact of the loop's pairs.
+            lineage: lineage whose network of the stage training starts from.
+            weighing: selection and weights of the pairs; None: those of the loop's settings.
+            use: use of the pairs, one of USES; None: the use of the loop.
         """
-        # views of one set of pairs: groups with other weights share the artefact of the pairs
+        # selection and weights are applied after reading, so that groups of other weights share the pairs'
+        # artefact
         weighing = weighing or self.settings.weighing
         config = self.settings.loop
         use = use or self.use
+        # entries of the hash that identify the pairs of this training
         source = {"source": "loop", "pairs": pairs.content, "weighing": asdict(weighing)}
-        # the first two uses change the loss, which is in the hash already; the others change the pairs
+        # the first two uses change the loss, which is part of the hash by the config; the other uses change
+        # the pairs
         if use == REGULARISER:
             config = replace(config, dpo=replace(config.dpo, kind="sigmoid", beta=NO_BETA))
         elif use == WINNERS:
@@ -194,8 +223,9 @@ class CircularLoop:
 
         # called only if the artefact does not exist yet
         def read() -> tuple[list[PreferencePair], dict]:
-            kept, report = weighed(read_pairs(pairs.folder / "pairs", stage)[0], weighing)
-            return used(kept, use, self.settings.seed, self.people(stage)), report
+            # read_pairs returns (pairs, description)
+            selected_pairs, report = weighed(read_pairs(pairs.folder / "pairs", stage)[0], weighing)
+            return used(selected_pairs, use, self.settings.seed, self.people(stage)), report
 
         return self._train(
             stage,
@@ -213,12 +243,17 @@ class CircularLoop:
         config: TrainConfig,
         source: Mapping,
         read: Callable[[], tuple[Sequence[PreferencePair], Mapping]],
-        what: str,
+        description: str,
     ) -> Artefact:
-        """Train a stage, or return the artefact of the same training.
+        """Train a stage, or return the artefact of the same training if it exists.
 
-        Args: source: entries of the hash that identify the pairs; read: returns the pairs and a report of
-            their selection; what: description of the training for messages.
+        Args:
+            stage: name of the stage.
+            lineage: lineage whose network of the stage training starts from.
+            config: settings of the training.
+            source: entries of the hash that identify the pairs.
+            read: function that returns the pairs and a report of their selection.
+            description: description of the training for messages.
         """
         conditioned = self.stage(stage)
         config = config.at(conditioned.stage, self.settings.seed)
@@ -231,7 +266,7 @@ class CircularLoop:
             "networks": self._named(lineage),
             "pairs": source,
             # settings that do not change the result are not hashed
-            "config": {k: v for k, v in asdict(config).items() if k not in FREE},
+            "config": {name: value for name, value in asdict(config).items() if name not in FREE},
             "choosing": None if choosing is None else asdict(choosing),
             "unseen": self.problem.unseen_pairs is not None,
         }
@@ -240,12 +275,10 @@ class CircularLoop:
             pairs, report = read()
             models = self.models(lineage)
             # a win rate compares this stage with the network that it starts from; other stages are the same
-            others = {k: v for k, v in models.items() if k != stage}
-            held_out = (
-                None
-                if choosing is None
-                else choosing.held_out(self.problem, stage, others, dict(models), self.ranks)
-            )
+            other_models = {name: model for name, model in models.items() if name != stage}
+            held_out = None
+            if choosing is not None:
+                held_out = choosing.held_out(self.problem, stage, other_models, dict(models), self.ranks)
             result = train_stage(
                 conditioned.with_model(models.get(stage)),
                 pairs,
@@ -254,29 +287,35 @@ class CircularLoop:
                 held_out=held_out,
                 unseen=self.problem.choosing_pairs(stage),
                 ranks=self.ranks,
-                resume=True,  # a training that was interrupted is in the artefact's unfinished folder
+                resume=True,  # an interrupted training is in the unfinished folder of the artefact
                 say=self.say,
             )
-            # last line with figures of updates: a line of an evaluation alone has none
-            last = next((line for line in reversed(result.stats) if line.get("pairs")), None)
+            # last line with metrics of updates, since lines of evaluations have none
+            last_line = next((line for line in reversed(result.stats) if line.get("pairs")), None)
             return [result.weights], {
                 "weights": result.weights.relative_to(folder).as_posix(),
                 **result.record(),
-                "held_out_accuracies": result.measured(ACCURACY),
-                "last": last,  # shows the margins at the end of the training
+                "held_out_accuracies": result.values_of(ACCURACY),
+                "last": last_line,  # shows the margins at the end of the training
                 "pairs": len(pairs),
                 "weighing": report,
             }
 
-        return self.store.make(f"{stage}-{source['source']}", inputs, maker, f"stage {stage!r}, {what}")
+        return self.store.make(
+            f"{stage}-{source['source']}", inputs, maker, f"stage {stage!r}, {description}"
+        )
 
     def _bar(self, title: str, total: int) -> tqdm:
-        """Create a progress bar, which is hidden if the loop shows none."""
+        """Create a progress bar, which prints nothing unless `bars` is set."""
         return tqdm(total=total, desc=title, dynamic_ncols=True, disable=not self.bars)
 
     def evaluate(self, lineage: Lineage, evaluation: Evaluation) -> Artefact:
-        """Score assets of the held-out prompts by every evaluator; the record holds the scores."""
-        # the spelling of keys and values is part of the hash, as in version 0.1
+        """Score assets of the held-out prompts by every evaluator. The record of the artefact holds the
+        scores.
+
+        Args: lineage: lineage of the networks; evaluation: settings of the samples.
+        """
+        # the keys and values have the spelling of version 0.1, since they are part of the hash
         inputs = {
             "step": "judge",
             "problem": self.problem.identity,
@@ -285,40 +324,46 @@ class CircularLoop:
         }
 
         def maker(folder: Path) -> tuple[list[Path], Mapping]:
-            del folder  # scores are in the record; there are no files
+            del folder  # not used: the scores are in the record, and no files are written
             with self._bar(
                 "evaluation", evaluation.per_condition * len(self.problem.held_out_conditions)
             ) as bar:
                 return [], evaluate(self.problem, self.models(lineage), evaluation, bar.update, spreads=True)
 
-        names = ", ".join(k for k, v in lineage.items() if v) or "none"
+        names = ", ".join(stage for stage, trainings in lineage.items() if trainings) or "none"
         return self.store.make("scores", inputs, maker, f"scores of the generator with tuned stages: {names}")
 
 
 def check(problem: Problem) -> None:
-    """Raise ValueError for a problem that no loop can be run on."""
+    """Raise ValueError if the loop cannot be run on a problem.
+
+    It needs a pipeline of at least two stages and a reward of finished assets.
+    """
     stages = [stage.name for stage in problem.pipeline.stages]
-    # the loop passes preferences from one stage to the one before
+    # the loop passes preferences from a stage to the previous one
     if len(stages) < 2:
-        remedy = f"One stage needs no loop: --stage={stages[0]}."
+        remedy = f"Train the single stage without the loop by --stage={stages[0]}."
         raise ValueError(
-            f"circular: the loop needs a pipeline of two stages or more, got {', '.join(stages)}. {remedy}"
+            f"circular: the loop needs at least two stages, but this generator has only {', '.join(stages)}."
+            f" {remedy}"
         )
     if problem.reward is None:
         raise ValueError(
-            "circular: the loop needs a reward of finished assets, and this generator has none. Train its"
-            " stages by themselves: --stage."
+            "circular: the loop needs a reward of finished assets, but this generator has none. Train one"
+            " stage without the loop by --stage=NAME."
         )
 
 
 def run_loop(
     loop: CircularLoop, on_step: Callable[[dict], None] = lambda step: None
 ) -> tuple[Lineage, list[dict]]:
-    """Run the whole loop, `settings.rounds` times.
+    """Run the loop `settings.rounds` times.
 
-    Returns the trainings of every stage, and a description of each step. A round in which no pairs are left
-    for a stage ends the loop. If it is the first round, the stages tuned so far are the result; otherwise the
-    networks of the round before are.
+    Returns the lineage with the trainings of every stage, and a description of each step as JSON. If all
+    pairs of a stage are dropped, the loop ends. In the first round, the stages tuned so far are then the
+    result. In a later round, the networks of the previous round are the result.
+
+    Args: loop: steps of the run; on_step: function that is called with the description of each finished step.
     """
     stages = loop.names
     lineage: dict[str, tuple[Artefact, ...]] = {}
@@ -339,15 +384,15 @@ def run_loop(
         return artefact
 
     for number in range(1, loop.settings.rounds + 1):
-        before = dict(lineage)  # start and reference of this round
+        previous_lineage = dict(lineage)  # networks that this round starts from, and its reference
         this_round = loop.of_round(number)
-        tuned = done(number, "people", stages[-1], this_round.from_people(stages[-1], before))
-        lineage[stages[-1]] = (*before.get(stages[-1], ()), tuned)
+        training = done(number, "people", stages[-1], this_round.from_people(stages[-1], previous_lineage))
+        lineage[stages[-1]] = (*previous_lineage.get(stages[-1], ()), training)
         try:
             for stage in reversed(stages[:-1]):
-                pairs = done(number, "pairs", stage, this_round.pairs(stage, lineage, before))
-                tuned = done(number, "loop", stage, this_round.from_loop(stage, pairs, lineage))
-                lineage[stage] = (*before.get(stage, ()), tuned)
+                pairs = done(number, "pairs", stage, this_round.pairs(stage, lineage, previous_lineage))
+                training = done(number, "loop", stage, this_round.from_loop(stage, pairs, lineage))
+                lineage[stage] = (*previous_lineage.get(stage, ()), training)
         except NoPairsError as error:
             if number == 1:
                 loop.say(
@@ -355,31 +400,40 @@ def run_loop(
                     f" {', '.join(lineage)}. {error}"
                 )
                 return lineage, steps
-            # a round that is incomplete is dropped as a whole
+            # the trainings of an incomplete round are not part of the result
             loop.say(
                 f"Warning: round {number} has no pairs to train on, so the networks of round {number - 1} are"
                 f" the result. {error}"
             )
-            return before, steps
+            return previous_lineage, steps
     return lineage, steps
 
 
 def weights_of(training: Artefact) -> Path:
-    """Return the folder of a training's weights."""
+    """Return the folder of the weights of a training."""
     return training.folder / training.record["weights"]
 
 
-def whole_weights(loop: CircularLoop, stage: str, line: Sequence[Artefact], place: Path) -> Path:
-    """Return the folder of a stage's weights: its training's, or after several rounds `place`.
+def whole_weights(
+    loop: CircularLoop, stage: str, trainings: Sequence[Artefact], network_folder: Path
+) -> Path:
+    """Return the folder of a stage's weights.
 
-    After several rounds the whole network is written to `place`, since the weights of the last training alone
-    apply to the network of the round before.
+    After one round it is the folder of the training. After several rounds, all parameters of the network are
+    written to `network_folder`, which is returned. The weights of the last training would not be enough,
+    since they apply to the network of the previous round.
+
+    Args:
+        loop: steps of the run.
+        stage: name of the stage.
+        trainings: trainings of the stage, the oldest first.
+        network_folder: folder for the network after several rounds.
     """
-    if len(line) == 1:
-        return weights_of(line[0])
+    if len(trainings) == 1:
+        return weights_of(trainings[0])
     save_policy(
-        loop.models({stage: tuple(line)})[stage],
-        place,
-        {"trainings": [training.folder.name for training in line]},
+        loop.models({stage: tuple(trainings)})[stage],
+        network_folder,
+        {"trainings": [training.folder.name for training in trainings]},
     )
-    return place
+    return network_folder

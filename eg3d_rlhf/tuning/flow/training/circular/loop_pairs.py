@@ -1,25 +1,28 @@
 """Make the loop's pairs of a stage from samples of the next stage, select them (w1), and weight them (w2).
 
-No gradient passes from one stage to the one before, so that preferences are passed on by pairs instead. For
-each human pair (Circular-DPO, section 4.2 and appendix C.3), with i the stage to be trained:
-    1. the preferred asset's own latent of stage i is handed to stage i + 1, for both sides alike;
-    2. stage i + 1 is sampled with it twice from the same noise: the tuned sample (the paper's "op") from the
-       tuned network, and the reference sample from its reference; later stages, if there are any, are the
-       same for both;
-    3. both are decoded to assets, scored, and encoded back: their latents of stage i are the new pair, with
-       the tuned sample preferred.
-The two latents differ only where decoding changed what encoding sees. Pairs whose latents are equal are
-marked in `provenance`, since with shared noise they have the loss log 2 and no gradient. Of the others, w1
-selects and w2 weights (equations 10-14):
+No gradient passes from a stage to the previous one, so preferences are passed on by new pairs instead. They
+are made from each human pair in three steps (Circular-DPO, section 4.2 and appendix C.3), with i the stage to
+be trained:
+    1. The latent of stage i of the preferred asset is handed to stage i + 1.
+    2. Stage i + 1 is sampled with it twice from the same noise: the tuned sample (the paper's "op") from the
+       tuned network, and the reference sample from the reference network. Later stages, if there are any, are
+       the same for both samples.
+    3. Both samples are decoded to assets, scored, and encoded back. Their latents of stage i are
+       the new pair, with the tuned sample preferred.
+The two latents of a pair differ only if decoding gave assets that are encoded differently. Pairs whose
+latents are equal are marked in `provenance`, since with shared noise they have the loss log 2 and no
+gradient. The remaining pairs are selected by w1 and weighted by w2 (equations 10-14):
 
     w1 = G_preferred - G_rejected,  G = 2^P - 1,  P_i = 2 C_i / (n (n - 1)),
          C_i the comparisons that candidate i of n wins by reward
-    w2 = sigmoid(r_preferred - r_rejected) / its mean over the pairs that are kept
+    w2 = sigmoid(r_preferred - r_rejected) / its mean over the selected pairs,  r the reward
 
-With one reward and the paper's threshold of 0, w1 keeps a pair exactly if its reward gap is positive,
-independent of the other candidates.
-Deviates: one sentence of appendix C.3 pairs generated assets with the original ones; here, as in algorithm 1
-and equation 11, the rejected sample is the reference's.
+The candidates are both samples of all pairs of a prompt. With one reward and the paper's threshold of 0, w1
+selects a pair exactly if its reward gap r_preferred - r_rejected is positive. The other candidates then have
+no influence.
+
+Deviates: one sentence of appendix C.3 pairs generated assets with the original ones; here, as in
+algorithm 1 and equation 11, the rejected sample is the reference's.
 """
 
 import os
@@ -56,22 +59,28 @@ SAME = "same_structure"  # key in a pair's provenance
 
 
 def next_stage(stages: Sequence[str], stage: str) -> str:
-    """Return the stage whose samples pairs of `stage`, any but the last, are made from."""
+    """Return the name of the stage after `stage`, from whose samples the pairs of `stage` are made.
+
+    Args: stages: names of all stages, in order; stage: any of them except the last.
+    """
     return stages[stages.index(stage) + 1]
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoopPairMaker:
-    """Maker of new pairs of a stage from pairs of people."""
+    """Maker of new pairs of a stage from people's pairs."""
 
     pipeline: Pipeline
-    reward: AssetReward  # of finished assets
+    reward: AssetReward  # reward of finished assets
     stage: str  # name of the stage to be trained
-    tuned_models: Models  # tuned networks by stage; that of the next stage is among them
-    # references by stage; only that of the next stage is used: later stages are tuned_models' on both sides
+    tuned_models: Models  # tuned networks by stage; the next stage is among them
+    # reference networks by stage; only the one of the next stage is used, since both samples of a pair have
+    # the same later stages, those of tuned_models
     reference_models: Models
     config: LoopPairsConfig
-    seed: int  # of the noises, together with the human pair's id, so that chunks do not change the result
+    # seed of the noises, which also depend on the id of the human pair, so that chunks do not change the
+    # result
+    seed: int
 
     @classmethod
     def from_problem(
@@ -84,9 +93,9 @@ class LoopPairMaker:
         stage: str,
         reference_models: Models | None = None,
     ) -> "LoopPairMaker":
-        """Take the pipeline and the reward of a problem.
+        """Create the maker with the pipeline and the reward of a problem.
 
-        Args: reference_models: None for the pipeline's own networks.
+        Args: reference_models: reference networks by stage; None: the pipeline's own networks.
         """
         # `check` has rejected problems without a reward
         assert problem.reward is not None
@@ -103,82 +112,100 @@ class LoopPairMaker:
     def __call__(
         self, pairs: Sequence[PreferencePair], on_pair: Callable[[int], None] | None = None
     ) -> list[PreferencePair]:
-        """Make pairs. Args: pairs: human pairs of the stage; on_pair: receives the number done."""
+        """Make the new pairs.
+
+        Args:
+            pairs: human pairs of the stage.
+            on_pair: function that is called with the number of human pairs that were just done.
+        """
         sampled_stage = next_stage([stage.name for stage in self.pipeline.stages], self.stage)
         assert sampled_stage in self.tuned_models
-        # both sides differ in the network of the next stage alone
-        references = {k: v for k, v in self.tuned_models.items() if k != sampled_stage} | {
-            k: v for k, v in self.reference_models.items() if k == sampled_stage
-        }
-        # batch counts assets; each human pair gives per_pair of them on each side
+        # tuned and reference samples differ in the network of the next stage alone
+        references = {name: model for name, model in self.tuned_models.items() if name != sampled_stage}
+        if sampled_stage in self.reference_models:
+            references[sampled_stage] = self.reference_models[sampled_stage]
+        # `batch` is a number of assets; each human pair gives per_pair tuned and per_pair reference samples
         per_batch = max(1, self.config.batch // self.config.per_pair)
-        made = []
+        new_pairs = []
         for i in range(0, len(pairs), per_batch):
-            part = pairs[i : i + per_batch]
-            made += self._batch(part, (self.tuned_models, references), sampled_stage)
+            batch_pairs = pairs[i : i + per_batch]
+            new_pairs += self._batch(batch_pairs, (self.tuned_models, references), sampled_stage)
             if on_pair:
-                on_pair(len(part))
-        return made
+                on_pair(len(batch_pairs))
+        return new_pairs
 
     @torch.no_grad()
     def _batch(
-        self, pairs: Sequence[PreferencePair], sides: Sequence[Models], sampled_stage: str
+        self, pairs: Sequence[PreferencePair], networks_of_samples: Sequence[Models], sampled_stage: str
     ) -> list[PreferencePair]:
-        """Make the pairs of a batch. Args: sides: networks of the tuned and of the reference samples."""
+        """Make the new pairs of a batch of human pairs.
+
+        Args:
+            pairs: human pairs of the batch.
+            networks_of_samples: networks by stage, first those of the tuned samples and then those of the
+                reference samples.
+            sampled_stage: name of the next stage, which is sampled.
+        """
         config = self.config
         stage = self.stage
         device = next(self.pipeline.stages[0].model.parameters()).device
-        # step 1: what the preferred latents hand to the next stage
-        given = self.pipeline.advance(stage, collate([pair.preferred for pair in pairs]).to(device))
-        rows = [
-            (pair, places, k)
-            for pair, places in zip(pairs, given, strict=True)
+        # step 1: the preferred latents give the voxels of the next stage
+        pair_voxels = self.pipeline.advance(stage, collate([pair.preferred for pair in pairs]).to(device))
+        sample_inputs = [
+            (pair, voxels, k)
+            for pair, voxels in zip(pairs, pair_voxels, strict=True)
             for k in range(config.per_pair)
         ]
-        prompts = [pair.condition for pair, _, _ in rows]
-        # one seed for both sides
-        seeds = [derive_seed("loop", self.seed, stage, pair.id, k) % 2**31 for pair, _, k in rows]
-        stages_given = {sampled_stage: [places for _, places, _ in rows]}
-        latents = []  # of the stage, one list for each side
-        rewards = []  # [n] for each side
-        for models in sides:
+        prompts = [pair.condition for pair, _, _ in sample_inputs]
+        # the tuned and the reference sample of a new pair have the same seed, which is below 2**31
+        seeds = [derive_seed("loop", self.seed, stage, pair.id, k) % 2**31 for pair, _, k in sample_inputs]
+        voxels_by_stage = {sampled_stage: [voxels for _, voxels, _ in sample_inputs]}
+        latents = []  # latents of the stage: a list for the tuned and one for the reference samples
+        rewards = []  # rewards [n] of the tuned and of the reference samples
+        for models in networks_of_samples:
             # steps 2 and 3
-            assets = generate(self.pipeline, prompts, seeds, models, config.batch, stages_given)
+            assets = generate(self.pipeline, prompts, seeds, models, config.batch, voxels_by_stage)
             rewards.append(self.reward(assets, prompts).detach().float().cpu())
-            latents.append([to_cpu(encoded[stage]) for encoded in self.pipeline.encode(assets)])
-        # w1 compares rewards, and a comparison with NaN is always false
+            latents.append([to_cpu(stage_latents[stage]) for stage_latents in self.pipeline.encode(assets)])
+        # w1 compares rewards, and a comparison with NaN would always be false
         if not all(bool(values.isfinite().all()) for values in rewards):
             raise ValueError(
-                f"loop pairs: expected finite rewards, got {rewards[0].tolist()} and {rewards[1].tolist()}."
-                " Correct the reward."
+                f"loop pairs: some rewards are not finite: {rewards[0].tolist()} and {rewards[1].tolist()}."
+                " Check the program of the reward for NaN and infinite values."
             )
-        made = [
+        new_pairs = [
             PreferencePair(
                 id=f"{pair.id}/{k}",
                 condition=pair.condition,
                 stage=stage,
-                preferred=tuned,
-                rejected=reference,
+                preferred=tuned_latent,
+                rejected=reference_latent,
                 source="loop",
                 reward_preferred=float(rewards[0][n]),
                 reward_rejected=float(rewards[1][n]),
                 provenance={"human_pair": pair.id, "noise_seed": seeds[n], "sampled_stage": sampled_stage},
             )
-            for n, ((pair, _, k), tuned, reference) in enumerate(zip(rows, *latents, strict=True))
+            for n, ((pair, _, k), tuned_latent, reference_latent) in enumerate(
+                zip(sample_inputs, *latents, strict=True)
+            )
         ]
-        # recorded here, so that it is measured once: latents are compared element by element
-        return [replace(pair, provenance={**pair.provenance, SAME: same_structure(pair)}) for pair in made]
+        # the comparison of latents, element by element, is recorded in the pair, so that it is done only once
+        return [
+            replace(pair, provenance={**pair.provenance, SAME: same_structure(pair)}) for pair in new_pairs
+        ]
 
 
 def with_roles(pairs: Sequence[PreferencePair], roles: str) -> list[PreferencePair]:
-    """Return pairs whose preferred sample is the tuned network's ("tuned", as in the paper), or the one with
-    the higher reward ("reward").
+    """Return the pairs with the preferred sample that `roles` asks for.
+
+    With "tuned", as in the paper, the tuned network's sample is preferred, and pairs are returned unchanged.
+    With "reward", pairs whose rejected sample has the higher reward are inverted.
     """
     return [inverted(pair) if roles == REWARD and pair.reward_gap < 0 else pair for pair in pairs]
 
 
 def inverted(pair: PreferencePair) -> PreferencePair:
-    """Exchange the preferred and the rejected sample, and record it in the provenance."""
+    """Return the pair with preferred and rejected sample exchanged, which is recorded in its provenance."""
     return replace(
         pair,
         preferred=pair.rejected,
@@ -197,69 +224,88 @@ def make_in_chunks(
     ranks: Ranks = SINGLE,
     on_pair: Callable[[int], None] | None = None,
 ) -> tuple[Path, Mapping]:
-    """Make pairs from all human pairs into folder/pairs.
+    """Make new pairs from all human pairs, and write them to folder/pairs.
 
-    Ranks make chunks in turn. A finished chunk stays on the disk, so that an interrupted call can be resumed.
+    The ranks make chunks of pairs alternately. A finished chunk stays on the disk until all chunks are
+    finished, so that an interrupted call can be resumed.
 
-    Returns: that folder, and figures of the pairs.
+    Returns the path folder/pairs, and statistics of the pairs (see summarise_pairs), which are empty on all
+    ranks but 0.
+
+    Args:
+        folder: folder for the result and the chunks.
+        make: maker of the pairs.
+        human: all human pairs of the stage.
+        ranks: this process among the processes that work together.
+        on_pair: function that is called with the number of human pairs that were just done.
     """
-    starts = range(0, len(human), make.config.chunk)
+    chunk_starts = range(0, len(human), make.config.chunk)
     chunks = folder / "chunks"
-    for number, start in list(enumerate(starts))[ranks.rank :: ranks.world]:
-        part = human[start : start + make.config.chunk]
-        place = chunks / f"{number:05d}"
-        # finished before an interruption; the progress bar counts it all the same
-        if place.exists():
+    # this rank makes every world-th chunk
+    for number, chunk_start in list(enumerate(chunk_starts))[ranks.rank :: ranks.world]:
+        chunk_pairs = human[chunk_start : chunk_start + make.config.chunk]
+        chunk_folder = chunks / f"{number:05d}"
+        # finished before an interruption; the progress bar counts its pairs, too
+        if chunk_folder.exists():
             if on_pair:
-                on_pair(len(part))
+                on_pair(len(chunk_pairs))
             continue
-        made = make(part, on_pair)
-        # what an interrupted call has left of this chunk
-        unfinished = place.with_suffix(".part")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        write_pairs(unfinished, made, {"seed": make.seed, "chunk": number})
-        # atomic: a folder of the final name is always complete
-        os.replace(unfinished, place)
+        new_pairs = make(chunk_pairs, on_pair)
+        # an interrupted call may have left an incomplete folder of this chunk
+        unfinished_folder = chunk_folder.with_suffix(".part")
+        shutil.rmtree(unfinished_folder, ignore_errors=True)
+        write_pairs(unfinished_folder, new_pairs, {"seed": make.seed, "chunk": number})
+        # renaming is atomic, so a folder of the final name is always complete
+        os.replace(unfinished_folder, chunk_folder)
     ranks.barrier()
     # rank 0 alone joins the chunks
     if not ranks.main:
         return folder / "pairs", {}
-    pairs = [
-        pair for number in range(len(starts)) for pair in read_pairs(chunks / f"{number:05d}", make.stage)[0]
-    ]
+    pairs: list[PreferencePair] = []
+    for number in range(len(chunk_starts)):
+        # read_pairs returns (pairs, description)
+        pairs += read_pairs(chunks / f"{number:05d}", make.stage)[0]
     shutil.rmtree(folder / "pairs", ignore_errors=True)
     meta = {"seed": make.seed, "stage": make.stage, "source": "loop", "config": asdict(make.config)}
     write_pairs(folder / "pairs", pairs, meta)
     shutil.rmtree(chunks)
-    return folder / "pairs", figures(pairs)
+    return folder / "pairs", summarise_pairs(pairs)
 
 
-def figures(pairs: Sequence[PreferencePair]) -> Mapping:
-    """Summarise the pairs, before any of them is dropped."""
+def summarise_pairs(pairs: Sequence[PreferencePair]) -> Mapping:
+    """Summarise all new pairs, before any of them is dropped, as JSON.
+
+    The summary has the number of pairs, the share of pairs whose two latents differ (changed_structure), the
+    share of pairs whose tuned sample has the higher reward, and mean and standard deviation of the reward
+    gap.
+    """
     if not pairs:
         return {"pairs": 0}
-    # reward of the preferred sample minus that of the rejected one, before any roles are exchanged
+    # reward of the tuned sample minus that of the reference sample, since roles are not exchanged yet
     gaps = torch.tensor([pair.reward_gap for pair in pairs], dtype=torch.float64)
-    changed = torch.tensor([not pair.provenance[SAME] for pair in pairs])
+    has_changed = torch.tensor([not pair.provenance[SAME] for pair in pairs])
     return {
         "pairs": len(pairs),
-        "changed_structure": float(changed.double().mean()),
+        "changed_structure": float(has_changed.double().mean()),
         "tuned_rewarded": float((gaps > 0).double().mean()),
         "tuned_rewarded_where_changed": (
-            float((gaps[changed] > 0).double().mean()) if bool(changed.any()) else None
+            float((gaps[has_changed] > 0).double().mean()) if bool(has_changed.any()) else None
         ),
         "reward_gap_mean": float(gaps.mean()),
         "reward_gap_std": float(gaps.std(correction=0)),
     }
 
 
-EQUAL = 1e-5  # of the largest value; latents that differ by less are one structure that was encoded twice
+# largest difference, as a share of the largest value, of latents that count as one structure encoded twice
+EQUAL = 1e-5
 
 
 def win_shares(rewards: torch.Tensor) -> torch.Tensor:
-    """Compute P of each candidate, rewards [n] -> [n] float64 that sum to 1 (Circular-DPO, equations 10-14).
+    """Compute P of each of n candidates from their rewards, [n] -> [n] float64 (Circular-DPO, equations
+    10-14).
 
-    An equal reward is half a win for both.
+    P is the share of all comparisons that a candidate wins, so the result sums to 1. Of equal rewards, both
+    win half a comparison.
 
     >>> win_shares(torch.tensor([3.0, 1.0, 2.0]))
     tensor([0.6667, 0.0000, 0.3333], dtype=torch.float64)
@@ -268,13 +314,16 @@ def win_shares(rewards: torch.Tensor) -> torch.Tensor:
     assert n > 1 and bool(torch.isfinite(rewards).all())
     # [n, n]: row i holds the wins of candidate i
     wins = (rewards[:, None] > rewards).double() + 0.5 * (rewards[:, None] == rewards).double()
-    return 2 * (wins.sum(1) - 0.5) / (n * (n - 1))  # less the half win against itself
+    return 2 * (wins.sum(1) - 0.5) / (n * (n - 1))  # - 0.5: without the half win against itself
 
 
 def w1(rewards: torch.Tensor, preferred: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
-    """Compute w1 of pairs among candidates, [P] float64.
+    """Compute w1 of P pairs among the candidates of one prompt, [P] float64.
 
-    Args: rewards [n] of all candidates of one condition; preferred, rejected [P] int64 indices into them.
+    Args:
+        rewards: rewards of all n candidates of the prompt, [n].
+        preferred: index of the preferred candidate of each pair, [P] int64.
+        rejected: index of the rejected candidate of each pair, [P] int64.
     """
     # G = 2^P - 1 of every candidate, [n]
     gains = torch.exp2(win_shares(rewards)) - 1
@@ -282,121 +331,147 @@ def w1(rewards: torch.Tensor, preferred: torch.Tensor, rejected: torch.Tensor) -
 
 
 def w2(gaps: torch.Tensor) -> torch.Tensor:
-    """Compute w2 from the reward gaps of the kept pairs, [P] -> [P] float64: sigmoid divided by its mean."""
+    """Compute w2 from the reward gaps of the selected pairs, [P] -> [P] float64.
+
+    It is the sigmoid of the gap, divided by the mean of all these sigmoids.
+    """
     weights = torch.sigmoid(gaps.double())
     # mean 1, so that weighting does not change the size of the loss
     return weights / weights.mean()
 
 
 def same_structure(pair: PreferencePair) -> bool:
-    """Return whether both latents are equal up to rounding, so that the pair has no gradient.
+    """Return True if both latents are equal up to rounding, so that the pair has no gradient.
 
-    An entry "same_structure" in `provenance` is returned as it is.
+    If the entry "same_structure" of `provenance` is there, its value is returned without a comparison.
     """
     if pair.provenance.get(SAME) is not None:
         return bool(pair.provenance[SAME])
-    # both latents are of one form
-    a = pair.preferred
-    b = pair.rejected
-    if isinstance(a, SparseSample) and isinstance(b, SparseSample):
-        if len(a.coords) != len(b.coords):
+    # both latents have the same form
+    preferred = pair.preferred
+    rejected = pair.rejected
+    if isinstance(preferred, SparseSample) and isinstance(rejected, SparseSample):
+        if len(preferred.coords) != len(rejected.coords):
             return False
-        # the order of voxels has no meaning, so both are sorted by place
-        a_order = torch.argsort(a.places)
-        b_order = torch.argsort(b.places)
-        if not torch.equal(a.coords[a_order], b.coords[b_order]):
+        # the order of voxels has no meaning, so the voxels of both are sorted by their index in the grid
+        preferred_order = torch.argsort(preferred.places)
+        rejected_order = torch.argsort(rejected.places)
+        if not torch.equal(preferred.coords[preferred_order], rejected.coords[rejected_order]):
             return False
-        x = a.feats[a_order]
-        y = b.feats[b_order]
+        preferred_feats = preferred.feats[preferred_order]
+        rejected_feats = rejected.feats[rejected_order]
     else:
-        x = feats_of(a)
-        y = feats_of(b)
-    return bool((x - y).abs().max() <= EQUAL * x.abs().max())
+        preferred_feats = feats_of(preferred)
+        rejected_feats = feats_of(rejected)
+    return bool((preferred_feats - rejected_feats).abs().max() <= EQUAL * preferred_feats.abs().max())
 
 
 def weigh(
     pairs: Sequence[PreferencePair], use_w1: bool = True, use_w2: bool = True
 ) -> tuple[list[PreferencePair], dict]:
-    """Select pairs and fill in their w1 and w2; also report how many were dropped and why.
+    """Select pairs and fill in their w1 and w2.
 
-    Pairs of one structure are dropped first, then, with `use_w1`, those with w1 <= 0. The candidates of a
-    prompt are both samples of all its pairs. Without `use_w1`, w1 is filled in but drops nothing; without
-    `use_w2`, w2 stays empty and all pairs count alike.
-    Raises: ValueError for pairs without finite rewards if these are needed.
+    Returns the selected pairs, and a report (JSON) with the number of dropped pairs by reason and statistics
+    of w1, w2 and the reward gaps.
+
+    Pairs whose latents have the same structure are dropped first, then, with `use_w1`, pairs with w1 <= 0.
+    The candidates of a prompt are both samples of all its pairs. Without `use_w1`, w1 is filled in but drops
+    nothing. Without `use_w2`, w2 stays empty and all pairs count alike.
+
+    Raises: ValueError for pairs without finite rewards if w1 or w2 is used.
     """
     check_unique("weigh", pairs)
-    differing = [p for p in pairs if not same_structure(p)]
+    differing_pairs = [p for p in pairs if not same_structure(p)]
     # first pair without rewards, for the message
-    unscored = next((p for p in pairs if not p.scored), None)
-    scored = bool(pairs) and unscored is None
-    if (use_w1 or use_w2) and unscored is not None:
+    unscored_pair = next((p for p in pairs if not p.scored), None)
+    all_scored = bool(pairs) and unscored_pair is None
+    if (use_w1 or use_w2) and unscored_pair is not None:
         raise ValueError(
-            f"weigh: expected both rewards on every pair, but {unscored.id} has none. Score the assets first."
+            f"weigh: the pair {unscored_pair.id} has no rewards of its two samples, but w1 and w2 need them."
+            " Score the assets first."
         )
-    values: dict[str, float] = {}  # id -> w1
-    # of all pairs, those of one structure included: they are candidates, too
-    for group in by_condition(pairs).values() if scored else ():
+    w1_by_id: dict[str, float] = {}  # id -> w1
+    # all pairs are candidates, also pairs whose latents have the same structure
+    for group in by_condition(pairs).values() if all_scored else ():
         rewards = torch.tensor(
             [p.rewards[0] for p in group] + [p.rewards[1] for p in group], dtype=torch.float64
         )
         # the preferred samples come first, then the rejected ones
-        first, second = torch.arange(len(rewards)).chunk(2)
-        values |= zip((p.id for p in group), w1(rewards, first, second).tolist(), strict=True)
-    kept = [p for p in differing if not use_w1 or values[p.id] > 0]
-    weights: list[float | None] = [None] * len(kept)
-    # after the selection: the mean of w2 is taken over the kept pairs
-    if use_w2 and kept:
-        weights = w2(torch.tensor([p.reward_gap for p in kept], dtype=torch.float64)).tolist()
-    columns = [replace(p, w1=values.get(p.id), w2=w) for p, w in zip(kept, weights, strict=True)]
+        preferred_indices, rejected_indices = torch.arange(len(rewards)).chunk(2)
+        # w1 is computed for all pairs of a prompt at once
+        w1_by_id |= zip(
+            (p.id for p in group), w1(rewards, preferred_indices, rejected_indices).tolist(), strict=True
+        )
+    selected_pairs = [p for p in differing_pairs if not use_w1 or w1_by_id[p.id] > 0]
+    weights: list[float | None] = [None] * len(selected_pairs)
+    # computed after the selection, since the mean of w2 is taken over the selected pairs
+    if use_w2 and selected_pairs:
+        weights = w2(torch.tensor([p.reward_gap for p in selected_pairs], dtype=torch.float64)).tolist()
+    weighted_pairs = [
+        replace(p, w1=w1_by_id.get(p.id), w2=weight)
+        for p, weight in zip(selected_pairs, weights, strict=True)
+    ]
     report = {
         "pairs": len(pairs),
-        "kept": len(kept),
-        "dropped": {"same_structure": len(pairs) - len(differing), "w1": len(differing) - len(kept)},
-        "w1": _summary([values[p.id] for p in differing] if scored else []),
-        "w2": _summary([w for w in weights if w is not None]),
-        "reward_gap": _summary([p.reward_gap for p in kept] if scored else []),
+        "kept": len(selected_pairs),
+        "dropped": {
+            "same_structure": len(pairs) - len(differing_pairs),
+            "w1": len(differing_pairs) - len(selected_pairs),
+        },
+        "w1": _summary([w1_by_id[p.id] for p in differing_pairs] if all_scored else []),
+        "w2": _summary([weight for weight in weights if weight is not None]),
+        "reward_gap": _summary([p.reward_gap for p in selected_pairs] if all_scored else []),
     }
-    return columns, report
+    return weighted_pairs, report
 
 
 def _summary(values: Sequence[float]) -> dict[str, float] | None:
+    """Return mean, minimum and maximum of values, or None if there are no values."""
     return {"mean": sum(values) / len(values), "min": min(values), "max": max(values)} if values else None
 
 
 class NoPairsError(ValueError):
-    """Error of a loop in which no pair is left to train on."""
+    """Error of a loop in which all pairs of a stage were dropped, so that it cannot be trained."""
 
 
 def weighed(pairs: Sequence[PreferencePair], weighing: Weighing) -> tuple[list[PreferencePair], dict]:
-    """Select and weight the loop's pairs for training, and report those that are dropped.
+    """Select and weight the loop's pairs for training, see `weigh`.
 
-    Raises: NoPairsError if none is left.
+    Returns the selected pairs and the report.
+
+    Raises: NoPairsError if all pairs are dropped.
     """
-    kept, report = weigh(with_roles(pairs, weighing.roles), weighing.use_w1, weighing.use_w2)
-    if not kept:
-        dropped = ", ".join(f"{reason} {n}" for reason, n in report["dropped"].items())
-        got = f"got none of {len(pairs)} ({dropped})"
+    selected_pairs, report = weigh(with_roles(pairs, weighing.roles), weighing.use_w1, weighing.use_w2)
+    if not selected_pairs:
+        dropped_counts = ", ".join(f"{reason} {n}" for reason, n in report["dropped"].items())
         raise NoPairsError(
-            f"loop: expected pairs to train on, {got}. Train the next stage further, or make more pairs"
-            " (--set loop_pairs=N)."
+            f"loop: all {len(pairs)} pairs were dropped ({dropped_counts}), so there is nothing to train on."
+            " Train the next stage further, or make more pairs (--set loop_pairs=N)."
         )
-    return kept, report
+    return selected_pairs, report
 
 
 def used(
     pairs: Sequence[PreferencePair], use: str, seed: int, human_pairs: Sequence[PreferencePair]
 ) -> list[PreferencePair]:
-    """Return the pairs that a control trains on in place of the loop's kept pairs.
+    """Return the pairs that a control trains on in place of the loop's selected pairs.
 
-    Args: use: one of USES; seed: of the random inversions.
+    For the uses that change only the loss, the pairs are returned unchanged.
+
+    Args:
+        pairs: selected pairs of the loop.
+        use: use of the pairs, one of USES.
+        seed: seed of the random inversions.
+        human_pairs: all people's pairs of the stage.
     """
-    # the people's pairs from which the kept pairs were made, so that their number is similar
+    # only the people's pairs from which the selected pairs were made, so that their number is similar
     if use == PEOPLES:
-        origins = {pair.provenance["human_pair"] for pair in pairs}
-        return [pair for pair in human_pairs if pair.id in origins]
+        human_ids = {pair.provenance["human_pair"] for pair in pairs}
+        return [pair for pair in human_pairs if pair.id in human_ids]
     if use == INVERTED:
         return [inverted(pair) for pair in pairs]
     if use == RANDOMISED:
-        # the random stream keeps its name, so that seeds give the same inversions as in version 0.1
+        # the name of the random stream is that of version 0.1, so that seeds give the same inversions as
+        # there
         return [inverted(pair) if derive_seed("coin", seed, pair.id) % 2 else pair for pair in pairs]
     return list(pairs)

@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 REWARD = "reward"
 TUNED = "tuned"
 ROLES = (TUNED, REWARD)
-# Uses of the loop's pairs: unchanged; only the regulariser of their loss; the pairs with a random half or all
-# of them inverted; fine-tuning on their preferred samples; and the people's pairs that they were made from.
+# Uses of the loop's pairs, in the order of USES: the pairs unchanged; only the regulariser of their loss; the
+# pairs with a random half of them inverted; all pairs inverted; fine-tuning on their preferred samples; and
+# the people's pairs that the loop's pairs were made from.
 PAIRS, REGULARISER, RANDOMISED, INVERTED, WINNERS, PEOPLES = USES = (
     "pairs",
     "regulariser",
@@ -36,10 +37,14 @@ class LoopPairsConfig(Knobs):
     """Settings of how the loop's pairs are made."""
 
     per_pair: int = _loop(
-        1, "New pairs for each human pair; each has a noise of its own.", name="loop_pairs", low=1, rare=True
+        1,
+        "Number of new pairs that are made from each human pair. Each new pair has its own noise.",
+        name="loop_pairs",
+        low=1,
+        rare=True,
     )
-    batch: int = 16  # assets at once; bounds memory, and does not change the result beyond rounding
-    chunk: int = 64  # human pairs in a chunk; finished chunks survive an interruption
+    batch: int = 16  # number of assets at once; bounds memory, changes the result only by rounding
+    chunk: int = 64  # number of human pairs in a chunk; finished chunks survive an interruption
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,11 +52,11 @@ class Weighing(Knobs):
     """Selection and weights of the loop's pairs; the pairs themselves do not depend on them."""
 
     use_w1: bool = True  # drop pairs whose tuned sample has no higher reward
-    use_w2: bool = True  # weight the others by the difference of the rewards
+    use_w2: bool = True  # weight the remaining pairs by the difference of their rewards
     roles: str = _loop(
         TUNED,
-        "Preferred sample of a pair: the tuned network's, as in the paper, or the one with the higher"
-        " reward.",
+        "Preferred sample of a loop pair. tuned: the sample of the tuned network, as in the paper; reward:"
+        " the sample with the higher reward.",
         choices=ROLES,
         rare=True,
     )
@@ -60,10 +65,10 @@ class Weighing(Knobs):
 def anchored(config: TrainConfig) -> TrainConfig:
     """Return the same training with the loop's regularisation.
 
-    The weight of the rejected half is 0.5, half the preferred sample's own error is added, and beta is
-    multiplied by 4. The options `--loop-*` set other values.
+    The weight of the rejected sample is 0.5, half of the preferred sample's own error is added to the loss,
+    and beta is multiplied by 4. The options `--loop-*` set other values.
     """
-    # the loop's pairs are separated so soon that plain DPO raises the errors of both sides
+    # the loop's pairs are separated so soon that plain DPO raises the errors of both samples
     dpo = replace(config.dpo, loser_weight=0.5, sft_weight=0.5, beta=4 * config.dpo.beta)
     return replace(config, dpo=dpo)
 
@@ -75,7 +80,7 @@ def supervised(config: TrainConfig) -> TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CircularSettings:
-    """Everything that decides a run besides the problem."""
+    """Settings of the loop's trainings, its pairs and its rounds."""
 
     human: TrainConfig = field(default_factory=TrainConfig)  # DPO on people's pairs
     loop: TrainConfig = field(default_factory=lambda: anchored(TrainConfig()))  # DPO on the loop's pairs
@@ -83,12 +88,12 @@ class CircularSettings:
     sft: TrainConfig = field(default_factory=lambda: supervised(TrainConfig()))
     loop_pairs: LoopPairsConfig = field(default_factory=LoopPairsConfig)
     weighing: Weighing = field(default_factory=Weighing)
-    # None: no win rate while training; the last update is kept
+    # None: no win rate is measured in training, and the last update is kept
     choosing: Choosing | None = field(default_factory=Choosing)
-    # number of rounds of the whole loop; each starts from the networks of the round before, which are then
-    # the reference
+    # number of rounds of the loop; each round starts from the networks of the previous round, which are then
+    # its reference
     rounds: int = 1
-    seed: int = 0  # of all noises, and of the trainings
+    seed: int = 0  # random seed of all noises and of the trainings
 
 
 BASE = "base"
@@ -101,11 +106,11 @@ SUPERVISED = "supervised"
 class Group:
     """Group of the ablation: the trainings of one row of the table."""
 
-    title: str  # of the row
-    first: str = BASE  # what the stages before the last learn from
-    last: str = BASE  # what the last stage learns from
-    use_w1: bool = True  # as in Weighing
-    use_w2: bool = True
+    title: str  # title of the row
+    first: str = BASE  # data that the stages before the last learn from; BASE: they are not trained
+    last: str = BASE  # data that the last stage learns from; BASE: it is not trained
+    use_w1: bool = True  # selection by w1, as in Weighing
+    use_w2: bool = True  # weights w2, as in Weighing
     use: str = PAIRS  # use of the loop's pairs, one of USES
 
 
@@ -144,25 +149,27 @@ ALL = GROUPS | ARMS
 
 
 def letters(text: str) -> list[str]:
-    """Parse a list of groups such as "a..i", "a,d,i" or "a..d,regulariser", and return them in order.
+    """Parse a list of groups such as "a..i", "a,d,i" or "a..d,regulariser", and return their names in order.
 
-    Raises: ValueError for other text.
+    The base, group "i", is always among them.
+
+    Raises: ValueError for a part that is neither a letter, a range of letters nor the name of an arm.
     """
     # the base is always included, since all groups are compared with it
     names: set[str] = {"i"}
-    for part in text.replace(" ", "").split(","):
-        low, dots, high = part.partition("..")
-        ends = [low, high if dots else low]
-        if part in ARMS:
-            names.add(part)
+    for group_text in text.replace(" ", "").split(","):
+        start, separator, end = group_text.partition("..")
+        bounds = [start, end if separator else start]
+        if group_text in ARMS:
+            names.add(group_text)
             continue
-        if not all(end in GROUPS for end in ends) or ends[0] > ends[1]:
+        if not all(bound in GROUPS for bound in bounds) or bounds[0] > bounds[1]:
             arms = ", ".join(ARMS)
             raise ValueError(
-                f"groups: expected letters of a..i such as a,b,d or a..i, and arms among {arms}, got"
-                f" {text!r}. Correct the list."
+                f"groups: {group_text!r} in {text!r} is not a group. Write letters from a to i, such as a,b,d"
+                f" or a..i, or arms among {arms}."
             )
-        names.update(letter for letter in GROUPS if ends[0] <= letter <= ends[1])
+        names.update(letter for letter in GROUPS if bounds[0] <= letter <= bounds[1])
     return [name for name in ALL if name in names]
 
 
@@ -171,37 +178,41 @@ class AblationPlan:
     """Plan of an ablation: the groups, the training seeds, and the evaluation."""
 
     groups: tuple[str, ...] = tuple(GROUPS)
-    seeds: tuple[int, ...] = (0, 1, 2)  # of training; the noises of the evaluation are the same for all
+    seeds: tuple[int, ...] = (0, 1, 2)  # training seeds; all of them share the noises of the evaluation
     evaluation: Evaluation = Evaluation()
 
     def tasks(self) -> dict[str, list[str]]:
-        """Return the tasks, each with the tasks that it waits for.
+        """Return the names of all tasks, each with the names of the tasks that it waits for.
 
-        Tasks that others wait for come first, so that they start early.
-        Names: "<seed>/<what is trained>/<stages>", "<seed>/pairs", "<seed>/<letter>" for a group's own
-        training and scores.
+        A name is "<seed>/<data>/<stages>" for a training that several groups share, "<seed>/pairs" for the
+        loop's pairs, and "<seed>/<group>" for the training and the scores of one group. Tasks that others
+        wait for come first, so that they start early.
         """
-        wanted = [ALL[letter] for letter in self.groups]
-        shared = [(kind, part) for part in ("last", "first") for kind in (PEOPLE, SUPERVISED)]
-        shared = [
-            (kind, part) for kind, part in shared if any(getattr(group, part) == kind for group in wanted)
-        ]
+        groups = [ALL[letter] for letter in self.groups]
         # the loop starts from the last stage trained on people's pairs
-        looping = any(group.first == LOOP for group in wanted)
+        looping = any(group.first == LOOP for group in groups)
         tasks: dict[str, list[str]] = {}
-        for kind, part in shared:  # PEOPLE/last comes first: the loop waits for it
-            tasks |= {f"{seed}/{kind}/{part}": [] for seed in self.seeds}
-            if (kind, part) == (PEOPLE, "last") and looping:
-                tasks |= {f"{seed}/pairs": [f"{seed}/{PEOPLE}/last"] for seed in self.seeds}
+        # trainings that groups share; PEOPLE/last comes first, since the loop's pairs wait for it
+        for stages in ("last", "first"):  # the two fields of Group
+            for data in (PEOPLE, SUPERVISED):
+                if not any(getattr(group, stages) == data for group in groups):
+                    continue
+                tasks |= {f"{seed}/{data}/{stages}": [] for seed in self.seeds}
+                if (data, stages) == (PEOPLE, "last") and looping:
+                    # the pairs are made from samples of the tuned last stage
+                    tasks |= {f"{seed}/pairs": [f"{seed}/{PEOPLE}/last"] for seed in self.seeds}
         for letter in self.groups:
-            # the base has no training, so its scores are the same for all seeds
-            for seed in self.seeds if letter != "i" else self.seeds[:1]:
-                group = ALL[letter]
-                first = ALL[letter].first
-                needs = [f"{seed}/{group.last}/last"] if group.last != BASE else []
-                needs += (
-                    [f"{seed}/pairs" if first == LOOP else f"{seed}/{first}/first"] if first != BASE else []
-                )
+            group = ALL[letter]
+            # "i" is the base, which has no training, so its scores are the same for all seeds
+            seeds = self.seeds if letter != "i" else self.seeds[:1]
+            for seed in seeds:
+                needs = []
+                if group.last != BASE:
+                    needs.append(f"{seed}/{group.last}/last")
+                if group.first == LOOP:
+                    needs.append(f"{seed}/pairs")
+                elif group.first != BASE:
+                    needs.append(f"{seed}/{group.first}/first")
                 tasks[f"{seed}/{letter}"] = needs
         return tasks
 
@@ -212,12 +223,12 @@ class CircularRun:
 
     circular: CircularSettings
     source: ProblemSource = ProblemSource()  # networks and people's pairs
-    stage: str | None = None  # train this stage alone, on people's pairs
-    groups: tuple[str, ...] | None = None  # of the ablation; None: no ablation
-    training_seeds: tuple[int, ...] = ()  # of the ablation
-    evaluation: Evaluation = Evaluation()  # for the table that ends a run
-    summary: bool = True  # end a run with that table, if the problem has an evaluator for it
-    artefacts: str = "runs/artefacts"  # folder that runs share
+    stage: str | None = None  # stage to train alone, on people's pairs; None: the loop or the ablation
+    groups: tuple[str, ...] | None = None  # groups of the ablation; None: no ablation
+    training_seeds: tuple[int, ...] = ()  # training seeds of the ablation
+    evaluation: Evaluation = Evaluation()  # settings of the table that ends a run
+    summary: bool = True  # whether a run ends with the table, if the problem has a final evaluator
+    artefacts: str = "runs/artefacts"  # folder of the artefacts that runs share
 
     @property
     def plan(self) -> AblationPlan:
@@ -225,7 +236,7 @@ class CircularRun:
         return AblationPlan(groups=self.groups or (), seeds=self.training_seeds, evaluation=self.evaluation)
 
     def facts(self, problem: "Problem") -> dict:
-        """Return the entries of a table's file that describe the run, JSON."""
+        """Return the entries of a table's file that describe the run, as JSON."""
         return {
             "problem": dict(problem.identity),
             "settings": asdict(self.circular),

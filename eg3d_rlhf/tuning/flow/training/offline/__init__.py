@@ -1,4 +1,4 @@
 """Tune a stage on stored latents and people's labels of single assets, or their rankings of several assets.
 
-Nothing is sampled during training.
+No assets are generated during training.
 """

@@ -23,45 +23,52 @@ _loss = functools.partial(knob, group="Loss of single assets")
 
 @dataclass(frozen=True, kw_only=True)
 class SinglesConfig(PassConfig):
-    """Everything that decides a training besides its networks and assets.
+    """Settings of a training on labels of single assets.
 
     The defaults suit large generators.
     """
 
     loss: str = _loss(
         NFT,
-        "nft: DiffusionNFT on each asset by itself; dgpo: DGPO on up to --group assets of one prompt, by"
-        " their order.",
+        "Loss of the labelled assets. nft: DiffusionNFT on each asset by itself; dgpo: DGPO on up to --group"
+        " assets of one prompt, which are ordered by their labels.",
         choices=LOSSES,
     )
     trust: float = _loss(
-        0.3, "nft: C b. A larger value keeps the flow closer to the untuned network.", above=0
+        0.3,
+        "nft: product of the loss's factors C and b. A larger value keeps the flow closer to the untuned"
+        " network.",
+        above=0,
     )
     beta: float = _loss(
-        100.0, "dgpo: beta, the factor of a group's margin, per unit of error.", name="group_beta", above=0
+        100.0,
+        "dgpo: factor beta of a group's margin, per unit of flow-matching error.",
+        name="group_beta",
+        above=0,
     )
     kl: float | None = _loss(
         None,
-        "Weight of the squared distance from the untuned velocities.",
+        "Weight of the squared difference from the untuned network's velocities in the loss.",
         low=0,
         shown="nft 0.03, dgpo 0.01",
     )
     group: int = _loss(
         8,
-        "dgpo: largest number of assets of a prompt that are compared at once. Every pass over the data"
-        " chooses new ones.",
+        "dgpo: largest number of assets of one prompt that are compared at once. If a prompt has more assets,"
+        " some are chosen at random in every pass over the data.",
         low=2,
     )
-    steps: int = train_knob(1000, "Length of a stage's training.", metavar="UPDATES", low=1)
+    steps: int = train_knob(1000, "Number of updates in the training of a stage.", metavar="UPDATES", low=1)
     batch: int = train_knob(
         8,
-        "Batch size of an update, over all processes and passes; with dgpo it counts groups.",
+        "Number of assets in an update, over all processes and passes. With dgpo it is the number of groups.",
         metavar="ASSETS",
         low=1,
     )
     batch_gpu: int | None = train_knob(
         None,
-        "Assets per pass and process; decides memory, not the result.",
+        "Number of assets that a process computes in one pass. It changes the memory that an update takes,"
+        " not its result.",
         metavar="ASSETS",
         low=1,
         shown="batch",
@@ -69,7 +76,9 @@ class SinglesConfig(PassConfig):
 
     @property
     def distance(self) -> float:
-        """Return the weight of the squared distance: --kl, or the default of the loss."""
+        """Return the weight of the squared distance, which is --kl if it is given, else the loss's
+        default.
+        """
         # 0 is a value of its own, so `or` would be wrong here
         return self.kl if self.kl is not None else {NFT: 0.03, DGPO: 0.01}[self.loss]
 
@@ -95,8 +104,8 @@ class OfflineSource(ArmsSource):
 
     labelled: str = knob(
         "own",
-        "Toy: source of the labelled assets. own: the generator's samples; others: assets with twice the"
-        " defect rate.",
+        "Source of the assets that the toy generator's simulated annotators label. own: samples of the"
+        " generator itself; others: assets with twice the rate of defects.",
         "What is trained",
         choices=("own", "others"),
         rare=True,
@@ -105,7 +114,7 @@ class OfflineSource(ArmsSource):
 
 @dataclass(frozen=True, kw_only=True)
 class OfflineRun(ArmsRun):
-    """Settings of a run of offline arms, and the layout of its table."""
+    """Settings of a run of offline arms, with the columns of the table that ends the run."""
 
     NAME: ClassVar[str] = "offline"
     TITLE: ClassVar[str] = "Labels of single assets against the base"
@@ -119,8 +128,9 @@ class OfflineRun(ArmsRun):
 
     singles: SinglesConfig
     source: OfflineSource = OfflineSource()
-    assets: str | None = None  # list of generated assets with latents, or its folder; None: the toy's
-    # a file, or one of OWN_KINDS; None: the ranks of the list, or for the toy the kind that the loss needs
+    assets: str | None = None  # list of generated assets with latents, or its folder; None: assets of the toy
+    # file of labels, or one of OWN_KINDS; None: the ranks of the list in `assets`, and for the toy the kind
+    # of labels that the loss needs
     labels: str | None = None
     arms: tuple[str, ...] = (LABELS,)
 

@@ -1,12 +1,18 @@
-"""Train a stage on latents of single assets, each with a goodness r in 0..1: by DiffusionNFT on each asset,
-or by DGPO on the assets of a prompt.
+"""Train a stage on latents of single assets, each with a goodness r in 0..1.
 
-The network that training begins with is the reference, and takes the place of the network that generated the
-assets. It is never refreshed, since refreshing diverges on a finite set of assets (losses.py). Times are
-sampled by the stage's own schedule, but not below LEAST_TIME, where errors hardly depend on the asset.
-Guidance is off. Folder, lines, checkpoints and resume are those of trainer.py.
+The loss is that of DiffusionNFT (Zheng et al. 2025) for each asset by itself, or that of DGPO (Luo et al.
+2025) for the assets of a prompt. losses.py has the equations.
 
-Shape letters as in sparse.py; K assets of a group.
+The untuned network is the reference, and it also serves as the sampling network v_old of the losses, although
+other networks may have generated the assets. It never follows the policy, since training then diverges on a
+finite set of assets (losses.nft_loss). Times are sampled by the stage's own schedule, but not below
+LEAST_TIME, where errors hardly depend on the asset. Guidance is not used. The folder of a run, checkpoints
+and resuming are described in trainer.py.
+
+In the formulas below, v is the velocity of the policy, v_ref that of the reference, u the target velocity,
+and m the mean over the elements of a sample.
+
+Shapes: N samples, V voxels and C channels, as in models/sparse.py; K assets of a group.
 """
 
 import math
@@ -36,19 +42,19 @@ from eg3d_rlhf.tuning.flow.training.trainer import StageResult, train, win_rate_
 from training.distributed import SINGLE, Ranks
 from training.phases import derive_seed
 
-LEAST_TIME = 0.02  # least time to train on, in 0..1
-EVEN = 1e-9  # an r this close to 1/2 is neutral and gives no gradient
-FAR = 0.9  # distance from the reference, as a share of its error, above which a warning is given
+LEAST_TIME = 0.02  # smallest time to train on, in 0..1
+EVEN = 1e-9  # largest distance from 1/2 of an r that counts as neutral and gives no gradient
+FAR = 0.9  # squared distance from the reference, divided by its squared error, above which a warning is given
 CALM = "Raise --trust or --kl, lower --lr, or train fewer updates."
 
 
 @dataclass(frozen=True, kw_only=True)
 class SingleDraw:
-    """Latents of a batch, with a time and a noise for each."""
+    """Noisy latents of a batch of N assets, with the time and the target of each."""
 
-    x_t: Batch  # N samples
+    x_t: Batch  # N mixtures of latents and noises at the times t
     t: torch.Tensor  # [N] in LEAST_TIME..1
-    target: Batch  # u, the target velocity
+    target: Batch  # N target velocities u
     cond: Condition  # N rows
 
 
@@ -62,31 +68,42 @@ def draw_singles(
 ) -> SingleDraw:
     """Sample a time and a noise for each asset.
 
-    They depend on (seed, name, epoch) alone and are generated on the CPU, so that they are the same in every
-    batch and on every device.
-    Args: names: [N]; assets with the same name share their time and noise.
+    Times and noises depend on (seed, name, epoch) alone and are generated on the CPU, so that they are the
+    same in every batch and on every device.
+
+    Args:
+        conditioned: stage of the assets.
+        singles: the N assets.
+        names: name of each asset, [N]; assets with the same name share their time and noise.
+        seed: seed of the times and noises.
+        epoch: number of the pass over the data.
+        device: device of the result.
     """
     stage = conditioned.stage
     latents = [asset.latent for asset in singles]
     x_0 = collate(latents).to(device)
     seeds = [derive_seed(seed, name, epoch, "noise") for name in names]
     eps = stage.noise(seeds, coords_of(latents)).to(device)
-    drawn = [
+    asset_times = [
         stage.path.times(1, torch.Generator().manual_seed(derive_seed(seed, name, epoch, "time")))
         for name in names
     ]
-    # [N]
-    t = torch.cat(drawn).clamp(min=LEAST_TIME).to(device)
+    # one time for each asset, [N]
+    t = torch.cat(asset_times).clamp(min=LEAST_TIME).to(device)
     cond = to_device(conditioned.conditions([asset.condition for asset in singles]), device)
     return SingleDraw(x_t=stage.path.mix(x_0, t, eps), t=t, target=stage.path.velocity(x_0, eps), cond=cond)
 
 
 class Velocities:
-    """Velocities of the policy and of the reference for a batch, in float32."""
+    """Velocities of the policy and of the reference for a batch, in float32.
+
+    Args: stage: stage of both networks; draw: batch; policy: network in training; reference: frozen network.
+    """
 
     def __init__(self, stage: FlowStage, draw: SingleDraw, policy: torch.nn.Module, reference: FrozenModel):
         self.draw = draw
         self.path = stage.path
+        # `single` converts to float32, since squares of small differences are computed below
         self.v = single(stage.velocity(draw.x_t, draw.t, draw.cond, policy))
         # FrozenModel computes without gradient
         self.ref = single(reference.velocity(stage, draw.x_t, draw.t, draw.cond))
@@ -107,9 +124,11 @@ class Velocities:
         return self.path.apart(self.v, self.ref)
 
     def nft(self, r: torch.Tensor, trust: float) -> torch.Tensor:
-        """Compute DiffusionNFT's loss, [N], with C = 1 and b the trust.
+        """Compute DiffusionNFT's loss of each asset, [N], with C = 1 and b = trust (see losses.nft_loss).
 
         Differentiable in: the policy's parameters.
+
+        Args: r: goodness of each asset in 0..1, [N]; trust: factor b.
         """
         # C = 1, since r comes from labels and not from a clipped advantage
         errors = nft_errors(
@@ -118,26 +137,36 @@ class Velocities:
         return nft_loss(errors, r, 1.0, trust)
 
     def totals(self, r: torch.Tensor) -> torch.Tensor:
-        """Sum figures over the samples, [5]. Not differentiable.
+        """Sum five metrics over the samples, [5]. Not differentiable.
 
-        They are: number of samples; distance; the reference's error; number of samples with a label that is
-        not neutral; and how many of these the policy agrees with. It agrees with a label if its error is
-        below the reference's for r above 1/2, or above it for r below 1/2. Ties count one half.
+        The metrics are: 1 (the sum is the number of samples); the distance; the reference's error; 1 if the
+        label is not neutral; and 1 if the policy agrees with a label that is not neutral. The policy agrees
+        with a label if its error is below the reference's error for r above 1/2, or above it for r below 1/2.
+        Equal errors count one half.
+
+        Args: r: goodness of each asset in 0..1, [N].
         """
-        errors = self.errors.detach()  # figures must not keep the graph
-        ref = self.ref_errors
-        uneven = (r - 0.5).abs() > EVEN
-        right = 0.5 * (1 + ((ref - errors) * (r - 0.5)).sign())
+        errors = self.errors.detach()  # metrics must not keep the graph in memory
+        ref_errors = self.ref_errors
+        is_decided = (r - 0.5).abs() > EVEN
+        # 1 if the signs of both factors are equal, 0 if they differ, one half for equal errors
+        agreement = 0.5 * (1 + ((ref_errors - errors) * (r - 0.5)).sign())
         n = r.new_tensor(float(len(r)))
         return torch.stack(
-            [n, self.distance.detach().sum(), ref.sum(), uneven.float().sum(), (right * uneven).sum()]
+            [
+                n,
+                self.distance.detach().sum(),
+                ref_errors.sum(),
+                is_decided.float().sum(),
+                (agreement * is_decided).sum(),
+            ]
         )
 
 
 class LabelPasses(Passes[Example]):
-    """Base of the updates by both losses."""
+    """Base class of the updates by both losses."""
 
-    sums = 2 + 5  # number and loss as in Passes, then the totals of Velocities
+    sums = 2 + 5  # number of examples and loss, see Passes, then the five of Velocities.totals
     columns = (
         ("agreement", "agreement", "<5.3f"),
         ("distance", "distance", "<8.2e"),
@@ -147,7 +176,15 @@ class LabelPasses(Passes[Example]):
     def velocities(
         self, singles: Sequence[Single], names: Sequence[str], epoch: int, dropout: int
     ) -> Velocities:
-        """Compute both networks' velocities for assets. Args: dropout: seed of torch's generator."""
+        """Compute the velocities of both networks for assets.
+
+        Args:
+            singles: the N assets.
+            names: name of each asset, on which its time and noise depend, [N].
+            epoch: number of the pass over the data.
+            dropout: seed of torch's global generator in the pass.
+        """
+        # the random numbers of times and noises come from generators of their own
         draw = draw_singles(self.conditioned, singles, names, self.config.seed, epoch, self.device)
         # after sampling, which must not depend on how many random numbers the dropout takes
         torch.manual_seed(dropout)
@@ -155,52 +192,56 @@ class LabelPasses(Passes[Example]):
         return Velocities(self.stage, draw, self.policy, self.reference)
 
     def back(self, losses: torch.Tensor, totals: torch.Tensor) -> torch.Tensor:
-        """Compute and add the gradients of losses, and return the figures of the pass."""
-        # the sum; `descend` divides by the number of the whole batch
+        """Compute and add the gradients of losses, and return the sums of the pass, [sums].
+
+        Args: losses: loss of each example; totals: result of Velocities.totals.
+        """
+        # the sum and not the mean, since `descend` divides by the number of examples of the whole batch
         losses.sum().backward()
         return torch.cat(
             [torch.stack([losses.new_tensor(float(len(losses))), losses.detach().sum()]), totals]
         )
 
-    def figures(self, step: int, totals: torch.Tensor, items: Sequence[tuple[int, Example]]) -> dict:
-        """Do the step, and return its figures.
+    def finish_update(self, step: int, totals: torch.Tensor, items: Sequence[tuple[int, Example]]) -> dict:
+        """Do the optimiser's step, and return the metrics of the update.
 
-        distance: from the reference; drift: the distance relative to the reference's own error; agreement:
-        share of the samples with a label that is not neutral on which the policy agrees with the label.
+        Among them are distance, the mean squared distance from the reference; drift, the distance divided by
+        the reference's own squared error; and agreement, the share of the labels that are not neutral with
+        which the policy agrees (see Velocities.totals).
         """
-        _, loss, norm, n, distance, error, uneven, right = self.descend(
+        _, loss, grad_norm, sample_count, distance, ref_error, decided_count, agreement_count = self.descend(
             step, totals, f"{len(items)} {self.what}"
         )
         return {
             "loss": loss,
-            "grad_norm": norm,
-            "samples": int(n),
-            "distance": distance / n,
-            "drift": distance / error if error else 0.0,
-            # a batch of neutral labels occurs only by chance; it counts as no agreement and no disagreement
-            "agreement": right / uneven if uneven else 0.5,
+            "grad_norm": grad_norm,
+            "samples": int(sample_count),
+            "distance": distance / sample_count,
+            "drift": distance / ref_error if ref_error else 0.0,
+            # a batch may by chance have neutral labels alone; 0.5 is neither agreement nor disagreement
+            "agreement": agreement_count / decided_count if decided_count else 0.5,
         }
 
     def signs(self, lines: Sequence[Mapping]) -> dict[str, str]:
         signs = win_rate_signs(win_rates(lines), CALM)
-        # evaluations write lines without the figures of updates
-        last = next((line for line in reversed(lines) if "drift" in line), None)
-        if last is not None and last["drift"] > FAR:
-            got = (
-                f"step {last['step']}: the distance from the untuned network's velocities is"
-                f" {last['drift']:.2f} of that network's error"
+        # evaluations write lines without the metrics of updates
+        last_line = next((line for line in reversed(lines) if "drift" in line), None)
+        if last_line is not None and last_line["drift"] > FAR:
+            signs["far"] = (
+                f"step {last_line['step']}: the squared distance from the untuned network's velocities is"
+                f" {last_line['drift']:.2f} times that network's squared error, so the network moves away"
+                f" from the labelled assets. {CALM}"
             )
-            signs["far"] = f"{got}; the network moves away from the labelled assets. {CALM}"
         return signs
 
 
 class SingleUpdates(LabelPasses[Single]):
-    """Descent by DiffusionNFT, on every asset by itself."""
+    """Updates by the loss of DiffusionNFT, which is computed for each asset independently."""
 
     what = "assets"
 
     def backward(self, examples: Sequence[Single], epoch: int, dropout: int) -> torch.Tensor:
-        # each asset has a time and a noise of its own, named by its id
+        # each asset has its own time and noise, which depend on its id
         velocities = self.velocities(examples, [asset.id for asset in examples], epoch, dropout)
         r = torch.tensor([asset.r for asset in examples], device=self.device)  # [N]
         return self.back(
@@ -213,41 +254,42 @@ Ranked = Sequence[Single]  # all assets of one prompt
 
 
 class GroupUpdates(LabelPasses[Ranked]):
-    """Descent by DGPO, on up to `group` assets of a prompt at one time and one noise."""
+    """Updates by the loss of DGPO, computed for up to `group` assets of one prompt at one time and noise."""
 
     what = "groups"
 
     def members(self, group: Ranked, epoch: int) -> list[Single]:
-        """Choose the assets of a prompt that are compared in an epoch."""
+        """Choose at most `group` assets of a prompt, which are compared in an epoch.
+
+        Args: group: all assets of the prompt; epoch: number of the pass over the data.
+        """
         if len(group) <= self.config.group:
             return list(group)
         generator = torch.Generator().manual_seed(
             derive_seed(self.config.seed, group[0].condition, epoch, "members")
         )
         # sorted: the chosen assets stay in the order of the data
-        return [
-            group[i]
-            for i in sorted(torch.randperm(len(group), generator=generator)[: self.config.group].tolist())
-        ]
+        indices = torch.randperm(len(group), generator=generator)[: self.config.group]
+        return [group[i] for i in sorted(indices.tolist())]
 
     def backward(self, examples: Sequence[Ranked], epoch: int, dropout: int) -> torch.Tensor:
         groups = [self.members(group, epoch) for group in examples]
         singles = [asset for group in groups for asset in group]
-        # named by the prompt: all assets of a group share their time and noise, as DGPO's loss asks
+        # times and noises depend on the prompt: all assets of a group share them, as DGPO's loss needs
         velocities = self.velocities(singles, [asset.condition for asset in singles], epoch, dropout)
         r = torch.tensor([asset.r for asset in singles], device=self.device)
         sizes = [len(group) for group in groups]
         losses = []
-        parts = zip(
-            *(x.split(sizes) for x in (velocities.errors, velocities.ref_errors, velocities.distance, r)),
-            strict=True,
-        )
+        # [N] -> one tensor [K] for each group
+        quantities = (velocities.errors, velocities.ref_errors, velocities.distance, r)
+        split_quantities = [quantity.split(sizes) for quantity in quantities]
         # groups may differ in size, so the loss is computed for one group, [1, K], at a time
-        for errors, ref_errors, distance, of_group in parts:
-            # advantages by rank alone: labels order the assets, their distances carry no meaning
-            advantage = torch.from_numpy(normal_scores(of_group.cpu().numpy())).to(errors)
-            margin = dgpo_loss(errors[None], ref_errors[None], advantage[None], self.config.beta)[0]
-            losses.append(margin + self.config.distance * distance.mean())
+        for errors, ref_errors, distance, group_r in zip(*split_quantities, strict=True):
+            # advantages come from ranks alone: labels order the assets, but differences of labels have no
+            # meaning
+            advantage = torch.from_numpy(normal_scores(group_r.cpu().numpy())).to(errors)
+            group_loss = dgpo_loss(errors[None], ref_errors[None], advantage[None], self.config.beta)[0]
+            losses.append(group_loss + self.config.distance * distance.mean())
         return self.back(torch.stack(losses), velocities.totals(r))
 
 
@@ -266,7 +308,14 @@ def train_singles(
     """Train a copy of a stage's network on single assets. The stage's own network is unchanged, and is the
     reference.
 
-    Args: singles: of that stage; ranks, common: see trainer.train.
+    Args:
+        conditioned: stage whose network is copied and trained.
+        singles: labelled assets of that stage.
+        config: settings of the training.
+        out: folder of the run.
+        ranks: this process among the processes that train together.
+        common: further keyword arguments of trainer.train.
+
     Raises: ValueError, before anything is written, for assets that cannot be trained on; further errors as in
         train_stage.
     """
@@ -277,60 +326,71 @@ def train_singles(
         common = (config, policy, reference, run.ranks)
         if config.loss == NFT:
             return SingleUpdates(conditioned, singles, *common)
-        # a group in which all are equal has advantages of 0, and would only dilute the batch
+        # a group with equal labels has advantages of 0, and would only make the batch effectively smaller
         groups = [group for group in by_condition(singles).values() if len({asset.r for asset in group}) > 1]
         return GroupUpdates(conditioned, groups, *common)
 
     latents = {asset.id: asset.latent for asset in singles}
     columns = [[asset.id, asset.condition, asset.r] for asset in singles]
     # rank 0 hashes for all; a run cannot be resumed with other assets
-    known = ranks.broadcast(
+    origin = ranks.broadcast(
         {"base": stage.hash, "singles": latents_checksum(latents, columns)} if ranks.main else None
     )
-    return train(stage, config, known, start, Path(out), ranks=ranks, shards=True, **common)
+    return train(stage, config, origin, start, Path(out), ranks=ranks, shards=True, **common)
 
 
 def check_singles(conditioned: ConditionedStage, singles: Sequence[Single], loss: str = NFT) -> None:
-    """Raise ValueError for assets that cannot be trained on (see train_stage), or labels without signal."""
+    """Raise ValueError for assets that cannot be trained on, or for labels that do not distinguish assets.
+
+    Args:
+        conditioned: stage that is trained.
+        singles: labelled assets.
+        loss: name of the loss; DGPO also needs several labels for one prompt.
+    """
     stage = conditioned.stage
-    who = f"train_singles({stage.name})"
+    caller = f"train_singles({stage.name})"
     if not singles:
-        raise ValueError(f"{who}: expected labelled assets, got none. Label some.")
-    check_unique(who, singles, "assets")
+        raise ValueError(
+            f"{caller}: the list of labelled assets is empty, but at least one is needed. Label assets of"
+            " this stage."
+        )
+    check_unique(caller, singles, "assets")
     for asset in singles:
         if asset.stage != stage.name:
             raise ValueError(
-                f"{who}: expected assets of this stage, got {asset.id!r} of {asset.stage!r}. Train that stage"
-                " on it."
+                f"{caller}: the asset {asset.id!r} belongs to stage {asset.stage!r}. Train that stage on this"
+                " asset, or remove it."
             )
         if not (math.isfinite(asset.r) and 0 <= asset.r <= 1):
             raise ValueError(
-                f"{who}: expected r from 0 to 1, got {asset.r} of {asset.id!r}. See preferences/goodness.py."
+                f"{caller}: the goodness r must be from 0 to 1, got {asset.r} for the asset {asset.id!r}."
+                " Correct this label."
             )
-        stage.check(f"{who}, asset {asset.id!r}", asset.latent)
+        stage.check(f"{caller}, asset {asset.id!r}", asset.latent)
         if not bool(torch.isfinite(feats_of(asset.latent)).all()):
             raise ValueError(
-                f"{who}: expected finite latents, but {asset.id!r} has others. Remove the asset."
+                f"{caller}: the latent of the asset {asset.id!r} has NaN or infinite values. Remove the"
+                " asset."
             )
     # r = 1/2 for all gives a loss without any gradient
     if all(abs(asset.r - 0.5) <= EVEN for asset in singles):
         raise ValueError(
-            f"{who}: expected labels that distinguish assets, but all {len(singles)} are neutral. Label more"
-            " assets, or in finer steps."
+            f"{caller}: all {len(singles)} labels are neutral (r = 1/2), so there is nothing to learn. Label"
+            " more assets, or use finer steps of labels."
         )
-    # DGPO compares within a prompt only
+    # DGPO compares only assets of one prompt
     if loss == DGPO and all(
         len({asset.r for asset in group}) < 2 for group in by_condition(singles).values()
     ):
         raise ValueError(
-            f"{who}: expected assets of one prompt that differ in rank, got ties everywhere. Label several"
-            " assets of a prompt."
+            f"{caller}: the loss dgpo compares assets of one prompt, but no prompt has assets with different"
+            " labels. Label at least two assets of one prompt differently."
         )
     device = next(stage.model.parameters()).device
     # a few assets are enough: the convention of time is a property of the network
-    some = singles[:8]
-    cond = to_device(conditioned.conditions([asset.condition for asset in some]), device)
-    check_convention(stage, collate([asset.latent for asset in some]).to(device), cond)
+    sample_assets = singles[:8]
+    cond = to_device(conditioned.conditions([asset.condition for asset in sample_assets]), device)
+    check_convention(stage, collate([asset.latent for asset in sample_assets]).to(device), cond)
 
 
 @dataclass(frozen=True)
@@ -339,18 +399,23 @@ class OfflineBench(Bench):
 
     All arms are evaluated on the same noises of held-out prompts.
 
-    labels                       the loss of single assets, on people's labels
-    randomised, inverted         controls: r shuffled within prompts must have no effect, 1 - r must do harm
+    labels                       loss of single assets, on people's labels
+    randomised                   control with r shuffled within each prompt, which should have no effect
+    inverted                     control with 1 - r in place of r, which should make the assets worse
     dpo                          DPO on the problem's pairs
-    dpo-randomised, dpo-inverted the same pairs, each inverted at random, or all inverted
+    dpo-randomised               control with each pair inverted at random
+    dpo-inverted                 control with all pairs inverted
     """
 
     labelled: Labelled  # assets with people's labels
-    singles: SinglesConfig  # of the loss of single assets
+    singles: SinglesConfig  # settings of the training on single assets
 
     @property
     def conditions(self) -> Collection[str] | None:
-        """Return the prompts to train on, or None for all if the problem has no held-out evaluator."""
+        """Return the prompts to train on, or None if the problem has no held-out evaluator.
+
+        None stands for all prompts: without an evaluator, no prompts have to be held out.
+        """
         has_evaluator = self.problem.final is not None or self.problem.chooser is not None
         return self.problem.train_conditions if has_evaluator else None
 
@@ -361,7 +426,7 @@ class OfflineBench(Bench):
         """Return the pairs or single assets that an arm is trained on."""
         if not arm.startswith(DPO):
             return self.labelled.singles(self.stage.name, self.conditions, arm, self.singles.seed)
-        # the DPO arms share the pairs; their controls invert a random half of them, or all
+        # the DPO arms share the pairs; their controls invert a random half of the pairs, or all of them
         pairs = self.problem.train_pairs[self.stage.name]
         if arm == DPO:
             return list(pairs)
@@ -369,12 +434,11 @@ class OfflineBench(Bench):
 
     def train(self, arm: str, out: Path, **options: Any) -> StageResult:
         # the same loss settings for an arm and its controls; only the labels differ
-        what = (ConditionedStage(self.stage, self.problem.pipeline), self.answers(arm))
-        return (
-            train_stage(*what, self.dpo, out, **options)
-            if arm.startswith(DPO)
-            else train_singles(*what, self.singles, out, **options)
-        )
+        conditioned = ConditionedStage(self.stage, self.problem.pipeline)
+        answers = self.answers(arm)
+        if arm.startswith(DPO):
+            return train_stage(conditioned, answers, self.dpo, out, **options)
+        return train_singles(conditioned, answers, self.singles, out, **options)
 
-    def figures(self, arm: str, done: StageResult, model: torch.nn.Module, seed: int, ranks: Ranks) -> dict:
+    def measure(self, arm: str, done: StageResult, model: torch.nn.Module, seed: int, ranks: Ranks) -> dict:
         return {"answers": len(self.answers(arm))}

@@ -1,11 +1,12 @@
-"""Define the arms of a run of online tuning, and the rewards that a stage can be tuned for.
+"""Define the arms of a run of online tuning, and the rewards that a stage can be tuned for. The arms are:
 
     nft, grpo, grpo-guard, dppo, dgpo      the loss of that name, with the run's settings
-    grpo-plain      GRPO with noise at every step of the sampler, and the standard deviation of each group
-    dpo             DPO on pairs of the same number of samples of the untuned network, ordered by the same
-                    reward
-    <arm>-randomised  with the rewards of every group shuffled: must have no effect
-    <arm>-inverted    with every reward negated: must do harm
+    grpo-plain        GRPO with noise at every step of the sampler, and with advantages that are divided by
+                      the standard deviation of each group
+    dpo               DPO on pairs that are made from as many samples of the untuned network, ordered by
+                      the same reward
+    <arm>-randomised  control with the rewards of every group shuffled, which should have no effect
+    <arm>-inverted    control with every reward negated, which should make the assets worse
 
 Each arm is trained from the same network, and evaluated on the same noises of held-out prompts. arm_runs.py
 describes what a run writes, and which network each arm keeps.
@@ -55,26 +56,29 @@ class OnlineBench(Bench):
 
     task: Task
     losses: Losses
-    known: Mapping  # JSON that identifies the problem and the rewards
+    identity: Mapping  # JSON that identifies the problem and the rewards
 
     def config(self, arm: str) -> OnlineConfig:
-        """Return the settings of an arm; those of DPO decide the number of its samples."""
+        """Return the settings of an arm. For the DPO arms they decide the number of samples."""
         kind, use = divided(arm)
         return replace(self.losses.grpo_plain if kind == DPO else self.losses.of(kind), use=use)
 
     def check_gate(self) -> None:
         """Raise ValueError if --gate names a reward that is not held out."""
-        known = self.heldout()
+        heldout_names = self.heldout()
         for name in self.task.gate:
-            if name not in known:
+            if name not in heldout_names:
                 raise ValueError(
-                    f"--gate: expected held-out rewards ({', '.join(known) or 'there are none'}), got"
-                    f" {name!r}. Name rewards that are not trained on."
+                    f"--gate: {name!r} is not a held-out reward. The held-out rewards of this run are:"
+                    f" {', '.join(heldout_names) or '(none)'}. Name one of them, or remove --gate."
                 )
 
     def heldout(self) -> list[str]:
-        """Return the names of the held-out rewards."""
-        # they are known only from scores, so one asset of the untuned network is generated and scored
+        """Return the names of the held-out rewards.
+
+        The list is empty if there is no gate, since the names are then not needed.
+        """
+        # only scores show the names, so one asset of the untuned network is generated and scored
         if self.task.heldout is None or not self.task.gate:
             return []
         prompt = self.task.conditions[0]
@@ -82,7 +86,7 @@ class OnlineBench(Bench):
         return list(self.task.heldout(assets, [prompt]))
 
     def inputs(self) -> dict:
-        return {"problem": self.known, "losses": asdict(self.losses), "gate": list(self.task.gate)}
+        return {"problem": self.identity, "losses": asdict(self.losses), "gate": list(self.task.gate)}
 
     def train(self, arm: str, out: Path, **options: Any) -> StageResult:
         task = self.task
@@ -96,75 +100,85 @@ class OnlineBench(Bench):
                 out,
                 **options,
             )
-        return train_online(task, config, out, {"problem": dict(self.known)}, **options)
+        return train_online(task, config, out, {"problem": dict(self.identity)}, **options)
 
-    def figures(self, arm: str, done: StageResult, model: torch.nn.Module, seed: int, ranks: Ranks) -> dict:
+    def measure(self, arm: str, done: StageResult, model: torch.nn.Module, seed: int, ranks: Ranks) -> dict:
         config = self.config(arm)
-        # DPO generates its samples at once; the other arms may stop early, so their lines are counted
-        held = list(self.problem.held_out_conditions)
-        planned = config.steps * config.batch * config.group
+        held_out_prompts = list(self.problem.held_out_conditions)
+        if divided(arm)[0] == DPO:
+            # all samples are generated before the training
+            samples = config.steps * config.batch * config.group
+        else:
+            # a training may stop early, so the samples in its lines are counted
+            samples = sum(line.get("samples", 0) for line in done.stats)
         return {
-            "samples": (
-                planned if divided(arm)[0] == DPO else sum(line.get("samples", 0) for line in done.stats)
-            ),
-            "kl": drift(self.task, model, config, held, seed) if held and ranks.main else None,
+            "samples": samples,
+            "kl": drift(self.task, model, config, held_out_prompts, seed)
+            if held_out_prompts and ranks.main
+            else None,
         }
 
 
 def ranked_pairs(task: Task, config: OnlineConfig, seed: int, batch: int = 64) -> list[PreferencePair]:
-    """Generate as many samples as an online arm does, and pair them by reward.
+    """Generate as many samples as an online arm does, and make preference pairs of them by reward.
 
     The samples come from the untuned network by its own sampler, in groups of the same sizes. In each group
     the best sample is paired with the worst, the second with the last but one, and so on. Pairs of equal
     rewards are left out.
 
-    Args: batch: samples at once.
+    Args:
+        task: stage, prompts and rewards.
+        config: settings of the online arm.
+        seed: seed of the order of the prompts and of the noises.
+        batch: number of samples that are generated at once.
     """
     # the same schedule of prompts as in online tuning
     order = Order(task.conditions, config.batch, seed)
     K = config.group  # samples of a group
-    groups = [
-        (condition, derive_seed("pairs", seed, step, number) % 2**31)
-        for step in range(config.steps)
-        for number, (_, condition) in enumerate(order.items(step))
-    ]
-    several = max(1, batch // K)  # groups at once
+    groups: list[tuple[str, int]] = []  # prompt and seed of each group
+    for step in range(config.steps):
+        for number, (_, prompt) in enumerate(order.items(step)):
+            groups.append((prompt, derive_seed("pairs", seed, step, number) % 2**31))
+    batch_groups = max(1, batch // K)  # number of groups that are generated at once
     pairs = []
     weights = torch.tensor(task.weights)[:, None]  # [R, 1]
     for i in tqdm(
-        range(0, len(groups), several), desc="samples for pairs", unit="batch", leave=False, disable=None
+        range(0, len(groups), batch_groups), desc="samples for pairs", unit="batch", leave=False, disable=None
     ):
-        names, seeds = map(list, zip(*groups[i : i + several], strict=True))
+        prompts, seeds = map(list, zip(*groups[i : i + batch_groups], strict=True))
         # the voxels of a group are the same for its K samples, as in online tuning
-        given = [places for places in task.given(names, seeds, batch) for _ in range(K)]
+        sample_voxels = [voxels for voxels in task.given(prompts, seeds, batch) for _ in range(K)]
         # prompt and seed of each of the n = G K samples
-        wide = ([name for name in names for _ in range(K)], [seed for seed in seeds for _ in range(K)])
-        draws = [derive_seed("sample", seed, k) for seed in seeds for k in range(K)]
-        latents = stage_latents(task.pipeline, task.stage, wide[0], draws, given)
-        # [R, n] -> [G, K]
-        total = (weights * task.scores(latents, *wide)[0]).sum(0).view(-1, K)
+        sample_prompts = [prompt for prompt in prompts for _ in range(K)]
+        sample_seeds = [group_seed for group_seed in seeds for _ in range(K)]
+        noise_seeds = [derive_seed("sample", group_seed, k) for group_seed in seeds for k in range(K)]
+        latents = stage_latents(task.pipeline, task.stage, sample_prompts, noise_seeds, sample_voxels)
+        trained_scores, _ = task.scores(latents, sample_prompts, sample_seeds)  # [R, n]
+        # weighted sum of the rewards, [R, n] -> [G, K]
+        total = (weights * trained_scores).sum(0).view(-1, K)
         # controls shuffle or negate the rewards before samples are ordered
         rewards = as_used(total, config.use, seeds)
-        # pairs of all batches stay in memory, so not on the device
-        kept = [to_cpu(latent) for latent in separate(latents)]
-        for number, (name, scores) in enumerate(zip(names, rewards, strict=True)):
-            # stable, so that equal rewards give the same pairs on every machine
-            best = scores.argsort(descending=True, stable=True).tolist()
+        # the pairs of all batches stay in memory until the training, so they are moved off the device
+        cpu_latents = [to_cpu(latent) for latent in separate(latents)]
+        for number, (prompt, scores) in enumerate(zip(prompts, rewards, strict=True)):
+            # indices of the samples from best to worst; stable, so that equal rewards give the same pairs
+            # everywhere
+            ranking = scores.argsort(descending=True, stable=True).tolist()
             # for an odd K the middle sample has no partner
             for k in range(K // 2):
-                high = best[k]
-                low = best[-1 - k]
-                if scores[high] > scores[low]:
+                high_index = ranking[k]
+                low_index = ranking[-1 - k]  # k-th from the end
+                if scores[high_index] > scores[low_index]:
                     pairs.append(
                         PreferencePair(
                             id=f"{i + number}-{k}",
-                            condition=name,
+                            condition=prompt,
                             stage=task.stage.name,
-                            preferred=kept[number * K + high],
-                            rejected=kept[number * K + low],
+                            preferred=cpu_latents[number * K + high_index],
+                            rejected=cpu_latents[number * K + low_index],
                             source="loop",
-                            reward_preferred=float(scores[high]),
-                            reward_rejected=float(scores[low]),
+                            reward_preferred=float(scores[high_index]),
+                            reward_rejected=float(scores[low_index]),
                         )
                     )
     return pairs
@@ -173,29 +187,37 @@ def ranked_pairs(task: Task, config: OnlineConfig, seed: int, batch: int = 64) -
 def drift(
     task: Task, model: torch.nn.Module, config: OnlineConfig, prompts: Sequence[str], seed: int
 ) -> float:
-    """Measure the divergence of a tuned network's steps from the untuned network's.
+    """Measure the mean KL divergence of a tuned network's sampler steps from those of the untuned network.
 
-    It is the mean over two new samples of every third prompt. The sampler is the same for all losses: all of
-    its steps add noise, by the process in closed form.
+    The mean is over all steps of two new samples of every third prompt. The sampler is the same for all
+    losses: every step except the last adds noise, by the process in closed form (steps.ExactStep).
+
+    Args:
+        task: stage, with the untuned network.
+        model: tuned network of the stage.
+        config: settings of the training, from which the number of sampler steps is taken.
+        prompts: prompts of the samples.
+        seed: seed of the noises.
     """
-    # these settings make the figures of different arms comparable
-    same = replace(config, loss="grpo", group=2, window=None, trained_steps=None, sde_step="exact", noise=0.7)
+    # with these settings the results of different arms can be compared
+    common_config = replace(
+        config, loss="grpo", group=2, window=None, trained_steps=None, sde_step="exact", noise=0.7
+    )
     explorer = Explorer(
-        task=task, config=same, policy=model, reference=FrozenModel(shared_copy(task.stage.model))
+        task=task, config=common_config, policy=model, reference=FrozenModel(shared_copy(task.stage.model))
     )
-    prompts = prompts[::3]
+    prompts = prompts[::3]  # every third prompt, to save time
     seeds = [derive_seed("drift", seed, prompt) % 2**31 for prompt in prompts]
-    every = range(len(explorer.steps) - 1)  # the last step has no density
-    return float(
-        torch.cat(
-            [move.far for samples in explorer.draw(prompts, seeds, every, every) for move in samples.moves]
-        ).mean()
-    )
+    noisy_steps = range(len(explorer.steps) - 1)  # the last step has no density
+    divergences = []  # [n] each, for every pass and step
+    for samples in explorer.draw(prompts, seeds, noisy_steps, noisy_steps):
+        divergences += [move.ref_divergence for move in samples.moves]
+    return float(torch.cat(divergences).mean())
 
 
 # Rewards by name, for which a stage can be tuned. A plugin (docs/extending.md) adds its own to `REWARDS`.
 
-CHOOSER = "chooser"
+CHOOSER = "chooser"  # name of the held-out reward that is the problem's evaluator for early stopping
 # name -> function that creates the reward, called once in a process
 REWARDS: dict[str, Callable[[Problem], AssetReward]] = {"solid": solid_reward}
 
@@ -205,40 +227,53 @@ LATENT = "latent"
 
 
 def reward_of(name: str, problem: Problem, stage: FlowStage | None = None) -> AssetReward:
-    """Return the reward of a name for a problem.
+    """Return the reward of this name for a problem.
 
-    "own" is the problem's reward; "latent" trains a reward of the stage's latents; a .safetensors file holds
-    such a reward.
+    The name "own" gives the reward of the problem itself. The name "latent" trains a reward of the stage's
+    latents, and the path of a .safetensors file reads such a reward. Other names are keys of REWARDS.
 
-    Raises: ValueError with the known names for an unknown one, and for "own" if the problem has no reward.
+    Args:
+        name: name of the reward, or path of a file.
+        problem: problem with the generator and its pairs.
+        stage: stage whose latents are scored; None: rewards of latents are not available.
+
+    Raises: ValueError if there is no reward of this name, and for "own" if the problem has no reward.
     """
     if name == OWN:
         if problem.reward is None:
             raise ValueError(
-                "--reward: expected the name of a reward, got none, and this generator has no reward of its"
-                " own. Give a name, such as that of a plugin's reward."
+                f"--reward: {OWN!r}, which is the default, names the reward of the generator, but this"
+                " generator has none. Pass the name of another reward, for example of a plugin."
             )
         return problem.reward
     if stage is not None and name == LATENT:
         return from_problem(problem, stage.name)
-    # any prompt serves to find the size of the conditioning
+    # the size of the conditioning is the same for all prompts, so the first one is enough
     if stage is not None and name.endswith(".safetensors"):
         return load(Path(name), problem.pipeline, stage, problem.train_conditions[0])
     if name not in REWARDS:
-        known = ", ".join((OWN, LATENT, *REWARDS))
+        reward_names = ", ".join((OWN, LATENT, *REWARDS))
         raise ValueError(
-            f"--reward: expected one of {known}, got {name!r}. Choose one, or name the plugin that has it."
+            f"--reward: there is no reward {name!r}. Choose one of {reward_names}, or load the plugin that"
+            " registers it."
         )
     return REWARDS[name](problem)
 
 
 def heldout_scores(
-    problem: Problem, trained: Collection[str], assets: Sequence, prompts: Sequence[str]
+    problem: Problem, trained_names: Collection[str], assets: Sequence, prompts: Sequence[str]
 ) -> dict[str, torch.Tensor]:
-    """Score assets by the rewards that are not trained on, by name."""
-    # without the final evaluator, which must stay unused until the table
+    """Score N assets by the rewards that are not trained on. Return the scores by name, [N] each.
+
+    Args:
+        problem: problem with the rewards and evaluators.
+        trained_names: names of the trained rewards.
+        assets: finished assets, [N].
+        prompts: prompts of the assets, [N].
+    """
+    # the final evaluator is not among them, since it must stay unused until the table
     scores: dict[str, torch.Tensor] = {}
-    if problem.reward is not None and OWN not in trained:
+    if problem.reward is not None and OWN not in trained_names:
         scores[OWN] = problem.reward(assets, prompts)
     if problem.chooser is not None:
         scores[CHOOSER] = problem.chooser(assets, prompts)
@@ -252,15 +287,16 @@ def bench_of(run: OnlineRun, opened: Opened, seed: int) -> OnlineBench:
     weights = weighed(run.reward)  # by name of the reward
     stage = run.stage_in(problem)
     rewards = {name: reward_of(name, problem, stage) for name in weights}
-    # without rewards of assets nothing is decoded in training, and so nothing held out is scored either
-    latent = all(isinstance(reward, LatentReward) for reward in rewards.values()) and not run.gate
+    # if all rewards read latents, nothing is decoded in training, and so no held-out reward can be scored
+    reads_latents_only = all(isinstance(reward, LatentReward) for reward in rewards.values()) and not run.gate
     task = Task(
         pipeline=problem.pipeline,
         stage=stage,
         rewards=rewards,
         weights=tuple(weights.values()),
         conditions=problem.train_conditions,
-        heldout=None if latent else partial(heldout_scores, problem, weights),
+        heldout=None if reads_latents_only else partial(heldout_scores, problem, weights),
+        # comma-separated names
         gate=tuple(name.strip() for name in run.gate.split(",")) if run.gate else (),
     )
 
@@ -273,10 +309,10 @@ def bench_of(run: OnlineRun, opened: Opened, seed: int) -> OnlineBench:
         run.losses,
         **{field.name: getattr(run.losses, field.name).at(stage, seed) for field in fields(Losses)},
     )
-    # the table evaluates what was trained: the weighted sum takes the place of the problem's reward
-    of_total = replace(problem, reward=total, parts=problem.measures or problem.parts)
+    # the table evaluates the trained reward, so the weighted sum replaces the reward of the problem
+    evaluated_problem = replace(problem, reward=total, parts=problem.measures or problem.parts)
     return OnlineBench(
-        of_total,
+        evaluated_problem,
         stage,
         run.dpo.at(stage, seed),
         task,

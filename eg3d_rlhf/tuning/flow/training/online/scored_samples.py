@@ -1,9 +1,12 @@
 """Generate groups of samples from a network, and score the assets that they are decoded to.
 
+A group is several samples of one prompt. A move is one step of the sampler with noise, as it was sampled.
+
 All random numbers depend on (seed, update, group, member, step of the sampler) alone, so the number of passes
 and ranks does not change them.
 
-Shape letters as in sparse.py; R rewards, G groups, K samples of a group, n samples of a pass.
+Shapes: N samples, V voxels and C channels, as in models/sparse.py; R rewards, G groups, K samples of a group,
+n samples of a pass.
 """
 
 import functools
@@ -31,64 +34,74 @@ from eg3d_rlhf.tuning.flow.training.online.steps import Step, divergence, log_de
 from eg3d_rlhf.tuning.flow.training.reference import FrozenModel
 from training.phases import derive_seed
 
-# (assets, prompts) -> scores [N] by name
+# function from N assets and their prompts to scores [N] by name of the reward
 HeldOutScores = Callable[[Sequence, Sequence[str]], Mapping[str, torch.Tensor]]
 Frozen = FrozenModel | Snapshot
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """Task of online tuning: a stage, whose samples are completed to assets, and rewards that score them."""
+    """Task of online tuning: a stage, whose samples the later stages complete to assets, and rewards."""
 
     pipeline: Pipeline
     stage: FlowStage
     rewards: Mapping[str, AssetReward]  # rewards that are trained on
     conditions: Sequence[str]  # prompts to train on
-    weights: Sequence[float] = (1.0,)  # one of each reward
-    heldout: HeldOutScores | None = None  # rewards that are not trained on
+    weights: Sequence[float] = (1.0,)  # weight of each reward, in the order of `rewards`
+    heldout: HeldOutScores | None = None  # rewards that are not trained on; None: there are none
     # names of held-out rewards: the distance is penalised where they rank a sample below the trained reward
     gate: Sequence[str] = ()
-    # networks of the other stages; those that are not named are the pipeline's own
+    # networks of the other stages, by stage; a stage that is missing has the pipeline's own network
     others: Models = field(default_factory=dict)
 
     def given(self, prompts: Sequence[str], seeds: Sequence[int], batch: int) -> list[Voxels]:
-        """Generate the voxels that the earlier stages hand to this one, [N]."""
+        """Generate the voxels that the earlier stages hand to this stage, one entry for each of N samples.
+
+        Args: prompts: prompts of the samples, [N]; seeds: seeds of the samples, [N]; batch: samples at once.
+        """
         return voxels_for(self.pipeline, self.stage.name, prompts, seeds, self.others, batch)
 
     def assets(self, x_0: Batch, prompts: Sequence[str], seeds: Sequence[int]) -> Sequence:
-        """Complete latents of the stage to assets [N], by the later stages with these seeds."""
-        names = [stage.name for stage in self.pipeline.stages]
-        later = names[names.index(self.stage.name) + 1 :]
+        """Complete N latents of the stage to N assets, by the later stages with these seeds."""
+        stage_names = [stage.name for stage in self.pipeline.stages]
+        later_stages = stage_names[stage_names.index(self.stage.name) + 1 :]
         # the last stage's latents are decoded directly
-        if not later:
+        if not later_stages:
             return self.pipeline.decode(x_0)
-        places = self.pipeline.advance(self.stage.name, x_0)
-        return generate(self.pipeline, prompts, seeds, self.others, len(seeds), {later[0]: places})
+        voxels = self.pipeline.advance(self.stage.name, x_0)
+        return generate(self.pipeline, prompts, seeds, self.others, len(seeds), {later_stages[0]: voxels})
 
     def scores(
         self, x_0: Batch, prompts: Sequence[str], seeds: Sequence[int]
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Score latents: rewards [R, N] float32 on the CPU, and held-out rewards by name, [N] each.
+        """Score N latents of the stage.
+
+        Returns the trained rewards [R, N], and the held-out rewards by name, [N] each; all float32 on the
+        CPU.
 
         Raises: ValueError for a reward that is not finite.
         """
-        # latent rewards read x_0 itself; decoding is skipped if no other reward is asked for
-        read = {name: reward for name, reward in self.rewards.items() if isinstance(reward, LatentReward)}
-        decoded = len(read) < len(self.rewards) or self.heldout is not None
-        assets = self.assets(x_0, prompts, seeds) if decoded else []
-        trained = {
-            name: read[name].of_latents(x_0, prompts) if name in read else reward(assets, prompts)
-            for name, reward in self.rewards.items()
-        }
-        heldout = {} if self.heldout is None else dict(self.heldout(assets, prompts))
+        # latent rewards read x_0 itself, so nothing is decoded if there is no other reward
+        needs_assets = self.heldout is not None or not all(
+            isinstance(reward, LatentReward) for reward in self.rewards.values()
+        )
+        assets = self.assets(x_0, prompts, seeds) if needs_assets else []
+        trained_scores = {}
+        for name, reward in self.rewards.items():
+            if isinstance(reward, LatentReward):
+                trained_scores[name] = reward.of_latents(x_0, prompts)
+            else:
+                trained_scores[name] = reward(assets, prompts)
+        heldout_scores = {} if self.heldout is None else dict(self.heldout(assets, prompts))
         # a single NaN would make the advantages of its whole group NaN
-        for name, values in (trained | heldout).items():
+        for name, values in (trained_scores | heldout_scores).items():
             if not bool(values.isfinite().all()):
                 raise ValueError(
-                    f"reward {name}: expected finite scores, got {values.tolist()}. Correct the reward."
+                    f"reward {name}: some scores are not finite: {values.tolist()}. Check the program of the"
+                    " reward for NaN and infinite values."
                 )
-        return _cpu(torch.stack(list(trained.values()))), {
-            name: _cpu(values) for name, values in heldout.items()
+        return _cpu(torch.stack(list(trained_scores.values()))), {
+            name: _cpu(values) for name, values in heldout_scores.items()
         }
 
 
@@ -99,31 +112,31 @@ def _cpu(values: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Move:
-    """A step of the sampler as it was sampled, without gradient."""
+    """Step of the sampler as it was sampled, for n samples, without gradient."""
 
     step: Step
     x: Batch  # n samples before the step
-    to: Batch  # the samples after it
+    next_x: Batch  # the samples after the step
     mean: Batch  # mean of the sampling policy's step
     reference: Batch  # mean of the reference's step
-    log_p: torch.Tensor  # [n], log density of `to` under the sampling policy
-    far: torch.Tensor  # [n], divergence of the sampling policy's step from the reference's
+    log_p: torch.Tensor  # [n], log density of `next_x` under the sampling policy
+    ref_divergence: torch.Tensor  # [n], divergence of the sampling policy's step from the reference's
     v: Batch  # velocities of the sampling policy
     v_ref: Batch  # velocities of the reference
 
 
 @dataclass(frozen=True, kw_only=True)
 class Drawn:
-    """Samples of one pass."""
+    """The n samples of one pass."""
 
     conditions: Sequence[str]  # [n], prompts
     seeds: Sequence[int]  # [n], seed of each sample's group
     members: Sequence[int]  # [n], index of each sample in its group
-    given: Sequence[Voxels]  # [n], from the earlier stages
+    voxels: Sequence[Voxels]  # [n], voxels from the earlier stages
     cond: Condition  # n rows
     no_cond: Condition | None  # n rows; None without guidance
-    x_0: Batch  # finished samples
-    moves: Sequence[Move] = ()  # the steps that are trained on
+    x_0: Batch  # the finished samples
+    moves: Sequence[Move] = ()  # steps that are trained on
 
 
 @dataclass(kw_only=True)
@@ -145,114 +158,131 @@ class Explorer:
         self,
         prompts: Sequence[str],
         seeds: Sequence[int],
-        noisy: Collection[int] | None = None,
-        kept: Collection[int] = (),
+        noisy_steps: Collection[int] | None = None,
+        trained_steps: Collection[int] = (),
     ) -> list[Drawn]:
         """Generate the samples of groups, in passes.
 
         All samples of a group have the same input from the earlier stages, and the same noise in the later
-        ones, both from the group's seed. So rewards of a group differ by this stage's noise alone.
-        Args: noisy: steps of the sampler that add noise, None for the stage's own sampler; kept: those that
-            are trained on.
+        stages, both from the group's seed. So the rewards of a group differ by the noise of this stage alone.
+
+        Args:
+            prompts: prompt of each group, [G].
+            seeds: seed of each group, [G].
+            noisy_steps: indices of the sampler's steps that add noise; None: the stage's own sampler, without
+                a record of its steps.
+            trained_steps: indices of the steps that are trained on, and so recorded.
         """
         K = self.config.group
         stage = self.task.stage
         pipeline = self.task.pipeline
-        size = self.config.batch_gpu or len(prompts) * K
-        given = self.task.given(prompts, seeds, size)
-        # [G * K], the members of a group side by side
+        # by default all samples are generated in one pass
+        pass_size = self.config.batch_gpu or len(prompts) * K
+        group_voxels = self.task.given(prompts, seeds, pass_size)
+        # one entry for each of the G * K samples; the samples of a group stand side by side
         members = [
-            (prompt, seed, k, places)
-            for prompt, seed, places in zip(prompts, seeds, given, strict=True)
+            (prompt, seed, k, voxels)
+            for prompt, seed, voxels in zip(prompts, seeds, group_voxels, strict=True)
             for k in range(K)
         ]
-        drawn = []
-        for i in range(0, len(members), size):
+        sampled_passes = []
+        for i in range(0, len(members), pass_size):
             # one pass: a slice that may begin and end inside a group
-            names, group_seeds, numbers, places = map(list, zip(*members[i : i + size], strict=True))
+            names, group_seeds, member_indices, voxels = map(
+                list, zip(*members[i : i + pass_size], strict=True)
+            )
             cond = to_device(pipeline.conditions(names, stage.name), self.device)
             no_cond = None
             # without guidance the empty conditioning is not needed
             if self.sampling.cfg_strength:
                 no_cond = to_device(pipeline.no_condition(len(names), stage.name), self.device)
 
-            # the defaults bind this pass's lists: a closure would see those of the last pass
-            def noise(move: int, group_seeds=group_seeds, numbers=numbers, places=places) -> Batch:
-                """Return the noise of step `move`, [n]; 0 is the start."""
-                draws = [
-                    derive_seed("move", seed, k, move) for seed, k in zip(group_seeds, numbers, strict=True)
+            # the defaults bind the lists of this pass; a closure would read those of the last pass
+            def noise(
+                move: int, group_seeds=group_seeds, member_indices=member_indices, voxels=voxels
+            ) -> Batch:
+                """Return the n noises number `move`: 0 for the start, i + 1 for step i of the sampler."""
+                noise_seeds = [
+                    derive_seed("move", seed, k, move)
+                    for seed, k in zip(group_seeds, member_indices, strict=True)
                 ]
-                return stage_noise(stage, draws, places).to(self.device)
+                return stage_noise(stage, noise_seeds, voxels).to(self.device)
 
             # losses on finished samples need no record of the steps
-            if noisy is None:
+            if noisy_steps is None:
                 x_0 = sample(replace(stage, model=self.policy), noise(0), cond, no_cond, self.sampling)
                 moves = list[Move]()
             else:
-                x_0, moves = self._chain(noise, noisy, kept, cond, no_cond)
-            drawn.append(
+                x_0, moves = self._chain(noise, noisy_steps, trained_steps, cond, no_cond)
+            sampled_passes.append(
                 Drawn(
                     conditions=names,
                     seeds=group_seeds,
-                    members=numbers,
-                    given=places,
+                    members=member_indices,
+                    voxels=voxels,
                     cond=cond,
                     no_cond=no_cond,
                     x_0=x_0,
                     moves=moves,
                 )
             )
-        return drawn
+        return sampled_passes
 
     @torch.no_grad()
     def _chain(
         self,
         noise: Callable[[int], Batch],
-        noisy: Collection[int],
-        kept: Collection[int],
+        noisy_steps: Collection[int],
+        trained_steps: Collection[int],
         cond: Condition,
         no_cond: Condition | None,
     ) -> tuple[Batch, list[Move]]:
-        """Generate samples step by step, and record the steps in `kept`.
+        """Generate samples step by step, and record the steps that are trained on.
 
-        Args: noise: returns standard normal noise, for 0 the start and for i + 1 that of step i.
+        Args:
+            noise: function that returns standard normal noise. 0 gives the noise that sampling starts from,
+                and i + 1 the noise of step i.
+            noisy_steps: indices of the steps that add noise.
+            trained_steps: indices of the steps that are recorded.
+            cond: conditioning, n rows.
+            no_cond: empty conditioning, n rows; None without guidance.
         """
         x = noise(0)
         moves = list[Move]()
         for i, step in enumerate(self.steps):
             v = self.velocity(x, step.t, cond, no_cond)
             # the last step adds no noise, see steps_of
-            if i not in noisy or i == len(self.steps) - 1:
+            if i not in noisy_steps or i == len(self.steps) - 1:
                 x = without_noise(step).mean(x, v)
                 continue
             mean = step.mean(x, v)
-            to = with_feats(mean, feats_of(mean) + step.std * feats_of(noise(i + 1)))
-            if i in kept:
+            next_x = with_feats(mean, feats_of(mean) + step.std * feats_of(noise(i + 1)))
+            if i in trained_steps:
                 # the reference is evaluated at the policy's x, so that both steps start from the same point
                 v_ref = self._guided(
                     functools.partial(self.reference.velocity, self.task.stage), x, step.t, cond, no_cond
                 )
-                other = step.mean(x, v_ref)
-                log_p = log_density(to, mean, step.std)
-                far = divergence(mean, other, step.std)
+                reference_mean = step.mean(x, v_ref)
+                log_p = log_density(next_x, mean, step.std)
+                ref_divergence = divergence(mean, reference_mean, step.std)
                 moves.append(
                     Move(
                         step=step,
                         x=x,
-                        to=to,
+                        next_x=next_x,
                         mean=mean,
-                        reference=other,
+                        reference=reference_mean,
                         log_p=log_p,
-                        far=far,
+                        ref_divergence=ref_divergence,
                         v=v,
                         v_ref=v_ref,
                     )
                 )
-            x = to
+            x = next_x
         return x, moves
 
     def velocity(self, x: Batch, t: float, cond: Condition, no_cond: Condition | None) -> Batch:
-        """Compute the policy's velocity with guidance, in float32.
+        """Compute the policy's velocity at x and time t, with the sampler's guidance, in float32.
 
         Differentiable in: the policy's parameters.
         """
@@ -264,5 +294,8 @@ class Explorer:
     def _guided(
         self, velocity: Callable[..., Batch], x: Batch, t: float, cond: Condition, no_cond: Condition | None
     ) -> Batch:
-        """Apply classifier-free guidance to a velocity function, in float32."""
+        """Compute a velocity with classifier-free guidance (Ho and Salimans 2022), in float32.
+
+        Args: velocity: function of the velocity of a network, such as FrozenModel.velocity.
+        """
         return single(guided(self.task.stage.path, velocity, x, t, cond, no_cond, self.sampling))

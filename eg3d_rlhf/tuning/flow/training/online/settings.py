@@ -1,6 +1,7 @@
 """Settings of online tuning, and the arms of its runs.
 
-All losses share one flat set of settings, since most settings apply to several of them. This file imports no
+All losses share one flat set of settings, since most settings apply to several of them. losses.py has the
+equations of the losses with their papers, and steps.py those of the sampler's steps. This file imports no
 torch, so that `--help` is quick.
 """
 
@@ -26,7 +27,9 @@ ON_LATENTS = ("nft", "dgpo")  # losses on finished samples, by any sampler
 LOSSES = (*ON_LATENTS, *ON_STEPS)
 OVER = ("batch", "group", "ranks")  # ways of normalising rewards
 STEPS = ("exact", "cps", "sde", "dance")  # kinds of the sampler's steps with noise (steps.py)
-DECAYS = {  # schedules of DiffusionNFT by name, as functions of the number n of optimiser steps
+# Schedules of DiffusionNFT by name: functions from the number n of optimiser steps to the decay d in 0..1,
+# see snapshot.decay. The numbers are those of the published programs.
+DECAYS = {
     "copy": lambda n: 0.0,
     "slow": lambda n: min(0.001 * n, 0.5),
     "late": lambda n: 0.0 if n < 75 else min(0.0075 * (n - 75), 0.999),
@@ -35,125 +38,161 @@ DECAYS = {  # schedules of DiffusionNFT by name, as functions of the number n of
 }
 _online = functools.partial(knob, group="Online")
 _rare_online = functools.partial(_online, rare=True)
-NUMBERS = 1e-2  # divided by sqrt(elements of a sample), it is the clip of ratios: 1e-4 for ten thousand
+# The clip of ratios is this value divided by sqrt(elements of a sample): 1e-4 for ten thousand elements.
+CLIP_SCALE = 1e-2
 
 
 @dataclass(frozen=True, kw_only=True)
 class OnlineConfig(StageTraining):
-    """Everything that decides a training besides its networks, prompts and rewards.
+    """Settings of a training on samples that the policy itself generates.
 
     The defaults suit large generators.
     """
 
     loss: str = _online(
-        "nft", "Loss of an update; docs/understand/losses.md compares the losses.", choices=LOSSES
+        "nft", "Loss that is minimised; docs/understand/losses.md compares the losses.", choices=LOSSES
     )
-    steps: int = train_knob(300, "Length of a stage's training.", metavar="UPDATES", low=1)
-    lr: float = train_knob(3e-4, "AdamW's learning rate.", above=0)
+    steps: int = train_knob(300, "Number of updates in the training of a stage.", metavar="UPDATES", low=1)
+    lr: float = train_knob(3e-4, "Learning rate of the AdamW optimiser.", above=0)
     warmup: int = train_knob(
         10,
-        "Length of the warm-up, in which the learning rate rises from 0.",
+        "Number of first updates in which the learning rate rises from 0.",
         metavar="UPDATES",
         low=0,
         rare=True,
     )
-    group: int = _online(8, "Samples of one prompt that are compared with each other.", low=2)
-    batch: int = _online(8, "Prompts per update, over all processes.", metavar="GROUPS", low=1)
+    group: int = _online(8, "Number of samples of one prompt, which are compared with each other.", low=2)
+    batch: int = _online(
+        8,
+        "Number of prompts in an update, over all processes. Each prompt has one group of samples.",
+        metavar="GROUPS",
+        low=1,
+    )
     batch_gpu: int | None = _rare_online(
         None,
-        "Samples per pass; decides memory, not the result.",
+        "Number of samples that a process computes in one pass. It changes the memory that an update takes,"
+        " not its result.",
         metavar="SAMPLES",
         low=1,
         shown="all of a process",
     )
-    passes: int = _rare_online(1, "Steps of the optimiser on the samples of an update.", low=1)
+    passes: int = _rare_online(1, "Number of optimiser steps on the samples of one update.", low=1)
     kl: float = _online(
         0.03,
-        "Weight of the distance from the untuned network: squared distance of velocities, or divergence of"
-        " steps.",
+        "Weight of the distance from the untuned network in the loss. The distance is the squared difference"
+        " of velocities for nft and dgpo, and the KL divergence of the sampler's steps for the other losses.",
         low=0,
     )
     advantage: str = _online(
         "batch",
-        "Divisor of rewards after their group's mean is subtracted: standard deviation of the whole batch "
-        "or of the group. ranks: normal scores of the ranks in the group.",
+        "How rewards become advantages. batch, group: the mean of the group is subtracted, and the"
+        " difference is divided by the standard deviation of the whole batch or of the group; ranks: normal"
+        " scores of the ranks in the group.",
         choices=OVER,
     )
-    adv_clip: float = _rare_online(5.0, "Largest advantage; nft: C, which scales it to goodness.", above=0)
+    adv_clip: float = _rare_online(
+        5.0,
+        "Largest absolute value of an advantage. For nft it is also the factor C that scales advantages to a"
+        " goodness in 0..1.",
+        above=0,
+    )
     max_drift: float | None = _rare_online(
         0.4,
-        "Largest policy drift: mean square of the velocity's change, relative to its error at the reference,"
-        " above which training stops.",
+        "Policy drift above which training stops. The drift is the mean squared change of the velocity,"
+        " divided by the mean squared error of the reference's velocity.",
         above=0,
         shown="0.4",
         name="max_drift",
     )
     reset: int | None = _rare_online(
         None,
-        "Interval after which the current network becomes the reference.",
+        "Number of updates between renewals of the reference, at which the current network becomes the"
+        " reference.",
         metavar="UPDATES",
         low=1,
         shown="never",
     )
     sampler_steps: int | None = _rare_online(
-        None, "Steps of the sampler in training.", low=2, shown="the stage's own"
+        None, "Number of steps of the sampler in training.", low=2, shown="the stage's own"
     )
     # on the sampler's steps
     window: int | None = _online(
         None,
-        "grpo, grpo-guard, dppo: number of steps with noise that are trained on; the other steps are the"
-        " flow's own.",
+        "grpo, grpo-guard, dppo: number of consecutive sampler steps (a window) that add noise and are"
+        " trained on. The other steps are the flow's own, without noise.",
         metavar="STEPS",
         low=1,
         shown="all but the last",
     )
     window_end: int | None = _rare_online(
         None,
-        "Last step at which a window may end.",
+        "End of the sampler steps in which windows may lie: the number of the last such step, counted from"
+        " 1.",
         metavar="STEP",
         low=1,
-        shown="after two fifths of the steps",
+        shown="two fifths of the steps",
     )
     window_moves: str = _rare_online(
         "random",
-        "Movement of windows. random: a new place for every update; progressive: from noisy steps to less"
-        " noisy ones, repeatedly.",
+        "Movement of windows. random: every update has a random window; progressive: windows move from noisy"
+        " steps to less noisy steps, and then start again.",
         choices=("random", "progressive"),
     )
     window_updates: int = _rare_online(
-        25, "Updates of a progressive window at one place.", metavar="UPDATES", low=1
+        25, "Number of updates before a progressive window moves.", metavar="UPDATES", low=1
     )
     trained_steps: int | None = _rare_online(
         None,
-        "Without a window: number of steps that are trained on, chosen at random for every update.",
+        "Number of sampler steps that are trained on if --window is not given. They are chosen at random in"
+        " every update.",
         low=1,
         shown="all but the last",
     )
-    sde_step: str = _online("exact", "Kind of the steps with noise.", choices=STEPS, rare=True)
-    noise: float = _online(0.7, "Noise level a of the sampler.", name="sde_noise", above=0, rare=True)
+    sde_step: str = _online(
+        "exact",
+        "Kind of the sampler steps that add noise. exact: Flow-GRPO's process in closed form; cps:"
+        " coefficients-preserving sampling; sde, dance: Euler steps of Flow-GRPO and of DanceGRPO.",
+        choices=STEPS,
+        rare=True,
+    )
+    noise: float = _online(
+        0.7,
+        "Level a of the noise that the sampler steps add; 0 would add none.",
+        name="sde_noise",
+        above=0,
+        rare=True,
+    )
     clip_range: float | None = _online(
         None,
-        "Clip of the ratio of densities (mean over a sample's elements), as a distance from 1; dppo: "
-        "limit of the divergence; dgpo: clip of the ratio from errors.",
+        "Largest distance of the density ratio from 1 (the log density is averaged over a sample's elements)."
+        " For dppo it limits the divergence of a step, and for dgpo the ratio exp(e_old - e) of errors e.",
         above=0,
-        shown="by the elements of a sample",
+        shown="from the size of a sample",
     )
     # on finished samples
     curvature: float = _rare_online(
-        1.0, "nft: b. A larger value keeps the policy closer to the sampling network.", above=0
+        1.0, "nft: factor b. A larger value keeps the policy closer to the sampling network.", above=0
     )
     plain: bool = _rare_online(
-        False, "nft: do not divide the loss by the size of the error.", name="unweighted"
+        False, "nft: do not divide the squared errors by their mean size.", name="unweighted"
     )
     group_beta: float = _rare_online(
-        100.0, "dgpo: beta, the factor of a group's margin, per unit of error.", above=0
+        100.0, "dgpo: factor beta of a group's margin, per unit of flow-matching error.", above=0
     )
-    draws: int = _rare_online(2, "nft, dgpo: times and noises per sample.", low=1, name="noise_samples")
+    draws: int = _rare_online(
+        2,
+        "nft, dgpo: number of pairs of a time and a noise at which the loss of each sample is computed.",
+        low=1,
+        name="noise_samples",
+    )
     decay: str = _rare_online(
-        "slow", "nft, dgpo: schedule by which the sampling network follows the policy.", choices=tuple(DECAYS)
+        "slow",
+        "nft, dgpo: schedule by which the sampling network follows the policy. copy: it equals the policy;"
+        " slow, late, dgpo: it follows more and more slowly; frozen: it never changes.",
+        choices=tuple(DECAYS),
     )
     guided: bool = _rare_online(
-        False, "nft, dgpo: sample with the stage's guidance; velocities are compared without it."
+        False, "nft, dgpo: sample with the stage's guidance. The loss itself never uses guidance."
     )
     use: str = "reward"  # how rewards are used: unchanged, or as in a control (randomised, inverted)
 
@@ -161,58 +200,70 @@ class OnlineConfig(StageTraining):
         super().__post_init__()
         # the ratio of densities compares two passes of one network, which must be the same function
         if self.lora is not None and self.lora.dropout:
-            got = f"got {self.lora.dropout}"
             raise ValueError(
-                f"OnlineConfig.lora: expected adapters without dropout, {got}: densities would be those of"
-                " another network. Set the dropout to 0."
+                "OnlineConfig.lora: online tuning needs adapters without dropout, got a dropout of"
+                f" {self.lora.dropout}. Set the dropout of the adapters to 0."
             )
         if self.loss == "dgpo" and self.batch_gpu is not None and self.batch_gpu % self.group:
             raise ValueError(
-                f"--set batch_gpu: expected a multiple of the group size {self.group} with dgpo, got"
-                f" {self.batch_gpu}. Give a multiple."
+                f"--set batch_gpu: with the loss dgpo it must be a multiple of the group size {self.group},"
+                f" got {self.batch_gpu}. Choose a multiple, or another --group."
             )
         if self.window is not None and self.trained_steps is not None:
-            raise ValueError("--set trained_steps: cannot be combined with --window. Leave one of them out.")
+            raise ValueError("--set trained_steps cannot be combined with --window. Remove one of them.")
 
     @property
     def on_steps(self) -> bool:
-        """Return whether the loss acts on the densities of the sampler's steps."""
+        """Return True if the loss acts on the densities of the sampler's steps."""
         return self.loss in ON_STEPS
 
-    def clip_of(self, numbers: float, std: float = 1.0) -> float:
-        """Return the clip of this loss.
+    def choose_clip(self, elements: float, std: float = 1.0) -> float:
+        """Return the clip of this loss, which is `clip_range` if it is set.
 
-        Args: numbers: elements of a sample; std: of the step, which scales the guard's exponent.
+        Args:
+            elements: number of elements of a sample.
+            std: standard deviation of the sampler's step, which scales the exponent of GRPO-Guard.
         """
         if self.clip_range is not None:
             return self.clip_range
-        # these two do not depend on the number of elements: neither limits a ratio that noise changes
-        fixed = {"dppo": 1e-5, "dgpo": 1e-2}
-        return fixed.get(self.loss, NUMBERS / numbers**0.5 * (std if self.loss == "grpo-guard" else 1.0))
+        # Flow-DPPO and DGPO: their limits do not depend on the number of elements, as neither limits a ratio
+        # that noise changes. The guard's exponent is multiplied by the step's std, so its clip is, too.
+        fixed_clips = {"dppo": 1e-5, "dgpo": 1e-2}
+        return fixed_clips.get(
+            self.loss, CLIP_SCALE / elements**0.5 * (std if self.loss == "grpo-guard" else 1.0)
+        )
 
     def sampling(self, stage: "FlowStage") -> "Sampling":
-        """Return the sampler's settings in training, with the stage's own guidance and spacing of times.
+        """Return the settings of the sampler in training.
+
+        The spacing of times is the stage's own. Losses on the sampler's steps use the stage's own guidance;
+        losses on finished samples use it only if `guided` is set.
 
         Raises: ValueError for more trained steps, or a longer window, than the sampler has steps.
         """
         sampling = replace(stage.sampling, steps=self.sampler_steps or stage.sampling.steps)
-        most = sampling.steps - 1  # the last step has no noise, and so no density
+        noisy_steps = sampling.steps - 1  # the last step has no noise, and so no density
         # losses on finished samples take any sampler, and by default no guidance
         if not self.on_steps:
             return sampling if self.guided else replace(sampling, cfg_strength=0.0)
-        if most < 1 or self.trained_steps is not None and self.trained_steps > most:
-            got = f"{self.trained_steps or 1} of {sampling.steps}"
+        if noisy_steps < 1:
             raise ValueError(
-                f"--trained-steps: expected at most all steps of the sampler except the last, got {got}."
-                " Change one of the two."
+                f"--set sampler_steps: the loss {self.loss} needs at least 2 sampler steps, got"
+                f" {sampling.steps}. Use more steps."
+            )
+        if self.trained_steps is not None and self.trained_steps > noisy_steps:
+            raise ValueError(
+                f"--trained-steps: got {self.trained_steps} of {sampling.steps} sampler steps, but only"
+                f" {noisy_steps} steps have noise (all except the last). Use fewer trained steps, or more"
+                " sampler steps."
             )
         if self.window is not None:
-            check_window(self.window, 0, self.last_window(sampling.steps), most)
+            check_window(self.window, 0, self.find_window_end(sampling.steps), noisy_steps)
         return sampling
 
-    def last_window(self, steps: int) -> int:
-        """Return the step at which windows end at the latest, for a sampler with a number of steps."""
-        # the first two fifths: noisy steps decide more of the shape
+    def find_window_end(self, steps: int) -> int:
+        """Return the step at which windows end at the latest, exclusive, for a sampler of `steps` steps."""
+        # the first two fifths of the steps: noisy steps decide more of the shape
         assert self.window is not None
         return self.window_end or max(self.window, math.ceil(0.4 * steps))
 
@@ -237,7 +288,7 @@ class Losses:
 
 
 KINDS = (*(field.name.replace("_", "-") for field in fields(Losses)), DPO)
-# every kind, and its controls
+# every kind of arm, followed by its controls: "nft", "nft-randomised", "nft-inverted", "grpo", ...
 ARMS = tuple(name for kind in KINDS for name in (kind, *(f"{kind}-{use}" for use in CONTROLS)))
 
 
@@ -255,35 +306,38 @@ OWN = "own"  # name of the problem's reward
 
 
 def weighed(text: str) -> dict[str, float]:
-    """Parse the value of --reward to weights by name. Raises: ValueError for other text.
+    """Parse the value of --reward to weights by name; a name without a weight has the weight 1.
+
+    Raises: ValueError for a part that is not NAME or NAME:WEIGHT with a weight above 0.
 
     >>> weighed("own,solid:0.5")
     {'own': 1.0, 'solid': 0.5}
     """
     weights = {}
-    for part in text.split(","):
-        name, colon, weight = part.strip().partition(":")
+    for reward_text in text.split(","):
+        name, colon, weight_text = reward_text.strip().partition(":")
         try:
-            weights[name] = float(weight) if colon else 1.0
+            weights[name] = float(weight_text) if colon else 1.0
         except ValueError:
             weights[name] = 0.0  # the check below rejects it
         if not name or not 0 < weights[name] < float("inf"):
             raise ValueError(
-                f"--reward: expected names with commas, each with or without :WEIGHT above 0, got {text!r}."
-                " Correct the list, for example solid:0.5."
+                f"--reward: {reward_text.strip()!r} in {text!r} is not NAME or NAME:WEIGHT with a finite"
+                " weight above 0. Write the list for example as own,solid:0.5."
             )
     return weights
 
 
 @dataclass(frozen=True, kw_only=True)
 class OnlineRun(ArmsRun):
-    """Settings of a run of online arms, and the layout of its table."""
+    """Settings of a run of online arms, with the columns of the table that ends the run."""
 
     NAME: ClassVar[str] = "online"
     TITLE: ClassVar[str] = "Online tuning against its base"
     MORE: ClassVar[str] = (
-        " In brackets after a mean reward: the untuned network's. Samples: number generated in training. KL:"
-        " divergence of a sampler's steps from the untuned network's, mean over elements, steps and samples."
+        " The mean reward of the untuned network stands in brackets. Samples: number of samples that were"
+        " generated in training. KL: divergence of the sampler's steps from those of the untuned network,"
+        " averaged over elements, steps and samples."
     )
     BEFORE: ClassVar[Columns] = {
         "arm": lambda name, arm: name,
@@ -291,13 +345,13 @@ class OnlineRun(ArmsRun):
         "reward up on": lambda name, arm: f"{arm['reward']['up']:.0%} of prompts",
         "mean reward": lambda name, arm: f"{arm['reward']['mean']:+.3f} ({arm['reward']['base']:+.3f})",
     }
-    AFTER: ClassVar[Columns] = {"KL": lambda name, arm: mean_of(arm["kl"])}
+    AFTER: ClassVar[Columns] = {"KL": lambda name, arm: format_mean(arm["kl"])}
     ARMS: ClassVar[Collection[str]] = ARMS
     LISTED: ClassVar[str] = f"{', '.join(KINDS)}, or one with -{' or -'.join(CONTROLS)}"
 
     losses: Losses
-    reward: str = OWN  # names, with weights
-    gate: str | None = None  # names of held-out rewards
+    reward: str = OWN  # names of the trained rewards, with weights; see weighed
+    gate: str | None = None  # comma-separated names of held-out rewards; None: no gate
     arms: tuple[str, ...] = ("nft",)
 
     def __post_init__(self):
@@ -305,6 +359,7 @@ class OnlineRun(ArmsRun):
         super().__post_init__()
 
     def bench(self, opened: "Opened", seed: int) -> "OnlineBench":
+        # imported here, since it imports torch
         from eg3d_rlhf.tuning.flow.training.online.online_arms import bench_of
 
         return bench_of(self, opened, seed)
@@ -316,30 +371,34 @@ class OnlineRun(ArmsRun):
     def row(
         self, arm: str, trainings: Sequence[Mapping], rates: Mapping, scores: Mapping, base: Mapping
     ) -> dict:
-        tuned = scores["reward"]  # [K, C, S]
-        untuned = base["reward"]  # [1, C, S]
-        up = (tuned.mean(2) > untuned.mean(2)).mean(1)  # [K], share of prompts with a higher mean reward
+        tuned_rewards = scores["reward"]  # [K, C, S]
+        untuned_rewards = base["reward"]  # [1, C, S]
+        # share of prompts whose mean reward is higher than that of the untuned network, [K]
+        improved_shares = (tuned_rewards.mean(2) > untuned_rewards.mean(2)).mean(1)
         return {
             "samples": [training["samples"] for training in trainings],
             "kl": [training["kl"] for training in trainings],
             "reward": {
-                "up": float(up.mean()),
-                "up_seeds": up.tolist(),
-                "mean": float(tuned.mean()),
-                "mean_seeds": tuned.mean((1, 2)).tolist(),
-                "base": float(untuned.mean()),
+                "up": float(improved_shares.mean()),
+                "up_seeds": improved_shares.tolist(),
+                "mean": float(tuned_rewards.mean()),
+                "mean_seeds": tuned_rewards.mean((1, 2)).tolist(),
+                "base": float(untuned_rewards.mean()),
             },
             "measures": {name: rate for name, rate in rates.items() if name not in EVALUATORS},
         }
 
 
-def mean_of(values: Sequence[float | None]) -> str:
-    """Format a mean with two digits; return an empty text if nothing was measured."""
+def format_mean(values: Sequence[float | None]) -> str:
+    """Format the mean of all values that are not None with two digits.
+
+    Return an empty text if all values are None.
+    """
     # imported here, to keep `--help` quick
     import numpy as np
 
-    known = [value for value in values if value is not None]
-    return f"{np.mean(known):.2g}" if known else ""
+    measured_values = [value for value in values if value is not None]
+    return f"{np.mean(measured_values):.2g}" if measured_values else ""
 
 
 # Windows: the steps of the sampler that have noise and are trained on, the same for all samples of an update
@@ -350,40 +409,56 @@ def mean_of(values: Sequence[float | None]) -> str:
 # Here a window keeps its size: it begins at `steps - size` at the latest, and then stays or starts again.
 
 
-def check_window(size: int, low: int, high: int, steps: int) -> None:
-    """Raise ValueError for a window of `size` steps that does not fit into low..high.
+def check_window(size: int, start: int, end: int, steps: int) -> None:
+    """Raise ValueError for a window of `size` steps that does not fit between two steps.
 
-    Args: steps: number of the sampler's steps that may have noise.
+    Args:
+        size: number of steps in the window.
+        start: first step that the window may contain, counted from 0.
+        end: end of the steps that the window may contain, exclusive.
+        steps: number of the sampler's steps that may have noise.
     """
-    if not 0 <= low < high <= steps or not 1 <= size <= high - low:
-        got = f"{size} of steps {low} to {high}"
+    if not 0 <= start < end <= steps or not 1 <= size <= end - start:
         raise ValueError(
-            f"window: expected 1 or more of the sampler's steps 0 to {steps}, got {got}. The last step has no"
-            " noise. Use a smaller window or more steps."
+            f"--window: {size} consecutive steps do not fit into steps {start} to {end} (without the last"
+            f" number); the sampler adds noise in steps 0 to {steps}. Use a smaller window, or more sampler"
+            " steps."
         )
 
 
-def random_window(size: int, low: int, high: int, draw: Callable[[int, int], int]) -> range:
-    """Choose a window of `size` steps in low..high at random.
+def random_window(size: int, start: int, end: int, random_integer: Callable[[int, int], int]) -> range:
+    """Choose a window of `size` steps at random.
 
-    Args: high: end of the steps that it may cover, exclusive; draw: returns a random integer between two
-        numbers, both included.
+    Args:
+        start: first step that the window may contain, counted from 0.
+        end: end of the steps that the window may contain, exclusive.
+        random_integer: function that returns a random integer between two numbers, both included.
     """
-    check_window(size, low, high, high)
-    begin = draw(low, high - size)
-    return range(begin, begin + size)
+    check_window(size, start, end, end)
+    window_start = random_integer(start, end - size)
+    return range(window_start, window_start + size)
 
 
 def progressive_window(
-    round_number: int, size: int, low: int, high: int, *, stride: int, rounds: int, again: bool
+    round_number: int, size: int, start: int, end: int, *, stride: int, rounds: int, repeat: bool
 ) -> range:
     """Return the window of a round, which moves from noisy steps to less noisy ones.
 
-    It moves by `stride` steps after every `rounds` rounds. At the end it stays, or begins anew (`again`).
+    The window moves by `stride` steps after every `rounds` rounds. When it has arrived at the last steps, it
+    starts again at the first ones if `repeat` is set, and otherwise stays there.
+
+    Args:
+        round_number: index of the round, counted from 0.
+        size: number of steps in the window.
+        start: first step that the window may contain, counted from 0.
+        end: end of the steps that the window may contain, exclusive.
     """
-    check_window(size, low, high, high)
+    check_window(size, start, end, end)
     # without repetitions: several starts near the end are cut to the same last window
-    begins = list(dict.fromkeys(min(begin, high - size) for begin in range(low, high, stride)))
-    place = round_number // rounds  # number of moves so far
-    begin = begins[place % len(begins) if again else min(place, len(begins) - 1)]
-    return range(begin, begin + size)
+    window_starts = list(
+        dict.fromkeys(min(window_start, end - size) for window_start in range(start, end, stride))
+    )
+    moves = round_number // rounds  # number of moves so far
+    # `repeat` starts again at the first window; otherwise the last window stays
+    window_start = window_starts[moves % len(window_starts) if repeat else min(moves, len(window_starts) - 1)]
+    return range(window_start, window_start + size)

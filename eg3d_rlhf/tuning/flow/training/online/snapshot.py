@@ -1,5 +1,6 @@
-"""Snapshot of the network in training: a second set of the trained parameters, with all others shared. The
-module also holds the schedules by which a snapshot follows the policy.
+"""Snapshot of the network in training: a second set of the trained parameters, which shares all other
+parameters with the network. DiffusionNFT (Zheng et al. 2025) and DGPO sample from a snapshot that follows the
+policy.
 """
 
 import contextlib
@@ -20,37 +21,43 @@ def decay(name: str, steps: int) -> float:
 
     The sampling network follows the policy by old <- d old + (1 - d) new.
 
+    Args:
+        name: name of a schedule in DECAYS.
+        steps: number of optimiser steps so far.
+
     >>> decay("slow", 100), decay("copy", 100), decay("late", 100)
     (0.1, 0.0, 0.1875)
     """
-    # the step counts passes over the samples, not updates
+    # an update may have several optimiser steps (`passes`), and each of them counts
     return DECAYS[name](steps)
 
 
 class Snapshot:
     """Snapshot of a policy's trained parameters, which takes their memory a second time.
 
-    With adapters this is little memory; with full tuning it is that of the whole network.
+    With adapters this is little memory. With full tuning it is the memory of the network's parameters.
 
-    Args: policy: the network in training; named: its parameters that are trained.
+    Args:
+        policy: network in training.
+        trained_parameters: trained parameters of the policy, by name.
     """
 
-    def __init__(self, policy: nn.Module, named: Mapping[str, nn.Parameter]):
+    def __init__(self, policy: nn.Module, trained_parameters: Mapping[str, nn.Parameter]):
         self._policy = policy
-        self._named = dict(named)
-        # clones: the policy's parameters change in place
-        self.values = {name: p.detach().clone() for name, p in self._named.items()}
+        self._parameters = dict(trained_parameters)
+        # clones, since the policy's parameters are changed in place
+        self.values = {name: p.detach().clone() for name, p in self._parameters.items()}
 
     @torch.no_grad()
     def follow(self, decay: float) -> None:
         """Move the snapshot towards the policy: old <- decay old + (1 - decay) new."""
-        for name, p in self._named.items():
-            # a decay of 0 copies, so that the values are equal and not merely close
+        for name, p in self._parameters.items():
+            # for a decay of 0 the values are copied, so that they are equal and not merely close
             self.values[name].lerp_(p, 1 - decay) if decay else self.values[name].copy_(p)
 
     @torch.no_grad()
     def load(self, values: Mapping[str, torch.Tensor]) -> None:
-        """Copy values into the snapshot, in place."""
+        """Copy values, tensors by name of the parameter, into the snapshot in place."""
         for name, value in self.values.items():
             value.copy_(values[name])
 
@@ -58,23 +65,26 @@ class Snapshot:
     def active(self) -> Iterator[nn.Module]:
         """Yield the policy's module with the snapshot's parameters, without gradient.
 
-        The policy's parameters return when the context ends, also after an error.
+        The policy has its own parameters again when the context ends, also after an error.
         """
         # `p.data` is exchanged, not copied: no memory is taken, and the optimiser's parameters stay the same
-        policy_data = {name: p.data for name, p in self._named.items()}
+        policy_data = {name: p.data for name, p in self._parameters.items()}
         try:
-            for name, p in self._named.items():
+            for name, p in self._parameters.items():
                 p.data = self.values[name]
             with torch.no_grad(), evaluating(self._policy):
                 yield self._policy
         finally:
-            for name, p in self._named.items():
+            for name, p in self._parameters.items():
                 p.data = policy_data[name]
 
     def velocity(
         self, stage: FlowStage, x_t: Batch, t: torch.Tensor, cond: Condition, step: float | None = None
     ) -> Batch:
-        """Compute v with the snapshot's parameters, as FrozenModel does. Not differentiable."""
+        """Compute the velocity with the snapshot's parameters, see FrozenModel.velocity.
+
+        Not differentiable.
+        """
         # the policy's module is shared, so this must not be called within a forward pass of the policy
         with self.active() as model:
             return stage.velocity(x_t, t, cond, model, step)

@@ -1,10 +1,12 @@
-"""Compute `--reward=solid` of a flow, without labels: it scores whether an asset is a physically valid solid
-that still resembles what the untuned generator makes of the prompt.
+"""Compute the reward `--reward=solid` of a flow's assets, which needs no labels.
 
-The reward is solid * clip((F - .75) / .2, 0, 1) on the voxels of a finished asset, with F the fidelity to a
-reference (eg3d_rlhf.geometry.solids). A sampler with noise at every step has no single untuned asset of a
-seed, so F is the best over REFERENCES untuned assets of the prompt. They are generated once, and their
-defects are removed.
+It scores whether an asset is a physically valid solid that still resembles the assets that the untuned
+generator samples for the prompt.
+
+The reward is solid * clip((F - .75) / .2, 0, 1) on the voxels of a finished asset. Here solid in 0..1 is the
+score of a valid solid, and F the fidelity to a reference shape (both from eg3d_rlhf.geometry.solids). If the
+sampler adds noise at every step, no untuned asset corresponds to a seed, so F is the best fidelity over
+REFERENCES untuned assets of the prompt. These references are generated once, and their defects are removed.
 """
 
 from collections.abc import Sequence
@@ -20,8 +22,9 @@ from eg3d_rlhf.tuning.flow.base.sampling import generate
 from eg3d_rlhf.tuning.flow.base.stage import Pipeline
 from training.phases import derive_seed
 
-REFERENCES = 16  # untuned assets of a prompt
-SMALL = 16  # voxels per edge up to which the rules of coarse grids apply: nothing there is thick
+REFERENCES = 16  # number of untuned assets of a prompt
+# voxels per edge up to which the rules for coarse grids apply, in which no part is many voxels thick
+SMALL = 16
 
 
 def grid_of(pipeline: Any, asset: Any) -> np.ndarray:
@@ -33,57 +36,58 @@ def grid_of(pipeline: Any, asset: Any) -> np.ndarray:
         grid = np.asarray(asset.occupancy, dtype=bool)
     elif hasattr(pipeline, "voxels"):
         grid = np.zeros((pipeline.resolution,) * 3, dtype=bool)
+        # voxels [v, 3]; the tuple of three index arrays selects them in the grid
         grid[tuple(pipeline.voxels(asset).cpu().long().numpy().T)] = True
     else:
         raise ValueError(
-            f"--reward=solid: expected assets of voxels, got {type(asset).__name__}. Use another generator or"
-            " reward."
+            f"--reward=solid: assets of the type {type(asset).__name__} have no voxels. Use another --reward,"
+            " or a generator of voxels."
         )
-    # flows' grids have z up, the rules for solids have y up
+    # flows' grids have z up, the rules for solids have y up; axis 2 becomes axis 1
     return solids.reduced(np.moveaxis(grid, 2, 1))
 
 
 def rules_for(grid: np.ndarray) -> solids.Rules:
-    """Choose the rules for solids by the resolution of a grid."""
+    """Return the rules for solids of a grid: OCCUPANCY for a coarse grid, else OBJECTS."""
     return solids.OCCUPANCY if max(grid.shape) <= SMALL else solids.OBJECTS
 
 
 @dataclass(kw_only=True)
 class SolidReward:
-    """Reward of finished assets (an AssetReward), in 0..1; an empty asset has 0."""
+    """Reward of finished assets (an AssetReward), in 0..1. An empty asset has the reward 0."""
 
     pipeline: Pipeline
-    references: int = REFERENCES  # untuned assets of a prompt
+    references: int = REFERENCES  # number of untuned assets of a prompt
     # voxels of untuned assets without their defects, by prompt
-    _known: dict[str, list[np.ndarray]] = field(default_factory=dict)
+    _reference_grids: dict[str, list[np.ndarray]] = field(default_factory=dict)
 
     def __call__(self, assets: Sequence[Any], conditions: Sequence[str]) -> torch.Tensor:
-        """Score assets, [N] float32 in 0..1."""
-        return torch.tensor([judged.reward for judged in self.judged(assets, conditions)])
+        """Score N finished assets of these prompts, [N] float32 in 0..1."""
+        return torch.tensor([score.reward for score in self.judged(assets, conditions)])
 
     def judged(self, assets: Sequence[Any], prompts: Sequence[str]) -> list[solids.Judged]:
-        """Compute the terms of the reward of every asset."""
-        # sorted: the same batches of references in every process
-        self._make_references(sorted(set(prompts) - set(self._known)))
+        """Compute the reward of every asset, with its terms."""
+        # sorted, so that the references are generated in the same batches in every process
+        self._make_references(sorted(set(prompts) - set(self._reference_grids)))
         grids = [grid_of(self.pipeline, asset) for asset in assets]
         return [
-            solids.beside(grid, self._known[name], rules_for(grid))
+            solids.beside(grid, self._reference_grids[name], rules_for(grid))
             for grid, name in zip(grids, prompts, strict=True)
         ]
 
     def _make_references(self, names: Sequence[str]) -> None:
-        """Generate the references of prompts that have none yet, by the pipeline's own networks."""
+        """Generate and store the references of these prompts, by the pipeline's own networks."""
         # the seed depends on the prompt alone, not on the order in which prompts occur
-        crossed = [
+        prompts_and_seeds = [
             (name, derive_seed("solid", name, k) % 2**31) for name in names for k in range(self.references)
         ]
-        if not crossed:
+        if not prompts_and_seeds:
             return
-        prompts, seeds = map(list, zip(*crossed, strict=True))
+        prompts, seeds = map(list, zip(*prompts_and_seeds, strict=True))
         assets = generate(self.pipeline, prompts, seeds)
         for asset, name in zip(assets, prompts, strict=True):
             grid = grid_of(self.pipeline, asset)
-            self._known.setdefault(name, []).append(solids.repaired(grid, rules_for(grid)))
+            self._reference_grids.setdefault(name, []).append(solids.repaired(grid, rules_for(grid)))
 
 
 def solid_reward(problem: Problem) -> SolidReward:

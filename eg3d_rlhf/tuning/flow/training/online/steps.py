@@ -1,13 +1,14 @@
-"""Sampler whose steps are normal distributions of known density, of four kinds.
+"""Steps of a sampler that are normal distributions of known density, of four kinds.
 
 The flow dx = v dt, run from t = 1 to 0, has at every t the marginals of
 
     dx = (v + g^2 / (2 sigma) eps) dt + g dw          eps = x + (1 - t) v, the noise that x and v imply;
                                                       -eps / sigma is the score
 
-for any g(t), since the added drift and the added diffusion cancel in the Fokker-Planck equation
-(Song et al. 2021, appendix D; for flows Flow-GRPO, and DanceGRPO, Xue et al. 2025). A step from t to
-u = t - D, with a the level of noise and sigma_t = s + (1 - s) t:
+for any g(t), with w a Wiener process, since the added drift and the added diffusion cancel in the
+Fokker-Planck equation (Song et al. 2021, appendix D; for flows Flow-GRPO, Liu et al. 2025, and DanceGRPO, Xue
+et al. 2025). A step from t to u = t - D, with a the level of noise, s the sigma_min of the flow's path, and
+sigma_t = s + (1 - s) t:
 
     sde      Flow-GRPO's Euler step: mean x - D (v + g^2 / (2 sigma_t) eps), std g sqrt(D),
              g^2 = a^2 sigma_t / (1 - t)
@@ -20,10 +21,10 @@ u = t - D, with a the level of noise and sigma_t = s + (1 - s) t:
 `exact` and `cps` have exactly the noise sigma_u at u, none at 0, and are finite at t = 1; for a = 0 both are
 the flow's own Euler step. `sde` and `dance` leave noise in the last step, and have too much noise in between;
 in the first step, where g is infinite, published code uses u instead of t. Deviates: the program of cps takes
--m((x - mean)^2) for the logarithm of the density, which makes the ratios of late steps vanish. Here every
-kind has its true density, so that a clip has the same meaning for all kinds.
+-m((x - mean)^2), with m the mean over elements, for the logarithm of the density, which makes the ratios of
+late steps vanish. Here every kind has its true density, so that a clip has the same meaning for all kinds.
 
-Shape letters as in sparse.py.
+Shapes: N samples, V voxels and C channels, as in models/sparse.py.
 """
 
 import math
@@ -45,7 +46,7 @@ class Step(ABC):
     path: FlowPath
     t: float  # in 0..1; 1 is pure noise
     until: float  # u, below t
-    level: float  # a; for exact and cps 0 is the flow's own Euler step
+    level: float  # a; with 0, the kinds exact and cps are the flow's own Euler step
 
     @property
     @abstractmethod
@@ -54,7 +55,7 @@ class Step(ABC):
 
     @abstractmethod
     def mean(self, x: Batch, v: Batch) -> Batch:
-        """Compute the mean of the step from x with the velocity v there. Differentiable in: v."""
+        """Compute the mean of the step from x, where the velocity is v. Differentiable in: v."""
 
     @property
     def length(self) -> float:
@@ -66,9 +67,9 @@ class ExactStep(Step):
     """Step of Flow-GRPO's process in closed form."""
 
     @property
-    def kept(self) -> float:
-        """Return k, the share of the old noise that stays."""
-        # a deterministic step keeps all of the old noise
+    def noise_share(self) -> float:
+        """Return k in 0..1, the share of the old noise that stays."""
+        # a step without noise keeps all of the old noise
         if not self.level:
             return 1.0
         # k^2 to the power 1 / a^2; at t = 1 it is 0, and all noise is new
@@ -78,15 +79,17 @@ class ExactStep(Step):
     @property
     def std(self) -> float:
         """Return sigma_u sqrt(1 - k^2)."""
-        return self.path.sigma(self.until) * math.sqrt(1 - self.kept**2)
+        return self.path.sigma(self.until) * math.sqrt(1 - self.noise_share**2)
 
     def mean(self, x: Batch, v: Batch) -> Batch:
-        """Compute (1 - u) x_0 + sigma_u k eps, with x_0 and eps as x and v imply them."""
-        at = feats_of(x).new_full([count(x)], self.t)
-        data = self.path.data(x, at, v)  # x_0 as predicted from x and v
-        noise = self.path.noise(x, at, v)  # eps, likewise
+        """Compute (1 - u) x_0 + sigma_u k eps, with the x_0 and eps that follow from x and v."""
+        times_of_samples = feats_of(x).new_full([count(x)], self.t)
+        data = self.path.data(x, times_of_samples, v)  # x_0 that follows from x and v
+        noise = self.path.noise(x, times_of_samples, v)  # eps that follows from x and v
         return with_feats(
-            x, (1 - self.until) * feats_of(data) + self.kept * self.path.sigma(self.until) * feats_of(noise)
+            x,
+            (1 - self.until) * feats_of(data)
+            + self.noise_share * self.path.sigma(self.until) * feats_of(noise),
         )
 
 
@@ -94,8 +97,8 @@ class CpsStep(ExactStep):
     """Step of coefficients-preserving sampling; at level 1 all noise is new."""
 
     @property
-    def kept(self) -> float:
-        """Return k, the same at every step."""
+    def noise_share(self) -> float:
+        """Return k in 0..1, which is the same at every step."""
         return math.cos(self.level * math.pi / 2)
 
     @property
@@ -110,10 +113,10 @@ class SdeStep(Step):
 
     @property
     def diffusion(self) -> float:
-        """Return g."""
-        # g is infinite at t = 1
-        at = self.t if self.t < 1 else self.until
-        return self.level * math.sqrt(self.path.sigma(self.t) / (1 - at))
+        """Return g(t) = a sqrt(sigma_t / (1 - t))."""
+        # g is infinite at t = 1, where published code uses u instead
+        finite_t = self.t if self.t < 1 else self.until
+        return self.level * math.sqrt(self.path.sigma(self.t) / (1 - finite_t))
 
     @property
     def std(self) -> float:
@@ -133,7 +136,7 @@ class DanceStep(SdeStep):
 
     @property
     def diffusion(self) -> float:
-        """Return g, the same at every step."""
+        """Return g = a, which is the same at every step."""
         return self.level
 
 
@@ -142,12 +145,21 @@ KINDS: dict[str, type[Step]] = dict(zip(STEPS, (ExactStep, CpsStep, SdeStep, Dan
 
 
 def steps_of(path: FlowPath, sampling: Sampling, level: float, kind: str = "exact") -> list[Step]:
-    """Return all steps of a sampler.
+    """Return all steps of a sampler, from t = 1 to 0.
 
-    The last one, to t = 0, is taken by its mean, because it adds no noise or hardly any. It has no density.
+    Callers replace the last step, to t = 0, by its mean, because it adds no noise or hardly any. It has no
+    density.
+
+    Args:
+        path: path of the flow.
+        sampling: settings of the sampler, with the number of steps and the spacing of times.
+        level: level a of the noise.
+        kind: kind of the steps, one of STEPS.
     """
-    points = times(sampling)  # descending from 1 to 0
-    return [KINDS[kind](path, t, until, level) for t, until in zip(points[:-1], points[1:], strict=True)]
+    step_times = times(sampling)  # descending from 1 to 0
+    # each step leads from a time to the next one
+    intervals = zip(step_times[:-1], step_times[1:], strict=True)
+    return [KINDS[kind](path, t, until, level) for t, until in intervals]
 
 
 def without_noise(step: Step) -> Step:
@@ -158,24 +170,24 @@ def without_noise(step: Step) -> Step:
 def log_density(x: Batch, mean: Batch, std: float) -> torch.Tensor:
     """Compute the logarithm of a normal step's density at x, averaged over the elements of each sample, [N].
 
-    Flow-GRPO takes the mean, too: with the sum, ratios of densities in thousands of dimensions would be 0 or
+    Flow-GRPO takes the mean, too. With the sum, ratios of densities in thousands of dimensions would be 0 or
     infinite.
     Differentiable in: mean.
     """
-    # [N, ...] or one row a voxel: the log density of each element by itself
+    # log density of each element by itself, [N, ...] or one row for each voxel
     values = (
         -((feats_of(x) - feats_of(mean)) ** 2) / (2 * std**2) - math.log(std) - 0.5 * math.log(2 * math.pi)
     )
     return mean_per_sample(values, x)
 
 
-def divergence(mean: Batch, other: Batch, std: float) -> torch.Tensor:
+def divergence(mean: Batch, other_mean: Batch, std: float) -> torch.Tensor:
     """Compute the KL divergence of two normal steps with the same standard deviation, [N].
 
-    It is |mean - other|^2 / (2 std^2), averaged over the elements of each sample. Flow-GRPO leaves the step's
-    length out of std^2, and its divergence is smaller by that factor: its weight 0.04 with ten steps
-    corresponds to 0.004 here.
-    Differentiable in: mean, other.
+    It is |mean - other_mean|^2 / (2 std^2), averaged over the elements of each sample. In Flow-GRPO, std^2
+    does not have the length of the step as a factor, so its divergence is smaller by that factor. Its weight
+    0.04 with ten steps therefore corresponds to 0.004 here.
+    Differentiable in: mean, other_mean.
     """
     # the trace and log-determinant terms cancel, as both steps have the same standard deviation
-    return mean_per_sample((feats_of(mean) - feats_of(other)).square() / (2 * std**2), mean)
+    return mean_per_sample((feats_of(mean) - feats_of(other_mean)).square() / (2 * std**2), mean)

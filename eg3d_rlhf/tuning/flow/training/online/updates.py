@@ -1,21 +1,29 @@
 """Do one update of online tuning: generate groups of samples, score them, compute advantages, and do steps of
-the optimiser by one of the losses. The logged figures are:
+the optimiser by one of the losses (losses.py). The logged metrics are listed below. In their formulas m is
+the mean over the elements of a sample, v the velocity of the policy, v_ref that of the reference, v_old that
+of the sampling network, and u the target velocity.
 
-    reward, <name>      weighted sum of the trained rewards, mean over samples; mean of each trained or
-                        held-out reward by its name
-    spread, alike       standard deviation of the reward within groups; share of groups with equal rewards
+All losses:
+    reward              weighted sum of the trained rewards, averaged over samples
+    reward/<name>       mean of the trained reward of this name
+    heldout/<name>      mean of the held-out reward of this name
+    spread              standard deviation of the reward within a group, averaged over groups
+    alike               share of groups in which all samples have equal rewards
     kl                  distance from the reference: divergence of steps, or m((v - v_ref)^2) of velocities
-    drift               m((v - v_ref)^2) / m((u - v_ref)^2): how far the velocity has moved from the
-                        reference's, relative to the reference's distance from the samples
-    clip_high, clip_low, clipped, ratio, ratio_std      on steps: shares above and below the clip, share
-                                                        without gradient, mean and standard deviation of
-                                                        ratio - 1
-    moved, lag          on finished samples: m((v - v_old)^2) and m((v_old - v_ref)^2), both divided by
-                        m((u - v_old)^2)
-    r, r_ends           nft: mean goodness, and share at 0 or 1
-    "gated"             share of samples to which the penalty of the distance applies
+    drift               m((v - v_ref)^2) / m((u - v_ref)^2): squared difference from the reference's
+                        velocity, divided by the reference's squared error
+    "gated"             share of samples to which the penalty of the distance applies, if there is a gate
+Losses on the sampler's steps:
+    clip_high, clip_low share of ratios of densities above and below the clip
+    clipped             share of samples without gradient
+    ratio, ratio_std    mean and standard deviation of ratio - 1
+Losses on finished samples:
+    moved, lag          m((v - v_old)^2) and m((v_old - v_ref)^2), both divided by m((u - v_old)^2)
+    clipped             share of samples without gradient
+    r, r_ends           nft only: mean goodness, and share of samples with a goodness of 0 or 1
 
-Shape letters as in sparse.py; R rewards, G groups of a process, B of all, K samples of a group.
+Shapes: N samples, V voxels and C channels, as in models/sparse.py; R rewards, G groups of a process, B
+groups of all processes, K samples of a group, n = G K samples of a process.
 """
 
 from collections.abc import Mapping, Sequence
@@ -44,17 +52,23 @@ from eg3d_rlhf.tuning.flow.training.trainer import Descent, StageResult, train, 
 from training.distributed import Ranks
 from training.phases import derive_seed, sum_over_ranks
 
-# names of states
+# prefixes and names of the tensors in checkpoints
 OLD = "old."
 REFERENCE = "reference."
 GATE = "gate"
 
 
 class OnlineUpdates(Descent):
-    """Descent on groups of samples that the policy itself generates.
+    """Objective of a training on groups of samples that the policy itself generates.
 
-    Args: as Descent; reference: the frozen network.
-    Raises: ValueError if groups cannot be divided over ranks.
+    Args:
+        task: stage, prompts and rewards.
+        config: settings of the training.
+        policy: network in training.
+        reference: frozen reference network.
+        ranks: this process among the processes that train together.
+
+    Raises: ValueError if the groups of an update cannot be divided evenly over the processes.
     """
 
     def __init__(
@@ -63,91 +77,115 @@ class OnlineUpdates(Descent):
         super().__init__(task.stage, config, policy, ranks)
         if config.batch % ranks.world:
             raise ValueError(
-                f"--batch: expected a multiple of {ranks.world} processes, got {config.batch} groups. Change"
-                " the batch or the number of processes."
+                f"--batch: {config.batch} groups cannot be divided evenly over {ranks.world} processes."
+                " Choose a multiple of the number of processes, or another number of processes."
             )
         self.config = config
         self.task = task
         self.order = Order(task.conditions, config.batch, config.seed)
         self.explorer = Explorer(task=task, config=config, policy=policy, reference=reference)
-        # losses on steps sample from the policy itself; the others from a snapshot that follows it
-        self.old = None if config.on_steps else Snapshot(policy, self.named)
+        # losses on steps sample from the policy itself, and the other losses from a snapshot that follows it
+        self.old = None if config.on_steps else Snapshot(policy, self.trained_parameters)
         self.objective: OnSteps | OnLatents
         self.objective = (
             OnSteps(config, self.explorer) if self.old is None else OnLatents(config, self.explorer, self.old)
         )
         self.gate = Gate() if task.gate else None
-        last = ("clipped", "clipped", "<5.3f") if config.on_steps else ("lag", "lag", "<8.2e")
+        last_column = ("clipped", "clipped", "<5.3f") if config.on_steps else ("lag", "lag", "<8.2e")
+        # (name of the metric, title of the column, format)
         self.columns = (
             ("reward", "reward", "<+8.4f"),
             ("spread", "spread", "<7.4f"),
             ("kl", "kl", "<8.2e"),
-            last,
+            last_column,
         )
 
     def run(self, step: int) -> dict:
-        """Do one update, see Descent; the module describes the figures."""
+        """Do one update, see Descent. The docstring of the module describes the metrics."""
         config = self.config
         K = self.config.group
         ranks = self.ranks
         items = self.order.items(step)
+        # one seed for each group, below 2**31
         seeds = [derive_seed("group", config.seed, step, number) % 2**31 for number in range(len(items))]
-        # this rank's groups; each rank takes every world-th
-        mine = slice(ranks.rank, None, ranks.world)
-        prompts = [prompt for _, prompt in items[mine]]
-        drawn = self.objective.draw(prompts, seeds[mine], step)
-        rewards, heldout = self._scored(drawn)
+        # the groups of this rank: every world-th group, beginning with group number `rank`
+        rank_groups = slice(ranks.rank, None, ranks.world)
+        prompts = [prompt for _, prompt in items[rank_groups]]
+        sampled_passes = self.objective.draw(prompts, seeds[rank_groups], step)
+        rewards, heldout = self._scored(sampled_passes)
         # of all ranks' groups, [B, K], since advantages may be normalised over the whole batch
         advantage = self._advantage(as_used(rewards, config.use, seeds))
-        held, figures = self._held(rewards, heldout)
-        figures |= {"samples": config.batch * K, **self._reward_figures(rewards, heldout, advantage, drawn)}
+        distance_factor, metrics = self._distance_factor(rewards, heldout)
+        metrics |= {
+            "samples": config.batch * K,
+            **self._reward_metrics(rewards, heldout, advantage, sampled_passes),
+        }
         # this rank's samples again: [G, K] -> [n]
-        rank_advantage, rank_held = (values[mine].flatten().to(self.device) for values in (advantage, held))
-        # means over the optimiser's steps on these samples
-        sums = dict.fromkeys(("loss", "grad_norm", *self.objective.sums[2:]), 0.0)
-        for number in range(config.passes):
+        rank_advantage = advantage[rank_groups].flatten().to(self.device)
+        rank_factor = distance_factor[rank_groups].flatten().to(self.device)
+        # averaged over the optimiser's steps on these samples; the first two sums are the number of samples
+        # and the loss, which `descend` returns by themselves
+        means = dict.fromkeys(("loss", "grad_norm", *self.objective.sums[2:]), 0.0)
+        for optimizer_step in range(config.passes):
             self.optimizer.zero_grad(set_to_none=True)
             totals = torch.zeros(len(self.objective.sums), device=self.device)
-            size = config.batch_gpu or len(rank_advantage)  # samples of a part, as they were generated
-            parts = zip(drawn, rank_advantage.split(size), strict=True)
-            for (samples, of_samples), of_held in zip(parts, rank_held.split(size), strict=True):
-                sums_of_part = self.objective.add(samples, of_samples, of_held, step, number)
-                totals += torch.stack([sums_of_part[name] for name in self.objective.sums])
+            pass_size = config.batch_gpu or len(rank_advantage)  # number of samples in a pass, as in sampling
+            pass_advantages = rank_advantage.split(pass_size)
+            pass_factors = rank_factor.split(pass_size)
+            for samples, pass_advantage, pass_factor in zip(
+                sampled_passes, pass_advantages, pass_factors, strict=True
+            ):
+                pass_sums = self.objective.add(samples, pass_advantage, pass_factor, step, optimizer_step)
+                totals += torch.stack([pass_sums[name] for name in self.objective.sums])
             sum_over_ranks(ranks, self.parameters, [totals])
-            mass, loss, norm, *others = self.descend(step, totals, "prompts " + ", ".join(prompts[:3]))
-            of_pass = dict(zip(self.objective.sums[2:], (value / mass for value in others), strict=True))
-            for name, value in {"loss": loss, "grad_norm": norm, **of_pass}.items():
-                sums[name] += value / config.passes
+            # three prompts are enough to find the update of an error
+            example_names = "prompts " + ", ".join(prompts[:3])
+            sample_count, loss, norm, *further_sums = self.descend(step, totals, example_names)
+            further_means = {
+                name: value / sample_count
+                for name, value in zip(self.objective.sums[2:], further_sums, strict=True)
+            }
+            for name, value in {"loss": loss, "grad_norm": norm, **further_means}.items():
+                means[name] += value / config.passes
         self._after(step)
-        return figures | self._shares(sums)
+        return metrics | self._logged_metrics(means)
 
     # Rewards and advantages.
 
-    def _scored(self, drawn: Sequence[Drawn]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Score the samples of all ranks: rewards [R, B, K], and held-out rewards by name, [B, K] each."""
-        scored = [self.task.scores(samples.x_0, samples.conditions, samples.seeds) for samples in drawn]
-        rewards = torch.cat([values for values, _ in scored], 1)  # [R, n]
-        heldout = {name: torch.cat([others[name] for _, others in scored]) for name in scored[0][1]}
-        everyone = self.ranks.gather(
+    def _scored(self, sampled_passes: Sequence[Drawn]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Score the samples of this rank, and gather the scores of all ranks.
+
+        Returns the trained rewards [R, B, K], and the held-out rewards by name, [B, K] each.
+        """
+        pass_scores = [
+            self.task.scores(samples.x_0, samples.conditions, samples.seeds) for samples in sampled_passes
+        ]
+        rewards = torch.cat([values for values, _ in pass_scores], 1)  # [R, n]
+        heldout = {
+            name: torch.cat([heldout_values[name] for _, heldout_values in pass_scores])
+            for name in pass_scores[0][1]
+        }
+        scores_of_ranks = self.ranks.gather(
             [rewards.tolist(), {name: values.tolist() for name, values in heldout.items()}]
         )
 
-        def grouped_by_prompt(parts: list) -> torch.Tensor:
+        def grouped_by_prompt(rank_values: list) -> torch.Tensor:
             """Join the values of all ranks, [..., n] each, to [..., B, K] in the order of the groups."""
             # [..., G, ranks, K]: group number g * ranks + r is the g-th group of rank r
-            grouped = torch.stack(
-                [torch.tensor(part).unflatten(-1, (-1, self.config.group)) for part in parts], -2
+            group_values = torch.stack(
+                [torch.tensor(values).unflatten(-1, (-1, self.config.group)) for values in rank_values], -2
             )
-            return grouped.flatten(-3, -2)
+            return group_values.flatten(-3, -2)
 
-        return grouped_by_prompt([part for part, _ in everyone]), {
-            name: grouped_by_prompt([others[name] for _, others in everyone]) for name in heldout
+        return grouped_by_prompt([values for values, _ in scores_of_ranks]), {
+            name: grouped_by_prompt([heldout_values[name] for _, heldout_values in scores_of_ranks])
+            for name in heldout
         }
 
     def _advantage(self, rewards: torch.Tensor) -> torch.Tensor:
-        """Compute advantages [B, K] from rewards [R, B, K]."""
+        """Compute the advantages of all samples, [B, K], from the trained rewards [R, B, K]."""
         config = self.config
-        clip = self.config.adv_clip
+        clip = config.adv_clip
         # several rewards have a normalisation of their own, see advantages.several
         if len(rewards) > 1:
             return several(rewards, self.task.weights, clip=clip)
@@ -155,81 +193,96 @@ class OnlineUpdates(Descent):
             return normal_scores(rewards[0]).clamp(-clip, clip)
         return advantages(rewards[0], Scale(over=config.advantage), clip)
 
-    def _held(
+    def _distance_factor(
         self, rewards: torch.Tensor, heldout: Mapping[str, torch.Tensor]
     ) -> tuple[torch.Tensor, dict[str, float]]:
-        """Compute the factor of each sample's distance, [B, K] of mean 1, and its figures.
+        """Compute the factor of each sample's distance from the reference, [B, K] with the mean 1, and its
+        metrics.
 
-        Without a gate all factors are 1.
+        Without a gate all factors are 1 and there are no metrics. Selected samples have equal factors, and
+        the other samples the factor 0.
+
+        Args: rewards: trained rewards [R, B, K]; heldout: held-out rewards by name, [B, K] each.
         """
         if self.gate is None:
             return torch.ones_like(rewards[0]), {}
         weights = torch.tensor(self.task.weights).view(-1, 1)
-        others = torch.stack([heldout[name].flatten() for name in self.task.gate])
-        gated = self.gate((weights * rewards.flatten(1)).sum(0), others).float()
+        heldout_rewards = torch.stack([heldout[name].flatten() for name in self.task.gate])
+        # 1 for samples to which the penalty applies, else 0, [B * K]
+        is_selected = self.gate((weights * rewards.flatten(1)).sum(0), heldout_rewards).float()
         # mean 1, so that the gate does not change the total weight of the distance
-        return (gated / gated.mean()).view(rewards[0].shape), {"gated": float(gated.mean())}
+        return (is_selected / is_selected.mean()).view(rewards[0].shape), {"gated": float(is_selected.mean())}
 
-    def _reward_figures(
+    def _reward_metrics(
         self,
         rewards: torch.Tensor,
         heldout: Mapping[str, torch.Tensor],
         advantage: torch.Tensor,
-        drawn: Sequence[Drawn],
+        sampled_passes: Sequence[Drawn],
     ) -> dict[str, float]:
-        """Compute the figures of rewards and of the samples' moves."""
-        # [R, B, K] -> [B, K]
+        """Compute the metrics of the rewards and of the samples' moves, by name."""
+        # weighted sum of the rewards, [R, B, K] -> [B, K]
         total = (torch.tensor(self.task.weights).view(-1, 1, 1) * rewards).sum(0)
-        # a group counts if it has no spread in any of the rewards
-        alike = (rewards == rewards[..., :1]).all(-1).all(0).float()
-        figures = {"reward": total.mean(), "spread": total.std(1, correction=0).mean(), "alike": alike.mean()}
-        figures |= {
+        # 1 for each group in which every reward has equal values, [B]
+        all_equal = (rewards == rewards[..., :1]).all(-1).all(0).float()
+        metrics = {
+            "reward": total.mean(),
+            "spread": total.std(1, correction=0).mean(),
+            "alike": all_equal.mean(),
+        }
+        metrics |= {
             f"reward/{name}": values.mean() for name, values in zip(self.task.rewards, rewards, strict=True)
         }
-        figures |= {f"heldout/{name}": values.mean() for name, values in heldout.items()}
-        # many r at 0 or 1 mean that advantages are cut off, and adv_clip is too small
+        metrics |= {f"heldout/{name}": values.mean() for name, values in heldout.items()}
+        # if many r are 0 or 1, advantages are clipped and adv_clip is too small
         if self.config.loss == "nft":
             r = goodness(advantage, self.config.adv_clip)
-            figures |= {"r": r.mean(), "r_ends": ((r == 0) | (r == 1)).float().mean()}
-        if totals := self.objective.totals_of(drawn):
+            metrics |= {"r": r.mean(), "r_ends": ((r == 0) | (r == 1)).float().mean()}
+        if totals := self.objective.totals_of(sampled_passes):
+            # one tensor, so that one collective operation sums all of them
             sums = torch.stack(list(totals.values())).to(self.device)
             sum_over_ranks(self.ranks, [], [sums])
             sums_by_name = dict(zip(totals, sums, strict=True))
             # the quotient of sums over all ranks, not the mean of the ranks' quotients
-            figures |= {
+            metrics |= {
                 "kl": sums_by_name["kl"] / sums_by_name["moves"],
                 "drift": sums_by_name["drift"] / sums_by_name["missing"].clamp(min=1e-12),
             }
-        return {name: float(value) for name, value in figures.items()}
+        return {name: float(value) for name, value in metrics.items()}
 
-    def _shares(self, means: dict[str, float]) -> dict[str, float]:
-        """Compute the logged figures from means over samples."""
+    def _logged_metrics(self, means: dict[str, float]) -> dict[str, float]:
+        """Compute the logged metrics from the means of the objective's sums."""
         if self.config.on_steps:
-            # the variance may be below 0 by rounding
-            spread = max(means.pop("ratio_square") - means["ratio"] ** 2, 0.0) ** 0.5
-            names = {"high": "clip_high", "low": "clip_low", "stopped": "clipped"}
-            return {**{names.get(name, name): value for name, value in means.items()}, "ratio_std": spread}
+            # variance = mean of squares - square of the mean; it may be below 0 by rounding
+            ratio_std = max(means.pop("ratio_square") - means["ratio"] ** 2, 0.0) ** 0.5
+            logged_names = {"high": "clip_high", "low": "clip_low", "stopped": "clipped"}
+            return {
+                **{logged_names.get(name, name): value for name, value in means.items()},
+                "ratio_std": ratio_std,
+            }
         # 1e-12 guards the quotients where a network predicts its samples exactly
-        old = max(means.pop("old_missing"), 1e-12)
-        missing = max(means.pop("missing"), 1e-12)
-        stopped = means.pop("stopped")
+        old_error = max(means.pop("old_missing"), 1e-12)
+        ref_error = max(means.pop("missing"), 1e-12)
+        stopped_share = means.pop("stopped")
         return {
             **means,
-            "clipped": stopped,
-            "moved": means["moved"] / old,
-            "lag": means["lag"] / old,
-            "drift": means["kl"] / missing,
+            "clipped": stopped_share,
+            "moved": means["moved"] / old_error,
+            "lag": means["lag"] / old_error,
+            "drift": means["kl"] / ref_error,
         }
 
     # Networks that follow the policy.
 
     def _after(self, step: int) -> None:
-        """Move the sampling network towards the policy, and reset the reference where it is due."""
+        """Move the sampling network towards the policy, and renew the reference if it is due after this
+        update.
+        """
         if self.old is not None:
             self.old.follow(decay(self.config.decay, (step + 1) * self.config.passes))
         # the reference becomes the current network: from then on `kl` measures the distance from it
         if self.config.reset is not None and (step + 1) % self.config.reset == 0:
-            self.explorer.reference = Snapshot(self.policy, self.named)
+            self.explorer.reference = Snapshot(self.policy, self.trained_parameters)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Return the state of the sampling network, of a reference that was reset, and of the gate."""
@@ -242,19 +295,22 @@ class OnlineUpdates(Descent):
         return state
 
     def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Restore what `tensors` returned."""
+        """Restore the tensors that `tensors` returned."""
 
         def named(prefix: str) -> dict[str, torch.Tensor]:
             """Return the tensors under a prefix, by the parameters' names."""
-            return {name: tensors[prefix + name] for name in self.named if prefix + name in tensors}
+            return {
+                name: tensors[prefix + name] for name in self.trained_parameters if prefix + name in tensors
+            }
 
         if self.old is not None:
             self.old.load(named(OLD))
-        # absent where the reference was never reset: it is then the untuned network
+        # empty if the reference was never renewed; it is then the untuned network
         if reference := named(REFERENCE):
-            self.explorer.reference = Snapshot(self.policy, self.named)
+            self.explorer.reference = Snapshot(self.policy, self.trained_parameters)
             self.explorer.reference.load(reference)
         if self.gate is not None:
+            # the order is that of `tensors`
             share, *past = tensors[GATE].tolist()
             self.gate = Gate(share=share, past=past)
 
@@ -271,17 +327,24 @@ def train_online(
     task: Task,
     config: OnlineConfig,
     out: Path,
-    known: Mapping,
+    identity: Mapping,
     **common: Any,
 ) -> StageResult:
     """Train a copy of a stage's network on its own samples.
 
-    Folder, lines, checkpoints and resume are those of trainer.py.
+    The folder, the lines of stats.jsonl, checkpoints and resuming are described in trainer.py.
 
-    Args: known: JSON that names the rewards and the networks of the other stages; common: see trainer.train.
+    Args:
+        task: stage, prompts and rewards.
+        config: settings of the training.
+        out: folder of the run.
+        identity: JSON that identifies the rewards and the networks of the other stages.
+        common: further keyword arguments of trainer.train.
+
     Raises: ValueError for settings that do not fit the stage; further errors as in train_stage.
     """
-    # raises ValueError for steps that the sampler does not have, before anything is written
+    # called only for its check: it raises ValueError for steps that the sampler does not have, before
+    # anything is written
     config.sampling(task.stage)
 
     def start(run: Run, policy: torch.nn.Module, reference: FrozenModel | None) -> OnlineUpdates:
@@ -295,84 +358,100 @@ def train_online(
         "rewards": list(task.rewards),
         "weights": list(task.weights),
         "gate": list(task.gate),
-        **known,
+        **identity,
     }
     return train(task.stage, config, options, start, Path(out), **common)
 
 
-# Signs of failing online tuning in the lines of stats.jsonl: warnings by name, and the criterion to stop.
+# Warnings about failing trainings, from the lines of stats.jsonl, and the criterion to stop a training.
 
 ALIKE = 0.9  # share of groups with equal rewards, above which a warning is given
-STOPPED = 0.9  # share of samples without gradient, likewise
-ENDS = 0.5  # share of samples with a goodness of 0 or 1, likewise
+STOPPED = 0.9  # share of samples without gradient, above which a warning is given
+ENDS = 0.5  # share of samples with a goodness of 0 or 1, above which a warning is given
 CALM = "Raise --kl, lower --lr, or train fewer updates."
-LINES = 3  # lines in a row that a sign must last
+LINES = 3  # number of lines in a row in which a limit must be exceeded before a warning is given
 
 
 def _lasting(lines: Sequence[Mapping], name: str, limit: float) -> Mapping | None:
-    """Return the last line if a figure was above a limit in LINES lines in a row, else None."""
-    # evaluations write lines without the figures of updates
-    last = [line for line in lines if name in line][-LINES:]
-    return last[-1] if len(last) == LINES and min(line[name] for line in last) > limit else None
+    """Return the last line that has this metric if it was above a limit in the last LINES such lines.
+
+    Return None otherwise.
+    """
+    # evaluations write lines without the metrics of updates
+    recent_lines = [line for line in lines if name in line][-LINES:]
+    return (
+        recent_lines[-1]
+        if len(recent_lines) == LINES and min(line[name] for line in recent_lines) > limit
+        else None
+    )
 
 
 def online_signs(lines: Sequence[Mapping], on_steps: bool) -> dict[str, str]:
-    """Return warnings by name, as of the last line."""
+    """Return the warnings that the lines of stats.jsonl so far give reason for, by name.
+
+    Args: lines: lines of stats.jsonl; on_steps: whether the loss acts on the sampler's steps.
+    """
     signs = win_rate_signs(win_rates(lines), CALM)
     if line := _lasting(lines, "alike", ALIKE):
         # only samplers with noise have the second flag
-        more = "--group or --sde-noise" if on_steps else "--group"
+        options = "--group or --sde-noise" if on_steps else "--group"
         signs["alike"] = (
-            f"step {line['step']}: in {line['alike']:.0%} of the groups all rewards are equal, and give no"
-            f" gradient. Raise {more}, or use a finer reward."
+            f"step {line['step']}: in {line['alike']:.0%} of the groups all rewards are equal and give no"
+            f" gradient. Raise {options}, or use a reward with finer values."
         )
     if line := _lasting(lines, "clipped", STOPPED):
         signs["clip"] = (
             f"step {line['step']}: the clip removes {line['clipped']:.0%} of the gradients. Raise clip_range,"
-            " or use one pass."
+            " or do one optimiser step per update (--set passes=1)."
         )
     if line := _lasting(lines, "r_ends", ENDS):
         signs["ends"] = (
             f"step {line['step']}: {line['r_ends']:.0%} of the samples have a goodness of 0 or 1. Raise"
             " adv_clip."
         )
-    if fallen := unconfirmed(lines):
-        signs["unconfirmed"] = fallen
+    if warning := unconfirmed(lines):
+        signs["unconfirmed"] = warning
     return signs
 
 
 def unconfirmed(lines: Sequence[Mapping]) -> str | None:
-    """Return a warning if the trained reward has risen while every held-out reward has fallen, else None.
+    """Return a warning if the trained reward has risen while every held-out reward has fallen.
 
-    The means of the first and of the last LINES lines are compared. A change counts if it exceeds half of the
-    figure's range over the run.
+    Return None otherwise, and if there are fewer than 2 LINES lines or no held-out rewards. The means of the
+    first and of the last LINES lines are compared. A change counts if it exceeds half of the range of the
+    reward's values over the run.
     """
-    rewarded = [line for line in lines if "reward" in line]
-    names = [name for name in rewarded[0] if name.startswith("heldout/")] if rewarded else []
-    if len(rewarded) < 2 * LINES or not names:
+    reward_lines = [line for line in lines if "reward" in line]
+    heldout_names = [name for name in reward_lines[0] if name.startswith("heldout/")] if reward_lines else []
+    if len(reward_lines) < 2 * LINES or not heldout_names:
         return None
 
     def risen(name: str) -> float:
-        """Return the rise of a figure as a share of its range."""
-        values = [line[name] for line in rewarded]
-        start, end = (sum(part) / LINES for part in (values[:LINES], values[-LINES:]))
-        return (end - start) / max(max(values) - min(values), 1e-12)
+        """Return the rise of a reward as a share of its range; a fall is negative."""
+        values = [line[name] for line in reward_lines]
+        first_mean = sum(values[:LINES]) / LINES
+        last_mean = sum(values[-LINES:]) / LINES
+        # 1e-12 guards the quotient if all values are equal
+        return (last_mean - first_mean) / max(max(values) - min(values), 1e-12)
 
-    if risen("reward") > 0.5 and all(risen(name) < -0.5 for name in names):
-        shown = ", ".join(
-            f"{name.removeprefix('heldout/')} {rewarded[-1][name]:.3g} from {rewarded[0][name]:.3g}"
-            for name in names
+    if risen("reward") > 0.5 and all(risen(name) < -0.5 for name in heldout_names):
+        changes = ", ".join(
+            f"{name.removeprefix('heldout/')} {reward_lines[-1][name]:.3g} from {reward_lines[0][name]:.3g}"
+            for name in heldout_names
         )
         return (
-            f"step {rewarded[-1]['step']}: the trained reward rises, while the held-out rewards fall:"
-            f" {shown}. {CALM}"
+            f"step {reward_lines[-1]['step']}: the trained reward rises, while the held-out rewards fall:"
+            f" {changes}. {CALM}"
         )
     return None
 
 
 def too_far(record: Mapping, limit: float | None) -> str | None:
-    """Return why training must stop after a line, or None to continue."""
-    # a line of an evaluation alone has no drift
+    """Return the reason why training must stop after a line, or None if it continues.
+
+    Args: record: line of stats.jsonl; limit: largest allowed policy drift, None for no limit.
+    """
+    # lines of evaluations have no drift
     drift = record.get("drift")
     if limit is None or drift is None or drift <= limit:
         return None

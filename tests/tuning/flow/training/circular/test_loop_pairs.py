@@ -14,9 +14,9 @@ from eg3d_rlhf.tuning.flow.base.pairs import read_pairs
 from eg3d_rlhf.tuning.flow.training.circular.loop_pairs import (
     SAME,
     LoopPairMaker,
-    figures,
     make_in_chunks,
     same_structure,
+    summarise_pairs,
     w1,
     weigh,
     win_shares,
@@ -98,7 +98,10 @@ def test_an_untuned_network_gives_identical_sides_from_the_same_noise(problem):
     )
     kept, report = weigh(same)
     assert kept == [] and report["dropped"]["same_structure"] == len(same)
-    assert figures(same)["changed_structure"] == 0 and figures(same)["tuned_rewarded_where_changed"] is None
+    assert (
+        summarise_pairs(same)["changed_structure"] == 0
+        and summarise_pairs(same)["tuned_rewarded_where_changed"] is None
+    )
 
 
 def test_marks_say_whether_the_structure_changed(made):

@@ -237,7 +237,7 @@ def test_the_stage_itself_is_left_as_it_is(tmp_path):
 # What is refused.
 
 BROKEN = {
-    "none": ([], ("none",)),
+    "none": ([], ("empty",)),
     "even": ([replace(one, r=0.5) for one in singles(2)], ("6",)),
     "twice": (singles(2) * 2, ("6", "'pair-0-preferred'")),
     "another stage": (singles(2, "structure"), ("'pair-0-preferred'", "'structure'")),
@@ -261,7 +261,7 @@ def test_assets_that_cannot_be_trained_on(case, tmp_path):
 
 def test_ties_everywhere_and_a_batch_that_cannot_be_divided(tmp_path):
     tied = [replace(one, r=0.8 if one.condition == "a" else 0.4) for one in singles(4)]
-    with raising("(voxels)", "ties"):
+    with raising("(voxels)", "dgpo"):
         run(tmp_path / "run", "dgpo", tied)
     pipeline, stage, policy, reference, _ = parts("nft", LOSSES["nft"], singles(2))
     with raising("batch_gpu", "5", "2", "12"):

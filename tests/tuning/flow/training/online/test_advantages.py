@@ -131,7 +131,7 @@ def test_the_gates_share_follows_how_far_the_rewards_have_parted():
 
 def test_windows_are_whole_and_within():
     for again in (False, True):
-        found = [progressive_window(i, 3, 1, 8, stride=2, rounds=2, again=again) for i in range(40)]
+        found = [progressive_window(i, 3, 1, 8, stride=2, rounds=2, repeat=again) for i in range(40)]
         assert all(len(window) == 3 and window.start >= 1 and window.stop <= 8 for window in found)
         assert [window.start for window in found[:6]] == [1, 1, 3, 3, 5, 5] and (
             found[-1].start == 5 or again

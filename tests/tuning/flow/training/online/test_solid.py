@@ -40,7 +40,7 @@ def test_sound_assets_of_the_condition_are_rewarded_and_blobs_are_not(toy):
     )
     assert found[4].score.solid == 1 and found[4].reward == 0, "a full cube is sound, and no table"
     assert found[5].score.main < 1 and found[5].reward < 1
-    drawn = {name: len(grids) for name, grids in reward._known.items()}
+    drawn = {name: len(grids) for name, grids in reward._reference_grids.items()}
     assert drawn == {names[0]: 4} and all(0 <= judged.reward <= 1 for judged in found)
     torch.testing.assert_close(reward(untuned, names), torch.tensor([judged.reward for judged in found[:4]]))
     assert reward_of("solid", toy) is not reward

@@ -107,7 +107,7 @@ def test_without_noise_it_is_the_flows_own_sampler(sparse):
     stage = stage_of(Field(lambda x, t, cond: torch.sin(x) - t), sparse, path, sampling)
     x = noise = collate([voxels(1), voxels(2)] if sparse else [dense(1), dense(2)])
     for step in steps_of(path, sampling, 0.0):
-        assert step.kept == 1 and step.std == 0
+        assert step.noise_share == 1 and step.std == 0
         x = step.mean(x, stage.model(x, torch.full([2], step.t), tokens(2)))
     torch.testing.assert_close(feats_of(x), feats_of(sample(stage, noise, tokens(2), None)))
 
@@ -115,7 +115,9 @@ def test_without_noise_it_is_the_flows_own_sampler(sparse):
 def test_the_first_step_replaces_the_noise_and_the_last_has_none():
     first, *_, last = steps_of(FlowPath(), Sampling(steps=5, rescale_t=1.0), 0.7)
     assert (
-        (first.t, last.until) == (1.0, 0.0) and first.kept == 0 and first.std == pytest.approx(0.8, rel=1e-4)
+        (first.t, last.until) == (1.0, 0.0)
+        and first.noise_share == 0
+        and first.std == pytest.approx(0.8, rel=1e-4)
     )
     assert last.std < 1.1e-5
     assert [s.t for s in steps_of(FlowPath(), Sampling(steps=3), 0.7)] == times(Sampling(steps=3))[:-1]
@@ -165,7 +167,7 @@ def test_closed_forms_hold_exactly_the_noise_of_the_time_and_eulers_steps_do_not
 
 def test_cps_is_the_closed_form_with_a_share_of_its_own():
     class Kept(ExactStep):
-        kept = math.cos(0.8 * math.pi / 2)
+        noise_share = math.cos(0.8 * math.pi / 2)
 
     path, x, v = FlowPath(sigma_min=0.01), *torch.randn(2, 3, 2, 2, 2, 2, dtype=torch.float64)
     ours = Kept(path, 0.7, 0.4, 0.8)
