@@ -333,8 +333,8 @@ class Trellis(FlowFamily):
         """
         file = files.read_pipeline(root)
         # Models whose stated folder does not exist are references to other repositories.
-        needed = {name for name, value in file.models.items() if (file.root / value).parent.is_dir()}
-        return files.release_of(file, stages, files.FLOWS, files.load_model, needed)
+        required = {name for name, value in file.models.items() if (file.root / value).parent.is_dir()}
+        return files.release_of(file, stages, files.FLOWS, files.load_model, required)
 
     def released(self) -> dict[str, Callable[[], list[SizedStage]]]:
         """Return functions that build the stages of the published generators, by the generators' names."""

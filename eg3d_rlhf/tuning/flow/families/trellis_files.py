@@ -196,7 +196,7 @@ def sampler_of(
     if not name.startswith("FlowEuler"):
         raise ValueError(
             f"{path}: expected a FlowEuler sampler for {key} (t = 1 is noise), got {name!r}. Other"
-            " conventions are not supported: restore the file."
+            " conventions are not supported. Download the file again."
         )
     try:
         return read(name, content.get("params") or {}), float(
