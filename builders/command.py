@@ -44,6 +44,7 @@ def loss_bar(title: str, losses: list[float]) -> Iterator[Callable[[int, int, fl
     with tqdm(unit="step", desc=title) as bar:
 
         def on_step(step: int, steps: int, loss: float) -> None:
+            """Record the loss of a step and update the bar."""
             losses.append(loss)
             bar.total = steps
             # tqdm expects the increment, not the number of steps.

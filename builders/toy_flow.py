@@ -158,7 +158,7 @@ def make_toy(part: str, training: BaseTraining | RewardTraining, out: Path) -> N
         out: folder of the file.
     """
     losses: list[float] = []
-    started = time.monotonic()
+    start_time = time.monotonic()
     network: torch.nn.Module
     with command.loss_bar(part, losses) as on_step:
         if isinstance(training, RewardTraining):
@@ -169,7 +169,7 @@ def make_toy(part: str, training: BaseTraining | RewardTraining, out: Path) -> N
     metrics = {"loss": command.final_loss(losses), **metrics}
     path = save_network(part, network, {"training": asdict(training), **metrics}, out)
     metrics_text = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-    click.echo(f"{part}: {metrics_text}, {time.monotonic() - started:.0f} s, saved to {path}")
+    click.echo(f"{part}: {metrics_text}, {time.monotonic() - start_time:.0f} s, saved to {path}")
 
 
 @click.command("python -m builders.toy_flow", cls=GroupedCommand)

@@ -190,7 +190,7 @@ def view_prior(out: Path, dry_run: bool, **flags) -> None:
     # With one thread, sums have the same order on every machine of one kind.
     torch.set_num_threads(1)
     losses: list[float] = []
-    started = time.monotonic()
+    start_time = time.monotonic()
     with command.loss_bar("view prior", losses) as on_step:
         prior = train(settings, lambda step, loss: on_step(step + 1, settings.steps, loss))
     metrics = {"loss": command.final_loss(losses)}
@@ -198,7 +198,8 @@ def view_prior(out: Path, dry_run: bool, **flags) -> None:
     prior.save(out, {**asdict(settings), **metrics})
     parameters = sum(p.numel() for p in prior.network.parameters())
     click.echo(
-        f"{parameters} parameters, loss {metrics['loss']:.4f}, {time.monotonic() - started:.0f} s, saved to"
+        f"{parameters} parameters, loss {metrics['loss']:.4f}, {time.monotonic() - start_time:.0f} s, saved"
+        " to"
         f" {out}"
     )
 

@@ -95,6 +95,7 @@ class ShapeAsset:
         high = -math.inf
 
         def sample(x: slice) -> torch.Tensor:
+            """Evaluate the grid points of a range of indices along x, and update the range of values."""
             nonlocal low, high
             values = self.decoder.slab(decoded, axis, x)
             is_finite = bool(values.isfinite().all())
@@ -281,6 +282,7 @@ class Hunyuan3d(FlowFamily):
         file = files.read_files(root)
 
         def part(name: str) -> nn.Module:
+            """Read a decoder or an encoder by its name."""
             return PARTS[name](file, files.read_sections(file.checkpoint), device)
 
         # If the flow is not needed, as for encoding and decoding, it stays on the meta device without

@@ -271,8 +271,7 @@ def _image_encoder_config(params: Mapping) -> tuple[DinoConfig, bool]:
             "the conditioner must be a single DinoImageEncoder with a config, got"
             f" {kind!r} with the params {sorted(params)}. Pass the folder of Hunyuan3D-2.1."
         )
-    # image_size in config is the size in DINOv2's training. image_size beside config is the size of input
-    # images.
+    # The inner value is the resolution at which DINOv2 was trained, the outer one that of the input images.
     config = {"image_size": ENCODER_SIZE, **kwargs["config"], "shown": kwargs.get("image_size", ENCODER_SIZE)}
     return DinoConfig.of(config), bool(kwargs.get("use_cls_token", True))
 
@@ -325,9 +324,8 @@ def read_sections(path: Path, required: Sequence[str] = (MODEL, VAE)) -> dict[st
     ]
     if missing_sections:
         raise ValueError(
-            f"{path}: the checkpoint lacks the section {', '.join(missing_sections)}. Download the released"
-            " checkpoint"
-            " again."
+            f"{path}: the checkpoint must have the sections {', '.join(required)}, but"
+            f" {', '.join(missing_sections)} is missing. Download the released checkpoint again."
         )
     # Only the sections that are read are checked; a file may have more.
     non_tensors = []
@@ -381,6 +379,7 @@ def decoding_half(files: ShapeFiles, sections: Sections) -> Mapping[str, torch.T
     """Return the tensors of the decoder. Raises: ValueError for missing tensors or tensors of another
     shape.
     """
+    # Built on the meta device, only for the names and shapes of its tensors.
     expected = empty(lambda: ShapeDecoder(files.vae)).state_dict()
     tensors = {name: tensor for name, tensor in sections[VAE].items() if not name.startswith(ENCODER_HALF)}
     if expected.keys() <= tensors.keys():

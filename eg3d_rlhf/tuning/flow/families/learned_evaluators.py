@@ -72,6 +72,7 @@ class LinearReward:
 
         # L-BFGS evaluates the loss several times per iteration, so it needs a function.
         def compute_loss() -> torch.Tensor:
+            """Compute the regularised loss and its gradient."""
             optimizer.zero_grad()
             loss = preference_loss(
                 feature_differences @ self.weight

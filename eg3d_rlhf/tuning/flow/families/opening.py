@@ -122,10 +122,12 @@ def open_folder(
     last_stage = pipeline.stages[-1].name
 
     def select_pairs(names: Sequence[str]) -> PairsByStage:
+        """Return the pairs of some prompts, by stage."""
         # Computed on access: pairs of a stage are selected when the stage is trained.
         return PairsByStage(folders, lambda stage: pairs_of_conditions(pairs_by_stage[stage], names))
 
     def fit_to_prompts(title: str, names: Sequence[str]) -> AssetReward | None:
+        """Fit a reward to the last stage's pairs of some prompts; None if the family fits no rewards."""
         if fit is None:
             return None
         return fit(pipeline, pairs_of_conditions(pairs_by_stage.get(last_stage, ()), names), title)
@@ -136,9 +138,12 @@ def open_folder(
     )
     # Every second prompt, so that the reward for training and the reward for choosing share no pair.
     if len(training_prompts) > 1:
-        reward_prompts, chooser_prompts = training_prompts[0::2], training_prompts[1::2]
+        reward_prompts = training_prompts[0::2]
+        chooser_prompts = training_prompts[1::2]
     else:
-        reward_prompts, chooser_prompts = training_prompts, []
+        # A single prompt cannot be divided, so there is no reward for choosing.
+        reward_prompts = training_prompts
+        chooser_prompts = []
     return Problem(
         pipeline=pipeline,
         train_conditions=training_prompts,

@@ -283,8 +283,7 @@ class Sam3dPipeline(OpenedFolder):
         tensors = None if self.tokens is None else self.tokens.tokens[condition]
         if not isinstance(tensors, Mapping) or SCALE not in tensors:
             return None
-        # If the shape was shrunk for the second stage, the size of the object is multiplied by the same
-        # factor.
+        # The second stage may have a smaller copy of the shape, which must then be enlarged in space.
         factor = self.structure(latents[SHAPE])[1]
         batch = {name: tensor[None].cpu() for name, tensor in latents.tensors.items()}  # of one sample
         return pose.decoded(batch, self.file.pose, tensors[SCALE][None], tensors[SHIFT][None], factor)
@@ -431,15 +430,15 @@ def inputs_of(path: Path, cut: ObjectCut, reads_point_map: bool) -> dict[str, to
     points = _read_points(path.with_suffix(".npy")) if reads_point_map else None
 
     def make_inputs(image: Image.Image) -> dict[str, torch.Tensor]:
+        """Crop the image and the point map to the object."""
         return object_inputs(np.asarray(image), points, cut)
 
     inputs = read_cut_out(path, make_inputs)
     # A median depth below 0 shows that the map's z axis points backward.
     if points is not None and float(points[..., 2].nanmedian()) <= 0:
         raise ValueError(
-            f"{path.with_suffix('.npy')}: the median of z is not above 0, but points must be in front of"
-            " the camera."
-            " Convert the axes to x left, y up, z forward."
+            f"{path.with_suffix('.npy')}: the median of z must be above 0, because z > 0 is in front"
+            " of the camera. Convert the axes to x left, y up, z forward."
         )
     return inputs
 
@@ -519,6 +518,7 @@ class Sam3d(FlowFamily):
         parts = SHAPE if conditions is None else self.parts
 
         def part(name: str) -> nn.Module:
+            """Read a decoder or the encoder by its name."""
             return files.load_part(file, name, device)
 
         return Sam3dPipeline(file, flows, conditions, part, device, parts)

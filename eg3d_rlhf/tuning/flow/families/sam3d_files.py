@@ -208,7 +208,9 @@ def read_pipeline(root: Path) -> PipelineFile:
             paths[f"{part}.{kind}"] = file
     # The encoder is optional: it is needed only to encode meshes.
     encoder_config = root / f"{ENCODER}.yaml"
-    encoder_weights = [path for ending in ENDINGS if (path := root / f"{ENCODER}{ending}").is_file()]
+    encoder_weights = [
+        root / f"{ENCODER}{ending}" for ending in ENDINGS if (root / f"{ENCODER}{ending}").is_file()
+    ]
     if encoder_config.is_file() and encoder_weights:
         paths |= {f"{ENCODER}.config": encoder_config, f"{ENCODER}.ckpt": encoder_weights[0]}
     generators = {
@@ -363,9 +365,8 @@ def _generator(stage: str, path: Path, checkpoint: Path) -> GeneratorFile:
         kinds = [str(part["_target_"]) for part in (flow, guided, network)]
     except (KeyError, TypeError) as error:
         raise ValueError(
-            f"{path}: module.generator.backbone, its reverse_fn and the backbone of that must each have a"
-            " _target_, but"
-            f" {error} is missing. Pass the folder of SAM 3D Objects."
+            f"{path}: module.generator.backbone, its reverse_fn and its reverse_fn.backbone must each have a"
+            f" _target_, but {error} is missing. Pass the folder of SAM 3D Objects."
         ) from None
     for kind, supported_names in zip(kinds, (GENERATORS, GUIDED, None), strict=True):
         # Classes of other packages may use another direction of time.
@@ -747,7 +748,7 @@ def part_of(file: PipelineFile, part: str) -> tuple[Any, Any, Path]:
             " released beside"
             " the other checkpoints."
         )
-    config_file, checkpoint = (file.files[f"{name}.{which}"] for which in ("config", "ckpt"))
+    config_file, checkpoint = (file.files[f"{name}.{kind}"] for kind in ("config", "ckpt"))
     content = read_yaml(config_file)
     field_names = {field.name for field in dataclasses.fields(config_class)}
     try:

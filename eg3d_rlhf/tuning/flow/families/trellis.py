@@ -238,6 +238,7 @@ class Trellis(FlowFamily):
         spare_memory(flows.values(), device)
 
         def part(name: str) -> nn.Module:
+            """Read a decoder or an encoder by its name."""
             return files.load_model(files.find_model(file, name), dtype=torch.float32, device=device)
 
         return TrellisPipeline(file, flows, conditions, part, device, self.encoding)

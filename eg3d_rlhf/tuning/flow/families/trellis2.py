@@ -249,9 +249,9 @@ class Trellis2Pipeline(EncodingFolder):
         decoder = self._decoder()
         if has_texture and x_0.given is None:
             raise ValueError(
-                "decode: the latents of the texture lack the latents of the shape. Sample the texture from"
-                " voxels that"
-                " `advance` returned."
+                "decode: the latents of the texture lack the latents of the shape. Use the voxels that"
+                " `advance`"
+                " returned to sample the texture."
             )
         # One sample at a time, because each decodes to millions of voxels.
         for sample in x_0.samples():
@@ -268,6 +268,7 @@ class Trellis2Pipeline(EncodingFolder):
         return assets
 
     def _decoder(self) -> VoxelDecoder:
+        """Return the decoder of the shape, with its type."""
         return self.part(files.SHAPE_DECODER)
 
     def encodes(self, asset: VoxelAsset | Mesh) -> Sequence[str]:
@@ -326,6 +327,7 @@ class Trellis2Pipeline(EncodingFolder):
         )
 
     def _encoder(self) -> VoxelEncoder:
+        """Return the encoder of the shape, with its type."""
         return self.part(files.SHAPE_ENCODER)
 
     def _grid(self, asset: VoxelAsset | Mesh, resolution: int) -> tuple[DualGrid, torch.Tensor | None]:
@@ -478,6 +480,7 @@ class Trellis2(FlowFamily):
         spare_memory(flows.values(), device)
 
         def part(name: str) -> nn.Module:
+            """Read a decoder or an encoder by its name."""
             # Autoencoders always compute in float32.
             return files.load_model(find_model(file, name), dtype=torch.float32, device=device)
 

@@ -197,6 +197,7 @@ def _sampler(path: Path, args: Mapping, key: str) -> tuple[Sampling, float]:
     """
 
     def read(name: str, params: Mapping) -> Sampling:
+        """Parse the params of a sampler."""
         trellis_names = sorted(str(k) for k in params if str(k).startswith("cfg_"))
         if trellis_names:
             # These are settings of TRELLIS, whose cfg_strength is w and not 1 + w.

@@ -149,10 +149,11 @@ def calibrated(
             filled = (mass >= share * mean_mass) & (mass > 0)  # the condition of `voxels_filled`
             overlaps[i] += (filled & target).sum() / (filled | target).sum()
     ious = (overlaps / len(assets)).tolist()  # mean over assets, one per share
-    best = max(range(len(SHARES)), key=lambda i: ious[i])
+    # Index of the largest value; the smallest share if several are equal.
+    best_index = max(range(len(SHARES)), key=lambda i: ious[i])
     return {
-        "share": SHARES[best],
-        "iou": ious[best],
+        "share": SHARES[best_index],
+        "iou": ious[best_index],
         "tried": [[share, iou] for share, iou in zip(SHARES, ious, strict=True)],
     }
 
@@ -264,6 +265,7 @@ def read_ply(path: Path) -> SplatAsset:
     table = torch.from_numpy(np.frombuffer(rows, "<f4").reshape(counts[0], -1).astype(np.float32))
 
     def columns(*fields: str) -> torch.Tensor:
+        """Select columns of the table by the names of their properties."""
         return table[:, [names.index(name) for name in fields]]
 
     scales = columns("scale_0", "scale_1", "scale_2").exp()

@@ -162,6 +162,7 @@ def _sampler(path: Path, content: dict | None, key: str, default: Sampling) -> t
     """
 
     def read(name: str, params: Mapping) -> Sampling:
+        """Parse the class name and the params of a sampler."""
         # The class of the sampler decides about guidance. Classes without "GuidanceInterval" in their name
         # use guidance at all times; FlowEulerSampler uses no guidance.
         interval = params.get(
@@ -499,9 +500,9 @@ def filled(
     """
     types: dict[str, torch.dtype] = {}
     if dtype is not None:
-        # A copy of the model in half precision, on the meta device, shows which layers are converted.
-        # TRELLIS's configurations switch half precision on by use_fp16, those of its successors by a name of
-        # a dtype.
+        # Only the original's rule decides which layers are converted, so a second network without memory is
+        # built in half precision and its dtypes are read. TRELLIS switches it on by use_fp16, its successors
+        # by dtype.
         half_setting = {"dtype": "float16"} if hasattr(config, "dtype") else {"use_fp16": True}
         half_state = empty(lambda: make(dataclasses.replace(config, **half_setting))).state_dict()
         for name in state:

@@ -54,7 +54,7 @@ def test_no_pipeline_and_a_pipeline_of_trellis_are_rejected(tmp_path):
     with raising("TRELLIS.2", "pipeline.json", str(tmp_path), kind=FileNotFoundError):
         files.read_pipeline(tmp_path)
     (tmp_path / "pipeline.json").write_text(json.dumps({**PIPELINE, "name": "TrellisImageTo3DPipeline"}))
-    with raising("Trellis2ImageTo3DPipeline", "args.models", "'TrellisImageTo3DPipeline'"):
+    with raising("Trellis2ImageTo3DPipeline", "'TrellisImageTo3DPipeline'"):
         files.read_pipeline(tmp_path)
 
 
