@@ -41,9 +41,8 @@ def run(*commands: tuple[str, ...], **environment: str) -> None:
     for command, exit_code in zip(commands, exit_codes, strict=True):
         if exit_code:
             raise ValueError(
-                f"the command `eg3d-rlhf {' '.join(command)}` failed with exit code {exit_code}. Correct"
-                " the cause that"
-                " its message above states."
+                f"the command `eg3d-rlhf {' '.join(command)}` failed with exit code {exit_code}. Correct the"
+                " cause that its message above states."
             )
 
 
@@ -119,8 +118,7 @@ def build_people() -> None:
     description = people_basis.write(people.ASSET)
     print(
         f"basis: {description['vertices']} vertices; median and 95 % quantile of the distance between"
-        " sampled and"
-        f" reconstructed vertices of heads: {description['error_voxels']} voxels",
+        f" sampled and reconstructed vertices of heads: {description['error_voxels']} voxels",
         flush=True,
     )
     # The basis was replaced, so a basis that was loaded before must not be used.

@@ -175,8 +175,7 @@ def factors(truth: HeadsTruth) -> Tensor:
     radians, 0 for a frontal view. The coordinates of scan quality are left out, because the images show
     ground-truth heads.
     """
-    # Camera centre [N, 3]: the last column of the 4 x 4 matrix cam2world, whose 16 numbers come first in a
-    # label.
+    # A label begins with the 16 numbers of the matrix cam2world, row by row; its last column is the position.
     position = truth.labels[:, [3, 7, 11]].astype(np.float64)
     yaw = np.arctan2(position[:, 0], position[:, 2])
     pitch = np.arcsin(position[:, 1] / np.linalg.norm(position, axis=1))

@@ -23,7 +23,8 @@ from training import storage
 from training.heads.people import COMPONENTS, EYE, HAIR_FIELDS, KIND, UNIT, VERSION, ramp, vertex_normals
 
 PACKAGE = "0.6.2"  # version of the package anny; other versions give other heads
-# The bust has the template vertices above FLOOR with |x| < ARMS, in metres and the package's axes (z up).
+# The bust has the template vertices with z above 0.42 and |x| below 0.26, in metres and the package's axes (z
+# up).
 FLOOR = 0.42
 ARMS = 0.26
 HEAD_WORLD = 0.40 * UNIT  # mean height from chin to crown, world units
@@ -75,8 +76,7 @@ def _package() -> Any:
     if version != PACKAGE:
         raise ValueError(
             f"people basis: the package anny {PACKAGE} is needed, but the installed version is {version}."
-            " Install it"
-            f" with `pip install anny=={PACKAGE} roma warp-lang`."
+            f" Install it with `pip install anny=={PACKAGE} roma warp-lang`."
         )
     import anny
 

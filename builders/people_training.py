@@ -254,15 +254,15 @@ class FrontImages:
         )
 
 
-def fresh_damage(named: torch.Tensor) -> torch.Tensor:
+def fresh_damage(head_coordinates: torch.Tensor) -> torch.Tensor:
     """Sample coordinates of damage [N, Q] with torch's global random generator.
 
     Their direction is uniform. Their length is such that all 64 coordinates have a root mean square of 1.
 
-    Args: named: coordinates of the ground-truth heads, [N, 46].
+    Args: head_coordinates: coordinates of the ground-truth heads, [N, 46].
     """
-    quality = torch.randn(len(named), 64 - NAMED)
-    length = (64 - named.square().sum(dim=1, keepdim=True)).clamp_min(0).sqrt()
+    quality = torch.randn(len(head_coordinates), 64 - NAMED)
+    length = (64 - head_coordinates.square().sum(dim=1, keepdim=True)).clamp_min(0).sqrt()
     return quality / quality.norm(dim=1, keepdim=True) * length
 
 
@@ -314,9 +314,9 @@ def losses(
     Returns: mean absolute error of density divided by 10, [N]; weighted mean absolute error of colour near
         the surface, [N]; and the planes.
     """
-    named, points, distance, colour = batch
-    quality = fresh_damage(named)
-    z = torch.cat([named, quality], dim=1)
+    head_coordinates, points, distance, colour = batch
+    quality = fresh_damage(head_coordinates)
+    z = torch.cat([head_coordinates, quality], dim=1)
     # The mapping network gets zeros as conditioning [N, 25], because it does not use the camera.
     planes = planes_of(G, G.mapping(z, torch.zeros(len(z), 25), update_emas=True), size)
     decode = functools.partial(
@@ -335,11 +335,11 @@ def losses(
         ).abs()
         hard = density_error.topk(o.hard, dim=1, sorted=False).indices
         selected = torch.cat(
-            [near, back, hard, torch.randint(points.shape[1], (len(named), o.others))], dim=1
+            [near, back, hard, torch.randint(points.shape[1], (len(head_coordinates), o.others))], dim=1
         )
         # Random points in empty voxels, of which those with the highest density of the network are used.
-        empty_points = empty[torch.randint(len(empty), (len(named), o.empty))] + torch.rand(
-            len(named), o.empty, 3
+        empty_points = empty[torch.randint(len(empty), (len(head_coordinates), o.empty))] + torch.rand(
+            len(head_coordinates), o.empty, 3
         ) * (SIDE / EMPTY_VOXELS)
         dense = (
             decode(sample_coordinates=empty_points, sigma_only=True)["sigma"]

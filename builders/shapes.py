@@ -303,8 +303,7 @@ def shapes(out: Path, dry_run: bool, **settings) -> None:
         click.echo(f"shape Fréchet distance {distance:8.3f}: {name}")
     click.echo(
         "share of the variance of the latent coordinates that is explained:"
-        f" {network.record['explained']:.3f}; saved to"
-        f" {out}"
+        f" {network.record['explained']:.3f}; saved to {out}"
     )
 
 

@@ -159,7 +159,8 @@ def train(
         loss.backward()
         optimiser.step()
         schedule.step()
-        # The decay is smaller in the first steps, so that the average soon forgets the initial weights.
+        # The decay is smaller in the first steps, so that the initial weights soon have no influence on the
+        # average.
         decay = min(_AVERAGE, (1 + step) / (10 + step))
         for name, value in network.state_dict().items():
             average[name].lerp_(value, 1 - decay)
@@ -199,8 +200,7 @@ def view_prior(out: Path, dry_run: bool, **flags) -> None:
     parameters = sum(p.numel() for p in prior.network.parameters())
     click.echo(
         f"{parameters} parameters, loss {metrics['loss']:.4f}, {time.monotonic() - start_time:.0f} s, saved"
-        " to"
-        f" {out}"
+        f" to {out}"
     )
 
 

@@ -118,8 +118,7 @@ def check_source(source: ProblemSource) -> None:
     if source.pairs is None and source.needs_pairs:
         raise ValueError(
             "--pairs is missing. With --pipeline=DIR, pass the folder of preference pairs as --pairs=DIR."
-            " Only"
-            " the bundled toy generator has its own pairs."
+            " Only the bundled toy generator has its own pairs."
         )
 
 

@@ -68,6 +68,7 @@ class OpenedFolder:
         The network is read at the first call. Later calls return the same object.
         """
         if name not in self._loaded:
+            # Decoders and encoders are never trained.
             self._loaded[name] = self._parts(name).eval().requires_grad_(False).to(self.device)
         return self._loaded[name]
 
@@ -203,6 +204,7 @@ def read_network(root: Path, files: tuple[str, str], make: Callable[..., nn.Modu
         make: class or function that builds the network from the arguments.
     Raises: OSError for a missing file; ValueError for tensors whose names or shapes do not match.
     """
+    # The keys of the JSON file are the names of the arguments.
     module = make(**read_json(root / files[0]))
     path = root / files[1]
     load_strict(module, read(path, str(path)), str(path))
@@ -290,8 +292,7 @@ def notice_empty(message_prefix: str) -> None:
     """Print the notice of an empty structure. Through the cache it is printed once per process and prefix."""
     print_notice(
         f"{message_prefix}: a decoded structure has no occupied voxel. Its most probable voxel is used"
-        " instead."
-        f" {EMPTY_STRUCTURE_ADVICE}"
+        f" instead. {EMPTY_STRUCTURE_ADVICE}"
     )
 
 

@@ -57,8 +57,7 @@ LONGEST_SIDE = 2 * 0.9999  # longest side of a mesh before it is encoded, in the
 NOTICE = (
     "Hunyuan3D-2.1 is under Tencent's community licence, which grants nothing in the European Union, the"
     " United Kingdom and South Korea, limits large services, and does not allow to improve other AI models"
-    " with"
-    " its outputs (5.b). Read the file LICENSE beside its weights."
+    " with its outputs (5.b). Read the file LICENSE beside its weights."
 )
 
 
@@ -87,6 +86,7 @@ class ShapeAsset:
 
         Raises: Unbounded if the shape has no surface; ValueError for values that are not finite.
         """
+        # n cells have n + 1 grid points; the axes x, y and z are equal.
         axis = torch.linspace(-BOUND, BOUND, cells + 1, device=self.latent.device)
         decoded = self.decoder(self.latent[None])
         # Range of all values, for the error message if there is no surface. NaN marks values that are not
@@ -112,8 +112,7 @@ class ShapeAsset:
                 raise
             raise Unbounded(
                 f"The shape has no surface: all values are between {low:g} and {high:g}, and the surface"
-                " would be"
-                " at 0. Use a trained network or another seed."
+                " would be at 0. Use a trained network or another seed."
             ) from None
 
 
@@ -206,8 +205,8 @@ def surface_points(mesh: Mesh, config: AutoencoderConfig, generator: torch.Gener
         # The original does not publish how it finds sharp edges.
         raise ValueError(
             f"config.yaml, vae: pc_sharpedge_size is {config.pc_sharpedge_size}, but meshes can only be"
-            " encoded with"
-            " 0, because sampling points on sharp edges is not supported. Pass latents instead of meshes."
+            " encoded with 0, because sampling points on sharp edges is not supported. Pass latents instead"
+            " of meshes."
         )
     positions, normals = even_points(mesh, LONGEST_SIDE, config.pc_size, generator)
     # point_feats counts the normal and the flag: 3 without the flag, 4 with it.

@@ -175,8 +175,7 @@ def read_files(root: Path) -> ShapeFiles:
     if other_sizes != flow_sizes:
         raise ValueError(
             f"{path}: the section model states (latent vectors, channels, conditioning channels) ="
-            f" {flow_sizes}, but"
-            f" vae and conditioner state {other_sizes}. Download the file again."
+            f" {flow_sizes}, but vae and conditioner state {other_sizes}. Download the file again."
         )
     return result
 
@@ -197,9 +196,8 @@ def _params(config: Mapping, section: str, target: str) -> dict:
     class_name = str(content.get("target", "")).rpartition(".")[2]
     if class_name != target:
         raise ValueError(
-            f"the section {section} must have the target {target}, got {class_name or 'no target'}. Pass"
-            " the folder of"
-            " Hunyuan3D-2.1."
+            f"the section {section} must have the target {target}, got {class_name or 'no target'}. Pass the"
+            " folder of Hunyuan3D-2.1."
         )
     if not isinstance(content.get("params"), Mapping):
         raise ValueError(f"the section {section} has no params. Download the file again.")
@@ -224,9 +222,8 @@ def _settings(config: Mapping, section: str) -> dict:
     # For example, the consistency scheduler of distilled models uses other times.
     if class_name != target:
         raise ValueError(
-            f"the section {section} must have the target {target}, got {class_name or 'no target'}. Pass"
-            " the folder"
-            " of Hunyuan3D-2.1."
+            f"the section {section} must have the target {target}, got {class_name or 'no target'}. Pass the"
+            " folder of Hunyuan3D-2.1."
         )
     if not isinstance(params, Mapping):
         raise ValueError(
@@ -236,15 +233,13 @@ def _settings(config: Mapping, section: str) -> dict:
     unknown_params = sorted(set(params) - set(known_params)) if known_params else []
     if unknown_params:
         raise ValueError(
-            f"the section {section} has the unknown params {', '.join(unknown_params)}, which may change"
-            " the result."
-            f" Remove them; supported are {', '.join(known_params)}."
+            f"the section {section} has the unknown params {', '.join(unknown_params)}, which may change the"
+            f" result. Remove them; supported are {', '.join(known_params)}."
         )
     if params.get("use_dynamic_shifting"):
         raise ValueError(
             f"the section {section} has use_dynamic_shifting, which the original's pipeline cannot sample."
-            " Set it to"
-            " false."
+            " Set it to false."
         )
     return dict(params)
 
@@ -268,8 +263,8 @@ def _image_encoder_config(params: Mapping) -> tuple[DinoConfig, bool]:
         or not isinstance(kwargs.get("config"), Mapping)
     ):
         raise ValueError(
-            "the conditioner must be a single DinoImageEncoder with a config, got"
-            f" {kind!r} with the params {sorted(params)}. Pass the folder of Hunyuan3D-2.1."
+            f"the conditioner must be a single DinoImageEncoder with a config, got {kind!r} with the params"
+            f" {sorted(params)}. Pass the folder of Hunyuan3D-2.1."
         )
     # The inner value is the resolution at which DINOv2 was trained, the outer one that of the input images.
     config = {"image_size": ENCODER_SIZE, **kwargs["config"], "shown": kwargs.get("image_size", ENCODER_SIZE)}
@@ -292,8 +287,7 @@ def _build_config(config_class: Any, params: Mapping, ignore_unknown: bool = Fal
     if unknown_params and not ignore_unknown:
         raise ValueError(
             f"the section {VAE} has params that {TARGETS[VAE]} does not have:"
-            f" {', '.join(unknown_params[:8])}. Pass"
-            " the folder of Hunyuan3D-2.1."
+            f" {', '.join(unknown_params[:8])}. Pass the folder of Hunyuan3D-2.1."
         )
     return config_class(**{name: value for name, value in params.items() if name in field_names})
 
@@ -402,8 +396,7 @@ def encoder(files: ShapeFiles, sections: Sections, device: str | torch.device = 
         vae_folder = files.root.parent / VAE_FOLDER
         raise FileNotFoundError(
             f"The encoder of the autoencoder is neither in {path} nor in {vae_folder}. Download the folder"
-            f" {VAE_FOLDER}"
-            f" of the released repository to {vae_folder}."
+            f" {VAE_FOLDER} of the released repository to {vae_folder}."
         )
     return _load_network(ShapeEncoder, files.vae, tensors, f"{path}, {VAE}", torch.float32, device)
 

@@ -83,6 +83,7 @@ class LinearReward:
         # Callers may have switched gradients off, for example while sampling.
         with torch.enable_grad():
             optimizer.step(compute_loss)
+        # Scoring assets needs no gradient of the weights.
         self.weight.requires_grad_(False)
 
     def __call__(self, assets: Sequence[SplatAsset], conditions: Sequence[str]) -> torch.Tensor:

@@ -196,8 +196,7 @@ def open_embeddings(family: FlowFamily, source: ProblemSource, device: str | tor
     if source.conditions is None:
         raise ValueError(
             "--conditioning is missing. With --pipeline=DIR and without --pairs, pass the file of"
-            " embeddings as"
-            " --conditioning=FILE."
+            " embeddings as --conditioning=FILE."
         )
     root = Path(source.pipeline)
     embeddings_path = Path(source.conditions)
@@ -253,8 +252,7 @@ def read_stages(
             # If time ran the other way, training would silently approach noise.
             raise ValueError(
                 f"{folder}/meta.json: expected the convention {CONVENTION!r}, got {convention!r}. Make the"
-                " pairs"
-                " again with `eg3d-rlhf flow tune WORK --pairs-only`."
+                " pairs again with `eg3d-rlhf flow tune WORK --pairs-only`."
             )
         check(folder, stage, meta)
     # Every stage is compared with the first one. The order of pairs may differ between stages.
@@ -319,8 +317,7 @@ def pair_folders(path: Path, stages: Sequence[str]) -> dict[str, Path]:
     if unknown_stages:
         raise ValueError(
             f"--pairs: the pairs in {path} are of stage {', '.join(unknown_stages)}, but this generator has"
-            " the"
-            f" stages {' and '.join(stages)}. Pass the pairs of this generator."
+            f" the stages {' and '.join(stages)}. Pass the pairs of this generator."
         )
     return folders
 
@@ -332,8 +329,7 @@ def _stage_in(path: Path) -> str:
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path}: the name of the stage cannot be read from the key 'stage' ({error}). Make the pairs"
-            " again with"
-            " `eg3d-rlhf flow tune WORK --pairs-only`."
+            " again with `eg3d-rlhf flow tune WORK --pairs-only`."
         ) from None
 
 
@@ -356,8 +352,7 @@ def embeddings_beside(folders: Mapping[str, Path], requested: Path | None = None
     if path is None:
         raise FileNotFoundError(
             f"--conditioning: there is no file {candidates[0]} with embeddings of the pairs' prompts. Pass"
-            " the"
-            " file of embeddings as --conditioning=FILE."
+            " the file of embeddings as --conditioning=FILE."
         )
     return path
 

@@ -181,8 +181,7 @@ class Sam3dPipeline(OpenedFolder):
         if self._config(files.STRUCTURE).latents[SHAPE].resolution is None:
             raise ValueError(
                 f"stage {files.STRUCTURE!r}: the file of the generator states no grid for the latent"
-                f" {SHAPE!r}."
-                " Pass the folder of SAM 3D Objects."
+                f" {SHAPE!r}. Pass the folder of SAM 3D Objects."
             )
 
     def _config(self, stage: str) -> Any:
@@ -225,8 +224,7 @@ class Sam3dPipeline(OpenedFolder):
             if not generator.weights or not any(generator.weights.values()):
                 raise ValueError(
                     f"--set parts={FILE} does not apply, because the file of stage {name!r} has no"
-                    " loss_weights above"
-                    f" 0. Use --set parts={ALL} or --set parts={SHAPE}."
+                    f" loss_weights above 0. Use --set parts={ALL} or --set parts={SHAPE}."
                 )
             common["path"] = replace(generator.path, weights=generator.weights)
         return FlowStage(latents=latents, lora_targets=targets_of(config, groups), **common)
@@ -248,9 +246,8 @@ class Sam3dPipeline(OpenedFolder):
         """
         if stage != files.STRUCTURE:
             raise ValueError(
-                f"advance: expected the stage {files.STRUCTURE!r}, got {stage!r}. The last stage has no"
-                " next stage;"
-                " call decode for it."
+                f"advance: expected the stage {files.STRUCTURE!r}, got {stage!r}. The last stage has no next"
+                " stage; call decode for it."
             )
         check_finite("advance", x_0)
         assert isinstance(x_0, NamedBatch)
@@ -378,10 +375,8 @@ def thinned(voxels: torch.Tensor, most_voxels: int) -> tuple[torch.Tensor, int]:
 REMEDY = "`eg3d-rlhf flow new` and these checkpoints"
 NOTICE = (
     "SAM 3D Objects is under Meta's SAM License. Derived models may only be passed on under the same"
-    " licence, with"
-    " a copy of it, and not for military, nuclear, espionage or weapon purposes (1.b). Read the file"
-    " LICENSE beside"
-    " its weights."
+    " licence, with a copy of it, and not for military, nuclear, espionage or weapon purposes (1.b). Read"
+    " the file LICENSE beside its weights."
 )
 
 
@@ -448,8 +443,7 @@ def _read_points(path: Path) -> torch.Tensor:
     if not path.is_file():
         raise FileNotFoundError(
             f"--images: the point map {path} of the image is missing. Compute it with a depth network such"
-            " as MoGe,"
-            " and save it to this file."
+            " as MoGe, and save it to this file."
         )
     # Depth networks may write float16 or float64.
     points = read_array(path).float()

@@ -206,7 +206,7 @@ def read_pipeline(root: Path) -> PipelineFile:
                     " Download it."
                 )
             paths[f"{part}.{kind}"] = file
-    # The encoder is optional: it is needed only to encode meshes.
+    # The encoder is optional, because it is needed only to encode meshes.
     encoder_config = root / f"{ENCODER}.yaml"
     encoder_weights = [
         root / f"{ENCODER}{ending}" for ending in ENDINGS if (root / f"{ENCODER}{ending}").is_file()
@@ -240,9 +240,8 @@ def read_pipeline(root: Path) -> PipelineFile:
     ]
     if unsupported_settings:
         raise ValueError(
-            f"{path}: {', '.join(unsupported_settings)} is not supported. Remove it from the file. To"
-            " sample in few"
-            " steps, use --few-steps."
+            f"{path}: {', '.join(unsupported_settings)} is not supported. Remove it from the file. To sample"
+            " in few steps, use --few-steps."
         )
     # The name of the decoder decides the units of the pose; see sam3d_pose.py.
     pose = str(content.get("pose_decoder_name", SHIFTED))
@@ -314,8 +313,7 @@ def _cut(content: Mapping, stage: str) -> ObjectCut:
         step_names = ", ".join(map(_class_name, [*steps, *(other_steps or ())])) or "no joint transforms"
         raise ValueError(
             f"{SHORT[stage]}_preprocessor: only a crop around the mask, padding to squares and resizing are"
-            " supported, got"
-            f" {step_names}. Download the file again."
+            f" supported, got {step_names}. Download the file again."
         )
     if len(sizes) != 1:
         raise ValueError(
@@ -379,17 +377,15 @@ def _generator(stage: str, path: Path, checkpoint: Path) -> GeneratorFile:
             )
     if flow.get("reversed_timestamp"):
         raise ValueError(
-            f"{path}: reversed_timestamp is not supported, because it reverses the times of the sampler,"
-            " but not of the"
-            " training path. Set it to false."
+            f"{path}: reversed_timestamp is not supported, because it reverses the times of the sampler, but"
+            " not of the training path. Set it to false."
         )
     # The defaults are those of the original's code.
     time_sampler = flow.get("training_time_sampler_fn") or {"mean": -1.0, "std": 1.0}
     if "_target_" in time_sampler and _class_name(time_sampler) != "lognorm_sampler":
         raise ValueError(
             f"{path}: training_time_sampler_fn must be lognorm_sampler, got {_class_name(time_sampler)}."
-            " Download the"
-            " file again."
+            " Download the file again."
         )
     try:
         # "_target_" names a class and is no weight.
@@ -425,9 +421,8 @@ def _generator(stage: str, path: Path, checkpoint: Path) -> GeneratorFile:
         flow_path = FlowPath(sigma_min=float(flow.get("sigma_min", 0.0)), mean=-mean, std=std)
         if weights and stage == STRUCTURE and set(weights) != set(config.latents):
             raise ValueError(
-                f"loss_weights must name {', '.join(config.latents)}, got {', '.join(weights)}. Download"
-                " the file"
-                " again."
+                f"loss_weights must name {', '.join(config.latents)}, got {', '.join(weights)}. Download the"
+                " file again."
             )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(
@@ -483,8 +478,7 @@ def _build_config(config_class: Any, content: Mapping, **values: Any) -> Any:
     if unknown_settings or missing_settings:
         raise ValueError(
             f"the settings do not fit {config_class.__name__}: unknown are {unknown_settings[:8]}, missing"
-            " are"
-            f" {missing_settings[:8]}. Pass the folder of SAM 3D Objects."
+            f" are {missing_settings[:8]}. Pass the folder of SAM 3D Objects."
         )
     return config_class(**settings)
 
@@ -541,10 +535,8 @@ def _sampling(path: Path, content: Mapping, stage: str, generator: GeneratorFile
     if sampling.cfg_strength and not generator.guided:
         raise ValueError(
             f"{path}: {short}_cfg_strength is {sampling.cfg_strength:g}, but guidance needs"
-            " force_zeros_cond: true and"
-            " unconditional_handling: add_flag in the generator's file. Set it to 0, or download the"
-            " generator's file"
-            " again."
+            " force_zeros_cond: true and unconditional_handling: add_flag in the generator's file. Set it"
+            " to 0, or download the generator's file again."
         )
     return sampling
 
@@ -652,8 +644,7 @@ def embedder_of(file: GeneratorFile, state: Mapping[str, torch.Tensor]) -> Embed
     if position_kind not in ("learned", "random"):
         raise ValueError(
             f"{file.checkpoint}: use_pos_embedding must be learned or random, got {position_kind!r}."
-            " Download the"
-            " generator's YAML file again."
+            " Download the generator's YAML file again."
         )
     try:
         encoders = [_encoder(i, settings, state) for i, settings in enumerate(file.embedder["embedder_list"])]
@@ -672,8 +663,7 @@ def embedder_of(file: GeneratorFile, state: Mapping[str, torch.Tensor]) -> Embed
     except (KeyError, TypeError, IndexError) as error:
         raise ValueError(
             f"{file.checkpoint}: the embedder of SAM 3D Objects cannot be built ({error!r}). Download the"
-            " checkpoint and"
-            " the generator's YAML file again."
+            " checkpoint and the generator's YAML file again."
         ) from None
 
 
@@ -708,8 +698,7 @@ def _encoder(
             return PointPatches(config), config.embed_dim, names
     raise ValueError(
         f"embedder_list: an encoder must be Dino or PointPatchEmbed, got {kind!r}. Download the generator's"
-        " YAML file"
-        " again."
+        " YAML file again."
     )
 
 
@@ -745,8 +734,7 @@ def part_of(file: PipelineFile, part: str) -> tuple[Any, Any, Path]:
         weights = " or ".join(f"{name}{ending}" for ending in ENDINGS)
         raise FileNotFoundError(
             f"{part}: {name}.yaml or {weights} is missing in {file.root}. Download both files; they are"
-            " released beside"
-            " the other checkpoints."
+            " released beside the other checkpoints."
         )
     config_file, checkpoint = (file.files[f"{name}.{kind}"] for kind in ("config", "ckpt"))
     content = read_yaml(config_file)

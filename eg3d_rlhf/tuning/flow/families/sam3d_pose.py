@@ -74,8 +74,8 @@ class Pose:
         )
         # Each row is 4 q_i times the quaternion. The row of the largest component is the most accurate,
         # because its length is never close to 0.
-        best = rows[torch.arange(len(rows)), squares.argmax(1)]
-        unit = best / best.norm(dim=1, keepdim=True)
+        longest_row = rows[torch.arange(len(rows)), squares.argmax(1)]
+        unit = longest_row / longest_row.norm(dim=1, keepdim=True)
         # q and -q are the same rotation; the sign is fixed by the real part.
         return torch.where(unit[:, :1] < 0, -unit, unit).float()
 
@@ -103,8 +103,7 @@ def decoded(
     if missing_names:
         raise ValueError(
             f"pose: the latents {', '.join(missing_names)} are missing, so there is no pose. Use the"
-            " generator's"
-            " files of SAM 3D Objects."
+            " generator's files of SAM 3D Objects."
         )
     # Each latent of the pose is a single token: [N, 1, channels] -> [N, channels].
     rotation_6d, translation, log_size, log_translation_scale = (

@@ -123,7 +123,7 @@ class TrellisPipeline(EncodingFolder):
         """
         assert stage == files.STRUCTURE
         check_finite("advance", x_0)
-        assert isinstance(x_0, torch.Tensor)
+        assert isinstance(x_0, torch.Tensor)  # latents of the first stage are dense
         decoder = self.part(files.STRUCTURE_DECODER)
         voxels: list[Voxels] = []
         # One sample at a time, because the decoder needs 64^3 x 128 floats for each.
@@ -262,6 +262,7 @@ class Trellis(FlowFamily):
         family = replace(self.configured(source), zero_null=zero_null)
         problem = open_folder(family, source, device)
         for stage in problem.pipeline.stages:
+            # Saves the memory of the activations; without gradients, as in sampling, it has no effect.
             stage.model.recompute = True  # type: ignore[assignment]
         # The loop's latents depend on how assets are encoded.
         return replace(problem, identity={**problem.identity, "encoding": vars(family.encoding)})
@@ -272,10 +273,8 @@ class Trellis(FlowFamily):
         if meta.get("normalization") != files.normalization(pipeline.file, stage):
             raise ValueError(
                 f"{folder}: the latents of the pairs are not normalised as"
-                f" {pipeline.file.root.name}/pipeline.json"
-                " states. The pairs belong to another model. Make them again for this model with"
-                " `eg3d-rlhf flow"
-                " tune WORK --pairs-only`."
+                f" {pipeline.file.root.name}/pipeline.json states. The pairs belong to another model. Make"
+                " them again for this model with `eg3d-rlhf flow tune WORK --pairs-only`."
             )
 
     def pair_meta(self, pipeline: TrellisPipeline, stage: str, report: Mapping) -> Mapping:
@@ -314,9 +313,8 @@ class Trellis(FlowFamily):
         best = calibrated(assets, voxels, pipeline.resolution)
         return (
             f"With voxel_share={best['share']:g}, assets best match the voxels from which they were sampled"
-            " (mean"
-            f" intersection over union {best['iou']:.2f} over {len(assets)} assets). Use this value with"
-            f" `eg3d-rlhf flow tune --loop --set voxel_share={best['share']:g}`."
+            f" (mean intersection over union {best['iou']:.2f} over {len(assets)} assets). Use this value"
+            f" with `eg3d-rlhf flow tune --loop --set voxel_share={best['share']:g}`."
         )
 
     def networks(self, root: Path) -> list[Network]:

@@ -110,16 +110,14 @@ class Trellis2Pipeline(EncodingFolder):
                 key = files.NORMALIZATIONS[name]
                 raise ValueError(
                     f"pipeline.json: {key} has {len(mean)} channels, but the model of stage {name!r} has"
-                    f" {channels}."
-                    " Use pipeline.json and models of one release."
+                    f" {channels}. Use pipeline.json and models of one release."
                 )
         # The texture's flow must read as many channels as the shape's latents have.
         shape_channels = self.configs[self.shape].out_channels
         if files.TEXTURE in self.configs and self.configs[files.TEXTURE].given != shape_channels:
             raise ValueError(
                 f"stage {files.TEXTURE!r}: the model reads {self.configs[files.TEXTURE].given} channels of"
-                " the"
-                f" shape, but the shape has {shape_channels}. Use models of one release."
+                f" the shape, but the shape has {shape_channels}. Use models of one release."
             )
 
     def cells(self, stage: str) -> int:
@@ -168,9 +166,8 @@ class Trellis2Pipeline(EncodingFolder):
         names = [s.name for s in self.stages]
         if stage not in names[:-1]:
             raise ValueError(
-                f"advance: expected one of the stages {', '.join(names[:-1])}, got {stage!r}. The last"
-                " stage has no"
-                " next stage; call decode for it."
+                f"advance: expected one of the stages {', '.join(names[:-1])}, got {stage!r}. The last stage"
+                " has no next stage; call decode for it."
             )
         next_stage = names[names.index(stage) + 1]
         check_finite("advance", x_0)
@@ -250,8 +247,7 @@ class Trellis2Pipeline(EncodingFolder):
         if has_texture and x_0.given is None:
             raise ValueError(
                 "decode: the latents of the texture lack the latents of the shape. Use the voxels that"
-                " `advance`"
-                " returned to sample the texture."
+                " `advance` returned to sample the texture."
             )
         # One sample at a time, because each decodes to millions of voxels.
         for sample in x_0.samples():
@@ -472,9 +468,9 @@ class Trellis2(FlowFamily):
             if isinstance(flow, files.StructureFlow) != (stage == files.STRUCTURE):
                 raise ValueError(
                     f"pipeline.json, {file.flows[stage]}: a {type(flow).__name__} is no model of stage"
-                    f" {stage!r}."
-                    " Correct the path of this model, or download pipeline.json again."
+                    f" {stage!r}. Correct the path of this model, or download pipeline.json again."
                 )
+            # Recomputing blocks in the backward pass saves the memory of their activations.
             if isinstance(flow, Flow):
                 flow.recompute = True
         spare_memory(flows.values(), device)
@@ -508,8 +504,7 @@ class Trellis2(FlowFamily):
         if missing_encoders:
             print_notice(
                 f"The encoders {', '.join(missing_encoders)} were not found. Stages are tuned one by one,"
-                " without the"
-                " tuning loop."
+                " without the tuning loop."
             )
         stages = [stage for stage in files.STAGES if stage != files.TEXTURE]
         # Without rewards the loop does not run.

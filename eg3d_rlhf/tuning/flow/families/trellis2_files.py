@@ -152,8 +152,7 @@ def read_pipeline(root: Path) -> PipelineFile:
     if kind not in CHAINS:
         raise ValueError(
             f"{path}: default_pipeline_type must be one of {', '.join(CHAINS)}, got {kind!r}. Correct it in"
-            " the"
-            " file, or download the file again."
+            " the file, or download the file again."
         )
     chain = CHAINS[kind]
     models = args["models"]
@@ -161,8 +160,7 @@ def read_pipeline(root: Path) -> PipelineFile:
     if missing_models:
         raise ValueError(
             f"{path}: args.models does not name {', '.join(missing_models[:8])}, which {kind!r} needs."
-            " Download the"
-            " file again."
+            " Download the file again."
         )
     samplers = {stage: _sampler(path, args, SAMPLERS[stage]) for stage in chain}
     image_encoder = args.get("image_cond_model") or {}
@@ -203,8 +201,7 @@ def _sampler(path: Path, args: Mapping, key: str) -> tuple[Sampling, float]:
             # These are settings of TRELLIS, whose cfg_strength is w and not 1 + w.
             raise ValueError(
                 f"{', '.join(trellis_names)} are settings of TRELLIS and not of TRELLIS.2. Use"
-                " guidance_strength ="
-                " cfg_strength + 1 and guidance_interval instead."
+                " guidance_strength = cfg_strength + 1 and guidance_interval instead."
             )
         strength = float(params.get("guidance_strength", 3.0))
         # t = 1 is noise in the file and in this package, so the interval needs no conversion.
@@ -212,8 +209,7 @@ def _sampler(path: Path, args: Mapping, key: str) -> tuple[Sampling, float]:
         if strength < 1:
             raise ValueError(
                 f"guidance_strength must be >= 1, got {strength}. Smaller values would guide away from the"
-                " prompt."
-                " Set it to 1 for no guidance."
+                " prompt. Set it to 1 for no guidance."
             )
         return Sampling(
             steps=int(params.get("steps", 50)),
@@ -241,8 +237,7 @@ def _normalization(path: Path, args: Mapping, key: str) -> tuple[tuple[float, ..
     if not mean or not are_scales(mean, std):
         raise ValueError(
             f"{path}: {key} must have a finite mean and a std > 0 per channel, got {str(content)[:80]}."
-            " Download the"
-            " file again."
+            " Download the file again."
         )
     return mean, std
 
@@ -294,8 +289,8 @@ def prepared(model: Any, config: Any, state: State, message_prefix: str) -> Stat
             stored_form = f"{stored_phases.dtype} {list(stored_phases.shape)}"
             raise ValueError(
                 f"{message_prefix}: the stored rope_phases ({stored_form}) differ from those of the"
-                " resolution in the"
-                f" model's JSON file (complex {list(expected_phases.shape)}). Download both files again."
+                f" resolution in the model's JSON file (complex {list(expected_phases.shape)}). Download"
+                " both files again."
             )
     return state
 

@@ -110,8 +110,7 @@ def _mass(asset: SplatAsset, resolution: int) -> tuple[torch.Tensor, torch.Tenso
     if not has_mass.any():
         raise ValueError(
             "voxels: the asset has no Gaussian with opacity in the cube -0.5..0.5. Scale the asset into"
-            " this cube, or"
-            " remove it from the list of assets."
+            " this cube, or remove it from the list of assets."
         )
     return mass, mass[has_mass].mean()
 
@@ -174,6 +173,7 @@ def write_ply(path: Path, asset: SplatAsset) -> None:
         asset.scales.log(),
         asset.rotations,
     ]
+    # "<f4" is little-endian float32, as the header below states.
     rows = torch.cat([c.detach().float().cpu() for c in columns], 1).numpy().astype("<f4")
     properties = "".join(f"property float {name}\n" for name in PLY_FIELDS)
     header = f"ply\nformat binary_little_endian 1.0\nelement vertex {len(rows)}\n{properties}end_header\n"
@@ -245,8 +245,7 @@ def read_ply(path: Path) -> SplatAsset:
     if missing_names:
         raise ValueError(
             f"{path}: the properties {', '.join(missing_names)} of Gaussian splats are missing. Export the"
-            " file"
-            " again as Gaussian splats."
+            " file again as Gaussian splats."
         )
     # With a single element, the Gaussians, and only float32 properties, all rows have the same length.
     if not all_float32 or len(counts) != 1:
@@ -259,8 +258,7 @@ def read_ply(path: Path) -> SplatAsset:
     if len(rows) != expected_size:
         raise ValueError(
             f"{path}: expected {expected_size} bytes after the header, got {len(rows)}. The file is"
-            " truncated or"
-            " damaged. Export it again."
+            " truncated or damaged. Export it again."
         )
     table = torch.from_numpy(np.frombuffer(rows, "<f4").reshape(counts[0], -1).astype(np.float32))
 
@@ -274,6 +272,7 @@ def read_ply(path: Path) -> SplatAsset:
         means=columns("x", "y", "z"),
         features_dc=columns("f_dc_0", "f_dc_1", "f_dc_2"),
         scales=scales,
+        # Other programs may write quaternions that are not normalised.
         rotations=torch.nn.functional.normalize(rotations, dim=1),
         opacities=columns("opacity")[:, 0].sigmoid(),
     )

@@ -93,8 +93,7 @@ class PipelineFile(ModelFolder):
         if not are_scales(self.mean, self.std):
             raise ValueError(
                 f"{self.root.name}/pipeline.json: slat_normalization must have a finite mean and a std > 0"
-                " per"
-                f" channel, got mean {list(self.mean)} and std {list(self.std)}. Download the file again."
+                f" per channel, got mean {list(self.mean)} and std {list(self.std)}. Download the file again."
             )
 
 
@@ -118,8 +117,7 @@ def read_pipeline(root: Path) -> PipelineFile:
     if kind is None:
         raise ValueError(
             f"{path}: expected the name TrellisTextTo3DPipeline or TrellisImageTo3DPipeline, got {name!r}."
-            " Pass"
-            " the folder of a TRELLIS model."
+            " Pass the folder of a TRELLIS model."
         )
     if not isinstance(args, dict) or not isinstance(args.get("models"), dict):
         raise ValueError(f"{path}: the object args.models is missing. Download the file again.")
@@ -192,6 +190,7 @@ def sampler_of(
         read: function that parses the sampler's class name and its params. It may raise ValueError, TypeError
             or IndexError.
     """
+    # Without an entry, the sampler has its published class and default settings.
     content = content or {}
     name = str(content.get("name", "FlowEulerGuidanceIntervalSampler"))
     if not name.startswith("FlowEuler"):
@@ -288,6 +287,7 @@ def _possible_stems(file: ModelFolder, value: str):
         os.environ.get("HF_HUB_CACHE")
         or Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface") / "hub"
     )
+    # Sorted, so that the choice does not depend on the order of the file system.
     for snapshot in sorted((cache / f"models--{owner}--{repo}" / "snapshots").glob("*")):
         yield snapshot / path_in_repo
 
@@ -332,8 +332,7 @@ def architecture(
     if supported_classes is None:
         raise ValueError(
             f"{message_prefix}: expected a model among {', '.join(architectures)}, got {name!r}. Pass the"
-            " folder of a"
-            " supported generator."
+            " folder of a supported generator."
         )
     if not isinstance(args, Mapping):
         raise ValueError(f"{message_prefix}: the object 'args' is missing. Download the file again.")
@@ -353,8 +352,7 @@ def architecture(
     if unknown_args or missing_args:
         raise ValueError(
             f"{message_prefix}: the args do not fit {name}: unknown are {unknown_args}, missing are"
-            f" {missing_args}."
-            " Download the file again, or pass the folder of a supported generator."
+            f" {missing_args}. Download the file again, or pass the folder of a supported generator."
         )
     return model, config(**args)
 
@@ -500,9 +498,8 @@ def filled(
     """
     types: dict[str, torch.dtype] = {}
     if dtype is not None:
-        # Only the original's rule decides which layers are converted, so a second network without memory is
-        # built in half precision and its dtypes are read. TRELLIS switches it on by use_fp16, its successors
-        # by dtype.
+        # Which layers the original converts is known only to its classes. Their switch is use_fp16 in TRELLIS
+        # and dtype in TRELLIS.2. A second network without memory therefore states the dtype of each tensor.
         half_setting = {"dtype": "float16"} if hasattr(config, "dtype") else {"use_fp16": True}
         half_state = empty(lambda: make(dataclasses.replace(config, **half_setting))).state_dict()
         for name in state:
@@ -521,8 +518,7 @@ def base_state(path: Path) -> State:
     if adapters:
         raise ValueError(
             f"{path}: the file contains adapters (LoRA) instead of the weights of a model. Put the base"
-            " model's file"
-            " here, and pass this file as tuned weights."
+            " model's file here, and pass this file as tuned weights."
         )
     # Distributed training adds the prefix "module.".
     return {name.removeprefix("module."): tensor for name, tensor in state.items()}
@@ -569,8 +565,7 @@ def release_of(
         if sources.setdefault(stem.name, stem) != stem:
             raise ValueError(
                 f"export: the models {stem} and {sources[stem.name]} have the same file name. Rename the"
-                " files of"
-                " one of them, and its value in pipeline.json."
+                " files of one of them, and its value in pipeline.json."
             )
         export_stems[name] = f"ckpts/{stem.name}"
         base = find_weights(stem)

@@ -82,9 +82,8 @@ def candidate(record: dict, name: str, folder: Path, pipeline: Any, ranked: bool
         stage_of(pipeline, stage).check(file_name, latent)
         if not torch.isfinite(feats_of(collate([latent]))).all():
             raise ValueError(
-                f"{file_name}: the latents contain NaN or infinite values. Encode the asset again, or"
-                " remove its"
-                " line from the ranked list."
+                f"{file_name}: the latents contain NaN or infinite values. Encode the asset again, or remove"
+                " its line from the ranked list."
             )
     return Candidate(name=name, condition=condition, rank=rank, latents=latents, file=file_of(record, folder))
 
@@ -166,9 +165,8 @@ def read_dso(root: Path, pipeline: Any) -> Imported:
                 tokens[name] = read_embedding(table.parent / f"{image}_cond.pt")
     if not candidates:
         raise ValueError(
-            f"DSO samples: no file NNN_sparse_sample_MMM.pt below {root} has an angle in its"
-            " model_info.npz. Pass"
-            " the folder of the samples."
+            f"DSO samples: no file NNN_sparse_sample_MMM.pt below {root} has an angle in its model_info.npz."
+            " Pass the folder of the samples."
         )
     pairs = pair_up(candidates)
     # Images of which all samples stand, or all fall, give no pair.
