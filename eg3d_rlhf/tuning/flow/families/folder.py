@@ -92,6 +92,7 @@ class OpenedFolder:
         form = self.tokens.form
         name = self.conditioning_key(stage)
         # The form is a shape [L, E], or shapes by name if the conditioning has several tensors.
+        shape: Any
         if name is None:
             shape = form
         else:

@@ -694,8 +694,10 @@ def _encoder(
         if kind == "PointPatchEmbed":
             # Other settings of this encoder concern training and are ignored.
             field_names = {field.name for field in dataclasses.fields(PointConfig)}
-            config = PointConfig(**{name: value for name, value in content.items() if name in field_names})
-            return PointPatches(config), config.embed_dim, names
+            point_config = PointConfig(
+                **{name: value for name, value in content.items() if name in field_names}
+            )
+            return PointPatches(point_config), point_config.embed_dim, names
     raise ValueError(
         f"embedder_list: an encoder must be Dino or PointPatchEmbed, got {kind!r}. Download the generator's"
         " YAML file again."
@@ -771,7 +773,7 @@ def release(root: Path, stages: Sequence[str]) -> Release:
         if path.is_file() and path.resolve() not in tuned_checkpoints and not is_hidden:
             copied_files[str(relative_path)] = path
     # The licence is in the top folder of the repository, one or two levels above the checkpoints.
-    licence_files = {}
+    licence_files = dict[str, Path]()  # by file name
     if root.resolve().name in REPOSITORY:
         for folder in root.resolve().parents[:2]:
             licence_files |= {path.name: path for path in sorted(folder.glob("LICENSE*")) if path.is_file()}
