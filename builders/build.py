@@ -1,4 +1,4 @@
-"""Make the parts of assets/ that other jobs of the project produce: python -m builders.build PART"""
+"""Make the files of assets/ that other jobs of the project produce: python -m builders.build PART"""
 
 import json
 import os
@@ -18,32 +18,38 @@ from training.storage import write_atomic
 ROOT = ASSETS.parent
 RUNS = ROOT / "runs" / "assets"
 HELDOUT_LABELS = RUNS / "labels-heldout.jsonl"
-HELDOUT_SEEDS = 20000  # first latent of the held-out reward's labels
+HELDOUT_SEEDS = 20000  # seed of the first latent that is labelled for the held-out reward
 
 
 def run(*commands: tuple[str, ...], **environment: str) -> None:
-    """Print commands of the project and run them at the same time. Raises: ValueError if one fails."""
-    started = []
+    """Print commands of eg3d-rlhf and run them at the same time.
+
+    Args:
+        commands: arguments of each command.
+        environment: environment variables that are added for all commands.
+    Raises: ValueError if a command fails.
+    """
+    processes = []
     for command in commands:
         print("$ eg3d-rlhf " + " ".join(command), flush=True)
-        started.append(
+        processes.append(
             subprocess.Popen(
                 [sys.executable, "-m", "eg3d_rlhf", *command], cwd=ROOT, env={**os.environ, **environment}
             )
         )
-    codes = [process.wait() for process in started]
-    for command, code in zip(commands, codes, strict=True):
-        if code:
+    exit_codes = [process.wait() for process in processes]
+    for command, exit_code in zip(commands, exit_codes, strict=True):
+        if exit_code:
             raise ValueError(
-                f"expected `eg3d-rlhf {' '.join(command)}` to succeed, got exit code {code}. See its message"
-                " above."
+                f"the command `eg3d-rlhf {' '.join(command)}` failed with exit code {exit_code}. Correct the"
+                " cause that its message above states."
             )
 
 
 def build_labels() -> None:
     """Label 2,000 pairs of the bundled generator, and 1,120 pairs of other seeds for the held-out reward.
 
-    Both run at the same time, with one thread each.
+    The two commands run at the same time, with one thread each.
     """
     run(
         ("label", "synthetic", f"--out={ASSETS / 'labels.jsonl'}"),
@@ -60,21 +66,22 @@ def build_labels() -> None:
 
 
 def build_rewards() -> None:
-    """Train the reward and the held-out reward, which has other labels and another initialisation.
+    """Train the bundled reward and the held-out reward.
 
-    Both run at the same time. The held-out reward is only monitored; no tuning uses it.
+    The held-out reward is trained on other labels, from another initialisation. It is only monitored during
+    tuning. The two trainings run at the same time, with one thread each.
     """
     commands = []
     for name, seed, source in (("reward", 0, ASSETS / "labels.jsonl"), ("reward-heldout", 1, HELDOUT_LABELS)):
         shutil.rmtree(RUNS / name, ignore_errors=True)
-        given = (
+        flags = (
             f"--labels={source}",
             f"--seed={seed}",
             f"--set=split_seed={seed}",
             f"--run-dir={RUNS / name}",
             f"--cache={RUNS / name}-slabs",
         )
-        commands.append(("reward", "train", *given))
+        commands.append(("reward", "train", *flags))
     run(*commands, OMP_NUM_THREADS="1")
     for name in ("reward", "reward-heldout"):
         for suffix in (".safetensors", ".json"):
@@ -82,31 +89,39 @@ def build_rewards() -> None:
 
 
 def build_control() -> None:
-    """Run the demo with lambda_r = 0; keep its summary, and its settings for comparison with other runs."""
+    """Run the demo with lambda_r = 0 as a control, and store its summary and settings in assets/."""
     run(("train", "--reward=sigma", "--lambda-r=0", f"--outdir={RUNS}", "--desc=control"))
+    # Names of runs begin with an increasing number, so the largest name is the newest run.
     newest = max(RUNS.glob("*-control"))
     record, settings = (
         json.loads((newest / name).read_text()) for name in ("summary.json", "training_options.json")
     )
-    of_machine = ("reward_ckpt", "heldout_reward", "versions", "launch")  # paths and versions of this machine
-    record["settings"] = {name: value for name, value in settings.items() if name not in of_machine}
+    # Settings with paths and versions of this machine are left out.
+    machine_settings = ("reward_ckpt", "heldout_reward", "versions", "launch")
+    record["settings"] = {name: value for name, value in settings.items() if name not in machine_settings}
     write_atomic(
         ASSETS / "control-summary.json", (json.dumps(record, indent=1, sort_keys=True) + "\n").encode()
     )
 
 
 def build_people() -> None:
-    """Make the bundled generator of heads: basis (from the package anny), pool of points, training."""
+    """Make the bundled generator of heads.
+
+    The linear basis of heads is computed with the package anny, distances and colours of heads are computed
+    at random points, and the generator and its discriminator are trained.
+    """
     from builders import people_basis, people_pool, people_training
 
     torch.set_num_threads(1)
     folder = RUNS / "people"
     (folder / "pool").mkdir(parents=True, exist_ok=True)
-    described = people_basis.write(people.ASSET)
+    description = people_basis.write(people.ASSET)
     print(
-        f"basis: {described['vertices']} vertices, error of head vertices {described['error_voxels']} voxels",
+        f"basis: {description['vertices']} vertices; median and 95 % quantile of the distance between"
+        f" sampled and reconstructed vertices of heads: {description['error_voxels']} voxels",
         flush=True,
     )
+    # The basis was replaced, so a basis that was loaded before must not be used.
     people.load_basis.cache_clear()
     for chunk in tqdm(range(people_pool.CHUNKS), desc="pool", unit="file"):
         people_pool.write_chunk(folder / "pool" / f"chunk-{chunk:04d}.npz", people.load_basis(), chunk)
@@ -125,12 +140,12 @@ PARTS = {
 
 @click.command("python -m builders.build", cls=GroupedCommand)
 @click.argument("part", type=click.Choice(list(PARTS)))
-@option("-n", "--dry-run", is_flag=True, help="Print what would be done and stop.")
+@option("-n", "--dry-run", is_flag=True, help="Print a description of the part, and stop without making it.")
 def build(part: str, dry_run: bool) -> None:
-    """Make files of assets/ again, one part at a time: people, labels, rewards, control.
+    """Make the files of one part of assets/ again. PART is people, labels, rewards or control.
 
-    Every part but people is a run of another job of this project with fixed settings, whose results are
-    copied into place.
+    The part people trains the bundled generator of heads. The other parts run commands of eg3d-rlhf with
+    fixed settings and copy their results to assets/.
 
     \b
     Example:

@@ -1,8 +1,11 @@
-"""Train the bundled feature network of the Fréchet distance on graded damage, and check that distances under
-it rise with damage: python -m builders.features
+"""Train the bundled feature network of the Fréchet distance: python -m builders.features
 
-Every kind of damage takes a strength per image [N], 0 = unchanged, and is deterministic given its generator.
-Shape letters: N images, H x W pixels, F features, K factors.
+The network regresses the factors of synthetic heads and the strength of artificial image damage. The program
+then checks that Fréchet distances under the network rise with the strength of the damage. A function of
+damage takes one strength per image, [N], where 0 leaves the image unchanged. Its result depends only on the
+images, the strengths and the state of its generator.
+
+Shapes: N number of images, H x W pixels, F number of features, K number of factors.
 """
 
 import hashlib
@@ -40,7 +43,7 @@ from training.heads import people
 from training.synthetic_heads import HeadsTruth, load_truth, resolve_dataset
 
 Damage = Callable[[Tensor, Tensor, torch.Generator], Tensor]
-DAMAGE_RANGE = {  # in the units of DAMAGES
+DAMAGE_RANGE = {  # damage -> smallest and largest strength in training, in the units of DAMAGES
     "blur": (0.0, 2.5),
     "noise": (0.0, 0.4),
     "colour": (-0.4, 0.4),
@@ -50,16 +53,20 @@ DAMAGE_RANGE = {  # in the units of DAMAGES
 }
 
 
-CLEAN_SHARE = 0.4  # of every batch left undamaged; the others get one or two kinds of damage
+CLEAN_SHARE = 0.4  # share of images that stay undamaged in training; others get one or two kinds of damage
 
 
 def blur(images: Tensor, sigma: Tensor, generator: torch.Generator) -> Tensor:
-    """Gaussian blur with standard deviation sigma [N] in pixels; borders repeat."""
+    """Blur images [N, 3, H, W] by Gaussians of standard deviation `sigma` [N] in pixels. Border pixels
+    are repeated.
+    """
     radius = max(1, math.ceil(3 * float(sigma.max())))
     steps = torch.arange(-radius, radius + 1, dtype=images.dtype)
     kernel = torch.exp(-0.5 * (steps / sigma.clamp_min(1e-3)[:, None]) ** 2)
-    kernel = (kernel / kernel.sum(dim=1, keepdim=True)).repeat_interleave(3, dim=0)  # [N*3, taps]
+    # One kernel per image and channel: [N * 3, taps].
+    kernel = (kernel / kernel.sum(dim=1, keepdim=True)).repeat_interleave(3, dim=0)
     n, _, height, width = images.shape
+    # Images and channels become groups of one convolution, first vertical, then horizontal.
     flat = F.pad(images, (radius,) * 4, mode="replicate").reshape(
         1, n * 3, height + 2 * radius, width + 2 * radius
     )
@@ -73,40 +80,48 @@ def noise(images: Tensor, std: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def colour(images: Tensor, amount: Tensor, generator: torch.Generator) -> Tensor:
-    """Red gained and blue lost by `amount` [N] (signed), clipped to [-1, 1]."""
+    """Add `amount` [N] to the red channel, subtract it from the blue channel, and clip images to [-1, 1]."""
     tint = torch.tensor([1.0, 0.0, -1.0])[:, None, None] * amount[:, None, None, None]
     return (images + tint).clamp(-1, 1)
 
 
 def _warp(images: Tensor, matrices: Tensor) -> Tensor:
-    """Resample through affine matrices [N, 2, 3] (output to input, -1..1); outside is white."""
+    """Resample images by affine maps, with white outside the image.
+
+    Args: matrices: maps [N, 2, 3] from output to input coordinates, both in -1..1.
+    """
+    # White is 1. Padding adds zeros, so images are shifted by -1 before and by +1 after.
     grid = F.affine_grid(matrices, list(images.shape), align_corners=False)
     return F.grid_sample(images - 1, grid, mode="bilinear", padding_mode="zeros", align_corners=False) + 1
 
 
 def shift(images: Tensor, pixels: Tensor, generator: torch.Generator) -> Tensor:
-    """Move right by `pixels` [N] (signed, may be fractional)."""
+    """Move images to the right by `pixels` [N], which may be negative or fractional."""
     matrices = torch.eye(2, 3).repeat(len(images), 1, 1)
+    # The map is from output to input, hence the sign; the width is 2 in coordinates of -1..1.
     matrices[:, 0, 2] = -2 * pixels / images.shape[-1]
     return _warp(images, matrices)
 
 
 def squeeze(images: Tensor, amount: Tensor, generator: torch.Generator) -> Tensor:
-    """Narrow the content horizontally to 1 - amount of its width (negative widens)."""
+    """Scale the content of images horizontally to the share 1 - amount [N] of its width."""
     matrices = torch.eye(2, 3).repeat(len(images), 1, 1)
     matrices[:, 0, 0] = 1 / (1 - amount)
     return _warp(images, matrices)
 
 
 def ghost(images: Tensor, amount: Tensor, generator: torch.Generator) -> Tensor:
-    """Blend each image with another one of the batch, `amount` [N] in [0, 1] of it,
-    as averaged samples look.
+    """Blend each image with a random image of the batch, (1 - amount) image + amount other image.
+
+    The result looks like an average of samples.
+
+    Args: amount: weight of the other image, [N] of 0..1.
     """
-    other = images[torch.randperm(len(images), generator=generator)]
-    return torch.lerp(images, other, amount[:, None, None, None])
+    other_images = images[torch.randperm(len(images), generator=generator)]
+    return torch.lerp(images, other_images, amount[:, None, None, None])
 
 
-# name: function, rising strengths of the adequacy check, unit
+# Name -> function, rising strengths that `adequacy` compares, unit of the strengths.
 DAMAGES: dict[str, tuple[Damage, tuple[float, ...], str]] = {
     "blur": (blur, (0.5, 0.75, 1.0, 1.5, 2.5), "px"),
     "noise": (noise, (0.03, 0.06, 0.12, 0.25, 0.5), "of range/2"),
@@ -119,17 +134,29 @@ DAMAGES: dict[str, tuple[Damage, tuple[float, ...], str]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureTraining(Knobs):
-    """Settings of one run; a run repeats exactly on the same machine and number of threads."""
+    """Settings of a training. Repeated on the same machine with the same number of threads, it gives the
+    same network.
+    """
 
-    epochs: int = knob(20, "Passes over them.", "Training", low=1)
-    batch: int = 64
-    learning_rate: float = 2e-3  # Adam, decayed to zero along a cosine
-    held_out: float = 0.1  # last share of the images, for the record only
-    seed: int = knob(0, "Seed of initialisation, order and damage.", "Training", low=0)
+    epochs: int = knob(20, "Number of passes over the training images.", "Training", low=1)
+    batch: int = 64  # images per step
+    learning_rate: float = 2e-3  # of Adam; it decays to zero along a cosine
+    held_out: float = 0.1  # share of the images, the last ones, on which the network is only evaluated
+    seed: int = knob(
+        0,
+        "Random seed of the initial weights, of the order of the images and of their damage.",
+        "Training",
+        low=0,
+    )
 
 
 def read_images(path: Path, count: int | None = None) -> Tensor:
-    """Images of a dataset zip in the order of their names, uint8 [N, 3, H, W]."""
+    """Read the images of a dataset's zip file in the order of their names, uint8 [N, 3, H, W].
+
+    Args:
+        path: path of the zip file.
+        count: number of images to read; None means all.
+    """
     with zipfile.ZipFile(path) as archive:
         names = sorted(name for name in archive.namelist() if name.endswith(".png"))[:count]
         pixels = [np.asarray(PIL.Image.open(io.BytesIO(archive.read(name))).convert("RGB")) for name in names]
@@ -137,41 +164,50 @@ def read_images(path: Path, count: int | None = None) -> Tensor:
 
 
 def to_float(images: Tensor) -> Tensor:
-    """uint8 pixels as float in [-1, 1]."""
+    """Convert pixels from uint8 to float32 in [-1, 1]."""
     return images.float() / 127.5 - 1
 
 
 def factors(truth: HeadsTruth) -> Tensor:
-    """Return the true factors [N, K] in the order of FACTOR_NAMES.
+    """Return the true factors [N, K] of images of synthetic heads, in the order of FACTOR_NAMES.
 
-    They are the coordinates of the latent that an image shows, and yaw and pitch in radians from frontal.
-    Scan quality is not among them, since the images show ground-truth heads.
+    The factors are the latent coordinates that are visible in an image, and yaw and pitch of the camera in
+    radians, 0 for a frontal view. The coordinates of scan quality are left out, because the images show
+    ground-truth heads.
     """
-    position = truth.labels[:, [3, 7, 11]].astype(np.float64)  # camera centre, the last column of cam2world
+    # A label begins with the 16 numbers of the matrix cam2world, row by row; its last column is the position.
+    position = truth.labels[:, [3, 7, 11]].astype(np.float64)
     yaw = np.arctan2(position[:, 0], position[:, 2])
     pitch = np.arcsin(position[:, 1] / np.linalg.norm(position, axis=1))
-    shown = [
+    visible_coordinates = [
         truth.shape[:, :IDENTITY],
         truth.shape[:, people.COMPONENTS :],
         truth.appearance[:, : people.APPEARANCE],
     ]
-    columns = np.concatenate([*shown, np.stack([yaw, pitch], axis=1)], axis=1)
+    columns = np.concatenate([*visible_coordinates, np.stack([yaw, pitch], axis=1)], axis=1)
     return torch.from_numpy(columns.astype(np.float32))
 
 
 def damage_batch(images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Damage part of a batch at random; returns the images and the strengths [N, 6], scaled to about [-1, 1],
-    0 where clean.
+    """Damage a random part of a batch.
+
+    Args:
+        images: images [N, 3, H, W] in [-1, 1].
+        generator: random generator.
+    Returns: images; and strengths [N, 6], one column per kind of damage. They are divided by the largest
+        strength of the kind, and 0 without damage.
     """
     n = len(images)
     strengths = torch.zeros(n, len(DAMAGE_NAMES))
-    damaged = torch.rand(n, generator=generator) >= CLEAN_SHARE
+    is_damaged = torch.rand(n, generator=generator) >= CLEAN_SHARE
+    # Two kinds of damage per image, which may be the same.
     kinds = torch.randint(len(DAMAGE_NAMES), (n, 2), generator=generator)
     for column, name in enumerate(DAMAGE_NAMES):
         low, high = DAMAGE_RANGE[name]
         amount = torch.rand(n, generator=generator) * (high - low) + low
-        rows = (damaged & (kinds == column).any(dim=1)).nonzero()[:, 0]
-        if len(rows) > 1:  # a single image has no partner to be blended with
+        rows = (is_damaged & (kinds == column).any(dim=1)).nonzero()[:, 0]
+        # A single image cannot be blended with another image.
+        if len(rows) > 1:
             images = images.clone()
             images[rows] = DAMAGES[name][0](images[rows], amount[rows], generator)
             strengths[rows, column] = amount[rows] / max(abs(low), abs(high))
@@ -182,15 +218,26 @@ def damage_batch(images: Tensor, generator: torch.Generator) -> tuple[Tensor, Te
 def _finish(
     net: HeadFactorNet, images: Tensor, targets: Tensor, held_out: slice, record: dict
 ) -> HeadFactorFeatures:
-    """Standardise the features over the training part and write explained variances of the held-out part into
-    the record.
+    """Standardise the features of a trained network, and complete its record.
+
+    Features are standardised by their mean and standard deviation over the training images. The explained
+    variance per factor on the held-out images and a hash of the weights are added to the record.
+
+    Args:
+        net: trained network.
+        images: uint8 images [N, 3, H, W].
+        targets: standardised factors [N, K].
+        held_out: range of the held-out images, the last ones.
+        record: description of the network; entries are added to it.
     """
     net.eval()
-    raw = torch.cat([net.penultimate(to_float(part)) for part in images.split(256)])
-    fitted = raw[: held_out.start]
-    net.feature_mean.copy_(fitted.mean(dim=0))
-    net.feature_std.copy_(fitted.std(dim=0).clamp_min(1e-3))
-    predicted = net.head(raw[held_out])[:, : len(FACTOR_NAMES)]
+    features = torch.cat([net.penultimate(to_float(chunk)) for chunk in images.split(256)])  # [N, F]
+    train_features = features[: held_out.start]
+    net.feature_mean.copy_(train_features.mean(dim=0))
+    net.feature_std.copy_(train_features.std(dim=0).clamp_min(1e-3))
+    # The first outputs of the head are factors, the others strengths of damage.
+    predicted = net.head(features[held_out])[:, : len(FACTOR_NAMES)]
+    # Mean squared error over the variance: 1 - explained variance.
     residual = (predicted - targets[held_out]).square().mean(dim=0) / targets[held_out].var(dim=0).clamp_min(
         1e-6
     )
@@ -210,19 +257,21 @@ def train_features(
     options: FeatureTraining,
     on_step: Callable[[int, int, float], None] | None = None,
 ) -> HeadFactorFeatures:
-    """Regress factors and damage from images by mean squared error on standardised targets.
+    """Train a network that regresses factors and damage from images, by the mean squared error.
 
-    Args: `images` uint8 [N, 3, H, W]; `true_factors` [N, K]; `on_step` is called with (step, steps, loss).
-    Returns the network with its record (settings, explained variance per factor on the held-out images, hash
-    of the weights).
+    Args:
+        images: images, uint8 [N, 3, H, W].
+        true_factors: factors [N, K]; they are standardised.
+        options: settings.
+        on_step: function that is called after every step with (step, steps, loss).
+    Returns: network with its record: settings, explained variance per factor on the held-out images, and a
+        hash of the weights.
     """
     assert true_factors.shape == (len(images), len(FACTOR_NAMES))
     held_out = slice(len(images) - max(1, round(options.held_out * len(images))), len(images))
-    images = (
-        to_resolution(images.float(), RESOLUTION).round().to(torch.uint8)
-        if images.shape[-1] != RESOLUTION
-        else images
-    )
+    if images.shape[-1] != RESOLUTION:
+        images = to_resolution(images.float(), RESOLUTION).round().to(torch.uint8)
+    # Factors are standardised over the training images.
     centre = true_factors[: held_out.start].mean(dim=0)
     spread = true_factors[: held_out.start].std(dim=0).clamp_min(1e-6)
     with torch.random.fork_rng(devices=[]):
@@ -230,18 +279,20 @@ def train_features(
         net = HeadFactorNet()
         generator = torch.Generator().manual_seed(options.seed)
     optimiser = torch.optim.Adam(net.parameters(), lr=options.learning_rate)
-    per_epoch = max(1, held_out.start // options.batch)
-    steps = options.epochs * per_epoch
+    steps_per_epoch = max(1, held_out.start // options.batch)
+    steps = options.epochs * steps_per_epoch
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimiser, lambda step: 0.5 * (1 + math.cos(math.pi * step / steps))
     )
     for step in range(steps):
-        if step % per_epoch == 0:
+        # A new random order at the beginning of every epoch; an incomplete batch at its end is left out.
+        if step % steps_per_epoch == 0:
             order = torch.randperm(held_out.start, generator=generator)
-        start = (step % per_epoch) * options.batch
+        start = (step % steps_per_epoch) * options.batch
         rows = order[start : start + options.batch]
-        # not mirrored: the light stands to the right
+        # Images are not mirrored, because the light is always at the right.
         batch, strengths = damage_batch(to_float(images[rows]), generator)
+        # Strengths have the factor 2, so that their scale is closer to that of the standardised factors.
         error = net(batch) - torch.cat([(true_factors[rows] - centre) / spread, 2 * strengths], dim=1)
         loss = error.square().mean()
         optimiser.zero_grad()
@@ -256,29 +307,41 @@ def train_features(
 
 @dataclass(frozen=True, kw_only=True)
 class AdequacyRow:
-    """One damage of the check: Fréchet distances of one half of the reals, damaged, to the other half."""
+    """Result of `adequacy` for one kind of damage."""
 
-    damage: str
-    unit: str
-    strengths: tuple[float, ...]  # rising; the first is 0
-    distances: tuple[float, ...]
+    damage: str  # name of the damage
+    unit: str  # unit of the strengths
+    strengths: tuple[float, ...]  # rising, beginning with 0
+    distances: tuple[float, ...]  # Fréchet distance at each strength
 
 
 @torch.no_grad()
 def adequacy(network: FeatureNetwork, images: Tensor, seed: int = 0, batch: int = 250) -> list[AdequacyRow]:
-    """Distance of the second half of images uint8 [N, 3, H, W], damaged ever more, to the untouched first
-    half; 130 or more.
+    """Compute Fréchet distances between damaged and undamaged real images, for rising strengths of damage.
+
+    The second half of the images is damaged; the first half is the reference.
+
+    Args:
+        network: feature network.
+        images: images, uint8 [N, 3, H, W] with N >= 2 F + 2.
+        seed: seed of random damage.
+        batch: images per pass of the network.
+    Returns: one row per kind of damage.
+    Raises: ValueError for too few images.
     """
     half = len(images) // 2
     if half < network.dim + 1:
         raise ValueError(
-            f"adequacy: expected at least {2 * network.dim + 2} images, got {len(images)}. Use a larger set."
+            f"--check-data: at least {2 * network.dim + 2} images are needed for {network.dim} features, got"
+            f" {len(images)}. Pass a larger dataset, such as synthetic:people64@n=1000."
         )
 
-    def statistics(part: Tensor, damage=None, strength: float = 0.0) -> FeatureStatistics:
+    def statistics(half_images: Tensor, damage=None, strength: float = 0.0) -> FeatureStatistics:
+        """Compute the mean and covariance of features of images, damaged if `damage` is not None."""
+        # A new generator, so that all strengths have the same random damage.
         generator = torch.Generator().manual_seed(seed)
         result = FeatureStatistics(network.dim)
-        for chunk in part.split(batch):
+        for chunk in half_images.split(batch):
             pixels = to_float(chunk)
             if damage is not None:
                 pixels = damage(pixels, torch.full((len(chunk),), strength), generator)
@@ -286,14 +349,19 @@ def adequacy(network: FeatureNetwork, images: Tensor, seed: int = 0, batch: int 
         return result
 
     reference = statistics(images[:half])
-    floor = statistics(images[half:]).distance(reference)
+    undamaged_distance = statistics(images[half:]).distance(reference)
     rows = []
     for name, (damage, strengths, unit) in DAMAGES.items():
         distances = [
             statistics(images[half:], damage, strength).distance(reference) for strength in strengths
         ]
         rows.append(
-            AdequacyRow(damage=name, unit=unit, strengths=(0.0, *strengths), distances=(floor, *distances))
+            AdequacyRow(
+                damage=name,
+                unit=unit,
+                strengths=(0.0, *strengths),
+                distances=(undamaged_distance, *distances),
+            )
         )
     return rows
 
@@ -304,7 +372,7 @@ def adequacy(network: FeatureNetwork, images: Tensor, seed: int = 0, batch: int 
     "--data",
     metavar="NAME",
     default="synthetic:people64@n=6000,seed=71",
-    help="Heads of people to train on.",
+    help="Dataset of synthetic heads on which the network is trained, as synthetic:NAME@SETTINGS.",
     group="Training",
 )
 @options_of(FeatureTraining)
@@ -312,24 +380,25 @@ def adequacy(network: FeatureNetwork, images: Tensor, seed: int = 0, batch: int 
     "--check-data",
     metavar="NAME",
     default="synthetic:people64",
-    help="Reals of the damage table; halves are compared.",
+    help="Dataset of images for the check. One half is damaged and compared with the other half.",
     group="Check",
 )
 @option(
     "--check-only",
     is_flag=True,
     group="Check",
-    help="Print the table for the network at --out (also a TorchScript Inception) without training.",
+    help="Only check the network in --out, without training. It may also be a TorchScript Inception.",
 )
 @command.dry_run
 def features(out: Path, data: str, check_data: str, check_only: bool, dry_run: bool, **settings) -> None:
-    """Train the bundled feature network on images of heads and print how its distances respond to damage
-    (a few minutes on two cores).
+    """Train the bundled feature network of the Fréchet distance on images of heads. Then print the Fréchet
+    distances of images with rising strengths of damage. This takes a few minutes on two cores.
 
     \b
     Example:
         python -m builders.features --check-only --check-data=synthetic:people64@n=256
     """
+    # Flags that are not given are None; they keep the defaults.
     options = FeatureTraining(**{name: value for name, value in settings.items() if value is not None})
     if dry_run:
         click.echo(
@@ -351,14 +420,14 @@ def features(out: Path, data: str, check_data: str, check_only: bool, dry_run: b
             f"{network.name}: mean explained variance {sum(variance.values()) / len(variance):.3f}, saved to"
             f" {out}"
         )
-    click.echo(f"Fréchet distance to the other half of {check_data}, by damage:")
+    click.echo(f"Fréchet distance between the damaged and the undamaged half of {check_data}:")
     for row in adequacy(network, read_images(resolve_dataset(check_data))):
         cells = "  ".join(
             f"{strength:g}: {distance:8.3f}"
             for strength, distance in zip(row.strengths, row.distances, strict=True)
         )
-        rises = all(a < b for a, b in itertools.pairwise(row.distances))
-        click.echo(f"{row.damage:8s} [{row.unit:10s}]  {cells}  {'rises' if rises else 'DOES NOT RISE'}")
+        is_rising = all(lower < higher for lower, higher in itertools.pairwise(row.distances))
+        click.echo(f"{row.damage:8s} [{row.unit:10s}]  {cells}  {'rises' if is_rising else 'DOES NOT RISE'}")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,17 @@
-"""Train a tri-plane generator on density and colour of synthetic scans, at points and without rendering.
+"""Train a tri-plane generator on density and colour of synthetic scans, at points and mostly without
+rendering.
 
-L = mean |sigma - sigma*| / 10 + w mean |colour - colour*|. sigma* is the density of the scan
+The loss is L = mean |sigma - sigma*| / 10 + w mean |colour - colour*|. sigma* is the density of the scan
 (`people.density_of`), whose damage is sampled anew at every step. colour* is the shaded colour of the nearest
-surface point of the ground-truth head. The 46 coordinates of the ground-truth head and the 18 of the damage
-have unit root mean square together, so the damage is sampled at the length that the head's coordinates leave.
+surface point of the ground-truth head, and w its weight. In the last stage, an error of rendered windows of
+front images is added.
 
-Shape letters: N heads, Z = 64 coordinates, P points, K of them nearest to the surface, Q = 18 coordinates of
-damage.
+A latent has 64 coordinates with a root mean square of 1: 46 coordinates of the ground-truth head and 18 of
+the damage. The length of the sampled damage therefore follows from the length of the head's coordinates.
+
+Shapes: N number of heads, P number of points, Q = 18 coordinates of damage, E number of empty voxels, H
+    number of heads
+of the pool, R pixels per side of an image, L number of style vectors, W their width, C channels of a plane.
 """
 
 import copy
@@ -36,65 +41,67 @@ from training.progress import tqdm
 from training.rendering.cameras import FFHQ_FOCAL, FFHQ_RADIUS, camera_position, intrinsics_matrix, look_at
 from training.synthetic_heads import resolve_dataset
 
-# texels of a plane's edge, pixels of the images that D sees
-PLANES = 128
-PIXELS = 64
-# of a plane, of the decoder
-CHANNELS = 24
-HIDDEN = 64
-SIDE = 1.24  # of the cube and its margin, where points of the pool lie
-EMPTY_VOXELS = 62  # voxels along the edge of the cube and its margin, in which empty space is mapped
+PLANES = 128  # texels per side of a plane
+PIXELS = 64  # pixels per side of the images of the discriminator
+CHANNELS = 24  # channels of a plane
+HIDDEN = 64  # hidden units of the decoder
+SIDE = 1.24  # side of the cube with its margin, in which the points of the pool are, in world units
+EMPTY_VOXELS = 62  # voxels per axis of the cube with its margin, of the map of empty space
 
 
 @dataclass(frozen=True, kw_only=True)
 class PeopleTraining:
-    """Settings of the stages; in each, the learning rate falls along a cosine."""
+    """Settings of the training. Tuples have one value per stage."""
 
-    steps: tuple[int, ...] = (6000, 6000, 7000)
-    lr: tuple[float, ...] = (0.02, 0.012, 0.01)
-    colour: tuple[float, ...] = (4.0, 8.0, 8.0)  # weight of colour against density
-    # texels of the planes' edge that are trained; the first stage needs no more
-    planes: tuple[int, ...] = (64, 128, 128)
-    pictures: tuple[float, ...] = (0.0, 0.0, 4.0)  # weight of windows of front images
-    heads: int = 4  # per step
-    candidates: int = 16_000  # points of a head from which those of a step are selected
+    steps: tuple[int, ...] = (6000, 6000, 7000)  # training steps
+    lr: tuple[float, ...] = (
+        0.02,
+        0.012,
+        0.01,
+    )  # initial learning rate, which decays along a cosine in each stage
+    colour: tuple[float, ...] = (4.0, 8.0, 8.0)  # weight w of the error of colour
+    planes: tuple[int, ...] = (64, 128, 128)  # texels per side of the planes that are trained
+    pictures: tuple[float, ...] = (0.0, 0.0, 4.0)  # weight of the error of windows of front images
+    heads: int = 4  # heads per step
+    candidates: int = 16_000  # points per head and step, from which the following points are selected
     near: int = 4500  # points near the scan's surface
     behind: int = 2000  # points at the back of the head, where scans differ most
-    hard: int = 1500  # points with the largest error of the network
-    others: int = 500  # points at random
-    empty: int = 12_000  # further points, in space that is empty in every scan
-    debris: int = 400  # of these, the points where the network has the highest density
+    hard: int = 1500  # points with the largest error of the network's density
+    others: int = 500  # random points
+    empty: int = 12_000  # further points in space that is empty in every scan
+    debris: int = 400  # points of these that are used: those with the highest density of the network
     reach: float = 0.02  # distance up to which a point is near the surface, world units
-    unseen: float = 0.2  # weight of colours that no ray meets
-    eyes: float = 3.0  # weight of the colours of eyes
-    window: int = 24  # pixels of a window's edge
-    # depth at which a head is fully dense, world units; twice that in the soft share of the first stage
-    edge: float = 0.015
-    soft: float = 0.35
-    ema: float = 0.995
+    unseen: float = 0.2  # weight of colours at points that camera rays do not reach
+    eyes: float = 3.0  # weight of colours near the eyes
+    window: int = 24  # pixels per side of a window
+    edge: float = 0.015  # depth at which a head has its full density, world units
+    soft: float = 0.35  # share of the first stage's steps in which this depth is doubled
+    ema: float = 0.995  # decay per step of the moving average of the weights
     seed: int = 0
-    save_every: int = 500  # steps
+    save_every: int = 500  # steps between checkpoints
 
 
 def fresh_networks(seed: int) -> nets.Networks:
-    """Networks of the bundled kind with planes of 128 texels."""
+    """Build untrained networks with the sizes of the bundled generator, and planes of 128 x 128 texels."""
     torch.manual_seed(seed)
     net = NetworkConfig(cfg="heads64", cbase=2048, cmax=64, plane_layout="fixed")
     G_kwargs, D_kwargs = networks_for(net, PIXELS, GanConfig(gen_pose_cond=False))
     G_kwargs.update(plane_resolution=PLANES, plane_channels=CHANNELS, decoder_hidden_dim=HIDDEN)
-    made = nets.build(G_kwargs, D_kwargs, {"name": "synthetic:people64", "resolution": PIXELS})
-    for module in (made.G, made.G_ema):
-        # this layer is not trained in the first stage
+    networks = nets.build(G_kwargs, D_kwargs, {"name": "synthetic:people64", "resolution": PIXELS})
+    for module in (networks.G, networks.G_ema):
+        # The first stage does not train the last layer, so its contribution to the planes begins at zero.
         torch.nn.init.zeros_(module.backbone.synthesis.b128.torgb.weight)
         module.neural_rendering_resolution = PIXELS
-    return made
+    return networks
 
 
 class Pool:
-    """Heads of all files of a folder, with their points."""
+    """Heads of all files of a pool (people_pool.py), with their points, distances and colours."""
 
     def __init__(self, folder: Path):
-        self.z = np.zeros((0, 64), np.float32)
+        """Read the files chunk-*.npz of a folder."""
+        self.z = np.zeros((0, 64), np.float32)  # latents [H, 64]
+        # Points, distances and colours of each head; see `people_pool.head_points`.
         self._heads = list[tuple[np.ndarray, np.ndarray, np.ndarray]]()
         for path in sorted(folder.glob("chunk-*.npz")):
             with np.load(path) as data:
@@ -103,51 +110,67 @@ class Pool:
 
     @functools.cached_property
     def empty(self) -> torch.Tensor:
-        """Lowest corners [E, 3] of the voxels, world units, that every scan leaves empty. A voxel without a
-        point is not among them.
+        """Lower corners [E, 3] of the voxels that are empty in every scan, in world units.
+
+        Voxels in which no head has a point are not included.
         """
-        least = np.full((EMPTY_VOXELS,) * 3, np.inf, np.float32)
-        for at, distance, _ in self._heads:
+        # Smallest distance of any head in each voxel.
+        smallest_distance = np.full((EMPTY_VOXELS,) * 3, np.inf, np.float32)
+        for points, distance, _ in self._heads:
+            # Index of the voxel of each point.
             x, y, z = (
-                np.floor((at * np.float32(POINT_STEP) / SIDE + 0.5) * EMPTY_VOXELS)
+                np.floor((points * np.float32(POINT_STEP) / SIDE + 0.5) * EMPTY_VOXELS)
                 .astype(int)
                 .clip(0, EMPTY_VOXELS - 1)
                 .T
             )
-            np.minimum.at(least, (x, y, z), distance)
-        corner = (np.moveaxis(np.indices(least.shape), 0, -1) / EMPTY_VOXELS - 0.5).astype(
+            # `at` also handles several points in one voxel.
+            np.minimum.at(smallest_distance, (x, y, z), distance)
+        # Lower corners of all voxels, [62, 62, 62, 3] in world units.
+        corner = (np.moveaxis(np.indices(smallest_distance.shape), 0, -1) / EMPTY_VOXELS - 0.5).astype(
             np.float32
         ) * np.float32(SIDE)
         x, y, z = np.moveaxis(corner, -1, 0)
-        swollen = (np.abs(x) < 0.27) & (np.abs(y + 0.06) < 0.3) & (z > -0.40) & (z < 0)
-        return torch.from_numpy(corner[(least > 0.03) & np.isfinite(least) & ~swollen])
+        # Damage may add matter at the back of the head, so this region is never empty.
+        may_be_swollen = (np.abs(x) < 0.27) & (np.abs(y + 0.06) < 0.3) & (z > -0.40) & (z < 0)
+        return torch.from_numpy(
+            corner[(smallest_distance > 0.03) & np.isfinite(smallest_distance) & ~may_be_swollen]
+        )
 
     def draw(self, rng: np.random.Generator, rows: np.ndarray, points: int) -> tuple[torch.Tensor, ...]:
-        """Return a batch: coordinates of ground-truth heads [N, 46], points [N, P, 3], distances, colours.
+        """Read a batch of heads with P successive points of each, which the file has in random order.
 
-        Distances are [N, P], colours [N, P, 3]. The P points are neighbours in the file's random order.
+        Args:
+            rng: random generator, which chooses the first point.
+            rows: indices of the N heads in the pool.
+            points: P, number of points of each head.
+        Returns: coordinates of the ground-truth heads [N, 46], points [N, P, 3] and signed distances [N, P]
+            in world units, and colours [N, P, 3] of 0..1.
         """
-        parts = []
+        samples = []
         for row in rows:
-            at, distance, colour = self._heads[row]
-            start = rng.integers(len(at) - points)
-            piece = slice(start, start + points)
-            parts.append(
+            head_points, distance, colour = self._heads[row]
+            start = rng.integers(len(head_points) - points)
+            selection = slice(start, start + points)
+            samples.append(
                 (
-                    at[piece] * np.float32(POINT_STEP),
-                    distance[piece].astype(np.float32),
-                    colour[piece] / np.float32(255),
+                    head_points[selection] * np.float32(POINT_STEP),
+                    distance[selection].astype(np.float32),
+                    colour[selection] / np.float32(255),
                 )
             )
         return torch.from_numpy(self.z[rows, :NAMED]), *(
-            torch.from_numpy(np.stack(x)) for x in zip(*parts, strict=True)
+            torch.from_numpy(np.stack(arrays)) for arrays in zip(*samples, strict=True)
         )
 
 
 class FrontImages:
-    """A front image of each ground-truth head of a pool, and the positions of eyes, nose and mouth in it."""
+    """Front images of the ground-truth heads of a pool, with the positions of eyes, nose and mouth in
+    them.
+    """
 
-    PLACES = np.array(
+    # Positions of both eyes, nose and mouth in world units, [4, 3].
+    LANDMARKS = np.array(
         [
             [UNIT * EYE[0], UNIT * EYE[1], 0.13],
             [-UNIT * EYE[0], UNIT * EYE[1], 0.13],
@@ -157,63 +180,101 @@ class FrontImages:
     )
 
     def __init__(self, z: np.ndarray, seed: int, size: int = 128):
+        """Render an image of each head from a random camera near the front.
+
+        Args:
+            z: latents of the heads, [H, 64].
+            seed: seed of the cameras.
+            size: R, pixels per side.
+        """
+        # The constant 3 makes the stream differ from other streams with the same seed.
         rng = np.random.default_rng([seed, 3])
         self.size = size
+        # Standard deviations of 0.4 (yaw) and 0.2 (pitch) radians about the frontal view.
         yaw, pitch = torch.from_numpy(math.pi / 2 + rng.standard_normal((2, len(z), 1)) * [[[0.4]], [[0.2]]])
         poses = look_at(camera_position(yaw, pitch, FFHQ_RADIUS), torch.zeros(3, dtype=torch.float64)).float()
         self.poses = poses
         self.intrinsics = intrinsics_matrix(FFHQ_FOCAL)
-        drawn = [
+        images = [
             picture(head, pose.numpy(), FFHQ_FOCAL, size)[0]
             for head, pose in zip(named_people(z), tqdm(poses), strict=True)
         ]
-        self.images = torch.from_numpy(np.round(255 * np.stack(drawn)).astype(np.uint8))  # [H, R, R, 3]
-        local = np.einsum(
-            "hpd,hdc->hpc", self.PLACES - poses[:, None, :3, 3].numpy(), poses[:, :3, :3].numpy()
+        self.images = torch.from_numpy(np.round(255 * np.stack(images)).astype(np.uint8))  # [H, R, R, 3]
+        # Positions in the frames of the cameras, [H, 4, 3].
+        in_camera = np.einsum(
+            "hpd,hdc->hpc", self.LANDMARKS - poses[:, None, :3, 3].numpy(), poses[:, :3, :3].numpy()
         )
-        # [H, 4, 2] columns and rows
-        self.places = (local[..., :2] / local[..., 2:] * FFHQ_FOCAL + 0.5) * size
+        # Columns and rows in the images, [H, 4, 2] in pixels.
+        self.landmark_pixels = (in_camera[..., :2] / in_camera[..., 2:] * FFHQ_FOCAL + 0.5) * size
 
     def windows(self, rng: np.random.Generator, rows: np.ndarray, edge: int) -> torch.Tensor:
-        """Return indices [N, edge^2] of the pixels of a window in each of the images `rows`.
+        """Choose a random window around an eye, the nose or the mouth in each image.
 
-        The window lies around an eye, the nose or the mouth.
+        Args:
+            rng: random generator.
+            rows: indices of the N images.
+            edge: pixels per side of a window.
+        Returns: flat indices [N, edge^2] of the pixels of the windows.
         """
-        middle = self.places[rows, rng.choice(4, len(rows), p=[0.35, 0.35, 0.1, 0.2])] + rng.uniform(
+        # The centre is shifted by up to 8 pixels, so that windows differ.
+        centre = self.landmark_pixels[rows, rng.choice(4, len(rows), p=[0.35, 0.35, 0.1, 0.2])] + rng.uniform(
             -8, 8, (len(rows), 2)
         )
-        first = np.clip(np.round(middle - edge / 2).astype(int), 0, self.size - edge)  # [N, 2]
+        # Column and row of the upper left pixel, [N, 2]; windows stay in the image.
+        upper_left = np.clip(np.round(centre - edge / 2).astype(int), 0, self.size - edge)
         row, column = np.divmod(np.arange(edge * edge), edge)
-        return torch.from_numpy((first[:, 1:] + row) * self.size + first[:, :1] + column)
+        return torch.from_numpy((upper_left[:, 1:] + row) * self.size + upper_left[:, :1] + column)
 
     def loss(self, G: Any, planes: torch.Tensor, rows: np.ndarray, pixels: torch.Tensor) -> torch.Tensor:
-        """Compute the mean absolute error [N] of colours in 0..1, and of the differences of neighbours."""
+        """Compute the error of rendered windows.
+
+        It is the mean absolute error of colours of 0..1, plus the mean absolute errors of the differences
+        between vertical and between horizontal neighbours.
+
+        Args:
+            G: generator.
+            planes: planes of the heads, [N, 3, C, 128, 128].
+            rows: indices of the N images.
+            pixels: pixels of the windows, from `windows`.
+        Returns: errors [N].
+        """
+        # The same pixels for all three coordinates of a ray, and for all three channels of a colour.
         index = pixels.unsqueeze(2).expand(-1, -1, 3)
         rays = G.ray_sampler(self.poses[rows], self.intrinsics.expand(len(rows), 3, 3), self.size)
         origins, directions = (values.gather(1, index) for values in rays)
+        # Colours of -1..1 become 0..1; further feature channels are left out.
         colour = G.renderer(planes, G.decoder, origins, directions, G.rendering_kwargs)[0][..., :3] / 2 + 0.5
         error = colour - self.images[rows].flatten(1, 2).gather(1, index) / 255
         edge = math.isqrt(pixels.shape[1])
-        square = error.unflatten(1, (edge, edge))
+        window_error = error.unflatten(1, (edge, edge))  # [N, edge, edge, 3]
         return (
             error.abs().mean(dim=[1, 2])
-            + square.diff(dim=1).abs().mean(dim=[1, 2, 3])
-            + square.diff(dim=2).abs().mean(dim=[1, 2, 3])
+            + window_error.diff(dim=1).abs().mean(dim=[1, 2, 3])
+            + window_error.diff(dim=2).abs().mean(dim=[1, 2, 3])
         )
 
 
-def fresh_damage(named: torch.Tensor) -> torch.Tensor:
-    """Sample coordinates of damage [N, Q] from torch's global generator.
+def fresh_damage(head_coordinates: torch.Tensor) -> torch.Tensor:
+    """Sample coordinates of damage [N, Q] with torch's global random generator.
 
-    Together with the 46 coordinates of the ground-truth head they have unit root mean square.
+    Their direction is uniform. Their length is such that all 64 coordinates have a root mean square of 1.
+
+    Args: head_coordinates: coordinates of the ground-truth heads, [N, 46].
     """
-    quality = torch.randn(len(named), 64 - NAMED)
-    length = (64 - named.square().sum(dim=1, keepdim=True)).clamp_min(0).sqrt()
+    quality = torch.randn(len(head_coordinates), 64 - NAMED)
+    length = (64 - head_coordinates.square().sum(dim=1, keepdim=True)).clamp_min(0).sqrt()
     return quality / quality.norm(dim=1, keepdim=True) * length
 
 
 def planes_of(G: Any, ws: torch.Tensor, size: int) -> torch.Tensor:
-    """Return planes [N, 3, C, 128, 128] of ws [N, L, W] from the blocks up to `size` texels, upsampled."""
+    """Compute tri-planes with the blocks of the backbone up to a resolution, and upsample them.
+
+    Args:
+        G: generator.
+        ws: style vectors [N, L, W].
+        size: texels per side of the last block that is used.
+    Returns: planes [N, 3, C, 128, 128].
+    """
     network = G.backbone.synthesis
     x: Any = None
     image: Any = None
@@ -223,28 +284,40 @@ def planes_of(G: Any, ws: torch.Tensor, size: int) -> torch.Tensor:
         if resolution > size:
             image = upfirdn2d.upsample2d(image, block.resample_filter)
             continue
+        # Style vectors of the block; the one of its ToRGB layer is also the first one of the next block.
         x, image = block(x, image, ws.narrow(1, start, block.num_conv + block.num_torgb))
         start += block.num_conv
     return image.unflatten(1, (3, G.plane_channels))
 
 
-def _among(wanted: torch.Tensor, count: int) -> torch.Tensor:
-    """Sample indices [N, count] of points that are wanted [N, P], then of others where there are too few."""
-    # uniform noise below 1 orders points at random, with all wanted ones before the others
-    return (wanted + torch.rand(wanted.shape)).topk(count, dim=1, sorted=False).indices
+def _sample_indices(mask: torch.Tensor, count: int) -> torch.Tensor:
+    """Sample indices [N, count] of points at which a mask [N, P] is True.
+
+    If there are fewer than `count` such points, other points are added at random.
+    """
+    # With noise of 0..1, points at which the mask is True have values of 1..2, above all other points.
+    return (mask + torch.rand(mask.shape)).topk(count, dim=1, sorted=False).indices
 
 
 def losses(
     G: Any, batch: tuple[torch.Tensor, ...], empty: torch.Tensor, o: PeopleTraining, edge: float, size: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the mean absolute errors [N] of density and of colour near the surface, and the planes.
+    """Compute the errors of density and colour of a batch; see the module's docstring.
 
-    The error of density is divided by 10. Args: batch: of `Pool.draw`; empty: of `Pool.empty`; edge: depth at
-        which a head is fully dense, world units; size: texels of the planes' edge that are trained.
+    Args:
+        G: generator.
+        batch: coordinates of heads, points, distances and colours, from `Pool.draw`.
+        empty: lower corners of empty voxels, from `Pool.empty`.
+        o: settings.
+        edge: depth at which a head has its full density, in world units.
+        size: texels per side of the planes that are trained.
+    Returns: mean absolute error of density divided by 10, [N]; weighted mean absolute error of colour near
+        the surface, [N]; and the planes.
     """
-    named, points, distance, colour = batch
-    quality = fresh_damage(named)
-    z = torch.cat([named, quality], dim=1)
+    head_coordinates, points, distance, colour = batch
+    quality = fresh_damage(head_coordinates)
+    z = torch.cat([head_coordinates, quality], dim=1)
+    # The mapping network gets zeros as conditioning [N, 25], because it does not use the camera.
     planes = planes_of(G, G.mapping(z, torch.zeros(len(z), 25), update_emas=True), size)
     decode = functools.partial(
         G.renderer.run_model, planes, G.decoder, sample_directions=None, options=G.rendering_kwargs
@@ -252,57 +325,66 @@ def losses(
     with torch.no_grad():
         scan = damaged(points, distance, quality)
         target = density_of(scan, edge)
-        near = _among(scan.abs() < o.reach, o.near)
-        back = _among((distance < 0.05) & (points[..., 2] < 0.04) & (points[..., 1] > -0.36), o.behind)
-        wrong = (decode(sample_coordinates=points, sigma_only=True)["sigma"].squeeze(2) - target).abs()
-        hard = wrong.topk(o.hard, dim=1, sorted=False).indices
-        chosen = torch.cat([near, back, hard, torch.randint(points.shape[1], (len(named), o.others))], dim=1)
-        free = empty[torch.randint(len(empty), (len(named), o.empty))] + torch.rand(
-            len(named), o.empty, 3
+        # Indices of the points near the surface, at the back of the head, and with the largest error.
+        near = _sample_indices(scan.abs() < o.reach, o.near)
+        back = _sample_indices(
+            (distance < 0.05) & (points[..., 2] < 0.04) & (points[..., 1] > -0.36), o.behind
+        )
+        density_error = (
+            decode(sample_coordinates=points, sigma_only=True)["sigma"].squeeze(2) - target
+        ).abs()
+        hard = density_error.topk(o.hard, dim=1, sorted=False).indices
+        selected = torch.cat(
+            [near, back, hard, torch.randint(points.shape[1], (len(head_coordinates), o.others))], dim=1
+        )
+        # Random points in empty voxels, of which those with the highest density of the network are used.
+        empty_points = empty[torch.randint(len(empty), (len(head_coordinates), o.empty))] + torch.rand(
+            len(head_coordinates), o.empty, 3
         ) * (SIDE / EMPTY_VOXELS)
         dense = (
-            decode(sample_coordinates=free, sigma_only=True)["sigma"]
+            decode(sample_coordinates=empty_points, sigma_only=True)["sigma"]
             .squeeze(2)
             .topk(o.debris, dim=1, sorted=False)
             .indices
         )
-        points, free = (
-            x.gather(1, i.unsqueeze(2).expand(-1, -1, 3)) for x, i in ((points, chosen), (free, dense))
-        )
-        points = torch.cat([points, free], dim=1)
-        target = torch.cat([target.gather(1, chosen), torch.full(dense.shape, OUTSIDE)], dim=1)
+        points = points.gather(1, selected.unsqueeze(2).expand(-1, -1, 3))
+        empty_points = empty_points.gather(1, dense.unsqueeze(2).expand(-1, -1, 3))
+        points = torch.cat([points, empty_points], dim=1)
+        target = torch.cat([target.gather(1, selected), torch.full(dense.shape, OUTSIDE)], dim=1)
         colour = colour.gather(1, near.unsqueeze(2).expand(-1, -1, 3))
         depth = distance.gather(1, near)
-        # what rays meet where they become opaque
-        seen = torch.where((depth > -o.edge) & (depth < o.edge / 3), 1.0, o.unseen)
+        # Weight 1 for points at which rays become opaque, and a small weight for hidden points.
+        colour_weight = torch.where((depth > -o.edge) & (depth < o.edge / 3), 1.0, o.unseen)
+        # The first o.near points are those near the surface.
         x, y, z = points[:, : o.near].unbind(2)
-        seen = seen * torch.where(
+        colour_weight = colour_weight * torch.where(
             (torch.hypot(x.abs() - UNIT * EYE[0], y - UNIT * EYE[1]) < 0.035) & (z > 0.05), o.eyes, 1.0
         )
-    out = decode(sample_coordinates=points)
-    density = (out["sigma"].squeeze(2) - target).abs().mean(dim=1) / 10
-    error = (out["rgb"][:, : o.near, :3] - colour).abs().mean(dim=2)
-    return density, (error * seen).sum(dim=1) / seen.sum(dim=1), planes
+    prediction = decode(sample_coordinates=points)
+    density = (prediction["sigma"].squeeze(2) - target).abs().mean(dim=1) / 10
+    error = (prediction["rgb"][:, : o.near, :3] - colour).abs().mean(dim=2)
+    return density, (error * colour_weight).sum(dim=1) / colour_weight.sum(dim=1), planes
 
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
     """Settings of a training step."""
 
-    stage: int
-    lr: float
-    colour: float  # weights
-    images: float
-    edge: float  # world units
-    planes: int  # texels
+    stage: int  # index of the stage
+    lr: float  # learning rate
+    colour: float  # weight of the error of colour
+    images: float  # weight of the error of windows of front images
+    edge: float  # depth at which a head has its full density, world units
+    planes: int  # texels per side of the planes that are trained
 
 
 def schedule(o: PeopleTraining) -> Iterator[Step]:
-    """Yield the settings of all steps in order."""
+    """Yield the settings of all training steps in order."""
     for stage, (steps, lr, colour, planes, images) in enumerate(
         zip(o.steps, o.lr, o.colour, o.planes, o.pictures, strict=True)
     ):
         for step in range(steps):
+            # Densities with a softer border are easier to learn at first.
             edge = o.edge * (2 if stage == 0 and step < o.soft * steps else 1)
             yield Step(
                 stage=stage,
@@ -315,34 +397,39 @@ def schedule(o: PeopleTraining) -> Iterator[Step]:
 
 
 def train(folder: Path, pool: Pool, o: PeopleTraining = PeopleTraining()) -> Path:
-    """Train, or resume from the newest complete checkpoint of `folder`; return the network file.
+    """Train the generator, or resume from the newest complete checkpoint of a folder.
 
-    The folder also gets a log.jsonl.
+    Args:
+        folder: folder of checkpoints, network.safetensors and log.jsonl.
+        pool: heads to train on.
+        o: settings.
+    Returns: path of network.safetensors.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    made = fresh_networks(o.seed)
-    G = made.G.requires_grad_(True)
-    G_ema = made.G_ema
+    networks = fresh_networks(o.seed)
+    G = networks.G.requires_grad_(True)
+    G_ema = networks.G_ema
     optimizer = torch.optim.Adam(G.parameters(), lr=o.lr[0], betas=(0.9, 0.99))
     modules = torch.nn.ModuleDict({"G": G, "G_ema": G_ema})
-    begin = 0
+    first_step = 0
     if checkpoint.available(folder):
-        held, meta, path = checkpoint.read(folder, fall_back=True)
-        storage.load_strict(
-            modules, {name: held[name] for name in held if not name.startswith("optim_G.")}, str(path)
-        )
-        checkpoint.restore_optimizer("optim_G", optimizer, held)
-        begin = meta["step"]
+        # fall_back: if the newest checkpoint is damaged, the previous one is read.
+        tensors, meta, path = checkpoint.read(folder, fall_back=True)
+        network_tensors = {name: tensors[name] for name in tensors if not name.startswith("optim_G.")}
+        storage.load_strict(modules, network_tensors, str(path))
+        checkpoint.restore_optimizer("optim_G", optimizer, tensors)
+        first_step = meta["step"]
     total = sum(o.steps)
-    started = time.time()
-    sums = np.zeros(4)
+    start_time = time.time()
+    sums = np.zeros(4)  # of the three errors since the last line of the log, and number of steps
     out = folder / "network.safetensors"
     front_images = None
     for number, step in enumerate(schedule(o)):
-        if number < begin:
+        # Steps before the checkpoint are skipped, so that the schedule is the same after a resume.
+        if number < first_step:
             continue
         optimizer.param_groups[0]["lr"] = step.lr
-        # the seed depends on the step alone, so that a resumed run samples what a straight run would
+        # The seed depends only on the step, so that a resumed run samples the same as an uninterrupted run.
         rng = np.random.default_rng([o.seed, number])
         torch.manual_seed(int(rng.integers(1 << 62)))
         rows = rng.integers(len(pool.z), size=o.heads)
@@ -359,64 +446,76 @@ def train(folder: Path, pool: Pool, o: PeopleTraining = PeopleTraining()) -> Pat
         loss.mean().backward()
         optimizer.step()
         with torch.no_grad():
+            # In the first steps the average is the plain mean of all weights.
             decay = min(o.ema, 1 - 1 / (number + 1))
-            for mean, value in zip(G_ema.parameters(), G.parameters(), strict=True):
-                mean.lerp_(value, 1 - decay)
-            for mean, value in zip(G_ema.buffers(), G.buffers(), strict=True):
-                mean.copy_(value)
+            for average, value in zip(G_ema.parameters(), G.parameters(), strict=True):
+                average.lerp_(value, 1 - decay)
+            for average, value in zip(G_ema.buffers(), G.buffers(), strict=True):
+                average.copy_(value)
         sums += [*(float(error.detach().mean()) for error in (density, colour, image_error)), 1]
         if (number + 1) % 100 == 0:
-            rate = (time.time() - started) / (number + 1 - begin)
+            seconds_per_step = (time.time() - start_time) / (number + 1 - first_step)
             means = {
                 name: round(float(value / sums[3]), 4)
+                # Three names: the fourth entry of `sums` is the number of steps.
                 for name, value in zip(("density", "colour", "picture"), sums, strict=False)
             }
-            line = {
+            log_entry = {
                 "step": number + 1,
                 "stage": step.stage,
                 "lr": round(step.lr, 5),
                 **means,
-                "seconds_a_step": round(rate, 3),
-                "minutes_left": round(rate * (total - number - 1) / 60, 1),
+                "seconds_a_step": round(seconds_per_step, 3),
+                "minutes_left": round(seconds_per_step * (total - number - 1) / 60, 1),
             }
             with open(folder / "log.jsonl", "a") as log:
-                log.write(json.dumps(line) + "\n")
-            print(line, flush=True)
+                log.write(json.dumps(log_entry) + "\n")
+            print(log_entry, flush=True)
             sums[:] = 0
         if (number + 1) % o.save_every == 0 or number + 1 == total:
-            made.cur_nimg = (number + 1) * o.heads
-            nets.save(out, made)
+            networks.cur_nimg = (number + 1) * o.heads
+            nets.save(out, networks)
             tensors = {**modules.state_dict(), **checkpoint.optimizer_tensors("optim_G", optimizer)}
-            checkpoint.write(folder, made.cur_nimg, tensors, {"step": number + 1, "options": asdict(o)})
+            checkpoint.write(folder, networks.cur_nimg, tensors, {"step": number + 1, "options": asdict(o)})
     return out
 
 
 @dataclass(frozen=True, kw_only=True)
 class FrontTraining:
-    """Settings of training the discriminator on front images against a frozen generator."""
+    """Settings for training the discriminator against a frozen generator."""
 
-    data: str = "synthetic:people64"
+    data: str = "synthetic:people64"  # dataset of real images
     steps: int = 700
-    batch: int = 8
-    lr: float = 0.002
-    gamma: float = 0.2  # weight of R1
+    batch: int = 8  # images per step
+    lr: float = 0.002  # learning rate
+    gamma: float = 0.2  # weight of the R1 regulariser (Mescheder et al. 2018)
     seed: int = 0
 
 
-def train_discriminator(made: nets.Networks, o: FrontTraining = FrontTraining()) -> list[float]:
-    """Train D; return the loss of each step. Fakes are those of G_ema, under cameras of the dataset."""
+def train_discriminator(networks: nets.Networks, o: FrontTraining = FrontTraining()) -> list[float]:
+    """Train the discriminator of `networks` in place.
+
+    Generated images are those of G_ema, from cameras of the dataset.
+
+    Args:
+        networks: networks, of which G_ema is not changed.
+        o: settings.
+    Returns: loss of each step, without R1.
+    """
     config = GanConfig(
         gen_pose_cond=False, gamma=o.gamma, dlr=o.lr, blur_fade_kimg=0, density_reg=0, nrr_initial=PIXELS
     )
     dataset = ImageFolderDataset(resolve_dataset(o.data), resolution=PIXELS, c_dim=25)
-    G = copy.deepcopy(made.G_ema)
-    D = made.D.requires_grad_(True)
+    # A copy, because the phases may change the state of G.
+    G = copy.deepcopy(networks.G_ema)
+    D = networks.D.requires_grad_(True)
     phases = GanPhases(G, D, config)
     optimizer = lazy_adam(D, config.dlr, config.d_reg_interval)
     losses = []
     for step in range(o.steps):
         rng = np.random.default_rng([o.seed, step])
         torch.manual_seed(int(rng.integers(1 << 62)))
+        # Real images with their labels, and cameras of other images for the generated ones.
         images, labels = zip(*(dataset[i] for i in rng.integers(len(dataset), size=o.batch)), strict=True)
         cameras = torch.from_numpy(
             np.stack([dataset.get_label(i) for i in rng.integers(len(dataset), size=o.batch)])
@@ -425,18 +524,24 @@ def train_discriminator(made: nets.Networks, o: FrontTraining = FrontTraining())
         batch = Batch(
             real, torch.from_numpy(np.stack(labels)), torch.randn(o.batch, 64), cameras, step * o.batch
         )
-        terms = [(phases.d_main, 1)] + [(phases.d_reg, config.d_reg_interval)] * (
-            step % config.d_reg_interval == 0
-        )
-        for term, gain in terms:
+        # Lazy regularisation (Karras et al. 2020): R1 every d_reg_interval steps, with this interval as
+        # weight.
+        phases_of_step = [(phases.d_main, 1)]
+        if step % config.d_reg_interval == 0:
+            phases_of_step.append((phases.d_reg, config.d_reg_interval))
+        for phase, gain in phases_of_step:
             optimizer.zero_grad(set_to_none=True)
             total = 0.0
-            for loss in term(batch):
+            for loss in phase(batch):
                 (loss.value.mean() * gain).backward()
                 total += float(loss.value.detach().mean())
             optimizer.step()
-            losses += [total] * (gain == 1)
+            # Only the main loss is recorded, whose weight is 1.
+            if gain == 1:
+                losses.append(total)
         if (step + 1) % 50 == 0:
-            print(f"D: step {step + 1} of {o.steps}, loss {np.mean(losses[-50:]):.3f}", flush=True)
-    made.D.requires_grad_(False)
+            print(
+                f"discriminator: step {step + 1} of {o.steps}, loss {np.mean(losses[-50:]):.3f}", flush=True
+            )
+    networks.D.requires_grad_(False)
     return losses

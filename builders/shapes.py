@@ -1,8 +1,12 @@
-"""Train the features of the shape Fréchet distance on normal maps of true heads, and measure the distance of
-held-out heads, true, blurred and damaged ones: python -m builders.shapes
+"""Train the features of the shape Fréchet distance: python -m builders.shapes
 
-Shape letters: N shapes, F views, Q features, n grid points along x, y, z, S targets, R pixels of a map's
-edge, B maps of a batch.
+A network regresses latent coordinates and blur from normal maps of ground-truth heads. The program then
+measures the shape Fréchet distance of held-out heads: of ground-truth heads, of blurred heads, and of damaged
+scans.
+
+Shapes: N number of shapes, F number of views, n grid points along each axis, S number of regression targets,
+    R pixels per
+side of a map, B number of maps.
 """
 
 import json
@@ -30,40 +34,78 @@ from training.heads.people import LATENT, LEVEL, density_of
 from training.heads.people_mesh import grid_points, whole_grids
 from training.progress import tqdm
 
-EDGES = (0.0, 0.015, 0.03)  # depths at which true heads are fully dense, by turns; 0: distances as they are
-BLURS = (0.5, 0.75, 1.0, 2.0)  # of the held-out heads, voxels of 64
-OnShape = Callable[[int], object] | None
+# Depths, in world units, at which ground-truth heads reach their full density. Heads have them in turn. For
+# 0, signed distances are used instead of a density.
+EDGES = (0.0, 0.015, 0.03)
+BLURS = (0.5, 0.75, 1.0, 2.0)  # blurs of the held-out heads: standard deviations in voxels of a grid of 64
+OnShape = Callable[[int], object] | None  # called with 1 after every head
 
 
 def mirrored(maps: torch.Tensor) -> torch.Tensor:
-    """Maps [..., 4, R, R] of the mirror image: columns swapped, normals turned to the other side."""
+    """Mirror normal maps [..., 4, R, R] horizontally. The x component of the normals, channel 0, changes
+    its sign.
+    """
     sign = maps.new_tensor([-1.0, 1.0, 1.0, 1.0])[:, None, None]
     return maps.flip(-1) * sign
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShapeTraining(Knobs):
-    """Settings of a training. On one machine with one thread it repeats bitwise."""
+    """Settings of a training. Repeated on the same machine with one thread, it is bitwise identical."""
 
     heads: int = knob(
-        500, "True heads that the features learn from, each as it is and blurred.", "Data", low=5
+        500,
+        "Number of ground-truth heads on which the features are trained, each sharp and blurred.",
+        "Data",
+        low=5,
     )
     reference: int = knob(
-        300, "True heads of the shape Fréchet distance, held out of the training.", "Data", low=40
+        300,
+        "Number of ground-truth heads that are the reference of the shape Fréchet distance. They are not"
+        " trained on.",
+        "Data",
+        low=40,
     )
-    held_out: int = knob(100, "True heads for the figures, held out of both.", "Data", low=5)
-    grid: int = knob(64, "Points along an edge of the cube.", "Data", low=16, rare=True)
-    blur: float = knob(2.0, "Largest blur that is learnt, voxels of 64.", "Data", above=0.25, rare=True)
-    epochs: int = knob(20, "Passes over the maps.", "Training", low=1, rare=True)
-    batch: int = knob(48, "Maps per step.", "Training", low=2, rare=True)
+    held_out: int = knob(
+        100,
+        "Number of further ground-truth heads, on which the trained features are evaluated.",
+        "Data",
+        low=5,
+    )
+    grid: int = knob(64, "Grid points along each axis of the cube.", "Data", low=16, rare=True)
+    blur: float = knob(
+        2.0,
+        "Largest standard deviation of the blur in training, in voxels of a grid of 64.",
+        "Data",
+        above=0.25,
+        rare=True,
+    )
+    epochs: int = knob(20, "Number of passes over the normal maps.", "Training", low=1, rare=True)
+    batch: int = knob(48, "Number of normal maps per training step.", "Training", low=2, rare=True)
     learning_rate: float = knob(
-        1.5e-3, "Of Adam, decayed to zero along a cosine.", "Training", above=0, rare=True
+        1.5e-3,
+        "Initial learning rate of AdamW. It decays to zero along a cosine.",
+        "Training",
+        above=0,
+        rare=True,
     )
-    seed: int = knob(0, "Of initialisation, order, blur and mirroring.", "Training", low=0)
+    seed: int = knob(
+        0,
+        "Random seed of the initial weights, of the order of the maps, and of blur and mirroring.",
+        "Training",
+        low=0,
+    )
 
 
 def true_grids(z: np.ndarray, grid: int, on_shape: OnShape = None) -> np.ndarray:
-    """Return signed distances [N, n, n, n] of the ground-truth heads of latents [N, 64], which are cached."""
+    """Compute signed distances of ground-truth heads on a grid. They are cached on disk.
+
+    Args:
+        z: latents of the heads, [N, 64].
+        grid: n, grid points along each axis.
+        on_shape: function that is called with 1 after every head.
+    Returns: distances [N, n, n, n] in world units, negative inside.
+    """
     grids = []
     for latent in z:
         grids.append(whole_grids(torch.from_numpy(latent[None]), grid))
@@ -72,111 +114,162 @@ def true_grids(z: np.ndarray, grid: int, on_shape: OnShape = None) -> np.ndarray
     return np.concatenate(grids)
 
 
-def filled(distances: np.ndarray, edge: float) -> np.ndarray:
-    """Return LEVEL minus the density that a generator learns for distances; the distances if `edge` is 0."""
+def density_field(distances: np.ndarray, edge: float) -> np.ndarray:
+    """Convert signed distances to a field of the density that a generator learns, which is negative inside.
+
+    Args:
+        distances: signed distances in world units.
+        edge: depth at which the density is full, in world units; 0: the distances are returned.
+    Returns: LEVEL - density, with the shape of the distances.
+    """
     return (LEVEL - density_of(torch.from_numpy(distances), edge)).numpy() if edge else distances
 
 
 def true_maps(distances: np.ndarray, blurs: np.ndarray | None = None) -> Tensor:
-    """Return normal maps [N, F, 4, R, R], half precision, of ground-truth heads [N, n, n, n].
+    """Render normal maps of heads. The heads have the depths EDGES in turn.
 
-    The heads take the values of EDGES in turn. Args: blurs: standard deviations [N] in voxels of 64.
+    Args:
+        distances: signed distances of the heads, [N, n, n, n].
+        blurs: standard deviations of the Gaussian blur [N], in voxels of a grid of 64; None means no blur.
+    Returns: normal maps [N, F, 4, R, R] in half precision.
     """
     maps = []
     for i, grid in enumerate(distances):
-        values = filled(grid, EDGES[i % len(EDGES)])
+        values = density_field(grid, EDGES[i % len(EDGES)])
         if blurs is not None:
+            # len(values) = n: from voxels of a grid of 64 to voxels of this grid.
             values = gaussian_filter(values, blurs[i] * len(values) / 64)
         maps.append(normal_maps(torch.from_numpy(values)[None]).half())
     return torch.cat(maps)
 
 
 def targets(z: np.ndarray, blurs: np.ndarray) -> Tensor:
-    """Return the regression targets [N, S] of latents [N, 64] and blurs [N]."""
-    shown = people.scaled(z)[:, : people.SHAPE]
-    columns = [shown[:, :IDENTITY], shown[:, people.COMPONENTS :], blurs[:, None]]
+    """Return the regression targets [N, S]: the coordinates of identity and hair, and the blur.
+
+    Args:
+        z: latents [N, 64].
+        blurs: standard deviations of the blur, [N].
+    """
+    shape_coordinates = people.scaled(z)[:, : people.SHAPE]
+    columns = [
+        shape_coordinates[:, :IDENTITY],
+        shape_coordinates[:, people.COMPONENTS :],
+        blurs[:, None],
+    ]
     return torch.from_numpy(np.concatenate(columns, axis=1)).float()
 
 
-def fit(maps: Tensor, wanted: Tensor, o: ShapeTraining) -> MapNet:
-    """Train a network on maps [B, 4, R, R], half precision, and targets [B, S].
+def fit(maps: Tensor, map_targets: Tensor, o: ShapeTraining) -> MapNet:
+    """Train a network to predict targets from normal maps, by the mean squared error.
 
-    A random half of every batch is mirrored, since heads are nearly symmetric.
+    Each map is mirrored with probability 1/2, because heads are nearly symmetric.
+
+    Args:
+        maps: normal maps [B, 4, R, R] in half precision.
+        map_targets: targets [B, S].
+        o: settings.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(o.seed)
         net = MapNet()
-    random = torch.Generator().manual_seed(o.seed)
+    generator = torch.Generator().manual_seed(o.seed)
     optimiser = torch.optim.AdamW(net.parameters(), lr=o.learning_rate, weight_decay=0.01)
-    per_epoch = math.ceil(len(maps) / o.batch)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, o.epochs * per_epoch)
+    steps_per_epoch = math.ceil(len(maps) / o.batch)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, o.epochs * steps_per_epoch)
     for _ in range(o.epochs):
-        for rows in torch.randperm(len(maps), generator=random).split(o.batch):
+        for rows in torch.randperm(len(maps), generator=generator).split(o.batch):
             batch = maps[rows].float()
-            swap = torch.rand(len(rows), generator=random) < 0.5
-            predicted = net(torch.where(swap[:, None, None, None], mirrored(batch), batch))
+            is_mirrored = torch.rand(len(rows), generator=generator) < 0.5
+            predicted = net(torch.where(is_mirrored[:, None, None, None], mirrored(batch), batch))
             optimiser.zero_grad()
-            functional.mse_loss(predicted, wanted[rows]).backward()
+            functional.mse_loss(predicted, map_targets[rows]).backward()
             optimiser.step()
             schedule.step()
     return net
 
 
 def train_shape_features(z: np.ndarray, o: ShapeTraining, on_shape: OnShape = None) -> ShapeFeatures:
-    """Train the features on the first `o.heads` latents.
+    """Train the features of the shape Fréchet distance.
 
-    The next `o.reference` latents standardise them, and the next `o.held_out` measure them.
+    Args:
+        z: latents [heads + reference + held_out, 64]. The features are trained on the first `o.heads`
+            latents, their scale and the reference of the distance are computed from the next `o.reference`,
+            and they are evaluated on the others.
+        o: settings.
+        on_shape: function that is called with 1 after every head.
     """
-    learnt, known, held = np.split(z[: o.heads + o.reference + o.held_out], [o.heads, o.heads + o.reference])
+    train_z, reference_z, held_out_z = np.split(
+        z[: o.heads + o.reference + o.held_out], [o.heads, o.heads + o.reference]
+    )
     blurs = np.random.default_rng(o.seed).uniform(0.25, o.blur, o.heads)
-    distances = true_grids(learnt, o.grid, on_shape)
+    distances = true_grids(train_z, o.grid, on_shape)
+    # Each head once sharp and once blurred.
     maps = torch.cat([true_maps(distances), true_maps(distances, blurs)])
-    wanted = torch.cat([targets(learnt, np.zeros(o.heads)), targets(learnt, blurs)])
+    head_targets = torch.cat([targets(train_z, np.zeros(o.heads)), targets(train_z, blurs)])
     views = maps.shape[1]
-    net = fit(maps.flatten(0, 1), wanted.repeat_interleave(views, dim=0), o)
+    # All views of a head have the same targets.
+    net = fit(maps.flatten(0, 1), head_targets.repeat_interleave(views, dim=0), o)
+    # Scale 0 and 1, so that the features below are not standardised yet.
     result = ShapeFeatures(
         net, torch.zeros(0), torch.stack([torch.zeros(FEATURES), torch.ones(FEATURES)]), {}
     )
-    raw = result(true_maps(true_grids(known, o.grid, on_shape)))
-    result.scale = torch.stack([raw.mean(dim=0), raw.std(dim=0).clamp_min(1e-6)])
-    result.true = (raw - result.scale[0]) / result.scale[1]
-    of_held = true_grids(held, o.grid, on_shape)
+    reference_features = result(true_maps(true_grids(reference_z, o.grid, on_shape)))
+    result.scale = torch.stack(
+        [reference_features.mean(dim=0), reference_features.std(dim=0).clamp_min(1e-6)]
+    )
+    result.true = (reference_features - result.scale[0]) / result.scale[1]
+    held_out_distances = true_grids(held_out_z, o.grid, on_shape)
     result.record = {
         "training": asdict(o),
         "parameters": sum(p.numel() for p in net.parameters()),
-        "frechet": frechet_figures(result, held, of_held),
-        "explained": explained(net, held, of_held),
+        "frechet": frechet_distances(result, held_out_z, held_out_distances),
+        "explained": explained(net, held_out_z, held_out_distances),
     }
     return result
 
 
-def frechet_figures(features: ShapeFeatures, z: np.ndarray, distances: np.ndarray) -> dict[str, float]:
-    """Return Fréchet distances to the reference: of ground-truth heads [N, n, n, n], blurred ones, and scans.
+def frechet_distances(features: ShapeFeatures, z: np.ndarray, distances: np.ndarray) -> dict[str, float]:
+    """Compute Fréchet distances to the reference, by the name of the set of shapes.
 
-    Args: z: the heads' latents [N, 64]; distances: the heads.
+    The sets are the ground-truth heads, the same heads with each of BLURS, and their damaged scans.
+
+    Args:
+        features: trained features.
+        z: latents of the heads, [N, 64].
+        distances: signed distances of the heads, [N, n, n, n].
     """
+    # Grid points, repeated for each head: [N, n^3, 3].
     points = (
         torch.from_numpy(grid_points(distances.shape[1])).float().reshape(1, -1, 3).expand(len(z), -1, -1)
     )
+    # The last coordinates of a latent define the damage of the scan.
     quality = torch.from_numpy(people.scaled(z)[:, -people.QUALITY :]).float()
     scans = (
         people_damage.damaged(points, torch.from_numpy(distances).flatten(1), quality)
         .reshape(distances.shape)
         .numpy()
     )
-    figures = {"true heads": features.frechet(true_maps(distances))}
+    frechet = {"true heads": features.frechet(true_maps(distances))}
     for blur in BLURS:
-        figures[f"blurred by {blur:g} voxels"] = features.frechet(true_maps(distances, np.full(len(z), blur)))
-    return {**figures, "scans": features.frechet(true_maps(scans))}
+        frechet[f"blurred by {blur:g} voxels"] = features.frechet(true_maps(distances, np.full(len(z), blur)))
+    return {**frechet, "scans": features.frechet(true_maps(scans))}
 
 
 @torch.no_grad()
 def explained(net: MapNet, z: np.ndarray, distances: np.ndarray) -> float:
-    """Return the mean share of the coordinates' variance that the network explains on held-out heads."""
+    """Compute the share of variance that the network explains, as the mean over coordinates.
+
+    Args:
+        net: trained network.
+        z: latents of the heads, [N, 64].
+        distances: signed distances of the heads, [N, n, n, n].
+    """
     maps = true_maps(distances)
+    # Predictions are averaged over views. The last target, the blur, is 0 for all heads and is left out.
     predicted = net(maps.float().flatten(0, 1)).unflatten(0, maps.shape[:2]).mean(dim=1)[:, :-1]
-    wanted = targets(z, np.zeros(len(z)))[:, :-1]
-    return float((1 - (predicted - wanted).square().mean(dim=0) / wanted.var(dim=0, unbiased=False)).mean())
+    true_targets = targets(z, np.zeros(len(z)))[:, :-1]
+    error = (predicted - true_targets).square().mean(dim=0)
+    return float((1 - error / true_targets.var(dim=0, unbiased=False)).mean())
 
 
 @click.command("python -m builders.shapes", cls=GroupedCommand)
@@ -184,15 +277,17 @@ def explained(net: MapNet, z: np.ndarray, distances: np.ndarray) -> float:
 @command.out(shape_features.DEFAULT_ASSET)
 @command.dry_run
 def shapes(out: Path, dry_run: bool, **settings) -> None:
-    """Train the features of the shape Fréchet distance on normal maps of true heads, and print how it ranks
-    true, blurred and defective ones.
+    """Train the features of the shape Fréchet distance on normal maps of ground-truth heads. Then print the
+    distances of ground-truth heads, blurred heads and damaged scans.
 
-    One thread, so that the same command writes the same bytes on the same machine (a few minutes).
+    The training uses one thread, so that the same command writes the same bytes on the same machine. It takes
+    a few minutes.
 
     \b
     Example:
         python -m builders.shapes --heads=8 --reference=40 --set=held_out=5 --set=grid=24 --out=s.safetensors
     """
+    # Flags that are not given are None; they keep the defaults.
     options = ShapeTraining(**{name: value for name, value in settings.items() if value is not None})
     if dry_run:
         click.echo(json.dumps({"out": out.name, **asdict(options)}, indent=1))
@@ -206,7 +301,10 @@ def shapes(out: Path, dry_run: bool, **settings) -> None:
     network.save(out)
     for name, distance in network.record["frechet"].items():
         click.echo(f"shape Fréchet distance {distance:8.3f}: {name}")
-    click.echo(f"explains {network.record['explained']:.3f} of the coordinates' variance; saved to {out}")
+    click.echo(
+        "share of the variance of the latent coordinates that is explained:"
+        f" {network.record['explained']:.3f}; saved to {out}"
+    )
 
 
 if __name__ == "__main__":

@@ -24,34 +24,39 @@ from eg3d_rlhf.tuning.flow.toy.toy_pipeline import ToyPipeline, draw_drafts
 
 @dataclass(frozen=True, kw_only=True)
 class BaseTraining:
-    """Settings of training the base networks on drafts."""
+    """Settings for training a base network on drafts, the randomly sampled objects of the toy generator."""
 
     steps: int = 2500
     batch: int = 32
-    lr: float = 3e-3  # of AdamW, after a warm-up, falling to 0 along a cosine
-    warm_up: int = 50  # steps
-    ema: float = 0.99  # kept of the average per step; the average is what is stored
-    no_condition: float = 0.1  # share of samples that are trained without their conditioning
+    lr: float = 3e-3  # peak learning rate of AdamW; it decays to 0 along a cosine
+    warm_up: int = 50  # steps in which the learning rate rises linearly to its peak
+    ema: float = 0.99  # decay per step of the moving average of the weights, which is stored
+    no_condition: float = 0.1  # share of samples that are trained with the empty conditioning
     seed: int = 0
 
 
-# of the bundled ones
+# Settings of the bundled base networks, by stage.
 BASES = {STRUCTURE: BaseTraining(steps=7000, batch=64), VOXELS: BaseTraining(steps=4000)}
 
 
 def train_base(
     stage_name: str, training: BaseTraining, on_step: Callable[[int, int, float], None] | None = None
 ) -> nn.Module:
-    """Train a base network by flow matching on new drafts of all prompts; return the average of the weights.
+    """Train a base network by flow matching (Lipman et al. 2023) on new drafts of random prompts.
 
-    Args: on_step: called with (step, steps, mean loss of the batch).
+    Args:
+        stage_name: name of the stage.
+        training: settings.
+        on_step: function that is called after every step with (step, steps, mean loss of the batch).
+    Returns: network with the moving average of the weights, in eval mode.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(training.seed)
         pipeline = ToyPipeline(StructureFlow(), VoxelFlow())
     stage = stage_of(pipeline, stage_name)
+    # Data have another seed than the initialisation.
     generator = torch.Generator().manual_seed(training.seed + 1)
-    average = torch.optim.swa_utils.AveragedModel(
+    average_model = torch.optim.swa_utils.AveragedModel(
         stage.model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(training.ema)
     )
     optimizer = torch.optim.AdamW(stage.model.parameters(), lr=training.lr, weight_decay=0.01)
@@ -64,33 +69,40 @@ def train_base(
         [training.warm_up],
     )
     for step in range(1, training.steps + 1):
-        names = [
-            CONDITIONS[i]
-            for i in torch.randint(len(CONDITIONS), (training.batch,), generator=generator).tolist()
-        ]
+        indices = torch.randint(len(CONDITIONS), (training.batch,), generator=generator)
+        names = [CONDITIONS[i] for i in indices.tolist()]  # prompts
         x_0: Batch = draw_drafts(names, generator).latents(stage.name)
         eps = with_feats(x_0, torch.randn(feats_of(x_0).shape, generator=generator))
         t = stage.path.times(count(x_0), generator)
         cond = pipeline.conditions(names, stage.name)
-        known = torch.rand(len(names), generator=generator) >= training.no_condition
+        # True for samples that keep their conditioning; for others, zeros are the empty conditioning.
+        has_prompt = torch.rand(len(names), generator=generator) >= training.no_condition
         x_t = stage.path.mix(x_0, t, eps)
-        # a batch of its own: every step computes what depends on its voxels once and for itself
+        # A new batch object: data that depend on the voxels are cached in it, and are valid for this step
+        # only.
         if isinstance(x_t, SparseBatch):
             x_t = SparseBatch(x_t.coords, x_t.feats, x_t.size)
-        loss = stage.path.errors(stage.model(x_t, t, cond * known.view(-1, 1, 1)), x_0, eps).mean()
+        loss = stage.path.errors(stage.model(x_t, t, cond * has_prompt.view(-1, 1, 1)), x_0, eps).mean()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(stage.model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        average.update_parameters(stage.model)
+        average_model.update_parameters(stage.model)
         if on_step is not None:
             on_step(step, training.steps, float(loss.detach()))
-    return average.module.eval()
+    return average_model.module.eval()
 
 
 def save_network(name: str, network: nn.Module, meta: dict, folder: Path = FOLDER) -> Path:
-    """Store as half precision with a description."""
+    """Store a network in half precision and return the path of the file.
+
+    Args:
+        name: name of the network, such as a stage.
+        network: network to store.
+        meta: description in JSON types, stored in the file.
+        folder: folder of the file.
+    """
     write_network(path_of(name, folder), name, network.state_dict(), meta)
     return path_of(name, folder)
 
@@ -98,25 +110,38 @@ def save_network(name: str, network: nn.Module, meta: dict, folder: Path = FOLDE
 def train_reward(
     training: RewardTraining, on_step: Callable[[int, int, float], None] | None = None
 ) -> tuple[LearnedReward, dict]:
-    """Train the reward by preference_loss; return it, and its accuracy on pairs that it has not seen.
+    """Train the learned reward on pairs of drafts that a simulated annotator labelled.
 
-    Args: on_step: called with (step, steps, loss).
+    Args:
+        training: settings.
+        on_step: function that is called after every step with (step, steps, loss).
+    Returns: reward, and its accuracy on held-out pairs; see `accuracy`.
     """
     generator = torch.Generator().manual_seed(training.seed)
-    names = [
-        [toy.TRAINED[i % len(toy.TRAINED)] for i in range(n)] for n in (training.pairs, training.held_out)
-    ]
-    judged = [judge_drafts(prompts, generator) for prompts in names]
-    network = fit(*judged[0].assets, judged[0].conditions, training, generator, on_step)
-    return network, accuracy(network, judged[1])
+    # Prompts of the pairs, each of the training prompts in turn.
+    train_prompts = [toy.TRAINED[i % len(toy.TRAINED)] for i in range(training.pairs)]
+    held_out_prompts = [toy.TRAINED[i % len(toy.TRAINED)] for i in range(training.held_out)]
+    # Both are labelled before the fit, because they use the same generator.
+    train_pairs = judge_drafts(train_prompts, generator)
+    held_out_pairs = judge_drafts(held_out_prompts, generator)
+    network = fit(*train_pairs.assets, train_pairs.conditions, training, generator, on_step)
+    return network, accuracy(network, held_out_pairs)
 
 
 def accuracy(network: LearnedReward, judged: Judged) -> dict[str, float]:
-    """Return the share of pairs ordered as the simulated annotator chose, and as its oracle orders."""
-    ordered = network(judged.assets[0], judged.conditions) > network(judged.assets[1], judged.conditions)
+    """Compute the accuracy of a reward on labelled pairs.
+
+    Returns: "labels", the share of pairs in which the reward prefers the same asset as the simulated
+        annotator; and "clean", the share in which it prefers the same asset as the annotator without label
+        noise.
+    """
+    # The annotator preferred the first asset of every pair.
+    prefers_chosen = network(judged.assets[0], judged.conditions) > network(
+        judged.assets[1], judged.conditions
+    )
     return {
-        "labels": float(ordered.float().mean()),
-        "clean": float((ordered == judged.agrees).float().mean()),
+        "labels": float(prefers_chosen.float().mean()),
+        "clean": float((prefers_chosen == judged.agrees).float().mean()),
     }
 
 
@@ -125,20 +150,26 @@ _training_option = functools.partial(option, group="Training")
 
 
 def make_toy(part: str, training: BaseTraining | RewardTraining, out: Path) -> None:
-    """Train a network of the toy generator, save it, and print its figures."""
+    """Train a network of the toy generator, save it, and print its loss and accuracy.
+
+    Args:
+        part: name of the network: a stage, or "reward".
+        training: settings.
+        out: folder of the file.
+    """
     losses: list[float] = []
-    started = time.monotonic()
+    start_time = time.monotonic()
     network: torch.nn.Module
     with command.loss_bar(part, losses) as on_step:
         if isinstance(training, RewardTraining):
-            network, figures = train_reward(training, on_step)
+            network, metrics = train_reward(training, on_step)
         else:
             network = train_base(part, training, on_step)
-            figures = {}
-    figures = {"loss": command.last(losses), **figures}
-    path = save_network(part, network, {"training": asdict(training), **figures}, out)
-    shown = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
-    click.echo(f"{part}: {shown}, {time.monotonic() - started:.0f} s, saved to {path}")
+            metrics = {}
+    metrics = {"loss": command.final_loss(losses), **metrics}
+    path = save_network(part, network, {"training": asdict(training), **metrics}, out)
+    metrics_text = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+    click.echo(f"{part}: {metrics_text}, {time.monotonic() - start_time:.0f} s, saved to {path}")
 
 
 @click.command("python -m builders.toy_flow", cls=GroupedCommand)
@@ -150,22 +181,26 @@ def make_toy(part: str, training: BaseTraining | RewardTraining, out: Path) -> N
     default=FOLDER,
     show_default="the bundled files",
     group="Run",
-    help="Folder to write the networks into.",
+    help="Folder into which the networks are written.",
 )
 @_training_option(
     "--steps",
     metavar="INT",
     type=click.IntRange(min=1),
-    show_default="as the bundled ones",
-    help="Steps of each stage.",
+    show_default="as for the bundled networks",
+    help="Training steps of the networks of both stages. The reward is not affected.",
 )
 @_training_option(
-    "--seed", metavar="INT", type=click.IntRange(min=0), default=0, help="Seed of initialisation and data."
+    "--seed",
+    metavar="INT",
+    type=click.IntRange(min=0),
+    default=0,
+    help="Random seed of the initial weights and of the training data.",
 )
 @command.dry_run
 def toy_flow(parts: tuple[str, ...], outdir: Path, steps: int | None, seed: int, dry_run: bool) -> None:
-    """Train the bundled networks of the toy flow generator: both stages and the learned reward
-    (a quarter of an hour on one core).
+    """Train the bundled networks of the toy flow generator. PARTS are structure, voxels and reward; without
+    PARTS, all three are trained, which takes a quarter of an hour on one core.
 
     \b
     Example:
@@ -175,12 +210,15 @@ def toy_flow(parts: tuple[str, ...], outdir: Path, steps: int | None, seed: int,
         part: replace(base, seed=seed, steps=steps or base.steps) for part, base in BASES.items()
     }
     trainings["reward"] = RewardTraining(seed=seed)
-    chosen = {part: trainings[part] for part in parts or TOY_PARTS}
+    chosen_trainings = {part: trainings[part] for part in parts or TOY_PARTS}
     if dry_run:
-        click.echo(json.dumps({part: asdict(training) for part, training in chosen.items()}, indent=1))
+        click.echo(
+            json.dumps({part: asdict(training) for part, training in chosen_trainings.items()}, indent=1)
+        )
         return
-    torch.set_num_threads(1)  # sums come out the same on every machine of one kind
-    for part, training in chosen.items():
+    # With one thread, sums have the same order on every machine of one kind.
+    torch.set_num_threads(1)
+    for part, training in chosen_trainings.items():
         make_toy(part, training, outdir)
 
 

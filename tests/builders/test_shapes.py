@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from builders import shapes
 from builders.shapes import (
     ShapeTraining,
-    frechet_figures,
+    frechet_distances,
     mirrored,
     train_shape_features,
     true_grids,
@@ -75,7 +75,7 @@ def test_the_file_holds_all_and_stays_small(features, heads, tmp_path):
 @pytest.mark.long
 def test_the_bundled_features_rank_true_blurred_and_broken_heads():
     z = latents(range(100), 64).numpy()
-    figures = frechet_figures(ShapeFeatures.load(), z, true_grids(z, 64))
+    figures = frechet_distances(ShapeFeatures.load(), z, true_grids(z, 64))
     true, *blurred, scans = figures.values()
     assert true < blurred[1] < blurred[2] < blurred[3] and blurred[1] > 1.1 * true and scans > 2 * true
     assert ShapeFeatures.load(DEFAULT_ASSET).record["frechet"].keys() == figures.keys()

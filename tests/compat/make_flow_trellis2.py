@@ -343,7 +343,7 @@ def cascade(m: Maker, pipeline, facts: dict) -> None:
     low = [torch.from_numpy(m.values[f"run/shape_512/{name}"]) for name in ("coords", "slat")]
     fine, _ = decoder(on(*low), levels=len(decoder.config.up_block_type))
     finer = decoder.config.finer
-    asked = facts["resolution"] + 2 * family.SHRINK
+    asked = facts["resolution"] + 2 * family.RESOLUTION_STEP
     voxels = fine.coords[:, 1:]
     coords, cells = family.finer_voxels(voxels, facts["lr_resolution"], asked, facts["resolution"], finer, 3)
     m.add({"run/upsampled": fine.coords, "run/reduced_asked": asked, "run/reduced_max_tokens": 3})

@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy.ndimage import gaussian_filter
 
-from builders.shapes import EDGES, filled, true_grids
+from builders.shapes import EDGES, density_field, true_grids
 from eg3d_rlhf.generators import latents, load_generator, ws_of_seeds
 from eg3d_rlhf.measures.people import shape_grids
 from eg3d_rlhf.measures.shape_features import LOWEST, RESOLUTION, WIDTH, YAWS, ShapeFeatures, normal_maps
@@ -57,7 +57,7 @@ def test_maps_do_not_depend_on_unit_or_ramp_and_show_the_back(heads):
     _, distances = heads
     maps, halved = (normal_maps(torch.from_numpy(scale * distances[:2])) for scale in (1.0, 0.5))
     torch.testing.assert_close(maps, halved, atol=1e-3, rtol=0)
-    dense = normal_maps(torch.from_numpy(filled(distances[:2], EDGES[-1])))
+    dense = normal_maps(torch.from_numpy(density_field(distances[:2], EDGES[-1])))
     assert (maps - dense).abs().mean() < 0.03
     back = YAWS.index(math.pi)
     # The head is cut off at z = -0.08.

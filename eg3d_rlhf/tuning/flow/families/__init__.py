@@ -1,8 +1,9 @@
 """Registry of the families of flow generators.
 
-A family is a module of this package that FAMILIES names, or a plugin's file (docs/extending.md). It registers
-a `FlowFamily` (base/family.py). `train.py --mode=circular-dpo --pipeline=ROOT` and `eg3d-rlhf flow` then
-recognise its folders by their content.
+A family supports one published generator, such as TRELLIS. Each family is a module of this package that
+FAMILIES lists, or a plugin's file (docs/extending.md). The module registers a `FlowFamily` (base/family.py).
+`train.py --mode=circular-dpo --pipeline=ROOT` and `eg3d-rlhf flow` then recognise the generator's folders by
+their content.
 """
 
 import sys
@@ -24,7 +25,7 @@ FAMILIES: Registry[FlowFamily] = Registry(
         "sam3d": "eg3d_rlhf.tuning.flow.families.sam3d",
     },
 )
-_noticed: set[str] = set()  # names of families whose notice this process has printed
+_noticed_families: set[str] = set()  # names of families whose notice this process has printed
 
 
 def print_notice(text: str) -> None:
@@ -39,17 +40,20 @@ def register(family: Family) -> Family:
 
 
 def bundled_family(name: str) -> FlowFamily | None:
-    """Return the bundled generator's family of this name, or None."""
+    """Return the family of the bundled generator with this name, or None if there is no such generator."""
     family = FAMILIES[name] if name in FAMILIES else None
     return family if family is not None and family.bundled else None
 
 
 def family_of(root: Path, say: Callable[[str], None] = print_notice) -> FlowFamily:
-    """Return the family of a folder, or the bundled family of that name. Its notice is printed once per
-    process.
+    """Return the family of a generator's folder, or the bundled family if `root` is its name.
 
-    Args: say: prints the notice.
-    Raises: FileNotFoundError for a missing folder, or a folder of no known family.
+    If the family has a notice, for example about its licence, the notice is printed once per process.
+
+    Args:
+        root: folder of a generator, or the name of a bundled generator.
+        say: function that prints the notice.
+    Raises: FileNotFoundError if the folder is missing, or if no family recognises it.
     """
     root, bundled = Path(root), bundled_family(str(root))
     if bundled is not None:
@@ -58,35 +62,45 @@ def family_of(root: Path, say: Callable[[str], None] = print_notice) -> FlowFami
     load_plugins()
     for family in FAMILIES.values():
         if root.is_dir() and family.recognises(root):
-            if family.notice and family.name not in _noticed:
-                _noticed.add(family.name)
+            if family.notice and family.name not in _noticed_families:
+                _noticed_families.add(family.name)
                 say(family.notice)
             return family
     if not root.is_dir() or not any(root.iterdir()):
-        got = "an empty folder" if root.is_dir() else "no such folder" if not root.exists() else "a file"
+        if root.is_dir():
+            problem = f"the folder {root} is empty"
+        elif root.exists():
+            problem = f"{root} is a file and not a folder"
+        else:
+            problem = f"the folder {root} does not exist"
         addresses = [family.address for family in FAMILIES.values() if family.address]
         # Someone who wrote the name of a published generator gets the address of just that one.
-        same = [address for address in addresses if address.rpartition("/")[2].lower() == root.name.lower()]
-        fetch = " or ".join(same or addresses)
+        # The last part of an address is the generator's name.
+        same_name_addresses = [
+            address for address in addresses if address.rpartition("/")[2].lower() == root.name.lower()
+        ]
+        downloads = " or ".join(same_name_addresses or addresses)
         raise FileNotFoundError(
-            f"pipeline: expected a generator's folder, got {got}: {root}. Name the folder, or download one:"
-            f" {fetch}"
+            f"--pipeline: {problem}. Pass the folder of a generator. Generators can be downloaded from"
+            f" {downloads}."
         )
     layouts = "; ".join(f"{family.name}: {family.layout}" for family in FAMILIES.values())
     raise FileNotFoundError(
-        f"pipeline: {root} is not the folder of a known generator. Known are {layouts}. Name such a folder."
+        f"--pipeline: no generator was recognised in {root}. Pass a folder with the files of one of these"
+        f" generators: {layouts}."
     )
 
 
 def released_sizes() -> dict[str, Callable[[], list[SizedStage]]]:
-    """Return functions that build the stages of all published generators without weights, by generator
-    name.
+    """Return one function per published generator, by the generator's name.
+
+    Each function builds the stages of its generator without weights, for estimates of memory.
     """
     return {name: make for family in FAMILIES.values() for name, make in family.released().items()}
 
 
 def check_source(source: ProblemSource) -> None:
-    """Raise ValueError for options that have no effect on a problem, or for a folder without pairs."""
+    """Raise ValueError for options that have no effect on a problem, or if preference pairs are missing."""
     family = bundled_family(source.pipeline)
     if family is not None:
         reject_unread(
@@ -97,27 +111,40 @@ def check_source(source: ProblemSource) -> None:
         return
     # The family of a folder is not known yet, so options of any other family pass here and are checked later.
     bundled_only = {name for family in FAMILIES.values() if family.bundled for name in family.options}
-    read = [f.name for f in fields(source) if f.name not in bundled_only]
-    reject_unread(source, read, "only applies to a bundled generator and has no effect with --pipeline=DIR")
+    read_options = [f.name for f in fields(source) if f.name not in bundled_only]
+    reject_unread(
+        source, read_options, "only applies to a bundled generator and has no effect with --pipeline=DIR"
+    )
     if source.pairs is None and source.needs_pairs:
         raise ValueError(
-            "--pairs: expected a folder of preference pairs with --pipeline=DIR, got none. Name the"
-            " folder; only the bundled toy has pairs of its own."
+            "--pairs is missing. With --pipeline=DIR, pass the folder of preference pairs as --pairs=DIR."
+            " Only the bundled toy generator has its own pairs."
         )
 
 
-def unread_options(source: ProblemSource, read: Sequence[str]) -> str:
-    """List the flags of options that differ from their default but are not among those that are read."""
-    return ", ".join(
-        f"--{(f.metadata['knob'].name or f.name if 'knob' in f.metadata else f.name).replace('_', '-')}"
-        for f in fields(source)
+def unread_options(source: ProblemSource, read_options: Sequence[str]) -> str:
+    """Return the flags, separated by commas, that differ from their default but are not read.
+
+    Args: read_options: names of the fields of ProblemSource that are read.
+    """
+    flags = []
+    for f in fields(source):
         # An option at its default counts as not given.
-        if f.name not in read and getattr(source, f.name) != f.default
-    )
+        if f.name in read_options or getattr(source, f.name) == f.default:
+            continue
+        # A flag may have another name than its field; the field's metadata then state the name.
+        name = f.metadata["knob"].name or f.name if "knob" in f.metadata else f.name
+        flags.append(f"--{name.replace('_', '-')}")
+    return ", ".join(flags)
 
 
-def reject_unread(source: ProblemSource, read: Sequence[str], why: str) -> None:
-    """Raise ValueError, with the reason `why`, for options that are given but not read."""
-    extra = unread_options(source, read)
-    if extra:
-        raise ValueError(f"{extra}: {why}. Leave it out.")
+def reject_unread(source: ProblemSource, read_options: Sequence[str], reason: str) -> None:
+    """Raise ValueError for options that are given but not read.
+
+    Args:
+        read_options: names of the fields of ProblemSource that are read.
+        reason: explanation for the message, such as "only applies to a bundled generator".
+    """
+    unread_flags = unread_options(source, read_options)
+    if unread_flags:
+        raise ValueError(f"{unread_flags}: {reason}. Remove {unread_flags} from the command.")

@@ -1,8 +1,8 @@
 """Encoders of prompts and of images for conditioning: CLIP for texts, DINOv2 for images.
 
-They use weights on this machine; nothing is downloaded. CLIP needs the package transformers.
+Weights are read from this machine; nothing is downloaded. CLIP needs the package transformers.
 
-Shape letters: N prompts or images, L tokens, E channels of a token.
+Shapes: N number of prompts or images, L number of tokens, E channels of a token.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,9 +21,12 @@ TEXT_TOKENS = 77  # length of CLIP's text input
 
 
 def pretrained(kind: str, name: str):
-    """Load a class of transformers with its weights from the local cache.
+    """Load a model or a tokenizer of the package transformers from the local cache.
 
-    Raises: ValueError if they are not on this machine.
+    Args:
+        kind: name of a class of transformers, such as "CLIPTextModel".
+        name: name of the model on huggingface.co, or a local folder.
+    Raises: ValueError if its files are not on this machine.
     """
     require_extra(name, "transformers")
     import transformers
@@ -32,16 +35,19 @@ def pretrained(kind: str, name: str):
         # local_files_only: transformers would otherwise download what is missing.
         return getattr(transformers, kind).from_pretrained(name, local_files_only=True)
     except (OSError, ValueError) as error:
-        # Only the first line, because transformers explains at length.
-        first = (str(error).splitlines() or [""])[0][:100]
+        # At most 100 characters of the first line, because messages of transformers are long.
+        reason = (str(error).splitlines() or [""])[0][:100]
         raise ValueError(
-            f"{name}: the weights are not on this machine ({first}). Download them: hf download"
-            f" {name}, https://huggingface.co/{name}"
+            f"{name}: the weights are not on this machine ({reason}). Download them with `hf download"
+            f" {name}` from https://huggingface.co/{name}."
         ) from None
 
 
 class TextEncoder:
-    """CLIP text encoder: the last hidden states of texts, padded to 77 tokens, without an attention mask."""
+    """CLIP text encoder, as TRELLIS uses it.
+
+    Its tokens are the last hidden states. Texts are padded or cut to 77 tokens.
+    """
 
     def __init__(self, name: str, device: str | torch.device = "cpu"):
         self.name = name
@@ -51,15 +57,15 @@ class TextEncoder:
     @torch.no_grad()
     def __call__(self, texts: Sequence[str]) -> torch.Tensor:
         """Encode texts as tokens [N, 77, E] float32 on the CPU."""
-        # No attention mask is passed, as in TRELLIS.
+        # No attention mask is passed, as in TRELLIS: the padding is encoded, too.
         ids = self.tokenizer(
             list(texts), max_length=TEXT_TOKENS, padding="max_length", truncation=True, return_tensors="pt"
         )["input_ids"]
         return self.model(input_ids=ids.to(self.model.device)).last_hidden_state.float().cpu()
 
     def embed(self, texts: Sequence[str]) -> Conditions:
-        """Embed texts, named by themselves, and the empty text for guidance."""
-        # Each text once; '' is the empty conditioning.
+        """Embed texts, and the empty text for guidance. The name of an embedding is its text."""
+        # dict.fromkeys removes duplicates and keeps the order. NULL is the empty text.
         names = list(dict.fromkeys([*texts, NULL]))
         return Conditions(
             tokens={name: self([name])[0] for name in embedding_progress(names, "text")}, encoder=self.name
@@ -67,7 +73,11 @@ class TextEncoder:
 
 
 class ImageEncoder:
-    """DINOv2 as TRELLIS uses it: tokens before its last norm; 1 class token, 4 registers, 37 x 37 patches."""
+    """DINOv2 image encoder, as TRELLIS uses it.
+
+    The tokens of an image are 1 class token, 4 register tokens and 37 x 37 patch tokens, taken before the
+    last layer norm of the network.
+    """
 
     def __init__(self, name: str = "dinov2_vitl14_reg", device: str | torch.device = "cpu"):
         self.name = name
@@ -80,7 +90,7 @@ class ImageEncoder:
         return self.model(images.to(self.model.layernorm.weight.device), normed=False)
 
     def patches(self, images: torch.Tensor) -> torch.Tensor:
-        """Encode images as maps of their patches' features, [N, E, 37, 37]."""
+        """Encode images [N, 3, 518, 518] of values 0..1 as maps of patch tokens, [N, E, 37, 37]."""
         config = self.model.config
         grid = config.image_size // config.patch_size
         return (
@@ -91,12 +101,15 @@ class ImageEncoder:
         )
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """Encode images as conditioning tokens [N, L, E] on the CPU, normalised without parameters."""
+        """Encode images [N, 3, 518, 518] of values 0..1 as conditioning tokens [N, L, E] on the CPU.
+
+        A layer norm without learnt parameters replaces the last norm of the network, as in TRELLIS.
+        """
         tokens = self.tokens(images)
         return F.layer_norm(tokens, tokens.shape[-1:]).cpu()
 
     def embed(self, images: Mapping[str, Path]) -> Conditions:
-        """Embed images with transparent backgrounds, by name."""
+        """Embed images with transparent backgrounds. Embeddings have the names of the images."""
         # A generator: only one image is in memory at a time.
         prepared = (
             (name, read_cut_out(path, lambda image: on_black(image, self.size)))

@@ -1,5 +1,9 @@
-"""Shared parts of the families of flow generators: a base class of their pipelines, files, meshes and
-memory.
+"""Code that several families of flow generators share.
+
+It has base classes of pipelines, and functions for JSON files, user meshes, latents and memory.
+
+Shapes: N number of samples, L number of tokens, E channels of a token, v voxels of a sample, C channels of a
+latent, F faces of a mesh, P sampled points.
 """
 
 import ctypes
@@ -25,8 +29,8 @@ from training.progress import tqdm
 from training.storage import load_strict
 
 T = TypeVar("T")
-LARGEST = 1 << 16  # bytes; larger files are not searched for a word
-ELSEWHERE = (
+LARGEST_SEARCHED_FILE = 1 << 16  # bytes; `mentions` does not read larger files
+EMPTY_STRUCTURE_ADVICE = (
     "If this happens often, the decoder may not be the one that the flow was trained with: check its folder"
     " and the conditioning."
 )
@@ -34,13 +38,15 @@ LARGE = 10**8  # number of parameters of a flow from which freed memory must ret
 
 
 class OpenedFolder:
-    """Base class of pipelines whose networks lie in a folder: conditioning, scales of latents, and decoders
-    by name.
+    """Base class of pipelines whose networks are read from a folder.
+
+    It provides the conditioning, normalises latents, and reads decoders when they are first needed.
 
     Args:
-        conditioning: None if nothing is sampled.
-        parts: reads a network, such as a decoder, by its name.
-        scales: mean and standard deviation per channel for each stage whose latents are normalised.
+        conditioning: embeddings of the prompts, or None if nothing is sampled.
+        parts: function that reads a network, such as a decoder, by its name.
+        device: device of the networks and of the conditioning.
+        scales: mean and standard deviation per channel, for each stage whose latents are normalised.
     """
 
     def __init__(
@@ -57,64 +63,81 @@ class OpenedFolder:
         self._loaded = dict[str, nn.Module]()  # networks that were read, by name
 
     def part(self, name: str) -> Any:
-        """Return a network by its name, frozen and in eval mode. It is read at the first call and then
-        kept.
+        """Return a network by its name, frozen and in eval mode.
+
+        The network is read at the first call. Later calls return the same object.
         """
         if name not in self._loaded:
+            # Decoders and encoders are never trained.
             self._loaded[name] = self._parts(name).eval().requires_grad_(False).to(self.device)
         return self._loaded[name]
 
     def conditioning_key(self, stage: str) -> str | None:
-        """Return the name of the conditioning tensor that a stage reads; None: the stage reads all of it."""
+        """Return the name of the conditioning tensor that a stage reads, or None if the stage reads all
+        tensors.
+        """
         return None
 
     def check_tokens(self, stage: str, channels: int, remedy: str) -> None:
-        """Raise ValueError if the conditioning holds no tokens [L, channels] for a stage."""
+        """Raise ValueError if the conditioning has no tokens of shape [L, channels] for a stage.
+
+        Without conditioning nothing is checked.
+
+        Args:
+            channels: number of channels of a token that the stage's network expects.
+            remedy: last sentence of the message.
+        """
         if self.tokens is None:
             return
         form = self.tokens.form
         name = self.conditioning_key(stage)
         # The form is a shape [L, E], or shapes by name if the conditioning has several tensors.
-        shape = form if name is None else form.get(name) if isinstance(form, Mapping) else None
+        shape: Any
+        if name is None:
+            shape = form
+        else:
+            shape = form.get(name) if isinstance(form, Mapping) else None
         if not isinstance(shape, list) or len(shape) != 2 or shape[-1] != channels:
             expected = f"tokens [L, {channels}]{f' named {name!r}' if name else ''} for stage {stage!r}"
             source = f" of {self.tokens.encoder}" if self.tokens.encoder else ""
-            raise ValueError(f"conditioning: expected {expected}, got {form}{source}. {remedy}")
+            raise ValueError(f"conditioning: expected {expected}, but the file has {form}{source}. {remedy}")
 
     def conditions(self, names: Sequence[str], stage: str) -> Any:
-        """Return what a stage reads for these prompts, tokens [N, L, E] or tensors by name.
+        """Return the conditioning of these prompts for a stage.
 
-        Raises: ValueError for names without an embedding.
+        Returns: tokens [N, L, E]; or a dictionary of tensors if the stage reads several.
+        Raises: ValueError for prompts without an embedding.
         """
         assert self.tokens is not None
         return self._conditioning(self.tokens.select(names), stage)
 
     def no_condition(self, n: int, stage: str) -> Any:
-        """Return the empty conditioning for n samples, [n, L, E] or tensors by name."""
+        """Return the empty conditioning for n samples: tokens [n, L, E], or a dictionary of tensors."""
         assert self.tokens is not None
         return self._conditioning(self.tokens.null(n), stage)
 
-    def _conditioning(self, condition: Any, stage: str) -> Any:
-        """Select the tensor that a stage reads and move it to the pipeline's device."""
+    def _conditioning(self, tensors: Any, stage: str) -> Any:
+        """Select the conditioning tensor that a stage reads and move it to the pipeline's device."""
         name = self.conditioning_key(stage)
-        return to_device(condition if name is None else condition[name], self.device)
+        return to_device(tensors if name is None else tensors[name], self.device)
 
     def normalised(self, feats: torch.Tensor, stage: str = "latent") -> torch.Tensor:
-        """Convert latents [v, C] from the decoders' scale to the scale of a stage's flow."""
+        """Convert latents [v, C] from the decoder's scale to the scale of a stage's flow: (x - mean) /
+        std.
+        """
         mean, std = (feats.new_tensor(values) for values in self.scales[stage])
         return (feats - mean) / std
 
     def unnormalised(self, feats: torch.Tensor, stage: str = "latent") -> torch.Tensor:
-        """Convert latents [v, C] from the scale of a stage's flow to the decoders' scale; inverse of
-        `normalised`.
-        """
+        """Convert latents [v, C] from the scale of a stage's flow to the decoder's scale: x * std + mean."""
         mean, std = (feats.new_tensor(values) for values in self.scales[stage])
         return feats * std + mean
 
 
 def are_scales(mean: Sequence[float], std: Sequence[float]) -> bool:
-    """Return whether these are means and standard deviations by which latents can be normalised, per
-    channel.
+    """Return True if latents can be normalised by these means and standard deviations per channel.
+
+    Both must have the same length. Means must be finite, standard deviations finite and above 0.
     """
     return len(mean) == len(std) and all(map(math.isfinite, mean)) and all(0 < s < math.inf for s in std)
 
@@ -123,7 +146,10 @@ class EncodingFolder(OpenedFolder, ABC):
     """Base class of pipelines that also have encoders for every stage."""
 
     def encode(self, assets: Sequence[Any]) -> Sequence[Mapping[str, Latent]]:
-        """Return, per asset, the latents of its stages. Each is computed when it is first read."""
+        """Return one mapping per asset from the name of a stage to its latent.
+
+        A latent is computed when it is first read from the mapping.
+        """
         return [Lazy(self.encodes(asset), functools.partial(self.encode_stage, asset)) for asset in assets]
 
     @abstractmethod
@@ -132,40 +158,54 @@ class EncodingFolder(OpenedFolder, ABC):
 
     @abstractmethod
     def encode_stage(self, asset: Any, stage: str) -> Latent:
-        """Encode an asset as the latent of one stage: the mean of the encoder's distribution, in the flow's
-        scale.
+        """Encode an asset as the latent of one stage, in the scale of the flow.
+
+        The latent is the mean of the encoder's distribution, without noise.
         """
 
 
 def embedding_progress(items: Collection[T], unit: str) -> Iterable[T]:
-    """Iterate over the items to be embedded and show a progress bar."""
+    """Iterate over the items to be embedded and show a progress bar that counts them in `unit`."""
     return tqdm(items, desc="embedding", unit=unit, disable=None)
 
 
 def mentions(path: Path, word: str) -> bool:
-    """Return whether a small text file exists and contains a word."""
-    return path.is_file() and path.stat().st_size <= LARGEST and word in path.read_text(errors="replace")
+    """Return True if a file exists, has at most 64 KiB, and contains a word."""
+    # Bytes that are not UTF-8 are replaced, because the file may be of any kind.
+    return (
+        path.is_file()
+        and path.stat().st_size <= LARGEST_SEARCHED_FILE
+        and word in path.read_text(errors="replace")
+    )
 
 
 def read_json(path: Path) -> dict:
-    """Read a JSON object from a file. Raises: ValueError with the path."""
+    """Read a JSON object from a file. Raises: ValueError, naming the file, for any other content."""
     try:
         content = json.loads(path.read_text())
     except ValueError as error:
-        raise ValueError(f"{path}: expected JSON, got {error}. Restore the file.") from None
+        raise ValueError(
+            f"{path}: the file is not valid JSON ({error}). Download or write it again."
+        ) from None
     # Valid JSON may also be a list or a number.
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a JSON object, got a {type(content).__name__}. Restore the file.")
+        raise ValueError(
+            f"{path}: expected a JSON object, got a {type(content).__name__}. Download or write the file"
+            " again."
+        )
     return content
 
 
 def read_network(root: Path, files: tuple[str, str], make: Callable[..., nn.Module]) -> nn.Module:
-    """Build a network from two files: its arguments as JSON, and its tensors, which must match by name and
-    shape.
+    """Build a network from a JSON file of its arguments and a file of its tensors, in eval mode.
 
-    Args: files: names of the JSON file and the file of tensors in the folder.
-    Raises: OSError, ValueError.
+    Args:
+        root: folder of both files.
+        files: name of the JSON file, and name of the file of tensors.
+        make: class or function that builds the network from the arguments.
+    Raises: OSError for a missing file; ValueError for tensors whose names or shapes do not match.
     """
+    # The keys of the JSON file are the names of the arguments.
     module = make(**read_json(root / files[0]))
     path = root / files[1]
     load_strict(module, read(path, str(path)), str(path))
@@ -173,7 +213,7 @@ def read_network(root: Path, files: tuple[str, str], make: Callable[..., nn.Modu
 
 
 def read_mesh(path: Path) -> Mesh:
-    """Read a triangle mesh of the user's; see `load_mesh`."""
+    """Read a triangle mesh from a file of the user; see `rewards.meshes.dataset.load_mesh`."""
     # Imported only here, because the package of rewards takes long to import.
     from eg3d_rlhf.rewards.meshes.dataset import load_mesh
 
@@ -181,16 +221,18 @@ def read_mesh(path: Path) -> Mesh:
 
 
 def even_points(
-    mesh: Mesh, side: float, count: int, draw: torch.Generator
+    mesh: Mesh, side: float, count: int, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sample points uniformly on a mesh's surface.
 
     The mesh is moved and scaled so that its bounding box is centred at 0 and its longest side is `side`.
 
     Args:
+        mesh: triangle mesh.
+        side: length of the longest side of the bounding box after scaling.
         count: P, number of points.
-        draw: random generator.
-    Returns: points [P, 3] and the normals of their faces [P, 3], both float64.
+        generator: random generator on the CPU.
+    Returns: points [P, 3] and the unit normals of their faces [P, 3], both float64.
     Raises: ValueError for a mesh without area.
     """
     vertices = mesh.vertices.double()
@@ -199,56 +241,71 @@ def even_points(
     corners = ((vertices - (low + high) / 2) * (side / (high - low).max()))[mesh.faces]  # [F, 3, 3]
     # The cross product has the normal's direction and twice the area as its length.
     cross = torch.linalg.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
-    area = cross.norm(dim=1)  # twice the area, which cancels in shares
-    if not (bool(area.isfinite().all()) and float(area.sum()) > 0):
-        raise ValueError("expected a mesh with an area above 0. Export the surface as triangles.")
+    double_area = cross.norm(dim=1)  # the factor 2 cancels in the probabilities
+    if not (bool(double_area.isfinite().all()) and float(double_area.sum()) > 0):
+        raise ValueError(
+            "the mesh has no surface, because the area of its faces is 0 or not finite. Export the surface as"
+            " triangles."
+        )
     # A face is chosen with a probability proportional to its area, by inverting the cumulative sum.
-    ends = area.cumsum(0)
-    face = torch.searchsorted(ends, torch.rand(count, generator=draw, dtype=torch.float64) * ends[-1]).clamp(
-        max=len(ends) - 1
-    )
-    u, v = torch.rand(2, count, 1, generator=draw, dtype=torch.float64)  # [P, 1] each
+    cumulative = double_area.cumsum(0)
+    uniform = torch.rand(count, generator=generator, dtype=torch.float64)
+    # The clamp is only a guard: the values are at most the total, so the index is that of a face.
+    face = torch.searchsorted(cumulative, uniform * cumulative[-1]).clamp(max=len(cumulative) - 1)
+    u, v = torch.rand(2, count, 1, generator=generator, dtype=torch.float64)  # [P, 1] each
     # The square root makes the points uniform in the triangle (Osada et al. 2002, equation 1).
     a, b, c = corners[face].unbind(1)
-    return a + (1 - u.sqrt()) * (b - a) + u.sqrt() * v * (c - a), cross[face] / area[face, None]
+    return a + (1 - u.sqrt()) * (b - a) + u.sqrt() * v * (c - a), cross[face] / double_area[face, None]
 
 
-def check_finite(who: str, x_0: Batch) -> None:
-    """Raise ValueError, beginning with `who`, for latents that are not finite."""
+def check_finite(message_prefix: str, x_0: Batch) -> None:
+    """Raise ValueError, beginning with `message_prefix`, if latents contain NaN or infinite values."""
     # NaN > 0 is false: a decoder would return an empty grid without an error.
     values = feats_of(x_0)
-    bad = int((~torch.isfinite(values)).sum())
-    if bad:
+    invalid_count = int((~torch.isfinite(values)).sum())
+    if invalid_count:
         raise ValueError(
-            f"{who}: {bad} of {values.numel()} latent values are NaN or infinite. Use an earlier checkpoint."
+            f"{message_prefix}: {invalid_count} of {values.numel()} latent values are NaN or infinite. Use an"
+            " earlier checkpoint of the flow."
         )
 
 
-def never_empty(logits: torch.Tensor, who: str) -> torch.Tensor:
-    """Return occupancy logits of one structure in which at least the likeliest voxel is occupied.
+def never_empty(logits: torch.Tensor, message_prefix: str) -> torch.Tensor:
+    """Return occupancy logits in which at least the most probable voxel is occupied, that is, above 0.
 
-    If no voxel was occupied, a notice is printed once per process.
+    If no voxel of the structure was occupied, a notice is printed once per process.
 
-    Raises: EmptyStructure within `refusing_empty`.
+    Args:
+        logits: occupancy logits of one structure, [1, 1, R, R, R] with R voxels per axis.
+        message_prefix: beginning of the notice, such as the name of the stage.
+    Raises: EmptyStructure for an empty structure within the context `refusing_empty`.
     """
     if not bool((logits > 0).any()):
         # Raises within `refusing_empty`, where an empty structure counts as a failed sample.
-        refuse_empty(who, ELSEWHERE)
-        notice_empty(who)
-    # Where a voxel is occupied already, its largest logit may grow to 1, which does not change the occupancy.
+        refuse_empty(message_prefix, EMPTY_STRUCTURE_ADVICE)
+        notice_empty(message_prefix)
+    # Only the largest logit is replaced, by at least 1. If it was above 0, the occupancy does not change.
     return logits.where(logits != logits.amax(), logits.amax().clamp_min(1.0))
 
 
 @functools.cache
-def notice_empty(who: str) -> None:
-    """Print the notice of an empty structure, once per process."""
+def notice_empty(message_prefix: str) -> None:
+    """Print the notice of an empty structure. Through the cache it is printed once per process and prefix."""
     print_notice(
-        f"{who}: a decoded structure is empty. Only its likeliest voxel is used in its place. {ELSEWHERE}"
+        f"{message_prefix}: a decoded structure has no occupied voxel. Its most probable voxel is used"
+        f" instead. {EMPTY_STRUCTURE_ADVICE}"
     )
 
 
 def spare_memory(flows: Iterable[nn.Module], device: str | torch.device) -> None:
-    """Return freed memory to the system at once if a flow is large and runs on a CPU."""
+    """Let this process return freed memory to the system at once if a flow is large and runs on a CPU.
+
+    See `return_freed_memory`.
+
+    Args:
+        flows: networks of all stages.
+        device: device of the networks.
+    """
     if (
         # On a GPU, torch allocates without glibc's heap.
         torch.device(device).type == "cpu"
@@ -262,15 +319,16 @@ def return_freed_memory() -> bool:
     process.
 
     By default glibc adapts its threshold and keeps freed blocks of up to 32 MiB in a heap. The few tensors
-    that are kept between a network's blocks then fragment this heap: a pass over TRELLIS's flows grew by 15
-    times what it keeps. Smaller blocks, such as tiles of attention, are made by the thousand; up to 64 MiB of
-    free memory stay available for them.
+    that stay allocated between a network's blocks then fragment this heap. In a pass over TRELLIS's flows,
+    the memory of the process grew by 15 times the size of these tensors. Blocks below 8 MiB, such as tiles of
+    attention, are allocated thousands of times; up to 64 MiB of free memory are kept for them.
 
-    Returns: False if there is no glibc.
+    Returns: True if glibc accepted both settings; False if it rejected one or is not in use.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError, TypeError):
+        # Other C libraries, as on macOS, Windows or Alpine Linux, have no mallopt.
         return False
     # Parameters -3 and -1 are M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of glibc's malloc.h, in bytes.
     return bool(mallopt(-3, 8 << 20) and mallopt(-1, 64 << 20))

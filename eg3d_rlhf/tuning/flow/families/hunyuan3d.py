@@ -1,8 +1,10 @@
-"""Hunyuan3D-2.1, a generator of untextured shapes: one flow over a set of latent vectors.
+"""Family of Hunyuan3D-2.1, a generator of untextured shapes: one flow over a set of latent vectors.
 
-Its paint stage is a diffusion model of images and is not supported here.
+The paint stage of the published generator is a diffusion model of images. It is not supported.
 
-Shape letters as in models/hunyuan3d.py.
+Shapes: N number of samples, T latent vectors of a sample, C channels of a latent vector, L number of
+    conditioning
+tokens, E channels of a token, P points on a mesh, f further features of a point, V vertices, F faces.
 """
 
 import math
@@ -45,79 +47,88 @@ from eg3d_rlhf.tuning.flow.families.folder import (
 
 SHAPE = "shape"  # name of the stage
 MAIN = "main"  # name of the only conditioning tensor
-# Published settings of the sampler: points of time, and s in v_null + s (v_cond - v_null).
+# Published settings of the sampler: number of points of time, and the strength s of guidance, where the
+# guided velocity is v_null + s (v_cond - v_null).
 STEPS = 50
 SCALE = 5.0
 LORA_TARGETS = ("to_q", "to_k", "to_v", "out_proj")  # linear layers of both attentions
 CELLS = 128  # default cells per axis of the grid on which a mesh for viewing is extracted
-REACH = 2 * 0.9999  # longest side of a mesh before it is encoded, in the original's units
+LONGEST_SIDE = 2 * 0.9999  # longest side of a mesh before it is encoded, in the original's units
 NOTICE = (
     "Hunyuan3D-2.1 is under Tencent's community licence, which grants nothing in the European Union, the"
-    " United Kingdom and South Korea, limits large services, and forbids to improve other AI models by its"
-    " outputs (5.b): read the LICENSE beside its weights."
+    " United Kingdom and South Korea, limits large services, and does not allow to improve other AI models"
+    " with its outputs (5.b). Read the file LICENSE beside its weights."
 )
 
 
 class Unbounded(ValueError):
-    """Error for a shape without a surface."""
+    """Error that is raised for a shape without a surface."""
 
 
 @dataclass(frozen=True)
 class ShapeAsset:
-    """A finished shape. Its surface is extracted on a grid on demand."""
+    """A finished shape, as a decoded function of space. `surface` extracts a mesh from it."""
 
     latent: torch.Tensor  # [T, C]
     decoder: ShapeDecoder
 
     @torch.no_grad()
     def surface(self, cells: int) -> tuple[np.ndarray, np.ndarray]:
-        """Extract vertices [V, 3] within +-1.01 and faces [F, 3], counter-clockwise seen from outside.
+        """Extract the surface as a triangle mesh.
 
-        The grid is evaluated block by block, and the surface is closed at the border.
+        The grid is evaluated block by block, and the surface is closed at the border of the grid.
+
+        Args: cells: cells per axis of the grid.
+        Returns: vertices [V, 3] within +-1.01, and faces [F, 3], counter-clockwise seen from outside.
 
         Deviates: the grid is regular. Published vertices are index / n instead of index / (n - 1) for n =
             cells + 1 points, which is a mistake in the original.
 
-        Raises: Unbounded; ValueError for values that are not finite.
+        Raises: Unbounded if the shape has no surface; ValueError for values that are not finite.
         """
+        # n cells have n + 1 grid points; the axes x, y and z are equal.
         axis = torch.linspace(-BOUND, BOUND, cells + 1, device=self.latent.device)
         decoded = self.decoder(self.latent[None])
-        # Range of all values, for the error message if there is no surface.
+        # Range of all values, for the error message if there is no surface. NaN marks values that are not
+        # finite.
         low = math.inf
         high = -math.inf
 
         def sample(x: slice) -> torch.Tensor:
+            """Evaluate the grid points of a range of indices along x, and update the range of values."""
             nonlocal low, high
-            numbers = self.decoder.slab(decoded, axis, x)
-            finite = bool(numbers.isfinite().all())
-            low = min(low, float(numbers.min()))
-            high = max(high, float(numbers.max())) if finite else math.nan
-            return numbers
+            values = self.decoder.slab(decoded, axis, x)
+            is_finite = bool(values.isfinite().all())
+            low = min(low, float(values.min()))
+            high = max(high, float(values.max())) if is_finite else math.nan
+            return values
 
         try:
-            # The surface is at 0; inside is positive.
+            # The surface is where the value is 0; values inside the shape are positive.
             return extract_mesh_blockwise(sample, [axis.double().cpu()] * 3, 0.0)
         except ValueError:
             # Values that are not finite have another cause than a missing surface.
             if not (math.isfinite(low) and math.isfinite(high)):
                 raise
             raise Unbounded(
-                f"The shape has no surface: all values lie between {low:g} and {high:g}, and the surface is"
-                " at 0. Use a trained network or another latent."
+                f"The shape has no surface: all values are between {low:g} and {high:g}, and the surface"
+                " would be at 0. Use a trained network or another seed."
             ) from None
 
 
 def call(
     module: nn.Module, x_t: torch.Tensor, t: torch.Tensor, cond: Mapping[str, torch.Tensor]
 ) -> torch.Tensor:
-    """Call the network with the original's arguments; its t is 1 at the data."""
+    """Call the network `module` with the arguments of the original, where t = 1 is data and t = 0 is
+    noise.
+    """
     return module(x_t, t, contexts=dict(cond))
 
 
 class ShapePipeline(OpenedFolder):
-    """Pipeline of one stage; implements `Pipeline`, without `advance`.
+    """Pipeline of the only stage; implements `Pipeline` without `advance`.
 
-    Both halves of the autoencoder are read when they are first needed.
+    Decoder and encoder are read when they are first needed.
     """
 
     def __init__(
@@ -128,7 +139,16 @@ class ShapePipeline(OpenedFolder):
         parts: Callable[[str], nn.Module],
         device: str | torch.device = "cpu",
     ):
-        """Build the stage. Args: conditioning: None if nothing is sampled. parts: see `OpenedFolder`."""
+        """Build the stage.
+
+        Args:
+            file: settings of config.yaml.
+            model: network of the flow.
+            conditioning: embeddings of the images, or None if nothing is sampled.
+            parts: function that reads the decoder or the encoder by its name.
+            device: device of decoder and encoder.
+        Raises: ValueError if the conditioning does not fit the model.
+        """
         super().__init__(conditioning, parts, device, {})
         self.file = file
         if conditioning is not None:
@@ -137,11 +157,11 @@ class ShapePipeline(OpenedFolder):
             FlowStage(
                 name=SHAPE,
                 model=model,
-                # A set of tokens without positions
+                # A set of latent vectors without positions.
                 latents=TokenSet(tokens=file.model.input_size, channels=file.model.in_channels),
                 call=call,
                 data_at_one=True,
-                # As published: no noise at the data, uniform times
+                # As published: no noise is added to data, and training times are uniform.
                 path=FlowPath(sigma_min=0.0, schedule="uniform"),
                 sampling=sampling(file.shift),
                 lora_targets=LORA_TARGETS,
@@ -149,50 +169,60 @@ class ShapePipeline(OpenedFolder):
         ]
 
     def decode(self, x_0: torch.Tensor) -> list[ShapeAsset]:
-        """Decode latents [N, T, C] to shapes."""
+        """Decode latents [N, T, C] to N shapes. Raises: ValueError for latents that are not finite."""
         check_finite("decode", x_0)
         return [ShapeAsset(latent.detach().float(), self.part(DECODER_HALF)) for latent in x_0]
 
     def encode(self, assets: Sequence[Mesh]) -> list[dict[str, Any]]:
-        """Encode meshes as latents, the encoder's mean. Each mesh is first fitted into the cube.
+        """Encode meshes as latents. Each mesh is first moved and scaled to fit into the cube.
 
-        The points on a mesh are random but the same at every call.
+        The encoder reads random points on a mesh, which are the same at every call.
+
+        Returns: for each mesh, a dictionary with the latent [T, C] of the stage.
         """
         network: ShapeEncoder = self.part(ENCODING_HALF)
-        made: list[dict[str, Any]] = []
+        latents: list[dict[str, Any]] = []
         for mesh in assets:
-            # One generator per mesh: the latent does not depend on the other meshes.
-            draw = torch.Generator().manual_seed(0)
-            made.append({SHAPE: network.latents(surface_points(mesh, self.file.vae, draw), draw).cpu()})
-        return made
+            # A new generator per mesh, so that a latent does not depend on the other meshes.
+            generator = torch.Generator().manual_seed(0)
+            points = surface_points(mesh, self.file.vae, generator)
+            latents.append({SHAPE: network.latents(points, generator).cpu()})
+        return latents
 
 
-def surface_points(mesh: Mesh, config: AutoencoderConfig, draw: torch.Generator) -> torch.Tensor:
-    """Sample uniform points on a mesh's surface, [P, 3 + f]: position in the cube, the face's normal, and
-    optionally the flag of sharp edges, which is 0.
+def surface_points(mesh: Mesh, config: AutoencoderConfig, generator: torch.Generator) -> torch.Tensor:
+    """Sample points uniformly on a mesh's surface, as input of the encoder.
 
-    Raises: ValueError for a mesh without area, or a config that asks for points on sharp edges.
+    Args:
+        mesh: triangle mesh; it is moved and scaled to fit into the cube.
+        config: configuration that states P and f.
+        generator: random generator on the CPU.
+    Returns: points [P, 3 + f] float32. The columns are the position, the normal of the face and, if the
+        config has it, a flag for points on sharp edges, which is 0.
+    Raises: ValueError for a mesh without area, or for a config that requires points on sharp edges.
     """
     if config.pc_sharpedge_size:
         # The original does not publish how it finds sharp edges.
         raise ValueError(
-            "config.yaml, vae: expected pc_sharpedge_size 0 to encode meshes, got"
-            f" {config.pc_sharpedge_size}. Sampling points on sharp edges is not supported: pass latents."
+            f"config.yaml, vae: pc_sharpedge_size is {config.pc_sharpedge_size}, but meshes can only be"
+            " encoded with 0, because sampling points on sharp edges is not supported. Pass latents instead"
+            " of meshes."
         )
-    places, normals = even_points(mesh, REACH, config.pc_size, draw)
-    flag = torch.zeros(len(places), config.point_feats - 3, dtype=torch.float64)
-    return torch.cat([places, normals, flag], 1).float()
+    positions, normals = even_points(mesh, LONGEST_SIDE, config.pc_size, generator)
+    # point_feats counts the normal and the flag: 3 without the flag, 4 with it.
+    flag = torch.zeros(len(positions), config.point_feats - 3, dtype=torch.float64)
+    return torch.cat([positions, normals, flag], 1).float()
 
 
 def sampling(shift: float = 1.0) -> Sampling:
-    """Return the published sampler in this package's convention.
+    """Return the settings of the published sampler in the convention of this package.
 
-    The published times run from 0 (noise) to 1 in STEPS points, which is one step fewer, and are shifted by
-    t' = s t / (1 + (s - 1) t). Here time runs from 1 to 0 and is shifted by r t / (1 + (r - 1) t), which is
-    the same for r = 1 / s. The published guidance v_null + s (v - v_null) has the strength w = s - 1 here, at
-    all times.
+    The published times are 50 points from 0 (noise) to 1 (data), which gives 49 steps. They are shifted by
+    t' = a t / (1 + (a - 1) t). In this package, time runs from 1 (noise) to 0 (data) and is shifted by
+    t' = r t / (1 + (r - 1) t), which is the same for r = 1 / a. The published guidance v_null + s (v_cond -
+    v_null) has the strength w = s - 1 in this package, at all times.
 
-    Args: shift: s of the times.
+    Args: shift: a in the formula of the published times, > 0.
     """
     return Sampling(steps=STEPS - 1, cfg_strength=SCALE - 1, cfg_interval=(0.0, 1.0), rescale_t=1 / shift)
 
@@ -204,14 +234,14 @@ PARTS: dict[str, Callable[..., nn.Module]] = {DECODER_HALF: files.decoder, ENCOD
 
 
 def as_picture(pixels: np.ndarray) -> torch.Tensor:
-    """Convert bytes [h, w, 3] to an image [1, 3, h, w] of values 0..1."""
+    """Convert an image of bytes [h, w, 3] to an image [1, 3, h, w] of values 0..1."""
     return torch.from_numpy(pixels.astype(np.float32) / 255).permute(2, 0, 1)[None]
 
 
 def picture_tokens(file: files.ShapeFiles, network: Dino, images: torch.Tensor) -> torch.Tensor:
     """Encode images [N, 3, h, w] of values 0..1 as tokens [N, L, E], after the last norm."""
     tokens = network(short_side(images, file.encoder.pixels))
-    # The class token is the first one.
+    # The class token is the first token. Some configurations remove it.
     return (tokens if file.class_token else tokens[:, 1:]).float()
 
 
@@ -232,7 +262,7 @@ class Hunyuan3d(FlowFamily):
     release = staticmethod(files.release)
 
     def files(self, root: Path, stages: Sequence[str] | None = None) -> dict[str, Path]:
-        """Return config.yaml and the checkpoint, by name."""
+        """Return config.yaml and the checkpoint, by file name. `stages` is not used."""
         file = files.read_files(root)
         return {files.CONFIG: file.root / files.CONFIG, file.checkpoint.name: file.checkpoint}
 
@@ -245,21 +275,23 @@ class Hunyuan3d(FlowFamily):
         dtype: torch.dtype | None = torch.float32,
         device: str | torch.device = "cpu",
     ) -> ShapePipeline:
-        """Read the pipeline; see `FlowFamily.load`. Both halves of the autoencoder are read when they are
-        first needed.
+        """Read the pipeline; see `FlowFamily.load`. Decoder and encoder are read when they are first
+        needed.
         """
         file = files.read_files(root)
 
         def part(name: str) -> nn.Module:
+            """Read a decoder or an encoder by its name."""
             return PARTS[name](file, files.read_sections(file.checkpoint), device)
 
-        # Without its stage, the flow stays on the meta device, for encoding and decoding alone.
+        # If the flow is not needed, as for encoding and decoding, it stays on the meta device without
+        # weights.
         if stages is not None and SHAPE not in stages:
             return ShapePipeline(file, empty(partial(Denoiser, file.model)), conditions, part, device)
         sections = files.read_sections(file.checkpoint)
         if conditions is not None:
             conditions.check_source("conditions", files.source_of(file, sections), REMEDY)
-        # Checks names and shapes of the decoder now, before anything expensive is computed.
+        # Names and shapes of the decoder are checked now, before anything expensive is computed.
         files.decoding_half(file, sections)
         model = files.denoiser(file, sections, dtype, device)
         # Recomputing blocks saves the memory of their activations.
@@ -267,31 +299,37 @@ class Hunyuan3d(FlowFamily):
         return ShapePipeline(file, model, conditions, part, device)
 
     def condition(self, pipeline: ShapePipeline, stage: str) -> dict[str, list[int]]:
-        """Return the shape of the conditioning, [L, E] of the only tensor."""
+        """Return the shape [L, E] of the only conditioning tensor, by its name."""
         return {MAIN: pipeline.file.tokens}
 
     @torch.no_grad()
     def embed_images(self, root: Path, images: Mapping[str, Path], device: torch.device) -> Conditions:
-        """Embed images with transparent backgrounds by the checkpoint's own DINOv2."""
+        """Embed images with transparent backgrounds by the DINOv2 model in the checkpoint."""
         file = files.read_files(root)
         # Only the image encoder is needed; the flow's section may be missing.
         sections = files.read_sections(file.checkpoint, (files.CONDITIONER,))
         network = files.image_encoder(file, sections, device)
         tokens = {}
         for name, path in embedding_progress(images.items(), "image"):
-            # The mask is not used: the network sees the object on white.
+            # The second value is the object's mask. Only the image over white is encoded.
             pixels, _ = read_cut_out(path, lambda image: on_white(image, file.picture, file.border))
             tokens[name] = {MAIN: picture_tokens(file, network, as_picture(pixels).to(device))[0].cpu()}
         return Conditions(tokens=tokens, encoder=files.source_of(file, sections), zero_null=True)
 
     def show(self, asset: ShapeAsset, path: Path, cells: int | None = None) -> Path:
-        """Write a mesh as .obj. For a shape without a surface, as of an untrained network, write a text that
-        says so.
+        """Write the surface of a shape to <path>.obj.
 
+        For a shape without a surface, as of an untrained network, the reason is written to <path>.txt.
+
+        Args:
+            asset: shape.
+            path: path of the file without ending.
+            cells: cells per axis of the grid on which the surface is extracted; None means 128.
+        Returns: path of the file.
         Raises: ValueError for values that are not finite.
         """
         try:
-            # Appended and not replaced as a suffix, because names may contain dots.
+            # The ending is appended and does not replace a suffix, because names may contain dots.
             return save_mesh(path.with_name(path.name + ".obj"), *asset.surface(cells or CELLS))
         except Unbounded as error:
             file = path.with_name(path.name + ".txt")
@@ -304,7 +342,10 @@ class Hunyuan3d(FlowFamily):
 
 
 def released_stages() -> list[SizedStage]:
-    """Build the stage of Hunyuan3D-2.1 without weights, with the sizes of its config.yaml."""
+    """Build the stage of Hunyuan3D-2.1 without weights, for estimates of memory and time.
+
+    The sizes are copied from the published config.yaml.
+    """
     config = DenoiserConfig(
         input_size=4096,
         in_channels=64,
@@ -320,7 +361,7 @@ def released_stages() -> list[SizedStage]:
         moe_top_k=2,
         use_attention_pooling=False,
     )
-    # Only sizes matter for estimates, so the sampler's shift is left at its default.
+    # The sampler's shift has its default, because estimates depend only on sizes.
     stage = FlowStage(
         name=SHAPE,
         model=empty(partial(Denoiser, config)),

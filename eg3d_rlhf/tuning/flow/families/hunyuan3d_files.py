@@ -1,9 +1,9 @@
-"""Files of Hunyuan3D-2.1: config.yaml and one checkpoint, in a folder of the released repository.
+"""Readers and writers of the files of Hunyuan3D-2.1: config.yaml and one checkpoint.
 
-The checkpoint has the sections model (the flow), vae (the autoencoder) and conditioner (the image encoder).
-Nothing is downloaded or run.
+The checkpoint has the sections `model` (the flow), `vae` (the autoencoder) and `conditioner` (the image
+encoder). Nothing is downloaded, and no code of the files is run.
 
-Shape letters as in models/hunyuan3d.py.
+Shapes: L number of conditioning tokens of an image, E channels of a token.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -40,8 +40,8 @@ from eg3d_rlhf.tuning.flow.families.folder import mentions
 from training.storage import check_fit
 
 CONFIG = "config.yaml"
-# Names of the checkpoint, in the order in which they are tried.
-CHECKPOINTS = tuple(f"model{half}{ending}" for half in (".fp16", "") for ending in (".ckpt", ".safetensors"))
+# File names of the checkpoint, in the order in which they are tried.
+CHECKPOINTS = ("model.fp16.ckpt", "model.fp16.safetensors", "model.ckpt", "model.safetensors")
 # Folders of the released repository: all networks of the shape, and the autoencoder alone.
 FOLDER = "hunyuan3d-dit-v2-1"
 VAE_FOLDER = "hunyuan3d-vae-v2-1"
@@ -51,6 +51,7 @@ VAE = "vae"
 CONDITIONER = "conditioner"
 ENCODER = "main_image_encoder.model."  # prefix of DINOv2's names in the section conditioner
 ENCODER_HALF = ("encoder.", "pre_kl.")  # prefixes of the encoder's names in the section vae
+# Section of config.yaml -> class that it must name.
 TARGETS = {MODEL: "HunYuanDiTPlain", VAE: "ShapeVAE", CONDITIONER: "SingleImageEncoder"}
 # Sections of config.yaml that may be missing: section -> class and names of its params.
 SETTINGS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -61,16 +62,16 @@ SETTINGS: dict[str, tuple[str, tuple[str, ...]]] = {
     "image_processor": ("ImageProcessorV2", ("size", "border_ratio")),
     "pipeline": ("Hunyuan3DDiTFlowMatchingPipeline", ()),
 }
-# Defaults of ImageProcessorV2: pixels per side, and the share of a side that stays free around the object.
+# Defaults of ImageProcessorV2: pixels per side, and the share of a side that stays empty around the object.
 IMAGE_SIZE = 512
 BORDER = 0.15
 ENCODER_SIZE = 224  # pixels per side; default of DinoImageEncoder and of a Dinov2Config
-# Patterns of files that must be passed on with changed weights.
+# Patterns of files that the licence requires in every folder with changed weights.
 LICENCES = ("LICENSE*", "License*", "NOTICE*", "Notice*")
-NOTICE_FILE = """Changed from the released Hunyuan3D-2.1: {file}: the weights of the flow of shapes \
-were tuned on preferences.
+NOTICE_FILE = """The file {file} was changed from the released Hunyuan3D-2.1: the weights of the flow of \
+shapes were tuned on preferences.
 
-It stays under the agreement of the released repository: pass its {papers} on with this folder.
+The file is under the licence of the released repository. Pass on {papers} together with this folder.
 """
 Sections = Mapping[str, Mapping[str, torch.Tensor]]  # section -> tensors by name
 
@@ -79,15 +80,15 @@ Sections = Mapping[str, Mapping[str, torch.Tensor]]  # section -> tensors by nam
 class ShapeFiles:
     """Settings of config.yaml and the paths of the files."""
 
-    root: Path  # the folder that holds it
+    root: Path  # folder of config.yaml
     checkpoint: Path
     model: DenoiserConfig
     vae: AutoencoderConfig
     encoder: DinoConfig
-    class_token: bool = True  # whether DINOv2's class token is kept
-    shift: float = 1.0  # s of the sampler's times
+    class_token: bool = True  # whether DINOv2's class token is one of the conditioning tokens
+    shift: float = 1.0  # shift of the sampler's times; see `hunyuan3d.sampling`
     picture: int = IMAGE_SIZE  # pixels per side of a prepared image
-    border: float = BORDER  # share of a side that stays free around the object
+    border: float = BORDER  # share of a side that stays empty around the object
 
     @property
     def tokens(self) -> list[int]:
@@ -96,22 +97,27 @@ class ShapeFiles:
 
     @property
     def preparation(self) -> str:
-        """Description of the image preprocessing, which files of embeddings state.
+        """Text that describes the image preprocessing.
 
-        These files are compared by this text, so it must not change.
+        Files of embeddings contain this text and are compared by it, so it must not change.
         """
         return f"pictures of {self.picture} pixels with a border of {self.border:g}, resized as by OpenCV"
 
 
 def folder_of(root: Path) -> Path:
-    """Return the folder with config.yaml: the given one, or the shape's folder in the whole repository."""
-    return root if (root / CONFIG).is_file() or not (root / FOLDER / CONFIG).is_file() else root / FOLDER
+    """Return the folder of config.yaml, from this folder or from the folder of the released repository.
+
+    If neither has a config.yaml, `root` is returned.
+    """
+    if not (root / CONFIG).is_file() and (root / FOLDER / CONFIG).is_file():
+        return root / FOLDER
+    return root
 
 
 def recognises(root: Path) -> bool:
-    """Return whether config.yaml exists and names the network of Hunyuan3D.
+    """Return True if config.yaml exists and names the network of Hunyuan3D.
 
-    Other versions of Hunyuan3D count, too, so that an error can name them.
+    Other versions of Hunyuan3D are recognised, too. `read_files` then raises an error that names the version.
     """
     return any(mentions(folder_of(root) / CONFIG, name) for name in (TARGETS[MODEL], "Hunyuan3DDiT"))
 
@@ -119,97 +125,116 @@ def recognises(root: Path) -> bool:
 def read_files(root: Path) -> ShapeFiles:
     """Read config.yaml and find the checkpoint.
 
-    Raises: FileNotFoundError; ValueError for a config that is not Hunyuan3D-2.1's, or that has settings which
-        would change the result.
+    Raises: FileNotFoundError if one of the two is missing; ValueError for a config of another model, or with
+        settings that are not supported.
     """
     folder = folder_of(Path(root))
     path = folder / CONFIG
+    if not path.is_file():
+        raise FileNotFoundError(f"Hunyuan3D: the file {path} is missing. Download it again.")
     # The first name that exists, in the order of CHECKPOINTS: half precision is preferred.
     checkpoint = next((folder / name for name in CHECKPOINTS if (folder / name).is_file()), None)
-    if not path.is_file() or checkpoint is None:
+    if checkpoint is None:
         raise FileNotFoundError(
-            f"Hunyuan3D: expected {CONFIG} and {' or '.join(CHECKPOINTS)} in {folder}, but at least one is"
-            " missing. Restore the files."
+            f"Hunyuan3D: {folder} has no checkpoint {' or '.join(CHECKPOINTS)}. Download the checkpoint"
+            " again."
         )
-    # Read as data: nothing that the file names is imported.
-    written = read_yaml(path)
+    # The file is read as data: no class that it names is imported.
+    config = read_yaml(path)
     try:
-        # Every section must name the class of Hunyuan3D-2.1; another one would compute something else.
-        params = {section: _params(written, section, target) for section, target in TARGETS.items()}
-        settings = {section: _settings(written, section) for section in SETTINGS}
+        # Every section must name the class of Hunyuan3D-2.1, because other classes compute something else.
+        params = {section: _params(config, section, target) for section, target in TARGETS.items()}
+        settings = {section: _settings(config, section) for section in SETTINGS}
         encoder, class_token = _image_encoder_config(params[CONDITIONER])
-        prepared = settings["image_processor"]
-        border = prepared.get("border_ratio")  # null means the default
+        image_processor = settings["image_processor"]
+        border = image_processor.get("border_ratio")  # null means the default
         result = ShapeFiles(
             root=folder,
             checkpoint=checkpoint,
-            model=_build_config(DenoiserConfig, params[MODEL], others=True),
+            model=_build_config(DenoiserConfig, params[MODEL], ignore_unknown=True),
             vae=_build_config(AutoencoderConfig, params[VAE]),
             encoder=encoder,
             class_token=class_token,
             shift=float(settings["scheduler"].get("shift", 1.0)),
-            picture=int(prepared.get("size", IMAGE_SIZE)),
+            picture=int(image_processor.get("size", IMAGE_SIZE)),
             border=BORDER if border is None else float(border),
         )
         if not (result.shift > 0 and result.picture > 0 and 0 <= result.border < 1):
-            got = f"{result.shift}, {result.picture}, {result.border}"
             raise ValueError(
-                f"expected shift and size above 0 and a border_ratio below 1, got {got}. Restore the file."
+                "shift and size must be above 0, and border_ratio must be in [0, 1), got shift"
+                f" {result.shift}, size {result.picture} and border_ratio {result.border}. Download the"
+                " file again."
             )
     except (TypeError, ValueError) as error:
         # The inner errors name the setting; the name of the file is added here.
         raise ValueError(f"{path}: {error}") from None
-    # The three networks must fit each other: tokens and channels of a latent, channels of the conditioning.
-    sizes = (result.vae.num_latents, result.vae.embed_dim, result.tokens[1])
-    expected = (result.model.input_size, result.model.in_channels, result.model.context_dim)
-    if sizes != expected:
+    # The three networks must fit each other: number and channels of latent vectors, channels of the
+    # conditioning.
+    flow_sizes = (result.model.input_size, result.model.in_channels, result.model.context_dim)
+    other_sizes = (result.vae.num_latents, result.vae.embed_dim, result.tokens[1])
+    if other_sizes != flow_sizes:
         raise ValueError(
-            f"{path}: expected latents and conditioning of the same sizes in model, vae and conditioner, got"
-            f" {expected} and {sizes}. Restore the file."
+            f"{path}: the section model states (latent vectors, channels, conditioning channels) ="
+            f" {flow_sizes}, but vae and conditioner state {other_sizes}. Download the file again."
         )
     return result
 
 
-def _params(written: Mapping, section: str, target: str) -> dict:
-    """Return the params of a required section. Raises: ValueError for another target."""
-    entry = written.get(section)
-    # A section that is no mapping is reported like a missing one.
-    entry = entry if isinstance(entry, Mapping) else {}
-    # "hy3dshape.models...HunYuanDiTPlain": the module path may differ, the class may not.
-    named = str(entry.get("target", "")).rpartition(".")[2]
-    if named != target or not isinstance(entry.get("params"), Mapping):
-        raise ValueError(
-            f"expected the section {section} with target {target} and params, got {named or 'none'}. Name the"
-            " file of Hunyuan3D-2.1."
-        )
-    return dict(entry["params"])
+def _params(config: Mapping, section: str, target: str) -> dict:
+    """Return the params of a required section of config.yaml.
 
-
-def _settings(written: Mapping, section: str) -> dict:
-    """Return the params of a section that may be missing.
-
-    Raises: ValueError for another target or unknown params, which would sample or crop in another way.
+    Args:
+        config: content of config.yaml.
+        section: name of the section.
+        target: name of the class that the section must name.
+    Raises: ValueError for another class, or if there are no params.
     """
-    target, known = SETTINGS[section]
-    # Without the section the original uses its defaults.
-    if section not in written:
-        return {}
-    entry = written[section] if isinstance(written[section], Mapping) else {}
-    named = str(entry.get("target", "")).rpartition(".")[2]
-    params = entry.get("params") or {}
-    # For example the consistency scheduler of distilled models uses other times.
-    if named != target:
+    content = config.get(section)
+    # A section that is no mapping is reported like a missing section.
+    content = content if isinstance(content, Mapping) else {}
+    # Only the class is compared, without the path of its module, as in "hy3dshape.models.HunYuanDiTPlain".
+    class_name = str(content.get("target", "")).rpartition(".")[2]
+    if class_name != target:
         raise ValueError(
-            f"expected the section {section} with target {target}, got {named or 'none'}, which would give"
-            " other results. Name the file of Hunyuan3D-2.1."
+            f"the section {section} must have the target {target}, got {class_name or 'no target'}. Pass the"
+            " folder of Hunyuan3D-2.1."
         )
-    # A section without known params, such as `pipeline`, may have any.
-    unknown = sorted(set(params) - set(known)) if isinstance(params, Mapping) and known else []
-    if unknown or not isinstance(params, Mapping):
-        got = ", ".join(unknown) or repr(params)
+    if not isinstance(content.get("params"), Mapping):
+        raise ValueError(f"the section {section} has no params. Download the file again.")
+    return dict(content["params"])
+
+
+def _settings(config: Mapping, section: str) -> dict:
+    """Return the params of an optional section of config.yaml. A missing section gives an empty dictionary.
+
+    Args:
+        config: content of config.yaml.
+        section: name of the section, a key of SETTINGS.
+    Raises: ValueError for another class or for unknown params, which would sample or crop in another way.
+    """
+    target, known_params = SETTINGS[section]
+    # Without the section the original uses its defaults.
+    if section not in config:
+        return {}
+    content = config[section] if isinstance(config[section], Mapping) else {}
+    class_name = str(content.get("target", "")).rpartition(".")[2]
+    params = content.get("params") or {}
+    # For example, the consistency scheduler of distilled models uses other times.
+    if class_name != target:
         raise ValueError(
-            f"expected the section {section} with the params {', '.join(known)}, got {got}. Others may change"
-            " the result: leave them out."
+            f"the section {section} must have the target {target}, got {class_name or 'no target'}. Pass the"
+            " folder of Hunyuan3D-2.1."
+        )
+    if not isinstance(params, Mapping):
+        raise ValueError(
+            f"the params of the section {section} must be a mapping, got {params!r}. Download the file again."
+        )
+    # A section without known params, such as `pipeline`, may have any params.
+    unknown_params = sorted(set(params) - set(known_params)) if known_params else []
+    if unknown_params:
+        raise ValueError(
+            f"the section {section} has the unknown params {', '.join(unknown_params)}, which may change the"
+            f" result. Remove them; supported are {', '.join(known_params)}."
         )
     if params.get("use_dynamic_shifting"):
         raise ValueError(
@@ -220,73 +245,94 @@ def _settings(written: Mapping, section: str) -> dict:
 
 
 def _image_encoder_config(params: Mapping) -> tuple[DinoConfig, bool]:
-    """Return the settings of the image encoder, and whether its class token is kept."""
+    """Return the configuration of the image encoder.
+
+    Args: params: params of the section conditioner.
+    Returns: configuration, and whether the class token is one of the conditioning tokens.
+    Raises: ValueError for an encoder other than a single DINOv2.
+    """
     encoder = params.get("main_image_encoder")
     encoder = encoder if isinstance(encoder, Mapping) else {}
     kind = encoder.get("type")
-    inner = encoder.get("kwargs")
-    inner = inner if isinstance(inner, Mapping) else {}
+    kwargs = encoder.get("kwargs")
+    kwargs = kwargs if isinstance(kwargs, Mapping) else {}
     if (
-        # drop_ratio is the dropout of the conditioning in training.
         kind != "DinoImageEncoder"
+        # drop_ratio is the dropout of the conditioning in training; it has no effect on sampling.
         or set(params) - {"main_image_encoder", "drop_ratio"}
-        or not isinstance(inner.get("config"), Mapping)
+        or not isinstance(kwargs.get("config"), Mapping)
     ):
         raise ValueError(
-            f"expected one DinoImageEncoder with its config as conditioner, got {kind!r} in {sorted(params)}."
-            " Name the file of Hunyuan3D-2.1."
+            f"the conditioner must be a single DinoImageEncoder with a config, got {kind!r} with the params"
+            f" {sorted(params)}. Pass the folder of Hunyuan3D-2.1."
         )
-    # `image_size` of the config is that of training; the one beside it is that of the input images.
-    config = {"image_size": ENCODER_SIZE, **inner["config"], "shown": inner.get("image_size", ENCODER_SIZE)}
-    return DinoConfig.of(config), bool(inner.get("use_cls_token", True))
+    # The inner value is the resolution at which DINOv2 was trained, the outer one that of the input images.
+    config = {"image_size": ENCODER_SIZE, **kwargs["config"], "shown": kwargs.get("image_size", ENCODER_SIZE)}
+    return DinoConfig.of(config), bool(kwargs.get("use_cls_token", True))
 
 
-def _build_config(kind: Any, params: Mapping, others: bool = False) -> Any:
-    """Build a config from its params.
+def _build_config(config_class: Any, params: Mapping, ignore_unknown: bool = False) -> Any:
+    """Build a configuration from params of config.yaml.
 
-    Args: others: ignore unknown params, as the original's class does.
+    Args:
+        config_class: dataclass of the configuration.
+        params: values of its fields by name.
+        ignore_unknown: if True, unknown params are ignored, as in the original's class. If False, they are an
+            error.
+    Raises: ValueError for unknown params.
     """
-    known = {field.name for field in fields(kind)}
-    unknown = sorted(set(params) - known)
-    # An unknown setting might build another network than the file's weights belong to.
-    if unknown and not others:
+    field_names = {field.name for field in fields(config_class)}
+    unknown_params = sorted(set(params) - field_names)
+    # With an unknown setting, the weights in the file may belong to another network.
+    if unknown_params and not ignore_unknown:
         raise ValueError(
-            f"expected the params of {TARGETS[VAE]}, got unknown {', '.join(unknown[:8])}. Name"
-            " Hunyuan3D-2.1's file."
+            f"the section {VAE} has params that {TARGETS[VAE]} does not have:"
+            f" {', '.join(unknown_params[:8])}. Pass the folder of Hunyuan3D-2.1."
         )
-    return kind(**{name: value for name, value in params.items() if name in known})
+    return config_class(**{name: value for name, value in params.items() if name in field_names})
 
 
-def read_sections(path: Path, needed: Sequence[str] = (MODEL, VAE)) -> dict[str, dict[str, torch.Tensor]]:
-    """Read the checkpoint's sections: nested dicts of a .ckpt, or names such as model.x of a .safetensors.
+def read_sections(path: Path, required: Sequence[str] = (MODEL, VAE)) -> dict[str, dict[str, torch.Tensor]]:
+    """Read the sections of a checkpoint.
 
-    Raises: ValueError for a damaged or foreign file, one that would run code, or one that lacks a needed
-        section.
+    A .ckpt file has one dictionary per section. A .safetensors file has names such as "model.x" for the
+    tensor x of the section model.
+
+    Args:
+        path: path of the checkpoint.
+        required: names of sections that must not be missing or empty.
+    Returns: tensors by section and name.
+    Raises: ValueError for a damaged file, a file of another kind, a file that would run code when it is read,
+        or a missing section.
     """
-    held = content(path, "checkpoint")
+    sections = content(path, "checkpoint")
     if path.suffix == ".safetensors":
-        # The part before the first dot is the section; the inner dict removes duplicates and keeps the order.
-        held = {
-            section: below(held, f"{section}.") for section in {name.partition(".")[0]: None for name in held}
-        }
-    # An empty section counts as missing.
-    lacking = [
-        s for s in needed if not (isinstance(held, dict) and isinstance(held.get(s), dict) and held[s])
+        # The section is the part of a name before the first dot. dict.fromkeys keeps the order of the file.
+        section_names = dict.fromkeys(name.partition(".")[0] for name in sections)
+        sections = {section: below(sections, f"{section}.") for section in section_names}
+    # An empty section counts as missing, and a file that is no dictionary has no section.
+    missing_sections = [
+        section
+        for section in required
+        if not (isinstance(sections, dict) and isinstance(sections.get(section), dict) and sections[section])
     ]
-    if lacking:
+    if missing_sections:
         raise ValueError(
-            f"{path}: expected the sections {', '.join(needed)}, but {', '.join(lacking)} is missing. Use the"
-            " released checkpoint."
+            f"{path}: the checkpoint must have the sections {', '.join(required)}, but"
+            f" {', '.join(missing_sections)} is missing. Download the released checkpoint again."
         )
-    present = [s for s in TARGETS if s in held]
-    # Only the known sections are checked; a file may hold more.
-    foreign = [f"{s}.{n}" for s in present for n, x in held[s].items() if not isinstance(x, torch.Tensor)]
-    if foreign:
+    # Only the sections that are read are checked; a file may have more.
+    non_tensors = []
+    for section in TARGETS:
+        for name, value in sections.get(section, {}).items():
+            if not isinstance(value, torch.Tensor):
+                non_tensors.append(f"{section}.{name}")
+    if non_tensors:
         raise ValueError(
-            f"{path}: expected tensors by name, got other values at {', '.join(map(str, foreign[:8]))}. Use"
-            " the released checkpoint."
+            f"{path}: the values {', '.join(non_tensors[:8])} are no tensors. Download the released"
+            " checkpoint again."
         )
-    return held
+    return sections
 
 
 def denoiser(
@@ -295,16 +341,25 @@ def denoiser(
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
 ) -> Denoiser:
-    """Build the flow's network from the section model, strictly. dtype None keeps the file's dtypes."""
-    return _loaded(Denoiser, files.model, sections[MODEL], f"{files.checkpoint}, {MODEL}", dtype, device)
+    """Build the network of the flow from the section model. Names and shapes must match exactly.
+
+    Args:
+        files: settings of config.yaml.
+        sections: tensors of the checkpoint.
+        dtype: dtype of the weights; None keeps the dtypes of the file.
+        device: device of the network.
+    """
+    return _load_network(
+        Denoiser, files.model, sections[MODEL], f"{files.checkpoint}, {MODEL}", dtype, device
+    )
 
 
 def decoder(files: ShapeFiles, sections: Sections, device: str | torch.device = "cpu") -> ShapeDecoder:
-    """Build the decoder of the autoencoder in float32. Other entries of the section are ignored, as in the
-    original.
+    """Build the decoder of the autoencoder in float32, also if the checkpoint is in half precision.
+
+    Other tensors of the section vae are ignored, as in the original.
     """
-    # In float32, also where the file is in half precision.
-    return _loaded(
+    return _load_network(
         ShapeDecoder,
         files.vae,
         decoding_half(files, sections),
@@ -315,60 +370,69 @@ def decoder(files: ShapeFiles, sections: Sections, device: str | torch.device = 
 
 
 def decoding_half(files: ShapeFiles, sections: Sections) -> Mapping[str, torch.Tensor]:
-    """Return the decoder's tensors. Raises: ValueError for missing or misshapen tensors."""
+    """Return the tensors of the decoder. Raises: ValueError for missing tensors or tensors of another
+    shape.
+    """
+    # Built on the meta device, only for the names and shapes of its tensors.
     expected = empty(lambda: ShapeDecoder(files.vae)).state_dict()
-    half = {name: tensor for name, tensor in sections[VAE].items() if not name.startswith(ENCODER_HALF)}
-    if expected.keys() <= half.keys():
-        # Entries beyond the decoder's are dropped; if any is missing, the check below names it.
-        half = {name: half[name] for name in expected}
-    check_fit(expected, half, f"{files.checkpoint}, {VAE}")
-    return half
+    tensors = {name: tensor for name, tensor in sections[VAE].items() if not name.startswith(ENCODER_HALF)}
+    if expected.keys() <= tensors.keys():
+        # Tensors that the decoder does not have are ignored. A missing tensor is reported by the check below.
+        tensors = {name: tensors[name] for name in expected}
+    check_fit(expected, tensors, f"{files.checkpoint}, {VAE}")
+    return tensors
 
 
 def encoder(files: ShapeFiles, sections: Sections, device: str | torch.device = "cpu") -> ShapeEncoder:
     """Build the encoder of the autoencoder in float32.
 
-    It is read from the checkpoint, or else from the autoencoder's own folder beside it.
+    It is read from the checkpoint, or from the separate folder of the autoencoder beside it.
 
-    Raises: FileNotFoundError if neither holds it.
+    Raises: FileNotFoundError if neither has the encoder.
     """
-    path, half = _encoding(files, sections[VAE])
-    if not half:
-        # The repository has both folders side by side.
-        place = files.root.parent / VAE_FOLDER
+    path, tensors = _encoding(files, sections[VAE])
+    if not tensors:
+        # The released repository has the two folders side by side.
+        vae_folder = files.root.parent / VAE_FOLDER
         raise FileNotFoundError(
-            f"{path}: neither this file nor {place} holds the encoder of the autoencoder. Download that"
-            " folder."
+            f"The encoder of the autoencoder is neither in {path} nor in {vae_folder}. Download the folder"
+            f" {VAE_FOLDER} of the released repository to {vae_folder}."
         )
-    return _loaded(ShapeEncoder, files.vae, half, f"{path}, {VAE}", torch.float32, device)
+    return _load_network(ShapeEncoder, files.vae, tensors, f"{path}, {VAE}", torch.float32, device)
 
 
 def _encoding(files: ShapeFiles, vae: Mapping[str, torch.Tensor]) -> tuple[Path, Mapping[str, torch.Tensor]]:
-    """Return the file and the tensors of the encoder.
+    """Return the file and the tensors of the autoencoder's encoder.
 
-    The checkpoint is preferred to the autoencoder's own folder, which is released beside it.
+    The checkpoint is preferred to the separate folder of the autoencoder. If neither has the encoder, the
+    checkpoint and no tensors are returned.
+
+    Args: vae: tensors of the section vae of the checkpoint.
     """
-    there = [path for name in CHECKPOINTS if (path := files.root.parent / VAE_FOLDER / name).is_file()]
+    vae_folder = files.root.parent / VAE_FOLDER
+    vae_files = [vae_folder / name for name in CHECKPOINTS if (vae_folder / name).is_file()]
     in_checkpoint = any(name.startswith(ENCODER_HALF) for name in vae)
-    if in_checkpoint or not there:
+    if in_checkpoint or not vae_files:
         path = files.checkpoint
         state = vae
     else:
-        # The autoencoder's own file is one flat state dict, without sections.
-        path = there[0]
+        # The file in the separate folder has no sections, only the tensors of the autoencoder.
+        path = vae_files[0]
         state = content(path, "checkpoint")
     return path, {name: tensor for name, tensor in state.items() if name.startswith(ENCODER_HALF)}
 
 
 def image_encoder(files: ShapeFiles, sections: Sections, device: str | torch.device = "cpu") -> Dino:
-    """Build the image encoder strictly, in float32."""
-    # Weights of another encoder would otherwise be dropped without an error.
-    foreign = [name for name in sections[CONDITIONER] if not name.startswith(ENCODER)]
-    if foreign:
-        where = f"{files.checkpoint}, {CONDITIONER}"
+    """Build the image encoder in float32. Names and shapes must match exactly.
+
+    Raises: ValueError for tensors that do not belong to the image encoder.
+    """
+    # Without this check, weights of a second encoder would be ignored without an error.
+    unknown_names = [name for name in sections[CONDITIONER] if not name.startswith(ENCODER)]
+    if unknown_names:
         raise ValueError(
-            f"{where}: expected only names that begin with {ENCODER}, got {', '.join(foreign[:8])}. Use the"
-            " released checkpoint."
+            f"{files.checkpoint}, {CONDITIONER}: all names must begin with {ENCODER}, got"
+            f" {', '.join(unknown_names[:8])}. Download the released checkpoint again."
         )
     return load_dino(
         files.encoder,
@@ -378,39 +442,47 @@ def image_encoder(files: ShapeFiles, sections: Sections, device: str | torch.dev
     )
 
 
-def _loaded(
-    kind: Any,
+def _load_network(
+    network_class: Any,
     config: Any,
     state: Mapping[str, torch.Tensor],
-    who: str,
+    message_prefix: str,
     dtype: torch.dtype | None,
     device: str | torch.device,
 ) -> Any:
-    """Build a network on the meta device, fill it strictly, freeze it and move it to the device."""
-    return frozen(fill(empty(lambda: kind(config)), state, who, types=dtype, device=device), device)
+    """Build a frozen network from its tensors. Names and shapes must match exactly.
+
+    The network is first built on the meta device, so that its memory is allocated only once.
+    """
+    network = fill(empty(lambda: network_class(config)), state, message_prefix, types=dtype, device=device)
+    return frozen(network, device)
 
 
 def write_checkpoint(source: Path, target: Path, state: Mapping[str, torch.Tensor]) -> None:
-    """Write a copy of the checkpoint in which the flow's network is replaced; every tensor keeps its
-    dtype.
+    """Write a copy of a checkpoint with other weights of the flow. Each tensor has the dtype of the source.
+
+    Args:
+        source: path of the checkpoint to copy.
+        target: path of the file to write.
+        state: tensors of the flow by name.
     """
-    # All sections are read, not only the flow's, so that they are written again.
+    # All sections are read, because all are written to the copy.
     sections = read_sections(source, (MODEL,))
-    held: dict = {**sections, MODEL: in_types_of(sections[MODEL], state)}
-    # This format has no nesting: sections become prefixes again.
+    new_content: dict = {**sections, MODEL: in_types_of(sections[MODEL], state)}
     if target.suffix == ".safetensors":
-        held = {
-            f"{section}.{name}": tensor
-            for section, tensors in held.items()
-            for name, tensor in tensors.items()
-        }
-    rewrite(target, held)
+        # This format cannot store nested dictionaries, so sections become prefixes of the names.
+        flat_content = {}
+        for section, tensors in new_content.items():
+            flat_content.update({f"{section}.{name}": tensor for name, tensor in tensors.items()})
+        new_content = flat_content
+    rewrite(target, new_content)
 
 
 def source_of(files: ShapeFiles, sections: Sections) -> str:
-    """Describe the encoder and the preprocessing of images, as files of embeddings state them.
+    """Return a text that names the image encoder and the preprocessing of images.
 
-    Without the encoder's weights in the checkpoint, only the preprocessing is described.
+    Files of embeddings contain this text and are compared by it. If the checkpoint lacks the encoder's
+    weights, "*" stands for the encoder.
     """
     # "*" matches any encoder; see `check_source` in base/conditioning.py.
     weights = sections.get(CONDITIONER)
@@ -418,49 +490,64 @@ def source_of(files: ShapeFiles, sections: Sections) -> str:
 
 
 def release(root: Path, stages: Sequence[str]) -> Release:
-    """Describe the folder to export: the shape's folder, the autoencoder, the licence, and a notice of the
-    change.
+    """Describe the folder to export.
 
-    The original's loader opens it without an argument if the checkpoint has the released name,
-    model.fp16.ckpt.
+    It has the folder of the shape with the tuned checkpoint, the folder of the autoencoder, the licence, and
+    a notice of the change. The original's loader opens it without further arguments if the checkpoint has the
+    released name, model.fp16.ckpt.
+
+    Args:
+        root: folder of the generator.
+        stages: names of the tuned stages.
     """
     files = read_files(root)
     sections = read_sections(files.checkpoint, (MODEL,))
-    written = f"{FOLDER}/{files.checkpoint.name}"
-    # A flat folder without the released subfolder is its own repository.
+    exported_checkpoint = f"{FOLDER}/{files.checkpoint.name}"
+    # If config.yaml is not in the released subfolder, its folder is treated as the repository.
     repository = files.root.parent if files.root.name == FOLDER else files.root
-    # Licence and notice files of both places; the file names are matched in two spellings.
-    papers = [
-        path for place in (files.root, repository) for kind in LICENCES for path in sorted(place.glob(kind))
-    ]
-    # The licence requires a notice of every changed file; an earlier notice is replaced.
-    kept = {path.name: path for path in papers if path.is_file() and path.name != "Notice"}
-    notice = NOTICE_FILE.format(file=written, papers=", ".join(kept) or "LICENSE").encode()
+    # Licence and notice files of both folders, by file name.
+    licence_files = {}
+    for folder in (files.root, repository):
+        for pattern in LICENCES:
+            for path in sorted(folder.glob(pattern)):
+                # The licence requires a notice of every changed file. An earlier "Notice" is replaced below.
+                if path.is_file() and path.name != "Notice":
+                    licence_files[path.name] = path
+    notice = NOTICE_FILE.format(
+        file=exported_checkpoint, papers=", ".join(licence_files) or "LICENSE"
+    ).encode()
     vae = {
         f"{VAE_FOLDER}/{path.name}": path for path in (repository / VAE_FOLDER).glob("*") if path.is_file()
     }
     # The network is read and written only when the export runs.
     stored = Stored(
-        file=written,
+        file=exported_checkpoint,
         load=partial(denoiser, files, sections),
         write=partial(write_checkpoint, files.checkpoint),
     )
     config = {f"{FOLDER}/{CONFIG}": files.root / CONFIG}
-    return Release(files={**kept, **vae, **config, "Notice": notice}, networks=dict.fromkeys(stages, stored))
+    return Release(
+        files={**licence_files, **vae, **config, "Notice": notice}, networks=dict.fromkeys(stages, stored)
+    )
 
 
 def networks(root: Path) -> list[Network]:
-    """List all four networks with expected and present tensors; the autoencoder's halves count separately."""
+    """List the four networks with their expected and their stored tensors, for `flow check`.
+
+    They are the flow, the decoder and the encoder of the autoencoder, and the image encoder.
+    """
     files = read_files(root)
-    # Nothing is required here, so that missing networks are listed instead of raising an error.
+    # No section is required here, so that missing networks are listed and raise no error.
     sections = read_sections(files.checkpoint, ())
     vae = sections.get(VAE, {})
-    place, encoding = _encoding(files, vae)
-    # The section vae holds both halves, which are listed separately.
-    decoding = _shapes(lambda: ShapeDecoder(files.vae))
-    half = {name: tensor for name, tensor in vae.items() if not name.startswith(ENCODER_HALF)}
-    half = {name: half[name] for name in decoding} if decoding.keys() <= half.keys() else half
-    encoder_tensors = below(sections.get(CONDITIONER, {}), ENCODER)
+    encoder_file, vae_encoder_tensors = _encoding(files, vae)
+    # The section vae has the tensors of decoder and encoder.
+    decoder_shapes = _shapes(lambda: ShapeDecoder(files.vae))
+    decoder_tensors = {name: tensor for name, tensor in vae.items() if not name.startswith(ENCODER_HALF)}
+    if decoder_shapes.keys() <= decoder_tensors.keys():
+        # Tensors that the decoder does not have are ignored, as in `decoding_half`.
+        decoder_tensors = {name: decoder_tensors[name] for name in decoder_shapes}
+    image_encoder_tensors = below(sections.get(CONDITIONER, {}), ENCODER)
     return [
         Network(
             name="flow of shapes",
@@ -472,15 +559,15 @@ def networks(root: Path) -> list[Network]:
         Network(
             name="autoencoder, latents to shapes",
             file=files.checkpoint,
-            expected=decoding,
-            tensors=half,
+            expected=decoder_shapes,
+            tensors=decoder_tensors,
             released=(266, 214_212_865),
         ),
         Network(
             name="autoencoder, shapes to latents",
-            file=place,
+            file=encoder_file,
             expected=_shapes(lambda: ShapeEncoder(files.vae)),
-            tensors=encoding,
+            tensors=vae_encoder_tensors,
             without="encoding your own meshes as pairs",
             released=(144, 113_533_312),
         ),
@@ -488,7 +575,7 @@ def networks(root: Path) -> list[Network]:
             name="DINOv2",
             file=files.checkpoint,
             expected=_shapes(lambda: Dino(files.encoder)),
-            tensors=encoder_tensors,
+            tensors=image_encoder_tensors,
             without="embedding images",
             released=(439, 304_368_640),
         ),
@@ -496,5 +583,5 @@ def networks(root: Path) -> list[Network]:
 
 
 def _shapes(make: Callable[[], nn.Module]) -> dict[str, list[int]]:
-    """Return the shapes of a network's tensors by name, without allocating them."""
+    """Return the shapes of a network's tensors by name. The network is built on the meta device."""
     return shapes(empty(make).state_dict())

@@ -1,8 +1,8 @@
-"""Opening of problems: the only module that reads a generator's folder together with preference pairs.
+"""Functions that open a generator's folder and its preference pairs as a `Problem` (base/problem.py).
 
-A folder with a generator's networks becomes a `Problem`, together with
+The networks are read from the generator's folder. The pairs are read from a second folder, PAIRS:
 
-    PAIRS/<stage>                     pairs of a stage; some stages may be missing
+    PAIRS/<stage>                     preference pairs of a stage; some stages may have none
     PAIRS/conditioning.safetensors    embeddings of the pairs' prompts
 """
 
@@ -33,10 +33,13 @@ from eg3d_rlhf.tuning.flow.families import check_source, family_of, reject_unrea
 
 
 def open_problem(source: ProblemSource, device: str | torch.device = "cpu") -> Problem:
-    """Open the problem of a bundled generator, or of a folder of any family.
+    """Open the problem of a bundled generator, or of the folder of a generator.
 
-    Raises: ValueError or OSError for files that are missing or do not fit, and for options that the family
-        does not read.
+    Args:
+        source: settings that name the generator, the pairs and the conditioning.
+        device: device of the networks.
+    Raises: ValueError for files that do not fit each other, and for options that have no effect on this
+        generator; OSError for missing files.
     """
     check_source(source)
     family = family_of(Path(source.pipeline))
@@ -47,7 +50,7 @@ def open_problem(source: ProblemSource, device: str | torch.device = "cpu") -> P
         f"only applies to other generators and has no effect on {family.name}",
     )
     if source.pairs is None and not source.needs_pairs and not family.bundled:
-        # Only a reward from elsewhere is used, for example by online tuning.
+        # Without pairs, a separate reward must be used, as in online tuning.
         problem = open_embeddings(family, source, device)
     else:
         problem = (
@@ -62,7 +65,11 @@ def open_problem(source: ProblemSource, device: str | torch.device = "cpu") -> P
 
 
 def pairs_in(family: FlowFamily, source: ProblemSource) -> dict[str, Path]:
-    """Return the folders of pairs by stage. Raises: see `pair_folders`."""
+    """Return the folders of preference pairs by stage: those in --pairs, or in the subfolder pairs of the
+    generator.
+
+    Raises: FileNotFoundError or ValueError; see `pair_folders`.
+    """
     return pair_folders(Path(source.pairs or Path(source.pipeline) / "pairs"), family.stages)
 
 
@@ -73,69 +80,92 @@ def open_folder(
     stages: Sequence[str] | None = None,
     rewards: bool = True,
 ) -> Problem:
-    """Open a folder and the pairs of its stages as a problem.
+    """Open a generator's folder and the preference pairs of its stages as a problem.
 
-    Prompts are divided by a hash of their names. A share is held out; if it has two or more prompts, half of
-    it serves to choose checkpoints. If the family fits rewards to pairs of the last stage, three are fitted
-    to pairs
-    of different prompts: to one half of the training prompts (w1 and w2), to the other half (held-out win
-    rate), and to the held-out prompts (final table). If a stage has no pairs, only the first reward is
-    fitted.
+    A hash of the prompts' names divides the prompts into training prompts and held-out prompts. If there are
+    two or more held-out prompts, half of them are used to choose checkpoints.
+
+    If the family can fit rewards to pairs of the last stage, up to three rewards are fitted to pairs of
+    different prompts. The first uses half of the training prompts. The tuning loop selects and weights pairs
+    with it; see training/circular/loop_pairs.py. The second uses the other half of the training prompts. It
+    computes the held-out win rate, by which checkpoints are chosen. The third uses the held-out prompts, and
+    evaluates the final table. If a stage has no pairs, only the first reward is fitted.
 
     Args:
-        stages: see `FlowFamily.load`.
-        rewards: False leaves the rewards out.
+        family: family of the generator.
+        source: settings that name the generator, the pairs and the conditioning.
+        device: device of the networks.
+        stages: names of the stages whose flows are needed, or None for all; see `FlowFamily.load`.
+        rewards: if False, no reward is fitted.
     Raises: FileNotFoundError or ValueError for files that are missing, damaged or do not fit each other.
     """
     folders = pairs_in(family, source)
     fit = family.fit_reward if rewards and isinstance(family, FitsRewards) else None
-    place = embeddings_beside(folders, None if source.conditions is None else Path(source.conditions))
+    embeddings_path = embeddings_beside(
+        folders, None if source.conditions is None else Path(source.conditions)
+    )
     # Read before the networks, so that a missing file is reported within seconds.
-    tokens = read_conditions(place, zero_null=family.zero_null)
-    # Raises early for missing networks that only the rewards would need.
+    tokens = read_conditions(embeddings_path, zero_null=family.zero_null)
+    # An error for missing networks that only the rewards need is raised here, before the flows are read.
     files = family.files(Path(source.pipeline), tuple(folders))
     pipeline = family.load(
         Path(source.pipeline), tokens, stages=stages, dtype=getattr(torch, source.dtype), device=device
     )
-    # Hashes of all inputs; artefacts made from this problem are named by them.
-    identity = _identity(family, source, place, files)
-    read = read_stages(folders, pipeline, functools.partial(family.check_pairs, pipeline))
-    prompts = sorted({pair.condition for pairs in read.values() for pair in pairs})
-    tokens.select(prompts)  # raises for prompts without an embedding
-    trained, choosing, held = map(list, source.splits or divided(prompts, source.seed, source.held_out))
-    last = pipeline.stages[-1].name
+    # Hashes of all inputs. They name the artefacts that are made from this problem.
+    identity = _identity(family, source, embeddings_path, files)
+    pairs_by_stage = read_stages(folders, pipeline, functools.partial(family.check_pairs, pipeline))
+    prompts = sorted({pair.condition for pairs in pairs_by_stage.values() for pair in pairs})
+    tokens.select(prompts)  # raises an error for prompts without an embedding
+    training_prompts, choosing_prompts, table_prompts = map(
+        list, source.splits or divided(prompts, source.seed, source.held_out)
+    )
+    last_stage = pipeline.stages[-1].name
 
-    def pairs_under(names: Sequence[str]) -> PairsByStage:
-        return PairsByStage(folders, lambda stage: pairs_of_conditions(read[stage], names))
+    def select_pairs(names: Sequence[str]) -> PairsByStage:
+        """Return the pairs of some prompts, by stage."""
+        # Computed on access: pairs of a stage are selected when the stage is trained.
+        return PairsByStage(folders, lambda stage: pairs_of_conditions(pairs_by_stage[stage], names))
 
-    def fitted(title: str, names: Sequence[str]) -> AssetReward | None:
+    def fit_to_prompts(title: str, names: Sequence[str]) -> AssetReward | None:
+        """Fit a reward to the last stage's pairs of some prompts; None if the family fits no rewards."""
         if fit is None:
             return None
-        return fit(pipeline, pairs_of_conditions(read.get(last, ()), names), title)
+        return fit(pipeline, pairs_of_conditions(pairs_by_stage.get(last_stage, ()), names), title)
 
-    # The last two rewards evaluate whole assets, for which every stage must be trained.
-    evaluated = fit is not None and set(folders) == {stage.name for stage in pipeline.stages} and bool(held)
-    # Different prompts, so that the reward that trains and the one that chooses share no pair.
-    halves = (trained[0::2], trained[1::2]) if len(trained) > 1 else (trained, [])
+    # The second and the third reward evaluate assets that went through all stages, so all must have pairs.
+    has_evaluators = (
+        fit is not None and set(folders) == {stage.name for stage in pipeline.stages} and bool(table_prompts)
+    )
+    # Every second prompt, so that the reward for training and the reward for choosing share no pair.
+    if len(training_prompts) > 1:
+        reward_prompts = training_prompts[0::2]
+        chooser_prompts = training_prompts[1::2]
+    else:
+        # A single prompt cannot be divided, so there is no reward for choosing.
+        reward_prompts = training_prompts
+        chooser_prompts = []
     return Problem(
         pipeline=pipeline,
-        train_conditions=trained,
-        held_out_conditions=held,
-        choosing_conditions=choosing,
-        # Computed on access: pairs of a stage are filtered when the stage is trained
-        train_pairs=pairs_under(trained),
-        unseen_pairs=pairs_under([*choosing, *held]),
-        reward=fitted("reward", halves[0]),
-        chooser=fitted("chooser", halves[1]) if evaluated and halves[1] else None,
-        final=fitted("final evaluator", held) if evaluated else None,
-        fitted_to={"reward": halves[0], "chooser": halves[1], "final": held},
+        train_conditions=training_prompts,
+        held_out_conditions=table_prompts,
+        choosing_conditions=choosing_prompts,
+        train_pairs=select_pairs(training_prompts),
+        unseen_pairs=select_pairs([*choosing_prompts, *table_prompts]),
+        reward=fit_to_prompts("reward", reward_prompts),
+        chooser=fit_to_prompts("chooser", chooser_prompts) if has_evaluators and chooser_prompts else None,
+        final=fit_to_prompts("final evaluator", table_prompts) if has_evaluators else None,
+        fitted_to={"reward": reward_prompts, "chooser": chooser_prompts, "final": table_prompts},
+        # The fit of a linear reward has no randomness, so the seed is ignored.
         fit_reward=(
-            None if fit is None or last not in folders else lambda pairs, seed: fit(pipeline, pairs, "reward")
+            None
+            if fit is None or last_stage not in folders
+            else lambda pairs, seed: fit(pipeline, pairs, "reward")
         ),
         identity={
             **identity,
             "pairs": {stage: pairs_hash(folder) for stage, folder in folders.items()},
             "seed": source.seed,
+            # Explicit splits replace the share of held-out prompts.
             **(
                 {"held_out": source.held_out}
                 if source.splits is None
@@ -146,43 +176,55 @@ def open_folder(
 
 
 def open_embeddings(family: FlowFamily, source: ProblemSource, device: str | torch.device = "cpu") -> Problem:
-    """Open a folder and embeddings as a problem without pairs, for a reward from elsewhere.
+    """Open a generator's folder and embeddings as a problem without preference pairs.
 
-    The empty conditioning is the embedding of '' if the file has it, else zeros.
+    The caller must provide a reward, as in online tuning. The empty conditioning is the embedding of the
+    empty text '' if the file of embeddings has it, and zeros otherwise.
 
-    Raises: ValueError for missing embeddings, or for options that have no effect without pairs.
+    Args:
+        family: family of the generator.
+        source: settings that name the generator and the conditioning.
+        device: device of the networks.
+    Raises: ValueError if --conditioning is missing, or for options that have no effect without pairs.
     """
-    extra = unread_options(source, COMMON)
-    if extra:
+    unread_flags = unread_options(source, COMMON)
+    if unread_flags:
         raise ValueError(
-            f"{extra}: has no effect with --pipeline=DIR and --conditioning without --pairs. Leave it out."
+            f"{unread_flags} has no effect with --pipeline=DIR and --conditioning without --pairs. Remove"
+            f" {unread_flags} from the command."
         )
     if source.conditions is None:
         raise ValueError(
-            "--conditioning: required with --pipeline=DIR if --pairs is not given. Name the embeddings' file."
+            "--conditioning is missing. With --pipeline=DIR and without --pairs, pass the file of"
+            " embeddings as --conditioning=FILE."
         )
     root = Path(source.pipeline)
-    place = Path(source.conditions)
-    tokens = read_conditions(place, zero_null=family.zero_null)
-    # The file's embedding of '' is preferred to zeros.
+    embeddings_path = Path(source.conditions)
+    tokens = read_conditions(embeddings_path, zero_null=family.zero_null)
+    # Zeros are used only if the file has no embedding of '' (NULL).
     tokens = replace(tokens, zero_null=tokens.zero_null and NULL not in tokens.tokens)
     pipeline = family.load(root, tokens, dtype=getattr(torch, source.dtype), device=device)
-    identity = _identity(family, source, place, family.files(root))
-    trained, choosing, held = divided(tokens.names, source.seed, source.held_out)
+    identity = _identity(family, source, embeddings_path, family.files(root))
+    training_prompts, choosing_prompts, table_prompts = divided(tokens.names, source.seed, source.held_out)
     return Problem(
         pipeline=pipeline,
-        train_conditions=trained,
-        held_out_conditions=held,
-        choosing_conditions=choosing,
-        # Every stage exists, without pairs
+        train_conditions=training_prompts,
+        held_out_conditions=table_prompts,
+        choosing_conditions=choosing_prompts,
+        # Every stage is listed, with no pairs.
         train_pairs={stage.name: [] for stage in pipeline.stages},
         identity={**identity, "seed": source.seed, "held_out": source.held_out},
     )
 
 
 def _identity(family: FlowFamily, source: ProblemSource, embeddings: Path, files: Mapping[str, Path]) -> dict:
-    """Return the hashes that identify a problem's files, as JSON values. They name artefacts, so the keys
-    must stay.
+    """Return the hashes of a problem's files, in JSON types.
+
+    Names of stored artefacts are computed from them, so the keys must not be renamed.
+
+    Args:
+        embeddings: file or folder of the prompts' embeddings.
+        files: other files of the problem, by name.
     """
     hashes = {name: file_hash(path) for name, path in files.items()}
     return {"problem": family.name, "dtype": source.dtype, "conditions": hash_of(embeddings), "files": hashes}
@@ -191,57 +233,75 @@ def _identity(family: FlowFamily, source: ProblemSource, embeddings: Path, files
 def read_stages(
     folders: Mapping[str, Path], pipeline: Pipeline, check: Callable[[Path, str, Mapping], None]
 ) -> dict[str, list[PreferencePair]]:
-    """Read the pairs of every stage from its folder; returns them by stage.
+    """Read the preference pairs of every stage from its folder.
 
-    Args: check: raises ValueError for pairs of another pipeline, given the folder, the stage and meta.json.
-    Raises: ValueError if the stages do not compare the same assets: the loop samples a stage on what the
-        preferred asset of the previous stage leaves to it.
+    Args:
+        folders: folder of the pairs by stage.
+        pipeline: pipeline to which the pairs must belong.
+        check: function that raises ValueError for pairs of another pipeline. Its arguments are the folder,
+            the stage and the content of meta.json.
+    Returns: pairs by stage.
+    Raises: ValueError if the stages do not compare the same assets. They must, because the tuning loop
+        samples a stage with the output of the previous stage for the preferred asset.
     """
-    read: dict[str, list[PreferencePair]] = {}
+    pairs_by_stage: dict[str, list[PreferencePair]] = {}
     for stage, folder in folders.items():
-        read[stage], meta = read_pairs(folder, stage_of(pipeline, stage))
-        if (got := meta.get("convention")) != CONVENTION:
-            # Another convention of the time would silently train towards the noise.
+        pairs_by_stage[stage], meta = read_pairs(folder, stage_of(pipeline, stage))
+        convention = meta.get("convention")
+        if convention != CONVENTION:
+            # If time ran the other way, training would silently approach noise.
             raise ValueError(
-                f"{folder}: expected the convention {CONVENTION!r}, got {got!r}. Make the pairs again with"
-                " this program."
+                f"{folder}/meta.json: expected the convention {CONVENTION!r}, got {convention!r}. Make the"
+                " pairs again with `eg3d-rlhf flow tune WORK --pairs-only`."
             )
         check(folder, stage, meta)
-    # Ids and prompts are compared across stages, in any order.
-    (first, pairs), *others = read.items()
-    expected = {(pair.id, pair.condition) for pair in pairs}
-    for stage, pairs_there in others:
-        unmatched = sorted({(pair.id, pair.condition) for pair in pairs_there} ^ expected)
-        if unmatched:
+    # Every stage is compared with the first one. The order of pairs may differ between stages.
+    (first_stage, first_pairs), *other_stages = pairs_by_stage.items()
+    expected = {(pair.id, pair.condition) for pair in first_pairs}
+    for stage, stage_pairs in other_stages:
+        # Pairs (id, prompt) that only one of the two stages has.
+        unmatched_pairs = sorted({(pair.id, pair.condition) for pair in stage_pairs} ^ expected)
+        if unmatched_pairs:
             raise ValueError(
-                f"pairs: stages {first!r} and {stage!r} must have the same pairs, but {len(unmatched)} pairs"
-                f" are missing from one of them, the first is {unmatched[0][0]!r}. Make both from the same"
-                " assets."
+                f"--pairs: stages {first_stage!r} and {stage!r} must have the same pairs, but"
+                f" {len(unmatched_pairs)} pairs are missing from one of them, for example"
+                f" {unmatched_pairs[0][0]!r}. Make the pairs of both stages from the same assets."
             )
-    return read
+    return pairs_by_stage
 
 
 def divided(names: Sequence[str], seed: int, held_out: float) -> tuple[list[str], list[str], list[str]]:
-    """Divide prompts by a hash of their names into those to train on, to choose on, and of the final table.
+    """Divide prompts, by a hash of their names, for training, for choosing checkpoints, and for the final
+    table.
 
-    The last two share `held_out` of the prompts. At least one prompt is trained on and, if there are two or
-    more, at least one is held out.
+    At least one prompt is for training. If there are two or more prompts, at least one is held out.
+
+    Args:
+        names: names of the prompts, in any order.
+        seed: seed of the division.
+        held_out: share of the prompts, 0..1, that is not for training. Half of it is for choosing
+            checkpoints, the other half for the final table.
+    Returns: names of the prompts for training, for choosing, and for the final table.
     """
-    # By hash, so that the order of the file does not matter.
+    # Sorted by hash, so that the order of the names in the file does not matter.
     order = sorted(names, key=lambda name: hashlib.sha256(f"{seed} {name}".encode()).digest())
-    # At least one is held out, and at least one is left to train on.
-    count = min(max(1, round(held_out * len(order))), len(order) - 1)
-    # A single held-out prompt goes to the table, because count // 2 is then 0.
-    return order[count:], order[: count // 2], order[count // 2 : count]
+    # At least one prompt is held out, and at least one remains for training.
+    held_out_count = min(max(1, round(held_out * len(order))), len(order) - 1)
+    # A single held-out prompt is for the table, because choosing_count is then 0.
+    choosing_count = held_out_count // 2
+    return order[held_out_count:], order[:choosing_count], order[choosing_count:held_out_count]
 
 
 def pair_folders(path: Path, stages: Sequence[str]) -> dict[str, Path]:
-    """Return the folders of pairs by stage, from a folder that holds one for each stage, or from one such
-    folder.
+    """Return the folders of preference pairs by stage.
 
-    Raises: FileNotFoundError, ValueError.
+    Args:
+        path: folder with one subfolder per stage, or the folder of a single stage.
+        stages: names of the generator's stages.
+    Raises: FileNotFoundError if there is no folder of pairs; ValueError if the pairs belong to a stage that
+        the generator does not have.
     """
-    # The path is the folder of one stage itself.
+    # A folder with meta.json is the folder of a single stage.
     if (path / "meta.json").is_file():
         folders = {_stage_in(path / "meta.json"): path}
     else:
@@ -249,51 +309,58 @@ def pair_folders(path: Path, stages: Sequence[str]) -> dict[str, Path]:
     if not folders:
         subfolders = " or ".join(stages)
         raise FileNotFoundError(
-            f"pairs: {path} is no folder of pairs and has no subfolder {subfolders}. Make pairs: eg3d-rlhf"
-            " flow tune WORK --pairs-only."
+            f"--pairs: {path} has neither a file meta.json nor a subfolder {subfolders}. Make pairs with"
+            " `eg3d-rlhf flow tune WORK --pairs-only`."
         )
     # meta.json may name a stage of another family.
-    unknown = sorted(set(folders) - set(stages))
-    if unknown:
+    unknown_stages = sorted(set(folders) - set(stages))
+    if unknown_stages:
         raise ValueError(
-            f"pairs: expected the stages {' and '.join(stages)}, got {', '.join(unknown)}. The pairs belong"
-            " to another pipeline: name the right folder."
+            f"--pairs: the pairs in {path} are of stage {', '.join(unknown_stages)}, but this generator has"
+            f" the stages {' and '.join(stages)}. Pass the pairs of this generator."
         )
     return folders
 
 
 def _stage_in(path: Path) -> str:
+    """Read the name of the stage from the meta.json of a folder of pairs."""
     try:
-        # meta.json was written together with the pairs.
         return str(json.loads(path.read_text())["stage"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{path}: expected JSON with a key 'stage', got {error}. Restore the file."
+            f"{path}: the name of the stage cannot be read from the key 'stage' ({error}). Make the pairs"
+            " again with `eg3d-rlhf flow tune WORK --pairs-only`."
         ) from None
 
 
-def embeddings_beside(folders: Mapping[str, Path], given: Path | None = None) -> Path:
-    """Return the file of embeddings: the given one, else the one beside the pairs.
+def embeddings_beside(folders: Mapping[str, Path], requested: Path | None = None) -> Path:
+    """Return the file of embeddings: `requested` if it is not None, and otherwise the file beside the pairs.
 
-    Raises: FileNotFoundError.
+    Args:
+        folders: folders of pairs by stage.
+        requested: file that the user named. Its existence is not checked.
+    Raises: FileNotFoundError if `requested` is None and there is no file beside the pairs.
     """
-    # Beside the folder of a stage, or one level higher, where a WORK folder has it.
-    places = [
-        version_0_1.conditioning_file(place)
-        for folder in folders.values()
-        for place in folder.absolute().parents[:2]
-    ]
-    path = Path(given or next((path for path in places if path.is_file()), places[0]))
-    if given is None and not path.is_file():
+    if requested is not None:
+        return Path(requested)
+    candidates = []
+    for folder in folders.values():
+        # The parent of the folder of a stage, or the parent of that, which is the layout of a WORK folder.
+        for parent in folder.absolute().parents[:2]:
+            candidates.append(version_0_1.conditioning_file(parent))
+    path = next((path for path in candidates if path.is_file()), None)
+    if path is None:
         raise FileNotFoundError(
-            f"conditioning: expected embeddings of the pairs' prompts at {places[0]}, got none. Name the file"
-            " with --conditioning."
+            f"--conditioning: there is no file {candidates[0]} with embeddings of the pairs' prompts. Pass"
+            " the file of embeddings as --conditioning=FILE."
         )
     return path
 
 
 def hash_of(path: Path) -> str:
-    """Compute the hash of a file, or of the names and contents of a folder's files."""
+    """Compute the hash of a file's content, or of the names and contents of all files directly in a
+    folder.
+    """
     if path.is_file():
         return file_hash(path)
     digest = hashlib.sha256()

@@ -1,12 +1,16 @@
-"""SAM 3D Objects, a generator in two stages: an object's shape and pose, then latents on the shape's voxels.
+"""Family of SAM 3D Objects, a generator in two stages that is conditioned on images and point maps.
 
-The pose is sampled, tuned and stored together with the shape's latent, or it is left unchanged while only the
-shape is tuned. Assets are Gaussians in the object's own frame; the list of sampled assets states the poses.
-The stages are tuned one by one: of the two encoders that the loop would need, only that of shapes is
-supported. It makes pairs of shapes from the user's own meshes.
+The first stage samples an object's shape and pose. The second stage samples latents on the shape's voxels,
+which are decoded to Gaussians in the object's own frame. Shape and pose are tuned together, or only the shape
+is tuned and the pose stays unchanged. The list of sampled assets states the poses.
 
-Shape letters: N samples, R grid points per axis, S tokens of a shape, A channels of such a token, v voxels of
-a sample; for images h, w rows and columns, s pixels per side of a square.
+The stages are tuned one by one, without the tuning loop. The loop would need encoders for both stages, but
+only the encoder of shapes is supported. With it, pairs of shapes can be made from meshes of the user.
+
+Shapes: N number of samples, R grid points per axis, S number of tokens of a shape, A channels of such a
+    token, v voxels
+of a sample, L number of conditioning tokens, E channels of a token; for images h rows, w columns, s pixels
+per side.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -49,16 +53,20 @@ from eg3d_rlhf.tuning.flow.families.folder import (
 from eg3d_rlhf.tuning.flow.families.opening import open_folder
 from eg3d_rlhf.tuning.flow.families.trellis_assets import SplatAsset, decoded, show
 
-# Values of ProblemSource.parts: which latents of the first stage are tuned. A third value is SHAPE.
-ALL = "all"  # all latents alike
-FILE = "file"  # all latents, weighted by loss_weights of the generator's file
-POINTS = 512  # points on a mesh per grid square, about 100 per voxel of the surface
-TOKENS = {files.STRUCTURE: 7528, files.LATENT: 5496}  # tokens of the released embedders, by stage
-MOST = 42000  # largest number of voxels of the second stage
+# Values of ProblemSource.parts, the latents of the first stage that are tuned. The third value is SHAPE.
+ALL = "all"  # all latents, with equal weights in the loss
+FILE = "file"  # all latents, with the weights loss_weights of the generator's file
+# Random points on a mesh, per square of the grid's resolution; about 100 points per voxel of the surface.
+POINTS = 512
+TOKENS = {
+    files.STRUCTURE: 7528,
+    files.LATENT: 5496,
+}  # conditioning tokens of the released embedders, by stage
+MOST_VOXELS = 42000  # largest number of voxels of the second stage
 # Names of tensors that are stored beside the conditioning tokens.
 SCALE = "pointmap_scale"
 SHIFT = "pointmap_shift"
-# Linear layers of self-attention and of cross-attention.
+# Names of the linear layers of self-attention and of cross-attention.
 SELF = ("to_qkv", "to_out")
 CROSS = ("to_q", "to_kv", "to_out")
 
@@ -66,62 +74,76 @@ CROSS = ("to_q", "to_kv", "to_out")
 def call_mixture(
     module: nn.Module, x_t: NamedBatch, t: torch.Tensor, cond: torch.Tensor, *step: torch.Tensor
 ) -> NamedBatch:
-    """Call the first network with the original's arguments; its t is 1 at the data."""
+    """Call the first network with the arguments of the original, where t = 1 is data and t = 0 is noise.
+
+    Args: step: optionally the step size, which a shortcut model reads.
+    """
     return x_t.like(module(x_t.tensors, t, cond, *step))
 
 
 def call_voxels(
     module: nn.Module, x_t: SparseBatch, t: torch.Tensor, cond: torch.Tensor, *step: torch.Tensor
 ) -> SparseBatch:
-    """Call the second network with the original's arguments; its t is 1 at the data."""
+    """Call the second network with the arguments of the original, where t = 1 is data and t = 0 is noise.
+
+    Args: step: optionally the step size, which a shortcut model reads.
+    """
     return module(x_t, t, cond, *step)
 
 
 def targets_of(config: Any, groups: Sequence[str] | None = None) -> tuple[str, ...]:
-    """Return the names of the layers of a mixture that get adapters.
+    """Return the names of the layers of the first network that get LoRA adapters.
 
-    Args: groups: groups of the latents that are tuned; None: all groups.
+    The network has separate layers for each group of latents.
+
+    Args:
+        config: configuration of the network.
+        groups: names of the groups that are tuned; None means all groups.
     """
-    # In self-attention the group is the last part of a name, in cross-attention the middle one.
-    within = [f"self_attn.{layer}.{group}" for group in groups or config.groups for layer in SELF]
-    return (*within, *(f"cross_attn.{group}.{layer}" for group in groups or config.groups for layer in CROSS))
+    names = []
+    # In self-attention the group is the last part of a name; in cross-attention it is the middle part.
+    for group in groups or config.groups:
+        names += [f"self_attn.{layer}.{group}" for layer in SELF]
+    for group in groups or config.groups:
+        names += [f"cross_attn.{group}.{layer}" for layer in CROSS]
+    return tuple(names)
 
 
 class ShapeAndPose(Dictionary):
-    """Latents of the first stage: a dictionary of the shape and the pose."""
+    """Kind of the first stage's latents: a dictionary with the shape and the tensors of the pose."""
 
     def check(self, who: str, latent: Latent, remedy: str) -> None:
-        posed = not isinstance(latent, NamedSample) or set(latent.tensors) != {SHAPE}
-        # Latents of meshes have only the shape; the remedy then is another one.
-        super().check(
-            who, latent, remedy if posed else "Meshes have no pose. Tune only the shape: --set parts=shape."
-        )
+        """Raise ValueError, beginning with `who`, if a latent lacks the shape or the pose."""
+        # Latents of meshes have only the shape, for which there is a better remedy.
+        if isinstance(latent, NamedSample) and set(latent.tensors) == {SHAPE}:
+            remedy = "Meshes have no pose. Tune only the shape with --set parts=shape."
+        super().check(who, latent, remedy)
 
 
 class ShapeAlone(Dictionary):
-    """Latents of the first stage without the pose, on which the shape does not depend.
+    """Kind of the first stage's latents without the pose, on which the shape does not depend.
 
     Latents that also have a pose are accepted.
     """
 
     def check(self, who: str, latent: Latent, remedy: str) -> None:
+        """Raise ValueError, beginning with `who`, if a latent lacks the shape."""
         super().check(who, shape_alone(latent), remedy)
 
 
 def shape_alone(latent: Latent) -> Latent:
-    """Return the latent without the pose."""
-    return (
-        # Other kinds of latents, such as those of the second stage, pass unchanged.
-        NamedSample({SHAPE: latent[SHAPE]})
-        if isinstance(latent, NamedSample) and SHAPE in latent.tensors
-        else latent
-    )
+    """Return a latent of the first stage without its pose. Latents of the second stage are returned
+    unchanged.
+    """
+    if isinstance(latent, NamedSample) and SHAPE in latent.tensors:
+        return NamedSample({SHAPE: latent[SHAPE]})
+    return latent
 
 
 class Sam3dPipeline(OpenedFolder):
-    """Pipeline of both stages; implements `Pipeline`. Assets are `SplatAsset`.
+    """Pipeline of both stages of SAM 3D Objects; implements `Pipeline`. Its assets are `SplatAsset`.
 
-    Autoencoders are loaded when they are first needed.
+    Decoders and the encoder are loaded when they are first needed.
     """
 
     def __init__(
@@ -131,39 +153,45 @@ class Sam3dPipeline(OpenedFolder):
         conditioning: Conditions | None,
         parts: Callable[[str], nn.Module],
         device: str | torch.device = "cpu",
-        learnt: str = ALL,
+        tuned_parts: str = ALL,
     ):
         """Build the stages.
 
         Args:
+            file: settings of pipeline.yaml and of the generators' files.
             flows: networks by stage name.
-            conditioning: None if nothing is sampled.
-            parts: reads an autoencoder by its name in files.AUTOENCODERS.
-            learnt: which latents are tuned; see ProblemSource.parts.
+            conditioning: embeddings of the images, or None if nothing is sampled.
+            parts: function that reads a decoder or the encoder by its name in sam3d_files.AUTOENCODERS.
+            device: device of decoders and encoder.
+            tuned_parts: latents of the first stage that are tuned: "all", "shape" or "file"; see
+                ProblemSource.parts.
+        Raises: ValueError if conditioning, files and networks do not fit each other.
         """
         super().__init__(conditioning, parts, device, {files.LATENT: (file.mean, file.std)})
         self.file = file
-        self.learnt = learnt
-        self.stages = [self._stage(name, flows[name]) for name in files.STAGES]
-        # Checked here because the scales come from pipeline.yaml and the channels from the generator's file.
+        self.tuned_parts = tuned_parts
+        self.stages = [self._make_stage(name, flows[name]) for name in files.STAGES]
+        # The scales are from pipeline.yaml and the channels from the generator's file, so they may differ.
         channels = self._config(files.LATENT).in_channels
         if len(file.mean) != channels:
             raise ValueError(
-                f"{files.PIPELINE}: expected slat_mean of {channels} channels, got {len(file.mean)}."
-                " Correct it."
+                f"{files.PIPELINE}: slat_mean has {len(file.mean)} channels, but the model of stage"
+                f" {files.LATENT!r} has {channels}. Use files of one release."
             )
         if self._config(files.STRUCTURE).latents[SHAPE].resolution is None:
             raise ValueError(
-                f"stage {files.STRUCTURE!r}: the latent {SHAPE!r} is not on a grid. Name the files of SAM 3D"
-                " Objects."
+                f"stage {files.STRUCTURE!r}: the file of the generator states no grid for the latent"
+                f" {SHAPE!r}. Pass the folder of SAM 3D Objects."
             )
 
     def _config(self, stage: str) -> Any:
-        """Return the settings of a stage's network."""
+        """Return the configuration of a stage's network."""
         return self.file.generators[stage].config
 
-    def _stage(self, name: str, model: nn.Module) -> FlowStage:
-        """Build a stage around its network."""
+    def _make_stage(self, name: str, model: nn.Module) -> FlowStage:
+        """Build the stage `name` with its network. Raises: ValueError if conditioning or files do not fit
+        it.
+        """
         config = self._config(name)
         generator = self.file.generators[name]
         self.check_tokens(name, config.cond_channels, f"Embed them with {REMEDY}.")
@@ -175,46 +203,51 @@ class Sam3dPipeline(OpenedFolder):
             path=generator.path,
             sampling=self.file.sampling[name],
             call=call,
-            # Only a shortcut model reads the step size, which allows sampling in few steps.
+            # A shortcut model (Frans et al. 2024) also reads the step size, for sampling in few steps.
             call_step=call if config.is_shortcut_model else None,
         )
-        # The second stage has no parts to choose from.
+        # The second stage has a single latent, which is tuned as a whole.
         if name == files.LATENT:
             return FlowStage(
                 latents=SparseVoxels(channels=config.in_channels, resolution=config.resolution), **common
             )
         sizes = {part: [latent.tokens, latent.in_channels] for part, latent in config.latents.items()}
-        # By default adapters sit on all groups and all latents have the same weight.
+        # By default all groups of layers get adapters, and all latents have the same weight in the loss.
         groups: list[str] = list(config.groups)
         latents: Dictionary = ShapeAndPose(shapes=sizes)
-        if self.learnt == SHAPE:
+        if self.tuned_parts == SHAPE:
+            # Only layers of the shape get adapters, so that the pose stays unchanged.
             groups = [SHAPE]
-            # Adapters then sit only on layers of the shape, and the pose's layers stay unchanged.
             latents = ShapeAlone(shapes={SHAPE: sizes[SHAPE]})
-        elif self.learnt == FILE:
-            # Published weights of the shape are 0: with this option only the pose is tuned.
+        elif self.tuned_parts == FILE:
+            # In the published file the weight of the shape is 0, so with this option only the pose is tuned.
             if not generator.weights or not any(generator.weights.values()):
                 raise ValueError(
-                    f"--set parts={FILE}: the file of stage {name!r} has no loss_weights above 0. Set"
-                    f" parts={ALL} or parts={SHAPE}."
+                    f"--set parts={FILE} does not apply, because the file of stage {name!r} has no"
+                    f" loss_weights above 0. Use --set parts={ALL} or --set parts={SHAPE}."
                 )
             common["path"] = replace(generator.path, weights=generator.weights)
         return FlowStage(latents=latents, lora_targets=targets_of(config, groups), **common)
 
     def conditioning_key(self, stage: str) -> str:
-        """Return the stage's name, because each stage reads tokens of its own embedder."""
+        """Return the name of the stage, because each stage reads the tokens of its own embedder."""
         return stage
 
     @torch.no_grad()
     def advance(self, stage: str, x_0: Batch) -> list[Voxels]:
-        """Decode shapes and poses to the voxels of each shape, [v, 3] int32.
+        """Decode shapes to their voxels, [v, 3] int32 per sample. The poses are not used.
 
-        A shape without any voxel gets its likeliest one.
+        If a shape has no occupied voxel, its most probable voxel is returned.
+
+        Args:
+            stage: name of the first stage; no other stage has a next stage.
+            x_0: latents of the first stage.
+        Raises: ValueError for another stage, or for latents that are not finite.
         """
         if stage != files.STRUCTURE:
             raise ValueError(
-                f"advance: expected the stage {files.STRUCTURE!r}, got {stage!r}. No stage follows the last"
-                " one."
+                f"advance: expected the stage {files.STRUCTURE!r}, got {stage!r}. The last stage has no next"
+                " stage; call decode for it."
             )
         check_finite("advance", x_0)
         assert isinstance(x_0, NamedBatch)
@@ -223,9 +256,10 @@ class Sam3dPipeline(OpenedFolder):
 
     @torch.no_grad()
     def structure(self, shape: torch.Tensor) -> tuple[torch.Tensor, int]:
-        """Decode a shape [S, A] to its voxels [v, 3] int32.
+        """Decode a shape [S, A] to its voxels.
 
-        Returns also the factor, 1 or 2, by which the shape was shrunk because it had too many voxels.
+        Returns: voxels [v, 3] int32; and the factor, 1 or 2, by which the shape was shrunk because it had too
+            many voxels.
         """
         resolution = self._config(files.STRUCTURE).latents[SHAPE].resolution
         decoder = self.part("structure decoder")
@@ -233,28 +267,33 @@ class Sam3dPipeline(OpenedFolder):
         grid = shape.T.unflatten(1, [resolution] * 3)[None]
         logits = decoder(grid.to(self.device, torch.float32))
         (voxels,) = voxels_of(never_empty(logits, f"stage {files.STRUCTURE!r}"))
-        return thinned(pruned(voxels, self.file.prune), MOST)
+        return thinned(pruned(voxels, self.file.prune), MOST_VOXELS)
 
     def pose(self, condition: str, latents: NamedSample) -> pose.Pose | None:
-        """Return the pose of an object of the first stage, or None if the conditioning lacks its point map's
-        scale.
+        """Decode the pose of an object in the camera's space.
+
+        Args:
+            condition: name of the image.
+            latents: latents of the first stage.
+        Returns: pose; or None if the conditioning does not have the scale of the image's point map.
         """
         tensors = None if self.tokens is None else self.tokens.tokens[condition]
         if not isinstance(tensors, Mapping) or SCALE not in tensors:
             return None
-        # A shape that was shrunk for the second stage is as much larger in space.
+        # The second stage may have a smaller copy of the shape, which must then be enlarged in space.
         factor = self.structure(latents[SHAPE])[1]
-        parts = {name: tensor[None].cpu() for name, tensor in latents.tensors.items()}
-        return pose.decoded(parts, self.file.pose, tensors[SCALE][None], tensors[SHIFT][None], factor)
+        batch = {name: tensor[None].cpu() for name, tensor in latents.tensors.items()}  # of one sample
+        return pose.decoded(batch, self.file.pose, tensors[SCALE][None], tensors[SHIFT][None], factor)
 
     @torch.no_grad()
     def encode(self, assets: Sequence[Mesh]) -> list[dict[str, Latent]]:
-        """Encode meshes, z up, as shapes that fill the cube. There is no pose, because a mesh does not have
-        one.
+        """Encode meshes, z up, as latents of the first stage without pose. A mesh is scaled to fill the cube.
+
+        Returns: for each mesh, a dictionary with the latent of the first stage.
         """
         encoder = self.part("structure encoder")
         resolution = self._config(files.LATENT).resolution
-        made = list[dict[str, Latent]]()
+        latents = list[dict[str, Latent]]()
         tokens = self._config(files.STRUCTURE).latents[SHAPE]
         for mesh in assets:
             # The voxels of the surface are occupied, as TRELLIS's data tools define it.
@@ -267,87 +306,99 @@ class Sam3dPipeline(OpenedFolder):
                 "Use the released encoder.",
             )
             # [1, A, R, R, R] -> tokens [S, A]
-            made.append({files.STRUCTURE: NamedSample({SHAPE: mean[0].flatten(1).T.contiguous().cpu()})})
-        return made
+            latents.append({files.STRUCTURE: NamedSample({SHAPE: mean[0].flatten(1).T.contiguous().cpu()})})
+        return latents
 
     def decode(self, x_0: SparseBatch) -> list[SplatAsset]:
-        """Decode latents on voxels to Gaussians."""
+        """Decode latents on voxels to one asset of Gaussians per sample."""
         return decoded(self, "decoder", x_0)
 
 
 def surface_voxels(mesh: Mesh, resolution: int) -> torch.Tensor:
-    """Find the voxels [v, 3] int32 that a mesh's surface passes through, in a cube that the mesh fills.
+    """Find the voxels that a mesh's surface passes through, after the mesh was scaled to fill the cube.
 
-    Deviates: they are found by random points, the same at every call, so a voxel that is barely touched may
-        be missing.
+    Deviates: voxels are found by random points on the surface, the same at every call. A voxel that the
+        surface barely touches may be missing.
+
+    Args:
+        mesh: triangle mesh.
+        resolution: voxels per axis.
+    Returns: voxels [v, 3] int32, sorted.
     """
     # The 1e-6 keeps points on the upper border from falling into a voxel outside the grid.
-    places, _ = even_points(mesh, 1 - 1e-6, POINTS * resolution**2, torch.Generator().manual_seed(0))
-    return torch.unique(((places + 0.5) * resolution).int(), dim=0)
+    points, _ = even_points(mesh, 1 - 1e-6, POINTS * resolution**2, torch.Generator().manual_seed(0))
+    return torch.unique(((points + 0.5) * resolution).int(), dim=0)
 
 
 def pruned(voxels: torch.Tensor, distance: int) -> torch.Tensor:
     """Remove inner voxels from voxels [v, 3].
 
-    A voxel is inner if all its neighbours up to `distance` away exist, diagonal ones included. Distance 0
-    keeps all voxels.
+    A voxel is inner if all voxels up to `distance` away along each axis exist, including diagonal neighbours.
+    With distance 0, all voxels are returned.
     """
     if not distance:
         return voxels
-    # A margin of free cells on all sides: voxels at the border of the grid are never inner.
+    # The grid has a margin of empty cells on all sides, so voxels at its border are never inner.
     x, y, z = (voxels.long() + distance).unbind(1)
-    free = torch.ones(1, *[int(voxels.max()) + 1 + 2 * distance] * 3, device=voxels.device)
-    free[0, x, y, z] = 0
-    # 1 if any cell of the surrounding cube is free.
-    near = F.max_pool3d(free, 2 * distance + 1, stride=1)[0]
+    is_empty = torch.ones(1, *[int(voxels.max()) + 1 + 2 * distance] * 3, device=voxels.device)
+    is_empty[0, x, y, z] = 0
+    # 1 if any cell of the surrounding cube is empty.
+    near_empty = F.max_pool3d(is_empty, 2 * distance + 1, stride=1)[0]
     x, y, z = voxels.long().unbind(1)
-    return voxels[near[x, y, z] > 0]
+    return voxels[near_empty[x, y, z] > 0]
 
 
-def thinned(voxels: torch.Tensor, most: int) -> tuple[torch.Tensor, int]:
-    """Reduce voxels [v, 3] to at most `most`.
+def thinned(voxels: torch.Tensor, most_voxels: int) -> tuple[torch.Tensor, int]:
+    """Reduce the number of voxels [v, 3] to at most `most_voxels`, as the original does.
 
-    Returns also the factor by which the shape was shrunk, about the middle of its box: 2 if it was, else 1.
+    If there are too many voxels, the shape is shrunk to about half its size, about the centre of its bounding
+    box. If there are still too many voxels, a random subset is returned, the same at every call.
+
+    Returns: voxels [fewer, 3], and the factor by which the shape was shrunk: 2, or 1 if it was not.
     """
-    if len(voxels) <= most:
+    if len(voxels) <= most_voxels:
         return voxels, 1
     low = int(voxels.min())
     high = int(voxels.max())
     size = high - low  # one size for all axes
-    # To half the size, centred; voxels that fall together become one.
-    small = (voxels - low) / size * (size / 2 - 1) + low + size / 4
-    kept = torch.unique(small.round().int().clamp(low, high), dim=0)
-    if len(kept) > most:
-        # Still too many: a random subset, the same at every call, in the old order.
-        kept = kept[
-            torch.randperm(len(kept), generator=torch.Generator().manual_seed(0))[:most]
-            .sort()
-            .values.to(kept.device)
-        ]
-    return kept, 2
+    # Half the size, and centred. Voxels with the same new indices become one voxel.
+    shrunk = (voxels - low) / size * (size / 2 - 1) + low + size / 4
+    fewer_voxels = torch.unique(shrunk.round().int().clamp(low, high), dim=0)
+    if len(fewer_voxels) > most_voxels:
+        generator = torch.Generator().manual_seed(0)
+        # Sorted, so that the voxels keep their order.
+        subset = torch.randperm(len(fewer_voxels), generator=generator)[:most_voxels].sort().values
+        fewer_voxels = fewer_voxels[subset.to(fewer_voxels.device)]
+    return fewer_voxels, 2
 
 
 REMEDY = "`eg3d-rlhf flow new` and these checkpoints"
 NOTICE = (
-    "SAM 3D Objects is under Meta's SAM License: what is derived is passed on under the same agreement alone,"
-    " with a copy, and for no military, nuclear, espionage or weapon ends (1.b): read the LICENSE beside its"
-    " weights."
+    "SAM 3D Objects is under Meta's SAM License. Derived models may only be passed on under the same"
+    " licence, with a copy of it, and not for military, nuclear, espionage or weapon purposes (1.b). Read"
+    " the file LICENSE beside its weights."
 )
 
 
 def _source(file: files.PipelineFile, prints: Sequence[str]) -> str:
-    """Describe the embedders and the preprocessing of images, as files of embeddings state them.
+    """Return a text that names the embedders and the preprocessing of images.
 
-    Args: prints: fingerprints of the embedders.
+    Files of embeddings contain this text and are compared by it, so it must not change.
+
+    Args:
+        file: settings of the pipeline.
+        prints: fingerprints (hashes) of the embedders' weights.
     """
     return f"SAM 3D's embedders {' '.join(prints)}, {file.preparation}"
 
 
 def _without_pose(pairs: Mapping[str, Sequence[PreferencePair]]) -> PairsByStage:
-    """Return pairs whose latents have only the shape, computed on access."""
+    """Return the pairs of all stages without poses. They are computed when the pairs of a stage are
+    accessed.
+    """
     return PairsByStage(
         pairs,
-        # Lazy: latents of a stage are read from disk only when it is trained.
+        # Latents of a stage are read from disk only when the stage is trained.
         lambda stage: [
             replace(pair, preferred=shape_alone(pair.preferred), rejected=shape_alone(pair.rejected))
             for pair in pairs[stage]
@@ -355,41 +406,44 @@ def _without_pose(pairs: Mapping[str, Sequence[PreferencePair]]) -> PairsByStage
     )
 
 
-# Input files of the embedder. An object is an image <name>.png or .webp whose alpha is its mask; the colours
-# still contain the background. The point map <name>.npy [h, w, 3] of the same image holds positions, x left,
-# y up, z forward, NaN where there is no point.
+# Input files of the embedder. An object is an image <name>.png or .webp with the object's mask as alpha
+# channel; the colours still contain the background. The point map <name>.npy [h, w, 3] of the same image
+# states a position for each pixel, with x left, y up, z forward, and NaN for pixels without a point.
 
 
-def inputs_of(path: Path, cut: ObjectCut, maps: bool) -> dict[str, torch.Tensor]:
-    """Read the inputs of a stage's embedder for one object, [., s, s] by name; see `object_inputs`.
+def inputs_of(path: Path, cut: ObjectCut, reads_point_map: bool) -> dict[str, torch.Tensor]:
+    """Read the inputs of a stage's embedder for one object.
 
     Args:
-        path: the image.
-        maps: whether the embedder reads point maps.
-    Raises: FileNotFoundError for a missing point map; ValueError for an image that shows nothing, or a point
-        map of another shape.
+        path: path of the image.
+        cut: settings for cropping the image to the object.
+        reads_point_map: True if the embedder reads point maps.
+    Returns: tensors [channels, s, s] by name, and scale and shift of the point map; see `object_inputs`.
+    Raises: FileNotFoundError for a missing point map; ValueError for an image with an empty mask, for a point
+        map of another shape, or for one with points behind the camera.
     """
-    points = _points(path.with_suffix(".npy")) if maps else None
+    points = _read_points(path.with_suffix(".npy")) if reads_point_map else None
 
-    def inputs(image: Image.Image) -> dict[str, torch.Tensor]:
+    def make_inputs(image: Image.Image) -> dict[str, torch.Tensor]:
+        """Crop the image and the point map to the object."""
         return object_inputs(np.asarray(image), points, cut)
 
-    given = read_cut_out(path, inputs)
+    inputs = read_cut_out(path, make_inputs)
     # A median depth below 0 shows that the map's z axis points backward.
     if points is not None and float(points[..., 2].nanmedian()) <= 0:
         raise ValueError(
-            f"{path.with_suffix('.npy')}: expected points in front of the camera (z > 0). Convert the axes to"
-            " x left, y up, z forward."
+            f"{path.with_suffix('.npy')}: the median of z must be above 0, because z > 0 is in front"
+            " of the camera. Convert the axes to x left, y up, z forward."
         )
-    return given
+    return inputs
 
 
-def _points(path: Path) -> torch.Tensor:
-    """Read a point map [h, w, 3]."""
+def _read_points(path: Path) -> torch.Tensor:
+    """Read a point map [h, w, 3] as float32. Raises: FileNotFoundError; ValueError for another shape."""
     if not path.is_file():
         raise FileNotFoundError(
-            f"conditioning: expected a point map at {path}, got none. Compute it with a depth network and"
-            " save it there."
+            f"--images: the point map {path} of the image is missing. Compute it with a depth network such"
+            " as MoGe, and save it to this file."
         )
     # Depth networks may write float16 or float64.
     points = read_array(path).float()
@@ -399,7 +453,7 @@ def _points(path: Path) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Sam3d(FlowFamily):
-    """Family of SAM 3D Objects. Its option states which latents of the first stage are tuned."""
+    """Family of SAM 3D Objects. Its option `parts` states which latents of the first stage are tuned."""
 
     parts: str = ALL  # see ProblemSource.parts
 
@@ -418,7 +472,7 @@ class Sam3d(FlowFamily):
     show = staticmethod(show)
 
     def files(self, root: Path, stages: Sequence[str] | None = None) -> Mapping[str, Path]:
-        """Return all files that pipeline.yaml names, by name."""
+        """Return pipeline.yaml and all files that it names, by name. `stages` is not used."""
         return files.read_pipeline(root).files
 
     def load(
@@ -433,7 +487,7 @@ class Sam3d(FlowFamily):
         """Read the pipeline; see `FlowFamily.load`.
 
         Blocks are recomputed in the backward pass. Decoders are float32. Without conditioning, the first
-        stage's latents are those of meshes, which have no pose.
+        stage accepts latents of meshes, which have no pose.
         """
         file = files.read_pipeline(root)
         flows = dict[str, nn.Module]()
@@ -443,35 +497,39 @@ class Sam3d(FlowFamily):
                 # A flow that is not needed stays on the meta device.
                 flows[stage] = empty(partial(files.network_of(generator.config), generator.config))
                 continue
-            # One checkpoint at a time, because they take most of the memory.
+            # Checkpoints are read one after the other, because they take most of the memory.
             state = read(generator.checkpoint, "weights")
             flow: Any = files.load_flow(generator, dtype, device, state=state)
             flows[stage] = flow
             flow.recompute = True
             prints.append(fingerprint(files.embedder_state(generator, state)))
-        # Embeddings name both embedders, so they can be compared only if both checkpoints were read.
+        # Files of embeddings name both embedders, so they can be checked only if both checkpoints were read.
         if conditions is not None and len(prints) == len(files.STAGES):
             conditions.check_source("conditions", _source(file, prints), REMEDY)
-        # After both flows exist, because the larger one decides.
+        # Called after both flows are built, because the size of the larger flow decides.
         spare_memory(flows.values(), device)
         # Meshes have no pose, so latents without one must be accepted.
         parts = SHAPE if conditions is None else self.parts
 
         def part(name: str) -> nn.Module:
+            """Read a decoder or the encoder by its name."""
             return files.load_part(file, name, device)
 
         return Sam3dPipeline(file, flows, conditions, part, device, parts)
 
     def condition(self, pipeline: Sam3dPipeline, stage: str) -> list[int]:
-        """Return the shape [L, E] of a stage's conditioning."""
+        """Return the shape [L, E] of the conditioning tokens of one sample."""
         return [TOKENS[stage], pipeline.file.generators[stage].config.cond_channels]
 
     def open(self, source: ProblemSource, device: str | torch.device) -> Problem:
-        """Open a folder as a problem. If only the shape is tuned, the pose is removed from the pairs."""
+        """Open a folder and its preference pairs as a problem.
+
+        If only the shape is tuned, the pose is removed from the pairs.
+        """
         problem = open_folder(replace(self, parts=source.parts), source, device)
         if source.parts == ALL:
             return problem
-        # The identity names the option only if it is not the default, so hashes of the default case stay.
+        # With the default, the option is not part of the identity, so that existing hashes stay valid.
         identity = {**problem.identity, "parts": source.parts}
         if source.parts != SHAPE:
             return replace(problem, identity=identity)
@@ -485,38 +543,44 @@ class Sam3d(FlowFamily):
 
     @torch.no_grad()
     def embed_images(self, root: Path, images: Mapping[str, Path], device: torch.device) -> Conditions:
-        """Embed images whose alpha is the mask, with point maps beside them, by the embedders of both
-        checkpoints.
+        """Embed images of objects by the embedders of both checkpoints.
 
-        See `inputs_of` for the files.
+        The alpha channel of an image is the object's mask, and its point map is a file beside it; see
+        `inputs_of`.
         """
         file = files.read_pipeline(root)
         tokens = {name: dict[str, torch.Tensor]() for name in images}
         prints = []
-        # One embedder at a time, because each holds two DINOv2 networks.
+        # One embedder is in memory at a time, because each has two DINOv2 networks.
         for stage in files.STAGES:
             embedder = files.load_embedder(file.generators[stage], device)
-            maps = any("pointmap" in name for name in embedder.names)
+            reads_point_map = any("pointmap" in name for name in embedder.names)
             prints.append(fingerprint(files.embedder_state(file.generators[stage])))
             for name, path in embedding_progress(images.items(), "image"):
-                given = inputs_of(path, file.cuts[stage], maps)
-                # Kept for the pose, which is in units of the point map.
-                tokens[name] |= {key: given[key] for key in (SCALE, SHIFT) if key in given}
+                inputs = inputs_of(path, file.cuts[stage], reads_point_map)
+                # Stored for decoding the pose, which is in units of the point map.
+                tokens[name] |= {key: inputs[key] for key in (SCALE, SHIFT) if key in inputs}
                 tokens[name][stage] = (
-                    embedder({key: given[key][None].to(device) for key in embedder.names})[0].float().cpu()
+                    embedder({key: inputs[key][None].to(device) for key in embedder.names})[0].float().cpu()
                 )
         return Conditions(tokens=tokens, encoder=_source(file, prints), zero_null=True)
 
     def facts(self, pipeline: Sam3dPipeline, condition: str, latents: Mapping[str, Latent]) -> dict:
-        """Return the pose of a sampled object for the list: quaternion (real part first), position and size
-        in the camera's space.
+        """Return the pose of a sampled object for the list of sampled assets, in JSON types.
+
+        The entry "pose" has the rotation as a quaternion (real part first), the translation, and the size
+        along each axis, all in the camera's space. Without a pose, the dictionary is empty.
         """
         structure = latents[files.STRUCTURE]
-        # Latents of meshes, or embeddings without point maps, have no pose.
-        where = pipeline.pose(condition, structure) if isinstance(structure, NamedSample) else None
-        if where is None:
+        # There is no pose for latents of meshes, or for embeddings without point maps.
+        object_pose = pipeline.pose(condition, structure) if isinstance(structure, NamedSample) else None
+        if object_pose is None:
             return {}
-        values = {"rotation": where.quaternion, "translation": where.translation, "scale": where.scale}
+        values = {
+            "rotation": object_pose.quaternion,
+            "translation": object_pose.translation,
+            "scale": object_pose.scale,
+        }
         # Six decimals are below the accuracy of the pose and keep the list readable.
         return {"pose": {name: [round(x, 6) for x in value[0].tolist()] for name, value in values.items()}}
 
@@ -526,22 +590,27 @@ class Sam3d(FlowFamily):
 
 
 def released_stages() -> list[SizedStage]:
-    """Build the stages of SAM 3D Objects without weights, with the sizes of its YAML files."""
+    """Build the stages of SAM 3D Objects without weights, for estimates of memory and time.
+
+    The sizes are copied from the published YAML files.
+    """
     common: dict[str, Any] = dict(
         model_channels=1024, cond_channels=1024, num_blocks=24, num_heads=16, qk_rms_norm=True
     )
-    # Name and channels of the latents of the pose; each is one token.
-    pose = {"6drotation_normalized": 6, "translation": 3, "scale": 3, "translation_scale": 1}
+    # Latent of the pose -> its channels. Each of them is a single token.
+    pose_channels = {"6drotation_normalized": 6, "translation": 3, "scale": 3, "translation_scale": 1}
     latents = {SHAPE: LatentConfig(in_channels=8, tokens=4096, resolution=16)}
-    latents |= {name: LatentConfig(in_channels=channels, tokens=1) for name, channels in pose.items()}
-    first = MixtureConfig(
+    latents |= {
+        name: LatentConfig(in_channels=channels, tokens=1) for name, channels in pose_channels.items()
+    }
+    structure_config = MixtureConfig(
         latents=latents,
-        # The four tensors of the pose form one group
-        latent_share_transformer={"6drotation_normalized": tuple(pose)},
+        # The four latents of the pose share the layers of one group.
+        latent_share_transformer={"6drotation_normalized": tuple(pose_channels)},
         is_shortcut_model=True,
         **common,
     )
-    second = VoxelFlowConfig(
+    latent_config = VoxelFlowConfig(
         resolution=64,
         in_channels=8,
         out_channels=8,
@@ -556,20 +625,21 @@ def released_stages() -> list[SizedStage]:
             conditioning=[TOKENS["structure"], 1024],
             stage=FlowStage(
                 name="structure",
-                model=empty(partial(MixtureFlow, first)),
+                model=empty(partial(MixtureFlow, structure_config)),
                 latents=Dictionary(shapes=sizes),
                 data_at_one=True,
                 call=call_mixture,
-                # pipeline.yaml names no settings of the first stage: these are the code's defaults
+                # pipeline.yaml has no settings for the first stage; these are the defaults of the original's
+                # code.
                 sampling=Sampling(cfg_strength=7.0),
-                lora_targets=targets_of(first),
+                lora_targets=targets_of(structure_config),
             ),
         ),
         SizedStage(
             conditioning=[TOKENS["latent"], 1024],
             stage=FlowStage(
                 name="latent",
-                model=empty(partial(VoxelFlow, second)),
+                model=empty(partial(VoxelFlow, latent_config)),
                 latents=SparseVoxels(channels=8, resolution=64),
                 data_at_one=True,
                 call=call_voxels,

@@ -1,15 +1,17 @@
-"""Files of SAM 3D Objects: pipeline.yaml, and for each part a YAML file and a checkpoint.
+"""Readers and writers of the files of SAM 3D Objects.
 
-Nothing is downloaded or run. A generator's checkpoint is a larger state dict. Its network and the embedder of
-its conditioning have these prefixes:
+They are pipeline.yaml, and a YAML file and a checkpoint for each of two generators (the stages), two decoders
+and an encoder. Nothing is downloaded, and no code of the files is run. In a generator's checkpoint, the
+flow's network and the embedder of its conditioning have these prefixes:
 
-    _base_models.generator.reverse_fn.backbone.X      the flow's network
-    _base_models.condition_embedder.X                 the embedder; or in the network, under
-                                                      condition_embedder.
+    _base_models.generator.reverse_fn.backbone.                      the network of the flow
+    _base_models.condition_embedder.                                 the embedder, or
+    _base_models.generator.reverse_fn.backbone.condition_embedder.   the embedder, inside the network
 
-Other names in it are ignored. Training settings in the YAML files are ignored, too, except for times and loss
-weights. Other unknown settings are rejected with an error if they are switched on. What pipeline.yaml does
-not name has the defaults of the original's code, which override those of the generators' files.
+Other tensors of a checkpoint are ignored. Training settings in the YAML files are ignored, except the
+distribution of times and the loss weights. Other unknown settings are an error if they are switched on.
+Settings that pipeline.yaml lacks have the defaults of the original's code, which have priority over the
+generators' files.
 """
 
 import dataclasses
@@ -64,23 +66,25 @@ from eg3d_rlhf.tuning.flow.families.trellis_files import filled
 
 PIPELINE = "pipeline.yaml"
 PACKAGE = "sam3d_objects"
-# Places of pipeline.yaml: in the given folder, in the released repository, and where its set-up moves it.
+# Folders in which pipeline.yaml is searched for: the folder itself, the released repository's folder, and the
+# folder to which the original's installation moves it.
 FOLDERS = ("", "checkpoints", "checkpoints/hf")
 STRUCTURE, LATENT = STAGES = ("structure", "latent")
 SHORT = {STRUCTURE: "ss", LATENT: "slat"}  # stage -> its prefix in pipeline.yaml
-PARTS = {  # network -> its prefix in pipeline.yaml
+PARTS = {  # generator or decoder -> its prefix in pipeline.yaml
     STRUCTURE: "ss_generator",
     LATENT: "slat_generator",
     "structure decoder": "ss_decoder",
     "decoder": "slat_decoder_gs",
 }
-# The encoder is released beside those files, but pipeline.yaml does not name it.
+# File name of the encoder without ending. It is released beside the other files, but pipeline.yaml does not
+# name it.
 ENCODER = "ss_encoder"
-ENDINGS = (".safetensors", ".ckpt")
-REPOSITORY = ("checkpoints", "hf")  # folders of a repository that hold the files
-OWN_SHAPES = "encoding your own meshes as pairs"  # what needs the encoder, for `flow check`
-STRENGTH = {STRUCTURE: 7.0, LATENT: 5.0}  # guidance strength if pipeline.yaml names none
-# Prefixes in a checkpoint: of the network, and of the embedder in either place.
+ENDINGS = (".safetensors", ".ckpt")  # endings of the encoder's weights, in the order in which they are tried
+REPOSITORY = ("checkpoints", "hf")  # names of the folders of a repository that have the files
+OWN_SHAPES = "encoding your own meshes as pairs"  # what cannot be done without the encoder, for `flow check`
+STRENGTH = {STRUCTURE: 7.0, LATENT: 5.0}  # guidance strength w if pipeline.yaml states none
+# Prefixes in a checkpoint: of the network, and the two possible prefixes of the embedder.
 FLOW = "_base_models.generator.reverse_fn.backbone."
 EMBEDDERS = ("_base_models.condition_embedder.", f"{FLOW}condition_embedder.")
 FLOW_MATCHING = "FlowMatching"
@@ -91,7 +95,7 @@ GUIDED = ("ClassifierFreeGuidance", "ClassifierFreeGuidanceWithExternalUnconditi
 CROP, REMBG = CUTTING = ("crop_around_mask_with_padding", "rembg")
 # Normalisers of point maps; see `image_preprocessing.moments`.
 NORMALISERS = ("ObjectCentricSSI", "SSIPointmapNormalizer", "ObjectApparentSizeSSI")
-PASSED = {  # settings that are ignored: they concern training, or are stated elsewhere as well
+IGNORED = {  # settings that are ignored, because they concern training or are also stated elsewhere
     "_target_",
     "condition_embedder",
     "attn_mode",
@@ -116,12 +120,12 @@ class GeneratorFile:
 
     checkpoint: Path
     config: MixtureConfig | VoxelFlowConfig
-    embedder: Mapping  # settings of the embedder, unparsed
+    embedder: Mapping  # settings of the embedder, as in the file
     path: FlowPath
-    # Loss weights by latent, as in the last training of the network; None: the file has none.
+    # Weights in the training loss by latent; None if the file has none.
     weights: Mapping[str, float] | None
-    single: bool  # the original computes sampling times in float32
-    guided: bool  # the network has an empty conditioning for guidance
+    single: bool  # True if the original computes sampling times in float32
+    guided: bool  # True if the network has an empty conditioning, as guidance needs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,56 +135,60 @@ class PipelineFile:
     root: Path
     generators: Mapping[str, GeneratorFile]  # by stage
     sampling: Mapping[str, Sampling]  # by stage
-    mean: tuple[float, ...]  # of the second stage's latents, per channel
-    std: tuple[float, ...]  # likewise
-    prune: int  # voxels on all sides that make a voxel an inner one, which is removed; 0: none is
-    cuts: Mapping[str, ObjectCut]  # by stage: how its images are cropped
-    pose: str  # how the pose is decoded; see sam3d_pose.py
+    mean: tuple[float, ...]  # mean of the second stage's latents, per channel
+    std: tuple[float, ...]  # standard deviation of the second stage's latents, per channel
+    prune: int  # distance in voxels for removing inner voxels, see `sam3d.pruned`; 0: none is removed
+    cuts: Mapping[str, ObjectCut]  # settings for cropping images, by stage
+    pose: str  # name of the pose's decoder, one of sam3d_pose.DECODERS
     files: Mapping[str, Path]  # all files that are read, by name
 
     @property
     def preparation(self) -> str:
-        """Description of the image preprocessing, which files of embeddings state.
+        """Text that describes the image preprocessing.
 
-        These files are compared by this text, so it must not change.
+        Files of embeddings contain this text and are compared by it, so it must not change.
         """
-        # Both stages may crop alike; then one description is enough (dict.fromkeys below).
-        parts = [
+        crops = [
             f"{cut.size} pixels, box {cut.box_size_factor:g}, border"
             f" {cut.padding_factor:g}{', cut out' if cut.rembg else ''}"
             for cut in self.cuts.values()
         ]
-        points = self.cuts[STRUCTURE]
-        how = (
-            "as they are"
-            if points.moments_alone
-            else f"by {points.normaliser}{'' if points.scene_scale else ' of the object'}"
-        )
-        return f"{'; '.join(dict.fromkeys(parts))}, points {how}"
+        point_settings = self.cuts[STRUCTURE]  # only the first stage reads point maps
+        if point_settings.moments_alone:
+            normalisation = "as they are"
+        else:
+            normalisation = (
+                f"by {point_settings.normaliser}{'' if point_settings.scene_scale else ' of the object'}"
+            )
+        # If both stages crop in the same way, dict.fromkeys leaves one description.
+        return f"{'; '.join(dict.fromkeys(crops))}, points {normalisation}"
 
 
 def folder_of(root: Path) -> Path:
-    """Return the folder with pipeline.yaml: the given one, or that of the checkpoints in it."""
-    return next((place for place in (root / name for name in FOLDERS) if (place / PIPELINE).is_file()), root)
+    """Return the first of the folders `root`/FOLDERS that has a pipeline.yaml, or `root` if none has."""
+    folders = [root / name for name in FOLDERS]
+    return next((folder for folder in folders if (folder / PIPELINE).is_file()), root)
 
 
 def recognises(root: Path) -> bool:
-    """Return whether pipeline.yaml is SAM 3D's."""
+    """Return True if there is a pipeline.yaml that names the package sam3d_objects."""
     return mentions(folder_of(root) / PIPELINE, PACKAGE)
 
 
 def read_pipeline(root: Path) -> PipelineFile:
     """Read <root>/pipeline.yaml and the YAML files that it names.
 
-    Raises: FileNotFoundError; ValueError for files that are not SAM 3D's, or that follow another convention.
+    Raises: FileNotFoundError for missing files; ValueError for files of another model, or with settings that
+        are not supported.
     """
     root = folder_of(Path(root))
     path = root / PIPELINE
     if not path.is_file():
         raise FileNotFoundError(
-            f"pipeline: expected SAM 3D's {PIPELINE}, got none in {root}. Name the folder of the checkpoints."
+            f"--pipeline: there is no file {PIPELINE} in {root}. Pass the folder of the checkpoints of SAM"
+            " 3D Objects."
         )
-    # Read as data: no class that the file names is imported.
+    # The file is read as data: no class that it names is imported.
     content = read_yaml(path)
     paths = {PIPELINE: path}
     for part in PARTS.values():
@@ -188,15 +196,23 @@ def read_pipeline(root: Path) -> PipelineFile:
         for kind in ("config", "ckpt"):
             name = content.get(f"{part}_{kind}_path")
             file = root / str(name)
-            if not name or not file.is_file():
+            if not name:
                 raise FileNotFoundError(
-                    f"{path}: expected {part}_{kind}_path to name a file, got {name!r}. Restore it."
+                    f"{path}: the setting {part}_{kind}_path is missing. Download the file again."
+                )
+            if not file.is_file():
+                raise FileNotFoundError(
+                    f"{path}: {part}_{kind}_path states {name!r}, but the file {file} does not exist."
+                    " Download it."
                 )
             paths[f"{part}.{kind}"] = file
-    # The encoder is optional: it is needed only to encode meshes.
-    encoder = [root / f"{ENCODER}{ending}" for ending in (".yaml", *ENDINGS)]
-    if encoder[0].is_file() and (weights := next((file for file in encoder[1:] if file.is_file()), None)):
-        paths |= {f"{ENCODER}.config": encoder[0], f"{ENCODER}.ckpt": weights}
+    # The encoder is optional, because it is needed only to encode meshes.
+    encoder_config = root / f"{ENCODER}.yaml"
+    encoder_weights = [
+        root / f"{ENCODER}{ending}" for ending in ENDINGS if (root / f"{ENCODER}{ending}").is_file()
+    ]
+    if encoder_config.is_file() and encoder_weights:
+        paths |= {f"{ENCODER}.config": encoder_config, f"{ENCODER}.ckpt": encoder_weights[0]}
     generators = {
         stage: _generator(stage, paths[f"{PARTS[stage]}.config"], paths[f"{PARTS[stage]}.ckpt"])
         for stage in STAGES
@@ -206,32 +222,33 @@ def read_pipeline(root: Path) -> PipelineFile:
         # Missing or null means 0: nothing is removed.
         prune = int(content.get("downsample_ss_dist") or 0)
     except (KeyError, TypeError, ValueError):
-        # Reported by the common error below.
+        # Reported by the error below.
         mean = ()
         std = ()
         prune = 0
     if not mean or not are_scales(mean, std) or prune < 0:
         raise ValueError(
-            f"{path}: expected slat_mean and slat_std per channel, finite and > 0, and downsample_ss_dist >="
-            " 0, got others."
+            f"{path}: slat_mean must be finite, slat_std > 0, and downsample_ss_dist >= 0, got"
+            f" {content.get('slat_mean')}, {content.get('slat_std')} and {content.get('downsample_ss_dist')}."
+            " Download the file again."
         )
-    # The original cannot open a file with `use_stage...`; input mappings would change the conditioning.
-    unsupported = [
+    # The original cannot open a file with `use_stage...`. Input mappings would change the conditioning.
+    unsupported_settings = [
         name
         for name in content
         if name.startswith("use_stage") or (name.endswith("_condition_input_mapping") and content[name])
     ]
-    if unsupported:
+    if unsupported_settings:
         raise ValueError(
-            f"{path}: {', '.join(unsupported)} is not supported. Leave it out; to sample in few steps, use"
-            " --few-steps."
+            f"{path}: {', '.join(unsupported_settings)} is not supported. Remove it from the file. To sample"
+            " in few steps, use --few-steps."
         )
-    # The decoder decides whether the pose is in units of the point map's scale and shift.
+    # The name of the decoder decides the units of the pose; see sam3d_pose.py.
     pose = str(content.get("pose_decoder_name", SHIFTED))
     if pose not in DECODERS:
         raise ValueError(
-            f"{path}: expected pose_decoder_name {' or '.join(DECODERS)}, got {pose!r}. Others are not"
-            " supported: restore the file."
+            f"{path}: pose_decoder_name must be {' or '.join(DECODERS)}, got {pose!r}. Download the file"
+            " again."
         )
     try:
         cuts = {stage: _cut(content[f"{SHORT[stage]}_preprocessor"], stage) for stage in STAGES}
@@ -239,7 +256,7 @@ def read_pipeline(root: Path) -> PipelineFile:
         reason = (
             error
             if isinstance(error, ValueError)
-            else f"expected preprocessors of images, but {error} is missing. Restore the file."
+            else f"the preprocessors of images cannot be read ({error!r}). Download the file again."
         )
         raise ValueError(f"{path}: {reason}") from None
     return PipelineFile(
@@ -256,121 +273,140 @@ def read_pipeline(root: Path) -> PipelineFile:
 
 
 def _cut(content: Mapping, stage: str) -> ObjectCut:
-    """Read how a preprocessor crops images.
+    """Read the settings by which a preprocessor crops images.
 
-    Raises: ValueError for a preprocessor that does anything else; KeyError or TypeError for a missing one.
+    Args:
+        content: entry of the preprocessor in pipeline.yaml.
+        stage: name of the stage that reads the images.
+    Raises: ValueError for a preprocessor that does anything else; KeyError or TypeError for missing settings.
     """
-    maps = stage == STRUCTURE  # only the first stage reads point maps
-    steps = content[f"img_mask{'_pointmap' if maps else ''}_joint_transform"]
-    # By class name; a transform that occurs twice is detected below by the lengths.
-    joint = {_kind(step): step for step in steps}
-    # The entry of the other form of input must be empty.
-    rest = (
-        content.get("img_mask_joint_transform") if maps else content.get("img_mask_pointmap_joint_transform")
-    )
+    reads_point_map = stage == STRUCTURE  # only the first stage reads point maps
+    # Joint transforms are applied to image, mask and point map together. There is one list of them for inputs
+    # with point maps and one for inputs without; the other list must be empty.
+    if reads_point_map:
+        steps = content["img_mask_pointmap_joint_transform"]
+        other_steps = content.get("img_mask_joint_transform")
+    else:
+        steps = content["img_mask_joint_transform"]
+        other_steps = content.get("img_mask_pointmap_joint_transform")
+    # By class name. A transform that occurs twice is detected below by the number of steps.
+    joint_transforms = {_class_name(step): step for step in steps}
     sizes = set[int]()
-    exact = True
-    for kind in ("img", "mask", *(["pointmap"] if maps else [])):
+    is_supported = True
+    for kind in ("img", "mask", *(["pointmap"] if reads_point_map else [])):
         # Exactly two transforms: padding to a square, then resizing.
         pad, resize = content[f"{kind}_transform"]["transforms"]
-        # Codes of Pillow: 0 is nearest, 2 is bilinear; colours default to bilinear.
-        how = resize.get("interpolation") in ((None, 2) if kind == "img" else (0,))
-        exact &= how and (_kind(pad), _kind(resize)) == ("pad_to_square_centered", "Resize")
+        # Codes of Pillow: 0 is nearest neighbour, 2 is bilinear, which is the default for images.
+        interpolates_right = resize.get("interpolation") in ((None, 2) if kind == "img" else (0,))
+        names = (_class_name(pad), _class_name(resize))
+        is_supported &= interpolates_right and names == ("pad_to_square_centered", "Resize")
         sizes.add(int(resize["size"]))
     # resize_all_to_same_size resizes the point map to the image, which `object_inputs` always does.
-    others = set(joint) - {*CUTTING, "resize_all_to_same_size"} or len(steps) > len(joint)
+    unknown_names = set(joint_transforms) - {*CUTTING, "resize_all_to_same_size"}
+    is_supported &= not unknown_names and len(steps) == len(joint_transforms) and not other_steps
     settings = {
-        name: value for name, value in joint.get(CROP, {}).items() if name not in ("_target_", "_partial_")
+        name: value
+        for name, value in joint_transforms.get(CROP, {}).items()
+        if name not in ("_target_", "_partial_")
     }
-    if set(settings) != {"box_size_factor", "padding_factor"} or others or rest or not exact:
-        got = ", ".join(map(_kind, [*steps, *(rest or ())])) or "nothing"
+    if set(settings) != {"box_size_factor", "padding_factor"} or not is_supported:
+        step_names = ", ".join(map(_class_name, [*steps, *(other_steps or ())])) or "no joint transforms"
         raise ValueError(
-            f"{SHORT[stage]}_preprocessor: expected a crop around the mask and padding to squares, got {got}."
-            " Other transforms are not supported: restore the file."
+            f"{SHORT[stage]}_preprocessor: only a crop around the mask, padding to squares and resizing are"
+            f" supported, got {step_names}. Download the file again."
         )
     if len(sizes) != 1:
         raise ValueError(
-            f"{SHORT[stage]}_preprocessor: expected one size of images, masks and point maps, got"
-            f" {sorted(sizes)}. Correct the file."
+            f"{SHORT[stage]}_preprocessor: images, masks and point maps must have the same size, got sizes"
+            f" {sorted(sizes)}. Download the file again."
         )
     normaliser = content.get("pointmap_normalizer") or {}
     # Without an entry the original uses SSIPointmapNormalizer.
-    named = _kind(normaliser) if normaliser else NORMALISERS[1]
-    if named not in NORMALISERS:
+    normaliser_name = _class_name(normaliser) if normaliser else NORMALISERS[1]
+    if normaliser_name not in NORMALISERS:
         raise ValueError(
-            f"{SHORT[stage]}_preprocessor: expected a normaliser among {', '.join(NORMALISERS)}, got {named}."
-            " Others are not supported: restore the file."
+            f"{SHORT[stage]}_preprocessor: pointmap_normalizer must be one of {', '.join(NORMALISERS)}, got"
+            f" {normaliser_name}. Download the file again."
         )
     return ObjectCut(
         size=sizes.pop(),
-        rembg=REMBG in joint,
-        normaliser=named,
-        # Without normalize_pointmap the map is unchanged, but scale and shift are still computed
+        rembg=REMBG in joint_transforms,
+        normaliser=normaliser_name,
+        # Without normalize_pointmap the map is unchanged, but its scale and shift are still computed.
         moments_alone=not content.get("normalize_pointmap", False),
         scene_scale=bool(normaliser.get("use_scene_scale", True)),
         **{name: float(value) for name, value in settings.items()},
     )
 
 
-def _kind(entry: Mapping) -> str:
-    """Return the name of the class that an entry of a YAML file builds."""
-    return str(entry["_target_"]).rpartition(".")[2]
+def _class_name(settings: Mapping) -> str:
+    """Return the name, without its module, of the class that settings in a YAML file build."""
+    return str(settings["_target_"]).rpartition(".")[2]
 
 
 def _generator(stage: str, path: Path, checkpoint: Path) -> GeneratorFile:
-    """Read a generator's YAML file. Raises: ValueError naming the file."""
+    """Read the YAML file of a generator.
+
+    Args:
+        stage: name of the stage.
+        path: path of the YAML file.
+        checkpoint: path of the checkpoint.
+    Raises: ValueError, naming the file, for missing, unknown or unsupported settings.
+    """
     try:
-        # Generator -> path and times; reverse_fn -> guidance; backbone -> the network.
+        # The settings are nested: generator.backbone is the flow, its reverse_fn adds guidance, and the
+        # backbone of that is the network.
         module = read_yaml(path)["module"]
         flow = module["generator"]["backbone"]
         guided = flow["reverse_fn"]
         network = guided["backbone"]
         kinds = [str(part["_target_"]) for part in (flow, guided, network)]
     except (KeyError, TypeError) as error:
-        expected = "module.generator.backbone with reverse_fn.backbone, each with a _target_"
         raise ValueError(
-            f"{path}: expected {expected}, but {error} is missing. Name the file of SAM 3D Objects."
+            f"{path}: module.generator.backbone, its reverse_fn and its reverse_fn.backbone must each have a"
+            f" _target_, but {error} is missing. Pass the folder of SAM 3D Objects."
         ) from None
-    for kind, known in zip(kinds, (GENERATORS, GUIDED, None), strict=True):
-        # Classes of other packages may use another convention of the time.
-        if not kind.startswith(PACKAGE) or (known and kind.rpartition(".")[2] not in known):
-            expected = f"{' or '.join(known or ('a network',))} of {PACKAGE}"
+    for kind, supported_names in zip(kinds, (GENERATORS, GUIDED, None), strict=True):
+        # Classes of other packages may use another direction of time.
+        if not kind.startswith(PACKAGE) or (
+            supported_names and kind.rpartition(".")[2] not in supported_names
+        ):
+            expected = f"{' or '.join(supported_names or ('a network',))} of {PACKAGE}"
             raise ValueError(
-                f"{path}: expected {expected}, got {kind}. Others are not supported: name the file of SAM 3D"
-                " Objects."
+                f"{path}: expected the class {expected}, got {kind}. Pass the folder of SAM 3D Objects."
             )
     if flow.get("reversed_timestamp"):
         raise ValueError(
-            f"{path}: reversed_timestamp is on, which would reverse only the sampler's times and not the"
-            " path's. Switch it off."
+            f"{path}: reversed_timestamp is not supported, because it reverses the times of the sampler, but"
+            " not of the training path. Set it to false."
         )
-    # The defaults of the original's code.
-    drawn = flow.get("training_time_sampler_fn") or {"mean": -1.0, "std": 1.0}
-    if "_target_" in drawn and _kind(drawn) != "lognorm_sampler":
+    # The defaults are those of the original's code.
+    time_sampler = flow.get("training_time_sampler_fn") or {"mean": -1.0, "std": 1.0}
+    if "_target_" in time_sampler and _class_name(time_sampler) != "lognorm_sampler":
         raise ValueError(
-            f"{path}: expected training times by lognorm_sampler, got {_kind(drawn)}. Others are not"
-            " supported: restore the file."
+            f"{path}: training_time_sampler_fn must be lognorm_sampler, got {_class_name(time_sampler)}."
+            " Download the file again."
         )
     try:
-        # Entries with an underscore belong to the file's own syntax.
+        # "_target_" names a class and is no weight.
         weights = {
             name: float(value)
             for name, value in (flow.get("loss_weights") or {}).items()
             if name != "_target_"
         }
+        # The settings of the embedder are beside those of the network, or inside them.
         embedder = (
-            # The embedder's settings are beside the network's, or inside them.
             (module.get("condition_embedder") or {}).get("backbone")
             or network.get("condition_embedder")
             or {}
         )
         scale = {"time_scale": float(flow.get("time_scale", 1000.0))}
-        mean = float(drawn["mean"])
-        std = float(drawn["std"])
+        mean = float(time_sampler["mean"])
+        std = float(time_sampler["std"])
         if not (0 < scale["time_scale"] < math.inf and 0 < std < math.inf and math.isfinite(mean)):
             raise ValueError(
-                f"expected a time_scale and a std of times above 0, got {scale['time_scale']} and {std}."
-                " Restore the file."
+                f"time_scale and std of the training times must be above 0 and mean must be finite, got"
+                f" {scale['time_scale']}, {std} and {mean}. Download the file again."
             )
         # The second network has one latent, whose sizes are settings of the network itself.
         config: Any = (
@@ -380,79 +416,89 @@ def _generator(stage: str, path: Path, checkpoint: Path) -> GeneratorFile:
                 VoxelFlowConfig, network, **{k: network[k] for k in SIZES if k in network}, **scale
             )
         )
-        # The original's logit-normal is in its own time, 1 - t of this package, which negates the mean.
-        path_of = FlowPath(sigma_min=float(flow.get("sigma_min", 0.0)), mean=-mean, std=std)
+        # The original's time is 1 - t of this package, which negates the mean of the logit-normal
+        # distribution.
+        flow_path = FlowPath(sigma_min=float(flow.get("sigma_min", 0.0)), mean=-mean, std=std)
         if weights and stage == STRUCTURE and set(weights) != set(config.latents):
             raise ValueError(
-                f"expected loss_weights for {', '.join(config.latents)}, got {', '.join(weights)}. Correct"
-                " the file."
+                f"loss_weights must name {', '.join(config.latents)}, got {', '.join(weights)}. Download the"
+                " file again."
             )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(
             f"{path}: {error}"
             if isinstance(error, ValueError)
-            else f"{path}: expected the sizes of the network, got {error!r}. Restore the file."
+            else f"{path}: the sizes of the network cannot be read ({error!r}). Download the file again."
         ) from None
-    # Only with both settings are the tokens of the empty conditioning zeros; with the flag alone the original
-    # leaves them unchanged and guidance has no effect.
-    zeros = guided.get("unconditional_handling") == "add_flag" and bool(network.get("force_zeros_cond"))
+    # The empty conditioning is zeros only with both settings. With unconditional_handling alone, the original
+    # leaves the conditioning unchanged, so that guidance has no effect.
+    has_empty_conditioning = guided.get("unconditional_handling") == "add_flag" and bool(
+        network.get("force_zeros_cond")
+    )
     return GeneratorFile(
         checkpoint=checkpoint,
         config=config,
         embedder=embedder,
-        path=path_of,
+        path=flow_path,
         weights=weights or None,
-        guided=zeros,
+        guided=has_empty_conditioning,
         single=kinds[0].endswith(FLOW_MATCHING),
     )
 
 
-# Settings of the second network's latent; the first network states them for each latent.
+# Settings of the second network that describe its only latent. The first network has such settings for each
+# latent.
 SIZES = ("resolution", "in_channels", "out_channels", "patch_size", "pe_mode")
 
 
-def _build_config(kind: Any, content: Mapping, **more: Any) -> Any:
-    """Build a configuration from settings.
+def _build_config(config_class: Any, content: Mapping, **values: Any) -> Any:
+    """Build a configuration from settings of a YAML file.
 
-    Raises: ValueError for unknown settings that are switched on, and for missing ones.
+    Args:
+        config_class: dataclass of the configuration.
+        content: settings of the file.
+        values: values of fields that have priority over the file.
+    Raises: ValueError for unknown settings that are switched on, and for missing settings.
     """
-    fields = {field.name: field for field in dataclasses.fields(kind)}
-    passed = PASSED - set(more)
+    fields = {field.name: field for field in dataclasses.fields(config_class)}
     # Unknown settings that are null or false change nothing, so they are accepted.
-    unknown = sorted(
-        name for name, value in content.items() if name not in fields and name not in PASSED and value
+    unknown_settings = sorted(
+        name for name, value in content.items() if name not in fields and name not in IGNORED and value
     )
-    given = {name: value for name, value in content.items() if name in fields and name not in passed} | more
+    # Ignored settings are used only if the caller passes their values.
+    settings = {name: value for name, value in content.items() if name in fields and name not in IGNORED}
+    settings |= values
     # A field without any default must be in the file.
-    nothing = dataclasses.MISSING
-    missing = [
-        n
-        for n, f in fields.items()
-        if f.default is nothing and f.default_factory is nothing and n not in given
+    no_default = dataclasses.MISSING
+    missing_settings = [
+        name
+        for name, field in fields.items()
+        if field.default is no_default and field.default_factory is no_default and name not in settings
     ]
-    if unknown or missing:
+    if unknown_settings or missing_settings:
         raise ValueError(
-            f"expected the settings of {kind.__name__}; unknown are {unknown[:8]}, missing are"
-            f" {missing[:8]}. Name the file of SAM 3D Objects."
+            f"the settings do not fit {config_class.__name__}: unknown are {unknown_settings[:8]}, missing"
+            f" are {missing_settings[:8]}. Pass the folder of SAM 3D Objects."
         )
-    return kind(**given)
+    return config_class(**settings)
 
 
 def _latents(network: Mapping) -> dict[str, LatentConfig]:
-    """Read the sizes of the first stage's latents."""
+    """Read the sizes of the first stage's latents, by name, from the settings of its network."""
     latents = {}
-    for name, entry in network["latent_mapping"].items():
-        places = entry.get("pos_embedder") or {}
-        resolution = places.get("resolution")
-        if places.get("patch_size", 1) != 1:
+    for name, settings in network["latent_mapping"].items():
+        positions = settings.get("pos_embedder") or {}
+        resolution = positions.get("resolution")
+        if positions.get("patch_size", 1) != 1:
             raise ValueError(
-                f"latent_mapping.{name}: expected patch_size 1, got {places['patch_size']}. Others are not"
-                " supported: restore the file."
+                f"latent_mapping.{name}: patch_size must be 1, got {positions['patch_size']}. Download the"
+                " file again."
             )
-        # With a grid, one token per point; otherwise a stated number, by default 1.
-        tokens = int(resolution) ** 3 if resolution else int(places.get("token_len", 1))
+        # A latent on a grid has one token per grid point. Other latents state their number of tokens, by
+        # default 1.
+        tokens = int(resolution) ** 3 if resolution else int(positions.get("token_len", 1))
         latents[name] = LatentConfig(
-            in_channels=int(entry["in_channels"]), tokens=tokens, resolution=resolution
+            in_channels=int(settings["in_channels"]), tokens=tokens, resolution=resolution
         )
     return latents
 
@@ -460,31 +506,37 @@ def _latents(network: Mapping) -> dict[str, LatentConfig]:
 def _sampling(path: Path, content: Mapping, stage: str, generator: GeneratorFile) -> Sampling:
     """Read the settings of a stage's sampler.
 
-    In the file, times are scaled and 0 at the noise. Guidance is (1 + w) v_cond - w v_null in both
-    conventions.
+    In the file, times are multiplied by time_scale, and 0 is noise. The guided velocity is (1 + w) v_cond - w
+    v_null in the file and in this package.
+
+    Args:
+        path: path of pipeline.yaml, for messages.
+        content: content of pipeline.yaml.
+        stage: name of the stage.
+        generator: settings of the stage's generator.
     """
     short = SHORT[stage]
     scale = generator.config.time_scale
     try:
-        # Interval in scaled time, 0 at the noise; clipped to the end of the path.
+        # Divided by time_scale, and clipped to 1, the end of the path.
         low, high = (min(float(t) / scale, 1.0) for t in content.get(f"{short}_cfg_interval", (0, 500)))
         sampling = Sampling(
             steps=int(content.get(f"{short}_inference_steps", 25)),
             rescale_t=float(content.get(f"{short}_rescale_t", 3.0)),
             cfg_strength=float(content.get(f"{short}_cfg_strength", STRENGTH[stage])),
-            # Here time runs the other way, so the ends of the interval are swapped
+            # Time runs from 1 (noise) to 0 in this package, so the ends of the interval are swapped.
             cfg_interval=(1 - high, 1 - low),
             time_scale=scale,
             single=generator.single,
         )
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}, {short}: {error}") from None
-    # Guidance would otherwise compare the prompt with itself.
+    # Without an empty conditioning, guidance would compare the prompt with itself.
     if sampling.cfg_strength and not generator.guided:
-        needs = "force_zeros_cond: true and unconditional_handling: add_flag in the generator's file"
         raise ValueError(
-            f"{path}, {short}: guidance needs {needs}. Set {short}_cfg_strength to 0, or restore the"
-            " generator's file."
+            f"{path}: {short}_cfg_strength is {sampling.cfg_strength:g}, but guidance needs"
+            " force_zeros_cond: true and unconditional_handling: add_flag in the generator's file. Set it"
+            " to 0, or download the generator's file again."
         )
     return sampling
 
@@ -496,11 +548,13 @@ def load_flow(
     *,
     state: State | None = None,
 ) -> nn.Module:
-    """Build a stage's network, strictly by name and shape.
+    """Build the network of a stage's flow. Names and shapes must match exactly.
 
     Args:
-        dtype: as in trellis_files.filled.
-        state: the content of the checkpoint, if it was read already.
+        file: settings of the generator.
+        dtype: dtype of the layers that may be half precision; see `trellis_files.filled`.
+        device: device of the network.
+        state: content of the checkpoint; None: it is read from its file.
     """
     return filled(
         network_of(file.config), file.config, flow_state(file, state), str(file.checkpoint), dtype, device
@@ -508,13 +562,16 @@ def load_flow(
 
 
 def network_of(config: MixtureConfig | VoxelFlowConfig) -> Any:
-    """Return the class of network for a configuration."""
+    """Return the class of the network that belongs to a configuration."""
     return MixtureFlow if isinstance(config, MixtureConfig) else VoxelFlow
 
 
 def flow_state(file: GeneratorFile, state: State | None = None) -> State:
-    """Return the network's tensors in a checkpoint."""
-    # The embedder may lie inside the network.
+    """Return the tensors of the flow's network in a generator's checkpoint, without their prefix.
+
+    Args: state: content of the checkpoint; None: it is read from its file.
+    """
+    # The embedder may be inside the network; its tensors are left out.
     return {
         name: tensor
         for name, tensor in _under(file, (FLOW,), state).items()
@@ -523,105 +580,131 @@ def flow_state(file: GeneratorFile, state: State | None = None) -> State:
 
 
 def embedder_state(file: GeneratorFile, state: State | None = None) -> State:
-    """Return the embedder's tensors in a checkpoint."""
+    """Return the tensors of the embedder in a generator's checkpoint, without their prefix.
+
+    Args: state: content of the checkpoint; None: it is read from its file.
+    """
     return _under(file, EMBEDDERS, state)
 
 
 def _under(file: GeneratorFile, prefixes: tuple[str, ...], state: State | None) -> State:
-    """Return the tensors under the first of several prefixes that occurs, without the prefix."""
+    """Return the tensors whose names begin with a prefix, without the prefix.
+
+    Args:
+        file: settings of the generator.
+        prefixes: possible prefixes; the first one with any tensor is used.
+        state: content of the checkpoint; None: it is read from its file.
+    Raises: ValueError if no name begins with a prefix.
+    """
     state = read(file.checkpoint, "weights") if state is None else state
     for prefix in prefixes:
-        # The first prefix with any tensor wins.
-        if part := below(state, prefix):
-            return part
-    got = ", ".join(sorted(state)[:8])
+        if tensors := below(state, prefix):
+            return tensors
     raise ValueError(
-        f"{file.checkpoint}: expected tensors under {' or '.join(prefixes)}, got {got}. Use the released"
-        " checkpoint."
+        f"{file.checkpoint}: no name of a tensor begins with {' or '.join(prefixes)}. The names are"
+        f" {', '.join(sorted(state)[:8])} ... Download the released checkpoint again."
     )
 
 
 def load_embedder(file: GeneratorFile, device: str | torch.device = "cpu") -> Embedder:
-    """Build the embedder of a stage's conditioning, strictly by name and shape, frozen, in float32."""
+    """Build the embedder of a stage's conditioning, frozen, in float32. Names and shapes must match
+    exactly.
+    """
     state = embedder_state(file)
-    who = str(file.checkpoint)
     embedder = embedder_of(file, state)
-    # Only DINOv2's names differ between torch hub and transformers.
+    # The checkpoint has DINOv2's names of torch hub; this package uses those of transformers.
     renamed = of_embedder(embedder, state)
-    return frozen(fill(embedder, renamed, who, types=torch.float32, device=device), device)
+    return frozen(fill(embedder, renamed, str(file.checkpoint), types=torch.float32, device=device), device)
 
 
 def of_embedder(embedder: Embedder, state: Mapping[str, torch.Tensor]) -> State:
-    """Rename the tensors of the embedder's DINOv2 networks to transformers' names."""
+    """Rename the tensors of the embedder's DINOv2 networks from the names of torch hub to those of
+    transformers.
+
+    Returns: all tensors of the embedder by name.
+    """
     renamed = dict(state)
     for number, encoder in enumerate(embedder.module_list):
         if isinstance(encoder, Pictures):
             prefix = f"module_list.{number}.backbone."
-            # Positions may also be interpolated to the size of the input images.
-            part = from_hub(below(state, prefix), encoder.backbone.config)
-            # The old names are removed, because filling is strict.
+            # from_hub may also interpolate the position embeddings to the size of the input images.
+            dino_tensors = from_hub(below(state, prefix), encoder.backbone.config)
+            # The old names are removed, because unknown names are an error when the network is filled.
             renamed = {name: tensor for name, tensor in renamed.items() if not name.startswith(prefix)}
-            renamed |= {prefix + name: tensor for name, tensor in part.items()}
+            renamed |= {prefix + name: tensor for name, tensor in dino_tensors.items()}
     return renamed
 
 
 def embedder_of(file: GeneratorFile, state: Mapping[str, torch.Tensor]) -> Embedder:
-    """Build an embedder without weights; its widths and DINOv2 networks follow from the tensors.
+    """Build an embedder without weights. Its widths and its DINOv2 networks are inferred from the tensors.
 
-    Raises: ValueError for tensors that are not an embedder's.
+    Raises: ValueError for tensors that do not belong to an embedder of SAM 3D Objects.
     """
-    who = str(file.checkpoint)
-    places = file.embedder.get("use_pos_embedding", "learned")
-    if places not in ("learned", "random"):
+    position_kind = file.embedder.get("use_pos_embedding", "learned")
+    if position_kind not in ("learned", "random"):
         raise ValueError(
-            f"{who}: expected use_pos_embedding learned or random, got {places!r}. Others are not supported:"
-            " restore the file."
+            f"{file.checkpoint}: use_pos_embedding must be learned or random, got {position_kind!r}."
+            " Download the generator's YAML file again."
         )
     try:
-        encoders = [_encoder(i, entry, state) for i, entry in enumerate(file.embedder["embedder_list"])]
-        nets = [f"projection_nets.{i}" for i in range(len(encoders))]
+        encoders = [_encoder(i, settings, state) for i, settings in enumerate(file.embedder["embedder_list"])]
+        projections = [f"projection_nets.{i}" for i in range(len(encoders))]
         # The files state these widths only indirectly, so they are read from the tensors.
-        hidden = [len(state[f"{net}.1.w1.weight"]) for net in nets]
-        normed = bool(file.embedder.get("projection_pre_norm", True))
+        hidden_widths = [len(state[f"{projection}.1.w1.weight"]) for projection in projections]
+        has_pre_norm = bool(file.embedder.get("projection_pre_norm", True))
         with torch.device("meta"):
             return Embedder(
-                encoders, hidden, len(state[f"{nets[0]}.1.w2.weight"]), normed, random=places == "random"
+                encoders,
+                hidden_widths,
+                len(state[f"{projections[0]}.1.w2.weight"]),
+                has_pre_norm,
+                random=position_kind == "random",
             )
     except (KeyError, TypeError, IndexError) as error:
         raise ValueError(
-            f"{who}: expected the embedder of SAM 3D, but {error} is missing or does not fit. Name the files"
-            " of SAM 3D Objects."
+            f"{file.checkpoint}: the embedder of SAM 3D Objects cannot be built ({error!r}). Download the"
+            " checkpoint and the generator's YAML file again."
         ) from None
 
 
 def _encoder(
-    number: int, entry: Any, state: Mapping[str, torch.Tensor]
+    number: int, settings: Any, state: Mapping[str, torch.Tensor]
 ) -> tuple[nn.Module, int, list[tuple[str, str | None]]]:
-    """Build one encoder of the embedder without weights; returns it with its channels and its inputs."""
-    # An entry is a pair: settings of the encoder, and its inputs with their frames.
-    content, inputs = entry
-    kind = _kind(content)
+    """Build one encoder of the embedder without weights.
+
+    Args:
+        number: index of the encoder in the embedder.
+        settings: pair of the encoder's settings and the list of its inputs.
+        state: tensors of the embedder.
+    Returns: the encoder, its number of channels, and its inputs as pairs (name, coordinate frame or None).
+    Raises: ValueError for an unsupported class of encoder.
+    """
+    content, inputs = settings
+    kind = _class_name(content)
     names = [(str(name), None if frame is None else str(frame)) for name, frame in inputs]
     with torch.device("meta"):
         if kind == "Dino":
             size = int(content.get("input_size", 224))
-            # The sizes follow from the tensors and not from the YAML file.
+            # The sizes are inferred from the tensors, because the YAML file does not state them.
             backbone = below(state, f"module_list.{number}.backbone.")
             config = DinoConfig.of_state(backbone, "embedder", shown=size)
-            flags = bool(content.get("prenorm_features", False)), bool(content.get("normalize_images", True))
-            return Pictures(config, size, *flags), config.hidden_size, names
+            prenorm = bool(content.get("prenorm_features", False))
+            normalise = bool(content.get("normalize_images", True))
+            return Pictures(config, size, prenorm, normalise), config.hidden_size, names
         if kind == "PointPatchEmbed":
-            # Training settings of this encoder are ignored.
-            known = {field.name for field in dataclasses.fields(PointConfig)}
-            points = PointConfig(**{name: value for name, value in content.items() if name in known})
-            return PointPatches(points), points.embed_dim, names
+            # Other settings of this encoder concern training and are ignored.
+            field_names = {field.name for field in dataclasses.fields(PointConfig)}
+            point_config = PointConfig(
+                **{name: value for name, value in content.items() if name in field_names}
+            )
+            return PointPatches(point_config), point_config.embed_dim, names
     raise ValueError(
-        f"embedder_list: expected Dino or PointPatchEmbed, got {kind!r}. Others are not supported: restore"
-        " the file."
+        f"embedder_list: an encoder must be Dino or PointPatchEmbed, got {kind!r}. Download the generator's"
+        " YAML file again."
     )
 
 
-# Part -> its prefix in pipeline.yaml, its class and the class of its configuration.
+# Decoder or encoder -> its prefix in pipeline.yaml, its class, and the class of its configuration.
 AUTOENCODERS: dict[str, tuple[str, Any, Any]] = {
     "structure decoder": (PARTS["structure decoder"], StructureDecoder, StructureVAEConfig),
     "decoder": (PARTS["decoder"], GaussianDecoder, GaussianDecoderConfig),
@@ -630,32 +713,40 @@ AUTOENCODERS: dict[str, tuple[str, Any, Any]] = {
 
 
 def load_part(file: PipelineFile, part: str, device: str | torch.device = "cpu") -> nn.Module:
-    """Build a half of an autoencoder; these are TRELLIS's networks.
+    """Build a decoder or the encoder in float32. They have the architectures of TRELLIS.
 
-    Raises: FileNotFoundError for an encoder that is not on this machine.
+    Args:
+        file: settings of the pipeline.
+        part: key of AUTOENCODERS.
+        device: device of the network.
+    Raises: FileNotFoundError if the encoder is not on this machine.
     """
     make, config, checkpoint = part_of(file, part)
     return filled(make, config, read(checkpoint, "weights"), str(checkpoint), torch.float32, device)
 
 
 def part_of(file: PipelineFile, part: str) -> tuple[Any, Any, Path]:
-    """Return class, configuration and checkpoint of a half of an autoencoder."""
-    name, make, kind = AUTOENCODERS[part]
+    """Return the class, the configuration and the checkpoint of a decoder or of the encoder.
+
+    Args: part: key of AUTOENCODERS.
+    Raises: FileNotFoundError if its files are missing; ValueError for a configuration that does not fit.
+    """
+    name, make, config_class = AUTOENCODERS[part]
     if f"{name}.ckpt" not in file.files:
-        got = f"{name}.yaml and {' or '.join(f'{name}{ending}' for ending in ENDINGS)}"
+        weights = " or ".join(f"{name}{ending}" for ending in ENDINGS)
         raise FileNotFoundError(
-            f"{part}: expected {got} in {file.root}, but at least one is missing. Download them: they are"
-            " released beside the others."
+            f"{part}: {name}.yaml or {weights} is missing in {file.root}. Download both files; they are"
+            " released beside the other checkpoints."
         )
-    config_file, checkpoint = (file.files[f"{name}.{which}"] for which in ("config", "ckpt"))
+    config_file, checkpoint = (file.files[f"{name}.{kind}"] for kind in ("config", "ckpt"))
     content = read_yaml(config_file)
-    known = {field.name for field in dataclasses.fields(kind)}
+    field_names = {field.name for field in dataclasses.fields(config_class)}
     try:
-        # Settings in PASSED are ignored in generators, but these networks need some of them.
+        # Settings in IGNORED are ignored for generators, but these networks need some of them.
         config = _build_config(
-            kind, content, **{name: content[name] for name in known & PASSED & set(content)}
+            config_class, content, **{name: content[name] for name in field_names & IGNORED & set(content)}
         )
-        # Building reports sizes that do not fit, with the file's name.
+        # The network is built on the meta device only to check that its sizes fit each other.
         empty(lambda: make(config))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{config_file}: {error}") from None
@@ -663,24 +754,31 @@ def part_of(file: PipelineFile, part: str) -> tuple[Any, Any, Path]:
 
 
 def release(root: Path, stages: Sequence[str]) -> Release:
-    """Describe the folder to export: all its files, and the repository's licence."""
+    """Describe the folder to export: all files of the folder, and the licence of the repository.
+
+    Args:
+        root: folder of the generator.
+        stages: names of the tuned stages.
+    """
     file = read_pipeline(root)
     root = Path(root)
     tuned = {stage: file.generators[stage] for stage in stages}
-    # Files of tuned networks are written anew; all others stay.
-    changed = {generator.checkpoint.resolve() for generator in tuned.values()}
-    there = (path for path in root.rglob("*") if path.is_file() and path.resolve() not in changed)
-    # Hidden files, such as those of git or of downloads, are not exported.
-    kept = {
-        str(path.relative_to(root)): path
-        for path in there
-        if not any(part.startswith(".") for part in path.relative_to(root).parts)
-    }
-    # The licence lies at the top of the repository, above its folder of checkpoints.
-    above = root.resolve().parents[:2] if root.resolve().name in REPOSITORY else ()
-    papers = {path.name: path for place in above for path in sorted(place.glob("LICENSE*")) if path.is_file()}
+    # Checkpoints of tuned networks are written anew; all other files are copied.
+    tuned_checkpoints = {generator.checkpoint.resolve() for generator in tuned.values()}
+    copied_files = {}
+    for path in root.rglob("*"):
+        relative_path = path.relative_to(root)
+        # Hidden files, such as those of git or of downloads, are not exported.
+        is_hidden = any(part.startswith(".") for part in relative_path.parts)
+        if path.is_file() and path.resolve() not in tuned_checkpoints and not is_hidden:
+            copied_files[str(relative_path)] = path
+    # The licence is in the top folder of the repository, one or two levels above the checkpoints.
+    licence_files = dict[str, Path]()  # by file name
+    if root.resolve().name in REPOSITORY:
+        for folder in root.resolve().parents[:2]:
+            licence_files |= {path.name: path for path in sorted(folder.glob("LICENSE*")) if path.is_file()}
     return Release(
-        files={**papers, **kept},
+        files={**licence_files, **copied_files},
         networks={
             stage: Stored(
                 file=str(generator.checkpoint.relative_to(root)),
@@ -693,21 +791,29 @@ def release(root: Path, stages: Sequence[str]) -> Release:
 
 
 def write_checkpoint(source: Path, target: Path, state: Mapping[str, torch.Tensor]) -> None:
-    """Write a copy of a generator's checkpoint in which its network is replaced; every tensor keeps its
-    dtype.
+    """Write a copy of a generator's checkpoint with other weights of the flow. Each tensor has the dtype of
+    the source.
+
+    Args:
+        source: path of the checkpoint to copy.
+        target: path of the file to write.
+        state: tensors of the flow's network by name.
     """
-    held = content(source, "export")
+    checkpoint_content = content(source, "export")
     # Updated in place, so that everything else in the checkpoint is written unchanged.
-    tensors = held.get("state_dict", held)
+    tensors = checkpoint_content.get("state_dict", checkpoint_content)
     tensors |= in_types_of(tensors, {FLOW + name: tensor for name, tensor in state.items()})
-    rewrite(target, held)
+    rewrite(target, checkpoint_content)
 
 
 def networks(root: Path) -> list[Network]:
-    """List both flows, their embedders and the autoencoders' halves with expected and present tensors."""
+    """List the networks with their expected and their stored tensors, for `flow check`.
+
+    They are the flows and embedders of both stages, the decoders and the encoder.
+    """
     file = read_pipeline(root)
-    made = []
-    # Tensors and numbers of the published networks: (flow, embedder) by stage.
+    networks = []
+    # Number of tensors and number of values of the published (flow, embedder), by stage.
     sizes = {
         STRUCTURE: ((945, 964_156_437), (914, 634_485_760)),
         LATENT: ((526, 600_432_520), (891, 626_054_144)),
@@ -719,26 +825,28 @@ def networks(root: Path) -> list[Network]:
         embedder = embedder_state(generator, state)
         network = empty(partial(network_of(generator.config), generator.config))
         encoders = embedder_of(generator, embedder)
-        both = (("flow", network, flow), ("embedder", encoders, of_embedder(encoders, embedder)))
-        for (kind, expected, present), released in zip(both, sizes[stage], strict=True):
-            names = shapes(expected.state_dict())
-            made.append(
+        flow_and_embedder = (
+            ("flow", network, flow),
+            ("embedder", encoders, of_embedder(encoders, embedder)),
+        )
+        for (kind, module, tensors), released in zip(flow_and_embedder, sizes[stage], strict=True):
+            networks.append(
                 Network(
                     name=f"{kind} of {stage}",
                     file=generator.checkpoint,
-                    expected=names,
-                    tensors=present,
+                    expected=shapes(module.state_dict()),
+                    tensors=tensors,
                     released=released,
                 )
             )
-    # Published encoders were not available, so their sizes are not stated.
+    # The published encoder was not available, so its sizes are not stated.
     counts = {"structure decoder": (74, 73_671_201), "decoder": (101, 85_369_120)}
     for part in AUTOENCODERS:
         try:
             make, config, path = part_of(file, part)
-        # Only the encoder may be missing; the others raise in read_pipeline.
+        # Only the encoder may be missing; for missing decoders, read_pipeline has raised an error.
         except FileNotFoundError:
-            made.append(
+            networks.append(
                 Network(
                     name=part,
                     file=file.root / f"{ENCODER}.yaml",
@@ -748,16 +856,16 @@ def networks(root: Path) -> list[Network]:
                 )
             )
             continue
-        names = shapes(empty(partial(make, config)).state_dict())
+        expected_shapes = shapes(empty(partial(make, config)).state_dict())
         without = OWN_SHAPES if part == "structure encoder" else ""
-        made.append(
+        networks.append(
             Network(
                 name=part,
                 file=path,
-                expected=names,
+                expected=expected_shapes,
                 tensors=read(path, part),
                 without=without,
                 released=counts.get(part),
             )
         )
-    return made
+    return networks

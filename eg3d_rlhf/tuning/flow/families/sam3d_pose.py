@@ -1,10 +1,12 @@
-"""Pose of an object from the first stage's latents, in the camera's space: x left, y up, z forward.
+"""Decode the pose of an object of SAM 3D Objects from the latents of the first stage.
 
-Points of the object's own frame, with z up, are rows p. They are mapped to (s p) R + T. The flow predicts six
-numbers for the rotation, normalised by the original's mean and standard deviation. T and s are in units of
-the conditioning's point map, whose scale and shift are stored beside its tokens.
+A point p of the object's own frame, a row vector with z up, is mapped to (s p) R + T in the camera's space,
+where x points left, y up and z forward. The flow predicts six numbers for the rotation R (Zhou et al. 2019),
+normalised by a published mean and standard deviation. The translation T and the size s are predicted in units
+of the point map on which the flow is conditioned. The scale and the shift of the point map are stored beside
+its tokens.
 
-Shape letters: N samples.
+Shapes: N number of samples.
 """
 
 from collections.abc import Mapping
@@ -12,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-# Name of the rotation's latent if its numbers are normalised. Under any other name they are used unchanged.
+# Name of the rotation's latent if its six numbers are normalised. Under the name "6drotation" they are not.
 NORMALISED = "6drotation_normalized"
 # Published statistics of the six numbers.
 MEAN = (
@@ -31,18 +33,19 @@ STD = (
     0.39817973931717104,
     0.6176286868761914,
 )
-# Ways to decode a pose: in units of the point map, shifted, or by the apparent size.
+# Names of decoders of a pose in pipeline.yaml. With SHIFTED, T and s are in units of the point map's scale,
+# and T is relative to its shift. With ApparentSize, T and s are also multiplied by a predicted scale.
 SHIFTED = "ScaleShiftInvariant"
 DECODERS = (SHIFTED, "ApparentSize")
 
 
 @dataclass(frozen=True)
 class Pose:
-    """Poses of N objects."""
+    """Poses of N objects in the camera's space; see the module's docstring."""
 
-    rotation: torch.Tensor  # [N, 3, 3] R
-    translation: torch.Tensor  # [N, 3] T
-    scale: torch.Tensor  # [N, 3] s, the same along all axes
+    rotation: torch.Tensor  # R, [N, 3, 3]
+    translation: torch.Tensor  # T, [N, 3]
+    scale: torch.Tensor  # s, [N, 3], the same along all axes
 
     @property
     def quaternion(self) -> torch.Tensor:
@@ -50,16 +53,17 @@ class Pose:
         # In float64, because squares of small components are differences of large numbers.
         r = self.rotation.double()
         xx, yy, zz = r.diagonal(dim1=1, dim2=2).unbind(1)
-        # 4 q_i^2 for w, x, y, z (Shepperd 1978).
+        # 4 q_i^2 for the components w, x, y, z of the quaternion q (Shepperd 1978).
         squares = torch.stack([1 + xx + yy + zz, 1 + xx - yy - zz, 1 - xx + yy - zz, 1 - xx - yy + zz], 1)
-        mixed = r - r.mT, r + r.mT  # antisymmetric and symmetric part, times 2
-        # 4 q_i q_j of different components, from the antisymmetric and the symmetric part of R.
-        wx = mixed[0][:, 2, 1]
-        wy = mixed[0][:, 0, 2]
-        wz = mixed[0][:, 1, 0]
-        xy = mixed[1][:, 0, 1]
-        xz = mixed[1][:, 0, 2]
-        yz = mixed[1][:, 1, 2]
+        # 4 q_i q_j of different components, from the antisymmetric and the symmetric part of R, times 2.
+        antisymmetric = r - r.mT
+        symmetric = r + r.mT
+        wx = antisymmetric[:, 2, 1]
+        wy = antisymmetric[:, 0, 2]
+        wz = antisymmetric[:, 1, 0]
+        xy = symmetric[:, 0, 1]
+        xz = symmetric[:, 0, 2]
+        yz = symmetric[:, 1, 2]
         w, x, y, z = squares.unbind(1)
         rows = torch.stack(
             [
@@ -70,47 +74,53 @@ class Pose:
         )
         # Each row is 4 q_i times the quaternion. The row of the largest component is the most accurate,
         # because its length is never close to 0.
-        best = rows[torch.arange(len(rows)), squares.argmax(1)]
-        unit = best / best.norm(dim=1, keepdim=True)
+        longest_row = rows[torch.arange(len(rows)), squares.argmax(1)]
+        unit = longest_row / longest_row.norm(dim=1, keepdim=True)
         # q and -q are the same rotation; the sign is fixed by the real part.
         return torch.where(unit[:, :1] < 0, -unit, unit).float()
 
 
 def decoded(
     latents: Mapping[str, torch.Tensor],
-    how: str,
+    decoder: str,
     scale: torch.Tensor,
     shift: torch.Tensor,
     factor: float = 1.0,
 ) -> Pose:
-    """Decode the pose from latents [N, 1, .] by name.
+    """Decode poses from the latents of the first stage.
 
     Args:
-        how: one of DECODERS.
-        scale, shift: [N, 3], of the point maps.
-        factor: by how much the shape was shrunk before the second stage; see `sam3d.thinned`.
-    Raises: ValueError for latents without a pose.
+        latents: latents by name; those of the pose are [N, 1, channels].
+        decoder: name of the decoder, one of DECODERS.
+        scale: scales of the point maps, [N, 3].
+        shift: shifts of the point maps, [N, 3].
+        factor: factor by which the shape was shrunk before the second stage; see `sam3d.thinned`. The size is
+            multiplied by it.
+    Raises: ValueError if the latents lack one of the pose.
     """
     name = NORMALISED if NORMALISED in latents else NORMALISED.partition("_")[0]
-    missing = sorted({name, "translation", "scale", "translation_scale"} - set(latents))
-    if missing:
+    missing_names = sorted({name, "translation", "scale", "translation_scale"} - set(latents))
+    if missing_names:
         raise ValueError(
-            f"pose: expected the latents of a pose, but {', '.join(missing)} is missing. Use the files of"
-            " SAM 3D Objects."
+            f"pose: the latents {', '.join(missing_names)} are missing, so there is no pose. Use the"
+            " generator's files of SAM 3D Objects."
         )
-    six, place, size, apparent = (
+    # Each latent of the pose is a single token: [N, 1, channels] -> [N, channels].
+    rotation_6d, translation, log_size, log_translation_scale = (
         latents[key][:, 0].float() for key in (name, "translation", "scale", "translation_scale")
     )
     if name == NORMALISED:
-        six = six * six.new_tensor(STD) + six.new_tensor(MEAN)
-    # Gram-Schmidt: the six numbers are two columns of R (Zhou et al. 2019).
-    first = torch.nn.functional.normalize(six[:, :3], dim=1)
-    second = torch.nn.functional.normalize(
-        six[:, 3:] - (first * six[:, 3:]).sum(1, keepdim=True) * first, dim=1
-    )
-    rotation = torch.stack([first, second, torch.linalg.cross(first, second)], 2)
-    # length of a unit of the latents in the camera's space
-    unit = scale if how == SHIFTED else scale * apparent.exp()
-    # The size is a logarithm; one mean for all axes, as in the original.
-    sizes = (size.exp() * unit).mean(1, keepdim=True).expand(-1, 3)
-    return Pose(rotation, place * unit + shift if how == SHIFTED else place * unit, factor * sizes)
+        rotation_6d = rotation_6d * rotation_6d.new_tensor(STD) + rotation_6d.new_tensor(MEAN)
+    # Gram-Schmidt: the six numbers are the first two columns of R before normalisation (Zhou et al. 2019).
+    column_1 = torch.nn.functional.normalize(rotation_6d[:, :3], dim=1)
+    projection = (column_1 * rotation_6d[:, 3:]).sum(1, keepdim=True) * column_1
+    column_2 = torch.nn.functional.normalize(rotation_6d[:, 3:] - projection, dim=1)
+    rotation = torch.stack([column_1, column_2, torch.linalg.cross(column_1, column_2)], 2)
+    # Length of a unit of the latents in the camera's space, [N, 3].
+    unit = scale if decoder == SHIFTED else scale * log_translation_scale.exp()
+    translation = translation * unit
+    if decoder == SHIFTED:
+        translation = translation + shift
+    # As in the original, the mean over the axes is the size along all axes.
+    size = (log_size.exp() * unit).mean(1, keepdim=True).expand(-1, 3)
+    return Pose(rotation, translation, factor * size)

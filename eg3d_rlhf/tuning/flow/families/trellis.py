@@ -1,6 +1,11 @@
-"""TRELLIS, a generator in two stages, structure and then latents on its voxels, from texts or images.
+"""Family of TRELLIS (Xiang et al. 2024), a generator in two stages that is conditioned on texts or images.
 
-Shape letters: N samples, C channels, R grid points per axis, L conditioning tokens, E channels of a token.
+The first stage samples a structure, which is decoded to occupied voxels. The second stage samples latents on
+these voxels, which are decoded to Gaussian splats.
+
+Shapes: N number of samples, C channels, R grid points per axis, v voxels of a sample, L number of
+    conditioning
+tokens, E channels of a token.
 """
 
 import json
@@ -37,24 +42,25 @@ from eg3d_rlhf.tuning.flow.families.trellis_assets import (
 )
 from eg3d_rlhf.tuning.flow.families.trellis_pairs import candidate, read_dso, write_latent
 
-LOOKED_AT = 32  # largest number of assets to which the share of opacity is fitted
+MOST_CALIBRATED = 32  # largest number of assets to which the share of opacity is fitted
 
 
 @dataclass(frozen=True, kw_only=True)
 class Encoding:
     """Settings by which finished assets are encoded as latents."""
 
-    # A voxel counts as filled above this share of the mean opacity of voxels that hold a Gaussian.
+    # A voxel counts as filled from this share of the mean opacity of voxels that contain a Gaussian.
     share: float = 0.25
     views: int = 150  # renders per asset over which features are averaged
-    image_model: str = "dinov2_vitl14_reg"  # its features are the input of the second stage's encoder
+    # DINOv2 model whose features are the input of the second stage's encoder.
+    image_model: str = "dinov2_vitl14_reg"
 
 
 class TrellisPipeline(EncodingFolder):
-    """Pipeline of both stages; implements `Pipeline`. Assets are `SplatAsset`.
+    """Pipeline of both stages of TRELLIS; implements `Pipeline`. Its assets are `SplatAsset`.
 
     Decoders and encoders are loaded when they are first needed. Latents of the first stage are not
-    normalised. Those of the second stage are stored normalised, in the scale of its flow.
+    normalised. Latents of the second stage are stored normalised, in the scale of its flow.
     """
 
     def __init__(
@@ -69,72 +75,82 @@ class TrellisPipeline(EncodingFolder):
         """Build the stages.
 
         Args:
+            file: settings of pipeline.json.
             flows: networks by stage name.
-            conditioning: None if nothing is sampled.
-            parts: reads a decoder or an encoder by its name in pipeline.json.
+            conditioning: embeddings of the prompts, or None if nothing is sampled.
+            parts: function that reads a decoder or an encoder by its name in pipeline.json.
+            device: device of decoders and encoders.
+            encoding: settings for encoding assets; None means the defaults.
+        Raises: ValueError if the conditioning or pipeline.json does not fit the networks.
         """
         super().__init__(conditioning, parts, device, {files.LATENT: (file.mean, file.std)})
         self.file = file
         self.encoding = encoding or Encoding()
         self._image_encoder: ImageEncoder | None = None
-        self.stages = [self._stage(name, flows[name]) for name in (files.STRUCTURE, files.LATENT)]
+        self.stages = [self._make_stage(name, flows[name]) for name in (files.STRUCTURE, files.LATENT)]
         channels = flows[files.LATENT].config.in_channels
         self.resolution = flows[files.LATENT].config.resolution
-        # Scales come from pipeline.json, channels from the model's own JSON file.
+        # The scales are from pipeline.json and the channels from the model's own JSON file, so they may
+        # differ.
         if len(file.mean) != channels:
             raise ValueError(
-                f"pipeline.json: expected slat_normalization of {channels} channels, got {len(file.mean)}."
-                " Correct it."
+                f"pipeline.json: slat_normalization has {len(file.mean)} channels, but the model of stage"
+                f" {files.LATENT!r} has {channels}. Use pipeline.json and models of one release."
             )
 
-    def _stage(self, name: str, model: Any) -> FlowStage:
-        """Build a stage around its network."""
+    def _make_stage(self, name: str, model: Any) -> FlowStage:
+        """Build the stage `name` with its network. Raises: ValueError if the conditioning does not fit it."""
         config = model.config
         self.check_tokens(name, config.cond_channels, f"Embed them with {self.file.encoder}.")
         # The first stage is a dense grid, the second has features on voxels.
-        kind: Any = SparseVoxels if name == files.LATENT else DenseGrid
+        latent_kind: Any = SparseVoxels if name == files.LATENT else DenseGrid
         return FlowStage(
             name=name,
             model=model,
-            latents=kind(channels=config.in_channels, resolution=config.resolution),
+            latents=latent_kind(channels=config.in_channels, resolution=config.resolution),
             path=FlowPath(sigma_min=self.file.sigma_min[name]),
             sampling=self.file.sampling[name],
         )
 
     @torch.no_grad()
     def advance(self, stage: str, x_0: Batch) -> list[Voxels]:
-        """Decode structures [N, C, R, R, R] to the voxels of each, [v, 3] int32.
+        """Decode structures [N, C, R, R, R] to their occupied voxels, [v, 3] int32 per sample.
 
-        A structure without any voxel gets its likeliest one.
+        If a structure has no occupied voxel, its most probable voxel is returned.
+
+        Args: stage: name of the first stage; no other stage has a next stage.
+        Raises: ValueError for structures that are not finite.
         """
         assert stage == files.STRUCTURE
         check_finite("advance", x_0)
-        assert isinstance(x_0, torch.Tensor)
+        assert isinstance(x_0, torch.Tensor)  # latents of the first stage are dense
         decoder = self.part(files.STRUCTURE_DECODER)
         voxels: list[Voxels] = []
         # One sample at a time, because the decoder needs 64^3 x 128 floats for each.
         for latent in x_0:
-            logits = decoder(latent[None].to(self.device, torch.float32))
+            logits = decoder(latent[None].to(self.device, torch.float32))  # [1, 1, 64, 64, 64]
             voxels += voxels_of(never_empty(logits, f"stage {stage!r}"))
         return voxels
 
     def decode(self, x_0: SparseBatch) -> list[SplatAsset]:
-        """Decode latents on voxels to Gaussians."""
+        """Decode latents on voxels to one asset of Gaussians per sample."""
         return decoded(self, files.GAUSSIAN_DECODER, x_0)
 
     def encodes(self, asset: SplatAsset) -> Sequence[str]:
-        """Return the names of both stages."""
+        """Return the names of both stages, because every asset can be encoded for both."""
         return (files.STRUCTURE, files.LATENT)
 
     @torch.no_grad()
     def encode_stage(self, asset: SplatAsset, stage: str) -> Latent:
-        """Encode an asset as a stage's latent; the second stage's is normalised.
+        """Encode an asset as the latent of a stage, in the scale of the stage's flow.
 
+        Returns: a grid [C, R, R, R] for the first stage, and latents on voxels for the second stage.
         Raises: FileNotFoundError or ValueError if the encoder or DINOv2 is not on this machine.
         """
         voxels = self.voxels(asset)
         size = self.resolution
         if stage == files.STRUCTURE:
+            # The encoder returns (mean, log variance) for a batch; the mean of the only sample is the latent.
             return self.part(files.STRUCTURE_ENCODER)(grid_of([voxels], size).to(self.device))[0][0]
         encoder = self.part(files.LATENT_ENCODER)
         # DINOv2 is loaded only if an asset is encoded for the second stage.
@@ -147,16 +163,17 @@ class TrellisPipeline(EncodingFolder):
         return SparseSample(voxels, self.normalised(latent.feats).to(voxels.device))
 
     def voxels(self, asset: SplatAsset) -> torch.Tensor:
-        """Return the voxels [v, 3] that an asset fills; see `voxels_filled`."""
+        """Return the voxels [v, 3] int32 that an asset fills; see `voxels_filled`."""
         return voxels_filled(asset, self.resolution, self.encoding.share)
 
 
 @dataclass(frozen=True)
 class Trellis(FlowFamily):
-    """Family of TRELLIS. Its options say how finished assets are encoded."""
+    """Family of TRELLIS. Its options are the settings for encoding finished assets."""
 
     encoding: Encoding = Encoding()
-    zero_null: bool = True  # true for images; for texts the empty conditioning is the embedding of ''
+    # True: the empty conditioning is zeros (images). False: it is the embedding of the empty text (texts).
+    zero_null: bool = True
 
     name = "trellis"
     layout = "pipeline.json of TrellisTextTo3DPipeline or TrellisImageTo3DPipeline"
@@ -173,7 +190,10 @@ class Trellis(FlowFamily):
     fit_reward = staticmethod(RewardOfPairs)
 
     def recognises(self, root: Path) -> bool:
-        """Return whether pipeline.json is TRELLIS's, or is not JSON at all, which the reader then reports."""
+        """Return True if pipeline.json names a pipeline of TRELLIS, or is not a JSON object.
+
+        For a damaged file, `load` then raises an error that names the file.
+        """
         path = root / "pipeline.json"
         if not path.is_file():
             return False
@@ -185,11 +205,17 @@ class Trellis(FlowFamily):
         return any(str(name).lower() == f"trellis{kind}to3dpipeline" for kind in files.KINDS)
 
     def files(self, root: Path, stages: Sequence[str] | None = None) -> dict[str, Path]:
-        """Return the flows' files by stage. For all stages, add the files that the loop needs."""
+        """Return pipeline.json and the files of the flows, by name.
+
+        If all stages have pairs, the files that the tuning loop needs are returned, too.
+
+        Args: stages: names of the stages that have pairs; None means all stages.
+        Raises: FileNotFoundError for missing files.
+        """
         file = files.read_pipeline(root)
-        # Only with pairs of both stages can the loop run.
-        loop = stages is None or len(stages) == len(files.FLOWS)
-        models = files.FLOWS | {name: name for name in files.NEEDED if loop}
+        # The tuning loop can run only with pairs of both stages.
+        can_loop = stages is None or len(stages) == len(files.FLOWS)
+        models = files.FLOWS | {name: name for name in files.NEEDED if can_loop}
         return {"pipeline.json": root / "pipeline.json", **files.paths_of(file, models)}
 
     def load(
@@ -208,16 +234,17 @@ class Trellis(FlowFamily):
         file = files.read_pipeline(root)
         stems = {stage: files.find_model(file, model) for stage, model in files.FLOWS.items()}
         flows = files.flows_of(stems, dtype, device, stages)
-        # After all flows exist, because the largest one decides.
+        # Called after all flows are built, because the size of the largest flow decides.
         spare_memory(flows.values(), device)
 
         def part(name: str) -> nn.Module:
+            """Read a decoder or an encoder by its name."""
             return files.load_model(files.find_model(file, name), dtype=torch.float32, device=device)
 
         return TrellisPipeline(file, flows, conditions, part, device, self.encoding)
 
     def condition(self, pipeline: TrellisPipeline, stage: str) -> list[int]:
-        """Return the shape [L, E] of a stage's conditioning."""
+        """Return the shape [L, E] of the conditioning tokens of one sample."""
         model: Any = stage_of(pipeline, stage).model
         return [files.TOKENS[pipeline.file.kind], model.config.cond_channels]
 
@@ -226,74 +253,90 @@ class Trellis(FlowFamily):
         return replace(self, encoding=Encoding(share=source.voxel_share, views=source.views))
 
     def open(self, source: ProblemSource, device: str | torch.device) -> Problem:
-        """Open a folder as a problem. Blocks are recomputed in the backward pass, which needs less memory."""
-        # The kind is known only from the folder: one family serves texts and images.
+        """Open a folder and its preference pairs as a problem; see `open_folder`.
+
+        Blocks are recomputed in the backward pass, which needs less memory and more time.
+        """
+        # One family reads pipelines of texts and of images; pipeline.json states which kind the folder has.
         zero_null = files.read_pipeline(Path(source.pipeline)).kind == "image"
         family = replace(self.configured(source), zero_null=zero_null)
         problem = open_folder(family, source, device)
         for stage in problem.pipeline.stages:
+            # Saves the memory of the activations; without gradients, as in sampling, it has no effect.
             stage.model.recompute = True  # type: ignore[assignment]
         # The loop's latents depend on how assets are encoded.
         return replace(problem, identity={**problem.identity, "encoding": vars(family.encoding)})
 
     def check_pairs(self, pipeline: TrellisPipeline, folder: Path, stage: str, meta: Mapping) -> None:
-        """Raise ValueError if the pairs' latents are normalised in another way."""
-        # Latents in another scale would be trained on without an error.
+        """Raise ValueError if the latents of the pairs are not normalised as pipeline.json states."""
+        # Training on latents in another scale would raise no error, but give a wrong flow.
         if meta.get("normalization") != files.normalization(pipeline.file, stage):
             raise ValueError(
-                f"{folder}: expected latents normalised as in {pipeline.file.root.name}/pipeline.json, got"
-                " those of another model. Make the pairs again for this model."
+                f"{folder}: the latents of the pairs are not normalised as"
+                f" {pipeline.file.root.name}/pipeline.json states. The pairs belong to another model. Make"
+                " them again for this model with `eg3d-rlhf flow tune WORK --pairs-only`."
             )
 
     def pair_meta(self, pipeline: TrellisPipeline, stage: str, report: Mapping) -> Mapping:
-        """Return the normalisation and the report, which the pairs' meta.json states."""
+        """Return the entries that a family adds to the meta.json of pairs: the normalisation, and the
+        report.
+        """
         return {"normalization": files.normalization(pipeline.file, stage), "report": report}
 
     def embed_images(self, root: Path, images: Mapping[str, Path], device: torch.device) -> Conditions:
-        """Embed images with transparent backgrounds by DINOv2."""
+        """Embed images with transparent backgrounds by DINOv2. Raises: ValueError for a pipeline of texts."""
         return ImageEncoder(_of_kind(root, "image").encoder, device).embed(images)
 
     def embed_texts(self, root: Path, texts: Sequence[str], device: torch.device) -> Conditions:
-        """Embed texts by CLIP."""
+        """Embed texts by CLIP. Raises: ValueError for a pipeline of images."""
         return TextEncoder(_of_kind(root, "text").encoder, device).embed(texts)
 
     def write_latent(self, path: Path, pipeline: TrellisPipeline, stage: str, latent: Latent) -> None:
-        """Write a latent in the format of TRELLIS's data tools."""
+        """Write a latent in the format of TRELLIS's data tools; see `trellis_pairs.write_latent`."""
         write_latent(path, pipeline, latent)
 
     def remark(self, folder: Path, lines: Sequence[Mapping], pipeline: TrellisPipeline) -> str:
-        """Return a line about the share of opacity at which sampled assets best fill the voxels they were
-        made on.
+        """Return a message with the share of opacity that should be used to encode assets.
+
+        It is the share at which sampled assets best fill the voxels from which they were sampled; see
+        `calibrated`.
+
+        Args:
+            folder: folder of the sampled assets.
+            lines: entries of the list of sampled assets.
+            pipeline: pipeline that sampled them.
         """
         # A few assets suffice, because only eleven shares are compared.
-        lines = lines[:LOOKED_AT]
-        assets = [read_ply(folder / line["look_at"]) for line in lines]
-        voxels = [read_array(folder / line[files.LATENT], "coords") for line in lines]
+        records = lines[:MOST_CALIBRATED]
+        assets = [read_ply(folder / record["look_at"]) for record in records]
+        voxels = [read_array(folder / record[files.LATENT], "coords") for record in records]
         best = calibrated(assets, voxels, pipeline.resolution)
         return (
-            f"Assets best match the voxels that they were made on at a share of opacity of {best['share']:g}"
-            f" (mean intersection over union {best['iou']:.2f} over {len(assets)} assets). Use it with: flow"
-            f" tune --loop --set voxel_share={best['share']:g}"
+            f"With voxel_share={best['share']:g}, assets best match the voxels from which they were sampled"
+            f" (mean intersection over union {best['iou']:.2f} over {len(assets)} assets). Use this value"
+            f" with `eg3d-rlhf flow tune --loop --set voxel_share={best['share']:g}`."
         )
 
     def networks(self, root: Path) -> list[Network]:
-        """List all networks that the loop needs; the second stage's encoder may be missing."""
+        """List all networks that the tuning loop needs. The encoder of the second stage may be missing."""
         models = (*files.FLOWS.values(), *files.NEEDED, files.LATENT_ENCODER)
-        lost = {files.LATENT_ENCODER: "encoding your own assets, and the loop"}
-        return files.networks_of(files.read_pipeline(root), models, lost)
+        optional = {files.LATENT_ENCODER: "encoding your own assets, and the loop"}
+        return files.networks_of(files.read_pipeline(root), models, optional)
 
     def release(self, root: Path, stages: Sequence[str]) -> Release:
-        """Describe the folder to export; see `files.release_of`.
+        """Describe the folder to export; see `trellis_files.release_of`.
 
-        A model must exist if pipeline.json places it in a folder that exists.
+        Args: stages: names of the tuned stages.
+        Raises: FileNotFoundError for a model that is missing, although the folder that pipeline.json states
+            for it exists.
         """
         file = files.read_pipeline(root)
-        # Other values are references into other repositories.
-        needed = {name for name, value in file.models.items() if (file.root / value).parent.is_dir()}
-        return files.release_of(file, stages, files.FLOWS, files.load_model, needed)
+        # Models whose stated folder does not exist are references to other repositories.
+        required = {name for name, value in file.models.items() if (file.root / value).parent.is_dir()}
+        return files.release_of(file, stages, files.FLOWS, files.load_model, required)
 
     def released(self) -> dict[str, Callable[[], list[SizedStage]]]:
-        """Return functions that build the published stages, by the generators' names."""
+        """Return functions that build the stages of the published generators, by the generators' names."""
         return {
             "TRELLIS-text-large": partial(files.released_stages, "text", 768),
             "TRELLIS-image-large": partial(files.released_stages, "image", 1024),
@@ -301,13 +344,17 @@ class Trellis(FlowFamily):
 
 
 def _of_kind(root: Path, kind: str) -> files.PipelineFile:
-    """Read pipeline.json. Raises: ValueError if the pipeline is of the other kind, "text" or "image"."""
+    """Read pipeline.json of a pipeline that is conditioned on `kind`, "text" or "image".
+
+    Raises: ValueError if the pipeline is of the other kind.
+    """
     file = files.read_pipeline(root)
     if file.kind != kind:
-        # Both flags exist, so the other one is the remedy.
+        # Flag of `eg3d-rlhf flow new` for each kind of prompt.
         flags = {"image": "--images", "text": "--prompts"}
         raise ValueError(
-            f"{flags[kind]}: this pipeline is conditioned on {file.kind}s. Pass {flags[file.kind]} instead."
+            f"{flags[kind]} does not apply, because {root}/pipeline.json is a pipeline of {file.kind}s. Pass"
+            f" {flags[file.kind]} instead."
         )
     return file
 

@@ -1,15 +1,18 @@
-"""TRELLIS.2, a generator in stages: structure, shape, in a cascade the shape on finer voxels, and texture.
+"""Family of TRELLIS.2, a generator in three or four stages that is conditioned on images.
 
-    structure -> occupancy of a grid, pooled to the resolution of the shape
-    shape_512 -> (cascade) voxels into which its decoder splits the shape, merged to the finer grid
-    last shape -> its voxels, and its latents as given features of the texture
+The stages are structure, shape and texture. In a *cascade*, the shape is sampled twice: shape_512 on coarse
+voxels, and shape_1024 on finer voxels. Each stage determines the voxels of the next stage:
 
-Latents of the first stage are not normalised. Others are stored normalised, in the scale of their flows.
+    structure    its decoder gives the occupancy of a grid, which is pooled to the resolution of the shape
+    shape_512    in a cascade, its decoder divides voxels into finer ones, which are merged to the grid of
+    shape_1024 last shape   the texture has the same voxels, and reads the shape's latents
 
-The loop runs on structure and shape. Assets are encoded by their dual grids (geometry/dual_grid.py).
+Latents of the structure are not normalised. Other latents are stored normalised, in the scale of their flows.
+The tuning loop trains structure and shape. Assets are encoded by their dual grids (geometry/dual_grid.py).
 
-Shape letters: N samples, C channels, v voxels of a sample, L conditioning tokens, E channels of a token, W
-voxels of an asset.
+Shapes: N number of samples, C channels, R grid points per axis, v voxels of a sample, L number of
+    conditioning
+tokens, E channels of a token, W voxels of an asset.
 """
 
 import json
@@ -60,13 +63,13 @@ from eg3d_rlhf.tuning.flow.families.trellis_files import (
     release_of,
 )
 
-# Names of the two conditioning tensors: pixels per side of the image from which they were computed.
+# Names of the two conditioning tensors. A name is the number of pixels per side of the encoded image.
 SMALL = "512"
 LARGER = "1024"
 
 
 class Trellis2Pipeline(EncodingFolder):
-    """Pipeline of all stages; implements `Pipeline`. Assets are `VoxelAsset`.
+    """Pipeline of all stages of TRELLIS.2; implements `Pipeline`. Its assets are `VoxelAsset`.
 
     Decoders and encoders are loaded when they are first needed.
     """
@@ -82,148 +85,169 @@ class Trellis2Pipeline(EncodingFolder):
         """Build the stages.
 
         Args:
-            flows: networks by stage name, without that of the texture if only the shape is used.
-            conditioning: None if nothing is sampled.
-            parts: reads a decoder or an encoder by its name in pipeline.json.
+            file: settings of pipeline.json.
+            flows: networks by stage name. The texture's network may be missing; the shape is then the last
+                stage.
+            conditioning: embeddings of the images, or None if nothing is sampled.
+            parts: function that reads a decoder or an encoder by its name in pipeline.json.
+            device: device of decoders and encoders.
+        Raises: ValueError if conditioning, pipeline.json and networks do not fit each other.
         """
         super().__init__(conditioning, parts, device, file.normalization)
         self.file = file
-        # The last asset, its resolution and its dual grid; see `_grid`.
-        self._last: tuple[Any, int, tuple[DualGrid, torch.Tensor | None]] | None = None
+        # The most recent asset, the resolution, and its dual grid with materials; see `_grid`.
+        self._cached_grid: tuple[Any, int, tuple[DualGrid, torch.Tensor | None]] | None = None
         # FlowConfig of every stage.
         self.configs: dict[str, Any] = {name: flows[name].config for name in file.flows if name in flows}
         if conditioning is not None:
             conditioning.check_source("conditions", source_of(file), "`eg3d-rlhf flow new`")
-        # The last shape stage: its latents are those that are decoded.
+        # Name of the last shape stage, whose latents are decoded.
         self.shape = [name for name in self.configs if name in (files.LOW, files.HIGH)][-1]
-        self.stages = [self._stage(name, flows[name]) for name in self.configs]
+        self.stages = [self._make_stage(name, flows[name]) for name in self.configs]
         for name, (mean, _) in file.normalization.items():
             channels = self.configs[name].out_channels if name in self.configs else len(mean)
             if len(mean) != channels:
                 key = files.NORMALIZATIONS[name]
                 raise ValueError(
-                    f"pipeline.json: expected {key} of {channels} channels, got {len(mean)}. Correct it."
+                    f"pipeline.json: {key} has {len(mean)} channels, but the model of stage {name!r} has"
+                    f" {channels}. Use pipeline.json and models of one release."
                 )
-        # The texture's flow must read exactly the latents of the shape.
-        given = (
-            self.configs[files.TEXTURE].given
-            if files.TEXTURE in self.configs
-            else self.configs[self.shape].out_channels
-        )
-        if given != self.configs[self.shape].out_channels:
+        # The texture's flow must read as many channels as the shape's latents have.
+        shape_channels = self.configs[self.shape].out_channels
+        if files.TEXTURE in self.configs and self.configs[files.TEXTURE].given != shape_channels:
             raise ValueError(
-                f"stage {files.TEXTURE!r}: the model reads {given} channels of the shape, but the shape has"
-                f" {self.configs[self.shape].out_channels}. Use models of one release."
+                f"stage {files.TEXTURE!r}: the model reads {self.configs[files.TEXTURE].given} channels of"
+                f" the shape, but the shape has {shape_channels}. Use models of one release."
             )
 
     def cells(self, stage: str) -> int:
-        """Return the grid cells per axis of a stage; for a cascade that lowers the resolution, the largest
-        number.
+        """Return the number of grid cells per axis of a stage's latents.
 
-        The texture uses the shape's grid, because its file may state another number.
+        A cascade may lower the resolution of a sample; the largest number is returned.
         """
+        # The texture uses the shape's grid; the resolution in the file of its model may differ.
         name = self.shape if stage == files.TEXTURE else stage
-        wider = WIDER if name == files.HIGH and self.file.kind == "1536_cascade" else 1
-        return int(self.configs[name].resolution * wider)
+        # The pipeline "1536_cascade" uses the flow of resolution 1024 on a finer grid.
+        factor = CASCADE_1536_FACTOR if name == files.HIGH and self.file.kind == "1536_cascade" else 1
+        return int(self.configs[name].resolution * factor)
 
-    def _stage(self, name: str, model: nn.Module) -> FlowStage:
-        """Build a stage around its network."""
+    def _make_stage(self, name: str, model: nn.Module) -> FlowStage:
+        """Build the stage `name` with its network. Raises: ValueError if the conditioning does not fit it."""
         config = self.configs[name]
         on_voxels = name != files.STRUCTURE
         self.check_tokens(name, config.cond_channels, f"Embed the images with {self.file.encoder}.")
         size = dict(channels=config.out_channels, resolution=self.cells(name))
-        kind: LatentKind = SparseVoxels(**size, given=config.given) if on_voxels else DenseGrid(**size)
-        # Training times as published: logit-normal for the structure, uniform on voxels.
+        latents: LatentKind = SparseVoxels(**size, given=config.given) if on_voxels else DenseGrid(**size)
+        # The published distributions of training times: logit-normal for the structure, uniform for others.
         path = FlowPath(
             sigma_min=self.file.sigma_min[name], schedule="uniform" if on_voxels else "logit-normal"
         )
-        return FlowStage(name=name, model=model, latents=kind, path=path, sampling=self.file.sampling[name])
+        return FlowStage(
+            name=name, model=model, latents=latents, path=path, sampling=self.file.sampling[name]
+        )
 
     def conditioning_key(self, stage: str) -> str:
-        """Return the name of the image size whose tokens a stage reads."""
-        # The 1024 flows read tokens of the larger image, and so does the texture after one of them.
-        fine = stage == files.HIGH or (stage == files.TEXTURE and files.HIGH in self.file.flows)
-        return LARGER if fine else SMALL
+        """Return "512" or "1024", the size of the image whose tokens a stage reads."""
+        # shape_1024 and the texture that follows it read tokens of the larger image.
+        reads_larger = stage == files.HIGH or (stage == files.TEXTURE and files.HIGH in self.file.flows)
+        return LARGER if reads_larger else SMALL
 
     @torch.no_grad()
     def advance(self, stage: str, x_0: Batch) -> list[Voxels]:
-        """Return what the latents of a stage leave to the next stage, per sample.
+        """Compute the voxels of the next stage from the latents of a stage.
 
-        This is voxels [v, 3] int32 and, for the texture, the shape's latents on them.
+        Args:
+            stage: name of any stage but the last one.
+            x_0: latents of the stage.
+        Returns: for each sample, voxels [v, 3] int32. If the next stage is the texture, they have the shape's
+            latents as features.
+        Raises: ValueError for the last stage, or for latents that are not finite.
         """
         names = [s.name for s in self.stages]
         if stage not in names[:-1]:
             raise ValueError(
-                f"advance: expected a stage among {', '.join(names[:-1])}, got {stage!r}. No stage follows"
-                " the last one."
+                f"advance: expected one of the stages {', '.join(names[:-1])}, got {stage!r}. The last stage"
+                " has no next stage; call decode for it."
             )
-        after = names[names.index(stage) + 1]
+        next_stage = names[names.index(stage) + 1]
         check_finite("advance", x_0)
-        # The structure: a dense latent.
+        # Latents of the structure are a dense tensor.
         if isinstance(x_0, torch.Tensor):
-            return [self._pooled(latent, self.cells(after)) for latent in x_0]
+            return [self._decode_structure(latent, self.cells(next_stage)) for latent in x_0]
         assert isinstance(x_0, SparseBatch)
-        # The texture lies on exactly the shape's voxels, and reads its normalised latents.
-        if after == files.TEXTURE:
+        # The texture has the same voxels as the shape, and reads the shape's normalised latents.
+        if next_stage == files.TEXTURE:
             return [SparseSample(s.coords, s.feats, cells=s.cells) for s in x_0.samples()]
-        return [self._finer(sample, stage) for sample in x_0.samples()]
+        return [self._upsample(sample, stage) for sample in x_0.samples()]
 
-    def _pooled(self, latent: torch.Tensor, resolution: int) -> torch.Tensor:
-        """Return the voxels of a grid of `resolution` that contain an occupied voxel of the decoder's
-        grid.
+    def _decode_structure(self, latent: torch.Tensor, resolution: int) -> torch.Tensor:
+        """Decode a structure [C, R, R, R] to occupied voxels [v, 3] of a coarser grid.
+
+        A voxel of this grid is occupied if it contains an occupied voxel of the decoder's grid.
+
+        Args: resolution: voxels per axis of the coarser grid.
+        Raises: ValueError if the decoder's resolution is not a multiple of it.
         """
-        # One sample at a time: [1, 1, R, R, R].
+        # A batch of one sample; the logits are [1, 1, side, side, side].
         logits = self.part(files.STRUCTURE_DECODER)(latent[None].to(self.device, torch.float32))
         logits = never_empty(logits, f"stage {files.STRUCTURE!r}")
-        # voxels of the decoder's grid per voxel, along an axis
-        factor, rest = divmod(logits.shape[-1], resolution)
-        if rest or not factor:
+        # Voxels of the decoder's grid per voxel of the coarser grid, along an axis.
+        factor, remainder = divmod(logits.shape[-1], resolution)
+        if remainder or not factor:
             raise ValueError(
-                f"structure: expected a grid whose voxels per side are a multiple of {resolution}, got"
+                f"stage {files.STRUCTURE!r}: the decoder's resolution must be a multiple of {resolution}, got"
                 f" {logits.shape[-1]}. Use models of one release."
             )
         # The largest logit is positive if any of the pooled voxels is occupied.
         return voxels_of(nn.functional.max_pool3d(logits, factor))[0]
 
-    def _finer(self, sample: SparseSample, stage: str) -> SparseSample:
-        """Return the voxels of the finer grid that contain a finest voxel of the shape's decoder."""
+    def _upsample(self, sample: SparseSample, stage: str) -> SparseSample:
+        """Return the voxels on which shape_1024 is sampled after shape_512.
+
+        They are the voxels of the grid of shape_1024 that contain a voxel of the decoder's finest grid.
+        """
         decoder = self._decoder()
-        # Stop after the last split, before the blocks that follow it.
-        fine, _ = decoder(
+        # `levels` stops the decoder after its last division of voxels; features are not needed.
+        finest, _ = decoder(
             self._unnormalised(sample.coords, sample.feats, stage), levels=len(decoder.config.up_block_type)
         )
-        # voxels per axis of the decoder's finest grid
-        side = self.configs[stage].resolution * decoder.config.finer
-        finer = decoder.config.finer
+        # Voxels of the decoder's finest grid per voxel of the latents, along an axis.
+        factor = decoder.config.finer
         coords, cells = finer_voxels(
-            fine.coords[:, 1:],
-            side,
-            self.cells(files.HIGH) * finer,
-            self.configs[files.HIGH].resolution * finer,
-            finer,
+            # Without the first column, the index of the sample in the batch.
+            finest.coords[:, 1:],
+            self.configs[stage].resolution * factor,
+            self.cells(files.HIGH) * factor,
+            self.configs[files.HIGH].resolution * factor,
+            factor,
         )
-        # A sample must have features; the next stage starts from noise and does not read these.
+        # A sample must have features. These are arbitrary, because the next stage starts from noise.
         return SparseSample(coords, coords[:, :1].float(), cells=cells)
 
     def _unnormalised(self, coords: torch.Tensor, feats: torch.Tensor, stage: str) -> SparseBatch:
-        """Build a batch of one sample in the decoders' scale."""
+        """Build a batch of one sample, with latents converted from the scale of a stage's flow to the
+        decoder's.
+        """
         return SparseBatch.join([SparseSample(coords, self.unnormalised(feats.float(), stage))]).to(
             self.device
         )
 
     @torch.no_grad()
     def decode(self, x_0: SparseBatch) -> list[VoxelAsset]:
-        """Decode assets from latents of the texture with the shape's latents given, or from the shape's
-        latents alone.
+        """Decode latents of the last stage to one asset per sample.
+
+        Args: x_0: latents of the texture, with the shape's latents as given features. In a pipeline without
+            texture, latents of the shape; the assets then have no materials.
+        Raises: ValueError for latents that are not finite, or for a texture without the shape's latents.
         """
         check_finite("decode", x_0)
-        coloured = files.TEXTURE in self.configs
+        has_texture = files.TEXTURE in self.configs
         assets = list[VoxelAsset]()
         decoder = self._decoder()
-        if coloured and x_0.given is None:
+        if has_texture and x_0.given is None:
             raise ValueError(
-                "decode: expected latents of the texture with those of the shape, got only the texture's."
-                " Sample both stages together."
+                "decode: the latents of the texture lack the latents of the shape. Use the voxels that"
+                " `advance` returned to sample the texture."
             )
         # One sample at a time, because each decodes to millions of voxels.
         for sample in x_0.samples():
@@ -232,37 +256,41 @@ class Trellis2Pipeline(EncodingFolder):
             latent = sample.given if sample.given is not None else sample.feats
             surface, children = decoder(self._unnormalised(sample.coords, latent, self.shape))
             materials = None
-            if coloured:
+            if has_texture:
                 texture = self._unnormalised(sample.coords, sample.feats, files.TEXTURE)
-                # Shape and materials must have the same voxels, so the shape's children are used again.
+                # Shape and materials must have the same voxels, so voxels are divided as for the shape.
                 materials, _ = self.part(files.TEXTURE_DECODER)(texture, children)
             assets += assets_of(surface, materials, resolution, decoder.config.voxel_margin)
         return assets
 
     def _decoder(self) -> VoxelDecoder:
+        """Return the decoder of the shape, with its type."""
         return self.part(files.SHAPE_DECODER)
 
     def encodes(self, asset: VoxelAsset | Mesh) -> Sequence[str]:
-        """Return the names of all stages; without materials, only those of structure and shape."""
-        coloured = isinstance(asset, VoxelAsset) and asset.materials is not None
-        return [stage.name for stage in self.stages if coloured or stage.name != files.TEXTURE]
+        """Return the names of all stages; for an asset without materials, of all stages but the texture."""
+        has_materials = isinstance(asset, VoxelAsset) and asset.materials is not None
+        return [stage.name for stage in self.stages if has_materials or stage.name != files.TEXTURE]
 
     @torch.no_grad()
     def encode_stage(self, asset: VoxelAsset | Mesh, stage: str) -> Latent:
-        """Encode an asset, or a mesh after it was fitted into the cube, as a stage's latent, by its dual
-        grid.
+        """Encode an asset or a mesh as the latent of a stage, through its dual grid.
 
-        Raises: FileNotFoundError if an encoder is not on this machine; ValueError for an asset without a
+        A mesh is first moved and scaled to fit into the cube.
+
+        Raises: FileNotFoundError if an encoder is not on this machine; ValueError for a mesh without a
             surface.
         """
         if stage == files.STRUCTURE:
             network = self.part(files.STRUCTURE_ENCODER)
-            # Each level after the first halves the resolution of the encoder's input.
+            # Voxels per axis of the encoder's input: each level after the first halves the resolution.
             side = self.configs[stage].resolution * 2 ** (len(network.config.channels) - 1)
             resolution = (
                 asset.resolution if isinstance(asset, VoxelAsset) else side * self._encoder().config.coarser
             )
+            # Voxels of the dual grid, pooled to the resolution of the encoder's input.
             voxels = torch.unique(self._grid(asset, resolution)[0].coords.long() * side // resolution, dim=0)
+            # The encoder returns (mean, log variance) for a batch; the mean of the only sample is the latent.
             return network(grid_of([voxels], side).to(self.device))[0][0].cpu()
         network = self._encoder()
         at_asset_resolution = stage in (self.shape, files.TEXTURE) and isinstance(asset, VoxelAsset)
@@ -273,8 +301,9 @@ class Trellis2Pipeline(EncodingFolder):
         else:
             resolution = self.configs[name].resolution * network.config.coarser
         grid, materials = self._grid(asset, resolution)
-        given = encoded_shape(grid.coords, grid.vertices, grid.crossed).to(self.device)
-        mean, _ = network(given)
+        encoder_input = encoded_shape(grid.coords, grid.vertices, grid.crossed).to(self.device)
+        mean, _ = network(encoder_input)
+        # Only "1536_cascade" has samples of different resolutions, which state their grid cells.
         cells = (
             resolution // network.config.coarser
             if self.file.kind == "1536_cascade" and name == files.HIGH
@@ -282,72 +311,86 @@ class Trellis2Pipeline(EncodingFolder):
         )
         feats = self.normalised(mean.feats, name).cpu()
         if stage != files.TEXTURE:
+            # Without the first column of the coordinates, the index of the sample in the batch.
             return SparseSample(mean.coords[:, 1:].cpu(), feats, cells=cells)
         assert materials is not None
-        # Materials of 0..1 become the encoder's range -1..1.
-        colours, _ = self.part(files.TEXTURE_ENCODER)(
-            given.with_feats(2 * materials.clamp(0, 1).to(self.device) - 1)
+        # Materials of 0..1 are converted to the encoder's range, -1..1.
+        texture_mean, _ = self.part(files.TEXTURE_ENCODER)(
+            encoder_input.with_feats(2 * materials.clamp(0, 1).to(self.device) - 1)
         )
         return SparseSample(
-            mean.coords[:, 1:].cpu(), self.normalised(colours.feats, stage).cpu(), feats, cells
+            mean.coords[:, 1:].cpu(), self.normalised(texture_mean.feats, stage).cpu(), feats, cells
         )
 
     def _encoder(self) -> VoxelEncoder:
+        """Return the encoder of the shape, with its type."""
         return self.part(files.SHAPE_ENCODER)
 
     def _grid(self, asset: VoxelAsset | Mesh, resolution: int) -> tuple[DualGrid, torch.Tensor | None]:
-        """Return the dual grid of an asset, and its materials if the grid has the asset's own resolution.
+        """Compute the dual grid of an asset at a resolution.
 
-        The last grid is cached, because several stages request the same one.
+        The most recent grid is cached, because several stages request the same one.
+
+        Returns: dual grid; and materials, or None if the asset has no materials or another resolution.
         """
-        known = self._last
-        # Compared by identity: assets are large and are not modified.
-        if known is None or known[0] is not asset or known[1] != resolution:
+        cached = self._cached_grid
+        # Assets are compared by identity, because they are large and are not modified.
+        if cached is None or cached[0] is not asset or cached[1] != resolution:
+            grid: tuple[DualGrid, torch.Tensor | None]
             if not isinstance(asset, VoxelAsset):
-                # A mesh has no materials.
-                made: Any = dual_grid(*centred(asset), resolution), None
+                grid = dual_grid(*centred(asset), resolution), None
+            elif asset.resolution == resolution:
+                grid = dual_grid_of(asset)
             else:
-                made = (
-                    dual_grid_of(asset)
-                    if asset.resolution == resolution
-                    else (dual_grid_at(asset, resolution), None)
-                )
-            self._last = known = asset, resolution, made
-        return known[2]
+                # Materials are on the asset's own voxels, so they do not fit another resolution.
+                grid = dual_grid_at(asset, resolution), None
+            self._cached_grid = cached = asset, resolution, grid
+        return cached[2]
 
 
-WIDER = 1.5  # resolution of "1536_cascade" in that of the 1024 flow
-SHRINK = 128  # by which a cascade lowers the resolution while there are TOKENS voxels or more
-TOKENS = 49152
+CASCADE_1536_FACTOR = 1.5  # resolution of the last shape in "1536_cascade", over the resolution of its flow
+MOST_VOXELS = 49152  # number of voxels from which a cascade lowers the resolution
+RESOLUTION_STEP = 128  # voxels per axis by which the resolution is lowered at a time
 
 
 def finer_voxels(
-    coords: torch.Tensor, side: int, asked: int, least: int, finer: int, most: int = TOKENS
+    coords: torch.Tensor,
+    side: int,
+    resolution: int,
+    lowest_resolution: int,
+    factor: int,
+    most_voxels: int = MOST_VOXELS,
 ) -> tuple[torch.Tensor, int]:
-    """Map the voxels [W, 3] of a grid of `side` to the sorted voxels of an asset's latents, for the cascade.
+    """Map voxels of a grid to the voxels of a finer shape's latents, in a cascade.
+
+    The resolution is lowered in steps of 128 while there are `most_voxels` voxels or more, and the resolution
+    is above `lowest_resolution`.
 
     Args:
-        asked: requested resolution of the asset; it is lowered while there are `most` voxels or more and it
-            is above `least`.
-        finer: side of a latent's voxel in voxels of the asset.
-    Returns: voxels [v, 3] int32, and grid cells per axis.
+        coords: voxels [W, 3] of the decoder's finest grid.
+        side: voxels per axis of this grid.
+        resolution: requested voxels per axis of the asset.
+        lowest_resolution: resolution that is not lowered further.
+        factor: voxels of the asset per voxel of the latents, along an axis.
+        most_voxels: number of voxels from which the resolution is lowered.
+    Returns: voxels [v, 3] int32 of the latents, sorted, and grid cells per axis of the latents.
     """
     while True:
-        cells = asked // finer  # grid cells per axis of the latents
+        cells = resolution // factor  # grid cells per axis of the latents
         # Centres of the voxels, rescaled to the new grid; float64, so that no centre falls on a border.
         voxels = torch.unique(((coords.double() + 0.5) / side * cells).floor().int(), dim=0)
-        if len(voxels) < most or asked <= least:
+        if len(voxels) < most_voxels or resolution <= lowest_resolution:
             return voxels, cells
-        asked -= SHRINK
+        resolution -= RESOLUTION_STEP
 
 
 # Conditioning: DINOv3's tokens of an image at two sizes, with weights on this machine. Nothing is downloaded.
 
 
 def source_of(file: files.PipelineFile) -> str:
-    """Describe the encoder and the preprocessing of images, as files of embeddings state them.
+    """Return a text that names the image encoder and the preprocessing of images.
 
-    These files are compared by this text, so it must not change.
+    Files of embeddings contain this text and are compared by it, so it must not change.
     """
     return f"{file.encoder} before its last norm, pictures over black before they are resized"
 
@@ -356,7 +399,8 @@ def source_of(file: files.PipelineFile) -> str:
 def picture_tokens(encoder: Dino3, images: torch.Tensor) -> torch.Tensor:
     """Encode images [N, 3, h, w] of values 0..1 as tokens [N, L, E] on the CPU.
 
-    The tokens are those before the last norm, normalised without parameters.
+    The tokens are taken before the network's last norm. They are normalised by a layer norm without
+    parameters.
     """
     tokens = encoder(images.to(encoder.norm.weight.device))
     return F.layer_norm(tokens, tokens.shape[-1:]).cpu()
@@ -376,7 +420,7 @@ class Trellis2(FlowFamily):
     fit_reward = staticmethod(RewardOfPairs)
 
     def recognises(self, root: Path) -> bool:
-        """Return whether pipeline.json names TRELLIS.2's pipeline."""
+        """Return True if pipeline.json names the pipeline of TRELLIS.2."""
         path = root / "pipeline.json"
         try:
             # Content that is no JSON object is not TRELLIS.2's.
@@ -385,7 +429,7 @@ class Trellis2(FlowFamily):
             return False
 
     def files(self, root: Path, stages: Sequence[str] | None = None) -> dict[str, Path]:
-        """Return all files that the pipeline is read from, by name."""
+        """Return all files from which the pipeline is read, by name. `stages` is not used."""
         return files.model_files(files.read_pipeline(root))
 
     def load(
@@ -399,16 +443,19 @@ class Trellis2(FlowFamily):
     ) -> Trellis2Pipeline:
         """Read the pipeline; see `FlowFamily.load`. Blocks are recomputed in the backward pass.
 
-        If `stages` names other stages but not the texture, the texture is left out and the shape is the last
-        stage.
+        If `stages` is not empty and does not name the texture, the pipeline has no texture, and the shape is
+        the last stage.
         """
         file = files.read_pipeline(root)
-        # With an empty list (estimates) the texture is kept, on the meta device.
-        coloured = not stages or files.TEXTURE in stages
-        named = {stage: model for stage, model in file.flows.items() if coloured or stage != files.TEXTURE}
-        stems = {name: find_model(file, name) for name in (*named.values(), *files.DECODERS)}
+        # An empty list, as for estimates, keeps the texture on the meta device.
+        has_texture = not stages or files.TEXTURE in stages
+        flow_models = {
+            stage: model for stage, model in file.flows.items() if has_texture or stage != files.TEXTURE
+        }
+        # Decoders are searched for now, so that a missing one is reported before the flows are read.
+        stems = {name: find_model(file, name) for name in (*flow_models.values(), *files.DECODERS)}
         flows = flows_of(
-            {stage: stems[model] for stage, model in named.items()},
+            {stage: stems[model] for stage, model in flow_models.items()},
             dtype,
             device,
             stages,
@@ -416,18 +463,20 @@ class Trellis2(FlowFamily):
             files.ARCHITECTURES,
         )
         for stage, flow in flows.items():
-            # Both kinds of flows have the same parameter names, so a swapped entry could load unnoticed.
+            # Both classes of flows have the same parameter names, so a wrong entry could load without an
+            # error.
             if isinstance(flow, files.StructureFlow) != (stage == files.STRUCTURE):
-                got = type(flow).__name__
                 raise ValueError(
-                    f"{file.flows[stage]}: expected a model of stage {stage!r}, got a {got}. Correct"
-                    " pipeline.json."
+                    f"pipeline.json, {file.flows[stage]}: a {type(flow).__name__} is no model of stage"
+                    f" {stage!r}. Correct the path of this model, or download pipeline.json again."
                 )
+            # Recomputing blocks in the backward pass saves the memory of their activations.
             if isinstance(flow, Flow):
                 flow.recompute = True
         spare_memory(flows.values(), device)
 
         def part(name: str) -> nn.Module:
+            """Read a decoder or an encoder by its name."""
             # Autoencoders always compute in float32.
             return files.load_model(find_model(file, name), dtype=torch.float32, device=device)
 
@@ -435,29 +484,36 @@ class Trellis2(FlowFamily):
 
     def condition(self, pipeline: Trellis2Pipeline, stage: str) -> list[int]:
         """Return the shape [L, E] of a stage's conditioning."""
-        # Class token, 4 registers, and one token per patch of 16 pixels.
-        edge = int(pipeline.conditioning_key(stage))
-        return [5 + (edge // 16) ** 2, pipeline.configs[stage].cond_channels]
+        image_side = int(pipeline.conditioning_key(stage))  # pixels
+        # A class token, 4 registers, and one token per patch of 16 x 16 pixels.
+        return [5 + (image_side // 16) ** 2, pipeline.configs[stage].cond_channels]
 
     def open(self, source: ProblemSource, device: str | torch.device) -> Problem:
-        """Open a folder as a problem.
+        """Open a folder and its preference pairs as a problem.
 
-        Without pairs of the texture, its flow is left out and the loop can run, because colours carry no
-        signal for the stages before them.
+        If the texture has pairs, the stages are tuned one by one, without the tuning loop. Otherwise the
+        texture is left out. The loop then tunes structure and shape, if their encoders are on this machine.
         """
         file = files.read_pipeline(Path(source.pipeline))
-        # Stages are then tuned one by one, the texture among them.
         if files.TEXTURE in pairs_in(self, source):
-            # The loop would need rewards of materials, which are not fitted here.
+            # The loop would need rewards of materials, which `fit_reward` does not support.
             return open_folder(self, source, device, rewards=False)
-        lost = [name for name in (files.STRUCTURE_ENCODER, files.SHAPE_ENCODER) if not is_there(file, name)]
-        if lost:
-            print_notice(f"{', '.join(lost)} not found. The stages are tuned one by one, without the loop.")
-        shape = [stage for stage in files.STAGES if stage != files.TEXTURE]
-        return open_folder(self, source, device, stages=shape, rewards=not lost)
+        missing_encoders = [
+            name for name in (files.STRUCTURE_ENCODER, files.SHAPE_ENCODER) if not is_there(file, name)
+        ]
+        if missing_encoders:
+            print_notice(
+                f"The encoders {', '.join(missing_encoders)} were not found. Stages are tuned one by one,"
+                " without the tuning loop."
+            )
+        stages = [stage for stage in files.STAGES if stage != files.TEXTURE]
+        # Without rewards the loop does not run.
+        return open_folder(self, source, device, stages=stages, rewards=not missing_encoders)
 
     def embed_images(self, root: Path, images: Mapping[str, Path], device: torch.device) -> Conditions:
-        """Embed images with transparent backgrounds at both sizes, by the DINOv3 that pipeline.json names."""
+        """Embed images with transparent backgrounds at both sizes, by the DINOv3 model that pipeline.json
+        names.
+        """
         file = files.read_pipeline(root)
         tokens = {}
         # One network for both sizes: rotary positions adapt to the number of patches.
@@ -472,31 +528,34 @@ class Trellis2(FlowFamily):
         return Conditions(tokens=tokens, encoder=source_of(file), zero_null=True)
 
     def networks(self, root: Path) -> list[Network]:
-        """List all networks that pipeline.json names; the encoders may be missing."""
+        """List all networks of the pipeline for `flow check`. The encoders may be missing."""
         file = files.read_pipeline(root)
         return networks_of(
             file,
             (*file.flows.values(), *files.DECODERS, *files.ENCODERS),
-            files.LOST,
+            files.OPTIONAL,
             released=files.RELEASED,
             architectures=files.ARCHITECTURES,
             prepare=files.prepared,
         )
 
     def release(self, root: Path, stages: Sequence[str]) -> Release:
-        """Describe the folder to export; see `release_of`. It includes both pipelines' files and the
-        encoders.
+        """Describe the folder to export; see `trellis_files.release_of`.
+
+        It includes texturing_pipeline.json and the encoders, if they exist.
+
+        Raises: ValueError for tuned stages that the pipeline does not have.
         """
         file = files.read_pipeline(root)
-        absent = sorted(set(stages) - set(file.flows))
-        if absent:
+        unknown_stages = sorted(set(stages) - set(file.flows))
+        if unknown_stages:
             raise ValueError(
-                f"export: the pipeline {file.kind!r} has the stages {', '.join(file.flows)}, but not"
-                f" {', '.join(absent)}. Leave these out."
+                f"export: the pipeline {file.kind!r} has no stage {', '.join(unknown_stages)}, only"
+                f" {', '.join(file.flows)}. Remove the tuned weights of the other stages from the command."
             )
-        # Encoders are exported only if they exist.
-        needed = {*file.flows.values(), *files.DECODERS}
-        return release_of(file, stages, file.flows, files.load_model, needed, (files.TEXTURING,))
+        # Encoders are not among them: they are exported only if they exist.
+        required = {*file.flows.values(), *files.DECODERS}
+        return release_of(file, stages, file.flows, files.load_model, required, (files.TEXTURING,))
 
     def released(self) -> dict[str, Callable[[], list[SizedStage]]]:
         """Return the function that builds the published stages, by the generator's name."""

@@ -1,9 +1,10 @@
-"""Assets of TRELLIS.2: their surface (dual contouring), dual grids of assets and meshes, and the user's
-meshes.
+"""Surfaces and dual grids of the assets of TRELLIS.2, and meshes of the user.
 
-An asset has a vertex in every voxel, and a face around every crossed edge that four voxels share.
+An asset is a surface as in dual contouring (Ju et al. 2002). It has one vertex in every voxel. Where the
+surface crosses an edge of the voxel grid, a face connects the vertices of the four voxels that share this
+edge.
 
-Shape letters: W voxels and F faces of an asset.
+Shapes: W number of voxels and vertices of an asset, F number of its faces with four corners.
 """
 
 from pathlib import Path
@@ -19,72 +20,89 @@ from eg3d_rlhf.tuning.flow.families.folder import read_mesh
 
 
 def faces_of(asset: VoxelAsset) -> list[torch.Tensor]:
-    """Find the faces around crossed edges: rows [F, 4] of the four voxels, along axis 1, axis 2 and axis 3.
+    """Find the faces around crossed edges of the voxel grid.
 
-    A voxel's edge along an axis is the one at its far corner, which it shares with the next voxels along both
-    other axes. Faces with a missing voxel are left out. The order of faces is the original's. Their winding
-    follows the axis, not the inside.
+    Each voxel owns one edge per axis: the edge at its far corner. It shares this edge with the next voxels
+    along the other two axes. Faces with a missing voxel are left out. Faces have the order of the original's
+    code. The orientation of a face follows the axis of its edge, not the inside of the surface.
+
+    Returns: for the edges along each of the three axes, indices [F, 4] of the four voxels of a face.
     """
-    places = asset.coords.long()
-    # One integer per voxel; the extra cell keeps neighbours beyond the border from coding as other voxels.
+    coords = asset.coords.long()
+    # Each voxel is identified by one integer. With R + 1 instead of R per axis, a neighbour beyond the border
+    # cannot have the integer of another voxel.
     side = asset.resolution + 1
-    strides = torch.tensor([side**2, side, 1], device=places.device)
-    codes = (places * strides).sum(1)  # [W], one integer per voxel
+    strides = torch.tensor([side**2, side, 1], device=coords.device)
+    codes = (coords * strides).sum(1)  # [W]
     quads = list[torch.Tensor]()
-    known, rows = codes.sort()
+    sorted_codes, voxel_index = codes.sort()
     for axis in range(3):
+        # Strides b and c of the next voxels along the other two axes.
         b, c = (strides[(axis + k) % 3] for k in (1, 2))
         # The four voxels in a circle around the edge: [crossed edges, 4].
         corners = codes[asset.crossed[:, axis], None] + torch.stack([torch.zeros_like(b), c, b + c, b])
-        at = torch.searchsorted(known, corners).clamp(max=len(known) - 1)
-        # Only edges all of whose voxels exist.
-        quads.append(rows[at[(known[at] == corners).all(1)]])
+        # Codes beyond the last one get the index W, hence the clamp; they differ in the comparison.
+        position = torch.searchsorted(sorted_codes, corners).clamp(max=len(sorted_codes) - 1)
+        # Only edges around which all four voxels exist.
+        quads.append(voxel_index[position[(sorted_codes[position] == corners).all(1)]])
     return quads
 
 
 def surface_of(asset: VoxelAsset) -> tuple[torch.Tensor, torch.Tensor]:
-    """Extract vertices [W, 3] in the cube of +-0.5 and triangles [2 F, 3] of their rows, z up.
+    """Extract the triangle mesh of an asset, z up.
 
-    A face is cut along the diagonal whose ends have the larger product of `split`. Not differentiable in:
-    crossed.
+    A face is divided along the diagonal whose two vertices have the larger product of `split`, the weights
+    that the decoder predicts. Not differentiable in `crossed`.
+
+    Returns: vertices [W, 3] in the cube of +-0.5, and triangles [2 F, 3] of indices of vertices.
     """
     quads = torch.cat(faces_of(asset))
-    first, second, third, fourth = asset.split[quads].unbind(1)  # weights of the four corners, [F] each
-    cut = (first * third > second * fourth)[:, None]
-    # The two triangles of either diagonal.
-    halves = [(0, 1, 2), (0, 2, 3)], [(0, 1, 3), (3, 1, 2)]
+    w0, w1, w2, w3 = asset.split[quads].unbind(1)  # weights of the four corners, [F] each
+    along_02 = (w0 * w2 > w1 * w3)[:, None]  # whether the diagonal connects corners 0 and 2, or 1 and 3
+    # Corners of the two triangles, for the diagonal 0-2 and for the diagonal 1-3.
     triangles = [
-        torch.where(cut, quads[:, early], quads[:, late]) for early, late in zip(*halves, strict=True)
+        torch.where(along_02, quads[:, (0, 1, 2)], quads[:, (0, 1, 3)]),
+        torch.where(along_02, quads[:, (0, 2, 3)], quads[:, (3, 1, 2)]),
     ]
-    # Both triangles of a face are neighbours: [F, 2, 3] -> [2 F, 3].
+    # The two triangles of a face follow each other: [F, 2, 3] -> [2 F, 3].
     return asset.means, torch.stack(triangles, 1).flatten(0, 1)
 
 
 def dual_grid_of(asset: VoxelAsset) -> tuple[DualGrid, torch.Tensor | None]:
-    """Return the voxels of an asset that belong to a face, sorted, and the materials on them.
+    """Return the dual grid of the voxels that belong to a face, sorted, and the materials of these voxels.
 
-    Of an asset without faces, all voxels are returned.
+    All voxels are returned if the asset has no face. The materials are None if the asset has none.
     """
     quads = faces_of(asset)
     crossed = torch.zeros_like(asset.crossed)
-    # The first voxel of a face is the one at whose far corner the edge is.
+    # The first voxel of a face owns the edge; see `faces_of`. Edges without a face are removed.
     for axis, faces in enumerate(quads):
         crossed[faces[:, 0], axis] = True
-    kept = torch.unique(torch.cat(quads))
-    if not len(kept):
+    voxel_index = torch.unique(torch.cat(quads))
+    if not len(voxel_index):
         # Assets of untrained networks may have no face.
-        kept = torch.arange(len(asset.coords), device=asset.coords.device)
+        voxel_index = torch.arange(len(asset.coords), device=asset.coords.device)
         crossed = asset.crossed
-    places = asset.coords[kept].long()
-    kept = kept[((places[:, 0] << 42) + (places[:, 1] << 21) + places[:, 2]).argsort()]
-    grid = DualGrid(asset.coords[kept].cpu(), asset.vertices[kept].clamp(0, 1).cpu(), crossed[kept].cpu())
-    return grid, None if asset.materials is None else asset.materials[kept]
+    coords = asset.coords[voxel_index].long()
+    # Sorted by x, then y, then z: 21 bits for each coordinate in one 64-bit integer.
+    voxel_index = voxel_index[((coords[:, 0] << 42) + (coords[:, 1] << 21) + coords[:, 2]).argsort()]
+    grid = DualGrid(
+        asset.coords[voxel_index].cpu(),
+        asset.vertices[voxel_index].clamp(0, 1).cpu(),
+        crossed[voxel_index].cpu(),
+    )
+    return grid, None if asset.materials is None else asset.materials[voxel_index]
 
 
 def dual_grid_at(asset: VoxelAsset, resolution: int) -> DualGrid:
     """Compute the dual grid of an asset's surface at another resolution.
 
-    An asset whose surface crosses no grid line, as of an untrained network, gives its voxels alone.
+    If the surface crosses no edge of the new grid, as for an untrained network, the result has the asset's
+    voxels without crossed edges.
+
+    Args:
+        asset: asset at its own resolution.
+        resolution: voxels per axis of the new grid.
     """
     vertices, faces = surface_of(asset)
     try:
@@ -96,31 +114,38 @@ def dual_grid_at(asset: VoxelAsset, resolution: int) -> DualGrid:
 
 
 def encoded_shape(coords: torch.Tensor, vertices: torch.Tensor, crossed: torch.Tensor) -> SparseBatch:
-    """Build the input of the shape's encoder, features [W, 6] on voxels, in -0.5..0.5."""
+    """Build the input of the shape's encoder: a batch of one sample with features [W, 6] of -0.5..0.5.
+
+    Args:
+        coords: voxels [W, 3] int32.
+        vertices: positions of the vertices in their voxels, [W, 3] of 0..1.
+        crossed: whether the surface crosses the voxel's edge along each axis, [W, 3] bool.
+    """
     return SparseBatch.join(
         [SparseSample(coords, torch.cat([vertices - 0.5, crossed.to(vertices) - 0.5], 1))]
     )
 
 
-LONGEST = 0.99999  # longest side of a mesh before it is encoded, as in the original
+LONGEST_SIDE = 0.99999  # longest side of a mesh before it is encoded, as in the original
 
 
 def centred(mesh: Mesh) -> tuple[torch.Tensor, torch.Tensor]:
-    """Move and scale a mesh to fit within +-0.5; returns vertices and faces.
+    """Move and scale a mesh so that its bounding box is centred and its longest side is 0.99999.
 
-    Raises: ValueError for a mesh that is a single point.
+    Returns: vertices [vertices, 3] float64 within +-0.5, and faces [faces, 3].
+    Raises: ValueError if all vertices are the same point.
     """
     vertices = mesh.vertices.double()
     low = vertices.amin(0)
     high = vertices.amax(0)
     if not float((high - low).max()) > 0:
-        raise ValueError("the mesh has no extent, only a point. Export the surface as triangles.")
-    # The longest side fills the cube; proportions are kept.
-    return (vertices - (low + high) / 2) * (LONGEST / (high - low).max()), mesh.faces
+        raise ValueError("all vertices of the mesh are the same point. Export the surface as triangles.")
+    # One scale for all axes, so that proportions stay the same.
+    return (vertices - (low + high) / 2) * (LONGEST_SIDE / (high - low).max()), mesh.faces
 
 
 def read_asset(path: Path) -> Mesh:
-    """Read a triangle mesh of the user's, z up. A mesh in a glTF file, where y is up, is rotated."""
+    """Read a triangle mesh of the user, with z up. Meshes in glTF files, where y is up, are rotated."""
     mesh = read_mesh(path)
     if path.suffix.lower() not in (".glb", ".gltf"):
         return mesh
@@ -130,7 +155,10 @@ def read_asset(path: Path) -> Mesh:
 
 
 def show(asset: VoxelAsset, path: Path) -> Path:
-    """Write the surface with its base colours as .ply."""
+    """Write the surface of an asset to <path>.ply, with its base colours if it has materials.
+
+    Returns: path of the file.
+    """
     vertices, faces = surface_of(asset)
     colours = None if asset.materials is None else (255 * asset.colours).round().byte().cpu().numpy()
     return save_mesh(path.with_name(path.name + ".ply"), vertices.cpu().numpy(), faces.cpu().numpy(), colours)

@@ -1,8 +1,9 @@
-"""Files of TRELLIS.2: pipeline.json, and for each model a JSON file of its architecture and its weights.
+"""Readers of the files of TRELLIS.2: pipeline.json, and for each model a JSON file and a file of weights.
 
-Nothing is downloaded or run. The structure's autoencoder is TRELLIS's and is named by reference into a folder
-of TRELLIS. The shape's encoder is named only in texturing_pipeline.json. The encoders of materials and of the
-structure are named nowhere, so they are searched for under their usual names.
+Nothing is downloaded, and no code of the files is run. The structure's autoencoder is the one of TRELLIS;
+pipeline.json refers to the repository of TRELLIS for it. The shape's encoder is named only in a second file,
+texturing_pipeline.json. No file names the encoders of materials and of the structure, so they are searched
+for under their published names.
 """
 
 import re
@@ -29,20 +30,20 @@ from eg3d_rlhf.models.trellis2 import (
 )
 from eg3d_rlhf.models.weights import State, empty
 from eg3d_rlhf.tuning.flow.base.family import SizedStage
-from eg3d_rlhf.tuning.flow.base.stage import DenseGrid, FlowStage, Sampling, SparseVoxels
+from eg3d_rlhf.tuning.flow.base.stage import DenseGrid, FlowStage, LatentKind, Sampling, SparseVoxels
 from eg3d_rlhf.tuning.flow.families import trellis_files as files
 from eg3d_rlhf.tuning.flow.families.folder import are_scales
 
 NAME = "Trellis2ImageTo3DPipeline"
 TEXTURING = "texturing_pipeline.json"
 STRUCTURE, LOW, HIGH, TEXTURE = STAGES = ("structure", "shape_512", "shape_1024", "texture")
-_CASCADE = {  # stage -> its model in pipeline.json
+_CASCADE = {  # stage -> name of its flow in pipeline.json
     STRUCTURE: "sparse_structure_flow_model",
     LOW: "shape_slat_flow_model_512",
     HIGH: "shape_slat_flow_model_1024",
     TEXTURE: "tex_slat_flow_model_1024",
 }
-CHAINS = {  # default_pipeline_type -> its stages in order, and their models in pipeline.json
+CHAINS = {  # default_pipeline_type -> stages in order -> names of their flows in pipeline.json
     "512": {STRUCTURE: _CASCADE[STRUCTURE], LOW: _CASCADE[LOW], TEXTURE: "tex_slat_flow_model_512"},
     "1024": {stage: model for stage, model in _CASCADE.items() if stage != LOW},
     "1024_cascade": _CASCADE,
@@ -58,17 +59,17 @@ STRUCTURE_ENCODER, SHAPE_ENCODER, TEXTURE_ENCODER = ENCODERS = (
     "shape_slat_encoder",
     "tex_slat_encoder",
 )
-USUAL_STEMS = {  # models that no file names -> their published names, without ending
+USUAL_STEMS = {  # model that no file names -> published name of its files, without ending
     STRUCTURE_ENCODER: "ss_enc_conv3d_16l8_fp16",
     SHAPE_ENCODER: "shape_enc_next_dc_f16c32_fp16",
     TEXTURE_ENCODER: "tex_enc_next_dc_f16c32_fp16",
 }
-LOST = {  # encoder -> what cannot be done without it, for `flow check`
+OPTIONAL = {  # model that may be missing -> what cannot be done without it, for `flow check`
     STRUCTURE_ENCODER: "encoding your own meshes, and the loop",
     SHAPE_ENCODER: "encoding your own meshes, and the loop",
     TEXTURE_ENCODER: "encoding materials of assets",
 }
-RELEASED = {  # number of tensors and of values in the published files
+RELEASED = {  # model -> number of tensors and number of values in its published file
     "sparse_structure_flow_model": (640, 1_292_179_976),
     "shape_slat_flow_model_512": (640, 1_292_253_728),
     "shape_slat_flow_model_1024": (640, 1_292_253_728),
@@ -79,21 +80,22 @@ RELEASED = {  # number of tensors and of values in the published files
     SHAPE_ENCODER: (284, 354_385_392),
     TEXTURE_ENCODER: (284, 354_385_392),
 }
-# Stage -> its sampler in pipeline.json; both shape stages share one.
+# Stage -> name of its sampler in pipeline.json; both shape stages share one.
 SAMPLERS = {
     STRUCTURE: "sparse_structure_sampler",
     LOW: "shape_slat_sampler",
     HIGH: "shape_slat_sampler",
     TEXTURE: "tex_slat_sampler",
 }
-# Stage -> its normalisation in pipeline.json; the structure has none.
+# Stage -> name of its normalisation in pipeline.json; the structure has none.
 NORMALIZATIONS = {
     LOW: "shape_slat_normalization",
     HIGH: "shape_slat_normalization",
     TEXTURE: "tex_slat_normalization",
 }
 ENCODER = "facebook/dinov3-vitl16-pretrain-lvd1689m"  # default if pipeline.json names no image encoder
-ARCHITECTURES: files.Architectures = {  # published names of classes, without the prefix "Elastic"
+# Class in the JSON files, without the prefix "Elastic" -> class and configuration in this package.
+ARCHITECTURES: files.Architectures = {
     "SparseStructureFlowModel": (StructureFlow, FlowConfig),
     "SLatFlowModel": (VoxelFlow, FlowConfig),
     "SparseStructureDecoder": (StructureDecoder, StructureVAEConfig),
@@ -109,7 +111,10 @@ _NESTED = re.compile(r"\.(conv[12]?)\.conv\.(weight|bias)$")
 
 @dataclass(frozen=True, kw_only=True)
 class PipelineFile(files.ModelFolder):
-    """Settings of pipeline.json. Its kind is one of CHAINS; its models are those of both pipelines' files."""
+    """Settings of pipeline.json.
+
+    `kind` is a key of CHAINS. `models` has the models of pipeline.json and of texturing_pipeline.json.
+    """
 
     # Mean and standard deviation per channel, for each stage except the first.
     normalization: Mapping[str, tuple[tuple[float, ...], tuple[float, ...]]]
@@ -117,61 +122,62 @@ class PipelineFile(files.ModelFolder):
 
     @property
     def flows(self) -> dict[str, str]:
-        """Names of the flows' models by stage, in order."""
+        """Names of the flows in pipeline.json, by stage, in the order of the stages."""
         return CHAINS[self.kind]
 
 
 def read_pipeline(root: Path) -> PipelineFile:
-    """Read <root>/pipeline.json.
+    """Read <root>/pipeline.json, and the models of <root>/texturing_pipeline.json if it exists.
 
-    Raises: FileNotFoundError; ValueError for a file that is not TRELLIS.2's, lacks a model, or whose samplers
-        follow another convention.
+    Raises: FileNotFoundError if pipeline.json is missing; ValueError if it is not a file of TRELLIS.2, if it
+        lacks a model, or if a sampler has unsupported settings.
     """
-    root, path = Path(root), Path(root) / "pipeline.json"
+    root = Path(root)
+    path = root / "pipeline.json"
     if not path.is_file():
         raise FileNotFoundError(
-            f"pipeline: expected TRELLIS.2's pipeline.json, got none in {root}. Name the folder of a"
-            " TRELLIS.2 model."
+            f"--pipeline: there is no file pipeline.json in {root}. Pass the folder of a TRELLIS.2 model."
         )
     content = files.read_json(path)
     name = content.get("name")
     args = content.get("args")
-    if name != NAME or not isinstance(args, dict) or not isinstance(args.get("models"), dict):
+    if name != NAME:
         raise ValueError(
-            f"{path}: expected the name {NAME} and args.models, got {name!r}. Name the folder of a TRELLIS.2"
-            " model."
+            f"{path}: expected the name {NAME}, got {name!r}. Pass the folder of a TRELLIS.2 model."
         )
-    # The default of the original.
+    if not isinstance(args, dict) or not isinstance(args.get("models"), dict):
+        raise ValueError(f"{path}: the object args.models is missing. Download the file again.")
+    # "1024_cascade" is the default of the original.
     kind = args.get("default_pipeline_type", "1024_cascade")
     if kind not in CHAINS:
         raise ValueError(
-            f"{path}: expected default_pipeline_type among {', '.join(CHAINS)}, got {kind!r}. Write one of"
-            " them."
+            f"{path}: default_pipeline_type must be one of {', '.join(CHAINS)}, got {kind!r}. Correct it in"
+            " the file, or download the file again."
         )
     chain = CHAINS[kind]
     models = args["models"]
-    missing = [model for model in (*chain.values(), *DECODERS) if model not in models]
-    if missing:
+    missing_models = [model for model in (*chain.values(), *DECODERS) if model not in models]
+    if missing_models:
         raise ValueError(
-            f"{path}: expected all models of {kind!r}, but {', '.join(missing[:8])} is missing. Restore the"
-            " file."
+            f"{path}: args.models does not name {', '.join(missing_models[:8])}, which {kind!r} needs."
+            " Download the file again."
         )
     samplers = {stage: _sampler(path, args, SAMPLERS[stage]) for stage in chain}
-    image = args.get("image_cond_model") or {}
-    # The second file names the shape's encoder; it may be missing.
-    beside = root / TEXTURING
-    texturing = files.read_json(beside).get("args") if beside.is_file() else None
-    named = texturing.get("models") if isinstance(texturing, dict) else None
+    image_encoder = args.get("image_cond_model") or {}
+    # The second file names the shape's encoder. It is optional.
+    texturing_path = root / TEXTURING
+    texturing_args = files.read_json(texturing_path).get("args") if texturing_path.is_file() else None
+    texturing_models = texturing_args.get("models") if isinstance(texturing_args, dict) else None
     return PipelineFile(
         root=root,
         kind=kind,
-        # pipeline.json wins where both name a model
-        models={**(named or {}), **models},
+        # If both files name a model, the path in pipeline.json is used.
+        models={**(texturing_models or {}), **models},
+        # The entry is an object with args.model_name, or just a name.
         encoder=(
-            # The entry is a mapping with arguments, or just a name
-            str((image.get("args") or {}).get("model_name") or ENCODER)
-            if isinstance(image, Mapping)
-            else str(image)
+            str((image_encoder.get("args") or {}).get("model_name") or ENCODER)
+            if isinstance(image_encoder, Mapping)
+            else str(image_encoder)
         ),
         sampling={stage: sampling for stage, (sampling, _) in samplers.items()},
         sigma_min={stage: sigma_min for stage, (_, sigma_min) in samplers.items()},
@@ -182,23 +188,28 @@ def read_pipeline(root: Path) -> PipelineFile:
 
 
 def _sampler(path: Path, args: Mapping, key: str) -> tuple[Sampling, float]:
-    """Read the settings of a sampler and sigma_min. The file's guidance_strength g is 1 + w here."""
+    """Read the settings of the sampler `key`, and sigma_min.
+
+    guidance_strength in the file is 1 + w, with w the `cfg_strength` of this package: the guided velocity is
+    (1 + w) v_cond - w v_null.
+    """
 
     def read(name: str, params: Mapping) -> Sampling:
-        foreign = sorted(str(k) for k in params if str(k).startswith("cfg_"))
-        if foreign:
-            # TRELLIS's files mean w by cfg_strength, TRELLIS.2's mean 1 + w by guidance_strength.
+        """Parse the params of a sampler."""
+        trellis_names = sorted(str(k) for k in params if str(k).startswith("cfg_"))
+        if trellis_names:
+            # These are settings of TRELLIS, whose cfg_strength is w and not 1 + w.
             raise ValueError(
-                f"expected guidance_strength, where 1 means no guidance, got {', '.join(foreign)}, where 0"
-                " means none. Rename the setting and convert its value."
+                f"{', '.join(trellis_names)} are settings of TRELLIS and not of TRELLIS.2. Use"
+                " guidance_strength = cfg_strength + 1 and guidance_interval instead."
             )
         strength = float(params.get("guidance_strength", 3.0))
-        # Here, too, t = 1 is noise, so the interval needs no conversion.
+        # t = 1 is noise in the file and in this package, so the interval needs no conversion.
         low, high = (float(t) for t in params.get("guidance_interval", (0.0, 1.0)))
         if strength < 1:
             raise ValueError(
-                f"expected guidance_strength >= 1, got {strength}. Smaller values would guide away from the"
-                " prompt. Correct the file."
+                f"guidance_strength must be >= 1, got {strength}. Smaller values would guide away from the"
+                " prompt. Set it to 1 for no guidance."
             )
         return Sampling(
             steps=int(params.get("steps", 50)),
@@ -212,7 +223,7 @@ def _sampler(path: Path, args: Mapping, key: str) -> tuple[Sampling, float]:
 
 
 def _normalization(path: Path, args: Mapping, key: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Read the mean and the standard deviation per channel.
+    """Read the normalisation `key`: the mean and the standard deviation per channel.
 
     Raises: ValueError for missing or invalid numbers.
     """
@@ -220,12 +231,13 @@ def _normalization(path: Path, args: Mapping, key: str) -> tuple[tuple[float, ..
     try:
         mean, std = (tuple(map(float, content[name])) for name in ("mean", "std"))
     except (KeyError, TypeError, ValueError):
+        # Reported by the error below.
         mean = ()
         std = ()
     if not mean or not are_scales(mean, std):
         raise ValueError(
-            f"{path}: expected {key} with a finite mean and a std > 0 per channel, got {str(content)[:80]}."
-            " Restore it."
+            f"{path}: {key} must have a finite mean and a std > 0 per channel, got {str(content)[:80]}."
+            " Download the file again."
         )
     return mean, std
 
@@ -239,62 +251,75 @@ def load_model(
 ) -> nn.Module:
     """Build a model from <stem>.json and its weights; see `trellis_files.load_model`.
 
-    Raises: ValueError also for a file whose angles of rotary positions (`rope_phases`) do not match its JSON
-        file.
+    Raises: FileNotFoundError; ValueError for files that do not fit each other. This includes stored angles of
+        rotary position embeddings (`rope_phases`) that do not match the resolution in the JSON file.
     """
     return files.load_model(
         stem, dtype, weights=weights, device=device, architectures=ARCHITECTURES, prepare=prepared
     )
 
 
-def prepared(model: Any, config: Any, state: State, who: str) -> State:
-    """Bring the tensors of a file to the names of this package.
+def prepared(model: Any, config: Any, state: State, message_prefix: str) -> State:
+    """Convert the tensors of a file to the names of this package.
 
-    Names of convolutions are unified. Angles of rotary positions are computed here; if a file holds them, as
-    complex numbers of length 1, they are compared and dropped.
+    The tensors of convolutions are renamed. The angles of rotary position embeddings (`rope_phases`, complex
+    numbers of length 1) are removed from `state`, because this package computes them.
+
+    Args:
+        model: class of the model.
+        config: configuration of the model.
+        state: tensors of the file by name.
+        message_prefix: beginning of the message of an error.
+    Raises: ValueError if stored angles differ from the computed ones.
     """
     # "conv1.conv.weight" -> "conv1.weight"
     if issubclass(model, VoxelNetwork):
         return {_NESTED.sub(r".\1.\2", name): tensor for name, tensor in state.items()}
     if model is StructureFlow and "rope_phases" in state:
         # Removed, because the network here computes the angles and has no such buffer.
-        stored = state.pop("rope_phases")
+        stored_phases = state.pop("rope_phases")
         angles = angles_of(torch.cartesian_prod(*[torch.arange(config.resolution)] * 3), config.head_channels)
         # Stored angles may have been rounded to half precision, hence the tolerance of 1e-2.
-        expected = torch.polar(torch.ones_like(angles), angles)
+        expected_phases = torch.polar(torch.ones_like(angles), angles)
         if (
-            not stored.is_complex()
-            or stored.shape != expected.shape
-            or not torch.allclose(stored.to(expected), expected, atol=1e-2)
+            not stored_phases.is_complex()
+            or stored_phases.shape != expected_phases.shape
+            or not torch.allclose(stored_phases.to(expected_phases), expected_phases, atol=1e-2)
         ):
-            form = f"complex {list(expected.shape)}"
-            got = f"{stored.dtype} {list(stored.shape)}"
+            stored_form = f"{stored_phases.dtype} {list(stored_phases.shape)}"
             raise ValueError(
-                f"{who}: the stored rope_phases, {got}, are not those of the JSON file's resolution, {form}."
-                " Correct the model's JSON file."
+                f"{message_prefix}: the stored rope_phases ({stored_form}) differ from those of the"
+                f" resolution in the model's JSON file (complex {list(expected_phases.shape)}). Download"
+                " both files again."
             )
     return state
 
 
 def model_files(file: PipelineFile) -> dict[str, Path]:
-    """Return all files that the pipeline is read from, by name; encoders only if they exist.
+    """Return all files from which the pipeline is read, by name. Encoders are included if they exist.
 
-    Raises: FileNotFoundError.
+    Raises: FileNotFoundError for a missing flow or decoder.
     """
     paths = {name: file.root / name for name in ("pipeline.json", TEXTURING) if (file.root / name).is_file()}
-    # The files identify a problem, so all that is read must be among them.
+    # The hashes of these files identify a problem, so every file that is read must be included.
     models = [*file.flows.values(), *DECODERS, *(name for name in ENCODERS if files.is_there(file, name))]
     return paths | files.paths_of(file, dict(zip(models, models, strict=True)))
 
 
-DINO3 = {"512": 1029, "1024": 4101}  # pixels per side of the image -> number of DINOv3's tokens
+# Pixels per side of the image -> number of DINOv3's tokens: 1 class token, 4 registers, (side / 16)^2
+# patches.
+DINO3 = {"512": 1029, "1024": 4101}
 
 
 def released_stages() -> list[SizedStage]:
-    """Build the stages of TRELLIS.2-4B without weights, with the sizes of its JSON files."""
-    made = []
-    # Stage, grid cells per axis, channels of the latent, channels of given features, pixels of the image.
-    for name, cells, channels, given, edge in (
+    """Build the stages of TRELLIS.2-4B without weights, for estimates of memory and time.
+
+    The sizes are copied from the published JSON files of the models.
+    """
+    stages = []
+    # Stage, grid cells per axis, channels of the latent, channels of the features that the previous stage
+    # provides, pixels per side of the image.
+    for name, cells, channels, given_channels, image_side in (
         ("structure", 16, 8, 0, "512"),
         ("shape_512", 32, 32, 0, "512"),
         ("shape_1024", 64, 32, 0, "1024"),
@@ -302,7 +327,7 @@ def released_stages() -> list[SizedStage]:
     ):
         config = FlowConfig(
             resolution=cells,
-            in_channels=channels + given,
+            in_channels=channels + given_channels,
             out_channels=channels,
             model_channels=1536,
             cond_channels=1024,
@@ -315,15 +340,16 @@ def released_stages() -> list[SizedStage]:
             qk_rms_norm_cross=True,
         )
         grid = dict(channels=channels, resolution=cells)
-        kind: Any = (
-            partial(DenseGrid, **grid) if name == "structure" else partial(SparseVoxels, given=given, **grid)
+        # The structure is a dense grid; all other stages have features on voxels.
+        latents: LatentKind = (
+            DenseGrid(**grid) if name == "structure" else SparseVoxels(given=given_channels, **grid)
         )
-        make = StructureFlow if name == "structure" else VoxelFlow
+        flow_class = StructureFlow if name == "structure" else VoxelFlow
         stage = FlowStage(
             name=name,
-            model=empty(partial(make, config)),
-            latents=kind(),
+            model=empty(partial(flow_class, config)),
+            latents=latents,
             sampling=Sampling(steps=12, cfg_strength=6.5),
         )
-        made.append(SizedStage(stage=stage, conditioning=[DINO3[edge], 1024]))
-    return made
+        stages.append(SizedStage(stage=stage, conditioning=[DINO3[image_side], 1024]))
+    return stages

@@ -1,10 +1,14 @@
-"""Finished assets of TRELLIS: Gaussians in a cube of side 1 about the origin.
+"""Finished assets of TRELLIS: Gaussian splats in a cube of side 1 about the origin.
 
 This module reads and writes their files, finds the voxels that they fill, renders them in plain PyTorch
 (slow, exact, on any device), and computes the image features that the encoder of the second stage reads.
 
-Shape letters: G Gaussians, R voxels per axis, S pixels per side, P pixels of a tile, K Gaussians that reach
-the tile, v voxels, E channels of a feature.
+Shapes: G number of Gaussians, R voxels per axis, S pixels per side of an image, P pixels of a tile, K number
+    of
+Gaussians that overlap the tile, v number of voxels, E channels of a feature.
+
+Rendering follows Kerbl et al. 2023 (3D Gaussian Splatting), with the projection of Zwicker et al. 2001 (EWA
+Splatting) and the blur of Yu et al. 2024 (Mip-Splatting).
 """
 
 import math
@@ -24,14 +28,14 @@ from eg3d_rlhf.tuning.flow.families.folder import OpenedFolder, check_finite
 from training.storage import write_atomic
 
 SH_C0 = 0.28209479177387814  # value of the constant spherical harmonic, 1 / (2 sqrt(pi))
-PLY_FIELDS = (  # columns of the usual file of Gaussian splats, in order
+PLY_FIELDS = (  # columns of the common .ply format of Gaussian splats, in order
     *("x", "y", "z", "nx", "ny", "nz"),
     *(f"f_dc_{i}" for i in range(3)),
     "opacity",
     *(f"scale_{i}" for i in range(3)),
     *(f"rot_{i}" for i in range(4)),
 )
-SHAPES: dict[str, list[int | str]] = {
+SHAPES: dict[str, list[int | str]] = {  # field of SplatAsset -> its shape
     "means": ["G", 3],
     "features_dc": ["G", 3],
     "scales": ["G", 3],
@@ -42,7 +46,7 @@ SHAPES: dict[str, list[int | str]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class SplatAsset:
-    """A finished asset: Gaussians with one colour each."""
+    """A finished asset: Gaussians with one colour each, the same from every direction."""
 
     means: torch.Tensor  # [G, 3], centres
     features_dc: torch.Tensor  # [G, 3], colours as the constant spherical harmonic: colour = 0.5 + 0.282 f
@@ -56,7 +60,7 @@ class SplatAsset:
 
     @property
     def colours(self) -> torch.Tensor:
-        """Colours of 0..1, [G, 3], the same from every direction."""
+        """RGB colours of 0..1, [G, 3]."""
         return (0.5 + SH_C0 * self.features_dc).clamp(0, 1)
 
     def to(self, device: str | torch.device) -> "SplatAsset":
@@ -65,91 +69,111 @@ class SplatAsset:
 
 
 def voxels_filled(asset: SplatAsset, resolution: int = 64, share: float = 0.25) -> torch.Tensor:
-    """Return the voxels that an asset fills, [v, 3] int32 on the CPU, sorted.
+    """Return the indices of the voxels that an asset fills, [v, 3] int32 on the CPU, sorted.
 
-    A voxel is filled if the opacities of the Gaussians in it add up to at least `share` of the mean over
-    voxels that hold the centre of a Gaussian.
+    The mass of a voxel is the sum of the opacities of the Gaussians with their centres in it. A voxel is
+    filled if its mass is at least `share` times the mean mass of all voxels with a mass above 0.
 
-    Deviates: TRELLIS's data tools voxelise a mesh's surface; `calibrated` finds the share that comes closest.
+    Deviates: TRELLIS's data tools find the voxels that a mesh's surface passes through. `calibrated` finds
+        the share that comes closest to this.
 
+    Args:
+        asset: Gaussians in the cube -0.5..0.5.
+        resolution: R, voxels per axis.
+        share: share of the mean mass, >= 0.
     Raises: ValueError for an asset that fills no voxel.
     """
-    mass, usual = _mass(asset, resolution)
-    # Voxels without opacity never count, also for a share of 0. Flat index = (x R + y) R + z.
-    places = ((mass >= share * usual) & (mass > 0)).nonzero()[:, 0]
+    mass, mean_mass = _mass(asset, resolution)
+    # Voxels without mass are never filled, not even for a share of 0.
+    flat_index = ((mass >= share * mean_mass) & (mass > 0)).nonzero()[:, 0]  # (x R + y) R + z
     return torch.stack(
-        [places // resolution**2, places // resolution % resolution, places % resolution], 1
+        [flat_index // resolution**2, flat_index // resolution % resolution, flat_index % resolution], 1
     ).int()
 
 
 def _mass(asset: SplatAsset, resolution: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sum the opacities in each voxel, [R^3], and average them over voxels that hold any, []."""
+    """Compute the mass of each voxel, that is the sum of the opacities of the Gaussians in it.
+
+    Returns: masses [R^3], and the mean mass of voxels with a mass above 0, a scalar.
+    Raises: ValueError if no voxel has a mass above 0.
+    """
     # On the CPU, index_add sums in a fixed order; on a GPU the order of threads varies.
     asset = asset.to("cpu")
     cells = ((asset.means + 0.5) * resolution).floor().long()  # [G, 3]
-    # Gaussians outside the cube are ignored
-    inside = ((cells >= 0) & (cells < resolution)).all(1) & torch.isfinite(asset.opacities)
-    x, y, z = cells[inside].unbind(1)
+    # Gaussians outside the cube are ignored.
+    is_inside = ((cells >= 0) & (cells < resolution)).all(1) & torch.isfinite(asset.opacities)
+    x, y, z = cells[is_inside].unbind(1)
     mass = asset.opacities.new_zeros(resolution**3).index_add(
-        0, (x * resolution + y) * resolution + z, asset.opacities[inside]
+        0, (x * resolution + y) * resolution + z, asset.opacities[is_inside]
     )
-    filled = mass > 0
-    if not filled.any():
+    has_mass = mass > 0
+    if not has_mass.any():
         raise ValueError(
-            "voxels: the asset has no visible Gaussian within the cube -0.5..0.5. Leave the asset out."
+            "voxels: the asset has no Gaussian with opacity in the cube -0.5..0.5. Scale the asset into"
+            " this cube, or remove it from the list of assets."
         )
-    return mass, mass[filled].mean()
+    return mass, mass[has_mass].mean()
 
 
-SHARES = tuple(2.0**k for k in range(-8, 3))  # tried by `calibrated`
+SHARES = tuple(2.0**k for k in range(-8, 3))  # shares that `calibrated` compares, 1/256..4
 
 
 def calibrated(
     assets: Sequence[SplatAsset], voxels: Sequence[torch.Tensor], resolution: int = 64
 ) -> dict[str, float | list]:
-    """Find the share at which assets best match the voxels that they were made on.
+    """Find the `share` of `voxels_filled` at which assets best match the voxels from which they were decoded.
 
-    TRELLIS makes Gaussians on the voxels of a mesh's surface, so these voxels are what its data tools would
-    find for such an asset.
+    TRELLIS places Gaussians on the voxels that a surface passes through. These voxels are therefore what its
+    data tools would find for such an asset.
 
-    Args: voxels: [v, 3] of each asset.
-    Returns: {"share", "iou": mean intersection over union at this share, "tried": [[share, iou], ...]}, in
-        JSON types.
+    Args:
+        assets: assets that TRELLIS decoded, at least one.
+        voxels: voxels of the latents of each asset, [v, 3] integers.
+        resolution: R, voxels per axis.
+    Returns: a dictionary in JSON types: "share" is the best of SHARES, "iou" the mean intersection over union
+        at this share, and "tried" a list of [share, iou] for all of SHARES.
+    Raises: ValueError if there are no assets.
     """
     assert len(assets) == len(voxels)
     if not assets:
-        raise ValueError("--list: the list holds no assets. Sample some.")
+        raise ValueError("--list: the list has no assets. Sample assets first with `eg3d-rlhf flow sample`.")
     overlaps = torch.zeros(len(SHARES), dtype=torch.float64)
     for asset, source_voxels in zip(assets, voxels, strict=True):
         x, y, z = source_voxels.cpu().long().unbind(1)
         target = torch.zeros(resolution**3, dtype=torch.bool)
         target[(x * resolution + y) * resolution + z] = True
         # The sums are the same for all shares, so they are computed once per asset.
-        mass, usual = _mass(asset, resolution)
+        mass, mean_mass = _mass(asset, resolution)
         for i, share in enumerate(SHARES):
-            filled = (mass >= share * usual) & (mass > 0)
+            filled = (mass >= share * mean_mass) & (mass > 0)  # the condition of `voxels_filled`
             overlaps[i] += (filled & target).sum() / (filled | target).sum()
     ious = (overlaps / len(assets)).tolist()  # mean over assets, one per share
-    best = max(range(len(SHARES)), key=lambda i: ious[i])
+    # Index of the largest value; the smallest share if several are equal.
+    best_index = max(range(len(SHARES)), key=lambda i: ious[i])
     return {
-        "share": SHARES[best],
-        "iou": ious[best],
+        "share": SHARES[best_index],
+        "iou": ious[best_index],
         "tried": [[share, iou] for share, iou in zip(SHARES, ious, strict=True)],
     }
 
 
 def write_ply(path: Path, asset: SplatAsset) -> None:
-    """Write the usual file of Gaussian splats, with opacities as logits and scales as logarithms."""
+    """Write an asset in the common .ply format of Gaussian splats.
+
+    The format stores opacities as logits and scales as natural logarithms.
+    """
     # Clamped, so that opacities of 0 and 1 have finite logits.
     opacity = asset.opacities.clamp(1e-6, 1 - 1e-6).logit()[:, None]
     columns = [
         asset.means,
+        # Normals, which the format has but Gaussians do not.
         torch.zeros_like(asset.means),
         asset.features_dc,
         opacity,
         asset.scales.log(),
         asset.rotations,
     ]
+    # "<f4" is little-endian float32, as the header below states.
     rows = torch.cat([c.detach().float().cpu() for c in columns], 1).numpy().astype("<f4")
     properties = "".join(f"property float {name}\n" for name in PLY_FIELDS)
     header = f"ply\nformat binary_little_endian 1.0\nelement vertex {len(rows)}\n{properties}end_header\n"
@@ -157,7 +181,8 @@ def write_ply(path: Path, asset: SplatAsset) -> None:
 
 
 def show(asset: SplatAsset, path: Path) -> Path:
-    """Write an asset as .ply, in its own frame."""
+    """Write an asset to <path>.ply, in its own frame, and return the path of the file."""
+    # Appended and not replaced as a suffix, because names may contain dots.
     file = path.with_name(path.name + ".ply")
     write_ply(file, asset)
     return file
@@ -165,9 +190,13 @@ def show(asset: SplatAsset, path: Path) -> Path:
 
 @torch.no_grad()
 def decoded(pipeline: OpenedFolder, decoder: str, x_0: SparseBatch) -> list[SplatAsset]:
-    """Decode latents of a pipeline's last stage to assets, one by one.
+    """Decode latents of a pipeline's last stage to assets, one sample at a time.
 
-    Args: decoder: name of the part that decodes Gaussians.
+    Args:
+        pipeline: pipeline with the decoder.
+        decoder: name of the decoder of Gaussians in the pipeline.
+        x_0: latents on voxels, in the scale of the stage's flow.
+    Raises: ValueError for latents that are not finite.
     """
     check_finite("decode", x_0)
     assets = []
@@ -177,6 +206,7 @@ def decoded(pipeline: OpenedFolder, decoder: str, x_0: SparseBatch) -> list[Spla
         assets.append(
             SplatAsset(
                 means=gaussians.means,
+                # [G, 1, 3] -> [G, 3]: only the constant spherical harmonic.
                 features_dc=gaussians.features_dc[:, 0],
                 scales=gaussians.scales,
                 rotations=gaussians.rotations,
@@ -187,42 +217,53 @@ def decoded(pipeline: OpenedFolder, decoder: str, x_0: SparseBatch) -> list[Spla
 
 
 def read_ply(path: Path) -> SplatAsset:
-    """Read a file of `write_ply`, or of another program.
+    """Read a .ply file of Gaussian splats, written by `write_ply` or by another program.
 
     Higher spherical harmonics, which make colours depend on the viewing direction, are ignored.
 
-    Raises: FileNotFoundError; ValueError for another kind of file.
+    Raises: FileNotFoundError for a missing file; ValueError for a file of another kind, or a truncated one.
     """
     if not path.is_file():
         raise FileNotFoundError(
-            f"asset: expected a .ply file of Gaussians, got none at {path}. Check the path."
+            f"asset: the file {path} does not exist. Correct the path of the .ply file of Gaussians."
         )
     data = path.read_bytes()
-    end = data.find(b"end_header\n")
-    lines = data[: max(end, 0)].decode("ascii", "replace").splitlines()
-    names = [line.split()[-1] for line in lines if line.startswith("property ")]
-    floats = all(line.split()[1] in ("float", "float32") for line in lines if line.startswith("property "))
-    counts = [
-        int(line.split()[2]) for line in lines if line.startswith("element ") and line.split()[2].isdigit()
-    ]
-    rows = data[end + len(b"end_header\n") :]
-    # Exactly one element, the vertices, and float32 columns alone: then rows have a fixed length.
-    expected = len(names) * 4 * counts[0] if len(counts) == 1 else -1
-    # Normals are always zero and other programs may leave them out.
-    needed = set(PLY_FIELDS) - {"nx", "ny", "nz"}
-    if (
-        "format binary_little_endian 1.0" not in lines
-        or not floats
-        or not needed <= set(names)
-        or len(rows) != expected
-    ):
+    header_end = data.find(b"end_header\n")  # -1, that is no header, for other files
+    header = data[: max(header_end, 0)].decode("ascii", "replace").splitlines()
+    # Lines such as "property float x" and "element vertex 1000".
+    properties = [text.split() for text in header if text.startswith("property ")]
+    names = [words[-1] for words in properties]
+    all_float32 = all(words[1] in ("float", "float32") for words in properties)
+    elements = [text.split() for text in header if text.startswith("element ")]
+    counts = [int(words[2]) for words in elements if words[2].isdigit()]
+    if "format binary_little_endian 1.0" not in header:
         raise ValueError(
-            f"{path}: expected a binary little-endian .ply of Gaussian splats; the file is of another kind or"
-            " truncated. Export it again."
+            f"{path}: the file is not a binary little-endian .ply. Export it again in this format."
+        )
+    # Normals are always zero, and other programs may leave them out.
+    missing_names = sorted(set(PLY_FIELDS) - {"nx", "ny", "nz"} - set(names))
+    if missing_names:
+        raise ValueError(
+            f"{path}: the properties {', '.join(missing_names)} of Gaussian splats are missing. Export the"
+            " file again as Gaussian splats."
+        )
+    # With a single element, the Gaussians, and only float32 properties, all rows have the same length.
+    if not all_float32 or len(counts) != 1:
+        raise ValueError(
+            f"{path}: expected one element with only float32 properties, got {len(counts)} elements or other"
+            " types. Export the file again as Gaussian splats."
+        )
+    rows = data[header_end + len(b"end_header\n") :]
+    expected_size = len(names) * 4 * counts[0]  # 4 bytes per float32
+    if len(rows) != expected_size:
+        raise ValueError(
+            f"{path}: expected {expected_size} bytes after the header, got {len(rows)}. The file is"
+            " truncated or damaged. Export it again."
         )
     table = torch.from_numpy(np.frombuffer(rows, "<f4").reshape(counts[0], -1).astype(np.float32))
 
     def columns(*fields: str) -> torch.Tensor:
+        """Select columns of the table by the names of their properties."""
         return table[:, [names.index(name) for name in fields]]
 
     scales = columns("scale_0", "scale_1", "scale_2").exp()
@@ -231,14 +272,15 @@ def read_ply(path: Path) -> SplatAsset:
         means=columns("x", "y", "z"),
         features_dc=columns("f_dc_0", "f_dc_1", "f_dc_2"),
         scales=scales,
+        # Other programs may write quaternions that are not normalised.
         rotations=torch.nn.functional.normalize(rotations, dim=1),
         opacities=columns("opacity")[:, 0].sigmoid(),
     )
 
 
-TILE = 14  # pixels per side
-# Pixels^2 added to every Gaussian's variance on screen. Its opacity is lowered to match (Yu et al. 2024,
-# Mip-Splatting).
+TILE = 14  # pixels per side of the tiles in which an image is rendered
+# Variance in pixels^2 that is added to every Gaussian on screen. Its opacity is lowered, so that its total
+# brightness stays the same (Yu et al. 2024, Mip-Splatting).
 BLUR = 0.1
 REACH = 3  # standard deviations beyond which a Gaussian is cut off
 NEAR = 0.1  # smallest depth in front of the camera that is rendered
@@ -258,37 +300,49 @@ class View:
         return (xyz - self.position.to(xyz)) @ self.rotation.to(xyz).T
 
     def project(self, xyz: torch.Tensor) -> torch.Tensor:
-        """Project points [G, 3] to the image, [G, 2] of 0..1 from its upper left corner."""
+        """Project points [G, 3] to image coordinates [G, 2], 0..1 to the right and down from the upper
+        left corner.
+        """
         in_camera = self.camera(xyz)
         return self.focal * in_camera[:, :2] / in_camera[:, 2:] + 0.5
 
 
 def views_around(count: int, radius: float = 2.0, fov: float = 40.0) -> list[View]:
-    """Place cameras evenly on a sphere around the origin, looking at it, with z up.
+    """Place cameras evenly on a sphere around the origin, looking at the origin, with z up.
 
     Args:
-        radius: distance from the origin.
+        count: number of cameras, at least 1.
+        radius: distance of the cameras from the origin.
         fov: field of view in degrees.
     """
     views = []
     for i in range(count):
-        # Fibonacci sphere: even heights, and turns by the golden angle.
+        # Fibonacci sphere: heights are evenly spaced in -1..1, and each camera is rotated about the z axis by
+        # the golden angle, pi (3 - sqrt(5)), against the previous one.
         height = 1 - (2 * i + 1) / count
-        turn = i * math.pi * (3 - math.sqrt(5))
+        azimuth = i * math.pi * (3 - math.sqrt(5))
         ring = math.sqrt(1 - height**2)  # radius of the circle at this height
-        position = torch.tensor([ring * math.cos(turn), ring * math.sin(turn), height])
+        position = torch.tensor([ring * math.cos(azimuth), ring * math.sin(azimuth), height])
         forward = -position
-        # At the poles z is the viewing direction, so another axis must be up.
+        # At the poles z is parallel to the viewing direction, so the y axis is used as up.
         up = torch.tensor([0.0, 0.0, 1.0]) if abs(height) < 0.999 else torch.tensor([0.0, 1.0, 0.0])
         right = torch.nn.functional.normalize(torch.linalg.cross(forward, up), dim=0)
         rotation = torch.stack([right, torch.linalg.cross(forward, right), forward])
+        # Half an image side over the tangent of half the field of view is the focal length.
         views.append(View(rotation, radius * position, 0.5 / math.tan(math.radians(fov) / 2)))
     return views
 
 
 @torch.no_grad()
 def render(asset: SplatAsset, view: View, size: int) -> torch.Tensor:
-    """Render an asset over black, [3, S, S] of 0..1. Not differentiable."""
+    """Render an asset over a black background. Not differentiable.
+
+    Args:
+        asset: Gaussians.
+        view: camera.
+        size: S, pixels per side of the image.
+    Returns: image [3, S, S] of values 0..1.
+    """
     means, conics, alphas, reach, order = _on_screen(asset, view, size)
     colours = asset.colours[order]
     # Bounding boxes on screen, [G, 2] each.
@@ -296,28 +350,30 @@ def render(asset: SplatAsset, view: View, size: int) -> torch.Tensor:
     high = means + reach[:, None]
     image = means.new_zeros(3, size, size)
     for top in range(0, size, TILE):
-        row = ((low[:, 1] < top + TILE) & (high[:, 1] > top)).nonzero()[:, 0]
+        # Gaussians that overlap this row of tiles.
+        in_row = ((low[:, 1] < top + TILE) & (high[:, 1] > top)).nonzero()[:, 0]
         for left in range(0, size, TILE):
-            # Gaussians that reach this tile, still in the order of depth.
-            near = row[(low[row, 0] < left + TILE) & (high[row, 0] > left)]
-            if len(near):
-                # Pixel centres; the last tiles may be cut off by the border.
+            # Gaussians that overlap this tile, still ordered by depth.
+            in_tile = in_row[(low[in_row, 0] < left + TILE) & (high[in_row, 0] > left)]
+            if len(in_tile):
+                # Pixel centres are at + 0.5; tiles at the right and lower border may be smaller.
                 y, x = (
                     torch.arange(start, min(start + TILE, size), device=means.device) + 0.5
                     for start in (top, left)
                 )
-                tile = _tile(
-                    torch.cartesian_prod(y, x).flip(1), means[near], conics[near], alphas[near], colours[near]
-                )
+                # cartesian_prod gives (y, x) row by row; flipped to (x, y), [P, 2].
+                pixels = torch.cartesian_prod(y, x).flip(1)
+                tile = _tile(pixels, means[in_tile], conics[in_tile], alphas[in_tile], colours[in_tile])
                 image[:, top : top + TILE, left : left + TILE] = tile.T.unflatten(1, (len(y), len(x)))
     return image
 
 
 def _on_screen(asset: SplatAsset, view: View, size: int) -> tuple[torch.Tensor, ...]:
-    """Project the Gaussians in front of the camera.
+    """Project the Gaussians in front of the camera to the image.
 
-    Returns: centres in pixels, inverse covariances, opacities, reach in pixels, and the order from front to
-        back.
+    Returns: centres [G, 2] in pixels, inverse covariances [G, 3], opacities [G], radii [G] in pixels beyond
+        which a Gaussian is cut off, and the indices [G] of the Gaussians from front to back. All are in this
+        order, without the Gaussians that are nearer than NEAR.
     """
     in_camera = view.camera(asset.means.float())
     order = in_camera[:, 2].argsort()
@@ -327,25 +383,26 @@ def _on_screen(asset: SplatAsset, view: View, size: int) -> tuple[torch.Tensor, 
     zero = torch.zeros_like(z)
     # Jacobian of the projection at the centre (Zwicker et al. 2001, EWA splatting): [G, 2, 3].
     jacobian = torch.stack([f / z, zero, -f * x / z**2, zero, f / z, -f * y / z**2], 1).view(-1, 2, 3)
+    # Covariance = axes axes^T, with the rotated axes of a Gaussian scaled by its standard deviations.
     axes = (
         jacobian
         @ view.rotation.to(in_camera)
         @ _rotations(asset.rotations[order].float())
         * asset.scales[order, None].float()
     )
-    sharp = axes @ axes.mT  # covariance on screen before the blur, [G, 2, 2]
-    covariance = sharp + BLUR * torch.eye(2, device=in_camera.device)
+    covariance_before_blur = axes @ axes.mT  # on screen, [G, 2, 2]
+    covariance = covariance_before_blur + BLUR * torch.eye(2, device=in_camera.device)
     determinant = covariance.det()
     a = covariance[:, 0, 0]
     b = covariance[:, 0, 1]
     d = covariance[:, 1, 1]
-    # Inverse of [[a, b], [b, d]] as its three numbers, and its largest eigenvalue.
+    # Inverse of the covariance [[a, b], [b, d]] as three numbers, and the covariance's largest eigenvalue.
     conics = torch.stack([d, -b, a], 1) / determinant[:, None]
-    largest = (a + d) / 2 + ((a - d).square() / 4 + b.square()).sqrt()
-    alphas = asset.opacities[order].float() * (sharp.det().clamp_min(0) / determinant).sqrt()
-    # In pixels; the image's centre is on the optical axis.
+    largest_eigenvalue = (a + d) / 2 + ((a - d).square() / 4 + b.square()).sqrt()
+    alphas = asset.opacities[order].float() * (covariance_before_blur.det().clamp_min(0) / determinant).sqrt()
+    # In pixels; the optical axis meets the image in its centre, size / 2.
     means = torch.stack([f * x / z, f * y / z], 1) + size / 2
-    return means, conics, alphas, REACH * largest.sqrt(), order
+    return means, conics, alphas, REACH * largest_eigenvalue.sqrt(), order
 
 
 def _tile(
@@ -355,13 +412,23 @@ def _tile(
     alphas: torch.Tensor,
     colours: torch.Tensor,
 ) -> torch.Tensor:
-    """Blend Gaussians, ordered from front to back, to the colours [P, 3] of pixels [P, 2]."""
+    """Blend Gaussians to the colours of the pixels of a tile.
+
+    Args:
+        pixels: centres of the pixels, [P, 2].
+        means: centres of the Gaussians from front to back, [K, 2] in pixels.
+        conics: inverse covariances [K, 3], the entries a, b, d of [[a, b], [b, d]].
+        alphas: opacities [K].
+        colours: RGB colours [K, 3].
+    Returns: colours [P, 3] of the pixels.
+    """
     dx, dy = (pixels[:, None] - means).unbind(-1)  # [P, K] each
     a, b, d = conics.unbind(1)
     alpha = (alphas * torch.exp(-0.5 * (a * dx * dx + d * dy * dy) - b * dx * dy)).clamp_max(MAX_ALPHA)
-    # Light that passes the Gaussians in front (Kerbl et al. 2023, equation 3): an exclusive product.
-    passed = torch.cumprod(1 - alpha, 1)
-    transmittance = torch.cat([torch.ones_like(passed[:, :1]), passed[:, :-1]], 1)
+    # Transmittance of the Gaussians in front (Kerbl et al. 2023, equation 3): the product over all Gaussians
+    # before this one. It is the cumulative product, shifted by one.
+    product = torch.cumprod(1 - alpha, 1)
+    transmittance = torch.cat([torch.ones_like(product[:, :1]), product[:, :-1]], 1)
     return (alpha * transmittance) @ colours
 
 
@@ -386,18 +453,26 @@ def _rotations(quaternions: torch.Tensor) -> torch.Tensor:
 def voxel_features(
     asset: SplatAsset, voxels: torch.Tensor, encoder: ImageEncoder, resolution: int = 64, views: int = 150
 ) -> torch.Tensor:
-    """Compute features [v, E] float32 of voxels: image features at the projections of their centres.
+    """Compute features of voxels from renders of an asset, as TRELLIS does.
 
-    Features are interpolated between patches and averaged over views, whether the voxel is visible or not, as
-    TRELLIS does.
+    The centre of a voxel is projected to each render. The image encoder's features at this position are
+    interpolated between patches, and averaged over all renders, also over those in which the voxel is hidden.
+
+    Args:
+        asset: Gaussians.
+        voxels: voxels [v, 3] int32.
+        encoder: image encoder.
+        resolution: R, voxels per axis.
+        views: number of renders, at least 1.
+    Returns: features [v, E] float32.
     """
     centres = (voxels.float() + 0.5) / resolution - 0.5  # [v, 3]
     total: Any = None
     for view in views_around(views):
         patches = encoder.patches(render(asset, view, encoder.size)[None])  # [1, E, 37, 37]
         # grid_sample expects coordinates of -1..1: [1, v, 1, 2] -> [1, E, v, 1] -> [v, E].
-        places = (2 * view.project(centres) - 1).to(patches)[None, :, None]
-        sampled = F.grid_sample(patches, places, mode="bilinear", align_corners=False)[0, :, :, 0].T
+        coordinates = (2 * view.project(centres) - 1).to(patches)[None, :, None]
+        sampled = F.grid_sample(patches, coordinates, mode="bilinear", align_corners=False)[0, :, :, 0].T
         total = sampled if total is None else total + sampled
-    assert total is not None  # there is a view
+    assert total is not None  # holds because views >= 1
     return total / views

@@ -1,6 +1,9 @@
-"""Files of TRELLIS: pipeline.json, and for each model a JSON file of its architecture and its weights.
+"""Readers of the files of TRELLIS: pipeline.json, and for each model a JSON file and a file of weights.
 
-Nothing is downloaded or run.
+pipeline.json states the models, the settings of the samplers and the normalisation of the latents. The JSON
+file of a model states its class and its arguments. Nothing is downloaded, and no code of the files is run.
+
+In this module a *stem* is the path of a model's two files without their endings .json and .safetensors.
 """
 
 import dataclasses
@@ -34,22 +37,28 @@ from eg3d_rlhf.tuning.flow.families.folder import are_scales, read_json
 # Names of the stages.
 STRUCTURE = "structure"
 LATENT = "latent"
-FLOWS = {STRUCTURE: "sparse_structure_flow_model", LATENT: "slat_flow_model"}  # their names in pipeline.json
+FLOWS = {
+    STRUCTURE: "sparse_structure_flow_model",
+    LATENT: "slat_flow_model",
+}  # stage -> name in pipeline.json
 # Stage -> its sampler in pipeline.json.
 SAMPLERS = {STRUCTURE: "sparse_structure_sampler", LATENT: "slat_sampler"}
 STRUCTURE_DECODER = "sparse_structure_decoder"
 GAUSSIAN_DECODER = "slat_decoder_gs"
 STRUCTURE_ENCODER = "sparse_structure_encoder"
 LATENT_ENCODER = "slat_encoder"
-NEEDED = (STRUCTURE_DECODER, GAUSSIAN_DECODER, STRUCTURE_ENCODER)  # what the loop needs besides the flows
-# Encoders, which pipeline.json leaves out -> their published names, without ending.
+# Models that the tuning loop needs besides the flows.
+NEEDED = (STRUCTURE_DECODER, GAUSSIAN_DECODER, STRUCTURE_ENCODER)
+# Encoder -> published name of its files, without ending. pipeline.json does not name the encoders.
 USUAL_STEMS = {STRUCTURE_ENCODER: "ss_enc_conv3d_16l8_fp16", LATENT_ENCODER: "slat_enc_swin8_B_64l8_fp16"}
-WEIGHTS = (".safetensors", ".pt")  # endings, in the order in which they are tried
-# What a pipeline is conditioned on -> TRELLIS's default sampling.
+WEIGHTS = (".safetensors", ".pt")  # endings of files of weights, in the order in which they are tried
+# Kind of prompt -> TRELLIS's default settings of the samplers.
 KINDS = {"text": Sampling(cfg_strength=7.5, cfg_interval=(0.5, 0.95)), "image": Sampling()}
-TOKENS = {"text": 77, "image": 1374}  # conditioning tokens: of CLIP, and of DINOv2 with registers
-ENCODERS = {"text": "openai/clip-vit-large-patch14", "image": "dinov2_vitl14_reg"}  # defaults
-NORMALIZATION = {  # statistics of the released latents, if pipeline.json has none
+# Kind of prompt -> number of conditioning tokens: 77 of CLIP; 1 + 4 + 37^2 of DINOv2 with registers.
+TOKENS = {"text": 77, "image": 1374}
+# Kind of prompt -> default encoder.
+ENCODERS = {"text": "openai/clip-vit-large-patch14", "image": "dinov2_vitl14_reg"}
+NORMALIZATION = {  # mean and std per channel of the released latents, used if pipeline.json has none
     "mean": (-2.16875, -0.00435, -0.13352, -0.08418, -0.52712, 0.72387, -1.14145, 1.20394),
     "std": (2.37765, 2.38639, 2.12442, 2.17486, 2.66394, 2.37119, 2.62174, 2.68452),
 }
@@ -61,61 +70,65 @@ class ModelFolder:
 
     root: Path  # the folder of pipeline.json
     kind: str  # variant of the pipeline; see the subclasses
-    models: Mapping[str, str]  # model -> "ckpts/<stem>", or "owner/repo/<path>"
-    sampling: Mapping[str, Sampling]  # by stage
-    sigma_min: Mapping[str, float]  # by stage
+    # Name of a model -> path of its stem relative to `root`, or "owner/repo/<path>" in another repository.
+    models: Mapping[str, str]
+    sampling: Mapping[str, Sampling]  # settings of the sampler, by stage
+    sigma_min: Mapping[str, float]  # standard deviation of the noise at the data, by stage
     encoder: str  # name of the network that embeds prompts or images
-    usual: ClassVar[Mapping[str, str]] = USUAL_STEMS  # models that no file names -> their published names
+    # Model that pipeline.json does not name -> published name of its files, without ending.
+    usual: ClassVar[Mapping[str, str]] = USUAL_STEMS
 
 
 @dataclass(frozen=True, kw_only=True)
 class PipelineFile(ModelFolder):
-    """Settings of TRELLIS's pipeline.json, with TRELLIS's defaults for missing ones.
+    """Settings of TRELLIS's pipeline.json. Settings that the file lacks have TRELLIS's defaults.
 
-    Its kind is what the pipeline is conditioned on, "text" or "image".
+    `kind` is the kind of prompts that the pipeline is conditioned on, "text" or "image".
     """
 
-    mean: tuple[float, ...]  # of the second stage's latents, per channel
-    std: tuple[float, ...]  # likewise
+    mean: tuple[float, ...]  # mean of the second stage's latents, per channel
+    std: tuple[float, ...]  # standard deviation of the second stage's latents, per channel
 
     def __post_init__(self):
         if not are_scales(self.mean, self.std):
             raise ValueError(
-                f"{self.root.name}/pipeline.json: expected slat_normalization with a finite mean and a std >"
-                f" 0 per channel, got {list(self.mean)} and {list(self.std)}. Correct it."
+                f"{self.root.name}/pipeline.json: slat_normalization must have a finite mean and a std > 0"
+                f" per channel, got mean {list(self.mean)} and std {list(self.std)}. Download the file again."
             )
 
 
 def read_pipeline(root: Path) -> PipelineFile:
     """Read <root>/pipeline.json.
 
-    Raises: FileNotFoundError; ValueError for a file that is not TRELLIS's, lacks a stage, or whose sampler
-        follows another convention.
+    Raises: FileNotFoundError if the file is missing; ValueError if it is not a file of TRELLIS, if it lacks
+        the model of a stage, or if a sampler has unsupported settings.
     """
     root = Path(root)
     path = root / "pipeline.json"
     if not path.is_file():
         raise FileNotFoundError(
-            f"pipeline: expected TRELLIS's pipeline.json, got none in {root}. Name the folder of a TRELLIS"
-            " model."
+            f"--pipeline: there is no file pipeline.json in {root}. Pass the folder of a TRELLIS model."
         )
     content = read_json(path)
     name = content.get("name", "")
     args = content.get("args")
+    # The kind is part of the name, such as TrellisTextTo3DPipeline.
     kind = next((k for k in KINDS if f"{k}to3d" in str(name).lower()), None)
-    if kind is None or not isinstance(args, dict) or not isinstance(args.get("models"), dict):
+    if kind is None:
         raise ValueError(
-            f"{path}: expected the name TrellisTextTo3DPipeline or TrellisImageTo3DPipeline and args.models,"
-            f" got {name!r}. Name the folder of a TRELLIS model."
+            f"{path}: expected the name TrellisTextTo3DPipeline or TrellisImageTo3DPipeline, got {name!r}."
+            " Pass the folder of a TRELLIS model."
         )
-    missing = [stage for stage, model in FLOWS.items() if model not in args["models"]]
-    if missing:
+    if not isinstance(args, dict) or not isinstance(args.get("models"), dict):
+        raise ValueError(f"{path}: the object args.models is missing. Download the file again.")
+    missing_models = [model for model in FLOWS.values() if model not in args["models"]]
+    if missing_models:
         raise ValueError(
-            f"{path}: expected both stages, but {', '.join(missing)} is missing ({FLOWS[missing[0]]})."
-            " Restore the file."
+            f"{path}: args.models does not name the model {' and '.join(missing_models)}. Download the file"
+            " again."
         )
     samplers = {stage: _sampler(path, args.get(key), key, KINDS[kind]) for stage, key in SAMPLERS.items()}
-    norm = {**NORMALIZATION, **(args.get("slat_normalization") or {})}
+    normalization_values = {**NORMALIZATION, **(args.get("slat_normalization") or {})}
     return PipelineFile(
         root=root,
         kind=kind,
@@ -123,22 +136,33 @@ def read_pipeline(root: Path) -> PipelineFile:
         encoder=args.get(f"{kind}_cond_model") or ENCODERS[kind],
         sampling={stage: sampling for stage, (sampling, _) in samplers.items()},
         sigma_min={stage: sigma_min for stage, (_, sigma_min) in samplers.items()},
-        mean=tuple(map(float, norm["mean"])),
-        std=tuple(map(float, norm["std"])),
+        mean=tuple(map(float, normalization_values["mean"])),
+        std=tuple(map(float, normalization_values["std"])),
     )
 
 
 def normalization(file: PipelineFile, stage: str) -> dict | None:
-    """Return how a stage's latents are normalised, in JSON types, or None if they are not."""
+    """Return the mean and the std by which a stage's latents are normalised, in JSON types.
+
+    The first stage's latents are not normalised; None is returned.
+    """
     return {"mean": list(file.mean), "std": list(file.std)} if stage == LATENT else None
 
 
 def _sampler(path: Path, content: dict | None, key: str, default: Sampling) -> tuple[Sampling, float]:
-    """Read the settings of a stage's sampler and sigma_min; `default` fills in missing settings."""
+    """Read the settings of a stage's sampler, and sigma_min.
+
+    Args:
+        path: path of pipeline.json, for messages.
+        content: entry of the sampler in pipeline.json, or None if there is no entry.
+        key: name of the entry, for messages.
+        default: values of settings that the entry lacks.
+    """
 
     def read(name: str, params: Mapping) -> Sampling:
-        # The class of the sampler decides about guidance: one without "GuidanceInterval" guides at all times,
-        # and FlowEulerSampler not at all.
+        """Parse the class name and the params of a sampler."""
+        # The class of the sampler decides about guidance. Classes without "GuidanceInterval" in their name
+        # use guidance at all times; FlowEulerSampler uses no guidance.
         interval = params.get(
             "cfg_interval", default.cfg_interval if "GuidanceInterval" in name else (0.0, 1.0)
         )
@@ -160,15 +184,19 @@ def sampler_of(
     """Read the settings of a sampler in a pipeline.json, and sigma_min.
 
     Args:
-        key: name of the sampler in the file.
-        read: parses the sampler's class name and params; may raise ValueError, TypeError or IndexError.
+        path: path of pipeline.json, for messages.
+        content: entry of the sampler in the file, or None if there is no entry.
+        key: name of the entry.
+        read: function that parses the sampler's class name and its params. It may raise ValueError, TypeError
+            or IndexError.
     """
+    # Without an entry, the sampler has its published class and default settings.
     content = content or {}
     name = str(content.get("name", "FlowEulerGuidanceIntervalSampler"))
     if not name.startswith("FlowEuler"):
         raise ValueError(
             f"{path}: expected a FlowEuler sampler for {key} (t = 1 is noise), got {name!r}. Other"
-            " conventions are not supported: restore the file."
+            " conventions are not supported. Download the file again."
         )
     try:
         return read(name, content.get("params") or {}), float(
@@ -179,34 +207,39 @@ def sampler_of(
 
 
 def find_model(file: ModelFolder, model: str) -> Path:
-    """Find a model and return the path of its JSON file and weights, without ending.
+    """Find the files of a model on this machine and return their stem.
 
-    The search covers the root. For "owner/repo/path" it also covers the folder beside the root (as repo or
-    owner/repo) and the local cache of the Hugging Face hub. The encoders, which pipeline.json leaves out, are
-    searched for under their published names beside the models that it names.
+    The files are searched for in the folder of pipeline.json. If pipeline.json states "owner/repo/path", they
+    are also searched for in a folder repo or owner/repo beside that folder, and in the local cache of the
+    Hugging Face hub. Encoders that pipeline.json does not name are searched for under their published names,
+    in the folders of the models that it names.
 
-    Raises: FileNotFoundError naming the model and every place that was searched.
+    Raises: FileNotFoundError, naming the model and all paths that were searched.
     """
-    places = list(_places(file, file.models[model])) if model in file.models else []
+    stems = list(_possible_stems(file, file.models[model])) if model in file.models else []
     if model in file.usual:
-        folders = [
-            file.root / "ckpts",
-            *(place.parent for value in file.models.values() for place in _places(file, value)),
-        ]
-        places += [folder / file.usual[model] for folder in dict.fromkeys(folders)]
-    for place in places:
-        if with_ending(place, ".json").is_file() and find_weights(place) is not None:
-            return place
-    searched = ", ".join(dict.fromkeys(str(p) for p in places)) or "no place: pipeline.json does not name it"
+        folders = [file.root / "ckpts"]
+        for value in file.models.values():
+            folders += [stem.parent for stem in _possible_stems(file, value)]
+        # dict.fromkeys removes duplicates and keeps the order.
+        stems += [folder / file.usual[model] for folder in dict.fromkeys(folders)]
+    for stem in stems:
+        if with_ending(stem, ".json").is_file() and find_weights(stem) is not None:
+            return stem
+    if not stems:
+        raise FileNotFoundError(
+            f"{model}: {file.root}/pipeline.json does not name this model. Download pipeline.json again."
+        )
+    searched_paths = ", ".join(dict.fromkeys(map(str, stems)))
     endings = " or ".join(WEIGHTS)
     raise FileNotFoundError(
-        f"{model}: found no .json with {endings} beside it. Searched: {searched}. Put the files there, or"
-        " name their folder."
+        f"{model}: no file .json with a file {endings} beside it was found. Searched paths, without endings:"
+        f" {searched_paths}. Download the model's files to one of these paths."
     )
 
 
 def is_there(file: ModelFolder, model: str) -> bool:
-    """Return whether `find_model` finds a model."""
+    """Return True if `find_model` finds the files of a model."""
     try:
         find_model(file, model)
     except FileNotFoundError:
@@ -215,44 +248,60 @@ def is_there(file: ModelFolder, model: str) -> bool:
 
 
 def paths_of(file: ModelFolder, models: Mapping[str, str]) -> dict[str, Path]:
-    """Return both files of models, by their names here and "<name>.json". Raises: FileNotFoundError."""
+    """Return the files of several models.
+
+    Args: models: own name of a model -> its name in pipeline.json.
+    Returns: the file of weights under the own name, and the JSON file under "<own name>.json".
+    Raises: FileNotFoundError for a model whose files are not on this machine.
+    """
     stems = {name: find_model(file, model) for name, model in models.items()}
-    return {
-        key: path
-        for name, stem in stems.items()
-        for key, path in ((f"{name}.json", with_ending(stem, ".json")), (name, find_weights(stem) or stem))
-    }
+    paths = {}
+    for name, stem in stems.items():
+        paths[f"{name}.json"] = with_ending(stem, ".json")
+        # find_model has checked that there are weights; `or stem` only satisfies the type checker.
+        paths[name] = find_weights(stem) or stem
+    return paths
 
 
 def find_weights(stem: Path) -> Path | None:
-    """Return the file of a model's weights, or None."""
+    """Return the file of weights of a model, or None if there is none. Safetensors are preferred to .pt."""
     return next((p for ending in WEIGHTS if (p := with_ending(stem, ending)).is_file()), None)
 
 
-def _places(file: ModelFolder, value: str):
-    """Yield the places, without ending, where the value of a model in pipeline.json may lie."""
+def _possible_stems(file: ModelFolder, value: str):
+    """Yield the stems at which the files of a model may be.
+
+    Args: value: value of the model in pipeline.json, "ckpts/<stem>" or "owner/repo/<path>".
+    """
     yield file.root / value
-    # Padded by empty parts, so that a short value can be unpacked, too.
-    owner, repo, *rest = [*Path(value).parts, "", ""]
-    inner = "/".join(part for part in rest if part)
-    if not inner:
+    # Padded by empty parts, so that a value with less than two parts can be unpacked, too.
+    owner, repo, *path_parts = [*Path(value).parts, "", ""]
+    path_in_repo = "/".join(part for part in path_parts if part)
+    # A value with less than three parts is no path in another repository.
+    if not path_in_repo:
         return
-    beside = file.root.parent
-    yield from (beside / repo / inner, beside / owner / repo / inner, beside / inner)
+    parent = file.root.parent
+    yield from (parent / repo / path_in_repo, parent / owner / repo / path_in_repo, parent / path_in_repo)
+    # Environment variables and folders of the Hugging Face hub's cache.
     cache = Path(
         os.environ.get("HF_HUB_CACHE")
         or Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface") / "hub"
     )
+    # Sorted, so that the choice does not depend on the order of the file system.
     for snapshot in sorted((cache / f"models--{owner}--{repo}" / "snapshots").glob("*")):
-        yield snapshot / inner
+        yield snapshot / path_in_repo
 
 
 def with_ending(stem: Path, ending: str) -> Path:
-    """Append an ending to a path. Path.with_suffix would cut names that contain dots."""
+    """Append an ending, such as ".json", to a path.
+
+    Path.with_suffix would replace the part of a name after its last dot.
+    """
     return stem.with_name(stem.name + ending)
 
 
-# TRELLIS's names of classes. It also writes them with the prefix "Elastic", which makes no difference here.
+# Class in the JSON files -> class and configuration in this package. The files also have the names with the
+# prefix "Elastic", which only concerns memory in the original's training; the prefix is removed.
 ARCHITECTURES = {
     "SparseStructureFlowModel": (StructureFlow, StructureFlowConfig),
     "SparseStructureEncoder": (StructureEncoder, StructureVAEConfig),
@@ -267,42 +316,52 @@ Architectures = Mapping[str, tuple[type[nn.Module], type]]  # name of a class ->
 
 
 def architecture(
-    content: Mapping, who: str, architectures: Architectures = ARCHITECTURES
+    content: Mapping, message_prefix: str, architectures: Architectures = ARCHITECTURES
 ) -> tuple[type[nn.Module], Any]:
-    """Return class and configuration of the model that a JSON file describes: {"name": class, "args": {...}}.
+    """Return the class and the configuration of the model that a JSON file describes.
 
-    Raises: ValueError for an unknown class, or arguments that it does not have.
+    Args:
+        content: content of the file, {"name": class, "args": {...}}.
+        message_prefix: beginning of messages, such as the path of the file.
+        architectures: supported classes by name.
+    Raises: ValueError for an unknown class, and for unknown or missing arguments.
     """
     name = content.get("name")
     args = content.get("args")
-    entry = architectures.get(str(name).removeprefix("Elastic"))
-    if entry is None or not isinstance(args, Mapping):
+    supported_classes = architectures.get(str(name).removeprefix("Elastic"))
+    if supported_classes is None:
         raise ValueError(
-            f"{who}: expected a name among {', '.join(architectures)} and args, got {name!r}. Name the file"
-            " of a supported model."
+            f"{message_prefix}: expected a model among {', '.join(architectures)}, got {name!r}. Pass the"
+            " folder of a supported generator."
         )
-    model, config = entry
+    if not isinstance(args, Mapping):
+        raise ValueError(f"{message_prefix}: the object 'args' is missing. Download the file again.")
+    model, config = supported_classes
     fields = dataclasses.fields(config)
-    missing = dataclasses.MISSING
-    known = {field.name for field in fields}
+    no_default = dataclasses.MISSING
+    field_names = {field.name for field in fields}
     # Some classes of the original ignore unknown arguments.
     if getattr(model, "passes_over", False):
-        args = {key: value for key, value in args.items() if key in known}
-    foreign = sorted(set(args) - known)
-    needed = sorted(
-        f.name for f in fields if f.default is missing and f.default_factory is missing and f.name not in args
+        args = {key: value for key, value in args.items() if key in field_names}
+    unknown_args = sorted(set(args) - field_names)
+    missing_args = sorted(
+        f.name
+        for f in fields
+        if f.default is no_default and f.default_factory is no_default and f.name not in args
     )
-    if foreign or needed:
+    if unknown_args or missing_args:
         raise ValueError(
-            f"{who}: expected the args of {name}; unknown are {foreign}, missing are {needed}. Name the file"
-            " of a supported model."
+            f"{message_prefix}: the args do not fit {name}: unknown are {unknown_args}, missing are"
+            f" {missing_args}. Download the file again, or pass the folder of a supported generator."
         )
     return model, config(**args)
 
 
-def build_model(content: Mapping, who: str, architectures: Architectures = ARCHITECTURES) -> nn.Module:
-    """Build an untrained model; see `architecture`."""
-    model, config = architecture(content, who, architectures)
+def build_model(
+    content: Mapping, message_prefix: str, architectures: Architectures = ARCHITECTURES
+) -> nn.Module:
+    """Build an untrained model from the content of its JSON file; see `architecture` for the arguments."""
+    model, config = architecture(content, message_prefix, architectures)
     return model(config)
 
 
@@ -318,20 +377,22 @@ def load_model(
     """Build a model from <stem>.json and its weights, in eval mode.
 
     Args:
-        stem: path without ending.
-        weights: another file of weights, such as a training checkpoint (.pt).
-        dtype: see `filled`.
-        prepare: converts (class, configuration, tensors of the file, name of the file) to the model's
-            tensors.
-    Raises: FileNotFoundError; ValueError for files that do not fit each other, and for weights that are not
-        finite.
+        stem: path of the model's files without endings.
+        dtype: dtype of the layers that may be half precision; see `filled`.
+        weights: file of weights to read instead, such as a training checkpoint (.pt). None: that at the stem.
+        device: device of the model.
+        architectures: supported classes by name.
+        prepare: function that renames or removes tensors of the file, called with the class, the
+            configuration, the tensors and the path of the file. None: they are used unchanged.
+    Raises: FileNotFoundError for a missing file; ValueError for files that do not fit each other, and for
+        weights that are not finite.
     """
     json_file = with_ending(stem, ".json")
     weights = weights or find_weights(stem)
     if not json_file.is_file() or weights is None:
         raise FileNotFoundError(
-            f"{stem.name}: expected {json_file} and weights beside it, but at least one is missing. Restore"
-            " the files."
+            f"{stem.name}: {json_file} or the file of weights beside it is missing. Download both files"
+            " again."
         )
     state = base_state(weights)
     model, config = architecture(read_json(json_file), str(json_file), architectures)
@@ -343,24 +404,27 @@ def load_model(
 def networks_of(
     file: ModelFolder,
     models: Iterable[str],
-    lost: Mapping[str, str],
+    optional: Mapping[str, str],
     *,
     released: Mapping[str, tuple[int, int]] | None = None,
     architectures: Architectures = ARCHITECTURES,
     prepare: Callable[[Any, Any, State, str], State] | None = None,
 ) -> list[Network]:
-    """List models with expected and present tensors, for `flow check`.
+    """List the networks of a folder with their expected and their stored tensors, for `flow check`.
 
     Args:
-        lost: model that may be missing -> what cannot be done without it.
-        released: see `Network`.
-        Others: as `load_model`.
+        file: settings of pipeline.json.
+        models: names of the models in pipeline.json.
+        optional: model that may be missing -> description of what cannot be done without it.
+        released: model -> number of tensors and number of values in its published file.
+        architectures: supported classes by name; see `load_model`.
+        prepare: function that renames or removes tensors; see `load_model`.
     """
-    made = []
+    networks = []
     for name in models:
-        without = lost.get(name, "")
+        without = optional.get(name, "")
         if without and not is_there(file, name):
-            made.append(
+            networks.append(
                 Network(
                     name=name, file=file.root / file.usual[name], expected={}, tensors={}, without=without
                 )
@@ -375,12 +439,12 @@ def networks_of(
         state = state if prepare is None else prepare(model, config, state, str(weights))
         expected = shapes(empty(partial(model, config)).state_dict())
         counts = (released or {}).get(name)
-        made.append(
+        networks.append(
             Network(
                 name=name, file=weights, expected=expected, tensors=state, without=without, released=counts
             )
         )
-    return made
+    return networks
 
 
 def flows_of(
@@ -391,9 +455,16 @@ def flows_of(
     load: Callable[..., nn.Module] = load_model,
     architectures: Architectures = ARCHITECTURES,
 ) -> dict[str, nn.Module]:
-    """Build the networks of stages from their paths without ending.
+    """Build the flows of all stages.
 
-    Args: stages: those whose weights are read; other networks stay on the meta device. None: all.
+    Args:
+        stems: path of the model's files without endings, by stage.
+        dtype: dtype of the weights; None means the dtypes of the files.
+        device: device of the flows whose weights are read.
+        stages: names of the stages whose weights are read; None means all. Flows of other stages are built on
+            the meta device, without weights.
+        load: function that reads a model.
+        architectures: supported classes by name.
     """
     return {
         stage: (
@@ -409,39 +480,47 @@ def filled(
     make: Callable[[Any], nn.Module],
     config: Any,
     state: State,
-    who: str,
+    message_prefix: str,
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
 ) -> nn.Module:
-    """Build a model with the tensors of a file, strictly by name and shape, in eval mode.
+    """Build a model with the tensors of a file, in eval mode. Names and shapes must match exactly.
 
-    Args: dtype: for layers that the model computes in half precision; other layers are float32. None keeps
-        the file's dtypes.
-    Raises: ValueError, beginning with `who`, for missing, unexpected or misshapen tensors.
+    Args:
+        make: class of the model.
+        config: configuration of the model, the only argument of the class.
+        state: tensors by name.
+        message_prefix: beginning of error messages, such as the path of the file.
+        dtype: dtype of the layers that the original computes in half precision. Other layers are float32.
+            None keeps the dtypes of the file for all layers.
+        device: device of the model.
+    Raises: ValueError for missing or unexpected tensors, and for tensors of another shape.
     """
     types: dict[str, torch.dtype] = {}
     if dtype is not None:
-        # A half-precision model without memory shows which layers are converted.
-        halves = {"dtype": "float16"} if hasattr(config, "dtype") else {"use_fp16": True}
-        half = empty(lambda: make(dataclasses.replace(config, **halves))).state_dict()
-        types = {
-            n: dtype if n in half and half[n].dtype in (torch.float16, torch.bfloat16) else torch.float32
-            for n in state
-        }
-    return fill(empty(lambda: make(config)), state, who, types=types, device=device).eval()
+        # Which layers the original converts is known only to its classes. Their switch is use_fp16 in TRELLIS
+        # and dtype in TRELLIS.2. A second network without memory therefore states the dtype of each tensor.
+        half_setting = {"dtype": "float16"} if hasattr(config, "dtype") else {"use_fp16": True}
+        half_state = empty(lambda: make(dataclasses.replace(config, **half_setting))).state_dict()
+        for name in state:
+            is_half = name in half_state and half_state[name].dtype in (torch.float16, torch.bfloat16)
+            types[name] = dtype if is_half else torch.float32
+    return fill(empty(lambda: make(config)), state, message_prefix, types=types, device=device).eval()
 
 
 def base_state(path: Path) -> State:
-    """Read the tensors of a model without adapters, from a .safetensors file or a training checkpoint.
+    """Read the tensors of a model from a .safetensors file or a training checkpoint.
 
-    Raises: FileNotFoundError; ValueError for a damaged file, adapters, or weights that are not finite.
+    Raises: FileNotFoundError for a missing file; ValueError for a damaged file, for weights that are not
+        finite, and for a file of adapters (LoRA) instead of a model.
     """
     state, adapters = split_state(read(path, "weights"), path.name)
     if adapters:
         raise ValueError(
-            f"{path}: expected the weights of a model, got adapters. Pass them as tuned weights, beside their"
-            " base."
+            f"{path}: the file contains adapters (LoRA) instead of the weights of a model. Put the base"
+            " model's file here, and pass this file as tuned weights."
         )
+    # Distributed training adds the prefix "module.".
     return {name.removeprefix("module."): tensor for name, tensor in state.items()}
 
 
@@ -450,72 +529,81 @@ def release_of(
     stages: Collection[str],
     flows: Mapping[str, str],
     load: Callable[..., nn.Module],
-    needed: Container[str],
-    also: tuple[str, ...] = (),
+    required: Container[str],
+    other_pipeline_files: tuple[str, ...] = (),
 ) -> Release:
-    """Describe the folder to export: pipeline.json and all models on this machine.
+    """Describe the folder to export: pipeline.json and all models that are on this machine.
 
-    Models that are elsewhere ("owner/repo/path") and were not found stay references. Models that no file
-    names, such as the encoders for the loop, are included if they were found.
+    Models in another repository ("owner/repo/path") that were not found on this machine stay references in
+    pipeline.json. Models that pipeline.json does not name, such as encoders, are exported if they were found.
 
     Args:
-        stages: those that are tuned.
-        flows: stage -> name of its model.
-        load: called with (path without ending, dtype).
-        needed: models that must exist.
-        also: further files like pipeline.json, if they exist.
+        file: settings of pipeline.json.
+        stages: names of the tuned stages.
+        flows: stage -> name of its model in pipeline.json.
+        load: function that reads a model, called with its stem and a dtype.
+        required: names of models that must be on this machine.
+        other_pipeline_files: names of further files with the form of pipeline.json. Those that exist are
+            exported.
+    Raises: FileNotFoundError for a missing model; ValueError if two models have the same file name.
     """
-    placed = dict[str, str]()
-    kept = dict[str, Path | bytes]()
-    networks = dict[str, Stored]()
-    elsewhere = []
-    sources: dict[str, Path] = {}  # by stem
-    tuned = {flows[stage]: stage for stage in stages}
+    export_stems = dict[str, str]()  # name of a model -> its stem in the exported folder
+    exported_files = dict[str, Path | bytes]()  # path in the exported folder -> source file, or content
+    networks = dict[str, Stored]()  # tuned networks by stage
+    elsewhere = []  # names of models that are not on this machine
+    sources: dict[str, Path] = {}  # last part of a stem -> stem
+    tuned_models = {flows[stage]: stage for stage in stages}
     for name in dict.fromkeys([*file.models, *file.usual]):
         try:
             stem = find_model(file, name)
         except FileNotFoundError:
-            if name in needed or name in tuned:
+            if name in required or name in tuned_models:
                 raise
             elsewhere.append(name)
             continue
         # All models are written to one folder, so their names must differ.
         if sources.setdefault(stem.name, stem) != stem:
             raise ValueError(
-                f"export: the models {stem} and {sources[stem.name]} have the same name. Rename one of them."
+                f"export: the models {stem} and {sources[stem.name]} have the same file name. Rename the"
+                " files of one of them, and its value in pipeline.json."
             )
-        placed[name] = f"ckpts/{stem.name}"
+        export_stems[name] = f"ckpts/{stem.name}"
         base = find_weights(stem)
         assert base is not None  # find_model has checked it
-        kept[f"{placed[name]}.json"] = with_ending(stem, ".json")
-        if name in tuned:
-            networks[tuned[name]] = Stored(
-                file=f"{placed[name]}.safetensors", load=partial(load, stem), write=partial(_rewritten, base)
+        exported_files[f"{export_stems[name]}.json"] = with_ending(stem, ".json")
+        if name in tuned_models:
+            # The tuned network is read and written only when the export runs.
+            networks[tuned_models[name]] = Stored(
+                file=f"{export_stems[name]}.safetensors",
+                load=partial(load, stem),
+                write=partial(_write_tuned, base),
             )
         else:
-            kept[placed[name] + base.suffix] = base
-    for path in (file.root / name for name in ("pipeline.json", *also)):
+            exported_files[export_stems[name] + base.suffix] = base
+    for path in (file.root / name for name in ("pipeline.json", *other_pipeline_files)):
         if path.is_file():
             content = read_json(path)
-            # Copied models are named by their place in the exported folder.
+            # Exported models get their path in the exported folder; others stay references.
             content["args"]["models"] = {
-                name: placed.get(name, value) for name, value in content["args"]["models"].items()
+                name: export_stems.get(name, value) for name, value in content["args"]["models"].items()
             }
-            kept[path.name] = (json.dumps(content, indent=4) + "\n").encode()
-    return Release(files=kept, networks=networks, elsewhere=elsewhere)
+            exported_files[path.name] = (json.dumps(content, indent=4) + "\n").encode()
+    return Release(files=exported_files, networks=networks, elsewhere=elsewhere)
 
 
-def _rewritten(base: Path, path: Path, state: State) -> None:
-    """Write tuned tensors in the dtypes of the base's file."""
+def _write_tuned(base: Path, path: Path, state: State) -> None:
+    """Write tuned tensors to `path`, each in the dtype that it has in the file `base`."""
     write(path, in_types_of(base_state(base), state))
 
 
 def released_stages(kind: str, width: int) -> list[SizedStage]:
-    """Build the stages of the published generators without weights, with the sizes of their JSON files.
+    """Build the stages of a published generator without weights, for estimates of memory and time.
+
+    The sizes are copied from the published JSON files of the models.
 
     Args:
-        kind: "text" or "image".
-        width: channels of the conditioning tokens.
+        kind: kind of prompt, "text" or "image".
+        width: channels of the conditioning tokens, 768 for CLIP and 1024 for DINOv2.
     """
     common: dict[str, Any] = dict(
         in_channels=8,

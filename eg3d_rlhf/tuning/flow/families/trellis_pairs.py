@@ -1,20 +1,27 @@
 """Preference pairs of TRELLIS's latents from a ranked list of assets, or from a folder of DSO's samples.
 
-Ranked list: JSON lines, one per asset, with paths relative to the list:
+Ranked list: a file of JSON lines, one line per asset, with paths relative to the file:
     {"condition": "a red chair", "rank": 1, "structure": "ss_latents/0a.npz", "latent": "latents/0a.npz"}
     {"condition": "a red chair", "rank": 2, "asset": "0b.ply"}
-    rank        1 is best; assets of equal rank are not paired
-    structure   mean [8, 16, 16, 16] in .npz (TRELLIS's data tools), or a tensor in .pt, .npy or .safetensors
-    latent      coords [v, 3] and feats [v, 8], not normalised, in .npz or .safetensors
-    asset       a .ply of Gaussians, from which missing latents are encoded; encoding it for the second stage
-                needs DINOv2 on this machine
+    rank        rank among the assets of a prompt; 1 is best, and assets of equal rank are not paired
+    structure   file of the first stage's latent: array "mean" [8, 16, 16, 16] in .npz (the format of
+    TRELLIS's
+                data tools), or a tensor in .pt, .npy or .safetensors
+    latent      file of the second stage's latent: coords [v, 3] and feats [v, 8], not normalised, for v
+    voxels,
+                in .npz or .safetensors
+    asset       .ply file of Gaussians; latents that the line does not name are encoded from it, for which the
+                second stage needs DINOv2 on this machine
 
-Folder of DSO's samples, anywhere below the root (first stage only):
-    NNN_cond.pt  NNN_sparse_sample_MMM.pt
-    model_info.npz with image_ids, glb_ids and angles (degrees of tilt after the simulation; of several
-    columns, as of two simulations, the largest counts)
+Folder of samples of DSO (Li et al. 2025, Direct Simulation Optimization), anywhere below the root. They are
+samples of the first stage only:
+    NNN_cond.pt                  conditioning tokens of image NNN
+    NNN_sparse_sample_MMM.pt     structure of sample MMM of image NNN
+    model_info.npz               arrays image_ids, glb_ids (ids of samples) and angles, the tilt in degrees
+                                 after a simulation; if there are several columns, the largest tilt counts
 
-`flow sample` writes a .ply, the latents of both stages and a line of the ranked list per prompt and seed.
+For each prompt and seed, `flow sample` writes a .ply file, the latents of both stages and a line of the
+ranked list.
 """
 
 import math
@@ -33,16 +40,25 @@ from eg3d_rlhf.tuning.flow.families.trellis_assets import read_ply
 from eg3d_rlhf.tuning.flow.families.trellis_files import LATENT, STRUCTURE
 from training.storage import write_atomic
 
-STANDS = 20.0  # degrees of tilt below which an asset counts as standing in DSO
+LARGEST_STANDING_TILT = 20.0  # degrees; an asset with a smaller tilt counts as standing, as in DSO
 
 
 def candidate(record: dict, name: str, folder: Path, pipeline: Any, ranked: bool) -> Candidate:
-    """Read a line of a ranked list. Raises: ValueError or OSError for content that does not fit."""
+    """Read a line of a ranked list; see the module's docstring for the keys.
+
+    Args:
+        record: content of the line.
+        name: name of the asset.
+        folder: folder to which the paths of the line are relative.
+        pipeline: pipeline that encodes assets and checks latents.
+        ranked: True if the line must have a rank.
+    Raises: ValueError for missing keys, or latents that do not fit the pipeline; OSError for missing files.
+    """
     condition = record.get("condition") if isinstance(record, dict) else None
     if not isinstance(condition, str) or not condition or not {STRUCTURE, LATENT, "asset"} & set(record):
         raise ValueError(
-            f"expected the keys condition, rank, and structure, latent or asset, got {record!r:.120}. Write"
-            " all of them."
+            "a line of a ranked list needs a key 'condition', the name of the prompt, and at least one of the"
+            f" keys 'structure', 'latent' and 'asset', got {record!r:.120}. Add these keys to the line."
         )
     rank = rank_of(record, ranked)
     latents: dict[str, Latent] = {}
@@ -50,23 +66,24 @@ def candidate(record: dict, name: str, folder: Path, pipeline: Any, ranked: bool
         latents[STRUCTURE] = read_structure(folder / record[STRUCTURE])
     if LATENT in record:
         coords, feats = (read_array(folder / record[LATENT], key) for key in ("coords", "feats"))
-        # Coordinates of a batch of one have the sample's number, 0, in front.
+        # In the format of a batch, each row begins with the sample's index, here 0. It is removed.
         if coords.ndim == 2 and coords.shape[1] == 4 and not coords[:, 0].any():
             coords = coords[:, 1:]
         sample = SparseSample(coords.int().contiguous(), feats.float())
         latents[LATENT] = SparseSample(sample.coords, pipeline.normalised(sample.feats))
     if "asset" in record:
-        # Encoding is lazy: only the latents that the line does not give are computed.
+        # Encoding is lazy: only the latents that the line does not name are computed.
         encoded = pipeline.encode([read_ply(folder / record["asset"])])[0]
         latents.update(
             {stage: to_cpu(encoded[stage]) for stage in (STRUCTURE, LATENT) if stage not in latents}
         )
     for stage, latent in latents.items():
-        who = str(record.get(stage, record.get("asset")))
-        stage_of(pipeline, stage).check(who, latent)
+        file_name = str(record.get(stage, record.get("asset")))
+        stage_of(pipeline, stage).check(file_name, latent)
         if not torch.isfinite(feats_of(collate([latent]))).all():
             raise ValueError(
-                f"{who}: the latents hold NaN or infinite values. Encode the asset again, or leave it out."
+                f"{file_name}: the latents contain NaN or infinite values. Encode the asset again, or remove"
+                " its line from the ranked list."
             )
     return Candidate(name=name, condition=condition, rank=rank, latents=latents, file=file_of(record, folder))
 
@@ -74,47 +91,53 @@ def candidate(record: dict, name: str, folder: Path, pipeline: Any, ranked: bool
 def read_structure(path: Path) -> torch.Tensor:
     """Read a structure's latent [C, R, R, R] from a file."""
     grid = read_array(path, "mean").float()
-    # Files may hold a batch of one.
+    # Some files hold a batch of one sample, [1, C, R, R, R].
     return grid[0] if grid.ndim == 5 and len(grid) == 1 else grid
 
 
 def read_dso(root: Path, pipeline: Any) -> Imported:
-    """Read pairs of the first stage from DSO's samples: a standing asset is preferred to a falling one.
+    """Read preference pairs of the first stage from samples of DSO.
 
-    An asset stands if its tilt is below STANDS degrees, in all columns if the table has several. Samples
-    without a finite angle, as after a failed simulation, are left out and counted.
+    An asset that stands is preferred to an asset of the same image that falls. An asset stands if its tilt is
+    below 20 degrees in all columns of the table. Samples without a finite tilt, as after a failed simulation,
+    are ignored and counted.
 
-    Raises: FileNotFoundError or ValueError for files that are missing or do not fit.
+    Args:
+        root: folder that has files model_info.npz at or below it.
+        pipeline: pipeline whose first stage the samples must fit.
+    Returns: pairs, conditioning of the paired images, and a report of the numbers of assets and pairs.
+    Raises: FileNotFoundError if there is no model_info.npz; ValueError for files that do not fit each other.
     """
     tables = sorted(Path(root).rglob("model_info.npz"))
     if not tables:
         raise FileNotFoundError(
-            f"DSO samples: expected model_info.npz at or below {root}, got none. Name the folder of the"
+            f"DSO samples: no file model_info.npz was found at or below {root}. Pass the folder of the"
             " samples."
         )
     candidates: list[Candidate] = []
     tokens: dict[str, torch.Tensor] = {}
-    left_out = 0
+    without_angle = 0  # number of ignored samples
     for table in tables:
         try:
             with np.load(table) as file:
                 images, samples, angles = (file[name] for name in ("image_ids", "glb_ids", "angles"))
-                # Several columns are several simulations; the worst one counts.
-                tilts = (
-                    angles.max(1) if angles.ndim == 2 and len(angles) == images.size else angles.reshape(-1)
-                )
+                # DSO does not document its second column. The largest tilt counts: all must be small.
+                if angles.ndim == 2 and len(angles) == images.size:
+                    tilts = angles.max(1)
+                else:
+                    tilts = angles.reshape(-1)
                 columns = [images.reshape(-1), samples.reshape(-1), tilts]
         except (KeyError, ValueError, OSError) as error:
             raise ValueError(
-                f"{table}: expected the arrays image_ids, glb_ids and angles, got: {error}. Write the table"
-                " again."
+                f"{table}: the arrays image_ids, glb_ids and angles cannot be read ({error}). Write the table"
+                " again with DSO."
             ) from None
         if len({len(column) for column in columns}) != 1:
             raise ValueError(
-                f"{table}: expected three arrays of one length, got {[len(c) for c in columns]}. Write the"
-                " table again."
+                f"{table}: image_ids, glb_ids and angles must have the same length, got"
+                f" {[len(c) for c in columns]}. Write the table again with DSO."
             )
-        tilt = {
+        tilt_by_ids = {
             (_canonical(image), _canonical(sample)): float(angle)
             for image, sample, angle in zip(*columns, strict=True)
         }
@@ -122,19 +145,19 @@ def read_dso(root: Path, pipeline: Any) -> Imported:
         prefix = "" if table.parent == Path(root) else f"{table.parent.relative_to(root).as_posix()}/"
         for path in sorted(table.parent.glob("*_sparse_sample_*.pt")):
             image, _, sample = path.stem.rpartition("_sparse_sample_")
-            angle = tilt.get((_canonical(image), _canonical(sample)), math.nan)
+            angle = tilt_by_ids.get((_canonical(image), _canonical(sample)), math.nan)
             if not math.isfinite(angle):
-                left_out += 1
+                without_angle += 1
                 continue
             latent = read_structure(path)
             stage_of(pipeline, STRUCTURE).check(str(path), latent)
             name = prefix + image
             candidates.append(
                 Candidate(
-                    # Rank 0 stands, rank 1 falls
+                    # Rank 0 (better) for a standing asset, rank 1 for a falling one.
                     name=sample,
                     condition=name,
-                    rank=float(angle >= STANDS),
+                    rank=float(angle >= LARGEST_STANDING_TILT),
                     latents={STRUCTURE: latent},
                 )
             )
@@ -142,8 +165,8 @@ def read_dso(root: Path, pipeline: Any) -> Imported:
                 tokens[name] = read_embedding(table.parent / f"{image}_cond.pt")
     if not candidates:
         raise ValueError(
-            f"DSO samples: {root} holds no NNN_sparse_sample_MMM.pt with an angle in model_info.npz. Name the"
-            " folder of the samples."
+            f"DSO samples: no file NNN_sparse_sample_MMM.pt below {root} has an angle in its model_info.npz."
+            " Pass the folder of the samples."
         )
     pairs = pair_up(candidates)
     # Images of which all samples stand, or all fall, give no pair.
@@ -151,7 +174,7 @@ def read_dso(root: Path, pipeline: Any) -> Imported:
     conditioning = Conditions(tokens={k: v for k, v in tokens.items() if k in paired}, zero_null=True)
     report = {
         "assets": len(candidates),
-        "without_angle": left_out,
+        "without_angle": without_angle,
         "one_sided": len(tokens) - len(paired),
         "pairs": len(pairs[STRUCTURE]),
     }
@@ -159,13 +182,16 @@ def read_dso(root: Path, pipeline: Any) -> Imported:
 
 
 def _canonical(number: object) -> str:
-    """Return one spelling for 7, "007" and "7"."""
+    """Return an id as text without leading zeros, because 7, "007" and "7" are the same id."""
     text = number.decode() if isinstance(number, bytes) else str(number)
     return str(int(text)) if text.isdecimal() else text
 
 
 def write_latent(path: Path, pipeline: Any, latent: Latent) -> None:
-    """Write a stage's latent of a sampled asset in the format of TRELLIS's data tools."""
+    """Write the latent of a sampled asset as .safetensors, with the keys of TRELLIS's data tools.
+
+    They are "coords" and "feats" for the second stage, and "mean" for the first.
+    """
     if isinstance(latent, SparseSample):
         # TRELLIS's tools expect latents that are not normalised.
         tensors = {"coords": latent.coords, "feats": pipeline.unnormalised(latent.feats)}

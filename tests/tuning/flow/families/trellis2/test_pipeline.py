@@ -54,7 +54,7 @@ def test_no_pipeline_and_a_pipeline_of_trellis_are_rejected(tmp_path):
     with raising("TRELLIS.2", "pipeline.json", str(tmp_path), kind=FileNotFoundError):
         files.read_pipeline(tmp_path)
     (tmp_path / "pipeline.json").write_text(json.dumps({**PIPELINE, "name": "TrellisImageTo3DPipeline"}))
-    with raising("Trellis2ImageTo3DPipeline", "args.models", "'TrellisImageTo3DPipeline'"):
+    with raising("Trellis2ImageTo3DPipeline", "'TrellisImageTo3DPipeline'"):
         files.read_pipeline(tmp_path)
 
 
@@ -186,9 +186,9 @@ def test_without_a_cascade(copied, kind, names):
 def test_a_cascade_lowers_the_resolution_if_there_are_too_many_voxels(copied, monkeypatch):
     opened = FAMILY.load(write_pipeline(copied, default_pipeline_type="1536_cascade"), tokens())
     assert [s.latents.resolution for s in opened.stages] == [4, 4, 12, 12]
-    monkeypatch.setattr(family, "SHRINK", 4)
+    monkeypatch.setattr(family, "RESOLUTION_STEP", 4)
     for most, cells in ((10**6, 12), (1, 8)):
-        finer = partial(finer_voxels, most=most)
+        finer = partial(finer_voxels, most_voxels=most)
         monkeypatch.setattr(family, "finer_voxels", finer)
         ((latents, asset),) = draw(opened, [NAMES[0]], [0])
         assert (
