@@ -265,7 +265,7 @@ def _added(sums_so_far: Mapping, added_values: dict) -> dict:
     # the first update of a line finds no sums
     if not sums_so_far:
         return added_values
-    sums = {}
+    sums: dict[str, Any] = {}
     for key, value in added_values.items():
         if isinstance(value, dict):
             sums[key] = _added(sums_so_far[key], value)

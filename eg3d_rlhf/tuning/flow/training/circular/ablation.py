@@ -501,7 +501,7 @@ def tabled(results: Mapping[str, Mapping], plan: AblationPlan, facts: Mapping) -
     """Make the table from the results of all tasks, by name of the task."""
     seeds = plan.seeds
     scores = {}  # group -> result of `evaluate` for each seed
-    training_records = {}  # group -> records of the trainings for each seed
+    training_records: dict[str, list] = {}  # group -> records of the trainings for each seed
     for letter in plan.groups:
         if letter == "i":
             # the base has one result and no trainings; the result is repeated for every seed
