@@ -49,7 +49,7 @@ def extensions(only: list[str]) -> tuple[list, type[Command]]:
                 ]
             }
             source = (build.SOURCES / f"{op}{build.SUFFIX[device]}").relative_to(ROOT)
-            name = f"torch_utils.ops.ahead.{build.ahead(op, device).stem}"
+            name = f"torch_utils.ops.ahead.{build.prebuilt_library(op, device).stem}"
             made.append(
                 make(
                     name,
@@ -89,7 +89,7 @@ class BuildOps(Command):
             command.build_temp = os.path.join(folder, "objects")
             command.inplace = False
             command.run()
-            target = build.ahead_folder()
+            target = build.prebuilt_folder()
             target.mkdir(parents=True, exist_ok=True)
             for library in Path(folder, "torch_utils", "ops", "ahead").glob("*.so"):
                 partial = target / f"{library.name}.part"

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from benchmarks import configurations
 from benchmarks.rows import Agreement, Case, Outcome, Row, Target
 from eg3d_rlhf.core.spec import SlabSpec
-from eg3d_rlhf.generators import load_generator, of
+from eg3d_rlhf.generators import as_generator, load_generator
 from eg3d_rlhf.geometry.mesh import extract_mesh, largest_part, vertex_normals
 from eg3d_rlhf.geometry.mesh_export import Mesh, check_mesh, export_mesh
 from eg3d_rlhf.geometry.settings import MeshOptions
@@ -162,7 +162,7 @@ def from_latent(device: str, tiny: bool, size: str, cube: bool) -> Case:
 
     def run() -> Outcome:
         with torch.no_grad():
-            return Outcome({"sigma": of(G).field(ws).density_grid(spec)})
+            return Outcome({"sigma": as_generator(G).field(ws).density_grid(spec)})
 
     return Case(fast=run)
 
@@ -185,7 +185,7 @@ def mesh_case(device: str, tiny: bool, size: str, resolution: int) -> Case:
         return Outcome({"vertices": torch.from_numpy(mesh.vertices), "faces": torch.tensor(len(mesh.faces))})
 
     return Case(
-        fast=lambda: outcome(export_mesh(of(G).field(ws), options)[0]),
+        fast=lambda: outcome(export_mesh(as_generator(G).field(ws), options)[0]),
         reference=lambda: outcome(_export_pointwise(G, ws, options)),
         compare=compare_meshes,
     )
@@ -194,8 +194,8 @@ def mesh_case(device: str, tiny: bool, size: str, resolution: int) -> Case:
 @torch.no_grad()
 def _export_pointwise(G: torch.nn.Module, ws: torch.Tensor, options: MeshOptions) -> Mesh:
     """Extract a mesh from the density at every grid point, and process it as `export_mesh` does."""
-    field = of(G).field(ws)
-    spec = SlabSpec.of(field.bounds, options.resolution)
+    field = as_generator(G).field(ws)
+    spec = SlabSpec.from_bounds(field.bounds, options.resolution)
     vertices, faces = extract_mesh(field.density_grid(spec)[0], spec, field.level)  # [0]: the only shape
     faces_before = len(faces)  # before small parts are removed
     vertices, faces, components = largest_part(vertices, faces)

@@ -15,7 +15,7 @@ from benchmarks.rows_field import FEW_RAYS
 from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.evaluation.attribution.shapley import CoalitionValues, marginals
 from eg3d_rlhf.experiments.run import Run
-from eg3d_rlhf.generators import Generator, of
+from eg3d_rlhf.generators import Generator, as_generator
 from eg3d_rlhf.preferences.losses import PreferenceLoss
 from eg3d_rlhf.rewards.observations import SigmaSlab
 from eg3d_rlhf.rewards.reward import load_reward
@@ -222,9 +222,9 @@ def published_iteration(device: str, tiny: bool) -> Case:
     slab = SigmaSlab(spec)
     batch = configurations.make_batch(nets.G, device)
     nets.G.requires_grad_(True)
-    generator = of(nets.G)
-    reference = of(nets.G_ema)  # stands for the frozen generator before tuning
-    cube = SlabSpec.of(generator.bounds, 16 if tiny else config.consistency_resolution)
+    generator = as_generator(nets.G)
+    reference = as_generator(nets.G_ema)  # stands for the frozen generator before tuning
+    cube = SlabSpec.from_bounds(generator.bounds, 16 if tiny else config.consistency_resolution)
 
     def density(generator: Generator, z: torch.Tensor) -> torch.Tensor:
         ws = generator.mapping(

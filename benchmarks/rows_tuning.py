@@ -66,7 +66,7 @@ class Size:
 class RandomConditions:
     """Stand-in for a pipeline that only returns random conditioning tokens, which an update needs."""
 
-    def conditions(self, names, stage: str) -> torch.Tensor:
+    def conditioning(self, names, stage: str) -> torch.Tensor:
         """Return random tokens for each name, [number of names, TOKENS, EMBEDDING]."""
         # The i-th name gets the tokens of seed i, so that repeated calls return the same.
         return torch.stack(

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from builders import command
-from eg3d_rlhf.core.cli import GroupedCommand, option, options_of
+from eg3d_rlhf.core.cli import GroupedCommand, option, options_from_settings
 from eg3d_rlhf.measures import features as feature_files
 from eg3d_rlhf.measures.distances import FeatureNetwork, FeatureStatistics
 from eg3d_rlhf.measures.features import (
@@ -375,7 +375,7 @@ def adequacy(network: FeatureNetwork, images: Tensor, seed: int = 0, batch: int 
     help="Dataset of synthetic heads on which the network is trained, as synthetic:NAME@SETTINGS.",
     group="Training",
 )
-@options_of(FeatureTraining)
+@options_from_settings(FeatureTraining)
 @option(
     "--check-data",
     metavar="NAME",

@@ -26,7 +26,7 @@ from training.heads.people import (
     Basis,
     Head,
     bust_end,
-    named_people,
+    heads_from_latents,
     scaled,
     surface_colour,
 )
@@ -234,7 +234,7 @@ def write_chunk(
     # The constant 7 makes the stream differ from other streams with the same seed.
     rng = np.random.default_rng([7, seed])
     z = scaled(rng.standard_normal((heads, LATENT)))
-    rows = [head_points(head, basis, o, rng) for head in named_people(z, basis)]
+    rows = [head_points(head, basis, o, rng) for head in heads_from_latents(z, basis)]
     # Written under another name and then renamed, so that an interrupted run leaves no incomplete file.
     temporary_path = path.with_name(f".{path.name}")
     with open(temporary_path, "wb") as file:

@@ -34,7 +34,7 @@ from training import networks as nets
 from training.config import GanConfig, NetworkConfig, networks_for
 from training.dataset import ImageFolderDataset
 from training.gan_phases import Batch, GanPhases
-from training.heads.people import EYE, OUTSIDE, UNIT, density_of, named_people, picture
+from training.heads.people import EYE, OUTSIDE, UNIT, density_of, heads_from_latents, render_head
 from training.heads.people_damage import damaged
 from training.phases import cosine, lazy_adam
 from training.progress import tqdm
@@ -196,8 +196,8 @@ class FrontImages:
         self.poses = poses
         self.intrinsics = intrinsics_matrix(FFHQ_FOCAL)
         images = [
-            picture(head, pose.numpy(), FFHQ_FOCAL, size)[0]
-            for head, pose in zip(named_people(z), tqdm(poses), strict=True)
+            render_head(head, pose.numpy(), FFHQ_FOCAL, size)[0]
+            for head, pose in zip(heads_from_latents(z), tqdm(poses), strict=True)
         ]
         self.images = torch.from_numpy(np.round(255 * np.stack(images)).astype(np.uint8))  # [H, R, R, 3]
         # Positions in the frames of the cameras, [H, 4, 3].

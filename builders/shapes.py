@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from builders import command
-from eg3d_rlhf.core.cli import GroupedCommand, options_of
+from eg3d_rlhf.core.cli import GroupedCommand, options_from_settings
 from eg3d_rlhf.core.seeds import TRUE_HEADS
 from eg3d_rlhf.generators import latents
 from eg3d_rlhf.measures import shape_features
@@ -31,7 +31,7 @@ from eg3d_rlhf.measures.shape_features import FEATURES, IDENTITY, MapNet, ShapeF
 from training.config import Knobs, knob
 from training.heads import people, people_damage
 from training.heads.people import LATENT, LEVEL, density_of
-from training.heads.people_mesh import grid_points, whole_grids
+from training.heads.people_mesh import grid_points, ground_truth_grids
 from training.progress import tqdm
 
 # Depths, in world units, at which ground-truth heads reach their full density. Heads have them in turn. For
@@ -108,7 +108,7 @@ def true_grids(z: np.ndarray, grid: int, on_shape: OnShape = None) -> np.ndarray
     """
     grids = []
     for latent in z:
-        grids.append(whole_grids(torch.from_numpy(latent[None]), grid))
+        grids.append(ground_truth_grids(torch.from_numpy(latent[None]), grid))
         if on_shape is not None:
             on_shape(1)
     return np.concatenate(grids)
@@ -273,7 +273,7 @@ def explained(net: MapNet, z: np.ndarray, distances: np.ndarray) -> float:
 
 
 @click.command("python -m builders.shapes", cls=GroupedCommand)
-@options_of(ShapeTraining)
+@options_from_settings(ShapeTraining)
 @command.out(shape_features.DEFAULT_ASSET)
 @command.dry_run
 def shapes(out: Path, dry_run: bool, **settings) -> None:

@@ -74,7 +74,7 @@ def train_base(
         x_0: Batch = draw_drafts(names, generator).latents(stage.name)
         eps = with_feats(x_0, torch.randn(feats_of(x_0).shape, generator=generator))
         t = stage.path.times(count(x_0), generator)
-        cond = pipeline.conditions(names, stage.name)
+        cond = pipeline.conditioning(names, stage.name)
         # True for samples that keep their conditioning; for others, zeros are the empty conditioning.
         has_prompt = torch.rand(len(names), generator=generator) >= training.no_condition
         x_t = stage.path.mix(x_0, t, eps)
@@ -124,7 +124,7 @@ def train_reward(
     # Both are labelled before the fit, because they use the same generator.
     train_pairs = judge_drafts(train_prompts, generator)
     held_out_pairs = judge_drafts(held_out_prompts, generator)
-    network = fit(*train_pairs.assets, train_pairs.conditions, training, generator, on_step)
+    network = fit(*train_pairs.assets, train_pairs.prompts, training, generator, on_step)
     return network, accuracy(network, held_out_pairs)
 
 
@@ -136,9 +136,7 @@ def accuracy(network: LearnedReward, judged: Judged) -> dict[str, float]:
         noise.
     """
     # The annotator preferred the first asset of every pair.
-    prefers_chosen = network(judged.assets[0], judged.conditions) > network(
-        judged.assets[1], judged.conditions
-    )
+    prefers_chosen = network(judged.assets[0], judged.prompts) > network(judged.assets[1], judged.prompts)
     return {
         "labels": float(prefers_chosen.float().mean()),
         "clean": float((prefers_chosen == judged.agrees).float().mean()),

@@ -17,7 +17,7 @@ import torch
 
 from builders import command
 from eg3d_rlhf.core.bundled import VIEW_PRIOR
-from eg3d_rlhf.core.cli import GroupedCommand, options_of
+from eg3d_rlhf.core.cli import GroupedCommand, options_from_settings
 from eg3d_rlhf.generators.assets.views import DISTANCE, evenly_around, network_cameras
 from eg3d_rlhf.rewards.box_prompts import PROMPTS
 from eg3d_rlhf.rewards.boxes import SIDES, modes
@@ -171,7 +171,7 @@ def train(
 
 @click.command("python -m builders.view_prior", cls=GroupedCommand)
 @command.out(VIEW_PRIOR)
-@options_of(PriorTraining)
+@options_from_settings(PriorTraining)
 @command.dry_run
 def view_prior(out: Path, dry_run: bool, **flags) -> None:
     """Train the bundled prior of score distillation, a small U-Net that denoises four views of procedural

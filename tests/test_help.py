@@ -20,7 +20,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from eg3d_rlhf.core.bundled import DATA, GENERATOR, REWARD, WATCH
+from eg3d_rlhf.core.bundled import DATA, GENERATOR, HELDOUT_REWARD, REWARD
 from eg3d_rlhf.core.cli import ASSETS, as_shown
 from eg3d_rlhf.experiments.media.rendering import parse_seeds
 from eg3d_rlhf.modes import MODES
@@ -39,7 +39,7 @@ NEEDED = {
     "label export": "{out}.jsonl",
     "label import": "{labels}",
     "reward latent": "--out={out}.safetensors",
-    "reward join": f"{REWARD} {WATCH} --out={{out}}.safetensors",
+    "reward join": f"{REWARD} {HELDOUT_REWARD} --out={{out}}.safetensors",
     "reward import": "synthetic:reward --out={out}.safetensors",
     "check-assets": "{folder}",
     "flow new": "{out} --pipeline=toy",

@@ -97,7 +97,7 @@ def _digest(op: str, device_type: str, inputs: tuple) -> str:
     return digest.hexdigest()[:16]
 
 
-def ahead_folder() -> Path:
+def prebuilt_folder() -> Path:
     """Return the folder of the libraries that setup.py compiles.
 
     It is $EG3D_RLHF_AHEAD if that is set, and a folder beside the sources otherwise.
@@ -105,14 +105,14 @@ def ahead_folder() -> Path:
     return Path(os.environ.get("EG3D_RLHF_AHEAD") or SOURCES / "ahead")
 
 
-def ahead(op: str, device_type: str) -> Path:
+def prebuilt_library(op: str, device_type: str) -> Path:
     """Return the path at which setup.py stores the library of an op for the present sources, torch and
     processor.
 
     The file may not exist. No compiler is needed to compute the path.
     """
     inputs = (flags(device_type), torch.__version__, _processor())
-    return ahead_folder() / f"{op}_{device_type}_{_digest(op, device_type, inputs)}.so"
+    return prebuilt_folder() / f"{op}_{device_type}_{_digest(op, device_type, inputs)}.so"
 
 
 def cache_dir() -> Path:
@@ -266,8 +266,8 @@ def build(op: str, device_type: str) -> Path:
     """
     # The library of setup.py is searched first, because this needs no compiler: the hash of the cache
     # contains the version of the compiler.
-    if ahead(op, device_type).exists():
-        return ahead(op, device_type)
+    if prebuilt_library(op, device_type).exists():
+        return prebuilt_library(op, device_type)
     build_recipe = recipe(op, device_type)
     folder = build_recipe.folder()
     library = folder / f"{op}.so"

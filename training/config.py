@@ -56,7 +56,7 @@ class Knob:
 def knob(default: object, help: str, group: str, **more) -> typing.Any:
     """Return a dataclass field that is also a flag of the command line.
 
-    The flag has the name of the field, with dashes. `eg3d_rlhf.core.cli.options_of` creates the flags, and
+    The flag has the name of the field, with dashes. `eg3d_rlhf.core.cli.options_from_settings` creates the flags, and
     `check_knobs` checks ranges and choices.
 
     Args:
@@ -93,20 +93,20 @@ def knobs_of(kind: type) -> list[tuple[dataclasses.Field, type, Knob]]:
     return knobs
 
 
-def values_of(settings: object) -> dict[str, typing.Any]:
+def settings_to_values(settings: object) -> dict[str, typing.Any]:
     """Return the values of all knobs of a settings object and its nested objects, by name of the field."""
     values: dict[str, typing.Any] = {}
     for field in dataclasses.fields(settings):  # type: ignore[arg-type]
         value = getattr(settings, field.name)
         if dataclasses.is_dataclass(value):
             # One flat mapping suffices: like flags, fields of nested dataclasses have unique names.
-            values |= values_of(value)
+            values |= settings_to_values(value)
         elif "knob" in field.metadata:
             values[field.name] = value
     return values
 
 
-def built(kind: type, values: Mapping) -> typing.Any:
+def settings_from_values(kind: type, values: Mapping) -> typing.Any:
     """Return a settings object with the given values of its fields.
 
     A field that is missing in `values` has its default. Names that are no fields are ignored.

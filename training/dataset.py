@@ -553,7 +553,7 @@ def _run_task(task: object) -> object:
     return _work(task)
 
 
-def ahead(work: Callable, tasks: Iterable, workers: int, death_message: str) -> Generator:
+def work_in_advance(work: Callable, tasks: Iterable, workers: int, death_message: str) -> Generator:
     """Yield work(task) for every task, in order. Worker processes compute results in advance.
 
     Workers are forked when the first result is requested. AHEAD * workers results are computed in advance.
@@ -607,7 +607,7 @@ def in_order(work: Callable, tasks: Sequence, workers: int, death_message: str) 
     its work.
     """
     workers = min(workers, len(tasks))
-    return ahead(work, tasks, workers if workers > 1 else 0, death_message)
+    return work_in_advance(work, tasks, workers if workers > 1 else 0, death_message)
 
 
 # Batches in the order of the sampler.
@@ -658,7 +658,7 @@ def read_batches(dataset: ImageFolderDataset, order: Iterator[int], n: int, work
     # Slots are used cyclically, so a slot is reused only when its batch has been yielded and the caller has
     # requested another one.
     tasks = ((slot, list(itertools.islice(order, n))) for slot in itertools.cycle(range(slots)))
-    with contextlib.closing(ahead(work, tasks, workers, KILLED)) as filled_slots:
+    with contextlib.closing(work_in_advance(work, tasks, workers, KILLED)) as filled_slots:
         for slot, labels in filled_slots:
             yield images[slot], labels
 

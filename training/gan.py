@@ -241,7 +241,7 @@ class Gan:
             # `_fetched` contains only the rows of this rank, so its step is the number of rounds of
             # this rank. The other tensors contain the full batch, so their step is the number of rounds
             # of all ranks.
-            real, real_c = (x[round_index :: layout.here].contiguous() for x in self._fetched)
+            real, real_c = (x[round_index :: layout.rounds_per_rank].contiguous() for x in self._fetched)
             rows = layout.rows(round_index)
             gen_z, gen_c, round_swap_c = (x[rows].contiguous() for x in (z, c, swap_c))
             return Batch(real, real_c, gen_z, gen_c, cur_nimg, round_swap_c, range(layout.batch)[rows])

@@ -91,14 +91,14 @@ class TrainingLoop:
         layout = self.layout
         batch_of_round = self.subject.batch_for(phase.name, self.cur_nimg)
         averages = MovingAverages(self.subject.moving, layout.total)
-        gradients = GradientSum(phase.module.parameters(), layout.here)
+        gradients = GradientSum(phase.module.parameters(), layout.rounds_per_rank)
         # A tensor on the device, because it is summed over ranks together with the gradients.
         nonfinite_count = torch.zeros(1, device=self.device)
         phase.optimizer.zero_grad(set_to_none=True)
         # Outside of this block all parameters are frozen. Only the network of this phase gets gradients,
         # although the losses also run other networks.
         phase.module.requires_grad_(True)
-        for round_index in range(layout.here):
+        for round_index in range(layout.rounds_per_rank):
             # This call comes first, because it seeds torch for the losses below.
             batch = batch_of_round(round_index)
             with layout.draws(round_index):
@@ -182,7 +182,7 @@ class TrainingLoop:
             if self.ranks.main:
                 files.folder.mkdir(parents=True, exist_ok=True)
             self.subject.begin(self.cur_nimg, files.folder if self.ranks.main else None)
-        files.go_on(self.cur_nimg / 1000)
+        files.continue_from(self.cur_nimg / 1000)
         total = round(config.kimg * 1000)
         interval = round(config.tick * 1000)
         # In a resumed run, the end of the current tick comes from the checkpoint.
@@ -358,7 +358,7 @@ class TrainingLoop:
                     sums[key] = [total + value for total, value in zip(key_sums, old_sums, strict=True)]
             collector.restore(sums)
         self.subject.restore(meta)
-        self.files.go_on(self.cur_nimg / 1000, meta["stats_lines"])
+        self.files.continue_from(self.cur_nimg / 1000, meta["stats_lines"])
         if self.ranks.main:
             print(
                 f"The run continues from {self.files.last_checkpoint} at {self.cur_nimg} images.",

@@ -242,14 +242,14 @@ class Layout:
             )
 
     @property
-    def here(self) -> int:
+    def rounds_per_rank(self) -> int:
         """Number of rounds of each rank."""
         return self.batch // self.ranks.world // (self.size or self.batch // self.ranks.world)
 
     @property
     def total(self) -> int:
         """Number of rounds over all ranks K."""
-        return self.here * self.ranks.world
+        return self.rounds_per_rank * self.ranks.world
 
     def rows(self, round_index: int) -> slice:
         """Return the rows of the full batch that belong to a round of this rank."""

@@ -163,10 +163,10 @@ def _render_group(options: PeopleOptions, group: int) -> tuple[list[bytes], np.n
     shape, appearance, labels = head_parameters(
         options, range(group * _GROUP, min((group + 1) * _GROUP, options.n))
     )
-    heads = people.named_people(np.concatenate([shape, appearance], axis=1))
+    heads = people.heads_from_latents(np.concatenate([shape, appearance], axis=1))
     poses = labels[:, :16].reshape(-1, 4, 4)
     renders = [
-        people.picture(head, pose, FFHQ_FOCAL, options.resolution)
+        people.render_head(head, pose, FFHQ_FOCAL, options.resolution)
         for head, pose in zip(heads, poses, strict=True)
     ]
     images = np.stack([image for image, _ in renders])  # [images, R, R, 3] in 0..1

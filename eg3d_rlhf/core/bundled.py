@@ -10,7 +10,7 @@ DATA = "synthetic:people64@n=1500"
 REWARD = ASSETS / "reward.safetensors"
 # Held-out reward, which no tuning optimises. If its score falls while the score of REWARD rises, the
 # generator is over-optimised.
-WATCH = ASSETS / "reward-heldout.safetensors"
+HELDOUT_REWARD = ASSETS / "reward-heldout.safetensors"
 # Small diffusion prior of score distillation, trained by builders/view_prior.py.
 VIEW_PRIOR = ASSETS / "view-prior.safetensors"
 CONTROL = ASSETS / "control-summary.json"  # summary of the lambda_r = 0 run

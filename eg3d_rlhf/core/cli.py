@@ -1,7 +1,7 @@
 """Shared parts of all commands: options in titled groups, one-line errors with exit code 2, checks
 at start-up.
 
-A command is a `GroupedCommand`. Its options come from `option`, or from settings dataclasses (`options_of`).
+A command is a `GroupedCommand`. Its options come from `option`, or from settings dataclasses (`options_from_settings`).
 A rare setting is a setting without a flag: it is set by --set NAME=VALUE or by the JSON file of --settings,
 and only --help-all lists it.
 
@@ -79,7 +79,7 @@ class HelpValues:
             elif "knob" in field.metadata:
                 self._by_knob.setdefault(id(field.metadata["knob"]), value)
 
-    def of(self, option: "GroupedOption") -> tuple[bool, Any]:
+    def lookup(self, option: "GroupedOption") -> tuple[bool, Any]:
         """Return (True, value) for an option whose value is resolved, else (False, None)."""
         # The name of the parameter may differ from the name of the field; mappings may use either.
         for name in (option.name, option.field and option.field.name):
@@ -145,7 +145,7 @@ class GroupedOption(click.Option):
         extra = super().get_help_extra(ctx)
         # None if the command has no function `resolved`.
         help_values: HelpValues | None = ctx.meta.get(VALUES)
-        is_resolved, value = help_values.of(self) if help_values is not None else (False, None)
+        is_resolved, value = help_values.lookup(self) if help_values is not None else (False, None)
         # click accepts a text for `show_default`, which it shows in place of a default.
         text_if_unset = self.show_default if isinstance(self.show_default, str) else None
         # The default of an option of a settings field stands in the field; click's own default is None.
@@ -601,7 +601,7 @@ def _is_output_closed() -> bool:
     return any(event & select.POLLERR for _, event in poller.poll(0))
 
 
-def some_of(flag: str, text: str, allowed_names: Iterable[str]) -> list[str]:
+def parse_names(flag: str, text: str, allowed_names: Iterable[str]) -> list[str]:
     """Parse a comma-separated list of names. Return the names in the order of `allowed_names`.
 
     Args:
@@ -621,7 +621,7 @@ def some_of(flag: str, text: str, allowed_names: Iterable[str]) -> list[str]:
     return [name for name in allowed_names if name in requested]
 
 
-def numbers_of(flag: str, text: str, kind: type[float] = float) -> list[Any]:
+def parse_numbers(flag: str, text: str, kind: type[float] = float) -> list[Any]:
     """Parse comma-separated numbers. Empty text gives an empty list.
 
     Args:
@@ -647,7 +647,7 @@ def seeds_of(flag: str, text: str) -> tuple[int, ...]:
         text: value of the flag.
     Raises: ValueError that names the flag, for an empty list and for a negative seed.
     """
-    seeds = tuple(dict.fromkeys(numbers_of(flag, text, int)))
+    seeds = tuple(dict.fromkeys(parse_numbers(flag, text, int)))
     if not seeds or min(seeds) < 0:
         raise ValueError(
             f"{flag}: expected at least one training seed, none of them negative, got {text!r}. Write the"
@@ -657,7 +657,7 @@ def seeds_of(flag: str, text: str) -> tuple[int, ...]:
 
 
 @contextlib.contextmanager
-def naming(flag: str) -> Iterator[None]:
+def prefix_errors(flag: str) -> Iterator[None]:
     """Prefix the message of a ValueError or OSError that occurs in the block with a flag."""
     try:
         yield
@@ -703,7 +703,7 @@ def version_flag(command: Command, /) -> Command:
     return flag(command)
 
 
-def together(*decorators: Decorator) -> Decorator:
+def combine_decorators(*decorators: Decorator) -> Decorator:
     """Combine decorators into one. `--help` lists their options in the order of the arguments."""
 
     def decorate(command: Command, /) -> Command:
@@ -715,7 +715,7 @@ def together(*decorators: Decorator) -> Decorator:
     return decorate
 
 
-def rarely(names: Sequence[str], decorator: Decorator) -> Decorator:
+def mark_rare(names: Sequence[str], decorator: Decorator) -> Decorator:
     """Return a decorator that acts as `decorator`, but turns some of its options into rare settings.
 
     Rare settings have no flag, see `GroupedCommand`.
@@ -740,7 +740,7 @@ def rarely(names: Sequence[str], decorator: Decorator) -> Decorator:
     return decorate
 
 
-def options_of(*kinds: type) -> Decorator:
+def options_from_settings(*kinds: type) -> Decorator:
     """Return a decorator that adds one option for every knob of settings dataclasses.
 
     A knob (`training.config.Knob`) in the metadata of a field describes its option. A knob that several
@@ -783,7 +783,7 @@ def options_of(*kinds: type) -> Decorator:
             help=knob.help,
             field=field,
         )
-    return together(*decorators.values())
+    return combine_decorators(*decorators.values())
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:

@@ -127,7 +127,7 @@ class RenderOptions:
                 )
 
 
-OWN = RenderOptions()  # every setting as the generator was trained
+DEFAULT_OPTIONS = RenderOptions()  # every setting as the generator was trained
 
 
 class Rendering(NamedTuple):
@@ -196,7 +196,7 @@ class Field(Protocol):
         Args: points: [P, 3] if all shapes share the points, else [N, P, 3].
         """
 
-    def render(self, cameras: torch.Tensor, options: RenderOptions = OWN) -> Rendering:
+    def render(self, cameras: torch.Tensor, options: RenderOptions = DEFAULT_OPTIONS) -> Rendering:
         """Render the shapes by ray marching.
 
         An implementation may jitter the samples along rays with torch's global random generator.
@@ -234,7 +234,11 @@ _SAMPLES_AT_ONCE = (
 
 
 def march(
-    field: Field, cameras: torch.Tensor, options: RenderOptions = OWN, resolution: int = 64, samples: int = 64
+    field: Field,
+    cameras: torch.Tensor,
+    options: RenderOptions = DEFAULT_OPTIONS,
+    resolution: int = 64,
+    samples: int = 64,
 ) -> Rendering:
     """Render any field by ray marching, with even steps through its bounds and without jitter.
 
@@ -334,7 +338,7 @@ def fixed_draws(seed: int = 0) -> Iterator[None]:
 
 @torch.no_grad()
 def render_each(
-    field: Field, cameras: Iterable[torch.Tensor], options: RenderOptions = OWN, seed: int = 0
+    field: Field, cameras: Iterable[torch.Tensor], options: RenderOptions = DEFAULT_OPTIONS, seed: int = 0
 ) -> list[Rendering]:
     """Render a field from several cameras, and use the same random numbers for each of them.
 

@@ -178,7 +178,7 @@ class Guidance(Protocol):
 SLACK = 1e-3  # images may exceed 0..1 by this much, because of rounding in a renderer
 
 
-def check_views(pictures: int, views: int, who: str = "--prior") -> None:
+def check_views(images: int, views: int, who: str = "--prior") -> None:
     """Raise ValueError unless the images form complete sets of `views` views.
 
     Args:
@@ -186,14 +186,14 @@ def check_views(pictures: int, views: int, who: str = "--prior") -> None:
         views: number of views of one asset.
         who: start of the message, such as the flag of the model.
     """
-    if pictures < 1 or pictures % views:
+    if images < 1 or images % views:
         raise ValueError(
-            f"{who}: expected a multiple of {views} images (the views of one asset), got {pictures}. Set"
+            f"{who}: expected a multiple of {views} images (the views of one asset), got {images}. Set"
             f" views={views} or a multiple of it."
         )
 
 
-def check_pictures(images: torch.Tensor, who: str) -> None:
+def check_images(images: torch.Tensor, who: str) -> None:
     """Raise ValueError unless images have the shape [B, 3, h, w] and finite values within 0..1.
 
     Args: images: images of any shape; who: start of the message, such as the flag of the model.
@@ -252,7 +252,7 @@ class CheckedPrior:
         """Encode images in 0..1 into latents [B, C, H, W]."""
         # Checked here, because the prior's own errors would not name the flag.
         check_views(len(images), self.views)
-        check_pictures(images, "--prior: encode")
+        check_images(images, "--prior: encode")
         return self._finite(self.prior.encode(images), "encode")
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:

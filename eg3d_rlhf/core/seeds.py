@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 # First seed of a reward's reference samples (high-quality samples at low truncation). They are not held out;
 # seeds that have labels are skipped.
-ANCHORS = 100_000
+REFERENCE_SAMPLES = 100_000
 # First seed of the ground-truth heads that the shape features are trained on. They are not held out, but
 # nothing else uses them.
 TRUE_HEADS = 400_000
@@ -26,8 +26,8 @@ class HeldOut:
     name: str  # name of the range in messages
     first: int  # smallest seed
     count: int  # number of seeds
-    drawn_by: str  # commands, phases or reports that use the range
-    moved: bool = False  # True: a report shifts the range by STRIDE per unit of its --seed
+    used_by: str  # commands, phases or reports that use the range
+    shifted: bool = False  # True: a report shifts the range by STRIDE per unit of its --seed
 
     @property
     def all(self) -> range:
@@ -48,13 +48,13 @@ class HeldOut:
         return range(start, start + n)
 
 
-LATENTS = HeldOut("latents", 200_000, 10_000, "reports, and a run's summary (the first 100)", moved=True)
+LATENTS = HeldOut("latents", 200_000, 10_000, "reports, and a run's summary (the first 100)", shifted=True)
 EVALUATION = HeldOut(
     "evaluation",
     210_000,
     200,
     "a run's summary (pairs that the oracle labels, images, meshes) and the images of reports",
-    moved=True,
+    shifted=True,
 )
 GEOMETRY = HeldOut("geometry", 220_000, 40, "a run's summary")
 SHAPES = HeldOut("shapes", 221_000, 400, "a run's summary (shape Fréchet distance)")
@@ -63,7 +63,7 @@ IMAGES = HeldOut(
     230_000,
     70_000,
     "distances to the data, in reports and a run's summary (the first 500)",
-    moved=True,
+    shifted=True,
 )
 MONITOR = HeldOut("monitor", 300_000, 32, "the held-out reward that detects over-optimisation during tuning")
 CALIBRATION = HeldOut(
@@ -80,7 +80,7 @@ STANDARDISATION = HeldOut(
 )
 SCALES = HeldOut("scales", 510_000, 256, "ensembles of rewards before tuning: the scale of each member")
 BEST_OF_N = HeldOut(
-    "best-of-n", 520_000, 10_000, "the best-of-n report, which may select rewards", moved=True
+    "best-of-n", 520_000, 10_000, "the best-of-n report, which may select rewards", shifted=True
 )
 ALIGNMENT = HeldOut(
     "alignment",
@@ -113,7 +113,7 @@ HELD_OUT = (
 )
 
 
-def refuse_held_out(seeds: Iterable[int], who: str) -> None:
+def reject_held_out_seeds(seeds: Iterable[int], who: str) -> None:
     """Raise ValueError, which names the first held-out seed, if any seed is held out.
 
     Args: seeds: latent seeds; who: start of the message, such as a flag.
@@ -122,7 +122,7 @@ def refuse_held_out(seeds: Iterable[int], who: str) -> None:
         # The ranges do not overlap, so the first match is the only one.
         for held_range in HELD_OUT:
             # A report with --seed=S uses this range shifted by S * STRIDE: the shift of this seed.
-            move = seed // STRIDE if held_range.moved else 0
+            move = seed // STRIDE if held_range.shifted else 0
             if seed - STRIDE * move in held_range.all:
                 reserved_seeds = held_range.take(held_range.count, move)
                 range_name = held_range.name + (f" of --seed={move}" if move else "")

@@ -116,7 +116,7 @@ class SlabSpec:
         return cls(resolution=resolution, crop=(0.0,) * 6, box_warp=box_warp)
 
     @classmethod
-    def of(cls, bounds: "Bounds", resolution: int, **other_fields: Any) -> "SlabSpec":
+    def from_bounds(cls, bounds: "Bounds", resolution: int, **other_fields: Any) -> "SlabSpec":
         """Return a grid in the bounds of a field or generator.
 
         Args:

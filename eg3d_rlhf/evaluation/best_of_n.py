@@ -22,7 +22,7 @@ import torch
 from scipy.optimize import brentq
 
 from eg3d_rlhf.core import bundled
-from eg3d_rlhf.core.cli import choose_device, file_hash, naming
+from eg3d_rlhf.core.cli import choose_device, file_hash, prefix_errors
 from eg3d_rlhf.core.seeds import BEST_OF_N
 from eg3d_rlhf.evaluation.comparison import judged_by_annotator
 from eg3d_rlhf.evaluation.paired import span
@@ -30,10 +30,10 @@ from eg3d_rlhf.experiments import pages, style, version_0_1
 from eg3d_rlhf.experiments.pages import Facts, Finding, Job, seed_range, write_page
 from eg3d_rlhf.generators import LoadedGenerator, load_generator, ws_of_seeds
 from eg3d_rlhf.rewards.aggregates import AVERAGE, KINDS, Aggregate
-from eg3d_rlhf.rewards.cache import untuned
+from eg3d_rlhf.rewards.cache import observe_untuned
 from eg3d_rlhf.rewards.ensembles import RewardEnsemble, Standard, average_weights
 from eg3d_rlhf.rewards.observations import OBSERVATIONS, Observation
-from eg3d_rlhf.rewards.reward import Reward, check_reward, load_reward, untaught
+from eg3d_rlhf.rewards.reward import Reward, check_reward, load_reward, untrained_reward
 from eg3d_rlhf.tuning.gan.heldout_metrics import utilities
 from eg3d_rlhf.tuning.gan.phase import CUTOFF
 from training.progress import tqdm
@@ -247,8 +247,10 @@ def arms(trial: Trial) -> tuple[dict[str, Reward], dict[str, JoinFunction]]:
         standard = network.standard
         # An ensemble of raw scores has no statistics of its members; compute them on untuned samples.
         if standard is None:
-            observed = untuned(trial.generator.generator, reward.observation, trial.psi, CUTOFF, trial.batch)
-            standard = Standard.of(network.members, observed)
+            observed = observe_untuned(
+                trial.generator.generator, reward.observation, trial.psi, CUTOFF, trial.batch
+            )
+            standard = Standard.from_observations(network.members, observed)
         for kind in KINDS:
             # The ensemble's own aggregate keeps its strength; the other kinds use their default strength.
             aggregate = network.aggregate if kind == network.aggregate.kind else Aggregate(kind)
@@ -620,7 +622,7 @@ def trial_of(before, rewards, heldout_reward, data, device, **sampling) -> Trial
     Raises: ValueError or FileNotFoundError, with the name of the flag.
     """
     torch_device = choose_device(device)  # the networks' device
-    with naming("--before"):
+    with prefix_errors("--before"):
         generator = load_generator(before, torch_device)
     # A reward that is named twice is tested once.
     reward_paths = dict.fromkeys(rewards or [bundled.REWARD])
@@ -639,9 +641,11 @@ def trial_of(before, rewards, heldout_reward, data, device, **sampling) -> Trial
         this observation.
         """
         if (observation_kind := str(path)) in OBSERVATIONS and not path.exists():
-            with naming(flag):
-                return untaught(observation_kind, generator.generator), f"untaught {observation_kind}"
-        with naming(flag):
+            with prefix_errors(flag):
+                return untrained_reward(
+                    observation_kind, generator.generator
+                ), f"untrained {observation_kind}"
+        with prefix_errors(flag):
             reward = load_reward(path, torch_device)
         check_reward(reward, generator.generator, flag)
         return reward, file_hash(path)

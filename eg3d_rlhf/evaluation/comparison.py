@@ -16,14 +16,14 @@ from typing import Any
 import torch
 
 from eg3d_rlhf.core import bundled
-from eg3d_rlhf.core.cli import file_hash, naming
+from eg3d_rlhf.core.cli import file_hash, prefix_errors
 from eg3d_rlhf.core.field import Field
 from eg3d_rlhf.core.seeds import LATENTS, HeldOut
 from eg3d_rlhf.evaluation.comparison_sources import Sampling, Sources
 from eg3d_rlhf.experiments.pages import Facts, Finding, Job, seed_range
 from eg3d_rlhf.experiments.run import OPTIONS, recorded
 from eg3d_rlhf.generators import LoadedGenerator, find_network, load_generator, ws_of_seeds
-from eg3d_rlhf.preferences.synthetic import names_people
+from eg3d_rlhf.preferences.synthetic import has_ground_truth_heads
 from eg3d_rlhf.rewards.observations import Observation
 from eg3d_rlhf.rewards.reward import Reward, check_reward, load_reward
 from eg3d_rlhf.tuning.gan.settings import control_differs
@@ -52,7 +52,7 @@ class Comparison(Sampling):
     @property
     def synthetic(self) -> bool:
         """Return True if the samples are synthetic heads, which the simulated annotator can score."""
-        return self.data.startswith("synthetic:") and names_people(self.before.generator)
+        return self.data.startswith("synthetic:") and has_ground_truth_heads(self.before.generator)
 
     @property
     def of_people(self) -> bool:
@@ -270,23 +270,23 @@ def load_comparison(sources: Sources) -> Comparison:
     A source that is None gets the default that its comment in `Sources` describes.
     Raises: FileNotFoundError or ValueError, with the name of the flag.
     """
-    with naming("--before"):
+    with prefix_errors("--before"):
         before_path = find_network(sources.before)
     run = _find_run(sources, before_path)
-    with naming("--after" if sources.after is not None else "--run"):
+    with prefix_errors("--after" if sources.after is not None else "--run"):
         # A named file wins over the run's newest snapshot.
         after_path = find_network(sources.after or run)
     control_path = sources.control or newest_control(sources.runs_folder, run)  # None if there is no control
     networks: dict[str, Any] = {}  # role -> loaded generator
     for role, path in (("before", before_path), ("after", after_path), ("control", control_path)):
         if path is not None:
-            with naming(f"--{role}"):
+            with prefix_errors(f"--{role}"):
                 networks[role] = load_generator(path, sources.device)
                 # Checked at once, so that networks which do not fit fail before the rewards are loaded.
                 _check_pair(networks["before"], networks[role])
     before = networks["before"]  # the reference of all checks
     reward_path = _reward_path(sources, run, before)
-    with naming("--reward-ckpt"):
+    with prefix_errors("--reward-ckpt"):
         reward = load_reward(reward_path, sources.device)
     check_reward(reward, before.generator, "--reward-ckpt")
     held_out, held_out_hash = _load_held_out(sources, run, reward_path)
@@ -431,11 +431,15 @@ def _load_held_out(sources: Sources, run: Path | None, reward_path: Path) -> tup
         and file_hash(recorded_path) == settings.get("hashes", {}).get("heldout")
     ):
         heldout_path = Path(recorded_path)
-    elif heldout_path is None and tuning_reward_hash == file_hash(bundled.REWARD) and bundled.WATCH.exists():
-        heldout_path = bundled.WATCH
+    elif (
+        heldout_path is None
+        and tuning_reward_hash == file_hash(bundled.REWARD)
+        and bundled.HELDOUT_REWARD.exists()
+    ):
+        heldout_path = bundled.HELDOUT_REWARD
     if heldout_path is None:
         return None, ""
-    with naming("--heldout-reward"):
+    with prefix_errors("--heldout-reward"):
         heldout_reward = load_reward(heldout_path, sources.device)
         # A reward cannot be its own held-out evaluator.
         if file_hash(heldout_path) == tuning_reward_hash:
@@ -468,7 +472,7 @@ def judged_by_annotator(generator: LoadedGenerator, data: str | None) -> bool:
             if generator.path == bundled.GENERATOR
             else str(settings_of(folder).get("data") or "")
         )
-    return data.startswith("synthetic:") and names_people(generator.generator)
+    return data.startswith("synthetic:") and has_ground_truth_heads(generator.generator)
 
 
 def snapshots(run: Path | None) -> list[tuple[float, Path]]:

@@ -14,7 +14,7 @@ import numpy as np
 import PIL.Image
 import torch
 
-from eg3d_rlhf.core.cli import some_of
+from eg3d_rlhf.core.cli import parse_names
 from eg3d_rlhf.core.seeds import EVALUATION
 from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.evaluation import geometry, images, rewards
@@ -47,7 +47,7 @@ def select(comparison: Comparison, keys: str | None = None) -> list[Job]:
     )
     jobs = [job for list_jobs in job_lists for job in list_jobs(comparison)]
     # The jobs keep the page's order, which may differ from the order of `keys`.
-    selected_keys = None if keys is None else some_of("--only", keys, [job.key for job in jobs])
+    selected_keys = None if keys is None else parse_names("--only", keys, [job.key for job in jobs])
     return [job for job in jobs if selected_keys is None or job.key in selected_keys]
 
 
@@ -255,7 +255,7 @@ def shapes(
 
     Returns: [N, number of yaws, 1, R, R] in 0..1.
     """
-    spec = SlabSpec.of(generator.generator.bounds, RESOLUTION)
+    spec = SlabSpec.from_bounds(generator.generator.bounds, RESOLUTION)
     renders_by_batch = []
     # A quarter of the batch size, since a density grid has RESOLUTION^3 points per shape.
     for field in comparison.fields(generator, seeds, batch=max(1, comparison.batch // 4)):

@@ -25,7 +25,7 @@ from eg3d_rlhf.core.statistics import t_mean_interval, two_way_interval
 from eg3d_rlhf.evaluation import heads
 from eg3d_rlhf.evaluation.filters import FILTERS, best_filter, evaluate_filters
 from eg3d_rlhf.evaluation.settings import ARMS, INVERTED, LABELS, POST_PROCESSING, RANDOMISED
-from eg3d_rlhf.evaluation.trainings import DOOR, TRAIN_REWARD, Part, make_with_progress_bar
+from eg3d_rlhf.evaluation.trainings import PACKAGE, TRAIN_REWARD, Part, make_with_progress_bar
 from eg3d_rlhf.experiments import style, version_0_1
 from eg3d_rlhf.experiments.pool import run_tasks
 from eg3d_rlhf.experiments.store import Store
@@ -35,7 +35,7 @@ from eg3d_rlhf.measures.shape_features import DEFAULT_ASSET, ShapeFeatures
 from eg3d_rlhf.preferences.labels import Preference, load_labels, write_labels
 from eg3d_rlhf.rewards.reward import Reward, load_reward
 from eg3d_rlhf.rewards.settings import BUNDLED_LABELS
-from eg3d_rlhf.rewards.smoothness import AsSeen, Smoothness
+from eg3d_rlhf.rewards.smoothness import IdentityReward, Smoothness
 from training.progress import tqdm
 
 # arms that train a reward for each label set and each reward seed
@@ -123,7 +123,7 @@ class Plan:
             Part(
                 f"labels, draw {draw}",
                 self.draw(draw).parent,
-                DOOR,
+                PACKAGE,
                 (
                     "label",
                     "synthetic",
@@ -240,7 +240,7 @@ def write_labels_of_arms(plan: Plan) -> None:
 def write_rewards(plan: Plan) -> None:
     """Write the rewards that need no training: smoothness, and copies of rewards with permuted weights."""
     if "smoothness" in plan.arms:
-        Reward(Smoothness.of(load_generator(plan.network).generator), AsSeen()).save(
+        Reward(Smoothness.from_generator(load_generator(plan.network).generator), IdentityReward()).save(
             plan.reward("smoothness")
         )
     # The rewards of the labels arm must exist; each of them has a permuted copy.

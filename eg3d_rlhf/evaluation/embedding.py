@@ -302,7 +302,12 @@ def render_sheet(comparison: Comparison, folder: Path) -> Finding:
     renders_by_network = [
         torch.cat(
             [
-                shade(field.density_grid(SlabSpec.of(field.bounds, RESOLUTION)), YAW, PIXELS, field.level)
+                shade(
+                    field.density_grid(SlabSpec.from_bounds(field.bounds, RESOLUTION)),
+                    YAW,
+                    PIXELS,
+                    field.level,
+                )
                 for field in comparison.fields(generator, seeds)
             ]
         )

@@ -22,7 +22,7 @@ from PIL import Image
 from scipy.spatial import cKDTree
 
 from eg3d_rlhf.core import bundled
-from eg3d_rlhf.core.cli import choose_device, file_hash, naming
+from eg3d_rlhf.core.cli import choose_device, file_hash, prefix_errors
 from eg3d_rlhf.core.seeds import ALIGNMENT, LATENTS
 from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.core.statistics import RANK_INTERVAL, spearman
@@ -31,7 +31,7 @@ from eg3d_rlhf.experiments import pages, style
 from eg3d_rlhf.experiments.media.sheet import SUPERSAMPLE, Row, look, paint, sheet, shrink, to_uint8
 from eg3d_rlhf.experiments.pages import Facts, Finding, Job, seed_range, write_page
 from eg3d_rlhf.generators import Generator, LoadedGenerator, camera, load_generator
-from eg3d_rlhf.generators.placed import Place, Placed, Similarity, scaled_density, ws_of
+from eg3d_rlhf.generators.placed import Place, Placed, Similarity, scaled_density, ws_of_placed
 from eg3d_rlhf.geometry.level_set import LevelSet
 from eg3d_rlhf.geometry.mesh import extract_mesh, largest_part
 from eg3d_rlhf.rewards.reward import Reward, check_reward, load_reward
@@ -57,7 +57,7 @@ def yield_fields(generator: Generator, seeds: Sequence[int], psi: float, cutoff:
         cutoff: number of layers that truncation affects; None: all layers.
     """
     for start in range(0, len(seeds), batch):
-        yield generator.field(ws_of(generator, seeds[start : start + batch], psi, cutoff))
+        yield generator.field(ws_of_placed(generator, seeds[start : start + batch], psi, cutoff))
 
 
 def mean_surface(
@@ -72,7 +72,7 @@ def mean_surface(
     Args: resolution: grid points per edge of the cube.
     Raises: ValueError if the median density has no surface.
     """
-    spec = SlabSpec.of(generator.bounds, resolution)
+    spec = SlabSpec.from_bounds(generator.bounds, resolution)
     # [N, D, H, W], on the CPU, since the median needs the grids of all samples at once
     cubes = torch.cat(
         [field.density_grid(spec).cpu() for field in yield_fields(generator, seeds, psi, cutoff)]
@@ -277,7 +277,7 @@ class Trial:
         return (
             reward_spec
             if isinstance(reward_spec, SlabSpec)
-            else SlabSpec.of(self.reference.generator.bounds, self.options.resolution)
+            else SlabSpec.from_bounds(self.reference.generator.bounds, self.options.resolution)
         )
 
     @functools.cached_property
@@ -329,7 +329,7 @@ class Trial:
         scores = []  # [n] for each batch
         embeddings = []  # [n, M] for each batch
         for start in range(0, len(seeds), options.batch):
-            ws = ws_of(
+            ws = ws_of_placed(
                 generator,
                 seeds[start : start + options.batch],
                 options.psi if psi is None else psi,
@@ -381,7 +381,7 @@ class Trial:
             densities, self.reference_density, placed_generator.level, self.reference.generator.level
         )
         calibrated = replace(aligned, density=lambda sigma: mapping(aligned.density(sigma)))
-        raw = Place(Similarity.of_boxes(generator.bounds, bounds), bounds, cameras=cameras)
+        raw = Place(Similarity.from_bounds(generator.bounds, bounds), bounds, cameras=cameras)
         return {"raw": raw, "aligned": aligned, "calibrated": calibrated}, alignment
 
     def facts(self, name: str | None = None) -> Facts:
@@ -499,8 +499,9 @@ def strip(trial: Trial, name: str, scores: np.ndarray, folder: Path) -> dict[str
         for i in chosen_indices:
             # The unplaced generator: the image shows the shape as its generator makes it, extracted on 96
             # grid points per edge and seen from 0.4 rad to the side.
-            surface = LevelSet.of(
-                generator.field(ws_of(generator, [trial.seeds[int(i)]], options.psi, options.cutoff)), 96
+            surface = LevelSet.from_field(
+                generator.field(ws_of_placed(generator, [trial.seeds[int(i)]], options.psi, options.cutoff)),
+                96,
             )
             cells.append(
                 to_uint8(shrink(paint(look(surface, camera(generator, 0.4), PIXELS * SUPERSAMPLE))).cpu())
@@ -669,18 +670,18 @@ def trial_of(networks, reward, reference, device: str, options: ScoreOptions) ->
     Raises: ValueError or FileNotFoundError, with the name of the flag.
     """
     torch_device = choose_device(device)
-    with naming("--reference"):
+    with prefix_errors("--reference"):
         # the generator that the reward was trained on
         reference_generator = load_generator(reference, torch_device)
     reward_path = reward or bundled.REWARD
-    with naming("--reward"):
+    with prefix_errors("--reward"):
         loaded_reward = load_reward(reward_path, torch_device)
     check_reward(loaded_reward, reference_generator.generator, "--reference")
     loaded_networks = []
     place = Place(bounds=reference_generator.generator.bounds, cameras=reference_generator.generator.cameras)
     # A network that is named twice is scored once.
     for source in dict.fromkeys(networks or [reference]):
-        with naming("--network"):
+        with prefix_errors("--network"):
             loaded_networks.append(load_generator(source, torch_device))
             misfits = loaded_reward.observation.misfits(Placed(loaded_networks[-1].generator, place))
             if misfits:

@@ -225,7 +225,7 @@ def surface_values(
 
     The result of a seed is None if its density does not cross the generator's level.
     """
-    spec = SlabSpec.of(generator.generator.bounds, RESOLUTION)
+    spec = SlabSpec.from_bounds(generator.generator.bounds, RESOLUTION)
     level = generator.generator.level
     values_by_mesh: list[dict[str, float] | None] = []
     # A quarter of the batch size, since a grid has RESOLUTION^3 points per shape.
@@ -304,7 +304,7 @@ def sigma_values(
     comparison: Comparison, generator: LoadedGenerator, seeds: range
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Compute the histogram [bins] of positive σ over all samples, and SIGMA_MEASURES, [N] each."""
-    spec = SlabSpec.of(generator.generator.bounds, SIGMA_RESOLUTION)
+    spec = SlabSpec.from_bounds(generator.generator.bounds, SIGMA_RESOLUTION)
     level = generator.generator.level
     counts = np.zeros(len(EDGES) - 1, dtype=np.int64)  # [bins]
     values = {measure.name: list[np.ndarray]() for measure in SIGMA_MEASURES}

@@ -30,7 +30,7 @@ from eg3d_rlhf.measures.people import (
 )
 from eg3d_rlhf.measures.shape_features import DEFAULT_ASSET, ShapeFeatures
 from eg3d_rlhf.preferences.annotator import utility
-from training.heads.people_mesh import grid_points, whole_grids
+from training.heads.people_mesh import grid_points, ground_truth_grids
 from training.progress import tqdm
 
 # An intact head is degraded if its error grows by more than this share of the ground-truth head's volume.
@@ -62,7 +62,7 @@ def sample_shapes(generator: Generator, seeds: Sequence[int], psi: float = 1.0) 
 
 def ground_truth_heads(generator: Generator, seeds: Sequence[int]) -> np.ndarray:
     """Return the ground-truth heads of seeds: signed distances [N, n, n, n], negative inside."""
-    return whole_grids(latents(seeds, generator.z_dim), POINTS)
+    return ground_truth_grids(latents(seeds, generator.z_dim), POINTS)
 
 
 def measure_heads(shapes: np.ndarray, targets: np.ndarray) -> dict[str, np.ndarray]:

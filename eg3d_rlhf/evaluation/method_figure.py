@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from eg3d_rlhf.core import bundled
-from eg3d_rlhf.core.cli import naming
+from eg3d_rlhf.core.cli import prefix_errors
 from eg3d_rlhf.core.field import Field
 from eg3d_rlhf.core.seeds import EVALUATION
 from eg3d_rlhf.core.spec import SlabSpec
@@ -27,7 +27,7 @@ def _shaded(field: Field, points: int = 128) -> np.ndarray:
     Args: points: grid points per edge from which the surface is found.
     Returns: a cropped image in 0..1, [230, 190].
     """
-    grid = SlabSpec.of(field.bounds, points)  # over the whole cube
+    grid = SlabSpec.from_bounds(field.bounds, points)  # over the whole cube
     # The yaw is half a turn less 0.4 rad. The slices crop the empty margin of the 260-pixel render.
     return shade(field.density_grid(grid), math.pi - 0.4, 260, field.level)[0, 0, 25:-5, 35:-35].numpy()
 
@@ -66,7 +66,7 @@ def draw_method(run: Path, out: Path) -> None:
 
     Raises: ValueError or FileNotFoundError, with --run in the message, if the run cannot be read.
     """
-    with naming("--run"):
+    with prefix_errors("--run"):
         summary = version_0_1.summary(json.loads((run / "summary.json").read_text()))
         generator_before = load_generator().generator
         generator_after = load_generator(run).generator

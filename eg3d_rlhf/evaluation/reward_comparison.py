@@ -20,7 +20,7 @@ from eg3d_rlhf.evaluation.heldout_evaluators import blind_pairs, compute_head_me
 from eg3d_rlhf.evaluation.reward_comparison_entries import ENTRIES
 from eg3d_rlhf.evaluation.run_images import BACK_VIEW, USUAL, ImageOptions, Side, choose_latents
 from eg3d_rlhf.evaluation.summary import reward_shift
-from eg3d_rlhf.evaluation.trainings import DOOR, TRAIN, TRAIN_REWARD, Part, make_with_progress_bar
+from eg3d_rlhf.evaluation.trainings import PACKAGE, TRAIN, TRAIN_REWARD, Part, make_with_progress_bar
 from eg3d_rlhf.experiments import version_0_1
 from eg3d_rlhf.experiments.media.rendering import png
 from eg3d_rlhf.experiments.media.sheet import SUPERSAMPLE, Row, look, paint, sheet, shrink, to_uint8
@@ -68,7 +68,7 @@ def parts_of(out: Path, name: str, seeds: Sequence[int], full: bool, kimg: float
     script_by_part: dict[str, tuple[str, list[str]]] = {}
     if reward_entry.label:
         script_by_part["label"] = (
-            DOOR,
+            PACKAGE,
             ["label", "synthetic", *reward_entry.label, f"--out={folder / 'label' / 'labels.jsonl'}"],
         )
     if reward_entry.train is not None:
@@ -91,7 +91,7 @@ def parts_of(out: Path, name: str, seeds: Sequence[int], full: bool, kimg: float
     flags = [
         *reward_entry.tune,
         f"--reward-ckpt={reward_path(out, name)}",
-        f"--heldout-reward={bundled.WATCH}",
+        f"--heldout-reward={bundled.HELDOUT_REWARD}",
         f"--kimg={kimg:g}",
         "--no-summary",  # since this report measures the networks
     ]
@@ -239,7 +239,7 @@ def render_strip(
         camera_label = camera(loaded.generator, *BACK_VIEW)
         # ws [N, L, W] are split into N times [1, L, W], so that each field holds one shape.
         sides = [
-            Side.of(loaded.generator, ws, options.resolution)
+            Side.from_ws(loaded.generator, ws, options.resolution)
             for ws in ws_of_seeds(loaded.generator, seeds, truncation_psi=psi).split(1)
         ]
         with torch.no_grad():

@@ -580,7 +580,7 @@ def densities(comparison: Comparison, generator: LoadedGenerator, seeds: range) 
 
     The grid is the one of the density-consistency term, so that distances are comparable with that term.
     """
-    spec = SlabSpec.of(generator.generator.bounds, ORACLE_RESOLUTION)
+    spec = SlabSpec.from_bounds(generator.generator.bounds, ORACLE_RESOLUTION)
     return torch.cat([field.density_grid(spec).cpu() for field in comparison.fields(generator, seeds)])
 
 

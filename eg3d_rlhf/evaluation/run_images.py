@@ -100,14 +100,14 @@ class Side:
     surface: LevelSet
 
     @classmethod
-    def of(cls, generator: Generator, ws: Tensor, resolution: int) -> "Side":
+    def from_ws(cls, generator: Generator, ws: Tensor, resolution: int) -> "Side":
         """Return the field of ws [1, L, W], and its surface on `resolution` grid points per edge."""
         with torch.no_grad():
             field = generator.field(ws)
-            return cls(field, LevelSet.of(field, resolution))
+            return cls(field, LevelSet.from_field(field, resolution))
 
 
-def write_pictures(comparison: Comparison, folder: Path, options: ImageOptions = USUAL) -> list[str]:
+def write_images(comparison: Comparison, folder: Path, options: ImageOptions = USUAL) -> list[str]:
     """Write comparison.png, turntable.webp and meshes/ of the latents that the module's rule selects.
 
     Returns: the names of the files, relative to `folder`.
@@ -174,15 +174,17 @@ class Column:
     def from_seed(cls, comparison: Comparison, seed: int, resolution: int) -> "Column":
         """Extract all shapes of a latent that the comparison image shows."""
         side_before, side_after = (
-            Side.of(network.generator, comparison.ws(network, [seed], evaluation_psi(comparison)), resolution)
+            Side.from_ws(
+                network.generator, comparison.ws(network, [seed], evaluation_psi(comparison)), resolution
+            )
             for network in (comparison.before, comparison.after)
         )
         if not comparison.of_people:
             return cls(seed=seed, before=side_before, after=side_after)
         z = latents([seed], comparison.before.generator.z_dim)  # [1, Z]
         # The ground truth is shown as a mesh; its grid is needed for the ambient occlusion.
-        (head,) = people.named_people(z)
-        ground_truth = level_set_from_grid(people_mesh.whole_grids(z, GRID)[0])
+        (head,) = people.heads_from_latents(z)
+        ground_truth = level_set_from_grid(people_mesh.ground_truth_grids(z, GRID)[0])
         return cls(
             seed=seed,
             before=side_before,
@@ -253,7 +255,7 @@ def surface_change(comparison: Comparison, seeds: Sequence[int]) -> dict:
     with torch.no_grad():
         for seed in tqdm(seeds, desc="change of the surface", unit="shape"):
             surface_before, surface_after = (
-                LevelSet.of(network.generator.field(comparison.ws(network, [seed])), 64)
+                LevelSet.from_field(network.generator.field(comparison.ws(network, [seed])), 64)
                 for network in (comparison.before, comparison.after)
             )
             median_changes.append(median_change(surface_before, surface_after))
@@ -493,7 +495,7 @@ def pairs_sheet(comparison: Comparison, count: int, options: ImageOptions = USUA
     cells = []  # two for each pair: left, right
     for seed, is_left in zip(tqdm(seeds, desc="pairs", unit="pair"), tuned_is_left, strict=True):
         sides = [
-            Side.of(network.generator, comparison.ws(network, [seed], 1.0), options.resolution)
+            Side.from_ws(network.generator, comparison.ws(network, [seed], 1.0), options.resolution)
             for network in (comparison.before, comparison.after)
         ]
         cells += [
@@ -608,7 +610,9 @@ def shape_sheet(
     back: list[np.ndarray] = []
     for seed in tqdm(seeds, desc="shapes", unit="shape"):
         with torch.no_grad():
-            surface = LevelSet.of(generator.field(ws_of_seeds(generator, [seed], psi)), options.resolution)
+            surface = LevelSet.from_field(
+                generator.field(ws_of_seeds(generator, [seed], psi)), options.resolution
+            )
         for yaw_and_pitch, views in (((YAW, PITCH), front), (BACK_VIEW, back)):
             views.append(_clay(look(surface, camera(generator, *yaw_and_pitch), options.thumb * SUPERSAMPLE)))
     # Each row of fronts is followed by a row of the same shapes' backs.

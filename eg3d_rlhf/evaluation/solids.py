@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from scipy import ndimage
 
-from eg3d_rlhf.core.cli import naming
+from eg3d_rlhf.core.cli import prefix_errors
 from eg3d_rlhf.core.seeds import LATENTS
 from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.core.statistics import bootstrap_mean_interval, paired_summary, wilson_interval
@@ -101,7 +101,7 @@ def measure_shapes(grids: Grids, untuned: Grids, rules: solids.Rules) -> dict[st
     for grid, untuned_grid in zip(grids, untuned, strict=True):
         # Fidelity compares with the untuned shape without its defects, so that removing a defect does not
         # reduce the fidelity.
-        result = solids.beside(grid, [solids.repaired(untuned_grid, rules)], rules)
+        result = solids.score_against(grid, [solids.without_defects(untuned_grid, rules)], rules)
         # label(...)[1] is the number of connected parts; `inner` is 1 if there is no cavity.
         is_closed = ndimage.label(grid)[1] == 1 and result.score.inner == 1
         rows.append({**result.to_dict(), "closed": float(is_closed)})
@@ -189,7 +189,7 @@ def markdown(summary_by_arm: Mapping[str, dict], rules: solids.Rules) -> list[st
 @torch.no_grad()
 def shapes_of_latents(generator: Generator, seeds: Sequence[int], psi: float) -> Grids:
     """Return the shapes that a generator makes of seeds, each bool [EDGE, EDGE, EDGE] over the whole cube."""
-    spec = SlabSpec.of(generator.bounds, solids.EDGE)
+    spec = SlabSpec.from_bounds(generator.bounds, solids.EDGE)
     grids = []  # of bool, so that all shapes fit in memory
     for start in range(0, len(seeds), AT_ONCE):
         ws = ws_of_seeds(
@@ -272,7 +272,7 @@ def compare_networks(
     groups = n // CHOOSE
     # A multiple of CHOOSE, so that every group for the best of n has CHOOSE shapes.
     seeds = LATENTS.take(groups * CHOOSE, seed)
-    with naming("--before"):  # an error of loading names this flag
+    with prefix_errors("--before"):  # an error of loading names this flag
         untuned_generator = load_generator(before_path, device).generator
 
     def make_shapes(path: Path | None) -> Grids:
@@ -306,7 +306,7 @@ def compare_stages(
     """
     problem = open_problem(source, device)
     stage = stage_of(problem.pipeline, stage or problem.pipeline.stages[0].name).name
-    prompts_used = list(problem.held_out_conditions)[: n // CHOOSE]
+    prompts_used = list(problem.held_out_prompts)[: n // CHOOSE]
     if not prompts_used:
         raise ValueError(
             "--conditioning: no prompt is held out, since there are too few prompts. Embed at least two"

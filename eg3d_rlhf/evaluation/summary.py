@@ -29,10 +29,10 @@ from eg3d_rlhf.evaluation.heldout_evaluators import (
     shapes,
 )
 from eg3d_rlhf.evaluation.paired import span
-from eg3d_rlhf.evaluation.run_images import CHANGED, CHOSEN, choose_latents, surface_change, write_pictures
+from eg3d_rlhf.evaluation.run_images import CHANGED, CHOSEN, choose_latents, surface_change, write_images
 from eg3d_rlhf.experiments import version_0_1
 from eg3d_rlhf.experiments.pool import run_tasks
-from eg3d_rlhf.generators import Generator, LoadedGenerator, load_generator, of
+from eg3d_rlhf.generators import Generator, LoadedGenerator, as_generator, load_generator
 from eg3d_rlhf.rewards.reward import Reward
 from eg3d_rlhf.tuning.gan.early_stop import EarlyStop
 from eg3d_rlhf.tuning.gan.heldout_metrics import Monitor
@@ -249,7 +249,7 @@ def _worker(paths: dict[str, Path], sampling: dict, folder: Path) -> Callable[[s
     )
     other_tasks = {
         CHANGE: lambda: surface_change(comparison, EVALUATION.take(CHANGED)),
-        IMAGES: lambda: write_pictures(comparison, folder),
+        IMAGES: lambda: write_images(comparison, folder),
     }
     # The other names are "PART, ROLE", the arguments of `measure_part`.
     return lambda task: (
@@ -280,7 +280,7 @@ def finish(evaluation: Evaluation, loop, start_time: float) -> dict:
     nets = nets if early_stop is None else early_stop.networks(nets)
     generator_before, generator_after = (
         LoadedGenerator(generator, state_hash(generator.module), folder, nets)
-        for generator in (evaluation.before, of(nets.G_ema))
+        for generator in (evaluation.before, as_generator(nets.G_ema))
     )
     comparison = Comparison(
         before=generator_before,
@@ -304,7 +304,7 @@ def finish(evaluation: Evaluation, loop, start_time: float) -> dict:
     record["seconds"] = time.time() - start_time
     # summary.json is written first: an error while rendering the images must not lose the metrics.
     storage.write_atomic(folder / "summary.json", json.dumps(record, indent=2, sort_keys=True).encode())
-    written = once(comparison, IMAGES, lambda: write_pictures(comparison, folder))
+    written = once(comparison, IMAGES, lambda: write_images(comparison, folder))
     if table := table_of_heads(record):
         print("\n".join(["", aligned(table), *notes(record)]))
     print(f"\n{aligned([('what', 'figure', 'goal'), *rows(record)])}")

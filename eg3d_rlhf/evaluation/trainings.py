@@ -37,7 +37,7 @@ from training.progress import tqdm
 REPO = Path(__file__).resolve().parents[2]
 TRAIN = "train.py"
 TRAIN_REWARD = "tools/train_reward.py"
-DOOR = "eg3d_rlhf"  # the package as a script, whose first arguments name a job
+PACKAGE = "eg3d_rlhf"  # the package as a script, whose first arguments name a job
 _JOBS = {TRAIN: ["train"], TRAIN_REWARD: ["reward", "train"]}  # the job that each script runs
 EARLIER = "part.json"  # the record that version 0.1 wrote
 LOG = "log.txt"
@@ -84,7 +84,8 @@ class Part:
         since an earlier part may write a file that a flag names.
         """
         paths = {
-            path.name: path for path in (bundled.GENERATOR, bundled.REWARD, bundled.WATCH, BUNDLED_LABELS)
+            path.name: path
+            for path in (bundled.GENERATOR, bundled.REWARD, bundled.HELDOUT_REWARD, BUNDLED_LABELS)
         }
         paths |= {
             name: Path(value)
@@ -203,7 +204,7 @@ def _python_command(command: Sequence[str]) -> list[str]:
     arguments = command[1:]
     # An installed package has no scripts beside it, so the same job of the package is run instead.
     if script in _JOBS and not (REPO / script).is_file():
-        script, arguments = DOOR, [*_JOBS[script], *arguments]
+        script, arguments = PACKAGE, [*_JOBS[script], *arguments]
     return [sys.executable, str(REPO / script), *arguments]
 
 

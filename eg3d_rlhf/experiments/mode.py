@@ -31,9 +31,16 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import click
 from click.core import ParameterSource
 
-from eg3d_rlhf.core.cli import Decorator, GroupedCommand, choose_device, option, options_of, together
+from eg3d_rlhf.core.cli import (
+    Decorator,
+    GroupedCommand,
+    choose_device,
+    combine_decorators,
+    option,
+    options_from_settings,
+)
 from eg3d_rlhf.experiments.process import StoppedError, sigterm_interrupts
-from training.config import built, from_dict
+from training.config import from_dict, settings_from_values
 
 if TYPE_CHECKING:  # these import torch, which would slow down --help
     from _typeshed import DataclassInstance
@@ -165,7 +172,7 @@ class Mode(Generic[S]):
         # Rank 0 decides for all ranks. If one rank resumed and another started a new run, they would wait for
         # each other forever.
         if begun_folder and ranks.broadcast(self.resumable(begun_folder) if ranks.main else None):
-            return self.go_on(settings, begun_folder, flags, ranks)
+            return self.resume(settings, begun_folder, flags, ranks)
 
         def choose_folder(opened: Any) -> Path:
             # A begun run without a state keeps its folder; every other run gets the next free number.
@@ -202,7 +209,7 @@ class Mode(Generic[S]):
             self._work(settings, opened, run)
         return run.folder
 
-    def go_on(
+    def resume(
         self, settings: S, source: Path, flags: Flags | None = None, ranks: "Ranks | None" = None
     ) -> Path:
         """Resume a run, and return its folder.
@@ -287,7 +294,7 @@ class Mode(Generic[S]):
             help=self.help,
         )
         @run_flags(self)
-        @self.flags or options_of(self.settings)
+        @self.flags or options_from_settings(self.settings)
         @click.pass_context
         def command(context: click.Context, /, **parameters: Any) -> Path | None:
             # A resumed run takes its settings from its record, so any other flag would be ignored.
@@ -311,7 +318,7 @@ class Mode(Generic[S]):
                 return None
             with running(parameters["device"], parameters["timeout"], mode.again) as ranks:
                 if settings is None:
-                    return mode.go_on(mode.read(resume_path, flags, ranks), resume_path, flags, ranks)
+                    return mode.resume(mode.read(resume_path, flags, ranks), resume_path, flags, ranks)
                 return mode.start(settings, parameters["outdir"], flags, ranks)
 
         # GroupedCommand calls this when it formats --help
@@ -329,7 +336,7 @@ class Mode(Generic[S]):
         # flags that the run itself uses, and that no settings dataclass has as a field
         run_only = {"outdir", "desc", "resume", "dry_run", "timeout"}
         values = {name: value for name, value in flags.items() if value is not None and name not in run_only}
-        settings: S = built(self.settings, values)
+        settings: S = settings_from_values(self.settings, values)
         return settings
 
     def shown_by_help(self, context: click.Context) -> Iterable[object]:
@@ -467,4 +474,4 @@ def run_flags(mode: Mode[S]) -> Decorator:
                 help=f"Number of processes that share the work of {mode.jobs}; each process has one thread.",
             )
         )
-    return together(*flags)
+    return combine_decorators(*flags)

@@ -262,7 +262,7 @@ class Run:
         finally:
             self._waited += time.monotonic() - wait_start
 
-    def go_on(self, done: float, lines: int | None = None) -> None:
+    def continue_from(self, done: float, lines: int | None = None) -> None:
         """Measure speed from now on, and cut stats.jsonl to the lines that belong to the resumed state.
 
         Args:

@@ -92,7 +92,7 @@ class Generator(Protocol):
         """
 
 
-def count_of(generator: Generator) -> int | None:
+def shape_count(generator: Generator) -> int | None:
     """Return the number of shapes of a generator with a finite number of shapes, else None.
 
     Such a generator has an attribute `count`, and only the seeds 0 to count - 1 are valid.
@@ -109,7 +109,7 @@ def check_seeds(generator: Generator, largest_seed: int, who: str) -> None:
         largest_seed: largest of the seeds to check.
         who: start of the message, such as a flag.
     """
-    count = count_of(generator)
+    count = shape_count(generator)
     if count is not None and largest_seed >= count:
         raise ValueError(
             f"{who}: expected seeds 0 to {count - 1}, one for each shape of this network, got {largest_seed}."
@@ -147,7 +147,7 @@ def register(family: Family) -> Family:
     return FAMILIES.add(family.name, family)
 
 
-def classes_of(architecture: str) -> networks.Classes:
+def network_classes(architecture: str) -> networks.Classes:
     """Return the classes of G and D of a family. The class of D is None if the family has no discriminator.
 
     Args: architecture: name of the family.
@@ -157,7 +157,7 @@ def classes_of(architecture: str) -> networks.Classes:
     return family.module, family.discriminator
 
 
-def of(network: Any) -> Generator:
+def as_generator(network: Any) -> Generator:
     """Return a `Generator` around a network, by the class of the network.
 
     An object that is no torch module is a `Generator` already, and is returned unchanged.
@@ -210,7 +210,7 @@ def load_generator(source: str | Path | None = None, device: str | torch.device 
     """
     path = find_network(source)
     nets = load_networks(path, device)
-    return LoadedGenerator(of(nets.G_ema), networks.state_hash(nets.G_ema), path, nets)
+    return LoadedGenerator(as_generator(nets.G_ema), networks.state_hash(nets.G_ema), path, nets)
 
 
 def load_networks(
@@ -226,7 +226,7 @@ def load_networks(
     # No code of the pickle is executed, see `pickles`.
     if Path(path).suffix.lower() == ".pkl":
         return pickles.load(path, device, freeze_layers)
-    return networks.load(path, device, freeze_layers, classes_of)
+    return networks.load(path, device, freeze_layers, network_classes)
 
 
 def find_network(source: str | Path | None) -> Path:
@@ -289,7 +289,7 @@ def camera(
         n: number N of labels.
         focal: focal length divided by the image size; None: the focal length of the camera family.
     """
-    generator = of(generator)
+    generator = as_generator(generator)
     cameras = generator.cameras if focal is None else dataclasses.replace(generator.cameras, focal=focal)
     return cameras.label(yaw, pitch, n, device_of(generator))
 
@@ -310,7 +310,7 @@ def ws_of_seeds(
     >>> ws_of_seeds(load_generator().generator, [1, 2], truncation_psi=0.7).shape[0]
     2
     """
-    generator = of(generator)
+    generator = as_generator(generator)
     # Checked first, because a later error would not name the seeds. 0 is valid for every generator.
     check_seeds(generator, max(seeds, default=0), "seeds")
     z = latents(seeds, generator.z_dim).to(device_of(generator))

@@ -164,7 +164,7 @@ def _build_converted(
     return network.train(G.training).requires_grad_(False)
 
 
-def foreign_sizes(nets: networks.Networks) -> list[str]:
+def settings_unknown_to_eg3d(nets: networks.Networks) -> list[str]:
     """List settings of a generator that EG3D's code does not support, as texts 'name = value'.
 
     EG3D's code has fixed values for them. An empty list means that EG3D's code can build the network.

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from eg3d_rlhf.core.field import LEVEL, OWN, Bounds, CameraFamily, Rendering, RenderOptions
+from eg3d_rlhf.core.field import DEFAULT_OPTIONS, LEVEL, Bounds, CameraFamily, Rendering, RenderOptions
 from eg3d_rlhf.core.shapes import check_shape
 from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.generators import Family, register
@@ -133,7 +133,7 @@ class PlaneField:
             self.planes, self._G.decoder, points, None, options, sigma_only=sigma_only
         )
 
-    def render(self, cameras: torch.Tensor, options: RenderOptions = OWN) -> Rendering:
+    def render(self, cameras: torch.Tensor, options: RenderOptions = DEFAULT_OPTIONS) -> Rendering:
         """Render the shapes from cameras, see `Field`."""
         kwargs = self._G.rendering_kwargs
         # Numbers of samples per ray in the coarse pass and in the importance pass.

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from eg3d_rlhf.core.field import OWN, Bounds, CameraFamily, Field, Rendering, RenderOptions
+from eg3d_rlhf.core.field import DEFAULT_OPTIONS, Bounds, CameraFamily, Field, Rendering, RenderOptions
 from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.generators import Generator, ws_of_seeds
 from training.rendering.cameras import mirror_label
@@ -36,7 +36,7 @@ class Similarity:
         return points * self.scale + points.new_tensor(self.shift)
 
     @classmethod
-    def of_boxes(cls, theirs: Bounds, ours: Bounds) -> "Similarity":
+    def from_bounds(cls, theirs: Bounds, ours: Bounds) -> "Similarity":
         """Return the transformation that maps the cube `ours` of our world onto the cube `theirs`."""
         scale = theirs.side / ours.side
         # The centre of our cube has to become the centre of theirs.
@@ -147,7 +147,7 @@ class PlacedField:
         """Return the colour [N, P, 3] in 0..1, see `Field`."""
         return self._inner.colour(self._place.similarity.apply(self._flipped(points)))
 
-    def render(self, cameras: torch.Tensor, options: RenderOptions = OWN) -> Rendering:
+    def render(self, cameras: torch.Tensor, options: RenderOptions = DEFAULT_OPTIONS) -> Rendering:
         """Render the shapes from cameras of our world, see `Field`.
 
         The inner generator renders with its own density, so the density scale of the place has no effect.
@@ -196,7 +196,7 @@ class Placed:
         return PlacedField(self.inner.field(ws, noise_mode), self.place)
 
 
-def ws_of(generator: Generator, seeds: Sequence[int], psi: float, cutoff: int | None) -> torch.Tensor:
+def ws_of_placed(generator: Generator, seeds: Sequence[int], psi: float, cutoff: int | None) -> torch.Tensor:
     """Map N seeds to style vectors ws [N, L, W].
 
     The mapping network of a `Placed` generator is conditioned on the frontal camera of its inner generator,

@@ -40,7 +40,7 @@ class LevelSet:
     density: Callable[[Tensor], Tensor]  # raw density [P] at world points [P, 3]
 
     @classmethod
-    def of(cls, field: Field, resolution: int) -> "LevelSet":
+    def from_field(cls, field: Field, resolution: int) -> "LevelSet":
         """Build the level set of a density field.
 
         Args:
@@ -49,7 +49,7 @@ class LevelSet:
         """
         # one shape, since the level set has one grid
         assert len(field) == 1
-        spec = SlabSpec.of(field.bounds, resolution)
+        spec = SlabSpec.from_bounds(field.bounds, resolution)
         return cls(
             # [1, D, H, W] -> [D, H, W]
             cube=field.density_grid(spec)[0],
@@ -58,7 +58,7 @@ class LevelSet:
             density=lambda points: field.density(points)[0],
         )
 
-    def inside(self, points: Tensor) -> Tensor:
+    def above_level(self, points: Tensor) -> Tensor:
         """Compute the density minus the level, interpolated trilinearly on the grid.
 
         Args:
@@ -70,7 +70,7 @@ class LevelSet:
         values = sample(self._maps[:1], self.spec, points)[0]
         return values.where(self._within(points), -_FAR_BELOW)
 
-    def exactly_inside(self, points: Tensor) -> Tensor:
+    def above_level_exact(self, points: Tensor) -> Tensor:
         """Compute the density minus the level from the density itself, without interpolation.
 
         Args:
@@ -87,7 +87,7 @@ class LevelSet:
             1 + 1e-6
         )
 
-    def place(self, origins: Tensor, directions: Tensor, t: Tensor) -> Tensor:
+    def refine_crossings(self, origins: Tensor, directions: Tensor, t: Tensor) -> Tensor:
         """Refine intersections of lines with the surface by bisection and linear interpolation.
 
         Args:
@@ -102,14 +102,14 @@ class LevelSet:
         low = t - reach
         high = t + reach
         at_low, at_high = (
-            self.exactly_inside(origins + bound[:, None] * directions) for bound in (low, high)
+            self.above_level_exact(origins + bound[:, None] * directions) for bound in (low, high)
         )
         # The interval contains an intersection if its two ends lie on different sides of the surface.
         is_bracket = (at_low >= 0) != (at_high >= 0)
         # Bisection: the half whose ends lie on different sides of the surface replaces the interval.
         for _ in range(_HALVINGS):
             middle = (low + high) / 2
-            value = self.exactly_inside(origins + middle[:, None] * directions)
+            value = self.above_level_exact(origins + middle[:, None] * directions)
             lower_half_is_uniform = (value >= 0) == (at_low >= 0)
             low = torch.where(lower_half_is_uniform, middle, low)
             at_low = torch.where(lower_half_is_uniform, value, at_low)
@@ -170,7 +170,7 @@ class LevelSet:
             t = torch.minimum(t, far[rays])
         hit = depth.isfinite()
         # So far, distances come from the interpolated grid. The density itself refines them.
-        depth[hit] = self.place(origins[hit], directions[hit], depth[hit])
+        depth[hit] = self.refine_crossings(origins[hit], directions[hit], depth[hit])
         return depth
 
     @functools.cached_property

@@ -84,7 +84,7 @@ class FieldGrid:
         # smallest and largest density that was evaluated so far, without the trimmed border
         self.low = float("inf")
         self.high = float("-inf")
-        self.axes: Sequence[torch.Tensor] = SlabSpec.of(field.bounds, resolution).axes()
+        self.axes: Sequence[torch.Tensor] = SlabSpec.from_bounds(field.bounds, resolution).axes()
         # number of grid points at each face that have the density `OUTSIDE`
         self.trim = int(border * resolution)
         # indices along each axis that are not trimmed

@@ -182,13 +182,13 @@ def _insert_box(
     return grid
 
 
-def grown(solid: np.ndarray, radius: float) -> np.ndarray:
+def dilated(solid: np.ndarray, radius: float) -> np.ndarray:
     """Dilate a grid [X, Y, Z] by a ball with a radius in voxels. An empty grid is returned unchanged."""
     # The distance to the nearest solid voxel is undefined in an empty grid.
     return ndimage.distance_transform_edt(~solid) <= radius if solid.any() else solid
 
 
-def opening(solid: np.ndarray, radius: float) -> np.ndarray:
+def morphological_opening(solid: np.ndarray, radius: float) -> np.ndarray:
     """Compute the morphological opening of a grid: the union of all balls that fit into the solid.
 
     Args:
@@ -196,10 +196,12 @@ def opening(solid: np.ndarray, radius: float) -> np.ndarray:
         radius: radius of the balls in voxels.
     """
     # The padding makes everything outside the grid background. The erosion is dilated by the same ball.
-    return grown(ndimage.distance_transform_edt(np.pad(solid, 1))[1:-1, 1:-1, 1:-1] > radius, radius) & solid
+    return (
+        dilated(ndimage.distance_transform_edt(np.pad(solid, 1))[1:-1, 1:-1, 1:-1] > radius, radius) & solid
+    )
 
 
-def closing(solid: np.ndarray, radius: float) -> np.ndarray:
+def morphological_closing(solid: np.ndarray, radius: float) -> np.ndarray:
     """Compute the morphological closing of a grid: all voxels that no ball outside the solid can cover.
 
     The balls may lie beyond the border of the grid. An empty grid is returned unchanged.
@@ -213,7 +215,7 @@ def closing(solid: np.ndarray, radius: float) -> np.ndarray:
     # The margin leaves space for balls outside the bounding box.
     margin = math.ceil(radius) + 1
     box, bounds = _cut_box(solid, margin)
-    closed = ndimage.distance_transform_edt(grown(box, radius)) > radius  # erosion by the same ball
+    closed = ndimage.distance_transform_edt(dilated(box, radius)) > radius  # erosion by the same ball
     return _insert_box(closed | box, bounds, margin, solid.shape)
 
 
@@ -235,7 +237,7 @@ def fill(solid: np.ndarray, radius: float) -> np.ndarray:
         solid: grid [X, Y, Z].
         radius: radius of the ball in voxels.
     """
-    return solid | enclosed(closing(solid, radius))
+    return solid | enclosed(morphological_closing(solid, radius))
 
 
 # Measures.
@@ -300,7 +302,7 @@ def euler(solid: np.ndarray) -> int:
     return total
 
 
-def tip(solid: np.ndarray) -> tuple[float, float]:
+def stability(solid: np.ndarray) -> tuple[float, float]:
     """Compute the stability of a shape that stands on its lowest layer of voxels.
 
     Args:
@@ -375,16 +377,16 @@ def score(solid: np.ndarray, rules: Rules = OBJECTS, filled: np.ndarray | None =
     # The bounding box has the same measures as the grid, and takes less time.
     solid = _cut_box(solid, 0)[0]
     main = main_share(solid)
-    angle = tip(solid)[0]
+    angle = stability(solid)[0]
     thin = 1.0
     if rules.thin is not None:
-        opening_of_solid = opening(solid, rules.thin)
+        opening_of_solid = morphological_opening(solid, rules.thin)
         # The opening also removes the edges of thick parts. A dilation by one voxel restores them.
-        load_bearing = grown(opening_of_solid, 1) & solid
+        load_bearing = dilated(opening_of_solid, 1) & solid
         main = min(main, main_share(opening_of_solid))
-        angle = min(angle, tip(load_bearing)[0])
+        angle = min(angle, stability(load_bearing)[0])
         thin = math.exp(-8 * (1 - load_bearing.sum() / solid.sum()))
-    return joined(
+    return combine_terms(
         {
             "main": math.exp(-8 * (1 - main)),
             "inner": inner,
@@ -395,7 +397,7 @@ def score(solid: np.ndarray, rules: Rules = OBJECTS, filled: np.ndarray | None =
     )
 
 
-def joined(terms: Mapping[str, float], rules: Rules) -> Score:
+def combine_terms(terms: Mapping[str, float], rules: Rules) -> Score:
     """Build a score from its terms, by computing their weighted geometric mean.
 
     A term below 0.01 counts as 0.01, so that a single term of 0 does not make the mean 0.
@@ -410,7 +412,7 @@ def joined(terms: Mapping[str, float], rules: Rules) -> Score:
     return Score(**terms, solid=math.exp(mean))
 
 
-def repaired(solid: np.ndarray, rules: Rules = OBJECTS) -> np.ndarray:
+def without_defects(solid: np.ndarray, rules: Rules = OBJECTS) -> np.ndarray:
     """Return a copy of a shape without simple defects, which serves as a reference for the fidelity.
 
     Its hollows are filled, and parts with less than CRUMB of the exposed voxel faces are removed. An empty
@@ -442,7 +444,7 @@ def overlap(filled: np.ndarray, reference: np.ndarray) -> float:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Judged:
+class ScoreWithFidelity:
     """Score of a shape, and its fidelity to the shape before tuning."""
 
     score: Score
@@ -463,7 +465,9 @@ class Judged:
         return {**self.score.to_dict(), "fidelity": self.fidelity, "reward": self.reward}
 
 
-def beside(solid: np.ndarray, references: Sequence[np.ndarray], rules: Rules = OBJECTS) -> Judged:
+def score_against(
+    solid: np.ndarray, references: Sequence[np.ndarray], rules: Rules = OBJECTS
+) -> ScoreWithFidelity:
     """Score a shape, and compute its fidelity to the most similar of several reference shapes.
 
     Args:
@@ -480,14 +484,14 @@ def beside(solid: np.ndarray, references: Sequence[np.ndarray], rules: Rules = O
                 f" {list(solid.shape)} and {list(reference.shape)}. Sample both on the same grid."
             )
     filled = fill(solid, rules.bridge(solid))
-    return Judged(
+    return ScoreWithFidelity(
         score=score(solid, rules, filled),
         # The most similar reference counts.
         fidelity=max(overlap(filled, reference) for reference in references),
     )
 
 
-def reward(solid: np.ndarray, untuned: np.ndarray, rules: Rules = OBJECTS) -> Judged:
+def reward(solid: np.ndarray, untuned: np.ndarray, rules: Rules = OBJECTS) -> ScoreWithFidelity:
     """Score a shape, and compute its fidelity to the untuned shape of the same seed.
 
     Both grids are first reduced to at most EDGE voxels per axis.
@@ -500,7 +504,7 @@ def reward(solid: np.ndarray, untuned: np.ndarray, rules: Rules = OBJECTS) -> Ju
     Raises: ValueError for grids of different sizes, and for arrays that are not grids.
     """
     reduced_untuned = reduced(untuned)
-    return beside(reduced(solid), [repaired(reduced_untuned, rules)], rules)
+    return score_against(reduced(solid), [without_defects(reduced_untuned, rules)], rules)
 
 
 # Defects that a gradient on the density can correct.
@@ -511,7 +515,7 @@ def floaters(solid: np.ndarray) -> np.ndarray:
     return solid & ~main_part(solid)
 
 
-def caps(solid: np.ndarray, radius: float) -> np.ndarray:
+def hole_caps(solid: np.ndarray, radius: float) -> np.ndarray:
     """Return the voxels that would close openings and tunnels of the largest part.
 
     Only openings that a ball cannot pass are closed; dents and pits are left open. The result consists of
@@ -524,7 +528,7 @@ def caps(solid: np.ndarray, radius: float) -> np.ndarray:
         radius: radius of the ball in voxels.
     """
     body = main_part(solid)
-    pieces, count = ndimage.label(closing(body, radius) & ~body, _AROUND)
+    pieces, count = ndimage.label(morphological_closing(body, radius) & ~body, _AROUND)
     plugs = np.zeros_like(solid)
     for label, bounds in enumerate(ndimage.find_objects(pieces), start=1):
         # The region has one more voxel on each side, because the Euler number depends on the neighbours.

@@ -20,7 +20,7 @@ class Measure:
     name: str  # name in tables and JSON
     # Function that computes the values [N] from the measurements of N items. An item without a value has NaN.
     # None: the measurements are a dictionary, and its entry with this measure's name holds the values.
-    of: Callable[..., Any] | None
+    from_seen: Callable[..., Any] | None
     better: str  # "higher", "lower", or "" if neither direction is better
     unit: str
     meaning: str = ""  # explanation that a table prints beside the name
@@ -32,7 +32,7 @@ class Measure:
             measurements: measurements of the items, in the form that the function of this measure takes. A
                 measure of item pairs takes two arguments, the measurements under each of two networks.
         """
-        values = measurements[0][self.name] if self.of is None else self.of(*measurements)
+        values = measurements[0][self.name] if self.from_seen is None else self.from_seen(*measurements)
         return values.cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)
 
     def outcome(self, lo: float, hi: float) -> str:

@@ -246,7 +246,7 @@ def relief_correlation(first_relief: np.ndarray, second_relief: np.ndarray) -> f
 # their scans (tests/measures/test_people.py).
 
 
-def compared(shapes: np.ndarray, wholes: np.ndarray) -> dict[str, np.ndarray]:
+def compared(shapes: np.ndarray, heads: np.ndarray) -> dict[str, np.ndarray]:
     """Compute the measurements that MEASURES and FRONT_MEASURES read.
 
     Args:
@@ -256,7 +256,7 @@ def compared(shapes: np.ndarray, wholes: np.ndarray) -> dict[str, np.ndarray]:
     Returns: arrays [N] by name: 'missing' and 'extra' (shares of volume at the back of the head), the values
         of `surfaces`, and 'amplitude' (see `relief_amplitude`).
     """
-    pairs = list(zip(shapes, wholes, strict=True))
+    pairs = list(zip(shapes, heads, strict=True))
     errors = [volume_error(*pair) for pair in pairs]
     comparisons = [surfaces(*pair) for pair in pairs]
     return {

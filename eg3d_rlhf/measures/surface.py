@@ -340,7 +340,9 @@ def displacement(before: LevelSet, points: Tensor, normals: Tensor, reach: float
     for indices in torch.arange(len(points), device=points.device).split(_CHUNK):
         p = points[indices]
         n = normals[indices]
-        excess = before.inside(p[:, None] + s[:, None] * n[:, None])  # [P, S] density - level, >= 0 inside
+        excess = before.above_level(
+            p[:, None] + s[:, None] * n[:, None]
+        )  # [P, S] density - level, >= 0 inside
         # The shape ends where the line runs from inside to outside.
         leaves = (excess[:, :-1] >= 0) & (excess[:, 1:] < 0)
         # An infinite distance marks the intervals without a crossing.
@@ -348,9 +350,9 @@ def displacement(before: LevelSet, points: Tensor, normals: Tensor, reach: float
         nearest = crossings.gather(1, crossings.abs().argmin(dim=1, keepdim=True))[:, 0]
         has_no_crossing = nearest.isinf()
         # The grid is only interpolated; `place` moves the crossing onto the level set of the field itself.
-        placed = before.place(p, n, nearest.masked_fill(has_no_crossing, 0.0))
+        placed = before.refine_crossings(p, n, nearest.masked_fill(has_no_crossing, 0.0))
         displacements[indices] = torch.where(
-            has_no_crossing, torch.where(before.exactly_inside(p) >= 0, -reach, reach), -placed / unit
+            has_no_crossing, torch.where(before.above_level_exact(p) >= 0, -reach, reach), -placed / unit
         )
     return displacements
 
@@ -468,7 +470,8 @@ def median_change(before: LevelSet, after: LevelSet) -> float:
             # Interpolated points are first moved onto the level set itself, so that equal shapes give 0.
             points = (
                 points
-                + surface.place(points, normals, torch.zeros(len(points)).to(points))[:, None] * normals
+                + surface.refine_crossings(points, normals, torch.zeros(len(points)).to(points))[:, None]
+                * normals
             )
             distances.append(displacement(other_surface, points, normals).abs())
     return float(torch.cat(distances).median()) if distances else float("nan")

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from eg3d_rlhf.core.field import CameraFamily, Field, RenderOptions, render_each
-from eg3d_rlhf.generators import of
+from eg3d_rlhf.generators import as_generator
 from training.rendering.cameras import RaySampler, camera_position, intrinsics_matrix, look_at, pack_label
 
 _NEAR_PLANE = 1e-3  # in world units: points closer to the camera plane than this have no pixel
@@ -72,7 +72,7 @@ def spec_for(generator: Any, **settings) -> ViewSpec:
         generator: generator, in any form that `generators.of` accepts.
         settings: values of other fields of ViewSpec.
     """
-    return ViewSpec(**{"cameras": of(generator).cameras, **settings})
+    return ViewSpec(**{"cameras": as_generator(generator).cameras, **settings})
 
 
 class Views(NamedTuple):
@@ -365,7 +365,7 @@ def multi_view_measures(
         spec: cameras; None uses the defaults of ViewSpec with the generator's cameras.
         batch: number of latents that are rendered at once.
     """
-    generator = of(generator)
+    generator = as_generator(generator)
     spec = spec or spec_for(generator)
     batch_measures = []
     for ws_batch in ws.split(batch):

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from eg3d_rlhf.models.weights import State, below, count, require_extra, shape_of, to_transformers
+from eg3d_rlhf.models.weights import State, count, entries_below, require_extra, shape_of, to_transformers
 
 HEAD = 64  # channels of an attention head, in both encoders
 VISION = "blip.visual_encoder."  # prefix of the image encoder's published names
@@ -39,7 +39,7 @@ def from_published(state: Mapping[str, torch.Tensor]) -> State:
 
     Only entries of the image encoder change their names.
     """
-    vision = to_transformers(below(state, VISION), VISION_NAMES)
+    vision = to_transformers(entries_below(state, VISION), VISION_NAMES)
     # The text encoder has transformers' names in the published file already.
     text = {name: tensor for name, tensor in state.items() if not name.startswith(VISION)}
     return text | {VISION + name: tensor for name, tensor in vision.items()}
@@ -61,7 +61,7 @@ class BlipSizes:
     projection: int = 256  # channels of the contrastive heads, which scoring does not use
 
     @classmethod
-    def of(cls, state: Mapping[str, torch.Tensor], who: str) -> "BlipSizes":
+    def from_state(cls, state: Mapping[str, torch.Tensor], who: str) -> "BlipSizes":
         """Derive the sizes from the shapes of the tensors in a published state dict.
 
         Args:
@@ -139,7 +139,7 @@ class Blip(nn.Module):
         """Number of pixels per side of the images that the encoder takes."""
         return self.visual_encoder.config.image_size
 
-    def seen(self, pixels: torch.Tensor) -> torch.Tensor:
+    def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
         """Encode normalised images [B, 3, side, side] as image tokens [B, 1 + patches, width].
 
         The first token is the class token. Differentiable in: pixels.
@@ -158,7 +158,7 @@ class Blip(nn.Module):
         """
         # Every layer of BERT cross-attends to the features of the prompt's image.
         outputs = self.text_encoder(
-            input_ids=tokens, attention_mask=mask, encoder_hidden_states=self.seen(pixels)
+            input_ids=tokens, attention_mask=mask, encoder_hidden_states=self.encode_images(pixels)
         )
         # The class token is the first token. [B, T, D] -> [B, D]
         return outputs.last_hidden_state[:, 0]

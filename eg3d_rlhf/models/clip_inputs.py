@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from eg3d_rlhf.models.weights import one_line, require_extra
+from eg3d_rlhf.models.weights import library_errors_as_one_line, require_extra
 
 # Mean and standard deviation of pixel values 0..1 per channel (R, G, B), from the published code of CLIP
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -192,5 +192,5 @@ def _load(name: str, folder: Path, flag: str, files: Sequence[str], whose: str):
     import transformers
 
     # The library raises many kinds of errors for damaged files; all become one line.
-    with one_line(f"{flag}: {folder.name}", f"Copy {whose} tokenizer again."):
+    with library_errors_as_one_line(f"{flag}: {folder.name}", f"Copy {whose} tokenizer again."):
         return getattr(transformers, name).from_pretrained(str(folder), local_files_only=True)

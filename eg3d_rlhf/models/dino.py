@@ -99,7 +99,7 @@ class DinoConfig:
             )
 
     @classmethod
-    def of(cls, content: Mapping[str, Any]) -> "DinoConfig":
+    def from_settings(cls, content: Mapping[str, Any]) -> "DinoConfig":
         """Create the settings from the content of a config.json.
 
         Settings that are not fields of this class are ignored. A null value selects the default of this
@@ -112,7 +112,9 @@ class DinoConfig:
         return cls(**settings)
 
     @classmethod
-    def of_state(cls, state: Mapping[str, torch.Tensor], who: str, shown: int | None = None) -> "DinoConfig":
+    def from_state(
+        cls, state: Mapping[str, torch.Tensor], who: str, shown: int | None = None
+    ) -> "DinoConfig":
         """Derive the settings from the shapes of the tensors in a torch hub state dict.
 
         For a network without registers, torch hub interpolates the position embeddings differently from
@@ -273,7 +275,7 @@ def read_dino(name: str, device: str | torch.device = "cpu") -> Dino:
     state = read(path, name)
     # Checkpoints of torch hub have no config.json beside them. Their settings follow from the shapes.
     if path.suffix == ".pth":
-        config = DinoConfig.of_state(state, str(path))
+        config = DinoConfig.from_state(state, str(path))
         state = from_hub(state, config)
     else:
         config = _read_config(name, path, "dinov2", _dino_config)
@@ -379,7 +381,7 @@ def _dino_config(content: Mapping[str, Any]) -> DinoConfig:
     # transformers does not write settings that have their default
     # value. Its default number of registers is 4.
     registers = 4 if content["model_type"] == "dinov2_with_registers" else 0
-    return DinoConfig.of({"num_register_tokens": registers, **content})
+    return DinoConfig.from_settings({"num_register_tokens": registers, **content})
 
 
 class Dino3(nn.Module):

@@ -391,7 +391,7 @@ class VoxelFlow(LatentFlow):
 REMAPS = ("linear", "sinh", "exp", "exp_disparity", "sinh_exp")
 
 
-class Pictures(nn.Module):
+class ImageEncoder(nn.Module):
     """DINOv2 for images [N, 3, h, w] or masks [N, 1, h, w] of values 0..1, which returns tokens [N, L, E].
 
     Parameters have the names of SAM 3D's files.

@@ -52,7 +52,7 @@ Result = TypeVar("Result")
 Module = TypeVar("Module", bound=nn.Module)
 
 
-def existing(path: str | Path, who: str) -> Path:
+def existing_path(path: str | Path, who: str) -> Path:
     """Return the path as a Path object.
 
     Raises: FileNotFoundError if there is no file or folder with this path.
@@ -117,7 +117,7 @@ def content(path: str | Path, who: str) -> Any:
 
     Raises: FileNotFoundError if the file is missing; ValueError if it is damaged or contains other objects.
     """
-    path = existing(path, who)
+    path = existing_path(path, who)
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
@@ -163,7 +163,7 @@ def read(path: str | Path, who: str) -> State:
     return dict(state)
 
 
-def below(state: Mapping[str, torch.Tensor], prefix: str) -> State:
+def entries_below(state: Mapping[str, torch.Tensor], prefix: str) -> State:
     """Return the entries of a state dict whose names begin with a prefix. The prefix is removed."""
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
@@ -387,7 +387,7 @@ def rewrite(path: Path, held: Any) -> None:
 
 
 @contextlib.contextmanager
-def one_line(who: str, remedy: str) -> Iterator[None]:
+def library_errors_as_one_line(who: str, remedy: str) -> Iterator[None]:
     """Convert errors that libraries raise inside a `with` block into a ValueError with a message of one line.
 
     Args:
@@ -424,7 +424,7 @@ def require_extra(flag: str, *modules: str) -> None:
 
 
 @functools.cache
-def tell_once(text: str) -> None:
+def print_once(text: str) -> None:
     """Print a text, unless this process has printed the same text before."""
     # functools.cache calls the function only once per text.
     print(text, flush=True)
@@ -443,7 +443,7 @@ def from_folder(cls: Any, folder: Path, flag: str) -> Any:
         file is damaged, or if an entry is missing, superfluous or of another shape.
     """
     who = f"{flag}: {folder.parent.name}/{folder.name}"
-    existing(folder / "config.json", flag)
+    existing_path(folder / "config.json", flag)
     # Names of half-precision files contain "fp16". The libraries call this the variant of a file.
     variant = None if any(folder.glob("*model.safetensors")) else "fp16"
     if not any(folder.glob("*model.fp16.safetensors" if variant else "*model.safetensors")):
@@ -451,7 +451,7 @@ def from_folder(cls: Any, folder: Path, flag: str) -> Any:
             f"{who}: the folder has no file model.safetensors, and weights in other formats are not read."
             " Download the .safetensors files, or convert the weights to this format."
         )
-    with one_line(who, "Copy the folder again."):
+    with library_errors_as_one_line(who, "Copy the folder again."):
         options = {
             "local_files_only": True,
             "use_safetensors": True,

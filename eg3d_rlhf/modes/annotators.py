@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from eg3d_rlhf.core.cli import GroupedCommand, naming, option, together
+from eg3d_rlhf.core.cli import GroupedCommand, combine_decorators, option, prefix_errors
 from eg3d_rlhf.people.label.db_flag import DATABASE, DB, open_store
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ qr = option(
     type=click.Path(path_type=Path, dir_okay=False),
     help="New .svg or .png file to which the QR code of the login link is written; needs --address.",
 )
-handed_over = together(address, qr)
+handed_over = combine_decorators(address, qr)
 
 
 @click.command("add-annotator", cls=GroupedCommand)
@@ -84,13 +84,13 @@ def _hand_over(
     Raises: ValueError for a wrong address or file, and errors of `make`.
     """
     # imported here, because --help must not load this module
-    from eg3d_rlhf.people.label.access import check_address, check_picture, login_link, qr_code, write_qr
+    from eg3d_rlhf.people.label.access import check_address, check_image_path, login_link, qr_code, write_qr
 
     # Addresses and files are checked before the database changes: a token is shown only once.
-    with naming("--address"):
+    with prefix_errors("--address"):
         server = check_address(address) if address else ""
     # an error in this block begins with the name --qr
-    with naming("--qr"):
+    with prefix_errors("--qr"):
         if qr is not None and not server:
             raise ValueError(
                 "the QR code needs the address of the server, because a phone cannot open a link without it."
@@ -98,7 +98,7 @@ def _hand_over(
             )
         if qr is not None:
             # raises ValueError if the file exists or has another suffix
-            check_picture(qr)
+            check_image_path(qr)
     # An error in `make` happens before anything is printed.
     with open_store(db, create) as store:
         token = make(store)

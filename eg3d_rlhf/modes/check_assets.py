@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from eg3d_rlhf.core.cli import GroupedCommand, aligned, naming, option
+from eg3d_rlhf.core.cli import GroupedCommand, aligned, option, prefix_errors
 from eg3d_rlhf.measures.meshes.settings import MOST_TOLERANCE, TOLERANCE, UPS, MeasureOptions
 from eg3d_rlhf.modes.shared_flags import FOLDER, count_option
 from training.progress import tqdm
@@ -130,7 +130,7 @@ def main(
         )
     settings = MeasureOptions(**options)
     # an error in this block begins with the name FOLDER
-    with naming("FOLDER"):
+    with prefix_errors("FOLDER"):
         # also in subfolders, in a fixed order
         files = found_files(folder)
     # These settings are sent to the measuring processes with the path of each file.

@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eg3d_rlhf.core.cli import option, options_of, together
+from eg3d_rlhf.core.cli import combine_decorators, option, options_from_settings
 from eg3d_rlhf.experiments.mode import FOLDER, RUN, Flags, Mode, refuse_torchrun
 from eg3d_rlhf.models.lora_settings import LoraConfig
 from eg3d_rlhf.modes import MODES
@@ -109,7 +109,7 @@ def default_settings(pipeline: str) -> CircularSettings:
     )
 
 
-artefact_flags = together(
+artefact_flags = combine_decorators(
     rare_option(
         "--artefacts",
         group=RUN,
@@ -128,8 +128,8 @@ artefact_flags = together(
         help="Write no table of win rates at the end of a run of the loop or of one stage.",
     ),
 )
-what_flags = together(
-    options_of(ProblemSource),
+what_flags = combine_decorators(
+    options_from_settings(ProblemSource),
     option(
         "--stage",
         group=WHAT,
@@ -147,8 +147,8 @@ what_flags = together(
         ),
     ),
 )
-train_flags = together(tuning_flags, options_of(TrainConfig))
-table_flags = together(
+train_flags = combine_decorators(tuning_flags, options_from_settings(TrainConfig))
+table_flags = combine_decorators(
     unset_option(
         "--choose-noises",
         TABLE,
@@ -158,7 +158,7 @@ table_flags = together(
         " the win rate and early stopping off.",
         rare=True,
     ),
-    options_of(Evaluation),
+    options_from_settings(Evaluation),
     unset_option(
         "--seeds",
         TABLE,
@@ -292,7 +292,7 @@ CIRCULAR_DPO = Mode(
     open=open_circular,
     work=work,
     title=title,
-    flags=together(artefact_flags, what_flags, train_flags, loop_flags, table_flags),
+    flags=combine_decorators(artefact_flags, what_flags, train_flags, loop_flags, table_flags),
     resolve=resolve,
     record=lambda settings, problem: {
         "mode": "circular-dpo",

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from eg3d_rlhf.core.cli import option, options_of, together
+from eg3d_rlhf.core.cli import combine_decorators, option, options_from_settings
 from eg3d_rlhf.experiments.mode import Flags, Mode, flag
 from eg3d_rlhf.modes import MODES
 from eg3d_rlhf.modes.shared_flags import rare_option, whole_option
@@ -27,9 +27,9 @@ from eg3d_rlhf.tuning.distill.config import (
     SceneConfig,
 )
 from eg3d_rlhf.tuning.distill.guidance.settings import GeometrySettings
-from eg3d_rlhf.tuning.distill.methods import PRESETS, flat, owners, settings_of
+from eg3d_rlhf.tuning.distill.methods import PRESETS, flatten_settings, make_settings, methods_by_setting
 from eg3d_rlhf.tuning.distill.scene_kinds import SCENES
-from training.config import built, knobs_of
+from training.config import knobs_of, settings_from_values
 
 if TYPE_CHECKING:
     from eg3d_rlhf.experiments.run import Run
@@ -83,7 +83,7 @@ CONTROLS = ("inverted", "random")  # arms that a comparison adds for its first m
 OF_METHODS = (*(method.settings for method in METHODS.values()), GeometrySettings)
 SETTINGS = (SceneConfig, *OF_METHODS, LoopConfig)
 
-flags = together(
+flags = combine_decorators(
     whole_option(
         "--show",
         group="Run",
@@ -99,7 +99,7 @@ flags = together(
         show_default="none",
         help="Text that describes an asset, or a file with one such text per line. May be repeated.",
     ),
-    options_of(SceneConfig),
+    options_from_settings(SceneConfig),
     option(
         "--method",
         group=METHOD,
@@ -129,7 +129,7 @@ flags = together(
             " also selects the method."
         ),
     ),
-    options_of(*OF_METHODS),
+    options_from_settings(*OF_METHODS),
     rare_option(
         "--tau",
         type=float,
@@ -146,7 +146,7 @@ flags = together(
             " linearly from v0 at step s0 to v1 at step s1."
         ),
     ),
-    options_of(LoopConfig),
+    options_from_settings(LoopConfig),
 )
 
 
@@ -225,7 +225,9 @@ def select_arms(given_flags: Mapping) -> tuple[str, ...]:
     arms = [Arm("sds"), *(arm for arm in arms if arm != Arm("sds"))]
     # Controls show whether an advantage comes from the reward: its sign is inverted, or random numbers
     # replace it. They belong to the first arm that uses a reward unchanged.
-    rewarded_arm = next((arm for arm in arms if METHODS[arm.method].rewarded and arm.twist is None), None)
+    rewarded_arm = next(
+        (arm for arm in arms if METHODS[arm.method].accepts_reward and arm.twist is None), None
+    )
     if rewarded_arm is not None:
         control_arms = [Arm(rewarded_arm.method, twist) for twist in CONTROLS]
         arms += [arm for arm in control_arms if arm not in arms]
@@ -298,15 +300,15 @@ def resolve(flags: Flags) -> DistillRun:
     method_values = values if flags["preset"] is None else given_flags
     # names of the settings that the selected methods use; `given` may hold settings of the loop and the scene
     setting_names = {
-        *(name for name, users in owners().items() if methods & set(users)),
+        *(name for name, users in methods_by_setting().items() if methods & set(users)),
         *(field.name for field, *_ in knobs_of(GeometrySettings)),
     }
     settings = DistillSettings(
         prompts=prompts,
         arms=arm_names,
         # `built` takes the fields of its class and ignores other names
-        scene=built(SceneConfig, values),
-        loop=built(LoopConfig, values),
+        scene=settings_from_values(SceneConfig, values),
+        loop=settings_from_values(LoopConfig, values),
         preset=flags["preset"],
         guidance={name: method_values[name] for name in sorted(setting_names & method_values.keys())},
         seed=flags["seed"],
@@ -347,7 +349,9 @@ def reject_unused(given_flags: Mapping, methods: set[str], has_geometry_arm: boo
     """
     # setting -> flag without which the setting has no effect
     requirements = {
-        name: f"--method={' or '.join(users)}" for name, users in owners().items() if not methods & set(users)
+        name: f"--method={' or '.join(users)}"
+        for name, users in methods_by_setting().items()
+        if not methods & set(users)
     }
     if not has_geometry_arm:
         requirements |= {field.name: "a --geometry-reward" for field, *_ in knobs_of(GeometrySettings)}
@@ -357,9 +361,9 @@ def reject_unused(given_flags: Mapping, methods: set[str], has_geometry_arm: boo
             for field, _, knob in knobs_of(SceneConfig)
             if knob.group == REAL
         }
-    if not any(METHODS[name].rewarded for name in methods):
+    if not any(METHODS[name].accepts_reward for name in methods):
         requirements["reward"] = "a method with a reward"
-    if not any(METHODS[name].judged for name in methods):
+    if not any(METHODS[name].accepts_judge for name in methods):
         requirements["judge"] = "--method=dreamdpo or psd"
     for name in sorted(requirements.keys() & given_flags.keys()):
         raise ValueError(
@@ -434,7 +438,7 @@ def recorded(folder: Path, flags: Flags, ranks: object) -> DistillRun:
     from eg3d_rlhf.experiments.run import recorded_by
 
     record = recorded_by(folder, "distill")
-    return DistillRun(settings=DistillSettings.of(record["settings"]), show=record["show"])
+    return DistillRun(settings=DistillSettings.from_dict(record["settings"]), show=record["show"])
 
 
 def dry_run_values(run_settings: DistillRun) -> dict:
@@ -442,10 +446,10 @@ def dry_run_values(run_settings: DistillRun) -> dict:
     settings = run_settings.settings
     methods = {}
     for arm_name in settings.arms:
-        method_settings = settings_of(Arm.parse(arm_name).method, settings.guidance, settings.preset)
+        method_settings = make_settings(Arm.parse(arm_name).method, settings.guidance, settings.preset)
         # A `Ramp` is printed as the text that its flag takes, which is its field `spec`.
         methods[arm_name] = {
-            name: getattr(value, "spec", value) for name, value in flat(method_settings).items()
+            name: getattr(value, "spec", value) for name, value in flatten_settings(method_settings).items()
         }
     return {**settings.to_dict(), "methods": methods}
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from eg3d_rlhf.core.cli import option, options_of, seeds_of, together
+from eg3d_rlhf.core.cli import combine_decorators, option, options_from_settings, seeds_of
 from eg3d_rlhf.experiments.mode import RUN, Flags, Mode, flag, refuse_torchrun
 from eg3d_rlhf.models.lora_settings import LoraConfig
 from eg3d_rlhf.modes.shared_flags import COUNT, rare_option
@@ -53,7 +53,7 @@ def unset_option(
     )
 
 
-tuning_flags = together(
+tuning_flags = combine_decorators(
     unset_option(
         # Training of adapters needs less memory than training of all parameters.
         "--tune",
@@ -163,7 +163,7 @@ def adapter_help_values(lora: LoraConfig | None) -> dict[str, Any]:
 LOOP = "The loop"
 WEIGHT = click.FloatRange(min=0)
 AS_STEP = "the same as for people's pairs if that flag is given, else by generator"
-loop_flags = together(
+loop_flags = combine_decorators(
     option(
         "--rounds",
         group=LOOP,
@@ -216,7 +216,7 @@ loop_flags = together(
     unset_option(
         "--loop-steps", LOOP, "UPDATES", COUNT, "Number of updates on the loop's pairs.", AS_STEP, rare=True
     ),
-    options_of(LoopPairsConfig, Weighing),
+    options_from_settings(LoopPairsConfig, Weighing),
 )
 
 
@@ -314,7 +314,7 @@ stage_flag = option(
     show_default="the last stage",
     help="Name of the stage of the generator to tune.",
 )
-arms_table_flags = together(
+arms_table_flags = combine_decorators(
     unset_option(
         "--seeds",
         TABLE,
@@ -335,7 +335,7 @@ arms_table_flags = together(
     rare_option(
         "--no-summary", group=RUN, is_flag=True, help="Write no table of win rates at the end of a run."
     ),
-    options_of(Evaluation),
+    options_from_settings(Evaluation),
 )
 
 

@@ -75,7 +75,7 @@ def label(
     # Fails at once if the packages of the label server are not installed.
     check_extra(EXTRA)
     work = Work.open(folder)
-    flags = launch.ServerFlags.of(server, folder)
+    flags = launch.ServerFlags.from_flags(server, folder)
     # one line per generated asset
     asset_count = len(work.lines())
     # WORK has a default campaign; others are made with --set campaign=NAME

@@ -37,7 +37,7 @@ from eg3d_rlhf.tuning.flow.workspace.work_folder import (
 if TYPE_CHECKING:
     import torch
 
-    from eg3d_rlhf.tuning.flow.base.conditioning import Conditions
+    from eg3d_rlhf.tuning.flow.base.conditioning import Conditioning
 
 # File types of conditioning images, and of the point map that may lie beside an image under the same name.
 IMAGE_SUFFIXES = (".png", ".webp")
@@ -147,7 +147,7 @@ def new(
         eg3d-rlhf flow new WORK --pipeline=/data/Hunyuan3D-2.1 --images=IMAGES
     """
     # Imported here, so that --help is printed without loading these modules.
-    from eg3d_rlhf.tuning.flow.base.conditioning import CONDITIONS, read_conditions, write_conditions
+    from eg3d_rlhf.tuning.flow.base.conditioning import CONDITIONS, read_conditioning, write_conditioning
     from eg3d_rlhf.tuning.flow.base.problem import chosen_precision
     from training.storage import write_atomic
 
@@ -160,7 +160,7 @@ def new(
         click.echo(line)
     # zero_null: the family's unconditional embedding is zero, so a file need not contain it
     embeddings_by_name = (
-        None if embeddings is None else read_conditions(embeddings, zero_null=family.zero_null)
+        None if embeddings is None else read_conditioning(embeddings, zero_null=family.zero_null)
     )
     precision = chosen_precision(flags["precision"], target_device)
     for line in cost_lines(
@@ -189,7 +189,7 @@ def new(
     else:
         link_images(folder / "inputs", names)
     # Written before work.json, whose presence marks a complete folder.
-    write_conditions(folder / CONDITIONS, embeddings_by_name)
+    write_conditioning(folder / CONDITIONS, embeddings_by_name)
     work = Work(
         # The path is absolute, so that later commands can run in any folder. A bundled generator has a name
         # instead.
@@ -316,7 +316,7 @@ def conditioning_names(
     family: FlowFamily,
     prompts: Path | None,
     images: Path | None,
-    embeddings_by_name: "Conditions | None" = None,
+    embeddings_by_name: "Conditioning | None" = None,
 ) -> dict[str, Path | None]:
     """Return the names of the prompts or images on which the generator is conditioned.
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from eg3d_rlhf.core.cli import GroupedCommand, choose_device, option, together
+from eg3d_rlhf.core.cli import GroupedCommand, choose_device, combine_decorators, option
 from eg3d_rlhf.experiments.mode import running
 from eg3d_rlhf.modes.shared_flags import FOLDER, rare_option
 from eg3d_rlhf.tuning.flow.workspace.work_folder import BASE, SHOWN, TEST, Work
@@ -30,7 +30,7 @@ timeout_flag = rare_option(
     default=30,
     help="Longest time for which a process of torchrun waits for another process, in minutes.",
 )
-sampling_flags = together(
+sampling_flags = combine_decorators(
     rare_option(
         "--cells",
         metavar="N",

@@ -13,7 +13,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from eg3d_rlhf.core.cli import GroupedCommand, choose_device, option, options_of, rarely, together
+from eg3d_rlhf.core.cli import (
+    GroupedCommand,
+    choose_device,
+    combine_decorators,
+    mark_rare,
+    option,
+    options_from_settings,
+)
 from eg3d_rlhf.experiments.mode import Flags, flags_of, running
 from eg3d_rlhf.modes.circular_dpo import default_settings
 from eg3d_rlhf.modes.flow_flags import (
@@ -62,7 +69,7 @@ RARE = (
     "rounds",
 )
 _what_is_tuned_option = functools.partial(option, group="What is tuned")
-what_flags = together(
+what_flags = combine_decorators(
     _what_is_tuned_option("--loop", is_flag=True, help=LOOP_HELP),
     _what_is_tuned_option(
         "--stage",
@@ -105,11 +112,11 @@ what_flags = together(
 
 @click.command("tune", cls=GroupedCommand, job="flow tune")
 @work_argument
-@together(
+@combine_decorators(
     what_flags,
     device_flag,
-    options_of(EncodingSource),
-    rarely(RARE, together(tuning_flags, options_of(TrainConfig), loop_flags)),
+    options_from_settings(EncodingSource),
+    mark_rare(RARE, combine_decorators(tuning_flags, options_from_settings(TrainConfig), loop_flags)),
 )
 @click.pass_context
 def tune_command(context: click.Context, folder: Path, device: str, **flag_values) -> None:
@@ -266,13 +273,13 @@ def make_strip(work: Work, family: FlowFamily, problem: "Problem", tuning: Tunin
     from eg3d_rlhf.tuning.flow.workspace.sample_strips import Strip
 
     # Prompts of the selection split: assets of the test split must not be seen before the study.
-    prompts = [name for name in work.names(CHOOSE) if name in problem.choosing_conditions]
+    prompts = [name for name in work.names(CHOOSE) if name in problem.choosing_prompts]
     prompts = prompts[: tuning.circular.human.samples]
     if not prompts or not isinstance(family, Shows):
         return None
     # Half of the family's grid is coarse, but fast enough to be repeated during training.
     size = () if family.cells is None else (family.cells // 2,)
-    return Strip(pipeline=problem.pipeline, family=family, conditions=prompts, size=size)
+    return Strip(pipeline=problem.pipeline, family=family, prompts=prompts, size=size)
 
 
 def choose_folder(work: Work, record: dict) -> Path:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import click
 
 from eg3d_rlhf.core import bundled
-from eg3d_rlhf.core.cli import naming, option, options_of, together
+from eg3d_rlhf.core.cli import combine_decorators, option, options_from_settings, prefix_errors
 from eg3d_rlhf.experiments.mode import Flags, Mode
 from eg3d_rlhf.experiments.mode import flag as _flag
 from eg3d_rlhf.modes import MODES
@@ -199,7 +199,7 @@ def add_bundled_files(flags: Mapping) -> dict:
     if (cfg, given_flags.get("reward")) == ("heads64", "sigma"):
         reward = str(bundled.REWARD)
         if given_flags.get("rounds") or given_flags.setdefault("reward_ckpt", reward) == reward:
-            given_flags.setdefault("heldout_reward", str(bundled.WATCH))
+            given_flags.setdefault("heldout_reward", str(bundled.HELDOUT_REWARD))
     return given_flags
 
 
@@ -264,7 +264,7 @@ def resolve(flags: Mapping) -> Settings:
         from eg3d_rlhf.rewards.observations import OBSERVATIONS
 
         # an error in this block begins with the name --reward
-        with naming("--reward"):
+        with prefix_errors("--reward"):
             # The registry raises ValueError for an unknown name; the value is not needed here.
             OBSERVATIONS[reward]
         # A reward scores shapes, which an untrained generator does not produce.
@@ -285,7 +285,7 @@ def resolve(flags: Mapping) -> Settings:
         from eg3d_rlhf.generators import find_network
 
         # an error in this block begins with the name --init
-        with naming("--init"):
+        with prefix_errors("--init"):
             init = given_flags["init"] = str(find_network(init))
     file_settings = {} if init == "scratch" else read_network_settings(None if init == "bundled" else init)
     values = merge_preset(given_flags, file_settings)
@@ -302,7 +302,7 @@ def resolve(flags: Mapping) -> Settings:
             f"--control: {control} does not exist. Name the folder of a run with --lambda-r=0, or its"
             " summary.json."
         )
-    return Settings.of(values)
+    return Settings.from_values(values)
 
 
 def check_rounds(given_flags: Mapping, reward: str) -> None:
@@ -359,13 +359,13 @@ def read_network_settings(source: str | None) -> dict:
     Raises: ValueError that names --init, for a file that cannot be read.
     """
     # imported here, because --help must not load these modules
-    from eg3d_rlhf.generators import classes_of, find_network, pickles
+    from eg3d_rlhf.generators import find_network, network_classes, pickles
     from eg3d_rlhf.generators.pickles.rebuild import neural_rendering_resolution
     from training import storage
     from training.networks import EG3D
 
     # an error in this block begins with the name --init
-    with naming("--init"):
+    with prefix_errors("--init"):
         path = find_network(source)
         # A pickle of EG3D is parsed; the code in it is not run.
         if path.suffix.lower() == ".pkl":
@@ -377,7 +377,7 @@ def read_network_settings(source: str | None) -> dict:
         else:
             metadata = storage.read_meta(path, "network")
             # raises ValueError for an architecture that is not registered
-            classes_of(metadata.get("architecture", EG3D))
+            network_classes(metadata.get("architecture", EG3D))
             G = metadata["G_kwargs"]
             D = metadata["D_kwargs"]
             resolution = metadata.get("neural_rendering_resolution")
@@ -435,7 +435,7 @@ _IGNORED = (
 _OF_EG3D = ("gpus", *(name.removeprefix("--").replace("-", "_") for name, _, _ in _IGNORED))
 _run_option = functools.partial(option, group=RUN)
 
-gan_flags = together(
+gan_flags = combine_decorators(
     _run_option(
         "--resume-previous",
         is_flag=True,
@@ -446,7 +446,7 @@ gan_flags = together(
         is_flag=True,
         help="Skip the evaluation at the end of a run with a reward, which compares it with its start.",
     ),
-    options_of(*GROUPS),
+    options_from_settings(*GROUPS),
     option(
         "--gpus",
         group=EG3D,
@@ -544,7 +544,7 @@ def recorded(source: Path, flags: Flags, ranks: "Ranks") -> Settings:
                 f"--kimg={changes['kimg']:g} cannot be combined with --resume for a run of rounds, whose"
                 " length is fixed. Remove --kimg, or start a new run."
             )
-        return Settings.of({**options, **changes})
+        return Settings.from_values({**options, **changes})
     if (source / OPTIONS).is_file() and not checkpoint.available(source):
         recorded_by(source, "gan")  # raises ValueError if the folder belongs to another mode
     # The first process reads the checkpoint and sends the settings to the other processes.
@@ -553,7 +553,7 @@ def recorded(source: Path, flags: Flags, ranks: "Ranks") -> Settings:
         if ranks.main
         else None
     )
-    return Settings.of({**version_0_1.settings(state), **changes})
+    return Settings.from_values({**version_0_1.settings(state), **changes})
 
 
 def resume_source(source: Path, ranks: "Ranks") -> Path:
@@ -606,7 +606,7 @@ def open_gan(settings: Settings, run: "Run") -> "Objects | None":
     # Compares the hashes of the input files with the record before any file is loaded. None: all settings may
     # differ, because the checkpoint's settings are used.
     run.resume(free=None)
-    return gan.go_on(
+    return gan.resume(
         settings, run, resume_source(run.resumed, run.ranks), may_use_previous(run.flags, run.ranks)
     )
 
@@ -643,12 +643,16 @@ def work(settings: Settings, objects: "Objects | None", run: "Run") -> None:
         and not settings.run.no_summary
     ):
         from eg3d_rlhf.evaluation.summary import Evaluation, finish
-        from eg3d_rlhf.generators import of
+        from eg3d_rlhf.generators import as_generator
 
         settings_and_hashes = {**settings.to_dict(), "hashes": run.hashes()}
         finish(
             Evaluation(
-                settings_and_hashes, of(objects.before), objects.reward, objects.monitor, objects.early_stop
+                settings_and_hashes,
+                as_generator(objects.before),
+                objects.reward,
+                objects.monitor,
+                objects.early_stop,
             ),
             objects.loop,
             run.began,
@@ -671,7 +675,7 @@ def tune_in_rounds(settings: Settings, folder: Path, flags: Mapping) -> None:
         resume_flags = Flags(
             {"resume_previous": flags.get("resume_previous", False), "workers": settings.run.workers}
         )
-        GAN.go_on(GAN.read(folder, resume_flags), folder, resume_flags)
+        GAN.resume(GAN.read(folder, resume_flags), folder, resume_flags)
     else:
         GAN.begin(settings, folder)
 

@@ -13,7 +13,7 @@ from dataclasses import asdict
 import click
 
 from eg3d_rlhf.core import bundled
-from eg3d_rlhf.core.cli import GroupedCommand, choose_device, naming, option
+from eg3d_rlhf.core.cli import GroupedCommand, choose_device, option, prefix_errors
 from eg3d_rlhf.modes.shared_flags import PATH, count_option, print_json, shared
 from training.convert_settings import TRANSFORMS, ConvertOptions
 from training.progress import tqdm
@@ -120,7 +120,7 @@ def convert(
         transform=transform, resolution=size, max_images=max_images, mirror=mirror, labels=labels
     )
     # `naming` puts the flag in front of the messages of errors in its block.
-    with naming("--source"):
+    with prefix_errors("--source"):
         # synthetic heads are rendered into a folder at their first use
         path = resolve_dataset(source)
         count = len(ImageFiles(path).images)
@@ -242,7 +242,7 @@ def metrics(network, data, mirror, inception, metrics, n, seed, batch, outdir, d
     # Loaded before the dataset, because the network's run names its dataset.
     target = choose_device(device)
     # an error in this block begins with the name --network
-    with naming("--network"):
+    with prefix_errors("--network"):
         generator = load_generator(network, target)
     run_options = training_options(generator.path)
     # --data, else the dataset of the network's run, else the dataset of the bundled generator
@@ -275,10 +275,10 @@ def metrics(network, data, mirror, inception, metrics, n, seed, batch, outdir, d
         click.echo(json.dumps(settings))
         return
     # an error in this block begins with the name --inception
-    with naming("--inception"):
+    with prefix_errors("--inception"):
         features = load_features(inception, target)
     # an error in this block begins with the name --data
-    with naming("--data"):
+    with prefix_errors("--data"):
         # c_dim: a camera label has 16 numbers of cam2world and 9 intrinsics
         dataset = ImageFolderDataset(resolve_dataset(data), c_dim=25, xflip=mirror)
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from eg3d_rlhf.core import bundled
-from eg3d_rlhf.core.cli import naming, numbers_of, option, options_of, together
+from eg3d_rlhf.core.cli import combine_decorators, option, options_from_settings, parse_numbers, prefix_errors
 from eg3d_rlhf.evaluation.inversion.settings import PUBLISHED, InversionConfig
 from eg3d_rlhf.experiments.mode import Flags, Mode
 from eg3d_rlhf.modes.shared_flags import FILE, rare_option, shared
@@ -34,7 +34,7 @@ def parse_weights(text: str) -> list[float]:
 
     Raises: ValueError unless they are distinct finite numbers >= 0, and for an empty list.
     """
-    weights = sorted(numbers_of("--weights", text))
+    weights = sorted(parse_numbers("--weights", text))
     # Files are named by the text of a weight, so weights with equal texts would overwrite each other's files.
     text_count = len({f"{weight:g}" for weight in weights})
     if not all(math.isfinite(weight) and weight >= 0 for weight in weights) or text_count < max(
@@ -155,14 +155,14 @@ def open_setup(settings: InversionRun, run: "Run") -> "Setup":
     if settings.turns:
         check_mp4("orbit.mp4")
     # an error in this block begins with the name --network
-    with naming("--network"):
+    with prefix_errors("--network"):
         loaded = load_generator(settings.network, run.device)
     generator = loaded.generator
     # an error in this block begins with the name --camera
-    with naming("--camera"):
+    with prefix_errors("--camera"):
         camera_label = parse_camera(generator, settings.camera)
     # an error in this block begins with the name --perceptual
-    with naming("--perceptual"):
+    with prefix_errors("--perceptual"):
         features = load_perceptual(
             None if settings.perceptual is None else Path(settings.perceptual),
             generator.img_resolution,
@@ -178,7 +178,7 @@ def open_setup(settings: InversionRun, run: "Run") -> "Setup":
     for flag, path in files.items():
         if path is not None:
             # an error names the flag of the file that caused it
-            with naming(f"--{flag}"):
+            with prefix_errors(f"--{flag}"):
                 rewards[flag] = load_reward(path, run.device)
             check_reward(rewards[flag], generator, f"--{flag}")
     reward = rewards.get("reward-ckpt")
@@ -207,7 +207,7 @@ def open_setup(settings: InversionRun, run: "Run") -> "Setup":
         ]
     else:
         # an error in this block begins with the name --latents
-        with naming("--latents"):
+        with prefix_errors("--latents"):
             # a seed that is listed twice is used once
             seeds = dict.fromkeys(parse_seeds(settings.latents or ""))
         targets = [of_seed(generator, seed, camera_label, settings.psi) for seed in seeds]
@@ -291,7 +291,7 @@ def finish(inversions: "Inversions", shape_res: int, turns: int) -> None:
     click.echo(f"\nWritten to {folder}: {page.name} (open it in a browser), inversion.json, targets/")
 
 
-_FLAGS = together(
+_FLAGS = combine_decorators(
     _target_option(
         "--image",
         metavar="FILE",
@@ -379,7 +379,7 @@ _FLAGS = together(
             " flags override them."
         ),
     ),
-    options_of(InversionConfig),
+    options_from_settings(InversionConfig),
     rare_option(
         "--shown",
         type=click.IntRange(min=0),

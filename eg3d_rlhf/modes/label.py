@@ -14,7 +14,14 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.shell_completion import CompletionItem
 
-from eg3d_rlhf.core.cli import GroupedCommand, GroupedGroup, check_extra, naming, option, options_of
+from eg3d_rlhf.core.cli import (
+    GroupedCommand,
+    GroupedGroup,
+    check_extra,
+    option,
+    options_from_settings,
+    prefix_errors,
+)
 from eg3d_rlhf.modes.annotators import PEOPLE, database, known_database
 from eg3d_rlhf.people.label import launch
 from eg3d_rlhf.people.label.db_flag import DATABASE, DB, EXTRA, open_store, sqlite_file, store_exists
@@ -98,7 +105,7 @@ class LabelGroup(GroupedGroup):
     help="Coordinate axis that points up in the assets of --assets.",
 )
 # Flags of the choice of the pairs: number, strategy, seeds.
-@options_of(PairingOptions)
+@options_from_settings(PairingOptions)
 @_pairs_option(
     "--reward",
     "rewards",
@@ -119,7 +126,7 @@ class LabelGroup(GroupedGroup):
     ),
 )
 # Flags of the page, such as the share of pairs that are shown twice.
-@options_of(CampaignSettings)
+@options_from_settings(CampaignSettings)
 @_pairs_option(
     "--show-render/--no-show-render",
     default=False,
@@ -183,7 +190,7 @@ def main(
     ctx.obj = db
     # With a subcommand, this function does nothing else: click calls the subcommand next.
     if ctx.invoked_subcommand is not None:
-        launch.refuse_flags_before(ctx, "db")
+        launch.reject_flags_before(ctx, "db")
         return
     # Fails at once if the packages of the label server are not installed.
     check_extra(EXTRA)
@@ -211,7 +218,7 @@ def server_of(flags: Mapping, db: str) -> launch.ServerFlags:
     """
     # The database of a database server has no folder, so its access log is written to runs/labels.
     path = sqlite_file(db)
-    return launch.ServerFlags.of(flags, path.parent if path else Path("runs/labels"))
+    return launch.ServerFlags.from_flags(flags, path.parent if path else Path("runs/labels"))
 
 
 def _request(
@@ -263,7 +270,7 @@ def _request(
     from eg3d_rlhf.generators import find_network
 
     # an error in this block begins with the name --network
-    with naming("--network"):
+    with prefix_errors("--network"):
         network_file = find_network(network).resolve() if network else None
         if network_file is not None and not network_file.is_file():
             raise FileNotFoundError(f"{network} does not exist. Name a network file or a run folder.")

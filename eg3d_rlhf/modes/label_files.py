@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from eg3d_rlhf.core.cli import GroupedCommand, choose_device, naming, option, options_of
+from eg3d_rlhf.core.cli import GroupedCommand, choose_device, option, options_from_settings, prefix_errors
 from eg3d_rlhf.modes.shared_flags import FILE, file_option, print_json, shared
 from eg3d_rlhf.preferences.labels import write_labels
 from eg3d_rlhf.preferences.settings import DRAWS, AnnotationOptions
@@ -24,7 +24,7 @@ from training.storage import write_atomic
     network={"type": click.Path(path_type=Path, exists=True), "help": "Generator to sample and label."},
 )
 # Settings of the simulated annotator, and of the samples that it labels.
-@options_of(AnnotationOptions)
+@options_from_settings(AnnotationOptions)
 @option(
     "--randomised",
     is_flag=True,
@@ -117,7 +117,7 @@ def read_fixed_ratings(path: Path | None) -> dict[str, dict[str, float]]:
     if path is None:
         return {}
     # an error in this block begins with the name --held
-    with naming("--held"):
+    with prefix_errors("--held"):
         try:
             tables = json.loads(path.read_text())
             return {

@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from eg3d_rlhf.core.cli import GroupedCommand, choose_device, option, options_of, seeds_of, together
+from eg3d_rlhf.core.cli import (
+    GroupedCommand,
+    choose_device,
+    combine_decorators,
+    option,
+    options_from_settings,
+    seeds_of,
+)
 from eg3d_rlhf.experiments.mode import Flags
 from eg3d_rlhf.modes.flow_flags import make_source
 from eg3d_rlhf.modes.shared_flags import file_option, name_option, shared, whole_option
@@ -19,7 +26,7 @@ if TYPE_CHECKING:
 
 
 @click.command("latent", cls=GroupedCommand, job="reward latent")
-@together(options_of(ProblemSource))
+@combine_decorators(options_from_settings(ProblemSource))
 @name_option(
     "--stage",
     group="What is trained",
@@ -78,7 +85,7 @@ def latent(stage: str | None, seed: int, seeds: str | None, out: Path, device: s
     click.echo("\n".join(format_comparison(comparison)))
     click.echo(
         f"\n{save(out, reward)}: stage {stage_name}, training seed {training_seeds[0]}. {comparison.pairs}"
-        f" pairs for {comparison.conditions} held-out prompts; {len(training_seeds)} trainings; brackets:"
+        f" pairs for {comparison.prompts} held-out prompts; {len(training_seeds)} trainings; brackets:"
         " 95 % interval over pairs, clustered by prompt."
     )
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from eg3d_rlhf.core.cli import option, options_of, seeds_of, together
+from eg3d_rlhf.core.cli import combine_decorators, option, options_from_settings, seeds_of
 from eg3d_rlhf.experiments.mode import Flags, Mode
 from eg3d_rlhf.modes import MODES
 from eg3d_rlhf.rewards.meshes.settings import MeshRewardTraining
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 NAME = "mesh-reward"
 
-flags = together(
-    options_of(MeshRewardTraining),
+flags = combine_decorators(
+    options_from_settings(MeshRewardTraining),
     option(
         "--seeds",
         group="Run",
@@ -112,7 +112,7 @@ def open_training(run_settings: MeshRewardRun, run: "Run") -> "MeshTraining | No
     # imported here, because --help must not load these modules
     import torch
 
-    from eg3d_rlhf.rewards.meshes.mesh_reward_training import MeshTraining, meshes_of
+    from eg3d_rlhf.rewards.meshes.mesh_reward_training import MeshTraining, open_meshes
 
     # With one thread, sums have a fixed order, so the same command writes the same bytes on the same machine.
     torch.set_num_threads(1)
@@ -122,7 +122,7 @@ def open_training(run_settings: MeshRewardRun, run: "Run") -> "MeshTraining | No
     if run_settings.seeds is not None:
         return None
     with mesh_progress_bar(options) as shapes:
-        return MeshTraining(options, meshes_of(options, shapes.update))
+        return MeshTraining(options, open_meshes(options, shapes.update))
 
 
 def mesh_progress_bar(options: MeshRewardTraining) -> tqdm:

@@ -54,7 +54,7 @@ def describe_networks(source: str | Path | None, seeds: int = 256) -> dict[str, 
     Raises: ValueError or OSError of `load_networks` for a file that cannot be loaded.
     """
     # imported here, because --help must not load this module
-    from eg3d_rlhf.generators import find_network, load_networks, of
+    from eg3d_rlhf.generators import as_generator, find_network, load_networks
 
     nets = load_networks(find_network(source))
     G = nets.G_ema
@@ -74,7 +74,8 @@ def describe_networks(source: str | Path | None, seeds: int = 256) -> dict[str, 
     if not hasattr(G, "plane_layout"):
         return general | {
             "generator": {
-                name: getattr(of(G), name) for name in ("z_dim", "w_dim", "num_ws", "img_resolution", "level")
+                name: getattr(as_generator(G), name)
+                for name in ("z_dim", "w_dim", "num_ws", "img_resolution", "level")
             }
         }
     # the layout says onto which coordinates the three planes project
@@ -244,7 +245,7 @@ def convert(file: Path, out: Path, only_ema: bool, overwrite: bool, tri_grid: fl
     """
     # Imported here, so that --help is printed without loading these modules.
     from eg3d_rlhf.generators import find_network, load_networks
-    from eg3d_rlhf.generators.conversion import check_suffix, foreign_sizes, to_tri_grid, write
+    from eg3d_rlhf.generators.conversion import check_suffix, settings_unknown_to_eg3d, to_tri_grid, write
 
     # Checked before the network is read, which takes time.
     check_suffix(out)
@@ -263,7 +264,7 @@ def convert(file: Path, out: Path, only_ema: bool, overwrite: bool, tri_grid: fl
             f" of the planes: {residual:.2g}."
         )
     # settings of this network that are constants in the code of EG3D, with other values
-    sizes = foreign_sizes(nets)
+    sizes = settings_unknown_to_eg3d(nets)
     # The format of this project stores these sizes, a plain state dict does not.
     if out.suffix != ".safetensors" and sizes:
         click.echo(

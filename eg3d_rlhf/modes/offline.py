@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eg3d_rlhf.core.cli import option, options_of, together
+from eg3d_rlhf.core.cli import combine_decorators, option, options_from_settings
 from eg3d_rlhf.experiments.mode import Flags
 from eg3d_rlhf.models.lora_settings import LoraConfig
 from eg3d_rlhf.modes import MODES
@@ -87,8 +87,8 @@ def default_run(pipeline: str, loss: str) -> OfflineRun:
     return OfflineRun(singles=SinglesConfig(loss=loss), dpo=TrainConfig(), evaluation=Evaluation(batch=4))
 
 
-what_flags = together(
-    options_of(OfflineSource),
+what_flags = combine_decorators(
+    options_from_settings(OfflineSource),
     option(
         "--assets",
         group=WHAT,
@@ -112,7 +112,7 @@ what_flags = together(
     ),
     stage_flag,
 )
-train_flags = together(tuning_flags, options_of(SinglesConfig))
+train_flags = combine_decorators(tuning_flags, options_from_settings(SinglesConfig))
 arms_flag = option(
     "--arms",
     group=TABLE,
@@ -245,7 +245,7 @@ OFFLINE = make_arms_mode(
     check_opened,
     resolve=resolve,
     defaults=lambda flags: shown_by_help(resolve(flags)),
-    flags=together(what_flags, train_flags, arms_flag, arms_table_flags),
+    flags=combine_decorators(what_flags, train_flags, arms_flag, arms_table_flags),
     help=f"""Tune one stage of a flow generator on people's labels of single assets, by default the bundled
     toy. The labels are thumbs or scores (--loss={LOSSES[0]}), or rankings that are not split into pairs
     (--loss={LOSSES[1]}). The training generates no samples except for win rates. --resume=RUN resumes a run

@@ -8,7 +8,7 @@ network is trained towards the assets with higher scores in their group. Both mo
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING
 
-from eg3d_rlhf.core.cli import option, options_of, together
+from eg3d_rlhf.core.cli import combine_decorators, option, options_from_settings
 from eg3d_rlhf.experiments.mode import Flags, Mode
 from eg3d_rlhf.models.lora_settings import LoraConfig
 from eg3d_rlhf.modes import MODES
@@ -38,7 +38,7 @@ from eg3d_rlhf.tuning.flow.training.online.settings import (
     divided,
     weighed,
 )
-from eg3d_rlhf.tuning.flow.training.online.settings import OWN as OWN_REWARD
+from eg3d_rlhf.tuning.flow.training.online.settings import PROBLEM_REWARD as OWN_REWARD
 from eg3d_rlhf.tuning.flow.training.settings import ArmsSource, DpoConfig, StageTraining, TrainConfig
 
 if TYPE_CHECKING:
@@ -151,8 +151,8 @@ def default_run(pipeline: str, preset: str = "nft") -> OnlineRun:
     return OnlineRun(losses=losses, dpo=TrainConfig(), evaluation=Evaluation(batch=4))
 
 
-what_flags = together(
-    options_of(ArmsSource),
+what_flags = combine_decorators(
+    options_from_settings(ArmsSource),
     stage_flag,
     option(
         "--reward",
@@ -176,7 +176,7 @@ what_flags = together(
         ),
     ),
 )
-train_flags = together(tuning_flags, options_of(OnlineConfig))
+train_flags = combine_decorators(tuning_flags, options_from_settings(OnlineConfig))
 arms_flag = option(
     "--arms",
     group=TABLE,
@@ -331,7 +331,7 @@ def make_online_mode(name: str, preset: str) -> Mode:
         lambda settings: settings.arms[0] if len(settings.arms) == 1 else "arms",
         open_online,
         check_opened,
-        flags=together(what_flags, train_flags, arms_flag, arms_table_flags),
+        flags=combine_decorators(what_flags, train_flags, arms_flag, arms_table_flags),
         resolve=lambda flags: resolve(flags, preset),
         defaults=lambda flags: shown_by_help(resolve(flags, preset)),
         help=f"""Tune one stage of a flow generator online with rewards, by default the bundled toy. This mode

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from eg3d_rlhf.core.cli import GroupedCommand, option, some_of
+from eg3d_rlhf.core.cli import GroupedCommand, option, parse_names
 from eg3d_rlhf.modes.shared_flags import print_json, shared
 from eg3d_rlhf.tuning.gan.settings import DEMO_KIMG
 
@@ -52,7 +52,7 @@ def report_commands(out: Path, runs: dict[str, Path], seed: int, only: list[str]
         only: names of the reports to write.
     """
     # imported here, because --help must not load this module
-    from eg3d_rlhf.evaluation.trainings import DOOR
+    from eg3d_rlhf.evaluation.trainings import PACKAGE
 
     # The tuned run is compared with its control where a report has both flags.
     run_flags = [f"--after={runs['tuned']}", f"--control={runs['control']}"]
@@ -64,7 +64,7 @@ def report_commands(out: Path, runs: dict[str, Path], seed: int, only: list[str]
         "sweep": [*SWEEP, f"--seeds={seed}"],
     }
     return {
-        name: [DOOR, "report", name, *flags[name], f"--outdir={out / name}"]
+        name: [PACKAGE, "report", name, *flags[name], f"--outdir={out / name}"]
         for name in REPORTS
         if name in only
     }
@@ -117,7 +117,7 @@ def report_all(outdir: Path, only: str, kimg: float, seed: int, dry_run: bool) -
     from eg3d_rlhf.evaluation.trainings import call, make_in_terminal
 
     # raises ValueError for an unknown name
-    report_names = some_of("--only", only, REPORTS)
+    report_names = parse_names("--only", only, REPORTS)
     trainings_by_role = trainings(outdir, kimg, seed)
     # --dry-run ends here; nothing has been written so far
     if dry_run:

@@ -12,7 +12,15 @@ from pathlib import Path
 import click
 
 from eg3d_rlhf.core import bundled
-from eg3d_rlhf.core.cli import GroupedCommand, aligned, choose_device, file_hash, numbers_of, option, some_of
+from eg3d_rlhf.core.cli import (
+    GroupedCommand,
+    aligned,
+    choose_device,
+    file_hash,
+    option,
+    parse_names,
+    parse_numbers,
+)
 from eg3d_rlhf.core.seeds import LATENTS
 from eg3d_rlhf.evaluation.comparison_sources import Sources
 from eg3d_rlhf.evaluation.reward_comparison_entries import ENTRIES
@@ -113,7 +121,7 @@ def controlled_study(
         # number of label sets; all sets after the first are drawn by the simulated annotator
         draws=label_sets,
         # in the order of ARMS, whatever the order in --only
-        arms=[name for name in ARMS if name in {LABELS, *some_of("--only", only, ARMS)}],
+        arms=[name for name in ARMS if name in {LABELS, *parse_names("--only", only, ARMS)}],
         seeds=list(dict.fromkeys(parse_seeds(seeds))),
         # split like a command line, so that quoted values may contain spaces
         train=tuple(shlex.split(train)),
@@ -182,7 +190,7 @@ def rewards(outdir: Path, only: str, seeds: str, full: bool, jobs: int, dry_run:
     from eg3d_rlhf.experiments.media.rendering import parse_seeds
 
     # raises ValueError for an unknown name
-    entry_names = some_of("--only", only, ENTRIES)
+    entry_names = parse_names("--only", only, ENTRIES)
     # version 0.1 named this folder otherwise; results in the old folder are used again
     outdir = version_0_1.outdir(outdir)
     # a seed that is listed twice is used once
@@ -320,7 +328,7 @@ def sweep(
     # axes of the grid, and the types of their numbers; the other flags belong to the sampling
     axis_types = {"lambda_r": float, "lambda_sigma": float, "seeds": int}
     axis_values = [
-        numbers_of(f"--{name.replace('_', '-')}", grid_and_sampling[name], axis_type)
+        parse_numbers(f"--{name.replace('_', '-')}", grid_and_sampling[name], axis_type)
         for name, axis_type in axis_types.items()
     ]
     sampling = {name: value for name, value in grid_and_sampling.items() if name not in axis_types}

@@ -435,7 +435,7 @@ def images(outdir, device, dry_run, pairs, **sources) -> None:
     """
     # Imported here, so that --help is printed without loading these modules.
     from eg3d_rlhf.evaluation.comparison import load_comparison
-    from eg3d_rlhf.evaluation.run_images import CHANGED, PAIRS, pairs_sheet, surface_change, write_pictures
+    from eg3d_rlhf.evaluation.run_images import CHANGED, PAIRS, pairs_sheet, surface_change, write_images
     from eg3d_rlhf.experiments.media.rendering import png
 
     comparison = load_comparison(Sources(device=choose_device(device), **sources))
@@ -451,7 +451,7 @@ def images(outdir, device, dry_run, pairs, **sources) -> None:
         write_atomic(folder / PAIRS, png(pairs_sheet(comparison, pairs)))
         click.echo(f"Written to {folder}: {PAIRS}")
         return
-    written = write_pictures(comparison, folder)
+    written = write_images(comparison, folder)
     # computed on the same held-out latents as in summary.json
     click.echo(json.dumps(surface_change(comparison, EVALUATION.take(CHANGED))))
     click.echo(f"Written to {folder}: {', '.join(written)}")

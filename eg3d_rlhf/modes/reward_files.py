@@ -7,7 +7,7 @@ import tempfile
 
 import click
 
-from eg3d_rlhf.core.cli import GroupedCommand, choose_device, naming, option
+from eg3d_rlhf.core.cli import GroupedCommand, choose_device, option, prefix_errors
 from eg3d_rlhf.core.seeds import SCALES
 from eg3d_rlhf.core.spec import LATTICES
 from eg3d_rlhf.modes.shared_flags import PATH, file_option, print_json, shared
@@ -75,7 +75,7 @@ def join(rewards, out, aggregate, strength, network, batch, device, dry_run) -> 
     # The paths are recorded in the ensemble file.
     members = {str(path): load_reward(path, choose_device(device)) for path in rewards}
     # an error in this block begins with the name --network
-    with naming("--network"):
+    with prefix_errors("--network"):
         generator = load_generator(network, choose_device(device))
     with tqdm(total=SCALES.count, desc="scales", unit="shape", dynamic_ncols=True) as bar:
         # Each member scores the same untuned samples, from which its mean and standard deviation follow.
@@ -147,10 +147,10 @@ def release(source, out, transform, lattice, network, latents, device, dry_run) 
     from eg3d_rlhf.rewards.reward import check_reward
 
     # an error in this block begins with the name --latents
-    with naming("--latents"):
+    with prefix_errors("--latents"):
         seeds = [] if latents == "none" else parse_seeds(latents)
     # The folder receives the example of synthetic:reward. Weights are loaded as tensors; no code is executed.
-    with naming("SOURCE"), tempfile.TemporaryDirectory() as folder:
+    with prefix_errors("SOURCE"), tempfile.TemporaryDirectory() as folder:
         reward = import_release(
             write_example(folder) if source == "synthetic:reward" else source, transform, lattice
         )
@@ -159,7 +159,7 @@ def release(source, out, transform, lattice, network, latents, device, dry_run) 
         print_json(reward.describe())
         return
     # an error in this block begins with the name --out
-    with naming("--out"):
+    with prefix_errors("--out"):
         path = reward.save(out)
     parameters = sum(parameter.numel() for parameter in reward.parameters())
     click.echo(
@@ -170,7 +170,7 @@ def release(source, out, transform, lattice, network, latents, device, dry_run) 
         return
     target_device = choose_device(device)
     # an error in this block begins with the name --network
-    with naming("--network"):
+    with prefix_errors("--network"):
         generator = load_generator(network, target_device).generator
         # raises ValueError if the reward cannot read the densities of this generator
         check_reward(reward, generator)

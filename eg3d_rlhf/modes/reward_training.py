@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from eg3d_rlhf.core.cli import option, options_of, together
+from eg3d_rlhf.core.cli import combine_decorators, option, options_from_settings
 from eg3d_rlhf.experiments.mode import Flags, Mode
 from eg3d_rlhf.modes import MODES
 from eg3d_rlhf.modes.shared_flags import FOLDER, PATH, name_option, rare_option
@@ -41,7 +41,7 @@ STORE = "Labels of a store"
 _rare_store_option = functools.partial(option, group=STORE, rare=True)
 _data_option = functools.partial(option, group="Data")
 
-reward_flags = together(
+reward_flags = combine_decorators(
     _data_option(
         # Labels, and the generator whose samples are generated again.
         "--labels",
@@ -165,7 +165,7 @@ reward_flags = together(
             " coarse or resnet50, and with the ending -3 for three views."
         ),
     ),
-    options_of(RewardRun),
+    options_from_settings(RewardRun),
     rare_option(
         # None as default: by default only ensembles resample their training pairs.
         "--bootstrap/--no-bootstrap",
@@ -328,10 +328,10 @@ def open_label_source(
     if unpaired is None or Path(labels) != unpaired:
         return source
     # imported here, because --help must not load this module
-    from eg3d_rlhf.preferences.unpaired import source_of_unpaired
+    from eg3d_rlhf.preferences.unpaired import unpaired_source
 
     # `split_seed` decides which shapes form a pair.
-    return source_of_unpaired(Path(labels), split_seed)
+    return unpaired_source(Path(labels), split_seed)
 
 
 def open_run(settings: RewardRun, run: "Run") -> "Opened":
@@ -345,9 +345,9 @@ def open_run(settings: RewardRun, run: "Run") -> "Opened":
 def work(settings: RewardRun, opened: "Opened", run: "Run") -> None:
     """Train the reward, evaluate it on held-out labels, and write the results into the run folder."""
     # imported here, because --help must not load this module
-    from eg3d_rlhf.rewards.training_run import train_and_judge
+    from eg3d_rlhf.rewards.training_run import train_and_evaluate
 
-    train_and_judge(settings, opened, run)
+    train_and_evaluate(settings, opened, run)
 
 
 def read_settings(folder: Path, flags: Flags, ranks: "Ranks") -> RewardRun:
@@ -418,7 +418,7 @@ class RewardMode(Mode[RewardRun]):
                 " another folder with --run-dir."
             )
         if has_state:
-            return self.go_on(settings, folder, flags, ranks)
+            return self.resume(settings, folder, flags, ranks)
         # no run in the folder yet
         return self.begin(settings, folder, flags, ranks)
 

@@ -11,7 +11,7 @@ from dataclasses import asdict, replace
 import click
 
 from eg3d_rlhf.core import bundled
-from eg3d_rlhf.core.cli import GroupedCommand, choose_device, naming, option, together
+from eg3d_rlhf.core.cli import GroupedCommand, choose_device, combine_decorators, option, prefix_errors
 from eg3d_rlhf.core.seeds import EVALUATION
 from eg3d_rlhf.evaluation.comparison_sources import Sources
 from eg3d_rlhf.experiments.media.settings import CAMERAS, FFHQ_FOV, MODES
@@ -26,7 +26,7 @@ YAWS = (0.4, 0.0, -0.4)
 PITCH = -0.2
 SURFACE = MeshOptions()
 _PSI = {"default": 1.0, "type": click.FloatRange(min=0)}
-_sampling = together(
+_sampling = combine_decorators(
     shared(
         "outdir network latents psi",
         "cutoff",
@@ -57,7 +57,7 @@ def _shapes(rare: bool = False):
         rare: True to make all flags except --shapes settings that only --help-all shows and --set sets.
     """
     # The defaults equal the defaults of EG3D's scripts.
-    return together(
+    return combine_decorators(
         _shapes_option(
             "--shapes",
             metavar="BOOL",
@@ -128,10 +128,10 @@ def images(outdir, network, latents, psi, cutoff, shape_format, device, dry_run,
     from eg3d_rlhf.geometry.mesh_export import save_shape, shape_suffix
 
     # EG3D's tool calls this flag --seeds, other jobs of this project --latents; both spellings are accepted.
-    with naming("--seeds"):
+    with prefix_errors("--seeds"):
         seeds = rendering.parse_seeds(latents)
     # an error in this block begins with the name --shape-format
-    with naming("--shape-format"):
+    with prefix_errors("--shape-format"):
         suffix = shape_suffix(shape_format)
     # --dry-run ends here; nothing has been written so far
     if dry_run:
@@ -148,7 +148,7 @@ def images(outdir, network, latents, psi, cutoff, shape_format, device, dry_run,
         print_json(settings)
         return
     # an error in this block begins with the name --network
-    with naming("--network"):
+    with prefix_errors("--network"):
         generator = load_generator(network, choose_device(device)).generator
     # `or` would be wrong: 0 is a valid border.
     border = generator.bounds.border if view_options["shape_border"] is None else view_options["shape_border"]
@@ -292,10 +292,10 @@ def videos(
     from eg3d_rlhf.geometry.mesh_export import save_shape, shape_suffix
 
     # an error in this block begins with the name --seeds
-    with naming("--seeds"):
+    with prefix_errors("--seeds"):
         seeds = rendering.parse_seeds(latents)
     # an error in this block begins with the name --grid
-    with naming("--grid"):
+    with prefix_errors("--grid"):
         # Two positive integers; leading zeros are allowed.
         cells = re.fullmatch(r"0*([1-9]\d*)x0*([1-9]\d*)", grid.lower())
         if cells is None:
@@ -305,7 +305,7 @@ def videos(
         # `film` holds the flags that have the names of fields
         options = FilmOptions(grid=(int(cells[1]), int(cells[2])), **film)
     # an error in this block begins with the name --shape-format
-    with naming("--shape-format"):
+    with prefix_errors("--shape-format"):
         suffix = shape_suffix(shape_format)
     # name of the video -> its seeds
     groups = {"interpolation": seeds} if interpolate else {str(seed): [seed] for seed in seeds}
@@ -313,7 +313,7 @@ def videos(
     if not interpolate and options.keyframes is None:
         options = replace(options, keyframes=1)
     # an error in this block begins with the name --seeds
-    with naming("--seeds"):
+    with prefix_errors("--seeds"):
         # number of frames of each video
         frame_counts = {name: len(options.cells(group)[0]) * options.frames for name, group in groups.items()}
     # --dry-run ends here; nothing has been written so far
@@ -339,7 +339,7 @@ def videos(
     # Fails before the generator is loaded if the video encoder is missing.
     check_mp4(outdir / "interpolation.mp4")
     # an error in this block begins with the name --network
-    with naming("--network"):
+    with prefix_errors("--network"):
         generator = load_generator(network, choose_device(device)).generator
     surface = MeshOptions(resolution=shape_res, border=generator.bounds.border, component="all")
     cameras = rendering.cameras_of(generator, **CAMERAS.get(cfg, {}))
@@ -438,7 +438,7 @@ def mesh(out, network, seed, psi, cutoff, device, dry_run, **settings) -> None:
     # raises ValueError for a value outside its range
     options = MeshOptions(**settings)
     # an error in this block begins with the name --out
-    with naming("--out"):
+    with prefix_errors("--out"):
         check_mesh_suffix(out, "samples mesh")
     # settings of the sample, which the report of the mesh records
     latent = {"seed": seed, "trunc": psi, "trunc_cutoff": cutoff, "noise_mode": "const"}
@@ -454,7 +454,7 @@ def mesh(out, network, seed, psi, cutoff, device, dry_run, **settings) -> None:
         print_json(resolved)
         return
     # an error in this block begins with the name --network
-    with naming("--network"):
+    with prefix_errors("--network"):
         loaded = load_generator(network, choose_device(device))
     with rendering.StageBar() as bar:
         # stage, number of finished units, number of units
@@ -525,7 +525,7 @@ def sheet(outdir, network, data, latents, shapes, psi, device, dry_run) -> None:
     from training.synthetic_heads import resolve_dataset
 
     # an error in this block begins with the name --latents
-    with naming("--latents"):
+    with prefix_errors("--latents"):
         seeds = rendering.parse_seeds(latents)
     # --dry-run ends here; nothing has been written so far
     if dry_run:
@@ -541,10 +541,10 @@ def sheet(outdir, network, data, latents, shapes, psi, device, dry_run) -> None:
         print_json(settings)
         return
     # an error in this block begins with the name --network
-    with naming("--network"):
+    with prefix_errors("--network"):
         generator = load_generator(network, choose_device(device)).generator
     # an error in this block begins with the name --data
-    with naming("--data"):
+    with prefix_errors("--data"):
         # cameras of the dataset's images are the cameras of the samples beside them
         dataset = ImageFolderDataset(resolve_dataset(data), use_labels=True, c_dim=25)
         if len(dataset) < len(seeds):

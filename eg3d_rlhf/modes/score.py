@@ -11,7 +11,7 @@ from pathlib import Path
 
 import click
 
-from eg3d_rlhf.core.cli import GroupedCommand, option, options_of
+from eg3d_rlhf.core.cli import GroupedCommand, option, options_from_settings
 from eg3d_rlhf.evaluation.settings import ScoreOptions
 from eg3d_rlhf.modes.shared_flags import PATH, print_json, shared
 
@@ -43,7 +43,7 @@ _what_option = functools.partial(option, group="What")
     show_default="the bundled generator",
     help="Generator whose shapes the reward was trained on.",
 )
-@options_of(ScoreOptions)
+@options_from_settings(ScoreOptions)
 @shared("outdir device dry-run", outdir={"default": Path("runs/scores"), "help": "Folder to write into."})
 def main(networks, reward, reference, outdir: Path, device: str, dry_run: bool, **settings) -> None:
     """Score the shapes of several generators with a reward that was trained on one of them. The table shows

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from eg3d_rlhf.core.cli import option, together
+from eg3d_rlhf.core.cli import combine_decorators, option
 from eg3d_rlhf.evaluation.comparison_sources import Sources
 
 PATH = click.Path(path_type=Path)
@@ -170,4 +170,4 @@ def shared(names: str, rare: str = "", **changes: str | dict):
         arguments = {**_FLAGS[name], **({"help": change} if isinstance(change, str) else change)}
         # an option of `rare` has no flag of its own; --set NAME=VALUE sets it
         decorators.append(option(*spellings, rare=name in rare.split(), **arguments))
-    return together(*decorators)
+    return combine_decorators(*decorators)

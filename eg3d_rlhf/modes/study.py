@@ -12,7 +12,14 @@ from pathlib import Path
 
 import click
 
-from eg3d_rlhf.core.cli import GroupedCommand, GroupedGroup, check_extra, choose_device, option, options_of
+from eg3d_rlhf.core.cli import (
+    GroupedCommand,
+    GroupedGroup,
+    check_extra,
+    choose_device,
+    option,
+    options_from_settings,
+)
 from eg3d_rlhf.modes.annotators import add_annotator, annotators, new_token, revoke
 from eg3d_rlhf.modes.shared_flags import FOLDER, count_option, print_json, rare_option
 from eg3d_rlhf.people.label import launch
@@ -91,7 +98,7 @@ def report(outdir: Path | None, db: str | None, interim: bool, images: int) -> N
 
 
 @click.command("power", cls=GroupedCommand)
-@options_of(PowerOptions)
+@options_from_settings(PowerOptions)
 @count_option("--annotators", default=1, group="Power", help="Number of people who answer.")
 @count_option(
     "--annotators-per-pair",
@@ -132,7 +139,7 @@ def power(n: int | None, as_json: bool, **options) -> None:
 
 
 @click.command("simulate", cls=GroupedCommand)
-@options_of(SimulationOptions)
+@options_from_settings(SimulationOptions)
 @rare_option(
     # Random sides are the reason why a preference for one side does not bias a study.
     "--random-sides/--fixed-sides",
@@ -219,7 +226,7 @@ def simulate(bootstrap_studies: int, as_json: bool, **options) -> None:
     help="Number of different people who answer each pair.",
 )
 # Flags of the design, and of the computation of the number of trials.
-@options_of(StudyDesign, PowerOptions)
+@options_from_settings(StudyDesign, PowerOptions)
 @option(
     "--outdir",
     metavar="DIR",
@@ -254,11 +261,11 @@ def main(ctx: click.Context, outdir: Path, name: str | None, db: str | None, dry
     ctx.meta["folder"] = folder
     # Subcommands read --outdir and --db from the context. Other flags must stand after their name.
     if ctx.invoked_subcommand is not None:
-        launch.refuse_flags_before(ctx, "outdir", "db")
+        launch.reject_flags_before(ctx, "outdir", "db")
         return
     # Fails at once if the packages of the label server are not installed.
     check_extra(EXTRA)
-    server = launch.ServerFlags.of(flags, outdir)
+    server = launch.ServerFlags.from_flags(flags, outdir)
     # --dry-run ends here; nothing has been written so far
     if dry_run:
         print_json(_dry_run(folder, name, flags, server))
@@ -348,7 +355,7 @@ def shown_by_help(context: click.Context) -> list[object]:
         {
             "db": folder.url,
             "name": flags["name"] or folder.path.resolve().name,
-            "access_log": launch.ServerFlags.of(flags, folder.path).access_log,
+            "access_log": launch.ServerFlags.from_flags(flags, folder.path).access_log,
             "annotators_per_pair": power_options(flags).annotators_per_pair,
         }
     ]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from eg3d_rlhf.core.seeds import ANCHORS
+from eg3d_rlhf.core.seeds import REFERENCE_SAMPLES
 from eg3d_rlhf.preferences.labels import Preference
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 # Truncation psi of reference samples, the high-quality samples x_HQ of arXiv 2606.27305. It gives shapes
 # close to the mean shape.
-ANCHOR_PSI = 0.25
+REFERENCE_PSI = 0.25
 SPLITS = ("train", "val", "test")
 
 
@@ -172,7 +172,7 @@ def _components(neighbours: dict[int, list[int]], rng: np.random.Generator) -> l
     return components
 
 
-def anchor_seeds(
+def reference_seeds(
     count: int = 1000,
     fractions: Sequence[float] = (0.70, 0.15, 0.15),
     exclude: Iterable[int] = (),
@@ -188,7 +188,9 @@ def anchor_seeds(
     """
     # A set, because `exclude` may be an iterator.
     excluded = set(exclude)
-    seeds = list(itertools.islice((seed for seed in itertools.count(ANCHORS) if seed not in excluded), count))
+    seeds = list(
+        itertools.islice((seed for seed in itertools.count(REFERENCE_SAMPLES) if seed not in excluded), count)
+    )
     # Index of the first seed of each split, rounded, and the total number
     boundaries = [0, *(int(round(share * count)) for share in np.cumsum(fractions))]
     return {
@@ -197,7 +199,7 @@ def anchor_seeds(
     }
 
 
-def on_wrong_faces(labels: Sequence[Preference], seed: int = 0) -> list[Preference]:
+def with_permuted_shapes(labels: Sequence[Preference], seed: int = 0) -> list[Preference]:
     """Replace every seed in labels by a different labelled seed, chosen at random.
 
     The result is a control without a learnable signal, because every label is applied to shapes that were not
@@ -245,7 +247,7 @@ def common_value(labels: "Iterable[Preference | UnpairedPreference]", name: str)
     return next(iter(counts), None)
 
 
-def numbered(splits: Splits) -> tuple[Splits, list[tuple[str, int]]]:
+def number_shapes(splits: Splits) -> tuple[Splits, list[tuple[str, int]]]:
     """Replace the seeds in labels of several generators by numbers of shapes.
 
     Every pair (hash of the generator, seed) gets one number, because a seed alone does not identify a shape.

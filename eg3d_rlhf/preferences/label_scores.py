@@ -60,13 +60,13 @@ def _grouped(pairs: Iterable[tuple[Key, Value]]) -> dict[Key, list[Value]]:
 # Functions that convert the labels of one prompt to the goodness r of its assets
 
 
-def of_ranks(ranks: Mapping[str, float]) -> dict[str, float]:
+def goodness_from_ranks(ranks: Mapping[str, float]) -> dict[str, float]:
     """Compute r from ranks, of which 1 is the best.
 
     r = (number of worse assets + number of tied assets / 2) / (K - 1). The mean over the assets is 1/2. A
     single asset gets 1/2.
 
-    >>> of_ranks({"a": 1, "b": 2, "c": 2})
+    >>> goodness_from_ranks({"a": 1, "b": 2, "c": 2})
     {'a': 1.0, 'b': 0.25, 'c': 0.25}
     """
     # Ranks 1..K without gaps; tied assets get the mean of their ranks.
@@ -78,13 +78,13 @@ def of_ranks(ranks: Mapping[str, float]) -> dict[str, float]:
     }
 
 
-def of_votes(votes: Iterable[tuple[str, bool]]) -> dict[str, float]:
+def goodness_from_votes(votes: Iterable[tuple[str, bool]]) -> dict[str, float]:
     """Compute r from votes (asset, True if the asset is good).
 
     The advantage of an asset is 2 p - 1, centred over the prompt, with p = (good + 2 s) / (n + 2). An asset
     has n votes, of which `good` are good, and s is the share of good votes of the prompt.
 
-    >>> {name: round(r, 3) for name, r in of_votes([("a", True), ("b", False)]).items()}
+    >>> {name: round(r, 3) for name, r in goodness_from_votes([("a", True), ("b", False)]).items()}
     {'a': 0.667, 'b': 0.333}
     """
     votes_by_asset = _grouped(votes)
@@ -106,7 +106,7 @@ def goodness_from_probabilities(probabilities: Iterable[tuple[str, float]]) -> d
     return centred({name: 2 * float(np.mean(values)) - 1 for name, values in _grouped(probabilities).items()})
 
 
-def of_pairs(comparisons: Sequence[Comparison]) -> dict[str, float]:
+def goodness_from_pairs(comparisons: Sequence[Comparison]) -> dict[str, float]:
     """Compute r from comparisons of pairs of assets.
 
     The advantage of an asset is 2 p - 1, centred over the prompt. For two assets that were only compared with
@@ -115,7 +115,7 @@ def of_pairs(comparisons: Sequence[Comparison]) -> dict[str, float]:
     from the Bradley-Terry strengths of all assets that are connected by comparisons. A share of wins would
     instead depend on the opponents with which an asset was compared.
 
-    >>> {name: round(r, 3) for name, r in of_pairs([Comparison("a", "b")]).items()}
+    >>> {name: round(r, 3) for name, r in goodness_from_pairs([Comparison("a", "b")]).items()}
     {'a': 0.667, 'b': 0.333}
     """
     probabilities: dict[str, float] = {}
@@ -235,7 +235,9 @@ def normal_scores(r: Sequence[float] | np.ndarray) -> np.ndarray:
     return scores
 
 
-def as_used(goodness: Goodness, prompt_of: Mapping[str, str], use: str, seed: int) -> dict[str, float]:
+def goodness_for_use(
+    goodness: Goodness, prompt_of: Mapping[str, str], use: str, seed: int
+) -> dict[str, float]:
     """Return the goodness that a training or one of its controls uses.
 
     Args:
@@ -269,10 +271,10 @@ def _by_prompt(names: Iterable[str], prompt_of: Mapping[str, str]) -> dict[str, 
 
 
 @dataclass(frozen=True, kw_only=True)
-class Known:
+class KnownAssets:
     """The list of assets to which labels may refer."""
 
-    conditions: Mapping[str, str]  # prompt of every asset, by the name of the asset
+    prompt_of: Mapping[str, str]  # prompt of every asset, by the name of the asset
     files: Mapping[Path, str] = field(default_factory=dict)  # name of the asset by resolved path of its files
 
     def find(self, name_or_path: str, folder: Path) -> str:
@@ -283,13 +285,13 @@ class Known:
             folder: folder to which the path is relative.
         Raises: ValueError if the list of assets does not contain the asset.
         """
-        if name_or_path in self.conditions:
+        if name_or_path in self.prompt_of:
             return name_or_path
         name = self.files.get((folder / name_or_path).resolve())
         if name is None:
-            examples = ", ".join(list(self.conditions)[:3])
+            examples = ", ".join(list(self.prompt_of)[:3])
             raise ValueError(
-                f"{name_or_path!r} is not one of the {len(self.conditions)} assets ({examples}, ...). Use a"
+                f"{name_or_path!r} is not one of the {len(self.prompt_of)} assets ({examples}, ...). Use a"
                 " name or a file from the list of assets."
             )
         return name
@@ -308,11 +310,17 @@ class LabelLine:
     tie: bool = False  # for a pair: True if neither asset is preferred
 
 
-ALONE = ("thumb", "label", "score", "p", "rank")  # names of the fields with labels of a single asset
+SINGLE_ASSET_KINDS = (
+    "thumb",
+    "label",
+    "score",
+    "p",
+    "rank",
+)  # names of the fields with labels of a single asset
 EXAMPLE = '{"asset": NAME, "condition": NAME, "thumb": true}'
 
 
-def read_said(path: Path, known: Known) -> list[LabelLine]:
+def read_label_lines(path: Path, known: KnownAssets) -> list[LabelLine]:
     """Read the lines of a file of labels. The docstring of the module describes the kinds of labels.
 
     Args:
@@ -344,26 +352,26 @@ def read_said(path: Path, known: Known) -> list[LabelLine]:
     return label_lines
 
 
-def read_goodness(path: Path, known: Known) -> dict[str, float]:
+def read_goodness(path: Path, known: KnownAssets) -> dict[str, float]:
     """Read a file of labels, and compute the goodness r of each labelled asset.
 
     Args:
         path: the .jsonl file.
         known: assets to which labels may refer.
-    Raises: as `read_said`; also ValueError if the labels do not distinguish any assets of a prompt.
+    Raises: as `read_label_lines`; also ValueError if the labels do not distinguish any assets of a prompt.
     """
-    lines = read_said(path, known)
-    goodness = _goodness_from_lines(lines, known.conditions, path.name)
+    lines = read_label_lines(path, known)
+    goodness = _goodness_from_lines(lines, known.prompt_of, path.name)
     # If all r are 1/2, no asset is better than another asset of its prompt.
     if all(abs(r - 0.5) < 1e-9 for r in goodness.values()):
         raise ValueError(
             f"{path.name}, lines {lines[0].number} to {lines[-1].number}:"
-            f" {_describe_no_signal(lines, known.conditions)}"
+            f" {_describe_no_signal(lines, known.prompt_of)}"
         )
     return goodness
 
 
-def _parse(number: int, record: Mapping[str, Any], known: Known, folder: Path) -> LabelLine:
+def _parse(number: int, record: Mapping[str, Any], known: KnownAssets, folder: Path) -> LabelLine:
     """Parse the record of a line.
 
     Args:
@@ -383,9 +391,9 @@ def _parse(number: int, record: Mapping[str, Any], known: Known, folder: Path) -
             )
         name = known.find(name_or_path, folder)
         condition = record.get("condition")
-        if condition is not None and condition != known.conditions[name]:
+        if condition is not None and condition != known.prompt_of[name]:
             raise ValueError(
-                f"expected condition {known.conditions[name]!r} of the asset {name_or_path!r}, as in the"
+                f"expected condition {known.prompt_of[name]!r} of the asset {name_or_path!r}, as in the"
                 f" list of assets, got {condition!r}. Correct the condition of this line or of the list of"
                 " assets."
             )
@@ -401,7 +409,7 @@ def _parse(number: int, record: Mapping[str, Any], known: Known, folder: Path) -
                 f"preferred and rejected are the same asset, {preferred_asset!r}. Remove this line, or"
                 " correct one of both."
             )
-        if known.conditions[preferred_asset] != known.conditions[rejected_asset]:
+        if known.prompt_of[preferred_asset] != known.prompt_of[rejected_asset]:
             raise ValueError(
                 f"the assets {preferred_asset!r} and {rejected_asset!r} have different prompts (condition),"
                 " so they cannot be compared. Remove this line."
@@ -412,10 +420,10 @@ def _parse(number: int, record: Mapping[str, Any], known: Known, folder: Path) -
                 " tie."
             )
         return LabelLine(number=number, kind="pair", asset=preferred_asset, other=rejected_asset, tie=tie)
-    label_fields = [name for name in ALONE if record.get(name) is not None]
+    label_fields = [name for name in SINGLE_ASSET_KINDS if record.get(name) is not None]
     if not label_fields:
         raise ValueError(
-            f"the line has none of the fields {', '.join(ALONE)}. Write, for example, {EXAMPLE}."
+            f"the line has none of the fields {', '.join(SINGLE_ASSET_KINDS)}. Write, for example, {EXAMPLE}."
         )
     if len(label_fields) > 1:
         raise ValueError(
@@ -464,11 +472,13 @@ def _goodness_from_lines(
     )
     # Functions that compute r of the assets of a prompt from their lines and values
     converters: dict[str, Callable[[list[tuple[LabelLine, float]]], dict[str, float]]] = {
-        "thumb": lambda group: of_votes([(line.asset, bool(value)) for line, value in group]),
+        "thumb": lambda group: goodness_from_votes([(line.asset, bool(value)) for line, value in group]),
         "score": lambda group: goodness_from_scores([(line.asset, value) for line, value in group]),
         "p": lambda group: goodness_from_probabilities([(line.asset, value) for line, value in group]),
-        "pair": lambda group: of_pairs([Comparison(line.asset, line.other, line.tie) for line, _ in group]),
-        "rank": lambda group: of_ranks(_unique_ranks(group, file)),
+        "pair": lambda group: goodness_from_pairs(
+            [Comparison(line.asset, line.other, line.tie) for line, _ in group]
+        ),
+        "rank": lambda group: goodness_from_ranks(_unique_ranks(group, file)),
     }
     goodness: dict[str, float] = {}
     for group in groups.values():

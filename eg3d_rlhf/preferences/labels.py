@@ -112,7 +112,7 @@ class LabelSource:
     file: Path | None = None  # the file; None for a store
 
     @classmethod
-    def of_file(cls, path: Path) -> "LabelSource":
+    def from_file(cls, path: Path) -> "LabelSource":
         """Create the source of all labels of a .jsonl or .csv file."""
         return cls(
             path.name, functools.partial(load_labels, path), {"labels": str(path), "filters": None}, path

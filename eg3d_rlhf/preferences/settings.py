@@ -5,7 +5,7 @@ This module does not import torch, so that `--help` is quick.
 
 from dataclasses import dataclass
 
-from eg3d_rlhf.core.seeds import refuse_held_out
+from eg3d_rlhf.core.seeds import reject_held_out_seeds
 from training.config import check_knobs, knob
 
 TERMS = "Loss weights"  # title of the group of flags in --help
@@ -153,7 +153,7 @@ class AnnotationOptions:
     def __post_init__(self) -> None:
         check_knobs(self)
         # Held-out seeds are reserved for the evaluation of rewards.
-        refuse_held_out(self.seeds, "--first-seed")
+        reject_held_out_seeds(self.seeds, "--first-seed")
 
     @property
     def seeds(self) -> range:

@@ -45,13 +45,13 @@ class Annotation:
 
     options: AnnotationOptions  # settings of the labels
     labels: list[PairLabel]  # labels of pairs, whose winner and loser are seeds
-    judged: dict[int, Utility]  # noise-free evaluation of each seed
+    evaluations: dict[int, Utility]  # noise-free evaluation of each seed
     temperature: float  # temperature of the label noise, in units of utility
 
     @property
     def utilities(self) -> np.ndarray:
         """Utilities [S] of all seeds, in the order of `judged`."""
-        return np.array([evaluation.total for evaluation in self.judged.values()])
+        return np.array([evaluation.total for evaluation in self.evaluations.values()])
 
     def preferences(self, generator: str) -> list[Preference]:
         """Return the labels of pairs in the open format.
@@ -65,7 +65,9 @@ class Annotation:
         common: dict[str, Any] = {"generator": generator, "psi": PSI, "annotator": ANNOTATOR}
         preferences = []
         for label in self.labels:
-            gap = abs(self.judged[label.winner].volume_error - self.judged[label.loser].volume_error)
+            gap = abs(
+                self.evaluations[label.winner].volume_error - self.evaluations[label.loser].volume_error
+            )
             preferences.append(
                 Preference(
                     winner=label.winner,
@@ -91,7 +93,7 @@ class Annotation:
         """
         # A separate stream of random numbers (3), so that labels of pairs do not change.
         rng = np.random.default_rng([self.options.seed, 3])
-        count = len(self.judged)
+        count = len(self.evaluations)
         utilities = self.utilities
         noisy_utilities = utilities + self.temperature * rng.gumbel(size=count)
 
@@ -113,7 +115,7 @@ class Annotation:
             UnpairedPreference(
                 seed=seed, score=round(float(score), 3), clean=bool(clean_score >= (GOOD + BAD) / 2), **common
             )
-            for seed, score, clean_score in zip(self.judged, noisy_scores, clean_scores, strict=True)
+            for seed, score, clean_score in zip(self.evaluations, noisy_scores, clean_scores, strict=True)
         ]
         if self.options.kind == "scores":
             return labels
@@ -135,12 +137,13 @@ class Annotation:
             "agreement": (
                 round(float(np.mean([label.clean for label in self.labels])), 4) if self.labels else None
             ),
-            "seeds": len(self.judged),
+            "seeds": len(self.evaluations),
             "psi": PSI,
             "utility_quantiles": [round(float(value), 6) for value in quantiles],
             "defect_medians": {
                 name: round(
-                    float(np.median([evaluation.defects[name] for evaluation in self.judged.values()])), 4
+                    float(np.median([evaluation.defects[name] for evaluation in self.evaluations.values()])),
+                    4,
                 )
                 for name in DEFECTS
             },
@@ -150,7 +153,7 @@ class Annotation:
         }
 
 
-def names_people(generator: Generator) -> bool:
+def has_ground_truth_heads(generator: Generator) -> bool:
     """Return True if the samples of a generator can have ground-truth heads.
 
     This requires latents with as many numbers as the synthetic head model has, and the unit cube as bounds.
@@ -170,13 +173,13 @@ def shape_values(field: Field, resolution: int) -> np.ndarray:
     # The outermost points of a SlabSpec lie on the faces of its cube. The outermost centres of voxels are one
     # voxel closer together than the faces of the field's cube.
     side = field.bounds.side * (resolution - 1) / resolution
-    density = field.density_grid(SlabSpec.of(field.bounds, resolution, box_warp=side))
+    density = field.density_grid(SlabSpec.from_bounds(field.bounds, resolution, box_warp=side))
     # [N, z, y, x] -> [N, x, y, z]
     return (field.level - density).permute(0, 3, 2, 1).cpu().numpy()
 
 
 @torch.no_grad()
-def judge_seeds(
+def evaluate_seeds(
     generator: Generator,
     seeds: Sequence[int],
     *,
@@ -194,7 +197,7 @@ def judge_seeds(
         batch: number of samples that are generated at once.
     Raises: ValueError for a generator whose samples have no ground-truth heads.
     """
-    if not names_people(generator):
+    if not has_ground_truth_heads(generator):
         raise ValueError(
             f"--network: simulated labels need a generator of synthetic heads with latents of {LATENT}"
             f" numbers and the unit cube as bounds, but this generator has latents of {generator.z_dim}"
@@ -203,7 +206,7 @@ def judge_seeds(
         )
     for start in range(0, len(seeds), batch):
         batch_seeds = seeds[start : start + batch]
-        ground_truths = people_mesh.whole_grids(latents(batch_seeds, generator.z_dim), resolution)
+        ground_truths = people_mesh.ground_truth_grids(latents(batch_seeds, generator.z_dim), resolution)
         shapes = shape_values(generator.field(ws_of_seeds(generator, batch_seeds, psi)), resolution)
         yield from map(utility, shapes, ground_truths)
 
@@ -234,7 +237,9 @@ def annotate(
     seeds = list(options.seeds if pairs is None else dict.fromkeys(seed for pair in pairs for seed in pair))
     judged: dict[int, Utility] = {}
     for seed, evaluation in zip(
-        seeds, judge_seeds(generator, seeds, resolution=options.resolution, batch=options.batch), strict=True
+        seeds,
+        evaluate_seeds(generator, seeds, resolution=options.resolution, batch=options.batch),
+        strict=True,
     ):
         judged[seed] = evaluation
         if on_seed is not None:
@@ -255,4 +260,4 @@ def annotate(
         PairLabel(seeds[label.winner], seeds[label.loser], label.clean)
         for label in label_pairs(utilities, index_pairs, temperature, rng)
     ]
-    return Annotation(options=options, labels=labels, judged=judged, temperature=temperature)
+    return Annotation(options=options, labels=labels, evaluations=judged, temperature=temperature)

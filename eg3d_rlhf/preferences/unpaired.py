@@ -265,7 +265,7 @@ def to_pairs(labels: Sequence[UnpairedPreference], seed: int = 0) -> list[Prefer
     ]
 
 
-def source_of_unpaired(path: Path, seed: int = 0) -> LabelSource:
+def unpaired_source(path: Path, seed: int = 0) -> LabelSource:
     """Create a source of pairs from labels of single shapes, for a training without labels of pairs.
 
     Args:
@@ -325,7 +325,7 @@ def split_unpaired(
     }
 
 
-def batches_of(
+def endless_batches(
     labels: Sequence[UnpairedPreference], size: int, rng: np.random.Generator
 ) -> Iterator[list[UnpairedPreference]]:
     """Yield batches without end, each with `size` / 2 preferred shapes, followed by as many other shapes.
@@ -349,7 +349,9 @@ def batches_of(
         yield [next(stream) for stream in streams for _ in range(size // 2)]
 
 
-def redrawn(labels: Sequence[UnpairedPreference], rng: np.random.Generator) -> list[UnpairedPreference]:
+def resample_labels(
+    labels: Sequence[UnpairedPreference], rng: np.random.Generator
+) -> list[UnpairedPreference]:
     """Sample labels with replacement, separately for preferred and for other shapes.
 
     The result has as many labels of each kind as `labels`; labels between the thresholds are left out.

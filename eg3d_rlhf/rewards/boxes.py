@@ -275,7 +275,7 @@ def _heights(field: Field) -> torch.Tensor:
     cube's centre along the side's axis, in edges of the cube. It is -1 for a ray that meets no such point.
     The rows of an image are in the order of increasing y, and its columns run to the camera's right.
     """
-    grid = SlabSpec.of(field.bounds, RAYS)
+    grid = SlabSpec.from_bounds(field.bounds, RAYS)
     solid = field.density_grid(grid) >= field.level  # [A, z, y, x]
     # Views along z [A, y, x, z] and along x [A, y, z, x]; flips bring each side into its camera's axes.
     along_z = solid.permute(0, 2, 3, 1)

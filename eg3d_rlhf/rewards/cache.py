@@ -16,7 +16,7 @@ import torch
 
 from eg3d_rlhf.core.seeds import SCALES
 from eg3d_rlhf.experiments.store import Store
-from eg3d_rlhf.generators import of, ws_of_seeds
+from eg3d_rlhf.generators import as_generator, ws_of_seeds
 from eg3d_rlhf.rewards.observations import Observation
 from torch_utils.ops.implementations import implementation
 from training.distributed import SINGLE, Ranks
@@ -39,7 +39,7 @@ def observe_seeds(
         psi: truncation.
         cutoff: number of layers that are truncated; None for all layers.
     """
-    generator = of(generator)
+    generator = as_generator(generator)
 
     def observe(seeds: Sequence[int]) -> torch.Tensor:
         # The operators decide whether stored values are bitwise reproducible, see Observation.ops.
@@ -49,7 +49,7 @@ def observe_seeds(
     return observe
 
 
-def untuned(
+def observe_untuned(
     generator: Any, observation: Observation, psi: float, cutoff: int | None, batch: int = 16
 ) -> Iterator[torch.Tensor]:
     """Yield batches [N, ...] of observations of samples on which the members of an ensemble are standardised.

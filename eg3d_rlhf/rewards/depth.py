@@ -76,7 +76,7 @@ class Depth(observations.Observation):
             )
 
     @classmethod
-    def of(  # type: ignore[override]
+    def from_generator(  # type: ignore[override]
         cls, generator: "Generator", *, resolution: int | None = None, views: int = 1, published: bool = False
     ) -> Self:
         """Create the observation that uses a generator's own cameras.

@@ -53,7 +53,9 @@ class Standard:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, members: Sequence[RewardNetwork], observations: Iterable[torch.Tensor]) -> "Standard":
+    def from_observations(
+        cls, members: Sequence[RewardNetwork], observations: Iterable[torch.Tensor]
+    ) -> "Standard":
         """Compute the statistics of each member's scores.
 
         Args:
@@ -102,7 +104,7 @@ class RewardEnsemble(nn.Module):
             )
 
     @classmethod
-    def of(
+    def from_networks(
         cls,
         networks: Sequence[RewardNetwork],
         aggregate: Aggregate = MEAN,
@@ -118,7 +120,7 @@ class RewardEnsemble(nn.Module):
         """
         # Copies, since the ensemble's parameters are frozen below.
         members = [copy.deepcopy(network) for network in networks]
-        standard = None if observations is None else Standard.of(members, observations)
+        standard = None if observations is None else Standard.from_observations(members, observations)
         return cls(members, aggregate, standard).eval().requires_grad_(False)
 
     def describe(self) -> dict[str, Any]:
@@ -254,9 +256,9 @@ def combine(
     if kind == AVERAGE:
         return average_weights(networks)
     return (
-        RewardEnsemble.of(networks)
+        RewardEnsemble.from_networks(networks)
         if kind is None
-        else RewardEnsemble.of(networks, Aggregate(kind, strength), observations)
+        else RewardEnsemble.from_networks(networks, Aggregate(kind, strength), observations)
     )
 
 

@@ -690,7 +690,7 @@ class _Pass:
             [torch.ones_like(mean_gradient), torch.zeros_like(mean_gradient), mean_gradient], dim=2
         ).float()
         conv3_kernel, conv2_kernel = (
-            _kernel(convolution, "gradient", lambda w: ops.transformed_kernel(ops.turned(w)))
+            _kernel(convolution, "gradient", lambda w: ops.transformed_kernel(ops.adjoint_kernel(w)))
             for convolution in (module.conv3.conv, module.conv2.conv)
         )
         # Gradient of the normalised `inner`, and its sums for the group normalisation

@@ -28,7 +28,7 @@ from eg3d_rlhf.experiments import version_0_1
 from eg3d_rlhf.experiments.process import StoppedError, StopRequest
 from eg3d_rlhf.preferences.labels import Preference
 from eg3d_rlhf.preferences.losses import PreferenceLoss, UnpairedOutput, median_distance, reconstruction_loss
-from eg3d_rlhf.preferences.unpaired import UnpairedPreference, batches_of, redrawn
+from eg3d_rlhf.preferences.unpaired import UnpairedPreference, endless_batches, resample_labels
 from eg3d_rlhf.rewards.cache import ObservationCache
 from eg3d_rlhf.rewards.evaluation import auc, log_loss, margins, score_seeds
 from eg3d_rlhf.rewards.networks import RewardNetwork, RewardOutput, builder_of
@@ -288,8 +288,8 @@ class TrainData:
     train: Sequence[Preference]  # pairs for training
     val: Sequence[Preference]  # pairs for validation
     store: ObservationCache  # observations of all labelled seeds
-    anchors: Sequence[int] = ()  # seeds of the reference samples
-    anchor_store: ObservationCache | None = None  # observations of the reference samples
+    references: Sequence[int] = ()  # seeds of the reference samples
+    reference_store: ObservationCache | None = None  # observations of the reference samples
     observation: Observation = SigmaSlab()
     unpaired: Sequence[UnpairedPreference] = ()  # unpaired labels for training; each states a preference
     unpaired_val: Sequence[UnpairedPreference] = ()  # unpaired labels for validation
@@ -364,7 +364,7 @@ def train_reward(
     if options.bootstrap:
         pair_rng = np.random.default_rng([options.seed, len(data.train)])
         pair_indices = pair_rng.integers(len(data.train), size=len(data.train))
-        resampled_labels = redrawn(
+        resampled_labels = resample_labels(
             data.unpaired, np.random.default_rng([options.seed, len(data.unpaired), 1])
         )
         data = replace(data, train=[data.train[i] for i in pair_indices], unpaired=resampled_labels)
@@ -444,7 +444,7 @@ def _epoch(
     unpaired_rng = np.random.default_rng([options.seed, state.epoch, 1])
     generator = torch.Generator().manual_seed(int(pair_rng.integers(2**62)))
     steps = data.steps(options)
-    unpaired_batches = batches_of(data.unpaired, options.unpaired_batch, unpaired_rng)
+    unpaired_batches = endless_batches(data.unpaired, options.unpaired_batch, unpaired_rng)
     metrics: dict[str, float] = {}
     with torch.random.fork_rng(devices=[]):  # dropout reads the global generator
         torch.manual_seed(int(pair_rng.integers(2**62)))
@@ -706,11 +706,11 @@ def _pair_batch(
     row = torch.arange(count)
     better = [row]
     worse = [row + count]
-    if data.anchors and data.anchor_store is not None:
+    if data.references and data.reference_store is not None:
         # One random reference sample is chosen per pair of the complete step, and this rank's are selected.
-        reference_indices = share.select_from_blocks(rng.integers(len(data.anchors), size=total))
-        reference_seeds = [data.anchors[i] for i in reference_indices]
-        observations = torch.cat([observations, data.anchor_store.take(reference_seeds, device)])
+        reference_indices = share.select_from_blocks(rng.integers(len(data.references), size=total))
+        reference_seeds = [data.references[i] for i in reference_indices]
+        observations = torch.cat([observations, data.reference_store.take(reference_seeds, device)])
         better += [row + 2 * count, row + 2 * count]
         worse += [row, row + count]
     if options.mirror:

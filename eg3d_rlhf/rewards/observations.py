@@ -54,7 +54,7 @@ class Observation(abc.ABC):
 
     @classmethod
     @abc.abstractmethod
-    def of(cls, generator: "Generator", **settings: Any) -> Self:
+    def from_generator(cls, generator: "Generator", **settings: Any) -> Self:
         """Create the observation for a new reward of this generator.
 
         Args:
@@ -165,12 +165,12 @@ def observation_of(kind: str, generator: "Generator", **settings: Any) -> Observ
     # None means that the user did not set the flag.
     changed_settings = {name: value for name, value in settings.items() if value is not None}
     # The parameters of `of` are the settings that apply to the kind.
-    unknown_names = sorted(set(changed_settings) - set(inspect.signature(cls.of).parameters))
+    unknown_names = sorted(set(changed_settings) - set(inspect.signature(cls.from_generator).parameters))
     if unknown_names:
         flags = ", ".join(f"--{name}={changed_settings[name]}" for name in unknown_names)
         names = " and ".join(f"--{name}" for name in unknown_names)
         raise ValueError(f"{flags} has no effect on the observation {kind}. Remove {names}.")
-    return cls.of(generator, **changed_settings)
+    return cls.from_generator(generator, **changed_settings)
 
 
 @register
@@ -183,7 +183,7 @@ class SigmaSlab(Observation):
 
     # The keyword arguments differ from those of the base class.
     @classmethod
-    def of(  # type: ignore[override]
+    def from_generator(  # type: ignore[override]
         cls,
         generator: "Generator",
         *,
@@ -201,7 +201,9 @@ class SigmaSlab(Observation):
                 paper's crop.
         """
         return cls(
-            SlabSpec.of(generator.bounds, resolution, crop=SlabSpec.crop if crop is None else tuple(crop))
+            SlabSpec.from_bounds(
+                generator.bounds, resolution, crop=SlabSpec.crop if crop is None else tuple(crop)
+            )
         )
 
     @property

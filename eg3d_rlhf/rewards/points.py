@@ -243,7 +243,7 @@ class LevelSetPoints(Observation):
 
     # The keyword arguments differ from those of the base class.
     @classmethod
-    def of(  # type: ignore[override]
+    def from_generator(  # type: ignore[override]
         cls,
         generator: "Generator",
         *,
@@ -260,7 +260,9 @@ class LevelSetPoints(Observation):
                 paper's crop.
             points: number of points on the surface.
         """
-        return cls(spec=SigmaSlab.of(generator, resolution=resolution, crop=crop).spec, points=points)
+        return cls(
+            spec=SigmaSlab.from_generator(generator, resolution=resolution, crop=crop).spec, points=points
+        )
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -318,7 +320,7 @@ class LiftedPoints(Observation):
             )
 
     @classmethod
-    def of(  # type: ignore[override]
+    def from_generator(  # type: ignore[override]
         cls, generator: "Generator", *, resolution: int = 64, points: int = 512
     ) -> Self:
         """Create the observation with the frontal camera and the cube of a generator.
@@ -412,11 +414,11 @@ class PublishedPoints(LiftedPoints):
     points: int = 2048
 
     @classmethod
-    def of(  # type: ignore[override]
+    def from_generator(  # type: ignore[override]
         cls, generator: "Generator", *, resolution: int = 128, points: int = 2048
     ) -> Self:
-        """Create the observation with the frontal camera of a generator, see `LiftedPoints.of`."""
-        return super().of(generator, resolution=resolution, points=points)
+        """Create the observation with the frontal camera of a generator, see `LiftedPoints.from_generator`."""
+        return super().from_generator(generator, resolution=resolution, points=points)
 
     def observe(self, field: Field) -> torch.Tensor:
         """Compute the clouds [N, 3, P] of the shapes of a field. Differentiable in the field."""

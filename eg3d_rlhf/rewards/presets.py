@@ -45,7 +45,7 @@ class Preset:
 
     network: Mapping[str, Any]  # description, see `RewardNetwork.describe`
     train: Mapping[str, Any] = field(default_factory=dict)  # fields of TrainOptions
-    # Settings of the observation, see `Observation.of`
+    # Settings of the observation, see `Observation.from_generator`
     observe: Mapping[str, Any] = field(default_factory=dict)
 
 

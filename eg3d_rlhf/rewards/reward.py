@@ -24,7 +24,7 @@ from eg3d_rlhf.generators import Generator, LoadedGenerator
 from eg3d_rlhf.models.weights import Module, fill, read
 from eg3d_rlhf.rewards import observations
 from eg3d_rlhf.rewards.aggregates import AVERAGE, check_joining
-from eg3d_rlhf.rewards.cache import untuned
+from eg3d_rlhf.rewards.cache import observe_untuned
 from eg3d_rlhf.rewards.ensembles import RewardEnsemble, build_network, combine
 from eg3d_rlhf.rewards.networks import RewardNetwork, builder_of
 from eg3d_rlhf.rewards.observations import Observation, SigmaSlab, observation_of
@@ -112,7 +112,7 @@ class Reward(nn.Module):
         ensemble_hashes = {state_hash(member.network) for member in other.members()}
         return bool(own_hashes & ensemble_hashes)
 
-    def arranged(self) -> "Reward":
+    def channels_last(self) -> "Reward":
         """Convert the weights of 3-D convolutions to the layout channels-last, in place.
 
         Scores then take a tenth less time and are bitwise identical.
@@ -199,7 +199,7 @@ def load_reward(path: str | Path | None = None, device: str | torch.device = "cp
     return reward.to(device).eval().requires_grad_(False)
 
 
-def untaught(kind: str, generator: Generator) -> Reward:
+def untrained_reward(kind: str, generator: Generator) -> Reward:
     """Create a reward that needs no training, for example "solid".
 
     Args:
@@ -374,7 +374,7 @@ def join(
     # The observations are stored, because they are read twice: for the standardisation, and for mean and
     # standard deviation of the joint score.
     batches: list[torch.Tensor] = []
-    for observations_batch in untuned(generator.generator, observation, psi, cutoff, batch):
+    for observations_batch in observe_untuned(generator.generator, observation, psi, cutoff, batch):
         batches.append(observations_batch)
         if on_batch is not None:
             on_batch(len(observations_batch))

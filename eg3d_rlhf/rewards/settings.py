@@ -150,7 +150,7 @@ class RewardRun:
         shown="the bundled generator",
     )
     more_networks: tuple[Path, ...] = ()  # files of further generators that the labels name
-    labels: LabelSource = LabelSource.of_file(BUNDLED_LABELS)
+    labels: LabelSource = LabelSource.from_file(BUNDLED_LABELS)
     unpaired: Path | None = knob(
         None,
         "File with labels of single shapes (.jsonl), which state for each shape whether it is preferred.",

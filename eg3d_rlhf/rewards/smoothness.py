@@ -52,20 +52,20 @@ def roughness(sigma: torch.Tensor, level: float, spacing: float) -> torch.Tensor
 class CubeScore(observations.Observation):
     """Observation that is already a score [N, 1], computed from raw densities on a grid of the complete cube.
 
-    The network that reads it is `AsSeen`, which returns the score.
+    The network that reads it is `IdentityReward`, which returns the score.
     """
 
     spec: SlabSpec = SlabSpec.cube(48)
 
     @classmethod
-    def of(cls, generator: "Generator", *, resolution: int | None = None) -> Self:  # type: ignore[override]
+    def from_generator(cls, generator: "Generator", *, resolution: int | None = None) -> Self:  # type: ignore[override]
         """Create the observation for a generator's cube.
 
         Args:
             generator: generator whose shapes are observed.
             resolution: number of grid points per axis; None takes the default of the class.
         """
-        return cls(SlabSpec.of(generator.bounds, resolution or cls.spec.resolution))
+        return cls(SlabSpec.from_bounds(generator.bounds, resolution or cls.spec.resolution))
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -97,7 +97,7 @@ class Smoothness(CubeScore):
         return cls(SlabSpec.from_dict(values))
 
 
-class AsSeen(RewardNetwork):
+class IdentityReward(RewardNetwork):
     """Network without parameters whose score is the observation itself."""
 
     scale: torch.Tensor
@@ -129,4 +129,4 @@ class AsSeen(RewardNetwork):
         return {}
 
 
-register(KIND, lambda description: AsSeen(), {})
+register(KIND, lambda description: IdentityReward(), {})

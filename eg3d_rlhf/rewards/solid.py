@@ -21,7 +21,7 @@ from eg3d_rlhf.geometry import solids
 from eg3d_rlhf.geometry.solids import HEADS
 from eg3d_rlhf.rewards import observations
 from eg3d_rlhf.rewards.networks import register
-from eg3d_rlhf.rewards.smoothness import AsSeen, CubeScore
+from eg3d_rlhf.rewards.smoothness import CubeScore, IdentityReward
 
 MARGIN = 1.0  # margin m of `solid_loss`, voxels
 # Radius in voxels of the ball that must not pass an opening. Holes of radius h in walls of thickness w are
@@ -66,7 +66,7 @@ def _grid_loss(grid: torch.Tensor, level: float, reach: float, hollows: bool) ->
         # This 0 depends on the grid, so that backward() works.
         return grid.sum() * 0
     # Voxels that would close leaks of the largest part
-    caps = solids.caps(solid, reach)
+    caps = solids.hole_caps(solid, reach)
     if hollows:
         caps |= solids.enclosed(solid)
     # Approximately the signed distance to the surface in voxels. The scale is detached and has no gradient.
@@ -145,4 +145,4 @@ def occupancy(field: Field, spec: SlabSpec) -> list[np.ndarray]:
 
 
 for kind in (Solid.kind, Soundness.kind):
-    register(kind, lambda description: AsSeen(), {})
+    register(kind, lambda description: IdentityReward(), {})

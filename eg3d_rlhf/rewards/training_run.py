@@ -13,23 +13,23 @@ from pathlib import Path
 
 import torch
 
-from eg3d_rlhf.core.seeds import refuse_held_out
+from eg3d_rlhf.core.seeds import reject_held_out_seeds
 from eg3d_rlhf.experiments.mode import Mode
 from eg3d_rlhf.experiments.run import Run
 from eg3d_rlhf.generators import LoadedGenerator, load_generator, ws_of_seeds
 from eg3d_rlhf.preferences.dataset import (
-    ANCHOR_PSI,
+    REFERENCE_PSI,
     Splits,
-    anchor_seeds,
     common_value,
-    numbered,
-    on_wrong_faces,
+    number_shapes,
+    reference_seeds,
     split_by_seed,
+    with_permuted_shapes,
 )
 from eg3d_rlhf.preferences.labels import LabelSource, Preference, labels_hash, load_labels, write_labels
 from eg3d_rlhf.preferences.unpaired import UnpairedPreference, load_unpaired, split_unpaired
 from eg3d_rlhf.rewards.aggregates import AVERAGE
-from eg3d_rlhf.rewards.cache import ObservationCache, cache_file, observe_seeds, untuned
+from eg3d_rlhf.rewards.cache import ObservationCache, cache_file, observe_seeds, observe_untuned
 from eg3d_rlhf.rewards.ensembles import combine
 from eg3d_rlhf.rewards.evaluation import (
     APART,
@@ -86,11 +86,11 @@ def open_training(settings: RewardRun, run: Run) -> Opened:
     labels = read_labels(settings.labels, run.folder if run.resumed else None, run.ranks)
     unpaired = [] if settings.unpaired is None else load_unpaired(settings.unpaired)
     # Held-out seeds are reserved for evaluation, so labels of their shapes are rejected.
-    refuse_held_out(
+    reject_held_out_seeds(
         (seed for label in labels for seed in (label.winner, label.loser)),
         f"--labels={settings.labels.settings['labels']}",
     )
-    refuse_held_out((label.seed for label in unpaired), f"--unpaired={settings.unpaired}")
+    reject_held_out_seeds((label.seed for label in unpaired), f"--unpaired={settings.unpaired}")
     generators = open_generators(settings, [*labels, *unpaired], run.device)
     label_psi = common_value([*labels, *unpaired], "psi")
     if settings.psi is not None and label_psi is not None and abs(settings.psi - label_psi) > 1e-6:
@@ -101,7 +101,7 @@ def open_training(settings: RewardRun, run: Run) -> Opened:
     # The value of the settings has priority over the value of the labels; without both, there is no
     # truncation. psi = 0 is a valid value, so `or` would be wrong.
     psi = next((value for value in (settings.psi, label_psi) if value is not None), 1.0)
-    pairs = on_wrong_faces(labels, settings.split_seed) if settings.wrong_faces else labels
+    pairs = with_permuted_shapes(labels, settings.split_seed) if settings.wrong_faces else labels
     observation = create_observation(settings, generators)
     splits = split_by_seed(pairs, settings.fractions, settings.split_seed)
     # The network is checked before the run's folder is created, so that an error leaves no folder.
@@ -214,7 +214,7 @@ def read_labels(source: LabelSource, resumed: Path | None = None, ranks: Ranks =
     return [Preference.from_dict(record) for record in records]
 
 
-def train_and_judge(settings: RewardRun, opened: Opened, run: Run) -> None:
+def train_and_evaluate(settings: RewardRun, opened: Opened, run: Run) -> None:
     """Train a reward, evaluate it once on the test pairs, write all files, and print a summary.
 
     All ranks observe shapes, train, and score validation pairs together. Only rank 0 evaluates test pairs and
@@ -240,7 +240,7 @@ def train_and_judge(settings: RewardRun, opened: Opened, run: Run) -> None:
     # With several generators, a seed does not identify a shape. In `splits`, numbers of shapes then replace
     # the seeds.
     if len(generators) > 1:
-        splits, shapes = numbered(splits)
+        splits, shapes = number_shapes(splits)
     unpaired_splits = split_unpaired(unpaired, splits, settings.fractions, settings.split_seed)
     # Pairs are training data only if the loss has terms on pairs.
     trains_on_pairs = bool(settings.train.weights.on_pairs) or not unpaired
@@ -261,7 +261,7 @@ def train_and_judge(settings: RewardRun, opened: Opened, run: Run) -> None:
     # The file of a single network has no aggregate.
     model: Network = states[0].model
     if len(states) > 1:
-        observations = untuned(
+        observations = observe_untuned(
             generator.generator, opened.observation, psi, settings.cutoff, settings.slab_batch
         )
         model = combine(
@@ -463,7 +463,7 @@ def collect_observations(
     references: Sequence[int] = ()
     if reference_count:
         # Seeds of labelled shapes are not used for reference samples.
-        references = anchor_seeds(reference_count, settings.fractions, exclude=labelled_seeds)["train"]
+        references = reference_seeds(reference_count, settings.fractions, exclude=labelled_seeds)["train"]
     if shapes:
         store_by_generator = {}
         for generator in generators:
@@ -479,13 +479,13 @@ def collect_observations(
         store.fill(shape_ids, settings.slab_batch)
     else:
         store = observe(shape_ids, psi, "shapes")
-    reference_store = observe(references, ANCHOR_PSI, "reference samples") if references else None
+    reference_store = observe(references, REFERENCE_PSI, "reference samples") if references else None
     return TrainData(
         train=splits.train,
         val=splits.val,
         store=store,
-        anchors=references,
-        anchor_store=reference_store,
+        references=references,
+        reference_store=reference_store,
         observation=observation,
         unpaired=unpaired_splits["train"],
         unpaired_val=unpaired_splits["val"],
@@ -605,7 +605,7 @@ TRAINING: Mode[RewardRun] = Mode(
     help="Train a reward on preference labels.",
     settings=RewardRun,
     open=open_training,
-    work=train_and_judge,
+    work=train_and_evaluate,
     record=record,
     shown=RewardRun.to_dict,
     changes=None,

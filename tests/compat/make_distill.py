@@ -26,13 +26,13 @@ from eg3d_rlhf.rewards.meshes.settings import EncoderOptions
 from eg3d_rlhf.rewards.meshes.surfaces import Lattice, cube, marching_tetrahedra, signed_volume
 from eg3d_rlhf.tuning.distill import gradients
 from eg3d_rlhf.tuning.distill.gradients import digits, distillation_loss, target_loss
-from eg3d_rlhf.tuning.distill.guidance.denoiser import DIRECTIONS, direction_of
+from eg3d_rlhf.tuning.distill.guidance.denoiser import DIRECTIONS, view_direction
 from eg3d_rlhf.tuning.distill.guidance.dreamdpo import DreamDpo
 from eg3d_rlhf.tuning.distill.guidance.dreamreward import DreamReward
 from eg3d_rlhf.tuning.distill.guidance.rewardsds import RewardSds
 from eg3d_rlhf.tuning.distill.guidance.settings import NoiseWeighting
 from eg3d_rlhf.tuning.distill.methods import PRESETS
-from eg3d_rlhf.tuning.distill.schedule import NoiseSchedule, betas_of, ddim_times
+from eg3d_rlhf.tuning.distill.schedule import NoiseSchedule, ddim_times, make_betas
 from eg3d_rlhf.tuning.distill.schedules_by_step import STEPS, Ramp, TimeWindow
 from tests.compat.distill_reference import Pictures, Recorded, StandIn, filled, seen_by
 from tests.compat.making import Maker
@@ -284,7 +284,7 @@ def tetrahedra(m: Maker) -> dict:
     for signs in (1, 6, 11):
         bits = torch.tensor([1.0 if signs >> i & 1 else -1.0 for i in range(4)])
         sdf = (bits * (0.2 + torch.rand(4, generator=m.generator))).requires_grad_()
-        mesh = marching_tetrahedra(-sdf, Lattice.of(corners, one, 1.0))
+        mesh = marching_tetrahedra(-sdf, Lattice.from_tetrahedra(corners, one, 1.0))
         weight = m.normal(*mesh.vertices.shape)
         (slope,) = torch.autograd.grad((mesh.vertices * weight).sum(), sdf)
         made = {"sdf": sdf, "verts": mesh.vertices, "faces": mesh.faces.flip(1), "weight": weight}
@@ -300,7 +300,9 @@ def tetrahedra(m: Maker) -> dict:
             sdf = field.clone().requires_grad_()
             shift = moved.clone().requires_grad_() if kind == "deformed" else None
             vertices = lattice.vertices.clone().requires_grad_()
-            mesh = marching_tetrahedra(-sdf, Lattice.of(vertices, lattice.tetrahedra, 1 / resolution), shift)
+            mesh = marching_tetrahedra(
+                -sdf, Lattice.from_tetrahedra(vertices, lattice.tetrahedra, 1 / resolution), shift
+            )
             weight = m.normal(*mesh.vertices.shape)
             total = (mesh.vertices * weight).sum()
             volume = -signed_volume(mesh)
@@ -469,11 +471,11 @@ def rewardsds(m: Maker) -> dict:
 def schedules(m: Maker) -> dict:
     config = {"beta_start": 0.0012, "beta_end": 0.009, "beta_schedule": "scaled_linear"}
     other = {"beta_start": 2e-4, "beta_end": 0.015, "beta_schedule": "linear", "rescale_betas_zero_snr": True}
-    betas = betas_of("scaled_linear", start=0.0012, end=0.009)
+    betas = make_betas("scaled_linear", start=0.0012, end=0.009)
     schedule = NoiseSchedule((1 - betas).cumprod(0))
     bar = schedule.alphas_cumprod
     m.add({"betas": betas, "alphas_cumprod": bar, "final_alpha_cumprod": bar[0]}, "sd/")
-    others = betas_of("linear", start=2e-4, end=0.015, zero_snr=True)
+    others = make_betas("linear", start=2e-4, end=0.015, zero_snr=True)
     m.add({"alphas_cumprod": (1 - others).cumprod(0)}, "own/")
     for spacing, n in itertools.product(("leading", "linspace"), (7, 30)):
         m.add({"timesteps": ddim_times(n, spacing)}, f"timesteps/{spacing}_{n}/")
@@ -530,8 +532,10 @@ def threestudio(m: Maker) -> dict:
     m.add({"text": text[:1], "null": null[:1], "text_vd": text, "null_vd": null}, "prompt/")
     views = [(10.0, 5.0), (70.0, 100.0), (0.0, 190.0)]
     m.put(views__elevation=[e for e, _ in views], views__azimuth=[a for _, a in views])
-    index = [DIRECTIONS.index(direction_of(*view)) for view in views]
-    rows = [[e, a, DIRECTIONS.index(direction_of(e, a))] for e, a in itertools.product((5, 65), (0, 80, 200))]
+    index = [DIRECTIONS.index(view_direction(*view)) for view in views]
+    rows = [
+        [e, a, DIRECTIONS.index(view_direction(e, a))] for e, a in itertools.product((5, 65), (0, 80, 200))
+    ]
     m.put(directions__rows=np.array(rows, float))
     cases = {}
     for name, config, clip, pictures in (

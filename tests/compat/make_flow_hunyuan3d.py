@@ -201,12 +201,12 @@ def pictures(m: Maker, files: layout.ShapeFiles, dino: Dino, kinds: list) -> Non
     for k, (kind, height, width) in enumerate(kinds):
         rgba = m.picture(height, width, kind)
         square = framed(rgba, files.border)
-        picture, mask = on_white(Image.fromarray(rgba), files.picture, files.border)
-        tokens = family.picture_tokens(files, dino, family.as_picture(picture))
+        picture, mask = on_white(Image.fromarray(rgba), files.image_size, files.border)
+        tokens = family.image_tokens(files, dino, family.as_image(picture))
         made = {"rgba": rgba, "square": over_white(square), "square_mask": square[..., 3], "image": picture}
         m.add(made | {"mask": mask, "tokens": tokens}, f"pre{k}_")
     shown = 2 * torch.rand(3, 3, 30, 30, generator=m.generator) - 1
-    tokens = family.picture_tokens(files, dino, shown / 2 + 0.5)
+    tokens = family.image_tokens(files, dino, shown / 2 + 0.5)
     m.put(enc_image=shown, enc_tokens=tokens, enc_null=torch.zeros_like(tokens))
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from eg3d_rlhf.models.dino import DinoConfig
 from eg3d_rlhf.models.image_preprocessing import object_inputs
 from eg3d_rlhf.models.lora import adapters_off, lora_parameters
-from eg3d_rlhf.models.sam3d import SHAPE, Embedder, Pictures, PointConfig, PointPatches
+from eg3d_rlhf.models.sam3d import SHAPE, Embedder, ImageEncoder, PointConfig, PointPatches
 from eg3d_rlhf.models.sparse import NamedBatch, SparseBatch, feats_of
 from eg3d_rlhf.models.trellis.autoencoders import (
     GaussianDecoder,
@@ -226,7 +226,7 @@ def embedder_of(content: dict) -> Embedder:
                 num_register_tokens=2,
                 shown=28,
             )
-            encoders.append((Pictures(dino, 28, entry["prenorm_features"]), 64, named))
+            encoders.append((ImageEncoder(dino, 28, entry["prenorm_features"]), 64, named))
         else:
             known = {name: value for name, value in entry.items() if name != "_target_"}
             encoders.append((PointPatches(PointConfig(**known)), known["embed_dim"], named))
@@ -249,7 +249,7 @@ def write_files(m: Maker, root: Path, quoted: dict) -> None:
         embedder = m.fill(embedder_of(quoted[part]))
         tensors = embedder.state_dict()
         for number, encoder in enumerate(embedder.module_list):
-            if isinstance(encoder, Pictures):
+            if isinstance(encoder, ImageEncoder):
                 tensors = published(tensors, f"module_list.{number}.backbone.")
         state |= {files.EMBEDDERS[0] + name: tensor for name, tensor in tensors.items()}
         torch.save({"state_dict": state}, root / f"{part}.ckpt")

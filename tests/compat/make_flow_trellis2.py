@@ -417,7 +417,7 @@ def pictures(m: Maker, folder: Path, facts: dict) -> None:
         m.add({f"pre{k}/rgba": rgba, f"pre{k}/cut": cut})
         for size, picture in zip(sizes, on_black_first(image, sizes), strict=True):
             m.add({f"pre{k}/image_{size}": (picture.permute(1, 2, 0) * 255).round().byte()})
-            m.add({f"pre{k}/tokens_{size}": family.picture_tokens(network, picture[None])})
+            m.add({f"pre{k}/tokens_{size}": family.image_tokens(network, picture[None])})
     shown = torch.rand(1, 3, 16, 48, generator=m.generator)
-    m.put(enc_image=shown, enc_tokens=family.picture_tokens(network, shown))
+    m.put(enc_image=shown, enc_tokens=family.image_tokens(network, shown))
     m.put(enc_last_hidden_state=network.norm(network(shown)))

@@ -40,7 +40,7 @@ def gradient(value, of):
 @pytest.mark.parametrize("case", some(SIGNS, f"this set has no tet/CASE/sdf in {NAME}.npz"))
 def test_every_case_of_signs(case):
     v = under(NAME, f"tet/{case}")
-    lattice = Lattice.of(*present(values(NAME), "tet/vertices", "tet/tets"), 1.0)
+    lattice = Lattice.from_tetrahedra(*present(values(NAME), "tet/vertices", "tet/tets"), 1.0)
     sdf = v["sdf"].clone().requires_grad_(True)
     mesh = marching_tetrahedra(-sdf, lattice)
     close(mesh.vertices, v["verts"], 1e-6)
@@ -67,7 +67,9 @@ def test_fields_and_their_gradients(field, kind):
     moved = values(NAME)[f"{field}/deformation"].clone().requires_grad_(True) if kind == "deformed" else None
     vertices, tetrahedra = present(values(NAME), "grid/vertices", "grid/tets")
     vertices = vertices.clone().requires_grad_(True)
-    mesh = marching_tetrahedra(-sdf, Lattice.of(vertices, tetrahedra, 1 / RESOLUTIONS[field]), moved)
+    mesh = marching_tetrahedra(
+        -sdf, Lattice.from_tetrahedra(vertices, tetrahedra, 1 / RESOLUTIONS[field]), moved
+    )
     close(mesh.vertices, v["verts"], 1e-6)
     assert triangles(mesh.faces) == triangles(v["faces"], turned=True)
     total = (mesh.vertices * v["weight"]).sum()

@@ -9,7 +9,7 @@ import torch
 from eg3d_rlhf.models.blip import BlipSizes, from_published
 from eg3d_rlhf.models.clip import hpsv2_network
 from eg3d_rlhf.models.ldm_names import to_transformers_clip, to_transformers_text
-from eg3d_rlhf.models.weights import adopt, below, empty
+from eg3d_rlhf.models.weights import adopt, empty, entries_below
 from eg3d_rlhf.rewards.images.reward3d import Reward3dNetwork
 from tests.compat.reference import ROOT
 
@@ -48,14 +48,16 @@ def test_reward3d(kind):
     state = from_published({name: torch.empty(shape, device="meta") for name, shape in wanted.items()})
     wanted = {name: list(tensor.shape) for name, tensor in state.items()}
     assert shapes(empty(lambda: Reward3dNetwork(kind, BlipSizes()))) == wanted
-    network = Reward3dNetwork.of(on_meta(f"Reward3D_{kind}"), "test")  # sizes from the file's shapes
+    network = Reward3dNetwork.from_state_dict(
+        on_meta(f"Reward3D_{kind}"), "test"
+    )  # sizes from the file's shapes
     assert network.kind == kind and shapes(network) == wanted
 
 
 @vision
 def test_image_reward_is_the_trunk_and_the_mlp():
     state = {n: t for n, t in on_meta("Reward3D_Scorer").items() if not n.startswith("Scorer.")}
-    network = Reward3dNetwork.of(state, "test")
+    network = Reward3dNetwork.from_state_dict(state, "test")
     assert network.kind == "ImageReward" and {
         *shapes(network),
         "blip.text_encoder.embeddings.position_ids",
@@ -145,7 +147,7 @@ def test_mvdream_files(form):
     networks, states = mvdream_networks(state, "test")
     for name, weights in states.items():
         adopt(networks[name], weights, name)  # every entry fits
-    assert len(states["unet"]) == len(below(state, "model.diffusion_model."))
+    assert len(states["unet"]) == len(entries_below(state, "model.diffusion_model."))
     plain = {n: s for n, s in shapes(networks["unet"]).items() if not n.startswith("class_embedding.")}
     assert plain == published({"sd15": "sd15_unet", "sd21_base": "sd21_unet"}[form])
     assert shapes(networks["vae"]) == published("sd_vae")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from eg3d_rlhf.generators.assets.views import network_cameras, to_z_up, unit_distance, views_at
-from eg3d_rlhf.tuning.distill.schedule import NoiseSchedule, betas_of, ddim_times
+from eg3d_rlhf.tuning.distill.schedule import NoiseSchedule, ddim_times, make_betas
 from eg3d_rlhf.tuning.distill.schedules_by_step import STEPS, Ramp, TimeWindow
 from tests.compat.absent import some
 from tests.compat.distill_reference import StandIn, close, members, needs, present, recipe, under, values
@@ -31,14 +31,14 @@ def betas(table: str = "sd") -> torch.Tensor:
     """Compute the betas of a table as the set configures it, Stable Diffusion's where none is named."""
     config = recipe(NAME)["cases"].get(table, {}).get("config")
     if config is None:
-        return betas_of(**OTHER_TABLES.get(table, {}))
+        return make_betas(**OTHER_TABLES.get(table, {}))
     names = {
         "beta_schedule": "kind",
         "beta_start": "start",
         "beta_end": "end",
         "rescale_betas_zero_snr": "zero_snr",
     }
-    return betas_of(**{ours: config[theirs] for theirs, ours in names.items() if theirs in config})
+    return make_betas(**{ours: config[theirs] for theirs, ours in names.items() if theirs in config})
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import torch
 
 from eg3d_rlhf.tuning.distill import gradients
 from eg3d_rlhf.tuning.distill.gradients import target_loss
-from eg3d_rlhf.tuning.distill.guidance.denoiser import DIRECTIONS, direction_of, mixture
+from eg3d_rlhf.tuning.distill.guidance.denoiser import DIRECTIONS, mixture, view_direction
 from eg3d_rlhf.tuning.distill.schedule import NoiseSchedule
 from tests.compat.distill_reference import (
     StandIn,
@@ -29,7 +29,7 @@ SCHEDULE = NoiseSchedule()
 def test_directions():
     (rows,) = present(values(NAME), "directions/rows")
     for elevation, azimuth, index in rows.tolist():
-        assert DIRECTIONS.index(direction_of(elevation, azimuth)) == int(index)
+        assert DIRECTIONS.index(view_direction(elevation, azimuth)) == int(index)
 
 
 def conditions(config: dict, perp_neg: bool, count: int):
@@ -38,7 +38,7 @@ def conditions(config: dict, perp_neg: bool, count: int):
     if not config.get("view_dependent_prompting", True):
         return v["prompt/text"].expand(count, -1, -1), v["prompt/null"].expand(count, -1, -1), None, None
     views = list(zip(v["views/elevation"].tolist(), v["views/azimuth"].tolist(), strict=True))
-    index = [DIRECTIONS.index(direction_of(*view)) for view in views]
+    index = [DIRECTIONS.index(view_direction(*view)) for view in views]
     text = dict(zip(DIRECTIONS, v["prompt/text_vd"], strict=True))
     null = v["prompt/null_vd"][index]
     if not perp_neg:
@@ -113,7 +113,7 @@ def test_perpendicular_is_at_right_angles():
 
 
 def test_an_azimuth_may_be_turned_round():
-    assert [direction_of(0, 359.0), direction_of(0, 540.0), direction_of(0, -450.0)] == [
+    assert [view_direction(0, 359.0), view_direction(0, 540.0), view_direction(0, -450.0)] == [
         "front",
         "back",
         "side",

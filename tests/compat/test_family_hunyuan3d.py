@@ -29,9 +29,9 @@ from eg3d_rlhf.models.policies import (
     tuned_model,
     write_adapter,
 )
-from eg3d_rlhf.models.weights import below, content, empty, shapes
+from eg3d_rlhf.models.weights import content, empty, entries_below, shapes
 from eg3d_rlhf.modes.flow_check import check
-from eg3d_rlhf.tuning.flow.base.conditioning import Conditions, read_conditions
+from eg3d_rlhf.tuning.flow.base.conditioning import Conditioning, read_conditioning
 from eg3d_rlhf.tuning.flow.base.export import export
 from eg3d_rlhf.tuning.flow.base.sampling import generate, times, trajectory
 from eg3d_rlhf.tuning.flow.families import family_of
@@ -119,7 +119,7 @@ def test_names_and_shapes_are_the_originals(path, section, tmp_path):
     else:
         listed = {name: torch.empty(shape, device="meta") for name, shape in want.items()}
         assert all(name.startswith(layout.ENCODER) for name in listed)
-        assert shapes(below(listed, layout.ENCODER)) == shapes(
+        assert shapes(entries_below(listed, layout.ENCODER)) == shapes(
             empty(lambda: Dino(files.encoder)).state_dict()
         )
 
@@ -136,7 +136,7 @@ def test_the_released_settings_are_resolved_as_the_original_does(path, tmp_path)
     ]
     cut, shift = (config.get(section, {}).get("params", {}) for section in ("image_processor", "scheduler"))
     shift = shift.get("shift", 1.0)
-    assert (files.picture, files.border, files.shift) == (
+    assert (files.image_size, files.border, files.shift) == (
         cut.get("size", 512),
         cut.get("border_ratio", 0.15),
         shift,
@@ -289,22 +289,24 @@ def test_pictures(case, opened):
     network = picture_encoder(case, opened)
     for k in pictures_of(case):
         square = framed(case[f"pre{k}_rgba"].numpy(), files.border)
-        picture, mask = on_white(Image.fromarray(case[f"pre{k}_rgba"].numpy()), files.picture, files.border)
+        picture, mask = on_white(
+            Image.fromarray(case[f"pre{k}_rgba"].numpy()), files.image_size, files.border
+        )
         made = {"square": over_white(square), "square_mask": square[..., 3], "image": picture, "mask": mask}
         for name, pixels in made.items():
             want = case[f"pre{k}_{name}"].numpy()
             assert pixels.shape == want.shape and np.abs(pixels.astype(int) - want).max() <= COUNTS, name
         with torch.no_grad():
-            tokens = family.picture_tokens(files, network, family.as_picture(case[f"pre{k}_image"].numpy()))
+            tokens = family.image_tokens(files, network, family.as_image(case[f"pre{k}_image"].numpy()))
         assert error(tokens, case[f"pre{k}_tokens"]) < TOKENS
 
 
 def test_tokens_and_the_empty_condition(case, opened):
     files, _ = opened
     with torch.no_grad():
-        tokens = family.picture_tokens(files, picture_encoder(case, opened), case["enc_image"] / 2 + 0.5)
+        tokens = family.image_tokens(files, picture_encoder(case, opened), case["enc_image"] / 2 + 0.5)
     assert error(tokens, case["enc_tokens"]) < TOKENS and list(tokens.shape[1:]) == files.tokens
-    null = Conditions(tokens={"a": {"main": tokens[0]}}, zero_null=True).null(len(tokens))["main"]
+    null = Conditioning(tokens={"a": {"main": tokens[0]}}, zero_null=True).null(len(tokens))["main"]
     assert torch.equal(null, case["enc_null"])
 
 
@@ -328,7 +330,7 @@ def test_a_picture_becomes_the_tokens_that_files_of_conditions_hold(case, root, 
     family.FAMILY.load(root, made)
     other = made.encoder.replace("border", "margin")
     with raising("conditions:", made.encoder, other, "eg3d-rlhf"):
-        family.FAMILY.load(root, Conditions(tokens=made.tokens, encoder=other, zero_null=True))
+        family.FAMILY.load(root, Conditioning(tokens=made.tokens, encoder=other, zero_null=True))
 
 
 def test_decoder_at_points(case, decoder):
@@ -501,7 +503,7 @@ def test_from_pictures_to_a_tuned_folder_as_documented(case, root, opened, tmp_p
     with surfaces(case) as heard:
         called = run_section("Hunyuan3D-2.1", root, Path(), few, look)
     assert called == ["new", "sample", "pairs", "train", "export"]
-    read = read_conditions(Path("WORK"))
+    read = read_conditioning(Path("WORK"))
     tuned = family.FAMILY.load(Path("TUNED"), read)
     assert generate(tuned, [read.names[0]], [0])[0].latent.isfinite().all()
 

@@ -22,7 +22,7 @@ from eg3d_rlhf.models.sam3d import SHAPE
 from eg3d_rlhf.models.sparse import NamedBatch, SparseBatch, feats_of
 from eg3d_rlhf.models.weights import content, empty, shapes
 from eg3d_rlhf.modes.flow_check import check
-from eg3d_rlhf.tuning.flow.base.conditioning import Conditions, read_conditions
+from eg3d_rlhf.tuning.flow.base.conditioning import Conditioning, read_conditioning
 from eg3d_rlhf.tuning.flow.base.export import export
 from eg3d_rlhf.tuning.flow.base.sampling import generate, guides, times, trajectory
 from eg3d_rlhf.tuning.flow.families import sam3d as family
@@ -477,7 +477,7 @@ def test_pictures_become_conditions(case, root, conditions):
     family.FAMILY.load(root, conditions)
     other = conditions.encoder.replace("box", "side")
     with raising("conditions:", conditions.encoder, other, "eg3d-rlhf"):
-        family.FAMILY.load(root, Conditions(tokens=conditions.tokens, encoder=other, zero_null=True))
+        family.FAMILY.load(root, Conditioning(tokens=conditions.tokens, encoder=other, zero_null=True))
 
 
 # Voxels, decoders, the pose.
@@ -668,7 +668,7 @@ def test_from_pictures_to_a_tuned_folder_as_documented(case, root, tmp_path, mon
 
     called = run_section("SAM 3D Objects", root, Path(), FEW, look)
     assert called == ["new", "sample", "pairs", "train", "train", "export"]
-    read = read_conditions(Path("WORK"))
+    read = read_conditioning(Path("WORK"))
     base, tuned = (family.FAMILY.load(place, read) for place in (root, Path("TUNED")))
     for one, other in zip(base.stages, tuned.stages, strict=True):
         both = zip(one.model.parameters(), other.model.parameters(), strict=True)

@@ -24,7 +24,7 @@ from eg3d_rlhf.models.sparse import SparseBatch, SparseSample, feats_of
 from eg3d_rlhf.models.trellis2 import VoxelEncoder, assets_of
 from eg3d_rlhf.models.weights import empty, shapes
 from eg3d_rlhf.modes import flow_check, flow_export
-from eg3d_rlhf.tuning.flow.base.conditioning import Conditions, read_conditions
+from eg3d_rlhf.tuning.flow.base.conditioning import Conditioning, read_conditioning
 from eg3d_rlhf.tuning.flow.base.export import export
 from eg3d_rlhf.tuning.flow.base.sampling import generate, sample, times, trajectory
 from eg3d_rlhf.tuning.flow.families import family_of
@@ -616,16 +616,14 @@ def test_pictures_are_equal_to_the_bit(case):
 def test_tokens_are_those_before_the_last_norm(case):
     network = read_dino3(str(case.file(case.fact("encoder"))))
     image = case["enc_image"]
-    assert error(family.picture_tokens(network, image), case["enc_tokens"]) < TOKENS
+    assert error(family.image_tokens(network, image), case["enc_tokens"]) < TOKENS
     with torch.no_grad():
         assert error(network.norm(network(image)), case["enc_last_hidden_state"]) < TOKENS
     sizes = tuple(case.fact("picture_sizes"))
     for k in pictures_of(case):
         seen = on_black_first(Image.fromarray(case[f"pre{k}/rgba"].numpy()), sizes)
         for size, picture in zip(sizes, seen, strict=True):
-            assert (
-                error(family.picture_tokens(network, picture[None]), case[f"pre{k}/tokens_{size}"]) < TOKENS
-            )
+            assert error(family.image_tokens(network, picture[None]), case[f"pre{k}/tokens_{size}"]) < TOKENS
 
 
 # Adapters, preferences, export.
@@ -730,10 +728,10 @@ def test_conditions_of_another_encoder_or_preparation_are_refused(case, root, pi
     size = {name: pipeline.configs[name].cond_channels for name in pipeline.configs}["structure"]
     tokens = {"a": {"512": torch.zeros(3, size), "1024": torch.zeros(5, size)}}
     family.FAMILY.load(
-        root, Conditions(tokens=tokens, encoder=family.source_of(pipeline.file), zero_null=True)
+        root, Conditioning(tokens=tokens, encoder=family.source_of(pipeline.file), zero_null=True)
     )
     with raising("conditions:", family.source_of(pipeline.file), "eg3d-rlhf"):
-        family.FAMILY.load(root, Conditions(tokens=tokens, encoder=pipeline.file.encoder, zero_null=True))
+        family.FAMILY.load(root, Conditioning(tokens=tokens, encoder=pipeline.file.encoder, zero_null=True))
 
 
 def test_a_texture_file_may_say_any_resolution(case, root, tmp_path):
@@ -798,7 +796,7 @@ def test_from_pictures_to_a_tuned_folder_as_documented(case, root, tmp_path, mon
         tuned.append(run)
     called(flow_export.export_command, "--outdir=ALL", *tuned)
     for folder in ("TUNED", "ALL"):
-        read = read_conditions(Path("WORK"))
+        read = read_conditioning(Path("WORK"))
         pipeline = family.FAMILY.load(Path(folder), read)
         assert generate(pipeline, [read.names[0]], [0])[0].materials.isfinite().all()
     called(flow_check.check, "ALL")

@@ -120,7 +120,7 @@ def test_the_surrogate_mends_voxels_and_nothing_else(path):
         )
     solid = (density.detach() > 0).numpy()
     cure = case.iou(case.before & ~case.floater | case.hole)
-    assert ndimage.label(solid)[1] == 1 and not solids.caps(solid, case.reach).any()
+    assert ndimage.label(solid)[1] == 1 and not solids.hole_caps(solid, case.reach).any()
     assert case.elsewhere(solid, 0) <= case.recipe["elsewhere"][0]
     assert case.iou(solid) >= min(case.recipe["iou"][0], cure - 0.005) and case.iou(solid) > case.iou(
         case.before
@@ -149,7 +149,7 @@ def test_the_surrogate_mends_what_a_smooth_generator_makes(path):
         optimizer.zero_grad()
         (loss + recipe["hold"] * (density - case.density).square().mean()).backward()
         optimizer.step()
-    assert not solids.caps(solid, case.reach).any()
+    assert not solids.hole_caps(solid, case.reach).any()
     assert (solid & case.floater).sum() <= 0.02 * case.floater.sum()
     half = len(case.density) // recipe["coefficients"] // 2
     assert case.elsewhere(solid, half) <= recipe["elsewhere"][1] and case.iou(solid) >= recipe["iou"][1]

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from eg3d_rlhf.models.blip import from_published
 from eg3d_rlhf.models.dino import DinoConfig, from_hub, read_dino, read_dino3
-from eg3d_rlhf.models.sam3d import Pictures
+from eg3d_rlhf.models.sam3d import ImageEncoder
 from eg3d_rlhf.models.weights import adopt, empty, fill
 from eg3d_rlhf.rewards.images.reward3d import Reward3dNetwork
 from tests.compat.reference import ROOT, arrays, read_json
@@ -54,8 +54,8 @@ def tokens(name: str, case: Mapping, folder: Path) -> dict[str, torch.Tensor]:
     if case["kind"] == "images":
         outputs = {}
         for key, before in (("before", True), ("after", False)):
-            config = DinoConfig.of_state(state, name, shown=pixels.shape[-1])
-            encoder = empty(lambda c=config, b=before: Pictures(c, pixels.shape[-1], before_norm=b))
+            config = DinoConfig.from_state(state, name, shown=pixels.shape[-1])
+            encoder = empty(lambda c=config, b=before: ImageEncoder(c, pixels.shape[-1], before_norm=b))
             fill(encoder.backbone, from_hub(state, config), name)
             outputs[key] = encoder.eval()(pixels)
         return outputs
@@ -73,14 +73,18 @@ def scores(name: str, case: Mapping) -> dict[str, torch.Tensor]:
         rows = (line.split("\t") for line in (ROOT / case["table"]).read_text().splitlines())
         shapes = {n: [int(x) for x in shape.split("x")] for n, shape in rows if "position_ids" not in n}
     state = weights(shapes)
-    network = adopt(Reward3dNetwork.of(state, name), from_published(state), name).eval().requires_grad_(False)
+    network = (
+        adopt(Reward3dNetwork.from_state_dict(state, name), from_published(state), name)
+        .eval()
+        .requires_grad_(False)
+    )
     assert network.kind == case["kind"]
     side = network.blip.side
     pixels = (images(name, case["images"], side, side) * 2 - 1).requires_grad_()
     features = network.blip(pixels, *prompts(case["images"], network.blip.text_encoder.config.vocab_size))
     given = network.head(features)
     (slope,) = torch.autograd.grad(given.sum(), pixels)
-    return {"seen": network.blip.seen(pixels), "features": features, "scores": given, "slope": slope}
+    return {"seen": network.blip.encode_images(pixels), "features": features, "scores": given, "slope": slope}
 
 
 def outputs_of(name: str, folder: Path) -> dict[str, torch.Tensor]:

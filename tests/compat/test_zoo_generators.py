@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 import torch
 
-from eg3d_rlhf.generators import of
-from eg3d_rlhf.generators.pickles.rebuild import kind_of
+from eg3d_rlhf.generators import as_generator
+from eg3d_rlhf.generators.pickles.rebuild import family_of
 from tests.compat.absent import some
 from tests.compat.reference import (
     ROOT,
@@ -173,7 +173,9 @@ def build(file: str, case: str):
     about = told.told[case]
     kwargs = about["kwargs"]
     stored = arrays(FOLDER / f"{file}.npz")
-    kind = kind_of(about["class_name"].rpartition(".")[2], shapes_of(file, case), kwargs["rendering_kwargs"])
+    kind = family_of(
+        about["class_name"].rpartition(".")[2], shapes_of(file, case), kwargs["rendering_kwargs"]
+    )
     G = kind.cls(**kwargs).eval().requires_grad_(False)
     set_weights(G, about, told)
     reference = {key.removeprefix(f"{case}/"): stored[key] for key in stored if key.startswith(f"{case}/")}
@@ -215,7 +217,7 @@ def compute(G, told: Recipe, points: torch.Tensor) -> dict:
     out = G.sample_mixed(points.expand(len(z), -1, -1), None, ws, noise_mode="const")
     computed["sigma"] = out["sigma"].squeeze(2)
     computed["rgb"] = out["rgb"]
-    computed["field"] = of(G).field(ws).density(points[0])
+    computed["field"] = as_generator(G).field(ws).density(points[0])
     return computed
 
 

@@ -8,7 +8,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from eg3d_rlhf.core.cli import GroupedCommand, option, options_of
+from eg3d_rlhf.core.cli import GroupedCommand, option, options_from_settings
 from tests.rejections import rejected
 from training.config import knob
 
@@ -22,7 +22,7 @@ class Ball:
 
 @click.command(cls=GroupedCommand)
 @option("--also", group="Ball", rare=True, multiple=True, help="Further balls.")
-@options_of(Ball)
+@options_from_settings(Ball)
 @click.pass_context
 def throw(context: click.Context, **values):
     """Throw a ball."""

@@ -7,9 +7,9 @@ import pytest
 from click.testing import CliRunner
 
 from eg3d_rlhf.core import seeds
-from eg3d_rlhf.core.seeds import HELD_OUT, STRIDE, refuse_held_out
+from eg3d_rlhf.core.seeds import HELD_OUT, STRIDE, reject_held_out_seeds
 from eg3d_rlhf.modes.label_files import synthetic
-from eg3d_rlhf.preferences.dataset import anchor_seeds
+from eg3d_rlhf.preferences.dataset import reference_seeds
 from eg3d_rlhf.preferences.labels import LabelSource, Preference, load_labels, write_labels
 from eg3d_rlhf.preferences.settings import AnnotationOptions
 from eg3d_rlhf.rewards.settings import BUNDLED_LABELS, RewardRun
@@ -20,7 +20,7 @@ from tests.rejections import raising, rejected
 def test_ranges_do_not_overlap():
     for first, other in itertools.combinations(HELD_OUT, 2):
         assert not set(first.all) & set(other.all)
-    assert all(seeds.ANCHORS + 1000 <= held.first and held.all[-1] < STRIDE for held in HELD_OUT)
+    assert all(seeds.REFERENCE_SAMPLES + 1000 <= held.first and held.all[-1] < STRIDE for held in HELD_OUT)
     assert len({held.name for held in HELD_OUT}) == len(HELD_OUT)
 
 
@@ -49,13 +49,15 @@ def test_the_package_writes_no_held_out_seed_elsewhere(repo):
 )
 def test_a_held_out_seed_is_rejected_with_the_name_of_its_range(drawn, names):
     with raising("labels", *names):
-        refuse_held_out(drawn, "labels")
+        reject_held_out_seeds(drawn, "labels")
 
 
 def test_other_seeds_pass():
-    refuse_held_out([0, 9_999, 100_000, 199_999, 210_200, 300_032, 1_300_000, 1_500_000, 2**32 - 1], "labels")
-    refuse_held_out([seed for part in anchor_seeds().values() for seed in part], "anchors")
-    refuse_held_out(
+    reject_held_out_seeds(
+        [0, 9_999, 100_000, 199_999, 210_200, 300_032, 1_300_000, 1_500_000, 2**32 - 1], "labels"
+    )
+    reject_held_out_seeds([seed for part in reference_seeds().values() for seed in part], "anchors")
+    reject_held_out_seeds(
         [seed for label in load_labels(BUNDLED_LABELS) for seed in (label.winner, label.loser)],
         "bundled labels",
     )
@@ -72,7 +74,7 @@ def test_reward_training_rejects_labels_of_held_out_seeds(tmp_path):
         ],
     )
     with raising(str(path), "300007", "monitor", "300000 to 300031"):
-        TRAINING.begin(RewardRun(labels=LabelSource.of_file(path)), tmp_path / "out")
+        TRAINING.begin(RewardRun(labels=LabelSource.from_file(path)), tmp_path / "out")
 
 
 def test_synthetic_labels_reject_held_out_seeds(tmp_path):

@@ -20,7 +20,9 @@ def settings(*flags: str) -> dict:
     resolved = json.loads(result.stdout)
     return {
         **resolved,
-        "hashes": {name: file_hash(path) for name, path in input_files(Settings.of(resolved)).items()},
+        "hashes": {
+            name: file_hash(path) for name, path in input_files(Settings.from_values(resolved)).items()
+        },
     }
 
 

@@ -146,7 +146,7 @@ def test_images_lie_where_the_page_looks_for_them(tiny_comparison, tmp_path, mon
     picture = np.asarray(PIL.Image.open(tmp_path / sheet["file"])).astype(float) / 255
     size = sheet["pixels"]
     assert picture.shape == (sheet["rows"] * size, sheet["columns"] * size)
-    spec = SlabSpec.of(c.before.generator.bounds, embedding.RESOLUTION)
+    spec = SlabSpec.from_bounds(c.before.generator.bounds, embedding.RESOLUTION)
     for seed, role in ((200_000, "after"), (200_011, "before")):
         generator = c.generators()[role]
         with torch.no_grad():

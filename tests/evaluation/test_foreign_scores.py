@@ -16,7 +16,7 @@ from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.evaluation import foreign_scores as fs
 from eg3d_rlhf.evaluation.foreign_scores import align, calibrate_density
 from eg3d_rlhf.generators import load_generator, ws_of_seeds
-from eg3d_rlhf.generators.placed import Place, Placed, Similarity, scaled_density, ws_of
+from eg3d_rlhf.generators.placed import Place, Placed, Similarity, scaled_density, ws_of_placed
 from eg3d_rlhf.modes.score import main
 from eg3d_rlhf.rewards.observations import observation_of
 from eg3d_rlhf.rewards.reward import load_reward
@@ -119,7 +119,7 @@ def test_a_place_is_a_change_of_coordinates(reference):
     how = {"scale": 1.3, "shift": (0.0, 0.05, -0.1), "mirrored": True}
     place = Place(Similarity(1.3, how["shift"]), inner.bounds, mirrored=True)
     back = Placed(Foreign(inner, **how), place).field(ws)
-    spec = SlabSpec.of(inner.bounds, 20, crop=(0.3, 0.1, 0.2, 0.1, 0.3, 0.0))
+    spec = SlabSpec.from_bounds(inner.bounds, 20, crop=(0.3, 0.1, 0.2, 0.1, 0.3, 0.0))
     own = inner.field(ws).density_grid(spec)
     torch.testing.assert_close(back.density_grid(spec), own, rtol=1e-3, atol=1e-2)
     torch.testing.assert_close(
@@ -144,7 +144,7 @@ def test_a_reward_of_depth_sees_a_foreign_copy_as_the_original(reference):
     assert depth.misfits(foreign) and not depth.misfits(
         placed := Placed(foreign, Place(Similarity(1.3, (-0.1, 0, 0)), cameras=own))
     )
-    ws = ws_of(foreign, [1], 0.7, 14)
+    ws = ws_of_placed(foreign, [1], 0.7, 14)
     assert torch.equal(ws, ws_of_seeds(inner, [1], 0.7))
     torch.testing.assert_close(
         depth.observe(placed.field(ws)), depth.observe(inner.field(ws)), rtol=1e-2, atol=1e-2
@@ -213,7 +213,7 @@ def test_outside_its_cube_a_generator_is_empty(reference):
     shown = Placed(inner, Place(bounds=Bounds(2.0))).field(ws_of_seeds(inner, [1], 0.7))
     far = shown.density(torch.tensor([[0.0, 0.0, 0.9], [0.0, 0.0, 0.0]]))
     assert far[0, 0] < shown.level - 900 < far[0, 1]
-    spec = SlabSpec.of(Bounds(2.0), 21)
+    spec = SlabSpec.from_bounds(Bounds(2.0), 21)
     grid = shown.density_grid(spec)
     outer = spec.points().abs().amax(dim=-1) > 0.51
     assert (grid[0, outer] == grid[0, ~outer].min()).all()

@@ -114,7 +114,7 @@ def test_densities_equal_direct_counts(tiny_comparison, coarse):
     with torch.no_grad():
         sigma = (
             c.before.generator.field(c.ws(c.before, seeds))
-            .density_grid(SlabSpec.of(c.before.generator.bounds, 12))
+            .density_grid(SlabSpec.from_bounds(c.before.generator.bounds, 12))
             .numpy()
         )
     assert counts.sum() == (sigma > 0).sum()

@@ -13,7 +13,7 @@ from eg3d_rlhf.core.statistics import two_way_interval
 from eg3d_rlhf.evaluation import heads
 from eg3d_rlhf.measures.people import DEFECTIVE
 from eg3d_rlhf.modes import report_shapes
-from training.heads.people_mesh import grid_points, whole_grids
+from training.heads.people_mesh import grid_points, ground_truth_grids
 
 N = 32
 
@@ -106,7 +106,7 @@ def test_the_interval_grows_with_the_spread_of_seeds():
 
 
 def test_a_cut_back_is_seen_and_no_face():
-    intact = whole_grids(torch.from_numpy(np.random.RandomState(1).randn(2, 64)), N)
+    intact = ground_truth_grids(torch.from_numpy(np.random.RandomState(1).randn(2, 64)), N)
     cut = np.maximum(intact, (-0.05 - grid_points(N)[..., 2]))  # nothing behind z = -.05
     seen = heads.measure_heads(cut, intact)
     itself = heads.measure_heads(intact, intact)

@@ -13,7 +13,7 @@ from eg3d_rlhf.evaluation.heldout_evaluators import metric_entry
 from eg3d_rlhf.generators import latents
 from eg3d_rlhf.measures.measure import Measure
 from tests.evaluation.comparisons import replaced
-from training.heads.people_mesh import grid_points, whole_grids
+from training.heads.people_mesh import grid_points, ground_truth_grids
 
 N = 32
 UNCLEAR = "no clear change"  # the outcome of an interval that includes 0
@@ -39,7 +39,7 @@ def test_outcomes_follow_the_interval_and_the_direction(ends, way, expected):
 
 
 def ground_truth(seeds) -> np.ndarray:
-    return whole_grids(latents(seeds, 64), N)
+    return ground_truth_grids(latents(seeds, 64), N)
 
 
 def cut(shapes: np.ndarray) -> np.ndarray:

@@ -76,7 +76,7 @@ def heads(tiny_networks, tiny_reward, tiny_pair):
 def test_the_images_are_written_with_and_without_heads_of_people(heads, of_people, tmp_path, monkeypatch):
     monkeypatch.setattr(pictures, "GRID", 16)
     c = heads if of_people else comparisons.dataclasses.replace(heads, data="")
-    assert pictures.write_pictures(c, tmp_path, SMALL) == ["comparison.png", "turntable.webp", "meshes/*.ply"]
+    assert pictures.write_images(c, tmp_path, SMALL) == ["comparison.png", "turntable.webp", "meshes/*.ply"]
     assert sorted(path.name for path in (tmp_path / "meshes").iterdir()) == [
         "seed210003-after.ply",
         "seed210003-before.ply",
@@ -115,7 +115,7 @@ def test_latents_are_shown_by_rule_and_kept_for_another_process(heads):
 
 
 def test_shapes_without_a_surface_are_white_and_stop_nothing(tiny_comparison, tmp_path):
-    assert "meshes/*.ply" in pictures.write_pictures(tiny_comparison, tmp_path, SMALL)
+    assert "meshes/*.ply" in pictures.write_images(tiny_comparison, tmp_path, SMALL)
     assert (tmp_path / "comparison.png").exists()
 
 
@@ -126,11 +126,11 @@ def test_a_grid_is_drawn_where_its_surface_is():
 
 
 def test_a_whole_head_is_seen_where_its_photograph_shows_it():
-    (head,) = people.named_people(latents([5], people.LATENT))
+    (head,) = people.heads_from_latents(latents([5], people.LATENT))
     view = pictures.view_of_head(
         head, pictures.level_set_from_grid(people_mesh.head_grid(head, 16)), FRONT, 32
     )
-    _, distance = people.picture(head, FRONT[0, :16].reshape(4, 4).numpy(), float(FRONT[0, 16]), 32)
+    _, distance = people.render_head(head, FRONT[0, :16].reshape(4, 4).numpy(), float(FRONT[0, 16]), 32)
     assert (view.hit.numpy() == np.isfinite(distance)).all()
     assert np.abs(view.depth.numpy() - distance)[np.isfinite(distance)].max() < 1e-3
     assert 0.05 < view.light.min() and 0.3 < paint(view)[view.hit].mean() < 0.95

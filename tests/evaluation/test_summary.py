@@ -9,7 +9,7 @@ from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.evaluation import heldout_evaluators
 from eg3d_rlhf.evaluation.comparison import Comparison
 from eg3d_rlhf.evaluation.heldout_evaluators import metric_entry
-from eg3d_rlhf.evaluation.run_images import write_pictures
+from eg3d_rlhf.evaluation.run_images import write_images
 from eg3d_rlhf.evaluation.summary import IMAGES, MEASURES, notes, rows, table_of_heads, work
 from eg3d_rlhf.experiments.media.sheet import shade
 from eg3d_rlhf.measures.measure import Measure
@@ -128,7 +128,7 @@ def test_several_processes_come_to_the_same(unchanged, tmp_path):
     (tmp_path / "several").mkdir()
     (tmp_path / "alone").mkdir()
     work(several, tmp_path / "several", 2)
-    assert set(several.memory[IMAGES]) == set(write_pictures(alone, tmp_path / "alone"))
+    assert set(several.memory[IMAGES]) == set(write_images(alone, tmp_path / "alone"))
     there, here = (
         {p.name: p.read_bytes() for p in (tmp_path / name).rglob("*.p[nl][gy]")}
         for name in ("several", "alone")

@@ -90,11 +90,11 @@ def test_nested_settings_are_read_as_they_were_written(tmp_path):
     folder = mode.start(settings, tmp_path)
     assert (
         mode.read(folder) == settings
-        and mode.go_on(mode.read(folder), folder) == folder
+        and mode.resume(mode.read(folder), folder) == folder
         and seen == [settings, settings]
     )
     with raising("inner.size"):
-        mode.go_on(Outer(), folder)
+        mode.resume(Outer(), folder)
 
 
 @pytest.mark.parametrize("how", ["noted", "raised"])

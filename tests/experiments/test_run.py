@@ -97,7 +97,7 @@ def test_lines_and_states_go_on_where_the_state_was_written(begun, capsys):
     assert json.loads((folder / "timing.jsonl").read_text())["step"] == 3
     with Run(folder, settings, inputs) as run:
         tensors, meta = run.read()
-        run.go_on(3, meta["lines"])
+        run.continue_from(3, meta["lines"])
         run.stats({"step": 4})
     assert tensors["w"].tolist() == [3, 3] and run.last_checkpoint.name == "checkpoint-000000003.safetensors"
     assert [json.loads(line)["step"] for line in (folder / "stats.jsonl").read_text().splitlines()] == [

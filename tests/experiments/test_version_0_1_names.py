@@ -14,7 +14,7 @@ from eg3d_rlhf.rewards.settings import BUNDLED_LABELS
 BUNDLED = {
     "generator.safetensors": file_hash(bundled.GENERATOR),
     "reward.safetensors": file_hash(bundled.REWARD),
-    "reward-watch.safetensors": file_hash(bundled.WATCH),
+    "reward-watch.safetensors": file_hash(bundled.HELDOUT_REWARD),
     "labels.jsonl": file_hash(BUNDLED_LABELS),
 }
 
@@ -32,8 +32,8 @@ def test_settings_are_read_at_any_depth():
 
 
 def test_the_bundled_heldout_reward_is_found_under_its_present_name(tmp_path):
-    old = bundled.WATCH.with_name("reward-watch.safetensors")
-    assert version_0_1.settings({"reward_watch": str(old)}) == {"heldout_reward": str(bundled.WATCH)}
+    old = bundled.HELDOUT_REWARD.with_name("reward-watch.safetensors")
+    assert version_0_1.settings({"reward_watch": str(old)}) == {"heldout_reward": str(bundled.HELDOUT_REWARD)}
     own = tmp_path / old.name
     own.touch()
     assert version_0_1.settings({"reward_watch": str(own)}) == {"heldout_reward": str(own)}
@@ -63,10 +63,10 @@ def test_a_training_has_the_name_and_the_inputs_of_version_0_1(tmp_path):
 
 
 def test_the_bundled_heldout_reward_has_its_old_name_in_inputs():
-    part = Part("tuned", Path("out"), TRAIN, (f"--heldout-reward={bundled.WATCH}",))
-    old = bundled.WATCH.with_name("reward-watch.safetensors")
+    part = Part("tuned", Path("out"), TRAIN, (f"--heldout-reward={bundled.HELDOUT_REWARD}",))
+    old = bundled.HELDOUT_REWARD.with_name("reward-watch.safetensors")
     assert part.inputs()["command"][1] == f"--reward-watch={old}"
-    assert part.inputs()["inputs"] == {**BUNDLED, "--reward-watch": file_hash(bundled.WATCH)}
+    assert part.inputs()["inputs"] == {**BUNDLED, "--reward-watch": file_hash(bundled.HELDOUT_REWARD)}
 
 
 def test_a_reward_training_has_the_inputs_of_version_0_1():

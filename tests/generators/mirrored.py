@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from eg3d_rlhf.core.field import OWN, Bounds, CameraFamily, Field, Rendering, RenderOptions
-from eg3d_rlhf.generators import Family, Generator, of, register
+from eg3d_rlhf.core.field import DEFAULT_OPTIONS, Bounds, CameraFamily, Field, Rendering, RenderOptions
+from eg3d_rlhf.generators import Family, Generator, as_generator, register
 from training.rendering.cameras import mirror_label
 from training.triplane import TriPlaneGenerator
 
@@ -60,7 +60,7 @@ class MirroredField:
         """See `Field`."""
         return self._inner.colour(self._network.points(points))
 
-    def render(self, cameras: torch.Tensor, options: RenderOptions = OWN) -> Rendering:
+    def render(self, cameras: torch.Tensor, options: RenderOptions = DEFAULT_OPTIONS) -> Rendering:
         """See `Field`."""
         image, raw, depth, opacity = (
             part.flip(-1) for part in self._inner.render(self._network.labels(cameras), options)
@@ -75,7 +75,7 @@ class Mirrored:
 
     def __init__(self, module: MirroredNetwork):
         self.module = module
-        self._inner = of(module.inner)
+        self._inner = as_generator(module.inner)
         self.z_dim = self._inner.z_dim
         self.w_dim = self._inner.w_dim
         self.num_ws = self._inner.num_ws

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from eg3d_rlhf.core import bundled
 from eg3d_rlhf.core.spec import SlabSpec
-from eg3d_rlhf.generators import camera, load_generator, of, ws_of_seeds
+from eg3d_rlhf.generators import as_generator, camera, load_generator, ws_of_seeds
 from eg3d_rlhf.generators.conversion import EXACT, fit_slice_weights, to_tri_grid
 from eg3d_rlhf.modes import network_files
 from tests import tiny_runs
@@ -58,7 +58,7 @@ def test_the_blend_of_slices():
 def test_density_and_colour_are_the_same(files, fields):
     before, after = fields
     assert files[1].generator.architecture == "panohead"
-    grid = SlabSpec.of(files[0].generator.bounds, 25)
+    grid = SlabSpec.from_bounds(files[0].generator.bounds, 25)
     with torch.no_grad():
         expected = before.density_grid(grid)
         scale = float(expected.max() - expected.min())
@@ -101,7 +101,10 @@ def test_other_networks_are_converted_too(layout):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
     grid = SlabSpec.cube(9)
     torch.testing.assert_close(
-        of(after).field(ws).density_grid(grid), of(before).field(ws).density_grid(grid), rtol=1e-4, atol=1e-4
+        as_generator(after).field(ws).density_grid(grid),
+        as_generator(before).field(ws).density_grid(grid),
+        rtol=1e-4,
+        atol=1e-4,
     )
 
 

@@ -106,9 +106,9 @@ def test_density_and_colour_are_those_inside_at_the_mirrored_point(pair):
     inner_field = inner.field(ws)
     torch.testing.assert_close(field.density(points), inner_field.density(inside(points)))
     torch.testing.assert_close(field.colour(points), inner_field.colour(inside(points)))
-    grid = SlabSpec.of(generator.bounds, 20)
+    grid = SlabSpec.from_bounds(generator.bounds, 20)
     # a cube about the box is the inner cube, x reversed
-    mirrored = inner_field.density_grid(SlabSpec.of(inner.bounds, 20)).flip(-1)
+    mirrored = inner_field.density_grid(SlabSpec.from_bounds(inner.bounds, 20)).flip(-1)
     torch.testing.assert_close(field.density_grid(grid), mirrored, rtol=1e-3, atol=1e-3)
 
 
@@ -162,7 +162,7 @@ def reward(pair, tmp_path_factory):
         final_cells=(2, 2, 2),
         bottleneck_cells=(1, 1, 1),
     )
-    observation = SigmaSlab.of(pair[0], resolution=24)
+    observation = SigmaSlab.from_generator(pair[0], resolution=24)
     return Reward(observation, RewardModel(arch)).save(
         tmp_path_factory.mktemp("reward") / "mirrored.safetensors"
     )
@@ -174,7 +174,7 @@ def test_a_reward_for_its_box_scores_it_and_the_bundled_reward_is_rejected(pair,
     bundled_reward = load_reward(bundled.REWARD)
     check_reward(reward_of_box, generator)
     # the crop is the same on both sides of x
-    slab = SigmaSlab.of(inner, resolution=24).observe(inner.field(ws)).flip(-1)
+    slab = SigmaSlab.from_generator(inner, resolution=24).observe(inner.field(ws)).flip(-1)
     torch.testing.assert_close(
         reward_of_box.score(generator.field(ws)), reward_of_box.score_observed(slab), rtol=1e-4, atol=1e-5
     )

@@ -7,7 +7,7 @@ import torch
 
 from eg3d_rlhf.core.field import Field, ProductField, RenderOptions
 from eg3d_rlhf.core.spec import SlabSpec
-from eg3d_rlhf.generators import FAMILIES, Generator, camera, of, ws_of_seeds
+from eg3d_rlhf.generators import FAMILIES, Generator, as_generator, camera, ws_of_seeds
 from eg3d_rlhf.geometry.mesh_export import export_mesh
 from eg3d_rlhf.geometry.settings import MeshOptions
 from tests.generators.pickles.writer import HEAD_CLASSES, head_generator
@@ -115,7 +115,7 @@ def test_one_slice_fades_and_three_do_not_until_two_thirds():
 def head(request):
     """(family, generator, ws of two latents)."""
     G, _ = head_generator(request.param)
-    generator = of(G)
+    generator = as_generator(G)
     return request.param, generator, ws_of_seeds(generator, [1, 2], 0.7)
 
 
@@ -135,7 +135,7 @@ def test_densities_agree_however_they_are_asked(head):
     _, generator, ws = head
     field = generator.field(ws)
     assert isinstance(field, Field) and len(field) == 2
-    grid = SlabSpec.of(generator.bounds, 9)
+    grid = SlabSpec.from_bounds(generator.bounds, 9)
     with torch.no_grad():
         expected = field.density(grid.points().reshape(-1, 3)).unflatten(1, grid.shape)
         scale = float(expected.max() - expected.min())
@@ -160,7 +160,7 @@ def test_only_the_tri_grid_has_the_fast_path(head):
     assert isinstance(field, ProductField) == fast and field.separable(*[torch.zeros(2)] * 3) is None
     if not fast:
         with raising("'auto'", "'pointwise'"):
-            field.density_grid(SlabSpec.of(generator.bounds, 5), "separable")
+            field.density_grid(SlabSpec.from_bounds(generator.bounds, 5), "separable")
 
 
 def test_colour_at_a_point_is_that_of_an_opaque_ray(head):
@@ -246,7 +246,7 @@ def test_gradients_reach_every_part(head):
     try:
         ws = G.mapping(random(1, 8), camera(generator))
         field = generator.field(ws)
-        field.density_grid(SlabSpec.of(generator.bounds, 5)).sum().backward()
+        field.density_grid(SlabSpec.from_bounds(generator.bounds, 5)).sum().backward()
         assert all(
             p.grad is not None and p.grad.isfinite().all() for p in G.backbone.parameters() if p.ndim > 1
         )
@@ -267,7 +267,7 @@ def test_vertices_of_a_mesh_lie_on_the_level(head):
     """Noise has a surface wherever the level cuts it; export checks that it is closed."""
     _, generator, ws = head
     field = generator.field(ws[:1])
-    density = field.density_grid(SlabSpec.of(generator.bounds, 32))
+    density = field.density_grid(SlabSpec.from_bounds(generator.bounds, 32))
     level = float(density.quantile(0.7))
     mesh, _ = export_mesh(field, MeshOptions(resolution=32, level=level))
     inner = mesh.vertices[(abs(mesh.vertices) < 0.45).all(axis=1)]

@@ -13,7 +13,7 @@ LEAST = 8  # voxels of a part that is more than a crumb
 
 def lost(solid: np.ndarray, radius: float) -> np.ndarray:
     """Return the voxels that are too thin: further than 1 from all balls of this radius that fit inside."""
-    return solid & ~solids.grown(solids.opening(solid, radius), 1)
+    return solid & ~solids.dilated(solids.morphological_opening(solid, radius), 1)
 
 
 def _solidity(points: np.ndarray) -> float:
@@ -45,7 +45,7 @@ def measure_grid(solid: np.ndarray, rules: solids.Rules = solids.OBJECTS) -> dic
     filled = solids.fill(solid, rules.bridge(solid)) | holes
     depth = ndimage.distance_transform_edt(np.pad(solid, 1))[1:-1, 1:-1, 1:-1]
     ridge = (2 * depth[(ndimage.maximum_filter(depth, size=3) == depth) & solid] - 1) / edge
-    angle, margin = solids.tip(solid)
+    angle, margin = solids.stability(solid)
     mirrored = [
         (solid & np.flip(solid, axis)).sum() / (solid | np.flip(solid, axis)).sum() for axis in range(3)
     ]

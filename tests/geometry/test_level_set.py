@@ -55,7 +55,7 @@ def test_a_body_that_leaves_the_cube_is_met_at_its_face_and_nothing_outside_coun
         torch.tensor([[0.0, 0.0, 2.5], [0.9, 0.0, 2.5]]), torch.tensor([[0.0, 0.0, -1.0]]).expand(2, 3)
     )
     assert distances[0].item() == pytest.approx(2.0, abs=SPEC.voxel) and math.isinf(distances[1].item())
-    assert slab.inside(torch.tensor([[0.9, 0.0, 0.0]])).item() < -100
+    assert slab.above_level(torch.tensor([[0.9, 0.0, 0.0]])).item() < -100
 
 
 def test_normals_point_outwards():

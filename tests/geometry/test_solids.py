@@ -65,13 +65,13 @@ def test_closed_forms():
         solids.euler(box((-0.3, 0.3), (-0.1, 0.1), (-0.3, 0.3)) & ~box((-0.1, 0.1), (-1, 1), (-0.1, 0.1)))
         == 0
     )
-    angle, margin = solids.tip(box((-0.25, 0.25), (-0.25, 0.25), (-0.25, 0.25)))
+    angle, margin = solids.stability(box((-0.25, 0.25), (-0.25, 0.25), (-0.25, 0.25)))
     assert (angle, margin) == (pytest.approx(45), pytest.approx(N / 4))
     leaning = np.stack(
         [np.roll(box((-0.15, 0.15), (-0.4, 0.4), (-0.15, 0.15))[:, y], y // 3, axis=0) for y in range(N)],
         axis=1,
     )
-    assert abs(solids.tip(leaning)[0] - math.degrees(math.atan2(0.15 - 0.4 / 3, 0.4))) < 2
+    assert abs(solids.stability(leaning)[0] - math.degrees(math.atan2(0.15 - 0.4 / 3, 0.4))) < 2
     assert solids.enclosed(shell()).sum() == ball(0.3 - 4 / N).sum()
 
 
@@ -121,7 +121,7 @@ def test_a_thread_joins_nothing_and_a_leg_of_one_voxel_carries_nothing():
 def test_empty_grids_score_zero_and_other_arrays_are_rejected():
     empty = np.zeros((8, 8, 8), dtype=bool)
     assert solids.score(empty) == solids.NOTHING and solids.reward(empty, shell()[:8, :8, :8]).reward == 0
-    assert solids.reward(empty, empty).reward == 0 and not solids.caps(empty, 5).any()
+    assert solids.reward(empty, empty).reward == 0 and not solids.hole_caps(empty, 5).any()
     assert solid_loss(torch.full((1, 8, 8, 8), -1.0), 0.0).item() == 0
     with raising("256", "257"):
         solids.score(np.ones((257, 2, 2), dtype=bool))
@@ -171,7 +171,7 @@ def test_a_hole_is_mended_and_a_mouth_is_kept():
             break
         density = (density - gradient / gradient.abs().max()).detach()
     solid = (density > 0).numpy()
-    assert ndimage.label(solid)[1] == 1 and not solids.caps(solid, 5).any() and solids.euler(solid) == 1
+    assert ndimage.label(solid)[1] == 1 and not solids.hole_caps(solid, 5).any() and solids.euler(solid) == 1
     assert (solid & ~sick & ~tube()).sum() == 0  # the mouth is as it was
     assert (solid & tube()).sum() > 0.995 * tube().sum()
 

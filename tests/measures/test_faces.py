@@ -10,7 +10,7 @@ from eg3d_rlhf.core.field import RenderOptions
 from eg3d_rlhf.core.seeds import IMAGES
 from eg3d_rlhf.generators import load_generator, ws_of_seeds
 from eg3d_rlhf.measures.image_metrics import detect_faces
-from training.heads.people import named_people, picture
+from training.heads.people import heads_from_latents, render_head
 from training.rendering.cameras import (
     FFHQ_FOCAL,
     FFHQ_RADIUS,
@@ -31,8 +31,8 @@ def pose(yaw: float) -> torch.Tensor:
 
 
 def renders(yaw: float, n: int = 6) -> torch.Tensor:
-    heads = named_people(np.random.default_rng(5).standard_normal((n, 64)))
-    images = np.stack([picture(head, pose(yaw)[0].numpy(), FFHQ_FOCAL, 128)[0] for head in heads])
+    heads = heads_from_latents(np.random.default_rng(5).standard_normal((n, 64)))
+    images = np.stack([render_head(head, pose(yaw)[0].numpy(), FFHQ_FOCAL, 128)[0] for head in heads])
     return torch.from_numpy(images).float().permute(0, 3, 1, 2) * 2 - 1
 
 

@@ -24,7 +24,7 @@ def heads():
     ground-truth heads.
     """
     latents = people.scaled(np.random.default_rng(3).standard_normal((2, people.LATENT)))
-    return latents, [people_mesh.head_grid(head, N) for head in people.named_people(latents)]
+    return latents, [people_mesh.head_grid(head, N) for head in people.heads_from_latents(latents)]
 
 
 @pytest.fixture(scope="module")

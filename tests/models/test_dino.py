@@ -73,17 +73,17 @@ def randomised(module, seed=0):
 def test_names_are_those_of_torch_hub_and_sizes_those_of_the_tensors():
     state = published(Dino(SMALL).state_dict())
     assert {name: list(tensor.shape) for name, tensor in state.items()} == NAMES
-    assert DinoConfig.of_state(state, "x") == SMALL
+    assert DinoConfig.from_state(state, "x") == SMALL
     assert SMALL.tokens == 7
     with raising("'cls_token'"):
-        DinoConfig.of_state({}, "x")
+        DinoConfig.from_state({}, "x")
     for changes, name in (
         ({"hidden_act": "relu"}, "'relu'"),
         ({"use_swiglu_ffn": True}, "True"),
         ({"image_size": 9}, "image_size=9"),
     ):
         with raising(name):
-            DinoConfig.of({**vars(SMALL), **changes})
+            DinoConfig.from_settings({**vars(SMALL), **changes})
 
 
 def test_a_file_of_torch_hub_is_the_same_network():
@@ -103,14 +103,16 @@ def test_a_file_of_torch_hub_is_the_same_network():
 def test_hidden_widths_are_those_of_the_tensors():
     """The ratio of two widths is rounded, and its product must not come out one smaller."""
     for hidden in (27, 32, 54, 55, 64):
-        config = DinoConfig.of({**vars(SMALL), "hidden_size": 49, "mlp_ratio": hidden / 49})
+        config = DinoConfig.from_settings({**vars(SMALL), "hidden_size": 49, "mlp_ratio": hidden / 49})
         assert Dino(config).encoder.layer[0].mlp.fc1.out_features == hidden
 
 
 def test_dino_is_its_formula():
     """One layer with one head, computed step by step; registers follow the class token."""
     model = randomised(
-        Dino(DinoConfig.of({**vars(SMALL), "hidden_size": 4, "image_size": 4, "patch_size": 2})).double()
+        Dino(
+            DinoConfig.from_settings({**vars(SMALL), "hidden_size": 4, "image_size": 4, "patch_size": 2})
+        ).double()
     )
     embeddings = model.embeddings
     image = torch.rand(1, 3, 4, 4, dtype=torch.float64)
@@ -158,7 +160,7 @@ def test_the_parts_of_transformers_network_give_what_the_full_model_gives():
 def test_images_of_another_size_than_that_of_the_positions():
     with raising("[1, 3, 16, 16]"):
         randomised(Dino(SMALL))(torch.rand(1, 3, 16, 16))
-    larger = randomised(Dino(DinoConfig.of({**vars(SMALL), "shown": 16})))
+    larger = randomised(Dino(DinoConfig.from_settings({**vars(SMALL), "shown": 16})))
     assert larger.config.tokens == 19 and larger(torch.rand(1, 3, 16, 16)).shape == (1, 19, 64)
 
 
@@ -167,9 +169,9 @@ def test_positions_without_registers_are_torch_hubs():
     were
     trained.
     """
-    without_registers = DinoConfig.of({**vars(SMALL), "num_register_tokens": 0, "image_size": 24})
+    without_registers = DinoConfig.from_settings({**vars(SMALL), "num_register_tokens": 0, "image_size": 24})
     state = published(randomised(Dino(without_registers)).state_dict())
-    config = DinoConfig.of_state(state, "x", shown=16)
+    config = DinoConfig.from_state(state, "x", shown=16)
     assert (config.pixels, config.tokens) == (16, 17)
     grid = state["pos_embed"][:, 1:].transpose(1, 2).unflatten(2, (6, 6))
     wanted = (
@@ -179,7 +181,7 @@ def test_positions_without_registers_are_torch_hubs():
     )
     positions = from_hub(state, config)["embeddings.position_embeddings"]
     assert torch.equal(positions[:, 1:], wanted) and torch.equal(positions[:, 0], state["pos_embed"][:, 0])
-    same = from_hub(state, DinoConfig.of_state(state, "x"))["embeddings.position_embeddings"]
+    same = from_hub(state, DinoConfig.from_state(state, "x"))["embeddings.position_embeddings"]
     assert torch.equal(same, state["pos_embed"])
 
 

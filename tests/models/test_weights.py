@@ -103,7 +103,7 @@ def test_parts_are_found_by_their_prefix(state):
         "model.11.a": torch.ones(1),
         "other": torch.ones(2),
     }
-    assert weights.below(nested, "model.0.").keys() == state.keys()
+    assert weights.entries_below(nested, "model.0.").keys() == state.keys()
     assert (weights.count(nested, "model."), weights.count(nested, "x.")) == (12, 0)
     assert weights.shape_of(nested, "model.0.weight", "x", 2) == (3, 2)
     for name, axes in (("no", 1), ("other", 2)):

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from eg3d_rlhf.people.label.database import Database, shapes
 from eg3d_rlhf.people.label.entities import Shape
-from eg3d_rlhf.tuning.flow.base.conditioning import read_conditions, write_conditions
+from eg3d_rlhf.tuning.flow.base.conditioning import read_conditioning, write_conditioning
 from eg3d_rlhf.tuning.flow.base.pairs import read_pairs
 from eg3d_rlhf.tuning.flow.families import family_of
 from eg3d_rlhf.tuning.flow.toy.bundled import load_network
@@ -207,7 +207,7 @@ def test_from_prompts_to_an_exported_generator_by_six_commands(kind, here, brows
         flow("check", "TUNED")
         both = [
             family_of(path, say=lambda text: None).load(
-                path, work.conditions(TEST), dtype=torch.float32, device="cpu"
+                path, work.conditioning(TEST), dtype=torch.float32, device="cpu"
             )
             for path in (here / "ROOT", here / "TUNED")
         ]
@@ -239,9 +239,9 @@ def test_embeddings_of_test_conditions_change_nothing_until_the_study(here):
         )
         work = Work.open(here / name)
         if name == "OTHER":
-            original = read_conditions(work.conditions_file)
+            original = read_conditioning(work.conditions_file)
             other = {key: x + 1 if key in work.names(TEST) else x for key, x in original.tokens.items()}
-            write_conditions(work.conditions_file, replace(original, tokens=other))
+            write_conditioning(work.conditions_file, replace(original, tokens=other))
         flow("sample", name, "--device=cpu")
         ranks = here / f"{name}.jsonl"
         scores = [

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from eg3d_rlhf.modes.flow_new import cost_lines
-from eg3d_rlhf.tuning.flow.base.conditioning import read_conditions
+from eg3d_rlhf.tuning.flow.base.conditioning import read_conditioning
 from eg3d_rlhf.tuning.flow.families import family_of, hunyuan3d_files
 from eg3d_rlhf.tuning.flow.training import memory_estimate as fit
 from eg3d_rlhf.tuning.flow.workspace import estimate
@@ -53,7 +53,7 @@ def test_the_toy_brings_its_prompts_or_takes_some_of_them(here):
     )
     few = Work.open(here / "FEW")
     assert sorted(few.names()) == sorted(NAMES) and few.each == 2 and few.seed == 3
-    assert set(read_conditions(few.conditions_file).names) == set(NAMES)
+    assert set(read_conditioning(few.conditions_file).names) == set(NAMES)
 
 
 def test_images_of_trellis_are_embedded_kept_and_shown_beside_the_samples(here):

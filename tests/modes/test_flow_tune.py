@@ -58,7 +58,7 @@ def answer(work: Work, pairs: int | None = None) -> None:
     for line in work.lines():
         lines.setdefault(line["condition"], []).append(line)
     shapes = {
-        (line["condition"], line["seed"]): Shape.of_asset(
+        (line["condition"], line["seed"]): Shape.from_asset(
             generator="base",
             source=str(work.drawn() / line["look_at"]),
             seed=line["seed"],

@@ -16,7 +16,7 @@ from training.storage import read_tensors
 
 def test_a_reward_is_written_beside_the_decoded_one(tmp_path, monkeypatch):
     problem = toy_problem(pairs_per_condition=1)
-    problem = replace(problem, held_out_conditions=problem.held_out_conditions[:8])
+    problem = replace(problem, held_out_prompts=problem.held_out_prompts[:8])
     monkeypatch.setattr(networks, "MEMBERS", 2)
     monkeypatch.setattr(opening, "open_problem", lambda source, device: problem)
     path = tmp_path / "latent.safetensors"

@@ -137,4 +137,4 @@ def test_records_are_read_as_they_were_written(tiny_networks):
         resolve({"reward": "sigma", "lambda_r": 3.0}),
     ):
         record = json.loads(json.dumps(settings.to_dict()))
-        assert Settings.of(record) == settings and Settings.of(record).to_dict() == record
+        assert Settings.from_values(record) == settings and Settings.from_values(record).to_dict() == record

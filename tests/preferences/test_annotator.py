@@ -20,7 +20,7 @@ from eg3d_rlhf.preferences.annotator import (
 )
 from eg3d_rlhf.preferences.pair_strategies.blocks import blocks_of_pairs
 from tests.rejections import raising
-from training.heads.people import LATENT, named_people
+from training.heads.people import LATENT, heads_from_latents
 from training.heads.people_damage import damaged
 from training.heads.people_mesh import grid_points, head_grid
 
@@ -30,7 +30,7 @@ N = 32
 @functools.cache
 def _ground_truth(number: int) -> np.ndarray:
     z = np.random.RandomState(number).randn(1, LATENT)
-    return head_grid(named_people(z)[0], N).astype(np.float32)
+    return head_grid(heads_from_latents(z)[0], N).astype(np.float32)
 
 
 @pytest.fixture(params=[3, 4])

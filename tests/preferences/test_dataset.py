@@ -3,7 +3,7 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eg3d_rlhf.preferences.dataset import anchor_seeds, common_value, split_by_seed
+from eg3d_rlhf.preferences.dataset import common_value, reference_seeds, split_by_seed
 from eg3d_rlhf.preferences.labels import Preference
 from tests.rejections import raising
 
@@ -62,11 +62,12 @@ def test_too_few_labels_and_bad_shares_are_explained():
 
 
 def test_reference_seeds_are_the_papers_and_avoid_labelled_seeds():
-    seeds = anchor_seeds()
+    seeds = reference_seeds()
     assert [len(seeds[k]) for k in ("train", "val", "test")] == [700, 150, 150]
     assert seeds["train"][0] == 100000 and seeds["test"][-1] == 100999
     assert (
-        100005 not in anchor_seeds(10, exclude=[100005])["train"] + anchor_seeds(10, exclude=[100005])["val"]
+        100005
+        not in reference_seeds(10, exclude=[100005])["train"] + reference_seeds(10, exclude=[100005])["val"]
     )
 
 

@@ -8,15 +8,15 @@ import pytest
 
 from eg3d_rlhf.preferences.bradley_terry import Comparison, bradley_terry
 from eg3d_rlhf.preferences.label_scores import (
-    Known,
-    as_used,
+    KnownAssets,
     contrast,
+    goodness_for_use,
+    goodness_from_pairs,
     goodness_from_probabilities,
+    goodness_from_ranks,
     goodness_from_scores,
+    goodness_from_votes,
     normal_scores,
-    of_pairs,
-    of_ranks,
-    of_votes,
     read_goodness,
     standardised_by_rater,
 )
@@ -25,16 +25,16 @@ from tests.rejections import raising
 RNG = np.random.default_rng(0)
 NAMES = [f"a{i}" for i in range(7)]
 ANY = {
-    "ranks": lambda: of_ranks(dict(zip(NAMES, RNG.integers(1, 5, 7).tolist(), strict=True))),
-    "votes": lambda: of_votes(
+    "ranks": lambda: goodness_from_ranks(dict(zip(NAMES, RNG.integers(1, 5, 7).tolist(), strict=True))),
+    "votes": lambda: goodness_from_votes(
         [(NAMES[i], bool(good)) for i, good in zip(RNG.integers(0, 7, 30), RNG.random(30) < 0.8, strict=True)]
     ),
-    "a thumb each": lambda: of_votes(zip(NAMES, [True] * 6 + [False], strict=True)),
+    "a thumb each": lambda: goodness_from_votes(zip(NAMES, [True] * 6 + [False], strict=True)),
     "scores": lambda: goodness_from_scores(zip(NAMES, 3 * RNG.standard_normal(7), strict=True)),
     "probabilities": lambda: goodness_from_probabilities(
         [(name, p) for name in NAMES for p in RNG.random(3)]
     ),
-    "pairs": lambda: of_pairs(
+    "pairs": lambda: goodness_from_pairs(
         [Comparison(*RNG.choice(NAMES, 2, replace=False).tolist(), tie=bool(i % 5 == 0)) for i in range(25)]
     ),
 }
@@ -48,8 +48,10 @@ def test_r_lies_in_0_to_1_and_has_the_mean_of_one_half(kind):
 
 
 def test_ranks():
-    assert of_ranks({"a": 1, "b": 2}) == {"a": 1, "b": 0}
-    assert of_ranks({"a": 7, "b": 7}) == {"a": 0.5, "b": 0.5} and of_ranks({"a": 3}) == {"a": 0.5}
+    assert goodness_from_ranks({"a": 1, "b": 2}) == {"a": 1, "b": 0}
+    assert goodness_from_ranks({"a": 7, "b": 7}) == {"a": 0.5, "b": 0.5} and goodness_from_ranks(
+        {"a": 3}
+    ) == {"a": 0.5}
     ranks = dict(zip(NAMES, [2, 9, 2, 4, 1, 4, 4], strict=True))
     expected = {
         a: (
@@ -58,8 +60,8 @@ def test_ranks():
         )
         for a in NAMES
     }
-    assert of_ranks(ranks) == pytest.approx(expected)
-    assert of_ranks(dict(reversed(ranks.items()))) == pytest.approx(expected)
+    assert goodness_from_ranks(ranks) == pytest.approx(expected)
+    assert goodness_from_ranks(dict(reversed(ranks.items()))) == pytest.approx(expected)
 
 
 def test_votes_are_shares_with_a_prior_of_the_condition():
@@ -69,14 +71,14 @@ def test_votes_are_shares_with_a_prior_of_the_condition():
     votes = [(name, i < g) for name, g, k in zip("abc", good, n, strict=True) for i in range(k)]
     advantage = 2 * (good + 2 * share) / (n + 2) - 1
     expected = 0.5 + (advantage - advantage.mean()) / 2
-    assert list(of_votes(votes).values()) == pytest.approx(expected)
+    assert list(goodness_from_votes(votes).values()) == pytest.approx(expected)
 
 
 def test_one_pair_is_laplace_and_several_are_bradley_terry():
-    assert of_pairs([Comparison("a", "b")]) == pytest.approx({"a": 2 / 3, "b": 1 / 3})
-    assert of_pairs([Comparison("a", "b")] * 3 + [Comparison("b", "a"), Comparison("a", "b", True)])[
-        "a"
-    ] == pytest.approx(4.5 / 7)
+    assert goodness_from_pairs([Comparison("a", "b")]) == pytest.approx({"a": 2 / 3, "b": 1 / 3})
+    assert goodness_from_pairs(
+        [Comparison("a", "b")] * 3 + [Comparison("b", "a"), Comparison("a", "b", True)]
+    )["a"] == pytest.approx(4.5 / 7)
     chain = [
         Comparison("a", "b"),
         Comparison("b", "c"),
@@ -91,9 +93,9 @@ def test_one_pair_is_laplace_and_several_are_bradley_terry():
         return 1 / (1 + math.exp(theta[j] - theta[i]))
 
     expected = np.array([(beats(i, j) + beats(i, k)) / 2 for i, j, k in ("abc", "bac", "cab")])
-    goodness = of_pairs(chain)
+    goodness = goodness_from_pairs(chain)
     assert [goodness[name] for name in "abc"] == pytest.approx(expected - expected.mean() + 0.5)
-    beside = of_pairs([*chain, Comparison("x", "y")])  # that nothing links to them
+    beside = goodness_from_pairs([*chain, Comparison("x", "y")])  # that nothing links to them
     assert beside["x"] == pytest.approx(2 / 3) and beside["a"] == pytest.approx(goodness["a"])
 
 
@@ -128,14 +130,14 @@ def test_normal_scores_have_mean_0_deviation_1_and_the_order_of_r():
 def test_controls_keep_what_they_should():
     of = {name: "xyz"[i % 3] for i, name in enumerate(f"a{i}" for i in range(30))}
     r = dict(zip(of, RNG.random(30).tolist(), strict=True))
-    shuffled = as_used(r, of, "randomised", 5)
-    again = as_used(r, of, "randomised", 5)
-    assert shuffled == again != r and as_used(r, of, "labels", 5) == r and list(shuffled) == list(r)
+    shuffled = goodness_for_use(r, of, "randomised", 5)
+    again = goodness_for_use(r, of, "randomised", 5)
+    assert shuffled == again != r and goodness_for_use(r, of, "labels", 5) == r and list(shuffled) == list(r)
     for condition in "xyz":
         assert sorted(shuffled[a] for a in r if of[a] == condition) == sorted(
             r[a] for a in r if of[a] == condition
         )
-    inverted_r = as_used(r, of, "inverted", 5)
+    inverted_r = goodness_for_use(r, of, "inverted", 5)
     assert all(inverted_r[name] == 1 - r[name] for name in r)
 
 
@@ -149,7 +151,7 @@ def test_assets_alone_in_their_prompt_have_no_training_signal():
 
 # Files.
 
-KNOWN = Known(conditions={"a": "x", "b": "x", "c": "x", "d": "y"})
+KNOWN = KnownAssets(prompt_of={"a": "x", "b": "x", "c": "x", "d": "y"})
 
 
 def written(tmp_path, *records):
@@ -166,7 +168,7 @@ def test_every_kind_is_read(tmp_path):
     thumbs = read_goodness(
         written(tmp_path, thumb("a", True), "", thumb("b", False), thumb("c", True)), KNOWN
     )
-    assert thumbs == of_votes([("a", True), ("b", False), ("c", True)])
+    assert thumbs == goodness_from_votes([("a", True), ("b", False), ("c", True)])
     scores = written(
         tmp_path,
         *({"asset": a, "score": s, "rater": r} for a, s, r in (("a", 5, "p"), ("b", 1, "p"), ("c", 3, "q"))),
@@ -184,7 +186,9 @@ def test_every_kind_is_read(tmp_path):
     pairs = written(
         tmp_path, {"preferred": "a", "rejected": "b"}, {"preferred": "b", "rejected": "c", "tie": True}
     )
-    assert read_goodness(pairs, KNOWN) == of_pairs([Comparison("a", "b"), Comparison("b", "c", True)])
+    assert read_goodness(pairs, KNOWN) == goodness_from_pairs(
+        [Comparison("a", "b"), Comparison("b", "c", True)]
+    )
     members = written(
         tmp_path,
         *(
@@ -196,8 +200,8 @@ def test_every_kind_is_read(tmp_path):
 
 
 def test_the_labelling_tools_fields_are_read_and_files_stand_for_assets(tmp_path):
-    known = Known(
-        conditions={"000001": "chair", "000002": "chair"},
+    known = KnownAssets(
+        prompt_of={"000001": "chair", "000002": "chair"},
         files={(tmp_path / "shapes" / f"{i}.glb").resolve(): f"00000{i}" for i in (1, 2)},
     )
     rows = [
@@ -217,7 +221,9 @@ def test_the_labelling_tools_fields_are_read_and_files_stand_for_assets(tmp_path
             "rater": "ann",
         },
     ]
-    assert read_goodness(written(tmp_path, *rows), known) == of_votes([("000001", True), ("000002", False)])
+    assert read_goodness(written(tmp_path, *rows), known) == goodness_from_votes(
+        [("000001", True), ("000002", False)]
+    )
 
 
 MISTAKES = {

@@ -12,7 +12,7 @@ from eg3d_rlhf.preferences import synthetic
 from eg3d_rlhf.preferences.annotator import ANNOTATOR
 from eg3d_rlhf.preferences.labels import load_labels, write_labels
 from eg3d_rlhf.preferences.settings import AnnotationOptions
-from eg3d_rlhf.preferences.synthetic import annotate, judge_seeds, shape_values
+from eg3d_rlhf.preferences.synthetic import annotate, evaluate_seeds, shape_values
 from tests.rejections import raising
 
 RADIUS = 0.3
@@ -51,7 +51,7 @@ def generator(monkeypatch):
         x, y, z_ = np.meshgrid(steps, steps, steps, indexing="ij")
         return np.repeat((np.sqrt(x * x + y * y + z_ * z_) - RADIUS).astype(np.float32)[None], len(z), axis=0)
 
-    monkeypatch.setattr(synthetic.people_mesh, "whole_grids", balls, raising=False)
+    monkeypatch.setattr(synthetic.people_mesh, "ground_truth_grids", balls, raising=False)
     return _Heads()
 
 
@@ -77,14 +77,16 @@ def test_annotation_repeats_whatever_the_batch(generator):
 
 def test_all_pairs_of_a_block_are_labelled_and_clean_means_the_better_one_won(generator):
     annotation = annotate(generator, AnnotationOptions(pairs=12, block=4, first_seed=100, resolution=32))
-    assert list(annotation.judged) == list(range(100, 108)) and len(annotation.labels) == 12
+    assert list(annotation.evaluations) == list(range(100, 108)) and len(annotation.labels) == 12
     for label in annotation.labels:
-        assert label.clean == (annotation.judged[label.winner].total >= annotation.judged[label.loser].total)
+        assert label.clean == (
+            annotation.evaluations[label.winner].total >= annotation.evaluations[label.loser].total
+        )
 
 
 def test_intact_heads_win(generator):
     annotation = annotate(generator, AnnotationOptions(pairs=112, resolution=16, flip_rate=0.0))
-    cut = {seed: abs(np.random.RandomState(seed).randn(64)[0]) for seed in annotation.judged}
+    cut = {seed: abs(np.random.RandomState(seed).randn(64)[0]) for seed in annotation.evaluations}
     share = np.mean([cut[label.winner] < cut[label.loser] for label in annotation.labels])
     assert share >= 0.9
     assert np.mean([label.clean for label in annotation.labels]) == pytest.approx(share, abs=0.1)
@@ -110,7 +112,7 @@ def test_progress_is_reported(generator):
 
 
 def test_a_truncated_scan_is_compared_with_the_head_of_the_untruncated_latent(generator):
-    untruncated, half = (list(judge_seeds(generator, [3], resolution=32, psi=psi)) for psi in (1.0, 0.5))
+    untruncated, half = (list(evaluate_seeds(generator, [3], resolution=32, psi=psi)) for psi in (1.0, 0.5))
     assert half[0].defects["missing"] < untruncated[0].defects["missing"]
 
 
@@ -138,5 +140,5 @@ def test_pairs_that_are_handed_in_are_labelled_with_a_given_noise(generator):
     assert (
         annotation.temperature == 0.0
         and all(label.clean for label in annotation.labels)
-        and len(annotation.judged) == 5
+        and len(annotation.evaluations) == 5
     )

@@ -14,7 +14,7 @@ from eg3d_rlhf.preferences.settings import AnnotationOptions
 from eg3d_rlhf.preferences.synthetic import Annotation
 from eg3d_rlhf.preferences.unpaired import (
     UnpairedPreference,
-    batches_of,
+    endless_batches,
     from_pairs,
     load_unpaired,
     split_unpaired,
@@ -128,7 +128,7 @@ def test_pairs_for_validation_are_disjoint_and_of_both_kinds():
 
 def test_batches_hold_half_of_each_kind_and_use_every_label():
     labels = [UnpairedPreference(seed=i, label=i < 5) for i in range(25)]
-    draws = batches_of(labels, 10, np.random.default_rng(0))
+    draws = endless_batches(labels, 10, np.random.default_rng(0))
     batches = [next(draws) for _ in range(4)]
     assert all([label.label for label in batch] == [True] * 5 + [False] * 5 for batch in batches)
     assert {label.seed for batch in batches for label in batch} == set(range(25))
@@ -142,7 +142,7 @@ def annotation():
         seed: Utility(total=float(value), parts={}, defects={})
         for seed, value in enumerate(rng.normal(size=1000))
     }
-    return Annotation(options=options, labels=[], judged=judged, temperature=0.1)
+    return Annotation(options=options, labels=[], evaluations=judged, temperature=0.1)
 
 
 def test_scores_follow_the_utility_and_shuffled_ones_do_not(annotation):

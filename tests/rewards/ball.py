@@ -4,7 +4,7 @@ exactly.
 
 import torch
 
-from eg3d_rlhf.core.field import OWN, Bounds, CameraFamily, Rendering
+from eg3d_rlhf.core.field import DEFAULT_OPTIONS, Bounds, CameraFamily, Rendering
 from training.rendering.cameras import RaySampler
 from training.rendering.renderer import ImportanceRenderer
 
@@ -42,7 +42,7 @@ class Ball:
     def __len__(self):
         return len(self.centres)
 
-    def render(self, cameras, options=OWN):
+    def render(self, cameras, options=DEFAULT_OPTIONS):
         n = len(self)
         r = options.resolution
         cameras = cameras.expand(n, -1).float()

@@ -31,7 +31,7 @@ class FrontalDepth(observations.Observation):
     reach: float = 0.5  # world units that are mapped to 0..1
 
     @classmethod
-    def of(cls, generator, *, resolution=16):
+    def from_generator(cls, generator, *, resolution=16):
         """Create the observation with the generator's cameras."""
         cameras = generator.cameras
         return cls(resolution=resolution, radius=cameras.radius, pivot=cameras.pivot, focal=cameras.focal)

@@ -13,10 +13,10 @@ import torch
 from click.testing import CliRunner
 
 from eg3d_rlhf.core.field import Bounds, CameraFamily
-from eg3d_rlhf.generators import of, ws_of_seeds
+from eg3d_rlhf.generators import as_generator, ws_of_seeds
 from eg3d_rlhf.models.resnet50 import ResNet50
 from eg3d_rlhf.modes.reward_training import train as main
-from eg3d_rlhf.preferences.dataset import on_wrong_faces
+from eg3d_rlhf.preferences.dataset import with_permuted_shapes
 from eg3d_rlhf.preferences.labels import Preference, write_labels
 from eg3d_rlhf.rewards import observations
 from eg3d_rlhf.rewards.cache import ObservationCache
@@ -76,7 +76,9 @@ def trained(labels, options):
 def test_the_small_network_learns_and_its_control_does_not():
     options = with_changes(default_options("small", "depth"), epochs=3)
     assert trained(pairs(200), options) > 0.85
-    assert trained(on_wrong_faces(pairs(200)), with_changes(options, epochs=1)) == pytest.approx(0.5, abs=0.2)
+    assert trained(with_permuted_shapes(pairs(200)), with_changes(options, epochs=1)) == pytest.approx(
+        0.5, abs=0.2
+    )
 
 
 def test_wrong_faces_are_other_labelled_faces_and_depend_on_the_seed():
@@ -84,7 +86,7 @@ def test_wrong_faces_are_other_labelled_faces_and_depend_on_the_seed():
         Preference(winner=a, loser=b, clean=c, psi=0.7)
         for a, b, c in ((1, 2, 1), (3, 1, 1), (2, 3, 3), (7, 9, 9))
     ]
-    permuted = on_wrong_faces(labels, seed=4)
+    permuted = with_permuted_shapes(labels, seed=4)
     other = {
         old: new
         for a, b in zip(labels, permuted, strict=True)
@@ -93,7 +95,7 @@ def test_wrong_faces_are_other_labelled_faces_and_depend_on_the_seed():
     for a, b in zip(labels, permuted, strict=True):
         assert (other[a.winner], other[a.loser], other[a.clean]) == (b.winner, b.loser, b.clean)
     assert set(other.values()) == set(other) and all(old != new for old, new in other.items())
-    assert permuted == on_wrong_faces(labels, seed=4) and [b.psi for b in permuted] == [0.7] * 4
+    assert permuted == with_permuted_shapes(labels, seed=4) and [b.psi for b in permuted] == [0.7] * 4
 
 
 @pytest.mark.parametrize("views", [1, 3])
@@ -267,7 +269,7 @@ def test_an_empty_scene_has_zero_values_and_finite_gradients():
 
 @pytest.fixture(scope="module")
 def generator(tiny_networks):
-    return of(tiny_runs.networks.load(tiny_networks).G_ema)
+    return as_generator(tiny_runs.networks.load(tiny_networks).G_ema)
 
 
 def test_views_of_a_sample_share_its_planes(generator, monkeypatch):
@@ -276,7 +278,7 @@ def test_views_of_a_sample_share_its_planes(generator, monkeypatch):
     monkeypatch.setattr(
         generator.module.backbone.synthesis, "forward", lambda *a, **k: calls.append(1) or synthesis(*a, **k)
     )
-    observation = replace(Depth.of(generator, views=3, resolution=PIXELS), samples=4)
+    observation = replace(Depth.from_generator(generator, views=3, resolution=PIXELS), samples=4)
     reward = Reward(observation, small(3))
     ws = ws_of_seeds(generator, [1, 2]).requires_grad_()
     reward.score(generator.field(ws)).sum().backward()
@@ -284,7 +286,7 @@ def test_views_of_a_sample_share_its_planes(generator, monkeypatch):
 
 
 def test_observations_repeat_and_keep_the_global_random_state(generator):
-    observation = replace(Depth.of(generator, resolution=8), samples=4)
+    observation = replace(Depth.from_generator(generator, resolution=8), samples=4)
     field = generator.field(ws_of_seeds(generator, [1]))
     torch.manual_seed(3)
     before = torch.rand(4)
@@ -297,7 +299,7 @@ def test_observations_repeat_and_keep_the_global_random_state(generator):
 def test_mirrored_views_change_places(generator):
     maps = torch.rand(2, 3, 2, 8, 8)
     assert torch.equal(mirror(mirror(maps)), maps) and torch.equal(mirror(maps)[:, 0], maps[:, 2].flip(-1))
-    seen = Depth.of(generator, views=3).augment(maps, np.array([0.1, 0.9]))
+    seen = Depth.from_generator(generator, views=3).augment(maps, np.array([0.1, 0.9]))
     assert torch.equal(seen[0], mirror(maps)[0]) and torch.equal(seen[1], maps[1])
     ball = torch.tensor([[0.1, 0.05, 0.0]])
     observation = Depth(yaws=VIEWS[3], resolution=PIXELS, near=2.2, far=3.2, pivot=(0.0, 0.0, 0.0))
@@ -313,7 +315,7 @@ def stand_in(**cameras):
 
 
 def test_a_generators_own_rays_and_cameras():
-    ffhq = Depth.of(stand_in(pivot=(0.0, 0.0, 0.2), span=(2.25, 3.3)), views=3, published=True)
+    ffhq = Depth.from_generator(stand_in(pivot=(0.0, 0.0, 0.2), span=(2.25, 3.3)), views=3, published=True)
     assert (ffhq.near, ffhq.far, ffhq.focal, ffhq.resolution, ffhq.samples) == (
         2.25,
         3.3,
@@ -322,7 +324,9 @@ def test_a_generators_own_rays_and_cameras():
         None,
     )
     assert ffhq.shape == (3, 1, 128, 128) and ffhq.pivot == (0.0, 0.0, 0.2)
-    assert (Depth.of(stand_in()).near, Depth.of(stand_in()).far) == pytest.approx((2.2, 3.2))
+    assert (Depth.from_generator(stand_in()).near, Depth.from_generator(stand_in()).far) == pytest.approx(
+        (2.2, 3.2)
+    )
     again = observations.from_dict(ffhq.to_dict())
     assert again == ffhq
 
@@ -333,8 +337,8 @@ def test_generators_without_depth_maps_are_rejected_in_one_line():
         (("views", "1 or 3", " 2."), {}, 2),
     ):
         with raising(*names):
-            Depth.of(stand_in(**cameras), views=views)
-    observation = Depth.of(stand_in(), resolution=PIXELS)
+            Depth.from_generator(stand_in(**cameras), views=views)
+    observation = Depth.from_generator(stand_in(), resolution=PIXELS)
     assert observation.misfits(stand_in()) == [] and len(observation.misfits(stand_in(radius=3.0))) == 2
     with raising("--reward-ckpt", "rays", "(2.2, 3.2)", "(1, 5)"):
         check_reward(Reward(observation, small()), stand_in(span=(1, 5)), "--reward-ckpt")
@@ -346,8 +350,8 @@ def test_training_may_render_maps_with_compiled_ops(kind, generator):
     bitwise repeatable.
     """
     assert observations.OBSERVATIONS["sigma"].ops == "torch" and observations.OBSERVATIONS[kind].ops == "auto"
-    observation = observations.OBSERVATIONS[kind].of(of(generator), resolution=24)
-    field = of(generator).field(ws_of_seeds(of(generator), [3, 4], 0.7, 14))
+    observation = observations.OBSERVATIONS[kind].from_generator(as_generator(generator), resolution=24)
+    field = as_generator(generator).field(ws_of_seeds(as_generator(generator), [3, 4], 0.7, 14))
     with torch.no_grad():
         fast = observation.observe(field)
         with implementation("torch"):

@@ -89,7 +89,7 @@ def test_softmin_lies_between_mean_and_minimum_and_has_both_limits():
 @EACH
 def test_an_ensemble_of_one_member_is_bitwise_identical_to_it(members, kind):
     x = slabs(3)
-    alone = RewardEnsemble.of(members[:1], Aggregate(kind))
+    alone = RewardEnsemble.from_networks(members[:1], Aggregate(kind))
     assert torch.equal(alone.score(x), members[0].score(x)) and torch.equal(
         alone.score_embedding(alone.embed(x)), members[0].score(x)
     )
@@ -105,7 +105,7 @@ def test_the_scale_of_a_member_does_not_matter(members):
     loud = Loud(members[2].arch).eval()
     loud.load_state_dict(members[2].state_dict())
     first, other = (
-        RewardEnsemble.of([*members[:2], third], Aggregate("softmin"), samples)
+        RewardEnsemble.from_networks([*members[:2], third], Aggregate("softmin"), samples)
         for third in (members[2], loud)
     )
     torch.testing.assert_close(*(standardised(e, e.score(x)) for e in (first, other)), rtol=1e-3, atol=1e-3)
@@ -117,7 +117,7 @@ def standardised(ensemble, score):
 
 
 def test_standardisation_of_known_scores(members):
-    standard = Standard.of(members[:2], [slabs(3, 1), slabs(5, 2)])
+    standard = Standard.from_observations(members[:2], [slabs(3, 1), slabs(5, 2)])
     r = torch.stack([m.score(torch.cat([slabs(3, 1), slabs(5, 2)])) for m in members[:2]]).double()
     torch.testing.assert_close(
         torch.tensor(standard.offsets, dtype=torch.float64), r.mean(dim=1), rtol=0, atol=1e-6
@@ -126,7 +126,7 @@ def test_standardisation_of_known_scores(members):
         torch.tensor(standard.scales, dtype=torch.float64), r.std(dim=1, correction=0), rtol=0, atol=1e-6
     )
     with raising("[0.0, 0.0, 0.0]"):
-        Standard.of(members, [slabs(1)])
+        Standard.from_observations(members, [slabs(1)])
     with raising("ensemble", " 3 ", " 2."):
         RewardEnsemble(members, standard=standard)
 
@@ -134,7 +134,7 @@ def test_standardisation_of_known_scores(members):
 def test_pair_margin_is_the_mean_and_swapping_negates_it(members):
     a = slabs(2)
     b = slabs(2, 1)
-    ensemble = RewardEnsemble.of(members)
+    ensemble = RewardEnsemble.from_networks(members)
     margin = ensemble.pair_margin(ensemble.embed(a), ensemble.embed(b))
     torch.testing.assert_close(margin, sum(m.pair_margin(m.embed(a), m.embed(b)) for m in members) / 3)
     torch.testing.assert_close(margin, -ensemble.pair_margin(ensemble.embed(b), ensemble.embed(a)))
@@ -145,7 +145,7 @@ def test_pair_margin_is_the_mean_and_swapping_negates_it(members):
     [(Aggregate(), None), (Aggregate("uwo", 0.25), None), (Aggregate("lcb"), [slabs(6, 4)])],
 )
 def test_saved_and_loaded_ensemble_scores_the_same(members, tmp_path, aggregate, samples):
-    ensemble = RewardEnsemble.of(members, aggregate, samples)
+    ensemble = RewardEnsemble.from_networks(members, aggregate, samples)
     loaded = load_reward(Reward(SigmaSlab(SPEC), ensemble).save(tmp_path / "r.safetensors"))
     assert isinstance(loaded.network, RewardEnsemble) and len(loaded.members()) == 3
     assert (loaded.network.aggregate, loaded.network.standard) == (aggregate, ensemble.standard)
@@ -154,12 +154,12 @@ def test_saved_and_loaded_ensemble_scores_the_same(members, tmp_path, aggregate,
 
 
 def test_a_mean_of_raw_scores_has_its_first_description(members):
-    assert RewardEnsemble.of(members).describe() == {**members[0].describe(), "members": 3}
+    assert RewardEnsemble.from_networks(members).describe() == {**members[0].describe(), "members": 3}
 
 
 def test_members_may_differ_in_architecture(members, tmp_path):
     other = RewardModel(replace(HEADS, slab_shape=SHAPE, embedding=24)).eval()
-    ensemble = RewardEnsemble.of([members[0], other], Aggregate("min"))
+    ensemble = RewardEnsemble.from_networks([members[0], other], Aggregate("min"))
     loaded = load_reward(Reward(SigmaSlab(SPEC), ensemble).save(tmp_path / "r.safetensors"))
     x = slabs(3)
     assert torch.equal(loaded.score_observed(x), torch.minimum(members[0].score(x), other.score(x)))
@@ -177,7 +177,7 @@ def test_members_may_differ_in_architecture(members, tmp_path):
     ],
 )
 def test_damaged_descriptions_are_named(members, tmp_path, change, names):
-    path = Reward(SigmaSlab(SPEC), RewardEnsemble.of(members, Aggregate("lcb"), [slabs(6)])).save(
+    path = Reward(SigmaSlab(SPEC), RewardEnsemble.from_networks(members, Aggregate("lcb"), [slabs(6)])).save(
         tmp_path / "r.safetensors"
     )
     values = json.loads(path.with_suffix(".json").read_text())
@@ -190,7 +190,7 @@ def test_damaged_descriptions_are_named(members, tmp_path, change, names):
 @NON_NEGATIVE
 def test_score_is_differentiable_in_the_slab_and_not_in_weights(members, kind):
     x = slabs(2).requires_grad_(True)
-    ensemble = RewardEnsemble.of(members, Aggregate(kind), [slabs(6, 4)])
+    ensemble = RewardEnsemble.from_networks(members, Aggregate(kind), [slabs(6, 4)])
     ensemble.score(x).sum().backward()
     assert x.grad.abs().sum() > 0 and x.grad.isfinite().all()
     assert all(p.grad is None for p in ensemble.parameters()) and all(

@@ -201,7 +201,7 @@ def test_unsupported_networks_use_their_own_modules():
     assert not fused.is_supported(narrow, x)
     with implementation("ref"):
         assert not fused.is_supported(frozen(arch), x)
-    ensemble = RewardEnsemble.of([frozen(arch, s) for s in (0, 1)])
+    ensemble = RewardEnsemble.from_networks([frozen(arch, s) for s in (0, 1)])
     with implementation("ref"):
         reference = ensemble.score(x)
     torch.testing.assert_close(ensemble.score(x), reference, atol=2e-5, rtol=2e-5)

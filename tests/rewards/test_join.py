@@ -7,7 +7,7 @@ from click.testing import CliRunner
 from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.generators import load_generator
 from eg3d_rlhf.modes.reward_files import join as main
-from eg3d_rlhf.rewards.cache import untuned
+from eg3d_rlhf.rewards.cache import observe_untuned
 from eg3d_rlhf.rewards.ensembles import RewardEnsemble
 from eg3d_rlhf.rewards.observations import SigmaSlab
 from eg3d_rlhf.rewards.reward import Reward, load_reward
@@ -81,7 +81,7 @@ def test_the_joint_score_is_the_aggregate_of_the_members(join, files, generator)
     assert done.exit_code == 0 and str(out) in done.stdout, done.output
     joined = load_reward(out)
     alone = [load_reward(files[name]) for name in "abc"]
-    x = torch.cat(list(untuned(generator.generator, joined.observation, 0.7, 14)))
+    x = torch.cat(list(observe_untuned(generator.generator, joined.observation, 0.7, 14)))
     r = torch.stack([reward.score_observed(x) for reward in alone]).double()
     offsets = r.mean(dim=1)
     scales = r.std(dim=1, correction=0)

@@ -102,7 +102,7 @@ def test_resume_and_repetition_equal_the_straight_run(tmp_path, references):
     store = filled(train, val)
     seeds = tuple(range(500, 500 + references))
     reference_store = filled(toy_labels(references // 2, 500)) if references else None
-    data = TrainData(train=train, val=val, store=store, anchors=seeds, anchor_store=reference_store)
+    data = TrainData(train=train, val=val, store=store, references=seeds, reference_store=reference_store)
     options = with_changes(OPTIONS, epochs=5, patience=5, reference_samples=references, reconstruction=0.01)
     straight = train_reward(data, options)
 

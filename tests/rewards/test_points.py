@@ -369,5 +369,6 @@ def test_another_generator_is_named():
     assert LevelSetPoints().misfits(Other()) == ["box_warp 1.0, got 2.0"]
     assert LiftedPoints().misfits(Other()) == ["radius 2.7, got 1.5", "box_side 1.0, got 2.0"]
     assert (
-        LiftedPoints.of(Other()).misfits(Other()) == [] and LevelSetPoints.of(Other()).misfits(Other()) == []
+        LiftedPoints.from_generator(Other()).misfits(Other()) == []
+        and LevelSetPoints.from_generator(Other()).misfits(Other()) == []
     )

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from eg3d_rlhf.generators import load_generator
-from eg3d_rlhf.preferences.dataset import SPLITS, numbered, split_by_seed
+from eg3d_rlhf.preferences.dataset import SPLITS, number_shapes, split_by_seed
 from eg3d_rlhf.preferences.labels import LabelSource, Preference, write_labels
 from eg3d_rlhf.rewards.cache import observe_seeds
 from eg3d_rlhf.rewards.reward import load_reward
@@ -53,7 +53,7 @@ def test_numbers_identify_a_seed_of_a_generator():
     labels = [*labels_of("a", 20), *labels_of("b", 20)]
     labels[3] = Preference(winner=6, loser=7, clean=7, generator="a", psi=1.0)
     splits = split_by_seed(labels)
-    numbered_splits, shapes = numbered(splits)
+    numbered_splits, shapes = number_shapes(splits)
     assert len(shapes) == len(set(shapes)) == 80
     for part in ("train", "val", "test"):
         for was, now in zip(getattr(splits, part), getattr(numbered_splits, part), strict=True):
@@ -73,7 +73,7 @@ def two(tiny_networks, tmp_path_factory) -> list[Path]:
 
 
 def run_of(two: list[Path], labels: list[Preference], folder: Path, **more) -> RewardRun:
-    source = LabelSource.of_file(write_labels(folder / "labels.jsonl", labels))
+    source = LabelSource.from_file(write_labels(folder / "labels.jsonl", labels))
     options = with_changes(default_options("tiny"), epochs=1)
     values = {
         "network": two[0],
@@ -96,7 +96,7 @@ def test_every_shape_comes_from_its_own_generator(two, tmp_path):
     labels = [*labels_of(hashes[0], 10), *labels_of(hashes[1], 10, first=10)]
     run = run_of(two, labels, tmp_path, cache=tmp_path / "cache")
     generators = open_generators(run, labels)
-    splits, shapes = numbered(split_by_seed(labels))
+    splits, shapes = number_shapes(split_by_seed(labels))
     observation = create_observation(run, generators)
     opened = Opened(
         labels=labels, unpaired=[], splits=splits, generators=generators, observation=observation, psi=1.0

@@ -7,7 +7,7 @@ from eg3d_rlhf.core.field import Bounds
 from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.rewards.presets import preset
 from eg3d_rlhf.rewards.reward import Reward, load_reward
-from eg3d_rlhf.rewards.smoothness import AsSeen, Smoothness, roughness
+from eg3d_rlhf.rewards.smoothness import IdentityReward, Smoothness, roughness
 from tests.rejections import raising
 
 CUBE = SlabSpec.cube(48)
@@ -44,7 +44,7 @@ class Bumpy:
 
 
 def test_bumps_lower_the_score_and_have_a_gradient(tmp_path):
-    reward = load_reward(Reward(Smoothness(CUBE), AsSeen()).save(tmp_path / "smooth.safetensors"))
+    reward = load_reward(Reward(Smoothness(CUBE), IdentityReward()).save(tmp_path / "smooth.safetensors"))
     height = torch.tensor(0.01, requires_grad=True)
     rough, smooth = reward.score(Bumpy(height))
     assert rough < smooth - 0.5

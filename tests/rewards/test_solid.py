@@ -6,7 +6,7 @@ import torch
 
 from eg3d_rlhf.core.field import Bounds
 from eg3d_rlhf.core.spec import SlabSpec
-from eg3d_rlhf.rewards.reward import Reward, load_reward, untaught
+from eg3d_rlhf.rewards.reward import Reward, load_reward, untrained_reward
 from eg3d_rlhf.rewards.solid import Solid, Soundness, occupancy
 from tests import tiny_runs
 from tests.rejections import raising, rejected
@@ -41,7 +41,7 @@ class Shells:
 
 def test_only_leaks_and_floaters_have_a_gradient(tmp_path):
     reward = load_reward(
-        Reward(Solid(), untaught("solid", Shells(0.0)).network).save(tmp_path / "solid.safetensors")
+        Reward(Solid(), untrained_reward("solid", Shells(0.0)).network).save(tmp_path / "solid.safetensors")
     )
     intact = Shells(0.0)
     leaky = Shells(0.05)
@@ -56,7 +56,7 @@ def test_only_leaks_and_floaters_have_a_gradient(tmp_path):
 
 def test_mesh_validity_ranks_shapes_and_has_no_gradient():
     generator = Shells(0.0)
-    reward = untaught("mesh-validity", generator)
+    reward = untrained_reward("mesh-validity", generator)
     scores = reward.score(Shells(0.0, 0.05, 0.0))
     assert not scores.requires_grad and scores[0] == scores[2] and 0 < scores[1] <= scores[0] < 1
     assert (
@@ -71,18 +71,18 @@ def test_an_empty_shape_scores_zero_and_a_shape_that_is_not_finite_is_rejected()
     empty = Shells(0.0)
     empty.level = 1e4
     assert (
-        untaught("mesh-validity", Shells(0.0)).score(empty).item() == 0
-        and untaught("solid", Shells(0.0)).score(empty).item() == 0
+        untrained_reward("mesh-validity", Shells(0.0)).score(empty).item() == 0
+        and untrained_reward("solid", Shells(0.0)).score(empty).item() == 0
     )
     with torch.no_grad():
         empty.grown.fill_(np.nan)
     with raising("finite"):
-        untaught("solid", Shells(0.0)).score(empty)
+        untrained_reward("solid", Shells(0.0)).score(empty)
 
 
 def test_trained_kinds_need_a_file_and_kinds_without_a_gradient_cannot_tune(tmp_path):
     with raising("sigma"):
-        untaught("sigma", Shells(0.0))
+        untrained_reward("sigma", Shells(0.0))
     result = tiny_runs.run(
         "--reward=mesh-validity", f"--outdir={tmp_path}", "--data=synthetic:people64@n=8", "--device=cpu"
     )

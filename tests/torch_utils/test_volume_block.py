@@ -6,10 +6,10 @@ import torch.nn.functional as F
 
 from tests.torch_utils.compilers import needs_cpp
 from torch_utils.ops.volume_block import (
+    adjoint_kernel,
     differentiable,
     transformed_kernel,
     transposed_kernel,
-    turned,
     volume_conv,
     volume_conv_gradient,
     volume_conv_weight,
@@ -148,7 +148,7 @@ def test_gradient_of_conv(size, mixed):
     ).double()
     x = torch.zeros(n, c, *shape, dtype=torch.float64, requires_grad=True)
     (truth,) = torch.autograd.grad(F.conv3d(x, w.double(), padding=1), x, arrived)
-    y, sums = volume_conv_gradient(g, h, factors, transformed_kernel(turned(w)), other, mix)
+    y, sums = volume_conv_gradient(g, h, factors, transformed_kernel(adjoint_kernel(w)), other, mix)
     torch.testing.assert_close(y.double(), truth, atol=2e-5, rtol=1e-5)
     with_ = other.double() if mix is None else other.double() * spread(mix[:, 0]) + spread(mix[:, 1])
     expected = torch.stack([t.sum(dim=(2, 3, 4)) for t in (truth, truth * with_)], dim=2)

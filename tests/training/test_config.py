@@ -7,7 +7,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from eg3d_rlhf.core.cli import GroupedCommand, options_of
+from eg3d_rlhf.core.cli import GroupedCommand, options_from_settings
 from tests.rejections import raising
 from training.config import check_knobs, knob
 
@@ -32,7 +32,7 @@ class Outer:
 
 
 @click.command(cls=GroupedCommand)
-@options_of(Outer)
+@options_from_settings(Outer)
 def command(**flags):
     click.echo(repr(sorted(flags.items())))
 

@@ -130,14 +130,14 @@ def test_dropout_and_drawn_orders_come_in_blocks():
 
 def test_rounds_cover_the_batch_once_and_keep_minibatch_std_groups():
     world = [Layout(24, Ranks(rank=r, world=3), 4) for r in range(3)]
-    assert {(layout.here, layout.total) for layout in world} == {(2, 6)}
+    assert {(layout.rounds_per_rank, layout.total) for layout in world} == {(2, 6)}
     rows = [list(range(24))[layout.rows(turn)] for layout in world for turn in range(2)]
     assert sorted(sum(rows, [])) == list(range(24)) and {len(r) for r in rows} == {4}
     groups = {frozenset(range(i, 24, 6)) for i in range(6)}  # samples i, i + N/G, ... with G = 4
     assert {frozenset(r) for r in rows} == groups
     for r, layout in enumerate(world):
         mine = list(range(24))[r::3]
-        assert [mine[turn :: layout.here] for turn in range(2)] == rows[2 * r : 2 * r + 2]
+        assert [mine[turn :: layout.rounds_per_rank] for turn in range(2)] == rows[2 * r : 2 * r + 2]
     for batch, ranks, size in ((6, Ranks(world=4), None), (8, Ranks(world=2), 3), (2, Ranks(world=3), None)):
         with raising("--batch", str(batch)):
             Layout(batch, ranks, size)
@@ -284,7 +284,7 @@ def reward_training(ranks: Ranks) -> dict[str, torch.Tensor]:
             val=val,
             store=filled(pairs, val, cache=cache),
             anchors=seeds,
-            anchor_store=filled(anchors, cache=cache),
+            reference_store=filled(anchors, cache=cache),
         )
         return train_reward(data, options, ranks=ranks).model.state_dict()
 

@@ -22,7 +22,7 @@ def latents():
 
 @pytest.fixture(scope="module")
 def heads(latents):
-    return people.named_people(latents)
+    return people.heads_from_latents(latents)
 
 
 def head_distance(head: people.Head, points: np.ndarray) -> np.ndarray:
@@ -42,14 +42,16 @@ def camera(yaw: float) -> np.ndarray:
 
 
 def test_a_latent_names_one_head_whatever_its_length(latents, heads):
-    again = people.named_people(torch.from_numpy(3 * latents[:2]))
+    again = people.heads_from_latents(torch.from_numpy(3 * latents[:2]))
     np.testing.assert_allclose(again[1].vertices, heads[1].vertices, atol=1e-6)
     apart = np.linalg.norm(heads[0].vertices - heads[1].vertices, axis=1)
     assert 64 * np.median(apart) > 0.5
     other_quality = np.concatenate([latents[:1, :-18], -latents[:1, -18:]], axis=1)
-    np.testing.assert_allclose(people.named_people(other_quality)[0].vertices, heads[0].vertices, atol=1e-6)
+    np.testing.assert_allclose(
+        people.heads_from_latents(other_quality)[0].vertices, heads[0].vertices, atol=1e-6
+    )
     with pytest.raises(ValueError, match="64"):
-        people.named_people(np.zeros((1, 48)))
+        people.heads_from_latents(np.zeros((1, 48)))
 
 
 def test_heads_fit_the_cube_and_face_the_camera(heads):
@@ -146,7 +148,7 @@ def test_more_than_half_of_the_latents_are_damaged_in_three_kinds():
 def test_eyes_in_a_render_are_white_with_dark_pupils(heads):
     basis = people.load_basis()
     for head in heads[:2]:
-        image, _ = people.picture(head, camera(0.0), FFHQ_FOCAL, 128)
+        image, _ = people.render_head(head, camera(0.0), FFHQ_FOCAL, 128)
         for side in (-1, 1):
             x, y, z = head.vertices[(basis.masks["iris"] > 0.5) & (side * basis.mean[:, 0] > 0)].mean(axis=0)
             column, row = (int(128 * (at / (FFHQ_RADIUS - z) * FFHQ_FOCAL + 0.5)) for at in (x, -y))
@@ -155,7 +157,7 @@ def test_eyes_in_a_render_are_white_with_dark_pupils(heads):
 
 
 def test_depth_of_a_render_lies_on_the_surface(heads):
-    image, depth = people.picture(heads[3], camera(0.0), FFHQ_FOCAL, 64)
+    image, depth = people.render_head(heads[3], camera(0.0), FFHQ_FOCAL, 64)
     assert image.shape == (64, 64, 3) and image.min() >= 0 and image.max() <= 1
     hit = np.isfinite(depth)
     assert 0.25 < hit.mean() < 0.7 and (image[~hit].mean() > 0.9)

@@ -413,7 +413,7 @@ def volume_up_gradient(grad: torch.Tensor, u: torch.Tensor, size: Sequence[int])
     return y
 
 
-def turned(w: torch.Tensor) -> torch.Tensor:
+def adjoint_kernel(w: torch.Tensor) -> torch.Tensor:
     """Return the kernels [C, O, 3, 3, 3] of the gradient of a convolution with the kernels w [O, C, 3, 3,
     3]."""
     # The adjoint of a convolution exchanges input and output channels and reverses the taps.

@@ -235,7 +235,7 @@ def vertex_normals(vertices: np.ndarray, triangles: np.ndarray) -> np.ndarray:
     return normals / np.maximum(np.linalg.norm(normals, axis=1, keepdims=True), 1e-12)
 
 
-def named_people(z: torch.Tensor | np.ndarray, basis: Basis | None = None) -> list[Head]:
+def heads_from_latents(z: torch.Tensor | np.ndarray, basis: Basis | None = None) -> list[Head]:
     """Return the intact heads that latents [N, 64] define.
 
     Args: z: latents [N, 64]; basis: basis of head meshes; None: the bundled basis.
@@ -438,7 +438,7 @@ def cross_2d(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return a[:, 0] * b[:, 1] - a[:, 1] * b[:, 0]
 
 
-def picture(head: Head, cam2world: np.ndarray, focal: float, size: int) -> tuple[np.ndarray, np.ndarray]:
+def render_head(head: Head, cam2world: np.ndarray, focal: float, size: int) -> tuple[np.ndarray, np.ndarray]:
     """Render an intact head in colour on a white background.
 
     Args:

@@ -22,7 +22,7 @@ from scipy.ndimage import distance_transform_edt as edt
 from scipy.spatial import cKDTree
 
 from torch_utils.build import cache_dir
-from training.heads.people import ASSET, Head, bust_end, cross_2d, load_basis, named_people
+from training.heads.people import ASSET, Head, bust_end, cross_2d, heads_from_latents, load_basis
 from training.storage import write_atomic
 
 NEIGHBOURS = 10  # number of nearest surface samples whose triangles are candidates for the nearest triangle
@@ -378,7 +378,7 @@ def head_grid(head: Head, resolution: int) -> np.ndarray:
     return distance
 
 
-def whole_grids(z: torch.Tensor, resolution: int = 64) -> np.ndarray:
+def ground_truth_grids(z: torch.Tensor, resolution: int = 64) -> np.ndarray:
     """Return the signed distances of the ground-truth heads of latents, see `head_grid`.
 
     The grids are stored in the user's cache.
@@ -386,10 +386,10 @@ def whole_grids(z: torch.Tensor, resolution: int = 64) -> np.ndarray:
     Args: z: latents [N, 64]; resolution: number of voxels per edge n.
     Returns: grids [N, n, n, n], float32, rounded to half precision.
     """
-    return np.stack([_whole_grid(row, resolution) for row in z.detach().cpu().float().numpy()])
+    return np.stack([_ground_truth_grid(row, resolution) for row in z.detach().cpu().float().numpy()])
 
 
-def _whole_grid(z: np.ndarray, resolution: int) -> np.ndarray:
+def _ground_truth_grid(z: np.ndarray, resolution: int) -> np.ndarray:
     """Return the grid [n, n, n] of one latent [64], from the cache if it is stored there."""
     # The file name is a hash of everything that the grid depends on.
     key = z.tobytes() + f"{resolution} {GRID_VERSION}".encode() + _basis_hash()
@@ -400,7 +400,7 @@ def _whole_grid(z: np.ndarray, resolution: int) -> np.ndarray:
     except (OSError, ValueError):
         # The grid is stored in half precision. It is rounded here, so that the first call returns the same
         # values as later ones.
-        grid = head_grid(named_people(z[None])[0], resolution).astype(np.float16)
+        grid = head_grid(heads_from_latents(z[None])[0], resolution).astype(np.float16)
     # If the disk is full or read-only, the grid is not stored, and a later call computes it again.
     with contextlib.suppress(OSError):
         buffer = io.BytesIO()

@@ -15,7 +15,7 @@ import torch
 from torch.nn import functional as F
 
 from eg3d_rlhf.core import bundled
-from eg3d_rlhf.core.cli import naming
+from eg3d_rlhf.core.cli import prefix_errors
 from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.core.statistics import bootstrap_mean_interval
 from eg3d_rlhf.evaluation.attribution.attribution_study import CHECK_ORDERS, Study
@@ -320,12 +320,12 @@ def jobs(study: Study) -> list[Job]:
     file_inputs: dict = {"regions": settings.regions}
     if settings.regions not in KINDS:
         # For a user's label volume, its file and the file of its names are inputs of every job.
-        with naming("--regions"):
+        with prefix_errors("--regions"):
             file_inputs["regions"] = [
                 identity_of_file(path)
                 for path in (settings.regions, Path(settings.regions).with_suffix(".json"))
             ]
-    with naming("--landmarks"):
+    with prefix_errors("--landmarks"):
         file_inputs["landmarks"] = identity_of_file(settings.landmarks)
     base_inputs = comparison.inputs(
         *ROLES, n=comparison.n, data=comparison.synthetic, **file_inputs

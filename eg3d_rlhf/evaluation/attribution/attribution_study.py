@@ -12,7 +12,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from eg3d_rlhf.core.cli import naming
+from eg3d_rlhf.core.cli import prefix_errors
 from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.evaluation.attribution import regions
 from eg3d_rlhf.evaluation.attribution import shapley as shapley_methods
@@ -98,13 +98,15 @@ class Study:
             make_partition = (
                 regions.landmark_partition if settings.regions == LANDMARKS else regions.head_partition
             )
-            with naming("--landmarks" if settings.landmarks is not None else f"--regions={settings.regions}"):
+            with prefix_errors(
+                "--landmarks" if settings.landmarks is not None else f"--regions={settings.regions}"
+            ):
                 partitions = [make_partition(points, self.spec) for points in self.landmarks]
         elif settings.regions == PEOPLE:
-            with naming(f"--regions={PEOPLE}"):
+            with prefix_errors(f"--regions={PEOPLE}"):
                 partitions = [regions.people_partition(head, self.spec) for head in self.heads]
         else:
-            with naming("--regions"):
+            with prefix_errors("--regions"):
                 partitions = [
                     regions.read_masks(
                         settings.regions, regions.region_shape(self.c.reward.observation.shape)
@@ -173,13 +175,13 @@ class Study:
                 f"--psi={self.c.psi:g} truncates the latents, so that they have no ground-truth"
                 " heads, which these regions need. Use --psi=1."
             )
-        return people.named_people(latents(list(self.seeds), self.c.before.generator.z_dim))
+        return people.heads_from_latents(latents(list(self.seeds), self.c.before.generator.z_dim))
 
     @property
     def cube_spec(self) -> SlabSpec:
         """Return the grid over the whole scene from which meshes are extracted."""
         # The slab is only a part of the scene, but meshes show the entire head.
-        return SlabSpec.of(self.c.before.generator.bounds, _CUBE)
+        return SlabSpec.from_bounds(self.c.before.generator.bounds, _CUBE)
 
     @torch.no_grad()
     def density_of_cube(self, role: str, seed: int) -> torch.Tensor:

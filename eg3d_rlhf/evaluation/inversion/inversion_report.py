@@ -60,13 +60,13 @@ def load_arms(inversions: Inversions, case: Case) -> list[Arm]:
     folder = inversions.folder(case)
     arms = []
     if case.truth is not None:
-        arms.append(Arm("truth", generator, Side.of(generator, case.truth.ws, GRID)))
+        arms.append(Arm("truth", generator, Side.from_ws(generator, case.truth.ws, GRID)))
     for weight in inversions.setup.weights:
         tuned_generator = load_generator(
             folder / f"{weight:g}.safetensors", case.target.image.device
         ).generator
         ws = storage.read_tensors(folder / f"{weight:g}-ws.safetensors", KIND)[0]["ws"].to(case.target.image)
-        arms.append(Arm(f"weight {weight:g}", tuned_generator, Side.of(tuned_generator, ws, GRID)))
+        arms.append(Arm(f"weight {weight:g}", tuned_generator, Side.from_ws(tuned_generator, ws, GRID)))
     return arms
 
 

@@ -109,10 +109,10 @@ class Inversions:
             state, record = self.run.read()
             position = tuple(record["at"])
             self.done = record["done"]
-            self.run.go_on(self.done, record["lines"])
+            self.run.continue_from(self.done, record["lines"])
         else:
             self.run.begin()
-            self.run.go_on(0)
+            self.run.continue_from(0)
         with self.run.stoppable(), self.run.writing():
             for target_index, case in enumerate(self.setup.cases):
                 # Finished targets are skipped. Only the first target that is not finished uses the state.

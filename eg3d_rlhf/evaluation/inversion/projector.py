@@ -29,7 +29,7 @@ from eg3d_rlhf.core.field import Field, RenderOptions, fixed_draws
 from eg3d_rlhf.core.seeds import STANDARDISATION
 from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.evaluation.inversion.settings import InversionConfig
-from eg3d_rlhf.generators import Generator, camera, device_of, latents, of
+from eg3d_rlhf.generators import Generator, as_generator, camera, device_of, latents
 from eg3d_rlhf.measures.features import RESOLUTION, HeadFactorFeatures, to_resolution
 from eg3d_rlhf.rewards.reward import Reward
 from eg3d_rlhf.tuning.gan.phase import CUTOFF, Standardised, density_l1
@@ -184,7 +184,7 @@ class Guidance:
 
     @torch.no_grad()
     def __init__(self, generator: Generator, reward: Reward):
-        self.reward = reward.eval().requires_grad_(False).arranged()
+        self.reward = reward.eval().requires_grad_(False).channels_last()
         # The scores are standardised, so that the weight lambda does not depend on the reward's scale.
         z = latents(STANDARDISATION.all, generator.z_dim).to(device_of(generator))
         scores = []  # [n] for each batch
@@ -205,7 +205,7 @@ class Guidance:
 
 def cube_grid(generator: Generator) -> SlabSpec:
     """Return the grid over the generator's whole cube on which densities are compared."""
-    return SlabSpec.of(generator.bounds, CUBE_POINTS)
+    return SlabSpec.from_bounds(generator.bounds, CUBE_POINTS)
 
 
 def density_change(field: Field, cube: SlabSpec, pivot: Tensor) -> Tensor:
@@ -423,7 +423,7 @@ class PivotalStage:
     def __init__(self, generator: Generator, objective: Objective, ws: Tensor, weight: float = 0.0):
         # The generator is copied, since other targets need the original.
         module = copy.deepcopy(generator.module).eval().requires_grad_(True)
-        self.generator = of(module)
+        self.generator = as_generator(module)
         self.objective = objective
         self.ws = ws.detach()
         self.weight = weight

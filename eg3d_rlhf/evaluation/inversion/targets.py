@@ -225,7 +225,9 @@ def annotator_evaluator(case: Case, field: Field) -> float | None:
     if case.z is None:
         return None
     # [n, n, n] values of the inverted shape and of the ground-truth head
-    return utility(shape_values(field, RESOLUTION)[0], people_mesh.whole_grids(case.z, RESOLUTION)[0]).total
+    return utility(
+        shape_values(field, RESOLUTION)[0], people_mesh.ground_truth_grids(case.z, RESOLUTION)[0]
+    ).total
 
 
 def reward_evaluator(reward: Reward) -> Callable[[Case, Field], float]:

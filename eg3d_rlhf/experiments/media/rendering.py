@@ -14,7 +14,7 @@ import numpy as np
 import PIL.Image
 import torch
 
-from eg3d_rlhf.core.field import OWN, CameraFamily, Rendering, RenderOptions, render_each
+from eg3d_rlhf.core.field import DEFAULT_OPTIONS, CameraFamily, Rendering, RenderOptions, render_each
 from eg3d_rlhf.experiments.media.settings import FFHQ_FOV
 from eg3d_rlhf.generators import Generator, check_seeds, device_of, latents
 from training.progress import tqdm
@@ -106,7 +106,7 @@ def render(
     seed: int = 0,
     noise_mode: str = "const",
     mode: str = "image",
-    options: RenderOptions = OWN,
+    options: RenderOptions = DEFAULT_OPTIONS,
 ) -> list[np.ndarray]:
     """Render one latent from several cameras, with one synthesis pass for all of them.
 

@@ -17,7 +17,7 @@ import torch
 from scipy.interpolate import interp1d
 
 from eg3d_rlhf import generators
-from eg3d_rlhf.core.field import OWN, CameraFamily, RenderOptions
+from eg3d_rlhf.core.field import DEFAULT_OPTIONS, CameraFamily, RenderOptions
 from eg3d_rlhf.experiments.media.rendering import camera, conditioned_ws, render, shade_depth, tile
 
 # angles of the camera in radians, from EG3D's gen_videos.py
@@ -136,7 +136,7 @@ class Film:
         seeds: Sequence[int],
         cameras: CameraFamily,
         options: FilmOptions,
-        look: RenderOptions = OWN,
+        look: RenderOptions = DEFAULT_OPTIONS,
     ):
         self.generator = generator
         self.cameras = cameras

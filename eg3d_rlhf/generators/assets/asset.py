@@ -16,7 +16,16 @@ from typing import ClassVar, Self
 
 import torch
 
-from eg3d_rlhf.core.field import EMPTY, LEVEL, OWN, Bounds, CameraFamily, Rendering, RenderOptions, march
+from eg3d_rlhf.core.field import (
+    DEFAULT_OPTIONS,
+    EMPTY,
+    LEVEL,
+    Bounds,
+    CameraFamily,
+    Rendering,
+    RenderOptions,
+    march,
+)
 from eg3d_rlhf.core.registry import Registry
 from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.generators import Family, Generator, latents, register
@@ -111,7 +120,7 @@ class Asset(torch.nn.Module, abc.ABC):
         """Expand points [P, 3] or [A, P, 3] to [A, P, 3], and move them to the device of the parameters."""
         return points.to(next(self.parameters())).expand(len(self), -1, -1)
 
-    def render(self, cameras: torch.Tensor, options: RenderOptions = OWN) -> Rendering:
+    def render(self, cameras: torch.Tensor, options: RenderOptions = DEFAULT_OPTIONS) -> Rendering:
         """Render the assets from cameras, see `Field`."""
         return march(self, cameras.to(next(self.parameters())), options, RESOLUTION, self.samples)
 

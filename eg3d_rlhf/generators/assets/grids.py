@@ -210,7 +210,7 @@ class TriPlanes(Asset):
         'sparsity' and 'opacity' are computed on a coarse grid, see the function `sparsity`. 'roughness' is
         the mean squared difference between neighbouring texels of the planes.
         """
-        probes = SlabSpec.of(self.bounds, _PROBES)
+        probes = SlabSpec.from_bounds(self.bounds, _PROBES)
         # One value [A] for each of the two axes of the planes [A, 3, C, R, R].
         differences = [self.planes.diff(dim=dim).square().flatten(1).mean(dim=1) for dim in (3, 4)]
         return {

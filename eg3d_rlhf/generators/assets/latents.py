@@ -55,7 +55,7 @@ class Latents(Asset):
         self.ws = torch.nn.Parameter(mean.repeat(assets, 1, 1))
 
     @classmethod
-    def of_seeds(cls, seeds: Sequence[int]) -> "Latents":
+    def from_seeds(cls, seeds: Sequence[int]) -> "Latents":
         """Create one asset for each seed, with the latent of the bundled generator's shape of that seed."""
         asset = cls(len(seeds))
         with torch.no_grad():
@@ -97,7 +97,7 @@ class Latents(Asset):
         'sparsity' and 'opacity' are computed on a coarse grid, see the function `sparsity`. 'roughness' is
         the mean squared difference between the latents of successive layers.
         """
-        probes = SlabSpec.of(self.bounds, _PROBES)
+        probes = SlabSpec.from_bounds(self.bounds, _PROBES)
         return {
             **sparsity(self.density_grid(probes), probes.voxel),
             "roughness": self.ws.diff(dim=1).square().flatten(1).mean(dim=1),

@@ -40,7 +40,7 @@ class Views(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CameraDraws:
+class CameraRanges:
     """Ranges (lowest, highest) from which cameras are sampled.
 
     The defaults are those of MVDream, DreamReward, DreamDPO and RewardSDS.
@@ -189,7 +189,7 @@ DISTANCE = 1.5  # distance of the orthographic cameras from the centre, in sides
 ORTHOGRAPHIC = 4  # number of orthographic views
 
 
-class Pictures(NamedTuple):
+class RenderedViews(NamedTuple):
     """Renders of A assets, each from V cameras."""
 
     images: torch.Tensor  # [B, C, R, R] in 0..1: RGB for C = 3, RGB and inverse depth for C = 4
@@ -202,7 +202,7 @@ class Renderer(Protocol):
     def draw(self, assets: int, rng: torch.Generator) -> Views:
         """Sample the cameras of one step of the optimisation, V for each of A assets."""
 
-    def render(self, asset: Asset, views: Views, background: torch.Tensor) -> Pictures:
+    def render(self, asset: Asset, views: Views, background: torch.Tensor) -> RenderedViews:
         """Render assets. Differentiable in their parameters.
 
         Args:
@@ -294,7 +294,7 @@ class FourViews:
         del rng
         return evenly_around(assets, ORTHOGRAPHIC, DISTANCE)
 
-    def render(self, asset: Asset, views: Views, background: torch.Tensor) -> Pictures:
+    def render(self, asset: Asset, views: Views, background: torch.Tensor) -> RenderedViews:
         """Render voxels, see `Renderer`. The inverse depth of empty space is 0."""
         assert isinstance(asset, Voxels) and len(views.cameras) == ORTHOGRAPHIC * len(asset)
         channels, opacity = (
@@ -308,11 +308,11 @@ class FourViews:
         if asset.resolution != self.resolution:
             images = F.adaptive_avg_pool2d(images, self.resolution)
             opacity = F.adaptive_avg_pool2d(opacity, self.resolution)
-        return Pictures(images, opacity)
+        return RenderedViews(images, opacity)
 
 
 class Cameras(Protocol):
-    """Interface to an object that samples the cameras of a step, such as `CameraDraws`."""
+    """Interface to an object that samples the cameras of a step, such as `CameraRanges`."""
 
     def draw(self, assets: int, rng: torch.Generator) -> Views:
         """Sample the same number of views for each asset."""
@@ -323,19 +323,19 @@ class PerspectiveViews:
 
     Args:
         resolution: pixels per edge R.
-        cameras: ranges of the cameras; None: the ranges of public text-to-3D code (`CameraDraws`).
+        cameras: ranges of the cameras; None: the ranges of public text-to-3D code (`CameraRanges`).
         samples: samples along a ray; None: the default of the asset.
     """
 
     def __init__(self, resolution: int = 64, cameras: Cameras | None = None, samples: int | None = None):
         self.options = RenderOptions(resolution=resolution, samples=samples)
-        self.cameras: Cameras = cameras or CameraDraws()
+        self.cameras: Cameras = cameras or CameraRanges()
 
     def draw(self, assets: int, rng: torch.Generator) -> Views:
-        """Sample the cameras of one step, see `CameraDraws.draw`."""
+        """Sample the cameras of one step, see `CameraRanges.draw`."""
         return self.cameras.draw(assets, rng)
 
-    def render(self, asset: Asset, views: Views, background: torch.Tensor) -> Pictures:
+    def render(self, asset: Asset, views: Views, background: torch.Tensor) -> RenderedViews:
         """Render assets, see `Renderer`.
 
         `Field.render` takes one camera per asset, so the V views are rendered one after another.
@@ -347,4 +347,4 @@ class PerspectiveViews:
         opacity = torch.stack([rendering.opacity for rendering in renderings], dim=1).flatten(0, 1)
         background_colour = background.to(raw).expand(len(raw), 3)[:, :, None, None]
         # The renders have a black background and colours in -1..1.
-        return Pictures((raw + 1) / 2 + (1 - opacity) * background_colour, opacity)
+        return RenderedViews((raw + 1) / 2 + (1 - opacity) * background_colour, opacity)

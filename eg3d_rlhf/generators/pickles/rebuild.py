@@ -264,7 +264,7 @@ def check_class(class_name: str) -> None:
         raise RejectedError(f"its generator has the class {describe(class_name)} instead of {known_classes}")
 
 
-def kind_of(class_name: str, shapes: dict[str, tuple[int, ...]], rendering: dict) -> Kind:
+def family_of(class_name: str, shapes: dict[str, tuple[int, ...]], rendering: dict) -> Kind:
     """Determine the family of a generator from the names and shapes of its tensors.
 
     SphereHead has a second stack of convolutions ("ConvA"). PanoHead and HyPlaneHead have a network for the
@@ -374,7 +374,7 @@ def generator_plan(module: ModuleRecord, name: str) -> "Plan":
     if not isinstance(rendering, dict):
         raise RejectedError(f"its rendering_kwargs are {describe(rendering)} instead of a dictionary")
     shapes = {key: record.shape for key, record in records.items()}
-    kind = kind_of(module.class_name, shapes, rendering)
+    kind = family_of(module.class_name, shapes, rendering)
     required_checks = {**RENDERING, **kind.rendering}
     # Old checkpoints have no clamp_mode. Their rendering is that of the only accepted value.
     _with(rendering, [key for key in required_checks if key != "clamp_mode"], "rendering_kwargs")

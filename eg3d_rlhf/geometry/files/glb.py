@@ -28,12 +28,12 @@ from eg3d_rlhf.geometry.files.model import (
     JSON_CHUNK,
     WIDTHS,
     Array,
+    ImageFile,
     Model,
     Node,
-    Picture,
     Primitive,
-    kind_of_picture,
-    stripped,
+    image_format,
+    strip_image,
 )
 
 MAX_JSON = 16 << 20  # largest JSON chunk in bytes; its Python objects take up to about 40 times as many
@@ -558,12 +558,12 @@ class _Reader:
                 f" {', '.join(map(str, extensions))[:80] or 'an empty record'}. Convert the textures to one"
                 " of these formats."
             )
-        out = {"source": self._once("images", source, self.out.pictures, self._image)}
+        out = {"source": self._once("images", source, self.out.images, self._image)}
         if "sampler" in record:
             out["sampler"] = self._once("samplers", record["sampler"], self.out.samplers, _sampler)
         return out
 
-    def _image(self, record: dict) -> Picture:
+    def _image(self, record: dict) -> ImageFile:
         """Convert the record of an image. Its data lies in the binary chunk, or in a data URI.
 
         Raises: ValueError for external files, other formats, and images with too many pixels.
@@ -582,14 +582,14 @@ class _Reader:
                 raise ValueError(
                     "a texture in the GLB file is no valid base64 text. Export the file again."
                 ) from None
-        if kind_of_picture(data) is None:
+        if image_format(data) is None:
             raise ValueError(
                 "the GLB file has textures that are not PNG, JPEG or WebP. Convert them to one of these"
                 " formats."
             )
         # The image is copied, so its size is subtracted from the budget.
         self.budget -= len(data)
-        image, pixels = stripped(data)
+        image, pixels = strip_image(data)
         self.pixels -= pixels
         if self.pixels < 0 or self.budget < 0:
             raise ValueError(

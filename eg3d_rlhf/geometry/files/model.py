@@ -54,7 +54,7 @@ class Primitive:
 
 
 @dataclass(frozen=True)
-class Picture:
+class ImageFile:
     """An image file of a texture, without metadata."""
 
     data: bytes
@@ -81,7 +81,7 @@ class Model:
     materials: list[dict] = field(default_factory=list)
     textures: list[dict] = field(default_factory=list)
     samplers: list[dict] = field(default_factory=list)
-    pictures: list[Picture] = field(default_factory=list)
+    images: list[ImageFile] = field(default_factory=list)
     extensions: set[str] = field(default_factory=set)  # glTF extensions that the model uses
 
 
@@ -153,7 +153,7 @@ def glb_parts(model: Model) -> list[bytes | memoryview]:
     """
     buffer = _Buffer()
     meshes = [{"primitives": [_primitive(buffer, primitive) for primitive in mesh]} for mesh in model.meshes]
-    images = [{"bufferView": buffer.view(image.data), "mimeType": image.kind} for image in model.pictures]
+    images = [{"bufferView": buffer.view(image.data), "mimeType": image.kind} for image in model.images]
     nodes = [
         {
             **({"children": node.children} if node.children else {}),
@@ -241,7 +241,7 @@ def check_triangles(points: np.ndarray, faces: np.ndarray) -> None:
         )
 
 
-def triangles(
+def triangle_primitive(
     positions: np.ndarray,
     faces: np.ndarray,
     *,
@@ -295,18 +295,18 @@ def triangles(
     )
 
 
-def scene_of(
-    primitives: Iterable[Primitive], materials: Iterable[dict] = (), pictures: Iterable[Picture] = ()
+def model_from_primitives(
+    primitives: Iterable[Primitive], materials: Iterable[dict] = (), images: Iterable[ImageFile] = ()
 ) -> Model:
     """Build a model that consists of one mesh at the origin.
 
     The primitives are the parts of the mesh. They refer to the materials, which are glTF records, by index.
     Texture i of the materials uses image i.
     """
-    images = list(pictures)
+    images = list(images)
     # `source` is the index of the image
     textures = [{"source": i} for i in range(len(images))]
-    return Model([Node(mesh=0)], [0], [list(primitives)], list(materials), textures, pictures=images)
+    return Model([Node(mesh=0)], [0], [list(primitives)], list(materials), textures, images=images)
 
 
 # ---- images of textures and prompts
@@ -331,7 +331,7 @@ _JFIF = b"\xff\xe0\x00\x10JFIF\x00\x01\x01\x00\x00\x01\x00\x01\x00\x00"
 _WEBP_KEPT = {b"VP8 ", b"VP8L", b"ALPH", b"VP8X"}
 
 
-def kind_of_picture(data: bytes | memoryview) -> str | None:
+def image_format(data: bytes | memoryview) -> str | None:
     """Return the media type of an image file by its first bytes.
 
     Returns: "image/png", "image/jpeg" or "image/webp"; None for every other file.
@@ -344,14 +344,14 @@ def kind_of_picture(data: bytes | memoryview) -> str | None:
     return "image/webp" if head[:4] == b"RIFF" and head[8:12] == b"WEBP" else None
 
 
-def stripped(data: bytes | memoryview) -> tuple[Picture, int]:
+def strip_image(data: bytes | memoryview) -> tuple[ImageFile, int]:
     """Remove all metadata from an image file.
 
     Returns: the image, and its number of pixels.
 
     Raises: ValueError for other formats, damaged files, and images that are too large.
     """
-    kind = kind_of_picture(data)
+    kind = image_format(data)
     readers = {"image/png": _png, "image/jpeg": _jpeg, "image/webp": _webp}
     # by the first bytes, not by the name of the file
     if kind is None:
@@ -366,10 +366,10 @@ def stripped(data: bytes | memoryview) -> tuple[Picture, int]:
             f"the image has {width} x {height} pixels, but at most {MAX_PIXELS >> 20} megapixels and"
             f" {MAX_SIDE} pixels per side are allowed. Reduce the image."
         )
-    return Picture(b"".join(pieces), kind), width * height
+    return ImageFile(b"".join(pieces), kind), width * height
 
 
-def small(data: bytes | memoryview) -> bytes:
+def preview_image(data: bytes | memoryview) -> bytes:
     """Convert the image of a prompt to WebP with at most SMALL pixels per side, for display beside a pair.
 
     Raises: ValueError for a file that is no image, or that is damaged.
@@ -378,7 +378,7 @@ def small(data: bytes | memoryview) -> bytes:
     from PIL import Image, ImageOps
 
     # Other formats and images with too many pixels are rejected before a decoder reads the file.
-    stripped(data)
+    strip_image(data)
     try:
         with Image.open(io.BytesIO(data), formats=["PNG", "JPEG", "WEBP"]) as opened:
             # A JPEG file is decoded at reduced resolution, which is faster. Other formats are not affected.

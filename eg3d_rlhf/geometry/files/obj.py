@@ -14,7 +14,14 @@ from pathlib import Path
 
 import numpy as np
 
-from eg3d_rlhf.geometry.files.model import Model, Picture, linear, scene_of, stripped, triangles
+from eg3d_rlhf.geometry.files.model import (
+    ImageFile,
+    Model,
+    linear,
+    model_from_primitives,
+    strip_image,
+    triangle_primitive,
+)
 from eg3d_rlhf.geometry.files.polygons import triangulated
 
 MAX_MTL = 4 << 20  # largest size of an MTL file in bytes
@@ -127,8 +134,8 @@ def read_obj(data: bytes | memoryview, path: Path, geometry_only: bool = False) 
                 "doubleSided": True,
             }
         ]
-    return scene_of(
-        [triangles(**arrays, material=material_indices.get(name)) for name, arrays in named_parts],
+    return model_from_primitives(
+        [triangle_primitive(**arrays, material=material_indices.get(name)) for name, arrays in named_parts],
         records,
         images,
     )
@@ -351,11 +358,11 @@ def _numbers(text: str, kind: type) -> np.ndarray:
             return np.zeros(0, kind)
 
 
-def _records(materials: list[Material]) -> tuple[list[dict], list[Picture]]:
+def _records(materials: list[Material]) -> tuple[list[dict], list[ImageFile]]:
     """Return the glTF records of materials, and the images of their textures, each image once."""
     # file of a texture -> index of its image
     image_indices: dict[Path, int] = {}
-    images: list[Picture] = []
+    images: list[ImageFile] = []
     records = []
     for material in materials:
         # MTL has no metallic materials; roughness 1 gives a matt surface.
@@ -365,7 +372,7 @@ def _records(materials: list[Material]) -> tuple[list[dict], list[Picture]]:
         else:
             if material.texture not in image_indices:
                 image_indices[material.texture] = len(images)
-                images.append(stripped(material.texture.read_bytes())[0])
+                images.append(strip_image(material.texture.read_bytes())[0])
             surface["baseColorTexture"] = {"index": image_indices[material.texture]}
         # A texture contains its transparency itself.
         blend = {"alphaMode": "BLEND"} if material.opacity < 1 and material.texture is None else {}

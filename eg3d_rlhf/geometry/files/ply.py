@@ -28,7 +28,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from eg3d_rlhf.geometry.files.model import Model, scene_of, triangles
+from eg3d_rlhf.geometry.files.model import Model, model_from_primitives, triangle_primitive
 from eg3d_rlhf.geometry.files.polygons import triangulated
 
 MAGIC = b"GSP1"
@@ -216,7 +216,7 @@ def read_mesh(data: bytes | memoryview) -> Model:
         # Normals of shared vertices do not apply any more; without normals, each triangle is shaded flat.
         normals = None
         triangle = np.arange(len(positions)).reshape(-1, 3)
-    return scene_of([triangles(positions, triangle, colours=colours, normals=normals)])
+    return model_from_primitives([triangle_primitive(positions, triangle, colours=colours, normals=normals)])
 
 
 # Name of a property -> its values [N]; for a list property, the lengths [N] of the lists and all their items.

@@ -67,7 +67,7 @@ def qr_code(link: str, error: str = "m") -> Any:
     return segno.make(link, error=error)
 
 
-def check_picture(path: Path) -> None:
+def check_image_path(path: Path) -> None:
     """Check that a QR code can be written to a path.
 
     Raises:

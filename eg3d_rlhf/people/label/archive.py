@@ -24,7 +24,7 @@ from typing import Any
 from sqlalchemy import Connection, Row, Table, func, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
-from eg3d_rlhf.core.seeds import refuse_held_out
+from eg3d_rlhf.core.seeds import reject_held_out_seeds
 from eg3d_rlhf.people.label.campaigns import create, settings_from_json
 from eg3d_rlhf.people.label.database import (
     Lock,
@@ -365,7 +365,7 @@ class _Import:
         self.waiting[name] = _checked(description.table, values)
         if kind == "shape" and campaign in self.trainable:
             # Held-out seeds must not train a reward. A blind study trains none, and may contain them.
-            refuse_held_out([record["seed"]], f"campaign {campaign}")
+            reject_held_out_seeds([record["seed"]], f"campaign {campaign}")
         self.new += kind == "judgement"
 
     def _id(self, kind: str, campaign: str, name) -> int:

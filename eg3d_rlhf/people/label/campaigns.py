@@ -12,7 +12,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, func, insert, select
 
-from eg3d_rlhf.core.seeds import refuse_held_out
+from eg3d_rlhf.core.seeds import reject_held_out_seeds
 from eg3d_rlhf.people.label.database import campaigns, insert_all, pairs, shapes
 from eg3d_rlhf.people.label.entities import (
     CampaignSettings,
@@ -178,7 +178,7 @@ def _check(connection: Connection, settings: CampaignSettings, planned: Sequence
     # the number of the file and no seed of a latent.
     if settings.mode is not Mode.STUDY:
         seeds = (shape.seed for pair in planned for shape in (pair.first, pair.second) if not shape.file)
-        refuse_held_out(seeds, f"campaign {name}")
+        reject_held_out_seeds(seeds, f"campaign {name}")
 
 
 def _identity(shape: Shape) -> tuple:

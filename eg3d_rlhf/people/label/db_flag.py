@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from eg3d_rlhf.core.cli import naming
+from eg3d_rlhf.core.cli import prefix_errors
 
 if TYPE_CHECKING:
     from eg3d_rlhf.people.label.store import Store
@@ -50,7 +50,7 @@ def open_store(url: str, create: bool) -> Iterator["Store"]:
 
     path = sqlite_file(url)
     # Errors of the URL and of the database are reported as errors of the flag --db.
-    with naming("--db"):
+    with prefix_errors("--db"):
         if create and path is not None:
             # The folder is accessible for its owner only, because the store contains hashes of tokens and the
             # answers of the annotators.

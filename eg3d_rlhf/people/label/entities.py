@@ -122,7 +122,7 @@ class Shape:
     # eg3d_rlhf.people.label.shape_files.shape_key(shape) names the cached file of a shape.
 
     @classmethod
-    def of_asset(cls, **fields) -> "Shape":
+    def from_asset(cls, **fields) -> "Shape":
         """Make the shape of an asset file. The parameters of an isosurface get their empty values.
 
         Args:

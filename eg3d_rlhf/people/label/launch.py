@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import click
 from click.core import ParameterSource
 
-from eg3d_rlhf.core.cli import file_hash, naming, option, together
+from eg3d_rlhf.core.cli import combine_decorators, file_hash, option, prefix_errors
 from eg3d_rlhf.people.label.assets.collection import (
     Collection,
     answers_of,
@@ -161,7 +161,7 @@ def plan_campaign(
     strategy = STRATEGIES[request.pairing.strategy]
     filters = None
     if request.after is not None:
-        with naming("--after"):
+        with prefix_errors("--after"):
             if store is None:
                 raise ValueError(
                     f"the campaign {request.after!r} of an earlier round cannot be read, because there is no"
@@ -169,7 +169,7 @@ def plan_campaign(
                 )
             filters = LabelFilters(campaign=request.after)
     if request.assets is not None:
-        with naming("--assets"):
+        with prefix_errors("--assets"):
             collection = read_collection(Path(request.assets), report, request.lenient)
         ensemble = None
         # rewards are loaded only for strategies that use scores
@@ -178,12 +178,12 @@ def plan_campaign(
                 mesh_ensemble, request.pairing.strategy, request.pairing.rewards
             )
             ensemble = make_ensemble(collection)
-        with naming("--after"):
+        with prefix_errors("--after"):
             # Judgements and not preferences are read, because a preference names seeds, which assets do not
             # have.
             rows = kept_judgements(store, filters, Mode.LABEL) if store and filters else []
             answers = answers_of(collection, rows)
-        with naming("--assets"):
+        with prefix_errors("--assets"):
             assets = plan_assets(request.pairing, collection, report, answers, ensemble)
         extra = {
             FLAGS: request.to_json(),
@@ -192,11 +192,11 @@ def plan_campaign(
             "up": request.up,
         }
         return request.campaign_settings(extra), assets.pairs
-    with naming("--after"):
+    with prefix_errors("--after"):
         # The results are read before the generator is loaded, so that an unknown campaign is reported
         # immediately.
         results = store_preferences(store, filters) if store and filters else []
-    with naming("--network"):
+    with prefix_errors("--network"):
         generator = load_generator(request.network)
     unit = "shapes" if request.pairing.single else "pairs"
     report(f"planning {request.pairing.pairs} {unit} ({request.pairing.strategy}) ...")
@@ -255,7 +255,7 @@ class ServerFlags:
             )
 
     @classmethod
-    def of(cls, flags: Mapping, folder: Path) -> "ServerFlags":
+    def from_flags(cls, flags: Mapping, folder: Path) -> "ServerFlags":
         """Select the flags of the server from all flags of a command.
 
         Args:
@@ -347,7 +347,7 @@ def server_options(access_log: str, title: str = "Heading of the page."):
             show_default="the question, in the annotator's language",
         ),
     )
-    return together(*flags)
+    return combine_decorators(*flags)
 
 
 def serve_campaign(
@@ -420,7 +420,7 @@ def serve_campaign(
         click.echo(f"Stopped. Every {unit} is stored. Run the same command again to continue.")
 
 
-def refuse_flags_before(ctx: click.Context, *allowed: str) -> None:
+def reject_flags_before(ctx: click.Context, *allowed: str) -> None:
     """Check that only allowed flags stand before the name of a sub-command.
 
     Args:

@@ -15,7 +15,7 @@ import numpy as np
 
 from eg3d_rlhf.core import bundled
 from eg3d_rlhf.core.cli import file_hash
-from eg3d_rlhf.core.seeds import refuse_held_out
+from eg3d_rlhf.core.seeds import reject_held_out_seeds
 from eg3d_rlhf.people.label.entities import DAMAGES, Kind, PlannedPair, Shape
 from eg3d_rlhf.preferences.labels import MAX_SEED, Preference
 from eg3d_rlhf.preferences.pair_strategies import (
@@ -127,7 +127,7 @@ class PairingOptions(StrategyOptions):
                 f" but the largest seed is {MAX_SEED}. Use a smaller --first-seed."
             )
         # Seeds that are reserved for evaluation must not train a reward.
-        refuse_held_out(
+        reject_held_out_seeds(
             range(self.first_seed, self.first_seed + self.seeds),
             f"--first-seed={self.first_seed}, {self.seeds} seeds",
         )
@@ -383,7 +383,7 @@ def reward_ensemble(pairing: PairingOptions, generator: "LoadedGenerator") -> En
     descriptions = []
     # The two bundled rewards were trained independently on the same labels. A pair on which they disagree is
     # informative for a strategy.
-    for path in map(Path, pairing.rewards or (bundled.REWARD, bundled.WATCH)):
+    for path in map(Path, pairing.rewards or (bundled.REWARD, bundled.HELDOUT_REWARD)):
         reward = load_reward(path)
         check_reward(reward, generator.generator, f"--strategy={pairing.strategy}: {path.name}")
         # A file of an ensemble contains several members.

@@ -196,7 +196,7 @@ def label_source(source: str | Path, filters: LabelFilters | None = None) -> Lab
             f"{flags}: filters can be used with a label store only, but --labels names the file"
             f" {Path(source).name}. Remove them, or name a store, such as --labels=sqlite:///labels.db."
         )
-    return LabelSource.of_file(Path(source))
+    return LabelSource.from_file(Path(source))
 
 
 def to_preference(row: JudgementRow) -> Preference:

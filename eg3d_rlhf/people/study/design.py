@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from eg3d_rlhf.core import bundled
-from eg3d_rlhf.core.cli import naming
+from eg3d_rlhf.core.cli import prefix_errors
 from eg3d_rlhf.people.label.assets import reading
 from eg3d_rlhf.people.label.assets.collection import Collection, prompts_json, read_generator
 from eg3d_rlhf.people.label.assets.damage import DAMAGED_KINDS, DAMAGES
@@ -480,7 +480,7 @@ def contender_shape(design: StudyDesign, side: Contender, seed: int) -> Shape:
     if design.assets:
         row = design.assets[seed]
         asset = row["a" if side == design.a else "b"]
-        return Shape.of_asset(
+        return Shape.from_asset(
             generator=side.generator,
             source=asset["file"],
             seed=seed,
@@ -520,7 +520,7 @@ def read_sides(
     """
     collections: dict[str, Collection] = {}
     for side, folder in (("a", a), ("b", b)):
-        with naming(f"--{side}"):
+        with prefix_errors(f"--{side}"):
             collections[side] = read_generator(folder)
     # side -> (prompt, seed) -> asset
     by_key = {

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eg3d_rlhf.core.cli import naming
+from eg3d_rlhf.core.cli import prefix_errors
 from eg3d_rlhf.people.label.assets.collection import is_asset_folder
 from eg3d_rlhf.people.label.assets.damage import DAMAGED_KINDS
 from eg3d_rlhf.people.label.db_flag import open_store, store_exists
@@ -136,7 +136,7 @@ def make_design(name: str, flags: Mapping, warn: Callable[[str], None]) -> Study
             # The design must state that there are no gold checks.
             flags = {**flags, "gold_every": 0}
     for side in () if assets else ("a", "b"):
-        with naming(f"--{side}"):
+        with prefix_errors(f"--{side}"):
             label = "bundled" if flags[side] is None else _name_of(Path(flags[side]))
             loaded[side] = load_generator(flags[side])
             sides[side] = designs.contender(flags[f"label_{side}"] or label, loaded[side])
@@ -207,9 +207,9 @@ def common_shapes(a: "LoadedGenerator", b: "LoadedGenerator") -> int | None:
     Raises:
         ValueError: the prompts and seeds of the two files differ.
     """
-    from eg3d_rlhf.generators import count_of
+    from eg3d_rlhf.generators import shape_count
 
-    a_count, b_count = (count_of(loaded.generator) for loaded in (a, b))
+    a_count, b_count = (shape_count(loaded.generator) for loaded in (a, b))
     # "pairs" contains the prompts and seeds of the assets of a file
     a_pairs, b_pairs = (loaded.nets.training_set.get("pairs") for loaded in (a, b))
     if a_count != b_count or a_pairs != b_pairs:
@@ -288,7 +288,7 @@ def prepare(
             designs.check_files(design)
         # Loading a generator checks that its file contains the weights that the design names.
         for side in () if design.assets else ("a", "b"):
-            with naming(f"--{side}"):
+            with prefix_errors(f"--{side}"):
                 reports.load_contender(getattr(design, side))
         if store.campaign(design.name) is None:
             store.create_campaign(designs.campaign_settings(design), designs.study_pairs(design))
@@ -364,7 +364,7 @@ def check_given(design: StudyDesign, flags: Mapping, written: set[str]) -> None:
             )
     for side in ("a", "b"):
         if side in written:
-            with naming(f"--{side}"):
+            with prefix_errors(f"--{side}"):
                 if not design.assets:
                     # Another path is allowed if the file has the same weights.
                     reports.load_contender(replace(getattr(design, side), source=flags[side]))

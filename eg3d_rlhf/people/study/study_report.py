@@ -37,7 +37,7 @@ def compute(
     design: StudyDesign,
     rows: Iterable[JudgementRow],
     interim: bool = False,
-    pictures: int = 6,
+    image_pairs: int = 6,
     device: str = "cpu",
     now: datetime | None = None,
 ) -> dict:
@@ -61,8 +61,8 @@ def compute(
     """
     analysis = analyse(design, rows, interim, now)
     # analysis["pairs"] is sorted from the highest to the lowest win rate of b
-    best = [latent for latent in analysis["pairs"] if latent["win_rate"] > 0.5][:pictures]
-    worst = [latent for latent in reversed(analysis["pairs"]) if latent["win_rate"] < 0.5][:pictures]
+    best = [latent for latent in analysis["pairs"] if latent["win_rate"] > 0.5][:image_pairs]
+    worst = [latent for latent in reversed(analysis["pairs"]) if latent["win_rate"] < 0.5][:image_pairs]
     if not best and not worst:
         return {**analysis, "conclusions": conclusions(analysis), "images": None}
     seeds = sorted({latent["seed"] for latent in best + worst})
@@ -117,7 +117,7 @@ def shape_images(
     generator = load_contender(side, device).generator
     images = {}
     # the same number of grid points for every generator, over its own cube
-    grid = SlabSpec.of(generator.bounds, design.resolution)
+    grid = SlabSpec.from_bounds(generator.bounds, design.resolution)
     for seed in seeds:
         with torch.no_grad():
             sigma = generator.field(ws_of_seeds(generator, [seed], design.psi)).density_grid(grid)

@@ -165,7 +165,7 @@ def occupancy(field: Field, resolution: int = RESOLUTION) -> torch.Tensor:
         field: field of A shapes.
         resolution: number of grid points per axis.
     """
-    grid = SlabSpec.of(field.bounds, resolution)
+    grid = SlabSpec.from_bounds(field.bounds, resolution)
     # expm1 keeps small opacities accurate.
     return -torch.expm1(-torch.nn.functional.softplus(field.density_grid(grid) - 1) * grid.voxel)
 

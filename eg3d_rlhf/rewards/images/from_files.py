@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from eg3d_rlhf.core.interfaces import RewardModel, check_finite, check_pictures, check_views
+from eg3d_rlhf.core.interfaces import RewardModel, check_finite, check_images, check_views
 from eg3d_rlhf.core.memory import Costs, MemoryTrace, weight_row
 from eg3d_rlhf.models.clip import FLAG, hpsv2_network, load_clip_score, load_hpsv2
-from eg3d_rlhf.models.weights import empty, existing, only_file, read, require_extra
+from eg3d_rlhf.models.weights import empty, existing_path, only_file, read, require_extra
 from eg3d_rlhf.rewards.images.reward3d import Reward3dNetwork, load_blip_reward
 
 WEIGHTS = (".pt", ".pth", ".safetensors")
@@ -50,7 +50,7 @@ class CheckedReward:
             )
         # The views of an asset must be adjacent and complete.
         check_views(len(pixels), self.views, FLAG)
-        check_pictures(pixels, FLAG)
+        check_images(pixels, FLAG)
         scores = self.reward.score(pixels, prompts)
         check_finite(scores, FLAG, "Use another file, or check the images.")
         return scores
@@ -65,7 +65,7 @@ def load_reward(path: str | Path, device: str | torch.device = "cpu") -> Checked
         device: device of the network.
     Raises: FileNotFoundError if the path does not exist; ValueError for a file of any other network.
     """
-    path = existing(path, FLAG)
+    path = existing_path(path, FLAG)
     if (path / "config.json").is_file():
         return CheckedReward(load_clip_score(_clip_folder(path), device))
     file = weights_of(path)
@@ -95,7 +95,7 @@ def reward_costs(path: str | Path, images: int, noises: int = 1) -> Costs:
         images: number of images, B.
         noises: number of noises per image, K.
     """
-    path = existing(path, FLAG)
+    path = existing_path(path, FLAG)
     if (path / "config.json").is_file():
         require_extra(FLAG, "transformers")
         # transformers is an optional dependency, so it is imported only here.
@@ -107,8 +107,8 @@ def reward_costs(path: str | Path, images: int, noises: int = 1) -> Costs:
     file = weights_of(path)
     state = read(file, FLAG)
     if _is_blip(state, file):
-        blip = Reward3dNetwork.of(state, f"{FLAG}: {file.name}")
-        return _costs(blip, blip.blip.seen, images, noises, blip.blip.side)
+        blip = Reward3dNetwork.from_state_dict(state, f"{FLAG}: {file.name}")
+        return _costs(blip, blip.blip.encode_images, images, noises, blip.blip.side)
     return _clip_costs(hpsv2_network(state, f"{FLAG}: {file.name}"), images, noises)
 
 

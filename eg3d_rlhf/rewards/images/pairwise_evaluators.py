@@ -1,8 +1,8 @@
 """Analytic evaluators of the bundled test problem. They compare two assets, by their images or their
 surfaces.
 
-`YesNoJudge` compares images by yes/no questions, as DreamDPO does with a vision-language model (arXiv
-2502.04370). `AssetJudge` compares finished assets by properties that no reward reads, and is the held-out
+`YesNoEvaluator` compares images by yes/no questions, as DreamDPO does with a vision-language model (arXiv
+2502.04370). `AssetEvaluator` compares finished assets by properties that no reward reads, and is the held-out
 evaluator.
 
 Shapes: A assets, V views of an asset, B = A V images, C channels, h x w pixels, P points.
@@ -26,7 +26,7 @@ _CLOSE = 0.3  # greatest distance of two RGB colours in 0..1 that count as equal
 _PLAUSIBLE = 0.01  # least difference of two RMS distances to the nearest mode that decides a comparison
 
 
-def verdict(first: float, second: float, margin: float = 0.0) -> int:
+def winner(first: float, second: float, margin: float = 0.0) -> int:
     """Return the index of the larger of two numbers, 0 or 1.
 
     Return -1 if the numbers differ by at most the margin.
@@ -105,7 +105,7 @@ def analytic_answers(images: torch.Tensor, prompt: str, questions: Sequence[str]
 
 
 @dataclass(frozen=True)
-class YesNoJudge:
+class YesNoEvaluator:
     """Evaluator of images by yes/no questions, as in DreamDPO (arXiv 2502.04370).
 
     The score of an asset is the number of questions that are answered with "Yes". The asset with the higher
@@ -133,7 +133,7 @@ class YesNoJudge:
         del shuffle_order
         results = []
         for prompt, (first_images, second_images) in zip(prompts, pairs, strict=True):
-            results.append(verdict(self.score(first_images, prompt), self.score(second_images, prompt)))
+            results.append(winner(self.score(first_images, prompt), self.score(second_images, prompt)))
         return results
 
 
@@ -158,7 +158,7 @@ def plausibility(asset: Asset) -> Callable[[Sequence[str]], torch.Tensor]:
     return minus_distance
 
 
-class AssetJudge:
+class AssetEvaluator:
     """Held-out evaluator of finished assets by their surface and its colour. It has no trained parts.
 
     Of two heads, the one wins whose number of noses, counted on the surface, is closer to one. Of two boxes,
@@ -198,9 +198,9 @@ class AssetJudge:
         results = []
         for i in range(len(prompts)):
             if first_scores[i] != second_scores[i]:
-                results.append(verdict(first_scores[i], second_scores[i]))
+                results.append(winner(first_scores[i], second_scores[i]))
             else:
-                results.append(verdict(first_plausibilities[i], second_plausibilities[i], _PLAUSIBLE))
+                results.append(winner(first_plausibilities[i], second_plausibilities[i], _PLAUSIBLE))
         return results
 
 

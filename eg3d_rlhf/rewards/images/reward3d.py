@@ -134,7 +134,7 @@ class Reward3dNetwork(nn.Module):
         return (self.mlp(fused_features)[:, 0] - MEAN) / FUSION_STD
 
     @classmethod
-    def of(cls, state: Mapping[str, torch.Tensor], source: str) -> "Reward3dNetwork":
+    def from_state_dict(cls, state: Mapping[str, torch.Tensor], source: str) -> "Reward3dNetwork":
         """Create the network that matches the names and shapes of a state dict, on the meta device.
 
         Args:
@@ -142,7 +142,7 @@ class Reward3dNetwork(nn.Module):
             source: start of the messages, which names flag and file.
         Raises: ValueError for a state dict of any other network.
         """
-        sizes = BlipSizes.of(state, source)
+        sizes = BlipSizes.from_state(state, source)
         # All three kinds contain BLIP, so the names of the heads decide the kind.
         kind: Kind = "Scorer" if "Scorer.fc1.weight" in state else "ImageReward"
         if any(name.startswith("cross_view_adapter.") for name in state):
@@ -207,7 +207,7 @@ def load_blip_reward(
     """
     source = f"--reward: {path.name}"
     state = read(path, "--reward") if state is None else state
-    network = Reward3dNetwork.of(state, source)
+    network = Reward3dNetwork.from_state_dict(state, source)
     # The network on the meta device uses the tensors of the file themselves, without a copy.
     adopt(network, from_published(state), source)
     # A tokenizer with a larger vocabulary would give indices beyond the embedding table.

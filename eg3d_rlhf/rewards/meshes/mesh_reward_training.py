@@ -20,10 +20,10 @@ import torch
 from eg3d_rlhf.experiments import version_0_1
 from eg3d_rlhf.experiments.process import StoppedError
 from eg3d_rlhf.experiments.run import Run
-from eg3d_rlhf.models.weights import below
+from eg3d_rlhf.models.weights import entries_below
 from eg3d_rlhf.preferences.losses import PreferenceLoss, UnpairedOutput, cs_divergence, median_distance
 from eg3d_rlhf.preferences.settings import LossWeights
-from eg3d_rlhf.preferences.unpaired import UnpairedPreference, batches_of
+from eg3d_rlhf.preferences.unpaired import UnpairedPreference, endless_batches
 from eg3d_rlhf.rewards.evaluation import auc, silhouette
 from eg3d_rlhf.rewards.meshes.dataset import (
     MeshSet,
@@ -45,7 +45,7 @@ MOMENTUM = 0.9  # momentum of the moving average of the bandwidth over steps
 TINY = 1e-3  # least bandwidth of the divergence of held-out meshes
 
 
-def meshes_of(options: MeshRewardTraining, on_shape: OnShape = None) -> MeshSet:
+def open_meshes(options: MeshRewardTraining, on_shape: OnShape = None) -> MeshSet:
     """Read the meshes of `options.data`, or generate meshes if it is None.
 
     Args:
@@ -118,7 +118,7 @@ class MeshTraining:
         """
         # The order of batches depends only on the seed, so a resumed run skips the batches that it has used.
         batch_rng = np.random.default_rng([self.options.seed, 4])
-        batches = batches_of(self.train, self.options.batch, batch_rng)
+        batches = endless_batches(self.train, self.options.batch, batch_rng)
         for _ in range(self.finished_steps):
             next(batches)
         self.reward.train()
@@ -188,7 +188,7 @@ class MeshTraining:
 
     def load(self, tensors: Mapping[str, torch.Tensor], meta: Mapping) -> None:
         """Restore the training from the tensors and the JSON values that `state` returned."""
-        self.reward.load_state_dict(below(tensors, "reward."))
+        self.reward.load_state_dict(entries_below(tensors, "reward."))
         checkpoint.restore_optimizer("optim", self.optimizer, dict(tensors))
         self.finished_steps = meta["done"]
         self.bandwidth = meta["bandwidth"]
@@ -272,7 +272,7 @@ def run_training(training: MeshTraining, run: Run) -> dict:
     # A resumed run continues from its last checkpoint.
     if any(run.folder.glob("checkpoint-*.safetensors")):
         training.load(*run.read())
-    run.go_on(training.finished_steps, training.finished_steps // EVERY)
+    run.continue_from(training.finished_steps, training.finished_steps // EVERY)
     with run.stoppable(), run.writing():
         while training.finished_steps < options.steps and not run.stop_requested:
             # Train up to the next multiple of EVERY, where a checkpoint is written.
@@ -329,7 +329,7 @@ def run_table(
             f"--resume: {path} contains results of trainings with other settings. Pass the settings of that"
             " table, or use another --outdir."
         )
-    meshes = meshes_of(options, on_shape)
+    meshes = open_meshes(options, on_shape)
     rows = table["rows"]
     for seed in seeds:
         for arm, changes in ARMS.items():

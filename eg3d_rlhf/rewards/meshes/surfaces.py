@@ -40,7 +40,9 @@ class Lattice:
     axes: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
 
     @classmethod
-    def of(cls, vertices: torch.Tensor, tetrahedra: torch.Tensor, step: float, axes=None) -> "Lattice":
+    def from_tetrahedra(
+        cls, vertices: torch.Tensor, tetrahedra: torch.Tensor, step: float, axes=None
+    ) -> "Lattice":
         """Create a lattice from tetrahedra. Its border are the vertices on the bounding box.
 
         Args:
@@ -100,7 +102,7 @@ def cube(resolution: int, bounds: Bounds | None = None) -> Lattice:
         corners.append([path[0], path[1], path[3], path[2]] if is_odd else path)
     first_corners = index[:-1, :-1, :-1].reshape(-1, 1, 1)  # [R^3, 1, 1], corner (0, 0, 0) of each cell
     tetrahedra = (first_corners + torch.tensor(corners)).reshape(-1, 4)
-    return Lattice.of(vertices, tetrahedra, bounds.side / resolution, (x, y, z))
+    return Lattice.from_tetrahedra(vertices, tetrahedra, bounds.side / resolution, (x, y, z))
 
 
 # Marching tetrahedra extract the surface of a level as a closed triangle mesh, differentiable in the level

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from eg3d_rlhf.core.registry import Registry
 from eg3d_rlhf.tuning.distill.schedules_by_step import Ramp, TimeWindow
-from training.config import Knobs, built, check_knobs, knob
+from training.config import Knobs, check_knobs, knob, settings_from_values
 
 if TYPE_CHECKING:
     from eg3d_rlhf.core.interfaces import Guidance
@@ -38,8 +38,8 @@ class Method:
     noises: Callable[
         [Any], int
     ]  # function from the method's settings to the number of noises of an image in a step
-    rewarded: bool = True  # True: the method uses a reward of images
-    judged: bool = False  # True: a judge can rank pairs of images in place of the reward
+    accepts_reward: bool = True  # True: the method uses a reward of images
+    accepts_judge: bool = False  # True: a judge can rank pairs of images in place of the reward
 
 
 METHODS: Registry[Method] = Registry(
@@ -79,7 +79,7 @@ class Arm:
                 f"{' or -'.join(TWISTS)} for a control, and at the end +geometry or"
                 f" +geometry-{' or +geometry-'.join(TWISTS)} for a geometry reward."
             )
-        if match[2] and not METHODS[match[1]].rewarded:
+        if match[2] and not METHODS[match[1]].accepts_reward:
             raise ValueError(
                 f"{arm_name!r} is not an arm, because {match[1]} has no reward to which -{match[2]} could"
                 f" apply. Write {match[1]}, or use a method with a reward."
@@ -298,10 +298,10 @@ class DistillSettings:
         return {**asdict(self), "prompts": list(self.prompts), "arms": list(self.arms)}
 
     @classmethod
-    def of(cls, record: Mapping) -> "DistillSettings":
+    def from_dict(cls, record: Mapping) -> "DistillSettings":
         """Build the settings from the result of `to_dict`. Raises: ValueError for an invalid value."""
-        scene = built(SceneConfig, record["scene"])
-        loop = built(LoopConfig, record["loop"])
+        scene = settings_from_values(SceneConfig, record["scene"])
+        loop = settings_from_values(LoopConfig, record["loop"])
         return cls(
             **{
                 **record,

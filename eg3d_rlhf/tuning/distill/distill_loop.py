@@ -17,8 +17,8 @@ import torch
 
 from eg3d_rlhf.core.interfaces import DiffusionPrior, Guidance, GuidanceOutput
 from eg3d_rlhf.generators.assets.asset import Asset
-from eg3d_rlhf.generators.assets.views import FINISHED, Pictures, Renderer, Views, evenly_around
-from eg3d_rlhf.models.weights import below
+from eg3d_rlhf.generators.assets.views import FINISHED, RenderedViews, Renderer, Views, evenly_around
+from eg3d_rlhf.models.weights import entries_below
 from eg3d_rlhf.tuning.distill.config import LoopConfig, parse_ramp
 from eg3d_rlhf.tuning.distill.gradients import History, distillation_loss
 from eg3d_rlhf.tuning.distill.guidance.geometry import ProgressiveGeometry
@@ -281,7 +281,7 @@ class Distillation:
         self.optimizer.step()
         self.tick.add(output, metrics, rendered.images)
 
-    def look(self, stream: str, step: int) -> tuple[Views, Pictures]:
+    def look(self, stream: str, step: int) -> tuple[Views, RenderedViews]:
         """Sample views of all assets and render them.
 
         Args:
@@ -350,7 +350,7 @@ class Distillation:
         """Restore the state of the optimisation from the result of `state`."""
         # The keys of tensors have the form "part.name".
         names = ("asset", *self._stateful())
-        states = {name: below(tensors, f"{name}.") for name in names}
+        states = {name: entries_below(tensors, f"{name}.") for name in names}
         self.asset.load_state_dict(states["asset"])
         checkpoint.restore_optimizer("optim", self.optimizer, dict(tensors))
         for name, part in self._stateful().items():

@@ -102,7 +102,7 @@ def distil(
             line_count = meta["lines"]
         # Removes the lines of stats.jsonl that were written after the checkpoint, because their steps are
         # repeated.
-        run.go_on(step, line_count)
+        run.continue_from(step, line_count)
         loop = settings.loop
         with run.stoppable():
             while step < loop.steps:
@@ -205,7 +205,7 @@ def distil_all(settings: DistillSettings, scene: Scene, run: Run) -> None:
 
 def gather_stats(settings: DistillSettings, run: Run) -> None:
     """Write the stats.jsonl of the run, which contains the lines of all parts in the order of the parts."""
-    run.go_on(0, 0)  # removes the lines of an earlier call
+    run.continue_from(0, 0)  # removes the lines of an earlier call
     for part in list_parts(settings):
         for line in (run.folder / PARTS / part.name / STATS).read_text().splitlines():
             run.stats({"arm": part.arm, "batch": part.batch, **json.loads(line)})

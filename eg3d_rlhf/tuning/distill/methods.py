@@ -19,7 +19,7 @@ from eg3d_rlhf.tuning.distill.guidance.settings import (
     SdsSettings,
 )
 from eg3d_rlhf.tuning.distill.schedules_by_step import Ramp
-from training.config import built
+from training.config import settings_from_values
 
 if TYPE_CHECKING:
     from eg3d_rlhf.core.interfaces import DiffusionPrior, Guidance, PairwiseJudge, RewardModel
@@ -58,11 +58,11 @@ def _add(
     METHODS.add(name, Method(settings=settings, guidance=make, noises=noises, **options))
 
 
-_add("sds", SdsSettings, "sds", "Sds", lambda s: s.samples, rewarded=False)
-_add("dreamdpo", DreamDpoSettings, "dreamdpo", "DreamDpo", lambda s: 2, judged=True)
+_add("sds", SdsSettings, "sds", "Sds", lambda s: s.samples, accepts_reward=False)
+_add("dreamdpo", DreamDpoSettings, "dreamdpo", "DreamDpo", lambda s: 2, accepts_judge=True)
 _add("rewardsds", RewardSdsSettings, "rewardsds", "RewardSds", lambda s: s.noises)
 _add("dreamreward", DreamRewardSettings, "dreamreward", "DreamReward", lambda s: 1)
-_add("psd", PsdSettings, "psd", "Psd", lambda s: 2, judged=True)
+_add("psd", PsdSettings, "psd", "Psd", lambda s: 2, accepts_judge=True)
 _add("best-of-n", BestOfNSettings, "sds", "BestOfN", lambda s: s.samples)
 
 # Presets: value of --preset -> settings. The preset with the name of a method has our defaults. Presets
@@ -115,7 +115,7 @@ PRESETS = {
 RAMPS = ("weight",)  # settings that may change with the step; they are texts in flags and JSON
 
 
-def settings_of(name: str, values: Mapping[str, Any], preset: str | None = None) -> Any:
+def make_settings(name: str, values: Mapping[str, Any], preset: str | None = None) -> Any:
     """Build the settings of a method from its preset or its defaults, and from changed values.
 
     Args:
@@ -135,10 +135,10 @@ def settings_of(name: str, values: Mapping[str, Any], preset: str | None = None)
         setting: parse_ramp(value) if setting in RAMPS else value for setting, value in values.items()
     }
     # `built` distributes the flat values to the nested dataclasses.
-    return built(settings_type, {**flat(base_settings), **parsed_values})
+    return settings_from_values(settings_type, {**flatten_settings(base_settings), **parsed_values})
 
 
-def flat(settings: Any) -> dict[str, Any]:
+def flatten_settings(settings: Any) -> dict[str, Any]:
     """Return all settings of a dataclass as a flat dictionary from name to value.
 
     Settings of nested dataclasses are included under their own names, which are unique within a method. A
@@ -148,7 +148,7 @@ def flat(settings: Any) -> dict[str, Any]:
     for field in fields(settings):
         value = getattr(settings, field.name)
         if is_dataclass(value) and not isinstance(value, Ramp):
-            values |= flat(value)
+            values |= flatten_settings(value)
         else:
             values[field.name] = value
     return values
@@ -179,9 +179,9 @@ def make_guidance(
     method = METHODS[name]
     # Only the arguments that the method accepts.
     options = dict[str, Any]()
-    if method.judged:
+    if method.accepts_judge:
         options["judge"] = judge
-    if method.rewarded:
+    if method.accepts_reward:
         # A judge can take the place of the reward.
         if reward is None and options.get("judge") is None:
             raise ValueError(
@@ -192,11 +192,11 @@ def make_guidance(
     return method.guidance(prior, settings, views=views, streams=streams, **options)
 
 
-def owners() -> dict[str, list[str]]:
+def methods_by_setting() -> dict[str, list[str]]:
     """Return a dictionary from each setting's name to the names of the methods that have this setting."""
     methods: dict[str, list[str]] = {}
     for name, method in METHODS.items():
-        for setting in flat(method.settings()):
+        for setting in flatten_settings(method.settings()):
             methods.setdefault(setting, []).append(name)
     return methods
 
@@ -210,7 +210,7 @@ def arm_settings(settings: DistillSettings, arm: str) -> tuple[Any, int, int]:
     Returns: settings of the method; number of starts of each asset; number of noises of an image in a step.
     """
     method = Arm.parse(arm).method
-    method_settings = settings_of(method, settings.guidance, settings.preset)
+    method_settings = make_settings(method, settings.guidance, settings.preset)
     # Only best-of-n has the setting `starts`; all other methods optimise each asset once.
     starts = getattr(method_settings, "starts", 1)
     return method_settings, starts, METHODS[method].noises(method_settings)

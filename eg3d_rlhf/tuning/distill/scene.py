@@ -15,7 +15,7 @@ from eg3d_rlhf.core.interfaces import DiffusionPrior, PairwiseJudge, RewardModel
 from eg3d_rlhf.core.memory import Costs
 from eg3d_rlhf.generators.assets.asset import Asset
 from eg3d_rlhf.generators.assets.grids import TriPlanes
-from eg3d_rlhf.generators.assets.views import CameraDraws, PerspectiveViews, Renderer
+from eg3d_rlhf.generators.assets.views import CameraRanges, PerspectiveViews, Renderer
 from eg3d_rlhf.rewards.images.analytic import Inverted, Random
 from eg3d_rlhf.rewards.images.from_files import load_reward, reward_costs
 from eg3d_rlhf.tuning.distill.compare import FinalEvaluator
@@ -32,7 +32,7 @@ from eg3d_rlhf.tuning.distill.methods import arm_settings, make_guidance
 from eg3d_rlhf.tuning.distill.priors.latent_diffusion import PriorOptions, load_prior, prior_costs
 from eg3d_rlhf.tuning.distill.scene_kinds import SCENES
 from eg3d_rlhf.tuning.distill.schedule import Streams
-from training.config import built
+from training.config import settings_from_values
 from training.phases import derive_seed
 
 
@@ -118,7 +118,7 @@ class Scene:
         if arm.geometry_twist == "random":
             reward = shuffle_weights(reward, settings.seed)
         # `guidance` contains the settings of the geometry reward, too; `built` ignores all others.
-        geometry_settings = built(GeometrySettings, settings.guidance)
+        geometry_settings = settings_from_values(GeometrySettings, settings.guidance)
         return ProgressiveGeometry(reward, geometry_settings, settings.loop.steps, sign)
 
     def _reward(self, arm: Arm) -> RewardModel | None:
@@ -177,7 +177,7 @@ def scene_from_files(settings: DistillSettings, device: torch.device) -> Scene:
     }
     return Scene(
         prior=prior,
-        renderer=PerspectiveViews(scene.resolution, CameraDraws(views=scene.views)),
+        renderer=PerspectiveViews(scene.resolution, CameraRanges(views=scene.views)),
         views=scene.views,
         start=_start_factory(scene.planes),
         reward=reward,

@@ -19,7 +19,12 @@ from eg3d_rlhf.rewards import box_prompts
 from eg3d_rlhf.rewards import boxes as problem
 from eg3d_rlhf.rewards.boxes import noses
 from eg3d_rlhf.rewards.images import analytic
-from eg3d_rlhf.rewards.images.pairwise_evaluators import AssetJudge, YesNoJudge, emblem_sides, plausibility
+from eg3d_rlhf.rewards.images.pairwise_evaluators import (
+    AssetEvaluator,
+    YesNoEvaluator,
+    emblem_sides,
+    plausibility,
+)
 from eg3d_rlhf.tuning.distill.config import DistillSettings
 from eg3d_rlhf.tuning.distill.guidance.geometry import GEOMETRY_REWARDS, NamedGeometry, load_geometry
 from eg3d_rlhf.tuning.distill.priors.gmm import GmmPrior
@@ -97,10 +102,10 @@ def bundled_scene(settings: DistillSettings, device: torch.device) -> Scene:
         views=problem.SIDES,
         start=problem.start,
         reward=None if reward_name is None else cast(RewardModel, REWARDS[reward_name]()),
-        judge=None if judge is None else YesNoJudge(),
+        judge=None if judge is None else YesNoEvaluator(),
         geometry=load_geometry(settings.scene.geometry_reward, settings.scene.prior, device),
         measures=measures,
-        evaluator=AssetJudge(),
+        evaluator=AssetEvaluator(),
         evaluator_description=(
             "it counts the noses on the surface of a head, and prefers the number closer to one; for boxes it"
             " counts the sides with the preferred emblem; assets with equal counts are compared by their"

@@ -28,7 +28,7 @@ from eg3d_rlhf.generators.assets.latents import Latents
 from eg3d_rlhf.generators.assets.views import PerspectiveViews, Views, views_at
 from eg3d_rlhf.measures.people import BASE, shape_grids, surface_points, volume_error
 from eg3d_rlhf.preferences.annotator import utility
-from eg3d_rlhf.rewards.images.pairwise_evaluators import verdict
+from eg3d_rlhf.rewards.images.pairwise_evaluators import winner
 from eg3d_rlhf.rewards.reward import load_reward
 from eg3d_rlhf.tuning.distill.config import Arm, DistillSettings
 from eg3d_rlhf.tuning.distill.guidance.geometry import load_geometry
@@ -36,7 +36,7 @@ from eg3d_rlhf.tuning.distill.methods import METHODS
 from eg3d_rlhf.tuning.distill.priors.gmm import GmmPrior
 from eg3d_rlhf.tuning.distill.scene import Scene
 from eg3d_rlhf.tuning.distill.scene_kinds import head_numbers
-from training.heads.people import Head, named_people, picture
+from training.heads.people import Head, heads_from_latents, render_head
 from training.heads.people_mesh import head_grid
 from training.rendering.cameras import FFHQ_FOCAL, FFHQ_RADIUS
 from training.synthetic_heads import head_parameters, parse_name
@@ -90,7 +90,7 @@ def target_head(number: int) -> Head:
     # The third result is the cameras of the data set. They are not used, since this scene has its own
     # cameras.
     shape, appearance, _ = head_parameters(parse_name(_DATA), range(number, number + 1))
-    return named_people(np.concatenate([shape, appearance], axis=1))[0]
+    return heads_from_latents(np.concatenate([shape, appearance], axis=1))[0]
 
 
 @functools.cache
@@ -107,7 +107,7 @@ def modes(numbers: tuple[int, ...]) -> torch.Tensor:
     for number in numbers:
         head = target_head(number)
         # [0] is the image; the second result, the depth map, is not used.
-        images.append([picture(head, pose, FFHQ_FOCAL, PIXELS)[0] for pose in cam2world])
+        images.append([render_head(head, pose, FFHQ_FOCAL, PIXELS)[0] for pose in cam2world])
     # [H, K, R, R, 3] to [H, K, 3, R, R]
     return torch.from_numpy(np.array(images, np.float32)).movedim(-1, 2)
 
@@ -179,7 +179,7 @@ def start(prompts: Sequence[str], generators: Sequence[torch.Generator]) -> Late
     """
     del prompts
     seeds = [DISTILLED.all[int(torch.randint(DISTILLED.count, (1,), generator=rng))] for rng in generators]
-    return Latents.of_seeds(seeds)
+    return Latents.from_seeds(seeds)
 
 
 def distance(values: np.ndarray, head: np.ndarray) -> float:
@@ -227,7 +227,7 @@ def measures(asset: Asset, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
     targets = modes(tuple(numbers)).flatten(0, 1)
     return {
         "reward": load_reward(bundled.REWARD).score(asset).double(),
-        "held-out reward": load_reward(bundled.WATCH).score(asset).double(),
+        "held-out reward": load_reward(bundled.HELDOUT_REWARD).score(asset).double(),
         "utility": torch.tensor([utility(*pair).total for pair in pairs]),
         "distance": torch.tensor([distance(*pair) for pair in pairs]),
         "back-of-head error": torch.tensor([volume_error(*pair).total for pair in pairs]),
@@ -252,7 +252,7 @@ class ShapeEvaluator:
         for asset in (first, second):
             shapes = zip(shape_grids(asset, GRID), heads, strict=True)
             scores.append([-distance(cube, head) for cube, head in shapes])
-        return [verdict(first_score, second_score) for first_score, second_score in zip(*scores, strict=True)]
+        return [winner(first_score, second_score) for first_score, second_score in zip(*scores, strict=True)]
 
 
 def heads_scene(settings: DistillSettings, device: torch.device) -> Scene:
@@ -268,7 +268,9 @@ def heads_scene(settings: DistillSettings, device: torch.device) -> Scene:
             f"--device={device} cannot be used with --prior=heads, which is too small for a GPU. Use"
             " --device=cpu."
         )
-    image_methods = [arm.method for arm in map(Arm.parse, settings.arms) if METHODS[arm.method].rewarded]
+    image_methods = [
+        arm.method for arm in map(Arm.parse, settings.arms) if METHODS[arm.method].accepts_reward
+    ]
     if image_methods:
         raise ValueError(
             f"--method={image_methods[0]} needs a reward of images, which --prior=heads does not have. Use"

@@ -18,7 +18,7 @@ from eg3d_rlhf.tuning.distill.schedules_by_step import STEPS, TimeWindow
 from training.phases import derive_seed
 
 
-def betas_of(
+def make_betas(
     kind: str = "scaled_linear", *, start: float = 0.00085, end: float = 0.012, zero_snr: bool = False
 ) -> torch.Tensor:
     """Compute the betas of a noise schedule, [1000] in float32.
@@ -62,7 +62,7 @@ class NoiseSchedule:
     """
 
     def __init__(self, alphas_cumprod: torch.Tensor | None = None):
-        self.alphas_cumprod = (1 - betas_of()).cumprod(0) if alphas_cumprod is None else alphas_cumprod
+        self.alphas_cumprod = (1 - make_betas()).cumprod(0) if alphas_cumprod is None else alphas_cumprod
         assert self.alphas_cumprod.shape == (STEPS,), self.alphas_cumprod.shape
 
     def alpha(self, t: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

@@ -30,7 +30,7 @@ import torch
 from eg3d_rlhf.core.seeds import MONITOR
 from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.experiments import version_0_1
-from eg3d_rlhf.generators import KEPT, of, ws_of_seeds
+from eg3d_rlhf.generators import KEPT, as_generator, ws_of_seeds
 from eg3d_rlhf.tuning.gan.heldout_metrics import HELDOUT, PREFIX, PSI
 from eg3d_rlhf.tuning.gan.phase import density_l1
 from eg3d_rlhf.tuning.gan.settings import EarlyStopConfig
@@ -90,9 +90,9 @@ def consistency(
     for start in range(0, len(all_seeds), batch):
         batch_seeds = all_seeds[start : start + batch]
         grids = []  # raw densities [n, D, H, W] of the tuned generator and of the reference
-        for generator in (of(G), of(G_ref)):
+        for generator in (as_generator(G), as_generator(G_ref)):
             ws = ws_of_seeds(generator, batch_seeds, truncation_psi=PSI)
-            grids.append(generator.field(ws).density_grid(SlabSpec.of(generator.bounds, resolution)))
+            grids.append(generator.field(ws).density_grid(SlabSpec.from_bounds(generator.bounds, resolution)))
         sigma, sigma_ref = grids
         distances.append(density_l1(sigma, sigma_ref).double().cpu())
     return torch.cat(distances).numpy()

@@ -19,9 +19,9 @@ import torch
 
 from eg3d_rlhf.core.seeds import MONITOR
 from eg3d_rlhf.experiments import version_0_1
-from eg3d_rlhf.generators import of, ws_of_seeds
+from eg3d_rlhf.generators import as_generator, ws_of_seeds
 from eg3d_rlhf.preferences.settings import RESOLUTION
-from eg3d_rlhf.preferences.synthetic import judge_seeds, names_people
+from eg3d_rlhf.preferences.synthetic import evaluate_seeds, has_ground_truth_heads
 from eg3d_rlhf.rewards.reward import Reward
 
 PREFIX = "Monitored/"  # prefix of the metrics' names in stats.jsonl
@@ -124,7 +124,7 @@ def rewards(G: torch.nn.Module, seeds: Sequence[int], reward: Reward, batch: int
         reward: reward that scores them.
         batch: number of samples that are scored together, which bounds the memory.
     """
-    generator = of(G)
+    generator = as_generator(G)
     ws = ws_of_seeds(generator, seeds, truncation_psi=PSI)  # [N, L, W]
     return torch.cat([reward.score(generator.field(ws_part)) for ws_part in ws.split(batch)]).cpu().numpy()
 
@@ -143,7 +143,7 @@ def utilities(
         resolution: number of grid points per edge of the cube on which a sample and its ground truth are
             compared.
     """
-    evaluations = judge_seeds(of(G), seeds, psi=psi, resolution=resolution, batch=8)
+    evaluations = evaluate_seeds(as_generator(G), seeds, psi=psi, resolution=resolution, batch=8)
     return np.array([evaluation.total for evaluation in evaluations])
 
 
@@ -163,6 +163,6 @@ def make_monitor(settings: dict, reward: Reward, G_ref: torch.nn.Module, heldout
     if heldout is not None:
         measures[HELDOUT] = partial(rewards, reward=heldout)
     # Only synthetic heads have a ground truth, from which the simulated annotator computes its utility.
-    if settings["data"].startswith("synthetic:") and names_people(of(G_ref)):
+    if settings["data"].startswith("synthetic:") and has_ground_truth_heads(as_generator(G_ref)):
         measures["utility"] = partial(utilities, resolution=MONITOR_RESOLUTION)
     return Monitor(measures, G_ref)

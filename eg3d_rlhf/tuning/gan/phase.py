@@ -31,7 +31,7 @@ from eg3d_rlhf.core.field import Field, RenderOptions, fixed_draws
 from eg3d_rlhf.core.seeds import CALIBRATION, STANDARDISATION
 from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.experiments.version_0_1 import drop_comparison_counter
-from eg3d_rlhf.generators import Generator, camera, device_of, latents, of, ws_of_seeds
+from eg3d_rlhf.generators import Generator, as_generator, camera, device_of, latents, ws_of_seeds
 from eg3d_rlhf.rewards.evaluation import Network
 from eg3d_rlhf.rewards.reward import Reward
 from eg3d_rlhf.tuning.gan.settings import RewardConfig, clip_range
@@ -321,14 +321,14 @@ class RewardTerms:
 
     def __init__(self, G: torch.nn.Module, G_ema: torch.nn.Module, reward: Reward, config: RewardConfig):
         # `of` gives generators of all families the same interface.
-        self.generator = of(G)
+        self.generator = as_generator(G)
         self.config = config
-        self.reward = reward.eval().requires_grad_(False).arranged()
+        self.reward = reward.eval().requires_grad_(False).channels_last()
         # A copy, because G_ema itself changes during tuning.
         G_ref = copy.deepcopy(G_ema).eval().requires_grad_(False)
-        self.reference = of(G_ref)
+        self.reference = as_generator(G_ref)
         # Grid on which the density-consistency term compares densities; it covers the scene's entire cube.
-        self.cube = SlabSpec.of(self.generator.bounds, config.consistency_resolution)
+        self.cube = SlabSpec.from_bounds(self.generator.bounds, config.consistency_resolution)
         with torch.no_grad():
             shaping, bounds = self._calibrate()
             nose_limit = None

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from eg3d_rlhf.core.cli import choose_device, naming
+from eg3d_rlhf.core.cli import choose_device, prefix_errors
 from eg3d_rlhf.experiments.run import STATS, Run
-from eg3d_rlhf.generators import KEPT, Generator, find_network, load_networks, of
+from eg3d_rlhf.generators import KEPT, Generator, as_generator, find_network, load_networks
 from eg3d_rlhf.rewards.observations import OBSERVATIONS
 from eg3d_rlhf.rewards.presets import presets_of
-from eg3d_rlhf.rewards.reward import Reward, check_reward, load_reward, untaught
+from eg3d_rlhf.rewards.reward import Reward, check_reward, load_reward, untrained_reward
 from eg3d_rlhf.tuning.gan.early_stop import EarlyStop
 from eg3d_rlhf.tuning.gan.heldout_metrics import HELDOUT, Monitor, make_monitor
 from eg3d_rlhf.tuning.gan.phase import RewardTerms, reward_phase
@@ -61,9 +61,9 @@ def open_dataset(s: Settings, ranks: Ranks = SINGLE) -> ImageFolderDataset:
     Raises: ValueError naming --data if the images cannot be read or are not RGB.
     """
     # One process per machine renders synthetic images; the other processes wait, and read its cache.
-    with ranks.first_per_machine(), naming("--data"):
+    with ranks.first_per_machine(), prefix_errors("--data"):
         path = resolve_dataset(s.data.data)
-    with naming("--data"):
+    with prefix_errors("--data"):
         dataset = ImageFolderDataset(
             path,
             use_labels=True,
@@ -98,7 +98,7 @@ def open_networks(s: Settings, resolution: int) -> networks.Networks:
         G.neural_rendering_resolution = s.gan.nrr_initial
         nets.G_ema.neural_rendering_resolution = G.neural_rendering_resolution
         return nets
-    with naming("--init"):
+    with prefix_errors("--init"):
         path = find_network(None if s.net.init == "bundled" else s.net.init)
         nets = load_networks(path, freeze_layers=s.net.freezed)
     # The setting `start` chooses which weights of the file G starts from. A tuning run averages G over few
@@ -149,8 +149,8 @@ def open_reward(s: Settings, generator: Generator, device: torch.device | str) -
     Raises: ValueError naming --reward-ckpt if the file cannot be read.
     """
     if s.reward.reward_ckpt is None:
-        return untaught(s.reward.reward, generator).to(device)
-    with naming("--reward-ckpt"):
+        return untrained_reward(s.reward.reward, generator).to(device)
+    with prefix_errors("--reward-ckpt"):
         return load_reward(s.reward.reward_ckpt, device)
 
 
@@ -217,8 +217,8 @@ def build(s: Settings, files: Run) -> Objects:
     monitor = None
     early_stop = None
     if s.reward.reward != "none":
-        reward = open_reward(s, of(nets.G_ema), device)
-        with naming("--heldout-reward"):
+        reward = open_reward(s, as_generator(nets.G_ema), device)
+        with prefix_errors("--heldout-reward"):
             heldout_path = s.reward.heldout_reward
             heldout_reward = None if heldout_path is None else load_reward(heldout_path, device)
             # Tuning by the ensemble raises the score of each of its members, so a member detects nothing.
@@ -236,7 +236,7 @@ def build(s: Settings, files: Run) -> Objects:
         # Only rank 0 checks, so that a warning is printed once.
         for flag, checked_reward in (("--reward-ckpt", reward), ("--heldout-reward", heldout_reward)):
             if checked_reward is not None and ranks.main:
-                check_reward(checked_reward, of(nets.G_ema), flag)
+                check_reward(checked_reward, as_generator(nets.G_ema), flag)
         reference = (
             nets.G_ema if s.reward.reference is None else load_networks(s.reward.reference, device).G_ema
         )
@@ -286,7 +286,7 @@ def make_tick_callback(monitor: Monitor | None, early_stop: EarlyStop | None):
     return on_tick
 
 
-def go_on(s: Settings, run: Run, source: Path, previous: bool) -> Objects:
+def resume(s: Settings, run: Run, source: Path, previous: bool) -> Objects:
     """Build a run and restore its state from a checkpoint.
 
     Args:

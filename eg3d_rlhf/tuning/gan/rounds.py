@@ -32,7 +32,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from eg3d_rlhf.core.cli import choose_device, file_hash, naming
+from eg3d_rlhf.core.cli import choose_device, file_hash, prefix_errors
 from eg3d_rlhf.experiments import version_0_1
 from eg3d_rlhf.experiments.mode import Flags
 from eg3d_rlhf.experiments.process import StoppedError
@@ -262,15 +262,15 @@ def check(s: Settings, ranks: Ranks) -> None:
     kind = s.reward.reward
     # The objects that the rounds will use are made and dropped here, because their constructors check the
     # values.
-    with naming("--round-pairs"):
+    with prefix_errors("--round-pairs"):
         for number in range(1, config.rounds + 1):
             pairing(s, number, doubt=True)
         # Raises an error if there are too few pairs for the training, validation and test splits of a reward.
         # The seeds 2 i and 2 i + 1 stand for the two samples of pair i.
         split_by_seed([Preference(winner=2 * i, loser=2 * i + 1) for i in range(config.round_pairs)])
-    with naming("--round-preset"):
+    with prefix_errors("--round-preset"):
         default_options(config.round_preset, kind)
-    with naming("--round-aggregate"):
+    with prefix_errors("--round-aggregate"):
         RewardRun(members=config.round_members, aggregate=config.round_aggregate)
     if config.round_labels == PEOPLE:
         people()
@@ -278,7 +278,7 @@ def check(s: Settings, ranks: Ranks) -> None:
     nets = gan.open_networks(s, gan.open_dataset(s).resolution)
     check_fit(nets, s.gan, s.loop, 1)
     if s.reward.heldout_reward is not None:
-        with naming("--heldout-reward"):
+        with prefix_errors("--heldout-reward"):
             check_reward(load_reward(s.reward.heldout_reward), load_generator(pretrained(s)).generator)
 
 
@@ -436,7 +436,7 @@ class Rounds:
             print(f"Round {number} waits for people. Label with: {launch.label_command(url, name)}")
             print(f"Then continue with: python train.py --resume={self.folder}", flush=True)
             return None
-        with naming("--resume"):
+        with prefix_errors("--resume"):
             labels = launch.round_labels(url, name, generator, options.pairs)
             # Raises an error if the answers are too few for the splits of a reward, before they are recorded.
             split_by_seed([*self._recorded_labels(ledger), *labels])
@@ -469,7 +469,7 @@ class Rounds:
         settings = RewardRun(
             network=network,
             more_networks=tuple(later_networks),
-            labels=LabelSource.of_file(pooled_path),
+            labels=LabelSource.from_file(pooled_path),
             observation=kind,
             members=config.round_members,
             aggregate=config.round_aggregate,
@@ -477,7 +477,7 @@ class Rounds:
         )
         print(f"Round {number}: training {settings.members} rewards on {len(labels)} labels.", flush=True)
         # A training that has begun wrote the file of its options; it is then resumed.
-        begin_or_resume = TRAINING.go_on if (run_folder / OPTIONS).is_file() else TRAINING.begin
+        begin_or_resume = TRAINING.resume if (run_folder / OPTIONS).is_file() else TRAINING.begin
         try:
             begin_or_resume(settings, run_folder, Flags({"device": self.device.type}))
         except StoppedError as stopped:

@@ -19,11 +19,11 @@ from training.config import (
     Knobs,
     LoopConfig,
     NetworkConfig,
-    built,
     check_knobs,
     knob,
     knobs_of,
-    values_of,
+    settings_from_values,
+    settings_to_values,
 )
 
 # Titles under which --help lists flags.
@@ -376,10 +376,10 @@ class Settings:
 
     def to_dict(self) -> dict:
         """Return all settings as a flat dictionary from name to JSON value."""
-        return {"task": self.task, **values_of(self)}
+        return {"task": self.task, **settings_to_values(self)}
 
     @classmethod
-    def of(cls, values: Mapping) -> "Settings":
+    def from_values(cls, values: Mapping) -> "Settings":
         """Build the settings from a flat dictionary, such as the one that a run stored.
 
         Args:
@@ -393,11 +393,13 @@ class Settings:
             "ema_rampup": 0.05 if from_scratch else None,
             "ada_kimg": 500.0 if from_scratch else 100.0,
         }
-        return built(cls, {**task_defaults, **values})  # values that the run stored take precedence
+        return settings_from_values(
+            cls, {**task_defaults, **values}
+        )  # values that the run stored take precedence
 
     def changed(self, **values) -> "Settings":
         """Return a copy of the settings in which the named settings have the given values."""
-        return Settings.of({**self.to_dict(), **values})
+        return Settings.from_values({**self.to_dict(), **values})
 
     @property
     def title(self) -> str:

@@ -159,7 +159,7 @@ def test_the_whole_head_has_eight_parts_and_nothing_is_left_over():
 
 @pytest.fixture(scope="module")
 def head():
-    return people.named_people(latents([3], people.LATENT))[0]
+    return people.heads_from_latents(latents([3], people.LATENT))[0]
 
 
 def test_every_vertex_of_a_head_has_a_part():

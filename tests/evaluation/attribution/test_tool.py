@@ -98,7 +98,7 @@ def test_a_reward_that_reads_no_slab_is_divided_by_labels_of_its_own_shape(tmp_p
     """Boxes, landmarks and the surface are places of a slab: refused by name, or left out."""
     monkeypatch.setenv(VARIABLE, str(Path(__file__).parents[2] / "rewards" / "frontal_depth.py"))
     torch.manual_seed(0)
-    observation = OBSERVATIONS["frontal-depth"].of(load_generator().generator)
+    observation = OBSERVATIONS["frontal-depth"].from_generator(load_generator().generator)
     reward = Reward(observation, build_network("frontal-depth", {"resolution": 16})).save(
         tmp_path / "depth.safetensors"
     )

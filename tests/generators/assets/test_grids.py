@@ -26,7 +26,7 @@ RADIUS = 0.3
 def balls(assets: int = 2, resolution: int = 24) -> Voxels:
     """Balls of radius .3, the first red: raw density falls linearly through LEVEL at the surface."""
     voxels = Voxels(assets, resolution)
-    points = SlabSpec.of(voxels.bounds, resolution).points()
+    points = SlabSpec.from_bounds(voxels.bounds, resolution).points()
     with torch.no_grad():
         voxels.shape.copy_((RADIUS - points.norm(dim=-1)) * 20)
         voxels.paint[0] = torch.tensor([8.0, -8.0, -8.0])[:, None, None, None]
@@ -54,7 +54,7 @@ def test_an_asset_is_a_field(asset):
         and asset.colour(points).max() <= 1
     )
     for grid in (
-        SlabSpec.of(asset.bounds, 9),
+        SlabSpec.from_bounds(asset.bounds, 9),
         SlabSpec(resolution=16),
         SlabSpec(resolution=8, lattice="skewed"),
     ):
@@ -66,7 +66,7 @@ def test_an_asset_is_a_field(asset):
 def test_voxels_interpolate_their_values_exactly():
     voxels = random_voxels()
     assert isinstance(voxels, ProductField)
-    grid = SlabSpec.of(voxels.bounds, 5)
+    grid = SlabSpec.from_bounds(voxels.bounds, 5)
     assert torch.allclose(voxels.density_grid(grid), LEVEL + GAIN * voxels.shape, atol=1e-4)
     colours = voxels.colour(grid.points().reshape(-1, 3)).transpose(1, 2).unflatten(2, (5, 5, 5))
     assert torch.allclose(colours, torch.sigmoid(voxels.paint), atol=1e-5)

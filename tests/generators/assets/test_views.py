@@ -10,7 +10,7 @@ import torch
 from eg3d_rlhf.core.field import RenderOptions
 from eg3d_rlhf.generators.assets.views import (
     DISTANCE,
-    CameraDraws,
+    CameraRanges,
     FourViews,
     evenly_around,
     four_views,
@@ -101,7 +101,7 @@ def test_backgrounds_and_finer_voxels():
 
 
 def test_draws_are_the_public_ones():
-    draws = CameraDraws()
+    draws = CameraRanges()
     views = draws.draw(4000, torch.Generator().manual_seed(5))
     azimuth, elevation, distance, fov = (v.double().unflatten(0, (4000, 4)) for v in views[1:])
     assert torch.allclose(azimuth.diff(dim=1), torch.tensor(90.0).double(), atol=1e-3)
@@ -125,8 +125,8 @@ def test_draws_are_the_public_ones():
 
 
 def test_cameras_look_at_the_middle_and_a_seed_repeats():
-    views = CameraDraws(views=3).draw(2, torch.Generator().manual_seed(1))
-    again, other = (CameraDraws(views=3).draw(2, torch.Generator().manual_seed(seed)) for seed in (1, 2))
+    views = CameraRanges(views=3).draw(2, torch.Generator().manual_seed(1))
+    again, other = (CameraRanges(views=3).draw(2, torch.Generator().manual_seed(seed)) for seed in (1, 2))
     assert torch.equal(views.cameras, again.cameras) and not torch.equal(views.cameras, other.cameras)
     pose = views.cameras[:, :16].reshape(-1, 4, 4)
     kept = views.cameras.clone()

@@ -16,7 +16,7 @@ from click.testing import CliRunner
 import torch_utils
 from eg3d_rlhf import generators
 from eg3d_rlhf.generators import load_generator, pickles, ws_of_seeds
-from eg3d_rlhf.generators.conversion import foreign_sizes, write
+from eg3d_rlhf.generators.conversion import settings_unknown_to_eg3d, write
 from eg3d_rlhf.modes import network_files
 from tests.compat.absent import some
 from tests.compat.reference import ROOT, Draws, relative_error, thinned
@@ -268,7 +268,7 @@ def test_the_recipe_in_the_docs(repo, tmp_path, monkeypatch):
     nets = networks.Networks(
         nets.G, nets.D, nets.G_ema, nets.G_kwargs, nets.D_kwargs, {"label_std": STD.tolist()}
     )
-    assert foreign_sizes(nets) == []
+    assert settings_unknown_to_eg3d(nets) == []
     counts = write(nets, tmp_path / "ffhq.pt")
     assert counts["G_ema"] == len(nets.G_ema.state_dict()) + 1
     text = (repo / "docs" / "reference" / "checkpoints.md").read_text()
@@ -329,7 +329,9 @@ def test_a_pickle_gives_its_family(family, protocol, touched, tmp_path, capsys):
     )
     ws = ws_of_seeds(loaded.generator, [1])
     points = torch.rand(20, 3) - 0.5
-    assert torch.equal(loaded.generator.field(ws).density(points), generators.of(G).field(ws).density(points))
+    assert torch.equal(
+        loaded.generator.field(ws).density(points), generators.as_generator(G).field(ws).density(points)
+    )
     result = CliRunner().invoke(network_files.inspect_network, [str(path), "--n=4"])
     assert result.exit_code == 0 and type(G).__name__ in result.stdout, result.output
     result = CliRunner().invoke(network_files.convert, [str(path), f"--out={tmp_path / 'x.safetensors'}"])

@@ -9,7 +9,7 @@ import pytest
 import trimesh
 
 from eg3d_rlhf.geometry.files.glb import read_glb
-from eg3d_rlhf.geometry.files.model import Model, Node, scene_of, triangles
+from eg3d_rlhf.geometry.files.model import Model, Node, model_from_primitives, triangle_primitive
 from eg3d_rlhf.geometry.files.obj import read_obj, utf16
 from eg3d_rlhf.geometry.files.polygons import MAX_CORNERS, triangulated
 from eg3d_rlhf.geometry.files.triangles import read_triangles, scene_triangles
@@ -299,7 +299,7 @@ def test_places_of_nodes_strips_and_integers(tmp_path):
     theirs = trimesh.load_mesh(tmp_path / "scene.glb", process=False)
     assert np.allclose(np.sort(vertices, axis=0), np.sort(theirs.vertices, axis=0), atol=1e-5)
     assert volume(vertices, faces) == pytest.approx(6 + 12, rel=1e-5)
-    part = triangles(np.eye(3), np.array([[0, 1, 2]]))
+    part = triangle_primitive(np.eye(3), np.array([[0, 1, 2]]))
     placed = Model(
         [
             Node([1], None, {"translation": [1, 0, 0], "rotation": [0, 0, 2**-0.5, 2**-0.5]}),
@@ -309,7 +309,7 @@ def test_places_of_nodes_strips_and_integers(tmp_path):
         [[part]],
     )
     assert np.allclose(scene_triangles(placed)[0], [[1, 2, 0], [-1, 0, 0], [1, 0, 2]])
-    strip = scene_of([part])
+    strip = model_from_primitives([part])
     object.__setattr__(strip.meshes[0][0], "mode", 5)
     assert len(scene_triangles(strip)[1]) == 1
 
@@ -348,7 +348,7 @@ def test_geometry_alone_equals_the_geometry_of_the_full_file(tmp_path):
         for geometry, expected in zip(read_triangles(file), scene_triangles(model), strict=True):
             assert geometry.dtype == expected.dtype and np.array_equal(geometry, expected)
     alone = read_glb(memoryview(data), geometry_only=True)
-    assert not (alone.materials or alone.textures or alone.pictures or alone.samplers)
+    assert not (alone.materials or alone.textures or alone.images or alone.samplers)
     assert {name for part in alone.meshes[0] for name in part.attributes} == {"POSITION"}
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from eg3d_rlhf.generators import load_generator
-from eg3d_rlhf.geometry.files.model import Picture, glb_parts, scene_of, triangles
+from eg3d_rlhf.geometry.files.model import ImageFile, glb_parts, model_from_primitives, triangle_primitive
 from eg3d_rlhf.geometry.files.ply import Splats, splat_parts
 from eg3d_rlhf.people.label.entities import Choice, PlannedPair, Shape
 from eg3d_rlhf.people.label.pairing import PairingOptions, shape_factory
@@ -148,10 +148,13 @@ def glb(seed: int) -> bytes:
             "roughnessFactor": 0.75,
         }
     }
-    made = triangles(positions, faces, uv=uv, normals=normals, material=0)
+    made = triangle_primitive(positions, faces, uv=uv, normals=normals, material=0)
     return compress(
         b"".join(
-            bytes(p) for p in glb_parts(scene_of([made], [material], [Picture(out.getvalue(), "image/png")]))
+            bytes(p)
+            for p in glb_parts(
+                model_from_primitives([made], [material], [ImageFile(out.getvalue(), "image/png")])
+            )
         )
     )
 

@@ -391,7 +391,7 @@ def second_frame(kind: str) -> bytes:
 
 @pytest.mark.parametrize("kind", ["JPEG", "WEBP"])
 def test_an_image_that_states_two_sizes_is_rejected(kind):
-    for read in (model.stripped, model.small):
+    for read in (model.strip_image, model.preview_image):
         with raising({"WEBP": "WebP"}.get(kind, kind)):
             read(second_frame(kind))
 
@@ -406,7 +406,7 @@ READERS = {
     "glb": lambda data: glb_parts(glb.read_glb(data)),
     "splats": read_ply,
     "ply": read_ply,
-    **dict.fromkeys(("PNG", "JPEG", "WEBP"), model.stripped),
+    **dict.fromkeys(("PNG", "JPEG", "WEBP"), model.strip_image),
 }
 CHANGES = st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), max_size=8)
 
@@ -438,6 +438,6 @@ def test_damaged_images_of_prompts_are_shown_or_rejected(kind, changes):
     for place, value in changes:
         data[min(int(place * len(data)), len(data) - 1)] = value
     try:
-        assert model.kind_of_picture(model.small(bytes(data))) == "image/webp"
+        assert model.image_format(model.preview_image(bytes(data))) == "image/webp"
     except ValueError as error:
         check_message(str(error), ())

@@ -33,11 +33,11 @@ def array(document: dict, binary: bytes, number: int) -> np.ndarray:
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
 def test_an_images_pixels_stay_and_its_notes_go(kind):
     before = files.image_bytes(40, kind)
-    after, pixels = model.stripped(before)
+    after, pixels = model.strip_image(before)
     assert SECRET in before and SECRET not in after.data and pixels == 1600
     assert np.array_equal(*(np.asarray(Image.open(io.BytesIO(data))) for data in (before, after.data)))
     assert not dict(Image.open(io.BytesIO(after.data)).getexif())
-    assert model.stripped(before + b"hidden behind the end")[0] == after
+    assert model.strip_image(before + b"hidden behind the end")[0] == after
 
 
 def test_a_glb_keeps_every_bit_that_is_seen_and_no_name():

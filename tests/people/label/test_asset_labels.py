@@ -13,8 +13,8 @@ from eg3d_rlhf.modes.label import main
 from eg3d_rlhf.people.label.entities import CampaignSettings, Choice, Mode, PlannedPair, Shape
 from eg3d_rlhf.people.label.store import Store
 from eg3d_rlhf.people.label.store_labels import export_assets, store_preferences
-from eg3d_rlhf.preferences.label_scores import Known, read_said
-from eg3d_rlhf.tuning.flow.base.conditioning import write_conditions
+from eg3d_rlhf.preferences.label_scores import KnownAssets, read_label_lines
+from eg3d_rlhf.tuning.flow.base.conditioning import write_conditioning
 from eg3d_rlhf.tuning.flow.base.pairs import read_pairs
 from eg3d_rlhf.tuning.flow.base.ranking import read_latents
 from eg3d_rlhf.tuning.flow.workspace.work_folder import SHOWN, Work
@@ -102,10 +102,10 @@ def test_pairs_of_files_are_what_the_flow_mode_reads(five, tmp_path):
         "annotator"
     ] == "ann"
     assert [line["preferred_generator"] for line in written if line["condition"] == "cup"] == ["two"]
-    known = Known(
-        conditions={line[side]: line["condition"] for line in written for side in ("preferred", "rejected")}
+    known = KnownAssets(
+        prompt_of={line[side]: line["condition"] for line in written for side in ("preferred", "rejected")}
     )
-    assert [(row.asset, row.other, row.tie) for row in read_said(path, known)] == [
+    assert [(row.asset, row.other, row.tie) for row in read_label_lines(path, known)] == [
         (line["preferred"], line["rejected"], line["tie"]) for line in written
     ]
 
@@ -125,7 +125,7 @@ def test_drawn_assets_that_the_tool_asks_about_become_pairs_of_latents(tmp_path,
     if kind == "toy":
         given = ["--pipeline=toy", f"--prompts={write_prompts(tmp_path / 'prompts.txt', NAMES[:6])}"]
     else:
-        write_conditions(tmp_path / "given.safetensors", tokens(NAMES[:6]))
+        write_conditioning(tmp_path / "given.safetensors", tokens(NAMES[:6]))
         given = [f"--pipeline={write_trellis(tmp_path / 'ROOT')}", "--conditioning=given.safetensors"]
     flow("new", "WORK", *given, "--each=3", "--set=split=0.3,0.2,0.5", "--device=cpu")
     flow("sample", "WORK", "--device=cpu")

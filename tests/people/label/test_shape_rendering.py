@@ -24,7 +24,7 @@ from eg3d_rlhf.people.label.shape_rendering import (
 from eg3d_rlhf.preferences.annotator import utility
 from tests.people.label.plans import SHAPE, decode_mesh
 from tests.rejections import raising
-from training.heads.people_mesh import whole_grids
+from training.heads.people_mesh import ground_truth_grids
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +164,7 @@ def test_the_programmatic_annotator_always_prefers_the_undamaged_shape(generator
     cubes = (
         generator.generator.field(ws_of_seeds(generator.generator, seeds)).density_grid(spec).detach().numpy()
     )
-    intact_grids = whole_grids(latents(seeds, generator.generator.z_dim), n)
+    intact_grids = ground_truth_grids(latents(seeds, generator.generator.z_dim), n)
     for seed, cube, intact in zip(seeds, cubes, intact_grids, strict=True):
         sigma = np.ascontiguousarray(cube.transpose(2, 1, 0))
         surface, _ = extract_mesh(cube, spec, level)

@@ -118,7 +118,7 @@ def run_dino(kind: str, settings: dict, layout: str, side: int, name: str, pixel
     """Return (shapes by name of the file, outputs)."""
     from eg3d_rlhf.models.vit import Dino, Dino3, Dino3Config, DinoConfig, hub_names
 
-    from eg3d_rlhf.models.sam3d import Pictures
+    from eg3d_rlhf.models.sam3d import ImageEncoder
 
     if kind == "dino3":
         network = Dino3(Dino3Config.of(settings))
@@ -144,7 +144,7 @@ def run_dino(kind: str, settings: dict, layout: str, side: int, name: str, pixel
     if kind == "images":
         outputs = {}
         for key, flag in (("before", True), ("after", False)):
-            network = Pictures(config, side, before_norm=flag)
+            network = ImageEncoder(config, side, before_norm=flag)
             network.backbone.load_state_dict(state)
             outputs[key] = network.eval()(pixels)
         return shapes, outputs

@@ -8,11 +8,11 @@ import sys
 import pytest
 import torch
 
-from eg3d_rlhf.core.interfaces import CheckedPrior, RewardModel, check_pictures, check_views
+from eg3d_rlhf.core.interfaces import CheckedPrior, RewardModel, check_images, check_views
 from eg3d_rlhf.core.memory import Costs
 from eg3d_rlhf.models.blip import VISION, BlipSizes
 from eg3d_rlhf.models.clip_inputs import clip_preprocess, pad_preprocess
-from eg3d_rlhf.models.weights import below
+from eg3d_rlhf.models.weights import entries_below
 from eg3d_rlhf.rewards.images.from_files import CheckedReward, load_reward, reward_costs
 from eg3d_rlhf.rewards.images.reward3d import BlipReward, Reward3dNetwork
 from eg3d_rlhf.tuning.distill.priors.latent_diffusion import load_prior, prior_costs
@@ -93,7 +93,7 @@ def test_the_image_encoder_equals_that_of_transformers(made):
             layer_norm_eps=1e-6,
         )
     ).eval()
-    state = below(torch.load(made["ImageReward"], weights_only=True), VISION)
+    state = entries_below(torch.load(made["ImageReward"], weights_only=True), VISION)
     renamed = {
         "embeddings.class_embedding": state.pop("cls_token"),
         "embeddings.position_embedding": state.pop("pos_embed"),
@@ -113,7 +113,7 @@ def test_the_image_encoder_equals_that_of_transformers(made):
     pixels = clip_preprocess(random_images(2), 32)
     with torch.no_grad():
         seen = vision(pixel_values=pixels).last_hidden_state
-        torch.testing.assert_close(network.seen(pixels), seen, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(network.encode_images(pixels), seen, rtol=1e-4, atol=1e-5)
 
 
 def test_hpsv2_and_clip_score_are_cosines_of_clip_embeddings(made):
@@ -296,7 +296,7 @@ def test_a_checked_prior():
         (lambda: prior.encode(x * 255), ("0..1", "25")),
         (lambda: prior.encode(x * torch.nan), ("0..1", "nan")),
         (lambda: CheckedPrior(Prior(torch.nan)).predict_noise(x, t, cond), ("48 of 48",)),
-        (lambda: check_pictures(x[:, :1], "--reward"), ("--reward", "[B, 3, h, w]", "[4, 1, 2, 2]")),
+        (lambda: check_images(x[:, :1], "--reward"), ("--reward", "[B, 3, h, w]", "[4, 1, 2, 2]")),
         (lambda: check_views(0, 1), ("0",)),
     ):
         with raising(*names):

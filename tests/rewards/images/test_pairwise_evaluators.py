@@ -9,8 +9,8 @@ from eg3d_rlhf.core.interfaces import PairwiseJudge
 from eg3d_rlhf.rewards import boxes as problem
 from eg3d_rlhf.rewards.images.analytic import OneFace
 from eg3d_rlhf.rewards.images.pairwise_evaluators import (
-    AssetJudge,
-    YesNoJudge,
+    AssetEvaluator,
+    YesNoEvaluator,
     emblem_sides,
 )
 from tests.rewards.test_boxes import BOX, FACES, HEAD, render
@@ -22,7 +22,7 @@ def seen():
 
 
 def test_yes_and_no(seen):
-    evaluator = YesNoJudge()
+    evaluator = YesNoEvaluator()
     assert [evaluator.score(views, HEAD.text) for views in seen] == [2, 3, 2, 2, 2]
     assert isinstance(evaluator, PairwiseJudge)
     pairs = [(seen[1], seen[2]), (seen[4], seen[1]), (seen[0], seen[2])]
@@ -34,14 +34,14 @@ def test_yes_and_no(seen):
 def test_evaluators_may_disagree_with_the_reward(seen):
     painted = seen[1].clone()
     painted[2:, :3] = seen[4][2:, :3]  # faces painted on two more sides, in colour and without depth
-    assert YesNoJudge().judge([HEAD.text], [(seen[1], painted)]) == [0]
+    assert YesNoEvaluator().judge([HEAD.text], [(seen[1], painted)]) == [0]
     assert float(OneFace().score(painted, [HEAD.text] * 4)[0]) < float(
         OneFace().score(seen[1], [HEAD.text] * 4)[0]
     )
 
 
 def test_finished_assets_are_compared_by_their_surface():
-    evaluator = AssetJudge()
+    evaluator = AssetEvaluator()
     texts = [HEAD.text] * 5
     heads = problem.build(HEAD, FACES)
     assert evaluator.score(heads, texts).tolist() == [-1, 0, -1, -2, -3]

@@ -25,7 +25,7 @@ from eg3d_rlhf.rewards.meshes.dataset import (
     severity_of,
     with_permuted_faces,
 )
-from eg3d_rlhf.rewards.meshes.mesh_reward_training import MeshTraining, meshes_of, run_table
+from eg3d_rlhf.rewards.meshes.mesh_reward_training import MeshTraining, open_meshes, run_table
 from eg3d_rlhf.rewards.meshes.model import load_mesh_reward
 from eg3d_rlhf.rewards.meshes.patches import compute_patches, make_plan, patches_of
 from eg3d_rlhf.rewards.meshes.settings import MeshRewardTraining, PatchOptions
@@ -47,7 +47,7 @@ TINY = {
 
 @pytest.fixture(scope="module")
 def meshes():
-    return meshes_of(MeshRewardTraining(**TINY))
+    return open_meshes(MeshRewardTraining(**TINY))
 
 
 def test_scores_follow_the_severity_and_the_split_rule_is_exact(meshes):

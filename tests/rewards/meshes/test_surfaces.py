@@ -78,7 +78,7 @@ def test_product_fields_are_evaluated_on_a_product_grid():
 
     field = Product(ball(0.3, centre=(0.0, 0.05, -0.02)))
     assert torch.equal(densities(field, grid), field.density(grid.vertices)) and field.name_counts
-    free = Lattice.of(grid.vertices, grid.tetrahedra, grid.step)
+    free = Lattice.from_tetrahedra(grid.vertices, grid.tetrahedra, grid.step)
     assert torch.equal(densities(Cloud(ball(0.3)), free), ball(0.3)(grid.vertices)[None])
 
 

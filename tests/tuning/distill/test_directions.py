@@ -7,10 +7,10 @@ import torch
 
 from eg3d_rlhf.rewards.images.analytic import Inverted
 from eg3d_rlhf.tuning.distill import gradients
-from eg3d_rlhf.tuning.distill.guidance.denoiser import direction_of, mixture
+from eg3d_rlhf.tuning.distill.guidance.denoiser import mixture, view_direction
 from eg3d_rlhf.tuning.distill.guidance.sds import Sds
 from eg3d_rlhf.tuning.distill.guidance.settings import DenoiserSettings, SdsSettings
-from eg3d_rlhf.tuning.distill.methods import make_guidance, settings_of
+from eg3d_rlhf.tuning.distill.methods import make_guidance, make_settings
 from eg3d_rlhf.tuning.distill.priors.gmm import GmmPrior
 from eg3d_rlhf.tuning.distill.schedule import Streams
 
@@ -57,7 +57,7 @@ def run(made, **settings):
 
 def test_the_prompt_names_the_side(made):
     grad, x_t, noise, t, schedule = run(made, view_prompts=True, weighting="uniform")
-    sides = [direction_of(*view) for view in VIEWS]
+    sides = [view_direction(*view) for view in VIEWS]
     assert sides == ["front", "side", "overhead", "back"]
     text, null = (
         made.predict_noise(x_t, t, c) for c in (made.embed(["cup"] * 4, sides), made.embed([""] * 4))
@@ -113,7 +113,7 @@ def test_a_reward_trained_with_the_side_gets_it(made, method):
     for view_prompts in (False, True):
         reward = Listening(view_prompts)
         guidance = make_guidance(
-            method, settings_of(method, {}), made, Inverted(reward), None, 1, Streams(seed=0)
+            method, make_settings(method, {}), made, Inverted(reward), None, 1, Streams(seed=0)
         )
         guidance(x, t, ["cup"] * 4, cameras(), 0)
         sides = ["cup, front view", "cup, side view", "cup, overhead view", "cup, back view"]

@@ -47,9 +47,9 @@ def settings(*arms, steps=2):
 def test_assets_are_the_generators_shapes_and_a_reward_reads_them_as_those(tmp_path):
     generator = load_generator().generator
     seeds = [3, 4]
-    asset = Latents.of_seeds(seeds)
+    asset = Latents.from_seeds(seeds)
     field = generator.field(ws_of_seeds(generator, seeds))
-    spec = SlabSpec.of(Bounds(), 24)
+    spec = SlabSpec.from_bounds(Bounds(), 24)
     reward = load_reward(bundled.REWARD)
     with torch.no_grad():
         assert torch.equal(asset.density_grid(spec), field.density_grid(spec))
@@ -114,7 +114,7 @@ def test_the_distance_to_the_named_head_is_that_of_its_surface(monkeypatch):
 
 def test_controls_of_a_geometry_reward():
     learned = ObservedGeometry(load_reward(bundled.REWARD))
-    field = Latents.of_seeds([3])
+    field = Latents.from_seeds([3])
     dealt = shuffle_weights(learned, seed=0)
     with torch.no_grad():
         kept, other = (reward(field, ["head 3"], 0) for reward in (learned, dealt))

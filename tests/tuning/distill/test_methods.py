@@ -55,7 +55,7 @@ def test_one_step(name):
     assert json.dumps(dataclasses.asdict(settings))
 
 
-@pytest.mark.parametrize("name", [name for name in PRESETS if METHODS[preset_method(name)].rewarded])
+@pytest.mark.parametrize("name", [name for name in PRESETS if METHODS[preset_method(name)].accepts_reward])
 def test_a_reward_of_other_views_is_rejected(name):
     made = prior()
     settings = PRESETS[name]

@@ -7,7 +7,7 @@ import torch
 
 from eg3d_rlhf.rewards import boxes as problem
 from eg3d_rlhf.rewards.images.analytic import ModeDistance, OneNose, occupancy
-from eg3d_rlhf.rewards.meshes.mesh_reward_training import MeshTraining, meshes_of
+from eg3d_rlhf.rewards.meshes.mesh_reward_training import MeshTraining, open_meshes
 from eg3d_rlhf.rewards.meshes.patches import MeshReader
 from eg3d_rlhf.rewards.meshes.settings import MeshRewardTraining
 from eg3d_rlhf.rewards.meshes.surfaces import cube
@@ -58,7 +58,7 @@ def learned():
         lr=3e-3,
         divergence=0.0,
     )
-    training = MeshTraining(options, meshes_of(options))
+    training = MeshTraining(options, open_meshes(options))
     training.run(options.steps)
     reward = training.finished().requires_grad_(False)
     return MeshGeometry(MeshReader(cube(options.resolution), reward.patches), reward)

@@ -14,7 +14,7 @@ pytest.importorskip("transformers", reason="transformers is not installed: pip i
 
 from eg3d_rlhf.core.interfaces import DiffusionPrior  # noqa: E402
 from eg3d_rlhf.generators.assets.views import evenly_around, network_cameras  # noqa: E402
-from eg3d_rlhf.models.weights import tell_once  # noqa: E402
+from eg3d_rlhf.models.weights import print_once  # noqa: E402
 from eg3d_rlhf.tuning.distill.gradients import guided, sds, target_loss  # noqa: E402
 from eg3d_rlhf.tuning.distill.priors.latent_diffusion import (  # noqa: E402
     PriorOptions,
@@ -65,7 +65,7 @@ def one_sds_step(prior, count):
 
 @pytest.mark.parametrize(("kind", "form"), [(kind, form) for kind in ("sd", "mvdream") for form in FORMS])
 def test_every_layout_loads_and_drives_a_step(made, kind, form, capsys):
-    tell_once.cache_clear()
+    print_once.cache_clear()
     prior = load_prior(made[kind, form])
     load_prior(made[kind, form])
     output = capsys.readouterr().out

@@ -12,8 +12,8 @@ import torch
 from eg3d_rlhf.models.lora_settings import LoraConfig
 from eg3d_rlhf.models.sparse import Latent, feats_of, latent_of, parts_of
 from eg3d_rlhf.modes.flow_tune import LOSER_WEIGHT
-from eg3d_rlhf.tuning.flow.base.conditioning import Conditions, write_conditions
-from eg3d_rlhf.tuning.flow.base.pairs import PairsByStage, PreferencePair, pairs_of_conditions
+from eg3d_rlhf.tuning.flow.base.conditioning import Conditioning, write_conditioning
+from eg3d_rlhf.tuning.flow.base.pairs import PairsByStage, PreferencePair, pairs_of_prompts
 from eg3d_rlhf.tuning.flow.base.problem import Problem
 from eg3d_rlhf.tuning.flow.base.ranking import RANKING, write_latents
 from eg3d_rlhf.tuning.flow.families import hunyuan3d
@@ -66,9 +66,9 @@ def _first(pairs: list[PreferencePair], count: int) -> list[PreferencePair]:
     return [pair for of_condition in kept.values() for pair in of_condition[:count]]
 
 
-def shapes(root: Path, seed: int, conditions: int = 30, per_condition: int = 6) -> Problem:
+def shapes(root: Path, seed: int, prompts: int = 30, per_condition: int = 6) -> Problem:
     """A tiny Hunyuan3D folder; people prefer latents whose mean is higher."""
-    names = [f"c{i:02d}" for i in range(conditions)]
+    names = [f"c{i:02d}" for i in range(prompts)]
     pipeline = hunyuan3d.FAMILY.load(root, tokens(names))
     g = torch.Generator().manual_seed(seed)
     pairs = []
@@ -82,17 +82,17 @@ def shapes(root: Path, seed: int, conditions: int = 30, per_condition: int = 6) 
             pairs.append(
                 PreferencePair(id=f"{name}-{k}", condition=name, stage="shape", preferred=a, rejected=b)
             )
-    train = names[: conditions // 2]
-    choose = names[conditions // 2 : -conditions // 3]
-    tell = names[-conditions // 3 :]
+    train = names[: prompts // 2]
+    choose = names[prompts // 2 : -prompts // 3]
+    tell = names[-prompts // 3 :]
 
     return Problem(
         pipeline=pipeline,
-        train_pairs={"shape": pairs_of_conditions(pairs, train)},
-        unseen_pairs={"shape": pairs_of_conditions(pairs, [*choose, *tell])},
-        train_conditions=train,
-        choosing_conditions=choose,
-        held_out_conditions=tell,
+        train_pairs={"shape": pairs_of_prompts(pairs, train)},
+        unseen_pairs={"shape": pairs_of_prompts(pairs, [*choose, *tell])},
+        train_prompts=train,
+        choosing_prompts=choose,
+        held_out_prompts=tell,
         identity={"problem": "tiny", "seed": seed},
     )
 
@@ -109,13 +109,13 @@ LEARNING += [
 ]
 
 
-def write_ranked(folder: Path, like: Mapping[str, Latent], conditions: Conditions) -> Path:
+def write_ranked(folder: Path, like: Mapping[str, Latent], conditions: Conditioning) -> Path:
     """Three assets of every condition, ranked by the mean of their latents.
 
     Args: like: latents of some asset, by stage.
     """
     folder.mkdir()
-    write_conditions(folder / "conditioning.safetensors", conditions)
+    write_conditioning(folder / "conditioning.safetensors", conditions)
     g = torch.Generator().manual_seed(0)
     lines = []
     for i, name in enumerate(conditions.names):
@@ -137,7 +137,12 @@ def _around(latent: Latent, mean: float, g: torch.Generator) -> Latent:
 
 
 def check_labels_are_learnt(
-    root: Path, like: Mapping[str, Latent], given: Conditions, ranked: Conditions, folder: Path, monkeypatch
+    root: Path,
+    like: Mapping[str, Latent],
+    given: Conditioning,
+    ranked: Conditioning,
+    folder: Path,
+    monkeypatch,
 ) -> None:
     """Every stage says how many held-out pairs it orders, and how many its control, which half of the pairs
     it learns from deceive.
@@ -145,7 +150,7 @@ def check_labels_are_learnt(
     Args: like: latents of some asset, by stage; given: embeddings of WORK; ranked: of the assets that labels
         are of.
     """
-    write_conditions(folder / "conditioning.safetensors", given)
+    write_conditioning(folder / "conditioning.safetensors", given)
     labels = write_ranked(folder / "RANKED", like, ranked)
     flow_works.flow(
         "new",

@@ -14,26 +14,24 @@ from eg3d_rlhf.tuning.flow.training.settings import DpoConfig
 from eg3d_rlhf.tuning.flow.workspace.sampled_assets import draw
 
 
-def pairs_of(pipeline, stage: str, conditions: Sequence[str]) -> list[PreferencePair]:
+def pairs_of(pipeline, stage: str, prompts: Sequence[str]) -> list[PreferencePair]:
     """A pair per condition of what the generator draws with seeds 0 and 1."""
-    drawn = [[draw(pipeline, [name], [seed])[0][0][stage] for seed in (0, 1)] for name in conditions]
-    both = zip(conditions, drawn, strict=True)
+    drawn = [[draw(pipeline, [name], [seed])[0][0][stage] for seed in (0, 1)] for name in prompts]
+    both = zip(prompts, drawn, strict=True)
     return [
         PreferencePair(id=name, condition=name, stage=stage, preferred=a, rejected=b) for name, (a, b) in both
     ]
 
 
-def check_one_dpo_step(pipeline, name: str, conditions: Sequence[str]) -> torch.nn.Module:
+def check_one_dpo_step(pipeline, name: str, prompts: Sequence[str]) -> torch.nn.Module:
     """The loss begins at log 2 and falls with a step of the adapters, which alone are trained. Returns the
     adapted network.
     """
     stage = next(s for s in pipeline.stages if s.name == name)
-    pairs = pairs_of(pipeline, name, conditions)
+    pairs = pairs_of(pipeline, name, prompts)
     model = copy.deepcopy(stage.model)
     add_lora(model, LoraConfig(rank=2, targets=stage.lora_targets), seed=0)
-    given = draw_pairs(
-        stage, pairs, pipeline.conditions(conditions, name), None, DpoConfig(), seed=0, epoch=0
-    )
+    given = draw_pairs(stage, pairs, pipeline.conditioning(prompts, name), None, DpoConfig(), seed=0, epoch=0)
 
     def loss():
         errors = stage.path.errors(

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from eg3d_rlhf.models.weights import write
-from eg3d_rlhf.tuning.flow.base.conditioning import Conditions
+from eg3d_rlhf.tuning.flow.base.conditioning import Conditioning
 from eg3d_rlhf.tuning.flow.base.family import FlowFamily, Release, Stored
 from eg3d_rlhf.tuning.flow.base.stage import FlowPath, FlowStage, Sampling, TokenSet
 from eg3d_rlhf.tuning.flow.families import register
@@ -47,10 +47,10 @@ class PointNetwork(nn.Module):
 class PointPipeline:
     """One stage; an asset is a cloud [T, 3]."""
 
-    def __init__(self, module: nn.Module, conditions: Conditions | None):
-        self.tokens = conditions
-        if conditions is not None:
-            conditions.check("conditions", CONDITION, "the classes of points.json")
+    def __init__(self, module: nn.Module, conditioning: Conditioning | None):
+        self.tokens = conditioning
+        if conditioning is not None:
+            conditioning.check("conditions", CONDITION, "the classes of points.json")
         self.stages = [
             FlowStage(
                 name="points",
@@ -64,10 +64,10 @@ class PointPipeline:
             )
         ]
 
-    def conditions(self, names: Sequence[str], stage: str):
+    def conditioning(self, names: Sequence[str], stage: str):
         return self.tokens.select(names)
 
-    def no_condition(self, n: int, stage: str):
+    def null_conditioning(self, n: int, stage: str):
         return self.tokens.null(n)
 
     def decode(self, x_0: torch.Tensor) -> list[torch.Tensor]:
@@ -87,8 +87,8 @@ class PointFamily(FlowFamily):
     def files(self, root: Path, stages=None) -> Mapping[str, Path]:
         return {name: root / name for name in FILES}
 
-    def load(self, root: Path, conditions, *, stages=None, dtype=torch.float32, device="cpu"):
-        return PointPipeline(read_network(root, FILES, PointNetwork).to(device, dtype), conditions)
+    def load(self, root: Path, conditioning, *, stages=None, dtype=torch.float32, device="cpu"):
+        return PointPipeline(read_network(root, FILES, PointNetwork).to(device, dtype), conditioning)
 
     def condition(self, pipeline: PointPipeline, stage: str) -> Mapping[str, Sequence[int]]:
         return CONDITION

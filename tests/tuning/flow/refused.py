@@ -3,20 +3,20 @@
 from click.testing import CliRunner
 
 import train
-from eg3d_rlhf.tuning.flow.base.conditioning import Conditions, write_conditions
+from eg3d_rlhf.tuning.flow.base.conditioning import Conditioning, write_conditioning
 from eg3d_rlhf.tuning.flow.base.pairs import PreferencePair, write_pairs
 from eg3d_rlhf.tuning.flow.base.stage import CONVENTION
 from tests.rejections import rejected
 
 
-def write_people(folder, stage, preferred, rejected, conditions: Conditions):
+def write_people(folder, stage, preferred, rejected, conditioning: Conditioning):
     """Two pairs of a stage, with embeddings; returns the folder."""
-    names = conditions.names[:2]
+    names = conditioning.names[:2]
     pairs = [
         PreferencePair(id=n, condition=n, stage=stage, preferred=preferred, rejected=rejected) for n in names
     ]
     write_pairs(folder / stage, pairs, {"convention": CONVENTION})
-    write_conditions(folder / "conditioning.safetensors", conditions)
+    write_conditioning(folder / "conditioning.safetensors", conditioning)
     return folder
 
 

@@ -60,10 +60,10 @@ class TinyPipeline:
             ),
         ]
 
-    def conditions(self, names, stage):
+    def conditioning(self, names, stage):
         return torch.tensor([[[1.0, NAMES.index(name) / len(NAMES)]] for name in names])  # [N, 1, 2]
 
-    def no_condition(self, n, stage):
+    def null_conditioning(self, n, stage):
         return torch.zeros(n, 1, 2)
 
     def advance(self, stage, x_0):
@@ -75,7 +75,7 @@ class TinyPipeline:
         return x_0.samples()
 
 
-def likes_target(assets, conditions):
+def likes_target(assets, prompts):
     """Reward: the mean feature is near TARGET."""
     return torch.tensor([-abs(float(asset.feats.mean()) - TARGET) for asset in assets])
 

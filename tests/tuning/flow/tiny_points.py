@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from eg3d_rlhf.models.weights import write
-from eg3d_rlhf.tuning.flow.base.conditioning import Conditions
+from eg3d_rlhf.tuning.flow.base.conditioning import Conditioning
 from tests.tuning.flow.point_family import CLASSES, CONFIG, WEIGHTS, PointNetwork
 
 
@@ -17,10 +17,10 @@ def write_folder(root: Path) -> Path:
     return root
 
 
-def conditions() -> Conditions:
+def conditions() -> Conditioning:
     g = torch.Generator().manual_seed(0)
     tokens = {
         name: {"kind": torch.randn(1, CLASSES, generator=g), "size": torch.randn(1, generator=g)}
         for name in "abcd"
     }
-    return Conditions(tokens=tokens, zero_null=True)
+    return Conditioning(tokens=tokens, zero_null=True)

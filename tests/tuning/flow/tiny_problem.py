@@ -78,14 +78,14 @@ class TinyPipeline:
             for i, name in enumerate(names)
         ]
 
-    def conditions(self, names: Sequence[str], stage: str) -> torch.Tensor:
+    def conditioning(self, names: Sequence[str], stage: str) -> torch.Tensor:
         rows = [
             torch.randn(TOKENS, EMBEDDING, generator=torch.Generator().manual_seed(len(name)))
             for name in names
         ]
         return torch.stack(rows)
 
-    def no_condition(self, n: int, stage: str) -> torch.Tensor:
+    def null_conditioning(self, n: int, stage: str) -> torch.Tensor:
         return torch.zeros(n, TOKENS, EMBEDDING)
 
     def advance(self, stage: str, x_0):
@@ -121,21 +121,21 @@ def latents_of(asset: TinyAsset, names: Sequence[str]) -> dict:
     return {name: dense if name == "structure" else SparseSample(coords, feats) for name in names}
 
 
-def full(assets: Sequence[TinyAsset], conditions: Sequence[str]) -> torch.Tensor:
+def full(assets: Sequence[TinyAsset], prompts: Sequence[str]) -> torch.Tensor:
     """Share of the grid that is filled."""
     return torch.tensor([float(a.filled.float().mean()) for a in assets])
 
 
-def fullest(assets: Sequence[TinyAsset], conditions: Sequence[str]) -> torch.Tensor:
-    return 2 * full(assets, conditions)
+def fullest(assets: Sequence[TinyAsset], prompts: Sequence[str]) -> torch.Tensor:
+    return 2 * full(assets, prompts)
 
 
-def fuller(assets: Sequence[TinyAsset], conditions: Sequence[str]) -> torch.Tensor:
-    return 3 * full(assets, conditions)
+def fuller(assets: Sequence[TinyAsset], prompts: Sequence[str]) -> torch.Tensor:
+    return 3 * full(assets, prompts)
 
 
-def by_part(assets: Sequence[TinyAsset], conditions: Sequence[str]) -> dict[str, torch.Tensor]:
-    return {"filled": full(assets, conditions), "value": torch.tensor([a.value for a in assets])}
+def by_part(assets: Sequence[TinyAsset], prompts: Sequence[str]) -> dict[str, torch.Tensor]:
+    return {"filled": full(assets, prompts), "value": torch.tensor([a.value for a in assets])}
 
 
 def human_pairs(stage: str, per_condition: int = 4) -> list[PreferencePair]:
@@ -175,8 +175,8 @@ def tiny_problem(stages: int = 2, **changes) -> Problem:
         reward=full,
         chooser=fuller,
         final=fullest,
-        train_conditions=TRAINED,
-        held_out_conditions=HELD_OUT,
+        train_prompts=TRAINED,
+        held_out_prompts=HELD_OUT,
         identity={"problem": "tiny", "stages": stages},
         parts=by_part,
     )

@@ -60,12 +60,12 @@ def run(out, pairs=None, config=None, pipeline=None, stage="voxels", **options):
 
 def judge(pipeline, per_condition=8, **options) -> HeldOut:
     """Win rate of networks of the second stage."""
-    conditions, seeds = crossed(NAMES, per_condition, 0)
+    prompts, seeds = crossed(NAMES, per_condition, 0)
     return HeldOut(
         pipeline=pipeline,
         stage="voxels",
         reward=likes_target,
-        conditions=conditions,
+        prompts=prompts,
         seeds=seeds,
         batch=64,
         **options,

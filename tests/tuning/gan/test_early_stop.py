@@ -12,7 +12,7 @@ import torch
 
 from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.evaluation import summary
-from eg3d_rlhf.generators import KEPT, find_network, of, ws_of_seeds
+from eg3d_rlhf.generators import KEPT, as_generator, find_network, ws_of_seeds
 from eg3d_rlhf.rewards.reward import Reward, load_reward
 from eg3d_rlhf.rewards.slab_network import RewardModel
 from eg3d_rlhf.tuning.gan.early_stop import EarlyStop, EarlyStopConfig, consistency, replaces
@@ -54,11 +54,14 @@ def test_the_rule(errors, limit, distance, kept, gain, expected):
 def test_the_distance_is_the_mean_difference_of_densities():
     tuned, untuned = (tiny_runs.build_networks(seed=seed).G_ema for seed in (0, 1))
     assert consistency(tuned, tuned, 6, seeds=range(3)).tolist() == [0.0, 0.0, 0.0]
-    spec = SlabSpec.of(of(tuned).bounds, 6)
+    spec = SlabSpec.from_bounds(as_generator(tuned).bounds, 6)
     for seed, measured in zip(range(3), consistency(tuned, untuned, 6, seeds=range(3), batch=2), strict=True):
         with torch.no_grad():
             a, b = (
-                of(g).field(ws_of_seeds(g, [seed], truncation_psi=PSI)).density_grid(spec)[0].double()
+                as_generator(g)
+                .field(ws_of_seeds(g, [seed], truncation_psi=PSI))
+                .density_grid(spec)[0]
+                .double()
                 for g in (tuned, untuned)
             )
         assert measured == pytest.approx(float((a - b).abs().sum() / 6**3), rel=1e-4) and measured > 0
@@ -192,7 +195,7 @@ def test_the_summary_judges_what_was_kept(tiny_data, tiny_networks, flags, tmp_p
 
     monkeypatch.setattr(summary, "reward_shift", shift)
     monkeypatch.setattr(summary, "geometry", lambda c: {"geometry": []})
-    monkeypatch.setattr(summary, "write_pictures", lambda c, folder: [])
+    monkeypatch.setattr(summary, "write_images", lambda c, folder: [])
     more = (*flags, "--early-stop=0", "--set=early_stop_distance=1e-4")
     result = tiny_runs.run(*tiny_runs.train_flags(tiny_data, tiny_networks, tmp_path, *more))
     assert result.exit_code == 0, result.output

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from eg3d_rlhf.core.seeds import STANDARDISATION
-from eg3d_rlhf.generators import of, ws_of_seeds
+from eg3d_rlhf.generators import as_generator, ws_of_seeds
 from eg3d_rlhf.modes.gan import resolve
 from eg3d_rlhf.rewards.depth import Depth, SmallDepth
 from eg3d_rlhf.rewards.reward import Reward
@@ -36,7 +36,7 @@ def parts(tiny_data, tiny_networks):
 
 
 def test_the_window_is_a_part_of_the_published_map(parts):
-    generator = of(parts[0].G_ema)
+    generator = as_generator(parts[0].G_ema)
 
     def rays(label, resolution):
         origins, directions = RaySampler()(
@@ -51,9 +51,9 @@ def test_the_window_is_a_part_of_the_published_map(parts):
 
 
 def terms_of(parts, **config) -> RewardTerms:
-    generator = of(parts[0].G_ema)
+    generator = as_generator(parts[0].G_ema)
     torch.manual_seed(0)
-    reward = Reward(Depth.of(generator, resolution=SIZE), SmallDepth(views=1, resolution=SIZE))
+    reward = Reward(Depth.from_generator(generator, resolution=SIZE), SmallDepth(views=1, resolution=SIZE))
     return RewardTerms(
         parts[0].G,
         parts[0].G_ema,

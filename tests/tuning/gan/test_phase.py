@@ -10,7 +10,7 @@ import torch
 
 from eg3d_rlhf.core.seeds import CALIBRATION, STANDARDISATION
 from eg3d_rlhf.experiments.run import Run
-from eg3d_rlhf.generators import of
+from eg3d_rlhf.generators import as_generator
 from eg3d_rlhf.modes import gan as gan_mode
 from eg3d_rlhf.modes.gan import GAN
 from eg3d_rlhf.rewards.observations import SigmaSlab
@@ -129,7 +129,7 @@ def test_the_loss_is_minus_lambda_times_the_clipped_reward(parts):
     terms = terms_of(parts, lambda_r=7.0, reward_clip="none", lambda_sigma=0.0)
     (loss,) = terms.losses(batch)
     ws = nets.G.mapping(batch.gen_z, batch.gen_c)
-    scores = reward.score(of(nets.G).field(ws))
+    scores = reward.score(as_generator(nets.G).field(ws))
     torch.testing.assert_close(loss.value, -7 * scores)
     torch.testing.assert_close(loss.stats["RLHF/reward"], scores)
     assert loss.stats["RLHF/clipped"].tolist() == [0, 0, 0, 0]
@@ -171,7 +171,7 @@ def test_a_sample_meets_the_same_references_in_whichever_round_or_rank(parts):
 def test_a_reward_of_another_box_is_rejected_and_one_of_another_generator_is_a_warning(parts, capsys):
     """Fault: box_warp was never compared, and any generator was scored without a word."""
     nets, reward, _ = parts
-    generator = of(nets.G_ema)
+    generator = as_generator(nets.G_ema)
     larger = Reward(SigmaSlab(replace(reward.observation.spec, box_warp=2.0)), reward.network)
     with raising("--reward-ckpt", "box_warp", "2.0", "1.0"):
         check_reward(larger, generator, "--reward-ckpt")
@@ -281,7 +281,7 @@ def untuned_scores(parts) -> torch.Tensor:
     ws = nets.G_ema.mapping(
         torch.randn_like(batch.gen_z), batch.gen_c, truncation_psi=RewardConfig.consistency_psi
     )
-    return reward.score(of(nets.G_ema).field(ws)).detach()
+    return reward.score(as_generator(nets.G_ema).field(ws)).detach()
 
 
 def test_a_gate_of_1_is_bitwise_the_published_term(parts):
@@ -377,7 +377,7 @@ def test_a_resumed_reward_run_equals_the_straight_one(runs, tmp_path):
         "optim_Grlhf.0.exp_avg",
     }
     assert names <= set(tensors) and any(k.startswith("phase_Grlhf.G_ref.") for k in tensors)
-    GAN.go_on(GAN.read(folder), folder)
+    GAN.resume(GAN.read(folder), folder)
     assert (folder / "stats.jsonl").read_text() == (straight / "stats.jsonl").read_text()
     assert_same(*(storage.read_tensors(path / final.name)[0] for path in (straight, folder)))
 
@@ -385,7 +385,9 @@ def test_a_resumed_reward_run_equals_the_straight_one(runs, tmp_path):
 def test_resume_takes_the_reference_from_the_checkpoint(runs, tiny_networks, tmp_path):
     """The reference is the one that the run started with, even if the initial file has changed meanwhile."""
     objects, straight = runs["ten"]
-    s = gan_settings.Settings.of({**objects.loop.options, "init": str(tmp_path / "other.safetensors")})
+    s = gan_settings.Settings.from_values(
+        {**objects.loop.options, "init": str(tmp_path / "other.safetensors")}
+    )
     tiny_runs.networks.save(tmp_path / "other.safetensors", tiny_runs.build_networks(seed=9))
     resumed = build(s, Run(tmp_path / "run", {})).loop
     before = state_hash(resumed.phases[-1].state.G_ref)

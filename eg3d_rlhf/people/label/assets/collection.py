@@ -205,7 +205,7 @@ def _examined(collection: Collection, report: Callable[[str], None], lenient: bo
         if done % 100 == 0 or done == len(paths):
             report(f"examined {done} of {len(paths)} files")
 
-    results = dict(zip(paths, reading.looked_at(paths, count), strict=True))
+    results = dict(zip(paths, reading.examine_or_reason(paths, count), strict=True))
     examined = {path: result for path, result in results.items() if isinstance(result, reading.Examined)}
     unfit_assets = [asset for asset in collection.assets if asset.path not in examined]
     unfit_count = len(paths) - len(examined)
@@ -542,7 +542,7 @@ def asset_shape(asset: Asset) -> Shape:
         "file": asset.hash,
         "condition": asset.prompt,
     }
-    return Shape.of_asset(**fields)
+    return Shape.from_asset(**fields)
 
 
 def plan_assets(

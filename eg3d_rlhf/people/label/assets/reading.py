@@ -28,7 +28,7 @@ from pathlib import Path
 
 from eg3d_rlhf.experiments.process import serve_requests
 from eg3d_rlhf.geometry.files import glb, obj, ply
-from eg3d_rlhf.geometry.files.model import GLB_MAGIC, glb_parts, kind_of_picture, small, stripped
+from eg3d_rlhf.geometry.files.model import GLB_MAGIC, glb_parts, image_format, preview_image, strip_image
 from eg3d_rlhf.people.label.assets.damage import damage_mesh, damage_splats
 
 SUFFIXES = (".glb", ".ply", ".obj", ".mp4", ".m4v", ".mov", ".webm")
@@ -59,7 +59,7 @@ class Examined:
     note: str = ""  # difference between the file and its view on the page; '' if there is none
 
 
-def looked_at(
+def examine_or_reason(
     paths: Sequence[Path], report: Callable[[int], None] = lambda done: None
 ) -> list[Examined | str]:
     """Examine files.
@@ -92,7 +92,7 @@ def examine(paths: Sequence[Path], report: Callable[[int], None] = lambda done: 
     Raises:
         ValueError: files cannot be shown; the message names them.
     """
-    results = looked_at(paths, report)
+    results = examine_or_reason(paths, report)
     reject({path: reason for path, reason in zip(paths, results, strict=True) if isinstance(reason, str)})
     return [result for result in results if isinstance(result, Examined)]
 
@@ -245,7 +245,7 @@ def kind_of(head: bytes, name: str) -> str:
     # MP4 files have 'ftyp' at byte 4. WebM and Matroska files begin with the identifier of EBML.
     if head[4:8] == b"ftyp" or head[:4] == b"\x1a\x45\xdf\xa3":
         return "film"
-    if kind_of_picture(head):
+    if image_format(head):
         return "image"
     # the first bytes of gzip and zip files
     if head[:2] == b"\x1f\x8b" or head[:2] == b"PK":
@@ -296,7 +296,7 @@ def _examine(path: Path) -> dict:
         elif kind == "film":
             examine_video(path)
         elif kind == "image":
-            stripped(data)
+            strip_image(data)
         return {"kind": kind, "hash": _hash(data, path, kind), "note": note}
 
 
@@ -318,7 +318,7 @@ def _clean(path: Path, expected: str, degradation: str, seed: int, out: Path) ->
         kind = kind_of(bytes(data[:512]), path.name)
         _check_hash(data, path, kind, expected)
         if kind == "image":
-            out.write_bytes(small(data))
+            out.write_bytes(preview_image(data))
         elif kind == "film":
             if degradation:
                 raise ValueError("a video cannot be damaged. Use a mesh or splats")

@@ -51,7 +51,7 @@ def _wrap_degrees(azimuth: float) -> float:
     return (azimuth + 180) % 360 - 180
 
 
-def direction_of(elevation: float, azimuth: float, within: float = 45) -> str:
+def view_direction(elevation: float, azimuth: float, within: float = 45) -> str:
     """Return the name of the direction from which a camera sees the asset, one of `DIRECTIONS`.
 
     Args:
@@ -90,7 +90,7 @@ def reward_prompts(reward: RewardModel, prompts: list[str], cameras: torch.Tenso
     elevations, azimuths = (angle.tolist() for angle in camera_angles(cameras))
     # 30 degrees is the threshold of MVDream, with which Reward3D was trained.
     return [
-        f"{prompt}, {direction_of(elevation, azimuth, 30)} view"
+        f"{prompt}, {view_direction(elevation, azimuth, 30)} view"
         for prompt, elevation, azimuth in zip(prompts, elevations, azimuths, strict=True)
     ]
 
@@ -224,7 +224,7 @@ class Denoiser:
             )
         elevations, azimuths = (angle.tolist() for angle in camera_angles(cameras))
         angles = list(zip(elevations, azimuths, strict=True))  # (elevation, azimuth) of each image
-        directions = [direction_of(elevation, azimuth) for elevation, azimuth in angles]
+        directions = [view_direction(elevation, azimuth) for elevation, azimuth in angles]
         # No direction is appended to the null prompt, because guidance would move images away from that
         # direction. threestudio does the same.
         null = prior.embed(negative_prompts)

@@ -22,12 +22,12 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import torch
 
 from eg3d_rlhf.core import bundled
-from eg3d_rlhf.core.cli import naming
+from eg3d_rlhf.core.cli import prefix_errors
 from eg3d_rlhf.core.field import Field
 from eg3d_rlhf.core.interfaces import MeshReward
 from eg3d_rlhf.core.registry import Registry
 from eg3d_rlhf.core.spec import SlabSpec
-from eg3d_rlhf.models.weights import below
+from eg3d_rlhf.models.weights import entries_below
 from eg3d_rlhf.rewards.meshes.model import KIND, load_mesh_reward
 from eg3d_rlhf.rewards.meshes.patches import MeshReader
 from eg3d_rlhf.rewards.meshes.surfaces import cube
@@ -108,7 +108,7 @@ class SolidGeometry:
         """Return the scores [A] of A shapes."""
         del prompts, step
         # The observation of `Solid` is minus the loss, [A, 1].
-        return Solid(SlabSpec.of(field.bounds, Solid.spec.resolution)).observe(field)[:, 0]
+        return Solid(SlabSpec.from_bounds(field.bounds, Solid.spec.resolution)).observe(field)[:, 0]
 
 
 @torch.no_grad()
@@ -239,9 +239,9 @@ class ProgressiveGeometry:
         """Restore the result of `state_dict`."""
         self.balance.load_state_dict(state)
         self.scores = state.get("scores")
-        self.reward_grads = {int(i): value.clone() for i, value in below(state, "slope.").items()}
+        self.reward_grads = {int(i): value.clone() for i, value in entries_below(state, "slope.").items()}
         if hasattr(self.reward, "load_state_dict"):
-            self.reward.load_state_dict(below(state, "reward."))
+            self.reward.load_state_dict(entries_below(state, "reward."))
 
 
 def _norm(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -298,7 +298,7 @@ def load_geometry(name: str, prior: str, device: torch.device) -> Callable[[], G
         return named.make
     # A name in the registry takes precedence: a file called "solid" needs a path such as ./solid.
     path = bundled.REWARD if name == "sigma" else Path(name)
-    with naming("--geometry-reward"):
+    with prefix_errors("--geometry-reward"):
         if not path.is_file():
             names = ", ".join(["none", "sigma", *GEOMETRY_REWARDS])
             raise FileNotFoundError(

@@ -27,17 +27,17 @@ from eg3d_rlhf.models.clip_inputs import CLIP_TOKENS, Tokenize, clip_tokenizer
 from eg3d_rlhf.models.ldm_names import to_diffusers_unet, to_diffusers_vae, to_transformers_text, unet_config
 from eg3d_rlhf.models.weights import (
     adopt,
-    below,
     count,
     empty,
-    existing,
+    entries_below,
+    existing_path,
     from_folder,
-    one_line,
+    library_errors_as_one_line,
     only_file,
+    print_once,
     read,
     require_extra,
     shape_of,
-    tell_once,
 )
 from eg3d_rlhf.tuning.distill.schedule import NoiseSchedule
 
@@ -222,8 +222,8 @@ def meta_networks(folder: Path) -> Networks:
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    files = [existing(folder / part / "config.json", FLAG) for part in ("unet", "vae", "text_encoder")]
-    with one_line(f"{FLAG}: {folder.name}", "Copy the folder again."):
+    files = [existing_path(folder / part / "config.json", FLAG) for part in ("unet", "vae", "text_encoder")]
+    with library_errors_as_one_line(f"{FLAG}: {folder.name}", "Copy the folder again."):
         configs = [json.loads(file.read_text()) for file in files]
         makers: list[Callable[[], Any]] = [
             lambda: UNet2DConditionModel.from_config(configs[0]),
@@ -250,11 +250,11 @@ def load_stable_diffusion(folder: Path, options: PriorOptions | None = None) -> 
     from transformers import CLIPTextModel
 
     for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
-        existing(folder / part, FLAG)
+        existing_path(folder / part, FLAG)
     classes = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
     unet, vae, text = (from_folder(cls, folder / part, FLAG) for part, cls in classes.items())
-    existing(folder / "scheduler" / "scheduler_config.json", FLAG)
-    with one_line(f"{FLAG}: {folder.name}/scheduler", "Copy the folder again."):
+    existing_path(folder / "scheduler" / "scheduler_config.json", FLAG)
+    with library_errors_as_one_line(f"{FLAG}: {folder.name}/scheduler", "Copy the folder again."):
         scheduler = DDPMScheduler.from_pretrained(str(folder / "scheduler"), local_files_only=True)
     # The quantity that the U-Net predicts is stored in the configuration of the scheduler, not of the U-Net.
     prediction = scheduler.config.prediction_type
@@ -272,7 +272,7 @@ def load_stable_diffusion(folder: Path, options: PriorOptions | None = None) -> 
         )
     # SD 2.x pads prompts with the token of "!"; "own" uses the padding token of the folder's tokenizer.
     tokenize = clip_tokenizer(folder / "tokenizer", FLAG, text.config.vocab_size, "own")
-    tell_once(LICENCES[1024 if width >= 1024 else 768])
+    print_once(LICENCES[1024 if width >= 1024 else 768])
     return LatentPrior(
         {"unet": unet, "vae": vae, "text": text}, tokenize, scheduler.alphas_cumprod, prediction, options
     )
@@ -392,8 +392,8 @@ def mvdream_networks(
     from transformers import CLIPTextConfig, CLIPTextModel
 
     # Prefixes of the layout of latent diffusion (LDM), which the published files have.
-    unet_state = below(state, "model.diffusion_model.")
-    vae_state = below(state, "first_stage_model.")
+    unet_state = entries_below(state, "model.diffusion_model.")
+    vae_state = entries_below(state, "first_stage_model.")
     config = unet_config(unet_state, who, LATENT_SIDE)
     # The encoder returns means and log variances, so it has twice as many output channels as the latents.
     encoder_channels = shape_of(vae_state, "encoder.conv_out.weight", who, 4)[0]
@@ -432,8 +432,8 @@ def _text(state: Mapping[str, torch.Tensor], who: str) -> tuple[dict[str, Any], 
     Raises: ValueError if the file contains no text encoder, or one of less than two layers.
     """
     # The prefix of the tensors shows whether the text encoder is that of OpenAI or of open_clip.
-    text_state = below(state, TRANSFORMERS)
-    open_clip_state = below(state, OPEN_CLIP)
+    text_state = entries_below(state, TRANSFORMERS)
+    open_clip_state = entries_below(state, OPEN_CLIP)
     if not text_state and not open_clip_state:
         raise ValueError(
             f"{who}: the file contains no text encoder (tensors cond_stage_model.*). Download the file that"
@@ -499,7 +499,7 @@ def load_mvdream(path: Path, options: PriorOptions | None = None) -> MVDream:
     # open_clip pads prompts with the token 0. None: OpenAI's tokenizer pads with its end token.
     pad = 0 if any(name.startswith(OPEN_CLIP) for name in state) else None
     tokenize = clip_tokenizer(path.parent / "tokenizer", FLAG, networks["text"].config.vocab_size, pad)
-    tell_once(LICENCE)
+    print_once(LICENCE)
     return MVDream(networks, tokenize, state["alphas_cumprod"], "epsilon", options)
 
 
@@ -534,7 +534,7 @@ def load_prior(path: str | Path, options: PriorOptions | None = None) -> Checked
     Returns: the prior in a wrapper that checks the shapes of its inputs and outputs.
     Raises: the errors of `load_stable_diffusion` and `load_mvdream`.
     """
-    path = existing(path, FLAG)
+    path = existing_path(path, FLAG)
     file = mvdream_file(path)
     return CheckedPrior(load_stable_diffusion(path, options) if file is None else load_mvdream(file, options))
 
@@ -609,7 +609,7 @@ def prior_costs(
     Returns: memory of the weights, and peak memory of each stage of a step.
     Raises: the errors of `load_prior`; ValueError if the prior cannot process B images.
     """
-    path = existing(path, FLAG)
+    path = existing_path(path, FLAG)
     file = mvdream_file(path)
     options = options or PriorOptions()
     # `half` is set explicitly, because its default depends on the device, which is replaced by meta here.

@@ -95,13 +95,13 @@ def twice(condition: Condition) -> Condition:
 
 
 KIND = "conditions"  # kind that the header of a file states; it is part of the format, so it cannot change
-CONDITIONS = version_0_1.CONDITIONING[0]  # usual name of the file of `write_conditions`
+CONDITIONS = version_0_1.CONDITIONING[0]  # usual name of the file of `write_conditioning`
 NULL = ""  # prompt of the empty conditioning
 SUFFIXES = (".pt", ".npy", ".npz", ".safetensors")  # formats of files with embeddings of other programs
 
 
 @dataclass(frozen=True, kw_only=True)
-class Conditions:
+class Conditioning:
     """Embeddings of prompts.
 
     Classifier-free guidance needs an empty conditioning. For images it is zeros. For texts it is the
@@ -219,26 +219,26 @@ def tensors_of(condition: Condition) -> list[torch.Tensor]:
     return [condition] if isinstance(condition, torch.Tensor) else list(condition.values())
 
 
-def write_conditions(path: Path, conditions: Conditions) -> None:
+def write_conditioning(path: Path, conditioning: Conditioning) -> None:
     """Write embeddings to one file, with their prompts, their encoder and the type of empty conditioning."""
-    names = list(conditions.tokens)
+    names = list(conditioning.tokens)
     tensors: dict[str, torch.Tensor] = {}
     # Keys contain the number of the prompt and not the prompt, which may contain the separator "/". The
     # metadata lists the prompts in the same order.
     for i, name in enumerate(names):
-        embedding = conditions.tokens[name]
+        embedding = conditioning.tokens[name]
         named = (
             {"": embedding}
             if isinstance(embedding, torch.Tensor)
             else {f"/{key}": tensor for key, tensor in embedding.items()}
         )
         tensors |= {f"tokens.{i}{key}": tensor for key, tensor in named.items()}
-    meta = {"names": names, "encoder": conditions.encoder, "zero_null": conditions.zero_null}
+    meta = {"names": names, "encoder": conditioning.encoder, "zero_null": conditioning.zero_null}
     write_tensors(path, KIND, tensors, meta)
 
 
-def read_conditions(path: Path, zero_null: bool = True) -> Conditions:
-    """Read embeddings from a file of `write_conditions`, or from a folder.
+def read_conditioning(path: Path, zero_null: bool = True) -> Conditioning:
+    """Read embeddings from a file of `write_conditioning`, or from a folder.
 
     Args:
         path: path of the file; or of a folder that contains such a file, or files <prompt>.pt, .npy, .npz or
@@ -262,7 +262,7 @@ def read_conditions(path: Path, zero_null: bool = True) -> Conditions:
         for i, name in enumerate(meta["names"]):
             tensors_by_name = parts[str(i)]
             tokens[name] = tensors_by_name.get("", tensors_by_name)  # "" is the name of an only tensor
-        return Conditions(tokens=tokens, encoder=meta["encoder"], zero_null=meta["zero_null"])
+        return Conditioning(tokens=tokens, encoder=meta["encoder"], zero_null=meta["zero_null"])
     files = sorted(p for p in path.glob("*") if p.suffix in SUFFIXES)
     if not files:
         endings = ", ".join(SUFFIXES)
@@ -274,7 +274,7 @@ def read_conditions(path: Path, zero_null: bool = True) -> Conditions:
     # A file name cannot be empty, so the embedding of '' is in a file named null.
     if not zero_null and "null" in embeddings:
         embeddings[NULL] = embeddings.pop("null")
-    return Conditions(tokens=embeddings, zero_null=zero_null)
+    return Conditioning(tokens=embeddings, zero_null=zero_null)
 
 
 def read_embedding(path: Path) -> torch.Tensor:

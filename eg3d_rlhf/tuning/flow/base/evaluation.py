@@ -51,7 +51,7 @@ def evaluate(
     if spreads:
         # Without the last stage, because its latents are expensive to encode in some pipelines.
         spreads_by_stage = {stage.name: [] for stage in problem.pipeline.stages[:-1]}
-    names = list(problem.held_out_conditions)
+    names = list(problem.held_out_prompts)
     S = evaluation.per_condition
     # A batch contains all S assets of a prompt, so that the scores of a prompt are complete.
     prompts_per_batch = max(1, evaluation.batch // S)

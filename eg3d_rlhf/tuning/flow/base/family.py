@@ -31,7 +31,7 @@ if TYPE_CHECKING:  # `--help` imports this module, and would be slow with torch
 
     from eg3d_rlhf.models.sparse import Latent
     from eg3d_rlhf.models.weights import State
-    from eg3d_rlhf.tuning.flow.base.conditioning import Conditions
+    from eg3d_rlhf.tuning.flow.base.conditioning import Conditioning
     from eg3d_rlhf.tuning.flow.base.pairs import PreferencePair
     from eg3d_rlhf.tuning.flow.base.problem import Problem
     from eg3d_rlhf.tuning.flow.base.ranking import Candidate, Imported
@@ -135,7 +135,7 @@ class FlowFamily(Protocol):
     def load(
         self,
         root: Path,
-        conditions: Conditions | None,
+        conditioning: Conditioning | None,
         *,
         stages: Sequence[str] | None = None,
         dtype: torch.dtype | None = ...,
@@ -145,7 +145,7 @@ class FlowFamily(Protocol):
 
         Args:
             root: folder of the generator.
-            conditions: embeddings of the prompts; None if nothing will be sampled.
+            conditioning: embeddings of the prompts; None if nothing will be sampled.
             stages: names of the stages whose flow networks are needed. Other flow networks may have no
                 weights, and a last stage may be left out. None: all stages. () is enough to encode, to decode
                 and to estimate memory.
@@ -226,7 +226,7 @@ class Shows(Protocol):
 class EmbedsText(Protocol):
     """Family that can make the conditioning of texts."""
 
-    def embed_texts(self, root: Path, texts: Sequence[str], device: torch.device) -> Conditions:
+    def embed_texts(self, root: Path, texts: Sequence[str], device: torch.device) -> Conditioning:
         """Return the embeddings of texts, by the text encoder in the folder `root`."""
 
 
@@ -234,7 +234,7 @@ class EmbedsText(Protocol):
 class EmbedsImages(Protocol):
     """Family that can make the conditioning of images."""
 
-    def embed_images(self, root: Path, images: Mapping[str, Path], device: torch.device) -> Conditions:
+    def embed_images(self, root: Path, images: Mapping[str, Path], device: torch.device) -> Conditioning:
         """Return the embeddings of images (prompt -> file), by the image encoder in the folder `root`."""
 
 

@@ -174,7 +174,7 @@ class PairsByStage(Lazy[list[PreferencePair]]):
         )
 
 
-def pairs_of_conditions(pairs: Iterable[PreferencePair], names: Collection[str]) -> list[PreferencePair]:
+def pairs_of_prompts(pairs: Iterable[PreferencePair], names: Collection[str]) -> list[PreferencePair]:
     """Return the pairs whose prompt is one of `names`, in the order of `pairs`."""
     prompts = set(names)
     return [pair for pair in pairs if pair.condition in prompts]

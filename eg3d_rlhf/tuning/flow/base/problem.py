@@ -9,7 +9,7 @@ from itertools import combinations
 
 import torch
 
-from eg3d_rlhf.tuning.flow.base.pairs import PreferencePair, pairs_of_conditions
+from eg3d_rlhf.tuning.flow.base.pairs import PreferencePair, pairs_of_prompts
 from eg3d_rlhf.tuning.flow.base.single_labels import Labelled
 from eg3d_rlhf.tuning.flow.base.stage import AssetReward, Pipeline
 from training.phases import derive_seed
@@ -31,10 +31,10 @@ class Problem:
     """
 
     pipeline: Pipeline  # generator
-    train_conditions: Sequence[str]  # prompts of the training split
-    held_out_conditions: Sequence[str]  # prompts of the held-out split, which the results table evaluates
+    train_prompts: Sequence[str]  # prompts of the training split
+    held_out_prompts: Sequence[str]  # prompts of the held-out split, which the results table evaluates
     # Prompts on which checkpoints are chosen; (): the held-out prompts are used.
-    choosing_conditions: Sequence[str] = ()
+    choosing_prompts: Sequence[str] = ()
     # Name of a stage -> preference pairs of the training prompts.
     train_pairs: Mapping[str, Sequence[PreferencePair]] = field(default_factory=dict)
     # Name of a stage -> preference pairs of the other prompts. None: there are none, and only rewards
@@ -68,16 +68,16 @@ class Problem:
                 " least one stage, and give each a name of its own."
             )
         # A prompt in two splits would bias the held-out results upwards.
-        splits = [set(self.train_conditions), set(self.held_out_conditions), set(self.choosing_conditions)]
+        splits = [set(self.train_prompts), set(self.held_out_prompts), set(self.choosing_prompts)]
         repeated_prompts = sorted(name for a, b in combinations(splits, 2) for name in a & b)
         if repeated_prompts:
             raise ValueError(
                 f"Problem: the prompts {repeated_prompts[:5]} are in two splits. Put each prompt into only"
                 " one of the training, the held-out and the choosing split."
             )
-        if not self.train_conditions:
+        if not self.train_prompts:
             raise ValueError(
-                "Problem.train_conditions: the training split has no prompt. Add at least one prompt to it."
+                "Problem.train_prompts: the training split has no prompt. Add at least one prompt to it."
             )
         # Tuning optimises `reward` and `chooser`, so these would overestimate the tuned generator.
         if self.final is not None and any(self.final is reward for reward in (self.reward, self.chooser)):
@@ -89,7 +89,7 @@ class Problem:
     @property
     def choosing(self) -> Sequence[str]:
         """Prompts on which checkpoints are chosen."""
-        return self.choosing_conditions or self.held_out_conditions
+        return self.choosing_prompts or self.held_out_prompts
 
     def choosing_pairs(self, stage: str) -> list[PreferencePair]:
         """Return the pairs of a stage on which checkpoints are chosen, at most MOST_TO_CHOOSE."""
@@ -102,11 +102,11 @@ class Problem:
         """Return the pairs of a stage for the held-out prompts, on which the accuracy of a network is
         measured.
         """
-        return self._pairs_outside_training(stage, self.held_out_conditions)
+        return self._pairs_outside_training(stage, self.held_out_prompts)
 
     def _pairs_outside_training(self, stage: str, names: Sequence[str]) -> list[PreferencePair]:
         """Return the pairs of a stage for the prompts `names`, which are not training prompts."""
-        return [] if self.unseen_pairs is None else pairs_of_conditions(self.unseen_pairs[stage], names)
+        return [] if self.unseen_pairs is None else pairs_of_prompts(self.unseen_pairs[stage], names)
 
 
 def chosen_precision(precision: str, device: str | torch.device) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from eg3d_rlhf.models.sparse import Latent, latents_of, parts_of, to_cpu
-from eg3d_rlhf.tuning.flow.base.conditioning import CONDITIONS, Conditions, write_conditions
+from eg3d_rlhf.tuning.flow.base.conditioning import CONDITIONS, Conditioning, write_conditioning
 from eg3d_rlhf.tuning.flow.base.pairs import PreferencePair, by_condition, write_pairs
 from eg3d_rlhf.tuning.flow.base.stage import CONVENTION, Pipeline, stage_of
 from training.storage import read_tensors, write_tensors
@@ -242,7 +242,7 @@ class Imported:
     """Pairs that were read from a list of assets or from samples of another project."""
 
     pairs: Mapping[str, Sequence[PreferencePair]]  # name of a stage -> its pairs
-    conditions: Conditions | None = None  # embeddings of the prompts; None if the source has none
+    conditioning: Conditioning | None = None  # embeddings of the prompts; None if the source has none
     report: Mapping = field(default_factory=dict)  # numbers and texts for JSON about the source and the pairs
 
 
@@ -325,6 +325,6 @@ def write_import(folder: Path, imported: Imported, meta: Callable[[str], Mapping
     hashes = {
         stage: write_pairs(folder / stage, pairs, metadata[stage]) for stage, pairs in imported.pairs.items()
     }
-    if imported.conditions is not None:
-        write_conditions(folder / CONDITIONS, imported.conditions)
+    if imported.conditioning is not None:
+        write_conditioning(folder / CONDITIONS, imported.conditioning)
     return hashes

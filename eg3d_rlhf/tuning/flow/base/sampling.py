@@ -248,7 +248,7 @@ def stage_noise(stage: FlowStage, seeds: Sequence[int], given: Sequence[Voxels])
 
 def generate(
     pipeline: Pipeline,
-    conditions: Sequence[str],
+    prompts: Sequence[str],
     seeds: Sequence[int],
     models: Models | None = None,
     batch: int = 16,
@@ -272,7 +272,7 @@ def generate(
     """
     names = [stage.name for stage in pipeline.stages]
     stages_given = stages_given or {}
-    assert len(conditions) == len(seeds) and len(stages_given) <= 1
+    assert len(prompts) == len(seeds) and len(stages_given) <= 1
     for name in (*(models or {}), *stages_given):
         stage_of(pipeline, name)  # raises an error for a stage that the pipeline does not have
     first_stage, given = next(iter(stages_given.items()), (names[0], [None] * len(seeds)))
@@ -282,8 +282,8 @@ def generate(
     assets: list[Asset] = []
     for start in range(0, len(seeds), batch):
         part = slice(start, start + batch)
-        last_input = _sample_stages(pipeline, inner_stages, conditions[part], seeds[part], given[part])
-        latents = stage_latents(pipeline, last_stage, conditions[part], seeds[part], last_input)
+        last_input = _sample_stages(pipeline, inner_stages, prompts[part], seeds[part], given[part])
+        latents = stage_latents(pipeline, last_stage, prompts[part], seeds[part], last_input)
         assets += pipeline.decode(latents)
     return assets
 
@@ -291,7 +291,7 @@ def generate(
 def voxels_for(
     pipeline: Pipeline,
     stage: str,
-    conditions: Sequence[str],
+    prompts: Sequence[str],
     seeds: Sequence[int],
     models: Models | None = None,
     batch: int = 16,
@@ -315,7 +315,7 @@ def voxels_for(
     for start in range(0, len(seeds), batch):
         part = slice(start, start + batch)
         first_input: list[Voxels] = [None] * len(seeds[part])
-        outputs += _sample_stages(pipeline, earlier_stages, conditions[part], seeds[part], first_input)
+        outputs += _sample_stages(pipeline, earlier_stages, prompts[part], seeds[part], first_input)
     return outputs
 
 
@@ -325,7 +325,7 @@ def stages_with(pipeline: Pipeline, models: Models | None) -> list[FlowStage]:
 
 
 def _sample_stages(
-    pipeline: Pipeline, stages: Sequence[FlowStage], conditions, seeds, given: Sequence[Voxels]
+    pipeline: Pipeline, stages: Sequence[FlowStage], prompts, seeds, given: Sequence[Voxels]
 ) -> Sequence[Voxels]:
     """Sample consecutive stages, and return the N inputs of the stage that follows them.
 
@@ -337,11 +337,11 @@ def _sample_stages(
         given: N inputs of the first of these stages.
     """
     for stage in stages:
-        given = pipeline.advance(stage.name, stage_latents(pipeline, stage, conditions, seeds, given))
+        given = pipeline.advance(stage.name, stage_latents(pipeline, stage, prompts, seeds, given))
     return given
 
 
-def stage_latents(pipeline: Pipeline, stage: FlowStage, conditions, seeds, given: Sequence[Voxels]) -> Batch:
+def stage_latents(pipeline: Pipeline, stage: FlowStage, prompts, seeds, given: Sequence[Voxels]) -> Batch:
     """Sample N latents of a stage on the device of its network.
 
     Args:
@@ -353,15 +353,15 @@ def stage_latents(pipeline: Pipeline, stage: FlowStage, conditions, seeds, given
     """
     # The networks of the stages may be on different devices.
     device = next(stage.model.parameters()).device
-    cond = to_device(pipeline.conditions(conditions, stage.name), device)
-    no_cond = to_device(pipeline.no_condition(len(seeds), stage.name), device)
+    cond = to_device(pipeline.conditioning(prompts, stage.name), device)
+    no_cond = to_device(pipeline.null_conditioning(len(seeds), stage.name), device)
     return sample(stage, stage_noise(stage, seeds, given).to(device), cond, no_cond)
 
 
 def scores(
     pipeline: Pipeline,
     reward: AssetReward,
-    conditions: Sequence[str],
+    prompts: Sequence[str],
     seeds: Sequence[int],
     models: Models | None = None,
     batch: int = 16,
@@ -381,8 +381,8 @@ def scores(
     for start in tqdm(range(0, len(seeds), batch), desc="scoring", unit="batch", leave=False, disable=None):
         part = slice(start, start + batch)
         given = {name: outputs[part] for name, outputs in (stages_given or {}).items()}
-        assets = generate(pipeline, conditions[part], seeds[part], models, batch, given)
-        batch_scores = reward(assets, conditions[part]).detach().float().cpu()
+        assets = generate(pipeline, prompts[part], seeds[part], models, batch, given)
+        batch_scores = reward(assets, prompts[part]).detach().float().cpu()
         if not bool(batch_scores.isfinite().all()):
             raise ValueError(
                 f"{type(reward).__name__}: the reward returned NaN or infinity among the scores"
@@ -402,7 +402,7 @@ def wins(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return ((a > b).float() + (a >= b).float()) / 2
 
 
-def crossed(conditions: Sequence[str], per_condition: int, seed: int) -> tuple[list[str], list[int]]:
+def crossed(prompts: Sequence[str], per_condition: int, seed: int) -> tuple[list[str], list[int]]:
     """Return the prompts and the noise seeds on which two generators are compared.
 
     Args:
@@ -411,7 +411,7 @@ def crossed(conditions: Sequence[str], per_condition: int, seed: int) -> tuple[l
         seed: seed from which the noise seeds are derived.
     Returns: prompts and noise seeds of all assets; the assets of a prompt are adjacent.
     """
-    names = [name for name in conditions for _ in range(per_condition)]
+    names = [name for name in prompts for _ in range(per_condition)]
     # i % per_condition is the number of the asset of its prompt. With it, and not with i, the noise seeds of
     # a prompt do not depend on the other prompts.
     return names, [
@@ -432,7 +432,7 @@ class HeldOut:
     # Reward by which checkpoints are chosen. It is neither the reward that weights pairs nor the final
     # evaluator.
     reward: AssetReward
-    conditions: Sequence[str]  # N prompts
+    prompts: Sequence[str]  # N prompts
     seeds: Sequence[int]  # N seeds of the noise
     # Networks of the other stages. Stages that are not named use the pipeline's networks.
     others: Models = field(default_factory=dict)
@@ -451,18 +451,18 @@ class HeldOut:
     def __call__(self, model: torch.nn.Module) -> float:
         """Return the win rate of the network `model`, in 0..1."""
         # Each rank scores its share of the assets.
-        conditions = self.ranks.share(self.conditions)
+        prompts = self.ranks.share(self.prompts)
         seeds = self.ranks.share(self.seeds)
         # The baseline and the outputs of the earlier stages do not change, so they are computed in the first
         # call.
         if self._scores is None:
-            self._scores = scores(self.pipeline, self.reward, conditions, seeds, self.against, self.batch)
-            self._given = voxels_for(self.pipeline, self.stage, conditions, seeds, self.others, self.batch)
+            self._scores = scores(self.pipeline, self.reward, prompts, seeds, self.against, self.batch)
+            self._given = voxels_for(self.pipeline, self.stage, prompts, seeds, self.others, self.batch)
         models = {**self.others, self.stage: model}
         model_scores = scores(
             self.pipeline,
             self.reward,
-            conditions,
+            prompts,
             seeds,
             models,
             self.batch,

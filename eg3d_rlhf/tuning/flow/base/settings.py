@@ -62,12 +62,12 @@ class Choosing(Knobs):
 
         if problem.chooser is None:
             return None
-        conditions, seeds = crossed(problem.choosing, self.per_condition, self.seed)
+        prompts, seeds = crossed(problem.choosing, self.per_condition, self.seed)
         return HeldOut(
             pipeline=problem.pipeline,
             stage=stage,
             reward=problem.chooser,
-            conditions=conditions,
+            prompts=prompts,
             seeds=seeds,
             others=others,
             against=against,
@@ -113,7 +113,7 @@ class Evaluation(Knobs):
 
         prompts = []
         seeds = []
-        for name in problem.held_out_conditions:
+        for name in problem.held_out_prompts:
             for asset_number in range(self.per_condition):
                 prompts.append(name)
                 seeds.append(derive_seed("table", self.seed, name, asset_number) % 2**31)

@@ -13,7 +13,7 @@ from typing import Any
 
 from eg3d_rlhf.experiments.store import json_hash
 from eg3d_rlhf.models.sparse import Latent
-from eg3d_rlhf.preferences.label_scores import Known, as_used, contrast, read_goodness
+from eg3d_rlhf.preferences.label_scores import KnownAssets, contrast, goodness_for_use, read_goodness
 from eg3d_rlhf.tuning.flow.base.ranking import (
     RANKING,
     Candidate,
@@ -42,7 +42,7 @@ class Labelled:
     goodness: Mapping[str, float]  # name of an asset -> label r in 0..1, where larger is better
 
     @property
-    def conditions(self) -> dict[str, str]:
+    def prompt_of(self) -> dict[str, str]:
         """Prompts of the assets: name of an asset -> prompt."""
         return {asset.name: asset.condition for asset in self.assets}
 
@@ -61,21 +61,21 @@ class Labelled:
         return replace(self, goodness=read_goodness(labels, known_of(self.assets)))
 
     def singles(
-        self, stage: str, conditions: Collection[str] | None = None, use: str = "labels", seed: int = 0
+        self, stage: str, prompts: Collection[str] | None = None, use: str = "labels", seed: int = 0
     ) -> list[Single]:
         """Return the training examples of a stage: the labelled assets whose prompt has at least two labels.
 
         Args:
             stage: name of the stage.
-            conditions: prompts to train on; None for all prompts.
+            prompts: prompts to train on; None for all prompts.
             use: "labels" for the labels as they are, or the name of a control, see `as_used`.
             seed: seed of the random numbers of a control.
         Raises: ValueError if there is no example, or if the assets have no latents of the stage.
         """
-        prompts = self.conditions
-        used_prompts = set(prompts.values()) if conditions is None else conditions
+        prompt_of = self.prompt_of
+        used_prompts = set(prompt_of.values()) if prompts is None else prompts
         # Labels are compared within a prompt, so the only label of a prompt has no effect and is left out.
-        used_labels = contrast(self.goodness, used_prompts, prompts)
+        used_labels = contrast(self.goodness, used_prompts, prompt_of)
         if not used_labels:
             raise ValueError(
                 f"labels: none of the training prompts has two or more of the {len(self.goodness)} labels."
@@ -89,7 +89,7 @@ class Labelled:
                 f"labels: the assets have latents of {available_stages}, but not of stage {stage!r}. Name a"
                 " stage with latents by --stage."
             )
-        r = as_used(used_labels, prompts, use, seed)
+        r = goodness_for_use(used_labels, prompt_of, use, seed)
         return [
             Single(
                 id=f"{asset.condition}/{asset.name}",
@@ -133,12 +133,12 @@ def read_labelled(
     return Labelled(assets=candidates, goodness=read_goodness(labels or path, known_of(candidates)))
 
 
-def known_of(candidates: Sequence[Candidate]) -> Known:
+def known_of(candidates: Sequence[Candidate]) -> KnownAssets:
     """Return the identifiers by which labels can name assets: numbers in the list, or files that people look
     at.
     """
     # Paths are made absolute, because a file of labels may be in another folder than the assets.
-    return Known(
-        conditions={asset.name: asset.condition for asset in candidates},
+    return KnownAssets(
+        prompt_of={asset.name: asset.condition for asset in candidates},
         files={asset.file.resolve(): asset.name for asset in candidates if asset.file is not None},
     )

@@ -60,7 +60,7 @@ _EMPTY_REJECTED = contextvars.ContextVar("empty_rejected", default=False)
 
 
 @contextlib.contextmanager
-def refusing_empty() -> Iterator[None]:
+def rejecting_empty() -> Iterator[None]:
     """Reject empty structures with an error within this context.
 
     Outside the context an empty structure is replaced by its most probable voxel, so that tuning can
@@ -73,8 +73,8 @@ def refusing_empty() -> Iterator[None]:
         _EMPTY_REJECTED.reset(token)
 
 
-def refuse_empty(who: str, remedy: str) -> None:
-    """Raise EmptyStructure within the context `refusing_empty`, and do nothing outside it.
+def reject_empty(who: str, remedy: str) -> None:
+    """Raise EmptyStructure within the context `rejecting_empty`, and do nothing outside it.
 
     Args:
         who: beginning of the message.
@@ -553,10 +553,10 @@ class Pipeline(Protocol):
     def stages(self) -> Sequence[FlowStage]:
         """Stages in the order in which they are sampled."""
 
-    def conditions(self, names: Sequence[str], stage: str) -> Condition:
+    def conditioning(self, names: Sequence[str], stage: str) -> Condition:
         """Return the conditioning of N prompts for a stage: tokens [N, T, E], or tensors [N, ...] by name."""
 
-    def no_condition(self, n: int, stage: str) -> Condition:
+    def null_conditioning(self, n: int, stage: str) -> Condition:
         """Return n copies of the empty conditioning for a stage, in the form of `conditions`."""
 
     def advance(self, stage: str, x_0: Any) -> list[Voxels]:
@@ -583,7 +583,7 @@ class Pipeline(Protocol):
 class AssetReward(Protocol):
     """Interface of a reward of finished assets. A larger score is better."""
 
-    def __call__(self, assets: Sequence[Asset], conditions: Sequence[str]) -> torch.Tensor:
+    def __call__(self, assets: Sequence[Asset], prompts: Sequence[str]) -> torch.Tensor:
         """Return the scores of N assets with N prompts, [N] float32."""
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from eg3d_rlhf.models.dino import read_dino
 from eg3d_rlhf.models.image_preprocessing import on_black, read_cut_out
 from eg3d_rlhf.models.weights import require_extra
-from eg3d_rlhf.tuning.flow.base.conditioning import NULL, Conditions
+from eg3d_rlhf.tuning.flow.base.conditioning import NULL, Conditioning
 from eg3d_rlhf.tuning.flow.families.folder import embedding_progress
 
 TEXT_TOKENS = 77  # length of CLIP's text input
@@ -63,11 +63,11 @@ class TextEncoder:
         )["input_ids"]
         return self.model(input_ids=ids.to(self.model.device)).last_hidden_state.float().cpu()
 
-    def embed(self, texts: Sequence[str]) -> Conditions:
+    def embed(self, texts: Sequence[str]) -> Conditioning:
         """Embed texts, and the empty text for guidance. The name of an embedding is its text."""
         # dict.fromkeys removes duplicates and keeps the order. NULL is the empty text.
         names = list(dict.fromkeys([*texts, NULL]))
-        return Conditions(
+        return Conditioning(
             tokens={name: self([name])[0] for name in embedding_progress(names, "text")}, encoder=self.name
         )
 
@@ -108,7 +108,7 @@ class ImageEncoder:
         tokens = self.tokens(images)
         return F.layer_norm(tokens, tokens.shape[-1:]).cpu()
 
-    def embed(self, images: Mapping[str, Path]) -> Conditions:
+    def embed(self, images: Mapping[str, Path]) -> Conditioning:
         """Embed images with transparent backgrounds. Embeddings have the names of the images."""
         # A generator: only one image is in memory at a time.
         prepared = (
@@ -116,4 +116,4 @@ class ImageEncoder:
             for name, path in embedding_progress(images.items(), "image")
         )
         tokens = {name: self(image[None])[0] for name, image in prepared}
-        return Conditions(tokens=tokens, encoder=self.name, zero_null=True)
+        return Conditioning(tokens=tokens, encoder=self.name, zero_null=True)

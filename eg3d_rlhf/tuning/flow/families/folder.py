@@ -21,9 +21,9 @@ from torch import nn
 from eg3d_rlhf.core.interfaces import Mesh
 from eg3d_rlhf.models.sparse import Batch, Latent, feats_of
 from eg3d_rlhf.models.weights import read
-from eg3d_rlhf.tuning.flow.base.conditioning import Conditions, to_device
+from eg3d_rlhf.tuning.flow.base.conditioning import Conditioning, to_device
 from eg3d_rlhf.tuning.flow.base.pairs import Lazy
-from eg3d_rlhf.tuning.flow.base.stage import refuse_empty
+from eg3d_rlhf.tuning.flow.base.stage import reject_empty
 from eg3d_rlhf.tuning.flow.families import print_notice
 from training.progress import tqdm
 from training.storage import load_strict
@@ -51,7 +51,7 @@ class OpenedFolder:
 
     def __init__(
         self,
-        conditioning: Conditions | None,
+        conditioning: Conditioning | None,
         parts: Callable[[str], nn.Module],
         device: str | torch.device,
         scales: Mapping[str, tuple[Sequence[float], Sequence[float]]],
@@ -102,7 +102,7 @@ class OpenedFolder:
             source = f" of {self.tokens.encoder}" if self.tokens.encoder else ""
             raise ValueError(f"conditioning: expected {expected}, but the file has {form}{source}. {remedy}")
 
-    def conditions(self, names: Sequence[str], stage: str) -> Any:
+    def conditioning(self, names: Sequence[str], stage: str) -> Any:
         """Return the conditioning of these prompts for a stage.
 
         Returns: tokens [N, L, E]; or a dictionary of tensors if the stage reads several.
@@ -111,7 +111,7 @@ class OpenedFolder:
         assert self.tokens is not None
         return self._conditioning(self.tokens.select(names), stage)
 
-    def no_condition(self, n: int, stage: str) -> Any:
+    def null_conditioning(self, n: int, stage: str) -> Any:
         """Return the empty conditioning for n samples: tokens [n, L, E], or a dictionary of tensors."""
         assert self.tokens is not None
         return self._conditioning(self.tokens.null(n), stage)
@@ -278,11 +278,11 @@ def never_empty(logits: torch.Tensor, message_prefix: str) -> torch.Tensor:
     Args:
         logits: occupancy logits of one structure, [1, 1, R, R, R] with R voxels per axis.
         message_prefix: beginning of the notice, such as the name of the stage.
-    Raises: EmptyStructure for an empty structure within the context `refusing_empty`.
+    Raises: EmptyStructure for an empty structure within the context `rejecting_empty`.
     """
     if not bool((logits > 0).any()):
-        # Raises within `refusing_empty`, where an empty structure counts as a failed sample.
-        refuse_empty(message_prefix, EMPTY_STRUCTURE_ADVICE)
+        # Raises within `rejecting_empty`, where an empty structure counts as a failed sample.
+        reject_empty(message_prefix, EMPTY_STRUCTURE_ADVICE)
         notice_empty(message_prefix)
     # Only the largest logit is replaced, by at least 1. If it was above 0, the occupancy does not change.
     return logits.where(logits != logits.amax(), logits.amax().clamp_min(1.0))

@@ -32,7 +32,7 @@ from eg3d_rlhf.models.hunyuan3d import (
 )
 from eg3d_rlhf.models.image_preprocessing import on_white, read_cut_out, short_side
 from eg3d_rlhf.models.weights import empty
-from eg3d_rlhf.tuning.flow.base.conditioning import Conditions
+from eg3d_rlhf.tuning.flow.base.conditioning import Conditioning
 from eg3d_rlhf.tuning.flow.base.family import FlowFamily, SizedStage
 from eg3d_rlhf.tuning.flow.base.stage import FlowPath, FlowStage, Sampling, TokenSet
 from eg3d_rlhf.tuning.flow.families import hunyuan3d_files as files
@@ -135,7 +135,7 @@ class ShapePipeline(OpenedFolder):
         self,
         file: files.ShapeFiles,
         model: Denoiser,
-        conditioning: Conditions | None,
+        conditioning: Conditioning | None,
         parts: Callable[[str], nn.Module],
         device: str | torch.device = "cpu",
     ):
@@ -233,12 +233,12 @@ REMEDY = "`eg3d-rlhf flow new`, by the DINOv2 of this checkpoint"
 PARTS: dict[str, Callable[..., nn.Module]] = {DECODER_HALF: files.decoder, ENCODING_HALF: files.encoder}
 
 
-def as_picture(pixels: np.ndarray) -> torch.Tensor:
+def as_image(pixels: np.ndarray) -> torch.Tensor:
     """Convert an image of bytes [h, w, 3] to an image [1, 3, h, w] of values 0..1."""
     return torch.from_numpy(pixels.astype(np.float32) / 255).permute(2, 0, 1)[None]
 
 
-def picture_tokens(file: files.ShapeFiles, network: Dino, images: torch.Tensor) -> torch.Tensor:
+def image_tokens(file: files.ShapeFiles, network: Dino, images: torch.Tensor) -> torch.Tensor:
     """Encode images [N, 3, h, w] of values 0..1 as tokens [N, L, E], after the last norm."""
     tokens = network(short_side(images, file.encoder.pixels))
     # The class token is the first token. Some configurations remove it.
@@ -269,7 +269,7 @@ class Hunyuan3d(FlowFamily):
     def load(
         self,
         root: Path,
-        conditions: Conditions | None,
+        conditioning: Conditioning | None,
         *,
         stages: Sequence[str] | None = None,
         dtype: torch.dtype | None = torch.float32,
@@ -287,23 +287,23 @@ class Hunyuan3d(FlowFamily):
         # If the flow is not needed, as for encoding and decoding, it stays on the meta device without
         # weights.
         if stages is not None and SHAPE not in stages:
-            return ShapePipeline(file, empty(partial(Denoiser, file.model)), conditions, part, device)
+            return ShapePipeline(file, empty(partial(Denoiser, file.model)), conditioning, part, device)
         sections = files.read_sections(file.checkpoint)
-        if conditions is not None:
-            conditions.check_source("conditions", files.source_of(file, sections), REMEDY)
+        if conditioning is not None:
+            conditioning.check_source("conditions", files.source_of(file, sections), REMEDY)
         # Names and shapes of the decoder are checked now, before anything expensive is computed.
         files.decoding_half(file, sections)
         model = files.denoiser(file, sections, dtype, device)
         # Recomputing blocks saves the memory of their activations.
         model.recompute = True
-        return ShapePipeline(file, model, conditions, part, device)
+        return ShapePipeline(file, model, conditioning, part, device)
 
     def condition(self, pipeline: ShapePipeline, stage: str) -> dict[str, list[int]]:
         """Return the shape [L, E] of the only conditioning tensor, by its name."""
         return {MAIN: pipeline.file.tokens}
 
     @torch.no_grad()
-    def embed_images(self, root: Path, images: Mapping[str, Path], device: torch.device) -> Conditions:
+    def embed_images(self, root: Path, images: Mapping[str, Path], device: torch.device) -> Conditioning:
         """Embed images with transparent backgrounds by the DINOv2 model in the checkpoint."""
         file = files.read_files(root)
         # Only the image encoder is needed; the flow's section may be missing.
@@ -312,9 +312,9 @@ class Hunyuan3d(FlowFamily):
         tokens = {}
         for name, path in embedding_progress(images.items(), "image"):
             # The second value is the object's mask. Only the image over white is encoded.
-            pixels, _ = read_cut_out(path, lambda image: on_white(image, file.picture, file.border))
-            tokens[name] = {MAIN: picture_tokens(file, network, as_picture(pixels).to(device))[0].cpu()}
-        return Conditions(tokens=tokens, encoder=files.source_of(file, sections), zero_null=True)
+            pixels, _ = read_cut_out(path, lambda image: on_white(image, file.image_size, file.border))
+            tokens[name] = {MAIN: image_tokens(file, network, as_image(pixels).to(device))[0].cpu()}
+        return Conditioning(tokens=tokens, encoder=files.source_of(file, sections), zero_null=True)
 
     def show(self, asset: ShapeAsset, path: Path, cells: int | None = None) -> Path:
         """Write the surface of a shape to <path>.obj.

@@ -25,9 +25,9 @@ from eg3d_rlhf.models.hunyuan3d import (
     ShapeEncoder,
 )
 from eg3d_rlhf.models.weights import (
-    below,
     content,
     empty,
+    entries_below,
     fill,
     fingerprint,
     frozen,
@@ -87,7 +87,7 @@ class ShapeFiles:
     encoder: DinoConfig
     class_token: bool = True  # whether DINOv2's class token is one of the conditioning tokens
     shift: float = 1.0  # shift of the sampler's times; see `hunyuan3d.sampling`
-    picture: int = IMAGE_SIZE  # pixels per side of a prepared image
+    image_size: int = IMAGE_SIZE  # pixels per side of a prepared image
     border: float = BORDER  # share of a side that stays empty around the object
 
     @property
@@ -101,7 +101,7 @@ class ShapeFiles:
 
         Files of embeddings contain this text and are compared by it, so it must not change.
         """
-        return f"pictures of {self.picture} pixels with a border of {self.border:g}, resized as by OpenCV"
+        return f"pictures of {self.image_size} pixels with a border of {self.border:g}, resized as by OpenCV"
 
 
 def folder_of(root: Path) -> Path:
@@ -156,13 +156,13 @@ def read_files(root: Path) -> ShapeFiles:
             encoder=encoder,
             class_token=class_token,
             shift=float(settings["scheduler"].get("shift", 1.0)),
-            picture=int(image_processor.get("size", IMAGE_SIZE)),
+            image_size=int(image_processor.get("size", IMAGE_SIZE)),
             border=BORDER if border is None else float(border),
         )
-        if not (result.shift > 0 and result.picture > 0 and 0 <= result.border < 1):
+        if not (result.shift > 0 and result.image_size > 0 and 0 <= result.border < 1):
             raise ValueError(
                 "shift and size must be above 0, and border_ratio must be in [0, 1), got shift"
-                f" {result.shift}, size {result.picture} and border_ratio {result.border}. Download the"
+                f" {result.shift}, size {result.image_size} and border_ratio {result.border}. Download the"
                 " file again."
             )
     except (TypeError, ValueError) as error:
@@ -268,7 +268,7 @@ def _image_encoder_config(params: Mapping) -> tuple[DinoConfig, bool]:
         )
     # The inner value is the resolution at which DINOv2 was trained, the outer one that of the input images.
     config = {"image_size": ENCODER_SIZE, **kwargs["config"], "shown": kwargs.get("image_size", ENCODER_SIZE)}
-    return DinoConfig.of(config), bool(kwargs.get("use_cls_token", True))
+    return DinoConfig.from_settings(config), bool(kwargs.get("use_cls_token", True))
 
 
 def _build_config(config_class: Any, params: Mapping, ignore_unknown: bool = False) -> Any:
@@ -309,7 +309,7 @@ def read_sections(path: Path, required: Sequence[str] = (MODEL, VAE)) -> dict[st
     if path.suffix == ".safetensors":
         # The section is the part of a name before the first dot. dict.fromkeys keeps the order of the file.
         section_names = dict.fromkeys(name.partition(".")[0] for name in sections)
-        sections = {section: below(sections, f"{section}.") for section in section_names}
+        sections = {section: entries_below(sections, f"{section}.") for section in section_names}
     # An empty section counts as missing, and a file that is no dictionary has no section.
     missing_sections = [
         section
@@ -436,7 +436,7 @@ def image_encoder(files: ShapeFiles, sections: Sections, device: str | torch.dev
         )
     return load_dino(
         files.encoder,
-        below(sections[CONDITIONER], ENCODER),
+        entries_below(sections[CONDITIONER], ENCODER),
         f"{files.checkpoint}, {CONDITIONER}",
         device,
     )
@@ -547,7 +547,7 @@ def networks(root: Path) -> list[Network]:
     if decoder_shapes.keys() <= decoder_tensors.keys():
         # Tensors that the decoder does not have are ignored, as in `decoding_half`.
         decoder_tensors = {name: decoder_tensors[name] for name in decoder_shapes}
-    image_encoder_tensors = below(sections.get(CONDITIONER, {}), ENCODER)
+    image_encoder_tensors = entries_below(sections.get(CONDITIONER, {}), ENCODER)
     return [
         Network(
             name="flow of shapes",

@@ -86,7 +86,7 @@ class LinearReward:
         # Scoring assets needs no gradient of the weights.
         self.weight.requires_grad_(False)
 
-    def __call__(self, assets: Sequence[SplatAsset], conditions: Sequence[str]) -> torch.Tensor:
+    def __call__(self, assets: Sequence[SplatAsset], prompts: Sequence[str]) -> torch.Tensor:
         """Score assets, [N] float32. The prompts are not used."""
         asset_features = torch.stack([features(asset) for asset in assets]).double()  # [N, F]
         return (((asset_features - self.mean) / self.std) @ self.weight).float()
@@ -117,7 +117,7 @@ class RewardOfPairs:
         # Fitted at the first call, because decoding all pairs takes long.
         self._reward: LinearReward | None = None
 
-    def __call__(self, assets: Sequence[SplatAsset], conditions: Sequence[str]) -> torch.Tensor:
+    def __call__(self, assets: Sequence[SplatAsset], prompts: Sequence[str]) -> torch.Tensor:
         """Score assets, [N] float32. The prompts are not used.
 
         Raises: ValueError if there are no pairs to fit the reward to.
@@ -144,4 +144,4 @@ class RewardOfPairs:
             preferred = torch.stack([features_by_id[id(pair.preferred)] for pair in pairs])  # [P, F]
             rejected = torch.stack([features_by_id[id(pair.rejected)] for pair in pairs])  # [P, F]
             self._reward = LinearReward(preferred, rejected, self._ridge)
-        return self._reward(assets, conditions)
+        return self._reward(assets, prompts)

@@ -17,13 +17,13 @@ import torch
 
 from eg3d_rlhf.core.cli import file_hash
 from eg3d_rlhf.experiments import version_0_1
-from eg3d_rlhf.tuning.flow.base.conditioning import NULL, read_conditions
+from eg3d_rlhf.tuning.flow.base.conditioning import NULL, read_conditioning
 from eg3d_rlhf.tuning.flow.base.family import COMMON, FitsRewards, FlowFamily, Opens
 from eg3d_rlhf.tuning.flow.base.pairs import (
     PairsByStage,
     PreferencePair,
     pairs_hash,
-    pairs_of_conditions,
+    pairs_of_prompts,
     read_pairs,
 )
 from eg3d_rlhf.tuning.flow.base.problem import Problem, chosen_precision
@@ -105,7 +105,7 @@ def open_folder(
         folders, None if source.conditions is None else Path(source.conditions)
     )
     # Read before the networks, so that a missing file is reported within seconds.
-    tokens = read_conditions(embeddings_path, zero_null=family.zero_null)
+    tokens = read_conditioning(embeddings_path, zero_null=family.zero_null)
     # An error for missing networks that only the rewards need is raised here, before the flows are read.
     files = family.files(Path(source.pipeline), tuple(folders))
     pipeline = family.load(
@@ -117,20 +117,20 @@ def open_folder(
     prompts = sorted({pair.condition for pairs in pairs_by_stage.values() for pair in pairs})
     tokens.select(prompts)  # raises an error for prompts without an embedding
     training_prompts, choosing_prompts, table_prompts = map(
-        list, source.splits or divided(prompts, source.seed, source.held_out)
+        list, source.splits or split_prompts(prompts, source.seed, source.held_out)
     )
     last_stage = pipeline.stages[-1].name
 
     def select_pairs(names: Sequence[str]) -> PairsByStage:
         """Return the pairs of some prompts, by stage."""
         # Computed on access: pairs of a stage are selected when the stage is trained.
-        return PairsByStage(folders, lambda stage: pairs_of_conditions(pairs_by_stage[stage], names))
+        return PairsByStage(folders, lambda stage: pairs_of_prompts(pairs_by_stage[stage], names))
 
     def fit_to_prompts(title: str, names: Sequence[str]) -> AssetReward | None:
         """Fit a reward to the last stage's pairs of some prompts; None if the family fits no rewards."""
         if fit is None:
             return None
-        return fit(pipeline, pairs_of_conditions(pairs_by_stage.get(last_stage, ()), names), title)
+        return fit(pipeline, pairs_of_prompts(pairs_by_stage.get(last_stage, ()), names), title)
 
     # The second and the third reward evaluate assets that went through all stages, so all must have pairs.
     has_evaluators = (
@@ -146,9 +146,9 @@ def open_folder(
         chooser_prompts = []
     return Problem(
         pipeline=pipeline,
-        train_conditions=training_prompts,
-        held_out_conditions=table_prompts,
-        choosing_conditions=choosing_prompts,
+        train_prompts=training_prompts,
+        held_out_prompts=table_prompts,
+        choosing_prompts=choosing_prompts,
         train_pairs=select_pairs(training_prompts),
         unseen_pairs=select_pairs([*choosing_prompts, *table_prompts]),
         reward=fit_to_prompts("reward", reward_prompts),
@@ -200,17 +200,19 @@ def open_embeddings(family: FlowFamily, source: ProblemSource, device: str | tor
         )
     root = Path(source.pipeline)
     embeddings_path = Path(source.conditions)
-    tokens = read_conditions(embeddings_path, zero_null=family.zero_null)
+    tokens = read_conditioning(embeddings_path, zero_null=family.zero_null)
     # Zeros are used only if the file has no embedding of '' (NULL).
     tokens = replace(tokens, zero_null=tokens.zero_null and NULL not in tokens.tokens)
     pipeline = family.load(root, tokens, dtype=getattr(torch, source.dtype), device=device)
     identity = _identity(family, source, embeddings_path, family.files(root))
-    training_prompts, choosing_prompts, table_prompts = divided(tokens.names, source.seed, source.held_out)
+    training_prompts, choosing_prompts, table_prompts = split_prompts(
+        tokens.names, source.seed, source.held_out
+    )
     return Problem(
         pipeline=pipeline,
-        train_conditions=training_prompts,
-        held_out_conditions=table_prompts,
-        choosing_conditions=choosing_prompts,
+        train_prompts=training_prompts,
+        held_out_prompts=table_prompts,
+        choosing_prompts=choosing_prompts,
         # Every stage is listed, with no pairs.
         train_pairs={stage.name: [] for stage in pipeline.stages},
         identity={**identity, "seed": source.seed, "held_out": source.held_out},
@@ -270,7 +272,7 @@ def read_stages(
     return pairs_by_stage
 
 
-def divided(names: Sequence[str], seed: int, held_out: float) -> tuple[list[str], list[str], list[str]]:
+def split_prompts(names: Sequence[str], seed: int, held_out: float) -> tuple[list[str], list[str], list[str]]:
     """Divide prompts, by a hash of their names, for training, for choosing checkpoints, and for the final
     table.
 

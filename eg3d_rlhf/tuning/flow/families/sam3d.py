@@ -32,7 +32,7 @@ from eg3d_rlhf.models.sam3d import SHAPE, LatentConfig, MixtureConfig, MixtureFl
 from eg3d_rlhf.models.sparse import Batch, Latent, NamedBatch, NamedSample, SparseBatch
 from eg3d_rlhf.models.trellis.autoencoders import grid_of, voxels_of
 from eg3d_rlhf.models.weights import empty, fingerprint, read
-from eg3d_rlhf.tuning.flow.base.conditioning import Conditions, read_array
+from eg3d_rlhf.tuning.flow.base.conditioning import Conditioning, read_array
 from eg3d_rlhf.tuning.flow.base.family import FlowFamily, SizedStage
 from eg3d_rlhf.tuning.flow.base.pairs import PairsByStage, PreferencePair
 from eg3d_rlhf.tuning.flow.base.problem import Problem
@@ -150,7 +150,7 @@ class Sam3dPipeline(OpenedFolder):
         self,
         file: files.PipelineFile,
         flows: Mapping[str, nn.Module],
-        conditioning: Conditions | None,
+        conditioning: Conditioning | None,
         parts: Callable[[str], nn.Module],
         device: str | torch.device = "cpu",
         tuned_parts: str = ALL,
@@ -478,7 +478,7 @@ class Sam3d(FlowFamily):
     def load(
         self,
         root: Path,
-        conditions: Conditions | None,
+        conditioning: Conditioning | None,
         *,
         stages: Sequence[str] | None = None,
         dtype: torch.dtype | None = torch.float32,
@@ -504,18 +504,18 @@ class Sam3d(FlowFamily):
             flow.recompute = True
             prints.append(fingerprint(files.embedder_state(generator, state)))
         # Files of embeddings name both embedders, so they can be checked only if both checkpoints were read.
-        if conditions is not None and len(prints) == len(files.STAGES):
-            conditions.check_source("conditions", _source(file, prints), REMEDY)
+        if conditioning is not None and len(prints) == len(files.STAGES):
+            conditioning.check_source("conditions", _source(file, prints), REMEDY)
         # Called after both flows are built, because the size of the larger flow decides.
         spare_memory(flows.values(), device)
         # Meshes have no pose, so latents without one must be accepted.
-        parts = SHAPE if conditions is None else self.parts
+        parts = SHAPE if conditioning is None else self.parts
 
         def part(name: str) -> nn.Module:
             """Read a decoder or the encoder by its name."""
             return files.load_part(file, name, device)
 
-        return Sam3dPipeline(file, flows, conditions, part, device, parts)
+        return Sam3dPipeline(file, flows, conditioning, part, device, parts)
 
     def condition(self, pipeline: Sam3dPipeline, stage: str) -> list[int]:
         """Return the shape [L, E] of the conditioning tokens of one sample."""
@@ -542,7 +542,7 @@ class Sam3d(FlowFamily):
         )
 
     @torch.no_grad()
-    def embed_images(self, root: Path, images: Mapping[str, Path], device: torch.device) -> Conditions:
+    def embed_images(self, root: Path, images: Mapping[str, Path], device: torch.device) -> Conditioning:
         """Embed images of objects by the embedders of both checkpoints.
 
         The alpha channel of an image is the object's mask, and its point map is a file beside it; see
@@ -563,7 +563,7 @@ class Sam3d(FlowFamily):
                 tokens[name][stage] = (
                     embedder({key: inputs[key][None].to(device) for key in embedder.names})[0].float().cpu()
                 )
-        return Conditions(tokens=tokens, encoder=_source(file, prints), zero_null=True)
+        return Conditioning(tokens=tokens, encoder=_source(file, prints), zero_null=True)
 
     def facts(self, pipeline: Sam3dPipeline, condition: str, latents: Mapping[str, Latent]) -> dict:
         """Return the pose of a sampled object for the list of sampled assets, in JSON types.

@@ -30,10 +30,10 @@ from eg3d_rlhf.models.dino import DinoConfig, from_hub
 from eg3d_rlhf.models.image_preprocessing import ObjectCut
 from eg3d_rlhf.models.sam3d import (
     Embedder,
+    ImageEncoder,
     LatentConfig,
     MixtureConfig,
     MixtureFlow,
-    Pictures,
     PointConfig,
     PointPatches,
     VoxelFlow,
@@ -48,9 +48,9 @@ from eg3d_rlhf.models.trellis.autoencoders import (
 )
 from eg3d_rlhf.models.weights import (
     State,
-    below,
     content,
     empty,
+    entries_below,
     fill,
     frozen,
     in_types_of,
@@ -598,7 +598,7 @@ def _under(file: GeneratorFile, prefixes: tuple[str, ...], state: State | None) 
     """
     state = read(file.checkpoint, "weights") if state is None else state
     for prefix in prefixes:
-        if tensors := below(state, prefix):
+        if tensors := entries_below(state, prefix):
             return tensors
     raise ValueError(
         f"{file.checkpoint}: no name of a tensor begins with {' or '.join(prefixes)}. The names are"
@@ -625,10 +625,10 @@ def of_embedder(embedder: Embedder, state: Mapping[str, torch.Tensor]) -> State:
     """
     renamed = dict(state)
     for number, encoder in enumerate(embedder.module_list):
-        if isinstance(encoder, Pictures):
+        if isinstance(encoder, ImageEncoder):
             prefix = f"module_list.{number}.backbone."
             # from_hub may also interpolate the position embeddings to the size of the input images.
-            dino_tensors = from_hub(below(state, prefix), encoder.backbone.config)
+            dino_tensors = from_hub(entries_below(state, prefix), encoder.backbone.config)
             # The old names are removed, because unknown names are an error when the network is filled.
             renamed = {name: tensor for name, tensor in renamed.items() if not name.startswith(prefix)}
             renamed |= {prefix + name: tensor for name, tensor in dino_tensors.items()}
@@ -686,11 +686,11 @@ def _encoder(
         if kind == "Dino":
             size = int(content.get("input_size", 224))
             # The sizes are inferred from the tensors, because the YAML file does not state them.
-            backbone = below(state, f"module_list.{number}.backbone.")
-            config = DinoConfig.of_state(backbone, "embedder", shown=size)
+            backbone = entries_below(state, f"module_list.{number}.backbone.")
+            config = DinoConfig.from_state(backbone, "embedder", shown=size)
             prenorm = bool(content.get("prenorm_features", False))
             normalise = bool(content.get("normalize_images", True))
-            return Pictures(config, size, prenorm, normalise), config.hidden_size, names
+            return ImageEncoder(config, size, prenorm, normalise), config.hidden_size, names
         if kind == "PointPatchEmbed":
             # Other settings of this encoder concern training and are ignored.
             field_names = {field.name for field in dataclasses.fields(PointConfig)}

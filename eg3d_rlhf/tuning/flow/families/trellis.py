@@ -20,7 +20,7 @@ from torch import nn
 
 from eg3d_rlhf.models.sparse import Batch, Latent, SparseBatch, SparseSample
 from eg3d_rlhf.models.trellis.autoencoders import grid_of, voxels_of
-from eg3d_rlhf.tuning.flow.base.conditioning import Conditions, read_array
+from eg3d_rlhf.tuning.flow.base.conditioning import Conditioning, read_array
 from eg3d_rlhf.tuning.flow.base.family import FlowFamily, Network, Release, SizedStage
 from eg3d_rlhf.tuning.flow.base.problem import Problem
 from eg3d_rlhf.tuning.flow.base.settings import EncodingSource, ProblemSource
@@ -67,7 +67,7 @@ class TrellisPipeline(EncodingFolder):
         self,
         file: files.PipelineFile,
         flows: Mapping[str, Any],
-        conditioning: Conditions | None,
+        conditioning: Conditioning | None,
         parts: Callable[[str], nn.Module],
         device: str | torch.device = "cpu",
         encoding: Encoding | None = None,
@@ -221,7 +221,7 @@ class Trellis(FlowFamily):
     def load(
         self,
         root: Path,
-        conditions: Conditions | None,
+        conditioning: Conditioning | None,
         *,
         stages: Sequence[str] | None = None,
         dtype: torch.dtype | None = torch.float32,
@@ -241,7 +241,7 @@ class Trellis(FlowFamily):
             """Read a decoder or an encoder by its name."""
             return files.load_model(files.find_model(file, name), dtype=torch.float32, device=device)
 
-        return TrellisPipeline(file, flows, conditions, part, device, self.encoding)
+        return TrellisPipeline(file, flows, conditioning, part, device, self.encoding)
 
     def condition(self, pipeline: TrellisPipeline, stage: str) -> list[int]:
         """Return the shape [L, E] of the conditioning tokens of one sample."""
@@ -283,11 +283,11 @@ class Trellis(FlowFamily):
         """
         return {"normalization": files.normalization(pipeline.file, stage), "report": report}
 
-    def embed_images(self, root: Path, images: Mapping[str, Path], device: torch.device) -> Conditions:
+    def embed_images(self, root: Path, images: Mapping[str, Path], device: torch.device) -> Conditioning:
         """Embed images with transparent backgrounds by DINOv2. Raises: ValueError for a pipeline of texts."""
         return ImageEncoder(_of_kind(root, "image").encoder, device).embed(images)
 
-    def embed_texts(self, root: Path, texts: Sequence[str], device: torch.device) -> Conditions:
+    def embed_texts(self, root: Path, texts: Sequence[str], device: torch.device) -> Conditioning:
         """Embed texts by CLIP. Raises: ValueError for a pipeline of images."""
         return TextEncoder(_of_kind(root, "text").encoder, device).embed(texts)
 

@@ -31,7 +31,7 @@ from eg3d_rlhf.models.image_preprocessing import on_black_first, read_cut_out
 from eg3d_rlhf.models.sparse import Batch, Latent, SparseBatch, SparseSample
 from eg3d_rlhf.models.trellis.autoencoders import grid_of, voxels_of
 from eg3d_rlhf.models.trellis2 import Flow, VoxelAsset, VoxelDecoder, VoxelEncoder, assets_of
-from eg3d_rlhf.tuning.flow.base.conditioning import Conditions
+from eg3d_rlhf.tuning.flow.base.conditioning import Conditioning
 from eg3d_rlhf.tuning.flow.base.family import FlowFamily, Network, Release, SizedStage
 from eg3d_rlhf.tuning.flow.base.problem import Problem
 from eg3d_rlhf.tuning.flow.base.settings import ProblemSource
@@ -78,7 +78,7 @@ class Trellis2Pipeline(EncodingFolder):
         self,
         file: files.PipelineFile,
         flows: Mapping[str, nn.Module],
-        conditioning: Conditions | None,
+        conditioning: Conditioning | None,
         parts: Callable[[str], nn.Module],
         device: str | torch.device = "cpu",
     ):
@@ -396,7 +396,7 @@ def source_of(file: files.PipelineFile) -> str:
 
 
 @torch.no_grad()
-def picture_tokens(encoder: Dino3, images: torch.Tensor) -> torch.Tensor:
+def image_tokens(encoder: Dino3, images: torch.Tensor) -> torch.Tensor:
     """Encode images [N, 3, h, w] of values 0..1 as tokens [N, L, E] on the CPU.
 
     The tokens are taken before the network's last norm. They are normalised by a layer norm without
@@ -435,7 +435,7 @@ class Trellis2(FlowFamily):
     def load(
         self,
         root: Path,
-        conditions: Conditions | None,
+        conditioning: Conditioning | None,
         *,
         stages: Sequence[str] | None = None,
         dtype: torch.dtype | None = torch.float32,
@@ -480,7 +480,7 @@ class Trellis2(FlowFamily):
             # Autoencoders always compute in float32.
             return files.load_model(find_model(file, name), dtype=torch.float32, device=device)
 
-        return Trellis2Pipeline(file, flows, conditions, part, device)
+        return Trellis2Pipeline(file, flows, conditioning, part, device)
 
     def condition(self, pipeline: Trellis2Pipeline, stage: str) -> list[int]:
         """Return the shape [L, E] of a stage's conditioning."""
@@ -510,7 +510,7 @@ class Trellis2(FlowFamily):
         # Without rewards the loop does not run.
         return open_folder(self, source, device, stages=stages, rewards=not missing_encoders)
 
-    def embed_images(self, root: Path, images: Mapping[str, Path], device: torch.device) -> Conditions:
+    def embed_images(self, root: Path, images: Mapping[str, Path], device: torch.device) -> Conditioning:
         """Embed images with transparent backgrounds at both sizes, by the DINOv3 model that pipeline.json
         names.
         """
@@ -522,10 +522,10 @@ class Trellis2(FlowFamily):
         for name, path in embedding_progress(images.items(), "image"):
             resized = read_cut_out(path, lambda image: on_black_first(image, tuple(map(int, sizes))))
             tokens[name] = {
-                size: picture_tokens(encoder, image[None])[0]
+                size: image_tokens(encoder, image[None])[0]
                 for size, image in zip(sizes, resized, strict=True)
             }
-        return Conditions(tokens=tokens, encoder=source_of(file), zero_null=True)
+        return Conditioning(tokens=tokens, encoder=source_of(file), zero_null=True)
 
     def networks(self, root: Path) -> list[Network]:
         """List all networks of the pipeline for `flow check`. The encoders may be missing."""

@@ -33,7 +33,7 @@ import torch
 from safetensors.torch import save
 
 from eg3d_rlhf.models.sparse import Latent, SparseSample, collate, feats_of, to_cpu
-from eg3d_rlhf.tuning.flow.base.conditioning import Conditions, read_array, read_embedding
+from eg3d_rlhf.tuning.flow.base.conditioning import Conditioning, read_array, read_embedding
 from eg3d_rlhf.tuning.flow.base.ranking import Candidate, Imported, file_of, pair_up, rank_of
 from eg3d_rlhf.tuning.flow.base.stage import stage_of
 from eg3d_rlhf.tuning.flow.families.trellis_assets import read_ply
@@ -171,14 +171,14 @@ def read_dso(root: Path, pipeline: Any) -> Imported:
     pairs = pair_up(candidates)
     # Images of which all samples stand, or all fall, give no pair.
     paired = {pair.condition for pair in pairs[STRUCTURE]}
-    conditioning = Conditions(tokens={k: v for k, v in tokens.items() if k in paired}, zero_null=True)
+    conditioning = Conditioning(tokens={k: v for k, v in tokens.items() if k in paired}, zero_null=True)
     report = {
         "assets": len(candidates),
         "without_angle": without_angle,
         "one_sided": len(tokens) - len(paired),
         "pairs": len(pairs[STRUCTURE]),
     }
-    return Imported(pairs=pairs, conditions=conditioning, report=report)
+    return Imported(pairs=pairs, conditioning=conditioning, report=report)
 
 
 def _canonical(number: object) -> str:

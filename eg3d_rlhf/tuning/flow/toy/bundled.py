@@ -311,9 +311,9 @@ def toy_problem(
     other_pairs_per_condition = min(UNSEEN_PER_CONDITION, pairs_per_condition)
     return Problem(
         pipeline=ToyPipeline(load_network(STRUCTURE), load_network(VOXELS), device),
-        train_conditions=TRAINED,
-        held_out_conditions=HELD_OUT,
-        choosing_conditions=CHOOSING,
+        train_prompts=TRAINED,
+        held_out_prompts=HELD_OUT,
+        choosing_prompts=CHOOSING,
         train_pairs=PairsByStage(
             STAGES, lambda stage: human_pairs(stage, TRAINED, pairs_per_condition, seed, defects)
         ),

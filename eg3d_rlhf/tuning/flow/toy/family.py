@@ -14,7 +14,7 @@ if TYPE_CHECKING:  # `--help` imports this module, and would be slow with torch
     import torch
     from torch import nn
 
-    from eg3d_rlhf.tuning.flow.base.conditioning import Conditions
+    from eg3d_rlhf.tuning.flow.base.conditioning import Conditioning
     from eg3d_rlhf.tuning.flow.base.problem import Problem
     from eg3d_rlhf.tuning.flow.base.settings import ProblemSource
     from eg3d_rlhf.tuning.flow.toy.toy_pipeline import ToyAsset, ToyPipeline
@@ -46,7 +46,7 @@ class Toy(FlowFamily):
     def load(
         self,
         root: Path,
-        conditions: Conditions | None,
+        conditioning: Conditioning | None,
         *,
         stages: Sequence[str] | None = None,
         dtype: torch.dtype | None = None,
@@ -59,22 +59,22 @@ class Toy(FlowFamily):
         return ToyPipeline(load_network(STRUCTURE), load_network(VOXELS), device)
 
     def condition(self, pipeline: ToyPipeline, stage: str) -> list[int]:
-        return list(pipeline.no_condition(1, stage).shape[1:])
+        return list(pipeline.null_conditioning(1, stage).shape[1:])
 
     def open(self, source: ProblemSource, device: str | torch.device) -> Problem:
         from eg3d_rlhf.tuning.flow.toy.bundled import toy_problem
 
         return toy_problem(source.seed, device, labelled=source.labelled)
 
-    def embed_texts(self, root: Path, texts: Sequence[str], device: torch.device) -> Conditions:
+    def embed_texts(self, root: Path, texts: Sequence[str], device: torch.device) -> Conditioning:
         """Make the tokens of the toy's prompts."""
         from torch import nn
 
-        from eg3d_rlhf.tuning.flow.base.conditioning import Conditions
+        from eg3d_rlhf.tuning.flow.base.conditioning import Conditioning
         from eg3d_rlhf.tuning.flow.toy.toy_pipeline import ToyPipeline
 
-        tokens = ToyPipeline(nn.Identity(), nn.Identity()).conditions(texts, STRUCTURE)
-        return Conditions(tokens=dict(zip(texts, tokens, strict=True)), encoder="toy", zero_null=True)
+        tokens = ToyPipeline(nn.Identity(), nn.Identity()).conditioning(texts, STRUCTURE)
+        return Conditioning(tokens=dict(zip(texts, tokens, strict=True)), encoder="toy", zero_null=True)
 
     def show(self, asset: ToyAsset, path: Path) -> Path:
         """Write voxels as coloured cubes to a .ply file, without the faces between two cubes.

@@ -27,7 +27,7 @@ from scipy import ndimage
 from torch import nn
 
 from eg3d_rlhf.models.sparse import separate
-from eg3d_rlhf.preferences.label_scores import of_ranks, of_votes
+from eg3d_rlhf.preferences.label_scores import goodness_from_ranks, goodness_from_votes
 from eg3d_rlhf.preferences.losses import preference_loss
 from eg3d_rlhf.tuning.flow.base.pairs import PreferencePair
 from eg3d_rlhf.tuning.flow.base.ranking import Candidate
@@ -46,10 +46,10 @@ class _Views:
     colour_error: torch.Tensor  # [N, P, 3], 0 where nothing is filled
 
     @classmethod
-    def from_assets(cls, assets: Sequence[toy.ToyAsset], conditions: Sequence[str]) -> "_Views":
+    def from_assets(cls, assets: Sequence[toy.ToyAsset], prompts: Sequence[str]) -> "_Views":
         """Make the arrays of N assets with N prompts."""
-        assert len(assets) == len(conditions) > 0
-        shapes, colours = toy.targets(conditions)
+        assert len(assets) == len(prompts) > 0
+        shapes, colours = toy.targets(prompts)
         filled = torch.stack([asset.occupancy for asset in assets]).flatten(1).float()
         painted = torch.stack([asset.colours for asset in assets])
         return cls(filled, shapes.flatten(2).float(), (painted - colours).flatten(1, 3) * filled[..., None])
@@ -73,12 +73,12 @@ class _Oracle(ABC):
     """Oracle whose score is a score of the geometry plus a score of the colour."""
 
     @abstractmethod
-    def parts(self, assets: Sequence[toy.ToyAsset], conditions: Sequence[str]) -> Mapping[str, torch.Tensor]:
+    def parts(self, assets: Sequence[toy.ToyAsset], prompts: Sequence[str]) -> Mapping[str, torch.Tensor]:
         """Return the scores "geometry" and "colour" of N assets with N prompts, [N] float32 each."""
 
-    def __call__(self, assets: Sequence[toy.ToyAsset], conditions: Sequence[str]) -> torch.Tensor:
+    def __call__(self, assets: Sequence[toy.ToyAsset], prompts: Sequence[str]) -> torch.Tensor:
         """Return the sum of both scores of N assets with N prompts, [N] float32."""
-        parts = self.parts(assets, conditions)
+        parts = self.parts(assets, prompts)
         return parts["geometry"] + parts["colour"]
 
 
@@ -88,8 +88,8 @@ class LabelOracle(_Oracle):
     Geometry: 4 times the intersection over union (IoU). Colour: -4 times the root mean square error.
     """
 
-    def parts(self, assets: Sequence[toy.ToyAsset], conditions: Sequence[str]) -> Mapping[str, torch.Tensor]:
-        views = _Views.from_assets(assets, conditions)
+    def parts(self, assets: Sequence[toy.ToyAsset], prompts: Sequence[str]) -> Mapping[str, torch.Tensor]:
+        views = _Views.from_assets(assets, prompts)
         # Intersection divided by union, for the variant for which it is largest.
         iou = (views.overlap / (views.sizes - views.overlap)).amax(1)
         return {"geometry": 4 * iou, "colour": -4 * views.mean(views.colour_error.square().mean(2)).sqrt()}
@@ -102,9 +102,9 @@ class ChooserOracle(_Oracle):
     Colour: the share of voxels whose error is within RIGHT_COLOUR in every channel.
     """
 
-    def parts(self, assets: Sequence[toy.ToyAsset], conditions: Sequence[str]) -> Mapping[str, torch.Tensor]:
-        views = _Views.from_assets(assets, conditions)
-        to_shape = _distances_to_shapes()[toy.classes(conditions)[0]]  # [N, K, P]
+    def parts(self, assets: Sequence[toy.ToyAsset], prompts: Sequence[str]) -> Mapping[str, torch.Tensor]:
+        views = _Views.from_assets(assets, prompts)
+        to_shape = _distances_to_shapes()[toy.classes(prompts)[0]]  # [N, K, P]
         to_asset = torch.stack([_distance(asset.occupancy) for asset in assets])  # [N, P]
         # Mean distance [N, K] of the asset's voxels from a variant, which measures additional parts.
         asset_to_shape = torch.einsum("np,nkp->nk", views.filled, to_shape)
@@ -125,12 +125,12 @@ class FinalOracle(_Oracle):
     beyond the first. Colour: -3 times the mean absolute error.
     """
 
-    def measures(self, assets: Sequence[toy.ToyAsset], conditions: Sequence[str]) -> dict[str, torch.Tensor]:
+    def measures(self, assets: Sequence[toy.ToyAsset], prompts: Sequence[str]) -> dict[str, torch.Tensor]:
         """Return the terms of the score of N assets with N prompts, [N] each. A larger term is better.
 
         The terms are "overlap", "symmetry", "pieces" (negative, for parts beyond the first) and "colour".
         """
-        views = _Views.from_assets(assets, conditions)
+        views = _Views.from_assets(assets, prompts)
         # Every target is symmetric in x, so the symmetry is measured without the target.
         mirrored = torch.stack([asset.occupancy.flip(0) for asset in assets]).flatten(1)
         # The second result of scipy's label is the number of parts that are connected by faces.
@@ -142,8 +142,8 @@ class FinalOracle(_Oracle):
             "colour": -3 * views.mean(views.colour_error.abs().mean(2)),
         }
 
-    def parts(self, assets: Sequence[toy.ToyAsset], conditions: Sequence[str]) -> Mapping[str, torch.Tensor]:
-        parts = self.measures(assets, conditions)
+    def parts(self, assets: Sequence[toy.ToyAsset], prompts: Sequence[str]) -> Mapping[str, torch.Tensor]:
+        parts = self.measures(assets, prompts)
         return {"geometry": parts["overlap"] + parts["symmetry"] + parts["pieces"], "colour": parts["colour"]}
 
 
@@ -166,7 +166,7 @@ TEMPERATURE = 0.1  # temperature of the simulated annotator's noise, in units of
 class Judged:
     """P labelled pairs of drafts. The drafts of a pair have the same prompt."""
 
-    conditions: tuple[str, ...]  # P prompts
+    prompts: tuple[str, ...]  # P prompts
     preferred: toy.Drafts
     rejected: toy.Drafts
     assets: tuple[list[toy.ToyAsset], list[toy.ToyAsset]]  # decoded preferred and rejected drafts
@@ -174,17 +174,17 @@ class Judged:
 
 
 def judge_drafts(
-    conditions: Sequence[str], generator: torch.Generator, defects: toy.Defects | None = None
+    prompts: Sequence[str], generator: torch.Generator, defects: toy.Defects | None = None
 ) -> Judged:
     """Sample one pair of drafts for each of P prompts, and label it by the simulated annotator.
 
     P(first is preferred) = sigmoid((s_first - s_second) / TEMPERATURE), where s is LabelOracle's score
     (Bradley and Terry 1952).
     """
-    drafts = [toy.draw_drafts(conditions, generator, defects) for _ in range(2)]
+    drafts = [toy.draw_drafts(prompts, generator, defects) for _ in range(2)]
     assets = [toy.make_assets(draft) for draft in drafts]
     oracle = LabelOracle()
-    gap = oracle(assets[0], conditions) - oracle(assets[1], conditions)
+    gap = oracle(assets[0], prompts) - oracle(assets[1], prompts)
     prefers_first = torch.rand(len(gap), generator=generator) < torch.sigmoid(gap / TEMPERATURE)  # [P]
 
     def select(takes_first: torch.Tensor) -> tuple[toy.Drafts, list[toy.ToyAsset]]:
@@ -206,11 +206,11 @@ def judge_drafts(
     preferred, better_assets = select(prefers_first)
     rejected, worse_assets = select(~prefers_first)
     agrees = (gap > 0) == prefers_first
-    return Judged(tuple(conditions), preferred, rejected, (better_assets, worse_assets), agrees)
+    return Judged(tuple(prompts), preferred, rejected, (better_assets, worse_assets), agrees)
 
 
 def human_pairs(
-    stage: str, conditions: Sequence[str], per_condition: int, seed: int, defects: toy.Defects | None = None
+    stage: str, prompts: Sequence[str], per_condition: int, seed: int, defects: toy.Defects | None = None
 ) -> list[PreferencePair]:
     """Make simulated preference pairs of a stage's latents. The pairs of both stages are made of the same
     assets.
@@ -223,7 +223,7 @@ def human_pairs(
         defects: largest strengths of the defects; None for the defaults.
     """
     pairs = []
-    for condition in conditions:
+    for condition in prompts:
         # The seed depends on the prompt, so that the pairs of a prompt do not depend on the other prompts.
         draw_seed = zlib.crc32(f"{seed} {condition}".encode())
         judged = judge_drafts([condition] * per_condition, torch.Generator().manual_seed(draw_seed), defects)
@@ -243,7 +243,7 @@ def human_pairs(
 
 
 def human_singles(
-    kind: str, conditions: Sequence[str], per_condition: int, seed: int, defects: toy.Defects | None = None
+    kind: str, prompts: Sequence[str], per_condition: int, seed: int, defects: toy.Defects | None = None
 ) -> Labelled:
     """Make assets with one simulated label each. Both kinds of labels have the same assets.
 
@@ -259,7 +259,7 @@ def human_singles(
     """
     assets = list[Candidate]()
     goodness = dict[str, float]()
-    for condition in conditions:
+    for condition in prompts:
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {condition} alone".encode()))
         drafts = toy.draw_drafts([condition] * per_condition, generator, defects)
         scores = LabelOracle()(toy.make_assets(drafts), [condition] * per_condition)
@@ -271,7 +271,11 @@ def human_singles(
         names = [f"{condition.replace(' ', '-')}-{seed}-{i:03d}" for i in range(per_condition)]
         # Minus, because smaller ranks are better.
         ranks = dict(zip(names, (-noisy).tolist(), strict=True))
-        goodness |= of_ranks(ranks) if kind == "ranks" else of_votes(zip(names, up.tolist(), strict=True))
+        goodness |= (
+            goodness_from_ranks(ranks)
+            if kind == "ranks"
+            else goodness_from_votes(zip(names, up.tolist(), strict=True))
+        )
         latents = {stage: separate(drafts.latents(stage)) for stage in (toy.STRUCTURE, toy.VOXELS)}
         for i, name in enumerate(names):
             asset_latents = {stage: stage_latents[i] for stage, stage_latents in latents.items()}
@@ -322,11 +326,11 @@ class LearnedReward(nn.Module):
         ).squeeze(1)
 
     @torch.no_grad()
-    def forward(self, assets: Sequence[toy.ToyAsset], conditions: Sequence[str]) -> torch.Tensor:
+    def forward(self, assets: Sequence[toy.ToyAsset], prompts: Sequence[str]) -> torch.Tensor:
         """Return the scores of N assets with N prompts, [N] float32 on the CPU."""
         device = self.mean.device
         return self.score(
-            volumes_of(assets).to(device), *(numbers.to(device) for numbers in toy.classes(conditions))
+            volumes_of(assets).to(device), *(numbers.to(device) for numbers in toy.classes(prompts))
         ).cpu()
 
 
@@ -374,7 +378,7 @@ class RewardTraining:
 def fit(
     better: Sequence[toy.ToyAsset],
     worse: Sequence[toy.ToyAsset],
-    conditions: Sequence[str],
+    prompts: Sequence[str],
     training: RewardTraining,
     generator: torch.Generator,
     on_step: Callable[[int, int, float], None] | None = None,
@@ -400,12 +404,12 @@ def fit(
     # clamp avoids a division by 0 for a feature that is constant.
     network.mean = features.mean(0)
     network.std = features.std(0).clamp(min=1e-3)
-    shapes, colours = toy.classes(conditions)
+    shapes, colours = toy.classes(prompts)
     step = 0
-    steps = training.epochs * (-(-len(conditions) // training.batch))
+    steps = training.epochs * (-(-len(prompts) // training.batch))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(training.epochs):
-        for rows in torch.randperm(len(conditions), generator=generator).split(training.batch):
+        for rows in torch.randperm(len(prompts), generator=generator).split(training.batch):
             # [2 B]: preferred, then rejected
             scores = network.score(
                 torch.cat([preferred[rows], rejected[rows]]), shapes[rows].repeat(2), colours[rows].repeat(2)

@@ -113,7 +113,7 @@ def canonical_colours() -> torch.Tensor:
     return torch.tensor(list(COLOURS.values()))[:, None] * brightness[None, :, None]
 
 
-def classes(conditions: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+def classes(prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the class numbers of the shapes [N] and of the colours [N] of N prompts, as int64.
 
     Raises: ValueError for a prompt that the toy does not have.
@@ -121,7 +121,7 @@ def classes(conditions: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
     shapes = list(SHAPES)
     colours = list(COLOURS)
     pairs = []
-    for name in conditions:
+    for name in prompts:
         colour, _, shape = name.partition(" ")
         if shape not in SHAPES or colour not in COLOURS:
             raise ValueError(
@@ -133,12 +133,12 @@ def classes(conditions: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
     return numbers[:, 0], numbers[:, 1]
 
 
-def targets(conditions: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+def targets(prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the correct shapes [N, K, R, R, R] bool and colours [N, R, R, R, 3] of N prompts.
 
     Any of the K variants of a shape is correct. Colours are defined for all cells, also for empty ones.
     """
-    shapes, colours = classes(conditions)
+    shapes, colours = classes(prompts)
     # Colours depend on the height only: [N, R, 3] -> [N, 1, 1, R, 3] -> [N, R, R, R, 3].
     return canonical_shapes()[shapes], canonical_colours()[colours][:, None, None].expand(-1, R, R, -1, -1)
 
@@ -193,9 +193,7 @@ class Drafts:
         )
 
 
-def draw_drafts(
-    conditions: Sequence[str], generator: torch.Generator, defects: Defects | None = None
-) -> Drafts:
+def draw_drafts(prompts: Sequence[str], generator: torch.Generator, defects: Defects | None = None) -> Drafts:
     """Sample one draft for each of N prompts, of a random variant of its shape.
 
     Args:
@@ -205,7 +203,7 @@ def draw_drafts(
         defects: largest strengths of the defects; None for the defaults.
     """
     defects = defects or Defects()
-    shapes, colours = targets(conditions)
+    shapes, colours = targets(prompts)
     n = len(shapes)
 
     def uniform(*size: int) -> torch.Tensor:
@@ -294,7 +292,7 @@ class ToyPipeline:
             )
         )
 
-    def conditions(self, names: Sequence[str], stage: str) -> torch.Tensor:
+    def conditioning(self, names: Sequence[str], stage: str) -> torch.Tensor:
         """Return the tokens of N prompts, [N, 2, 28]. They are the same for both stages."""
         shapes, colours = classes(names)
         width = len(SHAPES) + len(COLOURS)
@@ -302,7 +300,7 @@ class ToyPipeline:
         tokens = torch.stack([F.one_hot(shapes, width), F.one_hot(len(SHAPES) + colours, width)], dim=1)
         return tokens.float().to(self.device)
 
-    def no_condition(self, n: int, stage: str) -> torch.Tensor:
+    def null_conditioning(self, n: int, stage: str) -> torch.Tensor:
         return torch.zeros(n, 2, len(SHAPES) + len(COLOURS), device=self.device)
 
     def advance(self, stage: str, x_0: torch.Tensor) -> list[Voxels]:

@@ -85,7 +85,7 @@ class PairAccuracy:
         for draw in range(self.draws):
             for batch_start in range(0, len(self.pairs), self.batch):
                 batch_pairs = self.pairs[batch_start : batch_start + self.batch]
-                cond = self.conditioned.conditions([pair.condition for pair in batch_pairs])
+                cond = self.conditioned.conditioning([pair.condition for pair in batch_pairs])
                 # the number of the draw is passed as the epoch, so that each draw has another time and noise
                 pair_draw = draw_pairs(
                     self.stage, batch_pairs, cond, None, DpoConfig(), self.seed, draw, device
@@ -188,7 +188,7 @@ class Accuracy:
     interval: tuple[float, float]  # lower and upper end of the interval of the accuracy
     margin: float  # mean margin over the pairs
     pairs: int  # number of pairs
-    conditions: int  # number of prompts; the name is a JSON key
+    prompts: int  # number of prompts; the name is a JSON key
     outcomes: tuple[float, ...] = ()  # [P], 1, 0 or one half for each pair; see ordered
     # (mean, low, high): mean rise in error of the preferred samples (see Measured) and its interval; None:
     # not measured
@@ -201,7 +201,7 @@ class Accuracy:
             "interval": list(self.interval),
             "margin": self.margin,
             "pairs": self.pairs,
-            "conditions": self.conditions,
+            "conditions": self.prompts,
             "preferred_error": None if self.preferred is None else list(self.preferred),
         }
 
@@ -263,7 +263,7 @@ def accuracy_of(
         interval=(low, high),
         margin=float(margins.mean()),
         pairs=len(outcomes),
-        conditions=len(names),
+        prompts=len(names),
         outcomes=tuple(outcomes.tolist()),
         preferred=rise,
     )

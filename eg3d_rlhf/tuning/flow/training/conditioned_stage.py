@@ -14,13 +14,13 @@ from eg3d_rlhf.tuning.flow.base.conditioning import Condition
 from eg3d_rlhf.tuning.flow.base.stage import FlowStage, Pipeline, stage_of
 
 
-class Conditioning(Protocol):
+class ConditioningSource(Protocol):
     """Interface to a source of the conditioning tensors of a stage. A Pipeline implements it."""
 
-    def conditions(self, names: Sequence[str], stage: str) -> Condition:
+    def conditioning(self, names: Sequence[str], stage: str) -> Condition:
         """Return the conditioning tensors of N prompts for a stage, N rows; see Pipeline."""
 
-    def no_condition(self, n: int, stage: str) -> Condition:
+    def null_conditioning(self, n: int, stage: str) -> Condition:
         """Return the empty conditioning for a stage, n equal rows; see Pipeline."""
 
 
@@ -29,7 +29,7 @@ class ConditionedStage:
     """Stage with the source of its conditioning."""
 
     stage: FlowStage
-    conditioning: Conditioning
+    source: ConditioningSource
 
     @classmethod
     def from_pipeline(cls, pipeline: Pipeline, name: str) -> Self:
@@ -45,10 +45,10 @@ class ConditionedStage:
         # the pipeline's own stage is not changed
         return self if model is None else replace(self, stage=replace(self.stage, model=model))
 
-    def conditions(self, names: Sequence[str]) -> Condition:
+    def conditioning(self, names: Sequence[str]) -> Condition:
         """Return the conditioning tensors of N prompts, N rows."""
-        return self.conditioning.conditions(names, self.stage.name)
+        return self.source.conditioning(names, self.stage.name)
 
-    def no_condition(self, n: int) -> Condition:
+    def null_conditioning(self, n: int) -> Condition:
         """Return the empty conditioning, n equal rows."""
-        return self.conditioning.no_condition(n, self.stage.name)
+        return self.source.null_conditioning(n, self.stage.name)

@@ -58,7 +58,7 @@ class Beside:
     """Comparison of both rewards on the same held-out pairs."""
 
     pairs: int  # number of pairs
-    conditions: int  # number of prompts; the name is a JSON key
+    prompts: int  # number of prompts; the name is a JSON key
     kinds: Mapping[str, Kind]  # results by LATENT, and by DECODED if the problem can fit such a reward
     difference: MeanInterval | None  # latent's accuracy minus decoded's, pair by pair
 
@@ -66,7 +66,7 @@ class Beside:
         """Return the comparison as JSON."""
         return {
             "pairs": self.pairs,
-            "conditions": self.conditions,
+            "conditions": self.prompts,
             **{name: kind.shown() for name, kind in self.kinds.items()},
             # the key is absent if there is only one reward
             **({} if self.difference is None else {"difference": list(self.difference)}),
@@ -131,7 +131,7 @@ def compared(
         pair_differences = outcomes[LATENT].mean(0) - outcomes[DECODED].mean(0)  # [P]
         difference = clustered_mean(pair_differences, pair_prompts)
     return latent_rewards[0], Beside(
-        pairs=len(pair_prompts), conditions=len(prompts), kinds=kinds, difference=difference
+        pairs=len(pair_prompts), prompts=len(prompts), kinds=kinds, difference=difference
     )
 
 
@@ -189,9 +189,7 @@ def speeds(
     for _ in range(1 + TIMED):
         # alternately, so that a slow moment of the machine affects both kinds
         for kind, reward in rewards.items():
-            task = Task(
-                pipeline=problem.pipeline, stage=tuned_stage, rewards={kind: reward}, conditions=prompts
-            )
+            task = Task(pipeline=problem.pipeline, stage=tuned_stage, rewards={kind: reward}, prompts=prompts)
             start_time = time.perf_counter()
             # the scores are on the CPU, so the call waits for the device
             task.scores(latents, prompts, range(len(prompts)))

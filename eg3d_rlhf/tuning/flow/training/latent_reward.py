@@ -215,7 +215,7 @@ class LatentReward:
 
     def conditioning(self, names: Sequence[str]) -> Condition:
         """Return the conditioning tensors of prompts, on the device."""
-        return to_device(self.pipeline.conditions(list(names), self.stage.name), self.device)
+        return to_device(self.pipeline.conditioning(list(names), self.stage.name), self.device)
 
     @torch.no_grad()
     def position_features(self, x_0: Batch, condition: Condition) -> list[torch.Tensor]:
@@ -277,14 +277,14 @@ class LatentReward:
         ]
         return torch.stack(scores).float().cpu(), torch.cat(embeddings, 1).float().cpu()
 
-    def __call__(self, assets: Sequence[Any], conditions: Sequence[str]) -> torch.Tensor:
+    def __call__(self, assets: Sequence[Any], prompts: Sequence[str]) -> torch.Tensor:
         """Score finished assets, [N], by encoding them and scoring the latents of the stage.
 
         This makes the object an AssetReward, which tables use. Tuning calls `of_latents` with the latents
         themselves.
         """
         return self.of_latents(
-            collate([latents[self.stage.name] for latents in self.pipeline.encode(assets)]), conditions
+            collate([latents[self.stage.name] for latents in self.pipeline.encode(assets)]), prompts
         )
 
 
@@ -555,7 +555,7 @@ def _new(pipeline: Pipeline, form: LatentForm, condition: str, seed: int) -> Pos
         condition: any prompt, from which the size of the conditioning is taken.
         seed: seed of the initial parameters.
     """
-    size = pooled(pipeline.conditions([condition], form.stage)).shape[1]
+    size = pooled(pipeline.conditioning([condition], form.stage)).shape[1]
     device = next(stage_of(pipeline, form.stage).model.parameters()).device
     # created on the CPU, so that the initial parameters are the same on every device; fork_rng leaves the
     # global generator of the caller unchanged

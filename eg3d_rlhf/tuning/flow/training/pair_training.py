@@ -257,12 +257,12 @@ class Passes(Descent, Generic[Example]):
         """Do one update, see Descent."""
         items = self.order.items(step)
         layout = self.layout
-        gradients = GradientSum(self.parameters, layout.here)
+        gradients = GradientSum(self.parameters, layout.rounds_per_rank)
         totals = torch.zeros(self.sums, device=self.device)  # summed over passes here, over ranks below
         self.optimizer.zero_grad(set_to_none=True)
         self.policy.train()
         # a round is one pass on every rank
-        for round_number in range(layout.here):
+        for round_number in range(layout.rounds_per_rank):
             # the seed of the dropout differs for every part of the batch, on every rank
             for epoch, examples in self._draws(items, round_number):
                 seed = derive_seed(
@@ -370,8 +370,8 @@ class Updates(Passes[PreferencePair]):
     def _draw(self, pairs: Sequence[PreferencePair], epoch: int) -> PairDraw:
         """Sample times and noises of pairs. For fine-tuning, the result has the preferred samples only."""
         config = self.config
-        cond = self.conditioned.conditions([pair.condition for pair in pairs])
-        no_cond = self.conditioned.no_condition(len(pairs)) if config.dpo.condition_dropout else None
+        cond = self.conditioned.conditioning([pair.condition for pair in pairs])
+        no_cond = self.conditioned.null_conditioning(len(pairs)) if config.dpo.condition_dropout else None
         draw = draw_pairs(self.stage, pairs, cond, no_cond, config.dpo, config.seed, epoch, self.device)
         if config.dpo.kind != "sft":
             return draw
@@ -560,5 +560,5 @@ def check_pairs(conditioned: ConditionedStage, pairs: Sequence[PreferencePair]) 
     device = next(stage.model.parameters()).device
     # a few pairs are enough: the convention of time is a property of the network
     sample_pairs = pairs[:8]
-    cond = to_device(conditioned.conditions([pair.condition for pair in sample_pairs]), device)
+    cond = to_device(conditioned.conditioning([pair.condition for pair in sample_pairs]), device)
     check_convention(stage, collate([pair.preferred for pair in sample_pairs]).to(device), cond)

@@ -708,7 +708,7 @@ class _Training:
             line_count = meta["lines"]
         self.referenced_steps = [self.progress.kept_step]
         # drops the lines of stats.jsonl that were written after the checkpoint
-        self.run.go_on(self.progress.step, line_count)
+        self.run.continue_from(self.progress.step, line_count)
         self.run.write(WARNINGS, self.warnings)
         self.lines = read_lines(self.run.folder / STATS) if self.ranks.main else []
 

@@ -24,9 +24,9 @@ from eg3d_rlhf.core.cli import file_hash
 from eg3d_rlhf.experiments import version_0_1
 from eg3d_rlhf.models.sparse import collate
 from eg3d_rlhf.people.label.assets.collection import Collection
-from eg3d_rlhf.preferences.label_scores import read_goodness, read_said
+from eg3d_rlhf.preferences.label_scores import read_goodness, read_label_lines
 from eg3d_rlhf.preferences.pair_strategies import Ensemble, Scored
-from eg3d_rlhf.tuning.flow.base.conditioning import CONDITIONS, NULL, read_conditions
+from eg3d_rlhf.tuning.flow.base.conditioning import CONDITIONS, NULL, read_conditioning
 from eg3d_rlhf.tuning.flow.base.family import Encodes, FlowFamily, ImportsSamples, Opens
 from eg3d_rlhf.tuning.flow.base.problem import Problem, chosen_precision
 from eg3d_rlhf.tuning.flow.base.ranking import (
@@ -41,7 +41,7 @@ from eg3d_rlhf.tuning.flow.base.settings import EncodingSource, ProblemSource
 from eg3d_rlhf.tuning.flow.base.single_labels import known_of
 from eg3d_rlhf.tuning.flow.base.stage import stage_of
 from eg3d_rlhf.tuning.flow.families import bundled_family
-from eg3d_rlhf.tuning.flow.families.opening import divided, open_folder, open_problem
+from eg3d_rlhf.tuning.flow.families.opening import open_folder, open_problem, split_prompts
 from eg3d_rlhf.tuning.flow.training.latent_reward import KIND, load
 from eg3d_rlhf.tuning.flow.workspace.sampled_assets import open_pipeline
 from eg3d_rlhf.tuning.flow.workspace.work_folder import CHOOSE, REWARD, SHOWN, TRAIN, Work
@@ -98,7 +98,7 @@ def imported_of(
         }
         return Imported(pairs=pair_up(candidates, lambda a, b: votes(a.file, b.file)), report=facts)
     asset_names = known_of(candidates)
-    label_lines = read_said(labels, asset_names)
+    label_lines = read_label_lines(labels, asset_names)
     # All lines of a file have the same kind.
     if label_lines[0].kind == "pair":
         wins = Counter((line.asset, line.other) for line in label_lines if not line.tie)
@@ -150,11 +150,11 @@ def _read_folder(family: FlowFamily, folder: Path, pipeline: Any) -> Imported:
     # Without embeddings beside the list, the prompts are those of the work folder.
     if not version_0_1.conditioning_file(folder).is_file():
         return imported
-    all_embeddings = read_conditions(version_0_1.conditioning_file(folder), zero_null=family.zero_null)
+    all_embeddings = read_conditioning(version_0_1.conditioning_file(folder), zero_null=family.zero_null)
     prompts = _prompts_in(imported)
     all_embeddings.select(prompts)  # raises an error for a prompt without an embedding
     tokens = {name: all_embeddings.tokens[name] for name in (*prompts, NULL) if name in all_embeddings.tokens}
-    return replace(imported, conditions=replace(all_embeddings, tokens=tokens))
+    return replace(imported, conditioning=replace(all_embeddings, tokens=tokens))
 
 
 def _prompts_in(imported: Imported) -> list[str]:
@@ -162,7 +162,7 @@ def _prompts_in(imported: Imported) -> list[str]:
     return sorted({pair.condition for pairs in imported.pairs.values() for pair in pairs})
 
 
-def splits_of(work: Work, conditions: Sequence[str]) -> tuple[tuple[str, ...], ...]:
+def splits_of(work: Work, prompts: Sequence[str]) -> tuple[tuple[str, ...], ...]:
     """Split the prompts that have pairs.
 
     Prompts that are not in the work folder are split by a hash of their names.
@@ -173,15 +173,15 @@ def splits_of(work: Work, conditions: Sequence[str]) -> tuple[tuple[str, ...], .
     Returns: prompts to train on, prompts to choose on, and prompts to test on.
     Raises: ValueError if there is no prompt to train on.
     """
-    if not set(work.names()) & set(conditions):
-        return tuple(map(tuple, divided(sorted(conditions), work.seed, 0.4)))
-    train = tuple(name for name in work.names(TRAIN) if name in set(conditions))
+    if not set(work.names()) & set(prompts):
+        return tuple(map(tuple, split_prompts(sorted(prompts), work.seed, 0.4)))
+    train = tuple(name for name in work.names(TRAIN) if name in set(prompts))
     if not train:
         raise ValueError(
-            f"labels: the answers are about {len(conditions)} prompts to choose on, and none about prompts to"
+            f"labels: the answers are about {len(prompts)} prompts to choose on, and none about prompts to"
             " train on. Label more pairs."
         )
-    other_prompts = [name for name in work.names(CHOOSE) if name in set(conditions)]
+    other_prompts = [name for name in work.names(CHOOSE) if name in set(prompts)]
     # A random order. The first word is part of what is hashed, so it cannot change.
     other_prompts.sort(key=lambda name: hashlib.sha256(f"tell {work.seed} {name}".encode()).digest())
     choose_count = max(round(CHOOSING * len(other_prompts)), 1)
@@ -211,7 +211,7 @@ def problem_of(
     Raises: the errors of `open_problem`.
     """
     pairs_folder = work.folder / PAIRS
-    embeddings_file = work.conditions_file if imported.conditions is None else pairs_folder / CONDITIONS
+    embeddings_file = work.conditions_file if imported.conditioning is None else pairs_folder / CONDITIONS
     source = ProblemSource(
         pipeline=work.pipeline,
         pairs=str(pairs_folder),

@@ -59,17 +59,17 @@ class ZeroConditioning:
     """
 
     def __init__(self, sized: SizedStage):
-        self.conditioning = sized.conditioning
+        self.token_shape = sized.conditioning
 
-    def conditions(self, names: Sequence[str], stage: str) -> Any:
+    def conditioning(self, names: Sequence[str], stage: str) -> Any:
         """Return zeros as the conditioning of N prompts, see `Pipeline.conditions`."""
-        return self.no_condition(len(names), stage)
+        return self.null_conditioning(len(names), stage)
 
-    def no_condition(self, n: int, stage: str) -> Any:
+    def null_conditioning(self, n: int, stage: str) -> Any:
         """Return zeros as the empty conditioning of n samples, see `Pipeline.no_condition`."""
-        if isinstance(self.conditioning, dict):
-            return {name: torch.zeros(n, *shape) for name, shape in self.conditioning.items()}
-        return torch.zeros(n, *self.conditioning)
+        if isinstance(self.token_shape, dict):
+            return {name: torch.zeros(n, *shape) for name, shape in self.token_shape.items()}
+        return torch.zeros(n, *self.token_shape)
 
 
 def voxels_of(cells: int) -> int:
@@ -185,7 +185,7 @@ def sampling_cost(sized: SizedStage, batch: int, voxels: int | None = None) -> C
         stage = fake_stage(trace, sized.stage)
         given = given_of(stage, batch, voxels)
         with trace:
-            cond = ZeroConditioning(sized).no_condition(batch, stage.name)
+            cond = ZeroConditioning(sized).null_conditioning(batch, stage.name)
             trace.mark()
             # All steps are alike, so only one step with guidance is traced. Its operations are multiplied
             # below.

@@ -34,7 +34,7 @@ class Strip:
 
     pipeline: Pipeline  # generator
     family: FlowFamily  # family of the generator
-    conditions: Sequence[str]  # prompts; a strip shows one asset of each
+    prompts: Sequence[str]  # prompts; a strip shows one asset of each
     size: Sequence[int] = ()  # additional arguments of the family's `show`
 
     def __call__(self, stage: str, model: torch.nn.Module, path: Path) -> Path:
@@ -53,7 +53,7 @@ class Strip:
             tempfile.TemporaryDirectory() as folder,
         ):
             # One asset at a time, because the training occupies most of the memory.
-            for name in self.conditions:
+            for name in self.prompts:
                 (result,) = draw_or_empty(self.pipeline, [name], [0], {stage: model})
                 try:
                     file = None

@@ -33,7 +33,7 @@ from eg3d_rlhf.tuning.flow.base.family import FlowFamily, Shows, StatesFacts, Wr
 from eg3d_rlhf.tuning.flow.base.problem import chosen_precision
 from eg3d_rlhf.tuning.flow.base.ranking import RANKING, read_latents, write_latents
 from eg3d_rlhf.tuning.flow.base.sampling import Models, stage_latents, stages_with
-from eg3d_rlhf.tuning.flow.base.stage import Asset, EmptyStructure, Pipeline, Voxels, refusing_empty
+from eg3d_rlhf.tuning.flow.base.stage import Asset, EmptyStructure, Pipeline, Voxels, rejecting_empty
 from eg3d_rlhf.tuning.flow.families.opening import hash_of
 from eg3d_rlhf.tuning.flow.workspace.work_folder import Work
 from training.distributed import SINGLE, Ranks
@@ -46,7 +46,7 @@ Shown = tuple[dict[str, Latent], Asset] | EmptyStructure
 
 
 def draw(
-    pipeline: Pipeline, conditions: Sequence[str], seeds: Sequence[int], models: Models | None = None
+    pipeline: Pipeline, prompts: Sequence[str], seeds: Sequence[int], models: Models | None = None
 ) -> list[tuple[dict[str, Latent], Asset]]:
     """Sample N assets as `sampling.generate` does, and return each with its latents.
 
@@ -61,20 +61,20 @@ def draw(
     given: Sequence[Voxels] = [None] * len(seeds)  # the first stage has no input
     latents: list[dict[str, Latent]] = [{} for _ in seeds]
     for number, stage in enumerate(stages_with(pipeline, models), 1):
-        x_0 = stage_latents(pipeline, stage, conditions, seeds, given)
+        x_0 = stage_latents(pipeline, stage, prompts, seeds, given)
         for asset_latents, latent in zip(latents, separate(x_0), strict=True):
             asset_latents[stage.name] = latent
         # The latents of the last stage are decoded below.
         if number < len(pipeline.stages):
             # Without this context an empty structure would be replaced by its most probable voxel. People
             # should not compare such assets.
-            with refusing_empty():
+            with rejecting_empty():
                 given = pipeline.advance(stage.name, x_0)
     return list(zip(latents, pipeline.decode(x_0), strict=True))
 
 
 def draw_or_empty(
-    pipeline: Pipeline, conditions: Sequence[str], seeds: Sequence[int], models: Models | None = None
+    pipeline: Pipeline, prompts: Sequence[str], seeds: Sequence[int], models: Models | None = None
 ) -> list[Shown]:
     """Sample N assets as `draw` does. The result of an asset with an empty structure is the error
     EmptyStructure.
@@ -82,13 +82,13 @@ def draw_or_empty(
     Its arguments are those of `draw`.
     """
     try:
-        return list(draw(pipeline, conditions, seeds, models))
+        return list(draw(pipeline, prompts, seeds, models))
     except EmptyStructure as error:
         if len(seeds) == 1:
             return [error]
     # The error does not say which sample is empty, so the samples are computed again one by one.
     results: list[Shown] = []
-    for name, seed in zip(conditions, seeds, strict=True):
+    for name, seed in zip(prompts, seeds, strict=True):
         results += draw_or_empty(pipeline, [name], [seed], models)
     return results
 
@@ -100,7 +100,7 @@ class Drawing:
     folder: Path  # folder below drawn/
     pipeline: Any  # generator
     family: FlowFamily  # family of the generator
-    conditions: Sequence[str]  # prompts
+    prompt_names: Sequence[str]  # prompts
     identity: Mapping  # values for JSON that determine the assets
     each: int = 4  # number of assets of each prompt, with the seeds 0 to each - 1
     batch: int = 1  # number of assets that are sampled together
@@ -116,7 +116,7 @@ class Drawing:
         """Triples (stem of the file names, prompt, seed) of all assets."""
         return [
             (f"{prompt_number:05d}-{seed}", name, seed)
-            for prompt_number, name in enumerate(self.conditions)
+            for prompt_number, name in enumerate(self.prompt_names)
             for seed in range(self.each)
         ]
 
@@ -283,7 +283,7 @@ class Drawn:
 
 def unfit(paths: Sequence[Path]) -> dict[Path, str]:
     """Return the files that the labelling page cannot show: path -> reason."""
-    results = zip(paths, reading.looked_at(paths), strict=True)
+    results = zip(paths, reading.examine_or_reason(paths), strict=True)
     # The result for a file that can be shown is an object, and for any other file the reason as a text.
     return {path: examined for path, examined in results if isinstance(examined, str)}
 
@@ -307,7 +307,7 @@ def open_pipeline(
     """
     # The weights have the data type of the forward passes.
     dtype = torch.bfloat16 if work.precision == "bfloat16" else torch.float32
-    pipeline = family.load(Path(work.pipeline), work.conditions(*splits), dtype=dtype, device=device)
+    pipeline = family.load(Path(work.pipeline), work.conditioning(*splits), dtype=dtype, device=device)
     for stage in pipeline.stages:
         stage.precision = chosen_precision(work.precision, device)
         if stage.name in (tuned or {}):
@@ -387,7 +387,7 @@ def drawing_of(
         folder=work.drawn(name),
         pipeline=pipeline,
         family=family,
-        conditions=names,
+        prompt_names=names,
         identity=identity,
         each=work.each,
         batch=work.batch,

@@ -34,7 +34,7 @@ from eg3d_rlhf.tuning.flow.training.circular.settings import CircularSettings
 
 if TYPE_CHECKING:
     from eg3d_rlhf.people.label.entities import JudgementRow
-    from eg3d_rlhf.tuning.flow.base.conditioning import Conditions
+    from eg3d_rlhf.tuning.flow.base.conditioning import Conditioning
 
 FORMAT = 1  # version of work.json
 FILE = "work.json"
@@ -255,20 +255,20 @@ class Work:
         """Return the prompts of the named splits, in their order; without names, those of all splits."""
         return tuple(name for split in splits or SPLITS for name in self.splits[split])
 
-    def conditions(self, *splits: str) -> "Conditions":
+    def conditioning(self, *splits: str) -> "Conditioning":
         """Read the embeddings of the prompts of the named splits, and of the empty prompt if there is one.
 
         Embeddings of other splits are left out, so that a test prompt cannot be used by mistake.
         """
-        from eg3d_rlhf.tuning.flow.base.conditioning import NULL, Conditions, read_conditions
+        from eg3d_rlhf.tuning.flow.base.conditioning import NULL, Conditioning, read_conditioning
 
-        all_embeddings = read_conditions(self.conditions_file)
+        all_embeddings = read_conditioning(self.conditions_file)
         prompts = self.names(*splits)
         all_embeddings.select(prompts)  # raises an error for a prompt without an embedding
         tokens = {
             name: all_embeddings.tokens[name] for name in (*prompts, NULL) if name in all_embeddings.tokens
         }
-        return Conditions(tokens=tokens, encoder=all_embeddings.encoder, zero_null=all_embeddings.zero_null)
+        return Conditioning(tokens=tokens, encoder=all_embeddings.encoder, zero_null=all_embeddings.zero_null)
 
     @property
     def conditions_file(self) -> Path:
@@ -456,7 +456,7 @@ def _has_hash(path: Path, expected_hash: str) -> bool:
     if file_hash(path) == expected_hash:
         return True
     # The hash of an .obj file that is shown with a material includes its material and texture files.
-    examined = reading.looked_at([path])[0] if path.suffix == ".obj" else None
+    examined = reading.examine_or_reason([path])[0] if path.suffix == ".obj" else None
     return isinstance(examined, reading.Examined) and examined.hash == expected_hash
 
 

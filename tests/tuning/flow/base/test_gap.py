@@ -40,17 +40,17 @@ def problem():
 
 def test_no_gradient_passes_from_the_asset_to_the_first_stage(problem):
     pipeline = problem.pipeline
-    names = list(problem.held_out_conditions[:2])
+    names = list(problem.held_out_prompts[:2])
     first, last = pipeline.stages
     for stage in (first, last):
         stage.model.requires_grad_(True)
     try:
-        cond = pipeline.conditions(names, first.name)
+        cond = pipeline.conditioning(names, first.name)
         x_0 = sampled_with_gradient(first, first.noise([1, 2], [None, None]), cond)
         assert x_0.requires_grad
         given = pipeline.advance(first.name, x_0)
         assert not any(places.requires_grad for places in given)
-        y_0 = sampled_with_gradient(last, last.noise([3, 4], given), pipeline.conditions(names, last.name))
+        y_0 = sampled_with_gradient(last, last.noise([3, 4], given), pipeline.conditioning(names, last.name))
         value = feats_of(y_0).sum()  # all that the asset is made of
         to_first = torch.autograd.grad(
             value, list(first.model.parameters()), allow_unused=True, retain_graph=True
@@ -73,7 +73,7 @@ def test_the_loop_changes_structure_in_the_direction_of_the_preference(problem, 
     """
     loop = CircularLoop(problem=problem, settings=TOY_RUN, store=Store(tmp_path), say=lambda line: None)
     lines, _ = run_loop(loop)
-    conditions = [name for name in problem.held_out_conditions for _ in range(NOISES)]
+    conditions = [name for name in problem.held_out_prompts for _ in range(NOISES)]
     seeds = list(range(len(conditions)))
 
     def geometry(assets, names):

@@ -97,7 +97,7 @@ def test_crossed_gives_every_condition_the_same_number_of_noises_of_its_own():
 def test_held_out_compares_asset_by_asset():
     pipeline = TinyPipeline()
     names, seeds = crossed(NAMES, 8, 0)
-    held_out = HeldOut(pipeline=pipeline, stage="voxels", reward=likes_target, conditions=names, seeds=seeds)
+    held_out = HeldOut(pipeline=pipeline, stage="voxels", reward=likes_target, prompts=names, seeds=seeds)
     assert held_out(pipeline.stages[1].model) == 0.5
     better = shifted(2, 0.7)
     rate = held_out(better)
@@ -109,7 +109,7 @@ def test_held_out_compares_asset_by_asset():
         pipeline=pipeline,
         stage="structure",
         reward=likes_target,
-        conditions=names,
+        prompts=names,
         seeds=seeds,
         others={"voxels": better},
         against={"voxels": better},

@@ -24,13 +24,13 @@ from eg3d_rlhf.models.sparse import (
 from eg3d_rlhf.models.weights import read
 from eg3d_rlhf.tuning.flow.base import stage as stages
 from eg3d_rlhf.tuning.flow.base.conditioning import (
-    Conditions,
+    Conditioning,
     each,
     expanded,
-    read_conditions,
+    read_conditioning,
     rows,
     where,
-    write_conditions,
+    write_conditioning,
 )
 from eg3d_rlhf.tuning.flow.base.pairs import PreferencePair, read_pairs, write_pairs
 from eg3d_rlhf.tuning.flow.base.problem import Problem
@@ -156,8 +156,8 @@ def problem(**changes) -> Problem:
     known = {
         "pipeline": Two(),
         "train_pairs": {"voxels": [pair_of(0)]},
-        "train_conditions": ["a", "b"],
-        "held_out_conditions": ["c"],
+        "train_prompts": ["a", "b"],
+        "held_out_prompts": ["c"],
     }
     return Problem(**{**known, **judges, **changes})
 
@@ -182,15 +182,15 @@ def test_sampling_settings_are_checked(options):
 def test_problems_that_would_fool_themselves_are_refused():
     made = problem()
     for changes, *names in (
-        ({"held_out_conditions": ["c", "a"]}, "Problem", "'a'"),
-        ({"choosing_conditions": ["c"]}, "Problem", "'c'"),
+        ({"held_out_prompts": ["c", "a"]}, "Problem", "'a'"),
+        ({"choosing_prompts": ["c"]}, "Problem", "'c'"),
         ({"final": made.chooser, "chooser": made.chooser}, "Problem.final"),
     ):
         with raising(*names):
             problem(**changes)
     with raising("FlowPath", "schedule", "cosine"):
         FlowPath(schedule="cosine")
-    assert list(made.choosing) == ["c"] and list(problem(choosing_conditions=["d"]).choosing) == ["d"]
+    assert list(made.choosing) == ["c"] and list(problem(choosing_prompts=["d"]).choosing) == ["d"]
 
 
 # The path between data and noise: its ends, its derivative, its times, and the other convention, which maps
@@ -336,12 +336,12 @@ class OneStage:
             )
         ]
         tokens = {c: {"a": torch.full([2, 3], float(i)), "b": torch.ones(4)} for i, c in enumerate("xy")}
-        self.tokens = Conditions(tokens=tokens, zero_null=True)
+        self.tokens = Conditioning(tokens=tokens, zero_null=True)
 
-    def conditions(self, names, stage):
+    def conditioning(self, names, stage):
         return self.tokens.select(names)
 
-    def no_condition(self, n, stage):
+    def null_conditioning(self, n, stage):
         return self.tokens.null(n)
 
     def decode(self, x_0):
@@ -447,8 +447,8 @@ def test_guidance_and_the_other_end_of_time_hold_for_every_kind(name):
     pipeline = OneStage(name)
     stage = pipeline.stages[0]
     noise = KINDS[name].noise("test", [3], given(name, 1))
-    cond = pipeline.conditions(["y"], "only")
-    null = pipeline.no_condition(1, "only")
+    cond = pipeline.conditioning(["y"], "only")
+    null = pipeline.null_conditioning(1, "only")
     with torch.no_grad():
         v, v_null = (feats_of(stage.velocity(noise, torch.ones(1), c)) for c in (cond, expanded(null, cond)))
     one = Sampling(steps=1, cfg_strength=2.0, cfg_interval=(0.0, 1.0))
@@ -465,8 +465,8 @@ def test_guidance_and_the_other_end_of_time_hold_for_every_kind(name):
 
 def test_conditions_by_name(tmp_path):
     made = OneStage("grid").tokens
-    write_conditions(tmp_path / "c.safetensors", made)
-    again = read_conditions(tmp_path / "c.safetensors")
+    write_conditioning(tmp_path / "c.safetensors", made)
+    again = read_conditioning(tmp_path / "c.safetensors")
     assert again.form == made.form == {"a": [2, 3], "b": [4]} and again.names == ("x", "y")
     cond = again.select(["y", "x"])
     assert rows(cond) == 2 and cond["a"][0].unique().tolist() == [1.0]

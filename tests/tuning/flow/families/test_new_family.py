@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 import train
-from eg3d_rlhf.tuning.flow.base.conditioning import write_conditions
+from eg3d_rlhf.tuning.flow.base.conditioning import write_conditioning
 from eg3d_rlhf.tuning.flow.base.pairs import PreferencePair, write_pairs
 from eg3d_rlhf.tuning.flow.base.ranking import read_latents
 from eg3d_rlhf.tuning.flow.base.sampling import generate
@@ -46,7 +46,7 @@ def root(tmp_path):
         for i in range(8)
     ]
     write_pairs(tmp_path / "PAIRS" / "points", pairs, {"convention": CONVENTION})
-    write_conditions(tmp_path / "PAIRS" / "conditioning.safetensors", conditions())
+    write_conditioning(tmp_path / "PAIRS" / "conditioning.safetensors", conditions())
     return root
 
 
@@ -60,7 +60,7 @@ def call(tmp_path, *flags):
 
 
 def test_its_files_lead_from_sampled_assets_to_a_tuned_folder(root, tmp_path):
-    write_conditions(tmp_path / "c.safetensors", conditions())
+    write_conditioning(tmp_path / "c.safetensors", conditions())
     model = f"--pipeline={root}"
     made = flow("new", tmp_path / "WORK", model, f"--images={tmp_path}", code=2)
     check_message(made, ("--conditioning", "points"))
@@ -95,7 +95,7 @@ def test_the_worked_example_runs_as_documented(root, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delitem(FAMILIES._entries, "points")
     shutil.rmtree("PAIRS")
-    write_conditions(Path("CONDITIONING"), conditions())
+    write_conditioning(Path("CONDITIONING"), conditions())
     name, _, path = section_of("extending.md", "A new flow family")[0].removeprefix("export ").partition("=")
     monkeypatch.setenv(name, str(REPO / path))
     called = run_section("A new flow family", "ROOT", Path(), FEW, page="extending.md")
@@ -139,7 +139,7 @@ def test_embeddings_and_latents_of_other_generators_are_rejected(root, tmp_path)
     write_pairs(tmp_path / "PAIRS" / "points", grids, {"convention": CONVENTION})
     rejected(call(tmp_path, "--stage=points"), "'0'", "preferred", "[6, 3]", "[3, 2, 2, 2]")
     other = {name: {"kind": torch.zeros(1, 9), "size": torch.zeros(1)} for name in "abcd"}
-    write_conditions(
+    write_conditioning(
         tmp_path / "PAIRS" / "conditioning.safetensors",
         type(conditions())(tokens=other, encoder="another", zero_null=True),
     )
@@ -173,7 +173,7 @@ def test_a_convention_that_contradicts_the_files_is_rejected(root, tmp_path):
 
 
 def test_flags_of_trellis_are_rejected_elsewhere(root, tmp_path):
-    write_conditions(tmp_path / "c.safetensors", conditions())
+    write_conditioning(tmp_path / "c.safetensors", conditions())
     flow("new", tmp_path / "WORK", f"--pipeline={root}", f"--conditioning={tmp_path / 'c.safetensors'}")
     (tmp_path / "SAMPLES").mkdir()
     for flags, names in (

@@ -8,9 +8,9 @@ from eg3d_rlhf.tuning.flow.toy.toy_pipeline import Defects, ToyAsset, draw_draft
 PERFECT = Defects(floaters=0, holes=0, unrepaired=0, wrong=0, tint=0, noise=0)
 
 
-def perfect(conditions, variant=0) -> list[ToyAsset]:
+def perfect(prompts, variant=0) -> list[ToyAsset]:
     """Just what was asked for."""
-    shapes, colours = targets(conditions)
+    shapes, colours = targets(prompts)
     return [
         ToyAsset(shape, colour * shape[..., None])
         for shape, colour in zip(shapes[:, variant], colours, strict=True)

@@ -36,8 +36,8 @@ def made():
     toy = toy_problem().pipeline
     names = list(CONDITIONS[::3])
     first, second = toy.stages
-    cond = toy.conditions(names, "structure")
-    none = toy.no_condition(64, "structure")
+    cond = toy.conditioning(names, "structure")
+    none = toy.null_conditioning(64, "structure")
     given = toy.advance("structure", sample(first, first.noise(range(64), [None] * 64), cond, none))
     assets = toy.decode(sample(second, second.noise(range(64), given), cond, none))
     again = [toy.advance("structure", one["structure"][None])[0] for one in toy.encode(assets)]
@@ -140,8 +140,8 @@ def test_packing_goes_both_ways():
 def test_the_problem_is_whole():
     problem = toy_problem(seed=3, pairs_per_condition=2)
     assert [stage.name for stage in problem.pipeline.stages] == ["structure", "voxels"]
-    assert len(problem.train_pairs["voxels"]) == 2 * len(problem.train_conditions) == 128
-    assert len(problem.held_out_conditions) == 96 and len(problem.choosing) == 32
+    assert len(problem.train_pairs["voxels"]) == 2 * len(problem.train_prompts) == 128
+    assert len(problem.held_out_prompts) == 96 and len(problem.choosing) == 32
     judges = [type(judge) for judge in (problem.reward, problem.chooser, problem.final)]
     assert len(set(judges)) == 3
     assets, names = drawn(4)

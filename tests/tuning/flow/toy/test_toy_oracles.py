@@ -115,7 +115,7 @@ def test_a_condition_has_its_own_draws():
 def test_the_annotator_errs_where_assets_are_alike():
     judged = judge_drafts([TRAINED[i % 64] for i in range(600)], torch.Generator().manual_seed(0))
     oracle = LabelOracle()
-    gap = oracle(judged.assets[0], judged.conditions) - oracle(judged.assets[1], judged.conditions)
+    gap = oracle(judged.assets[0], judged.prompts) - oracle(judged.assets[1], judged.prompts)
     assert torch.equal(gap > 0, judged.agrees)
     close = gap.abs() < gap.abs().median()
     assert 0.75 < judged.agrees.float().mean() < 0.95

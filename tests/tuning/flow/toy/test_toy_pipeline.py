@@ -89,13 +89,13 @@ def test_encoded_assets_decode_to_themselves(pipeline):
 
 
 def test_conditions_are_tokens_of_both_classes(pipeline):
-    tokens = pipeline.conditions(["red ball", "orange box"], "voxels")
+    tokens = pipeline.conditioning(["red ball", "orange box"], "voxels")
     assert (
         tokens.shape == (2, 2, 28) and tokens.argmax(-1).tolist() == [[0, 16], [1, 17]] and tokens.sum() == 4
     )
     assert (
-        pipeline.no_condition(3, "structure").shape == (3, 2, 28)
-        and not pipeline.no_condition(3, "structure").any()
+        pipeline.null_conditioning(3, "structure").shape == (3, 2, 28)
+        and not pipeline.null_conditioning(3, "structure").any()
     )
 
 

@@ -56,7 +56,7 @@ def test_margins_are_those_of_dpo_on_shared_times_and_noises_whatever_the_batch(
     before = np.zeros(7)
     for i, pair in enumerate(pairs):
         for draw in range(3):
-            cond = pipeline.conditions([pair.condition], stage)
+            cond = pipeline.conditioning([pair.condition], stage)
             drawn = draw_pairs(base, [pair], cond, None, DpoConfig(), measured.seed, draw)
             assert drawn.t[0] == drawn.t[1]
             with torch.no_grad():
@@ -189,13 +189,13 @@ def test_clustered_intervals_against_their_formulas():
         clustered_rate([1.0, 0.0], ["a", "a"])
 
 
-def answers(rng, conditions: int, ranked: bool):
+def answers(rng, prompts: int, ranked: bool):
     """Outcomes of a fixed order of four assets a condition, against answers at random: a coin for every pair,
     or a random ranking.
     """
     if not ranked:
-        return rng.integers(0, 2, 6 * conditions).astype(float)
-    ranks = [rng.permutation(4) for _ in range(conditions)]
+        return rng.integers(0, 2, 6 * prompts).astype(float)
+    ranks = [rng.permutation(4) for _ in range(prompts)]
     return np.array([float(r[i] < r[j]) for r in ranks for i, j in itertools.combinations(range(4), 2)])
 
 

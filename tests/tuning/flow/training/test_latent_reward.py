@@ -143,7 +143,7 @@ def test_nothing_is_decoded_while_a_stage_is_tuned_by_it(monkeypatch):
     pipeline = TinyPipeline()
     reward = train_on_pairs(pipeline, "voxels", voxel_pairs(12), QUICK)
     monkeypatch.setattr(pipeline, "decode", lambda x_0: pytest.fail("decoded"))
-    task = Task(pipeline=pipeline, stage=pipeline.stages[1], rewards={"latent": reward}, conditions=("a",))
+    task = Task(pipeline=pipeline, stage=pipeline.stages[1], rewards={"latent": reward}, prompts=("a",))
     x_0 = collate([pair.preferred for pair in voxel_pairs(4)])
     scores, heldout = task.scores(x_0, ["a"] * 4, [0] * 4)
     assert (

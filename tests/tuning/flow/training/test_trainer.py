@@ -79,7 +79,7 @@ def test_the_generator_and_the_other_stage_are_left_as_they_are(tmp_path):
             held_out=judge(pipeline),
         )
         tuned = tuned_model(models[1], result.weights)
-        cond = pipeline.conditions(NAMES, "structure")
+        cond = pipeline.conditioning(NAMES, "structure")
         given = (torch.ones(3, 2, 2, 2, 2), torch.full([3], 0.5), cond)
         assert not torch.equal(tuned(*given), models[1](*given))
     assert torch.equal(torch.rand(3), expected)  # torch's own generator as well
@@ -101,7 +101,7 @@ def test_fine_tuning_reads_the_preferred_alone(tmp_path):
     draw = draw_pairs(
         stage,
         batch,
-        pipeline.conditions([p.condition for p in batch], "voxels"),
+        pipeline.conditioning([p.condition for p in batch], "voxels"),
         None,
         config.dpo,
         config.seed,

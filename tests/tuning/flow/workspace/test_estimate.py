@@ -163,7 +163,7 @@ def test_drawing_takes_what_is_estimated(case):
     stage = sized.stage
     weights = sum(p.nbytes for p in stage.model.state_dict().values())
     places = [getattr(x, "coords", None) for x in estimate.latents_of(stage, 2)]
-    cond = ZeroConditioning(sized).no_condition(2, stage.name)
+    cond = ZeroConditioning(sized).null_conditioning(2, stage.name)
     measured = weights + allocated(
         lambda: estimate.sample(stage, stage_noise(stage, [0, 0], places), cond, cond, Sampling(steps=1))
     )

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from eg3d_rlhf.tuning.flow.base.conditioning import write_conditions
+from eg3d_rlhf.tuning.flow.base.conditioning import write_conditioning
 from eg3d_rlhf.tuning.flow.base.ranking import read_latents
 from eg3d_rlhf.tuning.flow.base.sampling import generate
 from eg3d_rlhf.tuning.flow.base.stage import EmptyStructure
@@ -30,7 +30,7 @@ CPU = torch.device("cpu")
 def toy_work(folder: Path) -> Work:
     """Five conditions to draw, three assets each, five at once."""
     family = family_of(Path("toy"))
-    write_conditions(folder / "conditioning.safetensors", family.embed_texts(Path("toy"), NAMES, CPU))
+    write_conditioning(folder / "conditioning.safetensors", family.embed_texts(Path("toy"), NAMES, CPU))
     return Work(
         folder=folder,
         pipeline="toy",
@@ -85,7 +85,7 @@ def test_test_conditions_are_not_even_known_to_the_pipeline_that_draws(work):
         drawings.open_pipeline(
             replace(work, splits={**work.splits, "train": ["a red lamp"]}), work.check_pipeline(), CPU, *SHOWN
         )
-    assert set(work.conditions(*SHOWN).names) == set(work.names(*SHOWN)) < set(NAMES)
+    assert set(work.conditioning(*SHOWN).names) == set(work.names(*SHOWN)) < set(NAMES)
 
 
 def test_a_drawing_that_was_stopped_goes_on_and_draws_nothing_twice(work, tmp_path, monkeypatch):

@@ -78,7 +78,7 @@ def test_a_tiny_hunyuan3d_learns_labels_and_keeps_nothing_of_answers_by_coin(roo
 
 
 def test_the_same_call_goes_on_and_gives_the_same_report(root, tmp_path, monkeypatch):
-    problem = labelled.shapes(root, 1, conditions=12, per_condition=2)
+    problem = labelled.shapes(root, 1, prompts=12, per_condition=2)
     short = {**SHAPES, "steps": 2}
     whole = run(problem, tmp_path / "a", **short)
     train_stage = module.train_stage
@@ -111,8 +111,8 @@ def enough(stage):
 def tiny(**changes):
     return tiny_problem(
         unseen_pairs=PairsByStage(("structure", "voxels"), enough),
-        choosing_conditions=CHOOSING,
-        held_out_conditions=HELD_OUT,
+        choosing_prompts=CHOOSING,
+        held_out_prompts=HELD_OUT,
         **changes,
     )
 
@@ -168,7 +168,7 @@ def test_the_control_learns_from_half_turned_pairs_and_is_chosen_by_true_ones():
 
 
 def test_too_few_labels_are_refused_before_anything_is_trained(tmp_path):
-    problem = replace(tiny(), held_out_conditions=("grey", "pink"))
+    problem = replace(tiny(), held_out_prompts=("grey", "pink"))
     with raising("tune", "structure", "3", "1", "2"):
         tune(problem, Tuning(circular=SETTINGS), tmp_path, say=lambda line: None)
     assert not list(tmp_path.iterdir())

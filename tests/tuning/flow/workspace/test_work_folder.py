@@ -47,7 +47,7 @@ def drawn(work):
 def shape(work, line, **changes):
     path = work.drawn() / line["look_at"]
     return replace(
-        Shape.of_asset(
+        Shape.from_asset(
             generator="base",
             source=str(path),
             seed=line["seed"],

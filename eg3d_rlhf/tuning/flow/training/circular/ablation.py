@@ -483,7 +483,7 @@ def ablate(run: CircularRun, problem: Problem, folder: Path, device: str, jobs: 
     tasks = run.plan.tasks()
     print(f"{len(tasks)} tasks run on {jobs} processes. Their output is in {folder / 'logs'}.", flush=True)
     detectable_rate = detectable(
-        len(problem.held_out_conditions), plan.evaluation.per_condition, len(plan.seeds)
+        len(problem.held_out_prompts), plan.evaluation.per_condition, len(plan.seeds)
     )
     print(
         f"Power: the table detects win rates of {detectable_rate:.3f} or more with a probability of 80 %, if"

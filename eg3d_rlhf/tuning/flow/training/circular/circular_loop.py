@@ -326,7 +326,7 @@ class CircularLoop:
         def maker(folder: Path) -> tuple[list[Path], Mapping]:
             del folder  # not used: the scores are in the record, and no files are written
             with self._bar(
-                "evaluation", evaluation.per_condition * len(self.problem.held_out_conditions)
+                "evaluation", evaluation.per_condition * len(self.problem.held_out_prompts)
             ) as bar:
                 return [], evaluate(self.problem, self.models(lineage), evaluation, bar.update, spreads=True)
 

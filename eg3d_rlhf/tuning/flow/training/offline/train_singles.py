@@ -90,7 +90,7 @@ def draw_singles(
     ]
     # one time for each asset, [N]
     t = torch.cat(asset_times).clamp(min=LEAST_TIME).to(device)
-    cond = to_device(conditioned.conditions([asset.condition for asset in singles]), device)
+    cond = to_device(conditioned.conditioning([asset.condition for asset in singles]), device)
     return SingleDraw(x_t=stage.path.mix(x_0, t, eps), t=t, target=stage.path.velocity(x_0, eps), cond=cond)
 
 
@@ -389,7 +389,7 @@ def check_singles(conditioned: ConditionedStage, singles: Sequence[Single], loss
     device = next(stage.model.parameters()).device
     # a few assets are enough: the convention of time is a property of the network
     sample_assets = singles[:8]
-    cond = to_device(conditioned.conditions([asset.condition for asset in sample_assets]), device)
+    cond = to_device(conditioned.conditioning([asset.condition for asset in sample_assets]), device)
     check_convention(stage, collate([asset.latent for asset in sample_assets]).to(device), cond)
 
 
@@ -411,13 +411,13 @@ class OfflineBench(Bench):
     singles: SinglesConfig  # settings of the training on single assets
 
     @property
-    def conditions(self) -> Collection[str] | None:
+    def prompts(self) -> Collection[str] | None:
         """Return the prompts to train on, or None if the problem has no held-out evaluator.
 
         None stands for all prompts: without an evaluator, no prompts have to be held out.
         """
         has_evaluator = self.problem.final is not None or self.problem.chooser is not None
-        return self.problem.train_conditions if has_evaluator else None
+        return self.problem.train_prompts if has_evaluator else None
 
     def inputs(self) -> dict:
         return {"labels": self.labelled.identity, "singles": asdict(self.singles)}
@@ -425,7 +425,7 @@ class OfflineBench(Bench):
     def answers(self, arm: str) -> list:
         """Return the pairs or single assets that an arm is trained on."""
         if not arm.startswith(DPO):
-            return self.labelled.singles(self.stage.name, self.conditions, arm, self.singles.seed)
+            return self.labelled.singles(self.stage.name, self.prompts, arm, self.singles.seed)
         # the DPO arms share the pairs; their controls invert a random half of the pairs, or all of them
         pairs = self.problem.train_pairs[self.stage.name]
         if arm == DPO:

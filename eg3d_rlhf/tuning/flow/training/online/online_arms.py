@@ -33,7 +33,7 @@ from eg3d_rlhf.tuning.flow.training.online.advantages import as_used
 from eg3d_rlhf.tuning.flow.training.online.scored_samples import Explorer, Task
 from eg3d_rlhf.tuning.flow.training.online.settings import (
     DPO,
-    OWN,
+    PROBLEM_REWARD,
     Losses,
     OnlineConfig,
     OnlineRun,
@@ -81,7 +81,7 @@ class OnlineBench(Bench):
         # only scores show the names, so one asset of the untuned network is generated and scored
         if self.task.heldout is None or not self.task.gate:
             return []
-        prompt = self.task.conditions[0]
+        prompt = self.task.prompts[0]
         assets = generate(self.problem.pipeline, [prompt], [0], self.task.others)
         return list(self.task.heldout(assets, [prompt]))
 
@@ -104,7 +104,7 @@ class OnlineBench(Bench):
 
     def measure(self, arm: str, done: StageResult, model: torch.nn.Module, seed: int, ranks: Ranks) -> dict:
         config = self.config(arm)
-        held_out_prompts = list(self.problem.held_out_conditions)
+        held_out_prompts = list(self.problem.held_out_prompts)
         if divided(arm)[0] == DPO:
             # all samples are generated before the training
             samples = config.steps * config.batch * config.group
@@ -133,7 +133,7 @@ def ranked_pairs(task: Task, config: OnlineConfig, seed: int, batch: int = 64) -
         batch: number of samples that are generated at once.
     """
     # the same schedule of prompts as in online tuning
-    order = Order(task.conditions, config.batch, seed)
+    order = Order(task.prompts, config.batch, seed)
     K = config.group  # samples of a group
     groups: list[tuple[str, int]] = []  # prompt and seed of each group
     for step in range(config.steps):
@@ -239,10 +239,10 @@ def reward_of(name: str, problem: Problem, stage: FlowStage | None = None) -> As
 
     Raises: ValueError if there is no reward of this name, and for "own" if the problem has no reward.
     """
-    if name == OWN:
+    if name == PROBLEM_REWARD:
         if problem.reward is None:
             raise ValueError(
-                f"--reward: {OWN!r}, which is the default, names the reward of the generator, but this"
+                f"--reward: {PROBLEM_REWARD!r}, which is the default, names the reward of the generator, but this"
                 " generator has none. Pass the name of another reward, for example of a plugin."
             )
         return problem.reward
@@ -250,9 +250,9 @@ def reward_of(name: str, problem: Problem, stage: FlowStage | None = None) -> As
         return from_problem(problem, stage.name)
     # the size of the conditioning is the same for all prompts, so the first one is enough
     if stage is not None and name.endswith(".safetensors"):
-        return load(Path(name), problem.pipeline, stage, problem.train_conditions[0])
+        return load(Path(name), problem.pipeline, stage, problem.train_prompts[0])
     if name not in REWARDS:
-        reward_names = ", ".join((OWN, LATENT, *REWARDS))
+        reward_names = ", ".join((PROBLEM_REWARD, LATENT, *REWARDS))
         raise ValueError(
             f"--reward: there is no reward {name!r}. Choose one of {reward_names}, or load the plugin that"
             " registers it."
@@ -273,8 +273,8 @@ def heldout_scores(
     """
     # the final evaluator is not among them, since it must stay unused until the table
     scores: dict[str, torch.Tensor] = {}
-    if problem.reward is not None and OWN not in trained_names:
-        scores[OWN] = problem.reward(assets, prompts)
+    if problem.reward is not None and PROBLEM_REWARD not in trained_names:
+        scores[PROBLEM_REWARD] = problem.reward(assets, prompts)
     if problem.chooser is not None:
         scores[CHOOSER] = problem.chooser(assets, prompts)
     measures = problem.measures or problem.parts
@@ -294,15 +294,15 @@ def bench_of(run: OnlineRun, opened: Opened, seed: int) -> OnlineBench:
         stage=stage,
         rewards=rewards,
         weights=tuple(weights.values()),
-        conditions=problem.train_conditions,
+        prompts=problem.train_prompts,
         heldout=None if reads_latents_only else partial(heldout_scores, problem, weights),
         # comma-separated names
         gate=tuple(name.strip() for name in run.gate.split(",")) if run.gate else (),
     )
 
-    def total(assets: Sequence, conditions: Sequence[str]) -> torch.Tensor:
+    def total(assets: Sequence, prompts: Sequence[str]) -> torch.Tensor:
         """Compute the weighted sum of the trained rewards, which the table shows as the reward."""
-        scores = [weights[name] * reward(assets, conditions) for name, reward in rewards.items()]
+        scores = [weights[name] * reward(assets, prompts) for name, reward in rewards.items()]
         return torch.stack(scores).sum(0)
 
     losses = replace(

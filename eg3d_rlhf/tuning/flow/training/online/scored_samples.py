@@ -46,7 +46,7 @@ class Task:
     pipeline: Pipeline
     stage: FlowStage
     rewards: Mapping[str, AssetReward]  # rewards that are trained on
-    conditions: Sequence[str]  # prompts to train on
+    prompts: Sequence[str]  # prompts to train on
     weights: Sequence[float] = (1.0,)  # weight of each reward, in the order of `rewards`
     heldout: HeldOutScores | None = None  # rewards that are not trained on; None: there are none
     # names of held-out rewards: the distance is penalised where they rank a sample below the trained reward
@@ -129,7 +129,7 @@ class Move:
 class Drawn:
     """The n samples of one pass."""
 
-    conditions: Sequence[str]  # [n], prompts
+    prompts: Sequence[str]  # [n], prompts
     seeds: Sequence[int]  # [n], seed of each sample's group
     members: Sequence[int]  # [n], index of each sample in its group
     voxels: Sequence[Voxels]  # [n], voxels from the earlier stages
@@ -191,11 +191,11 @@ class Explorer:
             names, group_seeds, member_indices, voxels = map(
                 list, zip(*members[i : i + pass_size], strict=True)
             )
-            cond = to_device(pipeline.conditions(names, stage.name), self.device)
+            cond = to_device(pipeline.conditioning(names, stage.name), self.device)
             no_cond = None
             # without guidance the empty conditioning is not needed
             if self.sampling.cfg_strength:
-                no_cond = to_device(pipeline.no_condition(len(names), stage.name), self.device)
+                no_cond = to_device(pipeline.null_conditioning(len(names), stage.name), self.device)
 
             # the defaults bind the lists of this pass; a closure would read those of the last pass
             def noise(
@@ -216,7 +216,7 @@ class Explorer:
                 x_0, moves = self._chain(noise, noisy_steps, trained_steps, cond, no_cond)
             sampled_passes.append(
                 Drawn(
-                    conditions=names,
+                    prompts=names,
                     seeds=group_seeds,
                     members=member_indices,
                     voxels=voxels,

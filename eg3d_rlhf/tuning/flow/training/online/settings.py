@@ -302,7 +302,7 @@ def divided(arm: str) -> tuple[str, str]:
     return (kind, use) if use in CONTROLS else (arm, "reward")
 
 
-OWN = "own"  # name of the problem's reward
+PROBLEM_REWARD = "own"  # name of the problem's reward
 
 
 def weighed(text: str) -> dict[str, float]:
@@ -350,7 +350,7 @@ class OnlineRun(ArmsRun):
     LISTED: ClassVar[str] = f"{', '.join(KINDS)}, or one with -{' or -'.join(CONTROLS)}"
 
     losses: Losses
-    reward: str = OWN  # names of the trained rewards, with weights; see weighed
+    reward: str = PROBLEM_REWARD  # names of the trained rewards, with weights; see weighed
     gate: str | None = None  # comma-separated names of held-out rewards; None: no gate
     arms: tuple[str, ...] = ("nft",)
 
@@ -366,7 +366,7 @@ class OnlineRun(ArmsRun):
 
     def has_table(self, problem: "Problem") -> bool:
         # the trained reward itself is an evaluator, so held-out prompts are enough
-        return bool(problem.held_out_conditions)
+        return bool(problem.held_out_prompts)
 
     def row(
         self, arm: str, trainings: Sequence[Mapping], rates: Mapping, scores: Mapping, base: Mapping

@@ -61,17 +61,17 @@ class SolidReward:
     # voxels of untuned assets without their defects, by prompt
     _reference_grids: dict[str, list[np.ndarray]] = field(default_factory=dict)
 
-    def __call__(self, assets: Sequence[Any], conditions: Sequence[str]) -> torch.Tensor:
+    def __call__(self, assets: Sequence[Any], prompts: Sequence[str]) -> torch.Tensor:
         """Score N finished assets of these prompts, [N] float32 in 0..1."""
-        return torch.tensor([score.reward for score in self.judged(assets, conditions)])
+        return torch.tensor([score.reward for score in self.judged(assets, prompts)])
 
-    def judged(self, assets: Sequence[Any], prompts: Sequence[str]) -> list[solids.Judged]:
+    def judged(self, assets: Sequence[Any], prompts: Sequence[str]) -> list[solids.ScoreWithFidelity]:
         """Compute the reward of every asset, with its terms."""
         # sorted, so that the references are generated in the same batches in every process
         self._make_references(sorted(set(prompts) - set(self._reference_grids)))
         grids = [grid_of(self.pipeline, asset) for asset in assets]
         return [
-            solids.beside(grid, self._reference_grids[name], rules_for(grid))
+            solids.score_against(grid, self._reference_grids[name], rules_for(grid))
             for grid, name in zip(grids, prompts, strict=True)
         ]
 
@@ -87,7 +87,7 @@ class SolidReward:
         assets = generate(self.pipeline, prompts, seeds)
         for asset, name in zip(assets, prompts, strict=True):
             grid = grid_of(self.pipeline, asset)
-            self._reference_grids.setdefault(name, []).append(solids.repaired(grid, rules_for(grid)))
+            self._reference_grids.setdefault(name, []).append(solids.without_defects(grid, rules_for(grid)))
 
 
 def solid_reward(problem: Problem) -> SolidReward:

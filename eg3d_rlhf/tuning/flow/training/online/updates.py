@@ -82,7 +82,7 @@ class OnlineUpdates(Descent):
             )
         self.config = config
         self.task = task
-        self.order = Order(task.conditions, config.batch, config.seed)
+        self.order = Order(task.prompts, config.batch, config.seed)
         self.explorer = Explorer(task=task, config=config, policy=policy, reference=reference)
         # losses on steps sample from the policy itself, and the other losses from a snapshot that follows it
         self.old = None if config.on_steps else Snapshot(policy, self.trained_parameters)
@@ -158,7 +158,7 @@ class OnlineUpdates(Descent):
         Returns the trained rewards [R, B, K], and the held-out rewards by name, [B, K] each.
         """
         pass_scores = [
-            self.task.scores(samples.x_0, samples.conditions, samples.seeds) for samples in sampled_passes
+            self.task.scores(samples.x_0, samples.prompts, samples.seeds) for samples in sampled_passes
         ]
         rewards = torch.cat([values for values, _ in pass_scores], 1)  # [R, n]
         heldout = {
@@ -354,7 +354,7 @@ def train_online(
     # part of training_options.json: a run cannot be resumed with other rewards or prompts
     options = {
         "base": task.stage.hash,
-        "conditions": list(task.conditions),
+        "conditions": list(task.prompts),
         "rewards": list(task.rewards),
         "weights": list(task.weights),
         "gate": list(task.gate),

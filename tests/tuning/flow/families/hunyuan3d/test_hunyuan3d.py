@@ -13,7 +13,7 @@ from PIL import Image
 
 import train
 from eg3d_rlhf.models.policies import tuned_model
-from eg3d_rlhf.tuning.flow.base.conditioning import Conditions, write_conditions
+from eg3d_rlhf.tuning.flow.base.conditioning import Conditioning, write_conditioning
 from eg3d_rlhf.tuning.flow.base.export import export
 from eg3d_rlhf.tuning.flow.base.pairs import PreferencePair, read_pairs, write_pairs
 from eg3d_rlhf.tuning.flow.base.sampling import generate
@@ -68,7 +68,7 @@ def make_pairs(tmp_path, shape=(LATENTS, C), embeddings=None):
         for i in range(8)
     ]
     write_pairs(tmp_path / "PAIRS" / "shape", pairs, {"convention": CONVENTION})
-    write_conditions(tmp_path / "PAIRS" / "conditioning.safetensors", embeddings or tokens())
+    write_conditioning(tmp_path / "PAIRS" / "conditioning.safetensors", embeddings or tokens())
 
 
 def run(tmp_path):
@@ -121,10 +121,10 @@ def test_a_network_with_its_data_at_t_0_is_rejected(root):
     x_0 = torch.full([4, LATENTS, C], 0.5)
     # towards data at 1, where all is 0.5
     stage.call = lambda module, x, t, cond: (0.5 - x) / (1 - t).clamp_min(1e-3).view(-1, 1, 1)
-    check_convention(stage, x_0, pipeline.conditions(NAMES, "shape"))
+    check_convention(stage, x_0, pipeline.conditioning(NAMES, "shape"))
     stage.call = lambda module, x, t, cond: (x - 0.5) / t.clamp_min(1e-3).view(-1, 1, 1)
     with raising("'shape'", "data_at_one=False"):
-        check_convention(stage, x_0, pipeline.conditions(NAMES, "shape"))
+        check_convention(stage, x_0, pipeline.conditioning(NAMES, "shape"))
 
 
 def test_tensors_that_do_not_fit_are_rejected_in_one_line(root, tmp_path):
@@ -159,12 +159,12 @@ def test_tensors_that_do_not_fit_are_rejected_in_one_line(root, tmp_path):
 def test_latents_and_embeddings_of_other_generators_are_rejected(root, tmp_path):
     make_pairs(tmp_path, shape=(C, 2, 2, 2))
     rejected(run(tmp_path), f"[{LATENTS}, {C}]", f"[{C}, 2, 2, 2]")
-    other = Conditions(
+    other = Conditioning(
         tokens={name: {"main": torch.zeros(L, E + 1)} for name in NAMES}, encoder="CLIP", zero_null=True
     )
     make_pairs(tmp_path, embeddings=other)
     rejected(run(tmp_path), "CLIP")
-    make_pairs(tmp_path, embeddings=Conditions(tokens=other.tokens, zero_null=True))
+    make_pairs(tmp_path, embeddings=Conditioning(tokens=other.tokens, zero_null=True))
     rejected(run(tmp_path), "{'main': [5, 8]}", "{'main': [5, 9]}")
 
 
@@ -221,7 +221,7 @@ def test_images_become_tokens_and_the_file_states_their_source(root, tmp_path):
         "image_processor": {"target": "a.ImageProcessorV2", "params": {"size": 64, "border_ratio": 0.3}},
     }
     (root / layout.CONFIG).write_text(yaml.safe_dump(other))
-    assert layout.read_files(root).picture == 64
+    assert layout.read_files(root).image_size == 64
     with raising("64", "512"):
         family.FAMILY.load(root, made)
     Image.new("RGB", (9, 9)).save(tmp_path / "opaque.png")
@@ -243,7 +243,7 @@ def test_settings_that_change_nothing_are_accepted(root):
     assert written(scheduler=shifted).shift == 3.0
     null = {"target": "a.ImageProcessorV2", "params": {"size": 256, "border_ratio": None}}
     made = written(image_processor=null)
-    assert (made.picture, made.border) == (256, 0.15)
+    assert (made.image_size, made.border) == (256, 0.15)
     kwargs = {"config": CONTENT["conditioner"]["params"]["main_image_encoder"]["kwargs"]["config"]}
     encoder = {"main_image_encoder": {"type": "DinoImageEncoder", "kwargs": kwargs}}
     # images of 224 pixels
@@ -280,7 +280,7 @@ def test_meshes_of_the_user_become_pairs(root, tmp_path):
         trimesh.creation.box(size).export(tmp_path / "ASSETS" / f"{rank}.obj")
         lines.append({"condition": "lamp", "rank": rank, "asset": f"{rank}.obj"})
     (tmp_path / "ASSETS" / "ranking.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    write_conditions(tmp_path / "ASSETS" / "conditioning.safetensors", tokens())
+    write_conditioning(tmp_path / "ASSETS" / "conditioning.safetensors", tokens())
 
     work = tmp_path / "WORK"
     ranked = f"--labels={tmp_path / 'ASSETS'}"

@@ -8,7 +8,7 @@ import yaml
 
 from eg3d_rlhf.models.dino import Dino
 from eg3d_rlhf.models.hunyuan3d import Denoiser, ShapeDecoder, ShapeEncoder
-from eg3d_rlhf.tuning.flow.base.conditioning import Conditions
+from eg3d_rlhf.tuning.flow.base.conditioning import Conditioning
 from eg3d_rlhf.tuning.flow.families import hunyuan3d_files as layout
 
 LATENTS = 7
@@ -114,9 +114,9 @@ def write_hunyuan3d(root):
     return root
 
 
-def tokens(names=NAMES) -> Conditions:
+def tokens(names=NAMES) -> Conditioning:
     """Make random embeddings."""
     g = torch.Generator().manual_seed(5)
-    return Conditions(
+    return Conditioning(
         tokens={name: {"main": torch.randn(L, E, generator=g)} for name in names}, zero_null=True
     )

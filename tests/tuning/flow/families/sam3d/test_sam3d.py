@@ -20,7 +20,7 @@ from eg3d_rlhf.models.lora import adapted_layers
 from eg3d_rlhf.models.policies import save_policy
 from eg3d_rlhf.models.sparse import NamedBatch, NamedSample
 from eg3d_rlhf.models.trellis.autoencoders import StructureEncoder, StructureVAEConfig
-from eg3d_rlhf.tuning.flow.base.conditioning import Conditions, write_conditions
+from eg3d_rlhf.tuning.flow.base.conditioning import Conditioning, write_conditioning
 from eg3d_rlhf.tuning.flow.base.export import export
 from eg3d_rlhf.tuning.flow.base.settings import ProblemSource
 from eg3d_rlhf.tuning.flow.base.stage import FlowPath
@@ -61,12 +61,12 @@ def width(released):
     return files.read_pipeline(released).generators["structure"].config.cond_channels
 
 
-def tokens(width: int, names=NAMES, **more) -> Conditions:
+def tokens(width: int, names=NAMES, **more) -> Conditioning:
     g = torch.Generator().manual_seed(5)
     made = {
         name: {stage: torch.randn(7, width, generator=g) for stage in files.STAGES} | more for name in names
     }
-    return Conditions(tokens=made, zero_null=True)
+    return Conditioning(tokens=made, zero_null=True)
 
 
 @pytest.fixture(scope="module")
@@ -311,7 +311,7 @@ def test_the_option_parts_selects_the_latents_that_are_tuned(released, pipeline,
     as_trained = all_parts.pipeline.stages[0]
     noise, given = (made.noise([3], [None]) for made in (stage, as_trained))
     assert torch.equal(noise["shape"], given["shape"])
-    cond = pipeline.conditions(NAMES[:1], "structure")
+    cond = pipeline.conditioning(NAMES[:1], "structure")
     with torch.no_grad():
         alone, together = (
             made.velocity(x, torch.tensor([0.3]), cond) for made, x in ((stage, noise), (as_trained, given))
@@ -346,7 +346,7 @@ def test_sampling_in_few_steps_and_with_a_pose(released, width, tmp_path):
     embeddings = tokens(
         width, **{family.SCALE: torch.full([3], 2.0), family.SHIFT: torch.tensor([0.0, 0.0, 5.0])}
     )
-    write_conditions(tmp_path / "conditioning.safetensors", embeddings)
+    write_conditioning(tmp_path / "conditioning.safetensors", embeddings)
     flow_works.flow(
         "new",
         tmp_path / "WORK",
@@ -384,7 +384,7 @@ def write_encoder(root):
 def test_the_shape_alone_is_tuned_on_meshes_of_the_user(root, width, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "MESHES").mkdir()
-    write_conditions(tmp_path / "MESHES" / "conditioning.safetensors", tokens(width))
+    write_conditioning(tmp_path / "MESHES" / "conditioning.safetensors", tokens(width))
     lines = []
     for rank, mesh in enumerate(
         (trimesh.creation.box((1, 1, 2)), trimesh.creation.icosphere(subdivisions=2)), 1
@@ -463,7 +463,7 @@ def test_train_rejects_pairs_that_do_not_fit(root, pipeline, width, tmp_path):
     ]
     less = write_people(tmp_path / "d", "structure", *some, tokens(width))
     train_rejected(root, less, "structure", tmp_path, "preferred", "6drotation_normalized", "scale")
-    other = Conditions(tokens=tokens(width).tokens, encoder="another", zero_null=True)
+    other = Conditioning(tokens=tokens(width).tokens, encoder="another", zero_null=True)
     pairs_of_another = write_people(tmp_path / "e", "structure", *latents, other)
     train_rejected(root, pairs_of_another, "structure", tmp_path, "SAM 3D", "another")
     state = torch.load(root / "ss_generator.ckpt", weights_only=True)["state_dict"]

@@ -8,7 +8,12 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from eg3d_rlhf.tuning.flow.base.conditioning import Conditions, read_array, read_conditions, write_conditions
+from eg3d_rlhf.tuning.flow.base.conditioning import (
+    Conditioning,
+    read_array,
+    read_conditioning,
+    write_conditioning,
+)
 from eg3d_rlhf.tuning.flow.families import encoders
 from tests.rejections import raising
 from tests.tuning.flow.families.trellis.tiny_trellis import write_hub
@@ -18,9 +23,9 @@ TOKENS = torch.arange(12.0).view(3, 4)
 
 def test_one_file_of_all(tmp_path):
     name = "a chair, red / blue"
-    given = Conditions(tokens={name: TOKENS, "": TOKENS + 1}, encoder="clip")
-    write_conditions(tmp_path / "c.safetensors", given)
-    got = read_conditions(tmp_path / "c.safetensors")
+    given = Conditioning(tokens={name: TOKENS, "": TOKENS + 1}, encoder="clip")
+    write_conditioning(tmp_path / "c.safetensors", given)
+    got = read_conditioning(tmp_path / "c.safetensors")
     assert got.names == (name,) and got.encoder == "clip"
     assert torch.equal(got.select([name]), TOKENS[None])
     assert torch.equal(got.null(2), (TOKENS + 1).expand(2, -1, -1))
@@ -31,24 +36,24 @@ def test_a_folder_of_files(tmp_path):
     np.save(tmp_path / "b.npy", TOKENS.numpy())
     np.savez(tmp_path / "c.npz", cond=TOKENS.numpy())
     save_file({"tokens": TOKENS}, tmp_path / "d.safetensors")
-    got = read_conditions(tmp_path)
+    got = read_conditioning(tmp_path)
     assert got.names == ("a", "b", "c", "d") and torch.equal(got.select("abcd"), TOKENS.expand(4, -1, -1))
     assert not got.null(1).any()
     torch.save(TOKENS, tmp_path / "null.pt")
-    assert torch.equal(read_conditions(tmp_path, zero_null=False).null(1), TOKENS[None])
+    assert torch.equal(read_conditioning(tmp_path, zero_null=False).null(1), TOKENS[None])
 
 
 def test_unsuitable_embeddings_are_rejected(tmp_path):
     with raising(".pt", ".npy", str(tmp_path), kind=FileNotFoundError):
-        read_conditions(tmp_path)
+        read_conditioning(tmp_path)
     with raising("conditioning", "''"):
-        Conditions(tokens={"a": TOKENS})
+        Conditioning(tokens={"a": TOKENS})
     with raising("conditioning", "'a'"):
-        Conditions(tokens={"a": TOKENS / 0}, zero_null=True)
+        Conditioning(tokens={"a": TOKENS / 0}, zero_null=True)
     with raising("[2, 4], [3, 4]"):
-        Conditions(tokens={"a": TOKENS, "b": TOKENS[:2]}, zero_null=True)
+        Conditioning(tokens={"a": TOKENS, "b": TOKENS[:2]}, zero_null=True)
     with raising("conditioning", "'x'"):
-        Conditions(tokens={"a": TOKENS}, zero_null=True).select(["a", "x"])
+        Conditioning(tokens={"a": TOKENS}, zero_null=True).select(["a", "x"])
 
 
 def test_unsuitable_arrays_are_rejected(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from eg3d_rlhf.tuning.flow.base.conditioning import Conditions, read_conditions, write_conditions
+from eg3d_rlhf.tuning.flow.base.conditioning import Conditioning, read_conditioning, write_conditioning
 from eg3d_rlhf.tuning.flow.base.sampling import generate
 from eg3d_rlhf.tuning.flow.base.stage import Sampling
 from eg3d_rlhf.tuning.flow.families import family_of
@@ -43,16 +43,16 @@ def root(tmp_path, monkeypatch):
 def test_settings_tokens_and_the_empty_conditioning_are_those_of_image_large(root):
     assert family_of(root).name == "trellis"
     flow("new", "WORK", f"--pipeline={root}", "--images=IMAGES")
-    tokens = read_conditions(Path("WORK"))
+    tokens = read_conditioning(Path("WORK"))
     assert tokens.encoder == "dinov2_vitl14_reg" and tokens.form == [1 + 4 + 2 * 2, DINO] and tokens.zero_null
     pipeline = FAMILY.load(root, tokens)
-    assert not pipeline.no_condition(2, STRUCTURE).any()
+    assert not pipeline.null_conditioning(2, STRUCTURE).any()
     for stage in pipeline.stages:
         assert stage.sampling == Sampling(steps=2, cfg_strength=5.0, cfg_interval=(0.5, 1.0), rescale_t=3.0)
-    base_stage = Conditions(
+    base_stage = Conditioning(
         tokens={name: torch.zeros(9, 32) for name in NAMES}, encoder="CLIP", zero_null=True
     )
-    write_conditions(Path("OTHER.safetensors"), base_stage)
+    write_conditioning(Path("OTHER.safetensors"), base_stage)
     flow("new", "OTHER", f"--pipeline={root}", "--conditioning=OTHER.safetensors")
     check_message(flow("sample", "OTHER", code=2), (f"[L, {DINO}]", "'structure'"))
 
@@ -66,7 +66,7 @@ def test_from_images_to_a_tuned_folder_as_documented(root):
 
     called = run_section("TRELLIS-image-large", "ROOT", Path(), FEW, look)
     assert called == ["new", "sample", "pairs", "train", "export"]
-    tokens = read_conditions(Path("WORK"))
+    tokens = read_conditioning(Path("WORK"))
     base, tuned = (FAMILY.load(path, tokens) for path in (root, Path("TUNED")))
     both = zip(base.stages, tuned.stages, strict=True)  # a stage that no update made better stays as it was
     weights = [

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from eg3d_rlhf.models.sparse import SparseBatch, SparseSample
-from eg3d_rlhf.tuning.flow.base.conditioning import read_conditions
+from eg3d_rlhf.tuning.flow.base.conditioning import read_conditioning
 from eg3d_rlhf.tuning.flow.base.pairs import read_pairs
 from eg3d_rlhf.tuning.flow.base.ranking import Candidate, pair_up
 from eg3d_rlhf.tuning.flow.base.ranking import read_ranking as read_any_ranking
@@ -180,10 +180,10 @@ def test_samples_of_dso(samples, pipeline, tmp_path):
     assert list(imported.pairs) == [STRUCTURE]
     assert [p.id for p in imported.pairs[STRUCTURE]] == ["000/000>001", "000/002>001", "001/000>001"]
     assert imported.report == {"assets": 8, "without_angle": 1, "one_sided": 1, "pairs": 3}
-    assert imported.conditions.names == ("000", "001") and not imported.conditions.null(1).any()
+    assert imported.conditioning.names == ("000", "001") and not imported.conditioning.null(1).any()
     write_imported(tmp_path / "out", imported, pipeline.file)
     assert torch.equal(
-        read_conditions(tmp_path / "out" / "conditioning.safetensors").select(["001"]), torch.ones(1, 3, E)
+        read_conditioning(tmp_path / "out" / "conditioning.safetensors").select(["001"]), torch.ones(1, 3, E)
     )
     assert len(read_pairs(tmp_path / "out" / STRUCTURE, pipeline.stages[0])[0]) == 3
 
@@ -212,7 +212,7 @@ def test_samples_in_folders_below_keep_their_names_apart(samples, pipeline, tmp_
             (tmp_path / "all" / name / path.name).write_bytes(path.read_bytes())
     imported = read_dso(tmp_path / "all", pipeline)
     assert (
-        imported.conditions.names == ("a/000", "a/001", "b/000", "b/001")
+        imported.conditioning.names == ("a/000", "a/001", "b/000", "b/001")
         and len(imported.pairs[STRUCTURE]) == 6
     )
 

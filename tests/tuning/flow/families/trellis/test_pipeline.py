@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from eg3d_rlhf.models.sparse import SparseBatch, SparseSample
-from eg3d_rlhf.tuning.flow.base.conditioning import Conditions
+from eg3d_rlhf.tuning.flow.base.conditioning import Conditioning
 from eg3d_rlhf.tuning.flow.base.sampling import generate
 from eg3d_rlhf.tuning.flow.base.stage import DenseGrid, FlowPath, SparseVoxels
 from eg3d_rlhf.tuning.flow.families import folder
@@ -31,7 +31,7 @@ def test_stages_are_those_of_the_files(pipeline):
     assert (first.name, first.latents) == (STRUCTURE, DenseGrid(channels=2, resolution=4))
     assert (second.name, second.latents) == (LATENT, SparseVoxels(channels=4, resolution=R))
     assert first.path == second.path == FlowPath() and first.sampling.cfg_strength == 2.0
-    assert pipeline.conditions(NAMES[:2], LATENT).shape == (2, 3, E) and pipeline.no_condition(
+    assert pipeline.conditioning(NAMES[:2], LATENT).shape == (2, 3, E) and pipeline.null_conditioning(
         4, STRUCTURE
     ).shape == (4, 3, E)
 
@@ -134,7 +134,7 @@ def test_latents_that_are_not_finite_are_rejected(pipeline):
 
 
 def test_embeddings_of_another_encoder_are_rejected(trellis_root):
-    wide = Conditions(tokens={"a": torch.zeros(3, E + 1)}, encoder="dinov2", zero_null=True)
+    wide = Conditioning(tokens={"a": torch.zeros(3, E + 1)}, encoder="dinov2", zero_null=True)
     with raising("'structure'", "dinov2", "openai/clip"):
         FAMILY.load(trellis_root, wide)
 

@@ -8,7 +8,7 @@ import torch
 
 from eg3d_rlhf.experiments.run import OPTIONS
 from eg3d_rlhf.models.policies import tuned_model
-from eg3d_rlhf.tuning.flow.base.conditioning import read_conditions, write_conditions
+from eg3d_rlhf.tuning.flow.base.conditioning import read_conditioning, write_conditioning
 from eg3d_rlhf.tuning.flow.base.sampling import generate
 from eg3d_rlhf.tuning.flow.base.settings import ProblemSource
 from eg3d_rlhf.tuning.flow.families.opening import open_problem
@@ -30,7 +30,7 @@ from tests.tuning.flow.families.trellis.tiny_trellis import tokens
 
 @pytest.fixture
 def work(trellis_root, tmp_path):
-    write_conditions(tmp_path / "c.safetensors", tokens())
+    write_conditioning(tmp_path / "c.safetensors", tokens())
     flow(
         "new",
         tmp_path / "WORK",
@@ -46,7 +46,7 @@ def test_dso(work, samples):  # noqa: F811
     stale.mkdir(parents=True)
     printed = flow("tune", work.folder, f"--labels={samples}", "--pairs-only")
     assert re.search(r"\b3 .*\bstructure\b", printed) and not stale.exists()
-    assert read_conditions(work.folder / "pairs" / "conditioning.safetensors").names == ("000", "001")
+    assert read_conditioning(work.folder / "pairs" / "conditioning.safetensors").names == ("000", "001")
 
 
 def test_tuned_networks_are_found_for_export(pipeline, trellis_root, tmp_path):
@@ -135,7 +135,7 @@ def test_ranked_samples_become_pairs_of_their_latents(pipeline, trellis_root, wo
     assert re.search(r"\b5 .*\bstructure\b.*\b5 .*\blatent\b", printed)
     # with WORK's embeddings
     problem = open_problem(ProblemSource(pipeline=str(trellis_root), pairs=str(work.folder / "pairs")))
-    assert {*problem.train_conditions, *problem.held_out_conditions} <= set(work.names(*SHOWN))
+    assert {*problem.train_prompts, *problem.held_out_prompts} <= set(work.names(*SHOWN))
     imported = read_ranking(path, pipeline)
     assert imported.report["pairs"] == {"structure": 5, "latent": 5}
     pipeline = FAMILY.load(trellis_root, tokens())

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from eg3d_rlhf.models.sparse import SparseBatch, SparseSample
-from eg3d_rlhf.tuning.flow.base.conditioning import Conditions, write_conditions
+from eg3d_rlhf.tuning.flow.base.conditioning import Conditioning, write_conditioning
 from eg3d_rlhf.tuning.flow.base.pairs import read_pairs, write_pairs
 from eg3d_rlhf.tuning.flow.base.ranking import Candidate, Imported, pair_up
 from eg3d_rlhf.tuning.flow.base.settings import ProblemSource
@@ -37,7 +37,7 @@ def write_people(folder, file, stages=(STRUCTURE, LATENT), per_condition=3):
             assets.append(
                 Candidate(name=str(rank), condition=name, rank=rank, latents={s: both[s] for s in stages})
             )
-    write_imported(folder, Imported(pairs=pair_up(assets), conditions=tokens()), file)
+    write_imported(folder, Imported(pairs=pair_up(assets), conditioning=tokens()), file)
     return folder
 
 
@@ -58,13 +58,13 @@ def problem(trellis_root, people):
 
 
 def test_prompts_are_divided_and_pairs_with_them(problem, trellis_root, people):
-    held = set(problem.held_out_conditions)
-    trained = set(problem.train_conditions)
+    held = set(problem.held_out_prompts)
+    trained = set(problem.train_prompts)
     assert (
         held | trained == set(NAMES)
         and not held & trained
         and len(held) == 1
-        and problem.choosing == problem.held_out_conditions
+        and problem.choosing == problem.held_out_prompts
     )
     for stage in (STRUCTURE, LATENT):
         pairs = problem.train_pairs[stage]
@@ -72,13 +72,13 @@ def test_prompts_are_divided_and_pairs_with_them(problem, trellis_root, people):
     assert [p.id for p in problem.train_pairs[STRUCTURE]] == [p.id for p in problem.train_pairs[LATENT]]
     again = trellis_problem(trellis_root, people, seed=1)
     assert all(stage.model.recompute for stage in problem.pipeline.stages)
-    assert again.identity == problem.identity and again.held_out_conditions == problem.held_out_conditions
+    assert again.identity == problem.identity and again.held_out_prompts == problem.held_out_prompts
     halves = trellis_problem(trellis_root, people, held_out=0.5)
-    unseen = {*halves.held_out_conditions, *halves.choosing_conditions}
+    unseen = {*halves.held_out_prompts, *halves.choosing_prompts}
     assert (
-        len(halves.held_out_conditions) == 2
+        len(halves.held_out_prompts) == 2
         and len(unseen) == 3
-        and unseen | set(halves.train_conditions) == set(NAMES)
+        and unseen | set(halves.train_prompts) == set(NAMES)
     )
 
 
@@ -211,8 +211,8 @@ def test_pairs_of_another_convention_or_model_are_rejected(trellis_root, copied)
 
 
 def test_pairs_without_embeddings_and_folders_without_pairs_are_rejected(trellis_root, copied, tmp_path):
-    few = Conditions(tokens={name: t for name, t in tokens().tokens.items() if name != "a lamp"})
-    write_conditions(copied / "conditioning.safetensors", few)
+    few = Conditioning(tokens={name: t for name, t in tokens().tokens.items() if name != "a lamp"})
+    write_conditioning(copied / "conditioning.safetensors", few)
     with raising("conditioning", "'a lamp'"):
         trellis_problem(trellis_root, copied)
     (copied / "conditioning.safetensors").unlink()

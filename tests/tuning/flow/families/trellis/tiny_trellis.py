@@ -10,7 +10,7 @@ import json
 import torch
 from safetensors.torch import save_file
 
-from eg3d_rlhf.tuning.flow.base.conditioning import NULL, Conditions
+from eg3d_rlhf.tuning.flow.base.conditioning import NULL, Conditioning
 from eg3d_rlhf.tuning.flow.base.ranking import write_import
 from eg3d_rlhf.tuning.flow.families.trellis_files import build_model, normalization
 
@@ -212,10 +212,10 @@ def write_trellis(root, models=MODELS, pipeline=PIPELINE):
     return root
 
 
-def tokens(names=NAMES) -> Conditions:
+def tokens(names=NAMES) -> Conditioning:
     """Make random embeddings."""
     generator = torch.Generator().manual_seed(5)
-    return Conditions(
+    return Conditioning(
         tokens={name: torch.randn(TOKENS, E, generator=generator) for name in (*names, NULL)}, encoder="clip"
     )
 

@@ -17,7 +17,7 @@ from eg3d_rlhf.models.lora_settings import LoraConfig
 from eg3d_rlhf.models.policies import save_policy
 from eg3d_rlhf.models.sparse import SparseSample, feats_of
 from eg3d_rlhf.models.trellis2 import VoxelAsset
-from eg3d_rlhf.tuning.flow.base.conditioning import write_conditions
+from eg3d_rlhf.tuning.flow.base.conditioning import write_conditioning
 from eg3d_rlhf.tuning.flow.base.export import export
 from eg3d_rlhf.tuning.flow.base.ranking import read_ranking
 from eg3d_rlhf.tuning.flow.base.sampling import generate
@@ -165,7 +165,7 @@ def write_meshes(folder):
             box.export(folder / f"{i}-{rank}.ply")
             lines.append(json.dumps({"condition": name, "rank": rank, "asset": f"{i}-{rank}.ply"}))
     (folder / "ranking.jsonl").write_text("".join(line + "\n" for line in lines))
-    write_conditions(folder / "conditioning.safetensors", tokens())
+    write_conditioning(folder / "conditioning.safetensors", tokens())
 
 
 @pytest.mark.long

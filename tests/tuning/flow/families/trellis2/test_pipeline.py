@@ -158,7 +158,7 @@ def test_every_stage_leaves_voxels_to_the_next(pipeline):
 
 
 def test_every_stage_reads_the_tokens_of_its_image_size(pipeline):
-    lengths = {stage: pipeline.conditions(NAMES[:2], stage).shape for stage in files.STAGES}
+    lengths = {stage: pipeline.conditioning(NAMES[:2], stage).shape for stage in files.STAGES}
     assert lengths == {
         "structure": (2, 3, E),
         "shape_512": (2, 3, E),
@@ -166,8 +166,8 @@ def test_every_stage_reads_the_tokens_of_its_image_size(pipeline):
         "texture": (2, 5, E),
     }
     assert (
-        pipeline.no_condition(3, "texture").shape == (3, 5, E)
-        and not pipeline.no_condition(1, "structure").any()
+        pipeline.null_conditioning(3, "texture").shape == (3, 5, E)
+        and not pipeline.null_conditioning(1, "structure").any()
     )
 
 
@@ -180,7 +180,7 @@ def test_without_a_cascade(copied, kind, names):
     assert [s.name for s in opened.stages] == names
     side = 16 if kind == "1024" else 8
     assert generate(opened, NAMES[:1], [0])[0].resolution == side
-    assert opened.conditions(NAMES[:1], "texture").shape[1] == (5 if kind == "1024" else 3)
+    assert opened.conditioning(NAMES[:1], "texture").shape[1] == (5 if kind == "1024" else 3)
 
 
 def test_a_cascade_lowers_the_resolution_if_there_are_too_many_voxels(copied, monkeypatch):

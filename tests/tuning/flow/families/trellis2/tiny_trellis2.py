@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from eg3d_rlhf.models.trellis2 import BLOCK, MERGE, SPLIT
-from eg3d_rlhf.tuning.flow.base.conditioning import Conditions
+from eg3d_rlhf.tuning.flow.base.conditioning import Conditioning
 from eg3d_rlhf.tuning.flow.families.trellis2_files import ARCHITECTURES, TEXTURING
 from eg3d_rlhf.tuning.flow.families.trellis_files import build_model
 
@@ -146,11 +146,11 @@ def write_pipeline(root, **args):
     return root
 
 
-def tokens(names=NAMES, size=E) -> Conditions:
+def tokens(names=NAMES, size=E) -> Conditioning:
     """Make random embeddings of images at two sizes."""
     g = torch.Generator().manual_seed(5)
     embeddings = {
         name: {"512": torch.randn(3, size, generator=g), "1024": torch.randn(5, size, generator=g)}
         for name in names
     }
-    return Conditions(tokens=embeddings, zero_null=True)
+    return Conditioning(tokens=embeddings, zero_null=True)

@@ -61,9 +61,9 @@ def test_tasks_wait_for_what_groups_share():
     assert set(AblationPlan(groups=("c", "i"), seeds=(0,)).tasks()) == {"0/people/first", "0/c", "0/i"}
 
 
-def halfway(assets, conditions):
+def halfway(assets, prompts):
     """A reward that the tuned network does not always earn."""
-    return -(full(assets, conditions) - 0.48).abs()
+    return -(full(assets, prompts) - 0.48).abs()
 
 
 def test_arms_differ_from_the_loop_in_what_the_first_stage_learns_alone(tmp_path, monkeypatch):

@@ -291,7 +291,7 @@ def test_an_unregularised_third_step_at_a_small_beta_is_caught(tmp_path):
     )
     last = free.from_loop("structure", pairs, lines)
     assert last.record["kept_step"] == loose.steps
-    conditions, seeds = crossed(problem.held_out_conditions, 8, seed=99)
+    conditions, seeds = crossed(problem.held_out_prompts, 8, seed=99)
     kept, runaway = (
         scores(
             problem.pipeline,

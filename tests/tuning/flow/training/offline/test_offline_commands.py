@@ -17,8 +17,8 @@ from eg3d_rlhf.modes import offline as commands
 from eg3d_rlhf.modes.flow_new import new
 from eg3d_rlhf.modes.flow_sample import sample
 from eg3d_rlhf.modes.offline import default_run
-from eg3d_rlhf.preferences.label_scores import of_votes
-from eg3d_rlhf.tuning.flow.base.conditioning import write_conditions
+from eg3d_rlhf.preferences.label_scores import goodness_from_votes
+from eg3d_rlhf.tuning.flow.base.conditioning import write_conditioning
 from eg3d_rlhf.tuning.flow.base.pairs import Lazy
 from eg3d_rlhf.tuning.flow.base.ranking import Candidate, read_latents
 from eg3d_rlhf.tuning.flow.base.sampling import crossed, generate
@@ -109,7 +109,7 @@ def people(kind: str) -> Labelled:
                 Candidate(name=f"{pair.id}-{side}", condition=pair.condition, rank=1, latents=latents)
             )
             votes.append((assets[-1].name, side == "preferred"))
-    return Labelled(assets=assets, goodness=of_votes(votes))
+    return Labelled(assets=assets, goodness=goodness_from_votes(votes))
 
 
 @pytest.fixture
@@ -173,7 +173,7 @@ def test_arms_are_compared_on_the_same_noises(tiny, tmp_path):
 def test_a_folder_is_tuned_by_thumbs_on_what_it_drew(tmp_path):
     root = write_folder(tmp_path / "ROOT")
     known = tmp_path / "c.safetensors"
-    write_conditions(known, conditions())
+    write_conditioning(known, conditions())
     made = [f"--pipeline={root}", f"--conditioning={known}", "--each=12"]
     for command, flags in ((new, made), (sample, [])):
         done = CliRunner().invoke(command, [str(tmp_path / "WORK"), *flags])

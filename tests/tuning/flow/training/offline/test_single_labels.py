@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from eg3d_rlhf.models.sparse import collate, feats_of
-from eg3d_rlhf.preferences.label_scores import of_ranks, of_votes
+from eg3d_rlhf.preferences.label_scores import goodness_from_ranks, goodness_from_votes
 from eg3d_rlhf.tuning.flow.base.ranking import write_latents
 from eg3d_rlhf.tuning.flow.base.single_labels import read_labelled
 from eg3d_rlhf.tuning.flow.toy.toy_oracles import LabelOracle, human_singles
@@ -41,9 +41,9 @@ def test_a_file_of_labels_names_what_people_looked_at(folder):
         "".join(json.dumps({"asset": name, "thumb": good}) + "\n" for name, good in said.items())
     )
     found = read_labelled(folder, labels, TinyPipeline())
-    expected = of_votes([("000001", True), ("000003", False), ("000005", True)]) | of_votes(
-        [("000002", True), ("000004", False)]
-    )
+    expected = goodness_from_votes(
+        [("000001", True), ("000003", False), ("000005", True)]
+    ) | goodness_from_votes([("000002", True), ("000004", False)])
     assert found.goodness == pytest.approx(expected) and len(found.assets) == 6
     singles = found.singles("voxels")
     assert [one.id for one in singles] == ["a/000001", "b/000002", "a/000003", "b/000004", "a/000005"]
@@ -58,9 +58,9 @@ def test_without_labels_the_lists_own_ranks_count(folder):
     path = folder / "ranking.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     path.write_text("".join(json.dumps({**row, "rank": 1 + i // 2}) + "\n" for i, row in enumerate(rows)))
-    assert read_labelled(folder, None, TinyPipeline()).goodness == of_ranks(
+    assert read_labelled(folder, None, TinyPipeline()).goodness == goodness_from_ranks(
         {"000001": 1, "000003": 2, "000005": 3}
-    ) | of_ranks({"000002": 1, "000004": 2, "000006": 3})
+    ) | goodness_from_ranks({"000002": 1, "000004": 2, "000006": 3})
 
 
 def test_what_is_rejected(folder):

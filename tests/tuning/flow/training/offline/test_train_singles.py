@@ -11,7 +11,7 @@ import torch
 from eg3d_rlhf.experiments.process import StoppedError
 from eg3d_rlhf.models.lora_settings import LoraConfig
 from eg3d_rlhf.models.sparse import feats_of
-from eg3d_rlhf.preferences.label_scores import as_used, normal_scores, of_ranks
+from eg3d_rlhf.preferences.label_scores import goodness_for_use, goodness_from_ranks, normal_scores
 from eg3d_rlhf.tuning.flow.base.pairs import by_condition
 from eg3d_rlhf.tuning.flow.base.stage import stage_of
 from eg3d_rlhf.tuning.flow.training.conditioned_stage import ConditionedStage
@@ -58,7 +58,7 @@ def singles(n: int = 12, stage: str = "voxels", use: str = "labels") -> list[Sin
         for pair in pairs
         for side, r in (("preferred", 0.8), ("rejected", 0.2))
     ]
-    r = as_used({one.id: one.r for one in made}, {one.id: one.condition for one in made}, use, 0)
+    r = goodness_for_use({one.id: one.r for one in made}, {one.id: one.condition for one in made}, use, 0)
     return [replace(one, r=r[one.id]) for one in made]
 
 
@@ -66,7 +66,7 @@ def ranked(made: list[Single]) -> list[Single]:
     """By their mean feature."""
     r = {}
     for group in by_condition(made).values():
-        r |= of_ranks({one.id: -float(feats_of(one.latent).mean()) for one in group})
+        r |= goodness_from_ranks({one.id: -float(feats_of(one.latent).mean()) for one in group})
     return [replace(one, r=r[one.id]) for one in made]
 
 

@@ -9,7 +9,7 @@ from click.testing import CliRunner
 
 import train
 from eg3d_rlhf.models.policies import tuned_model
-from eg3d_rlhf.tuning.flow.base.conditioning import write_conditions
+from eg3d_rlhf.tuning.flow.base.conditioning import write_conditioning
 from eg3d_rlhf.tuning.flow.base.sampling import crossed, generate
 from eg3d_rlhf.tuning.flow.training.online import online_arms as arms
 from tests.rejections import rejected
@@ -36,7 +36,7 @@ def call(tmp_path, *flags):
 
 def test_a_folder_is_tuned_by_a_reward_alone(tmp_path, monkeypatch):
     root = write_folder(tmp_path / "ROOT")
-    write_conditions(tmp_path / "conditioning.safetensors", conditions())
+    write_conditioning(tmp_path / "conditioning.safetensors", conditions())
     known = f"--conditioning={tmp_path / 'conditioning.safetensors'}"
     monkeypatch.setitem(arms.REWARDS, "right", lambda problem: to_the_right)
     for flags, names in (

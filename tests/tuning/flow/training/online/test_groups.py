@@ -50,9 +50,7 @@ def config_of(**changes) -> OnlineConfig:
 
 def task_of(pipeline=None, stage: str = "voxels", reward=likes_target) -> Task:
     pipeline = pipeline or TinyPipeline()
-    return Task(
-        pipeline=pipeline, stage=stage_of(pipeline, stage), rewards={"target": reward}, conditions=NAMES
-    )
+    return Task(pipeline=pipeline, stage=stage_of(pipeline, stage), rewards={"target": reward}, prompts=NAMES)
 
 
 def run(out, task=None, **changes):
@@ -222,7 +220,7 @@ def by_name(**rewards) -> Task:
     return replace(task, rewards=rewards, weights=(1.0,) * len(rewards))
 
 
-def brightness(assets, conditions):
+def brightness(assets, prompts):
     return torch.stack([asset.feats.mean() for asset in assets])
 
 

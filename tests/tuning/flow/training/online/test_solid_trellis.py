@@ -14,8 +14,8 @@ from click.testing import CliRunner
 import train
 from eg3d_rlhf.evaluation.solids import CONTROLS
 from eg3d_rlhf.modes.jobs import main
-from eg3d_rlhf.tuning.flow.base.conditioning import write_conditions
-from eg3d_rlhf.tuning.flow.families.opening import divided
+from eg3d_rlhf.tuning.flow.base.conditioning import write_conditioning
+from eg3d_rlhf.tuning.flow.families.opening import split_prompts
 from eg3d_rlhf.tuning.flow.training.settings import ArmsSource
 from tests.tuning.flow.families.trellis.tiny_trellis import tokens, write_trellis
 
@@ -33,7 +33,7 @@ FEW = (
 @pytest.mark.long
 def test_the_structure_stage_is_tuned_and_held_against_controls(tmp_path):
     root = write_trellis(tmp_path / "TRELLIS-text-tiny")
-    write_conditions(tmp_path / "conditioning.safetensors", tokens(NAMES))
+    write_conditioning(tmp_path / "conditioning.safetensors", tokens(NAMES))
     known = f"--conditioning={tmp_path / 'conditioning.safetensors'}"
     flags = [f"--pipeline={root}", known, f"--outdir={tmp_path / 'runs'}", "--table-noises=2"]
     done = CliRunner().invoke(train.main, [*FEW.split(), *flags])
@@ -48,7 +48,7 @@ def test_the_structure_stage_is_tuned_and_held_against_controls(tmp_path):
     )
     assert done.exit_code == 0, (done.output, done.exception)
     found = json.loads(path.read_text())
-    held = divided(NAMES, ArmsSource.seed, ArmsSource.held_out)[2]
+    held = split_prompts(NAMES, ArmsSource.seed, ArmsSource.held_out)[2]
     assert (
         found["what"].startswith(f"{len(held)} ")
         and f" x {16 // len(held)} " in found["what"]
