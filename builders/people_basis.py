@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from builders.people_pool import ray_hits, warp_mesh
-from eg3d_rlhf.geometry.mesh import parts
+from eg3d_rlhf.geometry.mesh import find_parts
 from training import storage
 from training.heads.people import COMPONENTS, EYE, HAIR_FIELDS, KIND, UNIT, VERSION, ramp, vertex_normals
 
@@ -186,7 +186,7 @@ def _largest_part(triangles: np.ndarray, keep: np.ndarray) -> np.ndarray:
         triangles: indices of vertices, [T, 3].
         keep: indices of vertices.
     """
-    _, part_of_triangle = parts(triangles, int(triangles.max()) + 1)
+    _, part_of_triangle = find_parts(triangles, int(triangles.max()) + 1)
     other_parts = part_of_triangle[np.isin(triangles, keep).any(axis=1)]
     return np.isin(part_of_triangle, [np.bincount(part_of_triangle).argmax(), *other_parts])
 

@@ -27,7 +27,7 @@ from training.heads.people import (
     Head,
     bust_end,
     heads_from_latents,
-    scaled,
+    normalise_latents,
     surface_colour,
 )
 
@@ -233,7 +233,7 @@ def write_chunk(
         return
     # The constant 7 makes the stream differ from other streams with the same seed.
     rng = np.random.default_rng([7, seed])
-    z = scaled(rng.standard_normal((heads, LATENT)))
+    z = normalise_latents(rng.standard_normal((heads, LATENT)))
     rows = [head_points(head, basis, o, rng) for head in heads_from_latents(z, basis)]
     # Written under another name and then renamed, so that an interrupted run leaves no incomplete file.
     temporary_path = path.with_name(f".{path.name}")

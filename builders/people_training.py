@@ -35,7 +35,7 @@ from training.config import GanConfig, NetworkConfig, networks_for
 from training.dataset import ImageFolderDataset
 from training.gan_phases import Batch, GanPhases
 from training.heads.people import EYE, OUTSIDE, UNIT, density_of, heads_from_latents, render_head
-from training.heads.people_damage import damaged
+from training.heads.people_damage import damaged_distance
 from training.phases import cosine, lazy_adam
 from training.progress import tqdm
 from training.rendering.cameras import FFHQ_FOCAL, FFHQ_RADIUS, camera_position, intrinsics_matrix, look_at
@@ -323,7 +323,7 @@ def losses(
         G.renderer.run_model, planes, G.decoder, sample_directions=None, options=G.rendering_kwargs
     )
     with torch.no_grad():
-        scan = damaged(points, distance, quality)
+        scan = damaged_distance(points, distance, quality)
         target = density_of(scan, edge)
         # Indices of the points near the surface, at the back of the head, and with the largest error.
         near = _sample_indices(scan.abs() < o.reach, o.near)

@@ -24,7 +24,7 @@ from torch.nn import functional
 
 from builders import command
 from eg3d_rlhf.core.cli import GroupedCommand, options_from_settings
-from eg3d_rlhf.core.seeds import TRUE_HEADS
+from eg3d_rlhf.core.seeds import GROUND_TRUTH_HEADS
 from eg3d_rlhf.generators import latents
 from eg3d_rlhf.measures import shape_features
 from eg3d_rlhf.measures.shape_features import FEATURES, IDENTITY, MapNet, ShapeFeatures, normal_maps
@@ -150,7 +150,7 @@ def targets(z: np.ndarray, blurs: np.ndarray) -> Tensor:
         z: latents [N, 64].
         blurs: standard deviations of the blur, [N].
     """
-    shape_coordinates = people.scaled(z)[:, : people.SHAPE]
+    shape_coordinates = people.normalise_latents(z)[:, : people.SHAPE]
     columns = [
         shape_coordinates[:, :IDENTITY],
         shape_coordinates[:, people.COMPONENTS :],
@@ -243,9 +243,9 @@ def frechet_distances(features: ShapeFeatures, z: np.ndarray, distances: np.ndar
         torch.from_numpy(grid_points(distances.shape[1])).float().reshape(1, -1, 3).expand(len(z), -1, -1)
     )
     # The last coordinates of a latent define the damage of the scan.
-    quality = torch.from_numpy(people.scaled(z)[:, -people.QUALITY :]).float()
+    quality = torch.from_numpy(people.normalise_latents(z)[:, -people.QUALITY :]).float()
     scans = (
-        people_damage.damaged(points, torch.from_numpy(distances).flatten(1), quality)
+        people_damage.damaged_distance(points, torch.from_numpy(distances).flatten(1), quality)
         .reshape(distances.shape)
         .numpy()
     )
@@ -296,7 +296,9 @@ def shapes(out: Path, dry_run: bool, **settings) -> None:
     count = options.heads + options.reference + options.held_out
     with tqdm(total=count, desc="heads", unit="head") as bar:
         network = train_shape_features(
-            latents(range(TRUE_HEADS, TRUE_HEADS + count), LATENT).numpy(), options, bar.update
+            latents(range(GROUND_TRUTH_HEADS, GROUND_TRUTH_HEADS + count), LATENT).numpy(),
+            options,
+            bar.update,
         )
     network.save(out)
     for name, distance in network.record["frechet"].items():

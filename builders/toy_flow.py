@@ -17,7 +17,7 @@ from eg3d_rlhf.models.sparse import Batch, SparseBatch, count, feats_of, with_fe
 from eg3d_rlhf.tuning.flow.base.stage import stage_of
 from eg3d_rlhf.tuning.flow.toy import toy_pipeline as toy
 from eg3d_rlhf.tuning.flow.toy.bundled import FOLDER, StructureFlow, VoxelFlow, path_of, write_network
-from eg3d_rlhf.tuning.flow.toy.names import CONDITIONS, STRUCTURE, VOXELS
+from eg3d_rlhf.tuning.flow.toy.names import PROMPTS, STRUCTURE, VOXELS
 from eg3d_rlhf.tuning.flow.toy.toy_oracles import Judged, LearnedReward, RewardTraining, fit, judge_drafts
 from eg3d_rlhf.tuning.flow.toy.toy_pipeline import ToyPipeline, draw_drafts
 
@@ -69,8 +69,8 @@ def train_base(
         [training.warm_up],
     )
     for step in range(1, training.steps + 1):
-        indices = torch.randint(len(CONDITIONS), (training.batch,), generator=generator)
-        names = [CONDITIONS[i] for i in indices.tolist()]  # prompts
+        indices = torch.randint(len(PROMPTS), (training.batch,), generator=generator)
+        names = [PROMPTS[i] for i in indices.tolist()]  # prompts
         x_0: Batch = draw_drafts(names, generator).latents(stage.name)
         eps = with_feats(x_0, torch.randn(feats_of(x_0).shape, generator=generator))
         t = stage.path.times(count(x_0), generator)

@@ -60,7 +60,7 @@ class PriorTraining(Knobs):
     seed: int = knob(0, "Random seed of the initial weights and of the training data.", TRAINING, low=0)
 
 
-def mirrored(values: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
+def reflect_between_modes(values: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
     """Reflect latents [A, 4, 4, 16, 16] along the difference between the two modes of their prompts.
 
     A reflection is orthogonal, so the distribution of normal noise does not change.
@@ -94,7 +94,7 @@ def draw(assets: int, rng: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]
     variation = colour + PIXEL_NOISE * torch.randn(assets, *_VIEWS_SHAPE, generator=rng)
     # Objects 1, 3, ... become the opposites of objects 0, 2, ...
     mode[1::2] = 1 - mode[: assets - 1 : 2]
-    variation[1::2] = mirrored(variation[: assets - 1 : 2], prompt[1::2])
+    variation[1::2] = reflect_between_modes(variation[: assets - 1 : 2], prompt[1::2])
     # Index of a mode in modes(): two modes per prompt.
     return modes()[2 * prompt[:, None] + mode] + variation, prompt
 
@@ -119,7 +119,7 @@ def draw_noise(
     noise = torch.randn(assets, *_VIEWS_SHAPE, generator=rng)
     withheld[1::2] = withheld[: assets - 1 : 2]
     t[1::2] = t[: assets - 1 : 2]
-    noise[1::2] = mirrored(noise[: assets - 1 : 2], prompt[1::2])
+    noise[1::2] = reflect_between_modes(noise[: assets - 1 : 2], prompt[1::2])
     return withheld, t, noise
 
 

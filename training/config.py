@@ -115,10 +115,10 @@ def settings_from_values(kind: type, values: Mapping) -> typing.Any:
         kind: settings dataclass.
         values: values by name of the field. Nested settings take their values from the same mapping.
     """
-    return kind(**_given(kind, values))
+    return kind(**_constructor_arguments(kind, values))
 
 
-def _given(kind: typing.Any, values: Mapping) -> dict[str, typing.Any]:
+def _constructor_arguments(kind: typing.Any, values: Mapping) -> dict[str, typing.Any]:
     """Return the constructor arguments of `kind` for a flat mapping of values, see `built`."""
     arguments: dict[str, typing.Any] = {}
     for field in dataclasses.fields(kind):
@@ -126,7 +126,7 @@ def _given(kind: typing.Any, values: Mapping) -> dict[str, typing.Any]:
         # A nested dataclass gets its values from the flat mapping, unless the mapping contains it as
         # an object.
         if dataclasses.is_dataclass(default) and not isinstance(values.get(field.name), type(default)):
-            nested_arguments = _given(default, values)
+            nested_arguments = _constructor_arguments(default, values)
             arguments[field.name] = dataclasses.replace(default, **nested_arguments)  # type: ignore[type-var]
         elif field.name in values:
             arguments[field.name] = values[field.name]

@@ -613,7 +613,7 @@ def in_order(work: Callable, tasks: Sequence, workers: int, death_message: str) 
 # Batches in the order of the sampler.
 
 MOST_WORKERS = 3  # largest default number of workers, which is EG3D's default
-KILLED = (
+WORKER_DEATH_MESSAGE = (
     "--workers: a process that reads images was killed, probably because the memory was full. Use a smaller"
     " number; with --workers=0 the main process reads the images."
 )
@@ -658,7 +658,7 @@ def read_batches(dataset: ImageFolderDataset, order: Iterator[int], n: int, work
     # Slots are used cyclically, so a slot is reused only when its batch has been yielded and the caller has
     # requested another one.
     tasks = ((slot, list(itertools.islice(order, n))) for slot in itertools.cycle(range(slots)))
-    with contextlib.closing(work_in_advance(work, tasks, workers, KILLED)) as filled_slots:
+    with contextlib.closing(work_in_advance(work, tasks, workers, WORKER_DEATH_MESSAGE)) as filled_slots:
         for slot, labels in filled_slots:
             yield images[slot], labels
 

@@ -250,7 +250,7 @@ def convert_dataset(
     chunks = [entries[i : i + _CHUNK] for i in range(0, len(entries), _CHUNK)]
     death_message = "dataset_tool: a worker process was killed. Free memory, or use --workers=1."
     conversion_results = in_order(functools.partial(_convert, files, options), chunks, workers, death_message)
-    with writer(dest, Path(source), overwrite) as write, contextlib.closing(conversion_results):
+    with open_writer(dest, Path(source), overwrite) as write, contextlib.closing(conversion_results):
         for i, (images, size, shape) in enumerate(itertools.chain.from_iterable(conversion_results)):
             first_shape = first_shape or shape
             _check_shape(shape, first_shape, entries[i], f"dataset {files.path}")
@@ -283,7 +283,7 @@ def convert_dataset(
 
 
 @contextlib.contextmanager
-def writer(dest: Path, source: Path, overwrite: bool) -> Iterator[Callable[[str, bytes], None]]:
+def open_writer(dest: Path, source: Path, overwrite: bool) -> Iterator[Callable[[str, bytes], None]]:
     """Yield a function write(name, data), which adds a file to a temporary folder or zip archive
     beside `dest`.
 

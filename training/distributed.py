@@ -43,7 +43,7 @@ class Ranks:
     minutes: float = 30.0  # longest time that an exchange may take, minutes
 
     @property
-    def main(self) -> bool:
+    def is_main(self) -> bool:
         """True for rank 0, which writes files, prints and evaluates."""
         return self.rank == 0
 
@@ -77,7 +77,7 @@ class Ranks:
                     tensor.copy_(tensor_on_device)
         return tensor
 
-    def any(self, *flags: bool) -> list[bool]:
+    def any_rank(self, *flags: bool) -> list[bool]:
         """Return, for each flag, True if it is true on at least one rank."""
         counts = self.sum_(torch.tensor([float(flag) for flag in flags]), "agree to continue")
         return [count > 0 for count in counts.tolist()]
@@ -106,7 +106,7 @@ class Ranks:
 
     def broadcast(self, value: Any) -> Any:
         """Return the value of rank 0 on every rank. It must consist of JSON values."""
-        return self.gather(value if self.main else None)[0]
+        return self.gather(value if self.is_main else None)[0]
 
     def gather(self, value: object) -> list:
         """Return the list of the values of all ranks, in the order of ranks, on every rank.
@@ -136,10 +136,10 @@ class Ranks:
         """Return the items of a list that rank r has to process: items r, r + W, r + 2W, ..."""
         return items[self.rank :: self.world]
 
-    def joined(self, results: Sequence) -> list:
+    def gather_in_order(self, results: Sequence) -> list:
         """Return the results of all items of a list, in its order, on every rank.
 
-        >>> ranks.joined([make(item) for item in ranks.share(items)])  # one result for each item
+        >>> ranks.gather_in_order([make(item) for item in ranks.share(items)])  # one result for each item
 
         Args: results: results of this rank's `share` of the list, JSON values.
         """
@@ -163,7 +163,7 @@ class Ranks:
                 for name, tensor in (tensors or {}).items()
             ]
         )
-        if not self.main:
+        if not self.is_main:
             tensors = {
                 name: torch.empty(shape, dtype=getattr(torch, dtype)) for name, shape, dtype in descriptions
             }
@@ -174,7 +174,7 @@ class Ranks:
 
     def barrier(self) -> None:
         """Wait until every rank has called this method."""
-        self.any(False)
+        self.any_rank(False)
 
     @contextlib.contextmanager
     def first_per_machine(self) -> Iterator[None]:
@@ -303,7 +303,7 @@ def _one_report(store: dist.Store, ranks: Ranks) -> Iterator[None]:
             # `add` is atomic, so exactly one process gets 1.
             is_first = store.add("errors", 1) == 1
             deadline = time.monotonic() + 2
-            while ranks.main and store.add("errors", 0) < ranks.world and time.monotonic() < deadline:
+            while ranks.is_main and store.add("errors", 0) < ranks.world and time.monotonic() < deadline:
                 time.sleep(0.02)
         except RuntimeError:
             # Rank 0 has ended already, and with it the store. This process reports its error, too.

@@ -50,7 +50,7 @@ class TrainingLoop:
         ranks: Ranks = SINGLE,
         carries: Mapping[str, torch.nn.Module] | None = None,
     ):
-        self.subject = subject
+        self.trained_object = subject
         self.phases = phases
         self.config = config
         self.files = files
@@ -83,14 +83,14 @@ class TrainingLoop:
         self.batch_idx += 1
         # As in EG3D, the arguments are the number of images before this iteration, and the number of
         # iterations including this one. G_ema and ADA are then updated in the same iterations as in EG3D.
-        self.subject.after_step(self.cur_nimg, self.batch_idx)
+        self.trained_object.after_step(self.cur_nimg, self.batch_idx)
         self.cur_nimg += self.config.batch
 
     def _run_phase(self, phase: Phase) -> None:
         """Accumulate the gradients of all rounds, sum them over ranks, and update the weights once."""
         layout = self.layout
-        batch_of_round = self.subject.batch_for(phase.name, self.cur_nimg)
-        averages = MovingAverages(self.subject.moving, layout.total)
+        batch_of_round = self.trained_object.batch_for(phase.name, self.cur_nimg)
+        averages = MovingAverages(self.trained_object.moving, layout.total)
         gradients = GradientSum(phase.module.parameters(), layout.rounds_per_rank)
         # A tensor on the device, because it is summed over ranks together with the gradients.
         nonfinite_count = torch.zeros(1, device=self.device)
@@ -101,7 +101,7 @@ class TrainingLoop:
         for round_index in range(layout.rounds_per_rank):
             # This call comes first, because it seeds torch for the losses below.
             batch = batch_of_round(round_index)
-            with layout.draws(round_index):
+            with layout.random_rows(round_index):
                 self._backward(phase, batch, nonfinite_count)
             averages.end_round()
             gradients.end_round()
@@ -143,7 +143,7 @@ class TrainingLoop:
             (value * (phase.gain / self.layout.total)).backward()
             for name, stat in loss.stats.items():
                 self.stats.report(name, stat)
-                self.subject.observe(name, stat)
+                self.trained_object.observe(name, stat)
 
     def _not_finite(self, phase: Phase, loss_text: str) -> LossNotFiniteError:
         """Return the error for a loss that is NaN or infinite.
@@ -179,9 +179,9 @@ class TrainingLoop:
             state_tensors += [*module.parameters(), *module.buffers()]
         self.ranks.broadcast_(state_tensors)
         with files.writing():
-            if self.ranks.main:
+            if self.ranks.is_main:
                 files.folder.mkdir(parents=True, exist_ok=True)
-            self.subject.begin(self.cur_nimg, files.folder if self.ranks.main else None)
+            self.trained_object.begin(self.cur_nimg, files.folder if self.ranks.is_main else None)
         files.continue_from(self.cur_nimg / 1000)
         total = round(config.kimg * 1000)
         interval = round(config.tick * 1000)
@@ -199,7 +199,7 @@ class TrainingLoop:
                         self._tick(is_last=self.cur_nimg >= total)
         finally:
             # Also after an error, because the worker processes that read images have to be ended.
-            self.subject.end()
+            self.trained_object.end()
 
     def _fetch_or_stop(self) -> bool:
         """Fetch the next images.
@@ -213,7 +213,7 @@ class TrainingLoop:
         folder = self.files.folder
         try:
             with self.files.waiting():
-                self.subject.fetch()
+                self.trained_object.fetch()
         except (ValueError, OSError) as error:
             # The error is raised below, after all ranks have been informed. Otherwise they would wait for
             # this one.
@@ -221,7 +221,7 @@ class TrainingLoop:
         # The signal is read after the fetch. Ctrl-C sends a signal to all processes of the group, and also
         # ends the workers that read images, so the fetch may fail because of the signal.
         signal_name = self.files.stop_requested
-        is_stopped, has_failed = self.ranks.any(signal_name is not None, read_error is not None)
+        is_stopped, has_failed = self.ranks.any_rank(signal_name is not None, read_error is not None)
         if not is_stopped and not has_failed:
             return True
         # This iteration has not changed any state yet, so the checkpoint is that of the previous iteration.
@@ -235,7 +235,7 @@ class TrainingLoop:
                 f" reads {self.files.last_checkpoint.name}."
             ) from read_error
         self.stopped = next(name for name in self.ranks.gather(signal_name) if name is not None)
-        if self.ranks.main:
+        if self.ranks.is_main:
             print(
                 f"{self.stopped}: the run stopped at {self.cur_nimg} images. Continue with --resume={folder}",
                 flush=True,
@@ -253,9 +253,9 @@ class TrainingLoop:
         # All ranks have to call `flush`, because it sums over ranks.
         stats = self.stats.flush(self.ranks.sum_)
         with self.files.writing():
-            if self.ranks.main:
+            if self.ranks.is_main:
                 # `report` comes first, because it may add statistics that `on_tick` reads.
-                subject_fields = self.subject.report(stats)
+                subject_fields = self.trained_object.report(stats)
                 tick_fields = self.on_tick(self, stats) if self.on_tick is not None else {}
                 further_fields = {**tick_fields, **subject_fields}
                 self.files.stats({"tick": self.cur_tick, "nimg": self.cur_nimg, **stats})
@@ -267,7 +267,7 @@ class TrainingLoop:
                     further_fields,
                 )
                 if is_last or (config.snap > 0 and self.cur_tick % config.snap == 0):
-                    self.subject.snapshot(self.files.folder, self.cur_nimg)
+                    self.trained_object.snapshot(self.files.folder, self.cur_nimg)
             if is_last or self.cur_tick % config.checkpoint_ticks == 0:
                 # All ranks have to call it, because the checkpoint contains the statistics of all of them.
                 self.save_checkpoint()
@@ -277,7 +277,7 @@ class TrainingLoop:
     def _modules(self) -> dict[str, torch.nn.Module]:
         """Return the modules whose states a checkpoint contains, by the prefix of their tensors' names."""
         return {
-            **self.subject.modules(),
+            **self.trained_object.modules(),
             **{f"phase_{phase.name}": phase.state for phase in self.phases if phase.state is not None},
             **self.carries,
         }
@@ -317,7 +317,7 @@ class TrainingLoop:
             "next_tick": self.next_tick,
             "rank_stats": rank_stats,
             "options": self.options,
-            **self.subject.meta(),
+            **self.trained_object.meta(),
         }
         return self.files.checkpoint(self.cur_nimg, tensors, meta)
 
@@ -357,9 +357,9 @@ class TrainingLoop:
                     old_sums = old_rank_state[name].get(key, [0.0, 0.0, 0.0])
                     sums[key] = [total + value for total, value in zip(key_sums, old_sums, strict=True)]
             collector.restore(sums)
-        self.subject.restore(meta)
+        self.trained_object.restore(meta)
         self.files.continue_from(self.cur_nimg / 1000, meta["stats_lines"])
-        if self.ranks.main:
+        if self.ranks.is_main:
             print(
                 f"The run continues from {self.files.last_checkpoint} at {self.cur_nimg} images.",
                 file=sys.stderr,

@@ -58,7 +58,7 @@ class Phase:
     own_optimizer: bool = False
 
 
-LAST_SHARE = 0.02  # learning rate at the end of a cosine schedule, as a fraction of the initial one
+LAST_FRACTION = 0.02  # learning rate at the end of a cosine schedule, as a fraction of the initial one
 
 
 def cosine(initial_rate: float, progress: float) -> float:
@@ -69,7 +69,9 @@ def cosine(initial_rate: float, progress: float) -> float:
         progress: completed fraction of the schedule. From 1 on, the rate is `LAST_SHARE` times the
             initial rate.
     """
-    return initial_rate * (LAST_SHARE + (1 - LAST_SHARE) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
+    return initial_rate * (
+        LAST_FRACTION + (1 - LAST_FRACTION) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+    )
 
 
 def lazy_adam(
@@ -257,7 +259,7 @@ class Layout:
         # ranks W.
         return slice(self.ranks.rank + round_index * self.ranks.world, None, self.total)
 
-    def draws(self, round_index: int):
+    def random_rows(self, round_index: int):
         """Return a context in which random functions draw the numbers of a round's rows. It has no effect if
         K = 1.
         """

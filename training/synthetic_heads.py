@@ -143,7 +143,9 @@ def head_parameters(options: PeopleOptions, indices: range) -> tuple[np.ndarray,
     for i in indices:
         # Each image has its own random generator, so that images can be rendered in any order.
         rng = np.random.default_rng([options.seed, i])
-        latents.append(people.scaled(rng.standard_normal((1, people.LATENT)))[0].astype(np.float32))
+        latents.append(
+            people.normalise_latents(rng.standard_normal((1, people.LATENT)))[0].astype(np.float32)
+        )
         angles.append(math.pi / 2 + rng.standard_normal(2) * [options.yaw, options.pitch])
     # The poses are computed in float64 and rounded once.
     yaws, pitches = torch.from_numpy(np.array(angles)).split(1, dim=1)  # [n, 1] float64

@@ -43,7 +43,7 @@ class MemoryTrace(TorchDispatchMode):
     def __init__(self) -> None:
         # Not through super(): mypy would not recognise the untyped constructor of torch.
         TorchDispatchMode.__init__(self)
-        self.now = 0  # bytes of all storages that exist
+        self.current_bytes = 0  # bytes of all storages that exist
         # Largest value of `now` since the last call of `mark`, bytes
         self.peak = 0
         # Number of multiplications and additions since the last call of `mark`
@@ -64,7 +64,7 @@ class MemoryTrace(TorchDispatchMode):
 
     def mark(self) -> None:
         """Start a new count: the peak becomes the present number of bytes, and the operations become 0."""
-        self.peak = self.now
+        self.peak = self.current_bytes
         self.flops = 0
 
     def fill(self, module: Module) -> Module:
@@ -84,7 +84,7 @@ class MemoryTrace(TorchDispatchMode):
         """
         with self:
             self.mark()
-            bytes_before = self.now
+            bytes_before = self.current_bytes
             # The variable keeps the result alive until `run` has returned, so that it is counted. Deleting it
             # frees its memory for the next measurement.
             result = run()
@@ -191,13 +191,13 @@ class MemoryTrace(TorchDispatchMode):
         key = storage._cdata
         if key not in self._sizes:
             self._sizes[key] = storage.nbytes()
-            self.now += self._sizes[key]
-            self.peak = max(self.peak, self.now)
+            self.current_bytes += self._sizes[key]
+            self.peak = max(self.peak, self.current_bytes)
             weakref.finalize(storage, self._drop, key)
 
     def _drop(self, key: int) -> None:
         """Subtract the size of a storage that was freed."""
-        self.now -= self._sizes.pop(key, 0)
+        self.current_bytes -= self._sizes.pop(key, 0)
 
 
 def flops_of(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> int:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 REFERENCE_SAMPLES = 100_000
 # First seed of the ground-truth heads that the shape features are trained on. They are not held out, but
 # nothing else uses them.
-TRUE_HEADS = 400_000
+GROUND_TRUTH_HEADS = 400_000
 STRIDE = 1_000_000  # larger than every seed below, so that shifted ranges do not overlap
 
 
@@ -30,7 +30,7 @@ class HeldOut:
     shifted: bool = False  # True: a report shifts the range by STRIDE per unit of its --seed
 
     @property
-    def all(self) -> range:
+    def seeds(self) -> range:
         """Return all seeds of the range without any shift."""
         return range(self.first, self.first + self.count)
 
@@ -123,7 +123,7 @@ def reject_held_out_seeds(seeds: Iterable[int], who: str) -> None:
         for held_range in HELD_OUT:
             # A report with --seed=S uses this range shifted by S * STRIDE: the shift of this seed.
             move = seed // STRIDE if held_range.shifted else 0
-            if seed - STRIDE * move in held_range.all:
+            if seed - STRIDE * move in held_range.seeds:
                 reserved_seeds = held_range.take(held_range.count, move)
                 range_name = held_range.name + (f" of --seed={move}" if move else "")
                 raise ValueError(

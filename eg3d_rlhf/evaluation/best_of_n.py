@@ -24,7 +24,7 @@ from scipy.optimize import brentq
 from eg3d_rlhf.core import bundled
 from eg3d_rlhf.core.cli import choose_device, file_hash, prefix_errors
 from eg3d_rlhf.core.seeds import BEST_OF_N
-from eg3d_rlhf.evaluation.comparison import judged_by_annotator
+from eg3d_rlhf.evaluation.comparison import annotator_can_score
 from eg3d_rlhf.evaluation.paired import span
 from eg3d_rlhf.experiments import pages, style, version_0_1
 from eg3d_rlhf.experiments.pages import Facts, Finding, Job, seed_range, write_page
@@ -608,7 +608,7 @@ def plot_peaks(data: dict):
     return figure
 
 
-def trial_of(before, rewards, heldout_reward, data, device, **sampling) -> Trial:
+def load_trial(before, rewards, heldout_reward, data, device, **sampling) -> Trial:
     """Load the networks that the flags name.
 
     Args:
@@ -650,7 +650,7 @@ def trial_of(before, rewards, heldout_reward, data, device, **sampling) -> Trial
         check_reward(reward, generator.generator, flag)
         return reward, file_hash(path)
 
-    if heldout_reward is None and not judged_by_annotator(generator, data):
+    if heldout_reward is None and not annotator_can_score(generator, data):
         raise ValueError(
             "--heldout-reward is missing. Without it the simulated annotator is the evaluator, which can"
             " score synthetic heads only. Pass the file of a reward as the evaluator with --heldout-reward."

@@ -458,7 +458,7 @@ def settings_of(run: Path | None) -> dict:
     return {} if run is None else recorded(run)
 
 
-def judged_by_annotator(generator: LoadedGenerator, data: str | None) -> bool:
+def annotator_can_score(generator: LoadedGenerator, data: str | None) -> bool:
     """Return True if the simulated annotator can score the generator's samples.
 
     The annotator needs a generator whose latents have ground-truth heads, and that was trained on synthetic

@@ -31,7 +31,7 @@ from training.gan import save_grid
 TITLE = "Before and after tuning"
 
 
-def select(comparison: Comparison, keys: str | None = None) -> list[Job]:
+def select_jobs(comparison: Comparison, keys: str | None = None) -> list[Job]:
     """Return the jobs of the report, in the order of the page.
 
     Args: keys: comma-separated keys of the jobs to return; None: all jobs.
@@ -83,7 +83,7 @@ def introduction(comparison: Comparison) -> str:
     )
 
 
-def summary(comparison: Comparison, findings: Mapping[str, Finding]) -> list[str]:
+def list_conclusions(comparison: Comparison, findings: Mapping[str, Finding]) -> list[str]:
     """List the conclusions that the numbers support, and then conclusions that they do not support.
 
     Args: findings: findings of the jobs by key.

@@ -23,7 +23,7 @@ from eg3d_rlhf.core.registry import load_plugins
 from eg3d_rlhf.core.seeds import LATENTS, VALIDATION, HeldOut
 from eg3d_rlhf.core.statistics import t_mean_interval, two_way_interval
 from eg3d_rlhf.evaluation import heads
-from eg3d_rlhf.evaluation.filters import FILTERS, best_filter, evaluate_filters
+from eg3d_rlhf.evaluation.filters import FILTERS, best_post_processing, evaluate_filters
 from eg3d_rlhf.evaluation.settings import ARMS, INVERTED, LABELS, POST_PROCESSING, RANDOMISED
 from eg3d_rlhf.evaluation.trainings import PACKAGE, TRAIN_REWARD, Part, make_with_progress_bar
 from eg3d_rlhf.experiments import style, version_0_1
@@ -301,7 +301,7 @@ def _prepare_worker(
         if task == POST_PROCESSING:
             # The method is chosen on validation latents, not on the latents that are measured.
             validation = VALIDATION.take(min(CHOOSING, max(latents, 1)))
-            filter_name = best_filter(
+            filter_name = best_post_processing(
                 evaluate_filters(
                     heads.sample_shapes(generator_before, validation),
                     heads.ground_truth_heads(generator_before, validation),

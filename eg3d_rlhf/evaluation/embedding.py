@@ -28,7 +28,7 @@ from eg3d_rlhf.measures.feature_sets import NEIGHBOURS, PERMUTATIONS, TEST, pair
 from training.progress import tqdm
 
 MAP = "feature-map"  # key of the job of the maps
-APART = "separability"  # key of the job of the test
+SEPARABILITY = "separability"  # key of the job of the test
 SHAPES = "feature-shapes"  # key of the job of the renders
 TITLE = "What the reward sees before and after tuning"
 ROLES = ("before", "after")
@@ -63,7 +63,7 @@ def jobs(comparison: Comparison) -> list[Job]:
             umap=umap,
         ),
         comparison.job(
-            APART,
+            SEPARABILITY,
             "Are tuned samples separable from untuned ones?",
             separability,
             {"test": plot_test},
@@ -431,6 +431,6 @@ def write(comparison: Comparison, out: Path, quiet: bool = False) -> dict:
         " latents before and after tuning. Points at the end of the page show their shapes."
     )
     # The summary consists of the first sentence of each section. The renders have no section.
-    summary_sentences = [findings[key].says[0] for key in (MAP, APART)]
+    summary_sentences = [findings[key].says[0] for key in (MAP, SEPARABILITY)]
     write_page(out / "index.html", TITLE, introduction, jobs_of_page[:2], findings, summary_sentences, chart)
     return findings

@@ -43,7 +43,7 @@ def largest_part(values: np.ndarray) -> np.ndarray:
     return _with_inside(values, annotator.largest_part(values < 0))
 
 
-def closing(values: np.ndarray, radius: float) -> np.ndarray:
+def morphological_closing(values: np.ndarray, radius: float) -> np.ndarray:
     """Close the shape morphologically: fill all points that no outside ball of this radius can reach."""
     grid_radius = radius * len(values) / 64  # radius in voxels of this grid
     padding = int(np.ceil(grid_radius)) + 1
@@ -103,12 +103,14 @@ FILTERS: dict[str, Filter] = {
     "fill holes": fill_holes,
     "mirror": mirror,
     "convex hull": hull,
-    **{f"closing {r}": partial(closing, radius=r) for r in (4, 8, 11, 14)},
+    **{f"closing {r}": partial(morphological_closing, radius=r) for r in (4, 8, 11, 14)},
     **{
-        f"largest part, closing {r}": chain(largest_part, partial(closing, radius=r), largest_part)
+        f"largest part, closing {r}": chain(
+            largest_part, partial(morphological_closing, radius=r), largest_part
+        )
         for r in (4, 6, 8, 11, 14)
     },
-    "largest part, mirror, closing 4": chain(largest_part, mirror, partial(closing, radius=4)),
+    "largest part, mirror, closing 4": chain(largest_part, mirror, partial(morphological_closing, radius=4)),
 }
 
 
@@ -151,7 +153,7 @@ def evaluate_filters(values: np.ndarray, targets: np.ndarray) -> FilterResults:
     return results
 
 
-def best_filter(results: FilterResults, *, spares_intact: bool) -> str:
+def best_post_processing(results: FilterResults, *, spares_intact: bool) -> str:
     """Return the name of the filter after which the error of defective heads is smallest.
 
     Args:

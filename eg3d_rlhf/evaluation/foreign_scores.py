@@ -31,7 +31,7 @@ from eg3d_rlhf.experiments import pages, style
 from eg3d_rlhf.experiments.media.sheet import SUPERSAMPLE, Row, look, paint, sheet, shrink, to_uint8
 from eg3d_rlhf.experiments.pages import Facts, Finding, Job, seed_range, write_page
 from eg3d_rlhf.generators import Generator, LoadedGenerator, camera, load_generator
-from eg3d_rlhf.generators.placed import Place, Placed, Similarity, scaled_density, ws_of_placed
+from eg3d_rlhf.generators.placed import Placed, Placement, Similarity, scaled_density, ws_of_placed
 from eg3d_rlhf.geometry.level_set import LevelSet
 from eg3d_rlhf.geometry.mesh import extract_mesh, largest_part
 from eg3d_rlhf.rewards.reward import Reward, check_reward, load_reward
@@ -351,7 +351,7 @@ class Trial:
         # [0]: distances, without indices; [:, -1]: to the farthest of the neighbours
         return float((tree.query(embedding, NEIGHBOURS)[0][:, -1] > outside_distance).mean())
 
-    def placements(self, generator: Generator) -> tuple[dict[str, Place], Alignment]:
+    def placements(self, generator: Generator) -> tuple[dict[str, Placement], Alignment]:
         """Return the placement of a generator's shapes at every stage, and the alignment.
 
         The keys are STAGES: 'raw' maps the generator's cube onto the reference's cube, 'aligned' maps the
@@ -366,7 +366,7 @@ class Trial:
         )
         alignment = align(surface, self.reference_surface)
         # A scaled world needs a scaled density: optical depth is density times length.
-        aligned = Place(
+        aligned = Placement(
             alignment.similarity,
             bounds,
             cameras=cameras,
@@ -381,7 +381,7 @@ class Trial:
             densities, self.reference_density, placed_generator.level, self.reference.generator.level
         )
         calibrated = replace(aligned, density=lambda sigma: mapping(aligned.density(sigma)))
-        raw = Place(Similarity.from_bounds(generator.bounds, bounds), bounds, cameras=cameras)
+        raw = Placement(Similarity.from_bounds(generator.bounds, bounds), bounds, cameras=cameras)
         return {"raw": raw, "aligned": aligned, "calibrated": calibrated}, alignment
 
     def facts(self, name: str | None = None) -> Facts:
@@ -396,7 +396,7 @@ class Trial:
         )
 
 
-def scores_under_changes(trial: Trial, generator: Generator, place: Place) -> dict[str, np.ndarray]:
+def scores_under_changes(trial: Trial, generator: Generator, place: Placement) -> dict[str, np.ndarray]:
     """Compute scores [N] of the same latents under changes of their placement, and at a lower truncation.
 
     A mirrored shape, or one shifted by half a voxel, should get a similar score. The last key is the lower
@@ -659,7 +659,7 @@ def name_generators(generators: list[LoadedGenerator]) -> dict[str, LoadedGenera
     return names
 
 
-def trial_of(networks, reward, reference, device: str, options: ScoreOptions) -> Trial:
+def load_trial(networks, reward, reference, device: str, options: ScoreOptions) -> Trial:
     """Load the networks that the flags name.
 
     Args:
@@ -678,7 +678,9 @@ def trial_of(networks, reward, reference, device: str, options: ScoreOptions) ->
         loaded_reward = load_reward(reward_path, torch_device)
     check_reward(loaded_reward, reference_generator.generator, "--reference")
     loaded_networks = []
-    place = Place(bounds=reference_generator.generator.bounds, cameras=reference_generator.generator.cameras)
+    place = Placement(
+        bounds=reference_generator.generator.bounds, cameras=reference_generator.generator.cameras
+    )
     # A network that is named twice is scored once.
     for source in dict.fromkeys(networks or [reference]):
         with prefix_errors("--network"):

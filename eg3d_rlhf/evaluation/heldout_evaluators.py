@@ -22,7 +22,7 @@ from eg3d_rlhf.core.seeds import EVALUATION, GEOMETRY, IMAGES, SHAPES, VALIDATIO
 from eg3d_rlhf.core.statistics import paired_summary, wilson_interval
 from eg3d_rlhf.evaluation import heads
 from eg3d_rlhf.evaluation.comparison import Comparison
-from eg3d_rlhf.evaluation.filters import FILTERS, best_filter, evaluate_filters
+from eg3d_rlhf.evaluation.filters import FILTERS, best_post_processing, evaluate_filters
 from eg3d_rlhf.evaluation.geometry import view_measures
 from eg3d_rlhf.evaluation.images import images_of, open_data
 from eg3d_rlhf.experiments.store import Store, json_hash
@@ -120,7 +120,7 @@ def _post_processed(comparison: Comparison, generator: LoadedGenerator) -> Measu
     measurements: Measured = {}
     filter_results = evaluate_filters(*validation_heads)
     for prefix, spares_intact in (("", True), ("any_", False)):
-        name = best_filter(filter_results, spares_intact=spares_intact)
+        name = best_post_processing(filter_results, spares_intact=spares_intact)
         shapes = np.stack([FILTERS[name](values) for values in evaluation_heads[0]])  # [N, n, n, n]
         measurements |= {
             f"{prefix}{key}": value for key, value in heads.measure_heads(shapes, evaluation_heads[1]).items()
@@ -159,7 +159,7 @@ def _data(comparison: Comparison, _generator: LoadedGenerator) -> Measured:
 
 def _views(comparison: Comparison, generator: LoadedGenerator) -> Measured:
     """Compute the measures of VIEWS, [N] each."""
-    views = view_measures(comparison, generator, GEOMETRY.all)
+    views = view_measures(comparison, generator, GEOMETRY.seeds)
     return {measure.name: measure.values(views) for measure in VIEWS}
 
 

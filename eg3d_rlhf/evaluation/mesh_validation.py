@@ -56,7 +56,7 @@ MEDIANS = (
 )
 
 
-def found_files(folder: Path) -> list[Path]:
+def find_mesh_files(folder: Path) -> list[Path]:
     """Return the mesh files of a folder and its subfolders, sorted.
 
     Raises: ValueError if there is no mesh file.
@@ -70,7 +70,7 @@ def found_files(folder: Path) -> list[Path]:
     return files
 
 
-def generator_of(path: Path, folder: Path, by: str | None) -> str:
+def generator_name(path: Path, folder: Path, by: str | None) -> str:
     """Return the name of the generator that made a file.
 
     Args:
@@ -141,7 +141,7 @@ class _WorkerClient:
             self.process = None
 
 
-def answers(requests: Sequence[dict], jobs: int) -> Iterator[tuple[int, dict]]:
+def answer_requests(requests: Sequence[dict], jobs: int) -> Iterator[tuple[int, dict]]:
     """Answer requests in several worker processes, and yield (index of the request, its answer).
 
     The answers come in the order in which they are finished.

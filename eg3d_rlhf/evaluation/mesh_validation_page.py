@@ -40,7 +40,7 @@ def _given(finding: Finding, _comparison: object) -> Finding:
     return finding
 
 
-def write_census(
+def write_validation_page(
     out: Path,
     folder: Path,
     header: Mapping,

@@ -11,7 +11,7 @@ from pathlib import Path
 from eg3d_rlhf.evaluation.trainings import Part, make_in_terminal
 from eg3d_rlhf.experiments import version_0_1
 from eg3d_rlhf.experiments.media.rendering import parse_seeds
-from eg3d_rlhf.experiments.table import over_seeds
+from eg3d_rlhf.experiments.table import summarise_over_seeds
 from training import storage
 
 DEMO = ("--reward=sigma", "--lambda-r=10")  # flags of train.py
@@ -48,7 +48,9 @@ def gather(records: Mapping[str, dict]) -> dict:
         # A metric that one run lacks has no mean over all seeds. A run without defective heads, for example,
         # has no error reduction.
         if all(record.get(name) is not None for record in records.values()):
-            metrics[name] = over_seeds({seed: float(record[name]) for seed, record in records.items()})
+            metrics[name] = summarise_over_seeds(
+                {seed: float(record[name]) for seed, record in records.items()}
+            )
             if interval_key is not None:
                 metrics[name]["ci95_by_seed"] = {
                     seed: record[interval_key] for seed, record in records.items()
@@ -86,15 +88,15 @@ def measure(name: str, rows: Mapping[str, dict]) -> dict:
         rows: the measure's row in the summary of each run, by seed.
     """
     # the mean paired change of each seed is one observation of the interval over seeds
-    change = over_seeds({seed: row["paired"]["mean"] for seed, row in rows.items()})
+    change = summarise_over_seeds({seed: row["paired"]["mean"] for seed, row in rows.items()})
     change["ci95_by_seed"] = {
         seed: [row["paired"]["mean_lo"], row["paired"]["mean_hi"]] for seed, row in rows.items()
     }
     return {
         "name": name,
         "higher_is_better": next(iter(rows.values()))["higher_is_better"],
-        "before": over_seeds({seed: row["before"] for seed, row in rows.items()}),
-        "after": over_seeds({seed: row["after"] for seed, row in rows.items()}),
+        "before": summarise_over_seeds({seed: row["before"] for seed, row in rows.items()}),
+        "after": summarise_over_seeds({seed: row["after"] for seed, row in rows.items()}),
         "change": change,
         "outcomes": {seed: row["outcome"] for seed, row in rows.items()},
     }
@@ -134,7 +136,7 @@ def table(metrics: dict) -> list[list[str]]:
     return [*table_rows, ["alarms of the monitor", *(str(alarms[seed]) for seed in seed_texts), ""]]
 
 
-def trainings(out: Path, seeds: str, more_flags: tuple[str, ...]) -> dict[str, Part]:
+def list_runs(out: Path, seeds: str, more_flags: tuple[str, ...]) -> dict[str, Part]:
     """Return for each training seed the run of the demo with that seed.
 
     Args:

@@ -214,7 +214,7 @@ def markdown(data: Mapping) -> str:
         f"{'Full' if data['full'] else 'Short'} table: {round(1000 * data['kimg'])} images of tuning,"
         f" {first_row['seeds']} training seed(s). Accuracy is measured on {first_row['n']} held-out pairs."
         f' "Rewards up" counts the latents, of {first_row["rewards_n"]}, whose reward rose.'
-        f" The oracle compares the shapes of {first_row['oracle_n']} latents, {seed_range(EVALUATION.all)},"
+        f" The oracle compares the shapes of {first_row['oracle_n']} latents, {seed_range(EVALUATION.seeds)},"
         " at ψ 1. Brackets: Wilson 95 %; with several training seeds, the range of the oracle's rates. The"
         " oracle is the simulated annotator without its noise: it applies the rule by which the labels of"
         " every reward here were made."

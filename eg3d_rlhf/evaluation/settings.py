@@ -65,7 +65,7 @@ class ScoreOptions:
 
 CHOOSE = 4  # n of the best-of-n control: untuned shapes of which the reward selects one
 # value of --held-out -> range of seeds
-PLACES = {"evaluation": EVALUATION, "validation": VALIDATION}
+HELD_OUT_RANGES = {"evaluation": EVALUATION, "validation": VALIDATION}
 LABELS = "labels"
 RANDOMISED = "randomised"  # each pair's winner is random
 INVERTED = "inverted"  # winner and loser of each pair are exchanged

@@ -84,7 +84,7 @@ def with_grid_radius(
 
 # Name -> change of the untuned shapes that needs no training. Numbers are radii in voxels of a 64^3 grid.
 CONTROLS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    "closing 4": with_grid_radius(filters.closing, 4),
+    "closing 4": with_grid_radius(filters.morphological_closing, 4),
     "convex hull": on_bool_grids(filters.hull),
     "blur 2": with_grid_radius(filters.blur, 2),
     "ball of its volume": ball,

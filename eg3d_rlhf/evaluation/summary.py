@@ -161,7 +161,7 @@ def summarise(comparison: Comparison, evaluation: Evaluation) -> dict:
         # first and last seed of the latents; these are not training seeds
         "seeds": {
             "reward": [seeds[0], seeds[-1]],
-            "evaluation": [EVALUATION.all[0], EVALUATION.all[-1]],
+            "evaluation": [EVALUATION.seeds[0], EVALUATION.seeds[-1]],
             "psi": comparison.psi,
         },
     }
@@ -274,7 +274,7 @@ def finish(evaluation: Evaluation, loop, start_time: float) -> dict:
         flush=True,
     )
     folder = loop.files.folder
-    nets = loop.subject.nets
+    nets = loop.trained_object.nets
     early_stop = evaluation.early_stop
     # An early stop selects a snapshot, which may be older than the last networks.
     nets = nets if early_stop is None else early_stop.networks(nets)

@@ -98,7 +98,7 @@ def grid(lambda_r: Sequence[float], lambda_sigma: Sequence[float], seeds: Sequen
     return list(dict.fromkeys(cells))  # removes repeated controls and keeps the order
 
 
-def part_of(cell: Cell, folder: Path, kimg: float, more_flags: Sequence[str] = ()) -> Part:
+def make_part(cell: Cell, folder: Path, kimg: float, more_flags: Sequence[str] = ()) -> Part:
     """Return the run of train.py that trains a cell.
 
     Args:

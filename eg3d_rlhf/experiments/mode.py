@@ -68,7 +68,7 @@ class Flags(dict[str, Any]):
         super().__init__(values)
         self.written = frozenset(written)
 
-    def some(self, names: Mapping[str, str]) -> dict[str, Any]:
+    def select(self, names: Mapping[str, str]) -> dict[str, Any]:
         """Return the values of the flags in `names` that are not None, under the names of settings' fields.
 
         Args:
@@ -76,7 +76,7 @@ class Flags(dict[str, Any]):
         """
         return {field: self[name] for name, field in names.items() if self.get(name) is not None}
 
-    def of(self, kind: type) -> dict[str, Any]:
+    def values_for(self, kind: type) -> dict[str, Any]:
         """Return the values of the flags that set fields of a settings dataclass, by the name of the field.
 
         Flags whose value is None are left out.
@@ -89,9 +89,9 @@ class Flags(dict[str, Any]):
             for field in dataclasses.fields(kind)
             if "knob" in field.metadata
         }
-        return self.some({knob.name or name: name for name, knob in knobs.items()})
+        return self.select({knob.name or name: name for name, knob in knobs.items()})
 
-    def belong(self, names: Iterable[str], applies: bool, condition: str) -> None:
+    def check_applies(self, names: Iterable[str], applies: bool, condition: str) -> None:
         """Raise ValueError if the user passed any flag of `names` although it has no effect.
 
         Args:
@@ -171,7 +171,7 @@ class Mode(Generic[S]):
         begun_folder = begun_by_this_launch(outdir, ranks)
         # Rank 0 decides for all ranks. If one rank resumed and another started a new run, they would wait for
         # each other forever.
-        if begun_folder and ranks.broadcast(self.resumable(begun_folder) if ranks.main else None):
+        if begun_folder and ranks.broadcast(self.resumable(begun_folder) if ranks.is_main else None):
             return self.resume(settings, begun_folder, flags, ranks)
 
         def choose_folder(opened: Any) -> Path:
@@ -277,7 +277,7 @@ class Mode(Generic[S]):
 
     def _work(self, settings: S, opened: Any, run: "Run") -> None:
         """Print the folder, then do the work."""
-        if run.ranks.main:
+        if run.ranks.is_main:
             print(f"Run folder {run.folder}.", flush=True)
         self.work(settings, opened, run)
 
@@ -384,7 +384,7 @@ def _ends_with_130(again: str) -> Iterator[None]:
         sys.exit(130)
 
 
-def refuse_torchrun(several: bool, flags: str) -> None:
+def reject_torchrun(several: bool, flags: str) -> None:
     """Raise ValueError if several trainings are requested under torchrun with several processes.
 
     Args:

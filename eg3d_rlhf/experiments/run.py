@@ -92,14 +92,14 @@ class Run:
         self._say = say or (lambda line: print(line, flush=True))
         self._lock = contextlib.ExitStack()
         self._request = StopRequest()
-        self._log = Log(log if ranks.main else "", folder, self.settings)
+        self._log = Log(log if ranks.is_main else "", folder, self.settings)
         # (work that was done before, time in seconds) at the moment from which speed is measured
         self._start = (0.0, time.monotonic())
         self._waited = 0.0  # seconds of waiting for data
 
     def __enter__(self) -> "Run":
         # A folder that does not exist cannot be locked. A mistyped --resume gets its own error message later.
-        self._lock.enter_context(run_lock(self.folder, enabled=self.ranks.main and self.folder.is_dir()))
+        self._lock.enter_context(run_lock(self.folder, enabled=self.ranks.is_main and self.folder.is_dir()))
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -115,7 +115,7 @@ class Run:
         first state, so it cannot be resumed.
         """
         # only one process writes into the folder
-        if self.ranks.main:
+        if self.ranks.is_main:
             for name in (STATS, TIMING):
                 (self.folder / name).unlink(missing_ok=True)
             circumstances = {
@@ -137,7 +137,7 @@ class Run:
             ValueError: an input file or a setting has changed; the message names it.
         """
         # Rank 0 compares. The other ranks have an empty record, with which nothing differs.
-        record = recorded(self.folder) if self.ranks.main else {}
+        record = recorded(self.folder) if self.ranks.is_main else {}
         for name, recorded_hash in record.get("hashes", {}).items():
             if name not in self.inputs:
                 continue
@@ -194,12 +194,12 @@ class Run:
 
     def stats(self, record: Mapping[str, Any]) -> None:
         """Append a line of measurements to stats.jsonl, and send it to the trackers of --log."""
-        if self.ranks.main:
+        if self.ranks.is_main:
             self._append(STATS, record)
             self._log.line(record)
             self.lines += 1
 
-    def picture(self, name: str, path: Path, step: int) -> None:
+    def log_image(self, name: str, path: Path, step: int) -> None:
         """Send an image file to the trackers of --log.
 
         Args:
@@ -227,7 +227,7 @@ class Run:
             unit: name of the unit of work, such as "step" or "kimg".
             more: fields that stand last in the line.
         """
-        if not self.ranks.main:
+        if not self.ranks.is_main:
             return
         done_before, start_time = self._start
         seconds = time.monotonic() - start_time
@@ -272,7 +272,7 @@ class Run:
         """
         self._start = (done, time.monotonic())
         self._waited = 0.0
-        if lines is not None and self.ranks.main:
+        if lines is not None and self.ranks.is_main:
             storage.remove_temporaries(self.folder)
             if (self.folder / STATS).exists():
                 # The resumed run repeats the steps after the state, and writes their lines again with the
@@ -290,14 +290,14 @@ class Run:
 
     def write(self, name: str, record: Mapping[str, Any]) -> None:
         """Write a JSON file into the run folder atomically. Only rank 0 writes."""
-        if self.ranks.main:
+        if self.ranks.is_main:
             storage.write_atomic(
                 self.folder / name, (json.dumps(record, indent=2, sort_keys=True) + "\n").encode()
             )
 
     def done(self) -> None:
         """Print the time since this `Run` was made, and the run folder."""
-        if self.ranks.main:
+        if self.ranks.is_main:
             print(f"Done in {tqdm.format_interval(time.time() - self.began)}: {self.folder}", flush=True)
 
     # States.
@@ -314,7 +314,7 @@ class Run:
         """
         # rank 0 writes; every rank computes the path, because messages print it
         path = checkpoint.path_of(self.folder, step)
-        if self.ranks.main:
+        if self.ranks.is_main:
             checkpoint.write(self.folder, step, dict(tensors), dict(meta))
         self.last_checkpoint = path
         return path
@@ -330,7 +330,7 @@ class Run:
         """
         # Rank 0 reads and sends the state to the other ranks, which may run on machines without this folder.
         tensors, meta, path = (
-            checkpoint.read(source or self.folder, previous) if self.ranks.main else (None, None, None)
+            checkpoint.read(source or self.folder, previous) if self.ranks.is_main else (None, None, None)
         )
         meta, path_text = self.ranks.broadcast([meta, str(path)])
         self.last_checkpoint = Path(path_text)
@@ -436,7 +436,7 @@ def claim(folder: Path, ranks: Ranks = SINGLE) -> Path:
     launch = launch_identity()
     # mkdir is atomic. If two processes choose the same number, one of them gets FileExistsError, and tries
     # the next number.
-    while ranks.main:
+    while ranks.is_main:
         try:
             folder.mkdir(parents=True)
             break
@@ -467,7 +467,7 @@ def begun_by_this_launch(outdir: Path, ranks: Ranks = SINGLE) -> Path | None:
     launch = launch_identity()
     # rank 0 searches, and sends the path to the other ranks; "" stands for no folder
     begun_folder = ""
-    if ranks.main and launch is not None:
+    if ranks.is_main and launch is not None:
         newest_first = sorted(outdir.glob("*"), reverse=True)
         run_folders = (path for path in newest_first if _NUMBERED.fullmatch(path.name))
         begun_folder = next((str(path) for path in run_folders if _launch_of(path) == launch), "")

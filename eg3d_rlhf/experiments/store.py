@@ -151,12 +151,12 @@ class Store:
         # this process has hashed the products already; large files are not read again
         if folder in self._checked_artefacts:
             return self._checked_artefacts[folder]
-        if self.ranks.main:
+        if self.ranks.is_main:
             self.root.mkdir(parents=True, exist_ok=True)
         # rank 0 reads the files, and all ranks get its result; the other ranks pass a value that is ignored
-        done = self.ranks.broadcast(self._finished(folder, inputs) if self.ranks.main else None)
+        done = self.ranks.broadcast(self._finished(folder, inputs) if self.ranks.is_main else None)
         reused = done is not None
-        if self.ranks.main:
+        if self.ranks.is_main:
             if reused:
                 action = "reused from"
             elif folder.exists():
@@ -165,7 +165,7 @@ class Store:
                 action = "writing to"
             self._tell(f"{title or folder.name}: {action} {folder}")
         if not reused:
-            if self.ranks.main:
+            if self.ranks.is_main:
                 # A folder with other inputs may hold files from which the maker would wrongly resume. None:
                 # the folder states no inputs, since it is new or its maker wrote no inputs.json yet.
                 if self._renew and _stated(folder) not in (None, json_hash(stored(inputs))):
@@ -173,19 +173,21 @@ class Store:
                 folder.mkdir(parents=True, exist_ok=True)
             # no rank may use the folder before rank 0 has made it
             self.ranks.barrier()
-            with run_lock(folder, enabled=self.ranks.main and self._hashed, wait=self._renew):
+            with run_lock(folder, enabled=self.ranks.is_main and self._hashed, wait=self._renew):
                 # another process may have made the artefact while this one waited for the lock
                 if self._renew:
-                    done = self.ranks.broadcast(self._finished(folder, inputs) if self.ranks.main else None)
+                    done = self.ranks.broadcast(
+                        self._finished(folder, inputs) if self.ranks.is_main else None
+                    )
                 if done is None:
                     # The inputs are written first, so that the folder of an interrupted call states its
                     # inputs.
-                    if self.ranks.main:
+                    if self.ranks.is_main:
                         self.begin(folder, inputs)
                     products, record = maker(folder)
                     self.ranks.barrier()  # all ranks have written their files before they are hashed
                     done = self.ranks.broadcast(
-                        self.finish(folder, inputs, products, record) if self.ranks.main else None
+                        self.finish(folder, inputs, products, record) if self.ranks.is_main else None
                     )
         self._checked_artefacts[folder] = _artefact(folder, done, reused)
         return self._checked_artefacts[folder]

@@ -202,7 +202,7 @@ def figure_table(
     return markdown_rows([arm_heading, *(heading for heading, _ in columns.values())], rows)
 
 
-def over_seeds(values: Mapping[str, float]) -> dict[str, Any]:
+def summarise_over_seeds(values: Mapping[str, float]) -> dict[str, Any]:
     """Summarise the values that a metric has for several training seeds.
 
     Args:
@@ -223,7 +223,7 @@ def over_seeds(values: Mapping[str, float]) -> dict[str, Any]:
     }
 
 
-def of_seeds(rated: Mapping[str, Any]) -> list[str]:
+def win_rates_by_seed(rated: Mapping[str, Any]) -> list[str]:
     """Format the win rate of every training seed with three decimals.
 
     Args:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from eg3d_rlhf.generators import FAMILIES, load_networks
-from eg3d_rlhf.geometry.slab import interpolation
+from eg3d_rlhf.geometry.slab import interpolation_matrix
 from training import networks, storage
 from training.superresolution import SuperresolutionHybrid, module_by_name
 from training.triplane import TriPlaneGenerator
@@ -51,7 +51,7 @@ def fit_slice_weights(extent: float, slices: int = SLICES) -> tuple[torch.Tensor
     """
     # Values of the hat functions at positions over the box, in units of the extent. `interpolation` returns
     # the columns only for slices that the positions reach.
-    matrix, reached_slices = interpolation(
+    matrix, reached_slices = interpolation_matrix(
         torch.linspace(-1, 1, _LATTICE, dtype=torch.float64) / extent, slices
     )
     hats = torch.zeros(_LATTICE, slices, dtype=torch.float64)

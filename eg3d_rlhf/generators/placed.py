@@ -65,7 +65,7 @@ def scaled_density(sigma: torch.Tensor, factor: float) -> torch.Tensor:
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class Placement:
     """Position, size, orientation and density scale of a generator's shapes in our world."""
 
     similarity: Similarity = Similarity()  # transformation from our world to theirs
@@ -83,7 +83,7 @@ class PlacedField:
     Args: inner: field in the generator's world; place: its position, size, orientation and density scale.
     """
 
-    def __init__(self, inner: Field, place: Place):
+    def __init__(self, inner: Field, place: Placement):
         self._inner = inner
         self._place = place
         self.bounds = place.bounds
@@ -180,7 +180,7 @@ class Placed:
     Args: inner: the other generator; place: position, size, orientation and density scale of the shapes.
     """
 
-    def __init__(self, inner: Generator, place: Place):
+    def __init__(self, inner: Generator, place: Placement):
         self.inner = inner
         self.place = place
         self.bounds = place.bounds

@@ -115,7 +115,7 @@ class LevelSet:
             at_low = torch.where(lower_half_is_uniform, value, at_low)
             high = torch.where(lower_half_is_uniform, high, middle)
             at_high = torch.where(lower_half_is_uniform, at_high, value)
-        return torch.where(is_bracket, between(low, high, at_low, at_high), t)
+        return torch.where(is_bracket, interpolate_zero(low, high, at_low, at_high), t)
 
     def normals(self, points: Tensor) -> Tensor:
         """Compute outward unit normals [P, 3] at points [P, 3].
@@ -159,7 +159,7 @@ class LevelSet:
             inside, free_distance = sample(maps, self.spec, origins[rays] + t[:, None] * directions[rays])
             hit = inside >= 0
             # The intersection lies between the last two samples, which are on different sides of the surface.
-            depth[rays[hit]] = between(t_before, t, value_before, inside)[hit]
+            depth[rays[hit]] = interpolate_zero(t_before, t, value_before, inside)[hit]
             step = (free_distance - _SLACK).clamp_min(_LEAST_STEP) * voxel
             unfinished = ~hit & (t < far[rays])
             t_before = t[unfinished]
@@ -234,7 +234,7 @@ def sample(values: Tensor, spec: SlabSpec, points: Tensor) -> Tensor:
     return sampled.reshape(len(values), *points.shape[:-1])
 
 
-def between(t0: Tensor, t1: Tensor, v0: Tensor, v1: Tensor) -> Tensor:
+def interpolate_zero(t0: Tensor, t1: Tensor, v0: Tensor, v1: Tensor) -> Tensor:
     """Compute the zero of the line through (t0, v0) and (t1, v1), clamped to the interval from t0 to t1.
 
     Args:

@@ -238,7 +238,7 @@ def half_edges(faces: np.ndarray, vertices: int) -> "csr_array":
     ).tocsr()
 
 
-def parts(faces: np.ndarray, vertices: int) -> tuple[int, np.ndarray]:
+def find_parts(faces: np.ndarray, vertices: int) -> tuple[int, np.ndarray]:
     """Find the parts of a mesh: sets of faces that are connected by shared vertices.
 
     Args:
@@ -312,15 +312,15 @@ def largest_part(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, n
 
     Returns: vertices and faces of the selected part, and the number P of parts of the mesh.
     """
-    count, part_of_face = parts(faces, len(vertices))
+    count, part_of_face = find_parts(faces, len(vertices))
     if count > 1:
         # signed volume [P] of each part
         part_volumes = np.bincount(part_of_face, weights=face_volumes(vertices, faces), minlength=count)
-        vertices, faces = compact(vertices, faces[part_of_face == part_volumes.argmax()])
+        vertices, faces = remove_unused_vertices(vertices, faces[part_of_face == part_volumes.argmax()])
     return vertices, faces, count
 
 
-def compact(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def remove_unused_vertices(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Remove the vertices that no face uses, and adapt the indices in the faces."""
     is_used = np.zeros(len(vertices), dtype=bool)
     is_used[faces] = True
@@ -346,7 +346,7 @@ def decimate(vertices: np.ndarray, faces: np.ndarray, target: int) -> tuple[np.n
     # the mesh is small enough already
     if len(faces) <= target:
         return vertices, faces
-    count, part = parts(faces, len(vertices))
+    count, part = find_parts(faces, len(vertices))
     part_ends = np.cumsum(np.bincount(part, minlength=count))
     faces_by_part = np.argsort(part, kind="stable")  # faces sorted by part
     decimated = []
@@ -398,7 +398,9 @@ def _decimate_part(
         new_vertices, new_faces = fast_simplification.simplify(
             vertices, faces, target_count=int(wanted_faces)
         )
-        new_vertices, new_faces = compact(new_vertices.astype(np.float32), new_faces.astype(np.int32))
+        new_vertices, new_faces = remove_unused_vertices(
+            new_vertices.astype(np.float32), new_faces.astype(np.int32)
+        )
         is_acceptable = len(new_faces) > 0 and (not is_closed or count_edges(new_faces).watertight)
         # Two vertices at the same position are rejected, because a program that reads the file may merge
         # them.
@@ -466,7 +468,7 @@ def bricks_along(points: int, size: int = BRICK) -> int:
     return -(-(points + 1) // size)
 
 
-def padded(points: int) -> int:
+def padded_points(points: int) -> int:
     """Return the number of grid points of the bricks along an axis, including points outside the volume.
 
     Args:
@@ -516,7 +518,7 @@ class SurfaceBuilder:
     def __init__(self, axes: Sequence[np.ndarray], level: float):
         self._axes = axes
         self._level = level
-        self._sides = tuple(padded(len(axis)) for axis in axes[1:])  # padded Y, Z
+        self._sides = tuple(padded_points(len(axis)) for axis in axes[1:])  # padded Y, Z
         # number of the grid edges that start in one plane: three directions for each grid point
         self._plane_keys = 3 * self._sides[0] * self._sides[1]
         # index of the vertex on each grid edge of a layer, or -1; between two calls, all entries are -1
@@ -667,7 +669,9 @@ def extract_mesh_blockwise(
     low = np.inf
     high = -np.inf
     # A layer has BRICK cells along x. Its last plane is the first plane of the next layer.
-    layer = np.full((BRICK + 1, padded(rows), padded(columns)), outside_value(level), dtype=np.float32)
+    layer = np.full(
+        (BRICK + 1, padded_points(rows), padded_points(columns)), outside_value(level), dtype=np.float32
+    )
     # Index along x of the layer's first plane, where 0 is outside the volume; number of filled planes after
     # it.
     first = filled_planes = 0

@@ -32,10 +32,10 @@ from eg3d_rlhf.geometry.mesh import (
     decimate,
     extract_mesh_blockwise,
     face_volumes,
+    find_parts,
     largest_part,
     outside_value,
-    padded,
-    parts,
+    padded_points,
     vertex_normals,
 )
 from eg3d_rlhf.geometry.settings import MeshOptions
@@ -320,7 +320,7 @@ class _LayerSampler:
         # smallest and largest density evaluated so far
         self.low = np.inf
         self.high = -np.inf
-        padded_sizes = [padded(points) for points in density.shape[1:]]
+        padded_sizes = [padded_points(points) for points in density.shape[1:]]
         self._layer = np.full((BRICK + 1, *padded_sizes), outside, dtype=np.float32)
         # last plane of the previous layer, NaN where it was not evaluated
         self._shared = self._layer[0].copy()
@@ -607,7 +607,7 @@ def export_mesh(
     if options.component == "largest":
         vertices, faces, components = largest_part(vertices, faces)
     else:
-        components, _ = parts(faces, len(vertices))
+        components, _ = find_parts(faces, len(vertices))
     report_progress("parts", 1, 1)
     if options.faces is not None:
         report_progress("decimation", 0, 1)
@@ -639,7 +639,7 @@ def check_mesh(mesh: Mesh, field: Field, options: MeshOptions, extracted: int, c
         faces=len(mesh.faces),
         faces_extracted=extracted,
         components_extracted=components,
-        components=parts(mesh.faces, len(mesh.vertices))[0],
+        components=find_parts(mesh.faces, len(mesh.vertices))[0],
         open_edges=edges.open,
         shared_edges=edges.shared,
         watertight=edges.watertight,

@@ -41,7 +41,7 @@ from torch_utils.ops.triplane_decode import MergedPlanes, projection_axes, tripl
 # maps.
 
 
-def interpolation(coordinates: torch.Tensor, size: int) -> tuple[torch.Tensor, slice]:
+def interpolation_matrix(coordinates: torch.Tensor, size: int) -> tuple[torch.Tensor, slice]:
     """Compute the weights of linear interpolation along one axis of a plane.
 
     Args:
@@ -122,7 +122,10 @@ class _SampledPlanes(torch.autograd.Function):
         ctx.pairs = pairs
         ctx.merged = merged
         ctx.sides = [
-            (interpolation(axes[height], planes.shape[3]), interpolation(axes[width], planes.shape[4]))
+            (
+                interpolation_matrix(axes[height], planes.shape[3]),
+                interpolation_matrix(axes[width], planes.shape[4]),
+            )
             for width, height in pairs
         ]
         features = [None] * len(merged)
@@ -562,7 +565,7 @@ def _blend(axis: torch.Tensor, slices: int, extent: float) -> torch.Tensor:
 
     Returns: weights [points, D].
     """
-    matrix, touched = interpolation(axis / extent, slices)
+    matrix, touched = interpolation_matrix(axis / extent, slices)
     return torch.zeros(len(axis), slices, dtype=axis.dtype).index_copy(
         1, torch.arange(slices)[touched], matrix.to(axis.dtype)
     )
@@ -582,8 +585,8 @@ def _hidden(
     Returns: [N, J, D, lower axis, higher axis], where x is lower than y, and y lower than z.
     """
     width, height, _ = order
-    rows, row_slice = interpolation(axes[height], stack.shape[3])
-    columns, column_slice = interpolation(axes[width], stack.shape[4])
+    rows, row_slice = interpolation_matrix(axes[height], stack.shape[3])
+    columns, column_slice = interpolation_matrix(axes[width], stack.shape[4])
     # [N, C, D, height, width]
     sampled = rows.to(stack) @ stack[..., row_slice, column_slice] @ columns.to(stack).T
     return torch.einsum("jc,ncduv->njduv", w0, sampled.transpose(3, 4) if height > width else sampled)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from eg3d_rlhf.core.field import LEVEL
 from eg3d_rlhf.core.spec import SlabSpec
-from eg3d_rlhf.geometry.level_set import LevelSet, between
+from eg3d_rlhf.geometry.level_set import LevelSet, interpolate_zero
 from eg3d_rlhf.geometry.mesh import face_volumes
 
 # Smallest ratio of (2 area)^2 to (longest edge)^4 of a face.
@@ -346,7 +346,7 @@ def displacement(before: LevelSet, points: Tensor, normals: Tensor, reach: float
         # The shape ends where the line runs from inside to outside.
         leaves = (excess[:, :-1] >= 0) & (excess[:, 1:] < 0)
         # An infinite distance marks the intervals without a crossing.
-        crossings = between(s[:-1], s[1:], excess[:, :-1], excess[:, 1:]).where(leaves, torch.inf)
+        crossings = interpolate_zero(s[:-1], s[1:], excess[:, :-1], excess[:, 1:]).where(leaves, torch.inf)
         nearest = crossings.gather(1, crossings.abs().argmin(dim=1, keepdim=True))[:, 0]
         has_no_crossing = nearest.isinf()
         # The grid is only interpolated; `place` moves the crossing onto the level set of the field itself.

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from eg3d_rlhf.core.interfaces import Modality
 from eg3d_rlhf.models.clip_inputs import Tokenize, clip_preprocess, clip_tokenizer, pad_preprocess
 from eg3d_rlhf.models.ldm_names import to_transformers_clip
-from eg3d_rlhf.models.weights import adopt, count, empty, from_folder, frozen, require_extra, shape_of
+from eg3d_rlhf.models.weights import adopt, count, empty, freeze, from_folder, require_extra, shape_of
 
 FLAG = "--reward"  # option that error messages begin with
 
@@ -89,7 +89,7 @@ class CosineReward:
         tokenize: Tokenize,
         device: str | torch.device = "cpu",
     ):
-        self.network = frozen(network, device)
+        self.network = freeze(network, device)
         self.prepare = prepare
         self.tokenize = tokenize
         self.device = torch.device(device)

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from eg3d_rlhf.core.shapes import check_shape
-from eg3d_rlhf.models.weights import State, empty, fill, frozen, read, require_extra, to_transformers
+from eg3d_rlhf.models.weights import State, empty, fill, freeze, read, require_extra, to_transformers
 
 # Mean and standard deviation of pixel values 0..1 in ImageNet's images, per channel (R, G, B)
 MEAN = (0.485, 0.456, 0.406)
@@ -316,7 +316,7 @@ def load_dino(
     Raises: ValueError if an entry is missing, superfluous or of another shape.
     """
     # `empty` builds the layers without values, and `fill` takes the tensors of the state dict.
-    return frozen(fill(empty(lambda: Dino(config)), state, who, types=torch.float32, device=device), device)
+    return freeze(fill(empty(lambda: Dino(config)), state, who, types=torch.float32, device=device), device)
 
 
 def _weight_paths(name: str) -> Iterator[Path]:
@@ -436,7 +436,7 @@ def read_dino3(name: str, device: str | torch.device = "cpu") -> Dino3:
     fill(network, read(path, name), str(path), types=torch.float32, device=device)
     # The rotary frequencies are not part of the weights, and `empty` created them without values.
     network.rope_embeddings = type(network.rope_embeddings)(config)
-    return frozen(network, device)
+    return freeze(network, device)
 
 
 def _dino3_config(content: Mapping[str, Any]) -> Any:

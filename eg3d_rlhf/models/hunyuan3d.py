@@ -721,12 +721,12 @@ class ShapeEncoder(nn.Module):
         """
         # The points are chosen on the CPU, so that the choice does not depend on the device.
         device = self.pre_kl.weight.device
-        queries, points = (x.to(device)[None] for x in chosen(surface.cpu(), self.config, draw))
+        queries, points = (x.to(device)[None] for x in choose_points(surface.cpu(), self.config, draw))
         # First index: the mean and not the log-variance. Second index: the only surface of the batch.
         return self(queries, points)[0][0] * self.config.scale_factor
 
 
-def chosen(
+def choose_points(
     surface: torch.Tensor, config: AutoencoderConfig, draw: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Choose the query points and the points that they attend to, from the points of a surface.

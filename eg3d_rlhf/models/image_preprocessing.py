@@ -233,12 +233,12 @@ def on_white(image: Image.Image, size: int, border: float) -> tuple[np.ndarray, 
     Returns: the image, bytes [size, size, 3], and the mask of the object, bytes [size, size].
     Raises: ValueError if the object has no more than one row or column.
     """
-    square = framed(np.asarray(image), border)
+    square = place_in_square(np.asarray(image), border)
     # The mask is the alpha channel, resized without interpolation.
     return opencv(over_white(square), (size, size), "cubic"), opencv(square[..., 3], (size, size), "nearest")
 
 
-def framed(pixels: np.ndarray, border: float) -> np.ndarray:
+def place_in_square(pixels: np.ndarray, border: float) -> np.ndarray:
     """Place the object of an image in the centre of a transparent square.
 
     The longer side of the object fills the share 1 - border of the square. As in the original, the last row

@@ -103,7 +103,7 @@ def only_file(path: Path, suffixes: tuple[str, ...], flag: str, expected: str) -
     return files[0]
 
 
-def content(path: str | Path, who: str) -> Any:
+def read_content(path: str | Path, who: str) -> Any:
     """Read the complete content of a file of weights to the CPU.
 
     A .safetensors file gives a dictionary of tensors by name. From all other files, the object that
@@ -147,7 +147,7 @@ def read(path: str | Path, who: str) -> State:
     Raises: FileNotFoundError if the file is missing; ValueError if it is damaged, empty, or contains anything
         other than tensors by name.
     """
-    file_content = content(path, who)
+    file_content = read_content(path, who)
     # Checkpoints of a training often contain the state dict beside other values.
     state = file_content.get("state_dict", file_content) if isinstance(file_content, dict) else file_content
     if (
@@ -321,7 +321,7 @@ def adopt(module: Module, state: Mapping[str, torch.Tensor], who: str) -> Module
     return module
 
 
-def frozen(module: Module, device: str | torch.device) -> Module:
+def freeze(module: Module, device: str | torch.device) -> Module:
     """Put a network into evaluation mode, on a device and without gradients of its parameters; returns it."""
     return module.eval().requires_grad_(False).to(device)
 
@@ -363,7 +363,7 @@ def write(path: Path, state: Mapping[str, torch.Tensor]) -> None:
     write_atomic(path, safetensors.torch.save(copies, metadata={"format": "pt"}))
 
 
-def rewrite(path: Path, held: Any) -> None:
+def rewrite(path: Path, file_content: Any) -> None:
     """Write a file of weights, atomically.
 
     In contrast to `write`, tensors are not copied in memory, so large files can be written.
@@ -376,9 +376,9 @@ def rewrite(path: Path, held: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         if path.suffix == ".safetensors":
-            safetensors.torch.save_file(held, unfinished, metadata={"format": "pt"})
+            safetensors.torch.save_file(file_content, unfinished, metadata={"format": "pt"})
         else:
-            torch.save(held, unfinished)
+            torch.save(file_content, unfinished)
         # Renaming is atomic: the path leads to the old file or to the complete new file at any time.
         unfinished.replace(path)
     finally:

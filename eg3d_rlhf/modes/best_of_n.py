@@ -61,10 +61,10 @@ def main(before, reward_ckpt, heldout_reward, data, outdir, device, dry_run, **s
         eg3d-rlhf reward best-of-n --reward-ckpt=assets/reward.safetensors --n=256 --most=32 --outdir=best
     """
     # Imported here, so that --help is printed without loading this module.
-    from eg3d_rlhf.evaluation.best_of_n import arms, trial_of, write
+    from eg3d_rlhf.evaluation.best_of_n import arms, load_trial, write
 
     # Loads all networks, also for --dry-run, so that mistakes in the files are reported.
-    trial = trial_of(before, reward_ckpt, heldout_reward, data, device, **sampling)
+    trial = load_trial(before, reward_ckpt, heldout_reward, data, device, **sampling)
     # --dry-run ends here; nothing has been written so far
     if dry_run:
         # rewards that are tested alone, and aggregates of the scores of an ensemble's members

@@ -102,15 +102,15 @@ def main(
         HIDDEN,
         WALL,
         WORST,
-        answers,
+        answer_requests,
         badness,
-        found_files,
-        generator_of,
+        find_mesh_files,
+        generator_name,
         medians,
         paired,
         shares,
     )
-    from eg3d_rlhf.evaluation.mesh_validation_page import write_census
+    from eg3d_rlhf.evaluation.mesh_validation_page import write_validation_page
     from eg3d_rlhf.measures.meshes.space import solid_library
 
     # Loaded here, so that the job fails before any mesh is read if an optional library is missing.
@@ -132,7 +132,7 @@ def main(
     # an error in this block begins with the name FOLDER
     with prefix_errors("FOLDER"):
         # also in subfolders, in a fixed order
-        files = found_files(folder)
+        files = find_mesh_files(folder)
     # These settings are sent to the measuring processes with the path of each file.
     request = {"weld": weld, "up": up, "options": asdict(settings)}
     # the affinity mask counts the cores this process may use, also in a container; not all systems have it
@@ -140,13 +140,16 @@ def main(
     # answers come in the order in which processes finish, so rows are stored by number
     rows: list[dict] = [{} for _ in files]
     with tqdm(total=len(files), desc="measured", unit="file", dynamic_ncols=True) as progress_bar:
-        for file_index, measures in answers(
+        for file_index, measures in answer_requests(
             # "do" selects the work of the process: measuring a file, or rendering it
             [{**request, "do": "measure", "path": str(path)} for path in files],
             jobs,
         ):
             path = files[file_index]
-            name = {"file": path.relative_to(folder).as_posix(), "generator": generator_of(path, folder, by)}
+            name = {
+                "file": path.relative_to(folder).as_posix(),
+                "generator": generator_name(path, folder, by),
+            }
             # a mesh that cannot be read has a reason instead of measures
             rows[file_index] = {**name, "reason": measures.pop("reason", ""), **measures}
             progress_bar.update()
@@ -163,13 +166,13 @@ def main(
     renders = {
         # an empty text where the rendering failed
         worst[row_index]["file"]: answer.get("picture", "")
-        for row_index, answer in answers(render_requests, jobs)
+        for row_index, answer in answer_requests(render_requests, jobs)
     }
     # settings and thresholds that the page states beside the results
     header = {"weld": weld, "up": up, **asdict(settings), "hidden": HIDDEN, "wall": WALL}
     table = shares(rows)
     # the last three arguments are the tables of the page, the rows to show, and their renders
-    page = write_census(
+    page = write_validation_page(
         outdir,
         folder,
         header,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eg3d_rlhf.core.cli import combine_decorators, option, options_from_settings
-from eg3d_rlhf.experiments.mode import FOLDER, RUN, Flags, Mode, refuse_torchrun
+from eg3d_rlhf.experiments.mode import FOLDER, RUN, Flags, Mode, reject_torchrun
 from eg3d_rlhf.models.lora_settings import LoraConfig
 from eg3d_rlhf.modes import MODES
 from eg3d_rlhf.modes.flow_flags import (
@@ -38,8 +38,8 @@ from eg3d_rlhf.tuning.flow.training.circular.settings import (
     CircularRun,
     CircularSettings,
     LoopPairsConfig,
-    letters,
-    supervised,
+    parse_groups,
+    with_fine_tuning_loss,
 )
 from eg3d_rlhf.tuning.flow.training.settings import DpoConfig, TrainConfig
 
@@ -61,11 +61,13 @@ def check_evaluation_flags(flags: Flags, problem: "Problem") -> None:
     win_rate_flags = ("choose_noises",) if flags.get("choose_noises") else ()
     requirement = "generators that have an evaluator, and pairs of all stages to fit it to"
     # `chooser` computes the win rate during training, `final` fills the table. Not every problem has them.
-    flags.belong(win_rate_flags, problem.chooser is not None, requirement)
-    flags.belong(("table_noises",), problem.final is not None, requirement)
+    flags.check_applies(win_rate_flags, problem.chooser is not None, requirement)
+    flags.check_applies(("table_noises",), problem.final is not None, requirement)
     # A checkpoint is chosen by the loss on held-out pairs, or by a win rate.
     has_criterion = problem.unseen_pairs is not None and problem.choosing or problem.chooser is not None
-    flags.belong(EARLY, bool(has_criterion), "early stopping, which needs held-out pairs or an evaluator")
+    flags.check_applies(
+        EARLY, bool(has_criterion), "early stopping, which needs held-out pairs or an evaluator"
+    )
 
 
 # Default settings for the bundled toy generator. They were chosen by the scores of ChooserOracle on the
@@ -86,7 +88,7 @@ TOY_RUN = CircularSettings(
     human=_HUMAN,  # the last stage, which trains on people's pairs
     # The earlier stages train on the loop's pairs. beta and the SFT weight limit likelihood displacement.
     loop=replace(_HUMAN, dpo=DpoConfig(beta=200.0, sft_weight=1.0), steps=150, batch=32, lr=3e-4),
-    sft=supervised(_HUMAN),  # supervised fine-tuning, an arm of the ablation
+    sft=with_fine_tuning_loss(_HUMAN),  # supervised fine-tuning, an arm of the ablation
     loop_pairs=LoopPairsConfig(per_pair=2, batch=64, chunk=256),
     choosing=Choosing(per_condition=4),
 )
@@ -172,21 +174,23 @@ table_flags = combine_decorators(
 
 def check(flags: Flags) -> None:
     """Raise ValueError, naming the flags, if flags were given that would have no effect in this run."""
-    flags.belong(("seeds", "jobs"), flags["ablate"] is not None, "--ablate")
-    flags.belong(("no_summary",), flags["ablate"] is None, "a run without --ablate")
-    flags.belong(("table_noises",), not flags["no_summary"], "the table, which --no-summary leaves out")
+    flags.check_applies(("seeds", "jobs"), flags["ablate"] is not None, "--ablate")
+    flags.check_applies(("no_summary",), flags["ablate"] is None, "a run without --ablate")
+    flags.check_applies(
+        ("table_noises",), not flags["no_summary"], "the table, which --no-summary leaves out"
+    )
     # The flags of the loop are found by their group in --help, so that a new flag is covered, too.
     command: Any = CIRCULAR_DPO.command
     options = [*command.params, *command.rare.values()]
     loop_flag_names = [option.name for option in options if option.group == LOOP]
-    flags.belong(loop_flag_names, flags["stage"] is None, "the loop, not to --stage")
+    flags.check_applies(loop_flag_names, flags["stage"] is None, "the loop, not to --stage")
     if flags["stage"] is not None and flags["ablate"] is not None:
         raise ValueError(
             "--stage cannot be combined with --ablate, which trains all stages. Remove one of them."
         )
     # False: with --ablate, the number of rounds follows from the groups, so --rounds never has an effect.
     if flags["ablate"] is not None:
-        flags.belong(("rounds",), False, "a run without --ablate, whose groups decide the rounds")
+        flags.check_applies(("rounds",), False, "a run without --ablate, whose groups decide the rounds")
     check_adapter_flags(flags)
 
 
@@ -198,9 +202,9 @@ def resolve(flags: Flags) -> CircularRun:
     check(flags)
     defaults = default_settings(flags["pipeline"] or TOY)
     # None: no ablation
-    groups = None if flags["ablate"] is None else tuple(letters(flags["ablate"]))
+    groups = None if flags["ablate"] is None else tuple(parse_groups(flags["ablate"]))
     # holds only the flags that were given
-    evaluation_values = flags.of(Evaluation)
+    evaluation_values = flags.values_for(Evaluation)
     run = CircularRun(
         circular=circular_settings(flags, defaults),
         source=make_source(ProblemSource, flags),
@@ -243,7 +247,7 @@ def open_circular(settings: CircularRun, run: "Run") -> "Problem":
     from eg3d_rlhf.tuning.flow.training.circular import circular_loop as loop
 
     # The trainings of an ablation are distributed by --jobs, not by torchrun.
-    refuse_torchrun(settings.groups is not None, "--ablate")
+    reject_torchrun(settings.groups is not None, "--ablate")
     problem = open_problem(settings.source, run.device)
     # Flags were checked when the run began. A run that is resumed in a worker process has a plain mapping.
     if isinstance(run.flags, Flags):

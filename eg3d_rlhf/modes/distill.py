@@ -411,14 +411,14 @@ def work(run_settings: DistillRun, scene: "Scene", run: "Run") -> None:
     from training.distributed import leave
 
     settings = run_settings.settings
-    if run.ranks.main:
+    if run.ranks.is_main:
         pairs = len(settings.pairs())
         arms = len(settings.arms)
         # "s" * False is the empty text: the singular
         print(f"{pairs} assets x {arms} arm{'s' * (arms > 1)}, {settings.loop.steps} steps each.", flush=True)
     distil_all(settings, scene, run)
     leave()  # closes the process group: the other processes end while the first process renders
-    if run.ranks.main:
+    if run.ranks.is_main:
         gather_stats(settings, run)
         outputs.write(settings, scene, run, run_settings.show)
         print(f"Done: {run.folder}", flush=True)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from eg3d_rlhf.core.cli import combine_decorators, option, options_from_settings, seeds_of
-from eg3d_rlhf.experiments.mode import RUN, Flags, Mode, flag, refuse_torchrun
+from eg3d_rlhf.experiments.mode import RUN, Flags, Mode, flag, reject_torchrun
 from eg3d_rlhf.models.lora_settings import LoraConfig
 from eg3d_rlhf.modes.shared_flags import COUNT, rare_option
 from eg3d_rlhf.tuning.flow.base.settings import TABLE, Choosing, Evaluation, ProblemSource
@@ -84,7 +84,7 @@ def make_source(kind: type[Source], flags: Flags) -> Source:
     Raises: ValueError for a flag that is missing or has no effect.
     """
     # `flags.of` returns the flags that were given, by field.
-    source = kind(**flags.of(kind), seed=flags["seed"])
+    source = kind(**flags.values_for(kind), seed=flags["seed"])
     check_source(source)
     return source
 
@@ -113,7 +113,7 @@ EARLY = ("held_out_every", "patience", "max_drop")
 
 def check_adapter_flags(flags: Flags) -> None:
     """Raise ValueError, naming the flags, if flags of LoRA adapters were given with --tune=full."""
-    flags.belong(
+    flags.check_applies(
         ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets"),
         flags["tune"] != "full",
         "--tune=lora",
@@ -132,7 +132,7 @@ def adapter_settings(flags: Flags, lora: LoraConfig | None) -> dict:
     Raises: ValueError if adapter flags were given and all parameters are tuned.
     """
     # rank, alpha and dropout, as far as they were given
-    adapters = flags.of(LoraConfig)
+    adapters = flags.values_for(LoraConfig)
     if flags["lora_targets"] is not None:
         adapters["targets"] = tuple(name.strip() for name in flags["lora_targets"].split(","))
     # Without --tune, the default settings decide.
@@ -229,11 +229,13 @@ def circular_settings(flags: Flags, defaults: CircularSettings) -> CircularSetti
     """
     # Three trainings: on people's pairs, on the loop's pairs, and supervised fine-tuning for the ablation.
     human, loop, sft = (_training(flags, config) for config in (defaults.human, defaults.loop, defaults.sft))
-    human = replace(human, dpo=replace(human.dpo, **flags.of(DpoConfig)))
+    human = replace(human, dpo=replace(human.dpo, **flags.values_for(DpoConfig)))
     # supervised fine-tuning has no preference loss, but the same condition dropout
     sft = replace(sft, dpo=replace(sft.dpo, condition_dropout=human.dpo.condition_dropout))
     loop_pairs = replace(
-        defaults.loop_pairs, **flags.of(LoopPairsConfig), **flags.some({"evaluation_batch": "batch"})
+        defaults.loop_pairs,
+        **flags.values_for(LoopPairsConfig),
+        **flags.select({"evaluation_batch": "batch"}),
     )
     # The loss on the loop's pairs has the settings of the loss on people's pairs, except for three weights.
     defaults_loop = defaults.loop.dpo
@@ -245,7 +247,7 @@ def circular_settings(flags: Flags, defaults: CircularSettings) -> CircularSetti
         "sft_weight": defaults_loop.sft_weight,
         "beta": beta,
     }
-    loss_weights |= flags.some(
+    loss_weights |= flags.select(
         {"loop_loser_weight": "loser_weight", "loop_sft_weight": "sft_weight", "loop_beta": "beta"}
     )
     loop = replace(
@@ -253,21 +255,21 @@ def circular_settings(flags: Flags, defaults: CircularSettings) -> CircularSetti
         # The loop's pairs need a loss with a reference network. If --loss selects a loss without a reference,
         # it applies to people's pairs only.
         dpo=replace(human.dpo if human.dpo.needs_reference else defaults_loop, **loss_weights),
-        **flags.some({"loop_lr": "lr", "loop_steps": "steps"}),
+        **flags.select({"loop_lr": "lr", "loop_steps": "steps"}),
     )
     choosing = defaults.choosing
     # 0 switches the choice of a checkpoint off; a number switches it on where the default has none
     if flags["choose_noises"] == 0:
         choosing = None
     elif choosing is not None or flags["choose_noises"] is not None:
-        choosing = replace(choosing or Choosing(), **flags.of(Choosing))
+        choosing = replace(choosing or Choosing(), **flags.values_for(Choosing))
     return replace(
         defaults,
         human=human,
         loop=loop,
         sft=sft,
         loop_pairs=loop_pairs,
-        weighing=replace(defaults.weighing, **flags.of(Weighing)),
+        weighing=replace(defaults.weighing, **flags.values_for(Weighing)),
         choosing=choosing,
         rounds=flags["rounds"] or defaults.rounds,
         seed=flags["seed"],
@@ -300,7 +302,7 @@ def circular_help_values(settings: CircularSettings) -> list[object]:
 def _training(flags: Flags, config: TrainConfig) -> TrainConfig:
     """Apply the flags to the settings of one training. The flags of the loss are not applied."""
     # Flags that were given replace the defaults of the generator.
-    return replace(config, **flags.of(TrainConfig), **adapter_settings(flags, config.lora))
+    return replace(config, **flags.values_for(TrainConfig), **adapter_settings(flags, config.lora))
 
 
 # Runs of arms (online.py, offline.py): several trainings that differ in their loss or in their labels, and a
@@ -346,13 +348,13 @@ def check_arms_flags(flags: Flags, several: bool) -> None:
         flags: values of the command line.
         several: True if the run has several arms.
     """
-    flags.belong(
+    flags.check_applies(
         ("jobs",),
         # several arms, or one arm with several training seeds
         several or len(training_seeds(flags, 1)) > 1,
         "a run of several trainings (--arms, --seeds)",
     )
-    flags.belong(
+    flags.check_applies(
         ("table_noises", "evaluation_batch"),
         not flags["no_summary"],
         "the table, which --no-summary leaves out",
@@ -382,7 +384,7 @@ def make_shared_fields(flags: Flags, defaults: ArmsRun, arms: tuple[str, ...]) -
         # several arms are compared over three seeds; one arm alone is trained once
         "training_seeds": training_seeds(flags, 3 if len(arms) > 1 else 1),
         "choosing": choosing,
-        "evaluation": replace(defaults.evaluation, **flags.of(Evaluation)),
+        "evaluation": replace(defaults.evaluation, **flags.values_for(Evaluation)),
         "summary": not flags["no_summary"],
     }
 
@@ -461,7 +463,7 @@ def make_arms_mode(
 
     def opened(settings: ArmsRun, run: "Run") -> "Opened":
         # Several trainings are distributed by --jobs. torchrun would start every training in every process.
-        refuse_torchrun(len(settings.arms) * len(settings.training_seeds) > 1, "--arms, --seeds")
+        reject_torchrun(len(settings.arms) * len(settings.training_seeds) > 1, "--arms, --seeds")
         opened = open(settings, run.device)
         check(settings, opened, run)
         return opened

@@ -147,10 +147,10 @@ def make_request(work: Work, name: str, pairs: int, strategy: str = "random") ->
         strategy: name of the strategy that chooses the pairs.
     """
     # None for every setting: `filled` replaces it by the default value of the setting
-    settings = launch.filled(dict.fromkeys(launch.SETTINGS), CampaignSettings) | launch.ASKED
+    settings = launch.with_defaults(dict.fromkeys(launch.SETTINGS), CampaignSettings) | launch.ASKED
     pairing = PairingOptions(pairs=pairs, seed=work.seed, strategy=strategy)
     # an absolute path, because the label server may be started in another folder
-    assets = str(work.drawn().resolve())
+    assets = str(work.asset_folder().resolve())
     return launch.Request(
         name=name,
         network=None,

@@ -147,14 +147,18 @@ def new(
         eg3d-rlhf flow new WORK --pipeline=/data/Hunyuan3D-2.1 --images=IMAGES
     """
     # Imported here, so that --help is printed without loading these modules.
-    from eg3d_rlhf.tuning.flow.base.conditioning import CONDITIONS, read_conditioning, write_conditioning
+    from eg3d_rlhf.tuning.flow.base.conditioning import (
+        CONDITIONING_FILE,
+        read_conditioning,
+        write_conditioning,
+    )
     from eg3d_rlhf.tuning.flow.base.problem import chosen_precision
     from training.storage import write_atomic
 
     # Everything is checked, and the cost is shown, before the first slow step: the embedding of the inputs.
     check_new(folder)
     # `say` ignores the notice about the licence, because `check_and_describe` prints it.
-    family = family_of(Path(pipeline), say=lambda text: None)
+    family = family_of(Path(pipeline), print_line=lambda text: None)
     target_device = choose_device(device)
     for line in check_and_describe(family, Path(pipeline)):
         click.echo(line)
@@ -189,7 +193,7 @@ def new(
     else:
         link_images(folder / "inputs", names)
     # Written before work.json, whose presence marks a complete folder.
-    write_conditioning(folder / CONDITIONS, embeddings_by_name)
+    write_conditioning(folder / CONDITIONING_FILE, embeddings_by_name)
     work = Work(
         # The path is absolute, so that later commands can run in any folder. A bundled generator has a name
         # instead.

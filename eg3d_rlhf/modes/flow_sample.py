@@ -13,7 +13,7 @@ from eg3d_rlhf.modes.shared_flags import FOLDER, rare_option
 from eg3d_rlhf.tuning.flow.workspace.work_folder import BASE, SHOWN, TEST, Work
 
 if TYPE_CHECKING:
-    from eg3d_rlhf.tuning.flow.workspace.sampled_assets import Drawing, Drawn
+    from eg3d_rlhf.tuning.flow.workspace.sampled_assets import AssetSampling, SamplingSummary
 
 AGAIN = "The same command"
 work_argument = click.argument("folder", metavar="WORK", type=FOLDER)
@@ -70,7 +70,7 @@ def sample(folder: Path, device: str, cells: int | None, few_steps: int | None, 
         eg3d-rlhf flow sample WORK
     """
     # Imported here, so that --help is printed without loading this module.
-    from eg3d_rlhf.tuning.flow.workspace.sampled_assets import drawing_of
+    from eg3d_rlhf.tuning.flow.workspace.sampled_assets import make_sampling
 
     # Raises an error if the folder is no WORK, or if the files of the generator have changed since `flow
     # new`.
@@ -80,12 +80,12 @@ def sample(folder: Path, device: str, cells: int | None, few_steps: int | None, 
     with running(device, timeout, AGAIN) as ranks:
         # Under torchrun, every process has its own device.
         target_device = choose_device(device) if ranks.world == 1 else ranks.device
-        sampling = drawing_of(
+        sampling = make_sampling(
             work, family, BASE, SHOWN, target_device, ranks, cells=cells, few_steps=few_steps
         )
         summary = sample_with_bar(sampling)
         # Only the first process prints.
-        if not ranks.main:
+        if not ranks.is_main:
             return
     for line in sampling_report(sampling, summary):
         click.echo(line)
@@ -96,7 +96,7 @@ def sample(folder: Path, device: str, cells: int | None, few_steps: int | None, 
     click.echo(f"next: eg3d-rlhf flow label {folder}")
 
 
-def sample_with_bar(sampling: "Drawing") -> "Drawn":
+def sample_with_bar(sampling: "AssetSampling") -> "SamplingSummary":
     """Generate all assets of `sampling` on every rank, with a progress bar on the first rank.
 
     Returns: the number of assets that can be shown, and the reasons for the others.
@@ -111,14 +111,14 @@ def sample_with_bar(sampling: "Drawing") -> "Drawn":
         desc=f"sampling {sampling.folder.name}",
         unit="asset",
         # None: tqdm shows the bar only on a terminal
-        disable=None if sampling.ranks.main else True,
+        disable=None if sampling.ranks.is_main else True,
     ) as bar:
         summary = sampling.run(bar.update)
         bar.update(total - bar.n)  # counts the assets that other ranks generated
     return summary
 
 
-def sampling_report(sampling: "Drawing", drawn: "Drawn") -> list[str]:
+def sampling_report(sampling: "AssetSampling", drawn: "SamplingSummary") -> list[str]:
     """Return lines with the number of generated assets, and the number of samples that cannot be shown.
 
     Args:

@@ -178,7 +178,7 @@ def study(
         eg3d-rlhf flow study WORK --report
     """
     # Imported here, so that --help is printed without loading this module.
-    from eg3d_rlhf.tuning.flow.workspace.sampled_assets import drawing_of
+    from eg3d_rlhf.tuning.flow.workspace.sampled_assets import make_sampling
 
     check_extra(EXTRA)
     work = Work.open(folder)
@@ -203,7 +203,7 @@ def study(
     with running(device, timeout, AGAIN) as ranks:
         for name, weights in arms.items():
             target_device = choose_device(device) if ranks.world == 1 else ranks.device
-            sampling = drawing_of(
+            sampling = make_sampling(
                 work,
                 family,
                 name,
@@ -215,9 +215,9 @@ def study(
                 few_steps=few_steps,
             )
             summary = sample_with_bar(sampling)
-            for report_line in sampling_report(sampling, summary) if ranks.main else ():
+            for report_line in sampling_report(sampling, summary) if ranks.is_main else ():
                 click.echo(report_line)
-        if not ranks.main:
+        if not ranks.is_main:
             return
     # Only flags that were given are passed to the job `study`, so that its defaults apply to the others.
     given_server_flags = {name: server[name] for name in launch.given_flags(ctx) & server.keys()}
@@ -278,7 +278,7 @@ def serve(
     ]
     # A new comparison is designed from the assets; an existing one resumes from its folder.
     if states[chosen_contest] is None:
-        asset_folders = work.drawn(contests[chosen_contest]), work.drawn(arms[1])
+        asset_folders = work.asset_folder(contests[chosen_contest]), work.asset_folder(arms[1])
         # the function receives remarks about the assets, which are not printed here
         _, pairs, _ = read_sides(*asset_folders, lambda text: None)
         # A pair is shown to at most two people, which limits the number of answers.
@@ -354,10 +354,11 @@ def write_renders(work: Work, study: Study) -> Path:
     # by arm: (prompt, noise seed) -> the file to render. A training without a control has no such folder.
     files = {
         arm: {
-            (line["condition"], line["seed"]): work.drawn(name) / line["look_at"] for line in work.lines(name)
+            (line["condition"], line["seed"]): work.asset_folder(name) / line["look_at"]
+            for line in work.lines(name)
         }
         for arm, name in arms.items()
-        if (work.drawn(name) / RANKING).is_file()
+        if (work.asset_folder(name) / RANKING).is_file()
     }
     # prompt -> smallest noise seed: in reversed order, the smallest seed of a prompt comes last and
     # overwrites the others

@@ -130,7 +130,7 @@ def tune_command(context: click.Context, folder: Path, device: str, **flag_value
     """
     # `circular_settings` reads the flag choose_noises, which this command does not have.
     flags = Flags({**flag_values, "choose_noises": None}, flags_of(context).written)
-    flags.belong(LOOP_ONLY, flags["loop"], "--loop")
+    flags.check_applies(LOOP_ONLY, flags["loop"], "--loop")
     check_adapter_flags(flags)
     if flags["loop"] and flags["stages"]:
         raise ValueError(
@@ -212,10 +212,10 @@ def run(work: Work, tuning: Tuning, flags: Flags, device: str, ranks: "Ranks") -
 
     family = work.check_pipeline()
     target_device = choose_device(device) if ranks.world == 1 else ranks.device
-    encoding = flags.of(EncodingSource)
+    encoding = flags.values_for(EncodingSource)
     # pairs of each stage, from the answers in WORK or from the labels of --labels
     imported = imported_of(work, family, flags["labels"], target_device, encoding)
-    if ranks.main:
+    if ranks.is_main:
         write_pairs(work, family, imported)
         for text in label_report(
             imported.report, {stage: len(pairs) for stage, pairs in imported.pairs.items()}
@@ -233,10 +233,10 @@ def run(work: Work, tuning: Tuning, flags: Flags, device: str, ranks: "Ranks") -
         json.dumps({"mode": "flow tune", "tuning": asdict(tuning), "problem": dict(problem.identity)})
     )
     # The first process chooses the folder, so that all processes use the same folder.
-    folder = Path(ranks.broadcast(str(choose_folder(work, record)) if ranks.main else None))
+    folder = Path(ranks.broadcast(str(choose_folder(work, record)) if ranks.is_main else None))
     # A folder with a record was begun by an earlier call.
-    is_resumed = ranks.broadcast(bool(recorded(folder)) if ranks.main else None)
-    if ranks.main:
+    is_resumed = ranks.broadcast(bool(recorded(folder)) if ranks.is_main else None)
+    if ranks.is_main:
         folder.mkdir(parents=True, exist_ok=True)
     # The block holds the lock of the folder, so that two processes cannot train in it at once.
     with Run(folder, record, ranks=ranks, device=str(target_device)) as run_record:
@@ -251,7 +251,7 @@ def run(work: Work, tuning: Tuning, flags: Flags, device: str, ranks: "Ranks") -
             samples=make_strip(work, family, problem, tuning),
         )
         run_record.done()
-    if ranks.main:
+    if ranks.is_main:
         # the report as Markdown
         click.echo((folder / f"{REPORT}.md").read_text())
 
@@ -310,12 +310,12 @@ def result_settings(record: Mapping) -> dict:
     of the training.
     """
     # imported here, because --help must not load this module
-    from eg3d_rlhf.tuning.flow.training.trainer import FREE
+    from eg3d_rlhf.tuning.flow.training.trainer import CHANGEABLE_SETTINGS
 
     return {
         name: result_settings(value) if isinstance(value, Mapping) else value
         for name, value in record.items()
-        if name not in FREE
+        if name not in CHANGEABLE_SETTINGS
     }
 
 

@@ -491,7 +491,7 @@ def resolve_flags(flags: Flags) -> Settings:
     """
     check_eg3d(flags)
     # This function is called for new runs only, for which --resume-previous never has an effect.
-    flags.belong(("resume_previous",), False, "--resume")
+    flags.check_applies(("resume_previous",), False, "--resume")
     settings = resolve(flags)
     # settings that only new networks use
     ignored_flags = ["--" + name.replace("_", "-") for name in FRESH if flags[name] is not None]
@@ -550,7 +550,7 @@ def recorded(source: Path, flags: Flags, ranks: "Ranks") -> Settings:
     # The first process reads the checkpoint and sends the settings to the other processes.
     state = ranks.broadcast(
         checkpoint.read(resume_source(source, ranks), may_use_previous(flags, ranks))[1]["options"]
-        if ranks.main
+        if ranks.is_main
         else None
     )
     return Settings.from_values({**version_0_1.settings(state), **changes})
@@ -629,7 +629,7 @@ def work(settings: Settings, objects: "Objects | None", run: "Run") -> None:
         return rounds.work(
             settings, run, lambda round_settings, folder: tune_in_rounds(round_settings, folder, run.flags)
         )
-    if run.ranks.main and run.resumed is None:
+    if run.ranks.is_main and run.resumed is None:
         device_text = f"{objects.loop.device}" + (
             f", {run.ranks.world} processes" if run.ranks.world > 1 else ""
         )

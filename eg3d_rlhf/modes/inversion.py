@@ -100,7 +100,7 @@ def resolve(flags: Flags) -> InversionRun:
     """
     weights = tuple(parse_weights(flags["weights"]))
     # A flag that was given overrides the preset.
-    config = InversionConfig(**{**PRESETS[flags["preset"]], **flags.of(InversionConfig)})
+    config = InversionConfig(**{**PRESETS[flags["preset"]], **flags.values_for(InversionConfig)})
     # The other fields have the names of their flags.
     names = [name for name in InversionRun.__dataclass_fields__ if name not in ("weights", "config")]
     # Paths become texts, because the settings are recorded as JSON.
@@ -135,14 +135,14 @@ def open_setup(settings: InversionRun, run: "Run") -> "Setup":
     Raises: ValueError that names the flag of a file that is missing or does not fit.
     """
     # imported here, because --help must not load these modules
-    from eg3d_rlhf.evaluation.comparison import judged_by_annotator
+    from eg3d_rlhf.evaluation.comparison import annotator_can_score
     from eg3d_rlhf.evaluation.inversion.inversion_runs import Setup
-    from eg3d_rlhf.evaluation.inversion.projector import Guidance, load_perceptual, prior_of
+    from eg3d_rlhf.evaluation.inversion.projector import Guidance, estimate_prior, load_perceptual
     from eg3d_rlhf.evaluation.inversion.targets import (
         Evaluators,
         annotator_evaluator,
-        of_file,
-        of_seed,
+        case_from_file,
+        case_from_seed,
         parse_camera,
         reward_evaluator,
     )
@@ -192,13 +192,13 @@ def open_setup(settings: InversionRun, run: "Run") -> "Setup":
             evaluator=reward_evaluator(heldout_reward),
             name=f"reward {Path(settings.heldout_reward or '').stem}",
         )
-    elif judged_by_annotator(loaded, settings.data):
+    elif annotator_can_score(loaded, settings.data):
         evaluators = Evaluators(
             reward=reward, evaluator=annotator_evaluator, name="the simulated annotator without noise"
         )
     if settings.image is not None:
         targets = [
-            of_file(
+            case_from_file(
                 generator,
                 Path(settings.image),
                 None if settings.mask is None else Path(settings.mask),
@@ -210,7 +210,7 @@ def open_setup(settings: InversionRun, run: "Run") -> "Setup":
         with prefix_errors("--latents"):
             # a seed that is listed twice is used once
             seeds = dict.fromkeys(parse_seeds(settings.latents or ""))
-        targets = [of_seed(generator, seed, camera_label, settings.psi) for seed in seeds]
+        targets = [case_from_seed(generator, seed, camera_label, settings.psi) for seed in seeds]
     files |= {
         "network": loaded.path,
         "image": settings.image,
@@ -222,7 +222,7 @@ def open_setup(settings: InversionRun, run: "Run") -> "Setup":
         loaded=loaded,
         perceptual=features,
         # distribution of w, which keeps the latent near the latents of samples
-        prior=prior_of(generator),
+        prior=estimate_prior(generator),
         guidance=None if reward is None else Guidance(generator, reward),
         evaluators=evaluators,
         cases=targets,
@@ -244,7 +244,7 @@ def work(settings: InversionRun, setup: "Setup", run: "Run") -> None:
         f"{len(setup.cases)} target(s), weights {weights}, perceptual features {setup.perceptual.name}"
     )
     # Inversions that an earlier call has finished are read from the folder.
-    inversions.go()
+    inversions.run_missing()
     finish(inversions, settings.shape_res, settings.turns)
 
 

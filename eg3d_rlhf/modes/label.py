@@ -254,7 +254,7 @@ def _request(
             " Remove --up."
         )
     # replaces None by the default of the setting
-    flags = launch.filled(flags, PairingOptions, CampaignSettings)
+    flags = launch.with_defaults(flags, PairingOptions, CampaignSettings)
     if after is not None and not STRATEGIES[flags["strategy"]].reads_answers:
         strategy_names = " or ".join(name for name, strategy in STRATEGIES.items() if strategy.reads_answers)
         raise ValueError(
@@ -416,7 +416,7 @@ def _start(
             )
         login_lines = []
         if server.exposed:
-            annotator_count = len(launch.with_access(store))
+            annotator_count = len(launch.annotators_with_access(store))
             login_lines.append(
                 f"other machines can reach this server with a login token: {annotator_count} annotators can"
                 " log in; add-annotator NAME adds one"

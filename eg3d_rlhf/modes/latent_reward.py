@@ -22,7 +22,7 @@ from eg3d_rlhf.modes.shared_flags import file_option, name_option, shared, whole
 from eg3d_rlhf.tuning.flow.base.settings import ProblemSource
 
 if TYPE_CHECKING:
-    from eg3d_rlhf.tuning.flow.training.latent_accuracy import Beside
+    from eg3d_rlhf.tuning.flow.training.latent_accuracy import RewardComparison
 
 
 @click.command("latent", cls=GroupedCommand, job="reward latent")
@@ -64,7 +64,7 @@ def latent(stage: str | None, seed: int, seeds: str | None, out: Path, device: s
     # Imported here, so that --help is printed without loading these modules.
     from eg3d_rlhf.tuning.flow.base.stage import stage_of
     from eg3d_rlhf.tuning.flow.families.opening import open_problem
-    from eg3d_rlhf.tuning.flow.training.latent_accuracy import compared
+    from eg3d_rlhf.tuning.flow.training.latent_accuracy import compare_rewards
     from eg3d_rlhf.tuning.flow.training.latent_reward import save
     from training.progress import tqdm
 
@@ -79,7 +79,7 @@ def latent(stage: str | None, seed: int, seeds: str | None, out: Path, device: s
     problem = open_problem(make_source(ProblemSource, Flags({**source, "seed": 0})), choose_device(device))
     stage_name = stage_of(problem.pipeline, stage or problem.pipeline.stages[-1].name).name
     # `tqdm.write` prints lines without breaking the progress bar.
-    reward, comparison = compared(problem, stage_name, training_seeds, tqdm.write)
+    reward, comparison = compare_rewards(problem, stage_name, training_seeds, tqdm.write)
     # The accuracy is stored in the reward file.
     reward.record |= {"evaluation": comparison.shown()}
     click.echo("\n".join(format_comparison(comparison)))
@@ -90,7 +90,7 @@ def latent(stage: str | None, seed: int, seeds: str | None, out: Path, device: s
     )
 
 
-def format_comparison(comparison: "Beside") -> list[str]:
+def format_comparison(comparison: "RewardComparison") -> list[str]:
     """Format the comparison of the two rewards as the lines of a Markdown table.
 
     Args:

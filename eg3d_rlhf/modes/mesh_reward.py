@@ -52,7 +52,7 @@ def resolve(flags: Flags) -> MeshRewardRun:
 
     Raises: ValueError that names a flag with a wrong value, or flags that exclude each other.
     """
-    training = MeshRewardTraining(**flags.of(MeshRewardTraining))
+    training = MeshRewardTraining(**flags.values_for(MeshRewardTraining))
     # A table trains all arms, so a single arm must not be selected.
     if flags["seeds"] is not None and (training.randomised or training.area_only):
         raise ValueError(

@@ -35,7 +35,7 @@ from eg3d_rlhf.tuning.flow.training.offline.settings import (
     LABELS,
     LOSSES,
     NFT,
-    OWN_KINDS,
+    SIMULATED_KINDS,
     OfflineRun,
     OfflineSource,
     SinglesConfig,
@@ -125,9 +125,9 @@ arms_flag = option(
 def check(flags: Flags) -> None:
     """Raise ValueError if flags were given that have no effect, naming them, or if --assets is missing."""
     is_toy = (flags["pipeline"] or TOY) == TOY
-    flags.belong(("assets",), not is_toy, "--pipeline=DIR")
-    flags.belong(("trust",), flags["loss"] in (None, NFT), "--loss=nft")
-    flags.belong(("group", "group_beta"), flags["loss"] == "dgpo", "--loss=dgpo")
+    flags.check_applies(("assets",), not is_toy, "--pipeline=DIR")
+    flags.check_applies(("trust",), flags["loss"] in (None, NFT), "--loss=nft")
+    flags.check_applies(("group", "group_beta"), flags["loss"] == "dgpo", "--loss=dgpo")
     # a comma: several arms
     check_arms_flags(flags, "," in flags["arms"])
     if not is_toy and flags["assets"] is None:
@@ -146,10 +146,10 @@ def resolve(flags: Flags) -> OfflineRun:
     defaults = default_run(flags["pipeline"] or TOY, flags["loss"] or NFT)
     adapters = adapter_settings(flags, defaults.singles.lora)
     return OfflineRun(
-        singles=replace(defaults.singles, **flags.of(SinglesConfig), **adapters),
+        singles=replace(defaults.singles, **flags.values_for(SinglesConfig), **adapters),
         # The DPO arm gets only the settings that all trainings of a stage share, because the other flags set
         # the losses on single assets.
-        dpo=replace(defaults.dpo, **flags.of(StageTraining), lora=adapters["lora"]),
+        dpo=replace(defaults.dpo, **flags.values_for(StageTraining), lora=adapters["lora"]),
         source=make_source(OfflineSource, flags),
         assets=None if flags["assets"] is None else str(flags["assets"]),
         labels=flags["labels"],
@@ -194,10 +194,14 @@ def read_labelled_assets(settings: OfflineRun, problem: "Problem") -> "Labelled"
 
     if settings.assets is None:
         assert problem.labelled is not None, "`check` rejects other generators without --assets"
-        kind = settings.own_kind if settings.own_kind in OWN_KINDS else OWN_KINDS[0]
+        kind = settings.label_kind if settings.label_kind in SIMULATED_KINDS else SIMULATED_KINDS[0]
         labelled = problem.labelled[kind]
         # --labels is the name of a kind of the toy's labels, or a file with other labels of the same assets.
-        return labelled if settings.own_kind in OWN_KINDS else labelled.said_by(Path(settings.own_kind))
+        return (
+            labelled
+            if settings.label_kind in SIMULATED_KINDS
+            else labelled.said_by(Path(settings.label_kind))
+        )
     family = family_of(Path(settings.source.pipeline))
     with tqdm(desc="assets", unit="asset", disable=None, leave=False) as bar:
         labels = None if settings.labels is None else Path(settings.labels)
@@ -217,7 +221,7 @@ def check_opened(settings: OfflineRun, opened: "Opened", run: "Run") -> None:
     from eg3d_rlhf.tuning.flow.training.conditioned_stage import ConditionedStage
     from eg3d_rlhf.tuning.flow.training.offline.train_singles import check_singles
 
-    if settings.labels is not None and settings.labels not in OWN_KINDS:
+    if settings.labels is not None and settings.labels not in SIMULATED_KINDS:
         run.inputs["labels"] = Path(settings.labels)
     # All training seeds have the same data, so the first seed is enough for the checks.
     bench = settings.bench(opened, settings.training_seeds[0])

@@ -35,8 +35,8 @@ from eg3d_rlhf.tuning.flow.training.online.settings import (
     Losses,
     OnlineConfig,
     OnlineRun,
-    divided,
-    weighed,
+    parse_weights,
+    split_arm,
 )
 from eg3d_rlhf.tuning.flow.training.online.settings import PROBLEM_REWARD as OWN_REWARD
 from eg3d_rlhf.tuning.flow.training.settings import ArmsSource, DpoConfig, StageTraining, TrainConfig
@@ -202,35 +202,37 @@ def select_arms(flags: Flags, preset: str) -> tuple[str, ...]:
     if flags["arms"] is None:
         return (flags["loss"] or preset,)
     # False: with --arms, whose names contain the losses, --loss never has an effect.
-    flags.belong(("loss",), False, "a run without --arms, whose names contain the losses")
+    flags.check_applies(("loss",), False, "a run without --arms, whose names contain the losses")
     if flags["arms"] == "all":
         # all losses with their controls, except dppo, which must be named
-        return tuple(arm for arm in ARMS if divided(arm)[0] != "dppo")
+        return tuple(arm for arm in ARMS if split_arm(arm)[0] != "dppo")
     return parse_arm_names(flags)
 
 
 def check(flags: Flags, arms: tuple[str, ...]) -> None:
     """Raise ValueError, naming the flags, if flags were given that have no effect on any of the arms."""
     # False: the source of pairs has this flag, but it never has an effect in this mode.
-    flags.belong(("labelled",), False, "--mode=circular-dpo")
+    flags.check_applies(("labelled",), False, "--mode=circular-dpo")
     check_arms_flags(flags, len(arms) > 1)
-    flags.belong(EARLY, flags["choose_noises"] != 0, "early stopping, which --choose-noises=0 switches off")
+    flags.check_applies(
+        EARLY, flags["choose_noises"] != 0, "early stopping, which --choose-noises=0 switches off"
+    )
     # names of the losses of all arms, without endings such as -randomised
-    kinds = {divided(arm)[0] for arm in arms}
-    flags.belong(
+    kinds = {split_arm(arm)[0] for arm in arms}
+    flags.check_applies(
         ("window", "window_end", "window_moves", "window_updates", "trained_steps", "sde_step", "sde_noise"),
         bool(kinds - {*ON_LATENTS, "dpo"}),
         "losses on the sampler's steps",
     )
     # Flags of a single loss are rejected if no arm has this loss.
-    flags.belong(("curvature", "unweighted"), "nft" in kinds, "--loss=nft")
-    flags.belong(("group_beta",), "dgpo" in kinds, "--loss=dgpo")
-    flags.belong(
+    flags.check_applies(("curvature", "unweighted"), "nft" in kinds, "--loss=nft")
+    flags.check_applies(("group_beta",), "dgpo" in kinds, "--loss=dgpo")
+    flags.check_applies(
         ("noise_samples", "decay", "guided"), bool(kinds & {*ON_LATENTS}), "losses on finished samples"
     )
-    flags.belong(
+    flags.check_applies(
         ("advantage",),
-        len(weighed(flags["reward"])) == 1,
+        len(parse_weights(flags["reward"])) == 1,
         "a run with one reward; several are each normalised within their group",
     )
 
@@ -249,12 +251,14 @@ def resolve(flags: Flags, preset: str) -> OnlineRun:
     defaults = default_run(flags["pipeline"] or TOY, preset)
     adapters = adapter_settings(flags, defaults.losses.nft.lora)
     # The flags apply to the settings of every loss, so that the arms differ in nothing but the loss.
-    changes = {name: value for name, value in flags.of(OnlineConfig).items() if name != "loss"} | adapters
+    changes = {
+        name: value for name, value in flags.values_for(OnlineConfig).items() if name != "loss"
+    } | adapters
     losses = Losses(
         **{field.name: apply_flags(getattr(defaults.losses, field.name), changes) for field in fields(Losses)}
     )
     # --steps does not apply to the DPO arm, whose default length passes over as many samples.
-    common = {name: value for name, value in flags.of(StageTraining).items() if name != "steps"}
+    common = {name: value for name, value in flags.values_for(StageTraining).items() if name != "steps"}
     return OnlineRun(
         losses=losses,
         dpo=replace(defaults.dpo, **common, lora=adapters["lora"]),
@@ -268,8 +272,8 @@ def resolve(flags: Flags, preset: str) -> OnlineRun:
 def shown_by_help(run: OnlineRun) -> list[object]:
     """Return the objects from which --help reads defaults: the settings of the first arm's loss."""
     # The DPO arm has other settings than the flags; --help shows the settings of plain GRPO for it.
-    kind, _ = divided(run.arms[0])
-    config = run.losses.grpo_plain if kind == "dpo" else run.losses.of(kind)
+    kind, _ = split_arm(run.arms[0])
+    config = run.losses.grpo_plain if kind == "dpo" else run.losses.for_arm(kind)
     return [arms_help_values(run, config.lora), config, run]
 
 

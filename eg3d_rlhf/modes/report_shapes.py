@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from eg3d_rlhf.core.cli import GroupedCommand, choose_device, option
-from eg3d_rlhf.evaluation.settings import CHOOSE, PLACES
+from eg3d_rlhf.evaluation.settings import CHOOSE, HELD_OUT_RANGES
 from eg3d_rlhf.modes.shared_flags import PATH, name_option, shared
 from training.storage import write_atomic
 
@@ -58,7 +58,7 @@ def network_names(networks: Sequence[Path]) -> list[str]:
 @option(
     "--held-out",
     "latent_set",
-    type=click.Choice(list(PLACES)),
+    type=click.Choice(list(HELD_OUT_RANGES)),
     # settings must not be chosen on the latents of the published tables
     default="evaluation",
     help=(
@@ -80,7 +80,7 @@ def heads(networks: tuple[Path, ...], before: Path | None, latent_set: str, n: i
     from eg3d_rlhf.experiments.table import figure_table
 
     # core/seeds.py reserves these seeds, so that no training uses them
-    seeds = PLACES[latent_set].take(n)
+    seeds = HELD_OUT_RANGES[latent_set].take(n)
     # Each generator is compared with `before` on the same latents.
     columns, defective = compare(dict(zip(network_names(networks), networks, strict=True)), before, seeds)
     click.echo("\n".join(figure_table("network", columns, TABLE, intervals=("error_reduction",))))

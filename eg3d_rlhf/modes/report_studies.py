@@ -233,7 +233,7 @@ def seeds(seeds: str, outdir: Path, dry_run: bool, train_flags: tuple[str, ...])
     # Imported here, so that --help is printed without loading this module.
     from eg3d_rlhf.evaluation import over_seeds
 
-    trainings = over_seeds.trainings(outdir, seeds, train_flags)
+    trainings = over_seeds.list_runs(outdir, seeds, train_flags)
     # --dry-run ends here; nothing has been written so far
     if dry_run:
         print_json(
@@ -321,7 +321,7 @@ def sweep(
         eg3d-rlhf report sweep --lambda-r=10 --lambda-sigma=0,10 --kimg=0.016 --n=16 --images=32 --outdir=out
     """
     # Imported here, so that --help is printed without loading these modules.
-    from eg3d_rlhf.evaluation.sweep import GOALS, grid, make_cells, measure_cells, part_of
+    from eg3d_rlhf.evaluation.sweep import GOALS, grid, make_cells, make_part, measure_cells
     from eg3d_rlhf.experiments.table import figure_table
     from eg3d_rlhf.generators import find_network
 
@@ -343,7 +343,7 @@ def sweep(
         *(f"--{name}={value}" for name, value in network_flags.items() if value is not None),
     ]
     trainings_by_cell = {
-        cell: part_of(cell, outdir / "cells", kimg, train_arguments) for cell in grid(*axis_values)
+        cell: make_part(cell, outdir / "cells", kimg, train_arguments) for cell in grid(*axis_values)
     }
     # state of each cell: finished, begun or new
     states = {cell.name: training.state() for cell, training in trainings_by_cell.items()}

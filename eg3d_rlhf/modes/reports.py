@@ -96,7 +96,7 @@ def evaluate(outdir, only, dry_run, device, **sources) -> None:
 
     comparison = load_comparison(Sources(device=choose_device(device), **sources))
     # raises ValueError for an unknown name in --only
-    report_parts = comparison_page.select(comparison, only)
+    report_parts = comparison_page.select_jobs(comparison, only)
     # --dry-run ends here; nothing has been written so far
     if dry_run:
         # paths as texts for JSON; None stays None
@@ -117,7 +117,7 @@ def evaluate(outdir, only, dry_run, device, **sources) -> None:
     comparison_page.check_files(comparison)
     findings = pages.run(report_parts, outdir)
     # The summary uses only parts that were computed.
-    sentences = comparison_page.summary(comparison, findings)
+    sentences = comparison_page.list_conclusions(comparison, findings)
     _keep_summary(outdir, sentences)
     page = write_page(
         outdir / "index.html",
@@ -138,7 +138,7 @@ def attribution_introduction(study: "Study") -> str:
 
     A slab is a cropped grid of densities. A coalition is a set of regions (Shapley values).
     """
-    comparison = study.c
+    comparison = study.comparison
     return (
         f"The same held-out latents before ({comparison.before.path.name}) and after tuning"
         f" ({comparison.after.path.name}). A coalition's value is the reward of the original slab with the"
@@ -403,7 +403,7 @@ def embed(outdir, dry_run, device, **sources) -> None:
             else f"{row['spearman']:+.3f} [{row['lo']:+.3f}, {row['hi']:+.3f}]"
         )
         click.echo(f"reward with the {row['axis']:<36}  {rho}")
-    for row in findings[embedding.APART].rows:
+    for row in findings[embedding.SEPARABILITY].rows:
         click.echo(
             f"before and {row['role']:<8} same-network neighbours      {row['share']:.1%}, p = {row['p']:.2g}"
         )

@@ -366,7 +366,7 @@ def read_settings(folder: Path, flags: Flags, ranks: "Ranks") -> RewardRun:
     # a resumed run takes all settings from its record
     del flags
     # The first process reads the file and sends the content to the other processes.
-    values = ranks.broadcast(recorded(folder) if ranks.main else None)
+    values = ranks.broadcast(recorded(folder) if ranks.is_main else None)
     if not {"train", "labels"} <= (values or {}).keys():
         raise ValueError(
             f"--resume: {folder} is not the folder of a reward's training. Name a folder that `reward train`"
@@ -409,9 +409,9 @@ class RewardMode(Mode[RewardRun]):
             return super().start(settings, outdir, flags, ranks)
         # True if this launch of torchrun has begun the run before a restart. Rank 0 reads the folder for all.
         is_own_run = ranks.restarts and ranks.broadcast(
-            recorded(folder).get("launch") == launch_identity() if ranks.main else None
+            recorded(folder).get("launch") == launch_identity() if ranks.is_main else None
         )
-        has_state = ranks.broadcast((folder / STATE).exists() if ranks.main else None)
+        has_state = ranks.broadcast((folder / STATE).exists() if ranks.is_main else None)
         if has_state and not is_own_run:
             raise ValueError(
                 f"--run-dir: {folder} already contains a run. Use --resume={folder} to resume it, or name"

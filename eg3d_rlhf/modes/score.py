@@ -59,12 +59,12 @@ def main(networks, reward, reference, outdir: Path, device: str, dry_run: bool, 
         eg3d-rlhf score --n=16 --set=fit=8 --set=known=16 --resolution=32 --outdir=runs/example/scores
     """
     # Imported here, so that --help is printed without loading this module.
-    from eg3d_rlhf.evaluation.foreign_scores import trial_of, write
+    from eg3d_rlhf.evaluation.foreign_scores import load_trial, write
 
     # None: the flag was not given, so the default of the setting applies
     options = ScoreOptions(**{name: value for name, value in settings.items() if value is not None})
     # Loads and checks all networks, so that --dry-run also reports mistakes in the files.
-    trial = trial_of(networks, reward, reference, device, options)
+    trial = load_trial(networks, reward, reference, device, options)
     # --dry-run ends here; nothing has been written so far
     if dry_run:
         network_paths = {name: str(network.path) for name, network in trial.networks.items()}

@@ -116,7 +116,7 @@ def power(n: int | None, as_json: bool, **options) -> None:
     """Compute the number of trials (answered pairs) that a study needs to detect a given win rate."""
     with flagged(options):
         # errors inside name the flag of the wrong value
-        size = sample_size(power_options(launch.filled(options, PowerOptions)))
+        size = sample_size(power_options(launch.with_defaults(options, PowerOptions)))
     # The power of --n is added to the same JSON.
     record = asdict(size)
     if n is not None:
@@ -164,7 +164,7 @@ def simulate(bootstrap_studies: int, as_json: bool, **options) -> None:
     """
     with flagged(options):
         # the default of each setting replaces a flag that was not given
-        resolved = SimulationOptions(**launch.filled(options, SimulationOptions))
+        resolved = SimulationOptions(**launch.with_defaults(options, SimulationOptions))
     # An interval at 95 % should contain the true rate in 95 % of the studies.
     result = coverage(resolved, bootstrap_studies)
     if as_json:
@@ -253,7 +253,7 @@ def main(ctx: click.Context, outdir: Path, name: str | None, db: str | None, dry
     Example:
         python tools/study.py --a=before --b=after --n=300 --annotators=6
     """
-    flags = launch.filled(flags, StudyDesign, PowerOptions)
+    flags = launch.with_defaults(flags, StudyDesign, PowerOptions)
     # None as db: study.db in the folder
     folder = Folder(outdir, db)
     name = name or outdir.resolve().name
@@ -281,7 +281,7 @@ def main(ctx: click.Context, outdir: Path, name: str | None, db: str | None, dry
     # Opens the study in the folder, or designs a new one. A stored design is never changed.
     design = prepare(folder, name, flags, launch.given_flags(ctx), lambda text: click.echo(text, err=True))
     with open_store(folder.url, create=False) as store:
-        login_count = len(launch.with_access(store))
+        login_count = len(launch.annotators_with_access(store))
         launch.serve_campaign(
             store,
             folder.url,
@@ -348,7 +348,7 @@ def _dry_run(folder: "Folder", name: str, flags: dict, server: launch.ServerFlag
 
 def shown_by_help(context: click.Context) -> list[object]:
     """Return the values that --help shows as defaults, where they depend on other flags."""
-    flags = launch.filled(context.params, StudyDesign, PowerOptions)
+    flags = launch.with_defaults(context.params, StudyDesign, PowerOptions)
     # Database, name and log follow from --outdir if they were not given.
     folder = Folder(flags["outdir"], flags["db"])
     return [

@@ -65,7 +65,7 @@ def observe_untuned(
     """
     # SCALES are held-out seeds that serve only this purpose.
     observe = observe_seeds(generator, observation, psi=psi, cutoff=cutoff)
-    return (observe(SCALES.all[start : start + batch]) for start in range(0, SCALES.count, batch))
+    return (observe(SCALES.seeds[start : start + batch]) for start in range(0, SCALES.count, batch))
 
 
 def cache_file(root: Path, generator: str, observation: Observation, psi: float, cutoff: int | None) -> Path:

@@ -96,7 +96,7 @@ def load_state(path: Path, state: "TrainState", options: "TrainOptions") -> None
     Raises: ValueError if the file is damaged or is no training state, or if its run had other options.
     """
     content = None
-    if state.ranks.main:
+    if state.ranks.is_main:
         # The copy is writable, as torch requires.
         content = {"file": torch.from_numpy(np.frombuffer(path.read_bytes(), np.uint8).copy())}
     # Ranks on other machines may have no access to the file, so rank 0 sends its bytes.
@@ -395,7 +395,7 @@ def train_reward(
         if record is max(state.history, key=lambda epoch: (epoch["val_accuracy"], -epoch["val_log_loss"])):
             state.best_epoch = record["epoch"]
             state.best = {k: v.detach().clone() for k, v in model.state_dict().items()}
-        if state_file is not None and ranks.main:
+        if state_file is not None and ranks.is_main:
             save_state(state_file, state, options)
         if on_epoch:
             on_epoch(record)

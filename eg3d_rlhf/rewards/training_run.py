@@ -233,7 +233,7 @@ def train_and_evaluate(settings: RewardRun, opened: Opened, run: Run) -> None:
     splits = opened.splits
     generators = opened.generators
     psi = opened.psi
-    if run.ranks.main and settings.labels.file is None and not (run.folder / KEPT).is_file():
+    if run.ranks.is_main and settings.labels.file is None and not (run.folder / KEPT).is_file():
         write_labels(run.folder / KEPT, labels)
     generator = generators[0]
     shapes: list[tuple[str, int]] = []
@@ -249,14 +249,14 @@ def train_and_evaluate(settings: RewardRun, opened: Opened, run: Run) -> None:
         preferred_count = sum(label.preferred is True for label in unpaired_splits["test"])
         other_count = sum(label.preferred is False for label in unpaired_splits["test"])
         warning = too_few_shapes(preferred_count, other_count)
-    if warning and run.ranks.main:
+    if warning and run.ranks.is_main:
         print(f"Warning: {warning}", file=sys.stderr, flush=True)
     data = collect_observations(settings, opened, splits, unpaired_splits, shapes, run.ranks)
     states, start_hash = _train_members(settings, run, data)
     # No rank ends before all ranks have finished their training.
     run.ranks.barrier()
     leave()  # leaves the process group: only rank 0 has further work
-    if not run.ranks.main:
+    if not run.ranks.is_main:
         return
     # The file of a single network has no aggregate.
     model: Network = states[0].model
@@ -401,7 +401,7 @@ def _bar(total: int, title: str, unit: str, ranks: Ranks) -> Callable[[int], Non
         unit: name of a unit.
         ranks: processes of the run.
     """
-    bar = tqdm(total=total, desc=title, unit=unit, disable=not ranks.main)
+    bar = tqdm(total=total, desc=title, unit=unit, disable=not ranks.is_main)
     # `and None` discards the result of `update`.
     return lambda count: bar.update(count) and None
 
@@ -447,7 +447,7 @@ def collect_observations(
         # Each rank observes its share of the seeds; -(-a // b) is a / b rounded up.
         advance = _bar(-(-len(unique_seeds) // ranks.world), title, "shape", ranks)
         missing_count = store.fill(unique_seeds, settings.slab_batch, advance, ranks)
-        if missing_count and ranks.main:
+        if missing_count and ranks.is_main:
             store.save()
         return store
 
@@ -520,7 +520,7 @@ def _train_members(settings: RewardRun, run: Run, data: TrainData) -> tuple[list
         def on_epoch(epoch: dict) -> None:
             """Write the record of an epoch to stats.jsonl, and print it."""
             run.stats({"member": number, **epoch})
-            if run.ranks.main:
+            if run.ranks.is_main:
                 tqdm.write(
                     f"member {number}  epoch {epoch['epoch'] + 1:3d}  train {epoch['train_accuracy']:6.3f} "
                     f" val {epoch['val_accuracy']:6.3f}  val log loss {epoch['val_log_loss']:7.4f}  lr"

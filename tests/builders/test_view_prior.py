@@ -2,7 +2,7 @@
 
 import torch
 
-from builders.view_prior import PriorTraining, draw, draw_noise, mirrored, train
+from builders.view_prior import PriorTraining, draw, draw_noise, reflect_between_modes, train
 from eg3d_rlhf.rewards import boxes as problem
 from eg3d_rlhf.tuning.distill.priors.tiny_unet import load_view_prior
 from tests.tuning.distill.test_tiny_unet import TEXTS, noised
@@ -30,8 +30,10 @@ def test_training_learns_and_files_keep_it(tmp_path):
 def test_an_object_and_its_reverse_are_reflections():
     x, prompt = draw(5, torch.Generator().manual_seed(0))
     middle = problem.modes().unflatten(0, (-1, 2)).mean(1)[prompt][:, None]
-    assert torch.allclose(mirrored((x - middle)[::2][:2], prompt[1::2]), (x - middle)[1::2], atol=1e-5)
-    assert torch.allclose(mirrored(mirrored(x, prompt), prompt), x, atol=1e-5)
+    assert torch.allclose(
+        reflect_between_modes((x - middle)[::2][:2], prompt[1::2]), (x - middle)[1::2], atol=1e-5
+    )
+    assert torch.allclose(reflect_between_modes(reflect_between_modes(x, prompt), prompt), x, atol=1e-5)
     withheld, t, noise = draw_noise(prompt, PriorTraining(), torch.Generator().manual_seed(0))
     assert torch.equal(withheld[1::2], withheld[:4:2]) and torch.equal(t[1::2], t[:4:2])
     assert torch.allclose(

@@ -12,8 +12,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from eg3d_rlhf.models.dino import Dino
-from eg3d_rlhf.models.hunyuan3d import Denoiser, ShapeDecoder, ShapeEncoder, chosen, embedded
-from eg3d_rlhf.models.image_preprocessing import framed, on_white, over_white
+from eg3d_rlhf.models.hunyuan3d import Denoiser, ShapeDecoder, ShapeEncoder, choose_points, embedded
+from eg3d_rlhf.models.image_preprocessing import on_white, over_white, place_in_square
 from eg3d_rlhf.models.policies import ADAPTER
 from eg3d_rlhf.tuning.flow.base.sampling import times, trajectory
 from eg3d_rlhf.tuning.flow.families import hunyuan3d as family
@@ -200,7 +200,7 @@ def samplers(m: Maker, files: layout.ShapeFiles, model: Denoiser, settings: dict
 def pictures(m: Maker, files: layout.ShapeFiles, dino: Dino, kinds: list) -> None:
     for k, (kind, height, width) in enumerate(kinds):
         rgba = m.picture(height, width, kind)
-        square = framed(rgba, files.border)
+        square = place_in_square(rgba, files.border)
         picture, mask = on_white(Image.fromarray(rgba), files.image_size, files.border)
         tokens = family.image_tokens(files, dino, family.as_image(picture))
         made = {"rgba": rgba, "square": over_white(square), "square_mask": square[..., 3], "image": picture}
@@ -236,7 +236,7 @@ def points(m: Maker, files: layout.ShapeFiles, encoder: ShapeEncoder) -> None:
     count = config.pc_size + config.pc_sharpedge_size
     places = torch.nn.functional.normalize(m.normal(count, 3), dim=1)
     whole = torch.cat([0.8 * places, places, m.normal(count, config.point_feats - 3).sign()], 1)
-    queries, kept = chosen(whole, config, torch.Generator().manual_seed(m.seed))
+    queries, kept = choose_points(whole, config, torch.Generator().manual_seed(m.seed))
     mean, logvar = encoder(queries[None], kept[None])
     m.put(vae_surface=whole[None], vae_query=queries[None], vae_data=kept[None])
     m.put(vae_encoded=encoder.encoder(queries[None], kept[None]), vae_mean=mean, vae_logvar=logvar)

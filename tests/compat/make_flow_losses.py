@@ -25,7 +25,7 @@ from eg3d_rlhf.tuning.flow.training.losses import (
     nft_loss,
     outside_clip,
 )
-from eg3d_rlhf.tuning.flow.training.online.advantages import Gate, Scale, advantages, several
+from eg3d_rlhf.tuning.flow.training.online.advantages import Gate, Scale, advantages, combine_rewards
 from eg3d_rlhf.tuning.flow.training.online.settings import progressive_window, random_window
 from eg3d_rlhf.tuning.flow.training.online.snapshot import decay
 from eg3d_rlhf.tuning.flow.training.online.steps import KINDS, divergence, log_density
@@ -89,8 +89,8 @@ def advantage_files(draw) -> tuple[dict, dict]:
             f"flow_factory/sum_global_std_{flag}": advantages(total, Scale(over=over, plus=0.0, least=1e-6)),
         }
     values["verl/no_std"] = advantages(rewards[0], Scale(over="none", plus=0.0))
-    values["flow_factory/gdpo"] = several(rewards, weights, Scale(plus=0.0, least=1e-6))
-    values["gdpo_trl/advantages"] = several(rewards, weights, Scale(correction=1))
+    values["flow_factory/gdpo"] = combine_rewards(rewards, weights, Scale(plus=0.0, least=1e-6))
+    values["gdpo_trl/advantages"] = combine_rewards(rewards, weights, Scale(correction=1))
     gate = Gate(share=0.15)
     masks = []
     shares = []

@@ -418,14 +418,19 @@ def decoders(m: Maker, pipeline, file: files.PipelineFile) -> None:
         (voxels,) = family.voxels_of(logits[b : b + 1])
         rows.append(torch.nn.functional.pad(voxels, (1, 0), value=b))
         for distance in {1, file.prune} - {0}:
-            left = torch.nn.functional.pad(family.pruned(voxels, distance), (1, 0), value=b)
+            left = torch.nn.functional.pad(family.remove_inner_voxels(voxels, distance), (1, 0), value=b)
             m.add({f"dec_pruned{distance}_{b}": left})
     m.put(dec_coords=torch.cat(rows))
     solid = torch.cartesian_prod(*[torch.arange(7)] * 3)
     solid = solid[m.normal(len(solid)) < 1.2].int()
     m.put(prune_in=torch.nn.functional.pad(solid, (1, 0)), down_max=200)
-    m.add({f"prune_out{n}": torch.nn.functional.pad(family.pruned(solid, n), (1, 0)) for n in (1, 3)})
-    m.put(down_out=torch.nn.functional.pad(family.thinned(solid, 200)[0], (1, 0)))
+    m.add(
+        {
+            f"prune_out{n}": torch.nn.functional.pad(family.remove_inner_voxels(solid, n), (1, 0))
+            for n in (1, 3)
+        }
+    )
+    m.put(down_out=torch.nn.functional.pad(family.reduce_voxels(solid, 200)[0], (1, 0)))
     coords = m.voxels((9,), 6)
     latent = m.normal(9, 5)
     feats = latent * torch.tensor(file.std) + torch.tensor(file.mean)
@@ -446,7 +451,7 @@ def poses(m: Maker) -> None:
     m.add(latent, "pose_in/")
     m.put(pose_scene_scale=scale, pose_scene_shift=shift)
     for how in pose.DECODERS:
-        made = pose.decoded(latent, how, scale.expand(3, 3), shift.expand(3, 3))
+        made = pose.decode_pose(latent, how, scale.expand(3, 3), shift.expand(3, 3))
         m.add({"translation": made.translation[:, None], "scale": made.scale[:, None]}, f"pose_{how}/")
         m.add({"rotation": -made.quaternion[:, None]}, f"pose_{how}/")
 

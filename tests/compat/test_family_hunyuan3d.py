@@ -16,8 +16,8 @@ from scipy.spatial import cKDTree
 
 from eg3d_rlhf.models import hunyuan3d
 from eg3d_rlhf.models.dino import Dino
-from eg3d_rlhf.models.hunyuan3d import Denoiser, ShapeDecoder, ShapeEncoder, chosen, embedded
-from eg3d_rlhf.models.image_preprocessing import framed, on_white, over_white
+from eg3d_rlhf.models.hunyuan3d import Denoiser, ShapeDecoder, ShapeEncoder, choose_points, embedded
+from eg3d_rlhf.models.image_preprocessing import on_white, over_white, place_in_square
 from eg3d_rlhf.models.lora import adapter_state, merged_state
 from eg3d_rlhf.models.policies import (
     ADAPTER,
@@ -29,7 +29,7 @@ from eg3d_rlhf.models.policies import (
     tuned_model,
     write_adapter,
 )
-from eg3d_rlhf.models.weights import content, empty, entries_below, shapes
+from eg3d_rlhf.models.weights import empty, entries_below, read_content, shapes
 from eg3d_rlhf.modes.flow_check import check
 from eg3d_rlhf.tuning.flow.base.conditioning import Conditioning, read_conditioning
 from eg3d_rlhf.tuning.flow.base.export import export
@@ -288,7 +288,7 @@ def test_pictures(case, opened):
     files, sections = opened
     network = picture_encoder(case, opened)
     for k in pictures_of(case):
-        square = framed(case[f"pre{k}_rgba"].numpy(), files.border)
+        square = place_in_square(case[f"pre{k}_rgba"].numpy(), files.border)
         picture, mask = on_white(
             Image.fromarray(case[f"pre{k}_rgba"].numpy()), files.image_size, files.border
         )
@@ -400,7 +400,7 @@ def test_encoder_from_chosen_points_on(case, opened, monkeypatch):
 def test_points_are_chosen_as_many_as_the_original_chooses(case, opened):
     files, _ = opened
     surface, points, queries = (value[0] for value in case.of("vae_surface", "vae_data", "vae_query"))
-    made = chosen(surface, files.vae, torch.Generator().manual_seed(1))
+    made = choose_points(surface, files.vae, torch.Generator().manual_seed(1))
     assert [len(part) for part in made] == [len(queries), len(points)]
     rows = {tuple(row) for row in surface.tolist()}
     asked, kept = ({tuple(row) for row in part.tolist()} for part in made)
@@ -432,7 +432,7 @@ def test_adapters_are_pefts(case, model, adapter, tmp_path):
         model.load_state_dict(merged_state(tuned))
         assert error(model(x, t, {"main": cond}), case["lora_y"]) < ADAPTED
     written, given = (
-        content(path / ADAPTER, "test") for path in (write_adapter(tuned, tmp_path / "ours"), adapter)
+        read_content(path / ADAPTER, "test") for path in (write_adapter(tuned, tmp_path / "ours"), adapter)
     )
     assert (
         shapes(split_state(given, "PEFT")[0]) == {}

@@ -20,7 +20,7 @@ from eg3d_rlhf.models.lora import adapter_state, adapters_off, merged_state
 from eg3d_rlhf.models.policies import ADAPTER, PREFIX, load_weights, read_weights, tuned_model, write_adapter
 from eg3d_rlhf.models.sam3d import SHAPE
 from eg3d_rlhf.models.sparse import NamedBatch, SparseBatch, feats_of
-from eg3d_rlhf.models.weights import content, empty, shapes
+from eg3d_rlhf.models.weights import empty, read_content, shapes
 from eg3d_rlhf.modes.flow_check import check
 from eg3d_rlhf.tuning.flow.base.conditioning import Conditioning, read_conditioning
 from eg3d_rlhf.tuning.flow.base.export import export
@@ -375,7 +375,7 @@ def test_names_and_shapes_of_generators(path, short, tmp_path):
         flow
     )
     encoders = files.embedder_of(generator, embedder)
-    assert shapes(encoders.state_dict()) == shapes(files.of_embedder(encoders, embedder))
+    assert shapes(encoders.state_dict()) == shapes(files.rename_dino_tensors(encoders, embedder))
 
 
 @RELEASED
@@ -500,9 +500,11 @@ def test_structure_decoder_and_inner_voxels(case, file):
         assert voxels.tolist() == rows(coords[coords[:, 0] == b])
         for name, left in case.below("dec_pruned").items():
             if name.endswith(f"_{b}"):
-                assert family.pruned(voxels, int(name.partition("_")[0])).tolist() == rows(left), name
+                assert family.remove_inner_voxels(voxels, int(name.partition("_")[0])).tolist() == rows(
+                    left
+                ), name
     for n, left in case.below("prune_out").items():
-        assert family.pruned(case["prune_in"][:, 1:], int(n)).tolist() == rows(left), n
+        assert family.remove_inner_voxels(case["prune_in"][:, 1:], int(n)).tolist() == rows(left), n
 
 
 def test_the_pipeline_decodes_shapes_and_latents_as_the_flows_see_them(case, pipeline, file):
@@ -517,11 +519,11 @@ def test_the_pipeline_decodes_shapes_and_latents_as_the_flows_see_them(case, pip
 
 def test_a_shape_of_too_many_voxels_is_made_small(case):
     most = int(case["down_max"])
-    voxels, factor = family.thinned(case["prune_in"][:, 1:], most)
+    voxels, factor = family.reduce_voxels(case["prune_in"][:, 1:], most)
     assert factor == (2 if len(case["prune_in"]) > most else 1)
     assert voxels.tolist() == rows(case["down_out"])
     few = min(7, len(voxels) - 1)
-    fewer, _ = family.thinned(case["prune_in"][:, 1:], few)
+    fewer, _ = family.reduce_voxels(case["prune_in"][:, 1:], few)
     assert len(fewer) == few and {*map(tuple, fewer.tolist())} <= {*map(tuple, voxels.tolist())}
 
 
@@ -531,7 +533,7 @@ def test_pose(case):
         case[f"pose_scene_{name}"].expand(len(latents["scale"]), 3) for name in ("scale", "shift")
     )
     for how in case.fact("pose_decoders"):
-        made = pose.decoded(latents, how, scale, shift)
+        made = pose.decode_pose(latents, how, scale, shift)
         want = case.below(f"pose_{how}/")
         assert error(made.translation[:, None], want["translation"]) < DECODED
         assert error(made.scale[:, None], want["scale"]) < DECODED
@@ -586,7 +588,7 @@ def test_adapters_are_pefts(case, flows, adapter, tmp_path):
         model.load_state_dict(merged_state(tuned))
         assert max(distances(called(model, x, t, cond, *step), want).values()) < ADAPTED
     made, given = (
-        content(path / ADAPTER, "test") for path in (write_adapter(tuned, tmp_path / "ours"), adapter)
+        read_content(path / ADAPTER, "test") for path in (write_adapter(tuned, tmp_path / "ours"), adapter)
     )
     assert made.keys() == given.keys() == {f"{PREFIX}{name}" for name in adapter_state(tuned)}
     assert all(torch.equal(made[name], given[name]) for name in given)
@@ -630,7 +632,9 @@ def test_an_exported_folder_is_the_originals_with_merged_weights(case, root, fil
     assert {path.name for path in made.iterdir()} == {path.name for path in Path(root).iterdir()}
     assert 0 <= report["tuned"]["structure"]["rounding"] < 1
     generator = file.generators["structure"]
-    old, new = (content(path, "test") for path in (generator.checkpoint, made / generator.checkpoint.name))
+    old, new = (
+        read_content(path, "test") for path in (generator.checkpoint, made / generator.checkpoint.name)
+    )
     assert old.keys() == new.keys() and shapes(old["state_dict"]) == shapes(new["state_dict"])
     assert all(new["state_dict"][name].dtype == tensor.dtype for name, tensor in old["state_dict"].items())
     changed = {

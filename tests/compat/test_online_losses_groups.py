@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from eg3d_rlhf.tuning.flow.training.online.advantages import Gate, Scale, advantages, several
+from eg3d_rlhf.tuning.flow.training.online.advantages import Gate, Scale, advantages, combine_rewards
 from eg3d_rlhf.tuning.flow.training.online.settings import progressive_window, random_window
 from tests.compat.absent import some
 from tests.compat.online_reference import Values, each, options, present
@@ -38,7 +38,9 @@ def test_advantages(case):
     for key, want in known.items():
         if program == "gdpo_trl" or key == "gdpo":
             scale = Scale(correction=1) if program == "gdpo_trl" else Scale(**PROGRAMS["flow_factory"])
-            got = several(rewards, settings["weights"], scale, normalise_sum=key != "before_batch_norm")
+            got = combine_rewards(
+                rewards, settings["weights"], scale, normalise_sum=key != "before_batch_norm"
+            )
         else:
             over = {"True": "raw", "False": "group", "std": "none"}[key.rpartition("_")[2]]
             whole = key.startswith("sum")  # Flow-Factory adds its rewards first

@@ -18,7 +18,7 @@ def test_the_peak_of_a_layer_is_its_output_and_what_its_gradient_holds():
     trace = MemoryTrace()
     layer = trace.fill(empty(lambda: nn.Linear(WIDTH, 4 * WIDTH, bias=False))).requires_grad_(False)
     weights = 4 * WIDTH * 4 * WIDTH
-    assert trace.now == weights
+    assert trace.current_bytes == weights
 
     def forward():
         return layer(torch.empty(B, WIDTH))
@@ -31,7 +31,7 @@ def test_the_peak_of_a_layer_is_its_output_and_what_its_gradient_holds():
     x = 4 * B * WIDTH
     assert trace.peak_of(forward) == 5 * x  # input and output
     assert trace.peak_of(backward) == 5 * x + 4 * x + x  # besides, both gradients
-    assert trace.now == weights  # nothing is left
+    assert trace.current_bytes == weights  # nothing is left
 
 
 def test_attention_holds_no_matrix_of_tokens_by_tokens():

@@ -20,7 +20,7 @@ from tests.rejections import raising, rejected
 def test_ranges_do_not_overlap():
     for first, other in itertools.combinations(HELD_OUT, 2):
         assert not set(first.all) & set(other.all)
-    assert all(seeds.REFERENCE_SAMPLES + 1000 <= held.first and held.all[-1] < STRIDE for held in HELD_OUT)
+    assert all(seeds.REFERENCE_SAMPLES + 1000 <= held.first and held.seeds[-1] < STRIDE for held in HELD_OUT)
     assert len({held.name for held in HELD_OUT}) == len(HELD_OUT)
 
 
@@ -31,7 +31,7 @@ def test_the_package_writes_no_held_out_seed_elsewhere(repo):
                 node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)
             ]
             integers = [n for n in numbers if type(n) is int]
-            assert not [n for n in integers for held in HELD_OUT if n in held.all], (
+            assert not [n for n in integers for held in HELD_OUT if n in held.seeds], (
                 f"{path}: draw from eg3d_rlhf/core/seeds.py instead"
             )
 

@@ -105,7 +105,7 @@ def shift(after, control):
 
 def test_what_a_shift_allows(tiny_comparison):
     alone, beside, none = (
-        comparison_page.summary(tiny_comparison, {"reward-shift": shift(*means)})[0]
+        comparison_page.list_conclusions(tiny_comparison, {"reward-shift": shift(*means)})[0]
         for means in ((5.0, 0.1), (5.0, 2.0), (0.05, 0.0))
     )
     assert "5.00" in alone and "5.00" in beside
@@ -113,22 +113,24 @@ def test_what_a_shift_allows(tiny_comparison):
     assert "control" in alone and "control" not in beside
     assert not re.search(r"\d", none)
     assert {line.partition(":")[0] for line in (alone, beside, none)} == {alone.partition(":")[0]}
-    assert none not in comparison_page.summary(tiny_comparison, {"reward-shift": shift(5.0, 0.1)})
+    assert none not in comparison_page.list_conclusions(tiny_comparison, {"reward-shift": shift(5.0, 0.1)})
 
 
 def test_what_is_not_allowed(tiny_comparison, unchanged, monkeypatch):
-    lines = comparison_page.summary(unchanged, {"identity-drift": finding({"absent": "no network"})})
+    lines = comparison_page.list_conclusions(unchanged, {"identity-drift": finding({"absent": "no network"})})
     for word in ("control", "over-optimisation", "identity-drift"):
         assert sum(word in line for line in lines) == 1, word
-    with_control = comparison_page.summary(tiny_comparison, {})
+    with_control = comparison_page.list_conclusions(tiny_comparison, {})
     assert not any("control" in line or "identity-drift" in line for line in with_control)
     monkeypatch.setattr(Comparison, "synthetic", True)
-    assert len(comparison_page.summary(tiny_comparison, {})) == len(with_control) + 1
+    assert len(comparison_page.list_conclusions(tiny_comparison, {})) == len(with_control) + 1
 
 
 def test_a_control_that_differs_is_reported(tiny_comparison, tmp_path):
     other = comparisons.write_run(tmp_path / "other", {64: 0.1}, 0.0, batch=99)
-    lines = comparison_page.summary(Comparison(**{**vars(tiny_comparison), "control_run": other}), {})
+    lines = comparison_page.list_conclusions(
+        Comparison(**{**vars(tiny_comparison), "control_run": other}), {}
+    )
     assert any(re.search(r"\bbatch 99\b.* 4\b", line) for line in lines)
 
 

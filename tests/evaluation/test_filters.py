@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from eg3d_rlhf.evaluation.filters import FILTERS, best_filter, evaluate_filters
+from eg3d_rlhf.evaluation.filters import FILTERS, best_post_processing, evaluate_filters
 from training.heads.people_mesh import grid_points
 
 N = 32
@@ -81,8 +81,8 @@ def test_the_best_filter_closes_most_and_the_best_that_spares_harms_none():
     trial = evaluate_filters(shapes, whole)
     errors = {name: error for name, (error, _) in trial.items()}
     assert set(trial) == set(FILTERS)
-    assert errors[best_filter(trial, spares_intact=False)] == min(errors.values())
-    spared = best_filter(trial, spares_intact=True)
+    assert errors[best_post_processing(trial, spares_intact=False)] == min(errors.values())
+    spared = best_post_processing(trial, spares_intact=True)
     assert trial[spared][1] == min(harmed for _, harmed in trial.values()) and errors[spared] >= min(
         errors.values()
     )

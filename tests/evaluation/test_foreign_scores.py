@@ -16,7 +16,7 @@ from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.evaluation import foreign_scores as fs
 from eg3d_rlhf.evaluation.foreign_scores import align, calibrate_density
 from eg3d_rlhf.generators import load_generator, ws_of_seeds
-from eg3d_rlhf.generators.placed import Place, Placed, Similarity, scaled_density, ws_of_placed
+from eg3d_rlhf.generators.placed import Placed, Placement, Similarity, scaled_density, ws_of_placed
 from eg3d_rlhf.modes.score import main
 from eg3d_rlhf.rewards.observations import observation_of
 from eg3d_rlhf.rewards.reward import load_reward
@@ -117,7 +117,7 @@ def test_a_place_is_a_change_of_coordinates(reference):
     inner = reference.generator
     ws = ws_of_seeds(inner, [1], 0.7)
     how = {"scale": 1.3, "shift": (0.0, 0.05, -0.1), "mirrored": True}
-    place = Place(Similarity(1.3, how["shift"]), inner.bounds, mirrored=True)
+    place = Placement(Similarity(1.3, how["shift"]), inner.bounds, mirrored=True)
     back = Placed(Foreign(inner, **how), place).field(ws)
     spec = SlabSpec.from_bounds(inner.bounds, 20, crop=(0.3, 0.1, 0.2, 0.1, 0.3, 0.0))
     own = inner.field(ws).density_grid(spec)
@@ -125,7 +125,7 @@ def test_a_place_is_a_change_of_coordinates(reference):
     torch.testing.assert_close(
         back.density(spec.points().reshape(-1, 3)).unflatten(1, spec.shape), own, rtol=1e-3, atol=1e-2
     )
-    mirrored = Placed(inner, Place(mirrored=True, bounds=inner.bounds)).field(ws)
+    mirrored = Placed(inner, Placement(mirrored=True, bounds=inner.bounds)).field(ws)
     (seen,) = render_each(mirrored, [inner.cameras.label(0.4)], RenderOptions(resolution=12))
     (other,) = render_each(inner.field(ws), [inner.cameras.label(-0.4)], RenderOptions(resolution=12))
     torch.testing.assert_close(seen.depth, other.depth.flip(-1), rtol=1e-3, atol=1e-2)
@@ -134,7 +134,7 @@ def test_a_place_is_a_change_of_coordinates(reference):
 def test_a_reward_of_depth_sees_a_foreign_copy_as_the_original(reference):
     inner = reference.generator
     own = inner.cameras
-    away = Place(
+    away = Placement(
         Similarity(1 / 1.3, (0.1 / 1.3, 0.0, 0.0)),
         Bounds(1.3 * inner.bounds.side, (-0.1, 0.0, 0.0)),
         cameras=dataclasses.replace(own, radius=1.3 * own.radius),
@@ -142,7 +142,7 @@ def test_a_reward_of_depth_sees_a_foreign_copy_as_the_original(reference):
     foreign = Placed(inner, away)
     depth = observation_of("depth", inner, resolution=16)
     assert depth.misfits(foreign) and not depth.misfits(
-        placed := Placed(foreign, Place(Similarity(1.3, (-0.1, 0, 0)), cameras=own))
+        placed := Placed(foreign, Placement(Similarity(1.3, (-0.1, 0, 0)), cameras=own))
     )
     ws = ws_of_placed(foreign, [1], 0.7, 14)
     assert torch.equal(ws, ws_of_seeds(inner, [1], 0.7))
@@ -210,7 +210,7 @@ def test_mistakes_are_one_line(small, tmp_path):
 
 def test_outside_its_cube_a_generator_is_empty(reference):
     inner = reference.generator
-    shown = Placed(inner, Place(bounds=Bounds(2.0))).field(ws_of_seeds(inner, [1], 0.7))
+    shown = Placed(inner, Placement(bounds=Bounds(2.0))).field(ws_of_seeds(inner, [1], 0.7))
     far = shown.density(torch.tensor([[0.0, 0.0, 0.9], [0.0, 0.0, 0.0]]))
     assert far[0, 0] < shown.level - 900 < far[0, 1]
     spec = SlabSpec.from_bounds(Bounds(2.0), 21)

@@ -12,9 +12,9 @@ from click.testing import CliRunner
 from eg3d_rlhf.evaluation import mesh_validation as census
 from eg3d_rlhf.evaluation.mesh_validation import (
     REQUIREMENTS,
-    answers,
+    answer_requests,
     badness,
-    generator_of,
+    generator_name,
     medians,
     paired,
     shares,
@@ -80,11 +80,12 @@ def test_pairs_are_files_of_one_name():
 def test_generators_are_folders_or_what_an_expression_finds(tmp_path):
     path = tmp_path / "trellis" / "seed1" / "chair.glb"
     assert (
-        generator_of(path, tmp_path, None) == "trellis" and generator_of(path, tmp_path, r"seed\d") == "seed1"
+        generator_name(path, tmp_path, None) == "trellis"
+        and generator_name(path, tmp_path, r"seed\d") == "seed1"
     )
     assert (
-        generator_of(path, tmp_path, r"/(\w+)\.glb") == "chair"
-        and generator_of(tmp_path / "a.glb", tmp_path, None) == tmp_path.name
+        generator_name(path, tmp_path, r"/(\w+)\.glb") == "chair"
+        and generator_name(tmp_path / "a.glb", tmp_path, None) == tmp_path.name
     )
 
 
@@ -98,7 +99,7 @@ def test_a_process_that_dies_is_a_row_and_the_next_file_is_measured(tmp_path, mo
     )
     monkeypatch.setattr(census, "_ROOT", tmp_path)
     monkeypatch.chdir(tmp_path)  # the module that is found first
-    result = dict(answers([{"number": i} for i in range(4)], jobs=2))
+    result = dict(answer_requests([{"number": i} for i in range(4)], jobs=2))
     assert result == {0: {"number": 0}, 1: {"reason": census.ENDED}, 2: {"number": 2}, 3: {"number": 3}}
     assert "PYTHONPATH" not in os.environ or str(tmp_path) not in os.environ["PYTHONPATH"]
 

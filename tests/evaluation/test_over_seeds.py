@@ -11,7 +11,7 @@ from eg3d_rlhf.core.statistics import paired_summary
 from eg3d_rlhf.evaluation import trainings
 from eg3d_rlhf.evaluation.over_seeds import gather, table
 from eg3d_rlhf.experiments.store import Store
-from eg3d_rlhf.experiments.table import over_seeds
+from eg3d_rlhf.experiments.table import summarise_over_seeds
 from eg3d_rlhf.modes.report_studies import seeds
 
 
@@ -60,7 +60,7 @@ def test_what_one_summary_lacks_is_left_out():
         {"0": record(0.5, -0.1), "1": {**record(0.6, -0.2), "error_reduction": None, "geometry": []}}
     )
     assert "error_reduction" not in metrics and metrics["geometry"] == [] and "tuned_delta_mean" in metrics
-    assert over_seeds({"0": 2.0})["ci95_over_seeds"] is None
+    assert summarise_over_seeds({"0": 2.0})["ci95_over_seeds"] is None
 
 
 @pytest.fixture

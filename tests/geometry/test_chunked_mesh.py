@@ -16,8 +16,8 @@ from eg3d_rlhf.geometry.mesh import (
     extract_mesh,
     extract_mesh_blockwise,
     face_volumes,
+    find_parts,
     largest_part,
-    parts,
     vertex_normals,
 )
 from eg3d_rlhf.geometry.mesh_export import OUTSIDE, FieldGrid, export_mesh, save_mesh, write_mrc
@@ -126,7 +126,7 @@ def test_the_largest_part_is_the_largest_body_not_its_hollow():
     hollow.invert()
     small.apply_translation([3, 0, 0])
     all_three = trimesh.util.concatenate([small, hollow, outer])
-    assert parts(all_three.faces, len(all_three.vertices))[0] == 3
+    assert find_parts(all_three.faces, len(all_three.vertices))[0] == 3
     vertices, faces, count = largest_part(all_three.vertices, all_three.faces)
     assert count == 3 and len(faces) == len(outer.faces) and len(vertices) == len(outer.vertices)
     assert face_volumes(vertices, faces).sum() == pytest.approx(outer.volume)

@@ -11,7 +11,7 @@ import torch
 
 from eg3d_rlhf.measures import people as measures
 from training.heads import people, people_mesh
-from training.heads.people_damage import damaged, kinds
+from training.heads.people_damage import damaged_distance, kinds
 
 N = 40  # points per axis
 VOXEL = 1 / N
@@ -23,7 +23,7 @@ def heads():
     """Return latents whose heads are cut off at the back in scans, and the distances of their
     ground-truth heads.
     """
-    latents = people.scaled(np.random.default_rng(3).standard_normal((2, people.LATENT)))
+    latents = people.normalise_latents(np.random.default_rng(3).standard_normal((2, people.LATENT)))
     return latents, [people_mesh.head_grid(head, N) for head in people.heads_from_latents(latents)]
 
 
@@ -35,7 +35,7 @@ def scans(heads):
     assert kinds(quality)[:, 0].min() > 0.99
     points = torch.from_numpy(people_mesh.grid_points(N).reshape(1, -1, 3)).float().expand(2, -1, -1)
     distance = torch.from_numpy(np.stack(intact_heads).reshape(2, -1)).float()
-    return damaged(points, distance, quality).reshape(2, N, N, N).numpy()
+    return damaged_distance(points, distance, quality).reshape(2, N, N, N).numpy()
 
 
 def blurred(head: np.ndarray, voxels: float) -> np.ndarray:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from eg3d_rlhf.core.interfaces import Mesh
-from eg3d_rlhf.models.hunyuan3d import AutoencoderConfig, ShapeDecoder, ShapeEncoder, chosen, farthest
+from eg3d_rlhf.models.hunyuan3d import AutoencoderConfig, ShapeDecoder, ShapeEncoder, choose_points, farthest
 from eg3d_rlhf.tuning.flow.families.hunyuan3d import surface_points
 from tests.rejections import raising
 
@@ -69,7 +69,7 @@ def test_queries_lie_far_from_each_other_among_the_points_that_are_kept():
         **{**vars(CONFIG), "downsample_ratio": 10, "pc_size": 400, "pc_sharpedge_size": 200}
     )
     surface = torch.rand(600, 7)
-    queries, kept = chosen(surface, few, draw())
+    queries, kept = choose_points(surface, few, draw())
     assert queries.shape == (6, 7) and kept.shape == (60, 7)
     rows = [tuple(row) for row in surface.tolist()]
     numbers = [rows.index(tuple(row)) for row in kept.tolist()]

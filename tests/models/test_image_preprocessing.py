@@ -9,13 +9,13 @@ from eg3d_rlhf.models.image_preprocessing import (
     ObjectCut,
     at_most,
     box_about,
-    framed,
     object_inputs,
     on_black,
     on_black_first,
     on_white,
     opencv,
     over_black,
+    place_in_square,
     read_cut_out,
     short_side,
 )
@@ -89,7 +89,7 @@ def test_the_box_stands_in_the_middle_of_a_white_square():
     assert abs(len(rows) / 512 - 0.85) < 0.02 and abs(len(columns) / 512 - 0.85) < 0.02
     assert abs(rows.mean() - 255.5) < 4 and abs(columns.mean() - 255.5) < 4
     assert np.abs(pixels[256, 256].astype(int) - (200, 100, 50)).max() <= 1
-    assert framed(np.asarray(shown()), 0.5).shape == (100, 100, 4)
+    assert place_in_square(np.asarray(shown()), 0.5).shape == (100, 100, 4)
 
 
 def test_over_black_before_resizing_differs_from_after_it():

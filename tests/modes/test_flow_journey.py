@@ -78,7 +78,7 @@ def goodness(work: Work, kind: str) -> dict[tuple[str, int], float]:
     """Measure the generated assets, by prompt and seed."""
     file, tensor = LIKED[kind]
     return {
-        (line["condition"], line["seed"]): load_file(work.drawn() / line[file])[tensor].mean().item()
+        (line["condition"], line["seed"]): load_file(work.asset_folder() / line[file])[tensor].mean().item()
         for line in work.lines()
     }
 
@@ -112,7 +112,7 @@ def check_conditions(work: Work) -> None:
     """
     shown = set(work.names(*SHOWN))
     test = set(work.names(TEST))
-    drawn = work.drawn()
+    drawn = work.asset_folder()
     prompts = [json.loads(line) for line in (drawn / "prompts.jsonl").read_text().splitlines()]
     assert {line["condition"] for line in work.lines()} == {line["prompt"] for line in prompts} == shown
     assert {path.name for path in (drawn / "inputs").glob("*")} == {
@@ -206,7 +206,7 @@ def test_from_prompts_to_an_exported_generator_by_six_commands(kind, here, brows
     else:
         flow("check", "TUNED")
         both = [
-            family_of(path, say=lambda text: None).load(
+            family_of(path, print_line=lambda text: None).load(
                 path, work.conditioning(TEST), dtype=torch.float32, device="cpu"
             )
             for path in (here / "ROOT", here / "TUNED")
@@ -245,7 +245,8 @@ def test_embeddings_of_test_conditions_change_nothing_until_the_study(here):
         flow("sample", name, "--device=cpu")
         ranks = here / f"{name}.jsonl"
         scores = [
-            {"asset": str(work.drawn() / line["look_at"]), "score": line["seed"]} for line in work.lines()
+            {"asset": str(work.asset_folder() / line["look_at"]), "score": line["seed"]}
+            for line in work.lines()
         ]
         ranks.write_text("".join(json.dumps(score) + "\n" for score in scores))
         flow(
@@ -262,7 +263,7 @@ def test_embeddings_of_test_conditions_change_nothing_until_the_study(here):
         weights = load_file(next((tune / "control").rglob("*.safetensors")))
         files = {
             path.name: path.read_bytes()
-            for path in work.drawn().iterdir()
+            for path in work.asset_folder().iterdir()
             if path.suffix in (".ply", ".safetensors")
         }
         measured.append((report, {key: x.tolist() for key, x in weights.items()}, files))

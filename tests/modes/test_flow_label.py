@@ -113,8 +113,8 @@ def test_active_pairs_are_those_on_which_the_members_disagree(drawn, served):
     scores = {}
     for line in drawn.lines():
         latent = read_latents(drawn.drawn() / line["latents"])["voxels"]
-        of_members, embeddings = reward.of_members(latent_reward.collate([latent]), [line["condition"]])
-        averaged = reward.of_latents(latent_reward.collate([latent]), [line["condition"]])
+        of_members, embeddings = reward.score_members(latent_reward.collate([latent]), [line["condition"]])
+        averaged = reward.score_latents(latent_reward.collate([latent]), [line["condition"]])
         assert torch.allclose(of_members.mean(0), averaged, atol=1e-5)
         assert embeddings.shape == (1, 32 * latent_reward.MEMBERS)
         scores[line["condition"], line["seed"]] = of_members[:, 0].double().numpy()

@@ -69,11 +69,11 @@ def test_images_of_trellis_are_embedded_kept_and_shown_beside_the_samples(here):
     assert "12 assets" in printed and "2 prompts" in printed
     prompts = {
         line["prompt"]: line["image"]
-        for line in map(json.loads, (work.drawn() / "prompts.jsonl").read_text().splitlines())
+        for line in map(json.loads, (work.asset_folder() / "prompts.jsonl").read_text().splitlines())
     }
     assert set(prompts) == set(work.names(*SHOWN))
     assert all(
-        (work.drawn() / image).read_bytes() == (images / f"{name}.png").read_bytes()
+        (work.asset_folder() / image).read_bytes() == (images / f"{name}.png").read_bytes()
         for name, image in prompts.items()
     )
     assert {"structure", "latent", "look_at"} < set(work.lines()[0])
@@ -172,7 +172,7 @@ def test_a_folder_is_made_once_and_the_next_commands_ask_for_it(here):
 def test_memory_and_time_are_estimated_and_a_device_too_small_is_rejected(tmp_path, monkeypatch):
     root = write_hunyuan3d(tmp_path / "ROOT")
     cpu = torch.device("cpu")
-    family = family_of(root, say=lambda text: None)
+    family = family_of(root, print_line=lambda text: None)
     small = list(cost_lines(family, root, cpu, "float32", [1]))
     assert len(small) == 1 and not any("sample" in line or "lora" in line for line in small)
     monkeypatch.setattr(fit, "LARGE", 1)

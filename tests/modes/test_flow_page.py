@@ -41,7 +41,7 @@ def test_the_image_is_beside_the_pair_and_a_defective_asset_stops_nothing(here, 
     work = Work.open(here / "WORK")
     seen = set()
     broken = work.lines()[0]
-    (work.drawn() / broken["look_at"]).write_bytes(b"ply\nbroken")
+    (work.asset_folder() / broken["look_at"]).write_bytes(b"ply\nbroken")
 
     with serving(browser, "WORK", job="label", cwd=here) as page:
         assert page.page.locator("#promptImage").evaluate("image => image.naturalWidth") == 50
@@ -59,7 +59,7 @@ def test_the_image_is_beside_the_pair_and_a_defective_asset_stops_nothing(here, 
         by == 0 or to == 0
         for by, to in (
             labels.votes(
-                *(work.drawn() / line["look_at"] for line in work.lines() if line["condition"] == name)
+                *(work.asset_folder() / line["look_at"] for line in work.lines() if line["condition"] == name)
             )
             for name in work.names(*SHOWN)
         )

@@ -24,7 +24,7 @@ from eg3d_rlhf.tuning.flow.toy.toy_oracles import FinalOracle, LabelOracle
 from eg3d_rlhf.tuning.flow.toy.toy_pipeline import ToyAsset, ToyPipeline
 from eg3d_rlhf.tuning.flow.workspace.answers import imported_of, splits_of
 from eg3d_rlhf.tuning.flow.workspace.sample_strips import SIDE
-from eg3d_rlhf.tuning.flow.workspace.sampled_assets import drawing_of
+from eg3d_rlhf.tuning.flow.workspace.sampled_assets import make_sampling
 from eg3d_rlhf.tuning.flow.workspace.tune import NOTHING
 from eg3d_rlhf.tuning.flow.workspace.work_folder import Work
 from tests.modes.flow_works import flow, write_prompts
@@ -60,9 +60,9 @@ def answer(work: Work, pairs: int | None = None) -> None:
     shapes = {
         (line["condition"], line["seed"]): Shape.from_asset(
             generator="base",
-            source=str(work.drawn() / line["look_at"]),
+            source=str(work.asset_folder() / line["look_at"]),
             seed=line["seed"],
-            file=file_hash(work.drawn() / line["look_at"]),
+            file=file_hash(work.asset_folder() / line["look_at"]),
             condition=line["condition"],
         )
         for of in lines.values()
@@ -200,7 +200,7 @@ def toy_assets(work: Work, name: str) -> tuple[list, list[str]]:
     """Decode the samples of a folder; return assets and prompts, in one order for all generators."""
     decoder = ToyPipeline(torch.nn.Identity(), torch.nn.Identity())
     lines = sorted(work.lines(name), key=lambda x: (x["condition"], x["seed"]))
-    latents = [read_latents(work.drawn(name) / line["latents"])["voxels"] for line in lines]
+    latents = [read_latents(work.asset_folder(name) / line["latents"])["voxels"] for line in lines]
     return [decoder.decode(SparseBatch.join([latent]))[0] for latent in latents], [
         line["condition"] for line in lines
     ]
@@ -233,7 +233,7 @@ def test_the_default_improves_assets_and_a_diverging_network_is_reported(tmp_pat
     scores = LabelOracle()(*toy_assets(work, "base")).tolist()
     ranks.write_text(
         "".join(
-            json.dumps({"asset": str(work.drawn() / line["look_at"]), "score": score}) + "\n"
+            json.dumps({"asset": str(work.asset_folder() / line["look_at"]), "score": score}) + "\n"
             for line, score in zip(lines, scores, strict=True)
         )
     )
@@ -245,7 +245,7 @@ def test_the_default_improves_assets_and_a_diverging_network_is_reported(tmp_pat
         reports[number] = json.loads((work.numbered("tune")[-1] / "report.json").read_text())["stages"]
         arms = {"test-base": None, f"tuned-{number:02}": work.tuned(work.numbered("tune")[-1])}
         for name, weights in arms.items():
-            drawing_of(work, family, name, ["test"], torch.device("cpu"), SINGLE, tuned=weights).run()
+            make_sampling(work, family, name, ["test"], torch.device("cpu"), SINGLE, tuned=weights).run()
         base, tuned = (
             (FinalOracle()(assets, names), names)
             for assets, names in (toy_assets(work, name) for name in arms)

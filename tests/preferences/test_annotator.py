@@ -21,7 +21,7 @@ from eg3d_rlhf.preferences.annotator import (
 from eg3d_rlhf.preferences.pair_strategies.blocks import blocks_of_pairs
 from tests.rejections import raising
 from training.heads.people import LATENT, heads_from_latents
-from training.heads.people_damage import damaged
+from training.heads.people_damage import damaged_distance
 from training.heads.people_mesh import grid_points, head_grid
 
 N = 32
@@ -48,7 +48,7 @@ def _damaged(ground_truth: np.ndarray, amount: float) -> np.ndarray:
     quality[0, 0], quality[0, 1] = 2.0, -2.0
     points = torch.from_numpy(grid_points(N).reshape(1, -1, 3)).float()
     scan = (
-        damaged(points, torch.from_numpy(ground_truth.reshape(1, -1)), quality)
+        damaged_distance(points, torch.from_numpy(ground_truth.reshape(1, -1)), quality)
         .reshape(ground_truth.shape)
         .numpy()
     )

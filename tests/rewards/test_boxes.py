@@ -53,7 +53,7 @@ def test_the_detector_counts_on_voxels_of_any_resolution(resolution):
 
 def test_the_detector_ignores_walls_specks_and_low_bumps():
     head = problem.build(HEAD, FACES[:1])
-    wall, speck, deep = (head.pick([0]) for _ in range(3))
+    wall, speck, deep = (head.select([0]) for _ in range(3))
     _, _, towards = problem.side_axes(16, 0)
     wall.shape[:, towards > 12.5] = 3.0  # the recess is closed
     speck.shape[0, 13, 8, 8] = 3.0  # one voxel floats

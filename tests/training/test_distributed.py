@@ -226,7 +226,7 @@ from training.distributed import process_group
 torch.set_num_threads(1)
 with process_group(torch.device("cpu"), 2) as ranks:
     found = reward_training(ranks)
-    if ranks.main:
+    if ranks.is_main:
         torch.save(found, sys.argv[1])
 """
 

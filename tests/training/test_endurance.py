@@ -249,7 +249,7 @@ def test_bf16_trains_with_fp32_weights_and_stays_finite(tiny_data, tmp_path):
     ]
     for loop in loops:
         loop.run()
-    full, reduced = (state(loop.subject.nets.G) for loop in loops)
+    full, reduced = (state(loop.trained_object.nets.G) for loop in loops)
     assert all(v.dtype == full[k].dtype and torch.isfinite(v).all() for k, v in reduced.items())
     assert any(not torch.equal(full[k], reduced[k]) for k in full)
 

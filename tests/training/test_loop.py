@@ -17,8 +17,8 @@ from training.phases import Loss, LossNotFiniteError, Phase, derive_seed, lazy_a
 
 def begin(loop):
     """Give a loop its images, as `run` does, so that `step` can be called."""
-    loop.subject.begin(0)
-    loop.subject.fetch()
+    loop.trained_object.begin(0)
+    loop.trained_object.fetch()
     return loop
 
 
@@ -76,11 +76,13 @@ def test_lazy_phases_run_every_interval_iterations(tiny_data, tmp_path):
 def test_a_phase_optimises_its_own_network_alone(tiny_data, tmp_path):
     loop = begin(build_loop(tiny_data, tmp_path))
     for phase in loop.phases:
-        before_G = state(loop.subject.nets.G)
-        before_D = state(loop.subject.nets.D)
+        before_G = state(loop.trained_object.nets.G)
+        before_D = state(loop.trained_object.nets.D)
         loop._run_phase(phase)
         other, before = (
-            (loop.subject.nets.D, before_D) if phase.name[0] == "G" else (loop.subject.nets.G, before_G)
+            (loop.trained_object.nets.D, before_D)
+            if phase.name[0] == "G"
+            else (loop.trained_object.nets.G, before_G)
         )
         buffers = dict(other.named_buffers())  # w_avg moves in the discriminator's pass
         now = state(other)
@@ -89,22 +91,24 @@ def test_a_phase_optimises_its_own_network_alone(tiny_data, tmp_path):
             {k: v for k, v in now.items() if k not in buffers},
         )
         assert not any(
-            p.requires_grad for net in (loop.subject.nets.G, loop.subject.nets.D) for p in net.parameters()
+            p.requires_grad
+            for net in (loop.trained_object.nets.G, loop.trained_object.nets.D)
+            for p in net.parameters()
         )
 
 
 @pytest.mark.parametrize(("cur_nimg", "rampup"), [(0, 0.05), (100, 0.05), (10_000, 0.05), (100, None)])
 def test_moving_average(tiny_data, tmp_path, cur_nimg, rampup):
     loop = build_loop(tiny_data, tmp_path, gan={"ema_kimg": 0.02, "ema_rampup": rampup})
-    G = loop.subject.nets.G
-    G_ema = loop.subject.nets.G_ema
+    G = loop.trained_object.nets.G
+    G_ema = loop.trained_object.nets.G_ema
     generator = torch.Generator().manual_seed(1)
     for tensor in G.state_dict().values():
         tensor += torch.randn(tensor.shape, generator=generator)
     G.neural_rendering_resolution = 12
     before = state(G_ema)
     target = state(G)
-    loop.subject.after_step(cur_nimg, 1)
+    loop.trained_object.after_step(cur_nimg, 1)
     half_life = 20.0 if rampup is None else min(20.0, cur_nimg * rampup)
     beta = 0.5 ** (4 / half_life) if half_life > 0 else 0.0
     parameters = dict(G.named_parameters())
@@ -138,13 +142,13 @@ def ada_loop(data, folder, p):
 )
 def test_ada_moves_towards_its_target_and_stops_at_zero(tiny_data, tmp_path, sign, p, expected):
     loop, pipe = ada_loop(tiny_data, tmp_path, p)  # a step is 4 images * 2 iterations / 100 images = 0.08
-    loop.subject.ada_stats.report("Loss/signs/real", torch.tensor(sign, dtype=torch.float64))
-    loop.subject.after_step(0, 1)
+    loop.trained_object.ada_stats.report("Loss/signs/real", torch.tensor(sign, dtype=torch.float64))
+    loop.trained_object.after_step(0, 1)
     assert float(pipe.p) == pytest.approx(p), "between the intervals nothing moves"
-    loop.subject.after_step(0, 2)
+    loop.trained_object.after_step(0, 2)
     assert float(pipe.p) == pytest.approx(expected, abs=1e-6)
-    assert loop.subject.ada_stats.mean("Loss/signs/real") is None
-    loop.subject.after_step(0, 2)
+    assert loop.trained_object.ada_stats.mean("Loss/signs/real") is None
+    loop.trained_object.after_step(0, 2)
     assert float(pipe.p) == pytest.approx(expected, abs=1e-6), "no evidence, no step"
 
 
@@ -182,7 +186,7 @@ def test_a_further_phase_without_gradient_changes_nothing(tiny_data, tmp_path):
     for loop in loops:
         loop.run()
     for name in ("G", "D", "G_ema"):
-        assert_same(*(state(getattr(loop.subject.nets, name)) for loop in loops))
+        assert_same(*(state(getattr(loop.trained_object.nets, name)) for loop in loops))
     without, extra = ((tmp_path / str(i) / "stats.jsonl").read_text() for i in (0, 1))
     assert "Idle/drawn" in extra and "Idle/drawn" not in without
 
@@ -190,8 +194,8 @@ def test_a_further_phase_without_gradient_changes_nothing(tiny_data, tmp_path):
 def test_frozen_layers_of_d_take_no_gradient_and_keep_their_names(tiny_data, tmp_path):
     free = build_networks()
     loop = begin(build_loop(tiny_data, tmp_path, nets=build_networks(freezed=3)))
-    D = loop.subject.nets.D
-    before = state(loop.subject.nets.D)
+    D = loop.trained_object.nets.D
+    before = state(loop.trained_object.nets.D)
     assert set(before) == set(free.D.state_dict())
     frozen = set(dict(D.named_buffers())) & {k for k, _ in free.D.named_parameters()}
     # The first block has fromrgb, conv0, conv1 and skip: layers 0 to 3.
@@ -222,7 +226,7 @@ def test_a_run_leaves_the_documented_files(tiny_data, tmp_path):
         "timing.jsonl",
     ]
     saved = tiny_runs.networks.load(tmp_path / "run" / "network-snapshot-000000-032.safetensors")
-    assert_same(state(saved.G_ema), state(loop.subject.nets.G_ema))
+    assert_same(state(saved.G_ema), state(loop.trained_object.nets.G_ema))
     assert saved.cur_nimg == 32
 
 
@@ -282,8 +286,11 @@ def test_the_loop_trains_what_is_no_gan_and_resumes_it_exactly(tmp_path, capsys)
     resumed = slope_loop(tmp_path / "stopped", 0.8)
     resumed.resume()
     resumed.run()
-    assert float(straight.subject.net.weight) == pytest.approx(3, abs=0.1) and resumed.subject.seen == 200
-    assert_same(straight.subject.net.state_dict(), resumed.subject.net.state_dict())
+    assert (
+        float(straight.trained_object.net.weight) == pytest.approx(3, abs=0.1)
+        and resumed.trained_object.seen == 200
+    )
+    assert_same(straight.trained_object.net.state_dict(), resumed.trained_object.net.state_dict())
     assert (tmp_path / "straight" / "stats.jsonl").read_text() == (
         tmp_path / "stopped" / "stats.jsonl"
     ).read_text()

@@ -10,14 +10,14 @@ import torch
 from tests.rejections import raising
 from training import storage
 from training.heads import people, people_mesh
-from training.heads.people_damage import HOLLOW_FRONT, damaged, kinds, severity
+from training.heads.people_damage import HOLLOW_FRONT, damaged_distance, kinds, severity
 from training.rendering.cameras import FFHQ_FOCAL, FFHQ_RADIUS, camera_position, look_at
 from training.synthetic_heads import head_parameters, load_truth, parse_name, resolve_dataset
 
 
 @pytest.fixture(scope="module")
 def latents():
-    return people.scaled(np.random.default_rng(4).standard_normal((6, people.LATENT)))
+    return people.normalise_latents(np.random.default_rng(4).standard_normal((6, people.LATENT)))
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +121,7 @@ def scans(heads):
     intact = torch.from_numpy(head_distance(heads[1], points)).float()
     quality = torch.from_numpy(rng.standard_normal((40, people.QUALITY))).float()
     at = torch.from_numpy(points)
-    return at, intact, quality, damaged(at.expand(40, -1, -1), intact.expand(40, -1), quality)
+    return at, intact, quality, damaged_distance(at.expand(40, -1, -1), intact.expand(40, -1), quality)
 
 
 def test_damage_never_touches_the_front(scans):

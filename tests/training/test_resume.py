@@ -143,7 +143,7 @@ def test_foreign_files_are_rejected(straight, tiny_networks, tmp_path):
 
 def test_a_checkpoint_of_other_networks_is_rejected(straight, tiny_data, tmp_path):
     loop = build_loop(tiny_data, tmp_path, nets=None, augment_pipe=AugmentPipe().requires_grad_(False))
-    loop.subject.nets.D = torch.nn.Linear(2, 2)
+    loop.trained_object.nets.D = torch.nn.Linear(2, 2)
     with raising("(D)", "bias", "weight", "b16"):
         loop.resume(straight)
 

@@ -147,7 +147,7 @@ def load_basis(path: Path = ASSET) -> Basis:
 # Functions that convert latents to heads.
 
 
-def scaled(z: torch.Tensor | np.ndarray) -> np.ndarray:
+def normalise_latents(z: torch.Tensor | np.ndarray) -> np.ndarray:
     """Scale latents [N, 64] to unit root mean square. The result is float64.
 
     Raises: ValueError for another number of coordinates.
@@ -241,7 +241,7 @@ def heads_from_latents(z: torch.Tensor | np.ndarray, basis: Basis | None = None)
     Args: z: latents [N, 64]; basis: basis of head meshes; None: the bundled basis.
     """
     basis = basis or load_basis()
-    identity, hair, appearance, quality = _split(scaled(z))
+    identity, hair, appearance, quality = _split(normalise_latents(z))
     amounts = hair_amounts(hair)
     # Offsets from the mean head, [N, V, 3].
     all_offsets = np.tensordot(identity, basis.components, axes=1) + np.tensordot(amounts, basis.hair, axes=1)

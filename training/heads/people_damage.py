@@ -47,7 +47,7 @@ def kinds(quality: torch.Tensor) -> torch.Tensor:
     return torch.stack([cut, swelling, hole], dim=1) * severity(quality)[:, None]
 
 
-def damaged(points: torch.Tensor, distance: torch.Tensor, quality: torch.Tensor) -> torch.Tensor:
+def damaged_distance(points: torch.Tensor, distance: torch.Tensor, quality: torch.Tensor) -> torch.Tensor:
     """Return the signed distance of the damaged scan. Differentiable in points and distance.
 
     Its sign is exact. Near the damage, its absolute value is a bound of the distance.

@@ -252,7 +252,7 @@ def surface(study: Study, folder: Path) -> Finding:
         }
     page = mesh_page(meshes, "Attribution on the surface", half_edge) if meshes else ""
     write_atomic(folder / PAGE, page.encode())
-    facts = study.c.facts(study.seeds[:SHOWN], ("before", "after", "reward"))
+    facts = study.comparison.facts(study.seeds[:SHOWN], ("before", "after", "reward"))
     return Finding(
         facts=facts, data={"page": PAGE if meshes else None}, rows=rows, says=sentences, images=images
     )
@@ -316,7 +316,7 @@ def jobs(study: Study) -> list[Job]:
     The regions are the first job, so that the user can check them while the attributions are computed.
     """
     settings = study.settings
-    comparison = study.c
+    comparison = study.comparison
     file_inputs: dict = {"regions": settings.regions}
     if settings.regions not in KINDS:
         # For a user's label volume, its file and the file of its names are inputs of every job.
@@ -399,7 +399,7 @@ def regions(study: Study, folder: Path) -> Finding:
 
     With landmarks, the eight parts of the head are described as a second partition.
     """
-    comparison = study.c
+    comparison = study.comparison
     # Any other value of --regions is the path of the user's label volume.
     kind_text = KINDS.get(str(study.settings.regions), "your masks")
     rows = _counts(study)
@@ -497,7 +497,7 @@ def shapley(study: Study, folder: Path) -> Finding:
     """
     attributions = study.shapley
     names = study.names
-    comparison = study.c
+    comparison = study.comparison
     values = np.stack([attribution.values for attribution in attributions])  # [N, R]
     means = compute_column_means(values)  # a mean with its interval for each region
     rows = [
@@ -630,7 +630,7 @@ def methods(study: Study, folder: Path) -> Finding:
     """
     attributions = study.methods
     names = study.names
-    comparison = study.c
+    comparison = study.comparison
     means = {method: compute_column_means(values) for method, values in attributions.items()}
     pairs = agreement(attributions)  # one entry per pair of methods
     rows = [
@@ -715,7 +715,7 @@ def _describe_agreement(pairs: list[dict]) -> list[str]:
 def redrawn_reward(study: Study, folder: Path) -> Finding:
     """Correlate attributions by the trained reward with attributions by rewards with random weights."""
     settings = study.settings
-    comparison = study.c
+    comparison = study.comparison
     latent_count = min(settings.checked, len(study.seeds))
     trained = np.stack(
         [trained_values.values for trained_values in study.shapley[:latent_count]]

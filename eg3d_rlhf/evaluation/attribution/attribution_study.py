@@ -32,7 +32,7 @@ _CUBE = 64  # grid points per axis of the cube that meshes are extracted from
 class Study:
     """Inputs and cached results that the jobs of the report share."""
 
-    c: Comparison
+    comparison: Comparison
     settings: Settings
     progress: Callable[[str], None] = lambda text: None
     # index of a latent -> values of its coalitions by the reward
@@ -41,7 +41,7 @@ class Study:
     @cached_property
     def seeds(self) -> range:
         """Return the seeds of the held-out latents of the study."""
-        return self.c.seeds()
+        return self.comparison.seeds()
 
     @property
     def spec(self) -> SlabSpec:
@@ -49,7 +49,7 @@ class Study:
 
         Raises: ValueError if the reward does not read slabs.
         """
-        observation = self.c.reward.observation
+        observation = self.comparison.reward.observation
         if not isinstance(observation, SigmaSlab):
             shape = list(regions.region_shape(observation.shape))
             raise ValueError(
@@ -64,14 +64,14 @@ class Study:
 
         Only the values of a slab have positions, which surfaces and landmarks need.
         """
-        return isinstance(self.c.reward.observation, SigmaSlab)
+        return isinstance(self.comparison.reward.observation, SigmaSlab)
 
     @cached_property
     def score(self) -> shapley_methods.Score:
         """Return the function that scores normalised slabs."""
         # The network is used, not the reward, since the slabs are already normalised and must not be
         # normalised again.
-        return self.c.reward.network.score
+        return self.comparison.reward.network.score
 
     @cached_property
     def slabs(self) -> dict[str, torch.Tensor]:
@@ -80,8 +80,8 @@ class Study:
         It is a normalised slab [N, 1, D, H, W], or another observation [N, ...] if the reward reads no slabs.
         """
         return {
-            role: torch.cat(list(self.c.observed(generator, self.seeds)))
-            for role, generator in (("before", self.c.before), ("after", self.c.after))
+            role: torch.cat(list(self.comparison.observed(generator, self.seeds)))
+            for role, generator in (("before", self.comparison.before), ("after", self.comparison.after))
         }
 
     @cached_property
@@ -109,7 +109,7 @@ class Study:
             with prefix_errors("--regions"):
                 partitions = [
                     regions.read_masks(
-                        settings.regions, regions.region_shape(self.c.reward.observation.shape)
+                        settings.regions, regions.region_shape(self.comparison.reward.observation.shape)
                     )
                 ] * len(self.seeds)
         count = len(partitions[0].names)  # all partitions have the same names
@@ -131,7 +131,9 @@ class Study:
 
         These are few enough for exact Shapley values. Slabs and landmarks are shared with this study.
         """
-        head_study = Study(self.c, replace(self.settings, regions=HEAD, method="exact"), self.progress)
+        head_study = Study(
+            self.comparison, replace(self.settings, regions=HEAD, method="exact"), self.progress
+        )
         # Assigning to a cached property stores the value, so that it is not computed again.
         head_study.score = self.score
         head_study.slabs = self.slabs
@@ -152,7 +154,7 @@ class Study:
             )
         pixel_landmarks = regions.read_landmarks(self.settings.landmarks)
         pixels_by_latent = [pixel_landmarks.landmarks_of_seed(seed) for seed in self.seeds]
-        maps = depth_maps(self.c, self.c.before, self.seeds)
+        maps = depth_maps(self.comparison, self.comparison.before, self.seeds)
         # for each latent: 2-D points, world positions of the depth map's pixels [H, W, 3], and their mask
         # [H, W]
         depth_views = zip(pixels_by_latent, maps.points, maps.valid, strict=True)
@@ -164,35 +166,35 @@ class Study:
 
         Raises: ValueError if the generator makes no synthetic heads, or if latents are truncated.
         """
-        if not self.c.of_people:
+        if not self.comparison.of_people:
             raise ValueError(
                 "these regions need a generator of synthetic heads, but this generator was trained on"
-                f" {self.c.data or 'other data'}. Use --regions=boxes."
+                f" {self.comparison.data or 'other data'}. Use --regions=boxes."
             )
         # Truncation changes w, so that the sample no longer corresponds to the head of its latent z.
-        if self.c.psi != 1:
+        if self.comparison.psi != 1:
             raise ValueError(
-                f"--psi={self.c.psi:g} truncates the latents, so that they have no ground-truth"
+                f"--psi={self.comparison.psi:g} truncates the latents, so that they have no ground-truth"
                 " heads, which these regions need. Use --psi=1."
             )
-        return people.heads_from_latents(latents(list(self.seeds), self.c.before.generator.z_dim))
+        return people.heads_from_latents(latents(list(self.seeds), self.comparison.before.generator.z_dim))
 
     @property
     def cube_spec(self) -> SlabSpec:
         """Return the grid over the whole scene from which meshes are extracted."""
         # The slab is only a part of the scene, but meshes show the entire head.
-        return SlabSpec.from_bounds(self.c.before.generator.bounds, _CUBE)
+        return SlabSpec.from_bounds(self.comparison.before.generator.bounds, _CUBE)
 
     @torch.no_grad()
     def density_of_cube(self, role: str, seed: int) -> torch.Tensor:
         """Return the raw density of a latent on `cube_spec`, [1, _CUBE, _CUBE, _CUBE]."""
-        generator = self.c.generators()[role]
-        return generator.generator.field(self.c.ws(generator, [seed])).density_grid(self.cube_spec)
+        generator = self.comparison.generators()[role]
+        return generator.generator.field(self.comparison.ws(generator, [seed])).density_grid(self.cube_spec)
 
     @property
     def level(self) -> float:
         """Return the density at which surfaces are extracted."""
-        return self.c.before.generator.level
+        return self.comparison.before.generator.level
 
     def coalition_values(
         self, latent_index: int, score: shapley_methods.Score | None = None, tuned: torch.Tensor | None = None
@@ -214,7 +216,7 @@ class Study:
             self.slabs["after"][latent_index] if tuned is None else tuned,
             partition.labels,
             len(partition.names),
-            self.c.batch,
+            self.comparison.batch,
         )
         if score is None and tuned is None:
             self._values[latent_index] = coalition_values
@@ -232,7 +234,7 @@ class Study:
             values.difference(),
             method,
             CHECK_ORDERS,
-            self.c.seed * 1000 + latent_index,
+            self.comparison.seed * 1000 + latent_index,
         ).values
 
     @cached_property
@@ -252,7 +254,7 @@ class Study:
                     values.difference(),
                     settings.method,
                     settings.permutations,
-                    self.c.seed * 1000 + latent_index,
+                    self.comparison.seed * 1000 + latent_index,
                 )
             )
             self.progress(
@@ -272,13 +274,13 @@ class Study:
         slabs_after = self.slabs["after"]
         return [
             shapley_methods.integrated_gradients(
-                self.c.reward.score_observed,
+                self.comparison.reward.score_observed,
                 slab_before,
                 slab_after,
                 attribution.difference,
                 settings.steps,
                 settings.most_steps,
-                self.c.batch,
+                self.comparison.batch,
             )
             for slab_before, slab_after, attribution in zip(
                 slabs_before, slabs_after, self.shapley, strict=True
@@ -295,7 +297,7 @@ class Study:
                 self.slabs["before"][latent_index],
                 self.slabs["after"][latent_index],
                 partition.labels,
-                self.c.seed * 1000 + latent_index,
+                self.comparison.seed * 1000 + latent_index,
             )
             noise_values.append(
                 self._compute_for_check(
@@ -325,7 +327,9 @@ class Study:
         Returns: [number of latents, R].
         """
         # With + 1 the seed of the first draw differs from that of the study.
-        score = shapley_methods.randomise_weights(self.c.reward.network, 1000 * self.c.seed + draw + 1).score
+        score = shapley_methods.randomise_weights(
+            self.comparison.reward.network, 1000 * self.comparison.seed + draw + 1
+        ).score
         latent_count = min(self.settings.checked, len(self.seeds))
         return np.stack(
             [

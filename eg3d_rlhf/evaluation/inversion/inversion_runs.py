@@ -100,7 +100,7 @@ class Inversions:
         """Return the folder of a target's results."""
         return self.run.folder / "targets" / case.name
 
-    def go(self) -> None:
+    def run_missing(self) -> None:
         """Run all steps that have not been made. Raises: StoppedError if the run is asked to stop."""
         position: tuple[int, ...] = (0, 0, 0)  # index of the target, index of the section, step
         state: dict[str, Tensor] = {}

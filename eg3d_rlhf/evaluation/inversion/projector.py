@@ -186,7 +186,7 @@ class Guidance:
     def __init__(self, generator: Generator, reward: Reward):
         self.reward = reward.eval().requires_grad_(False).channels_last()
         # The scores are standardised, so that the weight lambda does not depend on the reward's scale.
-        z = latents(STANDARDISATION.all, generator.z_dim).to(device_of(generator))
+        z = latents(STANDARDISATION.seeds, generator.z_dim).to(device_of(generator))
         scores = []  # [n] for each batch
         for z_batch in z.split(16):
             ws = generator.mapping(z_batch, camera(generator, n=len(z_batch)), truncation_cutoff=CUTOFF)
@@ -271,7 +271,7 @@ class Prior(NamedTuple):
 
 
 @torch.no_grad()
-def prior_of(generator: Generator) -> Prior:
+def estimate_prior(generator: Generator) -> Prior:
     """Compute the mean and the standard deviation of w over 10,000 latents, with the frontal camera."""
     device = device_of(generator)
     z = torch.from_numpy(

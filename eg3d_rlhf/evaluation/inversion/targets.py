@@ -53,7 +53,7 @@ class Case(NamedTuple):
     z: Tensor | None = None  # [1, Z], the ground-truth latent
 
 
-def of_file(generator: Generator, image: Path, mask: Path | None, camera: Tensor) -> Case:
+def case_from_file(generator: Generator, image: Path, mask: Path | None, camera: Tensor) -> Case:
     """Read a target from an image file.
 
     Args:
@@ -111,7 +111,7 @@ def _read(flag: str, path: Path, mode: str, resolution: int) -> np.ndarray:
 
 
 @torch.no_grad()
-def of_seed(generator: Generator, seed: int, camera: Tensor, psi: float = 1.0) -> Case:
+def case_from_seed(generator: Generator, seed: int, camera: Tensor, psi: float = 1.0) -> Case:
     """Make a target from a sample of the generator.
 
     The target is rendered with many samples per ray, and with other ray samples than the inversion.

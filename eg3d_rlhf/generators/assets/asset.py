@@ -124,7 +124,7 @@ class Asset(torch.nn.Module, abc.ABC):
         """Render the assets from cameras, see `Field`."""
         return march(self, cameras.to(next(self.parameters())), options, RESOLUTION, self.samples)
 
-    def pick(self, indices: list[int]) -> Self:
+    def select(self, indices: list[int]) -> Self:
         """Return a copy that contains only the assets with the given indices, in their order."""
         # The copy has all attributes and buffers. Its parameters are replaced below.
         selected_assets = copy.deepcopy(self)
@@ -273,7 +273,7 @@ class AssetGenerator:
                 f" {list(ws.shape)} with {indices[:4]}. Assets cannot be interpolated; pass ws as `mapping`"
                 " returns them."
             )
-        return self.module.asset.pick([int(index) for index in indices])
+        return self.module.asset.select([int(index) for index in indices])
 
 
 def wrap(module: AssetNetwork) -> Generator:

@@ -214,7 +214,7 @@ def _primitive(buffer: _Buffer, part: Primitive) -> dict:
     return record
 
 
-def linear(srgb: np.ndarray) -> np.ndarray:
+def srgb_to_linear(srgb: np.ndarray) -> np.ndarray:
     """Convert colours in 0..1 from sRGB to linear RGB (IEC 61966-2-1), which glTF uses.
 
     Args:
@@ -286,7 +286,7 @@ def triangle_primitive(
             )
         linear_colours = colours / 255.0
         # Files store sRGB colours, glTF linear colours. Alpha is linear in both.
-        linear_colours[:, :3] = linear(linear_colours[:, :3])
+        linear_colours[:, :3] = srgb_to_linear(linear_colours[:, :3])
         attributes["COLOR_0"] = Array(np.ascontiguousarray(linear_colours, dtype="<f4"))
     # Indices of 16 bits need half of the memory. 65535 is reserved in glTF, so it must not be an index.
     narrow = "<u2" if len(positions) <= 65535 else "<u4"

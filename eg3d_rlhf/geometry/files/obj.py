@@ -17,12 +17,12 @@ import numpy as np
 from eg3d_rlhf.geometry.files.model import (
     ImageFile,
     Model,
-    linear,
     model_from_primitives,
+    srgb_to_linear,
     strip_image,
     triangle_primitive,
 )
-from eg3d_rlhf.geometry.files.polygons import triangulated
+from eg3d_rlhf.geometry.files.polygons import triangulate_faces
 
 MAX_MTL = 4 << 20  # largest size of an MTL file in bytes
 MAX_TEXTURE = 128 << 20  # largest size of a texture file in bytes
@@ -42,7 +42,7 @@ class Material:
     texture: Path | None = None  # map_Kd, which is used instead of the colour
 
 
-def companions(data: bytes | memoryview, path: Path) -> list[Path]:
+def companion_files(data: bytes | memoryview, path: Path) -> list[Path]:
     """Return the existing MTL and texture files that an OBJ file needs, each file once, in order.
 
     Args:
@@ -55,7 +55,7 @@ def companions(data: bytes | memoryview, path: Path) -> list[Path]:
     for library in _libraries(data, path)[0]:
         # a dictionary as an ordered set
         files[library] = None
-        for material in _materials(as_text(library.read_bytes()), library).values():
+        for material in _materials(decode_text(library.read_bytes()), library).values():
             if material.texture is not None:
                 files[material.texture] = None
     return list(files)
@@ -71,7 +71,7 @@ def missing_libraries(data: bytes | memoryview, path: Path) -> list[str]:
     return _libraries(data, path)[1]
 
 
-def as_text(data: bytes | memoryview) -> str:
+def decode_text(data: bytes | memoryview) -> str:
     """Decode text in UTF-8 or UTF-16, with or without a byte order mark. Invalid bytes become U+FFFD."""
     head = bytes(data[:512])
     encoding = utf16(head)
@@ -119,8 +119,8 @@ def read_obj(data: bytes | memoryview, path: Path, geometry_only: bool = False) 
         raise ValueError(
             f"the OBJ file names {len(libraries)} material files (mtllib). Join them into one file."
         )
-    materials = _materials(as_text(libraries[0].read_bytes()), libraries[0]) if libraries else {}
-    named_parts = _Lines(as_text(data)).parts()
+    materials = _materials(decode_text(libraries[0].read_bytes()), libraries[0]) if libraries else {}
+    named_parts = _Lines(decode_text(data)).parts()
     # Materials that no face uses are dropped, with their textures.
     used_names = [name for name in materials if any(name == named_part[0] for named_part in named_parts)]
     material_indices = {name: i for i, name in enumerate(used_names)}
@@ -301,7 +301,7 @@ class _Lines:
             for i, values in ((1, uv), (2, normals))
             if len(values) and not (is_beyond[:, i] | (corners[:, i] < 0)).any()
         ]
-        triangle_corners, face_indices = triangulated(
+        triangle_corners, face_indices = triangulate_faces(
             points[:, :3], corners[:, 0], np.array(self.widths["f"])
         )
         material_indices = {name: i for i, name in enumerate(dict.fromkeys(self.names))}
@@ -368,7 +368,10 @@ def _records(materials: list[Material]) -> tuple[list[dict], list[ImageFile]]:
         # MTL has no metallic materials; roughness 1 gives a matt surface.
         surface: dict = {"metallicFactor": 0, "roughnessFactor": 1}
         if material.texture is None:
-            surface["baseColorFactor"] = [*linear(np.array(material.colour)).tolist(), material.opacity]
+            surface["baseColorFactor"] = [
+                *srgb_to_linear(np.array(material.colour)).tolist(),
+                material.opacity,
+            ]
         else:
             if material.texture not in image_indices:
                 image_indices[material.texture] = len(images)
@@ -392,7 +395,7 @@ def _libraries(data: bytes | memoryview, path: Path) -> tuple[list[Path], list[s
     """
     # The pattern _LIBRARY searches bytes, so UTF-16 is converted to UTF-8 first.
     if utf16(bytes(data[:512])) is not None:
-        data = as_text(data).encode()
+        data = decode_text(data).encode()
     names = dict.fromkeys(
         match.group(1).decode("utf-8", "replace").strip().strip('"') for match in _LIBRARY.finditer(data)
     )

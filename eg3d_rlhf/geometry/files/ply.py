@@ -29,7 +29,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from eg3d_rlhf.geometry.files.model import Model, model_from_primitives, triangle_primitive
-from eg3d_rlhf.geometry.files.polygons import triangulated
+from eg3d_rlhf.geometry.files.polygons import triangulate_faces
 
 MAGIC = b"GSP1"
 HEADER = struct.Struct("<4sII3f3f")  # header of GSP1, the first three rows of the table
@@ -201,7 +201,7 @@ def read_mesh(data: bytes | memoryview) -> Model:
             f" {len(positions)} vertices. Export the mesh again."
         )
     # Faces with more than three corners are cut into triangles.
-    corner_of_triangle, face_of_triangle = triangulated(positions, corners, counts)
+    corner_of_triangle, face_of_triangle = triangulate_faces(positions, corners, counts)
     triangle = corners[corner_of_triangle]
     colours = _colours(vertices)
     normals = None

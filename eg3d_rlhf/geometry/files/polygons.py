@@ -9,7 +9,7 @@ import numpy as np
 MAX_CORNERS = 4096
 
 
-def triangulated(
+def triangulate_faces(
     positions: np.ndarray, corners: np.ndarray, counts: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Triangulate the faces of a mesh.

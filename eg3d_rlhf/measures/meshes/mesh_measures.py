@@ -15,7 +15,7 @@ from dataclasses import replace
 import numpy as np
 from scipy.spatial import ConvexHull, QhullError
 
-from eg3d_rlhf.geometry.mesh import compact, face_volumes
+from eg3d_rlhf.geometry.mesh import face_volumes, remove_unused_vertices
 from eg3d_rlhf.geometry.solids import fill
 from eg3d_rlhf.measures.meshes.clean import CleanMesh, face_areas
 from eg3d_rlhf.measures.meshes.edges import Edges, bend, edge_measures
@@ -107,7 +107,7 @@ def convex_hull(mesh: CleanMesh) -> CleanMesh | None:
     a, b, c = (mesh.vertices[faces[:, i]] for i in range(3))
     inwards = (np.cross(b - a, c - a) * hull.equations[:, :3]).sum(axis=1) < 0
     faces[inwards] = faces[inwards][:, ::-1]
-    vertices, faces = compact(mesh.vertices, faces)
+    vertices, faces = remove_unused_vertices(mesh.vertices, faces)
     return replace(mesh, vertices=vertices, faces=faces)
 
 
@@ -200,7 +200,7 @@ def overlap(edges: Edges, cavities: np.ndarray) -> float | None:
     bodies: list = []
     hollows: list = []
     for number in range(part_count):
-        vertices, faces = compact(mesh.vertices, mesh.faces[part == number])
+        vertices, faces = remove_unused_vertices(mesh.vertices, mesh.faces[part == number])
         if face_volumes(vertices, faces).sum() < 0:
             # manifold3d accepts only parts that are wound outwards.
             faces = np.ascontiguousarray(faces[:, ::-1])

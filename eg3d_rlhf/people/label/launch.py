@@ -50,7 +50,7 @@ _MESHES = ("glb", "obj", "ply")  # kinds of files that a mesh reward can read
 _server_option = functools.partial(option, group="Server")
 
 
-def filled(flags: Mapping, *kinds: type) -> dict:
+def with_defaults(flags: Mapping, *kinds: type) -> dict:
     """Return the values of flags, with the defaults of settings in place of flags that were not passed.
 
     Args:
@@ -205,7 +205,7 @@ def plan_campaign(
     return request.campaign_settings({FLAGS: request.to_json(), "plan": planned.report}), planned.pairs
 
 
-def with_access(store: "Store") -> list[str]:
+def annotators_with_access(store: "Store") -> list[str]:
     """Return the names of the annotators who may log in."""
     # LOCAL has no token, so this annotator cannot log in from another machine.
     return [
@@ -226,7 +226,7 @@ def check_annotators(store: "Store | None", host: str, command: str) -> None:
     Raises:
         ValueError: there is no annotator who can log in.
     """
-    if store is None or not with_access(store):
+    if store is None or not annotators_with_access(store):
         raise ValueError(
             f"--host={host}: annotators must log in with a token, but there is no annotator yet. Add an"
             f" annotator with: {command}"
@@ -484,7 +484,7 @@ def make_round(url: str, name: str, network: Path, pairing: PairingOptions) -> b
         if store.campaign(name) is not None:
             return False
         # ASKED replaces some of the defaults
-        settings = filled(dict.fromkeys(SETTINGS), CampaignSettings) | ASKED
+        settings = with_defaults(dict.fromkeys(SETTINGS), CampaignSettings) | ASKED
         request = Request(
             # The path is absolute, because labelling may be continued from another working directory.
             name=name,
@@ -562,7 +562,7 @@ def mesh_ensemble(strategy: str, rewards: Sequence[str], collection: Collection)
 
     from eg3d_rlhf.rewards.meshes.dataset import load_mesh
     from eg3d_rlhf.rewards.meshes.model import load_mesh_reward
-    from eg3d_rlhf.rewards.meshes.patches import patches_of
+    from eg3d_rlhf.rewards.meshes.patches import compute_mesh_patches
 
     members = [load_mesh_reward(path) for path in rewards]
 
@@ -574,7 +574,9 @@ def mesh_ensemble(strategy: str, rewards: Sequence[str], collection: Collection)
         # A prompt that has an image but no text is represented by its name.
         prompts = [collection.prompts[asset.prompt].text or asset.prompt for asset in assets]
         # Each member makes an embedding [N, D], and its head maps the embedding to a score [N, 1].
-        embeddings = [member.embed(patches_of(meshes, member.patches), prompts) for member in members]
+        embeddings = [
+            member.embed(compute_mesh_patches(meshes, member.patches), prompts) for member in members
+        ]
         scores = [member.head(embedding)[:, 0] for member, embedding in zip(members, embeddings, strict=True)]
         return Scored(torch.stack(scores).double().numpy(), torch.cat(embeddings, dim=1).double().numpy())
 

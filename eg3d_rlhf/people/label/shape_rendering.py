@@ -18,7 +18,13 @@ from scipy.spatial import cKDTree
 
 from eg3d_rlhf.experiments.media.rendering import camera, cameras_of, png, render
 from eg3d_rlhf.generators import Generator, LoadedGenerator, load_generator, ws_of_seeds
-from eg3d_rlhf.geometry.mesh import compact, decimate, extract_mesh_blockwise, face_volumes, parts
+from eg3d_rlhf.geometry.mesh import (
+    decimate,
+    extract_mesh_blockwise,
+    face_volumes,
+    find_parts,
+    remove_unused_vertices,
+)
 from eg3d_rlhf.geometry.mesh_export import FieldGrid, extract_field_mesh
 from eg3d_rlhf.people.label.assets.damage import damage_draws
 from eg3d_rlhf.people.label.entities import DAMAGES, Shape
@@ -85,7 +91,9 @@ def visible_parts(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, 
     Returns:
         Vertices and triangles of the remaining parts.
     """
-    part_count, part_of_face = parts(faces, len(vertices))  # part_of_face: [F] index of the part of each face
+    part_count, part_of_face = find_parts(
+        faces, len(vertices)
+    )  # part_of_face: [F] index of the part of each face
     if part_count == 1:
         return vertices, faces
     # The normals of faces point out of the material, so the surface of a cavity encloses a negative volume.
@@ -93,7 +101,7 @@ def visible_parts(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, 
     face_counts = np.bincount(part_of_face, minlength=part_count)
     is_visible = (volumes > 0) & (face_counts >= _DUST)
     is_visible[volumes.argmax()] = True
-    return compact(vertices, faces[is_visible[part_of_face]])
+    return remove_unused_vertices(vertices, faces[is_visible[part_of_face]])
 
 
 def within_budget(vertices: np.ndarray, faces: np.ndarray, triangles: int) -> tuple[np.ndarray, np.ndarray]:
@@ -117,7 +125,7 @@ def within_budget(vertices: np.ndarray, faces: np.ndarray, triangles: int) -> tu
 
     for _ in range(_PASSES):
         fewer, fewer_faces = fast_simplification.simplify(fewer, fewer_faces, target_count=triangles)
-        fewer, fewer_faces = compact(fewer.astype(np.float32), fewer_faces.astype(np.int32))
+        fewer, fewer_faces = remove_unused_vertices(fewer.astype(np.float32), fewer_faces.astype(np.int32))
         if len(fewer_faces) <= _SLACK * triangles:
             break
     return fewer, fewer_faces

@@ -18,7 +18,7 @@ from torch import nn
 from eg3d_rlhf.core.interfaces import Modality
 from eg3d_rlhf.models.blip import Blip, BlipSizes, from_published
 from eg3d_rlhf.models.clip_inputs import Tokenize, bert_tokenizer, clip_preprocess
-from eg3d_rlhf.models.weights import adopt, empty, frozen, read
+from eg3d_rlhf.models.weights import adopt, empty, freeze, read
 
 # Mean and standard deviation of raw scores, with which the published code standardises scores. For
 # CrossViewFusion the published standard deviation is 5.
@@ -169,7 +169,7 @@ class BlipReward:
 
     def __init__(self, network: Reward3dNetwork, tokenize: Tokenize, device: str | torch.device = "cpu"):
         # Sets eval mode and switches off gradients of parameters, in place.
-        frozen(network, device)
+        freeze(network, device)
         self.network = network
         self.tokenize = tokenize
         self.device = torch.device(device)

@@ -32,7 +32,7 @@ from eg3d_rlhf.preferences.labels import jsonl_records
 from eg3d_rlhf.preferences.unpaired import SCALE, UnpairedPreference, split_unpaired
 from eg3d_rlhf.rewards.box_prompts import PROMPTS
 from eg3d_rlhf.rewards.boxes import FLOOR, build, nose_voxels, side_axes
-from eg3d_rlhf.rewards.meshes.patches import PatchOptions, concatenate, patches_of
+from eg3d_rlhf.rewards.meshes.patches import PatchOptions, compute_mesh_patches, concatenate
 from eg3d_rlhf.rewards.meshes.surfaces import Lattice, closed_level, cube, net_mesh, signed_volume
 from training.phases import derive_seed
 
@@ -311,7 +311,7 @@ def generate_meshes(
         kind = source_kinds[i // 2 % len(source_kinds)]
         severity = severity_of(i, float(torch.rand((), generator=rng)))
         level, prompt = SOURCES[source](lattice, kind, severity, rng)
-        patches.append(patches_of([net_mesh(closed_level(level, lattice), lattice)], options))
+        patches.append(compute_mesh_patches([net_mesh(closed_level(level, lattice), lattice)], options))
         labels.append(UnpairedPreference(seed=i, score=SCALE - FALL * severity))
         prompts.append(prompt)
         kinds.append(kind)
@@ -344,7 +344,9 @@ def read(path: Path, options: PatchOptions, on_shape: OnShape = None) -> MeshSet
         try:
             labels.append(_label(len(labels), record))
             prompts.append(str(record.get("prompt", "")))
-            patches.append(patches_of([load_mesh(path.parent / str(record.get("mesh", "")))], options))
+            patches.append(
+                compute_mesh_patches([load_mesh(path.parent / str(record.get("mesh", "")))], options)
+            )
         except (ValueError, OSError) as error:
             raise ValueError(f"--data: {path.name}, line {line}: {error}") from error
         if on_shape is not None:

@@ -53,9 +53,9 @@ def open_meshes(options: MeshRewardTraining, on_shape: OnShape = None) -> MeshSe
         on_shape: function that is called with 1 after each mesh.
     """
     if options.data is not None:
-        return read(options.data, options.read, on_shape)
+        return read(options.data, options.patch_options, on_shape)
     return generate_meshes(
-        options.source, options.shapes, options.read, options.resolution, options.data_seed, on_shape
+        options.source, options.shapes, options.patch_options, options.resolution, options.data_seed, on_shape
     )
 
 
@@ -89,7 +89,7 @@ class MeshTraining:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(options.seed)
             self.reward = RewardCS(
-                options.read, options.encoder, tuple(sorted(set(meshes.prompts))), options.resolution
+                options.patch_options, options.encoder, tuple(sorted(set(meshes.prompts))), options.resolution
             )
         # Training meshes only, so that held-out meshes have no influence on the reward.
         self.reward.calibrate(self.meshes.select(self.train)[0])

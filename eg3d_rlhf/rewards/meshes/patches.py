@@ -62,7 +62,7 @@ def concatenate(patches: Sequence[Patches]) -> Patches:
     return Patches(*(torch.cat(tensors) for tensors in zip(*patches, strict=True)))
 
 
-def patches_of(meshes: Sequence[Mesh], options: PatchOptions) -> Patches:
+def compute_mesh_patches(meshes: Sequence[Mesh], options: PatchOptions) -> Patches:
     """Compute the patches [A, P, F, ...] of A meshes. Differentiable in the vertices."""
     return concatenate([compute_patches(mesh.vertices, make_plan(mesh, options), options) for mesh in meshes])
 
@@ -112,7 +112,7 @@ class MeshReader:
         self.lattice = lattice
         self.options = options
         self.every = every
-        self.held: list[Held] = []
+        self.choices: list[Held] = []
         self._batch: _Batch | None = None
 
     def __call__(self, field: Field, step: int) -> Patches:
@@ -127,8 +127,8 @@ class MeshReader:
         """
         density = densities(field, self.lattice)  # [A, V]
         # If the number of shapes has changed, the choices of the last rebuild cannot be used.
-        if step % self.every == 0 or len(self.held) != len(density):
-            self.held = self._rebuild(density.detach(), field.level)
+        if step % self.every == 0 or len(self.choices) != len(density):
+            self.choices = self._rebuild(density.detach(), field.level)
             self._batch = None
         # The choices are concatenated at the first call after a rebuild.
         self._batch = batch = self._batch or self._concatenate()
@@ -155,7 +155,7 @@ class MeshReader:
         rebuilt = []
         for i, asset_density in enumerate(density):
             levels = closed_level(level - asset_density, self.lattice)
-            previous = self.held[i] if len(self.held) == len(density) else None
+            previous = self.choices[i] if len(self.choices) == len(density) else None
             if previous is not None and torch.equal(previous.inside, levels < 0):
                 # With equal signs the surface crosses the same edges, so net and plan are still valid.
                 asset_net = previous.net
@@ -185,12 +185,12 @@ class MeshReader:
         corners = []
         around = []
         counts = []
-        has_mixture = any(held.plan.source is not None for held in self.held)
+        has_mixture = any(held.plan.source is not None for held in self.choices)
         # Index of the first vertex of the next asset, among the vertices of all nets and among the U
         # vertices. Index 0 is the fixed vertex.
         net_offset = 1
         vertex_offset = 1
-        for i, (_, normals, asset_net, plan) in enumerate(self.held):
+        for i, (_, normals, asset_net, plan) in enumerate(self.choices):
             nets.append(
                 (
                     asset_net.edges + i * len(lattice_vertices),
@@ -216,7 +216,7 @@ class MeshReader:
             net_offset = net_offset + len(asset_net.base) // 3
             vertex_offset = vertex_offset + len(normals)
         edges, net_corners, row, reach, base = (torch.cat(tensors) for tensors in zip(*nets, strict=True))
-        asset_index = torch.arange(len(self.held), device=device)
+        asset_index = torch.arange(len(self.choices), device=device)
         # Asset of each vertex and of each face
         vertex_asset, face_asset = (
             asset_index.repeat_interleave(torch.tensor(count, device=device))
@@ -237,30 +237,30 @@ class MeshReader:
             mixture=mixture,
             faces=torch.cat(faces),
             # The fixed vertex counts as a vertex of asset 0.
-            owners=Owners(len(self.held), torch.cat([fixed_vertex[0, :1], vertex_asset]), face_asset),
+            owners=Owners(len(self.choices), torch.cat([fixed_vertex[0, :1], vertex_asset]), face_asset),
             corners=torch.stack(corners),
             around=torch.stack(around),
-            mask=torch.stack([held.plan.mask for held in self.held]),
+            mask=torch.stack([held.plan.mask for held in self.choices]),
         )
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Return the choices of the last rebuild as tensors by name, for a run that resumes."""
         state: dict[str, torch.Tensor] = {}
-        for i, (inside, around, asset_net, plan) in enumerate(self.held):
+        for i, (inside, around, asset_net, plan) in enumerate(self.choices):
             choices = {"inside": inside, "around": around, **asset_net._asdict(), **plan._asdict()}
             state |= {f"{i}.{name}": value for name, value in choices.items() if value is not None}
         return state
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Restore the choices that `state_dict` returned."""
-        self.held = []
+        self.choices = []
         self._batch = None
         # Names begin with the index of the asset. The state does not contain fields that are None.
-        while (prefix := f"{len(self.held)}.") + "inside" in state:
+        while (prefix := f"{len(self.choices)}.") + "inside" in state:
             asset_net, plan = (
                 choice_class(*(state.get(prefix + name) for name in choice_class._fields))  # type: ignore[arg-type]
                 for choice_class in (Net, Plan)
             )
             inside = state[prefix + "inside"]
             around = state[prefix + "around"]
-            self.held.append(Held(inside, around, asset_net, plan))  # type: ignore[arg-type]
+            self.choices.append(Held(inside, around, asset_net, plan))  # type: ignore[arg-type]

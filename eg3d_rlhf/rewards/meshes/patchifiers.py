@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 
 from eg3d_rlhf.core.interfaces import Mesh, Patches
-from eg3d_rlhf.geometry.mesh import compact, decimate, parts
+from eg3d_rlhf.geometry.mesh import decimate, find_parts, remove_unused_vertices
 from eg3d_rlhf.rewards.point_layers import farthest_points
 from training.heads.people_mesh import closest_on_triangles
 
@@ -329,7 +329,7 @@ def base(vertices: np.ndarray, faces: np.ndarray, count: int) -> tuple[np.ndarra
             points, new_faces = decimate(vertices, faces, target)
     # If there are still too many faces, small parts of the mesh are left out.
     if len(new_faces) > count:
-        part_count, part = parts(new_faces, len(points))
+        part_count, part = find_parts(new_faces, len(points))
         corner = points[new_faces]
         # Twice the areas
         areas = np.linalg.norm(np.cross(corner[:, 1] - corner[:, 0], corner[:, 2] - corner[:, 0]), axis=1)
@@ -341,7 +341,7 @@ def base(vertices: np.ndarray, faces: np.ndarray, count: int) -> tuple[np.ndarra
         else:
             # The largest part alone has too many faces, so the largest faces are used.
             new_faces = new_faces[np.argsort(-areas, kind="stable")[:count]]
-        points, new_faces = compact(points, new_faces)
+        points, new_faces = remove_unused_vertices(points, new_faces)
     return _bisect(points.astype(np.float64), new_faces.astype(np.int64), count)
 
 

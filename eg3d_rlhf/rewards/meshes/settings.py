@@ -210,7 +210,7 @@ class MeshRewardTraining:
                 " box. Add --set turns=false, or use place=centre or place=world."
             )
         # These properties create objects that check their values.
-        self.encoder, self.read  # noqa: B018
+        self.encoder, self.patch_options  # noqa: B018
 
     def to_dict(self) -> dict:
         """Return the settings as JSON values."""
@@ -219,7 +219,7 @@ class MeshRewardTraining:
         }
 
     @property
-    def read(self) -> PatchOptions:
+    def patch_options(self) -> PatchOptions:
         """Settings with which meshes are converted to patches."""
         return PatchOptions(
             kind=self.patchifier, patches=self.patches, faces=self.faces, area=self.area, place=self.place

@@ -334,7 +334,7 @@ class Distillation:
         rendered = self.renderer.render(self.asset, views, background)
         image_prompts = [prompt for prompt in self.prompts for _ in range(views_per_asset)]
         cam2world = views.cameras[:, :16].to(rendered.images)
-        return self.asset.pick(self.guidance.best(rendered.images, image_prompts, cam2world))
+        return self.asset.select(self.guidance.best(rendered.images, image_prompts, cam2world))
 
     # --- checkpoints
 

@@ -107,7 +107,7 @@ def write_images(
     count = min(show, len(pairs))
     if not count:
         return
-    shown_assets = {arm: asset.pick(list(range(count))) for arm, asset in arms.items()}
+    shown_assets = {arm: asset.select(list(range(count))) for arm, asset in arms.items()}
     renders = {arm: next(turns(asset, 1)) for arm, asset in shown_assets.items()}
     rows = [Row(cells=cells, name=arm) for arm, cells in renders.items()]
     # Prompts are cut, because longer texts would not fit below an image.
@@ -134,7 +134,7 @@ def write_images(
     for arm, asset in tqdm(shown_assets.items(), desc="meshes", unit="arm", dynamic_ncols=True):
         for k in range(count):
             try:
-                mesh, report = export_mesh(asset.pick([k]), MeshOptions(resolution=MESH, component="all"))
+                mesh, report = export_mesh(asset.select([k]), MeshOptions(resolution=MESH, component="all"))
             # The density of an asset may have no surface. The meshes of all other assets are still written.
             except ValueError as error:
                 print(f"Warning: asset {k} of the arm {arm} has no mesh: {error}", flush=True)

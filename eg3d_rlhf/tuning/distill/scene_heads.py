@@ -178,7 +178,7 @@ def start(prompts: Sequence[str], generators: Sequence[torch.Generator]) -> Late
     The prompts are not used.
     """
     del prompts
-    seeds = [DISTILLED.all[int(torch.randint(DISTILLED.count, (1,), generator=rng))] for rng in generators]
+    seeds = [DISTILLED.seeds[int(torch.randint(DISTILLED.count, (1,), generator=rng))] for rng in generators]
     return Latents.from_seeds(seeds)
 
 

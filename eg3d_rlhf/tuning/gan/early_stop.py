@@ -72,7 +72,7 @@ def replaces(config: EarlyStopConfig, distance: float, kept_distance: float, gai
 
 @torch.no_grad()
 def consistency(
-    G: torch.nn.Module, G_ref: torch.nn.Module, resolution: int, seeds=MONITOR.all, batch: int = 8
+    G: torch.nn.Module, G_ref: torch.nn.Module, resolution: int, seeds=MONITOR.seeds, batch: int = 8
 ) -> np.ndarray:
     """Return the density-consistency distance mean |sigma - sigma_ref| of every seed, [N].
 
@@ -156,7 +156,7 @@ class EarlyStop(torch.nn.Module):
                 for the N held-out latents.
         Returns: fields of the status line: "distance", and "kept", the kept snapshot in thousands of images.
         """
-        nets = loop.subject.nets
+        nets = loop.trained_object.nets
         distances = consistency(nets.G_ema, self._reference[0], self.resolution)
         keeps_nothing_yet = int(self.at) < 0
         gain = heldout_change - self.second.cpu().numpy()  # paired by latent, [N]

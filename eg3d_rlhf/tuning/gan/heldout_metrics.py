@@ -45,7 +45,7 @@ class Monitor:
     """
 
     def __init__(
-        self, measures: dict[str, Measure], G_ref: torch.nn.Module, seeds: Sequence[int] = MONITOR.all
+        self, measures: dict[str, Measure], G_ref: torch.nn.Module, seeds: Sequence[int] = MONITOR.seeds
     ):
         self.measures = measures
         self.seeds = seeds  # the same at every tick, so that changes are paired by latent
@@ -66,7 +66,7 @@ class Monitor:
         Returns: fields of the status line: name of the metric -> mean change, and WARNING if metrics fell.
         """
         fields = {}
-        for name, values in self._values(loop.subject.nets.G_ema).items():
+        for name, values in self._values(loop.trained_object.nets.G_ema).items():
             delta = self.latest[name] = values - self.initial[name]  # paired by latent
             stats[f"{PREFIX}{name}"] = {
                 "num": len(delta),

@@ -333,7 +333,7 @@ class RewardTerms:
             shaping, bounds = self._calibrate()
             nose_limit = None
             if config.lambda_nose > 0:
-                ws = ws_of_seeds(self.reference, CALIBRATION.all, NOSE_PSI, CUTOFF)
+                ws = ws_of_seeds(self.reference, CALIBRATION.seeds, NOSE_PSI, CUTOFF)
                 nose_limit = NoseFloor(self.reference, ws, config.nose_floor).to(device_of(self.reference))
         self.state = RewardPhaseState(G_ref, shaping, bounds, nose_limit)
 
@@ -349,7 +349,7 @@ class RewardTerms:
         observations = []  # inputs of the reward, 16 samples [16, ...] in each entry
         device = device_of(reference)
         # Two sets of latents that no reward was trained on. The shaping "standardised" has a set of its own.
-        seeds = STANDARDISATION.all if self.config.reward_shaping == "standardised" else CALIBRATION.all
+        seeds = STANDARDISATION.seeds if self.config.reward_shaping == "standardised" else CALIBRATION.seeds
         # 16 samples at a time, to bound the memory.
         for z in latents(seeds, reference.z_dim).to(device).split(16):
             ws = reference.mapping(z, camera(reference, n=len(z)), truncation_cutoff=CUTOFF)

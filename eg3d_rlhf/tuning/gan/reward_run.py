@@ -235,12 +235,12 @@ def build(s: Settings, files: Run) -> Objects:
             )
         # Only rank 0 checks, so that a warning is printed once.
         for flag, checked_reward in (("--reward-ckpt", reward), ("--heldout-reward", heldout_reward)):
-            if checked_reward is not None and ranks.main:
+            if checked_reward is not None and ranks.is_main:
                 check_reward(checked_reward, as_generator(nets.G_ema), flag)
         reference = (
             nets.G_ema if s.reward.reference is None else load_networks(s.reward.reference, device).G_ema
         )
-        if ranks.main:
+        if ranks.is_main:
             print("Measuring the untuned generator on held-out latents (a few seconds).", flush=True)
             # A copy, because the reference may be G_ema, which changes during tuning.
             before = copy.deepcopy(reference).eval().requires_grad_(False)
@@ -317,7 +317,7 @@ def train(objects: Objects, run: Run) -> bool:
         return False
     # `EarlyStop.tick` saves the snapshot as well. It is saved again because a run that was resumed from an
     # older checkpoint may have a file that a later tick of the interrupted run wrote.
-    if objects.early_stop is not None and run.ranks.main:
+    if objects.early_stop is not None and run.ranks.is_main:
         networks.save(run.folder / KEPT, objects.early_stop.networks(objects.nets))
     run.ranks.barrier()
     leave()  # ends the process group: rank 0 evaluates next, and the other ranks do not wait for it

@@ -2,9 +2,9 @@
 
 import pytest
 
-from eg3d_rlhf.evaluation.inversion.projector import Guidance, load_perceptual, prior_of
+from eg3d_rlhf.evaluation.inversion.projector import Guidance, estimate_prior, load_perceptual
 from eg3d_rlhf.evaluation.inversion.settings import InversionConfig
-from eg3d_rlhf.evaluation.inversion.targets import of_seed
+from eg3d_rlhf.evaluation.inversion.targets import case_from_seed
 from eg3d_rlhf.generators import camera, load_generator
 from eg3d_rlhf.rewards.reward import load_reward
 
@@ -28,12 +28,12 @@ def perceptual():
 
 @pytest.fixture(scope="session")
 def prior(generator):
-    return prior_of(generator)
+    return estimate_prior(generator)
 
 
 @pytest.fixture(scope="session")
 def cases(generator):
-    return [of_seed(generator, seed, camera(generator)) for seed in (5, 6)]
+    return [case_from_seed(generator, seed, camera(generator)) for seed in (5, 6)]
 
 
 @pytest.fixture(scope="session")

@@ -50,7 +50,7 @@ def go(folder: Path, setup: Setup) -> Inversions:
     folder.mkdir(exist_ok=True)
     with Run(folder, {}, say=lambda line: None) as run:
         inversions = Inversions(run, setup)
-        inversions.go()
+        inversions.run_missing()
     return inversions
 
 

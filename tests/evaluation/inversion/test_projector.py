@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from eg3d_rlhf.evaluation.inversion import projector
-from eg3d_rlhf.evaluation.inversion.targets import of_seed
+from eg3d_rlhf.evaluation.inversion.targets import case_from_seed
 from eg3d_rlhf.generators import camera, load_generator
 from eg3d_rlhf.rewards.reward import load_reward
 from tests.evaluation.inversion.conftest import CONFIG
@@ -176,10 +176,10 @@ def test_features_without_a_gradient_are_rejected(tmp_path):
 @pytest.mark.long
 def test_from_the_true_latent_the_bundled_generator_reproduces_its_image(perceptual):
     own = load_generator().generator
-    case = of_seed(own, 3, camera(own))
+    case = case_from_seed(own, 3, camera(own))
     config = projector.InversionConfig(w_steps=100)
     objective = projector.Objective(config, case.target, perceptual)
-    first = projector.LatentStage(own, objective, projector.prior_of(own), case.truth.ws)
+    first = projector.LatentStage(own, objective, projector.estimate_prior(own), case.truth.ws)
     walk(first)
     second = projector.PivotalStage(own, objective, first.ws)
     walk(second)

@@ -42,7 +42,7 @@ def written(tmp_path_factory, tiny_comparison, tiny_pair, no_png):  # noqa: F811
     """Folder with a page for each report, from tiny networks."""
     root = tmp_path_factory.mktemp("reports")
     c = tiny_comparison
-    parts = comparison_page.select(c, PARTS)
+    parts = comparison_page.select_jobs(c, PARTS)
     findings = pages.run(parts, root / "evaluate", quiet=True)
     write_page(
         root / "evaluate/index.html",
@@ -50,7 +50,7 @@ def written(tmp_path_factory, tiny_comparison, tiny_pair, no_png):  # noqa: F811
         comparison_page.introduction(c),
         parts,
         findings,
-        comparison_page.summary(c, findings),
+        comparison_page.list_conclusions(c, findings),
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(embedding, "umap_layout", lambda points, seed: np.asarray(points)[:, :2].astype(float))

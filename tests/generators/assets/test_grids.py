@@ -195,7 +195,7 @@ def test_files_and_copies(asset, tmp_path):
     pairs = zip(asset.state_dict().values(), back.state_dict().values(), strict=True)
     assert type(back) is type(asset) and all(torch.equal(a, b) for a, b in pairs)
     points = torch.rand(5, 3) - 0.5
-    second = asset.pick([1])
+    second = asset.select([1])
     assert len(second) == 1 and torch.equal(second.density(points)[0], asset.density(points)[1])
     assert sum(map(len, asset.groups().values())) == len(list(asset.parameters()))
 

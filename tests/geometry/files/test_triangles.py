@@ -11,7 +11,7 @@ import trimesh
 from eg3d_rlhf.geometry.files.glb import read_glb
 from eg3d_rlhf.geometry.files.model import Model, Node, model_from_primitives, triangle_primitive
 from eg3d_rlhf.geometry.files.obj import read_obj, utf16
-from eg3d_rlhf.geometry.files.polygons import MAX_CORNERS, triangulated
+from eg3d_rlhf.geometry.files.polygons import MAX_CORNERS, triangulate_faces
 from eg3d_rlhf.geometry.files.triangles import read_triangles, scene_triangles
 from eg3d_rlhf.people.label.assets import reading
 from eg3d_rlhf.people.label.assets.collection import read_collection
@@ -266,7 +266,7 @@ def test_polygons_keep_area_winding_and_number_of_triangles(outline):
     for roll in range(len(outline)):
         flat = np.roll(np.array(outline, float), roll, axis=0)
         points = np.concatenate([flat, np.zeros((len(flat), 1))], axis=1) @ turn.T
-        cut, face = triangulated(points, np.arange(len(points)), np.array([len(points)]))
+        cut, face = triangulate_faces(points, np.arange(len(points)), np.array([len(points)]))
         areas = (
             np.cross(points[cut[:, 1]] - points[cut[:, 0]], points[cut[:, 2]] - points[cut[:, 0]])
             @ turn[:, 2]
@@ -279,7 +279,7 @@ def test_polygons_keep_area_winding_and_number_of_triangles(outline):
 
 def test_faces_stay_in_order_and_small_ones_go():
     points = np.array([[*p, 0] for p in [(0, 0), (1, 0), (1, 1), (0, 1), (-1, 0.5)]], float)
-    cut, face = triangulated(
+    cut, face = triangulate_faces(
         points, np.array([0, 1, 2, 0, 1, 2, 3, 0, 1, 0, 1, 2, 3, 4]), np.array([3, 4, 2, 5])
     )
     assert face.tolist() == [0, 1, 1, 3, 3, 3] and cut.max() == 13

@@ -334,7 +334,7 @@ def test_a_generators_folder_whose_name_cannot_be_shown_is_rejected(tmp_path, na
 def test_an_obj_with_a_long_line_is_looked_at_quickly(tmp_path):
     began = time.process_time()
     with pytest.raises((ValueError, OSError)):
-        obj.companions(b"mtllib x" + b" " * 30_000 + b"y\n", tmp_path / "a.obj")
+        obj.companion_files(b"mtllib x" + b" " * 30_000 + b"y\n", tmp_path / "a.obj")
     assert time.process_time() - began < 1
 
 

@@ -166,7 +166,7 @@ def test_an_obj_brings_its_texture_along(tmp_path):
     path = files.write_obj(tmp_path / "chair.obj")
     after = written(obj.read_obj(memoryview(path.read_bytes()), path))
     clean, kept = files.unpack_glb(after)
-    assert SECRET not in after and [p.name for p in obj.companions(path.read_bytes(), path)] == [
+    assert SECRET not in after and [p.name for p in obj.companion_files(path.read_bytes(), path)] == [
         "chair.mtl",
         "chair.png",
     ]

@@ -182,8 +182,8 @@ def test_drawn_assets_that_the_tool_asks_about_become_pairs_of_latents(tmp_path,
 def first_latent(work: Work, line: dict):
     """Return the latent of the first stage of a generated asset, as the family stores it."""
     if "structure" in line:
-        return load_file(work.drawn() / line["structure"])["mean"]
-    return read_latents(work.drawn() / line["latents"])["structure"]
+        return load_file(work.asset_folder() / line["structure"])["mean"]
+    return read_latents(work.asset_folder() / line["latents"])["structure"]
 
 
 def test_rankings_are_of_each_prompt_and_bring_the_latents_along(five, tmp_path):

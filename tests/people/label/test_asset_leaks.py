@@ -47,7 +47,9 @@ def flags_of(a, b, **more):
     """All flags of the study's command."""
     varying = {"a": str(a), "b": str(b), "n": 7, "annotators_per_pair": 1, "gold_every": 0, **more}
     settings = (*study_job.main.params, *study_job.main.rare.values())
-    return launch.filled({p.name: p.default for p in settings} | varying, design.StudyDesign, PowerOptions)
+    return launch.with_defaults(
+        {p.name: p.default for p in settings} | varying, design.StudyDesign, PowerOptions
+    )
 
 
 @pytest.fixture(scope="module")

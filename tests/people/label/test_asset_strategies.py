@@ -16,7 +16,7 @@ from eg3d_rlhf.people.label.store import Store
 from eg3d_rlhf.preferences.pair_strategies.by_scores import disagreement
 from eg3d_rlhf.rewards.meshes.dataset import load_mesh
 from eg3d_rlhf.rewards.meshes.model import RewardCS, load_mesh_reward
-from eg3d_rlhf.rewards.meshes.patches import patches_of
+from eg3d_rlhf.rewards.meshes.patches import compute_mesh_patches
 from eg3d_rlhf.rewards.meshes.settings import EncoderOptions, PatchOptions
 from tests.people.label import asset_files as files
 from tests.people.label.plans import answer_all
@@ -77,7 +77,9 @@ def test_scores_are_those_of_the_rewards(folder, rewards):
     for row, path in zip(scored.scores, rewards, strict=True):
         reward = load_mesh_reward(path)
         for number, asset in enumerate(collection.assets):
-            alone = reward.score(patches_of([load_mesh(asset.path)], reward.patches), [asset.prompt])
+            alone = reward.score(
+                compute_mesh_patches([load_mesh(asset.path)], reward.patches), [asset.prompt]
+            )
             assert row[number] == pytest.approx(float(alone), abs=1e-5)
     assert scored.embeddings.shape == (8, 32)
 

@@ -73,7 +73,7 @@ def test_dry_run_prints_everything_and_touches_nothing(db, tmp_path):
         != run("-n").stdout
     )
     assert "sesame" not in run("-n", "--db=postgresql://user:sesame@127.0.0.1:1/x").output
-    defaults = launch.filled(
+    defaults = launch.with_defaults(
         {"pairs": None, "gold_every": None, "psi": 0.3, "db": None}, PairingOptions, CampaignSettings
     )
     assert defaults == {"pairs": 1000, "gold_every": 25, "psi": 0.3, "db": None}

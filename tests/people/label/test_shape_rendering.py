@@ -12,7 +12,7 @@ from scipy import ndimage
 from eg3d_rlhf.core import bundled
 from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.generators import latents, load_generator, ws_of_seeds
-from eg3d_rlhf.geometry.mesh import count_edges, decimate, extract_mesh, face_volumes, parts
+from eg3d_rlhf.geometry.mesh import count_edges, decimate, extract_mesh, face_volumes, find_parts
 from eg3d_rlhf.people.label.entities import DAMAGES
 from eg3d_rlhf.people.label.shape_rendering import (
     ShapeRenderer,
@@ -69,15 +69,15 @@ def test_a_damaged_shape_is_another_one_of_the_same_size(generator, shape, degra
     vertices, faces = surface(generator.generator, replace(shape, degradation=degradation))
     clean, _ = surface(generator.generator, shape)
     assert len(faces) <= 2200
-    assert (parts(faces, len(vertices))[0] > 3) is (degradation == "floaters")
+    assert (find_parts(faces, len(vertices))[0] > 3) is (degradation == "floaters")
     assert np.abs(vertices).max() < 0.45 and np.ptp(clean, axis=0).min() < np.ptp(vertices, axis=0).max()
 
 
 def test_hollows_and_dust_are_left_out_and_loose_parts_kept():
     vertices, faces = balls((-0.4, 0.5), (-0.4, -0.2), (0.6, 0.15), (11 / 12, 0.03))
-    assert parts(faces, len(vertices))[0] == 4
+    assert find_parts(faces, len(vertices))[0] == 4
     shown, shown_faces = visible_parts(vertices, faces)
-    assert parts(shown_faces, len(shown))[0] == 2
+    assert find_parts(shown_faces, len(shown))[0] == 2
     assert face_volumes(shown, shown_faces).sum() == pytest.approx(
         4 / 3 * np.pi * (0.5**3 + 0.15**3), rel=0.02
     )

@@ -86,7 +86,7 @@ def test_gradients_are_finite_differences(reward):
     direction = torch.randn(gradient.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
     def at(step: float) -> float:
-        moved = heads.pick([0]).requires_grad_(False)
+        moved = heads.select([0]).requires_grad_(False)
         moved.shape += step * direction
         return float(reward(moved, [HEAD.text], 0))
 

@@ -45,7 +45,7 @@ def test_finished_assets_are_compared_by_their_surface():
     texts = [HEAD.text] * 5
     heads = problem.build(HEAD, FACES)
     assert evaluator.score(heads, texts).tolist() == [-1, 0, -1, -2, -3]
-    painted = heads.pick([0, 1, 2, 3, 4])
+    painted = heads.select([0, 1, 2, 3, 4])
     for side in range(4):
         painted.shape[:, problem.nose_voxels(16, side)] = problem.EMPTY  # without noses, with all paint
     assert evaluator.score(painted, texts).tolist() == [-1] * 5
@@ -54,7 +54,7 @@ def test_finished_assets_are_compared_by_their_surface():
     assert emblem_sides(boxes, [BOX.text] * 5).tolist() == [0, 1, 2, 3, 4]
     flipped = problem.build(BOX, 1 - FACES)
     assert evaluator.compare(boxes, flipped, [BOX.text] * 5) == [1, 1, -1, 0, 0]
-    worse = heads.pick([0, 1, 2, 3, 4])
+    worse = heads.select([0, 1, 2, 3, 4])
     worse.paint += torch.randn(worse.paint.shape, generator=torch.Generator().manual_seed(0))
     assert evaluator.compare(heads, worse, texts) == [0] * 5  # equally many noses, but implausible images
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from eg3d_rlhf.geometry.mesh import count_edges, parts
+from eg3d_rlhf.geometry.mesh import count_edges, find_parts
 from eg3d_rlhf.modes.mesh_reward import main
 from eg3d_rlhf.rewards.meshes import dataset, patches, settings
 from eg3d_rlhf.rewards.meshes import mesh_reward_training as run
@@ -27,7 +27,7 @@ from eg3d_rlhf.rewards.meshes.dataset import (
 )
 from eg3d_rlhf.rewards.meshes.mesh_reward_training import MeshTraining, open_meshes, run_table
 from eg3d_rlhf.rewards.meshes.model import load_mesh_reward
-from eg3d_rlhf.rewards.meshes.patches import compute_patches, make_plan, patches_of
+from eg3d_rlhf.rewards.meshes.patches import compute_mesh_patches, compute_patches, make_plan
 from eg3d_rlhf.rewards.meshes.settings import MeshRewardTraining, PatchOptions
 from eg3d_rlhf.rewards.meshes.surfaces import closed_level, cube, marching_tetrahedra, signed_volume
 from tests.rejections import check_message, raising, rejected
@@ -93,12 +93,12 @@ def test_every_defect_is_there_and_every_mesh_is_closed(source):
         changes = {
             "noise": len(bad.faces) > len(good.faces),
             "holes": signed_volume(bad) < 0.98 * signed_volume(good),
-            "floaters": parts(bad.faces.numpy(), len(bad.vertices))[0] > 1,
+            "floaters": find_parts(bad.faces.numpy(), len(bad.vertices))[0] > 1,
             "second-nose": signed_volume(bad) > signed_volume(good),
             "no-nose": signed_volume(bad) < signed_volume(good),
         }
         assert bool(changes[kind]), kind
-        assert parts(good.faces.numpy(), len(good.vertices))[0] == 1
+        assert find_parts(good.faces.numpy(), len(good.vertices))[0] == 1
 
 
 def test_rotated_patches_are_those_of_rotated_surfaces():
@@ -248,7 +248,7 @@ def test_meshes_of_files(tmp_path):
     assert [label.preferred for label in meshes.labels] == [i % 2 == 0 for i in range(12)] and set(
         meshes.prompts
     ) == {"a ball"}
-    alone = patches_of([load_mesh(tmp_path / "4.obj")], options)
+    alone = compute_mesh_patches([load_mesh(tmp_path / "4.obj")], options)
     torch.testing.assert_close(meshes.patches.features[4:5], alone.features)
     done = command(
         f"--outdir={tmp_path}", f"--data={path}", "--set", "held_out=0.4", "--set", "batch=4", "--steps=3"

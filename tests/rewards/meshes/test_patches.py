@@ -5,7 +5,7 @@ import torch
 
 from eg3d_rlhf.core.field import Bounds
 from eg3d_rlhf.core.interfaces import Mesh
-from eg3d_rlhf.rewards.meshes.patches import MeshReader, compute_patches, make_plan, patches_of
+from eg3d_rlhf.rewards.meshes.patches import MeshReader, compute_mesh_patches, compute_patches, make_plan
 from eg3d_rlhf.rewards.meshes.patchifiers import (
     base,
     face_features,
@@ -81,7 +81,7 @@ def test_a_mesh_that_is_too_small_is_masked():
     plan = regions(Mesh(torch.cat([torch.zeros(1, 3), torch.eye(3)]), faces), 16, 8)
     assert plan.mask.tolist() == [True] * 4 + [False] * 12
     assert sorted(set(plan.select[:4].flatten().tolist())) == [0, 1, 2, 3]
-    empty = patches_of(
+    empty = compute_mesh_patches(
         [Mesh(torch.zeros(0, 3), torch.zeros(0, 3, dtype=torch.int64))] * 2, PatchOptions(patches=16, faces=4)
     )
     assert (
@@ -193,7 +193,7 @@ def test_a_reader_gives_the_patches_of_meshes_and_keeps_their_frames(options):
     read = MeshReader(grid, options)
     patches = read(field, 0)
     levels = closed_level((field.level - densities(field, grid)).detach(), grid)
-    complete = patches_of([net_mesh(level, grid) for level in levels], options)
+    complete = compute_mesh_patches([net_mesh(level, grid) for level in levels], options)
     for a, b in zip(patches, complete, strict=True):
         torch.testing.assert_close(a, b.to(a), rtol=1e-4, atol=1e-5)
     rng = torch.Generator().manual_seed(1)
@@ -227,11 +227,11 @@ def test_a_reader_rebuilds_every_few_steps_and_can_be_resumed():
     other = MeshReader(grid, options, every=3)
     for step in range(7):
         field.radii = (0.2 + 0.02 * step, 0.3)
-        before = [held.net.edges for held in read.held]
+        before = [held.net.edges for held in read.choices]
         patches = read(field, step)
         calls.append(patches.centres.norm(dim=3).mean((1, 2)))
         assert step % 3 == 0 or all(
-            held.net.edges is edges for held, edges in zip(read.held, before, strict=True)
+            held.net.edges is edges for held, edges in zip(read.choices, before, strict=True)
         )
         if step == 4:
             other.load_state_dict(read.state_dict())

@@ -181,7 +181,7 @@ def test_best_of_n_keeps_the_start_that_the_reward_likes_best(tmp_path):
     scene = bundled_scene(settings, CPU)
     work = scene.distillation(settings, Arm("best-of-n"), 0)
     sds_asset = scene.distillation(settings, Arm("sds"), 0).asset
-    assert len(work.asset) == 6 and same(work.asset.pick([0, 1]).state_dict(), sds_asset.state_dict())
+    assert len(work.asset) == 6 and same(work.asset.select([0, 1]).state_dict(), sds_asset.state_dict())
     for step in range(2):
         work.step(step)
     _, seen = work.look("views", 0)
@@ -193,11 +193,11 @@ def test_best_of_n_keeps_the_start_that_the_reward_likes_best(tmp_path):
     result = distil(settings, scene, Part("best-of-n", 0), tmp_path, lambda line: None)
     kept = load_assets(tmp_path / ASSETS)
     for asset, start in enumerate(scores.argmax(0).tolist()):
-        assert same(kept.pick([asset]).state_dict(), work.asset.pick([2 * start + asset]).state_dict())
+        assert same(kept.select([asset]).state_dict(), work.asset.select([2 * start + asset]).state_dict())
     assert result["assets"] == 2 and re.search(r"\b3\b", notes(settings)) and notes(SETTINGS) == ""
     worst = scene.distillation(settings, Arm("best-of-n", "inverted"), 0)
     worst.load(*work.state())
     for asset, start in enumerate(scores.argmin(0).tolist()):
         assert same(
-            worst.finished().pick([asset]).state_dict(), work.asset.pick([2 * start + asset]).state_dict()
+            worst.finished().select([asset]).state_dict(), work.asset.select([2 * start + asset]).state_dict()
         )

@@ -57,7 +57,7 @@ def test_a_seed_names_an_asset(run):
     generator = loaded.generator
     points = torch.rand(50, 3) - 0.5
     field = generator.field(ws_of_seeds(generator, [7, 0], PSI))
-    assert torch.equal(field.density(points), generator.module.asset.pick([7, 0]).density(points))
+    assert torch.equal(field.density(points), generator.module.asset.select([7, 0]).density(points))
     assert not torch.equal(*field.density(points))
     assert loaded.nets.training_set["pairs"] == [list(pair) for pair in PAIRS]
     assert loaded.hash != load_generator(run / "assets-dreamdpo.safetensors").hash

@@ -89,7 +89,7 @@ def arms():
         ends = []
         for seed in SEEDS:
             if isinstance(reward, MeshGeometry):
-                reward.reader.held = []  # of the seed before
+                reward.reader.choices = []  # of the seed before
             ends.append(optimise(heads(32), seed, guidance, geometry=reward, weight=weight))
         counts_of["start"] = torch.cat([end.before for end in ends])
         counts_of[name] = torch.cat([end.after for end in ends])

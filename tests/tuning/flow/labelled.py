@@ -18,7 +18,7 @@ from eg3d_rlhf.tuning.flow.base.problem import Problem
 from eg3d_rlhf.tuning.flow.base.ranking import RANKING, write_latents
 from eg3d_rlhf.tuning.flow.families import hunyuan3d
 from eg3d_rlhf.tuning.flow.toy.bundled import toy_problem
-from eg3d_rlhf.tuning.flow.training.circular.loop_pairs import inverted
+from eg3d_rlhf.tuning.flow.training.circular.loop_pairs import invert_pair
 from eg3d_rlhf.tuning.flow.training.circular.settings import CircularSettings
 from eg3d_rlhf.tuning.flow.training.settings import DpoConfig, TrainConfig
 from eg3d_rlhf.tuning.flow.workspace import tune as tuning_module
@@ -43,7 +43,7 @@ def randomised(problem: Problem, seed: int) -> Problem:
     """Every answer given at random, those that choose and tell among them."""
 
     def tossed(pairs: list[PreferencePair]) -> list[PreferencePair]:
-        return [inverted(pair) if derive_seed("answer", seed, pair.id) % 2 else pair for pair in pairs]
+        return [invert_pair(pair) if derive_seed("answer", seed, pair.id) % 2 else pair for pair in pairs]
 
     return replace(
         problem,

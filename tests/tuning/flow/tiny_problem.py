@@ -16,8 +16,8 @@ from eg3d_rlhf.tuning.flow.base.stage import DenseGrid, FlowStage, Sampling, Spa
 from eg3d_rlhf.tuning.flow.training.circular.settings import (
     CircularSettings,
     LoopPairsConfig,
-    anchored,
-    supervised,
+    with_fine_tuning_loss,
+    with_regulariser,
 )
 from eg3d_rlhf.tuning.flow.training.settings import DpoConfig, TrainConfig
 
@@ -197,8 +197,8 @@ HUMAN = TrainConfig(
 )
 SETTINGS = CircularSettings(
     human=HUMAN,
-    loop=anchored(HUMAN),
-    sft=supervised(HUMAN),
+    loop=with_regulariser(HUMAN),
+    sft=with_fine_tuning_loss(HUMAN),
     loop_pairs=LoopPairsConfig(per_pair=2, batch=8, chunk=5),
     choosing=Choosing(per_condition=2, batch=8),
 )

@@ -89,13 +89,13 @@ def test_the_reference_never_changes(runs, tiny_networks):
 
 def test_the_reward_phase_moves_g_alone(settings, tmp_path):
     loop = build(settings("REWARD"), Run(tmp_path, {})).loop
-    nets = loop.subject.nets
+    nets = loop.trained_object.nets
     phase = loop.phases[-1]
     before_G = state(nets.G)
     before_D = state(nets.D)
     before_ema = state(nets.G_ema)
-    loop.subject.begin(0)
-    loop.subject.fetch()
+    loop.trained_object.begin(0)
+    loop.trained_object.fetch()
     loop._run_phase(phase)
     assert_same(before_D, state(nets.D))
     assert_same(before_ema, state(nets.G_ema))

@@ -264,7 +264,7 @@ def _hash(data: memoryview, path: Path, kind: str) -> str:
     For an OBJ file, the names and contents of its companions (materials and textures) are hashed, too.
     """
     digest = hashlib.sha256(data)
-    for companion in obj.companions(data, path) if kind == "obj" else ():
+    for companion in obj.companion_files(data, path) if kind == "obj" else ():
         digest.update(f"\0{companion.name}\0{hashlib.sha256(companion.read_bytes()).hexdigest()}".encode())
     return digest.hexdigest()
 

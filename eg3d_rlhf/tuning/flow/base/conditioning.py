@@ -95,7 +95,7 @@ def twice(condition: Condition) -> Condition:
 
 
 KIND = "conditions"  # kind that the header of a file states; it is part of the format, so it cannot change
-CONDITIONS = version_0_1.CONDITIONING[0]  # usual name of the file of `write_conditioning`
+CONDITIONING_FILE = version_0_1.CONDITIONING[0]  # usual name of the file of `write_conditioning`
 NULL = ""  # prompt of the empty conditioning
 SUFFIXES = (".pt", ".npy", ".npz", ".safetensors")  # formats of files with embeddings of other programs
 
@@ -341,7 +341,7 @@ def _npz(path: Path) -> dict[str, torch.Tensor]:
         return {name: torch.from_numpy(file[name]) for name in file.files}
 
 
-_tensors = partial(weights.content, who="array")
+_tensors = partial(weights.read_content, who="array")
 _READERS: dict[str, Callable[[Path], Any]] = {
     ".pt": _tensors,
     ".safetensors": _tensors,

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from eg3d_rlhf.models.sparse import Latent, latents_of, parts_of, to_cpu
-from eg3d_rlhf.tuning.flow.base.conditioning import CONDITIONS, Conditioning, write_conditioning
+from eg3d_rlhf.tuning.flow.base.conditioning import CONDITIONING_FILE, Conditioning, write_conditioning
 from eg3d_rlhf.tuning.flow.base.pairs import PreferencePair, by_condition, write_pairs
 from eg3d_rlhf.tuning.flow.base.stage import CONVENTION, Pipeline, stage_of
 from training.storage import read_tensors, write_tensors
@@ -326,5 +326,5 @@ def write_import(folder: Path, imported: Imported, meta: Callable[[str], Mapping
         stage: write_pairs(folder / stage, pairs, metadata[stage]) for stage, pairs in imported.pairs.items()
     }
     if imported.conditioning is not None:
-        write_conditioning(folder / CONDITIONS, imported.conditioning)
+        write_conditioning(folder / CONDITIONING_FILE, imported.conditioning)
     return hashes

@@ -469,4 +469,4 @@ class HeldOut:
             {self.stage: self._given},
         )
         won = wins(model_scores, self._scores)
-        return mean(self.ranks.joined(won.tolist()))  # over the assets of all ranks
+        return mean(self.ranks.gather_in_order(won.tolist()))  # over the assets of all ranks

@@ -45,7 +45,7 @@ def bundled_family(name: str) -> FlowFamily | None:
     return family if family is not None and family.bundled else None
 
 
-def family_of(root: Path, say: Callable[[str], None] = print_notice) -> FlowFamily:
+def family_of(root: Path, print_line: Callable[[str], None] = print_notice) -> FlowFamily:
     """Return the family of a generator's folder, or the bundled family if `root` is its name.
 
     If the family has a notice, for example about its licence, the notice is printed once per process.
@@ -64,7 +64,7 @@ def family_of(root: Path, say: Callable[[str], None] = print_notice) -> FlowFami
         if root.is_dir() and family.recognises(root):
             if family.notice and family.name not in _noticed_families:
                 _noticed_families.add(family.name)
-                say(family.notice)
+                print_line(family.notice)
             return family
     if not root.is_dir() or not any(root.iterdir()):
         if root.is_dir():

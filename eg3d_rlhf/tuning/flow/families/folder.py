@@ -220,7 +220,7 @@ def read_mesh(path: Path) -> Mesh:
     return load_mesh(path)
 
 
-def even_points(
+def sample_surface_points(
     mesh: Mesh, side: float, count: int, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sample points uniformly on a mesh's surface.
@@ -270,7 +270,7 @@ def check_finite(message_prefix: str, x_0: Batch) -> None:
         )
 
 
-def never_empty(logits: torch.Tensor, message_prefix: str) -> torch.Tensor:
+def occupy_best_voxel(logits: torch.Tensor, message_prefix: str) -> torch.Tensor:
     """Return occupancy logits in which at least the most probable voxel is occupied, that is, above 0.
 
     If no voxel of the structure was occupied, a notice is printed once per process.
@@ -297,7 +297,7 @@ def notice_empty(message_prefix: str) -> None:
     )
 
 
-def spare_memory(flows: Iterable[nn.Module], device: str | torch.device) -> None:
+def return_memory_if_large(flows: Iterable[nn.Module], device: str | torch.device) -> None:
     """Let this process return freed memory to the system at once if a flow is large and runs on a CPU.
 
     See `return_freed_memory`.

@@ -41,8 +41,8 @@ from eg3d_rlhf.tuning.flow.families.folder import (
     OpenedFolder,
     check_finite,
     embedding_progress,
-    even_points,
     read_mesh,
+    sample_surface_points,
 )
 
 SHAPE = "shape"  # name of the stage
@@ -208,7 +208,7 @@ def surface_points(mesh: Mesh, config: AutoencoderConfig, generator: torch.Gener
             " encoded with 0, because sampling points on sharp edges is not supported. Pass latents instead"
             " of meshes."
         )
-    positions, normals = even_points(mesh, LONGEST_SIDE, config.pc_size, generator)
+    positions, normals = sample_surface_points(mesh, LONGEST_SIDE, config.pc_size, generator)
     # point_feats counts the normal and the flag: 3 without the flag, 4 with it.
     flag = torch.zeros(len(positions), config.point_feats - 3, dtype=torch.float64)
     return torch.cat([positions, normals, flag], 1).float()

@@ -25,13 +25,13 @@ from eg3d_rlhf.models.hunyuan3d import (
     ShapeEncoder,
 )
 from eg3d_rlhf.models.weights import (
-    content,
     empty,
     entries_below,
     fill,
     fingerprint,
-    frozen,
+    freeze,
     in_types_of,
+    read_content,
     rewrite,
     shapes,
 )
@@ -305,7 +305,7 @@ def read_sections(path: Path, required: Sequence[str] = (MODEL, VAE)) -> dict[st
     Raises: ValueError for a damaged file, a file of another kind, a file that would run code when it is read,
         or a missing section.
     """
-    sections = content(path, "checkpoint")
+    sections = read_content(path, "checkpoint")
     if path.suffix == ".safetensors":
         # The section is the part of a name before the first dot. dict.fromkeys keeps the order of the file.
         section_names = dict.fromkeys(name.partition(".")[0] for name in sections)
@@ -418,7 +418,7 @@ def _encoding(files: ShapeFiles, vae: Mapping[str, torch.Tensor]) -> tuple[Path,
     else:
         # The file in the separate folder has no sections, only the tensors of the autoencoder.
         path = vae_files[0]
-        state = content(path, "checkpoint")
+        state = read_content(path, "checkpoint")
     return path, {name: tensor for name, tensor in state.items() if name.startswith(ENCODER_HALF)}
 
 
@@ -455,7 +455,7 @@ def _load_network(
     The network is first built on the meta device, so that its memory is allocated only once.
     """
     network = fill(empty(lambda: network_class(config)), state, message_prefix, types=dtype, device=device)
-    return frozen(network, device)
+    return freeze(network, device)
 
 
 def write_checkpoint(source: Path, target: Path, state: Mapping[str, torch.Tensor]) -> None:

@@ -45,13 +45,13 @@ from eg3d_rlhf.tuning.flow.families.folder import (
     OpenedFolder,
     check_finite,
     embedding_progress,
-    even_points,
-    never_empty,
+    occupy_best_voxel,
     read_mesh,
-    spare_memory,
+    return_memory_if_large,
+    sample_surface_points,
 )
 from eg3d_rlhf.tuning.flow.families.opening import open_folder
-from eg3d_rlhf.tuning.flow.families.trellis_assets import SplatAsset, decoded, show
+from eg3d_rlhf.tuning.flow.families.trellis_assets import SplatAsset, decode_gaussians, show
 
 # Values of ProblemSource.parts, the latents of the first stage that are tuned. The third value is SHAPE.
 ALL = "all"  # all latents, with equal weights in the loss
@@ -266,8 +266,8 @@ class Sam3dPipeline(OpenedFolder):
         # Tokens are in the order of the grid, the last axis fastest: [S, A] -> [1, A, R, R, R].
         grid = shape.T.unflatten(1, [resolution] * 3)[None]
         logits = decoder(grid.to(self.device, torch.float32))
-        (voxels,) = voxels_of(never_empty(logits, f"stage {files.STRUCTURE!r}"))
-        return thinned(pruned(voxels, self.file.prune), MOST_VOXELS)
+        (voxels,) = voxels_of(occupy_best_voxel(logits, f"stage {files.STRUCTURE!r}"))
+        return reduce_voxels(remove_inner_voxels(voxels, self.file.prune), MOST_VOXELS)
 
     def pose(self, condition: str, latents: NamedSample) -> pose.Pose | None:
         """Decode the pose of an object in the camera's space.
@@ -283,7 +283,7 @@ class Sam3dPipeline(OpenedFolder):
         # The second stage may have a smaller copy of the shape, which must then be enlarged in space.
         factor = self.structure(latents[SHAPE])[1]
         batch = {name: tensor[None].cpu() for name, tensor in latents.tensors.items()}  # of one sample
-        return pose.decoded(batch, self.file.pose, tensors[SCALE][None], tensors[SHIFT][None], factor)
+        return pose.decode_pose(batch, self.file.pose, tensors[SCALE][None], tensors[SHIFT][None], factor)
 
     @torch.no_grad()
     def encode(self, assets: Sequence[Mesh]) -> list[dict[str, Latent]]:
@@ -311,7 +311,7 @@ class Sam3dPipeline(OpenedFolder):
 
     def decode(self, x_0: SparseBatch) -> list[SplatAsset]:
         """Decode latents on voxels to one asset of Gaussians per sample."""
-        return decoded(self, "decoder", x_0)
+        return decode_gaussians(self, "decoder", x_0)
 
 
 def surface_voxels(mesh: Mesh, resolution: int) -> torch.Tensor:
@@ -326,11 +326,13 @@ def surface_voxels(mesh: Mesh, resolution: int) -> torch.Tensor:
     Returns: voxels [v, 3] int32, sorted.
     """
     # The 1e-6 keeps points on the upper border from falling into a voxel outside the grid.
-    points, _ = even_points(mesh, 1 - 1e-6, POINTS * resolution**2, torch.Generator().manual_seed(0))
+    points, _ = sample_surface_points(
+        mesh, 1 - 1e-6, POINTS * resolution**2, torch.Generator().manual_seed(0)
+    )
     return torch.unique(((points + 0.5) * resolution).int(), dim=0)
 
 
-def pruned(voxels: torch.Tensor, distance: int) -> torch.Tensor:
+def remove_inner_voxels(voxels: torch.Tensor, distance: int) -> torch.Tensor:
     """Remove inner voxels from voxels [v, 3].
 
     A voxel is inner if all voxels up to `distance` away along each axis exist, including diagonal neighbours.
@@ -348,7 +350,7 @@ def pruned(voxels: torch.Tensor, distance: int) -> torch.Tensor:
     return voxels[near_empty[x, y, z] > 0]
 
 
-def thinned(voxels: torch.Tensor, most_voxels: int) -> tuple[torch.Tensor, int]:
+def reduce_voxels(voxels: torch.Tensor, most_voxels: int) -> tuple[torch.Tensor, int]:
     """Reduce the number of voxels [v, 3] to at most `most_voxels`, as the original does.
 
     If there are too many voxels, the shape is shrunk to about half its size, about the centre of its bounding
@@ -507,7 +509,7 @@ class Sam3d(FlowFamily):
         if conditioning is not None and len(prints) == len(files.STAGES):
             conditioning.check_source("conditions", _source(file, prints), REMEDY)
         # Called after both flows are built, because the size of the larger flow decides.
-        spare_memory(flows.values(), device)
+        return_memory_if_large(flows.values(), device)
         # Meshes have no pose, so latents without one must be accepted.
         parts = SHAPE if conditioning is None else self.parts
 

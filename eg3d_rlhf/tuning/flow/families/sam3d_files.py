@@ -48,13 +48,13 @@ from eg3d_rlhf.models.trellis.autoencoders import (
 )
 from eg3d_rlhf.models.weights import (
     State,
-    content,
     empty,
     entries_below,
     fill,
-    frozen,
+    freeze,
     in_types_of,
     read,
+    read_content,
     rewrite,
     shapes,
 )
@@ -62,7 +62,7 @@ from eg3d_rlhf.tuning.flow.base.family import Network, Release, Stored
 from eg3d_rlhf.tuning.flow.base.stage import FlowPath, Sampling
 from eg3d_rlhf.tuning.flow.families.folder import are_scales, mentions
 from eg3d_rlhf.tuning.flow.families.sam3d_pose import DECODERS, SHIFTED
-from eg3d_rlhf.tuning.flow.families.trellis_files import filled
+from eg3d_rlhf.tuning.flow.families.trellis_files import build_from_state
 
 PIPELINE = "pipeline.yaml"
 PACKAGE = "sam3d_objects"
@@ -556,7 +556,7 @@ def load_flow(
         device: device of the network.
         state: content of the checkpoint; None: it is read from its file.
     """
-    return filled(
+    return build_from_state(
         network_of(file.config), file.config, flow_state(file, state), str(file.checkpoint), dtype, device
     )
 
@@ -613,11 +613,11 @@ def load_embedder(file: GeneratorFile, device: str | torch.device = "cpu") -> Em
     state = embedder_state(file)
     embedder = embedder_of(file, state)
     # The checkpoint has DINOv2's names of torch hub; this package uses those of transformers.
-    renamed = of_embedder(embedder, state)
-    return frozen(fill(embedder, renamed, str(file.checkpoint), types=torch.float32, device=device), device)
+    renamed = rename_dino_tensors(embedder, state)
+    return freeze(fill(embedder, renamed, str(file.checkpoint), types=torch.float32, device=device), device)
 
 
-def of_embedder(embedder: Embedder, state: Mapping[str, torch.Tensor]) -> State:
+def rename_dino_tensors(embedder: Embedder, state: Mapping[str, torch.Tensor]) -> State:
     """Rename the tensors of the embedder's DINOv2 networks from the names of torch hub to those of
     transformers.
 
@@ -722,7 +722,7 @@ def load_part(file: PipelineFile, part: str, device: str | torch.device = "cpu")
     Raises: FileNotFoundError if the encoder is not on this machine.
     """
     make, config, checkpoint = part_of(file, part)
-    return filled(make, config, read(checkpoint, "weights"), str(checkpoint), torch.float32, device)
+    return build_from_state(make, config, read(checkpoint, "weights"), str(checkpoint), torch.float32, device)
 
 
 def part_of(file: PipelineFile, part: str) -> tuple[Any, Any, Path]:
@@ -799,7 +799,7 @@ def write_checkpoint(source: Path, target: Path, state: Mapping[str, torch.Tenso
         target: path of the file to write.
         state: tensors of the flow's network by name.
     """
-    checkpoint_content = content(source, "export")
+    checkpoint_content = read_content(source, "export")
     # Updated in place, so that everything else in the checkpoint is written unchanged.
     tensors = checkpoint_content.get("state_dict", checkpoint_content)
     tensors |= in_types_of(tensors, {FLOW + name: tensor for name, tensor in state.items()})
@@ -827,7 +827,7 @@ def networks(root: Path) -> list[Network]:
         encoders = embedder_of(generator, embedder)
         flow_and_embedder = (
             ("flow", network, flow),
-            ("embedder", encoders, of_embedder(encoders, embedder)),
+            ("embedder", encoders, rename_dino_tensors(encoders, embedder)),
         )
         for (kind, module, tensors), released in zip(flow_and_embedder, sizes[stage], strict=True):
             networks.append(

@@ -80,7 +80,7 @@ class Pose:
         return torch.where(unit[:, :1] < 0, -unit, unit).float()
 
 
-def decoded(
+def decode_pose(
     latents: Mapping[str, torch.Tensor],
     decoder: str,
     scale: torch.Tensor,

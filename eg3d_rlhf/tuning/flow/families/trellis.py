@@ -28,17 +28,22 @@ from eg3d_rlhf.tuning.flow.base.stage import DenseGrid, FlowPath, FlowStage, Spa
 from eg3d_rlhf.tuning.flow.families import register
 from eg3d_rlhf.tuning.flow.families import trellis_files as files
 from eg3d_rlhf.tuning.flow.families.encoders import ImageEncoder, TextEncoder
-from eg3d_rlhf.tuning.flow.families.folder import EncodingFolder, check_finite, never_empty, spare_memory
+from eg3d_rlhf.tuning.flow.families.folder import (
+    EncodingFolder,
+    check_finite,
+    occupy_best_voxel,
+    return_memory_if_large,
+)
 from eg3d_rlhf.tuning.flow.families.learned_evaluators import RewardOfPairs
 from eg3d_rlhf.tuning.flow.families.opening import open_folder
 from eg3d_rlhf.tuning.flow.families.trellis_assets import (
     SplatAsset,
-    calibrated,
-    decoded,
+    decode_gaussians,
+    find_best_share,
+    find_filled_voxels,
     read_ply,
     show,
     voxel_features,
-    voxels_filled,
 )
 from eg3d_rlhf.tuning.flow.families.trellis_pairs import candidate, read_dso, write_latent
 
@@ -129,12 +134,12 @@ class TrellisPipeline(EncodingFolder):
         # One sample at a time, because the decoder needs 64^3 x 128 floats for each.
         for latent in x_0:
             logits = decoder(latent[None].to(self.device, torch.float32))  # [1, 1, 64, 64, 64]
-            voxels += voxels_of(never_empty(logits, f"stage {stage!r}"))
+            voxels += voxels_of(occupy_best_voxel(logits, f"stage {stage!r}"))
         return voxels
 
     def decode(self, x_0: SparseBatch) -> list[SplatAsset]:
         """Decode latents on voxels to one asset of Gaussians per sample."""
-        return decoded(self, files.GAUSSIAN_DECODER, x_0)
+        return decode_gaussians(self, files.GAUSSIAN_DECODER, x_0)
 
     def encodes(self, asset: SplatAsset) -> Sequence[str]:
         """Return the names of both stages, because every asset can be encoded for both."""
@@ -164,7 +169,7 @@ class TrellisPipeline(EncodingFolder):
 
     def voxels(self, asset: SplatAsset) -> torch.Tensor:
         """Return the voxels [v, 3] int32 that an asset fills; see `voxels_filled`."""
-        return voxels_filled(asset, self.resolution, self.encoding.share)
+        return find_filled_voxels(asset, self.resolution, self.encoding.share)
 
 
 @dataclass(frozen=True)
@@ -235,7 +240,7 @@ class Trellis(FlowFamily):
         stems = {stage: files.find_model(file, model) for stage, model in files.FLOWS.items()}
         flows = files.flows_of(stems, dtype, device, stages)
         # Called after all flows are built, because the size of the largest flow decides.
-        spare_memory(flows.values(), device)
+        return_memory_if_large(flows.values(), device)
 
         def part(name: str) -> nn.Module:
             """Read a decoder or an encoder by its name."""
@@ -310,7 +315,7 @@ class Trellis(FlowFamily):
         records = lines[:MOST_CALIBRATED]
         assets = [read_ply(folder / record["look_at"]) for record in records]
         voxels = [read_array(folder / record[files.LATENT], "coords") for record in records]
-        best = calibrated(assets, voxels, pipeline.resolution)
+        best = find_best_share(assets, voxels, pipeline.resolution)
         return (
             f"With voxel_share={best['share']:g}, assets best match the voxels from which they were sampled"
             f" (mean intersection over union {best['iou']:.2f} over {len(assets)} assets). Use this value"

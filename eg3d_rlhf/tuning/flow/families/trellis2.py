@@ -42,8 +42,8 @@ from eg3d_rlhf.tuning.flow.families.folder import (
     EncodingFolder,
     check_finite,
     embedding_progress,
-    never_empty,
-    spare_memory,
+    occupy_best_voxel,
+    return_memory_if_large,
 )
 from eg3d_rlhf.tuning.flow.families.learned_evaluators import RewardOfPairs
 from eg3d_rlhf.tuning.flow.families.opening import open_folder, pairs_in
@@ -58,7 +58,7 @@ from eg3d_rlhf.tuning.flow.families.trellis2_assets import (
 from eg3d_rlhf.tuning.flow.families.trellis_files import (
     find_model,
     flows_of,
-    is_there,
+    has_model,
     networks_of,
     release_of,
 )
@@ -190,7 +190,7 @@ class Trellis2Pipeline(EncodingFolder):
         """
         # A batch of one sample; the logits are [1, 1, side, side, side].
         logits = self.part(files.STRUCTURE_DECODER)(latent[None].to(self.device, torch.float32))
-        logits = never_empty(logits, f"stage {files.STRUCTURE!r}")
+        logits = occupy_best_voxel(logits, f"stage {files.STRUCTURE!r}")
         # Voxels of the decoder's grid per voxel of the coarser grid, along an axis.
         factor, remainder = divmod(logits.shape[-1], resolution)
         if remainder or not factor:
@@ -473,7 +473,7 @@ class Trellis2(FlowFamily):
             # Recomputing blocks in the backward pass saves the memory of their activations.
             if isinstance(flow, Flow):
                 flow.recompute = True
-        spare_memory(flows.values(), device)
+        return_memory_if_large(flows.values(), device)
 
         def part(name: str) -> nn.Module:
             """Read a decoder or an encoder by its name."""
@@ -499,7 +499,7 @@ class Trellis2(FlowFamily):
             # The loop would need rewards of materials, which `fit_reward` does not support.
             return open_folder(self, source, device, rewards=False)
         missing_encoders = [
-            name for name in (files.STRUCTURE_ENCODER, files.SHAPE_ENCODER) if not is_there(file, name)
+            name for name in (files.STRUCTURE_ENCODER, files.SHAPE_ENCODER) if not has_model(file, name)
         ]
         if missing_encoders:
             print_notice(
@@ -536,7 +536,7 @@ class Trellis2(FlowFamily):
             files.OPTIONAL,
             released=files.RELEASED,
             architectures=files.ARCHITECTURES,
-            prepare=files.prepared,
+            prepare=files.convert_tensors,
         )
 
     def release(self, root: Path, stages: Sequence[str]) -> Release:

@@ -255,11 +255,11 @@ def load_model(
         rotary position embeddings (`rope_phases`) that do not match the resolution in the JSON file.
     """
     return files.load_model(
-        stem, dtype, weights=weights, device=device, architectures=ARCHITECTURES, prepare=prepared
+        stem, dtype, weights=weights, device=device, architectures=ARCHITECTURES, prepare=convert_tensors
     )
 
 
-def prepared(model: Any, config: Any, state: State, message_prefix: str) -> State:
+def convert_tensors(model: Any, config: Any, state: State, message_prefix: str) -> State:
     """Convert the tensors of a file to the names of this package.
 
     The tensors of convolutions are renamed. The angles of rotary position embeddings (`rope_phases`, complex
@@ -302,7 +302,7 @@ def model_files(file: PipelineFile) -> dict[str, Path]:
     """
     paths = {name: file.root / name for name in ("pipeline.json", TEXTURING) if (file.root / name).is_file()}
     # The hashes of these files identify a problem, so every file that is read must be included.
-    models = [*file.flows.values(), *DECODERS, *(name for name in ENCODERS if files.is_there(file, name))]
+    models = [*file.flows.values(), *DECODERS, *(name for name in ENCODERS if files.has_model(file, name))]
     return paths | files.paths_of(file, dict(zip(models, models, strict=True)))
 
 

@@ -68,7 +68,7 @@ class SplatAsset:
         return SplatAsset(**{name: tensor.to(device) for name, tensor in vars(self).items()})
 
 
-def voxels_filled(asset: SplatAsset, resolution: int = 64, share: float = 0.25) -> torch.Tensor:
+def find_filled_voxels(asset: SplatAsset, resolution: int = 64, share: float = 0.25) -> torch.Tensor:
     """Return the indices of the voxels that an asset fills, [v, 3] int32 on the CPU, sorted.
 
     The mass of a voxel is the sum of the opacities of the Gaussians with their centres in it. A voxel is
@@ -118,7 +118,7 @@ def _mass(asset: SplatAsset, resolution: int) -> tuple[torch.Tensor, torch.Tenso
 SHARES = tuple(2.0**k for k in range(-8, 3))  # shares that `calibrated` compares, 1/256..4
 
 
-def calibrated(
+def find_best_share(
     assets: Sequence[SplatAsset], voxels: Sequence[torch.Tensor], resolution: int = 64
 ) -> dict[str, float | list]:
     """Find the `share` of `voxels_filled` at which assets best match the voxels from which they were decoded.
@@ -189,7 +189,7 @@ def show(asset: SplatAsset, path: Path) -> Path:
 
 
 @torch.no_grad()
-def decoded(pipeline: OpenedFolder, decoder: str, x_0: SparseBatch) -> list[SplatAsset]:
+def decode_gaussians(pipeline: OpenedFolder, decoder: str, x_0: SparseBatch) -> list[SplatAsset]:
     """Decode latents of a pipeline's last stage to assets, one sample at a time.
 
     Args:

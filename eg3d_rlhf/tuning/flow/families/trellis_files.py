@@ -238,7 +238,7 @@ def find_model(file: ModelFolder, model: str) -> Path:
     )
 
 
-def is_there(file: ModelFolder, model: str) -> bool:
+def has_model(file: ModelFolder, model: str) -> bool:
     """Return True if `find_model` finds the files of a model."""
     try:
         find_model(file, model)
@@ -398,7 +398,7 @@ def load_model(
     model, config = architecture(read_json(json_file), str(json_file), architectures)
     if prepare is not None:
         state = prepare(model, config, state, str(weights))
-    return filled(model, config, state, str(weights), dtype, device)
+    return build_from_state(model, config, state, str(weights), dtype, device)
 
 
 def networks_of(
@@ -423,7 +423,7 @@ def networks_of(
     networks = []
     for name in models:
         without = optional.get(name, "")
-        if without and not is_there(file, name):
+        if without and not has_model(file, name):
             networks.append(
                 Network(
                     name=name, file=file.root / file.usual[name], expected={}, tensors={}, without=without
@@ -476,7 +476,7 @@ def flows_of(
     }
 
 
-def filled(
+def build_from_state(
     make: Callable[[Any], nn.Module],
     config: Any,
     state: State,

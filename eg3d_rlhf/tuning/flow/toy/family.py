@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from eg3d_rlhf.tuning.flow.base.family import FlowFamily, Release, Stored
 from eg3d_rlhf.tuning.flow.families import register
-from eg3d_rlhf.tuning.flow.toy.names import CONDITIONS, STAGES, STRUCTURE, VOXELS
+from eg3d_rlhf.tuning.flow.toy.names import PROMPTS, STAGES, STRUCTURE, VOXELS
 
 if TYPE_CHECKING:  # `--help` imports this module, and would be slow with torch
     import torch
@@ -31,7 +31,7 @@ class Toy(FlowFamily):
     up = "z"
     batch = 32
     bundled = True
-    prompts = CONDITIONS
+    prompts = PROMPTS
     common = ("pipeline", "seed", "precision")
     options = ("labelled",)
 

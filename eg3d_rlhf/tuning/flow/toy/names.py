@@ -34,7 +34,7 @@ SHAPES = (
     "bridge",
 )
 # All prompts, such as "red ball".
-CONDITIONS = tuple(f"{colour} {shape}" for shape in SHAPES for colour in COLOURS)
+PROMPTS = tuple(f"{colour} {shape}" for shape in SHAPES for colour in COLOURS)
 STRUCTURE = "structure"
 VOXELS = "voxels"
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from eg3d_rlhf.models.sparse import Batch, Latent, SparseBatch, separate
 from eg3d_rlhf.tuning.flow.base.stage import DenseGrid, FlowPath, FlowStage, Sampling, SparseVoxels, Voxels
-from eg3d_rlhf.tuning.flow.toy.names import COLOURS, CONDITIONS, SHAPES, STRUCTURE, VOXELS
+from eg3d_rlhf.tuning.flow.toy.names import COLOURS, PROMPTS, SHAPES, STRUCTURE, VOXELS
 
 R = 8  # grid points per axis
 DARKEST = 0.65  # brightness at the bottom, as a share of the brightness at the top
@@ -84,11 +84,11 @@ _PART = {
     for j, colour in enumerate(COLOURS)
 }
 # Prompts to train on: four colours of every shape.
-TRAINED = tuple(name for name in CONDITIONS if _PART[name] < 4)
+TRAINED = tuple(name for name in PROMPTS if _PART[name] < 4)
 # Prompts to choose settings and checkpoints on: two colours of every shape.
-CHOOSING = tuple(name for name in CONDITIONS if 4 <= _PART[name] < 6)
+CHOOSING = tuple(name for name in PROMPTS if 4 <= _PART[name] < 6)
 # Held-out prompts, for the results table only: six colours of every shape.
-HELD_OUT = tuple(name for name in CONDITIONS if _PART[name] >= 6)
+HELD_OUT = tuple(name for name in PROMPTS if _PART[name] >= 6)
 
 
 @functools.cache

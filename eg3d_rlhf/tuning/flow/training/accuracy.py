@@ -118,7 +118,7 @@ class PairAccuracy:
         """Return the metrics that are logged in training, which are means of `measure` over the pairs."""
         measurement = self.measure(model, reference)
         return {
-            "held_out_accuracy": float(ordered(measurement.margins).mean()),
+            "held_out_accuracy": float(score_order(measurement.margins).mean()),
             "held_out_margin": float(measurement.margins.mean()),
             "held_out_preferred": float(measurement.preferred.mean()),
         }
@@ -133,13 +133,13 @@ class Measured:
     preferred: np.ndarray
 
 
-def ordered(margins: np.ndarray) -> np.ndarray:
+def score_order(margins: np.ndarray) -> np.ndarray:
     """Score the order of pairs [P]: 1 if correct, 0 if wrong, one half for a margin of 0."""
     # np.sign gives -1, 0 or 1, which become 0, one half and 1
     return 0.5 * (1 + np.sign(margins))
 
 
-def half_inverted(pairs: Sequence[PreferencePair], seed: int) -> list[PreferencePair]:
+def invert_half(pairs: Sequence[PreferencePair], seed: int) -> list[PreferencePair]:
     """Make the control's pairs: invert a random half of the pairs of each prompt.
 
     If a prompt has an odd number of pairs, its halves differ by one pair. The larger and the smaller half are
@@ -194,7 +194,7 @@ class Accuracy:
     # not measured
     preferred: tuple[float, float, float] | None = None
 
-    def shown(self) -> dict:
+    def to_json(self) -> dict:
         """Return the accuracy as JSON."""
         return {
             "accuracy": self.accuracy,
@@ -210,7 +210,7 @@ class Accuracy:
         return f"{self.accuracy:.3f} [{low:.3f}, {high:.3f}]"
 
 
-def confidence_of(stages: int) -> float:
+def compute_confidence(stages: int) -> float:
     """Compute the confidence of the two-sided intervals in a test of several stages.
 
     With it, at least one stage passes the test by chance in at most FALSE_ALARMS of all cases. The confidence
@@ -237,7 +237,7 @@ def check_enough(prompts: Sequence[str]) -> set[str]:
     return names
 
 
-def accuracy_of(
+def compute_accuracy(
     margins: np.ndarray,
     prompts: Sequence[str],
     confidence: float = 0.95,
@@ -254,7 +254,7 @@ def accuracy_of(
     Raises: ValueError for fewer prompts than LEAST_CONDITIONS.
     """
     names = check_enough(prompts)
-    outcomes = ordered(margins)
+    outcomes = score_order(margins)
     # pairs of one prompt are not independent, so prompts and not pairs are the units of the interval
     rate, low, high = clustered_rate(outcomes, prompts, confidence)
     rise = None if preferred is None else clustered_mean(preferred, prompts, confidence)

@@ -99,7 +99,7 @@ def folder_of(folder: Path, task: str) -> Path:
     return former_folder if former_folder.exists() else folder / task
 
 
-def work(settings: Any, opened: Opened, run: Run, open: Open) -> None:
+def work(settings: Any, opened: Opened, run: Run, open_problem: Open) -> None:
     """Do the remaining tasks of a run, and write its results.
 
     A single training runs in this process, on all ranks. Several trainings run on a pool of processes.
@@ -118,7 +118,7 @@ def work(settings: Any, opened: Opened, run: Run, open: Open) -> None:
     if len(tasks) == 1:
         # the base is scored by rank 0 alone, after the training
         results = {tasks[0]: Worker(settings, folder, opened, run.ranks)(tasks[0])}
-        if run.ranks.main and settings.summary:
+        if run.ranks.is_main and settings.summary:
             results[BASE] = Worker(settings, folder, opened)(BASE)
     else:
         all_tasks = ([BASE] if settings.summary else []) + tasks
@@ -128,8 +128,10 @@ def work(settings: Any, opened: Opened, run: Run, open: Open) -> None:
             f"{len(needs)} tasks run on {run.jobs} processes. Their output is in {folder / 'logs'}.",
             flush=True,
         )
-        results = pooled("arms", needs, worker_of, (settings, folder, run.device, open), run.jobs, folder)
-    if not run.ranks.main:
+        results = pooled(
+            "arms", needs, worker_of, (settings, folder, run.device, open_problem), run.jobs, folder
+        )
+    if not run.ranks.is_main:
         return
     stage = settings.stage_in(problem).name
     # links, not copies: the weights of a large stage would double the size of the run
@@ -234,7 +236,7 @@ class Worker:
                         arm, done, models[bench.stage.name], settings.evaluation.seed, self.ranks
                     ),
                 }
-            if self.ranks.main and settings.summary:
+            if self.ranks.is_main and settings.summary:
                 # all arms and seeds are scored on the same noises, so that they can be compared pair by pair
                 result["scores"] = evaluate(
                     bench.problem, models, settings.evaluation, given=self._given(bench)

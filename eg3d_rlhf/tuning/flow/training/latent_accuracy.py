@@ -20,7 +20,7 @@ from eg3d_rlhf.models.sparse import collate
 from eg3d_rlhf.tuning.flow.base.pairs import PreferencePair
 from eg3d_rlhf.tuning.flow.base.problem import Problem
 from eg3d_rlhf.tuning.flow.base.stage import AssetReward, stage_of
-from eg3d_rlhf.tuning.flow.training.accuracy import check_enough, ordered
+from eg3d_rlhf.tuning.flow.training.accuracy import check_enough, score_order
 from eg3d_rlhf.tuning.flow.training.latent_reward import (
     BATCH,
     LatentReward,
@@ -54,7 +54,7 @@ class Kind:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Beside:
+class RewardComparison:
     """Comparison of both rewards on the same held-out pairs."""
 
     pairs: int  # number of pairs
@@ -73,9 +73,9 @@ class Beside:
         }
 
 
-def compared(
+def compare_rewards(
     problem: Problem, stage: str, seeds: Sequence[int], say: Callable[[str], None] = lambda text: None
-) -> tuple[LatentReward, Beside]:
+) -> tuple[LatentReward, RewardComparison]:
     """Train rewards of both kinds, and compare them on held-out pairs.
 
     Returns the latent reward of the first training seed, and the comparison over all seeds. Both kinds are
@@ -130,7 +130,7 @@ def compared(
     if DECODED in kinds:
         pair_differences = outcomes[LATENT].mean(0) - outcomes[DECODED].mean(0)  # [P]
         difference = clustered_mean(pair_differences, pair_prompts)
-    return latent_rewards[0], Beside(
+    return latent_rewards[0], RewardComparison(
         pairs=len(pair_prompts), prompts=len(prompts), kinds=kinds, difference=difference
     )
 
@@ -145,10 +145,10 @@ def of_latents(reward: LatentReward, pairs: Sequence[PreferencePair]) -> np.ndar
     # in batches, which bound the memory
     for i in range(0, len(pairs), BATCH):
         batch_pairs = pairs[i : i + BATCH]
-        preferred_scores = reward.of_latents(*_batch(batch_pairs, "preferred"))
-        rejected_scores = reward.of_latents(*_batch(batch_pairs, "rejected"))
+        preferred_scores = reward.score_latents(*_batch(batch_pairs, "preferred"))
+        rejected_scores = reward.score_latents(*_batch(batch_pairs, "rejected"))
         margins.append(preferred_scores - rejected_scores)
-    return ordered(torch.cat(margins).double().numpy())
+    return score_order(torch.cat(margins).double().numpy())
 
 
 def of_assets(
@@ -161,7 +161,7 @@ def of_assets(
     Each asset is decoded once for all rewards.
     """
     preferred, rejected = scores_of_assets(problem, rewards, pairs).unbind(2)  # [P, S] each
-    return ordered((preferred - rejected).T.numpy())
+    return score_order((preferred - rejected).T.numpy())
 
 
 def _batch(pairs: Sequence[PreferencePair], role: str):

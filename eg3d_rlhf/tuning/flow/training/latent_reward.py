@@ -254,13 +254,13 @@ class LatentReward:
         return list(torch.cat([feature.float() for feature in features], 1).flatten(2).transpose(1, 2))
 
     @torch.no_grad()
-    def of_latents(self, x_0: Batch, prompts: Sequence[str]) -> torch.Tensor:
+    def score_latents(self, x_0: Batch, prompts: Sequence[str]) -> torch.Tensor:
         """Score latents of the stage, [N] float32 on the CPU; larger is better. Not differentiable."""
         condition = self.conditioning(prompts)
         return self.network(self.position_features(x_0, condition), pooled(condition)).float().cpu()
 
     @torch.no_grad()
-    def of_members(self, x_0: Batch, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    def score_members(self, x_0: Batch, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """Score latents of the stage by each network of the ensemble.
 
         Returns the scores [K, N], and the embeddings of all networks side by side [N, K * W], both float32 on
@@ -283,7 +283,7 @@ class LatentReward:
         This makes the object an AssetReward, which tables use. Tuning calls `of_latents` with the latents
         themselves.
         """
-        return self.of_latents(
+        return self.score_latents(
             collate([latents[self.stage.name] for latents in self.pipeline.encode(assets)]), prompts
         )
 

@@ -19,7 +19,7 @@ from eg3d_rlhf.core.memory import GIB, MemoryTrace
 from eg3d_rlhf.tuning.flow.base.stage import FlowStage
 from eg3d_rlhf.tuning.flow.training.reference import FrozenModel
 from eg3d_rlhf.tuning.flow.training.settings import StageTraining
-from eg3d_rlhf.tuning.flow.training.trainer import Descent, policy_and_reference, recomputing
+from eg3d_rlhf.tuning.flow.training.trainer import Descent, policy_and_reference, set_recompute
 from torch_utils.ops.implementations import implementation
 from training.distributed import Ranks
 
@@ -75,7 +75,7 @@ def cost_of_update(
             warnings.simplefilter("ignore")  # operations on tensors without data warn
             # the same functions as in a training, on fake tensors
             policy, reference = policy_and_reference(fake_copy, config)
-            recomputing(policy, recompute)
+            set_recompute(policy, recompute)
             updates = start(fake_copy, policy, reference)
             for group in updates.optimizer.param_groups:
                 # AdamW's default on CUDA: one update of all parameters, with temporary copies of them
@@ -152,11 +152,11 @@ def fit_passes(
     space = int(SHARE * (free_bytes(device) + sum(p.nbytes for p in weights)))
     # rank 0 decides for all: ranks with different passes would wait for each other
     best = ranks.broadcast(
-        cheapest(costs, batch if cuda else 1, space, fixed_recompute) if ranks.main else None
+        choose_pass(costs, batch if cuda else 1, space, fixed_recompute) if ranks.is_main else None
     )
     if best is None:
         required_gib = (
-            ranks.broadcast(costs(1, fixed_recompute is not False).bytes if ranks.main else None) / GIB
+            ranks.broadcast(costs(1, fixed_recompute is not False).bytes if ranks.is_main else None) / GIB
         )
         raise ValueError(
             f"train_stage({stage.name}): one update needs {required_gib:.1f} GiB of memory, but only"
@@ -172,7 +172,7 @@ def fit_passes(
     return size if cuda else None, recompute
 
 
-def cheapest(
+def choose_pass(
     costs: Callable[[int, bool], Cost], batch: int, space: int, recompute: bool | None = None
 ) -> tuple[int, bool] | None:
     """Choose the fastest update that fits into the memory.

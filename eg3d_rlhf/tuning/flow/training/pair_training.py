@@ -45,7 +45,7 @@ from eg3d_rlhf.tuning.flow.training.trainer import (
     REGULARISE,
     Descent,
     StageResult,
-    recomputing,
+    set_recompute,
     train,
     win_rate_signs,
     win_rates,
@@ -520,7 +520,7 @@ def train_stage(
             ranks,
             say,
         )
-        recomputing(policy, recompute)
+        set_recompute(policy, recompute)
         # the size of a pass is not in the recorded options, so a run may be resumed on a device of other
         # memory
         sized_config = replace(config, batch_gpu=config.batch_gpu or size)
@@ -529,7 +529,7 @@ def train_stage(
     # rank 0 hashes, since large sets take time; the other ranks receive the result
     pair_sets = {"pairs": pairs, "unseen": unseen} if unseen else {"pairs": pairs}
     checksums = None
-    if ranks.main:
+    if ranks.is_main:
         checksums = {"base": stage.hash}
         checksums |= {name: pairs_checksum(hashed_pairs) for name, hashed_pairs in pair_sets.items()}
     further_options = ranks.broadcast(checksums)

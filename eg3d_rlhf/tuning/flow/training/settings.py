@@ -97,7 +97,7 @@ class StageTraining:
         check_knobs(self)
         logs.named(self.log)  # raises ValueError for an unknown logger
 
-    def at(self, stage: "FlowStage", seed: int) -> Self:
+    def for_stage(self, stage: "FlowStage", seed: int) -> Self:
         """Return a copy with this seed, and with adapters on the layers that the stage names.
 
         If the settings name other layers than the defaults of LoraConfig, the adapters stay on these.
@@ -306,7 +306,7 @@ class ArmsRun(ABC):
         other. The second and third part are left out if the data does not have them.
         """
         # imported here, to keep `--help` quick
-        from eg3d_rlhf.experiments.table import markdown_rows, of_seeds, with_interval
+        from eg3d_rlhf.experiments.table import markdown_rows, win_rates_by_seed, with_interval
 
         evaluator = data["evaluator"]
         seeds = [f"seed {seed}" for seed in data["training_seeds"]]
@@ -317,7 +317,13 @@ class ArmsRun(ABC):
             right_cells = [cell(name, row) for cell in self.AFTER.values()]
             kept_steps = ", ".join(map(str, row["kept_step"]))  # one a training seed
             table_rows.append(
-                [*left_cells, with_interval(win_rates), *of_seeds(win_rates), *right_cells, kept_steps]
+                [
+                    *left_cells,
+                    with_interval(win_rates),
+                    *win_rates_by_seed(win_rates),
+                    *right_cells,
+                    kept_steps,
+                ]
             )
         facts = (
             f"Stage {data['stage']}; {data['conditions']} held-out prompts x {data['noises']} noises x"
@@ -345,7 +351,7 @@ class ArmsRun(ABC):
         if data["pairwise"]:
             # the key "a_vs_b" gives the first two cells
             table_rows = [
-                [*name.split("_vs_"), with_interval(comparison), *of_seeds(comparison)]
+                [*name.split("_vs_"), with_interval(comparison), *win_rates_by_seed(comparison)]
                 for name, comparison in data["pairwise"].items()
             ]
             markdown_lines += [

@@ -100,7 +100,7 @@ def unsharded(tensors: Mapping[str, torch.Tensor], ranks: Ranks) -> dict[str, to
         if isinstance(tensor, DTensor):
             tensor = tensor.full_tensor()
             # one tensor at a time leaves the device again, so that memory for one full tensor is enough
-            tensor = tensor.cpu() if ranks.main else tensor.new_empty(0)
+            tensor = tensor.cpu() if ranks.is_main else tensor.new_empty(0)
         gathered_tensors[name] = tensor
     return gathered_tensors
 

@@ -52,7 +52,7 @@ RESULT = "result.json"
 POLICY = "policy"
 SAMPLES = "samples"
 # settings that a resumed run may change, since none of them changes what is trained
-FREE = ("batch_gpu", "checkpoint_every", "log", "recompute", "samples")
+CHANGEABLE_SETTINGS = ("batch_gpu", "checkpoint_every", "log", "recompute", "samples")
 KEPT = "kept parameters"  # kind of the files of the best parameters
 
 
@@ -75,7 +75,7 @@ class Descent(ABC):
         self.training = config
         self.policy = policy
         self.ranks = ranks
-        self.trained_parameters = trained(policy)
+        self.trained_parameters = trained_parameters(policy)
         self.parameters = list(self.trained_parameters.values())
         self.device = self.parameters[0].device
         self.optimizer = adamw(config, self.parameters)
@@ -376,7 +376,7 @@ def policy_and_reference(
     return policy, FrozenModel(reference, policy) if config.needs_reference else None
 
 
-def recomputing(model: Any, on: bool) -> None:
+def set_recompute(model: Any, on: bool) -> None:
     """Switch the recomputation of blocks in the backward pass on or off.
 
     Networks that do not support it are left unchanged.
@@ -453,7 +453,7 @@ def train(
     Raises: see train_stage.
     """
     device = next(stage.model.parameters()).device
-    if ranks.main:
+    if ranks.is_main:
         out.mkdir(parents=True, exist_ok=True)
     options = {
         "stage": stage.name,
@@ -470,11 +470,11 @@ def train(
         torch.random.fork_rng(devices=devices),
     ):
         # rank 0 alone reads the folder: another rank might see it before or after a file is written
-        has_run, result = ranks.broadcast([bool(recorded(out)), read_result(out)] if ranks.main else None)
+        has_run, result = ranks.broadcast([bool(recorded(out)), read_result(out)] if ranks.is_main else None)
         if not has_run:
             run.begin()
         elif resume:
-            run.resume(FREE)
+            run.resume(CHANGEABLE_SETTINGS)
         else:
             raise ValueError(
                 f"train_stage: the folder {out} already holds a run. Resume the run, or choose"
@@ -483,9 +483,9 @@ def train(
         if result is None:
             policy, reference = policy_and_reference(stage, config)
             if config.recompute != "auto":
-                recomputing(policy, config.recompute == "on")
+                set_recompute(policy, config.recompute == "on")
             # ranks start from rank 0's parameters, adapters included
-            ranks.broadcast_(trained(policy).values())
+            ranks.broadcast_(trained_parameters(policy).values())
             if ranks.world > 1 and config.lora is None and shards:
                 if config.optimizer != "adamw":
                     raise ValueError(
@@ -499,7 +499,7 @@ def train(
     return StageResult(**result, weights=out / POLICY)
 
 
-def trained(policy: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+def trained_parameters(policy: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     """Return the parameters of a network that are trained (`requires_grad`), by name."""
     return {name: p for name, p in policy.named_parameters() if p.requires_grad}
 
@@ -557,7 +557,7 @@ class _Training:
         with self.run.stoppable():
             while self.progress.step < self.config.steps and not self.progress.ended:
                 # a signal may reach one rank alone, so all ranks agree before they stop
-                if self.ranks.any(self.run.stop_requested is not None)[0]:
+                if self.ranks.any_rank(self.run.stop_requested is not None)[0]:
                     self._checkpoint()
                     # any rank may have received the signal; the other ranks report None
                     signal = next(
@@ -603,23 +603,23 @@ class _Training:
             rate = {} if self.held_out is None else {WIN_RATE: float(self.held_out(self.policy))}
             # the metrics of rank 0 count, so that all ranks decide alike
             metrics = self.ranks.broadcast(self.updates.evaluate() | rate)
-            if self.samples is not None and self.ranks.main:
+            if self.samples is not None and self.ranks.is_main:
                 path = self.samples(self.policy, self.run.folder / SAMPLES / f"{self.progress.step:06d}.png")
-                self.run.picture(SAMPLES, path, self.progress.step)
+                self.run.log_image(SAMPLES, path, self.progress.step)
         value = metrics[self.criterion]
         assert 0 <= value <= 1
         # an accuracy on a few dozen pairs is too noisy to stop at one large fall
         max_drop = self.config.max_drop if self.criterion == WIN_RATE else math.inf
         if self.progress.record_rate(value, self.config.patience, max_drop):
             values = unsharded(self.trained_parameters, self.ranks)
-            if self.ranks.main:
+            if self.ranks.is_main:
                 write_tensors(self._kept(self.progress.step), KEPT, values, {"step": self.progress.step})
         return metrics
 
     @torch.no_grad()
     def _load(self, values: Mapping[str, torch.Tensor], policy: torch.nn.Module) -> None:
         """Copy values (full tensors by name) into the trained parameters of a policy, in place."""
-        for name, parameter in trained(policy).items():
+        for name, parameter in trained_parameters(policy).items():
             parameter.copy_(like(values[name], parameter))
 
     def _report(self, evaluation_metrics: Mapping[str, float]) -> None:
@@ -638,7 +638,7 @@ class _Training:
         self.run.status(
             columns, progress.step, progress.step if progress.ended else self.config.steps, "step"
         )
-        if not self.ranks.main:
+        if not self.ranks.is_main:
             return
         # only rank 0 holds the lines and prints
         self.lines.append(record)
@@ -683,7 +683,7 @@ class _Training:
         self.run.checkpoint(self.progress.step, tensors, meta)
         self.referenced_steps = [*self.referenced_steps, self.progress.kept_step][-checkpoint.KEEP :]
         # after the checkpoint: a run killed here still has what its newest state refers to
-        if self.ranks.main:
+        if self.ranks.is_main:
             referenced_paths = {self._kept(step) for step in self.referenced_steps}
             for path in {*self.run.folder.glob("kept-*.safetensors")} - referenced_paths:
                 path.unlink()
@@ -694,7 +694,7 @@ class _Training:
         If there is none, remove the lines that a killed run has left, and start from the first update.
         """
         line_count = 0  # number of lines of stats.jsonl at the checkpoint
-        if self.ranks.broadcast(bool(checkpoint.available(self.run.folder)) if self.ranks.main else None):
+        if self.ranks.broadcast(bool(checkpoint.available(self.run.folder)) if self.ranks.is_main else None):
             tensors, meta = self.run.read(previous=True)
             self._load({name: tensors[f"policy.{name}"] for name in self.trained_parameters}, self.policy)
             # the file holds full tensors: each rank takes its part of the optimiser's moments
@@ -710,7 +710,7 @@ class _Training:
         # drops the lines of stats.jsonl that were written after the checkpoint
         self.run.continue_from(self.progress.step, line_count)
         self.run.write(WARNINGS, self.warnings)
-        self.lines = read_lines(self.run.folder / STATS) if self.ranks.main else []
+        self.lines = read_lines(self.run.folder / STATS) if self.ranks.is_main else []
 
     def _finish(self) -> dict:
         """Write the policy and the result, and delete the checkpoints. Return the result of the training."""
@@ -718,7 +718,7 @@ class _Training:
         result = None
         # gathering needs all ranks, so it comes before the part of rank 0
         values = {} if self.evaluates else unsharded(self.trained_parameters, self.ranks)
-        if self.ranks.main:
+        if self.ranks.is_main:
             if not self.evaluates:
                 progress.kept_step = progress.step
             else:

@@ -26,7 +26,7 @@ from eg3d_rlhf.models.sparse import collate
 from eg3d_rlhf.people.label.assets.collection import Collection
 from eg3d_rlhf.preferences.label_scores import read_goodness, read_label_lines
 from eg3d_rlhf.preferences.pair_strategies import Ensemble, Scored
-from eg3d_rlhf.tuning.flow.base.conditioning import CONDITIONS, NULL, read_conditioning
+from eg3d_rlhf.tuning.flow.base.conditioning import CONDITIONING_FILE, NULL, read_conditioning
 from eg3d_rlhf.tuning.flow.base.family import Encodes, FlowFamily, ImportsSamples, Opens
 from eg3d_rlhf.tuning.flow.base.problem import Problem, chosen_precision
 from eg3d_rlhf.tuning.flow.base.ranking import (
@@ -81,7 +81,7 @@ def imported_of(
     answers = None if labels is not None else work.labels()
     work.lines()  # raises an error if no assets were sampled yet
     candidates = read_candidates(
-        work.drawn() / RANKING,
+        work.asset_folder() / RANKING,
         _open_for_reading(work, family, device, encoding),
         False,  # the lines need no ranks
         candidate=family.candidate,
@@ -211,7 +211,9 @@ def problem_of(
     Raises: the errors of `open_problem`.
     """
     pairs_folder = work.folder / PAIRS
-    embeddings_file = work.conditions_file if imported.conditioning is None else pairs_folder / CONDITIONS
+    embeddings_file = (
+        work.conditions_file if imported.conditioning is None else pairs_folder / CONDITIONING_FILE
+    )
     source = ProblemSource(
         pipeline=work.pipeline,
         pairs=str(pairs_folder),
@@ -277,7 +279,7 @@ def latent_ensemble(work: Work, device: torch.device, collection: Collection) ->
     pipeline = open_pipeline(work, family, device, *SHOWN)
     stage = stage_of(pipeline, read_tensors(path, KIND)[1]["form"]["stage"])
     reward = load(path, pipeline, stage, work.names(*SHOWN)[0])
-    samples = read_candidates(work.drawn() / RANKING, pipeline, False, candidate=family.candidate)
+    samples = read_candidates(work.asset_folder() / RANKING, pipeline, False, candidate=family.candidate)
     samples_by_file = {sample.file.name: sample for sample in samples if sample.file is not None}
 
     def score(numbers: Sequence[int]) -> Scored:
@@ -285,7 +287,7 @@ def latent_ensemble(work: Work, device: torch.device, collection: Collection) ->
         # names.
         scored_samples = [samples_by_file[collection.assets[number].path.name] for number in numbers]
         latents = collate([sample.latents[stage.name] for sample in scored_samples])
-        scores, embeddings = reward.of_members(latents, [sample.condition for sample in scored_samples])
+        scores, embeddings = reward.score_members(latents, [sample.condition for sample in scored_samples])
         return Scored(scores.double().numpy(), embeddings.double().numpy())
 
     size = len(reward.network.members)

@@ -161,7 +161,7 @@ def update(
         voxels: number of voxels of each sample; None for `voxels_of`.
     """
     # Without warmup, so that the single update is not skipped or smaller.
-    config = TrainConfig(batch=batch, warmup=0, lora=lora).at(sized.stage, 0)
+    config = TrainConfig(batch=batch, warmup=0, lora=lora).for_stage(sized.stage, 0)
     pairs = pairs_of(sized.stage, batch, voxels)
 
     def start(stage: FlowStage, policy: torch.nn.Module, reference: Any) -> Updates:

@@ -94,7 +94,7 @@ def draw_or_empty(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Drawing:
+class AssetSampling:
     """Set of assets to sample into a folder. `run` samples them, and has to be called on every rank."""
 
     folder: Path  # folder below drawn/
@@ -130,7 +130,7 @@ class Drawing:
         # a file is complete.
         return {path.stem: path for path in paths if path.stem in stems and path.suffix != ".safetensors"}
 
-    def run(self, on_asset: Callable[[int], object] = lambda n: None) -> "Drawn":
+    def run(self, on_asset: Callable[[int], object] = lambda n: None) -> "SamplingSummary":
         """Sample the assets that are missing in the folder. Rank 0 then writes the list.
 
         Args:
@@ -151,18 +151,18 @@ class Drawing:
         on_asset(len(existing_assets))
         with self._disk_errors():
             # Written before the first asset, so that the settings of an interrupted folder are known.
-            if self.ranks.main:
+            if self.ranks.is_main:
                 write_atomic(path, text.encode())
             for batch in self._batches(existing_assets):
                 self._draw(batch, existing_assets, on_asset)
             # Rank 0 lists the assets of all ranks, so it waits until they are written.
             self.ranks.barrier()
-            if self.ranks.main and not (self.folder / RANKING).is_file():
+            if self.ranks.is_main and not (self.folder / RANKING).is_file():
                 self._list()
             self.ranks.barrier()
         lines = [json.loads(line) for line in (self.folder / RANKING).read_text().splitlines()]
         reasons = [path.read_text().strip() for path in self.shown().values() if path.suffix == NOTHING]
-        return Drawn(count=len(lines), left_out=reasons)
+        return SamplingSummary(count=len(lines), left_out=reasons)
 
     def _batches(self, existing_assets: Mapping[str, Path]) -> Iterator[list[tuple[str, str, int]]]:
         """Yield the batches of this rank in which at least one asset is missing.
@@ -274,7 +274,7 @@ class Drawing:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Drawn:
+class SamplingSummary:
     """Summary of a folder in which all assets are sampled."""
 
     count: int  # number of assets that can be shown
@@ -315,7 +315,7 @@ def open_pipeline(
     return pipeline
 
 
-def drawing_of(
+def make_sampling(
     work: Work,
     family: FlowFamily,
     name: str,
@@ -326,7 +326,7 @@ def drawing_of(
     tuned: Mapping[str, Path] | None = None,
     cells: int | None = None,
     few_steps: int | None = None,
-) -> Drawing:
+) -> AssetSampling:
     """Return the set of assets to sample into the folder drawn/NAME of a work folder.
 
     Args:
@@ -383,8 +383,8 @@ def drawing_of(
             prompts.append({"prompt": prompt, "image": str(work.folder / "inputs" / work.inputs[prompt])})
         else:
             prompts.append({"prompt": prompt, "text": prompt})
-    return Drawing(
-        folder=work.drawn(name),
+    return AssetSampling(
+        folder=work.asset_folder(name),
         pipeline=pipeline,
         family=family,
         prompt_names=names,

@@ -33,18 +33,23 @@ from eg3d_rlhf.tuning.flow.training.accuracy import (
     LEAST_CONDITIONS,
     Accuracy,
     PairAccuracy,
-    accuracy_of,
-    confidence_of,
-    half_inverted,
+    compute_accuracy,
+    compute_confidence,
+    invert_half,
     signal_test,
 )
-from eg3d_rlhf.tuning.flow.training.circular.circular_loop import CircularLoop, check, run_loop, whole_weights
+from eg3d_rlhf.tuning.flow.training.circular.circular_loop import (
+    CircularLoop,
+    check,
+    network_weights,
+    run_loop,
+)
 from eg3d_rlhf.tuning.flow.training.circular.settings import PAIRS, RANDOMISED, CircularSettings
 from eg3d_rlhf.tuning.flow.training.conditioned_stage import ConditionedStage
 from eg3d_rlhf.tuning.flow.training.pair_training import train_stage
 from eg3d_rlhf.tuning.flow.training.reference import FrozenModel
 from eg3d_rlhf.tuning.flow.training.settings import TrainConfig
-from eg3d_rlhf.tuning.flow.training.trainer import FREE, POLICY, StageResult
+from eg3d_rlhf.tuning.flow.training.trainer import CHANGEABLE_SETTINGS, POLICY, StageResult
 from eg3d_rlhf.tuning.flow.workspace.work_folder import Tuning
 from training.distributed import SINGLE, Ranks
 
@@ -111,7 +116,7 @@ class StageLabels:
         Args:
             seed: seed of the choice of the inverted pairs.
         """
-        return replace(self, train=half_inverted(self.train, seed))
+        return replace(self, train=invert_half(self.train, seed))
 
 
 def tune(
@@ -146,8 +151,8 @@ def tune(
         stage_labels.check()
     if settings.loop:
         check(problem)
-    say_main = say if ranks.main else lambda line: None
-    evaluators = evaluator_accuracies(problem) if ranks.main and settings.loop else {}
+    say_main = say if ranks.is_main else lambda line: None
+    evaluators = evaluator_accuracies(problem) if ranks.is_main and settings.loop else {}
     for name, accuracy in evaluators.items():
         above_chance = accuracy.interval[0] > 0.5
         say_main(
@@ -174,7 +179,7 @@ def tune(
             randomised_stages = {name: stage.randomised(seed) for name, stage in stages.items()}
             control = _train_stages(randomised_stages, problem.identity, *arguments, control=True)
     report: dict = {}
-    if ranks.main:
+    if ranks.is_main:
         report = {
             # seed + 1, so that the test has other times and noises than the training.
             **_tests(stages, trained, control, folder, seed + 1, say),
@@ -182,7 +187,7 @@ def tune(
             "settings": asdict(settings),
             "problem": dict(problem.identity),
             "versions": versions(),
-            "evaluators": {name: accuracy.shown() for name, accuracy in evaluators.items()},
+            "evaluators": {name: accuracy.to_json() for name, accuracy in evaluators.items()},
             "labels": dict(labels or {}),
         }
         write(report, folder, REPORT, markdown)
@@ -195,7 +200,7 @@ CHANCE = ". Its accuracy is not above chance, so its selections are random"
 
 def randomised(problem: Problem, seed: int) -> Problem:
     """Return a copy of a problem with the training pairs of the control, see StageLabels.randomised."""
-    pairs = PairsByStage(problem.train_pairs, lambda stage: half_inverted(problem.train_pairs[stage], seed))
+    pairs = PairsByStage(problem.train_pairs, lambda stage: invert_half(problem.train_pairs[stage], seed))
     # The identity is hashed into the names of artefacts, so its key keeps the name that version 0.1 gave it.
     return replace(problem, train_pairs=pairs, identity={**problem.identity, "shuffled": seed})
 
@@ -228,7 +233,7 @@ def _train_stages(
     trained = {}
     for name, labels in stages.items():
         say(f"Stage {name!r}{', control' if control else ''}:")
-        config = circular.human.at(labels.conditioned.stage, circular.seed)
+        config = circular.human.for_stage(labels.conditioned.stage, circular.seed)
         # The inputs name the artefact. They do not contain the settings FREE, which have no effect on the
         # result.
         inputs = {
@@ -236,7 +241,7 @@ def _train_stages(
             "problem": dict(identity),
             "control": control,
             "stage": name,
-            "config": {k: v for k, v in asdict(config).items() if k not in FREE},
+            "config": {k: v for k, v in asdict(config).items() if k not in CHANGEABLE_SETTINGS},
         }
 
         # The default values are the loop's variables of this iteration; a closure would read their later
@@ -295,7 +300,7 @@ def _train_loop(
         ranks=ranks,
         use=RANDOMISED if control else PAIRS,
         say=say,
-        bars=ranks.main,
+        bars=ranks.is_main,
     )
     artefacts_by_stage, _ = run_loop(loop)
     return {
@@ -316,7 +321,7 @@ def _result_of_loop(
         folder: folder for the weights.
     """
     records = [artefact.record for artefact in artefacts]
-    weights = whole_weights(loop, stage, artefacts, folder)
+    weights = network_weights(loop, stage, artefacts, folder)
     warnings = [text for record in records for text in record["warnings"]]
     return StageResult(
         weights=weights, kept_step=sum(record["kept_step"] for record in records), stats=[], warnings=warnings
@@ -343,7 +348,7 @@ def _tests(
     Returns: part of the report with the results of the tests.
     """
     # The confidence level is corrected for the number of tests.
-    confidence = confidence_of(len(trained))
+    confidence = compute_confidence(len(trained))
     stages = {}
     for stage, result in trained.items():
         stage_labels = labels[stage]
@@ -363,15 +368,15 @@ def _tests(
             "why": test.why,
             "pairs": len(stage_labels.train),
             "kept_step": result.kept_step,
-            "held_out": tuned.shown(),
-            "control": None if control_accuracy is None else control_accuracy.shown(),
+            "held_out": tuned.to_json(),
+            "control": None if control_accuracy is None else control_accuracy.to_json(),
             "above_control": None if test.above_control is None else list(test.above_control),
             "warnings": list(result.warnings),
             "weights": stage if test.learnable_signal else None,
         }
         say(f"Stage {stage!r}: {SIGNAL if test.learnable_signal else NOTHING}: {test.why}.")
         if test.likelihood_displacement:
-            say(f"Stage {stage!r}: {DISPLACED.format(_rise(tuned.shown()))}")
+            say(f"Stage {stage!r}: {DISPLACED.format(_rise(tuned.to_json()))}")
         # The weights of a stage without a signal stay in training/, so that they are not exported by mistake.
         if test.learnable_signal:
             link_folder(result.weights, folder / stage)
@@ -397,7 +402,7 @@ def _measure_accuracy(evaluator: PairAccuracy, result: StageResult, confidence: 
     # The reference shares the weights of the base network, since a second copy would double the memory.
     margins = evaluator.measure(tuned_model(base, result.weights), FrozenModel(shared_copy(base)))
     prompts = [pair.condition for pair in evaluator.pairs]
-    return accuracy_of(margins.margins, prompts, confidence, margins.preferred)
+    return compute_accuracy(margins.margins, prompts, confidence, margins.preferred)
 
 
 def evaluator_accuracies(problem: Problem) -> dict[str, Accuracy]:
@@ -432,7 +437,7 @@ def evaluator_accuracies(problem: Problem) -> dict[str, Accuracy]:
             # Decoded one at a time, which bounds the memory.
             assets = [problem.pipeline.decode(collate([getattr(pair, side)]).to(device))[0] for pair in pairs]
             scores.append(evaluator(assets, prompts).double().cpu())
-        accuracies[name] = accuracy_of((scores[0] - scores[1]).numpy(), prompts)
+        accuracies[name] = compute_accuracy((scores[0] - scores[1]).numpy(), prompts)
     return accuracies
 
 

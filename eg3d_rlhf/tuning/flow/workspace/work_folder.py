@@ -228,7 +228,7 @@ class Work:
         Raises: ValueError or FileNotFoundError for changed or missing files.
         """
         # The notice about the licence is not printed, because `flow new` has printed it already.
-        family = family_of(Path(self.pipeline), say=lambda licence: None)
+        family = family_of(Path(self.pipeline), print_line=lambda licence: None)
         files = family.files(Path(self.pipeline))
         if family.name != self.family or set(files) != set(self.files):
             raise self._changed_error(
@@ -279,7 +279,7 @@ class Work:
 
     # ---- paths
 
-    def drawn(self, name: str = BASE) -> Path:
+    def asset_folder(self, name: str = BASE) -> Path:
         """Return the path of the folder drawn/NAME with sampled assets."""
         return self.folder / "drawn" / name
 
@@ -362,7 +362,7 @@ class Work:
         """
         from eg3d_rlhf.tuning.flow.base.ranking import RANKING
 
-        path = self.drawn(name) / RANKING
+        path = self.asset_folder(name) / RANKING
         if not path.is_file():
             raise FileNotFoundError(
                 f"WORK: no assets were sampled yet, since there is no {path}. Sample them with: eg3d-rlhf"
@@ -399,7 +399,7 @@ class Work:
                 "WORK: there are no answers of people yet. To label pairs, run: eg3d-rlhf flow label"
                 f" {self.folder}"
             )
-        return Labels(answers, self.drawn())
+        return Labels(answers, self.asset_folder())
 
     def _answers(
         self, rows: "Sequence[JudgementRow]", shown_files: Mapping[tuple[str, int], str]
@@ -424,7 +424,7 @@ class Work:
             for shape in (row.left, row.right):
                 name = shown_files.get((shape.condition, shape.seed))
                 if name is not None and (name, shape.file) not in is_unchanged:
-                    is_unchanged[name, shape.file] = _has_hash(self.drawn() / name, shape.file)
+                    is_unchanged[name, shape.file] = _has_hash(self.asset_folder() / name, shape.file)
                 if (
                     name is None
                     or not is_unchanged[name, shape.file]
@@ -432,7 +432,7 @@ class Work:
                 ):
                     raise ValueError(
                         f"labels.db: the answer on the asset of {shape.condition!r} with seed {shape.seed}"
-                        f" does not belong to the assets in {self.drawn()}. Restore that folder from a copy,"
+                        f" does not belong to the assets in {self.asset_folder()}. Restore that folder from a copy,"
                         " or label again."
                     )
                 names.append(name)

@@ -16,7 +16,7 @@ from eg3d_rlhf.tuning.flow.base.pairs import read_pairs
 from eg3d_rlhf.tuning.flow.base.sampling import scores, times, wins
 from eg3d_rlhf.tuning.flow.toy.bundled import toy_problem
 from eg3d_rlhf.tuning.flow.training.circular.circular_loop import CircularLoop, run_loop
-from eg3d_rlhf.tuning.flow.training.circular.loop_pairs import weighed
+from eg3d_rlhf.tuning.flow.training.circular.loop_pairs import select_and_weigh
 from eg3d_rlhf.tuning.flow.training.conditioned_stage import ConditionedStage
 from eg3d_rlhf.tuning.flow.training.pair_training import train_stage
 
@@ -89,7 +89,7 @@ def test_the_loop_changes_structure_in_the_direction_of_the_preference(problem, 
     better = rate(judged(loop.models({"structure": lines["structure"]})), judged({}))
     assert better.lo > 0.5, better
     pairs = loop.pairs("structure", {"voxels": lines["voxels"]})
-    kept, _ = weighed(read_pairs(pairs.folder / "pairs", "structure")[0], TOY_RUN.weighing)
+    kept, _ = select_and_weigh(read_pairs(pairs.folder / "pairs", "structure")[0], TOY_RUN.weighing)
     turned = [replace(p, preferred=p.rejected, rejected=p.preferred) for p in kept]
     straight = rate(
         *(

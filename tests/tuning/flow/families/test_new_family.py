@@ -17,7 +17,7 @@ from eg3d_rlhf.tuning.flow.base.ranking import read_latents
 from eg3d_rlhf.tuning.flow.base.sampling import generate
 from eg3d_rlhf.tuning.flow.base.stage import CONVENTION
 from eg3d_rlhf.tuning.flow.families import FAMILIES, family_of
-from eg3d_rlhf.tuning.flow.workspace.sampled_assets import drawing_of
+from eg3d_rlhf.tuning.flow.workspace.sampled_assets import make_sampling
 from eg3d_rlhf.tuning.flow.workspace.work_folder import Work
 from tests.modes.flow_works import flow
 from tests.rejections import check_message, raising, rejected
@@ -67,16 +67,16 @@ def test_its_files_lead_from_sampled_assets_to_a_tuned_folder(root, tmp_path):
     flow("new", tmp_path / "WORK", model, f"--conditioning={tmp_path / 'c.safetensors'}", "--each=2")
     flow("sample", tmp_path / "WORK")
     work = Work.open(tmp_path / "WORK")
-    ranked = ("tune", work.folder, f"--labels={work.drawn()}", "--pairs-only")
+    ranked = ("tune", work.folder, f"--labels={work.asset_folder()}", "--pairs-only")
     check_message(flow(*ranked, code=2), ("ranking.jsonl, line 1", "rank", "None"))
-    path = work.drawn() / "ranking.jsonl"
+    path = work.asset_folder() / "ranking.jsonl"
     rows = work.lines()
-    assert len(rows) == 6 and (work.drawn() / rows[0]["look_at"]).suffix == ".xyz"
+    assert len(rows) == 6 and (work.asset_folder() / rows[0]["look_at"]).suffix == ".xyz"
     path.write_text("".join(json.dumps({**row, "rank": 1 + row["seed"]}) + "\n" for row in rows))
     assert re.search(r"\b3 .*\bpoints\b", flow(*ranked))
     assert call(tmp_path, "--stage=points", f"--pairs={work.folder / 'pairs'}").exit_code == 0
     (run,) = (tmp_path / "runs").glob("00000-*")
-    later = drawing_of(
+    later = make_sampling(
         work, work.check_pipeline(), "later", ["test"], torch.device("cpu"), tuned={"points": run / "points"}
     )
     assert later.run().count == 2

@@ -17,7 +17,7 @@ from eg3d_rlhf.tuning.flow.toy.bundled import (
     Width,
     toy_problem,
 )
-from eg3d_rlhf.tuning.flow.toy.names import CONDITIONS
+from eg3d_rlhf.tuning.flow.toy.names import PROMPTS
 from eg3d_rlhf.tuning.flow.toy.toy_oracles import FinalOracle, LabelOracle
 from eg3d_rlhf.tuning.flow.toy.toy_pipeline import R
 from tests.tuning.flow.toy.drawing import drawn
@@ -34,7 +34,7 @@ def made():
     it, its condition.
     """
     toy = toy_problem().pipeline
-    names = list(CONDITIONS[::3])
+    names = list(PROMPTS[::3])
     first, second = toy.stages
     cond = toy.conditioning(names, "structure")
     none = toy.null_conditioning(64, "structure")

@@ -7,7 +7,7 @@ from scipy import stats
 from skimage.measure import label
 
 from eg3d_rlhf.tuning.flow.toy.bundled import load_network
-from eg3d_rlhf.tuning.flow.toy.names import CONDITIONS
+from eg3d_rlhf.tuning.flow.toy.names import PROMPTS
 from eg3d_rlhf.tuning.flow.toy.toy_oracles import (
     ChooserOracle,
     FinalOracle,
@@ -19,7 +19,7 @@ from eg3d_rlhf.tuning.flow.toy.toy_pipeline import TRAINED, Defects
 from tests.tuning.flow.toy.drawing import drawn, perfect
 
 ORACLES = [LabelOracle(), ChooserOracle(), FinalOracle()]
-NAMES = list(CONDITIONS)
+NAMES = list(PROMPTS)
 each = pytest.mark.parametrize("oracle", ORACLES, ids=lambda oracle: type(oracle).__name__)
 
 

@@ -10,7 +10,7 @@ from scipy import ndimage
 
 from eg3d_rlhf.models.sparse import SparseBatch, SparseSample
 from eg3d_rlhf.tuning.flow.toy.bundled import StructureFlow, VoxelFlow, Width
-from eg3d_rlhf.tuning.flow.toy.names import COLOURS, CONDITIONS
+from eg3d_rlhf.tuning.flow.toy.names import COLOURS, PROMPTS
 from eg3d_rlhf.tuning.flow.toy.toy_oracles import LabelOracle
 from eg3d_rlhf.tuning.flow.toy.toy_pipeline import (
     CARVED,
@@ -110,7 +110,7 @@ def test_every_shape_is_whole_and_mirrors_itself():
 
 
 def test_conditions_are_divided_evenly():
-    assert sorted([*TRAINED, *CHOOSING, *HELD_OUT]) == sorted(CONDITIONS) and len(set(CONDITIONS)) == 192
+    assert sorted([*TRAINED, *CHOOSING, *HELD_OUT]) == sorted(PROMPTS) and len(set(PROMPTS)) == 192
     assert [len(TRAINED), len(CHOOSING), len(HELD_OUT)] == [64, 32, 96]
     for names, of_shape in ((TRAINED, 4), (CHOOSING, 2), (HELD_OUT, 6)):
         colours, shapes = (Counter(words) for words in zip(*[name.split() for name in names], strict=True))
@@ -139,7 +139,7 @@ def test_unknown_prompts_are_rejected(name):
 # Drafts: what goes wrong with them, how much, and what repairs it.
 
 
-NAMES = list(CONDITIONS)
+NAMES = list(PROMPTS)
 
 
 def geometry(defects: Defects) -> torch.Tensor:

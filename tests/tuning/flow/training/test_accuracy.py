@@ -16,10 +16,10 @@ from eg3d_rlhf.models.policies import shared_copy
 from eg3d_rlhf.tuning.flow.training.accuracy import (
     Accuracy,
     PairAccuracy,
-    accuracy_of,
-    confidence_of,
-    half_inverted,
-    ordered,
+    compute_accuracy,
+    compute_confidence,
+    invert_half,
+    score_order,
     signal_test,
 )
 from eg3d_rlhf.tuning.flow.training.conditioned_stage import ConditionedStage
@@ -78,7 +78,7 @@ def test_margins_are_those_of_dpo_on_shared_times_and_noises_whatever_the_batch(
     untouched = measured.measure(shared_copy(base.model), reference)
     assert (
         (untouched.margins == 0).all()
-        and (ordered(untouched.margins) == 0.5).all()
+        and (score_order(untouched.margins) == 0.5).all()
         and (untouched.preferred == 0).all()
     )
 
@@ -134,10 +134,10 @@ def test_the_control_turns_half_of_every_condition_and_stages_alike():
     for n in (1, 2, 5, 9, 24):
         pairs = voxel_pairs(n)
         others = structure_pairs(n)
-        turned = [a.preferred is not b.preferred for a, b in zip(pairs, half_inverted(pairs, 3), strict=True)]
+        turned = [a.preferred is not b.preferred for a, b in zip(pairs, invert_half(pairs, 3), strict=True)]
         of_others = [
             a.preferred is not b.preferred
-            for a, b in zip(others[::-1], half_inverted(others[::-1], 3), strict=True)
+            for a, b in zip(others[::-1], invert_half(others[::-1], 3), strict=True)
         ]
         assert of_others[::-1] == turned and abs(2 * sum(turned) - n) <= 1
         counts = Counter(p.condition for p in pairs)
@@ -151,7 +151,7 @@ def test_the_control_turns_half_of_every_condition_and_stages_alike():
             )
     pairs = voxel_pairs(12)
     drawn = {
-        tuple(a.preferred is b.preferred for a, b in zip(pairs, half_inverted(pairs, s), strict=True))
+        tuple(a.preferred is b.preferred for a, b in zip(pairs, invert_half(pairs, s), strict=True))
         for s in range(6)
     }
     assert len(drawn) > 1
@@ -211,7 +211,7 @@ def test_random_answers_pass_in_less_than_a_fortieth_of_stages(conditions, ranke
 def test_the_rule():
     names = np.repeat(np.arange(20), 6).tolist()
     rng = np.random.default_rng(0)
-    good, coin = (accuracy_of(rng.random(120) - share, names) for share in (0.2, 0.5))
+    good, coin = (compute_accuracy(rng.random(120) - share, names) for share in (0.2, 0.5))
     assert (
         signal_test(5, good, None, names).learnable_signal
         and signal_test(5, good, coin, names).learnable_signal
@@ -223,11 +223,13 @@ def test_the_rule():
     said = signal_test(5, good, good, names)
     assert not said.learnable_signal and said.above_control[1] <= 0
     assert all(f"{figure:+.3f}" in said.why for figure in said.above_control)  # the control is the reason
-    assert confidence_of(1) == confidence_of(2) == 0.95 and confidence_of(5) == pytest.approx(0.98)
+    assert compute_confidence(1) == compute_confidence(2) == 0.95 and compute_confidence(5) == pytest.approx(
+        0.98
+    )
     assert isinstance(good, Accuracy) and good.shown()["pairs"] == 120
     # of the preferred ones' error: pairs in order, assets worse
     for rise, away in ((0.3, True), (-0.3, False), (0.0, False)):
-        found = accuracy_of(rng.random(120) - 0.2, names, preferred=rng.normal(rise, 0.2, 120))
+        found = compute_accuracy(rng.random(120) - 0.2, names, preferred=rng.normal(rise, 0.2, 120))
         said = signal_test(5, found, coin, names)
         assert (
             said.learnable_signal
@@ -235,4 +237,4 @@ def test_the_rule():
             and found.preferred[1] < rise < found.preferred[2]
         )
     with raising("prompts", "3", "2"):
-        accuracy_of(np.ones(4), ["a", "a", "b", "b"])
+        compute_accuracy(np.ones(4), ["a", "a", "b", "b"])

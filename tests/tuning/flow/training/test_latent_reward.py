@@ -13,7 +13,7 @@ from eg3d_rlhf.tuning.flow.base.pairs import PreferencePair
 from eg3d_rlhf.tuning.flow.base.stage import DenseGrid, SparseVoxels
 from eg3d_rlhf.tuning.flow.toy.bundled import toy_problem
 from eg3d_rlhf.tuning.flow.training import latent_reward
-from eg3d_rlhf.tuning.flow.training.accuracy import ordered
+from eg3d_rlhf.tuning.flow.training.accuracy import score_order
 from eg3d_rlhf.tuning.flow.training.latent_accuracy import of_latents
 from eg3d_rlhf.tuning.flow.training.latent_reward import LatentTraining, load, save, train_on_pairs
 from eg3d_rlhf.tuning.flow.training.online.scored_samples import Task
@@ -97,10 +97,10 @@ def test_a_score_depends_on_the_sample_alone_and_teaching_is_repeatable():
     one, two = (train_on_pairs(TinyPipeline(), "voxels", pairs, QUICK) for _ in range(2))
     latents = [pair.preferred for pair in pairs[:9]]
     names = [pair.condition for pair in pairs[:9]]
-    together = one.of_latents(collate(latents), names)
-    assert torch.equal(together, two.of_latents(collate(latents), names))
+    together = one.score_latents(collate(latents), names)
+    assert torch.equal(together, two.score_latents(collate(latents), names))
     order = torch.randperm(9, generator=torch.Generator().manual_seed(0)).tolist()
-    alone = torch.cat([one.of_latents(collate([latents[i]]), [names[i]]) for i in order])
+    alone = torch.cat([one.score_latents(collate([latents[i]]), [names[i]]) for i in order])
     torch.testing.assert_close(alone, together[order])
 
 
@@ -112,7 +112,7 @@ def test_files_are_read_strictly(tmp_path):
     pair = voxel_pairs(1)[0]
     again = load(path, pipeline, stages[1], "a")
     assert (
-        torch.equal(*(r.of_latents(collate([pair.preferred]), ["a"]) for r in (reward, again)))
+        torch.equal(*(r.score_latents(collate([pair.preferred]), ["a"]) for r in (reward, again)))
         and again.record == reward.record
     )
     with raising("'structure'", "'voxels'"):
@@ -147,7 +147,9 @@ def test_nothing_is_decoded_while_a_stage_is_tuned_by_it(monkeypatch):
     x_0 = collate([pair.preferred for pair in voxel_pairs(4)])
     scores, heldout = task.scores(x_0, ["a"] * 4, [0] * 4)
     assert (
-        scores.shape == (1, 4) and heldout == {} and torch.equal(scores[0], reward.of_latents(x_0, ["a"] * 4))
+        scores.shape == (1, 4)
+        and heldout == {}
+        and torch.equal(scores[0], reward.score_latents(x_0, ["a"] * 4))
     )
 
 
@@ -168,6 +170,8 @@ def test_what_one_feature_of_assets_orders_without_any_training():
         .double()
         .view(-1, 2)
     )
-    found = clustered_rate(ordered((share[:, 0] - share[:, 1]).numpy()), [pair.condition for pair in pairs])
+    found = clustered_rate(
+        score_order((share[:, 0] - share[:, 1]).numpy()), [pair.condition for pair in pairs]
+    )
     print("mirrored share: {:.3f} [{:.3f}, {:.3f}]".format(*found))
     assert found.lo > 0.5 and len(pairs) == 576

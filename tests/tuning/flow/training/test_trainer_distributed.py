@@ -122,4 +122,4 @@ def test_shares_of_a_list_join_to_the_whole(monkeypatch, count):
     ranks = [Ranks(rank=rank, world=3) for rank in range(3)]
     shares = [[item + 1 for item in each.share(list(range(count)))] for each in ranks]
     monkeypatch.setattr(Ranks, "gather", lambda self, value: shares)  # what the group would bring
-    assert ranks[1].joined(shares[1]) == [item + 1 for item in range(count)]
+    assert ranks[1].gather_in_order(shares[1]) == [item + 1 for item in range(count)]

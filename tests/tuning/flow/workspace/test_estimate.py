@@ -20,10 +20,10 @@ from eg3d_rlhf.tuning.flow.base.stage import DenseGrid, FlowStage, Sampling, Spa
 from eg3d_rlhf.tuning.flow.families import released_sizes
 from eg3d_rlhf.tuning.flow.families.hunyuan3d import LORA_TARGETS, MAIN, call
 from eg3d_rlhf.tuning.flow.training.conditioned_stage import ConditionedStage
-from eg3d_rlhf.tuning.flow.training.memory_estimate import Cost, cheapest
+from eg3d_rlhf.tuning.flow.training.memory_estimate import Cost, choose_pass
 from eg3d_rlhf.tuning.flow.training.pair_training import Updates
 from eg3d_rlhf.tuning.flow.training.settings import TrainConfig
-from eg3d_rlhf.tuning.flow.training.trainer import policy_and_reference, recomputing, trained
+from eg3d_rlhf.tuning.flow.training.trainer import policy_and_reference, set_recompute, trained_parameters
 from eg3d_rlhf.tuning.flow.workspace import estimate
 from eg3d_rlhf.tuning.flow.workspace.estimate import ZeroConditioning, pairs_of
 from tests.rejections import raising
@@ -128,9 +128,9 @@ def test_an_update_takes_what_is_estimated_from_sizes_alone(case, recompute):
     found = estimate.update(CASES[case](empty), 1, recompute)
     sized = CASES[case](really)
     weights = sum(p.nbytes for p in sized.stage.model.state_dict().values())
-    config = TrainConfig(batch=1, warmup=0).at(sized.stage, 0)
+    config = TrainConfig(batch=1, warmup=0).for_stage(sized.stage, 0)
     policy, reference = policy_and_reference(sized.stage, config)
-    recomputing(policy, recompute)
+    set_recompute(policy, recompute)
     updates = Updates(
         ConditionedStage(sized.stage, ZeroConditioning(sized)),
         pairs_of(sized.stage, 1),
@@ -140,7 +140,7 @@ def test_an_update_takes_what_is_estimated_from_sizes_alone(case, recompute):
         SINGLE,
     )
     updates.run(0)
-    held = sum(p.nbytes for p in trained(policy).values()) * 3  # adapters and their moments
+    held = sum(p.nbytes for p in trained_parameters(policy).values()) * 3  # adapters and their moments
     measured = weights + held + allocated(lambda: updates.run(1))
     assert found.bytes == pytest.approx(measured, rel=0.15)
     assert measured > 1.1 * weights
@@ -205,7 +205,7 @@ def test_the_fastest_update_that_fits_is_chosen():
     def costs(n: int, again: bool) -> Cost:
         return Cost(bytes=10 + n * (2 if again else 10), flops=n)
 
-    assert [cheapest(costs, 4, space) for space in (50, 49, 20, 19, 18, 14, 11)] == [
+    assert [choose_pass(costs, 4, space) for space in (50, 49, 20, 19, 18, 14, 11)] == [
         (4, False),
         (2, False),
         (1, False),
@@ -215,8 +215,8 @@ def test_the_fastest_update_that_fits_is_chosen():
         None,
     ]
     assert (
-        cheapest(costs, 4, 1000, recompute=True) == (4, True)
-        and cheapest(costs, 1, 12, recompute=False) is None
+        choose_pass(costs, 4, 1000, recompute=True) == (4, True)
+        and choose_pass(costs, 1, 12, recompute=False) is None
     )
 
 

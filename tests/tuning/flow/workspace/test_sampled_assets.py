@@ -18,7 +18,7 @@ from eg3d_rlhf.tuning.flow.base.stage import EmptyStructure
 from eg3d_rlhf.tuning.flow.families import family_of
 from eg3d_rlhf.tuning.flow.workspace import sampled_assets as drawings
 from eg3d_rlhf.tuning.flow.workspace import work_folder as works
-from eg3d_rlhf.tuning.flow.workspace.sampled_assets import draw, drawing_of
+from eg3d_rlhf.tuning.flow.workspace.sampled_assets import draw, make_sampling
 from eg3d_rlhf.tuning.flow.workspace.work_folder import SHOWN, Work, divide
 from tests.rejections import raising
 from tests.training.test_distributed import finish, start
@@ -51,7 +51,7 @@ def work(tmp_path):
 
 
 def drawing(work, **changes):
-    return replace(drawing_of(work, work.check_pipeline(), "base", SHOWN, CPU), **changes)
+    return replace(make_sampling(work, work.check_pipeline(), "base", SHOWN, CPU), **changes)
 
 
 def contents(folder):
@@ -71,12 +71,12 @@ def test_assets_are_those_of_the_generator_with_all_their_latents_and_prompts(wo
         line["seed"] for line in lines
     } == {0, 1, 2}
     line = lines[4]
-    latents = read_latents(work.drawn() / line["latents"])
+    latents = read_latents(work.asset_folder() / line["latents"])
     assert list(latents) == ["structure", "voxels"]
     (asset,) = generate(made.pipeline, [line["condition"]], [line["seed"]])
     (_, alone), *_ = draw(made.pipeline, [line["condition"]], [line["seed"]])
     assert torch.equal(asset.occupancy, alone.occupancy) and torch.equal(asset.colours, alone.colours)
-    prompts = [json.loads(text) for text in (work.drawn() / "prompts.jsonl").read_text().splitlines()]
+    prompts = [json.loads(text) for text in (work.asset_folder() / "prompts.jsonl").read_text().splitlines()]
     assert prompts == [{"prompt": name, "text": name} for name in work.names(*SHOWN)]
 
 
@@ -100,7 +100,7 @@ def test_a_drawing_that_was_stopped_goes_on_and_draws_nothing_twice(work, tmp_pa
     with pytest.raises(KeyboardInterrupt):
         drawing(work).run(stop)
     there = {name: path.stat().st_mtime_ns for name, path in drawing(work).shown().items()}
-    assert len(there) == 7 and not (work.drawn() / "ranking.jsonl").exists()
+    assert len(there) == 7 and not (work.asset_folder() / "ranking.jsonl").exists()
     sizes = []
     original = drawings.draw_or_empty
     monkeypatch.setattr(
@@ -108,11 +108,11 @@ def test_a_drawing_that_was_stopped_goes_on_and_draws_nothing_twice(work, tmp_pa
     )
     drawing(work).run()
     assert sizes == [5, 5]  # the batch that was cut, and the rest
-    assert contents(work.drawn()) == contents(whole.folder)
+    assert contents(work.asset_folder()) == contents(whole.folder)
     assert all(drawing(work).shown()[name].stat().st_mtime_ns == when for name, when in there.items())
     drawing(work).run()  # finished: nothing to do
     assert sizes == [5, 5]
-    with raising(str(work.drawn())):
+    with raising(str(work.asset_folder())):
         drawing(replace(work, precision="bfloat16")).run()
 
 
@@ -133,7 +133,7 @@ def test_a_full_disk_keeps_what_is_drawn(work):
         shown.append(path)
         return family.show(asset, path)
 
-    with raising(str(work.drawn()), "4 of 15"):
+    with raising(str(work.asset_folder()), "4 of 15"):
         drawing(work, family=showing(family, show)).run()
     assert len(drawing(work).shown()) == 4
     assert drawing(work).run().count == 15
@@ -201,4 +201,4 @@ def test_two_ranks_draw_the_files_of_one(work, tmp_path):
     whole.run()
     printed = finish(start(CODE, str(work.folder)))
     assert [out for out, _ in printed] == ["15 10\n", "15 5\n"]
-    assert contents(work.drawn()) == contents(whole.folder)
+    assert contents(work.asset_folder()) == contents(whole.folder)

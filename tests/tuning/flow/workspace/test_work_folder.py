@@ -34,18 +34,18 @@ def work(tmp_path):
 
 def drawn(work):
     """Two assets of each condition that may be shown."""
-    work.drawn().mkdir(parents=True)
+    work.asset_folder().mkdir(parents=True)
     lines = []
     for i, name in enumerate(work.names("train", "choose")):
         for seed in (0, 1):
-            (work.drawn() / f"{i:05d}-{seed}.ply").write_text(f"{name} {seed}")
+            (work.asset_folder() / f"{i:05d}-{seed}.ply").write_text(f"{name} {seed}")
             lines.append({"condition": name, "seed": seed, "look_at": f"{i:05d}-{seed}.ply"})
-    (work.drawn() / "ranking.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (work.asset_folder() / "ranking.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return lines
 
 
 def shape(work, line, **changes):
-    path = work.drawn() / line["look_at"]
+    path = work.asset_folder() / line["look_at"]
     return replace(
         Shape.from_asset(
             generator="base",
@@ -150,11 +150,11 @@ def test_answers_are_mapped_to_what_was_drawn(work):
     answered(work, pairs, choose)
     labels = work.labels()
     assert labels.pairs == len(pairs) and labels.ties >= 1 and labels.repeats[0] == labels.repeats[1] > 0
-    first, second = (work.drawn() / line["look_at"] for line in lines[2:4])
+    first, second = (work.asset_folder() / line["look_at"] for line in lines[2:4])
     for_first, for_second = labels.votes(first, second)
     assert for_first == 0 < for_second and labels.votes(second, first) == (for_second, 0)
-    assert labels.votes(*(work.drawn() / line["look_at"] for line in lines[:2])) == (0, 0)
-    (work.drawn() / lines[2]["look_at"]).write_text("another")
+    assert labels.votes(*(work.asset_folder() / line["look_at"] for line in lines[:2])) == (0, 0)
+    (work.asset_folder() / lines[2]["look_at"]).write_text("another")
     with raising("labels.db", repr(lines[2]["condition"])):
         work.labels()
 

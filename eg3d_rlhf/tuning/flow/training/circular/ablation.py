@@ -26,8 +26,8 @@ from eg3d_rlhf.experiments.table import (
     Table,
     detectable,
     markdown_rows,
-    of_seeds,
     plot_rates,
+    win_rates_by_seed,
     with_interval,
     write,
 )
@@ -38,8 +38,8 @@ from eg3d_rlhf.tuning.flow.training.arm_runs import pooled
 from eg3d_rlhf.tuning.flow.training.circular.circular_loop import (
     CircularLoop,
     Lineage,
+    network_weights,
     run_loop,
-    whole_weights,
 )
 from eg3d_rlhf.tuning.flow.training.circular.loop_pairs import NoPairsError
 from eg3d_rlhf.tuning.flow.training.circular.settings import (
@@ -144,7 +144,7 @@ def markdown(data: Mapping) -> str:
     table_rows = []
     for letter, group in data["groups"].items():
         # the order of the cells is that of `header`
-        cells = [f"({letter})", group["title"], with_interval(group), *of_seeds(group)]
+        cells = [f"({letter})", group["title"], with_interval(group), *win_rates_by_seed(group)]
         cells += [f"{group['parts'][name]['win_rate']:.3f}" for name in part_names]
         cells += [
             f"{group['evaluators'][name]['win_rate']:.3f}" if name in group["evaluators"] else ""
@@ -182,7 +182,11 @@ def markdown(data: Mapping) -> str:
     for name, comparison in data["pairwise"].items():
         group_letter, rival_letter = name.split("_vs_")  # keys are "a_vs_b"
         table_rows.append(
-            [f"({group_letter}) against ({rival_letter})", with_interval(comparison), *of_seeds(comparison)]
+            [
+                f"({group_letter}) against ({rival_letter})",
+                with_interval(comparison),
+                *win_rates_by_seed(comparison),
+            ]
         )
     markdown_lines += markdown_rows(header, table_rows)
     # absent for runs without the loop
@@ -274,7 +278,7 @@ def work(settings: CircularRun, problem: Problem, run: Run, open: Open) -> None:
         open: function that opens the problem in a worker process.
     """
     # runs share the folder of artefacts, which is not in the folder of the run
-    if run.ranks.main:
+    if run.ranks.is_main:
         print(f"Artefacts are stored in {settings.artefacts}.", flush=True)
     if settings.groups is not None:
         ablate(settings, problem, run.folder, run.device, run.jobs, open)
@@ -287,7 +291,7 @@ def _loop(settings: CircularRun, problem: Problem, run: Run) -> None:
     """Run the loop, or train `settings.stage` alone, and write the weights and the table."""
     folder = run.folder
     ranks = run.ranks
-    loop = loop_of(settings, problem, settings.circular.seed, ranks, bars=ranks.main)
+    loop = loop_of(settings, problem, settings.circular.seed, ranks, bars=ranks.is_main)
     if settings.stage is not None:
         # one stage alone has no loop and needs no reward
         training = loop.from_people(settings.stage)
@@ -302,11 +306,11 @@ def _loop(settings: CircularRun, problem: Problem, run: Run) -> None:
             }
         ]
     else:
-        lineage, steps = run_loop(loop, lambda step: tqdm.write(describe(step)) if ranks.main else None)
+        lineage, steps = run_loop(loop, lambda step: tqdm.write(describe(step)) if ranks.is_main else None)
     # the distributed group ends here, so that the other ranks need not wait for the table of rank 0
     ranks.barrier()
     leave()
-    if not ranks.main:
+    if not ranks.is_main:
         return
     # stage -> name of its folder of weights in the run
     weights = {stage: keep(loop, stage, trainings, folder) for stage, trainings in lineage.items()}
@@ -384,7 +388,7 @@ def keep(loop: CircularLoop, stage: str, trainings: tuple[Artefact, ...], folder
     They are the weights of its training, or after several rounds all parameters of the network.
     """
     # links to the artefacts, so that weights are not stored twice
-    link_folder(whole_weights(loop, stage, trainings, folder / stage), folder / stage)
+    link_folder(network_weights(loop, stage, trainings, folder / stage), folder / stage)
     return stage
 
 

@@ -29,8 +29,8 @@ from eg3d_rlhf.tuning.flow.training.circular.loop_pairs import (
     NoPairsError,
     make_in_chunks,
     next_stage,
+    select_and_weigh,
     used,
-    weighed,
 )
 from eg3d_rlhf.tuning.flow.training.circular.settings import (
     PAIRS,
@@ -42,7 +42,7 @@ from eg3d_rlhf.tuning.flow.training.circular.settings import (
 from eg3d_rlhf.tuning.flow.training.conditioned_stage import ConditionedStage
 from eg3d_rlhf.tuning.flow.training.pair_training import train_stage
 from eg3d_rlhf.tuning.flow.training.settings import TrainConfig
-from eg3d_rlhf.tuning.flow.training.trainer import ACCURACY, FREE
+from eg3d_rlhf.tuning.flow.training.trainer import ACCURACY, CHANGEABLE_SETTINGS
 from training.distributed import SINGLE, Ranks
 from training.phases import derive_seed
 from training.progress import tqdm
@@ -224,7 +224,7 @@ class CircularLoop:
         # called only if the artefact does not exist yet
         def read() -> tuple[list[PreferencePair], dict]:
             # read_pairs returns (pairs, description)
-            selected_pairs, report = weighed(read_pairs(pairs.folder / "pairs", stage)[0], weighing)
+            selected_pairs, report = select_and_weigh(read_pairs(pairs.folder / "pairs", stage)[0], weighing)
             return used(selected_pairs, use, self.settings.seed, self.people(stage)), report
 
         return self._train(
@@ -256,7 +256,7 @@ class CircularLoop:
             description: description of the training for messages.
         """
         conditioned = self.stage(stage)
-        config = config.at(conditioned.stage, self.settings.seed)
+        config = config.for_stage(conditioned.stage, self.settings.seed)
         # without a chooser there is no win rate, and the last update is kept
         choosing = self.settings.choosing if self.problem.chooser is not None else None
         inputs = {
@@ -266,7 +266,9 @@ class CircularLoop:
             "networks": self._named(lineage),
             "pairs": source,
             # settings that do not change the result are not hashed
-            "config": {name: value for name, value in asdict(config).items() if name not in FREE},
+            "config": {
+                name: value for name, value in asdict(config).items() if name not in CHANGEABLE_SETTINGS
+            },
             "choosing": None if choosing is None else asdict(choosing),
             "unseen": self.problem.unseen_pairs is not None,
         }
@@ -414,7 +416,7 @@ def weights_of(training: Artefact) -> Path:
     return training.folder / training.record["weights"]
 
 
-def whole_weights(
+def network_weights(
     loop: CircularLoop, stage: str, trainings: Sequence[Artefact], network_folder: Path
 ) -> Path:
     """Return the folder of a stage's weights.

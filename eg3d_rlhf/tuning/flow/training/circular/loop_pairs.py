@@ -201,10 +201,10 @@ def with_roles(pairs: Sequence[PreferencePair], roles: str) -> list[PreferencePa
     With "tuned", as in the paper, the tuned network's sample is preferred, and pairs are returned unchanged.
     With "reward", pairs whose rejected sample has the higher reward are inverted.
     """
-    return [inverted(pair) if roles == REWARD and pair.reward_gap < 0 else pair for pair in pairs]
+    return [invert_pair(pair) if roles == REWARD and pair.reward_gap < 0 else pair for pair in pairs]
 
 
-def inverted(pair: PreferencePair) -> PreferencePair:
+def invert_pair(pair: PreferencePair) -> PreferencePair:
     """Return the pair with preferred and rejected sample exchanged, which is recorded in its provenance."""
     return replace(
         pair,
@@ -259,7 +259,7 @@ def make_in_chunks(
         os.replace(unfinished_folder, chunk_folder)
     ranks.barrier()
     # rank 0 alone joins the chunks
-    if not ranks.main:
+    if not ranks.is_main:
         return folder / "pairs", {}
     pairs: list[PreferencePair] = []
     for number in range(len(chunk_starts)):
@@ -434,7 +434,9 @@ class NoPairsError(ValueError):
     """Error of a loop in which all pairs of a stage were dropped, so that it cannot be trained."""
 
 
-def weighed(pairs: Sequence[PreferencePair], weighing: Weighing) -> tuple[list[PreferencePair], dict]:
+def select_and_weigh(
+    pairs: Sequence[PreferencePair], weighing: Weighing
+) -> tuple[list[PreferencePair], dict]:
     """Select and weight the loop's pairs for training, see `weigh`.
 
     Returns the selected pairs and the report.
@@ -469,9 +471,9 @@ def used(
         human_ids = {pair.provenance["human_pair"] for pair in pairs}
         return [pair for pair in human_pairs if pair.id in human_ids]
     if use == INVERTED:
-        return [inverted(pair) for pair in pairs]
+        return [invert_pair(pair) for pair in pairs]
     if use == RANDOMISED:
         # the name of the random stream is that of version 0.1, so that seeds give the same inversions as
         # there
-        return [inverted(pair) if derive_seed("coin", seed, pair.id) % 2 else pair for pair in pairs]
+        return [invert_pair(pair) if derive_seed("coin", seed, pair.id) % 2 else pair for pair in pairs]
     return list(pairs)

@@ -62,7 +62,7 @@ class Weighing(Knobs):
     )
 
 
-def anchored(config: TrainConfig) -> TrainConfig:
+def with_regulariser(config: TrainConfig) -> TrainConfig:
     """Return the same training with the loop's regularisation.
 
     The weight of the rejected sample is 0.5, half of the preferred sample's own error is added to the loss,
@@ -73,7 +73,7 @@ def anchored(config: TrainConfig) -> TrainConfig:
     return replace(config, dpo=dpo)
 
 
-def supervised(config: TrainConfig) -> TrainConfig:
+def with_fine_tuning_loss(config: TrainConfig) -> TrainConfig:
     """Return the same training with plain flow matching on the preferred samples as its loss."""
     return replace(config, dpo=DpoConfig(kind="sft", condition_dropout=config.dpo.condition_dropout))
 
@@ -83,9 +83,11 @@ class CircularSettings:
     """Settings of the loop's trainings, its pairs and its rounds."""
 
     human: TrainConfig = field(default_factory=TrainConfig)  # DPO on people's pairs
-    loop: TrainConfig = field(default_factory=lambda: anchored(TrainConfig()))  # DPO on the loop's pairs
+    loop: TrainConfig = field(
+        default_factory=lambda: with_regulariser(TrainConfig())
+    )  # DPO on the loop's pairs
     # fine-tuning of the ablation's supervised groups
-    sft: TrainConfig = field(default_factory=lambda: supervised(TrainConfig()))
+    sft: TrainConfig = field(default_factory=lambda: with_fine_tuning_loss(TrainConfig()))
     loop_pairs: LoopPairsConfig = field(default_factory=LoopPairsConfig)
     weighing: Weighing = field(default_factory=Weighing)
     # None: no win rate is measured in training, and the last update is kept
@@ -148,7 +150,7 @@ ARMS = {
 ALL = GROUPS | ARMS
 
 
-def letters(text: str) -> list[str]:
+def parse_groups(text: str) -> list[str]:
     """Parse a list of groups such as "a..i", "a,d,i" or "a..d,regulariser", and return their names in order.
 
     The base, group "i", is always among them.

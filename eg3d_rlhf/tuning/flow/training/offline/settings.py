@@ -95,7 +95,7 @@ ARMS = {
 }
 # names of the losses in the table
 TITLES = {"nft": "NFT", DGPO: "DGPO"}
-OWN_KINDS = ("thumbs", "ranks")  # kinds of labels that the toy's simulated annotators give
+SIMULATED_KINDS = ("thumbs", "ranks")  # kinds of labels that the toy's simulated annotators give
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +135,7 @@ class OfflineRun(ArmsRun):
     arms: tuple[str, ...] = (LABELS,)
 
     @property
-    def own_kind(self) -> str:
+    def label_kind(self) -> str:
         """Return the kind of labels that the toy's simulated annotators give."""
         # DGPO compares the assets of a prompt, so it needs ranks; NFT needs a label of each asset
         return self.labels or ("ranks" if self.singles.loss == DGPO else "thumbs")
@@ -147,7 +147,9 @@ class OfflineRun(ArmsRun):
         problem, labelled = opened
         assert labelled is not None  # the job opens labels for every offline run
         stage = self.stage_in(problem)
-        return OfflineBench(problem, stage, self.dpo.at(stage, seed), labelled, self.singles.at(stage, seed))
+        return OfflineBench(
+            problem, stage, self.dpo.for_stage(stage, seed), labelled, self.singles.for_stage(stage, seed)
+        )
 
     def has_table(self, problem: "Problem") -> bool:
         return problem.final is not None

@@ -334,7 +334,7 @@ def train_singles(
     columns = [[asset.id, asset.condition, asset.r] for asset in singles]
     # rank 0 hashes for all; a run cannot be resumed with other assets
     origin = ranks.broadcast(
-        {"base": stage.hash, "singles": latents_checksum(latents, columns)} if ranks.main else None
+        {"base": stage.hash, "singles": latents_checksum(latents, columns)} if ranks.is_main else None
     )
     return train(stage, config, origin, start, Path(out), ranks=ranks, shards=True, **common)
 

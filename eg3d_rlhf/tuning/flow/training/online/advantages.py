@@ -38,7 +38,7 @@ class Scale:
     plus: float = TINY
     least: float = 0.0  # lower bound of the standard deviation
 
-    def of(self, rewards: torch.Tensor, centred_rewards: torch.Tensor) -> torch.Tensor:
+    def divisor(self, rewards: torch.Tensor, centred_rewards: torch.Tensor) -> torch.Tensor:
         """Compute the divisor from rewards [G, K] and centred rewards [G, K].
 
         Returns a tensor [G, 1] if `over` is "group", and a scalar tensor otherwise.
@@ -74,10 +74,10 @@ def _scaled(rewards: torch.Tensor, scale: Scale) -> torch.Tensor:
     # the mean of equal rewards may differ from them by rounding, which the division would enlarge
     all_equal = (rewards == rewards[:, :1]).all(1, keepdim=True)
     centred_rewards = (rewards - rewards.mean(1, keepdim=True)).masked_fill(all_equal, 0)
-    return centred_rewards / scale.of(rewards, centred_rewards)
+    return centred_rewards / scale.divisor(rewards, centred_rewards)
 
 
-def several(
+def combine_rewards(
     rewards: torch.Tensor,
     weights: Sequence[float],
     scale: Scale | None = None,
@@ -128,7 +128,7 @@ def normal_scores(rewards: torch.Tensor) -> torch.Tensor:
     return (scores - scores.mean(1, keepdim=True)).float()
 
 
-def as_used(rewards: torch.Tensor, use: str, seeds: Sequence[int]) -> torch.Tensor:
+def apply_control(rewards: torch.Tensor, use: str, seeds: Sequence[int]) -> torch.Tensor:
     """Return rewards [..., G, K] as a run or one of its controls uses them.
 
     With `use` "randomised" the rewards are permuted within each group, so that they carry no signal. With

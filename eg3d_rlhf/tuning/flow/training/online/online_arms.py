@@ -29,7 +29,7 @@ from eg3d_rlhf.tuning.flow.base.stage import AssetReward, FlowStage
 from eg3d_rlhf.tuning.flow.training.arm_runs import Bench, Opened
 from eg3d_rlhf.tuning.flow.training.conditioned_stage import ConditionedStage
 from eg3d_rlhf.tuning.flow.training.latent_reward import LatentReward, from_problem, load
-from eg3d_rlhf.tuning.flow.training.online.advantages import as_used
+from eg3d_rlhf.tuning.flow.training.online.advantages import apply_control
 from eg3d_rlhf.tuning.flow.training.online.scored_samples import Explorer, Task
 from eg3d_rlhf.tuning.flow.training.online.settings import (
     DPO,
@@ -37,8 +37,8 @@ from eg3d_rlhf.tuning.flow.training.online.settings import (
     Losses,
     OnlineConfig,
     OnlineRun,
-    divided,
-    weighed,
+    parse_weights,
+    split_arm,
 )
 from eg3d_rlhf.tuning.flow.training.online.solid import solid_reward
 from eg3d_rlhf.tuning.flow.training.online.updates import train_online
@@ -60,8 +60,8 @@ class OnlineBench(Bench):
 
     def config(self, arm: str) -> OnlineConfig:
         """Return the settings of an arm. For the DPO arms they decide the number of samples."""
-        kind, use = divided(arm)
-        return replace(self.losses.grpo_plain if kind == DPO else self.losses.of(kind), use=use)
+        kind, use = split_arm(arm)
+        return replace(self.losses.grpo_plain if kind == DPO else self.losses.for_arm(kind), use=use)
 
     def check_gate(self) -> None:
         """Raise ValueError if --gate names a reward that is not held out."""
@@ -92,7 +92,7 @@ class OnlineBench(Bench):
         task = self.task
         config = self.config(arm)
         # the DPO arms are trained offline, on pairs that are generated once
-        if divided(arm)[0] == DPO:
+        if split_arm(arm)[0] == DPO:
             return train_stage(
                 ConditionedStage(task.stage, task.pipeline),
                 ranked_pairs(task, config, self.dpo.seed),
@@ -105,7 +105,7 @@ class OnlineBench(Bench):
     def measure(self, arm: str, done: StageResult, model: torch.nn.Module, seed: int, ranks: Ranks) -> dict:
         config = self.config(arm)
         held_out_prompts = list(self.problem.held_out_prompts)
-        if divided(arm)[0] == DPO:
+        if split_arm(arm)[0] == DPO:
             # all samples are generated before the training
             samples = config.steps * config.batch * config.group
         else:
@@ -114,7 +114,7 @@ class OnlineBench(Bench):
         return {
             "samples": samples,
             "kl": drift(self.task, model, config, held_out_prompts, seed)
-            if held_out_prompts and ranks.main
+            if held_out_prompts and ranks.is_main
             else None,
         }
 
@@ -147,7 +147,7 @@ def ranked_pairs(task: Task, config: OnlineConfig, seed: int, batch: int = 64) -
     ):
         prompts, seeds = map(list, zip(*groups[i : i + batch_groups], strict=True))
         # the voxels of a group are the same for its K samples, as in online tuning
-        sample_voxels = [voxels for voxels in task.given(prompts, seeds, batch) for _ in range(K)]
+        sample_voxels = [voxels for voxels in task.input_voxels(prompts, seeds, batch) for _ in range(K)]
         # prompt and seed of each of the n = G K samples
         sample_prompts = [prompt for prompt in prompts for _ in range(K)]
         sample_seeds = [group_seed for group_seed in seeds for _ in range(K)]
@@ -157,7 +157,7 @@ def ranked_pairs(task: Task, config: OnlineConfig, seed: int, batch: int = 64) -
         # weighted sum of the rewards, [R, n] -> [G, K]
         total = (weights * trained_scores).sum(0).view(-1, K)
         # controls shuffle or negate the rewards before samples are ordered
-        rewards = as_used(total, config.use, seeds)
+        rewards = apply_control(total, config.use, seeds)
         # the pairs of all batches stay in memory until the training, so they are moved off the device
         cpu_latents = [to_cpu(latent) for latent in separate(latents)]
         for number, (prompt, scores) in enumerate(zip(prompts, rewards, strict=True)):
@@ -284,7 +284,7 @@ def heldout_scores(
 def bench_of(run: OnlineRun, opened: Opened, seed: int) -> OnlineBench:
     """Create the training data and settings of a run's arms, for one training seed."""
     problem = opened[0]
-    weights = weighed(run.reward)  # by name of the reward
+    weights = parse_weights(run.reward)  # by name of the reward
     stage = run.stage_in(problem)
     rewards = {name: reward_of(name, problem, stage) for name in weights}
     # if all rewards read latents, nothing is decoded in training, and so no held-out reward can be scored
@@ -314,7 +314,7 @@ def bench_of(run: OnlineRun, opened: Opened, seed: int) -> OnlineBench:
     return OnlineBench(
         evaluated_problem,
         stage,
-        run.dpo.at(stage, seed),
+        run.dpo.for_stage(stage, seed),
         task,
         losses,
         {**problem.identity, "reward": run.reward},

@@ -54,7 +54,7 @@ class Task:
     # networks of the other stages, by stage; a stage that is missing has the pipeline's own network
     others: Models = field(default_factory=dict)
 
-    def given(self, prompts: Sequence[str], seeds: Sequence[int], batch: int) -> list[Voxels]:
+    def input_voxels(self, prompts: Sequence[str], seeds: Sequence[int], batch: int) -> list[Voxels]:
         """Generate the voxels that the earlier stages hand to this stage, one entry for each of N samples.
 
         Args: prompts: prompts of the samples, [N]; seeds: seeds of the samples, [N]; batch: samples at once.
@@ -89,7 +89,7 @@ class Task:
         trained_scores = {}
         for name, reward in self.rewards.items():
             if isinstance(reward, LatentReward):
-                trained_scores[name] = reward.of_latents(x_0, prompts)
+                trained_scores[name] = reward.score_latents(x_0, prompts)
             else:
                 trained_scores[name] = reward(assets, prompts)
         heldout_scores = {} if self.heldout is None else dict(self.heldout(assets, prompts))
@@ -178,7 +178,7 @@ class Explorer:
         pipeline = self.task.pipeline
         # by default all samples are generated in one pass
         pass_size = self.config.batch_gpu or len(prompts) * K
-        group_voxels = self.task.given(prompts, seeds, pass_size)
+        group_voxels = self.task.input_voxels(prompts, seeds, pass_size)
         # one entry for each of the G * K samples; the samples of a group stand side by side
         members = [
             (prompt, seed, k, voxels)

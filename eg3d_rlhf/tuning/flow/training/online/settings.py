@@ -282,7 +282,7 @@ class Losses:
     dppo: OnlineConfig
     dgpo: OnlineConfig
 
-    def of(self, arm: str) -> OnlineConfig:
+    def for_arm(self, arm: str) -> OnlineConfig:
         """Return the settings of an arm by its name."""
         return getattr(self, arm.replace("-", "_"))
 
@@ -292,7 +292,7 @@ KINDS = (*(field.name.replace("_", "-") for field in fields(Losses)), DPO)
 ARMS = tuple(name for kind in KINDS for name in (kind, *(f"{kind}-{use}" for use in CONTROLS)))
 
 
-def divided(arm: str) -> tuple[str, str]:
+def split_arm(arm: str) -> tuple[str, str]:
     """Split the name of an arm into its kind and its use of the rewards.
 
     >>> divided("grpo-guard-randomised"), divided("dpo")
@@ -305,7 +305,7 @@ def divided(arm: str) -> tuple[str, str]:
 PROBLEM_REWARD = "own"  # name of the problem's reward
 
 
-def weighed(text: str) -> dict[str, float]:
+def parse_weights(text: str) -> dict[str, float]:
     """Parse the value of --reward to weights by name; a name without a weight has the weight 1.
 
     Raises: ValueError for a part that is not NAME or NAME:WEIGHT with a weight above 0.
@@ -355,7 +355,7 @@ class OnlineRun(ArmsRun):
     arms: tuple[str, ...] = ("nft",)
 
     def __post_init__(self):
-        weighed(self.reward)
+        parse_weights(self.reward)
         super().__post_init__()
 
     def bench(self, opened: "Opened", seed: int) -> "OnlineBench":

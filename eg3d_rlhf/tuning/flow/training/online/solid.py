@@ -63,9 +63,9 @@ class SolidReward:
 
     def __call__(self, assets: Sequence[Any], prompts: Sequence[str]) -> torch.Tensor:
         """Score N finished assets of these prompts, [N] float32 in 0..1."""
-        return torch.tensor([score.reward for score in self.judged(assets, prompts)])
+        return torch.tensor([score.reward for score in self.score_terms(assets, prompts)])
 
-    def judged(self, assets: Sequence[Any], prompts: Sequence[str]) -> list[solids.ScoreWithFidelity]:
+    def score_terms(self, assets: Sequence[Any], prompts: Sequence[str]) -> list[solids.ScoreWithFidelity]:
         """Compute the reward of every asset, with its terms."""
         # sorted, so that the references are generated in the same batches in every process
         self._make_references(sorted(set(prompts) - set(self._reference_grids)))

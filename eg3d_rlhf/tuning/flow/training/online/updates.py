@@ -38,9 +38,9 @@ from eg3d_rlhf.tuning.flow.training.online.advantages import (
     Gate,
     Scale,
     advantages,
-    as_used,
+    apply_control,
+    combine_rewards,
     normal_scores,
-    several,
 )
 from eg3d_rlhf.tuning.flow.training.online.objectives import OnLatents, OnSteps
 from eg3d_rlhf.tuning.flow.training.online.scored_samples import Drawn, Explorer, Task
@@ -114,7 +114,7 @@ class OnlineUpdates(Descent):
         sampled_passes = self.objective.draw(prompts, seeds[rank_groups], step)
         rewards, heldout = self._scored(sampled_passes)
         # of all ranks' groups, [B, K], since advantages may be normalised over the whole batch
-        advantage = self._advantage(as_used(rewards, config.use, seeds))
+        advantage = self._advantage(apply_control(rewards, config.use, seeds))
         distance_factor, metrics = self._distance_factor(rewards, heldout)
         metrics |= {
             "samples": config.batch * K,
@@ -188,7 +188,7 @@ class OnlineUpdates(Descent):
         clip = config.adv_clip
         # several rewards have a normalisation of their own, see advantages.several
         if len(rewards) > 1:
-            return several(rewards, self.task.weights, clip=clip)
+            return combine_rewards(rewards, self.task.weights, clip=clip)
         if config.advantage == "ranks":
             return normal_scores(rewards[0]).clamp(-clip, clip)
         return advantages(rewards[0], Scale(over=config.advantage), clip)

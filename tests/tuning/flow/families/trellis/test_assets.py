@@ -8,12 +8,12 @@ from eg3d_rlhf.tuning.flow.families.trellis_assets import (
     SH_C0,
     SplatAsset,
     View,
-    calibrated,
+    find_best_share,
+    find_filled_voxels,
     read_ply,
     render,
     views_around,
     voxel_features,
-    voxels_filled,
     write_ply,
 )
 from tests.rejections import raising
@@ -76,10 +76,10 @@ def test_voxels_that_are_filled():
         [at(1, 2, 3), at(1, 2, 3), at(0, 7, 4), at(5, 5, 5), [0.6, 0, 0]],
         opacities=torch.tensor([0.6, 0.6, 0.9, 0.1, 1.0]),
     )
-    assert voxels_filled(asset, 8).tolist() == [[0, 7, 4], [1, 2, 3]]  # mean opacity 2.2 / 3
-    assert voxels_filled(asset, 8, share=0.1).tolist() == [[0, 7, 4], [1, 2, 3], [5, 5, 5]]
+    assert find_filled_voxels(asset, 8).tolist() == [[0, 7, 4], [1, 2, 3]]  # mean opacity 2.2 / 3
+    assert find_filled_voxels(asset, 8, share=0.1).tolist() == [[0, 7, 4], [1, 2, 3], [5, 5, 5]]
     with raising("voxels", "-0.5..0.5"):
-        voxels_filled(splats([[0.6, 0, 0]]), 8)
+        find_filled_voxels(splats([[0.6, 0, 0]]), 8)
 
 
 def test_an_image_of_one_gaussian_is_its_closed_form():
@@ -156,7 +156,7 @@ def test_the_share_is_that_at_which_assets_fill_the_voxels_they_were_made_on():
         opacities = torch.cat([torch.full([40], 0.9), torch.full([20], 0.09)])
         assets.append(splats(means.tolist(), opacities=opacities))
         voxels.append(source)
-    best = calibrated(assets, voxels, 8)
+    best = find_best_share(assets, voxels, 8)
     assert best["iou"] == 1.0 and 0.09 / 0.63 < best["share"] < 0.9 / 0.63
     for asset, source in zip(assets, voxels, strict=True):
-        assert sorted(voxels_filled(asset, 8, best["share"]).tolist()) == sorted(source.tolist())
+        assert sorted(find_filled_voxels(asset, 8, best["share"]).tolist()) == sorted(source.tolist())

@@ -14,7 +14,7 @@ from eg3d_rlhf.tuning.flow.base.settings import ProblemSource
 from eg3d_rlhf.tuning.flow.families.opening import open_problem
 from eg3d_rlhf.tuning.flow.families.trellis import FAMILY
 from eg3d_rlhf.tuning.flow.families.trellis_assets import read_ply
-from eg3d_rlhf.tuning.flow.workspace.sampled_assets import draw, drawing_of
+from eg3d_rlhf.tuning.flow.workspace.sampled_assets import draw, make_sampling
 from eg3d_rlhf.tuning.flow.workspace.work_folder import SHOWN, Work
 from tests.modes.flow_works import flow
 from tests.rejections import check_message, raising
@@ -117,7 +117,7 @@ def test_labels_of_nothing_are_rejected(work, tmp_path):
 def test_ranked_samples_become_pairs_of_their_latents(pipeline, trellis_root, work, tmp_path):
     """Assets are sampled and ranked; the pairs hold the very latents that were sampled."""
     adapted(pipeline, tmp_path / "adapter")
-    sampling_task = drawing_of(
+    sampling_task = make_sampling(
         work,
         work.check_pipeline(),
         "base",
@@ -126,12 +126,12 @@ def test_ranked_samples_become_pairs_of_their_latents(pipeline, trellis_root, wo
         tuned={"structure": tmp_path / "adapter"},
     )
     assert sampling_task.run().count == 10
-    path = work.drawn() / "ranking.jsonl"
+    path = work.asset_folder() / "ranking.jsonl"
     with raising("line 1", "rank", "None"):
         read_ranking(path, pipeline)
     rows = work.lines()
     write_list(path.parent, [{**row, "rank": 2 - row["seed"]} for row in rows])
-    printed = flow("tune", work.folder, f"--labels={work.drawn()}", "--pairs-only")
+    printed = flow("tune", work.folder, f"--labels={work.asset_folder()}", "--pairs-only")
     assert re.search(r"\b5 .*\bstructure\b.*\b5 .*\blatent\b", printed)
     # with WORK's embeddings
     problem = open_problem(ProblemSource(pipeline=str(trellis_root), pairs=str(work.folder / "pairs")))

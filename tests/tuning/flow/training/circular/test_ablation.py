@@ -15,7 +15,7 @@ from eg3d_rlhf.tuning.flow.base.settings import Evaluation
 from eg3d_rlhf.tuning.flow.training.circular import ablation, circular_loop
 from eg3d_rlhf.tuning.flow.training.circular.ablation import Ablation, tabled
 from eg3d_rlhf.tuning.flow.training.circular.circular_loop import CircularLoop
-from eg3d_rlhf.tuning.flow.training.circular.settings import ARMS, GROUPS, AblationPlan, letters
+from eg3d_rlhf.tuning.flow.training.circular.settings import ARMS, GROUPS, AblationPlan, parse_groups
 from eg3d_rlhf.tuning.flow.training.pair_training import train_stage
 from tests.rejections import raising
 from tests.tuning.flow.tiny_problem import HELD_OUT, SETTINGS, full, tiny_problem
@@ -25,14 +25,16 @@ EVALUATION = Evaluation(per_condition=3, batch=8)
 
 def test_letters():
     assert (
-        letters("a..i") == list("abcdefghi")
-        and letters("d") == ["d", "i"]
-        and letters("a..c, e") == list("abcei")
+        parse_groups("a..i") == list("abcdefghi")
+        and parse_groups("d") == ["d", "i"]
+        and parse_groups("a..c, e") == list("abcei")
     )
-    assert letters("regulariser,d,a") == ["a", "d", "i", "regulariser"] and letters("a..i") == list(GROUPS)
+    assert parse_groups("regulariser,d,a") == ["a", "d", "i", "regulariser"] and parse_groups("a..i") == list(
+        GROUPS
+    )
     for wrong in ("", "j", "a..regulariser", "winners", "c..a", "a.d", "a..z", "A"):
         with raising("a..i", repr(wrong)):
-            letters(wrong)
+            parse_groups(wrong)
 
 
 def test_tasks_wait_for_what_groups_share():

@@ -15,8 +15,8 @@ from eg3d_rlhf.tuning.flow.base.sampling import crossed, scores, wins
 from eg3d_rlhf.tuning.flow.toy.bundled import toy_problem
 from eg3d_rlhf.tuning.flow.training.circular import circular_loop
 from eg3d_rlhf.tuning.flow.training.circular.circular_loop import CircularLoop, run_loop
-from eg3d_rlhf.tuning.flow.training.circular.loop_pairs import SAME, NoPairsError, weighed
-from eg3d_rlhf.tuning.flow.training.circular.settings import Weighing, anchored
+from eg3d_rlhf.tuning.flow.training.circular.loop_pairs import SAME, NoPairsError, select_and_weigh
+from eg3d_rlhf.tuning.flow.training.circular.settings import Weighing, with_regulariser
 from eg3d_rlhf.tuning.flow.training.pair_training import train_stage
 from eg3d_rlhf.tuning.flow.training.settings import TrainConfig
 from tests.rejections import raising
@@ -80,7 +80,7 @@ def test_a_later_round_with_nothing_to_learn_from_ends_the_loop(tmp_path, monkey
     def scarce(pairs, weighing):
         kept.append(len(pairs))
         if len(kept) == 1:
-            return weighed(pairs, weighing)
+            return select_and_weigh(pairs, weighing)
         raise NoPairsError("loop: expected pairs to learn from, got none.")
 
     monkeypatch.setattr(circular_loop, "weighed", scarce)
@@ -238,21 +238,21 @@ def test_a_loop_without_a_pair_to_learn_from_says_why():
         provenance={SAME: True},
     )
     with raising("1", "same_structure 1, w1 0"):
-        weighed([pair], Weighing())
+        select_and_weigh([pair], Weighing())
 
 
 def test_settings():
     stage = tiny_problem().pipeline.stages[0]
-    own = HUMAN.at(stage, 7)
+    own = HUMAN.for_stage(stage, 7)
     assert own.seed == 7 and own.lora.targets == ("to_q", "to_out")
     asked = replace(HUMAN, lora=LoraConfig(targets=("to_q",)))
     assert asked.at(stage, 7).lora.targets == ("to_q",)
     assert replace(HUMAN, lora=None).at(stage, 7).lora is None
     plain = TrainConfig()
     assert (
-        anchored(plain).dpo.loser_weight,
-        anchored(plain).dpo.sft_weight,
-        anchored(plain).dpo.beta,
+        with_regulariser(plain).dpo.loser_weight,
+        with_regulariser(plain).dpo.sft_weight,
+        with_regulariser(plain).dpo.beta,
     ) == (
         0.5,
         0.5,

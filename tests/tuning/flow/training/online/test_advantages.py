@@ -9,9 +9,9 @@ from eg3d_rlhf.tuning.flow.training.online.advantages import (
     Gate,
     Scale,
     advantages,
-    as_used,
+    apply_control,
+    combine_rewards,
     normal_scores,
-    several,
 )
 from eg3d_rlhf.tuning.flow.training.online.settings import check_window, progressive_window, random_window
 from tests.rejections import raising
@@ -60,7 +60,7 @@ def test_a_group_without_spread_is_nothing_in_any_size():
             rewards = torch.full([2, size], value, dtype=torch.float32)
             assert (
                 not advantages(rewards).any()
-                and not several(rewards[None], [1.0]).any()
+                and not combine_rewards(rewards[None], [1.0]).any()
                 and not normal_scores(rewards).any()
             )
 
@@ -68,30 +68,33 @@ def test_a_group_without_spread_is_nothing_in_any_size():
 def test_controls_keep_what_is_in_a_group():
     rewards = torch.arange(12.0).view(2, 6)
     seeds = [5, 6]
-    assert torch.equal(as_used(rewards, "reward", seeds), rewards) and torch.equal(
-        as_used(rewards, "inverted", seeds), -rewards
+    assert torch.equal(apply_control(rewards, "reward", seeds), rewards) and torch.equal(
+        apply_control(rewards, "inverted", seeds), -rewards
     )
-    mixed = as_used(rewards, "randomised", seeds)
+    mixed = apply_control(rewards, "randomised", seeds)
     assert torch.equal(mixed.sort(1).values, rewards) and not torch.equal(mixed, rewards)
     # whatever other groups there are
-    assert torch.equal(as_used(rewards[1:], "randomised", seeds[1:]), mixed[1:])
-    both = as_used(torch.stack([rewards, -rewards]), "randomised", seeds)
+    assert torch.equal(apply_control(rewards[1:], "randomised", seeds[1:]), mixed[1:])
+    both = apply_control(torch.stack([rewards, -rewards]), "randomised", seeds)
     assert torch.equal(both[0], mixed) and torch.equal(both[1], -mixed)  # a sample's rewards stay together
 
 
 def test_several_rewards_count_by_their_weights_and_not_by_their_scales():
     rewards = random(3, 4, 6).double()
     weights = [1.0, 0.5, 2.0]
-    found = several(rewards, weights)
+    found = combine_rewards(rewards, weights)
     scaled = rewards * torch.tensor([1.0, 50.0, 0.2]).view(3, 1, 1) + random(3, 4, 1, seed=1)
-    torch.testing.assert_close(several(scaled, weights), found, rtol=1e-2, atol=1e-2)
-    torch.testing.assert_close(several(rewards, [10 * w for w in weights]), found, rtol=1e-3, atol=1e-3)
-    one = torch.stack([several(rewards[:1], [1.0]).flatten(), advantages(rewards[0]).flatten()])
+    torch.testing.assert_close(combine_rewards(scaled, weights), found, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(
+        combine_rewards(rewards, [10 * w for w in weights]), found, rtol=1e-3, atol=1e-3
+    )
+    one = torch.stack([combine_rewards(rewards[:1], [1.0]).flatten(), advantages(rewards[0]).flatten()])
     assert torch.corrcoef(one)[0, 1] > 1 - 1e-6
     flat = rewards.clone()
     flat[0, 2] = 0.3  # no spread in one group: the others decide there
     torch.testing.assert_close(
-        several(flat, weights, normalise_sum=False)[2], several(flat[1:], weights[1:], normalise_sum=False)[2]
+        combine_rewards(flat, weights, normalise_sum=False)[2],
+        combine_rewards(flat[1:], weights[1:], normalise_sum=False)[2],
     )
 
 

@@ -18,7 +18,13 @@ from eg3d_rlhf.tuning.flow.families import opening
 from eg3d_rlhf.tuning.flow.toy.bundled import toy_problem
 from eg3d_rlhf.tuning.flow.training.arm_runs import BASE, Worker, table
 from eg3d_rlhf.tuning.flow.training.online.online_arms import ranked_pairs
-from eg3d_rlhf.tuning.flow.training.online.settings import Losses, OnlineConfig, OnlineRun, divided, weighed
+from eg3d_rlhf.tuning.flow.training.online.settings import (
+    Losses,
+    OnlineConfig,
+    OnlineRun,
+    parse_weights,
+    split_arm,
+)
 from eg3d_rlhf.tuning.flow.training.settings import DpoConfig, TrainConfig
 from tests.rejections import raising, rejected
 from tests.tuning.flow.tiny_problem import full, tiny_problem
@@ -116,14 +122,14 @@ def test_the_preset_is_grpo_at_every_step():
         and json.loads(run("-n").stdout)["arms"] == ["nft"]
     )
     every = json.loads(run("-n", "--arms=all").stdout)["arms"]
-    assert len(every) == 18 and {divided(arm)[1] for arm in every} == {"reward", "randomised", "inverted"}
+    assert len(every) == 18 and {split_arm(arm)[1] for arm in every} == {"reward", "randomised", "inverted"}
 
 
 def test_weights_of_rewards():
-    assert weighed("own, solid:0.5") == {"own": 1.0, "solid": 0.5}
+    assert parse_weights("own, solid:0.5") == {"own": 1.0, "solid": 0.5}
     for text in ("own:x", "own,,b", "own:inf", ""):
         with raising("--reward", repr(text)):
-            weighed(text)
+            parse_weights(text)
 
 
 @pytest.fixture
