@@ -20,7 +20,7 @@ help:
 	@echo "make test-long     the slow tests, on 1 process"
 	@echo "make docs          the documentation as a site, build/docs/index.html; warnings are errors (a minute)"
 	@echo "make gpu           all that a machine with a GPU has to show, on one page: runs/gpu/gpu.md (DEVICE=cpu KIMG=0.032 BENCH_ARGS=--quick: a rehearsal)"
-	@echo "make lint          formatting (ruff format), ruff check, one assignment a line (tests/style.py), types (mypy); a minute, seconds the second time"
+	@echo "make lint          formatting (ruff format), ruff check, one assignment a line (tests/style.py), plain terms (tests/language.py), types (mypy); a minute, seconds the second time"
 	@echo "make format        format every Python file with ruff format"
 	@echo "make wheel         source distribution and wheel into dist/, and a check that the wheel holds every file of assets/"
 	@echo "make bench         speed of every fast path against plain EG3D (about 35 minutes; BENCH_ARGS=--quick: half a minute)"
@@ -94,10 +94,11 @@ gpu: $(STAMP)
 	@! grep -q "FAILED" runs/gpu/gpu.md
 
 lint: $(STAMP)
-	@echo "== Formatting, ruff check, one assignment a line, types (a minute the first time)"
+	@echo "== Formatting, ruff check, one assignment a line, plain terms, types (a minute the first time)"
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/python -m tests.style
+	$(BIN)/python -m tests.language
 	$(BIN)/mypy
 
 format: $(STAMP)

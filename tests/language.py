@@ -185,11 +185,13 @@ def stop_names(source: Source) -> Iterator[Place]:
 
 def private_terms(source: Source, terms: list[Term]) -> Iterator[Place]:
     """Yield terms of our own in docstrings, comments, messages and identifiers."""
+    # a phrase may run over a line's end
+    texts = [(first, text, text.replace("\n", " ")) for first, text in source.texts()]
+    # the module's own name stands at line 1
+    names = sorted({(1, source.path.stem), *source.names(), *source.keys()})
     for term in terms:
         if term.pattern:
-            for first, text in source.texts():
-                # a phrase may run over a line's end
-                flat = text.replace("\n", " ")
+            for first, text, flat in texts:
                 for match in term.pattern.finditer(flat):
                     around = flat[max(match.start() - 60, 0) : match.end() + 60]
                     if term.allowed and any(
@@ -201,23 +203,30 @@ def private_terms(source: Source, terms: list[Term]) -> Iterator[Place]:
                     line = first + text.count("\n", 0, match.start())
                     yield Place(source.path, line, f"{match[0]!r}: write {term.write}")
         if term.names:
-            # the module's own name stands at line 1
-            for line, name in [(1, source.path.stem), *source.names(), *source.keys()]:
+            for line, name in names:
                 if term.names.fullmatch(name.lstrip("_")):
                     yield Place(source.path, line, f"name {name!r}: write {term.write}")
 
 
 def restating(source: Source) -> Iterator[Place]:
     """Yield comments inside functions whose every word stands in the line of code below."""
+    comments: list[tuple[int, str]] = []  # first line and text; lines that follow one another are one comment
+    last = 0
     for token in source.full_line_comments():
-        row = token.start[0]
+        if comments and token.start[0] == last + 1:
+            comments[-1] = (comments[-1][0], f"{comments[-1][1]} {token.string}")
+        else:
+            comments.append((token.start[0], token.string))
+        last = token.start[0]
+    for first, text in comments:
+        row = first
         while row < len(source.lines) and source.lines[row].lstrip().startswith("#"):
             row += 1
         code = source.lines[row] if row < len(source.lines) else ""
-        words = {word.lower().rstrip("s") for word in re.findall(r"[A-Za-z]{3,}", token.string)} - FILLERS
+        words = {word.lower().rstrip("s") for word in re.findall(r"[A-Za-z]{3,}", text)} - FILLERS
         parts = {part.lower().rstrip("s") for part in re.findall(r"[A-Za-z][a-z]{2,}", code)}
         if words and words <= parts:
-            yield Place(source.path, token.start[0], "comment repeats the line below; say why, or delete it")
+            yield Place(source.path, first, "comment repeats the line below; say why, or delete it")
 
 
 FIGURES = {

@@ -56,8 +56,8 @@ class Knob:
 def knob(default: object, help: str, group: str, **more) -> typing.Any:
     """Return a dataclass field that is also a flag of the command line.
 
-    The flag has the name of the field, with dashes. `eg3d_rlhf.core.cli.options_from_settings` creates the flags, and
-    `check_knobs` checks ranges and choices.
+    The flag has the name of the field, with dashes. `eg3d_rlhf.core.cli.options_from_settings` creates the
+    flags, and `check_knobs` checks ranges and choices.
 
     Args:
         default: default value of the field.

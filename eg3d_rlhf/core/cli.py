@@ -1,7 +1,8 @@
 """Shared parts of all commands: options in titled groups, one-line errors with exit code 2, checks
 at start-up.
 
-A command is a `GroupedCommand`. Its options come from `option`, or from settings dataclasses (`options_from_settings`).
+A command is a `GroupedCommand`. Its options come from `option`, or from settings dataclasses by
+`options_from_settings`.
 A rare setting is a setting without a flag: it is set by --set NAME=VALUE or by the JSON file of --settings,
 and only --help-all lists it.
 

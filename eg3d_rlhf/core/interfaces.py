@@ -182,7 +182,7 @@ def check_views(images: int, views: int, who: str = "--prior") -> None:
     """Raise ValueError unless the images form complete sets of `views` views.
 
     Args:
-        pictures: number of images.
+        images: number of images.
         views: number of views of one asset.
         who: start of the message, such as the flag of the model.
     """

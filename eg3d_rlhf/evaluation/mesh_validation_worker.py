@@ -94,13 +94,13 @@ def answer(request: dict) -> dict:
     try:
         start_seconds = time.process_time()  # processor time, which other workers do not affect
         mesh = read_mesh(Path(request["path"]), request["weld"], request["up"])
-        if request["do"] == "picture":
+        if request["do"] == "render":
             # Imported here, since measuring does not need it.
             from PIL import Image
 
             png_buffer = io.BytesIO()
             Image.fromarray(render_mesh(mesh)).save(png_buffer, "PNG")
-            return {"picture": base64.b64encode(png_buffer.getvalue()).decode()}
+            return {"render": base64.b64encode(png_buffer.getvalue()).decode()}
         return {
             **measure_mesh(mesh, MeasureOptions(**request["options"])),
             "seconds": round(time.process_time() - start_seconds, 3),

@@ -83,7 +83,7 @@ class Store:
     Args:
         root: folder of the store, which is made if it does not exist.
         ranks: this process among the processes of the run.
-        tell: function that is called with a status line for every artefact that is made or reused.
+        report_line: function that is called with a status line for every artefact that is made or reused.
         hashed: True names the folder of an artefact by its kind and a hash of its inputs. False names it by
             its kind alone, which may then be a relative path, and takes no lock. The lock of the surrounding
             run must then protect the folder.
@@ -96,13 +96,13 @@ class Store:
         self,
         root: Path,
         ranks: Ranks = SINGLE,
-        tell: Callable[[str], None] = lambda line: None,
+        report_line: Callable[[str], None] = lambda line: None,
         hashed: bool = True,
         renew: bool = False,
     ):
         self.root = root
         self.ranks = ranks
-        self._tell = tell
+        self._report_line = report_line
         self._hashed = hashed
         self._renew = renew
         self._checked_artefacts: dict[Path, Artefact] = {}  # by folder; checked or made by this process
@@ -163,7 +163,7 @@ class Store:
                 action = "resuming in"
             else:
                 action = "writing to"
-            self._tell(f"{title or folder.name}: {action} {folder}")
+            self._report_line(f"{title or folder.name}: {action} {folder}")
         if not reused:
             if self.ranks.is_main:
                 # A folder with other inputs may hold files from which the maker would wrongly resume. None:

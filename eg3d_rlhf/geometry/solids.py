@@ -437,7 +437,7 @@ def overlap(filled: np.ndarray, reference: np.ndarray) -> float:
 
     Args:
         filled: result of `fill` for the shape, [X, Y, Z].
-        reference: result of `repaired` for the untuned shape, [X, Y, Z].
+        reference: result of `without_defects` for the untuned shape, [X, Y, Z].
     """
     union = int((filled | reference).sum())
     return float((filled & reference).sum() / union) if union else 0.0
@@ -472,7 +472,7 @@ def score_against(
 
     Args:
         solid: grid [X, Y, Z] of the shape.
-        references: grids [X, Y, Z] that `repaired` returned for the reference shapes.
+        references: grids [X, Y, Z] that `without_defects` returned for the reference shapes.
         rules: radii and weights of the score.
 
     Raises: ValueError for grids of different sizes, and for arrays that are not grids.

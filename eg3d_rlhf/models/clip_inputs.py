@@ -138,7 +138,7 @@ def clip_tokenizer(folder: Path, flag: str, vocabulary: int, pad: int | str | No
         folder: folder of the tokenizer's files.
         flag: option that error messages begin with.
         vocabulary: number of tokens that the network embeds.
-        pad: token id that fills short prompts, for example 0 as in open_clip. "own" uses the padding token
+        pad: token id that fills short prompts, for example 0 as in open_clip. "folder" uses the padding token
             that the folder states. None uses the end token, as in OpenAI's CLIP.
 
     Raises: ValueError if the library transformers or a file is missing, or if the end token is not the last
@@ -156,7 +156,7 @@ def clip_tokenizer(folder: Path, flag: str, vocabulary: int, pad: int | str | No
     if pad is None:
         pad_id = end_id
     else:
-        pad_id = tokenizer.pad_token_id if pad == "own" else pad
+        pad_id = tokenizer.pad_token_id if pad == "folder" else pad
 
     def tokenize(prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
         # Prompts are padded here, because the tokenizer would always use its own padding token.

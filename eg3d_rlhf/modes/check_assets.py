@@ -162,10 +162,10 @@ def main(
         )
     # the worst meshes are rendered for the page; the file's name breaks ties, so that the order is fixed
     worst = sorted(measured, key=lambda row: (-badness(row), row["file"]))[:WORST]
-    render_requests = [{**request, "do": "picture", "path": str(folder / row["file"])} for row in worst]
+    render_requests = [{**request, "do": "render", "path": str(folder / row["file"])} for row in worst]
     renders = {
         # an empty text where the rendering failed
-        worst[row_index]["file"]: answer.get("picture", "")
+        worst[row_index]["file"]: answer.get("render", "")
         for row_index, answer in answer_requests(render_requests, jobs)
     }
     # settings and thresholds that the page states beside the results

@@ -7,7 +7,7 @@ selection used. Files in WORK:
     drawn/test-base         assets of the untuned generator
     drawn/tuned-00          assets of the generator of training tune-00, sampled from the same noises
     drawn/control-00        assets of the control of training tune-00, sampled from the same noises
-    study-00/pictures.png   renders of a few test assets of all three generators, written with the report
+    study-00/images.png   renders of a few test assets of all three generators, written with the report
     study-00/base           comparison of tuned and untuned generator: design, answers and report
     study-00/control        comparison of tuned generator and control: design, answers and report
 
@@ -41,8 +41,8 @@ from eg3d_rlhf.tuning.flow.workspace.work_folder import TEST, Work
 from training.storage import write_atomic
 
 FILE = "study.json"
-RENDERS = "pictures.png"
-SHOWN = 8  # largest number of assets of each generator in pictures.png
+RENDERS = "images.png"
+SHOWN = 8  # largest number of assets of each generator in images.png
 SIDE = 160  # width and height of a render in pixels
 # Names of the generators that the tuned generator is compared with, in the order of the comparisons.
 BASE = "base"

@@ -417,7 +417,10 @@ class PublishedPoints(LiftedPoints):
     def from_generator(  # type: ignore[override]
         cls, generator: "Generator", *, resolution: int = 128, points: int = 2048
     ) -> Self:
-        """Create the observation with the frontal camera of a generator, see `LiftedPoints.from_generator`."""
+        """Create the observation with the frontal camera of a generator.
+
+        See `LiftedPoints.from_generator`.
+        """
         return super().from_generator(generator, resolution=resolution, points=points)
 
     def observe(self, field: Field) -> torch.Tensor:

@@ -329,7 +329,7 @@ def test_a_picture_becomes_the_tokens_that_files_of_conditions_hold(case, root, 
         assert error(made.tokens[str(k)]["main"], case[f"pre{k}_tokens"][0]) < HALF
     family.FAMILY.load(root, made)
     other = made.encoder.replace("border", "margin")
-    with raising("conditions:", made.encoder, other, "eg3d-rlhf"):
+    with raising("conditioning:", made.encoder, other, "eg3d-rlhf"):
         family.FAMILY.load(root, Conditioning(tokens=made.tokens, encoder=other, zero_null=True))
 
 

@@ -476,7 +476,7 @@ def test_pictures_become_conditions(case, root, conditions):
         assert error(told[family.SHIFT], case[f"pre{name}_ss/pointmap_shift"]) < INPUTS
     family.FAMILY.load(root, conditions)
     other = conditions.encoder.replace("box", "side")
-    with raising("conditions:", conditions.encoder, other, "eg3d-rlhf"):
+    with raising("conditioning:", conditions.encoder, other, "eg3d-rlhf"):
         family.FAMILY.load(root, Conditioning(tokens=conditions.tokens, encoder=other, zero_null=True))
 
 

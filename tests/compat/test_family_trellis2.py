@@ -730,7 +730,7 @@ def test_conditions_of_another_encoder_or_preparation_are_refused(case, root, pi
     family.FAMILY.load(
         root, Conditioning(tokens=tokens, encoder=family.source_of(pipeline.file), zero_null=True)
     )
-    with raising("conditions:", family.source_of(pipeline.file), "eg3d-rlhf"):
+    with raising("conditioning:", family.source_of(pipeline.file), "eg3d-rlhf"):
         family.FAMILY.load(root, Conditioning(tokens=tokens, encoder=pipeline.file.encoder, zero_null=True))
 
 

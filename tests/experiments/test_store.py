@@ -59,7 +59,7 @@ def test_an_interrupted_making_goes_on_in_its_folder(tmp_path):
     with pytest.raises(InterruptedError):
         Store(tmp_path).make("kind", {"x": 1}, maker)
     lines = []
-    found = Store(tmp_path, tell=lines.append).make("kind", {"x": 1}, maker, "thing")
+    found = Store(tmp_path, report_line=lines.append).make("kind", {"x": 1}, maker, "thing")
     assert "begun" in found.record["seen"] and maker.calls == 2
     (line,) = lines
     assert line.startswith("thing") and str(found.folder) in line

@@ -131,7 +131,7 @@ def test_a_study_shows_test_conditions_alone_first_against_the_base_then_against
     }
     assert lines["test-base"] == lines["tuned-00"] == lines["control-00"]
     assert reported() == [("tune-00", "base", "4 of 4"), ("tune-00", "control", "4 of 4")]
-    with Image.open("WORK/study-00/pictures.png") as picture:
+    with Image.open("WORK/study-00/images.png") as picture:
         shown = np.asarray(picture)[:, 110 + MARGIN :]  # rows: before, tuned, control
     rows = [shown[top : top + SIDE] for top in range(MARGIN + 4, len(shown) - SIDE, SIDE + 4)]
     assert len(rows) == 3 and all((row < 255).mean() > 0.05 for row in rows)

@@ -47,8 +47,8 @@ def compute(
         design: design of the study.
         rows: judgements of the study.
         interim: True allows a report before the stopping rule is met.
-        pictures: number of latents whose images are shown for each generator that wins; with 0 no generator
-        is loaded.
+        image_pairs: number of latents whose images are shown for each generator that wins; with 0 no
+            generator is loaded.
         device: device on which shapes are computed.
         now: time of the report; None: the current time.
 

@@ -217,7 +217,7 @@ class MeshReader:
             vertex_offset = vertex_offset + len(normals)
         edges, net_corners, row, reach, base = (torch.cat(tensors) for tensors in zip(*nets, strict=True))
         asset_index = torch.arange(len(self.choices), device=device)
-        # Asset of each vertex and of each face
+        # The index of its asset, once for each vertex [U] and for each face [M] of the batch
         vertex_asset, face_asset = (
             asset_index.repeat_interleave(torch.tensor(count, device=device))
             for count in zip(*counts, strict=True)

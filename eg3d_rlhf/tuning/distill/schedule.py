@@ -110,7 +110,7 @@ class NoiseSchedule:
         bar = self.alpha(t, like)
         if kind == "uniform":
             return torch.ones_like(bar)
-        # bar = a^2, so 1 - bar = s^2.
+        # With the signal scale a and the noise scale s, alpha-bar is a^2, and its complement is s^2.
         return (1 - bar) if kind == "sds" else bar.sqrt() * (1 - bar)
 
     def ddim_step(

@@ -161,7 +161,7 @@ class AccessRevoked(RequestError):
 
 def note(request: Request, error: RequestError) -> RequestError:
     """Store the reason of an error for the access log, and return the error."""
-    request.scope.setdefault("state", {})["refused"] = error.error
+    request.scope.setdefault("state", {})["rejected"] = error.error
     return error
 
 

@@ -18,7 +18,7 @@ Fields:
     bytes         number of bytes in the body of the response
     annotator     name of the annotator, or null for an unknown client
     by            kind of identification: 'token', 'session', 'local' or null
-    refused       short reason for a rejected request; absent if the request was not rejected
+    rejected      short reason for a rejected request; absent if the request was not rejected
 
 When the file reaches 20 MB, it is renamed to FILE.1, and a new file is started. FILE.1 to FILE.5 are kept.
 """
@@ -222,7 +222,7 @@ class Entry:
     bytes: int = 0
     annotator: str | None = None
     by: str | None = None
-    refused: str | None = None
+    rejected: str | None = None
     began: float = field(default_factory=time.perf_counter)  # seconds by the clock of time.perf_counter
 
     def fields(self) -> dict:
@@ -232,7 +232,7 @@ class Entry:
         return {
             name: value
             for name, value in values.items()
-            if name != "began" and (name != "refused" or value is not None)
+            if name != "began" and (name != "rejected" or value is not None)
         }
 
 
@@ -332,7 +332,7 @@ class RequestChecks:
 
                 await self.app(scope, replay, send)
             except RequestError as rejection:
-                entry.refused = rejection.error
+                entry.rejected = rejection.error
                 response: Response = rejection.response()
                 if rejection.status == 401:
                     headers = Headers(scope=scope)
@@ -349,10 +349,10 @@ class RequestChecks:
                         response.headers.append("Set-Cookie", FORGET)
                 await response(scope, receive, send)
         except Disconnected:
-            entry.refused = "disconnected"  # no response can be sent
+            entry.rejected = "disconnected"  # no response can be sent
         except (exc.DBAPIError, exc.TimeoutError) as error:
             answer = no_database(error)
-            entry.refused = answer.error
+            entry.rejected = answer.error
             await answer.response()(scope, receive, send)
         except Exception:
             # The response has the same number in its header X-Request-Id, by which the log entry can be
@@ -367,7 +367,7 @@ class RequestChecks:
             # The router has stored the route in the scope.
             route = scope.get("route")
             entry.route = getattr(route, "path", entry.route)
-            entry.refused = entry.refused or scope.get("state", {}).get("refused")
+            entry.rejected = entry.rejected or scope.get("state", {}).get("rejected")
             self.log.write("request", entry.fields())
 
     async def _admit(self, scope: Scope, receive: Receive, entry: Entry) -> bytes:

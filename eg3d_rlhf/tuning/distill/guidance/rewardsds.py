@@ -44,7 +44,7 @@ class RewardSds(Rewarded):
         noise, x_t, conditioning, prediction = d.noise_and_predict(count, x, t, prompts, cameras, step)
         residuals = d.residuals(x, noise, t, x_t, prediction)
         scores = None
-        # The weight of a single noise is 1, whatever its score, so the reward is not computed.
+        # The weight of a single noise is 1 for any score, so the reward is not computed.
         if len(noise) > 1:
             scale = s.prior.guidance_scale
             if s.explore_steps == 1:

@@ -270,8 +270,8 @@ def load_stable_diffusion(folder: Path, options: PriorOptions | None = None) -> 
             f"{FLAG}: the U-Net needs embeddings with {required_width} entries, but those of the text encoder"
             f" have {width}. Use the U-Net and the text encoder of the same model."
         )
-    # SD 2.x pads prompts with the token of "!"; "own" uses the padding token of the folder's tokenizer.
-    tokenize = clip_tokenizer(folder / "tokenizer", FLAG, text.config.vocab_size, "own")
+    # SD 2.x pads prompts with the token of "!"; "folder" uses the padding token of the folder's tokenizer.
+    tokenize = clip_tokenizer(folder / "tokenizer", FLAG, text.config.vocab_size, "folder")
     print_once(LICENCES[1024 if width >= 1024 else 768])
     return LatentPrior(
         {"unet": unet, "vae": vae, "text": text}, tokenize, scheduler.alphas_cumprod, prediction, options

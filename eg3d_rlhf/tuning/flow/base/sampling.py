@@ -261,7 +261,7 @@ def generate(
 
     Args:
         pipeline: generator.
-        conditions: N prompts.
+        prompts: N prompts.
         seeds: N seeds of the noise.
         models: networks to use in place of those of the stages; None for the stages' own.
         batch: number of assets that are generated together, which bounds the memory.
@@ -304,7 +304,7 @@ def voxels_for(
     Args:
         pipeline: generator.
         stage: name of the stage.
-        conditions: N prompts.
+        prompts: N prompts.
         seeds: N seeds of the noise.
         models: networks to use in place of those of the stages; None for the stages' own.
         batch: number of assets that are sampled together, which bounds the memory.
@@ -332,7 +332,7 @@ def _sample_stages(
     Args:
         pipeline: generator.
         stages: stages to sample, in order. If there are none, `given` is returned.
-        conditions: N prompts.
+        prompts: N prompts.
         seeds: N seeds of the noise.
         given: N inputs of the first of these stages.
     """
@@ -347,7 +347,7 @@ def stage_latents(pipeline: Pipeline, stage: FlowStage, prompts, seeds, given: S
     Args:
         pipeline: generator, which has the conditioning of the prompts.
         stage: stage.
-        conditions: N prompts.
+        prompts: N prompts.
         seeds: N seeds of the noise.
         given: N outputs of the previous stage; N times None for the first stage.
     """
@@ -406,7 +406,7 @@ def crossed(prompts: Sequence[str], per_condition: int, seed: int) -> tuple[list
     """Return the prompts and the noise seeds on which two generators are compared.
 
     Args:
-        conditions: prompts.
+        prompts: prompts.
         per_condition: number of assets of each prompt, which have different noise seeds.
         seed: seed from which the noise seeds are derived.
     Returns: prompts and noise seeds of all assets; the assets of a prompt are adjacent.

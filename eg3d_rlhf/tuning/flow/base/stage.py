@@ -255,8 +255,7 @@ class SparseVoxels:
 class Dictionary:
     """Kind of latents that consist of several tensors by name, each with its own shape.
 
-    Unless `FlowPath.weights` says otherwise, every tensor has the same weight in the error, whatever its
-    size.
+    Every tensor has the same weight in the error, large or small, unless `FlowPath.weights` gives others.
     """
 
     shapes: Mapping[str, Sequence[int]]  # name of a tensor -> its shape in one sample
@@ -557,7 +556,7 @@ class Pipeline(Protocol):
         """Return the conditioning of N prompts for a stage: tokens [N, T, E], or tensors [N, ...] by name."""
 
     def null_conditioning(self, n: int, stage: str) -> Condition:
-        """Return n copies of the empty conditioning for a stage, in the form of `conditions`."""
+        """Return n copies of the empty conditioning for a stage, in the form of `conditioning`."""
 
     def advance(self, stage: str, x_0: Any) -> list[Voxels]:
         """Convert the latents of a stage to the input of the next stage. It is not called for the last stage.

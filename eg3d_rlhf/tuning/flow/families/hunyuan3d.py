@@ -290,7 +290,7 @@ class Hunyuan3d(FlowFamily):
             return ShapePipeline(file, empty(partial(Denoiser, file.model)), conditioning, part, device)
         sections = files.read_sections(file.checkpoint)
         if conditioning is not None:
-            conditioning.check_source("conditions", files.source_of(file, sections), REMEDY)
+            conditioning.check_source("conditioning", files.source_of(file, sections), REMEDY)
         # Names and shapes of the decoder are checked now, before anything expensive is computed.
         files.decoding_half(file, sections)
         model = files.denoiser(file, sections, dtype, device)

@@ -507,7 +507,7 @@ class Sam3d(FlowFamily):
             prints.append(fingerprint(files.embedder_state(generator, state)))
         # Files of embeddings name both embedders, so they can be checked only if both checkpoints were read.
         if conditioning is not None and len(prints) == len(files.STAGES):
-            conditioning.check_source("conditions", _source(file, prints), REMEDY)
+            conditioning.check_source("conditioning", _source(file, prints), REMEDY)
         # Called after both flows are built, because the size of the larger flow decides.
         return_memory_if_large(flows.values(), device)
         # Meshes have no pose, so latents without one must be accepted.

@@ -100,7 +100,7 @@ class Trellis2Pipeline(EncodingFolder):
         # FlowConfig of every stage.
         self.configs: dict[str, Any] = {name: flows[name].config for name in file.flows if name in flows}
         if conditioning is not None:
-            conditioning.check_source("conditions", source_of(file), "`eg3d-rlhf flow new`")
+            conditioning.check_source("conditioning", source_of(file), "`eg3d-rlhf flow new`")
         # Name of the last shape stage, whose latents are decoded.
         self.shape = [name for name in self.configs if name in (files.LOW, files.HIGH)][-1]
         self.stages = [self._make_stage(name, flows[name]) for name in self.configs]

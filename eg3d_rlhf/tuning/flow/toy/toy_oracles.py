@@ -217,7 +217,7 @@ def human_pairs(
 
     Args:
         stage: name of the stage.
-        conditions: prompts.
+        prompts: prompts.
         per_condition: number of pairs of each prompt.
         seed: seed of the pairs.
         defects: largest strengths of the defects; None for the defaults.
@@ -252,7 +252,7 @@ def human_singles(
             LabelOracle's score and s_median its median over the assets of the prompt. "ranks": the order of s
             + TEMPERATURE g, where g has a Gumbel distribution (Luce 1959). For two assets, this order has the
             probability of `judge_drafts`.
-        conditions: prompts.
+        prompts: prompts.
         per_condition: number of assets of each prompt.
         seed: seed of the assets and labels.
         defects: largest strengths of the defects; None for the defaults.
@@ -388,7 +388,7 @@ def fit(
     Args:
         better: P preferred assets.
         worse: P rejected assets.
-        conditions: P prompts.
+        prompts: P prompts.
         training: settings of the training.
         generator: random generator that shuffles the pairs.
         on_step: function that is called with the step, the number of steps and the loss; None for no call.

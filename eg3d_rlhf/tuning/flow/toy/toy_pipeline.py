@@ -197,7 +197,7 @@ def draw_drafts(prompts: Sequence[str], generator: torch.Generator, defects: Def
     """Sample one draft for each of N prompts, of a random variant of its shape.
 
     Args:
-        conditions: N prompts.
+        prompts: N prompts.
         generator: random generator. The order of its calls cannot change, because it determines the drafts of
             a seed.
         defects: largest strengths of the defects; None for the defaults.

@@ -169,7 +169,7 @@ def splits_of(work: Work, prompts: Sequence[str]) -> tuple[tuple[str, ...], ...]
 
     Args:
         work: work folder.
-        conditions: prompts that have pairs.
+        prompts: prompts that have pairs.
     Returns: prompts to train on, prompts to choose on, and prompts to test on.
     Raises: ValueError if there is no prompt to train on.
     """

@@ -62,7 +62,7 @@ class ZeroConditioning:
         self.token_shape = sized.conditioning
 
     def conditioning(self, names: Sequence[str], stage: str) -> Any:
-        """Return zeros as the conditioning of N prompts, see `Pipeline.conditions`."""
+        """Return zeros as the conditioning of N prompts, see `Pipeline.conditioning`."""
         return self.null_conditioning(len(names), stage)
 
     def null_conditioning(self, n: int, stage: str) -> Any:

@@ -52,7 +52,7 @@ def draw(
 
     Args:
         pipeline: generator.
-        conditions: N prompts.
+        prompts: N prompts.
         seeds: N seeds of the noise.
         models: networks to use in place of those of the stages; None for the stages' own.
     Returns: for each asset, its latents (name of a stage -> latent) and the asset.

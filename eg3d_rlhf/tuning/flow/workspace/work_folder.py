@@ -432,8 +432,8 @@ class Work:
                 ):
                     raise ValueError(
                         f"labels.db: the answer on the asset of {shape.condition!r} with seed {shape.seed}"
-                        f" does not belong to the assets in {self.asset_folder()}. Restore that folder from a copy,"
-                        " or label again."
+                        f" does not belong to the assets in {self.asset_folder()}. Restore that folder from a"
+                        " copy, or label again."
                     )
                 names.append(name)
             yield Answer(

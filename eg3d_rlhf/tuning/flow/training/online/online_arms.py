@@ -242,8 +242,8 @@ def reward_of(name: str, problem: Problem, stage: FlowStage | None = None) -> As
     if name == PROBLEM_REWARD:
         if problem.reward is None:
             raise ValueError(
-                f"--reward: {PROBLEM_REWARD!r}, which is the default, names the reward of the generator, but this"
-                " generator has none. Pass the name of another reward, for example of a plugin."
+                f"--reward: {PROBLEM_REWARD!r}, which is the default, names the reward of the generator, but"
+                " this generator has none. Pass the name of another reward, for example of a plugin."
             )
         return problem.reward
     if stage is not None and name == LATENT:
