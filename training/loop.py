@@ -1,6 +1,6 @@
 """Training loop, which runs phases in order and writes status lines, snapshots and checkpoints.
 
-The loop is the same for every model. The models and the data belong to the object `subject`, which has the
+The loop is the same for every model. The models and the data belong to the object `trained_object`, which has the
 methods of `training.gan.Gan`. A phase is an optimisation step on one network.
 
 All random numbers depend only on the seed, the number of images so far, the name of the phase, and the index
@@ -27,7 +27,7 @@ class TrainingLoop:
     """Training loop on one device, as a single process or as one of several ranks.
 
     Args:
-        subject: object that holds the models and the data, with the methods of `training.gan.Gan`.
+        trained_object: object that holds the models and the data, with the methods of `training.gan.Gan`.
         phases: optimisation steps, in the order of their execution.
         config: settings of the loop.
         files: run folder and log, an `eg3d_rlhf.experiments.run.Run`.
@@ -40,7 +40,7 @@ class TrainingLoop:
 
     def __init__(
         self,
-        subject: Any,
+        trained_object: Any,
         phases: list[Phase],
         config: LoopConfig,
         files: Any,
@@ -50,7 +50,7 @@ class TrainingLoop:
         ranks: Ranks = SINGLE,
         carries: Mapping[str, torch.nn.Module] | None = None,
     ):
-        self.trained_object = subject
+        self.trained_object = trained_object
         self.phases = phases
         self.config = config
         self.files = files
@@ -58,7 +58,7 @@ class TrainingLoop:
         self.on_tick = on_tick
         self.ranks = ranks
         self.carries = carries or {}
-        self.device = subject.device
+        self.device = trained_object.device
         self.layout = Layout(config.batch, ranks, config.batch_gpu)
         self.cur_nimg = 0  # number of images so far, over all ranks
         self.batch_idx = 0  # number of iterations so far
@@ -67,7 +67,7 @@ class TrainingLoop:
         self.stats = Collector()
         # Checkpoints contain the sums of these collectors since the last tick. The first tick of a resumed
         # run then reports the same means as in an uninterrupted run.
-        self.collectors = {"stats": self.stats, **subject.collectors}
+        self.collectors = {"stats": self.stats, **trained_object.collectors}
         self.stopped: str | None = None  # name of the signal that ended the run early
 
     # Methods of one iteration.

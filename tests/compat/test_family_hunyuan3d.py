@@ -389,7 +389,7 @@ def test_encoder_from_chosen_points_on(case, opened, monkeypatch):
     """And latents as the flow sees them, which the decoder divides by scale_factor."""
     queries, points, mean = case.of("vae_query", "vae_data", "vae_mean")
     network = layout.encoder(*opened)
-    monkeypatch.setattr(hunyuan3d, "chosen", lambda surface, config, draw: (queries[0], points[0]))
+    monkeypatch.setattr(hunyuan3d, "choose_points", lambda surface, config, draw: (queries[0], points[0]))
     assert error(network.latents(points[0], None) / network.config.scale_factor, mean[0]) < ENCODER
     with torch.no_grad():
         assert error(network.encoder(queries, points), case["vae_encoded"]) < ENCODER

@@ -19,7 +19,7 @@ from tests.rejections import raising, rejected
 
 def test_ranges_do_not_overlap():
     for first, other in itertools.combinations(HELD_OUT, 2):
-        assert not set(first.all) & set(other.all)
+        assert not set(first.seeds) & set(other.seeds)
     assert all(seeds.REFERENCE_SAMPLES + 1000 <= held.first and held.seeds[-1] < STRIDE for held in HELD_OUT)
     assert len({held.name for held in HELD_OUT}) == len(HELD_OUT)
 

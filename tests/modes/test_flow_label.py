@@ -112,7 +112,7 @@ def test_active_pairs_are_those_on_which_the_members_disagree(drawn, served):
     assert len(set(pairs)) == len(pairs) == 8 and plan["rewards"][0]["members"] == latent_reward.MEMBERS
     scores = {}
     for line in drawn.lines():
-        latent = read_latents(drawn.drawn() / line["latents"])["voxels"]
+        latent = read_latents(drawn.asset_folder() / line["latents"])["voxels"]
         of_members, embeddings = reward.score_members(latent_reward.collate([latent]), [line["condition"]])
         averaged = reward.score_latents(latent_reward.collate([latent]), [line["condition"]])
         assert torch.allclose(of_members.mean(0), averaged, atol=1e-5)

@@ -161,7 +161,8 @@ def test_too_few_answers_and_other_labels(made, tmp_path):
     lines = [line for line in made.lines() if line["condition"] in set(made.names("train"))]
     ranks.write_text(
         "".join(
-            json.dumps({"asset": str(made.drawn() / x["look_at"]), "score": x["seed"]}) + "\n" for x in lines
+            json.dumps({"asset": str(made.asset_folder() / x["look_at"]), "score": x["seed"]}) + "\n"
+            for x in lines
         )
     )
     few = flow("tune", made.folder, *FEW, f"--labels={ranks}", code=2)
@@ -169,7 +170,8 @@ def test_too_few_answers_and_other_labels(made, tmp_path):
     lines = made.lines()
     ranks.write_text(
         "".join(
-            json.dumps({"asset": str(made.drawn() / x["look_at"]), "score": x["seed"]}) + "\n" for x in lines
+            json.dumps({"asset": str(made.asset_folder() / x["look_at"]), "score": x["seed"]}) + "\n"
+            for x in lines
         )
     )
     shown = json.loads(flow("tune", made.folder, *FEW, f"--labels={ranks}", "-n"))
@@ -186,7 +188,7 @@ def test_a_file_of_pairs_counts_as_answers_do(made, tmp_path):
     """The majority of two assets' judgements; ties and others make no pair."""
     by_condition: dict[str, list[str]] = {}
     for line in made.lines():
-        by_condition.setdefault(line["condition"], []).append(str(made.drawn() / line["look_at"]))
+        by_condition.setdefault(line["condition"], []).append(str(made.asset_folder() / line["look_at"]))
     (a, b), (c, d), *_ = (files for files in by_condition.values() if len(files) == 2)
     judged = [(a, b), (a, b), (b, a), (c, d), (d, c)]
     path = tmp_path / "judged.jsonl"

@@ -79,7 +79,7 @@ def scripted(nets, values, distances, monkeypatch, tmp_path, **config):
         files = type("", (), {"folder": tmp_path})()
         stats = {"Monitored/heldout": {"num": 4, "mean": float(np.mean(second)), "std": 0.0}}
         early.tick(
-            type("", (), {"subject": subject, "files": files, "cur_nimg": 10 * tick})(),
+            type("", (), {"trained_object": subject, "files": files, "cur_nimg": 10 * tick})(),
             stats,
             np.asarray(second, float),
         )

@@ -53,7 +53,7 @@ def scripted_monitor(values: list[tuple[list[float], list[float]]]) -> Monitor:
 
 def tick(monitor: Monitor, nimg: int) -> tuple[dict, dict]:
     nets = types.SimpleNamespace(G_ema=tiny_runs.build_networks().G_ema)
-    loop = types.SimpleNamespace(subject=types.SimpleNamespace(nets=nets), cur_nimg=nimg)
+    loop = types.SimpleNamespace(trained_object=types.SimpleNamespace(nets=nets), cur_nimg=nimg)
     stats: dict = {"Loss/G/loss": {"num": 1, "mean": 0.0, "std": 0.0}}
     return monitor(loop, stats), stats
 

@@ -193,7 +193,7 @@ class AssetSampling:
             else:
                 latents, asset = result
                 self._write_latents(stem, latents)
-                assert isinstance(self.family, Shows)  # checked in `drawing_of`
+                assert isinstance(self.family, Shows)  # checked in `make_sampling`
                 self.family.show(asset, self.folder / stem, *self.size)
             on_asset(1)
 

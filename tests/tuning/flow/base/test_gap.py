@@ -108,7 +108,7 @@ def _by_the_bare_margin(problem, pairs, out):
     result = train_stage(
         ConditionedStage(stage, problem.pipeline),
         pairs,
-        config.at(stage, TOY_RUN.seed),
+        config.for_stage(stage, TOY_RUN.seed),
         out,
         say=lambda line: None,
     )

@@ -226,7 +226,7 @@ def test_the_rule():
     assert compute_confidence(1) == compute_confidence(2) == 0.95 and compute_confidence(5) == pytest.approx(
         0.98
     )
-    assert isinstance(good, Accuracy) and good.shown()["pairs"] == 120
+    assert isinstance(good, Accuracy) and good.to_json()["pairs"] == 120
     # of the preferred ones' error: pairs in order, assets worse
     for rise, away in ((0.3, True), (-0.3, False), (0.0, False)):
         found = compute_accuracy(rng.random(120) - 0.2, names, preferred=rng.normal(rise, 0.2, 120))

@@ -182,14 +182,14 @@ CODE = """
 import sys
 from pathlib import Path
 import torch
-from eg3d_rlhf.tuning.flow.workspace.sampled_assets import drawing_of
+from eg3d_rlhf.tuning.flow.workspace.sampled_assets import make_sampling
 from eg3d_rlhf.tuning.flow.workspace.work_folder import SHOWN, Work
 from training.distributed import process_group
 torch.set_num_threads(1)
 with process_group(torch.device("cpu"), 2.0) as ranks:
     work = Work.open(Path(sys.argv[1]))
     drawn = []
-    made = drawing_of(work, work.check_pipeline(), "base", SHOWN, ranks.device, ranks).run(drawn.append)
+    made = make_sampling(work, work.check_pipeline(), "base", SHOWN, ranks.device, ranks).run(drawn.append)
     print(made.count, sum(drawn))
 """
 

@@ -307,7 +307,7 @@ def bench_of(run: OnlineRun, opened: Opened, seed: int) -> OnlineBench:
 
     losses = replace(
         run.losses,
-        **{field.name: getattr(run.losses, field.name).at(stage, seed) for field in fields(Losses)},
+        **{field.name: getattr(run.losses, field.name).for_stage(stage, seed) for field in fields(Losses)},
     )
     # the table evaluates the trained reward, so the weighted sum replaces the reward of the problem
     evaluated_problem = replace(problem, reward=total, parts=problem.measures or problem.parts)

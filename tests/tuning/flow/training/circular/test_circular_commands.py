@@ -68,7 +68,7 @@ MISTAKES = {
         ["--set=dtype=float16", "--set=voxel_share=0.5"],
         ("--set voxel_share", "--set dtype", "--pipeline"),
     ),
-    "trellis": (["--pipeline=somewhere"], ("--pairs", "--pipeline", "none")),
+    "trellis": (["--pipeline=somewhere"], ("--pairs", "--pipeline", "missing")),
     "toy's pairs": (["--pairs={tmp}"], ("--pairs", "--pipeline")),
     "stage": (["--stage=mesh"], ("stage", "structure", "voxels", "'mesh'")),
 }

@@ -83,7 +83,7 @@ def test_a_later_round_with_nothing_to_learn_from_ends_the_loop(tmp_path, monkey
             return select_and_weigh(pairs, weighing)
         raise NoPairsError("loop: expected pairs to learn from, got none.")
 
-    monkeypatch.setattr(circular_loop, "weighed", scarce)
+    monkeypatch.setattr(circular_loop, "select_and_weigh", scarce)
     said = []
     loop = replace(loop_in(tmp_path, settings=replace(SETTINGS, rounds=3)), say=said.append)
     lines, steps = run_loop(loop)
@@ -98,7 +98,7 @@ def test_a_loop_that_finds_nothing_keeps_the_tuned_last_stage(tmp_path, monkeypa
     def nothing(pairs, weighing):
         raise NoPairsError("loop: expected pairs to learn from, got none.")
 
-    monkeypatch.setattr(circular_loop, "weighed", nothing)
+    monkeypatch.setattr(circular_loop, "select_and_weigh", nothing)
     said = []
     lines, steps = run_loop(replace(loop_in(tmp_path), say=said.append))
     assert list(lines) == ["voxels"] and [step["step"] for step in steps] == ["people", "pairs"]
@@ -246,8 +246,8 @@ def test_settings():
     own = HUMAN.for_stage(stage, 7)
     assert own.seed == 7 and own.lora.targets == ("to_q", "to_out")
     asked = replace(HUMAN, lora=LoraConfig(targets=("to_q",)))
-    assert asked.at(stage, 7).lora.targets == ("to_q",)
-    assert replace(HUMAN, lora=None).at(stage, 7).lora is None
+    assert asked.for_stage(stage, 7).lora.targets == ("to_q",)
+    assert replace(HUMAN, lora=None).for_stage(stage, 7).lora is None
     plain = TrainConfig()
     assert (
         with_regulariser(plain).dpo.loser_weight,

@@ -178,7 +178,7 @@ def test_a_folder_is_tuned_by_thumbs_on_what_it_drew(tmp_path):
     for command, flags in ((new, made), (sample, [])):
         done = CliRunner().invoke(command, [str(tmp_path / "WORK"), *flags])
         assert done.exit_code == 0, (done.output, done.exception)
-    assets = Work.open(tmp_path / "WORK").drawn()
+    assets = Work.open(tmp_path / "WORK").asset_folder()
     rows = [json.loads(line) for line in (assets / "ranking.jsonl").read_text().splitlines()]
 
     def right(row):

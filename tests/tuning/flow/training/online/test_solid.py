@@ -35,7 +35,7 @@ def test_sound_assets_of_the_condition_are_rewarded_and_blobs_are_not(toy):
     untuned = generate(toy.pipeline, names, [0, 1, 2, 3])
     floating = untuned[0].occupancy.clone()
     floating[0, 0, R - 1] = floating[R - 1, R - 1, R - 1] = True
-    found = reward.judged(
+    found = reward.score_terms(
         [*untuned, asset(torch.ones(R, R, R, dtype=torch.bool)), asset(floating)], [*names, *names[:2]]
     )
     assert found[4].score.solid == 1 and found[4].reward == 0, "a full cube is sound, and no table"
