@@ -1,7 +1,7 @@
 """Training loop, which runs phases in order and writes status lines, snapshots and checkpoints.
 
-The loop is the same for every model. The models and the data belong to the object `trained_object`, which has the
-methods of `training.gan.Gan`. A phase is an optimisation step on one network.
+The loop is the same for every model. The models and the data belong to the object `trained_object`, which has
+the methods of `training.gan.Gan`. A phase is an optimisation step on one network.
 
 All random numbers depend only on the seed, the number of images so far, the name of the phase, and the index
 of the image in the batch. Therefore a resumed run matches an uninterrupted one, an additional phase does not
