@@ -43,8 +43,7 @@ class FinalEvaluator(Protocol):
             second: N assets of the second arm.
             prompts: N prompts.
         Returns: N answers: 0 if the asset of the first arm is better, 1 if that of the second arm is better,
-        -1 for a
-            tie.
+        -1 for a tie.
         """
 
 

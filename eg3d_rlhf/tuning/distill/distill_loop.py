@@ -302,8 +302,7 @@ class Distillation:
         """Measure how likely the renders of the assets are under the prior.
 
         Returns: "log_prob", the median log density of the renders in nats, if the prior has an exact density;
-        else
-            "prior_error", the mean squared error with which the prior predicts a fixed noise of the renders.
+        else "prior_error", the mean squared error with which the prior predicts a fixed noise of the renders.
         """
         # All random numbers are the same at every call, so that changes come from the assets only.
         views, rendered = self.look("drift", 0)

@@ -73,8 +73,7 @@ def distil(
         report: function that prints a line of progress.
     Returns: summary of the part, as values for JSON; the result of a finished part is read from its file.
     Raises: StoppedError if a signal ended the part, after its state is stored; LossNotFiniteError if the
-    prior predicts
-        NaN; ValueError or OSError if the scene cannot be made.
+    prior predicts NaN; ValueError or OSError if the scene cannot be made.
     """
     folder.mkdir(parents=True, exist_ok=True)
     # `run.resume` raises an error if a resumed part has other settings than those in its folder.

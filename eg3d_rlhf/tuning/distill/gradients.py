@@ -311,8 +311,7 @@ class Balance(Window):
             distillation_norm: [A], norms of the distillation gradient.
             reward_norm: [A], norms of the gradient of the reward.
         Returns: [A], mean distillation norm divided by the mean reward norm. It is 0 for assets whose reward
-        norms
-            were all 0.
+        norms were all 0.
         """
         new_norms = torch.stack([distillation_norm, reward_norm]).detach().cpu()[:, None]  # [2, 1, A]
         # If the number of assets has changed, the old norms belong to other assets and are dropped.

@@ -212,10 +212,9 @@ def measures(asset: Asset, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
         asset: A assets.
         prompts: A prompts.
     Returns: name of a measure -> values [A]: "reward" and "held-out reward", scores of the two bundled
-    rewards;
-        "utility", the simulated annotator's noise-free utility; "distance", distance of the surfaces in world
-        units; "back-of-head error", volume error at the back of the head; "rms", root mean square difference
-        of the images from all K cameras.
+    rewards; "utility", the simulated annotator's noise-free utility; "distance", distance of the surfaces in
+    world units; "back-of-head error", volume error at the back of the head; "rms", root mean square
+    difference of the images from all K cameras.
     """
     numbers = head_numbers(prompts)
     values = shape_grids(asset, GRID)

@@ -198,7 +198,7 @@ def clip_range(spec: str, quantile: Callable[[float], float] | None = None) -> t
         quantile: function from a share in 0..1 to that quantile. With None, before the rewards are computed,
             this function only checks `spec`, and returns the share in place of the quantile.
     Returns: lower and upper bound. Both are infinite for "none", and also for "iqr", whose bounds
-        `phase.clip_bounds` computes.
+    `phase.clip_bounds` computes.
     Raises: ValueError for any other value, and for bounds that are not LOW < HIGH.
     """
     # iqr has bounds as well, but they follow from scores that only the reward phase has.
@@ -442,8 +442,7 @@ def control_differs(settings: dict, record: dict) -> list[str]:
         record: record of the possible control, in the same form. Settings that only one of the two records
             has are not compared.
     Returns: one text for each difference, "NAME VALUE instead of EXPECTED-VALUE". The list is empty if the
-    run
-        can be the control.
+    run can be the control.
     """
     # Only names that both records have: the record of an older version may lack newer settings.
     names = sorted((settings.keys() & record.keys()) - not_the_controls())

@@ -102,8 +102,8 @@ def mixture(elevation: float, azimuth: float) -> tuple[dict[str, float], list[st
         elevation: elevation of the camera in degrees.
         azimuth: azimuth of the camera in degrees.
     Returns: shares of the viewing directions in the positive prompt, direction -> share; the viewing
-    directions of two
-        negative prompts, where None stands for the null prompt; and the weights <= 0 of the negative prompts.
+    directions of two negative prompts, where None stands for the null prompt; and the weights <= 0 of the
+    negative prompts.
     """
     if elevation > OVERHEAD:
         # A view from above has no neighbouring direction. The weights 0 switch Perp-Neg off.
@@ -412,9 +412,8 @@ class Denoiser:
             residuals: [K, B, C, H, W], gradients of score distillation.
             grad: [B, C, H, W], gradient of the method.
         Returns: numbers for the log, each [A]: "sds_norm", norm of the mean of `residuals`;
-        "preference_norm", norm of
-            the difference between `grad` and that mean; "cosine", cosine of the angle between the mean and
-            the difference.
+        "preference_norm", norm of the difference between `grad` and that mean; "cosine", cosine of the angle
+        between the mean and the difference.
         """
         base = residuals.mean(0)
         added = grad - base

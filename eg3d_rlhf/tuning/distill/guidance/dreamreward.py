@@ -107,8 +107,7 @@ class DreamReward(Rewarded):
             images: [B, 3, h, w] in 0..1, rendered images; None to decode x in their place.
             reward_only: True if the step uses the reward only; the render is then scored at all times.
         Returns: scores [A]; the loss, averaged over assets, a scalar; and the gradient of the sum of the
-        losses with
-            respect to the scored images, [B, 3, h, w].
+        losses with respect to the scored images, [B, 3, h, w].
         """
         d = self.denoiser
         s = self.settings

@@ -181,9 +181,8 @@ class ProgressiveGeometry:
             prompts: A prompts.
             step: number of the step in the run.
         Returns: numbers for the log: 'geometry', scores of the last evaluation, [A]; 'geometry_cosine',
-        cosine between
-            the descent directions of distillation and reward, [A]; 'geometry_alpha', weight alpha, [1]. The
-            dictionary is empty if nothing was added.
+        cosine between the descent directions of distillation and reward, [A]; 'geometry_alpha', weight alpha,
+        [1]. The dictionary is empty if nothing was added.
         """
         # A `Ramp` has its first value before its first step, too, so that case is treated here.
         alpha = self.alpha(step) if step >= self.first_step else 0.0
@@ -283,8 +282,7 @@ def load_geometry(name: str, prior: str, device: torch.device) -> Callable[[], G
         prior: value of --prior.
         device: device on which the reward computes.
     Raises: FileNotFoundError if there is no such file; ValueError if the reward does not fit the prior, or if
-    the file
-        contains no reward.
+    the file contains no reward.
     """
     if name == "none":
         return None

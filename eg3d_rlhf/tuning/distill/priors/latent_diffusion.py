@@ -243,8 +243,7 @@ def load_stable_diffusion(folder: Path, options: PriorOptions | None = None) -> 
         folder: folder with the subfolders unet, vae, text_encoder, tokenizer and scheduler.
         options: device and precision; None for the defaults.
     Raises: FileNotFoundError for a missing subfolder or file; ValueError if the parts do not belong together,
-    or if the
-        model predicts neither epsilon nor v.
+    or if the model predicts neither epsilon nor v.
     """
     from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
     from transformers import CLIPTextModel
@@ -481,8 +480,7 @@ def load_mvdream(path: Path, options: PriorOptions | None = None) -> MVDream:
         path: path of the file. The folder tokenizer/ beside the file contains CLIP's tokenizer.
         options: device and precision; None for the defaults.
     Raises: FileNotFoundError for a missing file or tokenizer; ValueError for a pickle that contains other
-    objects than
-        tensors, and for the file of another network.
+    objects than tensors, and for the file of another network.
     """
     who = f"{FLAG}: {path.name}"
     state = read(path, FLAG)

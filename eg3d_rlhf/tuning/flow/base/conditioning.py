@@ -301,8 +301,7 @@ def read_array(path: Path, key: str | None = None) -> torch.Tensor:
         path: path of the file.
         key: name of the array, if the file contains several arrays.
     Raises: FileNotFoundError if there is no file; ValueError if it is damaged, contains other objects than
-    arrays, or has
-        no array of this name.
+    arrays, or has no array of this name.
     """
     if not path.is_file():
         raise FileNotFoundError(f"array: there is no file {path}. Name an existing file.")

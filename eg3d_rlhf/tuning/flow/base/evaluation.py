@@ -40,9 +40,8 @@ def evaluate(
         given: name of one stage -> C S outputs of the stages before it, in the order of Evaluation.crossed.
             These stages are then not sampled. None: all stages are sampled.
     Returns: values for JSON. "conditions": C prompts. "scores": name of an evaluator -> C lists of S scores.
-    With
-        `spreads` also "spread": name of a stage before the last -> C values of `spread`; and "score" -> C
-        standard deviations of the final score over the assets of a prompt.
+    With `spreads` also "spread": name of a stage before the last -> C values of `spread`; and "score" -> C
+    standard deviations of the final score over the assets of a prompt.
     Raises: ValueError for a score that is NaN or infinite.
     """
     evaluators = {name: evaluator for name in EVALUATORS if (evaluator := getattr(problem, name)) is not None}

@@ -27,9 +27,8 @@ def export(family: FlowFamily, root: Path, out: Path, tuned: Mapping[str, Path])
         tuned: name of a stage -> folder or file with tuned weights, in a layout that policies.tuned_model
             reads.
     Returns: report for JSON. "tuned": name of a stage -> {"file": name of its file, "rounding": share of the
-    update that
-        is lost by rounding to the file's data type}. "kept": names of the files that were linked.
-        "elsewhere": names of models that the folder refers to and does not contain.
+    update that is lost by rounding to the file's data type}. "kept": names of the files that were linked.
+    "elsewhere": names of models that the folder refers to and does not contain.
     Raises: FileNotFoundError or ValueError for weights that do not fit the stage, or for a family without
     export.
     """

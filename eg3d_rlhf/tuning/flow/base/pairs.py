@@ -284,8 +284,7 @@ def read_pairs(folder: str | Path, stage: FlowStage | str | None = None) -> tupl
         stage: stage to which the pairs must belong: its name, or the stage itself, which also checks the
             shapes of the latents. None for any stage.
     Raises: FileNotFoundError or ValueError for an unfinished folder, for damaged or missing files, for pairs
-    of another
-        stage, and for latents that are not valid.
+    of another stage, and for latents that are not valid.
     """
     folder = Path(folder)
     # Small files are checked before the large files of latents are read.

@@ -119,8 +119,7 @@ def read_labelled(
         candidate: function that reads a line of the list.
         on_asset: function that is called after each asset; None for no call.
     Raises: FileNotFoundError or ValueError if the list or the labels cannot be read. The message names the
-    file and the
-        line.
+    file and the line.
     """
     path = assets / RANKING if assets.is_dir() else assets
     # False: the lines need no ranks, because the labels may be in another file.
