@@ -318,7 +318,7 @@ def misc(folder: Path, seed: int) -> None:
     arrays = {"triple_cameras": cameras, "depth": maps, "lifted": lifted[0], "subsampled": chosen[0]}
     arrays |= {"scaled": scaled[0], "depth_grad_of_scaled": depth.grad[0, 0]}
     near = torch.from_numpy(maps)[None].requires_grad_()
-    loss = floor_loss(near, 2.4, violators=True)
+    loss = floor_loss(near, 2.4, only_violators=True)
     loss.sum().backward()
     arrays |= {"nose_floor": 2.4, "nose_loss": loss[0], "nose_grad": near.grad[0]}
     arrays["projector_lr"] = [test_zoo_misc.learning_rate(step, 240) for step in range(240)]

@@ -104,7 +104,7 @@ def test_nose_floor(values):
     depths, least, expected, gradient = of_set(values, "depth", "nose_floor", "nose_loss", "nose_grad")
     maps = torch.from_numpy(depths)[None].requires_grad_()
     floor = float(least)
-    loss = floor_loss(maps, floor, violators=True)
+    loss = floor_loss(maps, floor, only_violators=True)
     loss.sum().backward()
     assert loss.item() == pytest.approx(float(expected), rel=1e-5)
     np.testing.assert_allclose(maps.grad[0], gradient, rtol=1e-5, atol=1e-8)

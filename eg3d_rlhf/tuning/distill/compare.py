@@ -48,61 +48,72 @@ class FinalEvaluator(Protocol):
 
 
 def compare(
-    assets: Mapping[str, Asset],
+    assets_by_arm: Mapping[str, Asset],
     pairs: Sequence[tuple[str, int]],
     evaluator: FinalEvaluator,
-    measured: Mapping[str, Mapping[str, torch.Tensor]],
+    measured_by_arm: Mapping[str, Mapping[str, torch.Tensor]],
 ) -> tuple[dict, list[Judgement]]:
     """Compare all arms with each other.
 
     Args:
-        assets: name of an arm -> N assets, in the order of `pairs`. It contains the arm sds.
+        assets_by_arm: name of an arm -> N assets, in the order of `pairs`. It contains the arm sds.
         pairs: (prompt, seed) of each of the N assets.
         evaluator: held-out evaluator.
-        measured: name of an arm -> name of a measure -> values [N], which are reported in addition. A value
+        measured_by_arm: name of an arm -> name of a measure -> values [N], which are reported in addition. A value
             is NaN if the measure does not apply to the asset. A measure that applies to no asset is left out.
     Returns: the table, as values for JSON, and the judgements of all comparisons.
     """
-    assert BASE in assets and {len(arm_assets) for arm_assets in assets.values()} == {len(pairs)}
+    assert BASE in assets_by_arm and {len(arm_assets) for arm_assets in assets_by_arm.values()} == {
+        len(pairs)
+    }
     prompts = [prompt for prompt, _ in pairs]
     # The bootstrap of the Elo ratings resamples these names, so that all judgements of a pair stay together.
     pair_names = [f"{prompt} #{seed}" for prompt, seed in pairs]
     # Every two arms are compared, because the Elo ratings use the judgements of all arms.
-    answers = {(a, b): evaluator.compare(assets[a], assets[b], prompts) for a, b in combinations(assets, 2)}
+    answers_by_arms = {
+        (a, b): evaluator.compare(assets_by_arm[a], assets_by_arm[b], prompts)
+        for a, b in combinations(assets_by_arm, 2)
+    }
     judgements = []
-    for (first_arm, second_arm), arm_answers in answers.items():
+    for (first_arm, second_arm), arm_answers in answers_by_arms.items():
         for answer, pair_name in zip(arm_answers, pair_names, strict=True):
             judgements.append(Judgement(first_arm, second_arm, _WINNER[answer], pair_name))
     ratings = elo(judgements)
-    arms = {}
-    for arm in assets:
-        if (BASE, arm) in answers:
+    row_by_arm = {}
+    for arm in assets_by_arm:
+        if (BASE, arm) in answers_by_arms:
             # Here the base is the first arm, to which the points of `_POINTS` refer.
-            points = 1 - np.array([_POINTS[answer] for answer in answers[BASE, arm]])
+            arm_points = 1 - np.array([_POINTS[answer] for answer in answers_by_arms[BASE, arm]])
         else:
             # The base has no answers against itself, which count as ties.
-            points = np.array([_POINTS[answer] for answer in answers.get((arm, BASE), [-1] * len(pairs))])
+            arm_points = np.array(
+                [_POINTS[answer] for answer in answers_by_arms.get((arm, BASE), [-1] * len(pairs))]
+            )
         rating = ratings.ratings[arm]
         # Differences from the base for the same prompt and seed.
-        changes = {name: values - measured[BASE][name] for name, values in measured[arm].items()}
+        changes_by_measure = {
+            name: values - measured_by_arm[BASE][name] for name, values in measured_by_arm[arm].items()
+        }
         # All entries are Python numbers, because the table is written as JSON.
-        arms[arm] = {
-            "win_rate": float(points.mean()),
-            "ci95": list(wilson_interval(float(points.sum()), len(points))),
-            "n": len(points),
-            "ties": int((points == 0.5).sum()),
+        row_by_arm[arm] = {
+            "win_rate": float(arm_points.mean()),
+            "ci95": list(wilson_interval(float(arm_points.sum()), len(arm_points))),
+            "n": len(arm_points),
+            "ties": int((arm_points == 0.5).sum()),
             "elo": {"mean": rating.elo, "ci95": [rating.lo, rating.hi]},
             "measures": {
                 name: _mean(values)
-                for name, values in measured[arm].items()
+                for name, values in measured_by_arm[arm].items()
                 if not bool(values.isnan().all())
             },
             "changes": {
-                name: _mean(values) for name, values in changes.items() if not bool(values.isnan().all())
+                name: _mean(values)
+                for name, values in changes_by_measure.items()
+                if not bool(values.isnan().all())
             },
         }
     return {
-        "arms": arms,
+        "arms": row_by_arm,
         "base": BASE,
         "n": len(pairs),
         "interval": INTERVAL,
@@ -120,33 +131,33 @@ def _mean(values: torch.Tensor) -> dict:
 
 def markdown(table: Mapping) -> str:
     """Return the table of `compare` as Markdown text, for a terminal."""
-    arms = table["arms"]
-    measures = list(arms[BASE]["measures"])  # all arms have the same measures
-    rows = [
+    row_by_arm = table["arms"]
+    measure_names = list(row_by_arm[BASE]["measures"])  # all arms have the same measures
+    table_rows = [
         [
             arm,
-            "" if arm == BASE else with_interval(row),
-            *(f"{row['measures'][name]['mean']:.3g}" for name in measures),
-            with_interval(row["elo"], ".0f", "mean"),
+            "" if arm == BASE else with_interval(arm_row),
+            *(f"{arm_row['measures'][name]['mean']:.3g}" for name in measure_names),
+            with_interval(arm_row["elo"], ".0f", "mean"),
         ]
-        for arm, row in arms.items()
+        for arm, arm_row in row_by_arm.items()
     ]
-    lines = [
+    table_lines = [
         f"{table['n']} pairs of prompt and seed, the same for all arms. Held-out evaluator:"
         f" {table['evaluator']}.",
         "",
-        *markdown_rows(["arm", f"wins against {BASE}", *measures, "Elo"], rows),
+        *markdown_rows(["arm", f"wins against {BASE}", *measure_names, "Elo"], table_rows),
     ]
     change_rows = []
-    for arm, row in arms.items():
+    for arm, arm_row in row_by_arm.items():
         if arm != BASE:
-            changes = (with_interval(row["changes"][name], "+.3g", "mean") for name in measures)
+            changes = (with_interval(arm_row["changes"][name], "+.3g", "mean") for name in measure_names)
             change_rows.append([arm, *changes])
-    if measures and change_rows:
-        lines += [
+    if measure_names and change_rows:
+        table_lines += [
             "",
             f"Mean differences from {BASE}, paired by prompt and seed:",
             "",
-            *markdown_rows(["arm", *measures], change_rows),
+            *markdown_rows(["arm", *measure_names], change_rows),
         ]
-    return "\n".join([*lines, "", f"Intervals in brackets: {table['interval']}.", ""])
+    return "\n".join([*table_lines, "", f"Intervals in brackets: {table['interval']}.", ""])

@@ -63,12 +63,12 @@ class Arm:
     geometry_twist: str | None = None  # control of the geometry reward, one of TWISTS; None: it is unchanged
 
     @classmethod
-    def parse(cls, text: str) -> "Arm":
+    def parse(cls, arm_text: str) -> "Arm":
         """Parse the name of an arm, such as 'dreamdpo', 'dreamdpo-random' or 'sds+geometry-inverted'.
 
         Raises: ValueError if the text is not the name of an arm.
         """
-        arm_name = text.strip()
+        arm_name = arm_text.strip()
         # Groups of the pattern: 1 method, 2 control, 3 "+geometry" with its control, 4 control of the
         # geometry.
         pattern = rf"({'|'.join(METHODS)}){_TWIST}(\+geometry{_TWIST})?"
@@ -99,16 +99,16 @@ class Arm:
         return name
 
 
-def parse_ramp(text: str) -> Ramp:
+def parse_ramp(ramp_text: str) -> Ramp:
     """Parse a number, '0.02', or a ramp 's0,v0,v1,s1', which is linear from v0 at step s0 to v1 at step s1.
 
     Raises: ValueError if the text is not a list of numbers, or not a valid ramp.
     """
     try:
-        numbers = tuple(float(number) for number in text.split(","))
+        numbers = tuple(float(number) for number in ramp_text.split(","))
     except ValueError:
         raise ValueError(
-            f"{text!r} is not a list of numbers. Write a number, such as 0.02, or a ramp s0,v0,v1,s1."
+            f"{ramp_text!r} is not a list of numbers. Write a number, such as 0.02, or a ramp s0,v0,v1,s1."
         ) from None
     # `Ramp` checks the length and the order of the numbers.
     return Ramp(numbers[0] if len(numbers) == 1 else numbers)
@@ -298,15 +298,15 @@ class DistillSettings:
         return {**asdict(self), "prompts": list(self.prompts), "arms": list(self.arms)}
 
     @classmethod
-    def from_dict(cls, record: Mapping) -> "DistillSettings":
+    def from_dict(cls, settings_json: Mapping) -> "DistillSettings":
         """Build the settings from the result of `to_dict`. Raises: ValueError for an invalid value."""
-        scene = settings_from_values(SceneConfig, record["scene"])
-        loop = settings_from_values(LoopConfig, record["loop"])
+        scene = settings_from_values(SceneConfig, settings_json["scene"])
+        loop = settings_from_values(LoopConfig, settings_json["loop"])
         return cls(
             **{
-                **record,
-                "prompts": tuple(record["prompts"]),
-                "arms": tuple(record["arms"]),
+                **settings_json,
+                "prompts": tuple(settings_json["prompts"]),
+                "arms": tuple(settings_json["arms"]),
                 "scene": scene,
                 "loop": loop,
             }

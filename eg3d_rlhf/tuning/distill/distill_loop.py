@@ -53,8 +53,8 @@ class Tick:
         for name, value in metrics.items():
             self._append(name, float(value))
         # Terms have one value per asset [A] or per image [B]; the line reports their mean.
-        for name, values in output.terms.items():
-            self._append(name, *values.detach().flatten().tolist())
+        for name, term_values in output.terms.items():
+            self._append(name, *term_values.detach().flatten().tolist())
         self._append("image_low", float(images.detach().min()))
         self._append("image_high", float(images.detach().max()))
         if output.scores is not None:
@@ -79,9 +79,9 @@ class Tick:
         if output.one_sided is not None:
             self._append("one_sided", *output.one_sided.float().tolist())
 
-    def _append(self, name: str, *values: float) -> None:
+    def _append(self, metric: str, *new_values: float) -> None:
         """Append values of a metric to those of this tick."""
-        self.values.setdefault(name, []).extend(values)
+        self.values.setdefault(metric, []).extend(new_values)
 
     def line(self, step: int, drift: Mapping[str, float]) -> dict[str, float]:
         """Return the line of stats.jsonl for the tick that ends after `step` steps, and begin the next tick.
@@ -90,92 +90,98 @@ class Tick:
             step: number of steps since the start of the run.
             drift: metrics of the drift from the prior, name -> value.
         """
-        record: dict[str, float] = {"step": step, **drift}
-        for name, values in sorted(self.values.items()):
-            if not values:
+        stats_line: dict[str, float] = {"step": step, **drift}
+        for metric, metric_values in sorted(self.values.items()):
+            if not metric_values:
                 continue
             # float64, so that rounding errors of long means are negligible.
-            tensor = torch.tensor(values, dtype=torch.float64)
-            if name == "gap":
+            values_float64 = torch.tensor(metric_values, dtype=torch.float64)
+            if metric == "gap":
                 # Quantiles instead of the mean, which a few large gaps would dominate.
-                record |= {f"gap_{int(100 * share)}": float(tensor.quantile(share)) for share in _SHARES}
-            elif name == "image_low":
-                record[name] = float(tensor.min())
-            elif name == "image_high":
-                record[name] = float(tensor.max())
+                stats_line |= {
+                    f"gap_{int(100 * share)}": float(values_float64.quantile(share)) for share in _SHARES
+                }
+            elif metric == "image_low":
+                stats_line[metric] = float(values_float64.min())
+            elif metric == "image_high":
+                stats_line[metric] = float(values_float64.max())
             else:
-                record[name] = float(tensor.mean())
+                stats_line[metric] = float(values_float64.mean())
         self.values = {}
-        return record
+        return stats_line
 
 
-def find_warnings(lines: Sequence[Mapping[str, float]]) -> dict[str, str]:
+def find_warnings(stats_lines: Sequence[Mapping[str, float]]) -> dict[str, str]:
     """Return warnings of typical failures in the newest tick: name -> text with its remedy.
 
     Args:
-        lines: lines of stats.jsonl so far, oldest first.
+        stats_lines: lines of stats.jsonl so far, oldest first.
     """
-    newest = lines[-1]
-    warnings = {}
+    newest_line = stats_lines[-1]
+    warning_by_name = {}
     # Exactly 1: images were not moved away from the loser in any step of the tick.
-    if newest.get("one_sided") == 1:
-        warnings["gaps"] = (
+    if newest_line.get("one_sided") == 1:
+        warning_by_name["gaps"] = (
             "every gap between scores is below tau, so images are never moved away from losers. Use a lower"
             " --set tau, or --set tau_mode=quantile."
         )
-    if newest.get("gap_90") == 0:
-        warnings["flat"] = (
+    if newest_line.get("gap_90") == 0:
+        warning_by_name["flat"] = (
             "the images of all noises got the same score, so there is no preference. Use another --reward, or"
             " a larger --set resolution."
         )
-    if newest.get("first_wins") in (0, 1):
-        warnings["winner"] = (
-            f"the first noise won {newest['first_wins']:.0%} of the pairs, so the judge probably answers by"
+    if newest_line.get("first_wins") in (0, 1):
+        warning_by_name["winner"] = (
+            f"the first noise won {newest_line['first_wins']:.0%} of the pairs, so the judge probably answers by"
             " the position of an image. Use a judge that is shown its images in random order."
         )
-    if newest.get("unanswered", 0) > 0.5:
-        warnings["unanswered"] = (
-            f"the judge gave no answer for {newest['unanswered']:.0%} of the pairs, and these steps use no"
+    if newest_line.get("unanswered", 0) > 0.5:
+        warning_by_name["unanswered"] = (
+            f"the judge gave no answer for {newest_line['unanswered']:.0%} of the pairs, and these steps use no"
             " preference. Use another --judge, or a --reward."
         )
     # Values may exceed 0..1 slightly by interpolation and rounding, hence the tolerance.
-    if newest.get("image_low", 0) < -0.01 or newest.get("image_high", 1) > 1.01:
-        value_range = f"{newest['image_low']:.2f} to {newest['image_high']:.2f}"
-        warnings["range"] = (
+    if newest_line.get("image_low", 0) < -0.01 or newest_line.get("image_high", 1) > 1.01:
+        value_range = f"{newest_line['image_low']:.2f} to {newest_line['image_high']:.2f}"
+        warning_by_name["range"] = (
             f"the rendered images have values from {value_range}, but priors and rewards need 0 to 1. Make"
             " the renderer return values in 0 to 1."
         )
     # The newest tick is compared with the third one before it, because the noise between adjacent ticks is
     # too large.
-    if len(lines) >= 4 and "reward" in newest:
-        earlier = lines[-4]
+    if len(stats_lines) >= 4 and "reward" in newest_line:
+        earlier_line = stats_lines[-4]
         # A tick has one of two metrics of the drift. Images become less likely under the prior if the error
         # of its prediction rises, or if their log density falls.
         drift = None
-        size = 1.0
-        if "log_prob" in newest:
-            drift = earlier["log_prob"] - newest["log_prob"]
-            size = abs(earlier["log_prob"])
-        elif "prior_error" in newest:
-            drift = newest["prior_error"] - earlier["prior_error"]
-            size = abs(earlier["prior_error"])
-        if drift is not None and drift > _DIFFER * max(size, 1e-9) and newest["reward"] > earlier["reward"]:
-            warnings["drift"] = (
+        drift_scale = 1.0
+        if "log_prob" in newest_line:
+            drift = earlier_line["log_prob"] - newest_line["log_prob"]
+            drift_scale = abs(earlier_line["log_prob"])
+        elif "prior_error" in newest_line:
+            drift = newest_line["prior_error"] - earlier_line["prior_error"]
+            drift_scale = abs(earlier_line["prior_error"])
+        if (
+            drift is not None
+            and drift > _DIFFER * max(drift_scale, 1e-9)
+            and newest_line["reward"] > earlier_line["reward"]
+        ):
+            warning_by_name["drift"] = (
                 "the reward rises while the images become less likely under the prior, which shows that the"
                 " reward is over-optimised. Use a lower weight of the reward."
             )
-    return warnings
+    return warning_by_name
 
 
-def status_columns(record: Mapping[str, float], steps: int) -> dict[str, str]:
+def status_columns(stats_line: Mapping[str, float], steps: int) -> dict[str, str]:
     """Return the columns of the status line with fixed widths: name -> text.
 
     Args:
-        record: line of stats.jsonl. Metrics that it does not contain have no column.
+        stats_line: line of stats.jsonl. Metrics that it does not contain have no column.
         steps: number of steps of the run.
     """
     # Metric -> width and format of its column.
-    columns = {
+    format_by_metric = {
         "first_wins": "5.2f",
         "gap_50": "8.2g",
         "one_sided": "4.2f",
@@ -185,8 +191,8 @@ def status_columns(record: Mapping[str, float], steps: int) -> dict[str, str]:
         "prior_error": "6.3f",
         "opacity": "4.2f",
     }
-    return {"step": f"{int(record['step']):>{len(str(steps))}}/{steps}"} | {
-        name: f"{record[name]:<{width}}" for name, width in columns.items() if name in record
+    return {"step": f"{int(stats_line['step']):>{len(str(steps))}}/{steps}"} | {
+        name: f"{stats_line[name]:<{width}}" for name, width in format_by_metric.items() if name in stats_line
     }
 
 
@@ -223,13 +229,13 @@ class Distillation:
             "decoder": self.config.decoder_lr,
         }  # group of parameters -> initial rate
         # `step` identifies the groups by "name", to change their learning rates.
-        groups = [
+        parameter_groups = [
             {"params": parameters, "lr": self.rates[name], "name": name}
             for name, parameters in self.asset.groups().items()
         ]
         # A tiny eps, because the gradients of distillation can be small: a larger eps would reduce the size
         # of steps.
-        self.optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99), eps=1e-15)
+        self.optimizer = torch.optim.Adam(parameter_groups, betas=(0.9, 0.99), eps=1e-15)
         self.tick = Tick()
 
     # --- one step
@@ -241,17 +247,17 @@ class Distillation:
         """
         views, rendered = self.look("views", step)
         x = self.prior.encode(rendered.images)
-        per_asset = len(x) // len(self.asset)
+        views_per_asset = len(x) // len(self.asset)
         t = draw_times(
             self.config.window,
             step,
             len(self.asset),
-            per_asset,
+            views_per_asset,
             self.streams.generator("t", step),
             shared=self.config.shared_time,
         )
         # B prompts, one for each image; the views of an asset are adjacent.
-        image_prompts = [prompt for prompt in self.prompts for _ in range(per_asset)]
+        image_prompts = [prompt for prompt in self.prompts for _ in range(views_per_asset)]
         cam2world = views.cameras[:, :16].to(x.device)  # the other 9 numbers of a camera are its intrinsics
         output = self.guidance(x, t.to(x.device), image_prompts, cam2world, step, rendered.images)
         # Without this check Adam would make all parameters NaN, and checkpoints would store them.
@@ -267,8 +273,8 @@ class Distillation:
             if weight := parse_ramp(getattr(self.config, name))(step):
                 loss = loss + weight * self.asset.regularisers()[name].mean()
         # Learning rates change linearly with the step, from their initial value to lr_end times that value.
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.rates[group["name"]] * (
+        for parameter_group in self.optimizer.param_groups:
+            parameter_group["lr"] = self.rates[parameter_group["name"]] * (
                 1 - (1 - self.config.lr_end) * step / self.config.steps
             )
         # With None in place of zeros, Adam leaves parameters without a gradient unchanged.
@@ -339,24 +345,28 @@ class Distillation:
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict]:
         """Return the state of the optimisation for checkpoints: tensors by name, and values for JSON."""
-        tensors = {f"asset.{name}": value for name, value in self.asset.state_dict().items()}
+        tensors = {f"asset.{name}": tensor for name, tensor in self.asset.state_dict().items()}
         tensors |= checkpoint.optimizer_tensors("optim", self.optimizer)
-        for name, part in self._stateful().items():
-            tensors |= {f"{name}.{key}": value for key, value in part.state_dict().items()}
+        for name, stateful_object in self._stateful().items():
+            tensors |= {f"{name}.{key}": tensor for key, tensor in stateful_object.state_dict().items()}
         return tensors, {"tick": {"values": self.tick.values}}
 
-    def load(self, tensors: Mapping[str, torch.Tensor], meta: Mapping) -> None:
+    def load(self, tensors: Mapping[str, torch.Tensor], metadata: Mapping) -> None:
         """Restore the state of the optimisation from the result of `state`."""
         # The keys of tensors have the form "part.name".
-        names = ("asset", *self._stateful())
-        states = {name: entries_below(tensors, f"{name}.") for name in names}
+        object_names = ("asset", *self._stateful())
+        states = {name: entries_below(tensors, f"{name}.") for name in object_names}
         self.asset.load_state_dict(states["asset"])
         checkpoint.restore_optimizer("optim", self.optimizer, dict(tensors))
-        for name, part in self._stateful().items():
-            part.load_state_dict(states[name])
-        self.tick.values = {name: list(values) for name, values in meta["tick"]["values"].items()}
+        for name, stateful_object in self._stateful().items():
+            stateful_object.load_state_dict(states[name])
+        self.tick.values = {name: list(values) for name, values in metadata["tick"]["values"].items()}
 
     def _stateful(self) -> dict:
         """Return the parts of the optimisation besides the assets that have a state: name -> object."""
-        parts = {"guidance": self.guidance, "geometry": self.geometry, "scores": self.tick.scores}
-        return {name: part for name, part in parts.items() if hasattr(part, "state_dict")}
+        object_by_name = {"guidance": self.guidance, "geometry": self.geometry, "scores": self.tick.scores}
+        return {
+            name: stateful_object
+            for name, stateful_object in object_by_name.items()
+            if hasattr(stateful_object, "state_dict")
+        }

@@ -61,7 +61,11 @@ def list_parts(settings: DistillSettings) -> list[Part]:
 
 
 def distil(
-    settings: DistillSettings, scene: Scene, part: Part, folder: Path, report: Callable[[str], None] = print
+    settings: DistillSettings,
+    scene: Scene,
+    part: Part,
+    folder: Path,
+    print_line: Callable[[str], None] = print,
 ) -> dict:
     """Optimise the assets of one part, from its last checkpoint if there is one, to the end.
 
@@ -70,15 +74,17 @@ def distil(
         scene: prior, renderer and rewards.
         part: arm and batch.
         folder: folder of the part.
-        report: function that prints a line of progress.
+        print_line: function that prints a line of progress.
     Returns: summary of the part, as values for JSON; the result of a finished part is read from its file.
     Raises: StoppedError if a signal ended the part, after its state is stored; LossNotFiniteError if the
     prior predicts NaN; ValueError or OSError if the scene cannot be made.
     """
     folder.mkdir(parents=True, exist_ok=True)
     # `run.resume` raises an error if a resumed part has other settings than those in its folder.
-    options = {"part": part.name, **settings.to_dict()}
-    with Run(folder, options, scene.inputs, say=lambda line: report(f"{part.name} {line}")) as run:
+    recorded_options = {"part": part.name, **settings.to_dict()}
+    with Run(
+        folder, recorded_options, scene.inputs, say=lambda line: print_line(f"{part.name} {line}")
+    ) as run:
         if recorded(folder):
             run.resume(CHANGEABLE)
         else:
@@ -88,17 +94,17 @@ def distil(
             return json.loads((folder / RESULT).read_text())
         # The optimisation is made in any case; a checkpoint then overwrites its tensors.
         distillation = scene.distillation(settings, Arm.parse(part.arm), part.batch)
-        lines = []
+        stats_lines = []
         printed_warnings = set()
         step = 0
         line_count = 0
         if checkpoint.available(folder):
             # previous=True: if the newest checkpoint is damaged, the one before it is read.
-            tensors, meta = run.read(previous=True)
-            distillation.load(tensors, meta)
-            step = meta["step"]
-            lines = meta["records"]
-            line_count = meta["lines"]
+            tensors, metadata = run.read(previous=True)
+            distillation.load(tensors, metadata)
+            step = metadata["step"]
+            stats_lines = metadata["records"]
+            line_count = metadata["lines"]
         # Removes the lines of stats.jsonl that were written after the checkpoint, because their steps are
         # repeated.
         run.continue_from(step, line_count)
@@ -106,7 +112,7 @@ def distil(
         with run.stoppable():
             while step < loop.steps:
                 if run.stop_requested:
-                    _checkpoint(run, distillation, step, lines)
+                    _checkpoint(run, distillation, step, stats_lines)
                     raise StoppedError(f"{run.stop_requested} after step {step} of {part.name}.")
                 distillation.step(step)
                 step += 1
@@ -114,37 +120,39 @@ def distil(
                 if step % loop.tick and step < loop.steps:
                     continue
                 # The drift is measured once per tick only, because it needs a render and a prediction.
-                lines.append(distillation.tick.line(step, distillation.drift()))
-                run.stats(lines[-1])
-                run.status(status_columns(lines[-1], loop.steps), step, loop.steps, "step")
-                for name, text in find_warnings(lines).items():
+                stats_lines.append(distillation.tick.line(step, distillation.drift()))
+                run.stats(stats_lines[-1])
+                run.status(status_columns(stats_lines[-1], loop.steps), step, loop.steps, "step")
+                for warning_name, warning_text in find_warnings(stats_lines).items():
                     # The same warning can apply in many ticks, but is printed once.
-                    if name not in printed_warnings:
-                        report(f"Warning ({part.name}, {name}): {text}")
-                    printed_warnings.add(name)
+                    if warning_name not in printed_warnings:
+                        print_line(f"Warning ({part.name}, {warning_name}): {warning_text}")
+                    printed_warnings.add(warning_name)
                 if (step // loop.tick) % loop.checkpoint_ticks == 0:
-                    _checkpoint(run, distillation, step, lines)
+                    _checkpoint(run, distillation, step, stats_lines)
         assets = distillation.finished()
         # The assets are written before the file of results, which marks the part as finished.
         assets.save(folder / ASSETS)
-        result = {
+        part_summary = {
             "arm": part.arm,
             "batch": part.batch,
             "assets": len(assets),
-            "last": lines[-1],
+            "last": stats_lines[-1],
             "warnings": sorted(printed_warnings),
         }
-        run.write(RESULT, result)
+        run.write(RESULT, part_summary)
         # Checkpoints are large, and a finished part does not need them.
         for path in checkpoint.available(folder):
             path.unlink()
-        return result
+        return part_summary
 
 
-def _checkpoint(run: Run, distillation: Distillation, step: int, lines: Sequence[dict]) -> None:
+def _checkpoint(run: Run, distillation: Distillation, step: int, stats_lines: Sequence[dict]) -> None:
     """Write a checkpoint of a part after `step` steps, with the lines of stats.jsonl so far."""
-    tensors, meta = distillation.state()
-    run.checkpoint(step, tensors, {**meta, "step": step, "records": list(lines), "lines": run.lines})
+    tensors, metadata = distillation.state()
+    run.checkpoint(
+        step, tensors, {**metadata, "step": step, "records": list(stats_lines), "lines": run.lines}
+    )
 
 
 # --- several parts
@@ -171,31 +179,37 @@ def distil_all(settings: DistillSettings, scene: Scene, run: Run) -> None:
 
     Raises: the errors of `distil`.
     """
-    names = [part.name for part in list_parts(settings)]
+    part_names = [part.name for part in list_parts(settings)]
     # With torchrun, the processes take parts in turn: rank r takes the parts r, r + world, r + 2 world, ...
-    own_parts = names[run.ranks.rank :: run.ranks.world]
+    own_parts = part_names[run.ranks.rank :: run.ranks.world]
     # The processes of torchrun start no worker processes of their own.
-    jobs = 1 if run.ranks.world > 1 else max(1, min(run.jobs, len(own_parts)))
-    if jobs == 1:
+    process_count = 1 if run.ranks.world > 1 else max(1, min(run.jobs, len(own_parts)))
+    if process_count == 1:
         if run.ranks.world > 1:
             torch.set_num_threads(1)
-        for name in own_parts:
+        for part_name in own_parts:
             distil(
-                settings, scene, Part.from_name(name), run.folder / PARTS / name, partial(print, flush=True)
+                settings,
+                scene,
+                Part.from_name(part_name),
+                run.folder / PARTS / part_name,
+                partial(print, flush=True),
             )
     else:
         print(
-            f"{len(own_parts)} parts on {jobs} processes. Their output is in {run.folder / 'logs'}.",
+            f"{len(own_parts)} parts on {process_count} processes. Their output is in {run.folder / 'logs'}.",
             flush=True,
         )
-        with tqdm(total=len(own_parts), unit="part", desc="distilling", dynamic_ncols=True) as bar:
+        with tqdm(total=len(own_parts), unit="part", desc="distilling", dynamic_ncols=True) as progress_bar:
             run_tasks(
                 dict.fromkeys(own_parts, ()),
                 handler,
                 (settings, run.folder, run.device),
-                jobs,
+                process_count,
                 run.folder / "logs",
-                on_done=lambda name, result: bar.update() and None,  # called once per finished part
+                on_done=lambda part_name, result: (
+                    progress_bar.update() and None
+                ),  # called once per finished part
                 expected=(ValueError, OSError, StoppedError),
             )
     # The parts of all processes must be complete before their lines are gathered.
@@ -206,5 +220,5 @@ def gather_stats(settings: DistillSettings, run: Run) -> None:
     """Write the stats.jsonl of the run, which contains the lines of all parts in the order of the parts."""
     run.continue_from(0, 0)  # removes the lines of an earlier call
     for part in list_parts(settings):
-        for line in (run.folder / PARTS / part.name / STATS).read_text().splitlines():
-            run.stats({"arm": part.arm, "batch": part.batch, **json.loads(line)})
+        for stats_line in (run.folder / PARTS / part.name / STATS).read_text().splitlines():
+            run.stats({"arm": part.arm, "batch": part.batch, **json.loads(stats_line)})

@@ -56,11 +56,11 @@ def perp_neg(
         scale: guidance scale.
     """
     p = text - null
-    pushes = [
+    weighted_negatives = [
         weight.view(-1, 1, 1, 1) * perpendicular(negative - null, p)
         for negative, weight in zip(negatives, weights.unbind(1), strict=True)
     ]
-    return null + scale * (p + torch.stack(pushes).sum(0))
+    return null + scale * (p + torch.stack(weighted_negatives).sum(0))
 
 
 def sds(predicted: torch.Tensor, noise: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -211,8 +211,8 @@ def psd(
         strength: [B], the setting eta times a function of the gap between the scores.
         weight: w, weight of the time, [B, 1, 1, 1].
     """
-    push = weight * ((win - noise_win) - (lose - noise_lose))
-    return residuals.mean(0) + strength.view(-1, 1, 1, 1) * push
+    preference_term = weight * ((win - noise_win) - (lose - noise_lose))
+    return residuals.mean(0) + strength.view(-1, 1, 1, 1) * preference_term
 
 
 # --- conversion of a gradient to a loss, and balance of two gradients of different size
@@ -315,8 +315,8 @@ class Balance(Window):
         """
         new_norms = torch.stack([distillation_norm, reward_norm]).detach().cpu()[:, None]  # [2, 1, A]
         # If the number of assets has changed, the old norms belong to other assets and are dropped.
-        assets = new_norms.shape[2]
-        old_norms = self.rows if self.rows.shape[2] == assets else self.rows.new_zeros(2, 0, assets)
+        asset_count = new_norms.shape[2]
+        old_norms = self.rows if self.rows.shape[2] == asset_count else self.rows.new_zeros(2, 0, asset_count)
         # nan_to_num: one failed prediction would otherwise make the means of the next 50 steps NaN.
         self.rows = torch.cat([old_norms, new_norms.nan_to_num()], 1)[:, -self.window :]
         # Norms are averaged before the division, since a mean of ratios would be dominated by steps with a
@@ -345,8 +345,8 @@ class History(Window):
         If the number of scores differs from that of the last step, all earlier scores are dropped.
         """
         new_row = scores.detach().flatten()[None].nan_to_num().cpu()  # [1, number of scores in a step]
-        count = new_row.shape[1]
-        old_rows = self.rows if self.rows.shape[1] == count else self.rows.new_zeros(0, count)
+        score_count = new_row.shape[1]
+        old_rows = self.rows if self.rows.shape[1] == score_count else self.rows.new_zeros(0, score_count)
         self.rows = torch.cat([old_rows, new_row])[-self.window :]
 
     def standardise(self, scores: torch.Tensor) -> torch.Tensor:

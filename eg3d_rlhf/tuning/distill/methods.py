@@ -42,20 +42,27 @@ def import_guidance(module: str, name: str, *args: Any, **kwargs: Any) -> "Guida
 
 
 def _add(
-    name: str, settings: type, module: str, guidance: str, noises: Callable[[Any], int], **options: bool
+    name: str,
+    settings_class: type,
+    module: str,
+    guidance: str,
+    noises: Callable[[Any], int],
+    **method_flags: bool,
 ) -> None:
     """Register a method whose guidance is the class `guidance` of `module`.
 
     Args:
         name: value of --method.
-        settings: dataclass of the method's settings.
+        settings_class: dataclass of the method's settings.
         module: name of the module in the folder guidance/.
         guidance: name of the class in that module.
         noises: function from the settings to the number of noises of an image in a step.
-        options: fields `rewarded` and `judged` of `Method`, if they differ from the defaults.
+        method_flags: fields `rewarded` and `judged` of `Method`, if they differ from the defaults.
     """
-    make = partial(import_guidance, module, guidance)
-    METHODS.add(name, Method(settings=settings, guidance=make, noises=noises, **options))
+    make_method_guidance = partial(import_guidance, module, guidance)
+    METHODS.add(
+        name, Method(settings=settings_class, guidance=make_method_guidance, noises=noises, **method_flags)
+    )
 
 
 _add("sds", SdsSettings, "sds", "Sds", lambda s: s.samples, accepts_reward=False)
@@ -125,17 +132,17 @@ def make_settings(name: str, values: Mapping[str, Any], preset: str | None = Non
             methods.
     Returns: instance of the method's dataclass of settings.
     """
-    settings_type = METHODS[name].settings
+    settings_class = METHODS[name].settings
     # issubclass: best-of-n has the settings of sds and additional ones, so a preset of sds is valid for it.
-    if preset is not None and issubclass(settings_type, type(PRESETS[preset])):
+    if preset is not None and issubclass(settings_class, type(PRESETS[preset])):
         base_settings = PRESETS[preset]
     else:
-        base_settings = settings_type()
+        base_settings = settings_class()
     parsed_values = {
         setting: parse_ramp(value) if setting in RAMPS else value for setting, value in values.items()
     }
     # `built` distributes the flat values to the nested dataclasses.
-    return settings_from_values(settings_type, {**flatten_settings(base_settings), **parsed_values})
+    return settings_from_values(settings_class, {**flatten_settings(base_settings), **parsed_values})
 
 
 def flatten_settings(settings: Any) -> dict[str, Any]:
@@ -144,14 +151,14 @@ def flatten_settings(settings: Any) -> dict[str, Any]:
     Settings of nested dataclasses are included under their own names, which are unique within a method. A
     `Ramp` is a value, although it is a dataclass.
     """
-    values: dict[str, Any] = {}
+    value_by_name: dict[str, Any] = {}
     for field in fields(settings):
         value = getattr(settings, field.name)
         if is_dataclass(value) and not isinstance(value, Ramp):
-            values |= flatten_settings(value)
+            value_by_name |= flatten_settings(value)
         else:
-            values[field.name] = value
-    return values
+            value_by_name[field.name] = value
+    return value_by_name
 
 
 def make_guidance(
@@ -178,27 +185,27 @@ def make_guidance(
     """
     method = METHODS[name]
     # Only the arguments that the method accepts.
-    options = dict[str, Any]()
+    optional_arguments = dict[str, Any]()
     if method.accepts_judge:
-        options["judge"] = judge
+        optional_arguments["judge"] = judge
     if method.accepts_reward:
         # A judge can take the place of the reward.
-        if reward is None and options.get("judge") is None:
+        if reward is None and optional_arguments.get("judge") is None:
             raise ValueError(
                 f"--method={name} needs a reward, but --reward is missing. Name a reward with --reward, or"
                 " use --method=sds."
             )
-        options["reward"] = reward
-    return method.guidance(prior, settings, views=views, streams=streams, **options)
+        optional_arguments["reward"] = reward
+    return method.guidance(prior, settings, views=views, streams=streams, **optional_arguments)
 
 
 def methods_by_setting() -> dict[str, list[str]]:
     """Return a dictionary from each setting's name to the names of the methods that have this setting."""
-    methods: dict[str, list[str]] = {}
+    methods_of_setting: dict[str, list[str]] = {}
     for name, method in METHODS.items():
         for setting in flatten_settings(method.settings()):
-            methods.setdefault(setting, []).append(name)
-    return methods
+            methods_of_setting.setdefault(setting, []).append(name)
+    return methods_of_setting
 
 
 def arm_settings(settings: DistillSettings, arm: str) -> tuple[Any, int, int]:

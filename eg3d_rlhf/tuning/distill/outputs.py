@@ -52,70 +52,72 @@ def write(settings: DistillSettings, scene: Scene, run: Run, show: int) -> None:
         show: number of assets that images, video and meshes show.
     """
     pairs = settings.pairs()
-    arms = {}
+    assets_by_arm = {}
     for arm in settings.arms:
         # Read from files, because other processes may have computed these parts.
         batches = [
-            load_assets(run.folder / PARTS / Part(arm, k).name / ASSETS)
-            for k in range(len(settings.batches()))
+            load_assets(run.folder / PARTS / Part(arm, batch_index).name / ASSETS)
+            for batch_index in range(len(settings.batches()))
         ]
-        arms[arm] = join_assets(batches)
-        arms[arm].save(run.folder / f"assets-{arm}.safetensors", pairs)
+        assets_by_arm[arm] = join_assets(batches)
+        assets_by_arm[arm].save(run.folder / f"assets-{arm}.safetensors", pairs)
     prompts = [prompt for prompt, _ in pairs]
     table = None
-    if len(arms) > 1 and scene.evaluator is not None:
+    if len(assets_by_arm) > 1 and scene.evaluator is not None:
         print("Comparing the arms.", flush=True)
-        measured = {arm: scene.measures(asset, prompts) for arm, asset in arms.items()}
-        table, judgements = compare(arms, pairs, scene.evaluator, measured)
+        measured_by_arm = {
+            arm: scene.measures(arm_assets, prompts) for arm, arm_assets in assets_by_arm.items()
+        }
+        table, judgements = compare(assets_by_arm, pairs, scene.evaluator, measured_by_arm)
         # compare.json contains the settings, so that it is complete without the other files of the run.
         table |= {"evaluator": scene.evaluator_description, "settings": settings.to_dict()}
         run.write("compare.json", table)
         write_atomic(
             run.folder / "judgements.jsonl",
-            "".join(json.dumps(j._asdict()) + "\n" for j in judgements).encode(),
+            "".join(json.dumps(judgement._asdict()) + "\n" for judgement in judgements).encode(),
         )
-    write_images(arms, pairs, run.folder, show)
+    write_images(assets_by_arm, pairs, run.folder, show)
     page = write_run_page(settings, run.folder, table, min(show, len(pairs)))
     if table is not None:
         print(markdown(table), notes(settings), sep="\n")
     print(f"The page with the results is {page}.", flush=True)
 
 
-def join_assets(assets: Sequence[Asset]) -> Asset:
+def join_assets(batches: Sequence[Asset]) -> Asset:
     """Concatenate batches of assets, which have the same type and settings, to one batch."""
-    first_batch = assets[0]
-    joined = type(first_batch)(sum(map(len, assets)), **first_batch.settings)
-    states = [batch.state_dict() for batch in assets]
+    first_batch = batches[0]
+    joined_assets = type(first_batch)(sum(map(len, batches)), **first_batch.settings)
+    states = [batch.state_dict() for batch in batches]
     # The first dimension of every parameter is the asset.
-    joined.load_state_dict(
+    joined_assets.load_state_dict(
         {name: torch.cat([state[name] for state in states]) for name in first_batch.state_dict()}
     )
-    return joined.requires_grad_(False)
+    return joined_assets.requires_grad_(False)
 
 
 def write_images(
-    arms: Mapping[str, Asset], pairs: Sequence[tuple[str, int]], folder: Path, show: int
+    assets_by_arm: Mapping[str, Asset], pairs: Sequence[tuple[str, int]], folder: Path, show: int
 ) -> None:
     """Write grid.png, turntable.mp4 and the meshes of the first `show` assets of all arms.
 
     Args:
-        arms: name of an arm -> its assets.
+        assets_by_arm: name of an arm -> its assets.
         pairs: (prompt, seed) of each asset.
         folder: folder of the run.
         show: number of assets to show. With 0, nothing is written.
     """
-    count = min(show, len(pairs))
-    if not count:
+    shown_count = min(show, len(pairs))
+    if not shown_count:
         return
-    shown_assets = {arm: asset.select(list(range(count))) for arm, asset in arms.items()}
-    renders = {arm: next(turns(asset, 1)) for arm, asset in shown_assets.items()}
-    rows = [Row(cells=cells, name=arm) for arm, cells in renders.items()]
+    shown_assets = {arm: asset.select(list(range(shown_count))) for arm, asset in assets_by_arm.items()}
+    renders_by_arm = {arm: next(turns(asset, 1)) for arm, asset in shown_assets.items()}
+    rows = [Row(cells=cells, name=arm) for arm, cells in renders_by_arm.items()]
     # Prompts are cut, because longer texts would not fit below an image.
-    captions = [f"{prompt[:19]}..., {seed}" for prompt, seed in pairs[:count]]
+    captions = [f"{prompt[:19]}..., {seed}" for prompt, seed in pairs[:shown_count]]
     # All rows show the same prompts and seeds, so only the last row has captions.
     rows[-1] = Row(cells=rows[-1].cells, name=rows[-1].name, captions=captions)
     # The column of names gets 30 pixels and 15 pixels for each letter of the longest name.
-    name_width = 30 + 15 * max(map(len, renders))
+    name_width = 30 + 15 * max(map(len, renders_by_arm))
     write_atomic(folder / "grid.png", png(sheet("", rows, names=name_width)))
     # `turns` and `tiled_frames` are generators: a frame is rendered when the video needs it, so that only one
     # frame is in memory.
@@ -124,7 +126,7 @@ def write_images(
     def tiled_frames() -> Iterator[np.ndarray]:
         """Yield the frames of the video, in which each arm is a row of images."""
         for arm_cells in zip(*turntables, strict=True):
-            yield tile([cell for cells in arm_cells for cell in cells], count)
+            yield tile([cell for cells in arm_cells for cell in cells], shown_count)
 
     write_mp4(
         folder / "turntable.mp4",
@@ -132,16 +134,22 @@ def write_images(
         fps=FPS,
     )
     for arm, asset in tqdm(shown_assets.items(), desc="meshes", unit="arm", dynamic_ncols=True):
-        for k in range(count):
+        for asset_index in range(shown_count):
             try:
-                mesh, report = export_mesh(asset.select([k]), MeshOptions(resolution=MESH, component="all"))
+                mesh, mesh_report = export_mesh(
+                    asset.select([asset_index]), MeshOptions(resolution=MESH, component="all")
+                )
             # The density of an asset may have no surface. The meshes of all other assets are still written.
             except ValueError as error:
-                print(f"Warning: asset {k} of the arm {arm} has no mesh: {error}", flush=True)
+                print(f"Warning: asset {asset_index} of the arm {arm} has no mesh: {error}", flush=True)
                 continue
             for suffix in (".glb", ".ply"):
-                mesh.save(folder / "meshes" / arm / f"{k:03d}{suffix}")
-            report.write(folder / "meshes" / arm / f"{k:03d}.json", prompt=pairs[k][0], seed=pairs[k][1])
+                mesh.save(folder / "meshes" / arm / f"{asset_index:03d}{suffix}")
+            mesh_report.write(
+                folder / "meshes" / arm / f"{asset_index:03d}.json",
+                prompt=pairs[asset_index][0],
+                seed=pairs[asset_index][1],
+            )
 
 
 @torch.no_grad()
@@ -153,21 +161,23 @@ def turns(asset: Asset, frames: int) -> Iterator[list[np.ndarray]]:
         frames: number of frames. With 1, the only frame is a view 30 degrees from the front.
     Yields: list of A images, each [R, R, 3] uint8. R is at least CELL.
     """
-    pixels = min(128, 3 * asset.samples // 2)  # a higher resolution would only show interpolation
+    render_size = min(128, 3 * asset.samples // 2)  # a higher resolution would only show interpolation
     device = next(asset.parameters()).device
     if frames == 1:
         # The second of twelve views around the asset is 30 degrees from the front.
         cameras = evenly_around(1, 12, **FINISHED).cameras[1:2]
     else:
         cameras = evenly_around(1, frames, **FINISHED).cameras
-    enlargement = -(-CELL // pixels)  # CELL / pixels, rounded up
+    enlargement = -(-CELL // render_size)  # CELL / pixels, rounded up
     for camera in cameras.to(device):
         # One camera for all assets.
-        rendered = render_each(asset, [camera[None]], RenderOptions(resolution=pixels))[0]
+        rendered = render_each(asset, [camera[None]], RenderOptions(resolution=render_size))[0]
         # `raw` is in -1..1, where -1 is black: adding 2 (1 - opacity) makes transparent pixels white.
-        white = (rendered.raw + (1 - rendered.opacity) * 2).clamp(-1, 1)
-        white = white.repeat_interleave(enlargement, dim=2).repeat_interleave(enlargement, dim=3)
-        yield [to_uint8(image.cpu()) for image in white]
+        images_on_white = (rendered.raw + (1 - rendered.opacity) * 2).clamp(-1, 1)
+        images_on_white = images_on_white.repeat_interleave(enlargement, dim=2).repeat_interleave(
+            enlargement, dim=3
+        )
+        yield [to_uint8(image.cpu()) for image in images_on_white]
 
 
 # --- page of a run, with the table of the arms, curves, images and video. It is one file, which loads nothing
@@ -243,14 +253,14 @@ def jobs(settings: DistillSettings, folder: Path, table: Mapping | None, show: i
         interval=INTERVAL if table else "",
     )
     # Lines of all parts, which `distill_run.gather_stats` has written.
-    lines = [json.loads(line) for line in (folder / STATS).read_text().splitlines()]
+    stats_lines = [json.loads(line) for line in (folder / STATS).read_text().splitlines()]
 
     # The three functions below compute one section each. Their argument is the folder for the files of the
     # section.
     def comparison(section_folder: Path) -> Finding:
         del section_folder
-        arms = (table or {})["arms"]
-        rows = [
+        row_by_arm = (table or {})["arms"]
+        table_rows = [
             {
                 "arm": arm,
                 "win rate": row["win_rate"],
@@ -258,18 +268,18 @@ def jobs(settings: DistillSettings, folder: Path, table: Mapping | None, show: i
                 "high": row["ci95"][1],
                 "n": row["n"],
             }
-            | {name: value["mean"] for name, value in row["measures"].items()}
+            | {name: measure_stats["mean"] for name, measure_stats in row["measures"].items()}
             | {"Elo": row["elo"]["mean"]}
-            for arm, row in arms.items()
+            for arm, row in row_by_arm.items()
         ]
         sentences = [f"Held-out evaluator: {(table or {})['evaluator']}."]
         sentences += [
             f"{arm} beats {BASE} in {row['win_rate']:.1%} of pairs [{row['ci95'][0]:.1%},"
             f" {row['ci95'][1]:.1%}]."
-            for arm, row in arms.items()
+            for arm, row in row_by_arm.items()
             if arm != BASE
         ]
-        return Finding(facts=facts, data={"arms": arms}, rows=rows, says=sentences)
+        return Finding(facts=facts, data={"arms": row_by_arm}, rows=table_rows, says=sentences)
 
     def images(section_folder: Path) -> Finding:
         (section_folder / "grid.png").write_bytes((folder / "grid.png").read_bytes())
@@ -278,10 +288,10 @@ def jobs(settings: DistillSettings, folder: Path, table: Mapping | None, show: i
 
     def training_curves(section_folder: Path) -> Finding:
         del section_folder
-        return Finding(facts=facts, data={"curves": curves(lines)}, rows=lines)
+        return Finding(facts=facts, data={"curves": curves(stats_lines)}, rows=stats_lines)
 
     # A section is read from the cache if these inputs are unchanged.
-    run_inputs = {"settings": settings.to_dict(), "lines": lines}
+    run_inputs = {"settings": settings.to_dict(), "lines": stats_lines}
     sections = []
     if table:
         sections.append(
@@ -307,51 +317,51 @@ def jobs(settings: DistillSettings, folder: Path, table: Mapping | None, show: i
     return sections
 
 
-def curves(lines: list[dict]) -> dict:
+def curves(stats_lines: list[dict]) -> dict:
     """Average each metric over the batches of an arm, for every step of stats.jsonl.
 
     Args:
-        lines: lines of stats.jsonl of all arms and batches.
+        stats_lines: lines of stats.jsonl of all arms and batches.
     Returns: metric -> arm -> list of [step, mean], as in {'reward': {'dreamdpo': [[20, 0.1], [40, 0.3]]}}.
     """
-    values: dict[
+    values_by_metric: dict[
         str, dict[str, dict[int, list[float]]]
     ] = {}  # metric -> arm -> step -> values of the batches
-    for line in lines:
-        for name in CURVES:
-            if name in line:
-                steps_of_arm = values.setdefault(name, {}).setdefault(line["arm"], {})
-                steps_of_arm.setdefault(line["step"], []).append(line[name])
-    means: dict[str, dict[str, list]] = {}
-    for name, arms in values.items():
-        means[name] = {}
+    for stats_line in stats_lines:
+        for metric in CURVES:
+            if metric in stats_line:
+                steps_of_arm = values_by_metric.setdefault(metric, {}).setdefault(stats_line["arm"], {})
+                steps_of_arm.setdefault(stats_line["step"], []).append(stats_line[metric])
+    means_by_metric: dict[str, dict[str, list]] = {}
+    for metric, arms in values_by_metric.items():
+        means_by_metric[metric] = {}
         for arm, steps in arms.items():
-            means[name][arm] = [
+            means_by_metric[metric][arm] = [
                 [step, sum(batch_values) / len(batch_values)] for step, batch_values in sorted(steps.items())
             ]
-    return means
+    return means_by_metric
 
 
-def plot_wins(data: Mapping):
+def plot_wins(table_data: Mapping):
     """Plot the win rates of the arms against the base, with their intervals."""
-    rates = {arm: row for arm, row in data["arms"].items() if arm != BASE}
-    return plot_rates([(f"win rate against {BASE}, 95 %", rates)], "")
+    row_by_arm = {arm: row for arm, row in table_data["arms"].items() if arm != BASE}
+    return plot_rates([(f"win rate against {BASE}, 95 %", row_by_arm)], "")
 
 
-def plot_curves(data: Mapping):
+def plot_curves(curve_data: Mapping):
     """Plot each metric over the steps, in a panel of its own with one line per arm."""
-    names = list(data["curves"])
-    rows = -(-len(names) // 2)  # two panels per row, rounded up
-    figure, axes = style.figure(columns=2, rows=rows, size=(9.4, 2.4 * rows))
+    metrics = list(curve_data["curves"])
+    panel_rows = -(-len(metrics) // 2)  # two panels per row, rounded up
+    figure, axes = style.figure(columns=2, rows=panel_rows, size=(9.4, 2.4 * panel_rows))
     # matplotlib returns an array of panels, but a single panel as itself.
     panels = axes.ravel() if hasattr(axes, "ravel") else [axes]
     # strict=False: with an odd number of metrics there is one panel more.
-    for axis, name in zip(panels, names, strict=False):
-        for arm, points in data["curves"][name].items():
-            axis.plot(*zip(*points, strict=True), label=arm, linewidth=1)  # from points (x, y) to lists x, y
-        axis.set(xlabel="step", ylabel=name)
+    for panel, metric in zip(panels, metrics, strict=False):
+        for arm, points in curve_data["curves"][metric].items():
+            panel.plot(*zip(*points, strict=True), label=arm, linewidth=1)  # from points (x, y) to lists x, y
+        panel.set(xlabel="step", ylabel=metric)
     # With an odd number of metrics the last panel is empty.
-    for axis in panels[len(names) :]:
-        axis.set_visible(False)
+    for panel in panels[len(metrics) :]:
+        panel.set_visible(False)
     panels[0].legend(fontsize=6)
     return figure

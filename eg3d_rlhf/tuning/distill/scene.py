@@ -163,16 +163,16 @@ def scene_from_files(settings: DistillSettings, device: torch.device) -> Scene:
             " reward with --reward."
         )
     # The value "auto" becomes None, which is half precision on a GPU only.
-    options = PriorOptions(device=device, half={"off": False, "half": True}.get(scene.amp))
-    print(estimate_memory(settings, options), flush=True)
-    prior = load_prior(scene.prior, options)
+    prior_options = PriorOptions(device=device, half={"off": False, "half": True}.get(scene.amp))
+    print(estimate_memory(settings, prior_options), flush=True)
+    prior = load_prior(scene.prior, prior_options)
     # Checked before the reward is loaded, which can take minutes.
     check_views(scene.views, prior.views)
     reward = None if scene.reward is None else load_reward(scene.reward, device)
     # A run records the hashes of these files. A folder has no hash; its path is among the settings.
-    files = {
-        name: Path(path)
-        for name, path in (("prior", scene.prior), ("reward", scene.reward))
+    file_by_role = {
+        file_role: Path(path)
+        for file_role, path in (("prior", scene.prior), ("reward", scene.reward))
         if path is not None
     }
     return Scene(
@@ -184,28 +184,28 @@ def scene_from_files(settings: DistillSettings, device: torch.device) -> Scene:
         geometry=load_geometry(scene.geometry_reward, scene.prior, device),
         measures=lambda asset, prompts: {},
         device=device,
-        inputs={name: path for name, path in files.items() if path.is_file()},
+        inputs={file_role: path for file_role, path in file_by_role.items() if path.is_file()},
     )
 
 
-def estimate_memory(settings: DistillSettings, options: PriorOptions) -> Costs:
+def estimate_memory(settings: DistillSettings, prior_options: PriorOptions) -> Costs:
     """Estimate the memory of a step of the arm that needs most.
 
     Args:
         settings: settings of the run.
-        options: device and precision of the prior.
+        prior_options: device and precision of the prior.
     """
     scene = settings.scene
     estimates = []
     # Number of images in a step with one start of each asset.
-    images = scene.views * min(settings.loop.batch, len(settings.pairs()))
+    image_count = scene.views * min(settings.loop.batch, len(settings.pairs()))
     # [1:] are the numbers of starts and noises. They determine the memory, so each pair is estimated once.
     for starts, noises in {arm_settings(settings, arm)[1:] for arm in settings.arms}:
-        costs = prior_costs(scene.prior, starts * images, options, noises)
+        step_costs = prior_costs(scene.prior, starts * image_count, prior_options, noises)
         if scene.reward is not None:
-            costs = costs + reward_costs(scene.reward, starts * images, noises)
-        estimates.append(costs)
-    return max(estimates, key=lambda costs: costs.total)
+            step_costs = step_costs + reward_costs(scene.reward, starts * image_count, noises)
+        estimates.append(step_costs)
+    return max(estimates, key=lambda step_costs: step_costs.total)
 
 
 def _start_factory(resolution: int):

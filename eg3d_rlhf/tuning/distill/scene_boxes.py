@@ -133,7 +133,10 @@ def measures(asset: Asset, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
     nose_counts = noses(asset).cpu()  # [A], also of boxes, for which they are not used
     has_count = {"no nose": nose_counts == 0, "one nose": nose_counts == 1, "more": nose_counts > 1}
     return {
-        **{name: torch.where(is_head, hits.double(), torch.nan) for name, hits in has_count.items()},
+        **{
+            name: torch.where(is_head, has_this_count.double(), torch.nan)
+            for name, has_this_count in has_count.items()
+        },
         "preferred sides": torch.where(is_head, torch.nan, emblem_sides(asset, prompts) / problem.SIDES),
         "rms": -plausibility(asset)(prompts).double(),  # plausibility is minus this difference
     }

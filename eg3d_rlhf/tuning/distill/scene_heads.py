@@ -158,12 +158,12 @@ def mixture(prompts: Sequence[str]) -> ViewMixture:
     """
     # Latents are 2 images - 1. `modes` gets a tuple, because its cache needs a hashable argument.
     means = modes(tuple(head_numbers(prompts))).flatten(0, 1) * 2 - 1
-    per_prompt = len(AZIMUTHS)
+    components_per_head = len(AZIMUTHS)
     # "" is the null prompt. Equal logits give all components the same weight.
     embeddings = {"": torch.zeros(len(means))}
     for i, prompt in enumerate(prompts):
         embeddings[prompt] = torch.full((len(means),), _NEVER)
-        embeddings[prompt][per_prompt * i : per_prompt * (i + 1)] = 0
+        embeddings[prompt][components_per_head * i : components_per_head * (i + 1)] = 0
     return ViewMixture(
         means,
         torch.full((len(means),), _WIDTH),
@@ -182,7 +182,7 @@ def start(prompts: Sequence[str], generators: Sequence[torch.Generator]) -> Late
     return Latents.from_seeds(seeds)
 
 
-def distance(values: np.ndarray, head: np.ndarray) -> float:
+def distance(shape_volume: np.ndarray, head_volume: np.ndarray) -> float:
     """Compute the symmetric mean distance between the surfaces of a shape and of the ground-truth head.
 
     It is the mean of the distances from points of one surface to the nearest point of the other surface,
@@ -190,17 +190,17 @@ def distance(values: np.ndarray, head: np.ndarray) -> float:
     shoulders is used, because all heads are cut off below in the same way.
 
     Args:
-        values: [n, n, n], density or signed distance of the shape.
-        head: [n, n, n], signed distance of the head.
+        shape_volume: [n, n, n], density or signed distance of the shape.
+        head_volume: [n, n, n], signed distance of the head.
     Returns: distance in world units; 0.5, half the edge of the cube, if one of the two has no surface.
     """
-    points, head_points = (
-        cloud[cloud[:, 1] > BASE] for cloud in (surface_points(values), surface_points(head))
+    shape_points, head_points = (
+        cloud[cloud[:, 1] > BASE] for cloud in (surface_points(shape_volume), surface_points(head_volume))
     )
-    if not len(points) or not len(head_points):
+    if not len(shape_points) or not len(head_points):
         return 0.5
-    to_head = cKDTree(head_points).query(points)[0].mean()
-    from_head = cKDTree(points).query(head_points)[0].mean()
+    to_head = cKDTree(head_points).query(shape_points)[0].mean()
+    from_head = cKDTree(shape_points).query(head_points)[0].mean()
     return float(np.mean([to_head, from_head]))
 
 
@@ -217,20 +217,20 @@ def measures(asset: Asset, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
     difference of the images from all K cameras.
     """
     numbers = head_numbers(prompts)
-    values = shape_grids(asset, GRID)
+    shape_volumes = shape_grids(asset, GRID)
     # (shape, ground-truth head) of each asset, both [n, n, n].
-    pairs = [(cube, target_grid(number)) for cube, number in zip(values, numbers, strict=True)]
+    volume_pairs = [(cube, target_grid(number)) for cube, number in zip(shape_volumes, numbers, strict=True)]
     images = (
         PerspectiveViews(PIXELS, samples=SAMPLES).render(asset, all_cameras(len(asset)), torch.ones(3)).images
     )
-    targets = modes(tuple(numbers)).flatten(0, 1)
+    target_images = modes(tuple(numbers)).flatten(0, 1)
     return {
         "reward": load_reward(bundled.REWARD).score(asset).double(),
         "held-out reward": load_reward(bundled.HELDOUT_REWARD).score(asset).double(),
-        "utility": torch.tensor([utility(*pair).total for pair in pairs]),
-        "distance": torch.tensor([distance(*pair) for pair in pairs]),
-        "back-of-head error": torch.tensor([volume_error(*pair).total for pair in pairs]),
-        "rms": (images - targets)
+        "utility": torch.tensor([utility(*pair).total for pair in volume_pairs]),
+        "distance": torch.tensor([distance(*pair) for pair in volume_pairs]),
+        "back-of-head error": torch.tensor([volume_error(*pair).total for pair in volume_pairs]),
+        "rms": (images - target_images)
         .square()
         .unflatten(0, (len(asset), -1))
         .flatten(1)

@@ -41,12 +41,14 @@ def make_betas(
         assert kind == "squaredcos_cap_v2", kind
         # alphas_cumprod is a squared cosine (Nichol and Dhariwal 2021, equation 17), and betas are at most
         # 0.999.
-        bars = [math.cos((i / STEPS + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(STEPS + 1)]
-        betas = torch.tensor([min(1 - bar / last_bar, 0.999) for last_bar, bar in itertools.pairwise(bars)])
+        alpha_bars = [math.cos((i / STEPS + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(STEPS + 1)]
+        betas = torch.tensor(
+            [min(1 - bar / last_bar, 0.999) for last_bar, bar in itertools.pairwise(alpha_bars)]
+        )
     if zero_snr:
         # sqrt(alphas_cumprod) is shifted so that it ends at 0, and scaled so that it keeps its first value.
-        root = (1 - betas).cumprod(0).sqrt()
-        bar = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+        sqrt_bar = (1 - betas).cumprod(0).sqrt()
+        bar = ((sqrt_bar - sqrt_bar[-1]) * sqrt_bar[0] / (sqrt_bar[0] - sqrt_bar[-1])) ** 2
         # From alphas_cumprod back to betas: beta_t = 1 - bar_t / bar_(t-1).
         betas = 1 - torch.cat([bar[:1], bar[1:] / bar[:-1]])
     return betas
@@ -99,19 +101,19 @@ class NoiseSchedule:
         bar = self.alpha(t, x_t)
         return (x_t - bar.sqrt() * x) / (1 - bar).sqrt()
 
-    def weight(self, t: torch.Tensor, kind: str, like: torch.Tensor) -> torch.Tensor:
+    def weight(self, t: torch.Tensor, weighting: str, like: torch.Tensor) -> torch.Tensor:
         """Compute the weight w(t) of a time in the gradient of score distillation, [B, 1, 1, 1].
 
         Args:
             t: [B], times.
-            kind: "sds" for s^2 (DreamFusion), "uniform" for 1, or "fantasia3d" for a s^2.
+            weighting: "sds" for s^2 (DreamFusion), "uniform" for 1, or "fantasia3d" for a s^2.
             like: tensor whose device and number of dimensions the result has.
         """
         bar = self.alpha(t, like)
-        if kind == "uniform":
+        if weighting == "uniform":
             return torch.ones_like(bar)
         # With the signal scale a and the noise scale s, alpha-bar is a^2, and its complement is s^2.
-        return (1 - bar) if kind == "sds" else bar.sqrt() * (1 - bar)
+        return (1 - bar) if weighting == "sds" else bar.sqrt() * (1 - bar)
 
     def ddim_step(
         self, x_t: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, earlier_t: torch.Tensor
@@ -174,22 +176,24 @@ def draw_times(
     return t.repeat_interleave(views) if shared else t
 
 
-def ddim_times(n: int, spacing: Literal["leading", "trailing", "linspace", "floor"] = "leading") -> list[int]:
+def ddim_times(
+    time_count: int, spacing: Literal["leading", "trailing", "linspace", "floor"] = "leading"
+) -> list[int]:
     """Return n decreasing times in 0..999, from the start to the end of a DDIM chain.
 
     Args:
-        n: number of times.
+        time_count: number of times.
         spacing: "leading", "trailing" or "linspace" as in diffusers, leading with its steps_offset of 1; or
             "floor", which is linspace with times rounded down, as RewardSDS's code does for exploration.
     """
     if spacing == "leading":
-        return [i * (STEPS // n) + 1 for i in reversed(range(n))]
+        return [i * (STEPS // time_count) + 1 for i in reversed(range(time_count))]
     if spacing == "trailing":
-        return [round(STEPS - i * STEPS / n) - 1 for i in range(n)]
+        return [round(STEPS - i * STEPS / time_count) - 1 for i in range(time_count)]
     # n - 1 equal intervals between 0 and 999; max() avoids a division by 0 for a single time, which is 0.
-    even = [(STEPS - 1) * i / max(n - 1, 1) for i in reversed(range(n))]
+    uniform_times = [(STEPS - 1) * i / max(time_count - 1, 1) for i in reversed(range(time_count))]
     assert spacing in ("linspace", "floor"), spacing
-    return [round(time) if spacing == "linspace" else int(time) for time in even]
+    return [round(time) if spacing == "linspace" else int(time) for time in uniform_times]
 
 
 @dataclass(frozen=True, kw_only=True)

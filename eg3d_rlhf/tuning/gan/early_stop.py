@@ -60,10 +60,10 @@ def replaces(config: EarlyStopConfig, distance: float, kept_distance: float, gai
         kept_distance: density-consistency distance of the kept snapshot.
         gain: [N], held-out reward of the present snapshot minus that of the kept snapshot.
     """
-    limit = math.inf if config.early_stop_distance is None else config.early_stop_distance
+    max_distance = math.inf if config.early_stop_distance is None else config.early_stop_distance
     # If one of the two lies beyond the limit, the nearer snapshot wins, independently of its reward. This
     # also moves the kept snapshot towards the limit while no snapshot lies within it.
-    if distance > limit or kept_distance > limit:
+    if distance > max_distance or kept_distance > max_distance:
         return distance < kept_distance
     assert config.early_stop is not None  # an EarlyStop exists only with this setting
     has_no_loss = float(gain.mean()) >= 0
@@ -108,7 +108,7 @@ class EarlyStop(torch.nn.Module):
         G_ref: frozen reference generator.
         config: settings of the rule.
         resolution: number of grid points per edge of the cube on which densities are compared.
-        latents: number N of held-out latents.
+        latent_count: number N of held-out latents.
     """
 
     # Held-out reward of the kept snapshot minus that of the untuned generator, [N].
@@ -126,7 +126,7 @@ class EarlyStop(torch.nn.Module):
         G_ref: torch.nn.Module,
         config: EarlyStopConfig,
         resolution: int,
-        latents: int = MONITOR.count,
+        latent_count: int = MONITOR.count,
     ):
         super().__init__()
         self.config = config
@@ -139,7 +139,7 @@ class EarlyStop(torch.nn.Module):
             {name: copy.deepcopy(net) for name, net in trained_networks.items() if net is not None}
         )
         # The names of these buffers are keys of the checkpoints, so they cannot change.
-        self.register_buffer("second", torch.zeros(latents, dtype=torch.float64))
+        self.register_buffer("second", torch.zeros(latent_count, dtype=torch.float64))
         self.register_buffer("distance", torch.tensor(math.inf, dtype=torch.float64))
         self.register_buffer("at", torch.tensor(-1))
         self.register_buffer("rendered", torch.tensor(0))
@@ -189,17 +189,17 @@ class EarlyStop(torch.nn.Module):
 
     def _note(self, cur_nimg: int, stats: dict) -> None:
         """Append an entry with the statistics of a tick to the ledger."""
-        gain = stats["EarlyStop/gain"]
+        gain_stats = stats["EarlyStop/gain"]
         # The stored std divides by n. With s = std sqrt(n / (n - 1)), the standard error s / sqrt(n) is
         # std / sqrt(n - 1).
-        error = gain["std"] / math.sqrt(max(gain["num"] - 1, 1))
+        standard_error = gain_stats["std"] / math.sqrt(max(gain_stats["num"] - 1, 1))
         self.ledger.append(
             {
                 "images": cur_nimg,
                 "heldout": stats[PREFIX + HELDOUT]["mean"],
                 "distance": stats[PREFIX + "distance"]["mean"],
-                "gain_over_kept": gain["mean"],
-                "gain_error": error,
+                "gain_over_kept": gain_stats["mean"],
+                "gain_error": standard_error,
                 "kept": int(stats["EarlyStop/images"]["mean"]),
             }
         )

@@ -65,19 +65,19 @@ class Monitor:
             stats: statistics of the tick. The change of each metric is added as 'Monitored/<name>'.
         Returns: fields of the status line: name of the metric -> mean change, and WARNING if metrics fell.
         """
-        fields = {}
-        for name, values in self._values(loop.trained_object.nets.G_ema).items():
-            delta = self.latest[name] = values - self.initial[name]  # paired by latent
+        status_fields = {}
+        for name, metric_values in self._values(loop.trained_object.nets.G_ema).items():
+            changes = self.latest[name] = metric_values - self.initial[name]  # paired by latent
             stats[f"{PREFIX}{name}"] = {
-                "num": len(delta),
-                "mean": float(delta.mean()),
-                "std": float(delta.std()),
+                "num": len(changes),
+                "mean": float(changes.mean()),
+                "std": float(changes.std()),
             }
-            fields[name] = f"{delta.mean():+.3f}"
+            status_fields[name] = f"{changes.mean():+.3f}"
         fallen_metrics = self._alarm(loop.cur_nimg, stats)
         if fallen_metrics:
-            fields["WARNING"] = f"over-optimised({','.join(fallen_metrics)})"
-        return fields
+            status_fields["WARNING"] = f"over-optimised({','.join(fallen_metrics)})"
+        return status_fields
 
     def _alarm(self, nimg: int, stats: dict) -> list[str]:
         """Record an alarm if metrics fell by more than two standard errors while the optimised reward rose.
@@ -92,11 +92,11 @@ class Monitor:
         reward_rose = stats[f"{PREFIX}{reward_name}"]["mean"] > 0
         fallen_metrics = []
         for name in heldout_names:
-            change = stats[f"{PREFIX}{name}"]
+            change_stats = stats[f"{PREFIX}{name}"]
             # The stored std divides by n. With s = std sqrt(n / (n - 1)), the standard error s / sqrt(n) is
             # std / sqrt(n - 1).
-            standard_error = change["std"] / np.sqrt(max(change["num"] - 1, 1))
-            if reward_rose and change["mean"] < -2 * standard_error:
+            standard_error = change_stats["std"] / np.sqrt(max(change_stats["num"] - 1, 1))
+            if reward_rose and change_stats["mean"] < -2 * standard_error:
                 fallen_metrics.append(name)
         if fallen_metrics:
             self.alarms.append({"nimg": nimg, "fallen": fallen_metrics})

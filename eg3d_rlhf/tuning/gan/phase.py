@@ -158,15 +158,15 @@ class ReferenceWins(Shaping):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         embedding = network.embed(observed)  # [N, E]
         score = network.score_embedding(embedding)  # [N]
-        count = self.comparisons
-        offsets = torch.arange(count, device=sample_numbers.device)
-        reference_numbers = (sample_numbers[:, None] * count + offsets).flatten()  # [N * count]
+        comparison_count = self.comparisons
+        offsets = torch.arange(comparison_count, device=sample_numbers.device)
+        reference_numbers = (sample_numbers[:, None] * comparison_count + offsets).flatten()  # [N * count]
         reference_indices = reference_numbers % len(self.references)
         # Each embedding is repeated once for each of its references. The margins are log-odds, [N * count].
-        margin = network.pair_margin(
-            embedding.repeat_interleave(count, dim=0), self.references[reference_indices]
+        margins = network.pair_margin(
+            embedding.repeat_interleave(comparison_count, dim=0), self.references[reference_indices]
         )
-        return torch.sigmoid(margin).unflatten(0, (len(embedding), count)).mean(dim=1), score
+        return torch.sigmoid(margins).unflatten(0, (len(embedding), comparison_count)).mean(dim=1), score
 
 
 # Value of --reward-shaping -> function that makes the shaping. Its arguments are the raw scores [M] and the
@@ -210,20 +210,22 @@ def clip_bounds(spec: str, initial_shaped: torch.Tensor) -> tuple[float, float]:
 # are the rows and columns of the window of the depth map.
 
 
-def floor_loss(depth: torch.Tensor, limit: float | torch.Tensor, violators: bool = False) -> torch.Tensor:
+def floor_loss(
+    depth: torch.Tensor, limit: float | torch.Tensor, only_violators: bool = False
+) -> torch.Tensor:
     """Return the mean of max(limit - depth, 0) over the pixels of a window.
 
     Args:
         depth: [N, h, w], distance from the camera, in world units.
         limit: smallest allowed depth, in world units.
-        violators: False to take the mean over all pixels. True to take it over the pixels that are nearer
+        only_violators: False to take the mean over all pixels. True to take it over the pixels that are nearer
             than the limit only, as in the published method; the number of such pixels then does not matter.
     Returns: [N], penalty in world units; 0 if no pixel is nearer than the limit. Differentiable in depth.
     Deviates: the published code takes the mean over the violating pixels of all samples of a batch together.
     """
     # Distance by which each pixel is nearer than the limit; 0 if it is not.
     excess = torch.relu(limit - depth).flatten(1)  # [N, h * w]
-    if not violators:
+    if not only_violators:
         return excess.mean(dim=1)
     # clamp_min: without any violating pixel the result is 0 / 1 and not 0 / 0.
     return excess.sum(dim=1) / (excess > 0).sum(dim=1).clamp_min(1)
@@ -272,13 +274,13 @@ def window_camera(generator: Generator) -> torch.Tensor:
     """
     # The pose sampler uses random numbers although its standard deviations are 0 here.
     with fixed_draws():
-        label = generator.cameras.label()
+        camera_label = generator.cameras.label()
         scale = DEPTH_MAP_SIDE / WINDOW_SIDE
     # Intrinsics are in units of the image's edge, so a crop of the image changes them.
-    intrinsics = label[0, 16:25].view(3, 3)  # a view of `label`, which the next lines therefore change
+    intrinsics = camera_label[0, 16:25].view(3, 3)  # a view of `label`, which the next lines therefore change
     intrinsics[:2, :2] *= scale  # focal lengths and skew
     intrinsics[:2, 2] = (intrinsics[:2, 2] - WINDOW_START / DEPTH_MAP_SIDE) * scale  # principal point
-    return label
+    return camera_label
 
 
 class RewardPhaseState(torch.nn.Module):

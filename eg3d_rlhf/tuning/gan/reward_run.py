@@ -52,23 +52,23 @@ ADA_AUGMENT = dict.fromkeys(
 )
 
 
-def open_dataset(s: Settings, ranks: Ranks = SINGLE) -> ImageFolderDataset:
+def open_dataset(settings: Settings, ranks: Ranks = SINGLE) -> ImageFolderDataset:
     """Open the training images. Synthetic images are rendered first if they are not in the cache.
 
     Args:
-        s: settings of the run.
+        settings: settings of the run.
         ranks: processes of the run.
     Raises: ValueError naming --data if the images cannot be read or are not RGB.
     """
     # One process per machine renders synthetic images; the other processes wait, and read its cache.
     with ranks.first_per_machine(), prefix_errors("--data"):
-        path = resolve_dataset(s.data.data)
+        path = resolve_dataset(settings.data.data)
     with prefix_errors("--data"):
         dataset = ImageFolderDataset(
             path,
             use_labels=True,
-            xflip=s.data.mirror,
-            random_seed=s.loop.seed,
+            xflip=settings.data.mirror,
+            random_seed=settings.loop.seed,
             c_dim=25,  # a camera: 16 numbers of cam2world and 9 intrinsics
         )
         if dataset.num_channels != 3:
@@ -79,32 +79,32 @@ def open_dataset(s: Settings, ranks: Ranks = SINGLE) -> ImageFolderDataset:
     return dataset
 
 
-def open_networks(s: Settings, resolution: int) -> networks.Networks:
+def open_networks(settings: Settings, resolution: int) -> networks.Networks:
     """Return the networks from which the run starts.
 
     They are new networks with --init=scratch, else the networks in the file of --init.
 
     Args:
-        s: settings of the run.
+        settings: settings of the run.
         resolution: edge length of the training images in pixels.
     Raises: ValueError naming --init or --data if the networks cannot be trained on these images.
     """
-    if s.net.init == "scratch":
-        G_kwargs, D_kwargs = networks_for(s.net, resolution, s.gan)
+    if settings.net.init == "scratch":
+        G_kwargs, D_kwargs = networks_for(settings.net, resolution, settings.gan)
         # The initial weights depend on the seed only, and not on random numbers that were used before.
-        torch.manual_seed(derive_seed(s.loop.seed, "init"))
-        nets = networks.build(G_kwargs, D_kwargs, {"name": s.data.data, "resolution": resolution})
+        torch.manual_seed(derive_seed(settings.loop.seed, "init"))
+        nets = networks.build(G_kwargs, D_kwargs, {"name": settings.data.data, "resolution": resolution})
         G: Any = nets.G
-        G.neural_rendering_resolution = s.gan.nrr_initial
+        G.neural_rendering_resolution = settings.gan.nrr_initial
         nets.G_ema.neural_rendering_resolution = G.neural_rendering_resolution
         return nets
     with prefix_errors("--init"):
-        path = find_network(None if s.net.init == "bundled" else s.net.init)
-        nets = load_networks(path, freeze_layers=s.net.freezed)
+        path = find_network(None if settings.net.init == "bundled" else settings.net.init)
+        nets = load_networks(path, freeze_layers=settings.net.freezed)
     # The setting `start` chooses which weights of the file G starts from. A tuning run averages G over few
     # images, so G_ema soon follows G: if G started from its raw weights, the pretrained average would be
     # lost.
-    starts_from_average = s.net.start == "G_ema"
+    starts_from_average = settings.net.start == "G_ema"
     G = nets.G = copy.deepcopy(nets.G_ema) if starts_from_average else nets.G
     if G is None or nets.D is None or nets.D_kwargs is None:
         raise ValueError(
@@ -113,64 +113,64 @@ def open_networks(s: Settings, resolution: int) -> networks.Networks:
         )
     if G.img_resolution != resolution:
         raise ValueError(
-            f"--data: the networks of --init={s.net.init} make images of {G.img_resolution} pixels per edge,"
+            f"--data: the networks of --init={settings.net.init} make images of {G.img_resolution} pixels per edge,"
             f" but the training images have {resolution}. Resize the training images to {G.img_resolution}."
         )
     # The group size of the minibatch statistics is not taken from the file; it is a setting of this run.
-    networks.set_mbstd_group(nets, s.net.mbstd_group)
+    networks.set_mbstd_group(nets, settings.net.mbstd_group)
     return nets
 
 
-def check_kind(s: Settings) -> None:
+def check_kind(settings: Settings) -> None:
     """Check that the kind of --reward can tune a generator, and has its reward file if it needs one.
 
     Raises: ValueError naming --reward or --reward-ckpt.
     """
-    kind = s.reward.reward
-    if not OBSERVATIONS[kind].differentiable:
+    reward_kind = settings.reward.reward
+    if not OBSERVATIONS[reward_kind].differentiable:
         raise ValueError(
-            f"--reward={kind}: this reward has no gradient, so it can select samples but not tune a"
+            f"--reward={reward_kind}: this reward has no gradient, so it can select samples but not tune a"
             " generator. Use a differentiable reward, e.g. --reward=solid."
         )
     # A kind with presets has a network, whose weights are in a reward file.
-    if s.reward.reward_ckpt is None and presets_of(kind):
+    if settings.reward.reward_ckpt is None and presets_of(reward_kind):
         raise ValueError(
-            f"--reward-ckpt: --cfg={s.net.cfg} with --reward={kind} needs a reward file, because the bundled"
+            f"--reward-ckpt: --cfg={settings.net.cfg} with --reward={reward_kind} needs a reward file, because the bundled"
             " reward fits the bundled generator of heads only. Train a reward with tools/train_reward.py, and"
             " pass its file as --reward-ckpt."
         )
 
 
-def open_reward(s: Settings, generator: Generator, device: torch.device | str) -> Reward:
+def open_reward(settings: Settings, generator: Generator, device: torch.device | str) -> Reward:
     """Return the reward that tunes the generator.
 
     It is the reward of --reward-ckpt, or, without that flag, a reward in closed form of the kind --reward.
 
     Raises: ValueError naming --reward-ckpt if the file cannot be read.
     """
-    if s.reward.reward_ckpt is None:
-        return untrained_reward(s.reward.reward, generator).to(device)
+    if settings.reward.reward_ckpt is None:
+        return untrained_reward(settings.reward.reward, generator).to(device)
     with prefix_errors("--reward-ckpt"):
-        return load_reward(s.reward.reward_ckpt, device)
+        return load_reward(settings.reward.reward_ckpt, device)
 
 
-def input_files(s: Settings) -> dict[str, Path]:
+def input_files(settings: Settings) -> dict[str, Path]:
     """Return the paths of the input files of a run: role -> path. Runs store and compare the hashes of the
     files.
 
     The roles are init, reward, heldout and reference. A role is missing if the run has no such file.
     """
-    files = {}
-    if s.net.init != "scratch":
-        files["init"] = find_network(None if s.net.init == "bundled" else s.net.init)
-    if s.reward.reward != "none":
+    file_by_role = {}
+    if settings.net.init != "scratch":
+        file_by_role["init"] = find_network(None if settings.net.init == "bundled" else settings.net.init)
+    if settings.reward.reward != "none":
         reward_files = {
-            "reward": s.reward.reward_ckpt,
-            "heldout": s.reward.heldout_reward,
-            "reference": s.reward.reference,
+            "reward": settings.reward.reward_ckpt,
+            "heldout": settings.reward.heldout_reward,
+            "reference": settings.reward.reference,
         }
-        files |= {role: Path(path) for role, path in reward_files.items() if path is not None}
-    return files
+        file_by_role |= {role: Path(path) for role, path in reward_files.items() if path is not None}
+    return file_by_role
 
 
 @dataclasses.dataclass
@@ -185,41 +185,41 @@ class Objects:
     early_stop: EarlyStop | None = None  # choice of the snapshot that is kept; None without --early-stop
 
 
-def build(s: Settings, files: Run) -> Objects:
+def build(settings: Settings, run: Run) -> Objects:
     """Build the data, networks, phases, reward and training loop of a new run.
 
     Only rank 0 measures the untuned generator. The other ranks receive weights and states from rank 0 when
     the loop starts.
 
     Args:
-        s: settings of the run.
-        files: the run, with its folder and its ranks.
+        settings: settings of the run.
+        run: the run, with its folder and its ranks.
     Raises: ValueError naming the flag whose value does not fit the others.
     """
-    ranks = files.ranks
-    if s.reward.reward != "none":
-        check_kind(s)
-    device = ranks.device if ranks.world > 1 else choose_device(s.run.device)
-    dataset = open_dataset(s, ranks)
-    nets = open_networks(s, dataset.resolution).to(device)
-    check_fit(nets, s.gan, s.loop, ranks.world)
+    ranks = run.ranks
+    if settings.reward.reward != "none":
+        check_kind(settings)
+    device = ranks.device if ranks.world > 1 else choose_device(settings.run.device)
+    dataset = open_dataset(settings, ranks)
+    nets = open_networks(settings, dataset.resolution).to(device)
+    check_fit(nets, settings.gan, settings.loop, ranks.world)
     G = nets.G
     D = nets.D
     assert G is not None and D is not None
     augment: Any = None
-    if s.gan.aug != "noaug":
+    if settings.gan.aug != "noaug":
         augment = AugmentPipe(**ADA_AUGMENT).train().requires_grad_(False).to(device)
         # The probability p of adaptive augmentation starts at 0 and is changed during training.
-        augment.p.copy_(torch.as_tensor(s.gan.p if s.gan.aug == "fixed" else 0.0))
-    phases = GanPhases(G, D, s.gan, augment).phases()  # Gmain, Greg, Dmain, Dreg
+        augment.p.copy_(torch.as_tensor(settings.gan.p if settings.gan.aug == "fixed" else 0.0))
+    phases = GanPhases(G, D, settings.gan, augment).phases()  # Gmain, Greg, Dmain, Dreg
     reward = None
-    before = None
+    untuned_generator = None
     monitor = None
     early_stop = None
-    if s.reward.reward != "none":
-        reward = open_reward(s, as_generator(nets.G_ema), device)
+    if settings.reward.reward != "none":
+        reward = open_reward(settings, as_generator(nets.G_ema), device)
         with prefix_errors("--heldout-reward"):
-            heldout_path = s.reward.heldout_reward
+            heldout_path = settings.reward.heldout_reward
             heldout_reward = None if heldout_path is None else load_reward(heldout_path, device)
             # Tuning by the ensemble raises the score of each of its members, so a member detects nothing.
             if heldout_reward is not None and heldout_reward.is_member_of(reward):
@@ -227,48 +227,55 @@ def build(s: Settings, files: Run) -> Objects:
                     f"{heldout_path} is a member of the ensemble of --reward-ckpt, so it cannot detect"
                     " over-optimisation. Name a reward that was trained on other labels."
                 )
-        if reward.observation.kind != s.reward.reward:
-            kind = reward.observation.kind
+        if reward.observation.kind != settings.reward.reward:
+            file_reward_kind = reward.observation.kind
             raise ValueError(
-                f"--reward={s.reward.reward}: the file of --reward-ckpt contains a reward of the kind {kind}."
-                f" Pass --reward={kind}."
+                f"--reward={settings.reward.reward}: the file of --reward-ckpt contains a reward of the kind {file_reward_kind}."
+                f" Pass --reward={file_reward_kind}."
             )
         # Only rank 0 checks, so that a warning is printed once.
         for flag, checked_reward in (("--reward-ckpt", reward), ("--heldout-reward", heldout_reward)):
             if checked_reward is not None and ranks.is_main:
                 check_reward(checked_reward, as_generator(nets.G_ema), flag)
         reference = (
-            nets.G_ema if s.reward.reference is None else load_networks(s.reward.reference, device).G_ema
+            nets.G_ema
+            if settings.reward.reference is None
+            else load_networks(settings.reward.reference, device).G_ema
         )
         if ranks.is_main:
             print("Measuring the untuned generator on held-out latents (a few seconds).", flush=True)
             # A copy, because the reference may be G_ema, which changes during tuning.
-            before = copy.deepcopy(reference).eval().requires_grad_(False)
-            monitor = make_monitor(s.to_dict(), reward, before, heldout_reward)
+            untuned_generator = copy.deepcopy(reference).eval().requires_grad_(False)
+            monitor = make_monitor(settings.to_dict(), reward, untuned_generator, heldout_reward)
         # With lambda_r = 0 the phase is left out, so that the run is bitwise identical to GAN training.
-        if s.reward.terms.lambda_r > 0:
+        if settings.reward.terms.lambda_r > 0:
             # Appended last: in every iteration the reward phase runs after the adversarial phases.
-            terms = RewardTerms(G, reference, reward, s.reward.terms)
-            phases.append(reward_phase(terms, lazy_adam(G, s.reward.rlr)))
-            if s.reward.keeping.early_stop is not None:
+            terms = RewardTerms(G, reference, reward, settings.reward.terms)
+            phases.append(reward_phase(terms, lazy_adam(G, settings.reward.rlr)))
+            if settings.reward.keeping.early_stop is not None:
                 early_stop = EarlyStop(
-                    nets, terms.state.G_ref, s.reward.keeping, s.reward.terms.consistency_resolution
+                    nets,
+                    terms.state.G_ref,
+                    settings.reward.keeping,
+                    settings.reward.terms.consistency_resolution,
                 ).to(device)
-    workers = default_workers(dataset, ranks) if s.run.workers is None else s.run.workers
-    gan = Gan(nets, dataset, s.gan, s.loop, augment_pipe=augment, ranks=ranks, workers=workers)
+    workers = default_workers(dataset, ranks) if settings.run.workers is None else settings.run.workers
+    gan_training = Gan(
+        nets, dataset, settings.gan, settings.loop, augment_pipe=augment, ranks=ranks, workers=workers
+    )
     # Checkpoints store this module with the kept snapshot, so that a resumed run can still choose it.
-    carries = {} if early_stop is None else {"early_stop": early_stop}
+    carried_modules = {} if early_stop is None else {"early_stop": early_stop}
     loop = TrainingLoop(
-        gan,
+        gan_training,
         phases,
-        s.loop,
-        files,
-        options=s.to_dict(),
+        settings.loop,
+        run,
+        options=settings.to_dict(),
         on_tick=make_tick_callback(monitor, early_stop),
         ranks=ranks,
-        carries=carries,
+        carries=carried_modules,
     )
-    return Objects(loop, nets, before, reward, monitor, early_stop)
+    return Objects(loop, nets, untuned_generator, reward, monitor, early_stop)
 
 
 def make_tick_callback(monitor: Monitor | None, early_stop: EarlyStop | None):
@@ -286,18 +293,18 @@ def make_tick_callback(monitor: Monitor | None, early_stop: EarlyStop | None):
     return on_tick
 
 
-def resume(s: Settings, run: Run, source: Path, previous: bool) -> Objects:
+def resume(settings: Settings, run: Run, checkpoint_path: Path, allows_previous: bool) -> Objects:
     """Build a run and restore its state from a checkpoint.
 
     Args:
-        s: settings of the run.
+        settings: settings of the run.
         run: the run, with its folder and its ranks.
-        source: the run's folder or one of its checkpoints.
-        previous: True to read the previous checkpoint if the newest one is damaged, see
+        checkpoint_path: the run's folder or one of its checkpoints.
+        allows_previous: True to read the previous checkpoint if the newest one is damaged, see
             training.checkpoint.read.
     """
-    objects = build(s, run)  # the checkpoint overwrites the weights that are built here
-    objects.loop.resume(source, previous)
+    objects = build(settings, run)  # the checkpoint overwrites the weights that are built here
+    objects.loop.resume(checkpoint_path, allows_previous)
     if objects.monitor is not None:
         # The alarms and the choices of earlier ticks are in the file of statistics. `loop.resume` has removed
         # from it the ticks after the checkpoint.

@@ -99,17 +99,17 @@ class Ledger:
 
         Returns: True if all steps of the round are finished.
         """
-        entry: dict[str, Any] = {"round": len(self.rounds) + 1}
+        round_entry: dict[str, Any] = {"round": len(self.rounds) + 1}
         for step in STEPS:
-            artefact = self.store.find(self._artefact_name(entry, step), {"after": self._last})
+            artefact = self.store.find(self._artefact_name(round_entry, step), {"after": self._last})
             if artefact is None:
                 break
-            entry[step] = version_0_1.ledger_step(artefact.record)
+            round_entry[step] = version_0_1.ledger_step(artefact.record)
             self._last = artefact.content
         # The entry has the key "round", and one key for each finished step.
-        if len(entry) > 1:
-            self.rounds.append(entry)
-        return len(entry) == 1 + len(STEPS)
+        if len(round_entry) > 1:
+            self.rounds.append(round_entry)
+        return len(round_entry) == 1 + len(STEPS)
 
     def _import_version_0_1(self) -> None:
         """Copy the steps that version 0.1 recorded in ledger.json into a new store.
@@ -131,18 +131,18 @@ class Ledger:
         # no part of the store remains.
         final_store = self.store
         self.store = Store(self.folder / "ledger.tmp", hashed=False)
-        for entry in rounds:
+        for round_entry in rounds:
             for step in STEPS:
-                if step not in entry:
+                if step not in round_entry:
                     continue
-                for name, recorded_hash in entry[step]["files"]:
+                for name, recorded_hash in round_entry[step]["files"]:
                     path = self.folder / name
                     if not path.is_file() or file_hash(path) != recorded_hash:
                         raise ValueError(
                             f"{path}: the file is missing, or has changed since {LEDGER} recorded its hash."
                             " Restore the file from a copy, or start a new run."
                         )
-                self._finish(entry, step)
+                self._finish(round_entry, step)
         # A ledger without any step has no folder to rename.
         if self._last:
             self.store.root.rename(final_store.root)
@@ -150,39 +150,39 @@ class Ledger:
         self._last = ""  # the constructor reads the steps again, from the first one
 
     @staticmethod
-    def _artefact_name(entry: dict, step: str) -> str:
+    def _artefact_name(round_entry: dict, step: str) -> str:
         """Return the name of a step's folder in the store."""
-        return f"round-{entry['round']}-{step}"
+        return f"round-{round_entry['round']}-{step}"
 
-    def _finish(self, entry: dict, step: str) -> None:
+    def _finish(self, round_entry: dict, step: str) -> None:
         """Add a finished step to the store."""
-        files = [self.folder / name for name, _ in entry[step]["files"]]
-        artefact_folder = self.store.root / self._artefact_name(entry, step)
-        finished = self.store.finish(artefact_folder, {"after": self._last}, files, entry[step])
+        files = [self.folder / name for name, _ in round_entry[step]["files"]]
+        artefact_folder = self.store.root / self._artefact_name(round_entry, step)
+        finished = self.store.finish(artefact_folder, {"after": self._last}, files, round_entry[step])
         self._last = finished["content"]
 
-    def note(self, entry: dict, step: str, results: dict, files: list[Path]) -> None:
+    def note(self, round_entry: dict, step: str, results: dict, files: list[Path]) -> None:
         """Record that a step of the last round is finished.
 
         Args:
-            entry: entry of the last round in `rounds`, to which the step is added.
+            round_entry: entry of the last round in `rounds`, to which the step is added.
             step: name of the step, one of `STEPS`.
             results: numbers and texts for the ledger, as values for JSON.
             files: files that the step wrote and later steps read, inside the run's folder.
         """
-        entry[step] = {
+        round_entry[step] = {
             **results,
             "files": [[path.relative_to(self.folder).as_posix(), file_hash(path)] for path in files],
         }
         # The store is written first, since a resumed run reads it. ledger.json is only for people to read.
-        self._finish(entry, step)
+        self._finish(round_entry, step)
         self.show()
 
     def show(self) -> None:
         """Write ledger.json."""
         ledger_json = {"rounds": self.rounds, "sha256": json_hash(self.rounds)}
-        text = json.dumps(ledger_json, indent=2, sort_keys=True) + "\n"
-        storage.write_atomic(self.path, text.encode())
+        ledger_text = json.dumps(ledger_json, indent=2, sort_keys=True) + "\n"
+        storage.write_atomic(self.path, ledger_text.encode())
 
     def files(self, step: str) -> list[Path]:
         """Return the main file of a step in every round that has finished it: labels, reward, or network.
@@ -190,30 +190,34 @@ class Ledger:
         The list is in the order of the rounds.
         """
         # "files" is a list of [name, hash]. Each step lists its main file first.
-        return [self.folder / entry[step]["files"][0][0] for entry in self.rounds if step in entry]
+        return [
+            self.folder / round_entry[step]["files"][0][0]
+            for round_entry in self.rounds
+            if step in round_entry
+        ]
 
 
-def run_rounds(count: int, ledger: Ledger, work: "Rounds") -> bool:
-    """Run the steps of `count` rounds that are not finished, and record each step when it is finished.
+def run_rounds(round_count: int, ledger: Ledger, work: "Rounds") -> bool:
+    """Run the steps of `round_count` rounds that are not finished, and record each step when it is finished.
 
     Args:
-        count: number of rounds.
+        round_count: number of rounds.
         ledger: record of the finished steps.
         work: object with one method for each step.
     Returns: True if all rounds are finished; False if a step waits for people, or a signal ended it.
     """
-    for number in range(1, count + 1):
+    for round_number in range(1, round_count + 1):
         # The last round of the ledger may be incomplete; it is then continued.
-        if number > len(ledger.rounds):
-            ledger.rounds.append({"round": number})
-        entry = ledger.rounds[number - 1]
+        if round_number > len(ledger.rounds):
+            ledger.rounds.append({"round": round_number})
+        round_entry = ledger.rounds[round_number - 1]
         for step in STEPS:
-            if step in entry:
+            if step in round_entry:
                 continue
-            done = getattr(work, step)(number, ledger)  # the method has the name of the step
-            if done is None:
+            step_result = getattr(work, step)(round_number, ledger)  # the method has the name of the step
+            if step_result is None:
                 return False
-            ledger.note(entry, step, *done)
+            ledger.note(round_entry, step, *step_result)
     ledger.show()
     return True
 
@@ -224,32 +228,38 @@ def table(ledger: Ledger) -> list[str]:
     The last column contains the held-out metrics, as changes since the untuned generator. "reward" in that
     column is the reward of the row's own round, so its values in different rows cannot be compared.
     """
-    lines = ["round  labels  pooled  noise   test   distance  changes since the untuned generator"]
-    for entry in ledger.rounds:
-        labels, reward, tuned = (entry.get(step, {}) for step in STEPS)
-        changes = "  ".join(f"{name} {value:+.3f}" for name, value in tuned.get("monitored", {}).items())
+    table_lines = ["round  labels  pooled  noise   test   distance  changes since the untuned generator"]
+    for round_entry in ledger.rounds:
+        label_results, reward_results, tuning_results = (round_entry.get(step, {}) for step in STEPS)
+        changes = "  ".join(
+            f"{name} {change:+.3f}" for name, change in tuning_results.get("monitored", {}).items()
+        )
         # A dash stands for a missing number: people's labels have no noise, unfinished rounds no accuracy.
         noise, test_accuracy, distance = (
-            "-" if number is None else f"{number:.3f}"
-            for number in (labels.get("noise"), reward.get("test_accuracy"), tuned.get("distance"))
+            "-" if measured_number is None else f"{measured_number:.3f}"
+            for measured_number in (
+                label_results.get("noise"),
+                reward_results.get("test_accuracy"),
+                tuning_results.get("distance"),
+            )
         )
-        lines.append(
-            f"{entry['round']:<5d}  {labels.get('count', 0):<6d}  {reward.get('pooled', 0):<6d} "
+        table_lines.append(
+            f"{round_entry['round']:<5d}  {label_results.get('count', 0):<6d}  {reward_results.get('pooled', 0):<6d} "
             f" {noise:<6s}  {test_accuracy:<5s}  {distance:<8s}  {changes}"
         )
-    return lines
+    return table_lines
 
 
 # Steps of a round
 
 
-def check(s: Settings, ranks: Ranks) -> None:
+def check(settings: Settings, ranks: Ranks) -> None:
     """Check the settings, data, networks and rewards of all rounds before the first round begins.
 
     An error then appears at once, and not after hours in a later round.
 
     Args:
-        s: settings of the run.
+        settings: settings of the run.
         ranks: processes of the run.
     Raises: ValueError naming the flag whose value is wrong.
     """
@@ -258,33 +268,35 @@ def check(s: Settings, ranks: Ranks) -> None:
             f"--rounds works in a single process only, but {ranks.world} processes were started. Start"
             " train.py without torchrun."
         )
-    config = s.rounds
-    kind = s.reward.reward
+    config = settings.rounds
+    reward_kind = settings.reward.reward
     # The objects that the rounds will use are made and dropped here, because their constructors check the
     # values.
     with prefix_errors("--round-pairs"):
-        for number in range(1, config.rounds + 1):
-            pairing(s, number, doubt=True)
+        for round_number in range(1, config.rounds + 1):
+            pairing(settings, round_number, by_disagreement=True)
         # Raises an error if there are too few pairs for the training, validation and test splits of a reward.
         # The seeds 2 i and 2 i + 1 stand for the two samples of pair i.
         split_by_seed([Preference(winner=2 * i, loser=2 * i + 1) for i in range(config.round_pairs)])
     with prefix_errors("--round-preset"):
-        default_options(config.round_preset, kind)
+        default_options(config.round_preset, reward_kind)
     with prefix_errors("--round-aggregate"):
         RewardRun(members=config.round_members, aggregate=config.round_aggregate)
     if config.round_labels == PEOPLE:
         people()
     # Opening the data set also renders it, if it is synthetic and not in the cache.
-    nets = gan.open_networks(s, gan.open_dataset(s).resolution)
-    check_fit(nets, s.gan, s.loop, 1)
-    if s.reward.heldout_reward is not None:
+    nets = gan.open_networks(settings, gan.open_dataset(settings).resolution)
+    check_fit(nets, settings.gan, settings.loop, 1)
+    if settings.reward.heldout_reward is not None:
         with prefix_errors("--heldout-reward"):
-            check_reward(load_reward(s.reward.heldout_reward), load_generator(pretrained(s)).generator)
+            check_reward(
+                load_reward(settings.reward.heldout_reward), load_generator(pretrained(settings)).generator
+            )
 
 
-def pretrained(s: Settings) -> Path:
+def pretrained(settings: Settings) -> Path:
     """Return the path of the network that the run starts from."""
-    return find_network(None if s.net.init == "bundled" else s.net.init)
+    return find_network(None if settings.net.init == "bundled" else settings.net.init)
 
 
 def people():
@@ -303,30 +315,32 @@ def people():
     return launch
 
 
-def pairing(s: Settings, number: int, doubt: bool, rewards: tuple[str, ...] = ()) -> PairingOptions:
+def pairing(
+    settings: Settings, round_number: int, by_disagreement: bool, reward_paths: tuple[str, ...] = ()
+) -> PairingOptions:
     """Return the settings by which the pairs of a round are made. Rounds have no seeds of samples in common.
 
     Args:
-        s: settings of the run.
-        number: number of the round, from 1.
-        doubt: True to choose a share of the pairs by the disagreement of rewards; False for random pairs
+        settings: settings of the run.
+        round_number: number of the round, from 1.
+        by_disagreement: True to choose a share of the pairs by the disagreement of rewards; False for random pairs
             only.
-        rewards: paths of the files of these rewards.
+        reward_paths: paths of the files of these rewards.
     """
-    config = s.rounds
+    config = settings.rounds
     # Pairs with a known answer (gold) and practice pairs check and train people. A simulated annotator needs
     # none.
     control_pairs: dict[str, Any] = {} if config.round_labels == PEOPLE else {"gold": 0, "training": 0}
     active_options: dict[str, Any] = {}
-    if doubt and config.round_doubtful > 0:
-        active_options = {"strategy": "active", "doubtful": config.round_doubtful, "rewards": rewards}
-    seed = derive_seed(s.loop.seed, "round", number) % MAX_SEED
+    if by_disagreement and config.round_doubtful > 0:
+        active_options = {"strategy": "active", "doubtful": config.round_doubtful, "rewards": reward_paths}
+    seed = derive_seed(settings.loop.seed, "round", round_number) % MAX_SEED
     make_options = partial(PairingOptions, pairs=config.round_pairs, psi=PSI, seed=seed, **control_pairs)
     # Active pairing needs more seeds than random pairing. With its number of seeds as the distance between
     # the first seeds of two rounds, their seeds never overlap.
     seeds_per_round = make_options(strategy="active").seeds
     return make_options(
-        first_seed=PairingOptions.first_seed + (number - 1) * seeds_per_round, **active_options
+        first_seed=PairingOptions.first_seed + (round_number - 1) * seeds_per_round, **active_options
     )
 
 
@@ -338,73 +352,83 @@ class Rounds:
     result.
 
     Args:
-        s: settings of the run.
+        settings: settings of the run.
         folder: folder of the run.
         tune: function that tunes a generator in a folder, or resumes the tuning that this folder contains.
     """
 
-    def __init__(self, s: Settings, folder: Path, tune: Tune):
-        self.s = s
+    def __init__(self, settings: Settings, folder: Path, tune: Tune):
+        self.s = settings
         self.folder = folder
         self.tune = tune
-        self.device = choose_device(s.run.device)
-        self.pretrained_path = pretrained(s)  # network file of --init, which the first round labels
+        self.device = choose_device(settings.run.device)
+        self.pretrained_path = pretrained(settings)  # network file of --init, which the first round labels
 
-    def round_folder(self, number: int) -> Path:
+    def round_folder(self, round_number: int) -> Path:
         """Return the folder of a round."""
-        return self.folder / f"round-{number}"
+        return self.folder / f"round-{round_number}"
 
-    def networks(self, number: int, ledger: Ledger) -> list[Path]:
-        """Return the network files whose samples rounds 1 to `number` label, in the order of the rounds."""
+    def networks(self, round_number: int, ledger: Ledger) -> list[Path]:
+        """Return the network files whose samples rounds 1 to `round_number` label, in the order of the rounds."""
         # Round 1 labels samples of the initial network, round k + 1 samples of the network that round k
         # tuned.
-        return [self.pretrained_path, *ledger.files("tuned")][:number]
+        return [self.pretrained_path, *ledger.files("tuned")][:round_number]
 
     # Labels.
 
-    def labels(self, number: int, ledger: Ledger) -> Done | None:
+    def labels(self, round_number: int, ledger: Ledger) -> Done | None:
         """Label pairs of samples of the current generator, by people or by the simulated annotator."""
-        rewards = self._pair_choosing_rewards(number, ledger)
-        options = pairing(self.s, number, bool(rewards), rewards)
-        generator = load_generator(self.networks(number, ledger)[-1], self.device)
+        reward_paths = self._pair_choosing_rewards(round_number, ledger)
+        pairing_options = pairing(self.s, round_number, bool(reward_paths), reward_paths)
+        generator = load_generator(self.networks(round_number, ledger)[-1], self.device)
         label_pairs = self._label_by_people if self.s.rounds.round_labels == PEOPLE else self._annotate
-        done = label_pairs(number, ledger, generator, options)
-        if done is None:
+        step_result = label_pairs(round_number, ledger, generator, pairing_options)
+        if step_result is None:
             return None
-        results, files = done
-        return {"by": self.s.rounds.round_labels, "generator": generator.hash, **results}, files
+        results, written_files = step_result
+        return {"by": self.s.rounds.round_labels, "generator": generator.hash, **results}, written_files
 
-    def _pair_choosing_rewards(self, number: int, ledger: Ledger) -> tuple[str, ...]:
+    def _pair_choosing_rewards(self, round_number: int, ledger: Ledger) -> tuple[str, ...]:
         """Return the path of the ensemble whose disagreement chooses pairs of a round, in a tuple.
 
         The tuple is empty in the first round, which has no rewards yet, and if the last ensemble has one
         member only, since disagreement needs two.
         """
-        files = ledger.files("reward")[: number - 1]  # rewards of the rounds before this one
-        return (str(files[-1]),) if files and len(load_reward(files[-1]).members()) > 1 else ()
+        reward_files = ledger.files("reward")[: round_number - 1]  # rewards of the rounds before this one
+        return (
+            (str(reward_files[-1]),)
+            if reward_files and len(load_reward(reward_files[-1]).members()) > 1
+            else ()
+        )
 
     def _annotate(
-        self, number: int, ledger: Ledger, generator: LoadedGenerator, options: PairingOptions
+        self, round_number: int, ledger: Ledger, generator: LoadedGenerator, pairing_options: PairingOptions
     ) -> Done:
         """Label pairs by the simulated annotator, with the noise level of the first round."""
-        planned: Plan = plan(
-            options, generator, ensemble=reward_ensemble(options, generator) if options.rewards else None
+        pairing_plan: Plan = plan(
+            pairing_options,
+            generator,
+            ensemble=reward_ensemble(pairing_options, generator) if pairing_options.rewards else None,
         )
-        seed_pairs = [(pair.first.seed, pair.second.seed) for pair in planned.pairs]
-        annotation_options = AnnotationOptions(pairs=len(seed_pairs), seed=options.seed)
+        seed_pairs = [(pair.first.seed, pair.second.seed) for pair in pairing_plan.pairs]
+        annotation_options = AnnotationOptions(pairs=len(seed_pairs), seed=pairing_options.seed)
         # None in the first round: the annotator then calibrates its temperature, and later rounds reuse that
         # value.
         temperature = ledger.rounds[0].get("labels", {}).get("temperature")
-        with tqdm(total=2 * len(seed_pairs), unit="seed", desc=f"round {number}: simulating labels") as bar:
+        with tqdm(
+            total=2 * len(seed_pairs), unit="seed", desc=f"round {round_number}: simulating labels"
+        ) as progress_bar:
             annotation = annotate(
                 generator.generator,
                 annotation_options,
-                lambda _: bar.update() and None,  # called once per evaluated sample; has to return None
+                lambda _: (
+                    progress_bar.update() and None
+                ),  # called once per evaluated sample; has to return None
                 pairs=seed_pairs,
                 temperature=temperature,
             )
-        path = write_labels(
-            self.round_folder(number) / "labels.jsonl", annotation.preferences(generator.hash)
+        labels_file = write_labels(
+            self.round_folder(round_number) / "labels.jsonl", annotation.preferences(generator.hash)
         )
         results = {
             "count": len(seed_pairs),
@@ -412,13 +436,13 @@ class Rounds:
             "noise": sum(not label.clean for label in annotation.labels) / len(seed_pairs),
             "temperature": annotation.temperature,
             "utility": float(annotation.utilities.mean()),
-            "chosen_by_doubt": len(planned.report.get("why", ())),
-            "disagreement": planned.report.get("disagreement_chosen"),
+            "chosen_by_doubt": len(pairing_plan.report.get("why", ())),
+            "disagreement": pairing_plan.report.get("disagreement_chosen"),
         }
-        return results, [path]
+        return results, [labels_file]
 
     def _label_by_people(
-        self, number: int, ledger: Ledger, generator: LoadedGenerator, options: PairingOptions
+        self, round_number: int, ledger: Ledger, generator: LoadedGenerator, pairing_options: PairingOptions
     ) -> Done | None:
         """Let people label pairs.
 
@@ -428,24 +452,28 @@ class Rounds:
         Raises: ValueError naming --resume if answers are missing, or are too few to train a reward.
         """
         launch = people()
-        name = f"round-{number}"
+        project_name = f"round-{round_number}"
         # The database of the labelling project is a file in the run's folder.
-        url = f"sqlite:///{(self.folder / 'labels.db').resolve()}"
+        database_url = f"sqlite:///{(self.folder / 'labels.db').resolve()}"
         # True if the project was created now, so that it has no answers yet.
-        if launch.make_round(url, name, generator.path, options):
-            print(f"Round {number} waits for people. Label with: {launch.label_command(url, name)}")
+        if launch.make_round(database_url, project_name, generator.path, pairing_options):
+            print(
+                f"Round {round_number} waits for people. Label with: {launch.label_command(database_url, project_name)}"
+            )
             print(f"Then continue with: python train.py --resume={self.folder}", flush=True)
             return None
         with prefix_errors("--resume"):
-            labels = launch.round_labels(url, name, generator, options.pairs)
+            labels = launch.round_labels(database_url, project_name, generator, pairing_options.pairs)
             # Raises an error if the answers are too few for the splits of a reward, before they are recorded.
             split_by_seed([*self._recorded_labels(ledger), *labels])
-        path = write_labels(self.round_folder(number) / "labels.jsonl", labels)
-        ties = sum(label.tie for label in labels)  # pairs that people called equal
-        doubtful_pairs = round(options.pairs * options.doubtful) if options.rewards else 0
+        labels_file = write_labels(self.round_folder(round_number) / "labels.jsonl", labels)
+        tie_count = sum(label.tie for label in labels)  # pairs that people called equal
+        doubtful_pairs = (
+            round(pairing_options.pairs * pairing_options.doubtful) if pairing_options.rewards else 0
+        )
         # The noise of people's labels is unknown, because there is no ground truth.
-        results = {"count": len(labels), "ties": ties, "noise": None, "chosen_by_doubt": doubtful_pairs}
-        return results, [path]
+        results = {"count": len(labels), "ties": tie_count, "noise": None, "chosen_by_doubt": doubtful_pairs}
+        return results, [labels_file]
 
     @staticmethod
     def _recorded_labels(ledger: Ledger) -> list[Preference]:
@@ -457,42 +485,45 @@ class Rounds:
 
     # Rewards.
 
-    def reward(self, number: int, ledger: Ledger) -> Done | None:
+    def reward(self, round_number: int, ledger: Ledger) -> Done | None:
         """Train the ensemble of rewards of a round, on the labels of all rounds so far."""
         labels = self._recorded_labels(ledger)
-        pooled_path = write_labels(self.round_folder(number) / "pooled.jsonl", labels)
-        run_folder = self.round_folder(number) / "reward"
+        pooled_path = write_labels(self.round_folder(round_number) / "pooled.jsonl", labels)
+        run_folder = self.round_folder(round_number) / "reward"
         config = self.s.rounds
-        kind = self.s.reward.reward
+        reward_kind = self.s.reward.reward
         # Labels refer to the generator of their samples by its hash, so the training needs all generators.
-        network, *later_networks = self.networks(number, ledger)
-        settings = RewardRun(
-            network=network,
+        first_network, *later_networks = self.networks(round_number, ledger)
+        reward_settings = RewardRun(
+            network=first_network,
             more_networks=tuple(later_networks),
             labels=LabelSource.from_file(pooled_path),
-            observation=kind,
+            observation=reward_kind,
             members=config.round_members,
             aggregate=config.round_aggregate,
-            train=with_changes(default_options(config.round_preset, kind), seed=self.s.loop.seed),
+            train=with_changes(default_options(config.round_preset, reward_kind), seed=self.s.loop.seed),
         )
-        print(f"Round {number}: training {settings.members} rewards on {len(labels)} labels.", flush=True)
+        print(
+            f"Round {round_number}: training {reward_settings.members} rewards on {len(labels)} labels.",
+            flush=True,
+        )
         # A training that has begun wrote the file of its options; it is then resumed.
         begin_or_resume = TRAINING.resume if (run_folder / OPTIONS).is_file() else TRAINING.begin
         try:
-            begin_or_resume(settings, run_folder, Flags({"device": self.device.type}))
+            begin_or_resume(reward_settings, run_folder, Flags({"device": self.device.type}))
         except StoppedError as stopped:
             print(f"{str(stopped).capitalize()}. Continue with --resume={self.folder}", flush=True)
             return None
-        report = json.loads((run_folder / REPORT).read_text())
+        training_report = json.loads((run_folder / REPORT).read_text())
         # Accuracy on the test split against the noise-free order, which only simulated labels have, or else
         # against the labels themselves.
-        noise_free_test = report["test"].get("clean")
-        label_test = report["test"]["labels"]
+        noise_free_test = training_report["test"].get("clean")
+        label_test = training_report["test"]["labels"]
         results = {
             "pooled": len(labels),
-            "labels": report["labels_sha256"],
-            "splits": report["splits"],
-            "members": settings.members,
+            "labels": training_report["labels_sha256"],
+            "splits": training_report["splits"],
+            "members": reward_settings.members,
             "test_accuracy": (noise_free_test or label_test)["accuracy"],
             "test_against": "noise-free order" if noise_free_test else "labels",
         }
@@ -500,82 +531,91 @@ class Rounds:
 
     # Tuning.
 
-    def tuned(self, number: int, ledger: Ledger) -> Done | None:
+    def tuned(self, round_number: int, ledger: Ledger) -> Done | None:
         """Tune a generator by the rewards of the round.
 
         The tuning starts from the pretrained network, or with round_start=last from the network of the round
         before. The reference is the pretrained network in both cases.
         """
-        folder = self.round_folder(number) / "tuning"
-        settings = self.settings(number, ledger)
-        print(f"Round {number}: tuning.", flush=True)
-        self.tune(settings, folder)  # begins the tuning, or resumes the tuning that the folder contains
-        stats_file = folder / STATS
+        tuning_folder = self.round_folder(round_number) / "tuning"
+        tuning_settings = self.settings(round_number, ledger)
+        print(f"Round {round_number}: tuning.", flush=True)
+        self.tune(
+            tuning_settings, tuning_folder
+        )  # begins the tuning, or resumes the tuning that the folder contains
+        stats_file = tuning_folder / STATS
         stats_lines = stats_file.read_text().splitlines() if stats_file.is_file() else []
         ticks = [version_0_1.gan_stats(json.loads(line)) for line in stats_lines]
         # The tuning is incomplete: a signal ended it before its last tick.
-        if not ticks or ticks[-1]["nimg"] < round(settings.loop.kimg * 1000):
+        if not ticks or ticks[-1]["nimg"] < round(tuning_settings.loop.kimg * 1000):
             print(f"Continue with --resume={self.folder}", flush=True)
             return None
-        path = find_network(folder)
-        tuned = load_generator(path, self.device)  # the last network, or the network that an early stop kept
-        untuned = load_generator(self.pretrained_path, self.device)
+        network_file = find_network(tuning_folder)
+        tuned_generator = load_generator(
+            network_file, self.device
+        )  # the last network, or the network that an early stop kept
+        untuned_generator = load_generator(self.pretrained_path, self.device)
         # The ledger records the metrics of the tick at which the network was saved. With an early stop this
         # need not be the last tick.
-        tick = next((tick for tick in ticks if tick["nimg"] == tuned.nets.cur_nimg), ticks[-1])
-        monitored = {
-            name.removeprefix(PREFIX): value["mean"]
-            for name, value in tick.items()
+        saved_tick = next(
+            (saved_tick for saved_tick in ticks if saved_tick["nimg"] == tuned_generator.nets.cur_nimg),
+            ticks[-1],
+        )
+        change_by_metric = {
+            name.removeprefix(PREFIX): metric_stats["mean"]
+            for name, metric_stats in saved_tick.items()
             if name.startswith(PREFIX)
         }
         # The ledger has an entry of its own for the distance. It is measured below, because only runs with an
         # early stop log the distance at every tick.
-        monitored.pop("distance", None)
-        distance = consistency(tuned.G, untuned.G, settings.reward.terms.consistency_resolution)
+        change_by_metric.pop("distance", None)
+        distances = consistency(
+            tuned_generator.G, untuned_generator.G, tuning_settings.reward.terms.consistency_resolution
+        )
         results = {
-            "generator": tuned.hash,
-            "images": tuned.nets.cur_nimg,
-            "distance": float(distance.mean()),
-            "monitored": monitored,
+            "generator": tuned_generator.hash,
+            "images": tuned_generator.nets.cur_nimg,
+            "distance": float(distances.mean()),
+            "monitored": change_by_metric,
             "start": self.s.rounds.round_start,
         }
-        return results, [path]
+        return results, [network_file]
 
-    def settings(self, number: int, ledger: Ledger) -> Settings:
+    def settings(self, round_number: int, ledger: Ledger) -> Settings:
         """Return the settings of a round's tuning.
 
         They are the settings of the run, with the rewards of the round. Only the last round writes a summary.
         """
-        s = self.s
+        run_settings = self.s
         start_settings = {}
         # The first round has no tuned network yet, so it starts from the pretrained network in any case.
-        if s.rounds.round_start == LAST and number > 1:
-            last_tuned = ledger.files("tuned")[number - 2]  # the list starts with round 1, at index 0
+        if run_settings.rounds.round_start == LAST and round_number > 1:
+            last_tuned = ledger.files("tuned")[round_number - 2]  # the list starts with round 1, at index 0
             start_settings = {"init": str(last_tuned), "reference": str(self.pretrained_path)}
-        tuning_settings = s.changed(
-            reward_ckpt=str(ledger.files("reward")[number - 1]),
+        tuning_settings = run_settings.changed(
+            reward_ckpt=str(ledger.files("reward")[round_number - 1]),
             # The run's summary is made from that of its last round only.
-            no_summary=s.run.no_summary or number < s.rounds.rounds,
+            no_summary=run_settings.run.no_summary or round_number < run_settings.rounds.rounds,
             **start_settings,
         )
         # The tuning itself is a run without rounds.
         return dataclasses.replace(tuning_settings, rounds=RoundConfig())
 
 
-def work(s: Settings, run: Run, tune: Tune) -> None:
+def work(settings: Settings, run: Run, tune: Tune) -> None:
     """Run the rounds that are not finished. If all are finished, write the summary and print the table.
 
     Args:
-        s: settings of the run.
+        settings: settings of the run.
         run: the run, with its folder.
         tune: function that tunes a generator in a folder, or resumes the tuning that this folder contains.
     """
-    print(f"{s.rounds.rounds} rounds of {s.rounds.round_pairs} pairs.", flush=True)
+    print(f"{settings.rounds.rounds} rounds of {settings.rounds.round_pairs} pairs.", flush=True)
     ledger = Ledger(run.folder)
-    if run_rounds(s.rounds.rounds, ledger, Rounds(s, run.folder, tune)):
+    if run_rounds(settings.rounds.rounds, ledger, Rounds(settings, run.folder, tune)):
         # The summary of the run is the summary of its last round and the ledger of all rounds. The last round
         # has no summary with --no-summary.
-        last_tuning = run.folder / f"round-{s.rounds.rounds}" / "tuning"
+        last_tuning = run.folder / f"round-{settings.rounds.rounds}" / "tuning"
         summary_file = last_tuning / SUMMARY
         summary = version_0_1.summary(json.loads(summary_file.read_text())) if summary_file.is_file() else {}
         run.write(SUMMARY, {**summary, "rounds": ledger.rounds, "seconds": time.time() - run.began})

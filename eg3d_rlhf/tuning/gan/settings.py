@@ -189,30 +189,30 @@ class RewardConfig:
             )
 
 
-def clip_range(spec: str, quantile: Callable[[float], float] | None = None) -> tuple[float, float]:
+def clip_range(clip_text: str, quantile: Callable[[float], float] | None = None) -> tuple[float, float]:
     """Return the bounds of the trust region for a value of --reward-clip.
 
     Args:
-        spec: value of --reward-clip: "LOW,HIGH", "iqr" or "none". LOW and HIGH are each a number, or qSHARE
+        clip_text: value of --reward-clip: "LOW,HIGH", "iqr" or "none". LOW and HIGH are each a number, or qSHARE
             for a quantile of the shaped rewards of the untuned generator.
         quantile: function from a share in 0..1 to that quantile. With None, before the rewards are computed,
-            this function only checks `spec`, and returns the share in place of the quantile.
+            this function only checks `clip_text`, and returns the share in place of the quantile.
     Returns: lower and upper bound. Both are infinite for "none", and also for "iqr", whose bounds
     `phase.clip_bounds` computes.
     Raises: ValueError for any other value, and for bounds that are not LOW < HIGH.
     """
     # iqr has bounds as well, but they follow from scores that only the reward phase has.
-    if spec in ("none", "iqr"):
+    if clip_text in ("none", "iqr"):
         return -float("inf"), float("inf")
     try:
         # Unpacking fails with ValueError, too, if there are not exactly two bounds.
-        low, high = (_parse_bound(bound_text, quantile or float) for bound_text in spec.split(","))
+        low, high = (_parse_bound(bound_text, quantile or float) for bound_text in clip_text.split(","))
     except ValueError:
         low = high = math.nan  # marks a malformed value, for the error below
     # Without the rewards, a number cannot be compared with a quantile (one "q"); two quantiles can.
-    comparable = quantile is not None or spec.count("q") != 1
-    if math.isnan(low) or comparable and not low < high:
-        given_value = f"{spec!r}"
+    is_comparable = quantile is not None or clip_text.count("q") != 1
+    if math.isnan(low) or is_comparable and not low < high:
+        given_value = f"{clip_text!r}"
         if quantile is not None:
             given_value += f", which is {low:g},{high:g} with the rewards of the untuned generator"
         raise ValueError(
@@ -434,24 +434,24 @@ def not_the_controls() -> frozenset[str]:
     return _RECORDED | {field.name for field, _, knob in knobs_of(Settings) if not knob.control}
 
 
-def control_differs(settings: dict, record: dict) -> list[str]:
+def control_differs(tuned_record: dict, control_record: dict) -> list[str]:
     """List the differences for which a run cannot be the control of a tuned run.
 
     Args:
-        settings: record of the tuned run: its settings by name, and the hashes of its input files ("hashes").
-        record: record of the possible control, in the same form. Settings that only one of the two records
+        tuned_record: record of the tuned run: its settings by name, and the hashes of its input files ("hashes").
+        control_record: record of the possible control, in the same form. Settings that only one of the two records
             has are not compared.
     Returns: one text for each difference, "NAME VALUE instead of EXPECTED-VALUE". The list is empty if the
     run can be the control.
     """
     # Only names that both records have: the record of an older version may lack newer settings.
-    names = sorted((settings.keys() & record.keys()) - not_the_controls())
+    setting_names = sorted((tuned_record.keys() & control_record.keys()) - not_the_controls())
     # name -> (value of the control, expected value)
-    compared_values = {name: (record[name], settings[name]) for name in names}
+    compared_values = {name: (control_record[name], tuned_record[name]) for name in setting_names}
     # A special case: the control's lambda_r must not equal that of the tuned run, but 0.
-    compared_values["lambda_r"] = record.get("lambda_r", 0), 0
-    control_hashes = record.get("hashes", {})
-    tuned_hashes = settings.get("hashes", {})
+    compared_values["lambda_r"] = control_record.get("lambda_r", 0), 0
+    control_hashes = control_record.get("hashes", {})
+    tuned_hashes = tuned_record.get("hashes", {})
     # Files are compared by content. Eight digits of a hash are enough to show that files differ.
     compared_values |= {
         f"{role} (bytes)": (control_hashes[role][:8], tuned_hashes[role][:8])

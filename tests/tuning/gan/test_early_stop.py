@@ -69,7 +69,7 @@ def test_the_distance_is_the_mean_difference_of_densities():
 
 def scripted(nets, values, distances, monkeypatch, tmp_path, **config):
     """The images that are kept after each tick of a script: second rewards [N] and distances."""
-    early = EarlyStop(nets, nets.G_ema, EarlyStopConfig(**config), 4, latents=4)
+    early = EarlyStop(nets, nets.G_ema, EarlyStopConfig(**config), 4, latent_count=4)
     kept = []
     for tick, (second, distance) in enumerate(zip(values, distances, strict=True), 1):
         monkeypatch.setattr(
@@ -215,7 +215,9 @@ def test_rendered_resolution_stays_with_the_kept_network(tmp_path, monkeypatch):
         early.networks(nets).G_ema.neural_rendering_resolution == 12
         and networks.load(tmp_path / KEPT).cur_nimg == 10
     )
-    untuned = EarlyStop(tiny_runs.build_networks(), nets.G_ema, EarlyStopConfig(early_stop=0.0), 4, latents=4)
+    untuned = EarlyStop(
+        tiny_runs.build_networks(), nets.G_ema, EarlyStopConfig(early_stop=0.0), 4, latent_count=4
+    )
     untuned.load_state_dict(early.state_dict())
     assert dataclasses.replace(untuned.networks(nets)).G_ema.neural_rendering_resolution == 12
 

@@ -23,7 +23,7 @@ def test_the_loss_in_closed_form():
     depth[0, 0, :2] = torch.tensor([2.0, 2.5])
     depth.requires_grad_()
     assert phase.floor_loss(depth, 2.75).tolist() == pytest.approx([(0.75 + 0.25) / 20, 0.0])
-    assert phase.floor_loss(depth, 2.75, violators=True).tolist() == pytest.approx([0.5, 0.0])
+    assert phase.floor_loss(depth, 2.75, only_violators=True).tolist() == pytest.approx([0.5, 0.0])
     phase.floor_loss(depth, 2.75).sum().backward()
     assert (
         depth.grad[0, 0].tolist() == pytest.approx([-0.05, -0.05, 0, 0, 0]) and depth.grad[1].abs().sum() == 0

@@ -210,12 +210,12 @@ class Denoiser:
             cameras: [B, 16], cam2world matrices, or None.
         Raises: ValueError if the setting view_prompts is True and `cameras` is None.
         """
-        s = self.settings
+        settings = self.settings
         prior = self.prior
         # Classifier-free guidance uses the negative prompt in place of the null prompt. It is empty by
         # default, which is the null prompt.
-        negative_prompts = [s.negative_prompt] * len(prompts)
-        if not s.view_prompts:
+        negative_prompts = [settings.negative_prompt] * len(prompts)
+        if not settings.view_prompts:
             return Conditioning(prior.embed(prompts), prior.embed(negative_prompts))
         if cameras is None:
             raise ValueError(
@@ -228,7 +228,7 @@ class Denoiser:
         # No direction is appended to the null prompt, because guidance would move images away from that
         # direction. threestudio does the same.
         null = prior.embed(negative_prompts)
-        if not s.perp_neg:
+        if not settings.perp_neg:
             return Conditioning(prior.embed(prompts, directions), null)
         mixtures = [mixture(elevation, azimuth) for elevation, azimuth in angles]
         texts = []
@@ -350,26 +350,26 @@ class Denoiser:
             prediction: predicted noises.
         Returns: [K, B, C, H, W].
         """
-        s = self.settings
-        predicted = prediction.guided(s.guidance_scale)
+        settings = self.settings
+        predicted = prediction.guided(settings.guidance_scale)
         # p and e are the predicted and the added noise, as in gradients.py.
-        if s.form == "sds":
-            weight = self.schedule.weight(t, s.weighting, x)
+        if settings.form == "sds":
+            weight = self.schedule.weight(t, settings.weighting, x)
             return torch.stack([gradients.sds(p, e, weight) for p, e in zip(predicted, noise, strict=True)])
-        if s.form == "recon":
+        if settings.form == "recon":
             # MVDream rescales the estimate with guidance by the standard deviation of the estimate without
             # it.
             guided_estimates = self.x0(x_t, predicted, t)
             text_estimates = self.x0(x_t, prediction.text, t)
             residuals = []
             for x0, x0_text in zip(guided_estimates, text_estimates, strict=True):
-                target = gradients.reconstruction_target(x0, x0_text, s.rescale, self.views)
+                target = gradients.reconstruction_target(x0, x0_text, settings.rescale, self.views)
                 residuals.append(gradients.reconstruction(x, target))
             return torch.stack(residuals)
         # u = s / a, the noise level of score Jacobian chaining, whose noised latents are x + u e.
         bar = self.schedule.alpha(t, x)
         u = ((1 - bar) / bar).sqrt()
-        variance_reduced = s.form == "sjc"  # False for sjc-plain
+        variance_reduced = settings.form == "sjc"  # False for sjc-plain
         return torch.stack(
             [
                 gradients.sjc(x, x + u * e, p, u, variance_reduced=variance_reduced)
@@ -387,12 +387,12 @@ class Denoiser:
         Returns: [K, B].
         Raises: ValueError if the reward does not return one finite score for each image.
         """
-        count = images.shape[0] * images.shape[1]
+        image_count = images.shape[0] * images.shape[1]
         scores = reward.score(images.flatten(0, 1), prompts * len(images))  # [K B]
-        if scores.shape != (count,):
+        if scores.shape != (image_count,):
             raise ValueError(
-                f"--reward: the reward returned scores of the shape {list(scores.shape)} for {count} images."
-                f" It must return one score for each image, [{count}]. Use another reward."
+                f"--reward: the reward returned scores of the shape {list(scores.shape)} for {image_count} images."
+                f" It must return one score for each image, [{image_count}]. Use another reward."
             )
         if not torch.isfinite(scores).all():
             raise ValueError(
@@ -415,17 +415,19 @@ class Denoiser:
         "preference_norm", norm of the difference between `grad` and that mean; "cosine", cosine of the angle
         between the mean and the difference.
         """
-        base = residuals.mean(0)
-        added = grad - base
-        base_norm = norm_per_asset(base, self.views)
-        added_norm = norm_per_asset(added, self.views)
+        mean_residual = residuals.mean(0)
+        preference_term = grad - mean_residual
+        base_norm = norm_per_asset(mean_residual, self.views)
+        added_norm = norm_per_asset(preference_term, self.views)
         # Inner product over all views of an asset, [A].
-        inner = (base * added).reshape(-1, self.views * base[0].numel()).sum(1)
+        inner_products = (
+            (mean_residual * preference_term).reshape(-1, self.views * mean_residual[0].numel()).sum(1)
+        )
         return {
             "sds_norm": base_norm,
             "preference_norm": added_norm,
             # clamp_min: the cosine is 0 if one of the norms is 0.
-            "cosine": inner / (base_norm * added_norm).clamp_min(1e-30),
+            "cosine": inner_products / (base_norm * added_norm).clamp_min(1e-30),
         }
 
 
@@ -537,7 +539,7 @@ class Ranking:
             prompts: B prompts, one for each image of a noise.
             cameras: [B, 16], cam2world matrices, or None.
         """
-        s = self.settings
+        settings = self.settings
         views_per_unit = self.denoiser.views if self.settings.pair_level == "asset" else 1
         scores = None
         if self.reward is not None:
@@ -551,7 +553,7 @@ class Ranking:
         # [2, N]: 1 for the preferred noise; both are 0 if the judge gave no answer.
         votes = torch.stack([answers == 0, answers == 1]).to(images.dtype)
         # A judge does not say how much better an image is, so the gap is 1 for an answer and 0 without one.
-        if scores is None or s.judge_mode == "replace":
+        if scores is None or settings.judge_mode == "replace":
             return Ranks(votes if scores is None else scores, answers, (answers >= 0).to(images.dtype))
         # judge_mode=or: the first noise wins if the reward or the judge prefers it, as in DreamDPO's code.
         # The gap is negative if the judge prefers the first noise although its score is lower.

@@ -55,11 +55,11 @@ class DreamDpo(Ranked):
 
         `winner` and `one_sided` of the result have one entry per asset, or per image with pair_level=view.
         """
-        d = self.denoiser
-        s = self.settings
-        noise, x_t, _, prediction = d.noise_and_predict(2, x, t, prompts, cameras, step)
-        guided = prediction.guided(s.prior.guidance_scale)
-        estimated_images = torch.stack([d.prior.decode(x0) for x0 in d.x0(x_t, guided, t)])
+        denoiser = self.denoiser
+        settings = self.settings
+        noise, x_t, _, prediction = denoiser.noise_and_predict(2, x, t, prompts, cameras, step)
+        guided = prediction.guided(settings.prior.guidance_scale)
+        estimated_images = torch.stack([denoiser.prior.decode(x0) for x0 in denoiser.x0(x_t, guided, t)])
         ranks = self.ranking(estimated_images, prompts, cameras)
         # [N], True where images are moved away from the loser.
         two_sided = (ranks.gap >= self._tau(ranks.gap)) & (ranks.winner >= 0)
@@ -69,10 +69,12 @@ class DreamDpo(Ranked):
         # From ranked units [2, N] to images [2, B].
         weights = weights.repeat_interleave(len(x) // weights.shape[1], 1)
         is_subtracted = (weights < 0).view(*weights.shape, 1, 1, 1)  # [2, B, 1, 1, 1]
-        time_weight = d.schedule.weight(t, s.prior.weighting, x)
+        time_weight = denoiser.schedule.weight(t, settings.prior.weighting, x)
         predicted = torch.where(is_subtracted, self._predict_loser(prediction), guided)
-        grad = gradients.dreamdpo(predicted, noise, weights, time_weight, subtract_noise=s.subtract_noise)
-        terms = {"gap": ranks.gap, **d.compare(d.residuals(x, noise, t, x_t, prediction), grad)}
+        grad = gradients.dreamdpo(
+            predicted, noise, weights, time_weight, subtract_noise=settings.subtract_noise
+        )
+        terms = {"gap": ranks.gap, **denoiser.compare(denoiser.residuals(x, noise, t, x_t, prediction), grad)}
         return GuidanceOutput(
             grad=grad, terms=terms, scores=ranks.scores, winner=ranks.winner, one_sided=~two_sided
         )

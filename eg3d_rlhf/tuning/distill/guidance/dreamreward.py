@@ -50,42 +50,44 @@ class DreamReward(Rewarded):
         images: torch.Tensor | None = None,
     ) -> GuidanceOutput:
         """Compute the gradient of one step. The arguments are described at `Guidance`."""
-        d = self.denoiser
-        s = self.settings
-        assert s.through == "latents" or images is not None, "through='images' needs the rendered images"
+        denoiser = self.denoiser
+        settings = self.settings
+        assert settings.through == "latents" or images is not None, (
+            "through='images' needs the rendered images"
+        )
         # This method only returns gradients; the loop propagates them through the graph of x.
         x = x.detach()
         with torch.no_grad():
-            noise, x_t, _, prediction = d.noise_and_predict(1, x, t, prompts, cameras, step)
-            residuals = d.residuals(x, noise, t, x_t, prediction)
+            noise, x_t, _, prediction = denoiser.noise_and_predict(1, x, t, prompts, cameras, step)
+            residuals = denoiser.residuals(x, noise, t, x_t, prediction)
             grad = residuals.mean(0)
-            if s.prior.form == "recon":
+            if settings.prior.form == "recon":
                 # The gradient of this form is x - target, so x - grad is the rescaled estimate.
                 x0 = x - grad
             else:
-                x0 = d.x0(x_t, prediction.guided(s.prior.guidance_scale), t)[0]
-        terms = {"sds_norm": norm_per_asset(grad, d.views)}
-        weight = s.weight(step)
-        reward_only = s.reward_only_from is not None and step >= s.reward_only_from
+                x0 = denoiser.x0(x_t, prediction.guided(settings.prior.guidance_scale), t)[0]
+        terms = {"sds_norm": norm_per_asset(grad, denoiser.views)}
+        weight = settings.weight(step)
+        reward_only = settings.reward_only_from is not None and step >= settings.reward_only_from
         # The reward has no effect in this step, so it is not computed.
-        if step < s.reward_from or (weight == 0 and not reward_only):
+        if step < settings.reward_from or (weight == 0 and not reward_only):
             return GuidanceOutput(grad=grad, terms=terms)
-        texts = reward_prompts(self.reward, prompts, cameras)
-        scores, loss, pixel_grad = self._reward_gradient(x, x0, t, texts, images, reward_only)
-        reward_grad = pixel_grad if s.through == "images" else self._to_latents(x, pixel_grad)
-        scale = self._scale(grad, reward_grad, float(loss), reward_only)  # [A]
+        reward_texts = reward_prompts(self.reward, prompts, cameras)
+        scores, loss, pixel_grad = self._reward_gradient(x, x0, t, reward_texts, images, reward_only)
+        reward_grad = pixel_grad if settings.through == "images" else self._to_latents(x, pixel_grad)
+        asset_factors = self._scale(grad, reward_grad, float(loss), reward_only)  # [A]
         # In its last steps the released code uses a constant, REWARD_ONLY_WEIGHT, in place of the weight.
-        scale = scale * (1.0 if reward_only and s.balance == "digits" else weight)
+        asset_factors = asset_factors * (1.0 if reward_only and settings.balance == "digits" else weight)
         # From assets [A] to images [B, 1, 1, 1].
-        reward_grad = scale.repeat_interleave(d.views).view(-1, 1, 1, 1) * reward_grad
+        reward_grad = asset_factors.repeat_interleave(denoiser.views).view(-1, 1, 1, 1) * reward_grad
         distillation_grad = torch.zeros_like(grad) if reward_only else grad
-        terms["preference_norm"] = norm_per_asset(reward_grad, d.views)
+        terms["preference_norm"] = norm_per_asset(reward_grad, denoiser.views)
         # scores[None]: the result expects scores [K, A], and there is one noise.
-        if s.through == "images":
+        if settings.through == "images":
             return GuidanceOutput(
                 grad=distillation_grad, image_grad=reward_grad, terms=terms, scores=scores[None]
             )
-        terms |= d.compare(residuals, grad + reward_grad)
+        terms |= denoiser.compare(residuals, grad + reward_grad)
         return GuidanceOutput(grad=distillation_grad + reward_grad, terms=terms, scores=scores[None])
 
     def _reward_gradient(
@@ -109,22 +111,22 @@ class DreamReward(Rewarded):
         Returns: scores [A]; the loss, averaged over assets, a scalar; and the gradient of the sum of the
         losses with respect to the scored images, [B, 3, h, w].
         """
-        d = self.denoiser
-        s = self.settings
+        denoiser = self.denoiser
+        settings = self.settings
         with torch.no_grad():
-            rendered = d.prior.decode(x) if images is None else images
+            rendered = denoiser.prior.decode(x) if images is None else images
             # [B, 1, 1, 1]. At large times the estimate is blurred, so the render is scored in its place.
-            uses_estimate = (t <= s.x0_until).view(-1, 1, 1, 1).to(x.device) & (not reward_only)
+            uses_estimate = (t <= settings.x0_until).view(-1, 1, 1, 1).to(x.device) & (not reward_only)
             scored_images = rendered
             if uses_estimate.any():
-                scored_images = torch.where(uses_estimate, d.prior.decode(x0), rendered)
+                scored_images = torch.where(uses_estimate, denoiser.prior.decode(x0), rendered)
         # A leaf of a new graph, which contains the reward only, and neither the decoder nor the renderer.
         scored_images = scored_images.detach().requires_grad_()
         with torch.enable_grad():
             # [None] and [0] add and remove the dimension of noises, which `score` expects.
-            scores = d.per_asset(d.score(self.reward, scored_images[None], prompts))[0]
+            scores = denoiser.per_asset(denoiser.score(self.reward, scored_images[None], prompts))[0]
             # relu: a score above the ceiling has no gradient.
-            losses = -scores if s.ceiling is None else F.relu(s.ceiling - scores)
+            losses = -scores if settings.ceiling is None else F.relu(settings.ceiling - scores)
             # The sum and not the mean, so that the gradient of an asset does not depend on the number of
             # assets.
             pixel_grad = torch.autograd.grad(losses.sum(), scored_images)[0]
@@ -154,15 +156,17 @@ class DreamReward(Rewarded):
             loss: loss of the reward, averaged over assets.
             reward_only: True if the step uses the reward only.
         """
-        d = self.denoiser
-        s = self.settings
-        ones = grad.new_ones(len(grad) // d.views)  # [A]
-        if s.balance == "grad-norm":
-            return self.balance(norm_per_asset(grad, d.views), norm_per_asset(reward_grad, d.views))
-        if s.balance == "none":
-            return d.views * ones
+        denoiser = self.denoiser
+        settings = self.settings
+        ones = grad.new_ones(len(grad) // denoiser.views)  # [A]
+        if settings.balance == "grad-norm":
+            return self.balance(
+                norm_per_asset(grad, denoiser.views), norm_per_asset(reward_grad, denoiser.views)
+            )
+        if settings.balance == "none":
+            return denoiser.views * ones
         if reward_only:
-            return REWARD_ONLY_WEIGHT * d.views * ones
+            return REWARD_ONLY_WEIGHT * denoiser.views * ones
         # The released code compares the numbers of digits of the two printed losses.
         distillation_loss = float(0.5 * grad.square().sum() / len(grad))
-        return 10.0 ** (digits(distillation_loss) - digits(loss)) * d.views * ones
+        return 10.0 ** (digits(distillation_loss) - digits(loss)) * denoiser.views * ones

@@ -287,13 +287,13 @@ def load_geometry(name: str, prior: str, device: torch.device) -> Callable[[], G
     if name == "none":
         return None
     if name in GEOMETRY_REWARDS:
-        named = GEOMETRY_REWARDS[name]
-        if named.priors and prior not in named.priors:
+        named_geometry = GEOMETRY_REWARDS[name]
+        if named_geometry.priors and prior not in named_geometry.priors:
             raise ValueError(
-                f"--geometry-reward={name} works with --prior={' or '.join(named.priors)} only, and not with"
+                f"--geometry-reward={name} works with --prior={' or '.join(named_geometry.priors)} only, and not with"
                 f" {prior}. Use another reward, e.g. --geometry-reward=solid."
             )
-        return named.make
+        return named_geometry.make
     # A name in the registry takes precedence: a file called "solid" needs a path such as ./solid.
     path = bundled.REWARD if name == "sigma" else Path(name)
     with prefix_errors("--geometry-reward"):
@@ -304,11 +304,13 @@ def load_geometry(name: str, prior: str, device: torch.device) -> Callable[[], G
                 " path of the file of a reward."
             )
         if _is_mesh_reward(path):
-            mesh = load_mesh_reward(path, device)
+            mesh_reward = load_mesh_reward(path, device)
             # Each run gets a reader of its own, because a reader contains the surfaces of the run's assets.
-            return lambda: MeshGeometry(MeshReader(cube(mesh.resolution), mesh.patches), mesh)
-        observed = ObservedGeometry(load_reward(path, device))
-    return lambda: observed
+            return lambda: MeshGeometry(
+                MeshReader(cube(mesh_reward.resolution), mesh_reward.patches), mesh_reward
+            )
+        observed_reward = ObservedGeometry(load_reward(path, device))
+    return lambda: observed_reward
 
 
 def _is_mesh_reward(path: Path) -> bool:

@@ -36,14 +36,16 @@ class Psd(Ranked):
         super().__init__(*args, **kwargs)
         self.update = self.settings.negative_update
         # The answer of a judge has no gradient.
-        differentiable = self.reward is not None and self.reward.differentiable and self.ranking.judge is None
-        if self.update == "reward" and not differentiable:
+        is_differentiable = (
+            self.reward is not None and self.reward.differentiable and self.ranking.judge is None
+        )
+        if self.update == "reward" and not is_differentiable:
             raise ValueError(
                 "--set negative_update=reward needs a differentiable reward, and cannot be combined with"
                 " --judge. Use --set negative_update=preference."
             )
         if self.update == "auto":
-            self.update = "reward" if differentiable else "preference"
+            self.update = "reward" if is_differentiable else "preference"
         # n - n0, [A, T, D]; None before the first update, when n equals n0.
         self.moved: torch.Tensor | None = None
 
@@ -60,31 +62,37 @@ class Psd(Ranked):
 
         The arguments are described at `Guidance`.
         """
-        d = self.denoiser
-        s = self.settings
+        denoiser = self.denoiser
+        settings = self.settings
         with torch.no_grad():
-            initial_conditioning = d.conditioning(prompts, cameras)  # its null embedding is n0
+            initial_conditioning = denoiser.conditioning(prompts, cameras)  # its null embedding is n0
             # n - n0, from assets [A, T, D] to images [B, T, D].
             moved: torch.Tensor | int = 0
             if self.moved is not None:
-                moved = self.moved.to(initial_conditioning.null).repeat_interleave(d.views, 0)
+                moved = self.moved.to(initial_conditioning.null).repeat_interleave(denoiser.views, 0)
             conditioning = initial_conditioning._replace(null=initial_conditioning.null + moved)
-            noise, x_t, _, prediction = d.noise_and_predict(2, x, t, prompts, cameras, step, conditioning)
+            noise, x_t, _, prediction = denoiser.noise_and_predict(
+                2, x, t, prompts, cameras, step, conditioning
+            )
             # The ranking and the push use the same prediction.
             predicted = (
-                prediction.text if s.predictor == "cond" else prediction.guided(s.prior.guidance_scale)
+                prediction.text
+                if settings.predictor == "cond"
+                else prediction.guided(settings.prior.guidance_scale)
             )
-            estimated_images = torch.stack([d.prior.decode(x0) for x0 in d.x0(x_t, predicted, t)])
+            estimated_images = torch.stack(
+                [denoiser.prior.decode(x0) for x0 in denoiser.x0(x_t, predicted, t)]
+            )
             ranks = self.ranking(estimated_images, prompts, cameras)
-            residuals = d.residuals(x, noise, t, x_t, prediction)
+            residuals = denoiser.residuals(x, noise, t, x_t, prediction)
             grad = self._gradient(x, t, noise, residuals, predicted, ranks)
-        terms = {"gap": ranks.gap, **d.compare(residuals, grad)}
+        terms = {"gap": ranks.gap, **denoiser.compare(residuals, grad)}
         # The update of n takes effect in the next step.
-        if self.update != "none" and step >= s.negative_from and step % s.negative_every == 0:
+        if self.update != "none" and step >= settings.negative_from and step % settings.negative_every == 0:
             self._update_null(x_t, t, noise, prompts, initial_conditioning, conditioning, cameras, ranks)
         if self.moved is not None:
             # The views of an asset are adjacent and have the same null embedding: every V-th is enough, [A].
-            initial_norm = initial_conditioning.null[:: d.views].flatten(1).norm(dim=1)
+            initial_norm = initial_conditioning.null[:: denoiser.views].flatten(1).norm(dim=1)
             terms["negative_drift"] = self.moved.flatten(1).norm(dim=1) / initial_norm
         return GuidanceOutput(
             grad=grad, terms=terms, scores=ranks.scores, winner=ranks.winner, one_sided=ranks.winner < 0
@@ -109,9 +117,9 @@ class Psd(Ranked):
             q: [2, B, C, H, W], predicted noises whose images were ranked.
             ranks: result of the ranking.
         """
-        s = self.settings
+        settings = self.settings
         # [N]; larger for a larger gap, and 0 if the judge gave no answer.
-        strength = s.eta * ranks.gap.sigmoid() * (ranks.winner >= 0)
+        strength = settings.eta * ranks.gap.sigmoid() * (ranks.winner >= 0)
         images_per_unit = len(x) // len(ranks.winner)
         # [B, 1, 1, 1]. Without an answer of the judge, winner is -1; the order then does not matter.
         first_wins = (ranks.winner < 1).repeat_interleave(images_per_unit).view(-1, 1, 1, 1)
@@ -119,7 +127,7 @@ class Psd(Ranked):
         lose = torch.where(first_wins, q[1], q[0])
         noise_win = torch.where(first_wins, noise[0], noise[1])
         noise_lose = torch.where(first_wins, noise[1], noise[0])
-        weight = self.denoiser.schedule.weight(t, s.prior.weighting, x)
+        weight = self.denoiser.schedule.weight(t, settings.prior.weighting, x)
         strength_per_image = strength.repeat_interleave(images_per_unit)
         return gradients.psd(
             residuals, win, lose, noise_win, noise_lose, strength=strength_per_image, weight=weight
@@ -151,38 +159,40 @@ class Psd(Ranked):
             cameras: [B, 16], cam2world matrices, or None.
             ranks: result of the ranking.
         """
-        d = self.denoiser
-        s = self.settings
+        denoiser = self.denoiser
+        settings = self.settings
         # One of V equal embeddings per asset.
         # The views of an asset are adjacent and share their null embedding, so every V-th entry is enough.
-        n0 = initial_conditioning.null[:: d.views]  # [A, T, D]
-        n = conditioning.null[:: d.views].detach().clone().requires_grad_()
+        n0 = initial_conditioning.null[:: denoiser.views]  # [A, T, D]
+        n = conditioning.null[:: denoiser.views].detach().clone().requires_grad_()
         with torch.enable_grad():
             # The same values as in `conditioning`, but with a graph to n.
-            prediction = d.predict(
-                x_t, t, conditioning._replace(null=n.repeat_interleave(d.views, 0)), cameras
+            prediction = denoiser.predict(
+                x_t, t, conditioning._replace(null=n.repeat_interleave(denoiser.views, 0)), cameras
             )
             if self.update == "reward":
-                texts = reward_prompts(self.reward, prompts, cameras)  # type: ignore[arg-type]
-                objective = self._mean_reward(x_t, t, prediction, texts)
+                reward_texts = reward_prompts(self.reward, prompts, cameras)  # type: ignore[arg-type]
+                objective = self._mean_reward(x_t, t, prediction, reward_texts)
             else:
                 # The preference loss compares the prediction for n with the prediction for n0.
                 with torch.no_grad():
-                    reference = d.predict(x_t, t, initial_conditioning, cameras).null
+                    reference = denoiser.predict(x_t, t, initial_conditioning, cameras).null
                 objective = -self._preference_loss(prediction.null, reference, noise, ranks)
             # A sum over assets: the objective of an asset depends on its own null embedding only.
             grad = torch.autograd.grad(objective.sum(), n)[0].nan_to_num()
         # The length of the step and the radius of the ball are multiples of |n0|, so that the same settings
         # fit any text encoder. [A, 1, 1]
         initial_norm = n0.flatten(1).norm(dim=1).view(-1, 1, 1)
-        entries = n0[0].numel()
+        entry_count = n0[0].numel()
         # The root mean square of the gradient is limited to 1. A smaller gradient is not enlarged.
-        grad = grad / (grad.flatten(1).norm(dim=1).view(-1, 1, 1) / entries**0.5).clamp_min(1.0)
+        grad = grad / (grad.flatten(1).norm(dim=1).view(-1, 1, 1) / entry_count**0.5).clamp_min(1.0)
         # Gradient ascent on the objective.
-        moved = n.detach() + s.negative_rate * initial_norm / entries**0.5 * grad - n0
+        moved = n.detach() + settings.negative_rate * initial_norm / entry_count**0.5 * grad - n0
         moved_norm = moved.flatten(1).norm(dim=1).view(-1, 1, 1)
         # Projection onto the ball about n0 with the radius negative_ball |n0|.
-        self.moved = moved * (s.negative_ball * initial_norm / moved_norm.clamp_min(1e-30)).clamp_max(1.0)
+        self.moved = moved * (settings.negative_ball * initial_norm / moved_norm.clamp_min(1e-30)).clamp_max(
+            1.0
+        )
 
     def _mean_reward(
         self, x_t: torch.Tensor, t: torch.Tensor, prediction: Prediction, prompts: list[str]
@@ -197,13 +207,13 @@ class Psd(Ranked):
             prediction: predicted noises, differentiable in n.
             prompts: B prompts for the reward.
         """
-        d = self.denoiser
+        denoiser = self.denoiser
         # The estimates are guided, because n affects images only through classifier-free guidance.
-        x0 = d.x0(x_t, prediction.guided(self.settings.prior.guidance_scale), t)
-        images = torch.stack([d.prior.decode(latents) for latents in x0])
-        scores = d.score(self.reward, images, prompts)  # type: ignore[arg-type]
+        x0 = denoiser.x0(x_t, prediction.guided(self.settings.prior.guidance_scale), t)
+        images = torch.stack([denoiser.prior.decode(latents) for latents in x0])
+        scores = denoiser.score(self.reward, images, prompts)  # type: ignore[arg-type]
         std = self.ranking.history.std() if self.settings.ranking.standardise else 1.0
-        return d.per_asset(scores).mean(0) / std
+        return denoiser.per_asset(scores).mean(0) / std
 
     def _preference_loss(
         self, null: torch.Tensor, reference: torch.Tensor, noise: torch.Tensor, ranks: Ranks

@@ -37,29 +37,35 @@ class RewardSds(Rewarded):
         images: torch.Tensor | None = None,
     ) -> GuidanceOutput:
         """Compute the gradient of one step. The arguments are described at `Guidance`."""
-        d = self.denoiser
-        s = self.settings
+        denoiser = self.denoiser
+        settings = self.settings
         # From the step `until` on, the method is score distillation with one noise.
-        count = s.noises if s.until is None or step < s.until else 1
-        noise, x_t, conditioning, prediction = d.noise_and_predict(count, x, t, prompts, cameras, step)
-        residuals = d.residuals(x, noise, t, x_t, prediction)
+        noise_count = settings.noises if settings.until is None or step < settings.until else 1
+        noise, x_t, conditioning, prediction = denoiser.noise_and_predict(
+            noise_count, x, t, prompts, cameras, step
+        )
+        residuals = denoiser.residuals(x, noise, t, x_t, prediction)
         scores = None
         # The weight of a single noise is 1 for any score, so the reward is not computed.
         if len(noise) > 1:
-            scale = s.prior.guidance_scale
-            if s.explore_steps == 1:
-                explored = d.x0(x_t, prediction.guided(scale), t)
+            scale = settings.prior.guidance_scale
+            if settings.explore_steps == 1:
+                explored = denoiser.x0(x_t, prediction.guided(scale), t)
             else:
                 explored = self.explore(x_t, t, conditioning, cameras, scale)
-            images = torch.stack([d.prior.decode(latents) for latents in explored])
+            images = torch.stack([denoiser.prior.decode(latents) for latents in explored])
             scores = self._score(images, reward_prompts(self.reward, prompts, cameras))
         # Weights are computed for assets [K, A] and repeated for their views [K, B].
         weights = (
-            x.new_ones(1, len(x)) if scores is None else s.weighting(scores).repeat_interleave(d.views, 1)
+            x.new_ones(1, len(x))
+            if scores is None
+            else settings.weighting(scores).repeat_interleave(denoiser.views, 1)
         )
         grad = gradients.reward_weighted(residuals, weights)
         winner = None if scores is None else scores.argmax(0)  # for the log only
-        return GuidanceOutput(grad=grad, terms=d.compare(residuals, grad), scores=scores, winner=winner)
+        return GuidanceOutput(
+            grad=grad, terms=denoiser.compare(residuals, grad), scores=scores, winner=winner
+        )
 
     def explore(
         self,
@@ -83,31 +89,33 @@ class RewardSds(Rewarded):
         Returns: [K, B, C, H, W], clean estimate of the last prediction, or with explore_end=t0 the latents at
         t = 0.
         """
-        d = self.denoiser
-        k = len(x_t)  # K
+        denoiser = self.denoiser
+        noise_count = len(x_t)  # K
 
         # The schedule processes all noises as one batch [K B, C, H, W], and the denoiser expects [K, B, C, H,
         # W].
         def predict(flat_latents: torch.Tensor, flat_times: torch.Tensor) -> torch.Tensor:
             # All noises have the same times, so the first B of K B are enough.
-            prediction = d.predict(
-                flat_latents.unflatten(0, (k, -1)), flat_times[: len(t)], conditioning, cameras
+            prediction = denoiser.predict(
+                flat_latents.unflatten(0, (noise_count, -1)), flat_times[: len(t)], conditioning, cameras
             )
             return prediction.guided(scale).flatten(0, 1)
 
         ends_at_x0 = self.settings.explore_end == "x0"
-        chain = [t]
+        chain_times = [t]
         for time in ddim_times(self.settings.explore_steps, "floor"):
             # Only times below t: DDIM steps remove noise. An end at x0 is computed below from a prediction,
             # not by a step to t = 0.
             if time < int(t.max()) and (time > 0 or not ends_at_x0):
                 # clamp_max: an image whose own t is smaller stays unchanged until the chain reaches its t.
-                chain.append(t.clamp_max(time))
-        flat_chain = [times.repeat(k) for times in chain]  # [K B] each
-        latents = d.schedule.ddim_chain(x_t.flatten(0, 1), flat_chain, predict)
+                chain_times.append(t.clamp_max(time))
+        flat_chain_times = [times.repeat(noise_count) for times in chain_times]  # [K B] each
+        latents = denoiser.schedule.ddim_chain(x_t.flatten(0, 1), flat_chain_times, predict)
         if ends_at_x0:
-            latents = d.schedule.x0(latents, predict(latents, flat_chain[-1]), flat_chain[-1])
-        return latents.unflatten(0, (k, -1))
+            latents = denoiser.schedule.x0(
+                latents, predict(latents, flat_chain_times[-1]), flat_chain_times[-1]
+            )
+        return latents.unflatten(0, (noise_count, -1))
 
     def _score(self, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         """Return the scores [K, A] of images [K, B, 3, h, w], averaged over the views of each asset.

@@ -32,22 +32,29 @@ class Sds(Guided):
         images: torch.Tensor | None = None,
     ) -> GuidanceOutput:
         """Compute the gradient of one step. The arguments are described at `Guidance`."""
-        d = self.denoiser
-        s = self.settings
-        noise, x_t, _, prediction = d.noise_and_predict(s.samples, x, t, prompts, cameras, step)
-        residuals = d.residuals(x, noise, t, x_t, prediction)  # [K, B, C, H, W]
+        denoiser = self.denoiser
+        settings = self.settings
+        noise, x_t, _, prediction = denoiser.noise_and_predict(settings.samples, x, t, prompts, cameras, step)
+        residuals = denoiser.residuals(x, noise, t, x_t, prediction)  # [K, B, C, H, W]
         grad = residuals.mean(0)
-        output = GuidanceOutput(grad=grad, terms={"sds_norm": d.compare(residuals, grad)["sds_norm"]})
-        if s.image_loss:
+        output = GuidanceOutput(grad=grad, terms={"sds_norm": denoiser.compare(residuals, grad)["sds_norm"]})
+        if settings.image_loss:
             assert images is not None, "image_loss needs the rendered images"
             # HiFA's weight is w a / s (Zhu et al. 2023): p - e = (a / s) (x - x0), so it gives a difference
             # of images the scale of w (p - e). `bar` is a^2.
-            bar = d.schedule.alpha(t, images)
+            bar = denoiser.schedule.alpha(t, images)
             weight = (
-                s.image_loss * d.schedule.weight(t, s.prior.weighting, images) * bar.sqrt() / (1 - bar).sqrt()
+                settings.image_loss
+                * denoiser.schedule.weight(t, settings.prior.weighting, images)
+                * bar.sqrt()
+                / (1 - bar).sqrt()
             )
-            estimates = d.x0(x_t, prediction.guided(s.prior.guidance_scale), t)  # [K, B, C, H, W]
-            image_grads = [gradients.image_loss(images, d.prior.decode(x0), weight) for x0 in estimates]
+            estimates = denoiser.x0(
+                x_t, prediction.guided(settings.prior.guidance_scale), t
+            )  # [K, B, C, H, W]
+            image_grads = [
+                gradients.image_loss(images, denoiser.prior.decode(x0), weight) for x0 in estimates
+            ]
             output.image_grad = torch.stack(image_grads).mean(0)
         return output
 
@@ -70,10 +77,12 @@ class BestOfN(Rewarded, Sds):
             prompts: S A V prompts, one for each image.
             cameras: [S A V, 16], cam2world matrices.
         """
-        d = self.denoiser
+        denoiser = self.denoiser
         # images[None]: `score` expects a dimension of noises, which has the size 1 here.
-        image_scores = d.score(self.reward, images[None], reward_prompts(self.reward, prompts, cameras))
-        scores = d.per_asset(image_scores)[0]  # [S A]
+        image_scores = denoiser.score(
+            self.reward, images[None], reward_prompts(self.reward, prompts, cameras)
+        )
+        scores = denoiser.per_asset(image_scores)[0]  # [S A]
         starts = self.settings.starts
         assets = len(scores) // starts
         best_starts = scores.unflatten(0, (starts, assets)).argmax(0).cpu()  # [A]

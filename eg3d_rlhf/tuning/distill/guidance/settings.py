@@ -145,11 +145,11 @@ class NoiseWeighting(Knobs):
                 it has the weight 0. None: True for all assets.
         Returns: weights [K, N].
         """
-        count = len(scores)  # K
-        if count == 1:
+        noise_count = len(scores)  # K
+        if noise_count == 1:
             return scores.new_ones(scores.shape)
         if self.strategy == "none":
-            return scores.new_full(scores.shape, 1 / count)
+            return scores.new_full(scores.shape, 1 / noise_count)
         if self.strategy == "weighted":
             # The softmax has no temperature, since scores are standardised by default, which fixes their
             # scale.
@@ -165,8 +165,8 @@ class NoiseWeighting(Knobs):
                 .scatter_add_(0, order[-1:], -push_weight)
             )
         # With fewer noises than requested, all of them count.
-        best_count = min(self.best, count)
-        worst_count = min(self.worst, count)
+        best_count = min(self.best, noise_count)
+        worst_count = min(self.worst, noise_count)
         # [best_count, N]: each of the best noises has the same weight.
         equal_shares = scores.new_full(scores[:best_count].shape, 1 / best_count)
         if self.strategy == "best":

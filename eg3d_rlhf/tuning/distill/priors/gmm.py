@@ -122,8 +122,8 @@ class GmmPrior:
 
     def nearest(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the index of the nearest mean, [B], and the root mean square difference from it, [B]."""
-        distance, index = torch.cdist(x.flatten(1), self.means.flatten(1)).min(1)
-        return index, distance / math.sqrt(x[0].numel())
+        distances, indices = torch.cdist(x.flatten(1), self.means.flatten(1)).min(1)
+        return indices, distances / math.sqrt(x[0].numel())
 
     def _log_joint(
         self, x_t: torch.Tensor, cond: torch.Tensor, bar: torch.Tensor
@@ -139,10 +139,10 @@ class GmmPrior:
         x = x_t.flatten(1)
         means = self.means.flatten(1)
         # |x - a mean|^2 as a matrix product, which needs no tensor [B, M, C, H, W].
-        square = (
+        squared_distances = (
             x.square().sum(1, keepdim=True) - 2 * bar.sqrt() * (x @ means.T) + bar * means.square().sum(1)
         )
         variance = bar * self.stds.square() + 1 - bar  # [B, M]
         log_share = logits.log_softmax(1)
         log_norm = x.shape[1] / 2 * (2 * math.pi * variance).log()
-        return log_share - square / (2 * variance) - log_norm, variance
+        return log_share - squared_distances / (2 * variance) - log_norm, variance

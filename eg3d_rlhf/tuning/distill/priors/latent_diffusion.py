@@ -144,22 +144,22 @@ class LatentPrior:
         # From -1..1 to 0..1. The output of the decoder can exceed its range slightly.
         return (0.5 * images + 0.5).clamp(0, 1)
 
-    def _each(self, function: Callable[[torch.Tensor], torch.Tensor], batch: torch.Tensor) -> torch.Tensor:
+    def _each(self, process: Callable[[torch.Tensor], torch.Tensor], batch: torch.Tensor) -> torch.Tensor:
         """Return function(batch) for images or latents [B, ...].
 
         With checkpointing, the images of the batch are processed one by one, so that the activations of only
         one image are in memory.
         """
         if not self.options.checkpointing:
-            return function(batch)
-        results = []
+            return process(batch)
+        processed = []
         for image in batch.split(1):
             # torch's checkpoint is needed for tensors with a gradient only.
             if image.requires_grad:
-                results.append(checkpoint(function, image, use_reentrant=False))
+                processed.append(checkpoint(process, image, use_reentrant=False))
             else:
-                results.append(function(image))
-        return torch.cat(results)
+                processed.append(process(image))
+        return torch.cat(processed)
 
     def embed(self, prompts: list[str], directions: list[str] | None = None) -> torch.Tensor:
         """Return the embeddings of B prompts, [B, T, D].
@@ -222,15 +222,18 @@ def meta_networks(folder: Path) -> Networks:
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    files = [existing_path(folder / part / "config.json", FLAG) for part in ("unet", "vae", "text_encoder")]
+    config_files = [
+        existing_path(folder / subfolder / "config.json", FLAG)
+        for subfolder in ("unet", "vae", "text_encoder")
+    ]
     with library_errors_as_one_line(f"{FLAG}: {folder.name}", "Copy the folder again."):
-        configs = [json.loads(file.read_text()) for file in files]
-        makers: list[Callable[[], Any]] = [
+        configs = [json.loads(file.read_text()) for file in config_files]
+        make_network_functions: list[Callable[[], Any]] = [
             lambda: UNet2DConditionModel.from_config(configs[0]),
             lambda: AutoencoderKL.from_config(configs[1]),
             lambda: CLIPTextModel(CLIPTextConfig(**configs[2])),
         ]
-        return dict(zip(("unet", "vae", "text"), map(empty, makers), strict=True))
+        return dict(zip(("unet", "vae", "text"), map(empty, make_network_functions), strict=True))
 
 
 def load_stable_diffusion(folder: Path, options: PriorOptions | None = None) -> LatentPrior:
@@ -248,10 +251,13 @@ def load_stable_diffusion(folder: Path, options: PriorOptions | None = None) -> 
     from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
     from transformers import CLIPTextModel
 
-    for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
-        existing_path(folder / part, FLAG)
-    classes = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
-    unet, vae, text = (from_folder(cls, folder / part, FLAG) for part, cls in classes.items())
+    for subfolder in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
+        existing_path(folder / subfolder, FLAG)
+    class_by_subfolder = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
+    unet, vae, text = (
+        from_folder(network_class, folder / subfolder, FLAG)
+        for subfolder, network_class in class_by_subfolder.items()
+    )
     existing_path(folder / "scheduler" / "scheduler_config.json", FLAG)
     with library_errors_as_one_line(f"{FLAG}: {folder.name}/scheduler", "Copy the folder again."):
         scheduler = DDPMScheduler.from_pretrained(str(folder / "scheduler"), local_files_only=True)
@@ -398,19 +404,21 @@ def mvdream_networks(
     encoder_channels = shape_of(vae_state, "encoder.conv_out.weight", who, 4)[0]
     # The first convolution of a level determines its number of channels.
     levels = range(count(vae_state, "encoder.down."))
-    widths = tuple(shape_of(vae_state, f"encoder.down.{i}.block.0.conv1.weight", who, 4)[0] for i in levels)
+    level_widths = tuple(
+        shape_of(vae_state, f"encoder.down.{i}.block.0.conv1.weight", who, 4)[0] for i in levels
+    )
     text_config, text_state = _text(state, who)
     networks = {
         "unet": join_views(empty(lambda: UNet2DConditionModel(**config))),
         "vae": empty(
             lambda: AutoencoderKL(
                 latent_channels=encoder_channels // 2,
-                block_out_channels=widths,
+                block_out_channels=level_widths,
                 layers_per_block=count(vae_state, "encoder.down.0.block."),
-                down_block_types=("DownEncoderBlock2D",) * len(widths),
-                up_block_types=("UpDecoderBlock2D",) * len(widths),
+                down_block_types=("DownEncoderBlock2D",) * len(level_widths),
+                up_block_types=("UpDecoderBlock2D",) * len(level_widths),
                 scaling_factor=SCALING,
-                sample_size=LATENT_SIDE * 2 ** (len(widths) - 1),
+                sample_size=LATENT_SIDE * 2 ** (len(level_widths) - 1),
             )
         ),
         "text": empty(lambda: CLIPTextModel(CLIPTextConfig(**text_config))),
@@ -488,15 +496,15 @@ def load_mvdream(path: Path, options: PriorOptions | None = None) -> MVDream:
     for name, weights in states.items():
         # Replaces the meta tensors of a network by the tensors of the file, without a second copy in memory.
         adopt(networks[name], weights, who)
-    (steps,) = shape_of(state, "alphas_cumprod", who, 1)
-    if steps != 1000:
+    (time_count,) = shape_of(state, "alphas_cumprod", who, 1)
+    if time_count != 1000:
         raise ValueError(
-            f"{who}: alphas_cumprod has {steps} entries, but the noise schedule needs 1000. Download the file"
+            f"{who}: alphas_cumprod has {time_count} entries, but the noise schedule needs 1000. Download the file"
             " that MVDream publishes."
         )
     # open_clip pads prompts with the token 0. None: OpenAI's tokenizer pads with its end token.
-    pad = 0 if any(name.startswith(OPEN_CLIP) for name in state) else None
-    tokenize = clip_tokenizer(path.parent / "tokenizer", FLAG, networks["text"].config.vocab_size, pad)
+    pad_token = 0 if any(name.startswith(OPEN_CLIP) for name in state) else None
+    tokenize = clip_tokenizer(path.parent / "tokenizer", FLAG, networks["text"].config.vocab_size, pad_token)
     print_once(LICENCE)
     return MVDream(networks, tokenize, state["alphas_cumprod"], "epsilon", options)
 
@@ -514,13 +522,13 @@ def mvdream_file(path: Path) -> Path | None:
             Diffusion folder.
     Raises: ValueError if the path names neither, or if diffusers or transformers is not installed.
     """
-    file = (
+    weights_file = (
         None
         if (path / "unet").is_dir()
         else only_file(path, WEIGHTS, FLAG, "unet/ (Stable Diffusion) or one MVDream file")
     )
     require_extra(FLAG, "diffusers", "transformers")
-    return file
+    return weights_file
 
 
 def load_prior(path: str | Path, options: PriorOptions | None = None) -> CheckedPrior:
@@ -533,8 +541,10 @@ def load_prior(path: str | Path, options: PriorOptions | None = None) -> Checked
     Raises: the errors of `load_stable_diffusion` and `load_mvdream`.
     """
     path = existing_path(path, FLAG)
-    file = mvdream_file(path)
-    return CheckedPrior(load_stable_diffusion(path, options) if file is None else load_mvdream(file, options))
+    weights_file = mvdream_file(path)
+    return CheckedPrior(
+        load_stable_diffusion(path, options) if weights_file is None else load_mvdream(weights_file, options)
+    )
 
 
 def latent_costs(prior: LatentPrior, image_count: int, noises: int = 1) -> Costs:
@@ -608,17 +618,17 @@ def prior_costs(
     Raises: the errors of `load_prior`; ValueError if the prior cannot process B images.
     """
     path = existing_path(path, FLAG)
-    file = mvdream_file(path)
+    weights_file = mvdream_file(path)
     options = options or PriorOptions()
     # `half` is set explicitly, because its default depends on the device, which is replaced by meta here.
     options = replace(options, device="meta", half=options.unet_dtype == torch.float16)
-    if file is None:
-        kind = LatentPrior
+    if weights_file is None:
+        prior_class = LatentPrior
         networks = meta_networks(path)
     else:
-        kind = MVDream
-        networks, _ = mvdream_networks(read(file, FLAG), f"{FLAG}: {file.name}")
-    check_views(image_count, kind.views)
+        prior_class = MVDream
+        networks, _ = mvdream_networks(read(weights_file, FLAG), f"{FLAG}: {weights_file.name}")
+    check_views(image_count, prior_class.views)
     return latent_costs(
-        kind(networks, None, torch.empty(1000, device="meta"), "epsilon", options), image_count, noises
+        prior_class(networks, None, torch.empty(1000, device="meta"), "epsilon", options), image_count, noises
     )

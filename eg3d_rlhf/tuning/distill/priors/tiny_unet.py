@@ -147,17 +147,17 @@ class TinyUNet(nn.Module):
             cameras: [B, 16], cam2world matrices in MVDream's convention.
         """
         # Sinusoidal embedding of the time (Vaswani et al. 2017), with frequencies from 1 to about 1 / STEPS.
-        rates = torch.exp(
+        frequencies = torch.exp(
             -math.log(STEPS) * torch.arange(self.sizes.embedding // 2).to(x_t) / (self.sizes.embedding // 2)
         )
-        angles = t[:, None].to(x_t) * rates  # [B, E / 2]
+        angles = t[:, None].to(x_t) * frequencies  # [B, E / 2]
         # [B, width]. The prompt is the mean over its tokens.
-        joint = (
+        joint_conditioning = (
             self.time(torch.cat([angles.sin(), angles.cos()], dim=1))
             + self.told(cond.mean(dim=1))
             + self.camera(cameras)
         )
-        conditioning = F.silu(joint)
+        conditioning = F.silu(joint_conditioning)
         # The memory format channels_last halves the time of the convolutions on a CPU.
         fine = self.fine(
             self.enter(x_t.contiguous(memory_format=torch.channels_last)) + self.place, conditioning
@@ -165,7 +165,7 @@ class TinyUNet(nn.Module):
         coarse = self.views(self.coarse(self.down(fine), conditioning))
         # The conditioning of the last block contains the coarse features as well, which have seen all four
         # views.
-        conditioning = F.silu(joint + self.seen(coarse.mean(dim=(2, 3))))
+        conditioning = F.silu(joint_conditioning + self.seen(coarse.mean(dim=(2, 3))))
         fine = self.late(fine + F.interpolate(self.up(coarse), scale_factor=2.0), conditioning)
         patches = self.leave(fine) + self.sketch(conditioning).unflatten(1, (16, 8, 8))
         m = F.pixel_shuffle(patches, 2)  # [B, 16, 8, 8] to [B, 4, 16, 16]
@@ -236,26 +236,28 @@ class TinyPrior:
                 f"--prior: this prior processes {SIDES} views of an asset together, but got {len(x_t)}"
                 f" images. Pass a multiple of {SIDES} images."
             )
-        poses = evenly_around(len(x_t) // SIDES, SIDES, DISTANCE).cameras if cameras is None else cameras
-        clean = self.network(x_t, t.to(x_t.device), cond, network_cameras(poses).to(x_t))
+        view_cameras = (
+            evenly_around(len(x_t) // SIDES, SIDES, DISTANCE).cameras if cameras is None else cameras
+        )
+        clean = self.network(x_t, t.to(x_t.device), cond, network_cameras(view_cameras).to(x_t))
         # The network predicts clean latents, while the interface requires the noise.
         return self.schedule.noise_of_x0(x_t, clean, t)
 
-    def save(self, path: str | Path, meta: dict) -> None:
+    def save(self, path: str | Path, training_metadata: dict) -> None:
         """Write the prior to a file.
 
         Args:
             path: path of the file.
-            meta: values for JSON that describe the training.
+            training_metadata: values for JSON that describe the training.
         """
         # float16 halves the size of the bundled file. The weights are read as float32.
-        tensors = {name: value.half() for name, value in self.network.state_dict().items()}
+        tensors = {name: weight.half() for name, weight in self.network.state_dict().items()}
         sizes = asdict(self.network.sizes)
         write_tensors(
             path,
             FILE_KIND,
             tensors,
-            {"sizes": sizes, "prompts": list(self.network.prompts), "training": meta},
+            {"sizes": sizes, "prompts": list(self.network.prompts), "training": training_metadata},
         )
 
 
@@ -263,9 +265,9 @@ def load_view_prior(path: str | Path = VIEW_PRIOR) -> TinyPrior:
     """Read the prior from a file, by default the bundled prior. Raises: ValueError if the file contains no
     prior.
     """
-    tensors, meta = read_tensors(path, FILE_KIND)
-    network = TinyUNet(TinySizes(**meta["sizes"]), meta["prompts"])
+    tensors, metadata = read_tensors(path, FILE_KIND)
+    network = TinyUNet(TinySizes(**metadata["sizes"]), metadata["prompts"])
     load_strict(
-        network, {name: value.float() for name, value in tensors.items()}, f"view prior {Path(path).name}"
+        network, {name: weight.float() for name, weight in tensors.items()}, f"view prior {Path(path).name}"
     )
     return TinyPrior(network)

@@ -23,28 +23,35 @@ from training.storage import read_tensors, write_tensors
 Condition = torch.Tensor | Mapping[str, torch.Tensor]
 
 
-def each(change: Callable[..., torch.Tensor], condition: Condition, *others: Condition) -> Condition:
+def each(
+    transform: Callable[..., torch.Tensor], condition: Condition, *other_conditionings: Condition
+) -> Condition:
     """Apply a function to each tensor of a conditioning, together with the same tensors of other
     conditionings.
 
     Args:
-        change: function of one tensor of `condition` and the tensors of the same name in `others`.
+        transform: function of one tensor of `condition` and the tensors of the same name in `other_conditionings`.
         condition: conditioning.
-        others: conditionings with tensors of the same names.
+        other_conditionings: conditionings with tensors of the same names.
     Returns: conditioning that consists of the results.
     Raises: ValueError if another conditioning has tensors of other names.
     """
     if isinstance(condition, torch.Tensor):
-        return change(condition, *others)
-    matching = [
-        other for other in others if not isinstance(other, torch.Tensor) and set(other) == set(condition)
+        return transform(condition, *other_conditionings)
+    matching_conditionings = [
+        other
+        for other in other_conditionings
+        if not isinstance(other, torch.Tensor) and set(other) == set(condition)
     ]
-    if len(matching) < len(others):
+    if len(matching_conditionings) < len(other_conditionings):
         raise ValueError(
             f"conditioning: all conditioning inputs need the tensors {', '.join(condition)}, but one of them"
             " has tensors of other names. Embed all prompts, also the empty prompt, with one encoder."
         )
-    return {name: change(tensor, *(other[name] for other in matching)) for name, tensor in condition.items()}
+    return {
+        name: transform(tensor, *(other[name] for other in matching_conditionings))
+        for name, tensor in condition.items()
+    }
 
 
 def to_device(condition: Condition, device: torch.device | str) -> Condition:
@@ -61,13 +68,13 @@ def rows(condition: Condition) -> int:
     """Return the number N of samples. Raises: ValueError if the tensors have different numbers of rows."""
     if isinstance(condition, torch.Tensor):
         return len(condition)
-    counts = {name: len(tensor) for name, tensor in condition.items()}
-    if len(set(counts.values())) != 1:
+    row_count_by_name = {name: len(tensor) for name, tensor in condition.items()}
+    if len(set(row_count_by_name.values())) != 1:
         raise ValueError(
-            f"conditioning: the tensors have different numbers of rows, {counts}. Make all of them from the"
+            f"conditioning: the tensors have different numbers of rows, {row_count_by_name}. Make all of them from the"
             " same samples, with one row for each sample."
         )
-    return next(iter(counts.values()))
+    return next(iter(row_count_by_name.values()))
 
 
 def expanded(empty: Condition, condition: Condition) -> Condition:
@@ -79,13 +86,15 @@ def expanded(empty: Condition, condition: Condition) -> Condition:
     return each(lambda null, full: null.expand_as(full) if len(null) == 1 else null, empty, condition)
 
 
-def where(mask: torch.Tensor, yes: Condition, no: Condition) -> Condition:
-    """Return a conditioning whose rows are those of `yes` where mask [N] is True, and those of `no`
+def where(mask: torch.Tensor, if_true: Condition, if_false: Condition) -> Condition:
+    """Return a conditioning whose rows are those of `if_true` where mask [N] is True, and those of `if_false`
     elsewhere.
     """
     # The mask is viewed as [N, 1, ..., 1], so that it broadcasts over the other dimensions of each tensor.
     return each(
-        lambda a, b: torch.where(mask.to(b.device).view(-1, *[1] * (b.ndim - 1)), a.to(b), b), yes, no
+        lambda a, b: torch.where(mask.to(b.device).view(-1, *[1] * (b.ndim - 1)), a.to(b), b),
+        if_true,
+        if_false,
     )
 
 
@@ -157,13 +166,13 @@ class Conditioning:
             encoder: encoder that makes embeddings of this shape, in words.
         """
         if self.form != expected:
-            source = f", which {self.encoder} has made" if self.encoder else ""
+            encoder_text = f", which {self.encoder} has made" if self.encoder else ""
             raise ValueError(
-                f"{who}: expected embeddings of the shape {expected}, got {self.form}{source}. Embed the"
+                f"{who}: expected embeddings of the shape {expected}, got {self.form}{encoder_text}. Embed the"
                 f" prompts with {encoder}."
             )
 
-    def check_source(self, who: str, source: str, encoder: str) -> None:
+    def check_source(self, who: str, required_encoder: str, encoder: str) -> None:
         """Raise ValueError if the embeddings were made by another encoder, or by another preparation of
         images.
 
@@ -171,38 +180,42 @@ class Conditioning:
 
         Args:
             who: beginning of the message.
-            source: required value of `encoder`; if it begins with *, the required end of that value.
+            required_encoder: required value of `encoder`; if it begins with *, the required end of that value.
             encoder: encoder with which the user has to embed the prompts, in words.
         """
-        fits = self.encoder.endswith(source[1:]) if source.startswith("*") else self.encoder == source
-        if self.encoder and not fits:
+        has_required_encoder = (
+            self.encoder.endswith(required_encoder[1:])
+            if required_encoder.startswith("*")
+            else self.encoder == required_encoder
+        )
+        if self.encoder and not has_required_encoder:
             raise ValueError(
-                f"{who}: expected embeddings of {source}, got embeddings of {self.encoder}. Embed the prompts"
+                f"{who}: expected embeddings of {required_encoder}, got embeddings of {self.encoder}. Embed the prompts"
                 f" with {encoder}."
             )
 
-    def select(self, names: Sequence[str]) -> Condition:
+    def select(self, prompts: Sequence[str]) -> Condition:
         """Return the embeddings of N prompts: [N, L, E], or several tensors [N, ...] by name.
 
         Raises: ValueError for a prompt without an embedding.
         """
-        missing_prompts = sorted({name for name in names if name not in self.tokens})
+        missing_prompts = sorted({name for name in prompts if name not in self.tokens})
         if missing_prompts:
             raise ValueError(
                 f"conditioning: there is no embedding of {_listed(missing_prompts)}. Add the embeddings"
                 " of these prompts."
             )
-        first_embedding, *other_embeddings = [self.tokens[name] for name in names]
+        first_embedding, *other_embeddings = [self.tokens[name] for name in prompts]
         return each(lambda *rows: torch.stack(rows), first_embedding, *other_embeddings)
 
     def null(self, n: int) -> Condition:
         """Return n copies of the empty conditioning, in the form of `select`."""
         if self.zero_null:
-            empty = each(torch.zeros_like, next(iter(self.tokens.values())))
+            empty_embedding = each(torch.zeros_like, next(iter(self.tokens.values())))
         else:
-            empty = self.tokens[NULL]
+            empty_embedding = self.tokens[NULL]
         # [L, E] -> [n, L, E]. expand returns a view; -1 keeps the size of a dimension.
-        return each(lambda tensor: tensor.expand(n, *[-1] * tensor.ndim), empty)
+        return each(lambda tensor: tensor.expand(n, *[-1] * tensor.ndim), empty_embedding)
 
 
 def form_of(condition: Condition | None) -> Any:
@@ -221,19 +234,19 @@ def tensors_of(condition: Condition) -> list[torch.Tensor]:
 
 def write_conditioning(path: Path, conditioning: Conditioning) -> None:
     """Write embeddings to one file, with their prompts, their encoder and the type of empty conditioning."""
-    names = list(conditioning.tokens)
+    prompts = list(conditioning.tokens)
     tensors: dict[str, torch.Tensor] = {}
     # Keys contain the number of the prompt and not the prompt, which may contain the separator "/". The
     # metadata lists the prompts in the same order.
-    for i, name in enumerate(names):
+    for i, name in enumerate(prompts):
         embedding = conditioning.tokens[name]
-        named = (
+        tensors_by_suffix = (
             {"": embedding}
             if isinstance(embedding, torch.Tensor)
             else {f"/{key}": tensor for key, tensor in embedding.items()}
         )
-        tensors |= {f"tokens.{i}{key}": tensor for key, tensor in named.items()}
-    meta = {"names": names, "encoder": conditioning.encoder, "zero_null": conditioning.zero_null}
+        tensors |= {f"tokens.{i}{key}": tensor for key, tensor in tensors_by_suffix.items()}
+    meta = {"names": prompts, "encoder": conditioning.encoder, "zero_null": conditioning.zero_null}
     write_tensors(path, KIND, tensors, meta)
 
 
@@ -249,28 +262,28 @@ def read_conditioning(path: Path, zero_null: bool = True) -> Conditioning:
     """
     path = Path(path)
     # The name of the file in a folder differs if version 0.1 has written it.
-    if (inside := version_0_1.conditioning_file(path)).is_file():
-        path = inside
+    if (file_in_folder := version_0_1.conditioning_file(path)).is_file():
+        path = file_in_folder
     if path.is_file():
-        tensors, meta = read_tensors(path, KIND)
-        parts: dict[str, dict[str, torch.Tensor]] = {}
+        tensors, metadata = read_tensors(path, KIND)
+        tensors_by_prompt_number: dict[str, dict[str, torch.Tensor]] = {}
         for key, tensor in tensors.items():
             # "tokens.3" is the only tensor of prompt 3, and "tokens.3/name" is one of its several tensors.
-            number, _, tensor_name = key.removeprefix("tokens.").partition("/")
-            parts.setdefault(number, {})[tensor_name] = tensor
+            prompt_number, _, tensor_name = key.removeprefix("tokens.").partition("/")
+            tensors_by_prompt_number.setdefault(prompt_number, {})[tensor_name] = tensor
         tokens: dict[str, Condition] = {}
-        for i, name in enumerate(meta["names"]):
-            tensors_by_name = parts[str(i)]
+        for i, name in enumerate(metadata["names"]):
+            tensors_by_name = tensors_by_prompt_number[str(i)]
             tokens[name] = tensors_by_name.get("", tensors_by_name)  # "" is the name of an only tensor
-        return Conditioning(tokens=tokens, encoder=meta["encoder"], zero_null=meta["zero_null"])
-    files = sorted(p for p in path.glob("*") if p.suffix in SUFFIXES)
-    if not files:
-        endings = ", ".join(SUFFIXES)
+        return Conditioning(tokens=tokens, encoder=metadata["encoder"], zero_null=metadata["zero_null"])
+    embedding_files = sorted(p for p in path.glob("*") if p.suffix in SUFFIXES)
+    if not embedding_files:
+        allowed_suffixes = ", ".join(SUFFIXES)
         raise FileNotFoundError(
-            f"conditioning: {path} is neither a file of embeddings nor a folder with files {endings}. Embed"
+            f"conditioning: {path} is neither a file of embeddings nor a folder with files {allowed_suffixes}. Embed"
             " the prompts first, or name the file or folder of their embeddings."
         )
-    embeddings: dict[str, Condition] = {p.stem: read_embedding(p) for p in files}
+    embeddings: dict[str, Condition] = {p.stem: read_embedding(p) for p in embedding_files}
     # A file name cannot be empty, so the embedding of '' is in a file named null.
     if not zero_null and "null" in embeddings:
         embeddings[NULL] = embeddings.pop("null")
@@ -306,7 +319,7 @@ def read_array(path: Path, key: str | None = None) -> torch.Tensor:
     if not path.is_file():
         raise FileNotFoundError(f"array: there is no file {path}. Name an existing file.")
     try:
-        content = _READERS[path.suffix](path)
+        loaded = _READERS[path.suffix](path)
     except KeyError:
         raise ValueError(
             f"{path}: expected a file of type {', '.join(SUFFIXES)}, got {path.suffix or 'no suffix'}."
@@ -314,24 +327,24 @@ def read_array(path: Path, key: str | None = None) -> torch.Tensor:
         ) from None
     except (ValueError, EOFError, OSError) as error:
         # Messages of libraries have several lines, of which the first one is shown.
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
+        error_summary = (str(error).splitlines() or [type(error).__name__])[0][:120]
         raise ValueError(
-            f"{path}: the file is damaged, or contains something else than an array ({reason}). Restore it"
+            f"{path}: the file is damaged, or contains something else than an array ({error_summary}). Restore it"
             " from a copy, or save the array again."
         ) from None
-    if isinstance(content, Mapping):
-        names = list(content)
+    if isinstance(loaded, Mapping):
+        array_names = list(loaded)
         # The name of an only array does not matter.
-        array_name = key if key in names else names[0] if len(names) == 1 else None
+        array_name = key if key in array_names else array_names[0] if len(array_names) == 1 else None
         if array_name is None:
             raise ValueError(
-                f"{path}: expected one array{f' named {key}' if key else ''}, got {_listed(names)}. Save the"
+                f"{path}: expected one array{f' named {key}' if key else ''}, got {_listed(array_names)}. Save the"
                 f" array {'under that name' if key else 'alone'}."
             )
-        content = content[array_name]
-    if not isinstance(content, torch.Tensor):
-        raise ValueError(f"{path}: expected an array, got {type(content).__name__}. Save the tensor alone.")
-    return content
+        loaded = loaded[array_name]
+    if not isinstance(loaded, torch.Tensor):
+        raise ValueError(f"{path}: expected an array, got {type(loaded).__name__}. Save the tensor alone.")
+    return loaded
 
 
 def _npz(path: Path) -> dict[str, torch.Tensor]:

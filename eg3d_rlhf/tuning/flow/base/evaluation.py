@@ -21,10 +21,10 @@ from training.progress import tqdm
 def evaluate(
     problem: Problem,
     models: Models,
-    evaluation: Evaluation,
+    evaluation_settings: Evaluation,
     on_asset: Callable[[int], None] | None = None,
-    spreads: bool = False,
-    given: Mapping[str, Sequence[Voxels]] | None = None,
+    measures_spread: bool = False,
+    given_outputs: Mapping[str, Sequence[Voxels]] | None = None,
 ) -> dict:
     """Generate assets of the held-out prompts, and score them with every evaluator that the problem has.
 
@@ -33,30 +33,30 @@ def evaluate(
     Args:
         problem: tuning problem.
         models: name of a stage -> network to use in place of the pipeline's own.
-        evaluation: settings of the samples.
+        evaluation_settings: settings of the samples.
         on_asset: function that is called with the number of assets after each batch; None to show a progress
             bar.
-        spreads: True to measure the diversity of the assets, too.
-        given: name of one stage -> C S outputs of the stages before it, in the order of Evaluation.crossed.
+        measures_spread: True to measure the diversity of the assets, too.
+        given_outputs: name of one stage -> C S outputs of the stages before it, in the order of Evaluation.crossed.
             These stages are then not sampled. None: all stages are sampled.
     Returns: values for JSON. "conditions": C prompts. "scores": name of an evaluator -> C lists of S scores.
-    With `spreads` also "spread": name of a stage before the last -> C values of `spread`; and "score" -> C
+    With `measures_spread` also "spread": name of a stage before the last -> C values of `spread`; and "score" -> C
     standard deviations of the final score over the assets of a prompt.
     Raises: ValueError for a score that is NaN or infinite.
     """
     evaluators = {name: evaluator for name in EVALUATORS if (evaluator := getattr(problem, name)) is not None}
-    scores: dict[str, list] = {}
+    scores_by_evaluator: dict[str, list] = {}
     spreads_by_stage: dict[str, list[float]] = {}
-    if spreads:
+    if measures_spread:
         # Without the last stage, because its latents are expensive to encode in some pipelines.
         spreads_by_stage = {stage.name: [] for stage in problem.pipeline.stages[:-1]}
-    names = list(problem.held_out_prompts)
-    S = evaluation.per_condition
+    held_out_prompts = list(problem.held_out_prompts)
+    S = evaluation_settings.per_condition
     # A batch contains all S assets of a prompt, so that the scores of a prompt are complete.
-    prompts_per_batch = max(1, evaluation.batch // S)
-    all_prompts, all_seeds = evaluation.crossed(problem)
-    for start in tqdm(
-        range(0, len(names), prompts_per_batch),
+    prompts_per_batch = max(1, evaluation_settings.batch // S)
+    all_prompts, all_seeds = evaluation_settings.crossed(problem)
+    for first_prompt in tqdm(
+        range(0, len(held_out_prompts), prompts_per_batch),
         desc="evaluation",
         unit="batch",
         leave=False,
@@ -64,33 +64,37 @@ def evaluate(
         if on_asset
         else None,  # the caller has a progress bar; two bars would overwrite each other
     ):
-        rows = slice(start * S, (start + prompts_per_batch) * S)
-        prompts = all_prompts[rows]
-        seeds = all_seeds[rows]
-        batch_given = {stage: outputs[rows] for stage, outputs in (given or {}).items()}
-        assets = generate(problem.pipeline, prompts, seeds, models, evaluation.batch, batch_given)
+        batch_slice = slice(first_prompt * S, (first_prompt + prompts_per_batch) * S)
+        prompts = all_prompts[batch_slice]
+        seeds = all_seeds[batch_slice]
+        batch_given = {stage: outputs[batch_slice] for stage, outputs in (given_outputs or {}).items()}
+        assets = generate(problem.pipeline, prompts, seeds, models, evaluation_settings.batch, batch_given)
         batch_scores = {name: evaluator(assets, prompts) for name, evaluator in evaluators.items()}
         if problem.parts is not None:
             batch_scores |= problem.parts(assets, prompts)
-        for name, values in batch_scores.items():
-            if not bool(values.isfinite().all()):
+        for name, evaluator_scores in batch_scores.items():
+            if not bool(evaluator_scores.isfinite().all()):
                 raise ValueError(
-                    f"{name}: the evaluator returned NaN or infinity among the scores {values.tolist()}. Use"
+                    f"{name}: the evaluator returned NaN or infinity among the scores {evaluator_scores.tolist()}. Use"
                     " an evaluator that returns finite scores."
                 )
             # The assets of a prompt are adjacent, so the scores of a batch are [prompts, S].
-            scores.setdefault(name, []).extend(values.detach().double().cpu().view(-1, S).tolist())
-        encoded = problem.pipeline.encode(assets) if spreads_by_stage else []
+            scores_by_evaluator.setdefault(name, []).extend(
+                evaluator_scores.detach().double().cpu().view(-1, S).tolist()
+            )
+        encoded_assets = problem.pipeline.encode(assets) if spreads_by_stage else []
         for stage, stage_spreads in spreads_by_stage.items():
-            for first_asset in range(0, len(encoded), S):
-                prompt_assets = encoded[first_asset : first_asset + S]
+            for first_asset in range(0, len(encoded_assets), S):
+                prompt_assets = encoded_assets[first_asset : first_asset + S]
                 stage_spreads.append(spread([latents[stage] for latents in prompt_assets]))
         if on_asset:
             on_asset(len(assets))
-    if not spreads:
-        return {"conditions": names, "scores": scores}
-    spreads_by_stage["score"] = torch.tensor(scores["final"], dtype=torch.float64).std(1).tolist()
-    return {"conditions": names, "scores": scores, "spread": spreads_by_stage}
+    if not measures_spread:
+        return {"conditions": held_out_prompts, "scores": scores_by_evaluator}
+    spreads_by_stage["score"] = (
+        torch.tensor(scores_by_evaluator["final"], dtype=torch.float64).std(1).tolist()
+    )
+    return {"conditions": held_out_prompts, "scores": scores_by_evaluator, "spread": spreads_by_stage}
 
 
 def spread(latents: Sequence[Latent]) -> float:
@@ -99,8 +103,8 @@ def spread(latents: Sequence[Latent]) -> float:
     It is the standard deviation of each number over the latents, averaged over the numbers. Sparse latents
     are first averaged over their voxels, because two sparse latents have different voxels.
     """
-    rows = [
+    latent_vectors = [
         latent.feats.mean(0) if isinstance(latent, SparseSample) else feats_of(latent).flatten()
         for latent in latents
     ]
-    return float(torch.stack(rows).double().std(0).mean())
+    return float(torch.stack(latent_vectors).double().std(0).mean())

@@ -17,14 +17,14 @@ from training.progress import tqdm
 from training.storage import write_atomic
 
 
-def export(family: FlowFamily, root: Path, out: Path, tuned: Mapping[str, Path]) -> dict:
+def export(family: FlowFamily, root: Path, export_folder: Path, tuned_paths: Mapping[str, Path]) -> dict:
     """Write a new folder in which the networks of some stages are the tuned ones.
 
     Args:
         family: family of the generator.
         root: folder of the generator that was tuned, or the name of a bundled generator.
-        out: folder to write.
-        tuned: name of a stage -> folder or file with tuned weights, in a layout that policies.tuned_model
+        export_folder: folder to write.
+        tuned_paths: name of a stage -> folder or file with tuned weights, in a layout that policies.tuned_model
             reads.
     Returns: report for JSON. "tuned": name of a stage -> {"file": name of its file, "rounding": share of the
     update that is lost by rounding to the file's data type}. "kept": names of the files that were linked.
@@ -32,29 +32,31 @@ def export(family: FlowFamily, root: Path, out: Path, tuned: Mapping[str, Path])
     Raises: FileNotFoundError or ValueError for weights that do not fit the stage, or for a family without
     export.
     """
-    check_stages("export", family, list(tuned))
+    check_stages("export", family, list(tuned_paths))
     if not isinstance(family, Exports):
         raise ValueError(
             f"export: generators of the family {family.name} cannot be exported. Use the adapter of the tuned"
             " network, or add the method `release` to the family."
         )
-    release = family.release(root, tuple(tuned))
+    release = family.release(root, tuple(tuned_paths))
     exported_stages = dict[str, dict]()
     # Unchanged files are linked, because published weights are large. Changed settings are written as bytes.
-    for name, content in release.files.items():
-        if isinstance(content, bytes):
-            write_atomic(out / name, content)
+    for name, original_or_bytes in release.files.items():
+        if isinstance(original_or_bytes, bytes):
+            write_atomic(export_folder / name, original_or_bytes)
         else:
-            link(content, out / name)
-    for stage, stored in tqdm(
+            link(original_or_bytes, export_folder / name)
+    for stage, stage_file in tqdm(
         release.networks.items(), desc="export", unit="stage", leave=False, disable=None
     ):
         # Merged in float32; `write` then rounds once, to the data types of the original file.
-        state = merged_state(tuned_model(stored.load(torch.float32), tuned[stage]))
+        merged_weights = merged_state(tuned_model(stage_file.load(torch.float32), tuned_paths[stage]))
         exported_stages[stage] = {
-            "file": stored.file,
-            "rounding": merge_rounding(tuned_model(stored.load(None), tuned[stage])),
+            "file": stage_file.file,
+            "rounding": merge_rounding(tuned_model(stage_file.load(None), tuned_paths[stage])),
         }
-        stored.write(out / stored.file, state)
-    linked_files = sorted(name for name, content in release.files.items() if isinstance(content, Path))
+        stage_file.write(export_folder / stage_file.file, merged_weights)
+    linked_files = sorted(
+        name for name, original_or_bytes in release.files.items() if isinstance(original_or_bytes, Path)
+    )
     return {"tuned": exported_stages, "kept": linked_files, "elsewhere": list(release.elsewhere)}

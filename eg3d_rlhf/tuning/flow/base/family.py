@@ -310,9 +310,9 @@ class ListsNetworks(Protocol):
         """Return the networks that the folder `root` contains or should contain."""
 
 
-def check_stages(who: str, family: FlowFamily, names: Sequence[str]) -> None:
+def check_stages(who: str, family: FlowFamily, stage_names: Sequence[str]) -> None:
     """Raise ValueError if a name is not a stage of a family. `who` is the beginning of the message."""
-    unknown_stages = sorted(set(names) - set(family.stages))
+    unknown_stages = sorted(set(stage_names) - set(family.stages))
     if unknown_stages:
         raise ValueError(
             f"{who}: generators of the family {family.name} have no stage {', '.join(unknown_stages)}. Use"
@@ -326,7 +326,7 @@ def sized_stages(family: FlowFamily, root: Path) -> list[SizedStage]:
     Raises: ValueError if the family does not define the shape of its conditioning; the errors of `load`.
     """
     pipeline = family.load(root, None, stages=())
-    sized = []
+    sized_list = []
     for stage in pipeline.stages:
         shape = family.condition(pipeline, stage.name)
         if shape is None:
@@ -334,5 +334,5 @@ def sized_stages(family: FlowFamily, root: Path) -> list[SizedStage]:
                 f"estimate: the family {family.name} does not define the shape of its conditioning. Add the"
                 " method `condition` to it."
             )
-        sized.append(SizedStage(stage=stage, conditioning=shape))
-    return sized
+        sized_list.append(SizedStage(stage=stage, conditioning=shape))
+    return sized_list

@@ -61,22 +61,22 @@ class PreferencePair:
         if self.source not in SOURCES:
             raise ValueError(f"{who}: the source {self.source!r} is not allowed. Use {' or '.join(SOURCES)}.")
         # w2 is a weight and must not be negative. Scores and w1 may have any sign.
-        for name in ("reward_preferred", "reward_rejected", "w1", "w2"):
-            value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and (name != "w2" or value >= 0)):
-                expected = "a number >= 0" if name == "w2" else "a finite number"
+        for field_name in ("reward_preferred", "reward_rejected", "w1", "w2"):
+            score = getattr(self, field_name)
+            if score is not None and not (math.isfinite(score) and (field_name != "w2" or score >= 0)):
+                allowed_score = "a number >= 0" if field_name == "w2" else "a finite number"
                 raise ValueError(
-                    f"{who}, {name}: expected {expected} or None, got {value}. Drop the pair, or score it"
+                    f"{who}, {field_name}: expected {allowed_score} or None, got {score}. Drop the pair, or score it"
                     " again."
                 )
-        descriptions = []
-        for name in ("preferred", "rejected"):
-            latent = getattr(self, name)
-            values = feats_of(latent)
-            bad_count = int((~torch.isfinite(values)).sum())
+        latent_descriptions = []
+        for field_name in ("preferred", "rejected"):
+            latent = getattr(self, field_name)
+            features = feats_of(latent)
+            bad_count = int((~torch.isfinite(features)).sum())
             if bad_count:
                 raise ValueError(
-                    f"{who}, {name}: {bad_count} of {values.numel()} numbers of the latent are NaN or"
+                    f"{who}, {field_name}: {bad_count} of {features.numel()} numbers of the latent are NaN or"
                     " infinite. Drop the pair."
                 )
             # A voxel that occurs twice would have twice the weight in the flow-matching error.
@@ -84,13 +84,13 @@ class PreferencePair:
                 repeated_voxels = len(latent.coords) - len(torch.unique(latent.places))
                 if repeated_voxels:
                     raise ValueError(
-                        f"{who}, {name}: {repeated_voxels} voxel indices are repeated, but each voxel may"
+                        f"{who}, {field_name}: {repeated_voxels} voxel indices are repeated, but each voxel may"
                         " occur once only. Merge the features of equal voxels, or drop the pair."
                     )
-            descriptions.append(_describe(latent))
-        if descriptions[0] != descriptions[1]:
+            latent_descriptions.append(_describe(latent))
+        if latent_descriptions[0] != latent_descriptions[1]:
             raise ValueError(
-                f"{who}: the two latents are {descriptions[0]} and {descriptions[1]}, so they cannot belong"
+                f"{who}: the two latents are {latent_descriptions[0]} and {latent_descriptions[1]}, so they cannot belong"
                 " to one stage. Pair latents of one stage."
             )
 
@@ -174,13 +174,15 @@ class PairsByStage(Lazy[list[PreferencePair]]):
         )
 
 
-def pairs_of_prompts(pairs: Iterable[PreferencePair], names: Collection[str]) -> list[PreferencePair]:
-    """Return the pairs whose prompt is one of `names`, in the order of `pairs`."""
-    prompts = set(names)
-    return [pair for pair in pairs if pair.condition in prompts]
+def pairs_of_prompts(
+    pairs: Iterable[PreferencePair], requested_prompts: Collection[str]
+) -> list[PreferencePair]:
+    """Return the pairs whose prompt is one of `requested_prompts`, in the order of `pairs`."""
+    prompt_set = set(requested_prompts)
+    return [pair for pair in pairs if pair.condition in prompt_set]
 
 
-def check_unique(who: str, examples: Iterable[Any], what: str = "pairs") -> None:
+def check_unique(who: str, examples: Iterable[Any], examples_noun: str = "pairs") -> None:
     """Raise ValueError if two examples have the same id.
 
     The noise of an example in training is derived from its id, and files name the example by it.
@@ -188,23 +190,23 @@ def check_unique(who: str, examples: Iterable[Any], what: str = "pairs") -> None
     Args:
         who: beginning of the message.
         examples: objects with the field `id`.
-        what: name of the examples in the message.
+        examples_noun: name of the examples in the message.
     """
-    counts = Counter(example.id for example in examples)
-    repeated_ids = [name for name, count in counts.items() if count > 1]
+    id_counts = Counter(example.id for example in examples)
+    repeated_ids = [name for name, count in id_counts.items() if count > 1]
     if repeated_ids:
         raise ValueError(
             f"{who}: {len(repeated_ids)} ids occur more than once, such as {repeated_ids[0]!r}. Give the"
-            f" {what} different ids, for example numbers."
+            f" {examples_noun} different ids, for example numbers."
         )
 
 
 def by_condition(examples: Iterable[Any]) -> dict[str, list[Any]]:
     """Group examples by prompt: prompt -> its examples, in their order."""
-    groups: dict[str, list[Any]] = {}
+    examples_by_prompt: dict[str, list[Any]] = {}
     for example in examples:
-        groups.setdefault(example.condition, []).append(example)
-    return groups
+        examples_by_prompt.setdefault(example.condition, []).append(example)
+    return examples_by_prompt
 
 
 FORMAT = 1  # version of the folder's layout, which meta.json contains
@@ -243,37 +245,39 @@ def write_pairs(
         old_file.unlink()
     # By the identity of the object, so that a latent that is in several pairs is stored once.
     unique_latents = {id(latent): latent for pair in pairs for latent in (pair.preferred, pair.rejected)}
-    names = {key: f"{i:06d}" for i, key in enumerate(unique_latents)}
+    latent_names = {key: f"{i:06d}" for i, key in enumerate(unique_latents)}
     shard_hashes = {}
-    shards = _shards({names[key]: latent for key, latent in unique_latents.items()}, shard_bytes)
+    shards = _shards({latent_names[key]: latent for key, latent in unique_latents.items()}, shard_bytes)
     for i, tensors in enumerate(tqdm(shards, desc="pairs", unit="shard", leave=False, disable=None)):
         path = folder / f"latents-{i:03d}.safetensors"
         write_tensors(path, "pairs", tensors, {"stage": stages[0]})
         shard_hashes[path.name] = file_hash(path)
     # A row contains the names of the two latents in place of their tensors.
-    rows = [
+    pair_rows = [
         {
             **{name: getattr(pair, name) for name in COLUMNS},
             "provenance": dict(pair.provenance),
-            **{name: names[id(getattr(pair, name))] for name in LATENTS},
+            **{name: latent_names[id(getattr(pair, name))] for name in LATENTS},
         }
         for pair in pairs
     ]
-    records = "".join(json.dumps(row, sort_keys=True, allow_nan=False) + "\n" for row in rows).encode()
-    write_atomic(folder / "pairs.jsonl", records)
-    content = {
+    pairs_jsonl = "".join(
+        json.dumps(row, sort_keys=True, allow_nan=False) + "\n" for row in pair_rows
+    ).encode()
+    write_atomic(folder / "pairs.jsonl", pairs_jsonl)
+    description = {
         "format": FORMAT,
         "stage": stages[0],
         "pairs": len(pairs),
         "shards": shard_hashes,
-        "records": hashlib.sha256(records).hexdigest(),
+        "records": hashlib.sha256(pairs_jsonl).hexdigest(),
         "meta": meta,
     }
     # A hash of hashes, which covers all bytes of the folder.
-    digest = json_hash(content)
-    text = json.dumps({**content, "hash": digest}, indent=1, sort_keys=True, allow_nan=False)
-    write_atomic(folder / "meta.json", (text + "\n").encode())
-    return digest
+    folder_hash = json_hash(description)
+    meta_json = json.dumps({**description, "hash": folder_hash}, indent=1, sort_keys=True, allow_nan=False)
+    write_atomic(folder / "meta.json", (meta_json + "\n").encode())
+    return folder_hash
 
 
 def read_pairs(folder: str | Path, stage: FlowStage | str | None = None) -> tuple[list[PreferencePair], dict]:
@@ -288,51 +292,53 @@ def read_pairs(folder: str | Path, stage: FlowStage | str | None = None) -> tupl
     """
     folder = Path(folder)
     # Small files are checked before the large files of latents are read.
-    content = _read_description(folder)
+    description = _read_description(folder)
     required_stage = stage.name if isinstance(stage, FlowStage) else stage
-    if required_stage is not None and content["stage"] != required_stage:
+    if required_stage is not None and description["stage"] != required_stage:
         raise ValueError(
-            f"{folder}: expected pairs of stage {required_stage!r}, got pairs of {content['stage']!r}. Name"
+            f"{folder}: expected pairs of stage {required_stage!r}, got pairs of {description['stage']!r}. Name"
             " the folder of that stage."
         )
-    path = folder / "pairs.jsonl"
-    if not path.is_file():
+    pairs_file = folder / "pairs.jsonl"
+    if not pairs_file.is_file():
         raise FileNotFoundError(
-            f"{path}: the list of {content['pairs']} pairs is missing. Restore the folder from a copy, or"
+            f"{pairs_file}: the list of {description['pairs']} pairs is missing. Restore the folder from a copy, or"
             " write the pairs again."
         )
-    data = path.read_bytes()
-    if hashlib.sha256(data).hexdigest() != content["records"]:
+    pairs_jsonl = pairs_file.read_bytes()
+    if hashlib.sha256(pairs_jsonl).hexdigest() != description["records"]:
         raise ValueError(
-            f"{path}: the file does not have the hash that meta.json records, so it has changed. Restore the"
+            f"{pairs_file}: the file does not have the hash that meta.json records, so it has changed. Restore the"
             " folder from a copy, or write the pairs again."
         )
-    rows = [json.loads(line) for line in data.splitlines()]
-    latents = _read_latents(folder, content)
+    pair_rows = [json.loads(line) for line in pairs_jsonl.splitlines()]
+    latents = _read_latents(folder, description)
     # A matching hash shows that the bytes are those that were written, but the values may still be invalid.
     # The constructor of PreferencePair checks them.
     try:
-        pairs = [PreferencePair(**{**row, **{name: latents[row[name]] for name in LATENTS}}) for row in rows]
+        pairs = [
+            PreferencePair(**{**row, **{name: latents[row[name]] for name in LATENTS}}) for row in pair_rows
+        ]
     except (KeyError, TypeError) as error:
         raise ValueError(
-            f"{path}: a line has missing or unknown columns, or names a latent that is not stored ({error})."
+            f"{pairs_file}: a line has missing or unknown columns, or names a latent that is not stored ({error})."
             " Write the pairs again with this version."
         ) from None
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
-    check_unique(f"{path}", pairs)
+    check_unique(f"{pairs_file}", pairs)
     # Each line contains the name of its stage, too.
-    other_pair = next((pair for pair in pairs if pair.stage != content["stage"]), None)
+    other_pair = next((pair for pair in pairs if pair.stage != description["stage"]), None)
     if other_pair is not None:
         raise ValueError(
-            f"{folder}: meta.json names the stage {content['stage']!r}, but the pair {other_pair.id} belongs"
+            f"{folder}: meta.json names the stage {description['stage']!r}, but the pair {other_pair.id} belongs"
             f" to {other_pair.stage!r}. Write a folder for each stage."
         )
     if isinstance(stage, FlowStage):
         for pair in pairs:
             for name in LATENTS:
                 stage.check(f"{folder}, pair {pair.id!r}, {name}", getattr(pair, name))
-    return pairs, content["meta"]
+    return pairs, description["meta"]
 
 
 def pairs_hash(folder: str | Path) -> str:
@@ -340,32 +346,34 @@ def pairs_hash(folder: str | Path) -> str:
     return _read_description(Path(folder))["hash"]
 
 
-def _shards(latents: dict[str, Latent], limit: int) -> Iterator[dict[str, torch.Tensor]]:
-    """Yield the tensors of latents in groups of at most `limit` bytes, one group for each file.
+def _shards(latents: dict[str, Latent], max_bytes: int) -> Iterator[dict[str, torch.Tensor]]:
+    """Yield the tensors of latents in groups of at most `max_bytes` bytes, one group for each file.
 
     The tensors of a latent are in the same group. A latent that is larger than the limit has a group of its
     own.
 
     Args:
         latents: name -> latent.
-        limit: largest size of a group in bytes.
+        max_bytes: largest size of a group in bytes.
     """
     shard: dict[str, torch.Tensor] = {}
-    size = 0
+    shard_size = 0
     for name, latent in latents.items():
         # The key of a latent of one tensor ("x") is its name, such as "000003". The keys of a latent of
         # several tensors are such as "000003.coords".
         tensors = {
             name if key == "x" else f"{name}.{key}": tensor for key, tensor in parts_of(latent).items()
         }
-        latent_size = sum(t.numel() * t.element_size() for t in tensors.values())
+        latent_size = sum(
+            tensor_part.numel() * tensor_part.element_size() for tensor_part in tensors.values()
+        )
         # The first condition avoids an empty group before a latent that is larger than the limit.
-        if shard and size + latent_size > limit:
+        if shard and shard_size + latent_size > max_bytes:
             yield shard
             shard = {}
-            size = 0
-        shard.update({key: t.detach().cpu() for key, t in tensors.items()})
-        size += latent_size
+            shard_size = 0
+        shard.update({key: tensor_part.detach().cpu() for key, tensor_part in tensors.items()})
+        shard_size += latent_size
     yield shard
 
 
@@ -381,39 +389,39 @@ def _read_description(folder: Path) -> dict:
             " interrupted. Name a folder of pairs, or write the pairs again."
         )
     try:
-        content = json.loads(path.read_text())
-        intact = content["format"] == FORMAT and content["hash"] == json_hash(
-            {k: v for k, v in content.items() if k != "hash"}
+        description = json.loads(path.read_text())
+        is_intact = description["format"] == FORMAT and description["hash"] == json_hash(
+            {k: v for k, v in description.items() if k != "hash"}
         )
     except (ValueError, KeyError, TypeError):
-        intact = False
-    if not intact:
+        is_intact = False
+    if not is_intact:
         raise ValueError(
             f"{path}: the file is damaged, or is not a description of pairs in format {FORMAT}. Restore it"
             " from a copy, or write the pairs again."
         )
-    return content
+    return description
 
 
-def _read_latents(folder: Path, content: dict) -> dict[str, Latent]:
+def _read_latents(folder: Path, description: dict) -> dict[str, Latent]:
     """Read the latents of a folder: name -> latent.
 
     Args:
         folder: folder of pairs.
-        content: content of its meta.json, with the hashes of the files.
+        description: content of its meta.json, with the hashes of the files.
     Raises: FileNotFoundError or ValueError for a missing or changed file.
     """
     tensors: dict[str, torch.Tensor] = {}
-    for name, expected in tqdm(
-        sorted(content["shards"].items()), desc="pairs", unit="shard", leave=False, disable=None
+    for file_name, expected_hash in tqdm(
+        sorted(description["shards"].items()), desc="pairs", unit="shard", leave=False, disable=None
     ):
-        path = folder / name
+        path = folder / file_name
         if not path.is_file():
             raise FileNotFoundError(
-                f"{path}: this file, one of {len(content['shards'])} files of latents, is missing. Restore"
+                f"{path}: this file, one of {len(description['shards'])} files of latents, is missing. Restore"
                 " the folder from a copy, or write the pairs again."
             )
-        if file_hash(path) != expected:
+        if file_hash(path) != expected_hash:
             raise ValueError(
                 f"{path}: the file does not have the hash that meta.json records, so it is damaged, or"
                 " belongs to another folder. Restore the folder from a copy, or write the pairs again."

@@ -60,11 +60,11 @@ class Problem:
     identity: Mapping = field(default_factory=dict)
 
     def __post_init__(self):
-        names = [stage.name for stage in self.pipeline.stages]
+        stage_names = [stage.name for stage in self.pipeline.stages]
         # An error and not an assertion, because the pipeline may come from a user's plugin.
-        if not names or len(set(names)) < len(names):
+        if not stage_names or len(set(stage_names)) < len(stage_names):
             raise ValueError(
-                f"Problem.pipeline: the stages {names} are missing or do not have different names. Define at"
+                f"Problem.pipeline: the stages {stage_names} are missing or do not have different names. Define at"
                 " least one stage, and give each a name of its own."
             )
         # A prompt in two splits would bias the held-out results upwards.
@@ -104,9 +104,9 @@ class Problem:
         """
         return self._pairs_outside_training(stage, self.held_out_prompts)
 
-    def _pairs_outside_training(self, stage: str, names: Sequence[str]) -> list[PreferencePair]:
-        """Return the pairs of a stage for the prompts `names`, which are not training prompts."""
-        return [] if self.unseen_pairs is None else pairs_of_prompts(self.unseen_pairs[stage], names)
+    def _pairs_outside_training(self, stage: str, prompts: Sequence[str]) -> list[PreferencePair]:
+        """Return the pairs of a stage for the prompts `prompts`, which are not training prompts."""
+        return [] if self.unseen_pairs is None else pairs_of_prompts(self.unseen_pairs[stage], prompts)
 
 
 def chosen_precision(precision: str, device: str | torch.device) -> str:
@@ -119,8 +119,10 @@ def chosen_precision(precision: str, device: str | torch.device) -> str:
         precision: "bfloat16", "float32", or "auto" for bfloat16 on CUDA and float32 on a CPU.
         device: device of the networks.
     """
-    cuda = torch.device(device).type == "cuda"
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = cuda and precision != "float32"
+    uses_cuda = torch.device(device).type == "cuda"
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = (
+        uses_cuda and precision != "float32"
+    )
     if precision != "auto":
         return precision
-    return "bfloat16" if cuda else "float32"
+    return "bfloat16" if uses_cuda else "float32"

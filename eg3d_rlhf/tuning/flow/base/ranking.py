@@ -39,14 +39,16 @@ class Candidate:
 Votes = Callable[[Candidate, Candidate], tuple[int, int]]
 
 
-def pair_up(candidates: Sequence[Candidate], judged: Votes | None = None) -> dict[str, list[PreferencePair]]:
+def pair_up(
+    candidates: Sequence[Candidate], count_votes: Votes | None = None
+) -> dict[str, list[PreferencePair]]:
     """Make preference pairs from the assets of each prompt.
 
     Pairs of equal rank, or without a majority of votes, are left out.
 
     Args:
         candidates: assets of all prompts.
-        judged: votes on two assets; None to use the ranks of the assets.
+        count_votes: votes on two assets; None to use the ranks of the assets.
     Returns: name of a stage -> its pairs, for the stages of which all assets have latents.
     Raises: ValueError if there is no pair.
     """
@@ -54,9 +56,13 @@ def pair_up(candidates: Sequence[Candidate], judged: Votes | None = None) -> dic
     all_stages = dict.fromkeys(stage for c in candidates for stage in c.latents)
     stages = [stage for stage in all_stages if all(stage in c.latents for c in candidates)]
     pairs: dict[str, list[PreferencePair]] = {stage: [] for stage in stages}
-    for condition, group in by_condition(candidates).items():
+    for condition, prompt_assets in by_condition(candidates).items():
         # Only assets of one prompt are paired, since ranks of different prompts cannot be compared.
-        asset_pairs = _pair_by_rank(group) if judged is None else _pair_by_votes(group, judged)
+        asset_pairs = (
+            _pair_by_rank(prompt_assets)
+            if count_votes is None
+            else _pair_by_votes(prompt_assets, count_votes)
+        )
         for better, worse, provenance in asset_pairs:
             for stage in stages:
                 pairs[stage].append(
@@ -70,7 +76,7 @@ def pair_up(candidates: Sequence[Candidate], judged: Votes | None = None) -> dic
                     )
                 )
     if not any(pairs.values()):
-        if judged is None:
+        if count_votes is None:
             raise ValueError(
                 f"pairs: no prompt has two assets of unequal rank among the {len(candidates)} assets. Rank at"
                 " least two assets of a prompt, 1 for the best."
@@ -85,30 +91,30 @@ def pair_up(candidates: Sequence[Candidate], judged: Votes | None = None) -> dic
 AssetPairs = list[tuple[Candidate, Candidate, dict]]  # (better asset, worse asset, provenance)
 
 
-def _pair_by_rank(group: Sequence[Candidate]) -> AssetPairs:
+def _pair_by_rank(candidates: Sequence[Candidate]) -> AssetPairs:
     """Pair every two assets of a prompt that have unequal ranks. The better asset of a pair is first."""
     asset_pairs: AssetPairs = []
-    ranks = sorted({candidate.rank for candidate in group})
+    ranks = sorted({candidate.rank for candidate in candidates})
     for better_rank, worse_rank in combinations(ranks, 2):
-        better_assets = [candidate for candidate in group if candidate.rank == better_rank]
-        worse_assets = [candidate for candidate in group if candidate.rank == worse_rank]
+        better_assets = [candidate for candidate in candidates if candidate.rank == better_rank]
+        worse_assets = [candidate for candidate in candidates if candidate.rank == worse_rank]
         for better in better_assets:
             for worse in worse_assets:
                 asset_pairs.append((better, worse, {"ranks": [better_rank, worse_rank]}))
     return asset_pairs
 
 
-def _pair_by_votes(group: Sequence[Candidate], judged: Votes) -> AssetPairs:
+def _pair_by_votes(candidates: Sequence[Candidate], count_votes: Votes) -> AssetPairs:
     """Pair every two assets of a prompt of which one has more votes. The better asset of a pair is the first
     one.
     """
     asset_pairs: AssetPairs = []
-    for a, b in combinations(group, 2):
-        votes_for_a, votes_for_b = judged(a, b)
+    for first_asset, second_asset in combinations(candidates, 2):
+        votes_for_a, votes_for_b = count_votes(first_asset, second_asset)
         if votes_for_a > votes_for_b:
-            asset_pairs.append((a, b, {"votes": [votes_for_a, votes_for_b]}))
+            asset_pairs.append((first_asset, second_asset, {"votes": [votes_for_a, votes_for_b]}))
         elif votes_for_b > votes_for_a:
-            asset_pairs.append((b, a, {"votes": [votes_for_b, votes_for_a]}))
+            asset_pairs.append((second_asset, first_asset, {"votes": [votes_for_b, votes_for_a]}))
     return asset_pairs
 
 
@@ -134,16 +140,16 @@ def read_latents(path: Path) -> dict[str, Latent]:
     return {stage: latents[str(i)] for i, stage in enumerate(meta["stages"])}
 
 
-def rank_of(record: Mapping, ranked: bool) -> float:
+def rank_of(asset_line: Mapping, needs_rank: bool) -> float:
     """Return the rank in a line of a list, or nan if the lines need no ranks.
 
     Args:
-        record: line of the list.
-        ranked: True if the line must have a rank.
+        asset_line: line of the list.
+        needs_rank: True if the line must have a rank.
     Raises: ValueError if a required rank is missing or not a number.
     """
-    rank = record.get("rank")
-    if not ranked:
+    rank = asset_line.get("rank")
+    if not needs_rank:
         return math.nan
     # bool is a subclass of int, but `true` is not a rank.
     if isinstance(rank, bool) or not isinstance(rank, (int, float)) or not math.isfinite(rank):
@@ -153,16 +159,16 @@ def rank_of(record: Mapping, ranked: bool) -> float:
     return float(rank)
 
 
-def file_of(record: Mapping, folder: Path) -> Path | None:
+def file_of(asset_line: Mapping, folder: Path) -> Path | None:
     """Return the path of the file that people look at, or None if a line of a list names no such file.
 
     Args:
-        record: line of the list.
+        asset_line: line of the list.
         folder: folder of the list.
     """
     # The key "asset" names an asset of the user, which has no other file to look at.
-    name = record.get("look_at", record.get("asset"))
-    return folder / name if isinstance(name, str) else None
+    file_name = asset_line.get("look_at", asset_line.get("asset"))
+    return folder / file_name if isinstance(file_name, str) else None
 
 
 # Function that reads a line of a list. Its arguments are the line, the name of the asset, the folder of the
@@ -170,21 +176,21 @@ def file_of(record: Mapping, folder: Path) -> Path | None:
 Candidates = Callable[[dict, str, Path, Any, bool], Candidate]
 
 
-def _texts_of_line(record: Any, *keys: str) -> list[str]:
+def _texts_of_line(asset_line: Any, *keys: str) -> list[str]:
     """Return the texts that a line of a list has for some keys. Raises: ValueError for a missing or empty
     text.
     """
     texts = []
     missing_keys = []
     for key in keys:
-        value = record.get(key) if isinstance(record, dict) else None
-        if isinstance(value, str) and value:
-            texts.append(value)
+        text = asset_line.get(key) if isinstance(asset_line, dict) else None
+        if isinstance(text, str) and text:
+            texts.append(text)
         else:
             missing_keys.append(key)
     if missing_keys:
         raise ValueError(
-            f"{' and '.join(missing_keys)} is missing in the line {record!r:.120}. Add it, or sample the"
+            f"{' and '.join(missing_keys)} is missing in the line {asset_line!r:.120}. Add it, or sample the"
             " assets again with eg3d-rlhf flow sample."
         )
     return texts
@@ -201,11 +207,11 @@ def sampled_candidate(record: dict, name: str, folder: Path, pipeline: Pipeline,
         ranked: True if the line must have a rank.
     Raises: ValueError or OSError for a line or a file that does not fit the generator.
     """
-    condition, file = _texts_of_line(record, "condition", "latents")
+    condition, latents_file = _texts_of_line(record, "condition", "latents")
     rank = rank_of(record, ranked)
-    latents = read_latents(folder / file)
+    latents = read_latents(folder / latents_file)
     for stage, latent in latents.items():
-        stage_of(pipeline, stage).check(file, latent)
+        stage_of(pipeline, stage).check(latents_file, latent)
     return Candidate(name=name, condition=condition, rank=rank, latents=latents, file=file_of(record, folder))
 
 
@@ -222,10 +228,10 @@ def asset_candidate(read: Callable[[Path], Any]) -> Candidates:
         # If the line names latents, they are read, because this is faster than to encode an asset.
         if not isinstance(record, dict) or "latents" in record or not isinstance(record.get("asset"), str):
             return sampled_candidate(record, name, folder, pipeline, ranked)
-        condition, file = _texts_of_line(record, "condition", "asset")
-        (latents,) = pipeline.encode([read(folder / file)])
+        condition, asset_file = _texts_of_line(record, "condition", "asset")
+        (latents,) = pipeline.encode([read(folder / asset_file)])
         for stage, latent in latents.items():
-            stage_of(pipeline, stage).check(file, latent)
+            stage_of(pipeline, stage).check(asset_file, latent)
         return Candidate(
             name=name,
             condition=condition,
@@ -269,13 +275,15 @@ def read_candidates(
             f" written, or a list such as {RANKING}."
         )
     candidates: list[Candidate] = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for line_number, line_text in enumerate(path.read_text().splitlines(), 1):
         # Empty lines are allowed, because people edit the list.
-        if line.strip():
+        if line_text.strip():
             try:
-                candidates.append(candidate(json.loads(line), f"{number:06d}", path.parent, pipeline, ranked))
+                candidates.append(
+                    candidate(json.loads(line_text), f"{line_number:06d}", path.parent, pipeline, ranked)
+                )
             except (ValueError, OSError) as error:
-                raise ValueError(f"{path}, line {number}: {error}") from error
+                raise ValueError(f"{path}, line {line_number}: {error}") from error
             if on_asset:
                 on_asset()
     stages = dict.fromkeys(stage for c in candidates for stage in c.latents)
@@ -306,25 +314,28 @@ def read_ranking(
     """
     candidates = read_candidates(path, pipeline, True, on_asset, candidate)
     pairs = pair_up(candidates)
-    counts = {stage: len(stage_pairs) for stage, stage_pairs in pairs.items()}
-    return Imported(pairs=pairs, report={"assets": len(candidates), "pairs": counts})
+    pair_counts = {stage: len(stage_pairs) for stage, stage_pairs in pairs.items()}
+    return Imported(pairs=pairs, report={"assets": len(candidates), "pairs": pair_counts})
 
 
-def write_import(folder: Path, imported: Imported, meta: Callable[[str], Mapping]) -> dict[str, str]:
+def write_import(folder: Path, imported: Imported, make_metadata: Callable[[str], Mapping]) -> dict[str, str]:
     """Write pairs in the layout that training reads: a folder for each stage, and a file of embeddings if
     there are any.
 
     Args:
         folder: folder to write.
         imported: pairs of all stages.
-        meta: function from the name of a stage to metadata of its pairs, as values for JSON.
+        make_metadata: function from the name of a stage to metadata of its pairs, as values for JSON.
     Returns: name of a stage -> hash of its pairs.
     """
     # The metadata of all stages is made first, so that an error of `meta` leaves no files.
-    metadata = {stage: {"convention": CONVENTION, **meta(stage)} for stage in imported.pairs}
-    hashes = {
-        stage: write_pairs(folder / stage, pairs, metadata[stage]) for stage, pairs in imported.pairs.items()
+    metadata_by_stage = {
+        stage: {"convention": CONVENTION, **make_metadata(stage)} for stage in imported.pairs
+    }
+    hash_by_stage = {
+        stage: write_pairs(folder / stage, pairs, metadata_by_stage[stage])
+        for stage, pairs in imported.pairs.items()
     }
     if imported.conditioning is not None:
         write_conditioning(folder / CONDITIONING_FILE, imported.conditioning)
-    return hashes
+    return hash_by_stage

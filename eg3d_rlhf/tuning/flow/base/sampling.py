@@ -56,8 +56,8 @@ def times(sampling: Sampling) -> list[float]:
         s = torch.linspace(0, 1, sampling.steps + 1)
         _, *inner_times, _ = (1 - (s / (1 + (r - 1) * (1 - s))).double()).tolist()
     else:
-        equal_times = np.linspace(1, 0, sampling.steps + 1).tolist()
-        _, *inner_times, _ = [r * t / (1 + (r - 1) * t) for t in equal_times]
+        uniform_times = np.linspace(1, 0, sampling.steps + 1).tolist()
+        _, *inner_times, _ = [r * t / (1 + (r - 1) * t) for t in uniform_times]
     # The first time is set to 1, because r / (1 + (r - 1)) is 1 + 2^-52 for some r, which would be outside an
     # interval that ends at 1.
     return [1.0, *inner_times, 0.0]
@@ -126,13 +126,13 @@ def trajectory(
     Yields: for each step, N latents at the end of the step, and the N latents x_0 that its velocity predicts.
     """
     sampling = sampling or stage.sampling
-    n = rows(cond)
+    sample_count = rows(cond)
     device = tensor_of(cond).device
-    assert n == count(noise)
-    if sampling.cfg_strength and (no_cond is None or rows(no_cond) not in (1, n)):
+    assert sample_count == count(noise)
+    if sampling.cfg_strength and (no_cond is None or rows(no_cond) not in (1, sample_count)):
         given_rows = "None" if no_cond is None else f"{rows(no_cond)} rows"
         raise ValueError(
-            f"sample(no_cond): guidance needs the empty conditioning with 1 or {n} rows, got {given_rows}."
+            f"sample(no_cond): guidance needs the empty conditioning with 1 or {sample_count} rows, got {given_rows}."
             " Pass it, or set cfg_strength=0."
         )
     x = noise.to(device)
@@ -144,10 +144,10 @@ def trajectory(
         with torch.no_grad(), evaluating(stage.model):
             batch_t = torch.full([count(x)], t, device=device)
             v = guided(stage.path, stage.velocity, x, t, cond, no_cond, sampling)
-            estimate = stage.path.data(x, batch_t, v)
+            x_0_estimate = stage.path.data(x, batch_t, v)
             # Euler step. Times decrease, so t - next_t is positive.
             x = with_feats(x, feats_of(x) - (t - next_t) * feats_of(v))
-        yield x, estimate
+        yield x, x_0_estimate
 
 
 def guided(
@@ -172,19 +172,21 @@ def guided(
     """
     batch_t = torch.full([count(x)], t, device=feats_of(x).device)
     # A shortcut network gets the length of the step as an additional input.
-    step = 1 / sampling.steps if sampling.shortcut else None
-    v = velocity(x, batch_t, cond, step=step)
+    step_length = 1 / sampling.steps if sampling.shortcut else None
+    v = velocity(x, batch_t, cond, step=step_length)
     w = sampling.cfg_strength
     # Without guidance, the velocity of the empty conditioning is not computed.
     if not w or no_cond is None or not guides(sampling, t):
         return v
     # Guidance in TRELLIS's form, in which w = 0 is no guidance.
-    v_null = velocity(x, batch_t, no_cond, step=step)
+    v_null = velocity(x, batch_t, no_cond, step=step_length)
     v_guided = with_feats(v, (1 + w) * feats_of(v) - w * feats_of(v_null))
     return narrowed(path, x, batch_t, v_guided, v, sampling.cfg_rescale) if sampling.cfg_rescale else v_guided
 
 
-def narrowed(path: FlowPath, x: Batch, t: torch.Tensor, v: Batch, unguided: Batch, share: float) -> Batch:
+def narrowed(
+    path: FlowPath, x: Batch, t: torch.Tensor, v: Batch, unguided_v: Batch, strength: float
+) -> Batch:
     """Return a guided velocity whose x_0 is rescaled towards the standard deviation of the unguided x_0.
 
     Each sample is rescaled on its own (Lin et al. 2024, section 3.4).
@@ -194,14 +196,14 @@ def narrowed(path: FlowPath, x: Batch, t: torch.Tensor, v: Batch, unguided: Batc
         x: N noised latents.
         t: [N], times above 0.
         v: N velocities with guidance.
-        unguided: N velocities without guidance.
-        share: strength of the rescaling. 0: the standard deviation with guidance stays; 1: it becomes that
+        unguided_v: N velocities without guidance.
+        strength: strength of the rescaling. 0: the standard deviation with guidance stays; 1: it becomes that
             without guidance.
     """
     x_0_guided = path.data(x, t, v)
-    x_0_unguided = path.data(x, t, unguided)
+    x_0_unguided = path.data(x, t, unguided_v)
     # [N]. share * (rescaled x_0) + (1 - share) * x_0 is x_0 times this factor.
-    factor = share * (std_per_sample(x_0_unguided) / std_per_sample(x_0_guided)) + 1 - share
+    factor = strength * (std_per_sample(x_0_unguided) / std_per_sample(x_0_guided)) + 1 - strength
     return path.velocity_to(x, t, with_feats(x_0_guided, spread(factor, x_0_guided) * feats_of(x_0_guided)))
 
 
@@ -210,9 +212,9 @@ def std_per_sample(batch: Batch) -> torch.Tensor:
 
     For latents of several tensors, the variances of the tensors are averaged before the square root.
     """
-    values = feats_of(batch)
-    centred = values - spread(mean_per_sample(values, batch), batch)
-    return mean_per_sample(centred.square(), batch).sqrt()
+    features = feats_of(batch)
+    centred_features = features - spread(mean_per_sample(features, batch), batch)
+    return mean_per_sample(centred_features.square(), batch).sqrt()
 
 
 @contextlib.contextmanager
@@ -270,20 +272,22 @@ def generate(
     Raises: ValueError for the name of a stage that the pipeline does not have, or for a structure without
     voxels.
     """
-    names = [stage.name for stage in pipeline.stages]
+    stage_names = [stage.name for stage in pipeline.stages]
     stages_given = stages_given or {}
     assert len(prompts) == len(seeds) and len(stages_given) <= 1
     for name in (*(models or {}), *stages_given):
         stage_of(pipeline, name)  # raises an error for a stage that the pipeline does not have
-    first_stage, given = next(iter(stages_given.items()), (names[0], [None] * len(seeds)))
-    assert len(given) == len(seeds)
+    first_stage, stage_inputs = next(iter(stages_given.items()), (stage_names[0], [None] * len(seeds)))
+    assert len(stage_inputs) == len(seeds)
     # The last stage is separate, because its latents are decoded.
-    *inner_stages, last_stage = stages_with(pipeline, models)[names.index(first_stage) :]
+    *inner_stages, last_stage = stages_with(pipeline, models)[stage_names.index(first_stage) :]
     assets: list[Asset] = []
     for start in range(0, len(seeds), batch):
-        part = slice(start, start + batch)
-        last_input = _sample_stages(pipeline, inner_stages, prompts[part], seeds[part], given[part])
-        latents = stage_latents(pipeline, last_stage, prompts[part], seeds[part], last_input)
+        batch_slice = slice(start, start + batch)
+        last_input = _sample_stages(
+            pipeline, inner_stages, prompts[batch_slice], seeds[batch_slice], stage_inputs[batch_slice]
+        )
+        latents = stage_latents(pipeline, last_stage, prompts[batch_slice], seeds[batch_slice], last_input)
         assets += pipeline.decode(latents)
     return assets
 
@@ -309,14 +313,16 @@ def voxels_for(
         models: networks to use in place of those of the stages; None for the stages' own.
         batch: number of assets that are sampled together, which bounds the memory.
     """
-    names = [s.name for s in pipeline.stages]
-    earlier_stages = stages_with(pipeline, models)[: names.index(stage_of(pipeline, stage).name)]
-    outputs: list[Voxels] = []
+    stage_names = [s.name for s in pipeline.stages]
+    earlier_stages = stages_with(pipeline, models)[: stage_names.index(stage_of(pipeline, stage).name)]
+    stage_outputs: list[Voxels] = []
     for start in range(0, len(seeds), batch):
-        part = slice(start, start + batch)
-        first_input: list[Voxels] = [None] * len(seeds[part])
-        outputs += _sample_stages(pipeline, earlier_stages, prompts[part], seeds[part], first_input)
-    return outputs
+        batch_slice = slice(start, start + batch)
+        first_input: list[Voxels] = [None] * len(seeds[batch_slice])
+        stage_outputs += _sample_stages(
+            pipeline, earlier_stages, prompts[batch_slice], seeds[batch_slice], first_input
+        )
+    return stage_outputs
 
 
 def stages_with(pipeline: Pipeline, models: Models | None) -> list[FlowStage]:
@@ -325,20 +331,22 @@ def stages_with(pipeline: Pipeline, models: Models | None) -> list[FlowStage]:
 
 
 def _sample_stages(
-    pipeline: Pipeline, stages: Sequence[FlowStage], prompts, seeds, given: Sequence[Voxels]
+    pipeline: Pipeline, stages: Sequence[FlowStage], prompts, seeds, stage_inputs: Sequence[Voxels]
 ) -> Sequence[Voxels]:
     """Sample consecutive stages, and return the N inputs of the stage that follows them.
 
     Args:
         pipeline: generator.
-        stages: stages to sample, in order. If there are none, `given` is returned.
+        stages: stages to sample, in order. If there are none, `stage_inputs` is returned.
         prompts: N prompts.
         seeds: N seeds of the noise.
-        given: N inputs of the first of these stages.
+        stage_inputs: N inputs of the first of these stages.
     """
     for stage in stages:
-        given = pipeline.advance(stage.name, stage_latents(pipeline, stage, prompts, seeds, given))
-    return given
+        stage_inputs = pipeline.advance(
+            stage.name, stage_latents(pipeline, stage, prompts, seeds, stage_inputs)
+        )
+    return stage_inputs
 
 
 def stage_latents(pipeline: Pipeline, stage: FlowStage, prompts, seeds, given: Sequence[Voxels]) -> Batch:
@@ -379,10 +387,10 @@ def scores(
     """
     all_scores = [torch.zeros(0)]  # without seeds the list would be empty, which torch.cat does not accept
     for start in tqdm(range(0, len(seeds), batch), desc="scoring", unit="batch", leave=False, disable=None):
-        part = slice(start, start + batch)
-        given = {name: outputs[part] for name, outputs in (stages_given or {}).items()}
-        assets = generate(pipeline, prompts[part], seeds[part], models, batch, given)
-        batch_scores = reward(assets, prompts[part]).detach().float().cpu()
+        batch_slice = slice(start, start + batch)
+        batch_inputs = {name: outputs[batch_slice] for name, outputs in (stages_given or {}).items()}
+        assets = generate(pipeline, prompts[batch_slice], seeds[batch_slice], models, batch, batch_inputs)
+        batch_scores = reward(assets, prompts[batch_slice]).detach().float().cpu()
         if not bool(batch_scores.isfinite().all()):
             raise ValueError(
                 f"{type(reward).__name__}: the reward returned NaN or infinity among the scores"
@@ -411,11 +419,11 @@ def crossed(prompts: Sequence[str], per_condition: int, seed: int) -> tuple[list
         seed: seed from which the noise seeds are derived.
     Returns: prompts and noise seeds of all assets; the assets of a prompt are adjacent.
     """
-    names = [name for name in prompts for _ in range(per_condition)]
+    asset_prompts = [name for name in prompts for _ in range(per_condition)]
     # i % per_condition is the number of the asset of its prompt. With it, and not with i, the noise seeds of
     # a prompt do not depend on the other prompts.
-    return names, [
-        derive_seed("compare", seed, name, i % per_condition) % 2**31 for i, name in enumerate(names)
+    return asset_prompts, [
+        derive_seed("compare", seed, name, i % per_condition) % 2**31 for i, name in enumerate(asset_prompts)
     ]
 
 
@@ -468,5 +476,5 @@ class HeldOut:
             self.batch,
             {self.stage: self._given},
         )
-        won = wins(model_scores, self._scores)
-        return mean(self.ranks.gather_in_order(won.tolist()))  # over the assets of all ranks
+        win_scores = wins(model_scores, self._scores)
+        return mean(self.ranks.gather_in_order(win_scores.tolist()))  # over the assets of all ranks

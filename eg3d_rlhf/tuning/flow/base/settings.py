@@ -113,10 +113,10 @@ class Evaluation(Knobs):
 
         prompts = []
         seeds = []
-        for name in problem.held_out_prompts:
+        for prompt in problem.held_out_prompts:
             for asset_number in range(self.per_condition):
-                prompts.append(name)
-                seeds.append(derive_seed("table", self.seed, name, asset_number) % 2**31)
+                prompts.append(prompt)
+                seeds.append(derive_seed("table", self.seed, prompt, asset_number) % 2**31)
         return prompts, seeds
 
 

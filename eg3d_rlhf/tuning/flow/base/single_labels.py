@@ -89,17 +89,17 @@ class Labelled:
                 f"labels: the assets have latents of {available_stages}, but not of stage {stage!r}. Name a"
                 " stage with latents by --stage."
             )
-        r = goodness_for_use(used_labels, prompt_of, use, seed)
+        used_label_by_asset = goodness_for_use(used_labels, prompt_of, use, seed)
         return [
             Single(
                 id=f"{asset.condition}/{asset.name}",
                 condition=asset.condition,
                 stage=stage,
                 latent=asset.latents[stage],
-                r=r[asset.name],
+                r=used_label_by_asset[asset.name],
             )
             for asset in self.assets
-            if asset.name in r
+            if asset.name in used_label_by_asset
         ]
 
 

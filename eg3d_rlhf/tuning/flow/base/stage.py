@@ -66,11 +66,11 @@ def rejecting_empty() -> Iterator[None]:
     Outside the context an empty structure is replaced by its most probable voxel, so that tuning can
     continue.
     """
-    token = _EMPTY_REJECTED.set(True)
+    context_token = _EMPTY_REJECTED.set(True)
     try:
         yield
     finally:
-        _EMPTY_REJECTED.reset(token)
+        _EMPTY_REJECTED.reset(context_token)
 
 
 def reject_empty(who: str, remedy: str) -> None:
@@ -131,10 +131,10 @@ def _describe_kind(latent: object) -> str:
     return "a dense grid" if getattr(latent, "ndim", 0) == 4 else "one tensor"
 
 
-def _check_type(who: str, latent: Latent, kind: str, latent_type: type, remedy: str) -> None:
-    """Raise ValueError for a latent of another type. `kind` is the required kind in words."""
+def _check_type(who: str, latent: Latent, required_kind: str, latent_type: type, remedy: str) -> None:
+    """Raise ValueError for a latent of another type. `required_kind` is the required kind in words."""
     if not isinstance(latent, latent_type):
-        raise ValueError(f"{who}: expected {kind}, got {_describe_kind(latent)}. {remedy}")
+        raise ValueError(f"{who}: expected {required_kind}, got {_describe_kind(latent)}. {remedy}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,15 +205,15 @@ class SparseVoxels:
         # Samples with the same seed read the same volume.
         volumes = {seed: _normal([self.channels, *[self.resolution] * 3], seed) for seed in set(seeds)}
         samples: list[Latent] = []
-        for seed, previous in zip(seeds, given, strict=True):
+        for seed, previous_output in zip(seeds, given, strict=True):
             given_features = None
             cells = None
-            if isinstance(previous, SparseSample):
-                coords = self._check_coords(who, previous.coords)
-                given_features = previous.feats.cpu() if self.given else None
-                cells = previous.cells
+            if isinstance(previous_output, SparseSample):
+                coords = self._check_coords(who, previous_output.coords)
+                given_features = previous_output.feats.cpu() if self.given else None
+                cells = previous_output.cells
             else:
-                coords = self._check_coords(who, previous)
+                coords = self._check_coords(who, previous_output)
             x, y, z = coords.cpu().long().unbind(1)  # [v] each
             # The volume [C, R, R, R] at v voxels is [C, v]; transposed, it is [v, C].
             noise = volumes[seed][:, x, y, z].T.contiguous()
@@ -241,11 +241,11 @@ class SparseVoxels:
                 f"{who}: a sample has none of the voxels that it needs, because the previous stage produced"
                 " an empty structure. Drop the sample."
             )
-        low = int(coords.min())
-        high = int(coords.max())
-        if low < 0 or high >= self.resolution:
+        min_index = int(coords.min())
+        max_index = int(coords.max())
+        if min_index < 0 or max_index >= self.resolution:
             raise ValueError(
-                f"{who}: expected voxel indices from 0 to {self.resolution - 1}, got {low} to {high}. Use"
+                f"{who}: expected voxel indices from 0 to {self.resolution - 1}, got {min_index} to {max_index}. Use"
                 f" latents of a grid with {self.resolution} cells per axis."
             )
         return coords
@@ -399,8 +399,10 @@ class FlowPath:
         assert isinstance(batch, NamedBatch)
         # Each tensor is averaged over its own numbers first, [N], so that its weight does not depend on its
         # size.
-        means = {name: tensor.flatten(1).mean(1) for name, tensor in batch.with_feats(values).tensors.items()}
-        return torch.stack([weight * means[name] for name, weight in self.weights.items()]).sum(0)
+        mean_by_tensor = {
+            name: tensor.flatten(1).mean(1) for name, tensor in batch.with_feats(values).tensors.items()
+        }
+        return torch.stack([weight * mean_by_tensor[name] for name, weight in self.weights.items()]).sum(0)
 
 
 def opposite(t: torch.Tensor, v: Batch) -> tuple[torch.Tensor, Batch]:
@@ -439,18 +441,18 @@ class Sampling:
     def __post_init__(self):
         low, high = self.cfg_interval
         # Each condition is False for NaN.
-        conditions = {
+        is_met_by_setting = {
             "steps": self.steps >= 1,
             "rescale_t": self.rescale_t > 0 and math.isfinite(self.rescale_t),
             "cfg_interval": 0 <= low <= high <= 1,
             "cfg_strength": self.cfg_strength >= 0 and math.isfinite(self.cfg_strength),
             "cfg_rescale": 0 <= self.cfg_rescale <= 1,
         }
-        wrong_settings = [name for name, is_met in conditions.items() if not is_met]
+        wrong_settings = [name for name, is_met in is_met_by_setting.items() if not is_met]
         if wrong_settings:
-            values = ", ".join(f"{name}={getattr(self, name)}" for name in wrong_settings)
+            wrong_values = ", ".join(f"{name}={getattr(self, name)}" for name in wrong_settings)
             raise ValueError(
-                f"Sampling: {values} is not allowed. Use steps >= 1, a finite rescale_t > 0, a finite"
+                f"Sampling: {wrong_values} is not allowed. Use steps >= 1, a finite rescale_t > 0, a finite"
                 " cfg_strength >= 0, a cfg_interval low <= high within 0..1, and a cfg_rescale within 0..1."
             )
         if self.time_scale is not None and not 0 < self.time_scale < math.inf:
@@ -459,9 +461,9 @@ class Sampling:
             )
 
 
-def as_is(module: torch.nn.Module, x_t: Batch, t: torch.Tensor, cond: Condition) -> Batch:
+def as_is(network: torch.nn.Module, x_t: Batch, t: torch.Tensor, cond: Condition) -> Batch:
     """Call a network whose arguments are x_t, times and conditioning in this order."""
-    return module(x_t, t, cond)
+    return network(x_t, t, cond)
 
 
 @dataclass(kw_only=True)
@@ -591,8 +593,8 @@ def stage_of(pipeline: Pipeline, name: str) -> FlowStage:
     for stage in pipeline.stages:
         if stage.name == name:
             return stage
-    names = ", ".join(s.name for s in pipeline.stages)
-    raise ValueError(f"stage: this pipeline has no stage {name!r}. Use one of {names}.")
+    stage_names = ", ".join(s.name for s in pipeline.stages)
+    raise ValueError(f"stage: this pipeline has no stage {name!r}. Use one of {stage_names}.")
 
 
 @torch.no_grad()

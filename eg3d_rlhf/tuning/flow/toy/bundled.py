@@ -66,15 +66,17 @@ class Packing:
         """
         if "packing" not in batch.cache:
             lengths = batch.lengths
-            n = batch.size
-            longest = int(lengths.max())
+            sample_count = batch.size
+            max_length = int(lengths.max())
             # [V]: number of a row within its sample = its number in the batch - first number of its sample
-            order = (
+            row_in_sample = (
                 torch.arange(len(batch.sample), device=lengths.device)
                 - (lengths.cumsum(0) - lengths)[batch.sample]
             )
-            keep = torch.arange(longest, device=lengths.device) < lengths[:, None]  # [N, L]
-            batch.cache["packing"] = cls((n, longest), batch.sample * longest + order, keep[:, None, None])
+            keep = torch.arange(max_length, device=lengths.device) < lengths[:, None]  # [N, L]
+            batch.cache["packing"] = cls(
+                (sample_count, max_length), batch.sample * max_length + row_in_sample, keep[:, None, None]
+            )
         return batch.cache["packing"]
 
     def pad(self, rows: torch.Tensor) -> torch.Tensor:
@@ -93,11 +95,11 @@ class Block(nn.Module):
     Self-attention and feed-forward are modulated by the sample's time and conditioning (adaptive layer norm).
     """
 
-    def __init__(self, size: Width):
+    def __init__(self, sizes: Width):
         super().__init__()
-        C = size.width
-        self.self_attn = SelfAttention(C, size.heads)
-        self.cross_attn = CrossAttention(C, size.condition, size.heads)
+        C = sizes.width
+        self.self_attn = SelfAttention(C, sizes.heads)
+        self.cross_attn = CrossAttention(C, sizes.condition, sizes.heads)
         self.norm = nn.LayerNorm(C)
         self.mlp = nn.Sequential(nn.Linear(C, 2 * C), nn.GELU(approximate="tanh"), nn.Linear(2 * C, C))
         self.modulation = nn.Parameter(
@@ -105,22 +107,28 @@ class Block(nn.Module):
         )  # added to the modulation that all blocks share
 
     def forward(
-        self, x: torch.Tensor, shared: torch.Tensor, cond: torch.Tensor, keep: torch.Tensor | None
+        self,
+        x: torch.Tensor,
+        shared_modulation: torch.Tensor,
+        cond: torch.Tensor,
+        attention_mask: torch.Tensor | None,
     ) -> torch.Tensor:
         """Compute the output tokens, [N, L, C].
 
         Args:
             x: [N, L, C], input tokens.
-            shared: [N, 6 C], modulation that all blocks share.
+            shared_modulation: [N, 6 C], modulation that all blocks share.
             cond: [N, T, E], conditioning tokens.
-            keep: [N, 1, 1, L], mask of `Packing`; None without padding.
+            attention_mask: [N, 1, 1, L], mask of `Packing`; None without padding.
         """
         # [N, 1, C] each
-        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = (shared + self.modulation)[:, None].chunk(
-            6, dim=2
+        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = (shared_modulation + self.modulation)[
+            :, None
+        ].chunk(6, dim=2)
+        x = x + gate_1 * self.self_attn(
+            torch.addcmul(shift_1, _norm(x), 1 + scale_1), DenseLayout(attention_mask)
         )
-        x = x + gate_1 * self.self_attn(torch.addcmul(shift_1, _norm(x), 1 + scale_1), DenseLayout(keep))
-        x = x + self.cross_attn(self.norm(x), cond, DenseLayout(keep))
+        x = x + self.cross_attn(self.norm(x), cond, DenseLayout(attention_mask))
         return x + gate_2 * self.mlp(torch.addcmul(shift_2, _norm(x), 1 + scale_2))
 
 
@@ -128,69 +136,75 @@ class Trunk(nn.Module):
     """Transformer from input tokens to output tokens, which is a part of both networks.
 
     Args:
-        size: sizes of the layers.
+        sizes: sizes of the layers.
         channels: number of entries of an input token.
         positions: number of learned embeddings of positions.
     """
 
-    def __init__(self, size: Width, channels: int, positions: int):
+    def __init__(self, sizes: Width, channels: int, positions: int):
         super().__init__()
-        C = size.width
+        C = sizes.width
         self.input_layer = nn.Linear(channels, C)
         self.position = nn.Parameter(torch.randn(positions, C) * 0.2)
         self.t_embedder = nn.Sequential(nn.Linear(2 * FREQUENCIES, C), nn.SiLU(), nn.Linear(C, C))
-        self.c_embedder = nn.Linear(size.condition, C)
+        self.c_embedder = nn.Linear(sizes.condition, C)
         self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(C, 6 * C))
-        self.blocks = nn.ModuleList(Block(size) for _ in range(size.blocks))
+        self.blocks = nn.ModuleList(Block(sizes) for _ in range(sizes.blocks))
 
     def forward(
         self,
         tokens: torch.Tensor,
-        position: torch.Tensor,
+        position_embeddings: torch.Tensor,
         t: torch.Tensor,
         cond: torch.Tensor,
-        keep: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Compute the output tokens [N, L, C].
 
         Args:
             tokens: [N, L, channels], input tokens.
-            position: embeddings of the positions, which broadcast to [N, L, C].
+            position_embeddings: embeddings of the positions, which broadcast to [N, L, C].
             t: [N], times.
             cond: [N, T, E], conditioning tokens.
-            keep: [N, 1, 1, L], mask of `Packing`; None without padding.
+            attention_mask: [N, 1, 1, L], mask of `Packing`; None without padding.
         """
         # Angles of the Fourier features of the time, [N, FREQUENCIES], with wavelengths from 2 pi to 2 pi /
         # 100.
         angles = t[:, None] * 100 ** torch.linspace(0, 1, FREQUENCIES, device=t.device)
-        time = self.t_embedder(torch.cat([angles.cos(), angles.sin()], dim=1))
+        time_embedding = self.t_embedder(torch.cat([angles.cos(), angles.sin()], dim=1))
         # The tokens of shape and colour are summed, because the modulation is one vector for each sample.
-        shared = self.modulation(time + self.c_embedder(cond.sum(1)))
-        x = self.input_layer(tokens) + position
+        shared_modulation = self.modulation(time_embedding + self.c_embedder(cond.sum(1)))
+        x = self.input_layer(tokens) + position_embeddings
         for block in self.blocks:
-            x = block(x, shared, cond, keep)
+            x = block(x, shared_modulation, cond, attention_mask)
         return _norm(x)
 
 
 class StructureFlow(nn.Module):
     """Network of the structure's velocity, over the occupancy grid [N, 1, R, R, R]."""
 
-    def __init__(self, size: Width | None = None):
+    def __init__(self, sizes: Width | None = None):
         super().__init__()
-        size = size or Width()
-        self.trunk = Trunk(size, PATCH**3, (R // PATCH) ** 3)
-        self.out_layer = _zeros(nn.Linear(size.width, PATCH**3))
+        sizes = sizes or Width()
+        self.trunk = Trunk(sizes, PATCH**3, (R // PATCH) ** 3)
+        self.out_layer = _zeros(nn.Linear(sizes.width, PATCH**3))
 
     def forward(self, x_t: torch.Tensor, t: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
         """Predict the velocity at x_t, times t [N] and conditioning [N, T, E] (see base/stage.py)."""
         n = len(x_t)
-        side = R // PATCH
+        patches_per_axis = R // PATCH
         # Patches of 2^3 cells become tokens: [N, 4, 4, 4, 2, 2, 2].
-        cells = x_t.view(n, side, PATCH, side, PATCH, side, PATCH).permute(0, 1, 3, 5, 2, 4, 6)
+        cells = x_t.view(
+            n, patches_per_axis, PATCH, patches_per_axis, PATCH, patches_per_axis, PATCH
+        ).permute(0, 1, 3, 5, 2, 4, 6)
         # [N, 64, 8]
-        out = self.out_layer(self.trunk(cells.flatten(4).flatten(1, 3), self.trunk.position, t, cond))
+        velocity_patches = self.out_layer(
+            self.trunk(cells.flatten(4).flatten(1, 3), self.trunk.position, t, cond)
+        )
         # The inverse permutation converts patches back to the grid.
-        cells = out.view(n, side, side, side, PATCH, PATCH, PATCH).permute(0, 1, 4, 2, 5, 3, 6)
+        cells = velocity_patches.view(
+            n, patches_per_axis, patches_per_axis, patches_per_axis, PATCH, PATCH, PATCH
+        ).permute(0, 1, 4, 2, 5, 3, 6)
         return cells.reshape(x_t.shape)
 
 
@@ -200,22 +214,24 @@ class VoxelFlow(nn.Module):
     The token of a voxel also contains the occupancy of the 27 cells around it, see `surroundings`.
     """
 
-    def __init__(self, size: Width | None = None):
+    def __init__(self, sizes: Width | None = None):
         super().__init__()
-        size = size or Width()
-        self.trunk = Trunk(size, 4 + 27, R**3)
-        self.out_layer = _zeros(nn.Linear(size.width, 4))
+        sizes = sizes or Width()
+        self.trunk = Trunk(sizes, 4 + 27, R**3)
+        self.out_layer = _zeros(nn.Linear(sizes.width, 4))
 
     def forward(self, x_t: SparseBatch, t: torch.Tensor, cond: torch.Tensor) -> SparseBatch:
         """Predict the velocity at x_t, times t [N] and conditioning [N, T, E] (see base/stage.py)."""
-        around = surroundings(x_t)
+        surrounding_occupancy = surroundings(x_t)
         x, y, z = x_t.coords[:, 1:].long().unbind(1)
-        tokens = torch.cat([x_t.feats, around.to(x_t.feats.dtype)], dim=1)
+        tokens = torch.cat([x_t.feats, surrounding_occupancy.to(x_t.feats.dtype)], dim=1)
         packing = Packing.from_batch(x_t)
         # one learned embedding per place of the grid, [R^3, C] -> [V, C]
-        position = self.trunk.position.index_select(0, (x * R + y) * R + z)
-        out = self.out_layer(self.trunk(packing.pad(tokens), packing.pad(position), t, cond, packing.keep))
-        return x_t.with_feats(packing.flat(out))
+        position_embeddings = self.trunk.position.index_select(0, (x * R + y) * R + z)
+        token_velocities = self.out_layer(
+            self.trunk(packing.pad(tokens), packing.pad(position_embeddings), t, cond, packing.keep)
+        )
+        return x_t.with_feats(packing.flat(token_velocities))
 
 
 def surroundings(batch: SparseBatch) -> torch.Tensor:
@@ -224,13 +240,13 @@ def surroundings(batch: SparseBatch) -> torch.Tensor:
     It is computed once, and then kept in the cache of the batch.
     """
     if "surroundings" not in batch.cache:
-        sample, x, y, z = batch.coords.long().unbind(1)
+        sample_index, x, y, z = batch.coords.long().unbind(1)
         # A border of one cell, so that voxels at the edge have empty neighbours.
-        filled = torch.zeros(batch.size, R + 2, R + 2, R + 2, device=batch.coords.device)
-        filled[sample, x + 1, y + 1, z + 1] = 1
-        steps = [(i, j, k) for i in range(3) for j in range(3) for k in range(3)]
+        padded_occupancy = torch.zeros(batch.size, R + 2, R + 2, R + 2, device=batch.coords.device)
+        padded_occupancy[sample_index, x + 1, y + 1, z + 1] = 1
+        offsets = [(i, j, k) for i in range(3) for j in range(3) for k in range(3)]
         batch.cache["surroundings"] = torch.stack(
-            [filled[sample, x + i, y + j, z + k] for i, j, k in steps], dim=1
+            [padded_occupancy[sample_index, x + i, y + j, z + k] for i, j, k in offsets], dim=1
         )
     return batch.cache["surroundings"]
 
@@ -261,10 +277,12 @@ def path_of(name: str, folder: Path = FOLDER) -> Path:
     return folder / f"{name}.safetensors"
 
 
-def write_network(path: Path, name: str, state: Mapping[str, torch.Tensor], meta: Mapping) -> None:
-    """Write the weights of a network in half precision, with its name and the metadata `meta`."""
-    tensors = {key: value.half() if value.is_floating_point() else value for key, value in state.items()}
-    write_tensors(path, KIND, tensors, {"name": name, **meta})
+def write_network(path: Path, name: str, weights: Mapping[str, torch.Tensor], metadata: Mapping) -> None:
+    """Write the weights of a network in half precision, with its name and the metadata `metadata`."""
+    tensors = {
+        key: tensor.half() if tensor.is_floating_point() else tensor for key, tensor in weights.items()
+    }
+    write_tensors(path, KIND, tensors, {"name": name, **metadata})
 
 
 def load_network(name: str, folder: Path = FOLDER) -> nn.Module:
@@ -273,14 +291,16 @@ def load_network(name: str, folder: Path = FOLDER) -> nn.Module:
     Raises: FileNotFoundError if there is no file; ValueError if it is damaged or contains another network.
     """
     path = path_of(name, folder)
-    tensors, meta = read_tensors(path, KIND)
-    if meta.get("name") != name:
+    tensors, metadata = read_tensors(path, KIND)
+    if metadata.get("name") != name:
         raise ValueError(
-            f"{path}: expected the network {name!r}, got {meta.get('name')!r}. Restore the file from a copy."
+            f"{path}: expected the network {name!r}, got {metadata.get('name')!r}. Restore the file from a copy."
         )
     network = NETWORKS[name]()
-    single = {key: value.float() if value.is_floating_point() else value for key, value in tensors.items()}
-    load_strict(network, single, str(path))
+    float32_weights = {
+        key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in tensors.items()
+    }
+    load_strict(network, float32_weights, str(path))
     return network.eval()
 
 
@@ -348,13 +368,13 @@ def fit_reward(pairs: Sequence[PreferencePair], seed: int) -> LearnedReward:
     """
     decoder = ToyPipeline(nn.Identity(), nn.Identity())  # decoding needs no networks
     # Pairs contain latents, and the reward scores the decoded assets.
-    better, worse = (
-        [asset for pair in pairs for asset in decoder.decode(SparseBatch.join([getattr(pair, side)]))]
-        for side in ("preferred", "rejected")
+    better_assets, worse_assets = (
+        [asset for pair in pairs for asset in decoder.decode(SparseBatch.join([getattr(pair, pair_field)]))]
+        for pair_field in ("preferred", "rejected")
     )
     return fit(
-        better,
-        worse,
+        better_assets,
+        worse_assets,
         [pair.condition for pair in pairs],
         RewardTraining(seed=seed),
         torch.Generator().manual_seed(seed),

@@ -88,31 +88,35 @@ class Toy(FlowFamily):
         from eg3d_rlhf.tuning.flow.toy.toy_pipeline import R
 
         # An empty border, R + 2 cells per axis, so that voxels at the edge of the grid get outer faces.
-        filled = F.pad(asset.occupancy, (1, 1) * 3)
+        padded_occupancy = F.pad(asset.occupancy, (1, 1) * 3)
         # Corners of a face, counter-clockwise in the plane of the two axes that follow `axis` cyclically.
-        square = torch.tensor([[0, 0], [1, 0], [1, 1], [0, 1]])
-        corners = []
-        colours = []
+        face_corners = torch.tensor([[0, 0], [1, 0], [1, 1], [0, 1]])
+        corners_by_side = []
+        colours_by_side = []
         for axis in range(3):
             for side in (0, 1):
                 # Indices of the voxels whose neighbour in this direction is empty, [faces, 3]. roll shifts
                 # the neighbours onto the voxels, and the slices remove the border.
-                voxels = (asset.occupancy & ~filled.roll(1 - 2 * side, axis)[1:-1, 1:-1, 1:-1]).nonzero()
-                face = torch.full((4, 3), side)
+                voxels = (
+                    asset.occupancy & ~padded_occupancy.roll(1 - 2 * side, axis)[1:-1, 1:-1, 1:-1]
+                ).nonzero()
+                face_offsets = torch.full((4, 3), side)
                 # The order of the corners determines the direction of a face, which has to be outwards on
                 # both sides.
-                face[:, [(axis + 1) % 3, (axis + 2) % 3]] = square if side else square.flip(0)
-                corners.append((voxels[:, None] + face).flatten(0, 1))  # [faces * 4, 3]
-                colours.append(asset.colours[voxels.unbind(1)].repeat_interleave(4, 0))
-        vertices = (torch.cat(corners).double() / R - 0.5).numpy()
-        quads = torch.arange(len(vertices)).view(-1, 4)
+                face_offsets[:, [(axis + 1) % 3, (axis + 2) % 3]] = (
+                    face_corners if side else face_corners.flip(0)
+                )
+                corners_by_side.append((voxels[:, None] + face_offsets).flatten(0, 1))  # [faces * 4, 3]
+                colours_by_side.append(asset.colours[voxels.unbind(1)].repeat_interleave(4, 0))
+        vertices = (torch.cat(corners_by_side).double() / R - 0.5).numpy()
+        square_faces = torch.arange(len(vertices)).view(-1, 4)
         # two triangles per square
-        faces = torch.cat([quads[:, [0, 1, 2]], quads[:, [0, 2, 3]]]).numpy()
+        faces = torch.cat([square_faces[:, [0, 1, 2]], square_faces[:, [0, 2, 3]]]).numpy()
         return save_mesh(
             path.with_name(path.name + ".ply"),
             vertices,
             faces,
-            (255 * torch.cat(colours)).round().byte().numpy(),
+            (255 * torch.cat(colours_by_side)).round().byte().numpy(),
         )
 
     def release(self, root: Path, stages: Sequence[str]) -> Release:
@@ -122,15 +126,15 @@ class Toy(FlowFamily):
         from eg3d_rlhf.tuning.flow.toy.bundled import KIND, load_network, path_of, write_network
         from training.storage import read_tensors
 
-        def stored(name: str) -> Stored:
+        def stored(stage_name: str) -> Stored:
             def load(dtype: torch.dtype | None) -> nn.Module:
-                return load_network(name).to(dtype or torch.float16)  # the files hold float16
+                return load_network(stage_name).to(dtype or torch.float16)  # the files hold float16
 
-            meta = read_tensors(path_of(name), KIND)[1]
+            meta = read_tensors(path_of(stage_name), KIND)[1]
             return Stored(
-                file=path_of(name).name,
+                file=path_of(stage_name).name,
                 load=load,
-                write=lambda path, state: write_network(path, name, state, meta),
+                write=lambda path, state: write_network(path, stage_name, state, meta),
             )
 
         other_files = {path_of(name).name: path_of(name) for name in STAGES if name not in stages}

@@ -78,8 +78,8 @@ class _Oracle(ABC):
 
     def __call__(self, assets: Sequence[toy.ToyAsset], prompts: Sequence[str]) -> torch.Tensor:
         """Return the sum of both scores of N assets with N prompts, [N] float32."""
-        parts = self.parts(assets, prompts)
-        return parts["geometry"] + parts["colour"]
+        score_by_part = self.parts(assets, prompts)
+        return score_by_part["geometry"] + score_by_part["colour"]
 
 
 class LabelOracle(_Oracle):
@@ -89,10 +89,13 @@ class LabelOracle(_Oracle):
     """
 
     def parts(self, assets: Sequence[toy.ToyAsset], prompts: Sequence[str]) -> Mapping[str, torch.Tensor]:
-        views = _Views.from_assets(assets, prompts)
+        flat_assets = _Views.from_assets(assets, prompts)
         # Intersection divided by union, for the variant for which it is largest.
-        iou = (views.overlap / (views.sizes - views.overlap)).amax(1)
-        return {"geometry": 4 * iou, "colour": -4 * views.mean(views.colour_error.square().mean(2)).sqrt()}
+        iou = (flat_assets.overlap / (flat_assets.sizes - flat_assets.overlap)).amax(1)
+        return {
+            "geometry": 4 * iou,
+            "colour": -4 * flat_assets.mean(flat_assets.colour_error.square().mean(2)).sqrt(),
+        }
 
 
 class ChooserOracle(_Oracle):
@@ -103,18 +106,18 @@ class ChooserOracle(_Oracle):
     """
 
     def parts(self, assets: Sequence[toy.ToyAsset], prompts: Sequence[str]) -> Mapping[str, torch.Tensor]:
-        views = _Views.from_assets(assets, prompts)
+        flat_assets = _Views.from_assets(assets, prompts)
         to_shape = _distances_to_shapes()[toy.classes(prompts)[0]]  # [N, K, P]
         to_asset = torch.stack([_distance(asset.occupancy) for asset in assets])  # [N, P]
         # Mean distance [N, K] of the asset's voxels from a variant, which measures additional parts.
-        asset_to_shape = torch.einsum("np,nkp->nk", views.filled, to_shape)
-        asset_to_shape = asset_to_shape / views.filled.sum(1, keepdim=True)
+        asset_to_shape = torch.einsum("np,nkp->nk", flat_assets.filled, to_shape)
+        asset_to_shape = asset_to_shape / flat_assets.filled.sum(1, keepdim=True)
         # Mean distance [N, K] of a variant's voxels from the asset, which measures missing parts.
-        shape_to_asset = torch.einsum("np,nkp->nk", to_asset, views.wanted) / views.wanted.sum(2)
-        has_right_colour = (views.colour_error.abs().amax(2) <= RIGHT_COLOUR).float()
+        shape_to_asset = torch.einsum("np,nkp->nk", to_asset, flat_assets.wanted) / flat_assets.wanted.sum(2)
+        has_right_colour = (flat_assets.colour_error.abs().amax(2) <= RIGHT_COLOUR).float()
         return {
             "geometry": -2 * (asset_to_shape + shape_to_asset).amin(1),
-            "colour": views.mean(has_right_colour),
+            "colour": flat_assets.mean(has_right_colour),
         }
 
 
@@ -130,21 +133,24 @@ class FinalOracle(_Oracle):
 
         The terms are "overlap", "symmetry", "pieces" (negative, for parts beyond the first) and "colour".
         """
-        views = _Views.from_assets(assets, prompts)
+        flat_assets = _Views.from_assets(assets, prompts)
         # Every target is symmetric in x, so the symmetry is measured without the target.
         mirrored = torch.stack([asset.occupancy.flip(0) for asset in assets]).flatten(1)
         # The second result of scipy's label is the number of parts that are connected by faces.
         additional_parts = torch.tensor([ndimage.label(asset.occupancy.numpy())[1] - 1 for asset in assets])
         return {
-            "overlap": (2 * views.overlap / views.sizes).amax(1),
-            "symmetry": views.mean(mirrored.float()),
+            "overlap": (2 * flat_assets.overlap / flat_assets.sizes).amax(1),
+            "symmetry": flat_assets.mean(mirrored.float()),
             "pieces": -0.03 * additional_parts,
-            "colour": -3 * views.mean(views.colour_error.abs().mean(2)),
+            "colour": -3 * flat_assets.mean(flat_assets.colour_error.abs().mean(2)),
         }
 
     def parts(self, assets: Sequence[toy.ToyAsset], prompts: Sequence[str]) -> Mapping[str, torch.Tensor]:
-        parts = self.measures(assets, prompts)
-        return {"geometry": parts["overlap"] + parts["symmetry"] + parts["pieces"], "colour": parts["colour"]}
+        term_by_name = self.measures(assets, prompts)
+        return {
+            "geometry": term_by_name["overlap"] + term_by_name["symmetry"] + term_by_name["pieces"],
+            "colour": term_by_name["colour"],
+        }
 
 
 @functools.cache
@@ -184,8 +190,10 @@ def judge_drafts(
     drafts = [toy.draw_drafts(prompts, generator, defects) for _ in range(2)]
     assets = [toy.make_assets(draft) for draft in drafts]
     oracle = LabelOracle()
-    gap = oracle(assets[0], prompts) - oracle(assets[1], prompts)
-    prefers_first = torch.rand(len(gap), generator=generator) < torch.sigmoid(gap / TEMPERATURE)  # [P]
+    score_gap = oracle(assets[0], prompts) - oracle(assets[1], prompts)
+    prefers_first = torch.rand(len(score_gap), generator=generator) < torch.sigmoid(
+        score_gap / TEMPERATURE
+    )  # [P]
 
     def select(takes_first: torch.Tensor) -> tuple[toy.Drafts, list[toy.ToyAsset]]:
         """Return the first draft and asset of a pair where takes_first [P] is True, and the second ones
@@ -205,7 +213,7 @@ def judge_drafts(
 
     preferred, better_assets = select(prefers_first)
     rejected, worse_assets = select(~prefers_first)
-    agrees = (gap > 0) == prefers_first
+    agrees = (score_gap > 0) == prefers_first
     return Judged(tuple(prompts), preferred, rejected, (better_assets, worse_assets), agrees)
 
 
@@ -226,29 +234,33 @@ def human_pairs(
     for condition in prompts:
         # The seed depends on the prompt, so that the pairs of a prompt do not depend on the other prompts.
         draw_seed = zlib.crc32(f"{seed} {condition}".encode())
-        judged = judge_drafts([condition] * per_condition, torch.Generator().manual_seed(draw_seed), defects)
-        both = [separate(drafts.latents(stage)) for drafts in (judged.preferred, judged.rejected)]
-        for i, (preferred, rejected) in enumerate(zip(*both, strict=True)):
+        labelled_pairs = judge_drafts(
+            [condition] * per_condition, torch.Generator().manual_seed(draw_seed), defects
+        )
+        latents_by_label = [
+            separate(drafts.latents(stage)) for drafts in (labelled_pairs.preferred, labelled_pairs.rejected)
+        ]
+        for pair_number, (preferred, rejected) in enumerate(zip(*latents_by_label, strict=True)):
             pairs.append(
                 PreferencePair(
-                    id=f"{condition.replace(' ', '-')}-{seed}-{i:03d}",
+                    id=f"{condition.replace(' ', '-')}-{seed}-{pair_number:03d}",
                     condition=condition,
                     stage=stage,
                     preferred=preferred,
                     rejected=rejected,
-                    provenance={"seed": seed, "number": i},
+                    provenance={"seed": seed, "number": pair_number},
                 )
             )
     return pairs
 
 
 def human_singles(
-    kind: str, prompts: Sequence[str], per_condition: int, seed: int, defects: toy.Defects | None = None
+    label_kind: str, prompts: Sequence[str], per_condition: int, seed: int, defects: toy.Defects | None = None
 ) -> Labelled:
     """Make assets with one simulated label each. Both kinds of labels have the same assets.
 
     Args:
-        kind: kind of the labels. "thumbs": P(up) = sigmoid((s - s_median) / TEMPERATURE), where s is
+        label_kind: kind of the labels. "thumbs": P(up) = sigmoid((s - s_median) / TEMPERATURE), where s is
             LabelOracle's score and s_median its median over the assets of the prompt. "ranks": the order of s
             + TEMPERATURE g, where g has a Gumbel distribution (Luce 1959). For two assets, this order has the
             probability of `judge_drafts`.
@@ -258,29 +270,33 @@ def human_singles(
         defects: largest strengths of the defects; None for the defaults.
     """
     assets = list[Candidate]()
-    goodness = dict[str, float]()
+    goodness_by_asset = dict[str, float]()
     for condition in prompts:
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {condition} alone".encode()))
         drafts = toy.draw_drafts([condition] * per_condition, generator, defects)
         scores = LabelOracle()(toy.make_assets(drafts), [condition] * per_condition)
-        up = torch.rand(per_condition, generator=generator) < torch.sigmoid(
+        is_thumb_up = torch.rand(per_condition, generator=generator) < torch.sigmoid(
             (scores - scores.median()) / TEMPERATURE
         )
         # Minus the logarithm of an exponential random number has a Gumbel distribution.
-        noisy = scores - TEMPERATURE * torch.empty(per_condition).exponential_(generator=generator).log()
-        names = [f"{condition.replace(' ', '-')}-{seed}-{i:03d}" for i in range(per_condition)]
+        noisy_scores = (
+            scores - TEMPERATURE * torch.empty(per_condition).exponential_(generator=generator).log()
+        )
+        asset_names = [f"{condition.replace(' ', '-')}-{seed}-{i:03d}" for i in range(per_condition)]
         # Minus, because smaller ranks are better.
-        ranks = dict(zip(names, (-noisy).tolist(), strict=True))
-        goodness |= (
-            goodness_from_ranks(ranks)
-            if kind == "ranks"
-            else goodness_from_votes(zip(names, up.tolist(), strict=True))
+        rank_by_asset = dict(zip(asset_names, (-noisy_scores).tolist(), strict=True))
+        goodness_by_asset |= (
+            goodness_from_ranks(rank_by_asset)
+            if label_kind == "ranks"
+            else goodness_from_votes(zip(asset_names, is_thumb_up.tolist(), strict=True))
         )
         latents = {stage: separate(drafts.latents(stage)) for stage in (toy.STRUCTURE, toy.VOXELS)}
-        for i, name in enumerate(names):
+        for i, name in enumerate(asset_names):
             asset_latents = {stage: stage_latents[i] for stage, stage_latents in latents.items()}
-            assets.append(Candidate(name=name, condition=condition, rank=ranks[name], latents=asset_latents))
-    return Labelled(assets=assets, goodness=goodness)
+            assets.append(
+                Candidate(name=name, condition=condition, rank=rank_by_asset[name], latents=asset_latents)
+            )
+    return Labelled(assets=assets, goodness=goodness_by_asset)
 
 
 FEATURES = 15  # number of features that `_features` returns
@@ -298,9 +314,11 @@ class LearnedReward(nn.Module):
         nn.init.constant_(self.colour.weight, 0.5)
         self.register_buffer("mean", torch.zeros(FEATURES))
         self.register_buffer("std", torch.ones(FEATURES))
-        sizes = [FEATURES + 2 + len(toy.SHAPES), hidden, hidden]
+        layer_sizes = [FEATURES + 2 + len(toy.SHAPES), hidden, hidden]
         layers = [
-            part for a, b in zip(sizes, sizes[1:], strict=False) for part in (nn.Linear(a, b), nn.GELU())
+            layer
+            for n_in, n_out in zip(layer_sizes, layer_sizes[1:], strict=False)
+            for layer in (nn.Linear(n_in, n_out), nn.GELU())
         ]
         self.head = nn.Sequential(*layers, nn.Linear(hidden, 1))
 
@@ -312,17 +330,19 @@ class LearnedReward(nn.Module):
             shapes: [N], class numbers of the shapes of the prompts.
             colours: [N], class numbers of the colours of the prompts.
         """
-        filled = volumes[:, :1]
-        painted = volumes[:, 1:]
-        learned = self.colour(colours).view(-1, 3, 1, 1, toy.R)
+        occupancy = volumes[:, :1]
+        asset_colours = volumes[:, 1:]
+        learned_colours = self.colour(colours).view(-1, 3, 1, 1, toy.R)
         # Mean squared error of each channel over the occupied cells, [N, 3].
-        error = ((painted - learned).square() * filled).flatten(2).sum(2) / filled.flatten(1).sum(
-            1, keepdim=True
+        mean_squared_error = ((asset_colours - learned_colours).square() * occupancy).flatten(2).sum(
+            2
+        ) / occupancy.flatten(1).sum(1, keepdim=True)
+        colour_errors = (
+            torch.stack([mean_squared_error.mean(1), mean_squared_error.mean(1).sqrt()], dim=1) * 4
         )
-        off = torch.stack([error.mean(1), error.mean(1).sqrt()], dim=1) * 4
         features = (_features(volumes) - self.mean) / self.std
         return self.head(
-            torch.cat([features, off, F.one_hot(shapes, len(toy.SHAPES)).float()], dim=1)
+            torch.cat([features, colour_errors, F.one_hot(shapes, len(toy.SHAPES)).float()], dim=1)
         ).squeeze(1)
 
     @torch.no_grad()
@@ -341,19 +361,23 @@ def _features(volumes: torch.Tensor) -> torch.Tensor:
     empty cells with 2 to 6 filled neighbours, per voxel; the share of voxels without a mirror image; and the
     roughness of the colour.
     """
-    filled = volumes[:, 0]
-    beside = toy.neighbours(filled)  # number of filled face neighbours, 0 to 6
-    n = filled.sum((1, 2, 3))
-    full = [((beside == k) * filled).sum((1, 2, 3)) / n for k in range(7)]
-    empty = [((beside == k) * (1 - filled)).sum((1, 2, 3)) / n for k in range(2, 7)]
+    occupancy = volumes[:, 0]
+    neighbour_counts = toy.neighbours(occupancy)  # number of filled face neighbours, 0 to 6
+    voxel_counts = occupancy.sum((1, 2, 3))
+    filled_shares = [((neighbour_counts == k) * occupancy).sum((1, 2, 3)) / voxel_counts for k in range(7)]
+    empty_shares = [
+        ((neighbour_counts == k) * (1 - occupancy)).sum((1, 2, 3)) / voxel_counts for k in range(2, 7)
+    ]
     # the mirror image in x, as all targets are symmetric
-    alone = ((1 - filled.flip(1)) * filled).sum((1, 2, 3)) / n
-    both = filled[..., 1:] * filled[..., :-1]
+    unmirrored_share = ((1 - occupancy.flip(1)) * occupancy).sum((1, 2, 3)) / voxel_counts
+    is_vertical_pair = occupancy[..., 1:] * occupancy[..., :-1]
     # mean difference of colours between vertical neighbours; the clamp is for assets without such pairs
-    rough = (volumes[:, 1:].diff(dim=-1).abs().mean(1) * both).sum((1, 2, 3)) / both.sum((1, 2, 3)).clamp(
-        min=1
+    colour_roughness = (volumes[:, 1:].diff(dim=-1).abs().mean(1) * is_vertical_pair).sum(
+        (1, 2, 3)
+    ) / is_vertical_pair.sum((1, 2, 3)).clamp(min=1)
+    return torch.stack(
+        [voxel_counts, *filled_shares, *empty_shares, unmirrored_share, colour_roughness], dim=1
     )
-    return torch.stack([n, *full, *empty, alone, rough], dim=1)
 
 
 def volumes_of(assets: Sequence[toy.ToyAsset]) -> torch.Tensor:
@@ -376,50 +400,52 @@ class RewardTraining:
 
 
 def fit(
-    better: Sequence[toy.ToyAsset],
-    worse: Sequence[toy.ToyAsset],
+    better_assets: Sequence[toy.ToyAsset],
+    worse_assets: Sequence[toy.ToyAsset],
     prompts: Sequence[str],
-    training: RewardTraining,
+    training_settings: RewardTraining,
     generator: torch.Generator,
     on_step: Callable[[int, int, float], None] | None = None,
 ) -> LearnedReward:
     """Fit the learned reward to pairs of assets by the preference loss (Bradley and Terry 1952).
 
     Args:
-        better: P preferred assets.
-        worse: P rejected assets.
+        better_assets: P preferred assets.
+        worse_assets: P rejected assets.
         prompts: P prompts.
-        training: settings of the training.
+        training_settings: settings of the training.
         generator: random generator that shuffles the pairs.
         on_step: function that is called with the step, the number of steps and the loss; None for no call.
     """
     # The initial weights depend on the seed only, and the random state of the caller is restored.
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(training.seed)
+        torch.manual_seed(training_settings.seed)
         network = LearnedReward()
-    optimizer = torch.optim.AdamW(network.parameters(), lr=training.lr, weight_decay=0.05)
-    preferred = volumes_of(better)
-    rejected = volumes_of(worse)
-    features = _features(torch.cat([preferred, rejected]))
+    optimizer = torch.optim.AdamW(network.parameters(), lr=training_settings.lr, weight_decay=0.05)
+    preferred_volumes = volumes_of(better_assets)
+    rejected_volumes = volumes_of(worse_assets)
+    features = _features(torch.cat([preferred_volumes, rejected_volumes]))
     # clamp avoids a division by 0 for a feature that is constant.
     network.mean = features.mean(0)
     network.std = features.std(0).clamp(min=1e-3)
     shapes, colours = toy.classes(prompts)
     step = 0
-    steps = training.epochs * (-(-len(prompts) // training.batch))
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for _ in range(training.epochs):
-        for rows in torch.randperm(len(prompts), generator=generator).split(training.batch):
+    n_steps = training_settings.epochs * (-(-len(prompts) // training_settings.batch))
+    lr_schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, n_steps)
+    for _ in range(training_settings.epochs):
+        for batch_indices in torch.randperm(len(prompts), generator=generator).split(training_settings.batch):
             # [2 B]: preferred, then rejected
             scores = network.score(
-                torch.cat([preferred[rows], rejected[rows]]), shapes[rows].repeat(2), colours[rows].repeat(2)
+                torch.cat([preferred_volumes[batch_indices], rejected_volumes[batch_indices]]),
+                shapes[batch_indices].repeat(2),
+                colours[batch_indices].repeat(2),
             )
-            loss = preference_loss(scores[: len(rows)] - scores[len(rows) :]).mean()
+            loss = preference_loss(scores[: len(batch_indices)] - scores[len(batch_indices) :]).mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            schedule.step()
+            lr_schedule.step()
             step += 1
             if on_step is not None:
-                on_step(step, steps, float(loss.detach()))
+                on_step(step, n_steps, float(loss.detach()))
     return network.eval()

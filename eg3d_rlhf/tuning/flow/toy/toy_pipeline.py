@@ -26,51 +26,62 @@ DARKEST = 0.65  # brightness at the bottom, as a share of the brightness at the 
 Grid = torch.Tensor  # [R, R, R]
 
 
-def shapes_at(x: Grid, y: Grid, z: Grid, size: int) -> dict[str, Grid]:
+def shapes_at(x: Grid, y: Grid, z: Grid, variant_index: int) -> dict[str, Grid]:
     """Return the occupied cells of every shape: name of a shape -> [R, R, R] bool.
 
     Args:
         x: distance of each cell from the plane of symmetry.
         y: second coordinate of each cell, 0 in the middle of the grid.
         z: height of each cell above the bottom of the shape.
-        size: 0 for the small and 1 for the large variant; it indexes the pairs of numbers below.
+        variant_index: 0 for the small and 1 for the large variant; it indexes the pairs of numbers below.
     """
-    side = torch.maximum(x, y.abs())
-    inner = torch.minimum(x, y.abs())
+    max_distance = torch.maximum(x, y.abs())
+    min_distance = torch.minimum(x, y.abs())
     # Half of the width of chairs and tables, which is also the height of the seat or of the top.
-    chair = (2, 3)[size]
-    table = (3, 4)[size]
+    chair_half_width = (2, 3)[variant_index]
+    table_half_width = (3, 4)[variant_index]
     return {
-        "ball": x**2 + y**2 + (z - 2.5) ** 2 <= (5.3, 7.3)[size],
-        "box": (x < (2, 3)[size]) & (y.abs() < 2) & (z < 4),
-        "pyramid": side < (3, 4)[size] - z,
-        "pillar": (x**2 + y**2 < (2.6, 4.6)[size]) & (z < (5, 6)[size]),
-        "table": (side < table) & ((z == table) | ((inner > table - 1) & (z < table))),
+        "ball": x**2 + y**2 + (z - 2.5) ** 2 <= (5.3, 7.3)[variant_index],
+        "box": (x < (2, 3)[variant_index]) & (y.abs() < 2) & (z < 4),
+        "pyramid": max_distance < (3, 4)[variant_index] - z,
+        "pillar": (x**2 + y**2 < (2.6, 4.6)[variant_index]) & (z < (5, 6)[variant_index]),
+        "table": (max_distance < table_half_width)
+        & ((z == table_half_width) | ((min_distance > table_half_width - 1) & (z < table_half_width))),
         "chair": (
-            (side < chair)
+            (max_distance < chair_half_width)
             & (
-                (z == chair)
-                | ((inner > chair - 1) & (z < chair))
-                | ((y < 1 - chair) & (z > chair) & (z <= 2 * chair))
+                (z == chair_half_width)
+                | ((min_distance > chair_half_width - 1) & (z < chair_half_width))
+                | ((y < 1 - chair_half_width) & (z > chair_half_width) & (z <= 2 * chair_half_width))
             )
         ),
-        "arch": (x < (3, 4)[size]) & (y.abs() < 2) & ((z == 4) | ((z < 4) & (x > 2))),
-        "cross": (y.abs() < (1, 2)[size]) & (z < 7) & ((x < 1) | ((x < (3, 4)[size]) & (z >= 3) & (z <= 4))),
-        "stairs": (x < (1, 2)[size]) & (z <= (y + 4).clamp(max=(5, 6)[size])),
-        "cup": (side < chair) & (z < (4, 6)[size]) & ((z < 1) | (side > chair - 1)),
-        "ring": (y.abs() < (1, 2)[size]) & ((x**2 + (z - 3) ** 2 - 7.5).abs() <= 4.6),
-        "tower": (z < (6, 7)[size]) & (side < 1 + (z < (4, 5)[size]).float() + (z < (1, 3)[size]).float()),
+        "arch": (x < (3, 4)[variant_index]) & (y.abs() < 2) & ((z == 4) | ((z < 4) & (x > 2))),
+        "cross": (y.abs() < (1, 2)[variant_index])
+        & (z < 7)
+        & ((x < 1) | ((x < (3, 4)[variant_index]) & (z >= 3) & (z <= 4))),
+        "stairs": (x < (1, 2)[variant_index]) & (z <= (y + 4).clamp(max=(5, 6)[variant_index])),
+        "cup": (max_distance < chair_half_width)
+        & (z < (4, 6)[variant_index])
+        & ((z < 1) | (max_distance > chair_half_width - 1)),
+        "ring": (y.abs() < (1, 2)[variant_index]) & ((x**2 + (z - 3) ** 2 - 7.5).abs() <= 4.6),
+        "tower": (z < (6, 7)[variant_index])
+        & (max_distance < 1 + (z < (4, 5)[variant_index]).float() + (z < (1, 3)[variant_index]).float()),
         "mushroom": (
-            (x**2 + y**2 < 2) & (z < (3, 4)[size])
-            | (x**2 + y**2 < (7, 13)[size]) & (z >= (3, 4)[size]) & (z < (5, 6)[size])
+            (x**2 + y**2 < 2) & (z < (3, 4)[variant_index])
+            | (x**2 + y**2 < (7, 13)[variant_index])
+            & (z >= (3, 4)[variant_index])
+            & (z < (5, 6)[variant_index])
         ),
-        "hammer": (y.abs() < 1) & ((x < 1) | (z >= (5, 4)[size])) & (x < (3, 4)[size]) & (z < 7),
+        "hammer": (y.abs() < 1)
+        & ((x < 1) | (z >= (5, 4)[variant_index]))
+        & (x < (3, 4)[variant_index])
+        & (z < 7),
         "sofa": (
-            (x < (3, 4)[size])
+            (x < (3, 4)[variant_index])
             & (y.abs() < 2)
-            & ((z < 2) | ((z < (4, 5)[size]) & ((x > (2, 3)[size]) | (y < -1))))
+            & ((z < 2) | ((z < (4, 5)[variant_index]) & ((x > (2, 3)[variant_index]) | (y < -1))))
         ),
-        "bridge": (x < 4) & (y.abs() < (1, 2)[size]) & (z < 6) & ((z >= 4) | (x**2 + z**2 > 12)),
+        "bridge": (x < 4) & (y.abs() < (1, 2)[variant_index]) & (z < 6) & ((z >= 4) | (x**2 + z**2 > 12)),
     }
 
 
@@ -120,17 +131,17 @@ def classes(prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
     """
     shapes = list(SHAPES)
     colours = list(COLOURS)
-    pairs = []
-    for name in prompts:
-        colour, _, shape = name.partition(" ")
+    class_pairs = []
+    for prompt in prompts:
+        colour, _, shape = prompt.partition(" ")
         if shape not in SHAPES or colour not in COLOURS:
             raise ValueError(
-                f"prompt: {name!r} is not a prompt of the toy. Write one of {', '.join(COLOURS)} and one of"
+                f"prompt: {prompt!r} is not a prompt of the toy. Write one of {', '.join(COLOURS)} and one of"
                 f" {', '.join(SHAPES)}, as in 'red ball'."
             )
-        pairs.append((shapes.index(shape), colours.index(colour)))
-    numbers = torch.tensor(pairs, dtype=torch.int64).view(-1, 2)
-    return numbers[:, 0], numbers[:, 1]
+        class_pairs.append((shapes.index(shape), colours.index(colour)))
+    class_numbers = torch.tensor(class_pairs, dtype=torch.int64).view(-1, 2)
+    return class_numbers[:, 0], class_numbers[:, 1]
 
 
 def targets(prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -204,30 +215,36 @@ def draw_drafts(prompts: Sequence[str], generator: torch.Generator, defects: Def
     """
     defects = defects or Defects()
     shapes, colours = targets(prompts)
-    n = len(shapes)
+    sample_count = len(shapes)
 
     def uniform(*size: int) -> torch.Tensor:
         return torch.rand(*size, generator=generator)
 
-    def strength(most: float) -> torch.Tensor:
+    def strength(max_strength: float) -> torch.Tensor:
         # [N, 1, 1, 1]: one strength for all cells of a sample.
-        return most * uniform(n, 1, 1, 1)
+        return max_strength * uniform(sample_count, 1, 1, 1)
 
-    shape = shapes[torch.arange(n), torch.randint(shapes.shape[1], (n,), generator=generator)]
-    floaters = ~shape & (uniform(*shape.shape) < strength(defects.floaters))
-    holes = shape & (uniform(*shape.shape) < strength(defects.holes))
-    structure = (shape & ~holes) | floaters
-    corrected = uniform(*shape.shape) >= strength(defects.unrepaired)
-    wrong = shape & (uniform(*shape.shape) < strength(defects.wrong))
-    grows_wrongly = uniform(*shape.shape) < 0.5
+    chosen_shapes = shapes[
+        torch.arange(sample_count), torch.randint(shapes.shape[1], (sample_count,), generator=generator)
+    ]
+    is_floater = ~chosen_shapes & (uniform(*chosen_shapes.shape) < strength(defects.floaters))
+    is_hole = chosen_shapes & (uniform(*chosen_shapes.shape) < strength(defects.holes))
+    structure = (chosen_shapes & ~is_hole) | is_floater
+    is_corrected = uniform(*chosen_shapes.shape) >= strength(defects.unrepaired)
+    is_wrong = chosen_shapes & (uniform(*chosen_shapes.shape) < strength(defects.wrong))
+    grows_wrongly = uniform(*chosen_shapes.shape) < 0.5
     # The neighbours of a corrected hole grow, so that the decoder fills the hole.
-    growing = (neighbours(holes & corrected) > 0) | (wrong & grows_wrongly)
-    carved = (floaters & corrected) | (wrong & ~grows_wrongly)
+    is_growing = (neighbours(is_hole & is_corrected) > 0) | (is_wrong & grows_wrongly)
+    is_carved = (is_floater & is_corrected) | (is_wrong & ~grows_wrongly)
     # CARVED is set last, so that a corrected floater beside a hole is removed and does not grow.
-    d = torch.full(shape.shape, KEPT).masked_fill(growing & shape, GROWING).masked_fill(carved, CARVED)
-    d = d + SIZE_JITTER * torch.randn(shape.shape, generator=generator)
-    tint = strength(defects.tint)[..., None] * torch.randn(n, 1, 1, 1, 3, generator=generator)
-    noise = strength(defects.noise)[..., None] * torch.randn(n, R, R, R, 3, generator=generator)
+    d = (
+        torch.full(chosen_shapes.shape, KEPT)
+        .masked_fill(is_growing & chosen_shapes, GROWING)
+        .masked_fill(is_carved, CARVED)
+    )
+    d = d + SIZE_JITTER * torch.randn(chosen_shapes.shape, generator=generator)
+    tint = strength(defects.tint)[..., None] * torch.randn(sample_count, 1, 1, 1, 3, generator=generator)
+    noise = strength(defects.noise)[..., None] * torch.randn(sample_count, R, R, R, 3, generator=generator)
     return Drafts(structure, torch.cat([colours + tint + noise, d[..., None]], dim=-1))
 
 
@@ -235,14 +252,14 @@ def neighbours(grid: torch.Tensor) -> torch.Tensor:
     """Return the sum over the six face neighbours of every cell of a grid [N, R, R, R, ...]; outside, the
     grid is 0.
     """
-    values = grid.float()
-    total = torch.zeros_like(values)
+    cell_values = grid.float()
+    neighbour_sums = torch.zeros_like(cell_values)
     for axis in (1, 2, 3):
         for step in (-1, 1):
             start = max(step, 0)
             # Adds the grid shifted by one cell. Unlike roll, this does not wrap around at the edges.
-            total.narrow(axis, 1 - start, R - 1).add_(values.narrow(axis, start, R - 1))
-    return total
+            neighbour_sums.narrow(axis, 1 - start, R - 1).add_(cell_values.narrow(axis, start, R - 1))
+    return neighbour_sums
 
 
 TO_GROW = 2  # number of growing neighbours with which the decoder fills an empty cell
@@ -314,22 +331,22 @@ class ToyPipeline:
     def decode(self, x_0: SparseBatch) -> list[ToyAsset]:
         """Decode the features of voxels to assets, see `make_assets`."""
         batch = x_0.to("cpu", torch.float32)  # on the CPU, because the oracles use numpy and scipy
-        sample, x, y, z = batch.coords.long().unbind(1)
+        sample_index, x, y, z = batch.coords.long().unbind(1)
         structure = torch.zeros(batch.size, R, R, R, dtype=torch.bool)
         features = torch.zeros(batch.size, R, R, R, CHANNELS)
-        structure[sample, x, y, z] = True
+        structure[sample_index, x, y, z] = True
         # From -1..1 to 0..1, the inverse of Drafts.latents.
-        features[sample, x, y, z] = (batch.feats.detach() + 1) / 2
+        features[sample_index, x, y, z] = (batch.feats.detach() + 1) / 2
         return make_assets(Drafts(structure, features))
 
     def encode(self, assets: Sequence[ToyAsset]) -> list[dict[str, Latent]]:
         """Encode finished assets for both stages. Every voxel of an asset gets the size KEPT."""
-        encoded = []
+        encoded_assets = []
         for asset in assets:
             kept = torch.full((R, R, R, 1), KEPT)
             draft = Drafts(asset.occupancy[None], torch.cat([asset.colours, kept], dim=-1)[None])
-            encoded.append({stage: separate(draft.latents(stage))[0] for stage in (STRUCTURE, VOXELS)})
-        return encoded
+            encoded_assets.append({stage: separate(draft.latents(stage))[0] for stage in (STRUCTURE, VOXELS)})
+        return encoded_assets
 
 
 def make_assets(drafts: Drafts) -> list[ToyAsset]:
@@ -341,14 +358,16 @@ def make_assets(drafts: Drafts) -> list[ToyAsset]:
     """
     structure = drafts.structure
     d = drafts.features[..., 3]
-    paint = drafts.features[..., :3].clamp(0, 1)
-    size = d.masked_fill(~structure, -torch.inf)
-    largest = size == size.amax((1, 2, 3), keepdim=True)
-    solid = structure & ((d >= 0) | largest)
-    growing = structure & (d > 1)
-    count = neighbours(growing)
-    grown = ~structure & (count >= TO_GROW)
+    draft_colours = drafts.features[..., :3].clamp(0, 1)
+    occupied_d = d.masked_fill(~structure, -torch.inf)
+    is_largest = occupied_d == occupied_d.amax((1, 2, 3), keepdim=True)
+    is_kept = structure & ((d >= 0) | is_largest)
+    is_growing = structure & (d > 1)
+    growing_counts = neighbours(is_growing)
+    is_grown = ~structure & (growing_counts >= TO_GROW)
     # Mean colour of the growing neighbours. clamp avoids 0 / 0 for cells without such neighbours.
-    mixed = neighbours(growing[..., None] * paint) / count.clamp(min=1)[..., None]
-    colours = torch.where(grown[..., None], mixed, paint) * (solid | grown)[..., None]
-    return [ToyAsset(filled, colour) for filled, colour in zip(solid | grown, colours, strict=True)]
+    mixed_colours = neighbours(is_growing[..., None] * draft_colours) / growing_counts.clamp(min=1)[..., None]
+    colours = torch.where(is_grown[..., None], mixed_colours, draft_colours) * (is_kept | is_grown)[..., None]
+    return [
+        ToyAsset(occupancy, colour) for occupancy, colour in zip(is_kept | is_grown, colours, strict=True)
+    ]

@@ -239,7 +239,7 @@ class Worker:
             if self.ranks.is_main and settings.summary:
                 # all arms and seeds are scored on the same noises, so that they can be compared pair by pair
                 result["scores"] = evaluate(
-                    bench.problem, models, settings.evaluation, given=self._given(bench)
+                    bench.problem, models, settings.evaluation, given_outputs=self._given(bench)
                 )["scores"]
             return [folder / POLICY] if arm else [], result
 

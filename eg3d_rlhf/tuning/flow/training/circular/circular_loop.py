@@ -330,7 +330,9 @@ class CircularLoop:
             with self._bar(
                 "evaluation", evaluation.per_condition * len(self.problem.held_out_prompts)
             ) as bar:
-                return [], evaluate(self.problem, self.models(lineage), evaluation, bar.update, spreads=True)
+                return [], evaluate(
+                    self.problem, self.models(lineage), evaluation, bar.update, measures_spread=True
+                )
 
         names = ", ".join(stage for stage, trainings in lineage.items() if trainings) or "none"
         return self.store.make("scores", inputs, maker, f"scores of the generator with tuned stages: {names}")

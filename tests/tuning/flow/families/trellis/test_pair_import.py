@@ -239,8 +239,8 @@ def test_votes_replace_ranks():
     def votes(a, b):
         return ballots.get((a.name, b.name)) or ballots.get((b.name, a.name), (0, 0))[::-1]
 
-    pairs = pair_up([*candidates(0, 0, 0, 0), *others], judged=votes)[STRUCTURE]
+    pairs = pair_up([*candidates(0, 0, 0, 0), *others], count_votes=votes)[STRUCTURE]
     assert {p.id: p.provenance["votes"] for p in pairs} == {"c/1>0": [2, 1], "c/0>2": [1, 0]}
     assert all(float(p.preferred.mean()) == int(p.id[2]) for p in pairs)
     with raising("votes", "2"):
-        pair_up(candidates(0, 0, 0, 0)[2:], judged=votes)
+        pair_up(candidates(0, 0, 0, 0)[2:], count_votes=votes)
