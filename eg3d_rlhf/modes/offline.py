@@ -200,7 +200,7 @@ def read_labelled_assets(settings: OfflineRun, problem: "Problem") -> "Labelled"
         return (
             labelled
             if settings.label_kind in SIMULATED_KINDS
-            else labelled.said_by(Path(settings.label_kind))
+            else labelled.with_labels_of(Path(settings.label_kind))
         )
     family = family_of(Path(settings.source.pipeline))
     with tqdm(desc="assets", unit="asset", disable=None, leave=False) as bar:

@@ -33,7 +33,7 @@ class Method:
 
     settings: type  # dataclass of the method's settings
     # Function that makes the guidance, with the arguments (prior, settings, views=, streams=). It also has
-    # the argument reward= if `rewarded` is True, and judge= if `judged` is True.
+    # the argument reward= if `accepts_reward` is True, and judge= if `accepts_judge` is True.
     guidance: "Callable[..., Guidance]"
     noises: Callable[
         [Any], int

@@ -6,7 +6,7 @@ noises, computes the gradient of the method, and updates the parameters of the a
 All random numbers come from `Streams` by (seed, stream, step). A resumed run is therefore bitwise identical
 to a run that was not interrupted.
 
-Shapes: A assets; V views of each asset; B = A V images, with the views of an asset adjacent; K noises; C, H,
+Shapes: assets, [A]; V views of each asset; B = A V images, with the views of an asset adjacent; K noises; C, H,
 W channels, rows and columns of latents.
 """
 
@@ -207,8 +207,10 @@ class Distillation:
     optimisation.
     """
 
-    asset: Asset  # the A assets that are optimised
-    prompts: list[str]  # A prompts; with several starts of an asset, its prompt occurs several times
+    asset: Asset  # the assets that are optimised, [A]
+    prompts: list[
+        str
+    ]  # one prompt for each asset; with several starts of an asset, its prompt occurs several times
     prior: DiffusionPrior  # frozen diffusion model
     renderer: Renderer  # samples cameras and renders the assets
     guidance: Guidance  # computes the gradient with respect to the latents

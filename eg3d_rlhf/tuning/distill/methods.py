@@ -57,7 +57,7 @@ def _add(
         module: name of the module in the folder guidance/.
         guidance: name of the class in that module.
         noises: function from the settings to the number of noises of an image in a step.
-        method_flags: fields `rewarded` and `judged` of `Method`, if they differ from the defaults.
+        method_flags: fields `accepts_reward` and `accepts_judge` of `Method`, if they differ from the defaults.
     """
     make_method_guidance = partial(import_guidance, module, guidance)
     METHODS.add(
@@ -141,7 +141,7 @@ def make_settings(name: str, values: Mapping[str, Any], preset: str | None = Non
     parsed_values = {
         setting: parse_ramp(value) if setting in RAMPS else value for setting, value in values.items()
     }
-    # `built` distributes the flat values to the nested dataclasses.
+    # `settings_from_values` distributes the flat values to the nested dataclasses.
     return settings_from_values(settings_class, {**flatten_settings(base_settings), **parsed_values})
 
 

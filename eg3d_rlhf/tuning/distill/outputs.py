@@ -36,7 +36,7 @@ from eg3d_rlhf.tuning.distill.scene import Scene
 from training.progress import tqdm
 from training.storage import write_atomic
 
-CELL = 176  # least edge of an image in grid.png and turntable.mp4, in pixels
+CELL = 176  # smallest edge of an image in grid.png and turntable.mp4, in pixels
 FRAMES = 24  # number of frames of the turntable, for a full turn
 FPS = 8  # frames per second of the turntable
 MESH = 64  # grid points per edge of the cube from which meshes are extracted
@@ -157,9 +157,9 @@ def turns(asset: Asset, frames: int) -> Iterator[list[np.ndarray]]:
     """Yield the frames of a full turn around assets, in front of a white background.
 
     Args:
-        asset: A assets.
+        asset: assets to show.
         frames: number of frames. With 1, the only frame is a view 30 degrees from the front.
-    Yields: list of A images, each [R, R, 3] uint8. R is at least CELL.
+    Yields: list with one image for each asset, [R, R, 3] uint8. R is at least CELL.
     """
     render_size = min(128, 3 * asset.samples // 2)  # a higher resolution would only show interpolation
     device = next(asset.parameters()).device

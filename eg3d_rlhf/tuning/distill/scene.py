@@ -43,11 +43,12 @@ class Scene:
     prior: DiffusionPrior  # frozen diffusion model
     renderer: Renderer  # samples cameras and renders assets
     views: int  # number of views of each asset in a step
-    # Function that makes starting assets. Its arguments are A prompts and A random generators.
+    # Function that makes starting assets. Its arguments are a list of prompts and a list of random
+    # generators, one of each for every asset.
     start: Callable[[Sequence[str], Sequence[torch.Generator]], Asset]
     reward: RewardModel | None  # reward of images, or None
-    # Function that measures A finished assets with their prompts. Its result is: name of a measure -> values
-    # [A], which are NaN for assets to which the measure does not apply.
+    # Function that measures finished assets. Its arguments are the assets and their prompts. It returns a
+    # dictionary: name of a measure -> one value for each asset, which is NaN if the measure does not apply.
     measures: Callable[[Asset, Sequence[str]], dict[str, torch.Tensor]]
     evaluator: FinalEvaluator | None = None  # held-out evaluator that compares arms, or None
     evaluator_description: str = ""  # description of the evaluator for reports, which begins with "it"
@@ -117,7 +118,7 @@ class Scene:
         sign = -1 if arm.geometry_twist == "inverted" else 1
         if arm.geometry_twist == "random":
             reward = shuffle_weights(reward, settings.seed)
-        # `guidance` contains the settings of the geometry reward, too; `built` ignores all others.
+        # `guidance` contains the settings of the geometry reward, too; `settings_from_values` ignores all others.
         geometry_settings = settings_from_values(GeometrySettings, settings.guidance)
         return ProgressiveGeometry(reward, geometry_settings, settings.loop.steps, sign)
 

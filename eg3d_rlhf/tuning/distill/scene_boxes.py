@@ -3,7 +3,7 @@
 The prior is a mixture of Gaussians in closed form, or a U-Net that was trained on its samples. The rewards
 are in closed form. The held-out evaluator uses other information than the rewards.
 
-Shapes: A assets; B images; C, H, W channels, rows and columns of images; k modes of all prompts.
+Shapes: assets, [A]; B images; C, H, W channels, rows and columns of images; k modes of all prompts.
 """
 
 from collections.abc import Callable, Sequence
@@ -122,11 +122,11 @@ def measures(asset: Asset, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
     """Measure finished assets.
 
     Args:
-        asset: A assets.
-        prompts: A prompts.
+        asset: the assets, [A].
+        prompts: one prompt for each asset.
     Returns: name of a measure -> values [A]. "no nose", "one nose" and "more" are 1 if a head has this number
-    of noses, else 0. "preferred sides" is the share of the sides of a box with the preferred emblem. These
-    values are NaN for assets of the other kind. "rms" is the root mean square difference of the images to the
+    of noses, else 0. "preferred sides" is the share of the sides of a box with the preferred emblem. The
+    counts of noses are NaN for boxes, and the preferred sides are NaN for heads. "rms" is the root mean square difference of the images to the
     prior's nearest modes.
     """
     is_head = torch.tensor([box_prompts.prompt_of(text).kind == "janus" for text in prompts])

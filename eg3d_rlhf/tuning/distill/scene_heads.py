@@ -8,7 +8,7 @@ All cameras are close together in front of the head, so the images do not determ
 Assets are latents of a generator and not free planes. With free planes, optimisation exploits a learned
 reward: the score rises without bound while the shape becomes worse.
 
-Shapes: A assets; V views of an asset in a step; B = A V images; K fixed cameras; H heads; M components of the
+Shapes: assets, [A]; V views of an asset in a step; B = A V images; K fixed cameras; H heads; M components of the
 mixture; R pixels per edge; n grid points per edge of the cube.
 """
 
@@ -173,7 +173,7 @@ def mixture(prompts: Sequence[str]) -> ViewMixture:
 
 
 def start(prompts: Sequence[str], generators: Sequence[torch.Generator]) -> Latents:
-    """Make starting assets: a random latent of a set of held-out latents for each of A generators.
+    """Make starting assets: a random latent of a set of held-out latents for each of the generators.
 
     The prompts are not used.
     """
@@ -209,8 +209,8 @@ def measures(asset: Asset, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
     """Measure finished assets by the bundled rewards, and by comparison with the ground-truth heads.
 
     Args:
-        asset: A assets.
-        prompts: A prompts.
+        asset: the assets, [A].
+        prompts: one prompt for each asset.
     Returns: name of a measure -> values [A]: "reward" and "held-out reward", scores of the two bundled
     rewards; "utility", the simulated annotator's noise-free utility; "distance", distance of the surfaces in
     world units; "back-of-head error", volume error at the back of the head; "rms", root mean square

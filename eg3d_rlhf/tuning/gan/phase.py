@@ -45,7 +45,7 @@ WINDOW_START = 53  # first row and first column of the window
 WINDOW_SIDE = 20
 NOSE_PSI = 0.25  # truncation of the untuned samples that determine the nose limit
 CUTOFF = 14  # number of ws that are truncated: all ws of the published backbone
-MOSTLY = 0.5  # share of untuned scores outside the trust region above which the user is warned
+WARNING_SHARE = 0.5  # share of untuned scores outside the trust region above which the user is warned
 
 
 class Shaping(torch.nn.Module):
@@ -322,7 +322,7 @@ class RewardTerms:
     """
 
     def __init__(self, G: torch.nn.Module, G_ema: torch.nn.Module, reward: Reward, config: RewardConfig):
-        # `of` gives generators of all families the same interface.
+        # `as_generator` gives generators of all families the same interface.
         self.generator = as_generator(G)
         self.config = config
         self.reward = reward.eval().requires_grad_(False).channels_last()
@@ -371,7 +371,7 @@ class RewardTerms:
         low, high = clip_bounds(self.config.reward_clip, shaped)
         outside_share = ((shaped < low) | (shaped > high)).float().mean().item()
         # Warnings and not errors: the run works, but the reward or the consistency term has little effect.
-        if outside_share > MOSTLY:
+        if outside_share > WARNING_SHARE:
             warnings.warn(
                 f"--reward-clip: {outside_share:.0%} of the untuned samples have rewards outside"
                 f" {low:g}..{high:g}, which give no gradient. Use --reward-shaping=standardised, or wider"

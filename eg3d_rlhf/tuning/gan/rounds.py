@@ -276,7 +276,7 @@ def check(settings: Settings, ranks: Ranks) -> None:
         for round_number in range(1, config.rounds + 1):
             pairing(settings, round_number, by_disagreement=True)
         # Raises an error if there are too few pairs for the training, validation and test splits of a reward.
-        # The seeds 2 i and 2 i + 1 stand for the two samples of pair i.
+        # The seeds 2 i and 2 i + 1 represent the two samples of pair i.
         split_by_seed([Preference(winner=2 * i, loser=2 * i + 1) for i in range(config.round_pairs)])
     with prefix_errors("--round-preset"):
         default_options(config.round_preset, reward_kind)

@@ -3,7 +3,7 @@
 These are adding noise to the latents of the views, predicting the noise with and without the prompt,
 computing the gradient of score distillation, and scoring and ranking the images that the prior estimates.
 
-Shapes: K noises; A assets; V views of an asset; B = A V images, with the views of an asset adjacent; Q = 2
+Shapes: K noises; assets, [A]; V views of an asset; B = A V images, with the views of an asset adjacent; Q = 2
 negative prompts of Perp-Neg; T tokens of a conditioning with D entries each; C, H, W channels, rows and
 columns of latents; h, w rows and columns of images.
 """
@@ -498,7 +498,7 @@ class Ranking:
     """Scores and ranks the images of two noises, by a reward, a judge, or both.
 
     Args:
-        denoiser: denoiser, which knows the number of views.
+        denoiser: denoiser, from which the number of views is read.
         reward: reward of images, or None if a judge replaces it.
         judge: judge that ranks pairs of images, or None.
         settings: settings of the ranking.
@@ -513,10 +513,15 @@ class Ranking:
         judge: PairwiseJudge | None,
         settings: RankingSettings,
     ):
-        if reward is None and (judge is None or settings.judge_mode != "replace"):
+        if reward is None and judge is None:
             raise ValueError(
                 "--reward is missing. Name a reward with --reward, or a judge with --judge and --set"
                 " judge_mode=replace."
+            )
+        if reward is None and settings.judge_mode != "replace":
+            raise ValueError(
+                f"--reward is missing, which --set judge_mode={settings.judge_mode} needs besides the judge."
+                " Name a reward with --reward, or use --set judge_mode=replace."
             )
         if settings.pair_level == "view" and reward is not None and reward.views > 1:
             raise ValueError(

@@ -3,7 +3,7 @@
 The gradient of score distillation is combined with the gradient of a reward. The reward scores the image that
 the prior estimates in one step, or the rendered image.
 
-Shapes: A assets; V views of an asset; B = A V images; C, H, W channels, rows and columns of latents; h, w
+Shapes: assets, [A]; V views of an asset; B = A V images; C, H, W channels, rows and columns of latents; h, w
 rows and columns of images.
 """
 
@@ -147,7 +147,7 @@ class DreamReward(Rewarded):
     ) -> torch.Tensor:
         """Return the factor of the reward's gradient for each asset, [A], before the weight is applied.
 
-        The loop averages a gradient over B images, while the reward's loss is a mean over A assets. The
+        The loop averages a gradient over B images, while the reward's loss is a mean over the assets. The
         factor therefore contains V.
 
         Args:

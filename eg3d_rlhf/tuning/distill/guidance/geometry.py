@@ -9,7 +9,7 @@ reward. Each asset is treated separately. The norms |g| and |g_r| are means over
 linearly from `geometry_weight_from` to `geometry_weight`, from the share `geometry_start` of the run to its
 end. The method is reconstructed, because the constants of the paper are not published.
 
-Shapes: A assets.
+Shapes: assets, [A].
 """
 
 import copy
@@ -47,11 +47,11 @@ class GeometryReward(Protocol):
     """
 
     def __call__(self, field: Field, prompts: Sequence[str], step: int) -> torch.Tensor:
-        """Return the scores [A] of A shapes.
+        """Return the scores [A] of the shapes.
 
         Args:
-            field: density and colour of the A shapes.
-            prompts: A prompts.
+            field: density and colour of the shapes.
+            prompts: one prompt for each asset.
             step: number of the step in the run. Rewards with a state use it to decide when to update the
                 state.
         """
@@ -69,7 +69,7 @@ class MeshGeometry:
     reward: MeshReward  # scores patches
 
     def __call__(self, field: Field, prompts: Sequence[str], step: int) -> torch.Tensor:
-        """Return the scores [A] of the surfaces of A shapes at a step."""
+        """Return the scores [A] of the surfaces of the shapes at a step."""
         # The reader extracts the surfaces again if the step requires it.
         return self.reward.score(self.reader(field, step), list(prompts))
 
@@ -92,7 +92,7 @@ class ObservedGeometry:
     reward: Reward
 
     def __call__(self, field: Field, prompts: Sequence[str], step: int) -> torch.Tensor:
-        """Return the scores [A] of A shapes."""
+        """Return the scores [A] of the shapes."""
         del prompts, step
         return self.reward.score(field)
 
@@ -105,7 +105,7 @@ class SolidGeometry:
     """
 
     def __call__(self, field: Field, prompts: Sequence[str], step: int) -> torch.Tensor:
-        """Return the scores [A] of A shapes."""
+        """Return the scores [A] of the shapes."""
         del prompts, step
         # The observation of `Solid` is minus the loss, [A, 1].
         return Solid(SlabSpec.from_bounds(field.bounds, Solid.spec.resolution)).observe(field)[:, 0]
@@ -161,9 +161,8 @@ class ProgressiveGeometry:
                 " geometry reward. Use a value below 1."
             )
         self.alpha = Ramp((self.first_step, settings.geometry_weight_from, settings.geometry_weight, steps))
-        self.scores: torch.Tensor | None = (
-            None  # [A], scores of the last evaluation; None before the first one
-        )
+        # [A], scores of the last evaluation; None before the first one.
+        self.scores: torch.Tensor | None = None
         # Gradients of the last evaluation: index of a parameter -> [A, ...].
         self.reward_grads: dict[int, torch.Tensor] = {}
 
@@ -176,9 +175,9 @@ class ProgressiveGeometry:
         is 0.
 
         Args:
-            field: density and colour of the A shapes.
+            field: density and colour of the shapes.
             parameters: parameters of the assets, [A, ...] each, with the gradient of the distillation.
-            prompts: A prompts.
+            prompts: one prompt for each asset.
             step: number of the step in the run.
         Returns: numbers for the log: 'geometry', scores of the last evaluation, [A]; 'geometry_cosine',
         cosine between the descent directions of distillation and reward, [A]; 'geometry_alpha', weight alpha,

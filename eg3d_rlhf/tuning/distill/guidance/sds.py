@@ -4,7 +4,7 @@ best-of-n.
 Best-of-n optimises several assets for each prompt by SDS, and keeps the asset with the highest reward. Its
 gradient contains no reward. It is a baseline that takes n times the computation of SDS.
 
-Shapes: A assets that are kept; S starts for each of them; V views of an asset; K noises; B images; C, H, W
+Shapes: assets, [A] that are kept; S starts for each of them; V views of an asset; K noises; B images; C, H, W
 channels, rows and columns of latents; h, w rows and columns of images.
 """
 
@@ -60,14 +60,14 @@ class Sds(Guided):
 
 
 class BestOfN(Rewarded, Sds):
-    """Score distillation of S A assets, of which A are kept.
+    """Score distillation with S starts of each asset, of which one is kept.
 
     The assets of the start s have the indices s A to (s + 1) A - 1.
     """
 
     @torch.no_grad()
     def best(self, images: torch.Tensor, prompts: list[str], cameras: torch.Tensor) -> list[int]:
-        """Return the indices of the A assets to keep.
+        """Return the indices of the assets to keep, [A].
 
         For each of them it is the start with the largest mean reward over its views, and the first of such
         starts if several have the same mean.

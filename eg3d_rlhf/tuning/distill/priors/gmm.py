@@ -20,9 +20,8 @@ class GmmPrior:
     At the time t, the noised mixture has the means a mean_m and the variances a^2 std_m^2 + s^2.
 
     Latents are scale (2 images - 1). Decoding does not clip images to 0..1. The means should be permutations
-    of one
-    another: Adam scales each entry of a gradient separately, so otherwise some modes would be easier to
-        reach.
+    of one another: Adam scales each entry of a gradient separately, so otherwise some modes would be easier
+    to reach.
     """
 
     views = 1

@@ -6,7 +6,7 @@ which are optional dependencies ([sd]) and are therefore imported in functions.
 Only the U-Net may use half precision. alphas_cumprod, latents, and everything that is computed from them stay
 in float32, because the estimate x0 at t = 980 is divided by a = 0.076, which amplifies rounding errors.
 
-Shapes: A assets; V views of an asset; B = A V images; K noises; C, H, W channels, rows and columns of
+Shapes: assets, [A]; V views of an asset; B = A V images; K noises; C, H, W channels, rows and columns of
 latents; h, w rows and columns of images; T tokens of a prompt with D entries each.
 """
 
@@ -88,7 +88,7 @@ class LatentPrior:
         tokenize: function that returns 77 tokens for each prompt. None if `embed` is not called.
         alphas_cumprod: [1000], alphas_cumprod of the noise schedule.
         prediction: quantity that the U-Net predicts: the noise (epsilon), or v.
-        options: device and precision; None for the defaults.
+        options: device and precision; None uses the defaults of `PriorOptions`.
     """
 
     views = 1
@@ -244,7 +244,7 @@ def load_stable_diffusion(folder: Path, options: PriorOptions | None = None) -> 
 
     Args:
         folder: folder with the subfolders unet, vae, text_encoder, tokenizer and scheduler.
-        options: device and precision; None for the defaults.
+        options: device and precision; None uses the defaults of `PriorOptions`.
     Raises: FileNotFoundError for a missing subfolder or file; ValueError if the parts do not belong together,
     or if the model predicts neither epsilon nor v.
     """
@@ -486,7 +486,7 @@ def load_mvdream(path: Path, options: PriorOptions | None = None) -> MVDream:
 
     Args:
         path: path of the file. The folder tokenizer/ beside the file contains CLIP's tokenizer.
-        options: device and precision; None for the defaults.
+        options: device and precision; None uses the defaults of `PriorOptions`.
     Raises: FileNotFoundError for a missing file or tokenizer; ValueError for a pickle that contains other
     objects than tensors, and for the file of another network.
     """
@@ -536,7 +536,7 @@ def load_prior(path: str | Path, options: PriorOptions | None = None) -> Checked
 
     Args:
         path: Stable Diffusion folder, or file of MVDream, see `mvdream_file`.
-        options: device and precision; None for the defaults.
+        options: device and precision; None uses the defaults of `PriorOptions`.
     Returns: the prior in a wrapper that checks the shapes of its inputs and outputs.
     Raises: the errors of `load_stable_diffusion` and `load_mvdream`.
     """
@@ -612,7 +612,7 @@ def prior_costs(
     Args:
         path: path of the prior, as for `load_prior`.
         image_count: number B of images in a step.
-        options: device and precision; None for the defaults.
+        options: device and precision; None uses the defaults of `PriorOptions`.
         noises: number K of noises of the method.
     Returns: memory of the weights, and peak memory of each stage of a step.
     Raises: the errors of `load_prior`; ValueError if the prior cannot process B images.

@@ -4,7 +4,7 @@ It is a U-Net with 90,000 parameters for the images of the bundled toy problem. 
 `DiffusionPrior` of large priors. Results with the prior in closed form (gmm.py) can therefore be checked with
 a trained prior. builders/view_prior.py trains it in a minute on one core.
 
-Shapes: A assets; V = 4 adjacent views of an asset; B = A V images; C channels; H, W rows and columns of
+Shapes: assets, [A]; V = 4 adjacent views of an asset; B = A V images; C channels; H, W rows and columns of
 features; T tokens of a prompt with E entries each; `width` entries of the joint conditioning.
 """
 
@@ -91,9 +91,8 @@ class ViewAttention(nn.Module):
 class TinySizes:
     """Sizes of the layers of `TinyUNet`."""
 
-    fine: int = (
-        24  # number of channels at the resolution 8 x 8, at which a position is a patch of 2 x 2 pixels
-    )
+    # Number of channels at the resolution 8 x 8, at which a position is a patch of 2 x 2 pixels.
+    fine: int = 24
     coarse: int = 40  # number of channels at the resolution 4 x 4
     width: int = 44  # number of entries of the joint conditioning of time, prompt and camera
     embedding: int = 32  # number E of entries of a prompt's embedding

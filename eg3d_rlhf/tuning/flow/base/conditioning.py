@@ -70,8 +70,9 @@ def rows(condition: Condition) -> int:
         return len(condition)
     row_count_by_name = {name: len(tensor) for name, tensor in condition.items()}
     if len(set(row_count_by_name.values())) != 1:
+        row_counts = ", ".join(f"{name}: {count}" for name, count in row_count_by_name.items())
         raise ValueError(
-            f"conditioning: the tensors have different numbers of rows, {row_count_by_name}. Make all of them from the"
+            f"conditioning: the tensors have different numbers of rows ({row_counts}). Make all of them from the"
             " same samples, with one row for each sample."
         )
     return next(iter(row_count_by_name.values()))
@@ -83,7 +84,11 @@ def expanded(empty: Condition, condition: Condition) -> Condition:
     An empty conditioning of one row is repeated, and one of N rows is returned unchanged.
     """
     # expand_as returns a view whose rows share memory, so callers must not write to the result.
-    return each(lambda null, full: null.expand_as(full) if len(null) == 1 else null, empty, condition)
+    return each(
+        lambda empty_rows, full_rows: empty_rows.expand_as(full_rows) if len(empty_rows) == 1 else empty_rows,
+        empty,
+        condition,
+    )
 
 
 def where(mask: torch.Tensor, if_true: Condition, if_false: Condition) -> Condition:
@@ -92,7 +97,11 @@ def where(mask: torch.Tensor, if_true: Condition, if_false: Condition) -> Condit
     """
     # The mask is viewed as [N, 1, ..., 1], so that it broadcasts over the other dimensions of each tensor.
     return each(
-        lambda a, b: torch.where(mask.to(b.device).view(-1, *[1] * (b.ndim - 1)), a.to(b), b),
+        lambda true_rows, false_rows: torch.where(
+            mask.to(false_rows.device).view(-1, *[1] * (false_rows.ndim - 1)),
+            true_rows.to(false_rows),
+            false_rows,
+        ),
         if_true,
         if_false,
     )
@@ -132,13 +141,18 @@ class Conditioning:
         if not self.names:
             raise ValueError("conditioning: there are no embeddings. Embed at least one prompt.")
         # Shapes are lists or dictionaries, which cannot be elements of a set, so their texts are compared.
-        shapes = {str(form_of(embedding)) for embedding in self.tokens.values()}
+        shapes = {shape_text(form_of(embedding)) for embedding in self.tokens.values()}
         first_embedding = next(iter(self.tokens.values()), None)
         has_wrong_dimensions = isinstance(first_embedding, torch.Tensor) and first_embedding.ndim != 2
-        if len(shapes) != 1 or has_wrong_dimensions or not form_of(first_embedding):
+        if len(shapes) != 1:
             raise ValueError(
-                "conditioning: expected embeddings of one shape [L, E], got the shapes"
-                f" {', '.join(sorted(shapes))}. Embed all prompts with one encoder."
+                f"conditioning: the embeddings have different shapes ({'; '.join(sorted(shapes))}). Embed all"
+                " prompts with one encoder."
+            )
+        if has_wrong_dimensions or not form_of(first_embedding):
+            raise ValueError(
+                "conditioning: expected embeddings [L, E], with E numbers for each of L tokens, got the shape"
+                f" {shapes.pop()}. Save the tokens of each prompt as one array with two dimensions."
             )
         for name, embedding in self.tokens.items():
             if not all(torch.isfinite(tensor).all() for tensor in tensors_of(embedding)):
@@ -168,7 +182,8 @@ class Conditioning:
         if self.form != expected:
             encoder_text = f", which {self.encoder} has made" if self.encoder else ""
             raise ValueError(
-                f"{who}: expected embeddings of the shape {expected}, got {self.form}{encoder_text}. Embed the"
+                f"{who}: expected embeddings of the shape {shape_text(expected)}, got"
+                f" {shape_text(self.form)}{encoder_text}. Embed the"
                 f" prompts with {encoder}."
             )
 
@@ -225,6 +240,13 @@ def form_of(condition: Condition | None) -> Any:
     if condition is None or isinstance(condition, torch.Tensor):
         return [] if condition is None else list(condition.shape)
     return {name: list(tensor.shape) for name, tensor in sorted(condition.items())}
+
+
+def shape_text(form: Mapping[str, Sequence[int]] | Sequence[int]) -> str:
+    """Return the result of `form_of` as text for messages, such as "[77, 768]" or "image [4, 8], size [1]"."""
+    if isinstance(form, Mapping):
+        return ", ".join(f"{name} {list(shape)}" for name, shape in form.items()) or "no tensor"
+    return str(list(form))
 
 
 def tensors_of(condition: Condition) -> list[torch.Tensor]:

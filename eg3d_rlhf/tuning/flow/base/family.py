@@ -102,19 +102,16 @@ class FlowFamily(Protocol):
     stages: tuple[str, ...]  # names of the stages in order
     version: str = ""  # published version that is supported, in words
     address: str = ""  # address at which the folder is published
-    notice: str = (
-        ""  # text that is printed once when a folder is opened, such as the restrictions of a licence
-    )
+    # Text that is printed once when a folder is opened, such as the restrictions of a licence.
+    notice: str = ""
     loaded_by: str = ""  # code by which the original program opens an exported folder {out}
     up: str = "y"  # axis of shown assets that points up
-    cells: int | None = (
-        None  # number of cells per axis of the grid from which `show` extracts a surface; None: no grid
-    )
+    # Number of cells per axis of the grid from which `show` extracts a surface; None: no grid.
+    cells: int | None = None
     zero_null: bool = True  # True: the empty conditioning is zeros
     batch: int = 1  # default number of assets that are sampled together
-    bundled: bool = (
-        False  # True: the generator is part of this package, and its name is used in place of a folder
-    )
+    # True: the generator is part of this package, and its name is used in place of a folder.
+    bundled: bool = False
     prompts: tuple[str, ...] = ()  # all prompts of a bundled generator
     common: tuple[str, ...] = COMMON  # fields of ProblemSource that this family uses in the usual way
     options: tuple[str, ...] = ()  # additional fields of ProblemSource that this family uses

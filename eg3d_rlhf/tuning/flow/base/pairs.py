@@ -3,9 +3,8 @@
 The pairs are labelled by people, or made by the circular loop (Circular-DPO). DPO trains on them. A folder
 contains the pairs of one stage:
 
-    meta.json                       stage, number of pairs, hashes, and metadata of the writer. It is written
-    last, so a
-                                    folder without it is unfinished.
+    meta.json                       stage, number of pairs, hashes, and metadata of the writer. It is
+                                    written last, so a folder without it is unfinished.
     pairs.jsonl                     one line for each pair, with its columns and the names of its two latents
     latents-000.safetensors ...     latents; a latent that is in several pairs is stored once
 """
@@ -190,7 +189,7 @@ def check_unique(who: str, examples: Iterable[Any], examples_noun: str = "pairs"
     Args:
         who: beginning of the message.
         examples: objects with the field `id`.
-        examples_noun: name of the examples in the message.
+        examples_noun: plural noun for the examples in the message, such as "pairs".
     """
     id_counts = Counter(example.id for example in examples)
     repeated_ids = [name for name, count in id_counts.items() if count > 1]

@@ -14,7 +14,7 @@ from eg3d_rlhf.tuning.flow.base.single_labels import Labelled
 from eg3d_rlhf.tuning.flow.base.stage import AssetReward, Pipeline
 from training.phases import derive_seed
 
-MOST_TO_CHOOSE = 128  # largest number of pairs on which a network is evaluated while it is trained
+MAX_CHOOSING_PAIRS = 128  # largest number of pairs on which a network is evaluated while it is trained
 # Function from N assets and N prompts to several scores: name -> [N].
 Scores = Callable[[Sequence, Sequence[str]], Mapping[str, torch.Tensor]]
 
@@ -62,10 +62,12 @@ class Problem:
     def __post_init__(self):
         stage_names = [stage.name for stage in self.pipeline.stages]
         # An error and not an assertion, because the pipeline may come from a user's plugin.
-        if not stage_names or len(set(stage_names)) < len(stage_names):
+        if not stage_names:
+            raise ValueError("Problem.pipeline: the pipeline has no stage. Define at least one stage.")
+        if len(set(stage_names)) < len(stage_names):
             raise ValueError(
-                f"Problem.pipeline: the stages {stage_names} are missing or do not have different names. Define at"
-                " least one stage, and give each a name of its own."
+                f"Problem.pipeline: several stages have the same name ({', '.join(stage_names)}). Give each"
+                " stage a name of its own."
             )
         # A prompt in two splits would bias the held-out results upwards.
         splits = [set(self.train_prompts), set(self.held_out_prompts), set(self.choosing_prompts)]
@@ -92,11 +94,11 @@ class Problem:
         return self.choosing_prompts or self.held_out_prompts
 
     def choosing_pairs(self, stage: str) -> list[PreferencePair]:
-        """Return the pairs of a stage on which checkpoints are chosen, at most MOST_TO_CHOOSE."""
+        """Return the pairs of a stage on which checkpoints are chosen, at most MAX_CHOOSING_PAIRS."""
         pairs = self._pairs_outside_training(stage, self.choosing)
         # Sorted by a hash of the id, so that the selection is random but does not depend on the order of the
         # pairs.
-        return sorted(pairs, key=lambda pair: derive_seed("to choose", pair.id))[:MOST_TO_CHOOSE]
+        return sorted(pairs, key=lambda pair: derive_seed("to choose", pair.id))[:MAX_CHOOSING_PAIRS]
 
     def held_out_pairs(self, stage: str) -> list[PreferencePair]:
         """Return the pairs of a stage for the held-out prompts, on which the accuracy of a network is

@@ -99,7 +99,7 @@ def sample(
         noise: N samples of noise, which are moved to the device of `cond`.
         cond: conditioning of N samples.
         no_cond: empty conditioning of N samples or of one sample; None if guidance is off.
-        sampling: settings of the sampler; None for those of the stage.
+        sampling: settings of the sampler; None to use the settings of the stage.
     Returns: N latents.
     Raises: ValueError if the latents contain NaN or infinity, or if guidance needs `no_cond`.
     """
@@ -181,10 +181,14 @@ def guided(
     # Guidance in TRELLIS's form, in which w = 0 is no guidance.
     v_null = velocity(x, batch_t, no_cond, step=step_length)
     v_guided = with_feats(v, (1 + w) * feats_of(v) - w * feats_of(v_null))
-    return narrowed(path, x, batch_t, v_guided, v, sampling.cfg_rescale) if sampling.cfg_rescale else v_guided
+    return (
+        rescaled_velocity(path, x, batch_t, v_guided, v, sampling.cfg_rescale)
+        if sampling.cfg_rescale
+        else v_guided
+    )
 
 
-def narrowed(
+def rescaled_velocity(
     path: FlowPath, x: Batch, t: torch.Tensor, v: Batch, unguided_v: Batch, strength: float
 ) -> Batch:
     """Return a guided velocity whose x_0 is rescaled towards the standard deviation of the unguided x_0.
@@ -197,8 +201,8 @@ def narrowed(
         t: [N], times above 0.
         v: N velocities with guidance.
         unguided_v: N velocities without guidance.
-        strength: strength of the rescaling. 0: the standard deviation with guidance stays; 1: it becomes that
-            without guidance.
+        strength: strength of the rescaling, 0 to 1. With 0, the standard deviation with guidance is kept. With 1, it
+            is replaced by the standard deviation without guidance.
     """
     x_0_guided = path.data(x, t, v)
     x_0_unguided = path.data(x, t, unguided_v)
@@ -243,7 +247,7 @@ def stage_noise(stage: FlowStage, seeds: Sequence[int], given: Sequence[Voxels])
         stage: stage. Its name is part of the seed of the noise, so that the stages of an asset have different
             noise.
         seeds: N seeds.
-        given: N outputs of the previous stage; N times None for the first stage.
+        given: N outputs of the previous stage; for the first stage, a list of N times None.
     """
     return stage.noise([derive_seed("noise", stage.name, seed) for seed in seeds], given)
 
@@ -265,7 +269,7 @@ def generate(
         pipeline: generator.
         prompts: N prompts.
         seeds: N seeds of the noise.
-        models: networks to use in place of those of the stages; None for the stages' own.
+        models: networks to use in place of those of the stages; None to use the stages' own networks.
         batch: number of assets that are generated together, which bounds the memory.
         stages_given: name of one stage -> N outputs of the stages before it, as `voxels_for` returns them.
             These stages are then not sampled. None: all stages are sampled.
@@ -310,7 +314,7 @@ def voxels_for(
         stage: name of the stage.
         prompts: N prompts.
         seeds: N seeds of the noise.
-        models: networks to use in place of those of the stages; None for the stages' own.
+        models: networks to use in place of those of the stages; None to use the stages' own networks.
         batch: number of assets that are sampled together, which bounds the memory.
     """
     stage_names = [s.name for s in pipeline.stages]
@@ -357,7 +361,7 @@ def stage_latents(pipeline: Pipeline, stage: FlowStage, prompts, seeds, given: S
         stage: stage.
         prompts: N prompts.
         seeds: N seeds of the noise.
-        given: N outputs of the previous stage; N times None for the first stage.
+        given: N outputs of the previous stage; for the first stage, a list of N times None.
     """
     # The networks of the stages may be on different devices.
     device = next(stage.model.parameters()).device
@@ -447,9 +451,8 @@ class HeldOut:
     # Networks of the baseline generator. Stages that are not named use the pipeline's networks.
     against: Models = field(default_factory=dict)
     batch: int = 16  # number of assets that are generated together
-    ranks: Ranks = (
-        SINGLE  # distributed ranks. Each scores its share of the assets, so all of them must call the object.
-    )
+    # Distributed ranks. Each scores its share of the assets, so all of them must call the object.
+    ranks: Ranks = SINGLE
     _scores: torch.Tensor | None = field(
         default=None, init=False, repr=False
     )  # scores of the baseline generator

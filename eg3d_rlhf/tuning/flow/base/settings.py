@@ -163,9 +163,8 @@ class ProblemSource(EncodingSource, Knobs):
         " others: samples of a generator with twice the rate of defects.",
         choices=("own", "others"),
     )
-    seed: int = (
-        0  # seed of the toy's simulated annotators, or of the split into training and held-out prompts
-    )
+    # Seed of the toy's simulated annotators, or of the split into training and held-out prompts.
+    seed: int = 0
     conditions: str | None = _source_knob(
         None,
         "File or folder with the embeddings of the prompts.",

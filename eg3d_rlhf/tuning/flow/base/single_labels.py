@@ -53,7 +53,7 @@ class Labelled:
             {asset.name: [asset.condition, self.goodness.get(asset.name)] for asset in self.assets}
         )
 
-    def said_by(self, labels: Path) -> "Labelled":
+    def with_labels_of(self, labels: Path) -> "Labelled":
         """Return the same assets with the labels in the file `labels`.
 
         Raises: FileNotFoundError or ValueError if the file cannot be read, see `read_goodness`.
@@ -68,7 +68,7 @@ class Labelled:
         Args:
             stage: name of the stage.
             prompts: prompts to train on; None for all prompts.
-            use: "labels" for the labels as they are, or the name of a control, see `as_used`.
+            use: "labels" for the labels as they are, or the name of a control, see `goodness_for_use`.
             seed: seed of the random numbers of a control.
         Raises: ValueError if there is no example, or if the assets have no latents of the stage.
         """

@@ -297,9 +297,8 @@ class FlowPath:
     """Straight path between data and noise, with the distribution of training times."""
 
     sigma_min: float = 1e-5  # s of the module's docstring, the noise that remains at t = 0
-    schedule: str = (
-        "logit-normal"  # distribution of training times: sigmoid of a normal number, or uniform on 0..1
-    )
+    # Distribution of training times: sigmoid of a normal number, or uniform on 0..1.
+    schedule: str = "logit-normal"
     mean: float = 1.0  # mean of the normal number of the schedule logit-normal
     std: float = 1.0  # standard deviation of the normal number
     # Name of a tensor of the latent -> weight of its error, for latents of several tensors. None: equal
@@ -317,7 +316,7 @@ class FlowPath:
                 " finite mean and std > 0."
             )
         if not 0 <= self.sigma_min < 1:
-            raise ValueError(f"FlowPath.sigma_min: expected 0 <= sigma_min < 1, got {self.sigma_min}.")
+            raise ValueError(f"FlowPath.sigma_min: {self.sigma_min} is not allowed. Use 0 <= sigma_min < 1.")
 
     def sigma(self, t: Any) -> Any:
         """Return the factor of the noise in x_t, s + (1 - s) t, for a time t or a tensor of times."""
@@ -430,9 +429,8 @@ class Sampling:
     rescale_t: float = 3.0
     # Strength, 0 to 1, with which the guided x_0 is rescaled to the standard deviation of the unguided x_0.
     cfg_rescale: float = 0.0
-    shortcut: bool = (
-        False  # True: the network also reads the length of a step, 1 / steps, and needs few steps
-    )
+    # True: the network also reads the length of a step, 1 / steps, and needs few steps.
+    shortcut: bool = False
     # Times are compared with the interval as float32 numbers time_scale (1 - t), as some original programs
     # do. None: as float64 numbers t.
     time_scale: float | None = None
@@ -500,7 +498,7 @@ class FlowStage:
             x_t: N noised latents.
             t: [N], times in 0..1, where 1 is noise.
             cond: conditioning of N samples.
-            model: network to call; None for the network of the stage.
+            model: network to call; None to call the network of the stage.
             step: length of the sampling step, for a network that reads it. None: the velocity at the time t,
                 as in training.
         Returns: N velocities, in float32. Differentiable in x_t and in the parameters of the network.
@@ -528,7 +526,7 @@ class FlowStage:
 
         Args:
             seeds: N seeds.
-            given: N outputs of the previous stage; N times None for the first stage.
+            given: N outputs of the previous stage; for the first stage, a list of N times None.
         Raises: ValueError if an output does not fit the kind of latents.
         """
         return self.latents.noise(f"FlowStage.noise of {self.name!r}", seeds, given)
@@ -623,10 +621,11 @@ def check_convention(stage: FlowStage, x_0: Batch, cond: Condition) -> None:
     other_velocity = opposite(t, stage.velocity(x_t, 1 - t, cond))[1]
     other_error = stage.path.errors(other_velocity, x_0, eps).mean()
     if other_error < 0.5 * error:
-        stated_content = "data" if stage.data_at_one else "noise"
+        declared_content = "data" if stage.data_at_one else "noise"
         other_content = "noise" if stage.data_at_one else "data"
         raise ValueError(
-            f"stage {stage.name!r}: the stage states the convention with {stated_content} at t = 1, in which"
-            f" the error of its network is {error:.3g}, but with {other_content} at t = 1 the error is"
-            f" {other_error:.3g}. Set data_at_one={not stage.data_at_one} in this stage."
+            f"stage {stage.name!r}: the network was probably trained with the other time convention. The"
+            f" stage declares {declared_content} at t = 1, where the flow-matching error is {error:.3g}; with"
+            f" {other_content} at t = 1 it is only {other_error:.3g}. Set"
+            f" data_at_one={not stage.data_at_one} in this stage."
         )

@@ -133,7 +133,7 @@ class Block(nn.Module):
 
 
 class Trunk(nn.Module):
-    """Transformer from input tokens to output tokens, which is a part of both networks.
+    """Transformer from input tokens to output tokens, which both velocity networks contain.
 
     Args:
         sizes: sizes of the layers.

@@ -38,15 +38,15 @@ RIGHT_COLOUR = 0.15  # largest error of a channel, in 0..1, at which ChooserOrac
 
 
 @dataclass(frozen=True)
-class _Views:
-    """Assets and the targets of their prompts as flat arrays over the P = R^3 cells of the grid."""
+class _FlatAssets:
+    """Assets and the targets of their prompts, as flat arrays over the P = R^3 cells of the grid."""
 
     filled: torch.Tensor  # [N, P] float, 0 or 1
     wanted: torch.Tensor  # [N, K, P] float, 0 or 1
     colour_error: torch.Tensor  # [N, P, 3], 0 where nothing is filled
 
     @classmethod
-    def from_assets(cls, assets: Sequence[toy.ToyAsset], prompts: Sequence[str]) -> "_Views":
+    def from_assets(cls, assets: Sequence[toy.ToyAsset], prompts: Sequence[str]) -> "_FlatAssets":
         """Make the arrays of N assets with N prompts."""
         assert len(assets) == len(prompts) > 0
         shapes, colours = toy.targets(prompts)
@@ -77,7 +77,7 @@ class _Oracle(ABC):
         """Return the scores "geometry" and "colour" of N assets with N prompts, [N] float32 each."""
 
     def __call__(self, assets: Sequence[toy.ToyAsset], prompts: Sequence[str]) -> torch.Tensor:
-        """Return the sum of both scores of N assets with N prompts, [N] float32."""
+        """Return the sum of the two scores of N assets with N prompts, [N] float32."""
         score_by_part = self.parts(assets, prompts)
         return score_by_part["geometry"] + score_by_part["colour"]
 
@@ -89,7 +89,7 @@ class LabelOracle(_Oracle):
     """
 
     def parts(self, assets: Sequence[toy.ToyAsset], prompts: Sequence[str]) -> Mapping[str, torch.Tensor]:
-        flat_assets = _Views.from_assets(assets, prompts)
+        flat_assets = _FlatAssets.from_assets(assets, prompts)
         # Intersection divided by union, for the variant for which it is largest.
         iou = (flat_assets.overlap / (flat_assets.sizes - flat_assets.overlap)).amax(1)
         return {
@@ -106,7 +106,7 @@ class ChooserOracle(_Oracle):
     """
 
     def parts(self, assets: Sequence[toy.ToyAsset], prompts: Sequence[str]) -> Mapping[str, torch.Tensor]:
-        flat_assets = _Views.from_assets(assets, prompts)
+        flat_assets = _FlatAssets.from_assets(assets, prompts)
         to_shape = _distances_to_shapes()[toy.classes(prompts)[0]]  # [N, K, P]
         to_asset = torch.stack([_distance(asset.occupancy) for asset in assets])  # [N, P]
         # Mean distance [N, K] of the asset's voxels from a variant, which measures additional parts.
@@ -133,7 +133,7 @@ class FinalOracle(_Oracle):
 
         The terms are "overlap", "symmetry", "pieces" (negative, for parts beyond the first) and "colour".
         """
-        flat_assets = _Views.from_assets(assets, prompts)
+        flat_assets = _FlatAssets.from_assets(assets, prompts)
         # Every target is symmetric in x, so the symmetry is measured without the target.
         mirrored = torch.stack([asset.occupancy.flip(0) for asset in assets]).flatten(1)
         # The second result of scipy's label is the number of parts that are connected by faces.
@@ -220,15 +220,16 @@ def judge_drafts(
 def human_pairs(
     stage: str, prompts: Sequence[str], per_condition: int, seed: int, defects: toy.Defects | None = None
 ) -> list[PreferencePair]:
-    """Make simulated preference pairs of a stage's latents. The pairs of both stages are made of the same
-    assets.
+    """Make simulated preference pairs of a stage's latents.
+
+    Pairs with the same id in different stages are made of the same two assets.
 
     Args:
         stage: name of the stage.
         prompts: prompts.
         per_condition: number of pairs of each prompt.
         seed: seed of the pairs.
-        defects: largest strengths of the defects; None for the defaults.
+        defects: largest strengths of the defects; None uses the defaults of `Defects`.
     """
     pairs = []
     for condition in prompts:
@@ -257,7 +258,7 @@ def human_pairs(
 def human_singles(
     label_kind: str, prompts: Sequence[str], per_condition: int, seed: int, defects: toy.Defects | None = None
 ) -> Labelled:
-    """Make assets with one simulated label each. Both kinds of labels have the same assets.
+    """Make assets with one simulated label each. The assets do not depend on the kind of the labels.
 
     Args:
         label_kind: kind of the labels. "thumbs": P(up) = sigmoid((s - s_median) / TEMPERATURE), where s is
@@ -267,7 +268,7 @@ def human_singles(
         prompts: prompts.
         per_condition: number of assets of each prompt.
         seed: seed of the assets and labels.
-        defects: largest strengths of the defects; None for the defaults.
+        defects: largest strengths of the defects; None uses the defaults of `Defects`.
     """
     assets = list[Candidate]()
     goodness_by_asset = dict[str, float]()

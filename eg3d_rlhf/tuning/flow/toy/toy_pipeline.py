@@ -211,7 +211,7 @@ def draw_drafts(prompts: Sequence[str], generator: torch.Generator, defects: Def
         prompts: N prompts.
         generator: random generator. The order of its calls cannot change, because it determines the drafts of
             a seed.
-        defects: largest strengths of the defects; None for the defaults.
+        defects: largest strengths of the defects; None uses the defaults of `Defects`.
     """
     defects = defects or Defects()
     shapes, colours = targets(prompts)
