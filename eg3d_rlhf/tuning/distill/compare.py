@@ -59,8 +59,9 @@ def compare(
         assets_by_arm: name of an arm -> N assets, in the order of `pairs`. It contains the arm sds.
         pairs: (prompt, seed) of each of the N assets.
         evaluator: held-out evaluator.
-        measured_by_arm: name of an arm -> name of a measure -> values [N], which are reported in addition. A value
-            is NaN if the measure does not apply to the asset. A measure that applies to no asset is left out.
+        measured_by_arm: name of an arm -> name of a measure -> values [N], which are reported in addition. A
+            value is NaN if the measure does not apply to the asset. A measure that applies to no asset is
+            left out.
     Returns: the table, as values for JSON, and the judgements of all comparisons.
     """
     assert BASE in assets_by_arm and {len(arm_assets) for arm_assets in assets_by_arm.values()} == {

@@ -35,9 +35,8 @@ class Method:
     # Function that makes the guidance, with the arguments (prior, settings, views=, streams=). It also has
     # the argument reward= if `accepts_reward` is True, and judge= if `accepts_judge` is True.
     guidance: "Callable[..., Guidance]"
-    noises: Callable[
-        [Any], int
-    ]  # function from the method's settings to the number of noises of an image in a step
+    # Function from the method's settings to the number of noises of an image in a step.
+    noises: Callable[[Any], int]
     accepts_reward: bool = True  # True: the method uses a reward of images
     accepts_judge: bool = False  # True: a judge can rank pairs of images in place of the reward
 

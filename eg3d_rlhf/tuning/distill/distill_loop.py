@@ -6,8 +6,8 @@ noises, computes the gradient of the method, and updates the parameters of the a
 All random numbers come from `Streams` by (seed, stream, step). A resumed run is therefore bitwise identical
 to a run that was not interrupted.
 
-Shapes: assets, [A]; V views of each asset; B = A V images, with the views of an asset adjacent; K noises; C, H,
-W channels, rows and columns of latents.
+Shapes: assets, [A]; V views of each asset; B = A V images, with the views of an asset adjacent; K noises; C,
+H, W channels, rows and columns of latents.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -132,13 +132,13 @@ def find_warnings(stats_lines: Sequence[Mapping[str, float]]) -> dict[str, str]:
         )
     if newest_line.get("first_wins") in (0, 1):
         warning_by_name["winner"] = (
-            f"the first noise won {newest_line['first_wins']:.0%} of the pairs, so the judge probably answers by"
-            " the position of an image. Use a judge that is shown its images in random order."
+            f"the first noise won {newest_line['first_wins']:.0%} of the pairs, so the judge probably answers"
+            " by the position of an image. Use a judge that is shown its images in random order."
         )
     if newest_line.get("unanswered", 0) > 0.5:
         warning_by_name["unanswered"] = (
-            f"the judge gave no answer for {newest_line['unanswered']:.0%} of the pairs, and these steps use no"
-            " preference. Use another --judge, or a --reward."
+            f"the judge gave no answer for {newest_line['unanswered']:.0%} of the pairs, and these steps use"
+            " no preference. Use another --judge, or a --reward."
         )
     # Values may exceed 0..1 slightly by interpolation and rounding, hence the tolerance.
     if newest_line.get("image_low", 0) < -0.01 or newest_line.get("image_high", 1) > 1.01:
@@ -208,9 +208,8 @@ class Distillation:
     """
 
     asset: Asset  # the assets that are optimised, [A]
-    prompts: list[
-        str
-    ]  # one prompt for each asset; with several starts of an asset, its prompt occurs several times
+    # One prompt for each asset; with several starts of an asset, its prompt occurs several times.
+    prompts: list[str]
     prior: DiffusionPrior  # frozen diffusion model
     renderer: Renderer  # samples cameras and renders the assets
     guidance: Guidance  # computes the gradient with respect to the latents

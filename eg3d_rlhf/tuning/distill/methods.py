@@ -57,7 +57,8 @@ def _add(
         module: name of the module in the folder guidance/.
         guidance: name of the class in that module.
         noises: function from the settings to the number of noises of an image in a step.
-        method_flags: fields `accepts_reward` and `accepts_judge` of `Method`, if they differ from the defaults.
+        method_flags: fields `accepts_reward` and `accepts_judge` of `Method`, if they differ from the
+            defaults.
     """
     make_method_guidance = partial(import_guidance, module, guidance)
     METHODS.add(

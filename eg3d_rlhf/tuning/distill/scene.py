@@ -118,7 +118,8 @@ class Scene:
         sign = -1 if arm.geometry_twist == "inverted" else 1
         if arm.geometry_twist == "random":
             reward = shuffle_weights(reward, settings.seed)
-        # `guidance` contains the settings of the geometry reward, too; `settings_from_values` ignores all others.
+        # `guidance` contains the settings of the geometry reward, too; `settings_from_values` ignores all
+        # others.
         geometry_settings = settings_from_values(GeometrySettings, settings.guidance)
         return ProgressiveGeometry(reward, geometry_settings, settings.loop.steps, sign)
 

@@ -126,8 +126,8 @@ def measures(asset: Asset, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
         prompts: one prompt for each asset.
     Returns: name of a measure -> values [A]. "no nose", "one nose" and "more" are 1 if a head has this number
     of noses, else 0. "preferred sides" is the share of the sides of a box with the preferred emblem. The
-    counts of noses are NaN for boxes, and the preferred sides are NaN for heads. "rms" is the root mean square difference of the images to the
-    prior's nearest modes.
+    counts of noses are NaN for boxes, and the preferred sides are NaN for heads. "rms" is the root mean
+    square difference of the images to the prior's nearest modes.
     """
     is_head = torch.tensor([box_prompts.prompt_of(text).kind == "janus" for text in prompts])
     nose_counts = noses(asset).cpu()  # [A], also of boxes, for which they are not used

@@ -51,10 +51,11 @@ def head_numbers(prompts: Sequence[str]) -> list[int]:
     return numbers
 
 
+# The bundled problem in closed form, and a U-Net that was trained on its samples.
 PRIORS = (
     "bundled",
     "bundled-unet",
-)  # the bundled problem in closed form, and a U-Net that was trained on its samples
+)
 
 
 SCENES: Registry[SceneKind] = Registry("--prior", {})

@@ -218,8 +218,9 @@ def floor_loss(
     Args:
         depth: [N, h, w], distance from the camera, in world units.
         limit: smallest allowed depth, in world units.
-        only_violators: False to take the mean over all pixels. True to take it over the pixels that are nearer
-            than the limit only, as in the published method; the number of such pixels then does not matter.
+        only_violators: False to take the mean over all pixels. True to take it over the pixels that are
+            nearer than the limit only, as in the published method; the number of such pixels then does not
+            matter.
     Returns: [N], penalty in world units; 0 if no pixel is nearer than the limit. Differentiable in depth.
     Deviates: the published code takes the mean over the violating pixels of all samples of a batch together.
     """

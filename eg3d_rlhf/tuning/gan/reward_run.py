@@ -113,8 +113,9 @@ def open_networks(settings: Settings, resolution: int) -> networks.Networks:
         )
     if G.img_resolution != resolution:
         raise ValueError(
-            f"--data: the networks of --init={settings.net.init} make images of {G.img_resolution} pixels per edge,"
-            f" but the training images have {resolution}. Resize the training images to {G.img_resolution}."
+            f"--data: the networks of --init={settings.net.init} make images of {G.img_resolution} pixels per"
+            f" edge, but the training images have {resolution}. Resize the training images to"
+            f" {G.img_resolution}."
         )
     # The group size of the minibatch statistics is not taken from the file; it is a setting of this run.
     networks.set_mbstd_group(nets, settings.net.mbstd_group)
@@ -135,9 +136,9 @@ def check_kind(settings: Settings) -> None:
     # A kind with presets has a network, whose weights are in a reward file.
     if settings.reward.reward_ckpt is None and presets_of(reward_kind):
         raise ValueError(
-            f"--reward-ckpt: --cfg={settings.net.cfg} with --reward={reward_kind} needs a reward file, because the bundled"
-            " reward fits the bundled generator of heads only. Train a reward with tools/train_reward.py, and"
-            " pass its file as --reward-ckpt."
+            f"--reward-ckpt: --cfg={settings.net.cfg} with --reward={reward_kind} needs a reward file,"
+            " because the bundled reward fits the bundled generator of heads only. Train a reward with"
+            " tools/train_reward.py, and pass its file as --reward-ckpt."
         )
 
 
@@ -230,8 +231,8 @@ def build(settings: Settings, run: Run) -> Objects:
         if reward.observation.kind != settings.reward.reward:
             file_reward_kind = reward.observation.kind
             raise ValueError(
-                f"--reward={settings.reward.reward}: the file of --reward-ckpt contains a reward of the kind {file_reward_kind}."
-                f" Pass --reward={file_reward_kind}."
+                f"--reward={settings.reward.reward}: the file of --reward-ckpt contains a reward of the kind"
+                f" {file_reward_kind}. Pass --reward={file_reward_kind}."
             )
         # Only rank 0 checks, so that a warning is printed once.
         for flag, checked_reward in (("--reward-ckpt", reward), ("--heldout-reward", heldout_reward)):

@@ -244,8 +244,9 @@ def table(ledger: Ledger) -> list[str]:
             )
         )
         table_lines.append(
-            f"{round_entry['round']:<5d}  {label_results.get('count', 0):<6d}  {reward_results.get('pooled', 0):<6d} "
-            f" {noise:<6s}  {test_accuracy:<5s}  {distance:<8s}  {changes}"
+            f"{round_entry['round']:<5d}  {label_results.get('count', 0):<6d}"
+            f"  {reward_results.get('pooled', 0):<6d}  {noise:<6s}  {test_accuracy:<5s}  {distance:<8s}"
+            f"  {changes}"
         )
     return table_lines
 
@@ -323,8 +324,8 @@ def pairing(
     Args:
         settings: settings of the run.
         round_number: number of the round, from 1.
-        by_disagreement: True to choose a share of the pairs by the disagreement of rewards; False for random pairs
-            only.
+        by_disagreement: True to choose a share of the pairs by the disagreement of rewards; False for random
+            pairs only.
         reward_paths: paths of the files of these rewards.
     """
     config = settings.rounds
@@ -369,7 +370,9 @@ class Rounds:
         return self.folder / f"round-{round_number}"
 
     def networks(self, round_number: int, ledger: Ledger) -> list[Path]:
-        """Return the network files whose samples rounds 1 to `round_number` label, in the order of the rounds."""
+        """Return the network files whose samples rounds 1 to `round_number` label, in the order of the
+        rounds.
+        """
         # Round 1 labels samples of the initial network, round k + 1 samples of the network that round k
         # tuned.
         return [self.pretrained_path, *ledger.files("tuned")][:round_number]
@@ -458,7 +461,8 @@ class Rounds:
         # True if the project was created now, so that it has no answers yet.
         if launch.make_round(database_url, project_name, generator.path, pairing_options):
             print(
-                f"Round {round_number} waits for people. Label with: {launch.label_command(database_url, project_name)}"
+                f"Round {round_number} waits for people. Label with:"
+                f" {launch.label_command(database_url, project_name)}"
             )
             print(f"Then continue with: python train.py --resume={self.folder}", flush=True)
             return None
@@ -540,9 +544,8 @@ class Rounds:
         tuning_folder = self.round_folder(round_number) / "tuning"
         tuning_settings = self.settings(round_number, ledger)
         print(f"Round {round_number}: tuning.", flush=True)
-        self.tune(
-            tuning_settings, tuning_folder
-        )  # begins the tuning, or resumes the tuning that the folder contains
+        # Begins the tuning, or resumes the tuning that the folder contains.
+        self.tune(tuning_settings, tuning_folder)
         stats_file = tuning_folder / STATS
         stats_lines = stats_file.read_text().splitlines() if stats_file.is_file() else []
         ticks = [version_0_1.gan_stats(json.loads(line)) for line in stats_lines]
@@ -551,9 +554,8 @@ class Rounds:
             print(f"Continue with --resume={self.folder}", flush=True)
             return None
         network_file = find_network(tuning_folder)
-        tuned_generator = load_generator(
-            network_file, self.device
-        )  # the last network, or the network that an early stop kept
+        # The last network, or the network that an early stop kept.
+        tuned_generator = load_generator(network_file, self.device)
         untuned_generator = load_generator(self.pretrained_path, self.device)
         # The ledger records the metrics of the tick at which the network was saved. With an early stop this
         # need not be the last tick.

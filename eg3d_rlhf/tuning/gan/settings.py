@@ -193,8 +193,8 @@ def clip_range(clip_text: str, quantile: Callable[[float], float] | None = None)
     """Return the bounds of the trust region for a value of --reward-clip.
 
     Args:
-        clip_text: value of --reward-clip: "LOW,HIGH", "iqr" or "none". LOW and HIGH are each a number, or qSHARE
-            for a quantile of the shaped rewards of the untuned generator.
+        clip_text: value of --reward-clip: "LOW,HIGH", "iqr" or "none". LOW and HIGH are each a number, or
+            qSHARE for a quantile of the shaped rewards of the untuned generator.
         quantile: function from a share in 0..1 to that quantile. With None, before the rewards are computed,
             this function only checks `clip_text`, and returns the share in place of the quantile.
     Returns: lower and upper bound. Both are infinite for "none", and also for "iqr", whose bounds
@@ -393,9 +393,8 @@ class Settings:
             "ema_rampup": 0.05 if from_scratch else None,
             "ada_kimg": 500.0 if from_scratch else 100.0,
         }
-        return settings_from_values(
-            cls, {**task_defaults, **values}
-        )  # values that the run stored take precedence
+        # Values that the run stored take precedence.
+        return settings_from_values(cls, {**task_defaults, **values})
 
     def changed(self, **values) -> "Settings":
         """Return a copy of the settings in which the named settings have the given values."""
@@ -438,9 +437,10 @@ def control_differs(tuned_record: dict, control_record: dict) -> list[str]:
     """List the differences for which a run cannot be the control of a tuned run.
 
     Args:
-        tuned_record: record of the tuned run: its settings by name, and the hashes of its input files ("hashes").
-        control_record: record of the possible control, in the same form. Settings that only one of the two records
-            has are not compared.
+        tuned_record: record of the tuned run: its settings by name, and the hashes of its input files
+            ("hashes").
+        control_record: record of the possible control, in the same form. Settings that only one of the two
+            records has are not compared.
     Returns: one text for each difference, "NAME VALUE instead of EXPECTED-VALUE". The list is empty if the
     run can be the control.
     """

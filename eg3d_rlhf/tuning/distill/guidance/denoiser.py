@@ -248,9 +248,8 @@ class Denoiser:
                 # None stands for the null prompt.
                 negatives.append(prompt_null if direction is None else prior.embed([prompt], [direction])[0])
         text = torch.stack(texts)  # [B, T, D]
-        negative_tokens = torch.stack(
-            [torch.stack(first_negatives), torch.stack(second_negatives)]
-        )  # [Q, B, T, D]
+        # [Q, B, T, D]
+        negative_tokens = torch.stack([torch.stack(first_negatives), torch.stack(second_negatives)])
         negative_weights = torch.tensor([weights for _, _, weights in mixtures]).to(text)  # [B, Q]
         return Conditioning(text, null, negative_tokens, negative_weights)
 
@@ -391,8 +390,8 @@ class Denoiser:
         scores = reward.score(images.flatten(0, 1), prompts * len(images))  # [K B]
         if scores.shape != (image_count,):
             raise ValueError(
-                f"--reward: the reward returned scores of the shape {list(scores.shape)} for {image_count} images."
-                f" It must return one score for each image, [{image_count}]. Use another reward."
+                f"--reward: the reward returned scores of the shape {list(scores.shape)} for {image_count}"
+                f" images. It must return one score for each image, [{image_count}]. Use another reward."
             )
         if not torch.isfinite(scores).all():
             raise ValueError(
@@ -485,13 +484,11 @@ class Rewarded(Guided):
 class Ranks(NamedTuple):
     """Result of a ranking of two noises."""
 
-    scores: (
-        torch.Tensor
-    )  # [2, N]; without a reward, 1 for the noise that the judge prefers and 0 for the other noise
+    # [2, N]; without a reward, 1 for the noise that the judge prefers and 0 for the other noise.
+    scores: torch.Tensor
     winner: torch.Tensor  # [N] index of the preferred noise, 0 or 1; -1 if the judge gave no answer
-    gap: (
-        torch.Tensor
-    )  # [N] score of the winner minus that of the loser. By a judge: 1, or 0 if it gave no answer
+    # [N] score of the winner minus that of the loser. By a judge: 1, or 0 if it gave no answer.
+    gap: torch.Tensor
 
 
 class Ranking:

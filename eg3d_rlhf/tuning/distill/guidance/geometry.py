@@ -255,9 +255,8 @@ def _norm(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
 class NamedGeometry(NamedTuple):
     """Geometry reward that --geometry-reward can name."""
 
-    make: Callable[
-        [], GeometryReward
-    ]  # function that makes a new reward for each run, since some have a state
+    # Function that makes a new reward for each run, since some have a state.
+    make: Callable[[], GeometryReward]
     priors: tuple[str, ...] = ()  # values of --prior with which it can be used; () for all
 
 
@@ -289,8 +288,8 @@ def load_geometry(name: str, prior: str, device: torch.device) -> Callable[[], G
         named_geometry = GEOMETRY_REWARDS[name]
         if named_geometry.priors and prior not in named_geometry.priors:
             raise ValueError(
-                f"--geometry-reward={name} works with --prior={' or '.join(named_geometry.priors)} only, and not with"
-                f" {prior}. Use another reward, e.g. --geometry-reward=solid."
+                f"--geometry-reward={name} works with --prior={' or '.join(named_geometry.priors)} only, and"
+                f" not with {prior}. Use another reward, e.g. --geometry-reward=solid."
             )
         return named_geometry.make
     # A name in the registry takes precedence: a file called "solid" needs a path such as ./solid.

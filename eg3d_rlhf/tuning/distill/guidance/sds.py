@@ -49,9 +49,8 @@ class Sds(Guided):
                 * bar.sqrt()
                 / (1 - bar).sqrt()
             )
-            estimates = denoiser.x0(
-                x_t, prediction.guided(settings.prior.guidance_scale), t
-            )  # [K, B, C, H, W]
+            # [K, B, C, H, W]
+            estimates = denoiser.x0(x_t, prediction.guided(settings.prior.guidance_scale), t)
             image_grads = [
                 gradients.image_loss(images, denoiser.prior.decode(x0), weight) for x0 in estimates
             ]

@@ -499,8 +499,8 @@ def load_mvdream(path: Path, options: PriorOptions | None = None) -> MVDream:
     (time_count,) = shape_of(state, "alphas_cumprod", who, 1)
     if time_count != 1000:
         raise ValueError(
-            f"{who}: alphas_cumprod has {time_count} entries, but the noise schedule needs 1000. Download the file"
-            " that MVDream publishes."
+            f"{who}: alphas_cumprod has {time_count} entries, but the noise schedule needs 1000. Download the"
+            " file that MVDream publishes."
         )
     # open_clip pads prompts with the token 0. None: OpenAI's tokenizer pads with its end token.
     pad_token = 0 if any(name.startswith(OPEN_CLIP) for name in state) else None

@@ -30,7 +30,8 @@ def each(
     conditionings.
 
     Args:
-        transform: function of one tensor of `condition` and the tensors of the same name in `other_conditionings`.
+        transform: function of one tensor of `condition` and the tensors of the same name in
+            `other_conditionings`.
         condition: conditioning.
         other_conditionings: conditionings with tensors of the same names.
     Returns: conditioning that consists of the results.
@@ -72,8 +73,8 @@ def rows(condition: Condition) -> int:
     if len(set(row_count_by_name.values())) != 1:
         row_counts = ", ".join(f"{name}: {count}" for name, count in row_count_by_name.items())
         raise ValueError(
-            f"conditioning: the tensors have different numbers of rows ({row_counts}). Make all of them from the"
-            " same samples, with one row for each sample."
+            f"conditioning: the tensors have different numbers of rows ({row_counts}). Make all of them from"
+            " the same samples, with one row for each sample."
         )
     return next(iter(row_count_by_name.values()))
 
@@ -195,7 +196,8 @@ class Conditioning:
 
         Args:
             who: beginning of the message.
-            required_encoder: required value of `encoder`; if it begins with *, the required end of that value.
+            required_encoder: required value of `encoder`; if it begins with *, the required end of that
+                value.
             encoder: encoder with which the user has to embed the prompts, in words.
         """
         has_required_encoder = (
@@ -205,8 +207,8 @@ class Conditioning:
         )
         if self.encoder and not has_required_encoder:
             raise ValueError(
-                f"{who}: expected embeddings of {required_encoder}, got embeddings of {self.encoder}. Embed the prompts"
-                f" with {encoder}."
+                f"{who}: expected embeddings of {required_encoder}, got embeddings of {self.encoder}. Embed"
+                f" the prompts with {encoder}."
             )
 
     def select(self, prompts: Sequence[str]) -> Condition:
@@ -243,7 +245,10 @@ def form_of(condition: Condition | None) -> Any:
 
 
 def shape_text(form: Mapping[str, Sequence[int]] | Sequence[int]) -> str:
-    """Return the result of `form_of` as text for messages, such as "[77, 768]" or "image [4, 8], size [1]"."""
+    """Return the result of `form_of` as text for messages.
+
+    Examples are "[77, 768]" for one tensor, and "image [4, 8], size [1]" for several tensors by name.
+    """
     if isinstance(form, Mapping):
         return ", ".join(f"{name} {list(shape)}" for name, shape in form.items()) or "no tensor"
     return str(list(form))
@@ -302,8 +307,8 @@ def read_conditioning(path: Path, zero_null: bool = True) -> Conditioning:
     if not embedding_files:
         allowed_suffixes = ", ".join(SUFFIXES)
         raise FileNotFoundError(
-            f"conditioning: {path} is neither a file of embeddings nor a folder with files {allowed_suffixes}. Embed"
-            " the prompts first, or name the file or folder of their embeddings."
+            f"conditioning: {path} is neither a file of embeddings nor a folder with files"
+            f" {allowed_suffixes}. Embed the prompts first, or name the file or folder of their embeddings."
         )
     embeddings: dict[str, Condition] = {p.stem: read_embedding(p) for p in embedding_files}
     # A file name cannot be empty, so the embedding of '' is in a file named null.
@@ -351,8 +356,8 @@ def read_array(path: Path, key: str | None = None) -> torch.Tensor:
         # Messages of libraries have several lines, of which the first one is shown.
         error_summary = (str(error).splitlines() or [type(error).__name__])[0][:120]
         raise ValueError(
-            f"{path}: the file is damaged, or contains something else than an array ({error_summary}). Restore it"
-            " from a copy, or save the array again."
+            f"{path}: the file is damaged, or contains something else than an array ({error_summary})."
+            " Restore it from a copy, or save the array again."
         ) from None
     if isinstance(loaded, Mapping):
         array_names = list(loaded)
@@ -360,8 +365,8 @@ def read_array(path: Path, key: str | None = None) -> torch.Tensor:
         array_name = key if key in array_names else array_names[0] if len(array_names) == 1 else None
         if array_name is None:
             raise ValueError(
-                f"{path}: expected one array{f' named {key}' if key else ''}, got {_listed(array_names)}. Save the"
-                f" array {'under that name' if key else 'alone'}."
+                f"{path}: expected one array{f' named {key}' if key else ''}, got {_listed(array_names)}."
+                f" Save the array {'under that name' if key else 'alone'}."
             )
         loaded = loaded[array_name]
     if not isinstance(loaded, torch.Tensor):

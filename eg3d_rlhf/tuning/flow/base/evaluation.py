@@ -37,11 +37,11 @@ def evaluate(
         on_asset: function that is called with the number of assets after each batch; None to show a progress
             bar.
         measures_spread: True to measure the diversity of the assets, too.
-        given_outputs: name of one stage -> C S outputs of the stages before it, in the order of Evaluation.crossed.
-            These stages are then not sampled. None: all stages are sampled.
+        given_outputs: name of one stage -> C S outputs of the stages before it, in the order of
+            Evaluation.crossed. These stages are then not sampled. None: all stages are sampled.
     Returns: values for JSON. "conditions": C prompts. "scores": name of an evaluator -> C lists of S scores.
-    With `measures_spread` also "spread": name of a stage before the last -> C values of `spread`; and "score" -> C
-    standard deviations of the final score over the assets of a prompt.
+    With `measures_spread` also "spread": name of a stage before the last -> C values of `spread`; and "score"
+    -> C standard deviations of the final score over the assets of a prompt.
     Raises: ValueError for a score that is NaN or infinite.
     """
     evaluators = {name: evaluator for name in EVALUATORS if (evaluator := getattr(problem, name)) is not None}
@@ -75,8 +75,8 @@ def evaluate(
         for name, evaluator_scores in batch_scores.items():
             if not bool(evaluator_scores.isfinite().all()):
                 raise ValueError(
-                    f"{name}: the evaluator returned NaN or infinity among the scores {evaluator_scores.tolist()}. Use"
-                    " an evaluator that returns finite scores."
+                    f"{name}: the evaluator returned NaN or infinity among the scores"
+                    f" {evaluator_scores.tolist()}. Use an evaluator that returns finite scores."
                 )
             # The assets of a prompt are adjacent, so the scores of a batch are [prompts, S].
             scores_by_evaluator.setdefault(name, []).extend(

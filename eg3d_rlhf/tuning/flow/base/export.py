@@ -24,8 +24,8 @@ def export(family: FlowFamily, root: Path, export_folder: Path, tuned_paths: Map
         family: family of the generator.
         root: folder of the generator that was tuned, or the name of a bundled generator.
         export_folder: folder to write.
-        tuned_paths: name of a stage -> folder or file with tuned weights, in a layout that policies.tuned_model
-            reads.
+        tuned_paths: name of a stage -> folder or file with tuned weights, in a layout that
+            policies.tuned_model reads.
     Returns: report for JSON. "tuned": name of a stage -> {"file": name of its file, "rounding": share of the
     update that is lost by rounding to the file's data type}. "kept": names of the files that were linked.
     "elsewhere": names of models that the folder refers to and does not contain.

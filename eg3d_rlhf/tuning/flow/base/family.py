@@ -51,9 +51,8 @@ class Network:
 
     name: str  # name of the network
     file: Path  # file of its weights
-    expected: Mapping[
-        str, Sequence[int]
-    ]  # name of a tensor -> shape that follows from the settings of the folder
+    # Name of a tensor -> shape that follows from the settings of the folder.
+    expected: Mapping[str, Sequence[int]]
     # Name of a tensor in the file -> tensor, of which only the shape and the data type are read; empty
     # without a file.
     tensors: Mapping[str, Any]

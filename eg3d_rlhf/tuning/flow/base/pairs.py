@@ -65,8 +65,8 @@ class PreferencePair:
             if score is not None and not (math.isfinite(score) and (field_name != "w2" or score >= 0)):
                 allowed_score = "a number >= 0" if field_name == "w2" else "a finite number"
                 raise ValueError(
-                    f"{who}, {field_name}: expected {allowed_score} or None, got {score}. Drop the pair, or score it"
-                    " again."
+                    f"{who}, {field_name}: expected {allowed_score} or None, got {score}. Drop the pair, or"
+                    " score it again."
                 )
         latent_descriptions = []
         for field_name in ("preferred", "rejected"):
@@ -83,14 +83,14 @@ class PreferencePair:
                 repeated_voxels = len(latent.coords) - len(torch.unique(latent.places))
                 if repeated_voxels:
                     raise ValueError(
-                        f"{who}, {field_name}: {repeated_voxels} voxel indices are repeated, but each voxel may"
-                        " occur once only. Merge the features of equal voxels, or drop the pair."
+                        f"{who}, {field_name}: {repeated_voxels} voxel indices are repeated, but each voxel"
+                        " may occur once only. Merge the features of equal voxels, or drop the pair."
                     )
             latent_descriptions.append(_describe(latent))
         if latent_descriptions[0] != latent_descriptions[1]:
             raise ValueError(
-                f"{who}: the two latents are {latent_descriptions[0]} and {latent_descriptions[1]}, so they cannot belong"
-                " to one stage. Pair latents of one stage."
+                f"{who}: the two latents are {latent_descriptions[0]} and {latent_descriptions[1]}, so they"
+                " cannot belong to one stage. Pair latents of one stage."
             )
 
     @property
@@ -295,20 +295,20 @@ def read_pairs(folder: str | Path, stage: FlowStage | str | None = None) -> tupl
     required_stage = stage.name if isinstance(stage, FlowStage) else stage
     if required_stage is not None and description["stage"] != required_stage:
         raise ValueError(
-            f"{folder}: expected pairs of stage {required_stage!r}, got pairs of {description['stage']!r}. Name"
-            " the folder of that stage."
+            f"{folder}: expected pairs of stage {required_stage!r}, got pairs of {description['stage']!r}."
+            " Name the folder of that stage."
         )
     pairs_file = folder / "pairs.jsonl"
     if not pairs_file.is_file():
         raise FileNotFoundError(
-            f"{pairs_file}: the list of {description['pairs']} pairs is missing. Restore the folder from a copy, or"
-            " write the pairs again."
+            f"{pairs_file}: the list of {description['pairs']} pairs is missing. Restore the folder from a"
+            " copy, or write the pairs again."
         )
     pairs_jsonl = pairs_file.read_bytes()
     if hashlib.sha256(pairs_jsonl).hexdigest() != description["records"]:
         raise ValueError(
-            f"{pairs_file}: the file does not have the hash that meta.json records, so it has changed. Restore the"
-            " folder from a copy, or write the pairs again."
+            f"{pairs_file}: the file does not have the hash that meta.json records, so it has changed."
+            " Restore the folder from a copy, or write the pairs again."
         )
     pair_rows = [json.loads(line) for line in pairs_jsonl.splitlines()]
     latents = _read_latents(folder, description)
@@ -320,8 +320,8 @@ def read_pairs(folder: str | Path, stage: FlowStage | str | None = None) -> tupl
         ]
     except (KeyError, TypeError) as error:
         raise ValueError(
-            f"{pairs_file}: a line has missing or unknown columns, or names a latent that is not stored ({error})."
-            " Write the pairs again with this version."
+            f"{pairs_file}: a line has missing or unknown columns, or names a latent that is not stored"
+            f" ({error}). Write the pairs again with this version."
         ) from None
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
@@ -330,8 +330,8 @@ def read_pairs(folder: str | Path, stage: FlowStage | str | None = None) -> tupl
     other_pair = next((pair for pair in pairs if pair.stage != description["stage"]), None)
     if other_pair is not None:
         raise ValueError(
-            f"{folder}: meta.json names the stage {description['stage']!r}, but the pair {other_pair.id} belongs"
-            f" to {other_pair.stage!r}. Write a folder for each stage."
+            f"{folder}: meta.json names the stage {description['stage']!r}, but the pair {other_pair.id}"
+            f" belongs to {other_pair.stage!r}. Write a folder for each stage."
         )
     if isinstance(stage, FlowStage):
         for pair in pairs:
@@ -417,8 +417,8 @@ def _read_latents(folder: Path, description: dict) -> dict[str, Latent]:
         path = folder / file_name
         if not path.is_file():
             raise FileNotFoundError(
-                f"{path}: this file, one of {len(description['shards'])} files of latents, is missing. Restore"
-                " the folder from a copy, or write the pairs again."
+                f"{path}: this file, one of {len(description['shards'])} files of latents, is missing."
+                " Restore the folder from a copy, or write the pairs again."
             )
         if file_hash(path) != expected_hash:
             raise ValueError(

@@ -190,8 +190,8 @@ def _texts_of_line(asset_line: Any, *keys: str) -> list[str]:
             missing_keys.append(key)
     if missing_keys:
         raise ValueError(
-            f"the line has no text for {' and '.join(missing_keys)}. Add the missing text, or sample the assets"
-            " again with eg3d-rlhf flow sample."
+            f"the line has no text for {' and '.join(missing_keys)}. Add the missing text, or sample the"
+            " assets again with eg3d-rlhf flow sample."
         )
     return texts
 

@@ -132,8 +132,8 @@ def trajectory(
     if sampling.cfg_strength and (no_cond is None or rows(no_cond) not in (1, sample_count)):
         given_rows = "None" if no_cond is None else f"{rows(no_cond)} rows"
         raise ValueError(
-            f"sample(no_cond): guidance needs the empty conditioning with 1 or {sample_count} rows, got {given_rows}."
-            " Pass it, or set cfg_strength=0."
+            f"sample(no_cond): guidance needs the empty conditioning with 1 or {sample_count} rows, got"
+            f" {given_rows}. Pass it, or set cfg_strength=0."
         )
     x = noise.to(device)
     all_times = times(sampling)
@@ -201,8 +201,8 @@ def rescaled_velocity(
         t: [N], times above 0.
         v: N velocities with guidance.
         unguided_v: N velocities without guidance.
-        strength: strength of the rescaling, 0 to 1. With 0, the standard deviation with guidance is kept. With 1, it
-            is replaced by the standard deviation without guidance.
+        strength: strength of the rescaling, 0 to 1. With 0, the standard deviation with guidance is kept.
+            With 1, it is replaced by the standard deviation without guidance.
     """
     x_0_guided = path.data(x, t, v)
     x_0_unguided = path.data(x, t, unguided_v)
@@ -453,9 +453,8 @@ class HeldOut:
     batch: int = 16  # number of assets that are generated together
     # Distributed ranks. Each scores its share of the assets, so all of them must call the object.
     ranks: Ranks = SINGLE
-    _scores: torch.Tensor | None = field(
-        default=None, init=False, repr=False
-    )  # scores of the baseline generator
+    # Scores of the baseline generator.
+    _scores: torch.Tensor | None = field(default=None, init=False, repr=False)
     # Outputs of the stages before `stage`, which do not change during training.
     _given: list[Voxels] = field(default_factory=list, init=False, repr=False)
 

@@ -245,8 +245,8 @@ class SparseVoxels:
         max_index = int(coords.max())
         if min_index < 0 or max_index >= self.resolution:
             raise ValueError(
-                f"{who}: expected voxel indices from 0 to {self.resolution - 1}, got {min_index} to {max_index}. Use"
-                f" latents of a grid with {self.resolution} cells per axis."
+                f"{who}: expected voxel indices from 0 to {self.resolution - 1}, got {min_index} to"
+                f" {max_index}. Use latents of a grid with {self.resolution} cells per axis."
             )
         return coords
 

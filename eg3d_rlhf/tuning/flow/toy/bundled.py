@@ -102,9 +102,8 @@ class Block(nn.Module):
         self.cross_attn = CrossAttention(C, sizes.condition, sizes.heads)
         self.norm = nn.LayerNorm(C)
         self.mlp = nn.Sequential(nn.Linear(C, 2 * C), nn.GELU(approximate="tanh"), nn.Linear(2 * C, C))
-        self.modulation = nn.Parameter(
-            torch.randn(6 * C) * 0.02
-        )  # added to the modulation that all blocks share
+        # Added to the modulation that all blocks share.
+        self.modulation = nn.Parameter(torch.randn(6 * C) * 0.02)
 
     def forward(
         self,
@@ -294,7 +293,8 @@ def load_network(name: str, folder: Path = FOLDER) -> nn.Module:
     tensors, metadata = read_tensors(path, KIND)
     if metadata.get("name") != name:
         raise ValueError(
-            f"{path}: expected the network {name!r}, got {metadata.get('name')!r}. Restore the file from a copy."
+            f"{path}: expected the network {name!r}, got {metadata.get('name')!r}. Restore the file from a"
+            " copy."
         )
     network = NETWORKS[name]()
     float32_weights = {

@@ -191,9 +191,8 @@ def judge_drafts(
     assets = [toy.make_assets(draft) for draft in drafts]
     oracle = LabelOracle()
     score_gap = oracle(assets[0], prompts) - oracle(assets[1], prompts)
-    prefers_first = torch.rand(len(score_gap), generator=generator) < torch.sigmoid(
-        score_gap / TEMPERATURE
-    )  # [P]
+    # [P]
+    prefers_first = torch.rand(len(score_gap), generator=generator) < torch.sigmoid(score_gap / TEMPERATURE)
 
     def select(takes_first: torch.Tensor) -> tuple[toy.Drafts, list[toy.ToyAsset]]:
         """Return the first draft and asset of a pair where takes_first [P] is True, and the second ones
