@@ -72,8 +72,8 @@ def compare(
     pair_names = [f"{prompt} #{seed}" for prompt, seed in pairs]
     # Every two arms are compared, because the Elo ratings use the judgements of all arms.
     answers_by_arms = {
-        (a, b): evaluator.compare(assets_by_arm[a], assets_by_arm[b], prompts)
-        for a, b in combinations(assets_by_arm, 2)
+        (arm_a, arm_b): evaluator.compare(assets_by_arm[arm_a], assets_by_arm[arm_b], prompts)
+        for arm_a, arm_b in combinations(assets_by_arm, 2)
     }
     judgements = []
     for (first_arm, second_arm), arm_answers in answers_by_arms.items():
@@ -93,7 +93,8 @@ def compare(
         rating = ratings.ratings[arm]
         # Differences from the base for the same prompt and seed.
         changes_by_measure = {
-            name: values - measured_by_arm[BASE][name] for name, values in measured_by_arm[arm].items()
+            measure_name: measure_values - measured_by_arm[BASE][measure_name]
+            for measure_name, measure_values in measured_by_arm[arm].items()
         }
         # All entries are Python numbers, because the table is written as JSON.
         row_by_arm[arm] = {
@@ -103,14 +104,14 @@ def compare(
             "ties": int((arm_points == 0.5).sum()),
             "elo": {"mean": rating.elo, "ci95": [rating.lo, rating.hi]},
             "measures": {
-                name: _mean(values)
-                for name, values in measured_by_arm[arm].items()
-                if not bool(values.isnan().all())
+                measure_name: _mean(measure_values)
+                for measure_name, measure_values in measured_by_arm[arm].items()
+                if not bool(measure_values.isnan().all())
             },
             "changes": {
-                name: _mean(values)
-                for name, values in changes_by_measure.items()
-                if not bool(values.isnan().all())
+                measure_name: _mean(measure_values)
+                for measure_name, measure_values in changes_by_measure.items()
+                if not bool(measure_values.isnan().all())
             },
         }
     return {
@@ -138,7 +139,7 @@ def markdown(table: Mapping) -> str:
         [
             arm,
             "" if arm == BASE else with_interval(arm_row),
-            *(f"{arm_row['measures'][name]['mean']:.3g}" for name in measure_names),
+            *(f"{arm_row['measures'][measure_name]['mean']:.3g}" for measure_name in measure_names),
             with_interval(arm_row["elo"], ".0f", "mean"),
         ]
         for arm, arm_row in row_by_arm.items()
@@ -152,8 +153,11 @@ def markdown(table: Mapping) -> str:
     change_rows = []
     for arm, arm_row in row_by_arm.items():
         if arm != BASE:
-            changes = (with_interval(arm_row["changes"][name], "+.3g", "mean") for name in measure_names)
-            change_rows.append([arm, *changes])
+            change_cells = (
+                with_interval(arm_row["changes"][measure_name], "+.3g", "mean")
+                for measure_name in measure_names
+            )
+            change_rows.append([arm, *change_cells])
     if measure_names and change_rows:
         table_lines += [
             "",

@@ -88,14 +88,14 @@ class Arm:
     @property
     def name(self) -> str:
         """Name of the arm, in the form that `parse` reads."""
-        name = self.method
+        arm_name = self.method
         if self.twist:
-            name += f"-{self.twist}"
+            arm_name += f"-{self.twist}"
         if self.geometry:
-            name += "+geometry"
+            arm_name += "+geometry"
         if self.geometry_twist:
-            name += f"-{self.geometry_twist}"
-        return name
+            arm_name += f"-{self.geometry_twist}"
+        return arm_name
 
 
 def parse_ramp(ramp_text: str) -> Ramp:
@@ -177,11 +177,11 @@ class LoopConfig:
         check_knobs(self)
         # Ramps are parsed in every step. They are checked here, so that an error appears before the run
         # begins.
-        for name in ("t_min", "t_max", "sparsity", "opacity"):
+        for setting_name in ("t_min", "t_max", "sparsity", "opacity"):
             try:
-                parse_ramp(getattr(self, name))
+                parse_ramp(getattr(self, setting_name))
             except ValueError as error:
-                raise ValueError(f"--set {name}: {error}") from None
+                raise ValueError(f"--set {setting_name}: {error}") from None
         # `at` raises an error if t_min is above t_max, which ramps can cause at the first or at the last
         # step.
         for step in (0, self.steps - 1):
@@ -278,8 +278,8 @@ class DistillSettings:
                 f"--compare={','.join(self.arms)} names an arm twice. Remove one of the equal names."
             )
         # Raises ValueError for an unknown method or control.
-        for name in self.arms:
-            Arm.parse(name)
+        for arm_name in self.arms:
+            Arm.parse(arm_name)
 
     def pairs(self) -> list[tuple[str, int]]:
         """Return the pairs (prompt, seed) of all assets: all prompts with seed 0, then with seed 1, etc."""

@@ -42,23 +42,25 @@ class Tick:
         self.values: dict[str, list[float]] = {}  # metric -> its values in the steps of this tick
         self.scores = History(WINDOW)  # scores of the last steps, also of earlier ticks
 
-    def add(self, output: GuidanceOutput, metrics: Mapping[str, float], images: torch.Tensor) -> None:
+    def add(
+        self, guidance_output: GuidanceOutput, metrics: Mapping[str, float], images: torch.Tensor
+    ) -> None:
         """Add the metrics of one step.
 
         Args:
-            output: result of the guidance, whose scores and terms are added.
+            guidance_output: result of the guidance, whose scores and terms are added.
             metrics: further metrics, name -> value.
             images: [B, 3, h, w], rendered images, whose values should lie in 0..1.
         """
-        for name, value in metrics.items():
-            self._append(name, float(value))
+        for metric, value in metrics.items():
+            self._append(metric, float(value))
         # Terms have one value per asset [A] or per image [B]; the line reports their mean.
-        for name, term_values in output.terms.items():
-            self._append(name, *term_values.detach().flatten().tolist())
+        for metric, term_values in guidance_output.terms.items():
+            self._append(metric, *term_values.detach().flatten().tolist())
         self._append("image_low", float(images.detach().min()))
         self._append("image_high", float(images.detach().max()))
-        if output.scores is not None:
-            scores = output.scores.detach().float().cpu()  # [K, A]
+        if guidance_output.scores is not None:
+            scores = guidance_output.scores.detach().float().cpu()  # [K, A]
             # Share of scores outside the range of the last steps. A large share shows that images change into
             # a range of scores that was not observed before.
             if self.scores.rows.numel():
@@ -70,14 +72,14 @@ class Tick:
             self.scores.add(scores)
             self._append("reward", *scores.flatten().tolist())
             self._append("gap", *(scores.amax(0) - scores.amin(0)).tolist())
-        if output.winner is not None:
+        if guidance_output.winner is not None:
             # -1 stands for a pair to which the judge gave no answer.
-            answered = output.winner[output.winner >= 0]
+            answered = guidance_output.winner[guidance_output.winner >= 0]
             self._append("first_wins", *(answered == 0).float().tolist())
-            self._append("unanswered", *(output.winner < 0).float().tolist())
+            self._append("unanswered", *(guidance_output.winner < 0).float().tolist())
         # True where images were not moved away from the loser.
-        if output.one_sided is not None:
-            self._append("one_sided", *output.one_sided.float().tolist())
+        if guidance_output.one_sided is not None:
+            self._append("one_sided", *guidance_output.one_sided.float().tolist())
 
     def _append(self, metric: str, *new_values: float) -> None:
         """Append values of a metric to those of this tick."""
@@ -192,7 +194,9 @@ def status_columns(stats_line: Mapping[str, float], steps: int) -> dict[str, str
         "opacity": "4.2f",
     }
     return {"step": f"{int(stats_line['step']):>{len(str(steps))}}/{steps}"} | {
-        name: f"{stats_line[name]:<{width}}" for name, width in format_by_metric.items() if name in stats_line
+        metric: f"{stats_line[metric]:<{width}}"
+        for metric, width in format_by_metric.items()
+        if metric in stats_line
     }
 
 
@@ -260,19 +264,22 @@ class Distillation:
         # B prompts, one for each image; the views of an asset are adjacent.
         image_prompts = [prompt for prompt in self.prompts for _ in range(views_per_asset)]
         cam2world = views.cameras[:, :16].to(x.device)  # the other 9 numbers of a camera are its intrinsics
-        output = self.guidance(x, t.to(x.device), image_prompts, cam2world, step, rendered.images)
+        guidance_output = self.guidance(x, t.to(x.device), image_prompts, cam2world, step, rendered.images)
         # Without this check Adam would make all parameters NaN, and checkpoints would store them.
-        if not bool(torch.isfinite(output.grad).all()):
+        if not bool(torch.isfinite(guidance_output.grad).all()):
             raise LossNotFiniteError(
                 f"--prior: its predictions contain NaN or infinity at step {step}. Use a lower"
                 " --guidance-scale, or --set amp=off."
             )
-        loss = distillation_loss(x, output, images=rendered.images)
-        metrics = {"opacity": float(rendered.opacity.detach().mean()), "grad": float(output.grad.norm())}
-        for name in ("sparsity", "opacity"):
+        loss = distillation_loss(x, guidance_output, images=rendered.images)
+        metrics = {
+            "opacity": float(rendered.opacity.detach().mean()),
+            "grad": float(guidance_output.grad.norm()),
+        }
+        for regulariser in ("sparsity", "opacity"):
             # A regulariser with the weight 0 is not computed.
-            if weight := parse_ramp(getattr(self.config, name))(step):
-                loss = loss + weight * self.asset.regularisers()[name].mean()
+            if regulariser_weight := parse_ramp(getattr(self.config, regulariser))(step):
+                loss = loss + regulariser_weight * self.asset.regularisers()[regulariser].mean()
         # Learning rates change linearly with the step, from their initial value to lr_end times that value.
         for parameter_group in self.optimizer.param_groups:
             parameter_group["lr"] = self.rates[parameter_group["name"]] * (
@@ -284,9 +291,11 @@ class Distillation:
         # After the backward pass, because the geometry reward is scaled by the norms of the gradients in
         # `.grad`.
         if self.geometry is not None:
-            output.terms |= self.geometry.add(self.asset, list(self.asset.parameters()), self.prompts, step)
+            guidance_output.terms |= self.geometry.add(
+                self.asset, list(self.asset.parameters()), self.prompts, step
+            )
         self.optimizer.step()
-        self.tick.add(output, metrics, rendered.images)
+        self.tick.add(guidance_output, metrics, rendered.images)
 
     def look(self, stream: str, step: int) -> tuple[Views, RenderedViews]:
         """Sample views of all assets and render them.
@@ -361,7 +370,9 @@ class Distillation:
         checkpoint.restore_optimizer("optim", self.optimizer, dict(tensors))
         for name, stateful_object in self._stateful().items():
             stateful_object.load_state_dict(states[name])
-        self.tick.values = {name: list(values) for name, values in metadata["tick"]["values"].items()}
+        self.tick.values = {
+            name: list(metric_values) for name, metric_values in metadata["tick"]["values"].items()
+        }
 
     def _stateful(self) -> dict:
         """Return the parts of the optimisation besides the assets that have a state: name -> object."""

@@ -100,8 +100,8 @@ def distil(
         line_count = 0
         if checkpoint.available(folder):
             # previous=True: if the newest checkpoint is damaged, the one before it is read.
-            tensors, metadata = run.read(previous=True)
-            distillation.load(tensors, metadata)
+            checkpoint_tensors, metadata = run.read(previous=True)
+            distillation.load(checkpoint_tensors, metadata)
             step = metadata["step"]
             stats_lines = metadata["records"]
             line_count = metadata["lines"]
@@ -130,13 +130,13 @@ def distil(
                     printed_warnings.add(warning_name)
                 if (step // loop.tick) % loop.checkpoint_ticks == 0:
                     _checkpoint(run, distillation, step, stats_lines)
-        assets = distillation.finished()
+        finished_assets = distillation.finished()
         # The assets are written before the file of results, which marks the part as finished.
-        assets.save(folder / ASSETS)
+        finished_assets.save(folder / ASSETS)
         part_summary = {
             "arm": part.arm,
             "batch": part.batch,
-            "assets": len(assets),
+            "assets": len(finished_assets),
             "last": stats_lines[-1],
             "warnings": sorted(printed_warnings),
         }

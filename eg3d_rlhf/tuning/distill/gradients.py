@@ -17,18 +17,20 @@ import torch
 from eg3d_rlhf.core.interfaces import GuidanceOutput
 
 
-def guided(text: torch.Tensor, null: torch.Tensor, scale: float) -> torch.Tensor:
+def guided(
+    text_prediction: torch.Tensor, null_prediction: torch.Tensor, guidance_scale: float
+) -> torch.Tensor:
     """Apply classifier-free guidance (Ho and Salimans 2022): p(null) + scale (p(text) - p(null)).
 
     Args:
-        text: p(text), prediction for the prompt, of any shape.
-        null: p(null), prediction for the null prompt, of the same shape.
-        scale: guidance scale. Scale 1 gives p(text).
+        text_prediction: p(text), prediction for the prompt, of any shape.
+        null_prediction: p(null), prediction for the null prompt, of the same shape.
+        guidance_scale: guidance scale. Scale 1 gives p(text).
 
     Deviates: threestudio's guidance of Stable Diffusion is p(text) + scale (p(text) - p(null)), so its scale
     100 is 101 here.
     """
-    return null + scale * (text - null)
+    return null_prediction + guidance_scale * (text_prediction - null_prediction)
 
 
 def perpendicular(q: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
@@ -40,7 +42,11 @@ def perpendicular(q: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
 
 
 def perp_neg(
-    text: torch.Tensor, null: torch.Tensor, negatives: torch.Tensor, weights: torch.Tensor, scale: float
+    text_prediction: torch.Tensor,
+    null_prediction: torch.Tensor,
+    negative_predictions: torch.Tensor,
+    negative_weights: torch.Tensor,
+    guidance_scale: float,
 ) -> torch.Tensor:
     """Apply Perp-Neg guidance (Armandpour et al. 2023), which moves images away from other views of the
     prompt.
@@ -49,31 +55,31 @@ def perp_neg(
     null + scale (p + sum_i weight_i perpendicular(q_i, p)), [B, C, H, W].
 
     Args:
-        text: [B, C, H, W], prediction for the prompt.
-        null: [B, C, H, W], prediction for the null prompt.
-        negatives: [Q, B, C, H, W], predictions for the prompt with other viewing directions.
-        weights: [B, Q], weights of the negatives, <= 0.
-        scale: guidance scale.
+        text_prediction: [B, C, H, W], prediction for the prompt.
+        null_prediction: [B, C, H, W], prediction for the null prompt.
+        negative_predictions: [Q, B, C, H, W], predictions for the prompt with other viewing directions.
+        negative_weights: [B, Q], weights of the negatives, <= 0.
+        guidance_scale: guidance scale.
     """
-    p = text - null
+    p = text_prediction - null_prediction
     weighted_negatives = [
-        weight.view(-1, 1, 1, 1) * perpendicular(negative - null, p)
-        for negative, weight in zip(negatives, weights.unbind(1), strict=True)
+        weight.view(-1, 1, 1, 1) * perpendicular(negative - null_prediction, p)
+        for negative, weight in zip(negative_predictions, negative_weights.unbind(1), strict=True)
     ]
-    return null + scale * (p + torch.stack(weighted_negatives).sum(0))
+    return null_prediction + guidance_scale * (p + torch.stack(weighted_negatives).sum(0))
 
 
-def sds(predicted: torch.Tensor, noise: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def sds(predicted: torch.Tensor, noise: torch.Tensor, time_weight: torch.Tensor) -> torch.Tensor:
     """Compute w (p - e), the gradient of score distillation sampling (Poole et al. 2022, equation 3).
 
     Args:
         predicted: p, predicted noise, [B, C, H, W].
         noise: e, added noise, [B, C, H, W].
-        weight: w, weight of the time, [B, 1, 1, 1].
+        time_weight: w, weight of the time, [B, 1, 1, 1].
     """
     # The Jacobian of the U-Net is omitted as in the paper, because it is expensive to compute and poorly
     # conditioned at small noise levels.
-    return weight * (predicted - noise)
+    return time_weight * (predicted - noise)
 
 
 def sjc(
@@ -99,16 +105,16 @@ def sjc(
     return ((x if variance_reduced else z) - (z - u * predicted)) / u
 
 
-def image_loss(images: torch.Tensor, decoded: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def image_loss(images: torch.Tensor, decoded: torch.Tensor, image_weight: torch.Tensor) -> torch.Tensor:
     """Compute weight (images - decoded), the gradient of HiFA's loss on images (Zhu et al. 2023), [B, 3, h,
     w].
 
     Args:
         images: rendered images, [B, 3, h, w].
         decoded: images that the prior estimates, [B, 3, h, w].
-        weight: w a / s, [B, 1, 1, 1].
+        image_weight: w a / s, [B, 1, 1, 1].
     """
-    return weight * (images - decoded)
+    return image_weight * (images - decoded)
 
 
 def reconstruction_target(
@@ -142,17 +148,18 @@ def reconstruction(x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return x - target
 
 
-def reward_weighted(residuals: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+def reward_weighted(residuals: torch.Tensor, noise_weights: torch.Tensor) -> torch.Tensor:
     """Compute sum_k weight_k residual_k, [B, C, H, W] (RewardSDS, arXiv 2503.09601, equation 5).
 
     With two noises and the weights 1 and -1 it is the gradient of DreamDPO.
 
     Args:
         residuals: gradients of the K noises, [K, B, C, H, W].
-        weights: weights of the noises, [K, B].
+        noise_weights: weights of the noises, [K, B].
     """
     weighted_residuals = [
-        weight.view(-1, 1, 1, 1) * residual for residual, weight in zip(residuals, weights, strict=True)
+        noise_weight.view(-1, 1, 1, 1) * residual
+        for residual, noise_weight in zip(residuals, noise_weights, strict=True)
     ]
     return torch.stack(weighted_residuals).sum(0)
 
@@ -160,8 +167,8 @@ def reward_weighted(residuals: torch.Tensor, weights: torch.Tensor) -> torch.Ten
 def dreamdpo(
     predicted: torch.Tensor,
     noise: torch.Tensor,
-    weights: torch.Tensor,
-    weight: torch.Tensor,
+    noise_weights: torch.Tensor,
+    time_weight: torch.Tensor,
     *,
     subtract_noise: bool = True,
 ) -> torch.Tensor:
@@ -177,14 +184,14 @@ def dreamdpo(
         predicted: p of both noises, [2, B, C, H, W]. The prediction of the loser may have its own guidance
             scale.
         noise: e, both added noises, [2, B, C, H, W].
-        weights: [2, B]; 1 for the winner, and -1 or 0 for the loser.
-        weight: w, weight of the time, [B, 1, 1, 1].
+        noise_weights: [2, B]; 1 for the winner, and -1 or 0 for the loser.
+        time_weight: w, weight of the time, [B, 1, 1, 1].
         subtract_noise: False to leave out e in the second formula, as the released code does.
     """
     if not subtract_noise:
         # The factor [1, B, 1, 1, 1] is 1 where both noises have a weight (first formula), else 0.
-        noise = noise * (weights != 0).all(0).view(1, -1, 1, 1, 1)
-    return weight * reward_weighted(predicted - noise, weights)
+        noise = noise * (noise_weights != 0).all(0).view(1, -1, 1, 1, 1)
+    return time_weight * reward_weighted(predicted - noise, noise_weights)
 
 
 def psd(
@@ -195,7 +202,7 @@ def psd(
     noise_lose: torch.Tensor,
     *,
     strength: torch.Tensor,
-    weight: torch.Tensor,
+    time_weight: torch.Tensor,
 ) -> torch.Tensor:
     """Compute mean_k residual_k + strength w [(q - e)_win - (q - e)_lose], [B, C, H, W].
 
@@ -209,9 +216,9 @@ def psd(
         noise_win: e of the winner, [B, C, H, W].
         noise_lose: e of the loser, [B, C, H, W].
         strength: [B], the setting eta times a function of the gap between the scores.
-        weight: w, weight of the time, [B, 1, 1, 1].
+        time_weight: w, weight of the time, [B, 1, 1, 1].
     """
-    preference_term = weight * ((win - noise_win) - (lose - noise_lose))
+    preference_term = time_weight * ((win - noise_win) - (lose - noise_lose))
     return residuals.mean(0) + strength.view(-1, 1, 1, 1) * preference_term
 
 
@@ -240,22 +247,26 @@ def target_loss(x: torch.Tensor, grad: torch.Tensor, *, clamp: float | None = No
 
 
 def distillation_loss(
-    x: torch.Tensor, output: GuidanceOutput, *, images: torch.Tensor | None = None, clamp: float | None = None
+    x: torch.Tensor,
+    guidance_output: GuidanceOutput,
+    *,
+    images: torch.Tensor | None = None,
+    clamp: float | None = None,
 ) -> torch.Tensor:
     """Compute the loss of one step, a scalar, from the gradients of a guidance.
 
     Args:
         x: [B, C, H, W], latents with the graph of the render, to which `output.grad` is applied.
-        output: gradients of the guidance.
+        guidance_output: gradients of the guidance.
         images: [B, 3, h, w], rendered images with their graph. They are needed if `output.image_grad` is
             given.
         clamp: largest absolute value of an entry of `output.grad`; None for no limit.
     """
-    loss = target_loss(x, output.grad, clamp=clamp)
-    if output.image_grad is None:
+    loss = target_loss(x, guidance_output.grad, clamp=clamp)
+    if guidance_output.image_grad is None:
         return loss
     assert images is not None, "a gradient on images needs the rendered ones, with their graph"
-    return loss + target_loss(images, output.image_grad)
+    return loss + target_loss(images, guidance_output.image_grad)
 
 
 def norm_per_asset(grad: torch.Tensor, views: int) -> torch.Tensor:
@@ -275,13 +286,13 @@ class Window:
     Args:
         window: largest number of steps whose numbers are kept.
         rows: initial numbers; the newest step is last.
-        name: key of the numbers in the state dict.
+        state_key: key of the numbers in the state dict.
     """
 
-    def __init__(self, window: int, rows: torch.Tensor, name: str):
+    def __init__(self, window: int, rows: torch.Tensor, state_key: str):
         self.window = window
         self.rows = rows  # on the CPU, so that checkpoints do not depend on the device
-        self.name = name
+        self.name = state_key
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         return {self.name: self.rows}

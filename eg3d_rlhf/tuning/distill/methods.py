@@ -26,43 +26,44 @@ if TYPE_CHECKING:
     from eg3d_rlhf.tuning.distill.schedule import Streams
 
 
-def import_guidance(module: str, name: str, *args: Any, **kwargs: Any) -> "Guidance":
+def import_guidance(module_name: str, class_name: str, *args: Any, **kwargs: Any) -> "Guidance":
     """Make the guidance of a method.
 
     Args:
-        module: name of the module in the folder guidance/.
-        name: name of the class in that module.
+        module_name: name of the module in the folder guidance/.
+        class_name: name of the class in that module.
         args: positional arguments of the class.
         kwargs: keyword arguments of the class.
     """
     # The module is imported here and not above, because it imports PyTorch, which would slow down `--help`.
-    guidance_module = importlib.import_module(f"eg3d_rlhf.tuning.distill.guidance.{module}")
-    guidance: Guidance = getattr(guidance_module, name)(*args, **kwargs)
+    guidance_module = importlib.import_module(f"eg3d_rlhf.tuning.distill.guidance.{module_name}")
+    guidance: Guidance = getattr(guidance_module, class_name)(*args, **kwargs)
     return guidance
 
 
 def _add(
-    name: str,
+    method_name: str,
     settings_class: type,
-    module: str,
-    guidance: str,
+    module_name: str,
+    guidance_class_name: str,
     noises: Callable[[Any], int],
     **method_flags: bool,
 ) -> None:
-    """Register a method whose guidance is the class `guidance` of `module`.
+    """Register a method whose guidance is the class `guidance_class_name` of `module_name`.
 
     Args:
-        name: value of --method.
+        method_name: value of --method.
         settings_class: dataclass of the method's settings.
-        module: name of the module in the folder guidance/.
-        guidance: name of the class in that module.
+        module_name: name of the module in the folder guidance/.
+        guidance_class_name: name of the class in that module.
         noises: function from the settings to the number of noises of an image in a step.
         method_flags: fields `accepts_reward` and `accepts_judge` of `Method`, if they differ from the
             defaults.
     """
-    make_method_guidance = partial(import_guidance, module, guidance)
+    make_method_guidance = partial(import_guidance, module_name, guidance_class_name)
     METHODS.add(
-        name, Method(settings=settings_class, guidance=make_method_guidance, noises=noises, **method_flags)
+        method_name,
+        Method(settings=settings_class, guidance=make_method_guidance, noises=noises, **method_flags),
     )
 
 
@@ -123,24 +124,24 @@ PRESETS = {
 RAMPS = ("weight",)  # settings that may change with the step; they are texts in flags and JSON
 
 
-def make_settings(name: str, values: Mapping[str, Any], preset: str | None = None) -> Any:
+def make_settings(method_name: str, changed_values: Mapping[str, Any], preset: str | None = None) -> Any:
     """Build the settings of a method from its preset or its defaults, and from changed values.
 
     Args:
-        name: name of the method.
-        values: name of a setting -> value that differs from the preset. Ramps are texts.
+        method_name: name of the method.
+        changed_values: name of a setting -> value that differs from the preset. Ramps are texts.
         preset: name of a preset. It is ignored if it belongs to another method, as in a comparison of
             methods.
     Returns: instance of the method's dataclass of settings.
     """
-    settings_class = METHODS[name].settings
+    settings_class = METHODS[method_name].settings
     # issubclass: best-of-n has the settings of sds and additional ones, so a preset of sds is valid for it.
     if preset is not None and issubclass(settings_class, type(PRESETS[preset])):
         base_settings = PRESETS[preset]
     else:
         base_settings = settings_class()
     parsed_values = {
-        setting: parse_ramp(value) if setting in RAMPS else value for setting, value in values.items()
+        setting: parse_ramp(value) if setting in RAMPS else value for setting, value in changed_values.items()
     }
     # `settings_from_values` distributes the flat values to the nested dataclasses.
     return settings_from_values(settings_class, {**flatten_settings(base_settings), **parsed_values})
@@ -163,7 +164,7 @@ def flatten_settings(settings: Any) -> dict[str, Any]:
 
 
 def make_guidance(
-    name: str,
+    method_name: str,
     settings: Any,
     prior: "DiffusionPrior",
     reward: "RewardModel | None",
@@ -174,7 +175,7 @@ def make_guidance(
     """Make the guidance of a method.
 
     Args:
-        name: name of the method.
+        method_name: name of the method.
         settings: settings of the method.
         prior: diffusion model.
         reward: reward of images, or None. It is not used by a method without a reward.
@@ -184,7 +185,7 @@ def make_guidance(
         streams: random streams of the run.
     Raises: ValueError if the method needs a reward and there is neither a reward nor a judge.
     """
-    method = METHODS[name]
+    method = METHODS[method_name]
     # Only the arguments that the method accepts.
     optional_arguments = dict[str, Any]()
     if method.accepts_judge:
@@ -193,8 +194,8 @@ def make_guidance(
         # A judge can take the place of the reward.
         if reward is None and optional_arguments.get("judge") is None:
             raise ValueError(
-                f"--method={name} needs a reward, but --reward is missing. Name a reward with --reward, or"
-                " use --method=sds."
+                f"--method={method_name} needs a reward, but --reward is missing. Name a reward with"
+                " --reward, or use --method=sds."
             )
         optional_arguments["reward"] = reward
     return method.guidance(prior, settings, views=views, streams=streams, **optional_arguments)
@@ -203,9 +204,9 @@ def make_guidance(
 def methods_by_setting() -> dict[str, list[str]]:
     """Return a dictionary from each setting's name to the names of the methods that have this setting."""
     methods_of_setting: dict[str, list[str]] = {}
-    for name, method in METHODS.items():
+    for method_name, method in METHODS.items():
         for setting in flatten_settings(method.settings()):
-            methods_of_setting.setdefault(setting, []).append(name)
+            methods_of_setting.setdefault(setting, []).append(method_name)
     return methods_of_setting
 
 

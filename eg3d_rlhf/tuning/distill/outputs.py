@@ -90,7 +90,10 @@ def join_assets(batches: Sequence[Asset]) -> Asset:
     states = [batch.state_dict() for batch in batches]
     # The first dimension of every parameter is the asset.
     joined_assets.load_state_dict(
-        {name: torch.cat([state[name] for state in states]) for name in first_batch.state_dict()}
+        {
+            parameter_name: torch.cat([state[parameter_name] for state in states])
+            for parameter_name in first_batch.state_dict()
+        }
     )
     return joined_assets.requires_grad_(False)
 
@@ -109,19 +112,21 @@ def write_images(
     shown_count = min(show, len(pairs))
     if not shown_count:
         return
-    shown_assets = {arm: asset.select(list(range(shown_count))) for arm, asset in assets_by_arm.items()}
-    renders_by_arm = {arm: next(turns(asset, 1)) for arm, asset in shown_assets.items()}
-    rows = [Row(cells=cells, name=arm) for arm, cells in renders_by_arm.items()]
+    shown_assets = {
+        arm: arm_assets.select(list(range(shown_count))) for arm, arm_assets in assets_by_arm.items()
+    }
+    renders_by_arm = {arm: next(turns(arm_assets, 1)) for arm, arm_assets in shown_assets.items()}
+    sheet_rows = [Row(cells=cells, name=arm) for arm, cells in renders_by_arm.items()]
     # Prompts are cut, because longer texts would not fit below an image.
     captions = [f"{prompt[:19]}..., {seed}" for prompt, seed in pairs[:shown_count]]
     # All rows show the same prompts and seeds, so only the last row has captions.
-    rows[-1] = Row(cells=rows[-1].cells, name=rows[-1].name, captions=captions)
+    sheet_rows[-1] = Row(cells=sheet_rows[-1].cells, name=sheet_rows[-1].name, captions=captions)
     # The column of names gets 30 pixels and 15 pixels for each letter of the longest name.
     name_width = 30 + 15 * max(map(len, renders_by_arm))
-    write_atomic(folder / "grid.png", png(sheet("", rows, names=name_width)))
+    write_atomic(folder / "grid.png", png(sheet("", sheet_rows, names=name_width)))
     # `turns` and `tiled_frames` are generators: a frame is rendered when the video needs it, so that only one
     # frame is in memory.
-    turntables = [turns(asset, FRAMES) for asset in shown_assets.values()]
+    turntables = [turns(arm_assets, FRAMES) for arm_assets in shown_assets.values()]
 
     def tiled_frames() -> Iterator[np.ndarray]:
         """Yield the frames of the video, in which each arm is a row of images."""
@@ -133,11 +138,11 @@ def write_images(
         tqdm(tiled_frames(), total=FRAMES, desc="turntable", unit="frame", dynamic_ncols=True),
         fps=FPS,
     )
-    for arm, asset in tqdm(shown_assets.items(), desc="meshes", unit="arm", dynamic_ncols=True):
+    for arm, arm_assets in tqdm(shown_assets.items(), desc="meshes", unit="arm", dynamic_ncols=True):
         for asset_index in range(shown_count):
             try:
                 mesh, mesh_report = export_mesh(
-                    asset.select([asset_index]), MeshOptions(resolution=MESH, component="all")
+                    arm_assets.select([asset_index]), MeshOptions(resolution=MESH, component="all")
                 )
             # The density of an asset may have no surface. The meshes of all other assets are still written.
             except ValueError as error:
@@ -253,7 +258,7 @@ def jobs(settings: DistillSettings, folder: Path, table: Mapping | None, show: i
         interval=INTERVAL if table else "",
     )
     # Lines of all parts, which `distill_run.gather_stats` has written.
-    stats_lines = [json.loads(line) for line in (folder / STATS).read_text().splitlines()]
+    stats_lines = [json.loads(stats_line) for stats_line in (folder / STATS).read_text().splitlines()]
 
     # The three functions below compute one section each. Their argument is the folder for the files of the
     # section.

@@ -89,11 +89,11 @@ class Scene:
                 )
         # The streams depend on the batch, and not on the process or the order in which batches are computed.
         streams = Streams(seed=derive_seed(settings.seed, "batch", batch) % 2**62)
-        asset = self.start(prompts, generators).to(self.device)
+        starting_assets = self.start(prompts, generators).to(self.device)
         # A control changes the reward, so its arm must not use the judge in place of the reward.
         judge = None if arm.twist else self.judge
         return Distillation(
-            asset=asset,
+            asset=starting_assets,
             prompts=prompts,
             prior=self.prior,
             renderer=self.renderer,

@@ -56,16 +56,18 @@ def mixture() -> GmmPrior:
     the modes.
     """
     modes = problem.modes()  # [k, C, H, W]
-    k = len(modes)
+    mode_count = len(modes)
     # An embedding contains the logits of the 2 k components: first the k narrow ones, then the k broad ones.
     # "" is the null prompt.
-    embeddings = {"": torch.cat([torch.full((k,), _NEVER), torch.zeros(k)])}
+    embeddings = {"": torch.cat([torch.full((mode_count,), _NEVER), torch.zeros(mode_count)])}
     for i, prompt in enumerate(box_prompts.PROMPTS):
-        embeddings[prompt.text] = torch.full((2 * k,), _NEVER)
+        embeddings[prompt.text] = torch.full((2 * mode_count,), _NEVER)
         # Modes 2 i and 2 i + 1 belong to prompt i.
         embeddings[prompt.text][2 * i : 2 * i + 2] = 0
     # The modes are repeated for the narrow and the broad components, [2 k, C, H, W].
-    return GmmPrior(modes.repeat(2, 1, 1, 1), torch.tensor([_NARROW] * k + [_BROAD] * k), embeddings)
+    return GmmPrior(
+        modes.repeat(2, 1, 1, 1), torch.tensor([_NARROW] * mode_count + [_BROAD] * mode_count), embeddings
+    )
 
 
 def bundled_scene(settings: DistillSettings, device: torch.device) -> Scene:
@@ -129,13 +131,13 @@ def measures(asset: Asset, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
     counts of noses are NaN for boxes, and the preferred sides are NaN for heads. "rms" is the root mean
     square difference of the images to the prior's nearest modes.
     """
-    is_head = torch.tensor([box_prompts.prompt_of(text).kind == "janus" for text in prompts])
+    is_head = torch.tensor([box_prompts.prompt_of(prompt).kind == "janus" for prompt in prompts])
     nose_counts = noses(asset).cpu()  # [A], also of boxes, for which they are not used
     has_count = {"no nose": nose_counts == 0, "one nose": nose_counts == 1, "more": nose_counts > 1}
     return {
         **{
-            name: torch.where(is_head, has_this_count.double(), torch.nan)
-            for name, has_this_count in has_count.items()
+            measure_name: torch.where(is_head, has_this_count.double(), torch.nan)
+            for measure_name, has_this_count in has_count.items()
         },
         "preferred sides": torch.where(is_head, torch.nan, emblem_sides(asset, prompts) / problem.SIDES),
         "rms": -plausibility(asset)(prompts).double(),  # plausibility is minus this difference

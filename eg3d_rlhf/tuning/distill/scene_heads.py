@@ -64,10 +64,10 @@ class FrontCameras:
 
     views: int = VIEWS  # number of cameras for each asset in a step
 
-    def draw(self, assets: int, rng: torch.Generator) -> Views:
-        """Choose `views` different cameras for each of `assets` assets."""
+    def draw(self, asset_count: int, rng: torch.Generator) -> Views:
+        """Choose `views` different cameras for each of `asset_count` assets."""
         # argsort of random numbers [A, K] is a random permutation of the cameras for each asset.
-        camera_indices = torch.rand(assets, len(AZIMUTHS), generator=rng).argsort(dim=1)[:, : self.views]
+        camera_indices = torch.rand(asset_count, len(AZIMUTHS), generator=rng).argsort(dim=1)[:, : self.views]
         return cameras_at(torch.tensor(AZIMUTHS, dtype=torch.float64)[camera_indices].flatten())
 
 
@@ -80,32 +80,32 @@ def cameras_at(azimuth: torch.Tensor) -> Views:
     return views_at(azimuth, elevation, distance_to_origin, torch.full_like(azimuth, fov))
 
 
-def all_cameras(assets: int = 1) -> Views:
-    """Make all K cameras for each of `assets` assets."""
-    return cameras_at(torch.tensor(AZIMUTHS, dtype=torch.float64).repeat(assets))
+def all_cameras(asset_count: int = 1) -> Views:
+    """Make all K cameras for each of `asset_count` assets."""
+    return cameras_at(torch.tensor(AZIMUTHS, dtype=torch.float64).repeat(asset_count))
 
 
-def target_head(number: int) -> Head:
+def target_head(head_number: int) -> Head:
     """Return the ground-truth head of the prompt 'head NUMBER'."""
     # The third result is the cameras of the data set. They are not used, since this scene has its own
     # cameras.
-    shape, appearance, _ = head_parameters(parse_name(_DATA), range(number, number + 1))
+    shape, appearance, _ = head_parameters(parse_name(_DATA), range(head_number, head_number + 1))
     return heads_from_latents(np.concatenate([shape, appearance], axis=1))[0]
 
 
 @functools.cache
-def target_grid(number: int) -> np.ndarray:
+def target_grid(head_number: int) -> np.ndarray:
     """Return the signed distances of the ground-truth head of 'head NUMBER' on the grid, [n, n, n]."""
-    return head_grid(target_head(number), GRID)
+    return head_grid(target_head(head_number), GRID)
 
 
 @functools.cache
-def modes(numbers: tuple[int, ...]) -> torch.Tensor:
+def modes(prompt_numbers: tuple[int, ...]) -> torch.Tensor:
     """Render the heads of H prompts 'head NUMBER' from all K cameras on white, [H, K, 3, R, R] in 0..1."""
     cam2world = all_cameras().cameras[:, :16].unflatten(1, (4, 4)).double().numpy()  # [K, 4, 4]
     images = []
-    for number in numbers:
-        head = target_head(number)
+    for head_number in prompt_numbers:
+        head = target_head(head_number)
         # [0] is the image; the second result, the depth map, is not used.
         images.append([render_head(head, pose, FFHQ_FOCAL, PIXELS)[0] for pose in cam2world])
     # [H, K, R, R, 3] to [H, K, 3, R, R]
@@ -216,14 +216,17 @@ def measures(asset: Asset, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
     world units; "back-of-head error", volume error at the back of the head; "rms", root mean square
     difference of the images from all K cameras.
     """
-    numbers = head_numbers(prompts)
+    prompt_numbers = head_numbers(prompts)
     shape_volumes = shape_grids(asset, GRID)
     # (shape, ground-truth head) of each asset, both [n, n, n].
-    volume_pairs = [(cube, target_grid(number)) for cube, number in zip(shape_volumes, numbers, strict=True)]
+    volume_pairs = [
+        (cube, target_grid(head_number))
+        for cube, head_number in zip(shape_volumes, prompt_numbers, strict=True)
+    ]
     images = (
         PerspectiveViews(PIXELS, samples=SAMPLES).render(asset, all_cameras(len(asset)), torch.ones(3)).images
     )
-    target_images = modes(tuple(numbers)).flatten(0, 1)
+    target_images = modes(tuple(prompt_numbers)).flatten(0, 1)
     return {
         "reward": load_reward(bundled.REWARD).score(asset).double(),
         "held-out reward": load_reward(bundled.HELDOUT_REWARD).score(asset).double(),
@@ -246,11 +249,13 @@ class ShapeEvaluator:
 
     def compare(self, first: Asset, second: Asset, prompts: Sequence[str]) -> list[int]:
         """Compare each asset of `first` with that of `second`; see `FinalEvaluator`."""
-        heads = [target_grid(number) for number in head_numbers(prompts)]
+        head_volumes = [target_grid(head_number) for head_number in head_numbers(prompts)]
         scores = []  # minus the distances, so that larger is better
         for asset in (first, second):
-            shapes = zip(shape_grids(asset, GRID), heads, strict=True)
-            scores.append([-distance(cube, head) for cube, head in shapes])
+            volume_pairs = zip(shape_grids(asset, GRID), head_volumes, strict=True)
+            scores.append(
+                [-distance(shape_volume, head_volume) for shape_volume, head_volume in volume_pairs]
+            )
         return [winner(first_score, second_score) for first_score, second_score in zip(*scores, strict=True)]
 
 

@@ -74,11 +74,11 @@ def check_boxes(
     Returns: prompts, and number of assets of each prompt.
     Raises: ValueError for a prompt that the problem does not contain.
     """
-    for text in prompts:
-        box_prompts.prompt_of(text)  # raises ValueError for an unknown prompt
+    for prompt in prompts:
+        box_prompts.prompt_of(prompt)  # raises ValueError for an unknown prompt
     # `pairs` alternates between the two kinds of prompts; dict.fromkeys removes repeated prompts and keeps
     # the order.
-    used_prompts = prompts or tuple(dict.fromkeys(text for text, _ in box_prompts.pairs(1)))
+    used_prompts = prompts or tuple(dict.fromkeys(prompt for prompt, _ in box_prompts.pairs(1)))
     default_assets = box_prompts.SEEDS if comparison and not prompts else 1
     return used_prompts, assets or default_assets
 

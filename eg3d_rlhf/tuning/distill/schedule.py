@@ -19,26 +19,30 @@ from training.phases import derive_seed
 
 
 def make_betas(
-    kind: str = "scaled_linear", *, start: float = 0.00085, end: float = 0.012, zero_snr: bool = False
+    schedule_name: str = "scaled_linear",
+    *,
+    start: float = 0.00085,
+    end: float = 0.012,
+    zero_snr: bool = False,
 ) -> torch.Tensor:
     """Compute the betas of a noise schedule, [1000] in float32.
 
     Args:
-        kind: name of the schedule as in diffusers: "scaled_linear", in which the square roots of the betas
-            are linear in t (Stable Diffusion, MVDream); "linear"; or "squaredcos_cap_v2" (Nichol and Dhariwal
-            2021).
+        schedule_name: name of the schedule as in diffusers: "scaled_linear", in which the square roots of the
+            betas are linear in t (Stable Diffusion, MVDream); "linear"; or "squaredcos_cap_v2" (Nichol and
+            Dhariwal 2021).
         start: beta at t = 0, for the two linear schedules.
         end: beta at t = 999, for the two linear schedules.
         zero_snr: True to shift and scale the schedule so that x_999 contains no signal (Lin et al. 2023). A
             prior with such a schedule must predict v.
     """
-    if kind == "scaled_linear":
+    if schedule_name == "scaled_linear":
         # In float32, as diffusers computes them.
         betas = torch.linspace(start**0.5, end**0.5, STEPS) ** 2
-    elif kind == "linear":
+    elif schedule_name == "linear":
         betas = torch.linspace(start, end, STEPS)
     else:
-        assert kind == "squaredcos_cap_v2", kind
+        assert schedule_name == "squaredcos_cap_v2", schedule_name
         # alphas_cumprod is a squared cosine (Nichol and Dhariwal 2021, equation 17), and betas are at most
         # 0.999.
         alpha_bars = [math.cos((i / STEPS + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(STEPS + 1)]
@@ -151,8 +155,8 @@ class NoiseSchedule:
 def draw_times(
     window: TimeWindow,
     step: int,
-    assets: int,
-    views: int,
+    asset_count: int,
+    view_count: int,
     generator: torch.Generator,
     *,
     shared: bool = True,
@@ -162,8 +166,8 @@ def draw_times(
     Args:
         window: window of times.
         step: number of the optimisation step, from 0.
-        assets: number of assets.
-        views: number of views of each asset.
+        asset_count: number of assets.
+        view_count: number of views of each asset.
         generator: random generator on the CPU.
         shared: True to use one time for all views of an asset. False samples a time for each view, which only
             single-view priors allow.
@@ -171,9 +175,11 @@ def draw_times(
     """
     low, high = window.at(step)
     # + 1: randint excludes its upper bound, but the window includes its largest time.
-    t = torch.randint(low, high + 1, (assets,) if shared else (assets * views,), generator=generator)
+    t = torch.randint(
+        low, high + 1, (asset_count,) if shared else (asset_count * view_count,), generator=generator
+    )
     # The views of an asset are adjacent, so repeat_interleave gives them the same time.
-    return t.repeat_interleave(views) if shared else t
+    return t.repeat_interleave(view_count) if shared else t
 
 
 def ddim_times(
@@ -211,11 +217,11 @@ class Streams:
         """Return a new random generator on the CPU for a stream and a step."""
         return torch.Generator().manual_seed(derive_seed(self.seed, name, step))
 
-    def noises(self, count: int, like: torch.Tensor, step: int) -> torch.Tensor:
-        """Sample `count` standard normal noises of the shape of `like`, [count, *like.shape].
+    def noises(self, noise_count: int, like: torch.Tensor, step: int) -> torch.Tensor:
+        """Sample `noise_count` standard normal noises of the shape of `like`, [count, *like.shape].
 
-        The noise with index k comes from the stream noise/k, so it does not depend on `count`.
+        The noise with index k comes from the stream noise/k, so it does not depend on `noise_count`.
         """
         # Generated on the CPU, so that results do not depend on the device.
-        generators = [self.generator(f"noise/{k}", step) for k in range(count)]
+        generators = [self.generator(f"noise/{k}", step) for k in range(noise_count)]
         return torch.stack([torch.randn(like.shape, generator=rng) for rng in generators]).to(like)

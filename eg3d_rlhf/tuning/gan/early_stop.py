@@ -179,8 +179,8 @@ class EarlyStop(torch.nn.Module):
     def _keep(self, nets: Networks, cur_nimg: int, heldout_change: np.ndarray, distance: float) -> None:
         """Copy the present networks and their values into the buffers."""
         # All copies are made in place, so that the buffers keep their device and dtype.
-        for name, kept_network in self.kept.items():
-            kept_network.load_state_dict(getattr(nets, name).state_dict())
+        for network_name, kept_network in self.kept.items():
+            kept_network.load_state_dict(getattr(nets, network_name).state_dict())
         self.at.fill_(cur_nimg)
         # Generators of other families have no rendering resolution; 0 marks this.
         self.rendered.fill_(getattr(nets.G_ema, RENDERED, 0))
@@ -211,8 +211,8 @@ class EarlyStop(torch.nn.Module):
             stats_file: path of the run's stats.jsonl. The ledger is empty if there is no such file.
         """
         self.ledger = []
-        for line in stats_file.read_text().splitlines() if stats_file.exists() else []:
-            stats = version_0_1.gan_stats(json.loads(line))
+        for stats_line in stats_file.read_text().splitlines() if stats_file.exists() else []:
+            stats = version_0_1.gan_stats(json.loads(stats_line))
             self._note(stats["nimg"], stats)
 
     def networks(self, nets: Networks) -> Networks:
@@ -222,9 +222,9 @@ class EarlyStop(torch.nn.Module):
             nets: networks that the run trains. The result has their other fields, such as the constructor
                 arguments.
         """
-        for name in ("G", "G_ema"):
-            if name in self.kept and int(self.rendered):
-                setattr(self.kept[name], RENDERED, int(self.rendered))
+        for network_name in ("G", "G_ema"):
+            if network_name in self.kept and int(self.rendered):
+                setattr(self.kept[network_name], RENDERED, int(self.rendered))
         kept_networks: dict[str, Any] = dict(self.kept.items())
         return dataclasses.replace(nets, **kept_networks, cur_nimg=int(self.at))
 

@@ -66,14 +66,14 @@ class Monitor:
         Returns: fields of the status line: name of the metric -> mean change, and WARNING if metrics fell.
         """
         status_fields = {}
-        for name, metric_values in self._values(loop.trained_object.nets.G_ema).items():
-            changes = self.latest[name] = metric_values - self.initial[name]  # paired by latent
-            stats[f"{PREFIX}{name}"] = {
+        for metric, metric_values in self._values(loop.trained_object.nets.G_ema).items():
+            changes = self.latest[metric] = metric_values - self.initial[metric]  # paired by latent
+            stats[f"{PREFIX}{metric}"] = {
                 "num": len(changes),
                 "mean": float(changes.mean()),
                 "std": float(changes.std()),
             }
-            status_fields[name] = f"{changes.mean():+.3f}"
+            status_fields[metric] = f"{changes.mean():+.3f}"
         fallen_metrics = self._alarm(loop.cur_nimg, stats)
         if fallen_metrics:
             status_fields["WARNING"] = f"over-optimised({','.join(fallen_metrics)})"
@@ -91,13 +91,13 @@ class Monitor:
         reward_name, *heldout_names = self.measures
         reward_rose = stats[f"{PREFIX}{reward_name}"]["mean"] > 0
         fallen_metrics = []
-        for name in heldout_names:
-            change_stats = stats[f"{PREFIX}{name}"]
+        for metric in heldout_names:
+            change_stats = stats[f"{PREFIX}{metric}"]
             # The stored std divides by n. With s = std sqrt(n / (n - 1)), the standard error s / sqrt(n) is
             # std / sqrt(n - 1).
             standard_error = change_stats["std"] / np.sqrt(max(change_stats["num"] - 1, 1))
             if reward_rose and change_stats["mean"] < -2 * standard_error:
-                fallen_metrics.append(name)
+                fallen_metrics.append(metric)
         if fallen_metrics:
             self.alarms.append({"nimg": nimg, "fallen": fallen_metrics})
         return fallen_metrics
@@ -109,8 +109,8 @@ class Monitor:
             stats_file: path of the run's stats.jsonl. There are no alarms if there is no such file.
         """
         self.alarms = []
-        for line in stats_file.read_text().splitlines() if stats_file.exists() else []:
-            stats = version_0_1.gan_stats(json.loads(line))
+        for stats_line in stats_file.read_text().splitlines() if stats_file.exists() else []:
+            stats = version_0_1.gan_stats(json.loads(stats_line))
             self._alarm(stats["nimg"], stats)
 
 

@@ -276,11 +276,11 @@ def window_camera(generator: Generator) -> torch.Tensor:
     # The pose sampler uses random numbers although its standard deviations are 0 here.
     with fixed_draws():
         camera_label = generator.cameras.label()
-        scale = DEPTH_MAP_SIDE / WINDOW_SIDE
+        crop_scale = DEPTH_MAP_SIDE / WINDOW_SIDE
     # Intrinsics are in units of the image's edge, so a crop of the image changes them.
     intrinsics = camera_label[0, 16:25].view(3, 3)  # a view of `label`, which the next lines therefore change
-    intrinsics[:2, :2] *= scale  # focal lengths and skew
-    intrinsics[:2, 2] = (intrinsics[:2, 2] - WINDOW_START / DEPTH_MAP_SIDE) * scale  # principal point
+    intrinsics[:2, :2] *= crop_scale  # focal lengths and skew
+    intrinsics[:2, 2] = (intrinsics[:2, 2] - WINDOW_START / DEPTH_MAP_SIDE) * crop_scale  # principal point
     return camera_label
 
 
@@ -442,13 +442,13 @@ class RewardTerms:
         stats: dict[str, torch.Tensor] = {}
         weighted_terms = []
         for weight_name, (statistic, term) in CONSISTENCY_TERMS.items():
-            weight = getattr(config, weight_name)
+            term_weight = getattr(config, weight_name)
             # density_l1, the term of lambda_sigma, is computed with the weight 0 as well, because it is
             # logged.
-            if weight == 0 and weight_name != "lambda_sigma":
+            if term_weight == 0 and weight_name != "lambda_sigma":
                 continue
             stats[statistic] = term(sigma, sigma_ref, self.generator.level)
-            weighted_term = weight * stats[statistic]
+            weighted_term = term_weight * stats[statistic]
             if weight_name == "lambda_sigma" and config.consistency_gate < 1:
                 stats["RLHF/consistency_weight"] = self._gate(reference_field, sample_numbers)
                 weighted_term = weighted_term * stats["RLHF/consistency_weight"]

@@ -231,8 +231,8 @@ def table(ledger: Ledger) -> list[str]:
     table_lines = ["round  labels  pooled  noise   test   distance  changes since the untuned generator"]
     for round_entry in ledger.rounds:
         label_results, reward_results, tuning_results = (round_entry.get(step, {}) for step in STEPS)
-        changes = "  ".join(
-            f"{name} {change:+.3f}" for name, change in tuning_results.get("monitored", {}).items()
+        change_texts = "  ".join(
+            f"{metric} {change:+.3f}" for metric, change in tuning_results.get("monitored", {}).items()
         )
         # A dash stands for a missing number: people's labels have no noise, unfinished rounds no accuracy.
         noise, test_accuracy, distance = (
@@ -246,7 +246,7 @@ def table(ledger: Ledger) -> list[str]:
         table_lines.append(
             f"{round_entry['round']:<5d}  {label_results.get('count', 0):<6d}"
             f"  {reward_results.get('pooled', 0):<6d}  {noise:<6s}  {test_accuracy:<5s}  {distance:<8s}"
-            f"  {changes}"
+            f"  {change_texts}"
         )
     return table_lines
 
@@ -388,8 +388,12 @@ class Rounds:
         step_result = label_pairs(round_number, ledger, generator, pairing_options)
         if step_result is None:
             return None
-        results, written_files = step_result
-        return {"by": self.s.rounds.round_labels, "generator": generator.hash, **results}, written_files
+        ledger_results, written_files = step_result
+        return {
+            "by": self.s.rounds.round_labels,
+            "generator": generator.hash,
+            **ledger_results,
+        }, written_files
 
     def _pair_choosing_rewards(self, round_number: int, ledger: Ledger) -> tuple[str, ...]:
         """Return the path of the ensemble whose disagreement chooses pairs of a round, in a tuple.
@@ -433,7 +437,7 @@ class Rounds:
         labels_file = write_labels(
             self.round_folder(round_number) / "labels.jsonl", annotation.preferences(generator.hash)
         )
-        results = {
+        ledger_results = {
             "count": len(seed_pairs),
             # Share of labels that differ from the noise-free order.
             "noise": sum(not label.clean for label in annotation.labels) / len(seed_pairs),
@@ -442,7 +446,7 @@ class Rounds:
             "chosen_by_doubt": len(pairing_plan.report.get("why", ())),
             "disagreement": pairing_plan.report.get("disagreement_chosen"),
         }
-        return results, [labels_file]
+        return ledger_results, [labels_file]
 
     def _label_by_people(
         self, round_number: int, ledger: Ledger, generator: LoadedGenerator, pairing_options: PairingOptions
@@ -476,8 +480,13 @@ class Rounds:
             round(pairing_options.pairs * pairing_options.doubtful) if pairing_options.rewards else 0
         )
         # The noise of people's labels is unknown, because there is no ground truth.
-        results = {"count": len(labels), "ties": tie_count, "noise": None, "chosen_by_doubt": doubtful_pairs}
-        return results, [labels_file]
+        ledger_results = {
+            "count": len(labels),
+            "ties": tie_count,
+            "noise": None,
+            "chosen_by_doubt": doubtful_pairs,
+        }
+        return ledger_results, [labels_file]
 
     @staticmethod
     def _recorded_labels(ledger: Ledger) -> list[Preference]:
@@ -523,7 +532,7 @@ class Rounds:
         # against the labels themselves.
         noise_free_test = training_report["test"].get("clean")
         label_test = training_report["test"]["labels"]
-        results = {
+        ledger_results = {
             "pooled": len(labels),
             "labels": training_report["labels_sha256"],
             "splits": training_report["splits"],
@@ -531,7 +540,7 @@ class Rounds:
             "test_accuracy": (noise_free_test or label_test)["accuracy"],
             "test_against": "noise-free order" if noise_free_test else "labels",
         }
-        return results, [run_folder / "reward.safetensors", run_folder / "reward.json", pooled_path]
+        return ledger_results, [run_folder / "reward.safetensors", run_folder / "reward.json", pooled_path]
 
     # Tuning.
 
@@ -548,7 +557,7 @@ class Rounds:
         self.tune(tuning_settings, tuning_folder)
         stats_file = tuning_folder / STATS
         stats_lines = stats_file.read_text().splitlines() if stats_file.is_file() else []
-        ticks = [version_0_1.gan_stats(json.loads(line)) for line in stats_lines]
+        ticks = [version_0_1.gan_stats(json.loads(stats_line)) for stats_line in stats_lines]
         # The tuning is incomplete: a signal ended it before its last tick.
         if not ticks or ticks[-1]["nimg"] < round(tuning_settings.loop.kimg * 1000):
             print(f"Continue with --resume={self.folder}", flush=True)
@@ -564,9 +573,9 @@ class Rounds:
             ticks[-1],
         )
         change_by_metric = {
-            name.removeprefix(PREFIX): metric_stats["mean"]
-            for name, metric_stats in saved_tick.items()
-            if name.startswith(PREFIX)
+            metric.removeprefix(PREFIX): metric_stats["mean"]
+            for metric, metric_stats in saved_tick.items()
+            if metric.startswith(PREFIX)
         }
         # The ledger has an entry of its own for the distance. It is measured below, because only runs with an
         # early stop log the distance at every tick.
@@ -574,14 +583,14 @@ class Rounds:
         distances = consistency(
             tuned_generator.G, untuned_generator.G, tuning_settings.reward.terms.consistency_resolution
         )
-        results = {
+        ledger_results = {
             "generator": tuned_generator.hash,
             "images": tuned_generator.nets.cur_nimg,
             "distance": float(distances.mean()),
             "monitored": change_by_metric,
             "start": self.s.rounds.round_start,
         }
-        return results, [network_file]
+        return ledger_results, [network_file]
 
     def settings(self, round_number: int, ledger: Ledger) -> Settings:
         """Return the settings of a round's tuning.

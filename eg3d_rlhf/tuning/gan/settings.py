@@ -410,12 +410,12 @@ class Settings:
         # "synthetic:people64@n=500" -> "synthetic-people64", because some systems allow no colon in the name
         # of a folder.
         dataset = Path(self.data.data.replace(":", "-").split("@")[0]).stem
-        name = f"{self.net.cfg}-{dataset}-batch{self.loop.batch}-gamma{self.gan.gamma:g}"
+        title_text = f"{self.net.cfg}-{dataset}-batch{self.loop.batch}-gamma{self.gan.gamma:g}"
         if self.reward.reward != "none":
-            name += f"-{self.reward.reward}-lambda{self.reward.terms.lambda_r:g}"
+            title_text += f"-{self.reward.reward}-lambda{self.reward.terms.lambda_r:g}"
         if self.rounds.rounds:
-            name += f"-rounds{self.rounds.rounds}"
-        return name
+            title_text += f"-rounds{self.rounds.rounds}"
+        return title_text
 
 
 # Entries of a run's record that are not settings. `control_differs` compares the hashes on its own.
@@ -447,7 +447,10 @@ def control_differs(tuned_record: dict, control_record: dict) -> list[str]:
     # Only names that both records have: the record of an older version may lack newer settings.
     setting_names = sorted((tuned_record.keys() & control_record.keys()) - not_the_controls())
     # name -> (value of the control, expected value)
-    compared_values = {name: (control_record[name], tuned_record[name]) for name in setting_names}
+    compared_values = {
+        setting_name: (control_record[setting_name], tuned_record[setting_name])
+        for setting_name in setting_names
+    }
     # A special case: the control's lambda_r must not equal that of the tuned run, but 0.
     compared_values["lambda_r"] = control_record.get("lambda_r", 0), 0
     control_hashes = control_record.get("hashes", {})
@@ -459,7 +462,7 @@ def control_differs(tuned_record: dict, control_record: dict) -> list[str]:
         if role in tuned_hashes and role in control_hashes
     }
     return [
-        f"{name} {control_value} instead of {expected_value}"
-        for name, (control_value, expected_value) in compared_values.items()
+        f"{setting_name} {control_value} instead of {expected_value}"
+        for setting_name, (control_value, expected_value) in compared_values.items()
         if control_value != expected_value
     ]

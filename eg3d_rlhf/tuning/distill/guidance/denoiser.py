@@ -141,21 +141,22 @@ class Prediction(Conditioning):
     `text` and `null` are [K, B, C, H, W], `negatives` is [Q, K, B, C, H, W], and `weights` is [B, Q].
     """
 
-    def guided(self, scale: float) -> torch.Tensor:
+    def guided(self, guidance_scale: float) -> torch.Tensor:
         """Return the predicted noises with guidance, [K, B, C, H, W].
 
         It is Perp-Neg if there are negative prompts, else classifier-free guidance.
 
         Args:
-            scale: guidance scale. Scale 1 of classifier-free guidance gives the prediction for the prompt.
+            guidance_scale: guidance scale. Scale 1 of classifier-free guidance gives the prediction for the
+                prompt.
         """
         if self.negatives is None or self.weights is None:
-            return gradients.guided(self.text, self.null, scale)
+            return gradients.guided(self.text, self.null, guidance_scale)
         # Each noise on its own. unbind(1) splits along the noises, because the negatives are [Q, K, ...].
         negatives_by_noise = self.negatives.unbind(1)
         return torch.stack(
             [
-                gradients.perp_neg(text, null, negatives, self.weights, scale)
+                gradients.perp_neg(text, null, negatives, self.weights, guidance_scale)
                 for text, null, negatives in zip(self.text, self.null, negatives_by_noise, strict=True)
             ]
         )
@@ -227,31 +228,31 @@ class Denoiser:
         directions = [view_direction(elevation, azimuth) for elevation, azimuth in angles]
         # No direction is appended to the null prompt, because guidance would move images away from that
         # direction. threestudio does the same.
-        null = prior.embed(negative_prompts)
+        null_tokens = prior.embed(negative_prompts)
         if not settings.perp_neg:
-            return Conditioning(prior.embed(prompts, directions), null)
+            return Conditioning(prior.embed(prompts, directions), null_tokens)
         mixtures = [mixture(elevation, azimuth) for elevation, azimuth in angles]
-        texts = []
+        text_embeddings = []
         first_negatives: list[torch.Tensor] = []
         second_negatives: list[torch.Tensor] = []
         for prompt, prompt_null, (shares, negative_directions, _) in zip(
-            prompts, null, mixtures, strict=True
+            prompts, null_tokens, mixtures, strict=True
         ):
             # The embedding of a prompt is the sum over directions, weighted by their shares, [T, D].
             weighted_embeddings = [
                 share * prior.embed([prompt], [direction])[0] for direction, share in shares.items()
             ]
-            texts.append(torch.stack(weighted_embeddings).sum(0))
+            text_embeddings.append(torch.stack(weighted_embeddings).sum(0))
             for negatives, direction in zip(
                 (first_negatives, second_negatives), negative_directions, strict=True
             ):
                 # None stands for the null prompt.
                 negatives.append(prompt_null if direction is None else prior.embed([prompt], [direction])[0])
-        text = torch.stack(texts)  # [B, T, D]
+        text_tokens = torch.stack(text_embeddings)  # [B, T, D]
         # [Q, B, T, D]
         negative_tokens = torch.stack([torch.stack(first_negatives), torch.stack(second_negatives)])
-        negative_weights = torch.tensor([weights for _, _, weights in mixtures]).to(text)  # [B, Q]
-        return Conditioning(text, null, negative_tokens, negative_weights)
+        negative_weights = torch.tensor([weights for _, _, weights in mixtures]).to(text_tokens)  # [B, Q]
+        return Conditioning(text_tokens, null_tokens, negative_tokens, negative_weights)
 
     def noise_and_predict(
         self,
@@ -333,8 +334,15 @@ class Denoiser:
                 "--prior: the prediction for an image contains NaN or infinity only. Use --set amp=off for"
                 " float32, or copy the prior's files again if they are damaged."
             )
-        text, null, *negatives = predicted.unflatten(0, (len(inputs), noise_count, image_count)).unbind(0)
-        return Prediction(text, null, torch.stack(negatives) if negatives else None, conditioning.weights)
+        text_prediction, null_prediction, *negatives = predicted.unflatten(
+            0, (len(inputs), noise_count, image_count)
+        ).unbind(0)
+        return Prediction(
+            text_prediction,
+            null_prediction,
+            torch.stack(negatives) if negatives else None,
+            conditioning.weights,
+        )
 
     def residuals(
         self, x: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, x_t: torch.Tensor, prediction: Prediction
@@ -353,8 +361,10 @@ class Denoiser:
         predicted = prediction.guided(settings.guidance_scale)
         # p and e are the predicted and the added noise, as in gradients.py.
         if settings.form == "sds":
-            weight = self.schedule.weight(t, settings.weighting, x)
-            return torch.stack([gradients.sds(p, e, weight) for p, e in zip(predicted, noise, strict=True)])
+            time_weight = self.schedule.weight(t, settings.weighting, x)
+            return torch.stack(
+                [gradients.sds(p, e, time_weight) for p, e in zip(predicted, noise, strict=True)]
+            )
         if settings.form == "recon":
             # MVDream rescales the estimate with guidance by the standard deviation of the estimate without
             # it.

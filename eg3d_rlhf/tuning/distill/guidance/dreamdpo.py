@@ -31,13 +31,13 @@ class DreamDpo(Ranked):
         super().__init__(*args, **kwargs)
         self.gaps = self.windows["gaps"] = History()
         settings = self.settings
-        scale = settings.prior.guidance_scale
-        has_same_scale = settings.lose_guidance_scale in (None, scale)
+        guidance_scale = settings.prior.guidance_scale
+        has_same_scale = settings.lose_guidance_scale in (None, guidance_scale)
         # With an infinite tau, images are never moved away from the loser, so they do not diverge.
-        if scale != 1 and has_same_scale and settings.tau != float("inf"):
+        if guidance_scale != 1 and has_same_scale and settings.tau != float("inf"):
             warnings.warn(
-                f"lose_guidance_scale: winner and loser both have the guidance scale {scale:g}, so no term"
-                " keeps images near the prior, and they diverge. Use --set lose_guidance_scale=1.",
+                f"lose_guidance_scale: winner and loser both have the guidance scale {guidance_scale:g}, so"
+                " no term keeps images near the prior, and they diverge. Use --set lose_guidance_scale=1.",
                 stacklevel=2,
             )
 
@@ -65,14 +65,14 @@ class DreamDpo(Ranked):
         two_sided = (ranks.gap >= self._tau(ranks.gap)) & (ranks.winner >= 0)
         # [2, N], 1 for the winner. Without an answer of the judge (-1), the first noise counts as the winner.
         is_winner = torch.stack([(ranks.winner < 1), (ranks.winner == 1)]).to(x)
-        weights = NoiseWeighting(strategy="push")(is_winner, two_sided)
+        noise_weights = NoiseWeighting(strategy="push")(is_winner, two_sided)
         # From ranked units [2, N] to images [2, B].
-        weights = weights.repeat_interleave(len(x) // weights.shape[1], 1)
-        is_subtracted = (weights < 0).view(*weights.shape, 1, 1, 1)  # [2, B, 1, 1, 1]
+        noise_weights = noise_weights.repeat_interleave(len(x) // noise_weights.shape[1], 1)
+        is_subtracted = (noise_weights < 0).view(*noise_weights.shape, 1, 1, 1)  # [2, B, 1, 1, 1]
         time_weight = denoiser.schedule.weight(t, settings.prior.weighting, x)
         predicted = torch.where(is_subtracted, self._predict_loser(prediction), guided)
         grad = gradients.dreamdpo(
-            predicted, noise, weights, time_weight, subtract_noise=settings.subtract_noise
+            predicted, noise, noise_weights, time_weight, subtract_noise=settings.subtract_noise
         )
         terms = {"gap": ranks.gap, **denoiser.compare(denoiser.residuals(x, noise, t, x_t, prediction), grad)}
         return GuidanceOutput(
@@ -81,12 +81,12 @@ class DreamDpo(Ranked):
 
     def _predict_loser(self, prediction) -> torch.Tensor:
         """Return the predicted noises [2, B, C, H, W] with the guidance scale of the loser."""
-        scale = self.settings.lose_guidance_scale
+        loser_scale = self.settings.lose_guidance_scale
         # Scale 1 is the prediction for the prompt. This also holds with Perp-Neg, whose scale 1 would contain
         # its negative prompts.
-        if scale == 1:
+        if loser_scale == 1:
             return prediction.text
-        return prediction.guided(self.settings.prior.guidance_scale if scale is None else scale)
+        return prediction.guided(self.settings.prior.guidance_scale if loser_scale is None else loser_scale)
 
     def _tau(self, gap: torch.Tensor) -> float:
         """Return the smallest gap between scores at which images are moved away from the loser.

@@ -67,17 +67,19 @@ class DreamReward(Rewarded):
             else:
                 x0 = denoiser.x0(x_t, prediction.guided(settings.prior.guidance_scale), t)[0]
         terms = {"sds_norm": norm_per_asset(grad, denoiser.views)}
-        weight = settings.weight(step)
+        reward_weight = settings.weight(step)
         reward_only = settings.reward_only_from is not None and step >= settings.reward_only_from
         # The reward has no effect in this step, so it is not computed.
-        if step < settings.reward_from or (weight == 0 and not reward_only):
+        if step < settings.reward_from or (reward_weight == 0 and not reward_only):
             return GuidanceOutput(grad=grad, terms=terms)
         reward_texts = reward_prompts(self.reward, prompts, cameras)
         scores, loss, pixel_grad = self._reward_gradient(x, x0, t, reward_texts, images, reward_only)
         reward_grad = pixel_grad if settings.through == "images" else self._to_latents(x, pixel_grad)
         asset_factors = self._scale(grad, reward_grad, float(loss), reward_only)  # [A]
         # In its last steps the released code uses a constant, REWARD_ONLY_WEIGHT, in place of the weight.
-        asset_factors = asset_factors * (1.0 if reward_only and settings.balance == "digits" else weight)
+        asset_factors = asset_factors * (
+            1.0 if reward_only and settings.balance == "digits" else reward_weight
+        )
         # From assets [A] to images [B, 1, 1, 1].
         reward_grad = asset_factors.repeat_interleave(denoiser.views).view(-1, 1, 1, 1) * reward_grad
         distillation_grad = torch.zeros_like(grad) if reward_only else grad

@@ -195,10 +195,16 @@ class ProgressiveGeometry:
             # colours.
             gradients = torch.autograd.grad(scores.sum(), list(parameters), allow_unused=True)
             self.scores = scores.detach()
-            self.reward_grads = {i: g.nan_to_num() for i, g in enumerate(gradients) if g is not None}
+            self.reward_grads = {
+                parameter_index: g.nan_to_num()
+                for parameter_index, g in enumerate(gradients)
+                if g is not None
+            }
         device = parameters[0].device
         scores = self.scores
-        reward_grads = {i: grad.to(device) for i, grad in self.reward_grads.items()}
+        reward_grads = {
+            parameter_index: grad.to(device) for parameter_index, grad in self.reward_grads.items()
+        }
         # A parameter without a gradient of the distillation counts as one with the gradient 0.
         distillation_grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         distillation_norm = _norm(distillation_grads)  # [A]
@@ -206,14 +212,15 @@ class ProgressiveGeometry:
             _norm(list(reward_grads.values())) if reward_grads else torch.zeros(len(scores), device=device)
         )
         # The balance makes the effect of alpha independent of the scale of the reward.
-        scale = alpha * self.balance(distillation_norm, reward_norm)  # [A]
+        reward_factors = alpha * self.balance(distillation_norm, reward_norm)  # [A]
         # Inner product of both gradients over all parameters, [A].
         inner_product = torch.zeros_like(reward_norm)
-        for i, grad in reward_grads.items():
-            inner_product = inner_product + (distillation_grads[i] * grad).flatten(1).sum(dim=1)
+        for parameter_index, grad in reward_grads.items():
+            inner_product = inner_product + (distillation_grads[parameter_index] * grad).flatten(1).sum(dim=1)
             # Minus, because the optimiser descends along `.grad`, and the reward is to increase.
-            parameters[i].grad = (
-                distillation_grads[i] - scale.view(-1, *[1] * (grad.ndim - 1)).to(grad) * grad
+            parameters[parameter_index].grad = (
+                distillation_grads[parameter_index]
+                - reward_factors.view(-1, *[1] * (grad.ndim - 1)).to(grad) * grad
             )
         # Minus, because the direction in which the optimiser follows the reward is -g_r.
         cosine = -inner_product / (distillation_norm * reward_norm).clamp_min(1e-30)
@@ -227,11 +234,13 @@ class ProgressiveGeometry:
         """Return the norms of the last steps, the result of the last evaluation, and the reward's state."""
         # Rewards without a state have no such method; dict() then gives an empty state.
         reward_state: dict[str, torch.Tensor] = getattr(self.reward, "state_dict", dict)()
-        state = self.balance.state_dict()
+        state_tensors = self.balance.state_dict()
         if self.scores is not None:
-            state |= {"scores": self.scores}
-            state |= {f"slope.{i}": grad for i, grad in self.reward_grads.items()}
-        return state | {f"reward.{name}": value for name, value in reward_state.items()}
+            state_tensors |= {"scores": self.scores}
+            state_tensors |= {
+                f"slope.{parameter_index}": grad for parameter_index, grad in self.reward_grads.items()
+            }
+        return state_tensors | {f"reward.{name}": tensor for name, tensor in reward_state.items()}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Restore the result of `state_dict`."""
@@ -271,35 +280,35 @@ GEOMETRY_REWARDS: Registry[NamedGeometry] = Registry(
 GEOMETRY_REWARDS.add("solid", NamedGeometry(SolidGeometry))
 
 
-def load_geometry(name: str, prior: str, device: torch.device) -> Callable[[], GeometryReward] | None:
+def load_geometry(name_or_path: str, prior: str, device: torch.device) -> Callable[[], GeometryReward] | None:
     """Return a function that makes the reward of --geometry-reward, or None for the value none.
 
     Args:
-        name: value of --geometry-reward: none; sigma, the bundled reward of densities; a name in
+        name_or_path: value of --geometry-reward: none; sigma, the bundled reward of densities; a name in
             GEOMETRY_REWARDS; or the path of a file.
         prior: value of --prior.
         device: device on which the reward computes.
     Raises: FileNotFoundError if there is no such file; ValueError if the reward does not fit the prior, or if
     the file contains no reward.
     """
-    if name == "none":
+    if name_or_path == "none":
         return None
-    if name in GEOMETRY_REWARDS:
-        named_geometry = GEOMETRY_REWARDS[name]
+    if name_or_path in GEOMETRY_REWARDS:
+        named_geometry = GEOMETRY_REWARDS[name_or_path]
         if named_geometry.priors and prior not in named_geometry.priors:
             raise ValueError(
-                f"--geometry-reward={name} works with --prior={' or '.join(named_geometry.priors)} only, and"
-                f" not with {prior}. Use another reward, e.g. --geometry-reward=solid."
+                f"--geometry-reward={name_or_path} works with --prior={' or '.join(named_geometry.priors)}"
+                f" only, and not with {prior}. Use another reward, e.g. --geometry-reward=solid."
             )
         return named_geometry.make
     # A name in the registry takes precedence: a file called "solid" needs a path such as ./solid.
-    path = bundled.REWARD if name == "sigma" else Path(name)
+    path = bundled.REWARD if name_or_path == "sigma" else Path(name_or_path)
     with prefix_errors("--geometry-reward"):
         if not path.is_file():
-            names = ", ".join(["none", "sigma", *GEOMETRY_REWARDS])
+            allowed_names = ", ".join(["none", "sigma", *GEOMETRY_REWARDS])
             raise FileNotFoundError(
-                f"{name} is neither one of {names} nor the path of a file. Write one of these names, or the"
-                " path of the file of a reward."
+                f"{name_or_path} is neither one of {allowed_names} nor the path of a file. Write one of these"
+                " names, or the path of the file of a reward."
             )
         if _is_mesh_reward(path):
             mesh_reward = load_mesh_reward(path, device)

@@ -127,10 +127,10 @@ class Psd(Ranked):
         lose = torch.where(first_wins, q[1], q[0])
         noise_win = torch.where(first_wins, noise[0], noise[1])
         noise_lose = torch.where(first_wins, noise[1], noise[0])
-        weight = self.denoiser.schedule.weight(t, settings.prior.weighting, x)
+        time_weight = self.denoiser.schedule.weight(t, settings.prior.weighting, x)
         strength_per_image = strength.repeat_interleave(images_per_unit)
         return gradients.psd(
-            residuals, win, lose, noise_win, noise_lose, strength=strength_per_image, weight=weight
+            residuals, win, lose, noise_win, noise_lose, strength=strength_per_image, time_weight=time_weight
         )
 
     def _update_null(
@@ -232,10 +232,10 @@ class Psd(Ranked):
             ranks: result of the ranking.
         """
         reference_error = (reference - noise).square().flatten(2).mean(2)  # [2, B]
-        error = (null - noise).square().flatten(2).mean(2)  # [2, B]
+        prediction_error = (null - noise).square().flatten(2).mean(2)  # [2, B]
         # r - m, positive where n predicts the noise better than n0. From images [2, B] to ranked units, [N]
         # each.
-        improvement = (reference_error - error).unflatten(1, (len(ranks.winner), -1)).mean(2)
+        improvement = (reference_error - prediction_error).unflatten(1, (len(ranks.winner), -1)).mean(2)
         first_improvement, second_improvement = improvement
         delta = torch.where(
             ranks.winner < 1, first_improvement - second_improvement, second_improvement - first_improvement

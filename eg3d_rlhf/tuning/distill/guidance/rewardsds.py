@@ -48,20 +48,20 @@ class RewardSds(Rewarded):
         scores = None
         # The weight of a single noise is 1 for any score, so the reward is not computed.
         if len(noise) > 1:
-            scale = settings.prior.guidance_scale
+            guidance_scale = settings.prior.guidance_scale
             if settings.explore_steps == 1:
-                explored = denoiser.x0(x_t, prediction.guided(scale), t)
+                explored = denoiser.x0(x_t, prediction.guided(guidance_scale), t)
             else:
-                explored = self.explore(x_t, t, conditioning, cameras, scale)
+                explored = self.explore(x_t, t, conditioning, cameras, guidance_scale)
             images = torch.stack([denoiser.prior.decode(latents) for latents in explored])
             scores = self._score(images, reward_prompts(self.reward, prompts, cameras))
         # Weights are computed for assets [K, A] and repeated for their views [K, B].
-        weights = (
+        noise_weights = (
             x.new_ones(1, len(x))
             if scores is None
             else settings.weighting(scores).repeat_interleave(denoiser.views, 1)
         )
-        grad = gradients.reward_weighted(residuals, weights)
+        grad = gradients.reward_weighted(residuals, noise_weights)
         winner = None if scores is None else scores.argmax(0)  # for the log only
         return GuidanceOutput(
             grad=grad, terms=denoiser.compare(residuals, grad), scores=scores, winner=winner
@@ -73,7 +73,7 @@ class RewardSds(Rewarded):
         t: torch.Tensor,
         conditioning: Conditioning,
         cameras: torch.Tensor | None,
-        scale: float,
+        guidance_scale: float,
     ) -> torch.Tensor:
         """Denoise latents by several DDIM steps (RewardSDS's exploration).
 
@@ -85,7 +85,7 @@ class RewardSds(Rewarded):
             t: [B], times of x_t.
             conditioning: tokens of the prompts.
             cameras: [B, 16], cam2world matrices, or None.
-            scale: guidance scale.
+            guidance_scale: guidance scale.
         Returns: [K, B, C, H, W], clean estimate of the last prediction, or with explore_end=t0 the latents at
         t = 0.
         """
@@ -99,7 +99,7 @@ class RewardSds(Rewarded):
             prediction = denoiser.predict(
                 flat_latents.unflatten(0, (noise_count, -1)), flat_times[: len(t)], conditioning, cameras
             )
-            return prediction.guided(scale).flatten(0, 1)
+            return prediction.guided(guidance_scale).flatten(0, 1)
 
         ends_at_x0 = self.settings.explore_end == "x0"
         chain_times = [t]

@@ -37,13 +37,15 @@ class Sds(Guided):
         noise, x_t, _, prediction = denoiser.noise_and_predict(settings.samples, x, t, prompts, cameras, step)
         residuals = denoiser.residuals(x, noise, t, x_t, prediction)  # [K, B, C, H, W]
         grad = residuals.mean(0)
-        output = GuidanceOutput(grad=grad, terms={"sds_norm": denoiser.compare(residuals, grad)["sds_norm"]})
+        guidance_output = GuidanceOutput(
+            grad=grad, terms={"sds_norm": denoiser.compare(residuals, grad)["sds_norm"]}
+        )
         if settings.image_loss:
             assert images is not None, "image_loss needs the rendered images"
             # HiFA's weight is w a / s (Zhu et al. 2023): p - e = (a / s) (x - x0), so it gives a difference
             # of images the scale of w (p - e). `bar` is a^2.
             bar = denoiser.schedule.alpha(t, images)
-            weight = (
+            image_weight = (
                 settings.image_loss
                 * denoiser.schedule.weight(t, settings.prior.weighting, images)
                 * bar.sqrt()
@@ -52,10 +54,10 @@ class Sds(Guided):
             # [K, B, C, H, W]
             estimates = denoiser.x0(x_t, prediction.guided(settings.prior.guidance_scale), t)
             image_grads = [
-                gradients.image_loss(images, denoiser.prior.decode(x0), weight) for x0 in estimates
+                gradients.image_loss(images, denoiser.prior.decode(x0), image_weight) for x0 in estimates
             ]
-            output.image_grad = torch.stack(image_grads).mean(0)
-        return output
+            guidance_output.image_grad = torch.stack(image_grads).mean(0)
+        return guidance_output
 
 
 class BestOfN(Rewarded, Sds):

@@ -171,11 +171,11 @@ class NoiseWeighting(Knobs):
         equal_shares = scores.new_full(scores[:best_count].shape, 1 / best_count)
         if self.strategy == "best":
             return scores.new_zeros(scores.shape).scatter_(0, order[:best_count], equal_shares)
-        weights = scores.new_zeros(scores.shape)
-        weights.scatter_(0, order[:best_count], self.best_weight * equal_shares)
+        noise_weights = scores.new_zeros(scores.shape)
+        noise_weights.scatter_(0, order[:best_count], self.best_weight * equal_shares)
         # scatter_add_ and not scatter_, because with few noises one noise can be among the best and the
         # worst.
-        return weights.scatter_add_(
+        return noise_weights.scatter_add_(
             0,
             order[-worst_count:],
             scores.new_full(scores[:worst_count].shape, -self.worst_weight / worst_count),

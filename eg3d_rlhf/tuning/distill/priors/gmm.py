@@ -84,9 +84,9 @@ class GmmPrior:
         """
         embedded = []
         for prompt, direction in zip(prompts, directions or [""] * len(prompts), strict=True):
-            key = f"{prompt}, {direction}" if f"{prompt}, {direction}" in self.prompts else prompt
-            check_choice("GmmPrior.embed", key, self.prompts)
-            embedded.append(self.prompts[key])
+            prompt_key = f"{prompt}, {direction}" if f"{prompt}, {direction}" in self.prompts else prompt
+            check_choice("GmmPrior.embed", prompt_key, self.prompts)
+            embedded.append(self.prompts[prompt_key])
         return torch.stack(embedded)[:, None]  # the conditioning of a prompt is one token
 
     def predict_noise(
@@ -105,10 +105,11 @@ class GmmPrior:
         log_joint, variance = self._log_joint(x_t, cond, bar)
         # The score is sum_m r_m (a mean_m - x) / variance_m with responsibilities r, the softmax of the log
         # joint density.
-        weights = log_joint.softmax(1) / variance  # [B, M]
+        component_weights = log_joint.softmax(1) / variance  # [B, M]
         x = x_t.flatten(1)
         means = self.means.flatten(1)
-        minus_score = weights.sum(1, keepdim=True) * x - bar.sqrt() * (weights @ means)  # [B, C*H*W]
+        # [B, C*H*W]
+        minus_score = component_weights.sum(1, keepdim=True) * x - bar.sqrt() * (component_weights @ means)
         return ((1 - bar).sqrt() * minus_score).view_as(x_t)
 
     def log_prob(self, x: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:

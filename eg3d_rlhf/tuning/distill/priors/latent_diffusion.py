@@ -196,10 +196,10 @@ class LatentPrior:
             cameras: [B, 16], cam2world matrices, or None.
         """
         dtype = self.options.unet_dtype
-        labels = self._labels(cameras)
+        class_labels = self._labels(cameras)
         # Converted to float32 before the noise is computed from it.
         prediction = self.unet(
-            x_t.to(dtype), t, encoder_hidden_states=cond.to(dtype), class_labels=labels
+            x_t.to(dtype), t, encoder_hidden_states=cond.to(dtype), class_labels=class_labels
         ).sample.float()
         if self.prediction == "epsilon":
             return prediction
@@ -254,7 +254,7 @@ def load_stable_diffusion(folder: Path, options: PriorOptions | None = None) -> 
     for subfolder in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
         existing_path(folder / subfolder, FLAG)
     class_by_subfolder = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
-    unet, vae, text = (
+    unet, vae, text_encoder = (
         from_folder(network_class, folder / subfolder, FLAG)
         for subfolder, network_class in class_by_subfolder.items()
     )
@@ -268,7 +268,7 @@ def load_stable_diffusion(folder: Path, options: PriorOptions | None = None) -> 
             f"{FLAG}: this model predicts {prediction}, but a prior has to predict epsilon or v_prediction."
             " Use Stable Diffusion 1.5 or 2.1."
         )
-    width = text.config.hidden_size
+    width = text_encoder.config.hidden_size
     required_width = unet.config.cross_attention_dim
     if width != required_width:
         raise ValueError(
@@ -276,10 +276,14 @@ def load_stable_diffusion(folder: Path, options: PriorOptions | None = None) -> 
             f" have {width}. Use the U-Net and the text encoder of the same model."
         )
     # SD 2.x pads prompts with the token of "!"; "folder" uses the padding token of the folder's tokenizer.
-    tokenize = clip_tokenizer(folder / "tokenizer", FLAG, text.config.vocab_size, "folder")
+    tokenize = clip_tokenizer(folder / "tokenizer", FLAG, text_encoder.config.vocab_size, "folder")
     print_once(LICENCES[1024 if width >= 1024 else 768])
     return LatentPrior(
-        {"unet": unet, "vae": vae, "text": text}, tokenize, scheduler.alphas_cumprod, prediction, options
+        {"unet": unet, "vae": vae, "text": text_encoder},
+        tokenize,
+        scheduler.alphas_cumprod,
+        prediction,
+        options,
     )
 
 
@@ -342,11 +346,11 @@ def join_views(unet: Any, views: int = VIEWS) -> Any:
     from diffusers.models.attention_processor import AttnProcessor2_0
 
     # In the names of diffusers, attn1 is self-attention and attn2 cross-attention.
-    processors = {name: AttnProcessor2_0() for name in unet.attn_processors}
+    processors = {processor_name: AttnProcessor2_0() for processor_name in unet.attn_processors}
     view_processors = {
-        name: ViewAttention(processor, views)
-        for name, processor in processors.items()
-        if name.endswith("attn1.processor")
+        processor_name: ViewAttention(processor, views)
+        for processor_name, processor in processors.items()
+        if processor_name.endswith("attn1.processor")
     }
     unet.set_attn_processor(processors | view_processors)
     # The cameras are class labels of the U-Net. Without class labels, the method of diffusers raises an
@@ -383,12 +387,12 @@ class MVDream(LatentPrior):
 
 
 def mvdream_networks(
-    state: Mapping[str, torch.Tensor], who: str
+    file_tensors: Mapping[str, torch.Tensor], who: str
 ) -> tuple[Networks, dict[str, dict[str, torch.Tensor]]]:
     """Make the networks of MVDream on the meta device. Their sizes follow from the shapes of the tensors.
 
     Args:
-        state: tensors of the published file.
+        file_tensors: tensors of the published file.
         who: beginning of error messages, with the name of the file.
     Returns: the networks by name, and the state dict of each network by the same name.
     Raises: ValueError for the file of another network.
@@ -397,8 +401,8 @@ def mvdream_networks(
     from transformers import CLIPTextConfig, CLIPTextModel
 
     # Prefixes of the layout of latent diffusion (LDM), which the published files have.
-    unet_state = entries_below(state, "model.diffusion_model.")
-    vae_state = entries_below(state, "first_stage_model.")
+    unet_state = entries_below(file_tensors, "model.diffusion_model.")
+    vae_state = entries_below(file_tensors, "first_stage_model.")
     config = unet_config(unet_state, who, LATENT_SIDE)
     # The encoder returns means and log variances, so it has twice as many output channels as the latents.
     encoder_channels = shape_of(vae_state, "encoder.conv_out.weight", who, 4)[0]
@@ -407,7 +411,7 @@ def mvdream_networks(
     level_widths = tuple(
         shape_of(vae_state, f"encoder.down.{i}.block.0.conv1.weight", who, 4)[0] for i in levels
     )
-    text_config, text_state = _text(state, who)
+    text_config, text_state = _text(file_tensors, who)
     networks = {
         "unet": join_views(empty(lambda: UNet2DConditionModel(**config))),
         "vae": empty(
@@ -430,17 +434,19 @@ def mvdream_networks(
     }
 
 
-def _text(state: Mapping[str, torch.Tensor], who: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+def _text(
+    file_tensors: Mapping[str, torch.Tensor], who: str
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Return the configuration and the state dict of MVDream's text encoder, in the layout of transformers.
 
     Args:
-        state: tensors of the published file.
+        file_tensors: tensors of the published file.
         who: beginning of error messages, with the name of the file.
     Raises: ValueError if the file contains no text encoder, or one of less than two layers.
     """
     # The prefix of the tensors shows whether the text encoder is that of OpenAI or of open_clip.
-    text_state = entries_below(state, TRANSFORMERS)
-    open_clip_state = entries_below(state, OPEN_CLIP)
+    text_state = entries_below(file_tensors, TRANSFORMERS)
+    open_clip_state = entries_below(file_tensors, OPEN_CLIP)
     if not text_state and not open_clip_state:
         raise ValueError(
             f"{who}: the file contains no text encoder (tensors cond_stage_model.*). Download the file that"
@@ -491,22 +497,22 @@ def load_mvdream(path: Path, options: PriorOptions | None = None) -> MVDream:
     objects than tensors, and for the file of another network.
     """
     who = f"{FLAG}: {path.name}"
-    state = read(path, FLAG)
-    networks, states = mvdream_networks(state, who)
-    for name, weights in states.items():
+    file_tensors = read(path, FLAG)
+    networks, weights_by_network = mvdream_networks(file_tensors, who)
+    for network_name, network_weights in weights_by_network.items():
         # Replaces the meta tensors of a network by the tensors of the file, without a second copy in memory.
-        adopt(networks[name], weights, who)
-    (time_count,) = shape_of(state, "alphas_cumprod", who, 1)
+        adopt(networks[network_name], network_weights, who)
+    (time_count,) = shape_of(file_tensors, "alphas_cumprod", who, 1)
     if time_count != 1000:
         raise ValueError(
             f"{who}: alphas_cumprod has {time_count} entries, but the noise schedule needs 1000. Download the"
             " file that MVDream publishes."
         )
     # open_clip pads prompts with the token 0. None: OpenAI's tokenizer pads with its end token.
-    pad_token = 0 if any(name.startswith(OPEN_CLIP) for name in state) else None
+    pad_token = 0 if any(network_name.startswith(OPEN_CLIP) for network_name in file_tensors) else None
     tokenize = clip_tokenizer(path.parent / "tokenizer", FLAG, networks["text"].config.vocab_size, pad_token)
     print_once(LICENCE)
-    return MVDream(networks, tokenize, state["alphas_cumprod"], "epsilon", options)
+    return MVDream(networks, tokenize, file_tensors["alphas_cumprod"], "epsilon", options)
 
 
 # --- a prior from a path: detection of its layout, estimate of its memory, and loading
@@ -600,7 +606,7 @@ def latent_costs(prior: LatentPrior, image_count: int, noises: int = 1) -> Costs
             "autoencoder, float32": weight_row(prior.vae),
             "text encoder, float32": weight_row(prior.text),
         },
-        stages={name: trace.peak_of(stage) for name, stage in stages.items()},
+        stages={stage_name: trace.peak_of(stage) for stage_name, stage in stages.items()},
     )
 
 

@@ -40,9 +40,9 @@ def each(
     if isinstance(condition, torch.Tensor):
         return transform(condition, *other_conditionings)
     matching_conditionings = [
-        other
-        for other in other_conditionings
-        if not isinstance(other, torch.Tensor) and set(other) == set(condition)
+        other_conditioning
+        for other_conditioning in other_conditionings
+        if not isinstance(other_conditioning, torch.Tensor) and set(other_conditioning) == set(condition)
     ]
     if len(matching_conditionings) < len(other_conditionings):
         raise ValueError(
@@ -50,8 +50,10 @@ def each(
             " has tensors of other names. Embed all prompts, also the empty prompt, with one encoder."
         )
     return {
-        name: transform(tensor, *(other[name] for other in matching_conditionings))
-        for name, tensor in condition.items()
+        tensor_name: transform(
+            tensor, *(other_conditioning[tensor_name] for other_conditioning in matching_conditionings)
+        )
+        for tensor_name, tensor in condition.items()
     }
 
 
@@ -138,27 +140,27 @@ class Conditioning:
 
     def __post_init__(self):
         # The dataclass is frozen, so the derived field cannot be assigned in the usual way.
-        object.__setattr__(self, "names", tuple(name for name in self.tokens if name != NULL))
+        object.__setattr__(self, "names", tuple(prompt for prompt in self.tokens if prompt != NULL))
         if not self.names:
             raise ValueError("conditioning: there are no embeddings. Embed at least one prompt.")
         # Shapes are lists or dictionaries, which cannot be elements of a set, so their texts are compared.
-        shapes = {shape_text(form_of(embedding)) for embedding in self.tokens.values()}
+        shape_texts = {shape_text(form_of(embedding)) for embedding in self.tokens.values()}
         first_embedding = next(iter(self.tokens.values()), None)
         has_wrong_dimensions = isinstance(first_embedding, torch.Tensor) and first_embedding.ndim != 2
-        if len(shapes) != 1:
+        if len(shape_texts) != 1:
             raise ValueError(
-                f"conditioning: the embeddings have different shapes ({'; '.join(sorted(shapes))}). Embed all"
-                " prompts with one encoder."
+                f"conditioning: the embeddings have different shapes ({'; '.join(sorted(shape_texts))})."
+                " Embed all prompts with one encoder."
             )
         if has_wrong_dimensions or not form_of(first_embedding):
             raise ValueError(
                 "conditioning: expected embeddings [L, E], with E numbers for each of L tokens, got the shape"
-                f" {shapes.pop()}. Save the tokens of each prompt as one array with two dimensions."
+                f" {shape_texts.pop()}. Save the tokens of each prompt as one array with two dimensions."
             )
-        for name, embedding in self.tokens.items():
+        for prompt, embedding in self.tokens.items():
             if not all(torch.isfinite(tensor).all() for tensor in tensors_of(embedding)):
                 raise ValueError(
-                    f"conditioning: the embedding of {name!r} contains NaN or infinity. Run the encoder"
+                    f"conditioning: the embedding of {prompt!r} contains NaN or infinity. Run the encoder"
                     " on this prompt again."
                 )
         if not self.zero_null and NULL not in self.tokens:
@@ -216,13 +218,13 @@ class Conditioning:
 
         Raises: ValueError for a prompt without an embedding.
         """
-        missing_prompts = sorted({name for name in prompts if name not in self.tokens})
+        missing_prompts = sorted({prompt for prompt in prompts if prompt not in self.tokens})
         if missing_prompts:
             raise ValueError(
                 f"conditioning: there is no embedding of {_listed(missing_prompts)}. Add the embeddings"
                 " of these prompts."
             )
-        first_embedding, *other_embeddings = [self.tokens[name] for name in prompts]
+        first_embedding, *other_embeddings = [self.tokens[prompt] for prompt in prompts]
         return each(lambda *rows: torch.stack(rows), first_embedding, *other_embeddings)
 
     def null(self, n: int) -> Condition:
@@ -265,16 +267,19 @@ def write_conditioning(path: Path, conditioning: Conditioning) -> None:
     tensors: dict[str, torch.Tensor] = {}
     # Keys contain the number of the prompt and not the prompt, which may contain the separator "/". The
     # metadata lists the prompts in the same order.
-    for i, name in enumerate(prompts):
-        embedding = conditioning.tokens[name]
+    for prompt_number, prompt in enumerate(prompts):
+        embedding = conditioning.tokens[prompt]
         tensors_by_suffix = (
             {"": embedding}
             if isinstance(embedding, torch.Tensor)
-            else {f"/{key}": tensor for key, tensor in embedding.items()}
+            else {f"/{tensor_suffix}": tensor for tensor_suffix, tensor in embedding.items()}
         )
-        tensors |= {f"tokens.{i}{key}": tensor for key, tensor in tensors_by_suffix.items()}
-    meta = {"names": prompts, "encoder": conditioning.encoder, "zero_null": conditioning.zero_null}
-    write_tensors(path, KIND, tensors, meta)
+        tensors |= {
+            f"tokens.{prompt_number}{tensor_suffix}": tensor
+            for tensor_suffix, tensor in tensors_by_suffix.items()
+        }
+    metadata = {"names": prompts, "encoder": conditioning.encoder, "zero_null": conditioning.zero_null}
+    write_tensors(path, KIND, tensors, metadata)
 
 
 def read_conditioning(path: Path, zero_null: bool = True) -> Conditioning:
@@ -299,18 +304,22 @@ def read_conditioning(path: Path, zero_null: bool = True) -> Conditioning:
             prompt_number, _, tensor_name = key.removeprefix("tokens.").partition("/")
             tensors_by_prompt_number.setdefault(prompt_number, {})[tensor_name] = tensor
         tokens: dict[str, Condition] = {}
-        for i, name in enumerate(metadata["names"]):
+        for i, prompt in enumerate(metadata["names"]):
             tensors_by_name = tensors_by_prompt_number[str(i)]
-            tokens[name] = tensors_by_name.get("", tensors_by_name)  # "" is the name of an only tensor
+            tokens[prompt] = tensors_by_name.get("", tensors_by_name)  # "" is the name of an only tensor
         return Conditioning(tokens=tokens, encoder=metadata["encoder"], zero_null=metadata["zero_null"])
-    embedding_files = sorted(p for p in path.glob("*") if p.suffix in SUFFIXES)
+    embedding_files = sorted(
+        embedding_file for embedding_file in path.glob("*") if embedding_file.suffix in SUFFIXES
+    )
     if not embedding_files:
         allowed_suffixes = ", ".join(SUFFIXES)
         raise FileNotFoundError(
             f"conditioning: {path} is neither a file of embeddings nor a folder with files"
             f" {allowed_suffixes}. Embed the prompts first, or name the file or folder of their embeddings."
         )
-    embeddings: dict[str, Condition] = {p.stem: read_embedding(p) for p in embedding_files}
+    embeddings: dict[str, Condition] = {
+        embedding_file.stem: read_embedding(embedding_file) for embedding_file in embedding_files
+    }
     # A file name cannot be empty, so the embedding of '' is in a file named null.
     if not zero_null and "null" in embeddings:
         embeddings[NULL] = embeddings.pop("null")

@@ -44,7 +44,11 @@ def evaluate(
     -> C standard deviations of the final score over the assets of a prompt.
     Raises: ValueError for a score that is NaN or infinite.
     """
-    evaluators = {name: evaluator for name in EVALUATORS if (evaluator := getattr(problem, name)) is not None}
+    evaluators = {
+        evaluator_name: evaluator
+        for evaluator_name in EVALUATORS
+        if (evaluator := getattr(problem, evaluator_name)) is not None
+    }
     scores_by_evaluator: dict[str, list] = {}
     spreads_by_stage: dict[str, list[float]] = {}
     if measures_spread:
@@ -67,19 +71,23 @@ def evaluate(
         batch_slice = slice(first_prompt * S, (first_prompt + prompts_per_batch) * S)
         prompts = all_prompts[batch_slice]
         seeds = all_seeds[batch_slice]
-        batch_given = {stage: outputs[batch_slice] for stage, outputs in (given_outputs or {}).items()}
+        batch_given = {
+            stage: stage_outputs[batch_slice] for stage, stage_outputs in (given_outputs or {}).items()
+        }
         assets = generate(problem.pipeline, prompts, seeds, models, evaluation_settings.batch, batch_given)
-        batch_scores = {name: evaluator(assets, prompts) for name, evaluator in evaluators.items()}
+        batch_scores = {
+            evaluator_name: evaluator(assets, prompts) for evaluator_name, evaluator in evaluators.items()
+        }
         if problem.parts is not None:
             batch_scores |= problem.parts(assets, prompts)
-        for name, evaluator_scores in batch_scores.items():
+        for evaluator_name, evaluator_scores in batch_scores.items():
             if not bool(evaluator_scores.isfinite().all()):
                 raise ValueError(
-                    f"{name}: the evaluator returned NaN or infinity among the scores"
+                    f"{evaluator_name}: the evaluator returned NaN or infinity among the scores"
                     f" {evaluator_scores.tolist()}. Use an evaluator that returns finite scores."
                 )
             # The assets of a prompt are adjacent, so the scores of a batch are [prompts, S].
-            scores_by_evaluator.setdefault(name, []).extend(
+            scores_by_evaluator.setdefault(evaluator_name, []).extend(
                 evaluator_scores.detach().double().cpu().view(-1, S).tolist()
             )
         encoded_assets = problem.pipeline.encode(assets) if spreads_by_stage else []

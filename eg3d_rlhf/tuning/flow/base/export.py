@@ -41,11 +41,11 @@ def export(family: FlowFamily, root: Path, export_folder: Path, tuned_paths: Map
     release = family.release(root, tuple(tuned_paths))
     exported_stages = dict[str, dict]()
     # Unchanged files are linked, because published weights are large. Changed settings are written as bytes.
-    for name, original_or_bytes in release.files.items():
+    for file_name, original_or_bytes in release.files.items():
         if isinstance(original_or_bytes, bytes):
-            write_atomic(export_folder / name, original_or_bytes)
+            write_atomic(export_folder / file_name, original_or_bytes)
         else:
-            link(original_or_bytes, export_folder / name)
+            link(original_or_bytes, export_folder / file_name)
     for stage, stage_file in tqdm(
         release.networks.items(), desc="export", unit="stage", leave=False, disable=None
     ):
@@ -57,6 +57,8 @@ def export(family: FlowFamily, root: Path, export_folder: Path, tuned_paths: Map
         }
         stage_file.write(export_folder / stage_file.file, merged_weights)
     linked_files = sorted(
-        name for name, original_or_bytes in release.files.items() if isinstance(original_or_bytes, Path)
+        file_name
+        for file_name, original_or_bytes in release.files.items()
+        if isinstance(original_or_bytes, Path)
     )
     return {"tuned": exported_stages, "kept": linked_files, "elsewhere": list(release.elsewhere)}

@@ -324,11 +324,11 @@ def sized_stages(family: FlowFamily, root: Path) -> list[SizedStage]:
     pipeline = family.load(root, None, stages=())
     sized_list = []
     for stage in pipeline.stages:
-        shape = family.condition(pipeline, stage.name)
-        if shape is None:
+        conditioning_shape = family.condition(pipeline, stage.name)
+        if conditioning_shape is None:
             raise ValueError(
                 f"estimate: the family {family.name} does not define the shape of its conditioning. Add the"
                 " method `condition` to it."
             )
-        sized_list.append(SizedStage(stage=stage, conditioning=shape))
+        sized_list.append(SizedStage(stage=stage, conditioning=conditioning_shape))
     return sized_list

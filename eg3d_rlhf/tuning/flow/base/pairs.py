@@ -215,14 +215,14 @@ COLUMNS = tuple(f.name for f in fields(PreferencePair) if f.name not in LATENTS)
 
 
 def write_pairs(
-    folder: str | Path, pairs: Sequence[PreferencePair], meta: dict, shard_bytes: int = SHARD_BYTES
+    folder: str | Path, pairs: Sequence[PreferencePair], metadata: dict, shard_bytes: int = SHARD_BYTES
 ) -> str:
     """Write the pairs of one stage into a folder, in place of all pairs that it contains.
 
     Args:
         folder: folder to write.
         pairs: pairs of one stage, with different ids.
-        meta: metadata as values for JSON, which `read_pairs` returns.
+        metadata: metadata as values for JSON, which `read_pairs` returns.
         shard_bytes: largest size of a file of latents in bytes.
     Returns: hash of the content of the folder. Equal pairs and metadata have equal hashes.
     Raises: ValueError if there are no pairs, pairs of several stages, or pairs with equal ids.
@@ -244,9 +244,11 @@ def write_pairs(
         old_file.unlink()
     # By the identity of the object, so that a latent that is in several pairs is stored once.
     unique_latents = {id(latent): latent for pair in pairs for latent in (pair.preferred, pair.rejected)}
-    latent_names = {key: f"{i:06d}" for i, key in enumerate(unique_latents)}
+    latent_names = {object_id: f"{i:06d}" for i, object_id in enumerate(unique_latents)}
     shard_hashes = {}
-    shards = _shards({latent_names[key]: latent for key, latent in unique_latents.items()}, shard_bytes)
+    shards = _shards(
+        {latent_names[object_id]: latent for object_id, latent in unique_latents.items()}, shard_bytes
+    )
     for i, tensors in enumerate(tqdm(shards, desc="pairs", unit="shard", leave=False, disable=None)):
         path = folder / f"latents-{i:03d}.safetensors"
         write_tensors(path, "pairs", tensors, {"stage": stages[0]})
@@ -261,7 +263,7 @@ def write_pairs(
         for pair in pairs
     ]
     pairs_jsonl = "".join(
-        json.dumps(row, sort_keys=True, allow_nan=False) + "\n" for row in pair_rows
+        json.dumps(pair_row, sort_keys=True, allow_nan=False) + "\n" for pair_row in pair_rows
     ).encode()
     write_atomic(folder / "pairs.jsonl", pairs_jsonl)
     description = {
@@ -270,7 +272,7 @@ def write_pairs(
         "pairs": len(pairs),
         "shards": shard_hashes,
         "records": hashlib.sha256(pairs_jsonl).hexdigest(),
-        "meta": meta,
+        "meta": metadata,
     }
     # A hash of hashes, which covers all bytes of the folder.
     folder_hash = json_hash(description)
@@ -316,7 +318,10 @@ def read_pairs(folder: str | Path, stage: FlowStage | str | None = None) -> tupl
     # The constructor of PreferencePair checks them.
     try:
         pairs = [
-            PreferencePair(**{**row, **{name: latents[row[name]] for name in LATENTS}}) for row in pair_rows
+            PreferencePair(
+                **{**pair_row, **{latent_field: latents[pair_row[latent_field]] for latent_field in LATENTS}}
+            )
+            for pair_row in pair_rows
         ]
     except (KeyError, TypeError) as error:
         raise ValueError(
@@ -335,8 +340,8 @@ def read_pairs(folder: str | Path, stage: FlowStage | str | None = None) -> tupl
         )
     if isinstance(stage, FlowStage):
         for pair in pairs:
-            for name in LATENTS:
-                stage.check(f"{folder}, pair {pair.id!r}, {name}", getattr(pair, name))
+            for latent_field in LATENTS:
+                stage.check(f"{folder}, pair {pair.id!r}, {latent_field}", getattr(pair, latent_field))
     return pairs, description["meta"]
 
 
@@ -410,7 +415,7 @@ def _read_latents(folder: Path, description: dict) -> dict[str, Latent]:
         description: content of its meta.json, with the hashes of the files.
     Raises: FileNotFoundError or ValueError for a missing or changed file.
     """
-    tensors: dict[str, torch.Tensor] = {}
+    tensor_by_key: dict[str, torch.Tensor] = {}
     for file_name, expected_hash in tqdm(
         sorted(description["shards"].items()), desc="pairs", unit="shard", leave=False, disable=None
     ):
@@ -425,5 +430,5 @@ def _read_latents(folder: Path, description: dict) -> dict[str, Latent]:
                 f"{path}: the file does not have the hash that meta.json records, so it is damaged, or"
                 " belongs to another folder. Restore the folder from a copy, or write the pairs again."
             )
-        tensors.update(read_tensors(path, "pairs")[0])
-    return latents_of(tensors)
+        tensor_by_key.update(read_tensors(path, "pairs")[0])
+    return latents_of(tensor_by_key)

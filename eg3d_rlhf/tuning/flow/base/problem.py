@@ -71,7 +71,11 @@ class Problem:
             )
         # A prompt in two splits would bias the held-out results upwards.
         splits = [set(self.train_prompts), set(self.held_out_prompts), set(self.choosing_prompts)]
-        repeated_prompts = sorted(name for a, b in combinations(splits, 2) for name in a & b)
+        repeated_prompts = sorted(
+            prompt
+            for first_split, second_split in combinations(splits, 2)
+            for prompt in first_split & second_split
+        )
         if repeated_prompts:
             raise ValueError(
                 f"Problem: the prompts {repeated_prompts[:5]} are in two splits. Put each prompt into only"

@@ -53,8 +53,8 @@ def pair_up(
     Raises: ValueError if there is no pair.
     """
     # dict.fromkeys removes repeated names and keeps the order of the stages.
-    all_stages = dict.fromkeys(stage for c in candidates for stage in c.latents)
-    stages = [stage for stage in all_stages if all(stage in c.latents for c in candidates)]
+    all_stages = dict.fromkeys(stage for asset in candidates for stage in asset.latents)
+    stages = [stage for stage in all_stages if all(stage in asset.latents for asset in candidates)]
     pairs: dict[str, list[PreferencePair]] = {stage: [] for stage in stages}
     for condition, prompt_assets in by_condition(candidates).items():
         # Only assets of one prompt are paired, since ranks of different prompts cannot be compared.
@@ -286,9 +286,9 @@ def read_candidates(
                 raise ValueError(f"{path}, line {line_number}: {error}") from error
             if on_asset:
                 on_asset()
-    stages = dict.fromkeys(stage for c in candidates for stage in c.latents)
+    stages = dict.fromkeys(stage for asset in candidates for stage in asset.latents)
     # Pairs of a stage need latents of this stage for all assets.
-    incomplete_stages = [stage for stage in stages if not all(stage in c.latents for c in candidates)]
+    incomplete_stages = [stage for stage in stages if not all(stage in asset.latents for asset in candidates)]
     if incomplete_stages:
         raise ValueError(
             f"{path}: some assets have latents of stage {incomplete_stages[0]!r}, and others have not. Use"

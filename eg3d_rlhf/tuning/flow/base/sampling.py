@@ -279,8 +279,8 @@ def generate(
     stage_names = [stage.name for stage in pipeline.stages]
     stages_given = stages_given or {}
     assert len(prompts) == len(seeds) and len(stages_given) <= 1
-    for name in (*(models or {}), *stages_given):
-        stage_of(pipeline, name)  # raises an error for a stage that the pipeline does not have
+    for stage_name in (*(models or {}), *stages_given):
+        stage_of(pipeline, stage_name)  # raises an error for a stage that the pipeline does not have
     first_stage, stage_inputs = next(iter(stages_given.items()), (stage_names[0], [None] * len(seeds)))
     assert len(stage_inputs) == len(seeds)
     # The last stage is separate, because its latents are decoded.
@@ -423,11 +423,12 @@ def crossed(prompts: Sequence[str], per_condition: int, seed: int) -> tuple[list
         seed: seed from which the noise seeds are derived.
     Returns: prompts and noise seeds of all assets; the assets of a prompt are adjacent.
     """
-    asset_prompts = [name for name in prompts for _ in range(per_condition)]
+    asset_prompts = [prompt for prompt in prompts for _ in range(per_condition)]
     # i % per_condition is the number of the asset of its prompt. With it, and not with i, the noise seeds of
     # a prompt do not depend on the other prompts.
     return asset_prompts, [
-        derive_seed("compare", seed, name, i % per_condition) % 2**31 for i, name in enumerate(asset_prompts)
+        derive_seed("compare", seed, prompt, asset_number % per_condition) % 2**31
+        for asset_number, prompt in enumerate(asset_prompts)
     ]
 
 

@@ -616,16 +616,16 @@ def check_convention(stage: FlowStage, x_0: Batch, cond: Condition) -> None:
     eps = eps.to(device)
     t = torch.linspace(0.1, 0.9, count(x_0), device=device)
     x_t = stage.path.mix(x_0, t, eps)
-    error = stage.path.errors(stage.velocity(x_t, t, cond), x_0, eps).mean()
+    declared_error = stage.path.errors(stage.velocity(x_t, t, cond), x_0, eps).mean()
     # In the other convention, the network gets the time 1 - t, and its velocity has the opposite sign.
     other_velocity = opposite(t, stage.velocity(x_t, 1 - t, cond))[1]
     other_error = stage.path.errors(other_velocity, x_0, eps).mean()
-    if other_error < 0.5 * error:
+    if other_error < 0.5 * declared_error:
         declared_content = "data" if stage.data_at_one else "noise"
         other_content = "noise" if stage.data_at_one else "data"
         raise ValueError(
             f"stage {stage.name!r}: the network was probably trained with the other time convention. The"
-            f" stage declares {declared_content} at t = 1, where the flow-matching error is {error:.3g}; with"
-            f" {other_content} at t = 1 it is only {other_error:.3g}. Set"
+            f" stage declares {declared_content} at t = 1, where the flow-matching error is"
+            f" {declared_error:.3g}; with {other_content} at t = 1 it is only {other_error:.3g}. Set"
             f" data_at_one={not stage.data_at_one} in this stage."
         )

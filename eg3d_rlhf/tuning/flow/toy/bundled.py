@@ -190,11 +190,11 @@ class StructureFlow(nn.Module):
 
     def forward(self, x_t: torch.Tensor, t: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
         """Predict the velocity at x_t, times t [N] and conditioning [N, T, E] (see base/stage.py)."""
-        n = len(x_t)
+        sample_count = len(x_t)
         patches_per_axis = R // PATCH
         # Patches of 2^3 cells become tokens: [N, 4, 4, 4, 2, 2, 2].
         cells = x_t.view(
-            n, patches_per_axis, PATCH, patches_per_axis, PATCH, patches_per_axis, PATCH
+            sample_count, patches_per_axis, PATCH, patches_per_axis, PATCH, patches_per_axis, PATCH
         ).permute(0, 1, 3, 5, 2, 4, 6)
         # [N, 64, 8]
         velocity_patches = self.out_layer(
@@ -202,7 +202,7 @@ class StructureFlow(nn.Module):
         )
         # The inverse permutation converts patches back to the grid.
         cells = velocity_patches.view(
-            n, patches_per_axis, patches_per_axis, patches_per_axis, PATCH, PATCH, PATCH
+            sample_count, patches_per_axis, patches_per_axis, patches_per_axis, PATCH, PATCH, PATCH
         ).permute(0, 1, 4, 2, 5, 3, 6)
         return cells.reshape(x_t.shape)
 
@@ -271,32 +271,34 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 KIND = "toy-flow"  # kind of a file, which its header states
 
 
-def path_of(name: str, folder: Path = FOLDER) -> Path:
+def path_of(network_name: str, folder: Path = FOLDER) -> Path:
     """Return the path of the file of a network: "structure", "voxels" or "reward"."""
-    return folder / f"{name}.safetensors"
+    return folder / f"{network_name}.safetensors"
 
 
-def write_network(path: Path, name: str, weights: Mapping[str, torch.Tensor], metadata: Mapping) -> None:
+def write_network(
+    path: Path, network_name: str, weights: Mapping[str, torch.Tensor], metadata: Mapping
+) -> None:
     """Write the weights of a network in half precision, with its name and the metadata `metadata`."""
     tensors = {
         key: tensor.half() if tensor.is_floating_point() else tensor for key, tensor in weights.items()
     }
-    write_tensors(path, KIND, tensors, {"name": name, **metadata})
+    write_tensors(path, KIND, tensors, {"name": network_name, **metadata})
 
 
-def load_network(name: str, folder: Path = FOLDER) -> nn.Module:
+def load_network(network_name: str, folder: Path = FOLDER) -> nn.Module:
     """Read a network from a file of `write_network`, in float32 and in eval mode.
 
     Raises: FileNotFoundError if there is no file; ValueError if it is damaged or contains another network.
     """
-    path = path_of(name, folder)
+    path = path_of(network_name, folder)
     tensors, metadata = read_tensors(path, KIND)
-    if metadata.get("name") != name:
+    if metadata.get("name") != network_name:
         raise ValueError(
-            f"{path}: expected the network {name!r}, got {metadata.get('name')!r}. Restore the file from a"
-            " copy."
+            f"{path}: expected the network {network_name!r}, got {metadata.get('name')!r}. Restore the file"
+            " from a copy."
         )
-    network = NETWORKS[name]()
+    network = NETWORKS[network_name]()
     float32_weights = {
         key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in tensors.items()
     }

@@ -350,7 +350,8 @@ class LearnedReward(nn.Module):
         """Return the scores of N assets with N prompts, [N] float32 on the CPU."""
         device = self.mean.device
         return self.score(
-            volumes_of(assets).to(device), *(numbers.to(device) for numbers in toy.classes(prompts))
+            volumes_of(assets).to(device),
+            *(class_numbers.to(device) for class_numbers in toy.classes(prompts)),
         ).cpu()
 
 

@@ -110,7 +110,8 @@ def canonical_shapes() -> torch.Tensor:
     x = (i - (R - 1) / 2).abs()
     y = j - (R - 1) / 2
     variants = [
-        torch.stack(list(shapes_at(x, y, k - lift, size).values())) & (k >= lift) for size, lift in VARIANTS
+        torch.stack(list(shapes_at(x, y, k - lift, size_index).values())) & (k >= lift)
+        for size_index, lift in VARIANTS
     ]
     return torch.stack(variants, 1)
 
@@ -297,13 +298,13 @@ class ToyPipeline:
             FlowStage(
                 name=name,
                 model=model.to(self.device),
-                latents=kind(channels=channels, resolution=R),
+                latents=latent_kind_class(channels=channels, resolution=R),
                 path=PATH,
                 sampling=Sampling(
                     steps=8, cfg_strength=GUIDANCE[name], cfg_interval=(0.5, 1.0), rescale_t=1.0
                 ),
             )
-            for name, model, kind, channels in (
+            for name, model, latent_kind_class, channels in (
                 (STRUCTURE, structure, DenseGrid, 1),
                 (VOXELS, voxels, SparseVoxels, CHANNELS),
             )
