@@ -42,8 +42,8 @@ class FinalEvaluator(Protocol):
             first: N assets of the first arm.
             second: N assets of the second arm.
             prompts: N prompts.
-        Returns: N answers: 0 if the asset of the first arm is better, 1 if that of the second arm is better,
-        -1 for a tie.
+        Returns: list of N answers. An answer is 0 if the asset of the first arm is better, 1 if the asset of
+        the second arm is better, and -1 for a tie.
         """
 
 
@@ -62,7 +62,8 @@ def compare(
         measured_by_arm: name of an arm -> name of a measure -> values [N], which are reported in addition. A
             value is NaN if the measure does not apply to the asset. A measure that applies to no asset is
             left out.
-    Returns: the table, as values for JSON, and the judgements of all comparisons.
+    Returns: two results. The first is the table, as values for JSON. The second is a list with the judgements
+    of all comparisons.
     """
     assert BASE in assets_by_arm and {len(arm_assets) for arm_assets in assets_by_arm.values()} == {
         len(pairs)

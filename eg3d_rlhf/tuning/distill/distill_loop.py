@@ -82,7 +82,7 @@ class Tick:
             self._append("one_sided", *guidance_output.one_sided.float().tolist())
 
     def _append(self, metric: str, *new_values: float) -> None:
-        """Append values of a metric to those of this tick."""
+        """Append values of the metric `metric` to the values of this tick."""
         self.values.setdefault(metric, []).extend(new_values)
 
     def line(self, step: int, drift: Mapping[str, float]) -> dict[str, float]:
@@ -317,8 +317,9 @@ class Distillation:
     def drift(self) -> dict[str, float]:
         """Measure how likely the renders of the assets are under the prior.
 
-        Returns: "log_prob", the median log density of the renders in nats, if the prior has an exact density;
-        else "prior_error", the mean squared error with which the prior predicts a fixed noise of the renders.
+        Returns: dictionary with one key. If the prior has an exact density, the key is "log_prob", and the
+        value is the median log density of the renders in nats. Otherwise the key is "prior_error", and the
+        value is the mean squared error with which the prior predicts a fixed noise of the renders.
         """
         # All random numbers are the same at every call, so that changes come from the assets only.
         views, rendered = self.look("drift", 0)

@@ -37,7 +37,7 @@ CHANGEABLE = ("loop.checkpoint_ticks",)  # settings that a resumed run may chang
 class Part(NamedTuple):
     """Part of a run: one batch of assets under one arm."""
 
-    arm: str  # name of an `Arm`
+    arm: str  # name of the arm, see `Arm.name`
     batch: int  # index into `DistillSettings.batches`
 
     @property
@@ -47,7 +47,7 @@ class Part(NamedTuple):
 
     @classmethod
     def from_name(cls, name: str) -> "Part":
-        """Parse the result of `name`."""
+        """Return the part with a name, which has the form of the property `name`."""
         arm, batch = name.split("/")
         return cls(arm, int(batch))
 
@@ -148,7 +148,14 @@ def distil(
 
 
 def _checkpoint(run: Run, distillation: Distillation, step: int, stats_lines: Sequence[dict]) -> None:
-    """Write a checkpoint of a part after `step` steps, with the lines of stats.jsonl so far."""
+    """Write a checkpoint of a part.
+
+    Args:
+        run: run of the part.
+        distillation: optimisation whose state is written.
+        step: number of finished steps.
+        stats_lines: lines of stats.jsonl so far, which a resumed part needs for its warnings.
+    """
     tensors, metadata = distillation.state()
     run.checkpoint(
         step, tensors, {**metadata, "step": step, "records": list(stats_lines), "lines": run.lines}

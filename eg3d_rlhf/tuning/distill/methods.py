@@ -216,7 +216,8 @@ def arm_settings(settings: DistillSettings, arm: str) -> tuple[Any, int, int]:
     Args:
         settings: settings of the run.
         arm: name of the arm.
-    Returns: settings of the method; number of starts of each asset; number of noises of an image in a step.
+    Returns: three results. The first is the settings of the method. The second is the number of starts of
+    each asset, and the third is the number of noises of an image in a step.
     """
     method = Arm.parse(arm).method
     method_settings = make_settings(method, settings.guidance, settings.preset)

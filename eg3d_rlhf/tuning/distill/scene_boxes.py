@@ -123,13 +123,16 @@ def bundled_scene(settings: DistillSettings, device: torch.device) -> Scene:
 def measures(asset: Asset, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
     """Measure finished assets.
 
+    The measures are:
+
+    - "no nose", "one nose" and "more": 1 if a synthetic head has this number of noses, else 0; NaN for boxes.
+    - "preferred sides": share of the sides of a box with the preferred emblem; NaN for heads.
+    - "rms": root mean square difference between the images and the prior's nearest modes.
+
     Args:
         asset: the assets, [A].
         prompts: one prompt for each asset.
-    Returns: name of a measure -> values [A]. "no nose", "one nose" and "more" are 1 if a head has this number
-    of noses, else 0. "preferred sides" is the share of the sides of a box with the preferred emblem. The
-    counts of noses are NaN for boxes, and the preferred sides are NaN for heads. "rms" is the root mean
-    square difference of the images to the prior's nearest modes.
+    Returns: dictionary from the name of a measure to a tensor with one value for each asset, [A].
     """
     is_head = torch.tensor([box_prompts.prompt_of(prompt).kind == "janus" for prompt in prompts])
     nose_counts = noses(asset).cpu()  # [A], also of boxes, for which they are not used

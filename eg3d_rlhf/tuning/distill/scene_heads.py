@@ -206,15 +206,20 @@ def distance(shape_volume: np.ndarray, head_volume: np.ndarray) -> float:
 
 @torch.no_grad()
 def measures(asset: Asset, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
-    """Measure finished assets by the bundled rewards, and by comparison with the ground-truth heads.
+    """Measure finished assets by the bundled rewards, and by comparison with their ground-truth heads.
+
+    The ground-truth head of an asset is the head that its prompt names. The measures are:
+
+    - "reward" and "held-out reward": scores of the two bundled rewards.
+    - "utility": noise-free utility of the simulated annotator.
+    - "distance": mean distance between the surfaces of asset and ground-truth head, in world units.
+    - "back-of-head error": volume error at the back of the head.
+    - "rms": root mean square difference between the renders of asset and ground-truth head, over all K cameras.
 
     Args:
         asset: the assets, [A].
-        prompts: one prompt for each asset.
-    Returns: name of a measure -> values [A]: "reward" and "held-out reward", scores of the two bundled
-    rewards; "utility", the simulated annotator's noise-free utility; "distance", distance of the surfaces in
-    world units; "back-of-head error", volume error at the back of the head; "rms", root mean square
-    difference of the images from all K cameras.
+        prompts: one prompt 'head N' for each asset.
+    Returns: dictionary from the name of a measure to a tensor with one value for each asset, [A].
     """
     prompt_numbers = head_numbers(prompts)
     shape_volumes = shape_grids(asset, GRID)

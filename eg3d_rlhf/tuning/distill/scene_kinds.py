@@ -68,10 +68,10 @@ def check_boxes(
 
     Args:
         prompts: prompts; () for all prompts of the problem.
-        assets: number of assets of each prompt; None for the default, several in a comparison of all prompts,
-            else 1.
+        assets: number of assets of each prompt; None for the default number, which is 5 in a
+            comparison of all prompts, else 1.
         comparison: True for a comparison of arms.
-    Returns: prompts, and number of assets of each prompt.
+    Returns: two results. The first is the prompts, and the second is the number of assets of each prompt.
     Raises: ValueError for a prompt that the problem does not contain.
     """
     for prompt in prompts:
@@ -90,10 +90,10 @@ def check_heads(
 
     Args:
         prompts: prompts of the form 'head N'; () for 'head 0' to 'head 7'.
-        assets: number of assets of each prompt; None for the default, 2 in a comparison of the default
-            prompts, else 1.
+        assets: number of assets of each prompt; None for the default number, which is 2 in a comparison of
+            the default prompts, else 1.
         comparison: True for a comparison of arms.
-    Returns: prompts, and number of assets of each prompt.
+    Returns: two results. The first is the prompts, and the second is the number of assets of each prompt.
     Raises: ValueError for a prompt of another form.
     """
     head_numbers(prompts)  # raises ValueError for a prompt of another form

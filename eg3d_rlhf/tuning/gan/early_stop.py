@@ -154,7 +154,8 @@ class EarlyStop(torch.nn.Module):
             stats: statistics of the tick. The distance, the gain and the kept snapshot are added to them.
             heldout_change: [N], held-out reward of the present snapshot minus that of the untuned generator,
                 for the N held-out latents.
-        Returns: fields of the status line: "distance", and "kept", the kept snapshot in thousands of images.
+        Returns: dictionary from the name of a column of the status line to its text. "distance" is the mean
+        distance from the reference. "kept" is the number of images of the kept snapshot, in thousands.
         """
         nets = loop.trained_object.nets
         distances = consistency(nets.G_ema, self._reference[0], self.resolution)
@@ -177,7 +178,14 @@ class EarlyStop(torch.nn.Module):
         return {"distance": f"{distances.mean():.3f}", "kept": f"{int(self.at) / 1000:g}"}
 
     def _keep(self, nets: Networks, cur_nimg: int, heldout_change: np.ndarray, distance: float) -> None:
-        """Copy the present networks and their values into the buffers."""
+        """Copy the present networks and their values into the buffers.
+
+        Args:
+            nets: networks that the run trains.
+            cur_nimg: number of training images so far.
+            heldout_change: [N], held-out reward of the present snapshot minus that of the untuned generator.
+            distance: density-consistency distance of the present snapshot.
+        """
         # All copies are made in place, so that the buffers keep their device and dtype.
         for network_name, kept_network in self.kept.items():
             kept_network.load_state_dict(getattr(nets, network_name).state_dict())
@@ -188,7 +196,12 @@ class EarlyStop(torch.nn.Module):
         self.second.copy_(torch.from_numpy(heldout_change))
 
     def _note(self, cur_nimg: int, stats: dict) -> None:
-        """Append an entry with the statistics of a tick to the ledger."""
+        """Append an entry with the statistics of a tick to the ledger.
+
+        Args:
+            cur_nimg: number of training images up to the tick.
+            stats: statistics of the tick, by name.
+        """
         gain_stats = stats["EarlyStop/gain"]
         # The stored std divides by n. With s = std sqrt(n / (n - 1)), the standard error s / sqrt(n) is
         # std / sqrt(n - 1).

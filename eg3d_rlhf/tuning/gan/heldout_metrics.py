@@ -63,7 +63,8 @@ class Monitor:
         Args:
             loop: training loop.
             stats: statistics of the tick. The change of each metric is added as 'Monitored/<name>'.
-        Returns: fields of the status line: name of the metric -> mean change, and WARNING if metrics fell.
+        Returns: dictionary from the name of a column of the status line to its text. Each metric has a column
+        with its mean change. If metrics fell, the column WARNING names them.
         """
         status_fields = {}
         for metric, metric_values in self._values(loop.trained_object.nets.G_ema).items():

@@ -223,10 +223,10 @@ def run_rounds(round_count: int, ledger: Ledger, work: "Rounds") -> bool:
 
 
 def table(ledger: Ledger) -> list[str]:
-    """Return the lines of a text table with one row per round.
+    """Return the lines of a text table with one row for each round.
 
-    The last column contains the held-out metrics, as changes since the untuned generator. "reward" in that
-    column is the reward of the row's own round, so its values in different rows cannot be compared.
+    The last column contains the held-out metrics, as changes since the untuned generator. The metric "reward"
+    is the score of the reward that this round trained, so its values in different rows cannot be compared.
     """
     table_lines = ["round  labels  pooled  noise   test   distance  changes since the untuned generator"]
     for round_entry in ledger.rounds:
@@ -411,7 +411,15 @@ class Rounds:
     def _annotate(
         self, round_number: int, ledger: Ledger, generator: LoadedGenerator, pairing_options: PairingOptions
     ) -> Done:
-        """Label pairs by the simulated annotator, with the noise level of the first round."""
+        """Label pairs by the simulated annotator, with the noise level of the first round.
+
+        Args:
+            round_number: number of the round, from 1.
+            ledger: record of the finished steps.
+            generator: generator whose samples are labelled.
+            pairing_options: settings by which the pairs are made.
+        Returns: results for the ledger, and the list of files that were written.
+        """
         pairing_plan: Plan = plan(
             pairing_options,
             generator,

@@ -131,8 +131,8 @@ class RewardConfig:
     )
     nose_floor: str = _rare_reward_knob(
         "window",
-        "Pixels over which the penalty of lambda_nose is averaged: all pixels of the depth window (window),"
-        " or only the pixels that are too near (violators, as in the published method).",
+        "Pixels over which the penalty of lambda_nose is averaged. window: all pixels of the depth window;"
+        " violators: only the pixels that are too near, as in the published method.",
         choices=NOSE_FLOORS,
     )
     consistency_gate: float = _reward_knob(
@@ -152,9 +152,10 @@ class RewardConfig:
     )
     reward_shaping: str = _reward_knob(
         "none",
-        "Function of the score that the reward phase maximises: the score itself (none), the standardised"
-        " score, -softplus(-2 score), or the probability of winning against samples of the untuned generator"
-        " (reference).",
+        "Function of the score that the reward phase maximises. none: the score itself; standardised: the"
+        " score, shifted and scaled by its mean and its standard deviation before tuning; softplus:"
+        " -softplus(-2 score), which is nearly constant for large scores; reference: the probability of winning against"
+        " samples of the untuned generator.",
         choices=SHAPINGS,
     )
     consistency_resolution: int = _reward_knob(
@@ -279,8 +280,8 @@ class RoundConfig(Knobs):
     )
     round_labels: str = knob(
         SYNTHETIC,
-        "Source of the labels: the simulated annotator (synthetic), or people. With people the run stops in"
-        " each round until their labels are there, and is then resumed.",
+        "Source of the labels. synthetic: the simulated annotator; people: people, in the labelling"
+        " application. With people the run stops in each round. Resume it when the labels are complete.",
         ROUNDS,
         choices=(SYNTHETIC, PEOPLE),
     )
@@ -310,8 +311,8 @@ class RoundConfig(Knobs):
     )
     round_start: str = _rare_rounds_knob(
         PRETRAINED,
-        "Network from which the tuning of a round starts: the network of --init (pretrained), or the tuned"
-        " network of the round before (last).",
+        "Network from which the tuning of a round starts. pretrained: the network of --init; last: the tuned"
+        " network of the round before.",
         choices=(PRETRAINED, LAST),
     )
 

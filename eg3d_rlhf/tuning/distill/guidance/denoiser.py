@@ -101,9 +101,9 @@ def mixture(elevation: float, azimuth: float) -> tuple[dict[str, float], list[st
     Args:
         elevation: elevation of the camera in degrees.
         azimuth: azimuth of the camera in degrees.
-    Returns: shares of the viewing directions in the positive prompt, direction -> share; the viewing
-    directions of two negative prompts, where None stands for the null prompt; and the weights <= 0 of the
-    negative prompts.
+    Returns: three results. The first is a dictionary from a viewing direction to its share in the positive
+    prompt. The second is a list of the viewing directions of the two negative prompts; None in this list is
+    the null prompt. The third is a list of the weights of the two negative prompts, which are <= 0.
     """
     if elevation > OVERHEAD:
         # A view from above has no neighbouring direction. The weights 0 switch Perp-Neg off.
@@ -274,8 +274,8 @@ class Denoiser:
             cameras: [B, 16], cam2world matrices, or None.
             step: number of the step in the run, which determines the noises.
             conditioning: conditioning to use; None to embed the prompts.
-        Returns: the noises and the noised latents x_t, both [K, B, C, H, W]; the conditioning; and the
-        prediction.
+        Returns: four results. The first is the added noises, [K, B, C, H, W]. The second is the noised
+        latents x_t, [K, B, C, H, W]. The third is the conditioning, and the fourth is the prediction.
         """
         self.check(x, t, prompts)
         # [K, B, C, H, W]; all arms of a comparison have the same noises.
@@ -420,9 +420,9 @@ class Denoiser:
         Args:
             residuals: [K, B, C, H, W], gradients of score distillation.
             grad: [B, C, H, W], gradient of the method.
-        Returns: numbers for the log, each [A]: "sds_norm", norm of the mean of `residuals`;
-        "preference_norm", norm of the difference between `grad` and that mean; "cosine", cosine of the angle
-        between the mean and the difference.
+        Returns: dictionary from the name of a metric to its values [A], for the log. "sds_norm" is the norm
+        of the mean of `residuals`. "preference_norm" is the norm of the difference between `grad` and that
+        mean. "cosine" is the cosine of the angle between the mean and the difference.
         """
         mean_residual = residuals.mean(0)
         preference_term = grad - mean_residual

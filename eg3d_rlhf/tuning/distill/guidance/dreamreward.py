@@ -110,8 +110,9 @@ class DreamReward(Rewarded):
             prompts: B prompts for the reward.
             images: [B, 3, h, w] in 0..1, rendered images; None to decode x in their place.
             reward_only: True if the step uses the reward only; the render is then scored at all times.
-        Returns: scores [A]; the loss, averaged over assets, a scalar; and the gradient of the sum of the
-        losses with respect to the scored images, [B, 3, h, w].
+        Returns: three results. The first is the scores of the assets, [A]. The second is the loss, averaged
+        over assets, a scalar. The third is the gradient of the sum of the losses with respect to the scored
+        images, [B, 3, h, w].
         """
         denoiser = self.denoiser
         settings = self.settings

@@ -179,9 +179,10 @@ class ProgressiveGeometry:
             parameters: parameters of the assets, [A, ...] each, with the gradient of the distillation.
             prompts: one prompt for each asset.
             step: number of the step in the run.
-        Returns: numbers for the log: 'geometry', scores of the last evaluation, [A]; 'geometry_cosine',
-        cosine between the descent directions of distillation and reward, [A]; 'geometry_alpha', weight alpha,
-        [1]. The dictionary is empty if nothing was added.
+        Returns: dictionary from the name of a metric to a tensor, for the log. 'geometry' is the scores of
+        the last evaluation, [A]. 'geometry_cosine' is the cosine between the descent directions of
+        distillation and reward, [A]. 'geometry_alpha' is the weight alpha, [1]. The dictionary is empty if
+        nothing was added.
         """
         # A `Ramp` has its first value before its first step, too, so that case is treated here.
         alpha = self.alpha(step) if step >= self.first_step else 0.0

@@ -43,8 +43,8 @@ class DenoiserSettings:
     )
     weighting: str = _rare_prior_knob(
         "sds",
-        "Weight of a diffusion time in the gradient of form=sds, where x_t = a x + s e: s^2 (sds), 1"
-        " (uniform) or a s^2 (fantasia3d).",
+        "Weight of a diffusion time in the gradient of form=sds, where x_t = a x + s e. sds: s^2; uniform: 1;"
+        " fantasia3d: a s^2.",
         choices=WEIGHTINGS,
     )
     rescale: float = _rare_prior_knob(
@@ -83,8 +83,8 @@ class RankingSettings(Knobs):
 
     pair_level: str = _rare_ranking_knob(
         "asset",
-        "Unit for which the preferred noise is determined: the asset with all its views, or each view"
-        " separately as in DreamDPO's code.",
+        "Unit for which the preferred noise is determined. asset: the asset with all its views; view: each"
+        " view separately, as in DreamDPO's code.",
         choices=("asset", "view"),
     )
     standardise: bool = _rare_ranking_knob(
@@ -298,8 +298,8 @@ class DreamRewardSettings:
     )
     through: str = _rare_dreamreward_knob(
         "latents",
-        "Tensor to which the reward's gradient is applied: the prior's latents of the render, or the rendered"
-        " images.",
+        "Tensor to which the reward's gradient is applied. latents: the prior's latents of the render;"
+        " images: the rendered images.",
         choices=("latents", "images"),
     )
     x0_until: int = _rare_dreamreward_knob(

@@ -32,16 +32,17 @@ def evaluate(
 
     Args:
         problem: tuning problem.
-        models: name of a stage -> network to use in place of the pipeline's own.
+        models: name of a stage -> network to use in place of the network of the pipeline.
         evaluation_settings: settings of the samples.
         on_asset: function that is called with the number of assets after each batch; None to show a progress
-            bar.
+            bar instead.
         measures_spread: True to measure the diversity of the assets, too.
         given_outputs: name of one stage -> C S outputs of the stages before it, in the order of
             Evaluation.crossed. These stages are then not sampled. None: all stages are sampled.
-    Returns: values for JSON. "conditions": C prompts. "scores": name of an evaluator -> C lists of S scores.
-    With `measures_spread` also "spread": name of a stage before the last -> C values of `spread`; and "score"
-    -> C standard deviations of the final score over the assets of a prompt.
+    Returns: dictionary of values for JSON. "conditions" is a list of the C prompts. "scores" is a dictionary
+    from the name of an evaluator to C lists of S scores. If the diversity is measured, the dictionary also
+    has the key "spread". Its value is a dictionary from the name of each stage before the last to C values of
+    `spread`, and from "score" to C standard deviations of the final score over the assets of a prompt.
     Raises: ValueError for a score that is NaN or infinite.
     """
     evaluators = {

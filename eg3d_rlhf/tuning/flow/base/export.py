@@ -26,9 +26,10 @@ def export(family: FlowFamily, root: Path, export_folder: Path, tuned_paths: Map
         export_folder: folder to write.
         tuned_paths: name of a stage -> folder or file with tuned weights, in a layout that
             policies.tuned_model reads.
-    Returns: report for JSON. "tuned": name of a stage -> {"file": name of its file, "rounding": share of the
-    update that is lost by rounding to the file's data type}. "kept": names of the files that were linked.
-    "elsewhere": names of models that the folder refers to and does not contain.
+    Returns: dictionary of values for JSON with three keys. "tuned" is a dictionary from the name of a stage
+    to {"file": name of its file, "rounding": share of the update that is lost by rounding the weights to the
+    data type of the file}. "kept" is a list of the names of the files that were linked. "elsewhere" is a list
+    of the names of models to which the folder refers, and which it does not contain.
     Raises: FileNotFoundError or ValueError for weights that do not fit the stage, or for a family without
     export.
     """

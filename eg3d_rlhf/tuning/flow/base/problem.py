@@ -40,7 +40,7 @@ class Problem:
     # Name of a stage -> preference pairs of the other prompts. None: there are none, and only rewards
     # evaluate a network.
     unseen_pairs: Mapping[str, Sequence[PreferencePair]] | None = None
-    # Kind of label ("thumbs", "ranks") -> assets with a label each; None: there are no such assets.
+    # Kind of label ("thumbs" or "ranks") -> assets with one label each. None: there are no such assets.
     labelled: Mapping[str, Labelled] | None = None
     # Reward that scores the assets of the circular loop (Circular-DPO), for the filter w1 and the weight w2
     # of pairs. None: there is no loop, and stages are trained separately.

@@ -177,8 +177,12 @@ Candidates = Callable[[dict, str, Path, Any, bool], Candidate]
 
 
 def _texts_of_line(asset_line: Any, *keys: str) -> list[str]:
-    """Return the texts that a line of a list has for some keys. Raises: ValueError for a missing or empty
-    text.
+    """Return the texts of some keys in a line of a list of assets.
+
+    Args:
+        asset_line: line of the list.
+        keys: keys whose values are returned, in this order.
+    Raises: ValueError if a key is missing, or if its value is not a text or is empty.
     """
     texts = []
     missing_keys = []

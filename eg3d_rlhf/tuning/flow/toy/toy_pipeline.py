@@ -126,7 +126,7 @@ def canonical_colours() -> torch.Tensor:
 
 
 def classes(prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the class numbers of the shapes [N] and of the colours [N] of N prompts, as int64.
+    """Return the class numbers of the shapes and of the colours of N prompts, two int64 tensors [N].
 
     Raises: ValueError for a prompt that the toy does not have.
     """
@@ -146,9 +146,12 @@ def classes(prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def targets(prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the correct shapes [N, K, R, R, R] bool and colours [N, R, R, R, 3] of N prompts.
+    """Return the correct shapes and colours of N prompts.
 
-    Any of the K variants of a shape is correct. Colours are defined for all cells, also for empty ones.
+    Any of the K variants of a shape is correct. Colours are defined for all cells, also for empty cells.
+
+    Returns: two tensors. The first is the occupancy of the K variants, [N, K, R, R, R] bool. The second is
+    the colours, [N, R, R, R, 3].
     """
     shapes, colours = classes(prompts)
     # Colours depend on the height only: [N, R, 3] -> [N, 1, 1, R, 3] -> [N, R, R, R, 3].
