@@ -124,10 +124,10 @@ def compare(
     }, judgements
 
 
-def _mean(values: torch.Tensor) -> dict:
+def _mean(measure_values: torch.Tensor) -> dict:
     """Return the mean of the values [N] that are not NaN, its bootstrap interval, and their number."""
     # A value is NaN if the measure does not apply to the asset.
-    valid_values = values[~values.isnan()].double().cpu().numpy()
+    valid_values = measure_values[~measure_values.isnan()].double().cpu().numpy()
     mean, low, high = bootstrap_mean_interval(valid_values)
     return {"mean": mean, "ci95": [low, high], "n": len(valid_values)}
 

@@ -104,7 +104,7 @@ def parse_ramp(ramp_text: str) -> Ramp:
     Raises: ValueError if the text is not a list of numbers, or not a valid ramp.
     """
     try:
-        numbers = tuple(float(number) for number in ramp_text.split(","))
+        numbers = tuple(float(number_text) for number_text in ramp_text.split(","))
     except ValueError:
         raise ValueError(
             f"{ramp_text!r} is not a list of numbers. Write a number, such as 0.02, or a ramp s0,v0,v1,s1."

@@ -176,8 +176,8 @@ def handler(settings: DistillSettings, folder: Path, device: str) -> Callable[[s
     # One thread per process, because several processes compute parts at the same time.
     torch.set_num_threads(1)
     scene = open_scene(settings, torch.device(device))
-    return lambda name: distil(
-        settings, scene, Part.from_name(name), folder / PARTS / name, partial(print, flush=True)
+    return lambda part_name: distil(
+        settings, scene, Part.from_name(part_name), folder / PARTS / part_name, partial(print, flush=True)
     )
 
 

@@ -214,7 +214,7 @@ def measures(asset: Asset, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
     - "utility": noise-free utility of the simulated annotator.
     - "distance": mean distance between the surfaces of asset and ground-truth head, in world units.
     - "back-of-head error": volume error at the back of the head.
-    - "rms": root mean square difference between the renders of asset and ground-truth head, over all K cameras.
+    - "rms": root mean square difference between renders of asset and ground-truth head, from all K cameras.
 
     Args:
         asset: the assets, [A].

@@ -24,11 +24,13 @@ class Ramp:
     log: bool = False  # True: the logarithm of the number is linear between steps, and not the number itself
 
     def __post_init__(self):
-        numbers = (self.spec,) if isinstance(self.spec, (int, float)) else tuple(self.spec)
+        ramp_numbers = (self.spec,) if isinstance(self.spec, (int, float)) else tuple(self.spec)
         # Lengths 1, 3, 4, 6, 8, ... are valid; with 5 numbers, the last value would have no step.
-        has_valid_length = len(numbers) in (1, 3) or (len(numbers) >= 4 and len(numbers) % 2 == 0)
+        has_valid_length = len(ramp_numbers) in (1, 3) or (
+            len(ramp_numbers) >= 4 and len(ramp_numbers) % 2 == 0
+        )
         steps = [step for step, _ in self.knots()] if has_valid_length else []
-        if not has_valid_length or not all(math.isfinite(number) for number in numbers):
+        if not has_valid_length or not all(math.isfinite(number) for number in ramp_numbers):
             raise ValueError(
                 f"Ramp: {self.spec} is not a ramp. Write a number, v0,v1,s1 or s0,v0,v1,s1, which is linear"
                 " from v0 at step s0 to v1 at step s1, or append further pairs v2,s2."

@@ -154,8 +154,8 @@ class RewardConfig:
         "none",
         "Function of the score that the reward phase maximises. none: the score itself; standardised: the"
         " score, shifted and scaled by its mean and its standard deviation before tuning; softplus:"
-        " -softplus(-2 score), which is nearly constant for large scores; reference: the probability of winning against"
-        " samples of the untuned generator.",
+        " -softplus(-2 score), which is nearly constant for large scores; reference: the probability of"
+        " winning against samples of the untuned generator.",
         choices=SHAPINGS,
     )
     consistency_resolution: int = _reward_knob(

@@ -410,9 +410,9 @@ class Denoiser:
             )
         return scores.unflatten(0, (images.shape[0], -1))
 
-    def per_asset(self, values: torch.Tensor) -> torch.Tensor:
+    def per_asset(self, image_values: torch.Tensor) -> torch.Tensor:
         """Average values [K, B] over the views of each asset, [K, A]."""
-        return values.unflatten(1, (-1, self.views)).mean(2)  # mean of [K, A, V]
+        return image_values.unflatten(1, (-1, self.views)).mean(2)  # mean of [K, A, V]
 
     def compare(self, residuals: torch.Tensor, grad: torch.Tensor) -> dict[str, torch.Tensor]:
         """Compare the gradient of a method with score distillation over the same noises.

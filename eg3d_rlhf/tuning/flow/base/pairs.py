@@ -130,28 +130,28 @@ class Lazy(Mapping[str, T]):
     """Mapping whose values are made at their first access, and then kept in memory.
 
     Args:
-        names: keys of the mapping.
-        make: function from a key to its value.
+        keys: keys of the mapping.
+        make_value: function from a key to its value.
     """
 
-    def __init__(self, names: Collection[str], make: Callable[[str], T]):
-        self._names = tuple(names)
-        self._make = make
+    def __init__(self, keys: Collection[str], make_value: Callable[[str], T]):
+        self._names = tuple(keys)
+        self._make = make_value
         self._values: dict[str, T] = {}
 
-    def __getitem__(self, name: str) -> T:
-        if name not in self._names:
-            raise self.missing(name)
-        if name not in self._values:
-            self._values[name] = self._make(name)
-        return self._values[name]
+    def __getitem__(self, key: str) -> T:
+        if key not in self._names:
+            raise self.missing(key)
+        if key not in self._values:
+            self._values[key] = self._make(key)
+        return self._values[key]
 
-    def missing(self, name: str) -> Exception:
-        """Return the error for a name that is not a key of the mapping."""
-        return KeyError(name)
+    def missing(self, key: str) -> Exception:
+        """Return the error for a key that the mapping does not have."""
+        return KeyError(key)
 
-    def __contains__(self, name: object) -> bool:
-        return name in self._names
+    def __contains__(self, key: object) -> bool:
+        return key in self._names
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -166,9 +166,9 @@ class PairsByStage(Lazy[list[PreferencePair]]):
     A stage without pairs raises ValueError and not KeyError, because users choose the stages.
     """
 
-    def missing(self, name: str) -> Exception:
+    def missing(self, key: str) -> Exception:
         return ValueError(
-            f"pairs: there are no pairs of stage {name!r}, only of {', '.join(self) or 'no stage'}. Add pairs"
+            f"pairs: there are no pairs of stage {key!r}, only of {', '.join(self) or 'no stage'}. Add pairs"
             " of that stage, or leave the stage out."
         )
 

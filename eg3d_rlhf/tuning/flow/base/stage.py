@@ -131,17 +131,17 @@ def _describe_kind(latent: object) -> str:
     return "a dense grid" if getattr(latent, "ndim", 0) == 4 else "one tensor"
 
 
-def _check_type(who: str, latent: Latent, required_kind: str, latent_type: type, remedy: str) -> None:
+def _check_type(who: str, latent: Latent, required_kind: str, latent_class: type, remedy: str) -> None:
     """Raise ValueError for a latent of another type.
 
     Args:
         who: beginning of the message.
         latent: latent to check.
         required_kind: required kind of latents, in words.
-        latent_type: class of the required kind.
+        latent_class: class of the required kind.
         remedy: end of the message, a full sentence.
     """
-    if not isinstance(latent, latent_type):
+    if not isinstance(latent, latent_class):
         raise ValueError(f"{who}: expected {required_kind}, got {_describe_kind(latent)}. {remedy}")
 
 

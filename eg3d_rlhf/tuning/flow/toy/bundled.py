@@ -79,10 +79,10 @@ class Packing:
             )
         return batch.cache["packing"]
 
-    def pad(self, rows: torch.Tensor) -> torch.Tensor:
+    def pad(self, voxel_rows: torch.Tensor) -> torch.Tensor:
         """Convert rows [V, ...] to a padded batch [N, L, ...]."""
-        padded = rows.new_zeros(math.prod(self.shape), *rows.shape[1:])
-        return padded.index_copy(0, self.places, rows).unflatten(0, self.shape)
+        padded = voxel_rows.new_zeros(math.prod(self.shape), *voxel_rows.shape[1:])
+        return padded.index_copy(0, self.places, voxel_rows).unflatten(0, self.shape)
 
     def flat(self, padded: torch.Tensor) -> torch.Tensor:
         """Convert a padded batch [N, L, ...] to rows [V, ...]."""

@@ -64,9 +64,9 @@ class _FlatAssets:
         """Number of voxels of an asset plus the number of voxels of a variant, [N, K]."""
         return self.filled.sum(1, keepdim=True) + self.wanted.sum(2)
 
-    def mean(self, values: torch.Tensor) -> torch.Tensor:
+    def mean(self, cell_values: torch.Tensor) -> torch.Tensor:
         """Average values [N, P] over the occupied cells of each asset, [N]."""
-        return (values * self.filled).sum(1) / self.filled.sum(1)
+        return (cell_values * self.filled).sum(1) / self.filled.sum(1)
 
 
 class _Oracle(ABC):
@@ -384,7 +384,7 @@ def _features(volumes: torch.Tensor) -> torch.Tensor:
 def volumes_of(assets: Sequence[toy.ToyAsset]) -> torch.Tensor:
     """Return the occupancy and the colour of N assets in one tensor, [N, 4, R, R, R]."""
     return torch.stack(
-        [torch.cat([a.occupancy[None].float(), a.colours.permute(3, 0, 1, 2)]) for a in assets]
+        [torch.cat([asset.occupancy[None].float(), asset.colours.permute(3, 0, 1, 2)]) for asset in assets]
     )
 
 
