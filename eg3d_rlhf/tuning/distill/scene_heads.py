@@ -64,10 +64,10 @@ class FrontCameras:
 
     views: int = VIEWS  # number of cameras for each asset in a step
 
-    def draw(self, asset_count: int, rng: torch.Generator) -> Views:
-        """Choose `views` different cameras for each of `asset_count` assets."""
+    def draw(self, assets: int, rng: torch.Generator) -> Views:
+        """Choose `views` different cameras for each of `assets` assets."""
         # argsort of random numbers [A, K] is a random permutation of the cameras for each asset.
-        camera_indices = torch.rand(asset_count, len(AZIMUTHS), generator=rng).argsort(dim=1)[:, : self.views]
+        camera_indices = torch.rand(assets, len(AZIMUTHS), generator=rng).argsort(dim=1)[:, : self.views]
         return cameras_at(torch.tensor(AZIMUTHS, dtype=torch.float64)[camera_indices].flatten())
 
 
