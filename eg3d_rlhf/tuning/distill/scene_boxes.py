@@ -57,7 +57,7 @@ def mixture() -> GmmPrior:
     """
     modes = problem.modes()  # [k, C, H, W]
     mode_count = len(modes)
-    # An embedding contains the logits of the 2 k components: first the k narrow ones, then the k broad ones.
+    # An embedding contains the logits of 2 k components: first k narrow components, then k broad components.
     # "" is the null prompt.
     embeddings = {"": torch.cat([torch.full((mode_count,), _NEVER), torch.zeros(mode_count)])}
     for i, prompt in enumerate(box_prompts.PROMPTS):

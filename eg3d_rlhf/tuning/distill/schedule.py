@@ -196,7 +196,8 @@ def ddim_times(
         return [i * (STEPS // time_count) + 1 for i in reversed(range(time_count))]
     if spacing == "trailing":
         return [round(STEPS - i * STEPS / time_count) - 1 for i in range(time_count)]
-    # n - 1 equal intervals between 0 and 999; max() avoids a division by 0 for a single time, which is 0.
+    # time_count - 1 equal intervals between 0 and 999; max() avoids a division by 0 for a single time, which
+    # is 0.
     uniform_times = [(STEPS - 1) * i / max(time_count - 1, 1) for i in reversed(range(time_count))]
     assert spacing in ("linspace", "floor"), spacing
     return [round(time) if spacing == "linspace" else int(time) for time in uniform_times]

@@ -278,7 +278,8 @@ def window_camera(generator: Generator) -> torch.Tensor:
         camera_label = generator.cameras.label()
         crop_scale = DEPTH_MAP_SIDE / WINDOW_SIDE
     # Intrinsics are in units of the image's edge, so a crop of the image changes them.
-    intrinsics = camera_label[0, 16:25].view(3, 3)  # a view of `label`, which the next lines therefore change
+    # A view of `camera_label`, which the next lines therefore change.
+    intrinsics = camera_label[0, 16:25].view(3, 3)
     intrinsics[:2, :2] *= crop_scale  # focal lengths and skew
     intrinsics[:2, 2] = (intrinsics[:2, 2] - WINDOW_START / DEPTH_MAP_SIDE) * crop_scale  # principal point
     return camera_label

@@ -332,7 +332,7 @@ def write_import(folder: Path, imported: Imported, make_metadata: Callable[[str]
         make_metadata: function from the name of a stage to metadata of its pairs, as values for JSON.
     Returns: name of a stage -> hash of its pairs.
     """
-    # The metadata of all stages is made first, so that an error of `meta` leaves no files.
+    # The metadata of all stages is made first, so that an error of `make_metadata` leaves no files.
     metadata_by_stage = {
         stage: {"convention": CONVENTION, **make_metadata(stage)} for stage in imported.pairs
     }

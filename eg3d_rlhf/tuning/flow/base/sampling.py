@@ -206,7 +206,7 @@ def rescaled_velocity(
     """
     x_0_guided = path.data(x, t, v)
     x_0_unguided = path.data(x, t, unguided_v)
-    # [N]. share * (rescaled x_0) + (1 - share) * x_0 is x_0 times this factor.
+    # [N]. strength * (rescaled x_0) + (1 - strength) * x_0 is x_0 times this factor.
     factor = strength * (std_per_sample(x_0_unguided) / std_per_sample(x_0_guided)) + 1 - strength
     return path.velocity_to(x, t, with_feats(x_0_guided, spread(factor, x_0_guided) * feats_of(x_0_guided)))
 
@@ -405,7 +405,10 @@ def scores(
 
 
 def wins(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Compare scores a [N] with scores b [N]: 1 if a is larger, 0 if b is larger, 0.5 if they are equal.
+    """Compare scores a [N] with scores b [N].
+
+    Returns: [N], 1 where a is larger, 0 where b is larger, and 0.5 where they are equal.
+
 
     >>> wins(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0, 2.0, 2.0]))
     tensor([0.0000, 0.5000, 1.0000])
@@ -424,11 +427,11 @@ def crossed(prompts: Sequence[str], per_condition: int, seed: int) -> tuple[list
     Returns: prompts and noise seeds of all assets; the assets of a prompt are adjacent.
     """
     asset_prompts = [prompt for prompt in prompts for _ in range(per_condition)]
-    # i % per_condition is the number of the asset of its prompt. With it, and not with i, the noise seeds of
-    # a prompt do not depend on the other prompts.
+    # asset_index % per_condition is the number of the asset within its prompt. With this number, and not with
+    # asset_index, the noise seeds of a prompt do not depend on the other prompts.
     return asset_prompts, [
-        derive_seed("compare", seed, prompt, asset_number % per_condition) % 2**31
-        for asset_number, prompt in enumerate(asset_prompts)
+        derive_seed("compare", seed, prompt, asset_index % per_condition) % 2**31
+        for asset_index, prompt in enumerate(asset_prompts)
     ]
 
 
