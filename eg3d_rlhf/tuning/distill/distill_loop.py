@@ -6,8 +6,8 @@ noises, computes the gradient of the method, and updates the parameters of the a
 All random numbers come from `Streams` by (seed, stream, step). A resumed run is therefore bitwise identical
 to a run that was not interrupted.
 
-Shapes: assets, [A]; V views of each asset; B = A V images, with the views of an asset adjacent; K noises; C,
-H, W channels, rows and columns of latents.
+Shapes: A = number of assets; V views of each asset; B = A V images, with the views of an asset adjacent; K
+noises; C, H, W channels, rows and columns of latents.
 """
 
 from collections.abc import Callable, Mapping, Sequence

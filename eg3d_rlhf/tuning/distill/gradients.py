@@ -4,8 +4,8 @@ numbers.
 The module also converts a gradient to a loss, balances two gradients of different size (`Balance`), and keeps
 statistics of the last steps (`History`).
 
-Shapes: K noises; assets, [A]; V views of an asset; B = A V images, with the views of an asset adjacent; Q
-negative prompts; C, H, W channels, rows and columns of latents; h, w rows and columns of images.
+Shapes: K noises; A = number of assets; V views of an asset; B = A V images, with the views of an asset
+adjacent; Q negative prompts; C, H, W channels, rows and columns of latents; h, w rows and columns of images.
 Symbols: x clean latents of the render; e the added noise; p the prior's prediction of e; x_t = a x + s e the
 noised latents with the levels a and s of the noise schedule (schedule.py); w the weight of the time, [B, 1,
 1, 1]. All methods use the identity p - e = (a / s) (x - x0), where x0 is the prior's one-step estimate of x.

@@ -3,7 +3,7 @@
 The prior is a mixture of Gaussians in closed form, or a U-Net that was trained on its samples. The rewards
 are in closed form. The held-out evaluator uses other information than the rewards.
 
-Shapes: assets, [A]; B images; C, H, W channels, rows and columns of images; k modes of all prompts.
+Shapes: A = number of assets; B images; C, H, W channels, rows and columns of images; k modes of all prompts.
 """
 
 from collections.abc import Callable, Sequence

@@ -8,8 +8,8 @@ All cameras are close together in front of the head, so the images do not determ
 Assets are latents of a generator and not free planes. With free planes, optimisation exploits a learned
 reward: the score rises without bound while the shape becomes worse.
 
-Shapes: assets, [A]; V views of an asset in a step; B = A V images; K fixed cameras; H heads; M components of
-the mixture; R pixels per edge; n grid points per edge of the cube.
+Shapes: A = number of assets; V views of an asset in a step; B = A V images; K fixed cameras; H heads; M
+components of the mixture; R pixels per edge; n grid points per edge of the cube.
 """
 
 import functools

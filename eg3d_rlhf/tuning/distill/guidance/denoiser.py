@@ -3,9 +3,9 @@
 These are adding noise to the latents of the views, predicting the noise with and without the prompt,
 computing the gradient of score distillation, and scoring and ranking the images that the prior estimates.
 
-Shapes: K noises; assets, [A]; V views of an asset; B = A V images, with the views of an asset adjacent; Q = 2
-negative prompts of Perp-Neg; T tokens of a conditioning with D entries each; C, H, W channels, rows and
-columns of latents; h, w rows and columns of images.
+Shapes: K noises; A = number of assets; V views of an asset; B = A V images, with the views of an asset
+adjacent; Q = 2 negative prompts of Perp-Neg; T tokens of a conditioning with D entries each; C, H, W
+channels, rows and columns of latents; h, w rows and columns of images.
 """
 
 import math

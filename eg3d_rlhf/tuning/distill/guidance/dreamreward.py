@@ -3,8 +3,8 @@
 The gradient of score distillation is combined with the gradient of a reward. The reward scores the image that
 the prior estimates in one step, or the rendered image.
 
-Shapes: assets, [A]; V views of an asset; B = A V images; C, H, W channels, rows and columns of latents; h, w
-rows and columns of images.
+Shapes: A = number of assets; V views of an asset; B = A V images; C, H, W channels, rows and columns of
+latents; h, w rows and columns of images.
 """
 
 from typing import Any

@@ -9,7 +9,7 @@ reward. Each asset is treated separately. The norms |g| and |g_r| are means over
 linearly from `geometry_weight_from` to `geometry_weight`, from the share `geometry_start` of the run to its
 end. The method is reconstructed, because the constants of the paper are not published.
 
-Shapes: assets, [A].
+Shapes: A = number of assets.
 """
 
 import copy

@@ -6,8 +6,9 @@ It has three parts: score distillation with two noises; a preference term, calle
 from the estimate of the loser to that of the winner; and a null embedding that is trained during the run, so
 that classifier-free guidance moves images away from the properties of losers.
 
-Shapes: K = 2 noises; assets, [A]; V views of an asset; B = A V images; N ranked units (assets, or images with
-pair_level=view); T tokens of an embedding with D entries each; C, H, W channels, rows and columns of latents.
+Shapes: K = 2 noises; A = number of assets; V views of an asset; B = A V images; N ranked units (assets, or
+images with pair_level=view); T tokens of an embedding with D entries each; C, H, W channels, rows and columns
+of latents.
 Symbols: n the trained null embedding [A, T, D]; n0 its initial value, the prior's own null embedding; e a
 noise.
 """

@@ -3,8 +3,8 @@
 Each step uses several noises. The gradient of score distillation of each noise has a weight, which depends on
 the reward of the image that the prior estimates from that noise.
 
-Shapes: K noises; assets, [A]; V views of an asset; B = A V images; C, H, W channels, rows and columns of
-latents.
+Shapes: K noises; A = number of assets; V views of an asset; B = A V images; C, H, W channels, rows and
+columns of latents.
 """
 
 from typing import Any

@@ -4,8 +4,8 @@ best-of-n.
 Best-of-n optimises several assets for each prompt by SDS, and keeps the asset with the highest reward. Its
 gradient contains no reward. It is a baseline that takes n times the computation of SDS.
 
-Shapes: assets, [A] that are kept; S starts for each of them; V views of an asset; K noises; B images; C, H, W
-channels, rows and columns of latents; h, w rows and columns of images.
+Shapes: A = number of assets that are kept; S starts for each of them; V views of an asset; K noises; B
+images; C, H, W channels, rows and columns of latents; h, w rows and columns of images.
 """
 
 import torch

@@ -6,8 +6,8 @@ which are optional dependencies ([sd]) and are therefore imported in functions.
 Only the U-Net may use half precision. alphas_cumprod, latents, and everything that is computed from them stay
 in float32, because the estimate x0 at t = 980 is divided by a = 0.076, which amplifies rounding errors.
 
-Shapes: assets, [A]; V views of an asset; B = A V images; K noises; C, H, W channels, rows and columns of
-latents; h, w rows and columns of images; T tokens of a prompt with D entries each.
+Shapes: A = number of assets; V views of an asset; B = A V images; K noises; C, H, W channels, rows and
+columns of latents; h, w rows and columns of images; T tokens of a prompt with D entries each.
 """
 
 import json

@@ -4,8 +4,8 @@ It is a U-Net with 90,000 parameters for the images of the bundled toy problem. 
 `DiffusionPrior` of large priors. Results with the prior in closed form (gmm.py) can therefore be checked with
 a trained prior. builders/view_prior.py trains it in a minute on one core.
 
-Shapes: assets, [A]; V = 4 adjacent views of an asset; B = A V images; C channels; H, W rows and columns of
-features; T tokens of a prompt with E entries each; `width` entries of the joint conditioning.
+Shapes: A = number of assets; V = 4 adjacent views of an asset; B = A V images; C channels; H, W rows and
+columns of features; T tokens of a prompt with E entries each; `width` entries of the joint conditioning.
 """
 
 import math
