@@ -474,7 +474,7 @@ def test_conditions_by_name(tmp_path):
     assert dropped["b"].sum(1).tolist() == [0.0, 4.0]
     with raising("conditioning", "a, b"):
         each(torch.add, cond, torch.ones(1))
-    with raising("{'a': 2, 'b': 3}"):
+    with raising("a: 2, b: 3"):
         rows({"a": torch.ones(2), "b": torch.ones(3)})
     with raising("stage", "[2, 3]", "{'a': [2, 3], 'b': [4]}", "DINO"):
         again.check("stage", [2, 3], "DINO")
