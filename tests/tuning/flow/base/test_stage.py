@@ -476,5 +476,5 @@ def test_conditions_by_name(tmp_path):
         each(torch.add, cond, torch.ones(1))
     with raising("a: 2, b: 3"):
         rows({"a": torch.ones(2), "b": torch.ones(3)})
-    with raising("stage", "[2, 3]", "{'a': [2, 3], 'b': [4]}", "DINO"):
+    with raising("stage", "[2, 3]", "a [2, 3], b [4]", "DINO"):
         again.check("stage", [2, 3], "DINO")

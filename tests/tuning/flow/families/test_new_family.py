@@ -143,7 +143,7 @@ def test_embeddings_and_latents_of_other_generators_are_rejected(root, tmp_path)
         tmp_path / "PAIRS" / "conditioning.safetensors",
         type(conditions())(tokens=other, encoder="another", zero_null=True),
     )
-    names = ("{'kind': [1, 4], 'size': [1]}", "{'kind': [1, 9], 'size': [1]}", "another")
+    names = ("kind [1, 4], size [1]", "kind [1, 9], size [1]", "another")
     rejected(call(tmp_path, "--stage=points"), *names)
 
 
