@@ -137,8 +137,8 @@ def available(op: str, device_type: str) -> bool:
     On CUDA, the op must also pass its check on the current device. An op is built at most once per process.
     The function never raises an error; a failure causes a warning.
     """
-    key = (op, device_type)
-    is_loaded = _loaded[key] if key in _loaded else _load(*key)
+    op_key = (op, device_type)
+    is_loaded = _loaded[op_key] if op_key in _loaded else _load(*op_key)
     if is_loaded and device_type == "cuda":
         # Imported here: cuda_check imports the ops, which import this module.
         from torch_utils import cuda_check
@@ -151,15 +151,15 @@ def _load(op: str, device_type: str) -> bool:
     """Build and load a library. Returns True on success; otherwise prints one warning and returns False."""
     # The lock covers the build, too: other threads wait here, and other processes wait at the file lock.
     with _PROCESS_LOCK:
-        key = (op, device_type)
+        op_key = (op, device_type)
         # Another thread may have loaded the library while this thread waited for the lock.
-        if key in _loaded:
-            return _loaded[key]
-        _loaded[key] = False
+        if op_key in _loaded:
+            return _loaded[op_key]
+        _loaded[op_key] = False
         if not switched_off() and device_type in SUFFIX and op in ops(device_type):
             try:
                 torch.ops.load_library(str(build(op, device_type)))
-                _loaded[key] = True
+                _loaded[op_key] = True
             except (BuildError, OSError) as error:
                 # torch's own exception hides the loader's message.
                 reason = str(error if isinstance(error, BuildError) else error.__cause__ or error)
@@ -170,7 +170,7 @@ def _load(op: str, device_type: str) -> bool:
                         f"op {op} ({device_type}): plain torch is used, which is slower. {reason}",
                         stacklevel=4,  # the line that called the op
                     )
-        return _loaded[key]
+        return _loaded[op_key]
 
 
 def compiler(device_type: str) -> str:
@@ -178,12 +178,12 @@ def compiler(device_type: str) -> str:
 
     Raises: BuildError if there is none.
     """
-    variable, names, description = COMPILERS[device_type]
+    variable, candidates, description = COMPILERS[device_type]
     selected_name = os.environ.get(variable)
     # A compiler that the user selected is not replaced by another one.
-    for name in (selected_name,) if selected_name else names:
-        if shutil.which(name):
-            return name
+    for candidate in (selected_name,) if selected_name else candidates:
+        if shutil.which(candidate):
+            return candidate
     missing_compiler = f"{variable}={selected_name}" if selected_name else description
     raise BuildError(f"{missing_compiler} was not found. Install it, or select a compiler with ${variable}.")
 
@@ -218,7 +218,7 @@ def recipe(op: str, device_type: str) -> Recipe:
     """
     include = Path(torch.__file__).parent / "include"
     headers = [f"-I{include}", f"-I{include}/torch/csrc/api/include", f"-I{SOURCES}"]
-    source = str(SOURCES / (op + SUFFIX[device_type]))
+    source_path = str(SOURCES / (op + SUFFIX[device_type]))
     # The library is linked against torch, but not against Python: the stable ABI does not need it.
     torch_libraries = [f"-L{include.parent / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
     cxx = compiler("cpu")
@@ -227,20 +227,24 @@ def recipe(op: str, device_type: str) -> Recipe:
         return Recipe(
             op,
             device_type,
-            ((cxx, *linking, *flags("cpu"), *headers, source, "-o", "{out}", *torch_libraries),),
+            ((cxx, *linking, *flags("cpu"), *headers, source_path, "-o", "{out}", *torch_libraries),),
         )
     nvcc = compiler("cuda")
-    compile_command = (nvcc, *flags("cuda"), *headers, "-c", source, "-o", "{obj}")
+    compile_command = (nvcc, *flags("cuda"), *headers, "-c", source_path, "-o", "{obj}")
     # nvcc lies in the folder bin of the toolkit.
     toolkit = Path(shutil.which(nvcc) or nvcc).resolve().parents[1]
-    roots = [Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)] + [
+    toolkit_folders = [
+        Path(os.environ[variable]) for variable in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(variable)
+    ] + [
         toolkit,
         Path("/usr/local/cuda"),
     ]
     # CUDA's runtime is linked statically, so that the machine that loads the library needs no toolkit. One of
     # these folders has libcudart_static.a.
-    folders = [root / sub for root in roots for sub in ("lib64", "lib", "targets/x86_64-linux/lib")]
-    libraries = [f"-L{folder}" for folder in folders if folder.is_dir()]
+    library_folders = [
+        root / sub for root in toolkit_folders for sub in ("lib64", "lib", "targets/x86_64-linux/lib")
+    ]
+    libraries = [f"-L{folder}" for folder in library_folders if folder.is_dir()]
     link_command = (
         cxx,
         "-shared",
@@ -270,23 +274,23 @@ def build(op: str, device_type: str) -> Path:
         return prebuilt_library(op, device_type)
     build_recipe = recipe(op, device_type)
     folder = build_recipe.folder()
-    library = folder / f"{op}.so"
-    log = folder / "build.log"
-    if library.exists():
-        return library
+    library_path = folder / f"{op}.so"
+    log_path = folder / "build.log"
+    if library_path.exists():
+        return library_path
     try:
         folder.mkdir(parents=True, exist_ok=True)
         # A lock of the operating system, which is released when its process dies.
         with FileLock(folder / "lock"):
-            if library.exists():  # another process has built it meanwhile
-                return library
+            if library_path.exists():  # another process has built it meanwhile
+                return library_path
             # The library is built under another name and renamed at the end, so that a library with the final
             # name is always complete.
             temporary_names = {"{out}": "building.so", "{obj}": "building.o"}
-            with open(log, "w") as output:
-                for words in build_recipe.commands:
-                    command = [temporary_names.get(word, word) for word in words]
-                    print("$", shlex.join(command), file=output, flush=True)
+            with open(log_path, "w") as log_file:
+                for command_template in build_recipe.commands:
+                    command = [temporary_names.get(word, word) for word in command_template]
+                    print("$", shlex.join(command), file=log_file, flush=True)
                     process = subprocess.run(
                         command,
                         cwd=folder,
@@ -298,14 +302,14 @@ def build(op: str, device_type: str) -> Path:
                     if process.returncode and os.strerror(errno.ENOSPC) in process.stderr:
                         # On a full disk the log could not be written either, so the error is raised directly.
                         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                    print(process.stdout + process.stderr, file=output, flush=True)
+                    print(process.stdout + process.stderr, file=log_file, flush=True)
                     if process.returncode:
-                        raise BuildError(f"The build failed. See {log}.")
-            os.replace(folder / "building.so", library)  # atomic
+                        raise BuildError(f"The build failed. See {log_path}.")
+            os.replace(folder / "building.so", library_path)  # atomic
     except OSError as error:
         remedy = "Free space, or set EG3D_RLHF_CACHE to a folder that is writable."
         raise BuildError(f"{cache_dir()}: {error.strerror or error}. {remedy}") from error
-    return library
+    return library_path
 
 
 @functools.cache
@@ -321,12 +325,20 @@ def _compiler_version(compiler: str) -> str:
 def _processor() -> str:
     """Return the name and the features of the processor, on which code with -march=native depends."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpuinfo_lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor() or platform.machine()
     # A line is "key<tab>: value". The file repeats the same lines for every core, so they are put into a set.
-    keys = ("model name", "flags", "Features")
-    return "\n".join(sorted({line for line in lines if line.split("\t")[0].strip() in keys}))
+    hashed_keys = ("model name", "flags", "Features")
+    return "\n".join(
+        sorted(
+            {
+                cpuinfo_line
+                for cpuinfo_line in cpuinfo_lines
+                if cpuinfo_line.split("\t")[0].strip() in hashed_keys
+            }
+        )
+    )
 
 
 def main() -> int:
@@ -336,7 +348,7 @@ def main() -> int:
         is no failure.
     """
     failed = 0
-    for device_type, op in [(kind, name) for kind in SUFFIX for name in ops(kind)]:
+    for device_type, op in [(source_type, op_name) for source_type in SUFFIX for op_name in ops(source_type)]:
         try:
             outcome = str(build(op, device_type))
         except BuildError as error:

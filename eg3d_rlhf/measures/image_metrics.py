@@ -48,8 +48,8 @@ class MetricOptions:
     batch: int = 8  # number of images that are rendered at once, >= 1
 
     def __post_init__(self) -> None:
-        unknown = [name for name in self.metrics if name not in METRICS]
-        if unknown or not self.metrics or len(set(self.metrics)) < len(self.metrics):
+        unknown_names = [name for name in self.metrics if name not in METRICS]
+        if unknown_names or not self.metrics or len(set(self.metrics)) < len(self.metrics):
             given_names = ", ".join(self.metrics) or "an empty list"
             raise ValueError(
                 f"--metrics: {given_names} is not a list of different metrics. Name one or more of"
@@ -115,20 +115,21 @@ def fake_batches(generator: Generator, cameras: np.ndarray, options: MetricOptio
 
 
 def _with_progress(
-    batches: Iterable[torch.Tensor], advance: Callable[[int], object], faces: list[np.ndarray] | None
+    batches: Iterable[torch.Tensor], advance: Callable[[int], object], face_masks: list[np.ndarray] | None
 ) -> Iterator[torch.Tensor]:
     """Yield the batches unchanged, and advance a progress bar by the size of each finished batch.
 
     Args:
         batches: batches of images [N, 3, R, R] in [-1, 1].
         advance: function that advances the progress bar by a number of images.
-        faces: list to which the result of `detect_faces` is appended for each batch; None skips the detector.
+        face_masks: list to which the result of `detect_faces` is appended for each batch; None skips the
+            detector.
     """
     for batch in batches:
         # Yield first: the bar advances when the consumer has finished with the batch.
         yield batch
-        if faces is not None:
-            faces.append(detect_faces(batch))
+        if face_masks is not None:
+            face_masks.append(detect_faces(batch))
         advance(len(batch))
 
 
@@ -160,49 +161,53 @@ def evaluate(
             f"--data: the images have {dataset.resolution}x{dataset.resolution} pixels, but the generator"
             f" renders {resolution}x{resolution}. Convert the dataset with tools/dataset_tool.py."
         )
-    started = time.time()
+    start_time = time.time()
     # Fakes have the distribution of the dataset's cameras.
     cameras = dataset.get_labels()
-    faces: tuple[list, list] | tuple[None, None] = ([], []) if "faces" in options.metrics else (None, None)
+    face_masks: tuple[list, list] | tuple[None, None] = (
+        ([], []) if "faces" in options.metrics else (None, None)
+    )
     real = collect(
         network,
         _with_progress(
-            real_batches(dataset, options.batch), bar(len(dataset), "features of the real images"), faces[0]
+            real_batches(dataset, options.batch),
+            bar(len(dataset), "features of the real images"),
+            face_masks[0],
         ),
     )
     # `fake_batches` is a Python generator: a batch is rendered when
     # `collect` requests it, so that only one batch is in memory.
     fakes = fake_batches(generator.generator, cameras, options)
     fake = collect(
-        network, _with_progress(fakes, bar(options.images, "features of generated images"), faces[1])
+        network, _with_progress(fakes, bar(options.images, "features of generated images"), face_masks[1])
     )
     records = []
     for metric in options.metrics:
         formula = METRICS[metric][0]
-        name = metric
+        metric_name = metric
         # Only Inception features give a FID or KID. Other features get another name, e.g. frechet_offline.
         if formula != "faces" and not isinstance(network, InceptionFeatures):
-            name = f"{formula}_offline{metric[3:]}"
+            metric_name = f"{formula}_offline{metric[3:]}"
         if formula == "faces":
-            results = {
-                subset: float(np.concatenate(part).mean())
-                for subset, part in zip(("faces_reals", "faces"), faces, strict=True)
-                if part
+            results_by_name = {
+                subset: float(np.concatenate(batch_masks).mean())
+                for subset, batch_masks in zip(("faces_reals", "faces"), face_masks, strict=True)
+                if batch_masks
             }
         elif formula == "frechet":
-            results = {name: fake[0].distance(real[0])}
+            results_by_name = {metric_name: fake[0].distance(real[0])}
         else:
-            results = dict(
+            results_by_name = dict(
                 zip(
-                    (name, f"{name}_std"),
+                    (metric_name, f"{metric_name}_std"),
                     kernel_inception_distance(real[1], fake[1], seed=options.seed),
                     strict=True,
                 )
             )
         records.append(
             {
-                "results": results,
-                "metric": name,
+                "results": results_by_name,
+                "metric": metric_name,
                 "features": network.name,
                 "dimensions": network.dim,
                 "images": options.images,
@@ -212,7 +217,7 @@ def evaluate(
                 "snapshot_sha256": generator.hash,
                 "timestamp": time.time(),
                 # Includes the features of the reals, which all metrics of the call share.
-                "total_time": time.time() - started,
+                "total_time": time.time() - start_time,
             }
         )
     return records
@@ -226,11 +231,15 @@ def training_options(network: Path) -> dict:
     Returns: 'data', the path of the dataset, and 'mirror', True if the run trained on mirrored images, too.
         The dictionary is empty if the folder holds no options of a run.
     """
-    values = recorded(network.parent)
-    eg3d_data = values.get("training_set_kwargs")  # only in options that EG3D's train.py wrote
+    recorded_options = recorded(network.parent)
+    eg3d_data = recorded_options.get("training_set_kwargs")  # only in options that EG3D's train.py wrote
     if isinstance(eg3d_data, dict):
         return {"data": eg3d_data.get("path"), "mirror": eg3d_data.get("xflip", False)}
-    return {name: values[name] for name in ("data", "mirror") if name in values}
+    return {
+        option_name: recorded_options[option_name]
+        for option_name in ("data", "mirror")
+        if option_name in recorded_options
+    }
 
 
 def append_records(folder: Path, records: list[dict]) -> None:
@@ -238,11 +247,11 @@ def append_records(folder: Path, records: list[dict]) -> None:
 
     EG3D writes its metrics to files of the same names.
     """
-    for record in records:
-        path = folder / f"metric-{record['metric']}.jsonl"
+    for metric_record in records:
+        path = folder / f"metric-{metric_record['metric']}.jsonl"
         # Rewrite the file as a whole: an interrupted append could leave half a line.
         earlier_lines = path.read_text() if path.is_file() else ""
-        write_atomic(path, (earlier_lines + json.dumps(record) + "\n").encode())
+        write_atomic(path, (earlier_lines + json.dumps(metric_record) + "\n").encode())
 
 
 # Share of images in which an independent detector finds a face: scikit-image's cascade of local binary
@@ -284,12 +293,12 @@ def detect_faces(images: torch.Tensor) -> np.ndarray:
         .cpu()
         .numpy()
     )
-    sizes = {"min_size": (SMALLEST_FACE, SMALLEST_FACE), "max_size": (FACE_PIXELS - 1, FACE_PIXELS - 1)}
+    size_limits = {"min_size": (SMALLEST_FACE, SMALLEST_FACE), "max_size": (FACE_PIXELS - 1, FACE_PIXELS - 1)}
     # The detector returns a list of boxes, which is empty if the image shows no face. step_ratio=1 tests
     # every position of the window.
     return np.array(
         [
-            bool(detector.detect_multi_scale(img=image, scale_factor=1.1, step_ratio=1, **sizes))
+            bool(detector.detect_multi_scale(img=image, scale_factor=1.1, step_ratio=1, **size_limits))
             for image in pixels
         ]
     )

@@ -90,10 +90,10 @@ def ssim(first_images: Tensor, second_images: Tensor) -> Tensor:
     c1 = (_K1 * 2) ** 2
     c2 = (_K2 * 2) ** 2
     # Equation 13 of the paper; double precision, because each variance is a difference of large numbers.
-    values = (
+    similarity_map = (
         (2 * mean_a * mean_b + c1) * (2 * cov + c2) / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))
     )
-    return values.unflatten(0, first_images.shape[:2]).mean(dim=(1, 2, 3, 4))
+    return similarity_map.unflatten(0, first_images.shape[:2]).mean(dim=(1, 2, 3, 4))
 
 
 def scripted(path: Path, flag: str, interface: str, device: torch.device | str) -> Callable[..., Any]:
@@ -123,7 +123,8 @@ def scripted(path: Path, flag: str, interface: str, device: torch.device | str) 
         except RuntimeError as error:
             # TorchScript prints a trace of several lines; the last one that is not blank states the cause.
             reason = next(
-                (line for line in str(error).splitlines()[::-1] if line.strip()), type(error).__name__
+                (message_line for message_line in str(error).splitlines()[::-1] if message_line.strip()),
+                type(error).__name__,
             )
             raise ValueError(
                 f"{flag}: the network in {path} cannot be called as {interface} ({reason}). Export a network"

@@ -176,20 +176,23 @@ def _interval(statistic: "_Frechet | _Kernel | _Change", resamples: int, seed: i
     """
     assert resamples >= 50
     rng = np.random.default_rng(seed)
-    sizes = statistic.sizes
+    set_sizes = statistic.sizes
     slopes = statistic.influence()
     # Counts of 1 give the statistic of the original samples.
-    measured = float(statistic.resampled(*(np.ones((1, size)) for size in sizes))[0])
+    measured = float(statistic.resampled(*(np.ones((1, set_size)) for set_size in set_sizes))[0])
     # A resample is given by how often each item occurs in it: counts [B, N] and [B, M].
-    count_sets = [rng.multinomial(size, np.full(size, 1 / size), resamples) for size in sizes]
-    values = statistic.resampled(*count_sets)  # [B]
-    first_order = values - _linear(count_sets, slopes) - measured
+    count_sets = [
+        rng.multinomial(set_size, np.full(set_size, 1 / set_size), resamples) for set_size in set_sizes
+    ]
+    resampled_distances = statistic.resampled(*count_sets)  # [B]
+    first_order = resampled_distances - _linear(count_sets, slopes) - measured
     # An unbiased statistic needs no correction, which would only add noise.
     bias = bias_variance = 0.0
     if statistic.biased:
         # Second level: each resample is resampled with its own counts as weights.
         second_count_sets = [
-            rng.multinomial(size, counts / size) for size, counts in zip(sizes, count_sets, strict=True)
+            rng.multinomial(set_size, resample_counts / set_size)
+            for set_size, resample_counts in zip(set_sizes, count_sets, strict=True)
         ]
         second_order = statistic.resampled(*second_count_sets) - _linear(second_count_sets, slopes) - measured
         # Bias estimate minus the bias of that estimate: first - ((second - first) - first), [B]
@@ -235,7 +238,10 @@ def _linear(count_sets: Sequence[np.ndarray], slopes: Sequence[np.ndarray]) -> n
         count_sets: counts [B, N] and [B, M] of the items in each resample.
         slopes: derivatives [N] and [M] with respect to the share of each item.
     """
-    return sum(counts @ slope / len(slope) for counts, slope in zip(count_sets, slopes, strict=True))
+    return sum(
+        resample_counts @ slope / len(slope)
+        for resample_counts, slope in zip(count_sets, slopes, strict=True)
+    )
 
 
 class _Frechet:
@@ -274,7 +280,7 @@ class _Frechet:
 
         The distance is 0 for equal samples and never negative.
         """
-        return float(self.resampled(*(np.ones((1, size)) for size in self.sizes))[0])
+        return float(self.resampled(*(np.ones((1, set_size)) for set_size in self.sizes))[0])
 
     def influence(self) -> tuple[np.ndarray, np.ndarray]:
         """Compute the derivatives of the distance with respect to the share of each fake [N] and real [M].
@@ -285,7 +291,7 @@ class _Frechet:
         2 (m_1 - m_2) with respect to m_1. For the other set, both indices are exchanged.
         """
         fake_moments, real_moments = (
-            _moments(items, np.ones(len(items))) for items in (self.fake, self.real)
+            _moments(set_features, np.ones(len(set_features))) for set_features in (self.fake, self.real)
         )
         return (
             _gaussian_influence(self.fake, *fake_moments, *real_moments),
@@ -309,21 +315,21 @@ def _gaussian_influence(
     transport = inverse @ _powers(root @ c_2 @ root)[0] @ inverse
     offset = x - m_1  # [N, F]
     # 2 (x - m_1).(m_1 - m_2) + (x - m_1)^T (I - T) (x - m_1)
-    values = 2 * offset @ (m_1 - m_2) + np.einsum(
+    influences = 2 * offset @ (m_1 - m_2) + np.einsum(
         "nf,fg,ng->n", offset, np.eye(len(m_1)) - transport, offset, optimize=True
     )
     # Shares sum to 1, so only derivatives up to a common constant are defined.
-    return values - values.mean()
+    return influences - influences.mean()
 
 
 def _powers(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Compute the symmetric square root of a covariance [F, F], and the pseudo-inverse of that root."""
-    values, vectors = np.linalg.eigh((matrix + matrix.T) / 2)
-    roots = np.sqrt(np.maximum(values, 0.0))
+    eigenvalues, eigenvectors = np.linalg.eigh((matrix + matrix.T) / 2)
+    root_eigenvalues = np.sqrt(np.maximum(eigenvalues, 0.0))
     # Smaller roots are zeros up to rounding, and their inverse would be huge. 1e-300 covers the zero matrix.
-    nonzero = roots > 1e-7 * max(roots.max(initial=0.0), 1e-300)
-    inverse = np.where(nonzero, 1.0 / np.where(nonzero, roots, 1.0), 0.0)
-    return (vectors * roots) @ vectors.T, (vectors * inverse) @ vectors.T
+    is_nonzero = root_eigenvalues > 1e-7 * max(root_eigenvalues.max(initial=0.0), 1e-300)
+    inverse_roots = np.where(is_nonzero, 1.0 / np.where(is_nonzero, root_eigenvalues, 1.0), 0.0)
+    return (eigenvectors * root_eigenvalues) @ eigenvectors.T, (eigenvectors * inverse_roots) @ eigenvectors.T
 
 
 def _moments(x: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -337,11 +343,11 @@ def _moments(x: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray
     occurs = weights > 0
     x = x[occurs]
     weights = weights[occurs, None]
-    total = weights.sum()
-    mean = (weights * x).sum(axis=0) / total
+    weight_sum = weights.sum()
+    mean = (weights * x).sum(axis=0) / weight_sum
     centred = x - mean
     # Unbiased for counts: the divisor is the sum of counts minus 1, not the number of different items.
-    return mean, (weights * centred).T @ centred / (total - 1)
+    return mean, (weights * centred).T @ centred / (weight_sum - 1)
 
 
 class _Kernel:
@@ -372,8 +378,9 @@ class _Kernel:
         # Mean kernel within each set. With counts w, (sum w)^2 - sum
         # w^2 pairs are no pair of an item with itself.
         within = [
-            _weighted_sum(items, items, w, w, self_pairs=False) / (w.sum(axis=1) ** 2 - (w**2).sum(axis=1))
-            for items, w in ((self.fake, fake_counts), (self.real, real_counts))
+            _weighted_sum(set_features, set_features, w, w, self_pairs=False)
+            / (w.sum(axis=1) ** 2 - (w**2).sum(axis=1))
+            for set_features, w in ((self.fake, fake_counts), (self.real, real_counts))
         ]
         across = _weighted_sum(self.fake, self.real, fake_counts, real_counts) / (
             fake_counts.sum(axis=1) * real_counts.sum(axis=1)
@@ -413,10 +420,10 @@ def _gram_blocks(a: np.ndarray, b: np.ndarray) -> Iterator[tuple[slice, np.ndarr
         a: features [N, F], one row of the matrix each.
         b: features [M, F], one column of the matrix each.
     """
-    step = max(1, _BLOCK_CELLS // len(b))
-    for start in range(0, len(a), step):
-        rows = slice(start, min(start + step, len(a)))
-        yield rows, (a[rows] @ b.T / a.shape[1] + 1.0) ** 3
+    block_size = max(1, _BLOCK_CELLS // len(b))
+    for start in range(0, len(a), block_size):
+        block_rows = slice(start, min(start + block_size, len(a)))
+        yield block_rows, (a[block_rows] @ b.T / a.shape[1] + 1.0) ** 3
 
 
 def _weighted_sum(
@@ -431,35 +438,35 @@ def _weighted_sum(
         v: counts [B, M] of the items of the second set.
         self_pairs: False leaves out pairs with i = j; both sets must then be the same.
     """
-    total = np.zeros(len(w))
-    for rows, gram in _gram_blocks(a, b):
+    kernel_sums = np.zeros(len(w))
+    for block_rows, gram in _gram_blocks(a, b):
         if not self_pairs:
             # The diagonal of the complete matrix starts at column rows.start in this block.
-            gram[np.arange(len(gram)), np.arange(rows.start, rows.stop)] = 0.0
-        total += ((w[:, rows] @ gram) * v).sum(axis=1)
-    return total
+            gram[np.arange(len(gram)), np.arange(block_rows.start, block_rows.stop)] = 0.0
+        kernel_sums += ((w[:, block_rows] @ gram) * v).sum(axis=1)
+    return kernel_sums
 
 
-def _kernel_influence(items: np.ndarray, other_items: np.ndarray) -> np.ndarray:
+def _kernel_influence(set_features: np.ndarray, other_features: np.ndarray) -> np.ndarray:
     """Compute the derivatives [N] of the kernel distance with respect to the share of each item of a set.
 
     Args:
-        items: features [N, F] of the set.
-        other_items: features [M, F] of the other set.
+        set_features: features [N, F] of the set.
+        other_features: features [M, F] of the other set.
     """
     # Mean kernel of each item with the other items of its set: the diagonal of the Gram matrix is subtracted.
     within = np.concatenate(
         [
-            (gram.sum(axis=1) - gram[np.arange(len(gram)), np.arange(rows.start, rows.stop)])
-            / (len(items) - 1)
-            for rows, gram in _gram_blocks(items, items)
+            (gram.sum(axis=1) - gram[np.arange(len(gram)), np.arange(block_rows.start, block_rows.stop)])
+            / (len(set_features) - 1)
+            for block_rows, gram in _gram_blocks(set_features, set_features)
         ]
     )
-    values = 2 * (
-        within - np.concatenate([gram.mean(axis=1) for _, gram in _gram_blocks(items, other_items)])
+    influences = 2 * (
+        within - np.concatenate([gram.mean(axis=1) for _, gram in _gram_blocks(set_features, other_features)])
     )
     # Shares sum to 1, so only derivatives up to a common constant are defined.
-    return values - values.mean()
+    return influences - influences.mean()
 
 
 class _Change:
@@ -470,14 +477,14 @@ class _Change:
 
     with_bias = None  # None: a difference is not a squared distance, see `_interval`
 
-    def __init__(self, before: _Frechet | _Kernel, after: _Frechet | _Kernel) -> None:
-        assert before.sizes == after.sizes
-        self.before = before
-        self.after = after
-        self.sizes = before.sizes
-        self.biased = before.biased
+    def __init__(self, statistic_before: _Frechet | _Kernel, statistic_after: _Frechet | _Kernel) -> None:
+        assert statistic_before.sizes == statistic_after.sizes
+        self.before = statistic_before
+        self.after = statistic_after
+        self.sizes = statistic_before.sizes
+        self.biased = statistic_before.biased
         # Only the Fréchet allowance applies to a change.
-        self.allowance = before.allowance if before.biased else 0.0
+        self.allowance = statistic_before.allowance if statistic_before.biased else 0.0
 
     def resampled(self, fake_counts: np.ndarray, real_counts: np.ndarray) -> np.ndarray:
         """Compute the differences [B], with the same resamples for both statistics.

@@ -65,14 +65,14 @@ class ViewSpec:
         return intrinsics_matrix(self.cameras.focal, device)
 
 
-def spec_for(generator: Any, **settings) -> ViewSpec:
+def spec_for(generator: Any, **other_fields) -> ViewSpec:
     """Create a ViewSpec with the cameras of a generator.
 
     Args:
         generator: generator, in any form that `generators.of` accepts.
-        settings: values of other fields of ViewSpec.
+        other_fields: values of other fields of ViewSpec.
     """
-    return ViewSpec(**{"cameras": as_generator(generator).cameras, **settings})
+    return ViewSpec(**{"cameras": as_generator(generator).cameras, **other_fields})
 
 
 class Views(NamedTuple):
@@ -126,13 +126,13 @@ def project(points: Tensor, cam2world: Tensor, intrinsics: Tensor) -> tuple[Tens
     offset = points - cam2world[:3, 3]
     # Multiplying a row vector by the rotation applies its transpose, which is the inverse: world to camera.
     camera_points = offset @ cam2world[:3, :3]  # [..., 3]
-    in_front_of_camera = camera_points[..., 2] > _NEAR_PLANE
+    is_in_front = camera_points[..., 2] > _NEAR_PLANE
     # A divisor of 1 behind the camera keeps the gradient of the unused branch finite.
-    divisor = torch.where(in_front_of_camera, camera_points[..., 2], torch.ones_like(camera_points[..., 2]))
+    divisor = torch.where(is_in_front, camera_points[..., 2], torch.ones_like(camera_points[..., 2]))
     u = intrinsics[0, 0] * camera_points[..., 0] / divisor + intrinsics[0, 2]
     v = intrinsics[1, 1] * camera_points[..., 1] / divisor + intrinsics[1, 2]
     uv = torch.where(
-        in_front_of_camera[..., None], torch.stack([u, v], dim=-1), torch.full_like(points[..., :2], 1e3)
+        is_in_front[..., None], torch.stack([u, v], dim=-1), torch.full_like(points[..., :2], 1e3)
     )
     return uv, offset.norm(dim=-1)
 
@@ -168,25 +168,31 @@ def render_views(field: Field, spec: ViewSpec, seed: int = 0, device: torch.devi
         device: device of the field.
     """
     cameras = pack_label(spec.cam2world(device), spec.intrinsics(device))  # [F, 25]
-    outputs = render_each(
+    view_renders = render_each(
         field, cameras.split(1), RenderOptions(resolution=spec.resolution, samples=spec.samples), seed
     )
     # Regroup from one triple per view to three tuples with one map per view. Index 0 drops the channel axis.
-    maps = zip(*((out.raw, out.depth[:, 0], out.opacity[:, 0]) for out in outputs), strict=True)
+    maps = zip(
+        *(
+            (view_render.raw, view_render.depth[:, 0], view_render.opacity[:, 0])
+            for view_render in view_renders
+        ),
+        strict=True,
+    )
     image, depth, opacity = (torch.stack(view_maps, dim=1).float() for view_maps in maps)  # [N, F, ...]
     return views_from_maps(image, depth, opacity, spec)
 
 
-def sample_map(values: Tensor, grid: Tensor) -> Tensor:
+def sample_map(image_maps: Tensor, grid: Tensor) -> Tensor:
     """Sample maps bilinearly at given positions. Values at the border of a map are repeated outside.
 
     Args:
-        values: maps [N, C, R, R].
+        image_maps: maps [N, C, R, R].
         grid: positions (x, y) [N, R, R, 2], -1..1 between the outer edges of the image.
 
     Returns: the samples [N, C, R, R].
     """
-    return F.grid_sample(values, grid, mode="bilinear", padding_mode="border", align_corners=False)
+    return F.grid_sample(image_maps, grid, mode="bilinear", padding_mode="border", align_corners=False)
 
 
 def inner_foreground(foreground: Tensor) -> Tensor:
@@ -196,17 +202,17 @@ def inner_foreground(foreground: Tensor) -> Tensor:
         foreground: True for each foreground pixel, bool [N, R, R].
     """
     # A pixel is inner if its 3 x 3 neighbourhood contains no background.
-    inner = F.max_pool2d((~foreground).float()[:, None], 3, stride=1, padding=1)[:, 0] == 0
+    is_inner = F.max_pool2d((~foreground).float()[:, None], 3, stride=1, padding=1)[:, 0] == 0
     # The padding of the image counts as foreground above, so its
     # first and last rows and columns are set here.
-    inner[:, :1] = False
-    inner[:, -1:] = False
-    inner[:, :, :1] = False
-    inner[:, :, -1:] = False
-    return inner
+    is_inner[:, :1] = False
+    is_inner[:, -1:] = False
+    is_inner[:, :, :1] = False
+    is_inner[:, :, -1:] = False
+    return is_inner
 
 
-def match_views(views: Views, target: int, source: int) -> Match:
+def match_views(views: Views, target_view: int, source_view: int) -> Match:
     """Project every pixel of one view into another view by its depth.
 
     A point counts as hidden, and is not compared, if it lies more than HIDDEN_MARGIN (world units) behind the
@@ -214,19 +220,19 @@ def match_views(views: Views, target: int, source: int) -> Match:
 
     Args:
         views: renders of N latents.
-        target: index of the view whose pixels are projected.
-        source: index of the view into which they are projected.
+        target_view: index of the view whose pixels are projected.
+        source_view: index of the view into which they are projected.
     """
-    points = views.points[:, target]  # [N, R, R, 3]
-    uv, distance = project(points, views.cam2world[source], views.intrinsics)
+    points = views.points[:, target_view]  # [N, R, R, 3]
+    uv, distance = project(points, views.cam2world[source_view], views.intrinsics)
     grid = uv * 2 - 1  # 0..1 to the -1..1 of grid_sample
-    source_foreground = inner_foreground(views.foreground[:, source])
-    maps = torch.stack([views.depth[:, source], source_foreground.float()], dim=1)  # [N, 2, R, R]
+    source_foreground = inner_foreground(views.foreground[:, source_view])
+    maps = torch.stack([views.depth[:, source_view], source_foreground.float()], dim=1)  # [N, 2, R, R]
     source_depth, source_weight = sample_map(maps, grid).unbind(dim=1)
     # An interpolated foreground below 1 means that one of the four interpolated pixels is background.
-    target_foreground = inner_foreground(views.foreground[:, target])
-    visible = target_foreground & (source_weight > 0.999) & (grid.abs() < 1).all(dim=-1)
-    return Match(grid, distance, source_depth, visible & (distance - source_depth < HIDDEN_MARGIN))
+    target_foreground = inner_foreground(views.foreground[:, target_view])
+    is_visible = target_foreground & (source_weight > 0.999) & (grid.abs() < 1).all(dim=-1)
+    return Match(grid, distance, source_depth, is_visible & (distance - source_depth < HIDDEN_MARGIN))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,28 +263,34 @@ def normals_from_points(points: Tensor, foreground: Tensor) -> tuple[Tensor, Ten
     Returns: unit normals [N, R, R, 3], and a mask [N, R, R] that is True where the normal is defined: where
         the pixel and all its neighbours are foreground, and the differences are not parallel.
     """
-    right = F.pad((points[:, :, 2:] - points[:, :, :-2]).permute(0, 3, 1, 2), (1, 1, 0, 0))  # [N, 3, R, R]
-    down = F.pad((points[:, 2:] - points[:, :-2]).permute(0, 3, 1, 2), (0, 0, 1, 1))
-    normal = torch.linalg.cross(down, right, dim=1)
+    column_differences = F.pad(
+        (points[:, :, 2:] - points[:, :, :-2]).permute(0, 3, 1, 2), (1, 1, 0, 0)
+    )  # [N, 3, R, R]
+    row_differences = F.pad((points[:, 2:] - points[:, :-2]).permute(0, 3, 1, 2), (0, 0, 1, 1))
+    normal = torch.linalg.cross(row_differences, column_differences, dim=1)
     length = normal.norm(dim=1, keepdim=True)
-    defined = inner_foreground(foreground) & (length[:, 0] > 1e-12)
-    return (normal / length.clamp_min(1e-12)).permute(0, 2, 3, 1), defined
+    has_normal = inner_foreground(foreground) & (length[:, 0] > 1e-12)
+    return (normal / length.clamp_min(1e-12)).permute(0, 2, 3, 1), has_normal
 
 
-def _normal(views: Views, target: int, source: int, match: Match) -> tuple[Tensor, Tensor]:
+def _normal(views: Views, target_view: int, source_view: int, match: Match) -> tuple[Tensor, Tensor]:
     """Compute the angles between the normals of matched pixels.
 
     Args:
         views: renders of N latents.
-        target: index of the target view.
-        source: index of the source view.
+        target_view: index of the target view.
+        source_view: index of the source view.
         match: positions of the target's pixels in the source view.
 
     Returns: the angles [N, R, R] in degrees, and a mask [N, R, R] that is True where the pixels match and
         both normals are defined.
     """
-    target_normals, target_defined = normals_from_points(views.points[:, target], views.foreground[:, target])
-    source_normals, source_defined = normals_from_points(views.points[:, source], views.foreground[:, source])
+    target_normals, target_defined = normals_from_points(
+        views.points[:, target_view], views.foreground[:, target_view]
+    )
+    source_normals, source_defined = normals_from_points(
+        views.points[:, source_view], views.foreground[:, source_view]
+    )
     maps = torch.cat(
         [source_normals.permute(0, 3, 1, 2), source_defined[:, None].float()], dim=1
     )  # [N, 4, R, R]
@@ -300,13 +312,13 @@ def _mean_over_pairs(errors: list[tuple[Tensor, Tensor]], worst: float) -> np.nd
         worst: value of a latent with fewer than MIN_PIXELS valid pixels in all pairs.
     """
     # where() and not a product: an invalid pixel may hold NaN, and 0 * NaN is NaN.
-    total = sum(
+    error_sums = sum(
         (torch.where(valid, error, 0.0).double().sum(dim=(1, 2)) for error, valid in errors),
         torch.tensor(0.0),
     )
-    count = sum((valid.sum(dim=(1, 2)) for _, valid in errors), torch.tensor(0))
-    mean = total / count.clamp_min(1)
-    return torch.where((count >= MIN_PIXELS) & mean.isfinite(), mean, worst).cpu().numpy()
+    pixel_counts = sum((valid.sum(dim=(1, 2)) for _, valid in errors), torch.tensor(0))
+    mean = error_sums / pixel_counts.clamp_min(1)
+    return torch.where((pixel_counts >= MIN_PIXELS) & mean.isfinite(), mean, worst).cpu().numpy()
 
 
 @torch.no_grad()
@@ -330,7 +342,7 @@ def compare_views(views: Views, spec: ViewSpec) -> MultiViewMeasures:
     depth = []
     normal = []
     # Numbers of pixels [N], summed over all pairs
-    matched = foreground = torch.tensor(0)
+    matched_counts = foreground_counts = torch.tensor(0)
     for target, source in spec.pairs:
         match = match_views(views, target, source)
         source_colours = sample_map(views.image[:, source], match.grid)
@@ -340,13 +352,13 @@ def compare_views(views: Views, spec: ViewSpec) -> MultiViewMeasures:
         gap = (match.distance - match.depth).abs().clamp_max(HIDDEN_MARGIN)
         depth.append((gap / match.distance.clamp_min(1e-6), match.visible))
         normal.append(_normal(views, target, source, match))
-        matched = matched + match.visible.sum(dim=(1, 2))
-        foreground = foreground + views.foreground[:, target].sum(dim=(1, 2))
+        matched_counts = matched_counts + match.visible.sum(dim=(1, 2))
+        foreground_counts = foreground_counts + views.foreground[:, target].sum(dim=(1, 2))
     return MultiViewMeasures(
         photometric=_mean_over_pairs(photometric, WORST_COLOUR),
         depth=_mean_over_pairs(depth, HIDDEN_MARGIN / spec.cameras.radius),
         normal=_mean_over_pairs(normal, WORST_NORMAL),
-        covisible=(matched / foreground.clamp_min(1)).double().cpu().numpy(),
+        covisible=(matched_counts / foreground_counts.clamp_min(1)).double().cpu().numpy(),
     )
 
 
@@ -371,7 +383,10 @@ def multi_view_measures(
     for ws_batch in ws.split(batch):
         views = render_views(generator.field(ws_batch), spec, device=ws.device)
         batch_measures.append(compare_views(views, spec))
-    names = MultiViewMeasures.__dataclass_fields__
+    measure_names = MultiViewMeasures.__dataclass_fields__
     return MultiViewMeasures(
-        **{name: np.concatenate([getattr(measures, name) for measures in batch_measures]) for name in names}
+        **{
+            measure_name: np.concatenate([getattr(measures, measure_name) for measures in batch_measures])
+            for measure_name in measure_names
+        }
     )

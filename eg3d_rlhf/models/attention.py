@@ -37,12 +37,12 @@ class SelfAttention(nn.Module):
 
     Args:
         width: number of channels C.
-        heads: number of heads H, a divisor of C.
+        num_heads: number of heads H, a divisor of C.
     """
 
-    def __init__(self, width: int, heads: int):
+    def __init__(self, width: int, num_heads: int):
         super().__init__()
-        self.heads = heads
+        self.heads = num_heads
         self.qkv = nn.Linear(width, 3 * width)  # queries, keys, values in this order
         self.proj = nn.Linear(width, width)
 
@@ -59,19 +59,22 @@ class Mlp(nn.Module):
     Args:
         width: number of channels C.
         hidden: number of channels between the two linear layers.
-        names: attribute names of the two linear layers in the checkpoint.
+        layer_names: attribute names of the two linear layers in the checkpoint.
     """
 
-    def __init__(self, width: int, hidden: int, names: tuple[str, str] = ("fc1", "fc2")):
+    def __init__(self, width: int, hidden: int, layer_names: tuple[str, str] = ("fc1", "fc2")):
         super().__init__()
-        self.names = names
-        # The names of the two layers differ between checkpoints, so the layers are registered under `names`.
-        for name, layer in zip(names, (nn.Linear(width, hidden), nn.Linear(hidden, width)), strict=True):
-            self.add_module(name, layer)
+        self.names = layer_names
+        # The names of the two layers differ between checkpoints, so the layers are registered under
+        # `layer_names`.
+        for layer_name, layer in zip(
+            layer_names, (nn.Linear(width, hidden), nn.Linear(hidden, width)), strict=True
+        ):
+            self.add_module(layer_name, layer)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         # The layers are looked up by name, because the names differ between instances.
-        input_layer, output_layer = (self.get_submodule(name) for name in self.names)
+        input_layer, output_layer = (self.get_submodule(layer_name) for layer_name in self.names)
         return output_layer(F.gelu(input_layer(x)))
 
 
@@ -80,16 +83,16 @@ class Block(nn.Module):
 
     Args:
         width: number of channels C.
-        heads: number of heads H, a divisor of C.
+        num_heads: number of heads H, a divisor of C.
         hidden: number of channels inside the perceptron.
         eps: constant of the layer norms.
     """
 
-    def __init__(self, width: int, heads: int, hidden: int, *, eps: float = 1e-5):
+    def __init__(self, width: int, num_heads: int, hidden: int, *, eps: float = 1e-5):
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=eps)
         # The attribute names are those of vision transformers in timm.
-        self.attn = SelfAttention(width, heads)
+        self.attn = SelfAttention(width, num_heads)
         self.norm2 = nn.LayerNorm(width, eps=eps)
         self.mlp = Mlp(width, hidden)
 

@@ -135,9 +135,13 @@ def _pointwise(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     # With few channels, each row of an image is a separate product, because one product over all pixels is
     # slow for the gradient of w.
     if is_channels_last(x) and x.shape[1] < 16:
-        rows = x.permute(0, 2, 3, 1).flatten(0, 1)  # [N*H, W, I]
+        image_rows = x.permute(0, 2, 3, 1).flatten(0, 1)  # [N*H, W, I]
         # [N*H, W, I] @ [N*H, I, O] -> [N, H, W, O] -> [N, O, H, W], channels-last in memory
-        return torch.bmm(rows, w.t().expand(len(rows), -1, -1)).unflatten(0, (len(x), -1)).permute(0, 3, 1, 2)
+        return (
+            torch.bmm(image_rows, w.t().expand(len(image_rows), -1, -1))
+            .unflatten(0, (len(x), -1))
+            .permute(0, 3, 1, 2)
+        )
     if is_channels_last(x):
         return linear(x.permute(0, 2, 3, 1), w).permute(0, 3, 1, 2)
     # [O, I] @ [N, I, H W] -> [N, O, H, W]

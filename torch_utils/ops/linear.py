@@ -89,10 +89,10 @@ class _Linear(torch.autograd.Function):
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
         need_x, need_weight, need_bias = ctx.needs_input_grad
-        rows = grad.flatten(0, -2)  # [..., B] -> [rows, B]
+        grad_rows = grad.flatten(0, -2)  # [..., B] -> [rows, B]
         return (
             linear(grad, weight.t()) if need_x else None,
             # [B, rows] @ [rows, A]; `linear` multiplies by the transpose of its second argument.
-            linear(rows.t(), x.flatten(0, -2).t()) if need_weight else None,
-            rows.sum(0) if need_bias else None,
+            linear(grad_rows.t(), x.flatten(0, -2).t()) if need_weight else None,
+            grad_rows.sum(0) if need_bias else None,
         )

@@ -147,9 +147,9 @@ def invert_density(
     pdf = weights / weights.sum(dim=-1, keepdim=True)
     cdf = torch.cat([torch.zeros_like(bins[:, :1]), torch.cumsum(pdf, dim=-1)], dim=-1)  # [B, K+1]
     # The bin whose range of the distribution contains u.
-    index = torch.searchsorted(cdf, u.contiguous(), right=True)
-    below = (index - 1).clamp_min(0)
-    above = index.clamp_max(k)
+    upper_edge_index = torch.searchsorted(cdf, u.contiguous(), right=True)
+    below = (upper_edge_index - 1).clamp_min(0)
+    above = upper_edge_index.clamp_max(k)
     cdf_below = cdf.gather(1, below)
     cdf_above = cdf.gather(1, above)
     bin_below = bins.gather(1, below)

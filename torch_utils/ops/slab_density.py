@@ -59,14 +59,14 @@ def slab_density(
     """
     x, y, z = shape = tuple(int(n) for n in shape)
     # By the shape of a map: its name and its axis of length 1
-    kinds: dict[tuple[int, ...], tuple[str, int]] = {
+    map_kind_by_shape: dict[tuple[int, ...], tuple[str, int]] = {
         (x, len(w), y, 1): ("xy", 3),
         (x, len(w), 1, z): ("xz", 2),
         (1, len(w), y, z): ("yz", 0),
     }
     # The shape of a map shows which of the three it is.
-    names = [kinds[tuple(m.shape)] for m in maps if tuple(m.shape) in kinds]
-    if not maps or len(names) < len(maps) or (len(set(names)) != len(names) and min(shape) > 1):
+    map_kinds = [map_kind_by_shape[tuple(m.shape)] for m in maps if tuple(m.shape) in map_kind_by_shape]
+    if not maps or len(map_kinds) < len(maps) or (len(set(map_kinds)) != len(map_kinds) and min(shape) > 1):
         raise ValueError(
             "slab_density: maps must have the shapes [X, J, Y, 1], [X, J, 1, Z] or [1, J, Y, Z] with X, Y, Z"
             f" = {list(shape)} and J = {len(w)}, each at most once, got {[list(m.shape) for m in maps]}."
@@ -81,9 +81,9 @@ def slab_density(
         return _SlabDensity.apply(shape, chunk, w, b, *maps)
     # The compiled op takes the maps without their axis of length 1,
     # in a fixed order, and None for a missing map.
-    flat = {name: m.squeeze(axis).contiguous() for (name, axis), m in zip(names, maps, strict=True)}
+    flat_maps = {name: m.squeeze(axis).contiguous() for (name, axis), m in zip(map_kinds, maps, strict=True)}
     return torch.ops.eg3d_rlhf.slab_density(
-        flat.get("xy"), flat.get("xz"), flat.get("yz"), w.contiguous(), b, list(shape)
+        flat_maps.get("xy"), flat_maps.get("xz"), flat_maps.get("yz"), w.contiguous(), b, list(shape)
     )
 
 

@@ -68,17 +68,17 @@ class _SelfAttention(torch.autograd.Function):
         # otherwise treat it as an input with a gradient.
         if result_in_tuple[0] is not None:
             return result_in_tuple[0].detach()
-        out = torch.empty_like(qkv[:, :, 0])  # [N, T, H, D]
+        attended = torch.empty_like(qkv[:, :, 0])  # [N, T, H, D]
         for n, h in _heads(qkv):
             q, k, v = (_head(qkv[n, :, i, h], gain, h)[0] for i, gain in enumerate((q_gain, k_gain, None)))
             q = (
                 q * q.shape[-1] ** -0.5
             )  # q has fewer elements than the scores, so it is scaled and not the scores
             v = v.t()  # `product` multiplies by the transpose of its second argument
-            for query_tile, out_tile in zip(*_tiles(q, out[n, :, h]), strict=True):
+            for query_tile, attended_tile in zip(*_tiles(q, attended[n, :, h]), strict=True):
                 scores = product(query_tile, k)  # [tile, T]
-                out_tile.copy_(product(torch.softmax(scores, -1, out=scores), v))
-        return out
+                attended_tile.copy_(product(torch.softmax(scores, -1, out=scores), v))
+        return attended
 
     @staticmethod
     @once("self_attention")
@@ -203,11 +203,11 @@ class _FeedForward(torch.autograd.Function):
         # The backward pass computes hidden values again, so it does not need the result.
         if skip:
             return x.new_zeros([]).expand_as(x)  # takes the memory of one number
-        out = torch.empty_like(x)
-        for x_tile, out_tile in zip(*_parts(len(weight_1), x, out), strict=True):
+        outputs = torch.empty_like(x)
+        for x_tile, output_tile in zip(*_parts(len(weight_1), x, outputs), strict=True):
             hidden = product(x_tile, weight_1, bias_1)
-            out_tile.copy_(product(F.gelu(hidden, approximate="tanh"), weight_2, bias_2))
-        return out
+            output_tile.copy_(product(F.gelu(hidden, approximate="tanh"), weight_2, bias_2))
+        return outputs
 
     @staticmethod
     @once("feed_forward")

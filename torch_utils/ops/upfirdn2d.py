@@ -101,12 +101,11 @@ def upfirdn2d(
     padding = _parse_padding(padding)
     # detach(), because the filter is a constant.
     f = torch.ones([1, 1], device=x.device) if f is None else f.detach()
-    for size, k in zip(_padded_size(x, up, padding), filter_size(f), strict=True):
-        if size < k:
+    for padded_length, k in zip(_padded_size(x, up, padding), filter_size(f), strict=True):
+        if padded_length < k:
             raise ValueError(
-                f"upfirdn2d: after padding, images of the shape {list(x.shape)} have {size} pixels along an"
-                f" axis, but"
-                f" the filter needs at least {k}. Use larger images."
+                f"upfirdn2d: after padding, images of the shape {list(x.shape)} have {padded_length} pixels"
+                f" along an axis, but the filter needs at least {k}. Use larger images."
             )
     applies = x.dtype in COMPILED_DTYPES[x.device.type == "cuda"] and x.numel() > 0
     implementation_name = choose("upfirdn2d", impl, "upfirdn2d", x.device.type, applies)
@@ -220,12 +219,15 @@ def _save(ctx, inputs, output) -> None:
     ctx.save_for_backward(f)
     ctx.padding = []
     for axis, k in enumerate(filter_size(f)):
-        before = padding[2 * axis]
-        size = x.shape[3 - axis]  # axis 0 is x, the last axis of the tensor
-        out_size = output.shape[3 - axis]
-        # With this padding the transpose has exactly `size` pixels,
+        pad_before = padding[2 * axis]
+        input_length = x.shape[3 - axis]  # axis 0 is x, the last axis of the tensor
+        output_length = output.shape[3 - axis]
+        # With this padding the transpose has exactly `input_length` pixels,
         # for any remainder of the division by `down`.
-        ctx.padding += [k - 1 - before, (size - 1) * ctx.up[axis] - out_size * ctx.down[axis] + 1 + before]
+        ctx.padding += [
+            k - 1 - pad_before,
+            (input_length - 1) * ctx.up[axis] - output_length * ctx.down[axis] + 1 + pad_before,
+        ]
 
 
 def _gradients(ctx, grad):

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch_utils.ops.implementations import choose, define
 
 _LANES = 8  # number of output channels that are computed together
-_LEAST_WIDTH = (
+_MIN_WIDTH = (
     4  # smallest W for which "auto" uses the compiled op; narrower volumes do not fill vector registers
 )
 # The compiled ops write their main result y into memory that the caller supplies (Tensor(a!) y).
@@ -155,7 +155,7 @@ def volume_conv(
         and x.shape[1] in (1, inputs)
         and (w.ndim == 5 or len(w) == samples)
     )
-    fits = w.shape[-5] % _LANES == 0 and (impl == "compiled" or x.shape[4] >= _LEAST_WIDTH)
+    fits = w.shape[-5] % _LANES == 0 and (impl == "compiled" or x.shape[4] >= _MIN_WIDTH)
     if fits and _compiled(impl, x, scale, shift, residual, mix):
         u = transformed_kernel(w) if u is None else u
         residual, mix = (None if t is None else t.contiguous() for t in (residual, mix))
@@ -293,7 +293,7 @@ def volume_conv_gradient(
     h: torch.Tensor,
     factors: torch.Tensor,
     u: torch.Tensor,
-    other: torch.Tensor,
+    conv_input: torch.Tensor,
     mix: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute the gradient of `volume_conv` with respect to its scaled and shifted input.
@@ -306,15 +306,15 @@ def volume_conv_gradient(
         h: result of the convolution after its ReLU, [N, O, D, H, W].
         factors: factors f0, f1 and f2, [N, O, 3].
         u: `transformed_kernel(turned(w))` for the kernels w of the convolution.
-        other: input of the convolution [N, C, D, H, W]; with `mix` [N, 1, D, H, W].
-        mix: factor and offset [C, 2] that make each input channel from the single channel of `other`.
+        conv_input: input of the convolution [N, C, D, H, W]; with `mix` [N, 1, D, H, W].
+        mix: factor and offset [C, 2] that make each input channel from the single channel of `conv_input`.
 
     Returns: the gradient y [N, C, D, H, W], and the sums of y and y * other over each channel, [N, C, 2]
         float64.
     """
     # u has the form of `transformed_kernel`, [1, C/8, ...], for C outputs of this convolution.
     y = g.new_empty([len(g), u.shape[1] * _LANES, *g.shape[2:]])
-    return y, torch.ops.eg3d_rlhf.volume_conv_gradient(g, h, factors.contiguous(), u, other, mix, y)
+    return y, torch.ops.eg3d_rlhf.volume_conv_gradient(g, h, factors.contiguous(), u, conv_input, mix, y)
 
 
 def volume_conv_weight(
@@ -375,8 +375,8 @@ def volume_gate_gradient(
 def volume_join(
     g: torch.Tensor,
     h: torch.Tensor,
-    inner: torch.Tensor,
-    r: torch.Tensor,
+    inner_grad: torch.Tensor,
+    residual: torch.Tensor,
     factors: torch.Tensor,
     mix: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -385,30 +385,30 @@ def volume_join(
     Args:
         g: incoming gradient [N, C, D, H, W]. Without `mix`, it is overwritten.
         h: volume whose sign is the mask of the ReLU, [N, C, D, H, W].
-        inner: gradient from the convolutions of the block, [N, C, D, H, W].
-        r: residual [N, C, D, H, W]; with `mix` [N, 1, D, H, W].
+        inner_grad: gradient from the convolutions of the block, [N, C, D, H, W].
+        residual: residual [N, C, D, H, W]; with `mix` [N, 1, D, H, W].
         factors: factors f0 to f3 of each channel, [N, C, 4].
         mix: factor and offset [C, 2] that make each channel of the residual from the single channel of r.
 
     Returns: the gradient, in the memory of g; with `mix` the gradient of the single channel, in new memory.
     """
     # Without `mix` the shapes are equal, and the incoming gradient is not needed afterwards.
-    y = g if mix is None else torch.empty_like(r)
-    torch.ops.eg3d_rlhf.volume_join(g, h, inner, r, factors.contiguous(), mix, y)
+    y = g if mix is None else torch.empty_like(residual)
+    torch.ops.eg3d_rlhf.volume_join(g, h, inner_grad, residual, factors.contiguous(), mix, y)
     return y
 
 
-def volume_up_gradient(grad: torch.Tensor, u: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+def volume_up_gradient(grad: torch.Tensor, u: torch.Tensor, input_size: Sequence[int]) -> torch.Tensor:
     """Compute the gradient of `volume_up` with respect to x.
 
     Args:
         grad: gradient of the result, [N, O, D, H, W].
         u: `transposed_kernel(w.transpose(0, 1))` for the kernels w.
-        size: depth, height and width of x.
+        input_size: depth, height and width of x.
 
     Returns: the gradient [N, C, *size].
     """
-    y = grad.new_empty([len(grad), u.shape[0] * _LANES, *size])  # u is [C/8, O, 27, 8]
+    y = grad.new_empty([len(grad), u.shape[0] * _LANES, *input_size])  # u is [C/8, O, 27, 8]
     torch.ops.eg3d_rlhf.volume_up_gradient(grad.contiguous(), u, y)
     return y
 

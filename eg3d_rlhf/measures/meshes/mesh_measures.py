@@ -23,7 +23,7 @@ from eg3d_rlhf.measures.meshes.settings import MeasureOptions
 from eg3d_rlhf.measures.meshes.space import OFFSET, Space, sample, side_measures, solid_library
 
 VOXELS = 32  # voxels per side of the cube, for symmetry, hollows and the mass of open bodies
-MOST_BODIES = 256  # largest number of parts whose union is computed; with more parts, `overlap` is None
+MAX_BODIES = 256  # largest number of parts whose union is computed; with more parts, `overlap` is None
 FOOT = 0.01  # share of the height: vertices up to this height above the lowest one touch the ground
 STANDS = 3.0  # degrees; a body that can be tilted by at least this angle is said to stand
 STEEP = math.cos(math.radians(45))  # smallest downward component of the normal of an overhanging face
@@ -38,7 +38,7 @@ def measure_mesh(mesh: CleanMesh, options: MeasureOptions = DEFAULT) -> dict:
 
     Returns: the measures by name, as JSON values. Lengths are shares of the longest edge of the bounding box,
         and angles are in degrees. A measure that is not defined for the mesh is None.
-    Raises: ValueError if a library of the extra `solid` is not installed.
+    Raises: ValueError if a library of the extra `solid_voxels` is not installed.
     """
     edges = Edges(mesh)
     space = Space(mesh)
@@ -55,20 +55,22 @@ def measure_mesh(mesh: CleanMesh, options: MeasureOptions = DEFAULT) -> dict:
     measures |= side_measures(space, points, normals, options.thin, options.rays, options.seed)
     # Only a closed and consistently wound mesh has an inside that the sign of a volume can describe.
     has_inside = measures["closed"] and measures["oriented"]
-    negative = negative_parts(edges) if has_inside else np.zeros(0, dtype=np.int64)
+    negative_part_numbers = negative_parts(edges) if has_inside else np.zeros(0, dtype=np.int64)
     # A part of negative volume is a cavity if other parts contain it, and an inverted body otherwise.
-    inverted = negative[~find_contained(edges, space, negative)]
-    solid = space.voxels(VOXELS)
+    inverted_part_numbers = negative_part_numbers[~find_contained(edges, space, negative_part_numbers)]
+    solid_voxels = space.voxels(VOXELS)
     hull = convex_hull(mesh)
-    mass, centre = mass_centre(mesh, measures, solid, hull if options.hull_mass else None)
-    degrees = tip(mesh.vertices, centre)
+    mass_body, mass_centre_point = mass_centre(
+        mesh, measures, solid_voxels, hull if options.hull_mass else None
+    )
+    tip_degrees = tip(mesh.vertices, mass_centre_point)
     measures |= {
-        "inverted_bodies": len(inverted),
+        "inverted_bodies": len(inverted_part_numbers),
         "overhang": overhang(mesh),
-        "tip": degrees,
-        "stands": stability(degrees),
+        "tip": tip_degrees,
+        "stands": stability(tip_degrees),
         # Name of the body whose mass is assumed, see `mass_centre`
-        "mass": mass,
+        "mass": mass_body,
         "solidity": None,
         "bend": None,
     }
@@ -81,12 +83,18 @@ def measure_mesh(mesh: CleanMesh, options: MeasureOptions = DEFAULT) -> dict:
             "bend": bend(edges) / bend(Edges(hull)),
         }
     # `fill` also fills hollows whose openings are narrower than a ball of radius `leak`, in voxels here.
-    inner = 1 - solid.sum() / fill(solid, options.leak * VOXELS).sum() if solid.any() else None
+    inner_share = (
+        1 - solid_voxels.sum() / fill(solid_voxels, options.leak * VOXELS).sum()
+        if solid_voxels.any()
+        else None
+    )
     return measures | {
         "crossing": float(space.crossing_faces(edges).mean()),
-        "overlap": overlap(edges, np.setdiff1d(negative, inverted)) if has_inside else None,
-        "symmetry": mirror_overlap(solid),
-        "inner": None if inner is None else float(inner),
+        "overlap": overlap(edges, np.setdiff1d(negative_part_numbers, inverted_part_numbers))
+        if has_inside
+        else None,
+        "symmetry": mirror_overlap(solid_voxels),
+        "inner": None if inner_share is None else float(inner_share),
     }
 
 
@@ -141,12 +149,12 @@ def mass_centre(
 
 def negative_parts(edges: Edges) -> np.ndarray:
     """Return the numbers of the parts that enclose a negative volume."""
-    part, part_count = edges.part
-    part_volumes = np.bincount(part, face_volumes(edges.mesh.vertices, edges.mesh.faces), part_count)
+    part_of_face, part_count = edges.part
+    part_volumes = np.bincount(part_of_face, face_volumes(edges.mesh.vertices, edges.mesh.faces), part_count)
     return np.flatnonzero(part_volumes < 0)
 
 
-def find_contained(edges: Edges, space: Space, numbers: np.ndarray) -> np.ndarray:
+def find_contained(edges: Edges, space: Space, part_numbers: np.ndarray) -> np.ndarray:
     """Return bool [len(numbers)]: True for each of the given parts that lies inside other parts.
 
     A part lies inside if the winding number of all other parts, at a point beside the largest face of the
@@ -155,19 +163,19 @@ def find_contained(edges: Edges, space: Space, numbers: np.ndarray) -> np.ndarra
     Args:
         edges: edges of the mesh.
         space: the same mesh, for winding numbers.
-        numbers: numbers of the parts to test.
+        part_numbers: numbers of the parts to test.
     """
     mesh = edges.mesh
-    part, _ = edges.part
+    part_of_face, _ = edges.part
     normals, areas = face_areas(mesh)
-    is_contained = np.zeros(len(numbers), dtype=bool)
-    for i, number in enumerate(numbers):
-        part_faces = np.flatnonzero(part == number)
-        face = part_faces[areas[part_faces].argmax()]
+    is_contained = np.zeros(len(part_numbers), dtype=bool)
+    for i, part_number in enumerate(part_numbers):
+        part_faces = np.flatnonzero(part_of_face == part_number)
+        largest_face = part_faces[areas[part_faces].argmax()]
         # Beside the face and not on it: on a surface, winding numbers are not defined.
-        point = (mesh.vertices[mesh.faces[face]].mean(axis=0) + OFFSET * normals[face])[None]
+        point = (mesh.vertices[mesh.faces[largest_face]].mean(axis=0) + OFFSET * normals[largest_face])[None]
         # libigl needs contiguous arrays.
-        other_faces = np.ascontiguousarray(mesh.faces[part != number])
+        other_faces = np.ascontiguousarray(mesh.faces[part_of_face != part_number])
         # Winding numbers are close to integers, so 0.5 separates 0 from all others.
         is_contained[i] = (
             bool(len(other_faces))
@@ -176,31 +184,31 @@ def find_contained(edges: Edges, space: Space, numbers: np.ndarray) -> np.ndarra
     return is_contained
 
 
-def overlap(edges: Edges, cavities: np.ndarray) -> float | None:
+def overlap(edges: Edges, cavity_part_numbers: np.ndarray) -> float | None:
     """Compute the overlap of the bodies of a mesh, 1 - (volume of their union) / (sum of their volumes).
 
     The volume of cavities is subtracted from both volumes.
 
     Args:
         edges: edges of a closed and consistently wound mesh.
-        cavities: numbers of the parts that are cavities.
+        cavity_part_numbers: numbers of the parts that are cavities.
 
     Returns: the overlap, 0..1; 0 for a single part. None if manifold3d rejects a part as not solid, if there
-        are more than MOST_BODIES parts, or if the volumes sum to 0.
+        are more than MAX_BODIES parts, or if the volumes sum to 0.
     Raises: ValueError if manifold3d is needed and not installed.
     """
     mesh = edges.mesh
-    part, part_count = edges.part
+    part_of_face, part_count = edges.part
     # A single part cannot overlap another one, and needs no manifold3d.
     if part_count == 1:
         return 0.0
-    if part_count > MOST_BODIES:
+    if part_count > MAX_BODIES:
         return None
     manifold3d = solid_library("manifold3d")
     bodies: list = []
     hollows: list = []
-    for number in range(part_count):
-        vertices, faces = remove_unused_vertices(mesh.vertices, mesh.faces[part == number])
+    for part_number in range(part_count):
+        vertices, faces = remove_unused_vertices(mesh.vertices, mesh.faces[part_of_face == part_number])
         if face_volumes(vertices, faces).sum() < 0:
             # manifold3d accepts only parts that are wound outwards.
             faces = np.ascontiguousarray(faces[:, ::-1])
@@ -208,11 +216,11 @@ def overlap(edges: Edges, cavities: np.ndarray) -> float | None:
         if body.status() != manifold3d.Error.NoError:
             return None
         # Cavities are not part of the union; their volume is subtracted below.
-        if number in cavities:
+        if part_number in cavity_part_numbers:
             hollows.append(body)
         else:
             bodies.append(body)
-    hollow_volume = sum(cavity.volume() for cavity in hollows)
+    hollow_volume = sum(hollow.volume() for hollow in hollows)
     total_volume = sum(body.volume() for body in bodies) - hollow_volume
     union_volume = manifold3d.Manifold.batch_boolean(bodies, manifold3d.OpType.Add).volume() - hollow_volume
     # Rounding can make the union slightly larger than the sum.
@@ -247,11 +255,11 @@ def tip(vertices: np.ndarray, centre: np.ndarray) -> float:
         vertices: vertices [V, 3]; y points up.
         centre: centre of mass [3].
     """
-    low = float(vertices[:, 1].min())
-    high = float(vertices[:, 1].max())
+    lowest_y = float(vertices[:, 1].min())
+    highest_y = float(vertices[:, 1].max())
     # Horizontal coordinates x and z of the vertices that touch the ground
-    foot = vertices[vertices[:, 1] <= low + FOOT * (high - low)][:, [0, 2]]
-    return math.degrees(math.atan2(inside_distance(foot, centre[[0, 2]]), float(centre[1]) - low))
+    foot = vertices[vertices[:, 1] <= lowest_y + FOOT * (highest_y - lowest_y)][:, [0, 2]]
+    return math.degrees(math.atan2(inside_distance(foot, centre[[0, 2]]), float(centre[1]) - lowest_y))
 
 
 def inside_distance(foot: np.ndarray, point: np.ndarray) -> float:
@@ -326,10 +334,12 @@ def overhang(mesh: CleanMesh) -> float:
     """
     normals, areas = face_areas(mesh)
     height = mesh.vertices[mesh.faces][:, :, 1].mean(axis=1)
-    low = mesh.vertices[:, 1].min()
+    lowest_y = mesh.vertices[:, 1].min()
     # The margin excludes slopes of exactly 45 degrees, whose normals round either way.
-    hangs = (normals[:, 1] < -STEEP - 1e-9) & (height > low + GROUND * np.ptp(mesh.vertices[:, 1]))
-    return float(areas[hangs].sum() / areas.sum())
+    is_overhanging = (normals[:, 1] < -STEEP - 1e-9) & (
+        height > lowest_y + GROUND * np.ptp(mesh.vertices[:, 1])
+    )
+    return float(areas[is_overhanging].sum() / areas.sum())
 
 
 def stability(degrees: float) -> str:

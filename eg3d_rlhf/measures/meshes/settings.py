@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 TOLERANCE = 1e-5  # welding tolerance, as a share of the longest edge of the bounding box
 # Largest welding tolerance. Larger ones weld corners of different parts and create edges with three faces.
-MOST_TOLERANCE = 1e-4
+MAX_TOLERANCE = 1e-4
 UPS = ("y", "z")  # axes that can point up in a file
 
 
