@@ -51,8 +51,10 @@ _warned: set[str] = set()  # reasons of failures that were printed already
 
 
 class BuildError(RuntimeError):
-    """Error of a compilation. The message gives the reason and, after a failed command, the path of the
-    log."""
+    """Error of a compilation.
+
+    The message gives the reason and, after a failed command, the path of the log.
+    """
 
 
 @dataclass(frozen=True)
@@ -65,8 +67,10 @@ class Recipe:
     commands: tuple[tuple[str, ...], ...]
 
     def folder(self) -> Path:
-        """Return the folder of the library and its log. Its name contains a hash of all inputs of the
-        library."""
+        """Return the folder of the library and its log.
+
+        Its name contains a hash of everything on which the library depends.
+        """
         # The paths of the checkout and of torch do not change the
         # library, so they are removed before hashing.
         source_folder = str(SOURCES)
@@ -85,7 +89,13 @@ class Recipe:
 
 
 def _digest(op: str, device_type: str, inputs: tuple) -> str:
-    """Compute a hash of an op's sources and of the other inputs of its library, as 16 hexadecimal digits."""
+    """Compute a hash of an op's sources and of the other inputs of its library, as 16 hexadecimal digits.
+
+    Args:
+        op: name of the op.
+        device_type: "cpu" or "cuda".
+        inputs: other values on which the library depends, such as flags and versions.
+    """
     digest = hashlib.sha256(repr(inputs).encode())
     # All headers are hashed, since an op may include any of them.
     for path in [
@@ -106,10 +116,10 @@ def prebuilt_folder() -> Path:
 
 
 def prebuilt_library(op: str, device_type: str) -> Path:
-    """Return the path at which setup.py stores the library of an op for the present sources, torch and
-    processor.
+    """Return the path at which setup.py stores the library of an op.
 
-    The file may not exist. No compiler is needed to compute the path.
+    The path depends on the present sources, torch and processor. The file may not exist. No compiler is
+    needed to compute the path.
     """
     inputs = (flags(device_type), torch.__version__, _processor())
     return prebuilt_folder() / f"{op}_{device_type}_{_digest(op, device_type, inputs)}.so"
@@ -136,6 +146,10 @@ def available(op: str, device_type: str) -> bool:
 
     On CUDA, the op must also pass its check on the current device. An op is built at most once per process.
     The function never raises an error; a failure causes a warning.
+
+    Args:
+        op: name of the op.
+        device_type: "cpu" or "cuda".
     """
     op_key = (op, device_type)
     is_loaded = _loaded[op_key] if op_key in _loaded else _load(*op_key)
@@ -214,6 +228,10 @@ def flags(device_type: str) -> list[str]:
 def recipe(op: str, device_type: str) -> Recipe:
     """Return the commands that compile the library of an op.
 
+    Args:
+        op: name of the op.
+        device_type: "cpu" or "cuda".
+
     Raises: BuildError if this machine has no compiler for the device type.
     """
     include = Path(torch.__file__).parent / "include"
@@ -262,11 +280,15 @@ def recipe(op: str, device_type: str) -> Recipe:
 
 
 def build(op: str, device_type: str) -> Path:
-    """Return the path of the library of an op: the one that setup.py compiled, or the one in the cache.
+    """Return the path of the library of an op, which is compiled if necessary.
 
-    The library in the cache is compiled if necessary.
+    It is the library that setup.py compiled or, if there is none, the library in the cache.
 
-    Raises: BuildError if this is not possible.
+    Args:
+        op: name of the op.
+        device_type: "cpu" or "cuda".
+
+    Raises: BuildError if the library cannot be compiled.
     """
     # The library of setup.py is searched first, because this needs no compiler: the hash of the cache
     # contains the version of the compiler.

@@ -63,7 +63,13 @@ def passes(op: str, device: torch.device) -> bool:
 
 
 def _try(op: str, check: Check, device: torch.device) -> bool:
-    """Run a check. Returns True if the op passes; otherwise prints a warning and returns False."""
+    """Run a check. Returns True if the op passes; otherwise prints a warning and returns False.
+
+    Args:
+        op: name of the op, for the warning.
+        check: function that yields pairs of results of the op and of plain torch.
+        device: device of the check.
+    """
     try:
         # The modes of the caller must not apply to the check: inference
         # mode and no_grad would switch off gradients.
@@ -94,6 +100,10 @@ def _difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """Return the largest difference relative to the largest expected value.
 
     It is infinite if the shapes differ or a value is NaN.
+
+    Args:
+        actual: result of the op.
+        expected: result of plain torch.
     """
     if actual.shape != expected.shape:
         return float("inf")
@@ -273,14 +283,14 @@ def _upfirdn2d(device: torch.device) -> Iterator[Pair]:
     """Yield pairs of results of upfirdn2d and of its definition."""
     x = _numbers(device, 2, 3, 37, 41)
     taps_2d = _numbers(device, 4, 3, seed=1)  # not symmetric
-    taps_1d = _numbers(device, 7, seed=2)  # applied along both axes
+    taps_1d = _numbers(device, 7, seed=2)  # applied along rows and columns
     for image in (x, x.contiguous(memory_format=torch.channels_last)):
         for f in (taps_2d, taps_1d):
             for up, down, pad in (
                 (1, 1, (1, 2, 1, 2)),  # filter
                 (2, 1, (2, 5, 2, 1)),  # upsample
                 (1, 2, (3, 1, 1, 1)),  # downsample
-                (3, 2, (4, -1, 0, 6)),  # both, with a border that is cropped
+                (3, 2, (4, -1, 0, 6)),  # upsample and downsample, with a border that is cropped
             ):
                 resampling = ((up, up), (down, down), pad)
                 actual = _ops.upfirdn2d(image, f, *(list(factors) for factors in resampling), False, 1.5)

@@ -1,5 +1,4 @@
-"""Collect named training statistics (number, mean, standard deviation), which can be summed over
-processes."""
+"""Collect training statistics by name: number, mean and standard deviation, summed over processes."""
 
 import math
 from collections.abc import Callable
@@ -25,7 +24,12 @@ class Collector:
         self._moments: dict[str, torch.Tensor] = {}  # by name: [count, sum, sum of squares], float64
 
     def report(self, name: str, reported: torch.Tensor | float) -> None:
-        """Add a number, or all elements of a tensor, to the statistics of a name."""
+        """Add a number, or all elements of a tensor, to the statistics of a name.
+
+        Args:
+            name: name of the statistic.
+            reported: number or tensor.
+        """
         # A sum of squares of many values would be too inaccurate in float32.
         x = torch.as_tensor(reported, dtype=torch.float64).detach().flatten().cpu()
         # Sums can be added over calls and over processes, means cannot.

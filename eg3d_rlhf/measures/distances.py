@@ -4,6 +4,7 @@ The formulas take features of any network; features.py loads the networks. FID i
 al. 2017, "GANs trained by a two time-scale update rule", eq. 6. KID as published (Bińkowski, Sutherland,
 Arbel and Gretton 2018, "Demystifying MMD GANs") averages over random subsets of 1000 images. Subsets keep the
 Gram matrices small, and the standard deviation between subsets shows how much the estimate varies.
+
 Shapes: N and M numbers of samples, F feature dimensions, S subset size, r rank of a covariance. All
 arithmetic is done by numpy in float64.
 """

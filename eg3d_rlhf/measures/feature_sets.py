@@ -5,11 +5,12 @@
   its items. The radius of a ball is the distance to the item's k-th neighbour in the same set (eq. 1).
   Precision is the share of fakes inside the manifold of the reals. Recall is the share of reals inside the
   manifold of the fakes (eq. 2). Both depend on the sizes of the sets, so compare only values of equal sizes.
-- Separability (Schilling 1986): share of nearest neighbours that belong to an item's own set, after both sets
-  are pooled. A permutation test exchanges the two items of a pair and never items of different pairs.
+- Separability (Schilling 1986): share of nearest neighbours that belong to an item's own set, after the two
+  sets are pooled. A permutation test exchanges the two items of a pair and never items of different pairs.
 
 Fakes are features of generated images, reals are features of images of a dataset. Distances come from one
 matrix product (scipy's cdist takes eight times as long at 2048 features).
+
 Shapes: N items, fakes or pairs, M reals, F features, K neighbours, B permutations. In the private functions
 that compare points with a second set, A is the number of points and B is the size of that second set.
 """
@@ -180,7 +181,7 @@ def _squared_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def neighbour_radii(x: np.ndarray, k: int = MANIFOLD_NEIGHBOURS) -> np.ndarray:
-    """Return the squared distance [N] of each item of x [N, F] to its k-th nearest other item."""
+    """Return the squared distance [N] of each item of x [N, F] to its k-th nearest other item in x."""
     squared_radii = np.empty(len(x))
     block_size = max(1, _BLOCK_CELLS // len(x))
     for start in range(0, len(x), block_size):
@@ -192,7 +193,13 @@ def neighbour_radii(x: np.ndarray, k: int = MANIFOLD_NEIGHBOURS) -> np.ndarray:
 
 
 def _inside(points: np.ndarray, manifold: np.ndarray, k: int) -> np.ndarray:
-    """Return bool [A]: True for each point [A, F] that lies in a ball of the manifold of items [B, F]."""
+    """Return bool [A]: True for each point [A, F] that lies in a ball of the manifold of items [B, F].
+
+    Args:
+        points: features [A, F] of the points.
+        manifold: features [B, F] of the items around which the balls lie.
+        k: number of neighbours from which the radii of the balls are computed.
+    """
     squared_radii = neighbour_radii(manifold, k)
     is_inside = np.zeros(len(points), dtype=bool)
     block_size = max(1, _BLOCK_CELLS // len(manifold))

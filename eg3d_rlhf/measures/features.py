@@ -5,6 +5,7 @@ hair, colours, camera) and the kind of damage to an image. The output of its pen
 over undamaged heads, is the feature vector. builders/features.py trains the network. Distances computed with
 different networks are not comparable; the attribute `name` identifies the network. Images are float
 [N, 3, H, W] in [-1, 1], with a white background (1).
+
 Shapes: N images, H x W pixels, F features, T targets (28 factors and 6 kinds of damage).
 """
 
@@ -113,7 +114,8 @@ class HeadFactorFeatures:
 
     Args:
         net: trained network.
-        training_record: training settings and validation results, as JSON values; 'hash' becomes a part of the name.
+        training_record: training settings and validation results, as JSON values; 'hash' becomes a part of
+            the name.
         device: device that computes the features.
     """
 
@@ -169,7 +171,9 @@ class HeadFactorFeatures:
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
-                state_dict = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+                # The file object is not a mapping, so it can only be iterated by keys().
+                names = file.keys()
+                state_dict = {name: file.get_tensor(name) for name in names}
         except SafetensorError as error:
             raise ValueError(
                 f"HeadFactorFeatures: {path} is not a readable safetensors file ({error}). Copy or download"

@@ -1,10 +1,11 @@
 """Compute distances between a generator's images and a dataset's images, and the share of images with a face.
 
 The distances are FID and KID (see distances.py), if the features are those of an Inception network. With the
-bundled features the same formulas are reported under other names, for example frechet_offline.
-Generated images ("fakes") are rendered as by EG3D's metrics (Chan et al. 2022): the latent z is sampled from
-a standard normal distribution, cameras are those of randomly chosen images of the dataset, the mapping
-network is conditioned on the rendering camera, the truncation trick is not used, and noise inputs are random.
+bundled features the same formulas are reported under other names, for example frechet_offline. Generated
+images ("fakes") are rendered as by EG3D's metrics (Chan et al. 2022): the latent z is sampled from a standard
+normal distribution, cameras are those of randomly chosen images of the dataset, the mapping network is
+conditioned on the rendering camera, the truncation trick is not used, and noise inputs are random.
+
 Shapes: N images, R pixels per side, K numbers per camera (25).
 """
 
@@ -26,7 +27,7 @@ from training.dataset import ImageFolderDataset
 from training.storage import write_atomic
 
 FULL = 50_000  # number of fakes of the metrics fid50k_full and kid50k_full, and the default for fid and kid
-# Name of a metric: (formula, number of fakes). None stands for the number of --n.
+# For each metric its formula and its number of fakes; None: the number of --n.
 METRICS: dict[str, tuple[str, int | None]] = {
     "fid": ("frechet", None),
     "kid": ("kernel", None),
@@ -150,8 +151,9 @@ def evaluate(
         bar: function that opens a progress bar from a number of images and a title. It returns a function
             that advances the bar by a number of images.
 
-    Returns: one record of JSON values per metric, in the order of `options.metrics`: {'results': {name:
-        value}, 'metric', 'features', 'images', 'reals', 'seed', 'snapshot', 'total_time', ...}.
+    Returns: a list of one record per metric, in the order of `options.metrics`. A record is a dictionary of
+        JSON values. Its entry 'results' is a dictionary of the metric's values by name; the other entries
+        describe how they were computed.
     Raises: ValueError if the resolutions of dataset and generator differ, a set has fewer than two images, or
         a feature is not finite.
     """
@@ -167,7 +169,7 @@ def evaluate(
     face_masks: tuple[list, list] | tuple[None, None] = (
         ([], []) if "faces" in options.metrics else (None, None)
     )
-    real = collect(
+    real_statistics, real_features = collect(
         network,
         _with_progress(
             real_batches(dataset, options.batch),
@@ -178,7 +180,7 @@ def evaluate(
     # `fake_batches` is a Python generator: a batch is rendered when
     # `collect` requests it, so that only one batch is in memory.
     fakes = fake_batches(generator.generator, cameras, options)
-    fake = collect(
+    fake_statistics, fake_features = collect(
         network, _with_progress(fakes, bar(options.images, "features of generated images"), face_masks[1])
     )
     records = []
@@ -195,12 +197,12 @@ def evaluate(
                 if batch_masks
             }
         elif formula == "frechet":
-            results_by_name = {metric_name: fake[0].distance(real[0])}
+            results_by_name = {metric_name: fake_statistics.distance(real_statistics)}
         else:
             results_by_name = dict(
                 zip(
                     (metric_name, f"{metric_name}_std"),
-                    kernel_inception_distance(real[1], fake[1], seed=options.seed),
+                    kernel_inception_distance(real_features, fake_features, seed=options.seed),
                     strict=True,
                 )
             )
@@ -228,8 +230,8 @@ def training_options(network: Path) -> dict:
 
     The run can be one of this package or of EG3D.
 
-    Returns: 'data', the path of the dataset, and 'mirror', True if the run trained on mirrored images, too.
-        The dictionary is empty if the folder holds no options of a run.
+    Returns: a dictionary of 'data', the path of the dataset, and 'mirror', True if the run also trained on
+        mirrored images. The dictionary is empty if the folder holds no options of a run.
     """
     recorded_options = recorded(network.parent)
     eg3d_data = recorded_options.get("training_set_kwargs")  # only in options that EG3D's train.py wrote
@@ -246,6 +248,10 @@ def append_records(folder: Path, records: list[dict]) -> None:
     """Append each record as a line of JSON to FOLDER/metric-NAME.jsonl, where NAME is its 'metric'.
 
     EG3D writes its metrics to files of the same names.
+
+    Args:
+        folder: folder of the files.
+        records: records of `evaluate`.
     """
     for metric_record in records:
         path = folder / f"metric-{metric_record['metric']}.jsonl"

@@ -2,6 +2,7 @@
 
 PSNR and SSIM (Wang, Bovik, Sheikh and Simoncelli 2004) are implemented here. LPIPS (Zhang et al. 2018) and
 the embeddings of a face recogniser ("identity") are computed by TorchScript files of the user.
+
 Shapes: N images, C channels, H x W pixels, F features. Images are float in [-1, 1].
 """
 

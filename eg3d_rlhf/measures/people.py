@@ -4,6 +4,7 @@ The measures apply to the generator of synthetic heads (`synthetic:people64`), w
 are defective at the back of the head. The ground-truth head is the undamaged head that a latent describes. No
 simulated annotator, reward or early stop reads these measures. A shape is a grid of values that are negative
 inside: signed distances for a ground-truth head, level minus density for a generator's shape.
+
 Shapes: N shapes; n grid points along each of x, y and z, at the centres of the cube's voxels
 (`people_mesh.grid_points`); P points of a surface; R rows and C columns of the window around the face, rows
 from the lowest to the highest and columns from left to right.
@@ -162,8 +163,7 @@ def _fscore(distances: tuple[np.ndarray, np.ndarray], tolerance: float) -> float
 
 
 def _distances(points: np.ndarray, target_points: np.ndarray, is_in_region) -> np.ndarray:
-    """Compute the distances from the points of a surface in a region to the nearest points of another
-    surface.
+    """Compute the distances from the points of a surface to the nearest points of another surface.
 
     Distances are infinite if the region contains no point or the other surface is empty.
 
@@ -198,7 +198,7 @@ def face_depth(shape_values: np.ndarray) -> np.ndarray:
     hit_index = is_inside.argmax(axis=2)  # first point inside; 0 also if no point of the ray is inside
     value_inside = np.take_along_axis(rays, hit_index[..., None], 2)[..., 0]
     value_outside = np.take_along_axis(rays, np.maximum(hit_index - 1, 0)[..., None], 2)[..., 0]
-    # Position of the zero between both points, as a share of a step; the 1 avoids a division by 0
+    # Position of the zero between the two points, as a share of a step; the 1 avoids a division by 0
     share = value_outside / np.where(value_outside == value_inside, 1, value_outside - value_inside)
     # A step is 1 / n world units.
     depth = axis_coordinates[::-1][np.maximum(hit_index - 1, 0)] - share / n
@@ -241,8 +241,10 @@ def relief_amplitude(shape_values: np.ndarray, head_values: np.ndarray) -> float
 
 
 def relief_correlation(first_relief: np.ndarray, second_relief: np.ndarray) -> float:
-    """Compute Pearson's correlation, -1..1, of two reliefs [R, C] over the pixels where both have a
-    surface."""
+    """Compute Pearson's correlation, -1..1, of two reliefs [R, C].
+
+    Only pixels count where both reliefs have a surface.
+    """
     have_both_surfaces = np.isfinite(first_relief) & np.isfinite(second_relief)
     # The correlation is the entry off the diagonal of the 2 x 2 matrix.
     return float(np.corrcoef(first_relief[have_both_surfaces], second_relief[have_both_surfaces])[0, 1])
@@ -257,7 +259,7 @@ def compared(shape_values: np.ndarray, head_values: np.ndarray) -> dict[str, np.
 
     Args:
         shape_values: grids [N, n, n, n] of shapes, negative inside.
-        wholes: grids [N, n, n, n] of the ground-truth heads of the same latents.
+        head_values: grids [N, n, n, n] of the ground-truth heads of the same latents.
 
     Returns: arrays [N] by name: 'missing' and 'extra' (shares of volume at the back of the head), the values
         of `surfaces`, and 'amplitude' (see `relief_amplitude`).

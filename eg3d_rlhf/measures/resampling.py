@@ -22,6 +22,7 @@ distances may not include theta at all. This module computes a 95 % interval of 
   by 1 + 3 / sqrt(min(N, M)) for a kernel distance, because its distribution has heavy tails. Simulations
   confirm both factors (tests/measures/test_resampling.py).
 The bias that remains after the correction falls as (F / N)^2; see `SAFE_SAMPLES`.
+
 Shapes: N fakes, M reals, F features, B resamples.
 """
 
@@ -78,8 +79,9 @@ def frechet_interval(
 def kernel_interval(
     features_fake: np.ndarray, features_real: np.ndarray, resamples: int = 200, seed: int = 0
 ) -> DistanceInterval:
-    """Compute the unbiased kernel distance (`kernel_distance`) of two sets of features with its 95 %
-    interval.
+    """Compute the unbiased kernel distance of two sets of features with its 95 % interval.
+
+    The distance is that of `distances.kernel_distance`.
 
     A resample never compares an item with a copy of itself. Resampled distances are therefore unbiased, too,
     and the field `bias` of the result is 0.
@@ -102,12 +104,11 @@ def frechet_change_interval(
     resamples: int = 200,
     seed: int = 0,
 ) -> DistanceInterval:
-    """Compute by how much a change of the generator increases the Fréchet distance to the reals, with its
-    95 % interval.
+    """Compute the increase of the Fréchet distance to the reals by a change of the generator.
 
-    The result is the distance after the change minus the distance before it. Both sets of fakes are resampled
-    with the same latents. Errors that the two distances share cancel, so the interval is narrower than the
-    difference of two separate intervals.
+    The result is the distance after the change minus the distance before it, with its 95 % interval. The two
+    sets of fakes are resampled with the same latents. Errors that the two distances share cancel, so the
+    interval is narrower than the difference of two separate intervals.
 
     Args:
         features_before: features [N, F] of fakes before the change.
@@ -133,11 +134,19 @@ def kernel_change_interval(
     resamples: int = 200,
     seed: int = 0,
 ) -> DistanceInterval:
-    """Compute by how much a change of the generator increases the kernel distance to the reals, with its 95 %
-    interval.
+    """Compute the increase of the kernel distance to the reals by a change of the generator.
 
-    The arguments are those of `frechet_change_interval`; each set needs at least 4 samples, as in
-    `kernel_interval`.
+    The result is the distance after the change minus the distance before it, with its 95 % interval.
+
+    Args:
+        features_before: features [N, F] of fakes before the change, N >= 4.
+        features_after: features [N, F] of fakes after the change; item i has the latent and the camera of
+            item i of `features_before`.
+        features_real: features [M, F] of real images, M >= 4.
+        resamples: number of resamples B, >= 50.
+        seed: random seed of the resamples.
+
+    Raises: ValueError if a feature is not finite, or a set has fewer than 4 samples.
     """
     statistic_before, statistic_after = (
         _Kernel(*_features("kernel_change_interval", features_fake, features_real))
@@ -147,9 +156,14 @@ def kernel_change_interval(
 
 
 def _features(caller: str, fake: np.ndarray, real: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Convert the features of both sets to float64.
+    """Convert the features of two sets to float64.
 
-    Raises: ValueError in the name of `caller` if a set has fewer than 4 items or a feature is not finite.
+    Args:
+        caller: name of the public function, with which the error message begins.
+        fake: features [N, F] of generated images.
+        real: features [M, F] of real images.
+
+    Raises: ValueError if a set has fewer than 4 items or a feature is not finite.
     """
     fake = np.asarray(fake, dtype=np.float64)
     real = np.asarray(real, dtype=np.float64)
@@ -288,7 +302,7 @@ class _Frechet:
         The derivatives of each set have the mean 0. m_1 and C_1 are the mean and covariance of one set, m_2
         and C_2 those of the other set. T = C_1^-1/2 (C_1^1/2 C_2 C_1^1/2)^1/2 C_1^-1/2 is the linear map that
         transports the first Gaussian to the second. The derivative of d is I - T with respect to C_1, and
-        2 (m_1 - m_2) with respect to m_1. For the other set, both indices are exchanged.
+        2 (m_1 - m_2) with respect to m_1. For the other set, the indices 1 and 2 are exchanged.
         """
         fake_moments, real_moments = (
             _moments(set_features, np.ones(len(set_features))) for set_features in (self.fake, self.real)
@@ -472,7 +486,9 @@ def _kernel_influence(set_features: np.ndarray, other_features: np.ndarray) -> n
 class _Change:
     """Difference of two distances, after a change minus before it, against the same reals.
 
-    Fake i of both statistics has the same latent.
+    Args:
+        statistic_before: distance before the change.
+        statistic_after: distance after the change; its fake i has the latent of fake i before the change.
     """
 
     with_bias = None  # None: a difference is not a squared distance, see `_interval`
@@ -498,8 +514,10 @@ class _Change:
         )
 
     def influence(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return the derivatives of the difference with respect to the share of each fake [N] and real
-        [M]."""
+        """Return the derivatives of the difference with respect to the shares of all items.
+
+        Returns: the derivatives [N] for the fakes, and the derivatives [M] for the reals.
+        """
         influence_before = self.before.influence()
         influence_after = self.after.influence()
         return influence_after[0] - influence_before[0], influence_after[1] - influence_before[1]

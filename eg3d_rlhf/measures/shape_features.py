@@ -6,6 +6,7 @@ regress coordinates of the latent from the maps, and the amount by which a head 
 contained no generator's shapes and no defective scans. The output of its penultimate layer, standardised over
 ground-truth heads, is the feature vector. Only held-out evaluators may use this module, never a simulated
 annotator, a reward or an early stop (tests/test_structure.py checks the imports).
+
 Shapes: N shapes, F views, Q features, K ground-truth heads, n grid points along each of x, y and z, S targets
 of the training, R pixels per side of a map, B maps of a batch.
 """
@@ -34,8 +35,8 @@ from training.heads import people
 
 
 RESOLUTION = 48  # R
-# Yaws of the views in radians from frontal: the face, the back,
-# and both sides of the back, where scans differ
+# Yaws of the views in radians from frontal: the face, the back, and the back from the left and from the
+# right, where scans differ
 YAWS = (0.0, 2.1, math.pi, -2.1)
 WIDTH = 0.66  # width and height of the box that the maps cover, in world units
 LOWEST = -0.30  # y of the lower side of that box, in world units
@@ -47,8 +48,9 @@ CHANNELS = 4
 
 
 def scale_to_surface(grid_values: Tensor) -> Tensor:
-    """Scale the values of each shape so that they change by about 1 per grid point at its surface, and clamp
-    them to -1..1.
+    """Scale the values of each shape to a slope of about 1 per grid point at its surface, and clamp them.
+
+    The results are in -1..1.
 
     The scale is the median difference between neighbouring grid points on different sides of the surface.
     After the scaling, neither the unit of the values nor the slope and the extremes of a decoder influence
@@ -80,8 +82,8 @@ def scale_to_surface(grid_values: Tensor) -> Tensor:
 def normal_maps(grid_values: Tensor, yaws: Sequence[float] = YAWS) -> Tensor:
     """Compute normal maps of shapes in orthographic projection.
 
-    The viewer of yaw a stands in the direction (sin a, 0, cos a). A normal is defined where a pixel and its
-    four neighbours show a surface; at all other pixels it is 0.
+    The viewer of yaw a is in the direction (sin a, 0, cos a). A normal is defined where a pixel and its four
+    neighbours show a surface; at all other pixels it is 0.
 
     Args:
         grid_values: grids [N, n, n, n] of shapes over the cube of side 1, negative inside. The axes are x, y
@@ -198,7 +200,8 @@ class ShapeFeatures:
 
     Args:
         net: trained network.
-        ground_truth_features: standardised features [K, Q] of ground-truth heads that the training did not use.
+        ground_truth_features: standardised features [K, Q] of ground-truth heads that the training did not
+            use.
         feature_scale: mean and standard deviation of raw features of ground-truth heads, [2, Q].
         training_record: training settings and validation results, as JSON values.
     """

@@ -5,10 +5,10 @@ Corners of two faces are the same point only if an edge joins them, so surfaces 
 count as separate. A half-edge is an edge of one face, in the direction of the face's winding. It counts as
 open if more than two faces share its edge, or if no other face runs through the edge in the opposite
 direction.
+
 Shapes: V vertices, F faces, C = 3F corners or half-edges (corner 3f + i belongs to face f, and half-edge 3f +
-    i
-starts there), S surfaces, P points, D x H x W grid points along z, y and x; in `displacement` S is the number
-of samples along a line.
+i starts there), S surfaces, P points, D x H x W grid points along z, y and x; in `displacement` S is the
+number of samples along a line.
 """
 
 from collections.abc import Iterable
@@ -135,9 +135,9 @@ def mean_curvature(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray,
     """Compute the mean curvature H at each vertex, and the area that belongs to each vertex.
 
     Meyer, Desbrun, Schroeder and Barr 2003, eq. 8: 2 H n = 1/(2A) sum over neighbours j of vertex i of
-    (cot alpha + cot beta)(x_i - x_j). Here n is the normal of vertex i, x are positions, alpha and beta are
-    the angles opposite the edge from i to j, and A is the mixed Voronoi area (fig. 4). H > 0 where the
-    surface is convex; on a sphere of radius r, H is 1/r. Not differentiable.
+    (cot alpha + cot beta)(x_i - x_j). Here n is the normal of vertex i, x are positions, alpha and beta are the
+    angles opposite the edge from i to j, and A is the mixed Voronoi area (fig. 4). H > 0 where the surface is
+    convex; on a sphere of radius r, H is 1/r. Not differentiable.
 
     Args:
         vertices: positions [V, 3] in world units.
@@ -172,9 +172,8 @@ def mean_curvature(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray,
         weighted_side = cot[:, (i + 2) % 3, None] * side_vectors[:, i]  # cot alpha (x_end - x_start)
         _add(laplace, start_vertices, -weighted_side)
         _add(laplace, end_vertices, weighted_side)
-        previous_side = (
-            i + 2
-        ) % 3  # joins corners i + 2 and i, so the two sides at corner i are i and this one
+        # The previous side joins corners i + 2 and i. The two sides at corner i are therefore it and side i.
+        previous_side = (i + 2) % 3
         voronoi_areas = (
             squared_lengths[:, previous_side] * cot[:, (i + 1) % 3]
             + squared_lengths[:, i] * cot[:, previous_side]
@@ -207,7 +206,7 @@ def mean_curvature(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray,
 def _add(row_sums: np.ndarray, row_indices: np.ndarray, row_values: np.ndarray) -> None:
     """Add values [n, 3] to the rows of `row_sums` [V, 3] with the indices `row_indices` [n], in place.
 
-    An index may occur several times; its values are summed.
+    An index may occur several times; the values of its occurrences are all added.
     """
     # total[rows] += values would add only one of the values of a repeated index.
     for axis in range(3):
@@ -226,8 +225,9 @@ def _check_mesh(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np
 
 
 def _partners(faces: np.ndarray) -> np.ndarray:
-    """Return the partner of each half-edge [C]: the only other half-edge at its edge, in the opposite
-    direction.
+    """Return the partner of each half-edge, [C].
+
+    The partner is the only other half-edge at the same edge, and runs in the opposite direction.
 
     Half-edges without such a partner get -1. Half-edge 3f + i runs from corner i of face f to the next corner
     of that face.
@@ -374,7 +374,8 @@ def displacement(surface_before: LevelSet, points: Tensor, normals: Tensor, reac
         )
         nearest = crossings.gather(1, crossings.abs().argmin(dim=1, keepdim=True))[:, 0]
         has_no_crossing = nearest.isinf()
-        # The grid is only interpolated; `place` moves the crossing onto the level set of the field itself.
+        # The grid is only interpolated; `refine_crossings` moves the crossing onto the level set of the field
+        # itself.
         placed = surface_before.refine_crossings(p, n, nearest.masked_fill(has_no_crossing, 0.0))
         displacements[chunk_indices] = torch.where(
             has_no_crossing,
@@ -448,9 +449,14 @@ def surface_points(sigma: Tensor, spec: SlabSpec, back: float = -0.05, level: fl
 
 
 def resample(points: Tensor, point_count: int, seed: int) -> Tensor:
-    """Choose `point_count` of the points [P, 3] at random with replacement; returns [count, 3].
+    """Choose points at random with replacement.
 
-    The same seed gives the same choice.
+    Args:
+        points: points [P, 3].
+        point_count: number of points to choose.
+        seed: random seed; the same seed gives the same choice.
+
+    Returns: the chosen points [point_count, 3].
     """
     # A random generator of the CPU: every device then chooses the same points.
     generator = torch.Generator().manual_seed(seed)
@@ -479,7 +485,7 @@ def in_head(points: Tensor, spec: SlabSpec) -> Tensor:
 def median_change(surface_before: LevelSet, surface_after: LevelSet) -> float:
     """Compute the median |displacement| between two shapes, in voxels of the 64^3 grid.
 
-    The median is over points of both surfaces that lie in the box of the published σ slab and are visible
+    The median is over points of the two surfaces that lie in the box of the published σ slab and are visible
     from the front or the sides.
 
     Args:
@@ -512,8 +518,8 @@ def change_summary(medians: Iterable[float]) -> dict:
     Args:
         medians: value of each latent in voxels; NaN for a latent without a surface, which is not counted.
 
-    Returns: 'median' and 'quartiles' over the latents, which are None without any value, and 'n', the number
-        of latents that count.
+    Returns: a dictionary of 'median' and 'quartiles' over the latents, which are None without any value, and
+        'n', the number of latents that count.
     """
     finite_medians = np.array([latent_value for latent_value in medians if np.isfinite(latent_value)])
     if len(finite_medians):

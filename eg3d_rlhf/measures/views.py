@@ -1,8 +1,10 @@
 """Compare neighbouring views of a latent in colour, depth and surface normals.
 
 A latent is rendered from several cameras. The pixels of one view are projected into the neighbouring view by
-their depth, and both views are compared there. Every measure has one value per latent, and lower is better.
-The measures are independent of the simulated annotator, since they read renders and never the density grid.
+their depth, and the two views are compared there. Every measure has one value per latent, and lower is
+better. The measures are independent of the simulated annotator, since they read renders and never the density
+grid.
+
 Shapes: N latents, F views, R pixels per side of an image, L x Wd style vectors, C channels. Depth is the
 Euclidean distance along a pixel's unit ray. World axes: x right, y up, z to the camera. Cameras follow OpenCV
 (x right, y down, z forward). Intrinsics are normalised by the image size.
@@ -22,8 +24,8 @@ from eg3d_rlhf.generators import as_generator
 from training.rendering.cameras import RaySampler, camera_position, intrinsics_matrix, look_at, pack_label
 
 _NEAR_PLANE = 1e-3  # in world units: points closer to the camera plane than this have no pixel
-# In world units: a point that lies farther than this behind the
-# surface of the other view counts as hidden there
+# In world units: a point that lies farther than this behind the surface of the other view counts as hidden
+# there.
 HIDDEN_MARGIN = 0.10
 MIN_PIXELS = 16  # latents with fewer matched pixels in all pairs get the worst value of each measure
 WORST_COLOUR = 2.0  # largest difference of two values in [-1, 1]
@@ -283,7 +285,7 @@ def _normal(views: Views, target_view: int, source_view: int, match: Match) -> t
         match: positions of the target's pixels in the source view.
 
     Returns: the angles [N, R, R] in degrees, and a mask [N, R, R] that is True where the pixels match and
-        both normals are defined.
+        the normals of both views are defined.
     """
     target_normals, target_defined = normals_from_points(
         views.points[:, target_view], views.foreground[:, target_view]
@@ -330,7 +332,7 @@ def compare_views(views: Views, spec: ViewSpec) -> MultiViewMeasures:
     the depth map of the source. The errors of the pixel are
     photometric: |I_source(pi(X)) - I_target|;
     depth: | |X - o_source| - d_source(pi(X)) | / |X - o_source|, with a numerator of at most HIDDEN_MARGIN;
-    normal: the angle between the normals of both depth maps at X, in world axes.
+    normal: the angle between the normals of the two depth maps at X, in world axes.
     A latent with fewer than MIN_PIXELS matched pixels (an empty scene, or one with only low opacities) gets
     the worst value of each measure.
 

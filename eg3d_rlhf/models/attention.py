@@ -1,9 +1,10 @@
-"""Shared transformer parts: attention, a two-layer perceptron with GELU, and a block that combines both.
+"""Shared transformer parts: attention, a two-layer perceptron with GELU, and a block that combines the two.
 
 The transformer is that of Vaswani et al. 2017, "Attention is all you need". Attribute names are those of the
 checkpoints.
 
-Shapes: N samples, T query tokens, L key and value tokens, C channels, H heads, D channels of one head.
+Shapes: N samples, T query tokens, L key and value tokens, C channels, H attention heads, D channels of one
+attention head.
 """
 
 import torch
@@ -47,8 +48,8 @@ class SelfAttention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
-        # One linear layer computes queries, keys and values. Its
-        # outputs are ordered [q | k | v], then by head.
+        # One linear layer computes queries, keys and values. Its outputs are ordered [q | k | v], then by
+        # attention head.
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(-3)  # [N, T, H, D] each
         return self.proj(attend(q, k, v, keep).flatten(-2))
 

@@ -42,7 +42,8 @@ def hpsv2_network(state_dict: Mapping[str, torch.Tensor], who: str) -> Any:
         "hidden_size": width,
         "intermediate_size": 4 * width,
         "num_hidden_layers": count(state_dict, "visual.transformer.resblocks."),
-        # No entry states the number of heads. ViT-H/14 has heads of 80 channels, smaller networks of 64.
+        # No entry states the number of attention heads. ViT-H/14 has heads of 80 channels, smaller networks
+        # of 64.
         "num_attention_heads": max(width // (80 if width % 80 == 0 else 64), 1),
         # One position belongs to the class token. The others form a square grid of patches.
         "image_size": round((shape_of(state_dict, "visual.positional_embedding", who, 2)[0] - 1) ** 0.5)

@@ -59,8 +59,8 @@ def _check_layers(act: str, has_gates: bool, channels: int) -> None:
     if act != "gelu" or has_gates or channels != 3:
         raise ValueError(
             "only a DINO with gelu, without gates and with 3 image channels is supported, but its activation"
-            f" is {act!r}, it has {'gates' if has_gates else 'no gates'}, and its images have {channels} channels."
-            " Use the weights of a standard DINO."
+            f" is {act!r}, it has {'gates' if has_gates else 'no gates'}, and its images have {channels}"
+            " channels. Use the weights of a standard DINO."
         )
 
 
@@ -144,7 +144,7 @@ class DinoConfig:
             hidden_size=width,
             # Names of blocks are blocks.NUMBER.PARAMETER.
             num_hidden_layers=len({name.split(".")[1] for name in state_dict if name.startswith("blocks.")}),
-            # No entry states the number of heads; all published networks have heads of 64 channels.
+            # No entry states the number of attention heads; all published networks have heads of 64 channels.
             num_attention_heads=max(1, width // HEAD),
             mlp_ratio=mlp_width / width,
             # See the docstring: without registers, positions are interpolated to the input images.
@@ -186,8 +186,8 @@ class Dino(nn.Module):
             getattr(transformers, f"{class_prefix}Config")(**config_values)
         )
         self.config = config
-        # The parts are stored and not the model itself, because the model returns only the output after the last
-        # norm.
+        # The parts are stored and not the model itself, because the model returns only the output after the
+        # last norm.
         self.embeddings = network.embeddings
         self.encoder = network.encoder
         self.layernorm = network.layernorm
@@ -460,7 +460,7 @@ def _dino3_config(file_settings: Mapping[str, Any]) -> Any:
         # Rotary embeddings rotate pairs of channels: half of the
         # pairs by the row, the other half by the column.
         raise ValueError(
-            f"hidden_size {config.hidden_size} cannot be divided into {config.num_attention_heads} heads"
-            " whose number of channels is a multiple of four"
+            f"hidden_size {config.hidden_size} cannot be divided into {config.num_attention_heads} attention"
+            " heads whose number of channels is a multiple of four"
         )
     return config

@@ -11,8 +11,9 @@ the same random weights the outputs equal those of the original's classes (tests
 
 Shapes: N samples, T latent tokens, S = T + 1 tokens (the token of the time is added), C channels of a latent,
 W width (channels of a token inside the network), L conditioning tokens, E channels of a conditioning token, H
-heads, D channels of a head, X experts, k experts per token, P points, M points that the encoder attends to, f
-features of a point besides its position, R grid points per axis, F frequencies of a coordinate.
+attention heads, D channels of an attention head, X experts, k experts per token, P points, M points that the
+encoder attends to, f features of a point besides its position, R grid points per axis, F frequencies of a
+coordinate.
 """
 
 import math
@@ -102,13 +103,16 @@ class DenoiserConfig:
         ):
             raise ValueError(
                 "config.yaml, model: all sizes must be >= 1, hidden_size must be even and a multiple of"
-                f" num_heads, and moe_top_k must be at most num_experts, got {self}. Download the file again."
+                f" num_heads, and moe_top_k must be at most num_experts. Some of the values are not:"
+                f" input_size={self.input_size}, in_channels={self.in_channels},"
+                f" context_dim={self.context_dim}, depth={self.depth}, text_len={self.text_len},"
+                f" hidden_size={self.hidden_size}, num_heads={self.num_heads}, moe_top_k={self.moe_top_k},"
+                f" num_experts={self.num_experts}. Download the file again."
             )
 
 
 class TimeEmbedder(nn.Module):
-    """Embedding of the time as one token: sines and cosines of t, then two linear layers, [N] -> [N, 1,
-    W]."""
+    """Embedding of the time [N] as one token [N, 1, W]: sines and cosines of t, then two linear layers."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -128,11 +132,11 @@ class TimeEmbedder(nn.Module):
 
 
 def interleaved(num_heads: int, *projections: torch.Tensor) -> list[torch.Tensor]:
-    """Concatenate projections along the channels, and split the result among the heads.
+    """Concatenate projections along the channels, and split the result among the attention heads.
 
-    Of m concatenated projections, head h takes the channels h m D to (h + 1) m D and divides them again into
-    m tensors. The keys of a head may therefore come from the layer called to_v. Released weights were trained
-    this way.
+    Of m concatenated projections, attention head h takes the channels h m D to (h + 1) m D and divides them
+    again into m tensors. The keys of an attention head may therefore come from the layer called to_v.
+    Released weights were trained this way.
 
     Args:
         num_heads: number of heads H.
@@ -416,15 +420,14 @@ class AutoencoderConfig:
     num_latents: int  # T, number of latent tokens
     embed_dim: int  # C, channels of a latent
     width: int  # W of the autoencoder, a multiple of `heads`
-    heads: int  # H, number of heads of every attention
+    heads: int  # H, number of attention heads
     num_decoder_layers: int  # number of self-attention blocks of the decoder
     num_freqs: int = 8  # F
     include_pi: bool = True  # True: the frequencies are multiplied by pi
     qkv_bias: bool = True  # True: the layers of queries, keys and values have a bias
     qk_norm: bool = False  # True: queries and keys of each head are normalised
-    geo_decoder_mlp_expand_ratio: int = (
-        4  # channels inside the point decoder's perceptron, as a multiple of W
-    )
+    # Channels inside the point decoder's perceptron, as a multiple of W
+    geo_decoder_mlp_expand_ratio: int = 4
     geo_decoder_downsample_ratio: int = 1  # only 1 is supported
     geo_decoder_ln_post: bool = True  # only True is supported
     scale_factor: float = 1.0  # factor from the autoencoder's latents to the latents of the flow model
@@ -463,7 +466,9 @@ class AutoencoderConfig:
         if smallest_size < 1 or self.width % self.heads or self.scale_factor <= 0:
             raise ValueError(
                 "config.yaml, vae: sizes must be >= 1, width must be a multiple of heads, and scale_factor"
-                f" must be > 0, got {self}. Download the file again."
+                f" must be > 0, got num_latents={self.num_latents}, embed_dim={self.embed_dim},"
+                f" num_decoder_layers={self.num_decoder_layers}, width={self.width}, heads={self.heads} and"
+                f" scale_factor={self.scale_factor}. Download the file again."
             )
 
 
@@ -504,7 +509,7 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Cross-attention from tokens x [N, P, W] to tokens `data` [N, S, W], which returns [N, P, W]."""
+    """Cross-attention from tokens x [N, P, W] to tokens `context_tokens` [N, S, W]. It returns [N, P, W]."""
 
     def __init__(self, config: AutoencoderConfig):
         super().__init__()
@@ -540,7 +545,7 @@ class ResidualBlock(nn.Module):
 
 
 class CrossBlock(nn.Module):
-    """Pre-norm transformer block: cross-attention from tokens x to tokens `data`, then a perceptron.
+    """Pre-norm transformer block: cross-attention from tokens x to context tokens, then a perceptron.
 
     Args:
         config: settings of the autoencoder.
@@ -559,10 +564,10 @@ class CrossBlock(nn.Module):
 
 
 def embedded(points: torch.Tensor, config: AutoencoderConfig) -> torch.Tensor:
-    """Embed positions as Fourier features: the coordinates, and sines and cosines of 2^j times each
-    coordinate.
+    """Embed positions as Fourier features.
 
-    With the setting include_pi, the factors are 2^j pi. j runs from 0 to F - 1.
+    These are the coordinates, and the sines and cosines of 2^j times each coordinate for j = 0 .. F - 1. With
+    the setting include_pi, the factors are 2^j pi.
 
     Args:
         points: positions [..., 3].
@@ -642,22 +647,22 @@ class ShapeDecoder(nn.Module):
 
     @torch.no_grad()
     def slab(self, decoded: torch.Tensor, axis: torch.Tensor, x: slice) -> torch.Tensor:
-        """Evaluate one shape on consecutive planes of a regular grid.
+        """Evaluate one shape on consecutive layers (grid points of the same x) of a regular grid.
 
         Args:
             decoded: output of `forward` for the shape, [1, T, W].
             axis: coordinates [R] of the grid points, equal for all three axes.
-            x: slice of `axis` that selects the planes.
+            x: slice of `axis` that selects the layers.
 
         Returns: float32 values [len(axis[x]), R, R] on the CPU, positive inside the shape. Entry [i, j, k]
             belongs to the point (axis[x][i], axis[j], axis[k]).
         """
         points_per_axis = len(axis)
-        plane_count = len(axis[x])
+        layer_count = len(axis[x])
         value_chunks = []
         # Grid points are numbered with the last axis fastest. Moving
         # each chunk to the CPU limits the device's memory.
-        for chunk_indices in torch.arange(plane_count * points_per_axis**2, device=axis.device).split(CHUNK):
+        for chunk_indices in torch.arange(layer_count * points_per_axis**2, device=axis.device).split(CHUNK):
             coordinates = (
                 axis[x][chunk_indices // points_per_axis**2],
                 axis[chunk_indices // points_per_axis % points_per_axis],
@@ -665,15 +670,14 @@ class ShapeDecoder(nn.Module):
             )
             points = torch.stack(coordinates, 1)[None]  # [1, points of the chunk, 3]
             value_chunks.append(self.geo_decoder(points, decoded)[0].float().cpu())
-        return torch.cat(value_chunks).view(plane_count, points_per_axis, points_per_axis)
+        return torch.cat(value_chunks).view(layer_count, points_per_axis, points_per_axis)
 
 
 # The encoder maps points on a surface to latents.
 
 
 class PointEncoder(nn.Module):
-    """Encoder of query points that attend to other points of the surface, which returns features [N, T,
-    W]."""
+    """Encoder of query points that attend to other points of the surface. It returns features [N, T, W]."""
 
     def __init__(self, config: AutoencoderConfig):
         super().__init__()

@@ -79,7 +79,7 @@ def opencv(pixels: np.ndarray, target_size: tuple[int, int], how: str) -> np.nda
     if how == "nearest":
         return pixels[_nearest_pixels(height, target_rows)[:, None], _nearest_pixels(width, target_columns)]
     if how == "area" and (target_rows > height or target_columns > width):
-        # If at least one side grows, OpenCV uses another formula for "area", along both axes.
+        # If at least one side grows, OpenCV uses another formula for "area", along rows and columns.
         return _enlarge_by_area(
             pixels, _area_enlarging(height, target_rows), _area_enlarging(width, target_columns)
         )
@@ -192,7 +192,7 @@ def _enlarge_by_area(pixels: np.ndarray, row_taps: Taps, column_taps: Taps) -> n
         row_taps: taps along the rows' axis, see `_area_enlarging`.
         column_taps: taps along the columns' axis.
     """
-    # Weights are in units of 1/2048 (11 bits). The shifts by 4, 16 and 2 remove the 22 bits of both axes.
+    # Weights are in units of 1/2048 (11 bits). The shifts by 4, 16 and 2 remove the 22 bits of the two axes.
     widened = _weighted_sum(pixels.astype(np.int64), column_taps, 1) >> 4
     weight_shape = (-1, *[1] * (pixels.ndim - 1))  # shape in which the weights broadcast along the rows' axis
     (upper_row, upper_weight), (lower_row, lower_weight) = row_taps
@@ -352,8 +352,8 @@ def squared(image: Image.Image, margin: float) -> Image.Image:
     """Crop the square around the object from an RGBA image.
 
     The object is the box of all pixels with an opacity above 0.8. (l, t) is its first and (r, b) its last
-    pixel. The square has the same centre and sides of 2 int(k / 2) pixels, where k = int(margin max(r - l,
-    b - t)). Its corners are rounded to the nearest pixel, and halves to the even one.
+    pixel. The square has the same centre and sides of 2 int(k / 2) pixels, where k = int(margin
+    max(r - l, b - t)). Its corners are rounded to the nearest pixel, and halves to the even one.
 
     Args:
         image: RGBA image.
@@ -399,8 +399,10 @@ def _to_tensor(pixels: np.ndarray) -> torch.Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectCut:
-    """Settings of a preprocessor of SAM 3D Objects, from its YAML file. The defaults are the published
-    values."""
+    """Settings of a preprocessor of SAM 3D Objects, from its YAML file.
+
+    The defaults are the published values.
+    """
 
     size: int = 518  # pixels per side of the results
     box_size_factor: float = 1.2  # side of the crop, as a multiple of the longer side of the mask's box
@@ -535,6 +537,10 @@ def _boxed(x: torch.Tensor, crop_box: tuple[int, int, int, int]) -> torch.Tensor
     """Crop an image or point map [C, h, w] to a box (top, bottom, left, right).
 
     Pixels outside the image are 0. In a point map this is a valid point, as in the original.
+
+    Args:
+        x: image or point map.
+        crop_box: rows and columns of the box; they may lie outside the image.
     """
     top, bottom, left, right = crop_box
     height, width = x.shape[1:]
@@ -546,8 +552,7 @@ def _boxed(x: torch.Tensor, crop_box: tuple[int, int, int, int]) -> torch.Tensor
 
 
 def in_square(x: torch.Tensor, padding_value: float = 0.0) -> torch.Tensor:
-    """Pad an image or point map [C, h, w] to a square [C, s, s] with s = max(h, w), and keep it in the
-    centre.
+    """Pad an image or point map [C, h, w] to a square [C, s, s] with s = max(h, w), around its centre.
 
     Args:
         x: image or point map.
@@ -562,18 +567,24 @@ def in_square(x: torch.Tensor, padding_value: float = 0.0) -> torch.Tensor:
 
 
 def _padded(x: torch.Tensor, cut: ObjectCut, padding_value: float) -> torch.Tensor:
-    """Pad a crop [C, h, w] to a square, and then by `cut.padding_factor` of its side on every side."""
+    """Pad a crop [C, h, w] to a square, and then by `cut.padding_factor` of its side on every side.
+
+    Args:
+        x: crop of an image or point map.
+        cut: settings of the preprocessor.
+        padding_value: value of the padding.
+    """
     x = in_square(x, padding_value)
     return F.pad(x, (int(cut.padding_factor * x.shape[1]),) * 4, value=padding_value)
 
 
 def _resize_bilinear(x: torch.Tensor, side_pixels: int) -> torch.Tensor:
-    """Resize an image [C, h, w] to size x size pixels, bilinearly with antialiasing."""
+    """Resize an image [C, h, w] to side_pixels x side_pixels pixels, bilinearly with antialiasing."""
     return F.interpolate(x[None], (side_pixels, side_pixels), mode="bilinear", antialias=True)[0]
 
 
 def _resize_nearest(x: torch.Tensor, side_pixels: int) -> torch.Tensor:
-    """Resize an image or point map [C, h, w] to size x size pixels by nearest neighbour.
+    """Resize an image or point map [C, h, w] to side_pixels x side_pixels pixels by nearest neighbour.
 
     An interpolation would mix NaN, which marks missing points, into neighbouring points.
     """

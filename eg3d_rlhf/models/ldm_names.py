@@ -1,5 +1,4 @@
-"""Convert published files of latent diffusion models to the names of the libraries diffusers and
-transformers.
+"""Convert published files of latent diffusion models to the names of diffusers and transformers.
 
 Latent diffusion models (LDM, Rombach et al. 2022), such as Stable Diffusion, are published in the layout of
 their own code. The functions rename the entries of a state dict. The tensors share memory with those of the
@@ -236,8 +235,9 @@ def to_transformers_text(state_dict: Mapping[str, torch.Tensor], layers: int) ->
 def unet_config(state_dict: Mapping[str, torch.Tensor], who: str, image_size: int) -> dict[str, Any]:
     """Derive the arguments of diffusers' UNet2DConditionModel from the shapes of the tensors of LDM's U-Net.
 
-    In Stable Diffusion 2, the projections before and after the attention are linear layers, and heads have 64
-    channels. In Stable Diffusion 1, these projections are convolutions, and there are 8 heads.
+    In Stable Diffusion 2, the projections before and after the attention are linear layers, and attention
+    heads have 64 channels. In Stable Diffusion 1, these projections are convolutions, and there are 8
+    attention heads.
 
     Args:
         state_dict: state dict with LDM's names, without their prefix.
@@ -287,7 +287,7 @@ def unet_config(state_dict: Mapping[str, torch.Tensor], who: str, image_size: in
         # The up blocks mirror the down blocks.
         "up_block_types": tuple(block_type.replace("Down", "Up") for block_type in reversed(down_blocks)),
         "use_linear_projection": is_linear,
-        # In this class of diffusers, attention_head_dim is the number of heads.
+        # In this class of diffusers, attention_head_dim is the number of attention heads.
         "attention_head_dim": tuple(max(width // 64, 1) for width in level_channels) if is_linear else 8,
         "cross_attention_dim": shape_of(
             state_dict, f"{ldm_prefix}transformer_blocks.0.attn2.to_k.weight", who, 2

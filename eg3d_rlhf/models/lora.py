@@ -8,8 +8,7 @@ adapters switched off is the reference model.
 x is the input and y the output of the layer, W its weight [out, in] and b its bias [out]. The adapter
 consists of A [rank, in], which is random at the start, and B [out, rank], which is zero at the start. An
 untrained adapter therefore changes nothing. Parameters have the names of the library PEFT without the name of
-an
-adapter: X.base_layer.weight, X.lora_A.weight and X.lora_B.weight for a layer X.
+an adapter: X.base_layer.weight, X.lora_A.weight and X.lora_B.weight for a layer X.
 """
 
 import contextlib
@@ -252,6 +251,10 @@ def matches(name: str, target: str) -> bool:
 
     Only complete parts between dots are compared: "attn.to_q" matches the target "to_q", but "auto_q" does
     not.
+
+    Args:
+        name: name of a layer in the network.
+        target: complete name of a layer, or its last parts.
     """
     return name == target or name.endswith(f".{target}")
 
@@ -288,10 +291,10 @@ def adapter_state(model: nn.Module) -> dict[str, torch.Tensor]:
 
 @contextlib.contextmanager
 def adapters_off(model: nn.Module) -> Iterator[nn.Module]:
-    """Switch all adapters off inside a `with` block, in which the network computes bitwise the same as its
-    base.
+    """Switch all adapters off inside a `with` block.
 
-    Blocks may be nested. A backward pass must not run inside the block.
+    Inside the block the network computes bitwise the same as its base. Blocks may be nested. A backward pass
+    must not run inside the block.
 
     Raises: ValueError for a network without adapters.
     """

@@ -68,9 +68,8 @@ class Weights:
     source: str  # name of the file, for error messages
     tensors: dict[str, torch.Tensor]  # tensors of the network; empty if the file contains only adapters
     adapters: Adapters  # adapters by layer; empty if the file has none
-    alpha: (
-        float | None
-    )  # scale of the adapters, whose update is multiplied by alpha / rank; None without adapters
+    # Scale of the adapters, whose update is multiplied by alpha / rank; None without adapters
+    alpha: float | None
     dropout: float = 0.0  # dropout with which the adapters were trained, 0..1
 
 
@@ -303,8 +302,9 @@ def replace_state(model: nn.Module, state_dict: Mapping[str, torch.Tensor], who:
 
 
 def write_adapter(model: nn.Module, folder: str | Path, base: str | None = None) -> Path:
-    """Write the adapters of a network in PEFT's layout, and return the folder. Each file is written
-    atomically.
+    """Write the adapters of a network in PEFT's layout, and return the folder.
+
+    Each file is written atomically.
 
     Args:
         model: network with adapters.
@@ -448,8 +448,8 @@ def save_policy(model: nn.Module, folder: str | Path, meta: Mapping) -> Path:
         write_adapter(model, folder)
     else:
         write_merged(model, folder / MODEL)
-    # An earlier policy in this folder may have been of the other
-    # kind. `read_weights` rejects a folder with both.
+    # An earlier policy in this folder may have been a complete network if this one has adapters, and the
+    # other way round. `read_weights` rejects a folder that contains a complete network and adapters.
     for obsolete_file in [MODEL] if has_adapters else [ADAPTER, CONFIG]:
         (folder / obsolete_file).unlink(missing_ok=True)
     # policy.json is written last, so that a folder with this file is complete.
@@ -474,7 +474,7 @@ def link(source_path: Path, target_path: Path) -> None:
 def link_folder(source_folder: Path, target_folder: Path) -> None:
     """Create links to all files of the folder `source_folder` in the folder `target_folder`, see `link`.
 
-    Subfolders are included. If both are the same folder, nothing is done.
+    Subfolders are included. If the two paths are equal, nothing is done.
     """
     if source_folder == target_folder:
         return

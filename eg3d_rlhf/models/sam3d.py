@@ -5,15 +5,15 @@ Mixture-of-Transformers). Its latent is a dictionary of tensors, such as the sha
 has its own input layer, position embedding and output layer. Tensors that share their transformer layers form
 a group of tokens; the layers of different groups are separate. In self-attention, the tokens of the shape
 attend only to each other. The tokens of all other groups attend to the tokens of all groups, but no gradient
-flows from them into the shape. The shape therefore does not depend on the pose.
-A shortcut model (Frans et al. 2024) also has a step size d as input, which is embedded in the same way as the
-time and added to it. d = 0 gives the velocity of an ordinary flow model.
-The embedder computes conditioning tokens from an image, a mask and a point map.
+flows from them into the shape. The shape therefore does not depend on the pose. A shortcut model (Frans et
+al. 2024) also has a step size d as input, which is embedded in the same way as the time and added to it. With
+d = 0 it gives the velocity of an ordinary flow model. The embedder computes conditioning tokens from an
+image, a mask and a point map.
 
-Shapes: N samples, C channels of a token, H attention heads, D channels of an attention head, L conditioning tokens, E channels of
-a conditioning token; T_g tokens of a group g, S tokens and A channels of a tensor of the dictionary. In the
-embedder: E channels of an encoder, W channels of a conditioning token, p pixels per side of a patch, h
-patches per side, s pixels per side of a point map.
+Shapes: N samples, C channels of a token, H attention heads, D channels of an attention head, L conditioning
+tokens, E channels of a conditioning token; T_g tokens of a group g, S tokens and A channels of a tensor of
+the dictionary. The embedder has E channels of an encoder, W channels of a conditioning token, p pixels per
+side of a patch, h patches per side, and s pixels per side of a point map.
 """
 
 from collections.abc import Mapping, Sequence
@@ -481,7 +481,8 @@ class PointConfig:
         if self.input_size % self.patch_size or self.embed_dim % self.num_heads:
             raise ValueError(
                 "PointConfig: input_size must be a multiple of patch_size, and embed_dim a multiple of"
-                f" num_heads, got {self.input_size}, {self.patch_size}, {self.embed_dim} and {self.num_heads}. Download the generator's file again."
+                f" num_heads, got {self.input_size}, {self.patch_size}, {self.embed_dim} and"
+                f" {self.num_heads}. Download the generator's file again."
             )
 
 
@@ -535,7 +536,8 @@ class PointPatches(nn.Module):
         tokens = torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens], 1) + self.pos_embed_window
         for block in self.blocks:
             tokens = block(tokens)
-        # The class token (index 0) represents the patch. The embedding of the patch's position is added to it.
+        # The class token (index 0) represents the patch. The embedding of the patch's position is added to
+        # it.
         return tokens[:, 0].unflatten(0, (-1, patch_count)) + self.pos_embed.flatten(2).transpose(1, 2)
 
 

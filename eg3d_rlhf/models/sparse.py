@@ -21,12 +21,11 @@ from eg3d_rlhf.core.shapes import check_shape
 class SparseSample:
     """Features of one sample on its voxels."""
 
-    coords: (
-        torch.Tensor
-    )  # [v, 3] int32, indices of each voxel along the three axes of the grid; no voxel twice
+    # [v, 3] int32, indices of each voxel along the three axes of the grid; no voxel twice
+    coords: torch.Tensor
     feats: torch.Tensor  # [v, C] features that the flow model generates
-    # [v, G] features from the previous stage, which are an input of
-    # the flow model. None if it has no such input.
+    # [v, G] features from the previous stage, which are an input of the flow model. None if it has no such
+    # input.
     given: torch.Tensor | None = None
     cells: int | None = None  # number of grid cells per axis, if it differs between the samples of a stage
 
@@ -236,8 +235,10 @@ class NamedBatch(NamedSample):
         return NamedBatch(tensors)
 
     def to(self, *args, **kwargs) -> "NamedBatch":
-        """Return the batch on another device or in another dtype; the arguments are those of
-        torch.Tensor.to."""
+        """Return the batch on another device or in another dtype.
+
+        The arguments are those of torch.Tensor.to.
+        """
         return NamedBatch({name: tensor.to(*args, **kwargs) for name, tensor in self.tensors.items()})
 
     def samples(self) -> list[NamedSample]:

@@ -1,15 +1,14 @@
-"""Networks of TRELLIS.2 (Xiang et al. 2025): flow models over a grid and over voxels, and autoencoders of
-voxels.
+"""Networks of TRELLIS.2 (Xiang et al. 2025): flow models on grids and on voxels, and autoencoders of voxels.
 
 Differences from TRELLIS: the flow models have no convolutions or patches. Position embeddings are rotary. All
 blocks share the layers that compute the modulation by the time, and each block adds a trained vector to it.
-Queries and keys are normalised in both attentions. A stage may have features on its voxels as an additional
-input (the setting "concat_cond" of the original); they are concatenated to the latent. Time t is 0 at data
-and 1 at noise.
+Queries and keys are normalised in self-attention and in cross-attention. A stage may have features on its
+voxels as an additional input (the setting "concat_cond" of the original); they are concatenated to the
+latent. Time t is 0 at data and 1 at noise.
 
-Shapes: N samples, C channels, H heads, D channels of a head, P = D / 2 planes of a head, L conditioning
-tokens, E channels of a conditioning token, R grid points per axis, T = R^3 tokens, K channels of the
-additional features, V voxels of all samples, W voxels after a split.
+Shapes: N samples, C channels, H attention heads, D channels of an attention head, P = D / 2 channel pairs of
+an attention head, L conditioning tokens, E channels of a conditioning token, R grid points per axis, T = R^3
+tokens, K channels of the additional features, V voxels of all samples, W voxels after a split.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -28,42 +27,42 @@ from eg3d_rlhf.models.trellis.sparse_conv import Kernel, coarser, submanifold_co
 
 # Rotary position embedding in three dimensions (Su et al. 2021, RoFormer, section 3.2, here for each axis)
 #
-# The D channels of a head form D / 2 planes. For each of the three axes, n = D // 6 planes are
+# The D channels of an attention head form D / 2 pairs. For each of the three axes, n = D // 6 pairs are
 # rotated by the angle coordinate * rate_i, with rate_i = f_0 / f_1^(i / n) and settings f_0
-# and f_1. The remaining planes are not rotated. The inner product of a rotated query and a
+# and f_1. The remaining pairs are not rotated. The inner product of a rotated query and a
 # rotated key depends only on the difference of their coordinates.
 
 
 def angles_of(
     coords: torch.Tensor, head_channels: int, frequencies: tuple[float, float] = (1.0, 10000.0)
 ) -> torch.Tensor:
-    """Compute the angles by which the planes of a head are rotated, [V, P] float32.
+    """Compute the angles by which the channel pairs of an attention head are rotated, [V, P] float32.
 
     The angles for axis 1 come first, then those for axis 2 and for axis 3, then zeros.
 
     Args:
         coords: coordinates [V, 3] of the tokens.
-        head_channels: channels D of a head.
+        head_channels: channels D of an attention head.
         frequencies: constants f_0 and f_1 of the angles.
     """
-    pairs_per_axis = head_channels // 6  # number of planes per axis
+    pairs_per_axis = head_channels // 6  # number of channel pairs per axis
     rates = frequencies[0] / frequencies[1] ** (
         torch.arange(pairs_per_axis, dtype=torch.float32, device=coords.device) / pairs_per_axis
     )
     angles = (coords.float()[:, :, None] * rates).flatten(1)  # [V, 3 count]
-    # An angle of zero leaves the remaining planes unrotated.
+    # An angle of zero leaves the remaining pairs unrotated.
     return torch.nn.functional.pad(angles, (0, head_channels // 2 - angles.shape[1]))
 
 
 def rotate(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
-    """Rotate the planes of heads by angles. The rotation is computed in float32. Differentiable in: x.
+    """Rotate the channel pairs of attention heads by angles, in float32. Differentiable in: x.
 
     Args:
-        x: queries or keys [..., V, H, D]. Plane i consists of the channels 2 i and 2 i + 1.
+        x: queries or keys [..., V, H, D]. Pair i consists of the channels 2 i and 2 i + 1.
         angles: angles [V, P] in radians.
     """
-    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # coordinates in the planes, [..., V, H, P] each
-    # One angle for all heads: [V, 1, P].
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # the two channels of each pair, [..., V, H, P] each
+    # One angle for all attention heads: [V, 1, P].
     cos = angles.cos()[:, None]
     sin = angles.sin()[:, None]
     return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2).to(x.dtype)
@@ -129,17 +128,17 @@ class FlowConfig(blocks.ConditionedConfig):
                 f"{who}: model_channels must be a multiple of the number of heads, and in_channels must be >="
                 f" out_channels, got {channels}. Download the model's JSON file again."
             )
-        # A rotation needs planes of two channels, and at least one plane for each of three axes.
+        # A rotation needs pairs of channels, and at least one pair for each of three axes.
         if self.head_channels % 2 or self.head_channels < 6 or len(self.rope_freq) != 2:
             raise ValueError(
-                f"{who}: heads must have an even number of channels, at least 6, and rope_freq two values,"
-                f" got {self.head_channels} channels and {self.rope_freq}. Download the model's JSON file"
-                " again."
+                f"{who}: attention heads must have an even number of channels, at least 6, and rope_freq must"
+                f" have two values, got {self.head_channels} channels and {self.rope_freq}. Download the"
+                " model's JSON file again."
             )
 
     @property
     def head_channels(self) -> int:
-        """Channels D of a head."""
+        """Channels D of an attention head."""
         return self.model_channels // self.heads
 
     @property
@@ -162,7 +161,7 @@ class Block(blocks.ModulatedBlock):
 
 
 class Flow(nn.Module):
-    """Base class of both flow models: their layers, and the transformer over tokens."""
+    """Base class of the flow models: their layers, and the transformer over tokens."""
 
     def __init__(self, config: FlowConfig):
         super().__init__()
@@ -180,8 +179,7 @@ class Flow(nn.Module):
         blocks.convert_torso(self.blocks, DTYPES[config.dtype])
 
     def angles(self, coords: torch.Tensor) -> torch.Tensor:
-        """Compute the angles [V, P] by which the planes of a head are rotated for tokens at coordinates [V,
-        3]."""
+        """Compute the angles [V, P] of the rotations for tokens at coordinates [V, 3]."""
         return angles_of(coords, self.config.head_channels, self.config.rope_freq)
 
     def transform(
@@ -241,8 +239,7 @@ class StructureFlow(Flow):
             )
 
     def angles(self, coords: torch.Tensor) -> torch.Tensor:
-        """Compute the angles [T, P] with the default frequencies, since the original ignores rope_freq
-        here."""
+        """Compute the angles [T, P] with the default frequencies: the original ignores rope_freq here."""
         return angles_of(coords, self.config.head_channels)
 
     def places(self, device: torch.device | str = "cpu") -> torch.Tensor:
@@ -357,8 +354,7 @@ class VoxelConfig:
         if unsupported_blocks:
             raise ValueError(
                 f"{who}: only the blocks {BLOCK} and {supported_block} are supported, got"
-                f" {', '.join(unsupported_blocks)}. Use a"
-                " released model."
+                f" {', '.join(unsupported_blocks)}. Use a released model."
             )
         # Pairs of the channels of a level and of the next level
         channel_pairs = zip(self.model_channels, self.model_channels[1:], strict=False)
@@ -470,7 +466,8 @@ class SplitBlock(nn.Module):
 
     def forward(self, x: SparseBatch, exists: torch.Tensor) -> SparseBatch:
         h = self.conv1(x.with_feats(F.silu(self.norm1(x.feats))))
-        # there: bool [V, 8], True for children that exist. Both branches get the same voxels.
+        # exists: bool [V, 8], True for children that exist. The skip connection and the branch of the
+        # convolutions get the same voxels.
         y = split(x, exists)
         h = split(h, exists)
         h = self.conv2(y.with_feats(F.silu(self.norm2(h.feats))))
@@ -528,10 +525,10 @@ def split(x: SparseBatch, exists: torch.Tensor) -> SparseBatch:
 
 
 def merge(x: SparseBatch) -> SparseBatch:
-    """Concatenate the features of the children of each voxel, [W, C] -> [V, 8 C]. This is the inverse of
-    `split`.
+    """Concatenate the features of the children of each voxel, [W, C] -> [V, 8 C].
 
-    The voxels of the result are sorted. The features of children that do not exist are zero.
+    This is the inverse of `split`. The voxels of the result are sorted. The features of children that do not
+    exist are zero.
     """
     coarse = coarser(x)
     offsets = x.coords[:, 1:].long() & 1  # [W, 3] offset of each child in its voxel
@@ -603,7 +600,7 @@ class VoxelDecoder(VoxelNetwork):
                 None otherwise.
             levels: number of splits after which the decoder stops, without the output layer; None: all.
 
-        Returns: the features, and the logits of the children [V, 8] at every split.
+        Returns: the batch of features, and a list of the logits of the children [V, 8] at every split.
         Raises: ValueError if the decoder does not predict children and the logits are missing.
         """
         config = self.config

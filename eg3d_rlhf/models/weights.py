@@ -162,8 +162,8 @@ def read(path: str | Path, who: str) -> State:
     ):
         raise ValueError(
             f"{who}: {Path(path).name} must contain only tensors by name, but contains a"
-            f" {type(state_dict).__name__} that is empty or has other values. Export only the weights, or copy"
-            " the file again."
+            f" {type(state_dict).__name__} that is empty or has other values. Export only the weights, or"
+            " copy the file again."
         )
     return dict(state_dict)
 
@@ -287,7 +287,7 @@ def fill(
     A network on the meta device first gets memory on `device`.
 
     Args:
-        network: network.
+        network: network to fill.
         new_state: state dict, whose names must match exactly those of the network.
         who: text that error messages begin with.
         types: dtype of all tensors or dtypes by name, for a network on the meta device. Tensors without a
@@ -320,6 +320,11 @@ def adopt(network: Module, new_state: Mapping[str, torch.Tensor], who: str) -> M
     Tensors that are float32 already are not copied. Names must match exactly, except for position_ids. The
     network may be on the meta device.
 
+    Args:
+        network: network.
+        new_state: state dict that replaces the tensors of the network.
+        who: text that error messages begin with.
+
     Raises: ValueError for entries that are missing, superfluous or of another shape, and for values that are
         not finite.
     """
@@ -346,7 +351,7 @@ def adopt(network: Module, new_state: Mapping[str, torch.Tensor], who: str) -> M
 
 
 def freeze(network: Module, device: str | torch.device) -> Module:
-    """Put a network into evaluation mode, on a device and without gradients of its parameters; returns it."""
+    """Put a network into evaluation mode, without gradients of its parameters, on a device, and return it."""
     return network.eval().requires_grad_(False).to(device)
 
 

@@ -182,7 +182,7 @@ def _gradients(ctx, grad):
         return grad, None if b is None else grad.sum([i for i in range(x.ndim) if i != dim]), *[None] * 5
     # torch's checkpoint allows only one access to saved_tensors.
     saved_tensors = ctx.saved_tensors
-    # The kernel uses the same index for both tensors, so their memory layouts must be equal.
+    # The kernel uses the same index for the two tensors, so their memory layouts must be equal.
     grad = like_layout(grad, saved_tensors[0]) if saved_tensors else dense(grad)
     result = saved_tensors[0] if saved_tensors else grad.detach()
     grad_x, grad_b = torch.ops.eg3d_rlhf.bias_act_backward(grad, result, *ctx.rest, ctx.has_bias and need_b)
@@ -210,8 +210,10 @@ _SLOPES: dict[str, Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]] 
 
 
 def _save_backward(ctx, inputs, output) -> None:
-    """Store the tensors for the backward pass of `bias_act_backward`, which is linear in its first
-    argument."""
+    """Store the tensors for the backward pass of `bias_act_backward`.
+
+    That op is linear in its first argument.
+    """
     _, result, *ctx.rest, ctx.with_bias = inputs
     ctx.save_for_backward(result)
 

@@ -14,9 +14,8 @@ from torch import nn
 
 from torch_utils.ops.implementations import current
 
-LARGE = (
-    1 << 22
-)  # smallest number of multiplications for which the time to look up oneDNN's kernel is negligible
+# Smallest number of multiplications for which the time to look up oneDNN's kernel is negligible
+LARGE = 1 << 22
 
 
 def linear(

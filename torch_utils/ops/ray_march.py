@@ -1,4 +1,6 @@
-"""Ray marching: compositing weights of samples in any order, and depths of the samples of the second (fine)
+"""Ray marching: compositing weights of samples in any order, and depths of the samples of the fine pass.
+
+The fine pass is the second pass of rendering. Its samples are placed by the densities of the first, coarse
 pass.
 
 Volume rendering follows Max 1995, "Optical models for direct volume rendering", as in EG3D (Chan et al.
@@ -33,8 +35,9 @@ def ray_march(
         depths: depths d [B, S] in world units, in any order. Samples of equal depth are not reordered.
         impl: see `implementations`.
 
-    Returns: the weights v of the samples [B, S], in the order of the arguments; the weighted depth, sum_k w_k
-        (d_k + d_{k+1}) / 2, [B]; and the accumulated opacity, sum_k w_k, [B].
+    Returns: three tensors. The first contains the weights v [B, S] of the samples, in the order of the
+        arguments; the second the weighted depths [B], sum_k w_k (d_k + d_{k+1}) / 2; and the third the
+        accumulated opacities [B], sum_k w_k.
     Differentiable in densities and depths, to any order. (Only the first derivative with respect to densities
         is compiled; torch computes the others.)
     Raises: ValueError for an unknown `impl`.
@@ -69,7 +72,8 @@ def ray_march_ref(
 
 
 def interval_weights(densities: torch.Tensor, depths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute the weights of the intervals and the depths of their centres. Differentiable in both arguments.
+    """Compute the weights of the intervals and the depths of their centres. Differentiable in densities and
+    depths.
 
     Args:
         densities: raw densities [..., S].

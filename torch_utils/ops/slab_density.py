@@ -1,5 +1,4 @@
-"""Compute the raw density of a tri-plane decoder on a regular grid, from maps that depend on two coordinates
-each.
+"""Compute the raw density of a tri-plane decoder on a regular grid, from maps of two coordinates each.
 
     sigma_raw[x, y, z] = sum_j w[j] softplus(A[x, j, y] + B[x, j, z] + C[j, y, z]) + b
 
@@ -27,9 +26,8 @@ _T = TypeVar("_T")
 # Number of elements of a buffer on a CPU, 512 KiB in float32. Two
 # buffers fit into the second-level cache of a core.
 _CPU_CHUNK = 1 << 17
-_CUDA_CHUNK = (
-    1 << 24
-)  # number of elements of a buffer on CUDA, 64 MiB, which is enough to use the whole device
+# Number of elements of a buffer on CUDA, 64 MiB, which is enough to use the whole device
+_CUDA_CHUNK = 1 << 24
 # Upper bound of |h| for a pre-activation h, below which exp(h) and its factors are normal numbers in float32
 _EXP_RANGE = 85.0
 
@@ -90,8 +88,7 @@ def slab_density(
 def slab_density_ref(
     maps: Sequence[torch.Tensor], w: torch.Tensor, b: torch.Tensor, shape: Sequence[int]
 ) -> torch.Tensor:
-    """Compute the definition of `slab_density`, with the pre-activations [X, J, Y, Z] of all points at
-    once."""
+    """Compute the definition of `slab_density`, with all pre-activations [X, J, Y, Z] at once."""
     hidden: Any = sum(m.expand(shape[0], len(w), shape[1], shape[2]) for m in maps)
     return torch.einsum("j,xjyz->xyz", w, F.softplus(hidden)) + b
 
@@ -105,8 +102,10 @@ def _save(ctx, inputs, output) -> None:
 
 @once("slab_density")
 def _gradients(ctx, grad):
-    """Return the gradients of the maps that are present (None for the others), of w and of b, and None for
-    shape."""
+    """Return the gradients of the six arguments of the op.
+
+    The gradients of missing maps and of the shape are None.
+    """
     w, *saved_maps = ctx.saved_tensors
     remaining_maps = iter(saved_maps)
     maps = [next(remaining_maps) if is_present else None for is_present in ctx.present]
@@ -210,7 +209,13 @@ class _Volume:
                 yield x, y, self._fill(buffer[: math.prod(shape)].view(shape), x, y)
 
     def _fill(self, block: torch.Tensor, x: slice, y: slice) -> torch.Tensor:
-        """Write t or h of all points of a block into `block`, and return it."""
+        """Write t or h of all points of a block into `block`, and return it.
+
+        Args:
+            block: memory [x, J, y, Z] of the block.
+            x: range of x of the block.
+            y: range of y of the block.
+        """
         # t is the product of the exponentials of the maps, h is the sum of the maps.
         combine = torch.mul if self.product else torch.add
         first_factor, *other_factors = (_cut(factor, x, y) for factor in self.factors)
@@ -222,13 +227,21 @@ class _Volume:
         return block
 
     def softplus(self, block: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        """Return softplus(h) of a block. `out` is memory that may be used for the result, also the block
-        itself."""
+        """Return softplus(h) of a block.
+
+        Args:
+            block: t or h of the points, see the class.
+            out: memory that may be used for the result; it may be that of the block.
+        """
         return torch.log1p(block, out=out) if self.product else F.softplus(block)
 
     def sigmoid_(self, block: torch.Tensor, scratch: torch.Tensor) -> torch.Tensor:
-        """Replace the contents of a block by sigmoid(h), and return it. `scratch` is memory of the same
-        shape."""
+        """Replace the contents of a block by sigmoid(h), and return it.
+
+        Args:
+            block: t or h of the points, see the class.
+            scratch: memory of the same shape, which is overwritten.
+        """
         return block.div_(torch.add(block, 1, out=scratch)) if self.product else block.sigmoid_()
 
 
@@ -276,8 +289,8 @@ def _volume_gradients(
 ) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
     """Compute the gradients of w [J] and of the maps. A gradient that is not needed is None.
 
-    d/dw[j] = sum of grad * softplus(h[j]) over all points
-    d/dmap[j] = w[j] * sum of grad * sigmoid(h[j]) over the axes along which the map has the length 1
+    d/dw[j] = sum of grad * softplus(h[j]) over all points d/dmap[j] = w[j] * sum of grad * sigmoid(h[j]) over
+    the axes along which the map has the length 1
 
     Args:
         volume: iteration over the grid.

@@ -1,12 +1,12 @@
-"""Transformer layers for long sequences on a CPU, which are computed in tiles and recomputed in the backward
-pass.
+"""Transformer layers for long sequences on a CPU, computed in tiles and recomputed in the backward pass.
 
 A tile is a part of the rows of a matrix whose results fit into the processor's cache. Self-attention (Vaswani
-et al. 2017) computes the scores of one head for a tile of queries at a time. Queries and keys are normalised
-for each head, so that no normalised copy of them is stored. The feed-forward layer (linear layer, GELU in its
-tanh approximation, linear layer) is computed for a tile of rows at a time.
+et al. 2017) computes the scores of one attention head for a tile of queries at a time. Queries and keys are
+normalised for each head, so that no normalised copy of them is stored. The feed-forward layer (linear layer,
+GELU in its tanh approximation, linear layer) is computed for a tile of rows at a time.
 
-Shapes: N samples, T tokens, H heads, D channels of a head; A input and output features, B hidden features.
+Shapes: N samples, T tokens, H attention heads, D channels of an attention head; A input and output features,
+B hidden features.
 """
 
 import torch
@@ -58,8 +58,10 @@ def tiled(qkv: torch.Tensor, impl: str = "auto") -> bool:
 
 
 class _SelfAttention(torch.autograd.Function):
-    """Autograd function of the tiled self-attention. It stores only qkv and the gains for the backward
-    pass."""
+    """Autograd function of the tiled self-attention.
+
+    It stores only qkv and the gains for the backward pass.
+    """
 
     @staticmethod
     def forward(ctx, qkv, q_gain, k_gain, result_in_tuple):
@@ -84,7 +86,7 @@ class _SelfAttention(torch.autograd.Function):
     @once("self_attention")
     def backward(ctx, grad):
         qkv, *gains = ctx.saved_tensors
-        # Names to_x stand for the gradient with respect to x.
+        # A name that begins with to_ is a gradient: to_x is the gradient with respect to x.
         to_qkv = torch.empty_like(qkv)
         to_gains = [
             torch.zeros_like(gain) if is_needed else None
@@ -194,8 +196,10 @@ def feed_forward(
 
 
 class _FeedForward(torch.autograd.Function):
-    """Autograd function of the tiled feed-forward layer. It stores only its arguments for the backward
-    pass."""
+    """Autograd function of the tiled feed-forward layer.
+
+    It stores only its arguments for the backward pass.
+    """
 
     @staticmethod
     def forward(ctx, x, weight_1, bias_1, weight_2, bias_2, skip):
@@ -214,7 +218,7 @@ class _FeedForward(torch.autograd.Function):
     def backward(ctx, grad):
         x, weight_1, bias_1, weight_2 = ctx.saved_tensors
         need_x, *need_parameters, _ = ctx.needs_input_grad
-        # Names to_x stand for the gradient with respect to x.
+        # A name that begins with to_ is a gradient: to_x is the gradient with respect to x.
         to_x = torch.empty_like(x) if need_x else None
         # weight_2[:, 0] has the shape of the second bias, which is not stored.
         parameters = (weight_1, bias_1, weight_2, weight_2[:, 0])

@@ -11,8 +11,7 @@ is linear. Released EG3D checkpoints project onto (x, y), (x, z) and (z, x), so 
 and added to the second one.
 
 Shapes: N samples, K planes (K' after the addition), C channels of a plane, H x W pixels of a plane, P points,
-    J hidden
-units, D colour features (0: only the density is computed).
+J hidden units, D colour features (0: only the density is computed).
 """
 
 from typing import Any, NamedTuple
@@ -284,7 +283,7 @@ def _decode_torch(
 
 
 def _decode_torch_chunk(merged_planes, pairs, points, w0, b0, w1, b1) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute `_decode_torch` for all points at once."""
+    """Compute `_decode_torch` for all points at once. The arguments are those of `_decode_torch`."""
     # torch's grid_sample has a gradient with respect to points. grid_sample_gradfix has a second derivative
     # with respect to planes.
     use_gradfix = not points.requires_grad

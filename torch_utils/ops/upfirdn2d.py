@@ -1,8 +1,7 @@
 """Resample images with a FIR filter, as the StyleGAN networks do: insert zeros, pad, filter, and drop pixels.
 
 Shapes: N images, C channels, H x W pixels, K taps of a filter (KH x KW in two dimensions). Paddings are in
-    pixels of
-the image with inserted zeros; negative paddings crop.
+pixels of the image with inserted zeros; negative paddings crop.
 
 All functions are linear in x and therefore differentiable in x to any order. The filter is a constant.
 """
@@ -39,8 +38,8 @@ def setup_filter(
         normalize: True scales the taps so that their sum is 1.
         flip_filter: True reverses the taps.
         gain: factor of the two-dimensional filter.
-        separable: True keeps taps [K], which are applied along both axes. False replaces them by their outer
-            product. None does the former for at least 8 taps.
+        separable: True keeps taps [K], which are applied along rows and columns. False replaces them by their
+            outer product. None does the former for at least 8 taps.
 
     Returns: taps, float32 [K] or [KH, KW].
     """
@@ -81,7 +80,7 @@ def upfirdn2d(
 
     Args:
         x: images [N, C, H, W].
-        f: taps from `setup_filter`, [K] for both axes or [KH, KW]; None does not filter.
+        f: taps from `setup_filter`, [K] for rows and columns or [KH, KW]; None does not filter.
         up: factor of the upsampling, >= 1, or a pair of factors (x, y).
         down: factor of the downsampling, >= 1, or a pair of factors (x, y).
         padding: padding in pixels: one number, (x, y), or (x_before, x_after, y_before, y_after). Negative
@@ -180,8 +179,8 @@ def _filter_pass(
         return F.conv2d(
             x, kernel, stride=(down[1], down[0]), padding=(conv_padding[1], conv_padding[0]), groups=channels
         )
-    # A transposed convolution uses the kernel in the opposite
-    # direction, so the flip is the opposite of that above.
+    # A transposed convolution uses the kernel in the opposite direction, so the flip is the opposite of that
+    # above.
     kernel = (f.flip([0, 1]) if flip_filter else f).expand(channels, 1, kh, kw)
     # Pixels of z that are cropped at (x_before, x_after, y_before, y_after)
     crop = (kw - 1 - x0, kw - up[0] - x1, kh - 1 - y0, kh - up[1] - y1)
@@ -318,10 +317,15 @@ def downsample2d(
 
 
 def same_size_padding(f: torch.Tensor | None, padding: Scale = 0, up: Scale = 1, down: Scale = 1) -> Pads:
-    """Return the padding with which `upfirdn2d` returns images of exactly up / down times the size, plus
-    `padding`.
+    """Compute the padding with which `upfirdn2d` returns images of exactly up / down times the size.
 
-    One of the two factors must be 1.
+    Args:
+        f: filter from `setup_filter`; None is a filter of one tap.
+        padding: padding that is added; see `upfirdn2d`.
+        up: factor of the upsampling, or a pair of factors (x, y).
+        down: factor of the downsampling, or a pair of factors (x, y). It must be 1 if `up` is larger than 1.
+
+    Returns: the padding (x_before, x_after, y_before, y_after).
     """
     pads = _parse_padding(padding)
     filter_pads = []  # padding for the filter: x_before, x_after, y_before, y_after

@@ -1,8 +1,9 @@
 """Parts of a residual squeeze-and-excitation block on volumes, and their gradients, on a CPU.
 
     conv     y = conv3x3x3(scale * x + shift, zeros outside), optionally plus a residual and followed by a
-    ReLU up       y = skip + the transposed convolution (3x3x3, stride 2, padding 1) of x, resampled to the
-             size of `skip` by nearest neighbour: voxel i reads voxel int(i * in / out)
+             ReLU
+    up       y = skip + the transposed convolution (3x3x3, stride 2, padding 1) of x, resampled to
+             the size of `skip` by nearest neighbour: voxel i reads voxel int(i * in / out)
     gate     y = h * max(channel gate, sigmoid(w . h + b)) for h >= 0
     profile  largest value in each depth slice of a 1x1x1 convolution after `gate`
 
@@ -27,9 +28,8 @@ import torch.nn.functional as F
 from torch_utils.ops.implementations import choose, define
 
 _LANES = 8  # number of output channels that are computed together
-_MIN_WIDTH = (
-    4  # smallest W for which "auto" uses the compiled op; narrower volumes do not fill vector registers
-)
+# Smallest W for which "auto" uses the compiled op; narrower volumes do not fill vector registers
+_MIN_WIDTH = 4
 # The compiled ops write their main result y into memory that the caller supplies (Tensor(a!) y).
 define(
     "volume_conv(Tensor x, Tensor scale, Tensor shift, Tensor u, Tensor? residual, Tensor? mix, bool relu,"
@@ -68,8 +68,10 @@ _TAPS = (
 
 
 def _compiled(impl: str, *tensors: torch.Tensor | None) -> bool:
-    """Return True if the compiled op is used. It has no autograd formula, so no tensor may need a
-    gradient."""
+    """Return True if the compiled op is used.
+
+    It has no autograd formula, so no tensor may need a gradient.
+    """
     present_tensors = [t for t in tensors if t is not None]
     supported = all(t.dtype == torch.float32 and t.device.type == "cpu" for t in present_tensors)
     applies = supported and not (torch.is_grad_enabled() and any(t.requires_grad for t in present_tensors))
@@ -102,8 +104,13 @@ def transposed_kernel(w: torch.Tensor) -> torch.Tensor:
 
 
 def _memory(out: torch.Tensor | None, like: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    """Return memory for a result of a shape: `out` if it is given (after a check), and new memory
-    otherwise."""
+    """Return memory for a result.
+
+    Args:
+        out: memory of the caller, which is checked and returned; None allocates new memory.
+        like: tensor whose dtype and device the new memory has.
+        shape: shape of the result.
+    """
     if out is None:
         return like.new_empty(shape)
     assert out.shape == torch.Size(shape) and out.is_contiguous() and out.dtype == like.dtype
@@ -305,7 +312,7 @@ def volume_conv_gradient(
         g: gradient [N, O, D, H, W] of the normalised result.
         h: result of the convolution after its ReLU, [N, O, D, H, W].
         factors: factors f0, f1 and f2, [N, O, 3].
-        u: `transformed_kernel(turned(w))` for the kernels w of the convolution.
+        u: `transformed_kernel(adjoint_kernel(w))` for the kernels w of the convolution.
         conv_input: input of the convolution [N, C, D, H, W]; with `mix` [N, 1, D, H, W].
         mix: factor and offset [C, 2] that make each input channel from the single channel of `conv_input`.
 
@@ -363,7 +370,8 @@ def volume_gate_gradient(
         full: gradient of the result [N, C, D, H, W]; None for 0.
         pooled: gradient of the maxima over blocks; None for 0.
 
-    Returns: the gradient of h [N, C, D, H, W]; and [N, 2 C + 1] float64, the gradients of channel, w and b.
+    Returns: the gradient of h [N, C, D, H, W]; and the gradients of channel, w and b in one float64 tensor
+        [N, 2 C + 1].
     """
     full, pooled = (None if t is None else t.contiguous() for t in (full, pooled))
     y = torch.empty_like(h)  # gradient of h; the other gradients are the op's result
@@ -414,8 +422,11 @@ def volume_up_gradient(grad: torch.Tensor, u: torch.Tensor, input_size: Sequence
 
 
 def adjoint_kernel(w: torch.Tensor) -> torch.Tensor:
-    """Return the kernels [C, O, 3, 3, 3] of the gradient of a convolution with the kernels w [O, C, 3, 3,
-    3]."""
+    """Return the kernels [C, O, 3, 3, 3] of the gradient of a convolution.
+
+    Args:
+        w: kernels [O, C, 3, 3, 3] of the convolution.
+    """
     # The adjoint of a convolution exchanges input and output channels and reverses the taps.
     return w.transpose(0, 1).flip(2, 3, 4)
 

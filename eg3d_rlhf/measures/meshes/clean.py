@@ -111,8 +111,10 @@ def clean_mesh(
 
 
 def face_areas(mesh: CleanMesh) -> tuple[np.ndarray, np.ndarray]:
-    """Compute the unit normals [F, 3] and the areas [F] of all faces. Faces without area have the normal
-    0."""
+    """Compute the unit normals [F, 3] and the areas [F] of all faces.
+
+    Faces without area have the normal 0.
+    """
     a, b, c = (mesh.vertices[mesh.faces[:, i]] for i in range(3))
     normals = np.cross(b - a, c - a)
     double_area = np.linalg.norm(normals, axis=1)
@@ -123,7 +125,14 @@ def face_areas(mesh: CleanMesh) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _drop_unused(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Drop the vertices that no face uses, and renumber the vertices in the faces."""
+    """Drop the vertices that no face uses, and renumber the others in the faces.
+
+    Args:
+        vertices: positions [V, 3].
+        faces: vertex indices [F, 3].
+
+    Returns: the vertices that are used, and the faces [F, 3] with the new indices.
+    """
     is_used = np.zeros(len(vertices), dtype=bool)
     is_used[faces.reshape(-1)] = True
     # The new number of a vertex is the count of used vertices before it.
@@ -131,7 +140,12 @@ def _drop_unused(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, n
 
 
 def _open_share(faces: np.ndarray, vertex_count: int) -> float:
-    """Compute the share of edges that only one face uses, 0..1; 0 without any edge."""
+    """Compute the share of edges that only one face uses, 0..1; 0 without any edge.
+
+    Args:
+        faces: vertex indices [F, 3].
+        vertex_count: number of vertices V.
+    """
     # The two vertices of each of the three edges of each face, smaller index first
     edge_vertices = np.sort(faces[:, [0, 1, 1, 2, 2, 0]].reshape(-1, 2), axis=1)
     # A face that uses a vertex twice has an edge of length 0, which does not count.

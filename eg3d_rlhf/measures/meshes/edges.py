@@ -49,7 +49,7 @@ class Edges:
 
     @functools.cached_property
     def pairs(self) -> tuple[np.ndarray, np.ndarray]:
-        """First and second half-edge of every edge with exactly two faces; two arrays, one entry per edge."""
+        """Half-edges of every edge with exactly two faces: arrays of the first and of the second ones."""
         pair_starts = self.edge_starts[self.faces == 2]
         return self.order[pair_starts], self.order[pair_starts + 1]
 

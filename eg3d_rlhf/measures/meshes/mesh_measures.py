@@ -36,6 +36,10 @@ DEFAULT = MeasureOptions()
 def measure_mesh(mesh: CleanMesh, options: MeasureOptions = DEFAULT) -> dict:
     """Compute all measures of a mesh.
 
+    Args:
+        mesh: cleaned mesh.
+        options: numbers of samples and thresholds.
+
     Returns: the measures by name, as JSON values. Lengths are shares of the longest edge of the bounding box,
         and angles are in degrees. A measure that is not defined for the mesh is None.
     Raises: ValueError if a library of the extra `solid_voxels` is not installed.
@@ -69,7 +73,7 @@ def measure_mesh(mesh: CleanMesh, options: MeasureOptions = DEFAULT) -> dict:
         "overhang": overhang(mesh),
         "tip": tip_degrees,
         "stands": stability(tip_degrees),
-        # Name of the body whose mass is assumed, see `mass_centre`
+        # Name of the body whose mass is assumed, see the result of `mass_centre`
         "mass": mass_body,
         "solidity": None,
         "bend": None,
@@ -134,7 +138,7 @@ def mass_centre(
         solid: voxels inside the mesh.
         hull: convex hull of the mesh, or None.
 
-    Returns: 'hull', 'volume', 'voxels' or 'area', and the centre [3].
+    Returns: the name of the body, 'hull', 'volume', 'voxels' or 'area'; and the centre of mass [3].
     """
     # A centre is None if the volume is zero; the next case then applies. A mesh counts as a sheet if more
     # than half of its samples have no material on either side.
@@ -187,7 +191,7 @@ def find_contained(edges: Edges, space: Space, part_numbers: np.ndarray) -> np.n
 def overlap(edges: Edges, cavity_part_numbers: np.ndarray) -> float | None:
     """Compute the overlap of the bodies of a mesh, 1 - (volume of their union) / (sum of their volumes).
 
-    The volume of cavities is subtracted from both volumes.
+    The volume of cavities is subtracted from the volume of the union and from the sum.
 
     Args:
         edges: edges of a closed and consistently wound mesh.
@@ -289,7 +293,13 @@ def inside_distance(foot: np.ndarray, point: np.ndarray) -> float:
 
 
 def _to_segment(a: np.ndarray, b: np.ndarray, point: np.ndarray) -> float:
-    """Compute the distance of a point [2] to the line segment from a to b."""
+    """Compute the distance of a point [2] to the line segment from a to b.
+
+    Args:
+        a: first end [2] of the segment.
+        b: second end [2] of the segment.
+        point: point [2].
+    """
     segment = b - a
     squared_length = float(segment @ segment)
     # Position of the nearest point along the segment, 0 at a and 1 at b; 0 for a segment of length 0

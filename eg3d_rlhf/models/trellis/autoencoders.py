@@ -41,9 +41,8 @@ class StructureVAEConfig:
     # Norm of the residual blocks: "layer" over the channels of a point,
     # "group" over 32 groups of channels and all points
     norm_type: str = "layer"
-    use_fp16: bool = (
-        False  # half precision for new inner layers; weights from files have the dtype of the file
-    )
+    # Half precision for new inner layers; weights from files have the dtype of the file
+    use_fp16: bool = False
 
     def __post_init__(self):
         # A list from JSON becomes a tuple, so that the frozen object can be hashed.
@@ -62,7 +61,9 @@ class StructureVAEConfig:
         if not self.channels or (self.in_channels is None) == (self.out_channels is None):
             raise ValueError(
                 "StructureVAEConfig: channels must not be empty, and exactly one of in_channels and"
-                f" out_channels must be given, got {self}. Download the model's JSON file again."
+                f" out_channels must be given, got channels={list(self.channels)},"
+                f" in_channels={self.in_channels} and out_channels={self.out_channels}. Download the model's"
+                " JSON file again."
             )
 
 
@@ -262,9 +263,9 @@ class SwinConfig(blocks.TransformerConfig):
 
     latent_channels: int  # c
     attn_mode: str = "swin"  # windows of the attention, one of ATTENTION
-    window_size: int = (
-        8  # size of a window: voxels per axis for "swin", voxels along the curve for "shift_..."
-    )
+    # Size of a window: voxels per axis for "swin", voxels along the curve for "shift_window" and
+    # "shift_sequence"
+    window_size: int = 8
 
     def __post_init__(self):
         super().__post_init__()
@@ -286,7 +287,7 @@ class SwinBlock(nn.Module):
 
     Args:
         channels: channels C of a token.
-        num_heads: number of heads.
+        num_heads: number of attention heads.
         mlp_ratio: channels inside the feed-forward layer, as a multiple of C.
         qk_rms_norm: True normalises queries and keys.
     """
@@ -426,7 +427,9 @@ class GaussianSettings:
         ):
             raise ValueError(
                 f"{who}: representation_config must have num_gaussians >= 1, 0 < opacity_bias < 1,"
-                f" scaling_bias > 0 and voxel_size > 0, got {self}. {remedy}"
+                f" scaling_bias > 0 and voxel_size > 0, got num_gaussians={self.num_gaussians},"
+                f" opacity_bias={self.opacity_bias}, scaling_bias={self.scaling_bias} and"
+                f" voxel_size={self.voxel_size}. {remedy}"
             )
 
 
@@ -589,9 +592,10 @@ def perturbation(gaussian_settings: GaussianSettings) -> torch.Tensor:
 
 
 def _radical_inverse(base: int, n: int) -> float:
-    """Compute the radical inverse of n (van der Corput): mirror the digits of n in a base at the radix point.
+    """Compute the radical inverse of n in a base (van der Corput).
 
-    For example 6, which is 110 in base 2, gives 0.011 in base 2, which is 3/8.
+    For example 6, which is 110 in base 2, gives 0.011 in base 2, which is 3/8. The digits of n are mirrored
+    at the radix point.
     """
     inverse = 0.0
     digit_value = 1.0

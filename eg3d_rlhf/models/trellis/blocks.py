@@ -5,13 +5,13 @@ same for both: an object with the interface `Layout` assigns tokens to samples.
 
 On voxels, self-attention divides the tokens into groups: each sample is a group, or each window of a sample.
 Tokens attend only to the tokens of their group. In cross-attention they attend to the conditioning tokens of
-their sample. The groups differ in length. All groups of the same length are processed in one call of torch's fused
-attention, which never stores the matrix of attention weights. There is therefore no padding and no mask, and
-the memory is proportional to the number of voxels. The division into groups depends only on the coordinates
-and is stored in the batch's cache.
+their sample. The groups differ in length. All groups of the same length are processed in one call of torch's
+fused attention, which never stores the matrix of attention weights. There is therefore no padding and no
+mask, and the memory is proportional to the number of voxels. The division into groups depends only on the
+coordinates and is stored in the batch's cache.
 
-Shapes: N samples, T tokens of a sample on a dense grid, V voxels of all samples, C channels, H attention heads,
-D channels of an attention head, L conditioning tokens, E channels of a conditioning token.
+Shapes: N samples, T tokens of a sample on a dense grid, V voxels of all samples, C channels, H attention
+heads, D channels of an attention head, L conditioning tokens, E channels of a conditioning token.
 """
 
 import math
@@ -186,13 +186,14 @@ class LayerNorm32(nn.LayerNorm):
 
 
 class HeadRMSNorm(nn.Module):
-    """Root-mean-square norm of the vector of each head (Zhang and Sennrich 2019), [..., H, D] -> [..., H, D].
+    """Root-mean-square norm of the vector of each attention head (Zhang and Sennrich 2019), [..., H, D] ->
+    [..., H, D].
 
     The result is x / |x| * gamma * sqrt(D), where gamma [H, D] is trained. It is computed in float32.
 
     Args:
         num_heads: number of heads H.
-        head_channels: channels D of a head.
+        head_channels: channels D of an attention head.
     """
 
     def __init__(self, num_heads: int, head_channels: int):
@@ -209,8 +210,7 @@ class HeadRMSNorm(nn.Module):
 
 
 def time_rates(n_frequencies: int) -> torch.Tensor:
-    """Return the frequencies of a sinusoidal embedding, MAX_PERIOD^(-i / count) for i = 0 .. count - 1,
-    [count].
+    """Return the n frequencies of a sinusoidal embedding, MAX_PERIOD^(-i / n) for i = 0 .. n - 1.
 
     They are in radians per unit of scaled time. Released weights were trained with the rounding of float32.
     """

@@ -183,8 +183,8 @@ def _taps(
         weight: weights [B, 27, A].
         input_row_count: number of rows of the input.
 
-    Yields: the index of the tap, its weights [B, A], pairs of rows, and True if the tap has at least as many
-        pairs as the input has rows.
+    Yields: the index of the tap; its weights [B, A]; pairs of rows; and True if the tap has at least as many
+        pairs as the input has rows, False otherwise.
     """
     chunk_size = max(MAX_GATHERED_VALUES // max(len(weight), weight.shape[2]), 1)
     for tap, (output_rows, input_rows) in enumerate(pairs):
@@ -199,8 +199,10 @@ def _taps(
 
 
 def _sums(row_count: int, channels: int, like: torch.Tensor) -> torch.Tensor:
-    """Return zeros [rows, channels] for sums, on the device of `like`, in its dtype or in float32 if that is
-    wider."""
+    """Return zeros [row_count, channels] to which values are added.
+
+    They are on the device of `like`, in its dtype or in float32 if that is wider.
+    """
     return torch.zeros(
         row_count, channels, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device
     )
@@ -347,8 +349,9 @@ def downsample(x: SparseBatch) -> SparseBatch:
 
 
 def upsample(x: SparseBatch, fine: SparseBatch) -> SparseBatch:
-    """Double the resolution of a batch: each fine voxel gets the features of its coarse voxel, [W, C] -> [V,
-    C].
+    """Double the resolution of a batch, features [W, C] -> [V, C].
+
+    Each fine voxel gets the features of the coarse voxel that contains it.
 
     Differentiable in: the features of x.
 
@@ -377,7 +380,8 @@ class SparseResBlock(nn.Module):
         channels: channels of the input.
         out_channels: channels of the output.
         time_channels: channels of the embedded time.
-        resample: "down" halves and "up" doubles the resolution before both branches; "" does not change it.
+        resample: "down" halves and "up" doubles the resolution before the convolutions and the skip
+            connection; "" does not change it.
         backend: implementation of the convolutions, see `submanifold_conv`.
     """
 
