@@ -204,10 +204,10 @@ def compiler(device_type: str) -> str:
 
 def flags(device_type: str) -> list[str]:
     """Return the compiler flags for a device type, without the paths of sources and headers."""
-    common = ["-std=c++20", f"-DTORCH_TARGET_VERSION={STABLE_ABI}"]
+    common_flags = ["-std=c++20", f"-DTORCH_TARGET_VERSION={STABLE_ABI}"]
     if device_type == "cpu":
         # The clang of macOS has no OpenMP.
-        native = [] if platform.system() == "Darwin" else ["-march=native", "-fopenmp"]
+        native_flags = [] if platform.system() == "Darwin" else ["-march=native", "-fopenmp"]
         # The two math flags switch off errno and floating-point traps. They do not change results.
         return [
             "-O3",
@@ -216,13 +216,21 @@ def flags(device_type: str) -> list[str]:
             "-fno-trapping-math",
             "-Wall",
             "-Wno-unknown-pragmas",
-            *native,
-            *common,
+            *native_flags,
+            *common_flags,
         ]
-    targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in CUDA_TARGETS]
+    target_flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in CUDA_TARGETS]
     # Also PTX code, which the driver of a newer GPU compiles when the library is loaded.
-    targets.append(f"-gencode=arch=compute_{CUDA_TARGETS[-1]},code=compute_{CUDA_TARGETS[-1]}")
-    return ["-O3", "-Xcompiler", "-fPIC", "--expt-relaxed-constexpr", "-DUSE_CUDA", *targets, *common]
+    target_flags.append(f"-gencode=arch=compute_{CUDA_TARGETS[-1]},code=compute_{CUDA_TARGETS[-1]}")
+    return [
+        "-O3",
+        "-Xcompiler",
+        "-fPIC",
+        "--expt-relaxed-constexpr",
+        "-DUSE_CUDA",
+        *target_flags,
+        *common_flags,
+    ]
 
 
 def recipe(op: str, device_type: str) -> Recipe:
@@ -234,21 +242,35 @@ def recipe(op: str, device_type: str) -> Recipe:
 
     Raises: BuildError if this machine has no compiler for the device type.
     """
-    include = Path(torch.__file__).parent / "include"
-    headers = [f"-I{include}", f"-I{include}/torch/csrc/api/include", f"-I{SOURCES}"]
+    include_folder = Path(torch.__file__).parent / "include"
+    header_flags = [f"-I{include_folder}", f"-I{include_folder}/torch/csrc/api/include", f"-I{SOURCES}"]
     source_path = str(SOURCES / (op + SUFFIX[device_type]))
     # The library is linked against torch, but not against Python: the stable ABI does not need it.
-    torch_libraries = [f"-L{include.parent / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
+    torch_libraries = [f"-L{include_folder.parent / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
     cxx = compiler("cpu")
     if device_type == "cpu":
-        linking = ["-shared", *(["-undefined", "dynamic_lookup"] if platform.system() == "Darwin" else [])]
+        linking_flags = [
+            "-shared",
+            *(["-undefined", "dynamic_lookup"] if platform.system() == "Darwin" else []),
+        ]
         return Recipe(
             op,
             device_type,
-            ((cxx, *linking, *flags("cpu"), *headers, source_path, "-o", "{out}", *torch_libraries),),
+            (
+                (
+                    cxx,
+                    *linking_flags,
+                    *flags("cpu"),
+                    *header_flags,
+                    source_path,
+                    "-o",
+                    "{out}",
+                    *torch_libraries,
+                ),
+            ),
         )
     nvcc = compiler("cuda")
-    compile_command = (nvcc, *flags("cuda"), *headers, "-c", source_path, "-o", "{obj}")
+    compile_command = (nvcc, *flags("cuda"), *header_flags, "-c", source_path, "-o", "{obj}")
     # nvcc lies in the folder bin of the toolkit.
     toolkit = Path(shutil.which(nvcc) or nvcc).resolve().parents[1]
     toolkit_folders = [
@@ -260,7 +282,9 @@ def recipe(op: str, device_type: str) -> Recipe:
     # CUDA's runtime is linked statically, so that the machine that loads the library needs no toolkit. One of
     # these folders has libcudart_static.a.
     library_folders = [
-        root / sub for root in toolkit_folders for sub in ("lib64", "lib", "targets/x86_64-linux/lib")
+        root / subfolder
+        for root in toolkit_folders
+        for subfolder in ("lib64", "lib", "targets/x86_64-linux/lib")
     ]
     libraries = [f"-L{folder}" for folder in library_folders if folder.is_dir()]
     link_command = (
@@ -369,16 +393,16 @@ def main() -> int:
     Returns: the exit status, 1 if a build failed or there is no C++ compiler, and 0 otherwise. A missing nvcc
         is no failure.
     """
-    failed = 0
+    has_failed = 0
     for device_type, op in [(source_type, op_name) for source_type in SUFFIX for op_name in ops(source_type)]:
         try:
             outcome = str(build(op, device_type))
         except BuildError as error:
             is_compiler_missing = "was not found" in str(error)  # the text of `compiler`
-            failed |= not is_compiler_missing or device_type == "cpu"
+            has_failed |= not is_compiler_missing or device_type == "cpu"
             outcome = f"{'not built' if is_compiler_missing else 'FAILED'}: {error}"
         print(f"{op:20s} {device_type:5s} {outcome}", flush=True)
-    return int(failed)
+    return int(has_failed)
 
 
 if __name__ == "__main__":

@@ -123,8 +123,8 @@ def _numbers(device: torch.device, *shape: int, scale: float = 1.0, seed: int = 
     """
     # The sine of a growing phase is the same on every machine, and does not use torch's random generators.
     indices = torch.arange(torch.Size(shape).numel(), dtype=torch.float64)
-    values = scale * torch.sin(indices**1.5 * 12.9898 + 78.233 * (seed + 1))
-    return values.float().reshape(shape).to(device)
+    wave_values = scale * torch.sin(indices**1.5 * 12.9898 + 78.233 * (seed + 1))
+    return wave_values.float().reshape(shape).to(device)
 
 
 def _with_gradients(
@@ -204,9 +204,9 @@ def _triplane_decode(device: torch.device) -> Iterator[Pair]:
         ]
         axes = [axis for pair in pairs for axis in pair]
 
-        def compiled(planes, *rest):
+        def compiled(planes, *other_inputs):
             # Without colours the first output is empty, and there is nothing to compare.
-            return _ops.triplane_decode(planes, axes, *rest)[0 if colours else 1 :]  # noqa: B023
+            return _ops.triplane_decode(planes, axes, *other_inputs)[0 if colours else 1 :]  # noqa: B023
 
         def backward(*tensors):
             *cotangents, planes, points, w0, b0, w1, b1 = tensors

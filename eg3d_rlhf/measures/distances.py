@@ -241,10 +241,10 @@ def draw_subsets(
         seed: random seed; the same seed gives the same subsets.
     """
     # A separate random stream: numpy's global one would make the result depend on earlier calls.
-    random = np.random.RandomState(seed)
+    rng = np.random.RandomState(seed)
     subset_size = min(max_subset_size, n, m)
     for _ in range(subsets):
-        yield random.choice(n, subset_size, replace=False), random.choice(m, subset_size, replace=False)
+        yield rng.choice(n, subset_size, replace=False), rng.choice(m, subset_size, replace=False)
 
 
 def kernel_inception_distance(

@@ -184,11 +184,11 @@ def neighbour_radii(x: np.ndarray, k: int = MANIFOLD_NEIGHBOURS) -> np.ndarray:
     """Return the squared distance [N] of each item of x [N, F] to its k-th nearest other item in x."""
     squared_radii = np.empty(len(x))
     block_size = max(1, _BLOCK_CELLS // len(x))
-    for start in range(0, len(x), block_size):
-        block_rows = np.arange(start, min(start + block_size, len(x)))
-        distances = _squared_distances(x[block_rows], x)
-        distances[np.arange(len(block_rows)), block_rows] = np.inf  # an item is not its own neighbour
-        squared_radii[block_rows] = np.partition(distances, k - 1, axis=1)[:, k - 1]
+    for block_start in range(0, len(x), block_size):
+        block_rows = np.arange(block_start, min(block_start + block_size, len(x)))
+        squared_distances = _squared_distances(x[block_rows], x)
+        squared_distances[np.arange(len(block_rows)), block_rows] = np.inf  # an item is not its own neighbour
+        squared_radii[block_rows] = np.partition(squared_distances, k - 1, axis=1)[:, k - 1]
     return squared_radii
 
 
@@ -206,8 +206,8 @@ def _inside(points: np.ndarray, manifold: np.ndarray, k: int) -> np.ndarray:
     # The expanded square |a|^2 + |b|^2 - 2 a.b is rounded. Without the slack, a point at the edge of a ball
     # could be counted as outside.
     slack = 1e-12 * float((manifold**2).sum(axis=1).max(initial=0.0))
-    for start in range(0, len(points), block_size):
-        block_rows = slice(start, start + block_size)
+    for block_start in range(0, len(points), block_size):
+        block_rows = slice(block_start, block_start + block_size)
         is_inside[block_rows] = (
             _squared_distances(points[block_rows], manifold) <= squared_radii + slack
         ).any(axis=1)
@@ -229,7 +229,7 @@ class Separability:
         return {**asdict(self), "chance": self.chance.tolist()}
 
 
-def neighbours(pooled: np.ndarray, k: int) -> np.ndarray:
+def neighbours(pooled_features: np.ndarray, k: int) -> np.ndarray:
     """Return the indices [2N, K] of the k nearest neighbours of each item.
 
     Items i and i + N are partners, which share a latent. They never count as neighbours of each other:
@@ -237,11 +237,12 @@ def neighbours(pooled: np.ndarray, k: int) -> np.ndarray:
     one half.
 
     Args:
-        pooled: features [2N, F], first those of one set, then those of the other set in the same order.
+        pooled_features: features [2N, F], first those of one set, then those of the other set in the same
+            order.
         k: number of neighbours K of each item.
     """
-    n = len(pooled) // 2
-    centred = pooled - pooled.mean(axis=0)
+    n = len(pooled_features) // 2
+    centred = pooled_features - pooled_features.mean(axis=0)
     squares = (centred**2).sum(axis=1)
     squared_distances = squares[:, None] + squares - 2 * centred @ centred.T
     item_indices = np.arange(2 * n)

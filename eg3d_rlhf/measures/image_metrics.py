@@ -81,15 +81,17 @@ def real_batches(dataset: ImageFolderDataset, batch: int) -> Iterator[torch.Tens
 
     N is `batch`, or less in the last batch. Greyscale images are repeated over 3 channels.
     """
-    for start in range(0, len(dataset), batch):
+    for batch_start in range(0, len(dataset), batch):
         # An item of the dataset is the pair (image, label).
-        pixels = np.stack([dataset[i][0] for i in range(start, min(start + batch, len(dataset)))])
+        pixels = np.stack([dataset[i][0] for i in range(batch_start, min(batch_start + batch, len(dataset)))])
         # The images are uint8, 0..255. expand repeats the channel of greyscale images.
         yield torch.from_numpy(pixels).float().expand(-1, 3, -1, -1) / 127.5 - 1
 
 
 @torch.no_grad()
-def fake_batches(generator: Generator, cameras: np.ndarray, options: MetricOptions) -> Iterator[torch.Tensor]:
+def fake_batches(
+    generator: Generator, cameras: np.ndarray, metric_options: MetricOptions
+) -> Iterator[torch.Tensor]:
     """Yield generated images in batches, float [N, 3, R, R], `options.images` in total.
 
     The same seed gives the same images if the batch size is the same. torch's global random generator is
@@ -98,19 +100,25 @@ def fake_batches(generator: Generator, cameras: np.ndarray, options: MetricOptio
     Args:
         generator: generator that renders the images.
         cameras: all cameras of the dataset, [number of images, K]; each fake uses a randomly chosen one.
-        options: number of images, batch size and seed.
+        metric_options: number of images, batch size and seed.
     """
     device = device_of(generator)
     # With replacement, since there can be more fakes than images in the dataset.
-    camera_indices = np.random.RandomState(options.seed).randint(len(cameras), size=options.images)
-    first_latent_seed = options.seed * options.images  # each --seed has its own range of latent seeds
-    for start in range(0, options.images, options.batch):
-        stop = min(start + options.batch, options.images)
-        z = latents(range(first_latent_seed + start, first_latent_seed + stop), generator.z_dim).to(device)
-        c = torch.from_numpy(cameras[camera_indices[start:stop]]).to(device)
+    camera_indices = np.random.RandomState(metric_options.seed).randint(
+        len(cameras), size=metric_options.images
+    )
+    first_latent_seed = (
+        metric_options.seed * metric_options.images
+    )  # each --seed has its own range of latent seeds
+    for batch_start in range(0, metric_options.images, metric_options.batch):
+        batch_end = min(batch_start + metric_options.batch, metric_options.images)
+        z = latents(
+            range(first_latent_seed + batch_start, first_latent_seed + batch_end), generator.z_dim
+        ).to(device)
+        c = torch.from_numpy(cameras[camera_indices[batch_start:batch_end]]).to(device)
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             # The rendering noise reads torch's global generator, so every batch has its own seed.
-            torch.manual_seed(first_latent_seed + start)
+            torch.manual_seed(first_latent_seed + batch_start)
             images = generator.field(generator.mapping(z, c), noise_mode="random").render(c).image
         yield images.expand(-1, 3, -1, -1)  # repeats the channel of greyscale images
 
@@ -138,7 +146,7 @@ def evaluate(
     generator: LoadedGenerator,
     dataset: ImageFolderDataset,
     network: Network,
-    options: MetricOptions,
+    metric_options: MetricOptions,
     bar: Callable[[int, str], Any],
 ) -> list[dict]:
     """Compute the metrics of a generator against a dataset.
@@ -147,7 +155,7 @@ def evaluate(
         generator: generator of a network file.
         dataset: real images with cameras of 25 numbers as labels.
         network: feature network.
-        options: metrics, number of fakes, seed and batch size.
+        metric_options: metrics, number of fakes, seed and batch size.
         bar: function that opens a progress bar from a number of images and a title. It returns a function
             that advances the bar by a number of images.
 
@@ -167,24 +175,25 @@ def evaluate(
     # Fakes have the distribution of the dataset's cameras.
     cameras = dataset.get_labels()
     face_masks: tuple[list, list] | tuple[None, None] = (
-        ([], []) if "faces" in options.metrics else (None, None)
+        ([], []) if "faces" in metric_options.metrics else (None, None)
     )
     real_statistics, real_features = collect(
         network,
         _with_progress(
-            real_batches(dataset, options.batch),
+            real_batches(dataset, metric_options.batch),
             bar(len(dataset), "features of the real images"),
             face_masks[0],
         ),
     )
     # `fake_batches` is a Python generator: a batch is rendered when
     # `collect` requests it, so that only one batch is in memory.
-    fakes = fake_batches(generator.generator, cameras, options)
+    fakes = fake_batches(generator.generator, cameras, metric_options)
     fake_statistics, fake_features = collect(
-        network, _with_progress(fakes, bar(options.images, "features of generated images"), face_masks[1])
+        network,
+        _with_progress(fakes, bar(metric_options.images, "features of generated images"), face_masks[1]),
     )
     records = []
-    for metric in options.metrics:
+    for metric in metric_options.metrics:
         formula = METRICS[metric][0]
         metric_name = metric
         # Only Inception features give a FID or KID. Other features get another name, e.g. frechet_offline.
@@ -202,7 +211,7 @@ def evaluate(
             results_by_name = dict(
                 zip(
                     (metric_name, f"{metric_name}_std"),
-                    kernel_inception_distance(real_features, fake_features, seed=options.seed),
+                    kernel_inception_distance(real_features, fake_features, seed=metric_options.seed),
                     strict=True,
                 )
             )
@@ -212,9 +221,9 @@ def evaluate(
                 "metric": metric_name,
                 "features": network.name,
                 "dimensions": network.dim,
-                "images": options.images,
+                "images": metric_options.images,
                 "reals": len(dataset),
-                "seed": options.seed,
+                "seed": metric_options.seed,
                 "snapshot": generator.path.name,
                 "snapshot_sha256": generator.hash,
                 "timestamp": time.time(),

@@ -23,11 +23,11 @@ _K1 = 0.01
 _K2 = 0.03
 
 
-def _check(measure: str, first_images: Tensor, second_images: Tensor) -> None:
+def _check(measure_name: str, first_images: Tensor, second_images: Tensor) -> None:
     """Raise ValueError unless both arguments are batches of images [N, C, H, W] of equal shape."""
     if first_images.ndim != 4 or first_images.shape != second_images.shape:
         raise ValueError(
-            f"{measure}: both batches must have the same shape [N, C, H, W], but have"
+            f"{measure_name}: both batches must have the same shape [N, C, H, W], but have"
             f" {list(first_images.shape)} and {list(second_images.shape)}. Render both at the same"
             " resolution."
         )

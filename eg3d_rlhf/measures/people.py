@@ -217,9 +217,12 @@ def face_relief(shape_values: np.ndarray) -> np.ndarray:
     """
     depth = face_depth(shape_values)
     y, x = np.meshgrid(*(np.linspace(-1, 1, n_pixels) for n_pixels in depth.shape), indexing="ij")
-    terms = np.stack([np.ones_like(x), x, y, x * x, y * y, x * y], axis=-1)  # [R, C, 6]
+    quadratic_terms = np.stack([np.ones_like(x), x, y, x * x, y * y, x * y], axis=-1)  # [R, C, 6]
     has_surface = np.isfinite(depth)  # pixels without a surface take no part in the fit
-    return depth - terms @ np.linalg.lstsq(terms[has_surface], depth[has_surface], rcond=None)[0]
+    return (
+        depth
+        - quadratic_terms @ np.linalg.lstsq(quadratic_terms[has_surface], depth[has_surface], rcond=None)[0]
+    )
 
 
 def relief_amplitude(shape_values: np.ndarray, head_values: np.ndarray) -> float:

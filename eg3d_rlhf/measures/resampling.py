@@ -72,7 +72,7 @@ def frechet_interval(
     features = _features("frechet_interval", features_fake, features_real)
     interval = _interval(_Frechet(*features), resamples, seed)
     # A Fréchet distance is not negative, but its estimates can be: raise them to 0. The bias stays as it is.
-    mean, lo, hi, measured = (max(0.0, value) for value in interval[:4])
+    mean, lo, hi, measured = (max(0.0, distance_value) for distance_value in interval[:4])
     return DistanceInterval(mean, lo, hi, measured, interval.bias)
 
 
@@ -155,26 +155,28 @@ def kernel_change_interval(
     return _interval(_Change(statistic_before, statistic_after), resamples, seed)
 
 
-def _features(caller: str, fake: np.ndarray, real: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _features(
+    caller: str, fake_features: np.ndarray, real_features: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Convert the features of two sets to float64.
 
     Args:
         caller: name of the public function, with which the error message begins.
-        fake: features [N, F] of generated images.
-        real: features [M, F] of real images.
+        fake_features: features [N, F] of generated images.
+        real_features: features [M, F] of real images.
 
     Raises: ValueError if a set has fewer than 4 items or a feature is not finite.
     """
-    fake = np.asarray(fake, dtype=np.float64)
-    real = np.asarray(real, dtype=np.float64)
-    if min(len(fake), len(real)) < 4:
+    fake_features = np.asarray(fake_features, dtype=np.float64)
+    real_features = np.asarray(real_features, dtype=np.float64)
+    if min(len(fake_features), len(real_features)) < 4:
         raise ValueError(
-            f"{caller}: each set needs at least 4 images, but the sets have {len(fake)} fakes and {len(real)}"
-            " reals. Add images."
+            f"{caller}: each set needs at least 4 images, but the sets have {len(fake_features)} fakes and"
+            f" {len(real_features)} reals. Add images."
         )
-    if not (np.isfinite(fake).all() and np.isfinite(real).all()):
+    if not (np.isfinite(fake_features).all() and np.isfinite(real_features).all()):
         raise ValueError(f"{caller}: a feature is NaN or infinite. Check the images for NaN.")
-    return fake, real
+    return fake_features, real_features
 
 
 def _interval(statistic: "_Frechet | _Kernel | _Change", resamples: int, seed: int) -> DistanceInterval:
@@ -263,17 +265,20 @@ class _Frechet:
 
     biased = True  # True: finite samples give too large a distance on average
 
-    def __init__(self, fake: np.ndarray, real: np.ndarray) -> None:
-        if min(len(fake), len(real)) <= fake.shape[1]:
+    def __init__(self, fake_features: np.ndarray, real_features: np.ndarray) -> None:
+        if min(len(fake_features), len(real_features)) <= fake_features.shape[1]:
             raise ValueError(
-                f"The Fréchet interval needs more samples than features ({fake.shape[1]}), but the sets have"
-                f" {len(fake)} and {len(real)} samples. Add images, or use the kernel distance."
+                f"The Fréchet interval needs more samples than features ({fake_features.shape[1]}), but the"
+                f" sets have {len(fake_features)} and {len(real_features)} samples. Add images, or use the"
+                " kernel distance."
             )
-        self.fake = fake
-        self.real = real
-        self.sizes = (len(fake), len(real))
+        self.fake = fake_features
+        self.real = real_features
+        self.sizes = (len(fake_features), len(real_features))
         # Share by which `_interval` enlarges variances, because the bias is only estimated
-        self.allowance = (fake.shape[1] / len(fake) + fake.shape[1] / len(real)) / 2
+        self.allowance = (
+            fake_features.shape[1] / len(fake_features) + fake_features.shape[1] / len(real_features)
+        ) / 2
 
     def resampled(self, fake_counts: np.ndarray, real_counts: np.ndarray) -> np.ndarray:
         """Compute the distances [B] of resamples.
@@ -354,9 +359,9 @@ def _moments(x: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray
         weights: number of times [N] that each item counts, with the sum N.
     """
     # A resample leaves out about 37 % of the items, and items that count 0 times need no arithmetic.
-    occurs = weights > 0
-    x = x[occurs]
-    weights = weights[occurs, None]
+    is_present = weights > 0
+    x = x[is_present]
+    weights = weights[is_present, None]
     weight_sum = weights.sum()
     mean = (weights * x).sum(axis=0) / weight_sum
     centred = x - mean
@@ -372,10 +377,10 @@ class _Kernel:
 
     biased = False  # False: the distance of finite samples is correct on average
 
-    def __init__(self, fake: np.ndarray, real: np.ndarray) -> None:
-        self.fake = fake
-        self.real = real
-        self.sizes = (len(fake), len(real))
+    def __init__(self, fake_features: np.ndarray, real_features: np.ndarray) -> None:
+        self.fake = fake_features
+        self.real = real_features
+        self.sizes = (len(fake_features), len(real_features))
         # Share by which `_interval` enlarges variances, because the distance has heavy tails. The factor 3
         # was confirmed by simulation.
         self.allowance = 3 / math.sqrt(min(self.sizes))
@@ -391,15 +396,15 @@ class _Kernel:
         """
         # Mean kernel within each set. With counts w, (sum w)^2 - sum
         # w^2 pairs are no pair of an item with itself.
-        within = [
+        within_means = [
             _weighted_sum(set_features, set_features, w, w, self_pairs=False)
             / (w.sum(axis=1) ** 2 - (w**2).sum(axis=1))
             for set_features, w in ((self.fake, fake_counts), (self.real, real_counts))
         ]
-        across = _weighted_sum(self.fake, self.real, fake_counts, real_counts) / (
+        across_means = _weighted_sum(self.fake, self.real, fake_counts, real_counts) / (
             fake_counts.sum(axis=1) * real_counts.sum(axis=1)
         )
-        return within[0] + within[1] - 2 * across
+        return within_means[0] + within_means[1] - 2 * across_means
 
     def with_bias(self) -> float:
         """Compute the biased kernel distance, which includes pairs of an item with itself.
@@ -435,8 +440,8 @@ def _gram_blocks(a: np.ndarray, b: np.ndarray) -> Iterator[tuple[slice, np.ndarr
         b: features [M, F], one column of the matrix each.
     """
     block_size = max(1, _BLOCK_CELLS // len(b))
-    for start in range(0, len(a), block_size):
-        block_rows = slice(start, min(start + block_size, len(a)))
+    for block_start in range(0, len(a), block_size):
+        block_rows = slice(block_start, min(block_start + block_size, len(a)))
         yield block_rows, (a[block_rows] @ b.T / a.shape[1] + 1.0) ** 3
 
 
@@ -469,7 +474,7 @@ def _kernel_influence(set_features: np.ndarray, other_features: np.ndarray) -> n
         other_features: features [M, F] of the other set.
     """
     # Mean kernel of each item with the other items of its set: the diagonal of the Gram matrix is subtracted.
-    within = np.concatenate(
+    within_means = np.concatenate(
         [
             (gram.sum(axis=1) - gram[np.arange(len(gram)), np.arange(block_rows.start, block_rows.stop)])
             / (len(set_features) - 1)
@@ -477,7 +482,8 @@ def _kernel_influence(set_features: np.ndarray, other_features: np.ndarray) -> n
         ]
     )
     influences = 2 * (
-        within - np.concatenate([gram.mean(axis=1) for _, gram in _gram_blocks(set_features, other_features)])
+        within_means
+        - np.concatenate([gram.mean(axis=1) for _, gram in _gram_blocks(set_features, other_features)])
     )
     # Shares sum to 1, so only derivatives up to a common constant are defined.
     return influences - influences.mean()

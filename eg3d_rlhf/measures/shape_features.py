@@ -118,9 +118,9 @@ def normal_maps(grid_values: Tensor, yaws: Sequence[float] = YAWS) -> Tensor:
         sampled = functional.grid_sample(
             volume, coordinates.expand(len(volume), -1, -1, -1, -1), align_corners=False
         )
-        rotated = sampled[:, 0] - 1  # without the channel axis; -1 outside, up to 1 inside
+        rotated_values = sampled[:, 0] - 1  # without the channel axis; -1 outside, up to 1 inside
         # u and v do not change along w, so its first sample suffices.
-        maps.append(_maps(rotated, u[:, 0], v[:, 0]))
+        maps.append(_maps(rotated_values, u[:, 0], v[:, 0]))
     return torch.stack(maps, dim=1)
 
 

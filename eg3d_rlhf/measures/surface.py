@@ -135,9 +135,9 @@ def mean_curvature(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray,
     """Compute the mean curvature H at each vertex, and the area that belongs to each vertex.
 
     Meyer, Desbrun, Schroeder and Barr 2003, eq. 8: 2 H n = 1/(2A) sum over neighbours j of vertex i of
-    (cot alpha + cot beta)(x_i - x_j). Here n is the normal of vertex i, x are positions, alpha and beta are the
-    angles opposite the edge from i to j, and A is the mixed Voronoi area (fig. 4). H > 0 where the surface is
-    convex; on a sphere of radius r, H is 1/r. Not differentiable.
+    (cot alpha + cot beta)(x_i - x_j). Here n is the normal of vertex i, x are positions, alpha and beta are
+    the angles opposite the edge from i to j, and A is the mixed Voronoi area (fig. 4). H > 0 where the
+    surface is convex; on a sphere of radius r, H is 1/r. Not differentiable.
 
     Args:
         vertices: positions [V, 3] in world units.
@@ -355,32 +355,34 @@ def displacement(surface_before: LevelSet, points: Tensor, normals: Tensor, reac
 
     Returns: displacements [P] in voxels of the 64^3 grid, positive where the shape has grown.
     """
-    unit = voxel(surface_before.spec)
+    voxel_side = voxel(surface_before.spec)
     # Samples on each side of the point: one per voxel of the grid of `surface_before`, at least 2
-    half_samples = max(2, round(reach * unit / surface_before.spec.voxel))
-    s = torch.linspace(-reach * unit, reach * unit, 2 * half_samples + 1).to(points)  # [S]
+    half_samples = max(2, round(reach * voxel_side / surface_before.spec.voxel))
+    s = torch.linspace(-reach * voxel_side, reach * voxel_side, 2 * half_samples + 1).to(points)  # [S]
     displacements = torch.empty(len(points)).to(points)
     for chunk_indices in torch.arange(len(points), device=points.device).split(_CHUNK):
         p = points[chunk_indices]
         n = normals[chunk_indices]
-        excess = surface_before.above_level(
+        density_excess = surface_before.above_level(
             p[:, None] + s[:, None] * n[:, None]
         )  # [P, S] density - level, >= 0 inside
         # The shape ends where the line runs from inside to outside.
-        is_leaving = (excess[:, :-1] >= 0) & (excess[:, 1:] < 0)
+        is_leaving = (density_excess[:, :-1] >= 0) & (density_excess[:, 1:] < 0)
         # An infinite distance marks the intervals without a crossing.
-        crossings = interpolate_zero(s[:-1], s[1:], excess[:, :-1], excess[:, 1:]).where(
+        crossings = interpolate_zero(s[:-1], s[1:], density_excess[:, :-1], density_excess[:, 1:]).where(
             is_leaving, torch.inf
         )
-        nearest = crossings.gather(1, crossings.abs().argmin(dim=1, keepdim=True))[:, 0]
-        has_no_crossing = nearest.isinf()
+        nearest_crossings = crossings.gather(1, crossings.abs().argmin(dim=1, keepdim=True))[:, 0]
+        has_no_crossing = nearest_crossings.isinf()
         # The grid is only interpolated; `refine_crossings` moves the crossing onto the level set of the field
         # itself.
-        placed = surface_before.refine_crossings(p, n, nearest.masked_fill(has_no_crossing, 0.0))
+        placed_crossings = surface_before.refine_crossings(
+            p, n, nearest_crossings.masked_fill(has_no_crossing, 0.0)
+        )
         displacements[chunk_indices] = torch.where(
             has_no_crossing,
             torch.where(surface_before.above_level_exact(p) >= 0, -reach, reach),
-            -placed / unit,
+            -placed_crossings / voxel_side,
         )
     return displacements
 

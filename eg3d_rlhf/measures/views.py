@@ -306,21 +306,21 @@ def _normal(views: Views, target_view: int, source_view: int, match: Match) -> t
     return angle, match.visible & target_defined & (sampled[:, 3] > 0.999)
 
 
-def _mean_over_pairs(errors: list[tuple[Tensor, Tensor]], worst: float) -> np.ndarray:
+def _mean_over_pairs(errors: list[tuple[Tensor, Tensor]], worst_value: float) -> np.ndarray:
     """Average errors over the valid pixels of all pairs of views, float64 [N].
 
     Args:
         errors: errors [N, R, R] of each pair of views, and the mask [N, R, R] of its valid pixels.
-        worst: value of a latent with fewer than MIN_PIXELS valid pixels in all pairs.
+        worst_value: value of a latent with fewer than MIN_PIXELS valid pixels in all pairs.
     """
     # where() and not a product: an invalid pixel may hold NaN, and 0 * NaN is NaN.
     error_sums = sum(
-        (torch.where(valid, error, 0.0).double().sum(dim=(1, 2)) for error, valid in errors),
+        (torch.where(is_valid, error, 0.0).double().sum(dim=(1, 2)) for error, is_valid in errors),
         torch.tensor(0.0),
     )
-    pixel_counts = sum((valid.sum(dim=(1, 2)) for _, valid in errors), torch.tensor(0))
+    pixel_counts = sum((is_valid.sum(dim=(1, 2)) for _, is_valid in errors), torch.tensor(0))
     mean = error_sums / pixel_counts.clamp_min(1)
-    return torch.where((pixel_counts >= MIN_PIXELS) & mean.isfinite(), mean, worst).cpu().numpy()
+    return torch.where((pixel_counts >= MIN_PIXELS) & mean.isfinite(), mean, worst_value).cpu().numpy()
 
 
 @torch.no_grad()
@@ -340,26 +340,28 @@ def compare_views(views: Views, spec: ViewSpec) -> MultiViewMeasures:
         views: renders of N latents.
         spec: cameras of the renders.
     """
-    photometric = []
-    depth = []
-    normal = []
+    photometric_errors = []
+    depth_errors = []
+    normal_errors = []
     # Numbers of pixels [N], summed over all pairs
     matched_counts = foreground_counts = torch.tensor(0)
-    for target, source in spec.pairs:
-        match = match_views(views, target, source)
-        source_colours = sample_map(views.image[:, source], match.grid)
-        photometric.append(((source_colours - views.image[:, target]).abs().mean(dim=1), match.visible))
+    for target_view, source_view in spec.pairs:
+        match = match_views(views, target_view, source_view)
+        source_colours = sample_map(views.image[:, source_view], match.grid)
+        photometric_errors.append(
+            ((source_colours - views.image[:, target_view]).abs().mean(dim=1), match.visible)
+        )
         # Cap the difference also for points in front, so that a
         # distant floater weighs no more than an occlusion.
-        gap = (match.distance - match.depth).abs().clamp_max(HIDDEN_MARGIN)
-        depth.append((gap / match.distance.clamp_min(1e-6), match.visible))
-        normal.append(_normal(views, target, source, match))
+        depth_gap = (match.distance - match.depth).abs().clamp_max(HIDDEN_MARGIN)
+        depth_errors.append((depth_gap / match.distance.clamp_min(1e-6), match.visible))
+        normal_errors.append(_normal(views, target_view, source_view, match))
         matched_counts = matched_counts + match.visible.sum(dim=(1, 2))
-        foreground_counts = foreground_counts + views.foreground[:, target].sum(dim=(1, 2))
+        foreground_counts = foreground_counts + views.foreground[:, target_view].sum(dim=(1, 2))
     return MultiViewMeasures(
-        photometric=_mean_over_pairs(photometric, WORST_COLOUR),
-        depth=_mean_over_pairs(depth, HIDDEN_MARGIN / spec.cameras.radius),
-        normal=_mean_over_pairs(normal, WORST_NORMAL),
+        photometric=_mean_over_pairs(photometric_errors, WORST_COLOUR),
+        depth=_mean_over_pairs(depth_errors, HIDDEN_MARGIN / spec.cameras.radius),
+        normal=_mean_over_pairs(normal_errors, WORST_NORMAL),
         covisible=(matched_counts / foreground_counts.clamp_min(1)).double().cpu().numpy(),
     )
 

@@ -13,7 +13,7 @@ from torch import nn
 
 
 def attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keep: torch.Tensor | None = None
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keep_mask: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Compute scaled dot-product attention, softmax(q k^T / sqrt(D)) v (Vaswani et al. 2017, equation 1).
 
@@ -21,14 +21,14 @@ def attend(
         q: queries [N, T, H, D].
         k: keys [N, L, H, D].
         v: values [N, L, H, D].
-        keep: mask [N, 1, 1, L] bool, True for tokens that may be attended to. None allows all tokens.
+        keep_mask: mask [N, 1, 1, L] bool, True for tokens that may be attended to. None allows all tokens.
 
     Returns: the attended values [N, T, H, D].
     Differentiable in: q, k, v.
     """
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [N, H, T, D]
     # torch expects heads before tokens. Its fused kernels never store the [T, L] matrix of weights.
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=keep).transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=keep_mask).transpose(1, 2)
 
 
 class SelfAttention(nn.Module):
@@ -47,11 +47,11 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)  # queries, keys, values in this order
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, keep_mask: torch.Tensor | None = None) -> torch.Tensor:
         # One linear layer computes queries, keys and values. Its outputs are ordered [q | k | v], then by
         # attention head.
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(-3)  # [N, T, H, D] each
-        return self.proj(attend(q, k, v, keep).flatten(-2))
+        return self.proj(attend(q, k, v, keep_mask).flatten(-2))
 
 
 class Mlp(nn.Module):
@@ -97,14 +97,15 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=eps)
         self.mlp = Mlp(width, hidden)
 
-    def forward(self, x: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, keep_mask: torch.Tensor | None = None) -> torch.Tensor:
         """Apply the block.
 
         Args:
             x: tokens [N, L, C].
-            keep: mask [N, 1, 1, L] bool, True for tokens that may be attended to. None allows all tokens.
+            keep_mask: mask [N, 1, 1, L] bool, True for tokens that may be attended to. None allows all
+                tokens.
 
         Returns: tokens [N, L, C].
         """
-        x = x + self.attn(self.norm1(x), keep)
+        x = x + self.attn(self.norm1(x), keep_mask)
         return x + self.mlp(self.norm2(x))

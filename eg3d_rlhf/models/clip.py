@@ -116,8 +116,10 @@ class CosineReward:
                         self.network.get_text_features(input_ids=tokens)[0], dim=-1
                     )
         text_embeddings = torch.stack([self._embedded[prompt] for prompt in prompts])
-        inputs = self.prepare(pixels.to(self.device).float(), self.network.config.vision_config.image_size)
-        image_embeddings = F.normalize(self.network.get_image_features(pixel_values=inputs), dim=-1)
+        network_inputs = self.prepare(
+            pixels.to(self.device).float(), self.network.config.vision_config.image_size
+        )
+        image_embeddings = F.normalize(self.network.get_image_features(pixel_values=network_inputs), dim=-1)
         # Both embeddings have length 1, so their dot product is the cosine. [B, D] -> [B]
         return (image_embeddings * text_embeddings).sum(-1)
 

@@ -19,15 +19,16 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-def clip_preprocess(images: torch.Tensor, size: int = 224) -> torch.Tensor:
+def clip_preprocess(images: torch.Tensor, side_pixels: int = 224) -> torch.Tensor:
     """Preprocess images as CLIP does: resize, crop the centre, normalise.
 
-    The shorter side is resized to `size` pixels (bicubic, antialiased). The longer side is scaled alike and
-    rounded down. The result equals that of torchvision's transforms Resize, CenterCrop and Normalize bitwise.
+    The shorter side is resized to `side_pixels` pixels (bicubic, antialiased). The longer side is scaled
+    alike and rounded down. The result equals that of torchvision's transforms Resize, CenterCrop and
+    Normalize bitwise.
 
     Args:
         images: images [B, 3, h, w] of values 0..1.
-        size: pixels per side of the result, S.
+        side_pixels: pixels per side of the result, S.
 
     Returns: a new tensor [B, 3, S, S].
     Differentiable in: images.
@@ -36,37 +37,40 @@ def clip_preprocess(images: torch.Tensor, size: int = 224) -> torch.Tensor:
     shorter_side = min(height, width)
     resized = _resize(
         images,
-        (size, size * width // shorter_side) if height <= width else (size * height // shorter_side, size),
+        (side_pixels, side_pixels * width // shorter_side)
+        if height <= width
+        else (side_pixels * height // shorter_side, side_pixels),
     )
     # round() rounds halves to the even number, as torchvision's CenterCrop does.
-    top, left = (round((length - size) / 2) for length in resized.shape[-2:])
-    return normalise(resized[..., top : top + size, left : left + size])
+    top, left = (round((length - side_pixels) / 2) for length in resized.shape[-2:])
+    return normalise(resized[..., top : top + side_pixels, left : left + side_pixels])
 
 
-def pad_preprocess(images: torch.Tensor, size: int = 224) -> torch.Tensor:
+def pad_preprocess(images: torch.Tensor, side_pixels: int = 224) -> torch.Tensor:
     """Preprocess images as HPSv2 does (open_clip's ResizeMaxSize): resize, pad with black bars, normalise.
 
-    The longer side is resized to `size` pixels. Equal black bars on both sides fill the shorter dimension.
+    The longer side is resized to `side_pixels` pixels. Equal black bars on both sides fill the shorter
+    dimension.
 
     Args:
         images: images [B, 3, h, w] of values 0..1.
-        size: pixels per side of the result, S.
+        side_pixels: pixels per side of the result, S.
 
     Returns: a new tensor [B, 3, S, S].
     Differentiable in: images.
     """
     height, width = images.shape[-2:]
-    scale = size / max(height, width)
+    scale = side_pixels / max(height, width)
     # At least one pixel: the shorter side of a very long image would otherwise be rounded to 0.
     resized_rows = max(round(height * scale), 1)
     resized_columns = max(round(width * scale), 1)
-    top = (size - resized_rows) // 2
-    left = (size - resized_columns) // 2
+    top = (side_pixels - resized_rows) // 2
+    left = (side_pixels - resized_columns) // 2
     return normalise(
         # Padding comes before normalisation, so the bars are black and not of the mean colour.
         F.pad(
             _resize(images, (resized_rows, resized_columns)),
-            (left, size - resized_columns - left, top, size - resized_rows - top),
+            (left, side_pixels - resized_columns - left, top, side_pixels - resized_rows - top),
         )
     )
 

@@ -202,41 +202,41 @@ def _enlarge_by_area(pixels: np.ndarray, row_taps: Taps, column_taps: Taps) -> n
     return ((upper_part + lower_part + 2) >> 2).clip(0, 255).astype(np.uint8)
 
 
-def short_side(x: torch.Tensor, size: int) -> torch.Tensor:
-    """Resize images so that their shorter side has `size` pixels, and crop the centre.
+def short_side(x: torch.Tensor, side_pixels: int) -> torch.Tensor:
+    """Resize images so that their shorter side has `side_pixels` pixels, and crop the centre.
 
     The interpolation is bilinear, with antialiasing when the image shrinks.
 
     Args:
         x: images [N, C, h, w].
-        size: pixels per side of the result.
+        side_pixels: pixels per side of the result.
 
     Returns: images [N, C, size, size].
     """
     height, width = x.shape[-2:]
     # The longer side is rounded down, as in torchvision.
-    longer_side = size * max(height, width) // min(height, width)
-    target_size = (longer_side, size) if height > width else (size, longer_side)
+    longer_side = side_pixels * max(height, width) // min(height, width)
+    target_size = (longer_side, side_pixels) if height > width else (side_pixels, longer_side)
     x = (
         F.interpolate(x, size=target_size, mode="bilinear", antialias=True)
         if (height, width) != target_size
         else x
     )
-    top, left = (round((length - size) / 2) for length in target_size)
-    return x[..., top : top + size, left : left + size]
+    top, left = (round((length - side_pixels) / 2) for length in target_size)
+    return x[..., top : top + side_pixels, left : left + side_pixels]
 
 
 # Hunyuan3D-2.1
 
 
-def on_white(image: Image.Image, size: int, border: float) -> tuple[np.ndarray, np.ndarray]:
+def on_white(image: Image.Image, side_pixels: int, border: float) -> tuple[np.ndarray, np.ndarray]:
     """Place the object in the centre of a white square, as Hunyuan3D-2.1's ImageProcessorV2 does.
 
     The object is the bounding box of all pixels that are not fully transparent.
 
     Args:
         image: RGBA image.
-        size: pixels per side of the result.
+        side_pixels: pixels per side of the result.
         border: share of the square's side that stays free around the object, 0..1.
 
     Returns: the image, bytes [size, size, 3], and the mask of the object, bytes [size, size].
@@ -244,7 +244,9 @@ def on_white(image: Image.Image, size: int, border: float) -> tuple[np.ndarray, 
     """
     square = place_in_square(np.asarray(image), border)
     # The mask is the alpha channel, resized without interpolation.
-    return opencv(over_white(square), (size, size), "cubic"), opencv(square[..., 3], (size, size), "nearest")
+    return opencv(over_white(square), (side_pixels, side_pixels), "cubic"), opencv(
+        square[..., 3], (side_pixels, side_pixels), "nearest"
+    )
 
 
 def place_in_square(pixels: np.ndarray, border: float) -> np.ndarray:
@@ -297,7 +299,7 @@ def over_white(pixels: np.ndarray) -> np.ndarray:
 # TRELLIS and TRELLIS.2
 
 
-def on_black(image: Image.Image, size: int, margin: float = 1.2) -> torch.Tensor:
+def on_black(image: Image.Image, side_pixels: int, margin: float = 1.2) -> torch.Tensor:
     """Place the object in the centre of a black square, as the pipeline of TRELLIS does.
 
     `squared` crops the square. It is resized by Lanczos, and then colours are multiplied by opacity and
@@ -305,13 +307,13 @@ def on_black(image: Image.Image, size: int, margin: float = 1.2) -> torch.Tensor
 
     Args:
         image: RGBA image.
-        size: pixels per side of the result.
+        side_pixels: pixels per side of the result.
         margin: side of the square, as a multiple of the longer side of the object.
 
     Returns: an image [3, size, size] of values 0..1, in steps of 1/255.
     Raises: ValueError if no pixel has an opacity above 0.8, or if the object has no more than two pixels.
     """
-    square = squared(image, margin).resize((size, size), Image.Resampling.LANCZOS)
+    square = squared(image, margin).resize((side_pixels, side_pixels), Image.Resampling.LANCZOS)
     return _to_tensor(over_black(square))
 
 
@@ -334,7 +336,8 @@ def on_black_first(
     # The order matters: blending after resizing would change edges by up to 20 of 255.
     square = Image.fromarray(over_black(squared(at_most(image, largest), 1.0)))
     return [
-        _to_tensor(np.asarray(square.resize((size, size), Image.Resampling.LANCZOS))) for size in side_lengths
+        _to_tensor(np.asarray(square.resize((side_pixels, side_pixels), Image.Resampling.LANCZOS)))
+        for side_pixels in side_lengths
     ]
 
 
@@ -352,8 +355,9 @@ def squared(image: Image.Image, margin: float) -> Image.Image:
     """Crop the square around the object from an RGBA image.
 
     The object is the box of all pixels with an opacity above 0.8. (l, t) is its first and (r, b) its last
-    pixel. The square has the same centre and sides of 2 int(k / 2) pixels, where k = int(margin
-    max(r - l, b - t)). Its corners are rounded to the nearest pixel, and halves to the even one.
+    pixel. The square has the same centre and sides of 2 int(k / 2) pixels, where
+    k = int(margin max(r - l, b - t)). Its corners are rounded to the nearest pixel, and halves to the even
+    one.
 
     Args:
         image: RGBA image.

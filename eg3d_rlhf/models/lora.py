@@ -168,8 +168,8 @@ def add_lora(model: nn.Module, config: LoraConfig, seed: int) -> list[str]:
         linear_names = sorted(
             {
                 layer_name.rpartition(".")[2]
-                for layer_name, module in modules_by_name.items()
-                if _is_linear(module)
+                for layer_name, candidate_layer in modules_by_name.items()
+                if _is_linear(candidate_layer)
             }
         )
         raise ValueError(
@@ -238,12 +238,12 @@ def attach(
     return {layer_name: adapted_by_base[modules_by_name[layer_name]] for layer_name in names}
 
 
-def _is_linear(module: nn.Module) -> bool:
+def _is_linear(layer: nn.Module) -> bool:
     """Return True if a module is a linear layer that computes W x + b of a tensor.
 
     For a subclass of nn.Linear with another `forward`, which may take other inputs, the result is False.
     """
-    return isinstance(module, nn.Linear) and type(module).forward in (nn.Linear.forward, Linear.forward)
+    return isinstance(layer, nn.Linear) and type(layer).forward in (nn.Linear.forward, Linear.forward)
 
 
 def matches(name: str, target: str) -> bool:
@@ -262,9 +262,9 @@ def matches(name: str, target: str) -> bool:
 def adapted_layers(model: nn.Module) -> dict[str, LoraLinear]:
     """Return the layers that have adapters, by the names of their base layers in the base network."""
     return {
-        layer_name: module
-        for layer_name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, LoraLinear)
+        layer_name: layer
+        for layer_name, layer in model.named_modules(remove_duplicate=False)
+        if isinstance(layer, LoraLinear)
     }
 
 
@@ -321,17 +321,17 @@ def merged_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """
     layers = adapted_layers(model)
     merged_tensors = {}
-    for key, tensor in model.state_dict().items():
+    for state_key, tensor in model.state_dict().items():
         # Keys of a layer X with an adapter are X.base_layer.weight, X.lora_A.weight and so on. They are
         # divided into the name of the layer, the part (base_layer, lora_A or lora_B) and the parameter.
-        module_name, _, parameter = key.rpartition(".")
+        module_name, _, parameter = state_key.rpartition(".")
         layer_name, _, layer_part = module_name.rpartition(".")
         if layer_part == BASE[1:] and layer_name in layers:  # [1:] drops the dot
             merged_tensor = layers[layer_name].merged_weight() if parameter == "weight" else tensor
             merged_tensors[f"{layer_name}.{parameter}"] = merged_tensor
         # The matrices of the adapters are dropped. All other entries are unchanged.
         elif not (layer_part in ("lora_A", "lora_B") and layer_name in layers):
-            merged_tensors[key] = tensor
+            merged_tensors[state_key] = tensor
     return merged_tensors
 
 

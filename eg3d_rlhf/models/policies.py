@@ -149,11 +149,13 @@ def split_state(state_dict: Mapping[str, torch.Tensor], who: str) -> tuple[dict[
         missing.
     """
     # torch's distributed wrapper puts "module." before every name.
-    wrapper = "module." if all(key.startswith("module.") for key in state_dict) else ""
-    base_name_by_key = {key: key.removeprefix(wrapper).removeprefix(PREFIX) for key in state_dict}
+    wrapper = "module." if all(state_key.startswith("module.") for state_key in state_dict) else ""
+    base_name_by_key = {
+        state_key: state_key.removeprefix(wrapper).removeprefix(PREFIX) for state_key in state_dict
+    }
     match_by_key = {
-        key: part_match
-        for key, base_name in base_name_by_key.items()
+        state_key: part_match
+        for state_key, base_name in base_name_by_key.items()
         if (part_match := _PART.fullmatch(base_name))
     }
     # The group is None in a file that does not contain the name of the adapter.
@@ -165,7 +167,9 @@ def split_state(state_dict: Mapping[str, torch.Tensor], who: str) -> tuple[dict[
         )
     # For example the magnitudes of DoRA
     foreign_keys = [
-        key for key in state_dict if key not in match_by_key and _FOREIGN.search(base_name_by_key[key])
+        state_key
+        for state_key in state_dict
+        if state_key not in match_by_key and _FOREIGN.search(base_name_by_key[state_key])
     ]
     if foreign_keys:
         raise ValueError(
@@ -173,8 +177,8 @@ def split_state(state_dict: Mapping[str, torch.Tensor], who: str) -> tuple[dict[
             f" {', '.join(foreign_keys[:4])}. Merge the adapter with PEFT."
         )
     matrices_by_layer: dict[str, dict[str, torch.Tensor]] = {}  # by layer: the matrices "A" and "B"
-    for key, part_match in match_by_key.items():
-        matrices_by_layer.setdefault(part_match["layer"], {})[part_match["part"]] = state_dict[key]
+    for state_key, part_match in match_by_key.items():
+        matrices_by_layer.setdefault(part_match["layer"], {})[part_match["part"]] = state_dict[state_key]
     incomplete_layers = [
         layer for layer, layer_matrices in matrices_by_layer.items() if len(layer_matrices) < 2
     ]
@@ -184,11 +188,13 @@ def split_state(state_dict: Mapping[str, torch.Tensor], who: str) -> tuple[dict[
             " Copy the file again."
         )
     tensors = {}
-    for key, tensor in state_dict.items():
-        if key not in match_by_key:
+    for state_key, tensor in state_dict.items():
+        if state_key not in match_by_key:
             # X.base_layer.weight, the weight of a layer with an adapter, is X.weight in the base network.
-            layer, _, parameter = base_name_by_key[key].rpartition(f"{BASE}.")
-            tensors[f"{layer}.{parameter}" if layer in matrices_by_layer else base_name_by_key[key]] = tensor
+            layer, _, parameter = base_name_by_key[state_key].rpartition(f"{BASE}.")
+            tensors[f"{layer}.{parameter}" if layer in matrices_by_layer else base_name_by_key[state_key]] = (
+                tensor
+            )
     adapters = {
         layer: (layer_matrices["A"], layer_matrices["B"])
         for layer, layer_matrices in matrices_by_layer.items()

@@ -328,9 +328,9 @@ def latents_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, Latent]:
     Returns: the latents by name.
     """
     parts_by_latent: dict[str, dict[str, torch.Tensor]] = {}
-    for key, tensor in tensors.items():
+    for tensor_key, tensor in tensors.items():
         # Names of latents contain no dot.
-        latent_name, _, part_name = key.partition(".")
+        latent_name, _, part_name = tensor_key.partition(".")
         parts_by_latent.setdefault(latent_name, {})[part_name or "x"] = tensor
     return {latent_name: latent_of(latent_parts) for latent_name, latent_parts in parts_by_latent.items()}
 

@@ -705,11 +705,11 @@ def assets_of(
     sample_materials = (
         [None] * shape.size if materials is None else [sample.feats for sample in materials.samples()]
     )
-    assets = []
+    voxel_assets = []
     for sample, raw_materials in zip(shape.samples(), sample_materials, strict=True):
         # Channels of the shape: 3 for the vertex, 3 for the crossed edges, 1 for the diagonal
         raw_vertices, crossing_logits, raw_split = sample.feats.split([3, 3, 1], 1)
-        assets.append(
+        voxel_assets.append(
             VoxelAsset(
                 coords=sample.coords,
                 resolution=resolution,
@@ -720,4 +720,4 @@ def assets_of(
                 materials=None if raw_materials is None else 0.5 + 0.5 * raw_materials,
             )
         )
-    return assets
+    return voxel_assets

@@ -91,19 +91,19 @@ def only_file(path: Path, suffixes: tuple[str, ...], flag: str, expected: str) -
     """
     if path.is_file():
         return path
-    files = sorted(file for file in path.iterdir() if file.suffix in suffixes)
-    if not files:
+    matching_files = sorted(file for file in path.iterdir() if file.suffix in suffixes)
+    if not matching_files:
         raise ValueError(
             f"{flag}: the folder {path} must contain {expected}, but has no file with the suffix"
             f" {' or '.join(suffixes)}. Pass the path of the file."
         )
-    if len(files) > 1:
-        file_names = ", ".join(file.name for file in files[:4])
+    if len(matching_files) > 1:
+        file_names = ", ".join(file.name for file in matching_files[:4])
         raise ValueError(
             f"{flag}: the folder {path} must contain {expected}, but has several files: {file_names}. Pass"
             " the path of one file."
         )
-    return files[0]
+    return matching_files[0]
 
 
 def read_content(path: str | Path, who: str) -> Any:

@@ -233,7 +233,7 @@ def modulated_conv2d(
         largest = weight.norm(float("inf"), dim=[1, 2, 3], keepdim=True)
         weight = weight * (1 / math.sqrt(weight[0].numel()) / largest)
         styles = styles / styles.norm(float("inf"), dim=1, keepdim=True)
-    resample: dict[str, Any] = {
+    resample_kwargs: dict[str, Any] = {
         "f": resample_filter,
         "up": up,
         "down": down,
@@ -241,14 +241,14 @@ def modulated_conv2d(
         "flip_weight": flip_weight,
         "impl": impl,
     }
-    fused = (
+    is_fused = (
         fused_modconv
         if impl == "ref"
         else len(x) == 1 or (fused_modconv and (impl == "torch" or x.device.type != "cpu"))
     )
     # Kernels w' of each sample, [N, O, C, k, k]; None if they are not needed
     sample_kernels = (
-        weight[None] * styles[:, None, :, None, None] if impl == "ref" or (fused and len(x) > 1) else None
+        weight[None] * styles[:, None, :, None, None] if impl == "ref" or (is_fused and len(x) > 1) else None
     )
     coefficients = None  # d, [N, O]
     if demodulate and impl == "ref":
@@ -259,20 +259,22 @@ def modulated_conv2d(
         energy = weight.square().sum(dim=[2, 3])  # sum over the kernel, [O, C]
         coefficients = (styles.square() @ energy.t() + 1e-8).rsqrt()
     # Scaling the input by s and the result by d is equal to a convolution with w' d.
-    if not fused:
-        x = conv2d_resample(x=x * styles.to(x.dtype)[:, :, None, None], w=weight.to(x.dtype), **resample)
+    if not is_fused:
+        x = conv2d_resample(
+            x=x * styles.to(x.dtype)[:, :, None, None], w=weight.to(x.dtype), **resample_kwargs
+        )
         x = x if coefficients is None else x * coefficients.to(x.dtype)[:, :, None, None]
     elif sample_kernels is not None:
         # Each sample has its own kernels, so each sample becomes a
         # group of one convolution, [1, N * C, H, W].
         w = sample_kernels if coefficients is None else sample_kernels * coefficients[:, :, None, None, None]
         y = conv2d_resample(
-            x=x.reshape(1, -1, *x.shape[2:]), w=w.flatten(0, 1).to(x.dtype), groups=len(x), **resample
+            x=x.reshape(1, -1, *x.shape[2:]), w=w.flatten(0, 1).to(x.dtype), groups=len(x), **resample_kwargs
         )
         x = y.reshape(len(x), -1, *y.shape[2:])  # [1, N * O, H', W'] -> [N, O, H', W']
     else:
         # A single sample: scale the kernels, without groups.
         scale = styles if coefficients is None else coefficients.t() * styles  # [1 or O, C]
-        x = conv2d_resample(x=x, w=(weight * scale[:, :, None, None]).to(x.dtype), **resample)
+        x = conv2d_resample(x=x, w=(weight * scale[:, :, None, None]).to(x.dtype), **resample_kwargs)
     # The noise is added after demodulation, so that its strength does not depend on the styles.
     return x if noise is None else add_to(x, noise.to(x.dtype))

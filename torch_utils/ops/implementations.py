@@ -48,14 +48,16 @@ def define(
         torch.library.register_autograd(name, gradients, setup_context=save, lib=_LIB)
 
 
-def alike(first: torch.Tensor, *others: torch.Tensor) -> bool:
+def alike(first_tensor: torch.Tensor, *other_tensors: torch.Tensor) -> bool:
     """Return True if tensors meet the requirements of most compiled ops.
 
     All tensors must have the same dtype, float32 or float64, and the same device, and the first tensor must
     not be empty. (torch computes the ops on empty tensors.)
     """
-    same = all(t.dtype == first.dtype and t.device == first.device for t in others)
-    return same and first.dtype in FLOATS and first.numel() > 0
+    have_same_type = all(
+        t.dtype == first_tensor.dtype and t.device == first_tensor.device for t in other_tensors
+    )
+    return have_same_type and first_tensor.dtype in FLOATS and first_tensor.numel() > 0
 
 
 def current(impl: str = "auto", who: str = "implementation") -> str:

@@ -301,7 +301,9 @@ def _volume_gradients(
         need_maps: True for each map whose gradient is needed.
     """
     # Gradients of the maps, which all threads use
-    shared = [torch.zeros_like(m) if need else None for m, need in zip(maps, need_maps, strict=True)]
+    shared_grad_maps = [
+        torch.zeros_like(m) if need else None for m, need in zip(maps, need_maps, strict=True)
+    ]
 
     def work(over: range) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
         """Compute the contributions of a range of x to the gradients of w and of the maps.
@@ -311,32 +313,38 @@ def _volume_gradients(
         threads finish.
         """
         part_w = torch.zeros_like(w)
-        part_maps = [torch.zeros_like(m) if m is not None and m.shape[0] == 1 else m for m in shared]
+        part_maps = [
+            torch.zeros_like(m) if m is not None and m.shape[0] == 1 else m for m in shared_grad_maps
+        ]
         scratch = w.new_empty(0)
         for x, y, block in volume.blocks(over):
             # Grows to the largest block once, then is reused.
             scratch = scratch if scratch.numel() >= block.numel() else w.new_empty(block.numel())
             spare = scratch[: block.numel()].view(block.shape)
-            part = grad[x, y].contiguous()  # gradient of the block, [x, y, Z]
+            block_grad = grad[x, y].contiguous()  # gradient of the block, [x, y, Z]
             if need_w:
                 activation = volume.softplus(block, out=spare)
-                part_w += torch.matmul(activation.flatten(2), part.flatten(1)[..., None]).sum(dim=(0, 2))
+                part_w += torch.matmul(activation.flatten(2), block_grad.flatten(1)[..., None]).sum(
+                    dim=(0, 2)
+                )
             if any(need_maps):
                 # In place: the block is overwritten, and must not be read again.
-                slope = volume.sigmoid_(block, scratch=spare).mul_(part[:, None])  # [x, J, y, Z]
+                slope = volume.sigmoid_(block, scratch=spare).mul_(block_grad[:, None])  # [x, J, y, Z]
                 # The gradient of a broadcast map is the sum over the axes along which it was broadcast.
                 for target in (_cut(m, x, y) for m in part_maps if m is not None):
-                    summed = [axis for axis in range(4) if target.shape[axis] == 1 and slope.shape[axis] > 1]
-                    target += slope.sum(dim=summed, keepdim=True) if summed else slope
+                    broadcast_axes = [
+                        axis for axis in range(4) if target.shape[axis] == 1 and slope.shape[axis] > 1
+                    ]
+                    target += slope.sum(dim=broadcast_axes, keepdim=True) if broadcast_axes else slope
         return part_w, part_maps
 
-    results = volume.parts(work)
-    for _, part_maps in results:
-        for total, partial in zip(shared, part_maps, strict=True):
-            # `partial is total` for maps with an x axis, which were written in place.
-            if total is not None and partial is not None and partial is not total:
-                total += partial
+    range_gradients = volume.parts(work)
+    for _, part_maps in range_gradients:
+        for grad_map, range_grad_map in zip(shared_grad_maps, part_maps, strict=True):
+            # `range_grad_map is grad_map` for maps with an x axis, which were written in place.
+            if grad_map is not None and range_grad_map is not None and range_grad_map is not grad_map:
+                grad_map += range_grad_map
     # The factor w[j] is common to all terms of the sum, so it is applied once, at the end.
-    grad_maps = [None if m is None else m.mul_(w[None, :, None, None]) for m in shared]
-    grad_w: Any = sum(part_w for part_w, _ in results) if need_w else None
+    grad_maps = [None if m is None else m.mul_(w[None, :, None, None]) for m in shared_grad_maps]
+    grad_w: Any = sum(part_w for part_w, _ in range_gradients) if need_w else None
     return grad_w, grad_maps

@@ -23,7 +23,7 @@ def self_attention(
     qkv: torch.Tensor,
     q_gain: torch.Tensor | None = None,
     k_gain: torch.Tensor | None = None,
-    result: torch.Tensor | None = None,
+    known_result: torch.Tensor | None = None,
     *,
     impl: str = "auto",
 ) -> torch.Tensor:
@@ -34,8 +34,8 @@ def self_attention(
         q_gain: gain [H, D] of the queries, which are first replaced by q / |q| * gain; None does not
             normalise them.
         k_gain: gain [H, D] of the keys, in the same way.
-        result: result [N, T, H, D], if it was computed before. It is returned without computing it again, and
-            has the gradients of the formula. None computes the result.
+        known_result: result [N, T, H, D], if it was computed before. It is returned without computing it
+            again, and has the gradients of the formula. None computes the result.
         impl: see `torch_utils.ops.implementations`. "ref" is torch's fused attention; the other
             implementations agree with it up to rounding.
 
@@ -43,7 +43,7 @@ def self_attention(
     Differentiable in: qkv, q_gain, k_gain (only once, if tiles are used).
     """
     if tiled(qkv, impl):
-        return _SelfAttention.apply(qkv.contiguous(), q_gain, k_gain, (result,))
+        return _SelfAttention.apply(qkv.contiguous(), q_gain, k_gain, (known_result,))
     q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))  # [N, T, H, D] -> [N, H, T, D]
     q, k = (
         x if gain is None else F.normalize(x, dim=-1) * gain[:, None]

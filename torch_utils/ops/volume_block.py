@@ -162,8 +162,8 @@ def volume_conv(
         and x.shape[1] in (1, inputs)
         and (w.ndim == 5 or len(w) == samples)
     )
-    fits = w.shape[-5] % _LANES == 0 and (impl == "compiled" or x.shape[4] >= _MIN_WIDTH)
-    if fits and _compiled(impl, x, scale, shift, residual, mix):
+    has_full_lanes = w.shape[-5] % _LANES == 0 and (impl == "compiled" or x.shape[4] >= _MIN_WIDTH)
+    if has_full_lanes and _compiled(impl, x, scale, shift, residual, mix):
         u = transformed_kernel(w) if u is None else u
         residual, mix = (None if t is None else t.contiguous() for t in (residual, mix))
         # The caller may supply memory, so that several layers can use the same memory.

@@ -33,12 +33,12 @@ GROUND = 0.02  # share of the height: lower faces count as lying on the ground a
 DEFAULT = MeasureOptions()
 
 
-def measure_mesh(mesh: CleanMesh, options: MeasureOptions = DEFAULT) -> dict:
+def measure_mesh(mesh: CleanMesh, measure_options: MeasureOptions = DEFAULT) -> dict:
     """Compute all measures of a mesh.
 
     Args:
         mesh: cleaned mesh.
-        options: numbers of samples and thresholds.
+        measure_options: numbers of samples and thresholds.
 
     Returns: the measures by name, as JSON values. Lengths are shares of the longest edge of the bounding box,
         and angles are in degrees. A measure that is not defined for the mesh is None.
@@ -55,8 +55,10 @@ def measure_mesh(mesh: CleanMesh, options: MeasureOptions = DEFAULT) -> dict:
         **edge_measures(edges),
     }
     # All measures of sides are estimated from the same random points.
-    points, normals = sample(mesh, options.samples, options.seed)
-    measures |= side_measures(space, points, normals, options.thin, options.rays, options.seed)
+    points, normals = sample(mesh, measure_options.samples, measure_options.seed)
+    measures |= side_measures(
+        space, points, normals, measure_options.thin, measure_options.rays, measure_options.seed
+    )
     # Only a closed and consistently wound mesh has an inside that the sign of a volume can describe.
     has_inside = measures["closed"] and measures["oriented"]
     negative_part_numbers = negative_parts(edges) if has_inside else np.zeros(0, dtype=np.int64)
@@ -65,7 +67,7 @@ def measure_mesh(mesh: CleanMesh, options: MeasureOptions = DEFAULT) -> dict:
     solid_voxels = space.voxels(VOXELS)
     hull = convex_hull(mesh)
     mass_body, mass_centre_point = mass_centre(
-        mesh, measures, solid_voxels, hull if options.hull_mass else None
+        mesh, measures, solid_voxels, hull if measure_options.hull_mass else None
     )
     tip_degrees = tip(mesh.vertices, mass_centre_point)
     measures |= {
@@ -88,7 +90,7 @@ def measure_mesh(mesh: CleanMesh, options: MeasureOptions = DEFAULT) -> dict:
         }
     # `fill` also fills hollows whose openings are narrower than a ball of radius `leak`, in voxels here.
     inner_share = (
-        1 - solid_voxels.sum() / fill(solid_voxels, options.leak * VOXELS).sum()
+        1 - solid_voxels.sum() / fill(solid_voxels, measure_options.leak * VOXELS).sum()
         if solid_voxels.any()
         else None
     )
@@ -124,7 +126,7 @@ def convex_hull(mesh: CleanMesh) -> CleanMesh | None:
 
 
 def mass_centre(
-    mesh: CleanMesh, measures: dict, solid: np.ndarray, hull: CleanMesh | None
+    mesh: CleanMesh, measures: dict, solid_voxels: np.ndarray, hull: CleanMesh | None
 ) -> tuple[str, np.ndarray]:
     """Compute the centre of mass of a mesh.
 
@@ -135,7 +137,7 @@ def mass_centre(
     Args:
         mesh: cleaned mesh.
         measures: measures 'closed', 'oriented' and 'sheet' of the mesh.
-        solid: voxels inside the mesh.
+        solid_voxels: voxels inside the mesh.
         hull: convex hull of the mesh, or None.
 
     Returns: the name of the body, 'hull', 'volume', 'voxels' or 'area'; and the centre of mass [3].
@@ -146,7 +148,7 @@ def mass_centre(
         return "hull", centre
     if measures["closed"] and measures["oriented"] and (centre := volume_centre(mesh)) is not None:
         return "volume", centre
-    if measures["sheet"] <= 0.5 and (centre := voxel_centre(solid)) is not None:
+    if measures["sheet"] <= 0.5 and (centre := voxel_centre(solid_voxels)) is not None:
         return "voxels", centre
     return "area", area_centre(mesh)
 
@@ -231,13 +233,13 @@ def overlap(edges: Edges, cavity_part_numbers: np.ndarray) -> float | None:
     return max(0.0, 1 - union_volume / total_volume) if total_volume > 0 else None
 
 
-def mirror_overlap(solid: np.ndarray) -> float:
+def mirror_overlap(solid_voxels: np.ndarray) -> float:
     """Compute the intersection over union, 0..1, of voxels [x, y, z] and their mirror image in x.
 
     The result is 1 if all voxels are empty.
     """
-    union = (solid | solid[::-1]).sum()
-    return float((solid & solid[::-1]).sum() / union) if union else 1.0
+    union = (solid_voxels | solid_voxels[::-1]).sum()
+    return float((solid_voxels & solid_voxels[::-1]).sum() / union) if union else 1.0
 
 
 # Static stability is measured as the angle in degrees by which a body can be tilted until its centre of mass
@@ -262,34 +264,34 @@ def tip(vertices: np.ndarray, centre: np.ndarray) -> float:
     lowest_y = float(vertices[:, 1].min())
     highest_y = float(vertices[:, 1].max())
     # Horizontal coordinates x and z of the vertices that touch the ground
-    foot = vertices[vertices[:, 1] <= lowest_y + FOOT * (highest_y - lowest_y)][:, [0, 2]]
-    return math.degrees(math.atan2(inside_distance(foot, centre[[0, 2]]), float(centre[1]) - lowest_y))
+    foot_points = vertices[vertices[:, 1] <= lowest_y + FOOT * (highest_y - lowest_y)][:, [0, 2]]
+    return math.degrees(math.atan2(inside_distance(foot_points, centre[[0, 2]]), float(centre[1]) - lowest_y))
 
 
-def inside_distance(foot: np.ndarray, point: np.ndarray) -> float:
+def inside_distance(foot_points: np.ndarray, point: np.ndarray) -> float:
     """Compute the signed distance of a point to the border of the convex hull of other points.
 
     The distance is positive inside the hull, and negative or 0 outside. A hull that is a line or a single
     point has no inside.
 
     Args:
-        foot: points [P, 2], P >= 1.
+        foot_points: points [P, 2], P >= 1.
         point: point [2].
     """
-    foot = np.unique(foot, axis=0)
+    foot_points = np.unique(foot_points, axis=0)
     try:
-        hull = ConvexHull(foot)
+        hull = ConvexHull(foot_points)
     except (QhullError, ValueError):  # all points on a line, or a single one
         # The first right singular vector is the direction of the line; its ends are the extreme points.
-        line_direction = np.linalg.svd(foot - foot.mean(axis=0), full_matrices=False)[2][0]
-        positions = foot @ line_direction
-        return -_to_segment(foot[positions.argmin()], foot[positions.argmax()], point)
+        line_direction = np.linalg.svd(foot_points - foot_points.mean(axis=0), full_matrices=False)[2][0]
+        positions = foot_points @ line_direction
+        return -_to_segment(foot_points[positions.argmin()], foot_points[positions.argmax()], point)
     # Signed distances to the lines through the hull's sides, negative inside. Outside, the nearest point may
     # be a corner, so distances to the sides themselves are needed.
     line_distance = float((hull.equations[:, :2] @ point + hull.equations[:, 2]).max())
     if line_distance <= 0:
         return -line_distance
-    return -min(_to_segment(foot[a], foot[b], point) for a, b in hull.simplices)
+    return -min(_to_segment(foot_points[a], foot_points[b], point) for a, b in hull.simplices)
 
 
 def _to_segment(a: np.ndarray, b: np.ndarray, point: np.ndarray) -> float:
@@ -326,15 +328,15 @@ def area_centre(mesh: CleanMesh) -> np.ndarray:
     return areas @ mesh.vertices[mesh.faces].mean(axis=1) / areas.sum()
 
 
-def voxel_centre(solid: np.ndarray) -> np.ndarray | None:
+def voxel_centre(solid_voxels: np.ndarray) -> np.ndarray | None:
     """Compute the centre of mass [3] of voxels [x, y, z] of the unit cube around the origin.
 
     Returns None if all voxels are empty.
     """
-    if not solid.any():
+    if not solid_voxels.any():
         return None
     # Index i has its centre at (i + 0.5) / n - 0.5.
-    return np.argwhere(solid).mean(axis=0) / solid.shape[0] + 0.5 / solid.shape[0] - 0.5
+    return np.argwhere(solid_voxels).mean(axis=0) / solid_voxels.shape[0] + 0.5 / solid_voxels.shape[0] - 0.5
 
 
 def overhang(mesh: CleanMesh) -> float:

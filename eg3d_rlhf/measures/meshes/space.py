@@ -233,19 +233,19 @@ def hidden_samples(
         direction_count: number of ray directions K from each point.
         seed: random seed of the directions.
     """
-    rays = directions(direction_count, seed)
+    ray_directions = directions(direction_count, seed)
     # Consecutive directions of the Fibonacci sphere are similar, so they are tried in a random order.
-    rays = rays[np.random.default_rng(seed).permutation(direction_count)]
+    ray_directions = ray_directions[np.random.default_rng(seed).permutation(direction_count)]
     is_hidden = np.ones(len(points), dtype=bool)
     # The second block is traced only for points from which no ray of the first block escaped.
-    for block in (rays[:_FIRST], rays[_FIRST:]):
+    for direction_block in (ray_directions[:_FIRST], ray_directions[_FIRST:]):
         remaining = np.flatnonzero(is_hidden)
-        if not len(remaining) or not len(block):
+        if not len(remaining) or not len(direction_block):
             break
         # [P, K]: a ray starts on the side of the surface towards which it points
-        side_offset = np.where(normals[remaining] @ block.T >= 0, OFFSET, -OFFSET)
+        side_offset = np.where(normals[remaining] @ direction_block.T >= 0, OFFSET, -OFFSET)
         origins = points[remaining, None] + side_offset[..., None] * normals[remaining, None]  # [P, K, 3]
-        outward = np.broadcast_to(block, origins.shape)
+        outward = np.broadcast_to(direction_block, origins.shape)
         distance, _ = space.first_hits(origins.reshape(-1, 3), outward.reshape(-1, 3))
         is_hidden[remaining] = np.isfinite(distance).reshape(len(remaining), -1).all(axis=1)
     return is_hidden
@@ -291,7 +291,7 @@ def distance_to_surface(space: Space, points: np.ndarray, towards: np.ndarray) -
 
 
 def side_measures(
-    space: Space, points: np.ndarray, normals: np.ndarray, thin: float, rays: int, seed: int
+    space: Space, points: np.ndarray, normals: np.ndarray, max_thin_wall: float, ray_count: int, seed: int
 ) -> dict:
     """Compute the measures that need the two sides of sampled points.
 
@@ -299,8 +299,8 @@ def side_measures(
         space: mesh.
         points: sampled points [P, 3] on its surface.
         normals: unit normals [P, 3] at the points.
-        thin: walls that are thinner than this length count as thin.
-        rays: number of ray directions from each point.
+        max_thin_wall: walls that are thinner than this length count as thin.
+        ray_count: number of ray directions from each point.
         seed: random seed of the directions.
 
     Returns: by name, the shares of hidden, buried, sheet, inverted and thin samples, and quantiles of the
@@ -312,12 +312,12 @@ def side_measures(
     has_free_side = ~is_buried
     wall_thickness = distance_to_surface(space, points[has_free_side], -normals[has_free_side])
     return {
-        "hidden": float(hidden_samples(space, points, normals, rays, seed).mean()),
+        "hidden": float(hidden_samples(space, points, normals, ray_count, seed).mean()),
         "buried": float(is_buried.mean()),
         "sheet": float(is_sheet.mean()),
         "inverted": float(is_inverted.mean()),
         **_quantiles("thick", wall_thickness),
-        "thin": float((wall_thickness < thin).mean()) if len(wall_thickness) else 0.0,
+        "thin": float((wall_thickness < max_thin_wall).mean()) if len(wall_thickness) else 0.0,
         **_quantiles("gap", distance_to_surface(space, points[has_free_side], normals[has_free_side])),
     }
 

@@ -339,29 +339,29 @@ class SwinTransformer(nn.Module):
         )
         h = h.to(blocks.torso_dtype(self.blocks))
         # Layout of even blocks, without a shift of the windows, and layout of odd blocks, with a shift
-        layouts = [blocks.SparseLayout(x, self._groups(x, odd)) for odd in range(2)]
+        layouts = [blocks.SparseLayout(x, self._groups(x, block_parity)) for block_parity in range(2)]
         for i, block in enumerate(self.blocks):
             h = blocks.run_block(block, h, layouts[i % 2], recompute=self.recompute)
         # As in the original, the last norm has no parameters and torch's default constant 1e-5.
         h = F.layer_norm(h.float(), h.shape[-1:])
         return x.with_feats(self.out_layer(h.to(self.out_layer.weight.dtype)))
 
-    def _groups(self, x: SparseBatch, odd: int) -> blocks.Groups:
+    def _groups(self, x: SparseBatch, block_parity: int) -> blocks.Groups:
         """Return the groups of voxels that attend to each other.
 
         Args:
             x: voxels.
-            odd: 0 for even blocks, whose windows are not shifted; 1 for odd blocks.
+            block_parity: 0 for even blocks, whose windows are not shifted; 1 for odd blocks.
         """
         mode = self.config.attn_mode
         window = self.config.window_size
         if mode == "full":
             return blocks.samples(x)
         if mode == "swin":
-            return blocks.windows(x, window, odd * (window // 2))
+            return blocks.windows(x, window, block_parity * (window // 2))
         if mode == "shift_window":
-            return blocks.curve_windows(x, window, shift=odd * CURVE_SHIFT)
-        return blocks.curve_windows(x, window, start=odd * (window // 2))
+            return blocks.curve_windows(x, window, shift=block_parity * CURVE_SHIFT)
+        return blocks.curve_windows(x, window, start=block_parity * (window // 2))
 
 
 @dataclass(frozen=True, kw_only=True)

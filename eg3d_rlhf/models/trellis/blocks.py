@@ -660,9 +660,9 @@ def z_order(coords: torch.Tensor) -> torch.Tensor:
     The bits of the three coordinates, 0..1023, are interleaved. In each triple of bits, that of x is the
     highest and that of z the lowest.
     """
-    code = coords.new_zeros(len(coords), dtype=torch.int64)
+    curve_positions = coords.new_zeros(len(coords), dtype=torch.int64)
     # Bit b of x, y, z goes to the bits 3 b + 2, 3 b + 1 and 3 b.
     for bit in range(10):
         for axis in range(3):
-            code |= (coords[:, axis].long() >> bit & 1) << (3 * bit + 2 - axis)
-    return code
+            curve_positions |= (coords[:, axis].long() >> bit & 1) << (3 * bit + 2 - axis)
+    return curve_positions
