@@ -95,6 +95,10 @@ def to_resolution(images: Tensor, resolution: int) -> Tensor:
 
     Images that have this size already are returned unchanged.
 
+    Args:
+        images: images to resize.
+        resolution: pixels per side of the result.
+
     Raises: ValueError if the images do not have the shape [N, 3, H, W].
     """
     if images.ndim != 4 or images.shape[1] != 3:

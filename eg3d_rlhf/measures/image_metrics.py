@@ -79,7 +79,11 @@ class MetricOptions:
 def real_batches(dataset: ImageFolderDataset, batch: int) -> Iterator[torch.Tensor]:
     """Yield all images of a dataset in batches, float [N, 3, R, R] in [-1, 1].
 
-    N is `batch`, or less in the last batch. Greyscale images are repeated over 3 channels.
+    Greyscale images are repeated over 3 channels.
+
+    Args:
+        dataset: dataset of images and labels; only the images are used.
+        batch: number of images N of a batch; the last batch may have fewer.
     """
     for batch_start in range(0, len(dataset), batch):
         # An item of the dataset is the pair (image, label).

@@ -342,7 +342,13 @@ def _gaussian_influence(
 
 
 def _powers(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Compute the symmetric square root of a covariance [F, F], and the pseudo-inverse of that root."""
+    """Compute the symmetric square root of a covariance and its pseudo-inverse.
+
+    Args:
+        matrix: covariance [F, F].
+
+    Returns: the square root [F, F], and the pseudo-inverse [F, F] of the square root.
+    """
     eigenvalues, eigenvectors = np.linalg.eigh((matrix + matrix.T) / 2)
     root_eigenvalues = np.sqrt(np.maximum(eigenvalues, 0.0))
     # Smaller roots are zeros up to rounding, and their inverse would be huge. 1e-300 covers the zero matrix.

@@ -50,11 +50,9 @@ CHANNELS = 4
 def scale_to_surface(grid_values: Tensor) -> Tensor:
     """Scale the values of each shape to a slope of about 1 per grid point at its surface, and clamp them.
 
-    The results are in -1..1.
-
-    The scale is the median difference between neighbouring grid points on different sides of the surface.
-    After the scaling, neither the unit of the values nor the slope and the extremes of a decoder influence
-    the features.
+    The results are in -1..1. The scale is the median difference between neighbouring grid points on different
+    sides of the surface. After the scaling, neither the unit of the values nor the slope and the extremes of
+    a decoder influence the features.
 
     Args:
         grid_values: values [N, n, n, n] of shapes, negative inside.

@@ -472,7 +472,8 @@ def in_head(points: Tensor, spec: SlabSpec) -> Tensor:
 
     Args:
         points: points [P, 3].
-        spec: grid whose centre and scale the box takes over.
+        spec: grid of the generator. The box has the centre and the scale of this grid, but the crop of the
+            published slab.
     """
     # The default crop with the scale of this generator. Axes are sorted, so their first and last coordinates
     # are the sides of the box.

@@ -232,6 +232,10 @@ def from_hub(state_dict: Mapping[str, torch.Tensor], config: DinoConfig) -> Stat
     """Convert a torch hub state dict to transformers' names.
 
     Position embeddings are interpolated to `config.image_size`.
+
+    Args:
+        state_dict: state dict with torch hub's names.
+        config: settings of the network.
     """
     renamed = to_transformers(state_dict, HUB_NAMES)
     positions_name = "embeddings.position_embeddings"

@@ -111,7 +111,12 @@ def _weighted_sum(source_pixels: np.ndarray, taps: Taps, axis: int) -> np.ndarra
 
 
 def _step(n: int, m: int) -> float:
-    """Return the number of source pixels per target pixel, for n source pixels and m target pixels."""
+    """Return the number of source pixels per target pixel, for n source pixels and m target pixels.
+
+    Args:
+        n: number of source pixels along an axis.
+        m: number of target pixels along the axis.
+    """
     return 1 / (m / n)  # OpenCV's order of operations: n / m selects other pixels in rare cases
 
 
@@ -356,8 +361,7 @@ def squared(image: Image.Image, margin: float) -> Image.Image:
 
     The object is the box of all pixels with an opacity above 0.8. (l, t) is its first and (r, b) its last
     pixel. The square has the same centre and sides of 2 int(k / 2) pixels, where
-    k = int(margin max(r - l, b - t)). Its corners are rounded to the nearest pixel, and halves to the even
-    one.
+    k = int(margin max(r - l, b - t)). Its corners are rounded to the nearest pixel, and halves to the even one.
 
     Args:
         image: RGBA image.

@@ -375,6 +375,10 @@ def write_merged(model: nn.Module, path: str | Path) -> Path:
     """Write the state dict of a network with merged adapters, and return the path.
 
     The dtypes are those of the base network. `lora.merge_rounding` measures the rounding error.
+
+    Args:
+        model: network with adapters.
+        path: .safetensors file to write.
     """
     write(Path(path), merged_state(model))
     return Path(path)
@@ -467,6 +471,10 @@ def link(source_path: Path, target_path: Path) -> None:
     """Create a hard link to a file at the path `target_path`. An existing file at this path is replaced.
 
     If the file system does not support the link, the file is copied.
+
+    Args:
+        source_path: existing file.
+        target_path: path of the link.
     """
     target_path.parent.mkdir(parents=True, exist_ok=True)
     target_path.unlink(missing_ok=True)
@@ -481,6 +489,10 @@ def link_folder(source_folder: Path, target_folder: Path) -> None:
     """Create links to all files of the folder `source_folder` in the folder `target_folder`, see `link`.
 
     Subfolders are included. If the two paths are equal, nothing is done.
+
+    Args:
+        source_folder: folder of the files.
+        target_folder: folder in which the links are created.
     """
     if source_folder == target_folder:
         return

@@ -11,9 +11,9 @@ d = 0 it gives the velocity of an ordinary flow model. The embedder computes con
 image, a mask and a point map.
 
 Shapes: N samples, C channels of a token, H attention heads, D channels of an attention head, L conditioning
-tokens, E channels of a conditioning token; T_g tokens of a group g, S tokens and A channels of a tensor of
-the dictionary. The embedder has E channels of an encoder, W channels of a conditioning token, p pixels per
-side of a patch, h patches per side, and s pixels per side of a point map.
+tokens, E channels of a conditioning token; T_g tokens of a group g, tokens (number S) and channels (number A)
+of a tensor of the dictionary. The embedder has E channels of an encoder, W channels of a conditioning token,
+p pixels per side of a patch, h patches per side, and s pixels per side of a point map.
 """
 
 from collections.abc import Mapping, Sequence

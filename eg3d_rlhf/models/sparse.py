@@ -375,9 +375,13 @@ def coords_of(latents: Sequence[Latent]) -> list[torch.Tensor | None]:
 
 
 def spread(sample_values: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """Expand one value per sample [N] to a shape that broadcasts against `feats_of(batch)`.
+    """Expand one value per sample to a shape that broadcasts against `feats_of(batch)`.
 
-    The result has the shape [V, 1] for features on voxels, and [N, 1, ...] otherwise.
+    Args:
+        sample_values: values [N].
+        batch: batch of the N samples.
+
+    Returns: the values, [V, 1] for features on voxels and [N, 1, ...] for other batches.
     """
     if isinstance(batch, SparseBatch):
         return sample_values[batch.sample].unsqueeze(1)

@@ -169,7 +169,12 @@ def read(path: str | Path, who: str) -> State:
 
 
 def entries_below(state_dict: Mapping[str, torch.Tensor], prefix: str) -> State:
-    """Return the entries of a state dict whose names begin with a prefix. The prefix is removed."""
+    """Return the entries of a state dict whose names begin with a prefix. The prefix is removed.
+
+    Args:
+        state_dict: state dict.
+        prefix: beginning of the names of the entries.
+    """
     return {
         name.removeprefix(prefix): tensor for name, tensor in state_dict.items() if name.startswith(prefix)
     }

@@ -84,7 +84,7 @@ def bias_act(
     gain = spec.def_gain if gain is None else float(gain)
     # The compiled gradient computes the slope from the sign of the result. With gain <= 0 or a negative
     # slope, the sign of the result is not that of x + b.
-    applies = (
+    is_supported = (
         x.dtype in COMPILED_DTYPES[x.device.type == "cuda"]
         and gain > 0
         and alpha >= 0
@@ -92,7 +92,7 @@ def bias_act(
         and x.ndim > 0
     )
     # This comes before the early return, so that an unknown `impl` is an error in every case.
-    chosen = choose("bias_act", impl, "bias_act", x.device.type, applies)
+    chosen = choose("bias_act", impl, "bias_act", x.device.type, is_supported)
     if b is None and act == "linear" and gain == 1 and clamp is None:
         return x
     if chosen != "compiled":

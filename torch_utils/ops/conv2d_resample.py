@@ -89,7 +89,7 @@ def _convolve(
         x: images [N, I, H, W].
         w: kernels [O, I/G, K, K].
         pads: padding (x_before, x_after, y_before, y_after) in pixels; negative values crop.
-        stride: stride along both axes.
+        stride: stride along rows and columns.
         groups: number of groups G.
         flip_weight: True computes a correlation, False a convolution.
         impl: see `torch_utils.ops.implementations`.

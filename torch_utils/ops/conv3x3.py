@@ -40,7 +40,7 @@ _LANES = 16  # number of channels that the transformations process at a time
 _MIN_CHANNELS = 32
 _MIN_PIXELS = 32 * 32
 # Smallest number of 4x4 tiles for which they are faster than 2x2 tiles. Measured ratio of the times of F(2x2)
-# and F(4x4), forward pass and both gradients, one thread of a Zen 4 processor: 0.8 to 1.0 with 16 tiles, 1.2
+# and F(4x4), forward pass and gradients, one thread of a Zen 4 processor: 0.8 to 1.0 with 16 tiles, 1.2
 # with 32 tiles (64 and 512 channels), 1.1 to 1.5 with 64 tiles (32 to 512 channels).
 _MIN_TILES = 32
 # Smallest average number of 2x2 tiles that a 4x4 tile must replace. It is 4 if no 4x4 tile extends beyond the
@@ -71,7 +71,7 @@ def conv3x3(x: torch.Tensor, w: torch.Tensor, padding: int = 1, impl: str = "aut
     )
     # The compiled code processes 16 channels at a time, and none separately.
     has_full_lanes = x.shape[1] % _LANES == 0 and w.shape[0] % _LANES == 0
-    applies = has_full_lanes and alike(x, w)
+    is_supported = has_full_lanes and alike(x, w)
     # Cases in which torch is faster
     is_slower = (
         min(x.shape[1], w.shape[0]) < _MIN_CHANNELS
@@ -79,7 +79,7 @@ def conv3x3(x: torch.Tensor, w: torch.Tensor, padding: int = 1, impl: str = "aut
         or x.dtype == torch.float64
     )
     if (
-        choose("conv3x3", impl, "conv3x3", x.device.type, applies and x.device.type == "cpu", is_slower)
+        choose("conv3x3", impl, "conv3x3", x.device.type, is_supported and x.device.type == "cpu", is_slower)
         == "compiled"
     ):
         tile = _tile(len(x), x.shape[2] + 2 * padding - 2, x.shape[3] + 2 * padding - 2)
@@ -90,9 +90,14 @@ def conv3x3(x: torch.Tensor, w: torch.Tensor, padding: int = 1, impl: str = "aut
 
 
 def _tile(n: int, h: int, w: int) -> int:
-    """Return the side of the tiles, 2 or 4, with which n images of h x w results are fastest.
+    """Return the side of the tiles, 2 or 4, with which the convolution is fastest.
 
     The gradients use the same side.
+
+    Args:
+        n: number of images.
+        h: number of rows of a result.
+        w: number of columns of a result.
     """
     # -(-a // b) rounds up: tiles at the border may be partly empty.
     small_tile_count, large_tile_count = (n * -(-h // m) * -(-w // m) for m in (2, 4))
@@ -214,7 +219,7 @@ def _compiled(
         has_supported_size: False if the op does not support the size of the image.
     """
     has_full_lanes = w.shape[0] % _LANES == w.shape[1] % _LANES == 0 and w.shape[2:] == (3, 3) and x.ndim == 4
-    applies = (
+    is_supported = (
         has_supported_size
         and has_full_lanes
         and alike(x, w)
@@ -224,7 +229,10 @@ def _compiled(
     )
     # An image that is not channels-last would have to be copied first.
     is_slower = pixels < _MIN_PIXELS_STRIDED or not is_channels_last(x)
-    return choose("conv3x3_strided", impl, "conv3x3_strided", x.device.type, applies, is_slower) == "compiled"
+    return (
+        choose("conv3x3_strided", impl, "conv3x3_strided", x.device.type, is_supported, is_slower)
+        == "compiled"
+    )
 
 
 class _Convolution(torch.autograd.Function):

@@ -3,7 +3,7 @@
 torch multiplies float32 matrices with the library MKL, which does not use AVX-512 instructions on some
 processors that have them. The library oneDNN, which is also part of torch, uses them.
 
-Shapes: A input features, B output features.
+Shapes: input features (number A), output features (number B).
 """
 
 import functools

@@ -43,8 +43,8 @@ def ray_march(
     Raises: ValueError for an unknown `impl`.
     """
     # The compiled op has no gradient for depths.
-    applies = _applies(densities, depths) and not (depths.requires_grad and torch.is_grad_enabled())
-    if choose("ray_march", impl, "ray_march", densities.device.type, applies) == "compiled":
+    is_supported = _applies(densities, depths) and not (depths.requires_grad and torch.is_grad_enabled())
+    if choose("ray_march", impl, "ray_march", densities.device.type, is_supported) == "compiled":
         return torch.ops.eg3d_rlhf.ray_march(densities.contiguous(), depths.contiguous())
     return ray_march_ref(densities, depths)
 
@@ -109,9 +109,9 @@ def importance_depths(
     Returns: depths [B, F] in the order of u, without gradients.
     Raises: ValueError for an unknown `impl`.
     """
-    applies = _applies(densities, depths, u)
+    is_supported = _applies(densities, depths, u)
     assert u.ndim == 2 and len(u) == len(depths)
-    implementation_name = choose("importance_depths", impl, "ray_march", densities.device.type, applies)
+    implementation_name = choose("importance_depths", impl, "ray_march", densities.device.type, is_supported)
     # As in EG3D, the depths have no gradient.
     with torch.no_grad():
         if implementation_name == "compiled":

@@ -71,8 +71,8 @@ def slab_density(
         )
     # With a single point along an axis, different maps have the same
     # shape, and the op could not distinguish them.
-    applies = alike(w, *maps, b) and min(shape) > 1
-    implementation_name = choose("slab_density", impl, "slab_density", w.device.type, applies)
+    is_supported = alike(w, *maps, b) and min(shape) > 1
+    implementation_name = choose("slab_density", impl, "slab_density", w.device.type, is_supported)
     if implementation_name == "ref":
         return slab_density_ref(maps, w, b, shape)
     if implementation_name == "torch":
@@ -138,6 +138,11 @@ def _cut(tensor: torch.Tensor, x: slice, y: slice) -> torch.Tensor:
     """Return the part of a map [X or 1, J, Y or 1, Z or 1] that belongs to a block of the grid.
 
     Axes of length 1 are not cut, because they are broadcast.
+
+    Args:
+        tensor: map.
+        x: range of x of the block.
+        y: range of y of the block.
     """
     return tensor[x if tensor.shape[0] > 1 else slice(None), :, y if tensor.shape[2] > 1 else slice(None)]
 

@@ -5,8 +5,8 @@ et al. 2017) computes the scores of one attention head for a tile of queries at 
 normalised for each head, so that no normalised copy of them is stored. The feed-forward layer (linear layer,
 GELU in its tanh approximation, linear layer) is computed for a tile of rows at a time.
 
-Shapes: N samples, T tokens, H attention heads, D channels of an attention head; A input and output features,
-B hidden features.
+Shapes: N samples, T tokens, H attention heads, D channels of an attention head; input and output features
+(number A), hidden features (number B).
 """
 
 import torch
@@ -131,7 +131,7 @@ class _SelfAttention(torch.autograd.Function):
 
 
 def _heads(qkv: torch.Tensor) -> list[tuple[int, int]]:
-    """Return the index pairs (sample, head) of all heads of qkv [N, T, 3, H, D]."""
+    """Return the index pairs (sample, attention head) of all attention heads of qkv [N, T, 3, H, D]."""
     return [(n, h) for n in range(qkv.shape[0]) for h in range(qkv.shape[3])]
 
 

@@ -193,13 +193,13 @@ def triplane_decode(
     aligned = merged is not None or pairs is not None
     # The compiled op has no gradient with respect to points.
     has_fixed_points = not (points.requires_grad and torch.is_grad_enabled())
-    applies = (
+    is_supported = (
         aligned
         and has_fixed_points
         and alike(points, planes, *weights)
         and (planes.device.type != "cuda" or _fits_cuda(planes, weights))
     )
-    implementation_name = choose("triplane_decode", impl, "triplane_decode", planes.device.type, applies)
+    implementation_name = choose("triplane_decode", impl, "triplane_decode", planes.device.type, is_supported)
     if implementation_name == "ref" or not aligned:
         if not isinstance(plane_axes, torch.Tensor):
             # Bases of which `projection_axes` returns these pairs. The axes have the sum 3, so 3 - width -

@@ -106,8 +106,8 @@ def upfirdn2d(
                 f"upfirdn2d: after padding, images of the shape {list(x.shape)} have {padded_length} pixels"
                 f" along an axis, but the filter needs at least {k}. Use larger images."
             )
-    applies = x.dtype in COMPILED_DTYPES[x.device.type == "cuda"] and x.numel() > 0
-    implementation_name = choose("upfirdn2d", impl, "upfirdn2d", x.device.type, applies)
+    is_supported = x.dtype in COMPILED_DTYPES[x.device.type == "cuda"] and x.numel() > 0
+    implementation_name = choose("upfirdn2d", impl, "upfirdn2d", x.device.type, is_supported)
     if implementation_name != "compiled":
         function = upfirdn2d_ref if implementation_name == "ref" else _upfirdn2d_torch
         return function(x, f, up, down, padding, flip_filter, gain)

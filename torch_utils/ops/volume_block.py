@@ -74,9 +74,11 @@ def _compiled(impl: str, *tensors: torch.Tensor | None) -> bool:
     """
     present_tensors = [t for t in tensors if t is not None]
     supported = all(t.dtype == torch.float32 and t.device.type == "cpu" for t in present_tensors)
-    applies = supported and not (torch.is_grad_enabled() and any(t.requires_grad for t in present_tensors))
+    is_supported = supported and not (
+        torch.is_grad_enabled() and any(t.requires_grad for t in present_tensors)
+    )
     device_type = present_tensors[0].device.type
-    return choose("volume_block", impl, "volume_block", device_type, applies) == "compiled"
+    return choose("volume_block", impl, "volume_block", device_type, is_supported) == "compiled"
 
 
 def transformed_kernel(w: torch.Tensor) -> torch.Tensor:

@@ -234,9 +234,14 @@ class TimeEmbedder(nn.Module):
 
 
 def position_embedding(coords: torch.Tensor, channels: int) -> torch.Tensor:
-    """Embed coordinates [V, 3] as sines and cosines, [V, channels] float32.
+    """Embed coordinates as sines and cosines.
 
-    The order is: all sines of axis 1, all cosines of axis 1, then the same for axes 2 and 3, then zeros.
+    Args:
+        coords: coordinates [V, 3].
+        channels: number of channels of the embedding.
+
+    Returns: the embedding [V, channels] float32. The order of its channels is: all sines of axis 1, all
+        cosines of axis 1, then the same for axes 2 and 3, then zeros.
     """
     n_frequencies = channels // 3 // 2  # number of frequencies per axis; each has a sine and a cosine
     rates = 1 / MAX_PERIOD ** (
@@ -543,7 +548,14 @@ class SparseLayout:
 
 
 def _runs(x: torch.Tensor, groups: Groups) -> list[torch.Tensor]:
-    """Reorder rows [V, H, D] by groups, and split them into runs [groups, rows of a group, H, D]."""
+    """Reorder rows by groups, and split them into runs.
+
+    Args:
+        x: rows [V, H, D] in the order of the batch.
+        groups: groups of the rows.
+
+    Returns: a list of one tensor [groups, rows of a group, H, D] per run.
+    """
     ordered_rows = x if groups.order is None else x[groups.order]
     return [
         run_rows.unflatten(0, run)

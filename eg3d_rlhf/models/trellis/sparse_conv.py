@@ -9,8 +9,8 @@ x[u] are the features of voxel u (zero if it does not exist), y[u] the output, W
 i, j and k run from 0 to 2. This equals a dense cross-correlation, evaluated at the voxels. Weights have the
 layout of the library spconv.
 
-Shapes: N samples, V voxels, W voxels of the grid of half the resolution, A input channels, B output channels,
-P pairs of voxels that a tap connects, C channels.
+Shapes: N samples, V voxels, W voxels of the grid of half the resolution, input channels (number A), output
+channels (number B), P pairs of voxels that a tap connects, C channels.
 """
 
 import functools
