@@ -361,7 +361,8 @@ def squared(image: Image.Image, margin: float) -> Image.Image:
 
     The object is the box of all pixels with an opacity above 0.8. (l, t) is its first and (r, b) its last
     pixel. The square has the same centre and sides of 2 int(k / 2) pixels, where
-    k = int(margin max(r - l, b - t)). Its corners are rounded to the nearest pixel, and halves to the even one.
+    k = int(margin max(r - l, b - t)). Its corners are rounded to the nearest pixel, and halves
+    to the even one.
 
     Args:
         image: RGBA image.

@@ -137,8 +137,8 @@ def choose(
         op: name of the compiled library.
         device_type: kind of device, such as "cpu" or "cuda".
         is_supported: True if the compiled op supports these tensors (dtype, sizes, required gradients).
-        is_slower: True if the compiled op is slower than plain torch for these tensors, so that "auto" does not
-            choose it.
+        is_slower: True if the compiled op is slower than plain torch for these tensors, so that "auto" does
+            not choose it.
 
     Raises: ValueError for an unknown `impl`, and for "compiled" if it does not support these tensors or
         cannot be built.
