@@ -90,7 +90,7 @@ class MixtureConfig(blocks.ConditionedConfig):
         if self.groups.get(SHAPE) != (SHAPE,):
             raise ValueError(
                 f"MixtureConfig: there must be a latent {SHAPE!r} that forms a group alone, got the groups"
-                f" {', '.join(self.groups)}. Download the generator's file again."
+                f" {', '.join(map(repr, self.groups))}. Download the generator's file again."
             )
         if self.model_channels % self.heads or not self.qk_rms_norm:
             raise ValueError(
