@@ -384,7 +384,7 @@ def _read_config(
     except (ValueError, TypeError) as error:
         raise ValueError(
             f"{path}: this file does not contain the settings of a supported"
-            f" {model_type.replace('dino', 'DINO')}: {error}. Download the file again."
+            f" {model_type.replace('dino', 'DINO')}: {str(error).removesuffix('.')}. Download the file again."
         ) from None
 
 
