@@ -51,8 +51,10 @@ _warned: set[str] = set()  # reasons of failures that were printed already
 
 
 class BuildError(RuntimeError):
-    """Error of a compilation. The message gives the reason and, after a failed command, the path of the
-    log."""
+    """Error of a compilation.
+
+    The message gives the reason and, after a failed command, the path of the log.
+    """
 
 
 @dataclass(frozen=True)
@@ -65,8 +67,10 @@ class Recipe:
     commands: tuple[tuple[str, ...], ...]
 
     def folder(self) -> Path:
-        """Return the folder of the library and its log. Its name contains a hash of all inputs of the
-        library."""
+        """Return the folder of the library and its log.
+
+        Its name contains a hash of everything on which the library depends.
+        """
         # The paths of the checkout and of torch do not change the
         # library, so they are removed before hashing.
         source_folder = str(SOURCES)
@@ -85,7 +89,13 @@ class Recipe:
 
 
 def _digest(op: str, device_type: str, inputs: tuple) -> str:
-    """Compute a hash of an op's sources and of the other inputs of its library, as 16 hexadecimal digits."""
+    """Compute a hash of an op's sources and of the other inputs of its library, as 16 hexadecimal digits.
+
+    Args:
+        op: name of the op.
+        device_type: "cpu" or "cuda".
+        inputs: other values on which the library depends, such as flags and versions.
+    """
     digest = hashlib.sha256(repr(inputs).encode())
     # All headers are hashed, since an op may include any of them.
     for path in [
@@ -106,10 +116,10 @@ def prebuilt_folder() -> Path:
 
 
 def prebuilt_library(op: str, device_type: str) -> Path:
-    """Return the path at which setup.py stores the library of an op for the present sources, torch and
-    processor.
+    """Return the path at which setup.py stores the library of an op.
 
-    The file may not exist. No compiler is needed to compute the path.
+    The path depends on the present sources, torch and processor. The file may not exist. No compiler is
+    needed to compute the path.
     """
     inputs = (flags(device_type), torch.__version__, _processor())
     return prebuilt_folder() / f"{op}_{device_type}_{_digest(op, device_type, inputs)}.so"
@@ -136,9 +146,13 @@ def available(op: str, device_type: str) -> bool:
 
     On CUDA, the op must also pass its check on the current device. An op is built at most once per process.
     The function never raises an error; a failure causes a warning.
+
+    Args:
+        op: name of the op.
+        device_type: "cpu" or "cuda".
     """
-    key = (op, device_type)
-    is_loaded = _loaded[key] if key in _loaded else _load(*key)
+    op_key = (op, device_type)
+    is_loaded = _loaded[op_key] if op_key in _loaded else _load(*op_key)
     if is_loaded and device_type == "cuda":
         # Imported here: cuda_check imports the ops, which import this module.
         from torch_utils import cuda_check
@@ -151,15 +165,15 @@ def _load(op: str, device_type: str) -> bool:
     """Build and load a library. Returns True on success; otherwise prints one warning and returns False."""
     # The lock covers the build, too: other threads wait here, and other processes wait at the file lock.
     with _PROCESS_LOCK:
-        key = (op, device_type)
+        op_key = (op, device_type)
         # Another thread may have loaded the library while this thread waited for the lock.
-        if key in _loaded:
-            return _loaded[key]
-        _loaded[key] = False
+        if op_key in _loaded:
+            return _loaded[op_key]
+        _loaded[op_key] = False
         if not switched_off() and device_type in SUFFIX and op in ops(device_type):
             try:
                 torch.ops.load_library(str(build(op, device_type)))
-                _loaded[key] = True
+                _loaded[op_key] = True
             except (BuildError, OSError) as error:
                 # torch's own exception hides the loader's message.
                 reason = str(error if isinstance(error, BuildError) else error.__cause__ or error)
@@ -170,7 +184,7 @@ def _load(op: str, device_type: str) -> bool:
                         f"op {op} ({device_type}): plain torch is used, which is slower. {reason}",
                         stacklevel=4,  # the line that called the op
                     )
-        return _loaded[key]
+        return _loaded[op_key]
 
 
 def compiler(device_type: str) -> str:
@@ -178,22 +192,22 @@ def compiler(device_type: str) -> str:
 
     Raises: BuildError if there is none.
     """
-    variable, names, description = COMPILERS[device_type]
+    variable, candidates, description = COMPILERS[device_type]
     selected_name = os.environ.get(variable)
     # A compiler that the user selected is not replaced by another one.
-    for name in (selected_name,) if selected_name else names:
-        if shutil.which(name):
-            return name
+    for candidate in (selected_name,) if selected_name else candidates:
+        if shutil.which(candidate):
+            return candidate
     missing_compiler = f"{variable}={selected_name}" if selected_name else description
     raise BuildError(f"{missing_compiler} was not found. Install it, or select a compiler with ${variable}.")
 
 
 def flags(device_type: str) -> list[str]:
     """Return the compiler flags for a device type, without the paths of sources and headers."""
-    common = ["-std=c++20", f"-DTORCH_TARGET_VERSION={STABLE_ABI}"]
+    common_flags = ["-std=c++20", f"-DTORCH_TARGET_VERSION={STABLE_ABI}"]
     if device_type == "cpu":
         # The clang of macOS has no OpenMP.
-        native = [] if platform.system() == "Darwin" else ["-march=native", "-fopenmp"]
+        native_flags = [] if platform.system() == "Darwin" else ["-march=native", "-fopenmp"]
         # The two math flags switch off errno and floating-point traps. They do not change results.
         return [
             "-O3",
@@ -202,45 +216,77 @@ def flags(device_type: str) -> list[str]:
             "-fno-trapping-math",
             "-Wall",
             "-Wno-unknown-pragmas",
-            *native,
-            *common,
+            *native_flags,
+            *common_flags,
         ]
-    targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in CUDA_TARGETS]
+    target_flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in CUDA_TARGETS]
     # Also PTX code, which the driver of a newer GPU compiles when the library is loaded.
-    targets.append(f"-gencode=arch=compute_{CUDA_TARGETS[-1]},code=compute_{CUDA_TARGETS[-1]}")
-    return ["-O3", "-Xcompiler", "-fPIC", "--expt-relaxed-constexpr", "-DUSE_CUDA", *targets, *common]
+    target_flags.append(f"-gencode=arch=compute_{CUDA_TARGETS[-1]},code=compute_{CUDA_TARGETS[-1]}")
+    return [
+        "-O3",
+        "-Xcompiler",
+        "-fPIC",
+        "--expt-relaxed-constexpr",
+        "-DUSE_CUDA",
+        *target_flags,
+        *common_flags,
+    ]
 
 
 def recipe(op: str, device_type: str) -> Recipe:
     """Return the commands that compile the library of an op.
 
+    Args:
+        op: name of the op.
+        device_type: "cpu" or "cuda".
+
     Raises: BuildError if this machine has no compiler for the device type.
     """
-    include = Path(torch.__file__).parent / "include"
-    headers = [f"-I{include}", f"-I{include}/torch/csrc/api/include", f"-I{SOURCES}"]
-    source = str(SOURCES / (op + SUFFIX[device_type]))
+    include_folder = Path(torch.__file__).parent / "include"
+    header_flags = [f"-I{include_folder}", f"-I{include_folder}/torch/csrc/api/include", f"-I{SOURCES}"]
+    source_path = str(SOURCES / (op + SUFFIX[device_type]))
     # The library is linked against torch, but not against Python: the stable ABI does not need it.
-    torch_libraries = [f"-L{include.parent / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
+    torch_libraries = [f"-L{include_folder.parent / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
     cxx = compiler("cpu")
     if device_type == "cpu":
-        linking = ["-shared", *(["-undefined", "dynamic_lookup"] if platform.system() == "Darwin" else [])]
+        linking_flags = [
+            "-shared",
+            *(["-undefined", "dynamic_lookup"] if platform.system() == "Darwin" else []),
+        ]
         return Recipe(
             op,
             device_type,
-            ((cxx, *linking, *flags("cpu"), *headers, source, "-o", "{out}", *torch_libraries),),
+            (
+                (
+                    cxx,
+                    *linking_flags,
+                    *flags("cpu"),
+                    *header_flags,
+                    source_path,
+                    "-o",
+                    "{out}",
+                    *torch_libraries,
+                ),
+            ),
         )
     nvcc = compiler("cuda")
-    compile_command = (nvcc, *flags("cuda"), *headers, "-c", source, "-o", "{obj}")
+    compile_command = (nvcc, *flags("cuda"), *header_flags, "-c", source_path, "-o", "{obj}")
     # nvcc lies in the folder bin of the toolkit.
     toolkit = Path(shutil.which(nvcc) or nvcc).resolve().parents[1]
-    roots = [Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)] + [
+    toolkit_folders = [
+        Path(os.environ[variable]) for variable in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(variable)
+    ] + [
         toolkit,
         Path("/usr/local/cuda"),
     ]
     # CUDA's runtime is linked statically, so that the machine that loads the library needs no toolkit. One of
     # these folders has libcudart_static.a.
-    folders = [root / sub for root in roots for sub in ("lib64", "lib", "targets/x86_64-linux/lib")]
-    libraries = [f"-L{folder}" for folder in folders if folder.is_dir()]
+    library_folders = [
+        root / subfolder
+        for root in toolkit_folders
+        for subfolder in ("lib64", "lib", "targets/x86_64-linux/lib")
+    ]
+    libraries = [f"-L{folder}" for folder in library_folders if folder.is_dir()]
     link_command = (
         cxx,
         "-shared",
@@ -258,11 +304,15 @@ def recipe(op: str, device_type: str) -> Recipe:
 
 
 def build(op: str, device_type: str) -> Path:
-    """Return the path of the library of an op: the one that setup.py compiled, or the one in the cache.
+    """Return the path of the library of an op, which is compiled if necessary.
 
-    The library in the cache is compiled if necessary.
+    It is the library that setup.py compiled or, if there is none, the library in the cache.
 
-    Raises: BuildError if this is not possible.
+    Args:
+        op: name of the op.
+        device_type: "cpu" or "cuda".
+
+    Raises: BuildError if the library cannot be compiled.
     """
     # The library of setup.py is searched first, because this needs no compiler: the hash of the cache
     # contains the version of the compiler.
@@ -270,23 +320,23 @@ def build(op: str, device_type: str) -> Path:
         return prebuilt_library(op, device_type)
     build_recipe = recipe(op, device_type)
     folder = build_recipe.folder()
-    library = folder / f"{op}.so"
-    log = folder / "build.log"
-    if library.exists():
-        return library
+    library_path = folder / f"{op}.so"
+    log_path = folder / "build.log"
+    if library_path.exists():
+        return library_path
     try:
         folder.mkdir(parents=True, exist_ok=True)
         # A lock of the operating system, which is released when its process dies.
         with FileLock(folder / "lock"):
-            if library.exists():  # another process has built it meanwhile
-                return library
+            if library_path.exists():  # another process has built it meanwhile
+                return library_path
             # The library is built under another name and renamed at the end, so that a library with the final
             # name is always complete.
             temporary_names = {"{out}": "building.so", "{obj}": "building.o"}
-            with open(log, "w") as output:
-                for words in build_recipe.commands:
-                    command = [temporary_names.get(word, word) for word in words]
-                    print("$", shlex.join(command), file=output, flush=True)
+            with open(log_path, "w") as log_file:
+                for command_template in build_recipe.commands:
+                    command = [temporary_names.get(word, word) for word in command_template]
+                    print("$", shlex.join(command), file=log_file, flush=True)
                     process = subprocess.run(
                         command,
                         cwd=folder,
@@ -298,14 +348,14 @@ def build(op: str, device_type: str) -> Path:
                     if process.returncode and os.strerror(errno.ENOSPC) in process.stderr:
                         # On a full disk the log could not be written either, so the error is raised directly.
                         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                    print(process.stdout + process.stderr, file=output, flush=True)
+                    print(process.stdout + process.stderr, file=log_file, flush=True)
                     if process.returncode:
-                        raise BuildError(f"The build failed. See {log}.")
-            os.replace(folder / "building.so", library)  # atomic
+                        raise BuildError(f"The build failed. See {log_path}.")
+            os.replace(folder / "building.so", library_path)  # atomic
     except OSError as error:
         remedy = "Free space, or set EG3D_RLHF_CACHE to a folder that is writable."
         raise BuildError(f"{cache_dir()}: {error.strerror or error}. {remedy}") from error
-    return library
+    return library_path
 
 
 @functools.cache
@@ -321,12 +371,20 @@ def _compiler_version(compiler: str) -> str:
 def _processor() -> str:
     """Return the name and the features of the processor, on which code with -march=native depends."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpuinfo_lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor() or platform.machine()
     # A line is "key<tab>: value". The file repeats the same lines for every core, so they are put into a set.
-    keys = ("model name", "flags", "Features")
-    return "\n".join(sorted({line for line in lines if line.split("\t")[0].strip() in keys}))
+    hashed_keys = ("model name", "flags", "Features")
+    return "\n".join(
+        sorted(
+            {
+                cpuinfo_line
+                for cpuinfo_line in cpuinfo_lines
+                if cpuinfo_line.split("\t")[0].strip() in hashed_keys
+            }
+        )
+    )
 
 
 def main() -> int:
@@ -335,16 +393,16 @@ def main() -> int:
     Returns: the exit status, 1 if a build failed or there is no C++ compiler, and 0 otherwise. A missing nvcc
         is no failure.
     """
-    failed = 0
-    for device_type, op in [(kind, name) for kind in SUFFIX for name in ops(kind)]:
+    has_failed = 0
+    for device_type, op in [(source_type, op_name) for source_type in SUFFIX for op_name in ops(source_type)]:
         try:
             outcome = str(build(op, device_type))
         except BuildError as error:
             is_compiler_missing = "was not found" in str(error)  # the text of `compiler`
-            failed |= not is_compiler_missing or device_type == "cpu"
+            has_failed |= not is_compiler_missing or device_type == "cpu"
             outcome = f"{'not built' if is_compiler_missing else 'FAILED'}: {error}"
         print(f"{op:20s} {device_type:5s} {outcome}", flush=True)
-    return int(failed)
+    return int(has_failed)
 
 
 if __name__ == "__main__":

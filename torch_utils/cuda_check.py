@@ -47,23 +47,29 @@ def passes(op: str, device: torch.device) -> bool:
     device = torch.device(device)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
-    key = op, device
+    check_key = op, device
     # During tracing and capture, results of ops cannot be read. Nothing is
     # stored here, so that a later call can run the check.
-    if key not in _results and (
+    if check_key not in _results and (
         torch.compiler.is_compiling() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
     ):
         return False
-    if key not in _results:
+    if check_key not in _results:
         with _lock:
             # Another thread may have run the check while this thread waited.
-            if key not in _results:
-                _results[key] = _try(op, CHECKS[op], device)
-    return _results[key]
+            if check_key not in _results:
+                _results[check_key] = _try(op, CHECKS[op], device)
+    return _results[check_key]
 
 
 def _try(op: str, check: Check, device: torch.device) -> bool:
-    """Run a check. Returns True if the op passes; otherwise prints a warning and returns False."""
+    """Run a check. Returns True if the op passes; otherwise prints a warning and returns False.
+
+    Args:
+        op: name of the op, for the warning.
+        check: function that yields pairs of results of the op and of plain torch.
+        device: device of the check.
+    """
     try:
         # The modes of the caller must not apply to the check: inference
         # mode and no_grad would switch off gradients.
@@ -94,6 +100,10 @@ def _difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """Return the largest difference relative to the largest expected value.
 
     It is infinite if the shapes differ or a value is NaN.
+
+    Args:
+        actual: result of the op.
+        expected: result of plain torch.
     """
     if actual.shape != expected.shape:
         return float("inf")
@@ -113,8 +123,8 @@ def _numbers(device: torch.device, *shape: int, scale: float = 1.0, seed: int = 
     """
     # The sine of a growing phase is the same on every machine, and does not use torch's random generators.
     indices = torch.arange(torch.Size(shape).numel(), dtype=torch.float64)
-    values = scale * torch.sin(indices**1.5 * 12.9898 + 78.233 * (seed + 1))
-    return values.float().reshape(shape).to(device)
+    wave_values = scale * torch.sin(indices**1.5 * 12.9898 + 78.233 * (seed + 1))
+    return wave_values.float().reshape(shape).to(device)
 
 
 def _with_gradients(
@@ -122,7 +132,7 @@ def _with_gradients(
     backward: Callable,
     reference: Callable,
     inputs: Sequence[torch.Tensor],
-    learned: Sequence[int],
+    differentiable: Sequence[int],
     device: torch.device,
 ) -> Iterator[Pair]:
     """Yield each output and each gradient of an op together with the value of plain torch in float64.
@@ -130,22 +140,22 @@ def _with_gradients(
     Args:
         compiled: function of the inputs that calls the compiled op and returns its outputs.
         backward: function of the cotangents and the inputs that returns the gradients of the inputs in
-            `learned`. A cotangent is the gradient of a loss with respect to an output.
+            `differentiable`. A cotangent is the gradient of a loss with respect to an output.
         reference: function of the inputs that computes the same outputs in plain torch.
         inputs: float32 tensors.
-        learned: indices of the inputs that have gradients.
+        differentiable: indices of the inputs that have gradients.
         device: device of the cotangents.
     """
-    outputs = compiled(*inputs)
+    actual_outputs = compiled(*inputs)
     # The reference is computed in float64 on the same device, so its rounding error is negligible.
-    doubles = [t.double().requires_grad_(i in learned) for i, t in enumerate(inputs)]
-    expected = reference(*doubles)
+    doubles = [t.double().requires_grad_(i in differentiable) for i, t in enumerate(inputs)]
+    expected_outputs = reference(*doubles)
     # With cotangents of 1, an op that permutes the entries of a gradient could pass.
-    cotangents = [_numbers(device, *t.shape, seed=50 + i) for i, t in enumerate(outputs)]
+    cotangents = [_numbers(device, *t.shape, seed=50 + i) for i, t in enumerate(actual_outputs)]
     expected_grads = torch.autograd.grad(
-        expected, [doubles[i] for i in learned], [c.double() for c in cotangents]
+        expected_outputs, [doubles[i] for i in differentiable], [c.double() for c in cotangents]
     )
-    yield from zip(outputs, (t.detach() for t in expected), strict=True)
+    yield from zip(actual_outputs, (t.detach() for t in expected_outputs), strict=True)
     yield from zip(backward(*cotangents, *inputs), expected_grads, strict=True)
 
 
@@ -154,14 +164,14 @@ def _slab_density(device: torch.device) -> Iterator[Pair]:
     # The sizes are no multiples of the kernel's tiles, so that incomplete tiles occur.
     shape = (9, 35, 34)
     units = 5  # J
-    sizes = (
+    input_shapes = (
         (shape[0], units, shape[1]),  # xy
         (shape[0], units, shape[2]),  # xz
         (units, shape[1], shape[2]),  # yz
         (units,),  # w
         (),  # b
     )
-    inputs = [_numbers(device, *size, scale=3.0, seed=i) for i, size in enumerate(sizes)]
+    inputs = [_numbers(device, *input_shape, scale=3.0, seed=i) for i, input_shape in enumerate(input_shapes)]
 
     def backward(grad, xy, xz, yz, w, b):
         grad_w, *maps = _ops.slab_density_backward(grad, xy, xz, yz, w)
@@ -181,7 +191,7 @@ def _triplane_decode(device: torch.device) -> Iterator[Pair]:
     units = 18  # J, no multiple of the 32 threads of a warp
     # With colours and without colours, which the kernel computes in different branches
     for channels, colours in ((32, 32), (16, 0)):
-        sizes = (
+        input_shapes = (
             (2, 3, 7, 9, channels),  # planes, neither square nor of a power of two
             (2, 150, 3),  # points, some of them outside the box
             (units, channels),  # w0
@@ -189,18 +199,20 @@ def _triplane_decode(device: torch.device) -> Iterator[Pair]:
             (1 + colours, units),  # w1
             (1 + colours,),  # b1
         )
-        inputs = [_numbers(device, *size, scale=1.1, seed=i) for i, size in enumerate(sizes)]
+        inputs = [
+            _numbers(device, *input_shape, scale=1.1, seed=i) for i, input_shape in enumerate(input_shapes)
+        ]
         axes = [axis for pair in pairs for axis in pair]
 
-        def compiled(planes, *rest):
+        def compiled(planes, *other_inputs):
             # Without colours the first output is empty, and there is nothing to compare.
-            return _ops.triplane_decode(planes, axes, *rest)[0 if colours else 1 :]  # noqa: B023
+            return _ops.triplane_decode(planes, axes, *other_inputs)[0 if colours else 1 :]  # noqa: B023
 
         def backward(*tensors):
             *cotangents, planes, points, w0, b0, w1, b1 = tensors
             grad_features = cotangents[0] if colours else points.new_empty(2, 150, 0)  # noqa: B023
-            read = (planes, axes, points, w0, b0, w1, b1)  # noqa: B023
-            return _ops.triplane_decode_backward(grad_features, cotangents[-1], *read)
+            op_arguments = (planes, axes, points, w0, b0, w1, b1)  # noqa: B023
+            return _ops.triplane_decode_backward(grad_features, cotangents[-1], *op_arguments)
 
         def reference(planes, points, *weights):
             return _decode_torch(planes, pairs, points, *weights)[0 if colours else 1 :]  # noqa: B023
@@ -236,45 +248,53 @@ def _ray_march(device: torch.device) -> Iterator[Pair]:
 def _bias_act(device: torch.device) -> Iterator[Pair]:
     """Yield pairs of results of bias_act and its gradients, and of their formulas."""
     x = _numbers(device, 3, 5, 7, 11, scale=3.0)
-    v = _numbers(device, 3, 5, 7, 11, seed=1)
+    cotangent = _numbers(device, 3, 5, 7, 11, seed=1)
     b = _numbers(device, 5, seed=2)
     # The kernel computes indices differently for the two memory layouts.
     for layout in (torch.contiguous_format, torch.channels_last):
         x = x.contiguous(memory_format=layout)
-        v = v.contiguous(memory_format=layout)
-        for act, name in enumerate(activation_funcs):
-            settings = (1, act, 0.3, 1.5, 2.0)  # dim, act, alpha, gain, clamp
-            out = _ops.bias_act(x, b, *settings)
-            yield out, bias_act_ref(x.double(), b.double(), 1, activation_funcs[name], *settings[2:])
+        cotangent = cotangent.contiguous(memory_format=layout)
+        for act, activation_name in enumerate(activation_funcs):
+            op_settings = (1, act, 0.3, 1.5, 2.0)  # dim, act, alpha, gain, clamp
+            activated = _ops.bias_act(x, b, *op_settings)
+            yield (
+                activated,
+                bias_act_ref(x.double(), b.double(), 1, activation_funcs[activation_name], *op_settings[2:]),
+            )
             # Only these three activations have compiled gradients. The other gradients are computed by torch.
-            if name in ("linear", "relu", "lrelu"):
-                negative_slope = {"linear": 1.0, "relu": 0.0, "lrelu": 0.3}[name]
+            if activation_name in ("linear", "relu", "lrelu"):
+                negative_slope = {"linear": 1.0, "relu": 0.0, "lrelu": 0.3}[activation_name]
                 # gain * slope of the activation, and 0 for clamped outputs
-                slope = 1.5 * torch.where(out > 0, 1.0, negative_slope).double() * (out.abs() < 2.0)
+                slope = (
+                    1.5 * torch.where(activated > 0, 1.0, negative_slope).double() * (activated.abs() < 2.0)
+                )
                 yield from zip(
-                    _ops.bias_act_backward(v, out, *settings, True),
-                    (slope * v, (slope * v).sum((0, 2, 3))),
+                    _ops.bias_act_backward(cotangent, activated, *op_settings, True),
+                    (slope * cotangent, (slope * cotangent).sum((0, 2, 3))),
                     strict=True,
                 )
-                yield _ops.bias_act_slope(v, b, out, *settings), slope * (v + b[:, None, None])
+                yield (
+                    _ops.bias_act_slope(cotangent, b, activated, *op_settings),
+                    slope * (cotangent + b[:, None, None]),
+                )
 
 
 def _upfirdn2d(device: torch.device) -> Iterator[Pair]:
     """Yield pairs of results of upfirdn2d and of its definition."""
     x = _numbers(device, 2, 3, 37, 41)
     taps_2d = _numbers(device, 4, 3, seed=1)  # not symmetric
-    taps_1d = _numbers(device, 7, seed=2)  # applied along both axes
+    taps_1d = _numbers(device, 7, seed=2)  # applied along rows and columns
     for image in (x, x.contiguous(memory_format=torch.channels_last)):
         for f in (taps_2d, taps_1d):
             for up, down, pad in (
                 (1, 1, (1, 2, 1, 2)),  # filter
                 (2, 1, (2, 5, 2, 1)),  # upsample
                 (1, 2, (3, 1, 1, 1)),  # downsample
-                (3, 2, (4, -1, 0, 6)),  # both, with a border that is cropped
+                (3, 2, (4, -1, 0, 6)),  # upsample and downsample, with a border that is cropped
             ):
-                sizes = ((up, up), (down, down), pad)
-                actual = _ops.upfirdn2d(image, f, *(list(size) for size in sizes), False, 1.5)
-                yield actual, upfirdn2d_ref(image.double(), f.double(), *sizes, False, 1.5)
+                resampling = ((up, up), (down, down), pad)
+                actual = _ops.upfirdn2d(image, f, *(list(factors) for factors in resampling), False, 1.5)
+                yield actual, upfirdn2d_ref(image.double(), f.double(), *resampling, False, 1.5)
 
 
 CHECKS: dict[str, Check] = {

@@ -1,5 +1,4 @@
-"""Collect named training statistics (number, mean, standard deviation), which can be summed over
-processes."""
+"""Collect training statistics by name: number, mean and standard deviation, summed over processes."""
 
 import math
 from collections.abc import Callable
@@ -24,10 +23,15 @@ class Collector:
     def __init__(self):
         self._moments: dict[str, torch.Tensor] = {}  # by name: [count, sum, sum of squares], float64
 
-    def report(self, name: str, value: torch.Tensor | float) -> None:
-        """Add a number, or all elements of a tensor, to the statistics of a name."""
+    def report(self, name: str, reported: torch.Tensor | float) -> None:
+        """Add a number, or all elements of a tensor, to the statistics of a name.
+
+        Args:
+            name: name of the statistic.
+            reported: number or tensor.
+        """
         # A sum of squares of many values would be too inaccurate in float32.
-        x = torch.as_tensor(value, dtype=torch.float64).detach().flatten().cpu()
+        x = torch.as_tensor(reported, dtype=torch.float64).detach().flatten().cpu()
         # Sums can be added over calls and over processes, means cannot.
         moments = torch.stack(
             [torch.tensor(float(x.numel()), dtype=torch.float64), x.sum(), x.square().sum()]
@@ -44,8 +48,8 @@ class Collector:
         if name not in self._moments:
             return None
         moments = self._moments[name].clone()  # a copy, since `over` may work in place
-        count, total, _ = (moments if over is None else over(moments)).tolist()
-        return total / count
+        value_count, value_sum, _ = (moments if over is None else over(moments)).tolist()
+        return value_sum / value_count
 
     def flush(self, over: Total | None = None) -> dict[str, dict[str, float]]:
         """Return the statistics by name, in alphabetical order, and empty the collector.
@@ -56,7 +60,7 @@ class Collector:
 
         Returns: by name, 'num' (number of values), 'mean' and 'std' (standard deviation).
         """
-        out = {}
+        statistics_by_name = {}
         # Sorted, so that row i of the tensor [names, 3] belongs to the same name in all processes.
         names = sorted(self._moments)
         moments = (
@@ -66,21 +70,23 @@ class Collector:
         )
         if over is not None and names:
             moments = over(moments)
-        for name, (count, total, squares) in zip(names, moments.tolist(), strict=True):
-            mean = total / max(count, 1)
-            out[name] = {
-                "num": int(count),
+        for name, (value_count, value_sum, squares) in zip(names, moments.tolist(), strict=True):
+            mean = value_sum / max(value_count, 1)
+            statistics_by_name[name] = {
+                "num": int(value_count),
                 "mean": mean,
                 # Rounding can make the variance of nearly equal values slightly negative.
-                "std": math.sqrt(max(squares / max(count, 1) - mean**2, 0.0)),
+                "std": math.sqrt(max(squares / max(value_count, 1) - mean**2, 0.0)),
             }
         self._moments.clear()
-        return out
+        return statistics_by_name
 
     def state(self) -> dict[str, list[float]]:
         """Return the sums since the last `flush` as JSON values, for a checkpoint."""
         return {name: moments.tolist() for name, moments in self._moments.items()}
 
-    def restore(self, state: dict[str, list[float]]) -> None:
-        """Replace the sums by those that `state` returned."""
-        self._moments = {name: torch.tensor(moments, dtype=torch.float64) for name, moments in state.items()}
+    def restore(self, saved_sums: dict[str, list[float]]) -> None:
+        """Replace the sums by those that `saved_sums` returned."""
+        self._moments = {
+            name: torch.tensor(moments, dtype=torch.float64) for name, moments in saved_sums.items()
+        }

@@ -4,9 +4,9 @@ The formulas take features of any network; features.py loads the networks. FID i
 al. 2017, "GANs trained by a two time-scale update rule", eq. 6. KID as published (Bińkowski, Sutherland,
 Arbel and Gretton 2018, "Demystifying MMD GANs") averages over random subsets of 1000 images. Subsets keep the
 Gram matrices small, and the standard deviation between subsets shows how much the estimate varies.
+
 Shapes: N and M numbers of samples, F feature dimensions, S subset size, r rank of a covariance. All
-    arithmetic
-is done by numpy in float64.
+arithmetic is done by numpy in float64.
 """
 
 from collections.abc import Iterable, Iterator
@@ -135,18 +135,18 @@ class FeatureStatistics:
                 f" {self.dim}]. Compute all batches with the same network."
             )
         if len(batch):
-            count = len(batch)
+            batch_count = len(batch)
             mean = batch.mean(axis=0)
-            total = self.count + count
+            total_count = self.count + batch_count
             # Difference between the mean of the batch and the mean of all earlier batches
             delta = mean - self._mean
             self._scatter = (
                 self._scatter
                 + (batch - mean).T @ (batch - mean)
-                + np.outer(delta, delta) * (self.count * count / total)
+                + np.outer(delta, delta) * (self.count * batch_count / total_count)
             )
-            self._mean = self._mean + delta * (count / total)
-            self.count = total
+            self._mean = self._mean + delta * (batch_count / total_count)
+            self.count = total_count
         return self
 
     def moments(self) -> tuple[np.ndarray, np.ndarray]:
@@ -227,7 +227,7 @@ def collect(network: FeatureNetwork, batches: Iterable[Tensor]) -> tuple[Feature
 
 
 def draw_subsets(
-    n: int, m: int, subsets: int = SUBSETS, size: int = SUBSET_SIZE, seed: int = 0
+    n: int, m: int, subsets: int = SUBSETS, max_subset_size: int = SUBSET_SIZE, seed: int = 0
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield random subsets of two sets, as pairs of index arrays ([S], [S]) with S = min(size, n, m).
 
@@ -237,14 +237,14 @@ def draw_subsets(
         n: number of samples of the first set.
         m: number of samples of the second set.
         subsets: number of pairs to yield.
-        size: largest number of samples in a subset.
+        max_subset_size: largest number of samples in a subset.
         seed: random seed; the same seed gives the same subsets.
     """
     # A separate random stream: numpy's global one would make the result depend on earlier calls.
-    random = np.random.RandomState(seed)
-    subset_size = min(size, n, m)
+    rng = np.random.RandomState(seed)
+    subset_size = min(max_subset_size, n, m)
     for _ in range(subsets):
-        yield random.choice(n, subset_size, replace=False), random.choice(m, subset_size, replace=False)
+        yield rng.choice(n, subset_size, replace=False), rng.choice(m, subset_size, replace=False)
 
 
 def kernel_inception_distance(
@@ -270,7 +270,7 @@ def kernel_inception_distance(
     subsets = list(
         draw_subsets(len(features_1), len(features_2), SUBSETS, SUBSET_SIZE, seed) if draws is None else draws
     )
-    values = [
+    subset_distances = [
         kernel_distance(features_1[indices_1], features_2[indices_2]) for indices_1, indices_2 in subsets
     ]
-    return float(np.mean(values)), float(np.std(values))
+    return float(np.mean(subset_distances)), float(np.std(subset_distances))

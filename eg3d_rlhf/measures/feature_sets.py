@@ -5,11 +5,12 @@
   its items. The radius of a ball is the distance to the item's k-th neighbour in the same set (eq. 1).
   Precision is the share of fakes inside the manifold of the reals. Recall is the share of reals inside the
   manifold of the fakes (eq. 2). Both depend on the sizes of the sets, so compare only values of equal sizes.
-- Separability (Schilling 1986): share of nearest neighbours that belong to an item's own set, after both sets
-  are pooled. A permutation test exchanges the two items of a pair and never items of different pairs.
+- Separability (Schilling 1986): share of nearest neighbours that belong to an item's own set, after the two
+  sets are pooled. A permutation test exchanges the two items of a pair and never items of different pairs.
 
 Fakes are features of generated images, reals are features of images of a dataset. Distances come from one
 matrix product (scipy's cdist takes eight times as long at 2048 features).
+
 Shapes: N items, fakes or pairs, M reals, F features, K neighbours, B permutations. In the private functions
 that compare points with a second set, A is the number of points and B is the size of that second set.
 """
@@ -86,20 +87,20 @@ def pairwise_ratio(
     if min(mean_after, leave_one_out_after.min()) <= 0:
         # All items are equal after the change. The ratio 0 has no logarithm, so the interval starts at 0.
         return MeanInterval(mean_after / mean_before, 0.0, mean_after / mean_before)
-    logarithm = _interval(
+    log_interval = _interval(
         np.log(mean_after / mean_before), np.log(leave_one_out_after / leave_one_out_before), confidence
     )
     # Back from the logarithm: mean, lower end and upper end
-    return MeanInterval(*(float(np.exp(value)) for value in logarithm))
+    return MeanInterval(*(float(np.exp(log_value)) for log_value in log_interval))
 
 
 def _leave_one_out(distances: np.ndarray) -> tuple[float, np.ndarray]:
     """Return the mean of distances [N, N] over pairs, and the means [N] of which each leaves out one item."""
     n = len(distances)
-    sums = distances.sum(axis=1)
-    total = sums.sum()  # counts each pair twice
+    row_sums = distances.sum(axis=1)
+    distance_sum = row_sums.sum()  # counts each pair twice
     # An item contributes its row and its column to the total. N - 1 items have (N - 1)(N - 2) ordered pairs.
-    return float(total / (n * (n - 1))), (total - 2 * sums) / ((n - 1) * (n - 2))
+    return float(distance_sum / (n * (n - 1))), (distance_sum - 2 * row_sums) / ((n - 1) * (n - 2))
 
 
 def _interval(estimate: float, leave_one_out: np.ndarray, confidence: float) -> MeanInterval:
@@ -133,9 +134,10 @@ class PrecisionRecall:
         The intervals describe the random choice of the items that are tested. They treat both manifolds as
         fixed, although other items would also give balls of other radii.
         """
-        sets = {"precision": self.fake_inside, "recall": self.real_inside}
+        masks_by_name = {"precision": self.fake_inside, "recall": self.real_inside}
         return {
-            name: wilson_interval(int(inside.sum()), len(inside), confidence) for name, inside in sets.items()
+            set_name: wilson_interval(int(is_inside.sum()), len(is_inside), confidence)
+            for set_name, is_inside in masks_by_name.items()
         }
 
 
@@ -179,29 +181,37 @@ def _squared_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def neighbour_radii(x: np.ndarray, k: int = MANIFOLD_NEIGHBOURS) -> np.ndarray:
-    """Return the squared distance [N] of each item of x [N, F] to its k-th nearest other item."""
-    radii = np.empty(len(x))
-    step = max(1, _BLOCK_CELLS // len(x))
-    for start in range(0, len(x), step):
-        rows = np.arange(start, min(start + step, len(x)))
-        distances = _squared_distances(x[rows], x)
-        distances[np.arange(len(rows)), rows] = np.inf  # an item is not its own neighbour
-        radii[rows] = np.partition(distances, k - 1, axis=1)[:, k - 1]
-    return radii
+    """Return the squared distance [N] of each item of x [N, F] to its k-th nearest other item in x."""
+    squared_radii = np.empty(len(x))
+    block_size = max(1, _BLOCK_CELLS // len(x))
+    for block_start in range(0, len(x), block_size):
+        block_rows = np.arange(block_start, min(block_start + block_size, len(x)))
+        squared_distances = _squared_distances(x[block_rows], x)
+        squared_distances[np.arange(len(block_rows)), block_rows] = np.inf  # an item is not its own neighbour
+        squared_radii[block_rows] = np.partition(squared_distances, k - 1, axis=1)[:, k - 1]
+    return squared_radii
 
 
 def _inside(points: np.ndarray, manifold: np.ndarray, k: int) -> np.ndarray:
-    """Return bool [A]: True for each point [A, F] that lies in a ball of the manifold of items [B, F]."""
-    radii = neighbour_radii(manifold, k)
-    inside = np.zeros(len(points), dtype=bool)
-    step = max(1, _BLOCK_CELLS // len(manifold))
+    """Return bool [A]: True for each point [A, F] that lies in a ball of the manifold of items [B, F].
+
+    Args:
+        points: features [A, F] of the points.
+        manifold: features [B, F] of the items around which the balls lie.
+        k: number of neighbours from which the radii of the balls are computed.
+    """
+    squared_radii = neighbour_radii(manifold, k)
+    is_inside = np.zeros(len(points), dtype=bool)
+    block_size = max(1, _BLOCK_CELLS // len(manifold))
     # The expanded square |a|^2 + |b|^2 - 2 a.b is rounded. Without the slack, a point at the edge of a ball
     # could be counted as outside.
     slack = 1e-12 * float((manifold**2).sum(axis=1).max(initial=0.0))
-    for start in range(0, len(points), step):
-        rows = slice(start, start + step)
-        inside[rows] = (_squared_distances(points[rows], manifold) <= radii + slack).any(axis=1)
-    return inside
+    for block_start in range(0, len(points), block_size):
+        block_rows = slice(block_start, block_start + block_size)
+        is_inside[block_rows] = (
+            _squared_distances(points[block_rows], manifold) <= squared_radii + slack
+        ).any(axis=1)
+    return is_inside
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -219,7 +229,7 @@ class Separability:
         return {**asdict(self), "chance": self.chance.tolist()}
 
 
-def neighbours(pooled: np.ndarray, k: int) -> np.ndarray:
+def neighbours(pooled_features: np.ndarray, k: int) -> np.ndarray:
     """Return the indices [2N, K] of the k nearest neighbours of each item.
 
     Items i and i + N are partners, which share a latent. They never count as neighbours of each other:
@@ -227,18 +237,21 @@ def neighbours(pooled: np.ndarray, k: int) -> np.ndarray:
     one half.
 
     Args:
-        pooled: features [2N, F], first those of one set, then those of the other set in the same order.
+        pooled_features: features [2N, F], first those of one set, then those of the other set in the same
+            order.
         k: number of neighbours K of each item.
     """
-    n = len(pooled) // 2
-    centred = pooled - pooled.mean(axis=0)
+    n = len(pooled_features) // 2
+    centred = pooled_features - pooled_features.mean(axis=0)
     squares = (centred**2).sum(axis=1)
-    distance = squares[:, None] + squares - 2 * centred @ centred.T
-    rows = np.arange(2 * n)
+    squared_distances = squares[:, None] + squares - 2 * centred @ centred.T
+    item_indices = np.arange(2 * n)
     # Exclude the item itself and its partner.
-    distance[rows, rows] = distance[rows, (rows + n) % (2 * n)] = np.inf
+    squared_distances[item_indices, item_indices] = squared_distances[
+        item_indices, (item_indices + n) % (2 * n)
+    ] = np.inf
     # A stable sort makes the choice among equal distances the same on every machine.
-    return np.argsort(distance, axis=1, kind="stable")[:, :k]
+    return np.argsort(squared_distances, axis=1, kind="stable")[:, :k]
 
 
 def paired_separability(
@@ -272,11 +285,11 @@ def paired_separability(
     labels = np.concatenate([swaps, 1 - swaps], axis=1)  # [B + 1, 2N]
     # In blocks of permutations, because all compared labels [B + 1, 2N, K] take too much memory. The double
     # negation rounds the number of blocks up.
-    step = max(1, _BLOCK_LABELS // neighbour_indices.size)
+    block_size = max(1, _BLOCK_LABELS // neighbour_indices.size)
     shares = np.concatenate(
         [
             (label_block[:, neighbour_indices] == label_block[:, :, None]).mean(axis=(1, 2))
-            for label_block in np.array_split(labels, -(-len(labels) // step))
+            for label_block in np.array_split(labels, -(-len(labels) // block_size))
         ]
     )
     share = float(shares[0])

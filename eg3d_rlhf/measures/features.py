@@ -5,6 +5,7 @@ hair, colours, camera) and the kind of damage to an image. The output of its pen
 over undamaged heads, is the feature vector. builders/features.py trains the network. Distances computed with
 different networks are not comparable; the attribute `name` identifies the network. Images are float
 [N, 3, H, W] in [-1, 1], with a white background (1).
+
 Shapes: N images, H x W pixels, F features, T targets (28 factors and 6 kinds of damage).
 """
 
@@ -94,6 +95,10 @@ def to_resolution(images: Tensor, resolution: int) -> Tensor:
 
     Images that have this size already are returned unchanged.
 
+    Args:
+        images: images to resize.
+        resolution: pixels per side of the result.
+
     Raises: ValueError if the images do not have the shape [N, 3, H, W].
     """
     if images.ndim != 4 or images.shape[1] != 3:
@@ -113,16 +118,17 @@ class HeadFactorFeatures:
 
     Args:
         net: trained network.
-        record: training settings and validation results, as JSON values; 'hash' becomes a part of the name.
+        training_record: training settings and validation results, as JSON values; 'hash' becomes a part of
+            the name.
         device: device that computes the features.
     """
 
     dim = DIM
 
-    def __init__(self, net: HeadFactorNet, record: dict, device: torch.device | str = "cpu") -> None:
+    def __init__(self, net: HeadFactorNet, training_record: dict, device: torch.device | str = "cpu") -> None:
         self.net = net.to(device).eval().requires_grad_(False)
-        self.record = record  # training settings and validation results
-        self.name = f"head-factors-{record.get('hash', 'unsaved')}"
+        self.record = training_record  # training settings and validation results
+        self.name = f"head-factors-{training_record.get('hash', 'unsaved')}"
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
@@ -141,8 +147,12 @@ class HeadFactorFeatures:
         the suffix .json. Missing parent folders are created.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
-        state = {name: value.detach().cpu().contiguous() for name, value in self.net.state_dict().items()}
-        save_file(state, path, metadata={"format": FORMAT, "record": json.dumps(self.record, sort_keys=True)})
+        state_dict = {
+            name: tensor.detach().cpu().contiguous() for name, tensor in self.net.state_dict().items()
+        }
+        save_file(
+            state_dict, path, metadata={"format": FORMAT, "record": json.dumps(self.record, sort_keys=True)}
+        )
         path.chmod(0o644)  # safetensors creates files that only their owner can read
         path.with_suffix(".json").write_text(json.dumps(self.record, indent=1, sort_keys=True) + "\n")
 
@@ -165,20 +175,22 @@ class HeadFactorFeatures:
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
-                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+                # The file object is not a mapping, so it can only be iterated by keys().
+                names = file.keys()
+                state_dict = {name: file.get_tensor(name) for name in names}
         except SafetensorError as error:
             raise ValueError(
                 f"HeadFactorFeatures: {path} is not a readable safetensors file ({error}). Copy or download"
                 " it again; it may be incomplete."
             ) from error
         net = HeadFactorNet()
-        if metadata.get("format") != FORMAT or set(state) != set(net.state_dict()):
+        if metadata.get("format") != FORMAT or set(state_dict) != set(net.state_dict()):
             raise ValueError(
                 f"HeadFactorFeatures: {path} does not have the format '{FORMAT}'; its metadata say"
                 f" '{metadata.get('format')}'. Create the file with python -m builders.features."
             )
         # load_state_dict would report other names too, but in a message of many lines.
-        net.load_state_dict(state)
+        net.load_state_dict(state_dict)
         return cls(net, json.loads(metadata["record"]), device)
 
 

@@ -1,10 +1,11 @@
 """Compute distances between a generator's images and a dataset's images, and the share of images with a face.
 
 The distances are FID and KID (see distances.py), if the features are those of an Inception network. With the
-bundled features the same formulas are reported under other names, for example frechet_offline.
-Generated images ("fakes") are rendered as by EG3D's metrics (Chan et al. 2022): the latent z is sampled from
-a standard normal distribution, cameras are those of randomly chosen images of the dataset, the mapping
-network is conditioned on the rendering camera, the truncation trick is not used, and noise inputs are random.
+bundled features the same formulas are reported under other names, for example frechet_offline. Generated
+images ("fakes") are rendered as by EG3D's metrics (Chan et al. 2022): the latent z is sampled from a standard
+normal distribution, cameras are those of randomly chosen images of the dataset, the mapping network is
+conditioned on the rendering camera, the truncation trick is not used, and noise inputs are random.
+
 Shapes: N images, R pixels per side, K numbers per camera (25).
 """
 
@@ -26,7 +27,7 @@ from training.dataset import ImageFolderDataset
 from training.storage import write_atomic
 
 FULL = 50_000  # number of fakes of the metrics fid50k_full and kid50k_full, and the default for fid and kid
-# Name of a metric: (formula, number of fakes). None stands for the number of --n.
+# For each metric its formula and its number of fakes; None: the number of --n.
 METRICS: dict[str, tuple[str, int | None]] = {
     "fid": ("frechet", None),
     "kid": ("kernel", None),
@@ -48,8 +49,8 @@ class MetricOptions:
     batch: int = 8  # number of images that are rendered at once, >= 1
 
     def __post_init__(self) -> None:
-        unknown = [name for name in self.metrics if name not in METRICS]
-        if unknown or not self.metrics or len(set(self.metrics)) < len(self.metrics):
+        unknown_names = [name for name in self.metrics if name not in METRICS]
+        if unknown_names or not self.metrics or len(set(self.metrics)) < len(self.metrics):
             given_names = ", ".join(self.metrics) or "an empty list"
             raise ValueError(
                 f"--metrics: {given_names} is not a list of different metrics. Name one or more of"
@@ -78,17 +79,23 @@ class MetricOptions:
 def real_batches(dataset: ImageFolderDataset, batch: int) -> Iterator[torch.Tensor]:
     """Yield all images of a dataset in batches, float [N, 3, R, R] in [-1, 1].
 
-    N is `batch`, or less in the last batch. Greyscale images are repeated over 3 channels.
+    Greyscale images are repeated over 3 channels.
+
+    Args:
+        dataset: dataset of images and labels; only the images are used.
+        batch: number of images N of a batch; the last batch may have fewer.
     """
-    for start in range(0, len(dataset), batch):
+    for batch_start in range(0, len(dataset), batch):
         # An item of the dataset is the pair (image, label).
-        pixels = np.stack([dataset[i][0] for i in range(start, min(start + batch, len(dataset)))])
+        pixels = np.stack([dataset[i][0] for i in range(batch_start, min(batch_start + batch, len(dataset)))])
         # The images are uint8, 0..255. expand repeats the channel of greyscale images.
         yield torch.from_numpy(pixels).float().expand(-1, 3, -1, -1) / 127.5 - 1
 
 
 @torch.no_grad()
-def fake_batches(generator: Generator, cameras: np.ndarray, options: MetricOptions) -> Iterator[torch.Tensor]:
+def fake_batches(
+    generator: Generator, cameras: np.ndarray, metric_options: MetricOptions
+) -> Iterator[torch.Tensor]:
     """Yield generated images in batches, float [N, 3, R, R], `options.images` in total.
 
     The same seed gives the same images if the batch size is the same. torch's global random generator is
@@ -97,38 +104,45 @@ def fake_batches(generator: Generator, cameras: np.ndarray, options: MetricOptio
     Args:
         generator: generator that renders the images.
         cameras: all cameras of the dataset, [number of images, K]; each fake uses a randomly chosen one.
-        options: number of images, batch size and seed.
+        metric_options: number of images, batch size and seed.
     """
     device = device_of(generator)
     # With replacement, since there can be more fakes than images in the dataset.
-    camera_indices = np.random.RandomState(options.seed).randint(len(cameras), size=options.images)
-    first_latent_seed = options.seed * options.images  # each --seed has its own range of latent seeds
-    for start in range(0, options.images, options.batch):
-        stop = min(start + options.batch, options.images)
-        z = latents(range(first_latent_seed + start, first_latent_seed + stop), generator.z_dim).to(device)
-        c = torch.from_numpy(cameras[camera_indices[start:stop]]).to(device)
+    camera_indices = np.random.RandomState(metric_options.seed).randint(
+        len(cameras), size=metric_options.images
+    )
+    first_latent_seed = (
+        metric_options.seed * metric_options.images
+    )  # each --seed has its own range of latent seeds
+    for batch_start in range(0, metric_options.images, metric_options.batch):
+        batch_end = min(batch_start + metric_options.batch, metric_options.images)
+        z = latents(
+            range(first_latent_seed + batch_start, first_latent_seed + batch_end), generator.z_dim
+        ).to(device)
+        c = torch.from_numpy(cameras[camera_indices[batch_start:batch_end]]).to(device)
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             # The rendering noise reads torch's global generator, so every batch has its own seed.
-            torch.manual_seed(first_latent_seed + start)
+            torch.manual_seed(first_latent_seed + batch_start)
             images = generator.field(generator.mapping(z, c), noise_mode="random").render(c).image
         yield images.expand(-1, 3, -1, -1)  # repeats the channel of greyscale images
 
 
 def _with_progress(
-    batches: Iterable[torch.Tensor], advance: Callable[[int], object], faces: list[np.ndarray] | None
+    batches: Iterable[torch.Tensor], advance: Callable[[int], object], face_masks: list[np.ndarray] | None
 ) -> Iterator[torch.Tensor]:
     """Yield the batches unchanged, and advance a progress bar by the size of each finished batch.
 
     Args:
         batches: batches of images [N, 3, R, R] in [-1, 1].
         advance: function that advances the progress bar by a number of images.
-        faces: list to which the result of `detect_faces` is appended for each batch; None skips the detector.
+        face_masks: list to which the result of `detect_faces` is appended for each batch; None skips the
+            detector.
     """
     for batch in batches:
         # Yield first: the bar advances when the consumer has finished with the batch.
         yield batch
-        if faces is not None:
-            faces.append(detect_faces(batch))
+        if face_masks is not None:
+            face_masks.append(detect_faces(batch))
         advance(len(batch))
 
 
@@ -136,7 +150,7 @@ def evaluate(
     generator: LoadedGenerator,
     dataset: ImageFolderDataset,
     network: Network,
-    options: MetricOptions,
+    metric_options: MetricOptions,
     bar: Callable[[int, str], Any],
 ) -> list[dict]:
     """Compute the metrics of a generator against a dataset.
@@ -145,12 +159,13 @@ def evaluate(
         generator: generator of a network file.
         dataset: real images with cameras of 25 numbers as labels.
         network: feature network.
-        options: metrics, number of fakes, seed and batch size.
+        metric_options: metrics, number of fakes, seed and batch size.
         bar: function that opens a progress bar from a number of images and a title. It returns a function
             that advances the bar by a number of images.
 
-    Returns: one record of JSON values per metric, in the order of `options.metrics`: {'results': {name:
-        value}, 'metric', 'features', 'images', 'reals', 'seed', 'snapshot', 'total_time', ...}.
+    Returns: a list of one record per metric, in the order of `options.metrics`. A record is a dictionary of
+        JSON values. Its entry 'results' is a dictionary of the metric's values by name; the other entries
+        describe how they were computed.
     Raises: ValueError if the resolutions of dataset and generator differ, a set has fewer than two images, or
         a feature is not finite.
     """
@@ -160,59 +175,64 @@ def evaluate(
             f"--data: the images have {dataset.resolution}x{dataset.resolution} pixels, but the generator"
             f" renders {resolution}x{resolution}. Convert the dataset with tools/dataset_tool.py."
         )
-    started = time.time()
+    start_time = time.time()
     # Fakes have the distribution of the dataset's cameras.
     cameras = dataset.get_labels()
-    faces: tuple[list, list] | tuple[None, None] = ([], []) if "faces" in options.metrics else (None, None)
-    real = collect(
+    face_masks: tuple[list, list] | tuple[None, None] = (
+        ([], []) if "faces" in metric_options.metrics else (None, None)
+    )
+    real_statistics, real_features = collect(
         network,
         _with_progress(
-            real_batches(dataset, options.batch), bar(len(dataset), "features of the real images"), faces[0]
+            real_batches(dataset, metric_options.batch),
+            bar(len(dataset), "features of the real images"),
+            face_masks[0],
         ),
     )
     # `fake_batches` is a Python generator: a batch is rendered when
     # `collect` requests it, so that only one batch is in memory.
-    fakes = fake_batches(generator.generator, cameras, options)
-    fake = collect(
-        network, _with_progress(fakes, bar(options.images, "features of generated images"), faces[1])
+    fakes = fake_batches(generator.generator, cameras, metric_options)
+    fake_statistics, fake_features = collect(
+        network,
+        _with_progress(fakes, bar(metric_options.images, "features of generated images"), face_masks[1]),
     )
     records = []
-    for metric in options.metrics:
+    for metric in metric_options.metrics:
         formula = METRICS[metric][0]
-        name = metric
+        metric_name = metric
         # Only Inception features give a FID or KID. Other features get another name, e.g. frechet_offline.
         if formula != "faces" and not isinstance(network, InceptionFeatures):
-            name = f"{formula}_offline{metric[3:]}"
+            metric_name = f"{formula}_offline{metric[3:]}"
         if formula == "faces":
-            results = {
-                subset: float(np.concatenate(part).mean())
-                for subset, part in zip(("faces_reals", "faces"), faces, strict=True)
-                if part
+            results_by_name = {
+                subset: float(np.concatenate(batch_masks).mean())
+                for subset, batch_masks in zip(("faces_reals", "faces"), face_masks, strict=True)
+                if batch_masks
             }
         elif formula == "frechet":
-            results = {name: fake[0].distance(real[0])}
+            results_by_name = {metric_name: fake_statistics.distance(real_statistics)}
         else:
-            results = dict(
+            results_by_name = dict(
                 zip(
-                    (name, f"{name}_std"),
-                    kernel_inception_distance(real[1], fake[1], seed=options.seed),
+                    (metric_name, f"{metric_name}_std"),
+                    kernel_inception_distance(real_features, fake_features, seed=metric_options.seed),
                     strict=True,
                 )
             )
         records.append(
             {
-                "results": results,
-                "metric": name,
+                "results": results_by_name,
+                "metric": metric_name,
                 "features": network.name,
                 "dimensions": network.dim,
-                "images": options.images,
+                "images": metric_options.images,
                 "reals": len(dataset),
-                "seed": options.seed,
+                "seed": metric_options.seed,
                 "snapshot": generator.path.name,
                 "snapshot_sha256": generator.hash,
                 "timestamp": time.time(),
                 # Includes the features of the reals, which all metrics of the call share.
-                "total_time": time.time() - started,
+                "total_time": time.time() - start_time,
             }
         )
     return records
@@ -223,26 +243,34 @@ def training_options(network: Path) -> dict:
 
     The run can be one of this package or of EG3D.
 
-    Returns: 'data', the path of the dataset, and 'mirror', True if the run trained on mirrored images, too.
-        The dictionary is empty if the folder holds no options of a run.
+    Returns: a dictionary of 'data', the path of the dataset, and 'mirror', True if the run also trained on
+        mirrored images. The dictionary is empty if the folder holds no options of a run.
     """
-    values = recorded(network.parent)
-    eg3d_data = values.get("training_set_kwargs")  # only in options that EG3D's train.py wrote
+    recorded_options = recorded(network.parent)
+    eg3d_data = recorded_options.get("training_set_kwargs")  # only in options that EG3D's train.py wrote
     if isinstance(eg3d_data, dict):
         return {"data": eg3d_data.get("path"), "mirror": eg3d_data.get("xflip", False)}
-    return {name: values[name] for name in ("data", "mirror") if name in values}
+    return {
+        option_name: recorded_options[option_name]
+        for option_name in ("data", "mirror")
+        if option_name in recorded_options
+    }
 
 
 def append_records(folder: Path, records: list[dict]) -> None:
     """Append each record as a line of JSON to FOLDER/metric-NAME.jsonl, where NAME is its 'metric'.
 
     EG3D writes its metrics to files of the same names.
+
+    Args:
+        folder: folder of the files.
+        records: records of `evaluate`.
     """
-    for record in records:
-        path = folder / f"metric-{record['metric']}.jsonl"
+    for metric_record in records:
+        path = folder / f"metric-{metric_record['metric']}.jsonl"
         # Rewrite the file as a whole: an interrupted append could leave half a line.
         earlier_lines = path.read_text() if path.is_file() else ""
-        write_atomic(path, (earlier_lines + json.dumps(record) + "\n").encode())
+        write_atomic(path, (earlier_lines + json.dumps(metric_record) + "\n").encode())
 
 
 # Share of images in which an independent detector finds a face: scikit-image's cascade of local binary
@@ -284,12 +312,12 @@ def detect_faces(images: torch.Tensor) -> np.ndarray:
         .cpu()
         .numpy()
     )
-    sizes = {"min_size": (SMALLEST_FACE, SMALLEST_FACE), "max_size": (FACE_PIXELS - 1, FACE_PIXELS - 1)}
+    size_limits = {"min_size": (SMALLEST_FACE, SMALLEST_FACE), "max_size": (FACE_PIXELS - 1, FACE_PIXELS - 1)}
     # The detector returns a list of boxes, which is empty if the image shows no face. step_ratio=1 tests
     # every position of the window.
     return np.array(
         [
-            bool(detector.detect_multi_scale(img=image, scale_factor=1.1, step_ratio=1, **sizes))
+            bool(detector.detect_multi_scale(img=image, scale_factor=1.1, step_ratio=1, **size_limits))
             for image in pixels
         ]
     )

@@ -2,6 +2,7 @@
 
 PSNR and SSIM (Wang, Bovik, Sheikh and Simoncelli 2004) are implemented here. LPIPS (Zhang et al. 2018) and
 the embeddings of a face recogniser ("identity") are computed by TorchScript files of the user.
+
 Shapes: N images, C channels, H x W pixels, F features. Images are float in [-1, 1].
 """
 
@@ -22,11 +23,11 @@ _K1 = 0.01
 _K2 = 0.03
 
 
-def _check(measure: str, first_images: Tensor, second_images: Tensor) -> None:
+def _check(measure_name: str, first_images: Tensor, second_images: Tensor) -> None:
     """Raise ValueError unless both arguments are batches of images [N, C, H, W] of equal shape."""
     if first_images.ndim != 4 or first_images.shape != second_images.shape:
         raise ValueError(
-            f"{measure}: both batches must have the same shape [N, C, H, W], but have"
+            f"{measure_name}: both batches must have the same shape [N, C, H, W], but have"
             f" {list(first_images.shape)} and {list(second_images.shape)}. Render both at the same"
             " resolution."
         )
@@ -90,10 +91,10 @@ def ssim(first_images: Tensor, second_images: Tensor) -> Tensor:
     c1 = (_K1 * 2) ** 2
     c2 = (_K2 * 2) ** 2
     # Equation 13 of the paper; double precision, because each variance is a difference of large numbers.
-    values = (
+    similarity_map = (
         (2 * mean_a * mean_b + c1) * (2 * cov + c2) / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))
     )
-    return values.unflatten(0, first_images.shape[:2]).mean(dim=(1, 2, 3, 4))
+    return similarity_map.unflatten(0, first_images.shape[:2]).mean(dim=(1, 2, 3, 4))
 
 
 def scripted(path: Path, flag: str, interface: str, device: torch.device | str) -> Callable[..., Any]:
@@ -123,7 +124,8 @@ def scripted(path: Path, flag: str, interface: str, device: torch.device | str) 
         except RuntimeError as error:
             # TorchScript prints a trace of several lines; the last one that is not blank states the cause.
             reason = next(
-                (line for line in str(error).splitlines()[::-1] if line.strip()), type(error).__name__
+                (message_line for message_line in str(error).splitlines()[::-1] if message_line.strip()),
+                type(error).__name__,
             )
             raise ValueError(
                 f"{flag}: the network in {path} cannot be called as {interface} ({reason}). Export a network"

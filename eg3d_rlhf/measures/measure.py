@@ -32,8 +32,14 @@ class Measure:
             measurements: measurements of the items, in the form that the function of this measure takes. A
                 measure of item pairs takes two arguments, the measurements under each of two networks.
         """
-        values = measurements[0][self.name] if self.from_seen is None else self.from_seen(*measurements)
-        return values.cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)
+        measure_values = (
+            measurements[0][self.name] if self.from_seen is None else self.from_seen(*measurements)
+        )
+        return (
+            measure_values.cpu().numpy()
+            if isinstance(measure_values, torch.Tensor)
+            else np.asarray(measure_values)
+        )
 
     def outcome(self, lo: float, hi: float) -> str:
         """Classify a change by its confidence interval.

@@ -4,6 +4,7 @@ The measures apply to the generator of synthetic heads (`synthetic:people64`), w
 are defective at the back of the head. The ground-truth head is the undamaged head that a latent describes. No
 simulated annotator, reward or early stop reads these measures. A shape is a grid of values that are negative
 inside: signed distances for a ground-truth head, level minus density for a generator's shape.
+
 Shapes: N shapes; n grid points along each of x, y and z, at the centres of the cube's voxels
 (`people_mesh.grid_points`); P points of a surface; R rows and C columns of the window around the face, rows
 from the lowest to the highest and columns from left to right.
@@ -72,48 +73,51 @@ def in_front(points: np.ndarray) -> np.ndarray:
     return (points[..., 2] > IN_FRONT) & (points[..., 1] > BASE)
 
 
-def volume_error(values: np.ndarray, head_values: np.ndarray, region=back_of_head) -> VolumeError:
+def volume_error(shape_values: np.ndarray, head_values: np.ndarray, is_in_region=back_of_head) -> VolumeError:
     """Compute the volume errors of a shape against the ground-truth head in a region of the head.
 
     Args:
-        values: grid [n, n, n] of the shape, negative inside.
+        shape_values: grid [n, n, n] of the shape, negative inside.
         head_values: grid [n, n, n] of the ground-truth head, negative inside.
-        region: function of points [..., 3] that is True in the region, `back_of_head` or `in_front`.
+        is_in_region: function of points [..., 3] that is True in the region, `back_of_head` or `in_front`.
     """
-    in_region = region(grid_points(len(values)))
-    shape = (values < 0) & in_region
-    head = (head_values < 0) & in_region
-    volume = head.sum()
+    region_mask = is_in_region(grid_points(len(shape_values)))
+    shape_mask = (shape_values < 0) & region_mask
+    head_mask = (head_values < 0) & region_mask
+    volume = head_mask.sum()
     return VolumeError(
-        missing=float((head & ~shape).sum() / volume), extra=float((shape & ~head).sum() / volume)
+        missing=float((head_mask & ~shape_mask).sum() / volume),
+        extra=float((shape_mask & ~head_mask).sum() / volume),
     )
 
 
-def surface_points(values: np.ndarray) -> np.ndarray:
+def surface_points(grid_values: np.ndarray) -> np.ndarray:
     """Return the points [P, 3] where values [n, n, n] change sign between neighbouring grid points.
 
     Positions between the grid points are interpolated linearly.
     """
-    points = grid_points(len(values))
+    points = grid_points(len(grid_values))
     crossings = []
     for axis in range(3):
         # Values at the first and at the second point of each pair of neighbours along the axis
-        first_values, second_values = (np.take(values, range(i, len(values) - 1 + i), axis) for i in (0, 1))
+        first_values, second_values = (
+            np.take(grid_values, range(i, len(grid_values) - 1 + i), axis) for i in (0, 1)
+        )
         crossed = (first_values < 0) != (second_values < 0)
         # The linear interpolant is zero at this share of the distance from the first point to the second.
         share = (first_values[crossed] / (first_values[crossed] - second_values[crossed]))[:, None]
         first_points, second_points = (
-            np.take(points, range(i, len(values) - 1 + i), axis)[crossed] for i in (0, 1)
+            np.take(points, range(i, len(grid_values) - 1 + i), axis)[crossed] for i in (0, 1)
         )
         crossings.append(first_points + share * (second_points - first_points))
     return np.concatenate(crossings)
 
 
-def surfaces(values: np.ndarray, head_values: np.ndarray) -> dict[str, float]:
+def surfaces(shape_values: np.ndarray, head_values: np.ndarray) -> dict[str, float]:
     """Compare the surface of a shape with the surface of the ground-truth head, at the back and in front.
 
     Args:
-        values: grid [n, n, n] of the shape, negative inside.
+        shape_values: grid [n, n, n] of the shape, negative inside.
         head_values: grid [n, n, n] of the ground-truth head, negative inside.
 
     Returns: the following values by name, for the back of the head, and with the suffix _front for the front.
@@ -123,14 +127,17 @@ def surfaces(values: np.ndarray, head_values: np.ndarray) -> dict[str, float]:
         distance: mean distance in voxels to the other surface, averaged over the two directions (shape to
             head and head to shape). It is FARTHEST where there is no surface.
     """
-    shape = surface_points(values)
-    head = surface_points(head_values)
-    results: dict[str, float] = {}
-    for suffix, region in (("", back_of_head), ("_front", in_front)):
+    shape_points = surface_points(shape_values)
+    head_points = surface_points(head_values)
+    measures_by_name: dict[str, float] = {}
+    for suffix, is_in_region in (("", back_of_head), ("_front", in_front)):
         # Distances in world units from the shape's points in the region to the head, and from the head's
         # points in the region to the shape
-        distances = _distances(shape, head, region), _distances(head, shape, region)
-        results |= {
+        distances = (
+            _distances(shape_points, head_points, is_in_region),
+            _distances(head_points, shape_points, is_in_region),
+        )
+        measures_by_name |= {
             f"fscore{suffix}": _fscore(distances, VOXEL),
             f"fine{suffix}": _fscore(distances, FINE),
             # Index 1: from the head to the shape
@@ -139,7 +146,7 @@ def surfaces(values: np.ndarray, head_values: np.ndarray) -> dict[str, float]:
                 np.mean([np.minimum(one_way / VOXEL, FARTHEST).mean() for one_way in distances])
             ),
         }
-    return results
+    return measures_by_name
 
 
 def _fscore(distances: tuple[np.ndarray, np.ndarray], tolerance: float) -> float:
@@ -155,115 +162,122 @@ def _fscore(distances: tuple[np.ndarray, np.ndarray], tolerance: float) -> float
     return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
 
 
-def _distances(points: np.ndarray, target_points: np.ndarray, region) -> np.ndarray:
-    """Compute the distances from the points of a surface in a region to the nearest points of another
-    surface.
+def _distances(points: np.ndarray, target_points: np.ndarray, is_in_region) -> np.ndarray:
+    """Compute the distances from the points of a surface to the nearest points of another surface.
 
     Distances are infinite if the region contains no point or the other surface is empty.
 
     Args:
         points: points [P, 3] of the surface; only those in the region count.
         target_points: all points of the other surface.
-        region: function of points [..., 3] that is True in the region.
+        is_in_region: function of points [..., 3] that is True in the region.
     """
-    points_in_region = points[region(points)]
+    points_in_region = points[is_in_region(points)]
     if len(points_in_region) and len(target_points):
         return cKDTree(target_points).query(points_in_region)[0]
     # At least one infinite distance: a mean over no distances would be NaN.
     return np.full(max(len(points_in_region), 1), np.inf)
 
 
-def face_depth(values: np.ndarray) -> np.ndarray:
+def face_depth(shape_values: np.ndarray) -> np.ndarray:
     """Return the z coordinate [R, C] of the foremost surface in the face window, in world units.
 
     Pixels at which the window shows no surface are NaN.
 
     Args:
-        values: grid [n, n, n] of a shape, negative inside.
+        shape_values: grid [n, n, n] of a shape, negative inside.
     """
-    n = len(values)
+    n = len(shape_values)
     # Coordinates of the grid points along an axis; they are the same for x, y and z.
     axis_coordinates = grid_points(n)[0, 0, :, 2]
-    columns = np.abs(axis_coordinates) < FACE[0]
-    rows = (axis_coordinates > FACE[1]) & (axis_coordinates < FACE[2])
+    is_column_in_window = np.abs(axis_coordinates) < FACE[0]
+    is_row_in_window = (axis_coordinates > FACE[1]) & (axis_coordinates < FACE[2])
     # The camera looks along -z: each ray starts at the largest z.
-    rays = values[columns][:, rows][:, :, ::-1].transpose(1, 0, 2)  # [R, C, n]
-    inside = rays < 0
-    hit_index = inside.argmax(axis=2)  # first point inside; 0 also if no point of the ray is inside
+    rays = shape_values[is_column_in_window][:, is_row_in_window][:, :, ::-1].transpose(1, 0, 2)  # [R, C, n]
+    is_inside = rays < 0
+    hit_index = is_inside.argmax(axis=2)  # first point inside; 0 also if no point of the ray is inside
     value_inside = np.take_along_axis(rays, hit_index[..., None], 2)[..., 0]
     value_outside = np.take_along_axis(rays, np.maximum(hit_index - 1, 0)[..., None], 2)[..., 0]
-    # Position of the zero between both points, as a share of a step; the 1 avoids a division by 0
+    # Position of the zero between the two points, as a share of a step; the 1 avoids a division by 0
     share = value_outside / np.where(value_outside == value_inside, 1, value_outside - value_inside)
     # A step is 1 / n world units.
     depth = axis_coordinates[::-1][np.maximum(hit_index - 1, 0)] - share / n
     # An index of 0 means that the ray starts inside the shape, or never meets it.
-    return np.where(inside.any(axis=2) & (hit_index > 0), depth, np.nan)
+    return np.where(is_inside.any(axis=2) & (hit_index > 0), depth, np.nan)
 
 
-def face_relief(values: np.ndarray) -> np.ndarray:
+def face_relief(shape_values: np.ndarray) -> np.ndarray:
     """Return the relief [R, C] of a face: `face_depth` minus its overall curvature, in world units.
 
     The overall curvature is a quadratic surface, fitted by least squares. Faces differ mainly in their
     relief. Pixels without a surface are NaN.
 
     Args:
-        values: grid [n, n, n] of a shape, negative inside.
+        shape_values: grid [n, n, n] of a shape, negative inside.
     """
-    depth = face_depth(values)
-    y, x = np.meshgrid(*(np.linspace(-1, 1, size) for size in depth.shape), indexing="ij")
-    terms = np.stack([np.ones_like(x), x, y, x * x, y * y, x * y], axis=-1)  # [R, C, 6]
+    depth = face_depth(shape_values)
+    y, x = np.meshgrid(*(np.linspace(-1, 1, n_pixels) for n_pixels in depth.shape), indexing="ij")
+    quadratic_terms = np.stack([np.ones_like(x), x, y, x * x, y * y, x * y], axis=-1)  # [R, C, 6]
     has_surface = np.isfinite(depth)  # pixels without a surface take no part in the fit
-    return depth - terms @ np.linalg.lstsq(terms[has_surface], depth[has_surface], rcond=None)[0]
+    return (
+        depth
+        - quadratic_terms @ np.linalg.lstsq(quadratic_terms[has_surface], depth[has_surface], rcond=None)[0]
+    )
 
 
-def relief_amplitude(values: np.ndarray, head_values: np.ndarray) -> float:
+def relief_amplitude(shape_values: np.ndarray, head_values: np.ndarray) -> float:
     """Compute the standard deviation of a face's relief relative to the relief of the ground-truth head.
 
     The ratio is below 1 if brows, nose and lips are flatter than in the ground-truth head, and 0 if the shape
     shows no surface in the face window.
 
     Args:
-        values: grid [n, n, n] of the shape, negative inside.
+        shape_values: grid [n, n, n] of the shape, negative inside.
         head_values: grid [n, n, n] of the ground-truth head, negative inside.
     """
     # The fit of `face_relief` needs at least one pixel with a surface.
     shape_relief, head_relief = (
         face_relief(grid) if np.isfinite(face_depth(grid)).any() else np.full((1, 1), np.nan)
-        for grid in (values, head_values)
+        for grid in (shape_values, head_values)
     )
     return float(np.nanstd(shape_relief) / np.nanstd(head_relief)) if np.isfinite(shape_relief).any() else 0.0
 
 
 def relief_correlation(first_relief: np.ndarray, second_relief: np.ndarray) -> float:
-    """Compute Pearson's correlation, -1..1, of two reliefs [R, C] over the pixels where both have a
-    surface."""
-    in_both = np.isfinite(first_relief) & np.isfinite(second_relief)
+    """Compute Pearson's correlation, -1..1, of two reliefs [R, C].
+
+    Only pixels count where both reliefs have a surface.
+    """
+    have_both_surfaces = np.isfinite(first_relief) & np.isfinite(second_relief)
     # The correlation is the entry off the diagonal of the 2 x 2 matrix.
-    return float(np.corrcoef(first_relief[in_both], second_relief[in_both])[0, 1])
+    return float(np.corrcoef(first_relief[have_both_surfaces], second_relief[have_both_surfaces])[0, 1])
 
 
 # Tables of measures. Each of these measures ranks ground-truth heads above their blurred copies and above
 # their scans (tests/measures/test_people.py).
 
 
-def compared(shapes: np.ndarray, heads: np.ndarray) -> dict[str, np.ndarray]:
+def compared(shape_values: np.ndarray, head_values: np.ndarray) -> dict[str, np.ndarray]:
     """Compute the measurements that MEASURES and FRONT_MEASURES read.
 
     Args:
-        shapes: grids [N, n, n, n] of shapes, negative inside.
-        wholes: grids [N, n, n, n] of the ground-truth heads of the same latents.
+        shape_values: grids [N, n, n, n] of shapes, negative inside.
+        head_values: grids [N, n, n, n] of the ground-truth heads of the same latents.
 
     Returns: arrays [N] by name: 'missing' and 'extra' (shares of volume at the back of the head), the values
         of `surfaces`, and 'amplitude' (see `relief_amplitude`).
     """
-    pairs = list(zip(shapes, heads, strict=True))
+    pairs = list(zip(shape_values, head_values, strict=True))
     errors = [volume_error(*pair) for pair in pairs]
     comparisons = [surfaces(*pair) for pair in pairs]
     return {
         "missing": np.array([error.missing for error in errors]),
         "extra": np.array([error.extra for error in errors]),
         # All comparisons have the same names.
-        **{name: np.array([values[name] for values in comparisons]) for name in comparisons[0]},
+        **{
+            measure_name: np.array([comparison[measure_name] for comparison in comparisons])
+            for measure_name in comparisons[0]
+        },
         "amplitude": np.array([relief_amplitude(*pair) for pair in pairs]),
     }
 

@@ -22,6 +22,7 @@ distances may not include theta at all. This module computes a 95 % interval of 
   by 1 + 3 / sqrt(min(N, M)) for a kernel distance, because its distribution has heavy tails. Simulations
   confirm both factors (tests/measures/test_resampling.py).
 The bias that remains after the correction falls as (F / N)^2; see `SAFE_SAMPLES`.
+
 Shapes: N fakes, M reals, F features, B resamples.
 """
 
@@ -71,15 +72,16 @@ def frechet_interval(
     features = _features("frechet_interval", features_fake, features_real)
     interval = _interval(_Frechet(*features), resamples, seed)
     # A Fréchet distance is not negative, but its estimates can be: raise them to 0. The bias stays as it is.
-    mean, lo, hi, measured = (max(0.0, value) for value in interval[:4])
+    mean, lo, hi, measured = (max(0.0, distance_value) for distance_value in interval[:4])
     return DistanceInterval(mean, lo, hi, measured, interval.bias)
 
 
 def kernel_interval(
     features_fake: np.ndarray, features_real: np.ndarray, resamples: int = 200, seed: int = 0
 ) -> DistanceInterval:
-    """Compute the unbiased kernel distance (`kernel_distance`) of two sets of features with its 95 %
-    interval.
+    """Compute the unbiased kernel distance of two sets of features with its 95 % interval.
+
+    The distance is that of `distances.kernel_distance`.
 
     A resample never compares an item with a copy of itself. Resampled distances are therefore unbiased, too,
     and the field `bias` of the result is 0.
@@ -102,12 +104,11 @@ def frechet_change_interval(
     resamples: int = 200,
     seed: int = 0,
 ) -> DistanceInterval:
-    """Compute by how much a change of the generator increases the Fréchet distance to the reals, with its
-    95 % interval.
+    """Compute the increase of the Fréchet distance to the reals by a change of the generator.
 
-    The result is the distance after the change minus the distance before it. Both sets of fakes are resampled
-    with the same latents. Errors that the two distances share cancel, so the interval is narrower than the
-    difference of two separate intervals.
+    The result is the distance after the change minus the distance before it, with its 95 % interval. The two
+    sets of fakes are resampled with the same latents. Errors that the two distances share cancel, so the
+    interval is narrower than the difference of two separate intervals.
 
     Args:
         features_before: features [N, F] of fakes before the change.
@@ -133,11 +134,19 @@ def kernel_change_interval(
     resamples: int = 200,
     seed: int = 0,
 ) -> DistanceInterval:
-    """Compute by how much a change of the generator increases the kernel distance to the reals, with its 95 %
-    interval.
+    """Compute the increase of the kernel distance to the reals by a change of the generator.
 
-    The arguments are those of `frechet_change_interval`; each set needs at least 4 samples, as in
-    `kernel_interval`.
+    The result is the distance after the change minus the distance before it, with its 95 % interval.
+
+    Args:
+        features_before: features [N, F] of fakes before the change, N >= 4.
+        features_after: features [N, F] of fakes after the change; item i has the latent and the camera of
+            item i of `features_before`.
+        features_real: features [M, F] of real images, M >= 4.
+        resamples: number of resamples B, >= 50.
+        seed: random seed of the resamples.
+
+    Raises: ValueError if a feature is not finite, or a set has fewer than 4 samples.
     """
     statistic_before, statistic_after = (
         _Kernel(*_features("kernel_change_interval", features_fake, features_real))
@@ -146,21 +155,28 @@ def kernel_change_interval(
     return _interval(_Change(statistic_before, statistic_after), resamples, seed)
 
 
-def _features(caller: str, fake: np.ndarray, real: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Convert the features of both sets to float64.
+def _features(
+    caller: str, fake_features: np.ndarray, real_features: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Convert the features of two sets to float64.
 
-    Raises: ValueError in the name of `caller` if a set has fewer than 4 items or a feature is not finite.
+    Args:
+        caller: name of the public function, with which the error message begins.
+        fake_features: features [N, F] of generated images.
+        real_features: features [M, F] of real images.
+
+    Raises: ValueError if a set has fewer than 4 items or a feature is not finite.
     """
-    fake = np.asarray(fake, dtype=np.float64)
-    real = np.asarray(real, dtype=np.float64)
-    if min(len(fake), len(real)) < 4:
+    fake_features = np.asarray(fake_features, dtype=np.float64)
+    real_features = np.asarray(real_features, dtype=np.float64)
+    if min(len(fake_features), len(real_features)) < 4:
         raise ValueError(
-            f"{caller}: each set needs at least 4 images, but the sets have {len(fake)} fakes and {len(real)}"
-            " reals. Add images."
+            f"{caller}: each set needs at least 4 images, but the sets have {len(fake_features)} fakes and"
+            f" {len(real_features)} reals. Add images."
         )
-    if not (np.isfinite(fake).all() and np.isfinite(real).all()):
+    if not (np.isfinite(fake_features).all() and np.isfinite(real_features).all()):
         raise ValueError(f"{caller}: a feature is NaN or infinite. Check the images for NaN.")
-    return fake, real
+    return fake_features, real_features
 
 
 def _interval(statistic: "_Frechet | _Kernel | _Change", resamples: int, seed: int) -> DistanceInterval:
@@ -176,20 +192,23 @@ def _interval(statistic: "_Frechet | _Kernel | _Change", resamples: int, seed: i
     """
     assert resamples >= 50
     rng = np.random.default_rng(seed)
-    sizes = statistic.sizes
+    set_sizes = statistic.sizes
     slopes = statistic.influence()
     # Counts of 1 give the statistic of the original samples.
-    measured = float(statistic.resampled(*(np.ones((1, size)) for size in sizes))[0])
+    measured = float(statistic.resampled(*(np.ones((1, set_size)) for set_size in set_sizes))[0])
     # A resample is given by how often each item occurs in it: counts [B, N] and [B, M].
-    count_sets = [rng.multinomial(size, np.full(size, 1 / size), resamples) for size in sizes]
-    values = statistic.resampled(*count_sets)  # [B]
-    first_order = values - _linear(count_sets, slopes) - measured
+    count_sets = [
+        rng.multinomial(set_size, np.full(set_size, 1 / set_size), resamples) for set_size in set_sizes
+    ]
+    resampled_distances = statistic.resampled(*count_sets)  # [B]
+    first_order = resampled_distances - _linear(count_sets, slopes) - measured
     # An unbiased statistic needs no correction, which would only add noise.
     bias = bias_variance = 0.0
     if statistic.biased:
         # Second level: each resample is resampled with its own counts as weights.
         second_count_sets = [
-            rng.multinomial(size, counts / size) for size, counts in zip(sizes, count_sets, strict=True)
+            rng.multinomial(set_size, resample_counts / set_size)
+            for set_size, resample_counts in zip(set_sizes, count_sets, strict=True)
         ]
         second_order = statistic.resampled(*second_count_sets) - _linear(second_count_sets, slopes) - measured
         # Bias estimate minus the bias of that estimate: first - ((second - first) - first), [B]
@@ -235,7 +254,10 @@ def _linear(count_sets: Sequence[np.ndarray], slopes: Sequence[np.ndarray]) -> n
         count_sets: counts [B, N] and [B, M] of the items in each resample.
         slopes: derivatives [N] and [M] with respect to the share of each item.
     """
-    return sum(counts @ slope / len(slope) for counts, slope in zip(count_sets, slopes, strict=True))
+    return sum(
+        resample_counts @ slope / len(slope)
+        for resample_counts, slope in zip(count_sets, slopes, strict=True)
+    )
 
 
 class _Frechet:
@@ -243,17 +265,20 @@ class _Frechet:
 
     biased = True  # True: finite samples give too large a distance on average
 
-    def __init__(self, fake: np.ndarray, real: np.ndarray) -> None:
-        if min(len(fake), len(real)) <= fake.shape[1]:
+    def __init__(self, fake_features: np.ndarray, real_features: np.ndarray) -> None:
+        if min(len(fake_features), len(real_features)) <= fake_features.shape[1]:
             raise ValueError(
-                f"The Fréchet interval needs more samples than features ({fake.shape[1]}), but the sets have"
-                f" {len(fake)} and {len(real)} samples. Add images, or use the kernel distance."
+                f"The Fréchet interval needs more samples than features ({fake_features.shape[1]}), but the"
+                f" sets have {len(fake_features)} and {len(real_features)} samples. Add images, or use the"
+                " kernel distance."
             )
-        self.fake = fake
-        self.real = real
-        self.sizes = (len(fake), len(real))
+        self.fake = fake_features
+        self.real = real_features
+        self.sizes = (len(fake_features), len(real_features))
         # Share by which `_interval` enlarges variances, because the bias is only estimated
-        self.allowance = (fake.shape[1] / len(fake) + fake.shape[1] / len(real)) / 2
+        self.allowance = (
+            fake_features.shape[1] / len(fake_features) + fake_features.shape[1] / len(real_features)
+        ) / 2
 
     def resampled(self, fake_counts: np.ndarray, real_counts: np.ndarray) -> np.ndarray:
         """Compute the distances [B] of resamples.
@@ -274,7 +299,7 @@ class _Frechet:
 
         The distance is 0 for equal samples and never negative.
         """
-        return float(self.resampled(*(np.ones((1, size)) for size in self.sizes))[0])
+        return float(self.resampled(*(np.ones((1, set_size)) for set_size in self.sizes))[0])
 
     def influence(self) -> tuple[np.ndarray, np.ndarray]:
         """Compute the derivatives of the distance with respect to the share of each fake [N] and real [M].
@@ -282,10 +307,10 @@ class _Frechet:
         The derivatives of each set have the mean 0. m_1 and C_1 are the mean and covariance of one set, m_2
         and C_2 those of the other set. T = C_1^-1/2 (C_1^1/2 C_2 C_1^1/2)^1/2 C_1^-1/2 is the linear map that
         transports the first Gaussian to the second. The derivative of d is I - T with respect to C_1, and
-        2 (m_1 - m_2) with respect to m_1. For the other set, both indices are exchanged.
+        2 (m_1 - m_2) with respect to m_1. For the other set, the indices 1 and 2 are exchanged.
         """
         fake_moments, real_moments = (
-            _moments(items, np.ones(len(items))) for items in (self.fake, self.real)
+            _moments(set_features, np.ones(len(set_features))) for set_features in (self.fake, self.real)
         )
         return (
             _gaussian_influence(self.fake, *fake_moments, *real_moments),
@@ -309,21 +334,27 @@ def _gaussian_influence(
     transport = inverse @ _powers(root @ c_2 @ root)[0] @ inverse
     offset = x - m_1  # [N, F]
     # 2 (x - m_1).(m_1 - m_2) + (x - m_1)^T (I - T) (x - m_1)
-    values = 2 * offset @ (m_1 - m_2) + np.einsum(
+    influences = 2 * offset @ (m_1 - m_2) + np.einsum(
         "nf,fg,ng->n", offset, np.eye(len(m_1)) - transport, offset, optimize=True
     )
     # Shares sum to 1, so only derivatives up to a common constant are defined.
-    return values - values.mean()
+    return influences - influences.mean()
 
 
 def _powers(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Compute the symmetric square root of a covariance [F, F], and the pseudo-inverse of that root."""
-    values, vectors = np.linalg.eigh((matrix + matrix.T) / 2)
-    roots = np.sqrt(np.maximum(values, 0.0))
+    """Compute the symmetric square root of a covariance and its pseudo-inverse.
+
+    Args:
+        matrix: covariance [F, F].
+
+    Returns: the square root [F, F], and the pseudo-inverse [F, F] of the square root.
+    """
+    eigenvalues, eigenvectors = np.linalg.eigh((matrix + matrix.T) / 2)
+    root_eigenvalues = np.sqrt(np.maximum(eigenvalues, 0.0))
     # Smaller roots are zeros up to rounding, and their inverse would be huge. 1e-300 covers the zero matrix.
-    nonzero = roots > 1e-7 * max(roots.max(initial=0.0), 1e-300)
-    inverse = np.where(nonzero, 1.0 / np.where(nonzero, roots, 1.0), 0.0)
-    return (vectors * roots) @ vectors.T, (vectors * inverse) @ vectors.T
+    is_nonzero = root_eigenvalues > 1e-7 * max(root_eigenvalues.max(initial=0.0), 1e-300)
+    inverse_roots = np.where(is_nonzero, 1.0 / np.where(is_nonzero, root_eigenvalues, 1.0), 0.0)
+    return (eigenvectors * root_eigenvalues) @ eigenvectors.T, (eigenvectors * inverse_roots) @ eigenvectors.T
 
 
 def _moments(x: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -334,14 +365,14 @@ def _moments(x: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray
         weights: number of times [N] that each item counts, with the sum N.
     """
     # A resample leaves out about 37 % of the items, and items that count 0 times need no arithmetic.
-    occurs = weights > 0
-    x = x[occurs]
-    weights = weights[occurs, None]
-    total = weights.sum()
-    mean = (weights * x).sum(axis=0) / total
+    is_present = weights > 0
+    x = x[is_present]
+    weights = weights[is_present, None]
+    weight_sum = weights.sum()
+    mean = (weights * x).sum(axis=0) / weight_sum
     centred = x - mean
     # Unbiased for counts: the divisor is the sum of counts minus 1, not the number of different items.
-    return mean, (weights * centred).T @ centred / (total - 1)
+    return mean, (weights * centred).T @ centred / (weight_sum - 1)
 
 
 class _Kernel:
@@ -352,10 +383,10 @@ class _Kernel:
 
     biased = False  # False: the distance of finite samples is correct on average
 
-    def __init__(self, fake: np.ndarray, real: np.ndarray) -> None:
-        self.fake = fake
-        self.real = real
-        self.sizes = (len(fake), len(real))
+    def __init__(self, fake_features: np.ndarray, real_features: np.ndarray) -> None:
+        self.fake = fake_features
+        self.real = real_features
+        self.sizes = (len(fake_features), len(real_features))
         # Share by which `_interval` enlarges variances, because the distance has heavy tails. The factor 3
         # was confirmed by simulation.
         self.allowance = 3 / math.sqrt(min(self.sizes))
@@ -371,14 +402,15 @@ class _Kernel:
         """
         # Mean kernel within each set. With counts w, (sum w)^2 - sum
         # w^2 pairs are no pair of an item with itself.
-        within = [
-            _weighted_sum(items, items, w, w, self_pairs=False) / (w.sum(axis=1) ** 2 - (w**2).sum(axis=1))
-            for items, w in ((self.fake, fake_counts), (self.real, real_counts))
+        within_means = [
+            _weighted_sum(set_features, set_features, w, w, self_pairs=False)
+            / (w.sum(axis=1) ** 2 - (w**2).sum(axis=1))
+            for set_features, w in ((self.fake, fake_counts), (self.real, real_counts))
         ]
-        across = _weighted_sum(self.fake, self.real, fake_counts, real_counts) / (
+        across_means = _weighted_sum(self.fake, self.real, fake_counts, real_counts) / (
             fake_counts.sum(axis=1) * real_counts.sum(axis=1)
         )
-        return within[0] + within[1] - 2 * across
+        return within_means[0] + within_means[1] - 2 * across_means
 
     def with_bias(self) -> float:
         """Compute the biased kernel distance, which includes pairs of an item with itself.
@@ -413,10 +445,10 @@ def _gram_blocks(a: np.ndarray, b: np.ndarray) -> Iterator[tuple[slice, np.ndarr
         a: features [N, F], one row of the matrix each.
         b: features [M, F], one column of the matrix each.
     """
-    step = max(1, _BLOCK_CELLS // len(b))
-    for start in range(0, len(a), step):
-        rows = slice(start, min(start + step, len(a)))
-        yield rows, (a[rows] @ b.T / a.shape[1] + 1.0) ** 3
+    block_size = max(1, _BLOCK_CELLS // len(b))
+    for block_start in range(0, len(a), block_size):
+        block_rows = slice(block_start, min(block_start + block_size, len(a)))
+        yield block_rows, (a[block_rows] @ b.T / a.shape[1] + 1.0) ** 3
 
 
 def _weighted_sum(
@@ -431,53 +463,56 @@ def _weighted_sum(
         v: counts [B, M] of the items of the second set.
         self_pairs: False leaves out pairs with i = j; both sets must then be the same.
     """
-    total = np.zeros(len(w))
-    for rows, gram in _gram_blocks(a, b):
+    kernel_sums = np.zeros(len(w))
+    for block_rows, gram in _gram_blocks(a, b):
         if not self_pairs:
             # The diagonal of the complete matrix starts at column rows.start in this block.
-            gram[np.arange(len(gram)), np.arange(rows.start, rows.stop)] = 0.0
-        total += ((w[:, rows] @ gram) * v).sum(axis=1)
-    return total
+            gram[np.arange(len(gram)), np.arange(block_rows.start, block_rows.stop)] = 0.0
+        kernel_sums += ((w[:, block_rows] @ gram) * v).sum(axis=1)
+    return kernel_sums
 
 
-def _kernel_influence(items: np.ndarray, other_items: np.ndarray) -> np.ndarray:
+def _kernel_influence(set_features: np.ndarray, other_features: np.ndarray) -> np.ndarray:
     """Compute the derivatives [N] of the kernel distance with respect to the share of each item of a set.
 
     Args:
-        items: features [N, F] of the set.
-        other_items: features [M, F] of the other set.
+        set_features: features [N, F] of the set.
+        other_features: features [M, F] of the other set.
     """
     # Mean kernel of each item with the other items of its set: the diagonal of the Gram matrix is subtracted.
-    within = np.concatenate(
+    within_means = np.concatenate(
         [
-            (gram.sum(axis=1) - gram[np.arange(len(gram)), np.arange(rows.start, rows.stop)])
-            / (len(items) - 1)
-            for rows, gram in _gram_blocks(items, items)
+            (gram.sum(axis=1) - gram[np.arange(len(gram)), np.arange(block_rows.start, block_rows.stop)])
+            / (len(set_features) - 1)
+            for block_rows, gram in _gram_blocks(set_features, set_features)
         ]
     )
-    values = 2 * (
-        within - np.concatenate([gram.mean(axis=1) for _, gram in _gram_blocks(items, other_items)])
+    influences = 2 * (
+        within_means
+        - np.concatenate([gram.mean(axis=1) for _, gram in _gram_blocks(set_features, other_features)])
     )
     # Shares sum to 1, so only derivatives up to a common constant are defined.
-    return values - values.mean()
+    return influences - influences.mean()
 
 
 class _Change:
     """Difference of two distances, after a change minus before it, against the same reals.
 
-    Fake i of both statistics has the same latent.
+    Args:
+        statistic_before: distance before the change.
+        statistic_after: distance after the change; its fake i has the latent of fake i before the change.
     """
 
     with_bias = None  # None: a difference is not a squared distance, see `_interval`
 
-    def __init__(self, before: _Frechet | _Kernel, after: _Frechet | _Kernel) -> None:
-        assert before.sizes == after.sizes
-        self.before = before
-        self.after = after
-        self.sizes = before.sizes
-        self.biased = before.biased
+    def __init__(self, statistic_before: _Frechet | _Kernel, statistic_after: _Frechet | _Kernel) -> None:
+        assert statistic_before.sizes == statistic_after.sizes
+        self.before = statistic_before
+        self.after = statistic_after
+        self.sizes = statistic_before.sizes
+        self.biased = statistic_before.biased
         # Only the Fréchet allowance applies to a change.
-        self.allowance = before.allowance if before.biased else 0.0
+        self.allowance = statistic_before.allowance if statistic_before.biased else 0.0
 
     def resampled(self, fake_counts: np.ndarray, real_counts: np.ndarray) -> np.ndarray:
         """Compute the differences [B], with the same resamples for both statistics.
@@ -491,8 +526,10 @@ class _Change:
         )
 
     def influence(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return the derivatives of the difference with respect to the share of each fake [N] and real
-        [M]."""
+        """Return the derivatives of the difference with respect to the shares of all items.
+
+        Returns: the derivatives [N] for the fakes, and the derivatives [M] for the reals.
+        """
         influence_before = self.before.influence()
         influence_after = self.after.influence()
         return influence_after[0] - influence_before[0], influence_after[1] - influence_before[1]

@@ -6,6 +6,7 @@ regress coordinates of the latent from the maps, and the amount by which a head 
 contained no generator's shapes and no defective scans. The output of its penultimate layer, standardised over
 ground-truth heads, is the feature vector. Only held-out evaluators may use this module, never a simulated
 annotator, a reward or an early stop (tests/test_structure.py checks the imports).
+
 Shapes: N shapes, F views, Q features, K ground-truth heads, n grid points along each of x, y and z, S targets
 of the training, R pixels per side of a map, B maps of a batch.
 """
@@ -34,8 +35,8 @@ from training.heads import people
 
 
 RESOLUTION = 48  # R
-# Yaws of the views in radians from frontal: the face, the back,
-# and both sides of the back, where scans differ
+# Yaws of the views in radians from frontal: the face, the back, and the back from the left and from the
+# right, where scans differ
 YAWS = (0.0, 2.1, math.pi, -2.1)
 WIDTH = 0.66  # width and height of the box that the maps cover, in world units
 LOWEST = -0.30  # y of the lower side of that box, in world units
@@ -46,23 +47,22 @@ STEPS = 58  # number of samples along a line of sight
 CHANNELS = 4
 
 
-def scale_to_surface(values: Tensor) -> Tensor:
-    """Scale the values of each shape so that they change by about 1 per grid point at its surface, and clamp
-    them to -1..1.
+def scale_to_surface(grid_values: Tensor) -> Tensor:
+    """Scale the values of each shape to a slope of about 1 per grid point at its surface, and clamp them.
 
-    The scale is the median difference between neighbouring grid points on different sides of the surface.
-    After the scaling, neither the unit of the values nor the slope and the extremes of a decoder influence
-    the features.
+    The results are in -1..1. The scale is the median difference between neighbouring grid points on different
+    sides of the surface. After the scaling, neither the unit of the values nor the slope and the extremes of
+    a decoder influence the features.
 
     Args:
-        values: values [N, n, n, n] of shapes, negative inside.
+        grid_values: values [N, n, n, n] of shapes, negative inside.
 
     Returns: the scaled values, float32 of the same shape.
     """
     # Positive infinity and NaN count as far outside, negative infinity as far inside.
-    values = values.float().nan_to_num(nan=1e4, posinf=1e4, neginf=-1e4)
+    grid_values = grid_values.float().nan_to_num(nan=1e4, posinf=1e4, neginf=-1e4)
     scaled_shapes = []
-    for shape in values:
+    for shape in grid_values:
         axis_steps = []
         for axis in range(3):
             # Differences over the pairs of neighbours between which the sign changes
@@ -70,42 +70,42 @@ def scale_to_surface(values: Tensor) -> Tensor:
             upper_neighbour = shape.narrow(axis, 1, len(shape) - 1)
             crossed = (lower_neighbour < 0) != (upper_neighbour < 0)
             axis_steps.append((lower_neighbour - upper_neighbour)[crossed].abs())
-        steps = torch.cat(axis_steps)
+        surface_steps = torch.cat(axis_steps)
         # A grid without a surface has no such pair; it is only clamped.
-        scaled_shapes.append((shape / (steps.median() if len(steps) else 1.0)).clamp(-1, 1))
+        scaled_shapes.append((shape / (surface_steps.median() if len(surface_steps) else 1.0)).clamp(-1, 1))
     return torch.stack(scaled_shapes)
 
 
 @torch.no_grad()
-def normal_maps(values: Tensor, yaws: Sequence[float] = YAWS) -> Tensor:
+def normal_maps(grid_values: Tensor, yaws: Sequence[float] = YAWS) -> Tensor:
     """Compute normal maps of shapes in orthographic projection.
 
-    The viewer of yaw a stands in the direction (sin a, 0, cos a). A normal is defined where a pixel and its
-    four neighbours show a surface; at all other pixels it is 0.
+    The viewer of yaw a is in the direction (sin a, 0, cos a). A normal is defined where a pixel and its four
+    neighbours show a surface; at all other pixels it is 0.
 
     Args:
-        values: grids [N, n, n, n] of shapes over the cube of side 1, negative inside. The axes are x, y and
-            z, and the points are the centres of voxels, as in `people_mesh.grid_points`.
+        grid_values: grids [N, n, n, n] of shapes over the cube of side 1, negative inside. The axes are x, y
+            and z, and the points are the centres of voxels, as in `people_mesh.grid_points`.
         yaws: angles of the F views in radians from frontal.
 
     Returns: maps [N, F, 4, R, R], see CHANNELS. Rows run downwards, and normals are in the axes of their
         view.
     Raises: ValueError if the grids are not cubes.
     """
-    if values.ndim != 4 or len(set(values.shape[1:])) != 1:
+    if grid_values.ndim != 4 or len(set(grid_values.shape[1:])) != 1:
         raise ValueError(
-            f"normal_maps: values have the shape {list(values.shape)}, but must have [N, n, n, n]. Pass grids"
-            " with the same number of points along all axes."
+            f"normal_maps: values have the shape {list(grid_values.shape)}, but must have [N, n, n, n]. Pass"
+            " grids with the same number of points along all axes."
         )
     # [N, 1, z, y, x], the order that grid_sample expects. 1 - values is positive
     # inside. grid_sample pads with 0; since 1 is subtracted again below, points
     # outside the cube get -1, the value that is farthest outside.
-    volume = (1 - scale_to_surface(values)).permute(0, 3, 2, 1)[:, None]
-    pixel_centres = (torch.arange(RESOLUTION, device=values.device) + 0.5) / RESOLUTION * WIDTH
+    volume = (1 - scale_to_surface(grid_values)).permute(0, 3, 2, 1)[:, None]
+    pixel_centres = (torch.arange(RESOLUTION, device=grid_values.device) + 0.5) / RESOLUTION * WIDTH
     # Coordinates in the axes of a view: u to its right, v upwards, w towards the viewer, in world units
     u = pixel_centres - WIDTH / 2
     v = (LOWEST + pixel_centres).flip(0)  # the first row of a map is the highest
-    w = torch.linspace(DEPTH / 2, -DEPTH / 2, STEPS, device=values.device)  # nearest first
+    w = torch.linspace(DEPTH / 2, -DEPTH / 2, STEPS, device=grid_values.device)  # nearest first
     v, w, u = torch.meshgrid(v, w, u, indexing="ij")  # [R, STEPS, R] each
     maps = []
     for yaw in yaws:
@@ -116,38 +116,40 @@ def normal_maps(values: Tensor, yaws: Sequence[float] = YAWS) -> Tensor:
         sampled = functional.grid_sample(
             volume, coordinates.expand(len(volume), -1, -1, -1, -1), align_corners=False
         )
-        rotated = sampled[:, 0] - 1  # without the channel axis; -1 outside, up to 1 inside
+        rotated_values = sampled[:, 0] - 1  # without the channel axis; -1 outside, up to 1 inside
         # u and v do not change along w, so its first sample suffices.
-        maps.append(_maps(rotated, u[:, 0], v[:, 0]))
+        maps.append(_maps(rotated_values, u[:, 0], v[:, 0]))
     return torch.stack(maps, dim=1)
 
 
-def _maps(values: Tensor, u: Tensor, v: Tensor) -> Tensor:
+def _maps(rotated_values: Tensor, u: Tensor, v: Tensor) -> Tensor:
     """Compute the maps [N, 4, R, R] of one view.
 
     Args:
-        values: values [N, R, STEPS, R] along v (downwards), w (nearest first) and u, positive inside.
+        rotated_values: values [N, R, STEPS, R] along v (downwards), w (nearest first) and u, positive inside.
         u: horizontal positions [R, R] of the pixels in world units.
         v: vertical positions [R, R] of the pixels in world units.
     """
-    inside = values >= 0
-    hit = inside.any(dim=2)  # [N, R, R]: the line of sight meets the shape
+    is_inside = rotated_values >= 0
+    is_hit = is_inside.any(dim=2)  # [N, R, R]: the line of sight meets the shape
     # First sample inside as seen from the viewer. argmax returns
     # the first of equal values, and 0 without any.
-    inside_index = inside.to(torch.uint8).argmax(dim=2, keepdim=True)
+    inside_index = is_inside.to(torch.uint8).argmax(dim=2, keepdim=True)
     outside_index = (inside_index - 1).clamp_min(0)
-    inside_value = values.gather(2, inside_index)
-    outside_value = values.gather(2, outside_index)
+    inside_value = rotated_values.gather(2, inside_index)
+    outside_value = rotated_values.gather(2, outside_index)
     # Linear interpolation of the zero between the last sample outside and the first sample inside, as a share
     # of a step. It is 0 if the first sample of the line is inside already.
-    step = torch.where(
+    step_share = torch.where(
         inside_index > 0, (-outside_value / (inside_value - outside_value).clamp_min(1e-9)).clamp(0, 1), 0.0
     )[:, :, 0]
-    height = DEPTH / 2 - DEPTH / (STEPS - 1) * (outside_index[:, :, 0] + step)  # [N, R, R] position along w
+    height = DEPTH / 2 - DEPTH / (STEPS - 1) * (
+        outside_index[:, :, 0] + step_share
+    )  # [N, R, R] position along w
     points = torch.stack([u.expand_as(height), v.expand_as(height), height], dim=-1)  # [N, R, R, 3]
-    normal, has_normal = normals_from_points(points, hit)
+    normal, has_normal = normals_from_points(points, is_hit)
     # Undefined normals are set to 0.
-    return torch.cat([(normal * has_normal[..., None]).permute(0, 3, 1, 2), hit[:, None].float()], dim=1)
+    return torch.cat([(normal * has_normal[..., None]).permute(0, 3, 1, 2), is_hit[:, None].float()], dim=1)
 
 
 DEFAULT_ASSET = ASSETS / "shape-features.safetensors"
@@ -196,16 +198,19 @@ class ShapeFeatures:
 
     Args:
         net: trained network.
-        true: standardised features [K, Q] of ground-truth heads that the training did not use.
-        scale: mean and standard deviation of raw features of ground-truth heads, [2, Q].
-        record: training settings and validation results, as JSON values.
+        ground_truth_features: standardised features [K, Q] of ground-truth heads that the training did not
+            use.
+        feature_scale: mean and standard deviation of raw features of ground-truth heads, [2, Q].
+        training_record: training settings and validation results, as JSON values.
     """
 
-    def __init__(self, net: MapNet, true: Tensor, scale: Tensor, record: dict) -> None:
+    def __init__(
+        self, net: MapNet, ground_truth_features: Tensor, feature_scale: Tensor, training_record: dict
+    ) -> None:
         self.net = net.eval().requires_grad_(False)
-        self.true = true  # [K, Q] standardised features of ground-truth heads
-        self.scale = scale  # [2, Q] mean and standard deviation of their raw features
-        self.record = record
+        self.true = ground_truth_features  # [K, Q] standardised features of ground-truth heads
+        self.scale = feature_scale  # [2, Q] mean and standard deviation of their raw features
+        self.record = training_record
 
     @torch.no_grad()
     def __call__(self, maps: Tensor) -> Tensor:
@@ -220,14 +225,14 @@ class ShapeFeatures:
         ]
         return (torch.cat(feature_chunks) - self.scale[0]) / self.scale[1]
 
-    def of_grids(self, values: np.ndarray) -> np.ndarray:
+    def of_grids(self, grid_values: np.ndarray) -> np.ndarray:
         """Compute features of shapes, float64 [N, Q].
 
         Args:
-            values: grids [N, n, n, n] of shapes, negative inside, see `normal_maps`.
+            grid_values: grids [N, n, n, n] of shapes, negative inside, see `normal_maps`.
         """
         # torch.from_numpy rejects arrays with negative strides, such as mirrored ones.
-        chunks = torch.from_numpy(np.ascontiguousarray(values)).float().split(AT_ONCE)
+        chunks = torch.from_numpy(np.ascontiguousarray(grid_values)).float().split(AT_ONCE)
         return torch.cat([self(normal_maps(chunk)) for chunk in chunks]).double().numpy()
 
     def frechet(self, maps: Tensor) -> float:
@@ -262,10 +267,10 @@ class ShapeFeatures:
 
         Raises: FileNotFoundError if the file is missing; ValueError if it is damaged or of another kind.
         """
-        tensors, record = storage.read_tensors(path, KIND)
+        tensors, training_record = storage.read_tensors(path, KIND)
         # The file holds these two tensors beside the state dict of the network.
-        true = tensors.pop("true")
-        scale = tensors.pop("scale")
+        ground_truth_features = tensors.pop("true")
+        feature_scale = tensors.pop("scale")
         net = MapNet()
         storage.load_strict(net, tensors, str(path))
-        return cls(net, true, scale, record)
+        return cls(net, ground_truth_features, feature_scale, training_record)

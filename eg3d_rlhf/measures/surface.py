@@ -5,10 +5,10 @@ Corners of two faces are the same point only if an edge joins them, so surfaces 
 count as separate. A half-edge is an edge of one face, in the direction of the face's winding. It counts as
 open if more than two faces share its edge, or if no other face runs through the edge in the opposite
 direction.
+
 Shapes: V vertices, F faces, C = 3F corners or half-edges (corner 3f + i belongs to face f, and half-edge 3f +
-    i
-starts there), S surfaces, P points, D x H x W grid points along z, y and x; in `displacement` S is the number
-of samples along a line.
+i starts there), S surfaces, P points, D x H x W grid points along z, y and x; in `displacement` S is the
+number of samples along a line.
 """
 
 from collections.abc import Iterable
@@ -70,39 +70,41 @@ def topology(vertices: np.ndarray, faces: np.ndarray) -> Topology:
     partner_corners = partner[paired_corners]
     # Number the points [C]. Corners that an edge joins are one
     # point, also if the mesh has copies of a vertex.
-    point, point_count = connected(
+    point_of_corner, point_count = connected(
         [(paired_corners, _next(partner_corners)), (_next(paired_corners), partner_corners)], len(partner)
     )
-    surface, surface_count = _surfaces(partner)
-    face_surface = surface[0::3]  # [F] surface of each face, that of its first corner
+    surface_of_corner, surface_count = _surfaces(partner)
+    face_surface = surface_of_corner[0::3]  # [F] surface of each face, that of its first corner
     is_open = partner < 0  # [C]
     point_surface = np.zeros(point_count, dtype=np.int64)
-    point_surface[point] = surface
+    point_surface[point_of_corner] = surface_of_corner
     vertex_counts = np.bincount(point_surface, minlength=surface_count)  # [S]
     # A paired half-edge is half of an edge, and an open half-edge is a complete edge.
-    edge_counts = np.bincount(surface, weights=np.where(is_open, 1.0, 0.5), minlength=surface_count)
+    edge_counts = np.bincount(surface_of_corner, weights=np.where(is_open, 1.0, 0.5), minlength=surface_count)
     face_counts = np.bincount(face_surface, minlength=surface_count)
     euler = np.rint(vertex_counts - edge_counts + face_counts).astype(np.int64)  # [S]
-    rims = _rims(point, is_open, point_count, point_surface, surface_count)
+    rims = _rims(point_of_corner, is_open, point_count, point_surface, surface_count)
     genus = (2 - euler - rims) // 2
-    volume = np.bincount(face_surface, weights=face_volumes(vertices, faces), minlength=surface_count)
+    surface_volumes = np.bincount(
+        face_surface, weights=face_volumes(vertices, faces), minlength=surface_count
+    )
     # A closed surface with negative volume is wound inwards, so it bounds a hollow.
-    closed = np.bincount(surface, weights=is_open, minlength=surface_count) == 0
-    cavity = closed & (volume < 0)
-    part_volumes = np.abs(volume[~cavity])
-    share = (
+    is_closed = np.bincount(surface_of_corner, weights=is_open, minlength=surface_count) == 0
+    is_cavity = is_closed & (surface_volumes < 0)
+    part_volumes = np.abs(surface_volumes[~is_cavity])
+    main_share = (
         float(part_volumes.max() / part_volumes.sum())
         if part_volumes.size and part_volumes.sum() > 0
         else 1.0
     )
     return Topology(
-        parts=int((~cavity).sum()),
-        cavities=int(cavity.sum()),
+        parts=int((~is_cavity).sum()),
+        cavities=int(is_cavity.sum()),
         handles=int(genus.sum()),
         rims=int(rims.sum()),
         euler=int(euler.sum()),
         open_edges=int(is_open.sum()),
-        main_share=share,
+        main_share=main_share,
     )
 
 
@@ -120,9 +122,13 @@ def main_surface(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
     vertices, faces = _check_mesh(vertices, faces)
     corner_surface, surface_count = _surfaces(_partners(faces))
     face_surface = corner_surface[0::3]  # [F], the surface of each face's first corner
-    volume = np.bincount(face_surface, weights=face_volumes(vertices, faces), minlength=surface_count)
-    size = volume if volume.max() > 0 else np.bincount(face_surface, minlength=surface_count)
-    return faces[face_surface == size.argmax()]
+    surface_volumes = np.bincount(
+        face_surface, weights=face_volumes(vertices, faces), minlength=surface_count
+    )
+    surface_sizes = (
+        surface_volumes if surface_volumes.max() > 0 else np.bincount(face_surface, minlength=surface_count)
+    )
+    return faces[face_surface == surface_sizes.argmax()]
 
 
 def mean_curvature(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -143,67 +149,68 @@ def mean_curvature(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray,
     """
     vertices, faces = _check_mesh(vertices, faces)
     corners = vertices[faces]  # [F, 3, 3]
-    sides = np.roll(corners, -1, axis=1) - corners  # side i runs from corner i to corner i + 1
-    squared_lengths = (sides**2).sum(axis=2)  # [F, 3]
-    normal = np.cross(sides[:, 0], sides[:, 1])  # [F, 3], length = twice the area
+    side_vectors = np.roll(corners, -1, axis=1) - corners  # side i runs from corner i to corner i + 1
+    squared_lengths = (side_vectors**2).sum(axis=2)  # [F, 3]
+    normal = np.cross(side_vectors[:, 0], side_vectors[:, 1])  # [F, 3], length = twice the area
     double_area = np.linalg.norm(normal, axis=1)
     # Cotangents divide by the area, so faces that are nearly degenerate would dominate the sums.
     has_area = double_area**2 > _SLIVER * squared_lengths.max(axis=1) ** 2
     faces_used = faces[has_area]
-    sides = sides[has_area]
+    side_vectors = side_vectors[has_area]
     squared_lengths = squared_lengths[has_area]
     normal = normal[has_area]
     double_area = double_area[has_area]
     # Cotangent [F, 3] of the angle at corner i, between sides i - 1 and i: dot product over cross product.
     # The minus turns side i - 1, which ends at corner i, around.
-    cot = -(np.roll(sides, 1, axis=1) * sides).sum(axis=2) / double_area[:, None]
-    obtuse = (cot < 0).any(axis=1)
+    cot = -(np.roll(side_vectors, 1, axis=1) * side_vectors).sum(axis=2) / double_area[:, None]
+    is_obtuse = (cot < 0).any(axis=1)
     laplace = np.zeros_like(vertices)
     area = np.zeros(len(vertices))
     for i in range(3):  # side i lies opposite corner i + 2
-        start = faces_used[:, i]
-        end = faces_used[:, (i + 1) % 3]
-        weighted_side = cot[:, (i + 2) % 3, None] * sides[:, i]  # cot alpha (x_end - x_start)
-        _add(laplace, start, -weighted_side)
-        _add(laplace, end, weighted_side)
-        previous_side = (
-            i + 2
-        ) % 3  # joins corners i + 2 and i, so the two sides at corner i are i and this one
-        voronoi = (
+        start_vertices = faces_used[:, i]
+        end_vertices = faces_used[:, (i + 1) % 3]
+        weighted_side = cot[:, (i + 2) % 3, None] * side_vectors[:, i]  # cot alpha (x_end - x_start)
+        _add(laplace, start_vertices, -weighted_side)
+        _add(laplace, end_vertices, weighted_side)
+        # The previous side joins corners i + 2 and i. The two sides at corner i are therefore it and side i.
+        previous_side = (i + 2) % 3
+        voronoi_areas = (
             squared_lengths[:, previous_side] * cot[:, (i + 1) % 3]
             + squared_lengths[:, i] * cot[:, previous_side]
         ) / 8
         # In an obtuse face the circumcentre lies outside the face. There the vertex at the obtuse angle gets
         # half of the area, and the other two vertices a quarter each.
-        mixed = np.where(obtuse, np.where(cot[:, i] < 0, double_area / 4, double_area / 8), voronoi)
-        area += np.bincount(start, weights=mixed, minlength=len(vertices))
+        mixed_areas = np.where(
+            is_obtuse, np.where(cot[:, i] < 0, double_area / 4, double_area / 8), voronoi_areas
+        )
+        area += np.bincount(start_vertices, weights=mixed_areas, minlength=len(vertices))
     direction = np.zeros_like(vertices)
     for i in range(3):
         _add(direction, faces_used[:, i], normal)
     # The formula needs a closed ring of neighbours, which vertices on a rim do not have.
-    rim = np.zeros(len(vertices), dtype=bool)
+    is_on_rim = np.zeros(len(vertices), dtype=bool)
     open_half_edges = np.flatnonzero(_partners(faces) < 0)
     # Both ends of an open half-edge lie on a rim.
-    rim[faces.reshape(-1)[open_half_edges]] = True
-    rim[faces[:, [1, 2, 0]].reshape(-1)[open_half_edges]] = True
-    defined = (area > 0) & ~rim
+    is_on_rim[faces.reshape(-1)[open_half_edges]] = True
+    is_on_rim[faces[:, [1, 2, 0]].reshape(-1)[open_half_edges]] = True
+    is_defined = (area > 0) & ~is_on_rim
     # Negative where the surface is concave
     signed_length = np.linalg.norm(laplace, axis=1) * np.where(
         (laplace * direction).sum(axis=1) < 0, -1.0, 1.0
     )
     # Eq. 8 divides the sum by 2A and by 2. The inner `where` avoids a division by 0.
-    curvature = np.where(defined, signed_length / (4 * np.where(defined, area, 1.0)), np.nan)
-    return curvature, np.where(defined, area, 0.0)
+    curvature = np.where(is_defined, signed_length / (4 * np.where(is_defined, area, 1.0)), np.nan)
+    return curvature, np.where(is_defined, area, 0.0)
 
 
-def _add(total: np.ndarray, rows: np.ndarray, values: np.ndarray) -> None:
-    """Add values [n, 3] to the rows of `total` [V, 3] with the indices `rows` [n], in place.
+def _add(row_sums: np.ndarray, row_indices: np.ndarray, row_values: np.ndarray) -> None:
+    """Add values [n, 3] to the rows of `row_sums` [V, 3] with the indices `row_indices` [n], in place.
 
-    An index may occur several times; its values are summed.
+    An index may occur several times; the values of its occurrences are all added.
     """
     # total[rows] += values would add only one of the values of a repeated index.
     for axis in range(3):
-        total[:, axis] += np.bincount(rows, weights=values[:, axis], minlength=len(total))
+        row_sums[:, axis] += np.bincount(row_indices, weights=row_values[:, axis], minlength=len(row_sums))
 
 
 def _check_mesh(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -218,26 +225,33 @@ def _check_mesh(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np
 
 
 def _partners(faces: np.ndarray) -> np.ndarray:
-    """Return the partner of each half-edge [C]: the only other half-edge at its edge, in the opposite
-    direction.
+    """Return the partner of each half-edge, [C].
+
+    The partner is the only other half-edge at the same edge, and runs in the opposite direction.
 
     Half-edges without such a partner get -1. Half-edge 3f + i runs from corner i of face f to the next corner
     of that face.
     """
-    start = faces.reshape(-1)
-    end = faces[:, [1, 2, 0]].reshape(-1)
+    start_vertex = faces.reshape(-1)
+    end_vertex = faces[:, [1, 2, 0]].reshape(-1)
     # One integer per undirected edge; the product cannot overflow int64 with fewer than 3e9 vertices.
-    key = np.minimum(start, end) * (int(faces.max()) + 1) + np.maximum(start, end)
-    order = np.argsort(key, kind="stable")  # half-edges of one edge become neighbours
-    edge_starts = np.flatnonzero(np.diff(key[order], prepend=-1))  # position of each edge's first half-edge
-    pair_starts = edge_starts[np.diff(np.append(edge_starts, len(key))) == 2]  # edges of exactly two faces
+    edge_codes = np.minimum(start_vertex, end_vertex) * (int(faces.max()) + 1) + np.maximum(
+        start_vertex, end_vertex
+    )
+    order = np.argsort(edge_codes, kind="stable")  # half-edges of one edge become neighbours
+    edge_starts = np.flatnonzero(
+        np.diff(edge_codes[order], prepend=-1)
+    )  # position of each edge's first half-edge
+    pair_starts = edge_starts[
+        np.diff(np.append(edge_starts, len(edge_codes))) == 2
+    ]  # edges of exactly two faces
     first_half = order[pair_starts]
     second_half = order[pair_starts + 1]
     # Two faces that run through the edge in the same direction do not bound one body: their edge stays open.
-    opposed = start[first_half] == end[second_half]
-    partner = np.full(len(key), -1)
-    partner[first_half[opposed]] = second_half[opposed]
-    partner[second_half[opposed]] = first_half[opposed]
+    is_opposed = start_vertex[first_half] == end_vertex[second_half]
+    partner = np.full(len(edge_codes), -1)
+    partner[first_half[is_opposed]] = second_half[is_opposed]
+    partner[second_half[is_opposed]] = first_half[is_opposed]
     return partner
 
 
@@ -247,17 +261,20 @@ def _next(corner: np.ndarray) -> np.ndarray:
     return np.where(corner % 3 == 2, corner - 2, corner + 1)
 
 
-def connected(pairs: list[tuple[np.ndarray, np.ndarray]], count: int) -> tuple[np.ndarray, int]:
+def connected(pairs: list[tuple[np.ndarray, np.ndarray]], item_count: int) -> tuple[np.ndarray, int]:
     """Number the groups of items that pairs connect (connected components of a graph).
 
     Args:
         pairs: pairs of index arrays of equal length; item a[k] is connected with item b[k].
-        count: number of items.
+        item_count: number of items.
 
     Returns: the group [count] of each item, and the number of groups.
     """
-    rows, columns = (np.concatenate([pair[i] for pair in pairs]) for i in range(2))
-    graph = coo_array((np.ones(len(rows), dtype=np.int8), (rows, columns)), shape=(count, count))
+    first_items, second_items = (np.concatenate([pair[i] for pair in pairs]) for i in range(2))
+    graph = coo_array(
+        (np.ones(len(first_items), dtype=np.int8), (first_items, second_items)),
+        shape=(item_count, item_count),
+    )
     group_count, labels = connected_components(graph, directed=False)
     return labels.astype(np.int64), int(group_count)
 
@@ -275,14 +292,18 @@ def _surfaces(partner: np.ndarray) -> tuple[np.ndarray, int]:
 
 
 def _rims(
-    point: np.ndarray, is_open: np.ndarray, point_count: int, point_surface: np.ndarray, surface_count: int
+    point_of_corner: np.ndarray,
+    is_open: np.ndarray,
+    point_count: int,
+    point_surface: np.ndarray,
+    surface_count: int,
 ) -> np.ndarray:
     """Count the loops of open half-edges on each surface, [S].
 
     At each point of a rim one open half-edge ends and another one starts, so each loop is a connected group.
 
     Args:
-        point: point of each corner, [C].
+        point_of_corner: point of each corner, [C].
         is_open: True for each half-edge [C] without a partner.
         point_count: number of points.
         point_surface: surface of each point, [point_count].
@@ -291,12 +312,14 @@ def _rims(
     open_half_edges = np.flatnonzero(is_open)
     if len(open_half_edges) == 0:
         return np.zeros(surface_count, dtype=np.int64)
-    point_loop, loop_count = connected([(point[open_half_edges], point[_next(open_half_edges)])], point_count)
-    on_rim = np.zeros(point_count, dtype=bool)
-    on_rim[point[open_half_edges]] = True
+    point_loop, loop_count = connected(
+        [(point_of_corner[open_half_edges], point_of_corner[_next(open_half_edges)])], point_count
+    )
+    is_on_rim = np.zeros(point_count, dtype=bool)
+    is_on_rim[point_of_corner[open_half_edges]] = True
     # A loop lies on one surface, so its first point gives that surface.
-    _, first_positions = np.unique(point_loop[on_rim], return_index=True)
-    return np.bincount(point_surface[np.flatnonzero(on_rim)[first_positions]], minlength=surface_count)
+    _, first_positions = np.unique(point_loop[is_on_rim], return_index=True)
+    return np.bincount(point_surface[np.flatnonzero(is_on_rim)[first_positions]], minlength=surface_count)
 
 
 # Displacement of a surface: signed distances along its normals between two shapes of the same latent, and
@@ -316,7 +339,7 @@ def voxel(spec: SlabSpec) -> float:
 
 
 @torch.no_grad()
-def displacement(before: LevelSet, points: Tensor, normals: Tensor, reach: float = REACH) -> Tensor:
+def displacement(surface_before: LevelSet, points: Tensor, normals: Tensor, reach: float = REACH) -> Tensor:
     """Compute how far a surface has moved to reach points of a new surface, along the new outward normals.
 
     The line p + s n through a point p of the new surface with normal n is intersected with the old surface.
@@ -325,34 +348,41 @@ def displacement(before: LevelSet, points: Tensor, normals: Tensor, reach: float
     -reach for a point inside it.
 
     Args:
-        before: old surface.
+        surface_before: old surface.
         points: points [P, 3] of the new surface, in world units.
         normals: outward unit normals [P, 3] of the new surface.
         reach: largest distance that is searched, in voxels of the 64^3 grid.
 
     Returns: displacements [P] in voxels of the 64^3 grid, positive where the shape has grown.
     """
-    unit = voxel(before.spec)
-    # Samples on each side of the point: one per voxel of the grid of `before`, at least 2
-    half_samples = max(2, round(reach * unit / before.spec.voxel))
-    s = torch.linspace(-reach * unit, reach * unit, 2 * half_samples + 1).to(points)  # [S]
+    voxel_side = voxel(surface_before.spec)
+    # Samples on each side of the point: one per voxel of the grid of `surface_before`, at least 2
+    half_samples = max(2, round(reach * voxel_side / surface_before.spec.voxel))
+    s = torch.linspace(-reach * voxel_side, reach * voxel_side, 2 * half_samples + 1).to(points)  # [S]
     displacements = torch.empty(len(points)).to(points)
-    for indices in torch.arange(len(points), device=points.device).split(_CHUNK):
-        p = points[indices]
-        n = normals[indices]
-        excess = before.above_level(
+    for chunk_indices in torch.arange(len(points), device=points.device).split(_CHUNK):
+        p = points[chunk_indices]
+        n = normals[chunk_indices]
+        density_excess = surface_before.above_level(
             p[:, None] + s[:, None] * n[:, None]
         )  # [P, S] density - level, >= 0 inside
         # The shape ends where the line runs from inside to outside.
-        leaves = (excess[:, :-1] >= 0) & (excess[:, 1:] < 0)
+        is_leaving = (density_excess[:, :-1] >= 0) & (density_excess[:, 1:] < 0)
         # An infinite distance marks the intervals without a crossing.
-        crossings = interpolate_zero(s[:-1], s[1:], excess[:, :-1], excess[:, 1:]).where(leaves, torch.inf)
-        nearest = crossings.gather(1, crossings.abs().argmin(dim=1, keepdim=True))[:, 0]
-        has_no_crossing = nearest.isinf()
-        # The grid is only interpolated; `place` moves the crossing onto the level set of the field itself.
-        placed = before.refine_crossings(p, n, nearest.masked_fill(has_no_crossing, 0.0))
-        displacements[indices] = torch.where(
-            has_no_crossing, torch.where(before.above_level_exact(p) >= 0, -reach, reach), -placed / unit
+        crossings = interpolate_zero(s[:-1], s[1:], density_excess[:, :-1], density_excess[:, 1:]).where(
+            is_leaving, torch.inf
+        )
+        nearest_crossings = crossings.gather(1, crossings.abs().argmin(dim=1, keepdim=True))[:, 0]
+        has_no_crossing = nearest_crossings.isinf()
+        # The grid is only interpolated; `refine_crossings` moves the crossing onto the level set of the field
+        # itself.
+        placed_crossings = surface_before.refine_crossings(
+            p, n, nearest_crossings.masked_fill(has_no_crossing, 0.0)
+        )
+        displacements[chunk_indices] = torch.where(
+            has_no_crossing,
+            torch.where(surface_before.above_level_exact(p) >= 0, -reach, reach),
+            -placed_crossings / voxel_side,
         )
     return displacements
 
@@ -376,10 +406,10 @@ def _axis_crossings(sigma: Tensor, axis: int, from_high: bool, spec: SlabSpec, l
     if from_high:
         volume = volume.flip(0)
         ray_coordinates = ray_coordinates.flip(0)
-    inside = volume >= level
-    hit = inside.any(dim=0)
+    is_inside = volume >= level
+    is_hit = is_inside.any(dim=0)
     # First sample inside; argmax returns the first of equal values, and 0 if there is none.
-    inside_index = inside.to(torch.uint8).argmax(dim=0)
+    inside_index = is_inside.to(torch.uint8).argmax(dim=0)
     outside_index = (inside_index - 1).clamp_min(0)
     inside_value = volume.gather(0, inside_index[None])[0]
     outside_value = volume.gather(0, outside_index[None])[0]
@@ -394,8 +424,8 @@ def _axis_crossings(sigma: Tensor, axis: int, from_high: bool, spec: SlabSpec, l
         ray_coordinates[inside_index] - ray_coordinates[outside_index]
     )
     first_grid, second_grid = torch.meshgrid(*cross_coordinates, indexing="ij")
-    columns = [first_grid[hit], second_grid[hit]]
-    columns.insert(axis, position[hit])  # z, y, x; reversed below
+    columns = [first_grid[is_hit], second_grid[is_hit]]
+    columns.insert(axis, position[is_hit])  # z, y, x; reversed below
     return torch.stack(columns[::-1], dim=-1)
 
 
@@ -420,14 +450,19 @@ def surface_points(sigma: Tensor, spec: SlabSpec, back: float = -0.05, level: fl
     return points[points[:, 2] >= back]
 
 
-def resample(points: Tensor, count: int, seed: int) -> Tensor:
-    """Choose `count` of the points [P, 3] at random with replacement; returns [count, 3].
+def resample(points: Tensor, point_count: int, seed: int) -> Tensor:
+    """Choose points at random with replacement.
 
-    The same seed gives the same choice.
+    Args:
+        points: points [P, 3].
+        point_count: number of points to choose.
+        seed: random seed; the same seed gives the same choice.
+
+    Returns: the chosen points [point_count, 3].
     """
     # A random generator of the CPU: every device then chooses the same points.
     generator = torch.Generator().manual_seed(seed)
-    return points[torch.randint(len(points), (count,), generator=generator).to(points.device)]
+    return points[torch.randint(len(points), (point_count,), generator=generator).to(points.device)]
 
 
 def in_head(points: Tensor, spec: SlabSpec) -> Tensor:
@@ -437,31 +472,34 @@ def in_head(points: Tensor, spec: SlabSpec) -> Tensor:
 
     Args:
         points: points [P, 3].
-        spec: grid whose centre and scale the box takes over.
+        spec: grid of the generator. The box has the centre and the scale of this grid, but the crop of the
+            published slab.
     """
     # The default crop with the scale of this generator. Axes are sorted, so their first and last coordinates
     # are the sides of the box.
     box_axes = SlabSpec(crop=SlabSpec().crop, box_warp=spec.box_warp, centre=spec.centre).axes()
-    low, high = (points.new_tensor([float(axis[i]) for axis in box_axes]) for i in (0, -1))
-    return ((points >= low) & (points <= high)).all(dim=-1)
+    lowest_corner, highest_corner = (
+        points.new_tensor([float(axis[i]) for axis in box_axes]) for i in (0, -1)
+    )
+    return ((points >= lowest_corner) & (points <= highest_corner)).all(dim=-1)
 
 
 @torch.no_grad()
-def median_change(before: LevelSet, after: LevelSet) -> float:
+def median_change(surface_before: LevelSet, surface_after: LevelSet) -> float:
     """Compute the median |displacement| between two shapes, in voxels of the 64^3 grid.
 
-    The median is over points of both surfaces that lie in the box of the published σ slab and are visible
+    The median is over points of the two surfaces that lie in the box of the published σ slab and are visible
     from the front or the sides.
 
     Args:
-        before: surface before a change.
-        after: surface after the change.
+        surface_before: surface before a change.
+        surface_after: surface after the change.
 
     Returns: the median, or NaN if neither surface has such a point.
     """
     distances = []
     # Both directions: points of the new surface alone would miss parts that have disappeared.
-    for surface, other_surface in ((after, before), (before, after)):
+    for surface, other_surface in ((surface_after, surface_before), (surface_before, surface_after)):
         points = surface_points(surface.cube.float(), surface.spec, -surface.spec.box_warp, surface.level)
         points = points[in_head(points, surface.spec)]
         if len(points):
@@ -483,12 +521,12 @@ def change_summary(medians: Iterable[float]) -> dict:
     Args:
         medians: value of each latent in voxels; NaN for a latent without a surface, which is not counted.
 
-    Returns: 'median' and 'quartiles' over the latents, which are None without any value, and 'n', the number
-        of latents that count.
+    Returns: a dictionary of 'median' and 'quartiles' over the latents, which are None without any value, and
+        'n', the number of latents that count.
     """
-    values = np.array([value for value in medians if np.isfinite(value)])
-    if len(values):
-        lower_quartile, median, upper_quartile = np.quantile(values, [0.25, 0.5, 0.75]).tolist()
+    finite_medians = np.array([latent_value for latent_value in medians if np.isfinite(latent_value)])
+    if len(finite_medians):
+        lower_quartile, median, upper_quartile = np.quantile(finite_medians, [0.25, 0.5, 0.75]).tolist()
     else:
         lower_quartile = median = upper_quartile = None
-    return {"median": median, "quartiles": [lower_quartile, upper_quartile], "n": len(values)}
+    return {"median": median, "quartiles": [lower_quartile, upper_quartile], "n": len(finite_medians)}

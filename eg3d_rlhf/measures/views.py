@@ -1,8 +1,10 @@
 """Compare neighbouring views of a latent in colour, depth and surface normals.
 
 A latent is rendered from several cameras. The pixels of one view are projected into the neighbouring view by
-their depth, and both views are compared there. Every measure has one value per latent, and lower is better.
-The measures are independent of the simulated annotator, since they read renders and never the density grid.
+their depth, and the two views are compared there. Every measure has one value per latent, and lower is
+better. The measures are independent of the simulated annotator, since they read renders and never the density
+grid.
+
 Shapes: N latents, F views, R pixels per side of an image, L x Wd style vectors, C channels. Depth is the
 Euclidean distance along a pixel's unit ray. World axes: x right, y up, z to the camera. Cameras follow OpenCV
 (x right, y down, z forward). Intrinsics are normalised by the image size.
@@ -22,8 +24,8 @@ from eg3d_rlhf.generators import as_generator
 from training.rendering.cameras import RaySampler, camera_position, intrinsics_matrix, look_at, pack_label
 
 _NEAR_PLANE = 1e-3  # in world units: points closer to the camera plane than this have no pixel
-# In world units: a point that lies farther than this behind the
-# surface of the other view counts as hidden there
+# In world units: a point that lies farther than this behind the surface of the other view counts as hidden
+# there.
 HIDDEN_MARGIN = 0.10
 MIN_PIXELS = 16  # latents with fewer matched pixels in all pairs get the worst value of each measure
 WORST_COLOUR = 2.0  # largest difference of two values in [-1, 1]
@@ -65,14 +67,14 @@ class ViewSpec:
         return intrinsics_matrix(self.cameras.focal, device)
 
 
-def spec_for(generator: Any, **settings) -> ViewSpec:
+def spec_for(generator: Any, **other_fields) -> ViewSpec:
     """Create a ViewSpec with the cameras of a generator.
 
     Args:
         generator: generator, in any form that `generators.of` accepts.
-        settings: values of other fields of ViewSpec.
+        other_fields: values of other fields of ViewSpec.
     """
-    return ViewSpec(**{"cameras": as_generator(generator).cameras, **settings})
+    return ViewSpec(**{"cameras": as_generator(generator).cameras, **other_fields})
 
 
 class Views(NamedTuple):
@@ -126,13 +128,13 @@ def project(points: Tensor, cam2world: Tensor, intrinsics: Tensor) -> tuple[Tens
     offset = points - cam2world[:3, 3]
     # Multiplying a row vector by the rotation applies its transpose, which is the inverse: world to camera.
     camera_points = offset @ cam2world[:3, :3]  # [..., 3]
-    in_front_of_camera = camera_points[..., 2] > _NEAR_PLANE
+    is_in_front = camera_points[..., 2] > _NEAR_PLANE
     # A divisor of 1 behind the camera keeps the gradient of the unused branch finite.
-    divisor = torch.where(in_front_of_camera, camera_points[..., 2], torch.ones_like(camera_points[..., 2]))
+    divisor = torch.where(is_in_front, camera_points[..., 2], torch.ones_like(camera_points[..., 2]))
     u = intrinsics[0, 0] * camera_points[..., 0] / divisor + intrinsics[0, 2]
     v = intrinsics[1, 1] * camera_points[..., 1] / divisor + intrinsics[1, 2]
     uv = torch.where(
-        in_front_of_camera[..., None], torch.stack([u, v], dim=-1), torch.full_like(points[..., :2], 1e3)
+        is_in_front[..., None], torch.stack([u, v], dim=-1), torch.full_like(points[..., :2], 1e3)
     )
     return uv, offset.norm(dim=-1)
 
@@ -168,25 +170,31 @@ def render_views(field: Field, spec: ViewSpec, seed: int = 0, device: torch.devi
         device: device of the field.
     """
     cameras = pack_label(spec.cam2world(device), spec.intrinsics(device))  # [F, 25]
-    outputs = render_each(
+    view_renders = render_each(
         field, cameras.split(1), RenderOptions(resolution=spec.resolution, samples=spec.samples), seed
     )
     # Regroup from one triple per view to three tuples with one map per view. Index 0 drops the channel axis.
-    maps = zip(*((out.raw, out.depth[:, 0], out.opacity[:, 0]) for out in outputs), strict=True)
+    maps = zip(
+        *(
+            (view_render.raw, view_render.depth[:, 0], view_render.opacity[:, 0])
+            for view_render in view_renders
+        ),
+        strict=True,
+    )
     image, depth, opacity = (torch.stack(view_maps, dim=1).float() for view_maps in maps)  # [N, F, ...]
     return views_from_maps(image, depth, opacity, spec)
 
 
-def sample_map(values: Tensor, grid: Tensor) -> Tensor:
+def sample_map(image_maps: Tensor, grid: Tensor) -> Tensor:
     """Sample maps bilinearly at given positions. Values at the border of a map are repeated outside.
 
     Args:
-        values: maps [N, C, R, R].
+        image_maps: maps [N, C, R, R].
         grid: positions (x, y) [N, R, R, 2], -1..1 between the outer edges of the image.
 
     Returns: the samples [N, C, R, R].
     """
-    return F.grid_sample(values, grid, mode="bilinear", padding_mode="border", align_corners=False)
+    return F.grid_sample(image_maps, grid, mode="bilinear", padding_mode="border", align_corners=False)
 
 
 def inner_foreground(foreground: Tensor) -> Tensor:
@@ -196,17 +204,17 @@ def inner_foreground(foreground: Tensor) -> Tensor:
         foreground: True for each foreground pixel, bool [N, R, R].
     """
     # A pixel is inner if its 3 x 3 neighbourhood contains no background.
-    inner = F.max_pool2d((~foreground).float()[:, None], 3, stride=1, padding=1)[:, 0] == 0
+    is_inner = F.max_pool2d((~foreground).float()[:, None], 3, stride=1, padding=1)[:, 0] == 0
     # The padding of the image counts as foreground above, so its
     # first and last rows and columns are set here.
-    inner[:, :1] = False
-    inner[:, -1:] = False
-    inner[:, :, :1] = False
-    inner[:, :, -1:] = False
-    return inner
+    is_inner[:, :1] = False
+    is_inner[:, -1:] = False
+    is_inner[:, :, :1] = False
+    is_inner[:, :, -1:] = False
+    return is_inner
 
 
-def match_views(views: Views, target: int, source: int) -> Match:
+def match_views(views: Views, target_view: int, source_view: int) -> Match:
     """Project every pixel of one view into another view by its depth.
 
     A point counts as hidden, and is not compared, if it lies more than HIDDEN_MARGIN (world units) behind the
@@ -214,19 +222,19 @@ def match_views(views: Views, target: int, source: int) -> Match:
 
     Args:
         views: renders of N latents.
-        target: index of the view whose pixels are projected.
-        source: index of the view into which they are projected.
+        target_view: index of the view whose pixels are projected.
+        source_view: index of the view into which they are projected.
     """
-    points = views.points[:, target]  # [N, R, R, 3]
-    uv, distance = project(points, views.cam2world[source], views.intrinsics)
+    points = views.points[:, target_view]  # [N, R, R, 3]
+    uv, distance = project(points, views.cam2world[source_view], views.intrinsics)
     grid = uv * 2 - 1  # 0..1 to the -1..1 of grid_sample
-    source_foreground = inner_foreground(views.foreground[:, source])
-    maps = torch.stack([views.depth[:, source], source_foreground.float()], dim=1)  # [N, 2, R, R]
+    source_foreground = inner_foreground(views.foreground[:, source_view])
+    maps = torch.stack([views.depth[:, source_view], source_foreground.float()], dim=1)  # [N, 2, R, R]
     source_depth, source_weight = sample_map(maps, grid).unbind(dim=1)
     # An interpolated foreground below 1 means that one of the four interpolated pixels is background.
-    target_foreground = inner_foreground(views.foreground[:, target])
-    visible = target_foreground & (source_weight > 0.999) & (grid.abs() < 1).all(dim=-1)
-    return Match(grid, distance, source_depth, visible & (distance - source_depth < HIDDEN_MARGIN))
+    target_foreground = inner_foreground(views.foreground[:, target_view])
+    is_visible = target_foreground & (source_weight > 0.999) & (grid.abs() < 1).all(dim=-1)
+    return Match(grid, distance, source_depth, is_visible & (distance - source_depth < HIDDEN_MARGIN))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,28 +265,34 @@ def normals_from_points(points: Tensor, foreground: Tensor) -> tuple[Tensor, Ten
     Returns: unit normals [N, R, R, 3], and a mask [N, R, R] that is True where the normal is defined: where
         the pixel and all its neighbours are foreground, and the differences are not parallel.
     """
-    right = F.pad((points[:, :, 2:] - points[:, :, :-2]).permute(0, 3, 1, 2), (1, 1, 0, 0))  # [N, 3, R, R]
-    down = F.pad((points[:, 2:] - points[:, :-2]).permute(0, 3, 1, 2), (0, 0, 1, 1))
-    normal = torch.linalg.cross(down, right, dim=1)
+    column_differences = F.pad(
+        (points[:, :, 2:] - points[:, :, :-2]).permute(0, 3, 1, 2), (1, 1, 0, 0)
+    )  # [N, 3, R, R]
+    row_differences = F.pad((points[:, 2:] - points[:, :-2]).permute(0, 3, 1, 2), (0, 0, 1, 1))
+    normal = torch.linalg.cross(row_differences, column_differences, dim=1)
     length = normal.norm(dim=1, keepdim=True)
-    defined = inner_foreground(foreground) & (length[:, 0] > 1e-12)
-    return (normal / length.clamp_min(1e-12)).permute(0, 2, 3, 1), defined
+    has_normal = inner_foreground(foreground) & (length[:, 0] > 1e-12)
+    return (normal / length.clamp_min(1e-12)).permute(0, 2, 3, 1), has_normal
 
 
-def _normal(views: Views, target: int, source: int, match: Match) -> tuple[Tensor, Tensor]:
+def _normal(views: Views, target_view: int, source_view: int, match: Match) -> tuple[Tensor, Tensor]:
     """Compute the angles between the normals of matched pixels.
 
     Args:
         views: renders of N latents.
-        target: index of the target view.
-        source: index of the source view.
+        target_view: index of the target view.
+        source_view: index of the source view.
         match: positions of the target's pixels in the source view.
 
     Returns: the angles [N, R, R] in degrees, and a mask [N, R, R] that is True where the pixels match and
-        both normals are defined.
+        the normals of both views are defined.
     """
-    target_normals, target_defined = normals_from_points(views.points[:, target], views.foreground[:, target])
-    source_normals, source_defined = normals_from_points(views.points[:, source], views.foreground[:, source])
+    target_normals, target_defined = normals_from_points(
+        views.points[:, target_view], views.foreground[:, target_view]
+    )
+    source_normals, source_defined = normals_from_points(
+        views.points[:, source_view], views.foreground[:, source_view]
+    )
     maps = torch.cat(
         [source_normals.permute(0, 3, 1, 2), source_defined[:, None].float()], dim=1
     )  # [N, 4, R, R]
@@ -292,21 +306,21 @@ def _normal(views: Views, target: int, source: int, match: Match) -> tuple[Tenso
     return angle, match.visible & target_defined & (sampled[:, 3] > 0.999)
 
 
-def _mean_over_pairs(errors: list[tuple[Tensor, Tensor]], worst: float) -> np.ndarray:
+def _mean_over_pairs(errors: list[tuple[Tensor, Tensor]], worst_value: float) -> np.ndarray:
     """Average errors over the valid pixels of all pairs of views, float64 [N].
 
     Args:
         errors: errors [N, R, R] of each pair of views, and the mask [N, R, R] of its valid pixels.
-        worst: value of a latent with fewer than MIN_PIXELS valid pixels in all pairs.
+        worst_value: value of a latent with fewer than MIN_PIXELS valid pixels in all pairs.
     """
     # where() and not a product: an invalid pixel may hold NaN, and 0 * NaN is NaN.
-    total = sum(
-        (torch.where(valid, error, 0.0).double().sum(dim=(1, 2)) for error, valid in errors),
+    error_sums = sum(
+        (torch.where(is_valid, error, 0.0).double().sum(dim=(1, 2)) for error, is_valid in errors),
         torch.tensor(0.0),
     )
-    count = sum((valid.sum(dim=(1, 2)) for _, valid in errors), torch.tensor(0))
-    mean = total / count.clamp_min(1)
-    return torch.where((count >= MIN_PIXELS) & mean.isfinite(), mean, worst).cpu().numpy()
+    pixel_counts = sum((is_valid.sum(dim=(1, 2)) for _, is_valid in errors), torch.tensor(0))
+    mean = error_sums / pixel_counts.clamp_min(1)
+    return torch.where((pixel_counts >= MIN_PIXELS) & mean.isfinite(), mean, worst_value).cpu().numpy()
 
 
 @torch.no_grad()
@@ -318,7 +332,7 @@ def compare_views(views: Views, spec: ViewSpec) -> MultiViewMeasures:
     the depth map of the source. The errors of the pixel are
     photometric: |I_source(pi(X)) - I_target|;
     depth: | |X - o_source| - d_source(pi(X)) | / |X - o_source|, with a numerator of at most HIDDEN_MARGIN;
-    normal: the angle between the normals of both depth maps at X, in world axes.
+    normal: the angle between the normals of the two depth maps at X, in world axes.
     A latent with fewer than MIN_PIXELS matched pixels (an empty scene, or one with only low opacities) gets
     the worst value of each measure.
 
@@ -326,27 +340,29 @@ def compare_views(views: Views, spec: ViewSpec) -> MultiViewMeasures:
         views: renders of N latents.
         spec: cameras of the renders.
     """
-    photometric = []
-    depth = []
-    normal = []
+    photometric_errors = []
+    depth_errors = []
+    normal_errors = []
     # Numbers of pixels [N], summed over all pairs
-    matched = foreground = torch.tensor(0)
-    for target, source in spec.pairs:
-        match = match_views(views, target, source)
-        source_colours = sample_map(views.image[:, source], match.grid)
-        photometric.append(((source_colours - views.image[:, target]).abs().mean(dim=1), match.visible))
+    matched_counts = foreground_counts = torch.tensor(0)
+    for target_view, source_view in spec.pairs:
+        match = match_views(views, target_view, source_view)
+        source_colours = sample_map(views.image[:, source_view], match.grid)
+        photometric_errors.append(
+            ((source_colours - views.image[:, target_view]).abs().mean(dim=1), match.visible)
+        )
         # Cap the difference also for points in front, so that a
         # distant floater weighs no more than an occlusion.
-        gap = (match.distance - match.depth).abs().clamp_max(HIDDEN_MARGIN)
-        depth.append((gap / match.distance.clamp_min(1e-6), match.visible))
-        normal.append(_normal(views, target, source, match))
-        matched = matched + match.visible.sum(dim=(1, 2))
-        foreground = foreground + views.foreground[:, target].sum(dim=(1, 2))
+        depth_gap = (match.distance - match.depth).abs().clamp_max(HIDDEN_MARGIN)
+        depth_errors.append((depth_gap / match.distance.clamp_min(1e-6), match.visible))
+        normal_errors.append(_normal(views, target_view, source_view, match))
+        matched_counts = matched_counts + match.visible.sum(dim=(1, 2))
+        foreground_counts = foreground_counts + views.foreground[:, target_view].sum(dim=(1, 2))
     return MultiViewMeasures(
-        photometric=_mean_over_pairs(photometric, WORST_COLOUR),
-        depth=_mean_over_pairs(depth, HIDDEN_MARGIN / spec.cameras.radius),
-        normal=_mean_over_pairs(normal, WORST_NORMAL),
-        covisible=(matched / foreground.clamp_min(1)).double().cpu().numpy(),
+        photometric=_mean_over_pairs(photometric_errors, WORST_COLOUR),
+        depth=_mean_over_pairs(depth_errors, HIDDEN_MARGIN / spec.cameras.radius),
+        normal=_mean_over_pairs(normal_errors, WORST_NORMAL),
+        covisible=(matched_counts / foreground_counts.clamp_min(1)).double().cpu().numpy(),
     )
 
 
@@ -371,7 +387,10 @@ def multi_view_measures(
     for ws_batch in ws.split(batch):
         views = render_views(generator.field(ws_batch), spec, device=ws.device)
         batch_measures.append(compare_views(views, spec))
-    names = MultiViewMeasures.__dataclass_fields__
+    measure_names = MultiViewMeasures.__dataclass_fields__
     return MultiViewMeasures(
-        **{name: np.concatenate([getattr(measures, name) for measures in batch_measures]) for name in names}
+        **{
+            measure_name: np.concatenate([getattr(measures, measure_name) for measures in batch_measures])
+            for measure_name in measure_names
+        }
     )

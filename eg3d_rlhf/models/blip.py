@@ -34,15 +34,15 @@ VISION_NAMES = (
 )
 
 
-def from_published(state: Mapping[str, torch.Tensor]) -> State:
+def from_published(state_dict: Mapping[str, torch.Tensor]) -> State:
     """Rename the entries of a published state dict to the names that `Blip` uses.
 
     Only entries of the image encoder change their names.
     """
-    vision = to_transformers(entries_below(state, VISION), VISION_NAMES)
+    image_entries = to_transformers(entries_below(state_dict, VISION), VISION_NAMES)
     # The text encoder has transformers' names in the published file already.
-    text = {name: tensor for name, tensor in state.items() if not name.startswith(VISION)}
-    return text | {VISION + name: tensor for name, tensor in vision.items()}
+    text_entries = {name: tensor for name, tensor in state_dict.items() if not name.startswith(VISION)}
+    return text_entries | {VISION + name: tensor for name, tensor in image_entries.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,35 +61,39 @@ class BlipSizes:
     projection: int = 256  # channels of the contrastive heads, which scoring does not use
 
     @classmethod
-    def from_state(cls, state: Mapping[str, torch.Tensor], who: str) -> "BlipSizes":
+    def from_state(cls, state_dict: Mapping[str, torch.Tensor], who: str) -> "BlipSizes":
         """Derive the sizes from the shapes of the tensors in a published state dict.
 
         Args:
-            state: state dict with published names.
+            state_dict: state dict with published names.
             who: name that error messages begin with.
 
         Raises: ValueError if the state dict is that of another network.
         """
-        text = "blip.text_encoder."  # prefix of the text encoder's names
+        text_prefix = "blip.text_encoder."  # prefix of the text encoder's names
         # The layer that embeds patches is a convolution whose kernel, [width, 3, patch, patch], has the size
         # of a patch.
-        width, _, patch, _ = shape_of(state, f"{VISION}patch_embed.proj.weight", who, 4)
+        width, _, patch, _ = shape_of(state_dict, f"{VISION}patch_embed.proj.weight", who, 4)
         # The embedding of positions has the shape [1, tokens, width].
-        _, tokens, _ = shape_of(state, f"{VISION}pos_embed", who, 3)
-        vocabulary, text_width = shape_of(state, f"{text}embeddings.word_embeddings.weight", who, 2)
+        _, tokens, _ = shape_of(state_dict, f"{VISION}pos_embed", who, 3)
+        vocabulary, text_width = shape_of(
+            state_dict, f"{text_prefix}embeddings.word_embeddings.weight", who, 2
+        )
         return cls(
             # One position belongs to the class token. The others form a square grid of patches.
             image=round((tokens - 1) ** 0.5) * patch,
             patch=patch,
             vision_width=width,
             # `count` adds 1 to the largest number of a block, since blocks are counted from 0.
-            vision_layers=count(state, f"{VISION}blocks."),
+            vision_layers=count(state_dict, f"{VISION}blocks."),
             text_width=text_width,
-            text_layers=count(state, f"{text}encoder.layer."),
+            text_layers=count(state_dict, f"{text_prefix}encoder.layer."),
             vocabulary=vocabulary,
-            text_hidden=shape_of(state, f"{text}encoder.layer.0.intermediate.dense.weight", who, 2)[0],
-            positions=shape_of(state, f"{text}embeddings.position_embeddings.weight", who, 2)[0],
-            projection=shape_of(state, "blip.text_proj.weight", who, 2)[0],
+            text_hidden=shape_of(
+                state_dict, f"{text_prefix}encoder.layer.0.intermediate.dense.weight", who, 2
+            )[0],
+            positions=shape_of(state_dict, f"{text_prefix}embeddings.position_embeddings.weight", who, 2)[0],
+            projection=shape_of(state_dict, "blip.text_proj.weight", who, 2)[0],
         )
 
 
@@ -105,7 +109,7 @@ class Blip(nn.Module):
         from transformers import BlipTextConfig, BlipTextModel, ViTConfig, ViTModel
 
         # transformers' BlipVisionModel computes the same values as its ViTModel, but without fused attention.
-        vision = ViTConfig(
+        vision_config = ViTConfig(
             hidden_size=sizes.vision_width,
             # The usual ratio of a ViT, which the published file also has.
             intermediate_size=4 * sizes.vision_width,
@@ -116,7 +120,7 @@ class Blip(nn.Module):
             hidden_act="gelu",
             layer_norm_eps=1e-6,
         )
-        text = BlipTextConfig(
+        text_config = BlipTextConfig(
             vocab_size=sizes.vocabulary,
             hidden_size=sizes.text_width,
             encoder_hidden_size=sizes.vision_width,
@@ -127,8 +131,8 @@ class Blip(nn.Module):
             hidden_act="gelu",
             layer_norm_eps=1e-12,
         )
-        self.visual_encoder = ViTModel(vision, add_pooling_layer=False)
-        self.text_encoder = BlipTextModel(text, add_pooling_layer=False)
+        self.visual_encoder = ViTModel(vision_config, add_pooling_layer=False)
+        self.text_encoder = BlipTextModel(text_config, add_pooling_layer=False)
         # Scoring does not use these two heads. They exist because published files contain their weights, and
         # weights are loaded strictly.
         self.vision_proj = nn.Linear(sizes.vision_width, sizes.projection)
@@ -157,8 +161,8 @@ class Blip(nn.Module):
         Returns: one feature vector [B, D] per pair, the encoded class token of the prompt.
         """
         # Every layer of BERT cross-attends to the features of the prompt's image.
-        outputs = self.text_encoder(
+        text_outputs = self.text_encoder(
             input_ids=tokens, attention_mask=mask, encoder_hidden_states=self.encode_images(pixels)
         )
         # The class token is the first token. [B, T, D] -> [B, D]
-        return outputs.last_hidden_state[:, 0]
+        return text_outputs.last_hidden_state[:, 0]

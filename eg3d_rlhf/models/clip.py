@@ -23,11 +23,11 @@ from eg3d_rlhf.models.weights import adopt, count, empty, freeze, from_folder, r
 FLAG = "--reward"  # option that error messages begin with
 
 
-def hpsv2_network(state: Mapping[str, torch.Tensor], who: str) -> Any:
+def hpsv2_network(state_dict: Mapping[str, torch.Tensor], who: str) -> Any:
     """Build transformers' CLIPModel with the sizes of an open_clip state dict, without values (meta device).
 
     Args:
-        state: state dict with open_clip's names.
+        state_dict: state dict with open_clip's names.
         who: name that error messages begin with.
 
     Raises: ValueError if the state dict is that of another network.
@@ -36,24 +36,26 @@ def hpsv2_network(state: Mapping[str, torch.Tensor], who: str) -> Any:
     from transformers import CLIPConfig, CLIPModel
 
     # Shapes: [width, 3, patch, patch], [vocabulary, text_width] and, below, [1 + patches, width].
-    width, _, patch, _ = shape_of(state, "visual.conv1.weight", who, 4)
-    vocabulary, text_width = shape_of(state, "token_embedding.weight", who, 2)
-    vision = {
+    width, _, patch, _ = shape_of(state_dict, "visual.conv1.weight", who, 4)
+    vocabulary, text_width = shape_of(state_dict, "token_embedding.weight", who, 2)
+    vision_settings = {
         "hidden_size": width,
         "intermediate_size": 4 * width,
-        "num_hidden_layers": count(state, "visual.transformer.resblocks."),
-        # No entry states the number of heads. ViT-H/14 has heads of 80 channels, smaller networks of 64.
+        "num_hidden_layers": count(state_dict, "visual.transformer.resblocks."),
+        # No entry states the number of attention heads. ViT-H/14 has heads of 80 channels, smaller networks
+        # of 64.
         "num_attention_heads": max(width // (80 if width % 80 == 0 else 64), 1),
         # One position belongs to the class token. The others form a square grid of patches.
-        "image_size": round((shape_of(state, "visual.positional_embedding", who, 2)[0] - 1) ** 0.5) * patch,
+        "image_size": round((shape_of(state_dict, "visual.positional_embedding", who, 2)[0] - 1) ** 0.5)
+        * patch,
         "patch_size": patch,
         "hidden_act": "gelu",
     }
-    text = {
+    text_settings = {
         "vocab_size": vocabulary,
         "hidden_size": text_width,
         "intermediate_size": 4 * text_width,
-        "num_hidden_layers": count(state, "transformer.resblocks."),
+        "num_hidden_layers": count(state_dict, "transformer.resblocks."),
         "num_attention_heads": max(text_width // 64, 1),
         "hidden_act": "gelu",
         # The last two entries of CLIP's vocabulary are the start token and the end token.
@@ -61,10 +63,12 @@ def hpsv2_network(state: Mapping[str, torch.Tensor], who: str) -> Any:
         "eos_token_id": vocabulary - 1,
     }
     # The projection is stored as [text_width, D].
-    config = CLIPConfig(
-        text_config=text, vision_config=vision, projection_dim=shape_of(state, "text_projection", who, 2)[1]
+    clip_config = CLIPConfig(
+        text_config=text_settings,
+        vision_config=vision_settings,
+        projection_dim=shape_of(state_dict, "text_projection", who, 2)[1],
     )
-    return empty(lambda: CLIPModel(config))
+    return empty(lambda: CLIPModel(clip_config))
 
 
 class CosineReward:
@@ -112,14 +116,16 @@ class CosineReward:
                         self.network.get_text_features(input_ids=tokens)[0], dim=-1
                     )
         text_embeddings = torch.stack([self._embedded[prompt] for prompt in prompts])
-        inputs = self.prepare(pixels.to(self.device).float(), self.network.config.vision_config.image_size)
-        image_embeddings = F.normalize(self.network.get_image_features(pixel_values=inputs), dim=-1)
+        network_inputs = self.prepare(
+            pixels.to(self.device).float(), self.network.config.vision_config.image_size
+        )
+        image_embeddings = F.normalize(self.network.get_image_features(pixel_values=network_inputs), dim=-1)
         # Both embeddings have length 1, so their dot product is the cosine. [B, D] -> [B]
         return (image_embeddings * text_embeddings).sum(-1)
 
 
 def load_hpsv2(
-    path: Path, state: Mapping[str, torch.Tensor], device: str | torch.device = "cpu"
+    path: Path, state_dict: Mapping[str, torch.Tensor], device: str | torch.device = "cpu"
 ) -> CosineReward:
     """Build the HPSv2 reward from the tensors of its published file HPS_v2*.pt.
 
@@ -127,15 +133,15 @@ def load_hpsv2(
 
     Args:
         path: published file.
-        state: entry 'state_dict' of the file, the state dict of open_clip's ViT-H/14.
+        state_dict: entry 'state_dict' of the file, the state dict of open_clip's ViT-H/14.
         device: device that computes the scores.
 
     Raises: ValueError if the library transformers or the tokenizer is missing, or if the state dict is that
         of another network.
     """
     who = f"{FLAG}: {path.name}"
-    network = hpsv2_network(state, who)
-    adopt(network, to_transformers_clip(state), who)
+    network = hpsv2_network(state_dict, who)
+    adopt(network, to_transformers_clip(state_dict), who)
     # open_clip pads short prompts with the token id 0, whereas OpenAI's CLIP pads with the end token.
     tokenize = clip_tokenizer(path.parent / "tokenizer", FLAG, network.config.text_config.vocab_size, pad=0)
     return CosineReward(network, pad_preprocess, tokenize, device)

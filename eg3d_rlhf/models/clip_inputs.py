@@ -19,15 +19,16 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-def clip_preprocess(images: torch.Tensor, size: int = 224) -> torch.Tensor:
+def clip_preprocess(images: torch.Tensor, side_pixels: int = 224) -> torch.Tensor:
     """Preprocess images as CLIP does: resize, crop the centre, normalise.
 
-    The shorter side is resized to `size` pixels (bicubic, antialiased). The longer side is scaled alike and
-    rounded down. The result equals that of torchvision's transforms Resize, CenterCrop and Normalize bitwise.
+    The shorter side is resized to `side_pixels` pixels (bicubic, antialiased). The longer side is scaled
+    alike and rounded down. The result equals that of torchvision's transforms Resize, CenterCrop and
+    Normalize bitwise.
 
     Args:
         images: images [B, 3, h, w] of values 0..1.
-        size: pixels per side of the result, S.
+        side_pixels: pixels per side of the result, S.
 
     Returns: a new tensor [B, 3, S, S].
     Differentiable in: images.
@@ -36,35 +37,41 @@ def clip_preprocess(images: torch.Tensor, size: int = 224) -> torch.Tensor:
     shorter_side = min(height, width)
     resized = _resize(
         images,
-        (size, size * width // shorter_side) if height <= width else (size * height // shorter_side, size),
+        (side_pixels, side_pixels * width // shorter_side)
+        if height <= width
+        else (side_pixels * height // shorter_side, side_pixels),
     )
     # round() rounds halves to the even number, as torchvision's CenterCrop does.
-    top, left = (round((side - size) / 2) for side in resized.shape[-2:])
-    return normalise(resized[..., top : top + size, left : left + size])
+    top, left = (round((length - side_pixels) / 2) for length in resized.shape[-2:])
+    return normalise(resized[..., top : top + side_pixels, left : left + side_pixels])
 
 
-def pad_preprocess(images: torch.Tensor, size: int = 224) -> torch.Tensor:
+def pad_preprocess(images: torch.Tensor, side_pixels: int = 224) -> torch.Tensor:
     """Preprocess images as HPSv2 does (open_clip's ResizeMaxSize): resize, pad with black bars, normalise.
 
-    The longer side is resized to `size` pixels. Equal black bars on both sides fill the shorter dimension.
+    The longer side is resized to `side_pixels` pixels. Equal black bars on both sides fill the shorter
+    dimension.
 
     Args:
         images: images [B, 3, h, w] of values 0..1.
-        size: pixels per side of the result, S.
+        side_pixels: pixels per side of the result, S.
 
     Returns: a new tensor [B, 3, S, S].
     Differentiable in: images.
     """
     height, width = images.shape[-2:]
-    scale = size / max(height, width)
+    scale = side_pixels / max(height, width)
     # At least one pixel: the shorter side of a very long image would otherwise be rounded to 0.
-    rows = max(round(height * scale), 1)
-    columns = max(round(width * scale), 1)
-    top = (size - rows) // 2
-    left = (size - columns) // 2
+    resized_rows = max(round(height * scale), 1)
+    resized_columns = max(round(width * scale), 1)
+    top = (side_pixels - resized_rows) // 2
+    left = (side_pixels - resized_columns) // 2
     return normalise(
         # Padding comes before normalisation, so the bars are black and not of the mean colour.
-        F.pad(_resize(images, (rows, columns)), (left, size - columns - left, top, size - rows - top))
+        F.pad(
+            _resize(images, (resized_rows, resized_columns)),
+            (left, side_pixels - resized_columns - left, top, side_pixels - resized_rows - top),
+        )
     )
 
 
@@ -78,11 +85,12 @@ def normalise(images: torch.Tensor) -> torch.Tensor:
     return (images - mean) / std
 
 
-def _resize(images: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    # Interpolation to the same size is not exactly the identity.
-    if images.shape[-2:] == size:
+def _resize(images: torch.Tensor, target_size: tuple[int, int]) -> torch.Tensor:
+    """Resize images [B, 3, h, w] to a number of rows and columns, bicubically with antialiasing."""
+    # An interpolation to the same size would change some values slightly.
+    if images.shape[-2:] == target_size:
         return images
-    return F.interpolate(images, size=size, mode="bicubic", antialias=True, align_corners=False)
+    return F.interpolate(images, size=target_size, mode="bicubic", antialias=True, align_corners=False)
 
 
 # Tokenizers, read from local folders. transformers is imported inside functions because that takes seconds.
@@ -93,7 +101,7 @@ CLIP_TOKENS = 77  # length T of CLIP's text input, including the start and the e
 Tokenize = Callable[[Sequence[str]], tuple[torch.Tensor, torch.Tensor]]
 
 
-def bert_tokenizer(folder: Path, flag: str, limit: int, vocabulary: int) -> Tokenize:
+def bert_tokenizer(folder: Path, flag: str, max_tokens: int, vocabulary: int) -> Tokenize:
     """Load BERT's tokenizer from a folder with the file vocab.txt.
 
     The tokenizer pads the prompts of a call to the length T of the longest one.
@@ -101,13 +109,13 @@ def bert_tokenizer(folder: Path, flag: str, limit: int, vocabulary: int) -> Toke
     Args:
         folder: folder of the tokenizer's files.
         flag: option that error messages begin with.
-        limit: number of tokens at which prompts are truncated.
+        max_tokens: number of tokens at which prompts are truncated.
         vocabulary: number of tokens that the network embeds.
 
     Raises: ValueError if the library transformers or a file is missing, or if the tokenizer has more tokens
         than the network.
     """
-    tokenizer = _load("BertTokenizer", folder, flag, ("vocab.txt",), "bert-base-uncased's")
+    tokenizer = _load("BertTokenizer", folder, flag, ("vocab.txt",), "bert-base-uncased")
     # A larger vocabulary would give ids beyond the network's table of embeddings.
     if len(tokenizer) > vocabulary:
         raise ValueError(
@@ -121,7 +129,7 @@ def bert_tokenizer(folder: Path, flag: str, limit: int, vocabulary: int) -> Toke
             # Padding to the longest prompt of this call
             padding="longest",
             truncation=True,
-            max_length=limit,
+            max_length=max_tokens,
             return_tensors="pt",
         )
         return encoded.input_ids, encoded.attention_mask.bool()
@@ -144,7 +152,7 @@ def clip_tokenizer(folder: Path, flag: str, vocabulary: int, pad: int | str | No
     Raises: ValueError if the library transformers or a file is missing, or if the end token is not the last
         token that the network embeds.
     """
-    tokenizer = _load("CLIPTokenizer", folder, flag, ("vocab.json", "merges.txt"), "CLIP's")
+    tokenizer = _load("CLIPTokenizer", folder, flag, ("vocab.json", "merges.txt"), "CLIP")
     # The network reads its output at the end token, which it recognises by this id.
     end_id = tokenizer.eos_token_id
     if end_id != vocabulary - 1:
@@ -170,15 +178,15 @@ def clip_tokenizer(folder: Path, flag: str, vocabulary: int, pad: int | str | No
     return tokenize
 
 
-def _load(name: str, folder: Path, flag: str, files: Sequence[str], whose: str):
+def _load(class_name: str, folder: Path, flag: str, files: Sequence[str], model_name: str):
     """Load a tokenizer of the library transformers from a local folder.
 
     Args:
-        name: class of the tokenizer.
+        class_name: name of the tokenizer's class in the library transformers.
         folder: folder of the tokenizer's files.
         flag: option that error messages begin with.
         files: names of the files that must exist.
-        whose: owner of the tokenizer in the genitive, for error messages.
+        model_name: name of the model to which the tokenizer belongs, for error messages.
 
     Raises: ValueError if the library or a file is missing, or if a file is damaged.
     """
@@ -187,10 +195,10 @@ def _load(name: str, folder: Path, flag: str, files: Sequence[str], whose: str):
     if missing_files:
         raise ValueError(
             f"{flag}: {' and '.join(missing_files)} of the tokenizer is missing in {folder}. Copy the files"
-            f" of {whose} tokenizer into this folder."
+            f" of {model_name}'s tokenizer into this folder."
         )
     import transformers
 
-    # The library raises many kinds of errors for damaged files; all become one line.
-    with library_errors_as_one_line(f"{flag}: {folder.name}", f"Copy {whose} tokenizer again."):
-        return getattr(transformers, name).from_pretrained(str(folder), local_files_only=True)
+    # The library raises many kinds of errors for damaged files. Each becomes a ValueError of one line.
+    with library_errors_as_one_line(f"{flag}: {folder.name}", f"Copy {model_name}'s tokenizer again."):
+        return getattr(transformers, class_name).from_pretrained(str(folder), local_files_only=True)

@@ -7,8 +7,7 @@ when they are read. Nothing is downloaded. transformers is imported only when a 
 `vision`).
 
 Sources: Oquab et al. 2023 for DINOv2; Darcet et al. 2023 for registers, which are additional tokens; Simeoni
-    et
-al. 2025 for DINOv3.
+et al. 2025 for DINOv3.
 
 Shapes: N images, h rows and w columns of pixels, S pixels per side, p pixels per side of a patch, G = S / p
 patches per side, L = 1 + registers + G^2 tokens (class token, registers, patches), E channels of a token.
@@ -60,9 +59,8 @@ def _check_layers(act: str, has_gates: bool, channels: int) -> None:
     if act != "gelu" or has_gates or channels != 3:
         raise ValueError(
             "only a DINO with gelu, without gates and with 3 image channels is supported, but its activation"
-            f" is {act!r}, its gates are {has_gates} and its channels {channels}. Use the weights of a"
-            f" standard"
-            " DINO."
+            f" is {act!r}, it has {'gates' if has_gates else 'no gates'}, and its images have {channels}"
+            " channels. Use the weights of a standard DINO."
         )
 
 
@@ -75,7 +73,7 @@ class DinoConfig:
 
     hidden_size: int = 1024  # E
     num_hidden_layers: int = 24  # number of blocks
-    num_attention_heads: int = 16  # number of heads, a divisor of hidden_size
+    num_attention_heads: int = 16  # number of attention heads, a divisor of hidden_size
     mlp_ratio: float = 4  # channels inside a perceptron, as a multiple of hidden_size
     image_size: int = 518  # pixels per side of the images for which the position embeddings were trained
     patch_size: int = 14  # pixels per side of a patch
@@ -99,21 +97,23 @@ class DinoConfig:
             )
 
     @classmethod
-    def from_settings(cls, content: Mapping[str, Any]) -> "DinoConfig":
+    def from_settings(cls, file_settings: Mapping[str, Any]) -> "DinoConfig":
         """Create the settings from the content of a config.json.
 
         Settings that are not fields of this class are ignored. A null value selects the default of this
         class.
         """
         field_names = {field.name for field in fields(cls)}
-        settings = {
-            name: value for name, value in content.items() if name in field_names and value is not None
+        field_values = {
+            name: setting_value
+            for name, setting_value in file_settings.items()
+            if name in field_names and setting_value is not None
         }
-        return cls(**settings)
+        return cls(**field_values)
 
     @classmethod
     def from_state(
-        cls, state: Mapping[str, torch.Tensor], who: str, shown: int | None = None
+        cls, state_dict: Mapping[str, torch.Tensor], who: str, shown: int | None = None
     ) -> "DinoConfig":
         """Derive the settings from the shapes of the tensors in a torch hub state dict.
 
@@ -122,29 +122,29 @@ class DinoConfig:
         then the size of the input images.
 
         Args:
-            state: state dict with torch hub's names.
+            state_dict: state dict with torch hub's names.
             who: name that error messages begin with.
             shown: pixels per side of the input images; None: the size for which the network was trained.
 
         Raises: ValueError if the state dict is that of another network.
         """
         try:
-            width = state["cls_token"].shape[-1]
-            patch_size = state["patch_embed.proj.weight"].shape[-1]
+            width = state_dict["cls_token"].shape[-1]
+            patch_size = state_dict["patch_embed.proj.weight"].shape[-1]
             # One position belongs to the class token. The others form a square grid of patches.
-            grid_side = math.isqrt(state["pos_embed"].shape[1] - 1)
-            mlp_width = len(state["blocks.0.mlp.fc1.weight"])
+            grid_side = math.isqrt(state_dict["pos_embed"].shape[1] - 1)
+            mlp_width = len(state_dict["blocks.0.mlp.fc1.weight"])
         except (KeyError, IndexError) as error:
             raise ValueError(
                 f"{who}: this checkpoint is not a DINOv2 with perceptrons of two layers, because {error} is"
                 " missing. Use a checkpoint of DINOv2 from torch hub."
             ) from None
-        registers = state["register_tokens"].shape[1] if "register_tokens" in state else 0
+        registers = state_dict["register_tokens"].shape[1] if "register_tokens" in state_dict else 0
         return cls(
             hidden_size=width,
             # Names of blocks are blocks.NUMBER.PARAMETER.
-            num_hidden_layers=len({name.split(".")[1] for name in state if name.startswith("blocks.")}),
-            # No entry states the number of heads; all published networks have heads of 64 channels.
+            num_hidden_layers=len({name.split(".")[1] for name in state_dict if name.startswith("blocks.")}),
+            # No entry states the number of attention heads; all published networks have heads of 64 channels.
             num_attention_heads=max(1, width // HEAD),
             mlp_ratio=mlp_width / width,
             # See the docstring: without registers, positions are interpolated to the input images.
@@ -177,15 +177,17 @@ class Dino(nn.Module):
         require_extra("DINOv2", "transformers")
         import transformers
 
-        kind = "Dinov2WithRegisters" if config.num_register_tokens else "Dinov2"
-        settings = asdict(config)
+        class_prefix = "Dinov2WithRegisters" if config.num_register_tokens else "Dinov2"
+        config_values = asdict(config)
         # transformers rounds channels * ratio down. A ratio that was derived from shapes may be slightly too
         # small by rounding, which would cost a channel.
-        settings["mlp_ratio"] += 1e-9
-        network = getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(**settings))
+        config_values["mlp_ratio"] += 1e-9
+        network = getattr(transformers, f"{class_prefix}Model")(
+            getattr(transformers, f"{class_prefix}Config")(**config_values)
+        )
         self.config = config
-        # The parts are stored and not the model itself, because the
-        # model returns only the output after the last norm.
+        # The parts are stored and not the model itself, because the model returns only the output after the
+        # last norm.
         self.embeddings = network.embeddings
         self.encoder = network.encoder
         self.layernorm = network.layernorm
@@ -195,9 +197,11 @@ class Dino(nn.Module):
         return self.encoder(self.embeddings(standard)).last_hidden_state
 
     def forward(self, images: torch.Tensor, normed: bool = True) -> torch.Tensor:
-        # normed: True returns the tokens after the last norm, False before it.
-        size = self.config.pixels
-        check_shape("Dino.images", images, ["N", 3, size, size], "Resize the images to this size.")
+        # normed: True returns the tokens after the last norm, False the tokens before it.
+        side_pixels = self.config.pixels
+        check_shape(
+            "Dino.images", images, ["N", 3, side_pixels, side_pixels], "Resize the images to this size."
+        )
         x = self.tokens(standardised(images, self.layernorm.weight))  # [N, L, E]
         return self.layernorm(x) if normed else x
 
@@ -224,20 +228,24 @@ HUB_NAMES = (
 )
 
 
-def from_hub(state: Mapping[str, torch.Tensor], config: DinoConfig) -> State:
+def from_hub(state_dict: Mapping[str, torch.Tensor], config: DinoConfig) -> State:
     """Convert a torch hub state dict to transformers' names.
 
     Position embeddings are interpolated to `config.image_size`.
+
+    Args:
+        state_dict: state dict with torch hub's names.
+        config: settings of the network.
     """
-    renamed = to_transformers(state, HUB_NAMES)
-    positions = "embeddings.position_embeddings"
+    renamed = to_transformers(state_dict, HUB_NAMES)
+    positions_name = "embeddings.position_embeddings"
     # If the entry is missing, `fill` reports this later with all other missing entries.
-    if positions in renamed:
-        renamed[positions] = _positions(renamed[positions], config.image_size // config.patch_size)
+    if positions_name in renamed:
+        renamed[positions_name] = _positions(renamed[positions_name], config.image_size // config.patch_size)
     return renamed
 
 
-def _positions(positions: torch.Tensor, side: int) -> torch.Tensor:
+def _positions(positions: torch.Tensor, target_side: int) -> torch.Tensor:
     """Interpolate position embeddings as torch hub's DINOv2 does.
 
     The interpolation is bicubic without antialiasing, by the factor (side + 0.1) / G. The 0.1 shifts the
@@ -245,17 +253,17 @@ def _positions(positions: torch.Tensor, side: int) -> torch.Tensor:
 
     Args:
         positions: embeddings [1, 1 + G^2, E]; the first one belongs to the class token.
-        side: number of patches per side of the result.
+        target_side: number of patches per side of the result.
 
     Returns: embeddings [1, 1 + side^2, E].
     """
     trained_side = math.isqrt(positions.shape[1] - 1)  # G
-    if side == trained_side:
+    if target_side == trained_side:
         # Interpolation by the factor (G + 0.1) / G would change the embeddings.
         return positions
     # [1, G^2, E] -> [1, E, G, G], without the position of the class token
     grid = positions[:, 1:].float().transpose(1, 2).unflatten(2, (trained_side, trained_side))
-    grid = F.interpolate(grid, scale_factor=[(side + 0.1) / trained_side] * 2, mode="bicubic")
+    grid = F.interpolate(grid, scale_factor=[(target_side + 0.1) / trained_side] * 2, mode="bicubic")
     # [1, E, side, side] -> [1, side^2, E], with the position of the class token in front again
     return torch.cat([positions[:, :1].float(), grid.flatten(2).transpose(1, 2)], 1)
 
@@ -272,14 +280,14 @@ def read_dino(name: str, device: str | torch.device = "cpu") -> Dino:
     Raises: FileNotFoundError if no weights were found; ValueError if they do not fit the network.
     """
     path = _find_weights(name)
-    state = read(path, name)
+    state_dict = read(path, name)
     # Checkpoints of torch hub have no config.json beside them. Their settings follow from the shapes.
     if path.suffix == ".pth":
-        config = DinoConfig.from_state(state, str(path))
-        state = from_hub(state, config)
+        config = DinoConfig.from_state(state_dict, str(path))
+        state_dict = from_hub(state_dict, config)
     else:
         config = _read_config(name, path, "dinov2", _dino_config)
-    return load_dino(config, state, str(path), device)
+    return load_dino(config, state_dict, str(path), device)
 
 
 def _find_weights(name: str) -> Path:
@@ -302,13 +310,13 @@ def _find_weights(name: str) -> Path:
 
 
 def load_dino(
-    config: DinoConfig, state: Mapping[str, torch.Tensor], who: str, device: str | torch.device = "cpu"
+    config: DinoConfig, state_dict: Mapping[str, torch.Tensor], who: str, device: str | torch.device = "cpu"
 ) -> Dino:
     """Build a DINOv2 from a state dict with transformers' names.
 
     Args:
         config: settings of the network.
-        state: state dict.
+        state_dict: state dict.
         who: name that error messages begin with.
         device: device of the network.
 
@@ -316,7 +324,9 @@ def load_dino(
     Raises: ValueError if an entry is missing, superfluous or of another shape.
     """
     # `empty` builds the layers without values, and `fill` takes the tensors of the state dict.
-    return freeze(fill(empty(lambda: Dino(config)), state, who, types=torch.float32, device=device), device)
+    return freeze(
+        fill(empty(lambda: Dino(config)), state_dict, who, types=torch.float32, device=device), device
+    )
 
 
 def _weight_paths(name: str) -> Iterator[Path]:
@@ -346,14 +356,14 @@ def _weight_paths(name: str) -> Iterator[Path]:
 
 
 def _read_config(
-    name: str, weights: Path, kind: str, config_from_content: Callable[[Mapping[str, Any]], Any]
+    name: str, weights: Path, model_type: str, config_from_content: Callable[[Mapping[str, Any]], Any]
 ) -> Any:
     """Read the settings of a network from the config.json beside its weights.
 
     Args:
         name: name that error messages begin with.
         weights: file of the weights.
-        kind: 'dinov2' or 'dinov3', the beginning of the setting model_type.
+        model_type: 'dinov2' or 'dinov3', the beginning of the setting model_type.
         config_from_content: function that creates the settings from the content of the file.
 
     Raises: FileNotFoundError if the file is missing; ValueError if its content is that of another network.
@@ -364,24 +374,26 @@ def _read_config(
             f"{name}: config.json is missing beside {weights.name}. Download both files again."
         )
     try:
-        content = json.loads(path.read_text())
+        file_settings = json.loads(path.read_text())
         # "dinov2" also matches dinov2_with_registers.
-        if not isinstance(content, dict) or not str(content.get("model_type")).startswith(kind):
-            raise ValueError(f"its model_type is not {kind}")
-        return config_from_content(content)
+        if not isinstance(file_settings, dict) or not str(file_settings.get("model_type")).startswith(
+            model_type
+        ):
+            raise ValueError(f"its model_type does not begin with {model_type}")
+        return config_from_content(file_settings)
     except (ValueError, TypeError) as error:
         raise ValueError(
-            f"{path}: this file does not contain the settings of a supported {kind.replace('dino', 'DINO')}:"
-            f" {error}. Download the file again."
+            f"{path}: this file does not contain the settings of a supported"
+            f" {model_type.replace('dino', 'DINO')}: {str(error).removesuffix('.')}. Download the file again."
         ) from None
 
 
-def _dino_config(content: Mapping[str, Any]) -> DinoConfig:
+def _dino_config(file_settings: Mapping[str, Any]) -> DinoConfig:
     """Create the settings of a DINOv2 from the content of its config.json."""
     # transformers does not write settings that have their default
     # value. Its default number of registers is 4.
-    registers = 4 if content["model_type"] == "dinov2_with_registers" else 0
-    return DinoConfig.from_settings({"num_register_tokens": registers, **content})
+    registers = 4 if file_settings["model_type"] == "dinov2_with_registers" else 0
+    return DinoConfig.from_settings({"num_register_tokens": registers, **file_settings})
 
 
 class Dino3(nn.Module):
@@ -439,20 +451,20 @@ def read_dino3(name: str, device: str | torch.device = "cpu") -> Dino3:
     return freeze(network, device)
 
 
-def _dino3_config(content: Mapping[str, Any]) -> Any:
+def _dino3_config(file_settings: Mapping[str, Any]) -> Any:
     """Create transformers' settings of a DINOv3 from the content of its config.json.
 
     Raises: ValueError for a variant that is not supported.
     """
     from transformers import DINOv3ViTConfig
 
-    config = DINOv3ViTConfig.from_dict(dict(content))
+    config = DINOv3ViTConfig.from_dict(dict(file_settings))
     _check_layers(config.hidden_act, config.use_gated_mlp, config.num_channels)
     if config.hidden_size % (4 * config.num_attention_heads):
         # Rotary embeddings rotate pairs of channels: half of the
         # pairs by the row, the other half by the column.
         raise ValueError(
-            f"hidden_size {config.hidden_size} cannot be divided into {config.num_attention_heads} heads"
-            " whose number of channels is a multiple of four"
+            f"hidden_size {config.hidden_size} cannot be divided into {config.num_attention_heads} attention"
+            " heads whose number of channels is a multiple of four"
         )
     return config

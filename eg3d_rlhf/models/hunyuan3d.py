@@ -10,10 +10,10 @@ arXiv:2506.15442), and the names of parameters and settings are those of its che
 the same random weights the outputs equal those of the original's classes (tests/compat).
 
 Shapes: N samples, T latent tokens, S = T + 1 tokens (the token of the time is added), C channels of a latent,
-    W
-width (channels of a token inside the network), L conditioning tokens, E channels of a conditioning token, H
-heads, D channels of a head, X experts, k experts per token, P points, M points that the encoder attends to, f
-features of a point besides its position, R grid points per axis, F frequencies of a coordinate.
+W width (channels of a token inside the network), L conditioning tokens, E channels of a conditioning token, H
+attention heads, D channels of an attention head, X experts, k experts per token, P points, M points that the
+encoder attends to, f features of a point besides its position, R grid points per axis, F frequencies of a
+coordinate.
 """
 
 import math
@@ -68,7 +68,7 @@ class DenoiserConfig:
     def __post_init__(self):
         # Any other value would build another network, so it is rejected with an error. The default of
         # use_attention_pooling is not supported either: config.yaml must set it to false.
-        supported = {
+        supported_values = {
             "norm_type": "layer",
             "qk_norm_type": "rms",
             "use_pos_emb": False,
@@ -76,17 +76,17 @@ class DenoiserConfig:
             "with_decoupled_ca": False,
             "guidance_cond_proj_dim": None,
         }
-        unsupported = [
-            f"{name}={getattr(self, name)!r}"
-            for name, value in supported.items()
-            if getattr(self, name) != value
+        unsupported_settings = [
+            f"{setting_name}={getattr(self, setting_name)!r}"
+            for setting_name, supported_value in supported_values.items()
+            if getattr(self, setting_name) != supported_value
         ]
-        if unsupported:
+        if unsupported_settings:
             raise ValueError(
-                f"config.yaml, model: {', '.join(unsupported)} is not supported, because Hunyuan3D-2.1 does"
-                " not use it. Use the files of Hunyuan3D-2.1."
+                f"config.yaml, model: {', '.join(unsupported_settings)} is not supported, because"
+                " Hunyuan3D-2.1 does not use it. Use the files of Hunyuan3D-2.1."
             )
-        sizes = (
+        size_settings = (
             self.input_size,
             self.in_channels,
             self.context_dim,
@@ -95,7 +95,7 @@ class DenoiserConfig:
             self.text_len,
         )
         if (
-            min(sizes) < 1
+            min(size_settings) < 1
             or self.hidden_size % self.num_heads
             # Even, because the embedding of the time consists of pairs of sine and cosine
             or self.hidden_size % 2
@@ -103,13 +103,16 @@ class DenoiserConfig:
         ):
             raise ValueError(
                 "config.yaml, model: all sizes must be >= 1, hidden_size must be even and a multiple of"
-                f" num_heads, and moe_top_k must be at most num_experts, got {self}. Download the file again."
+                f" num_heads, and moe_top_k must be at most num_experts. Some of the values are not:"
+                f" input_size={self.input_size}, in_channels={self.in_channels},"
+                f" context_dim={self.context_dim}, depth={self.depth}, text_len={self.text_len},"
+                f" hidden_size={self.hidden_size}, num_heads={self.num_heads}, moe_top_k={self.moe_top_k},"
+                f" num_experts={self.num_experts}. Download the file again."
             )
 
 
 class TimeEmbedder(nn.Module):
-    """Embedding of the time as one token: sines and cosines of t, then two linear layers, [N] -> [N, 1,
-    W]."""
+    """Embedding of the time [N] as one token [N, 1, W]: sines and cosines of t, then two linear layers."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -119,8 +122,8 @@ class TimeEmbedder(nn.Module):
     def forward(self, t: torch.Tensor) -> torch.Tensor:
         # t itself is embedded, 0..1, and not 1000 t as in TRELLIS and SAM 3D.
         half_width = self.width // 2
-        indices = torch.arange(half_width, dtype=torch.float32, device=t.device)
-        rates = torch.exp(-math.log(10000) / half_width * indices)  # from 1 to about 1 / 10000
+        frequency_indices = torch.arange(half_width, dtype=torch.float32, device=t.device)
+        rates = torch.exp(-math.log(10000) / half_width * frequency_indices)  # from 1 to about 1 / 10000
         # The angles are float32 even if the network is half
         # precision. Only the sines and cosines are rounded.
         angles = t.float()[:, None] * rates  # [N, W / 2]
@@ -128,21 +131,21 @@ class TimeEmbedder(nn.Module):
         return self.mlp(embedding)[:, None]  # [N, W] -> [N, 1, W]
 
 
-def interleaved(heads: int, *projected: torch.Tensor) -> list[torch.Tensor]:
-    """Concatenate projections along the channels, and split the result among the heads.
+def interleaved(num_heads: int, *projections: torch.Tensor) -> list[torch.Tensor]:
+    """Concatenate projections along the channels, and split the result among the attention heads.
 
-    Of m concatenated projections, head h takes the channels h m D to (h + 1) m D and divides them again into
-    m tensors. The keys of a head may therefore come from the layer called to_v. Released weights were trained
-    this way.
+    Of m concatenated projections, attention head h takes the channels h m D to (h + 1) m D and divides them
+    again into m tensors. The keys of an attention head may therefore come from the layer called to_v.
+    Released weights were trained this way.
 
     Args:
-        heads: number of heads H.
-        projected: outputs [N, S, W] of m linear layers.
+        num_heads: number of heads H.
+        projections: outputs [N, S, W] of m linear layers.
 
     Returns: m tensors [N, S, H, D].
     """
     # [N, S, m W] -> [N, S, H, m D] -> m times [N, S, H, D]
-    return list(torch.cat(projected, -1).unflatten(-1, (heads, -1)).chunk(len(projected), -1))
+    return list(torch.cat(projections, -1).unflatten(-1, (num_heads, -1)).chunk(len(projections), -1))
 
 
 class Attention(nn.Module):
@@ -150,17 +153,17 @@ class Attention(nn.Module):
 
     Args:
         config: settings of the flow model.
-        context: channels E of a conditioning token for cross-attention; None for self-attention.
+        context_channels: channels E of a conditioning token for cross-attention; None for self-attention.
     """
 
-    def __init__(self, config: DenoiserConfig, context: int | None = None):
+    def __init__(self, config: DenoiserConfig, context_channels: int | None = None):
         super().__init__()
         width = config.hidden_size
         bias = config.qkv_bias
         self.heads = config.num_heads
-        self.cross = context is not None
+        self.cross = context_channels is not None
         self.to_q = nn.Linear(width, width, bias=bias)
-        self.to_k, self.to_v = (nn.Linear(context or width, width, bias=bias) for _ in range(2))
+        self.to_k, self.to_v = (nn.Linear(context_channels or width, width, bias=bias) for _ in range(2))
         head_width = width // self.heads  # D
         self.q_norm, self.k_norm = (
             nn.RMSNorm(head_width, eps=EPS) if config.qk_norm else nn.Identity() for _ in range(2)
@@ -168,30 +171,33 @@ class Attention(nn.Module):
         # As in the original, the output layer has a bias even if qkv_bias is False.
         self.out_proj = nn.Linear(width, width)
 
-    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, context_tokens: torch.Tensor) -> torch.Tensor:
         """Apply the attention.
 
         Args:
             x: tokens [N, S, W] that give the queries.
-            y: tokens that give the keys and values: x for self-attention, or conditioning tokens [N, L, E].
+            context_tokens: tokens that give the keys and values: x for self-attention, or conditioning tokens
+                [N, L, E].
 
         Returns: tokens [N, S, W].
         """
         if self.cross:
             # A single projection is split among the heads as usual. Keys and values are interleaved.
             (q,) = interleaved(self.heads, self.to_q(x))
-            k, v = interleaved(self.heads, self.to_k(y), self.to_v(y))
+            k, v = interleaved(self.heads, self.to_k(context_tokens), self.to_v(context_tokens))
         else:
-            q, k, v = interleaved(self.heads, self.to_q(x), self.to_k(y), self.to_v(y))
+            q, k, v = interleaved(
+                self.heads, self.to_q(x), self.to_k(context_tokens), self.to_v(context_tokens)
+            )
         return self.out_proj(attend(self.q_norm(q), self.k_norm(k), v).flatten(2))
 
 
 class Projected(nn.Module):
     """A linear layer followed by GELU."""
 
-    def __init__(self, width: int, inner: int):
+    def __init__(self, width: int, hidden_channels: int):
         super().__init__()
-        self.proj = nn.Linear(width, inner)
+        self.proj = nn.Linear(width, hidden_channels)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.gelu(self.proj(x))
@@ -202,13 +208,15 @@ class Expert(nn.Module):
 
     Args:
         width: number of channels W.
-        inner: number of channels between the two linear layers.
+        hidden_channels: number of channels between the two linear layers.
     """
 
-    def __init__(self, width: int, inner: int):
+    def __init__(self, width: int, hidden_channels: int):
         super().__init__()
         # The identity replaces the original's dropout, so that the second linear layer has the name net.2.
-        self.net = nn.Sequential(Projected(width, inner), nn.Identity(), nn.Linear(inner, width))
+        self.net = nn.Sequential(
+            Projected(width, hidden_channels), nn.Identity(), nn.Linear(hidden_channels, width)
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.net(x)
@@ -249,10 +257,10 @@ class Mixture(nn.Module):
         super().__init__()
         width = config.hidden_size
         # The factor is always 4, because mlp_ratio has no effect in the original.
-        inner = 4 * config.hidden_size
-        self.experts = nn.ModuleList(Expert(width, inner) for _ in range(config.num_experts))
+        hidden_channels = 4 * config.hidden_size
+        self.experts = nn.ModuleList(Expert(width, hidden_channels) for _ in range(config.num_experts))
         self.gate = Gate(width, config.num_experts, config.moe_top_k)
-        self.shared_experts = Expert(width, inner)
+        self.shared_experts = Expert(width, hidden_channels)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         tokens = x.flatten(0, 1)  # [N S, W]
@@ -260,14 +268,14 @@ class Mixture(nn.Module):
         # One expert after the other, each on the tokens that chose it. Gradients flow
         # through the experts. The original blocks them in eval mode; it also has a loss
         # that balances the experts, which is not needed here.
-        total = torch.zeros_like(tokens)
+        expert_sums = torch.zeros_like(tokens)
         for expert_index, expert in enumerate(self.experts):
             # Indices of the tokens that chose this expert, and its rank
             # 0..k-1 among the choices of each token
-            token_index, rank = (expert_indices == expert_index).nonzero(as_tuple=True)
-            weighted = expert(tokens[token_index]) * weights[token_index, rank, None]
-            total = total.index_add(0, token_index, weighted.to(total.dtype))
-        return total.view_as(x) + self.shared_experts(x)
+            token_indices, choice_ranks = (expert_indices == expert_index).nonzero(as_tuple=True)
+            weighted_outputs = expert(tokens[token_indices]) * weights[token_indices, choice_ranks, None]
+            expert_sums = expert_sums.index_add(0, token_indices, weighted_outputs.to(expert_sums.dtype))
+        return expert_sums.view_as(x) + self.shared_experts(x)
 
 
 class Block(nn.Module):
@@ -277,11 +285,11 @@ class Block(nn.Module):
 
     Args:
         config: settings of the flow model.
-        skip: True if the block also takes the output of an earlier block.
-        mixture: True for a mixture of experts, False for a perceptron.
+        has_skip: True if the block also takes the output of an earlier block.
+        has_mixture: True for a mixture of experts, False for a perceptron.
     """
 
-    def __init__(self, config: DenoiserConfig, skip: bool, mixture: bool):
+    def __init__(self, config: DenoiserConfig, has_skip: bool, has_mixture: bool):
         super().__init__()
         width = config.hidden_size
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width, eps=EPS) for _ in range(3))
@@ -289,31 +297,33 @@ class Block(nn.Module):
         self.attn1 = Attention(config)
         self.attn2 = Attention(config, config.context_dim)
         # The skip's input is the earlier output and the current tokens side by side: 2 W channels.
-        if skip:
+        if has_skip:
             self.skip_linear = nn.Linear(2 * width, width)
             self.skip_norm = nn.LayerNorm(width, eps=EPS)
-        if mixture:
+        if has_mixture:
             self.moe = Mixture(config)
         else:
             self.mlp = Mlp(width, 4 * width)
-        self.skip = skip
-        self.mixture = mixture
+        self.skip = has_skip
+        self.mixture = has_mixture
 
-    def forward(self, x: torch.Tensor, cond: torch.Tensor, skipped: torch.Tensor | None) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, cond: torch.Tensor, earlier_output: torch.Tensor | None
+    ) -> torch.Tensor:
         """Apply the block.
 
         Args:
             x: tokens [N, S, W].
             cond: conditioning tokens [N, L, E].
-            skipped: output [N, S, W] of an earlier block; None for a block without a skip connection.
+            earlier_output: output [N, S, W] of an earlier block; None for a block without a skip connection.
 
         Returns: tokens [N, S, W].
         """
         if self.skip:
-            assert skipped is not None
+            assert earlier_output is not None
             # The order of the trained weights: the earlier output comes
             # first, and the norm after the linear layer.
-            x = self.skip_norm(self.skip_linear(torch.cat([skipped, x], -1)))
+            x = self.skip_norm(self.skip_linear(torch.cat([earlier_output, x], -1)))
         h = self.norm1(x)
         x = x + self.attn1(h, h)
         x = x + self.attn2(self.norm2(x), cond)
@@ -381,11 +391,11 @@ class Denoiser(nn.Module):
         for block_index, block in enumerate(self.blocks):
             # Last in, first out: the first block after the middle takes
             # the output of the last block before it.
-            args = (tokens, cond, skip_outputs.pop() if block_index > middle else None)
+            block_args = (tokens, cond, skip_outputs.pop() if block_index > middle else None)
             tokens = (
-                checkpoint(block, *args, use_reentrant=False)
+                checkpoint(block, *block_args, use_reentrant=False)
                 if self.recompute and torch.is_grad_enabled()
-                else block(*args)
+                else block(*block_args)
             )
             if block_index < middle:
                 skip_outputs.append(tokens)
@@ -410,15 +420,14 @@ class AutoencoderConfig:
     num_latents: int  # T, number of latent tokens
     embed_dim: int  # C, channels of a latent
     width: int  # W of the autoencoder, a multiple of `heads`
-    heads: int  # H, number of heads of every attention
+    heads: int  # H, number of attention heads
     num_decoder_layers: int  # number of self-attention blocks of the decoder
     num_freqs: int = 8  # F
     include_pi: bool = True  # True: the frequencies are multiplied by pi
     qkv_bias: bool = True  # True: the layers of queries, keys and values have a bias
     qk_norm: bool = False  # True: queries and keys of each head are normalised
-    geo_decoder_mlp_expand_ratio: int = (
-        4  # channels inside the point decoder's perceptron, as a multiple of W
-    )
+    # Channels inside the point decoder's perceptron, as a multiple of W
+    geo_decoder_mlp_expand_ratio: int = 4
     geo_decoder_downsample_ratio: int = 1  # only 1 is supported
     geo_decoder_ln_post: bool = True  # only True is supported
     scale_factor: float = 1.0  # factor from the autoencoder's latents to the latents of the flow model
@@ -457,7 +466,9 @@ class AutoencoderConfig:
         if smallest_size < 1 or self.width % self.heads or self.scale_factor <= 0:
             raise ValueError(
                 "config.yaml, vae: sizes must be >= 1, width must be a multiple of heads, and scale_factor"
-                f" must be > 0, got {self}. Download the file again."
+                f" must be > 0, got num_latents={self.num_latents}, embed_dim={self.embed_dim},"
+                f" num_decoder_layers={self.num_decoder_layers}, width={self.width}, heads={self.heads} and"
+                f" scale_factor={self.scale_factor}. Download the file again."
             )
 
 
@@ -465,13 +476,15 @@ class Heads(nn.Module):
     """Attention with optional layer norms of the queries and keys of each head.
 
     Args:
-        size: channels D of a head.
-        norm: True if queries and keys are normalised.
+        head_channels: channels D of a head.
+        has_norm: True if queries and keys are normalised.
     """
 
-    def __init__(self, size: int, norm: bool):
+    def __init__(self, head_channels: int, has_norm: bool):
         super().__init__()
-        self.q_norm, self.k_norm = (nn.LayerNorm(size, eps=1e-6) if norm else nn.Identity() for _ in range(2))
+        self.q_norm, self.k_norm = (
+            nn.LayerNorm(head_channels, eps=1e-6) if has_norm else nn.Identity() for _ in range(2)
+        )
 
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """Attend with queries, keys and values [N, S, H, D] each, and concatenate the heads to [N, S, W]."""
@@ -496,7 +509,7 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Cross-attention from tokens x [N, P, W] to tokens `data` [N, S, W], which returns [N, P, W]."""
+    """Cross-attention from tokens x [N, P, W] to tokens `context_tokens` [N, S, W]. It returns [N, P, W]."""
 
     def __init__(self, config: AutoencoderConfig):
         super().__init__()
@@ -507,9 +520,12 @@ class CrossAttention(nn.Module):
         self.c_proj = nn.Linear(width, width)
         self.attention = Heads(width // config.heads, config.qk_norm)
 
-    def forward(self, x: torch.Tensor, data: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, context_tokens: torch.Tensor) -> torch.Tensor:
         # Keys and values are adjacent within each head, keys first: q [N, P, H, D], kv [N, S, H, 2 D].
-        q, kv = (projected.unflatten(-1, (self.heads, -1)) for projected in (self.c_q(x), self.c_kv(data)))
+        q, kv = (
+            projected.unflatten(-1, (self.heads, -1))
+            for projected in (self.c_q(x), self.c_kv(context_tokens))
+        )
         k, v = kv.chunk(2, -1)
         return self.c_proj(self.attention(q, k, v))
 
@@ -529,7 +545,7 @@ class ResidualBlock(nn.Module):
 
 
 class CrossBlock(nn.Module):
-    """Pre-norm transformer block: cross-attention from tokens x to tokens `data`, then a perceptron.
+    """Pre-norm transformer block: cross-attention from tokens x to context tokens, then a perceptron.
 
     Args:
         config: settings of the autoencoder.
@@ -542,16 +558,16 @@ class CrossBlock(nn.Module):
         self.mlp = Mlp(config.width, expand * config.width, _MLP)
         self.ln_1, self.ln_2, self.ln_3 = (nn.LayerNorm(config.width, eps=1e-6) for _ in range(3))
 
-    def forward(self, x: torch.Tensor, data: torch.Tensor) -> torch.Tensor:
-        x = x + self.attn(self.ln_1(x), self.ln_2(data))
+    def forward(self, x: torch.Tensor, context_tokens: torch.Tensor) -> torch.Tensor:
+        x = x + self.attn(self.ln_1(x), self.ln_2(context_tokens))
         return x + self.mlp(self.ln_3(x))
 
 
 def embedded(points: torch.Tensor, config: AutoencoderConfig) -> torch.Tensor:
-    """Embed positions as Fourier features: the coordinates, and sines and cosines of 2^j times each
-    coordinate.
+    """Embed positions as Fourier features.
 
-    With the setting include_pi, the factors are 2^j pi. j runs from 0 to F - 1.
+    These are the coordinates, and the sines and cosines of 2^j times each coordinate for j = 0 .. F - 1. With
+    the setting include_pi, the factors are 2^j pi.
 
     Args:
         points: positions [..., 3].
@@ -631,34 +647,37 @@ class ShapeDecoder(nn.Module):
 
     @torch.no_grad()
     def slab(self, decoded: torch.Tensor, axis: torch.Tensor, x: slice) -> torch.Tensor:
-        """Evaluate one shape on consecutive planes of a regular grid.
+        """Evaluate one shape on consecutive layers (grid points of the same x) of a regular grid.
 
         Args:
             decoded: output of `forward` for the shape, [1, T, W].
             axis: coordinates [R] of the grid points, equal for all three axes.
-            x: slice of `axis` that selects the planes.
+            x: slice of `axis` that selects the layers.
 
         Returns: float32 values [len(axis[x]), R, R] on the CPU, positive inside the shape. Entry [i, j, k]
             belongs to the point (axis[x][i], axis[j], axis[k]).
         """
-        side = len(axis)
-        plane_count = len(axis[x])
+        points_per_axis = len(axis)
+        layer_count = len(axis[x])
         value_chunks = []
         # Grid points are numbered with the last axis fastest. Moving
         # each chunk to the CPU limits the device's memory.
-        for indices in torch.arange(plane_count * side**2, device=axis.device).split(CHUNK):
-            coordinates = (axis[x][indices // side**2], axis[indices // side % side], axis[indices % side])
+        for chunk_indices in torch.arange(layer_count * points_per_axis**2, device=axis.device).split(CHUNK):
+            coordinates = (
+                axis[x][chunk_indices // points_per_axis**2],
+                axis[chunk_indices // points_per_axis % points_per_axis],
+                axis[chunk_indices % points_per_axis],
+            )
             points = torch.stack(coordinates, 1)[None]  # [1, points of the chunk, 3]
             value_chunks.append(self.geo_decoder(points, decoded)[0].float().cpu())
-        return torch.cat(value_chunks).view(plane_count, side, side)
+        return torch.cat(value_chunks).view(layer_count, points_per_axis, points_per_axis)
 
 
 # The encoder maps points on a surface to latents.
 
 
 class PointEncoder(nn.Module):
-    """Encoder of query points that attend to other points of the surface, which returns features [N, T,
-    W]."""
+    """Encoder of query points that attend to other points of the surface. It returns features [N, T, W]."""
 
     def __init__(self, config: AutoencoderConfig):
         super().__init__()
@@ -712,22 +731,22 @@ class ShapeEncoder(nn.Module):
         return mean, logvar.clamp(-30, 20)
 
     @torch.no_grad()
-    def latents(self, surface: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
+    def latents(self, surface: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """Encode a surface as the mean [T, C] of its latents, in the scale of the flow model.
 
         Args:
             surface: points [P, 3 + f]: first pc_size uniform points, then pc_sharpedge_size points on edges.
-            draw: random generator that chooses the points to encode.
+            generator: random generator that chooses the points to encode.
         """
         # The points are chosen on the CPU, so that the choice does not depend on the device.
         device = self.pre_kl.weight.device
-        queries, points = (x.to(device)[None] for x in choose_points(surface.cpu(), self.config, draw))
+        queries, points = (x.to(device)[None] for x in choose_points(surface.cpu(), self.config, generator))
         # First index: the mean and not the log-variance. Second index: the only surface of the batch.
         return self(queries, points)[0][0] * self.config.scale_factor
 
 
 def choose_points(
-    surface: torch.Tensor, config: AutoencoderConfig, draw: torch.Generator
+    surface: torch.Tensor, config: AutoencoderConfig, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Choose the query points and the points that they attend to, from the points of a surface.
 
@@ -736,7 +755,7 @@ def choose_points(
     Args:
         surface: points [P, 3 + f]: first pc_size uniform points, then pc_sharpedge_size points on edges.
         config: settings of the autoencoder.
-        draw: random generator on the CPU.
+        generator: random generator on the CPU.
 
     Returns: query points [T, 3 + f], and points [M, 3 + f] to which they attend.
     """
@@ -747,32 +766,32 @@ def choose_points(
         # Number of query points of this set, before it is rounded up
         query_count = len(points) / len(surface) * config.num_latents
         subset_size = int(query_count * config.downsample_ratio)
-        subset = points[torch.randperm(len(points), generator=draw)[:subset_size]]
+        subset = points[torch.randperm(len(points), generator=generator)[:subset_size]]
         # Without the 1e-6, an integer with a rounding error above it would be rounded up to the next integer.
-        queries.append(subset[farthest(subset[:, :3], math.ceil(query_count - 1e-6), draw)])
+        queries.append(subset[farthest(subset[:, :3], math.ceil(query_count - 1e-6), generator)])
         attended_points.append(subset)
     return torch.cat(queries), torch.cat(attended_points)
 
 
-def farthest(points: torch.Tensor, count: int, draw: torch.Generator) -> torch.Tensor:
+def farthest(points: torch.Tensor, point_count: int, generator: torch.Generator) -> torch.Tensor:
     """Choose points by farthest point sampling.
 
     The first point is random. Each further point is the one that is farthest from all points chosen before.
 
     Args:
         points: points [P, 3].
-        count: number of points to choose.
-        draw: random generator on the CPU.
+        point_count: number of points to choose.
+        generator: random generator on the CPU.
 
     Returns: the indices [count] of the chosen points.
     """
-    indices = torch.zeros(count, dtype=torch.int64)
-    if count:
-        indices[0] = torch.randint(len(points), (), generator=draw)
+    chosen_indices = torch.zeros(point_count, dtype=torch.int64)
+    if point_count:
+        chosen_indices[0] = torch.randint(len(points), (), generator=generator)
     # Squared distance of every point to the nearest chosen point, updated after each choice
     nearest_squared = torch.full([len(points)], torch.inf)
-    for i in range(1, count):
-        squared_distances = (points - points[indices[i - 1]]).square().sum(1)
+    for i in range(1, point_count):
+        squared_distances = (points - points[chosen_indices[i - 1]]).square().sum(1)
         nearest_squared = torch.minimum(nearest_squared, squared_distances)
-        indices[i] = nearest_squared.argmax()
-    return indices
+        chosen_indices[i] = nearest_squared.argmax()
+    return chosen_indices

@@ -9,8 +9,7 @@ written in numpy here. Resizing as in Pillow and torch uses these libraries.
                     map; resizes with torch
 
 Shapes: h rows and w columns of an image, C channels, n pixels along an axis before resizing and m pixels
-    after
-it, s pixels per side of a square.
+after it, s pixels per side of a square.
 """
 
 from collections.abc import Callable
@@ -63,52 +62,61 @@ def read_cut_out(path: Path, cut: Callable[[Image.Image], Result]) -> Result:
 Taps = list[tuple[np.ndarray, np.ndarray]]
 
 
-def opencv(pixels: np.ndarray, size: tuple[int, int], how: str) -> np.ndarray:
+def opencv(pixels: np.ndarray, target_size: tuple[int, int], how: str) -> np.ndarray:
     """Resize an image as OpenCV does. Values differ from OpenCV's by at most 1 of 255.
 
     Args:
         pixels: bytes [h, w, ...].
-        size: rows and columns of the result.
+        target_size: rows and columns of the result.
         how: interpolation, "area", "cubic" or "nearest". The kernel of "cubic" is not widened when an image
             shrinks, so the result has aliasing.
     """
     height, width = pixels.shape[:2]
-    rows, columns = size
+    target_rows, target_columns = target_size
     # OpenCV copies an image whose size does not change. The formulas below would round.
-    if (height, width) == size:
+    if (height, width) == target_size:
         return pixels.copy()
     if how == "nearest":
-        return pixels[_nearest_pixels(height, rows)[:, None], _nearest_pixels(width, columns)]
-    if how == "area" and (rows > height or columns > width):
-        # If at least one side grows, OpenCV uses another formula for "area", along both axes.
-        return _enlarge_by_area(pixels, _area_enlarging(height, rows), _area_enlarging(width, columns))
+        return pixels[_nearest_pixels(height, target_rows)[:, None], _nearest_pixels(width, target_columns)]
+    if how == "area" and (target_rows > height or target_columns > width):
+        # If at least one side grows, OpenCV uses another formula for "area", along rows and columns.
+        return _enlarge_by_area(
+            pixels, _area_enlarging(height, target_rows), _area_enlarging(width, target_columns)
+        )
     taps = _area_shrinking if how == "area" else _cubic
-    row_sums = _weighted_sum(pixels.astype(np.float32), taps(width, columns), 1)
+    row_sums = _weighted_sum(pixels.astype(np.float32), taps(width, target_columns), 1)
     # As in OpenCV, values stay float32 until the end and are rounded once.
-    return np.rint(_weighted_sum(row_sums, taps(height, rows), 0)).clip(0, 255).astype(np.uint8)
+    return np.rint(_weighted_sum(row_sums, taps(height, target_rows), 0)).clip(0, 255).astype(np.uint8)
 
 
-def _weighted_sum(values: np.ndarray, taps: Taps, axis: int) -> np.ndarray:
+def _weighted_sum(source_pixels: np.ndarray, taps: Taps, axis: int) -> np.ndarray:
     """Sum source pixels with their weights along one axis.
 
     Args:
-        values: source pixels with n entries along `axis`.
+        source_pixels: source pixels with n entries along `axis`.
         taps: source pixels and weights of the m target pixels.
         axis: axis to resize.
 
     Returns: target pixels, with m entries along `axis`.
     """
     # Shape in which the weights [m] broadcast along `axis`
-    shape = [-1 if i == axis else 1 for i in range(values.ndim)]
-    total = np.zeros((), values.dtype)
+    weight_shape = [-1 if i == axis else 1 for i in range(source_pixels.ndim)]
+    weighted_sum = np.zeros((), source_pixels.dtype)
     for pixel, weight in taps:
         # The order of the sum is that of the original, so that the rounding is the same.
-        total = total + values.take(pixel, axis) * weight.astype(values.dtype).reshape(shape)
-    return total
+        weighted_sum = weighted_sum + source_pixels.take(pixel, axis) * weight.astype(
+            source_pixels.dtype
+        ).reshape(weight_shape)
+    return weighted_sum
 
 
 def _step(n: int, m: int) -> float:
-    """Return the number of source pixels per target pixel, for n source pixels and m target pixels."""
+    """Return the number of source pixels per target pixel, for n source pixels and m target pixels.
+
+    Args:
+        n: number of source pixels along an axis.
+        m: number of target pixels along the axis.
+    """
     return 1 / (m / n)  # OpenCV's order of operations: n / m selects other pixels in rare cases
 
 
@@ -124,15 +132,17 @@ def _area_shrinking(n: int, m: int) -> Taps:
     as in OpenCV.
     """
     # A target pixel covers the interval [low, high) of the source axis.
-    low = np.arange(m) * _step(n, m)
-    high = np.minimum(low + _step(n, m), n)
+    interval_start = np.arange(m) * _step(n, m)
+    interval_end = np.minimum(interval_start + _step(n, m), n)
     taps = []
     # A target pixel overlaps at most this many source pixels.
     for k in range(int(_step(n, m)) + 2):
-        pixel = np.floor(low).astype(int) + k
-        overlap = np.minimum(high, pixel + 1) - np.maximum(low, pixel)
+        pixel = np.floor(interval_start).astype(int) + k
+        overlap = np.minimum(interval_end, pixel + 1) - np.maximum(interval_start, pixel)
         # Beyond the border the overlap is 0, so any valid pixel can be read there.
-        taps.append((pixel.clip(max=n - 1), np.where(overlap > 1e-3, overlap, 0) / (high - low)))
+        taps.append(
+            (pixel.clip(max=n - 1), np.where(overlap > 1e-3, overlap, 0) / (interval_end - interval_start))
+        )
     return taps
 
 
@@ -149,9 +159,9 @@ def _cubic(n: int, m: int) -> Taps:
 
     def weight(x: np.ndarray) -> np.ndarray:
         # Keys 1981: one cubic polynomial for distances up to 1, another one for distances from 1 to 2.
-        inner = ((a + 2) * x - (a + 3)) * x * x + 1
-        outer = ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
-        return np.where(x <= 1, inner, outer)
+        inner_polynomial = ((a + 2) * x - (a + 3)) * x * x + 1
+        outer_polynomial = ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
+        return np.where(x <= 1, inner_polynomial, outer_polynomial)
 
     # Two pixels on each side of the position; their weights sum to 1.
     return [
@@ -187,47 +197,51 @@ def _enlarge_by_area(pixels: np.ndarray, row_taps: Taps, column_taps: Taps) -> n
         row_taps: taps along the rows' axis, see `_area_enlarging`.
         column_taps: taps along the columns' axis.
     """
-    # Weights are in units of 1/2048 (11 bits). The shifts by 4, 16 and 2 remove the 22 bits of both axes.
+    # Weights are in units of 1/2048 (11 bits). The shifts by 4, 16 and 2 remove the 22 bits of the two axes.
     widened = _weighted_sum(pixels.astype(np.int64), column_taps, 1) >> 4
-    shape = (-1, *[1] * (pixels.ndim - 1))  # shape in which the weights broadcast along the rows' axis
+    weight_shape = (-1, *[1] * (pixels.ndim - 1))  # shape in which the weights broadcast along the rows' axis
     (upper_row, upper_weight), (lower_row, lower_weight) = row_taps
-    upper_part = widened[upper_row] * upper_weight.reshape(shape) >> 16
-    lower_part = widened[lower_row] * lower_weight.reshape(shape) >> 16
+    upper_part = widened[upper_row] * upper_weight.reshape(weight_shape) >> 16
+    lower_part = widened[lower_row] * lower_weight.reshape(weight_shape) >> 16
     # Adding 2 before the shift by 2 rounds to the nearest integer.
     return ((upper_part + lower_part + 2) >> 2).clip(0, 255).astype(np.uint8)
 
 
-def short_side(x: torch.Tensor, size: int) -> torch.Tensor:
-    """Resize images so that their shorter side has `size` pixels, and crop the centre.
+def short_side(x: torch.Tensor, side_pixels: int) -> torch.Tensor:
+    """Resize images so that their shorter side has `side_pixels` pixels, and crop the centre.
 
     The interpolation is bilinear, with antialiasing when the image shrinks.
 
     Args:
         x: images [N, C, h, w].
-        size: pixels per side of the result.
+        side_pixels: pixels per side of the result.
 
     Returns: images [N, C, size, size].
     """
     height, width = x.shape[-2:]
     # The longer side is rounded down, as in torchvision.
-    longer_side = size * max(height, width) // min(height, width)
-    target = (longer_side, size) if height > width else (size, longer_side)
-    x = F.interpolate(x, size=target, mode="bilinear", antialias=True) if (height, width) != target else x
-    top, left = (round((side - size) / 2) for side in target)
-    return x[..., top : top + size, left : left + size]
+    longer_side = side_pixels * max(height, width) // min(height, width)
+    target_size = (longer_side, side_pixels) if height > width else (side_pixels, longer_side)
+    x = (
+        F.interpolate(x, size=target_size, mode="bilinear", antialias=True)
+        if (height, width) != target_size
+        else x
+    )
+    top, left = (round((length - side_pixels) / 2) for length in target_size)
+    return x[..., top : top + side_pixels, left : left + side_pixels]
 
 
 # Hunyuan3D-2.1
 
 
-def on_white(image: Image.Image, size: int, border: float) -> tuple[np.ndarray, np.ndarray]:
+def on_white(image: Image.Image, side_pixels: int, border: float) -> tuple[np.ndarray, np.ndarray]:
     """Place the object in the centre of a white square, as Hunyuan3D-2.1's ImageProcessorV2 does.
 
     The object is the bounding box of all pixels that are not fully transparent.
 
     Args:
         image: RGBA image.
-        size: pixels per side of the result.
+        side_pixels: pixels per side of the result.
         border: share of the square's side that stays free around the object, 0..1.
 
     Returns: the image, bytes [size, size, 3], and the mask of the object, bytes [size, size].
@@ -235,7 +249,9 @@ def on_white(image: Image.Image, size: int, border: float) -> tuple[np.ndarray, 
     """
     square = place_in_square(np.asarray(image), border)
     # The mask is the alpha channel, resized without interpolation.
-    return opencv(over_white(square), (size, size), "cubic"), opencv(square[..., 3], (size, size), "nearest")
+    return opencv(over_white(square), (side_pixels, side_pixels), "cubic"), opencv(
+        square[..., 3], (side_pixels, side_pixels), "nearest"
+    )
 
 
 def place_in_square(pixels: np.ndarray, border: float) -> np.ndarray:
@@ -251,24 +267,30 @@ def place_in_square(pixels: np.ndarray, border: float) -> np.ndarray:
     Returns: RGBA bytes [s, s, 4], where s is the longer side of the image.
     Raises: ValueError if the object has no more than one row or column.
     """
-    rows, columns = (np.flatnonzero(pixels[..., 3].any(axis)) for axis in (1, 0))
+    object_rows, object_columns = (np.flatnonzero(pixels[..., 3].any(axis)) for axis in (1, 0))
     # Last index minus first index, without + 1: this loses a row and a column, as in the original.
-    height, width = (int(indices[-1] - indices[0]) if len(indices) else 0 for indices in (rows, columns))
+    height, width = (
+        int(indices[-1] - indices[0]) if len(indices) else 0 for indices in (object_rows, object_columns)
+    )
     # The square is as large as the longer side of the image, not of the object.
-    side = max(pixels.shape[:2])
-    scale = int(side * (1 - border)) / max(height, width, 1)  # magnification of the object
-    size = int(height * scale), int(width * scale)
-    if min(size) < 1:
+    square_side = max(pixels.shape[:2])
+    scale = int(square_side * (1 - border)) / max(height, width, 1)  # magnification of the object
+    object_size = int(height * scale), int(width * scale)
+    if min(object_size) < 1:
         raise ValueError(
             f"the object must be larger than one pixel, but has {height} x {width} (rows x columns). Choose"
             " another image."
         )
     # All four channels are resized alike, as in the original. Colours of transparent pixels therefore
     # influence the pixels at the edge of the object.
-    object_pixels = opencv(pixels[rows[0] : rows[0] + height, columns[0] : columns[0] + width], size, "area")
-    square = np.zeros((side, side, 4), np.uint8)
-    top, left = ((side - length) // 2 for length in size)
-    square[top : top + size[0], left : left + size[1]] = object_pixels
+    object_pixels = opencv(
+        pixels[object_rows[0] : object_rows[0] + height, object_columns[0] : object_columns[0] + width],
+        object_size,
+        "area",
+    )
+    square = np.zeros((square_side, square_side, 4), np.uint8)
+    top, left = ((square_side - length) // 2 for length in object_size)
+    square[top : top + object_size[0], left : left + object_size[1]] = object_pixels
     return square
 
 
@@ -282,7 +304,7 @@ def over_white(pixels: np.ndarray) -> np.ndarray:
 # TRELLIS and TRELLIS.2
 
 
-def on_black(image: Image.Image, size: int, margin: float = 1.2) -> torch.Tensor:
+def on_black(image: Image.Image, side_pixels: int, margin: float = 1.2) -> torch.Tensor:
     """Place the object in the centre of a black square, as the pipeline of TRELLIS does.
 
     `squared` crops the square. It is resized by Lanczos, and then colours are multiplied by opacity and
@@ -290,17 +312,19 @@ def on_black(image: Image.Image, size: int, margin: float = 1.2) -> torch.Tensor
 
     Args:
         image: RGBA image.
-        size: pixels per side of the result.
+        side_pixels: pixels per side of the result.
         margin: side of the square, as a multiple of the longer side of the object.
 
     Returns: an image [3, size, size] of values 0..1, in steps of 1/255.
     Raises: ValueError if no pixel has an opacity above 0.8, or if the object has no more than two pixels.
     """
-    square = squared(image, margin).resize((size, size), Image.Resampling.LANCZOS)
+    square = squared(image, margin).resize((side_pixels, side_pixels), Image.Resampling.LANCZOS)
     return _to_tensor(over_black(square))
 
 
-def on_black_first(image: Image.Image, sizes: tuple[int, ...], largest: int = 1024) -> list[torch.Tensor]:
+def on_black_first(
+    image: Image.Image, side_lengths: tuple[int, ...], largest: int = 1024
+) -> list[torch.Tensor]:
     """Place the object in the centre of a black square, as the pipeline of TRELLIS.2 does, in several sizes.
 
     In contrast to `on_black` there is no margin, the image is blended over black before it is resized, and
@@ -308,7 +332,7 @@ def on_black_first(image: Image.Image, sizes: tuple[int, ...], largest: int = 10
 
     Args:
         image: RGBA image.
-        sizes: pixels per side of each result.
+        side_lengths: pixels per side of each result.
         largest: largest number of pixels of the longer side of the image.
 
     Returns: one image [3, size, size] of values 0..1 for each of the sizes.
@@ -316,7 +340,10 @@ def on_black_first(image: Image.Image, sizes: tuple[int, ...], largest: int = 10
     """
     # The order matters: blending after resizing would change edges by up to 20 of 255.
     square = Image.fromarray(over_black(squared(at_most(image, largest), 1.0)))
-    return [_to_tensor(np.asarray(square.resize((size, size), Image.Resampling.LANCZOS))) for size in sizes]
+    return [
+        _to_tensor(np.asarray(square.resize((side_pixels, side_pixels), Image.Resampling.LANCZOS)))
+        for side_pixels in side_lengths
+    ]
 
 
 def at_most(image: Image.Image, largest: int) -> Image.Image:
@@ -325,16 +352,17 @@ def at_most(image: Image.Image, largest: int) -> Image.Image:
     An image that is small enough is returned unchanged.
     """
     factor = min(1, largest / max(image.size))
-    size = int(image.width * factor), int(image.height * factor)
-    return image if factor == 1 else image.resize(size, Image.Resampling.LANCZOS)
+    shrunk_size = int(image.width * factor), int(image.height * factor)
+    return image if factor == 1 else image.resize(shrunk_size, Image.Resampling.LANCZOS)
 
 
 def squared(image: Image.Image, margin: float) -> Image.Image:
     """Crop the square around the object from an RGBA image.
 
     The object is the box of all pixels with an opacity above 0.8. (l, t) is its first and (r, b) its last
-    pixel. The square has the same centre and sides of 2 int(k / 2) pixels, where k = int(margin max(r - l,
-    b - t)). Its corners are rounded to the nearest pixel, and halves to the even one.
+    pixel. The square has the same centre and sides of 2 int(k / 2) pixels, where
+    k = int(margin max(r - l, b - t)). Its corners are rounded to the nearest pixel, and halves
+    to the even one.
 
     Args:
         image: RGBA image.
@@ -342,14 +370,14 @@ def squared(image: Image.Image, margin: float) -> Image.Image:
 
     Raises: ValueError if no pixel has an opacity above 0.8, or if the object has no more than two pixels.
     """
-    box = image.getchannel("A").point(lambda alpha: 255 if alpha > OPAQUE else 0).getbbox()
-    if box is None:
+    object_box = image.getchannel("A").point(lambda alpha: 255 if alpha > OPAQUE else 0).getbbox()
+    if object_box is None:
         raise ValueError("the image has no pixel with an opacity above 0.8. Choose another image.")
-    left = box[0]
-    top = box[1]
+    left = object_box[0]
+    top = object_box[1]
     # Pillow's box ends one pixel after the last pixel.
-    right = box[2] - 1
-    bottom = box[3] - 1
+    right = object_box[2] - 1
+    bottom = object_box[3] - 1
     half_side = int(max(right - left, bottom - top) * margin) // 2
     if half_side < 1:
         raise ValueError(
@@ -380,8 +408,10 @@ def _to_tensor(pixels: np.ndarray) -> torch.Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectCut:
-    """Settings of a preprocessor of SAM 3D Objects, from its YAML file. The defaults are the published
-    values."""
+    """Settings of a preprocessor of SAM 3D Objects, from its YAML file.
+
+    The defaults are the published values.
+    """
 
     size: int = 518  # pixels per side of the results
     box_size_factor: float = 1.2  # side of the crop, as a multiple of the longer side of the mask's box
@@ -402,7 +432,7 @@ def object_inputs(pixels: np.ndarray, points: torch.Tensor | None, cut: ObjectCu
             where there is no point. None returns no point maps.
         cut: settings of the preprocessor.
 
-    Returns: tensors [C, s, s] by name. `image`, `mask` and `pointmap` are cropped around the mask.
+    Returns: tensors [C, s, s] by name. `cropped_image`, `mask` and `pointmap` are cropped around the mask.
         `rgb_image`, `rgb_image_mask` and `rgb_pointmap` show the complete image, padded to a square. If there
         is a point map, pointmap_scale and pointmap_shift, [3] each, are returned, too: a point p has become
         (p - shift) / scale.
@@ -412,7 +442,7 @@ def object_inputs(pixels: np.ndarray, points: torch.Tensor | None, cut: ObjectCu
     colours = rgba[:3]
     mask = rgba[3:]  # [1, h, w], alpha with all its values 0..1
     normalised_points = None
-    inputs = {}
+    inputs_by_name = {}
     if points is not None:
         # The point map is resized to the size of the image and normalised before it is cropped. [3, h, w]
         resized_points = F.interpolate(points.float().permute(2, 0, 1)[None], mask.shape[1:], mode="nearest")[
@@ -426,13 +456,13 @@ def object_inputs(pixels: np.ndarray, points: torch.Tensor | None, cut: ObjectCu
             if cut.moments_alone
             else resized_points * inverse_scale - shift[:, None, None] * inverse_scale
         )
-        inputs = {"pointmap_scale": scale, "pointmap_shift": shift}
-    box = box_about(mask[0], cut.box_size_factor)  # top, bottom, left, right
-    cropped_colours = _padded(_boxed(colours, box), cut, 0.0)
-    cropped_mask = _padded(_boxed(mask, box), cut, 0.0)
-    image = cropped_colours * cropped_mask if cut.rembg else cropped_colours
-    inputs |= {
-        "image": _resize_bilinear(image, cut.size),
+        inputs_by_name = {"pointmap_scale": scale, "pointmap_shift": shift}
+    crop_box = box_about(mask[0], cut.box_size_factor)  # top, bottom, left, right
+    cropped_colours = _padded(_boxed(colours, crop_box), cut, 0.0)
+    cropped_mask = _padded(_boxed(mask, crop_box), cut, 0.0)
+    cropped_image = cropped_colours * cropped_mask if cut.rembg else cropped_colours
+    inputs_by_name |= {
+        "image": _resize_bilinear(cropped_image, cut.size),
         "mask": _resize_nearest(cropped_mask, cut.size),
         "rgb_image": _resize_bilinear(in_square(colours), cut.size),
         "rgb_image_mask": _resize_nearest(in_square(mask), cut.size),
@@ -440,18 +470,18 @@ def object_inputs(pixels: np.ndarray, points: torch.Tensor | None, cut: ObjectCu
     if normalised_points is not None:
         # As in the original, the cropped map is padded by NaN (no
         # point), and the complete map by 0 (a point).
-        cropped_points = _padded(_boxed(normalised_points, box), cut, float("nan"))
+        cropped_points = _padded(_boxed(normalised_points, crop_box), cut, float("nan"))
         if cut.rembg:
             cropped_points = cropped_points.where(cropped_mask > 0, float("nan"))
-        inputs |= {
+        inputs_by_name |= {
             "pointmap": _resize_nearest(cropped_points, cut.size),
             "rgb_pointmap": _resize_nearest(in_square(normalised_points), cut.size),
         }
-    return inputs
+    return inputs_by_name
 
 
 def moments(
-    points: torch.Tensor, on_object: torch.Tensor, cut: ObjectCut
+    points: torch.Tensor, object_mask: torch.Tensor, cut: ObjectCut
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute the scale and the shift by which a point map is normalised.
 
@@ -459,12 +489,12 @@ def moments(
 
     Args:
         points: point map [3, h, w].
-        on_object: mask [h, w] bool, True for pixels of the object.
+        object_mask: mask [h, w] bool, True for pixels of the object.
         cut: settings; `normaliser` and `scene_scale` choose the formula.
 
     Returns: the scale [3] and the shift [3]. They are 1 and 0 if the object has no point.
     """
-    object_points = points[:, on_object]  # [3, points on the object]
+    object_points = points[:, object_mask]  # [3, points on the object]
     shift = torch.zeros(3)
     scale = torch.ones(())
     if not object_points.isfinite().all(0).any():
@@ -495,28 +525,33 @@ def box_about(mask: torch.Tensor, factor: float) -> tuple[int, int, int, int]:
     Returns: the indices top, bottom, left and right of the square, which may lie outside the image.
     Raises: ValueError if the object has less than three rows or columns.
     """
-    ranges = []  # first and last row, first and last column of the object
+    index_ranges = []  # first and last row, first and last column of the object
     for axis in (1, 0):
         indices = (mask > 0).any(axis).nonzero()
         first_index, last_index = (int(indices[0]), int(indices[-1])) if len(indices) else (0, 0)
-        ranges.append((first_index, last_index))
-    lengths = [last_index - first_index for first_index, last_index in ranges]
+        index_ranges.append((first_index, last_index))
+    lengths = [last_index - first_index for first_index, last_index in index_ranges]
     if min(lengths) < 2:
         raise ValueError("the mask must have at least three rows and three columns. Choose another image.")
     # Last index minus first index, without + 1, as in the original.
     half_side = int(factor * max(lengths)) // 2
     (top, bottom), (left, right) = (
-        (int((low + high) / 2 - half_side), int((low + high) / 2 + half_side)) for low, high in ranges
+        (int((start_index + end_index) / 2 - half_side), int((start_index + end_index) / 2 + half_side))
+        for start_index, end_index in index_ranges
     )
     return top, bottom, left, right
 
 
-def _boxed(x: torch.Tensor, box: tuple[int, int, int, int]) -> torch.Tensor:
+def _boxed(x: torch.Tensor, crop_box: tuple[int, int, int, int]) -> torch.Tensor:
     """Crop an image or point map [C, h, w] to a box (top, bottom, left, right).
 
     Pixels outside the image are 0. In a point map this is a valid point, as in the original.
+
+    Args:
+        x: image or point map.
+        crop_box: rows and columns of the box; they may lie outside the image.
     """
-    top, bottom, left, right = box
+    top, bottom, left, right = crop_box
     height, width = x.shape[1:]
     # F.pad takes left, right, top, bottom. Padding on the left and at the top shifts the indices of the box.
     padding = (max(0, -left), max(0, right - width), max(0, -top), max(0, bottom - height))
@@ -526,35 +561,40 @@ def _boxed(x: torch.Tensor, box: tuple[int, int, int, int]) -> torch.Tensor:
 
 
 def in_square(x: torch.Tensor, padding_value: float = 0.0) -> torch.Tensor:
-    """Pad an image or point map [C, h, w] to a square [C, s, s] with s = max(h, w), and keep it in the
-    centre.
+    """Pad an image or point map [C, h, w] to a square [C, s, s] with s = max(h, w), around its centre.
 
     Args:
         x: image or point map.
         padding_value: value of the padding.
     """
     height, width = x.shape[1:]
-    side = max(height, width)
+    square_side = max(height, width)
     # If the padding is an odd number of pixels, the larger half is below or on the right.
-    top = (side - height) // 2
-    left = (side - width) // 2
-    return F.pad(x, (left, side - width - left, top, side - height - top), value=padding_value)
+    top = (square_side - height) // 2
+    left = (square_side - width) // 2
+    return F.pad(x, (left, square_side - width - left, top, square_side - height - top), value=padding_value)
 
 
 def _padded(x: torch.Tensor, cut: ObjectCut, padding_value: float) -> torch.Tensor:
-    """Pad a crop [C, h, w] to a square, and then by `cut.padding_factor` of its side on every side."""
+    """Pad a crop [C, h, w] to a square, and then by `cut.padding_factor` of its side on every side.
+
+    Args:
+        x: crop of an image or point map.
+        cut: settings of the preprocessor.
+        padding_value: value of the padding.
+    """
     x = in_square(x, padding_value)
     return F.pad(x, (int(cut.padding_factor * x.shape[1]),) * 4, value=padding_value)
 
 
-def _resize_bilinear(x: torch.Tensor, size: int) -> torch.Tensor:
-    """Resize an image [C, h, w] to size x size pixels, bilinearly with antialiasing."""
-    return F.interpolate(x[None], (size, size), mode="bilinear", antialias=True)[0]
+def _resize_bilinear(x: torch.Tensor, side_pixels: int) -> torch.Tensor:
+    """Resize an image [C, h, w] to side_pixels x side_pixels pixels, bilinearly with antialiasing."""
+    return F.interpolate(x[None], (side_pixels, side_pixels), mode="bilinear", antialias=True)[0]
 
 
-def _resize_nearest(x: torch.Tensor, size: int) -> torch.Tensor:
-    """Resize an image or point map [C, h, w] to size x size pixels by nearest neighbour.
+def _resize_nearest(x: torch.Tensor, side_pixels: int) -> torch.Tensor:
+    """Resize an image or point map [C, h, w] to side_pixels x side_pixels pixels by nearest neighbour.
 
     An interpolation would mix NaN, which marks missing points, into neighbouring points.
     """
-    return F.interpolate(x[None], (size, size), mode="nearest")[0]
+    return F.interpolate(x[None], (side_pixels, side_pixels), mode="nearest")[0]

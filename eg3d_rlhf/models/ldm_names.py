@@ -1,5 +1,4 @@
-"""Convert published files of latent diffusion models to the names of the libraries diffusers and
-transformers.
+"""Convert published files of latent diffusion models to the names of diffusers and transformers.
 
 Latent diffusion models (LDM, Rombach et al. 2022), such as Stable Diffusion, are published in the layout of
 their own code. The functions rename the entries of a state dict. The tensors share memory with those of the
@@ -75,86 +74,94 @@ CLIP = (  # regular expressions of open_clip's names and their replacements in t
 )
 
 
-def unet_names(state: Mapping[str, torch.Tensor]) -> dict[str, str]:
+def unet_names(state_dict: Mapping[str, torch.Tensor]) -> dict[str, str]:
     """Map the beginnings of the names in LDM's U-Net to the beginnings in diffusers.
 
     LDM numbers its blocks in two lists, input_blocks and output_blocks. diffusers numbers them by level of
     resolution, and within a level. In input_blocks, a level ends with a block that consists of a downsampling
     alone. In output_blocks, the last block of a level contains the upsampling as its last part.
     """
-    names = dict(UNET)
+    diffusers_prefixes = dict(UNET)
     level = 0
     index_in_level = 0
     # Block 0 is the input convolution, which the table UNET renames.
-    for i in range(1, count(state, "input_blocks.")):
-        block = f"input_blocks.{i}."
+    for i in range(1, count(state_dict, "input_blocks.")):
+        block_prefix = f"input_blocks.{i}."
         # LDM calls the convolution of a downsampling "op". It is the last block of its level.
-        if any(name.startswith(f"{block}0.op.") for name in state):
-            names[f"{block}0.op."] = f"down_blocks.{level}.downsamplers.0.conv."
+        if any(entry_name.startswith(f"{block_prefix}0.op.") for entry_name in state_dict):
+            diffusers_prefixes[f"{block_prefix}0.op."] = f"down_blocks.{level}.downsamplers.0.conv."
             level = level + 1
             index_in_level = 0
             continue
         # The first part of a block is a ResNet block, the second one, if there is one, an attention block.
-        names[f"{block}0."] = f"down_blocks.{level}.resnets.{index_in_level}."
-        names[f"{block}1."] = f"down_blocks.{level}.attentions.{index_in_level}."
+        diffusers_prefixes[f"{block_prefix}0."] = f"down_blocks.{level}.resnets.{index_in_level}."
+        diffusers_prefixes[f"{block_prefix}1."] = f"down_blocks.{level}.attentions.{index_in_level}."
         index_in_level += 1
     level = 0
     index_in_level = 0
-    for i in range(count(state, "output_blocks.")):
-        block = f"output_blocks.{i}."
-        names[f"{block}0."] = f"up_blocks.{level}.resnets.{index_in_level}."
-        names[f"{block}1."] = f"up_blocks.{level}.attentions.{index_in_level}."
+    for i in range(count(state_dict, "output_blocks.")):
+        block_prefix = f"output_blocks.{i}."
+        diffusers_prefixes[f"{block_prefix}0."] = f"up_blocks.{level}.resnets.{index_in_level}."
+        diffusers_prefixes[f"{block_prefix}1."] = f"up_blocks.{level}.attentions.{index_in_level}."
         index_in_level += 1
         # The upsampling is part 1 of a block without attention, and part 2 of a block with attention. Only
         # upsamplings have an entry PART.conv.weight.
         upsamplings = [
-            name.removesuffix("conv.weight")
-            for name in state
-            if re.fullmatch(rf"{re.escape(block)}[12]\.conv\.weight", name)
+            entry_name.removesuffix("conv.weight")
+            for entry_name in state_dict
+            if re.fullmatch(rf"{re.escape(block_prefix)}[12]\.conv\.weight", entry_name)
         ]
         if upsamplings:
-            names[f"{upsamplings[0]}conv."] = f"up_blocks.{level}.upsamplers.0.conv."
+            diffusers_prefixes[f"{upsamplings[0]}conv."] = f"up_blocks.{level}.upsamplers.0.conv."
             level = level + 1
             index_in_level = 0
-    return names
+    return diffusers_prefixes
 
 
-def to_diffusers_unet(state: Mapping[str, torch.Tensor]) -> State:
+def to_diffusers_unet(state_dict: Mapping[str, torch.Tensor]) -> State:
     """Rename the state dict of LDM's U-Net to diffusers' names.
 
     Names that no table contains stay as they are.
 
     Args:
-        state: state dict with LDM's names, without their prefix model.diffusion_model.
+        state_dict: state dict with LDM's names, without their prefix model.diffusion_model.
     """
-    names = unet_names(state)
+    diffusers_prefixes = unet_names(state_dict)
     renamed_state = {}
-    for name, tensor in state.items():
+    for entry_name, tensor in state_dict.items():
         # The longest prefix decides: the name of an upsampling,
         # "output_blocks.2.1.conv.", also begins with "output_blocks.2.1.".
-        prefix = max((ldm_prefix for ldm_prefix in names if name.startswith(ldm_prefix)), key=len, default="")
-        suffix = name.removeprefix(prefix)
-        if "resnets." in names.get(prefix, ""):
+        prefix = max(
+            (ldm_prefix for ldm_prefix in diffusers_prefixes if entry_name.startswith(ldm_prefix)),
+            key=len,
+            default="",
+        )
+        suffix = entry_name.removeprefix(prefix)
+        if "resnets." in diffusers_prefixes.get(prefix, ""):
             # The names inside of ResNet blocks differ, too. Those inside of attention blocks are the same.
             suffix = next(
-                (RESNET[part] + suffix.removeprefix(part) for part in RESNET if suffix.startswith(part)),
+                (
+                    RESNET[resnet_prefix] + suffix.removeprefix(resnet_prefix)
+                    for resnet_prefix in RESNET
+                    if suffix.startswith(resnet_prefix)
+                ),
                 suffix,
             )
-        renamed_state[names.get(prefix, "") + suffix] = tensor
+        renamed_state[diffusers_prefixes.get(prefix, "") + suffix] = tensor
     return renamed_state
 
 
-def to_diffusers_vae(state: Mapping[str, torch.Tensor]) -> State:
+def to_diffusers_vae(state_dict: Mapping[str, torch.Tensor]) -> State:
     """Rename the state dict of LDM's autoencoder to diffusers' names.
 
     Args:
-        state: state dict with LDM's names, without their prefix first_stage_model.
+        state_dict: state dict with LDM's names, without their prefix first_stage_model.
     """
     # LDM numbers the up blocks from the image inwards, diffusers in the order of computation. Block 0 of
     # diffusers is therefore the last block of LDM.
-    up_block_count = count(state, "decoder.up.")
+    up_block_count = count(state_dict, "decoder.up.")
     renamed_state = {}
-    for name, tensor in state.items():
+    for name, tensor in state_dict.items():
         # Group 1 is the number of the level. Group 2 is the number of
         # a ResNet block, or None for a resampling.
         name = re.sub(
@@ -174,45 +181,45 @@ def to_diffusers_vae(state: Mapping[str, torch.Tensor]) -> State:
         # the end of a longer part.
         for ldm_part, diffusers_part in VAE.items():
             name = name.replace(ldm_part, diffusers_part) if f".{ldm_part}" in name else name
-        head, attention, tail = name.partition("attentions.0.")
-        if attention:
-            tail = next(
-                diffusers_part + tail.removeprefix(ldm_part)
+        name_start, attention_separator, name_end = name.partition("attentions.0.")
+        if attention_separator:
+            name_end = next(
+                diffusers_part + name_end.removeprefix(ldm_part)
                 for ldm_part, diffusers_part in VAE_ATTENTION.items()
-                if tail.startswith(ldm_part)
+                if name_end.startswith(ldm_part)
             )
             # LDM's attention uses 1 x 1 convolutions [C, C, 1, 1], diffusers uses linear layers [C, C].
             tensor = tensor[..., 0, 0] if tensor.ndim == 4 else tensor
-        renamed_state[head + attention + tail] = tensor
+        renamed_state[name_start + attention_separator + name_end] = tensor
     return renamed_state
 
 
-def to_transformers_clip(state: Mapping[str, torch.Tensor]) -> State:
+def to_transformers_clip(state_dict: Mapping[str, torch.Tensor]) -> State:
     """Rename the state dict of an open_clip network to the names of transformers' CLIPModel.
 
     Names that the table CLIP does not contain stay as they are.
     """
     renamed_state: State = {}
-    for name, tensor in state.items():
+    for name, tensor in state_dict.items():
         for pattern, replacement in CLIP:
             name = re.sub(pattern, replacement, name)
         # open_clip stores the projections of queries, keys and values
         # as one matrix [3 C, C] and one bias [3 C].
-        block, in_projection, parameter = name.partition("attn.in_proj_")
-        if in_projection:
+        block_prefix, projection_separator, parameter = name.partition("attn.in_proj_")
+        if projection_separator:
             for letter, projection in zip("qkv", tensor.chunk(3), strict=True):
-                renamed_state[f"{block}self_attn.{letter}_proj.{parameter}"] = projection
+                renamed_state[f"{block_prefix}self_attn.{letter}_proj.{parameter}"] = projection
         else:
             # open_clip computes x W with its projections, a linear layer x W^T, so they are transposed.
             renamed_state[name] = tensor.T if name.endswith("_projection.weight") else tensor
     return renamed_state
 
 
-def to_transformers_text(state: Mapping[str, torch.Tensor], layers: int) -> State:
+def to_transformers_text(state_dict: Mapping[str, torch.Tensor], layers: int) -> State:
     """Rename the text encoder of an open_clip network to the names of transformers' CLIPTextModel.
 
     Args:
-        state: state dict of the complete network or of the text encoder.
+        state_dict: state dict of the complete network or of the text encoder.
         layers: number of layers of the result: all layers of the file, or all but the last one, as in Stable
             Diffusion 2.
     """
@@ -220,63 +227,71 @@ def to_transformers_text(state: Mapping[str, torch.Tensor], layers: int) -> Stat
     dropped_layer = f"text_model.encoder.layers.{layers}."
     return {
         name: tensor
-        for name, tensor in to_transformers_clip(state).items()
+        for name, tensor in to_transformers_clip(state_dict).items()
         if name.startswith("text_model.") and not name.startswith(dropped_layer)
     }
 
 
-def unet_config(state: Mapping[str, torch.Tensor], who: str, image_size: int) -> dict[str, Any]:
+def unet_config(state_dict: Mapping[str, torch.Tensor], who: str, image_size: int) -> dict[str, Any]:
     """Derive the arguments of diffusers' UNet2DConditionModel from the shapes of the tensors of LDM's U-Net.
 
-    In Stable Diffusion 2, the projections before and after the attention are linear layers, and heads have 64
-    channels. In Stable Diffusion 1, these projections are convolutions, and there are 8 heads.
+    In Stable Diffusion 2, the projections before and after the attention are linear layers, and attention
+    heads have 64 channels. In Stable Diffusion 1, these projections are convolutions, and there are 8
+    attention heads.
 
     Args:
-        state: state dict with LDM's names, without their prefix.
+        state_dict: state dict with LDM's names, without their prefix.
         who: name that error messages begin with.
         image_size: pixels per side of the latents.
 
     Raises: ValueError if the state dict is that of another network.
     """
-    input_convolution_shape = shape_of(state, "input_blocks.0.0.weight", who, 4)  # [out, in, 3, 3]
-    names = unet_names(state)
-    channels = {}  # channels of each level
-    attention_blocks = {}  # for each level with attention, the prefix of its last attention block
+    input_convolution_shape = shape_of(state_dict, "input_blocks.0.0.weight", who, 4)  # [out, in, 3, 3]
+    diffusers_prefixes = unet_names(state_dict)
+    channels_by_level = {}  # channels of each level
+    attention_prefix_by_level = {}  # for each level with attention, the prefix of its last attention block
     layers_per_level = 0
-    for block, target in names.items():
-        match = re.match(r"down_blocks\.(\d+)\.(resnets|attentions)\.(\d+)", target)
+    for ldm_prefix, diffusers_prefix in diffusers_prefixes.items():
+        match = re.match(r"down_blocks\.(\d+)\.(resnets|attentions)\.(\d+)", diffusers_prefix)
         if match and match[2] == "resnets":
-            channels[int(match[1])] = shape_of(state, f"{block}in_layers.2.weight", who, 4)[0]
+            channels_by_level[int(match[1])] = shape_of(
+                state_dict, f"{ldm_prefix}in_layers.2.weight", who, 4
+            )[0]
             layers_per_level = max(layers_per_level, int(match[3]) + 1)
-        elif match and f"{block}proj_in.weight" in state:
-            attention_blocks[int(match[1])] = block
-    if not channels or not attention_blocks:
+        elif match and f"{ldm_prefix}proj_in.weight" in state_dict:
+            attention_prefix_by_level[int(match[1])] = ldm_prefix
+    if not channels_by_level or not attention_prefix_by_level:
         raise ValueError(
             f"{who}: the file contains no attention blocks of a U-Net, so it may be that of another network."
             " Use the file of a U-Net."
         )
     # All attention blocks have the same kind of projection and the same conditioning.
-    block = next(iter(attention_blocks.values()))
-    is_linear = state[f"{block}proj_in.weight"].ndim == 2  # a matrix, and not a 1 x 1 convolution
-    widths = [channels[level] for level in sorted(channels)]  # channels per level, finest first
+    ldm_prefix = next(iter(attention_prefix_by_level.values()))
+    is_linear = state_dict[f"{ldm_prefix}proj_in.weight"].ndim == 2  # a matrix, and not a 1 x 1 convolution
+    level_channels = [
+        channels_by_level[level] for level in sorted(channels_by_level)
+    ]  # channels per level, finest first
     # MVDream's network also embeds the camera, which diffusers treats as a class embedding.
-    camera = state.get("camera_embed.0.weight")
+    camera_weight = state_dict.get("camera_embed.0.weight")
     down_blocks = tuple(
-        "CrossAttnDownBlock2D" if level in attention_blocks else "DownBlock2D" for level in range(len(widths))
+        "CrossAttnDownBlock2D" if level in attention_prefix_by_level else "DownBlock2D"
+        for level in range(len(level_channels))
     )
     return {
         "sample_size": image_size,
         "in_channels": input_convolution_shape[1],
-        "out_channels": shape_of(state, "out.2.weight", who, 4)[0],
-        "block_out_channels": tuple(widths),
+        "out_channels": shape_of(state_dict, "out.2.weight", who, 4)[0],
+        "block_out_channels": tuple(level_channels),
         "layers_per_block": layers_per_level,
         "down_block_types": down_blocks,
         # The up blocks mirror the down blocks.
-        "up_block_types": tuple(kind.replace("Down", "Up") for kind in reversed(down_blocks)),
+        "up_block_types": tuple(block_type.replace("Down", "Up") for block_type in reversed(down_blocks)),
         "use_linear_projection": is_linear,
-        # In this class of diffusers, attention_head_dim is the number of heads.
-        "attention_head_dim": tuple(max(width // 64, 1) for width in widths) if is_linear else 8,
-        "cross_attention_dim": shape_of(state, f"{block}transformer_blocks.0.attn2.to_k.weight", who, 2)[1],
-        "class_embed_type": None if camera is None else "projection",
-        "projection_class_embeddings_input_dim": None if camera is None else camera.shape[1],
+        # In this class of diffusers, attention_head_dim is the number of attention heads.
+        "attention_head_dim": tuple(max(width // 64, 1) for width in level_channels) if is_linear else 8,
+        "cross_attention_dim": shape_of(
+            state_dict, f"{ldm_prefix}transformer_blocks.0.attn2.to_k.weight", who, 2
+        )[1],
+        "class_embed_type": None if camera_weight is None else "projection",
+        "projection_class_embeddings_input_dim": None if camera_weight is None else camera_weight.shape[1],
     }

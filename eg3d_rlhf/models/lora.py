@@ -8,8 +8,7 @@ adapters switched off is the reference model.
 x is the input and y the output of the layer, W its weight [out, in] and b its bias [out]. The adapter
 consists of A [rank, in], which is random at the start, and B [out, rank], which is zero at the start. An
 untrained adapter therefore changes nothing. Parameters have the names of the library PEFT without the name of
-an
-adapter: X.base_layer.weight, X.lora_A.weight and X.lora_B.weight for a layer X.
+an adapter: X.base_layer.weight, X.lora_A.weight and X.lora_B.weight for a layer X.
 """
 
 import contextlib
@@ -33,30 +32,32 @@ class _Adapted(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, a, b, scale):
         # Only the input and the low-rank product are stored for the backward pass, but neither y nor W x.
-        low = product(x, a)  # [..., rank]
-        ctx.save_for_backward(x, low, weight, a, b)
+        low_rank_product = product(x, a)  # [..., rank]
+        ctx.save_for_backward(x, low_rank_product, weight, a, b)
         ctx.scale = scale
         y = product(x, weight, bias)
         # In place, so that no second tensor of the output's size exists. [rows, rank] x [rank, out]
-        y.view(-1, len(b)).addmm_(low.flatten(0, -2), b.t(), alpha=scale)
+        y.view(-1, len(b)).addmm_(low_rank_product.flatten(0, -2), b.t(), alpha=scale)
         return y
 
     @staticmethod
     @once("LoraLinear")
     def backward(ctx, grad):
-        x, low, weight, a, b = ctx.saved_tensors
+        x, low_rank_product, weight, a, b = ctx.saved_tensors
         # All leading axes are rows: [..., out] -> [rows, out].
-        rows = grad.flatten(0, -2)
-        to_x = None
-        to_low = ctx.scale * product(rows, b.t())  # gradient of the low-rank product, [rows, rank]
+        grad_rows = grad.flatten(0, -2)
+        grad_x = None
+        grad_low_rank = ctx.scale * product(
+            grad_rows, b.t()
+        )  # gradient of the low-rank product, [rows, rank]
         if ctx.needs_input_grad[0]:
             # dL/dx = W^T g + A^T (scale B^T g), summed in place
-            to_x = product(rows, weight.t()).addmm_(to_low, a).view_as(x)
+            grad_x = product(grad_rows, weight.t()).addmm_(grad_low_rank, a).view_as(x)
         # dL/dA = (scale B^T g)^T x and dL/dB = scale g^T (A x)
-        to_a = product(to_low.t(), x.flatten(0, -2).t())
-        to_b = ctx.scale * product(rows.t(), low.flatten(0, -2).t())
+        grad_a = product(grad_low_rank.t(), x.flatten(0, -2).t())
+        grad_b = ctx.scale * product(grad_rows.t(), low_rank_product.flatten(0, -2).t())
         # W, b and the scale get no gradient: the base is frozen.
-        return to_x, None, None, to_a, to_b, None
+        return grad_x, None, None, grad_a, grad_b, None
 
 
 class LoraLinear(nn.Module):
@@ -151,22 +152,32 @@ def add_lora(model: nn.Module, config: LoraConfig, seed: int) -> list[str]:
         that already has adapters.
     """
     # Duplicates are included: a layer that occurs in two places has two names, and a target may match either.
-    modules = dict(model.named_modules(remove_duplicate=False))
-    names = [name for name in modules if any(matches(name, target) for target in config.targets)]
+    modules_by_name = dict(model.named_modules(remove_duplicate=False))
+    layer_names = [
+        layer_name
+        for layer_name in modules_by_name
+        if any(matches(layer_name, target) for target in config.targets)
+    ]
     # Every target must match a layer. A target without a match is probably misspelt.
     unmatched_targets = [
-        target for target in config.targets if not any(matches(name, target) for name in names)
+        target
+        for target in config.targets
+        if not any(matches(layer_name, target) for layer_name in layer_names)
     ]
     if unmatched_targets:
         linear_names = sorted(
-            {name.rpartition(".")[2] for name, module in modules.items() if _is_linear(module)}
+            {
+                layer_name.rpartition(".")[2]
+                for layer_name, candidate_layer in modules_by_name.items()
+                if _is_linear(candidate_layer)
+            }
         )
         raise ValueError(
             f"add_lora({type(model).__name__}): no layer is named {', '.join(unmatched_targets)}. The linear"
             f" layers of this network are named {', '.join(linear_names) or 'none'}. Choose targets among"
             " these."
         )
-    layers = attach(model, names, config.rank, config.alpha, config.dropout)
+    layers = attach(model, layer_names, config.rank, config.alpha, config.dropout)
     generator = torch.Generator().manual_seed(seed)
     # A shared layer has several names but one adapter.
     # dict.fromkeys keeps the first occurrence of each layer.
@@ -176,7 +187,7 @@ def add_lora(model: nn.Module, config: LoraConfig, seed: int) -> list[str]:
         # Sampled in float32 on the CPU and then copied, so that the values do not depend on device and dtype.
         with torch.no_grad():
             A.copy_(torch.empty(A.shape).uniform_(-bound, bound, generator=generator))
-    return names
+    return layer_names
 
 
 def attach(
@@ -200,10 +211,12 @@ def attach(
             f"add_lora: the network already has {len(adapted_layers(model))} adapters, and"
             " add_lora cannot add others. Merge them first, with merged_state."
         )
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules_by_name = dict(model.named_modules(remove_duplicate=False))
     names = list(names)
     unsuitable_layers = [
-        f"{name} ({type(modules[name]).__name__})" for name in names if not _is_linear(modules[name])
+        f"{layer_name} ({type(modules_by_name[layer_name]).__name__})"
+        for layer_name in names
+        if not _is_linear(modules_by_name[layer_name])
     ]
     if unsuitable_layers:
         raise ValueError(
@@ -211,24 +224,26 @@ def attach(
             f" {', '.join(unsuitable_layers[:4])}. Choose other targets."
         )
     model.requires_grad_(False)
-    wrapped: dict[nn.Module, LoraLinear] = {}  # by the base layer: a layer with two names gets one adapter
-    for name in names:
-        if modules[name] not in wrapped:
+    adapted_by_base: dict[
+        nn.Module, LoraLinear
+    ] = {}  # by the base layer: a layer with two names gets one adapter
+    for layer_name in names:
+        if modules_by_name[layer_name] not in adapted_by_base:
             # The new layer has the mode of the base layer: dropout is active only in training mode.
-            wrapped[modules[name]] = LoraLinear(modules[name], rank, alpha, dropout).train(
-                modules[name].training
-            )
-        parent, _, attribute = name.rpartition(".")
-        setattr(modules[parent], attribute, wrapped[modules[name]])
-    return {name: wrapped[modules[name]] for name in names}
+            adapted_by_base[modules_by_name[layer_name]] = LoraLinear(
+                modules_by_name[layer_name], rank, alpha, dropout
+            ).train(modules_by_name[layer_name].training)
+        parent, _, attribute = layer_name.rpartition(".")
+        setattr(modules_by_name[parent], attribute, adapted_by_base[modules_by_name[layer_name]])
+    return {layer_name: adapted_by_base[modules_by_name[layer_name]] for layer_name in names}
 
 
-def _is_linear(module: nn.Module) -> bool:
+def _is_linear(layer: nn.Module) -> bool:
     """Return True if a module is a linear layer that computes W x + b of a tensor.
 
     For a subclass of nn.Linear with another `forward`, which may take other inputs, the result is False.
     """
-    return isinstance(module, nn.Linear) and type(module).forward in (nn.Linear.forward, Linear.forward)
+    return isinstance(layer, nn.Linear) and type(layer).forward in (nn.Linear.forward, Linear.forward)
 
 
 def matches(name: str, target: str) -> bool:
@@ -236,6 +251,10 @@ def matches(name: str, target: str) -> bool:
 
     Only complete parts between dots are compared: "attn.to_q" matches the target "to_q", but "auto_q" does
     not.
+
+    Args:
+        name: name of a layer in the network.
+        target: complete name of a layer, or its last parts.
     """
     return name == target or name.endswith(f".{target}")
 
@@ -243,9 +262,9 @@ def matches(name: str, target: str) -> bool:
 def adapted_layers(model: nn.Module) -> dict[str, LoraLinear]:
     """Return the layers that have adapters, by the names of their base layers in the base network."""
     return {
-        name: module
-        for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, LoraLinear)
+        layer_name: layer
+        for layer_name, layer in model.named_modules(remove_duplicate=False)
+        if isinstance(layer, LoraLinear)
     }
 
 
@@ -263,19 +282,19 @@ def adapter_state(model: nn.Module) -> dict[str, torch.Tensor]:
 
     The tensors share memory with the parameters and have no gradient.
     """
-    state = {}
-    for name, layer in adapted_layers(model).items():
-        state[f"{name}.lora_A.weight"] = layer.lora_A.weight.detach()
-        state[f"{name}.lora_B.weight"] = layer.lora_B.weight.detach()
-    return state
+    adapter_tensors = {}
+    for layer_name, layer in adapted_layers(model).items():
+        adapter_tensors[f"{layer_name}.lora_A.weight"] = layer.lora_A.weight.detach()
+        adapter_tensors[f"{layer_name}.lora_B.weight"] = layer.lora_B.weight.detach()
+    return adapter_tensors
 
 
 @contextlib.contextmanager
 def adapters_off(model: nn.Module) -> Iterator[nn.Module]:
-    """Switch all adapters off inside a `with` block, in which the network computes bitwise the same as its
-    base.
+    """Switch all adapters off inside a `with` block.
 
-    Blocks may be nested. A backward pass must not run inside the block.
+    Inside the block the network computes bitwise the same as its base. Blocks may be nested. A backward pass
+    must not run inside the block.
 
     Raises: ValueError for a network without adapters.
     """
@@ -285,13 +304,13 @@ def adapters_off(model: nn.Module) -> Iterator[nn.Module]:
             f"adapters_off: the {type(model).__name__} has no adapters. Add them with add_lora first."
         )
     # In a nested block the adapters are off already and must stay off at its end.
-    earlier_states = [(layer, layer.active) for layer in layers]
+    earlier_activity = [(layer, layer.active) for layer in layers]
     try:
         for layer in layers:
             layer.active = False
         yield model
     finally:
-        for layer, active in earlier_states:
+        for layer, active in earlier_activity:
             layer.active = active
 
 
@@ -301,19 +320,19 @@ def merged_state(model: nn.Module) -> dict[str, torch.Tensor]:
     Names, dtypes and order are those of the base network.
     """
     layers = adapted_layers(model)
-    state = {}
-    for key, value in model.state_dict().items():
+    merged_tensors = {}
+    for state_key, tensor in model.state_dict().items():
         # Keys of a layer X with an adapter are X.base_layer.weight, X.lora_A.weight and so on. They are
         # divided into the name of the layer, the part (base_layer, lora_A or lora_B) and the parameter.
-        module_name, _, parameter = key.rpartition(".")
-        layer_name, _, part = module_name.rpartition(".")
-        if part == BASE[1:] and layer_name in layers:  # [1:] drops the dot
-            merged = layers[layer_name].merged_weight() if parameter == "weight" else value
-            state[f"{layer_name}.{parameter}"] = merged
+        module_name, _, parameter = state_key.rpartition(".")
+        layer_name, _, layer_part = module_name.rpartition(".")
+        if layer_part == BASE[1:] and layer_name in layers:  # [1:] drops the dot
+            merged_tensor = layers[layer_name].merged_weight() if parameter == "weight" else tensor
+            merged_tensors[f"{layer_name}.{parameter}"] = merged_tensor
         # The matrices of the adapters are dropped. All other entries are unchanged.
-        elif not (part in ("lora_A", "lora_B") and layer_name in layers):
-            state[key] = value
-    return state
+        elif not (layer_part in ("lora_A", "lora_B") and layer_name in layers):
+            merged_tensors[state_key] = tensor
+    return merged_tensors
 
 
 def merge_rounding(model: nn.Module) -> float:

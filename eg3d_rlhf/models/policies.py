@@ -68,9 +68,8 @@ class Weights:
     source: str  # name of the file, for error messages
     tensors: dict[str, torch.Tensor]  # tensors of the network; empty if the file contains only adapters
     adapters: Adapters  # adapters by layer; empty if the file has none
-    alpha: (
-        float | None
-    )  # scale of the adapters, whose update is multiplied by alpha / rank; None without adapters
+    # Scale of the adapters, whose update is multiplied by alpha / rank; None without adapters
+    alpha: float | None
     dropout: float = 0.0  # dropout with which the adapters were trained, 0..1
 
 
@@ -85,63 +84,64 @@ def read_weights(path: str | Path, alpha: float | None = None) -> Weights:
     Raises: FileNotFoundError if there is no such file; ValueError for a file that is damaged, contains values
         that are not finite, or uses a feature of PEFT that is not supported.
     """
-    file = Path(path)
-    if not file.is_file():
-        files = [file / name for name in FILES if (file / name).is_file()]
-        if not files:
+    weight_file = Path(path)
+    if not weight_file.is_file():
+        weight_files = [weight_file / file_name for file_name in FILES if (weight_file / file_name).is_file()]
+        if not weight_files:
             raise FileNotFoundError(
                 f"{path}: no weights were found there. Pass a file of weights or a folder with one of"
                 f" {', '.join(FILES)}."
             )
         # Several files may contain different weights, for example adapters and a merged network.
-        if len(files) > 1:
-            names = " and ".join(weights_file.name for weights_file in files)
+        if len(weight_files) > 1:
+            file_names = " and ".join(weights_file.name for weights_file in weight_files)
             raise ValueError(
-                f"{path}: the folder contains several files of weights: {names}. Pass the path of one file."
+                f"{path}: the folder contains several files of weights: {file_names}. Pass the path of one"
+                " file."
             )
-        file = files[0]
+        weight_file = weight_files[0]
     # `read` executes no code from the file.
-    state = read(file, "weights")
-    check_finite(state, file.name)
-    tensors, adapters = split_state(state, file.name)
+    state_dict = read(weight_file, "weights")
+    check_finite(state_dict, weight_file.name)
+    tensors, adapters = split_state(state_dict, weight_file.name)
     if not adapters:
-        return Weights(source=file.name, tensors=tensors, adapters={}, alpha=None)
-    config = _read_config(file.with_name(CONFIG))
+        return Weights(source=weight_file.name, tensors=tensors, adapters={}, alpha=None)
+    peft_config = _read_config(weight_file.with_name(CONFIG))
     # The argument is used only if there is no settings file.
-    used_alpha = config.get("lora_alpha", alpha)
+    used_alpha = peft_config.get("lora_alpha", alpha)
     if used_alpha is None:
         raise ValueError(
-            f"{file.name}: the adapters' alpha is unknown, because there is no {CONFIG} beside the file. Pass"
-            " alpha (for DSO's checkpoints, twice the rank)."
+            f"{weight_file.name}: the adapters' alpha is unknown, because there is no {CONFIG} beside the"
+            " file. Pass alpha (for DSO's checkpoints, twice the rank)."
         )
     if alpha is not None and alpha != used_alpha:
         raise ValueError(
-            f"{file.name}: alpha is {alpha}, but {CONFIG} states {used_alpha}. Do not pass alpha, so that the"
-            " file is used."
+            f"{weight_file.name}: alpha is {alpha}, but {CONFIG} states {used_alpha}. Do not pass alpha, so"
+            " that the file is used."
         )
     # The rank is the number of rows of A and of columns of B. The settings state it, too.
-    ranks = {config["r"]} if config else set()
+    ranks = {peft_config["r"]} if peft_config else set()
     for A, B in adapters.values():
         ranks |= {A.shape[0], B.shape[-1]}
     if len(ranks) > 1 or any(A.ndim != 2 or B.ndim != 2 for A, B in adapters.values()):
         raise ValueError(
-            f"{file.name}: all adapters must be those of linear layers and have the same rank, but the ranks"
-            f" are {sorted(ranks)}. Merge the adapters with PEFT."
+            f"{weight_file.name}: all adapters must be those of linear layers and have the same rank, but the"
+            f" ranks are {sorted(ranks)}. Merge the adapters with PEFT."
         )
     return Weights(
-        source=file.name,
+        source=weight_file.name,
         tensors=tensors,
         adapters=adapters,
         alpha=float(used_alpha),
-        dropout=float(config.get("lora_dropout", 0.0)),
+        dropout=float(peft_config.get("lora_dropout", 0.0)),
     )
 
 
-def split_state(state: Mapping[str, torch.Tensor], who: str) -> tuple[dict[str, torch.Tensor], Adapters]:
+def split_state(state_dict: Mapping[str, torch.Tensor], who: str) -> tuple[dict[str, torch.Tensor], Adapters]:
     """Split a state dict of any layout into the tensors of the network and its adapters.
 
     Args:
-        state: state dict.
+        state_dict: state dict.
         who: name that error messages begin with.
 
     Returns: the tensors with the names of the network without adapters, and the adapters by layer.
@@ -149,40 +149,55 @@ def split_state(state: Mapping[str, torch.Tensor], who: str) -> tuple[dict[str, 
         missing.
     """
     # torch's distributed wrapper puts "module." before every name.
-    wrapper = "module." if all(key.startswith("module.") for key in state) else ""
-    names = {key: key.removeprefix(wrapper).removeprefix(PREFIX) for key in state}
-    adapter_keys = {key: match for key, name in names.items() if (match := _PART.fullmatch(name))}
+    wrapper = "module." if all(state_key.startswith("module.") for state_key in state_dict) else ""
+    base_name_by_key = {
+        state_key: state_key.removeprefix(wrapper).removeprefix(PREFIX) for state_key in state_dict
+    }
+    match_by_key = {
+        state_key: part_match
+        for state_key, base_name in base_name_by_key.items()
+        if (part_match := _PART.fullmatch(base_name))
+    }
     # The group is None in a file that does not contain the name of the adapter.
-    adapter_names = sorted({match["adapter"] or "" for match in adapter_keys.values()})
+    adapter_names = sorted({part_match["adapter"] or "" for part_match in match_by_key.values()})
     if len(adapter_names) > 1:
         raise ValueError(
             f"{who}: the file contains several adapters: {', '.join(adapter_names)}. Save only the adapter"
             " that is to be used."
         )
     # For example the magnitudes of DoRA
-    foreign_keys = [key for key in state if key not in adapter_keys and _FOREIGN.search(names[key])]
+    foreign_keys = [
+        state_key
+        for state_key in state_dict
+        if state_key not in match_by_key and _FOREIGN.search(base_name_by_key[state_key])
+    ]
     if foreign_keys:
         raise ValueError(
             f"{who}: only LoRA adapters with A and B are supported, but the file contains"
             f" {', '.join(foreign_keys[:4])}. Merge the adapter with PEFT."
         )
-    matrices: dict[str, dict[str, torch.Tensor]] = {}  # by layer: the matrices "A" and "B"
-    for key, match in adapter_keys.items():
-        matrices.setdefault(match["layer"], {})[match["part"]] = state[key]
-    incomplete_layers = [layer for layer, layer_matrices in matrices.items() if len(layer_matrices) < 2]
+    matrices_by_layer: dict[str, dict[str, torch.Tensor]] = {}  # by layer: the matrices "A" and "B"
+    for state_key, part_match in match_by_key.items():
+        matrices_by_layer.setdefault(part_match["layer"], {})[part_match["part"]] = state_dict[state_key]
+    incomplete_layers = [
+        layer for layer, layer_matrices in matrices_by_layer.items() if len(layer_matrices) < 2
+    ]
     if incomplete_layers:
         raise ValueError(
             f"{who}: an adapter needs A and B, but one is missing for {', '.join(incomplete_layers[:4])}."
             " Copy the file again."
         )
     tensors = {}
-    for key, value in state.items():
-        if key not in adapter_keys:
+    for state_key, tensor in state_dict.items():
+        if state_key not in match_by_key:
             # X.base_layer.weight, the weight of a layer with an adapter, is X.weight in the base network.
-            layer, _, parameter = names[key].rpartition(f"{BASE}.")
-            tensors[f"{layer}.{parameter}" if layer in matrices else names[key]] = value
+            layer, _, parameter = base_name_by_key[state_key].rpartition(f"{BASE}.")
+            tensors[f"{layer}.{parameter}" if layer in matrices_by_layer else base_name_by_key[state_key]] = (
+                tensor
+            )
     adapters = {
-        layer: (layer_matrices["A"], layer_matrices["B"]) for layer, layer_matrices in matrices.items()
+        layer: (layer_matrices["A"], layer_matrices["B"])
+        for layer, layer_matrices in matrices_by_layer.items()
     }
     return tensors, adapters
 
@@ -196,8 +211,8 @@ def _read_config(path: Path) -> dict:
         # Files of the layout "PEFT, full" may have no settings beside them.
         return {}
     try:
-        config = json.loads(path.read_text())
-        is_valid = isinstance(config, dict) and config["r"] >= 1 and config["lora_alpha"] > 0
+        peft_config = json.loads(path.read_text())
+        is_valid = isinstance(peft_config, dict) and peft_config["r"] >= 1 and peft_config["lora_alpha"] > 0
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path.name}: this file does not contain PEFT's settings ({error!r}). Copy the file again."
@@ -208,13 +223,13 @@ def _read_config(path: Path) -> dict:
             " again."
         )
     # Settings that the file does not contain have PEFT's defaults, all of which are supported.
-    for name, supported_values in _SUPPORTED.items():
-        if name in config and config[name] not in supported_values:
+    for setting_name, supported_values in _SUPPORTED.items():
+        if setting_name in peft_config and peft_config[setting_name] not in supported_values:
             raise ValueError(
-                f"{path.name}: {name} must be {supported_values[0]!r}, got {config[name]!r}, which is not"
-                " supported. Merge the adapter with PEFT."
+                f"{path.name}: {setting_name} must be {supported_values[0]!r}, got"
+                f" {peft_config[setting_name]!r}, which is not supported. Merge the adapter with PEFT."
             )
-    return config
+    return peft_config
 
 
 def load_weights(model: nn.Module, weights: Weights) -> nn.Module:
@@ -236,20 +251,20 @@ def load_weights(model: nn.Module, weights: Weights) -> nn.Module:
             f"{weights.source}: the weights cannot be loaded into a network that has adapters. Pass a network"
             " without adapters."
         )
-    modules = dict(model.named_modules(remove_duplicate=False))
-    for name, (A, B) in weights.adapters.items():
-        layer = modules.get(name)
+    modules_by_name = dict(model.named_modules(remove_duplicate=False))
+    for layer_name, (A, B) in weights.adapters.items():
+        layer = modules_by_name.get(layer_name)
         if not isinstance(layer, nn.Linear):
             raise ValueError(
-                f"{weights.source}: {name} has an adapter, but is not a linear layer of this network. Pass"
-                " the network with which the adapters were trained."
+                f"{weights.source}: {layer_name} has an adapter, but is not a linear layer of this network."
+                " Pass the network with which the adapters were trained."
             )
         # B A must have the shape of the layer's weight, [out, in].
         if (layer.out_features, layer.in_features) != (len(B), A.shape[1]):
             raise ValueError(
-                f"{weights.source}: the adapter of {name} has the shape [{len(B)}, {A.shape[1]}], but the"
-                f" layer of this network has [{layer.out_features}, {layer.in_features}]. Pass the network"
-                " with which the adapters were trained."
+                f"{weights.source}: the adapter of {layer_name} has the shape [{len(B)}, {A.shape[1]}], but"
+                f" the layer of this network has [{layer.out_features}, {layer.in_features}]. Pass the"
+                " network with which the adapters were trained."
             )
     # Files of the layout "PEFT, full" contain the tensors of the base network, too.
     if weights.tensors:
@@ -259,13 +274,15 @@ def load_weights(model: nn.Module, weights: Weights) -> nn.Module:
         # `read_weights` has checked that all adapters have the same rank.
         rank = len(next(iter(weights.adapters.values()))[0])
         with torch.no_grad():
-            for name, layer in attach(model, weights.adapters, rank, weights.alpha, weights.dropout).items():
-                layer.lora_A.weight.copy_(weights.adapters[name][0])
-                layer.lora_B.weight.copy_(weights.adapters[name][1])
+            for layer_name, layer in attach(
+                model, weights.adapters, rank, weights.alpha, weights.dropout
+            ).items():
+                layer.lora_A.weight.copy_(weights.adapters[layer_name][0])
+                layer.lora_B.weight.copy_(weights.adapters[layer_name][1])
     return model
 
 
-def replace_state(model: nn.Module, state: Mapping[str, torch.Tensor], who: str) -> None:
+def replace_state(model: nn.Module, state_dict: Mapping[str, torch.Tensor], who: str) -> None:
     """Replace the tensors of a network by those of a state dict, without overwriting their memory.
 
     Tensors that are equal are not replaced. A policy therefore shares all tensors with its base that the
@@ -273,24 +290,27 @@ def replace_state(model: nn.Module, state: Mapping[str, torch.Tensor], who: str)
 
     Args:
         model: network, changed in place.
-        state: state dict.
+        state_dict: state dict.
         who: name that error messages begin with.
 
     Raises: ValueError for tensors that are missing, superfluous or of another shape.
     """
     present_state = model.state_dict()
-    check_fit(present_state, state, who)
-    result = {}
-    for name, present_tensor in present_state.items():
-        new_tensor = state[name].to(present_tensor)  # to the device and dtype of the present tensor
-        result[name] = present_tensor if torch.equal(present_tensor, new_tensor) else new_tensor
+    check_fit(present_state, state_dict, who)
+    new_state = {}
+    for tensor_name, present_tensor in present_state.items():
+        new_tensor = state_dict[tensor_name].to(
+            present_tensor
+        )  # to the device and dtype of the present tensor
+        new_state[tensor_name] = present_tensor if torch.equal(present_tensor, new_tensor) else new_tensor
     # assign=True: the network refers to these tensors and does not copy them.
-    model.load_state_dict(result, assign=True)
+    model.load_state_dict(new_state, assign=True)
 
 
 def write_adapter(model: nn.Module, folder: str | Path, base: str | None = None) -> Path:
-    """Write the adapters of a network in PEFT's layout, and return the folder. Each file is written
-    atomically.
+    """Write the adapters of a network in PEFT's layout, and return the folder.
+
+    Each file is written atomically.
 
     Args:
         model: network with adapters.
@@ -308,7 +328,7 @@ def write_adapter(model: nn.Module, folder: str | Path, base: str | None = None)
             f" {len(combinations)} combinations of them. Use add_lora once, for all target layers."
         )
     rank, alpha, dropout = combinations.pop()
-    config = {
+    peft_config = {
         "peft_type": "LORA",
         "task_type": None,
         "base_model_name_or_path": base,
@@ -324,8 +344,11 @@ def write_adapter(model: nn.Module, folder: str | Path, base: str | None = None)
         "modules_to_save": None,
     }
     # The weights are written first, so that the settings never exist without their weights.
-    write(folder / ADAPTER, {f"{PREFIX}{name}": value for name, value in adapter_state(model).items()})
-    write_atomic(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+    write(
+        folder / ADAPTER,
+        {f"{PREFIX}{tensor_name}": tensor for tensor_name, tensor in adapter_state(model).items()},
+    )
+    write_atomic(folder / CONFIG, (json.dumps(peft_config, indent=2) + "\n").encode())
     return folder
 
 
@@ -335,16 +358,16 @@ def targets_of(model: nn.Module) -> list[str]:
     These are the last parts of the layers' names, if they match no other layer, and otherwise the full names.
     """
     layers = adapted_layers(model)
-    short_names = sorted({name.rpartition(".")[2] for name in layers})
-    inner_prefixes = [f"{name}." for name in layers]
+    short_names = sorted({layer_name.rpartition(".")[2] for layer_name in layers})
+    inner_prefixes = [f"{layer_name}." for layer_name in layers]
     # Modules that a short name must not match: all but the layers
     # with adapters and the modules inside of them
     other_modules = [
-        name
-        for name, _ in model.named_modules(remove_duplicate=False)
-        if name not in layers and not any(name.startswith(prefix) for prefix in inner_prefixes)
+        layer_name
+        for layer_name, _ in model.named_modules(remove_duplicate=False)
+        if layer_name not in layers and not any(layer_name.startswith(prefix) for prefix in inner_prefixes)
     ]
-    is_ambiguous = any(matches(name, target) for name in other_modules for target in short_names)
+    is_ambiguous = any(matches(layer_name, target) for layer_name in other_modules for target in short_names)
     return sorted(layers) if is_ambiguous else short_names
 
 
@@ -352,6 +375,10 @@ def write_merged(model: nn.Module, path: str | Path) -> Path:
     """Write the state dict of a network with merged adapters, and return the path.
 
     The dtypes are those of the base network. `lora.merge_rounding` measures the rounding error.
+
+    Args:
+        model: network with adapters.
+        path: .safetensors file to write.
     """
     write(Path(path), merged_state(model))
     return Path(path)
@@ -396,9 +423,9 @@ def tuned_model(
     model = load_weights(shared_copy(base), read_weights(weights, alpha))
     if merge and adapted_layers(model):
         # The merged weights are loaded into a new copy of the base, which has no adapters.
-        state = merged_state(model)
+        merged_tensors = merged_state(model)
         model = shared_copy(base)
-        replace_state(model, state, str(weights))
+        replace_state(model, merged_tensors, str(weights))
     return model.eval().requires_grad_(False)
 
 
@@ -420,7 +447,7 @@ def save_policy(model: nn.Module, folder: str | Path, meta: Mapping) -> Path:
     # Weights that are not finite come from a run that diverged.
     check_finite(model.state_dict(), "save_policy")
     try:
-        text = json.dumps(
+        policy_json = json.dumps(
             {"kind": "adapters" if has_adapters else "full", "meta": dict(meta)}, indent=1, sort_keys=True
         )
     except TypeError as error:
@@ -431,36 +458,44 @@ def save_policy(model: nn.Module, folder: str | Path, meta: Mapping) -> Path:
         write_adapter(model, folder)
     else:
         write_merged(model, folder / MODEL)
-    # An earlier policy in this folder may have been of the other
-    # kind. `read_weights` rejects a folder with both.
+    # An earlier policy in this folder may have been a complete network if this one has adapters, and the
+    # other way round. `read_weights` rejects a folder that contains a complete network and adapters.
     for obsolete_file in [MODEL] if has_adapters else [ADAPTER, CONFIG]:
         (folder / obsolete_file).unlink(missing_ok=True)
     # policy.json is written last, so that a folder with this file is complete.
-    write_atomic(folder / META, (text + "\n").encode())
+    write_atomic(folder / META, (policy_json + "\n").encode())
     return folder
 
 
-def link(source: Path, target: Path) -> None:
-    """Create a hard link to a file at the path `target`. An existing file at this path is replaced.
+def link(source_path: Path, target_path: Path) -> None:
+    """Create a hard link to a file at the path `target_path`. An existing file at this path is replaced.
 
     If the file system does not support the link, the file is copied.
+
+    Args:
+        source_path: existing file.
+        target_path: path of the link.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.unlink(missing_ok=True)
+    target_path.parent.mkdir(parents=True, exist_ok=True)
+    target_path.unlink(missing_ok=True)
     try:
-        os.link(source.resolve(), target)
+        os.link(source_path.resolve(), target_path)
     except OSError:
         # A hard link cannot lead to another disk, and some file systems have none.
-        shutil.copyfile(source, target)
+        shutil.copyfile(source_path, target_path)
 
 
-def link_folder(source: Path, target: Path) -> None:
-    """Create links to all files of the folder `source` in the folder `target`, see `link`.
+def link_folder(source_folder: Path, target_folder: Path) -> None:
+    """Create links to all files of the folder `source_folder` in the folder `target_folder`, see `link`.
 
-    Subfolders are included. If both are the same folder, nothing is done.
+    Subfolders are included. If the two paths are equal, nothing is done.
+
+    Args:
+        source_folder: folder of the files.
+        target_folder: folder in which the links are created.
     """
-    if source == target:
+    if source_folder == target_folder:
         return
     # Sorted, so that the order of writing does not depend on the file system.
-    for file in sorted(path for path in source.rglob("*") if path.is_file()):
-        link(file, target / file.relative_to(source))
+    for file in sorted(path for path in source_folder.rglob("*") if path.is_file()):
+        link(file, target_folder / file.relative_to(source_folder))

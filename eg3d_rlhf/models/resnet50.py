@@ -27,23 +27,24 @@ class Bottleneck(nn.Module):
 
     Args:
         channels: channels C of the input.
-        inner: channels of the first two convolutions.
+        inner_channels: channels of the first two convolutions.
         stride: stride of the 3x3 convolution.
     """
 
-    def __init__(self, channels: int, inner: int, stride: int):
+    def __init__(self, channels: int, inner_channels: int, stride: int):
         super().__init__()
-        self.conv1 = nn.Conv2d(channels, inner, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(inner)
-        self.conv2 = nn.Conv2d(inner, inner, 3, stride, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(inner)
-        self.conv3 = nn.Conv2d(inner, 4 * inner, 1, bias=False)
-        self.bn3 = nn.BatchNorm2d(4 * inner)
+        self.conv1 = nn.Conv2d(channels, inner_channels, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(inner_channels)
+        self.conv2 = nn.Conv2d(inner_channels, inner_channels, 3, stride, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(inner_channels)
+        self.conv3 = nn.Conv2d(inner_channels, 4 * inner_channels, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(4 * inner_channels)
         self.downsample: nn.Module | None = None
         # The shortcut needs a projection where the block changes the size or the number of channels.
-        if stride != 1 or channels != 4 * inner:
+        if stride != 1 or channels != 4 * inner_channels:
             self.downsample = nn.Sequential(
-                nn.Conv2d(channels, 4 * inner, 1, stride, bias=False), nn.BatchNorm2d(4 * inner)
+                nn.Conv2d(channels, 4 * inner_channels, 1, stride, bias=False),
+                nn.BatchNorm2d(4 * inner_channels),
             )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -63,20 +64,20 @@ class ResNet50(nn.Module):
         self.conv1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False)
         self.bn1 = nn.BatchNorm2d(64)
         channels = 64
-        for number, (blocks, inner) in enumerate(_STAGES, 1):
+        for stage_number, (n_blocks, inner_channels) in enumerate(_STAGES, 1):
             # The first stage keeps the resolution, because max pooling has halved it already.
-            strides = [1 if number == 1 else 2] + [1] * (blocks - 1)
+            strides = [1 if stage_number == 1 else 2] + [1] * (n_blocks - 1)
             stage = nn.Sequential()
             for stride in strides:
-                stage.append(Bottleneck(channels, inner, stride))
-                channels = 4 * inner
-            setattr(self, f"layer{number}", stage)
+                stage.append(Bottleneck(channels, inner_channels, stride))
+                channels = 4 * inner_channels
+            setattr(self, f"layer{stage_number}", stage)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         # The first convolution and the pooling halve rows and columns once each.
         x = F.max_pool2d(F.relu(self.bn1(self.conv1(x))), 3, 2, 1)
-        for number in range(1, len(_STAGES) + 1):
-            x = getattr(self, f"layer{number}")(x)
+        for stage_number in range(1, len(_STAGES) + 1):
+            x = getattr(self, f"layer{stage_number}")(x)
         # Global average pooling: [N, 2048, H / 32, W / 32] -> [N, 2048]
         return x.mean(dim=(2, 3))
 
@@ -94,8 +95,10 @@ def load_backbone(path: str | Path, sha256: str | None = None) -> ResNet50:
     """
     path = Path(path)
     # torchvision's files include the classifier, which this network does not have.
-    state = {name: value for name, value in read(path, "--backbone").items() if name not in _CLASSIFIER}
-    network = fill(ResNet50(), state, f"--backbone={path}")
+    state_dict = {
+        name: tensor for name, tensor in read(path, "--backbone").items() if name not in _CLASSIFIER
+    }
+    network = fill(ResNet50(), state_dict, f"--backbone={path}")
     # A reward depends on its backbone's features, so another backbone gives other scores without an error.
     if sha256 is not None and (digest := state_hash(network)) != sha256:
         raise ValueError(

@@ -5,17 +5,15 @@ Mixture-of-Transformers). Its latent is a dictionary of tensors, such as the sha
 has its own input layer, position embedding and output layer. Tensors that share their transformer layers form
 a group of tokens; the layers of different groups are separate. In self-attention, the tokens of the shape
 attend only to each other. The tokens of all other groups attend to the tokens of all groups, but no gradient
-flows from them into the shape. The shape therefore does not depend on the pose.
-A shortcut model (Frans et al. 2024) also has a step size d as input, which is embedded in the same way as the
-time and added to it. d = 0 gives the velocity of an ordinary flow model.
-The embedder computes conditioning tokens from an image, a mask and a point map.
+flows from them into the shape. The shape therefore does not depend on the pose. A shortcut model (Frans et
+al. 2024) also has a step size d as input, which is embedded in the same way as the time and added to it. With
+d = 0 it gives the velocity of an ordinary flow model. The embedder computes conditioning tokens from an
+image, a mask and a point map.
 
-Shapes: N samples, C channels of a token, H heads, D channels of a head, L conditioning tokens, E channels of
-    a
-conditioning token; T_g tokens of a group g, S tokens and A channels of a tensor of the dictionary. In the
-embedder: E channels of an encoder, W channels of a conditioning token, p pixels per side of a patch, h
-    patches per
-side, s pixels per side of a point map.
+Shapes: N samples, C channels of a token, H attention heads, D channels of an attention head, L conditioning
+tokens, E channels of a conditioning token; T_g tokens of a group g, tokens (number S) and channels (number A)
+of a tensor of the dictionary. The embedder has E channels of an encoder, W channels of a conditioning token,
+p pixels per side of a patch, h patches per side, and s pixels per side of a point map.
 """
 
 from collections.abc import Mapping, Sequence
@@ -56,7 +54,8 @@ class LatentConfig:
         ):
             raise ValueError(
                 "LatentConfig: in_channels and tokens must be >= 1, and tokens must be resolution^3 on a"
-                f" grid, got {self}. Download the generator's file again."
+                f" grid, got in_channels={self.in_channels}, tokens={self.tokens} and"
+                f" resolution={self.resolution}. Download the generator's file again."
             )
 
 
@@ -75,19 +74,23 @@ class MixtureConfig(blocks.ConditionedConfig):
     time_scale: float = 1000.0  # factor of times and step sizes before they are embedded
 
     def __post_init__(self):
-        grouped_names = [name for names in self.latent_share_transformer.values() for name in names]
+        grouped_names = [
+            latent_name
+            for latent_names in self.latent_share_transformer.values()
+            for latent_name in latent_names
+        ]
         unknown_names = set(grouped_names) - set(self.latents)
         if not self.latents or unknown_names or len(set(grouped_names)) < len(grouped_names):
             raise ValueError(
                 "MixtureConfig: there must be at least one latent, and each latent may be in at most one"
-                f" group, got the latents {', '.join(self.latents) or '(none)'} and the groups"
-                f" {dict(self.latent_share_transformer)}. Download the generator's file again."
+                f" group, got the latents {', '.join(self.latents) or '(none)'} and the grouped"
+                f" latents {', '.join(grouped_names) or '(none)'}. Download the generator's file again."
             )
         # Attention treats the shape differently from all other groups.
         if self.groups.get(SHAPE) != (SHAPE,):
             raise ValueError(
                 f"MixtureConfig: there must be a latent {SHAPE!r} that forms a group alone, got the groups"
-                f" {self.groups}. Download the generator's file again."
+                f" {', '.join(map(repr, self.groups))}. Download the generator's file again."
             )
         if self.model_channels % self.heads or not self.qk_rms_norm:
             raise ValueError(
@@ -100,14 +103,16 @@ class MixtureConfig(blocks.ConditionedConfig):
     def groups(self) -> dict[str, tuple[str, ...]]:
         """Names of the tensors of each group, in the order of the tokens."""
         group_of_name: dict[str, str] = {}
-        for group, names in self.latent_share_transformer.items():
-            group_of_name |= dict.fromkeys(names, group)
-        groups: dict[str, tuple[str, ...]] = {}
-        for name in self.latents:
+        for group_name, latent_names in self.latent_share_transformer.items():
+            group_of_name |= dict.fromkeys(latent_names, group_name)
+        names_by_group: dict[str, tuple[str, ...]] = {}
+        for latent_name in self.latents:
             # A group has the position of its first tensor.
-            group = group_of_name.get(name, name)
-            groups.setdefault(group, tuple(self.latent_share_transformer.get(group, (name,))))
-        return groups
+            group_name = group_of_name.get(latent_name, latent_name)
+            names_by_group.setdefault(
+                group_name, tuple(self.latent_share_transformer.get(group_name, (latent_name,)))
+            )
+        return names_by_group
 
 
 class LatentLayers(nn.Module):
@@ -144,19 +149,20 @@ class MixedAttention(nn.Module):
 
     Args:
         channels: channels C of a token.
-        heads: number of heads H.
-        groups: names of the groups.
+        num_heads: number of heads H.
+        group_names: names of the groups.
     """
 
-    def __init__(self, channels: int, heads: int, groups: tuple[str, ...]):
+    def __init__(self, channels: int, num_heads: int, group_names: tuple[str, ...]):
         super().__init__()
-        self.heads = heads
-        self.to_qkv = nn.ModuleDict({g: nn.Linear(channels, 3 * channels) for g in groups})
+        self.heads = num_heads
+        self.to_qkv = nn.ModuleDict({g: nn.Linear(channels, 3 * channels) for g in group_names})
         # Not optional, because MixtureConfig requires qk_rms_norm.
         self.q_rms_norm, self.k_rms_norm = (
-            nn.ModuleDict({g: blocks.HeadRMSNorm(heads, channels // heads) for g in groups}) for _ in range(2)
+            nn.ModuleDict({g: blocks.HeadRMSNorm(num_heads, channels // num_heads) for g in group_names})
+            for _ in range(2)
         )
-        self.to_out = nn.ModuleDict({g: nn.Linear(channels, channels) for g in groups})
+        self.to_out = nn.ModuleDict({g: nn.Linear(channels, channels) for g in group_names})
 
     def forward(self, x: Tokens) -> Tokens:
         q = Tokens()
@@ -168,18 +174,18 @@ class MixedAttention(nn.Module):
             q[g] = self.q_rms_norm[g](q[g])
             k[g] = self.k_rms_norm[g](k[g])
         # The tokens of the shape attend only to each other.
-        attended = {SHAPE: attend(q[SHAPE], k[SHAPE], v[SHAPE])}
+        attended_by_group = {SHAPE: attend(q[SHAPE], k[SHAPE], v[SHAPE])}
         other_groups = [g for g in x if g != SHAPE]
         if other_groups:
             # All other tokens attend to the tokens of all groups. detach() stops gradients into the shape.
             # The order of the keys is that of the original, so that the result is bitwise the same.
-            keys, values = (
+            joint_keys, joint_values = (
                 torch.cat([*[tokens[g] for g in other_groups], tokens[SHAPE].detach()], 1)
                 for tokens in (k, v)
             )
-            attended |= {g: attend(q[g], keys, values) for g in other_groups}
+            attended_by_group |= {g: attend(q[g], joint_keys, joint_values) for g in other_groups}
         # [N, T_g, H, D] -> [N, T_g, C]
-        return {g: self.to_out[g](attended[g].flatten(-2)) for g in x}
+        return {g: self.to_out[g](attended_by_group[g].flatten(-2)) for g in x}
 
 
 class MixedBlock(nn.Module):
@@ -191,18 +197,18 @@ class MixedBlock(nn.Module):
     def __init__(self, config: MixtureConfig):
         super().__init__()
         channels = config.model_channels
-        heads = config.heads
-        groups = tuple(config.groups)
+        num_heads = config.heads
+        group_names = tuple(config.groups)
         # The norm before the cross-attention is the only layer norm with parameters.
-        self.norm2 = nn.ModuleDict({g: blocks.LayerNorm32(channels, affine=True) for g in groups})
-        self.self_attn = MixedAttention(channels, heads, groups)
+        self.norm2 = nn.ModuleDict({g: blocks.LayerNorm32(channels, affine=True) for g in group_names})
+        self.self_attn = MixedAttention(channels, num_heads, group_names)
         self.cross_attn = nn.ModuleDict(
             {
-                g: blocks.CrossAttention(channels, config.cond_channels, heads, config.qk_rms_norm_cross)
-                for g in groups
+                g: blocks.CrossAttention(channels, config.cond_channels, num_heads, config.qk_rms_norm_cross)
+                for g in group_names
             }
         )
-        self.mlp = nn.ModuleDict({g: blocks.FeedForward(channels, config.mlp_ratio) for g in groups})
+        self.mlp = nn.ModuleDict({g: blocks.FeedForward(channels, config.mlp_ratio) for g in group_names})
         # This norm has no parameters, so one object is used before the self-attention and before the
         # perceptron, for all groups.
         self.norm = blocks.LayerNorm32(channels)
@@ -226,19 +232,20 @@ class MixedBlock(nn.Module):
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = (
             layout.per_token(chunk) for chunk in modulation.chunk(6, -1)
         )
-        attended = self.self_attn({g: self.norm(h) * (1 + scale) + shift for g, h in x.items()})
-        output = Tokens()
+        attended_by_group = self.self_attn({g: self.norm(h) * (1 + scale) + shift for g, h in x.items()})
+        new_tokens = Tokens()
         for g, h in x.items():
-            h = h + gate * attended[g]
+            h = h + gate * attended_by_group[g]
             # Cross-attention has neither modulation nor gate.
             h = h + self.cross_attn[g](self.norm2[g](h), cond, layout)
-            output[g] = h + mlp_gate * self.mlp[g](self.norm(h) * (1 + mlp_scale) + mlp_shift)
-        return output
+            new_tokens[g] = h + mlp_gate * self.mlp[g](self.norm(h) * (1 + mlp_scale) + mlp_shift)
+        return new_tokens
 
 
 class MixtureFlow(nn.Module):
-    """First flow model, which predicts the velocities of the shape and the pose from noise (t = 0) to data (t
-    = 1).
+    """First flow model, which predicts the velocities of the shape and the pose.
+
+    The velocities lead from noise (t = 0) to data (t = 1).
 
     Usage: velocities = model(x_t, t, cond, step), with latents x_t [N, S, A] by name, times t [N] in 0..1,
     conditioning tokens cond [N, L, E] and, for a shortcut model, step sizes [N] in 0..1. The velocities have
@@ -281,12 +288,18 @@ class MixtureFlow(nn.Module):
                 f" got {', '.join(sorted(x_t)) or '(none)'}. Pass latents of this model."
             )
         # Only the tensors that were passed. If the shape is passed alone, other groups are not computed.
-        latents = {name: latent for name, latent in config.latents.items() if name in x_t}
-        groups = {group: names for group, names in config.groups.items() if names[0] in x_t}
-        for name, latent in latents.items():
+        latents = {
+            latent_name: latent for latent_name, latent in config.latents.items() if latent_name in x_t
+        }
+        names_by_group = {
+            group_name: latent_names
+            for group_name, latent_names in config.groups.items()
+            if latent_names[0] in x_t
+        }
+        for latent_name, latent in latents.items():
             check_shape(
-                f"MixtureFlow.x_t[{name!r}]",
-                x_t[name],
+                f"MixtureFlow.x_t[{latent_name!r}]",
+                x_t[latent_name],
                 [len(t), latent.tokens, latent.in_channels],
                 "Pass latents of this model's size.",
             )
@@ -305,20 +318,30 @@ class MixtureFlow(nn.Module):
         time = time.to(dtype)
         cond = cond.to(dtype)
         # Input and output layers are float32; only the blocks compute in `dtype`.
-        tokens = {name: layers[name].read(x_t[name].float()).to(dtype) for name in latents}
+        tokens_by_latent = {
+            latent_name: layers[latent_name].read(x_t[latent_name].float()).to(dtype)
+            for latent_name in latents
+        }
         # Tensors of a group are concatenated along the tokens: [N, T_g, C].
-        h = {g: torch.cat([tokens[name] for name in names], 1) for g, names in groups.items()}
+        tokens_by_group = {
+            g: torch.cat([tokens_by_latent[latent_name] for latent_name in latent_names], 1)
+            for g, latent_names in names_by_group.items()
+        }
         for block in self.blocks:
-            h = blocks.run_block(block, h, time, cond, recompute=self.recompute)
-        velocities = Tokens()
-        for g, names in groups.items():
-            tokens_by_name = h[g].float().split([latents[name].tokens for name in names], 1)
-            velocities |= {
-                name: layers[name].write(name_tokens).to(x_t[name].dtype)
-                for name, name_tokens in zip(names, tokens_by_name, strict=True)
+            tokens_by_group = blocks.run_block(block, tokens_by_group, time, cond, recompute=self.recompute)
+        velocity_by_name = Tokens()
+        for g, latent_names in names_by_group.items():
+            tokens_by_name = (
+                tokens_by_group[g]
+                .float()
+                .split([latents[latent_name].tokens for latent_name in latent_names], 1)
+            )
+            velocity_by_name |= {
+                latent_name: layers[latent_name].write(name_tokens).to(x_t[latent_name].dtype)
+                for latent_name, name_tokens in zip(latent_names, tokens_by_name, strict=True)
             }
         # In the order of the latents, and not of the groups
-        return {name: velocities[name] for name in latents}
+        return {latent_name: velocity_by_name[latent_name] for latent_name in latents}
 
 
 def embedded_time(flow: Any, t: torch.Tensor, step: torch.Tensor | None, scale: float) -> torch.Tensor:
@@ -362,8 +385,8 @@ class VoxelFlow(LatentFlow):
     """Second flow model, which predicts the velocity of latents on voxels from noise (t = 0) to data (t = 1).
 
     Usage: velocity = model(x_t, t, cond, step), with a SparseBatch x_t, times t [N] in 0..1, conditioning
-        tokens
-    cond [N, L, E] and, for a shortcut model, step sizes [N] in 0..1. The velocity is on the voxels of x_t.
+    tokens cond [N, L, E] and, for a shortcut model, step sizes [N] in 0..1. The velocity is on the voxels of
+    x_t.
 
     Differentiable in: the features of x_t and cond.
     """
@@ -398,7 +421,7 @@ class ImageEncoder(nn.Module):
 
     Args:
         config: settings of the DINOv2.
-        size: pixels per side to which images are resized, a multiple of the patch size.
+        side_pixels: pixels per side to which images are resized, a multiple of the patch size.
         before_norm: True returns all tokens, with a norm without parameters in place of DINOv2's last norm.
             False returns the tokens after the last norm, without the registers.
         normalised: True standardises images by ImageNet's mean and standard deviation.
@@ -406,14 +429,16 @@ class ImageEncoder(nn.Module):
     Raises: ValueError if `size` is not a multiple of the patch size.
     """
 
-    def __init__(self, config: DinoConfig, size: int, before_norm: bool = False, normalised: bool = True):
+    def __init__(
+        self, config: DinoConfig, side_pixels: int, before_norm: bool = False, normalised: bool = True
+    ):
         super().__init__()
-        if size % config.patch_size:
+        if side_pixels % config.patch_size:
             raise ValueError(
                 f"embedder: the image size must be a multiple of the patch size, {config.patch_size} pixels,"
-                f" got {size}. Download the generator's file again."
+                f" got {side_pixels}. Download the generator's file again."
             )
-        self.size = size
+        self.size = side_pixels
         self.before_norm = before_norm
         self.normalised = normalised
         self.backbone = Dino(config)
@@ -442,7 +467,7 @@ class PointConfig:
     input_size: int = 256  # s, points per side to which maps are resized; a multiple of patch_size
     patch_size: int = 8  # p, points per side of a patch
     embed_dim: int = 768  # E, a multiple of num_heads
-    num_heads: int = 16  # number of heads
+    num_heads: int = 16  # number of attention heads
     mlp_ratio: float = 2.0  # channels inside the perceptrons, as a multiple of embed_dim
     depth: int = 1  # number of blocks
     remap_output: str = "exp"  # transform of the coordinates before the network, one of REMAPS
@@ -456,7 +481,8 @@ class PointConfig:
         if self.input_size % self.patch_size or self.embed_dim % self.num_heads:
             raise ValueError(
                 "PointConfig: input_size must be a multiple of patch_size, and embed_dim a multiple of"
-                f" num_heads, got {self}. Download the generator's file again."
+                f" num_heads, got {self.input_size}, {self.patch_size}, {self.embed_dim} and"
+                f" {self.num_heads}. Download the generator's file again."
             )
 
 
@@ -471,33 +497,33 @@ class PointPatches(nn.Module):
         self.config = config
         channels = config.embed_dim
         p = config.patch_size
-        side = config.input_size // p
+        patches_per_side = config.input_size // p
         self.point_proj = nn.Linear(3, channels)
         self.invalid_xyz_token = nn.Parameter(torch.zeros(channels))
         self.cls_token = nn.Parameter(torch.zeros(1, 1, channels))
         # Embedding of a point's position within its patch; the first entry belongs to the class token.
         self.pos_embed_window = nn.Parameter(torch.zeros(1, 1 + p * p, channels))
         # Embedding of the patch's position in the map
-        self.pos_embed = nn.Parameter(torch.zeros(1, channels, side, side))
-        hidden = int(config.mlp_ratio * channels)
+        self.pos_embed = nn.Parameter(torch.zeros(1, channels, patches_per_side, patches_per_side))
+        hidden_channels = int(config.mlp_ratio * channels)
         self.blocks = nn.ModuleList(
-            Block(channels, config.num_heads, hidden, eps=1e-6) for _ in range(config.depth)
+            Block(channels, config.num_heads, hidden_channels, eps=1e-6) for _ in range(config.depth)
         )
 
     def forward(self, points: torch.Tensor) -> torch.Tensor:
-        size = self.config.input_size
+        side_points = self.config.input_size
         p = self.config.patch_size
         points = (
-            F.interpolate(points, (size, size), mode="nearest")
-            if points.shape[2:] != (size, size)
+            F.interpolate(points, (side_points, side_points), mode="nearest")
+            if points.shape[2:] != (side_points, side_points)
             else points
         )
-        valid = points.isfinite().all(1)  # [N, s, s]
+        is_valid = points.isfinite().all(1)  # [N, s, s]
         # Missing points are set to 1, so that the transform stays finite. [N, s, s, 3]
-        coordinates = remapped(points.where(valid[:, None], 1.0), self.config.remap_output).movedim(1, -1)
+        coordinates = remapped(points.where(is_valid[:, None], 1.0), self.config.remap_output).movedim(1, -1)
         # The token of a missing point is a trained vector. [N, s, s, E]
         tokens = torch.where(
-            valid[..., None],
+            is_valid[..., None],
             self.point_proj(coordinates.to(self.point_proj.weight.dtype)),
             self.invalid_xyz_token,
         )
@@ -510,21 +536,21 @@ class PointPatches(nn.Module):
         tokens = torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens], 1) + self.pos_embed_window
         for block in self.blocks:
             tokens = block(tokens)
-        # The class token (index 0) represents the patch. The
-        # embedding of the patch's position is added to it.
+        # The class token (index 0) represents the patch. The embedding of the patch's position is added to
+        # it.
         return tokens[:, 0].unflatten(0, (-1, patch_count)) + self.pos_embed.flatten(2).transpose(1, 2)
 
 
-def remapped(points: torch.Tensor, how: str) -> torch.Tensor:
+def remapped(points: torch.Tensor, transform_name: str) -> torch.Tensor:
     """Transform coordinates so that large values become smaller.
 
     Args:
         points: coordinates [N, 3, ...].
-        how: name of the transform, one of REMAPS; "linear" returns the coordinates unchanged.
+        transform_name: name of the transform, one of REMAPS; "linear" returns the coordinates unchanged.
     """
-    if how == "linear":
+    if transform_name == "linear":
         return points
-    if how == "sinh":
+    if transform_name == "sinh":
         return points.asinh()
     # The other transforms treat the depth z differently from x and y.
     xy = points[:, :2]
@@ -534,7 +560,7 @@ def remapped(points: torch.Tensor, how: str) -> torch.Tensor:
         "exp_disparity": (xy / z, z.log()),
         "sinh_exp": (xy.asinh(), z.clamp_min(1e-8).log()),
     }
-    return torch.cat(transforms[how], 1)
+    return torch.cat(transforms[transform_name], 1)
 
 
 class GatedFeedForward(nn.Module):
@@ -542,14 +568,14 @@ class GatedFeedForward(nn.Module):
 
     Args:
         channels: channels of the input.
-        hidden: channels between the layers.
+        hidden_channels: channels between the layers.
         out_channels: channels of the output.
     """
 
-    def __init__(self, channels: int, hidden: int, out_channels: int):
+    def __init__(self, channels: int, hidden_channels: int, out_channels: int):
         super().__init__()
-        self.w1, self.w3 = (nn.Linear(channels, hidden, bias=False) for _ in range(2))
-        self.w2 = nn.Linear(hidden, out_channels, bias=False)
+        self.w1, self.w3 = (nn.Linear(channels, hidden_channels, bias=False) for _ in range(2))
+        self.w2 = nn.Linear(hidden_channels, out_channels, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
@@ -569,9 +595,9 @@ class Embedder(nn.Module):
     def __init__(
         self,
         encoders: Sequence[tuple[nn.Module, int, Inputs]],
-        hidden: Sequence[int],
+        hidden_widths: Sequence[int],
         channels: int,
-        pre_norm: bool,
+        has_pre_norm: bool,
         *,
         random: bool = False,
     ):
@@ -579,9 +605,9 @@ class Embedder(nn.Module):
 
         Args:
             encoders: triples of an encoder, its number of output channels, and its inputs.
-            hidden: channels inside the feed-forward layer of each encoder.
+            hidden_widths: channels inside the feed-forward layer after each encoder.
             channels: channels W of a conditioning token.
-            pre_norm: True normalises the tokens before the feed-forward layer.
+            has_pre_norm: True normalises the tokens before the feed-forward layer.
             random: True if the frame vectors were random and not trained. Files then store them with one more
                 axis.
         """
@@ -593,9 +619,10 @@ class Embedder(nn.Module):
         self.module_list = nn.ModuleList(encoder for encoder, _, _ in encoders)
         self.projection_nets = nn.ModuleList(
             nn.Sequential(
-                nn.LayerNorm(size) if pre_norm else nn.Identity(), GatedFeedForward(size, width, channels)
+                nn.LayerNorm(encoder_channels) if has_pre_norm else nn.Identity(),
+                GatedFeedForward(encoder_channels, hidden_channels, channels),
             )
-            for (_, size, _), width in zip(encoders, hidden, strict=True)
+            for (_, encoder_channels, _), hidden_channels in zip(encoders, hidden_widths, strict=True)
         )
         # Files contain one row more than there are frames. The original does not use the last row.
         self.idx_emb = nn.Parameter(torch.zeros(len(self.frames) + 1, *[1] * random, channels))
@@ -605,8 +632,8 @@ class Embedder(nn.Module):
         """Names of the inputs, in the order of their tokens."""
         return [name for inputs in self.inputs for name, _ in inputs]
 
-    def forward(self, given: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        missing_inputs = [name for name in self.names if name not in given]
+    def forward(self, inputs_by_name: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        missing_inputs = [input_name for input_name in self.names if input_name not in inputs_by_name]
         if missing_inputs:
             raise ValueError(
                 f"conditioning: the inputs {', '.join(missing_inputs)} are missing. Pass all of"
@@ -614,8 +641,8 @@ class Embedder(nn.Module):
             )
         input_tokens = []
         for encoder, project, inputs in zip(self.module_list, self.projection_nets, self.inputs, strict=True):
-            for name, frame in inputs:
-                tokens = project(encoder(given[name]))
+            for input_name, frame in inputs:
+                tokens = project(encoder(inputs_by_name[input_name]))
                 # One encoder may have several inputs. The vector of the frame distinguishes their tokens.
                 input_tokens.append(
                     tokens if frame is None else tokens + self.idx_emb[self.frames.index(frame)]

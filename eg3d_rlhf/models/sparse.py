@@ -21,12 +21,11 @@ from eg3d_rlhf.core.shapes import check_shape
 class SparseSample:
     """Features of one sample on its voxels."""
 
-    coords: (
-        torch.Tensor
-    )  # [v, 3] int32, indices of each voxel along the three axes of the grid; no voxel twice
+    # [v, 3] int32, indices of each voxel along the three axes of the grid; no voxel twice
+    coords: torch.Tensor
     feats: torch.Tensor  # [v, C] features that the flow model generates
-    # [v, G] features from the previous stage, which are an input of
-    # the flow model. None if it has no such input.
+    # [v, G] features from the previous stage, which are an input of the flow model. None if it has no such
+    # input.
     given: torch.Tensor | None = None
     cells: int | None = None  # number of grid cells per axis, if it differs between the samples of a stage
 
@@ -210,11 +209,13 @@ class NamedBatch(NamedSample):
     def with_feats(self, feats: torch.Tensor) -> "NamedBatch":
         """Return a batch of the same names and shapes with other values [N, D], in the order of `feats`."""
         # The columns of each tensor; tensor[0].numel() is the number of values of one sample.
-        columns = feats.split([tensor[0].numel() for tensor in self.tensors.values()], 1)
+        columns_of_tensors = feats.split([tensor[0].numel() for tensor in self.tensors.values()], 1)
         return NamedBatch(
             {
                 name: tensor_columns.view(tensor.shape)
-                for (name, tensor), tensor_columns in zip(self.tensors.items(), columns, strict=True)
+                for (name, tensor), tensor_columns in zip(
+                    self.tensors.items(), columns_of_tensors, strict=True
+                )
             }
         )
 
@@ -234,8 +235,10 @@ class NamedBatch(NamedSample):
         return NamedBatch(tensors)
 
     def to(self, *args, **kwargs) -> "NamedBatch":
-        """Return the batch on another device or in another dtype; the arguments are those of
-        torch.Tensor.to."""
+        """Return the batch on another device or in another dtype.
+
+        The arguments are those of torch.Tensor.to.
+        """
         return NamedBatch({name: tensor.to(*args, **kwargs) for name, tensor in self.tensors.items()})
 
     def samples(self) -> list[NamedSample]:
@@ -254,14 +257,16 @@ def collate(latents: Sequence[Latent]) -> Batch:
 
     Raises: ValueError if there are no latents, or latents of different kinds.
     """
-    kinds = {
+    latent_types = {
         type(latent) if isinstance(latent, (SparseSample, NamedSample)) else torch.Tensor
         for latent in latents
     }
-    if len(kinds) != 1:
-        kind_names = ", ".join(repr(kind.__name__) for kind in sorted(kinds, key=str)) or "none"
+    if len(latent_types) != 1:
+        type_names = (
+            ", ".join(repr(latent_type.__name__) for latent_type in sorted(latent_types, key=str)) or "none"
+        )
         raise ValueError(
-            f"collate: a batch needs latents of exactly one kind, got {kind_names}. Pass the latents of one"
+            f"collate: a batch needs latents of exactly one kind, got {type_names}. Pass the latents of one"
             " stage."
         )
     # All latents are of the same kind here, so each of these lists contains all latents or none.
@@ -298,19 +303,19 @@ def parts_of(latent: Latent) -> dict[str, torch.Tensor]:
     return {"x": latent}
 
 
-def latent_of(parts: Mapping[str, torch.Tensor]) -> Latent:
+def latent_of(tensors_by_part: Mapping[str, torch.Tensor]) -> Latent:
     """Build a latent from its tensors by name. This is the inverse of `parts_of`."""
     # The names differ between the three kinds of latents.
-    if "coords" in parts:
+    if "coords" in tensors_by_part:
         return SparseSample(
-            parts["coords"],
-            parts["feats"],
-            parts.get("given"),
-            int(parts["cells"]) if "cells" in parts else None,
+            tensors_by_part["coords"],
+            tensors_by_part["feats"],
+            tensors_by_part.get("given"),
+            int(tensors_by_part["cells"]) if "cells" in tensors_by_part else None,
         )
-    if "x" in parts:
-        return parts["x"]
-    return NamedSample({name.removeprefix("/"): tensor for name, tensor in parts.items()})
+    if "x" in tensors_by_part:
+        return tensors_by_part["x"]
+    return NamedSample({name.removeprefix("/"): tensor for name, tensor in tensors_by_part.items()})
 
 
 def latents_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, Latent]:
@@ -322,12 +327,12 @@ def latents_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, Latent]:
 
     Returns: the latents by name.
     """
-    parts: dict[str, dict[str, torch.Tensor]] = {}
-    for key, tensor in tensors.items():
+    parts_by_latent: dict[str, dict[str, torch.Tensor]] = {}
+    for tensor_key, tensor in tensors.items():
         # Names of latents contain no dot.
-        name, _, part = key.partition(".")
-        parts.setdefault(name, {})[part or "x"] = tensor
-    return {name: latent_of(latent_parts) for name, latent_parts in parts.items()}
+        latent_name, _, part_name = tensor_key.partition(".")
+        parts_by_latent.setdefault(latent_name, {})[part_name or "x"] = tensor
+    return {latent_name: latent_of(latent_parts) for latent_name, latent_parts in parts_by_latent.items()}
 
 
 def to_cpu(latent: Latent) -> Latent:
@@ -369,15 +374,19 @@ def coords_of(latents: Sequence[Latent]) -> list[torch.Tensor | None]:
     return [x.coords if isinstance(x, SparseSample) else None for x in latents]
 
 
-def spread(values: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """Expand one value per sample [N] to a shape that broadcasts against `feats_of(batch)`.
+def spread(sample_values: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Expand one value per sample to a shape that broadcasts against `feats_of(batch)`.
 
-    The result has the shape [V, 1] for features on voxels, and [N, 1, ...] otherwise.
+    Args:
+        sample_values: values [N].
+        batch: batch of the N samples.
+
+    Returns: the values, [V, 1] for features on voxels and [N, 1, ...] for other batches.
     """
     if isinstance(batch, SparseBatch):
-        return values[batch.sample].unsqueeze(1)
+        return sample_values[batch.sample].unsqueeze(1)
     # One axis of length 1 for each axis of the batch after the first
-    return values.view(-1, *[1] * (feats_of(batch).ndim - 1))
+    return sample_values.view(-1, *[1] * (feats_of(batch).ndim - 1))
 
 
 def mean_per_sample(values: torch.Tensor, batch: Batch) -> torch.Tensor:
@@ -396,5 +405,7 @@ def mean_per_sample(values: torch.Tensor, batch: Batch) -> torch.Tensor:
         return values.flatten(1).mean(1)
     row_means = values.mean(1)  # [V]
     # A sample has thousands of rows, so the sums are float64 to avoid an accumulation of rounding errors.
-    sums = row_means.new_zeros(batch.size, dtype=torch.float64).index_add(0, batch.sample, row_means.double())
-    return (sums / batch.lengths).to(row_means.dtype)
+    sample_sums = row_means.new_zeros(batch.size, dtype=torch.float64).index_add(
+        0, batch.sample, row_means.double()
+    )
+    return (sample_sums / batch.lengths).to(row_means.dtype)

@@ -1,16 +1,14 @@
-"""Networks of TRELLIS.2 (Xiang et al. 2025): flow models over a grid and over voxels, and autoencoders of
-voxels.
+"""Networks of TRELLIS.2 (Xiang et al. 2025): flow models on grids and on voxels, and autoencoders of voxels.
 
 Differences from TRELLIS: the flow models have no convolutions or patches. Position embeddings are rotary. All
 blocks share the layers that compute the modulation by the time, and each block adds a trained vector to it.
-Queries and keys are normalised in both attentions. A stage may have features on its voxels as an additional
-input (the setting "concat_cond" of the original); they are concatenated to the latent. Time t is 0 at data
-and 1 at noise.
+Queries and keys are normalised in self-attention and in cross-attention. A stage may have features on its
+voxels as an additional input (the setting "concat_cond" of the original); they are concatenated to the
+latent. Time t is 0 at data and 1 at noise.
 
-Shapes: N samples, C channels, H heads, D channels of a head, P = D / 2 planes of a head, L conditioning
-    tokens, E
-channels of a conditioning token, R grid points per axis, T = R^3 tokens, K channels of the additional
-features, V voxels of all samples, W voxels after a split.
+Shapes: N samples, C channels, H attention heads, D channels of an attention head, P = D / 2 channel pairs of
+an attention head, L conditioning tokens, E channels of a conditioning token, R grid points per axis, T = R^3
+tokens, K channels of the additional features, V voxels of all samples, W voxels after a split.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -29,40 +27,42 @@ from eg3d_rlhf.models.trellis.sparse_conv import Kernel, coarser, submanifold_co
 
 # Rotary position embedding in three dimensions (Su et al. 2021, RoFormer, section 3.2, here for each axis)
 #
-# The D channels of a head form D / 2 planes. For each of the three axes, n = D // 6 planes are
+# The D channels of an attention head form D / 2 pairs. For each of the three axes, n = D // 6 pairs are
 # rotated by the angle coordinate * rate_i, with rate_i = f_0 / f_1^(i / n) and settings f_0
-# and f_1. The remaining planes are not rotated. The inner product of a rotated query and a
+# and f_1. The remaining pairs are not rotated. The inner product of a rotated query and a
 # rotated key depends only on the difference of their coordinates.
 
 
 def angles_of(
-    coords: torch.Tensor, head_channels: int, freq: tuple[float, float] = (1.0, 10000.0)
+    coords: torch.Tensor, head_channels: int, frequencies: tuple[float, float] = (1.0, 10000.0)
 ) -> torch.Tensor:
-    """Compute the angles by which the planes of a head are rotated, [V, P] float32.
+    """Compute the angles by which the channel pairs of an attention head are rotated, [V, P] float32.
 
     The angles for axis 1 come first, then those for axis 2 and for axis 3, then zeros.
 
     Args:
         coords: coordinates [V, 3] of the tokens.
-        head_channels: channels D of a head.
-        freq: constants f_0 and f_1 of the angles.
+        head_channels: channels D of an attention head.
+        frequencies: constants f_0 and f_1 of the angles.
     """
-    count = head_channels // 6  # number of planes per axis
-    rates = freq[0] / freq[1] ** (torch.arange(count, dtype=torch.float32, device=coords.device) / count)
+    pairs_per_axis = head_channels // 6  # number of channel pairs per axis
+    rates = frequencies[0] / frequencies[1] ** (
+        torch.arange(pairs_per_axis, dtype=torch.float32, device=coords.device) / pairs_per_axis
+    )
     angles = (coords.float()[:, :, None] * rates).flatten(1)  # [V, 3 count]
-    # An angle of zero leaves the remaining planes unrotated.
+    # An angle of zero leaves the remaining pairs unrotated.
     return torch.nn.functional.pad(angles, (0, head_channels // 2 - angles.shape[1]))
 
 
 def rotate(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
-    """Rotate the planes of heads by angles. The rotation is computed in float32. Differentiable in: x.
+    """Rotate the channel pairs of attention heads by angles, in float32. Differentiable in: x.
 
     Args:
-        x: queries or keys [..., V, H, D]. Plane i consists of the channels 2 i and 2 i + 1.
+        x: queries or keys [..., V, H, D]. Pair i consists of the channels 2 i and 2 i + 1.
         angles: angles [V, P] in radians.
     """
-    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # coordinates in the planes, [..., V, H, P] each
-    # One angle for all heads: [V, 1, P].
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # the two channels of each pair, [..., V, H, P] each
+    # One angle for all attention heads: [V, 1, P].
     cos = angles.cos()[:, None]
     sin = angles.sin()[:, None]
     return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2).to(x.dtype)
@@ -75,8 +75,8 @@ class RotaryLayout:
     inner: Layout  # layout that computes the attention
     angles: torch.Tensor  # [V, P] on voxels; [T, P] on a grid, where all samples have the same tokens
 
-    def per_token(self, values: torch.Tensor) -> torch.Tensor:
-        return self.inner.per_token(values)
+    def per_token(self, sample_rows: torch.Tensor) -> torch.Tensor:
+        return self.inner.per_token(sample_rows)
 
     def self_attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         return self.inner.self_attention(rotate(q, self.angles), rotate(k, self.angles), v)
@@ -128,17 +128,17 @@ class FlowConfig(blocks.ConditionedConfig):
                 f"{who}: model_channels must be a multiple of the number of heads, and in_channels must be >="
                 f" out_channels, got {channels}. Download the model's JSON file again."
             )
-        # A rotation needs planes of two channels, and at least one plane for each of three axes.
+        # A rotation needs pairs of channels, and at least one pair for each of three axes.
         if self.head_channels % 2 or self.head_channels < 6 or len(self.rope_freq) != 2:
             raise ValueError(
-                f"{who}: heads must have an even number of channels, at least 6, and rope_freq two values,"
-                f" got {self.head_channels} channels and {self.rope_freq}. Download the model's JSON file"
-                " again."
+                f"{who}: attention heads must have an even number of channels, at least 6, and rope_freq must"
+                f" have two values, got {self.head_channels} channels and {self.rope_freq}. Download the"
+                " model's JSON file again."
             )
 
     @property
     def head_channels(self) -> int:
-        """Channels D of a head."""
+        """Channels D of an attention head."""
         return self.model_channels // self.heads
 
     @property
@@ -161,7 +161,7 @@ class Block(blocks.ModulatedBlock):
 
 
 class Flow(nn.Module):
-    """Base class of both flow models: their layers, and the transformer over tokens."""
+    """Base class of the flow models: their layers, and the transformer over tokens."""
 
     def __init__(self, config: FlowConfig):
         super().__init__()
@@ -179,8 +179,7 @@ class Flow(nn.Module):
         blocks.convert_torso(self.blocks, DTYPES[config.dtype])
 
     def angles(self, coords: torch.Tensor) -> torch.Tensor:
-        """Compute the angles [V, P] by which the planes of a head are rotated for tokens at coordinates [V,
-        3]."""
+        """Compute the angles [V, P] of the rotations for tokens at coordinates [V, 3]."""
         return angles_of(coords, self.config.head_channels, self.config.rope_freq)
 
     def transform(
@@ -224,8 +223,7 @@ class StructureFlow(Flow):
     """Flow model of the first stage, which predicts the velocity of a dense latent.
 
     Usage: velocity = model(x_t, t, cond), with latents x_t [N, C, R, R, R], times t [N] in 0..1, and
-        conditioning
-    tokens cond [N, L, E]. The velocity has the shape of x_t.
+    conditioning tokens cond [N, L, E]. The velocity has the shape of x_t.
 
     Differentiable in: x_t and cond.
     """
@@ -241,8 +239,7 @@ class StructureFlow(Flow):
             )
 
     def angles(self, coords: torch.Tensor) -> torch.Tensor:
-        """Compute the angles [T, P] with the default frequencies, since the original ignores rope_freq
-        here."""
+        """Compute the angles [T, P] with the default frequencies: the original ignores rope_freq here."""
         return angles_of(coords, self.config.head_channels)
 
     def places(self, device: torch.device | str = "cpu") -> torch.Tensor:
@@ -251,22 +248,21 @@ class StructureFlow(Flow):
 
     def forward(self, x_t: torch.Tensor, t: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
         config = self.config
-        shape: list[int | str] = ["N", config.in_channels, *[config.resolution] * 3]
-        blocks.check_inputs("StructureFlow", x_t, shape, cond, len(x_t), config.cond_channels)
+        required_shape: list[int | str] = ["N", config.in_channels, *[config.resolution] * 3]
+        blocks.check_inputs("StructureFlow", x_t, required_shape, cond, len(x_t), config.cond_channels)
         # [N, C, R, R, R] -> tokens [N, T, C]
-        v = self.transform(
+        velocity = self.transform(
             x_t.flatten(2).transpose(1, 2), t, cond, self.places(x_t.device), blocks.DenseLayout()
         )
-        return v.transpose(1, 2).unflatten(2, [config.resolution] * 3)
+        return velocity.transpose(1, 2).unflatten(2, [config.resolution] * 3)
 
 
 class VoxelFlow(Flow):
     """Flow model of the later stages, which predicts the velocity of latents on voxels.
 
     Usage: velocity = model(x_t, t, cond), with a SparseBatch x_t, times t [N] in 0..1, and conditioning
-        tokens cond
-    [N, L, E]. The velocity is on the voxels of x_t. Additional features x_t.given [V, K] are concatenated to
-    the latent before the input layer. No noise is added to them, and they are not predicted.
+    tokens cond [N, L, E]. The velocity is on the voxels of x_t. Additional features x_t.given [V, K] are
+    concatenated to the latent before the input layer. No noise is added to them, and they are not predicted.
 
     Differentiable in: the features of x_t and cond.
     """
@@ -328,37 +324,41 @@ class VoxelConfig:
         for name in ("model_channels", "num_blocks", "block_type", "block_args"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
 
-    def check(self, between: Sequence[str], step: str, fits: Callable[[int, int], bool]) -> None:
+    def check(
+        self, step_blocks: Sequence[str], supported_block: str, channels_fit: Callable[[int, int], bool]
+    ) -> None:
         """Raise ValueError for levels that do not fit together, or for blocks that are not supported.
 
         Args:
-            between: published names of the blocks between levels.
-            step: name of the block between levels that is supported.
-            fits: function of the channels of a level and of the next level that returns True if they fit.
+            step_blocks: published names of the blocks between levels.
+            supported_block: name of the block between levels that is supported.
+            channels_fit: function of the channels of a level and of the next level that returns True if they
+                fit.
         """
         who = type(self).__name__
-        levels = len(self.model_channels)
+        level_count = len(self.model_channels)
         if (
-            not levels
-            or len(self.num_blocks) != levels
-            or len(self.block_type) != levels
-            or len(between) != levels - 1
+            not level_count
+            or len(self.num_blocks) != level_count
+            or len(self.block_type) != level_count
+            or len(step_blocks) != level_count - 1
         ):
-            numbers = f"{levels}, {len(self.num_blocks)}, {len(self.block_type)} and {len(between)}"
+            counts_text = (
+                f"{level_count}, {len(self.num_blocks)}, {len(self.block_type)} and {len(step_blocks)}"
+            )
             raise ValueError(
                 f"{who}: every level must have model_channels, num_blocks and block_type, with a block"
-                f" between two levels, got {numbers} of them. Download the model's JSON file again."
+                f" between two levels, got {counts_text} of them. Download the model's JSON file again."
             )
-        unsupported_blocks = sorted({*self.block_type} - {BLOCK} | {*between} - {step})
+        unsupported_blocks = sorted({*self.block_type} - {BLOCK} | {*step_blocks} - {supported_block})
         if unsupported_blocks:
             raise ValueError(
-                f"{who}: only the blocks {BLOCK} and {step} are supported, got"
-                f" {', '.join(unsupported_blocks)}. Use a"
-                " released model."
+                f"{who}: only the blocks {BLOCK} and {supported_block} are supported, got"
+                f" {', '.join(unsupported_blocks)}. Use a released model."
             )
         # Pairs of the channels of a level and of the next level
-        neighbours = zip(self.model_channels, self.model_channels[1:], strict=False)
-        if not all(fits(channels, next_channels) for channels, next_channels in neighbours):
+        channel_pairs = zip(self.model_channels, self.model_channels[1:], strict=False)
+        if not all(channels_fit(channels, next_channels) for channels, next_channels in channel_pairs):
             raise ValueError(
                 f"{who}: the model_channels {list(self.model_channels)} cannot be divided among eight"
                 " children. Download the model's JSON file again."
@@ -464,11 +464,12 @@ class SplitBlock(nn.Module):
         """
         return self.to_subdiv(x.feats.to(self.to_subdiv.weight.dtype))
 
-    def forward(self, x: SparseBatch, there: torch.Tensor) -> SparseBatch:
+    def forward(self, x: SparseBatch, exists: torch.Tensor) -> SparseBatch:
         h = self.conv1(x.with_feats(F.silu(self.norm1(x.feats))))
-        # there: bool [V, 8], True for children that exist. Both branches get the same voxels.
-        y = split(x, there)
-        h = split(h, there)
+        # exists: bool [V, 8], True for children that exist. The skip connection and the branch of the
+        # convolutions get the same voxels.
+        y = split(x, exists)
+        h = split(h, exists)
         h = self.conv2(y.with_feats(F.silu(self.norm2(h.feats))))
         return y.with_feats(h.feats + y.feats.repeat_interleave(self.repeats, 1))
 
@@ -498,36 +499,36 @@ class MergeBlock(nn.Module):
         return h.with_feats(y + self.conv2(h.with_feats(F.silu(self.norm2(h.feats)))).feats)
 
 
-def split(x: SparseBatch, there: torch.Tensor) -> SparseBatch:
+def split(x: SparseBatch, exists: torch.Tensor) -> SparseBatch:
     """Split voxels with features [V, 8 C] into their children with features [W, C]. Differentiable in: feats.
 
     The first C channels of a voxel belong to child 0, the next C channels to child 1, and so on.
 
     Args:
         x: batch of voxels.
-        there: bool [V, 8], True for children that exist.
+        exists: bool [V, 8], True for children that exist.
 
     Raises: ValueError if no child exists.
     """
-    check_shape("split.there", there, [len(x.feats), 8], "Pass the children of these voxels.")
-    voxel, child = there.nonzero().unbind(1)  # [W]: children stay in the order of their voxels
-    if not len(voxel):
+    check_shape("split.there", exists, [len(x.feats), 8], "Pass the children of these voxels.")
+    voxel_rows, child_indices = exists.nonzero().unbind(1)  # [W]: children stay in the order of their voxels
+    if not len(voxel_rows):
         raise ValueError(
             f"decode: none of the {len(x.feats)} voxels has children, so the decoded object is empty. Use"
             " other latents or other weights."
         )
     # Offsets of the children in their voxels, [W, 3]; the first axis varies fastest.
-    offsets = torch.stack([child & 1, child >> 1 & 1, child >> 2 & 1], 1)
-    coords = x.coords[voxel].clone()
+    offsets = torch.stack([child_indices & 1, child_indices >> 1 & 1, child_indices >> 2 & 1], 1)
+    coords = x.coords[voxel_rows].clone()
     coords[:, 1:] = 2 * coords[:, 1:] + offsets.int()
-    return SparseBatch(coords.contiguous(), x.feats.unflatten(1, (8, -1))[voxel, child], x.size)
+    return SparseBatch(coords.contiguous(), x.feats.unflatten(1, (8, -1))[voxel_rows, child_indices], x.size)
 
 
 def merge(x: SparseBatch) -> SparseBatch:
-    """Concatenate the features of the children of each voxel, [W, C] -> [V, 8 C]. This is the inverse of
-    `split`.
+    """Concatenate the features of the children of each voxel, [W, C] -> [V, 8 C].
 
-    The voxels of the result are sorted. The features of children that do not exist are zero.
+    This is the inverse of `split`. The voxels of the result are sorted. The features of children that do not
+    exist are zero.
     """
     coarse = coarser(x)
     offsets = x.coords[:, 1:].long() & 1  # [W, 3] offset of each child in its voxel
@@ -542,19 +543,19 @@ class VoxelNetwork(nn.Module):
 
     Args:
         config: settings.
-        step: function that builds the block between two levels from their numbers of channels.
+        make_step: function that builds the block between two levels from their numbers of channels.
     """
 
-    def __init__(self, config: VoxelConfig, step: Callable[[int, int], nn.Module]):
+    def __init__(self, config: VoxelConfig, make_step: Callable[[int, int], nn.Module]):
         super().__init__()
         channels = config.model_channels
-        args = config.block_args or ({},) * len(config.model_channels)
+        args_by_level = config.block_args or ({},) * len(config.model_channels)
         self.blocks = nn.ModuleList()
-        for i, (width, count) in enumerate(zip(channels, config.num_blocks, strict=True)):
-            level = [ConvBlock(width, **args[i]) for _ in range(count)]
+        for i, (level_channels, n_blocks) in enumerate(zip(channels, config.num_blocks, strict=True)):
+            level = [ConvBlock(level_channels, **args_by_level[i]) for _ in range(n_blocks)]
             # The block between levels is the last block of a level. The
             # last level has none, so the slice is empty.
-            step_blocks = [step(width, next_width) for next_width in channels[i + 1 : i + 2]]
+            step_blocks = [make_step(level_channels, next_width) for next_width in channels[i + 1 : i + 2]]
             self.blocks.append(nn.ModuleList([*level, *step_blocks]))
         if config.use_fp16:
             convert_torso([self.blocks], torch.float16, (nn.Linear, Kernel))
@@ -599,15 +600,15 @@ class VoxelDecoder(VoxelNetwork):
                 None otherwise.
             levels: number of splits after which the decoder stops, without the output layer; None: all.
 
-        Returns: the features, and the logits of the children [V, 8] at every split.
+        Returns: the batch of features, and a list of the logits of the children [V, 8] at every split.
         Raises: ValueError if the decoder does not predict children and the logits are missing.
         """
         config = self.config
         if not config.pred_subdiv and (children is None or len(children) != len(config.up_block_type)):
-            given_splits = "None" if children is None else len(children)
+            given_split_count = "None" if children is None else len(children)
             raise ValueError(
                 f"VoxelDecoder: this decoder needs the logits of {len(config.up_block_type)} splits as"
-                f" children, got {given_splits}. Pass the logits that the decoder of the shape returned."
+                f" children, got {given_split_count}. Pass the logits that the decoder of the shape returned."
             )
         h = self.first(x, self.from_latent)
         logits = list[torch.Tensor]()
@@ -684,8 +685,8 @@ class VoxelAsset:
     def to(self, device: str | torch.device) -> "VoxelAsset":
         """Return the asset on another device."""
         field_values: dict[str, Any] = {
-            name: value.to(device) if isinstance(value, torch.Tensor) else value
-            for name, value in vars(self).items()
+            field_name: field_value.to(device) if isinstance(field_value, torch.Tensor) else field_value
+            for field_name, field_value in vars(self).items()
         }
         return VoxelAsset(**field_values)
 
@@ -704,11 +705,11 @@ def assets_of(
     sample_materials = (
         [None] * shape.size if materials is None else [sample.feats for sample in materials.samples()]
     )
-    assets = []
+    voxel_assets = []
     for sample, raw_materials in zip(shape.samples(), sample_materials, strict=True):
         # Channels of the shape: 3 for the vertex, 3 for the crossed edges, 1 for the diagonal
         raw_vertices, crossing_logits, raw_split = sample.feats.split([3, 3, 1], 1)
-        assets.append(
+        voxel_assets.append(
             VoxelAsset(
                 coords=sample.coords,
                 resolution=resolution,
@@ -719,4 +720,4 @@ def assets_of(
                 materials=None if raw_materials is None else 0.5 + 0.5 * raw_materials,
             )
         )
-    return assets
+    return voxel_assets

@@ -7,7 +7,7 @@ that the weights belong to.
 
     state = weights.read(path, "--prior")             # dictionary {name: tensor}
     vae = weights.empty(lambda: VAE(config))          # network on torch's meta device, which stores no values
-    weights.fill(vae, weights.below(state, "first_stage_model."), f"--prior: {path.name}")
+    weights.fill(vae, weights.entries_below(state, "first_stage_model."), f"--prior: {path.name}")
 """
 
 import contextlib
@@ -71,8 +71,11 @@ def first_line(error: BaseException) -> str:
     If the error has no text, return the name of its class.
     """
     # Messages of libraries may contain stack traces and hints. Their first line states the cause.
-    line = next((text.strip() for text in str(error).splitlines() if text.strip()), type(error).__name__)
-    return line if len(line) <= 200 else line[:200] + "..."
+    cause = next(
+        (stripped_line.strip() for stripped_line in str(error).splitlines() if stripped_line.strip()),
+        type(error).__name__,
+    )
+    return cause if len(cause) <= 200 else cause[:200] + "..."
 
 
 def only_file(path: Path, suffixes: tuple[str, ...], flag: str, expected: str) -> Path:
@@ -88,19 +91,19 @@ def only_file(path: Path, suffixes: tuple[str, ...], flag: str, expected: str) -
     """
     if path.is_file():
         return path
-    files = sorted(file for file in path.iterdir() if file.suffix in suffixes)
-    if not files:
+    matching_files = sorted(file for file in path.iterdir() if file.suffix in suffixes)
+    if not matching_files:
         raise ValueError(
             f"{flag}: the folder {path} must contain {expected}, but has no file with the suffix"
             f" {' or '.join(suffixes)}. Pass the path of the file."
         )
-    if len(files) > 1:
-        file_names = ", ".join(file.name for file in files[:4])
+    if len(matching_files) > 1:
+        file_names = ", ".join(file.name for file in matching_files[:4])
         raise ValueError(
             f"{flag}: the folder {path} must contain {expected}, but has several files: {file_names}. Pass"
             " the path of one file."
         )
-    return files[0]
+    return matching_files[0]
 
 
 def read_content(path: str | Path, who: str) -> Any:
@@ -149,96 +152,122 @@ def read(path: str | Path, who: str) -> State:
     """
     file_content = read_content(path, who)
     # Checkpoints of a training often contain the state dict beside other values.
-    state = file_content.get("state_dict", file_content) if isinstance(file_content, dict) else file_content
+    state_dict = (
+        file_content.get("state_dict", file_content) if isinstance(file_content, dict) else file_content
+    )
     if (
-        not isinstance(state, dict)
-        or not state
-        or not all(isinstance(value, torch.Tensor) for value in state.values())
+        not isinstance(state_dict, dict)
+        or not state_dict
+        or not all(isinstance(tensor, torch.Tensor) for tensor in state_dict.values())
     ):
         raise ValueError(
             f"{who}: {Path(path).name} must contain only tensors by name, but contains a"
-            f" {type(state).__name__}"
-            " that is empty or has other values. Export only the weights, or copy the file again."
+            f" {type(state_dict).__name__} that is empty or has other values. Export only the weights, or"
+            " copy the file again."
         )
-    return dict(state)
+    return dict(state_dict)
 
 
-def entries_below(state: Mapping[str, torch.Tensor], prefix: str) -> State:
-    """Return the entries of a state dict whose names begin with a prefix. The prefix is removed."""
-    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+def entries_below(state_dict: Mapping[str, torch.Tensor], prefix: str) -> State:
+    """Return the entries of a state dict whose names begin with a prefix. The prefix is removed.
+
+    Args:
+        state_dict: state dict.
+        prefix: beginning of the names of the entries.
+    """
+    return {
+        name.removeprefix(prefix): tensor for name, tensor in state_dict.items() if name.startswith(prefix)
+    }
 
 
-def to_transformers(state: Mapping[str, torch.Tensor], names: Iterable[tuple[str, str]]) -> State:
+def to_transformers(state_dict: Mapping[str, torch.Tensor], name_rules: Iterable[tuple[str, str]]) -> State:
     """Rename the entries of a vision transformer to the names of the library transformers.
 
     Names that match no expression stay as they are. An entry of a layer that computes queries, keys and
     values together (`.attn.qkv.`) is split into three entries.
 
     Args:
-        state: state dict.
-        names: pairs of a regular expression and its replacement, applied in order.
+        state_dict: state dict.
+        name_rules: pairs of a regular expression and its replacement, applied in order.
     """
     renamed: State = {}
-    for name, tensor in state.items():
-        for pattern, replacement in names:
+    for name, tensor in state_dict.items():
+        for pattern, replacement in name_rules:
             name = re.sub(pattern, replacement, name)
         block, qkv, parameter = name.partition(".attn.qkv.")
         if qkv:
-            kinds = ("query", "key", "value")
+            projection_names = ("query", "key", "value")
             # Not strict: a tensor of another shape is reported later, when the network is filled.
-            for kind, projection in zip(kinds, tensor.chunk(3), strict=False):
-                renamed[f"{block}.attention.attention.{kind}.{parameter}"] = projection
+            for projection_name, projection in zip(projection_names, tensor.chunk(3), strict=False):
+                renamed[f"{block}.attention.attention.{projection_name}.{parameter}"] = projection
         else:
             renamed[name] = tensor
     return renamed
 
 
-def shapes(state: Mapping[str, torch.Tensor]) -> dict[str, list[int]]:
+def shapes(state_dict: Mapping[str, torch.Tensor]) -> dict[str, list[int]]:
     """Return the shapes of the tensors of a state dict, by name."""
-    return {name: list(tensor.shape) for name, tensor in state.items()}
+    return {name: list(tensor.shape) for name, tensor in state_dict.items()}
 
 
-def shape_of(state: Mapping[str, torch.Tensor], name: str, who: str, axes: int) -> tuple[int, ...]:
-    """Return the shape of an entry of a state dict that must have `axes` axes.
+def shape_of(state_dict: Mapping[str, torch.Tensor], entry_name: str, who: str, axes: int) -> tuple[int, ...]:
+    """Return the shape of an entry of a state dict.
+
+    Args:
+        state_dict: state dict.
+        entry_name: name of the entry.
+        who: text that error messages begin with.
+        axes: number of axes that the entry must have.
 
     Raises: ValueError if the entry is missing or has another number of axes.
     """
-    if name not in state:
+    if entry_name not in state_dict:
         raise ValueError(
-            f"{who}: the entry {name} with {axes} axes is missing. The file may belong to another network:"
-            " use the file of this network."
+            f"{who}: the entry {entry_name} with {axes} axes is missing. The file may belong to another"
+            " network: use the file of this network."
         )
-    if state[name].ndim != axes:
+    if state_dict[entry_name].ndim != axes:
         raise ValueError(
-            f"{who}: {name} must have {axes} axes, but has the shape {list(state[name].shape)}. The file may"
-            " belong to another network: use the file of this network."
+            f"{who}: {entry_name} must have {axes} axes, but has the shape"
+            f" {list(state_dict[entry_name].shape)}. The file may belong to another network: use the file of"
+            " this network."
         )
-    return tuple(state[name].shape)
+    return tuple(state_dict[entry_name].shape)
 
 
-def count(names: Iterable[str], prefix: str) -> int:
-    """Count numbered parts: return 1 + the largest N in names that begin with `prefix` and "N.".
+def count(entry_names: Iterable[str], prefix: str) -> int:
+    """Count the numbered parts of a network, such as its blocks, by the names of its tensors.
 
-    Returns 0 if no name begins with the prefix.
+    Parts are counted from 0, and the names of the tensors of part N begin with `prefix` and "N.".
+
+    Args:
+        entry_names: names of the tensors.
+        prefix: beginning of the names of all parts, for example "blocks.".
+
+    Returns: the largest N plus 1, or 0 if no name begins with the prefix.
     """
     return 1 + max(
-        (int(name.removeprefix(prefix).split(".")[0]) for name in names if name.startswith(prefix)),
+        (
+            int(entry_name.removeprefix(prefix).split(".")[0])
+            for entry_name in entry_names
+            if entry_name.startswith(prefix)
+        ),
         default=-1,
     )
 
 
-def check_finite(state: Mapping[str, torch.Tensor], who: str) -> None:
+def check_finite(state_dict: Mapping[str, torch.Tensor], who: str) -> None:
     """Raise ValueError if a floating-point tensor has a value that is NaN or infinite."""
-    names = [
+    nonfinite_names = [
         name
-        for name, tensor in state.items()
+        for name, tensor in state_dict.items()
         # Tensors on the meta device have no values.
         if tensor.is_floating_point() and not tensor.is_meta and not bool(tensor.isfinite().all())
     ]
-    if names:
+    if nonfinite_names:
         raise ValueError(
-            f"{who}: the values of {', '.join(names[:8])} are not finite (NaN or infinity). Use an earlier"
-            " checkpoint."
+            f"{who}: the values of {', '.join(nonfinite_names[:8])} are not finite (NaN or infinity). Use an"
+            " earlier checkpoint."
         )
 
 
@@ -251,8 +280,8 @@ def empty(make: Callable[[], Result]) -> Result:
 
 
 def fill(
-    module: Module,
-    state: Mapping[str, torch.Tensor],
+    network: Module,
+    new_state: Mapping[str, torch.Tensor],
     who: str,
     *,
     types: Mapping[str, torch.dtype] | torch.dtype | None = None,
@@ -263,8 +292,8 @@ def fill(
     A network on the meta device first gets memory on `device`.
 
     Args:
-        module: network.
-        state: state dict, whose names must match exactly those of the network.
+        network: network to fill.
+        new_state: state dict, whose names must match exactly those of the network.
         who: text that error messages begin with.
         types: dtype of all tensors or dtypes by name, for a network on the meta device. Tensors without a
             dtype here have the dtype of the state dict.
@@ -273,60 +302,65 @@ def fill(
     Raises: ValueError for entries that are missing, superfluous or of another shape, and for values that are
         not finite.
     """
-    present_state = module.state_dict()
-    check_fit(present_state, state, who)
-    check_finite(state, who)
+    present_state = network.state_dict()
+    check_fit(present_state, new_state, who)
+    check_finite(new_state, who)
     if any(tensor.is_meta for tensor in present_state.values()):
-        dtypes = dict.fromkeys(state, types) if isinstance(types, torch.dtype) else dict(types or {})
+        dtypes = dict.fromkeys(new_state, types) if isinstance(types, torch.dtype) else dict(types or {})
         # Dtypes that the caller gives replace those of the state dict.
-        dtypes = {name: tensor.dtype for name, tensor in state.items()} | dtypes
-        for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        dtypes = {name: tensor.dtype for name, tensor in new_state.items()} | dtypes
+        for name, tensor in [*network.named_parameters(), *network.named_buffers()]:
             # Integer buffers do not change their dtype, and neither do buffers that are not part of the file.
             if name in dtypes and tensor.is_floating_point():
                 tensor.data = tensor.data.to(dtypes[name])
         # Memory is allocated after the dtypes are set, so that a large network never exists twice.
-        module.to_empty(device=device)
-    module.load_state_dict(state)
-    return module
+        network.to_empty(device=device)
+    network.load_state_dict(new_state)
+    return network
 
 
-def adopt(module: Module, state: Mapping[str, torch.Tensor], who: str) -> Module:
+def adopt(network: Module, new_state: Mapping[str, torch.Tensor], who: str) -> Module:
     """Replace the tensors of a network by those of a state dict, in float32, and return the network.
 
     Tensors that are float32 already are not copied. Names must match exactly, except for position_ids. The
     network may be on the meta device.
 
+    Args:
+        network: network.
+        new_state: state dict that replaces the tensors of the network.
+        who: text that error messages begin with.
+
     Raises: ValueError for entries that are missing, superfluous or of another shape, and for values that are
         not finite.
     """
-    state = {
+    new_state = {
         name: tensor.float() if tensor.is_floating_point() else tensor
-        for name, tensor in state.items()
+        for name, tensor in new_state.items()
         if not name.endswith(SKIPPED)
     }
     present_state = {
-        name: tensor for name, tensor in module.state_dict().items() if not name.endswith(SKIPPED)
+        name: tensor for name, tensor in network.state_dict().items() if not name.endswith(SKIPPED)
     }
-    check_fit(present_state, state, who)
-    check_finite(state, who)
+    check_fit(present_state, new_state, who)
+    check_finite(new_state, who)
     # assign=True: the network refers to the tensors and does not copy them.
-    module.load_state_dict(state, strict=False, assign=True)
-    for name, position_ids in list(module.named_buffers()):
+    network.load_state_dict(new_state, strict=False, assign=True)
+    for name, position_ids in list(network.named_buffers()):
         if name.endswith(SKIPPED):
             # The buffer may not be part of the file, and then has no values on the meta device.
             parent, _, buffer_name = name.rpartition(".")
-            module.get_submodule(parent).register_buffer(
+            network.get_submodule(parent).register_buffer(
                 buffer_name, torch.arange(position_ids.shape[-1])[None], persistent=False
             )
-    return module
+    return network
 
 
-def freeze(module: Module, device: str | torch.device) -> Module:
-    """Put a network into evaluation mode, on a device and without gradients of its parameters; returns it."""
-    return module.eval().requires_grad_(False).to(device)
+def freeze(network: Module, device: str | torch.device) -> Module:
+    """Put a network into evaluation mode, without gradients of its parameters, on a device, and return it."""
+    return network.eval().requires_grad_(False).to(device)
 
 
-def fingerprint(state: Mapping[str, torch.Tensor]) -> str:
+def fingerprint(state_dict: Mapping[str, torch.Tensor]) -> str:
     """Compute eight hexadecimal digits that identify the weights of a network.
 
     They depend on the names, the shapes and the first 16 values of all tensors. The float16 file and the
@@ -334,32 +368,32 @@ def fingerprint(state: Mapping[str, torch.Tensor]) -> str:
     """
     digest = hashlib.sha256()
     # Sorted, since files differ in the order of their entries.
-    for name, tensor in sorted(state.items()):
+    for name, tensor in sorted(state_dict.items()):
         digest.update(f"{name}{list(tensor.shape)}".encode())
         # Rounded to float16, so that the precision of the file does not matter.
         digest.update(tensor.flatten()[:16].to(torch.float16).cpu().numpy().tobytes())
     return digest.hexdigest()[:8]
 
 
-def in_types_of(stored: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> State:
+def in_types_of(stored_state: Mapping[str, torch.Tensor], new_state: Mapping[str, torch.Tensor]) -> State:
     """Replace tensors of a stored state dict by new ones, in the dtypes of the stored tensors, on the CPU.
 
     Args:
-        stored: stored state dict; entries that `state` does not contain are returned unchanged.
-        state: new tensors, whose names must occur in `stored`.
+        stored_state: stored state dict; entries that `new_state` does not contain are returned unchanged.
+        new_state: new tensors, whose names must occur in `stored_state`.
     """
     new_tensors = {
         # clone(): the result does not share memory with the network, which may continue its training.
-        name: tensor.detach().cpu().to(stored[name].dtype).contiguous().clone()
-        for name, tensor in state.items()
+        name: tensor.detach().cpu().to(stored_state[name].dtype).contiguous().clone()
+        for name, tensor in new_state.items()
     }
-    return {**stored, **new_tensors}
+    return {**stored_state, **new_tensors}
 
 
-def write(path: Path, state: Mapping[str, torch.Tensor]) -> None:
+def write(path: Path, state_dict: Mapping[str, torch.Tensor]) -> None:
     """Write a state dict as a .safetensors file, atomically."""
     # safetensors rejects tensors that share memory, so each tensor is copied.
-    copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
+    copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state_dict.items()}
     write_atomic(path, safetensors.torch.save(copies, metadata={"format": "pt"}))
 
 
@@ -370,7 +404,7 @@ def rewrite(path: Path, file_content: Any) -> None:
 
     Args:
         path: file; the suffix .safetensors selects that format, any other suffix the format of torch.save.
-        held: content of the file, as `content` returns it.
+        file_content: content of the file, as `read_content` returns it.
     """
     unfinished = path.with_name(f".{path.name}.part")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -401,40 +435,40 @@ def library_errors_as_one_line(who: str, remedy: str) -> Iterator[None]:
         raise ValueError(f"{who}: the files cannot be read ({first_line(error)}). {remedy}") from error
 
 
-def require_extra(flag: str, *modules: str) -> None:
+def require_extra(flag: str, *libraries: str) -> None:
     """Check that optional libraries are installed, by importing them.
 
     Args:
         flag: option that the error message begins with.
-        modules: names of the libraries, for example "transformers" and "diffusers".
+        libraries: names of the libraries, for example "transformers" and "diffusers".
 
     Raises: ValueError if one of them is not installed. The message names the package's extra that contains
         it.
     """
     # diffusers belongs to the extra `sd`, transformers to the extra `vision`.
-    extra = "sd" if "diffusers" in modules else "vision"
-    for name in modules:
+    extra = "sd" if "diffusers" in libraries else "vision"
+    for library in libraries:
         try:
-            __import__(name)
+            __import__(library)
         except ImportError as error:
             raise ValueError(
-                f"{flag}: these files need {' and '.join(modules)}, but {name} cannot be imported"
+                f"{flag}: these files need {' and '.join(libraries)}, but {library} cannot be imported"
                 f" ({first_line(error)}). Run pip install 'eg3d-rlhf[{extra}]'."
             ) from error
 
 
 @functools.cache
-def print_once(text: str) -> None:
+def print_once(message: str) -> None:
     """Print a text, unless this process has printed the same text before."""
     # functools.cache calls the function only once per text.
-    print(text, flush=True)
+    print(message, flush=True)
 
 
-def from_folder(cls: Any, folder: Path, flag: str) -> Any:
+def from_folder(network_class: Any, folder: Path, flag: str) -> Any:
     """Load a network of the library diffusers or transformers from a local folder.
 
     Args:
-        cls: class of the library.
+        network_class: class of the library.
         folder: folder with config.json and a .safetensors file of weights.
         flag: option that error messages begin with.
 
@@ -452,22 +486,26 @@ def from_folder(cls: Any, folder: Path, flag: str) -> Any:
             " Download the .safetensors files, or convert the weights to this format."
         )
     with library_errors_as_one_line(who, "Copy the folder again."):
-        options = {
+        loading_options = {
             "local_files_only": True,
             "use_safetensors": True,
             "output_loading_info": True,
             "variant": variant,
         }
-        if cls.__module__.startswith("diffusers."):
+        if network_class.__module__.startswith("diffusers."):
             # diffusers prints a long warning if accelerate is missing and this option is not given.
-            options["low_cpu_mem_usage"] = importlib.util.find_spec("accelerate") is not None
-        model, loading_info = cls.from_pretrained(str(folder), **options)
+            loading_options["low_cpu_mem_usage"] = importlib.util.find_spec("accelerate") is not None
+        model, loading_info = network_class.from_pretrained(str(folder), **loading_options)
     # The libraries only print a warning if names do not match. Here this is an error.
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        names = sorted(str(name) for name in loading_info.get(kind, ()) if not str(name).endswith(SKIPPED))
-        if names:
+    for mismatch_kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        entry_names = sorted(
+            str(entry_name)
+            for entry_name in loading_info.get(mismatch_kind, ())
+            if not str(entry_name).endswith(SKIPPED)
+        )
+        if entry_names:
             raise ValueError(
-                f"{who}: the tensors of the file are not those of {cls.__name__} ({kind.replace('_', ' ')}:"
-                f" {', '.join(names[:3])}). Copy the folder again."
+                f"{who}: the tensors of the file are not those of {network_class.__name__}"
+                f" ({mismatch_kind.replace('_', ' ')}: {', '.join(entry_names[:3])}). Copy the folder again."
             )
     return model.float().eval().requires_grad_(False)

@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from eg3d_rlhf.core.cli import GroupedCommand, aligned, option, prefix_errors
-from eg3d_rlhf.measures.meshes.settings import MOST_TOLERANCE, TOLERANCE, UPS, MeasureOptions
+from eg3d_rlhf.measures.meshes.settings import MAX_TOLERANCE, TOLERANCE, UPS, MeasureOptions
 from eg3d_rlhf.modes.shared_flags import FOLDER, count_option
 from training.progress import tqdm
 
@@ -31,7 +31,7 @@ _measures_option = functools.partial(option, group="Measures")
     # Tolerances of the measures are relative to the bounding box, so that the scale does not matter.
     "--weld",
     metavar="FLOAT",
-    type=click.FloatRange(0, MOST_TOLERANCE, min_open=True),
+    type=click.FloatRange(0, MAX_TOLERANCE, min_open=True),
     default=TOLERANCE,
     help="Merge vertices whose distance is below this share of the bounding box's longest edge.",
 )

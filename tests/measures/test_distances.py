@@ -138,12 +138,12 @@ def test_frechet_distance_with_and_without_full_rank(samples):
 
 
 def test_subsets_have_no_repeated_items_and_depend_on_the_seed():
-    draws = list(draw_subsets(9, 7, subsets=5, size=20, seed=3))
+    draws = list(draw_subsets(9, 7, subsets=5, max_subset_size=20, seed=3))
     assert len(draws) == 5
     for first, second in draws:
         # size of the smaller set
         assert len(set(first)) == len(first) == len(second) == len(set(second)) == 7
         assert first.max() < 9 and second.max() < 7
-    again = list(draw_subsets(9, 7, subsets=5, size=20, seed=3))
+    again = list(draw_subsets(9, 7, subsets=5, max_subset_size=20, seed=3))
     assert all((a[0] == b[0]).all() and (a[1] == b[1]).all() for a, b in zip(draws, again, strict=True))
     assert any(set(a[0]) != set(b[0]) for a, b in zip(draws, draw_subsets(9, 7, 5, 20, seed=4), strict=True))

@@ -200,7 +200,11 @@ def test_dinov3_keeps_its_frequencies_and_rejects_odd_heads(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(content))
     x = torch.rand(1, 3, 32, 48)
     assert torch.equal(read_dino3(str(tmp_path))(x), model(x)) and model(x).shape == (1, 2 + 6, 32)
-    odd = ({"num_attention_heads": 16}, "four"), ({"use_gated_mlp": True}, "True"), ({"hidden_size": "x"}, "")
+    odd = (
+        ({"num_attention_heads": 16}, "four"),
+        ({"use_gated_mlp": True}, "has gates"),
+        ({"hidden_size": "x"}, ""),
+    )
     for changes, name in odd:
         (tmp_path / "config.json").write_text(json.dumps(content | changes))
         with raising("config.json", name):

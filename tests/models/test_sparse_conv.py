@@ -53,7 +53,7 @@ def dense_oracle(x, weight, bias):
 @pytest.mark.parametrize("share", [0.05, 0.4, 1.0])
 @pytest.mark.parametrize("numbers", [15, 10_000])
 def test_equals_a_dense_convolution_with_its_gradients(share, numbers, monkeypatch):
-    monkeypatch.setattr(sparse_conv, "NUMBERS", numbers)
+    monkeypatch.setattr(sparse_conv, "MAX_GATHERED_VALUES", numbers)
     x = random_batch(share=share)
     weight, bias = kernel()
     inputs = [v.requires_grad_() for v in (x.feats.clone(), weight, bias)]

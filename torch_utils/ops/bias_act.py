@@ -84,7 +84,7 @@ def bias_act(
     gain = spec.def_gain if gain is None else float(gain)
     # The compiled gradient computes the slope from the sign of the result. With gain <= 0 or a negative
     # slope, the sign of the result is not that of x + b.
-    applies = (
+    is_supported = (
         x.dtype in COMPILED_DTYPES[x.device.type == "cuda"]
         and gain > 0
         and alpha >= 0
@@ -92,7 +92,7 @@ def bias_act(
         and x.ndim > 0
     )
     # This comes before the early return, so that an unknown `impl` is an error in every case.
-    chosen = choose("bias_act", impl, "bias_act", x.device.type, applies)
+    chosen = choose("bias_act", impl, "bias_act", x.device.type, is_supported)
     if b is None and act == "linear" and gain == 1 and clamp is None:
         return x
     if chosen != "compiled":
@@ -172,20 +172,20 @@ def _gradients(ctx, grad):
     if _NAMES[act] not in _PIECEWISE:
         # Computed by torch, so that the gradient can be differentiated again.
         x, b = ctx.saved_tensors
-        value, slope = _SLOPES[_NAMES[act]](
+        activation, slope = _SLOPES[_NAMES[act]](
             x if b is None else x + b.reshape([-1 if i == dim else 1 for i in range(x.ndim)])
         )
         grad = grad * gain * slope
         if clamp >= 0:
             # The gradient of clamped results is 0.
-            grad = grad * (value * gain).detach().abs().le(clamp)
+            grad = grad * (activation * gain).detach().abs().le(clamp)
         return grad, None if b is None else grad.sum([i for i in range(x.ndim) if i != dim]), *[None] * 5
     # torch's checkpoint allows only one access to saved_tensors.
     saved_tensors = ctx.saved_tensors
-    # The kernel uses the same index for both tensors, so their memory layouts must be equal.
+    # The kernel uses the same index for the two tensors, so their memory layouts must be equal.
     grad = like_layout(grad, saved_tensors[0]) if saved_tensors else dense(grad)
-    out = saved_tensors[0] if saved_tensors else grad.detach()
-    grad_x, grad_b = torch.ops.eg3d_rlhf.bias_act_backward(grad, out, *ctx.rest, ctx.has_bias and need_b)
+    result = saved_tensors[0] if saved_tensors else grad.detach()
+    grad_x, grad_b = torch.ops.eg3d_rlhf.bias_act_backward(grad, result, *ctx.rest, ctx.has_bias and need_b)
     return grad_x if need_x else None, grad_b if ctx.has_bias and need_b else None, *[None] * 5
 
 
@@ -194,8 +194,8 @@ def _elu(z: torch.Tensor, scale: float, alpha: float) -> tuple[torch.Tensor, tor
     # For z > 0 the exponential is not used. The clamp keeps it
     # finite, since an infinity would make gradients NaN.
     exponential = alpha * z.clamp(max=0).exp()
-    value = scale * torch.where(z > 0, z, exponential - alpha)
-    return value, scale * torch.where(z > 0, torch.ones_like(z), exponential)
+    activation = scale * torch.where(z > 0, z, exponential - alpha)
+    return activation, scale * torch.where(z > 0, torch.ones_like(z), exponential)
 
 
 # Functions of z that return the value and the derivative of an activation
@@ -210,10 +210,12 @@ _SLOPES: dict[str, Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]] 
 
 
 def _save_backward(ctx, inputs, output) -> None:
-    """Store the tensors for the backward pass of `bias_act_backward`, which is linear in its first
-    argument."""
-    _, out, *ctx.rest, ctx.with_bias = inputs
-    ctx.save_for_backward(out)
+    """Store the tensors for the backward pass of `bias_act_backward`.
+
+    That op is linear in its first argument.
+    """
+    _, result, *ctx.rest, ctx.with_bias = inputs
+    ctx.save_for_backward(result)
 
 
 def _gradients_backward(ctx, grad_x, grad_b):
@@ -221,16 +223,18 @@ def _gradients_backward(ctx, grad_x, grad_b):
 
     Only the first of the eight arguments has a gradient.
     """
-    (out,) = ctx.saved_tensors
+    (result,) = ctx.saved_tensors
     grad_b = grad_b.contiguous() if ctx.with_bias else None
-    return torch.ops.eg3d_rlhf.bias_act_slope(like_layout(grad_x, out), grad_b, out, *ctx.rest), *[None] * 7
+    return torch.ops.eg3d_rlhf.bias_act_slope(like_layout(grad_x, result), grad_b, result, *ctx.rest), *[
+        None
+    ] * 7
 
 
 def _save_slope(ctx, inputs, output) -> None:
     """Store the tensors for the backward pass of `bias_act_slope`, which is linear in x and b."""
-    _, b, out, *ctx.rest = inputs
+    _, b, result, *ctx.rest = inputs
     ctx.has_bias = b is not None
-    ctx.save_for_backward(out)
+    ctx.save_for_backward(result)
 
 
 def _gradients_slope(ctx, grad):
@@ -238,9 +242,9 @@ def _gradients_slope(ctx, grad):
 
     Only x and b of the eight arguments have gradients.
     """
-    (out,) = ctx.saved_tensors
+    (result,) = ctx.saved_tensors
     grad_x, grad_b = torch.ops.eg3d_rlhf.bias_act_backward(
-        like_layout(grad, out), out, *ctx.rest, ctx.has_bias
+        like_layout(grad, result), result, *ctx.rest, ctx.has_bias
     )
     return grad_x, grad_b if ctx.has_bias else None, *[None] * 6
 

@@ -89,7 +89,7 @@ def _convolve(
         x: images [N, I, H, W].
         w: kernels [O, I/G, K, K].
         pads: padding (x_before, x_after, y_before, y_after) in pixels; negative values crop.
-        stride: stride along both axes.
+        stride: stride along rows and columns.
         groups: number of groups G.
         flip_weight: True computes a correlation, False a convolution.
         impl: see `torch_utils.ops.implementations`.
@@ -135,9 +135,13 @@ def _pointwise(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     # With few channels, each row of an image is a separate product, because one product over all pixels is
     # slow for the gradient of w.
     if is_channels_last(x) and x.shape[1] < 16:
-        rows = x.permute(0, 2, 3, 1).flatten(0, 1)  # [N*H, W, I]
+        image_rows = x.permute(0, 2, 3, 1).flatten(0, 1)  # [N*H, W, I]
         # [N*H, W, I] @ [N*H, I, O] -> [N, H, W, O] -> [N, O, H, W], channels-last in memory
-        return torch.bmm(rows, w.t().expand(len(rows), -1, -1)).unflatten(0, (len(x), -1)).permute(0, 3, 1, 2)
+        return (
+            torch.bmm(image_rows, w.t().expand(len(image_rows), -1, -1))
+            .unflatten(0, (len(x), -1))
+            .permute(0, 3, 1, 2)
+        )
     if is_channels_last(x):
         return linear(x.permute(0, 2, 3, 1), w).permute(0, 3, 1, 2)
     # [O, I] @ [N, I, H W] -> [N, O, H, W]
@@ -229,7 +233,7 @@ def modulated_conv2d(
         largest = weight.norm(float("inf"), dim=[1, 2, 3], keepdim=True)
         weight = weight * (1 / math.sqrt(weight[0].numel()) / largest)
         styles = styles / styles.norm(float("inf"), dim=1, keepdim=True)
-    resample: dict[str, Any] = {
+    resample_kwargs: dict[str, Any] = {
         "f": resample_filter,
         "up": up,
         "down": down,
@@ -237,14 +241,14 @@ def modulated_conv2d(
         "flip_weight": flip_weight,
         "impl": impl,
     }
-    fused = (
+    is_fused = (
         fused_modconv
         if impl == "ref"
         else len(x) == 1 or (fused_modconv and (impl == "torch" or x.device.type != "cpu"))
     )
     # Kernels w' of each sample, [N, O, C, k, k]; None if they are not needed
     sample_kernels = (
-        weight[None] * styles[:, None, :, None, None] if impl == "ref" or (fused and len(x) > 1) else None
+        weight[None] * styles[:, None, :, None, None] if impl == "ref" or (is_fused and len(x) > 1) else None
     )
     coefficients = None  # d, [N, O]
     if demodulate and impl == "ref":
@@ -255,20 +259,22 @@ def modulated_conv2d(
         energy = weight.square().sum(dim=[2, 3])  # sum over the kernel, [O, C]
         coefficients = (styles.square() @ energy.t() + 1e-8).rsqrt()
     # Scaling the input by s and the result by d is equal to a convolution with w' d.
-    if not fused:
-        x = conv2d_resample(x=x * styles.to(x.dtype)[:, :, None, None], w=weight.to(x.dtype), **resample)
+    if not is_fused:
+        x = conv2d_resample(
+            x=x * styles.to(x.dtype)[:, :, None, None], w=weight.to(x.dtype), **resample_kwargs
+        )
         x = x if coefficients is None else x * coefficients.to(x.dtype)[:, :, None, None]
     elif sample_kernels is not None:
         # Each sample has its own kernels, so each sample becomes a
         # group of one convolution, [1, N * C, H, W].
         w = sample_kernels if coefficients is None else sample_kernels * coefficients[:, :, None, None, None]
         y = conv2d_resample(
-            x=x.reshape(1, -1, *x.shape[2:]), w=w.flatten(0, 1).to(x.dtype), groups=len(x), **resample
+            x=x.reshape(1, -1, *x.shape[2:]), w=w.flatten(0, 1).to(x.dtype), groups=len(x), **resample_kwargs
         )
         x = y.reshape(len(x), -1, *y.shape[2:])  # [1, N * O, H', W'] -> [N, O, H', W']
     else:
         # A single sample: scale the kernels, without groups.
         scale = styles if coefficients is None else coefficients.t() * styles  # [1 or O, C]
-        x = conv2d_resample(x=x, w=(weight * scale[:, :, None, None]).to(x.dtype), **resample)
+        x = conv2d_resample(x=x, w=(weight * scale[:, :, None, None]).to(x.dtype), **resample_kwargs)
     # The noise is added after demodulation, so that its strength does not depend on the styles.
     return x if noise is None else add_to(x, noise.to(x.dtype))

@@ -26,8 +26,7 @@ three multiplications, so there are 7 instead of 9. The largest rounding errors 
 channels are 3e-7 to 9e-7 of the largest value; torch's are 5e-7 to 2.2e-6.
 
 Shapes: N images, H x W pixels, I input and O output channels (with stride 2: I channels of the large image
-    and O of
-the small image).
+and O of the small image).
 """
 
 import torch
@@ -38,15 +37,15 @@ from torch_utils.ops.implementations import alike, choose, define, is_channels_l
 _LANES = 16  # number of channels that the transformations process at a time
 # With fewer channels or pixels than these, "auto" uses torch's convolution, because the transformations of
 # images and kernels would take more time than they save.
-_LEAST_CHANNELS = 32
-_LEAST_PIXELS = 32 * 32
+_MIN_CHANNELS = 32
+_MIN_PIXELS = 32 * 32
 # Smallest number of 4x4 tiles for which they are faster than 2x2 tiles. Measured ratio of the times of F(2x2)
-# and F(4x4), forward pass and both gradients, one thread of a Zen 4 processor: 0.8 to 1.0 with 16 tiles, 1.2
+# and F(4x4), forward pass and gradients, one thread of a Zen 4 processor: 0.8 to 1.0 with 16 tiles, 1.2
 # with 32 tiles (64 and 512 channels), 1.1 to 1.5 with 64 tiles (32 to 512 channels).
-_LEAST_TILES = 32
+_MIN_TILES = 32
 # Smallest average number of 2x2 tiles that a 4x4 tile must replace. It is 4 if no 4x4 tile extends beyond the
 # image. The measured ratio of the times is 0.8 with 2.25, 1.0 with 2.8, and 1.2 with 3.1.
-_LEAST_SAVING = 3
+_MIN_SAVING = 3
 
 
 def conv3x3(x: torch.Tensor, w: torch.Tensor, padding: int = 1, impl: str = "auto") -> torch.Tensor:
@@ -72,15 +71,15 @@ def conv3x3(x: torch.Tensor, w: torch.Tensor, padding: int = 1, impl: str = "aut
     )
     # The compiled code processes 16 channels at a time, and none separately.
     has_full_lanes = x.shape[1] % _LANES == 0 and w.shape[0] % _LANES == 0
-    applies = has_full_lanes and alike(x, w)
+    is_supported = has_full_lanes and alike(x, w)
     # Cases in which torch is faster
-    dropped = (
-        min(x.shape[1], w.shape[0]) < _LEAST_CHANNELS
-        or x.shape[2] * x.shape[3] < _LEAST_PIXELS
+    is_slower = (
+        min(x.shape[1], w.shape[0]) < _MIN_CHANNELS
+        or x.shape[2] * x.shape[3] < _MIN_PIXELS
         or x.dtype == torch.float64
     )
     if (
-        choose("conv3x3", impl, "conv3x3", x.device.type, applies and x.device.type == "cpu", dropped)
+        choose("conv3x3", impl, "conv3x3", x.device.type, is_supported and x.device.type == "cpu", is_slower)
         == "compiled"
     ):
         tile = _tile(len(x), x.shape[2] + 2 * padding - 2, x.shape[3] + 2 * padding - 2)
@@ -91,18 +90,23 @@ def conv3x3(x: torch.Tensor, w: torch.Tensor, padding: int = 1, impl: str = "aut
 
 
 def _tile(n: int, h: int, w: int) -> int:
-    """Return the side of the tiles, 2 or 4, with which n images of h x w results are fastest.
+    """Return the side of the tiles, 2 or 4, with which the convolution is fastest.
 
     The gradients use the same side.
+
+    Args:
+        n: number of images.
+        h: number of rows of a result.
+        w: number of columns of a result.
     """
     # -(-a // b) rounds up: tiles at the border may be partly empty.
-    twos, fours = (n * -(-h // m) * -(-w // m) for m in (2, 4))
-    return 4 if fours >= _LEAST_TILES and twos >= _LEAST_SAVING * fours else 2
+    small_tile_count, large_tile_count = (n * -(-h // m) * -(-w // m) for m in (2, 4))
+    return 4 if large_tile_count >= _MIN_TILES and small_tile_count >= _MIN_SAVING * large_tile_count else 2
 
 
 def _fake(x, w, padding, transposed, tile):
     """Return an empty result, for torch.compile."""
-    height, width = (size + 2 * padding - 2 for size in x.shape[2:])
+    height, width = (length + 2 * padding - 2 for length in x.shape[2:])
     # NHWC in memory, NCHW in shape: channels-last, as the kernel returns it.
     return x.new_empty([len(x), height, width, w.shape[1 if transposed else 0]]).permute(0, 3, 1, 2)
 
@@ -167,7 +171,7 @@ define(  # d<conv3x3(x, w, padding, False, tile), grad>/dw
 
 # Smallest number of pixels of the small image for which "auto" uses the compiled op. With 512 channels, torch
 # is 1.2 times as fast as the op for 16 x 16 pixels, and 0.8 times as fast for 32 x 32.
-_LEAST_PIXELS_STRIDED = 32 * 32
+_MIN_PIXELS_STRIDED = 32 * 32
 
 
 def conv3x3_down(x: torch.Tensor, w: torch.Tensor, impl: str = "auto") -> torch.Tensor:
@@ -202,7 +206,9 @@ def conv3x3_up(x: torch.Tensor, w: torch.Tensor, impl: str = "auto") -> torch.Te
     return F.conv_transpose2d(x, w, stride=2)
 
 
-def _compiled(x: torch.Tensor, w: torch.Tensor, pixels: int, impl: str, fits: bool = True) -> bool:
+def _compiled(
+    x: torch.Tensor, w: torch.Tensor, pixels: int, impl: str, has_supported_size: bool = True
+) -> bool:
     """Return True if the compiled op with stride 2 is used.
 
     Args:
@@ -210,11 +216,11 @@ def _compiled(x: torch.Tensor, w: torch.Tensor, pixels: int, impl: str, fits: bo
         w: kernels [O, I, 3, 3].
         pixels: number of pixels of the small image.
         impl: see `conv3x3`.
-        fits: False if the op does not support the size of the image.
+        has_supported_size: False if the op does not support the size of the image.
     """
     has_full_lanes = w.shape[0] % _LANES == w.shape[1] % _LANES == 0 and w.shape[2:] == (3, 3) and x.ndim == 4
-    applies = (
-        fits
+    is_supported = (
+        has_supported_size
         and has_full_lanes
         and alike(x, w)
         and x.dtype == torch.float32
@@ -222,8 +228,11 @@ def _compiled(x: torch.Tensor, w: torch.Tensor, pixels: int, impl: str, fits: bo
         and pixels > 0
     )
     # An image that is not channels-last would have to be copied first.
-    dropped = pixels < _LEAST_PIXELS_STRIDED or not is_channels_last(x)
-    return choose("conv3x3_strided", impl, "conv3x3_strided", x.device.type, applies, dropped) == "compiled"
+    is_slower = pixels < _MIN_PIXELS_STRIDED or not is_channels_last(x)
+    return (
+        choose("conv3x3_strided", impl, "conv3x3_strided", x.device.type, is_supported, is_slower)
+        == "compiled"
+    )
 
 
 class _Convolution(torch.autograd.Function):

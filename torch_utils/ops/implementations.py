@@ -48,14 +48,16 @@ def define(
         torch.library.register_autograd(name, gradients, setup_context=save, lib=_LIB)
 
 
-def alike(first: torch.Tensor, *others: torch.Tensor) -> bool:
+def alike(first_tensor: torch.Tensor, *other_tensors: torch.Tensor) -> bool:
     """Return True if tensors meet the requirements of most compiled ops.
 
-    All tensors must have the same dtype, float32 or float64, and the same device, and the first tensor must
-    not be empty. (torch computes the ops on empty tensors.)
+    All tensors must have the same dtype, float32 or float64, and the same device. The first tensor must not
+    be empty. (torch computes the ops on empty tensors.)
     """
-    same = all(t.dtype == first.dtype and t.device == first.device for t in others)
-    return same and first.dtype in FLOATS and first.numel() > 0
+    have_same_type = all(
+        t.dtype == first_tensor.dtype and t.device == first_tensor.device for t in other_tensors
+    )
+    return have_same_type and first_tensor.dtype in FLOATS and first_tensor.numel() > 0
 
 
 def current(impl: str = "auto", who: str = "implementation") -> str:
@@ -125,7 +127,7 @@ def once(
 
 
 def choose(
-    who: str, impl: str, op: str, device_type: str, applies: bool = True, dropped: bool = False
+    who: str, impl: str, op: str, device_type: str, is_supported: bool = True, is_slower: bool = False
 ) -> str:
     """Return the implementation that a call uses: "compiled", "torch" or "ref".
 
@@ -134,9 +136,9 @@ def choose(
         impl: implementation that the caller requested.
         op: name of the compiled library.
         device_type: kind of device, such as "cpu" or "cuda".
-        applies: True if the compiled op supports these tensors (dtype, sizes, required gradients).
-        dropped: True if the compiled op is slower than plain torch for these tensors, so that "auto" does not
-            choose it.
+        is_supported: True if the compiled op supports these tensors (dtype, sizes, required gradients).
+        is_slower: True if the compiled op is slower than plain torch for these tensors, so that "auto" does
+            not choose it.
 
     Raises: ValueError for an unknown `impl`, and for "compiled" if it does not support these tensors or
         cannot be built.
@@ -145,13 +147,13 @@ def choose(
     if impl in ("torch", "ref"):
         return impl
     # This comes before `available`, which may start a compilation.
-    if impl == "auto" and (dropped or not applies):
+    if impl == "auto" and (is_slower or not is_supported):
         return "torch"
-    if applies and build.available(op, device_type):  # compiles the op on its first use
+    if is_supported and build.available(op, device_type):  # compiles the op on its first use
         return "compiled"
     if impl == "auto":
         return "torch"
-    if not applies:
+    if not is_supported:
         raise ValueError(
             f'{who}: impl="compiled" does not support these tensors (dtype, sizes, gradients).'
             ' Use impl="auto".'

@@ -3,7 +3,7 @@
 torch multiplies float32 matrices with the library MKL, which does not use AVX-512 instructions on some
 processors that have them. The library oneDNN, which is also part of torch, uses them.
 
-Shapes: A input features, B output features.
+Shapes: input features (number A), output features (number B).
 """
 
 import functools
@@ -14,9 +14,8 @@ from torch import nn
 
 from torch_utils.ops.implementations import current
 
-LARGE = (
-    1 << 22
-)  # smallest number of multiplications for which the time to look up oneDNN's kernel is negligible
+# Smallest number of multiplications for which the time to look up oneDNN's kernel is negligible
+LARGE = 1 << 22
 
 
 def linear(
@@ -89,10 +88,10 @@ class _Linear(torch.autograd.Function):
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
         need_x, need_weight, need_bias = ctx.needs_input_grad
-        rows = grad.flatten(0, -2)  # [..., B] -> [rows, B]
+        grad_rows = grad.flatten(0, -2)  # [..., B] -> [rows, B]
         return (
             linear(grad, weight.t()) if need_x else None,
             # [B, rows] @ [rows, A]; `linear` multiplies by the transpose of its second argument.
-            linear(rows.t(), x.flatten(0, -2).t()) if need_weight else None,
-            rows.sum(0) if need_bias else None,
+            linear(grad_rows.t(), x.flatten(0, -2).t()) if need_weight else None,
+            grad_rows.sum(0) if need_bias else None,
         )

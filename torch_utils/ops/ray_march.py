@@ -1,4 +1,6 @@
-"""Ray marching: compositing weights of samples in any order, and depths of the samples of the second (fine)
+"""Ray marching: compositing weights of samples in any order, and depths of the samples of the fine pass.
+
+The fine pass is the second pass of rendering. Its samples are placed by the densities of the first, coarse
 pass.
 
 Volume rendering follows Max 1995, "Optical models for direct volume rendering", as in EG3D (Chan et al.
@@ -33,15 +35,16 @@ def ray_march(
         depths: depths d [B, S] in world units, in any order. Samples of equal depth are not reordered.
         impl: see `implementations`.
 
-    Returns: the weights v of the samples [B, S], in the order of the arguments; the weighted depth, sum_k w_k
-        (d_k + d_{k+1}) / 2, [B]; and the accumulated opacity, sum_k w_k, [B].
+    Returns: three tensors. The first contains the weights v [B, S] of the samples, in the order of the
+        arguments; the second the weighted depths [B], sum_k w_k (d_k + d_{k+1}) / 2; and the third the
+        accumulated opacities [B], sum_k w_k.
     Differentiable in densities and depths, to any order. (Only the first derivative with respect to densities
         is compiled; torch computes the others.)
     Raises: ValueError for an unknown `impl`.
     """
     # The compiled op has no gradient for depths.
-    applies = _applies(densities, depths) and not (depths.requires_grad and torch.is_grad_enabled())
-    if choose("ray_march", impl, "ray_march", densities.device.type, applies) == "compiled":
+    is_supported = _applies(densities, depths) and not (depths.requires_grad and torch.is_grad_enabled())
+    if choose("ray_march", impl, "ray_march", densities.device.type, is_supported) == "compiled":
         return torch.ops.eg3d_rlhf.ray_march(densities.contiguous(), depths.contiguous())
     return ray_march_ref(densities, depths)
 
@@ -69,7 +72,8 @@ def ray_march_ref(
 
 
 def interval_weights(densities: torch.Tensor, depths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute the weights of the intervals and the depths of their centres. Differentiable in both arguments.
+    """Compute the weights of the intervals and the depths of their centres. Differentiable in densities and
+    depths.
 
     Args:
         densities: raw densities [..., S].
@@ -105,9 +109,9 @@ def importance_depths(
     Returns: depths [B, F] in the order of u, without gradients.
     Raises: ValueError for an unknown `impl`.
     """
-    applies = _applies(densities, depths, u)
+    is_supported = _applies(densities, depths, u)
     assert u.ndim == 2 and len(u) == len(depths)
-    implementation_name = choose("importance_depths", impl, "ray_march", densities.device.type, applies)
+    implementation_name = choose("importance_depths", impl, "ray_march", densities.device.type, is_supported)
     # As in EG3D, the depths have no gradient.
     with torch.no_grad():
         if implementation_name == "compiled":
@@ -147,9 +151,9 @@ def invert_density(
     pdf = weights / weights.sum(dim=-1, keepdim=True)
     cdf = torch.cat([torch.zeros_like(bins[:, :1]), torch.cumsum(pdf, dim=-1)], dim=-1)  # [B, K+1]
     # The bin whose range of the distribution contains u.
-    index = torch.searchsorted(cdf, u.contiguous(), right=True)
-    below = (index - 1).clamp_min(0)
-    above = index.clamp_max(k)
+    upper_edge_index = torch.searchsorted(cdf, u.contiguous(), right=True)
+    below = (upper_edge_index - 1).clamp_min(0)
+    above = upper_edge_index.clamp_max(k)
     cdf_below = cdf.gather(1, below)
     cdf_above = cdf.gather(1, above)
     bin_below = bins.gather(1, below)

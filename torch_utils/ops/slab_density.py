@@ -1,5 +1,4 @@
-"""Compute the raw density of a tri-plane decoder on a regular grid, from maps that depend on two coordinates
-each.
+"""Compute the raw density of a tri-plane decoder on a regular grid, from maps of two coordinates each.
 
     sigma_raw[x, y, z] = sum_j w[j] softplus(A[x, j, y] + B[x, j, z] + C[j, y, z]) + b
 
@@ -27,9 +26,8 @@ _T = TypeVar("_T")
 # Number of elements of a buffer on a CPU, 512 KiB in float32. Two
 # buffers fit into the second-level cache of a core.
 _CPU_CHUNK = 1 << 17
-_CUDA_CHUNK = (
-    1 << 24
-)  # number of elements of a buffer on CUDA, 64 MiB, which is enough to use the whole device
+# Number of elements of a buffer on CUDA, 64 MiB, which is enough to use the whole device
+_CUDA_CHUNK = 1 << 24
 # Upper bound of |h| for a pre-activation h, below which exp(h) and its factors are normal numbers in float32
 _EXP_RANGE = 85.0
 
@@ -59,39 +57,38 @@ def slab_density(
     """
     x, y, z = shape = tuple(int(n) for n in shape)
     # By the shape of a map: its name and its axis of length 1
-    kinds: dict[tuple[int, ...], tuple[str, int]] = {
+    map_kind_by_shape: dict[tuple[int, ...], tuple[str, int]] = {
         (x, len(w), y, 1): ("xy", 3),
         (x, len(w), 1, z): ("xz", 2),
         (1, len(w), y, z): ("yz", 0),
     }
     # The shape of a map shows which of the three it is.
-    names = [kinds[tuple(m.shape)] for m in maps if tuple(m.shape) in kinds]
-    if not maps or len(names) < len(maps) or (len(set(names)) != len(names) and min(shape) > 1):
+    map_kinds = [map_kind_by_shape[tuple(m.shape)] for m in maps if tuple(m.shape) in map_kind_by_shape]
+    if not maps or len(map_kinds) < len(maps) or (len(set(map_kinds)) != len(map_kinds) and min(shape) > 1):
         raise ValueError(
             "slab_density: maps must have the shapes [X, J, Y, 1], [X, J, 1, Z] or [1, J, Y, Z] with X, Y, Z"
             f" = {list(shape)} and J = {len(w)}, each at most once, got {[list(m.shape) for m in maps]}."
         )
     # With a single point along an axis, different maps have the same
     # shape, and the op could not distinguish them.
-    applies = alike(w, *maps, b) and min(shape) > 1
-    implementation_name = choose("slab_density", impl, "slab_density", w.device.type, applies)
+    is_supported = alike(w, *maps, b) and min(shape) > 1
+    implementation_name = choose("slab_density", impl, "slab_density", w.device.type, is_supported)
     if implementation_name == "ref":
         return slab_density_ref(maps, w, b, shape)
     if implementation_name == "torch":
         return _SlabDensity.apply(shape, chunk, w, b, *maps)
     # The compiled op takes the maps without their axis of length 1,
     # in a fixed order, and None for a missing map.
-    flat = {name: m.squeeze(axis).contiguous() for (name, axis), m in zip(names, maps, strict=True)}
+    flat_maps = {name: m.squeeze(axis).contiguous() for (name, axis), m in zip(map_kinds, maps, strict=True)}
     return torch.ops.eg3d_rlhf.slab_density(
-        flat.get("xy"), flat.get("xz"), flat.get("yz"), w.contiguous(), b, list(shape)
+        flat_maps.get("xy"), flat_maps.get("xz"), flat_maps.get("yz"), w.contiguous(), b, list(shape)
     )
 
 
 def slab_density_ref(
     maps: Sequence[torch.Tensor], w: torch.Tensor, b: torch.Tensor, shape: Sequence[int]
 ) -> torch.Tensor:
-    """Compute the definition of `slab_density`, with the pre-activations [X, J, Y, Z] of all points at
-    once."""
+    """Compute the definition of `slab_density`, with all pre-activations [X, J, Y, Z] at once."""
     hidden: Any = sum(m.expand(shape[0], len(w), shape[1], shape[2]) for m in maps)
     return torch.einsum("j,xjyz->xyz", w, F.softplus(hidden)) + b
 
@@ -105,8 +102,10 @@ def _save(ctx, inputs, output) -> None:
 
 @once("slab_density")
 def _gradients(ctx, grad):
-    """Return the gradients of the maps that are present (None for the others), of w and of b, and None for
-    shape."""
+    """Return the gradients of the six arguments of the op.
+
+    The gradients of missing maps and of the shape are None.
+    """
     w, *saved_maps = ctx.saved_tensors
     remaining_maps = iter(saved_maps)
     maps = [next(remaining_maps) if is_present else None for is_present in ctx.present]
@@ -139,6 +138,11 @@ def _cut(tensor: torch.Tensor, x: slice, y: slice) -> torch.Tensor:
     """Return the part of a map [X or 1, J, Y or 1, Z or 1] that belongs to a block of the grid.
 
     Axes of length 1 are not cut, because they are broadcast.
+
+    Args:
+        tensor: map.
+        x: range of x of the block.
+        y: range of y of the block.
     """
     return tensor[x if tensor.shape[0] > 1 else slice(None), :, y if tensor.shape[2] > 1 else slice(None)]
 
@@ -210,7 +214,13 @@ class _Volume:
                 yield x, y, self._fill(buffer[: math.prod(shape)].view(shape), x, y)
 
     def _fill(self, block: torch.Tensor, x: slice, y: slice) -> torch.Tensor:
-        """Write t or h of all points of a block into `block`, and return it."""
+        """Write t or h of all points of a block into `block`, and return it.
+
+        Args:
+            block: memory [x, J, y, Z] of the block.
+            x: range of x of the block.
+            y: range of y of the block.
+        """
         # t is the product of the exponentials of the maps, h is the sum of the maps.
         combine = torch.mul if self.product else torch.add
         first_factor, *other_factors = (_cut(factor, x, y) for factor in self.factors)
@@ -222,13 +232,21 @@ class _Volume:
         return block
 
     def softplus(self, block: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        """Return softplus(h) of a block. `out` is memory that may be used for the result, also the block
-        itself."""
+        """Return softplus(h) of a block.
+
+        Args:
+            block: t or h of the points, see the class.
+            out: memory that may be used for the result; it may be that of the block.
+        """
         return torch.log1p(block, out=out) if self.product else F.softplus(block)
 
     def sigmoid_(self, block: torch.Tensor, scratch: torch.Tensor) -> torch.Tensor:
-        """Replace the contents of a block by sigmoid(h), and return it. `scratch` is memory of the same
-        shape."""
+        """Replace the contents of a block by sigmoid(h), and return it.
+
+        Args:
+            block: t or h of the points, see the class.
+            scratch: memory of the same shape, which is overwritten.
+        """
         return block.div_(torch.add(block, 1, out=scratch)) if self.product else block.sigmoid_()
 
 
@@ -276,8 +294,8 @@ def _volume_gradients(
 ) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
     """Compute the gradients of w [J] and of the maps. A gradient that is not needed is None.
 
-    d/dw[j] = sum of grad * softplus(h[j]) over all points
-    d/dmap[j] = w[j] * sum of grad * sigmoid(h[j]) over the axes along which the map has the length 1
+    d/dw[j] = sum of grad * softplus(h[j]) over all points d/dmap[j] = w[j] * sum of grad * sigmoid(h[j]) over
+    the axes along which the map has the length 1
 
     Args:
         volume: iteration over the grid.
@@ -288,7 +306,9 @@ def _volume_gradients(
         need_maps: True for each map whose gradient is needed.
     """
     # Gradients of the maps, which all threads use
-    shared = [torch.zeros_like(m) if need else None for m, need in zip(maps, need_maps, strict=True)]
+    shared_grad_maps = [
+        torch.zeros_like(m) if need else None for m, need in zip(maps, need_maps, strict=True)
+    ]
 
     def work(over: range) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
         """Compute the contributions of a range of x to the gradients of w and of the maps.
@@ -298,32 +318,38 @@ def _volume_gradients(
         threads finish.
         """
         part_w = torch.zeros_like(w)
-        part_maps = [torch.zeros_like(m) if m is not None and m.shape[0] == 1 else m for m in shared]
+        part_maps = [
+            torch.zeros_like(m) if m is not None and m.shape[0] == 1 else m for m in shared_grad_maps
+        ]
         scratch = w.new_empty(0)
         for x, y, block in volume.blocks(over):
             # Grows to the largest block once, then is reused.
             scratch = scratch if scratch.numel() >= block.numel() else w.new_empty(block.numel())
             spare = scratch[: block.numel()].view(block.shape)
-            part = grad[x, y].contiguous()  # gradient of the block, [x, y, Z]
+            block_grad = grad[x, y].contiguous()  # gradient of the block, [x, y, Z]
             if need_w:
                 activation = volume.softplus(block, out=spare)
-                part_w += torch.matmul(activation.flatten(2), part.flatten(1)[..., None]).sum(dim=(0, 2))
+                part_w += torch.matmul(activation.flatten(2), block_grad.flatten(1)[..., None]).sum(
+                    dim=(0, 2)
+                )
             if any(need_maps):
                 # In place: the block is overwritten, and must not be read again.
-                slope = volume.sigmoid_(block, scratch=spare).mul_(part[:, None])  # [x, J, y, Z]
+                slope = volume.sigmoid_(block, scratch=spare).mul_(block_grad[:, None])  # [x, J, y, Z]
                 # The gradient of a broadcast map is the sum over the axes along which it was broadcast.
                 for target in (_cut(m, x, y) for m in part_maps if m is not None):
-                    summed = [axis for axis in range(4) if target.shape[axis] == 1 and slope.shape[axis] > 1]
-                    target += slope.sum(dim=summed, keepdim=True) if summed else slope
+                    broadcast_axes = [
+                        axis for axis in range(4) if target.shape[axis] == 1 and slope.shape[axis] > 1
+                    ]
+                    target += slope.sum(dim=broadcast_axes, keepdim=True) if broadcast_axes else slope
         return part_w, part_maps
 
-    results = volume.parts(work)
-    for _, part_maps in results:
-        for total, partial in zip(shared, part_maps, strict=True):
-            # `partial is total` for maps with an x axis, which were written in place.
-            if total is not None and partial is not None and partial is not total:
-                total += partial
+    range_gradients = volume.parts(work)
+    for _, part_maps in range_gradients:
+        for grad_map, range_grad_map in zip(shared_grad_maps, part_maps, strict=True):
+            # `range_grad_map is grad_map` for maps with an x axis, which were written in place.
+            if grad_map is not None and range_grad_map is not None and range_grad_map is not grad_map:
+                grad_map += range_grad_map
     # The factor w[j] is common to all terms of the sum, so it is applied once, at the end.
-    grad_maps = [None if m is None else m.mul_(w[None, :, None, None]) for m in shared]
-    grad_w: Any = sum(part_w for part_w, _ in results) if need_w else None
+    grad_maps = [None if m is None else m.mul_(w[None, :, None, None]) for m in shared_grad_maps]
+    grad_w: Any = sum(part_w for part_w, _ in range_gradients) if need_w else None
     return grad_w, grad_maps

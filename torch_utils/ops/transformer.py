@@ -1,12 +1,12 @@
-"""Transformer layers for long sequences on a CPU, which are computed in tiles and recomputed in the backward
-pass.
+"""Transformer layers for long sequences on a CPU, computed in tiles and recomputed in the backward pass.
 
 A tile is a part of the rows of a matrix whose results fit into the processor's cache. Self-attention (Vaswani
-et al. 2017) computes the scores of one head for a tile of queries at a time. Queries and keys are normalised
-for each head, so that no normalised copy of them is stored. The feed-forward layer (linear layer, GELU in its
-tanh approximation, linear layer) is computed for a tile of rows at a time.
+et al. 2017) computes the scores of one attention head for a tile of queries at a time. Queries and keys are
+normalised for each head, so that no normalised copy of them is stored. The feed-forward layer (linear layer,
+GELU in its tanh approximation, linear layer) is computed for a tile of rows at a time.
 
-Shapes: N samples, T tokens, H heads, D channels of a head; A input and output features, B hidden features.
+Shapes: N samples, T tokens, H attention heads, D channels of an attention head; input and output features
+(number A), hidden features (number B).
 """
 
 import torch
@@ -23,7 +23,7 @@ def self_attention(
     qkv: torch.Tensor,
     q_gain: torch.Tensor | None = None,
     k_gain: torch.Tensor | None = None,
-    result: torch.Tensor | None = None,
+    known_result: torch.Tensor | None = None,
     *,
     impl: str = "auto",
 ) -> torch.Tensor:
@@ -34,8 +34,8 @@ def self_attention(
         q_gain: gain [H, D] of the queries, which are first replaced by q / |q| * gain; None does not
             normalise them.
         k_gain: gain [H, D] of the keys, in the same way.
-        result: result [N, T, H, D], if it was computed before. It is returned without computing it again, and
-            has the gradients of the formula. None computes the result.
+        known_result: result [N, T, H, D], if it was computed before. It is returned without computing it
+            again, and has the gradients of the formula. None computes the result.
         impl: see `torch_utils.ops.implementations`. "ref" is torch's fused attention; the other
             implementations agree with it up to rounding.
 
@@ -43,7 +43,7 @@ def self_attention(
     Differentiable in: qkv, q_gain, k_gain (only once, if tiles are used).
     """
     if tiled(qkv, impl):
-        return _SelfAttention.apply(qkv.contiguous(), q_gain, k_gain, (result,))
+        return _SelfAttention.apply(qkv.contiguous(), q_gain, k_gain, (known_result,))
     q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))  # [N, T, H, D] -> [N, H, T, D]
     q, k = (
         x if gain is None else F.normalize(x, dim=-1) * gain[:, None]
@@ -58,8 +58,10 @@ def tiled(qkv: torch.Tensor, impl: str = "auto") -> bool:
 
 
 class _SelfAttention(torch.autograd.Function):
-    """Autograd function of the tiled self-attention. It stores only qkv and the gains for the backward
-    pass."""
+    """Autograd function of the tiled self-attention.
+
+    It stores only qkv and the gains for the backward pass.
+    """
 
     @staticmethod
     def forward(ctx, qkv, q_gain, k_gain, result_in_tuple):
@@ -68,23 +70,23 @@ class _SelfAttention(torch.autograd.Function):
         # otherwise treat it as an input with a gradient.
         if result_in_tuple[0] is not None:
             return result_in_tuple[0].detach()
-        out = torch.empty_like(qkv[:, :, 0])  # [N, T, H, D]
+        attended = torch.empty_like(qkv[:, :, 0])  # [N, T, H, D]
         for n, h in _heads(qkv):
             q, k, v = (_head(qkv[n, :, i, h], gain, h)[0] for i, gain in enumerate((q_gain, k_gain, None)))
             q = (
                 q * q.shape[-1] ** -0.5
             )  # q has fewer elements than the scores, so it is scaled and not the scores
             v = v.t()  # `product` multiplies by the transpose of its second argument
-            for query_tile, out_tile in zip(*_tiles(q, out[n, :, h]), strict=True):
+            for query_tile, attended_tile in zip(*_tiles(q, attended[n, :, h]), strict=True):
                 scores = product(query_tile, k)  # [tile, T]
-                out_tile.copy_(product(torch.softmax(scores, -1, out=scores), v))
-        return out
+                attended_tile.copy_(product(torch.softmax(scores, -1, out=scores), v))
+        return attended
 
     @staticmethod
     @once("self_attention")
     def backward(ctx, grad):
         qkv, *gains = ctx.saved_tensors
-        # Names to_x stand for the gradient with respect to x.
+        # A name that begins with to_ is a gradient: to_x is the gradient with respect to x.
         to_qkv = torch.empty_like(qkv)
         to_gains = [
             torch.zeros_like(gain) if is_needed else None
@@ -129,7 +131,7 @@ class _SelfAttention(torch.autograd.Function):
 
 
 def _heads(qkv: torch.Tensor) -> list[tuple[int, int]]:
-    """Return the index pairs (sample, head) of all heads of qkv [N, T, 3, H, D]."""
+    """Return the index pairs (sample, attention head) of all attention heads of qkv [N, T, 3, H, D]."""
     return [(n, h) for n in range(qkv.shape[0]) for h in range(qkv.shape[3])]
 
 
@@ -194,8 +196,10 @@ def feed_forward(
 
 
 class _FeedForward(torch.autograd.Function):
-    """Autograd function of the tiled feed-forward layer. It stores only its arguments for the backward
-    pass."""
+    """Autograd function of the tiled feed-forward layer.
+
+    It stores only its arguments for the backward pass.
+    """
 
     @staticmethod
     def forward(ctx, x, weight_1, bias_1, weight_2, bias_2, skip):
@@ -203,18 +207,18 @@ class _FeedForward(torch.autograd.Function):
         # The backward pass computes hidden values again, so it does not need the result.
         if skip:
             return x.new_zeros([]).expand_as(x)  # takes the memory of one number
-        out = torch.empty_like(x)
-        for x_tile, out_tile in zip(*_parts(len(weight_1), x, out), strict=True):
+        outputs = torch.empty_like(x)
+        for x_tile, output_tile in zip(*_parts(len(weight_1), x, outputs), strict=True):
             hidden = product(x_tile, weight_1, bias_1)
-            out_tile.copy_(product(F.gelu(hidden, approximate="tanh"), weight_2, bias_2))
-        return out
+            output_tile.copy_(product(F.gelu(hidden, approximate="tanh"), weight_2, bias_2))
+        return outputs
 
     @staticmethod
     @once("feed_forward")
     def backward(ctx, grad):
         x, weight_1, bias_1, weight_2 = ctx.saved_tensors
         need_x, *need_parameters, _ = ctx.needs_input_grad
-        # Names to_x stand for the gradient with respect to x.
+        # A name that begins with to_ is a gradient: to_x is the gradient with respect to x.
         to_x = torch.empty_like(x) if need_x else None
         # weight_2[:, 0] has the shape of the second bias, which is not stored.
         parameters = (weight_1, bias_1, weight_2, weight_2[:, 0])

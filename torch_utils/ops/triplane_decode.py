@@ -11,8 +11,7 @@ is linear. Released EG3D checkpoints project onto (x, y), (x, z) and (z, x), so 
 and added to the second one.
 
 Shapes: N samples, K planes (K' after the addition), C channels of a plane, H x W pixels of a plane, P points,
-    J hidden
-units, D colour features (0: only the density is computed).
+J hidden units, D colour features (0: only the density is computed).
 """
 
 from typing import Any, NamedTuple
@@ -82,21 +81,21 @@ def projection_axes(plane_axes: torch.Tensor) -> Pairs | None:
     return tuple(pairs)
 
 
-def project_onto_planes(planes: torch.Tensor, coordinates: torch.Tensor) -> torch.Tensor:
+def project_onto_planes(plane_axes: torch.Tensor, coordinates: torch.Tensor) -> torch.Tensor:
     """Compute the (width, height) coordinates of points on every plane.
 
     They are the first two components of coordinates @ inverse(plane).
 
     Args:
-        planes: bases of the planes, [K, 3, 3].
+        plane_axes: bases of the planes, [K, 3, 3].
         coordinates: points [N, P, 3].
 
     Returns: coordinates [N*K, P, 2]; the index of the plane varies fastest.
     """
     n, p, _ = coordinates.shape
-    inverse = torch.linalg.inv(planes.to(coordinates))  # [K, 3, 3]
+    inverse = torch.linalg.inv(plane_axes.to(coordinates))  # [K, 3, 3]
     projected = coordinates.unsqueeze(1) @ inverse.unsqueeze(0)  # [N, K, P, 3]
-    return projected[..., :2].reshape(n * planes.shape[0], p, 2)
+    return projected[..., :2].reshape(n * plane_axes.shape[0], p, 2)
 
 
 def sample_planes_channels_first(
@@ -135,13 +134,17 @@ def merge_planes(planes: torch.Tensor, pairs: Pairs) -> MergedPlanes:
             opposite order of an earlier plane's axes is transposed.
     """
     is_square = planes.shape[3] == planes.shape[4]
-    sums: dict[tuple[int, int], torch.Tensor] = {}  # by (width axis, height axis)
+    sum_by_axes: dict[tuple[int, int], torch.Tensor] = {}  # by (width axis, height axis)
     # One plane [N, H, W, C] after the other
     for (width, height), plane in zip(pairs, planes.permute(0, 3, 4, 1, 2).unbind(3), strict=True):
-        if is_square and (height, width) in sums:
+        if is_square and (height, width) in sum_by_axes:
             width, height, plane = height, width, plane.transpose(1, 2)
-        sums[width, height] = sums[width, height] + plane if (width, height) in sums else plane
-    return MergedPlanes(torch.stack(list(sums.values()), dim=1).contiguous(), tuple(sums), len(pairs))
+        sum_by_axes[width, height] = (
+            sum_by_axes[width, height] + plane if (width, height) in sum_by_axes else plane
+        )
+    return MergedPlanes(
+        torch.stack(list(sum_by_axes.values()), dim=1).contiguous(), tuple(sum_by_axes), len(pairs)
+    )
 
 
 def triplane_decode(
@@ -190,13 +193,13 @@ def triplane_decode(
     aligned = merged is not None or pairs is not None
     # The compiled op has no gradient with respect to points.
     has_fixed_points = not (points.requires_grad and torch.is_grad_enabled())
-    applies = (
+    is_supported = (
         aligned
         and has_fixed_points
         and alike(points, planes, *weights)
         and (planes.device.type != "cuda" or _fits_cuda(planes, weights))
     )
-    implementation_name = choose("triplane_decode", impl, "triplane_decode", planes.device.type, applies)
+    implementation_name = choose("triplane_decode", impl, "triplane_decode", planes.device.type, is_supported)
     if implementation_name == "ref" or not aligned:
         if not isinstance(plane_axes, torch.Tensor):
             # Bases of which `projection_axes` returns these pairs. The axes have the sum 3, so 3 - width -
@@ -250,17 +253,17 @@ def triplane_decode_ref(
     w0, b0, w1, b1 = weights
     # [N, K, C, P] -> mean over planes [N, C, P] -> [N, P, C]
     features = sample_planes_channels_first(plane_axes, planes, points, box_warp).mean(dim=1).transpose(1, 2)
-    out = F.linear(F.softplus(F.linear(features, w0, b0)), w1, b1)
-    return torch.sigmoid(out[..., 1:]) * _SCALE - _SHIFT, out[..., :1]
+    decoded = F.linear(F.softplus(F.linear(features, w0, b0)), w1, b1)
+    return torch.sigmoid(decoded[..., 1:]) * _SCALE - _SHIFT, decoded[..., :1]
 
 
 def _decode_torch(
-    sums: torch.Tensor, pairs: Pairs, points: torch.Tensor, *weights: torch.Tensor
+    merged_planes: torch.Tensor, pairs: Pairs, points: torch.Tensor, *weights: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute `triplane_decode` of merged planes in plain torch.
 
     Args:
-        sums: planes [N, K', H, W, C].
+        merged_planes: planes [N, K', H, W, C].
         pairs: world axes of the planes.
         points: points [N, P, 3], -1..1 on the planes.
         weights: w0, b0, w1 and b1 of the decoder; w0 is divided by the number of planes K.
@@ -268,24 +271,25 @@ def _decode_torch(
     # Chunks limit the memory on a CPU. With gradients they would not,
     # because all chunks are stored for the backward pass.
     if points.device.type != "cpu" or (
-        torch.is_grad_enabled() and any(t.requires_grad for t in (sums, points, *weights))
+        torch.is_grad_enabled() and any(t.requires_grad for t in (merged_planes, points, *weights))
     ):
-        return _decode_torch_chunk(sums, pairs, points, *weights)
-    results = [
-        _decode_torch_chunk(sums, pairs, chunk, *weights) for chunk in points.split(_POINT_CHUNK, dim=1)
+        return _decode_torch_chunk(merged_planes, pairs, points, *weights)
+    chunk_results = [
+        _decode_torch_chunk(merged_planes, pairs, chunk, *weights)
+        for chunk in points.split(_POINT_CHUNK, dim=1)
     ]
-    features, sigma = (torch.cat(chunks, dim=1) for chunks in zip(*results, strict=True))
+    features, sigma = (torch.cat(chunks, dim=1) for chunks in zip(*chunk_results, strict=True))
     return features, sigma
 
 
-def _decode_torch_chunk(sums, pairs, points, w0, b0, w1, b1) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute `_decode_torch` for all points at once."""
+def _decode_torch_chunk(merged_planes, pairs, points, w0, b0, w1, b1) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute `_decode_torch` for all points at once. The arguments are those of `_decode_torch`."""
     # torch's grid_sample has a gradient with respect to points. grid_sample_gradfix has a second derivative
     # with respect to planes.
     use_gradfix = not points.requires_grad
     sampled: Any = None
     for k, pair in enumerate(pairs):
-        plane = sums[:, k].permute(0, 3, 1, 2)  # [N, C, H, W], channels last in memory
+        plane = merged_planes[:, k].permute(0, 3, 1, 2)  # [N, C, H, W], channels last in memory
         grid = points[:, None, :, list(pair)]  # [N, 1, P, 2]
         plane_features = (
             grid_sample_gradfix.grid_sample(plane, grid)
@@ -294,8 +298,8 @@ def _decode_torch_chunk(sums, pairs, points, w0, b0, w1, b1) -> tuple[torch.Tens
         )
         # w0 is divided by the number of planes, so the features are added.
         sampled = plane_features if sampled is None else sampled + plane_features
-    out = F.linear(F.softplus(F.linear(sampled.squeeze(2).transpose(1, 2), w0, b0)), w1, b1)
-    return torch.sigmoid(out[..., 1:]) * _SCALE - _SHIFT, out[..., :1]
+    decoded = F.linear(F.softplus(F.linear(sampled.squeeze(2).transpose(1, 2), w0, b0)), w1, b1)
+    return torch.sigmoid(decoded[..., 1:]) * _SCALE - _SHIFT, decoded[..., :1]
 
 
 def _save(ctx, inputs, output) -> None:
@@ -313,10 +317,10 @@ def _gradients(ctx, grad_features, grad_sigma):
         pairs = tuple(zip(ctx.axes[::2], ctx.axes[1::2], strict=True))
         # Points are detached, because the op has no gradient with respect to them.
         inputs = [t for t in (planes, *weights) if t.requires_grad]
-        outputs = _decode_torch_chunk(planes, pairs, points.detach(), *weights)
+        decoded = _decode_torch_chunk(planes, pairs, points.detach(), *weights)
         grads_in_order = iter(
             torch.autograd.grad(
-                outputs, inputs, (grad_features, grad_sigma), create_graph=True, allow_unused=True
+                decoded, inputs, (grad_features, grad_sigma), create_graph=True, allow_unused=True
             )
         )
         grad_planes, *grad_weights = (

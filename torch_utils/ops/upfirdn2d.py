@@ -1,8 +1,7 @@
 """Resample images with a FIR filter, as the StyleGAN networks do: insert zeros, pad, filter, and drop pixels.
 
 Shapes: N images, C channels, H x W pixels, K taps of a filter (KH x KW in two dimensions). Paddings are in
-    pixels of
-the image with inserted zeros; negative paddings crop.
+pixels of the image with inserted zeros; negative paddings crop.
 
 All functions are linear in x and therefore differentiable in x to any order. The filter is a constant.
 """
@@ -39,8 +38,8 @@ def setup_filter(
         normalize: True scales the taps so that their sum is 1.
         flip_filter: True reverses the taps.
         gain: factor of the two-dimensional filter.
-        separable: True keeps taps [K], which are applied along both axes. False replaces them by their outer
-            product. None does the former for at least 8 taps.
+        separable: True keeps taps [K], which are applied along rows and columns. False replaces them by their
+            outer product. None does the former for at least 8 taps.
 
     Returns: taps, float32 [K] or [KH, KW].
     """
@@ -81,7 +80,7 @@ def upfirdn2d(
 
     Args:
         x: images [N, C, H, W].
-        f: taps from `setup_filter`, [K] for both axes or [KH, KW]; None does not filter.
+        f: taps from `setup_filter`, [K] for rows and columns or [KH, KW]; None does not filter.
         up: factor of the upsampling, >= 1, or a pair of factors (x, y).
         down: factor of the downsampling, >= 1, or a pair of factors (x, y).
         padding: padding in pixels: one number, (x, y), or (x_before, x_after, y_before, y_after). Negative
@@ -101,15 +100,14 @@ def upfirdn2d(
     padding = _parse_padding(padding)
     # detach(), because the filter is a constant.
     f = torch.ones([1, 1], device=x.device) if f is None else f.detach()
-    for size, k in zip(_padded_size(x, up, padding), filter_size(f), strict=True):
-        if size < k:
+    for padded_length, k in zip(_padded_size(x, up, padding), filter_size(f), strict=True):
+        if padded_length < k:
             raise ValueError(
-                f"upfirdn2d: after padding, images of the shape {list(x.shape)} have {size} pixels along an"
-                f" axis, but"
-                f" the filter needs at least {k}. Use larger images."
+                f"upfirdn2d: after padding, images of the shape {list(x.shape)} have {padded_length} pixels"
+                f" along an axis, but the filter needs at least {k}. Use larger images."
             )
-    applies = x.dtype in COMPILED_DTYPES[x.device.type == "cuda"] and x.numel() > 0
-    implementation_name = choose("upfirdn2d", impl, "upfirdn2d", x.device.type, applies)
+    is_supported = x.dtype in COMPILED_DTYPES[x.device.type == "cuda"] and x.numel() > 0
+    implementation_name = choose("upfirdn2d", impl, "upfirdn2d", x.device.type, is_supported)
     if implementation_name != "compiled":
         function = upfirdn2d_ref if implementation_name == "ref" else _upfirdn2d_torch
         return function(x, f, up, down, padding, flip_filter, gain)
@@ -181,8 +179,8 @@ def _filter_pass(
         return F.conv2d(
             x, kernel, stride=(down[1], down[0]), padding=(conv_padding[1], conv_padding[0]), groups=channels
         )
-    # A transposed convolution uses the kernel in the opposite
-    # direction, so the flip is the opposite of that above.
+    # A transposed convolution uses the kernel in the opposite direction, so the flip is the opposite of that
+    # above.
     kernel = (f.flip([0, 1]) if flip_filter else f).expand(channels, 1, kh, kw)
     # Pixels of z that are cropped at (x_before, x_after, y_before, y_after)
     crop = (kw - 1 - x0, kw - up[0] - x1, kh - 1 - y0, kh - up[1] - y1)
@@ -220,12 +218,15 @@ def _save(ctx, inputs, output) -> None:
     ctx.save_for_backward(f)
     ctx.padding = []
     for axis, k in enumerate(filter_size(f)):
-        before = padding[2 * axis]
-        size = x.shape[3 - axis]  # axis 0 is x, the last axis of the tensor
-        out_size = output.shape[3 - axis]
-        # With this padding the transpose has exactly `size` pixels,
+        pad_before = padding[2 * axis]
+        input_length = x.shape[3 - axis]  # axis 0 is x, the last axis of the tensor
+        output_length = output.shape[3 - axis]
+        # With this padding the transpose has exactly `input_length` pixels,
         # for any remainder of the division by `down`.
-        ctx.padding += [k - 1 - before, (size - 1) * ctx.up[axis] - out_size * ctx.down[axis] + 1 + before]
+        ctx.padding += [
+            k - 1 - pad_before,
+            (input_length - 1) * ctx.up[axis] - output_length * ctx.down[axis] + 1 + pad_before,
+        ]
 
 
 def _gradients(ctx, grad):
@@ -316,10 +317,15 @@ def downsample2d(
 
 
 def same_size_padding(f: torch.Tensor | None, padding: Scale = 0, up: Scale = 1, down: Scale = 1) -> Pads:
-    """Return the padding with which `upfirdn2d` returns images of exactly up / down times the size, plus
-    `padding`.
+    """Compute the padding with which `upfirdn2d` returns images of exactly up / down times the size.
 
-    One of the two factors must be 1.
+    Args:
+        f: filter from `setup_filter`; None is a filter of one tap.
+        padding: padding that is added; see `upfirdn2d`.
+        up: factor of the upsampling, or a pair of factors (x, y).
+        down: factor of the downsampling, or a pair of factors (x, y). It must be 1 if `up` is larger than 1.
+
+    Returns: the padding (x_before, x_after, y_before, y_after).
     """
     pads = _parse_padding(padding)
     filter_pads = []  # padding for the filter: x_before, x_after, y_before, y_after

@@ -1,8 +1,9 @@
 """Parts of a residual squeeze-and-excitation block on volumes, and their gradients, on a CPU.
 
     conv     y = conv3x3x3(scale * x + shift, zeros outside), optionally plus a residual and followed by a
-    ReLU up       y = skip + the transposed convolution (3x3x3, stride 2, padding 1) of x, resampled to the
-             size of `skip` by nearest neighbour: voxel i reads voxel int(i * in / out)
+             ReLU
+    up       y = skip + the transposed convolution (3x3x3, stride 2, padding 1) of x, resampled to
+             the size of `skip` by nearest neighbour: voxel i reads voxel int(i * in / out)
     gate     y = h * max(channel gate, sigmoid(w . h + b)) for h >= 0
     profile  largest value in each depth slice of a 1x1x1 convolution after `gate`
 
@@ -27,9 +28,8 @@ import torch.nn.functional as F
 from torch_utils.ops.implementations import choose, define
 
 _LANES = 8  # number of output channels that are computed together
-_LEAST_WIDTH = (
-    4  # smallest W for which "auto" uses the compiled op; narrower volumes do not fill vector registers
-)
+# Smallest W for which "auto" uses the compiled op; narrower volumes do not fill vector registers
+_MIN_WIDTH = 4
 # The compiled ops write their main result y into memory that the caller supplies (Tensor(a!) y).
 define(
     "volume_conv(Tensor x, Tensor scale, Tensor shift, Tensor u, Tensor? residual, Tensor? mix, bool relu,"
@@ -68,13 +68,17 @@ _TAPS = (
 
 
 def _compiled(impl: str, *tensors: torch.Tensor | None) -> bool:
-    """Return True if the compiled op is used. It has no autograd formula, so no tensor may need a
-    gradient."""
+    """Return True if the compiled op is used.
+
+    It has no autograd formula, so no tensor may need a gradient.
+    """
     present_tensors = [t for t in tensors if t is not None]
     supported = all(t.dtype == torch.float32 and t.device.type == "cpu" for t in present_tensors)
-    applies = supported and not (torch.is_grad_enabled() and any(t.requires_grad for t in present_tensors))
+    is_supported = supported and not (
+        torch.is_grad_enabled() and any(t.requires_grad for t in present_tensors)
+    )
     device_type = present_tensors[0].device.type
-    return choose("volume_block", impl, "volume_block", device_type, applies) == "compiled"
+    return choose("volume_block", impl, "volume_block", device_type, is_supported) == "compiled"
 
 
 def transformed_kernel(w: torch.Tensor) -> torch.Tensor:
@@ -102,8 +106,13 @@ def transposed_kernel(w: torch.Tensor) -> torch.Tensor:
 
 
 def _memory(out: torch.Tensor | None, like: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    """Return memory for a result of a shape: `out` if it is given (after a check), and new memory
-    otherwise."""
+    """Return memory for a result.
+
+    Args:
+        out: memory of the caller, which is checked and returned; None allocates new memory.
+        like: tensor whose dtype and device the new memory has.
+        shape: shape of the result.
+    """
     if out is None:
         return like.new_empty(shape)
     assert out.shape == torch.Size(shape) and out.is_contiguous() and out.dtype == like.dtype
@@ -155,8 +164,8 @@ def volume_conv(
         and x.shape[1] in (1, inputs)
         and (w.ndim == 5 or len(w) == samples)
     )
-    fits = w.shape[-5] % _LANES == 0 and (impl == "compiled" or x.shape[4] >= _LEAST_WIDTH)
-    if fits and _compiled(impl, x, scale, shift, residual, mix):
+    has_full_lanes = w.shape[-5] % _LANES == 0 and (impl == "compiled" or x.shape[4] >= _MIN_WIDTH)
+    if has_full_lanes and _compiled(impl, x, scale, shift, residual, mix):
         u = transformed_kernel(w) if u is None else u
         residual, mix = (None if t is None else t.contiguous() for t in (residual, mix))
         # The caller may supply memory, so that several layers can use the same memory.
@@ -293,7 +302,7 @@ def volume_conv_gradient(
     h: torch.Tensor,
     factors: torch.Tensor,
     u: torch.Tensor,
-    other: torch.Tensor,
+    conv_input: torch.Tensor,
     mix: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute the gradient of `volume_conv` with respect to its scaled and shifted input.
@@ -305,16 +314,16 @@ def volume_conv_gradient(
         g: gradient [N, O, D, H, W] of the normalised result.
         h: result of the convolution after its ReLU, [N, O, D, H, W].
         factors: factors f0, f1 and f2, [N, O, 3].
-        u: `transformed_kernel(turned(w))` for the kernels w of the convolution.
-        other: input of the convolution [N, C, D, H, W]; with `mix` [N, 1, D, H, W].
-        mix: factor and offset [C, 2] that make each input channel from the single channel of `other`.
+        u: `transformed_kernel(adjoint_kernel(w))` for the kernels w of the convolution.
+        conv_input: input of the convolution [N, C, D, H, W]; with `mix` [N, 1, D, H, W].
+        mix: factor and offset [C, 2] that make each input channel from the single channel of `conv_input`.
 
     Returns: the gradient y [N, C, D, H, W], and the sums of y and y * other over each channel, [N, C, 2]
         float64.
     """
     # u has the form of `transformed_kernel`, [1, C/8, ...], for C outputs of this convolution.
     y = g.new_empty([len(g), u.shape[1] * _LANES, *g.shape[2:]])
-    return y, torch.ops.eg3d_rlhf.volume_conv_gradient(g, h, factors.contiguous(), u, other, mix, y)
+    return y, torch.ops.eg3d_rlhf.volume_conv_gradient(g, h, factors.contiguous(), u, conv_input, mix, y)
 
 
 def volume_conv_weight(
@@ -363,7 +372,8 @@ def volume_gate_gradient(
         full: gradient of the result [N, C, D, H, W]; None for 0.
         pooled: gradient of the maxima over blocks; None for 0.
 
-    Returns: the gradient of h [N, C, D, H, W]; and [N, 2 C + 1] float64, the gradients of channel, w and b.
+    Returns: the gradient of h [N, C, D, H, W]; and the gradients of channel, w and b in one float64 tensor
+        [N, 2 C + 1].
     """
     full, pooled = (None if t is None else t.contiguous() for t in (full, pooled))
     y = torch.empty_like(h)  # gradient of h; the other gradients are the op's result
@@ -375,8 +385,8 @@ def volume_gate_gradient(
 def volume_join(
     g: torch.Tensor,
     h: torch.Tensor,
-    inner: torch.Tensor,
-    r: torch.Tensor,
+    inner_grad: torch.Tensor,
+    residual: torch.Tensor,
     factors: torch.Tensor,
     mix: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -385,37 +395,40 @@ def volume_join(
     Args:
         g: incoming gradient [N, C, D, H, W]. Without `mix`, it is overwritten.
         h: volume whose sign is the mask of the ReLU, [N, C, D, H, W].
-        inner: gradient from the convolutions of the block, [N, C, D, H, W].
-        r: residual [N, C, D, H, W]; with `mix` [N, 1, D, H, W].
+        inner_grad: gradient from the convolutions of the block, [N, C, D, H, W].
+        residual: residual [N, C, D, H, W]; with `mix` [N, 1, D, H, W].
         factors: factors f0 to f3 of each channel, [N, C, 4].
         mix: factor and offset [C, 2] that make each channel of the residual from the single channel of r.
 
     Returns: the gradient, in the memory of g; with `mix` the gradient of the single channel, in new memory.
     """
     # Without `mix` the shapes are equal, and the incoming gradient is not needed afterwards.
-    y = g if mix is None else torch.empty_like(r)
-    torch.ops.eg3d_rlhf.volume_join(g, h, inner, r, factors.contiguous(), mix, y)
+    y = g if mix is None else torch.empty_like(residual)
+    torch.ops.eg3d_rlhf.volume_join(g, h, inner_grad, residual, factors.contiguous(), mix, y)
     return y
 
 
-def volume_up_gradient(grad: torch.Tensor, u: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+def volume_up_gradient(grad: torch.Tensor, u: torch.Tensor, input_size: Sequence[int]) -> torch.Tensor:
     """Compute the gradient of `volume_up` with respect to x.
 
     Args:
         grad: gradient of the result, [N, O, D, H, W].
         u: `transposed_kernel(w.transpose(0, 1))` for the kernels w.
-        size: depth, height and width of x.
+        input_size: depth, height and width of x.
 
     Returns: the gradient [N, C, *size].
     """
-    y = grad.new_empty([len(grad), u.shape[0] * _LANES, *size])  # u is [C/8, O, 27, 8]
+    y = grad.new_empty([len(grad), u.shape[0] * _LANES, *input_size])  # u is [C/8, O, 27, 8]
     torch.ops.eg3d_rlhf.volume_up_gradient(grad.contiguous(), u, y)
     return y
 
 
 def adjoint_kernel(w: torch.Tensor) -> torch.Tensor:
-    """Return the kernels [C, O, 3, 3, 3] of the gradient of a convolution with the kernels w [O, C, 3, 3,
-    3]."""
+    """Return the kernels [C, O, 3, 3, 3] of the gradient of a convolution.
+
+    Args:
+        w: kernels [O, C, 3, 3, 3] of the convolution.
+    """
     # The adjoint of a convolution exchanges input and output channels and reverses the taps.
     return w.transpose(0, 1).flip(2, 3, 4)
 

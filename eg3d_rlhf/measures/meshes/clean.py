@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from eg3d_rlhf.geometry.files.model import check_triangles
-from eg3d_rlhf.measures.meshes.settings import MOST_TOLERANCE, TOLERANCE, UPS
+from eg3d_rlhf.measures.meshes.settings import MAX_TOLERANCE, TOLERANCE, UPS
 from training.config import check_choice
 
 
@@ -45,15 +45,15 @@ def clean_mesh(
     Args:
         vertices: positions [V, 3] in the file's units.
         faces: vertex indices [F, 3].
-        tolerance: welding tolerance as a share of the longest edge, 0 < tolerance <= MOST_TOLERANCE.
+        tolerance: welding tolerance as a share of the longest edge, 0 < tolerance <= MAX_TOLERANCE.
         up: axis that points up in the file, 'y' (glTF) or 'z' (STL, OBJ of CAD).
 
     Raises: ValueError if the mesh is empty, not finite, without area, or refers to vertices that do not
         exist, or if an argument is outside its range.
     """
-    if not 0 < tolerance <= MOST_TOLERANCE:
+    if not 0 < tolerance <= MAX_TOLERANCE:
         raise ValueError(
-            f"--weld={tolerance:g} must be greater than 0 and at most {MOST_TOLERANCE:g} (as a share of the"
+            f"--weld={tolerance:g} must be greater than 0 and at most {MAX_TOLERANCE:g} (as a share of the"
             " longest edge)."
         )
     check_choice("--up", up, UPS)
@@ -61,25 +61,27 @@ def clean_mesh(
     faces = np.asarray(faces)
     check_triangles(vertices, faces)
     vertices, faces = _drop_unused(vertices, faces.astype(np.int64))
-    low = vertices.min(axis=0)
-    high = vertices.max(axis=0)
+    lowest_corner = vertices.min(axis=0)
+    highest_corner = vertices.max(axis=0)
     # Coordinates near the largest float overflow; the check below reports that as not finite.
     with np.errstate(over="ignore", invalid="ignore"):
-        edge = float((high - low).max())
-    if not np.isfinite(edge):
+        longest_edge = float((highest_corner - lowest_corner).max())
+    if not np.isfinite(longest_edge):
         raise ValueError("The mesh has a position that is NaN, infinite or too large. Export the mesh again.")
-    if edge < 1e-150:  # squares of such lengths underflow to 0
+    if longest_edge < 1e-150:  # squares of such lengths underflow to 0
         raise ValueError(
             "The mesh has no size: all its points are at almost the same position. Export it in larger units."
         )
     # Halves are added, since low + high could overflow.
-    x = (vertices - (low / 2 + high / 2)) / edge
+    scaled_positions = (vertices - (lowest_corner / 2 + highest_corner / 2)) / longest_edge
     if up == "z":
         # A rotation about x by -90 degrees, which keeps the winding.
-        x = np.stack([x[:, 0], x[:, 2], -x[:, 1]], axis=1)
+        scaled_positions = np.stack(
+            [scaled_positions[:, 0], scaled_positions[:, 2], -scaled_positions[:, 1]], axis=1
+        )
     # Vertices in the same cell become one vertex, at the position of the first of them in the file.
     cells, first_vertex, cell_of_vertex = np.unique(
-        np.rint(x / tolerance).astype(np.int64), axis=0, return_index=True, return_inverse=True
+        np.rint(scaled_positions / tolerance).astype(np.int64), axis=0, return_index=True, return_inverse=True
     )
     # numpy versions differ in the shape of the inverse, so it is flattened.
     welded_faces = cell_of_vertex.reshape(-1)[faces]
@@ -91,15 +93,15 @@ def clean_mesh(
     unique_faces = proper_faces[np.sort(first_occurrence)]
     if not len(unique_faces):
         raise ValueError("The mesh has no face with an area. Export the mesh again.")
-    points, unique_faces = _drop_unused(x[first_vertex], unique_faces)
+    welded_positions, unique_faces = _drop_unused(scaled_positions[first_vertex], unique_faces)
     mesh = CleanMesh(
-        vertices=points,
+        vertices=welded_positions,
         faces=unique_faces,
-        edge=edge,
-        welded=len(x) - len(cells),
+        edge=longest_edge,
+        welded=len(scaled_positions) - len(cells),
         degenerate=int((~has_three_vertices).sum()),
         duplicate=len(proper_faces) - len(unique_faces),
-        raw_open_share=_open_share(faces, len(x)),
+        raw_open_share=_open_share(faces, len(scaled_positions)),
         tolerance=tolerance,
     )
     # Faces with three different vertices on a line have no area either.
@@ -109,8 +111,10 @@ def clean_mesh(
 
 
 def face_areas(mesh: CleanMesh) -> tuple[np.ndarray, np.ndarray]:
-    """Compute the unit normals [F, 3] and the areas [F] of all faces. Faces without area have the normal
-    0."""
+    """Compute the unit normals [F, 3] and the areas [F] of all faces.
+
+    Faces without area have the normal 0.
+    """
     a, b, c = (mesh.vertices[mesh.faces[:, i]] for i in range(3))
     normals = np.cross(b - a, c - a)
     double_area = np.linalg.norm(normals, axis=1)
@@ -121,7 +125,14 @@ def face_areas(mesh: CleanMesh) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _drop_unused(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Drop the vertices that no face uses, and renumber the vertices in the faces."""
+    """Drop the vertices that no face uses, and renumber the others in the faces.
+
+    Args:
+        vertices: positions [V, 3].
+        faces: vertex indices [F, 3].
+
+    Returns: the vertices that are used, and the faces [F, 3] with the new indices.
+    """
     is_used = np.zeros(len(vertices), dtype=bool)
     is_used[faces.reshape(-1)] = True
     # The new number of a vertex is the count of used vertices before it.
@@ -129,7 +140,12 @@ def _drop_unused(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, n
 
 
 def _open_share(faces: np.ndarray, vertex_count: int) -> float:
-    """Compute the share of edges that only one face uses, 0..1; 0 without any edge."""
+    """Compute the share of edges that only one face uses, 0..1; 0 without any edge.
+
+    Args:
+        faces: vertex indices [F, 3].
+        vertex_count: number of vertices V.
+    """
     # The two vertices of each of the three edges of each face, smaller index first
     edge_vertices = np.sort(faces[:, [0, 1, 1, 2, 2, 0]].reshape(-1, 2), axis=1)
     # A face that uses a vertex twice has an edge of length 0, which does not count.

@@ -7,8 +7,7 @@ winding. The corners at a vertex that are connected by shared edges form a fan. 
 called pinched. A rim is a closed loop of open edges, which are edges with one face.
 
 Shapes: V vertices, F faces, E unique edges, C = 3F corners or half-edges. Corner 3f + i is corner i of face
-    f,
-and half-edge 3f + i runs from that corner to the next corner of the face.
+f, and half-edge 3f + i runs from that corner to the next corner of the face.
 """
 
 import functools
@@ -25,34 +24,34 @@ class Edges:
 
     def __init__(self, mesh: CleanMesh):
         self.mesh = mesh
-        start = mesh.faces.reshape(-1)  # [C]
-        end = mesh.faces[:, [1, 2, 0]].reshape(-1)  # [C]
-        low = np.minimum(start, end)
-        high = np.maximum(start, end)
-        key = low * len(mesh.vertices) + high  # one integer per undirected edge
+        start_vertex = mesh.faces.reshape(-1)  # [C]
+        end_vertex = mesh.faces[:, [1, 2, 0]].reshape(-1)  # [C]
+        lower_vertex = np.minimum(start_vertex, end_vertex)
+        higher_vertex = np.maximum(start_vertex, end_vertex)
+        edge_codes = lower_vertex * len(mesh.vertices) + higher_vertex  # one integer per undirected edge
         self.order = np.argsort(
-            key, kind="stable"
+            edge_codes, kind="stable"
         )  # half-edges [C], sorted so that those of an edge are together
         # [E] position in `order` of the first half-edge of each edge
-        self.edge_starts = np.flatnonzero(np.diff(key[self.order], prepend=-1))
-        self.faces = np.diff(np.append(self.edge_starts, len(key)))  # [E] number of faces at each edge
+        self.edge_starts = np.flatnonzero(np.diff(edge_codes[self.order], prepend=-1))
+        self.faces = np.diff(np.append(self.edge_starts, len(edge_codes)))  # [E] number of faces at each edge
         first_half_edge = self.order[self.edge_starts]
         # [E, 2] vertices of each edge, the lower number first
-        self.ends = np.stack([low[first_half_edge], high[first_half_edge]], axis=1)
+        self.ends = np.stack([lower_vertex[first_half_edge], higher_vertex[first_half_edge]], axis=1)
         # [C] bool in the order of `order`: the half-edge runs from the lower vertex number to the higher one
-        self.upward = (start < end)[self.order]
+        self.upward = (start_vertex < end_vertex)[self.order]
 
     @functools.cached_property
     def lengths(self) -> np.ndarray:
         """Lengths [E] of the edges."""
-        start, end = (self.mesh.vertices[self.ends[:, i]] for i in range(2))
-        return np.linalg.norm(end - start, axis=1)
+        start_positions, end_positions = (self.mesh.vertices[self.ends[:, i]] for i in range(2))
+        return np.linalg.norm(end_positions - start_positions, axis=1)
 
     @functools.cached_property
     def pairs(self) -> tuple[np.ndarray, np.ndarray]:
-        """First and second half-edge of every edge with exactly two faces; two arrays, one entry per edge."""
-        starts = self.edge_starts[self.faces == 2]
-        return self.order[starts], self.order[starts + 1]
+        """Half-edges of every edge with exactly two faces: arrays of the first and of the second ones."""
+        pair_starts = self.edge_starts[self.faces == 2]
+        return self.order[pair_starts], self.order[pair_starts + 1]
 
     @functools.cached_property
     def flipped(self) -> np.ndarray:
@@ -61,8 +60,8 @@ class Edges:
         The array has one entry per edge with exactly two faces. Consistently wound faces run through their
         common edge in opposite directions.
         """
-        starts = self.edge_starts[self.faces == 2]
-        return self.upward[starts] == self.upward[starts + 1]
+        pair_starts = self.edge_starts[self.faces == 2]
+        return self.upward[pair_starts] == self.upward[pair_starts + 1]
 
     @functools.cached_property
     def neighbours(self) -> tuple[np.ndarray, np.ndarray]:
@@ -78,25 +77,27 @@ class Edges:
     @functools.cached_property
     def part(self) -> tuple[np.ndarray, int]:
         """Number [F] of the part of each face, and the count of parts."""
-        a, b = self.neighbours
-        return connected([(a // 3, b // 3)], len(self.mesh.faces))  # half-edge 3f + i belongs to face f
+        first_half_edges, second_half_edges = self.neighbours
+        return connected(
+            [(first_half_edges // 3, second_half_edges // 3)], len(self.mesh.faces)
+        )  # half-edge 3f + i belongs to face f
 
     @functools.cached_property
     def fan(self) -> tuple[np.ndarray, int]:
         """Number [C] of the fan of each corner, and the count of fans."""
         a, b = self.neighbours
-        vertex = self.mesh.faces.reshape(-1)
+        start_vertex = self.mesh.faces.reshape(-1)
         # Two half-edges a and b at one edge connect two pairs of corners, one at each
         # end of the edge. If both run in the same direction, their starts belong
         # together. Otherwise the start of a belongs to the end of b.
-        same_direction = vertex[a] == vertex[b]
+        same_direction = start_vertex[a] == start_vertex[b]
         end_of_a = _next_half_edge(a)
         end_of_b = _next_half_edge(b)
-        corners = np.concatenate([a, end_of_a])
-        partners = np.concatenate(
+        first_corners = np.concatenate([a, end_of_a])
+        second_corners = np.concatenate(
             [np.where(same_direction, b, end_of_b), np.where(same_direction, end_of_b, b)]
         )
-        return connected([(corners, partners)], 3 * len(self.mesh.faces))
+        return connected([(first_corners, second_corners)], 3 * len(self.mesh.faces))
 
     def rims(self) -> int:
         """Count loops of open edges. Two loops that touch at a pinched vertex count as two."""
@@ -107,9 +108,9 @@ class Edges:
         fan, _ = self.fan
         end_fans = np.stack([fan[open_half_edges], fan[_next_half_edge(open_half_edges)]])
         # Renumber the fans at rims from 0. numpy versions differ in the shape of the inverse.
-        rim_fans, ends = np.unique(end_fans, return_inverse=True)
-        ends = ends.reshape(2, -1)
-        return connected([(ends[0], ends[1])], len(rim_fans))[1]
+        rim_fans, end_nodes = np.unique(end_fans, return_inverse=True)
+        end_nodes = end_nodes.reshape(2, -1)
+        return connected([(end_nodes[0], end_nodes[1])], len(rim_fans))[1]
 
 
 def edge_measures(edges: Edges) -> dict:
@@ -123,13 +124,13 @@ def edge_measures(edges: Edges) -> dict:
     area = float(areas.sum())
     is_open = edges.faces == 1
     is_nonmanifold = edges.faces > 2
-    part, part_count = edges.part
+    part_of_face, part_count = edges.part
     # A vertex with k fans is pinched k - 1 times.
     pinched = edges.fan[1] - len(mesh.vertices)
     euler = len(mesh.vertices) - len(edges.ends) + len(mesh.faces)
     rims = edges.rims()
-    part_areas = np.bincount(part, areas, part_count)
-    part_volumes = np.bincount(part, face_volumes(mesh.vertices, mesh.faces), part_count)
+    part_areas = np.bincount(part_of_face, areas, part_count)
+    part_volumes = np.bincount(part_of_face, face_volumes(mesh.vertices, mesh.faces), part_count)
     total_volume = float(np.abs(part_volumes).sum())
     surfaces = topology(mesh.vertices, mesh.faces)
     return {

@@ -23,7 +23,7 @@ from eg3d_rlhf.measures.meshes.settings import MeasureOptions
 from eg3d_rlhf.measures.meshes.space import OFFSET, Space, sample, side_measures, solid_library
 
 VOXELS = 32  # voxels per side of the cube, for symmetry, hollows and the mass of open bodies
-MOST_BODIES = 256  # largest number of parts whose union is computed; with more parts, `overlap` is None
+MAX_BODIES = 256  # largest number of parts whose union is computed; with more parts, `overlap` is None
 FOOT = 0.01  # share of the height: vertices up to this height above the lowest one touch the ground
 STANDS = 3.0  # degrees; a body that can be tilted by at least this angle is said to stand
 STEEP = math.cos(math.radians(45))  # smallest downward component of the normal of an overhanging face
@@ -33,12 +33,16 @@ GROUND = 0.02  # share of the height: lower faces count as lying on the ground a
 DEFAULT = MeasureOptions()
 
 
-def measure_mesh(mesh: CleanMesh, options: MeasureOptions = DEFAULT) -> dict:
+def measure_mesh(mesh: CleanMesh, measure_options: MeasureOptions = DEFAULT) -> dict:
     """Compute all measures of a mesh.
+
+    Args:
+        mesh: cleaned mesh.
+        measure_options: numbers of samples and thresholds.
 
     Returns: the measures by name, as JSON values. Lengths are shares of the longest edge of the bounding box,
         and angles are in degrees. A measure that is not defined for the mesh is None.
-    Raises: ValueError if a library of the extra `solid` is not installed.
+    Raises: ValueError if a library of the extra `solid_voxels` is not installed.
     """
     edges = Edges(mesh)
     space = Space(mesh)
@@ -51,24 +55,28 @@ def measure_mesh(mesh: CleanMesh, options: MeasureOptions = DEFAULT) -> dict:
         **edge_measures(edges),
     }
     # All measures of sides are estimated from the same random points.
-    points, normals = sample(mesh, options.samples, options.seed)
-    measures |= side_measures(space, points, normals, options.thin, options.rays, options.seed)
+    points, normals = sample(mesh, measure_options.samples, measure_options.seed)
+    measures |= side_measures(
+        space, points, normals, measure_options.thin, measure_options.rays, measure_options.seed
+    )
     # Only a closed and consistently wound mesh has an inside that the sign of a volume can describe.
     has_inside = measures["closed"] and measures["oriented"]
-    negative = negative_parts(edges) if has_inside else np.zeros(0, dtype=np.int64)
+    negative_part_numbers = negative_parts(edges) if has_inside else np.zeros(0, dtype=np.int64)
     # A part of negative volume is a cavity if other parts contain it, and an inverted body otherwise.
-    inverted = negative[~find_contained(edges, space, negative)]
-    solid = space.voxels(VOXELS)
+    inverted_part_numbers = negative_part_numbers[~find_contained(edges, space, negative_part_numbers)]
+    solid_voxels = space.voxels(VOXELS)
     hull = convex_hull(mesh)
-    mass, centre = mass_centre(mesh, measures, solid, hull if options.hull_mass else None)
-    degrees = tip(mesh.vertices, centre)
+    mass_body, mass_centre_point = mass_centre(
+        mesh, measures, solid_voxels, hull if measure_options.hull_mass else None
+    )
+    tip_degrees = tip(mesh.vertices, mass_centre_point)
     measures |= {
-        "inverted_bodies": len(inverted),
+        "inverted_bodies": len(inverted_part_numbers),
         "overhang": overhang(mesh),
-        "tip": degrees,
-        "stands": stability(degrees),
-        # Name of the body whose mass is assumed, see `mass_centre`
-        "mass": mass,
+        "tip": tip_degrees,
+        "stands": stability(tip_degrees),
+        # Name of the body whose mass is assumed, see the result of `mass_centre`
+        "mass": mass_body,
         "solidity": None,
         "bend": None,
     }
@@ -81,12 +89,18 @@ def measure_mesh(mesh: CleanMesh, options: MeasureOptions = DEFAULT) -> dict:
             "bend": bend(edges) / bend(Edges(hull)),
         }
     # `fill` also fills hollows whose openings are narrower than a ball of radius `leak`, in voxels here.
-    inner = 1 - solid.sum() / fill(solid, options.leak * VOXELS).sum() if solid.any() else None
+    inner_share = (
+        1 - solid_voxels.sum() / fill(solid_voxels, measure_options.leak * VOXELS).sum()
+        if solid_voxels.any()
+        else None
+    )
     return measures | {
         "crossing": float(space.crossing_faces(edges).mean()),
-        "overlap": overlap(edges, np.setdiff1d(negative, inverted)) if has_inside else None,
-        "symmetry": mirror_overlap(solid),
-        "inner": None if inner is None else float(inner),
+        "overlap": overlap(edges, np.setdiff1d(negative_part_numbers, inverted_part_numbers))
+        if has_inside
+        else None,
+        "symmetry": mirror_overlap(solid_voxels),
+        "inner": None if inner_share is None else float(inner_share),
     }
 
 
@@ -112,7 +126,7 @@ def convex_hull(mesh: CleanMesh) -> CleanMesh | None:
 
 
 def mass_centre(
-    mesh: CleanMesh, measures: dict, solid: np.ndarray, hull: CleanMesh | None
+    mesh: CleanMesh, measures: dict, solid_voxels: np.ndarray, hull: CleanMesh | None
 ) -> tuple[str, np.ndarray]:
     """Compute the centre of mass of a mesh.
 
@@ -123,10 +137,10 @@ def mass_centre(
     Args:
         mesh: cleaned mesh.
         measures: measures 'closed', 'oriented' and 'sheet' of the mesh.
-        solid: voxels inside the mesh.
+        solid_voxels: voxels inside the mesh.
         hull: convex hull of the mesh, or None.
 
-    Returns: 'hull', 'volume', 'voxels' or 'area', and the centre [3].
+    Returns: the name of the body, 'hull', 'volume', 'voxels' or 'area'; and the centre of mass [3].
     """
     # A centre is None if the volume is zero; the next case then applies. A mesh counts as a sheet if more
     # than half of its samples have no material on either side.
@@ -134,19 +148,19 @@ def mass_centre(
         return "hull", centre
     if measures["closed"] and measures["oriented"] and (centre := volume_centre(mesh)) is not None:
         return "volume", centre
-    if measures["sheet"] <= 0.5 and (centre := voxel_centre(solid)) is not None:
+    if measures["sheet"] <= 0.5 and (centre := voxel_centre(solid_voxels)) is not None:
         return "voxels", centre
     return "area", area_centre(mesh)
 
 
 def negative_parts(edges: Edges) -> np.ndarray:
     """Return the numbers of the parts that enclose a negative volume."""
-    part, part_count = edges.part
-    part_volumes = np.bincount(part, face_volumes(edges.mesh.vertices, edges.mesh.faces), part_count)
+    part_of_face, part_count = edges.part
+    part_volumes = np.bincount(part_of_face, face_volumes(edges.mesh.vertices, edges.mesh.faces), part_count)
     return np.flatnonzero(part_volumes < 0)
 
 
-def find_contained(edges: Edges, space: Space, numbers: np.ndarray) -> np.ndarray:
+def find_contained(edges: Edges, space: Space, part_numbers: np.ndarray) -> np.ndarray:
     """Return bool [len(numbers)]: True for each of the given parts that lies inside other parts.
 
     A part lies inside if the winding number of all other parts, at a point beside the largest face of the
@@ -155,19 +169,19 @@ def find_contained(edges: Edges, space: Space, numbers: np.ndarray) -> np.ndarra
     Args:
         edges: edges of the mesh.
         space: the same mesh, for winding numbers.
-        numbers: numbers of the parts to test.
+        part_numbers: numbers of the parts to test.
     """
     mesh = edges.mesh
-    part, _ = edges.part
+    part_of_face, _ = edges.part
     normals, areas = face_areas(mesh)
-    is_contained = np.zeros(len(numbers), dtype=bool)
-    for i, number in enumerate(numbers):
-        part_faces = np.flatnonzero(part == number)
-        face = part_faces[areas[part_faces].argmax()]
+    is_contained = np.zeros(len(part_numbers), dtype=bool)
+    for i, part_number in enumerate(part_numbers):
+        part_faces = np.flatnonzero(part_of_face == part_number)
+        largest_face = part_faces[areas[part_faces].argmax()]
         # Beside the face and not on it: on a surface, winding numbers are not defined.
-        point = (mesh.vertices[mesh.faces[face]].mean(axis=0) + OFFSET * normals[face])[None]
+        point = (mesh.vertices[mesh.faces[largest_face]].mean(axis=0) + OFFSET * normals[largest_face])[None]
         # libigl needs contiguous arrays.
-        other_faces = np.ascontiguousarray(mesh.faces[part != number])
+        other_faces = np.ascontiguousarray(mesh.faces[part_of_face != part_number])
         # Winding numbers are close to integers, so 0.5 separates 0 from all others.
         is_contained[i] = (
             bool(len(other_faces))
@@ -176,31 +190,31 @@ def find_contained(edges: Edges, space: Space, numbers: np.ndarray) -> np.ndarra
     return is_contained
 
 
-def overlap(edges: Edges, cavities: np.ndarray) -> float | None:
+def overlap(edges: Edges, cavity_part_numbers: np.ndarray) -> float | None:
     """Compute the overlap of the bodies of a mesh, 1 - (volume of their union) / (sum of their volumes).
 
-    The volume of cavities is subtracted from both volumes.
+    The volume of cavities is subtracted from the volume of the union and from the sum.
 
     Args:
         edges: edges of a closed and consistently wound mesh.
-        cavities: numbers of the parts that are cavities.
+        cavity_part_numbers: numbers of the parts that are cavities.
 
     Returns: the overlap, 0..1; 0 for a single part. None if manifold3d rejects a part as not solid, if there
-        are more than MOST_BODIES parts, or if the volumes sum to 0.
+        are more than MAX_BODIES parts, or if the volumes sum to 0.
     Raises: ValueError if manifold3d is needed and not installed.
     """
     mesh = edges.mesh
-    part, part_count = edges.part
+    part_of_face, part_count = edges.part
     # A single part cannot overlap another one, and needs no manifold3d.
     if part_count == 1:
         return 0.0
-    if part_count > MOST_BODIES:
+    if part_count > MAX_BODIES:
         return None
     manifold3d = solid_library("manifold3d")
     bodies: list = []
     hollows: list = []
-    for number in range(part_count):
-        vertices, faces = remove_unused_vertices(mesh.vertices, mesh.faces[part == number])
+    for part_number in range(part_count):
+        vertices, faces = remove_unused_vertices(mesh.vertices, mesh.faces[part_of_face == part_number])
         if face_volumes(vertices, faces).sum() < 0:
             # manifold3d accepts only parts that are wound outwards.
             faces = np.ascontiguousarray(faces[:, ::-1])
@@ -208,24 +222,24 @@ def overlap(edges: Edges, cavities: np.ndarray) -> float | None:
         if body.status() != manifold3d.Error.NoError:
             return None
         # Cavities are not part of the union; their volume is subtracted below.
-        if number in cavities:
+        if part_number in cavity_part_numbers:
             hollows.append(body)
         else:
             bodies.append(body)
-    hollow_volume = sum(cavity.volume() for cavity in hollows)
+    hollow_volume = sum(hollow.volume() for hollow in hollows)
     total_volume = sum(body.volume() for body in bodies) - hollow_volume
     union_volume = manifold3d.Manifold.batch_boolean(bodies, manifold3d.OpType.Add).volume() - hollow_volume
     # Rounding can make the union slightly larger than the sum.
     return max(0.0, 1 - union_volume / total_volume) if total_volume > 0 else None
 
 
-def mirror_overlap(solid: np.ndarray) -> float:
+def mirror_overlap(solid_voxels: np.ndarray) -> float:
     """Compute the intersection over union, 0..1, of voxels [x, y, z] and their mirror image in x.
 
     The result is 1 if all voxels are empty.
     """
-    union = (solid | solid[::-1]).sum()
-    return float((solid & solid[::-1]).sum() / union) if union else 1.0
+    union = (solid_voxels | solid_voxels[::-1]).sum()
+    return float((solid_voxels & solid_voxels[::-1]).sum() / union) if union else 1.0
 
 
 # Static stability is measured as the angle in degrees by which a body can be tilted until its centre of mass
@@ -247,41 +261,47 @@ def tip(vertices: np.ndarray, centre: np.ndarray) -> float:
         vertices: vertices [V, 3]; y points up.
         centre: centre of mass [3].
     """
-    low = float(vertices[:, 1].min())
-    high = float(vertices[:, 1].max())
+    lowest_y = float(vertices[:, 1].min())
+    highest_y = float(vertices[:, 1].max())
     # Horizontal coordinates x and z of the vertices that touch the ground
-    foot = vertices[vertices[:, 1] <= low + FOOT * (high - low)][:, [0, 2]]
-    return math.degrees(math.atan2(inside_distance(foot, centre[[0, 2]]), float(centre[1]) - low))
+    foot_points = vertices[vertices[:, 1] <= lowest_y + FOOT * (highest_y - lowest_y)][:, [0, 2]]
+    return math.degrees(math.atan2(inside_distance(foot_points, centre[[0, 2]]), float(centre[1]) - lowest_y))
 
 
-def inside_distance(foot: np.ndarray, point: np.ndarray) -> float:
+def inside_distance(foot_points: np.ndarray, point: np.ndarray) -> float:
     """Compute the signed distance of a point to the border of the convex hull of other points.
 
     The distance is positive inside the hull, and negative or 0 outside. A hull that is a line or a single
     point has no inside.
 
     Args:
-        foot: points [P, 2], P >= 1.
+        foot_points: points [P, 2], P >= 1.
         point: point [2].
     """
-    foot = np.unique(foot, axis=0)
+    foot_points = np.unique(foot_points, axis=0)
     try:
-        hull = ConvexHull(foot)
+        hull = ConvexHull(foot_points)
     except (QhullError, ValueError):  # all points on a line, or a single one
         # The first right singular vector is the direction of the line; its ends are the extreme points.
-        line_direction = np.linalg.svd(foot - foot.mean(axis=0), full_matrices=False)[2][0]
-        positions = foot @ line_direction
-        return -_to_segment(foot[positions.argmin()], foot[positions.argmax()], point)
+        line_direction = np.linalg.svd(foot_points - foot_points.mean(axis=0), full_matrices=False)[2][0]
+        positions = foot_points @ line_direction
+        return -_to_segment(foot_points[positions.argmin()], foot_points[positions.argmax()], point)
     # Signed distances to the lines through the hull's sides, negative inside. Outside, the nearest point may
     # be a corner, so distances to the sides themselves are needed.
     line_distance = float((hull.equations[:, :2] @ point + hull.equations[:, 2]).max())
     if line_distance <= 0:
         return -line_distance
-    return -min(_to_segment(foot[a], foot[b], point) for a, b in hull.simplices)
+    return -min(_to_segment(foot_points[a], foot_points[b], point) for a, b in hull.simplices)
 
 
 def _to_segment(a: np.ndarray, b: np.ndarray, point: np.ndarray) -> float:
-    """Compute the distance of a point [2] to the line segment from a to b."""
+    """Compute the distance of a point [2] to the line segment from a to b.
+
+    Args:
+        a: first end [2] of the segment.
+        b: second end [2] of the segment.
+        point: point [2].
+    """
     segment = b - a
     squared_length = float(segment @ segment)
     # Position of the nearest point along the segment, 0 at a and 1 at b; 0 for a segment of length 0
@@ -308,15 +328,15 @@ def area_centre(mesh: CleanMesh) -> np.ndarray:
     return areas @ mesh.vertices[mesh.faces].mean(axis=1) / areas.sum()
 
 
-def voxel_centre(solid: np.ndarray) -> np.ndarray | None:
+def voxel_centre(solid_voxels: np.ndarray) -> np.ndarray | None:
     """Compute the centre of mass [3] of voxels [x, y, z] of the unit cube around the origin.
 
     Returns None if all voxels are empty.
     """
-    if not solid.any():
+    if not solid_voxels.any():
         return None
     # Index i has its centre at (i + 0.5) / n - 0.5.
-    return np.argwhere(solid).mean(axis=0) / solid.shape[0] + 0.5 / solid.shape[0] - 0.5
+    return np.argwhere(solid_voxels).mean(axis=0) / solid_voxels.shape[0] + 0.5 / solid_voxels.shape[0] - 0.5
 
 
 def overhang(mesh: CleanMesh) -> float:
@@ -326,10 +346,12 @@ def overhang(mesh: CleanMesh) -> float:
     """
     normals, areas = face_areas(mesh)
     height = mesh.vertices[mesh.faces][:, :, 1].mean(axis=1)
-    low = mesh.vertices[:, 1].min()
+    lowest_y = mesh.vertices[:, 1].min()
     # The margin excludes slopes of exactly 45 degrees, whose normals round either way.
-    hangs = (normals[:, 1] < -STEEP - 1e-9) & (height > low + GROUND * np.ptp(mesh.vertices[:, 1]))
-    return float(areas[hangs].sum() / areas.sum())
+    is_overhanging = (normals[:, 1] < -STEEP - 1e-9) & (
+        height > lowest_y + GROUND * np.ptp(mesh.vertices[:, 1])
+    )
+    return float(areas[is_overhanging].sum() / areas.sum())
 
 
 def stability(degrees: float) -> str:

@@ -25,16 +25,17 @@ _CLOSE = 0.05
 _FIRST = 8
 
 
-def solid_library(name: str) -> ModuleType:
+def solid_library(library_name: str) -> ModuleType:
     """Import a library of the package's extra `solid`.
 
     Raises: ValueError if the library is not installed; the message names the extra.
     """
     try:
-        return importlib.import_module(name)
+        return importlib.import_module(library_name)
     except ImportError:
         raise ValueError(
-            f"measures of meshes: {name} is not installed. Install it: pip install 'eg3d-rlhf[solid]'."
+            f"measures of meshes: {library_name} is not installed. Install it: pip install"
+            " 'eg3d-rlhf[solid]'."
         ) from None
 
 
@@ -87,14 +88,14 @@ class Space:
         if not len(origins):
             return np.zeros(0), np.zeros(0, dtype=np.int64)
         if self._scene is None:
-            face, distance, _ = self.tree.intersect_ray_first(
+            face_indices, distances, _ = self.tree.intersect_ray_first(
                 self._vertices, self._faces, origins, directions
             )
-            return np.where(face < 0, np.inf, distance), np.asarray(face)
+            return np.where(face_indices < 0, np.inf, distances), np.asarray(face_indices)
         # Embree computes in float32.
-        hit = self._scene.run(origins.astype(np.float32), directions.astype(np.float32), output=1)
-        face = hit["primID"].astype(np.int64)
-        return np.where(face < 0, np.inf, hit["tfar"].astype(np.float64)), face
+        ray_hits = self._scene.run(origins.astype(np.float32), directions.astype(np.float32), output=1)
+        face_indices = ray_hits["primID"].astype(np.int64)
+        return np.where(face_indices < 0, np.inf, ray_hits["tfar"].astype(np.float64)), face_indices
 
     def winding(self, points: np.ndarray) -> np.ndarray:
         """Compute the winding numbers [P] of points [P, 3] with an error of at most 0.02.
@@ -104,11 +105,11 @@ class Space:
         points = np.ascontiguousarray(points, dtype=np.float64)
         if len(self._faces) <= _FEW:
             return np.asarray(self.igl.winding_number(self._vertices, self._faces, points)).reshape(-1)
-        numbers = np.asarray(self._fast_winding.winding_number(points)).reshape(-1)
-        is_close = np.abs(numbers - 0.5) < _CLOSE
+        winding_numbers = np.asarray(self._fast_winding.winding_number(points)).reshape(-1)
+        is_close = np.abs(winding_numbers - 0.5) < _CLOSE
         if is_close.any():
-            numbers[is_close] = self.igl.winding_number(self._vertices, self._faces, points[is_close])
-        return numbers
+            winding_numbers[is_close] = self.igl.winding_number(self._vertices, self._faces, points[is_close])
+        return winding_numbers
 
     def voxels(self, resolution: int) -> np.ndarray:
         """Return bool [x, y, z]: True for each voxel whose centre is inside the mesh.
@@ -118,8 +119,12 @@ class Space:
         Args:
             resolution: number of voxels per side of the cube.
         """
-        axis = (np.arange(resolution) + 0.5) / resolution - 0.5  # coordinates of the voxels' centres
-        centres = np.stack(np.meshgrid(axis, axis, axis, indexing="ij"), axis=-1).reshape(-1, 3)
+        centre_coordinates = (
+            np.arange(resolution) + 0.5
+        ) / resolution - 0.5  # coordinates of the voxels' centres
+        centres = np.stack(
+            np.meshgrid(centre_coordinates, centre_coordinates, centre_coordinates, indexing="ij"), axis=-1
+        ).reshape(-1, 3)
         return (self.winding(centres) > 0.5).reshape(resolution, resolution, resolution)
 
     def crossing_faces(self, edges: Edges) -> np.ndarray:
@@ -135,47 +140,51 @@ class Space:
         vertices = self._vertices
         faces = self._faces
         ends = edges.ends
-        start = vertices[ends[:, 0]]
+        start_positions = vertices[ends[:, 0]]
         edge_vector = vertices[ends[:, 1]] - vertices[ends[:, 0]]
         candidates = np.flatnonzero((edge_vector != 0).any(axis=1))  # edges of length 0 have no direction
         # Only few edges meet a face between their ends. Searching for the first hit is cheap
         # and searching for all hits is not, since a ray does not end with its edge. So the
         # cheap search selects edges. It starts OFFSET / 2 after the edge's start, beyond the
         # faces there, and ends before the faces at the edge's end.
-        search_start = start[candidates] + OFFSET / 2 * edge_vector[candidates]
+        search_start = start_positions[candidates] + OFFSET / 2 * edge_vector[candidates]
         first_face, _, _ = self.tree.intersect_ray_first(
             vertices, faces, search_start, edge_vector[candidates], 1 - OFFSET
         )
         candidates = candidates[np.asarray(first_face) >= 0]
         # Each edge has a list of hits (face, t, u, v), where t is the
         # position along the edge, 0..1 between its ends.
-        edge_hits = self.tree.intersect_ray(vertices, faces, start[candidates], edge_vector[candidates])
+        edge_hits = self.tree.intersect_ray(
+            vertices, faces, start_positions[candidates], edge_vector[candidates]
+        )
         edge_face_pairs = []
-        for edge, hits in zip(candidates, edge_hits, strict=True):
-            edge_face_pairs += [(edge, hit[0]) for hit in hits if OFFSET < hit[1] < 1 - OFFSET]
+        for edge_index, hits in zip(candidates, edge_hits, strict=True):
+            edge_face_pairs += [(edge_index, hit[0]) for hit in hits if OFFSET < hit[1] < 1 - OFFSET]
         is_crossing = np.zeros(len(faces), dtype=bool)
         if edge_face_pairs:
-            edge, face = np.array(edge_face_pairs).T
+            edge_index, face_index = np.array(edge_face_pairs).T
             # The faces at the edge itself always touch it, at a shared vertex, and do not count.
-            no_shared_vertex = (faces[face][:, :, None] != ends[edge][:, None, :]).all(axis=(1, 2))
+            no_shared_vertex = (faces[face_index][:, :, None] != ends[edge_index][:, None, :]).all(
+                axis=(1, 2)
+            )
             edge_passes = np.zeros(len(ends), dtype=bool)
-            edge_passes[edge[no_shared_vertex]] = True
-            is_crossing[face[no_shared_vertex]] = True
+            edge_passes[edge_index[no_shared_vertex]] = True
+            is_crossing[face_index[no_shared_vertex]] = True
             # The faces at an edge that passes through another face cross that face, too. `order` lists the
             # half-edges edge by edge, and half-edge 3f + i belongs to face f.
             is_crossing[edges.order[np.repeat(edge_passes, edges.faces)] // 3] = True
         return is_crossing
 
 
-def sample(mesh: CleanMesh, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def sample(mesh: CleanMesh, point_count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Sample points on the surface of a mesh.
 
-    The points are stratified by area: the area is divided into `count` equal intervals, and each interval
-    gets one point. The same seed gives the same points.
+    The points are stratified by area: the area is divided into `point_count` equal intervals, and each
+    interval gets one point. The same seed gives the same points.
 
     Args:
         mesh: cleaned mesh.
-        count: number of points P.
+        point_count: number of points P.
         seed: random seed.
 
     Returns: the points [P, 3], and the unit normals [P, 3] of their faces.
@@ -183,27 +192,27 @@ def sample(mesh: CleanMesh, count: int, seed: int) -> tuple[np.ndarray, np.ndarr
     rng = np.random.default_rng(seed)
     normals, areas = face_areas(mesh)
     cumulative_areas = np.cumsum(areas)
-    area_positions = (np.arange(count) + rng.random(count)) / count * cumulative_areas[-1]
+    area_positions = (np.arange(point_count) + rng.random(point_count)) / point_count * cumulative_areas[-1]
     # The last position may exceed the sum by rounding; it belongs to the last face that has an area.
-    face = np.minimum(
+    face_indices = np.minimum(
         np.searchsorted(cumulative_areas, area_positions, side="right"), np.flatnonzero(areas)[-1]
     )
     # Barycentric coordinates of the points. The square root makes points uniform over the triangle.
-    root = np.sqrt(rng.random(count))[:, None]
-    v = rng.random(count)[:, None]
-    a, b, c = (mesh.vertices[mesh.faces[face, i]] for i in range(3))
-    return (1 - root) * a + root * (1 - v) * b + root * v * c, normals[face]
+    root = np.sqrt(rng.random(point_count))[:, None]
+    v = rng.random(point_count)[:, None]
+    a, b, c = (mesh.vertices[mesh.faces[face_indices, i]] for i in range(3))
+    return (1 - root) * a + root * (1 - v) * b + root * v * c, normals[face_indices]
 
 
-def directions(count: int, seed: int) -> np.ndarray:
+def directions(direction_count: int, seed: int) -> np.ndarray:
     """Return K unit vectors [K, 3] that are spread evenly: a Fibonacci sphere in a random orientation.
 
     Args:
-        count: number of vectors K.
+        direction_count: number of vectors K.
         seed: random seed of the orientation.
     """
-    height = 1 - (2 * np.arange(count) + 1) / count
-    angle = np.pi * (3 - 5**0.5) * np.arange(count)  # multiples of the golden angle
+    height = 1 - (2 * np.arange(direction_count) + 1) / direction_count
+    angle = np.pi * (3 - 5**0.5) * np.arange(direction_count)  # multiples of the golden angle
     ring = np.sqrt(1 - height**2)
     sphere = np.stack([ring * np.cos(angle), height, ring * np.sin(angle)], axis=1)
     # A quaternion of four normal numbers is a uniformly distributed rotation.
@@ -211,7 +220,7 @@ def directions(count: int, seed: int) -> np.ndarray:
 
 
 def hidden_samples(
-    space: Space, points: np.ndarray, normals: np.ndarray, count: int, seed: int
+    space: Space, points: np.ndarray, normals: np.ndarray, direction_count: int, seed: int
 ) -> np.ndarray:
     """Return bool [P]: True for each point of the surface that is hidden.
 
@@ -221,25 +230,25 @@ def hidden_samples(
         space: mesh.
         points: points [P, 3] on its surface.
         normals: unit normals [P, 3] at the points.
-        count: number of ray directions K from each point.
+        direction_count: number of ray directions K from each point.
         seed: random seed of the directions.
     """
-    rays = directions(count, seed)
+    ray_directions = directions(direction_count, seed)
     # Consecutive directions of the Fibonacci sphere are similar, so they are tried in a random order.
-    rays = rays[np.random.default_rng(seed).permutation(count)]
-    hidden = np.ones(len(points), dtype=bool)
+    ray_directions = ray_directions[np.random.default_rng(seed).permutation(direction_count)]
+    is_hidden = np.ones(len(points), dtype=bool)
     # The second block is traced only for points from which no ray of the first block escaped.
-    for block in (rays[:_FIRST], rays[_FIRST:]):
-        remaining = np.flatnonzero(hidden)
-        if not len(remaining) or not len(block):
+    for direction_block in (ray_directions[:_FIRST], ray_directions[_FIRST:]):
+        remaining = np.flatnonzero(is_hidden)
+        if not len(remaining) or not len(direction_block):
             break
         # [P, K]: a ray starts on the side of the surface towards which it points
-        side = np.where(normals[remaining] @ block.T >= 0, OFFSET, -OFFSET)
-        origins = points[remaining, None] + side[..., None] * normals[remaining, None]  # [P, K, 3]
-        outward = np.broadcast_to(block, origins.shape)
+        side_offset = np.where(normals[remaining] @ direction_block.T >= 0, OFFSET, -OFFSET)
+        origins = points[remaining, None] + side_offset[..., None] * normals[remaining, None]  # [P, K, 3]
+        outward = np.broadcast_to(direction_block, origins.shape)
         distance, _ = space.first_hits(origins.reshape(-1, 3), outward.reshape(-1, 3))
-        hidden[remaining] = np.isfinite(distance).reshape(len(remaining), -1).all(axis=1)
-    return hidden
+        is_hidden[remaining] = np.isfinite(distance).reshape(len(remaining), -1).all(axis=1)
+    return is_hidden
 
 
 def classify_sides(
@@ -257,8 +266,14 @@ def classify_sides(
         inverted points, which have material only on the side to which the normal points.
     """
     # True where the side to which the normal points, and the opposite side, are inside the mesh
-    outer, inner = (space.winding(points + sign * OFFSET * normals) > 0.5 for sign in (1, -1))
-    return outer & inner, ~outer & ~inner, outer & ~inner
+    is_outer_solid, is_inner_solid = (
+        space.winding(points + sign * OFFSET * normals) > 0.5 for sign in (1, -1)
+    )
+    return (
+        is_outer_solid & is_inner_solid,
+        ~is_outer_solid & ~is_inner_solid,
+        is_outer_solid & ~is_inner_solid,
+    )
 
 
 def distance_to_surface(space: Space, points: np.ndarray, towards: np.ndarray) -> np.ndarray:
@@ -276,7 +291,7 @@ def distance_to_surface(space: Space, points: np.ndarray, towards: np.ndarray) -
 
 
 def side_measures(
-    space: Space, points: np.ndarray, normals: np.ndarray, thin: float, rays: int, seed: int
+    space: Space, points: np.ndarray, normals: np.ndarray, max_thin_wall: float, ray_count: int, seed: int
 ) -> dict:
     """Compute the measures that need the two sides of sampled points.
 
@@ -284,40 +299,46 @@ def side_measures(
         space: mesh.
         points: sampled points [P, 3] on its surface.
         normals: unit normals [P, 3] at the points.
-        thin: walls that are thinner than this length count as thin.
-        rays: number of ray directions from each point.
+        max_thin_wall: walls that are thinner than this length count as thin.
+        ray_count: number of ray directions from each point.
         seed: random seed of the directions.
 
     Returns: by name, the shares of hidden, buried, sheet, inverted and thin samples, and quantiles of the
         wall thickness ('thick_...') and of the gap in front of walls ('gap_...'). Quantiles are None if no
         ray hits a face.
     """
-    buried, sheet, inverted = classify_sides(space, points, normals)
+    is_buried, is_sheet, is_inverted = classify_sides(space, points, normals)
     # Buried points have no free side, so neither a thickness nor a gap is defined there.
-    has_free_side = ~buried
-    walls = distance_to_surface(space, points[has_free_side], -normals[has_free_side])
+    has_free_side = ~is_buried
+    wall_thickness = distance_to_surface(space, points[has_free_side], -normals[has_free_side])
     return {
-        "hidden": float(hidden_samples(space, points, normals, rays, seed).mean()),
-        "buried": float(buried.mean()),
-        "sheet": float(sheet.mean()),
-        "inverted": float(inverted.mean()),
-        **_quantiles("thick", walls),
-        "thin": float((walls < thin).mean()) if len(walls) else 0.0,
+        "hidden": float(hidden_samples(space, points, normals, ray_count, seed).mean()),
+        "buried": float(is_buried.mean()),
+        "sheet": float(is_sheet.mean()),
+        "inverted": float(is_inverted.mean()),
+        **_quantiles("thick", wall_thickness),
+        "thin": float((wall_thickness < max_thin_wall).mean()) if len(wall_thickness) else 0.0,
         **_quantiles("gap", distance_to_surface(space, points[has_free_side], normals[has_free_side])),
     }
 
 
-def _quantiles(name: str, distances: np.ndarray) -> dict:
+def _quantiles(measure_name: str, distances: np.ndarray) -> dict:
     """Compute the 1 %, 5 % and 50 % quantiles of the finite distances.
 
     Args:
-        name: first part of the names of the results.
+        measure_name: first part of the names of the results.
         distances: distances [P], which may be infinite.
 
     Returns: '<name>_p01', '<name>_p05' and '<name>_median'. All are None if no distance is finite.
     """
     finite_distances = distances[np.isfinite(distances)]
-    values = (
+    quantile_values = (
         np.quantile(finite_distances, [0.01, 0.05, 0.5]).tolist() if len(finite_distances) else [None] * 3
     )
-    return dict(zip((f"{name}_p01", f"{name}_p05", f"{name}_median"), values, strict=True))
+    return dict(
+        zip(
+            (f"{measure_name}_p01", f"{measure_name}_p05", f"{measure_name}_median"),
+            quantile_values,
+            strict=True,
+        )
+    )

@@ -5,9 +5,8 @@ The object autoencoder encodes image features on voxels as latents on the same v
 a few Gaussians (Kerbl et al. 2023, 3D Gaussian splatting) per voxel.
 
 Shapes: N samples, C channels, R voxels per axis, r points per axis of a latent, c channels of a latent; V
-    voxels of
-all samples, v voxels of one sample, F features of the image network, K Gaussians per voxel, M Gaussians of an
-object.
+voxels of all samples, v voxels of one sample, F features of the image network, K Gaussians per voxel, M
+Gaussians of an object.
 """
 
 import math
@@ -42,9 +41,8 @@ class StructureVAEConfig:
     # Norm of the residual blocks: "layer" over the channels of a point,
     # "group" over 32 groups of channels and all points
     norm_type: str = "layer"
-    use_fp16: bool = (
-        False  # half precision for new inner layers; weights from files have the dtype of the file
-    )
+    # Half precision for new inner layers; weights from files have the dtype of the file
+    use_fp16: bool = False
 
     def __post_init__(self):
         # A list from JSON becomes a tuple, so that the frozen object can be hashed.
@@ -63,7 +61,9 @@ class StructureVAEConfig:
         if not self.channels or (self.in_channels is None) == (self.out_channels is None):
             raise ValueError(
                 "StructureVAEConfig: channels must not be empty, and exactly one of in_channels and"
-                f" out_channels must be given, got {self}. Download the model's JSON file again."
+                f" out_channels must be given, got channels={list(self.channels)},"
+                f" in_channels={self.in_channels} and out_channels={self.out_channels}. Download the model's"
+                " JSON file again."
             )
 
 
@@ -125,19 +125,19 @@ class Up(nn.Module):
         return x.permute(0, 1, 5, 2, 6, 3, 7, 4).flatten(6).flatten(4, 5).flatten(2, 3)
 
 
-def _levels(config: StructureVAEConfig, change: Callable[[int, int], nn.Module]) -> nn.ModuleList:
+def _levels(config: StructureVAEConfig, make_resampling: Callable[[int, int], nn.Module]) -> nn.ModuleList:
     """Build the residual blocks of all levels, with a change of resolution between levels.
 
     Args:
         config: settings of the encoder or decoder.
-        change: function that builds the layer between two levels from their numbers of channels.
+        make_resampling: function that builds the layer between two levels from their numbers of channels.
     """
     blocks: list[nn.Module] = []
     for i, channels in enumerate(config.channels):
         blocks += [ResBlock(channels, config.norm_type) for _ in range(config.num_res_blocks)]
         # There is no change of resolution after the last level.
         if i + 1 < len(config.channels):
-            blocks.append(change(channels, config.channels[i + 1]))
+            blocks.append(make_resampling(channels, config.channels[i + 1]))
     return nn.ModuleList(blocks)
 
 
@@ -229,16 +229,16 @@ def voxels_of(logits: torch.Tensor) -> list[torch.Tensor]:
     return [(sample[0] > 0).nonzero().int().contiguous() for sample in logits]
 
 
-def grid_of(voxels: list[torch.Tensor], resolution: int) -> torch.Tensor:
+def grid_of(voxels_of_samples: list[torch.Tensor], resolution: int) -> torch.Tensor:
     """Build occupancy grids [N, 1, R, R, R] of 0 and 1 on the CPU from the occupied voxels of each sample.
 
     Args:
-        voxels: indices [v, 3] of the occupied voxels of each sample.
+        voxels_of_samples: indices [v, 3] of the occupied voxels of each sample.
         resolution: number of voxels per axis R.
     """
-    grids = torch.zeros(len(voxels), 1, *[resolution] * 3)
-    for grid, indices in zip(grids, voxels, strict=True):
-        x, y, z = indices.cpu().long().unbind(1)
+    grids = torch.zeros(len(voxels_of_samples), 1, *[resolution] * 3)
+    for grid, voxel_indices in zip(grids, voxels_of_samples, strict=True):
+        x, y, z = voxel_indices.cpu().long().unbind(1)
         grid[0, x, y, z] = 1
     return grids
 
@@ -263,9 +263,9 @@ class SwinConfig(blocks.TransformerConfig):
 
     latent_channels: int  # c
     attn_mode: str = "swin"  # windows of the attention, one of ATTENTION
-    window_size: int = (
-        8  # size of a window: voxels per axis for "swin", voxels along the curve for "shift_..."
-    )
+    # Size of a window: voxels per axis for "swin", voxels along the curve for "shift_window" and
+    # "shift_sequence"
+    window_size: int = 8
 
     def __post_init__(self):
         super().__post_init__()
@@ -287,16 +287,16 @@ class SwinBlock(nn.Module):
 
     Args:
         channels: channels C of a token.
-        heads: number of heads.
+        num_heads: number of attention heads.
         mlp_ratio: channels inside the feed-forward layer, as a multiple of C.
         qk_rms_norm: True normalises queries and keys.
     """
 
-    def __init__(self, channels: int, heads: int, mlp_ratio: float, qk_rms_norm: bool):
+    def __init__(self, channels: int, num_heads: int, mlp_ratio: float, qk_rms_norm: bool):
         super().__init__()
         self.norm1 = blocks.LayerNorm32(channels)
         self.norm2 = blocks.LayerNorm32(channels)
-        self.attn = blocks.SelfAttention(channels, heads, qk_rms_norm)
+        self.attn = blocks.SelfAttention(channels, num_heads, qk_rms_norm)
         self.mlp = blocks.FeedForward(channels, mlp_ratio)
 
     def forward(self, x: torch.Tensor, layout: blocks.Layout) -> torch.Tensor:
@@ -339,29 +339,29 @@ class SwinTransformer(nn.Module):
         )
         h = h.to(blocks.torso_dtype(self.blocks))
         # Layout of even blocks, without a shift of the windows, and layout of odd blocks, with a shift
-        layouts = [blocks.SparseLayout(x, self._groups(x, odd)) for odd in range(2)]
+        layouts = [blocks.SparseLayout(x, self._groups(x, block_parity)) for block_parity in range(2)]
         for i, block in enumerate(self.blocks):
             h = blocks.run_block(block, h, layouts[i % 2], recompute=self.recompute)
         # As in the original, the last norm has no parameters and torch's default constant 1e-5.
         h = F.layer_norm(h.float(), h.shape[-1:])
         return x.with_feats(self.out_layer(h.to(self.out_layer.weight.dtype)))
 
-    def _groups(self, x: SparseBatch, odd: int) -> blocks.Groups:
+    def _groups(self, x: SparseBatch, block_parity: int) -> blocks.Groups:
         """Return the groups of voxels that attend to each other.
 
         Args:
             x: voxels.
-            odd: 0 for even blocks, whose windows are not shifted; 1 for odd blocks.
+            block_parity: 0 for even blocks, whose windows are not shifted; 1 for odd blocks.
         """
         mode = self.config.attn_mode
         window = self.config.window_size
         if mode == "full":
             return blocks.samples(x)
         if mode == "swin":
-            return blocks.windows(x, window, odd * (window // 2))
+            return blocks.windows(x, window, block_parity * (window // 2))
         if mode == "shift_window":
-            return blocks.curve_windows(x, window, shift=odd * CURVE_SHIFT)
-        return blocks.curve_windows(x, window, start=odd * (window // 2))
+            return blocks.curve_windows(x, window, shift=block_parity * CURVE_SHIFT)
+        return blocks.curve_windows(x, window, start=block_parity * (window // 2))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -411,11 +411,11 @@ class GaussianSettings:
 
     def __post_init__(self):
         who = "GaussianSettings"
-        advice = "Download the model's JSON file again."
+        remedy = "Download the model's JSON file again."
         if set(self.lr) != set(LAYOUT):
             raise ValueError(
                 f"{who}: representation_config must have an lr for each of {', '.join(LAYOUT)}, got"
-                f" {', '.join(self.lr) or 'none'}. {advice}"
+                f" {', '.join(self.lr) or 'none'}. {remedy}"
             )
         check_choice(f"{who}.scaling_activation", self.scaling_activation, ACTIVATIONS)
         # The logarithm of opacity_bias and scaling_bias must be finite.
@@ -427,7 +427,9 @@ class GaussianSettings:
         ):
             raise ValueError(
                 f"{who}: representation_config must have num_gaussians >= 1, 0 < opacity_bias < 1,"
-                f" scaling_bias > 0 and voxel_size > 0, got {self}. {advice}"
+                f" scaling_bias > 0 and voxel_size > 0, got num_gaussians={self.num_gaussians},"
+                f" opacity_bias={self.opacity_bias}, scaling_bias={self.scaling_bias} and"
+                f" voxel_size={self.voxel_size}. {remedy}"
             )
 
 
@@ -440,16 +442,21 @@ class GaussianDecoderConfig(SwinConfig):
     @property
     def gaussians(self) -> GaussianSettings:
         """Settings of the Gaussians. Raises: ValueError if a setting is missing, unknown or not supported."""
-        values = self.representation_config
+        file_settings = self.representation_config
         # Two names of the JSON file begin with a digit, so they cannot be names of fields.
         field_names = {"2d_filter_kernel_size": "filter_2d", "3d_filter_kernel_size": "filter_3d"}
         try:
-            return GaussianSettings(**{field_names.get(name, name): value for name, value in values.items()})
+            return GaussianSettings(
+                **{
+                    field_names.get(setting_name, setting_name): setting_value
+                    for setting_name, setting_value in file_settings.items()
+                }
+            )
         except TypeError as error:
             # Python's error for arguments that are missing or unknown names the argument.
             raise ValueError(
-                f"GaussianSettings: representation_config has the names {sorted(values)}, which are not those"
-                f" of the settings ({error}). Download the model's JSON file again."
+                f"GaussianSettings: representation_config has the names {sorted(file_settings)}, which are"
+                f" not those of the settings ({error}). Download the model's JSON file again."
             ) from error
 
 
@@ -506,11 +513,11 @@ class GaussianDecoder(SwinTransformer):
     """
 
     def __init__(self, config: GaussianDecoderConfig):
-        settings = config.gaussians
-        super().__init__(config, config.latent_channels, settings.num_gaussians * SIZE)
-        self.settings = settings
+        gaussian_settings = config.gaussians
+        super().__init__(config, config.latent_channels, gaussian_settings.num_gaussians * SIZE)
+        self.settings = gaussian_settings
         # Checkpoints contain the offsets, so they are a persistent buffer.
-        self.register_buffer("offset_perturbation", perturbation(settings))
+        self.register_buffer("offset_perturbation", perturbation(gaussian_settings))
 
     def forward(self, x: SparseBatch) -> list[Gaussians]:
         """Decode the Gaussians of every sample.
@@ -518,36 +525,48 @@ class GaussianDecoder(SwinTransformer):
         The centre of a Gaussian is xyz = centre of the voxel + tanh(offset + perturbation) voxel_size / (2
         resolution), where the offset is an output of the network.
         """
-        settings = self.settings
-        count = self.settings.num_gaussians
-        objects = []
+        gaussian_settings = self.settings
+        gaussians_per_voxel = self.settings.num_gaussians
+        gaussians_of_samples = []
         for sample in self.transform(x).samples():
-            attributes = sample.feats.split([count * size for size in LAYOUT.values()], 1)
+            attributes = sample.feats.split(
+                [gaussians_per_voxel * value_count for value_count in LAYOUT.values()], 1
+            )
             # The values of an attribute of all K Gaussians of a voxel are
             # adjacent: [v, K size] -> [v, K, size]
-            raw = {
-                name: attribute.unflatten(1, (count, -1)) * settings.lr[name]
-                for name, attribute in zip(LAYOUT, attributes, strict=True)
+            raw_attributes = {
+                attribute_name: attribute.unflatten(1, (gaussians_per_voxel, -1))
+                * gaussian_settings.lr[attribute_name]
+                for attribute_name, attribute in zip(LAYOUT, attributes, strict=True)
             }
-            offset = raw["_xyz"] + self.offset_perturbation if settings.perturb_offset else raw["_xyz"]
-            max_offset = 0.5 * settings.voxel_size / self.config.resolution  # from the centre of the voxel
+            offset = (
+                raw_attributes["_xyz"] + self.offset_perturbation
+                if gaussian_settings.perturb_offset
+                else raw_attributes["_xyz"]
+            )
+            max_offset = (
+                0.5 * gaussian_settings.voxel_size / self.config.resolution
+            )  # from the centre of the voxel
             centre = (sample.coords + 0.5) / self.config.resolution  # [v, 3]
             # [v, K, size] -> [M, size] with M = v K
-            flat = {name: attribute.flatten(0, 1) for name, attribute in raw.items()}
-            objects.append(
+            flat_attributes = {
+                attribute_name: attribute.flatten(0, 1)
+                for attribute_name, attribute in raw_attributes.items()
+            }
+            gaussians_of_samples.append(
                 Gaussians(
                     xyz=(centre[:, None] + offset.tanh() * max_offset).flatten(0, 1),
-                    features_dc=flat["_features_dc"][:, None],
-                    scaling=flat["_scaling"],
-                    rotation=flat["_rotation"],
-                    opacity=flat["_opacity"],
-                    settings=settings,
+                    features_dc=flat_attributes["_features_dc"][:, None],
+                    scaling=flat_attributes["_scaling"],
+                    rotation=flat_attributes["_rotation"],
+                    opacity=flat_attributes["_opacity"],
+                    settings=gaussian_settings,
                 )
             )
-        return objects
+        return gaussians_of_samples
 
 
-def perturbation(settings: GaussianSettings) -> torch.Tensor:
+def perturbation(gaussian_settings: GaussianSettings) -> torch.Tensor:
     """Compute fixed offsets [K, 3] that spread the Gaussians of a voxel over the voxel.
 
     The offsets are atanh((2 p - 1) / voxel_size), where p are the points of a Hammersley set in 0..1.
@@ -555,28 +574,34 @@ def perturbation(settings: GaussianSettings) -> torch.Tensor:
     Raises: ValueError if perturb_offset is True and voxel_size at most 1, because atanh is infinite for the
         first point.
     """
-    count = settings.num_gaussians
+    gaussians_per_voxel = gaussian_settings.num_gaussians
     # Hammersley set: the first coordinates are spaced evenly, the
     # others are radical inverses in base 2 and 3.
-    points = torch.tensor([[i / count, _radical_inverse(2, i), _radical_inverse(3, i)] for i in range(count)])
-    if settings.perturb_offset and settings.voxel_size <= 1:
+    points = torch.tensor(
+        [
+            [i / gaussians_per_voxel, _radical_inverse(2, i), _radical_inverse(3, i)]
+            for i in range(gaussians_per_voxel)
+        ]
+    )
+    if gaussian_settings.perturb_offset and gaussian_settings.voxel_size <= 1:
         raise ValueError(
-            f"GaussianSettings: with perturb_offset, voxel_size must be > 1, got {settings.voxel_size}."
-            " Download the model's JSON file again."
+            "GaussianSettings: with perturb_offset, voxel_size must be > 1, got"
+            f" {gaussian_settings.voxel_size}. Download the model's JSON file again."
         )
-    return ((2 * points - 1) / settings.voxel_size).atanh()
+    return ((2 * points - 1) / gaussian_settings.voxel_size).atanh()
 
 
 def _radical_inverse(base: int, n: int) -> float:
-    """Compute the radical inverse of n (van der Corput): mirror the digits of n in a base at the radix point.
+    """Compute the radical inverse of n in a base (van der Corput).
 
-    For example 6, which is 110 in base 2, gives 0.011 in base 2, which is 3/8.
+    For example 6, which is 110 in base 2, gives 0.011 in base 2, which is 3/8. The digits of n are mirrored
+    at the radix point.
     """
-    value = 0.0
+    inverse = 0.0
     digit_value = 1.0
     while n:
         digit_value /= base
         # The lowest digit of n becomes the first digit after the point.
-        value += digit_value * (n % base)
+        inverse += digit_value * (n % base)
         n //= base
-    return value
+    return inverse

@@ -3,16 +3,15 @@
 Parameters have TRELLIS's names. Tokens are [N, T, C] on a dense grid and [V, C] on voxels. The blocks are the
 same for both: an object with the interface `Layout` assigns tokens to samples.
 
-On voxels, the tokens of a sample attend only to each other or, in windows, to the tokens of the same window.
-In cross-attention they attend to the conditioning tokens of their sample. Groups of tokens that attend to
-each other differ in length. All groups of the same length are processed in one call of torch's fused
-attention, which never stores the matrix of attention weights. There is therefore no padding and no mask, and
-the memory is proportional to the number of voxels. The division into groups depends only on the coordinates
-and is stored in the batch's cache.
+On voxels, self-attention divides the tokens into groups: each sample is a group, or each window of a sample.
+Tokens attend only to the tokens of their group. In cross-attention they attend to the conditioning tokens of
+their sample. The groups differ in length. All groups of the same length are processed in one call of torch's
+fused attention, which never stores the matrix of attention weights. There is therefore no padding and no
+mask, and the memory is proportional to the number of voxels. The division into groups depends only on the
+coordinates and is stored in the batch's cache.
 
-Shapes: N samples, T tokens of a sample on a dense grid, V voxels of all samples, C channels, H heads, D
-    channels of
-a head, L conditioning tokens, E channels of a conditioning token.
+Shapes: N samples, T tokens of a sample on a dense grid, V voxels of all samples, C channels, H attention
+heads, D channels of an attention head, L conditioning tokens, E channels of a conditioning token.
 """
 
 import math
@@ -42,7 +41,7 @@ class HeadsConfig:
 
     model_channels: int  # C
     num_blocks: int  # number of blocks
-    num_heads: int | None = None  # H; None: model_channels / num_head_channels
+    num_heads: int | None = None  # H, attention heads; None: model_channels / num_head_channels
     num_head_channels: int = 64  # D, used if num_heads is None
     mlp_ratio: float = 4  # channels inside the feed-forward layer, as a multiple of model_channels
     use_checkpoint: bool = False  # True: the backward pass computes blocks again, which needs less memory
@@ -50,7 +49,7 @@ class HeadsConfig:
 
     @property
     def heads(self) -> int:
-        """Number of heads H of every attention."""
+        """Number of attention heads H."""
         return self.num_heads or self.model_channels // self.num_head_channels
 
 
@@ -62,10 +61,10 @@ class ConditionedConfig(HeadsConfig):
     share_mod: bool = False  # True: all blocks share the layers that compute the modulation by the time
     qk_rms_norm_cross: bool = False  # True: queries and keys of the cross-attention are normalised
 
-    def blocks(self, kind: "type[ModulatedBlock]") -> nn.ModuleList:
-        """Build the blocks of the transformer, as instances of the class `kind`."""
+    def blocks(self, block_class: "type[ModulatedBlock]") -> nn.ModuleList:
+        """Build the blocks of the transformer, as instances of the class `block_class`."""
         return nn.ModuleList(
-            kind(
+            block_class(
                 self.model_channels,
                 self.cond_channels,
                 self.heads,
@@ -124,7 +123,7 @@ def check_inputs(
 class Layout(Protocol):
     """Assignment of the tokens of a batch to its samples."""
 
-    def per_token(self, values: torch.Tensor) -> torch.Tensor:
+    def per_token(self, sample_rows: torch.Tensor) -> torch.Tensor:
         """Expand one row per sample [N, C] to a shape that broadcasts against the tokens."""
 
     def self_attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -152,8 +151,8 @@ class DenseLayout:
         self.keep = keep
         self.passes = passes
 
-    def per_token(self, values: torch.Tensor) -> torch.Tensor:
-        return values.unsqueeze(1)  # [N, 1, C]
+    def per_token(self, sample_rows: torch.Tensor) -> torch.Tensor:
+        return sample_rows.unsqueeze(1)  # [N, 1, C]
 
     def self_attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         return attend(q, k, v, self.keep)
@@ -187,19 +186,20 @@ class LayerNorm32(nn.LayerNorm):
 
 
 class HeadRMSNorm(nn.Module):
-    """Root-mean-square norm of the vector of each head (Zhang and Sennrich 2019), [..., H, D] -> [..., H, D].
+    """Root-mean-square norm of the vector of each attention head (Zhang and Sennrich 2019), [..., H, D] ->
+    [..., H, D].
 
     The result is x / |x| * gamma * sqrt(D), where gamma [H, D] is trained. It is computed in float32.
 
     Args:
-        heads: number of heads H.
-        size: channels D of a head.
+        num_heads: number of heads H.
+        head_channels: channels D of an attention head.
     """
 
-    def __init__(self, heads: int, size: int):
+    def __init__(self, num_heads: int, head_channels: int):
         super().__init__()
-        self.gamma = nn.Parameter(torch.ones(heads, size))
-        self.scale = size**0.5  # sqrt(D): a normalised vector then has the mean square 1
+        self.gamma = nn.Parameter(torch.ones(num_heads, head_channels))
+        self.scale = head_channels**0.5  # sqrt(D): a normalised vector then has the mean square 1
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # [..., H, D]
         return (F.normalize(x.float(), dim=-1) * self.gamma * self.scale).to(x.dtype)
@@ -209,13 +209,12 @@ class HeadRMSNorm(nn.Module):
         return self.gamma * self.scale
 
 
-def time_rates(count: int) -> torch.Tensor:
-    """Return the frequencies of a sinusoidal embedding, MAX_PERIOD^(-i / count) for i = 0 .. count - 1,
-    [count].
+def time_rates(n_frequencies: int) -> torch.Tensor:
+    """Return the n frequencies of a sinusoidal embedding, MAX_PERIOD^(-i / n) for i = 0 .. n - 1.
 
     They are in radians per unit of scaled time. Released weights were trained with the rounding of float32.
     """
-    return torch.exp(-math.log(MAX_PERIOD) * torch.arange(count, dtype=torch.float32) / count)
+    return torch.exp(-math.log(MAX_PERIOD) * torch.arange(n_frequencies, dtype=torch.float32) / n_frequencies)
 
 
 class TimeEmbedder(nn.Module):
@@ -235,12 +234,19 @@ class TimeEmbedder(nn.Module):
 
 
 def position_embedding(coords: torch.Tensor, channels: int) -> torch.Tensor:
-    """Embed coordinates [V, 3] as sines and cosines, [V, channels] float32.
+    """Embed coordinates as sines and cosines.
 
-    The order is: all sines of axis 1, all cosines of axis 1, then the same for axes 2 and 3, then zeros.
+    Args:
+        coords: coordinates [V, 3].
+        channels: number of channels of the embedding.
+
+    Returns: the embedding [V, channels] float32. The order of its channels is: all sines of axis 1, all
+        cosines of axis 1, then the same for axes 2 and 3, then zeros.
     """
-    count = channels // 3 // 2  # number of frequencies per axis; each has a sine and a cosine
-    rates = 1 / MAX_PERIOD ** (torch.arange(count, dtype=torch.float32, device=coords.device) / count)
+    n_frequencies = channels // 3 // 2  # number of frequencies per axis; each has a sine and a cosine
+    rates = 1 / MAX_PERIOD ** (
+        torch.arange(n_frequencies, dtype=torch.float32, device=coords.device) / n_frequencies
+    )
     angles = coords.float()[:, :, None] * rates  # [V, 3, count]
     embedded = torch.cat([angles.sin(), angles.cos()], -1).flatten(1)
     # Zeros fill the remaining channels if their number is no multiple of 6.
@@ -285,16 +291,16 @@ class SelfAttention(nn.Module):
 
     Args:
         channels: channels C of a token.
-        heads: number of heads H.
+        num_heads: number of heads H.
         qk_rms_norm: True normalises queries and keys.
     """
 
-    def __init__(self, channels: int, heads: int, qk_rms_norm: bool = False):
+    def __init__(self, channels: int, num_heads: int, qk_rms_norm: bool = False):
         super().__init__()
-        self.heads = heads
+        self.heads = num_heads
         self.to_qkv = Linear(channels, 3 * channels)  # queries, keys, values in this order
         self.q_rms_norm, self.k_rms_norm = (
-            HeadRMSNorm(heads, channels // heads) if qk_rms_norm else nn.Identity() for _ in range(2)
+            HeadRMSNorm(num_heads, channels // num_heads) if qk_rms_norm else nn.Identity() for _ in range(2)
         )
         self.to_out = Linear(channels, channels)
 
@@ -305,16 +311,16 @@ class SelfAttention(nn.Module):
         if isinstance(layout, DenseLayout) and layout.keep is None and tiled(qkv):
             norms = (self.q_rms_norm, self.k_rms_norm)
             q_gain, k_gain = (norm.gain() if isinstance(norm, HeadRMSNorm) else None for norm in norms)
-            out = self_attention(
+            attended = self_attention(
                 qkv, q_gain, k_gain, None if layout.passes is None else layout.passes.attention
             )
             if layout.passes is not None and layout.passes.keep:
                 # When the backward pass computes the block again, it uses this result.
-                layout.passes.attention = out.detach()
+                layout.passes.attention = attended.detach()
         else:
             q, k, v = qkv.unbind(-3)  # [..., H, D]
-            out = layout.self_attention(self.q_rms_norm(q), self.k_rms_norm(k), v)
-        return self.to_out(out.flatten(-2))
+            attended = layout.self_attention(self.q_rms_norm(q), self.k_rms_norm(k), v)
+        return self.to_out(attended.flatten(-2))
 
 
 class CrossAttention(nn.Module):
@@ -323,17 +329,17 @@ class CrossAttention(nn.Module):
     Args:
         channels: channels C of a token.
         cond_channels: channels E of a conditioning token.
-        heads: number of heads H.
+        num_heads: number of heads H.
         qk_rms_norm: True normalises queries and keys.
     """
 
-    def __init__(self, channels: int, cond_channels: int, heads: int, qk_rms_norm: bool = False):
+    def __init__(self, channels: int, cond_channels: int, num_heads: int, qk_rms_norm: bool = False):
         super().__init__()
-        self.heads = heads
+        self.heads = num_heads
         self.to_q = Linear(channels, channels)
         self.to_kv = Linear(cond_channels, 2 * channels)  # keys and values in this order
         self.q_rms_norm, self.k_rms_norm = (
-            HeadRMSNorm(heads, channels // heads) if qk_rms_norm else nn.Identity() for _ in range(2)
+            HeadRMSNorm(num_heads, channels // num_heads) if qk_rms_norm else nn.Identity() for _ in range(2)
         )
         self.to_out = Linear(channels, channels)
 
@@ -344,15 +350,16 @@ class CrossAttention(nn.Module):
 
 
 class ModulatedBlock(nn.Module):
-    """Transformer block of a self-attention, a cross-attention and a feed-forward layer (DiT, Peebles and Xie
-    2023).
+    """Transformer block of a self-attention, a cross-attention and a feed-forward layer.
+
+    This is the block of DiT (Peebles and Xie 2023) with a cross-attention.
 
     The time modulates (shifts, scales and gates) the self-attention and the feed-forward layer.
 
     Args:
         channels: channels C of a token.
         cond_channels: channels E of a conditioning token.
-        heads: number of heads H.
+        num_heads: number of heads H.
         mlp_ratio: channels inside the feed-forward layer, as a multiple of C.
         share_mod: True if the flow model computes the modulation for all its blocks.
         qk_rms_norm: True normalises queries and keys of the self-attention.
@@ -363,7 +370,7 @@ class ModulatedBlock(nn.Module):
         self,
         channels: int,
         cond_channels: int,
-        heads: int,
+        num_heads: int,
         mlp_ratio: float = 4,
         *,
         share_mod: bool = False,
@@ -375,8 +382,8 @@ class ModulatedBlock(nn.Module):
         self.norm1 = LayerNorm32(channels)
         self.norm2 = LayerNorm32(channels, affine=True)
         self.norm3 = LayerNorm32(channels)
-        self.self_attn = SelfAttention(channels, heads, qk_rms_norm)
-        self.cross_attn = CrossAttention(channels, cond_channels, heads, qk_rms_norm_cross)
+        self.self_attn = SelfAttention(channels, num_heads, qk_rms_norm)
+        self.cross_attn = CrossAttention(channels, cond_channels, num_heads, qk_rms_norm_cross)
         self.mlp = FeedForward(channels, mlp_ratio)
         # With shared modulation, these layers belong to the flow model.
         if not share_mod:
@@ -406,8 +413,10 @@ class ModulatedBlock(nn.Module):
         )
         # A recomputation needs only the gradients of the feed-forward layer, but not its values, except for
         # the gradient of the gate.
-        skip = is_recomputation and not mlp_gate.requires_grad
-        return torch.addcmul(x, mlp_gate, self.mlp(self.norm3.modulated(x, mlp_shift, mlp_scale), skip))
+        skips_values = is_recomputation and not mlp_gate.requires_grad
+        return torch.addcmul(
+            x, mlp_gate, self.mlp(self.norm3.modulated(x, mlp_shift, mlp_scale), skips_values)
+        )
 
 
 def modulation(channels: int) -> nn.Sequential:
@@ -428,9 +437,8 @@ class Passes:
     def __init__(self, keep: bool):
         self.keep = keep
         self.second = False  # True in the second computation
-        self.attention: torch.Tensor | None = (
-            None  # stored result of the self-attention [N, T, H, D], or None
-        )
+        # Stored result of the self-attention [N, T, H, D]; None if it is not stored
+        self.attention: torch.Tensor | None = None
 
 
 def run_block(block: nn.Module, *args, recompute: bool) -> Any:
@@ -449,30 +457,33 @@ def run_block(block: nn.Module, *args, recompute: bool) -> Any:
 
 
 def convert_torso(
-    modules: Iterable[nn.Module], dtype: torch.dtype, kinds: tuple[type, ...] = (nn.Linear, nn.Conv3d)
+    networks: Iterable[nn.Module],
+    dtype: torch.dtype,
+    layer_classes: tuple[type, ...] = (nn.Linear, nn.Conv3d),
 ) -> None:
     """Convert layers inside modules to another dtype, in place.
 
     Args:
-        modules: modules to search.
+        networks: modules to search.
         dtype: new dtype.
-        kinds: classes of the layers to convert; other layers, such as norms, do not change.
+        layer_classes: classes of the layers to convert; other layers, such as norms, do not change.
     """
-    for module in modules:
-        for part in module.modules():
-            if isinstance(part, kinds):
-                part.to(dtype)
+    for network in networks:
+        for layer in network.modules():
+            if isinstance(layer, layer_classes):
+                layer.to(dtype)
 
 
 def torso_dtype(blocks: nn.Module) -> torch.dtype:
-    """Return the dtype in which blocks compute, which is the dtype of their first linear layer or
-    convolution.
+    """Return the dtype in which blocks compute.
 
-    The dtype of the weights is used because settings such as use_fp16 apply only to new weights.
+    It is the dtype of their first linear layer or convolution, or float32 if there is none.
+
+    The settings do not decide, because use_fp16 applies only to new weights.
     """
-    for part in blocks.modules():
-        if isinstance(part, (nn.Linear, nn.Conv3d)):
-            return part.weight.dtype
+    for layer in blocks.modules():
+        if isinstance(layer, (nn.Linear, nn.Conv3d)):
+            return layer.weight.dtype
     return torch.float32
 
 
@@ -483,18 +494,17 @@ class Groups:
     A row may be in several groups; its result is then taken from one of them.
     """
 
-    # A run consists of consecutive groups with the same number of
-    # rows: (number of groups, rows of each group).
+    # A run consists of consecutive groups with the same number of rows. Its two numbers are the number of
+    # groups and the number of rows of each group.
     runs: tuple[tuple[int, int], ...]
     order: torch.Tensor | None = None  # [sum of sizes] rows in the new order; None: the order of the batch
-    inverse: torch.Tensor | None = (
-        None  # [V] position of each row's result in the new order; None with `order`
-    )
+    # [V] position of each row's result in the new order. None if `order` is None.
+    inverse: torch.Tensor | None = None
 
     @property
     def sizes(self) -> list[int]:
         """Number of rows of each run, in all its groups."""
-        return [count * length for count, length in self.runs]
+        return [group_count * length for group_count, length in self.runs]
 
 
 class SparseLayout:
@@ -509,18 +519,18 @@ class SparseLayout:
         self.batch = batch
         self.groups = groups or samples(batch)
 
-    def per_token(self, values: torch.Tensor) -> torch.Tensor:
+    def per_token(self, sample_rows: torch.Tensor) -> torch.Tensor:
         """Repeat each sample's row for its voxels, [N, C] -> [V, C]."""
-        return values[self.batch.sample]
+        return sample_rows[self.batch.sample]
 
     def self_attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """Compute self-attention within groups. All tensors are [V, H, D]."""
         groups = self.groups
         # One call per run: groups of the same length form a dense batch.
         runs = zip(*(_runs(x, groups) for x in (q, k, v)), strict=True)
-        out = torch.cat([attend(*run).flatten(0, 1) for run in runs])
+        attended = torch.cat([attend(*run).flatten(0, 1) for run in runs])
         # Back to the order of the batch
-        return out if groups.inverse is None else out[groups.inverse]
+        return attended if groups.inverse is None else attended[groups.inverse]
 
     def cross_attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """Compute attention from voxels to the conditioning tokens of their sample, [V, H, D].
@@ -532,13 +542,20 @@ class SparseLayout:
         """
         groups = samples(self.batch)
         # One call for consecutive samples with the same number of voxels
-        counts = [count for count, _ in groups.runs]
-        runs = zip(_runs(q, groups), k.split(counts), v.split(counts), strict=True)
+        sample_counts = [sample_count for sample_count, _ in groups.runs]
+        runs = zip(_runs(q, groups), k.split(sample_counts), v.split(sample_counts), strict=True)
         return torch.cat([attend(*run).flatten(0, 1) for run in runs])
 
 
 def _runs(x: torch.Tensor, groups: Groups) -> list[torch.Tensor]:
-    """Reorder rows [V, H, D] by groups, and split them into runs [groups, rows of a group, H, D]."""
+    """Reorder rows by groups, and split them into runs.
+
+    Args:
+        x: rows [V, H, D] in the order of the batch.
+        groups: groups of the rows.
+
+    Returns: a list of one tensor [groups, rows of a group, H, D] per run.
+    """
     ordered_rows = x if groups.order is None else x[groups.order]
     return [
         run_rows.unflatten(0, run)
@@ -571,22 +588,24 @@ def windows(batch: SparseBatch, window: int, shift: int = 0) -> Groups:
         window: side of a window in voxels.
         shift: shift of the coordinates in voxels.
     """
-    name = f"windows {window} {shift}"
-    if name not in batch.cache:
+    cache_key = f"windows {window} {shift}"
+    if cache_key not in batch.cache:
         # One integer per window: sample, then the window's three indices.
-        cells = (batch.coords[:, 1:].long() + shift) // window  # [V, 3]
-        side = int(cells.max()) + 1  # windows per axis
-        codes = ((batch.sample * side + cells[:, 0]) * side + cells[:, 1]) * side + cells[:, 2]
-        _, group, lengths = torch.unique(codes, return_inverse=True, return_counts=True)
+        window_cells = (batch.coords[:, 1:].long() + shift) // window  # [V, 3]
+        windows_per_axis = int(window_cells.max()) + 1  # windows per axis
+        window_codes = (
+            (batch.sample * windows_per_axis + window_cells[:, 0]) * windows_per_axis + window_cells[:, 1]
+        ) * windows_per_axis + window_cells[:, 2]
+        _, window_index, lengths = torch.unique(window_codes, return_inverse=True, return_counts=True)
         # Sorted by the length of the window and then by the window, so that windows of equal length are
         # contiguous. The stable sort does not change the order of the rows within a window.
-        order = torch.argsort(lengths[group] * len(lengths) + group, stable=True)
+        order = torch.argsort(lengths[window_index] * len(lengths) + window_index, stable=True)
         inverse = torch.empty_like(order)
         inverse[order] = torch.arange(len(order), device=order.device)
         # Different lengths in ascending order, and the number of windows of each length
         run_lengths, run_counts = (x.tolist() for x in torch.unique(lengths, return_counts=True))
-        batch.cache[name] = Groups(tuple(zip(run_counts, run_lengths, strict=True)), order, inverse)
-    return batch.cache[name]
+        batch.cache[cache_key] = Groups(tuple(zip(run_counts, run_lengths, strict=True)), order, inverse)
+    return batch.cache[cache_key]
 
 
 def curve_windows(batch: SparseBatch, window: int, shift: int = 0, start: int = 0) -> Groups:
@@ -603,53 +622,59 @@ def curve_windows(batch: SparseBatch, window: int, shift: int = 0, start: int = 
         shift: shift of the coordinates in voxels, which gives another curve.
         start: number of voxels by which the sections are shifted along the curve.
     """
-    name = f"curve {window} {shift} {start}"
-    if name not in batch.cache:
-        code = z_order(batch.coords[:, 1:] + shift)  # [V], position on the curve
+    cache_key = f"curve {window} {shift} {start}"
+    if cache_key not in batch.cache:
+        curve_positions = z_order(batch.coords[:, 1:] + shift)  # [V], position on the curve
         runs: list[tuple[int, int]] = []
-        order: list[torch.Tensor] = []
-        inverse = torch.empty_like(code)
+        group_rows: list[torch.Tensor] = []
+        inverse = torch.empty_like(curve_positions)
         first_row = 0  # first row of the sample
         assigned_rows = 0  # number of rows of the new order that are assigned already
         for n in batch.lengths.tolist():
             # Rows of this sample in the order of the curve
-            curve_rows = first_row + torch.argsort(code[first_row : first_row + n])
+            curve_rows = first_row + torch.argsort(curve_positions[first_row : first_row + n])
             section_count = -(-n // window)  # n / window, rounded up
             # Rows of a group, and length of a section, which need not be an integer
             group_size, section_length = (n, n) if section_count <= 1 else (window, n / section_count)
             for i in range(section_count):
                 # Positions on the curve: the section is low..high, and the group starts at group_start.
                 if section_count == 1:
-                    low = 0
-                    high = n
+                    section_start = 0
+                    section_end = n
                     group_start = 0
                 else:
-                    low, high = (math.floor((i + k) * section_length + start) for k in (0, 1))
+                    section_start, section_end = (
+                        math.floor((i + k) * section_length + start) for k in (0, 1)
+                    )
                     group_start = math.floor((i + 0.5) * section_length + start - 0.5 * window)
                 positions = torch.arange(group_start, group_start + group_size, device=curve_rows.device)
-                order.append(curve_rows[positions % n])  # modulo n, because the curve is treated as closed
-                inverse[order[-1][low - group_start : high - group_start]] = torch.arange(
-                    assigned_rows + low - group_start,
-                    assigned_rows + high - group_start,
-                    device=curve_rows.device,
+                group_rows.append(
+                    curve_rows[positions % n]
+                )  # modulo n, because the curve is treated as closed
+                inverse[group_rows[-1][section_start - group_start : section_end - group_start]] = (
+                    torch.arange(
+                        assigned_rows + section_start - group_start,
+                        assigned_rows + section_end - group_start,
+                        device=curve_rows.device,
+                    )
                 )
                 assigned_rows += group_size
             if section_count:
                 runs.append((section_count, group_size))
             first_row += n
-        batch.cache[name] = Groups(tuple(runs), torch.cat(order), inverse)
-    return batch.cache[name]
+        batch.cache[cache_key] = Groups(tuple(runs), torch.cat(group_rows), inverse)
+    return batch.cache[cache_key]
 
 
 def z_order(coords: torch.Tensor) -> torch.Tensor:
     """Return the positions of points on the Z-order curve (Morton 1966), [V, 3] -> [V] int64.
 
-    The bits of the three coordinates, 0..1023, are interleaved, with x in the higher and z in the lower
-    places.
+    The bits of the three coordinates, 0..1023, are interleaved. In each triple of bits, that of x is the
+    highest and that of z the lowest.
     """
-    code = coords.new_zeros(len(coords), dtype=torch.int64)
+    curve_positions = coords.new_zeros(len(coords), dtype=torch.int64)
     # Bit b of x, y, z goes to the bits 3 b + 2, 3 b + 1 and 3 b.
     for bit in range(10):
         for axis in range(3):
-            code |= (coords[:, axis].long() >> bit & 1) << (3 * bit + 2 - axis)
-    return code
+            curve_positions |= (coords[:, axis].long() >> bit & 1) << (3 * bit + 2 - axis)
+    return curve_positions

@@ -6,8 +6,7 @@ transformer, sparse convolutions change the resolution. Time t is 0 at data and 
 original.
 
 Shapes: N samples, C channels, L conditioning tokens, E channels of a conditioning token, V voxels of all
-    samples, R
-grid points per axis, p patch size, G = R / p, T = G^3 tokens.
+samples, R grid points per axis, p patch size, G = R / p, T = G^3 tokens.
 """
 
 import functools
@@ -51,7 +50,7 @@ class FlowConfig(blocks.TransformerConfig, blocks.ConditionedConfig):
 
 
 def run_blocks(
-    modules: nn.ModuleList,
+    transformer_blocks: nn.ModuleList,
     x: torch.Tensor,
     time: torch.Tensor,
     cond: torch.Tensor,
@@ -65,7 +64,7 @@ def run_blocks(
     On a CPU, large samples are processed one after the other, so that they use the same working memory.
 
     Args:
-        modules: blocks, see `blocks.ModulatedBlock`.
+        transformer_blocks: blocks, see `blocks.ModulatedBlock`.
         x: tokens [N, T, C] or [V, C].
         time: embedded times [N, C], or the modulation [N, 6 C] if all blocks share it.
         cond: conditioning tokens [N, L, E].
@@ -76,16 +75,16 @@ def run_blocks(
     Returns: tokens in the shape of x.
     """
     if min(lengths) < LARGE or not fits(x):
-        for block in modules:
+        for block in transformer_blocks:
             x = blocks.run_block(block, x, time, cond, layout, recompute=recompute)
         return x
     # [N, T, C] or [V, C] -> one tensor [1, tokens, C] per sample
     sample_tokens = [tokens.view(1, -1, x.shape[-1]) for tokens in x.flatten(0, -2).split(lengths)]
-    for block_index, block in enumerate(modules):
+    for block_index, block in enumerate(transformer_blocks):
         for i, tokens in enumerate(sample_tokens):
             # For thousands of tokens, storing the result of the attention is cheaper than computing it again.
-            keep = tokens.shape[1] >= LONG and block_index < KEPT * len(modules)
-            passes = blocks.Passes(keep) if recompute and torch.is_grad_enabled() else None
+            keeps_attention = tokens.shape[1] >= LONG and block_index < KEPT * len(transformer_blocks)
+            passes = blocks.Passes(keeps_attention) if recompute and torch.is_grad_enabled() else None
             sample_layout = blocks.DenseLayout(passes=passes)
             # Slices i : i + 1 keep the axis of the samples.
             sample_tokens[i] = blocks.run_block(
@@ -105,8 +104,7 @@ class StructureFlow(nn.Module):
     """Flow model of the first stage, which predicts the velocity of a dense latent.
 
     Usage: velocity = model(x_t, t, cond), with latents x_t [N, C, R, R, R], times t [N] in 0..1, and
-        conditioning
-    tokens cond [N, L, E]. The velocity has the shape of x_t.
+    conditioning tokens cond [N, L, E]. The velocity has the shape of x_t.
 
     Differentiable in: x_t and cond.
     """
@@ -116,25 +114,25 @@ class StructureFlow(nn.Module):
         self.config = config
         self.recompute = config.use_checkpoint
         channels = config.model_channels
-        cells = config.patch_size**3  # grid cells of a patch
-        grid = torch.arange(config.resolution // config.patch_size)
+        cells_per_patch = config.patch_size**3  # grid cells of a patch
+        patch_indices = torch.arange(config.resolution // config.patch_size)
         # The last axis varies fastest, as in `to_patches`.
-        coords = torch.cartesian_prod(grid, grid, grid)  # [T, 3]
+        coords = torch.cartesian_prod(patch_indices, patch_indices, patch_indices)  # [T, 3]
         self.t_embedder = blocks.TimeEmbedder(channels)
         if config.share_mod:
             self.adaLN_modulation = blocks.modulation(channels)
         # Checkpoints contain the position embedding, so it is a persistent buffer.
         self.register_buffer("pos_emb", blocks.position_embedding(coords, channels))
-        self.input_layer = nn.Linear(config.in_channels * cells, channels)
+        self.input_layer = nn.Linear(config.in_channels * cells_per_patch, channels)
         self.blocks = config.blocks(blocks.ModulatedBlock)
-        self.out_layer = nn.Linear(channels, config.out_channels * cells)
+        self.out_layer = nn.Linear(channels, config.out_channels * cells_per_patch)
         if config.use_fp16:
             blocks.convert_torso(self.blocks, torch.float16)
 
     def forward(self, x_t: torch.Tensor, t: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
         config = self.config
-        shape: list[int | str] = ["N", config.in_channels, *[config.resolution] * 3]
-        blocks.check_inputs("StructureFlow", x_t, shape, cond, len(x_t), config.cond_channels)
+        required_shape: list[int | str] = ["N", config.in_channels, *[config.resolution] * 3]
+        blocks.check_inputs("StructureFlow", x_t, required_shape, cond, len(x_t), config.cond_channels)
         dtype = blocks.torso_dtype(self.blocks)
         layout = blocks.DenseLayout()
         time = self.t_embedder(t)  # [N, C], float32
@@ -154,9 +152,9 @@ class StructureFlow(nn.Module):
 
 
 def to_patches(x: torch.Tensor, p: int) -> torch.Tensor:
-    """Split a grid into patches of p^3 points, [N, C, R, R, R] -> [N, T, C p^3].
+    """Split grids [N, C, R, R, R] into patches of p^3 points.
 
-    The values of a patch have the order C x p x p x p.
+    Returns: the patches [N, T, C p^3]. The values of a patch have the order C x p x p x p.
     """
     for axis in (2, 4, 6):
         x = x.unflatten(axis, (-1, p))  # after the loop [N, C, G, p, G, p, G, p]
@@ -165,10 +163,14 @@ def to_patches(x: torch.Tensor, p: int) -> torch.Tensor:
 
 
 def from_patches(x: torch.Tensor, p: int) -> torch.Tensor:
-    """Join patches of p^3 points to a grid, [N, T, C p^3] -> [N, C, R, R, R]. This is the inverse of
-    `to_patches`."""
-    side = round(x.shape[1] ** (1 / 3))  # G
-    x = x.unflatten(1, (side, side, side)).unflatten(4, (-1, p, p, p))  # [N, G, G, G, C, p, p, p]
+    """Join patches of p^3 points to a grid, [N, T, C p^3] -> [N, C, R, R, R].
+
+    This is the inverse of `to_patches`.
+    """
+    patches_per_axis = round(x.shape[1] ** (1 / 3))  # G
+    x = x.unflatten(1, (patches_per_axis, patches_per_axis, patches_per_axis)).unflatten(
+        4, (-1, p, p, p)
+    )  # [N, G, G, G, C, p, p, p]
     # [N, C, G, p, G, p, G, p] -> [N, C, R, R, R]
     return x.permute(0, 4, 1, 5, 2, 6, 3, 7).flatten(6).flatten(4, 5).flatten(2, 3)
 
@@ -180,15 +182,13 @@ class LatentFlowConfig(FlowConfig):
     Raises: ValueError for settings that are not supported or do not fit together.
     """
 
-    num_io_res_blocks: int = (
-        2  # number of convolutional blocks per resolution before and after the transformer
-    )
+    # Number of convolutional blocks per resolution before and after the transformer
+    num_io_res_blocks: int = 2
     # Channels at each resolution finer than the transformer's, finest first; None if patch_size is 1
     io_block_channels: tuple[int, ...] | None = None
     use_skip_connection: bool = True  # True: output blocks also have the features of input blocks as inputs
-    sparse_conv: str = (
-        "auto"  # backend of the convolutions, see sparse_conv.py; not a setting of TRELLIS's files
-    )
+    # Backend of the convolutions, see sparse_conv.py. TRELLIS's files do not contain this setting.
+    sparse_conv: str = "auto"
 
     def __post_init__(self):
         # Each halving of the resolution doubles the side of a token's patch.
@@ -210,8 +210,7 @@ class LatentFlow(nn.Module):
     """Flow model of the second stage, which predicts the velocity of latents on voxels.
 
     Usage: velocity = model(x_t, t, cond), with a SparseBatch x_t, times t [N] in 0..1, and conditioning
-        tokens cond
-    [N, L, E]. The velocity is on the voxels of x_t.
+    tokens cond [N, L, E]. The velocity is on the voxels of x_t.
 
     Differentiable in: the features of x_t and cond.
     """
@@ -227,13 +226,15 @@ class LatentFlow(nn.Module):
             self.adaLN_modulation = blocks.modulation(channels)
         self.input_layer = nn.Linear(config.in_channels, full_channels)
         make_block = functools.partial(SparseResBlock, time_channels=channels, backend=config.sparse_conv)
-        plain_blocks = config.num_io_res_blocks - 1  # blocks per resolution that do not change it
+        plain_block_count = config.num_io_res_blocks - 1  # blocks per resolution that do not change it
         # With skip connections, the features of an input block are concatenated to those of an output block.
         width_factor = 2 if config.use_skip_connection else 1
         # For each resolution, finest first: plain blocks, then a block that halves the resolution
         self.input_blocks = nn.ModuleList()
         for fine_channels, coarse_channels in itertools.pairwise((*config.io_channels, channels)):
-            self.input_blocks.extend([make_block(fine_channels, fine_channels) for _ in range(plain_blocks)])
+            self.input_blocks.extend(
+                [make_block(fine_channels, fine_channels) for _ in range(plain_block_count)]
+            )
             self.input_blocks.append(make_block(fine_channels, coarse_channels, resample="down"))
         self.blocks = config.blocks(blocks.ModulatedBlock)
         # For each resolution, coarsest first: a block that doubles the resolution, then plain blocks
@@ -241,7 +242,7 @@ class LatentFlow(nn.Module):
         for coarse_channels, fine_channels in itertools.pairwise((channels, *reversed(config.io_channels))):
             self.out_blocks.append(make_block(width_factor * coarse_channels, fine_channels, resample="up"))
             self.out_blocks.extend(
-                [make_block(width_factor * fine_channels, fine_channels) for _ in range(plain_blocks)]
+                [make_block(width_factor * fine_channels, fine_channels) for _ in range(plain_block_count)]
             )
         self.out_layer = nn.Linear(full_channels, config.out_channels)
         if config.use_fp16:
@@ -285,9 +286,9 @@ class LatentFlow(nn.Module):
         )
         h = h.with_feats(feats)
         # The skip connection of the first output block comes from the last input block.
-        for block, skip in zip(self.out_blocks, reversed(skip_feats), strict=True):
+        for block, skip_connection in zip(self.out_blocks, reversed(skip_feats), strict=True):
             if config.use_skip_connection:
-                h = h.with_feats(torch.cat([h.feats, skip], 1))
+                h = h.with_feats(torch.cat([h.feats, skip_connection], 1))
             fine_batch = fine_batches.pop() if block.resample else None
             h = blocks.run_block(block, h, time, fine_batch, recompute=self.recompute)
         # As in the original, the last norm has no parameters and torch's default constant 1e-5.

@@ -9,9 +9,8 @@ x[u] are the features of voxel u (zero if it does not exist), y[u] the output, W
 i, j and k run from 0 to 2. This equals a dense cross-correlation, evaluated at the voxels. Weights have the
 layout of the library spconv.
 
-Shapes: N samples, V voxels, W voxels of the grid of half the resolution, A input channels, B output channels,
-    P
-pairs of voxels that a tap connects, C channels.
+Shapes: N samples, V voxels, W voxels of the grid of half the resolution, input channels (number A), output
+channels (number B), P pairs of voxels that a tap connects, C channels.
 """
 
 import functools
@@ -32,7 +31,9 @@ from training.config import check_choice
 
 BACKENDS = ("auto", "torch", "spconv")
 TAPS = 27  # 3 x 3 x 3
-NUMBERS = 1 << 20  # largest count of values that are gathered at a time for a tap, which limits the memory
+MAX_GATHERED_VALUES = (
+    1 << 20
+)  # largest count of values that are gathered at a time for a tap, which limits the memory
 
 # Pairs of voxels that a tap connects: output rows and input rows, [P] int64 each
 Pairs = tuple[torch.Tensor, torch.Tensor]
@@ -137,11 +138,13 @@ def neighbours(x: SparseBatch) -> list[Pairs]:
     coords = x.coords.long()
     # Number of indices per axis, with a margin of one voxel on either side: otherwise a neighbour beyond the
     # border would have the code of a voxel in the next row.
-    side = int(coords[:, 1:].max()) + 3
-    strides = torch.tensor([side**3, side**2, side, 1], device=coords.device)
-    codes = (coords * strides).sum(1) + strides[1:].sum()  # one integer per voxel; the sum adds the margin
+    index_range = int(coords[:, 1:].max()) + 3
+    strides = torch.tensor([index_range**3, index_range**2, index_range, 1], device=coords.device)
+    voxel_codes = (coords * strides).sum(1) + strides[
+        1:
+    ].sum()  # one integer per voxel; the sum adds the margin
     # Neighbours are found by a binary search in the sorted codes.
-    sorted_codes, rows = codes.sort()
+    sorted_codes, voxel_rows = voxel_codes.sort()
     if bool((sorted_codes[1:] == sorted_codes[:-1]).any()):
         raise ValueError("sparse convolution: a voxel occurs twice. Remove the repeated rows of coords.")
     if bool((coords < 0).any()):
@@ -155,13 +158,13 @@ def neighbours(x: SparseBatch) -> list[Pairs]:
         i = tap // 9 - 1
         j = tap // 3 % 3 - 1
         k = tap % 3 - 1
-        neighbour_codes = codes + (i * strides[1] + j * strides[2] + k)
+        neighbour_codes = voxel_codes + (i * strides[1] + j * strides[2] + k)
         # For codes above the largest one, searchsorted returns an index past the end. After the clamp, the
         # comparison below is false for them.
         positions = torch.searchsorted(sorted_codes, neighbour_codes).clamp(max=len(sorted_codes) - 1)
         output_rows = (sorted_codes[positions] == neighbour_codes).nonzero().squeeze(1)
-        pairs_before_centre.append((output_rows, rows[positions[output_rows]]))
-    all_rows = torch.arange(len(codes), device=coords.device)
+        pairs_before_centre.append((output_rows, voxel_rows[positions[output_rows]]))
+    all_rows = torch.arange(len(voxel_codes), device=coords.device)
     x.cache["neighbours"] = [
         *pairs_before_centre,
         (all_rows, all_rows),  # at the central tap, each voxel reads itself
@@ -171,35 +174,37 @@ def neighbours(x: SparseBatch) -> list[Pairs]:
 
 
 def _taps(
-    pairs: list[Pairs], weight: torch.Tensor, rows: int
+    pairs: list[Pairs], weight: torch.Tensor, input_row_count: int
 ) -> Iterator[tuple[int, torch.Tensor, Pairs, bool]]:
-    """Iterate over all taps that connect voxels, with as many pairs at a time as NUMBERS allows.
+    """Iterate over all taps that connect voxels, with as many pairs at a time as MAX_GATHERED_VALUES allows.
 
     Args:
         pairs: pairs of rows of each tap.
         weight: weights [B, 27, A].
-        rows: number of rows of the input.
+        input_row_count: number of rows of the input.
 
-    Yields: the index of the tap, its weights [B, A], pairs of rows, and True if the tap has at least as many
-        pairs as the input has rows.
+    Yields: the index of the tap; its weights [B, A]; pairs of rows; and True if the tap has at least as many
+        pairs as the input has rows, False otherwise.
     """
-    chunk_size = max(NUMBERS // max(len(weight), weight.shape[2]), 1)
+    chunk_size = max(MAX_GATHERED_VALUES // max(len(weight), weight.shape[2]), 1)
     for tap, (output_rows, input_rows) in enumerate(pairs):
-        kernel = weight[:, tap].contiguous()
+        tap_weight = weight[:, tap].contiguous()
         # With coarse features there can be more pairs than rows. Each row is then multiplied once and
         # gathered afterwards, in a single chunk.
-        has_many_pairs = len(input_rows) >= rows
-        count = max(len(input_rows), 1) if has_many_pairs else chunk_size
-        for chunk in zip(output_rows.split(count), input_rows.split(count), strict=True):
+        has_many_pairs = len(input_rows) >= input_row_count
+        pairs_per_chunk = max(len(input_rows), 1) if has_many_pairs else chunk_size
+        for chunk in zip(output_rows.split(pairs_per_chunk), input_rows.split(pairs_per_chunk), strict=True):
             if len(chunk[0]):
-                yield tap, kernel, chunk, has_many_pairs
+                yield tap, tap_weight, chunk, has_many_pairs
 
 
-def _sums(rows: int, channels: int, like: torch.Tensor) -> torch.Tensor:
-    """Return zeros [rows, channels] for sums, on the device of `like`, in its dtype or in float32 if that is
-    wider."""
+def _sums(row_count: int, channels: int, like: torch.Tensor) -> torch.Tensor:
+    """Return zeros [row_count, channels] to which values are added.
+
+    They are on the device of `like`, in its dtype or in float32 if that is wider.
+    """
     return torch.zeros(
-        rows, channels, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device
+        row_count, channels, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device
     )
 
 
@@ -213,48 +218,50 @@ class _Convolve(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, feats: torch.Tensor, weight: torch.Tensor, pairs: list[Pairs], voxels: int
+        ctx, feats: torch.Tensor, weight: torch.Tensor, pairs: list[Pairs], output_row_count: int
     ) -> torch.Tensor:
         # weight is [B, 27, A]. The backward pass needs the features only for the gradient of the weights.
         ctx.save_for_backward(feats if ctx.needs_input_grad[1] else None, weight)
         ctx.pairs = pairs
         ctx.shape = feats.shape
         ctx.multiply = multiply = product if fits(feats, weight) else F.linear
-        out = _sums(voxels, len(weight), feats)
-        for _, kernel, (output_rows, input_rows), has_many_pairs in _taps(pairs, weight, len(feats)):
+        output_sums = _sums(output_row_count, len(weight), feats)
+        for _, tap_weight, (output_rows, input_rows), has_many_pairs in _taps(pairs, weight, len(feats)):
             products = (
-                multiply(feats, kernel).index_select(0, input_rows)
+                multiply(feats, tap_weight).index_select(0, input_rows)
                 if has_many_pairs
-                else multiply(feats.index_select(0, input_rows), kernel)
+                else multiply(feats.index_select(0, input_rows), tap_weight)
             )
-            out.index_add_(0, output_rows, products.to(out.dtype))
-        return out.to(feats.dtype)
+            output_sums.index_add_(0, output_rows, products.to(output_sums.dtype))
+        return output_sums.to(feats.dtype)
 
     @staticmethod
     @once("sparse convolution", "There is no second one.")
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # [V, B]
         feats, weight = ctx.saved_tensors
-        rows, channels = ctx.shape
-        to_feats = _sums(rows, channels, grad) if ctx.needs_input_grad[0] else None
-        to_weight = (
+        input_row_count, channels = ctx.shape
+        grad_feats = _sums(input_row_count, channels, grad) if ctx.needs_input_grad[0] else None
+        grad_weight = (
             _sums(len(weight), TAPS * channels, grad).view(weight.shape) if ctx.needs_input_grad[1] else None
         )
-        for tap, kernel, (output_rows, input_rows), has_many_pairs in _taps(ctx.pairs, weight, rows):
+        for tap, tap_weight, (output_rows, input_rows), has_many_pairs in _taps(
+            ctx.pairs, weight, input_row_count
+        ):
             row_grads = grad.index_select(0, output_rows)  # [P, B]
             if has_many_pairs:
                 # Gradients of all pairs with the same input row are summed before they are multiplied.
-                total = _sums(rows, len(weight), grad)
-                row_grads = total.index_add_(0, input_rows, row_grads.to(total.dtype)).to(grad.dtype)
-            if to_feats is not None:
-                products = ctx.multiply(row_grads, kernel.t()).to(to_feats.dtype)
+                grad_sums = _sums(input_row_count, len(weight), grad)
+                row_grads = grad_sums.index_add_(0, input_rows, row_grads.to(grad_sums.dtype)).to(grad.dtype)
+            if grad_feats is not None:
+                products = ctx.multiply(row_grads, tap_weight.t()).to(grad_feats.dtype)
                 if has_many_pairs:
-                    to_feats = to_feats.add_(products)
+                    grad_feats = grad_feats.add_(products)
                 else:
-                    to_feats = to_feats.index_add_(0, input_rows, products)
-            if to_weight is not None:
+                    grad_feats = grad_feats.index_add_(0, input_rows, products)
+            if grad_weight is not None:
                 input_feats = feats if has_many_pairs else feats.index_select(0, input_rows)
-                to_weight[:, tap] += ctx.multiply(row_grads.t(), input_feats.t())
-        gradients = (None if g is None else g.to(grad.dtype) for g in (to_feats, to_weight))
+                grad_weight[:, tap] += ctx.multiply(row_grads.t(), input_feats.t())
+        gradients = (None if g is None else g.to(grad.dtype) for g in (grad_feats, grad_weight))
         # The pairs and the number of voxels have no gradient.
         return (*gradients, None, None)
 
@@ -278,13 +285,15 @@ def _spconv(x: SparseBatch, feats: torch.Tensor, weight: torch.Tensor, bias: tor
 
     grid_shape = [int(largest_index) + 1 for largest_index in x.coords[:, 1:].amax(0)]
     # spconv computes wrong results, without an error, if the indices are not contiguous int32.
-    tensor = spconv.SparseConvTensor(feats.contiguous(), x.coords.int().contiguous(), grid_shape, x.size)
+    sparse_tensor = spconv.SparseConvTensor(
+        feats.contiguous(), x.coords.int().contiguous(), grid_shape, x.size
+    )
     # spconv stores its table of neighbours in this dictionary, which batches on the same voxels share.
-    tensor.indice_dict = x.cache.setdefault("spconv", tensor.indice_dict)
+    sparse_tensor.indice_dict = x.cache.setdefault("spconv", sparse_tensor.indice_dict)
     with torch.device("meta"):
         # On the meta device the layer allocates no weights. functional_call below replaces them by `weight`.
         layer = spconv.SubMConv3d(weight.shape[-1], weight.shape[0], 3, bias=False, indice_key="3")
-    return torch.func.functional_call(layer, {"weight": weight}, (tensor,)).features + bias
+    return torch.func.functional_call(layer, {"weight": weight}, (sparse_tensor,)).features + bias
 
 
 @dataclass(frozen=True)
@@ -302,19 +311,23 @@ def coarser(x: SparseBatch) -> Coarser:
     if "coarser" not in x.cache:
         coarse_coords = x.coords.long()
         coarse_coords[:, 1:] //= 2
-        side = int(coarse_coords[:, 1:].max()) + 1
+        voxels_per_axis = int(coarse_coords[:, 1:].max()) + 1
         # One integer per voxel, since torch.unique is faster on integers than on rows. It also sorts them.
         sample, i, j, k = coarse_coords.unbind(1)
-        codes = ((sample * side + i) * side + j) * side + k
-        unique_codes, row, counts = torch.unique(codes, return_inverse=True, return_counts=True)
+        voxel_codes = ((sample * voxels_per_axis + i) * voxels_per_axis + j) * voxels_per_axis + k
+        unique_codes, coarse_row, voxel_counts = torch.unique(
+            voxel_codes, return_inverse=True, return_counts=True
+        )
         # Sample and indices of each coarse voxel from its code
-        columns = [
-            unique_codes // side**3,
-            unique_codes // side**2 % side,
-            unique_codes // side % side,
-            unique_codes % side,
+        coarse_columns = [
+            unique_codes // voxels_per_axis**3,
+            unique_codes // voxels_per_axis**2 % voxels_per_axis,
+            unique_codes // voxels_per_axis % voxels_per_axis,
+            unique_codes % voxels_per_axis,
         ]
-        x.cache["coarser"] = Coarser(torch.stack(columns, 1).int().contiguous(), row, counts)
+        x.cache["coarser"] = Coarser(
+            torch.stack(coarse_columns, 1).int().contiguous(), coarse_row, voxel_counts
+        )
     return x.cache["coarser"]
 
 
@@ -326,15 +339,19 @@ def downsample(x: SparseBatch) -> SparseBatch:
     zero.
     """
     coarse = coarser(x)
-    sums = x.feats.new_zeros(len(coarse.coords), x.feats.shape[1]).index_add(0, coarse.row, x.feats)
+    feature_sums = x.feats.new_zeros(len(coarse.coords), x.feats.shape[1]).index_add(0, coarse.row, x.feats)
     return SparseBatch(
-        coarse.coords, sums / (coarse.counts + 1).to(sums.dtype)[:, None], x.size, coarse.cache
+        coarse.coords,
+        feature_sums / (coarse.counts + 1).to(feature_sums.dtype)[:, None],
+        x.size,
+        coarse.cache,
     )
 
 
 def upsample(x: SparseBatch, fine: SparseBatch) -> SparseBatch:
-    """Double the resolution of a batch: each fine voxel gets the features of its coarse voxel, [W, C] -> [V,
-    C].
+    """Double the resolution of a batch, features [W, C] -> [V, C].
+
+    Each fine voxel gets the features of the coarse voxel that contains it.
 
     Differentiable in: the features of x.
 
@@ -363,7 +380,8 @@ class SparseResBlock(nn.Module):
         channels: channels of the input.
         out_channels: channels of the output.
         time_channels: channels of the embedded time.
-        resample: "down" halves and "up" doubles the resolution before both branches; "" does not change it.
+        resample: "down" halves and "up" doubles the resolution before the convolutions and the skip
+            connection; "" does not change it.
         backend: implementation of the convolutions, see `submanifold_conv`.
     """
 
