@@ -73,39 +73,43 @@ def run_tasks(
             failed task, after the other running tasks have ended.
         RuntimeError: a task failed with another error.
     """
-    order = _Order(needs)
+    task_order = _Order(needs)
     # one handler for all threads, which share its loaded data
     if stop is not None:
-        return _on_threads(order, setup(*arguments), workers, on_done, expected, stop)
+        return _on_threads(task_order, setup(*arguments), workers, on_done, expected, stop)
     # One worker needs no process of its own. In this process, errors keep their traceback and a debugger
     # works.
     if workers == 1:
         handler = setup(*arguments)
-        results = {}
-        for name in order:
-            results[name] = handler(name)
-            order.done(name)
-            on_done(name, results[name])
-        return results
+        result_by_task = {}
+        for name in task_order:
+            result_by_task[name] = handler(name)
+            task_order.done(name)
+            on_done(name, result_by_task[name])
+        return result_by_task
     logs.mkdir(parents=True, exist_ok=True)
     # spawn, not fork: a forked process would inherit CUDA's state and locks of other threads
-    spawn = multiprocessing.get_context("spawn")
-    parent_end, worker_end = spawn.Pipe()
-    worker_count = spawn.Value("i", 0)  # "i": a C int in shared memory; each worker takes its number from it
+    spawn_context = multiprocessing.get_context("spawn")
+    parent_end, worker_end = spawn_context.Pipe()
+    worker_count = spawn_context.Value(
+        "i", 0
+    )  # "i": a C int in shared memory; each worker takes its number from it
     initial_arguments = (setup, tuple(arguments), logs, worker_count, worker_end)
     # more processes than tasks would have no work
-    pool = ProcessPoolExecutor(min(workers, len(needs)), spawn, _begin, initial_arguments)
+    pool = ProcessPoolExecutor(min(workers, len(needs)), spawn_context, _begin, initial_arguments)
     try:
-        results = _dispatch(order, lambda name: pool.submit(_work, name), workers, logs, on_done, expected)
+        result_by_task = _dispatch(
+            task_order, lambda name: pool.submit(_work, name), workers, logs, on_done, expected
+        )
         pool.shutdown()
-        return results
+        return result_by_task
     finally:
         parent_end.close()  # workers wait for this end of the pipe to close, and then stop
         pool.shutdown(cancel_futures=True)
 
 
 def _on_threads(
-    order: "_Order",
+    task_order: "_Order",
     handler: Handler,
     workers: int,
     on_done: Callable[[str, Any], None],
@@ -118,7 +122,9 @@ def _on_threads(
     """
     with ThreadPoolExecutor(workers) as pool:
         try:
-            return _dispatch(order, lambda name: pool.submit(handler, name), workers, None, on_done, expected)
+            return _dispatch(
+                task_order, lambda name: pool.submit(handler, name), workers, None, on_done, expected
+            )
         # KeyboardInterrupt as well: leaving the `with` waits for the running tasks, so they must be ended
         # first
         except BaseException:
@@ -150,7 +156,7 @@ class _Order:
 
 
 def _dispatch(
-    order: _Order,
+    task_order: _Order,
     submit: Callable[[str], Future[Any]],
     workers: int,
     logs: Path | None,
@@ -160,7 +166,7 @@ def _dispatch(
     """Submit ready tasks while workers are free, and collect the results as tasks finish.
 
     Args:
-        order: iterator over the ready tasks.
+        task_order: iterator over the ready tasks.
         submit: function that starts the task of a name, and returns its future.
         workers: largest number of tasks that run at the same time.
         logs: folder of the workers' log files, for messages; None: the tasks run in this process.
@@ -170,21 +176,21 @@ def _dispatch(
     Returns:
         Result of each task, by its name.
     """
-    results: dict[str, Any] = {}
-    running: dict[Future[Any], str] = {}
+    result_by_task: dict[str, Any] = {}
+    task_by_future: dict[Future[Any], str] = {}
     while True:
         # no ready task is taken from `order` while all workers are busy
-        for name in order if len(running) < workers else ():
-            running[submit(name)] = name
-            if len(running) == workers:
+        for name in task_order if len(task_by_future) < workers else ():
+            task_by_future[submit(name)] = name
+            if len(task_by_future) == workers:
                 break
         # nothing runs and nothing is ready: all tasks are done
-        if not running:
-            return results
-        for future in wait(running, return_when=FIRST_COMPLETED).done:
-            name = running.pop(future)
+        if not task_by_future:
+            return result_by_task
+        for future in wait(task_by_future, return_when=FIRST_COMPLETED).done:
+            name = task_by_future.pop(future)
             try:
-                results[name] = future.result()
+                result_by_task[name] = future.result()
             except BrokenProcessPool:
                 raise ValueError(
                     f"{name}: the worker process ended before the task returned a result. Its log is in"
@@ -198,10 +204,10 @@ def _dispatch(
                 if logs is None:
                     raise
                 # concurrent.futures puts the worker's traceback into the cause
-                traceback = str(error.__cause__).strip('"\n')
-                raise RuntimeError(f"{name}: {traceback}") from None
-            order.done(name)
-            on_done(name, results[name])
+                worker_traceback = str(error.__cause__).strip('"\n')
+                raise RuntimeError(f"{name}: {worker_traceback}") from None
+            task_order.done(name)
+            on_done(name, result_by_task[name])
 
 
 def _begin(
@@ -230,10 +236,10 @@ def _begin(
     threading.Thread(target=end_with_parent, daemon=True).start()
     # workers number themselves, because the executor does not
     with count.get_lock():
-        number = count.value
+        worker_number = count.value
         count.value += 1
     # buffering=1 writes each line immediately, so that the log is complete if the process is killed
-    sys.stdout = sys.stderr = open(logs / f"worker-{number}.log", "a", buffering=1)
+    sys.stdout = sys.stderr = open(logs / f"worker-{worker_number}.log", "a", buffering=1)
     _worker.update(setup=setup, arguments=arguments)
 
 

@@ -47,7 +47,7 @@ def theme(name: str = "light") -> Iterator[None]:
     from cycler import cycler
 
     text_colour, grid_colour = _THEMES[name]
-    settings: dict[Any, Any] = {
+    rc_settings: dict[Any, Any] = {
         "figure.facecolor": "none",
         "axes.facecolor": "none",
         "savefig.facecolor": "none",
@@ -74,7 +74,7 @@ def theme(name: str = "light") -> Iterator[None]:
         "image.cmap": "viridis",
         "font.family": "sans-serif",
     }
-    with matplotlib.rc_context(settings):
+    with matplotlib.rc_context(rc_settings):
         yield
 
 
@@ -108,8 +108,8 @@ def grid(count: int, height: float) -> tuple["Figure", list["Axes"]]:
     Returns:
         The figure, and the list of its `count` Axes.
     """
-    rows = -(-count // 3)  # count / 3, rounded up
-    grid_figure, axes = figure(columns=min(3, count), rows=rows, size=(9.4, height * rows))
+    row_count = -(-count // 3)  # count / 3, rounded up
+    grid_figure, axes = figure(columns=min(3, count), rows=row_count, size=(9.4, height * row_count))
     # a single plot comes as one Axes object and not as an array
     all_axes = list(np.atleast_1d(axes).ravel())
     # the axes at the end of the last row that no plot needs
@@ -146,7 +146,7 @@ def plot(
 
 @plot(None, size=(9.4, 0.8))
 def plot_absent(axes: "Axes", data: dict[str, Any]) -> None:
-    """Plot a text in place of a figure: the reason why a finding has no data, which stands under "absent"."""
+    """Plot a text in place of a figure: the reason why a finding has no data, from its key "absent"."""
     axes.set_axis_off()
     axes.text(0, 0.5, data["absent"], wrap=True, va="center")
 
@@ -226,11 +226,11 @@ def save(plotted_figure: "Figure", path: Path) -> None:
         path: file with the suffix .svg (written without a date) or .png (144 dots per inch, white
             background).
     """
-    buffer = io.BytesIO()
+    image_buffer = io.BytesIO()
     file_format = path.suffix.lstrip(".")
     # an SVG file without the date has the same bytes whenever an equal figure is written
     format_options = (
         {"metadata": {"Date": None}} if file_format == "svg" else {"dpi": 144, "facecolor": "white"}
     )
-    plotted_figure.savefig(buffer, format=file_format, **format_options)
-    write_atomic(path, buffer.getvalue())
+    plotted_figure.savefig(image_buffer, format=file_format, **format_options)
+    write_atomic(path, image_buffer.getvalue())

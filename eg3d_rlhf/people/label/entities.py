@@ -404,30 +404,30 @@ def parse_questions(texts: Iterable[str]) -> tuple[Question, ...]:
     """
     questions = []
     for question_text in texts:
-        name, equals, text = (part.strip() for part in str(question_text).partition("="))
+        name, separator, text = (part.strip() for part in str(question_text).partition("="))
         # `equals` is empty if there is no "=". The page must then have texts for the name.
-        if not QUESTION_NAME.fullmatch(name) or (not equals and name not in QUESTIONS):
+        if not QUESTION_NAME.fullmatch(name) or (not separator and name not in QUESTIONS):
             raise ValueError(
                 f"--criteria: {question_text!r} is not a valid question. Use one of {', '.join(QUESTIONS)},"
                 " or NAME=TEXT, where NAME starts with a letter and consists of a to z, 0 to 9, _ and -."
             )
         # isprintable() is False for line breaks and control characters, which a button cannot show.
-        if equals and (not 1 <= len(text) <= MAX_TEXT or not text.isprintable()):
+        if separator and (not 1 <= len(text) <= MAX_TEXT or not text.isprintable()):
             raise ValueError(
                 f"--criteria: the text of the question {name} is {text[:40]!r}. Use a text of 1 to {MAX_TEXT}"
                 " printable characters."
             )
-        questions.append(Question(name, text if equals else None))
-    names = [question.name for question in questions]
-    if len(set(names)) < len(names):
+        questions.append(Question(name, text if separator else None))
+    question_names = [question.name for question in questions]
+    if len(set(question_names)) < len(question_names):
         raise ValueError(
-            f"--criteria: a question occurs more than once in {', '.join(names)}. Remove the repeated"
-            " question."
+            f"--criteria: a question occurs more than once in {', '.join(question_names)}. Remove the"
+            " repeated question."
         )
-    if len(names) > MAX_QUESTIONS:
+    if len(question_names) > MAX_QUESTIONS:
         raise ValueError(
-            f"--criteria: {len(names)} questions were given ({', '.join(names)}), but at most {MAX_QUESTIONS}"
-            " are allowed. Remove some questions."
+            f"--criteria: {len(question_names)} questions were given ({', '.join(question_names)}), but at"
+            f" most {MAX_QUESTIONS} are allowed. Remove some questions."
         )
     return tuple(questions)
 
@@ -443,17 +443,19 @@ def check_votes(questions: Iterable[str], votes: Mapping[str, str], choice: Choi
     Raises:
         ValueError: a vote is missing, unknown or not allowed.
     """
-    names = {question.name for question in parse_questions(questions)} if choice is not Choice.SKIP else set()
-    if set(votes) != names or not set(votes.values()) <= set(VOTES):
-        expected = (
-            f"one of {', '.join(VOTES)} for each of the questions {', '.join(sorted(names))}"
-            if names
+    question_names = (
+        {question.name for question in parse_questions(questions)} if choice is not Choice.SKIP else set()
+    )
+    if set(votes) != question_names or not set(votes.values()) <= set(VOTES):
+        expected_text = (
+            f"one of {', '.join(VOTES)} for each of the questions {', '.join(sorted(question_names))}"
+            if question_names
             else "no votes"
         )
         # The message quotes at most MAX_QUESTIONS votes, so that its length is bounded.
         quoted_votes = dict(list(votes.items())[:MAX_QUESTIONS])
         raise ValueError(
-            f"answer: the votes must be {expected}, but they are {quoted_votes}. Reload the page."
+            f"answer: the votes must be {expected_text}, but they are {quoted_votes}. Reload the page."
         )
 
 
@@ -467,9 +469,9 @@ def check_stored(votes: str) -> None:
         ValueError: the text is not a JSON object from names of questions to votes.
     """
     try:
-        parsed = json.loads(votes)
-        is_valid = isinstance(parsed, dict) and all(
-            QUESTION_NAME.fullmatch(name) and vote in VOTES for name, vote in parsed.items()
+        parsed_votes = json.loads(votes)
+        is_valid = isinstance(parsed_votes, dict) and all(
+            QUESTION_NAME.fullmatch(name) and vote in VOTES for name, vote in parsed_votes.items()
         )
     except ValueError:
         is_valid = False

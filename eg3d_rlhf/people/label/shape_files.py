@@ -65,11 +65,11 @@ def encode_mesh(vertices: np.ndarray, faces: np.ndarray) -> bytes:
     """
     vertices = np.asarray(vertices, dtype=np.float64)
     faces = np.asarray(faces)
-    for name, values in (("vertices", vertices), ("faces", faces)):
-        if values.ndim != 2 or values.shape[1] != 3 or len(values) == 0:
+    for array_name, mesh_array in (("vertices", vertices), ("faces", faces)):
+        if mesh_array.ndim != 2 or mesh_array.shape[1] != 3 or len(mesh_array) == 0:
             raise ValueError(
-                f"mesh: the array of {name} has the shape {list(values.shape)}, but must have the shape [N,"
-                " 3] with N >= 1. Pass a mesh with a surface."
+                f"mesh: the array of {array_name} has the shape {list(mesh_array.shape)}, but must have the"
+                " shape [N, 3] with N >= 1. Pass a mesh with a surface."
             )
     if not np.isfinite(vertices).all():
         raise ValueError(
@@ -82,23 +82,23 @@ def encode_mesh(vertices: np.ndarray, faces: np.ndarray) -> bytes:
     extent = (vertices.max(axis=0) - smallest).astype("<f4")
     # A flat mesh has the extent 0 along an axis. `where` avoids a division by zero, and the result there is
     # 0.
-    scaled = np.divide(vertices - smallest, extent, out=np.zeros_like(vertices), where=extent > 0)
+    scaled_positions = np.divide(vertices - smallest, extent, out=np.zeros_like(vertices), where=extent > 0)
     # Rounding the extent to float32 can push the largest position slightly above 1.
-    positions = np.rint(scaled.clip(0, 1) * _STEPS).astype("<u2")
+    quantised_positions = np.rint(scaled_positions.clip(0, 1) * _STEPS).astype("<u2")
     header = _HEADER.pack(MAGIC, len(vertices), len(faces), *smallest.tolist(), *extent.tolist())
     # The browser reads the indices as a Uint32Array, which must begin at a multiple of 4 bytes.
-    padding = bytes(-(len(header) + positions.nbytes) % 4)
+    padding = bytes(-(len(header) + quantised_positions.nbytes) % 4)
     return (
         header
-        + positions.tobytes()
+        + quantised_positions.tobytes()
         + padding
         + faces.astype("<u2" if len(vertices) <= _SHORT else "<u4").tobytes()
     )
 
 
-def compress(data: bytes) -> bytes:
+def compress(content: bytes) -> bytes:
     """Compress data with gzip. The header contains no time and no name, so equal data give equal bytes."""
-    return gzip.compress(data, 9, mtime=0)
+    return gzip.compress(content, 9, mtime=0)
 
 
 def shape_key(shape: Shape) -> str:
@@ -108,10 +108,12 @@ def shape_key(shape: Shape) -> str:
     hash of the file's SHA-256, of ASSET_VERSION and, if the asset is damaged, of the damage and its seed.
     """
     if shape.file:
-        damage = [shape.degradation, shape.seed] if shape.degradation else []
-        return hashlib.sha256(json.dumps(["asset", ASSET_VERSION, shape.file, *damage]).encode()).hexdigest()
-    parts = [VERSION, *(kind(getattr(shape, name)) for name, kind in _KEY_FIELDS.items())]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+        damage_parts = [shape.degradation, shape.seed] if shape.degradation else []
+        return hashlib.sha256(
+            json.dumps(["asset", ASSET_VERSION, shape.file, *damage_parts]).encode()
+        ).hexdigest()
+    key_parts = [VERSION, *(field_type(getattr(shape, name)) for name, field_type in _KEY_FIELDS.items())]
+    return hashlib.sha256(json.dumps(key_parts).encode()).hexdigest()
 
 
 class ShapeCache:
@@ -159,8 +161,8 @@ class ShapeCache:
             temporary: True for a failure that `forget_temporary_failures` deletes.
         """
         # "passing" marks a temporary failure. Existing caches contain this key.
-        record = {"seed": shape.seed, "reason": reason, **({"passing": True} if temporary else {})}
-        return self._put(shape, ".failed.json", (json.dumps(record) + "\n").encode())
+        failure_record = {"seed": shape.seed, "reason": reason, **({"passing": True} if temporary else {})}
+        return self._put(shape, ".failed.json", (json.dumps(failure_record) + "\n").encode())
 
     def forget_temporary_failures(self, shapes: Iterable[Shape]) -> None:
         """Delete the recorded temporary failures of shapes, so that these shapes are prepared again.

@@ -1,5 +1,4 @@
-"""A study from design to report: simulated people answer through the store,
-and the page shows what they did.
+"""A study from design to report: simulated people answer through the store, and the page shows what they did.
 """
 
 import html
