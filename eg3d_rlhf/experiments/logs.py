@@ -107,15 +107,15 @@ class Log:
         for writer in self.writers:
             writer.image(name, path, step)
 
-    def resume(self, lines: Iterable[str]) -> None:
+    def resume(self, stats_lines: Iterable[str]) -> None:
         """Rebuild TensorBoard's files when a run is resumed.
 
         Args:
-            lines: lines of stats.jsonl that the run had written before the state from which it resumes.
+            stats_lines: lines of stats.jsonl that the run had written before the state from which it resumes.
         """
         # Weights & Biases and Trackio continue the run on their servers, where they find it by its id.
         for board in (writer for writer in self.writers if isinstance(writer, Board)):
-            for stats_line in lines:
+            for stats_line in stats_lines:
                 stats_record = json.loads(stats_line)
                 board.line(
                     {name: value for name, value in numbers(stats_record) if name != "step"},
@@ -143,9 +143,9 @@ class Board:
         shutil.rmtree(self.folder, ignore_errors=True)
         return SummaryWriter(str(self.folder))
 
-    def line(self, values: Mapping[str, float], step: int) -> None:
+    def line(self, number_by_name: Mapping[str, float], step: int) -> None:
         """Log numbers by name, at a step of the run."""
-        for name, value in values.items():
+        for name, value in number_by_name.items():
             self.file.add_scalar(name, value, step)
         self.file.flush()  # so that TensorBoard shows the line while the run continues
 
@@ -195,9 +195,9 @@ class Tracker:
         )
         return tracker_package
 
-    def line(self, values: Mapping[str, float], step: int) -> None:
+    def line(self, number_by_name: Mapping[str, float], step: int) -> None:
         """Log numbers by name, at a step of the run."""
-        self.package.log(dict(values), step=step)
+        self.package.log(dict(number_by_name), step=step)
 
     def image(self, name: str, path: Path, step: int) -> None:
         """Log an image file under a name, at a step of the run."""

@@ -370,8 +370,9 @@ def running(device: str | None, timeout: float, again: str) -> "Iterator[Ranks]"
     from training.distributed import process_group
 
     process_group_context = process_group(choose_device(device or "auto"), timeout)
-    # _ends_with_130 is used twice. The inner one turns a stop into SystemExit before the process group closes,
-    # so that the group's __exit__ receives it. The outer one handles a stop while the group is being opened.
+    # _ends_with_130 is used twice. The inner one turns a stop into SystemExit before the process group
+    # closes, so that the group's __exit__ receives it. The outer one handles a stop while the group
+    # is being opened.
     with _ends_with_130(again), sigterm_interrupts(), process_group_context as ranks, _ends_with_130(again):
         yield ranks
 

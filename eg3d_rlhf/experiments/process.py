@@ -112,14 +112,14 @@ def sigterm_interrupts() -> Iterator[None]:
 
 
 def serve_requests(
-    answer: Callable[[Any], Any], memory: int, seconds: int, largest_file: int | None = None
+    answer_request: Callable[[Any], Any], memory: int, seconds: int, largest_file: int | None = None
 ) -> None:
     """Answer requests until standard input ends, with limits of memory and processor time.
 
     A request is one line of JSON on standard input; its answer is one line of JSON on standard output.
 
     Args:
-        answer: function that returns the answer to a request, both in JSON types.
+        answer_request: function that returns the answer to a request, both in JSON types.
         memory: largest address space of this process, in bytes.
         seconds: largest processor time of one request, in seconds.
         largest_file: largest size of a file that this process writes, in bytes; None: no limit.
@@ -136,4 +136,4 @@ def serve_requests(
         # first two entries of getrusage are the seconds of processor time in user mode and in the system.
         used_seconds = int(sum(resource.getrusage(resource.RUSAGE_SELF)[:2]))
         resource.setrlimit(resource.RLIMIT_CPU, (used_seconds + seconds, resource.RLIM_INFINITY))
-        print(json.dumps(answer(json.loads(request_line))), flush=True)
+        print(json.dumps(answer_request(json.loads(request_line))), flush=True)

@@ -138,20 +138,20 @@ class Run:
         """
         # Rank 0 compares. The other ranks have an empty record, with which nothing differs.
         recorded_options = recorded(self.folder) if self.ranks.is_main else {}
-        for name, recorded_hash in recorded_options.get("hashes", {}).items():
-            if name not in self.inputs:
+        for input_name, recorded_hash in recorded_options.get("hashes", {}).items():
+            if input_name not in self.inputs:
                 continue
-            path = Path(self.inputs[name])
-            if not path.is_file():
+            input_path = Path(self.inputs[input_name])
+            if not input_path.is_file():
                 raise ValueError(
-                    f"--resume: the input file {name} {path}, with which the run was begun, does not exist."
-                    " Restore the file, or start a new run."
+                    f"--resume: the input file {input_name} {input_path}, with which the run was begun, does"
+                    " not exist. Restore the file, or start a new run."
                 )
-            current_hash = file_hash(path)
+            current_hash = file_hash(input_path)
             if current_hash != recorded_hash:
                 raise ValueError(
-                    f"--resume: the input file {name} {path} has changed since the run was begun: its"
-                    f" SHA-256 was {recorded_hash[:12]}... and is {current_hash[:12]}... now. Restore the"
+                    f"--resume: the input file {input_name} {input_path} has changed since the run was begun:"
+                    f" its SHA-256 was {recorded_hash[:12]}... and is {current_hash[:12]}... now. Restore the"
                     " file, or start a new run."
                 )
         # The current settings pass through JSON, as the recorded ones did: a tuple equals a list then.
@@ -162,24 +162,25 @@ class Run:
         setting_names = current_settings.keys() if recorded_options and free is not None else ()
         # A group is the dotted path without its last part. If the record has the group but not the setting,
         # the setting was added by a newer version of this package, and is not compared.
-        recorded_groups = {name.rpartition(".")[0] for name in recorded_settings} - {""}
+        recorded_groups = {setting_name.rpartition(".")[0] for setting_name in recorded_settings} - {""}
         compared_names = {
-            name
-            for name in setting_names
-            if name in recorded_settings or name.rpartition(".")[0] not in recorded_groups
+            setting_name
+            for setting_name in setting_names
+            if setting_name in recorded_settings or setting_name.rpartition(".")[0] not in recorded_groups
         }
         free_names = set(free or ())
         changed_names = sorted(
-            name
-            for name in compared_names
-            if recorded_settings.get(name) != current_settings.get(name)
-            and not {name, name.split(".")[-1]} & free_names
+            setting_name
+            for setting_name in compared_names
+            if recorded_settings.get(setting_name) != current_settings.get(setting_name)
+            and not {setting_name, setting_name.split(".")[-1]} & free_names
         )
         if changed_names:
             # at most four settings, so that the message stays one readable line
             changes_text = "; ".join(
-                f"{name} {current_settings.get(name)} instead of {recorded_settings.get(name)}"
-                for name in changed_names[:4]
+                f"{setting_name} {current_settings.get(setting_name)} instead of"
+                f" {recorded_settings.get(setting_name)}"
+                for setting_name in changed_names[:4]
             )
             raise ValueError(
                 f"run {self.folder}: settings have changed since the run was begun: {changes_text}. Use the"
@@ -319,11 +320,11 @@ class Run:
             meta: other values of the state, in JSON types.
         """
         # rank 0 writes; every rank computes the path, because messages print it
-        path = checkpoint.path_of(self.folder, step)
+        checkpoint_path = checkpoint.path_of(self.folder, step)
         if self.ranks.is_main:
             checkpoint.write(self.folder, step, dict(tensors), dict(meta))
-        self.last_checkpoint = path
-        return path
+        self.last_checkpoint = checkpoint_path
+        return checkpoint_path
 
     def read(
         self, source: Path | None = None, previous: bool = False
@@ -335,10 +336,10 @@ class Run:
             previous: True reads the checkpoint before the newest one, see training.checkpoint.read.
         """
         # Rank 0 reads and sends the state to the other ranks, which may run on machines without this folder.
-        tensors, meta, path = (
+        tensors, meta, checkpoint_path = (
             checkpoint.read(source or self.folder, previous) if self.ranks.is_main else (None, None, None)
         )
-        meta, path_text = self.ranks.broadcast([meta, str(path)])
+        meta, path_text = self.ranks.broadcast([meta, str(checkpoint_path)])
         self.last_checkpoint = Path(path_text)
         # the tensors are sent one by one, by name, and the other values with the broadcast above
         return self.ranks.broadcast_named(tensors), meta
@@ -420,8 +421,8 @@ def recorded(folder: Path) -> dict[str, Any]:
 
 def next_free(outdir: Path, name: str) -> Path:
     """Return the path outdir/NNNNN-name, where NNNNN is one more than the largest number in `outdir`."""
-    matches = (_NUMBERED.match(path.name) for path in outdir.glob("*"))
-    taken_numbers = [int(match.group(1)) for match in matches if match]
+    name_matches = (_NUMBERED.match(path.name) for path in outdir.glob("*"))
+    taken_numbers = [int(match.group(1)) for match in name_matches if match]
     # the first run of a folder has the number 00000
     return outdir / f"{max(taken_numbers, default=-1) + 1:05d}-{name}"
 
@@ -439,7 +440,7 @@ def claim(folder: Path, ranks: Ranks = SINGLE) -> Path:
     Raises:
         OSError: the folder cannot be made.
     """
-    launch = launch_identity()
+    launch_id = launch_identity()
     # mkdir is atomic. If two processes choose the same number, one of them gets FileExistsError, and tries
     # the next number.
     while ranks.is_main:
@@ -450,7 +451,7 @@ def claim(folder: Path, ranks: Ranks = SINGLE) -> Path:
             numbered_match = _NUMBERED.fullmatch(folder.name)
             # The existing folder is used if it has no number, or if this launch of torchrun has made it
             # before.
-            if numbered_match is None or launch is not None and _launch_of(folder) == launch:
+            if numbered_match is None or launch_id is not None and _launch_of(folder) == launch_id:
                 break
             folder = next_free(folder.parent, numbered_match.group(2))
         except OSError as error:
@@ -470,13 +471,13 @@ def begun_by_this_launch(outdir: Path, ranks: Ranks = SINGLE) -> Path | None:
     """
     if not ranks.restarts:
         return None
-    launch = launch_identity()
+    launch_id = launch_identity()
     # rank 0 searches, and sends the path to the other ranks; "" means no folder
     begun_folder = ""
-    if ranks.is_main and launch is not None:
+    if ranks.is_main and launch_id is not None:
         newest_first = sorted(outdir.glob("*"), reverse=True)
         run_folders = (path for path in newest_first if _NUMBERED.fullmatch(path.name))
-        begun_folder = next((str(path) for path in run_folders if _launch_of(path) == launch), "")
+        begun_folder = next((str(path) for path in run_folders if _launch_of(path) == launch_id), "")
     begun_folder = ranks.broadcast(begun_folder)
     return Path(begun_folder) if begun_folder else None
 

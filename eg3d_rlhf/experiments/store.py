@@ -56,9 +56,8 @@ class Artefact:
     """Artefact that is finished and stored."""
 
     folder: Path
-    content: (
-        str  # SHA-256 of the names and bytes of the products; an input of artefacts that are made from it
-    )
+    # SHA-256 of the names and bytes of the products; an input of artefacts that are made from this one
+    content: str
     record: Mapping[str, Any]  # values that its maker returned, in JSON types
     reused: bool  # True if it was read from the store, False if this call made it
 
@@ -184,10 +183,12 @@ class Store:
                     # inputs.
                     if self.ranks.is_main:
                         self.begin(folder, inputs)
-                    products, record = maker(folder)
+                    product_paths, maker_record = maker(folder)
                     self.ranks.barrier()  # all ranks have written their files before they are hashed
                     done_record = self.ranks.broadcast(
-                        self.finish(folder, inputs, products, record) if self.ranks.is_main else None
+                        self.finish(folder, inputs, product_paths, maker_record)
+                        if self.ranks.is_main
+                        else None
                     )
         self._checked_artefacts[folder] = _artefact(folder, done_record, is_reused)
         return self._checked_artefacts[folder]
@@ -217,8 +218,8 @@ class Store:
 
     def load_arrays(self, kind: str, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """Read arrays by name that an earlier call of `arrays` has computed and stored."""
-        values: dict[str, np.ndarray] = safetensors.numpy.load_file(self.folder(kind, inputs) / ARRAYS)
-        return values
+        array_by_name: dict[str, np.ndarray] = safetensors.numpy.load_file(self.folder(kind, inputs) / ARRAYS)
+        return array_by_name
 
     def begun(self, kind: str, inputs: Mapping[str, Any]) -> bool:
         """Return True if the folder of the artefact exists and states these inputs, finished or not."""
@@ -245,12 +246,15 @@ class Store:
             record: further values that the store keeps, in JSON types.
         """
         product_files: set[Path] = set()
-        for path in products:
-            candidate_paths = path.rglob("*") if path.is_dir() else [path]
+        for product_path in products:
+            candidate_paths = product_path.rglob("*") if product_path.is_dir() else [product_path]
             product_files.update(file for file in candidate_paths if file.is_file())
         # Names are relative to the folder, with "/", so that the content hash does not depend on the position
         # of the store or on the operating system.
-        files_by_name = {Path(os.path.relpath(path, folder)).as_posix(): path for path in product_files}
+        files_by_name = {
+            Path(os.path.relpath(product_path, folder)).as_posix(): product_path
+            for product_path in product_files
+        }
         hash_by_name = {name: file_hash(files_by_name[name]) for name in sorted(files_by_name)}
         done_record = {"files": hash_by_name, "content": json_hash(hash_by_name), "record": record}
         Store.begin(folder, inputs)
@@ -325,19 +329,19 @@ def _checked(folder: Path, inputs: Mapping[str, Any]) -> dict[str, Any]:
             " folder and run the same command again, which makes the artefact anew."
         )
     # every product is hashed, since a file may have been edited or cut off after it was written
-    for name, recorded_hash in recorded_hashes.items():
-        path = folder / name
-        if not path.is_file():
+    for file_name, recorded_hash in recorded_hashes.items():
+        file_path = folder / file_name
+        if not file_path.is_file():
             raise ValueError(
-                f"artefact {folder}: its file {name} is missing. Delete the folder, and run the same command"
-                " again, which makes the artefact anew."
+                f"artefact {folder}: its file {file_name} is missing. Delete the folder, and run the same"
+                " command again, which makes the artefact anew."
             )
-        current_hash = file_hash(path)
+        current_hash = file_hash(file_path)
         if current_hash != recorded_hash:
             raise ValueError(
-                f"artefact {folder}: its file {name} was changed: the SHA-256 was {recorded_hash[:12]}... and"
-                f" is {current_hash[:12]}... now. Delete the folder, and run the same command again, which"
-                " makes the artefact anew."
+                f"artefact {folder}: its file {file_name} was changed: the SHA-256 was"
+                f" {recorded_hash[:12]}... and is {current_hash[:12]}... now. Delete the folder, and run the"
+                " same command again, which makes the artefact anew."
             )
     return done_record
 

@@ -156,12 +156,14 @@ def colour(role: str) -> str:
     return ROLES.get(role, "#777777")
 
 
-def errors(row: Mapping[str, Any], value: str = "mean", lo: str = "lo", hi: str = "hi") -> list[list[float]]:
+def errors(
+    row: Mapping[str, Any], value_key: str = "mean", lo: str = "lo", hi: str = "hi"
+) -> list[list[float]]:
     """Convert the interval of a row to the argument `yerr` of matplotlib's errorbar.
 
     Args:
         row: line of a table.
-        value: key of the value.
+        value_key: key of the value.
         lo: key of the lower end of its interval.
         hi: key of the upper end of its interval.
 
@@ -169,26 +171,31 @@ def errors(row: Mapping[str, Any], value: str = "mean", lo: str = "lo", hi: str 
         [[length of the bar below the value], [length of the bar above it]], both >= 0.
     """
     # errorbar rejects negative lengths, which rounding of the values can cause
-    return [[max(0.0, row[value] - row[lo])], [max(0.0, row[hi] - row[value])]]
+    return [[max(0.0, row[value_key] - row[lo])], [max(0.0, row[hi] - row[value_key])]]
 
 
 def interval(
-    axis: "Axes", x: float, row: Mapping[str, Any], role: str, value: str = "mean", **errorbar_options: Any
+    axis: "Axes",
+    x: float,
+    row: Mapping[str, Any],
+    role: str,
+    value_key: str = "mean",
+    **errorbar_options: Any,
 ) -> None:
     """Plot the value of a row with its interval as an error bar.
 
     Args:
         axis: axes of the plot.
         x: horizontal position of the point.
-        row: line of a table, with the keys `value`, "lo" and "hi".
+        row: line of a table, with the keys `value_key`, "lo" and "hi".
         role: role that decides the colour, see `colour`.
-        value: key of the value.
+        value_key: key of the value.
         errorbar_options: further keyword arguments of matplotlib's errorbar.
     """
     axis.errorbar(
         [x],
-        [row[value]],
-        yerr=errors(row, value),
+        [row[value_key]],
+        yerr=errors(row, value_key),
         color=colour(role),
         **{"fmt": "o", "capsize": 4, **errorbar_options},
     )

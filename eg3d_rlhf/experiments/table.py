@@ -58,13 +58,13 @@ def rate(scores_a: np.ndarray, scores_b: np.ndarray, seeds: Sequence[int]) -> di
     # [K, C, S]: 1 where a is higher, 0.5 at a tie, 0 where b is higher
     wins = (np.greater(scores_a, scores_b) + np.greater_equal(scores_a, scores_b).astype(float)) / 2
     # Noises and seeds of one prompt are not independent, so their mean [C] over each prompt is resampled.
-    mean, lo, hi = bootstrap_mean_interval(wins.mean(axis=(0, 2)))
+    mean_rate, lo, hi = bootstrap_mean_interval(wins.mean(axis=(0, 2)))
     seed_intervals = [bootstrap_mean_interval(wins_of_seed.mean(axis=1)) for wins_of_seed in wins]
     seed_records = [
-        {"seed": seed, "win_rate": interval.mean, "ci95": [interval.lo, interval.hi]}
-        for seed, interval in zip(seeds, seed_intervals, strict=True)
+        {"seed": seed, "win_rate": seed_interval.mean, "ci95": [seed_interval.lo, seed_interval.hi]}
+        for seed, seed_interval in zip(seeds, seed_intervals, strict=True)
     ]
-    return {"win_rate": mean, "ci95": [lo, hi], "seeds": seed_records}
+    return {"win_rate": mean_rate, "ci95": [lo, hi], "seeds": seed_records}
 
 
 def detectable(prompts: int, noises: int, seeds: int) -> float:
@@ -102,9 +102,9 @@ class Table:
         K = len(self.seeds)  # number of training seeds
         win_rates = {}
         for evaluator, scores in self.scores[arm].items():
-            base = self.base[evaluator]
+            base_scores = self.base[evaluator]
             # a base without training seeds is repeated: [1, C, S] -> [K, C, S]
-            win_rates[evaluator] = rate(scores, base.repeat(K // len(base), 0), self.seeds)
+            win_rates[evaluator] = rate(scores, base_scores.repeat(K // len(base_scores), 0), self.seeds)
         return win_rates
 
     def pairwise(self, evaluator: str, arms: Iterable[str] | None = None) -> dict[str, dict[str, Any]]:
@@ -120,8 +120,10 @@ class Table:
         """
         arm_names = self.scores if arms is None else arms
         return {
-            f"{x}_vs_{y}": rate(self.scores[x][evaluator], self.scores[y][evaluator], self.seeds)
-            for x, y in combinations(arm_names, 2)
+            f"{first_arm}_vs_{second_arm}": rate(
+                self.scores[first_arm][evaluator], self.scores[second_arm][evaluator], self.seeds
+            )
+            for first_arm, second_arm in combinations(arm_names, 2)
         }
 
     @property
@@ -138,16 +140,16 @@ class Table:
 # Formatting for readers.
 
 
-def with_interval(metric: Mapping[str, Any], form: str = ".3f", name: str = "win_rate") -> str:
+def with_interval(metric: Mapping[str, Any], form: str = ".3f", metric_key: str = "win_rate") -> str:
     """Format a value with its 95 % interval: "0.612 [0.580, 0.640]".
 
     Args:
         metric: mapping with the value and, under "ci95", its interval [low, high].
         form: format of the numbers.
-        name: key of the value.
+        metric_key: key of the value.
     """
     low, high = metric["ci95"]
-    return f"{metric[name]:{form}} [{low:{form}}, {high:{form}}]"
+    return f"{metric[metric_key]:{form}} [{low:{form}}, {high:{form}}]"
 
 
 def cell(value: float | Sequence[float | None] | None, form: str, ci95: Sequence[float] | None = None) -> str:
@@ -168,9 +170,11 @@ def cell(value: float | Sequence[float | None] | None, form: str, ci95: Sequence
     if not numbers:
         return ""
     # compared as texts: a range that rounding hides is not shown
-    smallest = f"{min(numbers):{form}}"
-    largest = f"{max(numbers):{form}}"
-    mean_text = f"{np.mean(numbers):{form}}" + ("" if smallest == largest else f" ({smallest} to {largest})")
+    smallest_text = f"{min(numbers):{form}}"
+    largest_text = f"{max(numbers):{form}}"
+    mean_text = f"{np.mean(numbers):{form}}" + (
+        "" if smallest_text == largest_text else f" ({smallest_text} to {largest_text})"
+    )
     return f"{mean_text} [{ci95[0]:{form}}, {ci95[1]:{form}}]" if ci95 else mean_text
 
 
@@ -194,11 +198,11 @@ def figure_table(
         Lines of the table.
     """
     table_rows = []
-    for name, metrics in arms.items():
-        table_row = [name]
-        for key, (_, form) in columns.items():
-            ci95 = metrics.get(f"{key}_ci95") if key in intervals else None
-            table_row.append(cell(metrics.get(key), form, ci95))
+    for arm_name, metrics in arms.items():
+        table_row = [arm_name]
+        for metric_key, (_, number_format) in columns.items():
+            ci95 = metrics.get(f"{metric_key}_ci95") if metric_key in intervals else None
+            table_row.append(cell(metrics.get(metric_key), number_format, ci95))
         table_rows.append(table_row)
     return markdown_rows([arm_heading, *(heading for heading, _ in columns.values())], table_rows)
 
@@ -224,13 +228,13 @@ def summarise_over_seeds(value_by_seed: Mapping[str, float]) -> dict[str, Any]:
     }
 
 
-def win_rates_by_seed(rated: Mapping[str, Any]) -> list[str]:
+def win_rates_by_seed(win_rate: Mapping[str, Any]) -> list[str]:
     """Format the win rate of every training seed with three decimals.
 
     Args:
-        rated: result of `rate`.
+        win_rate: result of `rate`.
     """
-    return [f"{seed_record['win_rate']:.3f}" for seed_record in rated["seeds"]]
+    return [f"{seed_record['win_rate']:.3f}" for seed_record in win_rate["seeds"]]
 
 
 def markdown_rows(head: Sequence[object], rows: Iterable[Sequence[object]]) -> list[str]:
@@ -258,19 +262,19 @@ def plot_rates(panels: Sequence[tuple[str, Mapping[str, Mapping[str, Any]]]], no
     )
     # All panels get the same horizontal range, so that they can be compared. It spans all these numbers.
     plotted_values = []
-    for _, rows in panels:
-        for rated in rows.values():
-            plotted_values += rated["ci95"]
-            plotted_values += [seed_record["win_rate"] for seed_record in rated.get("seeds", ())]
+    for _, rate_by_row in panels:
+        for row_rate in rate_by_row.values():
+            plotted_values += row_rate["ci95"]
+            plotted_values += [seed_record["win_rate"] for seed_record in row_rate.get("seeds", ())]
     # style.figure returns a single Axes object for one panel
-    for axis, (label, rows) in zip(axes if len(panels) > 1 else [axes], panels, strict=True):
-        for row_index, rated in enumerate(rows.values()):
-            length_below = rated["win_rate"] - rated["ci95"][0]
-            length_above = rated["ci95"][1] - rated["win_rate"]
+    for axis, (axis_label, rate_by_row) in zip(axes if len(panels) > 1 else [axes], panels, strict=True):
+        for row_index, row_rate in enumerate(rate_by_row.values()):
+            length_below = row_rate["win_rate"] - row_rate["ci95"][0]
+            length_above = row_rate["ci95"][1] - row_rate["win_rate"]
             # errorbar rejects negative lengths, which rounding can cause
             bar_lengths = [[max(0, length_below)], [max(0, length_above)]]
             axis.errorbar(
-                rated["win_rate"],
+                row_rate["win_rate"],
                 row_index,
                 xerr=bar_lengths,
                 fmt="o",
@@ -279,13 +283,15 @@ def plot_rates(panels: Sequence[tuple[str, Mapping[str, Mapping[str, Any]]]], no
                 capsize=2,
             )
             # vertical ticks show the spread over training seeds, which the interval does not
-            ticks = [seed["win_rate"] for seed in rated.get("seeds", ())]
-            axis.plot(ticks, [row_index] * len(ticks), "|", color=style.colour("before"), markersize=7)
+            seed_rates = [seed["win_rate"] for seed in row_rate.get("seeds", ())]
+            axis.plot(
+                seed_rates, [row_index] * len(seed_rates), "|", color=style.colour("before"), markersize=7
+            )
         axis.axvline(0.5, color=style.colour("noise"), linewidth=1)  # the win rate of equal arms
-        axis.set_yticks(range(len(rows)), list(rows), fontsize=7)
+        axis.set_yticks(range(len(rate_by_row)), list(rate_by_row), fontsize=7)
         axis.invert_yaxis()  # the first row at the top, as in the table
         axis.set(xlim=(min(plotted_values) - 0.02, max(plotted_values) + 0.02))
-        axis.set_xlabel(label, fontsize=8)
+        axis.set_xlabel(axis_label, fontsize=8)
     plotted_figure.suptitle(note, fontsize=8)
     return plotted_figure
 

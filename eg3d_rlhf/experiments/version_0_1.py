@@ -116,15 +116,15 @@ def words(script: str, flags: Sequence[str]) -> list[str]:
     for word in flags:
         # "--set=NAME=VALUE" sets the setting NAME; the table of renamed flags lists it as "--set NAME"
         is_setting = word.startswith("--set=")
-        name, separator, value = (
+        flag_name, separator, flag_value = (
             word.removeprefix("--set=").partition("=") if is_setting else word.partition("=")
         )
-        old_name = old_names.get(f"--set {name}" if is_setting else name)
+        old_name = old_names.get(f"--set {flag_name}" if is_setting else flag_name)
         if old_name is not None:
-            name = old_name.removeprefix("--set ")
-        if value.endswith(f"/{present_heldout}"):
-            value = value.removesuffix(present_heldout) + old_heldout
-        old_words.append(f"{'--set=' if is_setting else ''}{name}{separator}{value}")
+            flag_name = old_name.removeprefix("--set ")
+        if flag_value.endswith(f"/{present_heldout}"):
+            flag_value = flag_value.removesuffix(present_heldout) + old_heldout
+        old_words.append(f"{'--set=' if is_setting else ''}{flag_name}{separator}{flag_value}")
     return old_words
 
 
@@ -449,11 +449,11 @@ def inversion(target_metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 def latent_reward(meta: Mapping[str, Any]) -> dict[str, Any]:
     """Rename the keys of the metadata in the file of a reward of latents."""
-    converted: dict[str, Any] = _renamed(meta, {"taught": "record", "told": "evaluation"})
-    return converted
+    present_meta: dict[str, Any] = _renamed(meta, {"taught": "record", "told": "evaluation"})
+    return present_meta
 
 
 def mesh_table(table: Mapping[str, Any]) -> dict[str, Any]:
     """Rename the control in the table of the arms of RewardCS, the reward model of --mode=mesh-reward."""
-    rows = {re.sub("^shuffled/", "randomised/", name): row for name, row in table["rows"].items()}
-    return {**table, "rows": rows}
+    present_rows = {re.sub("^shuffled/", "randomised/", name): row for name, row in table["rows"].items()}
+    return {**table, "rows": present_rows}

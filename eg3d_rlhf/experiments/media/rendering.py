@@ -41,8 +41,8 @@ def cameras_of(generator: Generator, fov: float = FFHQ_FOV, **camera_fields: Any
             " with --fov-deg."
         )
     # This is FOV_to_intrinsics of EG3D (camera_utils.py), with its rounded pi and square root of 2.
-    focal = 1 / (math.tan(fov * 3.14159 / 360) * 1.414)
-    return dataclasses.replace(generator.cameras, focal=focal, **camera_fields)
+    focal_length = 1 / (math.tan(fov * 3.14159 / 360) * 1.414)
+    return dataclasses.replace(generator.cameras, focal=focal_length, **camera_fields)
 
 
 def camera(
@@ -179,11 +179,12 @@ def shade_depth(depth: np.ndarray) -> np.ndarray:
         (float(depth[is_hit].min()), float(depth[is_hit].max())) if is_hit.any() else (0.0, 0.0)
     )
     # infinite distances are replaced before the arithmetic; 1e-12 avoids 0 / 0 if all distances are equal
+    # 0 far, 1 near
     nearness = (max_distance - np.where(is_hit, depth, max_distance)) / max(
         max_distance - min_distance, 1e-12
-    )  # 0 far, 1 near
-    grey = np.where(is_hit, np.rint(32 + 223 * nearness), 0).astype(np.uint8)
-    return np.repeat(grey[..., None], 3, axis=2)  # [H, B] -> [H, B, 3]
+    )
+    grey_values = np.where(is_hit, np.rint(32 + 223 * nearness), 0).astype(np.uint8)
+    return np.repeat(grey_values[..., None], 3, axis=2)  # [H, B] -> [H, B, 3]
 
 
 def tile(images: Sequence[np.ndarray], columns: int) -> np.ndarray:

@@ -61,39 +61,39 @@ def sheet(title: str, rows: Sequence[Row], *, names: int = 0, note: str = "") ->
         Image, uint8 [height, width, 3].
     """
     cell_width = rows[0].cells[0].shape[1]
-    columns = max(len(row.cells) for row in rows)  # rows may have different numbers of cells
-    page_width = names + columns * cell_width + 2 * MARGIN
+    column_count = max(len(row.cells) for row in rows)  # rows may have different numbers of cells
+    page_width = names + column_count * cell_width + 2 * MARGIN
     note_lines = textwrap.wrap(note, int((page_width - 2 * MARGIN) / _LETTER))
     # all lengths below are in pixels
     head_height = 44 if title else MARGIN
     foot_height = MARGIN + (8 + _LINE * len(note_lines) if note_lines else 0)
     page_height = head_height + sum(map(_height, rows)) + foot_height
-    page = Image.new("RGB", (page_width, page_height), "white")
-    draw = ImageDraw.Draw(page)
+    page_image = Image.new("RGB", (page_width, page_height), "white")
+    drawing = ImageDraw.Draw(page_image)
     if title:
-        draw.text((MARGIN, 10), title, INK, font(24))
-    y = head_height  # upper edge of the current row
+        drawing.text((MARGIN, 10), title, INK, font(24))
+    row_top = head_height  # upper edge of the current row
     for i, row in enumerate(rows):
-        cell_top = y + (_PARTED if row.parted else 4)
+        cell_top = row_top + (_PARTED if row.parted else 4)
         cell_bottom = cell_top + row.cells[0].shape[0]
         if row.parted:
             # a light grey line in the middle of the gap above the row
-            line_y = y + _PARTED // 2
-            draw.line([(MARGIN, line_y), (page.width - MARGIN, line_y)], (215, 215, 215))
+            line_y = row_top + _PARTED // 2
+            drawing.line([(MARGIN, line_y), (page_image.width - MARGIN, line_y)], (215, 215, 215))
         for j, cell in enumerate(row.cells):
-            page.paste(Image.fromarray(cell), (MARGIN + names + j * cell_width, cell_top))
+            page_image.paste(Image.fromarray(cell), (MARGIN + names + j * cell_width, cell_top))
         for j, caption in enumerate(row.captions):
             cell_centre = MARGIN + names + j * cell_width + cell_width // 2
             # "ma": the position is the middle of the upper edge of the text
-            draw.text((cell_centre, cell_bottom + 2), caption, QUIET, font(13), anchor="ma")
+            drawing.text((cell_centre, cell_bottom + 2), caption, QUIET, font(13), anchor="ma")
         name_y = cell_top + sum(map(_height, rows[i : i + row.spans])) // 2
         # "lm": the position is the middle of the left edge of the text
-        draw.text((MARGIN, name_y), row.name, INK, font(26), anchor="lm")
-        draw.text((MARGIN, name_y + 22), row.more, QUIET, font(15))
-        y += _height(row)
+        drawing.text((MARGIN, name_y), row.name, INK, font(26), anchor="lm")
+        drawing.text((MARGIN, name_y + 22), row.more, QUIET, font(15))
+        row_top += _height(row)
     for i, line in enumerate(note_lines):
-        draw.text((MARGIN, y + 8 + i * _LINE), line, QUIET, font(14))
-    return np.array(page)
+        drawing.text((MARGIN, row_top + 8 + i * _LINE), line, QUIET, font(14))
+    return np.array(page_image)
 
 
 def _height(sheet_row: Row) -> int:
@@ -187,10 +187,10 @@ def light(
     )
     # Ambient occlusion: the share of matter around points at several distances above the surface. Channel i
     # of `crowding` belongs to distance i.
-    reaches = normals.new_tensor(REACHES) * shape.spec.box_warp
+    occlusion_distances = normals.new_tensor(REACHES) * shape.spec.box_warp
     crowding = [
-        sample(shape.crowding, shape.spec, points + reach * normals)[channel]
-        for channel, reach in enumerate(reaches)
+        sample(shape.crowding, shape.spec, points + occlusion_distance * normals)[channel]
+        for channel, occlusion_distance in enumerate(occlusion_distances)
     ]
     openness = (1 - 1.5 * (torch.stack(crowding) - FLAT).clamp_min(0)).clamp(0.15, 1).prod(dim=0)  # [M]
     # cosine between the normal and the direction to the camera, [M]: 1 if facing it, 0 at the silhouette

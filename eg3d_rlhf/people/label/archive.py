@@ -129,7 +129,7 @@ def _records(connection: Connection, campaign: Row) -> Iterator[dict]:
         "annotator": {annotator.id: annotator.name for annotator in all_annotators}
     }
     for record_kind, kept in KEPT.items():
-        rows = list(
+        table_rows = list(
             connection.execute(
                 select(kept.table).where(kept.table.c.campaign_id == campaign.id).order_by(kept.table.c.id)
             )
@@ -137,7 +137,7 @@ def _records(connection: Connection, campaign: Row) -> Iterator[dict]:
         if record_kind == "assignment":
             # Annotators are exported before the assignments, which refer to them. Annotators without an
             # assignment in this campaign are not exported.
-            assigned_ids = {row.annotator_id for row in rows}
+            assigned_ids = {table_row.annotator_id for table_row in table_rows}
             for annotator in all_annotators:
                 if annotator.id in assigned_ids:
                     yield {
@@ -146,16 +146,16 @@ def _records(connection: Connection, campaign: Row) -> Iterator[dict]:
                         "role": annotator.role,
                         "created": annotator.created,
                     }
-        names_by_kind[record_kind] = {row.id: row._mapping[kept.name] for row in rows}
-        for row in rows:
+        names_by_kind[record_kind] = {table_row.id: table_row._mapping[kept.name] for table_row in table_rows}
+        for table_row in table_rows:
             # Numeric ids are valid in this database only, so they are left out or replaced by names.
             column_values = {
                 column: value
-                for column, value in row._mapping.items()
+                for column, value in table_row._mapping.items()
                 if column != "id" and not column.endswith("_id") and column not in STATE
             }
             link_names = {
-                column.removesuffix("_id"): names_by_kind[linked_kind].get(row._mapping[column])
+                column.removesuffix("_id"): names_by_kind[linked_kind].get(table_row._mapping[column])
                 for column, linked_kind in kept.links.items()
             }
             yield {"record": record_kind, "campaign": campaign.name, **column_values, **link_names}
@@ -184,11 +184,14 @@ def import_judgements(store: Store, path: str | Path) -> int:
     # The import may create campaigns (number 1) and annotators (number 2), and holds both locks.
     locks = (Lock.SCHEMA, 1), (Lock.SCHEMA, 2)
     # errors="replace": a binary file is rejected below as an invalid record, and not as undecodable text.
-    with path.open(encoding="utf-8", errors="replace") as file, store.database.write(*locks) as connection:
+    with (
+        path.open(encoding="utf-8", errors="replace") as import_file,
+        store.database.write(*locks) as connection,
+    ):
         importer = _Import(connection, store.clock())
         line_number = 0  # stays 0 if the file is empty
         try:
-            for line_number, line_text in enumerate(file, 1):
+            for line_number, line_text in enumerate(import_file, 1):
                 try:
                     record = json.loads(line_text)
                     record_kind = record["record"]
@@ -211,10 +214,10 @@ def import_judgements(store: Store, path: str | Path) -> int:
                 raise ValueError(f"{path.name}: the file is empty. Export the campaign again.")
             importer.settle()
         except IntegrityError as error:
-            reason = str(error.orig).strip().splitlines()[0]
+            driver_message = str(error.orig).strip().splitlines()[0]
             raise ValueError(
                 f"{path.name}, up to line {line_number}: the store has other records with the same names"
-                f" ({reason}). Import the file into another store."
+                f" ({driver_message}). Import the file into another store."
             ) from None
     return importer.new
 
@@ -299,6 +302,11 @@ class _Import:
             )
 
     def _add_campaign(self, record: dict) -> None:
+        """Insert a campaign, or check that the store has it with the same settings.
+
+        Raises:
+            ValueError: the settings cannot be read, or the store has another campaign of this name.
+        """
         self._write()
         campaign_name = record["name"]
         settings_json = json.dumps(record["settings"], sort_keys=True)
@@ -331,6 +339,11 @@ class _Import:
         )
 
     def _add_annotator(self, record: dict) -> None:
+        """Add an annotator without a token, unless the store has an annotator of this name.
+
+        Raises:
+            ValueError: the role or the name is invalid.
+        """
         # Tokens are not exported. An imported annotator gets a token with the command new-token.
         column_values = _checked(
             annotators, {"created": self.now, **record, "token_hash": None, "revoked": None}
@@ -348,21 +361,30 @@ class _Import:
         self.annotators[record["name"]] = stored_annotator.id
 
     def _add_row(self, record: dict) -> None:
+        """Add a shape, pair, assignment or judgement to the waiting rows, unless the store has it.
+
+        Raises:
+            ValueError: a record to which this one refers is missing, or a value is invalid.
+        """
         record_kind = record["record"]
         campaign_name = record["campaign"]
         kept = KEPT[record_kind]
         linked_ids: dict[str, Any] = {}  # column -> id of the row to which it refers
         for column, linked_kind in kept.links.items():
-            name = (
+            linked_name = (
                 record.get(column.removesuffix("_id"))
                 if kept.table.c[column].nullable
                 else record[column.removesuffix("_id")]
             )
             # Only a judgement refers to a record of its own kind. Its key is unique only together with the
             # annotator, who is the same for both.
-            row_name = (linked_ids["annotator_id"], name) if linked_kind == record_kind else name
-            linked_ids[column] = None if name is None else self._id(linked_kind, campaign_name, row_name)
-        name = (
+            linked_row_name = (
+                (linked_ids["annotator_id"], linked_name) if linked_kind == record_kind else linked_name
+            )
+            linked_ids[column] = (
+                None if linked_name is None else self._id(linked_kind, campaign_name, linked_row_name)
+            )
+        row_name = (
             (linked_ids["annotator_id"], record[kept.name])
             if record_kind == "judgement"
             else record[kept.name]
@@ -371,7 +393,7 @@ class _Import:
             self._write()
             self.kind = record_kind, campaign_name
         # A record that the store has already is skipped.
-        if name in self._row_ids(record_kind, campaign_name) or name in self.waiting:
+        if row_name in self._row_ids(record_kind, campaign_name) or row_name in self.waiting:
             return
         # Leases begin at the time of the import. `settle` counts the used slots after all rows were added.
         column_values = {
@@ -381,7 +403,7 @@ class _Import:
             "leased": self.now,
             "taken": 0,
         }
-        self.waiting[name] = _checked(kept.table, column_values)
+        self.waiting[row_name] = _checked(kept.table, column_values)
         if record_kind == "shape" and campaign_name in self.trainable:
             # Held-out seeds must not train a reward. A blind study trains none, and may contain them.
             reject_held_out_seeds([record["seed"]], f"campaign {campaign_name}")
@@ -398,9 +420,11 @@ class _Import:
             self._write()
         ids = self.annotators if kind == "annotator" else self._row_ids(kind, campaign_name)
         if row_name not in ids:
+            # the name of a judgement is (id of the annotator, key), of which the key is in the file
+            shown_name = row_name[1] if isinstance(row_name, tuple) else row_name
             raise ValueError(
-                f"the file has no {kind} {row_name!r} before this record, which refers to it. Export the campaign"
-                " again."
+                f"the file has no {kind} {shown_name!r} before this record, which refers to it. Export the"
+                " campaign again."
             )
         return ids[row_name]
 
@@ -409,8 +433,8 @@ class _Import:
         if (kind, campaign) not in self.ids:
             if campaign not in self.campaigns:
                 raise ValueError(
-                    f"the file has no campaign {campaign!r} before this record, which belongs to it. Export the"
-                    " campaign again."
+                    f"the file has no campaign {campaign!r} before this record, which belongs to it. Export"
+                    " the campaign again."
                 )
             table_columns = KEPT[kind].table.c
             selected_columns = (
@@ -490,7 +514,9 @@ def import_ranked_seeds(
     campaign_name = campaign or path.stem
     origin = {"origin": "ranked-seeds table", "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
     # A table contains no repeats and no gold checks. Its hash is stored as the origin of the answers.
-    settings = CampaignSettings(name=campaign_name, repeat_share=0, swap_share=0, gold_every=0, extra=origin)
+    campaign_settings = CampaignSettings(
+        name=campaign_name, repeat_share=0, swap_share=0, gold_every=0, extra=origin
+    )
     # A table contains seeds only. The other fields of the shapes are unknown and get an empty value.
     empty_fields: dict[str, Any] = {
         "generator": "",
@@ -509,7 +535,7 @@ def import_ranked_seeds(
     stored_annotator = store.annotator_without_token(annotator)
     with store.database.write((Lock.SCHEMA, 1)) as connection:
         now = store.clock()
-        campaign_id, pair_ids = create(connection, settings, planned_pairs, now)
+        campaign_id, pair_ids = create(connection, campaign_settings, planned_pairs, now)
         _answer_all(
             connection, {"campaign_id": campaign_id, "annotator_id": stored_annotator.id}, pair_ids, now
         )

@@ -236,9 +236,8 @@ class Timetable:
         for (kind_index, share), threshold in zip(self._shares, thresholds, strict=True):
             # trials of this kind below its share so far
             deficit = share * (position + 1) - self._counts[kind_index]
-            repeated_count = (
-                self._counts[1] + self._counts[2]
-            )  # every pair is repeated or swapped at most once
+            # every pair is repeated or swapped at most once
+            repeated_count = self._counts[1] + self._counts[2]
             if deficit > threshold and repeated_count < self._repeatable:
                 return kind_index
         return 0
@@ -246,6 +245,7 @@ class Timetable:
 
 @lru_cache(maxsize=1000)
 def _timetable(*arguments) -> Timetable:
+    """Return the timetable with these arguments. Equal arguments give the same object."""
     # The cache keeps the positions that were computed, since a timetable is extended in place.
     return Timetable(*arguments)
 

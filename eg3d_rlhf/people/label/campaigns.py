@@ -36,9 +36,8 @@ class StoredPair:
     first: str  # asset token of the first shape
     second: str  # asset token of the second shape; equal to `first` if shapes are shown one by one
     kind: Kind  # PAIR, GOLD or TRAINING
-    expected: (
-        str | None
-    )  # correct answer of a gold or practice pair: 'first' or 'second'; None for other pairs
+    # correct answer of a gold or practice pair: 'first' or 'second'; None for other pairs
+    expected: str | None
     explanation: str  # explanation of a practice pair; "" for other pairs
 
 

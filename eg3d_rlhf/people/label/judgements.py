@@ -345,34 +345,37 @@ def _outcome(
     )
 
 
-def expected_side(expected: str | None, first_is_left: bool, mode: Mode) -> str | None:
+def expected_side(expected_shape: str | None, first_is_left: bool, mode: Mode) -> str | None:
     """Convert the correct answer of a pair of the plan to the answer that an annotator must give.
 
     Args:
-        expected: 'first' or 'second'; None: not known.
+        expected_shape: 'first' or 'second'; None: not known.
         first_is_left: True if the first shape of the pair is shown on the left.
         mode: mode of the campaign.
 
     Returns:
-        'left' or 'right'; for a single shape 'up' for 'first' and 'down' for 'second'; None if `expected` is
-        None.
+        'left' or 'right'; for a single shape 'up' for 'first' and 'down' for 'second'; None if
+        `expected_shape` is None.
     """
-    if expected is None:
+    if expected_shape is None:
         return None
     if mode is Mode.SINGLE:
-        return {"first": "up", "second": "down"}[expected]
-    return "left" if (expected == "first") == first_is_left else "right"
+        return {"first": "up", "second": "down"}[expected_shape]
+    return "left" if (expected_shape == "first") == first_is_left else "right"
 
 
 def read_judgements(
-    database: Database, campaign: str | None = None, names: Sequence[str] = (), include_undone: bool = False
+    database: Database,
+    campaign: str | None = None,
+    annotator_names: Sequence[str] = (),
+    include_undone: bool = False,
 ) -> Iterator[JudgementRow]:
     """Yield judgements in order of receipt. Undos are not yielded.
 
     Args:
         database: database of the label store.
         campaign: name of the campaign; None: all campaigns.
-        names: names of the annotators; empty: all annotators.
+        annotator_names: names of the annotators; empty: all annotators.
         include_undone: True yields judgements that were taken back as well.
     """
     # A judgement refers to two shapes, so the table of shapes is joined twice. The columns get the prefixes
@@ -403,10 +406,20 @@ def read_judgements(
     joined_tables = joined_tables.join(annotators, annotators.c.id == judgements.c.annotator_id).join(
         campaigns, campaigns.c.id == judgements.c.campaign_id
     )
-    query = select(*selected_columns).select_from(joined_tables)
-    query = query.where(campaigns.c.name == campaign) if campaign is not None else query
-    query = query.where(annotators.c.name.in_(list(names))) if names else query
-    query = query if include_undone else query.where(assignments.c.answered == judgements.c.id)
+    judgement_query = select(*selected_columns).select_from(joined_tables)
+    judgement_query = (
+        judgement_query.where(campaigns.c.name == campaign) if campaign is not None else judgement_query
+    )
+    judgement_query = (
+        judgement_query.where(annotators.c.name.in_(list(annotator_names)))
+        if annotator_names
+        else judgement_query
+    )
+    judgement_query = (
+        judgement_query
+        if include_undone
+        else judgement_query.where(assignments.c.answered == judgements.c.id)
+    )
     # name of a campaign -> its mode, so that settings are parsed once per campaign
     mode_by_campaign: dict[str, str] = {}
     last_id = 0
@@ -414,7 +427,7 @@ def read_judgements(
         # A new transaction for each page: a slow consumer of this generator does not block the database.
         with database.read() as connection:
             page_rows = connection.execute(
-                query.where(judgements.c.id > last_id).order_by(judgements.c.id).limit(PAGE)
+                judgement_query.where(judgements.c.id > last_id).order_by(judgements.c.id).limit(PAGE)
             ).all()
         for row in page_rows:
             yield _row(row, mode_by_campaign)
@@ -433,13 +446,13 @@ def tally(connection: Connection) -> list[Row]:
     """
     # `answered` is null for an answer that was taken back, so the join leaves it out.
     total_columns = func.count().label("judgements"), func.max(judgements.c.received_at).label("last")
-    query = select(judgements.c.campaign_id, annotators.c.name, *total_columns).join_from(
+    tally_query = select(judgements.c.campaign_id, annotators.c.name, *total_columns).join_from(
         assignments, judgements, judgements.c.id == assignments.c.answered
     )
-    query = query.join(annotators, annotators.c.id == judgements.c.annotator_id).group_by(
+    tally_query = tally_query.join(annotators, annotators.c.id == judgements.c.annotator_id).group_by(
         judgements.c.campaign_id, judgements.c.annotator_id, annotators.c.name
     )
-    return list(connection.execute(query.order_by(func.min(judgements.c.id))))
+    return list(connection.execute(tally_query.order_by(func.min(judgements.c.id))))
 
 
 def _row(row: Row, mode_by_campaign: dict[str, str]) -> JudgementRow:

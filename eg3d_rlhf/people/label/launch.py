@@ -50,16 +50,16 @@ _MESHES = ("glb", "obj", "ply")  # kinds of files that a mesh reward can read
 _server_option = functools.partial(option, group="Server")
 
 
-def with_defaults(flags: Mapping, *kinds: type) -> dict:
+def with_defaults(flags: Mapping, *settings_classes: type) -> dict:
     """Return the values of flags, with the defaults of settings in place of flags that were not passed.
 
     Args:
         flags: value of each flag; None for a flag that was not passed.
-        kinds: settings dataclasses whose knobs have the names of the flags.
+        settings_classes: settings dataclasses whose knobs have the names of the flags.
     """
     defaults: dict = {}
-    for kind in kinds:
-        defaults |= {field.name: field.default for field, _, _ in knobs_of(kind)}
+    for settings_class in settings_classes:
+        defaults |= {field.name: field.default for field, _, _ in knobs_of(settings_class)}
     return {name: defaults.get(name) if value is None else value for name, value in flags.items()}
 
 
@@ -224,13 +224,13 @@ def annotators_with_access(store: "Store") -> list[str]:
     ]
 
 
-def check_annotators(store: "Store | None", host: str, command: str) -> None:
+def check_annotators(store: "Store | None", host: str, add_command: str) -> None:
     """Check that an annotator can log in to a server that other machines can reach.
 
     Args:
         store: store of the annotators; None: there is no store yet.
         host: value of --host.
-        command: command that adds an annotator, for the message.
+        add_command: command that adds an annotator, for the message.
 
     Raises:
         ValueError: there is no annotator who can log in.
@@ -238,7 +238,7 @@ def check_annotators(store: "Store | None", host: str, command: str) -> None:
     if store is None or not annotators_with_access(store):
         raise ValueError(
             f"--host={host}: annotators must log in with a token, but there is no annotator yet. Add an"
-            f" annotator with: {command}"
+            f" annotator with: {add_command}"
         )
 
 
@@ -455,16 +455,16 @@ def given_flags(ctx: click.Context) -> set[str]:
     return {name for name in ctx.params if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE}
 
 
-def named_flags(ctx: click.Context, names: set[str]) -> list[str]:
+def named_flags(ctx: click.Context, parameter_names: set[str]) -> list[str]:
     """Return the flags of parameters as a user writes them, such as "--dry-run".
 
     Args:
         ctx: context of the command.
-        names: names of the parameters.
+        parameter_names: names of the parameters.
     """
     # Flags that only --help-all shows are in the attribute `rare` of the command, see core.cli.
     parameters = (*ctx.command.params, *getattr(ctx.command, "rare", {}).values())
-    return [parameter.opts[0] for parameter in parameters if parameter.name in names]
+    return [parameter.opts[0] for parameter in parameters if parameter.name in parameter_names]
 
 
 # ---- a campaign of labels for one round of tuning
@@ -591,5 +591,7 @@ def mesh_ensemble(strategy: str, rewards: Sequence[str], collection: Collection)
         scores = [member.head(embedding)[:, 0] for member, embedding in zip(members, embeddings, strict=True)]
         return Scored(torch.stack(scores).double().numpy(), torch.cat(embeddings, dim=1).double().numpy())
 
-    descriptions = [{"file": Path(path).name, "sha256": file_hash(path), "members": 1} for path in rewards]
-    return Ensemble(score, len(members), descriptions)
+    member_descriptions = [
+        {"file": Path(path).name, "sha256": file_hash(path), "members": 1} for path in rewards
+    ]
+    return Ensemble(score, len(members), member_descriptions)

@@ -163,7 +163,7 @@ class Plan:
 def plan(
     options: PairingOptions,
     generator: "LoadedGenerator",
-    results: Sequence[Preference] = (),
+    earlier_preferences: Sequence[Preference] = (),
     ensemble: Ensemble | None = None,
 ) -> Plan:
     """Plan the pairs of a campaign.
@@ -171,8 +171,8 @@ def plan(
     Args:
         options: options of the pairs.
         generator: generator whose shapes are compared.
-        results: preferences of an earlier campaign, for strategies that use answers. Other strategies ignore
-        them.
+        earlier_preferences: preferences of an earlier campaign, for strategies that use answers. Other
+            strategies ignore them.
         ensemble: rewards, for strategies that use scores.
 
     Raises:
@@ -182,10 +182,10 @@ def plan(
 
     # The level of the generator is inserted, so that the stored plan contains the number.
     options = options if options.level is not None else replace(options, level=generator.generator.level)
-    results = results if STRATEGIES[options.strategy].reads_answers else ()
+    earlier_preferences = earlier_preferences if STRATEGIES[options.strategy].reads_answers else ()
     # With results, the strategy chooses among the seeds of the earlier campaign, which was checked when it
     # was planned.
-    if not results:
+    if not earlier_preferences:
         last_seed = options.first_seed + options.seeds - 1
         check_seeds(
             generator.generator,
@@ -202,7 +202,7 @@ def plan(
         rng.permutation(2 * options.pairs)
         seed_pairs = [(seed, seed) for seed in (rng.permutation(options.pairs) + options.first_seed).tolist()]
     else:
-        seed_pairs, strategy_report = _chosen(options, generator, results, ensemble, rng)
+        seed_pairs, strategy_report = _chosen(options, generator, earlier_preferences, ensemble, rng)
         plan_report |= strategy_report
     pairs = [
         PlannedPair(first=make_shape(first_seed), second=make_shape(second_seed))
@@ -226,7 +226,7 @@ def plan(
 def _chosen(
     options: PairingOptions,
     generator: "LoadedGenerator",
-    results: Sequence[Preference],
+    earlier_preferences: Sequence[Preference],
     ensemble: Ensemble | None,
     rng: np.random.Generator,
 ) -> tuple[list[list[int]], dict]:
@@ -238,18 +238,28 @@ def _chosen(
     Raises:
         ValueError: the results belong to another generator, or the ensemble has too few rewards.
     """
-    for result in results:
-        if result.generator not in (None, generator.hash) or result.psi not in (None, options.psi):
+    for earlier_preference in earlier_preferences:
+        if earlier_preference.generator not in (None, generator.hash) or earlier_preference.psi not in (
+            None,
+            options.psi,
+        ):
             raise ValueError(
-                f"plan: the results of the earlier campaign belong to generator {str(result.generator)[:12]}"
-                f" and psi {result.psi}, but this campaign uses generator {generator.hash[:12]} and psi"
-                f" {options.psi}. Use the same --network and --trunc as for the earlier campaign."
+                "plan: the results of the earlier campaign belong to generator"
+                f" {str(earlier_preference.generator)[:12]} and psi {earlier_preference.psi}, but this"
+                f" campaign uses generator {generator.hash[:12]} and psi {options.psi}. Use the same"
+                " --network and --trunc as for the earlier campaign."
             )
     # A later round of a tournament compares the seeds of the earlier rounds. A strategy does not use seeds,
     # but their positions in this list.
-    seeds: Sequence[int] = sorted({seed for result in results for seed in (result.winner, result.loser)})
+    seeds: Sequence[int] = sorted(
+        {
+            seed
+            for earlier_preference in earlier_preferences
+            for seed in (earlier_preference.winner, earlier_preference.loser)
+        }
+    )
     seeds = seeds or range(options.first_seed, options.first_seed + options.compared)
-    position_by_seed = {seed: index for index, seed in enumerate(seeds)} if results else {}
+    position_by_seed = {seed: index for index, seed in enumerate(seeds)} if earlier_preferences else {}
     seed_ensemble = None
     if ensemble is not None:
         score_seeds = ensemble.score
@@ -261,14 +271,20 @@ def _chosen(
         # Any two seeds may form a pair: there is one generator, and no prompt.
         Items(members=[Item()] * len(seeds), unlimited=True, ensemble=seed_ensemble),
         [
-            replace(result, winner=position_by_seed[result.winner], loser=position_by_seed[result.loser])
-            for result in results
+            replace(
+                earlier_preference,
+                winner=position_by_seed[earlier_preference.winner],
+                loser=position_by_seed[earlier_preference.loser],
+            )
+            for earlier_preference in earlier_preferences
         ],
         rng,
         options,
     )
-    pairs = [[seeds[a], seeds[b]] for a, b in strategy_plan.pairs]
-    return pairs, report_with_names(strategy_plan.report, lambda a, b: {"seeds": [seeds[a], seeds[b]]})
+    seed_pairs = [
+        [seeds[first_index], seeds[second_index]] for first_index, second_index in strategy_plan.pairs
+    ]
+    return seed_pairs, report_with_names(strategy_plan.report, lambda a, b: {"seeds": [seeds[a], seeds[b]]})
 
 
 def report_with_names(report: Mapping, names_of: Callable[[int, int], Mapping]) -> dict:
@@ -296,13 +312,13 @@ def shape_factory(options: PairingOptions, generator: "LoadedGenerator") -> Call
     """Return a function (seed) -> `Shape` of the generator with these options."""
     # An empty source means the bundled generator, whose path differs from installation to installation.
     source_path = "" if generator.path == bundled.GENERATOR else str(generator.path.resolve())
-    level = generator.generator.level if options.level is None else options.level
+    surface_level = generator.generator.level if options.level is None else options.level
     return lambda seed: Shape(
         generator=generator.hash,
         source=source_path,
         seed=int(seed),
         psi=float(options.psi),
-        level=float(level),
+        level=float(surface_level),
         resolution=options.resolution,
         triangles=options.triangles,
     )
@@ -349,9 +365,15 @@ def damaged_singles(
     pairs = []
     # known_answers also draws the order of the two shapes, so the random numbers are the same as for pairs.
     for pair in known_answers(shapes, kind, rng, damages):
-        damaged = pair.first if pair.first.degradation else pair.second
-        explanation = SINGLE_EXPLANATION.format(damages[damaged.degradation]) if kind is Kind.TRAINING else ""
-        pairs.append(replace(pair, first=damaged, second=damaged, expected="second", explanation=explanation))
+        damaged_shape = pair.first if pair.first.degradation else pair.second
+        explanation = (
+            SINGLE_EXPLANATION.format(damages[damaged_shape.degradation]) if kind is Kind.TRAINING else ""
+        )
+        pairs.append(
+            replace(
+                pair, first=damaged_shape, second=damaged_shape, expected="second", explanation=explanation
+            )
+        )
     return pairs
 
 
@@ -362,9 +384,9 @@ def interleave(pairs: Sequence[PlannedPair], gold_pairs: Sequence[PlannedPair]) 
         all_pairs.append(pair)
         # After the first `number` of N pairs, number * G // N of the G gold pairs have been inserted. Integer
         # division has no rounding errors, so every gold pair is inserted once.
-        start = (pair_number - 1) * len(gold_pairs) // len(pairs)
-        stop = pair_number * len(gold_pairs) // len(pairs)
-        all_pairs += gold_pairs[start:stop]
+        start_index = (pair_number - 1) * len(gold_pairs) // len(pairs)
+        stop_index = pair_number * len(gold_pairs) // len(pairs)
+        all_pairs += gold_pairs[start_index:stop_index]
     return all_pairs
 
 
@@ -385,7 +407,7 @@ def reward_ensemble(pairing: PairingOptions, generator: "LoadedGenerator") -> En
     from eg3d_rlhf.rewards.reward import Reward, check_reward, load_reward
 
     members: list[Reward] = []
-    descriptions = []
+    file_descriptions = []
     # The two bundled rewards were trained independently on the same labels. A pair on which they disagree is
     # informative for a strategy.
     for reward_path in map(Path, pairing.rewards or (bundled.REWARD, bundled.HELDOUT_REWARD)):
@@ -394,7 +416,7 @@ def reward_ensemble(pairing: PairingOptions, generator: "LoadedGenerator") -> En
         # A file of an ensemble contains several members.
         file_members = reward.members()
         members += file_members
-        descriptions.append(
+        file_descriptions.append(
             {"file": reward_path.name, "sha256": file_hash(reward_path), "members": len(file_members)}
         )
     # An observation that several members use is computed only once.
@@ -417,4 +439,4 @@ def reward_ensemble(pairing: PairingOptions, generator: "LoadedGenerator") -> En
         ]
         return Scored(torch.stack(scores).double().numpy(), torch.cat(embeddings, dim=1).double().numpy())
 
-    return Ensemble(score, len(members), descriptions)
+    return Ensemble(score, len(members), file_descriptions)

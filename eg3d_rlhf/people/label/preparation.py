@@ -127,10 +127,10 @@ def prepare(
         shape = shapes_by_key[key]
         # This loads the generator. An error of its file concerns all shapes, so it ends the preparation.
         renderer.generator(shape)
-        failure = _prepare_shape(shape, cache, renderer, renders)
-        if failure is not None:
-            failure_reason = str(failure)
-            cache.put_failure(shape, failure_reason, temporary=isinstance(failure, reading.ChangedError))
+        shape_error = _prepare_shape(shape, cache, renderer, renders)
+        if shape_error is not None:
+            failure_reason = str(shape_error)
+            cache.put_failure(shape, failure_reason, temporary=isinstance(shape_error, reading.ChangedError))
             failed_keys.add(key)
             print(f"A shape cannot be shown: {failure_reason}", file=sys.stderr, flush=True)
         durations.append(time.monotonic() - start_time)
@@ -201,18 +201,18 @@ _STOP_SECONDS = 5.0  # time in which a worker must end after SIGTERM; then it is
 _RESTARTS = 3  # number of failures without a newly prepared shape after which a worker is not started again
 
 
-def end_with_parent(parent: int) -> None:
+def end_with_parent(parent_id: int) -> None:
     """Start a thread that ends this process when its parent process has ended.
 
     All files are written atomically, so the process may end at any moment.
 
     Args:
-        parent: id of the parent process.
+        parent_id: id of the parent process.
     """
 
     def end_if_orphaned() -> None:
         # When the parent of a process ends, the process gets another parent, such as init.
-        while os.getppid() == parent:
+        while os.getppid() == parent_id:
             time.sleep(_CHECK_PARENT_EVERY)
         os._exit(3)  # sys.exit would only end this thread
 
@@ -331,7 +331,7 @@ class Preparation:
             )
             # With _ROOT the worker can import this package also if it is not installed.
             python_path = os.pathsep.join(
-                part for part in (str(_ROOT), os.environ.get("PYTHONPATH", "")) if part
+                path_part for path_part in (str(_ROOT), os.environ.get("PYTHONPATH", "")) if path_part
             )
             worker_arguments = {
                 "campaign": self.campaign,

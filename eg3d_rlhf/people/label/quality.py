@@ -48,8 +48,8 @@ class QualityLimits:
 
 def counting(rows: Iterable[JudgementRow]) -> list[JudgementRow]:
     """Return the judgements that count, in order of receipt: not taken back, and not of a practice pair."""
-    counted = (row for row in rows if not row.undone and row.kind != Kind.TRAINING)
-    return sorted(counted, key=lambda row: row.id)
+    counted_rows = (row for row in rows if not row.undone and row.kind != Kind.TRAINING)
+    return sorted(counted_rows, key=lambda row: row.id)
 
 
 def side_free(row: JudgementRow) -> str:
@@ -81,27 +81,27 @@ def quality_report(rows: Iterable[JudgementRow], limits: QualityLimits | None = 
     """
     limits = limits or QualityLimits()
     rows = list(rows)
-    counted = counting(rows)
+    counted_rows = counting(rows)
     # assignments whose answer was changed
     changed_assignments = {row.assignment for row in rows if row.undone}
     rows_by_annotator: dict[str, list[JudgementRow]] = defaultdict(list)
-    for row in counted:
+    for row in counted_rows:
         rows_by_annotator[row.annotator].append(row)
     # judgements of studies are left out, because a study stays blind until its report
-    label_rows = [row for row in counted if row.mode == Mode.LABEL]
+    label_rows = [row for row in counted_rows if row.mode == Mode.LABEL]
     comparisons, name_of_shape = _comparisons(label_rows)
     return {
-        "judgements": len(counted),
+        "judgements": len(counted_rows),
         "annotators": [
             annotator_quality(name, annotator_rows, limits, changed_assignments)
             for name, annotator_rows in sorted(rows_by_annotator.items())
         ],
-        "agreement": agreement(counted),
+        "agreement": agreement(counted_rows),
         "bradley_terry": _strengths(comparisons, name_of_shape, limits),
         "cycles": cycles(comparisons),
-        "questions": by_question(counted),
-        "leaderboards": leaderboards(counted),
-        "timeline": timeline(counted),
+        "questions": by_question(counted_rows),
+        "leaderboards": leaderboards(counted_rows),
+        "timeline": timeline(counted_rows),
     }
 
 
@@ -137,7 +137,7 @@ def annotator_quality(
     # The working time is the sum of the gaps between judgements, without breaks.
     receipt_times = sorted(row.received_at for row in rows)
     gaps = [later - earlier for earlier, later in itertools.pairwise(receipt_times)]
-    work_gaps = [gap for gap in gaps if gap <= limits.break_seconds]
+    work_gaps = [work_gap for work_gap in gaps if work_gap <= limits.break_seconds]
     metrics = {
         "name": name,
         "judgements": len(rows),
@@ -202,7 +202,7 @@ def agreement(rows: Iterable[JudgementRow]) -> dict:
     for (first_name, second_name), answer_pairs in sorted(shared_answers.items()):
         first_answers, second_answers = zip(*answer_pairs, strict=True)
         kappa = cohen_kappa(list(first_answers), list(second_answers))
-        equal_count = sum(first == second for first, second in answer_pairs)
+        equal_count = sum(first_answer == second_answer for first_answer, second_answer in answer_pairs)
         same_share = _share("same", equal_count, kappa.n, "n")
         kappas.append(
             {
@@ -234,10 +234,14 @@ def leaderboards(rows: Sequence[JudgementRow]) -> list[dict]:
     if len(generators) < 2:
         return []
     # A dictionary removes repetitions and keeps the order of the questions.
-    questions = dict.fromkeys(name for row in rows for name in row.votes)
+    questions = dict.fromkeys(question for row in rows for question in row.votes)
     # None is the main question, which shape is better
-    board_by_question = {name: leaderboard_of(rows, name) for name in (None, *questions)}
-    return [{"question": name, **board.to_dict()} for name, board in board_by_question.items() if board.games]
+    board_by_question = {question: leaderboard_of(rows, question) for question in (None, *questions)}
+    return [
+        {"question": question, **question_board.to_dict()}
+        for question, question_board in board_by_question.items()
+        if question_board.games
+    ]
 
 
 def by_question(rows: Iterable[JudgementRow]) -> list[dict]:
@@ -323,11 +327,13 @@ def timeline(rows: Sequence[JudgementRow], bins: int = 240) -> list[dict]:
     ]
 
 
-def _share(name: str, hits: int, n: int, n_key: str | None = None, interval_key: str | None = None) -> dict:
-    """Return the share hits / n with its Wilson interval, under keys that begin with `name`.
+def _share(
+    share_key: str, hits: int, n: int, n_key: str | None = None, interval_key: str | None = None
+) -> dict:
+    """Return the share hits / n with its Wilson interval, under keys that begin with `share_key`.
 
     Args:
-        name: key of the share. It is None if n is 0.
+        share_key: key of the share. It is None if n is 0.
         hits: number of cases that the share counts.
         n: number of all cases.
         n_key: key of n; None: n is not returned.
@@ -338,34 +344,34 @@ def _share(name: str, hits: int, n: int, n_key: str | None = None, interval_key:
     """
     interval_bounds = list(wilson_interval(hits, n)) if n >= LEAST_UNITS else None
     share_values = {
-        name: hits / n if n else None,
-        interval_key or f"{name}_ci95": interval_bounds,
-        f"{name}_needs": max(0, LEAST_UNITS - n),
+        share_key: hits / n if n else None,
+        interval_key or f"{share_key}_ci95": interval_bounds,
+        f"{share_key}_needs": max(0, LEAST_UNITS - n),
     }
     return {**share_values, **({n_key: n} if n_key else {})}
 
 
-def _consistency(name: str, rows: Sequence[JudgementRow], kind: Kind) -> dict:
+def _consistency(share_key: str, rows: Sequence[JudgementRow], kind: Kind) -> dict:
     """Compute the share of repeats whose answer prefers the same shape as the first answer.
 
     Args:
-        name: key of the share, see `_share`.
+        share_key: key of the share, see `_share`.
         rows: judgements of one annotator, in order of receipt.
         kind: kind of the repeats, REPEAT or SWAP.
     """
     first_answers: dict[int, str] = {}  # id of a pair -> first answer, independent of sides
-    hits = 0
-    n = 0
+    consistent_count = 0
+    repeat_count = 0
     for row in rows:
         # A skip contains no preference, so it is neither consistent nor inconsistent.
         if row.choice == Choice.SKIP:
             continue
         if row.kind == kind and row.pair in first_answers:
-            n += 1
-            hits += side_free(row) == first_answers[row.pair]
+            repeat_count += 1
+            consistent_count += side_free(row) == first_answers[row.pair]
         elif row.kind == Kind.PAIR:
             first_answers.setdefault(row.pair, side_free(row))
-    return _share(name, hits, n, f"{name}_n")
+    return _share(share_key, consistent_count, repeat_count, f"{share_key}_n")
 
 
 def _flags(metrics: dict, limits: QualityLimits) -> list[str]:
@@ -540,11 +546,11 @@ def leaderboard_of(rows: Iterable[JudgementRow], question: str | None = None) ->
     )
     # Later entries of a dictionary replace earlier ones. In reversed order, the first answer to each pair
     # remains.
-    games = {
+    game_by_key = {
         (row.annotator, row.campaign, row.pair): _game(row, name_by_generator)
         for row in reversed(counted_rows)
     }
-    return leaderboard(list(games.values())[::-1])
+    return leaderboard(list(game_by_key.values())[::-1])
 
 
 def _game(row: JudgementRow, name_by_generator: dict[str, str]) -> Game:
@@ -600,8 +606,8 @@ def as_text(board: Leaderboard) -> str:
     if not board.groups and not board.few:
         return "There are no comparisons of two generators yet."
     # `few` are the generators with too few comparisons for a rank
-    standings = [*itertools.chain.from_iterable(board.groups), *board.few]
-    name_width = max(len(standing.name) for standing in standings)
+    all_standings = [*itertools.chain.from_iterable(board.groups), *board.few]
+    name_width = max(len(standing.name) for standing in all_standings)
     table_lines = []
     for rank_group in board.groups:
         table_lines += [

@@ -78,20 +78,22 @@ def encode_mesh(vertices: np.ndarray, faces: np.ndarray) -> bytes:
         )
     # Both are rounded to float32, the precision of the file, before they are used, as the reader of the file
     # does.
-    smallest = vertices.min(axis=0).astype("<f4")
-    extent = (vertices.max(axis=0) - smallest).astype("<f4")
+    lowest_corner = vertices.min(axis=0).astype("<f4")
+    extent = (vertices.max(axis=0) - lowest_corner).astype("<f4")
     # A flat mesh has the extent 0 along an axis. `where` avoids a division by zero, and the result there is
     # 0.
-    scaled_positions = np.divide(vertices - smallest, extent, out=np.zeros_like(vertices), where=extent > 0)
+    scaled_positions = np.divide(
+        vertices - lowest_corner, extent, out=np.zeros_like(vertices), where=extent > 0
+    )
     # Rounding the extent to float32 can push the largest position slightly above 1.
     quantised_positions = np.rint(scaled_positions.clip(0, 1) * _STEPS).astype("<u2")
-    header = _HEADER.pack(MAGIC, len(vertices), len(faces), *smallest.tolist(), *extent.tolist())
+    header_bytes = _HEADER.pack(MAGIC, len(vertices), len(faces), *lowest_corner.tolist(), *extent.tolist())
     # The browser reads the indices as a Uint32Array, which must begin at a multiple of 4 bytes.
-    padding = bytes(-(len(header) + quantised_positions.nbytes) % 4)
+    padding_bytes = bytes(-(len(header_bytes) + quantised_positions.nbytes) % 4)
     return (
-        header
+        header_bytes
         + quantised_positions.tobytes()
-        + padding
+        + padding_bytes
         + faces.astype("<u2" if len(vertices) <= _SHORT else "<u4").tobytes()
     )
 
@@ -194,6 +196,12 @@ class ShapeCache:
         write_atomic(self._prompt_path(key, ".failed.json"), (json.dumps({"reason": reason}) + "\n").encode())
 
     def _prompt_path(self, key: str, suffix: str) -> Path:
+        """Return the path of a file about the image of a prompt.
+
+        Args:
+            key: SHA-256 of the image.
+            suffix: ".webp" for the prepared image, ".failed.json" for the record of a failure.
+        """
         return self.folder / "prompts" / f"{key}{suffix}"
 
     def remove_leftovers(self) -> None:
@@ -206,16 +214,24 @@ class ShapeCache:
                     path.unlink()
 
     def _path(self, shape: Shape, suffix: str) -> Path:
+        """Return the path of a file of a shape, which may not exist.
+
+        Args:
+            shape: shape.
+            suffix: ending of the file's name with a dot, which decides its content.
+        """
         key = shape_key(shape)
         # The first two characters of the hash are the name of a subfolder, so that no folder has too many
         # files.
         return self.folder / key[:2] / f"{key}{suffix}"
 
     def _existing(self, shape: Shape, suffix: str) -> Path | None:
+        """Return the path of a file of a shape, or None if it does not exist. See `_path` for `suffix`."""
         path = self._path(shape, suffix)
         return path if path.is_file() else None
 
     def _put(self, shape: Shape, suffix: str, data: bytes) -> Path:
+        """Write a file of a shape, and return its path. See `_path` for `suffix`."""
         path = self._path(shape, suffix)
         write_atomic(path, data)
         return path

@@ -63,8 +63,8 @@ def surface(generator: Generator, shape: Shape) -> tuple[np.ndarray, np.ndarray]
     # With "torch", the operators of PyTorch are used and no compiled ones, so that results do not depend on
     # the compiler of the machine.
     with implementation("torch"):
-        field = generator.field(ws_of_seeds(generator, [shape.seed], shape.psi))
-        density_grid = FieldGrid(field, shape.resolution, field.bounds.border)
+        density_field = generator.field(ws_of_seeds(generator, [shape.seed], shape.psi))
+        density_grid = FieldGrid(density_field, shape.resolution, density_field.bounds.border)
         vertices, faces = extract_field_mesh(density_grid, shape.level)
         if shape.degradation:
             # The damage needs the entire grid [X, Y, Z] at once. Undamaged shapes are extracted block by
@@ -72,11 +72,11 @@ def surface(generator: Generator, shape: Shape) -> tuple[np.ndarray, np.ndarray]
             axes = tuple(axis.double().numpy() for axis in density_grid.axes)
             # The damage shall be visible, so its position depends on the visible parts of the surface only.
             # raw density of the entire grid, [X, Y, Z]
-            sigma = density_grid(slice(0, shape.resolution)).numpy()
-            sigma = damage(
-                shape.degradation, sigma, axes, shape.level, visible_parts(vertices, faces)[0], shape.seed
+            density = density_grid(slice(0, shape.resolution)).numpy()
+            density = damage(
+                shape.degradation, density, axes, shape.level, visible_parts(vertices, faces)[0], shape.seed
             )
-            vertices, faces = extract_mesh_blockwise(lambda x: sigma[x], axes, shape.level)
+            vertices, faces = extract_mesh_blockwise(lambda x: density[x], axes, shape.level)
     vertices, faces = visible_parts(vertices, faces)
     return within_budget(vertices, faces, shape.triangles)
 
@@ -91,16 +91,15 @@ def visible_parts(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, 
     Returns:
         Vertices and triangles of the remaining parts.
     """
-    part_count, part_of_face = find_parts(
-        faces, len(vertices)
-    )  # part_of_face: [F] index of the part of each face
+    # part_of_face: [F] index of the part of each face
+    part_count, part_of_face = find_parts(faces, len(vertices))
     if part_count == 1:
         return vertices, faces
     # The normals of faces point out of the material, so the surface of a cavity encloses a negative volume.
-    volumes = np.bincount(part_of_face, weights=face_volumes(vertices, faces), minlength=part_count)
+    part_volumes = np.bincount(part_of_face, weights=face_volumes(vertices, faces), minlength=part_count)
     face_counts = np.bincount(part_of_face, minlength=part_count)
-    is_visible = (volumes > 0) & (face_counts >= _DUST)
-    is_visible[volumes.argmax()] = True
+    is_visible = (part_volumes > 0) & (face_counts >= _DUST)
+    is_visible[part_volumes.argmax()] = True
     return remove_unused_vertices(vertices, faces[is_visible[part_of_face]])
 
 
@@ -164,7 +163,7 @@ class ShapeRenderer:
         return png(rendered_image)
 
     def generator(self, shape: Shape) -> LoadedGenerator:
-        """Return the generator of a shape.
+        """Load the network file of a shape's generator, or return the generator if it is still in memory.
 
         Raises:
             ValueError: the network file has changed since the campaign was planned.
@@ -230,14 +229,12 @@ def floaters(body: Body) -> np.ndarray:
     radius = _LUMP * body.size
     candidates = body.front()[:_TRIED]  # [N, 3]
     # corners of the cube with the smallest and the largest coordinates, [3] each
-    lowest_corner, highest_corner = (
-        np.array([axis[grid_indices] for axis in body.axes]) for grid_indices in (0, -1)
-    )
+    lowest_corner, highest_corner = (np.array([axis[end] for axis in body.axes]) for end in (0, -1))
     direction = body.rng.normal(size=candidates.shape)
     direction[:, 2] = abs(direction[:, 2])  # towards the camera
     direction /= np.linalg.norm(direction, axis=1, keepdims=True)
-    distance = body.rng.uniform(1.5, 2.5, (len(candidates), 1)) * radius
-    centres = candidates + distance * direction
+    lump_distance = body.rng.uniform(1.5, 2.5, (len(candidates), 1)) * radius
+    centres = candidates + lump_distance * direction
     # world coordinates -> fractional indices of the grid [N, 3], which map_coordinates needs
     grid_indices = (
         (centres - lowest_corner) / (highest_corner - lowest_corner) * (np.array(body.sigma.shape) - 1)
@@ -245,15 +242,14 @@ def floaters(body: Body) -> np.ndarray:
     is_outside = ndimage.map_coordinates(body.sigma, grid_indices.T, order=1, mode="nearest") < body.level
     # A gap of at least 0.35 radii between lump and surface makes it visible that the lump is loose.
     is_free = is_outside & (cKDTree(body.surface).query(centres)[0] > 1.35 * radius)
-    border_margin = radius + 0.12 * (
-        highest_corner - lowest_corner
-    )  # near the border of the cube the density may be cleared
+    # near the border of the cube the density may be cleared
+    border_margin = radius + 0.12 * (highest_corner - lowest_corner)
     is_free &= np.all(
         (centres > lowest_corner + border_margin) & (centres < highest_corner - border_margin), axis=1
     )
-    lumps = _scattered("floaters", centres[is_free], 2.5 * radius)
+    lump_centres = _scattered("floaters", centres[is_free], 2.5 * radius)
     # The maximum of two densities is the union of their shapes.
-    return np.maximum(body.sigma, body.signed(radius - body.distance(lumps)))
+    return np.maximum(body.sigma, body.signed(radius - body.distance(lump_centres)))
 
 
 def holes(body: Body) -> np.ndarray:
@@ -270,9 +266,8 @@ def rough(body: Body) -> np.ndarray:
 
     Returns the density [X, Y, Z].
     """
-    grid_step = np.array(
-        [axis[1] - axis[0] for axis in body.axes]
-    )  # distance of grid points in world units, [3]
+    # distance of grid points in world units, [3]
+    grid_step = np.array([axis[1] - axis[0] for axis in body.axes])
     # source [3, X, Y, Z]: for each grid point, the indices of the point whose density it gets
     source_indices = np.indices(body.sigma.shape, dtype=np.float32)
     for axis in range(3):
@@ -325,15 +320,15 @@ def _scattered(damage_kind: str, candidates: np.ndarray, min_distance: float) ->
     Raises:
         ValueError: fewer than _MIN_CENTRES positions can be selected.
     """
-    selected: list[np.ndarray] = []
+    selected_positions: list[np.ndarray] = []
     for candidate in candidates:
-        if all(np.linalg.norm(candidate - position) >= min_distance for position in selected):
-            selected.append(candidate)
-            if len(selected) == _CENTRES:
+        if all(np.linalg.norm(candidate - position) >= min_distance for position in selected_positions):
+            selected_positions.append(candidate)
+            if len(selected_positions) == _CENTRES:
                 break
-    if len(selected) < _MIN_CENTRES:
+    if len(selected_positions) < _MIN_CENTRES:
         raise ValueError(
-            f"damage({damage_kind}): the shape has space for {len(selected)} of the {_MIN_CENTRES} positions"
-            " that this damage needs. Choose another seed, psi or level."
+            f"damage({damage_kind}): the shape has space for {len(selected_positions)} of the {_MIN_CENTRES}"
+            " positions that this damage needs. Choose another seed, psi or level."
         )
-    return np.array(selected)
+    return np.array(selected_positions)

@@ -492,6 +492,11 @@ class Store:
     # --- caches of names and plans, which never change
 
     def _name(self, annotator_id: int) -> str:
+        """Return the name of an annotator.
+
+        Raises:
+            LookupError: there is no annotator with this id.
+        """
         if annotator_id not in self._names:
             # Only an annotator who was added after the last query is missing.
             self._names.update({annotator.id: annotator.name for annotator in self.annotators()})
@@ -500,6 +505,11 @@ class Store:
         return self._names[annotator_id]
 
     def _plan(self, campaign_id: int) -> Plan:
+        """Return the plan of a campaign, which the first call loads.
+
+        Raises:
+            LookupError: there is no campaign with this id.
+        """
         if campaign_id not in self._plans:
             with self.database.read() as connection:
                 # If two threads load the same plan at once, their results are equal, so no lock is needed.

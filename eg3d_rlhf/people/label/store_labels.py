@@ -148,8 +148,8 @@ class LabelFilters:
                     gold_results[row.annotator].append(row.choice.meets(row.expected))
             trusted_annotators = {
                 name
-                for name, results in gold_results.items()
-                if sum(results) >= self.least_gold_accuracy * len(results)
+                for name, gold_answers in gold_results.items()
+                if sum(gold_answers) >= self.least_gold_accuracy * len(gold_answers)
             }
         counted_kinds = (Kind.PAIR,) if self.drop_repeats else COMPARED
         label_rows = [
@@ -186,14 +186,14 @@ def label_source(source: str | Path, filters: LabelFilters | None = None) -> Lab
         )
     # a file has no filters, so the user must not have set any
     used_filters = [
-        source_name
-        for source_name, value in asdict(filters or LabelFilters()).items()
-        if value != getattr(LabelFilters(), source_name)
+        filter_name
+        for filter_name, value in asdict(filters or LabelFilters()).items()
+        if value != getattr(LabelFilters(), filter_name)
     ]
     if used_filters:
         flag_text = ", ".join(
-            "--campaign" if source_name == "campaign" else f"--set {source_name}"
-            for source_name in used_filters
+            "--campaign" if filter_name == "campaign" else f"--set {filter_name}"
+            for filter_name in used_filters
         )
         raise ValueError(
             f"{flag_text}: filters can be used with a label store only, but --labels names the file"
@@ -219,7 +219,8 @@ def to_preference(row: JudgementRow) -> Preference:
             f"campaign {row.campaign} shows shapes one by one and contains no preferences. Export it with"
             " --kind=unpaired."
         )
-    # A preference identifies its shapes by their seeds, so all other parameters of the two shapes must be equal.
+    # A preference identifies its shapes by their seeds, so all other parameters of the two shapes must be
+    # equal.
     if (
         _parameters(left_shape) != _parameters(right_shape)
         or left_shape.seed == right_shape.seed
@@ -232,13 +233,15 @@ def to_preference(row: JudgementRow) -> Preference:
             " --kind=judgements."
         )
     # For a tie, `winner` is the left shape. It has no meaning then, because `tie` is True.
-    winner, loser = (right_shape, left_shape) if row.choice is Choice.RIGHT else (left_shape, right_shape)
+    winner_shape, loser_shape = (
+        (right_shape, left_shape) if row.choice is Choice.RIGHT else (left_shape, right_shape)
+    )
     chosen_side = {Choice.LEFT: "left", Choice.RIGHT: "right"}.get(row.choice)
     both_marker = "bad" if row.choice is Choice.BAD else None
     extra_fields = {**_origin(row), "side": chosen_side, "left_seed": left_shape.seed, "both": both_marker}
     return Preference(
-        winner=winner.seed,
-        loser=loser.seed,
+        winner=winner_shape.seed,
+        loser=loser_shape.seed,
         generator=left_shape.generator or None,
         psi=None if math.isnan(left_shape.psi) else left_shape.psi,
         annotator=row.annotator,
@@ -399,9 +402,9 @@ def read_preferences(url: str, filters: LabelFilters | None = None) -> list[Pref
     with Store.open(url, create=False) as store:
         labels = store_preferences(store, filters)
     if not labels:
-        name = without_password(url)
+        url_text = without_password(url)
         raise ValueError(
-            f"{name}: no label passes the filters. Label some pairs first, or remove some of the filters."
+            f"{url_text}: no label passes the filters. Label some pairs first, or remove some of the filters."
         )
     return labels
 
@@ -507,15 +510,18 @@ def export_assets(store: "Store", path: Path, kind: str, from_pairs: bool = Fals
     return path
 
 
-def prompt_of(row: JudgementRow, prompts: Mapping[str, Mapping]) -> str:
+def prompt_of(row: JudgementRow, prompts_by_campaign: Mapping[str, Mapping]) -> str:
     """Return the text of the prompt of a judgement, or the name of the prompt if it is an image without a
     text.
 
     Args:
         row: judgement of asset files.
-        prompts: name of a campaign -> name of a prompt -> prompt, with its "text".
+        prompts_by_campaign: name of a campaign -> name of a prompt -> prompt, with its "text".
     """
-    return prompts.get(row.campaign, {}).get(row.left.condition, {}).get("text") or row.left.condition
+    return (
+        prompts_by_campaign.get(row.campaign, {}).get(row.left.condition, {}).get("text")
+        or row.left.condition
+    )
 
 
 def to_pair(row: JudgementRow, prompt: str, write_path: WritePath) -> dict:
@@ -526,15 +532,15 @@ def to_pair(row: JudgementRow, prompt: str, write_path: WritePath) -> dict:
         prompt: text of the prompt.
         write_path: function (path) -> text that is written.
     """
-    winner, loser = (row.right, row.left) if row.choice is Choice.RIGHT else (row.left, row.right)
+    winner_shape, loser_shape = (row.right, row.left) if row.choice is Choice.RIGHT else (row.left, row.right)
     label_fields = {
         "condition": row.left.condition,
         "prompt": prompt,
-        "preferred": write_path(winner.source),
-        "rejected": write_path(loser.source),
+        "preferred": write_path(winner_shape.source),
+        "rejected": write_path(loser_shape.source),
         "tie": row.choice not in (Choice.LEFT, Choice.RIGHT),
-        "preferred_generator": winner.generator,
-        "rejected_generator": loser.generator,
+        "preferred_generator": winner_shape.generator,
+        "rejected_generator": loser_shape.generator,
     }
     return {**label_fields, "choice": row.choice.value, **_provenance(row)}
 
@@ -567,7 +573,7 @@ KINDS = {"asset-pairs": to_pair, "asset-scores": to_score}
 
 def _provenance(row: JudgementRow) -> dict:
     """Return the fields that describe the origin of a judgement. Empty votes and comments are left out."""
-    origin = {
+    origin_fields = {
         "annotator": row.annotator,
         "time": row.received_at,
         "campaign": row.campaign,
@@ -575,7 +581,7 @@ def _provenance(row: JudgementRow) -> dict:
         "kind": row.kind.value,
     }
     return {
-        **origin,
+        **origin_fields,
         **{name: value for name, value in (("votes", row.votes), ("comment", row.comment)) if value},
     }
 
@@ -608,9 +614,11 @@ def rankings(rows: Sequence[JudgementRow], write_path: WritePath = str) -> list[
         shape_by_path = {shape.source: shape for row in prompt_rows for shape in (row.left, row.right)}
         all_comparisons = []
         for row in prompt_rows:
-            winner, loser = (row.right, row.left) if row.choice is Choice.RIGHT else (row.left, row.right)
+            winner_shape, loser_shape = (
+                (row.right, row.left) if row.choice is Choice.RIGHT else (row.left, row.right)
+            )
             is_tie = row.choice not in (Choice.LEFT, Choice.RIGHT)
-            all_comparisons.append(Comparison(winner.source, loser.source, is_tie))
+            all_comparisons.append(Comparison(winner_shape.source, loser_shape.source, is_tie))
         # the linked group with the most assets
         comparisons = max(linked(all_comparisons), key=_asset_count)
         strength_fit = bradley_terry(comparisons)

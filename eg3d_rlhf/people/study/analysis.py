@@ -234,7 +234,8 @@ def estimate(rows: Sequence[JudgementRow], ties: str, confidence: float = 0.95, 
             for kind in cluster_kinds
         }
         estimates["bootstrap"] = {
-            kind: None if bounds is None else list(bounds) for kind, bounds in bounds_by_kind.items()
+            kind: None if interval_bounds is None else list(interval_bounds)
+            for kind, interval_bounds in bounds_by_kind.items()
         }
     return estimates
 
@@ -247,10 +248,10 @@ def _check(design: StudyDesign, rows: Sequence[JudgementRow]) -> None:
     """
     other_campaigns = {row.campaign for row in rows if row.campaign != design.name or row.mode != Mode.STUDY}
     if other_campaigns:
-        names = ", ".join(sorted(other_campaigns))
+        other_names = ", ".join(sorted(other_campaigns))
         raise ValueError(
-            f"study {design.name}: the database contains answers of {names}. Pass the database of the study"
-            " with --db."
+            f"study {design.name}: the database contains answers of {other_names}. Pass the database of the"
+            " study with --db."
         )
     for row in rows:
         first_shape, second_shape = (row.left, row.right) if row.first_is_left else (row.right, row.left)
@@ -432,12 +433,12 @@ def win_rate(
     residuals = np.where(is_counted, scores - rates[:, None], 0)  # [S, N]
     variances = {}
     cluster_counts = {}
-    for name, cluster_indices in (
+    for cluster_name, cluster_indices in (
         ("annotator", annotator_indices),
         ("latent", latent_indices),
         ("trial", None),
     ):
-        variances[name], cluster_counts[name] = _cluster_variance(
+        variances[cluster_name], cluster_counts[cluster_name] = _cluster_variance(
             residuals, is_counted, trial_counts, cluster_indices
         )
     independent_variance = variances["trial"]  # variance as if all trials were independent, [S]
@@ -548,7 +549,9 @@ def cluster_bootstrap(
         "both": [annotator_indices, latent_indices],
     }[over]
     # The indices are computed again without the trials that do not count, so that every cluster has a trial.
-    cluster_indices = [np.unique(indices[is_counted], return_inverse=True)[1] for indices in clusterings]
+    cluster_indices = [
+        np.unique(trial_clusters[is_counted], return_inverse=True)[1] for trial_clusters in clusterings
+    ]
     cluster_counts = [int(cluster_index.max()) + 1 for cluster_index in cluster_indices]  # number of clusters
     if min(cluster_counts) < 2:
         return None
@@ -557,8 +560,8 @@ def cluster_bootstrap(
     counted_scores = scores[is_counted]
     # The weights [R, N] are computed in chunks of resamples, so that they do not fill the memory.
     chunk_size = max(1, _CELLS // len(counted_scores))
-    for start in range(0, resamples, chunk_size):
-        resample_count = min(chunk_size, resamples - start)
+    for start_index in range(0, resamples, chunk_size):
+        resample_count = min(chunk_size, resamples - start_index)
         weights = np.ones((resample_count, len(counted_scores)))  # [R, N]
         for cluster_index, cluster_count in zip(cluster_indices, cluster_counts, strict=True):
             # If `count` clusters are resampled with replacement, the number of times that each is drawn has a

@@ -367,16 +367,16 @@ def read_design(path: str | Path, recorded_hash: str | None = None) -> StudyDesi
     )
 
 
-def stopped(design: StudyDesign, answered: int, now: datetime | None = None) -> bool:
+def stopped(design: StudyDesign, answered_count: int, now: datetime | None = None) -> bool:
     """Return True if the stopping rule of a study is met: all trials are answered, or the end has passed.
 
     Args:
         design: design of the study.
-        answered: number of answered trials.
+        answered_count: number of answered trials.
         now: time; None: the current time.
     """
     now = now or datetime.now(UTC)
-    return answered >= design.trials or (
+    return answered_count >= design.trials or (
         design.until is not None and now >= datetime.fromisoformat(design.until)
     )
 
@@ -389,8 +389,8 @@ def contender(label: str, loaded_generator: "LoadedGenerator") -> Contender:
         loaded_generator: generator.
     """
     # The path of the bundled generator differs between installations, so its source is empty.
-    source = "" if loaded_generator.path == bundled.GENERATOR else str(loaded_generator.path.resolve())
-    return Contender(label=label, source=source, generator=loaded_generator.hash)
+    source_path = "" if loaded_generator.path == bundled.GENERATOR else str(loaded_generator.path.resolve())
+    return Contender(label=label, source=source_path, generator=loaded_generator.hash)
 
 
 def study_pairs(design: StudyDesign) -> list[PlannedPair]:
@@ -553,7 +553,7 @@ def read_sides(
             "--a, --b: the two files of each prompt are identical in both folders, so there is nothing to"
             " compare. Pass the folders of two different generators."
         )
-    unused_count = sum(len(assets) for assets in assets_by_side.values()) - 2 * len(common_keys)
+    unused_count = sum(len(side_assets) for side_assets in assets_by_side.values()) - 2 * len(common_keys)
     if unused_count:
         report(
             f"{unused_count} assets are left out, because the other folder has no asset of their prompt and"

@@ -134,17 +134,16 @@ def decided_trials(true_rate: float, alpha: float = 0.05, power: float = 0.8) ->
     from scipy.special import ndtri
 
     # The normal approximation of the number is the first upper bound of the search.
-    approximation = (ndtri(1 - alpha / 2) + ndtri(power)) ** 2 / (4 * (true_rate - 0.5) ** 2)
-    if approximation > _MAX_TRIALS:
+    approximate_count = (ndtri(1 - alpha / 2) + ndtri(power)) ** 2 / (4 * (true_rate - 0.5) ** 2)
+    if approximate_count > _MAX_TRIALS:
         raise ValueError(
             f"decided_trials: a true win rate of {true_rate} is so close to 0.5 that more than"
             f" {_MAX_TRIALS:,} trials would be needed. Use a win rate that differs more from 0.5."
         )
-    upper_bound = max(64, int(approximation))
+    upper_bound = max(64, int(approximate_count))
     while True:
-        powers = exact_power(
-            np.arange(1, upper_bound + 1), true_rate, alpha
-        )  # powers[i] is the power of n = i + 1
+        # powers[i] is the power of n = i + 1
+        powers = exact_power(np.arange(1, upper_bound + 1), true_rate, alpha)
         insufficient_indices = np.flatnonzero(~(powers >= power))
         # The power drops only over short ranges of n. If it is sufficient in the upper half of the range, it
         # is sufficient for all larger n.
@@ -378,49 +377,49 @@ def coverage(options: SimulationOptions, bootstrap_studies: int = 0, resamples: 
 
     trials = simulate(options)
     win_rates = win_rate(trials.scores, trials.annotator, trials.latent)
-    truth = options.truth
+    true_rate = options.truth
     results = {
         "options": asdict(options),
-        "truth": truth,
+        "truth": true_rate,
         "trials": trials.scores.shape[1],
         "mean_win_rate": float(win_rates.rate.mean()),
         "sd_win_rate": float(win_rates.rate.std(ddof=1)) if options.studies > 1 else None,
         "left_share": float(trials.chose_left.mean()),
         "design_effect": float(np.median(win_rates.design_effect)),
         "intervals": {
-            interval_name: _covered(getattr(win_rates, interval_name), truth)
+            interval_name: _covered(getattr(win_rates, interval_name), true_rate)
             for interval_name in ("clustered", "wilson")
         },
     }
     bootstrap_count = min(bootstrap_studies, options.studies)
     for over in ("annotators", "latents", "both") if bootstrap_count else ():
         bootstrap_arguments = (trials.annotator, trials.latent, over)
-        intervals = [
+        bootstrap_intervals = [
             cluster_bootstrap(scores, *bootstrap_arguments, resamples=resamples, seed=seed)
             for seed, scores in enumerate(trials.scores[:bootstrap_count])
         ]
         # With a single annotator or latent, a bootstrap over it gives None.
-        if None not in intervals:
-            lo, hi = np.array(intervals).T
-            results["intervals"][f"bootstrap_{over}"] = _covered((lo, hi), truth)
+        if None not in bootstrap_intervals:
+            lo, hi = np.array(bootstrap_intervals).T
+            results["intervals"][f"bootstrap_{over}"] = _covered((lo, hi), true_rate)
     return results
 
 
-def _covered(bounds: tuple[np.ndarray, np.ndarray], truth: float) -> dict:
+def _covered(bounds: tuple[np.ndarray, np.ndarray], true_rate: float) -> dict:
     """Summarise the intervals of S studies.
 
     Args:
         bounds: lower ends [S] and upper ends [S].
-        truth: true win rate.
+        true_rate: true win rate.
 
     Returns:
-        Number of studies, share of intervals that contain `truth`, mean width, and share of intervals that
-        exclude 0.5.
+        Number of studies, share of intervals that contain `true_rate`, mean width, and share of intervals
+        that exclude 0.5.
     """
     lo, hi = bounds
     return {
         "studies": len(lo),
-        "coverage": float(((lo <= truth) & (truth <= hi)).mean()),
+        "coverage": float(((lo <= true_rate) & (true_rate <= hi)).mean()),
         "width": float((hi - lo).mean()),
         "rejects_50_percent": float(((lo > 0.5) | (hi < 0.5)).mean()),
     }

@@ -141,7 +141,7 @@ def page(report: dict) -> str:
         report: result of `compute`. The template is static/report.html.
     """
     # With autoescape, names of annotators and labels, which come from users, cannot contain HTML.
-    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(STATIC), autoescape=True)
+    jinja_environment = jinja2.Environment(loader=jinja2.FileSystemLoader(STATIC), autoescape=True)
     filters: dict[str, Callable[..., str]] = {
         "percent": lambda share: "none" if share is None else percent(share),
         "p_value": p_value,
@@ -149,7 +149,7 @@ def page(report: dict) -> str:
         # horizontal position of a share 0..1 in the figures, in pixels; the template uses the name `more`
         "x": lambda share, more=0: f"{210 + 390 * share + more:.1f}",
     }
-    environment.filters |= filters
+    jinja_environment.filters |= filters
     # The plan and the hash are in other sections of the page, and there are too many seeds for a table.
     shown_settings = {
         name: value
@@ -169,7 +169,7 @@ def page(report: dict) -> str:
     # min: a win rate of 1 belongs to the last bin
     bin_counts = Counter(min(BINS - 1, int(pair["win_rate"] * BINS)) for pair in report["pairs"])
     css = (STATIC / "report.css").read_text()
-    return environment.get_template("report.html").render(
+    return jinja_environment.get_template("report.html").render(
         report,
         settings=shown_settings,
         style=css,
@@ -235,25 +235,27 @@ def p_value(p: float) -> str:
 def _main(result: dict, design: dict) -> list[str]:
     """Return the sentences about the win rate, the interval and the test."""
     lo, hi = result["interval"]
-    a = design["a"]["label"]
-    b = design["b"]["label"]
+    label_a = design["a"]["label"]
+    label_b = design["b"]["label"]
     ties = "ties count half" if design["ties"] == "half" else "ties are excluded"
     win_rate_sentence = (
-        f"{b} won over {a} in {percent(result['win_rate'])} of {result['n']} trials ({ties}); the"
+        f"{label_b} won over {label_a} in {percent(result['win_rate'])} of {result['n']} trials ({ties}); the"
         f" {result['confidence']:.0%} interval is {percent(lo)} to {percent(hi)}. It accounts for"
         f" {result['annotators']} annotators and {result['latents']} latents."
     )
     if lo > 0.5 or hi < 0.5:  # the interval excludes one half
-        better, worse, min_share = (b, a, lo) if lo > 0.5 else (a, b, 1 - hi)
+        preferred_label, other_label, min_share = (
+            (label_b, label_a, lo) if lo > 0.5 else (label_a, label_b, 1 - hi)
+        )
         conclusion_sentence = (
-            f"The shapes of {better} are preferred to those of {worse}, in at least {percent(min_share)} of"
-            " such trials according to this interval."
+            f"The shapes of {preferred_label} are preferred to those of {other_label}, in at least"
+            f" {percent(min_share)} of such trials according to this interval."
         )
     else:
         conclusion_sentence = (
-            "The interval contains one half: this study does not show that either generator is preferred."
-            f" It excludes that {b} is preferred in more than {percent(hi)} or in less than {percent(lo)} of"
-            " such trials. It does not show that the two are equal."
+            "The interval contains one half: this study does not show that either generator is preferred. It"
+            f" excludes that {label_b} is preferred in more than {percent(hi)} or in less than {percent(lo)}"
+            " of such trials. It does not show that the two are equal."
         )
     if result["p_exact"] is None:
         return [win_rate_sentence, conclusion_sentence, "Every trial was a tie, so no test is possible."]

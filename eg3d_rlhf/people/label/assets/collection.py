@@ -155,9 +155,11 @@ def read_generator(folder: Path, report: Callable[[str], None] = lambda text: No
         for path in asset_files(folder, folder)
     ]
     # Two generators that are compared usually share a prompts.jsonl, which lies beside their folders.
-    root = folder if (folder / PROMPTS).is_file() else folder.parent
+    prompts_folder = folder if (folder / PROMPTS).is_file() else folder.parent
     return _checked(
-        Collection(_check_stems(assets), _prompts(root, {asset.prompt for asset in assets})), folder, report
+        Collection(_check_stems(assets), _prompts(prompts_folder, {asset.prompt for asset in assets})),
+        folder,
+        report,
     )
 
 
@@ -385,7 +387,7 @@ def _from_rankings(list_by_generator: dict[str, Path], root: Path) -> Collection
 def _from_list(path: Path) -> Collection:
     """Read a list of assets, which has one JSON object per line."""
     assets: list[Asset] = []
-    prompts: dict[str, Prompt] = {}
+    prompt_by_name: dict[str, Prompt] = {}
     asset_counts: dict[tuple[str, str], int] = {}  # (generator, prompt) -> number of assets so far
     for asset_record, location in _lines(path):
         prompt_name = _text(asset_record, "prompt", location)
@@ -400,20 +402,22 @@ def _from_list(path: Path) -> Collection:
         asset_path = inside(path.parent / _text(asset_record, "asset", location), path.parent, location)
         seed = _seed(asset_record, location) if asset_record.get("seed") is not None else asset_number
         assets.append(Asset(path=asset_path, generator=generator, prompt=prompt_name, seed=seed))
-        prompt = _prompt(asset_record, path.parent, location)
-        earlier_prompt = prompts.get(prompt_name, Prompt())
+        line_prompt = _prompt(asset_record, path.parent, location)
+        earlier_prompt = prompt_by_name.get(prompt_name, Prompt())
         # Not every line of a prompt must contain its text and image, but two lines must not contradict.
-        has_other_text = prompt.text and earlier_prompt.text and prompt.text != earlier_prompt.text
-        has_other_image = prompt.image and earlier_prompt.image and prompt.image != earlier_prompt.image
+        has_other_text = line_prompt.text and earlier_prompt.text and line_prompt.text != earlier_prompt.text
+        has_other_image = (
+            line_prompt.image and earlier_prompt.image and line_prompt.image != earlier_prompt.image
+        )
         if has_other_text or has_other_image:
             raise ValueError(
                 f"{location}: the prompt {prompt_name!r} has another text or image on an earlier line. Give"
                 " different prompts different names."
             )
-        prompts[prompt_name] = Prompt(
-            text=prompt.text or earlier_prompt.text, image=prompt.image or earlier_prompt.image
+        prompt_by_name[prompt_name] = Prompt(
+            text=line_prompt.text or earlier_prompt.text, image=line_prompt.image or earlier_prompt.image
         )
-    return Collection(assets, prompts)
+    return Collection(assets, prompt_by_name)
 
 
 # ---- lines
@@ -450,18 +454,18 @@ def _lines(path: Path) -> Iterable[tuple[dict, str]]:
             yield record, location
 
 
-def _text(record: dict, field_name: str, location: str) -> str:
+def _text(line_record: dict, field_name: str, location: str) -> str:
     """Return a field of a line, which must be a printable text.
 
     Args:
-        record: line.
+        line_record: line.
         field_name: name of the field.
         location: name of the line for messages.
 
     Raises:
         ValueError: the field is missing or not such a text.
     """
-    return _name(record.get(field_name), f'{location}: "{field_name}"')
+    return _name(line_record.get(field_name), f'{location}: "{field_name}"')
 
 
 def _name(value: object, location: str) -> str:
@@ -482,14 +486,14 @@ def _name(value: object, location: str) -> str:
     return value
 
 
-def _seed(record: dict, location: str) -> int:
+def _seed(line_record: dict, location: str) -> int:
     """Return the seed of a line, which must be an integer from 0 to 2^32 - 1.
 
     Raises:
         ValueError: the field "seed" is missing or not such an integer.
     """
     # isinstance(True, int) is True, so the type is compared.
-    seed = record.get("seed")
+    seed = line_record.get("seed")
     if type(seed) is not int or not 0 <= seed < _SEEDS:
         raise ValueError(
             f'{location}: the "seed" {str(seed)[:40]!r} is not allowed. Use an integer from 0 to'
@@ -498,18 +502,18 @@ def _seed(record: dict, location: str) -> int:
     return seed
 
 
-def _prompt(record: dict, root: Path, location: str) -> Prompt:
+def _prompt(line_record: dict, root: Path, location: str) -> Prompt:
     """Return the prompt of a line. Its text and its image are optional.
 
     Args:
-        record: line.
+        line_record: line.
         root: folder in which the image must lie, and to which its path is relative.
         location: name of the line for messages.
 
     Raises:
         ValueError: the text is not allowed, or the image is no file in `root`.
     """
-    text = record.get("text")
+    text = line_record.get("text")
     if text is not None and (
         not isinstance(text, str)
         or len(text) > MAX_TEXT
@@ -524,8 +528,8 @@ def _prompt(record: dict, root: Path, location: str) -> Prompt:
             " characters without control characters."
         )
     image = (
-        inside(root / _text(record, "image", location), root, location)
-        if record.get("image") is not None
+        inside(root / _text(line_record, "image", location), root, location)
+        if line_record.get("image") is not None
         else None
     )
     return Prompt(text=text or None, image=image)
@@ -621,9 +625,9 @@ def plan_assets(
         unit_noun = "assets" if options.single else "pairs"
         report(f"planned only {len(index_pairs)} of {options.pairs} {unit_noun}, because there are no more")
     options = replace(options, pairs=len(index_pairs))
-    shapes = [asset_shape(asset) for asset in collection.assets]
-    pairs = [
-        PlannedPair(first=shapes[first_index], second=shapes[second_index])
+    asset_shapes = [asset_shape(asset) for asset in collection.assets]
+    planned_pairs = [
+        PlannedPair(first=asset_shapes[first_index], second=asset_shapes[second_index])
         for first_index, second_index in index_pairs
     ]
     gold_pairs, practice_pairs = _known_pairs(options, collection, rng, report)
@@ -639,7 +643,7 @@ def plan_assets(
         "gold": len(gold_pairs),
         "training": len(practice_pairs),
     }
-    return Plan(practice_pairs + interleave(pairs, gold_pairs), plan_report)
+    return Plan(practice_pairs + interleave(planned_pairs, gold_pairs), plan_report)
 
 
 def items_of(collection: Collection, ensemble: Ensemble | None = None) -> Items:
@@ -683,9 +687,13 @@ def answers_of(collection: Collection, judgement_rows: Sequence[JudgementRow]) -
     return preferences
 
 
-def _facts(a: Asset, b: Asset) -> dict:
+def _facts(first_asset: Asset, second_asset: Asset) -> dict:
     """Return the names of the two assets of a pair, for the report of a plan."""
-    return {"prompt": a.prompt, "generators": [a.generator, b.generator], "seeds": [a.seed, b.seed]}
+    return {
+        "prompt": first_asset.prompt,
+        "generators": [first_asset.generator, second_asset.generator],
+        "seeds": [first_asset.seed, second_asset.seed],
+    }
 
 
 def prompts_json(collection: Collection) -> dict[str, dict]:

@@ -46,17 +46,19 @@ def damage_mesh(model: Model, damage_kind: str, seed: int) -> Model:
     points = np.concatenate([part.attributes["POSITION"].values for part in primitives]).astype(np.float64)
     asset_size = _size(points)
     if damage_kind == "rough":
-        displaced: dict[int, Array] = {}  # id of an array of positions -> its displaced copy
+        displaced_by_id: dict[int, Array] = {}  # id of an array of positions -> its displaced copy
         bumps = _Bumps(rng, asset_size)
         return replace(
-            model, meshes=[[_rough(part, bumps, displaced) for part in mesh] for mesh in model.meshes]
+            model, meshes=[[_rough(part, bumps, displaced_by_id) for part in mesh] for mesh in model.meshes]
         )
     # A triangle is removed if its centre lies in a hole. The centres of each part are [F, 3].
     triangle_centres = [_corners(part).mean(axis=1) for part in primitives]
-    holes = _distant_points(rng, np.concatenate(triangle_centres))
+    hole_centres = _distant_points(rng, np.concatenate(triangle_centres))
     # The iterator yields the masks in the order of `parts`, which is also the order of the loops below.
-    masks = iter([_is_outside(centres, holes, _HOLE * asset_size) for centres in triangle_centres])
-    meshes = [[_cut(part, next(masks)) for part in mesh] for mesh in model.meshes]
+    kept_masks = iter(
+        [_is_outside(centres, hole_centres, _HOLE * asset_size) for centres in triangle_centres]
+    )
+    meshes = [[_cut(part, next(kept_masks)) for part in mesh] for mesh in model.meshes]
     # GLB does not allow a part without triangles, so parts that lie entirely in a hole are removed.
     meshes = [
         [part for part in mesh if len(part.indices.values)]  # type: ignore[union-attr]
@@ -86,8 +88,8 @@ def damage_splats(splats: Splats, damage_kind: str, seed: int) -> Splats:
     # Opacities are 0..255, so 128 is an opacity of one half. A hole among transparent Gaussians would not be
     # visible.
     opaque_centres = splats.centres[splats.opacities >= 128]
-    holes = _distant_points(rng, opaque_centres if len(opaque_centres) else splats.centres)
-    is_kept = _is_outside(splats.centres, holes, _HOLE * asset_size)
+    hole_centres = _distant_points(rng, opaque_centres if len(opaque_centres) else splats.centres)
+    is_kept = _is_outside(splats.centres, hole_centres, _HOLE * asset_size)
     if not is_kept.any():
         raise ValueError("the damage would remove all splats. Choose another asset")
     array_names = ("centres", "scales", "rotations", "opacities", "colours", "rest")
@@ -176,7 +178,7 @@ class _Bumps:
         return displacement
 
 
-def _rough(part: Primitive, bumps: _Bumps, displaced: dict[int, Array]) -> Primitive:
+def _rough(part: Primitive, bumps: _Bumps, displaced_by_id: dict[int, Array]) -> Primitive:
     """Displace the vertices of a part, and remove its normals and tangents.
 
     Shading with the normals of the undamaged surface would hide the bumps.
@@ -184,22 +186,23 @@ def _rough(part: Primitive, bumps: _Bumps, displaced: dict[int, Array]) -> Primi
     Args:
         part: part of a mesh.
         bumps: displacement field.
-        displaced: id of an array of positions -> its displaced copy. The dictionary is extended in place.
+        displaced_by_id: id of an array of positions -> its displaced copy. The dictionary is extended in
+            place.
     """
     positions = part.attributes["POSITION"]
     # Several parts may share an array of positions. It is displaced only once, so that they keep sharing it.
-    if id(positions) not in displaced:
+    if id(positions) not in displaced_by_id:
         displaced_values = positions.values.astype(np.float64)
         displaced_values = displaced_values + bumps(displaced_values)
         # Positions may be quantised as integers. They are rounded, and limited to the range of their type.
         if positions.values.dtype.kind != "f":
             integer_limits = np.iinfo(positions.values.dtype)
             displaced_values = np.rint(displaced_values).clip(integer_limits.min, integer_limits.max)
-        displaced[id(positions)] = Array(
+        displaced_by_id[id(positions)] = Array(
             displaced_values.astype(positions.values.dtype), positions.normalized
         )
     attributes = {name: array for name, array in part.attributes.items() if name not in ("NORMAL", "TANGENT")}
-    return replace(part, attributes={**attributes, "POSITION": displaced[id(positions)]})
+    return replace(part, attributes={**attributes, "POSITION": displaced_by_id[id(positions)]})
 
 
 def _faces(part: Primitive) -> np.ndarray:

@@ -258,13 +258,13 @@ def kind_of(first_bytes: bytes, name: str) -> str:
     raise ValueError("the format is unknown. Use a GLB, PLY, OBJ, MP4 or WebM file")
 
 
-def _hash(data: memoryview, path: Path, kind: str) -> str:
+def _hash(data: memoryview, path: Path, file_kind: str) -> str:
     """Return the SHA-256 of a file as hexadecimal digits.
 
     For an OBJ file, the names and contents of its companions (materials and textures) are hashed, too.
     """
     digest = hashlib.sha256(data)
-    for companion in obj.companion_files(data, path) if kind == "obj" else ():
+    for companion in obj.companion_files(data, path) if file_kind == "obj" else ():
         digest.update(f"\0{companion.name}\0{hashlib.sha256(companion.read_bytes()).hexdigest()}".encode())
     return digest.hexdigest()
 
@@ -279,25 +279,25 @@ def _examine(path: Path) -> dict:
         ValueError: the file cannot be shown.
     """
     with _opened(path) as data:
-        kind = kind_of(bytes(data[:512]), path.name)
-        note = ""
-        if kind == "glb":
+        file_kind = kind_of(bytes(data[:512]), path.name)
+        view_note = ""
+        if file_kind == "glb":
             glb.read_glb(data)
-        elif kind == "ply":
+        elif file_kind == "ply":
             header = ply.read_header(data)
-            kind = "splats" if header.splats else kind
+            file_kind = "splats" if header.splats else file_kind
             # The result is not used. The function is called for its errors.
             (ply.read_splats if header.splats else ply.read_mesh)(data)
-        elif kind == "obj":
+        elif file_kind == "obj":
             obj.read_obj(data, path)
             missing_libraries = obj.missing_libraries(data, path)
             if missing_libraries:
-                note = f"shown in grey, because {', '.join(missing_libraries)[:200]} cannot be read"
-        elif kind == "film":
+                view_note = f"shown in grey, because {', '.join(missing_libraries)[:200]} cannot be read"
+        elif file_kind == "film":
             examine_video(path)
-        elif kind == "image":
+        elif file_kind == "image":
             strip_image(data)
-        return {"kind": kind, "hash": _hash(data, path, kind), "note": note}
+        return {"kind": file_kind, "hash": _hash(data, path, file_kind), "note": view_note}
 
 
 def _clean(path: Path, expected_hash: str, degradation: str, seed: int, out_path: Path) -> dict:
@@ -315,38 +315,38 @@ def _clean(path: Path, expected_hash: str, degradation: str, seed: int, out_path
         ValueError: the file cannot be shown or damaged.
     """
     with _opened(path) as data:
-        kind = kind_of(bytes(data[:512]), path.name)
-        _check_hash(data, path, kind, expected_hash)
-        if kind == "image":
+        file_kind = kind_of(bytes(data[:512]), path.name)
+        _check_hash(data, path, file_kind, expected_hash)
+        if file_kind == "image":
             out_path.write_bytes(preview_image(data))
-        elif kind == "film":
+        elif file_kind == "film":
             if degradation:
                 raise ValueError("a video cannot be damaged. Use a mesh or splats")
             clean_video(path, out_path)
         else:
-            _pack(data, path, kind, degradation, seed, out_path)
+            _pack(data, path, file_kind, degradation, seed, out_path)
     # The hash is checked again, because the file may have changed while it was read: the arrays are views of
     # the file, and ffmpeg has opened it by its name.
     with _opened(path) as data:
-        _check_hash(data, path, kind, expected_hash)
+        _check_hash(data, path, file_kind, expected_hash)
     return {}
 
 
-def _check_hash(data: memoryview, path: Path, kind: str, expected_hash: str) -> None:
+def _check_hash(data: memoryview, path: Path, file_kind: str, expected_hash: str) -> None:
     """Raise ChangedError if a file does not have the hash `expected_hash`."""
-    if _hash(data, path, kind) != expected_hash:
+    if _hash(data, path, file_kind) != expected_hash:
         raise ChangedError("the file has changed since the campaign was planned. Use the original file")
 
 
-def _pack(data: memoryview, path: Path, kind: str, degradation: str, seed: int, out_path: Path) -> None:
+def _pack(data: memoryview, path: Path, file_kind: str, degradation: str, seed: int, out_path: Path) -> None:
     """Write a mesh as GLB or splats as GSP1, compressed with gzip, and damaged unless `degradation` is ''."""
-    if kind == "ply" and ply.read_header(data).splats:
+    if file_kind == "ply" and ply.read_header(data).splats:
         splats = ply.read_splats(data)
         file_parts = ply.splat_parts(damage_splats(splats, degradation, seed) if degradation else splats)
     else:
-        if kind == "glb":
+        if file_kind == "glb":
             mesh_model = glb.read_glb(data)
-        elif kind == "ply":
+        elif file_kind == "ply":
             mesh_model = ply.read_mesh(data)
         else:
             mesh_model = obj.read_obj(data, path)

@@ -307,14 +307,20 @@ def _file(static_file: StaticFile, request: Request) -> Response:
     The file is compressed if the browser accepts gzip. If the browser's copy is current, the response is the
     status 304 without content.
     """
-    headers = {"ETag": static_file.etag, "Cache-Control": "private, no-cache", "Vary": "Accept-Encoding"}
+    response_headers = {
+        "ETag": static_file.etag,
+        "Cache-Control": "private, no-cache",
+        "Vary": "Accept-Encoding",
+    }
     if request.headers.get("if-none-match") == static_file.etag:
-        return Response(None, 304, headers)
+        return Response(None, 304, response_headers)
     if "gzip" in request.headers.get("accept-encoding", ""):
         return Response(
-            static_file.packed, media_type=static_file.kind, headers={**headers, "Content-Encoding": "gzip"}
+            static_file.packed,
+            media_type=static_file.kind,
+            headers={**response_headers, "Content-Encoding": "gzip"},
         )
-    return Response(static_file.data, media_type=static_file.kind, headers=headers)
+    return Response(static_file.data, media_type=static_file.kind, headers=response_headers)
 
 
 def _check_no_other_login(context: Context, request: Request, annotator: StoredAnnotator) -> None:
@@ -362,7 +368,7 @@ def _form_token(body: bytes, cookie_value: str) -> tuple[str, bool]:
         raise RequestError(400, "The form must contain token and csrf.", "Use the login page.") from None
     # The field `link` is optional. It is added here, so that forms with and without it pass the comparison.
     if sorted({**form_fields, "link": []}) != ["csrf", "link", "token"] or any(
-        len(values) != 1 for values in form_fields.values()
+        len(field_values) != 1 for field_values in form_fields.values()
     ):
         raise RequestError(
             400, "The form must contain the fields token and csrf exactly once.", "Use the login page."
@@ -469,9 +475,7 @@ def login_page(accepted: str, csrf: str, rejection: RequestError | None = None) 
     """
     language = language_of(accepted)
     # every text that is inserted into the page is escaped
-    escaped_texts = {
-        text_key: html.escape(message_text) for text_key, message_text in TEXTS[language].items()
-    }
+    escaped_texts = {key: html.escape(text) for key, text in TEXTS[language].items()}
     message_html = ""
     if rejection is not None:
         text_key = "withdrawn" if isinstance(rejection, AccessRevoked) else str(rejection.status)

@@ -180,8 +180,8 @@ class Server(embed.Server):
         # A thread of granian returns from its last call into Python after `serve` has ended. If the
         # interpreter ends before that, the process aborts, which happened in one of four runs. So this waits
         # for at most one second.
-        deadline = time.monotonic() + 1
-        while foreign_threads() and time.monotonic() < deadline:
+        wait_until = time.monotonic() + 1
+        while foreign_threads() and time.monotonic() < wait_until:
             time.sleep(0.01)
         if received_signal is not None:
             signal.raise_signal(received_signal)

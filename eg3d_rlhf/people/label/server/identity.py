@@ -165,8 +165,8 @@ class Identities:
             # Only a client that has the token gets the information that it was revoked.
             if _plausible(token) and self.store.withdrawn(token):
                 raise AccessRevoked
-            if wait := self.guesses.take(address_key(address)):
-                raise too_many(wait)
+            if wait_seconds := self.guesses.take(address_key(address)):
+                raise too_many(wait_seconds)
             raise RequestError(
                 401,
                 "The token is unknown or was revoked.",
@@ -176,6 +176,7 @@ class Identities:
         return annotator
 
     def _identity(self, annotator: StoredAnnotator, by: str, csrf: str = "", session: str = "") -> Identity:
+        """Make the identity of an annotator, and decide whether the annotator is an admin. See `Identity`."""
         # In a blind study the user of this machine may take part, and must not see results. An admin logs in
         # with a token there.
         is_admin = (by == "local" and not self.blind) or (by != "local" and annotator.role == "admin")

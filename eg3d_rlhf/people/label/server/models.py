@@ -213,13 +213,13 @@ def add_handlers(app: FastAPI) -> None:
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         # The message contains field and reason of at most five mistakes. It contains no values, because they
         # may be long or malicious.
-        mistakes = [
-            f"{'.'.join(str(part) for part in item['loc'][:4])[:60]}: {item['msg'][:120]}"
-            for item in error.errors()[:5]
+        mistake_texts = [
+            f"{'.'.join(str(part) for part in mistake['loc'][:4])[:60]}: {mistake['msg'][:120]}"
+            for mistake in error.errors()[:5]
         ]
         rejection = RequestError(
             422,
-            f"The request is invalid: {'; '.join(mistakes)}.",
+            f"The request is invalid: {'; '.join(mistake_texts)}.",
             "Send these fields as the description of the API defines them.",
         )
         return note(request, rejection).response()

@@ -125,8 +125,8 @@ def check_fetch(headers: Headers, method: str, path: str) -> None:
         RequestError: 403 for a request of another site.
     """
     # Scripts and old browsers do not send the header; their requests are checked by token or CSRF value.
-    site = headers.get("sec-fetch-site", "same-origin")
-    if site in ("same-origin", "none"):
+    fetch_site = headers.get("sec-fetch-site", "same-origin")
+    if fetch_site in ("same-origin", "none"):
         return
     if (
         method == "GET"
@@ -319,11 +319,11 @@ class RequestChecks:
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Check one request, pass it to the application, and log it."""
         # Behind a trusted proxy, granian's wrapper has replaced the proxy's address by the client's address.
-        address = (scope.get("client") or ("", 0))[0]
+        client_address = (scope.get("client") or ("", 0))[0]
         # Without extensions there is no 'http.response.pathsend', with which granian would read the file of
         # an export after the application has deleted it.
         scope["extensions"] = {}
-        entry = Entry(address, scope["method"][:16], _LONG_WORD.sub("*", scope["path"])[:200])
+        entry = Entry(client_address, scope["method"][:16], _LONG_WORD.sub("*", scope["path"])[:200])
         # Every response that is sent through this function gets the headers and is recorded.
         send = _recorded(send, entry, scope["scheme"] == "https")
         try:

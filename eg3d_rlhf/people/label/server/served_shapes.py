@@ -35,13 +35,13 @@ class Addresses:
 
     The address of a shape is different in each assignment, so that annotators cannot recognise a shape by it.
 
-        address = base64url(r, number xor K("number", r), K("check", r, number))
-        r = K("pair", assignment, asset)
+        address = base64url(r, index xor K("number", r), K("check", r, index))
+        r = K("pair", assignment token, asset token)
 
-    Here `number` is the index of the asset (4 bytes), K is HMAC-SHA256 with the secret of the server, cut to
-    the needed length, r has 12 bytes, and the check has 8 bytes. Without the secret, an address contains no
-    information and cannot be forged. It is computed and needs no table. It is the same after a restart, so
-    that copies in the cache of the browser remain valid.
+    Here `index` is the position of the shape in the plan (4 bytes), K is HMAC-SHA256 with the secret of the
+    server, cut to the needed length, r has 12 bytes, and the check has 8 bytes. Without the secret, an
+    address contains no information and cannot be forged. It is computed and needs no table. It is the same
+    after a restart, so that copies in the cache of the browser remain valid.
 
     Args:
         secret: secret key of the server.
@@ -106,13 +106,13 @@ def _xor(first_bytes: bytes, second_bytes: bytes) -> bytes:
     return bytes(x ^ y for x, y in zip(first_bytes, second_bytes, strict=True))
 
 
-async def read(path: Path, start: int, stop: int) -> AsyncIterator[bytes]:
+async def read(path: Path, start_byte: int, stop_byte: int) -> AsyncIterator[bytes]:
     """Yield the bytes start..stop-1 of a file in chunks, without blocking the event loop."""
     async with await anyio.open_file(path, "rb") as file:
-        await file.seek(start)
-        position = start
+        await file.seek(start_byte)
+        position = start_byte
         # `read` returns no bytes if the file has become shorter in the meantime
-        while position < stop and (chunk := await file.read(min(CHUNK, stop - position))):
+        while position < stop_byte and (chunk := await file.read(min(CHUNK, stop_byte - position))):
             position += len(chunk)
             yield chunk
 
@@ -137,8 +137,8 @@ def respond(path: Path, request: Request, headers: dict[str, str]) -> Response:
         headers = {**headers, "Content-Length": str(file_size)}
         return StreamingResponse(read(path, 0, file_size), 200, headers, media_type)
     headers = {**headers, "Accept-Ranges": "bytes"}
-    start = 0
-    stop = file_size
+    start_byte = 0
+    stop_byte = file_size
     status = 200
     range_match = _RANGE.fullmatch(request.headers.get("range", "").strip())
     # If the ETag in If-Range is another one, the client has a part of an older file, and gets the new file
@@ -146,18 +146,18 @@ def respond(path: Path, request: Request, headers: dict[str, str]) -> Response:
     if range_match and request.headers.get("if-range", headers["ETag"]) == headers["ETag"]:
         first_byte, last_byte, suffix_length = range_match.groups()
         if suffix_length:
-            start = max(0, file_size - int(suffix_length))
+            start_byte = max(0, file_size - int(suffix_length))
         else:
-            start = int(first_byte)
+            start_byte = int(first_byte)
             # the last byte belongs to the range, whereas `stop` is the position after it
-            stop = min(int(last_byte) + 1, file_size) if last_byte else file_size
+            stop_byte = min(int(last_byte) + 1, file_size) if last_byte else file_size
         # Status 416 for a range outside the file (RFC 9110).
-        if start >= stop:
+        if start_byte >= stop_byte:
             return Response(None, 416, {**headers, "Content-Range": f"bytes */{file_size}"})
         status = 206
-        headers["Content-Range"] = f"bytes {start}-{stop - 1}/{file_size}"
-    headers = {**headers, "Content-Length": str(stop - start)}
-    return StreamingResponse(read(path, start, stop), status, headers, "video/mp4")
+        headers["Content-Range"] = f"bytes {start_byte}-{stop_byte - 1}/{file_size}"
+    headers = {**headers, "Content-Length": str(stop_byte - start_byte)}
+    return StreamingResponse(read(path, start_byte, stop_byte), status, headers, "video/mp4")
 
 
 class PreparedShapes:
