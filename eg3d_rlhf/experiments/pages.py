@@ -422,7 +422,7 @@ def points_section(
     Args:
         points: samples, each {"role": "before" or "after" (tuning), "seed", "reward", "<layout>_x",
             "<layout>_y"}. Every seed has a sample of both roles.
-        layouts: (name in the keys of the points, title) of each arrangement on the plane. The page starts
+        layouts: (name in the keys of the points, title) of each arrangement in the map. The page starts
             with the first one.
         sprite: one image that contains the images of all samples in rows and columns: {"uri": its data: URI,
             "columns", "rows", "seeds", "roles"}. The images are arranged row by row: all roles of the first

@@ -237,15 +237,15 @@ def win_rates_by_seed(win_rate: Mapping[str, Any]) -> list[str]:
     return [f"{seed_record['win_rate']:.3f}" for seed_record in win_rate["seeds"]]
 
 
-def markdown_rows(head: Sequence[object], rows: Iterable[Sequence[object]]) -> list[str]:
+def markdown_rows(headings: Sequence[object], rows: Iterable[Sequence[object]]) -> list[str]:
     """Format the lines of a Markdown table.
 
     Args:
-        head: heading of each column.
+        headings: heading of each column.
         rows: cells of each row.
     """
-    separator = ["---"] * len(head)  # the syntax of Markdown requires this line below the headings
-    return ["| " + " | ".join(map(str, cells)) + " |" for cells in (head, separator, *rows)]
+    separator = ["---"] * len(headings)  # the syntax of Markdown requires this line below the headings
+    return ["| " + " | ".join(map(str, cells)) + " |" for cells in (headings, separator, *rows)]
 
 
 def plot_rates(panels: Sequence[tuple[str, Mapping[str, Mapping[str, Any]]]], note: str) -> "Figure":

@@ -55,7 +55,7 @@ def drop_comparison_counter(state: "MutableMapping[str, torch.Tensor]", prefix: 
 
     Args:
         state: state dictionary of a checkpoint.
-        prefix: prefix of the names of the module's tensors in `state`, with a dot at the end.
+        prefix: prefix of the names of the tensors of the submodule in `state`, with a dot at the end.
     """
     state.pop(f"{prefix}offset", None)
 

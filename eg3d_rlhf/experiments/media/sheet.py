@@ -69,9 +69,9 @@ def sheet(title: str, rows: Sequence[Row], *, names: int = 0, note: str = "") ->
     foot_height = MARGIN + (8 + _LINE * len(note_lines) if note_lines else 0)
     page_height = head_height + sum(map(_height, rows)) + foot_height
     page_image = Image.new("RGB", (page_width, page_height), "white")
-    drawing = ImageDraw.Draw(page_image)
+    canvas = ImageDraw.Draw(page_image)
     if title:
-        drawing.text((MARGIN, 10), title, INK, font(24))
+        canvas.text((MARGIN, 10), title, INK, font(24))
     row_top = head_height  # upper edge of the current row
     for i, row in enumerate(rows):
         cell_top = row_top + (_PARTED if row.parted else 4)
@@ -79,20 +79,20 @@ def sheet(title: str, rows: Sequence[Row], *, names: int = 0, note: str = "") ->
         if row.parted:
             # a light grey line in the middle of the gap above the row
             line_y = row_top + _PARTED // 2
-            drawing.line([(MARGIN, line_y), (page_image.width - MARGIN, line_y)], (215, 215, 215))
+            canvas.line([(MARGIN, line_y), (page_image.width - MARGIN, line_y)], (215, 215, 215))
         for j, cell in enumerate(row.cells):
             page_image.paste(Image.fromarray(cell), (MARGIN + names + j * cell_width, cell_top))
         for j, caption in enumerate(row.captions):
             cell_centre = MARGIN + names + j * cell_width + cell_width // 2
             # "ma": the position is the middle of the upper edge of the text
-            drawing.text((cell_centre, cell_bottom + 2), caption, QUIET, font(13), anchor="ma")
+            canvas.text((cell_centre, cell_bottom + 2), caption, QUIET, font(13), anchor="ma")
         name_y = cell_top + sum(map(_height, rows[i : i + row.spans])) // 2
         # "lm": the position is the middle of the left edge of the text
-        drawing.text((MARGIN, name_y), row.name, INK, font(26), anchor="lm")
-        drawing.text((MARGIN, name_y + 22), row.more, QUIET, font(15))
+        canvas.text((MARGIN, name_y), row.name, INK, font(26), anchor="lm")
+        canvas.text((MARGIN, name_y + 22), row.more, QUIET, font(15))
         row_top += _height(row)
     for i, line in enumerate(note_lines):
-        drawing.text((MARGIN, row_top + 8 + i * _LINE), line, QUIET, font(14))
+        canvas.text((MARGIN, row_top + 8 + i * _LINE), line, QUIET, font(14))
     return np.array(page_image)
 
 

@@ -142,7 +142,7 @@ def decided_trials(true_rate: float, alpha: float = 0.05, power: float = 0.8) ->
         )
     upper_bound = max(64, int(approximate_count))
     while True:
-        # powers[i] is the power of n = i + 1
+        # n starts at 1, so index i belongs to n = i + 1
         powers = exact_power(np.arange(1, upper_bound + 1), true_rate, alpha)
         insufficient_indices = np.flatnonzero(~(powers >= power))
         # The power drops only over short ranges of n. If it is sufficient in the upper half of the range, it

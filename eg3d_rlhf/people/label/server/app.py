@@ -231,12 +231,12 @@ def pages(context: Context) -> APIRouter:
         contains the version of the page, so that browsers install it again when any file of the page has
         changed.
         """
-        stored = {name: file.etag for name, file in context.files.items() if name not in NOT_STORED}
-        head = f"self.PAGE = {json.dumps({'version': context.page_version, 'files': stored})};\n"
+        etag_by_name = {name: file.etag for name, file in context.files.items() if name not in NOT_STORED}
+        script_head = f"self.PAGE = {json.dumps({'version': context.page_version, 'files': etag_by_name})};\n"
         # no-cache: the browser must ask the server every time whether the script has changed.
         headers = {"Cache-Control": "private, no-cache"}
         return Response(
-            head.encode() + context.files["sw.js"].data, media_type="text/javascript", headers=headers
+            script_head.encode() + context.files["sw.js"].data, media_type="text/javascript", headers=headers
         )
 
     @router.get("/static/{name}")
