@@ -128,10 +128,12 @@ def _records(connection: Connection, campaign: Row) -> Iterator[dict]:
     names_by_kind: dict[str, dict] = {
         "annotator": {annotator.id: annotator.name for annotator in all_annotators}
     }
-    for record_kind, kept in KEPT.items():
+    for record_kind, table_description in KEPT.items():
         table_rows = list(
             connection.execute(
-                select(kept.table).where(kept.table.c.campaign_id == campaign.id).order_by(kept.table.c.id)
+                select(table_description.table)
+                .where(table_description.table.c.campaign_id == campaign.id)
+                .order_by(table_description.table.c.id)
             )
         )
         if record_kind == "assignment":
@@ -146,7 +148,9 @@ def _records(connection: Connection, campaign: Row) -> Iterator[dict]:
                         "role": annotator.role,
                         "created": annotator.created,
                     }
-        names_by_kind[record_kind] = {table_row.id: table_row._mapping[kept.name] for table_row in table_rows}
+        names_by_kind[record_kind] = {
+            table_row.id: table_row._mapping[table_description.name] for table_row in table_rows
+        }
         for table_row in table_rows:
             # Numeric ids are valid in this database only, so they are left out or replaced by names.
             column_values = {
@@ -156,7 +160,7 @@ def _records(connection: Connection, campaign: Row) -> Iterator[dict]:
             }
             link_names = {
                 column.removesuffix("_id"): names_by_kind[linked_kind].get(table_row._mapping[column])
-                for column, linked_kind in kept.links.items()
+                for column, linked_kind in table_description.links.items()
             }
             yield {"record": record_kind, "campaign": campaign.name, **column_values, **link_names}
 
@@ -368,12 +372,12 @@ class _Import:
         """
         record_kind = record["record"]
         campaign_name = record["campaign"]
-        kept = KEPT[record_kind]
+        table_description = KEPT[record_kind]
         linked_ids: dict[str, Any] = {}  # column -> id of the row to which it refers
-        for column, linked_kind in kept.links.items():
+        for column, linked_kind in table_description.links.items():
             linked_name = (
                 record.get(column.removesuffix("_id"))
-                if kept.table.c[column].nullable
+                if table_description.table.c[column].nullable
                 else record[column.removesuffix("_id")]
             )
             # Only a judgement refers to a record of its own kind. Its key is unique only together with the
@@ -385,9 +389,9 @@ class _Import:
                 None if linked_name is None else self._id(linked_kind, campaign_name, linked_row_name)
             )
         row_name = (
-            (linked_ids["annotator_id"], record[kept.name])
+            (linked_ids["annotator_id"], record[table_description.name])
             if record_kind == "judgement"
-            else record[kept.name]
+            else record[table_description.name]
         )
         if (record_kind, campaign_name) != self.kind:
             self._write()
@@ -403,7 +407,7 @@ class _Import:
             "leased": self.now,
             "taken": 0,
         }
-        self.waiting[row_name] = _checked(kept.table, column_values)
+        self.waiting[row_name] = _checked(table_description.table, column_values)
         if record_kind == "shape" and campaign_name in self.trainable:
             # Held-out seeds must not train a reward. A blind study trains none, and may contain them.
             reject_held_out_seeds([record["seed"]], f"campaign {campaign_name}")
@@ -512,10 +516,10 @@ def import_ranked_seeds(
             f" {header_line[:80]!r}. Write the line as ,rank1,rank2 if the file has these columns."
         )
     campaign_name = campaign or path.stem
-    origin = {"origin": "ranked-seeds table", "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    origin_fields = {"origin": "ranked-seeds table", "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
     # A table contains no repeats and no gold checks. Its hash is stored as the origin of the answers.
     campaign_settings = CampaignSettings(
-        name=campaign_name, repeat_share=0, swap_share=0, gold_every=0, extra=origin
+        name=campaign_name, repeat_share=0, swap_share=0, gold_every=0, extra=origin_fields
     )
     # A table contains seeds only. The other fields of the shapes are unknown and get an empty value.
     empty_fields: dict[str, Any] = {

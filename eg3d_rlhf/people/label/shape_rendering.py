@@ -229,7 +229,7 @@ def floaters(body: Body) -> np.ndarray:
     radius = _LUMP * body.size
     candidates = body.front()[:_TRIED]  # [N, 3]
     # corners of the cube with the smallest and the largest coordinates, [3] each
-    lowest_corner, highest_corner = (np.array([axis[end] for axis in body.axes]) for end in (0, -1))
+    lowest_corner, highest_corner = (np.array([axis[index] for axis in body.axes]) for index in (0, -1))
     direction = body.rng.normal(size=candidates.shape)
     direction[:, 2] = abs(direction[:, 2])  # towards the camera
     direction /= np.linalg.norm(direction, axis=1, keepdims=True)

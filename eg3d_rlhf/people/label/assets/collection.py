@@ -458,7 +458,7 @@ def _text(line_record: dict, field_name: str, location: str) -> str:
     """Return a field of a line, which must be a printable text.
 
     Args:
-        line_record: line.
+        line_record: JSON object of the line.
         field_name: name of the field.
         location: name of the line for messages.
 
@@ -472,7 +472,7 @@ def _name(value: object, location: str) -> str:
     """Return a value, which must be a printable text of at most MAX_TEXT characters.
 
     Args:
-        value: value.
+        value: value of a JSON file, which may have any type.
         location: name of the value for the message.
 
     Raises:
@@ -506,7 +506,7 @@ def _prompt(line_record: dict, root: Path, location: str) -> Prompt:
     """Return the prompt of a line. Its text and its image are optional.
 
     Args:
-        line_record: line.
+        line_record: JSON object of the line.
         root: folder in which the image must lie, and to which its path is relative.
         location: name of the line for messages.
 
