@@ -203,7 +203,8 @@ class Page:
         self.page.wait_for_function("() => window.labelState.queued === 0", timeout=20_000)
 
     def side_image(self, side: str) -> np.ndarray:
-        """A viewport's inner part as the screen shows it, [H, W, 3], 0..255; without its label and corners.
+        """A viewport's inner part as the screen shows it, [H, W, 3], 0..255;
+        without its label and corners.
         """
         box = self.page.locator(f"#{side}").bounding_box()
         clip = {

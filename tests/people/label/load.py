@@ -88,7 +88,8 @@ class Work:
 
 
 class Annotator:
-    """One browser's worth of work: log in, then ask, look, answer, and send again what was not acknowledged.
+    """One browser's worth of work: log in, then ask, look, answer,
+    and send again what was not acknowledged.
     """
 
     def __init__(self, name: str, token: str, base: str, work: Work, count: int, look: float):

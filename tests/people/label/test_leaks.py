@@ -28,7 +28,8 @@ def vertices(shape) -> int:
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
-    """An exposed study, prepared, and all responses that its annotators got while they answered everything.
+    """An exposed study, prepared, and all responses that its annotators got while they
+    answered everything.
     """
     folder = tmp_path_factory.mktemp("study")
     campaign = {

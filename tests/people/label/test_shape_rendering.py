@@ -121,7 +121,8 @@ SIDE = 64
 
 
 def ball(level: float, scale: float) -> tuple[np.ndarray, tuple, np.ndarray]:
-    """Density of a ball about the origin [X, Y, Z], its axes and its surface; `scale` is the density's slope.
+    """Density of a ball about the origin [X, Y, Z], its axes and its surface;
+    `scale` is the density's slope.
     """
     axis = np.linspace(-0.5, 0.5, SIDE)
     x, y, z = np.ix_(axis, axis, axis)

@@ -1,4 +1,5 @@
-"""A study from design to report: simulated people answer through the store, and the page shows what they did.
+"""A study from design to report: simulated people answer through the store,
+and the page shows what they did.
 """
 
 import html
